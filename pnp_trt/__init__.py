@@ -1,0 +1,21 @@
+"""Plug-and-play guidance distillation, from training to a fast sampler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .runtime.pipeline import Pipeline
+
+__all__ = ["Pipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `pnp-trt --help` does not load an inference runtime.
+    if name == "Pipeline":
+        from .runtime.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module 'pnp_trt' has no attribute {name!r}")

@@ -1,0 +1,223 @@
+"""Bundles: folders that appear whole or not at all, under a lock, with a manifest that is checked first.
+
+A bundle is ``engines/NAME/`` with networks, tokenizer and ``manifest.json``.  It is written beside its
+final place and renamed; what is being replaced is moved aside first and only then removed, so that no
+moment exists at which the name leads to half a bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, PnpError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+REQUIRED = (
+    "schema",
+    "name",
+    "base",
+    "guide",
+    "backend",
+    "precision",
+    "networks",
+    "files",
+    "sample",
+    "scheduler",
+    "rebuild",
+)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex digest of a JSON-serialisable value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def engines_home() -> Path:
+    """Where bundles live: ``$PNP_TRT_ENGINES``, or ``engines/`` in the current folder."""
+    return Path(os.environ.get("PNP_TRT_ENGINES", "engines"))
+
+
+def known_bundles(home: Path | None = None) -> list[str]:
+    """Names of the bundles under ``home``."""
+    home = home or engines_home()
+    return sorted(p.parent.name for p in home.glob(f"*/{MANIFEST}") if not p.parent.name.startswith("."))
+
+
+def find_bundle(name: str) -> Path:
+    """The folder of a bundle, by name under ``engines_home()`` or by path.
+
+    Raises:
+        InputError: if there is none; the message lists those that exist.
+    """
+    for candidate in (engines_home() / name, Path(name)):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    if (engines_home() / name).is_dir():
+        raise InputError(
+            f"engine '{name}' has no {MANIFEST}, so it was not finished or was damaged; "
+            f"rebuild it with: pnp-trt build --out {engines_home() / name} --force"
+        )
+    known = ", ".join(known_bundles()) or "none yet"
+    raise InputError(
+        f"no engine named '{name}'; known engines: {known}. Make one with: pnp-trt build --out engines/NAME"
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically (beside, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "w") as f:
+            json.dump(value, f, indent=2, sort_keys=False)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        Path(beside).chmod(0o644)
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def lock(folder: Path, timeout: float = 3600.0) -> Iterator[None]:
+    """Exclusive right to write ``folder``; another process waits for it."""
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    guard = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        guard.acquire(timeout=timeout)
+    except Timeout:
+        raise PnpError(
+            f"another process has been writing {folder} for {timeout:.0f} s; wait for it or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        guard.release()
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside ``folder`` that takes its place when the block ends well, and vanishes otherwise.
+
+    Call it under ``lock(folder)``.  Leftovers of killed runs are removed.
+    """
+    for stale in folder.parent.glob(f".{folder.name}.partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+    work.chmod(0o755)
+    try:
+        yield work
+        for path in work.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as f:
+                    os.fsync(f.fileno())
+        old = None
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+            folder.rename(old / "old")
+        work.rename(folder)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """``{relative path: {"sha256": …, "bytes": …}}`` of everything in a bundle but its manifest."""
+    out = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            out[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    return out
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle: its folder and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.manifest["name"]
+
+    @property
+    def guided(self) -> bool:
+        """Whether a guide is fused into the U-Net."""
+        return self.manifest["guide"] is not None
+
+    def file(self, network: str) -> Path:
+        """The ONNX file of one network."""
+        return self.folder / self.manifest["networks"][network]["file"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle, its schema checked; files are not read.
+
+    Raises:
+        InputError: if it is missing, cut short, or of another schema.
+    """
+    path = folder / MANIFEST
+    advice = f"rebuild it with: pnp-trt build --out {folder} --force"
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; {advice}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is not readable as JSON ({e}); {advice}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise InputError(f"{path} has manifest schema {found}, this version reads {SCHEMA}; {advice}")
+    missing = [key for key in REQUIRED if key not in manifest]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; {advice}")
+    return manifest
+
+
+def open_bundle(name: str | Path) -> Bundle:
+    """Find a bundle and check every file against its manifest before anything is loaded.
+
+    Raises:
+        InputError: naming the file, both values, and the command that rebuilds.
+    """
+    folder = find_bundle(str(name))
+    manifest = read_manifest(folder)
+    advice = f"rebuild it with: {manifest['rebuild']} --force"
+    for relative, wanted in manifest["files"].items():
+        path = folder / relative
+        if not path.is_file():
+            raise InputError(f"engine '{manifest['name']}': {relative} is missing; {advice}")
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise InputError(
+                f"engine '{manifest['name']}': {relative} has {size} bytes, not {wanted['bytes']}; {advice}"
+            )
+        found = sha256(path)
+        if found != wanted["sha256"]:
+            raise InputError(
+                f"engine '{manifest['name']}': {relative} is corrupt (sha256 {found[:12]}…, "
+                f"not {wanted['sha256'][:12]}…); {advice}"
+            )
+    return Bundle(folder, manifest)

@@ -1,0 +1,1 @@
+"""Teachers, guides, and the student that joins them (PyTorch)."""

@@ -1,0 +1,212 @@
+"""Base models by name: the bundled one, its fine-tunes, diffusers folders, single U-Net files, random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..artifacts import digest, sha256
+from ..assets import ROOT as ASSETS
+from ..errors import InputError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def bundled_bases() -> list[str]:
+    """Names that need no download: the bundled model and its fine-tunes (``emoji-flat`` …)."""
+    return ["emoji", *sorted(p.stem for p in (ASSETS / "fine-tunes").glob("*.safetensors"))]
+
+
+def random_bases() -> list[str]:
+    """Architectures that can be had with random weights, for work that needs the size alone."""
+    return [f"random:{p.stem}" for p in sorted(PRESETS.glob("*.json"))]
+
+
+@dataclass
+class BaseModel:
+    """A teacher: its networks (loaded on demand) and where its files are.
+
+    Attributes:
+        name: as the user gave it.
+        folder: a diffusers folder that holds everything but, possibly, the U-Net's weights.
+        unet_file: weights that replace the folder's own U-Net (a fine-tune), or None.
+    """
+
+    name: str
+    folder: Path
+    unet_file: Path | None = None
+    _hashes: dict[str, str] = field(default_factory=dict)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's config without diffusers' private keys."""
+        config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+        return {k: v for k, v in config.items() if not k.startswith("_")}
+
+    def unet(self) -> Any:
+        """``UNet2DConditionModel`` in float32, frozen."""
+        from diffusers import UNet2DConditionModel
+
+        unet = _load(UNet2DConditionModel, self.folder / "unet")
+        if self.unet_file is not None:
+            load_unet_weights(unet, self.unet_file)
+        return check_finite(unet, self.name).eval().requires_grad_(False)
+
+    def text_encoder(self) -> Any:
+        """``CLIPTextModel`` in float32, frozen."""
+        from transformers import CLIPTextModel
+
+        return check_finite(_load(CLIPTextModel, self.folder / "text_encoder"), self.name).eval().requires_grad_(False)
+
+    def tokenizer(self) -> Any:
+        """``CLIPTokenizer``."""
+        from transformers import CLIPTokenizer
+
+        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    def vae(self) -> Any:
+        """``AutoencoderTiny`` or ``AutoencoderKL`` in float32, frozen."""
+        import diffusers
+
+        kind = json.loads((self.folder / "vae" / "config.json").read_text()).get("_class_name", "AutoencoderKL")
+        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise InputError(f"{self.folder}: the VAE is a {kind}; known: AutoencoderKL, AutoencoderTiny")
+        return (
+            check_finite(_load(getattr(diffusers, kind), self.folder / "vae"), self.name).eval().requires_grad_(False)
+        )
+
+    def fingerprint(self) -> dict[str, str]:
+        """sha256 of every weight file, and of the whole; what a manifest records."""
+        if not self._hashes:
+            parts = ("unet", "text_encoder", "vae")
+            files = {p: next((self.folder / p).glob("*.safetensors")) for p in parts}
+            if self.unet_file is not None:
+                files["unet"] = self.unet_file
+            self._hashes = {p: sha256(f) for p, f in files.items()}
+            self._hashes["all"] = digest(self._hashes)
+        return self._hashes
+
+
+def resolve(name: str) -> BaseModel:
+    """The base model for a name.
+
+    Args:
+        name: ``emoji``, a bundled fine-tune, a diffusers folder, a ``.safetensors`` file that holds a U-Net of the
+            bundled model's shape, or a hub id.
+
+    Raises:
+        InputError: with the names that are known, if this is none of them.
+    """
+    if name == "emoji":
+        return BaseModel(name, ASSETS / "emoji")
+    path = Path(name)
+    bundled = ASSETS / "fine-tunes" / f"{name}.safetensors"
+    if bundled.is_file():
+        return BaseModel(name, ASSETS / "emoji", bundled)
+    if path.is_dir():
+        missing = [p for p in ("unet", "text_encoder", "vae", "tokenizer", "scheduler") if not (path / p).is_dir()]
+        if missing:
+            raise InputError(
+                f"{path} is not a diffusers folder: it has no {', '.join(missing)}; "
+                "save one with pipeline.save_pretrained"
+            )
+        for part in ("unet", "text_encoder", "vae"):
+            if not list((path / part).glob("*.safetensors")):
+                raise InputError(
+                    f"{path / part} holds no .safetensors; pickled weights are not read; "
+                    "save again with safe_serialization=True"
+                )
+        return BaseModel(name, path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return BaseModel(name, ASSETS / "emoji", path)
+    if name.startswith("random:"):
+        raise InputError(f"'{name}' has no weights to build from; it serves `pnp-trt bench --only cost --base {name}`")
+    if name.count("/") == 1 and not path.suffix and not name.startswith((".", "/")):
+        return BaseModel(name, _from_hub(name))
+    known = ", ".join([*bundled_bases(), *random_bases()])
+    raise InputError(f"no base model '{name}'; known: {known}, a diffusers folder, a U-Net .safetensors, or a hub id")
+
+
+def random_unet_config(name: str) -> dict[str, Any]:
+    """The U-Net config of ``random:sd15`` and its like.
+
+    Raises:
+        InputError: listing the known ones.
+    """
+    path = PRESETS / f"{name.removeprefix('random:')}.json"
+    if not path.is_file():
+        raise InputError(f"no base model '{name}'; known: {', '.join([*bundled_bases(), *random_bases()])}")
+    return json.loads(path.read_text())
+
+
+def load_unet_weights(unet: Any, file: Path) -> None:
+    """Replace a U-Net's weights by those of a safetensors file of the same shape.
+
+    Raises:
+        InputError: if the file is damaged, lacks a weight, has one too many, or one of another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{file} is not a readable safetensors file ({e}); fetch it again") from e
+    own = unet.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or extra:
+        example = missing[0] if missing else extra[0]
+        raise InputError(
+            f"{file} is no fine-tune of this U-Net: {len(missing)} weights are missing and {len(extra)} are left over "
+            f"(for example {example}); use a checkpoint of the same architecture"
+        )
+    for key, value in weights.items():
+        if value.shape != own[key].shape:
+            raise InputError(f"{file}: {key} has shape {tuple(value.shape)}, this U-Net has {tuple(own[key].shape)}")
+    unet.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
+
+
+def check_finite(module: Any, name: str) -> Any:
+    """Raise ``InputError`` that names the first weight that is not finite; returns the module."""
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(
+                f"base model '{name}': the weight {key} holds values that are not finite; fetch or train it again"
+            )
+    return module
+
+
+def copy_tokenizer(base: BaseModel, target: Path) -> dict[str, int]:
+    """Write the base's tokenizer as one ``tokenizer.json``; returns ``{"length", "pad"}``."""
+    tokenizer = base.tokenizer()
+    source = base.folder / "tokenizer" / "tokenizer.json"
+    if source.is_file():
+        shutil.copyfile(source, target)
+    else:
+        tokenizer.backend_tokenizer.save(str(target))
+    return {"length": int(tokenizer.model_max_length), "pad": int(tokenizer.pad_token_id)}
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    import torch
+
+    options = {"torch_dtype": torch.float32} if kind.__module__.startswith("diffusers") else {"dtype": torch.float32}
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+    except Exception as e:  # OSError, SafetensorError, ValueError, KeyError … by what is wrong with the files
+        raise InputError(f"{folder} does not load as {kind.__name__}: {str(e).splitlines()[0]}") from e
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        allow = ["*.json", "*.txt", "unet/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=allow))
+    except Exception as e:
+        raise InputError(
+            f"the hub model '{name}' cannot be had: {type(e).__name__}; check the name and the network, or download it "
+            f"and pass its folder (bundled models: {', '.join(bundled_bases())})"
+        ) from e

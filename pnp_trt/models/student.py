@@ -1,0 +1,125 @@
+"""The student: frozen teacher U-Net and guide in one forward pass.
+
+``UNet2DConditionModel.forward`` is taken apart between encoder and decoder, because the guide reads the
+encoder's features and writes into the decoder's skips.  Everything else is the U-Net's own code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from .guide import Features, TinyGuide, check_fit
+
+
+def encode(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Features]:
+    """Time embedding ``[B, E]`` and the features of encoder and mid block.
+
+    Args:
+        sample: noisy latents ``[B, C, H, W]``.
+        timestep: ``[B]``.
+        encoder_hidden_states: text states ``[B, tokens, D]``.
+        added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
+    """
+    emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), None)
+    aug = unet.get_aug_embed(emb=emb, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs)
+    emb = emb if aug is None else emb + aug
+    x = unet.conv_in(sample)
+    skips: tuple[Tensor, ...] = (x,)
+    for block in unet.down_blocks:
+        if getattr(block, "has_cross_attention", False):
+            x, outputs = block(hidden_states=x, temb=emb, encoder_hidden_states=encoder_hidden_states)
+        else:
+            x, outputs = block(hidden_states=x, temb=emb)
+        skips += outputs
+    if getattr(unet.mid_block, "has_cross_attention", False):
+        x = unet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)
+    else:
+        x = unet.mid_block(x, emb)
+    return emb, Features(skips, x)
+
+
+def decode(unet: UNet2DConditionModel, emb: Tensor, features: Features, encoder_hidden_states: Tensor) -> Tensor:
+    """The prediction ``[B, C, H, W]`` from (guided) features."""
+    x, skips = features.mid_block_res_sample, features.down_block_res_samples
+    # sizes that the encoder rounded up must be restored exactly, as UNet2DConditionModel.forward does
+    odd = any(size % 2**unet.num_upsamplers for size in skips[0].shape[-2:])
+    for i, block in enumerate(unet.up_blocks):
+        count = len(block.resnets)
+        used, skips = skips[-count:], skips[:-count]
+        final = i == len(unet.up_blocks) - 1
+        arguments: dict[str, Any] = dict(hidden_states=x, temb=emb, res_hidden_states_tuple=used)
+        arguments["upsample_size"] = skips[-1].shape[2:] if odd and not final else None
+        if getattr(block, "has_cross_attention", False):
+            arguments["encoder_hidden_states"] = encoder_hidden_states
+        x = block(**arguments)
+    if unet.conv_norm_out is not None:
+        x = unet.conv_act(unet.conv_norm_out(x))
+    return unet.conv_out(x)
+
+
+class Student(nn.Module):
+    """Teacher U-Net with a guide plugged in: one pass predicts eps_w (or v_w).
+
+    Args:
+        unet: the frozen teacher, or a fine-tune of it.
+        guide: a guide distilled for the teacher's base.
+
+    Raises:
+        InputError: if the guide was made for a U-Net of another shape.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, guide: TinyGuide) -> None:
+        super().__init__()
+        check_fit(guide, unet)
+        self.unet = unet
+        self.guide = guide
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        guidance: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """``sample [B, C, H, W]``, ``timestep [B]``, text ``[B, tokens, D]``, ``guidance [B]`` → ``[B, C, H, W]``."""
+        emb, features = encode(self.unet, sample, timestep, encoder_hidden_states, added_cond_kwargs)
+        added = self.guide(timestep, guidance, features)
+        skips = tuple(s + r for s, r in zip(features.down_block_res_samples, added.down_block_res_samples, strict=True))
+        guided = Features(skips, features.mid_block_res_sample + added.mid_block_res_sample)
+        return decode(self.unet, emb, guided, encoder_hidden_states)
+
+
+class Teacher(nn.Module):
+    """The plain U-Net with the student's calling convention, for export and comparison."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """One unguided prediction ``[B, C, H, W]``."""
+        emb, features = encode(self.unet, sample, timestep, encoder_hidden_states)
+        return decode(self.unet, emb, features, encoder_hidden_states)
+
+
+def cfg(unet: UNet2DConditionModel, sample: Tensor, timestep: Tensor, text: Tensor, empty: Tensor, w: Tensor) -> Tensor:
+    """Classifier-free guidance, eps_w = eps(∅) + w·(eps(c) − eps(∅)) (Ho & Salimans 2022), as one batch of two.
+
+    Args:
+        text, empty: states of prompt and empty prompt, ``[B, tokens, D]`` each.
+        w: ``[B]``.
+    """
+    both = unet(torch.cat([sample, sample]), torch.cat([timestep, timestep]), torch.cat([empty, text])).sample
+    unconditional, conditional = both.chunk(2)
+    return unconditional + w[:, None, None, None] * (conditional - unconditional)

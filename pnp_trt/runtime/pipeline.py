@@ -1,0 +1,210 @@
+"""The sampler: prompts in, pictures out, one engine call a step when the bundle is guided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifacts import Bundle, open_bundle
+from ..backends.onnxruntime import Network
+from ..errors import InputError, PnpError
+from .schedule import Schedule, ddim
+from .tokenizer import Tokenizer
+
+STEPS = (1, 1000)
+#: scales that guides are trained for; outside it their pictures mean nothing
+GUIDANCE = (1.0, 9.0)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One result: ``pixels`` uint8 ``[H, W, 3]`` and the parameters that made it."""
+
+    pixels: np.ndarray
+    parameters: dict[str, Any]
+
+
+class Pipeline:
+    """A loaded bundle.
+
+    Attributes:
+        name: the bundle's name.
+        methods: what it can do: ``guided`` for a bundle with a guide; ``cfg`` and ``unguided`` for a plain one.
+    """
+
+    def __init__(self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.name: str = bundle.name
+        self.methods: tuple[str, ...] = ("guided",) if bundle.guided else ("cfg", "unguided")
+        self.max_batch: int = manifest["sample"]["max_batch"]
+        self._latent = (manifest["sample"]["channels"], manifest["sample"]["height"], manifest["sample"]["width"])
+        self._scheduler = manifest["scheduler"]
+        self._tokenizer = Tokenizer(
+            bundle.folder / "tokenizer.json", manifest["tokens"]["length"], manifest["tokens"]["pad"]
+        )
+        self._text, self._unet, self._vae = (
+            Network(bundle.file(n), provider, threads) for n in ("text_encoder", "unet", "vae_decoder")
+        )
+        self._empty: np.ndarray | None = None
+
+    @classmethod
+    def load(cls, engine: str | Path, *, provider: str = "auto", threads: int | None = None) -> Pipeline:
+        """Open a bundle by name or path, every file checked against its manifest.
+
+        Raises:
+            InputError: if there is no such bundle, or it is damaged.
+        """
+        return cls(open_bundle(engine), provider=provider, threads=threads)
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Text states ``[N, tokens, D]`` float32."""
+        ids = self._tokenizer(list(prompts))
+        # one row at a time: a prompt's states must not depend on what else is asked for
+        return np.concatenate([self._text(input_ids=row[None]) for row in ids])
+
+    def noise(self, seeds: Sequence[int]) -> np.ndarray:
+        """Unit Gaussian latents ``[N, C, H, W]`` float32; each depends on its own seed alone."""
+        return np.stack(
+            [np.random.Generator(np.random.Philox(s)).standard_normal(self._latent, np.float32) for s in seeds]
+        )
+
+    def denoise(
+        self,
+        context: np.ndarray,
+        noise: np.ndarray,
+        *,
+        steps: int,
+        guidance: np.ndarray | float,
+        method: str | None = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """The whole loop, from unit noise to final latents ``[N, C, H, W]``.
+
+        Args:
+            context: text states ``[N, tokens, D]``.
+            noise: ``[N, C, H, W]``.
+            guidance: w, one for all or ``[N]``.
+            method: one of ``methods``; ``None`` takes the first.
+            callback: called with (steps done, steps) after each step.
+        """
+        method = method or self.methods[0]
+        if method not in self.methods:
+            raise InputError(f"engine '{self.name}' cannot do '{method}'; it can do: {', '.join(self.methods)}")
+        schedule = ddim(self._scheduler, steps)
+        n = len(noise)
+        w = np.broadcast_to(np.asarray(guidance, np.float32), (n,))
+        x = noise * np.float32(schedule.init_scale)
+        step = {"guided": self._guided, "cfg": self._cfg, "unguided": self._unguided}[method]
+        if method == "cfg":
+            context = np.concatenate([np.broadcast_to(self._unconditional(), context.shape), context])
+        for i in range(len(schedule)):
+            output = step(x, schedule, i, context, w)
+            x = schedule.x_scale[i] * x + schedule.output_scale[i] * output
+            if callback is not None:
+                callback(i + 1, steps)
+        return x
+
+    def _guided(self, x: np.ndarray, schedule: Schedule, i: int, context: np.ndarray, w: np.ndarray) -> np.ndarray:
+        t = np.full(len(x), schedule.timesteps[i])
+        return self._unet(sample=x, timestep=t, encoder_hidden_states=context, guidance=np.ascontiguousarray(w))
+
+    def _unguided(self, x: np.ndarray, schedule: Schedule, i: int, context: np.ndarray, w: np.ndarray) -> np.ndarray:
+        t = np.full(len(x), schedule.timesteps[i])
+        return self._unet(sample=x, timestep=t, encoder_hidden_states=context)
+
+    def _cfg(self, x: np.ndarray, schedule: Schedule, i: int, context: np.ndarray, w: np.ndarray) -> np.ndarray:
+        # Ho & Salimans 2022: one batch of two, unconditional first
+        t = np.full(2 * len(x), schedule.timesteps[i])
+        both = self._unet(sample=np.concatenate([x, x]), timestep=t, encoder_hidden_states=context)
+        unconditional, conditional = both[: len(x)], both[len(x) :]
+        return unconditional + w[:, None, None, None] * (conditional - unconditional)
+
+    def _unconditional(self) -> np.ndarray:
+        if self._empty is None:
+            self._empty = self.encode([""])
+        return self._empty
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pixels uint8 ``[N, H, W, 3]``.
+
+        Raises:
+            PnpError: if the latents or the pixels are not finite; a black picture is never returned for NaN.
+        """
+        for name, value in (("latents", latents), ("decoded pixels", pixels := self._vae(latents=latents))):
+            if not np.isfinite(value).all():
+                bad = np.flatnonzero(~np.isfinite(value).all(axis=(1, 2, 3)))
+                raise PnpError(
+                    f"engine '{self.name}': the {name} of picture {bad[0]} are not finite; "
+                    "check the weights it was built from, or rebuild with --precision fp32"
+                )
+        return np.clip(np.round((pixels.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        steps: int = 20,
+        guidance: float | Sequence[float] = 3.0,
+        seed: int | Sequence[int] = 0,
+        method: str | None = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> list[Picture]:
+        """Pictures for prompts.
+
+        Args:
+            prompts: one or several.
+            steps: sampling steps, 1 … 1000.
+            guidance: w, one for all or one per prompt, 1 … 9.
+            seed: one for all prompts, or one each.
+            callback: called with (steps done, steps in all) as the work goes on.
+
+        Raises:
+            InputError: for values out of range, or lists whose lengths differ.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        scales = [float(guidance)] * len(prompts) if isinstance(guidance, int | float) else [float(g) for g in guidance]
+        check_request(prompts, seeds, scales, steps)
+        method = method or self.methods[0]
+        out: list[Picture] = []
+        total = steps * -(-len(prompts) // self.max_batch)
+        for start in range(0, len(prompts), self.max_batch):
+            part = slice(start, start + self.max_batch)
+            done = steps * (start // self.max_batch)
+            report = (lambda i, _, done=done: callback(done + i, total)) if callback else None
+            latents = self.denoise(
+                self.encode(prompts[part]), self.noise(seeds[part]),
+                steps=steps, guidance=np.array(scales[part], np.float32), method=method, callback=report,
+            )  # fmt: skip
+            for i, pixels in enumerate(self.decode(latents)):
+                parameters = {
+                    "prompt": prompts[start + i], "seed": seeds[start + i], "steps": steps,
+                    "guidance": scales[start + i],
+                    "method": method, "engine": self.name, "schedule": "ddim",
+                }  # fmt: skip
+                out.append(Picture(pixels, parameters))
+        return out
+
+
+def check_request(prompts: Sequence[str], seeds: Sequence[int], scales: Sequence[float], steps: int) -> None:
+    """Raise ``InputError`` with the legal range for the first value that is outside it."""
+    if not prompts:
+        raise InputError("no prompt was given; pass at least one")
+    if not STEPS[0] <= steps <= STEPS[1]:
+        raise InputError(f"steps is {steps}; it must be between {STEPS[0]} and {STEPS[1]}")
+    for w in scales:
+        if not GUIDANCE[0] <= w <= GUIDANCE[1]:  # also refuses NaN
+            raise InputError(f"guidance is {w:g}; it must be between {GUIDANCE[0]:g} and {GUIDANCE[1]:g}")
+    for s in seeds:
+        if not 0 <= s < 2**63:
+            raise InputError(f"seed is {s}; it must be between 0 and {2**63 - 1}")
+    for name, values in (("seed", seeds), ("guidance", scales)):
+        if len(values) != len(prompts):
+            raise InputError(
+                f"{len(prompts)} prompts and {len(values)} values of {name} were given; give one, or one each"
+            )

@@ -1,0 +1,42 @@
+"""CLIP's tokenizer without transformers: the bundle's ``tokenizer.json`` run by the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+
+class Tokenizer:
+    """Prompts → padded token ids, as ``CLIPTokenizer(padding="max_length", truncation=True)`` gives them.
+
+    Args:
+        path: a ``tokenizer.json``.
+        length: tokens a prompt is padded and cut to, start and end included (77 for CLIP).
+        pad: id that fills the rest.
+    """
+
+    def __init__(self, path: Path, length: int = 77, pad: int = 49407) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self._backend = Backend.from_file(str(path))
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.length, self.pad = length, pad
+
+    def __call__(self, prompts: list[str]) -> np.ndarray:
+        """Ids ``[N, length]`` int64.  A prompt that is too long is cut with a warning that shows what was dropped."""
+        out = np.full((len(prompts), self.length), self.pad, np.int64)
+        for row, prompt in enumerate(prompts):
+            encoding = self._backend.encode(prompt)
+            ids = encoding.ids
+            if len(ids) > self.length:
+                dropped = prompt[encoding.offsets[self.length - 1][0] :]
+                warnings.warn(
+                    f"the prompt has {len(ids)} tokens and was cut to {self.length}; dropped: “{dropped.strip()}”",
+                    stacklevel=2,
+                )
+                ids = [*ids[: self.length - 1], ids[-1]]
+            out[row, : len(ids)] = ids
+        return out

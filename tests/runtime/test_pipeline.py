@@ -1,0 +1,147 @@
+"""Sampling from built bundles: what is drawn, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pnp_trt.artifacts import open_bundle
+from pnp_trt.errors import InputError, PnpError
+from pnp_trt.runtime.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def plain(micro_bundles: Path) -> Pipeline:
+    return Pipeline.load(micro_bundles / "plain", provider="cpu")
+
+
+@pytest.fixture(scope="module")
+def guided(micro_bundles: Path) -> Pipeline:
+    return Pipeline.load(micro_bundles / "guided", provider="cpu")
+
+
+def test_a_picture_does_not_depend_on_its_batch(plain: Pipeline, guided: Pipeline) -> None:
+    for pipe in (plain, guided):
+        alone = pipe("a cat", steps=4, seed=7)[0].pixels
+        among = pipe(["a dog", "a cat", "a house"], steps=4, seed=[1, 7, 2], guidance=[2.0, 3.0, 8.0])[1].pixels
+        assert np.array_equal(alone, among)
+
+
+def test_a_large_request_is_split(plain: Pipeline) -> None:
+    many = plain(["a cat"] * 40, steps=1, seed=list(range(40)))
+    assert len(many) == 40
+    assert np.array_equal(many[35].pixels, plain("a cat", steps=1, seed=35)[0].pixels)
+
+
+def test_seed_prompt_and_scale_each_matter(guided: Pipeline) -> None:
+    base = guided("a cat", steps=4, seed=0, guidance=3.0)[0].pixels
+    for other in (
+        guided("a cat", steps=4, seed=1, guidance=3.0),
+        guided("a red house", steps=4, seed=0, guidance=3.0),
+        guided("a cat", steps=4, seed=0, guidance=8.0),
+    ):
+        assert not np.array_equal(base, other[0].pixels)
+
+
+def test_guided_at_one_is_the_teacher_without_guidance(plain: Pipeline, guided: Pipeline) -> None:
+    a = guided("a cat", steps=4, guidance=1.0)[0].pixels.astype(int)
+    b = plain("a cat", steps=4, guidance=1.0, method="unguided")[0].pixels.astype(int)
+    c = plain("a cat", steps=4, guidance=1.0, method="cfg")[0].pixels.astype(int)
+    assert np.abs(a - b).max() <= 1 and np.abs(b - c).max() <= 1
+
+
+def test_progress_reaches_the_end(plain: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    plain(["a"] * 33, steps=3, callback=lambda i, n: seen.append((i, n)))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps is 0; it must be between 1 and 1000"),
+        ({"guidance": 0.5}, "guidance is 0.5; it must be between 1 and 9"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": [1, 2]}, "1 prompts and 2 values of seed"),
+        ({"method": "guided"}, "cannot do 'guided'; it can do: cfg, unguided"),
+    ],
+)
+def test_bad_requests_are_refused_with_the_range(plain: Pipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plain("a cat", **{"steps": 2} | arguments)
+
+
+def test_not_finite_is_never_a_picture(plain: Pipeline) -> None:
+    latents = plain.noise([0, 1])
+    latents[1, 0, 0, 0] = np.nan
+    with pytest.raises(PnpError, match="latents of picture 1 are not finite"):
+        plain.decode(latents)
+
+
+@pytest.fixture
+def damaged(micro_bundles: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(micro_bundles / "plain", tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("name", ["unet.onnx", "unet.onnx.data", "tokenizer.json", "vae_decoder.onnx.data"])
+def test_one_flipped_byte_is_refused_with_the_rebuild_command(damaged: Path, name: str) -> None:
+    data = bytearray((damaged / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (damaged / name).write_bytes(data)
+    with pytest.raises(InputError, match=rf"{name} is corrupt .*pnp-trt build .*--force"):
+        Pipeline.load(damaged)
+
+
+def test_a_truncated_or_missing_file_is_refused(damaged: Path) -> None:
+    data = (damaged / "unet.onnx.data").read_bytes()
+    (damaged / "unet.onnx.data").write_bytes(data[:-10])
+    with pytest.raises(InputError, match=f"unet.onnx.data has {len(data) - 10} bytes, not {len(data)}"):
+        open_bundle(damaged)
+    (damaged / "unet.onnx.data").unlink()
+    with pytest.raises(InputError, match="unet.onnx.data is missing"):
+        open_bundle(damaged)
+
+
+def test_a_bad_manifest_is_refused(damaged: Path) -> None:
+    path = damaged / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"schema": 99}))
+    with pytest.raises(InputError, match="schema 99, this version reads 1"):
+        open_bundle(damaged)
+    path.write_text(json.dumps(manifest)[:-20])
+    with pytest.raises(InputError, match="not readable as JSON"):
+        open_bundle(damaged)
+    del manifest["scheduler"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="lacks scheduler"):
+        open_bundle(damaged)
+
+
+def test_an_unknown_engine_lists_the_known_ones(engines: Path) -> None:
+    with pytest.raises(InputError, match="no engine named 'nope'; known engines: guided, plain"):
+        Pipeline.load("nope")
+
+
+def test_sampling_never_imports_torch(engines: Path, tmp_path: Path) -> None:
+    """A built bundle is sampled by a process in which importing torch, diffusers or transformers is an error."""
+    program = (
+        "import sys\n"
+        "class No:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'torch', 'diffusers', 'transformers', 'onnx', 'accelerate'}:\n"
+        "            raise ImportError('heavy import: ' + name)\n"
+        "sys.meta_path.insert(0, No())\n"
+        f"sys.argv = ['pnp-trt', 'sample', 'a cat', '--engine', 'guided', '--steps', '2', '--out', {str(tmp_path)!r}]\n"
+        "from pnp_trt.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.glob("*.png")] == ["a-cat-0.png"]

@@ -1,0 +1,88 @@
+"""PyTorch modules → ONNX graphs (opset 23, native Attention and GroupNormalization, external weights)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OPSET = 23
+
+
+class TextEncoder(nn.Module):
+    """``input_ids [B, tokens]`` → last hidden state ``[B, tokens, D]``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids).last_hidden_state
+
+
+class VaeDecoder(nn.Module):
+    """Latents as the U-Net leaves them ``[B, C, H, W]`` → pixels ``[B, 3, H·f, W·f]`` in [-1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return self.vae.decode(latents / self.vae.config.scaling_factor + shift, return_dict=False)[0]
+
+
+def export(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
+    """Write ``path`` and ``path.data``; the first dimension of every input becomes the dynamic ``batch``.
+
+    Args:
+        inputs: example tensors by the names of ``module.forward``'s arguments; batch at least 2.
+        output: name of the single output.
+    """
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {name: {0: batch} for name in inputs}
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
+            input_names=list(inputs), output_names=[output], verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    _strip_source_locations(program.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        program.save(str(path), external_data=True)
+
+
+def _strip_source_locations(model: Any) -> None:
+    # the exporter records stack traces of the machine it ran on; they make equal graphs differ
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress lines and deprecation notices are not for our users."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,81 @@
+"""Lowering changes the nodes and keeps the meaning; exports are deterministic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from pnp_trt.artifacts import sha256
+from pnp_trt.export.graph import export
+from pnp_trt.export.lower import for_onnxruntime_cpu
+from pnp_trt.export.parity import relative_error
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 16, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16, eps=1e-3)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.norm(self.conv(x)))
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    export(Block(), {"x": torch.zeros(2, 4, 8, 8)}, "y", tmp_path / "block.onnx")
+    return tmp_path / "block.onnx"
+
+
+def ops(path: Path) -> list[str]:
+    return [n.op_type for n in onnx.load(path, load_external_data=False).graph.node]
+
+
+def test_export_keeps_group_norm_native(exported: Path) -> None:
+    assert "GroupNormalization" in ops(exported)
+    assert onnx.load(exported, load_external_data=False).opset_import[0].version == 23
+    onnx.checker.check_model(str(exported), full_check=True)
+
+
+def test_lowering_keeps_the_meaning_for_any_batch(exported: Path) -> None:
+    assert for_onnxruntime_cpu(exported) == 1
+    assert "GroupNormalization" not in ops(exported) and "InstanceNormalization" in ops(exported)
+    onnx.checker.check_model(str(exported), full_check=True)
+    for batch in (1, 3):
+        x = torch.randn(batch, 4, 8, 8) * 3 + 1
+        with torch.no_grad():
+            reference = Block()(x).numpy()
+        assert relative_error(exported, {"x": x}, reference) < 1e-6
+
+
+def test_lowering_leaves_other_graphs_alone(tmp_path: Path) -> None:
+    export(nn.Conv2d(4, 4, 1), {"input": torch.zeros(2, 4, 8, 8)}, "y", tmp_path / "conv.onnx")
+    before = (tmp_path / "conv.onnx").read_bytes()
+    assert for_onnxruntime_cpu(tmp_path / "conv.onnx") == 0
+    assert (tmp_path / "conv.onnx").read_bytes() == before
+
+
+def test_equal_inputs_give_equal_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        export(Block(), {"x": torch.zeros(2, 4, 8, 8)}, "y", tmp_path / name / "block.onnx")
+        for_onnxruntime_cpu(tmp_path / name / "block.onnx")
+    for file in ("block.onnx", "block.onnx.data"):
+        assert sha256(tmp_path / "a" / file) == sha256(tmp_path / "b" / file)
+
+
+def test_parity_is_a_gate(exported: Path) -> None:
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        reference = Block()(x).numpy()
+    assert relative_error(exported, {"x": x}, reference * 1.01) == pytest.approx(0.01, rel=0.05)
+    assert np.isnan(relative_error(exported, {"x": x}, reference[:1]))
+    assert np.isnan(relative_error(exported, {"x": x}, np.full_like(reference, np.nan)))

@@ -1,0 +1,1 @@
+"""The recipe that trains the bundled ``emoji`` model: data, autoencoder, U-Net, fine-tunes, figures."""

@@ -1,0 +1,54 @@
+"""Sizes of the recipe.  ``cpu`` made the bundled model; ``gpu`` is the same recipe scaled up by one option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the whole recipe; every random choice follows from ``seed``."""
+
+    name: str
+    block_out_channels: tuple[int, ...] = (96, 128)
+    layers_per_block: int = 2
+    latent_channels: int = 8
+    text_width: int = 128
+    text_layers: int = 3
+    #: renderings per picture: one centred, the others scaled and shifted
+    variants: int = 5
+    #: share of the base's steps that see all renderings; the rest sees the centred ones alone, which a short run
+    #: turns into recognisable pictures far sooner
+    jittered: float = 0.39
+    steps: int = 3200
+    batch: int = 64
+    lr: float = 1e-3
+    fine_tune_steps: int = 220
+    fine_tune_lr: float = 5e-4
+    decoder_steps: int = 900
+    decoder_batch: int = 16
+    warmup: int = 200
+    ema: float = 0.999
+    caption_drop: float = 0.1
+    checkpoint_every: int = 250
+    seed: int = 0
+    #: of ``pnp-trt distill guidance``
+    guide_options: tuple[str, ...] = ("--trajectories", "640", "--steps", "900", "--batch", "32")
+
+
+PRESETS = {
+    "smoke": Preset(
+        "smoke", (32, 32), 1, steps=6, batch=4, fine_tune_steps=3, decoder_steps=3, variants=1, checkpoint_every=2
+    ),
+    "cpu": Preset("cpu"),
+    "gpu": Preset(
+        "gpu",
+        (192, 384),
+        steps=40_000,
+        batch=256,
+        fine_tune_steps=4000,
+        decoder_steps=20_000,
+        decoder_batch=64,
+        ema=0.9995,
+    ),
+}

@@ -1,0 +1,292 @@
+"""Time methods against each other: interleaved round by round, paired with CFG in each round, raw numbers kept.
+
+A shared machine drifts (frequency, neighbours, memory), so no method is ever timed in one block: every round runs
+each case once, in an order that rotates, and the ratio to CFG is taken within the round before the median is.
+This module imports no torch; it times whatever fulfils `Pipeline`.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from pnp_trt.errors import InputError
+
+METHODS = ("cfg", "unguided", "guided")
+MIN_STEPS, MAX_STEPS = 1, 1000  # the teacher's schedule has 1,000 training timesteps
+DEFAULT_ROUNDS = 15
+DEFAULT_WARMUP = 2
+CONFIDENCE = 0.95
+BOUNDARY = (
+    "the denoising loop: network calls, guidance combination and scheduler update, from noise to final latents; "
+    "text encoding and VAE decode are timed apart"
+)
+_RESAMPLES = 2000
+
+#: Called as progress(done, total, what) after each timed or warm-up pass.
+Progress = Callable[[int, int, str], None]
+
+
+class Pipeline(Protocol):
+    """What is timed: a text-to-image pipeline on one engine. Every call returns when its result is on the host."""
+
+    @property
+    def name(self) -> str:
+        """The engine's name, as in the report."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Which of 'cfg', 'unguided' and 'guided' this engine can run."""
+
+    def encode(self, prompts: list[str]) -> np.ndarray:
+        """Text encodings, [N, 77, D] float32."""
+
+    def noise(self, seeds: list[int]) -> np.ndarray:
+        """Starting latents, [N, C, h, w] float32, one picture a seed."""
+
+    def denoise(
+        self, context: np.ndarray, noise: np.ndarray, *, steps: int, guidance: np.ndarray | float, method: str
+    ) -> np.ndarray:
+        """Final latents after the whole loop, [N, C, h, w]."""
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pictures, [N, H, W, 3] uint8."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: a method on a pipeline."""
+
+    pipe: Pipeline
+    method: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.pipe.name}/{self.method}"
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """One case at one batch size. Times are milliseconds; those without a suffix are of one whole denoising loop.
+
+    p50_ms, p90_ms, p99_ms: the loop for the whole batch, over rounds (with few rounds p99 is close to the slowest).
+    p50_ms_per_step: the loop divided by its steps.  p50_ms_per_picture: text, loop and decode, divided by the batch.
+    encode_p50_ms, decode_p50_ms: text encoding and VAE decode of the whole batch.
+    spread: interquartile range of the loop divided by its median.
+    ratio_to_cfg: median over rounds of (this loop / the CFG loop of `ratio_reference` in the same round), with its
+    bootstrap interval [low, high] at 95 %; None where no CFG was timed to compare with.
+    raw: one entry a round, `round`, `position` (place in the round's order), `encode_ms`, `loop_ms`, `decode_ms`.
+    """
+
+    engine: str
+    method: str
+    batch: int
+    steps: int
+    guidance: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    p50_ms_per_step: float
+    p50_ms_per_picture: float
+    spread: float
+    encode_p50_ms: float
+    decode_p50_ms: float
+    ratio_to_cfg: float | None
+    ratio_to_cfg_interval: tuple[float, float] | None
+    ratio_reference: str | None
+    rounds: int
+    warmup: int
+    boundary: str
+    raw: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as JSON holds it."""
+        row = asdict(self)
+        if self.ratio_to_cfg_interval is not None:
+            row["ratio_to_cfg_interval"] = list(self.ratio_to_cfg_interval)
+        return row
+
+
+def measure(
+    cases: Sequence[Case],
+    *,
+    batches: Sequence[int] = (1, 4),
+    steps: int = 8,
+    rounds: int = DEFAULT_ROUNDS,
+    warmup: int = DEFAULT_WARMUP,
+    guidance: float = 3.0,
+    prompts: Sequence[str],
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    seed: int = 0,
+) -> list[LatencyRow]:
+    """Time every case at every batch size, one row each, batch by batch in the order of `cases`.
+
+    `prompts` are repeated to fill a batch; the noise of picture i has seed i for every case. Warm-up passes of every
+    case come before the first round and are not recorded. `clock` returns seconds; `seed` fixes the bootstrap.
+
+    Raises InputError for no cases, a case given twice, a method its engine lacks, or numbers out of range.
+    """
+    _check(cases, batches, steps, rounds, warmup, guidance, prompts)
+    total = len(batches) * len(cases) * (warmup + rounds)
+    done = 0
+
+    def report(what: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total, what)
+
+    rows: list[LatencyRow] = []
+    for batch in batches:
+        texts = [prompts[i % len(prompts)] for i in range(batch)]
+        seeds = list(range(batch))
+        for case in cases:
+            for _ in range(warmup):
+                _once(case, texts, seeds, steps, guidance, clock)
+                report(f"warm-up, {case.label}, batch {batch}")
+        raw: list[list[dict[str, Any]]] = [[] for _ in cases]
+        for number in range(rounds):
+            gc.collect()  # between rounds, so that it falls on no case
+            for position, index in enumerate(_order(len(cases), number)):
+                observed = _once(cases[index], texts, seeds, steps, guidance, clock)
+                raw[index].append({"round": number, "position": position, **observed})
+                report(f"round {number + 1} of {rounds}, {cases[index].label}, batch {batch}")
+        loops = [np.array([one["loop_ms"] for one in observations]) for observations in raw]
+        for index, case in enumerate(cases):
+            reference = _reference(cases, index)
+            ratio = None if reference is None else _ratio(loops[index], loops[reference], seed)
+            label = None if reference is None else cases[reference].label
+            settings = {"batch": batch, "steps": steps, "guidance": guidance, "warmup": warmup}
+            rows.append(_row(case, raw[index], ratio, label, settings))
+    return rows
+
+
+def _order(count: int, number: int) -> list[int]:
+    """The order of round `number`: rotated by one place a round, so that nobody always runs first or last."""
+    start = number % count
+    return [*range(start, count), *range(start)]
+
+
+def _once(
+    case: Case, prompts: list[str], seeds: list[int], steps: int, guidance: float, clock: Callable[[], float]
+) -> dict[str, float]:
+    """One picture batch from prompt to pixels; the noise is drawn before the clock starts."""
+    noise = case.pipe.noise(seeds)
+    with _collector_paused():
+        start = clock()
+        context = case.pipe.encode(prompts)
+        encoded = clock()
+        latents = case.pipe.denoise(context, noise, steps=steps, guidance=guidance, method=case.method)
+        denoised = clock()
+        case.pipe.decode(latents)
+        decoded = clock()
+    return {
+        "encode_ms": 1e3 * (encoded - start),
+        "loop_ms": 1e3 * (denoised - encoded),
+        "decode_ms": 1e3 * (decoded - denoised),
+    }
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection within the block: it would be billed to whoever ran."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _reference(cases: Sequence[Case], index: int) -> int | None:
+    """The CFG case that `cases[index]` is compared with: its own engine's, else the first one of the same base.
+
+    A pipeline may say its base model in an attribute `base`; engines of different bases are never compared.
+    """
+    pipe = cases[index].pipe
+    cfg = [number for number, case in enumerate(cases) if case.method == "cfg"]
+    own = [number for number in cfg if cases[number].pipe is pipe]
+    base = getattr(pipe, "base", None)
+    alike = [number for number in cfg if getattr(cases[number].pipe, "base", None) == base]
+    return next(iter(own + alike), None)
+
+
+def _ratio(loop: np.ndarray, cfg: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Median of the round-paired ratio, and its percentile bootstrap interval over rounds."""
+    ratios = loop / np.maximum(cfg, 1e-9)  # a clock too coarse for the loop must not divide by zero
+    draws = np.random.default_rng(seed).integers(0, len(ratios), size=(_RESAMPLES, len(ratios)))
+    medians = np.median(ratios[draws], axis=1)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def _row(
+    case: Case,
+    raw: list[dict[str, Any]],
+    ratio: tuple[float, float, float] | None,
+    reference: str | None,
+    settings: dict[str, Any],
+) -> LatencyRow:
+    encode, loop, decode = (np.array([one[key] for one in raw]) for key in ("encode_ms", "loop_ms", "decode_ms"))
+    p25, p50, p75, p90, p99 = (float(value) for value in np.percentile(loop, [25, 50, 75, 90, 99]))
+    return LatencyRow(
+        engine=case.pipe.name,
+        method=case.method,
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        p50_ms_per_step=p50 / settings["steps"],
+        p50_ms_per_picture=float(np.median(encode + loop + decode)) / settings["batch"],
+        spread=(p75 - p25) / p50 if p50 else 0.0,
+        encode_p50_ms=float(np.median(encode)),
+        decode_p50_ms=float(np.median(decode)),
+        ratio_to_cfg=None if ratio is None else ratio[0],
+        ratio_to_cfg_interval=None if ratio is None else (ratio[1], ratio[2]),
+        ratio_reference=reference,
+        rounds=len(raw),
+        boundary=BOUNDARY,
+        raw=raw,
+        **settings,
+    )
+
+
+def _check(
+    cases: Sequence[Case],
+    batches: Sequence[int],
+    steps: int,
+    rounds: int,
+    warmup: int,
+    guidance: float,
+    prompts: Sequence[str],
+) -> None:
+    if not cases:
+        raise InputError("There is nothing to time; give at least one engine with one method.")
+    labels = [case.label for case in cases]
+    for case in cases:
+        if case.method not in case.pipe.methods:
+            raise InputError(
+                f"Engine '{case.pipe.name}' has no method '{case.method}'; it has {', '.join(case.pipe.methods)}."
+            )
+        if labels.count(case.label) > 1:
+            raise InputError(f"'{case.label}' is given {labels.count(case.label)} times; give each case once.")
+    if not batches or any(batch < 1 for batch in batches):
+        raise InputError(f"Batch sizes must be at least 1, got {list(batches)}.")
+    if not MIN_STEPS <= steps <= MAX_STEPS:
+        raise InputError(f"steps must be from {MIN_STEPS} to {MAX_STEPS}, got {steps}.")
+    if rounds < 1:
+        raise InputError(f"rounds must be at least 1, got {rounds}.")
+    if warmup < 0:
+        raise InputError(f"warmup must be 0 or more, got {warmup}.")
+    if not np.isfinite(guidance):
+        raise InputError(f"guidance must be a finite number, got {guidance}.")
+    if not prompts:
+        raise InputError("Timing needs at least one prompt; give one.")

@@ -1,0 +1,94 @@
+"""The networks whose cost is counted, built from configs alone: no weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """``{name: (module, inputs of one forward at batch 1)}`` on the meta device.
+
+    Args:
+        base: a base model's name, or ``random:sd15`` and its like.
+
+    Raises:
+        InputError: for an unknown base.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from ..models.base import random_unet_config, resolve
+    from ..models.guide import Features, TinyGuide
+    from ..models.student import encode
+
+    folder: Path | None = None
+    if base.startswith("random:"):
+        config = random_unet_config(base)
+    else:
+        folder = resolve(base).folder
+        config = json.loads((folder / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        guide = TinyGuide.from_unet(unet, **_guide_size(base))
+        size = unet.config.sample_size
+        inputs: dict[str, Any] = {
+            "sample": torch.empty(1, unet.config.in_channels, size, size),
+            "timestep": torch.empty(1, dtype=torch.long),
+            "encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim),
+        }
+        if unet.config.addition_embed_type == "text_time":
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+
+        class GuideAlone(torch.nn.Module):
+            """The guide fed with the features' shapes, so that its cost is counted apart from the teacher's."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.guide = guide
+
+            def forward(self, timestep: Any, guidance: Any, skips: Any, mid: Any) -> Any:
+                out = self.guide(timestep, guidance, Features(tuple(skips), mid))
+                return out.mid_block_res_sample
+
+        _, features = encode(unet, **inputs)
+        alone = {
+            "timestep": inputs["timestep"], "guidance": torch.empty(1),
+            "skips": list(features.down_block_res_samples), "mid": features.mid_block_res_sample,
+        }  # fmt: skip
+        found: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs), "guide-tiny": (GuideAlone(), alone)}
+        if folder is not None:
+            found |= _picture_networks(folder, inputs["sample"])
+    return found
+
+
+def _guide_size(base: str) -> dict[str, int]:
+    """The bundled guide's own size for the bundled bases, the default elsewhere."""
+    from ..errors import InputError
+    from ..models.load import guide_folder
+
+    if base.startswith("random:"):
+        return {}
+    try:
+        config = json.loads((guide_folder("emoji-tiny") / "config.json").read_text())
+    except InputError:
+        return {}
+    return {k: config[k] for k in ("rank", "embed_dim")}
+
+
+def _picture_networks(folder: Path, sample: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ..export.graph import TextEncoder, VaeDecoder
+
+    text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True))
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    vae = getattr(diffusers, config["_class_name"]).from_config(config)
+    return {
+        "text-encoder": (TextEncoder(text), {"input_ids": torch.empty(1, 77, dtype=torch.long)}),
+        "vae-decoder": (VaeDecoder(vae), {"latents": sample}),
+    }

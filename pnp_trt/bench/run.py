@@ -1,0 +1,190 @@
+"""`pnp-trt bench`: cost, latency and fidelity put together into one results document."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifacts import find_bundle, read_manifest
+from ..errors import InputError
+from ..runtime.pipeline import GUIDANCE, STEPS, Pipeline
+from .engines import engine_names
+from .report import PictureGrid
+
+PARTS = ("cost", "latency", "fidelity")
+#: prompts of the pictures and of the timed loop; the first eight fill the grid
+PROMPTS = (
+    "red apple", "grinning face", "red heart", "panda", "rocket", "pizza", "tulip", "automobile",
+    "tropical fish", "mushroom", "crown", "cactus", "banana", "ghost", "house", "snowman",
+)  # fmt: skip
+STYLES = ("noto", "twemoji")
+FIDELITY_STEPS = 20
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    engines: tuple[str, ...] = ()
+    base: str = "emoji"
+    only: str | None = None
+    batches: tuple[int, ...] = (1, 4)
+    steps: int = 10
+    rounds: int = 12
+    guidance: float = 3.0
+    provider: str = "auto"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that will run."""
+        return PARTS if self.only is None else (self.only,)
+
+
+def check(plan: Plan) -> None:
+    """Raise ``InputError`` for values out of range, before anything is built."""
+    if plan.only is not None and plan.only not in PARTS:
+        raise InputError(f"--only is '{plan.only}'; known: {', '.join(PARTS)}")
+    if plan.base.startswith("random:") and plan.only != "cost":
+        raise InputError(f"base '{plan.base}' has no weights to run; add --only cost")
+    if not STEPS[0] <= plan.steps <= STEPS[1]:
+        raise InputError(f"steps is {plan.steps}; it must be between {STEPS[0]} and {STEPS[1]}")
+    if not GUIDANCE[0] <= plan.guidance <= GUIDANCE[1]:
+        raise InputError(f"guidance is {plan.guidance:g}; it must be between {GUIDANCE[0]:g} and {GUIDANCE[1]:g}")
+    if any(not 1 <= b <= 32 for b in plan.batches):
+        raise InputError(f"batch sizes are {', '.join(map(str, plan.batches))}; each must be between 1 and 32")
+    if "cost" in plan.parts and plan.only == "cost" and importlib.util.find_spec("torch") is None:
+        raise InputError("counting cost needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
+
+
+def wanted_engines(plan: Plan) -> tuple[str, ...]:
+    """The engines to open: those named, or the base's plain and guided ones."""
+    if plan.only == "cost":
+        return ()
+    return plan.engines or engine_names(plan.base)
+
+
+def run(
+    plan: Plan, *, command: Sequence[str], progress: Progress | None = None
+) -> tuple[dict[str, Any], PictureGrid | None]:
+    """Measure; returns the document and, where fidelity ran, the picture grid.
+
+    Raises:
+        InputError: for unknown or damaged engines, or engines of different bases.
+    """
+    from . import cost, latency, results
+
+    say = progress or (lambda text, done, total: None)
+    check(plan)
+    pipes = _open(wanted_engines(plan), plan.provider)
+    rows: dict[str, Any] = {}
+    if "cost" in plan.parts and importlib.util.find_spec("torch") is not None:
+        say("counting cost", 0, 1)
+        from .networks import networks
+
+        rows["cost"] = cost.cost_rows(networks(plan.base))
+        rows["methods_cost"] = cost.method_rows(rows["cost"], steps=plan.steps)
+    if "latency" in plan.parts:
+        cases = [latency.Case(pipe, method) for pipe in pipes for method in pipe.methods]
+        rows["latency"] = latency.measure(
+            cases, batches=plan.batches, steps=plan.steps, rounds=plan.rounds, guidance=plan.guidance,
+            prompts=[f"{p}, {STYLES[0]} style" for p in PROMPTS],
+            progress=lambda done, total, what: say("timing", done, total),
+        )  # fmt: skip
+    grid = None
+    if "fidelity" in plan.parts:
+        rows["fidelity"], grid = _fidelity(pipes, plan, say)
+        if grid is not None:
+            rows["pictures"] = {
+                "prompts": list(grid.columns),
+                "rows": [label for label, _ in grid.rows],
+                "caption": grid.caption,
+            }
+    return results.document(["pnp-trt", *command], settings=asdict(plan), task_quality_evaluated=False, **rows), grid
+
+
+def _open(names: Sequence[str], provider: str) -> list[Pipeline]:
+    bases: dict[str, list[str]] = {}
+    for name in names:
+        manifest = read_manifest(find_bundle(name))
+        bases.setdefault(manifest["base"]["sha256"]["all"], []).append(name)
+    if len(bases) > 1:
+        groups = " and ".join(", ".join(group) for group in bases.values())
+        raise InputError(
+            f"these engines have different base models and cannot be compared: {groups}; bench each base alone"
+        )
+    return [Pipeline.load(name, provider=provider) for name in names]
+
+
+def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[dict[str, Any]], PictureGrid | None]:
+    """Distance of every method's pictures to the teacher's CFG pictures of the same seeds."""
+    prompts = [f"{p}, {style} style" for style in STYLES for p in PROMPTS]
+    seeds = list(range(len(prompts)))
+    cases = [(pipe, method) for pipe in pipes for method in pipe.methods]
+    cases.sort(key=lambda c: ("cfg", "guided", "unguided").index(c[1]))
+    made: list[tuple[str, str, np.ndarray]] = []
+    for i, (pipe, method) in enumerate(cases):
+        say(f"drawing {method}", i, len(cases))
+        pictures = pipe(prompts, steps=FIDELITY_STEPS, guidance=plan.guidance, seed=seeds, method=method)
+        made.append((pipe.name, method, np.stack([p.pixels for p in pictures])))
+    if not made or made[0][1] != "cfg":
+        return [], None
+    from . import fidelity
+
+    teacher = made[0][2]
+    features = _features([pixels for _, _, pixels in made])
+    rows = []
+    for i, (engine, method, pixels) in enumerate(made):
+        if i == 0:
+            continue
+        db = fidelity.psnr(pixels, teacher)
+        row: dict[str, Any] = {
+            "engine": engine, "method": method, "steps": FIDELITY_STEPS, "guidance": plan.guidance,
+            "pictures": len(pixels),
+            "psnr_to_cfg_db": round(float(db.mean()), 2),
+        }  # fmt: skip
+        if features is not None:
+            row["feature_cosine_to_cfg"] = round(float(fidelity.cosine(features[i], features[0]).mean()), 4)
+        rows.append(row)
+    w = f"w = {plan.guidance:g}"
+    labels = {
+        "cfg": f"teacher, CFG\n2 passes, {w}",
+        "guided": f"guided\n1 pass, {w}",
+        "unguided": "no guidance\n1 pass",
+    }
+    shown = len(PROMPTS) // 2
+    grid = PictureGrid(
+        list(PROMPTS[:shown]),
+        [(labels[method], pixels[:shown]) for _, method, pixels in made],
+        f"{STYLES[0]} style, the same seed down each column, {FIDELITY_STEPS} steps",
+    )
+    return rows, grid
+
+
+def _features(pictures: list[np.ndarray]) -> list[np.ndarray] | None:
+    """EfficientNet features of each set, or None where the package is not installed."""
+    if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+        return None
+    from .fidelity import FeatureExtractor
+
+    extractor = FeatureExtractor()
+    return [extractor(p) for p in pictures]
+
+
+def write_grid(grid: PictureGrid, path: Path) -> None:
+    """The picture grid as a PNG; an existing file is replaced only once the new one is whole."""
+    from PIL import Image
+
+    from ..runtime.images import grid as draw
+
+    pixels = draw([(label, list(pictures)) for label, pictures in grid.rows], grid.columns, grid.caption)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    Image.fromarray(pixels).save(beside, format="PNG")
+    beside.replace(path)

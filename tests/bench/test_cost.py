@@ -1,0 +1,153 @@
+"""The MAC counter against hand counts and against the published figures of SD 1.x."""
+
+from __future__ import annotations
+
+import pytest
+
+from pnp_trt.bench import cost
+from pnp_trt.errors import InputError
+
+torch = pytest.importorskip("torch")
+
+#: The public configuration of runwayml/stable-diffusion-v1-5's U-Net.
+SD15 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+class Attention(torch.nn.Module):
+    """Attention alone; `fused` or spelt out in two matrix products."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.fused:
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value=value)
+        return torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
+
+
+class OnPermuted(torch.nn.Module):
+    """A linear layer on a non-contiguous input, as after a convolution: torch may run it as a batched product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 10, bias=False)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return self.linear(sample.flatten(2).transpose(1, 2))
+
+
+def test_convolution_by_hand() -> None:
+    module = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+    assert cost.count(module, (torch.zeros(1, 3, 16, 16),)) == cost.Cost(
+        parameters=8 * 3 * 9 + 8, macs=8 * 8 * 8 * 3 * 9, macs_without_attention=8 * 8 * 8 * 3 * 9
+    )
+
+
+def test_grouped_convolution_by_hand() -> None:
+    module = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    assert cost.count(module, (torch.zeros(1, 8, 4, 4),)).macs == 8 * 9 * 16
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_by_hand(bias: bool) -> None:
+    found = cost.count(torch.nn.Linear(6, 10, bias=bias), (torch.zeros(1, 7, 6),))
+    assert found == cost.Cost(60 + 10 * bias, 7 * 60, 7 * 60)
+
+
+def test_linear_on_a_permuted_input_is_still_linear() -> None:
+    found = cost.count(OnPermuted(), (torch.zeros(2, 6, 4, 4),))
+    assert found.macs == found.macs_without_attention == 2 * 16 * 60
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_by_hand(fused: bool) -> None:
+    query, key, value = torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 9, 3)
+    found = cost.count(Attention(fused), {"query": query, "key": key, "value": value})
+    assert found == cost.Cost(0, macs=2 * 5 * 9 * 4 + 2 * 5 * 9 * 3, macs_without_attention=0)
+
+
+def test_attention_inside_another_torch_function() -> None:
+    module = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    sequence = torch.zeros(1, 5, 8)
+    found = cost.count(module, {"query": sequence, "key": sequence, "value": sequence})
+    assert found.macs_without_attention == 4 * 5 * 8 * 8
+    assert found.macs == found.macs_without_attention + 2 * 5 * 5 * 8
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).train()
+    before = module[0].weight
+    cost.count(module, (torch.zeros(1, 4),))
+    assert module.training
+    assert module[0].weight is before
+    assert before.device.type == "cpu"
+    assert module[1].running_mean is not None
+    assert module[1].running_mean.device.type == "cpu"
+
+
+def test_wrong_shape_is_refused_in_one_sentence() -> None:
+    with pytest.raises(InputError, match="Linear cannot be counted"):
+        cost.count(torch.nn.Linear(4, 4), (torch.zeros(1, 5),))
+
+
+def test_sd15_matches_the_published_figures() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**SD15)
+    found = cost.count(
+        unet,
+        {
+            "sample": torch.zeros(1, 4, 64, 64),
+            "timestep": torch.tensor([1]),
+            "encoder_hidden_states": torch.zeros(1, 77, 768),
+        },
+    )
+    assert found.parameters == pytest.approx(859.52e6, rel=2e-5)
+    assert found.macs_without_attention == pytest.approx(338.61e9, rel=2e-3)
+    assert found.macs == pytest.approx(401.64e9, rel=2e-3)
+
+
+def test_rows_and_methods() -> None:
+    one = (torch.zeros(1, 4),)
+    rows = cost.cost_rows(
+        {
+            "teacher": (torch.nn.Linear(4, 100), one),
+            "guide-tiny": (torch.nn.Linear(4, 5), one),
+            "text-encoder": (torch.nn.Linear(4, 2), one),
+            "vae-decoder": (torch.nn.Linear(4, 3), one),
+        }
+    )
+    assert rows[0] == {
+        "network": "teacher",
+        "parameters": 500,
+        "macs": 400,
+        "macs_without_attention": 400,
+        "per": "step",
+    }
+    assert [row["per"] for row in rows] == ["step", "step", "picture", "picture"]
+    cfg, unguided, guided = cost.method_rows(rows, steps=10)
+    assert (cfg["method"], cfg["macs_per_step"], cfg["macs_per_picture"]) == ("cfg", 800, 8000 + 8 + 12)
+    assert (unguided["macs_per_step"], unguided["macs_per_picture"]) == (400, 4000 + 8 + 12)
+    assert (guided["guide"], guided["macs_per_step"], guided["parameters"]) == ("guide-tiny", 420, 525)
+    assert (cfg["ratio_to_cfg"], unguided["ratio_to_cfg"], guided["ratio_to_cfg"]) == (1.0, 0.5, 0.525)
+    assert guided["picture_includes"] == ["text-encoder", "vae-decoder"]
+
+
+def test_methods_need_a_teacher_and_steps() -> None:
+    with pytest.raises(InputError, match="needs the network 'teacher', got guide-tiny"):
+        cost.method_rows([{"network": "guide-tiny", "parameters": 1, "macs": 1, "macs_without_attention": 1}], steps=8)
+    with pytest.raises(InputError, match="at least 1"):
+        cost.method_rows([], steps=0)
+    with pytest.raises(InputError, match="no network"):
+        cost.cost_rows({})

@@ -1,0 +1,345 @@
+"""The command line: parse, call one library function, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import InputError, PnpError
+
+app = typer.Typer(
+    help="Serve Stable-Diffusion-family models with one U-Net pass a step.\n\nStart with: pnp-trt sample 'a red apple'",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
+app.add_typer(distill_app, name="distill")
+
+_debug = False
+
+
+def main() -> None:
+    """Entry point: library errors become one sentence and an exit code; the rest is a bug and says so."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        app(standalone_mode=True)
+    except PnpError as e:
+        if _debug:
+            raise
+        print(f"pnp-trt: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("pnp-trt: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        if _debug:
+            raise
+        print(f"pnp-trt: unexpected {type(e).__name__}: {e}; run again with --debug for the details", file=sys.stderr)
+        sys.exit(1)
+
+
+def _show_warning(message: Any, category: type, *_: Any) -> None:
+    if issubclass(category, UserWarning) and not issubclass(category, FutureWarning | DeprecationWarning):
+        print(f"pnp-trt: {message}", file=sys.stderr)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from . import __version__
+
+        print(f"pnp-trt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug or bool(os.environ.get("PNP_TRT_DEBUG"))
+
+
+@app.command()
+def build(
+    base: Annotated[
+        str, typer.Option(help="emoji, a bundled fine-tune, a diffusers folder, a U-Net .safetensors or a hub id.")
+    ] = "emoji",
+    guide: Annotated[
+        str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the plain teacher.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="Numbers in the graphs.")] = "fp32",
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder; default engines/BASE-GUIDE.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Fuse guide and U-Net into one graph, export the rest, check it against PyTorch, write a bundle."""
+    _need_torch("build")
+    from .export.bundle import STAGES, BuildSpec
+    from .export.bundle import build as run
+
+    spec = BuildSpec(base, guide, backend, precision, out)
+    with _Bar(f"build {spec.folder().name}", len(STAGES)) as bar:
+        built = run(spec, force=force, progress=bar.stage)
+    m = built.manifest
+    size = sum(f["bytes"] for f in m["files"].values()) / 2**20
+    worst = max(m["parity"]["relative_error"].values())
+    made = "is up to date" if built.cached else f"built in {m['build_seconds']:.0f} s"
+    print(
+        f"{built.folder} {made}: {size:.0f} MiB, {m['precision']}, "
+        f"parity with PyTorch {worst:.1e} (limit {m['parity']['limit']:.0e})"
+    )
+    print(f"next: pnp-trt sample 'a red apple' --engine {built.folder}")
+
+
+@app.command()
+def sample(
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What to draw; several are drawn as one batch.")
+    ],
+    engine: Annotated[str, typer.Option(help="A bundle's name or folder.")] = "emoji-tiny",
+    steps: Annotated[int, typer.Option(help="Sampling steps; 8 to 50 is usual.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Guidance scale w, 1 to 9.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures per prompt.")] = 1,
+    method: Annotated[str | None, typer.Option(help="guided, or on a bundle without guide: cfg, unguided.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths.")] = False,
+) -> None:
+    """Draw pictures; the parameters are stored in each PNG."""
+    from .runtime.images import free_path, save_png, slug
+    from .runtime.pipeline import Pipeline, check_request
+
+    asked = [p for p in prompts for _ in range(count)]
+    seeds = [seed + i for _ in prompts for i in range(count)]
+    check_request(asked, seeds, [guidance] * len(asked), steps)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder")
+    _build_if_missing(engine, quiet)
+    pipeline = Pipeline.load(engine, provider=provider)
+    with _Bar(f"{len(asked)} pictures, {steps} steps, w = {guidance:g}", None, quiet) as bar:
+        pictures = pipeline(asked, steps=steps, guidance=guidance, seed=seeds, method=method, callback=bar.count)
+    out.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        path = free_path(out, f"{slug(picture.parameters['prompt'])}-{picture.parameters['seed']}")
+        save_png(picture.pixels, picture.parameters, path)
+        print(path)
+
+
+@app.command()
+def bench(
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Bundles to compare; default: the base's teacher and guided ones.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="Base model; random:sd15, random:sd21 and random:sdxl with --only cost.")
+    ] = "emoji",
+    only: Annotated[str | None, typer.Option(help="cost, latency or fidelity; default: all three.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to time; default 1 and 4.")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps of the timed loop.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; more is steadier.")] = 12,
+    guidance: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    grid_file: Annotated[
+        Path | None, typer.Option("--grid", help="Write the picture grid (teacher above, guided below) here.")
+    ] = None,
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Cost, latency and fidelity of guided sampling against its teacher's classifier-free guidance."""
+    from rich.console import Console
+
+    from .bench import report, results, run
+
+    plan = run.Plan(tuple(engine or ()), base, only, tuple(batch or (1, 4)), steps, rounds, guidance, provider)
+    run.check(plan)
+    for name in run.wanted_engines(plan):
+        _build_if_missing(name, quiet=False)
+    with _Bar("bench", None) as bar:
+        document, grid = run.run(plan, command=sys.argv[1:], progress=bar.note)
+    Console().print(report.render_terminal(document))
+    if grid_file is not None:
+        if grid is None:
+            raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
+        run.write_grid(grid, grid_file)
+        print(f"pictures: {grid_file}")
+    if json_file is not None:
+        results.write(document, json_file)
+        print(f"results:  {json_file}")
+    if html_file is not None:
+        report.render_html(document, html_file, grid)
+        print(f"page:     {html_file}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is installed, what is missing for which command, and the command that mends it."""
+    from . import doctor as module
+    from .artifacts import engines_home
+
+    checks = module.diagnose(engines_home())
+    if as_json:
+        import json
+
+        print(json.dumps(module.as_dict(checks), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(module.render(checks))
+    if not module.ok(checks):
+        raise typer.Exit(1)
+
+
+@distill_app.command("guidance")
+def distill_guidance(
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")],
+    out: Annotated[Path, typer.Option(help="Folder for the guide.")],
+    base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
+    guide: Annotated[str, typer.Option(help="Which guide to make: tiny.")] = "tiny",
+    rank: Annotated[int, typer.Option(min=1, help="Inner channels of each adapter.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
+    batch: Annotated[int, typer.Option(min=1, help="States per step.")] = 48,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    trajectories: Annotated[int, typer.Option(min=1, help="Guided sampling runs that give the training states.")] = 960,
+    w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn; the smallest is 1.")] = 9.0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+) -> None:
+    """Stage 1: teach a guide to do in one U-Net pass what classifier-free guidance does in two."""
+    _need_torch("distill")
+    if not lr > 0:
+        raise InputError(f"--lr is {lr:g}; it must be above 0")
+    from .distill.guidance import GuidanceConfig, distill
+    from .distill.states import StateConfig
+    from .distill.train import TrainConfig
+
+    states = StateConfig(trajectories=trajectories, w_max=w_max, seed=seed)
+    config = GuidanceConfig(
+        base,
+        prompts,
+        out,
+        guide,
+        rank,
+        w_max=w_max,
+        states=states,
+        train=TrainConfig(steps=steps, batch=batch, lr=lr, seed=seed),
+    )
+    with _Bar("distill", None) as bar:
+        report = distill(config, resume=resume, progress=bar.stages)
+    parameters = report["parameters"]
+    share = parameters["guide"] / parameters["unet"]
+    print(f"{out}: {parameters['guide']:,} parameters, {share:.1%} of the U-Net's, in {report['seconds']:.0f} s")
+    print(f"guidance left unexplained on held-out trajectories: {report['held_out']['residual']:.1%}")
+    print(f"next: pnp-trt build --base {base} --guide {out}")
+
+
+def _need_torch(command: str) -> None:
+    import importlib.util
+
+    missing = [
+        m for m in ("torch", "diffusers", "transformers", "onnx", "onnxscript") if importlib.util.find_spec(m) is None
+    ]
+    if missing:
+        extra = "train" if command == "distill" else "build"
+        raise InputError(f"pnp-trt {command} needs {', '.join(missing)}; install with: pip install 'pnp-trt[{extra}]'")
+
+
+def _build_if_missing(engine: str, quiet: bool) -> None:
+    """Build a bundled model's engine on first use, in a process of its own: this one never loads torch."""
+    import subprocess
+
+    from .artifacts import engines_home
+    from .bench.engines import default_build
+
+    arguments = default_build(engine)
+    if arguments is None or (engines_home() / engine).is_dir():
+        return
+    if not quiet:
+        print(f"engine '{engine}' is not built yet; building it once (about a minute)", file=sys.stderr)
+    command = [sys.executable, "-m", "pnp_trt", *(["--debug"] if _debug else []), "build", *arguments]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None)
+    if done.returncode:
+        raise PnpError(
+            f"building engine '{engine}' failed (exit code {done.returncode}); "
+            f"run it alone: pnp-trt build {' '.join(arguments)}"
+        )
+
+
+class _Bar:
+    """One progress line on standard error; silent when ``quiet`` or when nobody watches."""
+
+    def __init__(self, title: str, total: int | None, quiet: bool = False) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+        self._plain = not quiet and not console.is_terminal
+        self._title = title
+        self._task = self._progress.add_task(title, total=total)
+        self._last = ""
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str) -> None:
+        """A named stage begins; stages count one each."""
+        if self._last:
+            self._progress.advance(self._task)
+        self._last = name
+        self._progress.update(self._task, description=f"{self._title}: {name}")
+        if self._plain:
+            print(f"{self._title}: {name}", file=sys.stderr)
+
+    def count(self, done: int, total: int) -> None:
+        """So many of so many."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def note(self, text: str, done: int, total: int) -> None:
+        """So many of so many, and what is going on."""
+        self._progress.update(self._task, description=text, completed=done, total=total)
+        if self._plain and text != self._last:
+            print(text, file=sys.stderr)
+        self._last = text
+
+    def stages(self, name: str, done: int, total: int, note: str) -> None:
+        """Several counted stages after each other; prints a line at each tenth when nobody watches."""
+        self._progress.update(self._task, description=f"{name} {note}", completed=done, total=total)
+        mark = f"{name} {10 * done // max(total, 1)}"
+        if self._plain and mark != self._last:
+            print(f"{name}: {done} of {total} {note}", file=sys.stderr)
+        self._last = mark
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Shared fixtures: a micro teacher in Stable Diffusion's format, and bundles built once a session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run ``pnp-trt ARGS`` in this process, through the real entry point."""
+    from pnp_trt.cli import main
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["pnp-trt", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        captured = capfd.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+def make_micro_base(folder: Path, seed: int = 0) -> Path:
+    """A random teacher of a few hundred thousand weights, saved as diffusers saves Stable Diffusion."""
+    import torch
+    from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from pnp_trt.assets import ROOT
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
+    )  # fmt: skip
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=1,
+            num_attention_heads=2, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
+        )
+    )  # fmt: skip
+    # initialised as CLIP is, prompts of an untrained encoder hardly differ; the tests need ones that do
+    with torch.no_grad():
+        text.get_input_embeddings().weight.normal_(std=1.0)
+    vae = AutoencoderTiny(
+        latent_channels=4, encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        unet=unet, text_encoder=text, vae=vae, tokenizer=CLIPTokenizer.from_pretrained(ROOT / "emoji" / "tokenizer"),
+        scheduler=DDIMScheduler.from_pretrained(ROOT / "emoji" / "scheduler"), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro teacher's folder; do not write into it."""
+    return make_micro_base(tmp_path_factory.mktemp("base") / "micro")
+
+
+@pytest.fixture(scope="session")
+def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guide for the micro teacher whose residuals are not zero."""
+    import torch
+
+    from pnp_trt.models.base import resolve
+    from pnp_trt.models.guide import TinyGuide
+
+    guide = TinyGuide.from_unet(resolve(str(micro_base)).unet(), rank=4, embed_dim=8)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for adapter in guide.adapters:
+            adapter.expand.weight.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("guide") / "micro-guide"
+    guide.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundles ``plain`` and ``guided`` of the micro teacher; do not write into it."""
+    from pnp_trt.export.bundle import BuildSpec, build
+
+    home = tmp_path_factory.mktemp("engines")
+    build(BuildSpec(str(micro_base), "none", out=home / "plain"))
+    build(BuildSpec(str(micro_base), str(micro_guide), out=home / "guided"))
+    return home
+
+
+@pytest.fixture
+def engines(micro_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``micro_bundles`` as the engines' home."""
+    monkeypatch.setenv("PNP_TRT_ENGINES", str(micro_bundles))
+    return micro_bundles

@@ -1,0 +1,214 @@
+"""The commands as their user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from .conftest import Result
+
+Cli = Callable[..., Result]
+
+
+def test_help_and_version(cli: Cli) -> None:
+    assert cli("--help").code == 0
+    assert cli("--version").out.startswith("pnp-trt ")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['pnp-trt', '--help']\n"
+        "from pnp_trt.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime', 'numpy', 'matplotlib', 'PIL'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_sample_writes_pictures_with_their_parameters(cli: Cli, engines: Path, tmp_path: Path) -> None:
+    done = cli(
+        "sample", "a red apple", "a cat", "-n", 2, "--engine", "guided", "--steps", 3, "--seed", 5, "--out", tmp_path
+    )
+    assert done.code == 0, done.err
+    paths = [Path(line) for line in done.out.split()]
+    assert [p.name for p in paths] == ["a-red-apple-5.png", "a-red-apple-6.png", "a-cat-5.png", "a-cat-6.png"]
+    picture = Image.open(paths[1])
+    assert picture.size == (32, 32)
+    parameters = json.loads(picture.text["pnp-trt"])
+    assert parameters["prompt"] == "a red apple" and parameters["seed"] == 6 and parameters["method"] == "guided"
+
+
+def test_sample_never_overwrites(cli: Cli, engines: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert cli("sample", "a cat", "--engine", "guided", "--steps", 2, "--out", tmp_path).code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-cat-0-2.png", "a-cat-0.png"]
+
+
+def test_a_long_prompt_is_cut_with_one_clear_line(cli: Cli, engines: Path, tmp_path: Path) -> None:
+    done = cli("sample", "apple " * 80 + "zebra", "--engine", "guided", "--steps", 2, "--out", tmp_path)
+    assert done.code == 0
+    (line,) = [line for line in done.err.splitlines() if "dropped" in line]
+    assert line.startswith("pnp-trt: the prompt has 83 tokens and was cut to 77") and "zebra" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps is 0; it must be between 1 and 1000"),
+        (["--guidance", "20"], "guidance is 20; it must be between 1 and 9"),
+        (["--engine", "nope"], "no engine named 'nope'; known engines: guided, plain"),
+        (["--method", "cfg"], "engine 'guided' cannot do 'cfg'; it can do: guided"),
+        (["--provider", "tpu"], "provider is 'tpu'; known: auto, cpu, cuda"),
+        (["--seed", "-4"], "seed is -4"),
+    ],
+)
+def test_bad_sample_arguments_are_one_sentence_and_exit_2(
+    cli: Cli, engines: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = cli(
+        "sample",
+        "a cat",
+        *(["--engine", "guided"] if "--engine" not in arguments else []),
+        "--out",
+        tmp_path,
+        *arguments,
+    )
+    assert done.code == 2
+    assert message in done.err and "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(engines: Path) -> None:
+    command = [sys.executable, "-m", "pnp_trt", "--debug", "sample", "a cat", "--engine", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_build_is_a_cache_hit_the_second_time_and_refuses_to_replace(
+    cli: Cli, micro_base: Path, micro_guide: Path, engines: Path, tmp_path: Path
+) -> None:
+    again = cli("build", "--base", micro_base, "--guide", micro_guide, "--out", engines / "guided")
+    assert again.code == 0 and "is up to date" in again.out
+    other = cli("build", "--base", micro_base, "--guide", "none", "--out", engines / "guided")
+    assert other.code == 2 and "holds another bundle" in other.err and "--force" in other.err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    mine = cli("build", "--base", micro_base, "--guide", "none", "--out", tmp_path / "mine", "--force")
+    assert mine.code == 2 and "not a bundle" in mine.err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "nope"], "no base model 'nope'; known: emoji"),
+        (["--guide", "nope"], "no guide 'nope'; known: "),
+        (["--precision", "int3"], "precision is 'int3'; known: fp32"),
+        (["--backend", "abacus"], "backend is 'abacus'; known: onnxruntime"),
+        (["--base", "random:sd15"], "has no weights to build from"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = cli("build", "--out", tmp_path / "x", *arguments)
+    assert done.code == 2 and message in done.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_guide_for_another_base_is_refused(cli: Cli, micro_guide: Path, tmp_path: Path) -> None:
+    done = cli("build", "--base", "emoji", "--guide", micro_guide, "--out", tmp_path / "x")
+    assert done.code == 2 and "does not fit this U-Net" in done.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_damaged_base_weights_are_refused(cli: Cli, micro_base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(micro_base, tmp_path / "broken"))
+    weights = next((broken / "unet").glob("*.safetensors"))
+    state = load_file(weights)
+    state["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    save_file(state, weights)
+    done = cli("build", "--base", broken, "--guide", "none", "--out", tmp_path / "x")
+    assert done.code == 2 and "conv_in.weight holds values that are not finite" in done.err
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = cli("build", "--base", broken, "--guide", "none", "--out", tmp_path / "x")
+    assert done.code == 2 and "does not load as UNet2DConditionModel" in done.err
+    weights.unlink()
+    done = cli("build", "--base", broken, "--guide", "none", "--out", tmp_path / "x")
+    assert done.code == 2 and "holds no .safetensors" in done.err
+
+
+def test_bench_writes_the_documents(cli: Cli, engines: Path, tmp_path: Path) -> None:
+    files = [tmp_path / n for n in ("b.json", "b.html", "b.png")]
+    done = cli(
+        "bench", "--engine", "plain", "--engine", "guided", "--rounds", 2, "--steps", 2, "--batch", 1,
+        "--json", files[0], "--html", files[1], "--grid", files[2],
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    document = json.loads(files[0].read_text())
+    assert [r["network"] for r in document["cost"]][:2] == ["teacher", "guide-tiny"]
+    assert {(r["engine"], r["method"]) for r in document["latency"]} == {
+        ("plain", "cfg"), ("plain", "unguided"), ("guided", "guided"),
+    }  # fmt: skip
+    assert all(r["p50_ms"] > 0 and r["ratio_to_cfg"] > 0 for r in document["latency"])
+    assert {r["method"] for r in document["fidelity"]} == {"guided", "unguided"}
+    assert files[1].read_text().startswith("<!doctype html>") or "<html" in files[1].read_text()[:200]
+    assert Image.open(files[2]).width > 300
+
+
+def test_bench_cost_of_a_public_architecture(cli: Cli, tmp_path: Path) -> None:
+    done = cli("bench", "--only", "cost", "--base", "random:sd15", "--json", tmp_path / "c.json")
+    assert done.code == 0, done.err
+    rows = {r["network"]: r for r in json.loads((tmp_path / "c.json").read_text())["cost"]}
+    assert rows["teacher"]["parameters"] == pytest.approx(859.52e6, rel=1e-4)
+    assert rows["teacher"]["macs_without_attention"] == pytest.approx(338.61e9, rel=2e-3)
+    assert rows["teacher"]["macs"] == pytest.approx(401.64e9, rel=2e-3)
+    # the published budget of the tiny guide
+    assert rows["guide-tiny"]["parameters"] <= 8.27e6
+    assert rows["guide-tiny"]["macs_without_attention"] <= 7.79e9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "beauty"], "--only is 'beauty'; known: cost, latency, fidelity"),
+        (["--base", "random:sd15"], "add --only cost"),
+        (["--base", "random:sd9", "--only", "cost"], "known: emoji"),
+        (["--batch", "0"], "each must be between 1 and 32"),
+    ],
+)
+def test_bad_bench_arguments(cli: Cli, engines: Path, arguments: list[str], message: str) -> None:
+    done = cli("bench", *arguments)
+    assert done.code == 2 and message in done.err
+
+
+def test_engines_of_different_bases_are_not_compared(
+    cli: Cli, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    home = Path(shutil.copytree(engines, tmp_path / "engines"))
+    manifest = json.loads((home / "guided" / "manifest.json").read_text())
+    manifest["base"]["sha256"]["all"] = "0" * 64
+    (home / "guided" / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setenv("PNP_TRT_ENGINES", str(home))
+    done = cli("bench", "--engine", "plain", "--engine", "guided", "--only", "latency")
+    assert done.code == 2 and "different base models" in done.err
+
+
+def test_doctor(cli: Cli) -> None:
+    done = cli("doctor", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)
+    assert cli("doctor").code == 0

@@ -1,0 +1,58 @@
+# Two commands on a fresh machine: `make demo` shows the whole path, `make test` checks it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint bench emoji clean
+
+help:
+	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
+	@echo "make test   install the development extra, then lint, type-check and test"
+	@echo "make bench  the README's figures, into benchmarks/results/"
+	@echo "make emoji  train the bundled model again from nothing (hours on a CPU; resumable)"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing (once; torch is the large part)"
+	$(PIP_INSTALL) -e '.[build,fidelity]'
+	@touch $@
+
+$(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing (once; torch is the large part)"
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.demo-installed
+
+demo: $(VENV)/.demo-installed
+	@mkdir -p $(DEMO)
+	$(BIN)/pnp-trt build --base emoji --guide none --out engines/emoji-teacher
+	$(BIN)/pnp-trt build --base emoji --out engines/emoji-tiny
+	$(BIN)/pnp-trt sample "a red apple" "a grinning face, noto style" "a panda, twemoji style" --engine emoji-tiny --out $(DEMO)/samples
+	$(BIN)/pnp-trt bench --json $(DEMO)/bench.json --html $(DEMO)/report.html --grid $(DEMO)/grid.png
+	@echo "done: open $(DEMO)/report.html and $(DEMO)/grid.png"
+
+test: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev-installed
+	$(BIN)/pnp-trt bench --rounds 30 --steps 20 --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html
+	$(BIN)/pnp-trt bench --only cost --base random:sd15 --json benchmarks/results/cost-sd15.json
+
+emoji: $(BIN)/python
+	$(PIP_INSTALL) -e '.[recipe]'
+	$(BIN)/python -m benchmarks.emoji --preset cpu
+
+clean:
+	rm -rf build demo

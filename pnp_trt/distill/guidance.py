@@ -84,7 +84,8 @@ def distill(
     prompts = read_prompts(config.prompts)
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings.pop("out")
-    identity = {"base": base.fingerprint()["all"], "prompts": digest(prompts)}
+    teacher = {part: base.fingerprint()[part] for part in ("unet", "text_encoder")}
+    identity = {"teacher": teacher, "prompts": digest(prompts)}
     _claim(config.out, settings | identity, resume)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -183,7 +183,7 @@ def _build(spec: BuildSpec, base: Any, key: str, folder: Path, progress: Callabl
                     n: [str(v.dtype).removeprefix("torch."), ["batch", *v.shape[1:]]]
                     for n, v in golden[network].items()
                 },
-                "lowered_group_norms": lowered,
+                "lowered": lowered,
             }
         progress("check parity")
         limit = PARITY_LIMIT[spec.precision]

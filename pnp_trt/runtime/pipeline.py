@@ -33,6 +33,7 @@ class Pipeline:
 
     Attributes:
         name: the bundle's name.
+        base: what identifies the teacher's weights; pipelines of one base can be compared.
         methods: what it can do: ``guided`` for a bundle with a guide; ``cfg`` and ``unguided`` for a plain one.
     """
 
@@ -40,6 +41,7 @@ class Pipeline:
         manifest = bundle.manifest
         self.bundle = bundle
         self.name: str = bundle.name
+        self.base: str = manifest["base"]["sha256"]["all"]
         self.methods: tuple[str, ...] = ("guided",) if bundle.guided else ("cfg", "unguided")
         self.max_batch: int = manifest["sample"]["max_batch"]
         self._latent = (manifest["sample"]["channels"], manifest["sample"]["height"], manifest["sample"]["width"])

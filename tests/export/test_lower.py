@@ -46,7 +46,7 @@ def test_export_keeps_group_norm_native(exported: Path) -> None:
 
 
 def test_lowering_keeps_the_meaning_for_any_batch(exported: Path) -> None:
-    assert for_onnxruntime_cpu(exported) == 1
+    assert for_onnxruntime_cpu(exported) == {"GroupNormalization": 1, "Attention": 0}
     assert "GroupNormalization" not in ops(exported) and "InstanceNormalization" in ops(exported)
     onnx.checker.check_model(str(exported), full_check=True)
     for batch in (1, 3):
@@ -59,7 +59,7 @@ def test_lowering_keeps_the_meaning_for_any_batch(exported: Path) -> None:
 def test_lowering_leaves_other_graphs_alone(tmp_path: Path) -> None:
     export(nn.Conv2d(4, 4, 1), {"input": torch.zeros(2, 4, 8, 8)}, "y", tmp_path / "conv.onnx")
     before = (tmp_path / "conv.onnx").read_bytes()
-    assert for_onnxruntime_cpu(tmp_path / "conv.onnx") == 0
+    assert not any(for_onnxruntime_cpu(tmp_path / "conv.onnx").values())
     assert (tmp_path / "conv.onnx").read_bytes() == before
 
 
@@ -70,6 +70,37 @@ def test_equal_inputs_give_equal_files(tmp_path: Path) -> None:
         for_onnxruntime_cpu(tmp_path / name / "block.onnx")
     for file in ("block.onnx", "block.onnx.data"):
         assert sha256(tmp_path / "a" / file) == sha256(tmp_path / "b" / file)
+
+
+class Attend(nn.Module):
+    """Cross-attention as diffusers writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(12, 16), nn.Linear(12, 16)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            layer(source).view(source.shape[0], -1, 4, 4).transpose(1, 2)
+            for layer, source in ((self.q, x), (self.k, text), (self.v, text))
+        )
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(x.shape[0], -1, 16)
+
+
+def test_attention_takes_its_heads_joined(tmp_path: Path) -> None:
+    path = tmp_path / "attend.onnx"
+    export(Attend(), {"x": torch.randn(2, 9, 16), "text": torch.randn(2, 7, 12)}, "y", path)
+    assert ops(path).count("Transpose") == 4
+    assert for_onnxruntime_cpu(path) == {"GroupNormalization": 0, "Attention": 1}
+    assert "Attention" in ops(path) and "Transpose" not in ops(path)
+    onnx.checker.check_model(str(path), full_check=True)
+    for batch in (1, 3):
+        inputs = {"x": torch.randn(batch, 9, 16) * 3, "text": torch.randn(batch, 7, 12) * 3}
+        with torch.no_grad():
+            reference = Attend()(**inputs).numpy()
+        assert relative_error(path, inputs, reference) < 1e-5
 
 
 def test_parity_is_a_gate(exported: Path) -> None:

@@ -208,12 +208,13 @@ def distill_guidance(
     out: Annotated[Path, typer.Option(help="Folder for the guide.")],
     base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
     guide: Annotated[str, typer.Option(help="Which guide to make: tiny.")] = "tiny",
-    rank: Annotated[int, typer.Option(min=1, help="Inner channels of each adapter.")] = 32,
+    rank: Annotated[int, typer.Option(min=1, help="Inner channels of trunk and adapters.")] = 48,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
     batch: Annotated[int, typer.Option(min=1, help="States per step.")] = 48,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     trajectories: Annotated[int, typer.Option(min=1, help="Guided sampling runs that give the training states.")] = 960,
     w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn; the smallest is 1.")] = 9.0,
+    mixed_precision: Annotated[str, typer.Option(help="no, or bf16.")] = "no",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
@@ -233,6 +234,7 @@ def distill_guidance(
         guide,
         rank,
         w_max=w_max,
+        mixed_precision=mixed_precision,
         states=states,
         train=TrainConfig(steps=steps, batch=batch, lr=lr, seed=seed),
     )

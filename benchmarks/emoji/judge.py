@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,14 @@ class Recipe:
     """Sizes of the head; chosen by training on one judge style and testing on the other."""
 
     hidden: int = 256
+    text_hidden: int = 256
     width: int = 128
     steps: int = 600
     batch: int = 512
     lr: float = 1e-3
     weight_decay: float = 0.1
     dropout: float = 0.3
+    text_dropout: float = 0.3
     temperature: float = 0.05
     seed: int = 0
 
@@ -97,11 +100,11 @@ def training_pictures(style: Style, cache: Path) -> Pictures:
     return Pictures(shots.pixels, [_modern(c, known) for c in shots.concepts], shots.styles)
 
 
-def _tower(inputs: int, recipe: Recipe) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Dropout(recipe.dropout), nn.Linear(inputs, recipe.hidden), nn.ReLU(),
-        nn.Dropout(recipe.dropout), nn.Linear(recipe.hidden, recipe.width),
-    )  # fmt: skip
+def _tower(sizes: tuple[int, ...], dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, o in pairwise(sizes):
+        layers += [*([nn.ReLU()] if layers else []), nn.Dropout(dropout), nn.Linear(i, o)]
+    return nn.Sequential(*layers)
 
 
 def fit(x: np.ndarray, names: list[str], embed: dict[str, np.ndarray], recipe: Recipe) -> dict[str, np.ndarray]:
@@ -119,7 +122,14 @@ def fit(x: np.ndarray, names: list[str], embed: dict[str, np.ndarray], recipe: R
     stats = {"picture.mean": x.mean(0), "picture.spread": x.std(0) + 0.05, "text.mean": texts.mean(0)}
     pixels = torch.from_numpy((x - stats["picture.mean"]) / stats["picture.spread"]).float()
     words = torch.from_numpy(texts - stats["text.mean"]).float() * texts.shape[1] ** 0.5
-    towers = nn.ModuleDict({"picture": _tower(x.shape[1], recipe), "text": _tower(texts.shape[1], recipe)})
+    hidden = (recipe.hidden,) if recipe.hidden else ()
+    text_hidden = (recipe.text_hidden,) if recipe.text_hidden else ()
+    towers = nn.ModuleDict(
+        {
+            "picture": _tower((x.shape[1], *hidden, recipe.width), recipe.dropout),
+            "text": _tower((texts.shape[1], *text_hidden, recipe.width), recipe.text_dropout),
+        }
+    )
     optimiser = torch.optim.AdamW(towers.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, recipe.steps)
     towers.train()
@@ -135,12 +145,11 @@ def fit(x: np.ndarray, names: list[str], embed: dict[str, np.ndarray], recipe: R
         loss.backward()
         optimiser.step()
         schedule.step()
-    state = {k: v.detach().numpy() for k, v in towers.state_dict().items()}
     out = {k: v.astype(np.float32) for k, v in stats.items()}
-    for side in ("picture", "text"):
-        for place, layer in enumerate((1, 4)):
-            out[f"{side}.{place}.weight"] = state[f"{side}.{layer}.weight"]
-            out[f"{side}.{place}.bias"] = state[f"{side}.{layer}.bias"]
+    for side, tower in towers.items():
+        for place, layer in enumerate(m for m in tower if isinstance(m, nn.Linear)):
+            out[f"{side}.{place}.weight"] = layer.weight.detach().numpy()
+            out[f"{side}.{place}.bias"] = layer.bias.detach().numpy()
     # training saw embeddings of unit variance; the stored tower takes them as MiniLM gives them
     out["text.0.weight"] = out["text.0.weight"] * texts.shape[1] ** 0.5
     return out

@@ -23,9 +23,9 @@ class Preset:
     steps: int = 3200
     batch: int = 64
     lr: float = 1e-3
-    fine_tune_steps: int = 220
+    fine_tune_steps: int = 180
     fine_tune_lr: float = 5e-4
-    decoder_steps: int = 900
+    decoder_steps: int = 1300
     decoder_batch: int = 16
     warmup: int = 200
     ema: float = 0.999
@@ -33,7 +33,18 @@ class Preset:
     checkpoint_every: int = 250
     seed: int = 0
     #: of ``pnp-trt distill guidance``
-    guide_options: tuple[str, ...] = ("--trajectories", "640", "--steps", "900", "--batch", "32")
+    guide_options: tuple[str, ...] = (
+        "--trajectories",
+        "640",
+        "--steps",
+        "1700",
+        "--batch",
+        "32",
+        "--lr",
+        "3e-3",
+        "--mixed-precision",
+        "bf16",
+    )
 
 
 PRESETS = {

@@ -273,7 +273,9 @@ def stage_figures(context: Context) -> None:
 
     tunes = {s.word: context.assets / "fine-tunes" / f"emoji-{s.word}.safetensors" for s in FINE_TUNE_STYLES}
     results = Path("benchmarks/results/emoji-figures.json")
-    found = evaluate(context.assets / "emoji", tunes, context.assets / "judge.safetensors", context.cache, results)
+    found = evaluate(
+        context.assets / "emoji", tunes, context.assets / "judge.safetensors", context.cache, results, pictures=384
+    )
     write_card(found, context.assets / "emoji" / "README.md")
 
 

@@ -19,8 +19,8 @@ from .report import PictureGrid
 PARTS = ("cost", "latency", "fidelity")
 #: prompts of the pictures and of the timed loop; the first eight fill the grid
 PROMPTS = (
-    "red apple", "grinning face", "red heart", "panda", "rocket", "pizza", "tulip", "automobile",
-    "tropical fish", "mushroom", "crown", "cactus", "banana", "ghost", "house", "snowman",
+    "red apple", "red heart", "automobile", "tulip", "house", "cactus", "ghost", "mushroom",
+    "grinning face", "crown", "banana", "strawberry", "tangerine", "balloon", "tomato", "star",
 )  # fmt: skip
 STYLES = ("noto", "twemoji")
 FIDELITY_STEPS = 20

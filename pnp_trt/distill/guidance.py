@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import __version__
 from ..artifacts import digest, write_json
@@ -40,16 +42,18 @@ class GuidanceConfig:
         out: the guide's folder.
         rank, embed_dim: size of the tiny guide.
         w_min, w_max: range of the guidance scale.
+        mixed_precision: ``no``, or ``bf16`` for autocast in the student's forward.
     """
 
     base: str
     prompts: Path
     out: Path
     guide: str = "tiny"
-    rank: int = 32
+    rank: int = 48
     embed_dim: int = 64
     w_min: float = 1.0
     w_max: float = 9.0
+    mixed_precision: str = "no"
     states: StateConfig = field(default_factory=StateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -76,6 +80,8 @@ def distill(
     say = progress or (lambda stage, done, total, note: None)
     if config.guide not in GUIDES:
         raise InputError(f"guide is '{config.guide}'; known: {', '.join(GUIDES)}")
+    if config.mixed_precision not in ("no", "bf16"):
+        raise InputError(f"mixed precision is '{config.mixed_precision}'; known: no, bf16")
     if not 1.0 <= config.w_min < config.w_max:
         raise InputError(
             f"the range of w is {config.w_min:g} to {config.w_max:g}; it must start at 1 or above and not be empty"
@@ -144,8 +150,11 @@ def guidance_loss(student: Student, states: States, rows: list[int], config: Gui
         rng = random.Random(f"{config.train.seed}/{step}")
         pick = torch.tensor([rows[rng.randrange(len(rows))] for _ in range(config.train.batch)])
         w = torch.tensor([rng.uniform(config.w_min, config.w_max) for _ in range(len(pick))], device=device)
-        prediction, target, _ = _predict(student, states, pick, w)
-        return ((prediction - target) ** 2 / w[:, None, None, None]).mean()
+        # the fused CPU attention's backward pass is several times slower than the plain one at these sizes
+        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+        with attention, torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            prediction, target, _ = _predict(student, states, pick, w)
+        return ((prediction.float() - target) ** 2 / w[:, None, None, None]).mean()
 
     return loss_of
 

@@ -73,22 +73,36 @@ class SkipAdapter(nn.Module):
         return self.expand(F.silu(self.mix(h)) * gate)
 
 
+class TrunkBlock(nn.Module):
+    """A residual pair of 3×3 convolutions at the mid block's resolution, modulated by (t, w)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(x * scale + shift))))
+
+
 class TinyGuide(ModelMixin, ConfigMixin):
     """The tiny guide: one low-rank adapter per skip, which sees the teacher's own encoder features.
 
     It looks at the frozen encoder's skips and mid-block output rather than at the raw latent.  They already
     hold what the teacher made of the latent and the text, and a fine-tuned teacher's features carry its
-    domain with them.  A context map from the mid block (the only place that has seen all of the text) is
-    shared by all adapters.  The residuals are multiplied by (w − 1) and therefore vanish exactly at w = 1,
-    where guidance is the plain conditional prediction.
+    domain with them.  A trunk of a few convolutions reads the deepest features, the ones that have seen all of
+    the text, at their low resolution, where arithmetic is cheap; all adapters share what it makes of them.  The
+    residuals are multiplied by (w − 1) and therefore vanish exactly at w = 1, where guidance is the plain
+    conditional prediction.
 
     Args:
         skip_channels: channels of each skip, shallow to deep.
         mid_channels: channels of the mid block's output.
         cross_attention_dim: width of the text states (recorded to check the fit; the text reaches the guide
             through the mid block).
-        rank: inner channels of each adapter.
+        rank: inner channels of trunk and adapters.
         embed_dim: width of the (t, w) embedding.
+        trunk_blocks: residual blocks of the trunk.
     """
 
     @register_to_config
@@ -97,20 +111,22 @@ class TinyGuide(ModelMixin, ConfigMixin):
         skip_channels: tuple[int, ...],
         mid_channels: int,
         cross_attention_dim: int,
-        rank: int = 32,
+        rank: int = 48,
         embed_dim: int = 64,
+        trunk_blocks: int = 3,
     ) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(2 * embed_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim))
         self.pool = nn.Linear(mid_channels, embed_dim)
-        self.context = nn.Conv2d(mid_channels, rank, 1)
+        self.context = nn.Conv2d(skip_channels[-1] + mid_channels, rank, 1)
+        self.trunk = nn.ModuleList(TrunkBlock(rank) for _ in range(trunk_blocks))
         self.adapters = nn.ModuleList(SkipAdapter(c, rank) for c in (*skip_channels, mid_channels))
-        self.film = nn.Linear(embed_dim, 2 * rank * len(self.adapters))
+        self.film = nn.Linear(embed_dim, 2 * rank * (len(self.trunk) + len(self.adapters)))
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
 
     @classmethod
-    def from_unet(cls, unet: UNet2DConditionModel, *, rank: int = 32, embed_dim: int = 64) -> TinyGuide:
+    def from_unet(cls, unet: UNet2DConditionModel, *, rank: int = 48, embed_dim: int = 64) -> TinyGuide:
         """A new guide that fits ``unet``; its residuals are zero until it is trained."""
         skips, mid = skip_channels(unet)
         return cls(skips, mid, unet.config.cross_attention_dim, rank=rank, embed_dim=embed_dim)
@@ -128,10 +144,13 @@ class TinyGuide(ModelMixin, ConfigMixin):
         width = self.config.embed_dim
         conditions = [sinusoid(timestep, width, 10_000.0), sinusoid(guidance.float() * 4, width, 100.0)]
         emb = self.embed(torch.cat(conditions, -1).to(dtype)) + self.pool(mid.mean((2, 3)))
-        film = self.film(F.silu(emb))[:, :, None, None].chunk(2 * len(self.adapters), dim=1)
+        film = self.film(F.silu(emb))[:, :, None, None].chunk(2 * (len(self.trunk) + len(self.adapters)), dim=1)
         # scaled so that the usual w = 2 … 9 gives gates near one
         gate = ((guidance.float() - 1.0) * 0.25).to(dtype)[:, None, None, None]
-        context = self.context(mid)
+        context = self.context(torch.cat([features.down_block_res_samples[-1], mid], 1))
+        for i, block in enumerate(self.trunk):
+            context = block(context, 1 + film[2 * i], film[2 * i + 1])
+        film = film[2 * len(self.trunk) :]
         residuals = []
         shared = {tuple(mid.shape[-2:]): context}
         for i, x in enumerate((*features.down_block_res_samples, mid)):

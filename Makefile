@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test lint bench emoji clean
 
@@ -47,7 +47,7 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev-installed
-	$(BIN)/pnp-trt bench --rounds 30 --steps 20 --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html
+	$(BIN)/pnp-trt bench --rounds 16 --steps 20 --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html
 	$(BIN)/pnp-trt bench --only cost --base random:sd15 --json benchmarks/results/cost-sd15.json
 
 emoji: $(BIN)/python

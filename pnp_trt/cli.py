@@ -145,7 +145,7 @@ def bench(
         str, typer.Option(help="Base model; random:sd15, random:sd21 and random:sdxl with --only cost.")
     ] = "emoji",
     only: Annotated[str | None, typer.Option(help="cost, latency or fidelity; default: all three.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to time; default 1 and 4.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to time; default 1, 4 and 8.")] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps of the timed loop.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; more is steadier.")] = 12,
     guidance: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
@@ -157,17 +157,15 @@ def bench(
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Cost, latency and fidelity of guided sampling against its teacher's classifier-free guidance."""
-    from rich.console import Console
-
     from .bench import report, results, run
 
-    plan = run.Plan(tuple(engine or ()), base, only, tuple(batch or (1, 4)), steps, rounds, guidance, provider)
+    plan = run.Plan(tuple(engine or ()), base, only, tuple(batch or (1, 4, 8)), steps, rounds, guidance, provider)
     run.check(plan)
     for name in run.wanted_engines(plan):
         _build_if_missing(name, quiet=False)
     with _Bar("bench", None) as bar:
         document, grid = run.run(plan, command=sys.argv[1:], progress=bar.note)
-    Console().print(report.render_terminal(document))
+    _console().print(report.render_terminal(document))
     if grid_file is not None:
         if grid is None:
             raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
@@ -195,9 +193,7 @@ def doctor(
 
         print(json.dumps(module.as_dict(checks), indent=2))
     else:
-        from rich.console import Console
-
-        Console().print(module.render(checks))
+        _console().print(module.render(checks))
     if not module.ok(checks):
         raise typer.Exit(1)
 
@@ -245,6 +241,14 @@ def distill_guidance(
     print(f"{out}: {parameters['guide']:,} parameters, {share:.1%} of the U-Net's, in {report['seconds']:.0f} s")
     print(f"guidance left unexplained on held-out trajectories: {report['held_out']['residual']:.1%}")
     print(f"next: pnp-trt build --base {base} --guide {out}")
+
+
+def _console() -> Any:
+    """Standard output; tables that go to a file or a log are not squeezed into eighty columns."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
 
 
 def _need_torch(command: str) -> None:

@@ -19,10 +19,11 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from ..models.base import random_unet_config, resolve
+    from ..models.base import quiet_libraries, random_unet_config, resolve
     from ..models.guide import Features, TinyGuide
     from ..models.student import encode
 
+    quiet_libraries()
     folder: Path | None = None
     if base.startswith("random:"):
         config = random_unet_config(base)

@@ -35,7 +35,7 @@ class Plan:
     engines: tuple[str, ...] = ()
     base: str = "emoji"
     only: str | None = None
-    batches: tuple[int, ...] = (1, 4)
+    batches: tuple[int, ...] = (1, 4, 8)
     steps: int = 10
     rounds: int = 12
     guidance: float = 3.0
@@ -162,7 +162,7 @@ def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[di
     grid = PictureGrid(
         list(PROMPTS[:shown]),
         [(labels[method], pixels[:shown]) for _, method, pixels in made],
-        f"{STYLES[0]} style, the same seed down each column, {FIDELITY_STEPS} steps",
+        f"{STYLES[0]} style, {FIDELITY_STEPS} steps",
     )
     return rows, grid
 
@@ -183,7 +183,11 @@ def write_grid(grid: PictureGrid, path: Path) -> None:
 
     from ..runtime.images import grid as draw
 
-    pixels = draw([(label, list(pictures)) for label, pictures in grid.rows], grid.columns, grid.caption)
+    pixels = draw(
+        [(label, list(pictures)) for label, pictures in grid.rows],
+        grid.columns,
+        f"{grid.caption}, the same seed down each column",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
     Image.fromarray(pixels).save(beside, format="PNG")

@@ -189,8 +189,20 @@ def copy_tokenizer(base: BaseModel, target: Path) -> dict[str, int]:
     return {"length": int(tokenizer.model_max_length), "pad": int(tokenizer.pad_token_id)}
 
 
+def quiet_libraries() -> None:
+    """No remarks (such as on AutoencoderTiny's own ``block_out_channels``) and no bars; errors are still raised."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def _load(kind: Any, folder: Path) -> Any:
     import torch
+
+    quiet_libraries()
 
     options = {"torch_dtype": torch.float32} if kind.__module__.startswith("diffusers") else {"dtype": torch.float32}
     try:

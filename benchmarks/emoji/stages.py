@@ -269,7 +269,8 @@ def stage_judge(context: Context) -> None:
 
 def stage_figures(context: Context) -> None:
     """Figures over w, the picture grid and the model card."""
-    from .figures import evaluate, write_card
+    from .card import write_card
+    from .figures import evaluate
 
     tunes = {s.word: context.assets / "fine-tunes" / f"emoji-{s.word}.safetensors" for s in FINE_TUNE_STYLES}
     results = Path("benchmarks/results/emoji-figures.json")

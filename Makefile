@@ -31,7 +31,7 @@ demo: $(VENV)/.demo-installed
 	@mkdir -p $(DEMO)
 	$(BIN)/pnp-trt build --base emoji --guide none --out engines/emoji-teacher
 	$(BIN)/pnp-trt build --base emoji --out engines/emoji-tiny
-	$(BIN)/pnp-trt sample "a red apple" "a grinning face, noto style" "a panda, twemoji style" --engine emoji-tiny --out $(DEMO)/samples
+	$(BIN)/pnp-trt sample "a red apple" "a red heart, noto style" "an automobile, twemoji style" --engine emoji-tiny --out $(DEMO)/samples
 	$(BIN)/pnp-trt bench --json $(DEMO)/bench.json --html $(DEMO)/report.html --grid $(DEMO)/grid.png
 	@echo "done: open $(DEMO)/report.html and $(DEMO)/grid.png"
 
@@ -47,7 +47,7 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev-installed
-	$(BIN)/pnp-trt bench --rounds 16 --steps 20 --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html
+	$(BIN)/pnp-trt bench --rounds 16 --steps 20 --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html --grid docs/demo-grid.png
 	$(BIN)/pnp-trt bench --only cost --base random:sd15 --json benchmarks/results/cost-sd15.json
 
 emoji: $(BIN)/python

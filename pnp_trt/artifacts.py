@@ -79,21 +79,40 @@ def find_bundle(name: str) -> Path:
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically (beside, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_text(text: str, target: Path) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        InputError: if the folder cannot be written to.
+        PnpError: if writing fails midway; what was there before is untouched.
+    """
     try:
-        with os.fdopen(fd, "w") as f:
-            json.dump(value, f, indent=2, sort_keys=False)
-            f.write("\n")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as e:
+        raise InputError(f"{target} cannot be written ({e.strerror}); give a place that can.") from e
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        Path(beside).chmod(0o644)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        Path(name).replace(target)
+    except OSError as e:
+        raise PnpError(f"{target} could not be written ({e.strerror}); what was there before is untouched.") from e
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(json.dumps(value, indent=2) + "\n", path)
 
 
 @contextlib.contextmanager

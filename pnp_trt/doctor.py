@@ -79,14 +79,7 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "build", ("", "build"), "make an engine"),
     ("command", "bench", ("", "build"), "cost and latency; --only latency needs no extra"),
     ("command", "distill", ("", "build", "train"), "train a guide"),
-    ("option", "bench --only fidelity", ("", "build", "fidelity"), "quality of the pictures"),
-    (
-        "option",
-        "build --backend tensorrt",
-        ("", "build", "tensorrt"),
-        "engines for data-centre GPUs, from NVIDIA's own index",
-    ),
-    ("option", "build --backend tensorrt-rtx", ("", "build", "rtx"), "engines for RTX GPUs"),
+    ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
 )
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pnp_trt.artifacts import write_text
 from pnp_trt.bench.charts import compute_chart, latency_charts
-from pnp_trt.bench.results import write_text
 from pnp_trt.bench.tables import (
     cost_table,
     fidelity_table,

@@ -14,11 +14,11 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pnp_trt.artifacts import write_text
 from pnp_trt.errors import InputError, PnpError
 
 SCHEMA = "pnp-trt/bench/1"
@@ -120,27 +120,6 @@ def write(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def write_text(text: str, target: Path) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}); give a place that can.") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        Path(name).replace(target)
-    except OSError as error:
-        reason = f"{target} could not be written ({error.strerror}); what was there before is untouched."
-        raise PnpError(reason) from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a results document; InputError with the reason for a file that is missing, cut short or of another kind."""
     source = Path(path)
@@ -188,12 +167,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"{type(value).__name__} has no place in JSON")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _version(package: str) -> str | None:

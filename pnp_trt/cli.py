@@ -19,8 +19,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
-app.add_typer(distill_app, name="distill")
 
 _debug = False
 
@@ -198,51 +196,6 @@ def doctor(
         raise typer.Exit(1)
 
 
-@distill_app.command("guidance")
-def distill_guidance(
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")],
-    out: Annotated[Path, typer.Option(help="Folder for the guide.")],
-    base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
-    guide: Annotated[str, typer.Option(help="Which guide to make: tiny.")] = "tiny",
-    rank: Annotated[int, typer.Option(min=1, help="Inner channels of trunk and adapters.")] = 48,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
-    batch: Annotated[int, typer.Option(min=1, help="States per step.")] = 48,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    trajectories: Annotated[int, typer.Option(min=1, help="Guided sampling runs that give the training states.")] = 960,
-    w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn; the smallest is 1.")] = 9.0,
-    mixed_precision: Annotated[str, typer.Option(help="no, or bf16.")] = "no",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-) -> None:
-    """Stage 1: teach a guide to do in one U-Net pass what classifier-free guidance does in two."""
-    _need_torch("distill")
-    if not lr > 0:
-        raise InputError(f"--lr is {lr:g}; it must be above 0")
-    from .distill.guidance import GuidanceConfig, distill
-    from .distill.states import StateConfig
-    from .distill.train import TrainConfig
-
-    states = StateConfig(trajectories=trajectories, w_max=w_max, seed=seed)
-    config = GuidanceConfig(
-        base,
-        prompts,
-        out,
-        guide,
-        rank,
-        w_max=w_max,
-        mixed_precision=mixed_precision,
-        states=states,
-        train=TrainConfig(steps=steps, batch=batch, lr=lr, seed=seed),
-    )
-    with _Bar("distill", None) as bar:
-        report = distill(config, resume=resume, progress=bar.stages)
-    parameters = report["parameters"]
-    share = parameters["guide"] / parameters["unet"]
-    print(f"{out}: {parameters['guide']:,} parameters, {share:.1%} of the U-Net's, in {report['seconds']:.0f} s")
-    print(f"guidance left unexplained on held-out trajectories: {report['held_out']['residual']:.1%}")
-    print(f"next: pnp-trt build --base {base} --guide {out}")
-
-
 def _console() -> Any:
     """Standard output; tables that go to a file or a log are not squeezed into eighty columns."""
     from rich.console import Console
@@ -346,6 +299,10 @@ class _Bar:
             print(f"{name}: {done} of {total} {note}", file=sys.stderr)
         self._last = mark
 
+
+from .cli_distill import distill_app  # noqa: E402  (it uses what is above)
+
+app.add_typer(distill_app, name="distill")
 
 if __name__ == "__main__":
     main()

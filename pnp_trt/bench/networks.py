@@ -20,7 +20,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     from diffusers import UNet2DConditionModel
 
     from ..models.base import quiet_libraries, random_unet_config, resolve
-    from ..models.guide import Features, TinyGuide
+    from ..models.guide import GUIDES, Features, GuideInput
     from ..models.student import encode
 
     quiet_libraries()
@@ -32,7 +32,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         config = json.loads((folder / "unet" / "config.json").read_text())
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-        guide = TinyGuide.from_unet(unet, **_guide_size(base))
+        guides = {name: kind.from_unet(unet, **_guide_size(base, name)) for name, kind in GUIDES.items()}
         size = unet.config.sample_size
         inputs: dict[str, Any] = {
             "sample": torch.empty(1, unet.config.in_channels, size, size),
@@ -44,33 +44,36 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
 
         class GuideAlone(torch.nn.Module):
-            """The guide fed with the features' shapes, so that its cost is counted apart from the teacher's."""
+            """A guide fed with the features' shapes, so that its cost is counted apart from the teacher's."""
 
-            def __init__(self) -> None:
+            def __init__(self, guide: Any) -> None:
                 super().__init__()
                 self.guide = guide
 
-            def forward(self, timestep: Any, guidance: Any, skips: Any, mid: Any) -> Any:
-                out = self.guide(timestep, guidance, Features(tuple(skips), mid))
-                return out.mid_block_res_sample
+            def forward(self, guidance: Any, skips: Any, mid: Any, **given: Any) -> Any:
+                return self.guide(
+                    GuideInput(**given, guidance=guidance, features=Features(tuple(skips), mid))
+                ).mid_block_res_sample
 
         _, features = encode(unet, **inputs)
-        alone = {
-            "timestep": inputs["timestep"], "guidance": torch.empty(1),
-            "skips": list(features.down_block_res_samples), "mid": features.mid_block_res_sample,
-        }  # fmt: skip
-        found: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs), "guide-tiny": (GuideAlone(), alone)}
+        alone = inputs | {
+            "guidance": torch.empty(1),
+            "skips": list(features.down_block_res_samples),
+            "mid": features.mid_block_res_sample,
+        }
+        found: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs)}
+        found |= {f"guide-{name}": (GuideAlone(guide), alone) for name, guide in sorted(guides.items())}
         if folder is not None:
             found |= _picture_networks(folder, inputs["sample"])
     return found
 
 
-def _guide_size(base: str) -> dict[str, int]:
+def _guide_size(base: str, guide: str) -> dict[str, int]:
     """The bundled guide's own size for the bundled bases, the default elsewhere."""
     from ..errors import InputError
     from ..models.load import guide_folder
 
-    if base.startswith("random:"):
+    if base.startswith("random:") or guide != "tiny":
         return {}
     try:
         config = json.loads((guide_folder("emoji-tiny") / "config.json").read_text())

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
+import math
 import random
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import __version__
-from ..artifacts import digest, write_json
+from ..artifacts import digest, sha256, write_json
 from ..errors import InputError
-from ..models.base import resolve
-from ..models.guide import GUIDES
+from ..models.guide import GUIDES, Guide
 from ..models.student import Student
-from .states import StateConfig, States, collect, encode_prompts, read_prompts
-from .train import TrainConfig, train
+from .features import feature_error
+from .prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
+from .run import Progress, TeacherModel, claim, report_head
+from .states import Latents, StateConfig, States, collect, split
+from .train import TrainConfig, make_accelerator, train
+from .watch import Board, PictureGrid, averaged, held_out_error, predict_states, target_of
 
-HELD_OUT = 0.05
-W_BINS = (1.5, 2.0, 3.0, 5.0, 8.0)
-T_BINS = (0, 200, 400, 600, 800, 1000)
+WEIGHTINGS = ("w", "none", "guidance", "x0")
+W_DISTRIBUTIONS = ("uniform", "log-uniform")
+#: states that the error is watched on while training goes on
+WATCHED = 256
 
 
 @dataclass(frozen=True)
@@ -37,34 +37,72 @@ class GuidanceConfig:
 
     Attributes:
         base: the teacher's name.
-        guide: which guide to make, a key of ``pnp_trt.models.guide.GUIDES``.
-        prompts: text file, one prompt a line.
+        prompts: text file, one prompt a line; or None, and ``images`` is given.
+        images: folder of captioned pictures; needed for forward states.
         out: the guide's folder.
-        rank, embed_dim: size of the tiny guide.
+        guide: which guide to make, a key of ``pnp_trt.models.guide.GUIDES``.
+        options: of the guide's ``from_unet`` (the tiny guide's ``rank``, ``trunk_kind`` …).
         w_min, w_max: range of the guidance scale.
-        mixed_precision: ``no``, or ``bf16`` for autocast in the student's forward.
+        w_distribution: ``uniform``, or ``log-uniform``, which draws small scales more often.
+        weighting: of the squared error: divided by ``w``; ``none``, the paper's; by the mean strength of
+            ``guidance`` at the timestep; or as an error of ``x0`` (times min(1/SNR, 5) beside w).
+        feature_matching: weight of the error of the last decoder block's features; above 0 it runs the teacher in
+            every step.
+        states_dir: where states are cached; None puts them into ``out``.
+        pictures: sampling steps of the picture grid; 0 draws none.
     """
 
     base: str
-    prompts: Path
+    prompts: Path | None
     out: Path
+    images: Path | None = None
     guide: str = "tiny"
-    rank: int = 48
-    embed_dim: int = 64
+    options: dict[str, Any] = field(default_factory=dict)
     w_min: float = 1.0
     w_max: float = 9.0
-    mixed_precision: str = "no"
+    w_distribution: str = "uniform"
+    weighting: str = "w"
+    feature_matching: float = 0.0
+    states_dir: Path | None = None
+    pictures: int = 20
     states: StateConfig = field(default_factory=StateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def check(self) -> None:
+        """Raise ``InputError`` for unknown names and values out of range."""
+        for name, value, known in (
+            ("guide", self.guide, tuple(GUIDES)),
+            ("weighting", self.weighting, WEIGHTINGS),
+            ("w distribution", self.w_distribution, W_DISTRIBUTIONS),
+        ):
+            if value not in known:
+                raise InputError(f"{name} is '{value}'; known: {', '.join(known)}")
+        if not 1.0 <= self.w_min < self.w_max:
+            raise InputError(
+                f"the range of w is {self.w_min:g} to {self.w_max:g}; it must start at 1 or above and not be empty"
+            )
+        if self.prompts is None and self.images is None:
+            raise InputError("nothing to distil from; pass --prompts FILE, or --images DIR with captioned pictures")
+        if self.states.kind == "forward" and self.images is None:
+            raise InputError("forward states are noised pictures; pass a folder of captioned pictures with --images")
+        if not (math.isfinite(self.feature_matching) and self.feature_matching >= 0):
+            raise InputError(f"feature matching is {self.feature_matching:g}; it must be 0 or above")
+        if not 0 <= self.pictures <= 1000:
+            raise InputError(f"pictures is {self.pictures}; it must be 0 (none) to 1000 sampling steps")
+        self.states.check()
 
-def distill(
-    config: GuidanceConfig,
-    *,
-    resume: bool = False,
-    progress: Callable[[str, int, int, str], None] | None = None,
-) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on."""
+        found = asdict(self)
+        for name in ("out", "states_dir", "pictures"):
+            found.pop(name)
+        return found
+
+
+def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Make a guide and write it, with its report ``distill.json``, to ``config.out``.
+
+    Under ``accelerate launch`` the processes share states and batches; the first one writes.
 
     Args:
         resume: continue the run that ``config.out`` holds.
@@ -74,154 +112,184 @@ def distill(
         The report.
 
     Raises:
-        InputError: for unknown names, unreadable prompts, or an ``out`` that holds another run.
+        InputError: for unknown names, unreadable prompts or pictures, or an ``out`` that holds another run.
         PnpError: if the loss or the teacher is not finite.
     """
-    say = progress or (lambda stage, done, total, note: None)
-    if config.guide not in GUIDES:
-        raise InputError(f"guide is '{config.guide}'; known: {', '.join(GUIDES)}")
-    if config.mixed_precision not in ("no", "bf16"):
-        raise InputError(f"mixed precision is '{config.mixed_precision}'; known: no, bf16")
-    if not 1.0 <= config.w_min < config.w_max:
-        raise InputError(
-            f"the range of w is {config.w_min:g} to {config.w_max:g}; it must start at 1 or above and not be empty"
-        )
-    base = resolve(config.base)
-    prompts = read_prompts(config.prompts)
-    settings = json.loads(json.dumps(asdict(config), default=str))
-    settings.pop("out")
-    teacher = {part: base.fingerprint()[part] for part in ("unet", "text_encoder")}
-    identity = {"teacher": teacher, "prompts": digest(prompts)}
-    _claim(config.out, settings | identity, resume)
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config.check()
+    accelerator = make_accelerator(config.train.mixed_precision)
+    config.train.check(accelerator.num_processes)
+    main = accelerator.is_main_process
+    say = progress if progress is not None and main else (lambda stage, done, total, note: None)
     started = time.monotonic()
-    unet = base.unet().to(device)
-    text_encoder = base.text_encoder().to(device)
-    context = encode_prompts(base, text_encoder, prompts, device)
-    empty = encode_prompts(base, text_encoder, [""], device)
+    shots = find_pictures(config.images) if config.images is not None else None
+    prompts = read_prompts(config.prompts) if config.prompts is not None else _captions(shots)
+    teacher = TeacherModel.load(config.base, prompts, accelerator.device)
+    identity = {"teacher": teacher.hashes, "prompts": digest(prompts)}
+    if shots is not None and config.states.kind == "forward":
+        identity["pictures"] = digest([[sha256(f), c] for f, c in zip(shots.files, shots.captions, strict=True)])
+    if main:
+        claim(config.out, config.settings() | identity, resume)
+    accelerator.wait_for_everyone()
+
     states = collect(
-        unet, base.scheduler_config(), context, empty, config.states, config.out / "states", identity,
-        lambda done, total: say("states", done, total, ""),
+        teacher.unet, teacher.scheduler, teacher.conditions, config.states,
+        config.states_dir or config.out / "states", identity,
+        pictures=_latents(teacher, shots) if config.states.kind == "forward" else None,
+        progress=lambda done, total, note: say("states", done, total, note),
+        share=(accelerator.process_index, accelerator.num_processes), wait=accelerator.wait_for_everyone,
     )  # fmt: skip
     torch.manual_seed(config.train.seed)
-    guide = GUIDES[config.guide].from_unet(unet, rank=config.rank, embed_dim=config.embed_dim).to(device)
-    student = Student(unet, guide)
-    split = _split(len(states), config.states)
-    loss = guidance_loss(student, states, split[0], config)
+    student = make_student(teacher, config)
+    guide = student.guide
+    rows, held_out = split(config.states)
+    objective = GuidanceObjective(states, rows, teacher, config)
+    board = Board(config.out / "logs") if main else None
+    grid = PictureGrid(teacher, config.pictures) if main and config.pictures else None
     smooth: list[float] = []
 
-    def report_step(step: int, steps: int, value: float) -> None:
-        smooth.append(value if not smooth else 0.98 * smooth[-1] + 0.02 * value)
-        say("guide", step, steps, f"loss {smooth[-1]:.4f}")
+    def report_step(step: int, steps: int, value: float, rate: float) -> None:
+        smooth[:] = [value if not smooth else 0.98 * smooth[0] + 0.02 * value]
+        if board is not None:
+            board.numbers(step, loss=value, learning_rate=rate)
+        say("guide", step, steps, f"loss {smooth[0]:.4f}")
 
-    train(guide, loss, config.train, config.out, report_step)
-    error = held_out_error(student, states, split[1], lambda done, total: say("check", done, total, ""))
-    guide.to("cpu").save_pretrained(config.out, safe_serialization=True)
-    report = {
-        "schema": "pnp-trt/distill/1",
-        "stage": "guidance",
-        "settings": settings,
-        "identity": identity,
-        "parameters": {
-            "guide": sum(p.numel() for p in guide.parameters()),
-            "unet": sum(p.numel() for p in unet.parameters()),
-        },
-        "states": len(states),
-        "held_out": error,
-        "seconds": round(time.monotonic() - started, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "versions": {p: version(p) for p in ("torch", "diffusers")} | {"pnp-trt": __version__},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    write_json(config.out / "distill.json", report)
+    def watch(step: int, weights: dict[str, Tensor]) -> None:
+        assert board is not None
+        with averaged(guide, weights):
+            found = held_out_error(student, states, held_out, limit=WATCHED)
+            board.error(step, found)
+            if grid is not None:
+                board.picture(step, "pictures", grid.draw(student))
+        say("guide", step, config.train.steps, f"held-out residual {found['residual']:.1%}")
+
+    train(student, guide, objective, config.train, config.out, accelerator, report_step, watch if main else None)
+    report: dict[str, Any] = {}
+    if main:
+        assert board is not None
+        guide.eval()
+        error = held_out_error(student, states, held_out, lambda done, total: say("check", done, total, ""))
+        board.close()
+        if grid is not None:
+            _save_picture(grid.draw(student), config.out / "pictures.png")
+        guide.save_pretrained(config.out, safe_serialization=True)
+        report = {
+            "schema": "pnp-trt/distill/2",
+            "stage": "guidance",
+            **report_head(teacher, guide, config.settings(), time.monotonic() - started),
+            "identity": identity,
+            "processes": accelerator.num_processes,
+            "states": len(states),
+            "final_loss": smooth[0] if smooth else None,
+            "held_out": error,
+        }
+        write_json(config.out / "distill.json", report)
+    accelerator.wait_for_everyone()
     return report
 
 
-def guidance_loss(student: Student, states: States, rows: list[int], config: GuidanceConfig) -> Callable[[int], Tensor]:
-    """Loss of a step: ‖student(x_t, t, c, w) − eps_w‖² / w, with t and w per sample.
+def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:
+    """A new guide of the run's kind in a student."""
+    options = dict(config.options)
+    if config.states.negative > 0:
+        options["negative_prompts"] = True
+    try:
+        guide: Guide = GUIDES[config.guide].from_unet(teacher.unet, **options)
+    except TypeError as e:
+        raise InputError(f"the {config.guide} guide does not take these options: {e}") from e
+    if config.train.gradient_checkpointing:
+        teacher.unet.enable_gradient_checkpointing()
+        if isinstance(guide, GUIDES["full"]):
+            cast(Any, guide).net.enable_gradient_checkpointing()
+    return Student(teacher.unet, guide.to(teacher.device))
 
-    Dividing by w keeps large scales, whose targets are farther from the plain prediction, from drowning
-    the small ones that people use.
-    """
-    device = next(student.guide.parameters()).device
 
-    def loss_of(step: int) -> Tensor:
-        rng = random.Random(f"{config.train.seed}/{step}")
-        pick = torch.tensor([rows[rng.randrange(len(rows))] for _ in range(config.train.batch)])
-        w = torch.tensor([rng.uniform(config.w_min, config.w_max) for _ in range(len(pick))], device=device)
+class GuidanceObjective:
+    """‖student(x_t, t, c, w) − eps_w‖², weighted, with t and w per sample (the paper's formula I)."""
+
+    def __init__(self, states: States, rows: list[int], teacher: TeacherModel, config: GuidanceConfig) -> None:
+        self._states, self._rows, self._teacher, self._config = states, rows, teacher, config
+        self._by_time = _time_weights(states, rows, teacher.scheduler, config.weighting)
+
+    def batch(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
+        """Rows and scales of a step, and the states themselves, so that a batch kept for looking at is whole."""
+        c = self._config
+        rng = random.Random(f"{c.train.seed}/{step}")
+        pick = [self._rows[rng.randrange(len(self._rows))] for _ in range(c.train.batch)][part::parts]
+        if c.w_distribution == "uniform":
+            w = [rng.uniform(c.w_min, c.w_max) for _ in range(c.train.batch)]
+        else:
+            w = [math.exp(rng.uniform(math.log(c.w_min), math.log(c.w_max))) for _ in range(c.train.batch)]
+        rows = torch.tensor(pick)
+        s = self._states
+        return {
+            "row": rows, "w": torch.tensor(w[part::parts]), "sample": s.sample[rows], "timestep": s.timestep[rows],
+            "conditional": s.conditional[rows], "unconditional": s.unconditional[rows],
+        }  # fmt: skip
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The weighted mean squared error."""
+        device = self._teacher.device
+        w = batch["w"].to(device)
         # the fused CPU attention's backward pass is several times slower than the plain one at these sizes
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with attention, torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            prediction, target, _ = _predict(student, states, pick, w)
-        return ((prediction.float() - target) ** 2 / w[:, None, None, None]).mean()
-
-    return loss_of
-
-
-def _predict(student: Student, states: States, pick: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    device = w.device
-    conditional = states.conditional[pick].float().to(device)
-    unconditional = states.unconditional[pick].float().to(device)
-    target = unconditional + w[:, None, None, None] * (conditional - unconditional)
-    context = states.context[states.prompt[pick]].to(device)
-    prediction = student(states.sample[pick].float().to(device), states.timestep[pick].to(device), context, w)
-    return prediction, target, conditional
+        with attention:
+            prediction = predict_states(model, self._states, batch["row"], w)
+            target, _ = target_of(self._states, batch["row"], w)
+            weight = self._by_time[batch["timestep"]].to(device)
+            if self._config.weighting in ("w", "x0"):
+                weight = weight / w
+            loss = ((prediction - target) ** 2 * weight[:, None, None, None]).mean()
+            if self._config.feature_matching:
+                loss = loss + self._config.feature_matching * feature_error(
+                    model, self._teacher, self._states, batch["row"], w
+                )
+        return loss
 
 
-@torch.no_grad()
-def held_out_error(
-    student: Student,
-    states: States,
-    rows: list[int],
-    progress: Callable[[int, int], None] | None = None,
-    limit: int = 1024,
-) -> dict[str, Any]:
-    """How much of the guidance is left unexplained on held-out trajectories, by (t, w).
+def _time_weights(states: States, rows: list[int], scheduler: dict[str, Any], weighting: str) -> Tensor:
+    """Weight of each timestep, ``[T]``, with mean one."""
+    from ..runtime.schedule import alphas_cumprod
 
-    ``residual`` is ‖student − eps_w‖² / ‖eps_c − eps_w‖²: 1 for no guide at all, 0 for a perfect one.
-    """
-    device = next(student.guide.parameters()).device
-    sums: dict[tuple[int, float], list[float]] = {}
-    rows = rows[:: max(1, len(rows) // limit)]
-    for start in range(0, len(rows), 64):
-        pick = torch.tensor(rows[start : start + 64])
-        for w_value in W_BINS:
-            w = torch.full((len(pick),), w_value, device=device)
-            prediction, target, conditional = _predict(student, states, pick, w)
-            wrong = (prediction - target).pow(2).flatten(1).sum(1).tolist()
-            plain = (conditional - target).pow(2).flatten(1).sum(1).tolist()
-            for t, a, b in zip(states.timestep[pick].tolist(), wrong, plain, strict=True):
-                low = max(x for x in T_BINS if x <= t)
-                cell = sums.setdefault((low, w_value), [0.0, 0.0])
-                cell[0] += a
-                cell[1] += b
-        if progress is not None:
-            progress(min(start + 64, len(rows)), len(rows))
-    bins = [{"t_from": t, "w": w, "residual": a / b if b else None} for (t, w), (a, b) in sorted(sums.items())]
-    total = [sum(c[i] for c in sums.values()) for i in (0, 1)]
-    return {"states": len(rows), "residual": total[0] / total[1] if total[1] else None, "bins": bins}
+    abar = torch.from_numpy(alphas_cumprod(scheduler)).float()
+    if weighting == "x0":
+        weight = ((1 - abar) / abar).clamp(max=5.0)
+        return weight / weight.mean()
+    if weighting != "guidance":
+        return torch.ones_like(abar)
+    some = torch.tensor(rows[:: max(1, len(rows) // 4096)])
+    strength = (states.conditional[some].float() - states.unconditional[some].float()).pow(2).flatten(1).mean(1)
+    bins = torch.div(states.timestep[some] * 20, len(abar), rounding_mode="floor")
+    mean = torch.stack([strength[bins == b].mean() if (bins == b).any() else strength.mean() for b in range(20)])
+    weight = (1 / mean.clamp(min=1e-8)).repeat_interleave(-(-len(abar) // 20))[: len(abar)]
+    return weight / weight.mean()
 
 
-def _split(count: int, config: StateConfig) -> tuple[list[int], list[int]]:
-    # whole shards are held out: states of one trajectory resemble each other
-    per_shard = config.batch * config.steps
-    shards = -(-count // per_shard)
-    held = max(1, round(shards * HELD_OUT)) if shards > 1 else 0
-    edge = count - held * per_shard if held else count
-    return list(range(edge)), list(range(edge, count)) if held else list(range(count))
+def _captions(shots: CaptionedPictures | None) -> list[str]:
+    assert shots is not None
+    return list(dict.fromkeys(shots.captions))
 
 
-def _claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Refuse a folder that holds something else; remember what this run is."""
-    record = out / "run.json"
-    key = digest(settings)
-    if out.exists() and any(out.iterdir()):
-        if not record.is_file():
-            raise InputError(f"{out} is not empty and holds no run of this kind; choose another --out")
-        if json.loads(record.read_text()).get("key") != key:
-            raise InputError(f"{out} holds a run with other settings; choose another --out")
-        if not resume:
-            raise InputError(f"{out} holds this run already; continue it with --resume, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"key": key, "settings": settings})
+def _latents(teacher: TeacherModel, shots: CaptionedPictures | None) -> Latents:
+    """Latents of the pictures; their captions are looked up among, or added to, the run's prompts."""
+    assert shots is not None
+    vae = teacher.base.vae()
+    side = teacher.sample_shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = encode_pictures(vae, shots.files, side, teacher.device)
+    index = {p: i for i, p in enumerate(teacher.prompts)}
+    missing = [c for c in shots.captions if c not in index]
+    if missing:
+        raise InputError(
+            f"{len(missing)} captions of the pictures are not in the prompts file (the first: '{missing[0][:60]}'); "
+            "leave --prompts out to use the captions alone"
+        )
+    return Latents(latents, torch.tensor([index[c] for c in shots.captions]))
+
+
+def _save_picture(pixels: Any, path: Path) -> None:
+    from PIL import Image
+
+    beside = path.with_name(f".{path.name}.part")
+    Image.fromarray(pixels).save(beside, "PNG")
+    beside.replace(path)
+
+

@@ -1,15 +1,17 @@
-"""Training states from the teacher's own guided trajectories.
+"""Training states: what the student is shown, and the teacher's two predictions for it.
 
-Forward-noised pictures are not what a sampler visits; states on CFG trajectories are, and they need
-prompts alone (Jensen et al., *Adapter Guidance Distillation*, TMLR 2025, §3.2).  Both teacher passes are
-kept for every state, so that any guidance scale can be its target and training never runs the teacher.
+``trajectory`` states lie on the teacher's own guided sampling runs, which need prompts alone and are what
+a sampler visits (Jensen et al., *Adapter Guidance Distillation*, TMLR 2025, §3.2); ``forward`` states are
+pictures' latents with noise added, as in the paper.  Both teacher passes are kept for every state, so that
+any guidance scale can be its target and training never runs the teacher.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from torch import Tensor
 
 from ..artifacts import digest, write_json
 from ..errors import InputError, PnpError
+from ..models.conditions import Conditions
+from ..models.student import both_passes
 from ..runtime.schedule import alphas_cumprod
+
+KINDS = ("trajectory", "forward")
 
 
 @dataclass(frozen=True)
@@ -27,18 +33,42 @@ class StateConfig:
     """How states are collected.
 
     Attributes:
-        trajectories: guided sampling runs.
-        steps: steps of each; every one gives a state.
-        w_min, w_max: the scale of a run is uniform in this range.
-        batch: runs at a time.
+        kind: ``trajectory`` or ``forward``.
+        count: how many states; trajectories give ``steps`` each, so that it is rounded up to whole ones.
+        steps: steps of a trajectory; every one gives a state.
+        w_min, w_max: the scale of a trajectory is uniform in this range.
+        negative: share of the states whose unconditional pass sees another prompt instead of the empty one.
+        batch: trajectories at a time; a shard of the cache holds ``batch * steps`` states.
     """
 
-    trajectories: int = 960
+    kind: str = "trajectory"
+    count: int = 19_200
     steps: int = 20
     w_min: float = 1.0
     w_max: float = 9.0
+    negative: float = 0.0
     batch: int = 32
     seed: int = 0
+
+    @property
+    def per_shard(self) -> int:
+        """States of a full shard."""
+        return self.batch * self.steps
+
+    @property
+    def shards(self) -> int:
+        """Files of the cache."""
+        return -(-self.count // self.per_shard)
+
+    def check(self) -> None:
+        """Raise ``InputError`` for a value out of range."""
+        if self.kind not in KINDS:
+            raise InputError(f"the kind of states is '{self.kind}'; known: {', '.join(KINDS)}")
+        for name, least in (("count", 1), ("steps", 1), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} of the states is {getattr(self, name)}; it must be at least {least}")
+        if not 0.0 <= self.negative <= 1.0:
+            raise InputError(f"the share of negative prompts is {self.negative:g}; it must be between 0 and 1")
 
 
 @dataclass
@@ -48,143 +78,247 @@ class States:
     Attributes:
         sample: noisy latents x_t, float16 ``[N, C, H, W]``.
         timestep: int64 ``[N]``.
-        prompt: index into ``context``, int64 ``[N]``.
+        prompt, negative: rows of ``conditions``, int64 ``[N]``.
         conditional, unconditional: the teacher's two predictions, float16 ``[N, C, H, W]``.
-        context: text states of the prompts, float32 ``[P, tokens, D]``.
+        conditions: of the prompts.
     """
 
     sample: Tensor
     timestep: Tensor
     prompt: Tensor
+    negative: Tensor
     conditional: Tensor
     unconditional: Tensor
-    context: Tensor
+    conditions: Conditions
 
     def __len__(self) -> int:
         return len(self.sample)
 
 
-def read_prompts(path: Path, limit: int = 1000) -> list[str]:
-    """Prompts from a text file, one a line; blank lines are left out.
+@dataclass(frozen=True)
+class Latents:
+    """Clean latents of the pictures for forward states: ``latents [M, C, H, W]`` and the prompt of each, ``[M]``."""
 
-    Raises:
-        InputError: if the file is missing, empty, not UTF-8, or a line has more than ``limit`` characters.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"the prompts file {path} does not exist; pass a text file with one prompt a line") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"the prompts file {path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    for number, line in enumerate(lines, 1):
-        if len(line) > limit:
-            raise InputError(f"{path}, line {number} has {len(line)} characters; a prompt has at most {limit}")
-    if not prompts:
-        raise InputError(f"the prompts file {path} holds no prompt; write one a line")
-    return prompts
-
-
-@torch.no_grad()
-def encode_prompts(base: Any, text_encoder: Any, prompts: list[str], device: torch.device) -> Tensor:
-    """Text states ``[P, tokens, D]`` float32."""
-    tokenizer = base.tokenizer()
-    out = []
-    for i in range(0, len(prompts), 64):
-        ids = tokenizer(prompts[i : i + 64], padding="max_length", truncation=True, return_tensors="pt").input_ids
-        out.append(text_encoder(ids.to(device)).last_hidden_state.float())
-    return torch.cat(out)
+    latents: Tensor
+    prompt: Tensor
 
 
 def size_in_bytes(config: StateConfig, sample: tuple[int, ...]) -> int:
-    """Disk that the cached states will take."""
-    per_state = 3 * 2 * int(torch.tensor(sample).prod()) + 16
-    return config.trajectories * config.steps * per_state
+    """Disk that the cached states will take; ``sample`` is the latent's shape ``(C, H, W)``."""
+    per_state = 3 * 2 * int(torch.tensor(sample).prod()) + 24
+    return config.shards * config.per_shard * per_state
 
 
-@torch.no_grad()
 def collect(
     unet: Any,
     scheduler: dict[str, Any],
-    context: Tensor,
-    empty: Tensor,
+    conditions: Conditions,
     config: StateConfig,
     folder: Path,
     identity: dict[str, Any],
-    progress: Callable[[int, int], None] | None = None,
+    *,
+    pictures: Latents | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] | None = None,
 ) -> States:
-    """Run guided DDIM and keep every state; one safetensors shard a batch, so that a killed run resumes.
+    """Collect states into one safetensors shard a batch, so that a killed run resumes, and read them.
 
     Args:
         unet: the frozen teacher.
         scheduler: its scheduler config.
-        context: text states ``[P, tokens, D]``; ``empty``: those of the empty prompt, ``[1, tokens, D]``.
-        folder: where shards are cached.
+        folder: where shards are cached; runs of equal settings may share it.
         identity: what the shards depend on besides ``config`` (hashes of teacher and prompts).
-        progress: called with (shards done, shards in all).
+        pictures: latents for forward states.
+        progress: called with (shards done, shards in all, a note on the size).
+        share: (rank, processes): this process makes every such shard; ``wait`` returns when all have theirs.
 
     Raises:
-        InputError: if ``folder`` holds the states of something else.
+        InputError: if ``folder`` holds the states of something else, a shard is damaged, or the disk is too small.
         PnpError: if the teacher's prediction is not finite.
     """
-    from safetensors.torch import load_file, save_file
+    config.check()
+    if config.kind == "forward" and pictures is None:
+        raise InputError("forward states are made of pictures; pass a folder of them with --images")
+    size = unet.config.sample_size
+    needed = size_in_bytes(config, (unet.config.in_channels, size, size))
+    note = f"{config.shards * config.per_shard:,} states, {needed / 2**20:,.0f} MiB"
+    _claim_cache(folder, config, identity, needed)
+    rank, processes = share
+    for shard in range(config.shards):
+        path = _shard(folder, shard)
+        if shard % processes == rank and not path.exists():
+            make = _trajectories if pictures is None or config.kind == "trajectory" else _noised
+            tensors = make(unet, scheduler, conditions, config, shard, pictures)
+            _write(tensors, path)
+        if progress is not None:
+            progress(shard + 1, config.shards, note)
+    if wait is not None:
+        wait()
+    parts = list(_read(folder, config))
+    joined = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    return States(**joined, conditions=conditions)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    key = digest([asdict(config), identity])
+
+def split(config: StateConfig, share: float = 0.05) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows held out; whole shards, because states of one trajectory resemble each other."""
+    count = config.shards * config.per_shard
+    held = held_out_shards(config, share)
+    edge = count - held * config.per_shard
+    # a run of one shard has nothing to spare: it is checked on what it learned from
+    return list(range(edge)), list(range(edge, count)) if held else list(range(count))
+
+
+def held_out_shards(config: StateConfig, share: float = 0.05) -> int:
+    """How many shards, the last ones, are held out."""
+    return max(1, round(config.shards * share)) if config.shards > 1 else 0
+
+
+def _claim_cache(folder: Path, config: StateConfig, identity: dict[str, Any], needed: int) -> None:
+    settings = asdict(config)
+    if config.kind == "trajectory":
+        # a shard is the same in a larger collection, so that one can be grown
+        settings.pop("count")
+    key = digest([settings, identity])
     record = folder / "states.json"
     if record.exists():
         found = json.loads(record.read_text()).get("key")
         if found != key:
-            raise InputError(f"{folder} holds the states of another run; choose another --out, or delete that folder")
+            raise InputError(
+                f"{folder} holds the states of another run; choose another --out or --states-dir, or delete that folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    have = sum(p.stat().st_size for p in folder.glob("shard-*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if needed - have > free:
+        raise InputError(
+            f"the states need {(needed - have) / 2**20:,.0f} MiB more in {folder} and {free / 2**20:,.0f} MiB are "
+            "free; collect fewer with --num-states, or choose another --states-dir"
+        )
     write_json(record, {"key": key, "config": asdict(config), **identity})
 
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:04d}.safetensors"
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    beside = path.with_suffix(".part")
+    save_file(tensors, beside)
+    beside.replace(path)
+
+
+def _read(folder: Path, config: StateConfig) -> Iterator[dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for number in range(config.shards):
+        path = _shard(folder, number)
+        try:
+            yield load_file(path)
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"the shard {path} is damaged ({e}); delete it, it is then made again") from e
+
+
+class _Draws:
+    """Everything random of one shard, drawn from its number alone."""
+
+    def __init__(self, config: StateConfig, shard: int, conditions: Conditions, rows: Tensor | None) -> None:
+        rng = self.rng = random.Random(f"{config.seed}/{shard}")
+        self.generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        prompts = conditions.empty
+        n = config.batch
+        self.rows = torch.tensor([rng.randrange(prompts) for _ in range(n)]) if rows is None else rows
+        apart = random.Random(f"{config.seed}/{shard}/negative")
+        self.negative = torch.tensor(
+            [apart.randrange(prompts) if apart.random() < config.negative else prompts for _ in range(len(self.rows))]
+        )
+
+
+@torch.no_grad()
+def _trajectories(
+    unet: Any, scheduler: dict[str, Any], conditions: Conditions, config: StateConfig, shard: int, _: Latents | None
+) -> dict[str, Tensor]:
     device = next(unet.parameters()).device
     abar = torch.from_numpy(alphas_cumprod(scheduler)).float().to(device)
-    if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise InputError(f"prediction_type is '{scheduler['prediction_type']}'; known: epsilon, v_prediction")
-    is_v = scheduler.get("prediction_type") == "v_prediction"
+    is_v = _is_v_prediction(scheduler)
     stride = len(abar) // config.steps
-    shards = -(-config.trajectories // config.batch)
-    parts = []
-    for shard in range(shards):
-        path = folder / f"shard-{shard:04d}.safetensors"
-        if not path.exists():
-            rng = random.Random(f"{config.seed}/{shard}")
-            generator = torch.Generator().manual_seed(rng.getrandbits(62))
-            n = min(config.batch, config.trajectories - shard * config.batch)
-            rows = torch.tensor([rng.randrange(len(context)) for _ in range(n)])
-            text = torch.cat([empty.expand(n, -1, -1), context[rows.to(context.device)]])
-            w = torch.rand(n, generator=generator) * (config.w_max - config.w_min) + config.w_min
-            w = w.to(device)[:, None, None, None]
-            size = unet.config.sample_size
-            x = torch.randn(n, unet.config.in_channels, size, size, generator=generator).to(device)
-            # a random offset of the step grid: the guide must serve every timestep, not the twenty of one schedule
-            times = [stride * i + rng.randrange(stride) for i in reversed(range(config.steps))]
-            kept: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "conditional", "unconditional")}
-            for i, t in enumerate(times):
-                both = unet(torch.cat([x, x]), torch.tensor(t, device=device), text).sample
-                e_u, e_c = both.chunk(2)
-                if not both.isfinite().all():
-                    raise PnpError(
-                        f"the teacher's prediction is not finite at timestep {t}; check the base model's weights"
-                    )
-                kept["sample"].append(x.half().cpu())
-                kept["timestep"].append(torch.full((n,), t))
-                kept["conditional"].append(e_c.half().cpu())
-                kept["unconditional"].append(e_u.half().cpu())
-                output = e_u + w * (e_c - e_u)
-                a = abar[t]
-                before = abar[times[i + 1]] if i + 1 < len(times) else torch.ones((), device=device)
-                x0 = a.sqrt() * x - (1 - a).sqrt() * output if is_v else (x - (1 - a).sqrt() * output) / a.sqrt()
-                eps = a.sqrt() * output + (1 - a).sqrt() * x if is_v else output
-                x = before.sqrt() * x0 + (1 - before).sqrt() * eps
-            tensors = {k: torch.cat(v) for k, v in kept.items()}
-            tensors["prompt"] = rows.repeat(config.steps)
-            beside = path.with_suffix(".part")
-            save_file(tensors, beside)
-            beside.replace(path)
-        parts.append(load_file(path))
-        if progress is not None:
-            progress(shard + 1, shards)
-    joined = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-    return States(**joined, context=context.cpu())
+    draws = _Draws(config, shard, conditions, None)
+    n = config.batch
+    w = torch.rand(n, generator=draws.generator) * (config.w_max - config.w_min) + config.w_min
+    w = w.to(device)[:, None, None, None]
+    size = unet.config.sample_size
+    x = torch.randn(n, unet.config.in_channels, size, size, generator=draws.generator).to(device)
+    # a random offset of the step grid: the guide must serve every timestep, not the twenty of one schedule
+    times = [stride * i + draws.rng.randrange(stride) for i in reversed(range(config.steps))]
+    kept: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "conditional", "unconditional")}
+    passes = _teacher(unet, conditions, draws.rows, draws.negative)
+    for i, t in enumerate(times):
+        e_u, e_c = passes(x, torch.full((n,), t, device=device))
+        kept["sample"].append(x.half().cpu())
+        kept["timestep"].append(torch.full((n,), t))
+        kept["conditional"].append(e_c.half().cpu())
+        kept["unconditional"].append(e_u.half().cpu())
+        output = e_u + w * (e_c - e_u)
+        a = abar[t]
+        before = abar[times[i + 1]] if i + 1 < len(times) else torch.ones((), device=device)
+        x0 = a.sqrt() * x - (1 - a).sqrt() * output if is_v else (x - (1 - a).sqrt() * output) / a.sqrt()
+        eps = a.sqrt() * output + (1 - a).sqrt() * x if is_v else output
+        x = before.sqrt() * x0 + (1 - before).sqrt() * eps
+    tensors = {k: torch.cat(v) for k, v in kept.items()}
+    return tensors | {"prompt": draws.rows.repeat(config.steps), "negative": draws.negative.repeat(config.steps)}
+
+
+@torch.no_grad()
+def _noised(
+    unet: Any, scheduler: dict[str, Any], conditions: Conditions, config: StateConfig, shard: int, given: Latents | None
+) -> dict[str, Tensor]:
+    assert given is not None
+    device = next(unet.parameters()).device
+    abar = torch.from_numpy(alphas_cumprod(scheduler)).float().to(device)
+    _is_v_prediction(scheduler)
+    # held-out shards take the last pictures, which no other shard sees
+    held, count = held_out_shards(config), len(given.latents)
+    edge = count - max(1, round(count * 0.05)) if held and count > 1 else count
+    low, high = (edge, count) if shard >= config.shards - held and edge < count else (0, edge)
+    rng = random.Random(f"{config.seed}/{shard}/pictures")
+    which = torch.tensor([rng.randrange(low, high) for _ in range(config.per_shard)])
+    draws = _Draws(config, shard, conditions, given.prompt[which])
+    kept: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "conditional", "unconditional")}
+    for start in range(0, len(which), config.batch):
+        some = slice(start, start + config.batch)
+        x0 = given.latents[which[some]].float()
+        t = torch.randint(0, len(abar), (len(x0),), generator=draws.generator)
+        noise = torch.randn(x0.shape, generator=draws.generator)
+        a = abar.cpu()[t][:, None, None, None]
+        x = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(device)
+        e_u, e_c = _teacher(unet, conditions, draws.rows[some], draws.negative[some])(x, t.to(device))
+        for name, value in (("sample", x), ("conditional", e_c), ("unconditional", e_u)):
+            kept[name].append(value.half().cpu())
+        kept["timestep"].append(t)
+    return {k: torch.cat(v) for k, v in kept.items()} | {"prompt": draws.rows, "negative": draws.negative}
+
+
+def _teacher(unet: Any, conditions: Conditions, rows: Tensor, negative: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    device = next(unet.parameters()).device
+    text, empty = conditions.text(rows, device), conditions.text(negative, device)
+    added = conditions.added(torch.cat([negative, rows]), device)
+
+    def passes(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        e_u, e_c = both_passes(unet, x, t, text, empty, added)
+        if not (e_u.isfinite().all() and e_c.isfinite().all()):
+            raise PnpError(
+                f"the teacher's prediction is not finite at timestep {int(t[0])}; check the base model's weights"
+            )
+        return e_u, e_c
+
+    return passes
+
+
+def _is_v_prediction(scheduler: dict[str, Any]) -> bool:
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise InputError(f"prediction_type is '{kind}'; known: epsilon, v_prediction")
+    return kind == "v_prediction"

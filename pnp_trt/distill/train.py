@@ -1,4 +1,4 @@
-"""The training loop of guides: AdamW, warm-up and cosine, EMA, atomic checkpoints, exact resume."""
+"""The training loop of guides: AdamW, warm-up, EMA, several processes, atomic checkpoints, exact resume."""
 
 from __future__ import annotations
 
@@ -7,133 +7,255 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, PnpError
 
+PRECISIONS = ("no", "bf16", "fp16")
+SCHEDULES = ("cosine", "constant")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation settings; the defaults suit the tiny guide on the bundled model."""
+    """Optimisation settings; the defaults suit the tiny guide on the bundled model.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: states per optimiser step, over all processes and accumulated parts.
+        accumulate: parts that a process's share of a batch is computed in, one after the other.
+        lr, schedule, warmup: peak rate; ``cosine`` (to a fiftieth) or ``constant``; linear warm-up steps.
+        ema: decay of the averaged weights, which are the result.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` for autocast in the student's forward.
+        gradient_checkpointing: recompute activations in the backward pass: slower, in less memory.
+        checkpoint_every, keep: steps between checkpoints; how many of the newest stay.
+    """
 
     steps: int = 1500
     batch: int = 48
+    accumulate: int = 1
     lr: float = 2e-3
+    schedule: str = "cosine"
     warmup: int = 100
     weight_decay: float = 0.01
     ema: float = 0.995
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
     checkpoint_every: int = 250
     keep: int = 2
     seed: int = 0
 
+    def check(self, processes: int = 1) -> None:
+        """Raise ``InputError`` for a value out of range."""
+        for name in ("steps", "batch", "accumulate", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.lr > 0:
+            raise InputError(f"the learning rate is {self.lr:g}; it must be above 0")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"the schedule is '{self.schedule}'; known: {', '.join(SCHEDULES)}")
+        if self.mixed_precision not in PRECISIONS:
+            raise InputError(f"mixed precision is '{self.mixed_precision}'; known: {', '.join(PRECISIONS)}")
+        if self.batch % (self.accumulate * processes):
+            raise InputError(
+                f"a batch of {self.batch} does not divide into {processes} processes times {self.accumulate} parts; "
+                f"choose a multiple of {self.accumulate * processes}"
+            )
+
     def rate(self, step: int) -> float:
-        """The learning rate at ``step``: linear warm-up, then cosine to a fiftieth."""
+        """The learning rate at ``step``."""
         warm = min(1.0, (step + 1) / max(1, min(self.warmup, self.steps // 10)))
+        if self.schedule == "constant":
+            return self.lr * warm
         return self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
 
+class Objective(Protocol):
+    """What is minimised.  A step's batch follows from the step alone, so that a resumed run repeats an unbroken one."""
+
+    def batch(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
+        """Part ``part`` of ``parts`` of the batch of ``step``."""
+        ...
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch under ``model``, the student as the optimiser sees it."""
+        ...
+
+
+def make_accelerator(mixed_precision: str = "no") -> Any:
+    """A ``accelerate.Accelerator``: the processes are whatever ``accelerate launch`` started, one without it."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
+
+
 def train(
+    student: nn.Module,
     guide: nn.Module,
-    loss_of: Callable[[int], Tensor],
+    objective: Objective,
     config: TrainConfig,
     folder: Path,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> dict[str, Tensor]:
-    """Optimise ``guide`` and return the averaged weights (they are also loaded into it).
-
-    ``loss_of(step)`` draws its batch from the step alone, so that a resumed run repeats an unbroken one.
+    accelerator: Any = None,
+    progress: Callable[[int, int, float, float], None] | None = None,
+    watch: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> None:
+    """Optimise ``guide`` inside ``student``; at the end it holds the averaged weights.
 
     Args:
         folder: checkpoints go to ``folder/checkpoints``; the newest is continued from.
-        progress: called with (step, steps, loss).
+        accelerator: of :func:`make_accelerator`; several processes share each batch.
+        progress: called with (step, steps, loss, learning rate) on every process.
+        watch: called with (step, averaged weights by name) after each checkpoint, on the main process.
 
     Raises:
-        PnpError: if the loss is not finite; the last checkpoint and the step are named.
+        InputError: for settings out of range, or a checkpoint that cannot be read.
+        PnpError: if the loss or a gradient is not finite; the step and the file that keeps the batch are named.
     """
+    accelerator = accelerator or make_accelerator(config.mixed_precision)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    config.check(world)
     names = [k for k, p in guide.named_parameters() if p.requires_grad]
     parameters = dict(guide.named_parameters())
     live: list[Tensor] = [parameters[k] for k in names]
     shadow = [p.detach().clone() for p in live]
     optimiser = torch.optim.AdamW(live, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99))
-    checkpoints = folder / "checkpoints"
-    start = _resume(checkpoints, names, live, shadow, optimiser)
+    state = _State(folder / "checkpoints", names, live, shadow, optimiser, accelerator.scaler)
+    start = state.load()
+    model = accelerator.prepare_model(student)
+    parts = world * config.accumulate
     for step in range(start, config.steps):
+        rate = config.rate(step)
         for group in optimiser.param_groups:
-            group["lr"] = config.rate(step)
-        loss = loss_of(step)
-        value = loss.item()
+            group["lr"] = rate
+        total = torch.zeros((), device=accelerator.device)
+        batches = []
+        for part in range(config.accumulate):
+            batches.append(objective.batch(step, part * world + rank, parts))
+            last = part + 1 == config.accumulate
+            with _maybe(accelerator.no_sync, model, not last), accelerator.autocast():
+                loss = objective.loss(model, batches[-1]) / config.accumulate
+            with _maybe(accelerator.no_sync, model, not last):
+                accelerator.backward(loss)
+            total += loss.detach()
+        value = float(accelerator.reduce(total, "mean"))
         if not math.isfinite(value):
-            raise PnpError(
-                f"the loss is {value} at step {step}; the last good checkpoint is kept in {checkpoints}. "
-                f"Lower --lr (it is {config.lr:g}) and resume with --resume"
-            )
-        loss.backward()
-        nn.utils.clip_grad_norm_(live, 1.0)
-        optimiser.step()
+            raise _not_finite(value, step, config, folder, batches, rank)
+        if accelerator.scaler is not None:
+            accelerator.scaler.unscale_(optimiser)
+        norm = float(nn.utils.clip_grad_norm_(live, 1.0))
+        if not math.isfinite(norm) and accelerator.scaler is None:
+            raise _not_finite(norm, step, config, folder, batches, rank)
+        if accelerator.scaler is None:
+            optimiser.step()
+        else:  # skips the step, and lowers the scale, where a scaled gradient overflowed
+            accelerator.scaler.step(optimiser)
+            accelerator.scaler.update()
         optimiser.zero_grad(set_to_none=True)
         decay = min(config.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(shadow, live, 1 - decay)
         if progress is not None:
-            progress(step + 1, config.steps, value)
+            progress(step + 1, config.steps, value, rate)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            _save(checkpoints, step + 1, names, live, shadow, optimiser, config.keep)
+            if accelerator.is_main_process:
+                state.save(step + 1, config.keep)
+                if watch is not None:
+                    watch(step + 1, dict(zip(names, shadow, strict=True)))
+            accelerator.wait_for_everyone()
     with torch.no_grad():
         for p, s in zip(live, shadow, strict=True):
             p.copy_(s)
-    return dict(zip(names, shadow, strict=True))
 
 
-def _save(
-    folder: Path,
-    step: int,
-    names: list[str],
-    live: list[Tensor],
-    shadow: list[Tensor],
-    optimiser: torch.optim.Optimizer,
-    keep: int,
-) -> None:
-    # safetensors, not pickles: a checkpoint may come from somebody else
+def _maybe(context: Callable[[nn.Module], Any], model: nn.Module, wanted: bool) -> Any:
+    import contextlib
+
+    return context(model) if wanted else contextlib.nullcontext()
+
+
+def _not_finite(
+    value: float, step: int, config: TrainConfig, folder: Path, batches: list[dict[str, Tensor]], rank: int
+) -> PnpError:
+    """The error for a step that went wrong; its batch is kept, so that it can be looked at."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    for name, p, s in zip(names, live, shadow, strict=True):
-        state = optimiser.state[p]
-        tensors |= {f"live.{name}": p.detach(), f"ema.{name}": s}
-        tensors |= {f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+    joined = {k: torch.cat([b[k] for b in batches]).contiguous().cpu() for k in batches[0]}
+    kept = folder / f"not-finite-step-{step}{f'-rank-{rank}' if rank else ''}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:07d}.safetensors"
-    beside = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata={"state": json.dumps({"step": step})})
-    beside.replace(path)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
-        old.unlink()
+    save_file(joined, kept)
+    return PnpError(
+        f"the loss or its gradient is {value} at step {step}; its batch is kept in {kept}, the last good checkpoint "
+        f"in {folder / 'checkpoints'}. Lower --lr (it is {config.lr:g}) and start again with another --out"
+    )
 
 
-def _resume(
-    folder: Path, names: list[str], live: list[Tensor], shadow: list[Tensor], optimiser: torch.optim.Optimizer
-) -> int:
-    from safetensors import SafetensorError, safe_open
+class _State:
+    """What a checkpoint holds: weights, averaged weights, the optimiser's moments, and the loss scale."""
 
-    found = sorted(folder.glob("step-*.safetensors"))
-    if not found:
-        return 0
-    try:
-        with safe_open(found[-1], "pt") as f:
-            step = int(json.loads(f.metadata()["state"])["step"])
-            with torch.no_grad():
-                for name, p, s in zip(names, live, shadow, strict=True):
-                    p.copy_(f.get_tensor(f"live.{name}"))
-                    s.copy_(f.get_tensor(f"ema.{name}"))
-                    optimiser.state[p] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p.device),
-                        "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p.device),
-                    }
-    except (SafetensorError, KeyError, RuntimeError) as e:
-        raise InputError(
-            f"the checkpoint {found[-1]} cannot be continued from ({e}); delete it to continue from an older one"
-        ) from e
-    return step
+    def __init__(
+        self, folder: Path, names: list[str], live: list[Tensor], shadow: list[Tensor],
+        optimiser: torch.optim.Optimizer, scaler: Any,
+    ) -> None:  # fmt: skip
+        self.folder, self.names, self.live, self.shadow = folder, names, live, shadow
+        self.optimiser, self.scaler = optimiser, scaler
+
+    def save(self, step: int, keep: int) -> None:
+        """Write the checkpoint of ``step``, whole or not at all, and drop all but the newest ``keep``.
+
+        Raises:
+            PnpError: if the disk is full; the older checkpoints stay.
+        """
+        # safetensors, not pickles: a checkpoint may come from somebody else
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for name, p, s in zip(self.names, self.live, self.shadow, strict=True):
+            state = self.optimiser.state[p]
+            tensors |= {f"live.{name}": p.detach(), f"ema.{name}": s}
+            tensors |= {f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+        about = {"step": step, "scaler": self.scaler.state_dict() if self.scaler is not None else None}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:07d}.safetensors"
+        beside = path.with_suffix(".part")
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata={"state": json.dumps(about)})
+            beside.replace(path)
+        except (OSError, SafetensorError) as e:
+            beside.unlink(missing_ok=True)
+            raise PnpError(
+                f"the checkpoint {path} could not be written ({e}); the one before it is whole. Make room and continue "
+                "with --resume"
+            ) from e
+        for old in sorted(self.folder.glob("step-*.safetensors"))[:-keep]:
+            old.unlink()
+
+    def load(self) -> int:
+        """Continue from the newest checkpoint; returns its step, 0 where there is none."""
+        from safetensors import SafetensorError, safe_open
+
+        found = sorted(self.folder.glob("step-*.safetensors"))
+        if not found:
+            return 0
+        try:
+            with safe_open(found[-1], "pt") as f:
+                about = json.loads(f.metadata()["state"])
+                step = int(about["step"])
+                with torch.no_grad():
+                    for name, p, s in zip(self.names, self.live, self.shadow, strict=True):
+                        p.copy_(f.get_tensor(f"live.{name}"))
+                        s.copy_(f.get_tensor(f"ema.{name}"))
+                        self.optimiser.state[p] = {
+                            "step": torch.tensor(float(step)),
+                            "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p.device),
+                            "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p.device),
+                        }
+            if self.scaler is not None and about["scaler"]:
+                self.scaler.load_state_dict(about["scaler"])
+        except (SafetensorError, KeyError, RuntimeError, TypeError) as e:
+            raise InputError(
+                f"the checkpoint {found[-1]} cannot be continued from ({e}); delete it to continue from an older one"
+            ) from e
+        return step

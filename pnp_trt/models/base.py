@@ -60,6 +60,26 @@ class BaseModel:
 
         return check_finite(_load(CLIPTextModel, self.folder / "text_encoder"), self.name).eval().requires_grad_(False)
 
+    def text_encoders(self) -> list[tuple[Any, Any]]:
+        """``(tokenizer, text encoder)`` once for Stable Diffusion 1 and 2, twice for SDXL; float32, frozen."""
+        out = [(self.tokenizer(), self.text_encoder())]
+        if (self.folder / "text_encoder_2").is_dir():
+            from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+            second = check_finite(_load(CLIPTextModelWithProjection, self.folder / "text_encoder_2"), self.name)
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer_2")
+            out.append((tokenizer, second.eval().requires_grad_(False)))
+        return out
+
+    def zero_empty_prompt(self) -> bool:
+        """Whether the pipeline replaces the empty prompt's states by zeros, as SDXL's does."""
+        index = self.folder / "model_index.json"
+        return index.is_file() and bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", False))
+
+    def unet_config(self) -> dict[str, Any]:
+        """The U-Net's config."""
+        return json.loads((self.folder / "unet" / "config.json").read_text())
+
     def tokenizer(self) -> Any:
         """``CLIPTokenizer``."""
         from transformers import CLIPTokenizer
@@ -80,7 +100,8 @@ class BaseModel:
     def fingerprint(self) -> dict[str, str]:
         """sha256 of every weight file, and of the whole; what a manifest records."""
         if not self._hashes:
-            parts = ("unet", "text_encoder", "vae")
+            parts = ["unet", "text_encoder", "vae"]
+            parts += ["text_encoder_2"] if (self.folder / "text_encoder_2").is_dir() else []
             files = {p: next((self.folder / p).glob("*.safetensors")) for p in parts}
             if self.unet_file is not None:
                 files["unet"] = self.unet_file

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..assets import ROOT as ASSETS
 from ..errors import InputError
 from .base import _load, check_finite
-from .guide import GUIDES, TinyGuide
+from .guide import GUIDES, Guide
 
 
 def bundled_guides() -> list[str]:
@@ -29,7 +29,7 @@ def guide_folder(name: str) -> Path:
     raise InputError(f"no guide '{name}'; known: {known}, none, or a folder made by pnp-trt distill guidance")
 
 
-def load_guide(name: str) -> TinyGuide:
+def load_guide(name: str) -> Guide:
     """A guide in float32, frozen, its weights checked to be finite.
 
     Raises:

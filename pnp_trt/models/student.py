@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .guide import Features, TinyGuide, check_fit
+from .guide import Features, Guide, GuideInput, check_fit
 
 
 def encode(
@@ -78,7 +78,7 @@ class Student(nn.Module):
         InputError: if the guide was made for a U-Net of another shape.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, guide: TinyGuide) -> None:
+    def __init__(self, unet: UNet2DConditionModel, guide: Guide) -> None:
         super().__init__()
         check_fit(guide, unet)
         self.unet = unet
@@ -90,12 +90,20 @@ class Student(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         guidance: Tensor,
+        negative: Tensor | None = None,
+        condition: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """``sample [B, C, H, W]``, ``timestep [B]``, text ``[B, tokens, D]``, ``guidance [B]`` → ``[B, C, H, W]``."""
+        """The guided prediction, ``[B, C, H, W]``; arguments as in :class:`~pnp_trt.models.guide.GuideInput`."""
         emb, features = encode(self.unet, sample, timestep, encoder_hidden_states, added_cond_kwargs)
-        added = self.guide(timestep, guidance, features)
-        skips = tuple(s + r for s, r in zip(features.down_block_res_samples, added.down_block_res_samples, strict=True))
+        given = GuideInput(
+            sample, timestep, encoder_hidden_states, guidance, features, negative, condition, added_cond_kwargs
+        )
+        added = self.guide(given)
+        skips = tuple(
+            s if r is None else s + r
+            for s, r in zip(features.down_block_res_samples, added.down_block_res_samples, strict=True)
+        )
         guided = Features(skips, features.mid_block_res_sample + added.mid_block_res_sample)
         return decode(self.unet, emb, guided, encoder_hidden_states)
 
@@ -113,13 +121,38 @@ class Teacher(nn.Module):
         return decode(self.unet, emb, features, encoder_hidden_states)
 
 
-def cfg(unet: UNet2DConditionModel, sample: Tensor, timestep: Tensor, text: Tensor, empty: Tensor, w: Tensor) -> Tensor:
+def cfg(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    empty: Tensor,
+    w: Tensor,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+) -> Tensor:
     """Classifier-free guidance, eps_w = eps(∅) + w·(eps(c) − eps(∅)) (Ho & Salimans 2022), as one batch of two.
 
     Args:
-        text, empty: states of prompt and empty prompt, ``[B, tokens, D]`` each.
+        text, empty: states of the prompt and of the empty (or negative) prompt, ``[B, tokens, D]`` each.
         w: ``[B]``.
+        added_cond_kwargs: SDXL's, for both passes: ``[2B, …]``, those of ``empty`` first.
     """
-    both = unet(torch.cat([sample, sample]), torch.cat([timestep, timestep]), torch.cat([empty, text])).sample
-    unconditional, conditional = both.chunk(2)
+    unconditional, conditional = both_passes(unet, sample, timestep, text, empty, added_cond_kwargs)
     return unconditional + w[:, None, None, None] * (conditional - unconditional)
+
+
+def both_passes(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    empty: Tensor,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The unconditional and the conditional prediction, ``[B, C, H, W]`` each; arguments as in :func:`cfg`."""
+    both = unet(
+        torch.cat([sample, sample]), torch.cat([timestep, timestep]), torch.cat([empty, text]),
+        added_cond_kwargs=added_cond_kwargs,
+    ).sample  # fmt: skip
+    unconditional, conditional = both.chunk(2)
+    return unconditional, conditional

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from pnp_trt.distill.guidance import GuidanceConfig, distill
-from pnp_trt.distill.states import StateConfig, read_prompts
+from pnp_trt.distill.prompts import read_prompts
+from pnp_trt.distill.states import StateConfig
 from pnp_trt.distill.train import TrainConfig, train
 from pnp_trt.errors import InputError, PnpError
 
@@ -28,8 +29,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def config(base: Path, prompts: Path, out: Path, steps: int = 30, **settings: Any) -> GuidanceConfig:
     return GuidanceConfig(
-        str(base), prompts, out, rank=8, embed_dim=8,
-        states=StateConfig(trajectories=8, steps=5, batch=4),
+        str(base), prompts, out, options={"rank": 8, "embed_dim": 8}, pictures=4,
+        states=StateConfig(count=40, steps=5, batch=4),
         train=TrainConfig(steps=steps, batch=8, lr=5e-3, warmup=5, checkpoint_every=10, **settings),
     )  # fmt: skip
 
@@ -88,30 +89,69 @@ def test_a_folder_of_another_run_is_refused(micro_base: Path, prompts: Path, tmp
         distill(config(micro_base, prompts, tmp_path / "mine"))
 
 
-def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+class Line:
+    """An objective that any linear layer can learn, and that breaks at a step."""
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.broken = broken
+
+    def batch(self, step: int, part: int, parts: int) -> dict[str, torch.Tensor]:
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(step))
+        return {"x": x[part::parts] * (float("nan") if step == self.broken else 1.0)}
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (model(batch["x"]) - batch["x"].sum(1, keepdim=True)).pow(2).mean()
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint_and_the_batch(tmp_path: Path) -> None:
     module = torch.nn.Linear(2, 1)
-
-    def loss_of(step: int) -> torch.Tensor:
-        value = module(torch.ones(1, 2)).pow(2).mean()
-        return value * float("nan") if step == 7 else value
-
-    with pytest.raises(PnpError, match=r"the loss is nan at step 7.*--resume"):
-        train(module, loss_of, TrainConfig(steps=20, checkpoint_every=5), tmp_path)
+    with pytest.raises(PnpError, match=r"is nan at step 7.*batch is kept in .*not-finite-step-7\.safetensors"):
+        train(module, module, Line(broken=7), TrainConfig(steps=20, batch=4, checkpoint_every=5), tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000005.safetensors"]
+    assert load_file(tmp_path / "not-finite-step-7.safetensors")["x"].shape == (4, 2)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     module = torch.nn.Linear(2, 1)
-    train(
-        module,
-        lambda step: module(torch.ones(1, 2)).pow(2).mean(),
-        TrainConfig(steps=20, checkpoint_every=5, keep=2),
-        tmp_path,
-    )
+    train(module, module, Line(), TrainConfig(steps=20, batch=4, checkpoint_every=5, keep=2), tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-0000015.safetensors",
         "step-0000020.safetensors",
     ]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    module, config = torch.nn.Linear(2, 1), TrainConfig(steps=20, batch=4, checkpoint_every=5)
+    real = safetensors.torch.save_file
+
+    def full(tensors: Any, path: Path, **rest: Any) -> None:
+        if "0000010" in str(path):
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **rest)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(PnpError, match=r"could not be written .*No space left.*--resume"):
+        train(module, module, Line(), config, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000005.safetensors"]
+    monkeypatch.undo()
+    seen: list[int] = []
+    train(module, module, Line(), config, tmp_path, progress=lambda step, *_: seen.append(step))
+    assert seen[0] == 6  # continued from the whole one
+
+
+def test_accumulated_parts_give_the_whole_batchs_step(tmp_path: Path) -> None:
+    weights = []
+    for accumulate in (1, 2, 4):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(2, 1)
+        train(module, module, Line(), TrainConfig(steps=12, batch=4, accumulate=accumulate), tmp_path / str(accumulate))
+        weights.append(module.weight.detach().clone())
+    assert torch.allclose(weights[0], weights[1], atol=1e-6) and torch.allclose(weights[0], weights[2], atol=1e-6)
+    with pytest.raises(InputError, match=r"batch of 4 does not divide into 1 processes times 3 parts"):
+        train(module, module, Line(), TrainConfig(steps=12, batch=4, accumulate=3), tmp_path / "3")
 
 
 def test_prompts_files(tmp_path: Path) -> None:
@@ -133,12 +173,12 @@ def test_prompts_files(tmp_path: Path) -> None:
 
 def test_the_command(cli: Callable[..., Result], micro_base: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "g"
-    arguments = ["distill", "guidance", "--base", micro_base, "--prompts", prompts, "--out", out, "--trajectories", 4]
+    arguments = ["distill", "guidance", "--base", micro_base, "--prompts", prompts, "--out", out, "--num-states", 64]
     done = cli(*arguments, "--steps", 5, "--batch", 4, "--rank", 4)
     assert done.code == 0, done.err
     assert "% of the U-Net's" in done.out and "left unexplained" in done.out
     built = cli("build", "--base", micro_base, "--guide", out, "--out", tmp_path / "bundle")
     assert built.code == 0, built.err
-    for bad, message in ((["--guide", "huge"], "guide is 'huge'; known: tiny"), (["--lr", "0"], "--lr is 0")):
+    for bad, message in ((["--guide", "huge"], "guide is 'huge'; known: tiny, full"), (["--lr", "0"], "the learning rate is 0")):
         refused = cli("distill", "guidance", "--prompts", prompts, "--out", tmp_path / "h", *bad)
         assert refused.code == 2 and message in refused.err

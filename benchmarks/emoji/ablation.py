@@ -1,0 +1,227 @@
+"""Compare guide designs, extra terms and kinds of states on an equal, short budget.
+
+Every row is one ``distill`` run with the same number of steps, batch and states; what differs is the one
+option that the row names.  Judged on the same held-out trajectory states (what a sampler visits) and on how
+near the pictures come to the teacher's guided ones.  ``python -m benchmarks.emoji.ablation`` resumes: a row
+that is done is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pnp_trt.artifacts import write_json
+from pnp_trt.bench import cost, fidelity
+from pnp_trt.distill.guidance import GuidanceConfig, distill
+from pnp_trt.distill.prompts import read_prompts
+from pnp_trt.distill.run import TeacherModel
+from pnp_trt.distill.states import StateConfig, States, collect, split
+from pnp_trt.distill.train import TrainConfig
+from pnp_trt.distill.watch import held_out_error, run_schedule
+from pnp_trt.models.guide import GuideInput
+from pnp_trt.models.load import load_guide
+from pnp_trt.models.student import Student, cfg, encode
+from pnp_trt.runtime.schedule import ddim
+
+PROMPTS = Path("calibration/emoji-prompts.txt")
+STATES = 25_600
+PICTURES = 64
+SAMPLING_STEPS = 20
+W = 3.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: its name, the group it is compared in, and what differs from the default."""
+
+    name: str
+    group: str
+    options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    kind: str = "trajectory"
+
+
+ROWS = (
+    Row("default", "design"),
+    Row("depthwise trunk", "design", {"trunk_kind": "depthwise"}),
+    Row("attention in the trunk", "design", {"trunk_kind": "attention"}),
+    Row("attends to the text too", "design", {"text": True}),
+    Row("looks at latent and text alone", "design", {"reads": "latent", "text": True}),
+    Row("emits mid alone", "design", {"emits": "mid"}),
+    Row("emits deep skips and mid", "design", {"emits": "deep"}),
+    Row("rank 16", "design", {"rank": 16, "embed_dim": 32, "trunk_blocks": 2}),
+    Row("rank 96", "design", {"rank": 96}),
+    Row("weighting none", "term", config={"weighting": "none"}),
+    Row("weighting guidance", "term", config={"weighting": "guidance"}),
+    Row("weighting x0", "term", config={"weighting": "x0"}),
+    Row("w log-uniform", "term", config={"w_distribution": "log-uniform"}),
+    Row("feature matching 0.1", "term", config={"feature_matching": 0.1}),
+    Row("forward states", "states", kind="forward"),
+)
+
+
+def write_pictures(folder: Path, cache: Path) -> Path:
+    """The training pictures with captions, as users would hand them to ``--images``; once."""
+    from PIL import Image
+
+    from .data import BASE_STYLES, caption, pictures, split
+
+    if (folder / "metadata.jsonl").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shots = pictures(BASE_STYLES, split()["train"], cache, 5)
+    lines = []
+    for i, (pixels, concept, style) in enumerate(zip(shots.pixels, shots.concepts, shots.styles, strict=True)):
+        name = f"{i:05d}.png"
+        # the data holds pixels between 0 and 1, or bytes, by its age
+        whole = pixels if pixels.dtype == np.uint8 else (pixels * 255).round().astype(np.uint8)
+        Image.fromarray(whole).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": caption(concept, style)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+class Judge:
+    """Held-out trajectory states and the teacher's pictures, the same for every row."""
+
+    def __init__(self, states_dir: Path) -> None:
+        self.teacher = TeacherModel.load("emoji", read_prompts(PROMPTS), torch.device("cpu"))
+        config = StateConfig(count=STATES)
+        from pnp_trt.artifacts import digest
+
+        identity = {"teacher": self.teacher.hashes, "prompts": digest(self.teacher.prompts)}
+        self.states: States = collect(
+            self.teacher.unet, self.teacher.scheduler, self.teacher.conditions, config, states_dir, identity
+        )
+        self.held_out = split(config)[1]
+        c = self.teacher.conditions
+        rows = torch.arange(0, c.empty, c.empty // PICTURES)[:PICTURES]
+        self.text = c.text(rows, torch.device("cpu"))
+        self.empty = c.text(torch.full((len(rows),), c.empty), torch.device("cpu"))
+        self.noise = torch.randn(len(rows), *self.teacher.sample_shape, generator=torch.Generator().manual_seed(77))
+        self.w = torch.full((len(rows),), W)
+        self.vae = self.teacher.base.vae()
+        unet = self.teacher.unet
+        self.pictures = self.sample(lambda x, t: cfg(unet, x, t, self.text, self.empty, self.w))
+        self.plain = self.sample(lambda x, t: unet(x, t, self.text).sample)
+        self.extract = fidelity.FeatureExtractor()
+        self.features = self.extract(self.pictures)
+
+    @torch.no_grad()
+    def sample(self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> np.ndarray:
+        x = run_schedule(predict, self.noise, ddim(self.teacher.scheduler, SAMPLING_STEPS))
+        out = self.vae.decode(x / self.vae.config.scaling_factor).sample
+        return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+
+    def distance(self, pixels: np.ndarray) -> dict[str, Any]:
+        return {
+            "psnr_db": fidelity.mean(fidelity.psnr(pixels, self.pictures)).as_dict(),
+            "cosine": fidelity.mean(fidelity.cosine(self.extract(pixels), self.features)).as_dict(),
+        }
+
+    def cost_of(self, guide: Any) -> dict[str, Any]:
+        unet = self.teacher.unet
+        x, t = self.noise[:1], torch.zeros(1, dtype=torch.long)
+        with torch.no_grad():
+            _, features = encode(unet, x, t, self.text[:1])
+
+        class Alone(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.guide = guide
+
+            def forward(self, w: torch.Tensor, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> Any:
+                from pnp_trt.models.guide import Features
+
+                f = Features(tuple(s.to(x.device) for s in features.down_block_res_samples),
+                             features.mid_block_res_sample.to(x.device))  # fmt: skip
+                return self.guide(GuideInput(x, t, text, w, f)).mid_block_res_sample
+
+        found = cost.count(Alone(), {"w": self.w[:1], "x": x, "t": t, "text": self.text[:1]})
+        whole = cost.count(unet, {"sample": x, "timestep": t, "encoder_hidden_states": self.text[:1]})
+        return {
+            "parameters": found.parameters, "parameters_share": found.parameters / whole.parameters,
+            "macs": found.macs, "macs_share": found.macs / whole.macs,
+        }  # fmt: skip
+
+    def judge(self, folder: Path) -> dict[str, Any]:
+        guide = load_guide(str(folder))
+        student = Student(self.teacher.unet, guide)
+        error = held_out_error(student, self.states, self.held_out)
+        return {
+            **self.cost_of(guide),
+            "held_out": error,
+            **self.distance(self.sample(lambda x, t: student(x, t, self.text, self.w))),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.ablation", description=__doc__)
+    add = parser.add_argument
+    add("--work", type=Path, default=Path("build/emoji/ablation"))
+    add("--cache", type=Path, default=Path("build/emoji"), help="pictures of the recipe")
+    add("--states-dir", type=Path, default=None, help="trajectory states; default WORK/states")
+    add("--steps", type=int, default=350)
+    add("--batch", type=int, default=32)
+    add("--rows", default="", help="only rows whose name holds one of these words, comma-separated")
+    add("--train-only", action="store_true", help="train the rows, and leave judging to a later call")
+    add("--json", type=Path, default=Path("benchmarks/results/emoji-ablation.json"))
+    args = parser.parse_args()
+    states = args.states_dir or args.work / "states"
+    wanted = [r for r in ROWS if not args.rows or any(word in r.name for word in args.rows.split(","))]
+    for row in wanted:
+        out = args.work / row.name.replace(" ", "-")
+        if (out / "distill.json").exists():
+            continue
+        forward = row.kind == "forward"
+        started = time.monotonic()
+        distill(
+            GuidanceConfig(
+                "emoji", None if forward else PROMPTS, out,
+                write_pictures(args.work / "pictures", args.cache) if forward else None,
+                options=row.options, pictures=0, states_dir=args.work / "states-forward" if forward else states,
+                states=StateConfig(row.kind, STATES),
+                train=TrainConfig(
+                    args.steps, args.batch, lr=3e-3, mixed_precision="bf16", checkpoint_every=args.steps, keep=1
+                ),
+                **row.config,
+            ),
+            resume=out.exists(),
+        )  # fmt: skip
+        print(row.name, f"{time.monotonic() - started:.0f} s", flush=True)
+    if args.train_only:
+        return
+    from .provenance import machine
+
+    judge = Judge(states)
+    found = {"schema": "pnp-trt/emoji-ablation/1", "provenance": machine(), "settings": {
+        "steps": args.steps, "batch": args.batch, "states": STATES, "pictures": PICTURES,
+        "sampling_steps": SAMPLING_STEPS, "w": W,
+    }, "no_guidance": judge.distance(judge.plain), "rows": []}  # fmt: skip
+    for row in ROWS:
+        out = args.work / row.name.replace(" ", "-")
+        if not (out / "distill.json").exists():
+            continue
+        report = json.loads((out / "distill.json").read_text())
+        found["rows"].append({
+            "name": row.name, "group": row.group, "differs": {**row.options, **row.config, "states": row.kind},
+            "own_held_out": report["held_out"]["residual"], "train_seconds": report["seconds"],
+            "final_loss": report["final_loss"], **judge.judge(out),
+        })  # fmt: skip
+        last = found["rows"][-1]
+        print(f"{row.name:32s} {last['parameters']:8,d} residual {last['held_out']['residual']:.3f} "
+              f"bins {last['held_out']['mean_of_bins']:.3f} psnr {last['psnr_db']['value']:.2f}", flush=True)  # fmt: skip
+        write_json(args.json, found)
+
+
+if __name__ == "__main__":
+    main()

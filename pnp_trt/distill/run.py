@@ -1,0 +1,107 @@
+"""What both stages share: the frozen teacher with its conditions, the run's folder, and the head of its report."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..artifacts import digest, write_json
+from ..errors import InputError
+from ..models.base import BaseModel, resolve
+from ..models.conditions import Conditions, encode_prompts
+from .prompts import warn_of_long_prompts
+
+#: called with (stage, done, in all, note)
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass
+class TeacherModel:
+    """A frozen teacher on its device, with the conditions of the run's prompts.
+
+    Attributes:
+        unet: ``UNet2DConditionModel``.
+        scheduler: config of its scheduler.
+        conditions: of ``prompts``, the empty prompt last.
+        hashes: sha256 of the weights that the states depend on.
+    """
+
+    base: BaseModel
+    unet: Any
+    scheduler: dict[str, Any]
+    prompts: list[str]
+    conditions: Conditions
+    hashes: dict[str, str]
+    device: torch.device
+
+    @classmethod
+    def load(cls, name: str, prompts: list[str], device: torch.device) -> TeacherModel:
+        """Load a base model and encode ``prompts``; prompts that are too long are cut, with a warning."""
+        base = resolve(name)
+        warn_of_long_prompts(base.tokenizer(), prompts)
+        hashes = {k: v for k, v in base.fingerprint().items() if k in ("unet", "text_encoder", "text_encoder_2")}
+        return cls(
+            base, base.unet().to(device), base.scheduler_config(), prompts,
+            encode_prompts(base, prompts, device), hashes, device,
+        )  # fmt: skip
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of a latent."""
+        size = self.unet.config.sample_size
+        return self.unet.config.in_channels, size, size
+
+
+def claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Refuse a folder that holds something else; remember what this run is.
+
+    Raises:
+        InputError: if ``out`` holds other things, a run with other settings (which ones is said), or this run and
+            ``resume`` is false.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    record = out / "run.json"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not record.is_file():
+            raise InputError(f"{out} is not empty and holds no run of this kind; choose another --out")
+        found = json.loads(record.read_text())
+        if found.get("key") != digest(settings):
+            differs = _difference(found.get("settings", {}), settings)
+            raise InputError(f"{out} holds a run with other settings ({differs}); choose another --out")
+        if not resume:
+            raise InputError(f"{out} holds this run already; continue it with --resume, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"key": digest(settings), "settings": settings})
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """The first setting that differs, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return f"{path} was {old} and is {new}"
+
+
+def report_head(teacher: TeacherModel, guide: Any, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The part of a report that says what was made, of what, on what."""
+    return {
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "teacher": teacher.hashes,
+        "parameters": {
+            "guide": sum(p.numel() for p in guide.parameters()),
+            "unet": sum(p.numel() for p in teacher.unet.parameters()),
+        },
+        "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name() if teacher.device.type == "cuda" else "cpu",
+        "versions": {p: version(p) for p in ("torch", "diffusers", "accelerate")} | {"pnp-trt": __version__},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -19,9 +19,7 @@ Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, or co
 Warmup = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
 Ema = Annotated[float, typer.Option(min=0, max=1, help="Decay of the averaged weights, which are the result.")]
 Precision = Annotated[str, typer.Option(help="no, bf16, or fp16.")]
-Checkpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
-]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")]
 Every = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 Keep = Annotated[int, typer.Option(min=1, help="Checkpoints kept, the newest.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -99,6 +97,58 @@ def guidance(
     if pictures:
         print(f"pictures beside the teacher's: {out / 'pictures.png'}")
     print(f"next: pnp-trt build --base {base} --guide {out}")
+
+
+@distill_app.command("steps")
+def steps_command(
+    guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or a bundled one's name.")],
+    out: Annotated[Path, typer.Option(help="Folder; the guide of each halving goes to OUT/steps-N.")],
+    to: Annotated[int, typer.Option(help="Sampling steps of the last guide, such as 16, 8 or 4.")] = 8,
+    start: Annotated[int, typer.Option("--from", help="Sampling steps of the first teacher.")] = 32,
+    base: Annotated[str | None, typer.Option(help="The teacher; default: the guide's own.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="One prompt a line; default: the guide's own.")] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="Sampling runs that each halving learns from.")] = 640,
+    weighting: Annotated[str, typer.Option(help="Of the error: landing, or none.")] = "landing",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each halving.")] = 600,
+    batch: Batch = 32,
+    accumulate: Accumulate = 1,
+    lr: Lr = 5e-4,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 50,
+    ema: Ema = 0.99,
+    mixed_precision: Precision = "no",
+    gradient_checkpointing: Checkpointing = False,
+    w_min: Annotated[float, typer.Option(help="Smallest guidance scale to learn.")] = 1.0,
+    w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn.")] = 9.0,
+    checkpoint_every: Every = 200,
+    keep: Keep = 2,
+    pictures: Annotated[bool, typer.Option(help="Draw a picture grid after each halving.")] = True,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Stage 2: teach a guide to reach in half the sampling steps what it reached before, again and again."""
+    from .cli import _Bar, _need_torch
+
+    _need_torch("distill")
+    from .distill.steps import StepsConfig, distill
+    from .distill.train import TrainConfig
+
+    config = StepsConfig(
+        guide, out, to, start, base, prompts, w_min, w_max, trajectories, weighting, pictures=pictures,
+        train=TrainConfig(
+            steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,
+            gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,
+        ),
+    )  # fmt: skip
+    with _Bar("distill", None) as bar:
+        reports = distill(config, resume=resume, progress=bar.stages)
+    for report in reports:
+        held = report["held_out"]
+        print(
+            f"{out / ('steps-' + str(report['to']))}: {report['from']} to {report['to']} steps in "
+            f"{report['seconds']:.0f} s; {held['residual']:.1%} of the error that was there without training is left"
+        )
+    print(f"next: pnp-trt build --base {reports[-1]['settings']['base']} --guide {out / f'steps-{to}'}")
 
 
 def _options(given: list[str] | None, rank: int | None) -> dict[str, Any]:

@@ -218,8 +218,8 @@ def main() -> None:
             "final_loss": report["final_loss"], **judge.judge(out),
         })  # fmt: skip
         last = found["rows"][-1]
-        print(f"{row.name:32s} {last['parameters']:8,d} residual {last['held_out']['residual']:.3f} "
-              f"bins {last['held_out']['mean_of_bins']:.3f} psnr {last['psnr_db']['value']:.2f}", flush=True)  # fmt: skip
+        numbers = f"residual {last['held_out']['residual']:.3f}, psnr {last['psnr_db']['value']:.2f} dB"
+        print(f"{row.name:32s} {last['parameters']:8,d} {numbers}", flush=True)
         write_json(args.json, found)
 
 

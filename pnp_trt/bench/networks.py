@@ -32,7 +32,8 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         config = json.loads((folder / "unet" / "config.json").read_text())
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-        guides = {name: kind.from_unet(unet, **_guide_size(base, name)) for name, kind in GUIDES.items()}
+        sizes: dict[str, Any] = {name: _guide_size(base, name) for name in GUIDES}
+        guides = {name: kind.from_unet(unet, **sizes[name]) for name, kind in GUIDES.items()}
         size = unet.config.sample_size
         inputs: dict[str, Any] = {
             "sample": torch.empty(1, unet.config.in_channels, size, size),

@@ -291,5 +291,3 @@ def _save_picture(pixels: Any, path: Path) -> None:
     beside = path.with_name(f".{path.name}.part")
     Image.fromarray(pixels).save(beside, "PNG")
     beside.replace(path)
-
-

@@ -31,6 +31,7 @@ class FullGuide(ModelMixin, ConfigMixin):
         controlnet: config of the diffusers ``ControlNetModel``.
         negative_prompts: whether it also attends to a negative prompt's text states, marked by a learned vector,
             so that negative prompts survive distillation.
+        sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
     """
 
     _supports_gradient_checkpointing = True
@@ -44,6 +45,7 @@ class FullGuide(ModelMixin, ConfigMixin):
         in_channels: int,
         controlnet: dict[str, Any],
         negative_prompts: bool = False,
+        sampling_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.net = ControlNetModel.from_config(controlnet)
@@ -74,7 +76,7 @@ class FullGuide(ModelMixin, ConfigMixin):
         return self.negative_mark is not None
 
     def condition(self, guidance: Tensor, latent_size: tuple[int, int]) -> Tensor:
-        """The hint, ``[B, C_0, H, W]``, of scales ``guidance [B]`` for latents of ``latent_size``; depends on w alone."""
+        """The hint ``[B, C_0, H, W]`` of scales ``guidance [B]`` for latents of size (H, W); it depends on w alone."""
         w = self.w_features(sinusoid(guidance.float() * 4, W_FEATURES, 100.0).to(self.w_features.weight.dtype))
         height, width = latent_size
         return self.hint(w[:, :, None, None].expand(-1, -1, 8 * height, 8 * width))

@@ -75,9 +75,9 @@ class AttentionBlock(nn.Module):
         positions = x.flatten(2).transpose(1, 2)
         given = positions if source is None else source
         # one head: the width is that of a single head of the usual U-Nets
-        h = F.scaled_dot_product_attention(
-            self.q(positions)[:, None], self.k(given)[:, None], self.v(given)[:, None]
-        )[:, 0]
+        h = F.scaled_dot_product_attention(self.q(positions)[:, None], self.k(given)[:, None], self.v(given)[:, None])[
+            :, 0
+        ]
         return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
@@ -125,6 +125,8 @@ class TinyGuide(ModelMixin, ConfigMixin):
         text: whether the trunk also attends to the prompt's text states itself.
         negative_prompts: whether the trunk attends to a negative prompt's text states, so that negative prompts
             survive distillation.
+        skip_halvings: how often each skip's resolution is halved; None where it is not needed.
+        sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
     """
 
     @register_to_config
@@ -143,9 +145,14 @@ class TinyGuide(ModelMixin, ConfigMixin):
         text: bool = False,
         negative_prompts: bool = False,
         skip_halvings: tuple[int, ...] | None = None,
+        sampling_steps: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, known in (("trunk_kind", trunk_kind, TRUNKS), ("reads", reads, READS), ("emits", emits, EMITS)):
+        for name, value, known in (
+            ("trunk_kind", trunk_kind, TRUNKS),
+            ("reads", reads, READS),
+            ("emits", emits, EMITS),
+        ):
             if value not in known:
                 raise InputError(f"the tiny guide's {name} is '{value}'; known: {', '.join(known)}")
         channels = (*skip_channels, mid_channels)
@@ -161,7 +168,9 @@ class TinyGuide(ModelMixin, ConfigMixin):
         self.stem = None if sees_features else LatentStem(in_channels, rank, deepest)
         self.context = nn.Conv2d(skip_channels[-1] + mid_channels, rank, 1) if sees_features else None
         self.trunk = nn.ModuleList(TrunkBlock(rank, trunk_kind == "depthwise") for _ in range(trunk_blocks))
-        self.attention = nn.ModuleList(AttentionBlock(rank) for _ in range(trunk_blocks if trunk_kind == "attention" else 0))
+        self.attention = nn.ModuleList(
+            AttentionBlock(rank) for _ in range(trunk_blocks if trunk_kind == "attention" else 0)
+        )
         self.text_attention = AttentionBlock(rank, cross_attention_dim) if text else None
         self.negative_attention = AttentionBlock(rank, cross_attention_dim) if negative_prompts else None
         emitted = [c for c, used in zip(channels, self.emitting, strict=True) if used]

@@ -77,19 +77,32 @@ def ddim(config: dict[str, Any], steps: int) -> Schedule:
     n = config.get("num_train_timesteps", 1000)
     if not 1 <= steps <= n:
         raise InputError(f"steps is {steps}; it must be between 1 and {n}")
-    abar = alphas_cumprod(config)
     t = spaced_timesteps(config, steps)
-    before = t - n // steps
+    x_scale, output_scale = ddim_coefficients(config, t, t - n // steps)
+    return Schedule(t, x_scale.astype(np.float32), output_scale.astype(np.float32))
+
+
+def ddim_coefficients(
+    config: dict[str, Any], timesteps: np.ndarray, after: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(x_scale, output_scale)`` of DDIM steps from ``timesteps`` to ``after``, int64 ``[N]``; below 0 is the end.
+
+    Raises:
+        InputError: if the prediction type is unknown.
+    """
+    abar = alphas_cumprod(config)
     final = 1.0 if config.get("set_alpha_to_one", True) else abar[0]
-    a = abar[t]
-    p = np.where(before >= 0, abar[np.maximum(before, 0)], final)
+    a = abar[timesteps]
+    p = np.where(after >= 0, abar[np.maximum(after, 0)], final)
     kind = config.get("prediction_type", "epsilon")
     if kind == "epsilon":
-        x_scale = np.sqrt(p / a)
-        output_scale = np.sqrt(1 - p) - np.sqrt(p / a) * np.sqrt(1 - a)
-    elif kind == "v_prediction":
-        x_scale = np.sqrt(p * a) + np.sqrt((1 - p) * (1 - a))
-        output_scale = np.sqrt((1 - p) * a) - np.sqrt(p * (1 - a))
-    else:
-        raise InputError(f"prediction_type is '{kind}'; known: epsilon, v_prediction")
-    return Schedule(t, x_scale.astype(np.float32), output_scale.astype(np.float32))
+        return np.sqrt(p / a), np.sqrt(1 - p) - np.sqrt(p / a) * np.sqrt(1 - a)
+    if kind == "v_prediction":
+        return np.sqrt(p * a) + np.sqrt((1 - p) * (1 - a)), np.sqrt((1 - p) * a) - np.sqrt(p * (1 - a))
+    raise InputError(f"prediction_type is '{kind}'; known: epsilon, v_prediction")
+
+
+def ddim_step(config: dict[str, Any], timestep: int, after: int) -> tuple[float, float]:
+    """The coefficients of a single DDIM step; see :func:`ddim_coefficients`."""
+    x_scale, output_scale = ddim_coefficients(config, np.array([timestep]), np.array([after]))
+    return float(x_scale[0]), float(output_scale[0])

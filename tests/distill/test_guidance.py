@@ -179,6 +179,9 @@ def test_the_command(cli: Callable[..., Result], micro_base: Path, prompts: Path
     assert "% of the U-Net's" in done.out and "left unexplained" in done.out
     built = cli("build", "--base", micro_base, "--guide", out, "--out", tmp_path / "bundle")
     assert built.code == 0, built.err
-    for bad, message in ((["--guide", "huge"], "guide is 'huge'; known: tiny, full"), (["--lr", "0"], "the learning rate is 0")):
+    for bad, message in (
+        (["--guide", "huge"], "guide is 'huge'; known: tiny, full"),
+        (["--lr", "0"], "the learning rate is 0"),
+    ):
         refused = cli("distill", "guidance", "--prompts", prompts, "--out", tmp_path / "h", *bad)
         assert refused.code == 2 and message in refused.err

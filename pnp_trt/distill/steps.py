@@ -1,0 +1,383 @@
+"""Stage 2: progressive distillation of the sampler, guide only (Salimans & Ho 2022, algorithm 2).
+
+One step of the new student lands where two DDIM steps of the last one land; the teacher U-Net stays frozen
+and the guide alone learns.  Halving is repeated, 32 → 16 → 8 → 4, and every guide on the way is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..artifacts import digest, sha256, write_json
+from ..errors import InputError, PnpError
+from ..models.conditions import Conditions
+from ..models.load import guide_folder, load_guide
+from ..models.student import Student
+from ..runtime.schedule import ddim, ddim_step
+from .guidance import _save_picture
+from .prompts import read_prompts
+from .run import Progress, TeacherModel, claim, report_head
+from .train import TrainConfig, make_accelerator, train
+from .watch import Board, PictureGrid, averaged
+
+WEIGHTINGS = ("landing", "none")
+HELD_OUT = 0.06
+
+
+@dataclass(frozen=True)
+class StepsConfig:
+    """A stage 2 run.
+
+    Attributes:
+        guide: folder or name of a stage 1 guide.
+        out: folder; each halving's guide goes to ``out/steps-N``.
+        to, start: steps of the last student and of the first teacher; ``start`` is ``to`` times a power of two.
+        base, prompts: None takes the ones that the guide was distilled with.
+        w_min, w_max: range of the guidance scale.
+        trajectories: sampling runs of the last student in each halving; each gives as many states as the new one
+            has steps.
+        weighting: ``landing`` weighs each step's error by its effect on where the step lands; ``none`` does not.
+        batch_runs: trajectories at a time.
+        pictures: whether a picture grid is drawn after each halving.
+    """
+
+    guide: str
+    out: Path
+    to: int = 8
+    start: int = 32
+    base: str | None = None
+    prompts: Path | None = None
+    w_min: float = 1.0
+    w_max: float = 9.0
+    trajectories: int = 640
+    weighting: str = "landing"
+    batch_runs: int = 32
+    pictures: bool = True
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=600, lr=5e-4, batch=32))
+
+    def chain(self) -> list[int]:
+        """Steps of the students, one a halving.
+
+        Raises:
+            InputError: if ``start`` is not ``to`` times a power of two.
+        """
+        steps, found = self.start, []
+        while steps > self.to and steps % 2 == 0:
+            steps //= 2
+            found.append(steps)
+        if not found or found[-1] != self.to or self.to < 1:
+            raise InputError(
+                f"{self.start} steps cannot be halved to {self.to}; --from must be --to times 2, 4, 8 … "
+                f"(for example --from {max(self.to, 1) * 4})"
+            )
+        return found
+
+    def check(self) -> None:
+        """Raise ``InputError`` for values out of range."""
+        self.chain()
+        if not 1.0 <= self.w_min < self.w_max:
+            raise InputError(
+                f"the range of w is {self.w_min:g} to {self.w_max:g}; it must start at 1 or above and not be empty"
+            )
+        if self.weighting not in WEIGHTINGS:
+            raise InputError(f"weighting is '{self.weighting}'; known: {', '.join(WEIGHTINGS)}")
+        for name in ("trajectories", "batch_runs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass
+class Landings:
+    """What one halving learns from; all tensors share their first dimension.
+
+    Attributes:
+        sample: latents on the new student's step grid, float16 ``[N, C, H, W]``.
+        timestep: int64 ``[N]``.
+        prompt: rows of ``conditions``, int64 ``[N]``.
+        w: float32 ``[N]``.
+        target: the prediction whose single step lands where two steps of the last student do, float16.
+        conditions: of the prompts.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    prompt: Tensor
+    w: Tensor
+    target: Tensor
+    conditions: Conditions
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Halve the steps down to ``config.to``; returns the report of every halving.
+
+    Each halving's guide is a folder of its own with ``distill.json``; one that is whole is not made again.
+
+    Args:
+        resume: continue the run that ``config.out`` holds.
+        progress: called with (stage, done, in all, note).
+
+    Raises:
+        InputError: for steps that do not halve, unknown names, or an ``out`` that holds another run.
+        PnpError: if a prediction or the loss is not finite.
+    """
+    config.check()
+    accelerator = make_accelerator(config.train.mixed_precision)
+    config.train.check(accelerator.num_processes)
+    main = accelerator.is_main_process
+    say = progress if progress is not None and main else (lambda stage, done, total, note: None)
+    origin = guide_folder(config.guide)
+    base, prompts = _origin(config, origin)
+    teacher = TeacherModel.load(base, prompts, accelerator.device)
+    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "pictures")}
+    settings |= {
+        "base": base, "prompts": digest(prompts), "teacher": teacher.hashes,
+        "guide": sha256(next(origin.glob("*.safetensors"))),
+    }  # fmt: skip
+    if main:
+        claim(config.out, settings, resume)
+    accelerator.wait_for_everyone()
+    grid = PictureGrid(teacher, config.start) if main and config.pictures else None
+    reports = []
+    before, last = config.start, load_guide(str(origin))
+    for steps in config.chain():
+        folder = config.out / f"steps-{steps}"
+        if not (folder / "distill.json").is_file():
+            _halve(config, teacher, last, before, steps, folder, settings, accelerator, say, grid)
+        accelerator.wait_for_everyone()
+        reports.append(json.loads((folder / "distill.json").read_text()))
+        before, last = steps, load_guide(str(folder))
+    return reports
+
+
+def _origin(config: StepsConfig, folder: Path) -> tuple[str, list[str]]:
+    """Base and prompts: the given ones, else those of the guide's own report."""
+    report = folder / "distill.json"
+    known = json.loads(report.read_text())["settings"] if report.is_file() else {}
+    base = config.base or known.get("base")
+    prompts = config.prompts or (Path(known["prompts"]) if known.get("prompts") else None)
+    if base is None:
+        raise InputError(f"{folder} does not say which base it was distilled for; pass --base")
+    if prompts is None or (config.prompts is None and not prompts.is_file()):
+        raise InputError(f"the prompts that {folder} was distilled with are not at hand; pass --prompts FILE")
+    return base, read_prompts(prompts)
+
+
+def _halve(
+    config: StepsConfig, teacher: TeacherModel, last: Any, before: int, steps: int, folder: Path,
+    settings: dict[str, Any], accelerator: Any, say: Progress, grid: PictureGrid | None,
+) -> None:  # fmt: skip
+    started = time.monotonic()
+    stage = f"{before} to {steps} steps"
+    main = accelerator.is_main_process
+    old = Student(teacher.unet, last.to(teacher.device).eval().requires_grad_(False))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for shard in range(_shards(config)):
+        path = _shard(folder, shard)
+        if shard % world == rank and not path.exists():
+            _collect(old, teacher, config, steps, shard, path)
+        say(f"{stage}, states", shard + 1, _shards(config), "")
+    accelerator.wait_for_everyone()
+    landings = _read(folder, config, teacher.conditions)
+
+    torch.manual_seed(config.train.seed)
+    guide = copy.deepcopy(last).requires_grad_(True)
+    guide.register_to_config(sampling_steps=steps)
+    if config.train.gradient_checkpointing:
+        teacher.unet.enable_gradient_checkpointing()
+    student = Student(teacher.unet, guide)
+    held = max(1, round(_shards(config) * HELD_OUT)) if _shards(config) > 1 else 0
+    edge = len(landings) - held * config.batch_runs * steps
+    held_out = list(range(edge, len(landings))) if held else list(range(len(landings)))
+    objective = StepsObjective(landings, list(range(edge)), teacher, config, steps)
+    board = Board(folder / "logs") if main else None
+    smooth: list[float] = []
+
+    def report_step(step: int, count: int, value: float, rate: float) -> None:
+        smooth[:] = [value if not smooth else 0.98 * smooth[0] + 0.02 * value]
+        if board is not None:
+            board.numbers(step, loss=value, learning_rate=rate)
+        say(stage, step, count, f"loss {smooth[0]:.4f}")
+
+    def watch(step: int, weights: dict[str, Tensor]) -> None:
+        assert board is not None
+        with averaged(guide, weights):
+            error = landing_error(student, objective, landings, held_out[:: max(1, len(held_out) // 256)])
+        board.numbers(step, held_out_landing_error=error)
+
+    train(student, guide, objective, config.train, folder, accelerator, report_step, watch if main else None)
+    if not main:
+        return
+    assert board is not None
+    guide.eval()
+    some = held_out[:: max(1, len(held_out) // 512)]
+    errors = {
+        name: landing_error(who, objective, landings, some) for name, who in (("before", old), ("after", student))
+    }
+    if grid is not None:
+        pixels = grid.draw(student, ddim(teacher.scheduler, steps))
+        board.picture(config.train.steps, "pictures", pixels)
+        _save_picture(pixels, folder / "pictures.png")
+    board.close()
+    guide.save_pretrained(folder, safe_serialization=True)
+    report = {
+        "schema": "pnp-trt/distill/2",
+        "stage": "steps",
+        "from": before,
+        "to": steps,
+        **report_head(teacher, guide, settings, time.monotonic() - started),
+        "states": len(landings),
+        "final_loss": smooth[0] if smooth else None,
+        # of the single step's landing point, before and after: 1 would be no gain at all
+        "held_out": {"states": len(some), **errors, "residual": errors["after"] / errors["before"]},
+    }
+    write_json(folder / "distill.json", report)
+
+
+def _shards(config: StepsConfig) -> int:
+    return -(-config.trajectories // config.batch_runs)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / "states" / f"shard-{number:04d}.safetensors"
+
+
+@torch.no_grad()
+def _collect(
+    old: Student, teacher: TeacherModel, config: StepsConfig, steps: int, shard: int, path: Path
+) -> None:  # fmt: skip
+    """Run the last student, two steps for each of the new one's, and keep where they land."""
+    from safetensors.torch import save_file
+
+    device = teacher.device
+    rng = random.Random(f"{config.train.seed}/{steps}/{shard}")
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    n = config.batch_runs
+    rows = torch.tensor([rng.randrange(teacher.conditions.empty) for _ in range(n)])
+    w = torch.tensor([rng.uniform(config.w_min, config.w_max) for _ in range(n)])
+    x = torch.randn(n, *teacher.sample_shape, generator=generator).to(device)
+    predict = _predictor(old, teacher.conditions, rows, w, device)
+    kept: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "target")}
+    schedule = ddim(teacher.scheduler, steps)
+    for k, t in enumerate(schedule.timesteps.tolist()):
+        after = t - teacher.scheduler.get("num_train_timesteps", 1000) // steps
+        middle = max(0, round((t + after) / 2))
+        landed = x
+        for now, then in ((t, middle), (middle, after)):
+            scale, out = ddim_step(teacher.scheduler, now, then)
+            landed = scale * landed + out * predict(landed, torch.full((n,), now, device=device))
+        target = (landed - float(schedule.x_scale[k]) * x) / float(schedule.output_scale[k])
+        if not target.isfinite().all():
+            raise PnpError(f"the last student's prediction is not finite at timestep {t}; check the guide's weights")
+        kept["sample"].append(x.half().cpu())
+        kept["timestep"].append(torch.full((n,), t))
+        kept["target"].append(target.half().cpu())
+        x = landed
+    tensors = {k: torch.cat(v) for k, v in kept.items()} | {"prompt": rows.repeat(steps), "w": w.repeat(steps)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    save_file(tensors, beside)
+    beside.replace(path)
+
+
+def _read(folder: Path, config: StepsConfig, conditions: Conditions) -> Landings:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    parts = []
+    for number in range(_shards(config)):
+        path = _shard(folder, number)
+        try:
+            parts.append(load_file(path))
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"the shard {path} is damaged ({e}); delete it, it is then made again") from e
+    return Landings(**{k: torch.cat([p[k] for p in parts]) for k in parts[0]}, conditions=conditions)
+
+
+def _predictor(
+    student: nn.Module, conditions: Conditions, rows: Tensor, w: Tensor, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    text = conditions.text(rows, device)
+    negative = conditions.text(torch.full((len(rows),), conditions.empty), device)
+    added = conditions.added(rows, device)
+    scale = w.to(device)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return student(x, t, text, scale, negative=negative, added_cond_kwargs=added).float()
+
+    return predict
+
+
+class StepsObjective:
+    """The new student's error on the prediction whose one step lands where two of the last student's do."""
+
+    def __init__(
+        self, landings: Landings, rows: list[int], teacher: TeacherModel, config: StepsConfig, steps: int
+    ) -> None:
+        self._landings, self._rows, self._teacher, self._config = landings, rows, teacher, config
+        schedule = ddim(teacher.scheduler, steps)
+        weight = np.zeros(teacher.scheduler.get("num_train_timesteps", 1000), np.float32)
+        weight[schedule.timesteps] = np.square(schedule.output_scale) if config.weighting == "landing" else 1.0
+        self._by_time = torch.from_numpy(weight / weight[schedule.timesteps].mean())
+
+    def batch(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
+        """Rows of a step, and the states themselves, so that a batch kept for looking at is whole."""
+        rng = random.Random(f"{self._config.train.seed}/{step}")
+        pick = [self._rows[rng.randrange(len(self._rows))] for _ in range(self._config.train.batch)][part::parts]
+        rows = torch.tensor(pick)
+        s = self._landings
+        return {
+            "row": rows, "w": s.w[rows], "sample": s.sample[rows], "timestep": s.timestep[rows],
+            "target": s.target[rows],
+        }  # fmt: skip
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The weighted mean squared error."""
+        device = self._teacher.device
+        # the fused CPU attention's backward pass is several times slower than the plain one at these sizes
+        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+        with attention:
+            return self.errors(model, batch).mean()
+
+    def errors(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Weighted squared error of each state, ``[N]``."""
+        device = self._teacher.device
+        c = self._landings.conditions
+        predict = _predictor(model, c, self._landings.prompt[batch["row"]], batch["w"], device)
+        prediction = predict(batch["sample"].float().to(device), batch["timestep"].to(device))
+        weight = self._by_time[batch["timestep"]].to(device)
+        return (prediction - batch["target"].float().to(device)).pow(2).flatten(1).mean(1) * weight
+
+
+@torch.no_grad()
+def landing_error(student: nn.Module, objective: StepsObjective, landings: Landings, rows: list[int]) -> float:
+    """Mean weighted squared error over some states."""
+    total = 0.0
+    for part in _parts(rows, 64):
+        pick = torch.tensor(part)
+        batch = {
+            "row": pick, "w": landings.w[pick], "sample": landings.sample[pick],
+            "timestep": landings.timestep[pick], "target": landings.target[pick],
+        }  # fmt: skip
+        total += float(objective.errors(student, batch).sum())
+    return total / len(rows)
+
+
+def _parts(rows: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -11,11 +11,13 @@ from .data import caption, split
 from .sampler import Ask
 
 
-def draw_grid(rows: Sequence[Ask], strips: Sequence[tuple[str, np.ndarray]], path: Path, zoom: int = 2) -> None:
-    """A labelled PNG: one strip of pictures a row, one prompt a column."""
+def draw_grid(
+    rows: Sequence[Ask], strips: Sequence[tuple[str, np.ndarray]], path: Path, zoom: int = 2, left: int = 70
+) -> None:
+    """A labelled PNG: one strip of pictures a row, one prompt a column; ``left`` is the width of the strips' names."""
     from PIL import Image, ImageDraw, ImageFont
 
-    side, left, top = 64 * zoom, 70, 44
+    side, top = 64 * zoom, 44
     page = Image.new("RGB", (left + side * len(rows), top + side * len(strips)), "white")
     draw = ImageDraw.Draw(page)
     font, small = ImageFont.load_default(18), ImageFont.load_default(13)

@@ -57,7 +57,7 @@ def gain(real: Shots, before: Sequence[Ranked], after: Sequence[Ranked]) -> dict
     for k in RECALLS:
         each = [(b.ranks <= k).astype(float) - (a.ranks <= k) for a, b in zip(before, after, strict=True)]
         out[f"R@{k}"] = fidelity.mean(np.mean(each, axis=0)).as_dict()
-    return out
+    return {**out, "no_worse": no_worse(out["kid"])}
 
 
 def outcome(estimate: dict[str, float]) -> str:

@@ -78,6 +78,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
             kid = [g["kid"] for g in found]
             y = np.array([k["value"] for k in kid])
             bars = np.array([[k["value"] - k["low"] for k in kid], [k["high"] - k["value"] for k in kid]])
+            bars = np.maximum(bars, 0.0)  # a bootstrap's interval need not hold the estimate
             # side by side, so that intervals do not hide each other
             x = np.array([g["steps"] for g in found]) * 1.05 ** (i - 1.5)
             panel.errorbar(x, y, bars, color=colour, label=METHODS[method], marker="o", markersize=4, capsize=2, lw=1.2)

@@ -13,6 +13,7 @@ from pnp_trt.artifacts import write_text
 from pnp_trt.errors import InputError
 
 from .cells import FINE_TUNES, FREE_SCALES, HEADLINE_W, METHODS, SCALES
+from .compare import outcome
 from .tables_pictures import grid, plot
 
 Row = dict[str, Any]
@@ -28,9 +29,8 @@ pictures of the same captions. It is not FID, and compares only with itself. **R
 two other artists' styles, finds a picture's caption among all. **Distance** is to the picture that the same U-Net's CFG
 draws at 50 steps from the same caption, noise and w: PSNR in dB and cosine of EfficientNet features.
 **Gain** is paired by caption and noise, its sign such that above 0 is better than what it is compared with.
-Brackets are 95 % intervals. Each cell has n = {pictures} pictures of trained captions. The headline rows have
-{seeds} sets of noise: their figure is the mean of the {seeds}, its interval resamples captions (pictures of one
-caption are not independent); the JSON has each set by itself. The others have one set (R@k: Wilson's interval).
+Brackets are 95 % intervals; ▲ marks a gain and ▼ a loss whose interval leaves out 0. Each cell has n = {pictures}
+pictures of trained captions. {seeds}
 **Passes** are runs of the U-Net a picture, **GMACs** those of a picture with text encoder and decoder: by convolutions
 and linear layers alone (as the paper counts), then with attention products.
 "No worse" says that the interval of the gain holds 0 or lies above it: no loss was shown, which is not proof that there
@@ -59,6 +59,7 @@ is none; the interval's lower end says how large it may be.
 
 ### Held out from every training, w = {headline:g}
 All captions there are; guides and U-Net have seen none of them.
+
 {held_out}
 
 ## Table B: the same guides in fine-tuned U-Nets, untrained
@@ -88,6 +89,15 @@ to at least 30 dB mean PSNR on a few pictures at w = 8.
 """
 
 
+def seeds_said(seeds: int) -> str:
+    """What stands behind a cell, noise by noise."""
+    if seeds == 1:
+        return "All come from one set of noise (R@k: Wilson's interval)."
+    return f"""The headline rows have {seeds} sets of noise: their figure is the mean of the {seeds}, its
+interval resamples captions (pictures of one caption are not independent); the JSON has each set by itself. The others
+have one set (R@k: Wilson's interval)."""
+
+
 def number(e: Row | None, digits: int = 3, scale: float = 1.0) -> str:
     """``value [low, high]``."""
     if e is None:
@@ -103,7 +113,9 @@ def recall_of(row: Row, k: int) -> str:
 def kid_gain(row: Row, against: int | None) -> str:
     """Paired KID gain over CFG at ``against`` steps, or over no guidance."""
     found = row["gain_over_none"] if against is None else row["gain_over_cfg"].get(str(against))
-    return number(found and found["kid"])
+    if not found:
+        return DASH
+    return number(found["kid"]) + {"better": " ▲", "worse": " ▼"}.get(outcome(found["kid"]), "")
 
 
 def distances(row: Row, steps: int) -> str:
@@ -162,7 +174,9 @@ def held_out(groups: Sequence[Row]) -> str:
     for captions, title in (("held_out", "Concepts"), ("held_out_colour_shape", "Colour × shape")):
         mine = [g for g in groups if g["table"] == "A" and g["captions"] == captions]
         mine.sort(key=lambda g: (list(METHODS).index(g["method"]), -g["steps"]))
-        count = f", n = {mine[0]['kid']['count']} × {len(mine[0]['seeds'])} noises" if mine else ""
+        count = f", n = {mine[0]['kid']['count']}" if mine else ""
+        if mine and len(mine[0]["seeds"]) > 1:
+            count += f", mean of {len(mine[0]['seeds'])} noises"
         rows = [[*wide(g), kid_gain(g, 50)] for g in mine]
         out.append(f"**{title}{count}**\n\n{table([*WIDE, 'KID gain over CFG 50 ↑'], rows)}")
     return "\n\n".join(out)
@@ -229,27 +243,32 @@ def verdict_b(document: Row) -> str:
     return "\n".join(lines) or "No guide was measured in this run."
 
 
+def _rivals(duels: Sequence[Row], key: str) -> str:
+    """The rivals that won, each with its passes and the guide's (negative) gain over it."""
+    scale, digits = (1, 3) if key == "kid" else (100, 1)
+    return ", ".join(
+        f"{METHODS[d['rival']['method']]} at {d['rival']['steps']} steps ({d['rival']['passes']} passes; the guide's "
+        f"gain over it is {number(d['gain'][key], digits, scale)})" for d in duels
+    )  # fmt: skip
+
+
 def verdict_c(document: Row) -> str:
-    """A sentence for each guide cell: the free rivals of at most its passes that beat it, or that none does."""
+    """For each guide cell, the free rivals that beat it at no more passes, or that none does; then dearer."""
+    duels = document["verdicts"]["C"]
     lines = []
-    duels = [d for d in document["verdicts"]["C"] if d["rival_costs_no_more"]]
-    keys = list(dict.fromkeys((d["w"], d["guide"]["method"], d["guide"]["steps"], d["guide"]["passes"]) for d in duels))
-    for w, method, steps, passes in keys:
+    for w, method, steps in dict.fromkeys((d["w"], d["guide"]["method"], d["guide"]["steps"]) for d in duels):
         mine = [d for d in duels if (d["w"], d["guide"]["method"], d["guide"]["steps"]) == (w, method, steps)]
+        fair = [d for d in mine if d["rival_costs_no_more"]]
         said = []
-        for key in ("kid", "R@1"):
-            label, scale, digits = ("KID", 1, 3) if key == "kid" else ("R@1", 100, 1)
-            won = [d for d in mine if d["wins"][key] == "rival"]
-            lost = sum(d["wins"][key] == "guide" for d in mine)
-            names = ", ".join(
-                f"{METHODS[d['rival']['method']]} at {d['rival']['steps']} steps ({d['rival']['passes']} passes; the "
-                f"guide's gain is {number(d['gain'][key], digits, scale)})" for d in won
-            )  # fmt: skip
-            better = f"**better by {label}: {names}**" if won else f"none is better by {label}"
-            said.append(f"{better} ({lost} of {len(mine)} worse)")
-        lines.append(
-            f"- Against {METHODS[method]} at {passes} passes, w = {w:g}, at no more passes: {'; '.join(said)}."
-        )
+        for key, label in (("kid", "KID"), ("R@1", "R@1")):
+            won = [d for d in fair if d["wins"][key] == "rival"]
+            lost = sum(d["wins"][key] == "guide" for d in fair)
+            better = f"**better by {label}: {_rivals(won, key)}**" if won else f"none is shown better by {label}"
+            said.append(f"{better} ({lost} of {len(fair)} shown worse)")
+        line = f"- Against {METHODS[method]} at {mine[0]['guide']['passes']} passes, w = {w:g}: at no more passes, "
+        line += "; ".join(said)
+        dearer = [d for d in mine if not d["rival_costs_no_more"] and d["wins"]["kid"] == "rival"]
+        lines.append(line + (f"; at more passes, better by KID: {_rivals(dearer, 'kid')}." if dearer else "."))
     return "\n".join(lines) or "No guide was measured in this run."
 
 
@@ -264,7 +283,7 @@ def left_out(document: Row) -> str:
         for c in cells:
             what = c["captions"] if c["table"] == "A" else c["base"]
             kinds.setdefault((c["table"], c["method"], what), Counter())[c["steps"], c["w"]] += 1
-        lines.append(f"- {reason} ({len(cells)} cells):")
+        lines.append(f"- {reason} ({len(cells)} cell{'s' * (len(cells) > 1)}):")
         for (letter, method, what), counted in kinds.items():
             steps = ", ".join(str(s) for s in sorted({s for s, _ in counted}, reverse=True))
             scales = ", ".join(f"{w:g}" for w in sorted({w for _, w in counted}))
@@ -309,7 +328,7 @@ def write_report(document: Row, cache: Path, docs: Path) -> None:
     text = TEXT.format(
         command=told["command"] or "python -m benchmarks.emoji.tables", date=told["date"][:10],
         processor=told["device"]["processor"], threads=told["device"]["threads"], torch=told["versions"]["torch"],
-        pictures=document["settings"]["pictures"], seeds=document["settings"]["seeds"], headline=HEADLINE_W,
+        pictures=document["settings"]["pictures"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
         real=f"The ceiling: {'; '.join(ceilings)}.\n" if ceilings else "",
         grid=f"![Pictures by method](distillation-grid.png)\n\n*{about}*\n",
         verdict_a=verdict_a(document), verdict_b=verdict_b(document), verdict_c=verdict_c(document),

@@ -210,6 +210,20 @@ def test_duels_say_who_wins_and_at_what_cost() -> None:
     assert not compare.free_verdict(guide, rival | {"passes": 17}, gains)["rival_costs_no_more"]
 
 
+def test_the_document_names_the_rivals_that_win() -> None:
+    def duel(passes: int, value: float) -> dict[str, Any]:
+        guide = {"method": "tiny", "steps": 16, "passes": 16, "w": 3.0, "interval": None}
+        rival = {"method": "cfg", "steps": passes // 2, "passes": passes, "interval": None}
+        return compare.free_verdict(guide, rival, {k: estimate(value) for k in ("kid", "R@1", "R@5")})
+
+    said = tables_report.verdict_c({"verdicts": {"C": [duel(16, -0.1), duel(8, 0.1), duel(32, -0.2)]}})
+    fair, dearer = said.split("at more passes")
+    assert "**better by KID: teacher CFG at 8 steps (16 passes;" in fair and "(1 of 2 shown worse)" in fair
+    assert "teacher CFG at 16 steps (32 passes;" in dearer
+    said = tables_report.verdict_c({"verdicts": {"C": [duel(16, 0.0)]}})
+    assert "none is shown better by KID (0 of 1 shown worse)" in said
+
+
 def test_means_over_noises_resample_captions() -> None:
     rng = np.random.default_rng(0)
     real, a, b = (rng.normal(size=(20, 8)) for _ in range(3))

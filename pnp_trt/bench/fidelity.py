@@ -227,6 +227,41 @@ def kid_gain(real: np.ndarray, before: np.ndarray, after: np.ndarray, *, seed: i
     return _interval(_kid_draws(x, y, seed, draws) - _kid_draws(x, z, seed, draws), len(y))
 
 
+def mean_kid(real: np.ndarray, sets: Sequence[np.ndarray], *, seed: int = 0, draws: int = 1000) -> Estimate:
+    """Mean of ``KID(real, set)`` over sets ``[N, D]`` that differ in their noise alone: row ``i`` is one caption.
+
+    Captions are resampled, for all sets alike: pictures of one caption are not independent, and pooling
+    them would give intervals that are too narrow.
+    Raises :class:`InputError` as :func:`kid` does, and if the counts differ.
+    """
+    return _mean_draws(real, sets, seed, draws)[1]
+
+
+def mean_kid_gain(
+    real: np.ndarray, before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, seed: int = 0, draws: int = 1000
+) -> Estimate:
+    """``mean_kid(real, before) - mean_kid(real, after)``, paired as :func:`kid_gain` is; above 0, ``after`` is better.
+
+    Raises :class:`InputError` as :func:`mean_kid` does, and if the counts of ``before`` and ``after`` differ.
+    """
+    first, estimate = _mean_draws(real, before, seed, draws)
+    second, other = _mean_draws(real, after, seed, draws)
+    if estimate.count != other.count:
+        raise InputError(f"paired sets must have equal counts, got {estimate.count} before and {other.count} after")
+    return _interval(first - second, estimate.count)
+
+
+def _mean_draws(real: np.ndarray, sets: Sequence[np.ndarray], seed: int, draws: int) -> tuple[Floats, Estimate]:
+    _check_draws(draws)
+    if not len(sets):
+        raise InputError("a mean KID needs at least one set of features")
+    x, *others = _kid_inputs(real, *(("generated features", s) for s in sets))
+    if len({len(y) for y in others}) > 1:
+        raise InputError(f"sets must have equal counts, got {', '.join(str(len(y)) for y in others)}")
+    values = np.mean([_kid_draws(x, y, seed, draws) for y in others], axis=0)
+    return values, _interval(values, len(others[0]))
+
+
 # ------------------------------------------------------------------------------------------- alignment
 
 _HEAD_TENSORS = (

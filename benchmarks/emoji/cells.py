@@ -1,0 +1,147 @@
+"""What is measured: every cell of Tables A, B and C, as data.
+
+- Table A: the teacher's CFG and guides over steps and w (Hsiao et al., CVPR 2024, figure 5).
+- Table B: the same guides, untrained, in fine-tuned U-Nets (figure 8 there).
+- Table C: what costs no training, against the tiny guide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pnp_trt.errors import InputError
+
+from .sampler import Guidance
+
+TEACHER = "emoji"
+FINE_TUNES = ("emoji-flat", "emoji-3d")
+STEPS = (50, 16, 8, 4)
+SCALES = (2.0, 3.0, 5.0, 8.0)
+HEADLINE_W = 3.0
+HEADLINE_STEPS = (50, 16, 8)
+#: step counts that stage 2 makes a guide for
+STAGE2_STEPS = (16, 8, 4)
+FREE_SCALES = (3.0, 5.0)
+HELD_OUT = ("held_out", "held_out_colour_shape")
+SWEEP, SWEEP_PICTURES = "sweep", 128
+#: the sweep's noise is none of the reported cells', so that the best interval is not picked on its own figures
+SWEEP_SEED = 9
+METHODS = {
+    "cfg": "teacher CFG",
+    "tiny": "tiny",
+    "tiny-stage2": "tiny after stage 2",
+    "full": "full",
+    "none": "no guidance",
+    "interval": "CFG on an interval",
+}
+#: guided timesteps (t_low, t_high).  Kynkäänniemi et al. 2024 advise σ in (0.28, 5.42] for SD-XL and (0.28, 2.9] for
+#: EDM2-XXL, which are these timesteps of the bundled schedule; ``first-half`` drops guidance in the last half
+INTERVALS = {"sdxl": (67, 628), "edm2": (67, 518), "first-half": (500, 999)}
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One set of pictures to sample and measure.
+
+    Attributes:
+        table: A, B or C.
+        method: a key of :data:`METHODS`.
+        base: the U-Net's name.
+        steps, w: of the sampler; w is nominal where there is no guidance (what it is compared with has it).
+        seed: which set of noise.
+        captions: ``train``, ``held_out``, ``held_out_colour_shape``, a fine-tune's base name, or ``sweep``.
+        interval: a key of :data:`INTERVALS`, or ``best``, which the sweep decides.
+    """
+
+    table: str
+    method: str
+    base: str
+    steps: int
+    w: float
+    seed: int = 0
+    captions: str = "train"
+    interval: str | None = None
+
+    @property
+    def guide(self) -> str | None:
+        """The name of the guide's folder; stage 2 makes one guide a step count."""
+        if self.method == "tiny-stage2":
+            return f"tiny-{self.steps}"
+        return self.method if self.method in ("tiny", "full") else None
+
+    @property
+    def network(self) -> str:
+        """U-Net and guide, by name."""
+        return f"{self.base} + {self.guide}" if self.guide else self.base
+
+    @property
+    def group(self) -> tuple[str, str, str, int, float, str, str | None]:
+        """What cells that differ in their noise alone share."""
+        return (self.table, self.method, self.base, self.steps, self.w, self.captions, self.interval)
+
+    def guidance(self, best: str | None = None) -> Guidance:
+        """The sampler's instructions; ``best`` is the interval that the sweep chose."""
+        if self.method == "none":
+            return Guidance("none")
+        if self.method == "cfg":
+            return Guidance("cfg", self.w)
+        if self.method == "interval":
+            name = best if self.interval == BEST else self.interval
+            if name is None:
+                raise InputError(f"the best interval at {self.steps} steps and w = {self.w:g} is not known yet")
+            return Guidance("interval", self.w, INTERVALS[name])
+        return Guidance("guided", self.w)
+
+
+def table_a(seeds: int) -> list[Cell]:
+    """Steps × w on trained captions; several noises for the headline rows; held-out captions for those."""
+    grid = [("cfg", STEPS), ("tiny", STEPS), ("tiny-stage2", STAGE2_STEPS), ("full", STEPS)]
+    out = [Cell("A", m, TEACHER, s, w) for m, steps in grid for s in steps for w in SCALES]
+    headline = [(m, s) for m, steps in grid for s in steps if m != "full" and s in HEADLINE_STEPS]
+    out += [Cell("A", m, TEACHER, s, HEADLINE_W, seed) for m, s in headline for seed in range(1, seeds)]
+    return out + [
+        Cell("A", m, TEACHER, s, HEADLINE_W, seed, captions)
+        for captions in HELD_OUT for m, s in headline for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def table_b() -> list[Cell]:
+    """Each fine-tune with its own CFG, without guidance, and with the guides of the base, as they are."""
+    out = []
+    for base in FINE_TUNES:
+        for steps in (50, 16):
+            methods = ("none", "cfg", "tiny", "full") + (("tiny-stage2",) if steps in STAGE2_STEPS else ())
+            out += [Cell("B", m, base, steps, HEADLINE_W, captions=base) for m in methods]
+    return out
+
+
+def table_c() -> list[Cell]:
+    """No guidance, CFG with fewer steps (25, 8, 4 steps are 50, 16, 8 passes), CFG on intervals; and the tiny guide."""
+    out = []
+    for w in FREE_SCALES:
+        for method, steps in (
+            ("none", HEADLINE_STEPS), ("cfg", (50, 25, 16, 8, 4)), ("tiny", HEADLINE_STEPS), ("tiny-stage2", (16, 8)),
+        ):  # fmt: skip
+            out += [Cell("C", method, TEACHER, s, w) for s in steps]
+        for s in (50, 16):
+            out += [Cell("C", "interval", TEACHER, s, w, SWEEP_SEED, SWEEP, name) for name in INTERVALS]
+            out.append(Cell("C", "interval", TEACHER, s, w, interval=BEST))
+    return out
+
+
+def all_cells(seeds: int = 3) -> list[Cell]:
+    """Every cell of the three tables, in sampling order: without guides first, one network after another.
+
+    Raises:
+        InputError: for fewer than 1 seed set, or so many that they run into the sweep's.
+    """
+    if not 1 <= seeds <= SWEEP_SEED:
+        raise InputError(f"seeds must be 1 to {SWEEP_SEED}, got {seeds}")
+    cells = table_a(seeds) + table_b() + table_c()
+    bases, guides = (TEACHER, *FINE_TUNES), ("tiny", "tiny-16", "tiny-8", "tiny-4", "full")
+    # the sweep comes before what it decides
+    return sorted(
+        cells,
+        key=lambda c: (guides.index(c.guide) + 1 if c.guide else 0, bases.index(c.base), c.interval == BEST),
+    )

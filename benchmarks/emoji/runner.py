@@ -1,0 +1,220 @@
+"""Samples the cells of the tables, each set of pictures once, and keeps them so that a killed run continues."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pnp_trt.artifacts import digest, sha256, write_json
+from pnp_trt.bench import fidelity
+from pnp_trt.bench.fidelity import FeatureExtractor
+from pnp_trt.errors import InputError
+from pnp_trt.models.base import BaseModel, quiet_libraries
+from pnp_trt.models.load import guide_folder, load_guide
+from pnp_trt.models.student import Student
+
+from .cells import BEST, FINE_TUNES, INTERVALS, STAGE2_STEPS, SWEEP, SWEEP_PICTURES, TEACHER, Cell
+from .data import BASE_STYLES, STYLES, split
+from .measures import Shots, real_pictures
+from .network import Network, settle
+from .sampler import BATCH, SCALES, Ask, Guidance, Sampler, asks, fast_bfloat16
+
+GUIDES = ("tiny", *(f"tiny-{s}" for s in STAGE2_STEPS), "full")
+#: noise sets lie this far apart, farther than any set is long
+SEED_STRIDE = 100_000
+#: steps at which a network's precision is tried, where its guide is not made for fewer
+TRIAL_STEPS = 20
+
+
+def find_guides(folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:
+    """``({name: folder}, {name: why it is missing})``; without a folder, the guides shipped with the package.
+
+    Raises:
+        InputError: if ``folder`` is given and is none.
+    """
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"--guides {folder} is no folder; give one that holds {', '.join(GUIDES)}, or some of them")
+    found, missing = {}, {}
+    for name in GUIDES:
+        try:
+            path = guide_folder(f"emoji-{name}") if folder is None else folder / name
+        except InputError:
+            missing[name] = f"there is no bundled guide {name!r}"
+            continue
+        if (path / "config.json").is_file():
+            found[name] = path
+        else:
+            missing[name] = f"the guides' folder holds no {name!r}"
+    return found, missing
+
+
+def captions(name: str, pictures: int) -> list[Ask]:
+    """The asks of a captions set, first noise: ``pictures`` trained captions; of held-out ones all there are."""
+    parts = split()
+    if name in FINE_TUNES:
+        return asks(parts["train"], [STYLES[name.removeprefix("emoji-")]], pictures)
+    if name in ("train", SWEEP):
+        return asks(parts["train"], BASE_STYLES, min(SWEEP_PICTURES, pictures) if name == SWEEP else pictures)
+    return asks(parts[name], BASE_STYLES, min(len(BASE_STYLES) * len(parts[name]), pictures))
+
+
+class Runner:
+    """Samples cells, each set of pictures once, and keeps them.
+
+    Args:
+        bases: U-Nets by name; the one named ``emoji`` gives text encoder, decoder and schedule to all.
+        guides: guides' folders by name.
+        compiled: False keeps to eager networks.
+    """
+
+    def __init__(
+        self, bases: dict[str, BaseModel], guides: dict[str, Path], extract: FeatureExtractor, cache: Path,
+        pictures: int, batch: int = BATCH, compiled: bool = True,
+    ) -> None:  # fmt: skip
+        quiet_libraries()
+        self.bases, self.pictures, self.batch, self.compiled = bases, pictures, batch, compiled
+        self.cache, self.folder, self.extract = cache, cache / "tables", extract
+        self.sampler = Sampler(bases[TEACHER].folder)
+        self.guides = {name: load_guide(str(path)) for name, path in guides.items()}
+        for guide in self.guides.values():
+            Student(self.sampler.unet, guide)  # refuses a guide of another shape before hours are spent
+        self.guide_hashes = {
+            name: {p.name: sha256(p) for p in (path / "config.json", *sorted(path.glob("*.safetensors")))}
+            for name, path in guides.items()
+        }
+        self.best: dict[tuple[int, float], str] = {}
+        self._network: tuple[str, Network] | None = None
+        self._real: dict[str, Shots] = {}
+
+    # ------------------------------------------------------------------------------------------- what a cell is
+
+    def rows(self, cell: Cell) -> list[Ask]:
+        return [replace(a, seed=a.seed + SEED_STRIDE * cell.seed) for a in captions(cell.captions, self.pictures)]
+
+    def guidance(self, cell: Cell) -> Guidance:
+        return cell.guidance(self.best.get((cell.steps, cell.w)))
+
+    def passes(self, cell: Cell) -> int:
+        """U-Net passes a picture; before the sweep is done, of the longest interval."""
+        schedule = self.sampler.schedule(cell.steps)
+        if cell.interval == BEST and (cell.steps, cell.w) not in self.best:
+            return max(cell.guidance(name).passes(schedule) for name in INTERVALS)
+        return self.guidance(cell).passes(schedule)
+
+    def _weights(self, cell: Cell) -> list[Any]:
+        return [self.bases[cell.base].fingerprint(), self.guide_hashes[cell.guide] if cell.guide else None]
+
+    def key(self, cell: Cell) -> str:
+        """Name of the cell's pictures; what the same weights and settings make has one name in all tables."""
+        how = self.guidance(cell)
+        rows = [astuple(a) for a in self.rows(cell)]
+        settings = [self.sampler.schedule_config, cell.steps, asdict(how), self.batch, fast_bfloat16(), self.compiled]
+        return digest([self._weights(cell), settings, torch.__version__, rows])[:16]
+
+    # --------------------------------------------------------------------------------------------------- networks
+
+    def network(self, cell: Cell) -> Network:
+        """The cell's U-Net and guide, compiled; the last one is kept, others would fill the memory."""
+        name = cell.network
+        if self._network is not None and self._network[0] == name:
+            return self._network[1]
+        self._network = None
+        # compiled code of the network before; dynamo gives up compiling one class after eight instances
+        torch._dynamo.reset()
+        gc.collect()
+        unet = self.bases[cell.base].unet()
+        guide = self.guides[cell.guide] if cell.guide else None
+        record = self.record(cell)
+        if record is not None:
+            network = Network(unet, guide, record["precision"], record["compiled"], self.batch)
+        else:
+            how = Guidance("guided" if guide else "cfg", max(SCALES))
+            steps = cell.steps if cell.method == "tiny-stage2" else TRIAL_STEPS
+            trial = captions(cell.captions, self.pictures)[:8]
+            schedule = self.sampler.schedule(steps)
+            network, record = settle(
+                unet, guide, lambda p: self.sampler.draw(trial, p, how, schedule), self.batch, self.compiled
+            )
+            record |= {"trial": {"pictures": len(trial), "w": how.w, "steps": steps}}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._record_file(cell), record)
+        self._network = (name, network)
+        return network
+
+    def _record_file(self, cell: Cell) -> Path:
+        what = [self._weights(cell), self.batch, fast_bfloat16(), self.compiled, torch.__version__]
+        return self.folder / f"network-{digest(what)[:16]}.json"
+
+    def record(self, cell: Cell) -> dict[str, Any] | None:
+        """How the cell's network was chosen, if it was."""
+        path = self._record_file(cell)
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    # --------------------------------------------------------------------------------------------------- pictures
+
+    def cached(self, cell: Cell) -> bool:
+        return (self.folder / f"{self.key(cell)}.npz").is_file()
+
+    def shots(self, cell: Cell, tick: Any = None) -> Shots:
+        """The cell's pictures and features; sampled if they are not there."""
+
+        def make() -> np.ndarray:
+            schedule = self.sampler.schedule(cell.steps)
+            return self.sampler.draw(
+                self.rows(cell), self.network(cell), self.guidance(cell), schedule, self.batch, tick
+            )
+
+        return Shots.cached(self.folder / f"{self.key(cell)}.npz", make, self.extract)
+
+    def real(self, name: str, turn: int = 0) -> Shots:
+        """The artists' pictures of a captions set; they are the same for all noises."""
+        rows = captions(name, self.pictures)
+        key = digest(["real", turn, [astuple(a) for a in rows]])[:16]
+        if key not in self._real:
+            path = self.folder / f"real-{key}.npz"
+            self._real[key] = Shots.cached(path, lambda: real_pictures(rows, self.cache, turn), self.extract)
+        return self._real[key]
+
+    def decide(self, cells: Sequence[Cell]) -> None:
+        """The best interval by steps and w: lowest KID of the sweep, if all of it is there."""
+        for steps, w in {(c.steps, c.w) for c in cells if c.interval == BEST}:
+            sweep = [c for c in cells if c.captions == SWEEP and (c.steps, c.w) == (steps, w)]
+            if (steps, w) in self.best or not sweep or not all(self.cached(c) for c in sweep):
+                continue
+            real = self.real(SWEEP).features
+            kids = {c.interval: fidelity.kid(real, self.shots(c).features, draws=1).value for c in sweep}
+            self.best[steps, w] = min(kids, key=lambda name: kids[name])
+
+    def sample(self, cells: Sequence[Cell]) -> None:
+        """Sample all that is missing, with one bar over everything, in U-Net passes."""
+        self.decide(cells)
+        jobs: dict[str, Cell] = {}
+        for cell in cells:
+            # the best interval has no name before the sweep; by then it may turn out to be there
+            open_best = cell.interval == BEST and (cell.steps, cell.w) not in self.best
+            jobs.setdefault(str(astuple(cell)) if open_best else self.key(cell), cell)
+        work = {name: len(self.rows(c)) * self.passes(c) for name, c in jobs.items()}
+        done = {name for name in jobs if (self.folder / f"{name}.npz").is_file()}
+        bar = tqdm(
+            total=sum(work.values()), initial=sum(work[n] for n in done), unit="pass", unit_scale=True, mininterval=5
+        )
+        with bar:
+            for name, cell in jobs.items():
+                if name in done:
+                    continue
+                if cell.interval == BEST:
+                    self.decide(cells)
+                note = f"{cell.base}, {cell.method} {cell.steps}, w = {cell.w:g}, {cell.captions} {cell.seed}"
+                bar.set_description(note)
+                before = bar.n
+                self.shots(cell, bar.update)
+                bar.update(before + work[name] - bar.n)
+        self._network = None

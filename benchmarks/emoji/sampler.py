@@ -1,0 +1,221 @@
+"""Batched sampling for measurements: no guidance, CFG, CFG on an interval, or a guide, by coefficient tables.
+
+Each picture starts from its own seed and captions repeat no text pass, so a picture does not depend on its batch.
+The U-Net is any function of (latents, timesteps, text, w); ``network.py`` makes fast ones.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pnp_trt.bench import fidelity
+from pnp_trt.errors import InputError
+from pnp_trt.runtime.schedule import Schedule, ddim
+
+from .data import Style, caption
+
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+BATCH = 64
+#: bfloat16 is used only where its pictures differ from float32's by less than this (mean PSNR, dB)
+SAME_TO_THE_EYE = 30.0
+
+#: (latents ``[B, C, H, W]``, timesteps ``[B]``, text ``[B, tokens, D]``, w ``[B]``) → prediction ``[B, C, H, W]``
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One picture to make: what, in whose style, from which noise."""
+
+    concept: str
+    style: str
+    seed: int
+
+    @property
+    def prompt(self) -> str:
+        return caption(self.concept, self.style)
+
+
+def asks(concepts: Sequence[str], styles: Sequence[Style], count: int) -> list[Ask]:
+    """``count`` captions, round-robin over shuffled concepts and styles; the second pass swaps the styles."""
+    order = list(concepts)
+    random.Random(0).shuffle(order)
+    n, s = len(order), len(styles)
+    return [Ask(order[i % n], styles[(i + i // n * (n % s + 1)) % s].word, 1000 + i) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a step is guided.
+
+    Attributes:
+        kind: ``none`` (the conditional prediction), ``cfg`` (two passes), ``interval`` (two passes inside an
+            interval of timesteps, the conditional prediction outside: Kynkäänniemi et al. 2024, "Applying guidance
+            in a limited interval improves sample and distribution quality", eq. 5), ``guided`` (a guide, one pass).
+        w: the scale; ``none`` has none.
+        interval: first and last guided timestep (t_low, t_high), both guided; ``interval`` alone has one.
+    """
+
+    kind: str
+    w: float = 1.0
+    interval: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "cfg", "interval", "guided"):
+            raise InputError(f"the guidance kind is {self.kind!r}; known: none, cfg, interval, guided")
+        if (self.kind == "interval") != (self.interval is not None):
+            raise InputError(f"guidance {self.kind!r} with interval {self.interval}: 'interval' alone takes one")
+
+    def twice(self, schedule: Schedule) -> np.ndarray:
+        """bool ``[steps]``: which steps take two passes.  At w = 1 the unguided pass has no weight: none does."""
+        t = schedule.timesteps
+        if self.w == 1.0 or self.kind in ("none", "guided"):
+            return np.zeros(len(t), bool)
+        if self.interval is None:
+            return np.ones(len(t), bool)
+        return (t >= self.interval[0]) & (t <= self.interval[1])
+
+    def passes(self, schedule: Schedule) -> int:
+        """U-Net passes for one picture."""
+        return len(schedule) + int(self.twice(schedule).sum())
+
+
+@torch.no_grad()
+def denoise(
+    predict: Predict, schedule: Schedule, x: Tensor, text: Tensor, empty: Tensor, how: Guidance,
+    tick: Callable[[int], Any] | None = None,
+) -> Tensor:  # fmt: skip
+    """Latents ``[B, C, H, W]`` float32 from unit noise ``x``; text ``[B, tokens, D]``, empty ``[1, tokens, D]``.
+
+    ``tick`` is told the passes of each step, for all pictures together.
+    """
+    n = len(x)
+    x = x * schedule.init_scale
+    w = torch.full((n,), float(how.w))
+    for i, twice in enumerate(how.twice(schedule)):
+        t = torch.full((n,), int(schedule.timesteps[i]))
+        if twice:
+            both = predict(torch.cat([x, x]), t.repeat(2), torch.cat([empty.expand_as(text), text]), w.repeat(2))
+            without, with_text = both.chunk(2)
+            output = without + how.w * (with_text - without)
+        else:
+            output = predict(x, t, text, w)
+        x = float(schedule.x_scale[i]) * x + float(schedule.output_scale[i]) * output
+        if tick is not None:
+            tick(n * (1 + int(twice)))
+    return x
+
+
+def fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; elsewhere it is emulated, slower than float32."""
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(test() for test in tests if test)
+
+
+class Sampler:
+    """A Stable-Diffusion folder with its own batched loop, which skips what figures do not need."""
+
+    def __init__(self, folder: Path, unet: Path | None = None) -> None:
+        from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        if not (folder / "model_index.json").is_file():
+            raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
+        index = json.loads((folder / "model_index.json").read_text())
+        vae_class = AutoencoderTiny if index["vae"][1] == "AutoencoderTiny" else AutoencoderKL
+
+        def load(kind: Any, part: str) -> Any:
+            return kind.from_pretrained(folder / part).float().eval().requires_grad_(False)
+
+        self.unet, self.vae = load(UNet2DConditionModel, "unet"), load(vae_class, "vae")
+        self.text_encoder = load(CLIPTextModel, "text_encoder")
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.schedule_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        if unet is not None:
+            from safetensors.torch import load_file
+
+            self.unet.load_state_dict(load_file(unet))
+        self.unet.to(memory_format=torch.channels_last)
+        self.vae.to(memory_format=torch.channels_last)
+        self.bfloat16 = False
+        self._states: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """Text states ``[N, tokens, D]``; those of each prompt are computed once."""
+        new = sorted(set(prompts) - set(self._states))
+        for i in range(0, len(new), BATCH):
+            some = new[i : i + BATCH]
+            longest = self.tokenizer.model_max_length
+            ids = self.tokenizer(some, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+            self._states.update(zip(some, self.text_encoder(ids.input_ids)[0], strict=True))
+        return torch.stack([self._states[p] for p in prompts])
+
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
+        """The folder's own U-Net, eager; under autocast where ``choose_precision`` allowed it."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            return self.unet(x, t, text).sample.float()
+
+    def draw(
+        self, rows: Sequence[Ask], predict: Predict, how: Guidance, schedule: Schedule, batch: int = BATCH,
+        tick: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """uint8 ``[N, H, W, 3]``."""
+        size = self.unet.config.sample_size
+        shape = (self.unet.config.in_channels, size, size)
+        done = []
+        for i in range(0, len(rows), batch):
+            some = rows[i : i + batch]
+            x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(a.seed)) for a in some])
+            text = self.text([a.prompt for a in some])
+            done.append(self.decode(denoise(predict, schedule, x, text, self.text([""]), how, tick)))
+        return np.concatenate(done)
+
+    def schedule(self, steps: int) -> Schedule:
+        """DDIM with η = 0 on the folder's noise schedule."""
+        return ddim(self.schedule_config, steps)
+
+    def __call__(self, rows: Sequence[Ask], w: float, steps: int, batch: int = BATCH, note: str = "") -> np.ndarray:
+        """uint8 ``[N, H, W, 3]`` by CFG with the folder's own U-Net; at w = 1 the unguided pass is left out."""
+        how, schedule = Guidance("cfg", w), self.schedule(steps)
+        total = len(rows) * how.passes(schedule)
+        with tqdm(total=total, desc=note or f"w = {w:g}", mininterval=5, disable=not note) as bar:
+            return self.draw(rows, self.predict, how, schedule, batch, bar.update)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        out = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
+        """Pictures through the autoencoder and back: the best that any U-Net could draw."""
+        out = []
+        for i in range(0, len(pixels), BATCH):
+            x = torch.from_numpy(pixels[i : i + BATCH]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+            code = self.vae.encode(x)
+            z = code.latents if hasattr(code, "latents") else code.latent_dist.mode()
+            out.append(self.decode(z * self.vae.config.scaling_factor))
+        return np.concatenate(out)
+
+    def choose_precision(self, rows: Sequence[Ask], steps: int) -> dict[str, Any]:
+        """Use bfloat16 if the processor has it and the pictures show no difference, at the strongest guidance."""
+        if not fast_bfloat16():
+            return {"precision": "float32", "bfloat16_psnr_db": None}
+        self.bfloat16 = False
+        exact = self(rows[:8], max(SCALES), steps)
+        self.bfloat16 = True
+        level = float(fidelity.psnr(self(rows[:8], max(SCALES), steps), exact).mean())
+        self.bfloat16 = level >= SAME_TO_THE_EYE
+        return {"precision": "bfloat16" if self.bfloat16 else "float32", "bfloat16_psnr_db": round(level, 2)}

@@ -1,0 +1,248 @@
+"""Tables A, B and C of the distillation on the bundled model: sample every cell, measure, write one JSON.
+
+Every set of pictures is kept in ``build/emoji/tables/`` as soon as it is whole, named by the hash of weights and
+settings, so that a killed run continues where it was.  Cells that need no guide come first; ``--only-teacher``
+samples those alone.  Guides that are missing are left out and named.  ``tables_report.py`` draws the document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pnp_trt.artifacts import write_json
+from pnp_trt.bench import cost
+from pnp_trt.bench.fidelity import AlignmentHead, FeatureExtractor
+from pnp_trt.bench.networks import networks
+from pnp_trt.errors import InputError
+from pnp_trt.models.base import BaseModel, resolve
+from pnp_trt.models.student import Student
+
+from . import compare
+from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, TEACHER, Cell, all_cells
+from .compare import Ranked
+from .measures import real_ceiling
+from .provenance import provenance, relative
+from .runner import GUIDES, SEED_STRIDE, Runner, captions, find_guides
+from .sampler import BATCH
+
+SCHEMA = "pnp-trt/emoji-tables/1"
+
+
+def costs(runner: Runner) -> dict[str, Any]:
+    """MACs by network name, in both countings, at batch 1; a guide's row is that of the student, U-Net and guide."""
+    found = {
+        name: cost.count(*parts) for name, parts in networks(runner.bases[TEACHER].name).items() if name != "guide-tiny"
+    }
+    _, inputs = networks(runner.bases[TEACHER].name)["teacher"]
+    for name, guide in runner.guides.items():
+        found[name] = cost.count(Student(runner.sampler.unet, guide), {**inputs, "guidance": torch.empty(1)})
+    return {name: asdict(c) for name, c in found.items()}
+
+
+def macs_per_picture(cell: Cell, passes: int, found: dict[str, Any]) -> dict[str, int]:
+    """Loop, text encoder and decoder, with attention products and without."""
+    step = found[cell.guide or "teacher"]
+    parts = [found[n] for n in cost.PICTURE_NETWORKS if n in found]
+    return {
+        name: passes * step[key] + sum(p[key] for p in parts)
+        for name, key in (
+            ("macs_per_picture", "macs"),
+            ("macs_per_picture_without_attention", "macs_without_attention"),
+        )
+    }
+
+
+class Measurer:
+    """Cells, groups (means over noises) and verdicts, from pictures that are all there."""
+
+    def __init__(self, runner: Runner, cells: Sequence[Cell], head: AlignmentHead) -> None:
+        self.runner, self.cells = runner, cells
+        self.costs = costs(runner)
+        # the same pictures may stand in several tables: references are looked up without the table
+        self.reference = {
+            (c.method, c.base, c.steps, c.w, c.captions, c.seed): c for c in cells if not c.guide and not c.interval
+        }
+        # a group and what it is compared with are at hand, not all pictures at once
+        self.at = lru_cache(48)(
+            lambda cell: Ranked.of(runner.shots(cell), [a.concept for a in runner.rows(cell)], head)
+        )
+
+    def referred(self, group: Sequence[Cell], method: str, steps: int) -> list[Ranked] | None:
+        """What a group is compared with, noise by noise; None if it is not in this run."""
+        found = [self.reference.get((method, c.base, steps, c.w, c.captions, c.seed)) for c in group]
+        return None if None in found else [self.at(c) for c in found]
+
+    def about(self, group: Sequence[Cell]) -> dict[str, Any]:
+        """Measures of cells that differ in their noise alone."""
+        first, sets, real = group[0], [self.at(c) for c in group], self.runner.real(group[0].captions)
+        out = {**compare.quality(real, sets), "distance_to_cfg": {}, "gain_over_cfg": {}, "gain_over_none": None}
+        for steps in dict.fromkeys((50, first.steps)):
+            teacher = self.referred(group, "cfg", steps)
+            if teacher is not None and (first.method, first.steps) != ("cfg", steps):
+                out["distance_to_cfg"][str(steps)] = compare.distance(sets, teacher)
+                out["gain_over_cfg"][str(steps)] = compare.gain(real, teacher, sets)
+        plain = self.referred(group, "none", first.steps)
+        if plain is not None and first.method != "none":
+            out["gain_over_none"] = compare.gain(real, plain, sets)
+        return out
+
+    def told(self, cell: Cell) -> dict[str, Any]:
+        """What a cell is and what it costs."""
+        passes = self.runner.passes(cell)
+        out = {**asdict(cell), "guide": cell.guide, "passes": passes, **macs_per_picture(cell, passes, self.costs)}
+        if cell.method == "interval":
+            out["timesteps"] = list(self.runner.guidance(cell).interval or ())
+            out["interval_chosen"] = self.runner.best.get((cell.steps, cell.w)) if cell.interval == BEST else None
+        return out
+
+    def __call__(self) -> dict[str, Any]:
+        members: dict[tuple[Any, ...], list[Cell]] = {}
+        for c in self.cells:
+            members.setdefault(c.group, []).append(c)
+        one_by_one, groups = [], []
+        for group in tqdm(members.values(), desc="measuring", mininterval=5):
+            whole = self.about(group)
+            groups.append({**self.told(group[0]), "seeds": [c.seed for c in group], **whole})
+            for c in group:
+                mine = whole if len(group) == 1 else self.about([c])
+                ranks = " ".join(str(r) for r in self.at(c).ranks)
+                one_by_one.append({**self.told(c), "cache": self.runner.key(c), **mine, "ranks": ranks})
+        free = [
+            (cells[0], g) for cells, g in zip(members.values(), groups, strict=True)
+            if g["table"] == "C" and g["captions"] == "train"
+        ]  # fmt: skip
+        duels = [
+            compare.free_verdict(
+                g, r, compare.gain(self.runner.real("train"), [self.at(rival)], [self.at(guide)])
+            )
+            for guide, g in free if g["guide"] for rival, r in free if not r["guide"] and r["w"] == g["w"]
+        ]  # fmt: skip
+        verdicts = {
+            "A": compare.goal_verdicts(groups, HEADLINE_W), "B": compare.transfer_verdicts(groups), "C": duels,
+        }  # fmt: skip
+        return {"costs": self.costs, "cells": one_by_one, "groups": groups, "verdicts": verdicts}
+
+
+def choose_cells(
+    cells: Sequence[Cell],
+    only: Sequence[str],
+    bases: dict[str, BaseModel],
+    guides: dict[str, Path],
+    missing: dict[str, str],
+) -> tuple[list[Cell], list[dict[str, Any]]]:
+    """The cells that can be measured, and those left out, each with its reason."""
+    kept, left = [], []
+    for c in cells:
+        if c.table not in only:
+            reason = f"--only {','.join(only)}"
+        elif c.base not in bases:
+            reason = f"there is no base {c.base!r}"
+        elif c.guide and c.guide not in guides:
+            reason = missing.get(c.guide, f"there is no guide {c.guide!r}")
+        else:
+            kept.append(c)
+            continue
+        left.append({**asdict(c), "reason": reason})
+    return kept, left
+
+
+def evaluate(
+    bases: dict[str, BaseModel], guides: dict[str, Path], judge: Path, cache: Path, results: Path, *,
+    missing: dict[str, str] | None = None, pictures: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
+    only_teacher: bool = False, command: str = "", batch: int = BATCH, compiled: bool = True,
+    cells: Sequence[Cell] | None = None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Sample and measure the tables; writes the JSON ``results`` and returns what it holds.
+
+    Args:
+        bases, guides: see :class:`Runner`; ``missing`` says why a guide is not among them.
+        only_teacher: sample what needs no guide, write nothing, and return None.
+        cells: instead of all of the tables'.
+
+    Raises:
+        InputError: on values out of range.
+    """
+    if pictures < 4:
+        raise InputError(f"pictures must be at least 4, got {pictures}")
+    if unknown := sorted(set(only) - {"A", "B", "C"}):
+        raise InputError(f"there is no table {unknown[0]!r}; known: A, B, C")
+    wanted, left = choose_cells(cells or all_cells(seeds), only, bases, guides, missing or {})
+    head = AlignmentHead.load(judge)
+    runner = Runner(bases, guides, FeatureExtractor(), cache, pictures, batch, compiled)
+    if only_teacher:
+        runner.sample([c for c in wanted if c.guide is None])
+        return None
+    runner.sample(wanted)
+    runner.decide(wanted)
+    tuned = {n: b.unet_file for n, b in bases.items() if b.unet_file is not None}
+    names = list(dict.fromkeys(c.captions for c in wanted))
+    found = Measurer(runner, wanted, head)()
+    ceilings = {}
+    for name in names:
+        rows = captions(name, pictures)
+        ceilings[name] = real_ceiling(rows, runner.real(name), runner.real(name, 1), head)
+        ceilings[name].pop("ranks")
+    document = {
+        "schema": SCHEMA,
+        "provenance": provenance(bases[TEACHER].folder, tuned, head, command) | {"guides_sha256": runner.guide_hashes},
+        "settings": {
+            "pictures": pictures, "seeds": seeds, "only": list(only), "sampler": "DDIM, eta 0", "batch": batch,
+            "seed_stride": SEED_STRIDE, "intervals": {k: list(v) for k, v in INTERVALS.items()},
+        },
+        "networks": {c.network: runner.record(c) for c in wanted},
+        "captions": {n: [" ".join(map(str, astuple(a))) for a in captions(n, pictures)] for n in names},
+        "real": ceilings,
+        **found,
+        "left_out": left,
+    }  # fmt: skip
+    write_json(results, document)
+    return document
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.emoji.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--guides", type=Path, help=f"a folder that holds guides named {', '.join(GUIDES)}; default: the bundled ones")
+    add("--pictures", type=int, default=512, help="of trained captions, for each cell")
+    add("--only", default="A,B,C", help="tables, separated by commas")
+    add("--seeds", type=int, default=3, help="noise sets of the headline rows")
+    add("--only-teacher", action="store_true", help="sample the cells that need no guide, and stop")
+    add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
+    add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
+    add("--cache", type=Path, default=Path("build/emoji"), help="pictures, features and work in progress")
+    add("--eager", action="store_true", help="compile nothing")
+    args = parser.parse_args()
+    try:
+        guides, missing = find_guides(args.guides)
+        bases = {name: resolve(name) for name in (TEACHER, *FINE_TUNES)}
+        words = ["python", "-m", "benchmarks.emoji.tables", "--pictures", str(args.pictures), "--only", args.only]
+        words += ["--seeds", str(args.seeds), *(["--guides", relative(args.guides)] if args.guides else [])]
+        found = evaluate(
+            bases, guides, args.judge, args.cache, args.json, missing=missing, pictures=args.pictures,
+            only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
+            only_teacher=args.only_teacher, command=shlex.join(words), compiled=not args.eager,
+        )  # fmt: skip
+    except InputError as error:
+        parser.error(str(error))
+    if found is not None:
+        print(json.dumps(found["verdicts"]["A"], indent=1))
+        for name, why in missing.items():
+            print(f"left out: {name}: {why}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""``docs/distillation-tables.md`` with its grid and plot, drawn from the tables' JSON and cached pictures alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.artifacts import write_text
+from pnp_trt.errors import InputError
+
+from .cells import FINE_TUNES, FREE_SCALES, HEADLINE_W, METHODS, SCALES
+from .compare import outcome
+from .tables_pictures import grid, plot
+
+Row = dict[str, Any]
+DASH = "–"
+
+TEXT = """# Distillation on the bundled model, in tables
+
+Drawn by `python -m benchmarks.emoji.tables_report` from `benchmarks/results/emoji-tables.json`, which this made:
+`{command}` ({date}, {processor}, {threads} threads, torch {torch}).
+
+**EfficientNet-KID** is the unbiased kernel distance (cubic kernel) between EfficientNet-Lite0 features of made and real
+pictures of the same captions. It is not FID, and compares only with itself. **R@1, R@5**: a frozen judge, trained on
+two other artists' styles, finds a picture's caption among all. **Distance** is to the picture that the same U-Net's CFG
+draws at 50 steps from the same caption, noise and w: PSNR in dB and cosine of EfficientNet features.
+**Gain** is paired by caption and noise, its sign such that above 0 is better than what it is compared with.
+Brackets are 95 % intervals; ▲ marks a gain and ▼ a loss whose interval leaves out 0. Each cell has n = {pictures}
+pictures of trained captions. {seeds}
+**Passes** are runs of the U-Net a picture, **GMACs** those of a picture with text encoder and decoder: by convolutions
+and linear layers alone (as the paper counts), then with attention products.
+"No worse" says that the interval of the gain holds 0 or lies above it: no loss was shown, which is not proof that there
+is none; the interval's lower end says how large it may be.
+{real}
+![EfficientNet-KID against steps](distillation-kid.png)
+
+{grid}
+## Table A: guides against CFG, over steps and w
+{verdict_a}
+
+### EfficientNet-KID ↓
+{a_kid}
+
+### Gain in KID over CFG at 50 steps, same w ↑
+{a_gain}
+
+### Alignment: R@1 / R@5, % ↑
+{a_recall}
+
+### Distance to the CFG picture at 50 steps: PSNR, dB / feature cosine ↑
+{a_distance}
+
+### Distance to the CFG picture of the same number of steps, for information
+{a_same}
+
+### Held out from every training, w = {headline:g}
+All captions there are; guides and U-Net have seen none of them.
+
+{held_out}
+
+## Table B: the same guides in fine-tuned U-Nets, untrained
+The guides were distilled on the base alone. Captions, real pictures and CFG are the fine-tune's own; w = {headline:g}.
+{verdict_b}
+
+{b}
+
+## Table C: what costs no training
+No guidance; CFG with fewer steps (25, 8 and 4 steps cost the 50, 16 and 8 passes of a guide); CFG on an interval of
+timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep} pictures of other noise.
+{verdict_c}
+
+{c}
+
+### The intervals tried
+{c_sweep}
+
+## Left out
+{left}
+
+## How it was sampled
+DDIM, η = 0, float32 latents and updates. Each network ran in the fastest form whose pictures agree with eager float32's
+to at least 30 dB mean PSNR on a few pictures at w = 8.
+
+{networks}
+"""
+
+
+def seeds_said(seeds: int) -> str:
+    """What stands behind a cell, noise by noise."""
+    if seeds == 1:
+        return "All come from one set of noise (R@k: Wilson's interval)."
+    return f"""The headline rows have {seeds} sets of noise: their figure is the mean of the {seeds}, its
+interval resamples captions (pictures of one caption are not independent); the JSON has each set by itself. The others
+have one set (R@k: Wilson's interval)."""
+
+
+def number(e: Row | None, digits: int = 3, scale: float = 1.0) -> str:
+    """``value [low, high]``."""
+    if e is None:
+        return DASH
+    value, low, high = (scale * e[k] for k in ("value", "low", "high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def recall_of(row: Row, k: int) -> str:
+    return number(row[f"R@{k}"], 1, 100)
+
+
+def kid_gain(row: Row, against: int | None) -> str:
+    """Paired KID gain over CFG at ``against`` steps, or over no guidance."""
+    found = row["gain_over_none"] if against is None else row["gain_over_cfg"].get(str(against))
+    if not found:
+        return DASH
+    return number(found["kid"]) + {"better": " ▲", "worse": " ▼"}.get(outcome(found["kid"]), "")
+
+
+def distances(row: Row, steps: int) -> str:
+    found = row["distance_to_cfg"].get(str(steps))
+    return DASH if not found else f"{number(found['psnr_db'], 1)} / {number(found['feature_cosine'], 2)}"
+
+
+def name(row: Row) -> str:
+    """A method, with its number of noises where there are several."""
+    label = METHODS[row["method"]]
+    if row.get("interval"):
+        label += f", t {row['timesteps'][0]}–{row['timesteps'][1]}"
+    return label
+
+
+def work(row: Row) -> str:
+    return f"{row['macs_per_picture_without_attention'] / 1e9:.1f} / {row['macs_per_picture'] / 1e9:.1f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; says so if it is empty."""
+    lines = ["| " + " | ".join(r) + " |" for r in rows]
+    if not lines:
+        return "Not measured in this run."
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *lines])
+
+
+def by_w(groups: Sequence[Row], show: Callable[[Row], str]) -> str:
+    """Table A's form: a row for each method and steps, a column for each w."""
+    mine = [g for g in groups if g["table"] == "A" and g["captions"] == "train"]
+    keys = list(dict.fromkeys((g["method"], g["steps"]) for g in mine))
+    keys.sort(key=lambda k: (list(METHODS).index(k[0]), -k[1]))
+    rows = []
+    for method, steps in keys:
+        at = {g["w"]: g for g in mine if (g["method"], g["steps"]) == (method, steps)}
+        first = next(iter(at.values()))
+        cells = [show(at[w]) + (f" ({len(at[w]['seeds'])} noises)" if len(at[w]["seeds"]) > 1 else "")
+                 if w in at and show(at[w]) != DASH else DASH for w in SCALES]  # fmt: skip
+        if set(cells) != {DASH}:
+            rows.append([METHODS[method], str(steps), str(first["passes"]), work(first), *cells])
+    return table(["method", "steps", "passes", "GMACs", *(f"w = {w:g}" for w in SCALES)], rows)
+
+
+WIDE = ("method", "steps", "passes", "GMACs", "KID ↓", "R@1, % ↑", "R@5, % ↑", "PSNR, dB / cosine ↑")
+
+
+def wide(row: Row) -> list[str]:
+    return [
+        name(row), str(row["steps"]), str(row["passes"]), work(row), number(row["kid"]), recall_of(row, 1),
+        recall_of(row, 5), distances(row, 50),
+    ]  # fmt: skip
+
+
+def held_out(groups: Sequence[Row]) -> str:
+    out = []
+    for captions, title in (("held_out", "Concepts"), ("held_out_colour_shape", "Colour × shape")):
+        mine = [g for g in groups if g["table"] == "A" and g["captions"] == captions]
+        mine.sort(key=lambda g: (list(METHODS).index(g["method"]), -g["steps"]))
+        count = f", n = {mine[0]['kid']['count']}" if mine else ""
+        if mine and len(mine[0]["seeds"]) > 1:
+            count += f", mean of {len(mine[0]['seeds'])} noises"
+        rows = [[*wide(g), kid_gain(g, 50)] for g in mine]
+        out.append(f"**{title}{count}**\n\n{table([*WIDE, 'KID gain over CFG 50 ↑'], rows)}")
+    return "\n\n".join(out)
+
+
+def table_b(groups: Sequence[Row]) -> str:
+    out = []
+    for base in FINE_TUNES:
+        mine = [g for g in groups if g["table"] == "B" and g["base"] == base]
+        mine.sort(key=lambda g: (-g["steps"], list(METHODS).index(g["method"])))
+        rows = [[*wide(g), kid_gain(g, g["steps"]), kid_gain(g, None)] for g in mine]
+        head = [*WIDE, "KID gain over own CFG, same steps ↑", "KID gain over no guidance ↑"]
+        out.append(f"**{base}**\n\n{table(head, rows)}")
+    return "\n\n".join(out)
+
+
+def table_c(groups: Sequence[Row]) -> str:
+    out = []
+    for w in FREE_SCALES:
+        mine = [g for g in groups if g["table"] == "C" and g["w"] == w and g["captions"] == "train"]
+        mine.sort(key=lambda g: (-g["passes"], list(METHODS).index(g["method"])))
+        rows = [[*wide(g), kid_gain(g, 50)] for g in mine]
+        out.append(f"**w = {w:g}**\n\n{table([*WIDE, 'KID gain over CFG 50 ↑'], rows)}")
+    return "\n\n".join(out)
+
+
+def sweep(groups: Sequence[Row]) -> str:
+    mine = [g for g in groups if g["captions"] == "sweep"]
+    mine.sort(key=lambda g: (g["w"], -g["steps"], g["kid"]["value"]))
+    rows = [
+        [f"{g['w']:g}", str(g["steps"]), f"{g['timesteps'][0]}–{g['timesteps'][1]} ({g['interval']})", str(g["passes"]),
+         number(g["kid"]), recall_of(g, 1)] for g in mine
+    ]  # fmt: skip
+    return table(["w", "steps", "guided timesteps", "passes", "KID ↓", "R@1, % ↑"], rows)
+
+
+def verdict_a(document: Row) -> str:
+    lines = []
+    for v in document["verdicts"]["A"]:
+        if not v["measured"]:
+            lines.append(f"- {v['goal']}: **not measured** in this run.")
+            continue
+        seeds = f"mean of {v['seeds']} noises" if v["seeds"] > 1 else "one noise"
+        lines.append(
+            f"- {v['goal']}: **{'yes' if v['reached'] else 'no'}** by KID, w = {v['w']:g} ({v['kid']}; gain "
+            f"{number(v['gain']['kid'])}, {seeds}); R@1: {v['R@1']} "
+            f"({number(v['gain']['R@1'], 1, 100)} points)."
+        )
+    return "\n".join(lines)
+
+
+def verdict_b(document: Row) -> str:
+    lines = []
+    for v in document["verdicts"]["B"]:
+        said = []
+        for key, what in (("against_cfg", "its own CFG"), ("against_none", "no guidance")):
+            found = v[key]
+            if found:
+                said.append(
+                    f"against {what} {found['kid']} by KID (gain {number(found['gain']['kid'])}), {found['R@1']} by R@1"
+                )
+        said = said or ["not measured against anything"]
+        lines.append(f"- {METHODS[v['method']]} in {v['base']}, {v['steps']} steps: {'; '.join(said)}.")
+    return "\n".join(lines) or "No guide was measured in this run."
+
+
+def _rivals(duels: Sequence[Row], key: str) -> str:
+    """The rivals that won, each with its passes and the guide's (negative) gain over it."""
+    scale, digits = (1, 3) if key == "kid" else (100, 1)
+    return ", ".join(
+        f"{METHODS[d['rival']['method']]} at {d['rival']['steps']} steps ({d['rival']['passes']} passes; the guide's "
+        f"gain over it is {number(d['gain'][key], digits, scale)})" for d in duels
+    )  # fmt: skip
+
+
+def verdict_c(document: Row) -> str:
+    """For each guide cell, the free rivals that beat it at no more passes, or that none does; then dearer."""
+    duels = document["verdicts"]["C"]
+    lines = []
+    for w, method, steps in dict.fromkeys((d["w"], d["guide"]["method"], d["guide"]["steps"]) for d in duels):
+        mine = [d for d in duels if (d["w"], d["guide"]["method"], d["guide"]["steps"]) == (w, method, steps)]
+        fair = [d for d in mine if d["rival_costs_no_more"]]
+        said = []
+        for key, label in (("kid", "KID"), ("R@1", "R@1")):
+            won = [d for d in fair if d["wins"][key] == "rival"]
+            lost = sum(d["wins"][key] == "guide" for d in fair)
+            better = f"**better by {label}: {_rivals(won, key)}**" if won else f"none is shown better by {label}"
+            said.append(f"{better} ({lost} of {len(fair)} shown worse)")
+        line = f"- Against {METHODS[method]} at {mine[0]['guide']['passes']} passes, w = {w:g}: at no more passes, "
+        line += "; ".join(said)
+        dearer = [d for d in mine if not d["rival_costs_no_more"] and d["wins"]["kid"] == "rival"]
+        lines.append(line + (f"; at more passes, better by KID: {_rivals(dearer, 'kid')}." if dearer else "."))
+    return "\n".join(lines) or "No guide was measured in this run."
+
+
+def left_out(document: Row) -> str:
+    """Cells that were not measured, named, by reason."""
+    reasons: dict[str, list[Row]] = {}
+    for cell in document["left_out"]:
+        reasons.setdefault(cell["reason"], []).append(cell)
+    lines = []
+    for reason, cells in reasons.items():
+        kinds: dict[tuple[str, str, str], Counter[tuple[int, float]]] = {}
+        for c in cells:
+            what = c["captions"] if c["table"] == "A" else c["base"]
+            kinds.setdefault((c["table"], c["method"], what), Counter())[c["steps"], c["w"]] += 1
+        lines.append(f"- {reason} ({len(cells)} cell{'s' * (len(cells) > 1)}):")
+        for (letter, method, what), counted in kinds.items():
+            steps = ", ".join(str(s) for s in sorted({s for s, _ in counted}, reverse=True))
+            scales = ", ".join(f"{w:g}" for w in sorted({w for _, w in counted}))
+            lines.append(f"  - Table {letter}, {METHODS[method]}, {what}: {steps} steps, w = {scales}")
+    return "\n".join(lines) or "Nothing: every cell was measured."
+
+
+def networks(document: Row) -> str:
+    rows = []
+    for key, r in document["networks"].items():
+        if r is None:
+            continue
+        levels = ", ".join(f"{k}: {v:.1f}" for k, v in r["psnr_db"].items()) or DASH
+        rows.append(
+            [key, r["precision"] + (", compiled" if r["compiled"] else ", eager"), levels, r["trouble"] or DASH]
+        )
+    return table(["network", "form", "PSNR to float32, dB", "remark"], rows)
+
+
+def write_report(document: Row, cache: Path, docs: Path) -> None:
+    """Write the document, the grid and the plot into ``docs``.
+
+    Raises:
+        InputError: if the JSON is no tables' JSON, or pictures it names are not in ``cache``.
+    """
+    if not str(document.get("schema", "")).startswith("pnp-trt/emoji-tables/"):
+        raise InputError("this JSON holds no tables; make it with: python -m benchmarks.emoji.tables")
+    groups, told = document["groups"], document["provenance"]
+    try:
+        missing = grid(document, cache, docs / "distillation-grid.png")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the cached picture set {Path(error.filename).name} is missing; run the tables again"
+        ) from error
+    plot(document, docs / "distillation-kid.png")
+    about = "Columns are trained captions, w = 3, one noise each; * is the guide after stage 2."
+    about += f" Not measured in this run: {'; '.join(missing)}." if missing else ""
+    ceilings = [
+        f"real pictures of the {n} captions reach R@1 {recall_of(r, 1)} %, R@5 {recall_of(r, 5)} %"
+        for n, r in document["real"].items() if n not in ("sweep",)
+    ]  # fmt: skip
+    text = TEXT.format(
+        command=told["command"] or "python -m benchmarks.emoji.tables", date=told["date"][:10],
+        processor=told["device"]["processor"], threads=told["device"]["threads"], torch=told["versions"]["torch"],
+        pictures=document["settings"]["pictures"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
+        real=f"The ceiling: {'; '.join(ceilings)}.\n" if ceilings else "",
+        grid=f"![Pictures by method](distillation-grid.png)\n\n*{about}*\n",
+        verdict_a=verdict_a(document), verdict_b=verdict_b(document), verdict_c=verdict_c(document),
+        a_kid=by_w(groups, lambda g: number(g["kid"])),
+        a_gain=by_w(groups, lambda g: kid_gain(g, 50)),
+        a_recall=by_w(groups, lambda g: f"{recall_of(g, 1)} / {recall_of(g, 5)}"),
+        a_distance=by_w(groups, lambda g: distances(g, 50)),
+        a_same=by_w(groups, lambda g: DASH if g["steps"] == 50 else distances(g, g["steps"])),
+        held_out=held_out(groups), b=table_b(groups), c=table_c(groups), c_sweep=sweep(groups),
+        sweep=len(document["captions"].get("sweep", [])), left=left_out(document), networks=networks(document),
+    )  # fmt: skip
+    write_text(text, docs / "distillation-tables.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.tables_report", description=__doc__)
+    add = parser.add_argument
+    add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
+    add("--cache", type=Path, default=Path("build/emoji"), help="where the tables kept their pictures")
+    add("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    try:
+        if not args.json.is_file():
+            raise InputError(f"there is no {args.json}; make it with: python -m benchmarks.emoji.tables")
+        write_report(json.loads(args.json.read_text()), args.cache, args.docs)
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""The tables: the sampler against diffusers' own loop, the list of cells, resuming, verdicts, and the document."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from benchmarks.emoji import compare, network, runner, tables, tables_report  # noqa: E402  (needs torch)
+from benchmarks.emoji.cells import BEST, INTERVALS, Cell, all_cells  # noqa: E402
+from benchmarks.emoji.sampler import Ask, Guidance, Sampler, denoise  # noqa: E402
+from pnp_trt.assets import ROOT  # noqa: E402
+from pnp_trt.bench import cost, fidelity  # noqa: E402
+from pnp_trt.errors import InputError  # noqa: E402
+from pnp_trt.models.base import BaseModel, resolve  # noqa: E402
+from pnp_trt.models.load import load_guide  # noqa: E402
+from pnp_trt.models.student import Student  # noqa: E402
+from tests.conftest import make_micro_base  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------- the sampler
+
+
+@pytest.fixture(scope="module")
+def parts(micro_base: Path, micro_guide: Path) -> tuple[Sampler, Any]:
+    return Sampler(micro_base), load_guide(str(micro_guide))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [Guidance("none"), Guidance("cfg", 3.0), Guidance("guided", 5.0), Guidance("interval", 4.0, (200, 700))],
+    ids=lambda how: how.kind,
+)
+def test_the_loop_is_diffusers_ddim(parts: tuple[Sampler, Any], how: Guidance, micro_base: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    sampler, guide = parts
+    unet = resolve(str(micro_base)).unet()
+    student = Student(unet, guide)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text, empty = sampler.text(["a red apple", "a panda"]), sampler.text([""])
+    scheduler = DDIMScheduler.from_pretrained(micro_base / "scheduler")
+    scheduler.set_timesteps(5)
+    x = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            if how.kind == "guided":
+                noise_w = student(x, t.expand(2), text, torch.full((2,), how.w))
+            else:
+                with_text, without = unet(x, t, text).sample, unet(x, t, empty.expand_as(text)).sample
+                inside = how.kind == "cfg" or (how.interval and how.interval[0] <= t <= how.interval[1])
+                noise_w = without + how.w * (with_text - without) if inside else with_text
+            x = scheduler.step(noise_w, t, x).prev_sample
+    one = network.Network(unet, guide if how.kind == "guided" else None, "float32", compiled=False)
+    ticks: list[int] = []
+    ours = denoise(one, sampler.schedule(5), noise, text, empty, how, ticks.append)
+    assert sum(ticks) == 2 * how.passes(sampler.schedule(5))
+    # the first step multiplies latents, and their rounding, a hundredfold
+    assert (ours - x).norm() < 5e-5 * x.norm()
+
+
+def test_an_interval_that_covers_everything_is_cfg(parts: tuple[Sampler, Any]) -> None:
+    sampler, _ = parts
+    rows = [Ask("red-apple", "noto", 1), Ask("panda", "noto", 2), Ask("fox", "noto", 3)]
+    schedule = sampler.schedule(4)
+    whole = sampler.draw(rows, sampler.predict, Guidance("interval", 3.0, (0, 999)), schedule)
+    assert np.array_equal(whole, sampler.draw(rows, sampler.predict, Guidance("cfg", 3.0), schedule))
+    nothing = sampler.draw(rows, sampler.predict, Guidance("interval", 3.0, (1000, 1001)), schedule)
+    assert np.array_equal(nothing, sampler.draw(rows, sampler.predict, Guidance("none"), schedule))
+
+
+def test_guidance_refuses() -> None:
+    with pytest.raises(InputError, match="known: none, cfg, interval, guided"):
+        Guidance("magic")
+    with pytest.raises(InputError, match="'interval' alone takes one"):
+        Guidance("cfg", 3.0, (1, 2))
+
+
+def test_batches_of_one_size_are_padded(parts: tuple[Sampler, Any]) -> None:
+    """As a compiled network takes them, here without the compiler."""
+    sampler, guide = parts
+    one = network.Network(sampler.unet, guide, "float32", compiled=False, batch=2)
+    x, text = torch.randn(3, 4, 8, 8), sampler.text(["a", "b", "c"])
+    t, w = torch.tensor([9, 500, 999]), torch.tensor([1.0, 3.0, 8.0])
+    plain = one(x, t, text, w)
+    one.compiled, sizes = True, []
+
+    def run(*given: Any) -> Any:
+        sizes.append(len(given[0]))
+        return one.module(*given)
+
+    one._run = run
+    torch.testing.assert_close(one(x, t, text, w), plain, atol=1e-5, rtol=1e-4)
+    assert sizes == [2, 2]
+
+
+def test_a_network_that_does_not_compile_runs_eager(parts: tuple[Sampler, Any]) -> None:
+    sampler, _ = parts
+    one = network.Network(sampler.unet, None, "float32", compiled=False, batch=2)
+    given = torch.randn(1, 4, 8, 8), torch.tensor([9]), sampler.text(["a"]), torch.ones(1)
+    plain = one(*given)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    one.compiled, one._run = True, fail
+    torch.testing.assert_close(one(*given), plain, atol=1e-5, rtol=1e-4)
+    assert one.trouble == "RuntimeError: no C++ compiler" and not one.compiled
+
+
+def test_settle_takes_the_first_precision_that_shows_no_difference(
+    parts: tuple[Sampler, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, guide = parts
+    seen = []
+    spoilt = {"bfloat16"}
+
+    def draw(predict: Any) -> np.ndarray:
+        seen.append(predict.precision)
+        predict(torch.randn(1, 4, 8, 8), torch.tensor([9]), sampler.text(["a"]), torch.full((1,), 3.0))
+        return np.full((2, 8, 8, 3), 200 if predict.precision in spoilt else 20, np.uint8)
+
+    monkeypatch.setattr(network, "fast_bfloat16", lambda: True)
+    one, record = network.settle(sampler.unet, guide, draw, compiled=False)
+    assert seen == ["float32", network.BFLOAT16, network.MIXED]
+    assert one.precision == record["precision"] == network.MIXED and record["psnr_db"]["bfloat16"] < 30
+    spoilt.add(network.MIXED)
+    assert network.settle(sampler.unet, guide, draw, compiled=False)[0].precision == "float32"
+    monkeypatch.setattr(network, "fast_bfloat16", lambda: False)
+    assert network.settle(sampler.unet, guide, draw)[1]["psnr_db"] == {}
+
+
+# ---------------------------------------------------------------------------------------------------- the cells
+
+
+def test_cells_are_complete_and_unique() -> None:
+    cells = all_cells()
+    assert len(set(cells)) == len(cells)
+    a, b, c = ([x for x in cells if x.table == t] for t in "ABC")
+    once = {(x.method, x.steps, x.w) for x in a if x.captions == "train"}
+    grid = {(m, s, w) for m in ("cfg", "tiny", "full") for s in (50, 16, 8, 4) for w in (2.0, 3.0, 5.0, 8.0)}
+    assert once == grid | {("tiny-stage2", s, w) for s in (16, 8, 4) for w in (2.0, 3.0, 5.0, 8.0)}
+    headline = {("cfg", s) for s in (50, 16, 8)} | {("tiny", s) for s in (50, 16, 8)}
+    headline |= {("tiny-stage2", s) for s in (16, 8)}
+    for captions in ("train", "held_out", "held_out_colour_shape"):
+        seeds = Counter((x.method, x.steps) for x in a if x.captions == captions and x.w == 3.0)
+        assert {k for k, n in seeds.items() if n == 3} == headline
+    assert len(a) == 15 * 4 + 8 * 2 + 2 * 8 * 3
+    assert Counter((x.base, x.steps) for x in b) == {
+        ("emoji-flat", 50): 4, ("emoji-flat", 16): 5, ("emoji-3d", 50): 4, ("emoji-3d", 16): 5,
+    }  # fmt: skip
+    assert {x.captions == x.base for x in b} == {True}
+    assert Counter(x.method for x in c) == {"none": 6, "cfg": 10, "tiny": 6, "tiny-stage2": 4, "interval": 16}
+    # what needs no guide comes first, and the sweep before what it decides
+    assert [x.guide is None for x in cells] == sorted((x.guide is None for x in cells), reverse=True)
+    assert max(cells.index(x) for x in c if x.captions == "sweep") < min(
+        cells.index(x) for x in c if x.interval == BEST
+    )
+    with pytest.raises(InputError, match="seeds must be 1 to 9, got 0"):
+        all_cells(0)
+
+
+def test_equal_compute_and_unknown_best() -> None:
+    schedule = Sampler.schedule(type("S", (), {"schedule_config": {}})(), 25)  # type: ignore[arg-type]
+    assert Cell("C", "cfg", "emoji", 25, 3.0).guidance().passes(schedule) == 50
+    assert Cell("C", "none", "emoji", 25, 3.0).guidance().passes(schedule) == 25
+    best = Cell("C", "interval", "emoji", 25, 3.0, interval=BEST)
+    assert best.guidance("sdxl").interval == INTERVALS["sdxl"]
+    with pytest.raises(InputError, match="best interval at 25 steps and w = 3 is not known yet"):
+        best.guidance()
+
+
+# -------------------------------------------------------------------------------------------------- the verdicts
+
+
+def estimate(value: float, half: float = 0.02) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half, "count": 9}
+
+
+def test_outcomes() -> None:
+    assert [compare.outcome(estimate(v)) for v in (0.1, 0.01, -0.1)] == ["better", "no difference shown", "worse"]
+    assert [compare.no_worse(estimate(v)) for v in (0.1, 0.01, -0.1)] == [True, True, False]
+
+
+def test_goals_are_judged_from_intervals_and_named_where_not_measured() -> None:
+    def group(method: str, steps: int, against: int, value: float) -> dict[str, Any]:
+        gain = {"kid": estimate(value), "R@1": estimate(-0.1), "R@5": estimate(0)}
+        return {
+            "table": "A", "method": method, "steps": steps, "w": 3.0, "captions": "train", "seeds": [0, 1, 2],
+            "gain_over_cfg": {str(against): gain},
+        }  # fmt: skip
+
+    found = compare.goal_verdicts([group("tiny", 50, 50, 0.01), group("tiny", 16, 16, -0.1)], 3.0)
+    assert [v.get("reached") for v in found] == [True, False, None, None]
+    assert found[0]["R@1"] == "worse" and not found[3]["measured"]
+
+
+def test_duels_say_who_wins_and_at_what_cost() -> None:
+    guide = {"method": "tiny", "steps": 16, "passes": 16, "w": 3.0, "interval": None}
+    rival = {"method": "cfg", "steps": 8, "passes": 16, "interval": None}
+    gains = {"kid": estimate(-0.1), "R@1": estimate(0.1), "R@5": estimate(0.0)}
+    duel = compare.free_verdict(guide, rival, gains)
+    assert duel["wins"] == {"kid": "rival", "R@1": "guide"} and duel["rival_costs_no_more"]
+    assert not compare.free_verdict(guide, rival | {"passes": 17}, gains)["rival_costs_no_more"]
+
+
+def test_the_document_names_the_rivals_that_win() -> None:
+    def duel(passes: int, value: float) -> dict[str, Any]:
+        guide = {"method": "tiny", "steps": 16, "passes": 16, "w": 3.0, "interval": None}
+        rival = {"method": "cfg", "steps": passes // 2, "passes": passes, "interval": None}
+        return compare.free_verdict(guide, rival, {k: estimate(value) for k in ("kid", "R@1", "R@5")})
+
+    said = tables_report.verdict_c({"verdicts": {"C": [duel(16, -0.1), duel(8, 0.1), duel(32, -0.2)]}})
+    fair, dearer = said.split("at more passes")
+    assert "**better by KID: teacher CFG at 8 steps (16 passes;" in fair and "(1 of 2 shown worse)" in fair
+    assert "teacher CFG at 16 steps (32 passes;" in dearer
+    said = tables_report.verdict_c({"verdicts": {"C": [duel(16, 0.0)]}})
+    assert "none is shown better by KID (0 of 1 shown worse)" in said
+
+
+def test_means_over_noises_resample_captions() -> None:
+    rng = np.random.default_rng(0)
+    real, a, b = (rng.normal(size=(20, 8)) for _ in range(3))
+    assert fidelity.mean_kid(real, [a]) == fidelity.kid(real, a)
+    assert fidelity.mean_kid_gain(real, [a], [b]) == fidelity.kid_gain(real, a, b)
+    assert fidelity.mean_kid(real, [a, b]).value == pytest.approx(
+        (fidelity.kid(real, a).value + fidelity.kid(real, b).value) / 2
+    )
+    # the same pictures twice are no more evidence than once
+    assert fidelity.mean_kid(real, [a, a]) == fidelity.kid(real, a)
+    with pytest.raises(InputError, match="equal counts, got 20, 19"):
+        fidelity.mean_kid(real, [a, b[1:]])
+    with pytest.raises(InputError, match="at least one set"):
+        fidelity.mean_kid(real, [])
+
+
+# ------------------------------------------------------------------------------------------------ the whole run
+
+
+class Eyes:
+    """Features of the extractor's width without its network."""
+
+    def __call__(self, pictures: np.ndarray) -> np.ndarray:
+        flat = pictures.reshape(len(pictures), -1)[:, :: pictures[0].size // 640][:, :640] / 255.0
+        return np.concatenate([flat, np.cos(3 * flat)], 1).astype(np.float32)
+
+
+def some_cells() -> list[Cell]:
+    def wanted(c: Cell) -> bool:
+        if c.table == "A":
+            return c.w == 3.0 and c.steps in (8, 4) and c.captions != "held_out_colour_shape"
+        if c.table == "B":
+            return c.base == "emoji-flat" and c.steps == 16
+        return c.w == 3.0 and c.steps in (16, 8)
+
+    # and what their distances refer to
+    reference = Cell("A", "cfg", "emoji", 50, 3.0)
+    return [*(c for c in all_cells(2) if wanted(c)), reference]
+
+
+@pytest.fixture(scope="module")
+def smoke(
+    micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+    """A document made by a run on the micro teacher, its folder, and the arguments of the run."""
+    home = tmp_path_factory.mktemp("tables")
+    other = make_micro_base(home / "other", seed=5)
+    tuned = BaseModel("emoji-flat", micro_base, next((other / "unet").glob("*.safetensors")))
+    given: dict[str, Any] = dict(
+        bases={"emoji": resolve(str(micro_base)), "emoji-flat": tuned},
+        guides={"tiny": micro_guide, "tiny-8": micro_guide},
+        judge=ROOT / "judge.safetensors", cache=home / "build", results=home / "tables.json",
+        missing={"full": "the guides' folder holds no 'full'"}, pictures=4, seeds=2, compiled=False,
+        cells=some_cells(),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "FeatureExtractor", Eyes)
+        patch.setattr(runner, "real_pictures", lambda rows, *_: np.random.default_rng(0).integers(
+            0, 256, (len(rows), 32, 32, 3), dtype=np.uint8))  # fmt: skip
+        assert tables.evaluate(**given, only_teacher=True) is None
+        assert not (home / "tables.json").exists()
+        document = tables.evaluate(**given)
+        assert document is not None
+        # a second run samples nothing
+        patch.setattr(Sampler, "draw", lambda *_: pytest.fail("sampled again"))
+        again = tables.evaluate(**given)
+    assert again is not None and again["groups"] == document["groups"] and again["networks"] == document["networks"]
+    return document, home, given
+
+
+def test_a_run_measures_every_cell_and_names_what_is_missing(smoke: tuple[dict[str, Any], Path, Any]) -> None:
+    document, home, _ = smoke
+    written = json.loads((home / "tables.json").read_text())
+    assert written["cells"] == json.loads(json.dumps(document["cells"]))
+    left = document["left_out"]
+    assert len(document["cells"]) + len(left) == len(some_cells())
+    assert {c["reason"] for c in left if c["method"] == "full"} == {"the guides' folder holds no 'full'"}
+    assert {c["reason"] for c in left if c["method"] == "tiny-stage2"} == {"there is no guide 'tiny-16'"} | {
+        "there is no guide 'tiny-4'"
+    }
+    cell = next(c for c in document["cells"] if (c["method"], c["steps"], c["captions"]) == ("tiny", 8, "train"))
+    assert cell["distance_to_cfg"]["50"]["psnr_db"]["count"] == 4 and cell["kid"]["low"] <= cell["kid"]["high"]
+    assert len(cell["ranks"].split()) == 4 and (home / "build" / "tables" / f"{cell['cache']}.npz").is_file()
+    group = next(g for g in document["groups"] if (g["method"], g["steps"], g["captions"]) == ("tiny", 8, "train"))
+    assert group["seeds"] == [0, 1]
+    best = next(g for g in document["groups"] if g["interval"] == BEST)
+    assert best["interval_chosen"] in INTERVALS and 16 < best["passes"] < 32
+    assert {d["rival"]["method"] for d in document["verdicts"]["C"]} == {"none", "cfg", "interval"}
+    assert {v["method"] for v in document["verdicts"]["B"]} == {"tiny"}
+    assert str(home) not in json.dumps(document)
+
+
+def test_cost_is_that_of_unet_and_guide(smoke: tuple[dict[str, Any], Path, Any], micro_base: Path) -> None:
+    document, _, given = smoke
+    costs = document["costs"]
+    sampler, guide = Sampler(micro_base), load_guide(str(given["guides"]["tiny"]))
+    own = sum(p.numel() for p in guide.parameters())
+    assert costs["tiny"]["parameters"] == costs["teacher"]["parameters"] + own
+    assert costs["teacher"]["macs"] < costs["tiny"]["macs"] < 1.5 * costs["teacher"]["macs"]
+    text = torch.empty(1, 77, 32)
+    unet = cost.count(sampler.unet, (torch.empty(1, 4, 8, 8), torch.empty(1, dtype=torch.long), text))
+    assert costs["teacher"]["macs"] == unet.macs
+    none, cfg = (
+        next(g for g in document["groups"] if (g["table"], g["method"], g["steps"]) == ("C", m, s))
+        for m, s in (("none", 16), ("cfg", 8))
+    )
+    assert none["passes"] == cfg["passes"] == 16 and none["macs_per_picture"] == cfg["macs_per_picture"]
+
+
+def test_the_document_is_drawn_from_json_and_pictures(smoke: tuple[dict[str, Any], Path, Any]) -> None:
+    _, home, _ = smoke
+    tables_report.write_report(json.loads((home / "tables.json").read_text()), home / "build", home / "docs")
+    text = (home / "docs" / "distillation-tables.md").read_text()
+    assert all(f"## Table {t}" in text for t in "ABC")
+    assert "holds no 'full'" in text and "not measured" in text and "EfficientNet-KID" in text
+    assert "\n\n\n" not in text and "nan" not in text.lower().replace("unan", "")
+    for name in ("distillation-grid.png", "distillation-kid.png"):
+        assert (home / "docs" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_guides_are_found_or_named(micro_guide: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny").symlink_to(micro_guide)
+    found, missing = tables.find_guides(tmp_path)
+    assert list(found) == ["tiny"] and set(missing) == {"full", "tiny-16", "tiny-8", "tiny-4"}
+    bundled, _ = tables.find_guides(None)
+    assert "tiny" in bundled
+    with pytest.raises(InputError, match="is no folder"):
+        tables.find_guides(tmp_path / "nothing")
+
+
+def test_evaluate_refuses(tmp_path: Path) -> None:
+    where = (tmp_path / "judge.safetensors", tmp_path, tmp_path / "out.json")
+    with pytest.raises(InputError, match="at least 4, got 2"):
+        tables.evaluate({}, {}, *where, pictures=2)
+    with pytest.raises(InputError, match="no table 'D'; known: A, B, C"):
+        tables.evaluate({}, {}, *where, only=["A", "D"])

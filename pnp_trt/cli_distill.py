@@ -82,7 +82,11 @@ def guidance(
     config = GuidanceConfig(
         base, prompts, out, images, guide, _options(option, rank), w_min, w_max, w_distribution, weighting,
         feature_matching, states_dir, pictures,
-        StateConfig(states, num_states, w_min=w_min, w_max=w_max, negative=negative, seed=seed),
+        # a small collection need not fill a shard of 32 trajectories
+        StateConfig(
+            states, num_states, w_min=w_min, w_max=w_max, negative=negative, batch=min(32, -(-num_states // 20)),
+            seed=seed,
+        ),
         TrainConfig(
             steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,
             gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,

@@ -84,6 +84,40 @@ def micro_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def micro_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro SDXL: two text encoders, pooled text and sizes; do not write into it."""
+    import torch
+    from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from pnp_trt.assets import ROOT
+
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+    )  # fmt: skip
+    text = CLIPTextConfig(
+        vocab_size=49408, hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
+    )  # fmt: skip
+    vae = AutoencoderTiny(
+        latent_channels=4, encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "emoji" / "tokenizer")
+    pipeline = StableDiffusionXLPipeline(
+        unet=unet, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), vae=vae,
+        tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=DDIMScheduler.from_pretrained(ROOT / "emoji/scheduler"),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("sdxl") / "micro-sdxl"
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A guide for the micro teacher whose residuals are not zero."""
     import torch

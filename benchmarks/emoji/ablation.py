@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,8 +33,12 @@ from pnp_trt.models.load import load_guide
 from pnp_trt.models.student import Student, cfg, encode
 from pnp_trt.runtime.schedule import ddim
 
+from .provenance import machine
+
 PROMPTS = Path("calibration/emoji-prompts.txt")
 STATES = 25_600
+#: a row sees fewer states than this; what only one or two rows use is collected no larger
+FEWER_STATES = 9_600
 PICTURES = 64
 SAMPLING_STEPS = 20
 W = 3.0
@@ -48,6 +53,12 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     kind: str = "trajectory"
+    negative: float = 0.0
+
+    @property
+    def cache(self) -> str:
+        """Name of the states' folder."""
+        return "states" + (f"-{self.kind}" if self.kind != "trajectory" else "") + ("-negative" if self.negative else "")
 
 
 ROWS = (
@@ -58,6 +69,8 @@ ROWS = (
     Row("looks at latent and text alone", "design", {"reads": "latent", "text": True}),
     Row("emits mid alone", "design", {"emits": "mid"}),
     Row("emits deep skips and mid", "design", {"emits": "deep"}),
+    Row("normalised features", "design", {"norm": True}),
+    Row("depthwise normalised", "design", {"trunk_kind": "depthwise", "norm": True}),
     Row("rank 16", "design", {"rank": 16, "embed_dim": 32, "trunk_blocks": 2}),
     Row("rank 96", "design", {"rank": 96}),
     Row("weighting none", "term", config={"weighting": "none"}),
@@ -66,6 +79,9 @@ ROWS = (
     Row("w log-uniform", "term", config={"w_distribution": "log-uniform"}),
     Row("feature matching 0.1", "term", config={"feature_matching": 0.1}),
     Row("forward states", "states", kind="forward"),
+    Row("trajectory states", "states"),
+    Row("negative prompts, read", "negative", {"negative_prompts": True}, negative=0.5),
+    Row("negative prompts, not read", "negative", {"negative_prompts": False}, negative=0.5),
 )
 
 
@@ -144,7 +160,7 @@ class Judge:
 
                 f = Features(tuple(s.to(x.device) for s in features.down_block_res_samples),
                              features.mid_block_res_sample.to(x.device))  # fmt: skip
-                return self.guide(GuideInput(x, t, text, w, f)).mid_block_res_sample
+                return self.guide(GuideInput(x, t, text, w, f, negative=text)).mid_block_res_sample
 
         found = cost.count(Alone(), {"w": self.w[:1], "x": x, "t": t, "text": self.text[:1]})
         whole = cost.count(unet, {"sample": x, "timestep": t, "encoder_hidden_states": self.text[:1]})
@@ -156,11 +172,12 @@ class Judge:
     def judge(self, folder: Path) -> dict[str, Any]:
         guide = load_guide(str(folder))
         student = Student(self.teacher.unet, guide)
+        # a guide that reads negative prompts is shown the empty one
         error = held_out_error(student, self.states, self.held_out)
         return {
             **self.cost_of(guide),
             "held_out": error,
-            **self.distance(self.sample(lambda x, t: student(x, t, self.text, self.w))),
+            **self.distance(self.sample(lambda x, t: student(x, t, self.text, self.w, negative=self.empty))),
         }
 
 
@@ -188,8 +205,10 @@ def main() -> None:
             GuidanceConfig(
                 "emoji", None if forward else PROMPTS, out,
                 write_pictures(args.work / "pictures", args.cache) if forward else None,
-                options=row.options, pictures=0, states_dir=args.work / "states-forward" if forward else states,
-                states=StateConfig(row.kind, STATES),
+                options=row.options, pictures=0,
+                states_dir=states if row.cache == "states" else args.work / row.cache,
+                states=StateConfig(row.kind, FEWER_STATES if row.group in ("states", "negative") else STATES,
+                                   negative=row.negative),
                 train=TrainConfig(
                     args.steps, args.batch, lr=3e-3, mixed_precision="bf16", checkpoint_every=args.steps, keep=1
                 ),
@@ -200,12 +219,10 @@ def main() -> None:
         print(row.name, f"{time.monotonic() - started:.0f} s", flush=True)
     if args.train_only:
         return
-    from .provenance import machine
-
     judge = Judge(states)
-    found = {"schema": "pnp-trt/emoji-ablation/1", "provenance": machine(), "settings": {
+    found = {"schema": "pnp-trt/emoji-ablation/1", "provenance": machine(" ".join(["python", "-m", "benchmarks.emoji.ablation", *sys.argv[1:]])), "settings": {
         "steps": args.steps, "batch": args.batch, "states": STATES, "pictures": PICTURES,
-        "sampling_steps": SAMPLING_STEPS, "w": W,
+        "fewer_states": FEWER_STATES, "sampling_steps": SAMPLING_STEPS, "w": W,
     }, "no_guidance": judge.distance(judge.plain), "rows": []}  # fmt: skip
     for row in ROWS:
         out = args.work / row.name.replace(" ", "-")
@@ -213,7 +230,7 @@ def main() -> None:
             continue
         report = json.loads((out / "distill.json").read_text())
         found["rows"].append({
-            "name": row.name, "group": row.group, "differs": {**row.options, **row.config, "states": row.kind},
+            "name": row.name, "group": row.group, "differs": {**row.options, **row.config, "states": row.kind, "negative": row.negative},
             "own_held_out": report["held_out"]["residual"], "train_seconds": report["seconds"],
             "final_loss": report["final_loss"], **judge.judge(out),
         })  # fmt: skip

@@ -145,3 +145,13 @@ def all_cells(seeds: int = 3) -> list[Cell]:
         cells,
         key=lambda c: (guides.index(c.guide) + 1 if c.guide else 0, bases.index(c.base), c.interval == BEST),
     )
+
+
+def spared(cell: Cell) -> bool:
+    """Whether ``--light`` leaves the cell out: about a third of the passes, none of them a headline row's."""
+    return (
+        (cell.table == "B" and cell.steps == 50)
+        or (cell.method == "interval" and cell.w != HEADLINE_W)
+        or (cell.method == "full" and cell.w in (2.0, 8.0))
+        or (cell.captions in HELD_OUT and cell.seed > 0)
+    )

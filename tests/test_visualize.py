@@ -100,6 +100,17 @@ def test_the_numbers_are_those_of_a_direct_computation(drawn: Any, micro_base: P
             x = float(schedule.x_scale[step]) * x + float(schedule.output_scale[step]) * student(x, t, text, w)
 
 
+@pytest.mark.slow  # run alone, it has to build the bundles first
+def test_the_pictures_are_those_of_sample(micro_base: Path, micro_guide: Path, engines: Path) -> None:
+    from pnp_trt.runtime.pipeline import Pipeline
+
+    base = resolve(str(micro_base))
+    student = Student(base.unet(), load_guide(str(micro_guide)))
+    (mine,) = record(base, student, ["a red apple"], [3.0], 3, 5, [0]).pictures
+    (picture,) = Pipeline.load("guided", provider="cpu")("a red apple", steps=3, guidance=3.0, seed=5)
+    assert np.abs(mine.astype(int) - picture.pixels.astype(int)).max() <= 1  # rounding
+
+
 def test_high_frequency_share_of_known_maps() -> None:
     flat = torch.ones(1, 1, 8, 8)
     checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(4, 4)[None, None]

@@ -102,7 +102,7 @@ def describe(summary: dict[str, Any], what: str) -> str:
 
 
 _CLAIMS = {
-    "stronger_early": "stronger in early steps",
+    "stronger_early": "stronger in the first third of the steps",
     "more_detail_later": "more detail later",
     "mostly_detail_later": "mostly detail later",
     "grows_with_w": "stronger with larger w",

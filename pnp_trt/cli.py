@@ -301,8 +301,10 @@ class _Bar:
 
 
 from .cli_distill import distill_app  # noqa: E402  (it uses what is above)
+from .cli_visualize import visualize  # noqa: E402
 
 app.add_typer(distill_app, name="distill")
+app.command()(visualize)
 
 if __name__ == "__main__":
     main()

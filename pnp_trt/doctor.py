@@ -79,6 +79,7 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "build", ("", "build"), "make an engine"),
     ("command", "bench", ("", "build"), "cost and latency; --only latency needs no extra"),
     ("command", "distill", ("", "build", "train"), "train a guide"),
+    ("command", "visualize", ("", "build"), "draw what a guide adds"),
     ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
 )
 

@@ -1,0 +1,222 @@
+"""Run the guided sampler and measure what the guide adds to each feature map, at every step and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distill.watch import run_schedule
+from ..errors import PnpError
+from ..models.conditions import encode_prompts
+from ..models.guide import GuideInput, GuideOutput
+from ..models.student import Student
+from ..runtime.schedule import ddim
+
+#: cycles per position; the Nyquist frequency is one half
+HALF_NYQUIST = 0.25
+#: called with (what is going on, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A feature map of the U-Net that guides add to.
+
+    Attributes:
+        name: ``skip-0`` (the shallowest decoder skip), ``skip-1`` …, ``mid``.
+        channels, height, width: of the feature map.
+        emits: whether this guide adds anything here.
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    emits: bool
+
+
+@dataclass
+class Recording:
+    """What was injected; W scales, L layers (shallow to deep, mid last), S steps.
+
+    Attributes:
+        guidance: the scales, ascending.
+        timesteps: of the steps, descending.
+        residual: RMS of what the guide adds, over prompts, channels and positions, float64 ``[W, L, S]``.
+        feature: RMS of the U-Net's own feature map that it is added to, ``[W, L, S]``.
+        high: share of the residual's energy above half the Nyquist frequency, ``[W, L, S]``; NaN for no residual.
+        shown: indices of the steps that maps are kept of, ascending.
+        maps: the first prompt's residual, RMS over channels relative to the feature's RMS; ``maps[w][layer][k]`` is
+            that of step ``shown[k]``, ``[H, W]`` float32.
+        pictures: the first prompt's result for each scale, uint8 ``[H, W, 3]``.
+    """
+
+    guidance: list[float]
+    timesteps: list[int]
+    layers: list[Layer]
+    residual: np.ndarray
+    feature: np.ndarray
+    high: np.ndarray
+    shown: list[int]
+    maps: list[list[list[np.ndarray]]]
+    pictures: list[np.ndarray]
+
+    @property
+    def relative(self) -> np.ndarray:
+        """The injected strength: RMS of the residual / RMS of the feature it is added to, ``[W, L, S]``."""
+        return np.divide(self.residual, self.feature, out=np.zeros_like(self.residual), where=self.feature > 0)
+
+    @property
+    def emitting(self) -> list[int]:
+        """Indices of the layers that this guide adds to."""
+        return [i for i, layer in enumerate(self.layers) if layer.emits]
+
+
+def layer_names(skips: int) -> list[str]:
+    """Names of the layers of a U-Net with so many decoder skips, shallow to deep, mid last."""
+    return [*(f"skip-{i}" for i in range(skips)), "mid"]
+
+
+@torch.no_grad()
+def record(
+    base: Any,
+    student: Student,
+    prompts: Sequence[str],
+    guidance: Sequence[float],
+    steps: int,
+    seed: int,
+    shown: Sequence[int],
+    progress: Progress | None = None,
+) -> Recording:
+    """Sample every prompt at every scale from the same noise, and measure the guide's residuals on the way.
+
+    The noise is that of :meth:`pnp_trt.runtime.pipeline.Pipeline.noise`, so that the pictures are those of
+    ``pnp-trt sample`` with this seed.
+
+    Args:
+        base: a :class:`~pnp_trt.models.base.BaseModel`, the student's.
+        guidance: scales w, ascending.
+        shown: indices of the steps to keep maps of, ascending.
+
+    Raises:
+        PnpError: if a residual or a picture is not finite; it says where.
+    """
+    unet, guide = student.unet, student.guide
+    device = next(guide.parameters()).device
+    schedule = ddim(base.scheduler_config(), steps)
+    size = int(unet.config.sample_size)
+    noise = np.random.Generator(np.random.Philox(seed)).standard_normal((unet.config.in_channels, size, size), "f4")
+    start = torch.from_numpy(noise).to(device).expand(len(prompts), -1, -1, -1) * schedule.init_scale
+    conditions = encode_prompts(base, list(prompts), device)
+    rows = torch.arange(len(prompts))
+    text, added = conditions.text(rows, device), conditions.added(rows, device)
+    empty = conditions.text(torch.full_like(rows, conditions.empty), device) if guide.negative_prompts else None
+    vae = base.vae().to(device)
+    names = layer_names(len(guide.config["skip_channels"]))
+
+    layers: list[Layer] = []
+    seen: list[list[Measured]] = []  # of the present scale, a list per step
+    pictures: list[np.ndarray] = []
+    measured: list[list[list[Measured]]] = []  # [W][S][L]
+
+    def keep(_: Any, arguments: tuple[GuideInput], output: GuideOutput) -> None:
+        features = arguments[0].features
+        residuals = (*output.down_block_res_samples, output.mid_block_res_sample)
+        whole = (*features.down_block_res_samples, features.mid_block_res_sample)
+        if not layers:
+            for name, x, r in zip(names, whole, residuals, strict=True):
+                layers.append(Layer(name, x.shape[1], x.shape[2], x.shape[3], r is not None))
+        seen.append([measure(r, x) for r, x in zip(residuals, whole, strict=True)])
+        for layer, m in zip(layers, seen[-1], strict=True):
+            if not np.isfinite(m.residual):
+                raise PnpError(
+                    f"what the guide adds to {layer.name} at w = {w_value:g}, timestep "
+                    f"{int(arguments[0].timestep[0])} is not finite; check the guide's weights"
+                )
+        if progress is not None:
+            progress(f"w = {w_value:g}", len(measured) * steps + len(seen), len(guidance) * steps)
+
+    # the guide's own inputs and outputs are what is measured: no second copy of the student's forward pass
+    hook = guide.register_forward_hook(keep)
+    try:
+        for w_value in guidance:
+            w = torch.full((len(prompts),), w_value, device=device)
+            hint = guide.condition(w, (size, size))
+
+            def predict(x: Tensor, t: Tensor, w: Tensor = w, hint: Tensor | None = hint) -> Tensor:
+                return student(x, t, text, w, negative=empty, condition=hint, added_cond_kwargs=added)
+
+            seen = []
+            latents = run_schedule(predict, start, schedule)
+            pictures.append(_pixels(vae, latents[:1], w_value))
+            measured.append(seen)
+    finally:
+        hook.remove()
+
+    def table(name: str) -> np.ndarray:
+        return np.array([[[getattr(m, name) for m in step] for step in run] for run in measured]).transpose(0, 2, 1)
+
+    maps = [[[run[s][i].map for s in shown] for i in range(len(layers))] for run in measured]
+    return Recording(
+        list(guidance), schedule.timesteps.tolist(), layers,
+        table("residual"), table("feature"), table("high"), list(shown), maps, pictures,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layer at one step; see :class:`Recording`."""
+
+    residual: float
+    feature: float
+    high: float
+    map: np.ndarray
+
+
+def measure(residual: Tensor | None, feature: Tensor) -> Measured:
+    """Strength, high-frequency share and map of a residual ``[B, C, H, W]`` (None: nothing is added)."""
+    if residual is None:
+        residual = torch.zeros_like(feature)
+    r, x = residual.double(), feature.double()
+    first = x[0].pow(2).mean().sqrt()
+    relative = r[0].pow(2).mean(0).sqrt() / first if first > 0 else torch.zeros_like(r[0, 0])
+    return Measured(
+        float(r.pow(2).mean().sqrt()), float(x.pow(2).mean().sqrt()), high_frequency_share(r),
+        relative.float().cpu().numpy(),
+    )  # fmt: skip
+
+
+def high_frequency_share(maps: Tensor) -> float:
+    """Share of the energy of maps ``[…, H, W]`` above half the Nyquist frequency; NaN where there is no energy.
+
+    Energy is that of the 2-D discrete Fourier transform, the mean included; a frequency counts as high when its
+    radius exceeds a quarter of a cycle per position.
+    """
+    energy = torch.fft.fft2(maps).abs().pow(2).flatten(0, -3).sum(0)
+    total = float(energy.sum())
+    mask = _high_frequencies(*maps.shape[-2:]).to(energy.device)
+    return float(energy[mask].sum()) / total if total > 0 else float("nan")
+
+
+def white_noise_share(height: int, width: int) -> float:
+    """What :func:`high_frequency_share` is for white noise, the same energy in all frequencies: about 0.8."""
+    return float(_high_frequencies(height, width).double().mean())
+
+
+def _high_frequencies(height: int, width: int) -> Tensor:
+    y, x = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None]
+    return (y.pow(2) + x.pow(2)).sqrt() > HALF_NYQUIST
+
+
+def _pixels(vae: Any, latents: Tensor, w: float) -> np.ndarray:
+    """The picture of latents ``[1, C, H, W]``, uint8 ``[H, W, 3]``."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    out = vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0][0]
+    if not out.isfinite().all():
+        raise PnpError(f"the picture at w = {w:g} is not finite; check the guide's and the base's weights")
+    return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()

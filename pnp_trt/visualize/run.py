@@ -1,0 +1,204 @@
+"""``pnp-trt visualize``: record a guided run, draw it, write the numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..artifacts import digest, sha256
+from ..bench.results import provenance, write
+from ..distill.prompts import warn_of_long_prompts
+from ..errors import InputError
+from ..models.base import resolve
+from ..models.load import guide_folder, load_guide
+from ..models.student import Student
+from ..runtime.images import save_png
+from ..runtime.pipeline import check_request
+from .maps import draw_maps, shown_steps
+from .record import Progress, Recording, layer_names, record, white_noise_share
+from .strength import draw_strength
+from .summary import describe, summarise
+
+SCHEMA = "pnp-trt/visualize/1"
+#: what one picture can hold
+MOST_SCALES, MOST_STEPS = 16, 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to look at.
+
+    Attributes:
+        guide: a guide's name or folder.
+        prompts: the maps show the first one; strengths are over all of them.
+        guidance: scales w, 1 … 9.
+        steps: sampling steps.
+        base: the teacher, or a fine-tune of it.
+        seed: of the noise that every run starts from.
+        show: how many steps the picture of the maps shows.
+        layers: names (``skip-0`` …, ``mid``) or indices of the layers it shows, or ``all``; empty takes the shallowest
+            and the deepest skip that the guide adds to, and mid.
+        out: folder for the files.
+    """
+
+    guide: str
+    prompts: tuple[str, ...]
+    guidance: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
+    steps: int = 20
+    base: str = "emoji"
+    seed: int = 0
+    show: int = 5
+    layers: tuple[str, ...] = ()
+    out: Path = Path("visualize")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was written, the numbers (the JSON file's content), and a paragraph about them."""
+
+    files: list[Path]
+    document: dict[str, Any]
+    text: str
+
+
+def visualize(request: Request, command: Sequence[str] = (), progress: Progress | None = None) -> Drawn:
+    """Sample with the guide at every scale from the same noise; draw its feature maps and their strength.
+
+    Writes ``feature-maps.png``, ``strength.png`` and ``strength.json`` to ``request.out``, numbered where those exist.
+
+    Args:
+        command: the command line, for the record.
+
+    Raises:
+        InputError: for values out of range, an unknown guide, base or layer, or a guide that does not fit the base.
+        PnpError: if something becomes not finite, or a file cannot be written.
+    """
+    scales = sorted(set(request.guidance))
+    _check(request, scales)
+    base = resolve(request.base)
+    guide = load_guide(request.guide)
+    student = Student(base.unet(), guide)
+    names = layer_names(len(guide.config["skip_channels"]))
+    wanted = _wanted(request.layers, names)
+    distilled = guide.config.get("sampling_steps")
+    if distilled is not None and distilled != request.steps:
+        warnings.warn(f"this guide was distilled for {distilled} sampling steps, not {request.steps}", stacklevel=2)
+    _make_folder(request.out)
+    warn_of_long_prompts(base.tokenizer(), list(request.prompts))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shown = shown_steps(request.steps, request.show)
+    recording = record(base, student.to(device), request.prompts, scales, request.steps, request.seed, shown, progress)
+
+    chosen = wanted or _usual(recording)
+    parameters = {
+        "prompts": list(request.prompts), "seed": request.seed, "steps": request.steps, "guidance": scales,
+        "guide": request.guide, "base": request.base, "schedule": "ddim",
+        "shown_layers": [names[i] for i in chosen], "shown_steps": [s + 1 for s in shown],
+    }  # fmt: skip
+    summary = summarise(recording)
+    folder = guide_folder(request.guide)
+    document = {
+        "schema": SCHEMA,
+        "parameters": parameters,
+        "weights": {
+            "base": base.fingerprint()["all"],
+            "guide": digest([sha256(p) for p in sorted(folder.glob("*.safetensors"))]),
+        },
+        "summary": summary,
+        "layers": [
+            asdict(layer) | {"white_noise_high_frequency": white_noise_share(layer.height, layer.width)}
+            for layer in recording.layers
+        ],
+        "strength": _rows(recording),
+        "provenance": provenance(command, device=torch.cuda.get_device_name() if device.type == "cuda" else None),
+    }
+    run = f"{folder.name} on {Path(request.base).name}"
+    many = len(request.prompts) > 1
+    prompt = f"“{request.prompts[0]}”"
+    first, second, third = _free(request.out, ("feature-maps.png", "strength.png", "strength.json"))
+    maps = draw_maps(recording, chosen, f"{run}, {prompt}, {request.steps} steps, seed {request.seed}")
+    save_png(maps, parameters, first)
+    whose = f"mean of {len(request.prompts)} prompts" if many else prompt
+    chart = draw_strength(recording, f"Injected strength: {run}, {whose}, {request.steps} steps")
+    save_png(chart, parameters, second)
+    write(document, third)
+    text = describe(summary, f"{run}, {whose}, {request.steps} steps")
+    return Drawn([first, second, third], document, text)
+
+
+def _rows(recording: Recording) -> list[dict[str, Any]]:
+    """A row for every (w, layer, step); the share is None where nothing is added."""
+    relative = recording.relative
+    out = []
+    for r, w in enumerate(recording.guidance):
+        for i, layer in enumerate(recording.layers):
+            for s, t in enumerate(recording.timesteps):
+                high = float(recording.high[r, i, s])
+                out.append({
+                    "w": w, "layer": layer.name, "step": s + 1, "timestep": t,
+                    "residual_rms": float(recording.residual[r, i, s]),
+                    "feature_rms": float(recording.feature[r, i, s]),
+                    "relative": float(relative[r, i, s]),
+                    "high_frequency": None if np.isnan(high) else high,
+                })  # fmt: skip
+    return out
+
+
+def _check(request: Request, scales: list[float]) -> None:
+    prompts = list(request.prompts)
+    if prompts and not scales:
+        raise InputError("no guidance scale was given; pass at least one")
+    for w in scales or [1.0]:  # an empty list of prompts is refused there too
+        check_request(prompts, [request.seed] * len(prompts), [w] * len(prompts), request.steps)
+    if len(scales) > MOST_SCALES:
+        raise InputError(f"{len(scales)} guidance scales were given; one picture holds at most {MOST_SCALES}")
+    if not 1 <= request.show <= MOST_STEPS:
+        raise InputError(f"show is {request.show}; it must be between 1 and {MOST_STEPS}")
+    if request.out.exists() and not request.out.is_dir():
+        raise InputError(f"--out {request.out} is a file; name a folder")
+
+
+def _wanted(given: Sequence[str], names: list[str]) -> list[int]:
+    """Indices of the layers asked for, in that order and each once; empty for the usual ones."""
+    if list(given) == ["all"]:
+        return list(range(len(names)))
+    found: list[int] = []
+    for word in given:
+        if word in names:
+            found.append(names.index(word))
+        elif word.isdecimal() and int(word) < len(names):
+            found.append(int(word))
+        else:
+            raise InputError(f"no layer '{word}'; known: {', '.join(names)}, the indices 0 to {len(names) - 1}, or all")
+    return list(dict.fromkeys(found))
+
+
+def _usual(recording: Recording) -> list[int]:
+    """The shallowest and the deepest skip that the guide adds to, and mid."""
+    mid = len(recording.layers) - 1
+    skips = [i for i in recording.emitting if i != mid]
+    return list(dict.fromkeys([*skips[:1], *skips[-1:], mid]))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"the folder {folder} cannot be made ({e.strerror}); choose another --out") from e
+
+
+def _free(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Paths for a run's files: NAME, or NAME-2 … where any of them exists, so that one run has one number."""
+    number = 1
+    while True:
+        tail = "" if number == 1 else f"-{number}"
+        paths = [folder / f"{Path(n).stem}{tail}{Path(n).suffix}" for n in names]
+        if not any(p.exists() for p in paths):
+            return paths
+        number += 1

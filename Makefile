@@ -3,14 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+GUIDES ?= build/emoji/guides
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench emoji clean
+.PHONY: help demo test lint bench tables ablation train-speed emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
 	@echo "make test   install the development extra, then lint, type-check and test"
 	@echo "make bench  the README's figures, into benchmarks/results/"
+	@echo "make tables      the distillation's tables A, B and C (hours on a CPU; resumable)"
+	@echo "make ablation    designs, terms and states of guides on a short budget (an hour on a CPU; resumable)"
+	@echo "make train-speed steps per second and memory of training at Stable Diffusion 1.5's size"
 	@echo "make emoji  train the bundled model again from nothing (hours on a CPU; resumable)"
 
 $(BIN)/python:
@@ -49,6 +53,19 @@ lint: $(VENV)/.dev-installed
 bench: $(VENV)/.dev-installed
 	$(BIN)/pnp-trt bench --rounds 16 --steps 20 --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html --grid docs/demo-grid.png
 	$(BIN)/pnp-trt bench --only cost --base random:sd15 --json benchmarks/results/cost-sd15.json
+
+tables: $(VENV)/.dev-installed
+	$(PIP_INSTALL) -e '.[recipe]'
+	$(BIN)/python -m benchmarks.emoji.tables --guides $(GUIDES) --light
+	$(BIN)/python -m benchmarks.emoji.tables_report
+
+ablation: $(VENV)/.dev-installed
+	$(PIP_INSTALL) -e '.[recipe]'
+	$(BIN)/python -m benchmarks.emoji.ablation --steps 250
+
+train-speed: $(VENV)/.dev-installed
+	$(BIN)/python -m benchmarks.train_speed --guide tiny
+	$(BIN)/python -m benchmarks.train_speed --guide full
 
 emoji: $(BIN)/python
 	$(PIP_INSTALL) -e '.[recipe]'

@@ -113,7 +113,9 @@ def main() -> None:
         psutil.virtual_memory().total / 2**20), "platform": platform.machine(), "result": row}  # fmt: skip
     path = args.json or Path(f"benchmarks/results/train-speed-{args.base.removeprefix('random:')}-{args.guide}.json")
     write_json(path, document)
-    print(f"{args.guide}: {row['steps_per_second']} steps/s at batch {args.batch}, peak {row['peak_mib']:,} MiB: {path}")
+    print(
+        f"{args.guide}: {row['steps_per_second']} steps/s at batch {args.batch}, peak {row['peak_mib']:,} MiB: {path}"
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnp_trt.artifacts import write_json
+from pnp_trt.artifacts import digest, write_json, write_text
 from pnp_trt.bench import cost, fidelity
 from pnp_trt.distill.guidance import GuidanceConfig, distill
 from pnp_trt.distill.prompts import read_prompts
@@ -58,7 +58,9 @@ class Row:
     @property
     def cache(self) -> str:
         """Name of the states' folder."""
-        return "states" + (f"-{self.kind}" if self.kind != "trajectory" else "") + ("-negative" if self.negative else "")
+        return (
+            "states" + (f"-{self.kind}" if self.kind != "trajectory" else "") + ("-negative" if self.negative else "")
+        )
 
 
 ROWS = (
@@ -112,8 +114,6 @@ class Judge:
     def __init__(self, states_dir: Path) -> None:
         self.teacher = TeacherModel.load("emoji", read_prompts(PROMPTS), torch.device("cpu"))
         config = StateConfig(count=STATES)
-        from pnp_trt.artifacts import digest
-
         identity = {"teacher": self.teacher.hashes, "prompts": digest(self.teacher.prompts)}
         self.states: States = collect(
             self.teacher.unet, self.teacher.scheduler, self.teacher.conditions, config, states_dir, identity
@@ -181,6 +181,59 @@ class Judge:
         }
 
 
+TITLES = {
+    "design": "Designs of the tiny guide",
+    "term": "Extra terms, on the default design",
+    "states": "Where the states come from, on as many states each",
+    "negative": "Negative prompts: half of the states have one",
+}
+
+
+def render(found: dict[str, Any]) -> str:
+    """The ablation as a page of tables, from its JSON alone."""
+    s, plain = found["settings"], found["no_guidance"]
+    out = [
+        "# Ablation\n",
+        "Every row is one run of `pnp-trt distill guidance` on the bundled model with the same short budget: "
+        f"{s['steps']} steps of {s['batch']} states. A row differs from *default* in what it names. *Residual*: squared error "
+        "to the teacher's guided prediction on held-out trajectory states, as a share of what no guide leaves "
+        "(1 = the guide does nothing); *bins* is the mean over (t, w) bins, *t ≥ 800* the noisiest of them. *PSNR* and "
+        f"*cosine*: how near the pictures come to CFG's of the same noise (w = {s['w']:g}, "
+        f"{s['sampling_steps']} steps, {s['pictures']} pictures; no guidance: {plain['psnr_db']['value']:.2f} dB, {plain['cosine']['value']:.3f}). "
+        "Intervals are 95 % over pictures; one training seed, so differences of a tenth of a dB mean nothing.\n",
+    ]
+    for group, title in TITLES.items():
+        rows = [r for r in found["rows"] if r["group"] == group]
+        if group == "term":
+            rows = [r for r in found["rows"] if r["name"] == "default"] + rows
+        if not rows:
+            out.append(f"\n## {title}\n\nNot run.\n")
+            continue
+        own = group == "negative"
+        out.append(f"\n## {title}\n")
+        out.append(
+            "| row | parameters | MACs | residual | bins | t ≥ 800 | PSNR, dB | cosine |" + (" own states |" * own)
+        )
+        out.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + (" ---: |" * own))
+        for r in rows:
+            noisy = [b["residual"] for b in r["held_out"]["bins"] if b["t_from"] == 800]
+            psnr, cosine = r["psnr_db"], r["cosine"]
+            out.append(
+                f"| {r['name']} | {r['parameters']:,} ({r['parameters_share']:.1%}) | {r['macs_share']:.1%} | "
+                f"{r['held_out']['residual']:.3f} | {r['held_out']['mean_of_bins']:.3f} | "
+                f"{sum(noisy) / len(noisy):.3f} | {psnr['value']:.2f} [{psnr['low']:.2f}, {psnr['high']:.2f}] | "
+                f"{cosine['value']:.3f} [{cosine['low']:.3f}, {cosine['high']:.3f}] |"
+                + (f" {r['own_held_out']:.3f} |" if own else "")
+            )
+        if own:
+            out.append("\n*Own states*: the residual on held-out states of which half have a negative prompt.")
+    p = found["provenance"]
+    out.append(
+        f"\nMade by `{p['command']}` ({p['date'][:10]}); all numbers are in `benchmarks/results/emoji-ablation.json`."
+    )
+    return "\n".join(out) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.ablation", description=__doc__)
     add = parser.add_argument
@@ -192,6 +245,7 @@ def main() -> None:
     add("--rows", default="", help="only rows whose name holds one of these words, comma-separated")
     add("--train-only", action="store_true", help="train the rows, and leave judging to a later call")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-ablation.json"))
+    add("--document", type=Path, default=Path("docs/ablation.md"))
     args = parser.parse_args()
     states = args.states_dir or args.work / "states"
     wanted = [r for r in ROWS if not args.rows or any(word in r.name for word in args.rows.split(","))]
@@ -220,24 +274,30 @@ def main() -> None:
     if args.train_only:
         return
     judge = Judge(states)
-    found = {"schema": "pnp-trt/emoji-ablation/1", "provenance": machine(" ".join(["python", "-m", "benchmarks.emoji.ablation", *sys.argv[1:]])), "settings": {
+    settings = {
         "steps": args.steps, "batch": args.batch, "states": STATES, "pictures": PICTURES,
         "fewer_states": FEWER_STATES, "sampling_steps": SAMPLING_STEPS, "w": W,
-    }, "no_guidance": judge.distance(judge.plain), "rows": []}  # fmt: skip
+    }  # fmt: skip
+    command = " ".join(["python", "-m", "benchmarks.emoji.ablation", *sys.argv[1:]])
+    found: dict[str, Any] = {
+        "schema": "pnp-trt/emoji-ablation/1", "provenance": machine(command), "settings": settings,
+        "no_guidance": judge.distance(judge.plain), "rows": [],
+    }  # fmt: skip
     for row in ROWS:
         out = args.work / row.name.replace(" ", "-")
         if not (out / "distill.json").exists():
             continue
         report = json.loads((out / "distill.json").read_text())
+        differs = {**row.options, **row.config, "states": row.kind, "negative": row.negative}
         found["rows"].append({
-            "name": row.name, "group": row.group, "differs": {**row.options, **row.config, "states": row.kind, "negative": row.negative},
-            "own_held_out": report["held_out"]["residual"], "train_seconds": report["seconds"],
-            "final_loss": report["final_loss"], **judge.judge(out),
+            "name": row.name, "group": row.group, "differs": differs, "own_held_out": report["held_out"]["residual"],
+            "train_seconds": report["seconds"], "final_loss": report["final_loss"], **judge.judge(out),
         })  # fmt: skip
         last = found["rows"][-1]
         numbers = f"residual {last['held_out']['residual']:.3f}, psnr {last['psnr_db']['value']:.2f} dB"
         print(f"{row.name:32s} {last['parameters']:8,d} {numbers}", flush=True)
         write_json(args.json, found)
+    write_text(render(found), args.document)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,16 @@ def test_two_processes_give_the_result_of_one(micro_base: Path, tmp_path: Path) 
         "-m", "pnp_trt", "distill", "guidance", "--base", str(micro_base), "--prompts", str(prompts), "--rank", "4",
         "--num-states", "160", "--steps", "12", "--batch", "8", "--lr", "1e-3", "--pictures", "0",
     ]  # fmt: skip
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for out, command in (
         ("one", [sys.executable, *arguments]),

@@ -46,15 +46,13 @@ def recompute(teacher: TeacherModel, states: Any, row: int) -> tuple[torch.Tenso
     cpu = torch.device("cpu")
     with torch.no_grad():
         return both_passes(
-            teacher.unet, states.sample[pick].float(), states.timestep[pick], c.text(prompt, cpu), c.text(negative, cpu),
-            c.added(torch.cat([negative, prompt]), cpu),
+            teacher.unet, states.sample[pick].float(), states.timestep[pick], c.text(prompt, cpu),
+            c.text(negative, cpu), c.added(torch.cat([negative, prompt]), cpu),
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("which", ["micro_base", "v_base", "micro_sdxl"])
-def test_states_hold_the_teachers_two_predictions(
-    which: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_states_hold_the_teachers_two_predictions(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     teacher = load(request.getfixturevalue(which))
     states = gather(teacher, StateConfig(count=24, steps=4, batch=3, negative=0.5), tmp_path / "s")
     assert len(states) == 24 and states.sample.dtype == torch.float16
@@ -98,7 +96,7 @@ def test_forward_states_are_noised_pictures_and_hold_out_whole_pictures(micro_ba
     shown = {int(clean[i]) for i in train if sure[i]}
     kept = {int(clean[i]) for i in held if sure[i]}
     assert shown and kept <= {19} and 19 not in shown
-    e_u, e_c = recompute(teacher, states, 5)
+    _, e_c = recompute(teacher, states, 5)
     assert torch.allclose(states.conditional[5].float(), e_c[0], atol=2e-2)
     with pytest.raises(InputError, match="--images"):
         gather(teacher, config, tmp_path / "t")

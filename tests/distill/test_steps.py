@@ -40,9 +40,7 @@ def config(base: Path, guide: Path, prompts: Path, out: Path, **changes: Any) ->
     return StepsConfig(str(guide), out, **(settings | changes))
 
 
-def test_halvings_are_kept_and_land_nearer(
-    micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path
-) -> None:
+def test_halvings_are_kept_and_land_nearer(micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path) -> None:
     reports = distill(config(micro_base, micro_guide, prompts, tmp_path / "out", pictures=True))
     assert [(r["from"], r["to"]) for r in reports] == [(8, 4), (4, 2)]
     for r in reports:

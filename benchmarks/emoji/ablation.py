@@ -195,9 +195,9 @@ def render(found: dict[str, Any]) -> str:
     out = [
         "# Ablation\n",
         "Every row is one run of `pnp-trt distill guidance` on the bundled model with the same short budget: "
-        f"{s['steps']} steps of {s['batch']} states. A row differs from *default* in what it names. *Residual*: squared "
-        "error to the teacher's guided prediction on held-out trajectory states, as a share of what no guide leaves "
-        "(1 = the guide does nothing); *bins* is the mean over (t, w) bins, *t ≥ 800* the noisiest of them. *PSNR* and "
+        f"{s['steps']} steps of {s['batch']} states. A row differs from *default* in what it names. *Residual*: the "
+        "squared error to the teacher's guided prediction on held-out trajectory states, as a share of what no guide "
+        "leaves (1 = the guide does nothing); *bins* is the mean over (t, w) bins, *t ≥ 800* the noisiest of them. *PSNR* and "
         f"*cosine*: how near the pictures come to CFG's of the same noise (w = {s['w']:g}, "
         f"{s['sampling_steps']} steps, {s['pictures']} pictures; no guidance: {plain['psnr_db']['value']:.2f} dB, "
         f"{plain['cosine']['value']:.3f}). "

@@ -60,7 +60,7 @@ def guidance(
     w_min: Annotated[float, typer.Option(help="Smallest guidance scale to learn.")] = 1.0,
     w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn.")] = 9.0,
     w_distribution: Annotated[str, typer.Option(help="uniform, or log-uniform.")] = "uniform",
-    weighting: Annotated[str, typer.Option(help="Of the error: w, none, guidance, or x0.")] = "w",
+    weighting: Annotated[str, typer.Option(help="Of the error: x0, guidance, w, or none.")] = "x0",
     feature_matching: Annotated[float, typer.Option(help="Weight of the feature error; runs the teacher too.")] = 0.0,
     checkpoint_every: Every = 250,
     keep: Keep = 2,

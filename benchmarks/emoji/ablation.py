@@ -1,7 +1,7 @@
 """Compare guide designs, extra terms and kinds of states on an equal, short budget.
 
-Every row is one ``distill`` run with the same number of steps, batch and states; what differs is the one
-option that the row names.  Judged on the same held-out trajectory states (what a sampler visits) and on how
+Every row is one ``distill`` run with the same number of steps, batch and states; what differs is what the
+row names.  Judged on the same held-out trajectory states (what a sampler visits) and on how
 near the pictures come to the teacher's guided ones.  ``python -m benchmarks.emoji.ablation`` resumes: a row
 that is done is not run again.
 """
@@ -63,8 +63,11 @@ class Row:
         )
 
 
+#: what every row starts from: the first design that worked, before anything was compared
+BASELINE_OPTIONS = {"trunk_kind": "conv", "norm": False}
+BASELINE_CONFIG = {"weighting": "w"}
 ROWS = (
-    Row("default", "design"),
+    Row("baseline", "design"),
     Row("depthwise trunk", "design", {"trunk_kind": "depthwise"}),
     Row("attention in the trunk", "design", {"trunk_kind": "attention"}),
     Row("attends to the text too", "design", {"text": True}),
@@ -183,7 +186,7 @@ class Judge:
 
 TITLES = {
     "design": "Designs of the tiny guide",
-    "term": "Extra terms, on the default design",
+    "term": "Extra terms, on the baseline design",
     "states": "Where the states come from, on as many states each",
     "negative": "Negative prompts: half of the states have one",
 }
@@ -195,9 +198,10 @@ def render(found: dict[str, Any]) -> str:
     out = [
         "# Ablation\n",
         "Every row is one run of `pnp-trt distill guidance` on the bundled model with the same short budget: "
-        f"{s['steps']} steps of {s['batch']} states. A row differs from *default* in what it names. *Residual*: the "
+        f"{s['steps']} steps of {s['batch']} states. A row differs from *baseline* in what it names. *Residual*: the "
         "squared error to the teacher's guided prediction on held-out trajectory states, as a share of what no guide "
-        "leaves (1 = the guide does nothing); *bins* is the mean over (t, w) bins, *t ≥ 800* the noisiest of them. *PSNR* and "
+        "leaves (1 = the guide does nothing); *bins* is the mean over (t, w) bins, *t ≥ 800* the noisiest of them. "
+        "*PSNR* and "
         f"*cosine*: how near the pictures come to CFG's of the same noise (w = {s['w']:g}, "
         f"{s['sampling_steps']} steps, {s['pictures']} pictures; no guidance: {plain['psnr_db']['value']:.2f} dB, "
         f"{plain['cosine']['value']:.3f}). "
@@ -206,7 +210,7 @@ def render(found: dict[str, Any]) -> str:
     for group, title in TITLES.items():
         rows = [r for r in found["rows"] if r["group"] == group]
         if group == "term":
-            rows = [r for r in found["rows"] if r["name"] == "default"] + rows
+            rows = [r for r in found["rows"] if r["name"] == "baseline"] + rows
         if not rows:
             out.append(f"\n## {title}\n\nNot run.\n")
             continue
@@ -260,14 +264,14 @@ def main() -> None:
             GuidanceConfig(
                 "emoji", None if forward else PROMPTS, out,
                 write_pictures(args.work / "pictures", args.cache) if forward else None,
-                options=row.options, pictures=0,
+                options=BASELINE_OPTIONS | row.options, pictures=0,
                 states_dir=states if row.cache == "states" else args.work / row.cache,
                 states=StateConfig(row.kind, FEWER_STATES if row.group in ("states", "negative") else STATES,
                                    negative=row.negative),
                 train=TrainConfig(
                     args.steps, args.batch, lr=3e-3, mixed_precision="bf16", checkpoint_every=args.steps, keep=1
                 ),
-                **row.config,
+                **(BASELINE_CONFIG | row.config),
             ),
             resume=out.exists(),
         )  # fmt: skip

@@ -102,10 +102,14 @@ class Runner:
     def guidance(self, cell: Cell) -> Guidance:
         return cell.guidance(self.best.get((cell.steps, cell.w)))
 
+    def guidance_open(self, cell: Cell) -> bool:
+        """Whether the sweep still has to decide the cell's interval."""
+        return cell.interval == BEST and (cell.steps, cell.w) not in self.best
+
     def passes(self, cell: Cell) -> int:
         """U-Net passes a picture; before the sweep is done, of the longest interval."""
         schedule = self.sampler.schedule(cell.steps)
-        if cell.interval == BEST and (cell.steps, cell.w) not in self.best:
+        if self.guidance_open(cell):
             return max(cell.guidance(name).passes(schedule) for name in INTERVALS)
         return self.guidance(cell).passes(schedule)
 
@@ -199,8 +203,7 @@ class Runner:
         jobs: dict[str, Cell] = {}
         for cell in cells:
             # the best interval has no name before the sweep; by then it may turn out to be there
-            open_best = cell.interval == BEST and (cell.steps, cell.w) not in self.best
-            jobs.setdefault(str(astuple(cell)) if open_best else self.key(cell), cell)
+            jobs.setdefault(str(astuple(cell)) if self.guidance_open(cell) else self.key(cell), cell)
         work = {name: len(self.rows(c)) * self.passes(c) for name, c in jobs.items()}
         done = {name for name in jobs if (self.folder / f"{name}.npz").is_file()}
         bar = tqdm(

@@ -162,7 +162,8 @@ def choose_cells(
 def evaluate(
     bases: dict[str, BaseModel], guides: dict[str, Path], judge: Path, cache: Path, results: Path, *,
     missing: dict[str, str] | None = None, pictures: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
-    only_teacher: bool = False, light: bool = False, command: str = "", batch: int = BATCH, compiled: bool = True,
+    only_teacher: bool = False, light: bool = False, sampled_only: bool = False, command: str = "",
+    batch: int = BATCH, compiled: bool = True,
     cells: Sequence[Cell] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Sample and measure the tables; writes the JSON ``results`` and returns what it holds.
@@ -170,6 +171,7 @@ def evaluate(
     Args:
         bases, guides: see :class:`Runner`; ``missing`` says why a guide is not among them.
         only_teacher: sample what needs no guide, write nothing, and return None.
+        sampled_only: measure what is sampled, and name the rest as left out.
         light: leave out what :func:`~.cells.spared` names.
         cells: instead of all of the tables'.
 
@@ -186,6 +188,11 @@ def evaluate(
     if only_teacher:
         runner.sample([c for c in wanted if c.guide is None])
         return None
+    if sampled_only:
+        runner.decide(wanted)
+        there = {c for c in wanted if not runner.guidance_open(c) and runner.cached(c)}
+        left += [{**asdict(c), "reason": "not sampled yet"} for c in wanted if c not in there]
+        wanted = [c for c in wanted if c in there]
     runner.sample(wanted)
     runner.decide(wanted)
     tuned = {n: b.unet_file for n, b in bases.items() if b.unet_file is not None}
@@ -226,6 +233,7 @@ def main() -> None:
     add("--seeds", type=int, default=3, help="noise sets of the headline rows")
     add("--only-teacher", action="store_true", help="sample the cells that need no guide, and stop")
     add("--light", action="store_true", help="leave out (and name) a third of the passes, none of a headline row")
+    add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
     add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
     add("--cache", type=Path, default=Path("build/emoji"), help="pictures, features and work in progress")
@@ -237,10 +245,12 @@ def main() -> None:
         words = ["python", "-m", "benchmarks.emoji.tables", "--pictures", str(args.pictures), "--only", args.only]
         words += ["--seeds", str(args.seeds), *(["--guides", relative(args.guides)] if args.guides else [])]
         words += ["--light"] if args.light else []
+        words += ["--sampled-only"] if args.sampled_only else []
         found = evaluate(
             bases, guides, args.judge, args.cache, args.json, missing=missing, pictures=args.pictures,
             only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
-            only_teacher=args.only_teacher, light=args.light, command=shlex.join(words), compiled=not args.eager,
+            only_teacher=args.only_teacher, light=args.light, sampled_only=args.sampled_only,
+            command=shlex.join(words), compiled=not args.eager,
         )  # fmt: skip
     except InputError as error:
         parser.error(str(error))

@@ -25,7 +25,7 @@ from .states import Latents, StateConfig, States, collect, split
 from .train import TrainConfig, make_accelerator, train
 from .watch import Board, PictureGrid, averaged, held_out_error, predict_states, target_of
 
-WEIGHTINGS = ("w", "none", "guidance", "x0")
+WEIGHTINGS = ("x0", "guidance", "w", "none")
 W_DISTRIBUTIONS = ("uniform", "log-uniform")
 #: states that the error is watched on while training goes on
 WATCHED = 256
@@ -44,8 +44,8 @@ class GuidanceConfig:
         options: of the guide's ``from_unet`` (the tiny guide's ``rank``, ``trunk_kind`` …).
         w_min, w_max: range of the guidance scale.
         w_distribution: ``uniform``, or ``log-uniform``, which draws small scales more often.
-        weighting: of the squared error: divided by ``w``; ``none``, the paper's; by the mean strength of
-            ``guidance`` at the timestep; or as an error of ``x0`` (times min(1/SNR, 5) beside w).
+        weighting: of the squared error: as one of ``x0`` (times min(1/SNR, 5), over w); over the mean strength of
+            ``guidance`` at the timestep; over ``w``; ``none``, the paper's.
         feature_matching: weight of the error of the last decoder block's features; above 0 it runs the teacher in
             every step.
         states_dir: where states are cached; None puts them into ``out``.
@@ -61,7 +61,7 @@ class GuidanceConfig:
     w_min: float = 1.0
     w_max: float = 9.0
     w_distribution: str = "uniform"
-    weighting: str = "w"
+    weighting: str = "x0"
     feature_matching: float = 0.0
     states_dir: Path | None = None
     pictures: int = 20

@@ -144,6 +144,8 @@ def collect(
     needed = size_in_bytes(config, (unet.config.in_channels, size, size))
     note = f"{config.shards * config.per_shard:,} states, {needed / 2**20:,.0f} MiB"
     _claim_cache(folder, config, identity, needed)
+    if progress is not None:
+        progress(0, config.shards, note)
     rank, processes = share
     for shard in range(config.shards):
         path = _shard(folder, shard)

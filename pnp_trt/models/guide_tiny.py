@@ -110,7 +110,7 @@ class TinyGuide(ModelMixin, ConfigMixin):
     residuals are multiplied by (w − 1) and therefore vanish exactly at w = 1, where guidance is the plain
     conditional prediction.
 
-    The options after ``trunk_blocks`` are the designs that were compared (docs/distillation.md has the ablation);
+    The options after ``trunk_blocks`` are the designs that were compared (docs/ablation.md);
     the defaults are the best of them.
 
     Args:
@@ -144,7 +144,7 @@ class TinyGuide(ModelMixin, ConfigMixin):
         rank: int = 48,
         embed_dim: int = 64,
         trunk_blocks: int = 3,
-        trunk_kind: str = "conv",
+        trunk_kind: str = "depthwise",
         reads: str = "features",
         emits: str = "all",
         text: bool = False,

@@ -1,0 +1,164 @@
+"""Options of stage 1: each changes what it says, and nothing breaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pnp_trt.distill.guidance import GuidanceConfig, GuidanceObjective, distill, make_student
+from pnp_trt.distill.run import TeacherModel
+from pnp_trt.distill.states import StateConfig, States, collect
+from pnp_trt.distill.train import TrainConfig
+from pnp_trt.distill.watch import held_out_error
+from pnp_trt.errors import InputError
+from pnp_trt.models.guide import Guide
+
+PROMPTS = ["a red apple", "a blue car", "the yellow house on a hill"]
+
+
+@pytest.fixture(scope="module")
+def teacher(micro_base: Path) -> TeacherModel:
+    return TeacherModel.load(str(micro_base), PROMPTS, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def states(teacher: TeacherModel, tmp_path_factory: pytest.TempPathFactory) -> States:
+    config = StateConfig(count=60, steps=5, batch=4)
+    return collect(teacher.unet, teacher.scheduler, teacher.conditions, config, tmp_path_factory.mktemp("s"), {})
+
+
+def config(**changes: Any) -> GuidanceConfig:
+    small = changes.get("guide", "tiny") == "tiny"
+    settings: dict[str, Any] = dict(
+        options={"rank": 8, "embed_dim": 8} if small else {}, states=StateConfig(count=60, steps=5, batch=4),
+        train=TrainConfig(batch=8),
+    )  # fmt: skip
+    return GuidanceConfig("micro", Path("p"), Path("o"), **(settings | changes))
+
+
+def stirred(guide: Guide) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+
+
+def gradient(teacher: TeacherModel, states: States, given: GuidanceConfig) -> tuple[float, torch.Tensor]:
+    torch.manual_seed(0)
+    student = make_student(teacher, given)
+    stirred(student.guide)
+    objective = GuidanceObjective(states, list(range(60)), teacher, given)
+    loss = objective.loss(student, objective.batch(3, 0, 1))
+    loss.backward()
+    return float(loss), torch.cat([p.grad.flatten() for p in student.guide.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"weighting": "none"}, {"weighting": "w"}, {"weighting": "guidance"}, {"w_distribution": "log-uniform"},
+     {"feature_matching": 0.1}],
+    ids=str,
+)  # fmt: skip
+def test_every_term_changes_the_loss(teacher: TeacherModel, states: States, changes: dict[str, Any]) -> None:
+    plain, direction = gradient(teacher, states, config())
+    other, turned = gradient(teacher, states, config(**changes))
+    assert other != plain and torch.isfinite(turned).all()
+    cosine = torch.nn.functional.cosine_similarity(direction, turned, dim=0)
+    assert 0.05 < cosine < 0.99999  # another emphasis of the same aim
+
+
+def test_feature_matching_vanishes_for_a_student_that_matches(teacher: TeacherModel, states: States) -> None:
+    """At w = 1 the teacher's guided features are the plain conditional ones, and so are the student's."""
+    from pnp_trt.distill.features import feature_error
+
+    student = make_student(teacher, config())
+    stirred(student.guide)
+    rows = torch.arange(8)
+    with torch.no_grad():
+        # the states were stored in half precision, and both sides read those
+        assert float(feature_error(student, teacher, states, rows, torch.ones(8))) < 1e-9
+        assert float(feature_error(student, teacher, states, rows, torch.full((8,), 5.0))) > 1e-6
+
+
+@pytest.mark.parametrize("guide", ["tiny", "full"])
+def test_gradient_checkpointing_changes_no_gradient(teacher: TeacherModel, states: States, guide: str) -> None:
+    plain = gradient(teacher, states, config(guide=guide))
+    try:
+        saved = gradient(teacher, states, config(guide=guide, train=TrainConfig(batch=8, gradient_checkpointing=True)))
+    finally:
+        teacher.unet.disable_gradient_checkpointing()
+    assert saved[0] == pytest.approx(plain[0], rel=1e-6)
+    assert torch.allclose(plain[1], saved[1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_fresh_guide_leaves_all_of_the_guidance_unexplained(teacher: TeacherModel, states: States) -> None:
+    student = make_student(teacher, config())
+    error = held_out_error(student, states, list(range(60)))
+    assert error["residual"] == pytest.approx(1.0, abs=0.02)  # the stored predictions are rounded to half
+    assert {b["t_from"] for b in error["bins"]} == {0, 200, 400, 600, 800}
+
+
+def test_rates() -> None:
+    cosine = TrainConfig(steps=1000, lr=1.0, warmup=10)
+    assert [cosine.rate(0), cosine.rate(4)] == pytest.approx([0.1, 0.5], rel=1e-3)
+    assert cosine.rate(10) == pytest.approx(1.0, abs=1e-3) and cosine.rate(999) == pytest.approx(0.02, abs=1e-3)
+    constant = TrainConfig(steps=1000, lr=1.0, warmup=10, schedule="constant")
+    assert {constant.rate(s) for s in (10, 500, 999)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"guide": "huge"}, "known: tiny, full"), ({"weighting": "x"}, "known: x0, guidance, w, none"),
+     ({"w_distribution": "x"}, "known: uniform, log-uniform"), ({"w_min": 0.5}, "must start at 1"),
+     ({"prompts": None}, "pass --prompts FILE, or --images DIR"), ({"feature_matching": -1.0}, "must be 0 or above"),
+     ({"states": StateConfig("forward")}, "with --images"), ({"pictures": -1}, r"0 \(none\) to 1000")],
+)  # fmt: skip
+def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
+    prompts = changes.pop("prompts", Path("p"))
+    with pytest.raises(InputError, match=message):
+        GuidanceConfig("micro", prompts, Path("o"), **changes).check()
+
+
+def test_options_that_a_guide_does_not_take(teacher: TeacherModel) -> None:
+    with pytest.raises(InputError, match="the full guide does not take these options: .*rank"):
+        make_student(teacher, config(guide="full", options={"rank": 4}))
+
+
+@pytest.mark.parametrize(("base", "guide"), [("micro_sdxl", "tiny"), ("micro_sdxl", "full")])
+def test_sdxl_from_end_to_end(base: str, guide: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    report = distill(
+        GuidanceConfig(
+            str(request.getfixturevalue(base)), prompts, tmp_path / "g", guide=guide, pictures=2,
+            options={"rank": 4} if guide == "tiny" else {},
+            states=StateConfig(count=20, steps=5, batch=2, negative=0.5), train=TrainConfig(steps=3, batch=4),
+        )
+    )  # fmt: skip
+    assert report["parameters"]["guide"] > 0 and (tmp_path / "g" / "pictures.png").stat().st_size > 1000
+    assert any((tmp_path / "g" / "logs").iterdir())
+
+
+def test_forward_states_from_a_folder_of_pictures(micro_base: Path, tmp_path: Path) -> None:
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    for i in range(4):
+        Image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % 3]}) for i in range(4))
+    )
+    given = GuidanceConfig(
+        str(micro_base), None, tmp_path / "g", tmp_path, options={"rank": 4}, pictures=0,
+        states=StateConfig("forward", count=20, steps=5, batch=2), train=TrainConfig(steps=3, batch=4),
+    )  # fmt: skip
+    report = distill(given)
+    assert report["states"] == 20 and "pictures" in report["identity"]
+    (tmp_path / "q.txt").write_text("something else")
+    with pytest.raises(InputError, match="4 captions of the pictures are not in the prompts file"):
+        distill(GuidanceConfig(str(micro_base), tmp_path / "q.txt", tmp_path / "h", tmp_path, states=given.states))

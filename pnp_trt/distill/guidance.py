@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import time
@@ -12,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..artifacts import digest, sha256, write_json
 from ..errors import InputError
@@ -230,19 +228,16 @@ class GuidanceObjective:
         """The weighted mean squared error."""
         device = self._teacher.device
         w = batch["w"].to(device)
-        # the fused CPU attention's backward pass is several times slower than the plain one at these sizes
-        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with attention:
-            prediction = predict_states(model, self._states, batch["row"], w)
-            target, _ = target_of(self._states, batch["row"], w)
-            weight = self._by_time[batch["timestep"]].to(device)
-            if self._config.weighting in ("w", "x0"):
-                weight = weight / w
-            loss = ((prediction - target) ** 2 * weight[:, None, None, None]).mean()
-            if self._config.feature_matching:
-                loss = loss + self._config.feature_matching * feature_error(
-                    model, self._teacher, self._states, batch["row"], w
-                )
+        prediction = predict_states(model, self._states, batch["row"], w)
+        target, _ = target_of(self._states, batch["row"], w)
+        weight = self._by_time[batch["timestep"]].to(device)
+        if self._config.weighting in ("w", "x0"):
+            weight = weight / w
+        loss = ((prediction - target) ** 2 * weight[:, None, None, None]).mean()
+        if self._config.feature_matching:
+            loss = loss + self._config.feature_matching * feature_error(
+                model, self._teacher, self._states, batch["row"], w
+            )
         return loss
 
 

@@ -208,7 +208,7 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     beside = path.with_suffix(".part")
-    save_file(tensors, beside)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
     beside.replace(path)
 
 

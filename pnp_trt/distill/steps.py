@@ -6,7 +6,6 @@ and the guide alone learns.  Halving is repeated, 32 → 16 → 8 → 4, and eve
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import random
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..artifacts import digest, sha256, write_json
 from ..errors import InputError, PnpError
@@ -291,7 +289,7 @@ def _collect(
     tensors = {k: torch.cat(v) for k, v in kept.items()} | {"prompt": rows.repeat(steps), "w": w.repeat(steps)}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
-    save_file(tensors, beside)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
     beside.replace(path)
 
 
@@ -348,11 +346,7 @@ class StepsObjective:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The weighted mean squared error."""
-        device = self._teacher.device
-        # the fused CPU attention's backward pass is several times slower than the plain one at these sizes
-        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with attention:
-            return self.errors(model, batch).mean()
+        return self.errors(model, batch).mean()
 
     def errors(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Weighted squared error of each state, ``[N]``."""

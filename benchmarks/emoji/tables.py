@@ -28,7 +28,7 @@ from pnp_trt.models.base import BaseModel, resolve
 from pnp_trt.models.student import Student
 
 from . import compare
-from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, TEACHER, Cell, all_cells, spared
+from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, SCALES, TEACHER, Cell, all_cells, spared
 from .compare import Ranked
 from .measures import real_ceiling
 from .provenance import provenance, relative
@@ -140,12 +140,15 @@ def choose_cells(
     guides: dict[str, Path],
     missing: dict[str, str],
     light: bool = False,
+    scales: Sequence[float] = SCALES,
 ) -> tuple[list[Cell], list[dict[str, Any]]]:
     """The cells that can be measured, and those left out, each with its reason."""
     kept, left = [], []
     for c in cells:
         if c.table not in only:
             reason = f"--only {','.join(only)}"
+        elif c.w not in scales:
+            reason = f"--scales {','.join(f'{w:g}' for w in scales)}"
         elif light and spared(c):
             reason = "--light, which spares a third of the compute"
         elif c.base not in bases:
@@ -162,7 +165,8 @@ def choose_cells(
 def evaluate(
     bases: dict[str, BaseModel], guides: dict[str, Path], judge: Path, cache: Path, results: Path, *,
     missing: dict[str, str] | None = None, pictures: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
-    only_teacher: bool = False, light: bool = False, sampled_only: bool = False, command: str = "",
+    only_teacher: bool = False, light: bool = False, sampled_only: bool = False,
+    scales: Sequence[float] = SCALES, command: str = "",
     batch: int = BATCH, compiled: bool = True,
     cells: Sequence[Cell] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
@@ -182,7 +186,7 @@ def evaluate(
         raise InputError(f"pictures must be at least 4, got {pictures}")
     if unknown := sorted(set(only) - {"A", "B", "C"}):
         raise InputError(f"there is no table {unknown[0]!r}; known: A, B, C")
-    wanted, left = choose_cells(cells or all_cells(seeds), only, bases, guides, missing or {}, light)
+    wanted, left = choose_cells(cells or all_cells(seeds), only, bases, guides, missing or {}, light, scales)
     head = AlignmentHead.load(judge)
     runner = Runner(bases, guides, FeatureExtractor(), cache, pictures, batch, compiled)
     if only_teacher:
@@ -233,6 +237,7 @@ def main() -> None:
     add("--seeds", type=int, default=3, help="noise sets of the headline rows")
     add("--only-teacher", action="store_true", help="sample the cells that need no guide, and stop")
     add("--light", action="store_true", help="leave out (and name) a third of the passes, none of a headline row")
+    add("--scales", default=",".join(f"{w:g}" for w in SCALES), help="guidance scales, separated by commas")
     add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
     add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
@@ -244,13 +249,14 @@ def main() -> None:
         bases = {name: resolve(name) for name in (TEACHER, *FINE_TUNES)}
         words = ["python", "-m", "benchmarks.emoji.tables", "--pictures", str(args.pictures), "--only", args.only]
         words += ["--seeds", str(args.seeds), *(["--guides", relative(args.guides)] if args.guides else [])]
+        words += ["--scales", args.scales] if args.scales != parser.get_default("scales") else []
         words += ["--light"] if args.light else []
         words += ["--sampled-only"] if args.sampled_only else []
         found = evaluate(
             bases, guides, args.judge, args.cache, args.json, missing=missing, pictures=args.pictures,
             only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
             only_teacher=args.only_teacher, light=args.light, sampled_only=args.sampled_only,
-            command=shlex.join(words), compiled=not args.eager,
+            scales=[float(w) for w in args.scales.split(",")], command=shlex.join(words), compiled=not args.eager,
         )  # fmt: skip
     except InputError as error:
         parser.error(str(error))

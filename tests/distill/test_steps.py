@@ -76,9 +76,10 @@ def test_the_target_lands_where_two_steps_of_the_last_student_do(
             with torch.no_grad():
                 landed = scale * landed + out * student(landed, torch.full((4,), now), text, w)
         once = float(schedule.x_scale[k]) * x + float(schedule.output_scale[k]) * kept["target"][pick].float()
-        assert torch.allclose(once, landed, atol=5e-2), k
+        # half precision, of latents that an untrained teacher lets grow
+        assert (once - landed).norm() < 3e-3 * landed.norm(), k
         if k < 3:  # the run goes on from there
-            assert torch.allclose(kept["sample"][4 * k + 4 : 4 * k + 8].float(), landed, atol=5e-2)
+            assert (kept["sample"][4 * k + 4 : 4 * k + 8].float() - landed).norm() < 3e-3 * landed.norm()
 
 
 def test_a_resumed_run_gives_bit_equal_weights(

@@ -316,6 +316,42 @@ def test_a_run_measures_every_cell_and_names_what_is_missing(smoke: tuple[dict[s
     assert str(home) not in json.dumps(document)
 
 
+def test_what_is_left_out_by_choice_is_named() -> None:
+    cells = all_cells(3)
+    bases: Any = dict.fromkeys(("emoji", "emoji-flat", "emoji-3d"))
+    guides = dict.fromkeys(("tiny", "tiny-16", "tiny-8", "tiny-4", "full"), Path())
+    kept, left = tables.choose_cells(cells, "ABC", bases, guides, {}, light=True, scales=(3.0, 5.0))
+    assert len(kept) + len(left) == len(cells)
+    assert {c["reason"] for c in left} == {"--scales 3,5", "--light, which spares a third of the compute"}
+    # no headline row is spared: three noises of trained captions, and the held-out captions
+    headline = [c for c in kept if c.table == "A" and c.w == 3.0 and c.method != "full" and c.steps == 16]
+    assert {(c.method, c.seed) for c in headline if c.captions == "train"} == {
+        (m, seed) for m in ("cfg", "tiny", "tiny-stage2") for seed in range(3)
+    }
+    assert {c.captions for c in headline} == {"train", "held_out", "held_out_colour_shape"}
+
+
+def test_what_is_not_sampled_is_left_out_when_asked(
+    smoke: tuple[dict[str, Any], Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, _, given = smoke
+    monkeypatch.setattr(tables, "FeatureExtractor", Eyes)
+    monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("sampled"))
+    gone = next(c for c in document["cells"] if (c["method"], c["steps"], c["captions"]) == ("tiny", 8, "train"))
+    picture = given["cache"] / "tables" / f"{gone['cache']}.npz"
+    kept = picture.read_bytes()
+    picture.unlink()
+    try:
+        found = tables.evaluate(**(given | {"results": tmp_path / "t.json"}), sampled_only=True)
+    finally:
+        picture.write_bytes(kept)
+    assert found is not None
+    unsampled = [c for c in found["left_out"] if c["reason"] == "not sampled yet"]
+    # in this run the same guide plays both stages, so that they share the picture
+    assert {(c["method"], c["steps"]) for c in unsampled} == {("tiny", 8), ("tiny-stage2", 8)}
+    assert gone["cache"] not in {c["cache"] for c in found["cells"]}
+
+
 def test_cost_is_that_of_unet_and_guide(smoke: tuple[dict[str, Any], Path, Any], micro_base: Path) -> None:
     document, _, given = smoke
     costs = document["costs"]

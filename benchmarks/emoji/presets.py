@@ -34,23 +34,30 @@ class Preset:
     seed: int = 0
     #: of ``pnp-trt distill guidance``
     guide_options: tuple[str, ...] = (
-        "--trajectories",
-        "640",
-        "--steps",
-        "1700",
-        "--batch",
-        "32",
-        "--lr",
-        "3e-3",
-        "--mixed-precision",
-        "bf16",
-    )
+        "--num-states", "51200", "--steps", "4000", "--batch", "32", "--lr", "3e-3", "--mixed-precision", "bf16",
+        "--checkpoint-every", "1000",
+    )  # fmt: skip
+    #: of ``pnp-trt distill steps``
+    steps_options: tuple[str, ...] = (
+        "--to", "4", "--from", "32", "--trajectories", "320", "--steps", "400", "--batch", "32", "--lr", "1e-3",
+        "--mixed-precision", "bf16",
+    )  # fmt: skip
 
 
 PRESETS = {
     "smoke": Preset(
-        "smoke", (32, 32), 1, steps=6, batch=4, fine_tune_steps=3, decoder_steps=3, variants=1, checkpoint_every=2
-    ),
+        "smoke",
+        (32, 32),
+        1,
+        steps=6,
+        batch=4,
+        fine_tune_steps=3,
+        decoder_steps=3,
+        variants=1,
+        checkpoint_every=2,
+        guide_options=("--num-states", "40", "--steps", "4", "--batch", "4"),
+        steps_options=("--to", "4", "--from", "8", "--trajectories", "4", "--steps", "4", "--batch", "4"),
+    ),  # fmt: skip
     "cpu": Preset("cpu"),
     "gpu": Preset(
         "gpu",

@@ -250,14 +250,22 @@ def stage_package(context: Context) -> None:
 
 
 def stage_guide(context: Context) -> None:
-    """The bundled tiny guide, by the command that users run."""
-    out = context.out / "guide"
-    command = [sys.executable, "-m", "pnp_trt", "distill", "guidance", "--base", "emoji", "--out", str(out), "--resume"]
-    subprocess.run([*command, "--prompts", "calibration/emoji-prompts.txt", *context.preset.guide_options], check=True)
-    target = context.assets / "guides" / "emoji-tiny"
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "diffusion_pytorch_model.safetensors", "distill.json"):
-        shutil.copyfile(out / name, target / name)
+    """The bundled tiny guides, by the commands that users run: stage 1, and stage 2 down to few steps."""
+    first, second = context.out / "guide", context.out / "guide-steps"
+    distill = [sys.executable, "-m", "pnp_trt", "distill"]
+    prompts = ["--prompts", "calibration/emoji-prompts.txt"]
+    common = ["--base", "emoji", *prompts, "--resume"]
+    subprocess.run([*distill, "guidance", *common, "--out", str(first), *context.preset.guide_options], check=True)
+    subprocess.run(
+        [*distill, "steps", *common, "--guide", str(first), "--out", str(second), *context.preset.steps_options],
+        check=True,
+    )
+    made = {"emoji-tiny": first} | {f"emoji-tiny-{p.name[6:]}": p for p in sorted(second.glob("steps-*"))}
+    for guide, source in made.items():
+        target = context.assets / "guides" / guide
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "diffusion_pytorch_model.safetensors", "distill.json"):
+            shutil.copyfile(source / name, target / name)
 
 
 def stage_judge(context: Context) -> None:

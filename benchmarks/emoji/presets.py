@@ -57,7 +57,7 @@ PRESETS = {
         checkpoint_every=2,
         guide_options=("--num-states", "40", "--steps", "4", "--batch", "4"),
         steps_options=("--to", "4", "--from", "8", "--trajectories", "4", "--steps", "4", "--batch", "4"),
-    ),  # fmt: skip
+    ),
     "cpu": Preset("cpu"),
     "gpu": Preset(
         "gpu",

@@ -165,7 +165,7 @@ def choose_cells(
 def evaluate(
     bases: dict[str, BaseModel], guides: dict[str, Path], judge: Path, cache: Path, results: Path, *,
     missing: dict[str, str] | None = None, pictures: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
-    only_teacher: bool = False, light: bool = False, sampled_only: bool = False,
+    only_teacher: bool = False, only_guided: bool = False, light: bool = False, sampled_only: bool = False,
     scales: Sequence[float] = SCALES, command: str = "",
     batch: int = BATCH, compiled: bool = True,
     cells: Sequence[Cell] | None = None,
@@ -175,6 +175,7 @@ def evaluate(
     Args:
         bases, guides: see :class:`Runner`; ``missing`` says why a guide is not among them.
         only_teacher: sample what needs no guide, write nothing, and return None.
+        only_guided: the same of what needs one; both at once are two processes' work.
         sampled_only: measure what is sampled, and name the rest as left out.
         light: leave out what :func:`~.cells.spared` names.
         cells: instead of all of the tables'.
@@ -191,6 +192,9 @@ def evaluate(
     runner = Runner(bases, guides, FeatureExtractor(), cache, pictures, batch, compiled)
     if only_teacher:
         runner.sample([c for c in wanted if c.guide is None])
+        return None
+    if only_guided:
+        runner.sample([c for c in wanted if c.guide is not None])
         return None
     if sampled_only:
         runner.decide(wanted)
@@ -236,6 +240,7 @@ def main() -> None:
     add("--only", default="A,B,C", help="tables, separated by commas")
     add("--seeds", type=int, default=3, help="noise sets of the headline rows")
     add("--only-teacher", action="store_true", help="sample the cells that need no guide, and stop")
+    add("--only-guided", action="store_true", help="sample the cells that need a guide, and stop")
     add("--light", action="store_true", help="leave out (and name) a third of the passes, none of a headline row")
     add("--scales", default=",".join(f"{w:g}" for w in SCALES), help="guidance scales, separated by commas")
     add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
@@ -255,7 +260,7 @@ def main() -> None:
         found = evaluate(
             bases, guides, args.judge, args.cache, args.json, missing=missing, pictures=args.pictures,
             only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
-            only_teacher=args.only_teacher, light=args.light, sampled_only=args.sampled_only,
+            only_teacher=args.only_teacher, only_guided=args.only_guided, light=args.light, sampled_only=args.sampled_only,
             scales=[float(w) for w in args.scales.split(",")], command=shlex.join(words), compiled=not args.eager,
         )  # fmt: skip
     except InputError as error:

@@ -260,8 +260,9 @@ def main() -> None:
         found = evaluate(
             bases, guides, args.judge, args.cache, args.json, missing=missing, pictures=args.pictures,
             only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
-            only_teacher=args.only_teacher, only_guided=args.only_guided, light=args.light, sampled_only=args.sampled_only,
-            scales=[float(w) for w in args.scales.split(",")], command=shlex.join(words), compiled=not args.eager,
+            only_teacher=args.only_teacher, only_guided=args.only_guided, light=args.light,
+            sampled_only=args.sampled_only, scales=[float(w) for w in args.scales.split(",")],
+            command=shlex.join(words), compiled=not args.eager,
         )  # fmt: skip
     except InputError as error:
         parser.error(str(error))

@@ -20,7 +20,7 @@ from .features import feature_error
 from .prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
 from .run import Progress, TeacherModel, claim, report_head
 from .states import Latents, StateConfig, States, collect, split
-from .train import TrainConfig, make_accelerator, train
+from .train import TrainConfig, make_accelerator, newest_step, train
 from .watch import Board, PictureGrid, averaged, held_out_error, predict_states, target_of
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
@@ -141,7 +141,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     guide = student.guide
     rows, held_out = split(config.states)
     objective = GuidanceObjective(states, rows, teacher, config)
-    board = Board(config.out / "logs") if main else None
+    board = Board(config.out / "logs", newest_step(config.out)) if main else None
     grid = PictureGrid(teacher, config.pictures) if main and config.pictures else None
     smooth: list[float] = []
 

@@ -28,7 +28,7 @@ from ..runtime.schedule import ddim, ddim_step
 from .guidance import _save_picture
 from .prompts import read_prompts
 from .run import Progress, TeacherModel, claim, report_head
-from .train import TrainConfig, make_accelerator, train
+from .train import TrainConfig, make_accelerator, newest_step, train
 from .watch import Board, PictureGrid, averaged
 
 WEIGHTINGS = ("landing", "none")
@@ -203,7 +203,7 @@ def _halve(
     edge = len(landings) - held * config.batch_runs * steps
     held_out = list(range(edge, len(landings))) if held else list(range(len(landings)))
     objective = StepsObjective(landings, list(range(edge)), teacher, config, steps)
-    board = Board(folder / "logs") if main else None
+    board = Board(folder / "logs", newest_step(folder)) if main else None
     smooth: list[float] = []
 
     def report_step(step: int, count: int, value: float, rate: float) -> None:

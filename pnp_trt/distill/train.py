@@ -87,10 +87,28 @@ class Objective(Protocol):
 
 
 def make_accelerator(mixed_precision: str = "no") -> Any:
-    """A ``accelerate.Accelerator``: the processes are whatever ``accelerate launch`` started, one without it."""
-    from accelerate import Accelerator
+    """A ``accelerate.Accelerator``: the processes are whatever ``accelerate launch`` started, one without it.
 
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
+    Raises:
+        InputError: if the precision is unknown, or this device does not have it.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if mixed_precision not in PRECISIONS:
+        raise InputError(f"mixed precision is '{mixed_precision}'; known: {', '.join(PRECISIONS)}")
+    # the library keeps one precision a process; runs after each other may want different ones
+    AcceleratorState._reset_state()
+    try:
+        return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
+    except ValueError as e:
+        raise InputError(f"mixed precision '{mixed_precision}' cannot be had here ({e}); use no, or bf16") from e
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint of the run in ``folder``; 0 where there is none."""
+    found = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    return int(found[-1].stem.removeprefix("step-")) if found else 0
 
 
 def train(

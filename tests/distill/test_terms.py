@@ -11,7 +11,7 @@ import torch
 from pnp_trt.distill.guidance import GuidanceConfig, GuidanceObjective, distill, make_student
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import StateConfig, States, collect
-from pnp_trt.distill.train import TrainConfig, training_attention
+from pnp_trt.distill.train import TrainConfig, make_accelerator, training_attention
 from pnp_trt.distill.watch import held_out_error
 from pnp_trt.errors import InputError
 from pnp_trt.models.guide import Guide
@@ -121,6 +121,29 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     prompts = changes.pop("prompts", Path("p"))
     with pytest.raises(InputError, match=message):
         GuidanceConfig("micro", prompts, Path("o"), **changes).check()
+
+
+def test_precisions_after_each_other(micro_base: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    losses = {}
+    for precision in ("no", "bf16", "no"):
+        given = GuidanceConfig(
+            str(micro_base), prompts, tmp_path / f"{precision}-{len(losses)}", options={"rank": 4}, pictures=0,
+            states_dir=tmp_path / "states", states=StateConfig(count=20, steps=5, batch=2),
+            train=TrainConfig(steps=3, batch=4, mixed_precision=precision),
+        )  # fmt: skip
+        losses[precision, len(losses)] = distill(given)["final_loss"]
+    assert losses["no", 0] == losses["no", 2] != losses["bf16", 1]
+    assert losses["bf16", 1] == pytest.approx(losses["no", 0], rel=0.5)  # bf16 rounds what this teacher says
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_a_precision_that_the_device_lacks() -> None:
+    with pytest.raises(InputError, match="mixed precision 'fp16' cannot be had here .*use no, or bf16"):
+        make_accelerator("fp16")
+    with pytest.raises(InputError, match="known: no, bf16, fp16"):
+        make_accelerator("fp8")
 
 
 def test_options_that_a_guide_does_not_take(teacher: TeacherModel) -> None:

@@ -97,12 +97,11 @@ def make_accelerator(mixed_precision: str = "no") -> Any:
 
     if mixed_precision not in PRECISIONS:
         raise InputError(f"mixed precision is '{mixed_precision}'; known: {', '.join(PRECISIONS)}")
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("mixed precision 'fp16' needs a GPU and there is none; use no, or bf16")
     # the library keeps one precision a process; runs after each other may want different ones
     AcceleratorState._reset_state()
-    try:
-        return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
-    except ValueError as e:
-        raise InputError(f"mixed precision '{mixed_precision}' cannot be had here ({e}); use no, or bf16") from e
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
 
 
 def newest_step(folder: Path) -> int:

@@ -172,11 +172,12 @@ class Judge:
             "macs": found.macs, "macs_share": found.macs / whole.macs,
         }  # fmt: skip
 
-    def judge(self, folder: Path) -> dict[str, Any]:
+    def judge(self, folder: Path, measured: dict[str, Any] | None) -> dict[str, Any]:
+        """Cost, held-out error (``measured``, where the run's own report is of these very states) and distance."""
         guide = load_guide(str(folder))
         student = Student(self.teacher.unet, guide)
         # a guide that reads negative prompts is shown the empty one
-        error = held_out_error(student, self.states, self.held_out)
+        error = measured or held_out_error(student, self.states, self.held_out)
         return {
             **self.cost_of(guide),
             "held_out": error,
@@ -296,7 +297,7 @@ def main() -> None:
         differs = {**row.options, **row.config, "states": row.kind, "negative": row.negative}
         found["rows"].append({
             "name": row.name, "group": row.group, "differs": differs, "own_held_out": report["held_out"]["residual"],
-            "train_seconds": report["seconds"], "final_loss": report["final_loss"], **judge.judge(out),
+            "train_seconds": report["seconds"], "final_loss": report["final_loss"], **judge.judge(out, report["held_out"] if row.group in ("design", "term") else None),
         })  # fmt: skip
         last = found["rows"][-1]
         numbers = f"residual {last['held_out']['residual']:.3f}, psnr {last['psnr_db']['value']:.2f} dB"

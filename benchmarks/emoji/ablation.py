@@ -297,7 +297,8 @@ def main() -> None:
         differs = {**row.options, **row.config, "states": row.kind, "negative": row.negative}
         found["rows"].append({
             "name": row.name, "group": row.group, "differs": differs, "own_held_out": report["held_out"]["residual"],
-            "train_seconds": report["seconds"], "final_loss": report["final_loss"], **judge.judge(out, report["held_out"] if row.group in ("design", "term") else None),
+            "train_seconds": report["seconds"], "final_loss": report["final_loss"],
+            **judge.judge(out, report["held_out"] if row.group in ("design", "term") else None),
         })  # fmt: skip
         last = found["rows"][-1]
         numbers = f"residual {last['held_out']['residual']:.3f}, psnr {last['psnr_db']['value']:.2f} dB"

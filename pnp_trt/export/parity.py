@@ -31,9 +31,9 @@ def golden_inputs(
 
 def relative_error(path: Path, inputs: dict[str, Any], reference: np.ndarray) -> float:
     """‖out − reference‖ / ‖reference‖ of ONNX Runtime (CPU) on ``path``; NaN when either is not finite."""
-    from ..backends.onnxruntime import Network
+    from ..backends.onnxruntime import OrtNetwork
 
-    out = Network(path, "cpu")(**{k: v.numpy() for k, v in inputs.items()})
+    out = OrtNetwork(path, "cpu")(**{k: v.numpy() for k, v in inputs.items()})
     if out.shape != reference.shape:
         return float("nan")
     return float(np.linalg.norm(out.astype(np.float64) - reference) / np.linalg.norm(reference.astype(np.float64)))

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pnp_trt.artifacts import write_manifest
+
 from .conftest import Result
 
 Cli = Callable[..., Result]
@@ -201,7 +203,7 @@ def test_engines_of_different_bases_are_not_compared(
     home = Path(shutil.copytree(engines, tmp_path / "engines"))
     manifest = json.loads((home / "guided" / "manifest.json").read_text())
     manifest["base"]["sha256"]["all"] = "0" * 64
-    (home / "guided" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(home / "guided", manifest)
     monkeypatch.setenv("PNP_TRT_ENGINES", str(home))
     done = cli("bench", "--engine", "plain", "--engine", "guided", "--only", "latency")
     assert done.code == 2 and "different base models" in done.err

@@ -6,6 +6,7 @@ Nothing here imports an inference runtime, so that command lines and checks stay
 from __future__ import annotations
 
 import contextlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
+
+#: most pictures at once
+MAX_BATCH = 32
 #: called with (what is being done, steps done, steps in all) while a network is compiled
 Progress = Callable[[str, int, int], None]
 
@@ -31,6 +36,25 @@ class Profile:
     minimum: int
     optimum: int
     maximum: int
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """``b4`` is a batch of just four; ``b2-8`` is two to eight, fastest at eight.
+
+        Raises:
+            InputError: with the form and the legal range.
+        """
+        found = re.fullmatch(r"b(\d+)(?:-(\d+))?", text)
+        low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= low <= high <= MAX_BATCH:
+            raise InputError(
+                f"profile is '{text}'; write b1 for one picture at once, b2-8 for two to eight; at most {MAX_BATCH}"
+            )
+        return cls(text, low, high, high)
+
+    def doubled(self) -> Profile:
+        """The same for a network that sees every picture twice: with its prompt and without."""
+        return Profile(self.name, self.minimum, 2 * self.optimum, 2 * self.maximum)
 
     def holds(self, batch: int) -> bool:
         """Whether ``batch`` is inside."""
@@ -161,20 +185,32 @@ class Backend(ABC):
 
     Attributes:
         name: as the command line and the manifest spell it.
+        label: a short form of the name for the folders of bundles; empty for the default backend.
         targets: what ``--target`` may name; the first is the default.
         precisions: names of the recipes that it can run.
+        profiles: what an engine is made for where the user names nothing; empty where any batch will do.
     """
 
     name: str
+    label: str
     targets: tuple[str, ...]
     precisions: tuple[str, ...]
+    profiles: tuple[str, ...]
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """Installed packages that an engine depends on, ``{distribution: version}``; imports nothing.
+        """Packages whose version an engine is tied to, ``{distribution: version}``; imports nothing.
 
         Raises:
             InputError: if one is missing, with the command that installs it.
+        """
+
+    @abstractmethod
+    def prepare(self, graph: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Rewrite an exported graph in place where this runtime wants it otherwise.
+
+        Returns:
+            New initialiser → (what it was made of, the step), as ``WeightMap.derive`` takes it.
         """
 
     @abstractmethod
@@ -193,6 +229,10 @@ class Backend(ABC):
         Raises:
             InputError: naming the field, both values, and the command that rebuilds.
         """
+
+    @abstractmethod
+    def cannot_run(self, target: str) -> str | None:
+        """Why engines for ``target`` cannot run on this machine, as a clause; None if they can."""
 
     @abstractmethod
     def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> Network:

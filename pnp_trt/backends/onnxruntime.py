@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from ..errors import InputError, PnpError
 from .base import Backend, Bound, Compiled, CompileJob, Description, LoadOptions, Network, Progress
 from .device import driver_present
 
-DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
@@ -43,28 +40,34 @@ def providers(wanted: str = "auto") -> list[str]:
 
 
 class OnnxRuntime(Backend):
-    """Runs the bundle's graphs as they are; compiling rewrites what its CPU provider lacks a kernel for."""
+    """Runs the bundle's graphs as they are; what its CPU provider lacks a kernel for is rewritten in them.
+
+    It has no bfloat16 kernels on the CPU, so that recipe is not offered.
+    """
 
     name = "onnxruntime"
+    label = ""
     targets = ("any",)
-    precisions = ("fp32",)
+    precisions = ("fp32", "fp16")
+    profiles = ()
 
     def versions(self) -> dict[str, str]:
-        for name in DISTRIBUTIONS:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                return {name: importlib.metadata.version(name)}
-        raise InputError("ONNX Runtime is not installed; install with: pip install pnp-trt")
+        return {}  # a graph of one opset runs on every version that the package allows
 
-    def compile(self, job: CompileJob, progress: Progress) -> Compiled:
+    def prepare(self, graph: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         from ..export.lower import for_onnxruntime_cpu
 
-        started = time.monotonic()
-        progress("lower", 0, 1)
-        lowered = for_onnxruntime_cpu(job.graph)
-        return Compiled(job.graph.name, time.monotonic() - started, notes={"lowered": lowered})
+        return for_onnxruntime_cpu(graph).derived
+
+    def compile(self, job: CompileJob, progress: Progress) -> Compiled:
+        progress(job.network, 1, 1)
+        return Compiled(job.graph.name, 0.0)
 
     def check(self, manifest: Mapping[str, Any]) -> None:
-        self.versions()  # graphs of one opset run on every version that the package allows
+        pass
+
+    def cannot_run(self, target: str) -> str | None:
+        return None
 
     def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> OrtNetwork:
         return OrtNetwork(path, options.provider, options.threads)

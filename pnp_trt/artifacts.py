@@ -110,6 +110,11 @@ def find_bundle(name: str) -> Path:
 
 
 def write_text(text: str, target: Path) -> None:
+    """``write_bytes`` in UTF-8."""
+    write_bytes(text.encode(), target)
+
+
+def write_bytes(data: bytes, target: Path) -> None:
     """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one.
 
     Raises:
@@ -122,8 +127,8 @@ def write_text(text: str, target: Path) -> None:
     except OSError as e:
         raise InputError(f"{target} cannot be written ({e.strerror}); give a place that can.") from e
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read

@@ -8,7 +8,11 @@ from ..errors import InputError
 from .base import Backend
 
 #: name → (module, class)
-_KNOWN = {"onnxruntime": ("onnxruntime", "OnnxRuntime")}
+_KNOWN = {
+    "onnxruntime": ("onnxruntime", "OnnxRuntime"),
+    "tensorrt-rtx": ("tensorrt", "TensorRtRtx"),
+    "tensorrt": ("tensorrt", "TensorRt"),
+}
 
 BACKENDS: tuple[str, ...] = tuple(_KNOWN)
 

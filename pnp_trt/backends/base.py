@@ -89,7 +89,7 @@ class CompileJob:
         graph: its ONNX file in the folder that becomes the bundle, external weights beside it.
         inputs: ``{name: (dtype, ("batch", …))}``.
         precision: the recipe's name; the types themselves are in the graph.
-        target: GPU that it is for, one of the backend's ``targets``.
+        target: GPU that it is for, as ``Backend.resolve_target`` gives it.
     """
 
     network: str
@@ -186,14 +186,12 @@ class Backend(ABC):
     Attributes:
         name: as the command line and the manifest spell it.
         label: a short form of the name for the folders of bundles; empty for the default backend.
-        targets: what ``--target`` may name; the first is the default.
         precisions: names of the recipes that it can run.
         profiles: what an engine is made for where the user names nothing; empty where any batch will do.
     """
 
     name: str
     label: str
-    targets: tuple[str, ...]
     precisions: tuple[str, ...]
     profiles: tuple[str, ...]
 
@@ -203,6 +201,14 @@ class Backend(ABC):
 
         Raises:
             InputError: if one is missing, with the command that installs it.
+        """
+
+    @abstractmethod
+    def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
+        """What ``--target`` means here, the default for None.
+
+        Raises:
+            InputError: if this machine cannot compile for it, or options or precision do not go with it.
         """
 
     @abstractmethod
@@ -231,7 +237,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def cannot_run(self, target: str) -> str | None:
+    def cannot_run(self, target: str, options: Mapping[str, Any] | None = None) -> str | None:
         """Why engines for ``target`` cannot run on this machine, as a clause; None if they can."""
 
     @abstractmethod

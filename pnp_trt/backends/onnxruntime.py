@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, PnpError
-from .base import Backend, Bound, Compiled, CompileJob, Description, LoadOptions, Network, Progress
+from .base import Backend, Bound, Compiled, CompileJob, CompileOptions, Description, LoadOptions, Network, Progress
 from .device import driver_present
 
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
@@ -47,12 +47,21 @@ class OnnxRuntime(Backend):
 
     name = "onnxruntime"
     label = ""
-    targets = ("any",)
     precisions = ("fp32", "fp16")
     profiles = ()
 
     def versions(self) -> dict[str, str]:
         return {}  # a graph of one opset runs on every version that the package allows
+
+    def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
+        if target not in (None, "any"):
+            raise InputError(f"target is '{target}'; an onnxruntime bundle runs on any; leave --target out")
+        for name in ("refittable", "version_compatible", "hardware_compatible"):
+            if getattr(options, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} is for TensorRT; an onnxruntime bundle needs no such care"
+                )
+        return "any"
 
     def prepare(self, graph: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         from ..export.lower import for_onnxruntime_cpu
@@ -66,7 +75,7 @@ class OnnxRuntime(Backend):
     def check(self, manifest: Mapping[str, Any]) -> None:
         pass
 
-    def cannot_run(self, target: str) -> str | None:
+    def cannot_run(self, target: str, options: Mapping[str, Any] | None = None) -> str | None:
         return None
 
     def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> OrtNetwork:

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, backends
+from .. import __version__, backends, memory
 from ..artifacts import (
     MANIFEST,
     SCHEMA,
@@ -80,8 +80,8 @@ class BuildSpec:
         )
         backend = backends.get(self.backend)
         words = [stem, role, "" if self.precision == "fp32" else self.precision, backend.label]
-        if len(backend.targets) > 1:
-            words.append(self.target or backend.targets[0])
+        if backend.label:
+            words.append(backend.resolve_target(self.target, self.precision, self.options))
         return engines_home() / "-".join(w for w in words if w)
 
     def command(self) -> str:
@@ -164,9 +164,7 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
         raise InputError(
             f"backend '{backend.name}' does not run {recipe.name}; it runs: {', '.join(backend.precisions)}"
         )
-    target = spec.target or backend.targets[0]
-    if target not in backend.targets:
-        raise InputError(f"target is '{target}'; backend '{backend.name}' compiles for: {', '.join(backend.targets)}")
+    target = backend.resolve_target(spec.target, recipe.name, spec.options)
     if spec.profiles and not backend.profiles:
         raise InputError(f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out")
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
@@ -241,7 +239,7 @@ class _Work:
             for i, (name, make) in enumerate(modules.items()):
                 self._stage(f"export {TITLES[name]}", 1 + i, stages)
                 networks[name], kept[name], maps[name] = self._export(name, make, golden[name], work)
-            exported = _peak_memory()
+            exported = memory.peak()
             gc.collect()
             for i, name in enumerate(modules):
                 self._compile(name, networks[name], work, (1 + len(modules) + i, stages))
@@ -413,14 +411,3 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _peak_memory() -> int | None:
-    """Largest resident memory of this process so far, bytes; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

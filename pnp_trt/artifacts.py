@@ -1,13 +1,14 @@
 """Bundles: folders that appear whole or not at all, under a lock, with a manifest that is checked first.
 
 A bundle is ``engines/NAME/`` with networks, tokenizer and ``manifest.json``.  It is written beside its
-final place and renamed; what is being replaced is moved aside first and only then removed, so that no
-moment exists at which the name leads to half a bundle.
+final place and renamed; what is being replaced changes places with it in one step (where the system can,
+else it is moved aside first), so that no moment exists at which the name leads to half a bundle.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -189,16 +190,28 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb") as f:
                     os.fsync(f.fileno())
-        old = None
-        if folder.exists():
+        if not folder.exists():
+            work.rename(folder)
+        elif _exchange(work, folder):
+            shutil.rmtree(work, ignore_errors=True)  # what was replaced
+        else:
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
             folder.rename(old / "old")
-        work.rename(folder)
-        if old is not None:
+            work.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, so that a kill leaves the old or the new one; False where that cannot be done."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2  # Linux, since glibc 2.28
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -42,6 +42,9 @@ def main() -> int:
     except PnpError as e:
         say(error=str(e))
         return 1
+    except OSError as e:
+        say(error=f"{job['engine']} could not be written ({e.strerror or e}); nothing was written; free some space")
+        return 1
     return 0
 
 

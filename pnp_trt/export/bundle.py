@@ -153,7 +153,13 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
                     "pass --force to replace it, or choose another --out"
                 )
         work = _Work(spec, base, backend, recipe, target, profiles, progress or (lambda *_: None))
-        manifest = work.run(folder, key, identity)
+        try:
+            manifest = work.run(folder, key, identity)
+        except OSError as e:
+            raise PnpError(
+                f"{folder} could not be made ({e.strerror or e}); nothing was written; "
+                "free some space, or choose another --out"
+            ) from e
     return Built(folder, manifest, cached=False)
 
 

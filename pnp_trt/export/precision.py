@@ -118,17 +118,19 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def _cast_around(module: nn.Module, inside: Any, outside: Any) -> None:
+    module.register_forward_pre_hook(lambda _, a, k: (_cast(a, inside), _cast(k, inside)), with_kwargs=True)
+    module.register_forward_hook(lambda _, a, out: _cast(out, outside))
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    """Floating-point tensors in ``dtype``, the rest as it is."""
     import torch
     from torch.utils import _pytree as pytree
 
-    def cast(tree: Any, dtype: Any) -> Any:
-        def one(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    def one(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-        return pytree.tree_map(one, tree)
-
-    module.register_forward_pre_hook(lambda _, a, k: (cast(a, inside), cast(k, inside)), with_kwargs=True)
-    module.register_forward_hook(lambda _, a, out: cast(out, outside))
+    return pytree.tree_map(one, tree)
 
 
 def reference(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -149,10 +151,11 @@ def _widened(module: nn.Module) -> Iterator[None]:
     handles = []
     kept: dict[Any, Any] = {}
 
-    def widen(layer: nn.Module, *_: Any) -> None:
+    def widen(layer: nn.Module, args: Any, kwargs: Any) -> Any:
         for tensor in layer.parameters(recurse=False):
             kept[tensor] = tensor.data
             tensor.data = tensor.data.float()
+        return _cast((args, kwargs), torch.float32)  # some modules cast to the type that their weights are kept in
 
     def narrow(layer: nn.Module, *_: Any) -> None:
         for tensor in layer.parameters(recurse=False):
@@ -161,7 +164,8 @@ def _widened(module: nn.Module) -> Iterator[None]:
     try:
         for layer in module.modules():
             if any(p.dtype in (torch.float16, torch.bfloat16) for p in layer.parameters(recurse=False)):
-                handles += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(narrow)]
+                handles.append(layer.register_forward_pre_hook(widen, with_kwargs=True))
+                handles.append(layer.register_forward_hook(narrow))
         yield
     finally:
         for handle in handles:

@@ -137,7 +137,7 @@ def resolve(name: str) -> BaseModel:
 
     Args:
         name: ``emoji``, a bundled fine-tune, a diffusers folder, a ``.safetensors`` file that holds a U-Net of the
-            bundled model's shape, or a hub id.
+            bundled model's shape, a hub id, or ``random:sd15`` and its like.
 
     Raises:
         InputError: with the names that are known, if this is none of them.
@@ -165,7 +165,9 @@ def resolve(name: str) -> BaseModel:
     if path.suffix == ".safetensors" and path.is_file():
         return BaseModel(name, ASSETS / "emoji", path)
     if name.startswith("random:"):
-        raise InputError(f"'{name}' has no weights to build from; it serves `pnp-trt bench --only cost --base {name}`")
+        from .random import random_base
+
+        return random_base(name)
     if name.count("/") == 1 and not path.suffix and not name.startswith((".", "/")):
         return BaseModel(name, _from_hub(name))
     known = ", ".join([*bundled_bases(), *random_bases()])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.realsize import record
 from pnp_trt import backends, memory
 from pnp_trt.artifacts import open_bundle, write_manifest
 from pnp_trt.backends import tensorrt as module
@@ -180,6 +181,15 @@ def test_the_manifest_says_what_it_is_for(bundle: Path) -> None:
     assert m["peak_memory"]["compile"] > 0 and m["build_seconds"] > 0
     assert m["parity"]["engine"].startswith("not measured: no NVIDIA driver") or present_gpus()
     assert "--target sm_89 --profile b1 --profile b2-4" in m["rebuild"]
+
+
+def test_a_build_is_recorded_for_the_results(bundle: Path) -> None:
+    found = record(bundle, ["python", "-m", "benchmarks.realsize"])
+    unet = found["networks"]["unet"]
+    assert unet["engine_bytes"] == (bundle / "unet.engine").stat().st_size
+    assert unet["graph_bytes"] == sum((bundle / f"unet.onnx{end}").stat().st_size for end in ("", ".data"))
+    assert unet["graph_parity"] < unet["parity_limit"] and found["case"]["target"] == "sm_89"
+    assert found["build_seconds"] >= found["compile_seconds"] > 0 and found["peak_memory_bytes"]["compile"] > 0
 
 
 def test_a_second_build_imports_nothing_heavy(bundle: Path, micro_base: Path, micro_guide: Path) -> None:

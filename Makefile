@@ -6,7 +6,7 @@ DEMO ?= demo
 GUIDES ?= build/emoji/guides
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench tables ablation train-speed emoji clean
+.PHONY: help demo test lint bench tables ablation train-speed faults realsize emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
@@ -15,6 +15,8 @@ help:
 	@echo "make tables      the distillation's tables A, B and C (hours on a CPU; resumable)"
 	@echo "make ablation    designs, terms and states of guides on a short budget (an hour on a CPU; resumable)"
 	@echo "make train-speed steps per second and memory of training at Stable Diffusion 1.5's size"
+	@echo "make faults    kill a build at twenty random moments (minutes)"
+	@echo "make realsize  SD 1.5's size with random weights: export and an RTX engine (minutes, 6 GB of memory)"
 	@echo "make emoji  train the bundled model again from nothing (hours on a CPU; resumable)"
 
 $(BIN)/python:
@@ -23,12 +25,12 @@ $(BIN)/python:
 
 $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing (once; torch is the large part)"
-	$(PIP_INSTALL) -e '.[build,fidelity]'
+	$(PIP_INSTALL) -e '.[build,fidelity,rtx]'
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing (once; torch is the large part)"
-	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev,rtx]'
 	@touch $@ $(VENV)/.demo-installed
 
 demo: $(VENV)/.demo-installed
@@ -36,6 +38,8 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/pnp-trt build --base emoji --guide none --out engines/emoji-teacher
 	$(BIN)/pnp-trt build --base emoji --out engines/emoji-tiny
 	$(BIN)/pnp-trt sample "a red apple" "a red heart, noto style" "an automobile, twemoji style" --engine emoji-tiny --out $(DEMO)/samples
+	$(BIN)/pnp-trt build --base emoji --backend tensorrt-rtx --precision fp16 --target sm_89 --out engines/emoji-tiny-fp16-rtx-sm_89
+	$(BIN)/pnp-trt inspect emoji-tiny-fp16-rtx-sm_89
 	$(BIN)/pnp-trt bench --json $(DEMO)/bench.json --html $(DEMO)/report.html --grid $(DEMO)/grid.png
 	@echo "done: open $(DEMO)/report.html and $(DEMO)/grid.png"
 
@@ -66,6 +70,12 @@ ablation: $(VENV)/.dev-installed
 train-speed: $(VENV)/.dev-installed
 	$(BIN)/python -m benchmarks.train_speed --guide tiny
 	$(BIN)/python -m benchmarks.train_speed --guide full
+
+faults: $(VENV)/.dev-installed
+	PNP_TRT_FAULTS=20 $(BIN)/python -m pytest tests/test_faults.py
+
+realsize: $(VENV)/.dev-installed
+	$(BIN)/python -m benchmarks.realsize --base random:sd15 --guide tiny --precision fp16 --target sm_89
 
 emoji: $(BIN)/python
 	$(PIP_INSTALL) -e '.[recipe]'

@@ -1,13 +1,14 @@
 """Bundles: folders that appear whole or not at all, under a lock, with a manifest that is checked first.
 
 A bundle is ``engines/NAME/`` with networks, tokenizer and ``manifest.json``.  It is written beside its
-final place and renamed; what is being replaced is moved aside first and only then removed, so that no
-moment exists at which the name leads to half a bundle.
+final place and renamed; what is being replaced changes places with it in one step (where the system can,
+else it is moved aside first), so that no moment exists at which the name leads to half a bundle.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -21,14 +22,20 @@ from typing import Any
 from .errors import InputError, PnpError
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+_WORTH_REMEMBERING = 256 << 20
+SCHEMA = 2
 REQUIRED = (
     "schema",
+    "seal",
     "name",
+    "built_from",
     "base",
     "guide",
     "backend",
     "precision",
+    "target",
+    "profiles",
+    "compiler",
     "networks",
     "files",
     "sample",
@@ -41,6 +48,30 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def cached_sha256(path: Path) -> str:
+    """``sha256``, remembered by the file's place, size, times and inode, so that gigabytes are read once.
+
+    For telling whether inputs changed, as make does; a bundle's own files are always read.
+    """
+    stat = path.stat()
+    mark = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    if stat.st_size < _WORTH_REMEMBERING:
+        return sha256(path)
+    note = cache_home() / "sha256" / f"{digest(mark)}.txt"
+    with contextlib.suppress(OSError):
+        if len(held := note.read_text().strip()) == 64:
+            return held
+    found = sha256(path)
+    with contextlib.suppress(PnpError):  # a cache that cannot be written is only slower
+        write_text(found + "\n", note)
+    return found
+
+
+def cache_home() -> Path:
+    """Where things that can be made again are kept: ``$PNP_TRT_CACHE``, or ``~/.cache/pnp-trt``."""
+    return Path(os.environ.get("PNP_TRT_CACHE") or Path.home() / ".cache" / "pnp-trt")
 
 
 def digest(value: Any) -> str:
@@ -80,6 +111,11 @@ def find_bundle(name: str) -> Path:
 
 
 def write_text(text: str, target: Path) -> None:
+    """``write_bytes`` in UTF-8."""
+    write_bytes(text.encode(), target)
+
+
+def write_bytes(data: bytes, target: Path) -> None:
     """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one.
 
     Raises:
@@ -92,8 +128,8 @@ def write_text(text: str, target: Path) -> None:
     except OSError as e:
         raise InputError(f"{target} cannot be written ({e.strerror}); give a place that can.") from e
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
@@ -112,7 +148,11 @@ def _umask() -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    write_text(json.dumps(value, indent=2) + "\n", path)
+    write_text(_as_text(value), path)
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 @contextlib.contextmanager
@@ -150,16 +190,28 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb") as f:
                     os.fsync(f.fileno())
-        old = None
-        if folder.exists():
+        if not folder.exists():
+            work.rename(folder)
+        elif _exchange(work, folder):
+            shutil.rmtree(work, ignore_errors=True)  # what was replaced
+        else:
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
             folder.rename(old / "old")
-        work.rename(folder)
-        if old is not None:
+            work.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, so that a kill leaves the old or the new one; False where that cannot be done."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2  # Linux, since glibc 2.28
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -188,20 +240,31 @@ class Bundle:
         return self.manifest["guide"] is not None
 
     def file(self, network: str) -> Path:
-        """The ONNX file of one network."""
+        """The file of one network that is loaded: an engine or a graph."""
         return self.folder / self.manifest["networks"][network]["file"]
 
 
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its seal, the digest of everything else in it."""
+    manifest["seal"] = _seal(manifest)
+    write_json(folder / MANIFEST, manifest)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return digest({k: v for k, v in manifest.items() if k != "seal"})
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle, its schema checked; files are not read.
+    """The manifest of a bundle, its schema and seal checked; other files are not read.
 
     Raises:
-        InputError: if it is missing, cut short, or of another schema.
+        InputError: if it is missing, cut short, changed, or of another schema.
     """
     path = folder / MANIFEST
     advice = f"rebuild it with: pnp-trt build --out {folder} --force"
     try:
-        manifest = json.loads(path.read_text())
+        text = path.read_bytes().decode()
+        manifest = json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {advice}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -212,6 +275,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in manifest]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}; {advice}")
+    # the text too: a changed blank is harmless, and still a sign that the disk cannot be trusted
+    if (found := _seal(manifest)) != manifest["seal"] or text != _as_text(manifest):
+        raise InputError(
+            f"{path} was changed or is corrupt (seal {str(manifest['seal'])[:12]}…, contents {found[:12]}…); {advice}"
+        )
     return manifest
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import cli_engines
 from .errors import InputError, PnpError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cli_engines.register(app)
 
 _debug = False
 
@@ -65,38 +67,6 @@ def _options(
 ) -> None:
     global _debug
     _debug = debug or bool(os.environ.get("PNP_TRT_DEBUG"))
-
-
-@app.command()
-def build(
-    base: Annotated[
-        str, typer.Option(help="emoji, a bundled fine-tune, a diffusers folder, a U-Net .safetensors or a hub id.")
-    ] = "emoji",
-    guide: Annotated[
-        str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the plain teacher.")
-    ] = "auto",
-    backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="Numbers in the graphs.")] = "fp32",
-    out: Annotated[Path | None, typer.Option(help="The bundle's folder; default engines/BASE-GUIDE.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-) -> None:
-    """Fuse guide and U-Net into one graph, export the rest, check it against PyTorch, write a bundle."""
-    _need_torch("build")
-    from .export.bundle import STAGES, BuildSpec
-    from .export.bundle import build as run
-
-    spec = BuildSpec(base, guide, backend, precision, out)
-    with _Bar(f"build {spec.folder().name}", len(STAGES)) as bar:
-        built = run(spec, force=force, progress=bar.stage)
-    m = built.manifest
-    size = sum(f["bytes"] for f in m["files"].values()) / 2**20
-    worst = max(m["parity"]["relative_error"].values())
-    made = "is up to date" if built.cached else f"built in {m['build_seconds']:.0f} s"
-    print(
-        f"{built.folder} {made}: {size:.0f} MiB, {m['precision']}, "
-        f"parity with PyTorch {worst:.1e} (limit {m['parity']['limit']:.0e})"
-    )
-    print(f"next: pnp-trt sample 'a red apple' --engine {built.folder}")
 
 
 @app.command()

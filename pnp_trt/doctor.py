@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +73,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "tensorrt": (("tensorrt",), ("cuda-python",)),
     "rtx": (("tensorrt-rtx",), ("cuda-python",)),
 }
+_RTX, _TENSORRT = "--backend tensorrt-rtx", "--backend tensorrt"
 #: Command or option -> the extras that it needs, and what it is for.
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "sample", ("",), "pictures from a built engine"),
@@ -81,6 +82,9 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "distill", ("", "build", "train"), "train a guide"),
     ("command", "visualize", ("", "build"), "draw what a guide adds"),
     ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
+    ("option", "--backend onnxruntime", ("",), "fp32 and fp16, on the CPU or a GPU"),
+    ("option", _RTX, ("", "build", "rtx"), "compiles for any RTX GPU on any machine"),
+    ("option", _TENSORRT, ("", "build", "tensorrt"), "compiles on the GPU that it is for"),
 )
 
 
@@ -114,6 +118,7 @@ def diagnose(engines: Path | None = None) -> list[Check]:
     if engines is not None:
         checks = [_with_engines(check, checks, engines) if check.name == "sample" else check for check in checks]
     gpu = _gpu()
+    checks = [_with_gpu(check, gpu) if check.name in (_RTX, _TENSORRT) else check for check in checks]
     return [*checks, _cuda_provider(gpu), *packages.values(), *_machine(gpu)]
 
 
@@ -287,6 +292,17 @@ def _with_engines(sample: Check, uses: Sequence[Check], engines: Path) -> Check:
     return Check(
         sample.name, sample.kind, "missing", f"no engine in {engines}, and building one lacks packages", build.fix
     )
+
+
+def _with_gpu(backend: Check, gpu: Check) -> Check:
+    """TensorRT-RTX compiles without a GPU and runs with one; TensorRT wants one for both."""
+    if gpu.state == "ok":
+        return backend
+    if backend.name == _TENSORRT:  # nothing that could be installed would help
+        return replace(backend, state="absent", detail=f"{backend.detail}; no GPU is here", fix=None)
+    if backend.state == "ok":
+        return replace(backend, detail=f"{backend.detail}; no GPU is here, so its engines run elsewhere")
+    return backend
 
 
 def _cuda_provider(gpu: Check) -> Check:

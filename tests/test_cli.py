@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pnp_trt.artifacts import write_manifest
+
 from .conftest import Result
 
 Cli = Callable[..., Result]
@@ -113,7 +115,7 @@ def test_build_is_a_cache_hit_the_second_time_and_refuses_to_replace(
         (["--guide", "nope"], "no guide 'nope'; known: "),
         (["--precision", "int3"], "precision is 'int3'; known: fp32"),
         (["--backend", "abacus"], "backend is 'abacus'; known: onnxruntime"),
-        (["--base", "random:sd15"], "has no weights to build from"),
+        (["--base", "random:sdxl"], "random:sdxl cannot be built: it wants two text encoders"),
     ],
 )
 def test_unknown_names_list_the_known_ones(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -201,7 +203,7 @@ def test_engines_of_different_bases_are_not_compared(
     home = Path(shutil.copytree(engines, tmp_path / "engines"))
     manifest = json.loads((home / "guided" / "manifest.json").read_text())
     manifest["base"]["sha256"]["all"] = "0" * 64
-    (home / "guided" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(home / "guided", manifest)
     monkeypatch.setenv("PNP_TRT_ENGINES", str(home))
     done = cli("bench", "--engine", "plain", "--engine", "guided", "--only", "latency")
     assert done.code == 2 and "different base models" in done.err

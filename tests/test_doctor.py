@@ -161,6 +161,23 @@ def test_cuda_provider_says_what_is_lacking(installed: dict[str, str], monkeypat
     assert doctor._cuda_provider(gpu).state == "absent"
 
 
+def test_backends_say_what_they_need(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    none, some = doctor.Check("gpu", "machine", "absent"), doctor.Check("gpu", "machine", "ok")
+    monkeypatch.setattr(doctor, "_gpu", lambda: none)
+    found = by_name(doctor.diagnose())
+    assert found["--backend tensorrt-rtx"].state == "ok" and "run elsewhere" in found["--backend tensorrt-rtx"].detail
+    assert (found["--backend tensorrt"].state, found["--backend tensorrt"].fix) == ("absent", None)
+    without(installed, "rtx", "tensorrt")
+    found = by_name(doctor.diagnose())
+    assert (
+        found["--backend tensorrt-rtx"].state == "missing" and "tensorrt-rtx" in found["--backend tensorrt-rtx"].detail
+    )
+    assert str(found["--backend tensorrt-rtx"].fix).endswith("[rtx]'")
+    assert found["--backend onnxruntime"].state == "ok"
+    monkeypatch.setattr(doctor, "_gpu", lambda: some)
+    assert str(by_name(doctor.diagnose())["--backend tensorrt"].fix).endswith("[tensorrt]'")
+
+
 def test_old_python_is_refused(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "OLDEST_PYTHON", (99, 0))
     checks = doctor.diagnose()

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError, PnpError
+from .base import Backend, Bound, Compiled, CompileJob, CompileOptions, Description, LoadOptions, Network, Progress
+from .device import driver_present
 
-
-def cuda_driver_present() -> bool:
-    """Whether the NVIDIA driver library loads (without it the CUDA provider only prints warnings)."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+#: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
+DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
 
 def providers(wanted: str = "auto") -> list[str]:
@@ -30,7 +27,7 @@ def providers(wanted: str = "auto") -> list[str]:
     """
     import onnxruntime as ort
 
-    usable = "CUDAExecutionProvider" in ort.get_available_providers() and cuda_driver_present()
+    usable = "CUDAExecutionProvider" in ort.get_available_providers() and driver_present()
     if wanted == "cpu" or (wanted == "auto" and not usable):
         return ["CPUExecutionProvider"]
     if wanted not in ("auto", "cuda"):
@@ -42,7 +39,50 @@ def providers(wanted: str = "auto") -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-class Network:
+class OnnxRuntime(Backend):
+    """Runs the bundle's graphs as they are; what its CPU provider lacks a kernel for is rewritten in them.
+
+    It has no bfloat16 kernels on the CPU, so that recipe is not offered.
+    """
+
+    name = "onnxruntime"
+    label = ""
+    precisions = ("fp32", "fp16")
+    profiles = ()
+
+    def versions(self) -> dict[str, str]:
+        return {}  # a graph of one opset runs on every version that the package allows
+
+    def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
+        if target not in (None, "any"):
+            raise InputError(f"target is '{target}'; an onnxruntime bundle runs on any; leave --target out")
+        for name in ("refittable", "version_compatible", "hardware_compatible"):
+            if getattr(options, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} is for TensorRT; an onnxruntime bundle needs no such care"
+                )
+        return "any"
+
+    def prepare(self, graph: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+        from ..export.lower import for_onnxruntime_cpu
+
+        return for_onnxruntime_cpu(graph).derived
+
+    def compile(self, job: CompileJob, progress: Progress) -> Compiled:
+        progress(job.network, 1, 1)
+        return Compiled(job.graph.name, 0.0)
+
+    def check(self, manifest: Mapping[str, Any]) -> None:
+        pass
+
+    def cannot_run(self, target: str, options: Mapping[str, Any] | None = None) -> str | None:
+        return None
+
+    def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> OrtNetwork:
+        return OrtNetwork(path, options.provider, options.threads)
+
+
+class OrtNetwork(Network):
     """One ONNX graph, run by one session per batch size.
 
     Fixing the batch lets ONNX Runtime fold every shape computation away, which is a tenth of a small
@@ -77,7 +117,62 @@ class Network:
                 self._sessions[batch] = made
             return self._sessions[batch]
 
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        """The first output for named inputs that share their first dimension."""
-        batch = len(next(iter(inputs.values())))
-        return self.session(batch).run(None, inputs)[0]
+    def describe(self) -> Description:
+        session = self.session(1)
+
+        def tensors(nodes: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+            return {n.name: (DTYPES.get(n.type, n.type), ("batch", *n.shape[1:])) for n in nodes}
+
+        return Description(tensors(session.get_inputs()), tensors(session.get_outputs()), session.get_providers()[0])
+
+    @contextlib.contextmanager
+    def bind(self, batch: int) -> Iterator[OrtBound]:
+        if batch < 1:
+            raise InputError(f"the batch is {batch}; it must be at least 1")
+        yield OrtBound(self.session(batch), batch)
+
+
+class OrtBound(Bound):
+    """ONNX Runtime's IO binding over tensors that stay where they are: on the GPU with the CUDA provider."""
+
+    def __init__(self, session: Any, batch: int) -> None:
+        import onnxruntime as ort
+
+        self._session = session
+        device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        self._binding = session.io_binding()
+        self._inputs: dict[str, Any] = {}
+        for node in session.get_inputs():
+            value = ort.OrtValue.ortvalue_from_shape_and_type([batch, *node.shape[1:]], _dtype(node.type), device, 0)
+            self._binding.bind_ortvalue_input(node.name, value)
+            self._inputs[node.name] = value
+        (first, *_) = session.get_outputs()
+        shape = [batch, *first.shape[1:]]
+        if all(isinstance(d, int) for d in shape):
+            self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, _dtype(first.type), device, 0)
+            self._binding.bind_ortvalue_output(first.name, self._output)
+        else:  # a size that is known only when the graph has run
+            self._output = None
+            self._binding.bind_output(first.name, device)
+
+    def write(self, **inputs: np.ndarray) -> None:
+        for name, array in inputs.items():
+            held = self._inputs.get(name)
+            if held is None:
+                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._inputs)}")
+            if list(array.shape) != list(held.shape()):
+                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {held.shape()}")
+            held.update_inplace(np.ascontiguousarray(array))
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+    def read(self) -> np.ndarray:
+        value = self._output if self._output is not None else self._binding.get_outputs()[0]
+        return np.array(value.numpy())  # a copy: the buffer is written again by the next run
+
+
+def _dtype(name: str) -> Any:
+    if name not in DTYPES:
+        raise PnpError(f"a graph's boundary has type {name}; known: {', '.join(DTYPES)}")
+    return np.dtype(DTYPES[name]).type

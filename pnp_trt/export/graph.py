@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .weights import WeightMap, hide, restore, save_with_weights
+
 OPSET = 23
 
 
@@ -21,10 +23,10 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.text_encoder = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids).last_hidden_state
+        return self.text_encoder(input_ids=input_ids).last_hidden_state
 
 
 class VaeDecoder(nn.Module):
@@ -39,25 +41,56 @@ class VaeDecoder(nn.Module):
         return self.vae.decode(latents / self.vae.config.scaling_factor + shift, return_dict=False)[0]
 
 
-def export(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
+def export(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> WeightMap:
     """Write ``path`` and ``path.data``; the first dimension of every input becomes the dynamic ``batch``.
+
+    Equal modules give equal files.
 
     Args:
         inputs: example tensors by the names of ``module.forward``'s arguments; batch at least 2.
         output: name of the single output.
+
+    Returns:
+        Where each initialiser comes from; the first part of a module's weight names is the source.
     """
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = {name: {0: batch} for name in inputs}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
-            input_names=list(inputs), output_names=[output], verbose=False,
+            input_names=list(inputs), output_names=[output], verbose=False, optimize=False,
         )  # fmt: skip
-    assert program is not None
+        assert program is not None
+        hidden = hide(program.model.graph, {name for name, _ in module.named_parameters()})
+        _optimize(program.model)
+    weights = restore(program.model.graph, module, hidden)
     _strip_source_locations(program.model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        program.save(str(path), external_data=True)
+    save_with_weights(program.model, path, list(weights.weights))
+    return weights
+
+
+def _optimize(model: Any) -> None:
+    """What ``program.optimize()`` does, less the merging of equal initialisers."""
+    import onnx_ir as ir
+    import onnxscript.optimizer
+    import onnxscript.rewriter
+    from onnx_ir.passes import common
+    from onnxscript.rewriter import onnx_fusions
+
+    onnxscript.optimizer.inline(model)
+    for _ in range(2):  # folding makes patterns, and patterns make what can be folded
+        onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True)
+        onnxscript.rewriter.rewrite(model)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+    onnx_fusions.fuse(model)
 
 
 def _strip_source_locations(model: Any) -> None:

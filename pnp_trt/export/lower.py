@@ -8,42 +8,69 @@ On a small U-Net at batch 1 the two are a fifth of the time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .weights import save_with_weights
+
 HEADS_OUT = (0, 2, 1, 3)
 
 
-def for_onnxruntime_cpu(path: Path) -> dict[str, int]:
-    """Rewrite ``path`` in place; returns how many nodes of each kind were lowered."""
+@dataclass(frozen=True)
+class Lowered:
+    """What was rewritten.
+
+    Attributes:
+        counts: nodes of each kind.
+        derived: new initialiser → (the one it was made of, step), see ``weights.WeightMap.derive``.
+    """
+
+    counts: dict[str, int]
+    derived: dict[str, tuple[str, dict[str, Any]]]
+
+
+def for_onnxruntime_cpu(path: Path) -> Lowered:
+    """Rewrite ``path`` in place, its weights kept in their order."""
     import onnx_ir as ir
 
     model = ir.load(path)
-    counts = {"GroupNormalization": _group_norms(model), "Attention": _attentions(model)}
+    derived: dict[str, tuple[str, dict[str, Any]]] = {}
+    counts = {"GroupNormalization": _group_norms(model, derived), "Attention": _attentions(model)}
     if any(counts.values()):
-        # the old weights are memory-mapped from the file that is about to be replaced
-        for value in model.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
-        ir.save(model, path, external_data=path.name + ".data")
-    return counts
+        initializers = model.graph.initializers
+        for name in [n for n, v in initializers.items() if not list(v.uses()) and not v.is_graph_output()]:
+            initializers.pop(name)  # replaced by its reshaped copy
+        weights = [n for n, v in initializers.items() if isinstance(v.const_value, ir.ExternalTensor) or n in derived]
+        save_with_weights(model, path, sorted(weights))
+    return Lowered(counts, derived)
 
 
-def _group_norms(model: Any) -> int:
+def _group_norms(model: Any, derived: dict[str, tuple[str, dict[str, Any]]]) -> int:
     import onnx_ir as ir
 
     graph = model.graph
     made: dict[str, Any] = {}
 
-    def constant(name: str, array: np.ndarray) -> Any:
+    def register(name: str, tensor: Any) -> Any:
         if name not in made:
-            value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-            value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
+            value = ir.Value(name=name, const_value=tensor)
+            value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
             graph.register_initializer(value)
             made[name] = value
         return made[name]
+
+    def constant(name: str, array: np.ndarray) -> Any:
+        return register(name, ir.tensor(array, name=name))
+
+    def column(value: Any, ones: int) -> Any:
+        """The per-channel weights as ``[C, 1, …]``."""
+        name = f"{value.name}.reshaped.{ones}"
+        shape = [int(value.shape[0]), *(1,) * ones]
+        derived[name] = (value.name, {"op": "reshape", "shape": shape})
+        return register(name, ir.Tensor(value.const_value.numpy().reshape(shape).copy(), name=name))
 
     count = 0
     for node in list(graph):
@@ -64,14 +91,13 @@ def _group_norms(model: Any) -> int:
             extra = [ir.Node("", "Shape", [x])]
             full = extra[0].outputs[0]
         flat = ir.Node("", "Reshape", [x, constant(f"lowered.groups_{groups}", np.array([0, groups, -1], np.int64))])
-        one = constant(f"lowered.one_{groups}", np.ones(groups, np.float32))
-        zero = constant(f"lowered.zero_{groups}", np.zeros(groups, np.float32))
+        kind = x.dtype.name.lower()
+        one = constant(f"lowered.one_{groups}_{kind}", np.ones(groups, x.dtype.numpy()))
+        zero = constant(f"lowered.zero_{groups}_{kind}", np.zeros(groups, x.dtype.numpy()))
         attributes = [ir.AttrFloat32("epsilon", epsilon)]
         normed = ir.Node("", "InstanceNormalization", [flat.outputs[0], one, zero], attributes=attributes)
         back = ir.Node("", "Reshape", [normed.outputs[0], full])
-        column = (-1, *(1,) * (len(x.shape) - 2))
-        factor = constant(f"{name}.scale", scale.const_value.numpy().reshape(column).copy())
-        offset = constant(f"{name}.bias", bias.const_value.numpy().reshape(column).copy())
+        factor, offset = column(scale, len(x.shape) - 2), column(bias, len(x.shape) - 2)
         scaled = ir.Node("", "Mul", [back.outputs[0], factor])
         shifted = ir.Node("", "Add", [scaled.outputs[0], offset])
         _replace(graph, node, [*extra, flat, normed, back, scaled, shifted], node.outputs[0], f"{name}.gn")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import digest, sha256
+from ..artifacts import cached_sha256, digest
 from ..assets import ROOT as ASSETS
 from ..errors import InputError
 
@@ -23,6 +23,23 @@ def bundled_bases() -> list[str]:
 def random_bases() -> list[str]:
     """Architectures that can be had with random weights, for work that needs the size alone."""
     return [f"random:{p.stem}" for p in sorted(PRESETS.glob("*.json"))]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a base model's tensors measure.
+
+    Attributes:
+        latent: channels, height and width of a latent.
+        text_width: width of a text state.
+        vocabulary: number of token ids.
+        factor: image pixels to a latent's.
+    """
+
+    latent: tuple[int, int, int]
+    text_width: int
+    vocabulary: int
+    factor: int
 
 
 @dataclass
@@ -97,6 +114,32 @@ class BaseModel:
             check_finite(_load(getattr(diffusers, kind), self.folder / "vae"), self.name).eval().requires_grad_(False)
         )
 
+    def config(self, network: str) -> dict[str, Any]:
+        """A network's config as it is on disk: ``unet``, ``text_encoder`` or ``vae``."""
+        path = self.folder / network / "config.json"
+        try:
+            held: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as e:
+            raise InputError(f"{path} is not readable as JSON ({e}); fetch it again") from None
+        return held
+
+    def sizes(self) -> Sizes:
+        """What the networks' tensors measure, from the configs alone."""
+        unet, text, vae = (self.config(n) for n in ("unet", "text_encoder", "vae"))
+        size = unet["sample_size"]
+        height, width = size if isinstance(size, list) else (size, size)
+        blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+        latent = (unet["in_channels"], height, width)
+        return Sizes(latent, unet["cross_attention_dim"], text["vocab_size"], 2 ** (len(blocks) - 1))
+
+    def random_guide(self, name: str) -> dict[str, str] | None:
+        """Name and hash of the guide that ``make_guide`` makes; None where guides are read from files."""
+        return None
+
+    def make_guide(self, name: str, unet: Any) -> Any:
+        """A guide that comes with the base itself; None where guides are read from files."""
+        return None
+
     def fingerprint(self) -> dict[str, str]:
         """sha256 of every weight file, and of the whole; what a manifest records."""
         if not self._hashes:
@@ -105,7 +148,7 @@ class BaseModel:
             files = {p: next((self.folder / p).glob("*.safetensors")) for p in parts}
             if self.unet_file is not None:
                 files["unet"] = self.unet_file
-            self._hashes = {p: sha256(f) for p, f in files.items()}
+            self._hashes = {p: cached_sha256(f) for p, f in files.items()}
             self._hashes["all"] = digest(self._hashes)
         return self._hashes
 
@@ -115,7 +158,7 @@ def resolve(name: str) -> BaseModel:
 
     Args:
         name: ``emoji``, a bundled fine-tune, a diffusers folder, a ``.safetensors`` file that holds a U-Net of the
-            bundled model's shape, or a hub id.
+            bundled model's shape, a hub id, or ``random:sd15`` and its like.
 
     Raises:
         InputError: with the names that are known, if this is none of them.
@@ -143,7 +186,9 @@ def resolve(name: str) -> BaseModel:
     if path.suffix == ".safetensors" and path.is_file():
         return BaseModel(name, ASSETS / "emoji", path)
     if name.startswith("random:"):
-        raise InputError(f"'{name}' has no weights to build from; it serves `pnp-trt bench --only cost --base {name}`")
+        from .random import random_base
+
+        return random_base(name)
     if name.count("/") == 1 and not path.suffix and not name.startswith((".", "/")):
         return BaseModel(name, _from_hub(name))
     known = ", ".join([*bundled_bases(), *random_bases()])

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from .. import backends
 from ..artifacts import Bundle, open_bundle
-from ..backends.onnxruntime import Network
+from ..backends.base import Bound, LoadOptions
 from ..errors import InputError, PnpError
-from .schedule import Schedule, ddim
+from .schedule import ddim
 from .tokenizer import Tokenizer
 
 STEPS = (1, 1000)
@@ -49,8 +50,12 @@ class Pipeline:
         self._tokenizer = Tokenizer(
             bundle.folder / "tokenizer.json", manifest["tokens"]["length"], manifest["tokens"]["pad"]
         )
+        backend = backends.get(manifest["backend"])
+        backend.check(manifest)
+        options = LoadOptions(provider, threads)
         self._text, self._unet, self._vae = (
-            Network(bundle.file(n), provider, threads) for n in ("text_encoder", "unet", "vae_decoder")
+            backend.load(bundle.file(n), manifest["networks"][n], options)
+            for n in ("text_encoder", "unet", "vae_decoder")
         )
         self._empty: np.ndarray | None = None
 
@@ -101,30 +106,20 @@ class Pipeline:
         n = len(noise)
         w = np.broadcast_to(np.asarray(guidance, np.float32), (n,))
         x = noise * np.float32(schedule.init_scale)
-        step = {"guided": self._guided, "cfg": self._cfg, "unguided": self._unguided}[method]
-        if method == "cfg":
+        twice = method == "cfg"
+        if twice:
             context = np.concatenate([np.broadcast_to(self._unconditional(), context.shape), context])
-        for i in range(len(schedule)):
-            output = step(x, schedule, i, context, w)
-            x = schedule.x_scale[i] * x + schedule.output_scale[i] * output
-            if callback is not None:
-                callback(i + 1, steps)
+        with self._unet.bind(2 * n if twice else n) as unet:
+            unet.write(encoder_hidden_states=context)
+            if method == "guided":
+                unet.write(guidance=w)
+            for i in range(len(schedule)):
+                t = np.full(2 * n if twice else n, schedule.timesteps[i])
+                output = _cfg(unet, x, t, w) if twice else _once(unet, x, t)
+                x = schedule.x_scale[i] * x + schedule.output_scale[i] * output
+                if callback is not None:
+                    callback(i + 1, steps)
         return x
-
-    def _guided(self, x: np.ndarray, schedule: Schedule, i: int, context: np.ndarray, w: np.ndarray) -> np.ndarray:
-        t = np.full(len(x), schedule.timesteps[i])
-        return self._unet(sample=x, timestep=t, encoder_hidden_states=context, guidance=np.ascontiguousarray(w))
-
-    def _unguided(self, x: np.ndarray, schedule: Schedule, i: int, context: np.ndarray, w: np.ndarray) -> np.ndarray:
-        t = np.full(len(x), schedule.timesteps[i])
-        return self._unet(sample=x, timestep=t, encoder_hidden_states=context)
-
-    def _cfg(self, x: np.ndarray, schedule: Schedule, i: int, context: np.ndarray, w: np.ndarray) -> np.ndarray:
-        # Ho & Salimans 2022: one batch of two, unconditional first
-        t = np.full(2 * len(x), schedule.timesteps[i])
-        both = self._unet(sample=np.concatenate([x, x]), timestep=t, encoder_hidden_states=context)
-        unconditional, conditional = both[: len(x)], both[len(x) :]
-        return unconditional + w[:, None, None, None] * (conditional - unconditional)
 
     def _unconditional(self) -> np.ndarray:
         if self._empty is None:
@@ -191,6 +186,19 @@ class Pipeline:
                 }  # fmt: skip
                 out.append(Picture(pixels, parameters))
         return out
+
+
+def _once(unet: Bound, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    unet.write(sample=x, timestep=t)
+    unet.run()
+    return unet.read()
+
+
+def _cfg(unet: Bound, x: np.ndarray, t: np.ndarray, w: np.ndarray) -> np.ndarray:
+    # Ho & Salimans 2022: one batch of two, unconditional first
+    both = _once(unet, np.concatenate([x, x]), t)
+    unconditional, conditional = both[: len(x)], both[len(x) :]
+    return unconditional + w[:, None, None, None] * (conditional - unconditional)
 
 
 def check_request(prompts: Sequence[str], seeds: Sequence[int], scales: Sequence[float], steps: int) -> None:

@@ -113,7 +113,7 @@ def test_a_bad_manifest_is_refused(damaged: Path) -> None:
     path = damaged / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"schema": 99}))
-    with pytest.raises(InputError, match="schema 99, this version reads 1"):
+    with pytest.raises(InputError, match="schema 99, this version reads 2"):
         open_bundle(damaged)
     path.write_text(json.dumps(manifest)[:-20])
     with pytest.raises(InputError, match="not readable as JSON"):

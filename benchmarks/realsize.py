@@ -1,0 +1,81 @@
+"""Export and compile a model of real size, and record what it took: ``make realsize``.
+
+The weights are seeded random numbers (``--base random:sd15``): seconds, memory and sizes are those of the real model,
+pictures would be noise.  The build runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.artifacts import open_bundle, write_json
+from pnp_trt.bench.results import provenance
+
+SCHEMA = "pnp-trt/realsize/1"
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(bundle: Path, command: list[str]) -> dict[str, Any]:
+    """What a built bundle says of its making: one entry a network, and the whole."""
+    m = open_bundle(bundle).manifest
+    networks = {}
+    for name, n in m["networks"].items():
+        graph = [f for f in m["files"] if f == n["graph"] or f.startswith(n["graph"] + ".")]
+        networks[name] = {
+            "precision": n["precision"],
+            "graph_bytes": sum(m["files"][f]["bytes"] for f in graph),
+            "engine_bytes": m["files"][n["file"]]["bytes"] if n["file"] != n["graph"] else None,
+            "compile_seconds": n["compiled"]["seconds"],
+            "compile_peak_memory_bytes": n["compiled"]["peak_memory"],
+            "graph_parity": n["parity"]["graph"],
+            "parity_limit": n["parity"]["limit"],
+        }
+    compiled = sum(n["compile_seconds"] for n in networks.values())
+    return {
+        "schema": SCHEMA,
+        "provenance": provenance(command),
+        "case": {k: m[k] for k in ("backend", "precision", "target", "profiles", "compiler", "image")}
+        | {"base": m["base"]["name"], "guide": (m["guide"] or {}).get("name"), "weights": "seeded random numbers"},
+        "build_seconds": m["build_seconds"],
+        "export_and_parity_seconds": round(m["build_seconds"] - compiled, 1),
+        "compile_seconds": round(compiled, 1),
+        "peak_memory_bytes": m["peak_memory"],
+        "networks": networks,
+        "engine_parity": m["parity"]["engine"],
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Build, record, throw the bundle away."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.realsize", description=__doc__)
+    parser.add_argument("--base", default="random:sd15")
+    parser.add_argument("--guide", default="tiny")
+    parser.add_argument("--backend", default="tensorrt-rtx")
+    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--target", default="sm_89", help="of the engine; 'any' for onnxruntime")
+    parser.add_argument("--profile", action="append", help="batch sizes; default b1 for an engine")
+    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/realsize-….json")
+    a = parser.parse_args(arguments)
+    profiles = a.profile or ([] if a.backend == "onnxruntime" else ["b1"])
+    name = "-".join(["realsize", a.base.removeprefix("random:").replace("/", "-"), a.guide, a.precision, a.target])
+    with tempfile.TemporaryDirectory(prefix="pnp-trt-realsize-") as folder:
+        bundle = Path(folder) / "bundle"
+        words = ["build", "--base", a.base, "--guide", a.guide, "--backend", a.backend, "--precision", a.precision]
+        words += ["--target", a.target, *(w for p in profiles for w in ("--profile", p)), "--out", str(bundle)]
+        done = subprocess.run([sys.executable, "-m", "pnp_trt", *words])
+        if done.returncode:
+            sys.exit(done.returncode)
+        found = record(bundle, ["python", "-m", "benchmarks.realsize", *(arguments or sys.argv[1:])])
+    out = a.out or RESULTS / f"{name}.json"
+    write_json(out, found)
+    memory = max(v for v in found["peak_memory_bytes"].values() if v) / 2**30
+    print(f"{out}: {found['build_seconds']:.0f} s, peak memory {memory:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The commands that make engines and look at them: build, inspect, list, verify."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import InputError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command()(build)
+    app.command()(inspect)
+    app.command("list")(list_engines)
+    app.command()(verify)
+
+
+def build(
+    base: Annotated[
+        str,
+        typer.Option(
+            help="emoji, a bundled fine-tune, a diffusers folder, a U-Net .safetensors, a hub id, or random:sd15."
+        ),
+    ] = "emoji",
+    guide: Annotated[
+        str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the plain teacher.")
+    ] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx or tensorrt.")
+    ] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="Numbers in the graphs: fp32, fp16 or bf16.")] = "fp32",
+    target: Annotated[
+        str | None,
+        typer.Option(help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable for tensorrt-rtx."),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(help="Batch sizes to compile for, such as b1 or b2-8; several may be given."),
+    ] = None,
+    workspace: Annotated[
+        float | None, typer.Option(min=0, help="GiB of GPU scratch memory that the compiler may plan.")
+    ] = None,
+    refittable: Annotated[bool, typer.Option("--refittable", help="Weights can be replaced in the engine.")] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Later TensorRT versions may load it (tensorrt).")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Other GPUs from Ampere on may run it (tensorrt).")
+    ] = False,
+    memory_check: Annotated[bool, typer.Option(help="Refuse to start where the host's memory will not do.")] = True,
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder; default engines/BASE-GUIDE…")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Fuse guide and U-Net into one graph, export the rest, check it against PyTorch, compile it, write a bundle."""
+    from .backends.base import CompileOptions
+    from .cli import _Bar, _need_torch
+    from .export.bundle import BuildSpec
+    from .export.bundle import build as run
+
+    _need_torch("build")
+    options = CompileOptions(
+        workspace=None if workspace is None else int(workspace * 2**30),
+        refittable=refittable,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        check_memory=memory_check,
+    )
+    spec = BuildSpec(base, guide, backend, precision, out, target, tuple(profile or ()), options)
+    with _Bar(f"build {spec.folder().name}", None) as bar:
+        built = run(spec, force=force, progress=bar.note)
+    m = built.manifest
+    size = sum(f["bytes"] for f in m["files"].values()) / 2**20
+    made = "is up to date" if built.cached else f"built in {m['build_seconds']:.0f} s"
+    worst = max(m["parity"]["relative_error"].values())
+    where = f", {m['backend']} for {m['target']}" if m["profiles"] else ""
+    print(
+        f"{built.folder} {made}: {size:.0f} MiB, {m['precision']}{where}, "
+        f"parity with PyTorch {worst:.1e} (limit {m['parity']['limit']:.0e})"
+    )
+    for name, network in m["networks"].items():
+        if "fallback" in network:
+            print(f"{name} stays in {network['precision']}: {network['fallback']}")
+    if isinstance(m["parity"]["engine"], str) and m["profiles"]:
+        print(f"parity of the engines: {m['parity']['engine']}")
+    print(f"next: pnp-trt sample 'a red apple' --engine {built.folder}")
+
+
+def inspect(
+    engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+) -> None:
+    """What a bundle is made of, what it is for, and how exact it is; says so if it cannot run here."""
+    from . import backends
+    from .artifacts import find_bundle, read_manifest
+    from .cli import _console
+    from .inspection import render
+
+    folder = find_bundle(engine)
+    manifest = read_manifest(folder)
+    if as_json:
+        print(json.dumps(manifest, indent=2))
+        return
+    problem = None
+    try:
+        backends.get(manifest["backend"]).check(manifest)
+    except InputError as e:
+        problem = str(e)
+    _console().print(render(folder, manifest, problem))
+
+
+def list_engines(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The bundles in the engines' folder, with sizes."""
+    from .artifacts import engines_home
+    from .cli import _console
+    from .inspection import rows, table
+
+    found = rows(engines_home())
+    if as_json:
+        print(json.dumps(found, indent=2))
+    elif found:
+        _console().print(table(found))
+    else:
+        print(f"no engine in {engines_home()} yet; make one with: pnp-trt build")
+
+
+def verify(
+    engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda, for onnxruntime.")] = "auto",
+) -> None:
+    """Run a bundle's engines here on its golden inputs and compare them with what PyTorch gave."""
+    from .artifacts import open_bundle
+    from .backends.base import LoadOptions
+    from .runtime import verify as module
+
+    bundle = open_bundle(engine)
+    errors: dict[str, Any] = module.verify(bundle, LoadOptions(provider))
+    networks = bundle.manifest["networks"]
+    for name, error in errors.items():
+        limit, kind = networks[name]["parity"]["limit"], networks[name]["precision"]
+        print(f"{name}: off by {error:.1e} (limit {limit:.0e}, {kind})")
+    module.gate(errors, networks, bundle.name)

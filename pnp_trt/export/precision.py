@@ -1,0 +1,174 @@
+"""Precision recipes: which numbers a network computes in, decided before it is exported.
+
+The types are in the graph and nowhere else.  TensorRT 11 and TensorRT-RTX build strongly typed networks only,
+and the same graph then means the same on every backend.  A module is converted *before* it is exported, by
+PyTorch, and not the graph afterwards: the FP16 graph is then what diffusers runs with ``torch_dtype=float16``, at
+half the memory, and no converter has to follow the opset.  What must stay in float32 then stays of itself:
+the sinusoids of timestep and scale (both modules compute them in float32 and cast), and the statistics of group and
+layer norms (``stash_type`` 1 on nodes that read and write half precision, which keeps their fused kernels).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to compute.
+
+    Attributes:
+        name: as the command line spells it.
+        dtype: torch's name of the type of weights and activations.
+        limit: largest relative error ‖out − reference‖ / ‖reference‖ against float32 PyTorch that a network may
+            show on its golden inputs.
+        islands: patterns (``fnmatch``) of module names that compute in float32 all the same.
+        fallback: networks that are exported in float32 when this recipe gives them values that are not finite or
+            too far off; the manifest says so.
+    """
+
+    name: str
+    dtype: str
+    limit: float
+    islands: tuple[str, ...] = ()
+    fallback: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fp32(Recipe):
+    """Float32 throughout; TensorFloat-32 is switched off as well."""
+
+    name: str = "fp32"
+    dtype: str = "float32"
+    limit: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Fp16(Recipe):
+    """Float16; the limit is ten times its rounding error of 2⁻¹¹.
+
+    Measured on the bundled U-Net: 8e-4, the same with the time embeddings as islands, so there are none by default.
+    Decoders of some autoencoders overflow in float16 (SDXL's does), so the decoder may fall back.
+    """
+
+    name: str = "fp16"
+    dtype: str = "float16"
+    limit: float = 5e-3
+    fallback: tuple[str, ...] = ("vae_decoder",)
+
+
+@dataclass(frozen=True)
+class Bf16(Recipe):
+    """Bfloat16: float32's range at a rounding error of 2⁻⁸, and a limit of ten times that; measured: 7e-3."""
+
+    name: str = "bf16"
+    dtype: str = "bfloat16"
+    limit: float = 4e-2
+    fallback: tuple[str, ...] = ("vae_decoder",)
+
+
+RECIPES: dict[str, Recipe] = {r.name: r for r in (Fp32(), Fp16(), Bf16())}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        InputError: listing the known ones.
+    """
+    if name not in RECIPES:
+        raise InputError(f"precision is '{name}'; known: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
+    """Make ``module`` compute as ``recipe`` says; its inputs and output stay float32, as the sampler has them.
+
+    The boundary costs one cast of a latent a step, and spares every caller from knowing the recipe.  The module's
+    weights are rounded in place: take the reference before.
+    """
+    import torch
+
+    dtype = getattr(torch, recipe.dtype)
+    if dtype == torch.float32:
+        return module.to(dtype)
+    islands = {
+        name: child
+        for name, child in module.named_modules()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.islands)
+    }
+    kept = {part for child in islands.values() for part in child.modules()}
+    for part in module.modules():
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32 if part in kept else dtype)
+    for child in islands.values():
+        _cast_around(child, torch.float32, dtype)
+    _cast_around(module, dtype, torch.float32)
+    return module
+
+
+def _cast_around(module: nn.Module, inside: Any, outside: Any) -> None:
+    module.register_forward_pre_hook(lambda _, a, k: (_cast(a, inside), _cast(k, inside)), with_kwargs=True)
+    module.register_forward_hook(lambda _, a, out: _cast(out, outside))
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    """Floating-point tensors in ``dtype``, the rest as it is."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    def one(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return pytree.tree_map(one, tree)
+
+
+def reference(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The module's output in float32, whatever type its weights are kept in.
+
+    Weights in half precision are widened one layer at a time, so that a large model needs no second copy.
+    """
+    import torch
+
+    with torch.no_grad(), _widened(module):
+        return module(**inputs).float()
+
+
+@contextmanager
+def _widened(module: nn.Module) -> Iterator[None]:
+    import torch
+
+    handles = []
+    kept: dict[Any, Any] = {}
+
+    def widen(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        for tensor in layer.parameters(recurse=False):
+            kept[tensor] = tensor.data
+            tensor.data = tensor.data.float()
+        return _cast((args, kwargs), torch.float32)  # some modules cast to the type that their weights are kept in
+
+    def narrow(layer: nn.Module, *_: Any) -> None:
+        for tensor in layer.parameters(recurse=False):
+            tensor.data = kept.pop(tensor)
+
+    try:
+        for layer in module.modules():
+            if any(p.dtype in (torch.float16, torch.bfloat16) for p in layer.parameters(recurse=False)):
+                handles.append(layer.register_forward_pre_hook(widen, with_kwargs=True))
+                handles.append(layer.register_forward_hook(narrow))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for tensor, data in kept.items():
+            tensor.data = data

@@ -1,0 +1,131 @@
+"""Stable Diffusion's architectures with seeded random weights: for work that needs the size and not the pictures.
+
+Weights are made in float16 and one tensor after the other, so that SD 1.5 takes 1.7 GB and not twice 3.4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..artifacts import digest
+from ..assets import ROOT as ASSETS
+from ..errors import InputError
+from .base import PRESETS, BaseModel, quiet_libraries, random_unet_config
+
+#: changes when the same seed gives other weights
+RECIPE = 1
+SEED = 0
+GUIDE = "tiny"
+
+
+@dataclass
+class RandomBase(BaseModel):
+    """A teacher without files.
+
+    Attributes:
+        configs: of ``unet``, ``text_encoder`` and ``vae``.
+    """
+
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def config(self, network: str) -> dict[str, Any]:
+        return self.configs[network]
+
+    def fingerprint(self) -> dict[str, str]:
+        parts = {n: digest([RECIPE, SEED, config]) for n, config in self.configs.items()}
+        return {**parts, "all": digest(parts)}
+
+    def unet(self) -> Any:
+        """``UNet2DConditionModel`` in float16, frozen."""
+        from diffusers import UNet2DConditionModel
+
+        return self._made(UNet2DConditionModel, "unet")
+
+    def text_encoder(self) -> Any:
+        """``CLIPTextModel`` in float16, frozen."""
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        # made for real, as it holds its position ids in a buffer
+        return _fill(CLIPTextModel(CLIPTextConfig(**self.config("text_encoder"))).half(), "text_encoder")
+
+    def vae(self) -> Any:
+        """The autoencoder in float16, frozen."""
+        import diffusers
+
+        return self._made(getattr(diffusers, self.config("vae")["_class_name"]), "vae")
+
+    def _made(self, kind: Any, network: str) -> Any:
+        import torch
+
+        quiet_libraries()
+        with torch.device("meta"):
+            module = kind.from_config(self.config(network))
+        return _fill(module, network)
+
+    def random_guide(self, name: str) -> dict[str, str] | None:
+        kind = _guide_kind(name)
+        return {"name": f"random-{kind}", "sha256": digest([RECIPE, SEED, kind, self.configs["unet"]])}
+
+    def make_guide(self, name: str, unet: Any) -> Any:
+        """A guide of a known kind, float32, with residuals that are not zero."""
+        import torch
+
+        from .guide import GUIDES
+
+        kind = _guide_kind(name)
+        if kind not in GUIDES:
+            raise InputError(f"guide '{name}' is not known for {self.name}; known: {', '.join(GUIDES)}, none")
+        return _fill(GUIDES[kind].from_unet(unet), f"guide-{kind}", torch.float32)
+
+
+def random_base(name: str) -> RandomBase:
+    """``random:sd15`` or ``random:sd21``.
+
+    Raises:
+        InputError: for another name, or one that this version cannot build.
+    """
+    unet = random_unet_config(name)
+    folder = PRESETS / name.removeprefix("random:")
+    if not folder.is_dir():
+        raise InputError(
+            f"{name} cannot be built: it wants two text encoders; it serves `pnp-trt bench --only cost --base {name}`"
+        )
+    configs = {"unet": unet} | {n: _read(folder / f"{n}.json") for n in ("text_encoder", "vae")}
+    # tokenizer and noise schedule are Stable Diffusion's own in the bundled model too
+    return RandomBase(name, ASSETS / "emoji", configs=configs)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads(path.read_text())
+    return held
+
+
+def _guide_kind(name: str) -> str:
+    return GUIDE if name == "auto" else name
+
+
+def _fill(module: Any, name: str, dtype: Any = None) -> Any:
+    """Give every weight its seeded values: unit gain for what multiplies, one for scales, zero for biases."""
+    import torch
+
+    made: dict[Any, Any] = {}
+    for prefix, part in module.named_modules():
+        for key, old in list(part.named_parameters(recurse=False)):
+            if old in made:  # tied weights stay tied
+                part._parameters[key] = made[old]
+                continue
+            tensor = torch.empty(old.shape, dtype=dtype or torch.float16)
+            if old.ndim < 2:
+                tensor.fill_(0.0 if key == "bias" else 1.0)
+            else:
+                seed = hashlib.sha256(f"{SEED}:{name}.{prefix}.{key}".encode()).digest()[:8]
+                generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
+                tensor.normal_(std=old[0].numel() ** -0.5, generator=generator)
+            made[old] = part._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
+    if unmade := [n for n, b in module.named_buffers() if b.is_meta]:
+        raise InputError(f"{name} cannot be made at random: its buffer {unmade[0]} comes with the weights")
+    return module.eval().requires_grad_(False)

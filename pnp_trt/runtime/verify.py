@@ -1,0 +1,79 @@
+"""A bundle's engines on its own golden inputs: what they give here, against what PyTorch gave when it was built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import backends
+from ..artifacts import Bundle
+from ..backends.base import Backend, LoadOptions
+from ..errors import PnpError
+
+FILE = "golden.npz"
+#: {network: (inputs by name, float32 output of PyTorch)}
+Golden = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
+
+
+def difference(out: np.ndarray, reference: np.ndarray) -> float:
+    """‖out − reference‖ / ‖reference‖; NaN for another shape, and where either is not finite."""
+    if out.shape != reference.shape:
+        return float("nan")
+    return float(np.linalg.norm(out.astype(np.float64) - reference) / np.linalg.norm(reference.astype(np.float64)))
+
+
+def save_golden(path: Path, golden: Golden) -> None:
+    """Write inputs and references, so that a machine without PyTorch can compare its engine with them."""
+    arrays: dict[str, Any] = {}
+    for network, (inputs, reference) in golden.items():
+        arrays |= {f"{network}/{name}": value for name, value in inputs.items()}
+        arrays[f"{network}/="] = reference
+    with path.open("wb") as f:
+        np.savez(f, **arrays)
+
+
+def load_golden(path: Path) -> Golden:
+    """What ``save_golden`` wrote."""
+    out: Golden = {}
+    with np.load(path, allow_pickle=False) as held:
+        for network in dict.fromkeys(key.partition("/")[0] for key in held.files):
+            names = [k.partition("/")[2] for k in held.files if k.startswith(f"{network}/")]
+            out[network] = ({n: held[f"{network}/{n}"] for n in names if n != "="}, held[f"{network}/="])
+    return out
+
+
+def compare(
+    backend: Backend, folder: Path, networks: Mapping[str, Any], golden: Golden, options: LoadOptions | None = None
+) -> dict[str, float]:
+    """Relative error of each network as it is loaded from ``folder``, row by row as far as its profiles want that."""
+    errors = {}
+    for name, (inputs, reference) in golden.items():
+        network = backend.load(folder / networks[name]["file"], networks[name], options or LoadOptions())
+        rows = [network(**{k: v[i : i + 1] for k, v in inputs.items()}) for i in range(len(reference))]
+        errors[name] = difference(np.concatenate(rows), reference)
+    return errors
+
+
+def gate(errors: Mapping[str, float], networks: Mapping[str, Any], name: str) -> None:
+    """Raise ``PnpError`` for the first network that is further off than its recipe allows."""
+    for network, error in errors.items():
+        limit = networks[network]["parity"]["limit"]
+        if not error <= limit:  # also refuses NaN
+            raise PnpError(
+                f"engine '{name}': the {network} differs from PyTorch by {error:.2e} (relative), more than the "
+                f"{limit:.0e} that {networks[network]['precision']} allows; do not serve it, and report it"
+            )
+
+
+def verify(bundle: Bundle, options: LoadOptions | None = None) -> dict[str, float]:
+    """Errors of a bundle's engines on this machine.
+
+    Raises:
+        InputError: if the bundle is not for this machine.
+    """
+    backend = backends.get(bundle.manifest["backend"])
+    backend.check(bundle.manifest)
+    return compare(backend, bundle.folder, bundle.manifest["networks"], load_golden(bundle.folder / FILE), options)

@@ -1,0 +1,277 @@
+"""TensorRT-RTX engines compiled for real, without a GPU; and what is said where one is needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.realsize import record
+from pnp_trt import backends, memory
+from pnp_trt.artifacts import open_bundle, write_manifest
+from pnp_trt.backends import tensorrt as module
+from pnp_trt.backends.base import CompileJob, CompileOptions, Profile
+from pnp_trt.backends.device import Gpu, present_gpus
+from pnp_trt.backends.trt_flavour import RTX
+from pnp_trt.errors import InputError, PnpError
+from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.graph import export
+from pnp_trt.export.precision import RECIPES, convert
+from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.runtime.verify import verify
+
+pytest.importorskip("tensorrt_rtx")
+ADA, AMPERE, HOPPER = Gpu("GeForce RTX 4090", "sm_89"), Gpu("GeForce RTX 3080", "sm_86"), Gpu("H100", "sm_90")
+
+
+class Attend(nn.Module):
+    """One head-split attention after a group norm: what needs a kernel, and what needs care."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.GroupNorm(2, 64)
+        self.qkv = nn.Linear(64, 192)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        q, k, v = (part.view(x.shape[0], 16, 2, 32).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(x.shape[0], 16, 64)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompileJob]:
+    """A small network to compile, by precision."""
+    out = {}
+    for name in ("fp32", "fp16", "bf16"):
+        path = tmp_path_factory.mktemp("graph") / f"{name}.onnx"
+        export(convert(Attend(), RECIPES[name]), {"x": torch.zeros(2, 16, 64)}, "y", path)
+        inputs = {"x": ("float32", ("batch", 16, 64))}
+        out[name] = CompileJob("unet", path, inputs, name, "sm_89", (Profile("b1", 1, 1, 1), Profile.parse("b2-8")))
+    return out
+
+
+def rtx() -> module.TensorRtRtx:
+    backend = backends.get("tensorrt-rtx")
+    assert isinstance(backend, module.TensorRtRtx)
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("precision", "target"),
+    [("fp16", "sm_75"), ("fp16", "sm_86"), ("bf16", "sm_120"), ("fp32", "portable"), ("fp32", "sm_89")],
+)
+def test_an_engine_is_compiled(jobs: dict[str, CompileJob], precision: str, target: str) -> None:
+    seen: list[tuple[str, int, int]] = []
+    made = rtx().compile(replace(jobs[precision], target=target), lambda *at: seen.append(at))
+    engine = jobs[precision].graph.with_name(made.file)
+    assert engine.suffix == ".engine" and engine.stat().st_size > 10_000
+    assert made.peak_memory is not None and 50 << 20 < made.peak_memory < 2 << 30
+    # attention in float32 has no fused kernel, and would fail if it were not taken apart
+    assert made.notes["decomposed_attention"] == (1 if precision == "fp32" else 0)
+    assert seen and all(0 <= done <= total for _, done, total in seen)
+
+
+def test_a_graph_that_cannot_be_compiled_is_one_sentence(jobs: dict[str, CompileJob], tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"this is no graph")
+    with pytest.raises(PnpError, match=r"bad.onnx cannot be parsed by tensorrt_rtx 1\."):
+        rtx().compile(replace(jobs["fp16"], graph=tmp_path / "bad.onnx"), lambda *_: None)
+
+
+def test_a_killed_compiler_is_said_to_be_killed(jobs: dict[str, CompileJob]) -> None:
+    def kill(*_: object) -> None:
+        for child in psutil.Process().children():
+            if "trt_compile" in " ".join(child.cmdline()):
+                child.kill()
+
+    with pytest.raises(PnpError, match="compiler of the unet was killed by signal 9, most likely for lack of memory"):
+        rtx().compile(jobs["fp16"], kill)
+
+
+def test_the_compiler_dies_with_its_caller(jobs: dict[str, CompileJob], tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom pnp_trt.backends.tensorrt import TensorRtRtx\n"
+        "from pnp_trt.backends.base import CompileJob, Profile\n"
+        f"graph, inputs = Path({str(jobs['fp16'].graph)!r}), {{'x': ('float32', ('batch', 16, 64))}}\n"
+        "job = CompileJob('unet', graph, inputs, 'fp16',\n"
+        "                 'sm_89', (Profile('b1', 1, 1, 1),))\n"
+        "TensorRtRtx().compile(job, lambda *_: (print('started', flush=True), time.sleep(60)))\n"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert caller.stdout is not None and caller.stdout.readline() == b"started\n"
+    (child,) = psutil.Process(caller.pid).children()
+    os.kill(caller.pid, signal.SIGKILL)
+    caller.wait()
+    _, alive = psutil.wait_procs([child], timeout=20)
+    assert not alive
+
+
+def test_too_little_memory_is_said_before_it_starts(
+    jobs: dict[str, CompileJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda: 100 << 20)
+    monkeypatch.setattr(module, "_in_own_process", lambda *_: pytest.fail("it was started"))
+    with pytest.raises(InputError, match="wants about 0.6 GiB of memory and 0.1 GiB are free; .*--no-memory-check"):
+        rtx().compile(jobs["fp16"], lambda *_: None)
+    monkeypatch.setattr(module, "_in_own_process", lambda *_: {"seconds": 1.0, "peak_memory": None})
+    rtx().compile(replace(jobs["fp16"], options=CompileOptions(check_memory=False)), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "target", "precision", "options", "message"),
+    [
+        ("tensorrt-rtx", "sm_90", "fp16", {}, "target is 'sm_90'; tensorrt-rtx compiles for: portable, sm_75"),
+        ("tensorrt-rtx", "sm_75", "bf16", {}, "sm_75 has no bfloat16"),
+        ("tensorrt-rtx", None, "fp16", {"version_compatible": True}, "--version-compatible is for backend 'tensorrt'"),
+        ("tensorrt-rtx", None, "fp16", {"refittable": True}, "--refittable was asked for and no GPU is here"),
+        ("tensorrt", None, "fp16", {}, "compiles on the GPU that it is for, and no NVIDIA driver or GPU was found"),
+        ("onnxruntime", "sm_89", "fp32", {}, "an onnxruntime bundle runs on any"),
+    ],
+)  # fmt: skip
+def test_impossible_orders_are_refused(
+    monkeypatch: pytest.MonkeyPatch, backend: str, target: str | None, precision: str, options: dict, message: str
+) -> None:
+    monkeypatch.setattr(module, "present_gpus", list)
+    with pytest.raises(InputError, match=message):
+        backends.get(backend).resolve_target(target, precision, CompileOptions(**options))
+
+
+def test_tensorrt_compiles_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "present_gpus", lambda: [HOPPER])
+    backend = backends.get("tensorrt")
+    assert backend.resolve_target(None, "fp16", CompileOptions()) == "sm_90"
+    with pytest.raises(InputError, match="target is 'sm_89' and the GPU here is sm_90 \\(H100\\)"):
+        backend.resolve_target("sm_89", "fp16", CompileOptions())
+
+
+@pytest.mark.parametrize("text", ["8", "b0", "b9-2", "b64", "b", "b1-8-9"])
+def test_profiles_are_checked(text: str) -> None:
+    with pytest.raises(InputError, match=f"profile is '{text}'; write b1 .* at most 32"):
+        Profile.parse(text)
+
+
+@pytest.fixture(scope="module")
+def bundle(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The micro student as a TensorRT-RTX bundle; do not write into it."""
+    out = tmp_path_factory.mktemp("rtx") / "micro"
+    spec = BuildSpec(str(micro_base), str(micro_guide), "tensorrt-rtx", "fp16", out, "sm_89", ("b1", "b2-4"))
+    assert not build(spec).cached
+    return out
+
+
+def test_the_manifest_says_what_it_is_for(bundle: Path) -> None:
+    m = open_bundle(bundle).manifest
+    assert (m["backend"], m["target"], m["precision"]) == ("tensorrt-rtx", "sm_89", "fp16")
+    assert m["compiler"] == {"tensorrt-rtx": RTX.version()}
+    assert [p["name"] for p in m["profiles"]] == ["b1", "b2-4"] and m["sample"]["max_batch"] == 4
+    assert [p["maximum"] for p in m["networks"]["unet"]["profiles"]] == [1, 4]
+    assert [p["maximum"] for p in m["networks"]["text_encoder"]["profiles"]] == [1]
+    assert {n["file"] for n in m["networks"].values()} <= set(m["files"])
+    assert m["peak_memory"]["compile"] > 0 and m["build_seconds"] > 0
+    assert m["parity"]["engine"].startswith("not measured: no NVIDIA driver") or present_gpus()
+    assert "--target sm_89 --profile b1 --profile b2-4" in m["rebuild"]
+
+
+def test_a_build_is_recorded_for_the_results(bundle: Path) -> None:
+    found = record(bundle, ["python", "-m", "benchmarks.realsize"])
+    unet = found["networks"]["unet"]
+    assert unet["engine_bytes"] == (bundle / "unet.engine").stat().st_size
+    assert unet["graph_bytes"] == sum((bundle / f"unet.onnx{end}").stat().st_size for end in ("", ".data"))
+    assert unet["graph_parity"] < unet["parity_limit"] and found["case"]["target"] == "sm_89"
+    assert found["build_seconds"] >= found["compile_seconds"] > 0 and found["peak_memory_bytes"]["compile"] > 0
+
+
+def test_a_second_build_imports_nothing_heavy(bundle: Path, micro_base: Path, micro_guide: Path) -> None:
+    arguments = ["build", "--base", micro_base, "--guide", micro_guide, "--backend", "tensorrt-rtx", "--precision",
+                 "fp16", "--target", "sm_89", "--profile", "b1", "--profile", "b2-4", "--out", bundle]  # fmt: skip
+    program = (
+        "import sys, time\nbegun = time.process_time()\n"
+        f"sys.argv = ['pnp-trt', *{[str(a) for a in arguments]!r}]\n"
+        "from pnp_trt.cli import main\n"
+        "try: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime', 'tensorrt_rtx'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nassert time.process_time() - begun < 1, time.process_time() - begun\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "is up to date" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpus", "version", "message"),
+    [
+        ([], None, "its target is sm_89, and no NVIDIA driver or GPU was found here; .*--backend onnxruntime"),
+        ([AMPERE], None, r"its target is sm_89, and the GPU here is sm_86 \(GeForce RTX 3080\); .*--target sm_86"),
+        ([ADA], "1.6.0.5", r"its compiler is tensorrt-rtx 1.6.0.5, here is 1\..*; rebuild it with: pnp-trt build"),
+    ],
+)
+def test_an_engine_for_elsewhere_is_refused_before_it_is_loaded(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], version: str | None, message: str
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    manifest = open_bundle(copy).manifest
+    if version:
+        manifest["compiler"]["tensorrt-rtx"] = version
+        write_manifest(copy, manifest)
+    monkeypatch.setattr(module, "present_gpus", lambda: gpus)
+    monkeypatch.setattr(module.TensorRtBackend, "load", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(InputError, match=message):
+        Pipeline.load(copy)
+
+
+def test_which_gpus_an_engine_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allowed(gpu: Gpu, target: str, **options: bool) -> bool:
+        monkeypatch.setattr(module, "present_gpus", lambda: [gpu])
+        return rtx().cannot_run(target, options) is None
+
+    assert allowed(ADA, "sm_89") and allowed(ADA, "portable") and allowed(AMPERE, "portable")
+    assert not allowed(AMPERE, "sm_89") and not allowed(HOPPER, "portable")
+    assert not allowed(Gpu("GeForce RTX 2080", "sm_75"), "portable")
+    assert allowed(HOPPER, "sm_80", hardware_compatible=True)
+    assert not allowed(AMPERE, "sm_89", hardware_compatible=True)
+
+
+def test_later_releases_may_load_version_compatible_engines() -> None:
+    assert module._later("11.4.0.106", "11.1.0.5") and module._later("11.4.0.106", "11.4.0.106")
+    assert not module._later("11.1.0.5", "11.4.0.106") and not module._later("12.0.0.1", "11.4.0.106")
+
+
+@pytest.mark.skipif(bool(present_gpus()), reason="says what is said where no GPU is")
+def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    with pytest.raises(InputError, match="needs an NVIDIA GPU, and CUDA finds none .*onnxruntime"):
+        from pnp_trt.backends.trt_network import TrtNetwork
+
+        TrtNetwork(RTX, opened.file("unet"), opened.manifest["networks"]["unet"])
+    with pytest.raises(InputError, match="no NVIDIA driver or GPU was found here"):
+        verify(opened)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not present_gpus() or present_gpus()[0].sm not in RTX.targets, reason="needs an RTX GPU")
+def test_an_engine_gives_what_pytorch_gives(micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
+    target = present_gpus()[0].sm
+    made = build(BuildSpec(str(micro_base), str(micro_guide), "tensorrt-rtx", "fp16", tmp_path / "x", target))
+    errors: Any = made.manifest["parity"]["engine"]
+    assert all(e < 5e-3 for e in errors.values())
+    assert len(Pipeline.load(tmp_path / "x")(["a cat"] * 3, steps=2)) == 3
+
+
+def test_timing_caches_are_keyed_by_device_and_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PNP_TRT_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "present_gpus", lambda: [HOPPER])
+    backend = module.TensorRt()
+    monkeypatch.setattr(type(backend.flavour), "version", lambda self: "11.4.0.106")
+    assert backend._timing_cache() == str(tmp_path / "timing" / "11.4.0.106-sm_90-h100.cache")
+    assert rtx()._timing_cache() is None  # its timing-cache calls would ask for a GPU

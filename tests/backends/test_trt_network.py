@@ -1,0 +1,265 @@
+"""The life of an engine's buffers, on a GPU made of host memory.
+
+The fakes answer only to names that the real bindings have; what the engine computes is ``x + 1``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pnp_trt.backends.base import Profile
+from pnp_trt.backends.cuda import Cuda
+from pnp_trt.backends.trt_flavour import RTX, TENSORRT
+from pnp_trt.backends.trt_network import TrtNetwork
+from pnp_trt.errors import InputError, PnpError
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+
+class HostCuda(Cuda):
+    """Counts what is allocated; copies happen at once."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Any] = {}
+        self.waits = 0
+
+    def stream(self) -> int:
+        return 7
+
+    def synchronize(self, stream: int) -> None:
+        self.waits += 1
+
+    def allocate(self, size: int) -> int:
+        raw = ctypes.create_string_buffer(size)
+        self.held[ctypes.addressof(raw)] = raw
+        return ctypes.addressof(raw)
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, int]:
+        array = np.zeros(shape, dtype)
+        self.held[array.ctypes.data] = array
+        return array, array.ctypes.data
+
+    def to_device(self, device: int, host: int, size: int, stream: int) -> None:
+        ctypes.memmove(device, host, size)
+
+    def to_host(self, host: int, device: int, size: int, stream: int) -> None:
+        ctypes.memmove(host, device, size)
+
+    def free(self, devices: list[int], hosts: list[int], stream: int) -> None:
+        for address in (*devices, *hosts):
+            del self.held[address]
+
+
+class Real:
+    """A fake whose methods must exist in the real class."""
+
+    real: Any
+
+    def __init_subclass__(cls) -> None:
+        names = [n for n in vars(cls) if not n.startswith("_") and n != "real" and callable(vars(cls)[n])]
+        assert all(hasattr(cls.real, n) for n in names), names
+
+
+class Context(Real):
+    real = trt.IExecutionContext
+
+    def __init__(self) -> None:
+        self._shape: tuple[int, ...] = ()
+        self._at: dict[str, int] = {}
+        self._profile = -1
+        self._fails = False
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self._profile = index
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shape = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._at[name] = address
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return []
+
+    def execute_async_v3(self, stream: int) -> bool:
+        count = int(np.prod(self._shape))
+        x, y = ((ctypes.c_float * count).from_address(self._at[n]) for n in ("x", "y"))
+        for i in range(count):
+            y[i] = x[i] + 1
+        return not self._fails
+
+
+class Cache(Real):
+    real = trt.IRuntimeCache
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def serialize(self) -> bytes:
+        return self._data + b"kernel"
+
+    def deserialize(self, blob: bytes) -> bool:
+        self._data = bytes(blob)
+        return True
+
+
+class Config(Real):
+    real = trt.IRuntimeConfig
+
+    def __init__(self) -> None:
+        self._cache = Cache()
+
+    def create_runtime_cache(self) -> Cache:
+        return self._cache
+
+    def set_runtime_cache(self, cache: Cache) -> bool:
+        return True
+
+
+class Engine(Real):
+    real = trt.ICudaEngine
+
+    def __init__(self) -> None:
+        self._contexts: list[Context] = []
+        self._configs: list[Config] = []
+        self.num_io_tensors, self.num_optimization_profiles = 2, 2
+
+    def get_tensor_name(self, i: int) -> str:
+        return "xy"[i]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return trt.TensorIOMode.INPUT if name == "x" else trt.TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return trt.float32
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, 3)
+
+    def create_runtime_config(self) -> Config:
+        self._configs.append(Config())
+        return self._configs[-1]
+
+    def create_execution_context(self, config: Config | None = None) -> Context:
+        self._contexts.append(Context())
+        return self._contexts[-1]
+
+
+ENTRY = {
+    "inputs": {"x": ["float32", ["batch", 3]]},
+    "outputs": {"y": ["float32", ["batch", 3]]},
+    "profiles": [vars(Profile("b1", 1, 1, 1)), vars(Profile("b1-4", 1, 4, 4))],
+    "compiled": {},
+}
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TrtNetwork:
+    monkeypatch.setenv("PNP_TRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(TrtNetwork, "_deserialize", lambda self, host_code: Engine())
+    (tmp_path / "x.engine").write_bytes(b"plan")
+    return TrtNetwork(RTX, tmp_path / "x.engine", ENTRY, HostCuda())
+
+
+def test_runs_on_buffers_whose_addresses_stay(network: TrtNetwork) -> None:
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with network.bind(2) as bound:
+        bound.write(x=x)
+        before = dict(bound.addresses)
+        for _ in range(2):
+            bound.run()
+            assert np.array_equal(bound.read(), x + 1)
+        bound.write(x=x * 2)
+        bound.run()
+        first = bound.read()
+        bound.write(x=x * 3)
+        bound.run()
+        assert np.array_equal(first, x * 2 + 1)  # a copy, not the buffer
+        assert bound.addresses == before
+    assert np.array_equal(network(x=x), x + 1)
+    assert len(network._engine._contexts) == 1  # the same batch again takes the same buffers
+    assert network.describe().inputs == {"x": ("float32", ("batch", 3))}
+
+
+def test_the_tightest_profile_is_chosen(network: TrtNetwork) -> None:
+    for batch, index in ((1, 0), (2, 1), (4, 1)):
+        with network.bind(batch):
+            assert network._engine._contexts[-1]._profile == index
+    with pytest.raises(InputError, match="the batch is 5; x.engine was compiled for 1 to 1, 1 to 4; .*--profile b5"):
+        network(x=np.zeros((5, 3), np.float32))
+
+
+def test_two_users_get_two_sets_and_all_is_given_back(network: TrtNetwork) -> None:
+    with network.bind(2) as a, network.bind(2) as b:
+        assert set(a.addresses.values()).isdisjoint(b.addresses.values())
+    for batch in (1, 2, 3, 4):
+        network(x=np.zeros((batch, 3), np.float32))
+    assert len(network._idle) == network.KEEP
+    cuda: Any = network._cuda
+    assert len(cuda.held) == network.KEEP * 4
+    with pytest.raises(RuntimeError), network.bind(4):
+        raise RuntimeError("what was under way may have left the buffers in any state")
+    assert len(cuda.held) == (network.KEEP - 1) * 4
+
+
+def test_a_second_write_waits_for_the_first_copy(network: TrtNetwork) -> None:
+    cuda: Any = network._cuda
+    with network.bind(1) as bound:
+        x = np.zeros((1, 3), np.float32)
+        bound.write(x=x)
+        waits = cuda.waits
+        bound.write(x=x)
+        assert cuda.waits == waits + 1
+
+
+def test_wrong_inputs_are_refused(network: TrtNetwork) -> None:
+    with pytest.raises(InputError, match="no input 'z'; its inputs: x"), network.bind(1) as bound:
+        bound.write(z=np.zeros(1))
+    with pytest.raises(InputError, match=r"has shape \[2, 3\]; the network takes \[1, 3\]"), network.bind(1) as bound:
+        bound.write(x=np.zeros((2, 3), np.float32))
+
+
+def test_a_failed_run_is_an_error(network: TrtNetwork) -> None:
+    with pytest.raises(PnpError, match="TensorRT could not run"), network.bind(1) as bound:
+        network._engine._contexts[-1]._fails = True
+        bound.run()
+
+
+def test_kernels_are_kept_for_the_next_process(network: TrtNetwork, tmp_path: Path) -> None:
+    network(x=np.zeros((1, 3), np.float32))
+    (file,) = (tmp_path / "cache" / "kernels").iterdir()
+    assert file.read_bytes() == b"kernel"
+    network(x=np.zeros((2, 3), np.float32))
+    assert network._engine._configs[-1]._cache._data == b"kernel"  # the second context begins with them
+    context, kernels = TENSORRT.context(Engine(), None)
+    assert kernels is None and isinstance(context, Context)
+
+
+def test_an_engine_that_is_not_the_manifests_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(TrtNetwork, "_deserialize", lambda self, host_code: Engine())
+    for entry, message in (
+        (ENTRY | {"inputs": {"x": ["float32", ["batch", 4]]}}, "its manifest says"),
+        (ENTRY | {"profiles": ENTRY["profiles"][:1]}, "has 2 profiles, its manifest says 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            TrtNetwork(RTX, tmp_path / "x.engine", entry, HostCuda())
+
+
+def test_the_bindings_have_what_the_backend_calls() -> None:
+    """Names that the fakes above do not reach."""
+    for kind, names in (
+        (trt.Runtime, ("deserialize_cuda_engine", "get_engine_validity", "engine_host_code_allowed")),
+        (trt.IBuilderConfig, ("create_timing_cache", "set_timing_cache", "get_timing_cache", "progress_monitor",
+                              "hardware_compatibility_level", "clear_flag", "set_memory_pool_limit")),
+        (trt.BuilderFlag, ("TF32", "REFIT", "VERSION_COMPATIBLE")),
+        (trt.HardwareCompatibilityLevel, ("AMPERE_PLUS",)),
+    ):  # fmt: skip
+        assert [n for n in names if not hasattr(kind, n)] == []

@@ -1,0 +1,173 @@
+"""What a kill, a flipped bit, a full disk or a second process can do to a bundle: nothing.
+
+``PNP_TRT_FAULTS=20`` (``make faults``) kills a build at twenty random moments; the usual run does at three.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pnp_trt.artifacts import MANIFEST, open_bundle, read_manifest, sha256, write_manifest
+from pnp_trt.errors import InputError, PnpError
+from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.runtime.pipeline import Pipeline
+
+KILLS = int(os.environ.get("PNP_TRT_FAULTS", "3"))
+SEED = int(os.environ.get("PNP_TRT_FAULTS_SEED", time.time_ns() % 10_000))
+
+#: Imports what is slow once; forks a process for every line that it reads, which then builds and says so.
+FORKER = """
+import os, sys, json
+from pathlib import Path
+import pnp_trt.export.graph, pnp_trt.export.parity, pnp_trt.export.weights, pnp_trt.models.student, diffusers
+import onnxruntime, onnxscript.optimizer, onnxscript.rewriter, transformers
+from pnp_trt.models.base import resolve
+from pnp_trt.export.bundle import BuildSpec, build
+resolve(sys.argv[1]).unet(), resolve(sys.argv[1]).text_encoder(), resolve(sys.argv[1]).vae()
+print("ready", flush=True)
+for line in sys.stdin:
+    base, guide, out = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        try:
+            build(BuildSpec(base, guide, out=Path(out)), force=True)
+        finally:
+            os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("gone", flush=True)
+"""
+
+
+class Forker:
+    """Builds in processes that can be killed, without paying for the imports each time."""
+
+    def __init__(self, base: Path) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", FORKER, str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.child.stdout is not None
+        return self.child.stdout.readline().strip()
+
+    def start(self, base: Path, guide: str, out: Path) -> int:
+        """Begin a build; its process id."""
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps([str(base), guide, str(out)]) + "\n")
+        self.child.stdin.flush()
+        return int(self._line())
+
+    def wait(self) -> None:
+        """Until it is gone."""
+        assert self._line() == "gone"
+
+
+@pytest.fixture(scope="module")
+def forker(micro_base: Path):
+    made = Forker(micro_base)
+    yield made
+    made.child.kill()
+    made.child.wait()
+
+
+def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
+    forker: Forker, micro_base: Path, micro_bundles: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(SEED)
+    begun = time.monotonic()
+    forker.start(micro_base, "none", tmp_path / "timed")
+    forker.wait()
+    whole = time.monotonic() - begun
+    old = {n: f["sha256"] for n, f in open_bundle(micro_bundles / "plain").manifest["files"].items()}
+    shutil.copytree(micro_bundles / "plain", tmp_path / "over")
+    for number in range(KILLS):
+        replace = number % 2 == 0  # of a bundle that is there, and of none
+        out = tmp_path / ("over" if replace else f"fresh-{number}")
+        moment = rng.uniform(0, 1.1 * whole)
+        child = forker.start(micro_base, "none", out)
+        time.sleep(moment)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        forker.wait()
+        said = f"seed {SEED}, kill {number} after {moment:.2f} of {whole:.2f} s"
+        if out.exists() or replace:
+            bundle = open_bundle(out)  # every hash is right
+            assert {n: sha256(out / n) for n in bundle.manifest["files"]} == old, said
+        else:
+            with pytest.raises(InputError, match="no engine named"):
+                open_bundle(out)
+    assert len(Pipeline.load(tmp_path / "over", provider="cpu")("a cat", steps=1)) == 1
+    build(BuildSpec(str(micro_base), "none", out=tmp_path / "over"), force=True)
+    assert [p.name for p in tmp_path.glob(".over.partial-*")] == []
+
+
+def test_a_flipped_byte_in_any_file_is_refused(micro_bundles: Path, tmp_path: Path) -> None:
+    rng = random.Random(SEED)
+    folder = Path(shutil.copytree(micro_bundles / "guided", tmp_path / "guided"))
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    assert {p.name for p in files} >= {MANIFEST, "golden.npz", "weights.json", "tokenizer.json", "unet.onnx"}
+    for path in files:
+        whole = path.read_bytes()
+        for place in (
+            0,
+            len(whole) - 1,
+            *(rng.randrange(len(whole)) for _ in range(40 if path.name == MANIFEST else 3)),
+        ):
+            data = bytearray(whole)
+            data[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+            with pytest.raises(InputError, match="rebuild it with: pnp-trt build"):
+                Pipeline.load(folder, provider="cpu")
+                pytest.fail(f"seed {SEED}: byte {place} of {path.name} was not missed")
+        path.write_bytes(whole)
+    assert Pipeline.load(folder, provider="cpu").name == "guided"
+
+
+def test_two_builds_of_the_same_at_once(forker: Forker, micro_base: Path, tmp_path: Path) -> None:
+    """The second waits for the first and finds its work done."""
+    out = tmp_path / "same"
+    forker.start(micro_base, "none", out)
+    time.sleep(0.2)
+    built = build(BuildSpec(str(micro_base), "none", out=out))
+    forker.wait()
+    assert built.cached
+    assert open_bundle(out).manifest["key"] == built.manifest["key"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["same"]
+
+
+def test_a_full_disk_leaves_nothing(forker: Forker, micro_base: Path, tmp_path: Path) -> None:
+    """Writes end with an error at a megabyte, in the middle of a network's weights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(PnpError, match=r"File too large.*nothing was written"):
+            build(BuildSpec(str(micro_base), "none", out=tmp_path / "full"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_a_resealed_lie_is_still_caught_by_the_files(micro_bundles: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(micro_bundles / "plain", tmp_path / "plain"))
+    manifest = read_manifest(folder)
+    manifest["files"]["unet.onnx"]["sha256"] = "0" * 64
+    write_manifest(folder, manifest)
+    with pytest.raises(InputError, match="unet.onnx is corrupt"):
+        open_bundle(folder)

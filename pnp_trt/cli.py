@@ -75,8 +75,11 @@ def sample(
         list[str], typer.Argument(metavar="PROMPT...", help="What to draw; several are drawn as one batch.")
     ],
     engine: Annotated[str, typer.Option(help="A bundle's name or folder.")] = "emoji-tiny",
-    steps: Annotated[int, typer.Option(help="Sampling steps; 8 to 50 is usual.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; default: what the guide was distilled for, or 20.")
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale w, 1 to 9.")] = 3.0,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt, where the engine takes one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures per prompt.")] = 1,
     method: Annotated[str | None, typer.Option(help="guided, or on a bundle without guide: cfg, unguided.")] = None,
@@ -86,17 +89,20 @@ def sample(
 ) -> None:
     """Draw pictures; the parameters are stored in each PNG."""
     from .runtime.images import free_path, save_png, slug
-    from .runtime.pipeline import Pipeline, check_request
+    from .runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
 
     asked = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
-    check_request(asked, seeds, [guidance] * len(asked), steps)
+    check_request(asked, seeds, [guidance] * len(asked), DEFAULT_STEPS if steps is None else steps)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder")
     _build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
+    steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
     with _Bar(f"{len(asked)} pictures, {steps} steps, w = {guidance:g}", None, quiet) as bar:
-        pictures = pipeline(asked, steps=steps, guidance=guidance, seed=seeds, method=method, callback=bar.count)
+        pictures = pipeline(
+            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, callback=bar.count
+        )
     out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         path = free_path(out, f"{slug(picture.parameters['prompt'])}-{picture.parameters['seed']}")

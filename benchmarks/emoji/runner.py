@@ -18,7 +18,8 @@ from pnp_trt.bench import fidelity
 from pnp_trt.bench.fidelity import FeatureExtractor
 from pnp_trt.errors import InputError
 from pnp_trt.models.base import BaseModel, quiet_libraries
-from pnp_trt.models.load import guide_folder, load_guide
+from pnp_trt.models.load import load_guide
+from pnp_trt.models.names import guide_folder
 from pnp_trt.models.student import Student
 
 from .cells import BEST, FINE_TUNES, INTERVALS, STAGE2_STEPS, SWEEP, SWEEP_PICTURES, TEACHER, Cell

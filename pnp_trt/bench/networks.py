@@ -63,7 +63,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             "mid": features.mid_block_res_sample,
         }
         found: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs)}
-        found |= {f"guide-{name}": (GuideAlone(guide), alone) for name, guide in sorted(guides.items())}
+        found |= {f"guide-{name}": (GuideAlone(guide), alone) for name, guide in guides.items()}
         if folder is not None:
             found |= _picture_networks(folder, inputs["sample"])
     return found
@@ -72,7 +72,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
 def _guide_size(base: str, guide: str) -> dict[str, int]:
     """The bundled guide's own size for the bundled bases, the default elsewhere."""
     from ..errors import InputError
-    from ..models.load import guide_folder
+    from ..models.names import guide_folder
 
     if base.startswith("random:") or guide != "tiny":
         return {}

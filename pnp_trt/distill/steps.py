@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..artifacts import digest, sha256, write_json
 from ..errors import InputError, PnpError
 from ..models.conditions import Conditions
-from ..models.load import guide_folder, load_guide
+from ..models.load import load_guide
+from ..models.names import guide_folder
 from ..models.student import Student
 from ..runtime.schedule import ddim, ddim_step
 from .guidance import _save_picture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import json
 import shlex
 import time
 from collections.abc import Callable
@@ -177,7 +178,7 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
     return recipe, target, profiles
 
 
-def _guide_identity(spec: BuildSpec) -> dict[str, str] | None:
+def _guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
     if spec.guide == "none":
         return None
     from ..models.base import resolve
@@ -190,7 +191,14 @@ def _guide_identity(spec: BuildSpec) -> dict[str, str] | None:
     if not weights:
         raise InputError(f"{folder} holds no .safetensors; a guide is config.json and safetensors weights")
     files = [*weights, folder / "config.json"]
-    return {"name": folder.name, "sha256": digest([cached_sha256(f) for f in files])}
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        "name": folder.name,
+        "sha256": digest([cached_sha256(f) for f in files]),
+        # the sampler has to know both: whether there is one more input, and the only step count it was distilled for
+        "negative_prompts": bool(config.get("negative_prompts")),
+        "sampling_steps": config.get("sampling_steps"),
+    }
 
 
 def _guide_name(spec: BuildSpec) -> str:
@@ -238,7 +246,10 @@ class _Work:
             self._stage("load", 0, stages)
             tokens = copy_tokenizer(self.base, work / "tokenizer.json")
             sizes = self.base.sizes()
-            golden = golden_inputs(sizes.latent, tokens["length"], sizes.text_width, sizes.vocabulary, self._guided)
+            negative = bool((identity["guide"] or {}).get("negative_prompts"))
+            golden = golden_inputs(
+                sizes.latent, tokens["length"], sizes.text_width, sizes.vocabulary, self._guided, negative
+            )
             networks: dict[str, dict[str, Any]] = {}
             kept: dict[str, tuple[dict[str, Any], Any]] = {}
             maps: dict[str, Any] = {}

@@ -14,7 +14,7 @@ LARGE = 200_000_000
 
 
 def golden_inputs(
-    sample: tuple[int, int, int], tokens: int, width: int, vocabulary: int, guided: bool
+    sample: tuple[int, int, int], tokens: int, width: int, vocabulary: int, guided: bool, negative: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Seeded torch inputs per network, batch 2, with different timesteps and scales in the batch."""
     import torch
@@ -27,11 +27,14 @@ def golden_inputs(
     }
     if guided:
         unet["guidance"] = torch.tensor([2.0, 7.5])
-    return {
+    found = {
         "unet": unet,
         "text_encoder": {"input_ids": torch.randint(0, vocabulary, (2, tokens), generator=g)},
         "vae_decoder": {"latents": torch.randn(2, *sample, generator=g)},
     }
+    if negative:
+        unet["negative"] = torch.randn(2, tokens, width, generator=g)
+    return found
 
 
 def relative_error(path: Path, inputs: dict[str, Any], reference: np.ndarray) -> float:

@@ -93,10 +93,6 @@ class BaseModel:
         index = self.folder / "model_index.json"
         return index.is_file() and bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", False))
 
-    def unet_config(self) -> dict[str, Any]:
-        """The U-Net's config."""
-        return json.loads((self.folder / "unet" / "config.json").read_text())
-
     def tokenizer(self) -> Any:
         """``CLIPTokenizer``."""
         from transformers import CLIPTokenizer

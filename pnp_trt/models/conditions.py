@@ -73,5 +73,5 @@ def encode_prompts(base: Any, prompts: list[str], device: torch.device, batch: i
     if base.zero_empty_prompt():
         states_of[-1].zero_()
         pooled_of[-1].zero_()
-    side = 8.0 * base.unet_config()["sample_size"]
+    side = 8.0 * base.config("unet")["sample_size"]
     return Conditions(states_of, pooled_of, torch.tensor([side, side, 0.0, 0.0, side, side]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from .schedule import ddim
 from .tokenizer import Tokenizer
 
 STEPS = (1, 1000)
+DEFAULT_STEPS = 20
 #: scales that guides are trained for; outside it their pictures mean nothing
 GUIDANCE = (1.0, 9.0)
 
@@ -36,6 +38,8 @@ class Pipeline:
         name: the bundle's name.
         base: what identifies the teacher's weights; pipelines of one base can be compared.
         methods: what it can do: ``guided`` for a bundle with a guide; ``cfg`` and ``unguided`` for a plain one.
+        negative_prompts: whether its guide was distilled with negative prompts; CFG takes them in any case.
+        sampling_steps: the only number of steps that its guide was distilled for (stage 2), or None.
     """
 
     def __init__(self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None) -> None:
@@ -45,6 +49,9 @@ class Pipeline:
         self.base: str = manifest["base"]["sha256"]["all"]
         self.methods: tuple[str, ...] = ("guided",) if bundle.guided else ("cfg", "unguided")
         self.max_batch: int = manifest["sample"]["max_batch"]
+        guide = manifest["guide"] or {}
+        self.negative_prompts: bool = not bundle.guided or bool(guide.get("negative_prompts"))
+        self.sampling_steps: int | None = guide.get("sampling_steps")
         self._latent = (manifest["sample"]["channels"], manifest["sample"]["height"], manifest["sample"]["width"])
         self._scheduler = manifest["scheduler"]
         self._tokenizer = Tokenizer(
@@ -89,6 +96,7 @@ class Pipeline:
         guidance: np.ndarray | float,
         method: str | None = None,
         callback: Callable[[int, int], None] | None = None,
+        negative: np.ndarray | None = None,
     ) -> np.ndarray:
         """The whole loop, from unit noise to final latents ``[N, C, H, W]``.
 
@@ -98,6 +106,7 @@ class Pipeline:
             guidance: w, one for all or ``[N]``.
             method: one of ``methods``; ``None`` takes the first.
             callback: called with (steps done, steps) after each step.
+            negative: text states of negative prompts, ``[N, tokens, D]``; None stands for the empty prompt.
         """
         method = method or self.methods[0]
         if method not in self.methods:
@@ -107,12 +116,18 @@ class Pipeline:
         w = np.broadcast_to(np.asarray(guidance, np.float32), (n,))
         x = noise * np.float32(schedule.init_scale)
         twice = method == "cfg"
+        reads = self.bundle.guided and self.negative_prompts
+        other = negative
+        if other is None and (twice or reads):
+            other = np.broadcast_to(self._unconditional(), context.shape)
         if twice:
-            context = np.concatenate([np.broadcast_to(self._unconditional(), context.shape), context])
+            context = np.concatenate([np.asarray(other), context])
         with self._unet.bind(2 * n if twice else n) as unet:
             unet.write(encoder_hidden_states=context)
             if method == "guided":
                 unet.write(guidance=w)
+            if reads:
+                unet.write(negative=np.asarray(other))
             for i in range(len(schedule)):
                 t = np.full(2 * n if twice else n, schedule.timesteps[i])
                 output = _cfg(unet, x, t, w) if twice else _once(unet, x, t)
@@ -145,19 +160,21 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         *,
-        steps: int = 20,
+        steps: int | None = None,
         guidance: float | Sequence[float] = 3.0,
         seed: int | Sequence[int] = 0,
         method: str | None = None,
+        negative: str | Sequence[str] | None = None,
         callback: Callable[[int, int], None] | None = None,
     ) -> list[Picture]:
         """Pictures for prompts.
 
         Args:
             prompts: one or several.
-            steps: sampling steps, 1 … 1000.
+            steps: sampling steps, 1 … 1000; None takes the number that the guide was distilled for, or 20.
             guidance: w, one for all or one per prompt, 1 … 9.
             seed: one for all prompts, or one each.
+            negative: negative prompt, one for all or one each.
             callback: called with (steps done, steps in all) as the work goes on.
 
         Raises:
@@ -166,8 +183,16 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         scales = [float(guidance)] * len(prompts) if isinstance(guidance, int | float) else [float(g) for g in guidance]
+        steps = steps if steps is not None else self.sampling_steps or DEFAULT_STEPS
         check_request(prompts, seeds, scales, steps)
         method = method or self.methods[0]
+        avoided = self._avoided(negative, len(prompts), method)
+        if self.sampling_steps not in (None, steps):
+            warnings.warn(
+                f"the guide of engine '{self.name}' was distilled for {self.sampling_steps} steps and is run with "
+                f"{steps}; its pictures may be off",
+                stacklevel=2,
+            )
         out: list[Picture] = []
         total = steps * -(-len(prompts) // self.max_batch)
         for start in range(0, len(prompts), self.max_batch):
@@ -177,15 +202,30 @@ class Pipeline:
             latents = self.denoise(
                 self.encode(prompts[part]), self.noise(seeds[part]),
                 steps=steps, guidance=np.array(scales[part], np.float32), method=method, callback=report,
+                negative=None if avoided is None else self.encode(avoided[part]),
             )  # fmt: skip
             for i, pixels in enumerate(self.decode(latents)):
                 parameters = {
                     "prompt": prompts[start + i], "seed": seeds[start + i], "steps": steps,
                     "guidance": scales[start + i],
                     "method": method, "engine": self.name, "schedule": "ddim",
-                }  # fmt: skip
+                } | ({} if avoided is None else {"negative": avoided[start + i]})  # fmt: skip
                 out.append(Picture(pixels, parameters))
         return out
+
+    def _avoided(self, negative: str | Sequence[str] | None, count: int, method: str) -> list[str] | None:
+        """The negative prompt of each picture; None where there is none."""
+        if negative is None:
+            return None
+        if not self.negative_prompts or method == "unguided":
+            raise InputError(
+                f"engine '{self.name}' takes no negative prompt with method '{method}': its guide was distilled "
+                "without; leave it out, use CFG on a plain engine, or distil with --negative 0.3"
+            )
+        found = [negative] * count if isinstance(negative, str) else list(negative)
+        if len(found) != count:
+            raise InputError(f"{count} prompts and {len(found)} negative prompts were given; give one, or one each")
+        return found
 
 
 def _once(unet: Bound, x: np.ndarray, t: np.ndarray) -> np.ndarray:

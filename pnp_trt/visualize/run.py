@@ -16,7 +16,8 @@ from ..bench.results import provenance, write
 from ..distill.prompts import warn_of_long_prompts
 from ..errors import InputError
 from ..models.base import resolve
-from ..models.load import guide_folder, load_guide
+from ..models.load import load_guide
+from ..models.names import guide_folder
 from ..models.student import Student
 from ..runtime.images import save_png
 from ..runtime.pipeline import check_request

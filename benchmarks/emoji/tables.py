@@ -141,6 +141,7 @@ def choose_cells(
     missing: dict[str, str],
     light: bool = False,
     scales: Sequence[float] = SCALES,
+    most_steps: int = 1000,
 ) -> tuple[list[Cell], list[dict[str, Any]]]:
     """The cells that can be measured, and those left out, each with its reason."""
     kept, left = [], []
@@ -149,6 +150,8 @@ def choose_cells(
             reason = f"--only {','.join(only)}"
         elif c.w not in scales:
             reason = f"--scales {','.join(f'{w:g}' for w in scales)}"
+        elif c.steps > most_steps:
+            reason = f"--most-steps {most_steps}"
         elif light and spared(c):
             reason = "--light, which spares a third of the compute"
         elif c.base not in bases:
@@ -166,7 +169,7 @@ def evaluate(
     bases: dict[str, BaseModel], guides: dict[str, Path], judge: Path, cache: Path, results: Path, *,
     missing: dict[str, str] | None = None, pictures: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
     only_teacher: bool = False, only_guided: bool = False, light: bool = False, sampled_only: bool = False,
-    scales: Sequence[float] = SCALES, command: str = "",
+    scales: Sequence[float] = SCALES, most_steps: int = 1000, command: str = "",
     batch: int = BATCH, compiled: bool = True,
     cells: Sequence[Cell] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
@@ -187,7 +190,9 @@ def evaluate(
         raise InputError(f"pictures must be at least 4, got {pictures}")
     if unknown := sorted(set(only) - {"A", "B", "C"}):
         raise InputError(f"there is no table {unknown[0]!r}; known: A, B, C")
-    wanted, left = choose_cells(cells or all_cells(seeds), only, bases, guides, missing or {}, light, scales)
+    wanted, left = choose_cells(
+        cells or all_cells(seeds), only, bases, guides, missing or {}, light, scales, most_steps
+    )
     head = AlignmentHead.load(judge)
     runner = Runner(bases, guides, FeatureExtractor(), cache, pictures, batch, compiled)
     if only_teacher:
@@ -243,6 +248,7 @@ def main() -> None:
     add("--only-guided", action="store_true", help="sample the cells that need a guide, and stop")
     add("--light", action="store_true", help="leave out (and name) a third of the passes, none of a headline row")
     add("--scales", default=",".join(f"{w:g}" for w in SCALES), help="guidance scales, separated by commas")
+    add("--most-steps", type=int, default=1000, help="leave out cells with more steps")
     add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
     add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
@@ -262,7 +268,7 @@ def main() -> None:
             only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
             only_teacher=args.only_teacher, only_guided=args.only_guided, light=args.light,
             sampled_only=args.sampled_only, scales=[float(w) for w in args.scales.split(",")],
-            command=shlex.join(words), compiled=not args.eager,
+            most_steps=args.most_steps, command=shlex.join(words), compiled=not args.eager,
         )  # fmt: skip
     except InputError as error:
         parser.error(str(error))

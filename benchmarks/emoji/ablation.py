@@ -85,8 +85,8 @@ ROWS = (
     Row("feature matching 0.1", "term", config={"feature_matching": 0.1}),
     Row("forward states", "states", kind="forward"),
     Row("trajectory states", "states"),
-    Row("negative prompts, read", "negative", {"negative_prompts": True}, negative=0.5),
-    Row("negative prompts, not read", "negative", {"negative_prompts": False}, negative=0.5),
+    Row("negative prompts read", "negative", {"negative_prompts": True}, negative=0.5),
+    Row("negative prompts ignored", "negative", {"negative_prompts": False}, negative=0.5),
 )
 
 

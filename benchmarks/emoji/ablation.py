@@ -38,7 +38,7 @@ from .provenance import machine
 PROMPTS = Path("calibration/emoji-prompts.txt")
 STATES = 25_600
 #: a row sees fewer states than this; what only one or two rows use is collected no larger
-FEWER_STATES = 9_600
+FEWER_STATES = 4_800
 PICTURES = 64
 SAMPLING_STEPS = 20
 W = 3.0

@@ -64,9 +64,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(SCALES), sharey=True)
-    for panel, w in zip(panels, SCALES, strict=True):
+    measured = {g["w"] for g in document["groups"] if g["table"] == "A" and g["captions"] == "train"}
+    # a scale that was left out is named in the document; an empty panel would only take room
+    scales = [w for w in SCALES if w in measured] or [HEADLINE_W]
+    figure = Figure(figsize=(2.2 + 2.9 * len(scales), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    for panel, w in zip(panels, scales, strict=True):
         for i, (method, colour) in enumerate(COLOURS.items()):
             found = sorted(
                 (g for g in document["groups"]
@@ -93,7 +96,13 @@ def plot(document: dict[str, Any], path: Path) -> None:
     panels[0].set_ylabel("EfficientNet-KID (lower is better)")
     handles = {name: h for p in panels for h, name in zip(*p.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside upper center",
+            ncols=2 if len(scales) < 3 else len(handles),
+            frameon=False,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     figure.savefig(beside, format="png", dpi=110)

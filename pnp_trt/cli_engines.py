@@ -56,6 +56,7 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Fuse guide and U-Net into one graph, export the rest, check it against PyTorch, compile it, write a bundle."""
+    from . import backends
     from .backends.base import CompileOptions
     from .cli import _Bar, _need_torch
     from .export.bundle import BuildSpec
@@ -86,7 +87,10 @@ def build(
             print(f"{name} stays in {network['precision']}: {network['fallback']}")
     if isinstance(m["parity"]["engine"], str) and m["profiles"]:
         print(f"parity of the engines: {m['parity']['engine']}")
-    print(f"next: pnp-trt sample 'a red apple' --engine {built.folder}")
+    if reason := backends.get(m["backend"]).cannot_run(m["target"], m["built_from"]["options"]):
+        print(f"it cannot run here ({reason}); next: pnp-trt inspect {built.folder}")
+    else:
+        print(f"next: pnp-trt sample 'a red apple' --engine {built.folder}")
 
 
 def inspect(

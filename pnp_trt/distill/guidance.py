@@ -21,7 +21,7 @@ from .prompts import CaptionedPictures, encode_pictures, find_pictures, read_pro
 from .run import Progress, TeacherModel, claim, report_head
 from .states import Latents, StateConfig, States, collect, split
 from .train import TrainConfig, make_accelerator, newest_step, train
-from .watch import Board, PictureGrid, averaged, held_out_error, predict_states, target_of
+from .watch import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
 W_DISTRIBUTIONS = ("uniform", "log-uniform")
@@ -168,7 +168,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
         error = held_out_error(student, states, held_out, lambda done, total: say("check", done, total, ""))
         board.close()
         if grid is not None:
-            _save_picture(grid.draw(student), config.out / "pictures.png")
+            save_picture(grid.draw(student), config.out / "pictures.png")
         guide.save_pretrained(config.out, safe_serialization=True)
         report = {
             "schema": "pnp-trt/distill/2",
@@ -278,11 +278,3 @@ def _latents(teacher: TeacherModel, shots: CaptionedPictures | None) -> Latents:
             "leave --prompts out to use the captions alone"
         )
     return Latents(latents, torch.tensor([index[c] for c in shots.captions]))
-
-
-def _save_picture(pixels: Any, path: Path) -> None:
-    from PIL import Image
-
-    beside = path.with_name(f".{path.name}.part")
-    Image.fromarray(pixels).save(beside, "PNG")
-    beside.replace(path)

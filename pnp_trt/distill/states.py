@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,18 +148,16 @@ def collect(
         progress(0, config.shards, note)
     rank, processes = share
     for shard in range(config.shards):
-        path = _shard(folder, shard)
+        path = shard_path(folder, shard)
         if shard % processes == rank and not path.exists():
             make = _trajectories if pictures is None or config.kind == "trajectory" else _noised
             tensors = make(unet, scheduler, conditions, config, shard, pictures)
-            _write(tensors, path)
+            write_shard(tensors, path)
         if progress is not None:
             progress(shard + 1, config.shards, note)
     if wait is not None:
         wait()
-    parts = list(_read(folder, config))
-    joined = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-    return States(**joined, conditions=conditions)
+    return States(**read_shards(folder, config.shards), conditions=conditions)
 
 
 def split(config: StateConfig, share: float = 0.05) -> tuple[list[int], list[int]]:
@@ -200,28 +198,38 @@ def _claim_cache(folder: Path, config: StateConfig, identity: dict[str, Any], ne
     write_json(record, {"key": key, "config": asdict(config), **identity})
 
 
-def _shard(folder: Path, number: int) -> Path:
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard of a cache is."""
     return folder / f"shard-{number:04d}.safetensors"
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all."""
     from safetensors.torch import save_file
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
     beside.replace(path)
 
 
-def _read(folder: Path, config: StateConfig) -> Iterator[dict[str, Tensor]]:
+def read_shards(folder: Path, count: int) -> dict[str, Tensor]:
+    """The tensors of shards 0 … ``count`` - 1, joined.
+
+    Raises:
+        InputError: if one is damaged or missing; it is named.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for number in range(config.shards):
-        path = _shard(folder, number)
+    parts = []
+    for number in range(count):
+        path = shard_path(folder, number)
         try:
-            yield load_file(path)
+            parts.append(load_file(path))
         except (SafetensorError, OSError) as e:
             raise InputError(f"the shard {path} is damaged ({e}); delete it, it is then made again") from e
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 class _Draws:

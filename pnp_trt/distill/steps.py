@@ -26,11 +26,11 @@ from ..models.load import load_guide
 from ..models.names import guide_folder
 from ..models.student import Student
 from ..runtime.schedule import ddim, ddim_step
-from .guidance import _save_picture
 from .prompts import read_prompts
 from .run import Progress, TeacherModel, claim, report_head
+from .states import read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
-from .watch import Board, PictureGrid, averaged
+from .watch import Board, PictureGrid, averaged, save_picture
 
 WEIGHTINGS = ("landing", "none")
 HELD_OUT = 0.06
@@ -187,12 +187,12 @@ def _halve(
     old = Student(teacher.unet, last.to(teacher.device).eval().requires_grad_(False))
     rank, world = accelerator.process_index, accelerator.num_processes
     for shard in range(_shards(config)):
-        path = _shard(folder, shard)
+        path = shard_path(folder / "states", shard)
         if shard % world == rank and not path.exists():
             _collect(old, teacher, config, steps, shard, path)
         say(f"{stage}, states", shard + 1, _shards(config), "")
     accelerator.wait_for_everyone()
-    landings = _read(folder, config, teacher.conditions)
+    landings = Landings(**read_shards(folder / "states", _shards(config)), conditions=teacher.conditions)
 
     torch.manual_seed(config.train.seed)
     guide = copy.deepcopy(last).requires_grad_(True)
@@ -231,7 +231,7 @@ def _halve(
     if grid is not None:
         pixels = grid.draw(student, ddim(teacher.scheduler, steps))
         board.picture(config.train.steps, "pictures", pixels)
-        _save_picture(pixels, folder / "pictures.png")
+        save_picture(pixels, folder / "pictures.png")
     board.close()
     guide.save_pretrained(folder, safe_serialization=True)
     report = {
@@ -252,17 +252,11 @@ def _shards(config: StepsConfig) -> int:
     return -(-config.trajectories // config.batch_runs)
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / "states" / f"shard-{number:04d}.safetensors"
-
-
 @torch.no_grad()
 def _collect(
     old: Student, teacher: TeacherModel, config: StepsConfig, steps: int, shard: int, path: Path
 ) -> None:  # fmt: skip
     """Run the last student, two steps for each of the new one's, and keep where they land."""
-    from safetensors.torch import save_file
-
     device = teacher.device
     rng = random.Random(f"{config.train.seed}/{steps}/{shard}")
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -288,24 +282,7 @@ def _collect(
         kept["target"].append(target.half().cpu())
         x = landed
     tensors = {k: torch.cat(v) for k, v in kept.items()} | {"prompt": rows.repeat(steps), "w": w.repeat(steps)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
-    beside.replace(path)
-
-
-def _read(folder: Path, config: StepsConfig, conditions: Conditions) -> Landings:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    parts = []
-    for number in range(_shards(config)):
-        path = _shard(folder, number)
-        try:
-            parts.append(load_file(path))
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"the shard {path} is damaged ({e}); delete it, it is then made again") from e
-    return Landings(**{k: torch.cat([p[k] for p in parts]) for k in parts[0]}, conditions=conditions)
+    write_shard(tensors, path)
 
 
 def _predictor(

@@ -157,6 +157,15 @@ class PictureGrid:
         return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def save_picture(pixels: np.ndarray, path: Path) -> None:
+    """Write a PNG of uint8 ``[H, W, 3]``, whole or not at all."""
+    from PIL import Image
+
+    beside = path.with_name(f".{path.name}.part")
+    Image.fromarray(pixels).save(beside, "PNG")
+    beside.replace(path)
+
+
 class Board:
     """TensorBoard logs in ``folder``; does nothing where TensorBoard is not installed."""
 

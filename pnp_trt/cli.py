@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_engines
+from . import cli_calibrate, cli_engines
 from .errors import InputError, PnpError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli_engines.register(app)
+cli_calibrate.register(app)
 
 _debug = False
 

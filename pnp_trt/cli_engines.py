@@ -32,10 +32,13 @@ def build(
     backend: Annotated[
         str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx or tensorrt.")
     ] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="Numbers in the graphs: fp32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-weights.")] = "fp32",
     target: Annotated[
         str | None,
         typer.Option(help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable for tensorrt-rtx."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="For int8, a record of pnp-trt calibrate; default the one of base and guide.")
     ] = None,
     profile: Annotated[
         list[str] | None,
@@ -70,7 +73,7 @@ def build(
         hardware_compatible=hardware_compatible,
         check_memory=memory_check,
     )
-    spec = BuildSpec(base, guide, backend, precision, out, target, tuple(profile or ()), options)
+    spec = BuildSpec(base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration)
     with _Bar(f"build {spec.folder().name}", None) as bar:
         built = run(spec, force=force, progress=bar.note)
     m = built.manifest

@@ -188,12 +188,14 @@ class Backend(ABC):
         label: a short form of the name for the folders of bundles; empty for the default backend.
         precisions: names of the recipes that it can run.
         profiles: what an engine is made for where the user names nothing; empty where any batch will do.
+        beside_int8: the recipe of what is not quantised in an INT8 bundle.
     """
 
     name: str
     label: str
     precisions: tuple[str, ...]
     profiles: tuple[str, ...]
+    beside_int8: str = "fp16"
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
@@ -212,11 +214,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def prepare(self, graph: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         """Rewrite an exported graph in place where this runtime wants it otherwise.
 
         Returns:
-            New initialiser → (what it was made of, the step), as ``WeightMap.derive`` takes it.
+            New initialiser → (what it was made of, the steps), as ``WeightMap.derive`` takes it.
         """
 
     @abstractmethod

@@ -47,8 +47,9 @@ class OnnxRuntime(Backend):
 
     name = "onnxruntime"
     label = ""
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "int8", "int8-weights")
     profiles = ()
+    beside_int8 = "fp32"  # its CPU provider has no float16 kernels and would cast around every node
 
     def versions(self) -> dict[str, str]:
         return {}  # a graph of one opset runs on every version that the package allows
@@ -63,7 +64,7 @@ class OnnxRuntime(Backend):
                 )
         return "any"
 
-    def prepare(self, graph: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         from ..export.lower import for_onnxruntime_cpu
 
         return for_onnxruntime_cpu(graph).derived
@@ -108,6 +109,8 @@ class OrtNetwork(Network):
                 options.intra_op_num_threads = self._threads
                 options.log_severity_level = 3
                 options.add_free_dimension_override_by_name("batch", batch)
+                # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
+                options.add_session_config_entry("session.qdqisint8allowed", "1")
                 try:
                     made = ort.InferenceSession(str(self.path), options, providers=self._providers)
                 except Exception as e:  # ONNX Runtime raises several types of its own

@@ -34,7 +34,7 @@ class TensorRtBackend(Backend):
     """Both flavours."""
 
     flavour: Flavour
-    precisions = ("fp32", "fp16", "bf16")
+    precisions = ("fp32", "fp16", "bf16", "int8", "int8-weights")
     profiles = ("b1", "b2-8")
 
     def versions(self) -> dict[str, str]:
@@ -66,7 +66,7 @@ class TensorRtBackend(Backend):
             )
         return gpu.sm
 
-    def prepare(self, graph: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         return {}  # Attention and GroupNormalization become layers of their own
 
     def compile(self, job: CompileJob, progress: Progress) -> Compiled:

@@ -14,10 +14,10 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__, backends, memory
 from ..artifacts import (
@@ -35,10 +35,14 @@ from ..artifacts import (
 )
 from ..backends.base import MAX_BATCH, Backend, CompileJob, CompileOptions, Profile, Progress
 from ..errors import InputError, PnpError
-from .precision import Recipe
+from ..quantize.record import Record
+from ..quantize.record import find as find_record
+from .precision import Int8, Recipe
 from .precision import recipe as find_recipe
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+if TYPE_CHECKING:
+    from .weights import WeightMap
+
 #: distributions that a manifest remembers, for the reader alone
 _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
 OUTPUTS = {"unet": "prediction", "text_encoder": "last_hidden_state", "vae_decoder": "sample"}
@@ -56,6 +60,7 @@ class BuildSpec:
         target: GPU to compile for; None takes the backend's default.
         profiles: batch sizes to compile for, as ``Profile.parse`` reads them; empty takes the backend's default.
         options: for the backend's compiler.
+        calibration: the record for ``int8``; None looks for the one of this base and guide.
     """
 
     base: str = "emoji"
@@ -66,6 +71,7 @@ class BuildSpec:
     target: str | None = None
     profiles: tuple[str, ...] = ()
     options: CompileOptions = field(default_factory=CompileOptions)
+    calibration: Path | None = None
 
     def folder(self) -> Path:
         """Where the bundle goes."""
@@ -92,6 +98,7 @@ class BuildSpec:
         words += ["--target", self.target] if self.target else []
         for profile in self.profiles:
             words += ["--profile", profile]
+        words += ["--calibration", str(self.calibration)] if self.calibration is not None else []
         o = self.options
         words += ["--workspace", f"{o.workspace / 2**30:g}"] if o.workspace is not None else []
         for name in ("refittable", "version_compatible", "hardware_compatible"):
@@ -125,16 +132,19 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     from ..models.base import resolve
 
     base = resolve(spec.base)
+    guide = guide_identity(spec)
+    record = _record(spec, recipe, base.fingerprint()["all"], guide)
     identity = {
         "pnp-trt": __version__,
         "base": base.fingerprint()["all"],
-        "guide": _guide_identity(spec),
+        "guide": guide,
         "backend": spec.backend,
         "precision": asdict(recipe),
         "target": target,
         "profiles": [asdict(p) for p in profiles],
         "options": {k: v for k, v in asdict(spec.options).items() if k != "check_memory"},
         "compiler": backend.versions(),
+        **({} if record is None else {"calibration": record.identity()}),
     }
     key = digest([SCHEMA, identity])
     folder = spec.folder()
@@ -153,7 +163,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
                     f"{folder} holds another bundle, or a damaged one ({_first_difference(found, identity)}); "
                     "pass --force to replace it, or choose another --out"
                 )
-        work = _Work(spec, base, backend, recipe, target, profiles, progress or (lambda *_: None))
+        work = _Work(spec, base, backend, recipe, target, profiles, progress or (lambda *_: None), record)
         try:
             manifest = work.run(folder, key, identity)
         except OSError as e:
@@ -175,10 +185,39 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
     if spec.profiles and not backend.profiles:
         raise InputError(f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out")
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
+    if isinstance(recipe, Int8):  # what is not quantised is in the type that the backend is quick in
+        beside = find_recipe(backend.beside_int8)
+        recipe = replace(recipe, beside=beside.name, dtype=beside.dtype)
+    if spec.calibration is not None and not (isinstance(recipe, Int8) and recipe.calibrated):
+        raise InputError(f"--calibration is for --precision int8, not {recipe.name}; leave it out")
     return recipe, target, profiles
 
 
-def _guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
+def _record(spec: BuildSpec, recipe: Recipe, base: str, guide: dict[str, Any] | None) -> Record | None:
+    """The calibration record that the recipe wants, made for this guide and, unless it was named, for this base."""
+    if not (isinstance(recipe, Int8) and recipe.calibrated):
+        return None
+    path = spec.calibration or find_record(spec.base, "teacher" if guide is None else str(guide["name"]))
+    record = Record.read(path)
+    named = spec.calibration is not None  # a fine-tune may borrow its base's ranges; parity is the judge
+    for what, found, wanted in (
+        ("base", record.base["sha256"], record.base["sha256"] if named else base),
+        ("guide", (record.guide or {}).get("sha256"), (guide or {}).get("sha256")),
+    ):
+        if found != wanted:
+            raise InputError(
+                f"{path} was recorded with another {what} (sha256 {str(found)[:12]}…, not {str(wanted)[:12]}…); "
+                f"make it again with: pnp-trt calibrate --base {spec.base} --guide {spec.guide} --force"
+            )
+    return record
+
+
+def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
+    """What identifies the guide: name, hash of config and weights, and what a sampler has to know of it; None without.
+
+    Raises:
+        InputError: if there is no such guide.
+    """
     if spec.guide == "none":
         return None
     from ..models.base import resolve
@@ -230,6 +269,7 @@ class _Work:
     target: str
     profiles: tuple[Profile, ...]
     progress: Progress
+    record: Record | None = None
 
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> dict[str, Any]:
         from ..models.base import copy_tokenizer
@@ -335,20 +375,22 @@ class _Work:
         from .graph import export
         from .parity import LARGE, relative_error
         from .precision import convert, reference
-        from .weights import WeightMap, check_complete
+        from .weights import check_complete
 
         path = work / f"{name}.onnx"
         module = make()
         rows = 1 if sum(p.numel() for p in module.parameters()) > LARGE else 2
         compared = {k: v[:rows] for k, v in inputs.items()}
         wanted = reference(module, compared).numpy()
-        recipes = [self.recipe, *([find_recipe("fp32")] if name in self.recipe.fallback else [])]
+        recipes = self._recipes(name)
         tried: list[str] = []
         for recipe in recipes:
             module = make() if module is None else module
             weights = export(convert(module, recipe), inputs, OUTPUTS[name], path)
             module = None  # rounded in place, and large
             gc.collect()
+            quantised = self._quantize(recipe, path, weights)
+            weights = quantised or weights
             weights = weights.derive(self.backend.prepare(path), _initializers(path))
             check_complete(path, weights)
             error = relative_error(path, compared, wanted)
@@ -369,8 +411,40 @@ class _Work:
         }
         if tried:
             entry["fallback"] = f"off by {tried[0]}"
-        assert isinstance(weights, WeightMap)
+        if quantised is not None:
+            entry["int8"] = self._told(weights)
         return entry, ({k: v.numpy() for k, v in compared.items()}, wanted), weights.as_dict()
+
+    def _recipes(self, name: str) -> list[Recipe]:
+        """What a network is exported in, and what is tried when that is too far off."""
+        first = self.recipe
+        if isinstance(first, Int8) and name not in first.networks:
+            first = find_recipe(first.beside)
+        return [first, *([find_recipe("fp32")] if name in first.fallback else [])]
+
+    def _quantize(self, recipe: Recipe, path: Path, weights: WeightMap) -> WeightMap | None:
+        """Bring the INT8 into a graph; its new map, or None where the recipe has none."""
+        from .quantize import matrix_layers, quantize_graph, quantize_weights
+
+        if not isinstance(recipe, Int8):
+            return None
+        if self.record is not None:
+            derived = quantize_graph(path, weights, self.record.choices())
+        else:
+            derived = quantize_weights(path, weights, matrix_layers(path, weights))
+        return weights.derive(derived, _initializers(path))
+
+    def _told(self, weights: WeightMap) -> dict[str, Any]:
+        """What the manifest says of a quantised network."""
+        layers = sum(w["transform"][-1]["op"] == "quantize" for w in weights.weights.values())
+        if self.record is None:
+            return {"layers": layers, "activations": False}
+        sweep = self.record.sweep
+        return {
+            "layers": layers, "activations": True, "share_of_macs": round(self.record.share(), 4),
+            "decision": self.record.decision, "kept": sweep.get("kept"), "latent_error": sweep.get("latent_error"),
+            "recorded_on": self.record.settings, "base_sha256": self.record.base["sha256"],
+        }  # fmt: skip
 
     def _compile(self, name: str, entry: dict[str, Any], work: Path, at: tuple[int, int]) -> None:
         def report(phase: str, done: int, total: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .weights import save_with_weights
+from .weights import Derived, save_with_weights
 
 HEADS_OUT = (0, 2, 1, 3)
 
@@ -25,11 +25,11 @@ class Lowered:
 
     Attributes:
         counts: nodes of each kind.
-        derived: new initialiser → (the one it was made of, step), see ``weights.WeightMap.derive``.
+        derived: see ``weights.WeightMap.derive``.
     """
 
     counts: dict[str, int]
-    derived: dict[str, tuple[str, dict[str, Any]]]
+    derived: Derived
 
 
 def for_onnxruntime_cpu(path: Path) -> Lowered:
@@ -37,7 +37,7 @@ def for_onnxruntime_cpu(path: Path) -> Lowered:
     import onnx_ir as ir
 
     model = ir.load(path)
-    derived: dict[str, tuple[str, dict[str, Any]]] = {}
+    derived: Derived = {}
     counts = {"GroupNormalization": _group_norms(model, derived), "Attention": _attentions(model)}
     if any(counts.values()):
         initializers = model.graph.initializers
@@ -48,7 +48,7 @@ def for_onnxruntime_cpu(path: Path) -> Lowered:
     return Lowered(counts, derived)
 
 
-def _group_norms(model: Any, derived: dict[str, tuple[str, dict[str, Any]]]) -> int:
+def _group_norms(model: Any, derived: Derived) -> int:
     import onnx_ir as ir
 
     graph = model.graph
@@ -69,7 +69,7 @@ def _group_norms(model: Any, derived: dict[str, tuple[str, dict[str, Any]]]) -> 
         """The per-channel weights as ``[C, 1, …]``."""
         name = f"{value.name}.reshaped.{ones}"
         shape = [int(value.shape[0]), *(1,) * ones]
-        derived[name] = (value.name, {"op": "reshape", "shape": shape})
+        derived[name] = (value.name, [{"op": "reshape", "shape": shape}])
         return register(name, ir.Tensor(value.const_value.numpy().reshape(shape).copy(), name=name))
 
     count = 0

@@ -76,7 +76,36 @@ class Bf16(Recipe):
     fallback: tuple[str, ...] = ("vae_decoder",)
 
 
-RECIPES: dict[str, Recipe] = {r.name: r for r in (Fp32(), Fp16(), Bf16())}
+@dataclass(frozen=True)
+class Int8(Recipe):
+    """W8A8: the inputs and weights of chosen U-Net layers in INT8, everything else in float16.
+
+    Which layers, and the ranges of their inputs, are a calibration record's (``pnp-trt calibrate``).  Weights have a
+    scale for each output channel, inputs one for all, both symmetric.  Text encoder and decoder stay in ``beside``.
+    The limit is on golden inputs, which are noise at any timestep and beyond the ranges of real ones.
+    """
+
+    name: str = "int8"
+    dtype: str = "float16"
+    limit: float = 0.1
+    networks: tuple[str, ...] = ("unet",)
+    beside: str = "fp16"
+    calibrated: bool = True
+
+
+@dataclass(frozen=True)
+class Int8Weights(Int8):
+    """Weight-only: stored in INT8, computed in float16; for memory and disk.
+
+    The rounding error of a weight is at most 1/254 of its channel's largest, 0.4 %, and no record is wanted.
+    """
+
+    name: str = "int8-weights"
+    limit: float = 0.1
+    calibrated: bool = False
+
+
+RECIPES: dict[str, Recipe] = {r.name: r for r in (Fp32(), Fp16(), Bf16(), Int8(), Int8Weights())}
 
 
 def recipe(name: str) -> Recipe:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 FILE = "weights.json"
+#: largest magnitude of a quantised weight
+LEVELS = 127
+#: new initialiser → (the one that it was made of, what was done to it)
+Derived = dict[str, tuple[str, list[dict[str, Any]]]]
 
 
 @dataclass
@@ -42,11 +46,11 @@ class WeightMap:
         """As ``weights.json`` holds it."""
         return {"weights": self.weights, "constants": self.constants}
 
-    def derive(self, steps: dict[str, tuple[str, dict[str, Any]]], present: list[str]) -> WeightMap:
+    def derive(self, steps: Derived, present: list[str]) -> WeightMap:
         """The map after a rewrite of the graph.
 
         Args:
-            steps: new initialiser → (the one that it was made of, the transform's step).
+            steps: new initialiser → (the one that it was made of, the transform's further steps).
             present: all initialisers after the rewrite.
         """
         out = WeightMap()
@@ -54,8 +58,8 @@ class WeightMap:
             if name in self.weights:
                 out.weights[name] = self.weights[name]
             elif name in steps:
-                old, step = steps[name]
-                out.weights[name] = {**self.weights[old], "transform": [*self.weights[old]["transform"], step]}
+                old, more = steps[name]
+                out.weights[name] = {**self.weights[old], "transform": [*self.weights[old]["transform"], *more]}
             else:
                 out.constants.append(name)
         return out
@@ -77,9 +81,44 @@ def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
                 tensor = tensor.permute(step["perm"])
             case "reshape":
                 tensor = tensor.reshape(step["shape"])
+            case "shift":
+                tensor = _shifted(tensor, step["axis"], step["exponents"])
+            case "quantize":
+                tensor = quantize(tensor, step["axis"])
+            case "quantization_scale":
+                tensor = quantization_scale(tensor, step["axis"]).to(getattr(torch, step["to"]))
             case other:
                 raise PnpError(f"{FILE} has a transform '{other}', which this version does not know; build again")
     return tensor.contiguous()
+
+
+def quantization_scale(tensor: Tensor, axis: int) -> Tensor:
+    """Steps of symmetric 8-bit weights with a scale for each index of ``axis``: max|W| / 127, float32 ``[n]``.
+
+    Each is a number of float16, so that the same steps serve graphs of both types; a channel smaller than float16's
+    smallest normal number shares its step.
+    """
+    import torch
+
+    over = [i for i in range(tensor.ndim) if i != axis % tensor.ndim]
+    largest = tensor.float().abs().amax(over) / LEVELS
+    return largest.clamp_min(torch.finfo(torch.float16).smallest_normal).half().float()
+
+
+def quantize(tensor: Tensor, axis: int) -> Tensor:
+    """Symmetric 8-bit weights, int8, of ``tensor``'s shape: round(W / scale), half to even, within ±127."""
+    import torch
+
+    shape = [-1 if i == axis % tensor.ndim else 1 for i in range(tensor.ndim)]
+    scale = quantization_scale(tensor, axis).reshape(shape)
+    return (tensor.float() / scale).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+
+
+def _shifted(tensor: Tensor, axis: int, exponents: list[int]) -> Tensor:
+    import torch
+
+    shape = [-1 if i == axis % tensor.ndim else 1 for i in range(tensor.ndim)]
+    return tensor.float() * torch.exp2(torch.tensor(exponents).float()).reshape(shape)
 
 
 def hide(graph: Any, names: set[str]) -> list[str]:

@@ -1,0 +1,128 @@
+"""Which layers take INT8: the error that each brings, the method that brings least, and how many are worth keeping.
+
+The error is ‖ε̂ − ε‖ / ‖ε‖ of the network's prediction on states that the sampler visits, which were not calibrated on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .observe import METHODS, Loop
+from .record import Choice, Layer, choose
+from .simulate import quantised
+
+SMOOTH = ("smoothquant-0.5", "smoothquant-0.8")
+#: layers that are left out of INT8, most sensitive first, as shares of all
+KEPT = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+
+
+@dataclass
+class Probes:
+    """States that the sampler visits, and the prediction there.
+
+    Attributes:
+        states: ``(x, t, rows, w)`` of one step of a batch.
+        wanted: the prediction in float32, each.
+    """
+
+    states: list[tuple[Tensor, int, Tensor, Tensor]]
+    wanted: list[Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def collect(cls, loop: Loop, seed: int, pictures: int, most: int) -> Probes:
+        """One run's states, ``most`` of them, evenly spaced."""
+        states: list[tuple[Tensor, int, Tensor, Tensor]] = []
+        loop.run(seed, pictures, lambda *state: states.append(state))
+        step = max(1, len(states) // most)
+        states = states[step // 2 :: step]
+        return cls(states, [loop.predict(*s) for s in states])
+
+    @torch.no_grad()
+    def error(self, loop: Loop) -> float:
+        """The network's relative error as it is now."""
+        off = whole = 0.0
+        for state, wanted in zip(self.states, self.wanted, strict=True):
+            off += float((loop.predict(*state) - wanted).double().square().sum())
+            whole += float(wanted.double().square().sum())
+        return (off / whole) ** 0.5
+
+
+class Sweep:
+    """The sweep; every figure is kept as soon as it is there, so that it can be continued.
+
+    Args:
+        modules: the candidate layers.
+        layers: what was observed of them.
+        found: figures of an earlier run; written into.
+        save: called after each figure.
+    """
+
+    def __init__(
+        self, loop: Loop, probes: Probes, modules: dict[str, nn.Module], layers: dict[str, Layer],
+        found: dict[str, Any], save: Callable[[], None], progress: Callable[[str, int, int, str], None],
+    ) -> None:  # fmt: skip
+        self.loop, self.probes, self.modules, self.layers = loop, probes, modules, layers
+        self.found, self._save, self._progress = found, save, progress
+
+    def methods(self) -> dict[str, str]:
+        """The best method for each kind of layer, all layers of the kind in INT8 at once."""
+        table = self.found.setdefault("methods", {})
+        kinds = sorted({layer.kind for layer in self.layers.values()})
+        jobs = [(k, m) for k in kinds for m in (*METHODS, *(SMOOTH if k == "linear" else ()))]
+        for i, (kind, method) in enumerate(jobs):
+            self._progress("methods", i, len(jobs), f"{kind} {method}")
+            row = table.setdefault(kind, {})
+            if method not in row:
+                names = [n for n, layer in self.layers.items() if layer.kind == kind]
+                row[method] = self._error({n: choose(self.layers[n], method) for n in names})
+                self._save()
+        return {kind: min(table[kind], key=lambda m, k=kind: table[k][m]) for kind in kinds}  # type: ignore[misc]
+
+    def each(self, best: dict[str, str]) -> list[str]:
+        """The layers, the one that brings the largest error for its arithmetic first."""
+        table = self.found.setdefault("layers", {})
+        for i, (name, layer) in enumerate(self.layers.items()):
+            self._progress("layers", i, len(self.layers), name)
+            if name not in table:
+                table[name] = self._error({name: choose(layer, best[layer.kind])})
+                self._save()
+        return sorted(self.layers, key=lambda n: table[n] ** 2 / max(self.layers[n].macs, 1), reverse=True)
+
+    def kept(self, best: dict[str, str], order: list[str], limit: float) -> list[str]:
+        """The layers that stay, as few as bring the error under ``limit``; if none do, those of the least error."""
+        table = self.found.setdefault("kept", [])
+        whole = sum(layer.macs for layer in self.layers.values())
+        for i, share in enumerate(KEPT):
+            self._progress("kept", i, len(KEPT), f"{share:.0%} of the layers")
+            count = round(share * len(order))
+            if all(row["kept"] != count for row in table):
+                used = order[count:]
+                error = self._error({n: choose(self.layers[n], best[self.layers[n].kind]) for n in used})
+                macs = sum(self.layers[n].macs for n in used) / whole
+                table.append({"kept": count, "error": error, "int8_macs": round(macs, 4)})
+                self._save()
+        enough = [row for row in table if row["error"] <= limit]
+        row = min(enough, key=lambda r: r["kept"]) if enough else min(table, key=lambda r: r["error"])
+        return order[: row["kept"]]
+
+    def _error(self, choices: dict[str, Choice]) -> float:
+        with quantised(self.modules, choices):
+            return float(f"{self.probes.error(self.loop):.4g}")
+
+
+def latent_error(loop: Loop, modules: dict[str, nn.Module], choices: dict[str, Choice], seeds: Iterable[int]) -> float:
+    """‖x̂₀ − x₀‖ / ‖x₀‖ of final latents after the whole loop, from the same noise."""
+    off = whole = 0.0
+    for seed in seeds:
+        wanted = loop.run(seed, 4)
+        with quantised(modules, choices):
+            got = loop.run(seed, 4)
+        off += float((got - wanted).double().square().sum())
+        whole += float(wanted.double().square().sum())
+    return (off / whole) ** 0.5

@@ -88,6 +88,11 @@ def build(
     for name, network in m["networks"].items():
         if "fallback" in network:
             print(f"{name} stays in {network['precision']}: {network['fallback']}")
+    if m["backend"] == "onnxruntime" and m["precision"].startswith("int8"):
+        # measured in benchmarks/results/precision.json
+        print(
+            "ONNX Runtime's CPU provider is slower with INT8 than with fp32; it is here to compare pictures and sizes"
+        )
     if isinstance(m["parity"]["engine"], str) and m["profiles"]:
         print(f"parity of the engines: {m['parity']['engine']}")
     if reason := backends.get(m["backend"]).cannot_run(m["target"], m["built_from"]["options"]):

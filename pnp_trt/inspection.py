@@ -67,6 +67,7 @@ def render(folder: Path, m: dict[str, Any], problem: str | None) -> RenderableTy
     guide = m["guide"]
     peak = {k: _size(v) for k, v in m["peak_memory"].items() if v}
     engine = m["parity"]["engine"]
+    int8 = {k: n for k, n in m["networks"].items() if "int8" in n}
     built = [f"{m['built']} in {m['build_seconds']:g} s", *(f"peak memory {v} ({k})" for k, v in peak.items())]
     for name, value in (
         ("engine", f"{folder}, {_size(total)}"),
@@ -74,7 +75,7 @@ def render(folder: Path, m: dict[str, Any], problem: str | None) -> RenderableTy
         ("guide", f"{guide['name']} ({guide['sha256'][:12]}…)" if guide else "none: the plain teacher"),
         ("backend", m["backend"] + "".join(f", {k} {v}" for k, v in m["compiler"].items())),
         ("target", m["target"]),
-        ("precision", m["precision"]),
+        ("precision", m["precision"] + "".join(f"; {k}: {_int8(n['int8'])}" for k, n in int8.items())),
         ("profiles", ", ".join(p["name"] for p in m["profiles"]) or f"any batch up to {m['sample']['max_batch']}"),
         ("pictures", f"{m['image']['height']}×{m['image']['width']}"),
         ("parity", f"limit {m['parity']['limit']:.0e} against {m['parity']['against']}"),
@@ -97,6 +98,14 @@ def render(folder: Path, m: dict[str, Any], problem: str | None) -> RenderableTy
     if problem:
         parts += [Text(), Text(f"cannot run here: {problem}", style="red")]
     return Group(*parts)
+
+
+def _int8(said: dict[str, Any]) -> str:
+    """What is quantised in a network."""
+    if not said["activations"]:
+        return f"the weights of {said['layers']} layers"
+    kept = len(said["decision"]["float"])
+    return f"{said['layers']} layers with {said['share_of_macs']:.1%} of the arithmetic, {kept} left in floating point"
 
 
 def _size(number: int) -> str:

@@ -101,7 +101,7 @@ class Int8Weights(Int8):
     """
 
     name: str = "int8-weights"
-    limit: float = 0.1
+    limit: float = 0.05
     calibrated: bool = False
 
 

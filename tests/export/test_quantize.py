@@ -1,0 +1,114 @@
+"""The quantised graph computes what the simulation computes, and every INT8 weight is derived from its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pnp_trt.backends.onnxruntime import OrtNetwork
+from pnp_trt.errors import PnpError
+from pnp_trt.export.graph import export
+from pnp_trt.export.precision import RECIPES, convert
+from pnp_trt.export.quantize import matrix_layers, quantize_graph, quantize_weights
+from pnp_trt.export.weights import WeightMap, apply, check_complete, quantization_scale, quantize
+from pnp_trt.quantize.record import Choice
+from pnp_trt.quantize.simulate import quantised
+
+CHOICES = {
+    "unet.conv": Choice(3.0),
+    "unet.plain": Choice(2.0),
+    "unet.smooth": Choice(2.5, (1, 0, -1, 0, 2, 0, 0, -2)),
+}
+
+
+class Net(nn.Module):
+    """A convolution, two linear layers of one input, and one in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.unet = nn.ModuleDict(
+            {
+                "conv": nn.Conv2d(4, 8, 3, padding=1), "deep": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+                "plain": nn.Linear(8, 8), "smooth": nn.Linear(8, 8),
+            }
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.unet["deep"](self.unet["conv"](x)).flatten(2).transpose(1, 2)
+        return self.unet["plain"](y) + self.unet["smooth"](y)
+
+
+def exported(folder: Path, precision: str = "fp32") -> tuple[WeightMap, Path]:
+    path = folder / "net.onnx"
+    return export(convert(Net(), RECIPES[precision]), {"x": torch.zeros(2, 4, 6, 6)}, "y", path), path
+
+
+def initializers(path: Path) -> list[str]:
+    return list(ir.load(path).graph.initializers)
+
+
+def test_the_graph_computes_what_the_simulation_does(tmp_path: Path) -> None:
+    weights, path = exported(tmp_path)
+    check_complete(path, weights.derive(quantize_graph(path, weights, CHOICES), initializers(path)))
+    net, x = Net(), torch.randn(2, 4, 6, 6)
+    with torch.no_grad(), quantised(dict(net.named_modules()), CHOICES):
+        wanted = net(x).numpy()
+    got = OrtNetwork(path, "cpu")(x=x.numpy())
+    # a value on the edge between two steps may fall to either side
+    assert np.mean(np.abs(got - wanted) > 1e-4) < 0.01
+    assert np.abs(wanted - net(x).detach().numpy()).max() > 1e-3
+    ops = [n.op_type for n in ir.load(path).graph]
+    assert ops.count("QuantizeLinear") == 3 and ops.count("DequantizeLinear") == 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_data_file_is_the_transformed_weights_in_order(tmp_path: Path, precision: str) -> None:
+    weights, path = exported(tmp_path, precision)
+    weights = weights.derive(quantize_graph(path, weights, CHOICES), initializers(path))
+    own = Net().state_dict()
+    made = [apply(w["transform"], own[f"{w['source']}.{w['key']}"]) for _, w in sorted(weights.weights.items())]
+    data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in made)
+    assert data == path.with_name("net.onnx.data").read_bytes()
+    assert sum(t.dtype == torch.int8 for t in made) == 3
+
+
+def test_weight_only_leaves_inputs_alone(tmp_path: Path) -> None:
+    weights, path = exported(tmp_path)
+    layers = matrix_layers(path, weights)
+    assert layers == ["unet.conv", "unet.plain", "unet.smooth"]  # not the convolution in groups
+    quantize_weights(path, weights, layers)
+    ops = [n.op_type for n in ir.load(path).graph]
+    assert "QuantizeLinear" not in ops and ops.count("DequantizeLinear") == 3
+    x = torch.randn(2, 4, 6, 6)
+    wanted = Net()(x).detach().numpy()
+    error = np.linalg.norm(OrtNetwork(path, "cpu")(x=x.numpy()) - wanted) / np.linalg.norm(wanted)
+    assert 1e-5 < error < 2e-2
+
+
+def test_layers_that_the_graph_lacks_are_named(tmp_path: Path) -> None:
+    weights, path = exported(tmp_path)
+    with pytest.raises(PnpError, match=r"2 layers that net.onnx does not have, for example guide.a"):
+        quantize_graph(path, weights, {**CHOICES, "unet.b": Choice(1.0), "guide.a": Choice(1.0)})
+    with pytest.raises(PnpError, match=r"unet.deep is read by Conv and cannot take INT8"):
+        quantize_graph(path, weights, {"unet.deep": Choice(1.0)})
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(0, 1), st.floats(1e-8, 1e4), st.integers(0, 2**31))
+def test_rounding_is_within_half_a_step(rows: int, columns: int, axis: int, size: float, seed: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size
+    scale = quantization_scale(weight, axis)
+    assert torch.equal(scale.half().float(), scale) and (scale > 0).all()
+    wide = scale.reshape([-1, 1] if axis == 0 else [1, -1])
+    values = quantize(weight, axis)
+    assert values.dtype == torch.int8 and values.min() >= -127
+    # the scale itself is rounded to float16, by at most 2⁻¹¹ of 127 steps
+    assert ((values * wide - weight).abs() <= wide * (0.5 + 127 * 2.0**-11) + 1e-12).all()

@@ -1,0 +1,140 @@
+"""The sampler is watched, the sweep decides, and a run that was stopped continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pnp_trt.models.base import resolve
+from pnp_trt.models.load import load_guide
+from pnp_trt.models.student import Student
+from pnp_trt.quantize.observe import candidates
+from pnp_trt.quantize.record import Record
+from pnp_trt.quantize.run import CalibrationConfig, calibrate
+from pnp_trt.quantize.simulate import quantised
+
+from ..conftest import Result
+
+Cli = Callable[..., Result]
+
+
+def test_every_candidate_is_observed_at_all_timesteps(micro_record: Path) -> None:
+    record = Record.read(micro_record)
+    assert not any("conv_in" in n or "time_emb" in n or n.startswith("guide.") for n in record.layers)
+    for name, layer in record.layers.items():
+        assert layer.amax["percentile-99.9"] <= layer.amax["percentile-99.99"] <= layer.amax["max"], name
+        assert max(layer.by_timestep) == layer.amax["max"] > 0
+        assert sum(v > 0 for v in layer.by_timestep) >= 4  # four steps, each shifted by a part of one
+        assert (layer.kind == "linear") == bool(layer.channels)
+        if layer.channels:
+            assert max(layer.channels) == layer.amax["max"]
+
+
+def test_the_sweep_decides_by_its_own_figures(micro_record: Path) -> None:
+    record = Record.read(micro_record)
+    sweep, decision = record.sweep, record.decision
+    for kind, table in sweep["methods"].items():
+        assert table[decision[kind]] == min(table.values())
+    assert set(sweep["layers"]) == set(record.layers)
+    errors = {row["kept"]: row["error"] for row in sweep["kept"]}
+    enough = [k for k, e in errors.items() if e <= sweep["limit"]]
+    assert len(decision["float"]) == (min(enough) if enough else min(errors, key=lambda k: errors[k]))
+    assert len(record.choices()) == len(record.layers) - len(decision["float"])
+    assert 0 < sweep["latent_error"] < 1
+
+
+def test_simulation_quantises_and_restores(micro_base: Path, micro_guide: Path, micro_record: Path) -> None:
+    student = Student(resolve(str(micro_base)).unet(), load_guide(str(micro_guide)))
+    layers, choices = candidates(student, ["unet.*"]), Record.read(micro_record).choices()
+    before = {n: layer.weight.clone() for n, layer in layers.items()}
+    name = next(n for n, c in choices.items() if c.exponents is None)
+    with quantised(layers, choices):
+        weight = layers[name].weight
+        assert len(weight[0].unique()) <= 255 and not torch.equal(weight, before[name])
+    assert all(torch.equal(layers[n].weight, before[n]) for n in layers)
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+def test_a_run_that_was_stopped_continues(micro_base: Path, micro_guide: Path, prompts: Path, micro_record: Path,
+                                          tmp_path: Path) -> None:  # fmt: skip
+    config = CalibrationConfig(
+        str(micro_base),
+        str(micro_guide),
+        prompts,
+        tmp_path / "r.json",
+        pictures=3,
+        batch=2,
+        steps=4,
+        probes=2,
+        limit=0.01,
+    )
+    stages: list[str] = []
+
+    def stop_in_the_sweep(stage: str, done: int, *_: Any) -> None:
+        stages.append(stage)
+        if stage == "layers" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config, progress=stop_in_the_sweep)
+    assert not config.out.exists() and "observe" in stages  # type: ignore[union-attr]
+    held = json.loads((tmp_path / ".r.json.partial").read_text())["found"]
+    assert len(held["sweep"]["layers"]) == 3
+    stages.clear()
+    _, record = calibrate(config, progress=lambda stage, *_: stages.append(stage))
+    assert "observe" not in stages and not (tmp_path / ".r.json.partial").exists()
+    assert record == Record.read(micro_record)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "none.txt"], "the prompts file none.txt does not exist"),
+        (["--pictures", "0"], "pictures is 0; it must be at least 1"),
+        (["--w-min", "5", "--w-max", "2"], "the guidance scales are 5 to 2"),
+        (["--limit", "0"], "the limit is 0; it must be above 0"),
+        (["--layer", "unet.nothing.*"], "no convolution or linear layer is named unet.nothing.*"),
+        (["--steps", "2000"], "steps is 2000; it must be between 1 and 1000"),
+        (["--base", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_orders_are_refused(cli: Cli, micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path,
+                                arguments: list[str], message: str) -> None:  # fmt: skip
+    given = {"--base": micro_base, "--guide": micro_guide, "--prompts": prompts, "--out": tmp_path / "r.json"}
+    words = [str(w) for k, v in given.items() if k not in arguments for w in (k, v)]
+    done = cli("calibrate", *words, *arguments)
+    assert done.code == 2 and message in done.err, done.err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_int8_from_calibration_to_picture(cli: Cli, micro_base: Path, micro_guide: Path, prompts: Path,
+                                          tmp_path: Path) -> None:  # fmt: skip
+    record, engine = tmp_path / "r.json", tmp_path / "engine"
+    source = ["--base", str(micro_base), "--guide", str(micro_guide)]
+    # the latents of an untrained network grow with every step, and golden inputs are as large as noise
+    made = ["calibrate", *source, "--prompts", prompts, "--pictures", "8", "--steps", "1", "--out", record]
+    done = cli(*made, "--probes", "0")
+    assert done.code == 0, done.err
+    assert "--precision int8" in done.out and f"--calibration {record}" in done.out
+    done = cli(*made)
+    assert done.code == 2 and "exists already; pass --force" in done.err
+    done = cli("build", *source, "--precision", "int8", "--calibration", record, "--out", engine)
+    assert done.code == 0, done.err
+    assert "slower with INT8" in done.out
+    text = cli("inspect", engine).out
+    assert "layers with 100.0% of the arithmetic" in " ".join(text.split())
+    assert cli("verify", engine).code == 0
+    done = cli("sample", "a cat", "--engine", engine, "--steps", "2", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert list((tmp_path / "out").glob("*.png"))
+    # another guide's record is refused, and a record without INT8 too
+    done = cli("build", "--base", micro_base, "--guide", "none", "--precision", "int8", "--calibration", record,
+               "--out", tmp_path / "other")  # fmt: skip
+    assert done.code == 2 and "was recorded with another guide" in done.err
+    done = cli("build", *source, "--calibration", record, "--out", tmp_path / "other")
+    assert done.code == 2 and "--calibration is for --precision int8, not fp32" in done.err

@@ -1,0 +1,79 @@
+"""Records survive a round trip, say what is wrong with them, and SmoothQuant's factors are exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pnp_trt.errors import InputError
+from pnp_trt.quantize.record import Choice, Layer, Record, choose, find
+
+MAGNITUDES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=16)
+
+
+def layer(channels: list[float], kind: str = "linear") -> Layer:
+    return Layer(kind, 100, {"max": max(channels, default=1.0), "percentile-99.9": 0.5}, [1.0], channels)
+
+
+@given(MAGNITUDES, st.sampled_from(["0.5", "0.8"]))
+def test_smoothing_is_undone_by_the_weight_without_rounding(channels: list[float], alpha: str) -> None:
+    choice = choose(layer(channels), f"smoothquant-{alpha}")
+    factors = torch.exp2(torch.tensor(choice.exponents or [0] * len(channels)).double())
+    x, w = torch.randn(3, len(channels)).double(), torch.randn(5, len(channels)).double()
+    assert torch.equal((x / factors) * factors, x)
+    torch.testing.assert_close((x / factors) @ (w * factors).T, x @ w.T, rtol=0, atol=1e-9)
+    # the range covers what each channel becomes
+    assert all(c / f <= choice.amax * (1 + 1e-9) for c, f in zip(channels, factors.tolist(), strict=True))
+
+
+def test_smoothing_evens_out_channels() -> None:
+    choice = choose(layer([100.0, 1.0, 1.0, 1.0]), "smoothquant-0.5")
+    assert choice.exponents is not None and choice.exponents[0] > choice.exponents[1]
+    assert choice.amax < 100.0
+    assert choose(layer([2.0, 2.0]), "smoothquant-0.5") == Choice(2.0)  # even already: nothing to multiply by
+    assert choose(layer([], "conv"), "smoothquant-0.5") == Choice(1.0)  # convolutions have no channels' record
+    assert choose(layer([3.0]), "percentile-99.9") == Choice(0.5)
+
+
+def test_records_survive_a_round_trip(micro_record: Path, tmp_path: Path) -> None:
+    record = Record.read(micro_record)
+    record.write(tmp_path / "again.json")
+    assert Record.read(tmp_path / "again.json") == record
+    # a line for each layer, so that a difference of two records can be read
+    lines = (tmp_path / "again.json").read_text().splitlines()
+    assert sum(line.startswith('  "unet.') for line in lines) == len(record.layers)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "not readable as JSON"),
+        (lambda text: text.replace("calibration/1", "calibration/9"), "has schema pnp-trt/calibration/9"),
+        (lambda text: "[1]", "has schema None"),
+        (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "max"}}), "is incomplete"),
+        (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "magic", "linear": "max", "float": []}}),
+         "is incomplete ('magic')"),
+        (lambda text: text.replace('"amax": {"max": ', '"amax": {"max": -', 1), "has the range -"),
+    ],
+)  # fmt: skip
+def test_damaged_records_are_refused(micro_record: Path, tmp_path: Path, change: object, message: str) -> None:
+    record = json.loads(micro_record.read_text())
+    record["decision"] = {"conv": "max", "linear": "max", "float": []}
+    path = tmp_path / "record.json"
+    path.write_text(change(json.dumps(record)))  # type: ignore[operator]
+    with pytest.raises(InputError, match="record.json") as e:
+        Record.read(path)
+    assert message in str(e.value) and "pnp-trt calibrate" in str(e.value)
+
+
+def test_a_record_that_is_not_there_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="pnp-trt calibrate --base emoji-3d --guide full"):
+        find("emoji-3d", "full")
+    with pytest.raises(InputError, match="cannot be read"):
+        Record.read(tmp_path / "none.json")

@@ -184,11 +184,10 @@ def _console() -> Any:
 def _need_torch(command: str) -> None:
     import importlib.util
 
-    missing = [
-        m for m in ("torch", "diffusers", "transformers", "onnx", "onnxscript") if importlib.util.find_spec(m) is None
-    ]
-    if missing:
-        extra = "train" if command == "distill" else "build"
+    wanted = ["torch", "diffusers", "transformers", "onnx", "onnxscript"]
+    wanted += ["modelopt"] if command == "calibrate" else []
+    if missing := [m for m in wanted if importlib.util.find_spec(m) is None]:
+        extra = {"distill": "train", "calibrate": "int8"}.get(command, "build")
         raise InputError(f"pnp-trt {command} needs {', '.join(missing)}; install with: pip install 'pnp-trt[{extra}]'")
 
 

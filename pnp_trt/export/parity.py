@@ -44,21 +44,21 @@ def relative_error(path: Path, inputs: dict[str, Any], reference: np.ndarray) ->
     computes it in float32 from end to end and shows none of the error; it has no bfloat16 kernels at all.
     """
     arrays = {k: v.numpy() for k, v in inputs.items()}
-    stepwise = _rounded_at_every_node(path)
+    stepwise = rounded_at_every_node(path)
     try:
         if stepwise is None:
             from ..backends.onnxruntime import OrtNetwork
 
             out = OrtNetwork(path, "cpu")(**arrays)
         else:
-            out = _run_as_written(stepwise, arrays)
+            out = run_as_written(stepwise, arrays)
     finally:
         if stepwise is not None:
             stepwise.unlink()
     return difference(out, reference)
 
 
-def _run_as_written(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def run_as_written(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -70,7 +70,7 @@ def _run_as_written(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     return out
 
 
-def _rounded_at_every_node(path: Path) -> Path | None:
+def rounded_at_every_node(path: Path) -> Path | None:
     """A graph beside ``path`` that computes in float32 and casts every half-precision result there and back.
 
     None where the graph has no half precision.  ONNX Runtime keeps casts that are written in a graph; it drops only

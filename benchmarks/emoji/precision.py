@@ -1,0 +1,238 @@
+"""What a precision costs on the bundled model: parity, size and seconds of every bundle, and the pictures themselves.
+
+Three parts, each kept as soon as it is there, so that a killed run continues:
+
+- bundles: fp32, fp16, int8 and int8-weights for ONNX Runtime; fp16, int8 and int8-weights engines of TensorRT-RTX for
+  four GPUs, compiled here, not run.
+- pictures: 512 of each precision from the same noise; EfficientNet-KID and alignment, and what is lost against fp32,
+  paired, with intervals.  float16 is run with every result rounded to float16, as a GPU rounds it; ONNX Runtime's CPU
+  provider would compute in float32.
+- speed: one U-Net pass on ONNX Runtime's CPU provider, interleaved, as ratios to fp32.
+
+    python -m benchmarks.emoji.precision            # benchmarks/results/emoji-precision.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pnp_trt.artifacts import open_bundle, read_manifest, write_json
+from pnp_trt.backends.base import Bound, Description, Network
+from pnp_trt.bench.fidelity import AlignmentHead, FeatureExtractor
+from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.parity import rounded_at_every_node
+from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.runtime.verify import load_golden
+
+from . import compare
+from .compare import Ranked
+from .measures import Shots, real_pictures
+from .provenance import machine
+from .runner import captions
+
+SCHEMA = "pnp-trt/emoji-precision/1"
+TARGETS = ("sm_75", "sm_86", "sm_89", "sm_120")
+BATCH = 16
+#: of a manifest's words on INT8
+TOLD = ("layers", "share_of_macs", "latent_error", "decision", "kept")
+
+
+def specs(home: Path, guide: str) -> list[BuildSpec]:
+    """All bundles; the recipe and the backend name the folder."""
+    ort = [("onnxruntime", p, None) for p in ("fp32", "fp16", "int8", "int8-weights")]
+    rtx = [("tensorrt-rtx", p, t) for p in ("fp16", "int8", "int8-weights") for t in TARGETS]
+    return [
+        BuildSpec("emoji", guide, b, p, home / "-".join(filter(None, [b, p, t])), t, () if t is None else ("b1",))
+        for b, p, t in (*ort, *rtx)
+    ]  # fmt: skip
+
+
+def bundle_row(folder: Path) -> dict[str, Any]:
+    """What a bundle's manifest says of it."""
+    m = read_manifest(folder)
+    unet = m["networks"]["unet"]
+    size = {k: sum(f["bytes"] for n, f in m["files"].items() if n.startswith(k)) for k in ("unet.onnx", "unet.engine")}
+    return {
+        "backend": m["backend"], "precision": m["precision"], "target": m["target"],
+        "parity": m["parity"]["relative_error"],
+        "parity_limits": {k: n["parity"]["limit"] for k, n in m["networks"].items()},
+        "unet_graph_bytes": size["unet.onnx"], "unet_engine_bytes": size["unet.engine"] or None,
+        "int8": {k: v for k, v in unet.get("int8", {}).items() if k in TOLD} or None,
+        "build_seconds": m["build_seconds"], "unet_compile_seconds": unet["compiled"]["seconds"],
+        "peak_memory_bytes": m["peak_memory"],
+    }  # fmt: skip
+
+
+class AsWritten(Network):
+    """A half-precision graph with every result rounded to its type, on ONNX Runtime's CPU provider."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # keeps casts that are written
+        made = rounded_at_every_node(path)
+        assert made is not None
+        try:
+            self._session = ort.InferenceSession(str(made), options, providers=["CPUExecutionProvider"])
+        finally:
+            made.unlink()
+
+    def describe(self) -> Description:
+        return Description({}, {}, "cpu")
+
+    @contextlib.contextmanager
+    def bind(self, batch: int) -> Iterator[Bound]:
+        yield _Held(self._session)
+
+
+class _Held(Bound):
+    def __init__(self, session: Any) -> None:
+        self._session, self._inputs, self._out = session, {}, np.empty(0)
+
+    def write(self, **inputs: np.ndarray) -> None:
+        self._inputs |= inputs
+
+    def run(self) -> None:
+        self._out = self._session.run(None, self._inputs)[0]
+
+    def read(self) -> np.ndarray:
+        return self._out
+
+
+def sample(folder: Path, rows: Any, steps: int | None, w: float, as_written: bool, tell: Any) -> np.ndarray:
+    """Pictures uint8 ``[N, H, W, 3]`` of one bundle."""
+    bundle = open_bundle(folder)
+    pipeline = Pipeline(bundle, provider="cpu")
+    if as_written:
+        pipeline._text, pipeline._unet, pipeline._vae = (
+            AsWritten(bundle.file(n)) for n in ("text_encoder", "unet", "vae_decoder")
+        )
+    out = []
+    for i in range(0, len(rows), BATCH):
+        part = rows[i : i + BATCH]
+        found = pipeline([a.prompt for a in part], seed=[a.seed for a in part], steps=steps, guidance=w)
+        out += [p.pixels for p in found]
+        tell(len(out))
+    return np.stack(out)
+
+
+def speed(home: Path, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of one pass, interleaved round by round, and the ratio to fp32 of the same round."""
+    names = ("fp32", "fp16", "int8", "int8-weights")
+    rows = []
+    for batch in (1, 4):
+        nets, times = {}, {n: [] for n in names}
+        for n in names:
+            bundle = open_bundle(home / f"onnxruntime-{n}")
+            nets[n] = Pipeline(bundle, provider="cpu")._unet
+        golden, _ = load_golden(home / "onnxruntime-fp32" / "golden.npz")["unet"]
+        inputs = {k: np.concatenate([v] * batch)[:batch] for k, v in golden.items()}
+        for turn in range(rounds + 3):
+            for n in names:
+                start = time.perf_counter()
+                nets[n](**inputs)
+                if turn >= 3:
+                    times[n].append(1e3 * (time.perf_counter() - start))
+        for n in names:
+            ratio = np.array(times[n]) / np.array(times["fp32"])
+            rows.append(
+                {
+                    "precision": n, "batch": batch, "p50_ms": round(float(np.median(times[n])), 3),
+                    "ratio_to_fp32": [round(float(np.quantile(ratio, q)), 3) for q in (0.25, 0.5, 0.75)],
+                    "observations_ms": [round(t, 3) for t in times[n]],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.emoji.precision", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--guide", default="emoji-tiny")
+    add("--pictures", type=int, default=512)
+    add("--steps", type=int, default=16)
+    add("--guidance", type=float, default=3.0)
+    add("--rounds", type=int, default=30)
+    add("--parts", default="bundles,pictures,speed")
+    add("--cache", type=Path, default=Path("build/emoji"))
+    add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
+    add("--json", type=Path, default=Path("benchmarks/results/emoji-precision.json"))
+    a = parser.parse_args()
+    home = a.cache / "precision"
+    held: dict[str, Any] = json.loads(a.json.read_text()) if a.json.is_file() else {}
+    held |= {
+        "schema": SCHEMA,
+        "provenance": machine(shlex.join(["python", "-m", "benchmarks.emoji.precision", *sys.argv[1:]])),
+    }
+    parts = a.parts.split(",")
+    for spec in specs(home, a.guide):
+        if "bundles" in parts or spec.backend == "onnxruntime":
+            print(f"build {spec.folder().name}", file=sys.stderr)
+            build(spec)
+    if "bundles" in parts:
+        held["bundles"] = [bundle_row(s.folder()) for s in specs(home, a.guide)]
+        write_json(a.json, held)
+    if "pictures" in parts:
+        held["pictures"] = judged(a, home)
+        write_json(a.json, held)
+    if "speed" in parts:
+        held["speed"] = {"device": "ONNX Runtime's CPU provider", "rows": speed(home, a.rounds)}
+        write_json(a.json, held)
+
+
+def judged(a: argparse.Namespace, home: Path) -> dict[str, Any]:
+    """KID, alignment and distance of every precision's pictures, and what each gains or loses against fp32's."""
+    rows = captions("train", a.pictures)
+    concepts = [r.concept for r in rows]
+    extract, head = FeatureExtractor(), AlignmentHead.load(a.judge)
+    real = Shots.cached(home / f"real-{a.pictures}.npz", lambda: real_pictures(rows, a.cache), extract)
+    sets: dict[str, Ranked] = {}
+    for name in ("fp32", "fp16", "int8", "int8-weights"):
+        folder = home / f"onnxruntime-{name}"
+        key = read_manifest(folder)["key"][:12]
+
+        def tell(done: int, name: str = name) -> None:
+            print(f"{name}: {done} of {a.pictures} pictures", file=sys.stderr)
+
+        shots = Shots.cached(
+            home / f"pictures-{key}-{a.steps}-{a.guidance:g}-{a.pictures}.npz",
+            lambda folder=folder, name=name, tell=tell: sample(  # type: ignore[misc]
+                folder, rows, a.steps, a.guidance, name == "fp16", tell
+            ),
+            extract,
+        )
+        sets[name] = Ranked.of(shots, concepts, head)
+    return {
+        "guide": a.guide, "steps": a.steps, "w": a.guidance, "count": a.pictures,
+        "fp16_is": "every result rounded to float16, on the CPU",
+        "rows": [_row(real, n, s, sets["fp32"]) for n, s in sets.items()],
+    }  # fmt: skip
+
+
+def _row(real: Shots, name: str, mine: Ranked, fp32: Ranked) -> Mapping[str, Any]:
+    out = {"precision": name, **compare.quality(real, [mine])}
+    if name != "fp32":
+        out |= {
+            "gain_over_fp32": compare.gain(real, [fp32], [mine]),
+            "distance_to_fp32": compare.distance([mine], [fp32]),
+        }
+    return out
+
+
+if __name__ == "__main__":
+    main()

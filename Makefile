@@ -6,7 +6,7 @@ DEMO ?= demo
 GUIDES ?= build/emoji/guides
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench tables ablation train-speed faults realsize emoji clean
+.PHONY: help demo test lint bench tables ablation train-speed faults realsize precision emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
@@ -17,6 +17,7 @@ help:
 	@echo "make train-speed steps per second and memory of training at Stable Diffusion 1.5's size"
 	@echo "make faults    kill a build at twenty random moments (minutes)"
 	@echo "make realsize  SD 1.5's size with random weights: export and an RTX engine (minutes, 6 GB of memory)"
+	@echo "make precision what FP16 and INT8 cost: parity, sizes and pictures of the bundled model (half an hour)"
 	@echo "make emoji  train the bundled model again from nothing (hours on a CPU; resumable)"
 
 $(BIN)/python:
@@ -75,7 +76,13 @@ faults: $(VENV)/.dev-installed
 	PNP_TRT_FAULTS=20 $(BIN)/python -m pytest tests/test_faults.py
 
 realsize: $(VENV)/.dev-installed
-	$(BIN)/python -m benchmarks.realsize --base random:sd15 --guide tiny --precision fp16 --target sm_89
+	for guide in tiny full; do for precision in fp16 int8; do \
+	  $(BIN)/python -m benchmarks.realsize --base random:sd15 --guide $$guide --precision $$precision --target sm_89 || exit 1; \
+	done; done
+
+precision: $(VENV)/.dev-installed
+	$(PIP_INSTALL) -e '.[recipe]'
+	$(BIN)/python -m benchmarks.emoji.precision
 
 emoji: $(BIN)/python
 	$(PIP_INSTALL) -e '.[recipe]'

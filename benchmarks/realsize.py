@@ -1,15 +1,18 @@
 """Export and compile a model of real size, and record what it took: ``make realsize``.
 
 The weights are seeded random numbers (``--base random:sd15``): seconds, memory and sizes are those of the real model,
-pictures would be noise.  The build runs in a process of its own, so that its peak memory is its own.
+pictures would be noise.  The build runs in a process of its own, so that its peak memory is its own.  For ``int8`` the
+sampler is watched for one step of one picture first: ranges of random weights mean nothing, their recording is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,22 @@ def record(bundle: Path, command: list[str]) -> dict[str, Any]:
     }
 
 
+def run(words: list[str]) -> None:
+    """Run ``pnp-trt``; end as it ended."""
+    done = subprocess.run([sys.executable, "-m", "pnp_trt", *words])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def calibrate(base: str, guide: str, out: Path) -> dict[str, Any]:
+    """Record ranges; seconds and peak memory of doing so."""
+    started = time.monotonic()
+    words = ["--base", base, "--guide", guide, "--pictures", "1", "--steps", "1", "--probes", "0"]
+    run(["calibrate", *words, "--out", str(out)])
+    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": peak, "options": words}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Build, record, throw the bundle away."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.realsize", description=__doc__)
@@ -64,13 +83,16 @@ def main(arguments: list[str] | None = None) -> None:
     profiles = a.profile or ([] if a.backend == "onnxruntime" else ["b1"])
     name = "-".join(["realsize", a.base.removeprefix("random:").replace("/", "-"), a.guide, a.precision, a.target])
     with tempfile.TemporaryDirectory(prefix="pnp-trt-realsize-") as folder:
-        bundle = Path(folder) / "bundle"
+        bundle, observed = Path(folder) / "bundle", None
+        if a.precision == "int8":
+            observed = calibrate(a.base, a.guide, Path(folder) / "record.json")
         words = ["build", "--base", a.base, "--guide", a.guide, "--backend", a.backend, "--precision", a.precision]
         words += ["--target", a.target, *(w for p in profiles for w in ("--profile", p)), "--out", str(bundle)]
-        done = subprocess.run([sys.executable, "-m", "pnp_trt", *words])
-        if done.returncode:
-            sys.exit(done.returncode)
-        found = record(bundle, ["python", "-m", "benchmarks.realsize", *(arguments or sys.argv[1:])])
+        words += ["--calibration", str(Path(folder) / "record.json")] if observed else []
+        run(words)
+        found = {"calibration": observed} | record(
+            bundle, ["python", "-m", "benchmarks.realsize", *(arguments or sys.argv[1:])]
+        )
     out = a.out or RESULTS / f"{name}.json"
     write_json(out, found)
     memory = max(v for v in found["peak_memory_bytes"].values() if v) / 2**30

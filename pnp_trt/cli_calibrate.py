@@ -35,9 +35,14 @@ def calibrate(
     ] = 10,
     limit: Annotated[
         float, typer.Option(help="Relative error of the prediction that decides how many layers stay in FP16.")
-    ] = 0.015,
+    ] = 0.02,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a record that is there.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace a record that is there; the same run with another --limit takes seconds."
+        ),
+    ] = False,
 ) -> None:
     """Watch the sampler, record every layer's range, and find which layers take INT8 at what cost."""
     from .cli import _Bar, _console, _need_torch

@@ -58,7 +58,7 @@ class CalibrationConfig:
     w_max: float = 9.0
     layers: tuple[str, ...] | None = None
     probes: int = 10
-    limit: float = 0.015
+    limit: float = 0.02
     seed: int = 0
 
     def check(self) -> None:
@@ -81,7 +81,7 @@ def calibrate(
     """Observe and sweep; a run that was stopped continues where it was.
 
     Args:
-        force: replace a record that is there.
+        force: replace a record that is there; what it holds of the same run is used again.
 
     Returns:
         Where the record is, and the record.
@@ -99,11 +99,9 @@ def calibrate(
         raise InputError(f"{out} exists already; pass --force to replace it, or choose another --out")
     partial = out.with_name(f".{out.name}.partial")
     with lock(out):
-        key = digest(
-            [identity, {k: v for k, v in asdict(config).items() if k not in ("out", "prompts", "probes", "limit")}]
-        )
-        held = _continued(partial, key)
+        key = digest([identity, {k: v for k, v in asdict(config).items() if k not in ("out", "prompts", "limit")}])
         modules = candidates(loop.network, config.layers or _default_layers(identity))
+        held = _continued(partial, key) or _again(out, identity, set(modules))
         if "layers" not in held:
             held["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, say).items()}
         record = Record(
@@ -144,7 +142,8 @@ def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
     settings = {
         "prompts": {"file": config.prompts.name, "lines": len(prompts), "used": len(chosen), "sha256": digest(prompts)},
         "pictures": config.pictures, "batch": config.batch, "steps": loop.steps, "w": [config.w_min, config.w_max],
-        "seed": config.seed, "sampler": "DDIM" if loop.exact else "DDIM, each run shifted by a random part of a step",
+        "probes": config.probes, "seed": config.seed,
+        "sampler": "DDIM" if loop.exact else "DDIM, each run shifted by a random part of a step",
     }  # fmt: skip
     return loop, {
         "base": {"name": config.base, "sha256": base.fingerprint()["all"]}, "guide": guide_of, "settings": settings,
@@ -214,6 +213,18 @@ def _continued(partial: Path, key: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return held["found"] if held.get("key") == key else {}
+
+
+def _again(out: Path, identity: dict[str, Any], layers: set[str]) -> dict[str, Any]:
+    """What a finished record holds of the same run: another limit is then a decision and no work."""
+    try:
+        record = Record.read(out)
+    except InputError:
+        return {}
+    same = all(getattr(record, k) == v for k, v in identity.items()) and set(record.layers) == layers
+    if not same or "methods" not in record.sweep:
+        return {}
+    return {"layers": {n: asdict(layer) for n, layer in record.layers.items()}, "sweep": record.sweep}
 
 
 def _keep(partial: Path, key: str, held: dict[str, Any]) -> None:

@@ -91,6 +91,20 @@ def test_a_run_that_was_stopped_continues(micro_base: Path, micro_guide: Path, p
     assert record == Record.read(micro_record)
 
 
+def test_another_limit_is_another_decision_and_no_work(
+    micro_base: Path, micro_guide: Path, prompts: Path, micro_record: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "r.json"
+    out.write_bytes(micro_record.read_bytes())
+    stages: list[str] = []
+    config = CalibrationConfig(
+        str(micro_base), str(micro_guide), prompts, out, pictures=3, batch=2, steps=4, probes=2, limit=0.5
+    )
+    _, record = calibrate(config, force=True, progress=lambda stage, *_: stages.append(stage))
+    assert "observe" not in stages and record.decision["float"] == [] and record.sweep["limit"] == 0.5
+    assert record.layers == Record.read(micro_record).layers
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,142 @@
+# ruff: noqa: E501  (rows of a table cannot be wrapped)
+"""docs/precision.md from benchmarks/results/emoji-precision.json: ``python -m benchmarks.emoji.precision_report``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("benchmarks/results/emoji-precision.json")
+OUT = Path("docs/precision.md")
+HEAD = """# Precision: FP32, FP16, BF16, INT8
+
+A recipe is chosen with `pnp-trt build --precision NAME`. Types are in the graph and nowhere else, so a recipe means the
+same on every backend, and every network is compared with PyTorch in float32 before a bundle is written.
+
+| recipe | weights and arithmetic | limit of the relative error |
+| --- | --- | ---: |
+| `fp32` | float32; TF32 is off | 1e-4 |
+| `fp16` | float16; sinusoids and the statistics of norms in float32; the VAE decoder falls back to float32 where float16 is too far off, and the manifest says so | 5e-3 |
+| `bf16` | bfloat16, likewise (TensorRT) | 4e-2 |
+| `int8` | W8A8 in the U-Net layers that the calibration record chooses: symmetric, a scale for each output channel of a weight and one for an input, explicit Q/DQ; the rest in float16 (float32 on ONNX Runtime, whose CPU provider has no float16 kernels) | 1e-1 |
+| `int8-weights` | the U-Net's and the guide's weights stored in INT8 and computed in float16; no record is wanted | 5e-2 |
+
+## Calibration
+
+    pnp-trt calibrate --base emoji                 # writes calibration/emoji-tiny.int8.json
+    pnp-trt build --base emoji --precision int8    # finds it there
+
+`calibrate` samples pictures of `calibration/emoji-prompts.txt` (or of your `--prompts`) in PyTorch with the guide, at all
+timesteps and at guidance scales from 1 to 9, and records what goes into every convolution and linear layer: the largest
+value, three percentiles (NVIDIA Model Optimizer's histograms), the largest value in each tenth of the timesteps, and for
+linear layers of each channel. Then it sweeps. It takes all layers of a kind to INT8 by each method; SmoothQuant's
+factors are powers of two, so that neither side is rounded for them. It takes each layer alone. And it leaves the most
+sensitive layers out, more and more of them, until the prediction's error on states that were not calibrated on is
+under `--limit`. The record, one line for each layer, is readable and belongs to one base and one guide; a build refuses
+it for another. A run that was stopped continues, and another `--limit` is decided from the record in seconds.
+
+The tiny guide stays in floating point: it is a fiftieth of the arithmetic and all of the guidance. A full guide is
+quantised with the U-Net. `--layer PATTERN` chooses otherwise.
+"""
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def interval(v: dict[str, Any], digits: int = 3) -> str:
+    return f"{v['value']:.{digits}f} ({v['low']:.{digits}f} … {v['high']:.{digits}f})"
+
+
+def signed(v: dict[str, Any], digits: int = 3) -> str:
+    return f"{v['value']:+.{digits}f} ({v['low']:+.{digits}f} … {v['high']:+.{digits}f})"
+
+
+def bundles(rows: list[dict[str, Any]]) -> list[str]:
+    out = [
+        "",
+        "## Bundles of the bundled model",
+        "",
+        "RTX engines were compiled on a machine without a GPU and not run.",
+        "",
+    ]
+    out += ["| backend | recipe | target | U-Net parity | graph, MiB | engine, MiB | build, s | U-Net compiled in, s |"]
+    out += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for r in rows:
+        engine = f"{r['unet_engine_bytes'] / 2**20:.1f}" if r["unet_engine_bytes"] else ""
+        seconds = f"{r['unet_compile_seconds']:.1f}" if r["unet_engine_bytes"] else ""
+        out.append(
+            f"| {r['backend']} | {r['precision']} | {r['target']} | {r['parity']['unet']:.1e} | "
+            f"{r['unet_graph_bytes'] / 2**20:.1f} | {engine} | {r['build_seconds']:.0f} | {seconds} |"
+        )
+    told = next((r["int8"] for r in rows if r["precision"] == "int8"), None)
+    if told:
+        out += [
+            "", f"`int8` quantises {told['layers']} layers with {percent(told['share_of_macs'])} of the U-Net's arithmetic. "
+            f"What leaving layers in floating point buys (the record's sweep; the chosen one is in bold):", "",
+            "| layers left in floating point | arithmetic in INT8 | error of the prediction |", "| ---: | ---: | ---: |",
+        ]  # fmt: skip
+        chosen = len(told["decision"]["float"])
+        for k in told["kept"]:
+            cells = [str(k["kept"]), percent(k["int8_macs"]), f"{100 * k['error']:.2f} %"]
+            out.append("| " + " | ".join(f"**{c}**" if k["kept"] == chosen else c for c in cells) + " |")
+        out += ["", f"With that choice the latents after a whole run differ by {percent(told['latent_error'])}."]
+    return out
+
+
+def pictures(p: dict[str, Any]) -> list[str]:
+    out = ["", "## Pictures", ""]
+    out += [
+        f"{p['count']} pictures of `{p['guide']}` at {p['steps']} steps, w = {p['w']:g}, from the same noise; 95 % intervals. "
+        f"FP16 is {p['fp16_is']}. Gains are paired; above zero is better than FP32.", "",
+        "| recipe | EfficientNet-KID | R@1 | gain in KID over FP32 | gain in R@1 | PSNR to FP32's, dB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for r in p["rows"]:
+        gain, distance = r.get("gain_over_fp32"), r.get("distance_to_fp32")
+        tail = ["", "", ""]
+        if gain and distance:
+            tail = [signed(gain["kid"], 4), signed(gain["R@1"]), interval(distance["psnr_db"], 1)]
+        out.append("| " + " | ".join([r["precision"], interval(r["kid"]), interval(r["R@1"]), *tail]) + " |")
+    for r in p["rows"]:
+        if gain := r.get("gain_over_fp32"):
+            within = "is inside" if gain["kid"]["low"] <= 0 <= gain["kid"]["high"] else "is outside"
+            out += ["", f"- {r['precision']}: no difference from FP32 in KID {within} its interval; "
+                    f"the change is {gain['kid']['value']:+.4f}."]  # fmt: skip
+    return out
+
+
+def speed(s: dict[str, Any]) -> list[str]:
+    out = [
+        "",
+        "## Speed on a CPU",
+        "",
+        "One U-Net pass on ONNX Runtime's CPU provider, interleaved, as a ratio to FP32 (quartiles).",
+        "",
+    ]
+    out += ["| recipe | batch | ratio |", "| --- | ---: | ---: |"]
+    for r in s["rows"]:
+        low, mid, high = r["ratio_to_fp32"]
+        out.append(f"| {r['precision']} | {r['batch']} | {mid:.2f} ({low:.2f} … {high:.2f}) |")
+    out += [
+        "", "INT8 is slower there: ONNX Runtime fuses a quantised convolution only where its output is quantised too, which "
+        "these graphs leave in floating point, as TensorRT wants it. **INT8 is not recommended on a CPU.** Whether it is "
+        "faster than FP16 on a GPU was not measured: no GPU was at hand. `pnp-trt bench` on the GPU tells.",
+    ]  # fmt: skip
+    return out
+
+
+def main() -> None:
+    held = json.loads(RESULTS.read_text())
+    lines = [HEAD.rstrip()]
+    for name, part in (("bundles", bundles), ("pictures", pictures), ("speed", speed)):
+        lines += part(held[name]) if name in held else []
+    p = held["provenance"]
+    lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `{p['command']}` on {p['date'][:10]} "
+              f"({p['device']['processor']}); drawn by `python -m benchmarks.emoji.precision_report`.", ""]  # fmt: skip
+    OUT.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -23,8 +23,8 @@ Size = tuple[int, int]
 #: smallest, best and largest
 Extent = tuple[int, int, int]
 
-_SIDE = r"(\d{1,5})(?:-(\d{1,5}))?"
-_FORM = re.compile(rf"b(\d{{1,5}})(?:-(\d{{1,5}}))?(?:@{_SIDE}(?:x{_SIDE})?)?")
+_RANGE = r"([0-9]{1,5})(?:-([0-9]{1,5}))?"
+_FORM = re.compile(f"b{_RANGE}(?:@{_RANGE}(?:x{_RANGE})?)?")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def parse_size(text: str) -> Size:
     Raises:
         InputError: with the form and the legal range.
     """
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
     size = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not all(1 <= n <= MAX_SIDE for n in size):
         raise InputError(

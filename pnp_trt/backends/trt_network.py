@@ -89,7 +89,7 @@ class TrtNetwork(Network):
         index = tightest(self.profiles, lambda p: p.holds(batch, size))
         if index is None:
             sized = any(p.sized for p in self.profiles)
-            asked = f"{batch}" + (f" and the latents {size[0]}x{size[1]}" if sized and size else "")
+            asked = f"{batch}" + (f" of {size[0]}x{size[1]} latents" if sized and size else "")
             legal = ", ".join(
                 f"{p.minimum} to {p.maximum}{' of ' if p.sized else ''}{p.sizes()}" for p in self.profiles
             )

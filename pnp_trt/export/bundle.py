@@ -130,6 +130,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
 
     base = resolve(spec.base)
     plan = plan_sizes(profiles, base.sizes())
+    plan = plan if backend.profiles else plan.for_any_batch()
     identity = {
         "pnp-trt": __version__,
         "base": base.fingerprint()["all"],
@@ -178,14 +179,11 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
         )
     target = backend.resolve_target(spec.target, recipe.name, spec.options)
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
-    if not backend.profiles:
-        if profiles and not any(p.sized for p in profiles):
-            raise InputError(
-                f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out, "
-                "or name a size with it, such as b1@512x768"
-            )
-        sizes = [f"@{p.name.partition('@')[2]}" if p.sized else "" for p in profiles]
-        profiles = tuple(Profile.parse(f"b1-{MAX_BATCH}{size}") for size in dict.fromkeys(sizes))
+    if profiles and not backend.profiles and not any(p.sized for p in profiles):
+        raise InputError(
+            f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out, "
+            "or name a size with it, such as b1@512x768"
+        )
     return recipe, target, profiles
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..backends.profiles import MAX_SIDE, Extent, Profile, Size
+from ..backends.profiles import MAX_BATCH, MAX_SIDE, Extent, Profile, Size
 from ..errors import InputError
 from ..models.base import Sizes
 
@@ -48,6 +48,14 @@ class SizePlan:
     factor: int
     channels: int
     open_axes: tuple[OpenAxis, ...]
+
+    def for_any_batch(self) -> SizePlan:
+        """The same sizes for a runtime that takes any batch: every profile holds them all."""
+        found = {p.sizes().partition(" ")[0]: p for p in self.profiles}
+        batches = {"minimum": 1, "optimum": MAX_BATCH, "maximum": MAX_BATCH}
+        return replace(
+            self, profiles=tuple(replace(p, name=f"b1-{MAX_BATCH}@{s}", **batches) for s, p in found.items())
+        )
 
     def latent(self, size: Size) -> tuple[int, int, int]:
         """Shape of a latent ``(C, H, W)`` for pictures of ``size``."""

@@ -52,10 +52,11 @@ class SizePlan:
     def for_any_batch(self) -> SizePlan:
         """The same sizes for a runtime that takes any batch: every profile holds them all."""
         found = {p.sizes().partition(" ")[0]: p for p in self.profiles}
-        batches = {"minimum": 1, "optimum": MAX_BATCH, "maximum": MAX_BATCH}
-        return replace(
-            self, profiles=tuple(replace(p, name=f"b1-{MAX_BATCH}@{s}", **batches) for s, p in found.items())
+        most = MAX_BATCH
+        profiles = tuple(
+            replace(p, name=f"b1-{most}@{sizes}", minimum=1, optimum=most, maximum=most) for sizes, p in found.items()
         )
+        return replace(self, profiles=profiles)
 
     def latent(self, size: Size) -> tuple[int, int, int]:
         """Shape of a latent ``(C, H, W)`` for pictures of ``size``."""

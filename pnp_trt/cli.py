@@ -129,6 +129,7 @@ def bench(
     steps: Annotated[int, typer.Option(help="Sampling steps of the timed loop.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; more is steadier.")] = 12,
     guidance: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; not for the cost.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     grid_file: Annotated[
@@ -137,9 +138,12 @@ def bench(
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Cost, latency and fidelity of guided sampling against its teacher's classifier-free guidance."""
+    from .backends.profiles import parse_size
     from .bench import report, results, run
 
-    plan = run.Plan(tuple(engine or ()), base, only, tuple(batch or (1, 4, 8)), steps, rounds, guidance, provider)
+    wanted = None if size is None else parse_size(size)
+    batches = tuple(batch or (1, 4, 8))
+    plan = run.Plan(tuple(engine or ()), base, only, batches, steps, rounds, guidance, provider, wanted)
     run.check(plan)
     for name in run.wanted_engines(plan):
         _build_if_missing(name, quiet=False)

@@ -116,6 +116,17 @@ def test_impossible_sizes_are_refused_before_anything_is_made(
     assert done.code == 2 and message in done.err and not (tmp_path / "x").exists()
 
 
+def test_a_size_is_timed_where_the_engine_has_it(guided: Path, cli: Cli, tmp_path: Path) -> None:
+    run = ("bench", "--engine", guided, "--batch", 1, "--steps", 1, "--rounds", 1, "--json", tmp_path / "bench.json")
+    done = cli(*run, "--only", "latency", "--size", "32x48")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["settings"]["size"] == [32, 48] and [row["method"] for row in found["latency"]] == ["guided"]
+    refused = cli(*run, "--only", "latency", "--size", "32x56")
+    assert refused.code == 2 and "size is 32x56; engine 'guided' draws 32-48x32-48 in steps of 8, 64x64" in refused.err
+    assert "add --only latency" in cli(*run, "--size", "32x48").err
+
+
 def test_an_rtx_engine_has_a_profile_for_each_size(tmp_path: Path, cli: Cli) -> None:
     pytest.importorskip("tensorrt_rtx")
     done = cli("build", "--backend", "tensorrt-rtx", "--precision", "fp16", "--target", "sm_89", "--profile", "b1",

@@ -84,17 +84,22 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures per prompt.")] = 1,
     method: Annotated[str | None, typer.Option(help="guided, or on a bundle without guide: cfg, unguided.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels, where the engine has several; default its own.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths.")] = False,
 ) -> None:
     """Draw pictures; the parameters are stored in each PNG."""
+    from .backends.profiles import parse_size
     from .runtime.images import free_path, save_png, slug
     from .runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
 
     asked = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     check_request(asked, seeds, [guidance] * len(asked), DEFAULT_STEPS if steps is None else steps)
+    wanted = None if size is None else parse_size(size)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder")
     _build_if_missing(engine, quiet)
@@ -102,8 +107,9 @@ def sample(
     steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
     with _Bar(f"{len(asked)} pictures, {steps} steps, w = {guidance:g}", None, quiet) as bar:
         pictures = pipeline(
-            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, callback=bar.count
-        )
+            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, callback=bar.count,
+            size=wanted,
+        )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         path = free_path(out, f"{slug(picture.parameters['prompt'])}-{picture.parameters['seed']}")
@@ -124,6 +130,7 @@ def bench(
     steps: Annotated[int, typer.Option(help="Sampling steps of the timed loop.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; more is steadier.")] = 12,
     guidance: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; not for the cost.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     grid_file: Annotated[
@@ -132,9 +139,12 @@ def bench(
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Cost, latency and fidelity of guided sampling against its teacher's classifier-free guidance."""
+    from .backends.profiles import parse_size
     from .bench import report, results, run
 
-    plan = run.Plan(tuple(engine or ()), base, only, tuple(batch or (1, 4, 8)), steps, rounds, guidance, provider)
+    wanted = None if size is None else parse_size(size)
+    batches = tuple(batch or (1, 4, 8))
+    plan = run.Plan(tuple(engine or ()), base, only, batches, steps, rounds, guidance, provider, wanted)
     run.check(plan)
     for name in run.wanted_engines(plan):
         _build_if_missing(name, quiet=False)

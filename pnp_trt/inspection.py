@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import known_bundles, read_manifest
+from .backends.profiles import Profile, legal_sizes
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def render(folder: Path, m: dict[str, Any], problem: str | None) -> RenderableTy
         ("target", m["target"]),
         ("precision", m["precision"] + "".join(f"; {k}: {_int8(n['int8'])}" for k, n in int8.items())),
         ("profiles", ", ".join(p["name"] for p in m["profiles"]) or f"any batch up to {m['sample']['max_batch']}"),
-        ("pictures", f"{m['image']['height']}×{m['image']['width']}"),
+        ("pictures", _pictures(m)),
         ("parity", f"limit {m['parity']['limit']:.0e} against {m['parity']['against']}"),
         ("of engines", engine if isinstance(engine, str) else ", ".join(f"{k} {v:.1e}" for k, v in engine.items())),
         ("built", ", ".join(built)),
@@ -106,6 +107,13 @@ def _int8(said: dict[str, Any]) -> str:
         return f"the weights of {said['layers']} layers"
     kept = len(said["decision"]["float"])
     return f"{said['layers']} layers with {said['share_of_macs']:.1%} of the arithmetic, {kept} left in floating point"
+
+
+def _pictures(m: dict[str, Any]) -> str:
+    """The sizes that a bundle draws, the default first."""
+    default = f"{m['image']['height']}x{m['image']['width']}"
+    legal = legal_sizes([Profile.from_dict(p) for p in m["profiles"]])
+    return f"{default} (height x width)" + (f"; legal: {legal}" if legal not in ("", default) else "")
 
 
 def _size(number: int) -> str:

@@ -6,7 +6,6 @@ Nothing here imports an inference runtime, so that command lines and checks stay
 from __future__ import annotations
 
 import contextlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,50 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from .profiles import MAX_BATCH, Profile, Size, size_of
 
-#: most pictures at once
-MAX_BATCH = 32
+__all__ = [
+    "MAX_BATCH", "Backend", "Bound", "CompileJob", "CompileOptions", "Compiled", "Description", "LoadOptions",
+    "Network", "Profile", "Progress", "Size",
+]  # fmt: skip
+
 #: called with (what is being done, steps done, steps in all) while a network is compiled
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A named range of batch sizes that an engine is made for.
-
-    Attributes:
-        name: ``b1``, ``b2-8`` …
-        minimum, optimum, maximum: pictures at once; kernels are chosen for the optimum.
-    """
-
-    name: str
-    minimum: int
-    optimum: int
-    maximum: int
-
-    @classmethod
-    def parse(cls, text: str) -> Profile:
-        """``b4`` is a batch of just four; ``b2-8`` is two to eight, fastest at eight.
-
-        Raises:
-            InputError: with the form and the legal range.
-        """
-        found = re.fullmatch(r"b(\d+)(?:-(\d+))?", text)
-        low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if not 1 <= low <= high <= MAX_BATCH:
-            raise InputError(
-                f"profile is '{text}'; write b1 for one picture at once, b2-8 for two to eight; at most {MAX_BATCH}"
-            )
-        return cls(text, low, high, high)
-
-    def doubled(self) -> Profile:
-        """The same for a network that sees every picture twice: with its prompt and without."""
-        return Profile(self.name, self.minimum, 2 * self.optimum, 2 * self.maximum)
-
-    def holds(self, batch: int) -> bool:
-        """Whether ``batch`` is inside."""
-        return self.minimum <= batch <= self.maximum
 
 
 @dataclass(frozen=True)
@@ -87,7 +51,7 @@ class CompileJob:
     Attributes:
         network: its name in the bundle.
         graph: its ONNX file in the folder that becomes the bundle, external weights beside it.
-        inputs: ``{name: (dtype, ("batch", …))}``.
+        inputs: ``{name: (dtype, ("batch", …))}``; ``"height"`` and ``"width"`` where the graph leaves them open.
         precision: the recipe's name; the types themselves are in the graph.
         target: GPU that it is for, as ``Backend.resolve_target`` gives it.
     """
@@ -129,7 +93,7 @@ class Description:
 
 
 class Bound(ABC):
-    """Buffers for one batch size, and the call that runs on them; for one thread at a time."""
+    """Buffers for one batch and picture size, and the call that runs on them; for one thread at a time."""
 
     @abstractmethod
     def write(self, **inputs: np.ndarray) -> None:
@@ -152,16 +116,19 @@ class Network(ABC):
         """Its tensors and where it runs."""
 
     @abstractmethod
-    def bind(self, batch: int) -> contextlib.AbstractContextManager[Bound]:
+    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Bound]:
         """Buffers for ``batch``, for the length of a ``with`` block.
 
+        Args:
+            size: height and width of the latents; None will do where the network has one size, or sees no latents.
+
         Raises:
-            InputError: if the network was not made for this batch size; the message has the legal ones.
+            InputError: if the network was not made for this batch or size; the message has the legal ones.
         """
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The first output for named inputs that share their first dimension."""
-        with self.bind(len(next(iter(inputs.values())))) as bound:
+        with self.bind(len(next(iter(inputs.values()))), size_of(inputs)) as bound:
             bound.write(**inputs)
             bound.run()
             return bound.read()

@@ -12,8 +12,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, PnpError
-from .base import Backend, Bound, Compiled, CompileJob, CompileOptions, Description, LoadOptions, Network, Progress
+from .base import (
+    Backend,
+    Bound,
+    Compiled,
+    CompileJob,
+    CompileOptions,
+    Description,
+    LoadOptions,
+    Network,
+    Profile,
+    Progress,
+    Size,
+)
 from .device import driver_present
+from .profiles import legal_sizes
 
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
@@ -80,45 +93,60 @@ class OnnxRuntime(Backend):
         return None
 
     def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> OrtNetwork:
-        return OrtNetwork(path, options.provider, options.threads)
+        profiles = tuple(Profile.from_dict(p) for p in network["profiles"])
+        return OrtNetwork(path, options.provider, options.threads, profiles)
 
 
 class OrtNetwork(Network):
-    """One ONNX graph, run by one session per batch size.
+    """One ONNX graph, run by one session per batch and picture size.
 
-    Fixing the batch lets ONNX Runtime fold every shape computation away, which is a tenth of a small
-    network's time.  Sessions are made when a batch size is first seen, and the last few are kept.
+    Fixing them lets ONNX Runtime fold every shape computation away, which is a tenth of a small
+    network's time.  Sessions are made when a shape is first seen, and those used last are kept.
+
+    Args:
+        profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
     """
 
     KEEP = 4
 
-    def __init__(self, path: Path, provider: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "auto",
+        threads: int | None = None,
+        profiles: tuple[Profile, ...] = (),
+    ) -> None:
         self.path = path
+        self.profiles = profiles
         self._providers = providers(provider)
         self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
-        self._sessions: dict[int, Any] = {}
+        self._sessions: dict[tuple[int, Size | None], Any] = {}
         self._lock = threading.Lock()
 
-    def session(self, batch: int) -> Any:
-        """The session for ``batch``."""
+    def session(self, batch: int, size: Size | None = None) -> Any:
+        """The session for ``batch`` and latents of ``size``; None leaves open what the graph leaves open."""
         import onnxruntime as ort
 
+        key = batch, size
         with self._lock:
-            if batch not in self._sessions:
+            if key not in self._sessions:
                 options = ort.SessionOptions()
                 options.intra_op_num_threads = self._threads
                 options.log_severity_level = 3
                 options.add_free_dimension_override_by_name("batch", batch)
                 # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
                 options.add_session_config_entry("session.qdqisint8allowed", "1")
+                for name, value in zip(("height", "width"), size or (), strict=False):
+                    options.add_free_dimension_override_by_name(name, value)
                 try:
                     made = ort.InferenceSession(str(self.path), options, providers=self._providers)
                 except Exception as e:  # ONNX Runtime raises several types of its own
                     raise PnpError(f"ONNX Runtime cannot load {self.path}: {e}") from e
                 while len(self._sessions) >= self.KEEP:
                     self._sessions.pop(next(iter(self._sessions)))
-                self._sessions[batch] = made
-            return self._sessions[batch]
+                self._sessions[key] = made
+            self._sessions[key] = found = self._sessions.pop(key)  # the last to go
+            return found
 
     def describe(self) -> Description:
         session = self.session(1)
@@ -126,13 +154,19 @@ class OrtNetwork(Network):
         def tensors(nodes: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
             return {n.name: (DTYPES.get(n.type, n.type), ("batch", *n.shape[1:])) for n in nodes}
 
-        return Description(tensors(session.get_inputs()), tensors(session.get_outputs()), session.get_providers()[0])
+        device = session.get_providers()[0]
+        return Description(tensors(session.get_inputs()), tensors(session.get_outputs()), device, self.profiles)
 
     @contextlib.contextmanager
-    def bind(self, batch: int) -> Iterator[OrtBound]:
+    def bind(self, batch: int, size: Size | None = None) -> Iterator[OrtBound]:
         if batch < 1:
             raise InputError(f"the batch is {batch}; it must be at least 1")
-        yield OrtBound(self.session(batch), batch)
+        if size is not None and self.profiles and not any(p.holds_size(size) for p in self.profiles):
+            raise InputError(
+                f"the latents are {size[0]}x{size[1]}; {self.path.name} takes {legal_sizes(self.profiles)}; "
+                "build with --profile b1@HEIGHTxWIDTH in pixels"
+            )
+        yield OrtBound(self.session(batch, size), batch)
 
 
 class OrtBound(Bound):
@@ -146,6 +180,8 @@ class OrtBound(Bound):
         self._binding = session.io_binding()
         self._inputs: dict[str, Any] = {}
         for node in session.get_inputs():
+            if unknown := [d for d in node.shape[1:] if not isinstance(d, int)]:
+                raise InputError(f"{node.name} has an open {' and '.join(unknown)}; bind it with the latents' size")
             value = ort.OrtValue.ortvalue_from_shape_and_type([batch, *node.shape[1:]], _dtype(node.type), device, 0)
             self._binding.bind_ortvalue_input(node.name, value)
             self._inputs[node.name] = value

@@ -79,7 +79,7 @@ class TensorRtBackend(Backend):
             "graph": str(job.graph),
             "engine": str(engine),
             "inputs": {name: [dtype, list(shape)] for name, (dtype, shape) in job.inputs.items()},
-            "profiles": [asdict(p) for p in job.profiles],
+            "profiles": [p.as_dict() for p in job.profiles],
             "target": job.target,
             "options": asdict(job.options),
             "timing_cache": self._timing_cache(),
@@ -112,7 +112,9 @@ class TensorRtBackend(Backend):
         """The command that makes an engine like this one for the GPU that is here, or for none."""
         gpus = present_gpus()
         words = shlex.split(manifest["rebuild"])
-        for option in ("--target", "--out", *(("--profile",) * len(manifest["profiles"]) if not gpus else ())):
+        # batches mean nothing to ONNX Runtime, sizes do
+        dropped = [] if gpus or any("height" in p for p in manifest["profiles"]) else manifest["profiles"]
+        for option in ("--target", "--out", *(("--profile",) * len(dropped))):
             if option in words:
                 del words[words.index(option) : words.index(option) + 2]
         if not gpus:

@@ -19,7 +19,7 @@ from typing import Any
 from .. import memory
 from ..artifacts import write_bytes
 from ..errors import PnpError
-from .base import CompileOptions
+from .base import CompileOptions, Profile
 from .trt_flavour import FLAVOURS, Flavour
 
 #: seconds between two reports
@@ -139,13 +139,13 @@ def _configure(
     names = {network.get_input(i).name for i in range(network.num_inputs)}
     if names != set(job["inputs"]):
         raise PnpError(f"the graph's inputs are {sorted(names)}, not {sorted(job['inputs'])}; please report it")
-    for p in job["profiles"]:
+    for p in map(Profile.from_dict, job["profiles"]):
         profile = builder.create_optimization_profile()
         for name, (_, shape) in job["inputs"].items():
-            sizes = [[p[size], *shape[1:]] for size in ("minimum", "optimum", "maximum")]
-            profile.set_shape(name, *sizes)
+            extents = [p.extent(d) if isinstance(d, str) else (d, d, d) for d in shape]
+            profile.set_shape(name, *map(list, zip(*extents, strict=True)))  # smallest, best, largest
         if config.add_optimization_profile(profile) < 0:
-            raise PnpError(f"{flavour.name} did not accept profile {p['name']}; name others with --profile")
+            raise PnpError(f"{flavour.name} did not accept profile {p.name}; name others with --profile")
 
 
 def _timing_cache(flavour: Flavour, config: Any, file: str | None) -> Any:

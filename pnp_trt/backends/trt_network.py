@@ -13,15 +13,16 @@ import numpy as np
 
 from ..artifacts import cache_home, digest, write_bytes
 from ..errors import InputError, PnpError
-from .base import Bound, Description, Network, Profile
+from .base import Bound, Description, Network, Profile, Size
 from .cuda import Cuda
+from .profiles import tightest
 from .trt_flavour import Flavour
 
 
 class TrtNetwork(Network):
     """One engine.
 
-    Buffers and execution contexts are kept for the batch sizes seen last: making them costs more than a step.
+    Buffers and execution contexts are kept for the batches and sizes seen last: making them costs more than a step.
 
     Args:
         entry: the network's part of the manifest; what the engine says of itself is held against it.
@@ -35,7 +36,7 @@ class TrtNetwork(Network):
 
     def __init__(self, flavour: Flavour, path: Path, entry: Mapping[str, Any], cuda: Cuda | None = None) -> None:
         self.path = path
-        self.profiles = tuple(Profile(**p) for p in entry["profiles"])
+        self.profiles = tuple(Profile.from_dict(p) for p in entry["profiles"])
         self._flavour = flavour
         self._cuda = cuda or Cuda()
         self._trt = flavour.load()
@@ -63,7 +64,12 @@ class TrtNetwork(Network):
             name = engine.get_tensor_name(i)
             side = "inputs" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "outputs"
             dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
-            found[side][name] = (dtype, ("batch", *(int(d) for d in tuple(engine.get_tensor_shape(name))[1:])))
+            shape: list[int | str] = [int(d) for d in tuple(engine.get_tensor_shape(name))[1:]]
+            # the engine knows open dimensions by -1, the manifest their names
+            names = entry[side].get(name, (None, []))[1][1:]
+            if len(names) == len(shape):
+                shape = [n if d == -1 and isinstance(n, str) else d for d, n in zip(shape, names, strict=True)]
+            found[side][name] = (dtype, ("batch", *shape))
         for side, held in found.items():
             wanted = {n: (dtype, tuple(shape)) for n, (dtype, shape) in entry[side].items()}
             if held != wanted:
@@ -78,24 +84,27 @@ class TrtNetwork(Network):
     def describe(self) -> Description:
         return self._described
 
-    def profile_for(self, batch: int) -> int:
-        """Index of the tightest profile that holds ``batch``."""
-        fitting = [(p.maximum - p.minimum, i) for i, p in enumerate(self.profiles) if p.holds(batch)]
-        if not fitting:
-            legal = ", ".join(f"{p.minimum} to {p.maximum}" for p in self.profiles)
-            raise InputError(
-                f"the batch is {batch}; {self.path.name} was compiled for {legal}; build with --profile b{batch}"
+    def profile_for(self, batch: int, size: Size | None = None) -> int:
+        """Index of the tightest profile that holds ``batch`` and ``size``, in latents."""
+        index = tightest(self.profiles, lambda p: p.holds(batch, size))
+        if index is None:
+            sized = any(p.sized for p in self.profiles)
+            asked = f"{batch}" + (f" of {size[0]}x{size[1]} latents" if sized and size else "")
+            legal = ", ".join(
+                f"{p.minimum} to {p.maximum}{' of ' if p.sized else ''}{p.sizes()}" for p in self.profiles
             )
-        return min(fitting)[1]
+            advice = f"--profile b{batch}" + ("@HEIGHTxWIDTH in pixels" if sized else "")
+            raise InputError(f"the batch is {asked}; {self.path.name} was compiled for {legal}; build with {advice}")
+        return index
 
     @contextlib.contextmanager
-    def bind(self, batch: int) -> Iterator[TrtBound]:
-        index = self.profile_for(batch)
+    def bind(self, batch: int, size: Size | None = None) -> Iterator[TrtBound]:
+        index = self.profile_for(batch, size)
         with self._lock:
-            bound = next((b for b in self._idle if b.batch == batch), None)
+            bound = next((b for b in self._idle if (b.batch, b.size) == (batch, size)), None)
             if bound is not None:
                 self._idle.remove(bound)
-        bound = bound or self._bound(batch, index)
+        bound = bound or self._bound(batch, size, index)
         try:
             yield bound
         except BaseException:
@@ -108,7 +117,7 @@ class TrtNetwork(Network):
         for old in spare:
             old.close()
 
-    def _bound(self, batch: int, index: int) -> TrtBound:
+    def _bound(self, batch: int, size: Size | None, index: int) -> TrtBound:
         file = self._kernels_file()
         held = file.read_bytes() if file.is_file() else None
         context, kernels = self._flavour.context(self._engine, held)
@@ -121,7 +130,7 @@ class TrtNetwork(Network):
                 with contextlib.suppress(PnpError):  # a cache that cannot be written is only slower
                     write_bytes(made, file)
 
-        return TrtBound(self._cuda, context, self._described, batch, index, keep)
+        return TrtBound(self._cuda, context, self._described, batch, size, index, keep)
 
     def _kernels_file(self) -> Path:
         # the runtime itself rejects a cache of another GPU, driver or version
@@ -136,9 +145,16 @@ class TrtBound(Bound):
     """
 
     def __init__(
-        self, cuda: Cuda, context: Any, description: Description, batch: int, profile: int, keep_kernels: Any
+        self,
+        cuda: Cuda,
+        context: Any,
+        description: Description,
+        batch: int,
+        size: Size | None,
+        profile: int,
+        keep_kernels: Any,
     ) -> None:
-        self.batch = batch
+        self.batch, self.size = batch, size
         self.stream = cuda.stream()
         self.addresses: dict[str, int] = {}
         self._cuda, self._context, self._keep = cuda, context, keep_kernels
@@ -156,16 +172,23 @@ class TrtBound(Bound):
     def _prepare(self, description: Description, profile: int) -> None:
         _must(self._context.set_optimization_profile_async(profile, self.stream), f"choose profile {profile}")
         self._cuda.synchronize(self.stream)
-        for name, (dtype, shape) in (*description.inputs.items(), *description.outputs.items()):
-            full = (self.batch, *(int(d) for d in shape[1:]))
-            self._host[name] = self._cuda.pinned(full, dtype)
-            self.addresses[name] = self._cuda.allocate(self._host[name][0].nbytes)
-            if name in description.inputs:
-                _must(self._context.set_input_shape(name, full), f"set {name} to {full}")
-            _must(self._context.set_tensor_address(name, self.addresses[name]), f"bind {name}")
+        known = {"batch": self.batch} | (dict(zip(("height", "width"), self.size, strict=True)) if self.size else {})
+        for name, (_, shape) in description.inputs.items():
+            if unknown := [d for d in shape if isinstance(d, str) and d not in known]:
+                raise InputError(f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size")
+            full = tuple(known[d] if isinstance(d, str) else d for d in shape)
+            _must(self._context.set_input_shape(name, full), f"set {name} to {full}")
         missing = self._context.infer_shapes()
         if missing:
             raise PnpError(f"the engine wants more than its inputs: {', '.join(missing)}")
+        for name, (dtype, shape) in (*description.inputs.items(), *description.outputs.items()):
+            if all(d in known for d in shape if isinstance(d, str)):
+                full = tuple(known[d] if isinstance(d, str) else d for d in shape)
+            else:  # what follows from the inputs, such as a picture's size from its latents'
+                full = tuple(int(d) for d in self._context.get_tensor_shape(name))
+            self._host[name] = self._cuda.pinned(full, dtype)
+            self.addresses[name] = self._cuda.allocate(self._host[name][0].nbytes)
+            _must(self._context.set_tensor_address(name, self.addresses[name]), f"bind {name}")
 
     def write(self, **inputs: np.ndarray) -> None:
         for name, array in inputs.items():

@@ -47,8 +47,8 @@ class Pipeline(Protocol):
     def encode(self, prompts: list[str]) -> np.ndarray:
         """Text encodings, [N, 77, D] float32."""
 
-    def noise(self, seeds: list[int]) -> np.ndarray:
-        """Starting latents, [N, C, h, w] float32, one picture a seed."""
+    def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Starting latents, [N, C, h, w] float32, one picture a seed; of `size` in pixels, None for the default."""
 
     def denoise(
         self, context: np.ndarray, noise: np.ndarray, *, steps: int, guidance: np.ndarray | float, method: str
@@ -125,11 +125,13 @@ def measure(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
+    size: tuple[int, int] | None = None,
 ) -> list[LatencyRow]:
     """Time every case at every batch size, one row each, batch by batch in the order of `cases`.
 
     `prompts` are repeated to fill a batch; the noise of picture i has seed i for every case. Warm-up passes of every
-    case come before the first round and are not recorded. `clock` returns seconds; `seed` fixes the bootstrap.
+    case come before the first round and are not recorded. `clock` returns seconds; `seed` fixes the bootstrap;
+    `size` is the pictures' height and width in pixels, None every engine's default.
 
     Raises InputError for no cases, a case given twice, a method its engine lacks, or numbers out of range.
     """
@@ -149,13 +151,13 @@ def measure(
         seeds = list(range(batch))
         for case in cases:
             for _ in range(warmup):
-                _once(case, texts, seeds, steps, guidance, clock)
+                _once(case, texts, seeds, steps, guidance, clock, size)
                 report(f"warm-up, {case.label}, batch {batch}")
         raw: list[list[dict[str, Any]]] = [[] for _ in cases]
         for number in range(rounds):
             gc.collect()  # between rounds, so that it falls on no case
             for position, index in enumerate(_order(len(cases), number)):
-                observed = _once(cases[index], texts, seeds, steps, guidance, clock)
+                observed = _once(cases[index], texts, seeds, steps, guidance, clock, size)
                 raw[index].append({"round": number, "position": position, **observed})
                 report(f"round {number + 1} of {rounds}, {cases[index].label}, batch {batch}")
         loops = [np.array([one["loop_ms"] for one in observations]) for observations in raw]
@@ -175,10 +177,16 @@ def _order(count: int, number: int) -> list[int]:
 
 
 def _once(
-    case: Case, prompts: list[str], seeds: list[int], steps: int, guidance: float, clock: Callable[[], float]
+    case: Case,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int,
+    guidance: float,
+    clock: Callable[[], float],
+    size: tuple[int, int] | None,
 ) -> dict[str, float]:
     """One picture batch from prompt to pixels; the noise is drawn before the clock starts."""
-    noise = case.pipe.noise(seeds)
+    noise = case.pipe.noise(seeds) if size is None else case.pipe.noise(seeds, size)
     with _collector_paused():
         start = clock()
         context = case.pipe.encode(prompts)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..artifacts import find_bundle, read_manifest
+from ..backends.profiles import Size
 from ..errors import InputError
 from ..runtime.pipeline import GUIDANCE, STEPS, Pipeline
 from .engines import engine_names
@@ -30,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure."""
+    """What to measure; ``size`` is height and width in pixels, None the engines' default."""
 
     engines: tuple[str, ...] = ()
     base: str = "emoji"
@@ -40,6 +41,7 @@ class Plan:
     rounds: int = 12
     guidance: float = 3.0
     provider: str = "auto"
+    size: Size | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -59,6 +61,8 @@ def check(plan: Plan) -> None:
         raise InputError(f"guidance is {plan.guidance:g}; it must be between {GUIDANCE[0]:g} and {GUIDANCE[1]:g}")
     if any(not 1 <= b <= 32 for b in plan.batches):
         raise InputError(f"batch sizes are {', '.join(map(str, plan.batches))}; each must be between 1 and 32")
+    if plan.size is not None and "cost" in plan.parts:
+        raise InputError("cost is counted at the model's own size; with --size add --only latency or --only fidelity")
     if "cost" in plan.parts and plan.only == "cost" and importlib.util.find_spec("torch") is None:
         raise InputError("counting cost needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
 
@@ -83,6 +87,8 @@ def run(
     say = progress or (lambda text, done, total: None)
     check(plan)
     pipes = _open(wanted_engines(plan), plan.provider)
+    for pipe in pipes:
+        pipe.check_size(plan.size)
     rows: dict[str, Any] = {}
     if "cost" in plan.parts and importlib.util.find_spec("torch") is not None:
         say("counting cost", 0, 1)
@@ -94,7 +100,7 @@ def run(
         cases = [latency.Case(pipe, method) for pipe in pipes for method in pipe.methods]
         rows["latency"] = latency.measure(
             cases, batches=plan.batches, steps=plan.steps, rounds=plan.rounds, guidance=plan.guidance,
-            prompts=[f"{p}, {STYLES[0]} style" for p in PROMPTS],
+            prompts=[f"{p}, {STYLES[0]} style" for p in PROMPTS], size=plan.size,
             progress=lambda done, total, what: say("timing", done, total),
         )  # fmt: skip
     grid = None
@@ -131,7 +137,9 @@ def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[di
     made: list[tuple[str, str, np.ndarray]] = []
     for i, (pipe, method) in enumerate(cases):
         say(f"drawing {method}", i, len(cases))
-        pictures = pipe(prompts, steps=FIDELITY_STEPS, guidance=plan.guidance, seed=seeds, method=method)
+        pictures = pipe(
+            prompts, steps=FIDELITY_STEPS, guidance=plan.guidance, seed=seeds, method=method, size=plan.size
+        )
         made.append((pipe.name, method, np.stack([p.pixels for p in pictures])))
     if not made or made[0][1] != "cfg":
         return [], None

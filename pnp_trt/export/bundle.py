@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .. import __version__, backends, memory
 from ..artifacts import (
     MANIFEST,
@@ -33,12 +35,13 @@ from ..artifacts import (
     write_json,
     write_manifest,
 )
-from ..backends.base import MAX_BATCH, Backend, CompileJob, CompileOptions, Profile, Progress
+from ..backends.base import MAX_BATCH, Backend, CompileJob, CompileOptions, Profile, Progress, Size
 from ..errors import InputError, PnpError
 from ..quantize.record import Record
 from ..quantize.record import find as find_record
 from .precision import Int8, Recipe
 from .precision import recipe as find_recipe
+from .sizes import SizePlan, plan_sizes
 
 if TYPE_CHECKING:
     from .weights import WeightMap
@@ -58,7 +61,8 @@ class BuildSpec:
         guide: a guide's name or folder; ``none`` builds the plain teacher; ``auto`` takes the bundled one that fits.
         out: the bundle's folder; None derives a name from the rest under ``engines_home()``.
         target: GPU to compile for; None takes the backend's default.
-        profiles: batch sizes to compile for, as ``Profile.parse`` reads them; empty takes the backend's default.
+        profiles: batches and picture sizes to compile for, as ``Profile.parse`` reads them; empty takes the backend's
+            default.
         options: for the backend's compiler.
         calibration: the record for ``int8``; None looks for the one of this base and guide.
     """
@@ -134,6 +138,8 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     base = resolve(spec.base)
     guide = guide_identity(spec)
     record = _record(spec, recipe, base.fingerprint()["all"], guide)
+    plan = plan_sizes(profiles, base.sizes())
+    plan = plan if backend.profiles else plan.for_any_batch()
     identity = {
         "pnp-trt": __version__,
         "base": base.fingerprint()["all"],
@@ -141,7 +147,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
         "backend": spec.backend,
         "precision": asdict(recipe),
         "target": target,
-        "profiles": [asdict(p) for p in profiles],
+        "profiles": [p.as_dict() for p in plan.profiles],
         "options": {k: v for k, v in asdict(spec.options).items() if k != "check_memory"},
         "compiler": backend.versions(),
         **({} if record is None else {"calibration": record.identity()}),
@@ -163,7 +169,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
                     f"{folder} holds another bundle, or a damaged one ({_first_difference(found, identity)}); "
                     "pass --force to replace it, or choose another --out"
                 )
-        work = _Work(spec, base, backend, recipe, target, profiles, progress or (lambda *_: None), record)
+        work = _Work(spec, base, backend, recipe, target, plan, progress or (lambda *_: None), record)
         try:
             manifest = work.run(folder, key, identity)
         except OSError as e:
@@ -182,14 +188,17 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
             f"backend '{backend.name}' does not run {recipe.name}; it runs: {', '.join(backend.precisions)}"
         )
     target = backend.resolve_target(spec.target, recipe.name, spec.options)
-    if spec.profiles and not backend.profiles:
-        raise InputError(f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out")
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
     if isinstance(recipe, Int8):  # what is not quantised is in the type that the backend is quick in
         beside = find_recipe(backend.beside_int8)
         recipe = replace(recipe, beside=beside.name, dtype=beside.dtype)
     if spec.calibration is not None and not (isinstance(recipe, Int8) and recipe.calibrated):
         raise InputError(f"--calibration is for --precision int8, not {recipe.name}; leave it out")
+    if profiles and not backend.profiles and not any(p.sized for p in profiles):
+        raise InputError(
+            f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out, "
+            "or name a size with it, such as b1@512x768"
+        )
     return recipe, target, profiles
 
 
@@ -267,7 +276,7 @@ class _Work:
     backend: Backend
     recipe: Recipe
     target: str
-    profiles: tuple[Profile, ...]
+    plan: SizePlan
     progress: Progress
     record: Record | None = None
 
@@ -287,15 +296,22 @@ class _Work:
             tokens = copy_tokenizer(self.base, work / "tokenizer.json")
             sizes = self.base.sizes()
             negative = bool((identity["guide"] or {}).get("negative_prompts"))
-            golden = golden_inputs(
-                sizes.latent, tokens["length"], sizes.text_width, sizes.vocabulary, self._guided, negative
-            )
+            # by picture size: the default's, then another one where there is more than one
+            golden = {
+                size: golden_inputs(
+                    self.plan.latent(size), tokens["length"], sizes.text_width, sizes.vocabulary, self._guided, negative
+                )
+                for size in (self.plan.default, self.plan.second)
+                if size is not None
+            }
             networks: dict[str, dict[str, Any]] = {}
             kept: dict[str, tuple[dict[str, Any], Any]] = {}
             maps: dict[str, Any] = {}
             for i, (name, make) in enumerate(modules.items()):
                 self._stage(f"export {TITLES[name]}", 1 + i, stages)
-                networks[name], kept[name], maps[name] = self._export(name, make, golden[name], work)
+                cases = {size: found[name] for size, found in golden.items()}
+                networks[name], references, maps[name] = self._export(name, make, cases, work)
+                kept |= references
             exported = memory.peak()
             gc.collect()
             for i, name in enumerate(modules):
@@ -319,10 +335,10 @@ class _Work:
                 "compiler": identity["compiler"],
                 "networks": networks,
                 "sample": {
-                    **dict(zip(("channels", "height", "width"), sizes.latent, strict=True)),
-                    "max_batch": max((p.maximum for p in self.profiles), default=MAX_BATCH),
+                    **dict(zip(("channels", "height", "width"), self.plan.latent(self.plan.default), strict=True)),
+                    "max_batch": max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
                 },
-                "image": {"height": sizes.latent[1] * sizes.factor, "width": sizes.latent[2] * sizes.factor},
+                "image": dict(zip(("height", "width"), self.plan.default, strict=True)),
                 "tokens": tokens,
                 "scheduler": self.base.scheduler_config(),
                 "parity": {
@@ -369,9 +385,9 @@ class _Work:
         return Student(unet, guide)
 
     def _export(
-        self, name: str, make: Callable[[], Any], inputs: dict[str, Any], work: Path
-    ) -> tuple[dict[str, Any], tuple[dict[str, Any], Any], dict[str, Any]]:
-        """One network's graph: its entry in the manifest, its golden inputs and output, and its weights' map."""
+        self, name: str, make: Callable[[], Any], cases: dict[Size, dict[str, Any]], work: Path
+    ) -> tuple[dict[str, Any], dict[str, tuple[dict[str, Any], Any]], dict[str, Any]]:
+        """One network's graph: its entry in the manifest, its golden inputs and outputs, and its weights' map."""
         from .graph import export
         from .parity import LARGE, relative_error
         from .precision import convert, reference
@@ -380,20 +396,25 @@ class _Work:
         path = work / f"{name}.onnx"
         module = make()
         rows = 1 if sum(p.numel() for p in module.parameters()) > LARGE else 2
-        compared = {k: v[:rows] for k, v in inputs.items()}
-        wanted = reference(module, compared).numpy()
+        inputs = next(iter(cases.values()))
+        if name == "text_encoder":
+            cases = {self.plan.default: inputs}  # prompts have no size
+        compared = {size: {k: v[:rows] for k, v in case.items()} for size, case in cases.items()}
+        wanted = {size: reference(module, case).numpy() for size, case in compared.items()}
+        traced = {k: self.plan.traced(v) for k, v in inputs.items()}
         recipes = self._recipes(name)
         tried: list[str] = []
         for recipe in recipes:
             module = make() if module is None else module
-            weights = export(convert(module, recipe), inputs, OUTPUTS[name], path)
+            weights = export(convert(module, recipe), traced, OUTPUTS[name], path, self.plan.open_axes)
             module = None  # rounded in place, and large
             gc.collect()
             quantised = self._quantize(recipe, path, weights)
             weights = quantised or weights
             weights = weights.derive(self.backend.prepare(path), _initializers(path))
             check_complete(path, weights)
-            error = relative_error(path, compared, wanted)
+            errors = {f"{h}x{w}": relative_error(path, compared[h, w], wanted[h, w]) for h, w in cases}
+            error = float(np.max(list(errors.values())))  # NaN if any is
             if error <= recipe.limit:  # also refuses NaN
                 break
             tried.append(f"{error:.2e} in {recipe.name}, where {recipe.limit:.0e} is allowed")
@@ -402,18 +423,27 @@ class _Work:
                 f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); "
                 "nothing was written; choose another --precision, or report it"
             )
-        entry = {
+        entry: dict[str, Any] = {
             "graph": path.name,
             "precision": recipe.name,
-            "inputs": {n: [str(v.dtype).removeprefix("torch."), ["batch", *v.shape[1:]]] for n, v in inputs.items()},
-            "outputs": {OUTPUTS[name]: ["float32", ["batch", *wanted.shape[1:]]]},
+            "inputs": {n: [str(v.dtype).removeprefix("torch."), self.plan.named(v.shape)] for n, v in inputs.items()},
+            "outputs": {OUTPUTS[name]: ["float32", self.plan.named(wanted[self.plan.default].shape)]},
             "parity": {"graph": error, "limit": recipe.limit, "rows": rows},
         }
+        if len(errors) > 1:
+            entry["parity"]["sizes"] = errors
         if tried:
             entry["fallback"] = f"off by {tried[0]}"
         if quantised is not None:
             entry["int8"] = self._told(weights)
-        return entry, ({k: v.numpy() for k, v in compared.items()}, wanted), weights.as_dict()
+        references = {
+            name if size == self.plan.default else f"{name}@{size[0]}x{size[1]}": (
+                {k: v.numpy() for k, v in case.items()},
+                wanted[size],
+            )
+            for size, case in compared.items()
+        }
+        return entry, references, weights.as_dict()
 
     def _recipes(self, name: str) -> list[Recipe]:
         """What a network is exported in, and what is tried when that is too far off."""
@@ -462,18 +492,19 @@ class _Work:
         made = self.backend.compile(job, report)
         entry |= {
             "file": made.file,
-            "profiles": [asdict(p) for p in job.profiles],
+            "profiles": [p.as_dict() for p in job.profiles],
             "compiled": {"seconds": round(made.seconds, 1), "peak_memory": made.peak_memory, **made.notes},
         }
 
     def _profiles(self, network: str) -> tuple[Profile, ...]:
-        if not self.profiles:
+        if not self.plan.profiles:
             return ()
         if network == "text_encoder":
             return (Profile("b1", 1, 1, 1),)  # prompts are encoded one by one, so that none depends on another
+        profiles = tuple(p.in_latents(self.plan.factor) for p in self.plan.profiles)
         if network == "unet" and not self._guided:
-            return tuple(p.doubled() for p in self.profiles)  # classifier-free guidance is a batch of two
-        return self.profiles
+            return tuple(p.doubled() for p in profiles)  # classifier-free guidance is a batch of two
+        return profiles
 
     def _engine_parity(
         self, work: Path, networks: dict[str, Any], kept: dict[str, tuple[dict[str, Any], Any]]

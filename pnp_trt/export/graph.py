@@ -6,13 +6,14 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .sizes import OpenAxis
 from .weights import WeightMap, hide, restore, save_with_weights
 
 OPSET = 23
@@ -41,7 +42,9 @@ class VaeDecoder(nn.Module):
         return self.vae.decode(latents / self.vae.config.scaling_factor + shift, return_dict=False)[0]
 
 
-def export(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> WeightMap:
+def export(
+    module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, open_axes: Sequence[OpenAxis] = ()
+) -> WeightMap:
     """Write ``path`` and ``path.data``; the first dimension of every input becomes the dynamic ``batch``.
 
     Equal modules give equal files.
@@ -49,12 +52,17 @@ def export(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path
     Args:
         inputs: example tensors by the names of ``module.forward``'s arguments; batch at least 2.
         output: name of the single output.
+        open_axes: what else stays dynamic in every input of four dimensions, by its name; the example's sizes are
+            legal, and more than one step.
 
     Returns:
         Where each initialiser comes from; the first part of a module's weight names is the source.
     """
     batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = {name: {0: batch} for name in inputs}
+    # multiples of a step, so that the tracer can tell that what the U-Net halves comes out even
+    units = {a: torch.export.Dim(f"{a.name}_steps" if a.step > 1 else a.name, min=a.low, max=a.high) for a in open_axes}
+    sized = {a.axis: a.step * unit if a.step > 1 else unit for a, unit in units.items()}
+    shapes = {name: {0: batch} | (sized if x.ndim == 4 else {}) for name, x in inputs.items()}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
@@ -64,6 +72,8 @@ def export(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path
         hidden = hide(program.model.graph, {name for name, _ in module.named_parameters()})
         _optimize(program.model)
     weights = restore(program.model.graph, module, hidden)
+    for axis in open_axes:
+        _name_open(program.model, axis)
     _strip_source_locations(program.model)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_with_weights(program.model, path, list(weights.weights))
@@ -91,6 +101,26 @@ def _optimize(model: Any) -> None:
         common.NameFixPass(),
     )(model)
     onnx_fusions.fuse(model)
+
+
+def _name_open(model: Any, axis: OpenAxis) -> None:
+    """Call an open dimension by its name alone wherever the tracer wrote it as a product, and so in the output.
+
+    A runtime that is told what ``height`` is (``free dimension override``) then knows all that follows from it.
+    """
+    import onnx_ir as ir
+
+    inputs = [v for v in model.graph.inputs if len(v.shape) == 4]
+    written = {str(v.shape[axis.axis].value) for v in inputs}
+    for value in (*model.graph.inputs, *(o for node in model.graph.all_nodes() for o in node.outputs)):
+        if value.shape is not None:
+            for i, d in enumerate(value.shape):
+                if isinstance(d, ir.SymbolicDim) and str(d.value) in written:
+                    value.shape[i] = axis.name
+    for value in model.graph.outputs:
+        d = value.shape[axis.axis] if len(value.shape) == 4 else axis.name
+        if isinstance(d, ir.SymbolicDim) and d.value != axis.name:
+            value.shape[axis.axis] = f"image_{axis.name}"
 
 
 def _strip_source_locations(model: Any) -> None:

@@ -34,12 +34,14 @@ class Sizes:
         text_width: width of a text state.
         vocabulary: number of token ids.
         factor: image pixels to a latent's.
+        multiple: what a picture's height and width are multiples of, so that the U-Net halves them without rest.
     """
 
     latent: tuple[int, int, int]
     text_width: int
     vocabulary: int
     factor: int
+    multiple: int
 
 
 @dataclass
@@ -126,7 +128,9 @@ class BaseModel:
         height, width = size if isinstance(size, list) else (size, size)
         blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
         latent = (unet["in_channels"], height, width)
-        return Sizes(latent, unet["cross_attention_dim"], text["vocab_size"], 2 ** (len(blocks) - 1))
+        factor = 2 ** (len(blocks) - 1)
+        multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        return Sizes(latent, unet["cross_attention_dim"], text["vocab_size"], factor, multiple)
 
     def random_guide(self, name: str) -> dict[str, str] | None:
         """Name and hash of the guide that ``make_guide`` makes; None where guides are read from files."""

@@ -238,7 +238,8 @@ class TinyGuide(ModelMixin, ConfigMixin):
     def _residuals(self, given: GuideInput, context: Tensor, film: tuple[Tensor, ...]) -> GuideOutput:
         mid = given.features.mid_block_res_sample
         gate = strength(given.guidance, mid.dtype)
-        shared = {tuple(mid.shape[-2:]): context}
+        # a list, as sizes that the exporter leaves open can be compared and not hashed
+        shared = [(mid.shape[-2:], context)]
         residuals: list[Tensor | None] = []
         adapters = iter(enumerate(self.adapters))
         for x, used in zip((*given.features.down_block_res_samples, mid), self.emitting, strict=True):
@@ -246,8 +247,10 @@ class TinyGuide(ModelMixin, ConfigMixin):
                 residuals.append(None)
                 continue
             i, adapter = next(adapters)
-            size = tuple(x.shape[-2:])
-            if size not in shared:
-                shared[size] = F.interpolate(context, size=x.shape[-2:], mode="nearest")
-            residuals.append(adapter(x, shared[size], 1 + film[2 * i], film[2 * i + 1], gate))
+            size = x.shape[-2:]
+            resized = next((c for s, c in shared if s == size), None)
+            if resized is None:
+                resized = F.interpolate(context, size=size, mode="nearest")
+                shared.append((size, resized))
+            residuals.append(adapter(x, resized, 1 + film[2 * i], film[2 * i + 1], gate))
         return GuideOutput(tuple(residuals[:-1]), cast(Tensor, residuals[-1]))

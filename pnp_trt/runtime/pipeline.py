@@ -12,7 +12,8 @@ import numpy as np
 
 from .. import backends
 from ..artifacts import Bundle, open_bundle
-from ..backends.base import Bound, LoadOptions
+from ..backends.base import Bound, LoadOptions, Profile, Size
+from ..backends.profiles import legal_sizes
 from ..errors import InputError, PnpError
 from .schedule import ddim
 from .tokenizer import Tokenizer
@@ -40,6 +41,8 @@ class Pipeline:
         methods: what it can do: ``guided`` for a bundle with a guide; ``cfg`` and ``unguided`` for a plain one.
         negative_prompts: whether its guide was distilled with negative prompts; CFG takes them in any case.
         sampling_steps: the only number of steps that its guide was distilled for (stage 2), or None.
+        size: height and width in pixels of what it draws where no size is asked for.
+        profiles: batches and sizes that it was built for; empty where any batch of the one size will do.
     """
 
     def __init__(self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None) -> None:
@@ -53,6 +56,8 @@ class Pipeline:
         self.negative_prompts: bool = not bundle.guided or bool(guide.get("negative_prompts"))
         self.sampling_steps: int | None = guide.get("sampling_steps")
         self._latent = (manifest["sample"]["channels"], manifest["sample"]["height"], manifest["sample"]["width"])
+        self.size: Size = (manifest["image"]["height"], manifest["image"]["width"])
+        self.profiles = tuple(Profile.from_dict(p) for p in manifest["profiles"])
         self._scheduler = manifest["scheduler"]
         self._tokenizer = Tokenizer(
             bundle.folder / "tokenizer.json", manifest["tokens"]["length"], manifest["tokens"]["pad"]
@@ -81,11 +86,37 @@ class Pipeline:
         # one row at a time: a prompt's states must not depend on what else is asked for
         return np.concatenate([self._text(input_ids=row[None]) for row in ids])
 
-    def noise(self, seeds: Sequence[int]) -> np.ndarray:
-        """Unit Gaussian latents ``[N, C, H, W]`` float32; each depends on its own seed alone."""
-        return np.stack(
-            [np.random.Generator(np.random.Philox(s)).standard_normal(self._latent, np.float32) for s in seeds]
-        )
+    def check_size(self, size: Size | None) -> Size:
+        """``size`` in pixels, or the default for None.
+
+        Raises:
+            InputError: if the engine was not built for it; the message has the legal sizes.
+        """
+        if size is None or tuple(size) == self.size:
+            return self.size
+        if not any(p.sized and p.holds_size(size) for p in self.profiles):
+            legal = legal_sizes(self.profiles) or f"{self.size[0]}x{self.size[1]}"
+            raise InputError(
+                f"size is {size[0]}x{size[1]}; engine '{self.name}' draws {legal} (height x width in pixels); "
+                "choose one of these, or build another engine with --profile b1@HEIGHTxWIDTH"
+            )
+        return size[0], size[1]
+
+    def largest_batch(self, size: Size | None = None) -> int:
+        """Most pictures of ``size`` (pixels) at once."""
+        wanted = self.check_size(size)
+        return max((p.maximum for p in self.profiles if p.holds_size(wanted)), default=self.max_batch)
+
+    def noise(self, seeds: Sequence[int], size: Size | None = None) -> np.ndarray:
+        """Unit Gaussian latents ``[N, C, H, W]`` float32; each depends on its own seed and the size alone.
+
+        Args:
+            size: height and width of the pictures in pixels; None takes the default.
+        """
+        channels, height, width = self._latent
+        wanted = self.check_size(size)
+        latent = (channels, wanted[0] * height // self.size[0], wanted[1] * width // self.size[1])
+        return np.stack([np.random.Generator(np.random.Philox(s)).standard_normal(latent, np.float32) for s in seeds])
 
     def denoise(
         self,
@@ -102,7 +133,7 @@ class Pipeline:
 
         Args:
             context: text states ``[N, tokens, D]``.
-            noise: ``[N, C, H, W]``.
+            noise: ``[N, C, H, W]``; its height and width decide the picture's.
             guidance: w, one for all or ``[N]``.
             method: one of ``methods``; ``None`` takes the first.
             callback: called with (steps done, steps) after each step.
@@ -122,7 +153,7 @@ class Pipeline:
             other = np.broadcast_to(self._unconditional(), context.shape)
         if twice:
             context = np.concatenate([np.asarray(other), context])
-        with self._unet.bind(2 * n if twice else n) as unet:
+        with self._unet.bind(2 * n if twice else n, noise.shape[-2:]) as unet:
             unet.write(encoder_hidden_states=context)
             if method == "guided":
                 unet.write(guidance=w)
@@ -166,6 +197,7 @@ class Pipeline:
         method: str | None = None,
         negative: str | Sequence[str] | None = None,
         callback: Callable[[int, int], None] | None = None,
+        size: Size | None = None,
     ) -> list[Picture]:
         """Pictures for prompts.
 
@@ -176,6 +208,7 @@ class Pipeline:
             seed: one for all prompts, or one each.
             negative: negative prompt, one for all or one each.
             callback: called with (steps done, steps in all) as the work goes on.
+            size: height and width in pixels, one of those that the engine was built for; None takes its default.
 
         Raises:
             InputError: for values out of range, or lists whose lengths differ.
@@ -185,6 +218,8 @@ class Pipeline:
         scales = [float(guidance)] * len(prompts) if isinstance(guidance, int | float) else [float(g) for g in guidance]
         steps = steps if steps is not None else self.sampling_steps or DEFAULT_STEPS
         check_request(prompts, seeds, scales, steps)
+        wanted = self.check_size(size)
+        most = self.largest_batch(wanted)
         method = method or self.methods[0]
         avoided = self._avoided(negative, len(prompts), method)
         if self.sampling_steps not in (None, steps):
@@ -194,13 +229,13 @@ class Pipeline:
                 stacklevel=2,
             )
         out: list[Picture] = []
-        total = steps * -(-len(prompts) // self.max_batch)
-        for start in range(0, len(prompts), self.max_batch):
-            part = slice(start, start + self.max_batch)
-            done = steps * (start // self.max_batch)
+        total = steps * -(-len(prompts) // most)
+        for start in range(0, len(prompts), most):
+            part = slice(start, start + most)
+            done = steps * (start // most)
             report = (lambda i, _, done=done: callback(done + i, total)) if callback else None
             latents = self.denoise(
-                self.encode(prompts[part]), self.noise(seeds[part]),
+                self.encode(prompts[part]), self.noise(seeds[part], wanted),
                 steps=steps, guidance=np.array(scales[part], np.float32), method=method, callback=report,
                 negative=None if avoided is None else self.encode(avoided[part]),
             )  # fmt: skip
@@ -208,7 +243,7 @@ class Pipeline:
                 parameters = {
                     "prompt": prompts[start + i], "seed": seeds[start + i], "steps": steps,
                     "guidance": scales[start + i],
-                    "method": method, "engine": self.name, "schedule": "ddim",
+                    "method": method, "engine": self.name, "schedule": "ddim", "size": f"{wanted[0]}x{wanted[1]}",
                 } | ({} if avoided is None else {"negative": avoided[start + i]})  # fmt: skip
                 out.append(Picture(pixels, parameters))
         return out

@@ -10,11 +10,11 @@ import numpy as np
 
 from .. import backends
 from ..artifacts import Bundle
-from ..backends.base import Backend, LoadOptions
+from ..backends.base import Backend, LoadOptions, Network
 from ..errors import PnpError
 
 FILE = "golden.npz"
-#: {network: (inputs by name, float32 output of PyTorch)}
+#: {network: (inputs by name, float32 output of PyTorch)}; ``network@HEIGHTxWIDTH`` for other sizes than the default
 Golden = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
 
 
@@ -50,8 +50,12 @@ def compare(
 ) -> dict[str, float]:
     """Relative error of each network as it is loaded from ``folder``, row by row as far as its profiles want that."""
     errors = {}
+    loaded: dict[str, Network] = {}
     for name, (inputs, reference) in golden.items():
-        network = backend.load(folder / networks[name]["file"], networks[name], options or LoadOptions())
+        key = name.partition("@")[0]
+        if key not in loaded:  # one at a time: engines are large
+            loaded = {key: backend.load(folder / networks[key]["file"], networks[key], options or LoadOptions())}
+        network = loaded[key]
         rows = [network(**{k: v[i : i + 1] for k, v in inputs.items()}) for i in range(len(reference))]
         errors[name] = difference(np.concatenate(rows), reference)
     return errors
@@ -60,11 +64,12 @@ def compare(
 def gate(errors: Mapping[str, float], networks: Mapping[str, Any], name: str) -> None:
     """Raise ``PnpError`` for the first network that is further off than its recipe allows."""
     for network, error in errors.items():
-        limit = networks[network]["parity"]["limit"]
+        entry = networks[network.partition("@")[0]]
+        limit = entry["parity"]["limit"]
         if not error <= limit:  # also refuses NaN
             raise PnpError(
                 f"engine '{name}': the {network} differs from PyTorch by {error:.2e} (relative), more than the "
-                f"{limit:.0e} that {networks[network]['precision']} allows; do not serve it, and report it"
+                f"{limit:.0e} that {entry['precision']} allows; do not serve it, and report it"
             )
 
 

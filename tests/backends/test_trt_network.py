@@ -89,6 +89,9 @@ class Context(Real):
     def infer_shapes(self) -> list[str]:
         return []
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shape
+
     def execute_async_v3(self, stream: int) -> bool:
         count = int(np.prod(self._shape))
         x, y = ((ctypes.c_float * count).from_address(self._at[n]) for n in ("x", "y"))
@@ -195,6 +198,41 @@ def test_the_tightest_profile_is_chosen(network: TrtNetwork) -> None:
             assert network._engine._contexts[-1]._profile == index
     with pytest.raises(InputError, match="the batch is 5; x.engine was compiled for 1 to 1, 1 to 4; .*--profile b5"):
         network(x=np.zeros((5, 3), np.float32))
+
+
+class SizedEngine(Engine):
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, 2, -1, -1)
+
+
+def test_open_sizes_are_bound_by_the_tightest_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PNP_TRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(TrtNetwork, "_deserialize", lambda self, host_code: SizedEngine())
+    (tmp_path / "x.engine").write_bytes(b"plan")
+    square = Profile("b1-4@32x32", 1, 4, 4, (4, 4, 4), (4, 4, 4))
+    free = Profile("b1-2@32-64", 1, 2, 2, (4, 4, 8), (4, 4, 8), 2)
+    entry = {
+        "inputs": {"x": ["float32", ["batch", 2, "height", "width"]]},
+        "outputs": {"y": ["float32", ["batch", 2, "image_height", "image_width"]]},
+        "profiles": [free.as_dict(), square.as_dict()],
+        "compiled": {},
+    }
+    network = TrtNetwork(RTX, tmp_path / "x.engine", entry, HostCuda())
+    for batch, size, index in ((1, (4, 4), 1), (4, (4, 4), 1), (2, (4, 8), 0), (1, (6, 6), 0)):
+        x = np.random.default_rng(0).standard_normal((batch, 2, *size), np.float32)
+        assert np.array_equal(network(x=x), x + 1)
+        assert network._engine._contexts[-1]._profile == index and network._engine._contexts[-1]._shape == x.shape
+    made = len(network._engine._contexts)
+    with network.bind(1, (6, 6)) as bound:  # the same shape again takes the same buffers
+        assert bound.size == (6, 6) and len(network._engine._contexts) == made
+    legal = r"compiled for 1 to 2 of 4-8x4-8 in steps of 2, 1 to 4 of 4x4; build with --profile b4@HEIGHTxWIDTH"
+    for batch, size in ((4, (4, 8)), (4, (5, 5)), (4, (10, 4))):
+        with pytest.raises(InputError, match=rf"batch is 4 of {size[0]}x{size[1]} latents; x.engine was {legal}"):
+            network(x=np.zeros((batch, 2, *size), np.float32))
+    with pytest.raises(InputError, match="x has an open height and width"), network.bind(1):
+        pass
+    cuda: Any = network._cuda
+    assert len(cuda.held) == 4 * len(network._idle)  # nothing of what failed is kept
 
 
 def test_two_users_get_two_sets_and_all_is_given_back(network: TrtNetwork) -> None:

@@ -1,0 +1,173 @@
+"""Profiles: the batch and picture sizes that an engine is made for.
+
+A picture's size is written ``HEIGHTxWIDTH`` in image pixels; inside a network the same profile measures latents.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+
+#: most pictures at once
+MAX_BATCH = 32
+#: largest side of a picture in pixels; attention's work grows with its fourth power
+MAX_SIDE = 4096
+#: height and width
+Size = tuple[int, int]
+#: smallest, best and largest
+Extent = tuple[int, int, int]
+
+_RANGE = r"([0-9]{1,5})(?:-([0-9]{1,5}))?"
+_FORM = re.compile(f"b{_RANGE}(?:@{_RANGE}(?:x{_RANGE})?)?")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named range of batch sizes, and of picture sizes where there is more than the model's own.
+
+    Attributes:
+        name: ``b1``, ``b2-8``, ``b1@512x768`` …
+        minimum, optimum, maximum: pictures at once; kernels are chosen for the optimum.
+        height, width: smallest, best and largest; image pixels, or latents' inside a network (``in_latents``).
+            None where the engine has one size, its model's own.
+        step: height and width are multiples of it.
+    """
+
+    name: str
+    minimum: int
+    optimum: int
+    maximum: int
+    height: Extent | None = None
+    width: Extent | None = None
+    step: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """``b4`` is a batch of just four; ``b2-8`` is two to eight, fastest at eight; ``@`` adds sizes in pixels.
+
+        ``b1@512x768`` is 512 high and 768 wide, ``b1@256-768`` is any height and any width from 256 to 768,
+        ``b1@512-768x512`` any height and one width.
+
+        Raises:
+            InputError: with the form and the legal range.
+        """
+        found = _FORM.fullmatch(text)
+        low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if found is None or not 1 <= low <= high <= MAX_BATCH:
+            raise _malformed(text)
+        if found[3] is None:
+            return cls(text, low, high, high)
+        sides = [(int(found[i]), int(found[i + 1] or found[i])) for i in (3, 5) if found[i]]
+        if not all(1 <= least <= most <= MAX_SIDE for least, most in sides):
+            raise _malformed(text)
+        height, width = ((least, most, most) for least, most in (sides[0], sides[-1]))
+        return cls(text, low, high, high, height, width)
+
+    @classmethod
+    def from_dict(cls, held: dict[str, Any]) -> Profile:
+        """What ``as_dict`` gave, also by way of JSON."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items()}
+        return cls(**fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a manifest records it; sizes only where there are any."""
+        found: dict[str, Any] = {k: getattr(self, k) for k in ("name", "minimum", "optimum", "maximum")}
+        if self.height is not None and self.width is not None:
+            found |= {"height": list(self.height), "width": list(self.width), "step": self.step}
+        return found
+
+    @property
+    def sized(self) -> bool:
+        """Whether it says sizes."""
+        return self.height is not None
+
+    def extent(self, dimension: str) -> Extent:
+        """Smallest, best and largest ``batch``, ``height`` or ``width``."""
+        found = (self.minimum, self.optimum, self.maximum) if dimension == "batch" else getattr(self, dimension)
+        assert found is not None, f"profile {self.name} has no {dimension}"
+        return found
+
+    def doubled(self) -> Profile:
+        """The same for a network that sees every picture twice: with its prompt and without."""
+        return replace(self, optimum=2 * self.optimum, maximum=2 * self.maximum)
+
+    def in_latents(self, factor: int) -> Profile:
+        """The same measured in latents, each of which is ``factor`` pixels high and wide."""
+        if self.height is None or self.width is None:
+            return self
+        h, w = ((low // factor, best // factor, high // factor) for low, best, high in (self.height, self.width))
+        return replace(self, height=h, width=w, step=self.step // factor)
+
+    def holds(self, batch: int, size: Size | None = None) -> bool:
+        """Whether ``batch`` and ``size`` are inside."""
+        return self.minimum <= batch <= self.maximum and (size is None or self.holds_size(size))
+
+    def holds_size(self, size: Size) -> bool:
+        """Whether ``size`` is inside; a profile without sizes holds any, since its engine has only one."""
+        if self.height is None or self.width is None:
+            return True
+        return all(
+            low <= n <= high and n % self.step == 0
+            for n, (low, _, high) in zip(size, (self.height, self.width), strict=True)
+        )
+
+    @property
+    def shapes(self) -> int:
+        """How many combinations of batch, height and width are inside: the fewer, the tighter."""
+        count = self.maximum - self.minimum + 1
+        for extent in (self.height, self.width):
+            count *= 1 if extent is None else (extent[2] - extent[0]) // self.step + 1
+        return count
+
+    def sizes(self) -> str:
+        """Its sizes in words: ``512x768``, or ``256-768x256-768 in steps of 64``; empty where it has none."""
+        if self.height is None or self.width is None:
+            return ""
+        ranges = [f"{low}" if low == high else f"{low}-{high}" for low, _, high in (self.height, self.width)]
+        stepped = any("-" in r for r in ranges)
+        return "x".join(ranges) + (f" in steps of {self.step}" if stepped else "")
+
+
+def _malformed(text: str) -> InputError:
+    return InputError(
+        f"profile is '{text}'; write b1 for one picture at once, b2-8 for two to eight, at most {MAX_BATCH}; "
+        "then, where wanted, @512x768 for a height and width in pixels, or @256-768 for a range of both, "
+        f"at most {MAX_SIDE}"
+    )
+
+
+def parse_size(text: str) -> Size:
+    """``512x768`` as height and width in pixels; ``512`` is square.
+
+    Raises:
+        InputError: with the form and the legal range.
+    """
+    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    size = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not all(1 <= n <= MAX_SIDE for n in size):
+        raise InputError(
+            f"size is '{text}'; write height x width in pixels, such as 512x768, each from 1 to {MAX_SIDE}"
+        )
+    return size
+
+
+def tightest(profiles: Sequence[Profile], holds: Callable[[Profile], bool]) -> int | None:
+    """Index of the profile with the fewest shapes among those that ``holds`` accepts; None if there is none."""
+    fitting = [(p.shapes, i) for i, p in enumerate(profiles) if holds(p)]
+    return min(fitting)[1] if fitting else None
+
+
+def legal_sizes(profiles: Sequence[Profile]) -> str:
+    """The sizes of all profiles in words, each once."""
+    return ", ".join(dict.fromkeys(p.sizes() for p in profiles if p.sized))
+
+
+def size_of(inputs: dict[str, np.ndarray]) -> Size | None:
+    """Height and width of what is shaped like a picture, ``[B, C, H, W]``, among a network's inputs."""
+    return next(((v.shape[2], v.shape[3]) for v in inputs.values() if v.ndim == 4), None)

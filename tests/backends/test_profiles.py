@@ -1,0 +1,94 @@
+"""Profiles: what is written, what is held, and what goes into a manifest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pnp_trt.backends.profiles import MAX_SIDE, Profile, legal_sizes, parse_size, tightest
+from pnp_trt.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "height", "width"),
+    [
+        ("b1", (1, 1, 1), None, None),
+        ("b2-8", (2, 8, 8), None, None),
+        ("b1@512", (1, 1, 1), (512, 512, 512), (512, 512, 512)),
+        ("b1-4@512x768", (1, 4, 4), (512, 512, 512), (768, 768, 768)),
+        ("b1@256-768", (1, 1, 1), (256, 768, 768), (256, 768, 768)),
+        ("b3@64x64-4096", (3, 3, 3), (64, 64, 64), (64, 4096, 4096)),
+    ],
+)
+def test_profiles_say_batch_height_and_width(text: str, batch: object, height: object, width: object) -> None:
+    p = Profile.parse(text)
+    assert (p.name, p.extent("batch"), p.height, p.width) == (text, batch, height, width)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["b1@", "b1@0", "b1@768-256", "b1@64x", "b1@64x64x64", "b1@5000", "@64", "b0@64", "b1 @64", "b1@٣"],
+)
+def test_what_is_no_profile_is_told_the_form(text: str) -> None:
+    with pytest.raises(InputError, match=r"write b1 .* at most 32; .*@512x768 .*@256-768 .* at most 4096") as refused:
+        Profile.parse(text)
+    assert f"profile is '{text}'" in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "0x64", "64x", "64*64", "5000", "-64", "64x64x64"])
+def test_what_is_no_size_is_told_the_form(text: str) -> None:
+    assert parse_size("512x768") == (512, 768) and parse_size("96") == (96, 96)
+    with pytest.raises(InputError, match="such as 512x768, each from 1 to 4096"):
+        parse_size(text)
+
+
+extents = st.integers(1, 12).flatmap(lambda low: st.integers(low, 12).map(lambda high: (low, high)))
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    """Any profile of a model whose sizes are multiples of 16 pixels."""
+    (b0, b1), (h0, h1), (w0, w1) = draw(extents), draw(extents), draw(extents)
+    return Profile("p", b0, b1, b1, (16 * h0, 16 * h1, 16 * h1), (16 * w0, 16 * w1, 16 * w1), 16)
+
+
+@given(profiles(), st.integers(1, 12), st.integers(1, 200), st.integers(1, 200))
+def test_a_profile_holds_the_same_in_pixels_and_in_latents(p: Profile, batch: int, h: int, w: int) -> None:
+    latents = p.in_latents(8)
+    assert latents.shapes == p.shapes and latents.step == 2
+    inside = all(low <= n <= high and n % 16 == 0 for n, (low, _, high) in ((h, p.extent("height")),
+                                                                            (w, p.extent("width"))))  # fmt: skip
+    assert p.holds_size((h, w)) == inside
+    if h % 8 == 0 and w % 8 == 0:
+        assert latents.holds_size((h // 8, w // 8)) == inside
+    assert p.holds(batch, (h, w)) == (inside and p.holds(batch))
+
+
+@given(profiles())
+def test_a_manifest_gives_profiles_back(p: Profile) -> None:
+    assert Profile.from_dict(json.loads(json.dumps(p.as_dict()))) == p
+
+
+def test_a_profile_without_sizes_is_recorded_as_ever() -> None:
+    held = {"name": "b2-8", "minimum": 2, "optimum": 8, "maximum": 8}
+    assert Profile.parse("b2-8").as_dict() == held and Profile.from_dict(held).holds(3, (640, 8))
+
+
+@given(st.lists(profiles(), min_size=1, max_size=4), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
+def test_the_tightest_profile_is_chosen(held: list[Profile], batch: int, h: int, w: int) -> None:
+    size = (16 * h, 16 * w)
+    index = tightest(held, lambda p: p.holds(batch, size))
+    fitting = [p for p in held if p.holds(batch, size)]
+    assert (index is None) == (not fitting)
+    if index is not None:
+        assert held[index] in fitting and held[index].shapes == min(p.shapes for p in fitting)
+
+
+def test_legal_sizes_are_said_once() -> None:
+    ranged = Profile("r", 1, 1, 1, (64, 64, 128), (64, 64, 64), 8)
+    square = Profile("s", 1, 1, 1, (96, 96, 96), (96, 96, 96), 8)
+    assert legal_sizes([Profile.parse("b1"), ranged, square, square]) == "64-128x64 in steps of 8, 96x96"
+    assert MAX_SIDE >= 1024  # SDXL's own

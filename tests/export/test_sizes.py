@@ -1,0 +1,171 @@
+"""Graphs with open sizes: the plan, the export, and parity away from the size that was traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pnp_trt.backends.onnxruntime import OrtNetwork
+from pnp_trt.backends.profiles import Profile
+from pnp_trt.errors import InputError
+from pnp_trt.export.graph import VaeDecoder, export
+from pnp_trt.export.lower import for_onnxruntime_cpu
+from pnp_trt.export.parity import golden_inputs, relative_error
+from pnp_trt.export.sizes import OpenAxis, plan_sizes
+from pnp_trt.models.base import Sizes, resolve
+from pnp_trt.models.guide import GUIDES
+from pnp_trt.models.student import Student
+
+#: of Stable Diffusion 1.5
+SD15 = Sizes((4, 64, 64), 768, 49408, 8, 64)
+
+
+def plan(*texts: str, sizes: Sizes = SD15) -> Any:
+    return plan_sizes([Profile.parse(t) for t in texts], sizes)
+
+
+def test_models_say_what_sizes_are_multiples_of() -> None:
+    assert resolve("random:sd15").sizes() == SD15
+    assert resolve("emoji").sizes().multiple == 8
+
+
+def test_without_sizes_nothing_is_open() -> None:
+    found = plan("b1", "b2-8")
+    assert (found.default, found.second, found.open_axes) == ((512, 512), None, ())
+    assert [p.as_dict() for p in found.profiles] == [Profile.parse(t).as_dict() for t in ("b1", "b2-8")]
+    one = plan("b1@512x512", "b2-8")
+    assert (one.default, one.second, one.open_axes) == ((512, 512), None, ())
+    latents = torch.zeros(2, 4, 64, 64)
+    assert one.traced(latents) is latents  # so that the graph is the fixed one, byte for byte
+    assert [p.name for p in one.for_any_batch().profiles] == ["b1-32@512x512"]
+    assert plan().for_any_batch().profiles == ()
+
+
+def test_only_what_differs_is_open() -> None:
+    found = plan("b1", "b1@512x768")
+    assert found.open_axes == (OpenAxis("width", 3, 8, 12, 8),)
+    assert (found.default, found.second) == ((512, 512), (512, 768))
+    assert found.named((2, 4, 64, 64)) == ["batch", 4, 64, "width"]
+    assert found.named((2, 3, 512, 512)) == ["batch", 3, 512, "image_width"]
+    assert tuple(found.traced(torch.zeros(2, 4, 64, 64)).shape) == (2, 4, 64, 96)
+    prompt = torch.zeros(2, 77, 768)
+    assert found.traced(prompt) is prompt
+
+
+def test_the_own_size_is_the_best_and_the_default_where_it_is_legal() -> None:
+    found = plan("b1@256-768")
+    assert found.profiles[0].height == (256, 512, 768) and found.default == (512, 512)
+    assert found.second == (256, 768)  # an oblong one
+    other = plan("b2@640-768")
+    assert other.default == (768, 768) and other.second == (640, 768)
+
+
+@pytest.mark.parametrize("text", ["b1@500", "b1@512x520", "b1@256-700", "b1@32"])
+def test_sizes_that_the_model_cannot_halve_are_refused_with_the_legal_ones(text: str) -> None:
+    with pytest.raises(InputError, match=f"profile is '{text}', .* multiples of 64 pixels from 64 to 4096; .* 512x512"):
+        plan("b1", text)
+
+
+span = st.integers(1, 64).flatmap(lambda low: st.integers(low, 64).map(lambda high: (64 * low, 64 * high)))
+
+
+@given(st.lists(st.tuples(span, span), min_size=1, max_size=3))
+def test_every_plan_traces_and_checks_legal_sizes(asked: list[Any]) -> None:
+    found = plan(*(f"b1@{h[0]}-{h[1]}x{w[0]}-{w[1]}" for h, w in asked))
+    for size in (found.default, *([found.second] if found.second else [])):
+        assert any(p.holds_size(size) for p in found.profiles)
+    assert (found.second is None) == (not found.open_axes)
+    # the tracer takes what is one step long for a constant
+    assert all(a.high >= 2 and a.low < a.high for a in found.open_axes)
+    for p in found.profiles:
+        for low, best, high in (p.extent("height"), p.extent("width")):
+            assert low <= best <= high
+
+
+@pytest.fixture(scope="module")
+def deep() -> Any:
+    """A U-Net with three levels: what it halves twice must come out even twice."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(8, 8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16,
+        attention_head_dim=2, norm_num_groups=4,
+    ).eval()  # fmt: skip
+
+
+OPEN = (OpenAxis("height", 2, 1, 6, 4), OpenAxis("width", 3, 1, 6, 4))
+
+
+def parity(module: nn.Module, inputs: dict[str, torch.Tensor], path: Path, sizes: list[tuple[int, int]]) -> float:
+    """Worst error over sizes, of a graph that was traced at the largest one and lowered."""
+    (name,) = (n for n, x in inputs.items() if x.ndim == 4)
+
+    def at(height: int, width: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(height * 100 + width)
+        return inputs | {name: torch.randn(2, inputs[name].shape[1], height, width, generator=g)}
+
+    export(module, at(24, 24), "y", path, OPEN)
+    for_onnxruntime_cpu(path)
+    onnx.checker.check_model(str(path), full_check=True)
+    errors = []
+    for size in sizes:
+        with torch.no_grad():
+            wanted = module(**at(*size)).numpy()
+        errors.append(relative_error(path, at(*size), wanted))
+    return float(np.max(errors))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_guides_are_exact_at_sizes_that_were_not_traced(deep: Any, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    guide = GUIDES[kind].from_unet(deep, negative_prompts=True)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    student = Student(deep, guide).eval()
+    inputs = golden_inputs((4, 16, 16), 7, 16, 100, True, True)["unet"]
+    assert parity(student, inputs, tmp_path / "unet.onnx", [(16, 16), (4, 24), (20, 8)]) < 1e-5
+
+
+def test_the_large_autoencoder_is_exact_at_sizes_that_were_not_traced(tmp_path: Path) -> None:
+    """Stable Diffusion's decoder has attention over all positions, and group norms."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(2)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    inputs = {"latents": torch.zeros(2, 4, 16, 16)}
+    assert parity(VaeDecoder(vae), inputs, tmp_path / "vae.onnx", [(16, 16), (4, 24), (20, 8)]) < 1e-5
+
+
+class Pool(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(x, 2) + x.mean()
+
+
+def test_sessions_are_kept_by_batch_and_size_those_used_last(tmp_path: Path) -> None:
+    export(Pool(), {"x": torch.zeros(2, 1, 24, 24)}, "y", tmp_path / "pool.onnx", OPEN)
+    legal = Profile("any", 1, 1, 32, (4, 4, 24), (4, 4, 24), 4)
+    network = OrtNetwork(tmp_path / "pool.onnx", "cpu", profiles=(legal,))
+    assert network.describe().inputs == {"x": ("float32", ("batch", 1, "height", "width"))}
+    for size in ((4, 4), (8, 4), (12, 4), (4, 4), (16, 4)):
+        x = np.random.default_rng(0).standard_normal((1, 1, *size), np.float32)
+        assert np.allclose(network(x=x), Pool()(torch.from_numpy(x)).numpy(), atol=1e-6)
+    assert list(network._sessions) == [(1, (8, 4)), (1, (12, 4)), (1, (4, 4)), (1, (16, 4))]
+    with pytest.raises(InputError, match="the latents are 6x4; pool.onnx takes 4-24x4-24 in steps of 4"):
+        network(x=np.zeros((1, 1, 6, 4), np.float32))
+    with pytest.raises(InputError, match="x has an open height and width"), network.bind(1):
+        pass

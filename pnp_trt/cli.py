@@ -72,7 +72,8 @@ def _options(
 @app.command()
 def sample(
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="What to draw; several are drawn as one batch.")
+        list[str],
+        typer.Argument(metavar="PROMPT...", help="What to draw; several are drawn as one batch; - reads a line each."),
     ],
     engine: Annotated[str, typer.Option(help="A bundle's name or folder.")] = "emoji-tiny",
     steps: Annotated[
@@ -83,30 +84,44 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures per prompt.")] = 1,
     method: Annotated[str | None, typer.Option(help="guided, or on a bundle without guide: cfg, unguided.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="ddim, dpm++, euler or teacher; default: the teacher's own where it is one of these."),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Picture to begin with, where the engine has a VAE encoder.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --init: the share of the steps that are made; default 0.8.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    kind: Annotated[str, typer.Option("--format", help="png, webp (lossless) or jpeg.")] = "png",
+    metadata: Annotated[
+        str, typer.Option(help="embedded: parameters inside the pictures; json: in a file beside each, too.")
+    ] = "embedded",
+    grid: Annotated[Path | None, typer.Option(help="Write all pictures as one, a row a prompt, to this PNG.")] = None,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths.")] = False,
 ) -> None:
-    """Draw pictures; the parameters are stored in each PNG."""
-    from .runtime.images import free_path, save_png, slug
+    """Draw pictures; the parameters are stored in each. No file is ever overwritten."""
+    from . import cli_sample
     from .runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
 
+    prompts = cli_sample.read_prompts(prompts)
+    files = cli_sample.Files(out, kind, metadata, grid)
+    files.check()
     asked = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     check_request(asked, seeds, [guidance] * len(asked), DEFAULT_STEPS if steps is None else steps)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; name a folder")
     _build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
     steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
     with _Bar(f"{len(asked)} pictures, {steps} steps, w = {guidance:g}", None, quiet) as bar:
         pictures = pipeline(
-            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, callback=bar.count
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        path = free_path(out, f"{slug(picture.parameters['prompt'])}-{picture.parameters['seed']}")
-        save_png(picture.pixels, picture.parameters, path)
+            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
+            init=init, strength=strength, callback=bar.count,
+        )  # fmt: skip
+    for path in files.write(pictures, prompts, count):
         print(path)
 
 
@@ -125,6 +140,9 @@ def bench(
     guidance: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="ddim, dpm++, euler or teacher; default: what the engines agree on, or ddim.")
+    ] = None,
     grid_file: Annotated[
         Path | None, typer.Option("--grid", help="Write the picture grid (teacher above, guided below) here.")
     ] = None,
@@ -133,7 +151,9 @@ def bench(
     """Cost, latency and fidelity of guided sampling against its teacher's classifier-free guidance."""
     from .bench import report, results, run
 
-    plan = run.Plan(tuple(engine or ()), base, only, tuple(batch or (1, 4, 8)), steps, rounds, guidance, provider)
+    plan = run.Plan(
+        tuple(engine or ()), base, only, tuple(batch or (1, 4, 8)), steps, rounds, guidance, provider, schedule
+    )
     run.check(plan)
     for name in run.wanted_engines(plan):
         _build_if_missing(name, quiet=False)

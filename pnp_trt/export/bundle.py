@@ -41,8 +41,8 @@ from .precision import recipe as find_recipe
 PRECISIONS = ("fp32", "fp16", "bf16")
 #: distributions that a manifest remembers, for the reader alone
 _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
-OUTPUTS = {"unet": "prediction", "text_encoder": "last_hidden_state", "vae_decoder": "sample"}
-TITLES = {"unet": "U-Net", "text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
+OUTPUTS = {"unet": "prediction", "text_encoder": "last_hidden_state", "vae_decoder": "sample", "vae_encoder": "latents"}
+TITLES = {"unet": "U-Net", "text_encoder": "text encoder", "vae_decoder": "VAE decoder", "vae_encoder": "VAE encoder"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class BuildSpec:
         target: GPU to compile for; None takes the backend's default.
         profiles: batch sizes to compile for, as ``Profile.parse`` reads them; empty takes the backend's default.
         options: for the backend's compiler.
+        image_to_image: whether the bundle gets the VAE's encoder too, for pictures to begin with.
     """
 
     base: str = "emoji"
@@ -66,6 +67,7 @@ class BuildSpec:
     target: str | None = None
     profiles: tuple[str, ...] = ()
     options: CompileOptions = field(default_factory=CompileOptions)
+    image_to_image: bool = False
 
     def folder(self) -> Path:
         """Where the bundle goes."""
@@ -96,6 +98,7 @@ class BuildSpec:
         words += ["--workspace", f"{o.workspace / 2**30:g}"] if o.workspace is not None else []
         for name in ("refittable", "version_compatible", "hardware_compatible"):
             words += [f"--{name.replace('_', '-')}"] if getattr(o, name) else []
+        words += ["--image-to-image"] if self.image_to_image else []
         return shlex.join([*words, "--out", str(self.folder())])
 
 
@@ -125,7 +128,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     from ..models.base import resolve
 
     base = resolve(spec.base)
-    identity = {
+    identity: dict[str, Any] = {
         "pnp-trt": __version__,
         "base": base.fingerprint()["all"],
         "guide": _guide_identity(spec),
@@ -136,6 +139,8 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
         "options": {k: v for k, v in asdict(spec.options).items() if k != "check_memory"},
         "compiler": backend.versions(),
     }
+    if spec.image_to_image:
+        identity["image_to_image"] = True
     key = digest([SCHEMA, identity])
     folder = spec.folder()
     if folder.exists() and not folder.is_dir():
@@ -247,9 +252,11 @@ class _Work:
             tokens = copy_tokenizer(self.base, work / "tokenizer.json")
             sizes = self.base.sizes()
             negative = bool((identity["guide"] or {}).get("negative_prompts"))
+            image = (sizes.latent[1] * sizes.factor, sizes.latent[2] * sizes.factor)
             golden = golden_inputs(
-                sizes.latent, tokens["length"], sizes.text_width, sizes.vocabulary, self._guided, negative
-            )
+                sizes.latent, tokens["length"], sizes.text_width, sizes.vocabulary, self._guided, negative,
+                image if self.spec.image_to_image else None,
+            )  # fmt: skip
             networks: dict[str, dict[str, Any]] = {}
             kept: dict[str, tuple[dict[str, Any], Any]] = {}
             maps: dict[str, Any] = {}
@@ -284,7 +291,7 @@ class _Work:
                 },
                 "image": {"height": sizes.latent[1] * sizes.factor, "width": sizes.latent[2] * sizes.factor},
                 "tokens": tokens,
-                "scheduler": self.base.scheduler_config(),
+                "scheduler": self.base.scheduler_config() | {"_class_name": self.base.scheduler_class()},
                 "parity": {
                     "relative_error": {name: n["parity"]["graph"] for name, n in networks.items()},
                     "limit": self.recipe.limit,
@@ -310,13 +317,16 @@ class _Work:
 
     def _modules(self) -> dict[str, Callable[[], Any]]:
         """What makes each network's module; calling it loads the weights."""
-        from .graph import TextEncoder, VaeDecoder
+        from .graph import TextEncoder, VaeDecoder, VaeEncoder
 
-        return {
+        found: dict[str, Callable[[], Any]] = {
             "unet": self._student,
             "text_encoder": lambda: TextEncoder(self.base.text_encoder()),
             "vae_decoder": lambda: VaeDecoder(self.base.vae()),
         }
+        if self.spec.image_to_image:
+            found["vae_encoder"] = lambda: VaeEncoder(self.base.vae())
+        return found
 
     def _student(self) -> Any:
         from ..models.load import load_guide

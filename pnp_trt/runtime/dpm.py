@@ -97,6 +97,8 @@ def _levels(config: Config, steps: int) -> tuple[np.ndarray, np.ndarray]:
     if spacing == "linspace":
         t = np.linspace(0, last - 1, steps + 1).round()[::-1][:-1]
     elif spacing == "leading":
+        if steps >= last:
+            raise InputError(f"steps is {steps}; DPM-Solver++ with leading timesteps takes at most {last - 1}")
         t = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + config.get("steps_offset", 0)
     else:
         t = np.arange(last, 0, -n / steps).round()[:steps] - 1

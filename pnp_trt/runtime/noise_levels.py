@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def betas(config: Config) -> np.ndarray:
         found = np.square(_linspace(start**0.5, end**0.5, n))
     else:  # Nichol & Dhariwal 2021, eq. 17
         curve = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-        found = np.array([min(1 - after / now, 0.999) for now, after in zip(curve, curve[1:], strict=False)])
+        found = np.array([min(1 - after / now, 0.999) for now, after in pairwise(curve)])
     found = found.astype(np.float32)
     return _zero_snr(found) if config.get("rescale_betas_zero_snr") else found
 

@@ -98,7 +98,7 @@ class Schedule:
             )
         rows = slice(len(self) - made, None)
         names = [n for n, v in vars(self).items() if isinstance(v, np.ndarray)]
-        part: dict[str, np.ndarray] = {n: getattr(self, n)[rows].copy() for n in names}
+        part: dict[str, Any] = {n: getattr(self, n)[rows].copy() for n in names}
         # a first step has none before it: with its own data prediction in that place, a multistep rule is first order
         for target, data in (("x_scale", "data_x"), ("output_scale", "data_output")):
             part[target][0] += part["previous_scale"][0] * part[data][0]

@@ -137,11 +137,11 @@ def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def micro_bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the bundles ``plain`` and ``guided`` of the micro teacher; do not write into it."""
+    """A folder with the bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher; read it only."""
     from pnp_trt.export.bundle import BuildSpec, build
 
     home = tmp_path_factory.mktemp("engines")
-    build(BuildSpec(str(micro_base), "none", out=home / "plain"))
+    build(BuildSpec(str(micro_base), "none", out=home / "plain", image_to_image=True))
     build(BuildSpec(str(micro_base), str(micro_guide), out=home / "guided"))
     return home
 

@@ -43,6 +43,11 @@ def dpm_solver(config: Config, steps: int) -> Schedule:
     """
     check_steps(config, steps)
     refuse(config, _NOT_LINEAR)
+    if str(kind := config.get("algorithm_type")).startswith("sde-"):
+        raise InputError(
+            f"the scheduler config's algorithm_type is '{kind}', which adds noise at every step; "
+            "take --schedule ddim or euler"
+        )
     choice(config, "algorithm_type", "dpmsolver++", ALGORITHMS)
     if (order := config.get("solver_order", 2)) not in (1, 2):
         raise InputError(f"the scheduler config's solver_order is {order}; known: 1, 2")

@@ -142,11 +142,20 @@ def save_png(pixels: np.ndarray, parameters: dict[str, Any], path: Path) -> None
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that did not exist, whole or not there at all."""
+    advice = "choose another --out"
     try:
-        with path.open("xb") as f:
-            yield f
+        f = path.open("xb")
     except OSError as e:
-        raise PnpError(f"{path} cannot be written ({e.strerror or e}); choose another --out") from e
+        raise PnpError(f"{path} cannot be written ({e.strerror or e}); {advice}") from e
+    try:
+        with f:
+            yield f
+    except BaseException as e:
+        path.unlink(missing_ok=True)
+        if isinstance(e, OSError | ValueError):  # a full disk; parameters that are too long for the format
+            raise PnpError(f"{path} cannot be written ({getattr(e, 'strerror', None) or e}); {advice}") from e
+        raise
 
 
 def grid(

@@ -50,10 +50,10 @@ class Pipeline:
         default_schedule: ``ddim``, ``dpm++`` or ``euler``: the teacher's own where it is one of these and the guide
             was not distilled for a number of DDIM steps, else DDIM.
 
+    Threads may share one: every call has buffers of its own.
+
     Raises:
         InputError: for a ``schedule`` that is unknown, or ``teacher`` where the teacher's is none of these.
-
-    May be shared between threads.
     """
 
     def __init__(
@@ -257,8 +257,8 @@ class Pipeline:
             Cancelled: if the callback returned False.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        scales = [float(guidance)] * len(prompts) if isinstance(guidance, int | float) else [float(g) for g in guidance]
+        seeds = [int(s) for s in ([seed] * len(prompts) if isinstance(seed, int | np.integer) else seed)]
+        scales = [float(g) for g in np.atleast_1d(guidance)] * (len(prompts) if np.ndim(guidance) == 0 else 1)
         steps = steps if steps is not None else self.sampling_steps or DEFAULT_STEPS
         check_request(prompts, seeds, scales, steps)
         method = method or self.methods[0]

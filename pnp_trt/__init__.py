@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .errors import Cancelled, InputError, PnpError
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .runtime.pipeline import Pipeline
 
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Cancelled", "InputError", "Pipeline", "PnpError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

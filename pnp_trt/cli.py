@@ -73,7 +73,8 @@ def _options(
 @app.command()
 def sample(
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="What to draw; several are drawn as one batch.")
+        list[str],
+        typer.Argument(metavar="PROMPT...", help="What to draw; several are drawn as one batch; - reads a line each."),
     ],
     engine: Annotated[str, typer.Option(help="A bundle's name or folder.")] = "emoji-tiny",
     steps: Annotated[
@@ -87,33 +88,46 @@ def sample(
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH in pixels, where the engine has several; default its own.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="ddim, dpm++, euler or teacher; default: the teacher's own where it is one of these."),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Picture to begin with, where the engine has a VAE encoder.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --init: the share of the steps that are made; default 0.8.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    kind: Annotated[str, typer.Option("--format", help="png, webp (lossless) or jpeg.")] = "png",
+    metadata: Annotated[
+        str, typer.Option(help="embedded: parameters inside the pictures; json: in a file beside each, too.")
+    ] = "embedded",
+    grid: Annotated[Path | None, typer.Option(help="Write all pictures as one, a row a prompt, to this PNG.")] = None,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths.")] = False,
 ) -> None:
-    """Draw pictures; the parameters are stored in each PNG."""
+    """Draw pictures; the parameters are stored in each. No file is ever overwritten."""
+    from . import cli_sample
     from .backends.profiles import parse_size
-    from .runtime.images import free_path, save_png, slug
     from .runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
 
+    prompts = cli_sample.read_prompts(prompts)
+    files = cli_sample.Files(out, kind, metadata, grid)
+    files.check()
     asked = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     check_request(asked, seeds, [guidance] * len(asked), DEFAULT_STEPS if steps is None else steps)
     wanted = None if size is None else parse_size(size)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; name a folder")
     _build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
     steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
     with _Bar(f"{len(asked)} pictures, {steps} steps, w = {guidance:g}", None, quiet) as bar:
         pictures = pipeline(
-            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, callback=bar.count,
-            size=wanted,
+            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
+            init=init, strength=strength, callback=bar.count, size=wanted,
         )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        path = free_path(out, f"{slug(picture.parameters['prompt'])}-{picture.parameters['seed']}")
-        save_png(picture.pixels, picture.parameters, path)
+    for path in files.write(pictures, prompts, count):
         print(path)
 
 
@@ -133,6 +147,9 @@ def bench(
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; not for the cost.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="ddim, dpm++, euler or teacher; default: what the engines agree on, or ddim.")
+    ] = None,
     grid_file: Annotated[
         Path | None, typer.Option("--grid", help="Write the picture grid (teacher above, guided below) here.")
     ] = None,
@@ -144,7 +161,7 @@ def bench(
 
     wanted = None if size is None else parse_size(size)
     batches = tuple(batch or (1, 4, 8))
-    plan = run.Plan(tuple(engine or ()), base, only, batches, steps, rounds, guidance, provider, wanted)
+    plan = run.Plan(tuple(engine or ()), base, only, batches, steps, rounds, guidance, provider, wanted, schedule)
     run.check(plan)
     for name in run.wanted_engines(plan):
         _build_if_missing(name, quiet=False)

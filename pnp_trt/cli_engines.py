@@ -56,6 +56,9 @@ def build(
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="Other GPUs from Ampere on may run it (tensorrt).")
     ] = False,
+    image_to_image: Annotated[
+        bool, typer.Option("--image-to-image", help="Put the VAE encoder in too, for pnp-trt sample --init.")
+    ] = False,
     memory_check: Annotated[bool, typer.Option(help="Refuse to start where the host's memory will not do.")] = True,
     out: Annotated[Path | None, typer.Option(help="The bundle's folder; default engines/BASE-GUIDE…")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
@@ -75,7 +78,9 @@ def build(
         hardware_compatible=hardware_compatible,
         check_memory=memory_check,
     )
-    spec = BuildSpec(base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration)
+    spec = BuildSpec(
+        base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration, image_to_image
+    )
     with _Bar(f"build {spec.folder().name}", None) as bar:
         built = run(spec, force=force, progress=bar.note)
     m = built.manifest

@@ -11,3 +11,9 @@ class InputError(PnpError):
     """The caller's input was wrong: a name, a range, a file; nothing was changed."""
 
     exit_code = 2
+
+
+class Cancelled(PnpError):
+    """The caller's own callback stopped the work; no picture was made."""
+
+    exit_code = 130

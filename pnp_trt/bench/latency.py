@@ -51,7 +51,14 @@ class Pipeline(Protocol):
         """Starting latents, [N, C, h, w] float32, one picture a seed; of `size` in pixels, None for the default."""
 
     def denoise(
-        self, context: np.ndarray, noise: np.ndarray, *, steps: int, guidance: np.ndarray | float, method: str
+        self,
+        context: np.ndarray,
+        noise: np.ndarray,
+        *,
+        steps: int,
+        guidance: np.ndarray | float,
+        method: str,
+        schedule: str | None = None,
     ) -> np.ndarray:
         """Final latents after the whole loop, [N, C, h, w]."""
 
@@ -122,6 +129,7 @@ def measure(
     warmup: int = DEFAULT_WARMUP,
     guidance: float = 3.0,
     prompts: Sequence[str],
+    schedule: str | None = None,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
@@ -130,8 +138,9 @@ def measure(
     """Time every case at every batch size, one row each, batch by batch in the order of `cases`.
 
     `prompts` are repeated to fill a batch; the noise of picture i has seed i for every case. Warm-up passes of every
-    case come before the first round and are not recorded. `clock` returns seconds; `seed` fixes the bootstrap;
-    `size` is the pictures' height and width in pixels, None every engine's default.
+    case come before the first round and are not recorded. `schedule` names the sampling schedule; None leaves it to
+    each pipeline. `clock` returns seconds; `seed` fixes the bootstrap; `size` is the pictures' height and width in
+    pixels, None every engine's default.
 
     Raises InputError for no cases, a case given twice, a method its engine lacks, or numbers out of range.
     """
@@ -151,13 +160,13 @@ def measure(
         seeds = list(range(batch))
         for case in cases:
             for _ in range(warmup):
-                _once(case, texts, seeds, steps, guidance, clock, size)
+                _once(case, texts, seeds, steps, guidance, clock, schedule, size)
                 report(f"warm-up, {case.label}, batch {batch}")
         raw: list[list[dict[str, Any]]] = [[] for _ in cases]
         for number in range(rounds):
             gc.collect()  # between rounds, so that it falls on no case
             for position, index in enumerate(_order(len(cases), number)):
-                observed = _once(cases[index], texts, seeds, steps, guidance, clock, size)
+                observed = _once(cases[index], texts, seeds, steps, guidance, clock, schedule, size)
                 raw[index].append({"round": number, "position": position, **observed})
                 report(f"round {number + 1} of {rounds}, {cases[index].label}, batch {batch}")
         loops = [np.array([one["loop_ms"] for one in observations]) for observations in raw]
@@ -183,15 +192,17 @@ def _once(
     steps: int,
     guidance: float,
     clock: Callable[[], float],
+    schedule: str | None,
     size: tuple[int, int] | None,
 ) -> dict[str, float]:
     """One picture batch from prompt to pixels; the noise is drawn before the clock starts."""
     noise = case.pipe.noise(seeds) if size is None else case.pipe.noise(seeds, size)
+    named = {} if schedule is None else {"schedule": schedule}
     with _collector_paused():
         start = clock()
         context = case.pipe.encode(prompts)
         encoded = clock()
-        latents = case.pipe.denoise(context, noise, steps=steps, guidance=guidance, method=case.method)
+        latents = case.pipe.denoise(context, noise, steps=steps, guidance=guidance, method=case.method, **named)
         denoised = clock()
         case.pipe.decode(latents)
         decoded = clock()

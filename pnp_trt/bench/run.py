@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Plan:
     guidance: float = 3.0
     provider: str = "auto"
     size: Size | None = None
+    schedule: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -89,6 +90,7 @@ def run(
     pipes = _open(wanted_engines(plan), plan.provider)
     for pipe in pipes:
         pipe.check_size(plan.size)
+    plan = replace(plan, schedule=_common_schedule(pipes, plan.schedule))
     rows: dict[str, Any] = {}
     if "cost" in plan.parts and importlib.util.find_spec("torch") is not None:
         say("counting cost", 0, 1)
@@ -100,7 +102,7 @@ def run(
         cases = [latency.Case(pipe, method) for pipe in pipes for method in pipe.methods]
         rows["latency"] = latency.measure(
             cases, batches=plan.batches, steps=plan.steps, rounds=plan.rounds, guidance=plan.guidance,
-            prompts=[f"{p}, {STYLES[0]} style" for p in PROMPTS], size=plan.size,
+            prompts=[f"{p}, {STYLES[0]} style" for p in PROMPTS], schedule=plan.schedule, size=plan.size,
             progress=lambda done, total, what: say("timing", done, total),
         )  # fmt: skip
     grid = None
@@ -113,6 +115,12 @@ def run(
                 "caption": grid.caption,
             }
     return results.document(["pnp-trt", *command], settings=asdict(plan), task_quality_evaluated=False, **rows), grid
+
+
+def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | None:
+    """One schedule for all, so that methods alone differ: the wanted one, what the engines agree on, or DDIM."""
+    found = {pipe.schedule(1, wanted).name for pipe in pipes}
+    return found.pop() if len(found) == 1 else "ddim" if found else None
 
 
 def _open(names: Sequence[str], provider: str) -> list[Pipeline]:
@@ -137,9 +145,8 @@ def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[di
     made: list[tuple[str, str, np.ndarray]] = []
     for i, (pipe, method) in enumerate(cases):
         say(f"drawing {method}", i, len(cases))
-        pictures = pipe(
-            prompts, steps=FIDELITY_STEPS, guidance=plan.guidance, seed=seeds, method=method, size=plan.size
-        )
+        pictures = pipe(prompts, steps=FIDELITY_STEPS, guidance=plan.guidance, seed=seeds, method=method,
+                        schedule=plan.schedule, size=plan.size)  # fmt: skip
         made.append((pipe.name, method, np.stack([p.pixels for p in pictures])))
     if not made or made[0][1] != "cfg":
         return [], None

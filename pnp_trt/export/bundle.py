@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 #: distributions that a manifest remembers, for the reader alone
 _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
-OUTPUTS = {"unet": "prediction", "text_encoder": "last_hidden_state", "vae_decoder": "sample"}
-TITLES = {"unet": "U-Net", "text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
+OUTPUTS = {"unet": "prediction", "text_encoder": "last_hidden_state", "vae_decoder": "sample", "vae_encoder": "latents"}
+TITLES = {"unet": "U-Net", "text_encoder": "text encoder", "vae_decoder": "VAE decoder", "vae_encoder": "VAE encoder"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class BuildSpec:
             default.
         options: for the backend's compiler.
         calibration: the record for ``int8``; None looks for the one of this base and guide.
+        image_to_image: whether the bundle gets the VAE's encoder too, for pictures to begin with.
     """
 
     base: str = "emoji"
@@ -76,6 +77,7 @@ class BuildSpec:
     profiles: tuple[str, ...] = ()
     options: CompileOptions = field(default_factory=CompileOptions)
     calibration: Path | None = None
+    image_to_image: bool = False
 
     def folder(self) -> Path:
         """Where the bundle goes."""
@@ -107,6 +109,7 @@ class BuildSpec:
         words += ["--workspace", f"{o.workspace / 2**30:g}"] if o.workspace is not None else []
         for name in ("refittable", "version_compatible", "hardware_compatible"):
             words += [f"--{name.replace('_', '-')}"] if getattr(o, name) else []
+        words += ["--image-to-image"] if self.image_to_image else []
         return shlex.join([*words, "--out", str(self.folder())])
 
 
@@ -140,7 +143,11 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     record = _record(spec, recipe, base.fingerprint()["all"], guide)
     plan = plan_sizes(profiles, base.sizes())
     plan = plan if backend.profiles else plan.for_any_batch()
-    identity = {
+    if spec.image_to_image and plan.open_axes:
+        raise InputError(
+            f"image to image wants one size, and the profiles {', '.join(spec.profiles)} have several; name one"
+        )
+    identity: dict[str, Any] = {
         "pnp-trt": __version__,
         "base": base.fingerprint()["all"],
         "guide": guide,
@@ -152,6 +159,8 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
         "compiler": backend.versions(),
         **({} if record is None else {"calibration": record.identity()}),
     }
+    if spec.image_to_image:
+        identity["image_to_image"] = True
     key = digest([SCHEMA, identity])
     folder = spec.folder()
     if folder.exists() and not folder.is_dir():
@@ -299,11 +308,12 @@ class _Work:
             # by picture size: the default's, then another one where there is more than one
             golden = {
                 size: golden_inputs(
-                    self.plan.latent(size), tokens["length"], sizes.text_width, sizes.vocabulary, self._guided, negative
+                    self.plan.latent(size), tokens["length"], sizes.text_width, sizes.vocabulary, self._guided,
+                    negative, size if self.spec.image_to_image else None,
                 )
                 for size in (self.plan.default, self.plan.second)
                 if size is not None
-            }
+            }  # fmt: skip
             networks: dict[str, dict[str, Any]] = {}
             kept: dict[str, tuple[dict[str, Any], Any]] = {}
             maps: dict[str, Any] = {}
@@ -340,7 +350,7 @@ class _Work:
                 },
                 "image": dict(zip(("height", "width"), self.plan.default, strict=True)),
                 "tokens": tokens,
-                "scheduler": self.base.scheduler_config(),
+                "scheduler": self.base.scheduler_config() | {"_class_name": self.base.scheduler_class()},
                 "parity": {
                     "relative_error": {name: n["parity"]["graph"] for name, n in networks.items()},
                     "limit": self.recipe.limit,
@@ -366,13 +376,16 @@ class _Work:
 
     def _modules(self) -> dict[str, Callable[[], Any]]:
         """What makes each network's module; calling it loads the weights."""
-        from .graph import TextEncoder, VaeDecoder
+        from .graph import TextEncoder, VaeDecoder, VaeEncoder
 
-        return {
+        found: dict[str, Callable[[], Any]] = {
             "unet": self._student,
             "text_encoder": lambda: TextEncoder(self.base.text_encoder()),
             "vae_decoder": lambda: VaeDecoder(self.base.vae()),
         }
+        if self.spec.image_to_image:
+            found["vae_encoder"] = lambda: VaeEncoder(self.base.vae())
+        return found
 
     def _student(self) -> Any:
         from ..models.load import load_guide
@@ -499,8 +512,8 @@ class _Work:
     def _profiles(self, network: str) -> tuple[Profile, ...]:
         if not self.plan.profiles:
             return ()
-        if network == "text_encoder":
-            return (Profile("b1", 1, 1, 1),)  # prompts are encoded one by one, so that none depends on another
+        if network in ("text_encoder", "vae_encoder"):
+            return (Profile("b1", 1, 1, 1),)  # both are run one by one, so that no row depends on another
         profiles = tuple(p.in_latents(self.plan.factor) for p in self.plan.profiles)
         if network == "unet" and not self._guided:
             return tuple(p.doubled() for p in profiles)  # classifier-free guidance is a batch of two

@@ -42,6 +42,23 @@ class VaeDecoder(nn.Module):
         return self.vae.decode(latents / self.vae.config.scaling_factor + shift, return_dict=False)[0]
 
 
+class VaeEncoder(nn.Module):
+    """Pixels ``[B, 3, H·f, W·f]`` in [-1, 1] → latents as the U-Net takes them ``[B, C, H, W]``.
+
+    Of a variational encoder the mean of its distribution, so that a picture has one latent.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        encoded = self.vae.encode(pixels)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * self.vae.config.scaling_factor
+
+
 def export(
     module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, open_axes: Sequence[OpenAxis] = ()
 ) -> WeightMap:

@@ -14,9 +14,19 @@ LARGE = 200_000_000
 
 
 def golden_inputs(
-    sample: tuple[int, int, int], tokens: int, width: int, vocabulary: int, guided: bool, negative: bool = False
+    sample: tuple[int, int, int],
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    guided: bool,
+    negative: bool = False,
+    pixels: tuple[int, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Seeded torch inputs per network, batch 2, with different timesteps and scales in the batch."""
+    """Seeded torch inputs per network, batch 2, with different timesteps and scales in the batch.
+
+    Args:
+        pixels: height and width of the pictures that a VAE encoder takes; None where there is none.
+    """
     import torch
 
     g = torch.Generator().manual_seed(20240)
@@ -34,6 +44,8 @@ def golden_inputs(
     }
     if negative:
         unet["negative"] = torch.randn(2, tokens, width, generator=g)
+    if pixels is not None:
+        found["vae_encoder"] = {"pixels": torch.rand(2, 3, *pixels, generator=g) * 2 - 1}
     return found
 
 

@@ -63,7 +63,7 @@ class Fp16(Recipe):
     name: str = "fp16"
     dtype: str = "float16"
     limit: float = 5e-3
-    fallback: tuple[str, ...] = ("vae_decoder",)
+    fallback: tuple[str, ...] = ("vae_decoder", "vae_encoder")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Bf16(Recipe):
     name: str = "bf16"
     dtype: str = "bfloat16"
     limit: float = 4e-2
-    fallback: tuple[str, ...] = ("vae_decoder",)
+    fallback: tuple[str, ...] = ("vae_decoder", "vae_encoder")
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ class BaseModel:
         config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
         return {k: v for k, v in config.items() if not k.startswith("_")}
 
+    def scheduler_class(self) -> str | None:
+        """The class of diffusers that the scheduler's config names, None where it names none."""
+        held = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text()).get("_class_name")
+        return None if held is None else str(held)
+
     def unet(self) -> Any:
         """``UNet2DConditionModel`` in float32, frozen."""
         from diffusers import UNet2DConditionModel

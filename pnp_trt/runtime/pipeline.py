@@ -14,14 +14,21 @@ from .. import backends
 from ..artifacts import Bundle, open_bundle
 from ..backends.base import Bound, LoadOptions, Profile, Size
 from ..backends.profiles import legal_sizes
-from ..errors import InputError, PnpError
-from .schedule import ddim
+from ..errors import Cancelled, InputError, PnpError
+from .images import read_image
+from .schedule import Schedule, make, resolve
 from .tokenizer import Tokenizer
 
 STEPS = (1, 1000)
 DEFAULT_STEPS = 20
 #: scales that guides are trained for; outside it their pictures mean nothing
 GUIDANCE = (1.0, 9.0)
+#: of the steps, for a picture to begin with; diffusers' default
+DEFAULT_STRENGTH = 0.8
+#: called with (steps done, steps in all); False stops the work
+Callback = Callable[[int, int], object]
+#: a picture to begin with: a file, or pixels uint8 ``[H, W, 3]``
+Init = str | Path | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,18 @@ class Pipeline:
         sampling_steps: the only number of steps that its guide was distilled for (stage 2), or None.
         size: height and width in pixels of what it draws where no size is asked for.
         profiles: batches and sizes that it was built for; empty where any batch of the one size will do.
+        default_schedule: ``ddim``, ``dpm++`` or ``euler``: the teacher's own where it is one of these and the guide
+            was not distilled for a number of DDIM steps, else DDIM.
+
+    Threads may share one: every call has buffers of its own.
+
+    Raises:
+        InputError: for a ``schedule`` that is unknown, or ``teacher`` where the teacher's is none of these.
     """
 
-    def __init__(self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None, schedule: str | None = None
+    ) -> None:
         manifest = bundle.manifest
         self.bundle = bundle
         self.name: str = bundle.name
@@ -59,6 +75,7 @@ class Pipeline:
         self.size: Size = (manifest["image"]["height"], manifest["image"]["width"])
         self.profiles = tuple(Profile.from_dict(p) for p in manifest["profiles"])
         self._scheduler = manifest["scheduler"]
+        self.default_schedule = resolve(schedule, self._scheduler, self.sampling_steps)
         self._tokenizer = Tokenizer(
             bundle.folder / "tokenizer.json", manifest["tokens"]["length"], manifest["tokens"]["pad"]
         )
@@ -69,16 +86,42 @@ class Pipeline:
             backend.load(bundle.file(n), manifest["networks"][n], options)
             for n in ("text_encoder", "unet", "vae_decoder")
         )
+        self._encoder = (
+            backend.load(bundle.file("vae_encoder"), manifest["networks"]["vae_encoder"], options)
+            if "vae_encoder" in manifest["networks"]
+            else None
+        )
         self._empty: np.ndarray | None = None
 
     @classmethod
-    def load(cls, engine: str | Path, *, provider: str = "auto", threads: int | None = None) -> Pipeline:
+    def load(
+        cls,
+        engine: str | Path,
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        schedule: str | None = None,
+    ) -> Pipeline:
         """Open a bundle by name or path, every file checked against its manifest.
 
+        Args:
+            schedule: ``ddim``, ``dpm++``, ``euler`` or ``teacher``, for all calls that name none.
+
         Raises:
-            InputError: if there is no such bundle, or it is damaged.
+            InputError: if there is no such bundle, or it is damaged, or for an unknown schedule.
         """
-        return cls(open_bundle(engine), provider=provider, threads=threads)
+        return cls(open_bundle(engine), provider=provider, threads=threads, schedule=schedule)
+
+    def schedule(self, steps: int, name: str | None = None) -> Schedule:
+        """The table of a sampling run.
+
+        Args:
+            name: ``ddim``, ``dpm++``, ``euler`` or ``teacher``; None takes ``default_schedule``.
+
+        Raises:
+            InputError: for an unknown name, too many steps, or options of the teacher's that no table can hold.
+        """
+        return make(name or self.default_schedule, self._scheduler, steps)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Text states ``[N, tokens, D]`` float32."""
@@ -126,8 +169,10 @@ class Pipeline:
         steps: int,
         guidance: np.ndarray | float,
         method: str | None = None,
-        callback: Callable[[int, int], None] | None = None,
+        callback: Callback | None = None,
         negative: np.ndarray | None = None,
+        schedule: str | Schedule | None = None,
+        image: np.ndarray | None = None,
     ) -> np.ndarray:
         """The whole loop, from unit noise to final latents ``[N, C, H, W]``.
 
@@ -136,16 +181,25 @@ class Pipeline:
             noise: ``[N, C, H, W]``; its height and width decide the picture's.
             guidance: w, one for all or ``[N]``.
             method: one of ``methods``; ``None`` takes the first.
-            callback: called with (steps done, steps) after each step.
+            callback: called with (steps done, steps) after each step; False from it stops the work.
             negative: text states of negative prompts, ``[N, tokens, D]``; None stands for the empty prompt.
+            schedule: a name, as for :meth:`schedule`, or a table, whose length then stands for ``steps``.
+            image: clean latents to begin with, ``[N, C, H, W]`` or one for all ``[1, C, H, W]``.
+
+        Raises:
+            InputError: for a method or schedule that is unknown, or a batch size that the engine lacks.
+            Cancelled: if the callback returned False.
         """
         method = method or self.methods[0]
         if method not in self.methods:
             raise InputError(f"engine '{self.name}' cannot do '{method}'; it can do: {', '.join(self.methods)}")
-        schedule = ddim(self._scheduler, steps)
+        table = schedule if isinstance(schedule, Schedule) else self.schedule(steps, schedule)
         n = len(noise)
         w = np.broadcast_to(np.asarray(guidance, np.float32), (n,))
-        x = noise * np.float32(schedule.init_scale)
+        x = noise * np.float32(table.init_scale)
+        if image is not None:
+            x = table.image_scale[0] * image + table.noise_scale[0] * noise
+        previous = None
         twice = method == "cfg"
         reads = self.bundle.guided and self.negative_prompts
         other = negative
@@ -159,13 +213,28 @@ class Pipeline:
                 unet.write(guidance=w)
             if reads:
                 unet.write(negative=np.asarray(other))
-            for i in range(len(schedule)):
-                t = np.full(2 * n if twice else n, schedule.timesteps[i])
-                output = _cfg(unet, x, t, w) if twice else _once(unet, x, t)
-                x = schedule.x_scale[i] * x + schedule.output_scale[i] * output
-                if callback is not None:
-                    callback(i + 1, steps)
+            for i in range(len(table)):
+                t = np.full(2 * n if twice else n, table.timesteps[i])
+                shown = table.scaled(i, x)
+                output = _cfg(unet, shown, t, w) if twice else _once(unet, shown, t)
+                x, previous = table.step(i, x, output, previous)
+                if callback is not None and callback(i + 1, len(table)) is False:
+                    raise Cancelled(f"sampling was cancelled after {i + 1} of {len(table)} steps")
         return x
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        """Clean latents ``[N, C, H, W]`` float32 of pictures, uint8 ``[N, H, W, 3]`` of the engine's size.
+
+        Raises:
+            InputError: if the engine has no VAE encoder.
+        """
+        if self._encoder is None:
+            raise InputError(
+                f"engine '{self.name}' has no VAE encoder, which a picture to begin with needs; "
+                f"build it with: {self.bundle.manifest['rebuild']} --image-to-image --force"
+            )
+        scaled = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+        return np.concatenate([self._encoder(pixels=row[None]) for row in scaled])
 
     def _unconditional(self) -> np.ndarray:
         if self._empty is None:
@@ -196,7 +265,10 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         method: str | None = None,
         negative: str | Sequence[str] | None = None,
-        callback: Callable[[int, int], None] | None = None,
+        schedule: str | None = None,
+        init: Init | None = None,
+        strength: float | None = None,
+        callback: Callback | None = None,
         size: Size | None = None,
     ) -> list[Picture]:
         """Pictures for prompts.
@@ -207,46 +279,73 @@ class Pipeline:
             guidance: w, one for all or one per prompt, 1 … 9.
             seed: one for all prompts, or one each.
             negative: negative prompt, one for all or one each.
-            callback: called with (steps done, steps in all) as the work goes on.
+            schedule: ``ddim``, ``dpm++``, ``euler`` or ``teacher``; None takes ``default_schedule``.
+            init: a picture to begin with; of another size than the engine's, it is resized and a warning says so.
+            strength: with ``init``, the share of the steps that are made, above 0 to 1; None stands for 0.8.
+            callback: called with (steps done, steps in all) as the work goes on; False from it stops the work.
             size: height and width in pixels, one of those that the engine was built for; None takes its default.
 
         Raises:
-            InputError: for values out of range, or lists whose lengths differ.
+            InputError: for values out of range, lists whose lengths differ, or a picture that cannot be read.
+            Cancelled: if the callback returned False.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        scales = [float(guidance)] * len(prompts) if isinstance(guidance, int | float) else [float(g) for g in guidance]
+        seeds = [int(s) for s in ([seed] * len(prompts) if isinstance(seed, int | np.integer) else seed)]
+        scales = [float(g) for g in np.atleast_1d(guidance)] * (len(prompts) if np.ndim(guidance) == 0 else 1)
         steps = steps if steps is not None else self.sampling_steps or DEFAULT_STEPS
         check_request(prompts, seeds, scales, steps)
         wanted = self.check_size(size)
         most = self.largest_batch(wanted)
         method = method or self.methods[0]
         avoided = self._avoided(negative, len(prompts), method)
+        table = self.schedule(steps, schedule)
+        start = self._start(init, strength)
+        if start is not None:
+            table = table.start(start[1])
         if self.sampling_steps not in (None, steps):
             warnings.warn(
                 f"the guide of engine '{self.name}' was distilled for {self.sampling_steps} steps and is run with "
                 f"{steps}; its pictures may be off",
                 stacklevel=2,
             )
+        if self.sampling_steps is not None and table.name != "ddim":
+            warnings.warn(
+                f"the guide of engine '{self.name}' was distilled under DDIM and is run with {table.name}; its "
+                "pictures may be off",
+                stacklevel=2,
+            )
         out: list[Picture] = []
-        total = steps * -(-len(prompts) // most)
-        for start in range(0, len(prompts), most):
-            part = slice(start, start + most)
-            done = steps * (start // most)
+        total = len(table) * -(-len(prompts) // most)
+        for first in range(0, len(prompts), most):
+            part = slice(first, first + most)
+            done = len(table) * (first // most)
             report = (lambda i, _, done=done: callback(done + i, total)) if callback else None
             latents = self.denoise(
                 self.encode(prompts[part]), self.noise(seeds[part], wanted),
                 steps=steps, guidance=np.array(scales[part], np.float32), method=method, callback=report,
                 negative=None if avoided is None else self.encode(avoided[part]),
+                schedule=table, image=None if start is None else start[0],
             )  # fmt: skip
             for i, pixels in enumerate(self.decode(latents)):
                 parameters = {
-                    "prompt": prompts[start + i], "seed": seeds[start + i], "steps": steps,
-                    "guidance": scales[start + i],
-                    "method": method, "engine": self.name, "schedule": "ddim", "size": f"{wanted[0]}x{wanted[1]}",
-                } | ({} if avoided is None else {"negative": avoided[start + i]})  # fmt: skip
+                    "prompt": prompts[first + i], "seed": seeds[first + i], "steps": steps,
+                    "guidance": scales[first + i],
+                    "method": method, "engine": self.name, "schedule": table.name, "size": f"{wanted[0]}x{wanted[1]}",
+                } | ({} if avoided is None else {"negative": avoided[first + i]})  # fmt: skip
+                if start is not None:
+                    parameters |= {"init": start[2], "strength": start[1]}
                 out.append(Picture(pixels, parameters))
         return out
+
+    def _start(self, init: Init | None, strength: float | None) -> tuple[np.ndarray, float, str] | None:
+        """Latents ``[1, C, H, W]``, strength and name of the picture to begin with; None where there is none."""
+        if init is None:
+            if strength is not None:
+                raise InputError(f"strength is {strength:g} and no picture to begin with was given; give --init too")
+            return None
+        image = self.bundle.manifest["image"]
+        pixels, name = read_image(init, (image["height"], image["width"]))
+        return self.encode_image(pixels[None]), DEFAULT_STRENGTH if strength is None else float(strength), name
 
     def _avoided(self, negative: str | Sequence[str] | None, count: int, method: str) -> list[str] | None:
         """The negative prompt of each picture; None where there is none."""

@@ -9,9 +9,10 @@ from typing import Any
 from ..errors import InputError, PnpError
 from ..export.bundle import BuildSpec, guide_identity, guide_name
 from ..export.weights import invert
+from .data import places
 
 
-def guide_of(manifest: dict[str, Any], graph: Path, weights: dict[str, Any], unet: Any) -> tuple[Any, str]:
+def guide_of(manifest: dict[str, Any], graph: Path, data: Path, weights: dict[str, Any], unet: Any) -> tuple[Any, str]:
     """The guide that is fused into a bundle's U-Net, and where its weights were found.
 
     They are taken from where the build took them if that is still the same, else read back from the graph: exact
@@ -19,6 +20,7 @@ def guide_of(manifest: dict[str, Any], graph: Path, weights: dict[str, Any], une
 
     Args:
         graph: the U-Net's ONNX file.
+        data: its weights; elsewhere, perhaps.
         weights: its part of ``weights.json``.
         unet: the U-Net that the guide is for.
 
@@ -30,7 +32,7 @@ def guide_of(manifest: dict[str, Any], graph: Path, weights: dict[str, Any], une
         spec = BuildSpec(base=given["base"], guide=given["guide"])
         if guide_identity(spec) == manifest["guide"]:
             return _from_files(spec, unet), given["guide"]
-    return _from_graph(manifest, graph, weights), "the graph itself"
+    return _from_graph(manifest, graph, data, weights), "the graph itself"
 
 
 def _from_files(spec: BuildSpec, unet: Any) -> Any:
@@ -43,8 +45,8 @@ def _from_files(spec: BuildSpec, unet: Any) -> Any:
     return load_guide(guide_name(spec))
 
 
-def _from_graph(manifest: dict[str, Any], graph: Path, weights: dict[str, Any]) -> Any:
-    import onnx_ir as ir
+def _from_graph(manifest: dict[str, Any], graph: Path, data: Path, weights: dict[str, Any]) -> Any:
+    import numpy as np
     import torch
 
     from ..models.guide import GUIDES
@@ -55,15 +57,16 @@ def _from_graph(manifest: dict[str, Any], graph: Path, weights: dict[str, Any]) 
         raise InputError(f"guide '{name}' is not where the engine was built from, and its config is not in the bundle")
     guide = classes[config["_class_name"]].from_config(config)
     own = guide.state_dict()
-    held = ir.load(graph).graph.initializers
     found = {}
-    for initializer, w in weights.items():
+    for place in places(graph, weights):
+        w = weights[place.name]
         if w["source"] == "guide" and w["key"] not in found:
-            with suppress(PnpError):  # another initialiser of the same key may be plain
-                value = held[initializer].const_value
-                array = value.numpy()
-                made = torch.from_numpy(array.astype("float32"))
-                found[w["key"]] = invert(w["transform"], made, tuple(own[w["key"]].shape))
+            with suppress(PnpError), data.open("rb") as f:  # another initialiser of the same key may be plain
+                f.seek(place.offset)
+                array = np.frombuffer(f.read(place.length), place.dtype.numpy()).reshape(place.shape)
+                found[w["key"]] = invert(
+                    w["transform"], torch.from_numpy(array.astype("float32")), tuple(own[w["key"]].shape)
+                )
     if lost := sorted(own.keys() - found.keys()):
         raise InputError(
             f"guide '{name}' is not where the engine was built from, and {len(lost)} of its weights cannot be read back "

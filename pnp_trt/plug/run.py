@@ -1,7 +1,7 @@
 """`pnp-trt plug`: a bundle and a fine-tune in, a bundle of the fine-tune out.
 
 The graphs stay as they are, so nothing is traced, optimised or, on ONNX Runtime, compiled: a network's new weights go
-where ``weights.json`` says, one by one, and what is not swapped is linked.  The new networks are then compared with
+where ``weights.json`` says, one by one, and what is not swapped is copied.  The new networks are then compared with
 PyTorch running the fine-tune, on the bundle's own golden inputs; past the limit nothing is left behind.
 """
 
@@ -238,9 +238,9 @@ class _Work:
         return out
 
     def _take(self, work: Path, swapped: list[str]) -> None:
-        """Link the engine's files: those that stay to their places, the rest aside; and check every one of them.
+        """Copy the files that stay, link those that are replaced aside, and check every one of them.
 
-        What is checked is what was linked, so another process may replace the engine meanwhile.
+        What is checked is what was taken, so another process may replace the engine meanwhile.
         """
         from ..runtime.verify import FILE as GOLDEN
 
@@ -252,7 +252,7 @@ class _Work:
             target = work / (_OLD if relative in aside else "") / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                _link(self.source / relative, target)
+                (_link if relative in aside else shutil.copyfile)(self.source / relative, target)
                 found = sha256(target)
             except FileNotFoundError:
                 found = "missing"
@@ -271,10 +271,8 @@ class _Work:
             return held
         from ..models.base import copy_tokenizer
 
-        target = work / "tokenizer.json"
-        target.unlink()  # a link to the engine's, which must not be written through
+        tokens = copy_tokenizer(self.fine_tune.base, work / "tokenizer.json")
         self.files.pop("tokenizer.json", None)
-        tokens = copy_tokenizer(self.fine_tune.base, target)
         if tokens["length"] != held["length"]:
             raise InputError(
                 f"the tokenizer of {self.fine_tune.name} pads to {tokens['length']} tokens, the engine takes "
@@ -304,7 +302,8 @@ class _Work:
             unet = merge(unet, "unet", one)
         if self.manifest["guide"] is None:
             return Teacher(unet), unet, None
-        guide, where = guide_of(self.manifest, work / self.manifest["networks"]["unet"]["graph"], weights, unet)
+        graph = self.manifest["networks"]["unet"]["graph"]
+        guide, where = guide_of(self.manifest, work / graph, work / _OLD / f"{graph}.data", weights, unet)
         return Student(unet, guide), unet, where
 
     def _text_encoder(self, config: dict[str, Any], what: str) -> Any:
@@ -333,10 +332,7 @@ class _Work:
         self._report(f"swap {TITLES[name]}", stages)
         source, whole = SOURCES[name]
         graph, data = work / entry["graph"], f"{entry['graph']}.data"
-        # the guide, where it is read back from the graph, is read from the old data
-        _link(work / _OLD / data, work / data)
         module, swapped, guide = self._module(name, weights, loaded, work)
-        (work / data).unlink()
         given = {source: dict(swapped.state_dict())}
         check_keys(weights, given, whole)
         inputs = {k: torch.from_numpy(v) for k, v in golden[0].items()}
@@ -390,7 +386,10 @@ class _Work:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Files of a bundle are never written to, so two bundles may share them; copied where a link cannot be had."""
+    """A second name for as long as the work takes; a copy where a link cannot be had.
+
+    Never for a file that stays: ONNX's libraries refuse external data that has several names.
+    """
     try:
         os.link(source, target)
     except FileNotFoundError:

@@ -19,13 +19,15 @@ def plug(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE[:SCALE]", help="A LoRA to merge, such as sepia or mine.safetensors:0.8; repeatable."),
+        typer.Option(
+            metavar="FILE[:SCALE]", help="A LoRA to merge, such as sepia or mine.safetensors:0.8; repeatable."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The new bundle's folder; default engines/FINE_TUNE-GUIDE…")] = None,
     memory_check: Annotated[bool, typer.Option(help="Refuse to compile where the host's memory will not do.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Put a fine-tune's weights, LoRAs merged, into a built engine without exporting again; check it against PyTorch."""
+    """Put a fine-tune's weights, LoRAs merged, into a built engine without exporting again; check against PyTorch."""
     from . import backends
     from .cli import _Bar, _need_torch
     from .plug.run import PlugSpec

@@ -1,9 +1,9 @@
 """``python -m benchmarks.emoji.lora``: trains the bundled LoRA, a sepia print of whatever the model draws.
 
-A real LoRA of the bundled U-Net in diffusers' standard format, so that plugging one in can be shown and tested: low-rank
-updates of the attention blocks' linear layers, trained with the recipe's own denoising loss on sepia versions of the
-pictures that the base model learned from.  Captions stay as they were, so every prompt comes out sepia.  A few minutes
-on one CPU thread.
+A real LoRA of the bundled U-Net in diffusers' standard format, so that plugging one in can be shown and tested:
+low-rank updates of the attention blocks' linear layers, trained with the recipe's own denoising loss on sepia versions
+of the pictures that the base model learned from.  Captions stay as they were, so every prompt comes out sepia.  A few
+minutes on one CPU thread.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def train_lora(out: Path, cache: Path, steps: int, batch: int, rank: int, lr: fl
     StableDiffusionPipeline.save_lora_weights(
         out.parent, unet_lora_layers=weights, weight_name=out.name, safe_serialization=True
     )
+    out.chmod(0o644)
     report = {
         "schema": "pnp-trt/lora/1",
         "base": {"name": base.name, "unet_sha256": base.fingerprint()["unet"]},

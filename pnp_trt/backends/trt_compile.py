@@ -163,7 +163,7 @@ def _timing_cache(flavour: Flavour, config: Any, file: str | None) -> Any:
     return cache
 
 
-def _logger(trt: Any) -> Any:
+def compiler_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
         """Keeps what the compiler says, for the one sentence of an error."""
 

@@ -1,8 +1,8 @@
 """New weights in a refittable engine: runs in ``trt_compile``'s process, on the GPU that the engine is for.
 
-Sources: ``Refitter``, ``OnnxParserRefitter`` and ``ISerializationConfig`` in the Python API of TensorRT 10.12 to 11.4 and
-of TensorRT-RTX 1.7 (docs.nvidia.com/deeplearning/tensorrt, "Refitting an Engine").  The parser names weights as the ONNX
-file does, so the file itself is the map.
+Sources: ``Refitter``, ``OnnxParserRefitter`` and ``ISerializationConfig`` in the Python API of TensorRT 10.12 to 11.4
+and of TensorRT-RTX 1.7 (docs.nvidia.com/deeplearning/tensorrt, "Refitting an Engine").  The parser names weights as the
+ONNX file does, so the file itself is the map.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     parser = trt.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_file(job["graph"]):
         said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise PnpError(
-            f"{flavour.name} could not refit {name} from {Path(job['graph']).name}: {'; '.join(said) or logger.summary('')}"
-        )
+        what = f"{flavour.name} could not refit {name} from {Path(job['graph']).name}"
+        raise PnpError(f"{what}: {'; '.join(said)}" if said else logger.summary(what))
     if missing := refitter.get_missing_weights():
         raise PnpError(f"refitting {name} would leave {len(missing)} weights stale, for example {missing[0]}")
     if not refitter.refit_cuda_engine():

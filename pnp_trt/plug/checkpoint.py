@@ -144,7 +144,9 @@ def find(name: str) -> FineTune:
     path = Path(name)
     if path.suffix == ".safetensors" or path.is_file():
         if not path.is_file():
-            raise InputError(f"no file {path}; --base wants a diffusers folder, a U-Net .safetensors, or a bundled name")
+            raise InputError(
+                f"no file {path}; --base wants a diffusers folder, a U-Net .safetensors, or a bundled name"
+            )
         keys = header(path)
         held = {part for part, prefix in LDM.items() if any(k.startswith(prefix) for k in keys)}
         if "unet" in held:
@@ -219,7 +221,9 @@ def _filled(kind: Any, config: Mapping[str, Any], weights: dict[str, Tensor], na
         module = kind.from_config(dict(config))
     check_same_weights(module.state_dict(), weights, name, what)
     if odd := [k for k, v in weights.items() if not v.is_floating_point()]:
-        raise InputError(f"{name}: {odd[0]} has type {weights[odd[0]].dtype}, not floating point; fetch the full weights")
+        raise InputError(
+            f"{name}: {odd[0]} has type {weights[odd[0]].dtype}, not floating point; fetch the full weights"
+        )
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
 

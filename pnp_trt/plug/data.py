@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def places(graph: Path, weights: Mapping[str, Any]) -> list[Place]:
     if differ := sorted({p.name for p in found} ^ set(weights)):
         raise PnpError(f"{FILE} and {graph.name} differ in {len(differ)} weights, for example {differ[0]}; build again")
     found.sort(key=lambda p: p.offset)
-    for a, b in zip(found, found[1:], strict=False):
+    for a, b in pairwise(found):
         if a.offset + a.length > b.offset:
             raise PnpError(f"{graph.name}: {a.name} and {b.name} share bytes; build again")
     return found
@@ -141,7 +142,7 @@ def _bytes(tensor: Tensor, weight: Mapping[str, Any], place: Place) -> Any:
             raise InputError(f"the weight {key} holds values that are not finite; fetch or train it again")
         largest = float(tensor.abs().max())
         raise InputError(f"the weight {key} reaches {largest:.1e}, too large for {made.dtype}; build another precision")
-    return memoryview(made.reshape(-1).view(torch.uint8).numpy())
+    return made.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _finite(tensor: Tensor) -> bool:

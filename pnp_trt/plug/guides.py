@@ -69,8 +69,8 @@ def _from_graph(manifest: dict[str, Any], graph: Path, data: Path, weights: dict
                 )
     if lost := sorted(own.keys() - found.keys()):
         raise InputError(
-            f"guide '{name}' is not where the engine was built from, and {len(lost)} of its weights cannot be read back "
-            f"from the graph, for example {lost[0]}; put the guide back, or build again"
+            f"guide '{name}' is not where the engine was built from, and {len(lost)} of its weights cannot be read "
+            f"back from the graph, for example {lost[0]}; put the guide back, or build again"
         )
     guide.load_state_dict(found)
     return guide.eval().requires_grad_(False)

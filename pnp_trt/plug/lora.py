@@ -145,8 +145,11 @@ def merge(module: Any, network: str, loaded: Loaded) -> Any:
     from diffusers.utils import recurse_remove_peft_layers
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    wanted = _check_fits(module, network, loaded)
     with _quiet():
+        try:
+            wanted = _check_fits(module, network, loaded)
+        except (ValueError, KeyError) as e:
+            raise InputError(f"the LoRA {loaded.lora.path} has no {network} keys that are understood: {e}") from None
         kept = dict(network_alphas=loaded.alphas, metadata=loaded.metadata, adapter_name="plugged")
         mixin = StableDiffusionLoraLoaderMixin
         try:
@@ -173,7 +176,11 @@ def merge(module: Any, network: str, loaded: Loaded) -> Any:
 
 def _check_fits(module: Any, network: str, loaded: Loaded) -> set[str]:
     """Names of the layers that a LoRA changes, each of them there and of its shape."""
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from diffusers.utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
 
     held = {k.removeprefix(f"{network}."): v for k, v in loaded.weights[network].items()}
     if network == "unet":

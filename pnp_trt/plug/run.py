@@ -14,6 +14,7 @@ import os
 import shlex
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,9 @@ class _Work:
             networks = {n: dict(entry) for n, entry in m["networks"].items()}
             guide = None
             for name in swapped:
-                golden[name], used = self._swap(name, networks[name], maps[name]["weights"], golden[name], loaded, work, stages)
+                golden[name], used = self._swap(
+                    name, networks[name], maps[name]["weights"], golden[name], loaded, work, stages
+                )
                 guide = guide or used
                 gc.collect()
             checked = memory.peak()
@@ -310,13 +313,16 @@ class _Work:
         """The fine-tune's; the engine's own base's where the fine-tune has none and a LoRA changes it."""
         if "text_encoder" in self.fine_tune.fingerprint():
             return self.fine_tune.text_encoder(config, what)
-        own = find(self.manifest["base"]["name"])
-        if own.fingerprint().get("text_encoder") != self.manifest["base"]["sha256"]["text_encoder"]:
-            raise InputError(
-                f"a LoRA changes the text encoder, {self.fine_tune.name} has none, and that of {what} is not to be found "
-                f"at {self.manifest['base']['name']}; give the fine-tune as a diffusers folder"
-            )
-        return own.text_encoder(config, what)
+        names = (self.manifest["base"]["name"], self.manifest["given"]["base"])
+        for name in names:
+            with suppress(InputError):
+                own = find(name)
+                if own.fingerprint().get("text_encoder") == self.manifest["base"]["sha256"]["text_encoder"]:
+                    return own.text_encoder(config, what)
+        raise InputError(
+            f"a LoRA changes the text encoder, {self.fine_tune.name} has none, and that of {what} is not to be found "
+            f"at {' or '.join(dict.fromkeys(names))}; give the fine-tune as a diffusers folder"
+        )
 
     def _swap(
         self, name: str, entry: dict[str, Any], weights: dict[str, Any], golden: Any, loaded: list[Any], work: Path,

@@ -39,7 +39,8 @@ LAYERS = (
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0",
 )
-TEXT_LAYER = "encoder.layers.0.self_attn.q_proj"
+#: diffusers tells formats apart by the last of the projections
+TEXT_LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj")
 RANK, ALPHA = 4, 2.0
 
 
@@ -57,7 +58,7 @@ def lora_factors(tuned: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(A, B) of each layer, the text encoder's under its own name."""
     unet = load_file(tuned / "unet" / "diffusion_pytorch_model.safetensors")
     shapes = {n: unet[f"{n}.weight"].shape for n in LAYERS}
-    return factors({**shapes, TEXT_LAYER: torch.Size([32, 32])})
+    return factors({**shapes, **{n: torch.Size([32, 32]) for n in TEXT_LAYERS}})
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +79,7 @@ def kohya_lora(lora_factors: dict, tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.mktemp("lora") / "kohya.safetensors"
     weights = {}
     for name, (a, b) in lora_factors.items():
-        full = f"lora_te_text_model.{name}" if name == TEXT_LAYER else f"lora_unet_{name}"
+        full = f"lora_te_text_model.{name}" if name in TEXT_LAYERS else f"lora_unet_{name}"
         stem = full.replace(".", "_")
         weights |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(ALPHA)}
     save_file(weights, path)

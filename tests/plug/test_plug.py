@@ -101,7 +101,9 @@ def test_pictures_are_the_fine_tunes(unet_only: Built, micro_bundles: Path) -> N
     assert not np.array_equal(one, other)
 
 
-def test_a_plugged_engine_is_plugged_again(unet_only: Built, micro_base: Path, micro_bundles: Path, tmp_path: Path) -> None:
+def test_a_plugged_engine_is_plugged_again(
+    unet_only: Built, micro_base: Path, micro_bundles: Path, tmp_path: Path
+) -> None:
     """Back to the first weights: the very bytes of the first engine, and commands that make it from nothing."""
     unet = micro_base / "unet" / "diffusion_pytorch_model.safetensors"
     back = plug(PlugSpec(str(unet_only.folder), str(unet), out=tmp_path / "back"))
@@ -226,7 +228,9 @@ def test_another_architecture_is_told_by_its_config(micro_bundles: Path, tuned: 
     with pytest.raises(InputError, match="its config has attention_head_dim = 4, not 2; build it instead"):
         plug(PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x"))
     (other / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "freq_shift"}))
-    made = plug(PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x"))  # a default left out is the same
+    made = plug(
+        PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x")
+    )  # a default left out is the same
     assert made.manifest["plugged"]["networks"]["text_encoder"] == "kept"
 
 
@@ -254,7 +258,9 @@ def test_a_damaged_engine_is_not_plugged(micro_bundles: Path, tuned_unet: Path, 
     data = bytearray((folder / "unet.onnx.data").read_bytes())
     data[-1] ^= 1
     (folder / "unet.onnx.data").write_bytes(data)
-    with pytest.raises(InputError, match="engine 'guided': unet.onnx.data is corrupt .* rebuild it with: pnp-trt build"):
+    with pytest.raises(
+        InputError, match="engine 'guided': unet.onnx.data is corrupt .* rebuild it with: pnp-trt build"
+    ):
         plug(PlugSpec(str(folder), str(tuned_unet), out=tmp_path / "x"))
     (folder / "unet.onnx.data").unlink()
     with pytest.raises(InputError, match="unet.onnx.data is corrupt .sha256 missing"):

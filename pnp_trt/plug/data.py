@@ -146,10 +146,8 @@ def _bytes(tensor: Tensor, weight: Mapping[str, Any], place: Place) -> Any:
 
 
 def _finite(tensor: Tensor) -> bool:
-    import torch
-
-    # the sum is finite where every value is, unless it overflows itself: only then every value is looked at
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    # the extremes are not finite where any value is not; several times as fast as looking at each
+    return not tensor.numel() or all(bool(v.isfinite()) for v in tensor.aminmax())
 
 
 def _chunks(file: Any, place: Place) -> Iterator[bytes]:

@@ -304,9 +304,11 @@ class _Bar:
 
 
 from .cli_distill import distill_app  # noqa: E402  (it uses what is above)
+from .cli_plug import plug  # noqa: E402
 from .cli_visualize import visualize  # noqa: E402
 
 app.add_typer(distill_app, name="distill")
+app.command()(plug)
 app.command()(visualize)
 
 if __name__ == "__main__":

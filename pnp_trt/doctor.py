@@ -59,7 +59,7 @@ _SAMPLE: tuple[tuple[str, ...], ...] = (
 _BUILD = tuple(
     (name,)
     for name in (
-        *("torch", "diffusers", "transformers", "accelerate", "safetensors"),
+        *("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft"),
         *("onnx", "onnxscript", "polygraphy"),
     )
 )

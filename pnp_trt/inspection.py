@@ -29,7 +29,7 @@ def rows(home: Path) -> list[dict[str, Any]]:
                 "backend": m["backend"],
                 "precision": m["precision"],
                 "target": m["target"],
-                "base": m["base"]["name"],
+                "base": base_name(m),
                 "guide": (m["guide"] or {}).get("name"),
                 "built": m["built"],
             }
@@ -72,7 +72,8 @@ def render(folder: Path, m: dict[str, Any], problem: str | None) -> RenderableTy
     built = [f"{m['built']} in {m['build_seconds']:g} s", *(f"peak memory {v} ({k})" for k, v in peak.items())]
     for name, value in (
         ("engine", f"{folder}, {_size(total)}"),
-        ("base", f"{m['base']['name']} ({m['base']['sha256']['all'][:12]}…)"),
+        ("base", f"{base_name(m)} ({m['base']['sha256']['all'][:12]}…)"),
+        *([("plugged into", _plugged(m["plugged"]))] if "plugged" in m else []),
         ("guide", f"{guide['name']} ({guide['sha256'][:12]}…)" if guide else "none: the plain teacher"),
         ("backend", m["backend"] + "".join(f", {k} {v}" for k, v in m["compiler"].items())),
         ("target", m["target"]),
@@ -114,6 +115,16 @@ def _pictures(m: dict[str, Any]) -> str:
     default = f"{m['image']['height']}x{m['image']['width']}"
     legal = legal_sizes([Profile.from_dict(p) for p in m["profiles"]])
     return f"{default} (height x width)" + (f"; legal: {legal}" if legal not in ("", default) else "")
+
+
+def base_name(m: dict[str, Any]) -> str:
+    """The base model's name, with the LoRAs that are merged into it: ``emoji + sepia:0.8``."""
+    loras = [f"{a['name']}" + ("" if a["scale"] == 1 else f":{a['scale']:g}") for a in m["base"].get("loras", ())]
+    return " + ".join([m["base"]["name"], *loras])
+
+
+def _plugged(p: dict[str, Any]) -> str:
+    return f"{p['from']['name']} ({'; '.join(f'{k}: {v}' for k, v in p['networks'].items())})"
 
 
 def _size(number: int) -> str:

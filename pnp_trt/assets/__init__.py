@@ -1,4 +1,4 @@
-"""Files shipped with the package: the bundled model, its fine-tunes and guides."""
+"""Files shipped with the package: the bundled model, its fine-tunes, LoRAs and guides."""
 
 from pathlib import Path
 

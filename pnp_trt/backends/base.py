@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,21 @@ class Backend(ABC):
             InputError: if the job cannot work here (precision, target, memory).
             PnpError: if the compiler fails.
         """
+
+    def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
+        """Make what ``load`` loads of a graph that was compiled before and has new weights since.
+
+        Args:
+            engine: what was made of the graph with the old weights, beside or elsewhere; it is not written to.
+
+        Returns:
+            As ``compile``; its notes' ``weights`` says how the new ones came in.
+
+        Raises:
+            InputError, PnpError: as ``compile``.
+        """
+        made = self.compile(job, progress)
+        return replace(made, notes={**made.notes, "weights": "compiled again"})
 
     @abstractmethod
     def check(self, manifest: Mapping[str, Any]) -> None:

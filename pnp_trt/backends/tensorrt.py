@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,18 @@ class TensorRtBackend(Backend):
         return {}  # Attention and GroupNormalization become layers of their own
 
     def compile(self, job: CompileJob, progress: Progress) -> Compiled:
+        return self._run(job, progress)
+
+    def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
+        """Refit where the engine allows it and a GPU that runs it is here; else compile the graph again."""
+        reason = None if job.options.refittable else "the engine was not built with --refittable"
+        reason = reason or self.cannot_run(job.target, asdict(job.options))
+        made = self._run(job, progress, None if reason else engine)
+        how = f"compiled again: {reason}" if reason else "refit"
+        return replace(made, notes={**made.notes, "weights": how})
+
+    def _run(self, job: CompileJob, progress: Progress, refit: Path | None = None) -> Compiled:
+        """Compile ``job``, or put its graph's weights into the engine ``refit``; in a process of its own."""
         self.versions()
         if job.options.check_memory:
             check_memory(job)
@@ -78,6 +90,7 @@ class TensorRtBackend(Backend):
             "flavour": self.flavour.name,
             "graph": str(job.graph),
             "engine": str(engine),
+            "refit": None if refit is None else str(refit),
             "inputs": {name: [dtype, list(shape)] for name, (dtype, shape) in job.inputs.items()},
             "profiles": [p.as_dict() for p in job.profiles],
             "target": job.target,
@@ -110,8 +123,24 @@ class TensorRtBackend(Backend):
 
     def _for_here(self, manifest: Mapping[str, Any]) -> str:
         """The command that makes an engine like this one for the GPU that is here, or for none."""
+        plugged = manifest.get("plugged")
+        if plugged is None:
+            return shlex.join(self._build_here(manifest, manifest["rebuild"]))
+        # a plugged engine comes of others, which have to be made for this machine first
+        first, *plugs = plugged["commands"]
+        folder = f"{Path(_option(first, '--out') or manifest['name'])}-here"
+        commands = [[*self._build_here(manifest, first), "--out", folder]]
+        for command in plugs:
+            words = shlex.split(command)
+            words[2], folder = folder, f"{_option(command, '--out') or manifest['name']}-here"
+            words[words.index("--out") + 1] = folder
+            commands.append(words)
+        return " && ".join(shlex.join(words) for words in commands)
+
+    def _build_here(self, manifest: Mapping[str, Any], command: str) -> list[str]:
+        """A build's command line with this machine's target, less ``--out``."""
         gpus = present_gpus()
-        words = shlex.split(manifest["rebuild"])
+        words = shlex.split(command)
         # batches mean nothing to ONNX Runtime, sizes do
         dropped = [] if gpus or any("height" in p for p in manifest["profiles"]) else manifest["profiles"]
         for option in ("--target", "--out", *(("--profile",) * len(dropped))):
@@ -121,7 +150,7 @@ class TensorRtBackend(Backend):
             words[words.index("--backend") + 1] = "onnxruntime"
         elif gpus[0].sm in self.flavour.targets:
             words += ["--target", gpus[0].sm]
-        return shlex.join(words)
+        return words
 
     def cannot_run(self, target: str, options: Mapping[str, Any] | None = None) -> str | None:
         gpus = present_gpus()
@@ -156,6 +185,11 @@ class TensorRtRtx(TensorRtBackend):
     name = "tensorrt-rtx"
     label = "rtx"
     flavour = RTX
+
+
+def _option(command: str, name: str) -> str | None:
+    words = shlex.split(command)
+    return words[words.index(name) + 1] if name in words else None
 
 
 def check_memory(job: CompileJob) -> None:

@@ -38,7 +38,10 @@ def main() -> int:
         out.write(json.dumps(what) + "\n")
 
     try:
-        say(done=compile_network(job, lambda phase, share: say(progress=[phase, share])))
+        work = compile_network
+        if job.get("refit"):
+            from .trt_refit import refit_network as work
+        say(done=work(job, lambda phase, share: say(progress=[phase, share])))
     except PnpError as e:
         say(error=str(e))
         return 1
@@ -58,7 +61,8 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     """Parse, configure, build, write.
 
     Args:
-        job: ``flavour``, ``graph``, ``engine``, ``inputs``, ``profiles``, ``target``, ``options``, ``timing_cache``.
+        job: ``flavour``, ``graph``, ``engine``, ``inputs``, ``profiles``, ``target``, ``options``, ``timing_cache``,
+            and ``refit``, an engine whose weights alone are to be replaced (see ``trt_refit``).
         report: called with (phase, share done).
 
     Raises:
@@ -68,7 +72,7 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     flavour = FLAVOURS[job["flavour"]]
     trt = flavour.load()
     options = CompileOptions(**job["options"])
-    logger = _logger(trt)
+    logger = compiler_logger(trt)
     builder = trt.Builder(logger)
     if hasattr(os, "sched_getaffinity"):
         builder.max_threads = len(os.sched_getaffinity(0))
@@ -159,7 +163,7 @@ def _timing_cache(flavour: Flavour, config: Any, file: str | None) -> Any:
     return cache
 
 
-def _logger(trt: Any) -> Any:
+def compiler_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
         """Keeps what the compiler says, for the one sentence of an error."""
 

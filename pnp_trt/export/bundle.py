@@ -83,7 +83,7 @@ class BuildSpec:
         """Where the bundle goes."""
         if self.out is not None:
             return self.out
-        stem = Path(self.base).stem if self.base.endswith(".safetensors") else Path(self.base).name.replace(":", "-")
+        stem = short_name(self.base)
         role = (
             "teacher"
             if self.guide == "none"
@@ -111,6 +111,11 @@ class BuildSpec:
             words += [f"--{name.replace('_', '-')}"] if getattr(o, name) else []
         words += ["--image-to-image"] if self.image_to_image else []
         return shlex.join([*words, "--out", str(self.folder())])
+
+
+def short_name(base: str) -> str:
+    """A base model's name as bundles' folders have it: ``random-sd15``, ``my-fine-tune``."""
+    return Path(base).stem if base.endswith(".safetensors") else Path(base).name.replace(":", "-").replace("#", "-")
 
 
 @dataclass(frozen=True)
@@ -166,18 +171,8 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another --out")
     with lock(folder):
-        if folder.is_dir() and any(folder.iterdir()):
-            if not (folder / MANIFEST).is_file():
-                if not force or not (folder / "tokenizer.json").exists():
-                    raise InputError(f"{folder} holds something that is not a bundle; choose another --out")
-            elif not force:
-                found = read_manifest(folder)
-                if found.get("key") == key and _intact(folder, found):
-                    return Built(folder, found, cached=True)
-                raise InputError(
-                    f"{folder} holds another bundle, or a damaged one ({_first_difference(found, identity)}); "
-                    "pass --force to replace it, or choose another --out"
-                )
+        if (found := standing(folder, key, identity, force)) is not None:
+            return Built(folder, found, cached=True)
         work = _Work(spec, base, backend, recipe, target, plan, progress or (lambda *_: None), record)
         try:
             manifest = work.run(folder, key, identity)
@@ -187,6 +182,30 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
                 "free some space, or choose another --out"
             ) from e
     return Built(folder, manifest, cached=False)
+
+
+def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """The manifest of the bundle of this key that is already in ``folder``; None if one is to be made.
+
+    Call it under ``lock(folder)``.
+
+    Raises:
+        InputError: if something else is there, and ``force`` does not say that it may be replaced.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if not (folder / MANIFEST).is_file():
+        if not force or not (folder / "tokenizer.json").exists():
+            raise InputError(f"{folder} holds something that is not a bundle; choose another --out")
+    elif not force:
+        found = read_manifest(folder)
+        if found.get("key") == key and _intact(folder, found):
+            return found
+        raise InputError(
+            f"{folder} holds another bundle, or a damaged one ({_first_difference(found, identity)}); "
+            "pass --force to replace it, or choose another --out"
+        )
+    return None
 
 
 def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Profile, ...]]:
@@ -243,7 +262,7 @@ def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
 
     if (made := resolve(spec.base).random_guide(spec.guide)) is not None:
         return made
-    folder = guide_folder(_guide_name(spec))
+    folder = guide_folder(guide_name(spec))
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{folder} holds no .safetensors; a guide is config.json and safetensors weights")
@@ -258,7 +277,8 @@ def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
     }
 
 
-def _guide_name(spec: BuildSpec) -> str:
+def guide_name(spec: BuildSpec) -> str:
+    """The guide that a build takes, ``auto`` resolved."""
     return "emoji-tiny" if spec.guide == "auto" else spec.guide
 
 
@@ -268,6 +288,8 @@ def _intact(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _first_difference(found: dict[str, Any], identity: dict[str, Any]) -> str:
+    if ("plugged" in found["built_from"]) != ("plugged" in identity):
+        return "it was plugged, not built" if "plugged" in found["built_from"] else "it was built, not plugged"
     for name, wanted in identity.items():
         held = found["built_from"].get(name)
         if held != wanted:
@@ -329,7 +351,7 @@ class _Work:
             self._stage("write", stages - 1, stages)
             save_golden(work / GOLDEN, kept)
             write_json(work / WEIGHTS, {"schema": WEIGHTS_SCHEMA, "networks": maps})
-            engines = self._engine_parity(work, networks, kept)
+            engines = engine_parity(self.backend, self.target, work, networks, kept, self.spec.folder().name)
             compiled = [n["compiled"]["peak_memory"] for n in networks.values() if n["compiled"]["peak_memory"]]
             manifest = {
                 "schema": SCHEMA,
@@ -338,6 +360,9 @@ class _Work:
                 "built_from": identity,
                 "base": {"name": self.spec.base, "sha256": self.base.fingerprint()},
                 "guide": identity["guide"],
+                # what a fine-tune has to be like, and where the guide came from: `pnp-trt plug` needs both
+                "given": {"base": self.spec.base, "guide": self.spec.guide},
+                "configs": self._configs(),
                 "backend": self.backend.name,
                 "precision": self.recipe.name,
                 "target": self.target,
@@ -358,7 +383,7 @@ class _Work:
                     "engine": engines,
                 },
                 "files": list_files(work),
-                "versions": _versions(),
+                "versions": library_versions(),
                 "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "build_seconds": round(time.monotonic() - started, 1),
                 "peak_memory": {"export": exported, "compile": max(compiled, default=None)},
@@ -394,7 +419,7 @@ class _Work:
         unet = self.base.unet()
         if not self._guided:
             return Teacher(unet)
-        guide = self.base.make_guide(self.spec.guide, unet) or load_guide(_guide_name(self.spec))
+        guide = self.base.make_guide(self.spec.guide, unet) or load_guide(guide_name(self.spec))
         return Student(unet, guide)
 
     def _export(
@@ -519,19 +544,41 @@ class _Work:
             return tuple(p.doubled() for p in profiles)  # classifier-free guidance is a batch of two
         return profiles
 
-    def _engine_parity(
-        self, work: Path, networks: dict[str, Any], kept: dict[str, tuple[dict[str, Any], Any]]
-    ) -> dict[str, float] | str:
-        """Errors of the compiled engines, or why there are none."""
-        from ..runtime.verify import compare, gate
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        found = {n: self.base.config(n) for n in ("unet", "text_encoder", "vae")}
+        if self._guided and self.base.random_guide(self.spec.guide) is None:
+            from ..models.names import guide_folder
 
-        if all(n["file"] == n["graph"] for n in networks.values()):
-            return "the graphs are what runs"
-        if reason := self.backend.cannot_run(self.target):
-            return f"not measured: {reason}; run pnp-trt verify on the machine that serves it"
-        errors = compare(self.backend, work, networks, kept)
-        gate(errors, networks, self.spec.folder().name)
-        return errors
+            found["guide"] = json.loads((guide_folder(guide_name(self.spec)) / "config.json").read_text())
+        return found
+
+
+def engine_parity(
+    backend: Backend,
+    target: str,
+    folder: Path,
+    networks: dict[str, Any],
+    golden: dict[str, tuple[dict[str, Any], Any]],
+    name: str,
+) -> dict[str, float] | str:
+    """Errors of compiled engines on their golden inputs, or why there are none.
+
+    Args:
+        networks: the manifest's; those that ``golden`` has are compared.
+        name: of the bundle, for the message.
+
+    Raises:
+        PnpError: for the first engine that is further off than its recipe allows.
+    """
+    from ..runtime.verify import compare, gate
+
+    if all(n["file"] == n["graph"] for n in networks.values()):
+        return "the graphs are what runs"
+    if reason := backend.cannot_run(target):
+        return f"not measured: {reason}; run pnp-trt verify on the machine that serves it"
+    errors = compare(backend, folder, networks, golden)
+    gate(errors, networks, name)
+    return errors
 
 
 def _initializers(path: Path) -> list[str]:
@@ -540,7 +587,8 @@ def _initializers(path: Path) -> list[str]:
     return list(ir.load(path).graph.initializers)
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """What a manifest remembers of the libraries that made it, for the reader alone."""
     found = {"pnp-trt": __version__}
     for name in _REMEMBERED:
         with suppress(PackageNotFoundError):

@@ -121,6 +121,28 @@ def _shifted(tensor: Tensor, axis: int, exponents: list[int]) -> Tensor:
     return tensor.float() * torch.exp2(torch.tensor(exponents).float()).reshape(shape)
 
 
+def invert(transform: list[dict[str, Any]], made: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The checkpoint's tensor of ``shape``, float32, from what ``apply`` made of it.
+
+    Raises:
+        PnpError: for a step that cannot be undone.
+    """
+    import torch
+
+    shapes, probe = [], torch.empty(shape, device="meta")
+    for step in transform:
+        if step["op"] not in ("cast", "transpose", "reshape"):
+            raise PnpError(f"the transform '{step['op']}' of {FILE} cannot be undone")
+        shapes.append(probe.shape)
+        probe = apply([step], probe)
+    for step, before in zip(reversed(transform), reversed(shapes), strict=True):
+        if step["op"] == "transpose":
+            made = made.permute([step["perm"].index(i) for i in range(made.ndim)])
+        elif step["op"] == "reshape":
+            made = made.reshape(before)
+    return made.float().contiguous()
+
+
 def hide(graph: Any, names: set[str]) -> list[str]:
     """Turn a graph's weights into inputs, so that no pass over it can see what they hold.
 
@@ -185,10 +207,10 @@ def _register(graph: Any, out: WeightMap, old: Any, key: str, tensor: Tensor, tr
         value = graph.initializers[name]
     else:
         made = apply(transform, tensor.to("meta"))
-        value = ir.Value(name=name, shape=ir.Shape(list(made.shape)), type=ir.TensorType(_onnx(tensor.dtype)))
+        value = ir.Value(name=name, shape=ir.Shape(list(made.shape)), type=ir.TensorType(onnx_type(tensor.dtype)))
         value.const_value = ir.LazyTensor(
             lambda: ir.tensor(apply(transform, tensor), name=name),
-            dtype=_onnx(tensor.dtype),
+            dtype=onnx_type(tensor.dtype),
             shape=ir.Shape(list(made.shape)),
             name=name,
         )
@@ -233,7 +255,8 @@ def _in_memory(tensor: Any) -> Any:
     return ir.Tensor(tensor.numpy().copy(), name=tensor.name) if isinstance(tensor, ir.ExternalTensor) else tensor
 
 
-def _onnx(dtype: Any) -> Any:
+def onnx_type(dtype: Any) -> Any:
+    """ONNX's name of a torch type."""
     import onnx_ir as ir
 
     names = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,10 @@ class BaseModel:
         if not self._hashes:
             parts = ["unet", "text_encoder", "vae"]
             parts += ["text_encoder_2"] if (self.folder / "text_encoder_2").is_dir() else []
-            files = {p: next((self.folder / p).glob("*.safetensors")) for p in parts}
+            files = {p: weight_files(self.folder / p) for p in parts}
             if self.unet_file is not None:
-                files["unet"] = self.unet_file
-            self._hashes = {p: cached_sha256(f) for p, f in files.items()}
+                files["unet"] = [self.unet_file]
+            self._hashes = {p: files_sha256(f) for p, f in files.items()}
             self._hashes["all"] = digest(self._hashes)
         return self._hashes
 
@@ -163,7 +164,8 @@ def resolve(name: str) -> BaseModel:
 
     Args:
         name: ``emoji``, a bundled fine-tune, a diffusers folder, a ``.safetensors`` file that holds a U-Net of the
-            bundled model's shape, a hub id, or ``random:sd15`` and its like.
+            bundled model's shape, a hub id, or ``random:sd15`` and its like (``random:sd15#2`` is a fine-tune of it:
+            another seed's U-Net, the rest the same).
 
     Raises:
         InputError: with the names that are known, if this is none of them.
@@ -200,13 +202,39 @@ def resolve(name: str) -> BaseModel:
     raise InputError(f"no base model '{name}'; known: {known}, a diffusers folder, a U-Net .safetensors, or a hub id")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a network's weights: the shards of its index, the plain file, or the only one.
+
+    Raises:
+        InputError: if there is none, or one cannot tell which of several is meant.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (OSError, ValueError, KeyError, AttributeError) as e:
+            raise InputError(f"{index} is not readable as an index of weights ({e}); fetch it again") from None
+    found = sorted(folder.glob("*.safetensors"))
+    plain = [p for p in found if p.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    if plain or len(found) == 1:
+        return plain or found
+    if not found:
+        raise InputError(f"{folder} holds no .safetensors; save again with safe_serialization=True")
+    raise InputError(f"{folder} holds {len(found)} sets of weights ({found[0].name} …); keep the one that is meant")
+
+
+def files_sha256(files: list[Path]) -> str:
+    """Hash of a network's weights: of its only file, or of all shards' hashes."""
+    found = [cached_sha256(f) for f in files]
+    return found[0] if len(found) == 1 else digest(found)
+
+
 def random_unet_config(name: str) -> dict[str, Any]:
     """The U-Net config of ``random:sd15`` and its like.
 
     Raises:
         InputError: listing the known ones.
     """
-    path = PRESETS / f"{name.removeprefix('random:')}.json"
+    path = PRESETS / f"{name.removeprefix('random:').partition('#')[0]}.json"
     if not path.is_file():
         raise InputError(f"no base model '{name}'; known: {', '.join([*bundled_bases(), *random_bases()])}")
     return json.loads(path.read_text())
@@ -226,17 +254,37 @@ def load_unet_weights(unet: Any, file: Path) -> None:
     except (SafetensorError, OSError) as e:
         raise InputError(f"{file} is not a readable safetensors file ({e}); fetch it again") from e
     own = unet.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or extra:
-        example = missing[0] if missing else extra[0]
-        raise InputError(
-            f"{file} is no fine-tune of this U-Net: {len(missing)} weights are missing and {len(extra)} are left over "
-            f"(for example {example}); use a checkpoint of the same architecture"
-        )
-    for key, value in weights.items():
-        if value.shape != own[key].shape:
-            raise InputError(f"{file}: {key} has shape {tuple(value.shape)}, this U-Net has {tuple(own[key].shape)}")
+    check_same_weights(own, weights, str(file), "this U-Net")
     unet.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
+
+
+def check_same_weights(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
+    """Hold the weights of a checkpoint against those of a network.
+
+    Args:
+        own: the network's, by key.
+        given: the checkpoint's.
+        name: of the checkpoint, for the message.
+        what: the network, for the message.
+
+    Raises:
+        InputError: listing what is missing and what is left over, or the first weight of another shape.
+    """
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or extra:
+        raise InputError(
+            f"{name} is no fine-tune of {what}: {_count(missing)} missing and {_count(extra)} left over; "
+            "use a checkpoint of the same architecture"
+        )
+    for key, value in given.items():
+        if value.shape != own[key].shape:
+            raise InputError(f"{name}: {key} has shape {list(value.shape)}, {what} has {list(own[key].shape)}")
+
+
+def _count(keys: list[str]) -> str:
+    """``2 weights (conv_in.bias, conv_in.weight)``; at most four are named."""
+    named = f" ({', '.join(keys[:4])}{' …' if len(keys) > 4 else ''})" if keys else ""
+    return f"{len(keys)} weight{'' if len(keys) == 1 else 's'}{named}"
 
 
 def check_finite(module: Any, name: str) -> Any:
@@ -277,9 +325,14 @@ def _load(kind: Any, folder: Path) -> Any:
 
     options = {"torch_dtype": torch.float32} if kind.__module__.startswith("diffusers") else {"dtype": torch.float32}
     try:
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+        module, found = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
     except Exception as e:  # OSError, SafetensorError, ValueError, KeyError … by what is wrong with the files
         raise InputError(f"{folder} does not load as {kind.__name__}: {str(e).splitlines()[0]}") from e
+    if missing := sorted(found["missing_keys"]):  # the libraries would fill them with random numbers
+        raise InputError(f"{folder} lacks {_count(missing)} of a {kind.__name__}; fetch it again")
+    return module
 
 
 def _from_hub(name: str) -> Path:

@@ -28,15 +28,17 @@ class RandomBase(BaseModel):
 
     Attributes:
         configs: of ``unet``, ``text_encoder`` and ``vae``.
+        seed: of the U-Net's weights; those of the rest are the same for all, so another seed is a fine-tune.
     """
 
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seed: int = SEED
 
     def config(self, network: str) -> dict[str, Any]:
         return self.configs[network]
 
     def fingerprint(self) -> dict[str, str]:
-        parts = {n: digest([RECIPE, SEED, config]) for n, config in self.configs.items()}
+        parts = {n: digest([RECIPE, self._seed(n), config]) for n, config in self.configs.items()}
         return {**parts, "all": digest(parts)}
 
     def unet(self) -> Any:
@@ -64,7 +66,10 @@ class RandomBase(BaseModel):
         quiet_libraries()
         with torch.device("meta"):
             module = kind.from_config(self.config(network))
-        return _fill(module, network)
+        return _fill(module, network, seed=self._seed(network))
+
+    def _seed(self, network: str) -> int:
+        return self.seed if network == "unet" else SEED
 
     def random_guide(self, name: str) -> dict[str, str] | None:
         kind = _guide_kind(name)
@@ -83,12 +88,15 @@ class RandomBase(BaseModel):
 
 
 def random_base(name: str) -> RandomBase:
-    """``random:sd15`` or ``random:sd21``.
+    """``random:sd15`` or ``random:sd21``; ``random:sd15#2`` has the U-Net of seed 2.
 
     Raises:
         InputError: for another name, or one that this version cannot build.
     """
     unet = random_unet_config(name)
+    name, hash_, seed = name.partition("#")
+    if hash_ and not seed.isdecimal():
+        raise InputError(f"the seed of '{name}#{seed}' is no whole number; write {name}#2")
     folder = PRESETS / name.removeprefix("random:")
     if not folder.is_dir():
         raise InputError(
@@ -96,7 +104,7 @@ def random_base(name: str) -> RandomBase:
         )
     configs = {"unet": unet} | {n: _read(folder / f"{n}.json") for n in ("text_encoder", "vae")}
     # tokenizer and noise schedule are Stable Diffusion's own in the bundled model too
-    return RandomBase(name, ASSETS / "emoji", configs=configs)
+    return RandomBase(name + hash_ + seed, ASSETS / "emoji", configs=configs, seed=int(seed or SEED))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def _guide_kind(name: str) -> str:
     return GUIDE if name == "auto" else name
 
 
-def _fill(module: Any, name: str, dtype: Any = None) -> Any:
+def _fill(module: Any, name: str, dtype: Any = None, seed: int = SEED) -> Any:
     """Give every weight its seeded values: unit gain for what multiplies, one for scales, zero for biases."""
     import torch
 
@@ -122,8 +130,8 @@ def _fill(module: Any, name: str, dtype: Any = None) -> Any:
             if old.ndim < 2:
                 tensor.fill_(0.0 if key == "bias" else 1.0)
             else:
-                seed = hashlib.sha256(f"{SEED}:{name}.{prefix}.{key}".encode()).digest()[:8]
-                generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
+                own = hashlib.sha256(f"{seed}:{name}.{prefix}.{key}".encode()).digest()[:8]
+                generator = torch.Generator().manual_seed(int.from_bytes(own, "little") >> 1)
                 tensor.normal_(std=old[0].numel() ** -0.5, generator=generator)
             made[old] = part._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
     if unmade := [n for n, b in module.named_buffers() if b.is_meta]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,12 +25,16 @@ from pnp_trt.backends import tensorrt as module
 from pnp_trt.backends.base import CompileJob, CompileOptions, Profile
 from pnp_trt.backends.device import Gpu, present_gpus
 from pnp_trt.backends.trt_flavour import RTX
+from pnp_trt.backends.trt_refit import refit_network
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export.bundle import BuildSpec, build
 from pnp_trt.export.graph import export
 from pnp_trt.export.precision import RECIPES, convert
+from pnp_trt.plug.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import verify
+
+from ..conftest import make_micro_base
 
 pytest.importorskip("tensorrt_rtx")
 ADA, AMPERE, HOPPER = Gpu("GeForce RTX 4090", "sm_89"), Gpu("GeForce RTX 3080", "sm_86"), Gpu("H100", "sm_90")
@@ -275,3 +281,139 @@ def test_timing_caches_are_keyed_by_device_and_version(monkeypatch: pytest.Monke
     monkeypatch.setattr(type(backend.flavour), "version", lambda self: "11.4.0.106")
     assert backend._timing_cache() == str(tmp_path / "timing" / "11.4.0.106-sm_90-h100.cache")
     assert rtx()._timing_cache() is None  # its timing-cache calls would ask for a GPU
+
+
+def test_without_a_gpu_a_fine_tune_is_compiled_in(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "present_gpus", list)
+    unet = make_micro_base(tmp_path / "tuned", seed=5) / "unet"
+    m = plug(PlugSpec(str(bundle), str(unet), out=tmp_path / "x")).manifest
+    before, after = open_bundle(bundle).manifest["files"], open_bundle(tmp_path / "x").manifest["files"]
+    assert {n for n in before if before[n] != after[n]} == {"unet.onnx.data", "unet.engine", "golden.npz"}
+    assert m["plugged"]["networks"] == {
+        "unet": "compiled again: the engine was not built with --refittable",
+        "text_encoder": "kept", "vae_decoder": "kept",
+    }  # fmt: skip
+    # what is needed here is made from the beginning
+    with pytest.raises(InputError, match="make one for this machine with: pnp-trt build .* && pnp-trt plug ") as said:
+        Pipeline.load(tmp_path / "x")
+    build_line, plug_line = str(said.value).split("with: ")[1].split(" && ")
+    assert "--backend onnxruntime" in build_line and "--target" not in build_line and "--profile" not in build_line
+    assert build_line.endswith(f"--out {bundle}-here") and plug_line.startswith(f"pnp-trt plug {bundle}-here --base ")
+    assert plug_line.endswith(f"--out {tmp_path / 'x'}-here")
+
+
+def refit_api(said: list[Any], missing: tuple[str, ...] = (), parsed: bool = True, refitted: bool = True) -> Any:
+    """What of TensorRT's Python API a refit calls, by the names and results that its documentation gives."""
+
+    class Engine:
+        refittable = True
+
+        def create_serialization_config(self) -> Any:
+            flags = SimpleNamespace()
+            flags.set_flag = lambda f: said.append(("set", f)) or True
+            flags.clear_flag = lambda f: said.append(("clear", f)) or True
+            return flags
+
+        def serialize_with_config(self, config: Any) -> bytes:
+            return b"the refitted plan"
+
+    class Refitter:
+        def __init__(self, engine: Engine, logger: Any) -> None:
+            said.append("refitter")
+
+        def get_missing_weights(self) -> list[str]:
+            return list(missing)
+
+        def get_all_weights(self) -> list[str]:
+            return ["a", "b"]
+
+        def refit_cuda_engine(self) -> bool:
+            said.append("refit")
+            return refitted
+
+    class Parser:
+        num_errors = 1
+
+        def __init__(self, refitter: Refitter, logger: Any) -> None:
+            pass
+
+        def refit_from_file(self, graph: str) -> bool:
+            said.append(Path(graph).name)
+            return parsed
+
+        def get_error(self, i: int) -> Any:
+            return SimpleNamespace(desc=lambda: "no such weights")
+
+    severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+    return SimpleNamespace(
+        ILogger=type("ILogger", (), {"Severity": severity}), Refitter=Refitter, OnnxParserRefitter=Parser,
+        Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=lambda plan: Engine() if plan == b"old" else None),
+        SerializationFlag=SimpleNamespace(EXCLUDE_WEIGHTS="weights", INCLUDE_REFIT="refit"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("api", "message"),
+    [
+        ({}, None),
+        ({"parsed": False}, "could not refit old.engine from unet.onnx: no such weights"),
+        (
+            {"missing": ("conv_in.weight",)},
+            "refitting old.engine would leave 1 weights stale, for example conv_in.weight",
+        ),
+        ({"refitted": False}, "could not refit old.engine"),
+    ],
+)
+def test_a_refit_takes_every_weight_or_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: dict[str, Any], message: str | None
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(type(RTX), "load", lambda self: refit_api(said, **api))
+    (tmp_path / "old.engine").write_bytes(b"old")
+    job = {"flavour": "tensorrt-rtx", "graph": str(tmp_path / "unet.onnx"), "engine": str(tmp_path / "unet.engine"),
+           "refit": str(tmp_path / "old.engine"), "options": {"version_compatible": False}}  # fmt: skip
+    if message is not None:
+        with pytest.raises(PnpError, match=message):
+            refit_network(job, lambda *_: None)
+        assert not (tmp_path / "unet.engine").exists()
+        return
+    assert refit_network(job, lambda *_: None)["refitted"] == 2
+    assert (tmp_path / "unet.engine").read_bytes() == b"the refitted plan"
+    assert said == ["refitter", "unet.onnx", "refit", ("clear", "weights"), ("set", "refit")]
+
+
+def test_the_calls_of_a_refit_are_in_the_installed_api() -> None:
+    import tensorrt_rtx as trt
+
+    for kind, names in (
+        (trt.Refitter, ("get_missing_weights", "get_all_weights", "refit_cuda_engine")),
+        (trt.OnnxParserRefitter, ("refit_from_file", "get_error", "num_errors")),
+        (trt.ICudaEngine, ("create_serialization_config", "serialize_with_config", "refittable")),
+        (trt.ISerializationConfig, ("set_flag", "clear_flag")),
+        (trt.SerializationFlag, ("EXCLUDE_WEIGHTS", "INCLUDE_REFIT")),
+    ):
+        assert all(hasattr(kind, name) for name in names), kind
+
+
+@pytest.mark.parametrize(
+    ("gpus", "refittable", "how"),
+    [
+        ([ADA], True, "refit"),
+        ([ADA], False, "compiled again: the engine was not built with --refittable"),
+        ([AMPERE], True, "compiled again: the GPU here is sm_86 .GeForce RTX 3080."),
+        ([], True, "compiled again: no NVIDIA driver or GPU was found here"),
+    ],
+)
+def test_weights_are_refit_where_that_can_be(
+    jobs: dict[str, CompileJob], monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], refittable: bool, how: str
+) -> None:
+    orders: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "present_gpus", lambda: gpus)
+    monkeypatch.setattr(module, "_in_own_process", lambda order, *_: orders.append(order) or
+                        {"seconds": 1.0, "peak_memory": None})  # fmt: skip
+    job = replace(jobs["fp16"], options=CompileOptions(refittable=refittable, check_memory=False))
+    made = rtx().replace_weights(job, Path("old.engine"), lambda *_: None)
+    assert re.fullmatch(how, made.notes["weights"]) and made.file == "fp16.engine"
+    assert [order["refit"] for order in orders] == ["old.engine" if how == "refit" else None]

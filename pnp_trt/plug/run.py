@@ -1,0 +1,404 @@
+"""`pnp-trt plug`: a bundle and a fine-tune in, a bundle of the fine-tune out.
+
+The graphs stay as they are, so nothing is traced, optimised or, on ONNX Runtime, compiled: a network's new weights go
+where ``weights.json`` says, one by one, and what is not swapped is copied.  The new networks are then compared with
+PyTorch running the fine-tune, on the bundle's own golden inputs; past the limit nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import shlex
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, backends, memory
+from ..artifacts import (
+    SCHEMA,
+    digest,
+    engines_home,
+    find_bundle,
+    lock,
+    read_manifest,
+    sha256,
+    whole_folder,
+    write_manifest,
+)
+from ..backends.base import CompileJob, CompileOptions, Profile, Progress
+from ..errors import InputError, PnpError
+from ..export.bundle import TITLES, Built, engine_parity, library_versions, short_name, standing
+from .checkpoint import FineTune, find
+from .lora import Lora
+
+#: network of the bundle → (its source in weights.json, whether the graph uses all of it)
+SOURCES = {"unet": ("unet", True), "text_encoder": ("text_encoder", True), "vae_decoder": ("vae", False)}
+#: where files of the engine that are about to be replaced are kept while it is worked on
+_OLD = ".old"
+
+
+@dataclass(frozen=True)
+class PlugSpec:
+    """What to plug into what.
+
+    Attributes:
+        engine: a bundle's name or folder.
+        base: the fine-tune, see ``pnp_trt.plug.checkpoint.find``; None stays with the engine's own base, for LoRAs.
+        loras: ``FILE`` or ``FILE:scale`` each, merged in this order.
+        out: the new bundle's folder; None derives a name from the rest under ``engines_home()``.
+        check_memory: refuse to compile where the host's memory will not do.
+    """
+
+    engine: str
+    base: str | None = None
+    loras: tuple[str, ...] = ()
+    out: Path | None = None
+    check_memory: bool = True
+
+    def folder(self, manifest: dict[str, Any], base: str, loras: list[Lora]) -> Path:
+        """Where the new bundle goes; named as `pnp-trt build` names one of that base."""
+        if self.out is not None:
+            return self.out
+        old, guide, backend = manifest["base"]["name"], manifest["guide"], backends.get(manifest["backend"])
+        role = "teacher" if guide is None else guide["name"].removeprefix(f"{short_name(old)}-").removeprefix("emoji-")
+        precision = "" if manifest["precision"] == "fp32" else manifest["precision"]
+        words = [short_name(base), *(lora.name for lora in loras), role, precision, backend.label]
+        words += [manifest["target"]] if backend.label else []
+        return engines_home() / "-".join(w for w in words if w)
+
+    def command(self, base: str, folder: Path) -> str:
+        """The command line that makes the new bundle."""
+        words = ["pnp-trt", "plug", self.engine, "--base", base]
+        for lora in self.loras:
+            words += ["--lora", lora]
+        return shlex.join([*words, "--out", str(folder)])
+
+
+def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = None) -> Built:
+    """Make a bundle of a fine-tune from a built one; a bundle of the same inputs is returned as it is.
+
+    Args:
+        force: plug even so, and replace what is there.
+        progress: called with (stage, hundredths done, hundredths in all) as the work goes on.
+
+    Raises:
+        InputError: for an unknown or damaged engine, fine-tune or LoRA, weights that are missing, left over, of another
+            shape or not finite, or an ``out`` that holds something else.
+        PnpError: if a network's parity with PyTorch is past the limit, or the compiler fails; nothing is written.
+    """
+    if spec.base is None and not spec.loras:
+        raise InputError("nothing to plug: give --base FINE_TUNE, --lora FILE, or both")
+    source = find_bundle(spec.engine)
+    manifest = read_manifest(source)
+    if "configs" not in manifest or "given" not in manifest:
+        raise InputError(
+            f"engine '{manifest['name']}' was built before engines could be plugged; "
+            f"rebuild it with: {manifest['rebuild']} --force"
+        )
+    backend = backends.get(manifest["backend"])
+    if (here := backend.versions()) != manifest["compiler"]:
+        raise InputError(
+            f"engine '{manifest['name']}': its compiler is {manifest['compiler']}, here is {here}; "
+            f"rebuild it with: {manifest['rebuild']} --force"
+        )
+    base = spec.base or manifest["base"]["name"]
+    fine_tune = find(base)
+    loras = [Lora.parse(text) for text in spec.loras]
+    folder = spec.folder(manifest, base, loras)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another --out")
+    if folder.exists() and folder.samefile(source):
+        raise InputError(f"{folder} is the engine that is plugged; choose another --out")
+    parts = fine_tune.fingerprint()
+    merged = [lora.identity() for lora in loras]
+    identity = {
+        **{k: v for k, v in manifest["built_from"].items() if k != "plugged"},
+        "pnp-trt": __version__,
+        "base": digest([parts, merged]),
+        "plugged": {"engine": manifest["key"], "weights": parts, "loras": merged},
+    }
+    key = digest([SCHEMA, identity])
+    with lock(folder):
+        if (found := standing(folder, key, identity, force)) is not None:
+            return Built(folder, found, cached=True)
+        work = _Work(spec, source, manifest, backend, fine_tune, loras, progress or (lambda *_: None))
+        try:
+            made = work.run(folder, key, identity)
+        except OSError as e:
+            raise PnpError(
+                f"{folder} could not be made ({e.strerror or e}); nothing was written; "
+                "free some space, or choose another --out"
+            ) from e
+    return Built(folder, made, cached=False)
+
+
+@dataclass
+class _Work:
+    """One plug under way."""
+
+    spec: PlugSpec
+    source: Path
+    manifest: dict[str, Any]
+    backend: backends.Backend
+    fine_tune: FineTune
+    loras: list[Lora]
+    progress: Progress
+    #: hashes of the new bundle's files, as far as they are known already
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stage: int = 0
+
+    def run(self, folder: Path, key: str, identity: dict[str, Any]) -> dict[str, Any]:
+        from ..export.weights import FILE as WEIGHTS
+        from ..runtime.verify import FILE as GOLDEN
+        from ..runtime.verify import load_golden, save_golden
+        from .lora import load
+
+        started = time.monotonic()
+        m = self.manifest
+        loaded = [load(lora) for lora in self.loras]
+        swapped = self._swapped(any("text_encoder" in one.weights for one in loaded))
+        stages = 2 + 3 * len(swapped)
+        with whole_folder(folder) as work:
+            self._report("check the engine", stages)
+            self._take(work, swapped)
+            tokens = self._tokenizer(work)
+            maps = json.loads((work / WEIGHTS).read_text())["networks"]
+            golden = load_golden(work / _OLD / GOLDEN)
+            networks = {n: dict(entry) for n, entry in m["networks"].items()}
+            guide = None
+            for name in swapped:
+                golden[name], used = self._swap(
+                    name, networks[name], maps[name]["weights"], golden[name], loaded, work, stages
+                )
+                guide = guide or used
+                gc.collect()
+            checked = memory.peak()
+            for name in swapped:
+                self._report(f"compile {TITLES[name]}", stages)
+                self._compile(networks[name], name, work)
+            self._report("write", stages)
+            save_golden(work / GOLDEN, golden)
+            only = {n: golden[n] for n in swapped}
+            engines = engine_parity(self.backend, m["target"], work, networks, only, folder.name)
+            if isinstance(engines, dict) and isinstance(m["parity"]["engine"], dict):
+                engines = m["parity"]["engine"] | engines
+            shutil.rmtree(work / _OLD)
+            hashes = self._hashes(loaded)
+            base = self.spec.base or m["base"]["name"]
+            command = self.spec.command(base, folder)
+            whole = self.fine_tune.base
+            compiled = [networks[n]["compiled"]["peak_memory"] for n in swapped]
+            made = {
+                **{k: v for k, v in m.items() if k not in ("seal", "plugged")},
+                "name": folder.name,
+                "key": key,
+                "built_from": identity,
+                "base": {"name": base, "sha256": hashes}
+                | ({"loras": [lora.identity() for lora in self.loras]} if self.loras else {}),
+                "plugged": {
+                    "from": {"name": m["name"], "key": m["key"], "base": m["base"]["name"]},
+                    "networks": {n: networks[n]["compiled"]["weights"] if n in swapped else "kept" for n in networks},
+                    "guide_read_from": guide,
+                    # what makes it from nothing
+                    "commands": [*m.get("plugged", {}).get("commands", [m["rebuild"]]), command],
+                },
+                "networks": networks,
+                "tokens": tokens,
+                "scheduler": whole.scheduler_config() if whole is not None else m["scheduler"],
+                "parity": {
+                    **m["parity"],
+                    "relative_error": {n: entry["parity"]["graph"] for n, entry in networks.items()},
+                    "engine": engines,
+                },
+                "files": self._files(work),
+                "versions": library_versions(),
+                "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "build_seconds": round(time.monotonic() - started, 1),
+                "peak_memory": {"export": checked, "compile": max((c for c in compiled if c), default=None)},
+                "rebuild": command,
+            }
+            write_manifest(work, made)
+        return made
+
+    def _report(self, what: str, stages: int) -> None:
+        self.progress(what, 100 * self.stage, 100 * stages)
+        self.stage += 1
+
+    def _swapped(self, text_lora: bool) -> list[str]:
+        """Networks of the bundle whose weights the fine-tune or a LoRA changes."""
+        own, held = self.fine_tune.fingerprint(), self.manifest["base"]["sha256"]
+        out = ["unet"]
+        if own.get("text_encoder", held["text_encoder"]) != held["text_encoder"] or text_lora:
+            out.append("text_encoder")
+        if own.get("vae", held["vae"]) != held["vae"]:
+            out.append("vae_decoder")
+        return out
+
+    def _take(self, work: Path, swapped: list[str]) -> None:
+        """Copy the files that stay, link those that are replaced aside, and check every one of them.
+
+        What is checked is what was taken, so another process may replace the engine meanwhile.
+        """
+        from ..runtime.verify import FILE as GOLDEN
+
+        aside = {GOLDEN}
+        for name in swapped:
+            entry = self.manifest["networks"][name]
+            aside |= {f"{entry['graph']}.data"} | ({entry["file"]} - {entry["graph"]})
+        for relative, wanted in self.manifest["files"].items():
+            target = work / (_OLD if relative in aside else "") / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (_link if relative in aside else shutil.copyfile)(self.source / relative, target)
+                found = sha256(target)
+            except FileNotFoundError:
+                found = "missing"
+            if found != wanted["sha256"]:
+                raise InputError(
+                    f"engine '{self.manifest['name']}': {relative} is corrupt (sha256 {found[:12]}…, "
+                    f"not {wanted['sha256'][:12]}…); rebuild it with: {self.manifest['rebuild']} --force"
+                )
+            if relative not in aside:
+                self.files[relative] = wanted
+
+    def _tokenizer(self, work: Path) -> dict[str, int]:
+        """A whole model brings its own tokenizer."""
+        held: dict[str, int] = self.manifest["tokens"]
+        if self.fine_tune.base is None or "text_encoder" not in self._swapped(False):
+            return held
+        from ..models.base import copy_tokenizer
+
+        tokens = copy_tokenizer(self.fine_tune.base, work / "tokenizer.json")
+        self.files.pop("tokenizer.json", None)
+        if tokens["length"] != held["length"]:
+            raise InputError(
+                f"the tokenizer of {self.fine_tune.name} pads to {tokens['length']} tokens, the engine takes "
+                f"{held['length']}; build it instead"
+            )
+        return tokens
+
+    def _module(self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path) -> tuple[Any, Any, str | None]:
+        """A network as PyTorch runs it, the module whose weights are swapped, and where the guide came from."""
+        from ..export.graph import TextEncoder, VaeDecoder
+        from ..models.student import Student, Teacher
+        from .guides import guide_of
+        from .lora import merge
+
+        what = f"engine '{self.manifest['name']}'"
+        configs = self.manifest["configs"]
+        if name == "vae_decoder":
+            vae = self.fine_tune.vae(configs["vae"], what)
+            return VaeDecoder(vae), vae, None
+        if name == "text_encoder":
+            text = self._text_encoder(configs["text_encoder"], what)
+            for one in loaded:
+                text = merge(text, "text_encoder", one)
+            return TextEncoder(text), text, None
+        unet = self.fine_tune.unet(configs["unet"], what)
+        for one in loaded:
+            unet = merge(unet, "unet", one)
+        if self.manifest["guide"] is None:
+            return Teacher(unet), unet, None
+        graph = self.manifest["networks"]["unet"]["graph"]
+        guide, where = guide_of(self.manifest, work / graph, work / _OLD / f"{graph}.data", weights, unet)
+        return Student(unet, guide), unet, where
+
+    def _text_encoder(self, config: dict[str, Any], what: str) -> Any:
+        """The fine-tune's; the engine's own base's where the fine-tune has none and a LoRA changes it."""
+        if "text_encoder" in self.fine_tune.fingerprint():
+            return self.fine_tune.text_encoder(config, what)
+        names = (self.manifest["base"]["name"], self.manifest["given"]["base"])
+        for name in names:
+            with suppress(InputError):
+                own = find(name)
+                if own.fingerprint().get("text_encoder") == self.manifest["base"]["sha256"]["text_encoder"]:
+                    return own.text_encoder(config, what)
+        raise InputError(
+            f"a LoRA changes the text encoder, {self.fine_tune.name} has none, and that of {what} is not to be found "
+            f"at {' or '.join(dict.fromkeys(names))}; give the fine-tune as a diffusers folder"
+        )
+
+    def _swap(
+        self, name: str, entry: dict[str, Any], weights: dict[str, Any], golden: Any, loaded: list[Any], work: Path,
+        stages: int,
+    ) -> tuple[Any, str | None]:  # fmt: skip
+        """New weights for one network, compared with PyTorch; its golden inputs with the new output."""
+        import torch
+
+        from ..export.parity import relative_error
+        from ..export.precision import reference
+        from .data import check_keys, rewrite
+
+        self._report(f"swap {TITLES[name]}", stages)
+        source, whole = SOURCES[name]
+        graph, data = work / entry["graph"], f"{entry['graph']}.data"
+        module, swapped, guide = self._module(name, weights, loaded, work)
+        given = {source: dict(swapped.state_dict())}
+        check_keys(weights, given, whole)
+        inputs = {k: torch.from_numpy(v) for k, v in golden[0].items()}
+        written = rewrite(graph, work / _OLD / data, work / data, weights, given)
+        self.files[data] = {"sha256": written.sha256, "bytes": (work / data).stat().st_size}
+        wanted = reference(module, inputs).numpy()
+        del module, swapped, given
+        gc.collect()
+        self._report(f"compare {TITLES[name]}", stages)
+        error, limit = relative_error(graph, inputs, wanted), entry["parity"]["limit"]
+        if not error <= limit:  # also refuses NaN
+            raise PnpError(
+                f"the {name} with the weights of {self.fine_tune.name} differs from PyTorch by {error:.2e} (relative), "
+                f"where {limit:.0e} is allowed in {entry['precision']}; nothing was written; build it with another "
+                "--precision, or report it"
+            )
+        entry["parity"] = {**entry["parity"], "graph": error}
+        return (golden[0], wanted), guide
+
+    def _compile(self, entry: dict[str, Any], name: str, work: Path) -> None:
+        options = CompileOptions(**self.manifest["built_from"]["options"], check_memory=self.spec.check_memory)
+        job = CompileJob(
+            network=name,
+            graph=work / entry["graph"],
+            inputs={k: (dtype, tuple(shape)) for k, (dtype, shape) in entry["inputs"].items()},
+            precision=entry["precision"],
+            target=self.manifest["target"],
+            profiles=tuple(Profile(**p) for p in entry["profiles"]),
+            options=options,
+        )
+        made = self.backend.replace_weights(job, work / _OLD / entry["file"], lambda *_: None)
+        entry["compiled"] = {"seconds": round(made.seconds, 1), "peak_memory": made.peak_memory, **made.notes}
+
+    def _hashes(self, loaded: list[Any]) -> dict[str, str]:
+        """What the new bundle's base is made of, by network."""
+        out = {k: v for k, v in self.manifest["base"]["sha256"].items() if k != "all"} | self.fine_tune.fingerprint()
+        for network in ("unet", "text_encoder"):
+            if changed := [one.lora.identity() for one in loaded if network in one.weights]:
+                out[network] = digest([out[network], [[c["sha256"], c["scale"]] for c in changed]])
+        out["all"] = digest(out)
+        return out
+
+    def _files(self, work: Path) -> dict[str, dict[str, Any]]:
+        """Hash of every file, those that are known already not taken again."""
+        out = dict(self.files)
+        present = {p.relative_to(work).as_posix(): p for p in work.rglob("*") if p.is_file()}
+        for name, path in present.items():
+            if name not in out:
+                out[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+        return {name: out[name] for name in sorted(present)}
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for as long as the work takes; a copy where a link cannot be had.
+
+    Never for a file that stays: ONNX's libraries refuse external data that has several names.
+    """
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

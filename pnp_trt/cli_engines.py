@@ -30,12 +30,15 @@ def build(
         str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the plain teacher.")
     ] = "auto",
     backend: Annotated[
-        str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx or tensorrt.")
+        str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx, tensorrt or torch.")
     ] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="Numbers in the graphs: fp32, fp16 or bf16.")] = "fp32",
     target: Annotated[
         str | None,
-        typer.Option(help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable for tensorrt-rtx."),
+        typer.Option(
+            help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable for tensorrt-rtx; "
+            "for torch how to run: eager or compile."
+        ),
     ] = None,
     profile: Annotated[
         list[str] | None,
@@ -77,7 +80,7 @@ def build(
     size = sum(f["bytes"] for f in m["files"].values()) / 2**20
     made = "is up to date" if built.cached else f"built in {m['build_seconds']:.0f} s"
     worst = max(m["parity"]["relative_error"].values())
-    where = f", {m['backend']} for {m['target']}" if m["profiles"] else ""
+    where = f", {m['backend']} for {m['target']}" if m["target"] != "any" else ""
     print(
         f"{built.folder} {made}: {size:.0f} MiB, {m['precision']}{where}, "
         f"parity with PyTorch {worst:.1e} (limit {m['parity']['limit']:.0e})"
@@ -135,7 +138,7 @@ def list_engines(
 
 def verify(
     engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
-    provider: Annotated[str, typer.Option(help="auto, cpu or cuda, for onnxruntime.")] = "auto",
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda, for onnxruntime and torch.")] = "auto",
 ) -> None:
     """Run a bundle's engines here on its golden inputs and compare them with what PyTorch gave."""
     from .artifacts import open_bundle

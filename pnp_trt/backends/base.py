@@ -86,7 +86,8 @@ class CompileJob:
 
     Attributes:
         network: its name in the bundle.
-        graph: its ONNX file in the folder that becomes the bundle, external weights beside it.
+        graph: its ONNX file in the folder that becomes the bundle, external weights beside it; for a backend that
+            takes modules, the description of its module (``models.rebuild``).
         inputs: ``{name: (dtype, ("batch", …))}``.
         precision: the recipe's name; the types themselves are in the graph.
         target: GPU that it is for, as ``Backend.resolve_target`` gives it.
@@ -188,12 +189,14 @@ class Backend(ABC):
         label: a short form of the name for the folders of bundles; empty for the default backend.
         precisions: names of the recipes that it can run.
         profiles: what an engine is made for where the user names nothing; empty where any batch will do.
+        takes_modules: whether it is given PyTorch modules and no ONNX graphs.
     """
 
     name: str
     label: str
     precisions: tuple[str, ...]
     profiles: tuple[str, ...]
+    takes_modules: bool = False
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

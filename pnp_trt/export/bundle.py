@@ -260,7 +260,7 @@ class _Work:
             gc.collect()
             for i, name in enumerate(modules):
                 self._compile(name, networks[name], work, (1 + len(modules) + i, stages))
-            self._stage("write", stages - 1, stages)
+            self._stage("compare and write", stages - 1, stages)
             save_golden(work / GOLDEN, kept)
             write_json(work / WEIGHTS, {"schema": WEIGHTS_SCHEMA, "networks": maps})
             engines = self._engine_parity(work, networks, kept)
@@ -331,7 +331,8 @@ class _Work:
     def _export(
         self, name: str, make: Callable[[], Any], inputs: dict[str, Any], work: Path
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], Any], dict[str, Any]]:
-        """One network's graph: its entry in the manifest, its golden inputs and output, and its weights' map."""
+        """One network written: its entry in the manifest, its golden inputs and output, and its weights' map."""
+        from . import modules
         from .graph import export
         from .parity import LARGE, relative_error
         from .precision import convert, reference
@@ -346,12 +347,18 @@ class _Work:
         tried: list[str] = []
         for recipe in recipes:
             module = make() if module is None else module
-            weights = export(convert(module, recipe), inputs, OUTPUTS[name], path)
-            module = None  # rounded in place, and large
-            gc.collect()
-            weights = weights.derive(self.backend.prepare(path), _initializers(path))
-            check_complete(path, weights)
-            error = relative_error(path, compared, wanted)
+            if self.backend.takes_modules:
+                path = work / f"{name}.json"
+                weights = modules.save(convert(module, recipe), path)
+                error = modules.relative_error(module, compared, wanted)
+                module = None
+            else:
+                weights = export(convert(module, recipe), inputs, OUTPUTS[name], path)
+                module = None  # rounded in place, and large
+                gc.collect()
+                weights = weights.derive(self.backend.prepare(path), _initializers(path))
+                check_complete(path, weights)
+                error = relative_error(path, compared, wanted)
             if error <= recipe.limit:  # also refuses NaN
                 break
             tried.append(f"{error:.2e} in {recipe.name}, where {recipe.limit:.0e} is allowed")

@@ -41,8 +41,13 @@ from .precision import recipe as find_recipe
 PRECISIONS = ("fp32", "fp16", "bf16")
 #: distributions that a manifest remembers, for the reader alone
 _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
-OUTPUTS = {"unet": "prediction", "text_encoder": "last_hidden_state", "vae_decoder": "sample"}
-TITLES = {"unet": "U-Net", "text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
+OUTPUTS = {"condition": "condition", "unet": "prediction", "text_encoder": "last_hidden_state", "vae_decoder": "sample"}
+TITLES = {
+    "condition": "guide's condition",
+    "unet": "U-Net",
+    "text_encoder": "text encoder",
+    "vae_decoder": "VAE decoder",
+}
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,8 @@ class _Work:
     progress: Progress
 
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
         from ..models.base import copy_tokenizer
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import save_golden
@@ -256,6 +263,8 @@ class _Work:
             for i, (name, make) in enumerate(modules.items()):
                 self._stage(f"export {TITLES[name]}", 1 + i, stages)
                 networks[name], kept[name], maps[name] = self._export(name, make, golden[name], work)
+                if name == "condition":
+                    golden["unet"]["condition"] = torch.from_numpy(kept[name][1])
             exported = memory.peak()
             gc.collect()
             for i, name in enumerate(modules):
@@ -310,23 +319,43 @@ class _Work:
 
     def _modules(self) -> dict[str, Callable[[], Any]]:
         """What makes each network's module; calling it loads the weights."""
+        from ..models.condition import Condition
         from .graph import TextEncoder, VaeDecoder
 
+        size = self.base.sizes().latent[1:]
         return {
+            # before the U-Net, which takes what it gives
+            **({"condition": lambda: Condition(self._guide(), size)} if self._conditioned else {}),
             "unet": self._student,
             "text_encoder": lambda: TextEncoder(self.base.text_encoder()),
             "vae_decoder": lambda: VaeDecoder(self.base.vae()),
         }
 
     def _student(self) -> Any:
-        from ..models.load import load_guide
         from ..models.student import Student, Teacher
 
         unet = self.base.unet()
         if not self._guided:
             return Teacher(unet)
-        guide = self.base.make_guide(self.spec.guide, unet) or load_guide(_guide_name(self.spec))
-        return Student(unet, guide)
+        return Student(unet, self._guide(unet), self._conditioned)
+
+    def _guide(self, unet: Any = None) -> Any:
+        """The guide; ``unet`` saves making it again where the base makes its guides for one."""
+        from ..models.load import load_guide
+
+        if self.base.guide_class(self.spec.guide) is None:
+            return load_guide(_guide_name(self.spec))
+        return self.base.make_guide(self.spec.guide, self.base.unet() if unet is None else unet)
+
+    @property
+    def _conditioned(self) -> bool:
+        """Whether what the guide makes of w alone is a network of its own, which runs once a picture."""
+        from ..models.load import guide_class
+
+        if not self._guided:
+            return False
+        kind = self.base.guide_class(self.spec.guide) or guide_class(_guide_name(self.spec))
+        return bool(kind.constant_parts)
 
     def _export(
         self, name: str, make: Callable[[], Any], inputs: dict[str, Any], work: Path

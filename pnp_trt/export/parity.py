@@ -32,6 +32,8 @@ def golden_inputs(
         "text_encoder": {"input_ids": torch.randint(0, vocabulary, (2, tokens), generator=g)},
         "vae_decoder": {"latents": torch.randn(2, *sample, generator=g)},
     }
+    if guided:
+        found["condition"] = {"guidance": unet["guidance"]}
     if negative:
         unet["negative"] = torch.randn(2, tokens, width, generator=g)
     return found

@@ -23,10 +23,15 @@ def describe(module: nn.Module) -> dict[str, Any]:
     """What ``rebuild`` needs to make a module again: its class, and class and config of each of its parts.
 
     Args:
-        module: one of a bundle's networks: ``Student``, ``Teacher``, ``TextEncoder`` or ``VaeDecoder``.
+        module: one of a bundle's networks: ``Student``, ``Teacher``, ``Condition``, ``TextEncoder`` or ``VaeDecoder``.
     """
+    options: dict[str, Any] = {}
+    if isinstance(size := getattr(module, "latent_size", None), tuple):
+        options["latent_size"] = list(size)
+    if getattr(module, "conditioned", False):
+        options["conditioned"] = True
     parts = {name: {"class": type(p).__name__, "config": _config(p)} for name, p in module.named_children()}
-    return {"schema": SCHEMA, "network": type(module).__name__, "parts": parts}
+    return {"schema": SCHEMA, "network": type(module).__name__, "options": options, "parts": parts}
 
 
 def rebuild(description: Path, weights: Path) -> nn.Module:
@@ -43,12 +48,13 @@ def rebuild(description: Path, weights: Path) -> nn.Module:
     if held.get("schema") != SCHEMA:
         raise InputError(f"{description} has schema {held.get('schema')}, this version reads {SCHEMA}; build again")
     module = _known(_networks(), held["network"], description)(
-        *(_part(part["class"], part["config"], description) for part in held["parts"].values())
+        *(_part(part["class"], part["config"], description) for part in held["parts"].values()), **held["options"]
     )
     try:
         module.load_state_dict(load_file(weights), assign=True)
     except (SafetensorError, RuntimeError) as e:
-        raise InputError(f"{weights} does not fit {description.name}: {str(e).splitlines()[0]}; build again") from e
+        said = " ".join(str(e).split())[:200]
+        raise InputError(f"{weights} does not fit {description.name} ({said}); build again") from e
     return module.eval().requires_grad_(False)
 
 
@@ -73,9 +79,10 @@ def _part(name: str, config: dict[str, Any], description: Path) -> Any:
 
 def _networks() -> dict[str, Any]:
     from ..export.graph import TextEncoder, VaeDecoder
+    from .condition import Condition
     from .student import Student, Teacher
 
-    return {c.__name__: c for c in (Student, Teacher, TextEncoder, VaeDecoder)}
+    return {c.__name__: c for c in (Student, Teacher, Condition, TextEncoder, VaeDecoder)}
 
 
 def _parts() -> dict[str, Any]:

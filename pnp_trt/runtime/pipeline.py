@@ -64,6 +64,12 @@ class Pipeline:
             backend.load(bundle.file(n), manifest["networks"][n], options)
             for n in ("text_encoder", "unet", "vae_decoder")
         )
+        # what the guide makes of w alone, where it is a network of its own
+        self._condition = (
+            backend.load(bundle.file("condition"), manifest["networks"]["condition"], options)
+            if "condition" in manifest["networks"]
+            else None
+        )
         self._empty: np.ndarray | None = None
 
     @classmethod
@@ -126,6 +132,8 @@ class Pipeline:
             unet.write(encoder_hidden_states=context)
             if method == "guided":
                 unet.write(guidance=w)
+            if self._condition is not None:
+                unet.write(condition=self._condition(guidance=w))
             if reads:
                 unet.write(negative=np.asarray(other))
             for i in range(len(schedule)):

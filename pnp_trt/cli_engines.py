@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import InputError
+from .errors import InputError, PnpError
 
 
 def register(app: typer.Typer) -> None:
@@ -139,6 +139,11 @@ def list_engines(
 def verify(
     engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda, for onnxruntime and torch.")] = "auto",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Look into the graphs: which tensors are off, and the first not finite.")
+    ] = False,
+    network: Annotated[list[str] | None, typer.Option(help="With --layers, of which networks; default: all.")] = None,
+    worst: Annotated[int, typer.Option(min=1, help="With --layers, how many tensors of each network to show.")] = 8,
 ) -> None:
     """Run a bundle's engines here on its golden inputs and compare them with what PyTorch gave."""
     from .artifacts import open_bundle
@@ -146,9 +151,37 @@ def verify(
     from .runtime import verify as module
 
     bundle = open_bundle(engine)
+    if layers:
+        _verify_layers(bundle, network or [], worst)
+        return
     errors: dict[str, Any] = module.verify(bundle, LoadOptions(provider))
     networks = bundle.manifest["networks"]
     for name, error in errors.items():
         limit, kind = networks[name]["parity"]["limit"], networks[name]["precision"]
         print(f"{name}: off by {error:.1e} (limit {limit:.0e}, {kind})")
-    module.gate(errors, networks, bundle.name)
+    try:
+        module.gate(errors, networks, bundle.name)
+    except PnpError as e:
+        if any(n["graph"].endswith(".onnx") for n in networks.values()):
+            raise PnpError(f"{e}; look closer with: pnp-trt verify {engine} --layers") from e
+        raise
+
+
+def _verify_layers(bundle: Any, networks: list[str], worst: int) -> None:
+    """Compare the bundle's graphs with themselves in float32, tensor by tensor; engines are not run."""
+    from .cli import _Bar, _console
+    from .export import layers as module
+    from .inspection import layer_table
+
+    graphs = module.graphs(bundle, networks)
+    problems = []
+    for name, (path, inputs) in graphs.items():
+        with _Bar(f"{name}: layers", None) as bar:
+            found = module.layerwise(path, inputs, progress=bar.count)
+        limit = bundle.manifest["networks"][name]["parity"]["limit"]
+        verdict, problem = module.verdict(found, limit)
+        print(f"{name}: {verdict}")
+        problems += [f"the {name}: {verdict}"] if problem else []
+        _console().print(layer_table(module.worst(found, worst)))
+    if problems:
+        raise PnpError(f"engine '{bundle.name}': {'; '.join(problems)}")

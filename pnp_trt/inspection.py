@@ -11,6 +11,8 @@ from .errors import InputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from .export.layers import Layer
+
 
 def rows(home: Path) -> list[dict[str, Any]]:
     """One entry a bundle: name, bytes, backend, precision, target, base, guide, built; or its ``problem``."""
@@ -97,6 +99,21 @@ def render(folder: Path, m: dict[str, Any], problem: str | None) -> RenderableTy
     if problem:
         parts += [Text(), Text(f"cannot run here: {problem}", style="red")]
     return Group(*parts)
+
+
+def layer_table(layers: list[Layer]) -> RenderableType:
+    """Tensors of a graph for a terminal, see ``export.layers``."""
+    from rich.table import Table
+
+    out = Table(box=None, pad_edge=False)
+    for title in ("node", "op", "tensor", "shape", "off by", "largest", "finite", "near"):
+        out.add_column(title, justify="right" if title in ("node", "off by", "largest") else "left")
+    for one in layers:
+        finite = "yes" if one.finite else "NO" if one.finite_in_float32 else "NO, nor in float32"
+        shape = "×".join(map(str, one.shape))
+        numbers = ("" if v != v else f"{v:.1e}" for v in (one.error, one.largest))
+        out.add_row(str(one.place), one.op, one.tensor, shape, *numbers, finite, one.near)
+    return out
 
 
 def _size(number: int) -> str:

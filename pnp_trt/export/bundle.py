@@ -394,7 +394,8 @@ class _Work:
         else:
             raise PnpError(
                 f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); "
-                "nothing was written; choose another --precision, or report it"
+                f"{_what_is_off(path, compared, recipe.limit)}nothing was written; choose another --precision, or "
+                "report it"
             )
         entry = {
             "graph": path.name,
@@ -450,6 +451,18 @@ class _Work:
         errors = compare(self.backend, work, networks, kept)
         gate(errors, networks, self.spec.folder().name)
         return errors
+
+
+def _what_is_off(path: Path, inputs: dict[str, Any], limit: float) -> str:
+    """A clause that names the first bad tensor of a graph; empty where none is found, or it cannot be looked at."""
+    from .layers import layerwise, verdict
+
+    if path.suffix != ".onnx":
+        return ""
+    with suppress(PnpError):
+        said, problem = verdict(layerwise(path, {k: v[:1].numpy() for k, v in inputs.items()}), limit)
+        return f"{said}; " if problem else ""
+    return ""
 
 
 def _initializers(path: Path) -> list[str]:

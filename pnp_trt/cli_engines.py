@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import InputError
+from .errors import InputError, PnpError
 
 
 def register(app: typer.Typer) -> None:
@@ -30,12 +30,15 @@ def build(
         str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the plain teacher.")
     ] = "auto",
     backend: Annotated[
-        str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx or tensorrt.")
+        str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx, tensorrt or torch.")
     ] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-weights.")] = "fp32",
     target: Annotated[
         str | None,
-        typer.Option(help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable for tensorrt-rtx."),
+        typer.Option(
+            help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable for tensorrt-rtx; "
+            "for torch how to run: eager or compile."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="For int8, a record of pnp-trt calibrate; default the one of base and guide.")
@@ -87,7 +90,7 @@ def build(
     size = sum(f["bytes"] for f in m["files"].values()) / 2**20
     made = "is up to date" if built.cached else f"built in {m['build_seconds']:.0f} s"
     worst = max(m["parity"]["relative_error"].values())
-    where = f", {m['backend']} for {m['target']}" if m["compiler"] else ""
+    where = f", {m['backend']} for {m['target']}" if m["target"] != "any" else ""
     print(
         f"{built.folder} {made}: {size:.0f} MiB, {m['precision']}{where}, "
         f"parity with PyTorch {worst:.1e} (limit {m['parity']['limit']:.0e})"
@@ -148,7 +151,12 @@ def list_engines(
 
 def verify(
     engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
-    provider: Annotated[str, typer.Option(help="auto, cpu or cuda, for onnxruntime.")] = "auto",
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda, for onnxruntime and torch.")] = "auto",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Look into the graphs: which tensors are off, and the first not finite.")
+    ] = False,
+    network: Annotated[list[str] | None, typer.Option(help="With --layers, of which networks; default: all.")] = None,
+    worst: Annotated[int, typer.Option(min=1, help="With --layers, how many tensors of each network to show.")] = 8,
 ) -> None:
     """Run a bundle's engines here on its golden inputs and compare them with what PyTorch gave."""
     from .artifacts import open_bundle
@@ -156,10 +164,38 @@ def verify(
     from .runtime import verify as module
 
     bundle = open_bundle(engine)
+    if layers:
+        _verify_layers(bundle, network or [], worst)
+        return
     errors: dict[str, Any] = module.verify(bundle, LoadOptions(provider))
     networks = bundle.manifest["networks"]
     for name, error in errors.items():
         entry = networks[name.partition("@")[0]]
         limit, kind = entry["parity"]["limit"], entry["precision"]
         print(f"{name}: off by {error:.1e} (limit {limit:.0e}, {kind})")
-    module.gate(errors, networks, bundle.name)
+    try:
+        module.gate(errors, networks, bundle.name)
+    except PnpError as e:
+        if any(n["graph"].endswith(".onnx") for n in networks.values()):
+            raise PnpError(f"{e}; look closer with: pnp-trt verify {engine} --layers") from e
+        raise
+
+
+def _verify_layers(bundle: Any, networks: list[str], worst: int) -> None:
+    """Compare the bundle's graphs with themselves in float32, tensor by tensor; engines are not run."""
+    from .cli import _Bar, _console
+    from .export import layers as module
+    from .inspection import layer_table
+
+    graphs = module.graphs(bundle, networks)
+    problems = []
+    for name, (path, inputs) in graphs.items():
+        with _Bar(f"{name}: layers", None) as bar:
+            found = module.layerwise(path, inputs, progress=bar.count)
+        limit = bundle.manifest["networks"][name]["parity"]["limit"]
+        verdict, problem = module.verdict(found, limit)
+        print(f"{name}: {verdict}")
+        problems += [f"the {name}: {verdict}"] if problem else []
+        _console().print(layer_table(module.worst(found, worst)))
+    if problems:
+        raise PnpError(f"engine '{bundle.name}': {'; '.join(problems)}")

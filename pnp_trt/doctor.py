@@ -77,6 +77,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "rtx": (("tensorrt-rtx",), ("cuda-python",)),
 }
 _RTX, _TENSORRT = "--backend tensorrt-rtx", "--backend tensorrt"
+_TORCH = "--backend torch"
 #: Command or option -> the extras that it needs, and what it is for.
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "sample", ("",), "pictures from a built engine"),
@@ -89,6 +90,7 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("option", "--backend onnxruntime", ("",), "fp32 and fp16, on the CPU or a GPU"),
     ("option", _RTX, ("", "build", "rtx"), "compiles for any RTX GPU on any machine"),
     ("option", _TENSORRT, ("", "build", "tensorrt"), "compiles on the GPU that it is for"),
+    ("option", _TORCH, ("", "build"), "PyTorch itself, for reference and for GPUs without TensorRT"),
 )
 
 

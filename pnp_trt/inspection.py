@@ -12,6 +12,8 @@ from .errors import InputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from .export.layers import Layer
+
 
 def rows(home: Path) -> list[dict[str, Any]]:
     """One entry a bundle: name, bytes, backend, precision, target, base, guide, built; or its ``problem``."""
@@ -125,6 +127,21 @@ def base_name(m: dict[str, Any]) -> str:
 
 def _plugged(p: dict[str, Any]) -> str:
     return f"{p['from']['name']} ({'; '.join(f'{k}: {v}' for k, v in p['networks'].items())})"
+
+
+def layer_table(layers: list[Layer]) -> RenderableType:
+    """Tensors of a graph for a terminal, see ``export.layers``."""
+    from rich.table import Table
+
+    out = Table(box=None, pad_edge=False)
+    for title in ("node", "op", "tensor", "shape", "off by", "largest", "finite", "near"):
+        out.add_column(title, justify="right" if title in ("node", "off by", "largest") else "left")
+    for one in layers:
+        finite = "yes" if one.finite else "NO" if one.finite_in_float32 else "NO, nor in float32"
+        shape = "×".join(map(str, one.shape))
+        numbers = ("" if v != v else f"{v:.1e}" for v in (one.error, one.largest))
+        out.add_row(str(one.place), one.op, one.tensor, shape, *numbers, finite, one.near)
+    return out
 
 
 def _size(number: int) -> str:

@@ -12,6 +12,7 @@ _KNOWN = {
     "onnxruntime": ("onnxruntime", "OnnxRuntime"),
     "tensorrt-rtx": ("tensorrt", "TensorRtRtx"),
     "tensorrt": ("tensorrt", "TensorRt"),
+    "torch": ("torch", "Torch"),
 }
 
 BACKENDS: tuple[str, ...] = tuple(_KNOWN)

@@ -50,7 +50,8 @@ class CompileJob:
 
     Attributes:
         network: its name in the bundle.
-        graph: its ONNX file in the folder that becomes the bundle, external weights beside it.
+        graph: its ONNX file in the folder that becomes the bundle, external weights beside it; for a backend that
+            takes modules, the description of its module (``models.rebuild``).
         inputs: ``{name: (dtype, ("batch", …))}``; ``"height"`` and ``"width"`` where the graph leaves them open.
         precision: the recipe's name; the types themselves are in the graph.
         target: GPU that it is for, as ``Backend.resolve_target`` gives it.
@@ -156,6 +157,7 @@ class Backend(ABC):
         precisions: names of the recipes that it can run.
         profiles: what an engine is made for where the user names nothing; empty where any batch will do.
         beside_int8: the recipe of what is not quantised in an INT8 bundle.
+        takes_modules: whether it is given PyTorch modules and no ONNX graphs.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Backend(ABC):
     precisions: tuple[str, ...]
     profiles: tuple[str, ...]
     beside_int8: str = "fp16"
+    takes_modules: bool = False
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

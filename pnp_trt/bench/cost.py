@@ -31,6 +31,8 @@ TEACHER = "teacher"
 GUIDE_PREFIX = "guide"
 #: Networks that run once a picture, not once a step.
 PICTURE_NETWORKS = ("text-encoder", "vae-decoder")
+#: What a guide makes of w alone; it runs once a picture as well, with that guide only.
+CONDITION_PREFIX = "condition-"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def cost_rows(
     rows = []
     for name, (module, inputs) in networks.items():
         cost = count(module, inputs)
-        rows.append({"network": name, **asdict(cost), "per": "picture" if name in PICTURE_NETWORKS else "step"})
+        once = name in PICTURE_NETWORKS or name.startswith(CONDITION_PREFIX)
+        rows.append({"network": name, **asdict(cost), "per": "picture" if once else "step"})
     return rows
 
 
@@ -113,8 +116,8 @@ def method_rows(rows: Iterable[Mapping[str, Any]], *, steps: int) -> list[dict[s
     guide). Each row carries `method`, `guide`, `parameters` (of the networks that run each step), `macs_per_step`,
     `macs_per_step_without_attention`, `macs_per_picture`, `macs_per_picture_without_attention`, `steps` and
     `ratio_to_cfg` (of MACs per step, with attention products) and `ratio_to_cfg_without_attention`. A picture
-    includes one run of the text encoder (CFG's empty prompt is encoded once and kept) and of the VAE decoder where
-    they were counted; `picture_includes` names them.
+    includes one run of the text encoder (CFG's empty prompt is encoded once and kept), of the VAE decoder and of the
+    guide's condition where they were counted; `picture_includes` names them.
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1 to count a picture, got {steps}.")
@@ -139,7 +142,8 @@ def _method_row(
     steps: int,
 ) -> dict[str, Any]:
     distinct = {row["network"]: row["parameters"] for row in passes}
-    once = [name for name in PICTURE_NETWORKS if name in by_name]
+    condition = CONDITION_PREFIX + (guide or "").removeprefix(f"{GUIDE_PREFIX}-")
+    once = [name for name in (*PICTURE_NETWORKS, condition) if name in by_name]
     row: dict[str, Any] = {
         "method": method,
         "guide": guide,

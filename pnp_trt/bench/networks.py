@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .cost import CONDITION_PREFIX
+
 
 def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     """``{name: (module, inputs of one forward at batch 1)}`` on the meta device.
+
+    A guide whose condition runs once a picture is fed with it, and its condition is one more network; the guide's
+    parameters are all of its own.
 
     Args:
         base: a base model's name, or ``random:sd15`` and its like.
@@ -20,6 +25,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     from diffusers import UNet2DConditionModel
 
     from ..models.base import quiet_libraries, random_unet_config, resolve
+    from ..models.condition import Condition
     from ..models.guide import GUIDES, Features, GuideInput
     from ..models.student import encode
 
@@ -32,7 +38,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         config = json.loads((folder / "unet" / "config.json").read_text())
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-        sizes: dict[str, Any] = {name: _guide_size(base, name) for name in GUIDES}
+        sizes: dict[str, Any] = {name: guide_size(base, name) for name in GUIDES}
         guides = {name: kind.from_unet(unet, **sizes[name]) for name, kind in GUIDES.items()}
         size = unet.config.sample_size
         inputs: dict[str, Any] = {
@@ -63,13 +69,21 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             "mid": features.mid_block_res_sample,
         }
         found: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs)}
-        found |= {f"guide-{name}": (GuideAlone(guide), alone) for name, guide in guides.items()}
+        for name, guide in guides.items():
+            fed = {}
+            if guide.constant_parts:  # as bundles run it: a network of its own, once a picture
+                found[f"{CONDITION_PREFIX}{name}"] = (
+                    Condition(GUIDES[name].from_unet(unet, **sizes[name]), (size, size)),
+                    {"guidance": torch.empty(1)},
+                )
+                fed = {"condition": guide.condition(torch.empty(1), (size, size))}
+            found[f"guide-{name}"] = (GuideAlone(guide), alone | fed)
         if folder is not None:
             found |= _picture_networks(folder, inputs["sample"])
     return found
 
 
-def _guide_size(base: str, guide: str) -> dict[str, int]:
+def guide_size(base: str, guide: str) -> dict[str, int]:
     """The bundled guide's own size for the bundled bases, the default elsewhere."""
     from ..errors import InputError
     from ..models.names import guide_folder

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,20 @@ if TYPE_CHECKING:
 
 #: distributions that a manifest remembers, for the reader alone
 _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
-OUTPUTS = {"unet": "prediction", "text_encoder": "last_hidden_state", "vae_decoder": "sample", "vae_encoder": "latents"}
-TITLES = {"unet": "U-Net", "text_encoder": "text encoder", "vae_decoder": "VAE decoder", "vae_encoder": "VAE encoder"}
+OUTPUTS = {
+    "condition": "condition",
+    "unet": "prediction",
+    "text_encoder": "last_hidden_state",
+    "vae_decoder": "sample",
+    "vae_encoder": "latents",
+}
+TITLES = {
+    "condition": "guide's condition",
+    "unet": "U-Net",
+    "text_encoder": "text encoder",
+    "vae_decoder": "VAE decoder",
+    "vae_encoder": "VAE encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -312,6 +325,8 @@ class _Work:
     record: Record | None = None
 
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
         from ..models.base import copy_tokenizer
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import save_golden
@@ -344,11 +359,13 @@ class _Work:
                 cases = {size: found[name] for size, found in golden.items()}
                 networks[name], references, maps[name] = self._export(name, make, cases, work)
                 kept |= references
+                if name == "condition":
+                    golden[self.plan.default]["unet"]["condition"] = torch.from_numpy(kept[name][1])
             exported = memory.peak()
             gc.collect()
             for i, name in enumerate(modules):
                 self._compile(name, networks[name], work, (1 + len(modules) + i, stages))
-            self._stage("write", stages - 1, stages)
+            self._stage("compare and write", stages - 1, stages)
             save_golden(work / GOLDEN, kept)
             write_json(work / WEIGHTS, {"schema": WEIGHTS_SCHEMA, "networks": maps})
             engines = engine_parity(self.backend, self.target, work, networks, kept, self.spec.folder().name)
@@ -401,9 +418,13 @@ class _Work:
 
     def _modules(self) -> dict[str, Callable[[], Any]]:
         """What makes each network's module; calling it loads the weights."""
+        from ..models.condition import Condition
         from .graph import TextEncoder, VaeDecoder, VaeEncoder
 
+        size = self.plan.latent(self.plan.default)[1:]
         found: dict[str, Callable[[], Any]] = {
+            # before the U-Net, which takes what it gives
+            **({"condition": lambda: Condition(self._guide(), size)} if self._conditioned else {}),
             "unet": self._student,
             "text_encoder": lambda: TextEncoder(self.base.text_encoder()),
             "vae_decoder": lambda: VaeDecoder(self.base.vae()),
@@ -413,19 +434,39 @@ class _Work:
         return found
 
     def _student(self) -> Any:
-        from ..models.load import load_guide
         from ..models.student import Student, Teacher
 
         unet = self.base.unet()
         if not self._guided:
             return Teacher(unet)
-        guide = self.base.make_guide(self.spec.guide, unet) or load_guide(guide_name(self.spec))
-        return Student(unet, guide)
+        return Student(unet, self._guide(unet), self._conditioned)
+
+    def _guide(self, unet: Any = None) -> Any:
+        """The guide; ``unet`` saves making it again where the base makes its guides for one."""
+        from ..models.load import load_guide
+
+        if self.base.guide_class(self.spec.guide) is None:
+            return load_guide(guide_name(self.spec))
+        return self.base.make_guide(self.spec.guide, self.base.unet() if unet is None else unet)
+
+    @property
+    def _conditioned(self) -> bool:
+        """Whether what the guide makes of w alone is a network of its own, which runs once a picture.
+
+        It is made for one size of latents, so a graph of several keeps it inside.
+        """
+        from ..models.load import guide_class
+
+        if not self._guided or self.plan.open_axes:
+            return False
+        kind = self.base.guide_class(self.spec.guide) or guide_class(guide_name(self.spec))
+        return bool(kind.constant_parts)
 
     def _export(
         self, name: str, make: Callable[[], Any], cases: dict[Size, dict[str, Any]], work: Path
     ) -> tuple[dict[str, Any], dict[str, tuple[dict[str, Any], Any]], dict[str, Any]]:
-        """One network's graph: its entry in the manifest, its golden inputs and outputs, and its weights' map."""
+        """One network written: its entry in the manifest, its golden inputs and outputs, and its weights' map."""
+        from . import modules
         from .graph import export
         from .parity import LARGE, relative_error
         from .precision import convert, reference
@@ -444,21 +485,30 @@ class _Work:
         tried: list[str] = []
         for recipe in recipes:
             module = make() if module is None else module
-            weights = export(convert(module, recipe), traced, OUTPUTS[name], path, self.plan.open_axes)
-            module = None  # rounded in place, and large
-            gc.collect()
-            quantised = self._quantize(recipe, path, weights)
-            weights = quantised or weights
-            weights = weights.derive(self.backend.prepare(path), _initializers(path))
-            check_complete(path, weights)
-            errors = {f"{h}x{w}": relative_error(path, compared[h, w], wanted[h, w]) for h, w in cases}
+            quantised = None
+            if self.backend.takes_modules:
+                path = work / f"{name}.json"
+                weights = modules.save(convert(module, recipe), path)
+                measure = partial(modules.relative_error, module)
+            else:
+                weights = export(convert(module, recipe), traced, OUTPUTS[name], path, self.plan.open_axes)
+                module = None  # rounded in place, and large
+                gc.collect()
+                quantised = self._quantize(recipe, path, weights)
+                weights = quantised or weights
+                weights = weights.derive(self.backend.prepare(path), _initializers(path))
+                check_complete(path, weights)
+                measure = partial(relative_error, path)
+            errors = {f"{h}x{w}": measure(compared[h, w], wanted[h, w]) for h, w in cases}
             error = float(np.max(list(errors.values())))  # NaN if any is
+            module = None
             if error <= recipe.limit:  # also refuses NaN
                 break
             tried.append(f"{error:.2e} in {recipe.name}, where {recipe.limit:.0e} is allowed")
         else:
+            found = _what_is_off(path, next(iter(compared.values())), recipe.limit)
             raise PnpError(
-                f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); "
+                f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); {found}"
                 "nothing was written; choose another --precision, or report it"
             )
         entry: dict[str, Any] = {
@@ -579,6 +629,18 @@ def engine_parity(
     errors = compare(backend, folder, networks, golden)
     gate(errors, networks, name)
     return errors
+
+
+def _what_is_off(path: Path, inputs: dict[str, Any], limit: float) -> str:
+    """A clause that names the first bad tensor of a graph; empty where none is found, or it cannot be looked at."""
+    from .layers import layerwise, verdict
+
+    if path.suffix != ".onnx":
+        return ""
+    with suppress(PnpError):
+        said, problem = verdict(layerwise(path, {k: v[:1].numpy() for k, v in inputs.items()}), limit)
+        return f"{said}; " if problem else ""
+    return ""
 
 
 def _initializers(path: Path) -> list[str]:

@@ -42,6 +42,8 @@ def golden_inputs(
         "text_encoder": {"input_ids": torch.randint(0, vocabulary, (2, tokens), generator=g)},
         "vae_decoder": {"latents": torch.randn(2, *sample, generator=g)},
     }
+    if guided:
+        found["condition"] = {"guidance": unet["guidance"]}
     if negative:
         unet["negative"] = torch.randn(2, tokens, width, generator=g)
     if pixels is not None:
@@ -83,15 +85,29 @@ def run_as_written(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def rounded_at_every_node(path: Path) -> Path | None:
-    """A graph beside ``path`` that computes in float32 and casts every half-precision result there and back.
+    """A graph beside ``path``, rewritten by ``round_at_every_node``; None where it has no half precision."""
+    import onnx_ir as ir
 
-    None where the graph has no half precision.  ONNX Runtime keeps casts that are written in a graph; it drops only
+    model = ir.load(path)
+    if not round_at_every_node(model):
+        return None
+    target = path.with_name(f"{path.stem}.stepwise.onnx")
+    ir.save(model, target)
+    return target
+
+
+def round_at_every_node(model: Any) -> bool:
+    """Let a graph compute in float32 and cast every half-precision result there and back; values keep their names.
+
+    False where it has no half precision.  ONNX Runtime keeps casts that are written in a graph; it drops only
     those that it inserted itself.
+
+    Args:
+        model: ``onnx_ir``'s, changed in place.
     """
     import onnx_ir as ir
 
     half = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    model = ir.load(path)
     graph = model.graph
     widened: dict[Any, Any] = {}
 
@@ -133,8 +149,4 @@ def rounded_at_every_node(path: Path) -> Path | None:
             new.name = name
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-    if not found:
-        return None
-    target = path.with_name(f"{path.stem}.stepwise.onnx")
-    ir.save(model, target)
-    return target
+    return found

@@ -142,6 +142,10 @@ class BaseModel:
         """Name and hash of the guide that ``make_guide`` makes; None where guides are read from files."""
         return None
 
+    def guide_class(self, name: str) -> Any:
+        """The class of the guide that ``make_guide`` makes; None where guides are read from files."""
+        return None
+
     def make_guide(self, name: str, unet: Any) -> Any:
         """A guide that comes with the base itself; None where guides are read from files."""
         return None

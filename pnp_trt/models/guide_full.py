@@ -9,6 +9,7 @@ from diffusers import ConfigMixin, ControlNetModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .guide_parts import GuideInput, GuideOutput, signature, sinusoid, strength
 
 #: channels of Stable Diffusion's ControlNet hint encoder, whose U-Net is 320 wide
@@ -35,6 +36,8 @@ class FullGuide(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    #: parts that ``condition`` runs; a bundle holds them as a network of its own, which runs once a picture
+    constant_parts: tuple[str, ...] = ("w_features", "hint")
 
     @register_to_config
     def __init__(
@@ -84,7 +87,10 @@ class FullGuide(ModelMixin, ConfigMixin):
     def forward(self, given: GuideInput) -> GuideOutput:
         """Residuals for one step; see :class:`GuideInput`."""
         height, width = given.sample.shape[-2:]
-        hint = given.condition if given.condition is not None else self.condition(given.guidance, (height, width))
+        hint = given.condition
+        if hint is None and self.hint is None:
+            raise InputError("this guide was parted from what it makes of w and was given no condition; pass it")
+        hint = self.condition(given.guidance, (height, width)) if hint is None else hint
         text = given.encoder_hidden_states
         if self.negative_mark is not None:
             text = torch.cat([text, given.needs_negative() + self.negative_mark], dim=1)

@@ -134,6 +134,9 @@ class TinyGuide(ModelMixin, ConfigMixin):
         sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
     """
 
+    #: none: all that it makes of w is one small vector, and mixed with the timestep
+    constant_parts: tuple[str, ...] = ()
+
     @register_to_config
     def __init__(
         self,

@@ -16,10 +16,19 @@ def load_guide(name: str) -> Guide:
     Raises:
         InputError: if there is none of this name, or its files are damaged.
     """
+    guide = _load(guide_class(name), guide_folder(name))
+    return check_finite(guide, name).eval().requires_grad_(False)
+
+
+def guide_class(name: str) -> type[Guide]:
+    """The class of the guide of this name; its weights are not read.
+
+    Raises:
+        InputError: if there is no guide of this name, or it is of a class that this version does not know.
+    """
     folder = guide_folder(name)
     kind = json.loads((folder / "config.json").read_text()).get("_class_name")
     classes = {c.__name__: c for c in GUIDES.values()}
     if kind not in classes:
         raise InputError(f"{folder} holds a {kind}; known guides: {', '.join(classes)}")
-    guide = _load(classes[kind], folder)
-    return check_finite(guide, name).eval().requires_grad_(False)
+    return classes[kind]

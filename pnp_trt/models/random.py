@@ -79,12 +79,16 @@ class RandomBase(BaseModel):
         """A guide of a known kind, float32, with residuals that are not zero."""
         import torch
 
+        made = self.guide_class(name).from_unet(unet)
+        return _fill(made, f"guide-{_guide_kind(name)}", torch.float32)
+
+    def guide_class(self, name: str) -> Any:
         from .guide import GUIDES
 
         kind = _guide_kind(name)
         if kind not in GUIDES:
             raise InputError(f"guide '{name}' is not known for {self.name}; known: {', '.join(GUIDES)}, none")
-        return _fill(GUIDES[kind].from_unet(unet), f"guide-{kind}", torch.float32)
+        return GUIDES[kind]
 
 
 def random_base(name: str) -> RandomBase:

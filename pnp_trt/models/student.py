@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from .condition import without_constant_parts
 from .guide import Features, Guide, GuideInput, check_fit
 
 
@@ -73,16 +74,18 @@ class Student(nn.Module):
     Args:
         unet: the frozen teacher, or a fine-tune of it.
         guide: a guide distilled for the teacher's base.
+        conditioned: whether ``condition`` is always given; the guide then loses the parts that make it.
 
     Raises:
         InputError: if the guide was made for a U-Net of another shape.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, guide: Guide) -> None:
+    def __init__(self, unet: UNet2DConditionModel, guide: Guide, conditioned: bool = False) -> None:
         super().__init__()
         check_fit(guide, unet)
         self.unet = unet
-        self.guide = guide
+        self.guide = without_constant_parts(guide) if conditioned else guide
+        self.conditioned = conditioned
 
     def forward(
         self,

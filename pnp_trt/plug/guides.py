@@ -49,6 +49,7 @@ def _from_graph(manifest: dict[str, Any], graph: Path, data: Path, weights: dict
     import numpy as np
     import torch
 
+    from ..models.condition import without_constant_parts
     from ..models.guide import GUIDES
 
     name, config = manifest["guide"]["name"], manifest["configs"].get("guide")
@@ -56,6 +57,8 @@ def _from_graph(manifest: dict[str, Any], graph: Path, data: Path, weights: dict
     if config is None or config.get("_class_name") not in classes:
         raise InputError(f"guide '{name}' is not where the engine was built from, and its config is not in the bundle")
     guide = classes[config["_class_name"]].from_config(config)
+    if "condition" in manifest["networks"]:
+        guide = without_constant_parts(guide)
     own = guide.state_dict()
     found = {}
     for place in places(graph, weights):

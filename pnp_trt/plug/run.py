@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import __version__, backends, memory
 from ..artifacts import (
     SCHEMA,
@@ -34,11 +36,17 @@ from ..artifacts import (
 from ..backends.base import CompileJob, CompileOptions, Profile, Progress
 from ..errors import InputError, PnpError
 from ..export.bundle import TITLES, Built, engine_parity, library_versions, short_name, standing
+from ..runtime.verify import Golden
 from .checkpoint import FineTune, find
 from .lora import Lora
 
 #: network of the bundle → (its source in weights.json, whether the graph uses all of it)
-SOURCES = {"unet": ("unet", True), "text_encoder": ("text_encoder", True), "vae_decoder": ("vae", False)}
+SOURCES = {
+    "unet": ("unet", True),
+    "text_encoder": ("text_encoder", True),
+    "vae_decoder": ("vae", False),
+    "vae_encoder": ("vae", False),
+}
 #: where files of the engine that are about to be replaced are kept while it is worked on
 _OLD = ".old"
 
@@ -102,6 +110,11 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
             f"rebuild it with: {manifest['rebuild']} --force"
         )
     backend = backends.get(manifest["backend"])
+    if backend.takes_modules:
+        raise InputError(
+            f"engine '{manifest['name']}' holds PyTorch modules and no graph, so there is nothing to save by plugging; "
+            f"build it of the fine-tune: pnp-trt build --backend {backend.name} --base FINE_TUNE"
+        )
     if (here := backend.versions()) != manifest["compiler"]:
         raise InputError(
             f"engine '{manifest['name']}': its compiler is {manifest['compiler']}, here is {here}; "
@@ -173,9 +186,9 @@ class _Work:
             networks = {n: dict(entry) for n, entry in m["networks"].items()}
             guide = None
             for name in swapped:
-                golden[name], used = self._swap(
-                    name, networks[name], maps[name]["weights"], golden[name], loaded, work, stages
-                )
+                mine = {case: g for case, g in golden.items() if case.partition("@")[0] == name}
+                found, used = self._swap(name, networks[name], maps[name]["weights"], mine, loaded, work, stages)
+                golden |= found
                 guide = guide or used
                 gc.collect()
             checked = memory.peak()
@@ -184,7 +197,7 @@ class _Work:
                 self._compile(networks[name], name, work)
             self._report("write", stages)
             save_golden(work / GOLDEN, golden)
-            only = {n: golden[n] for n in swapped}
+            only = {case: g for case, g in golden.items() if case.partition("@")[0] in swapped}
             engines = engine_parity(self.backend, m["target"], work, networks, only, folder.name)
             if isinstance(engines, dict) and isinstance(m["parity"]["engine"], dict):
                 engines = m["parity"]["engine"] | engines
@@ -237,7 +250,7 @@ class _Work:
         if own.get("text_encoder", held["text_encoder"]) != held["text_encoder"] or text_lora:
             out.append("text_encoder")
         if own.get("vae", held["vae"]) != held["vae"]:
-            out.append("vae_decoder")
+            out += [n for n in ("vae_decoder", "vae_encoder") if n in self.manifest["networks"]]
         return out
 
     def _take(self, work: Path, swapped: list[str]) -> None:
@@ -285,16 +298,16 @@ class _Work:
 
     def _module(self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path) -> tuple[Any, Any, str | None]:
         """A network as PyTorch runs it, the module whose weights are swapped, and where the guide came from."""
-        from ..export.graph import TextEncoder, VaeDecoder
+        from ..export.graph import TextEncoder, VaeDecoder, VaeEncoder
         from ..models.student import Student, Teacher
         from .guides import guide_of
         from .lora import merge
 
         what = f"engine '{self.manifest['name']}'"
         configs = self.manifest["configs"]
-        if name == "vae_decoder":
+        if name in ("vae_decoder", "vae_encoder"):
             vae = self.fine_tune.vae(configs["vae"], what)
-            return VaeDecoder(vae), vae, None
+            return (VaeDecoder if name == "vae_decoder" else VaeEncoder)(vae), vae, None
         if name == "text_encoder":
             text = self._text_encoder(configs["text_encoder"], what)
             for one in loaded:
@@ -307,7 +320,8 @@ class _Work:
             return Teacher(unet), unet, None
         graph = self.manifest["networks"]["unet"]["graph"]
         guide, where = guide_of(self.manifest, work / graph, work / _OLD / f"{graph}.data", weights, unet)
-        return Student(unet, guide), unet, where
+        # what the guide makes of w alone stays as it is, in a network of its own
+        return Student(unet, guide, conditioned="condition" in self.manifest["networks"]), unet, where
 
     def _text_encoder(self, config: dict[str, Any], what: str) -> Any:
         """The fine-tune's; the engine's own base's where the fine-tune has none and a LoRA changes it."""
@@ -325,10 +339,10 @@ class _Work:
         )
 
     def _swap(
-        self, name: str, entry: dict[str, Any], weights: dict[str, Any], golden: Any, loaded: list[Any], work: Path,
+        self, name: str, entry: dict[str, Any], weights: dict[str, Any], golden: Golden, loaded: list[Any], work: Path,
         stages: int,
-    ) -> tuple[Any, str | None]:  # fmt: skip
-        """New weights for one network, compared with PyTorch; its golden inputs with the new output."""
+    ) -> tuple[Golden, str | None]:  # fmt: skip
+        """New weights for one network, compared with PyTorch; its golden inputs with the new outputs, size by size."""
         import torch
 
         from ..export.parity import relative_error
@@ -339,16 +353,17 @@ class _Work:
         source, whole = SOURCES[name]
         graph, data = work / entry["graph"], f"{entry['graph']}.data"
         module, swapped, guide = self._module(name, weights, loaded, work)
-        given = {source: dict(swapped.state_dict())}
-        check_keys(weights, given, whole)
-        inputs = {k: torch.from_numpy(v) for k, v in golden[0].items()}
-        written = rewrite(graph, work / _OLD / data, work / data, weights, given)
+        new = {source: dict(swapped.state_dict())}
+        check_keys(weights, new, whole)
+        inputs = {case: {k: torch.from_numpy(v) for k, v in held[0].items()} for case, held in golden.items()}
+        written = rewrite(graph, work / _OLD / data, work / data, weights, new)
         self.files[data] = {"sha256": written.sha256, "bytes": (work / data).stat().st_size}
-        wanted = reference(module, inputs).numpy()
-        del module, swapped, given
+        wanted = {case: reference(module, given).numpy() for case, given in inputs.items()}
+        del module, swapped, new
         gc.collect()
         self._report(f"compare {TITLES[name]}", stages)
-        error, limit = relative_error(graph, inputs, wanted), entry["parity"]["limit"]
+        errors = {case: relative_error(graph, inputs[case], wanted[case]) for case in inputs}
+        error, limit = float(np.max(list(errors.values()))), entry["parity"]["limit"]  # NaN if any is
         if not error <= limit:  # also refuses NaN
             raise PnpError(
                 f"the {name} with the weights of {self.fine_tune.name} differs from PyTorch by {error:.2e} (relative), "
@@ -356,7 +371,9 @@ class _Work:
                 "--precision, or report it"
             )
         entry["parity"] = {**entry["parity"], "graph": error}
-        return (golden[0], wanted), guide
+        if len(errors) > 1:
+            entry["parity"]["sizes"] = dict(zip(entry["parity"]["sizes"], errors.values(), strict=True))
+        return {case: (held[0], wanted[case]) for case, held in golden.items()}, guide
 
     def _compile(self, entry: dict[str, Any], name: str, work: Path) -> None:
         options = CompileOptions(**self.manifest["built_from"]["options"], check_memory=self.spec.check_memory)
@@ -366,7 +383,7 @@ class _Work:
             inputs={k: (dtype, tuple(shape)) for k, (dtype, shape) in entry["inputs"].items()},
             precision=entry["precision"],
             target=self.manifest["target"],
-            profiles=tuple(Profile(**p) for p in entry["profiles"]),
+            profiles=tuple(Profile.from_dict(p) for p in entry["profiles"]),
             options=options,
         )
         made = self.backend.replace_weights(job, work / _OLD / entry["file"], lambda *_: None)

@@ -91,6 +91,12 @@ class Pipeline:
             if "vae_encoder" in manifest["networks"]
             else None
         )
+        # what the guide makes of w alone, where it is a network of its own
+        self._condition = (
+            backend.load(bundle.file("condition"), manifest["networks"]["condition"], options)
+            if "condition" in manifest["networks"]
+            else None
+        )
         self._empty: np.ndarray | None = None
 
     @classmethod
@@ -211,6 +217,8 @@ class Pipeline:
             unet.write(encoder_hidden_states=context)
             if method == "guided":
                 unet.write(guidance=w)
+            if self._condition is not None:
+                unet.write(condition=self._condition(guidance=w))
             if reads:
                 unet.write(negative=np.asarray(other))
             for i in range(len(table)):

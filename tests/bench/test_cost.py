@@ -124,6 +124,8 @@ def test_rows_and_methods() -> None:
         {
             "teacher": (torch.nn.Linear(4, 100), one),
             "guide-tiny": (torch.nn.Linear(4, 5), one),
+            "condition-full": (torch.nn.Linear(4, 25), one),
+            "guide-full": (torch.nn.Linear(4, 50), one),
             "text-encoder": (torch.nn.Linear(4, 2), one),
             "vae-decoder": (torch.nn.Linear(4, 3), one),
         }
@@ -135,13 +137,15 @@ def test_rows_and_methods() -> None:
         "macs_without_attention": 400,
         "per": "step",
     }
-    assert [row["per"] for row in rows] == ["step", "step", "picture", "picture"]
-    cfg, unguided, guided = cost.method_rows(rows, steps=10)
+    assert [row["per"] for row in rows] == ["step", "step", "picture", "step", "picture", "picture"]
+    cfg, unguided, guided, full = cost.method_rows(rows, steps=10)
     assert (cfg["method"], cfg["macs_per_step"], cfg["macs_per_picture"]) == ("cfg", 800, 8000 + 8 + 12)
     assert (unguided["macs_per_step"], unguided["macs_per_picture"]) == (400, 4000 + 8 + 12)
     assert (guided["guide"], guided["macs_per_step"], guided["parameters"]) == ("guide-tiny", 420, 525)
     assert (cfg["ratio_to_cfg"], unguided["ratio_to_cfg"], guided["ratio_to_cfg"]) == (1.0, 0.5, 0.525)
     assert guided["picture_includes"] == ["text-encoder", "vae-decoder"]
+    assert (full["macs_per_step"], full["macs_per_picture"]) == (600, 6000 + 8 + 12 + 100)  # its condition runs once
+    assert full["picture_includes"] == ["text-encoder", "vae-decoder", "condition-full"]
 
 
 def test_methods_need_a_teacher_and_steps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pnp_trt.bench.cost import count
 from pnp_trt.bench.networks import networks
 from pnp_trt.errors import InputError
 from pnp_trt.models.base import random_unet_config
+from pnp_trt.models.condition import Condition
 from pnp_trt.models.guide import GUIDES, FullGuide, Guide, GuideInput, TinyGuide
 from pnp_trt.models.load import load_guide
 from pnp_trt.models.student import Student, encode
@@ -43,16 +45,16 @@ def make(kind: str, unet: Any, **options: Any) -> Guide:
 
 def test_sizes_on_stable_diffusion_1_5() -> None:
     found = networks("random:sd15")
-    full = count(*found["guide-full"])
+    module, inputs = found["guide-full"]
+    full = count(module, {k: v for k, v in inputs.items() if k != "condition"})
     assert full.parameters == 361_279_315  # diffusers' ControlNetModel of it, 361.28 M, and w's features
     assert full.macs_without_attention / 1e9 == pytest.approx(116.42, abs=0.01)
     tiny = count(*found["guide-tiny"])
     assert tiny.parameters <= 8.27e6 and tiny.macs_without_attention <= 7.79e9
-    module, inputs = found["guide-full"]
-    # the hint depends on w alone; computed once per picture it leaves the cheaper step
-    hint = module.guide.condition(inputs["guidance"], (64, 64))
-    once = count(module, inputs | {"condition": hint})
-    assert once.macs_without_attention / 1e9 == pytest.approx(109.06, abs=0.01)
+    # the hint depends on w alone; computed once per picture, as bundles do, it leaves the cheaper step
+    step = count(module, inputs)
+    assert step.macs_without_attention / 1e9 == pytest.approx(109.06, abs=0.01)
+    assert full.macs - step.macs == count(*found["condition-full"]).macs
 
 
 @pytest.mark.parametrize("base", ["random:sd21", "random:sdxl"])
@@ -124,6 +126,21 @@ def test_the_hint_may_be_computed_once() -> None:
     hint = guide.condition(w, (8, 8))
     assert torch.equal(Student(unet, guide)(x, t, text, w), Student(unet, guide)(x, t, text, w, condition=hint))
     assert TinyGuide.from_unet(unet).condition(w, (8, 8)) is None
+
+
+@torch.no_grad()
+def test_a_parted_guide_is_the_whole_one() -> None:
+    unet = small_unet()
+    x, t, text = example()
+    w = torch.tensor([2.0, 3.0, 7.0])
+    made = stirred(FullGuide.from_unet(unet))
+    whole, made_once = Student(unet, made)(x, t, text, w), Condition(copy.deepcopy(made), (8, 8))
+    parted = Student(unet, copy.deepcopy(made), conditioned=True)
+    assert torch.equal(parted(x, t, text, w, condition=made_once(w)), whole)
+    ours = [{k for k, _ in m.guide.named_parameters()} for m in (made_once, parted)]
+    assert ours[0] | ours[1] == {k for k, _ in made.named_parameters()} and not ours[0] & ours[1]
+    with pytest.raises(InputError, match="was parted from what it makes of w and was given no condition"):
+        parted(x, t, text, w)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pnp_trt import backends
+from pnp_trt.artifacts import open_bundle
+from pnp_trt.backends.base import LoadOptions
 from pnp_trt.errors import InputError
 from pnp_trt.export.bundle import BuildSpec, build
 from pnp_trt.models.base import resolve
 from pnp_trt.models.guide import GUIDES
+from pnp_trt.models.load import load_guide
+from pnp_trt.models.student import Student
 from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.runtime.verify import difference, load_golden, verify
 
 from ..conftest import Result
 
@@ -33,6 +42,43 @@ def made(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert built.manifest["guide"]["sampling_steps"] == 4 and built.manifest["guide"]["negative_prompts"]
     assert max(built.manifest["parity"]["relative_error"].values()) < 1e-4
     return home / "bundle"
+
+
+def test_what_depends_on_w_alone_is_a_network_of_its_own(made: Path, micro_base: Path) -> None:
+    """Fed with it, the U-Net's graph gives what the student gives in one piece; both are exact by themselves."""
+    bundle = open_bundle(made)
+    networks = bundle.manifest["networks"]
+    assert list(networks["condition"]["inputs"]) == ["guidance"] and "condition" in networks["unet"]["inputs"]
+    maps = json.loads((made / "weights.json").read_text())["networks"]
+    held = {n: {w["key"] for w in maps[n]["weights"].values() if w["source"] == "guide"} for n in maps}
+    assert {k.partition(".")[0] for k in held["condition"]} == {"w_features", "hint"}
+    assert not held["condition"] & held["unet"]
+    assert verify(bundle).keys() == networks.keys()
+    whole = Student(resolve(str(micro_base)).unet(), load_guide(str(made.parent / "guide")))
+    backend = backends.get("onnxruntime")
+    condition, unet = (backend.load(bundle.file(n), networks[n], LoadOptions("cpu")) for n in ("condition", "unet"))
+    inputs = dict(load_golden(made / "golden.npz")["unet"][0])
+    for w in ([1.0, 9.0], [2.5, 3.0]):
+        inputs["guidance"] = np.array(w, np.float32)
+        inputs["condition"] = condition(guidance=inputs["guidance"])
+        with torch.no_grad():
+            wanted = whole(**{k: torch.from_numpy(v) for k, v in inputs.items() if k != "condition"}).numpy()
+        assert difference(unet(**inputs), wanted) < 1e-5
+
+
+def test_the_same_pictures_as_in_one_piece(made: Path, micro_base: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    spec = BuildSpec(str(micro_base), str(made.parent / "guide"), backend="torch", out=tmp_path / "parted")
+    build(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(GUIDES["full"], "constant_parts", ())
+        build(replace(spec, out=tmp_path / "whole"))
+    parted, whole = (Pipeline.load(tmp_path / n, provider="cpu") for n in ("parted", "whole"))
+    assert "condition" in parted.bundle.manifest["networks"] and "condition" not in whole.bundle.manifest["networks"]
+    request: dict[str, Any] = {"guidance": [1.5, 6.0], "seed": [1, 2]}
+    pictures = [p(["a red apple", "a blue car"], **request) for p in (parted, whole, Pipeline.load(made))]
+    for a, b, c in zip(*pictures, strict=True):
+        assert np.abs(a.pixels.astype(int) - b.pixels).max() <= 1 and np.abs(a.pixels.astype(int) - c.pixels).max() <= 1
 
 
 def test_the_step_count_is_the_default_and_another_is_remarked(made: Path) -> None:

@@ -1,0 +1,54 @@
+"""Converted modules → description and safetensors, for backends that run modules and not graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..artifacts import write_json
+from ..models.rebuild import describe
+from ..runtime.verify import difference
+from .weights import WeightMap
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+
+def save(module: nn.Module, path: Path) -> WeightMap:
+    """Write ``path`` (``unet.json``: what the module is) and its weights beside it (``unet.safetensors``).
+
+    Args:
+        module: as ``precision.convert`` left it; its weights are written in the types that they have.
+
+    Returns:
+        Where each weight comes from, as for a graph; its name in the file is ``SOURCE.KEY``.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    weights = path.with_suffix(".safetensors")
+    write_json(path, describe(module))
+    held = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    try:
+        save_file(held, weights)
+    except SafetensorError as e:
+        raise OSError(str(e)) from e
+    weights.chmod(path.stat().st_mode)  # safetensors makes files that only their owner can read
+    out = WeightMap()
+    for name, tensor in sorted(held.items()):
+        source, _, key = name.partition(".")
+        cast = {"op": "cast", "to": str(tensor.dtype).removeprefix("torch.")}
+        out.weights[name] = {"source": source, "key": key, "transform": [cast]}
+    return out
+
+
+def relative_error(module: nn.Module, inputs: dict[str, Tensor], reference: np.ndarray) -> float:
+    """‖out − reference‖ / ‖reference‖ of a module on the CPU in its own precision; NaN when either is not finite."""
+    import torch
+
+    with torch.inference_mode():
+        return difference(module(**inputs).float().numpy(), reference)

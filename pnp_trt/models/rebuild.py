@@ -1,0 +1,103 @@
+"""Modules as JSON and safetensors: what a bundle of backend ``torch`` holds instead of graphs.
+
+``unet.json`` says which classes a network is made of, with their configs, and ``unet.safetensors`` has its weights
+in the precision that they run in.  Only classes that are named here are made, and nothing is unpickled: a bundle can
+hold numbers and no code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SCHEMA = 1
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """What ``rebuild`` needs to make a module again: its class, and class and config of each of its parts.
+
+    Args:
+        module: one of a bundle's networks: ``Student``, ``Teacher``, ``Condition``, ``TextEncoder``, ``VaeDecoder`` or
+            ``VaeEncoder``.
+    """
+    options: dict[str, Any] = {}
+    if isinstance(size := getattr(module, "latent_size", None), tuple):
+        options["latent_size"] = list(size)
+    if getattr(module, "conditioned", False):
+        options["conditioned"] = True
+    parts = {name: {"class": type(p).__name__, "config": _config(p)} for name, p in module.named_children()}
+    return {"schema": SCHEMA, "network": type(module).__name__, "options": options, "parts": parts}
+
+
+def rebuild(description: Path, weights: Path) -> nn.Module:
+    """The module that ``describe`` saw, with the weights of a safetensors file in the types that they have there.
+
+    Raises:
+        InputError: if the description is of another schema or names a class that this version does not know, or the
+            weights are not just the module's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    held = json.loads(description.read_text())
+    if held.get("schema") != SCHEMA:
+        raise InputError(f"{description} has schema {held.get('schema')}, this version reads {SCHEMA}; build again")
+    module = _known(_networks(), held["network"], description)(
+        *(_part(part["class"], part["config"], description) for part in held["parts"].values()), **held["options"]
+    )
+    try:
+        module.load_state_dict(load_file(weights), assign=True)
+    except (SafetensorError, RuntimeError) as e:
+        said = " ".join(str(e).split())[:200]
+        raise InputError(f"{weights} does not fit {description.name} ({said}); build again") from e
+    return module.eval().requires_grad_(False)
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """A part's config without the libraries' private keys."""
+    config = json.loads(part.config.to_json_string()) if hasattr(part.config, "to_json_string") else dict(part.config)
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def _part(name: str, config: dict[str, Any], description: Path) -> Any:
+    import torch
+
+    from .base import quiet_libraries
+
+    quiet_libraries()
+    kind = _known(_parts(), name, description)
+    if hasattr(kind, "from_config"):
+        with torch.device("meta"):  # the weights come from the file
+            return kind.from_config(config)
+    return kind(kind.config_class.from_dict(config))  # CLIP holds its position ids in a buffer, which is in no file
+
+
+def _networks() -> dict[str, Any]:
+    from ..export.graph import TextEncoder, VaeDecoder, VaeEncoder
+    from .condition import Condition
+    from .student import Student, Teacher
+
+    return {c.__name__: c for c in (Student, Teacher, Condition, TextEncoder, VaeDecoder, VaeEncoder)}
+
+
+def _parts() -> dict[str, Any]:
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from .guide import GUIDES
+
+    return {
+        c.__name__: c for c in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, *GUIDES.values())
+    }
+
+
+def _known(classes: dict[str, Any], name: str, description: Path) -> Any:
+    if name not in classes:
+        raise InputError(f"{description} names the class '{name}'; known: {', '.join(classes)}; build again")
+    return classes[name]

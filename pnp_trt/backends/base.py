@@ -108,6 +108,14 @@ class Bound(ABC):
     def read(self) -> np.ndarray:
         """A copy of the first output, once the run has ended."""
 
+    def host_input(self, name: str) -> np.ndarray | None:
+        """The memory that ``run`` reads an input from, to be written in place; None where that is on a device."""
+        return None
+
+    def output(self) -> np.ndarray:
+        """The first output, once the run has ended; it may change with the next run."""
+        return self.read()
+
 
 class Network(ABC):
     """A loaded network; may be shared between threads."""

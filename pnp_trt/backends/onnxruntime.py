@@ -125,6 +125,8 @@ class OrtNetwork(Network):
         self._providers = providers(provider)
         self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
         self._sessions: dict[tuple[int, Size | None], Any] = {}
+        # bound buffers that nobody uses, with their session; they go when it goes
+        self._idle: dict[tuple[int, Size | None], list[OrtBound]] = {}
         self._lock = threading.Lock()
 
     def session(self, batch: int, size: Size | None = None) -> Any:
@@ -147,7 +149,9 @@ class OrtNetwork(Network):
                 except Exception as e:  # ONNX Runtime raises several types of its own
                     raise PnpError(f"ONNX Runtime cannot load {self.path}: {e}") from e
                 while len(self._sessions) >= self.KEEP:
-                    self._sessions.pop(next(iter(self._sessions)))
+                    oldest = next(iter(self._sessions))
+                    self._sessions.pop(oldest)
+                    self._idle.pop(oldest, None)
                 self._sessions[key] = made
             self._sessions[key] = found = self._sessions.pop(key)  # the last to go
             return found
@@ -170,28 +174,51 @@ class OrtNetwork(Network):
                 f"the latents are {size[0]}x{size[1]}; {self.path.name} takes {legal_sizes(self.profiles)}; "
                 "build with --profile b1@HEIGHTxWIDTH in pixels"
             )
-        yield OrtBound(self.session(batch, size), batch)
+        session = self.session(batch, size)
+        with self._lock:
+            idle = self._idle.get((batch, size), [])
+            bound = idle.pop() if idle and idle[-1].session is session else None
+        bound = bound or OrtBound(session, batch)
+        yield bound  # after an error its buffers are not used again
+        with self._lock:
+            kept = self._idle.setdefault((batch, size), [])
+            if self._sessions.get((batch, size)) is session and len(kept) < self.KEEP:
+                kept.append(bound)
 
 
 class OrtBound(Bound):
-    """ONNX Runtime's IO binding over tensors that stay where they are: on the GPU with the CUDA provider."""
+    """ONNX Runtime's IO binding over tensors that stay where they are.
+
+    On the CPU they are numpy's memory, which the caller may write and read in place; on the GPU with the CUDA provider.
+    """
 
     def __init__(self, session: Any, batch: int) -> None:
         import onnxruntime as ort
 
-        self._session = session
+        self.session = session
         device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         self._binding = session.io_binding()
         self._inputs: dict[str, Any] = {}
+        self._host: dict[str, np.ndarray] = {}
         for node in session.get_inputs():
             if unknown := [d for d in node.shape[1:] if not isinstance(d, int)]:
                 raise InputError(f"{node.name} has an open {' and '.join(unknown)}; bind it with the latents' size")
-            value = ort.OrtValue.ortvalue_from_shape_and_type([batch, *node.shape[1:]], _dtype(node.type), device, 0)
+            full = [batch, *node.shape[1:]]
+            if device == "cpu":
+                self._host[node.name] = np.zeros(full, _dtype(node.type))
+                value = ort.OrtValue.ortvalue_from_numpy(self._host[node.name])
+            else:
+                value = ort.OrtValue.ortvalue_from_shape_and_type(full, _dtype(node.type), device, 0)
             self._binding.bind_ortvalue_input(node.name, value)
             self._inputs[node.name] = value
         (first, *_) = session.get_outputs()
         shape = [batch, *first.shape[1:]]
-        if all(isinstance(d, int) for d in shape):
+        self._seen: np.ndarray | None = None
+        if all(isinstance(d, int) for d in shape) and device == "cpu":
+            self._seen = np.zeros(shape, _dtype(first.type))
+            self._output = ort.OrtValue.ortvalue_from_numpy(self._seen)
+            self._binding.bind_ortvalue_output(first.name, self._output)
+        elif all(isinstance(d, int) for d in shape):
             self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, _dtype(first.type), device, 0)
             self._binding.bind_ortvalue_output(first.name, self._output)
         else:  # a size that is known only when the graph has run
@@ -205,12 +232,23 @@ class OrtBound(Bound):
                 raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._inputs)}")
             if list(array.shape) != list(held.shape()):
                 raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {held.shape()}")
-            held.update_inplace(np.ascontiguousarray(array))
+            if name in self._host:
+                np.copyto(self._host[name], array)
+            else:
+                held.update_inplace(np.ascontiguousarray(array))
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        self.session.run_with_iobinding(self._binding)
+
+    def host_input(self, name: str) -> np.ndarray | None:
+        return self._host.get(name)
+
+    def output(self) -> np.ndarray:
+        return self.read() if self._seen is None else self._seen
 
     def read(self) -> np.ndarray:
+        if self._seen is not None:
+            return self._seen.copy()
         value = self._output if self._output is not None else self._binding.get_outputs()[0]
         return np.array(value.numpy())  # a copy: the buffer is written again by the next run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import numpy as np
 
 from .. import backends
 from ..artifacts import Bundle, open_bundle
-from ..backends.base import Bound, LoadOptions, Profile, Size
+from ..backends.base import LoadOptions, Profile, Size
 from ..backends.profiles import legal_sizes
-from ..errors import Cancelled, InputError, PnpError
+from ..errors import InputError, PnpError
 from .images import read_image
+from .loop import Callback, HostLoop
 from .schedule import Schedule, make, resolve
 from .tokenizer import Tokenizer
 
@@ -25,8 +26,6 @@ DEFAULT_STEPS = 20
 GUIDANCE = (1.0, 9.0)
 #: of the steps, for a picture to begin with; diffusers' default
 DEFAULT_STRENGTH = 0.8
-#: called with (steps done, steps in all); False stops the work
-Callback = Callable[[int, int], object]
 #: a picture to begin with: a file, or pixels uint8 ``[H, W, 3]``
 Init = str | Path | np.ndarray
 
@@ -205,7 +204,6 @@ class Pipeline:
         x = noise * np.float32(table.init_scale)
         if image is not None:
             x = table.image_scale[0] * image + table.noise_scale[0] * noise
-        previous = None
         twice = method == "cfg"
         reads = self.bundle.guided and self.negative_prompts
         other = negative
@@ -221,14 +219,7 @@ class Pipeline:
                 unet.write(condition=self._condition(guidance=w))
             if reads:
                 unet.write(negative=np.asarray(other))
-            for i in range(len(table)):
-                t = np.full(2 * n if twice else n, table.timesteps[i])
-                shown = table.scaled(i, x)
-                output = _cfg(unet, shown, t, w) if twice else _once(unet, shown, t)
-                x, previous = table.step(i, x, output, previous)
-                if callback is not None and callback(i + 1, len(table)) is False:
-                    raise Cancelled(f"sampling was cancelled after {i + 1} of {len(table)} steps")
-        return x
+            return HostLoop(unet, table, noise.shape, w if twice else None).run(x, callback)
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Clean latents ``[N, C, H, W]`` float32 of pictures, uint8 ``[N, H, W, 3]`` of the engine's size.
@@ -368,19 +359,6 @@ class Pipeline:
         if len(found) != count:
             raise InputError(f"{count} prompts and {len(found)} negative prompts were given; give one, or one each")
         return found
-
-
-def _once(unet: Bound, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    unet.write(sample=x, timestep=t)
-    unet.run()
-    return unet.read()
-
-
-def _cfg(unet: Bound, x: np.ndarray, t: np.ndarray, w: np.ndarray) -> np.ndarray:
-    # Ho & Salimans 2022: one batch of two, unconditional first
-    both = _once(unet, np.concatenate([x, x]), t)
-    unconditional, conditional = both[: len(x)], both[len(x) :]
-    return unconditional + w[:, None, None, None] * (conditional - unconditional)
 
 
 def check_request(prompts: Sequence[str], seeds: Sequence[int], scales: Sequence[float], steps: int) -> None:

@@ -1,0 +1,102 @@
+"""The sampling loop on the host: buffers made once a run, every step written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..backends.base import Bound
+from ..errors import Cancelled
+from .table import Schedule
+
+#: called with (steps done, steps in all); False stops the work
+Callback = Callable[[int, int], object]
+
+
+class HostLoop:
+    """All steps of a run on a network whose other inputs are written already.
+
+    The updates are those of :meth:`Schedule.step`, product by product and sum by sum, so that both give the same bits;
+    but nothing is allocated in a step, and where the network reads the host's memory, its input is written in place.
+
+    Args:
+        unet: bound to the batch, or to twice the batch for CFG.
+        table: the schedule.
+        shape: of the latents, ``[N, C, H, W]``.
+        w: ``[N]`` for CFG, whose network sees every latent twice, unconditional first (Ho & Salimans 2022, one batch
+            of two); None where one pass is made.
+    """
+
+    def __init__(self, unet: Bound, table: Schedule, shape: tuple[int, ...], w: np.ndarray | None = None) -> None:
+        self.table = table
+        self._unet = unet
+        self._x = np.empty(shape, np.float32)
+        self._scratch = np.empty(shape, np.float32)
+        # this step's data prediction and the one before; they change places
+        self._data, self._previous = (np.empty(shape, np.float32) if table.multistep else None for _ in range(2))
+        self._w = None if w is None else np.asarray(w, np.float32)[:, None, None, None]
+        passes = 1 if w is None else 2
+        self._guided = None if w is None else np.empty(shape, np.float32)
+        self._shown = _buffer(unet, "sample", (passes * shape[0], *shape[1:]), np.float32)
+        self._halves = np.split(self._shown, passes)
+        self._timestep = _buffer(unet, "timestep", (passes * shape[0],), np.int64)
+
+    def run(self, start: np.ndarray, callback: Callback | None = None) -> np.ndarray:
+        """The last latents ``[N, C, H, W]`` float32; a new array.
+
+        Args:
+            start: the first latents; they are not written to.
+            callback: called after each step.
+
+        Raises:
+            Cancelled: if the callback returned False.
+        """
+        np.copyto(self._x, start)
+        steps = len(self.table)
+        for i in range(steps):
+            self._update(i, self._predict(i))
+            if callback is not None and callback(i + 1, steps) is False:
+                raise Cancelled(f"sampling was cancelled after {i + 1} of {steps} steps")
+        return self._x.copy()
+
+    def _predict(self, i: int) -> np.ndarray:
+        """What the network makes of the latents at step ``i``."""
+        scale = float(self.table.input_scale[i])
+        for half in self._halves:
+            np.multiply(self._x, scale, out=half)
+        self._timestep.fill(self.table.timesteps[i])
+        if self._unet.host_input("sample") is not self._shown:
+            self._unet.write(sample=self._shown)
+        if self._unet.host_input("timestep") is not self._timestep:
+            self._unet.write(timestep=self._timestep)
+        self._unet.run()
+        output = self._unet.output()
+        if self._w is None or self._guided is None:
+            return output
+        unconditional, conditional = np.split(output, 2)
+        np.subtract(conditional, unconditional, out=self._guided)
+        np.multiply(self._w, self._guided, out=self._guided)
+        return np.add(unconditional, self._guided, out=self._guided)
+
+    def _update(self, i: int, output: np.ndarray) -> None:
+        """The update of step ``i``, in place; ``output`` is left as it is."""
+        t, x, scratch = self.table, self._x, self._scratch
+        if self._data is not None:
+            np.multiply(x, float(t.data_x[i]), out=self._data)
+            np.multiply(output, float(t.data_output[i]), out=scratch)
+            np.add(self._data, scratch, out=self._data)
+        np.multiply(x, float(t.x_scale[i]), out=x)
+        np.multiply(output, float(t.output_scale[i]), out=scratch)
+        np.add(x, scratch, out=x)
+        if self._data is not None and self._previous is not None:
+            if i > 0:
+                np.multiply(self._previous, float(t.previous_scale[i]), out=scratch)
+                np.add(x, scratch, out=x)
+            self._data, self._previous = self._previous, self._data
+
+
+def _buffer(unet: Bound, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """The network's own memory for an input where the host may write it, else memory to copy from."""
+    held = unet.host_input(name)
+    return held if held is not None and held.shape == shape and held.dtype == dtype else np.empty(shape, dtype)

@@ -125,7 +125,7 @@ def sample(
     with _Bar(f"{len(asked)} pictures, {steps} steps, w = {guidance:g}", None, quiet) as bar:
         pictures = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
-            init=init, strength=strength, callback=bar.count, size=wanted,
+            init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,
         )  # fmt: skip
     for path in files.write(pictures, prompts, count):
         print(path)
@@ -262,6 +262,8 @@ class _Bar:
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+        #: whether somebody sees it
+        self.watched = not self._progress.disable
         self._plain = not quiet and not console.is_terminal
         self._title = title
         self._task = self._progress.add_task(title, total=total)

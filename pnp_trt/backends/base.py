@@ -10,11 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .profiles import MAX_BATCH, Profile, Size, size_of
+
+if TYPE_CHECKING:
+    from ..runtime.device_loop import DeviceLoops
 
 __all__ = [
     "MAX_BATCH", "Backend", "Bound", "CompileJob", "CompileOptions", "Compiled", "Description", "LoadOptions",
@@ -243,3 +246,12 @@ class Backend(ABC):
             path: the file to load.
             network: its entry in the manifest.
         """
+
+    def device_loops(self, unet: Network, vae: Network, condition: Network | None, name: str) -> DeviceLoops | None:
+        """What runs whole pictures on a GPU; None where the host runs the loop.
+
+        Args:
+            condition: what the guide makes of w alone, where it is a network of its own.
+            name: of the bundle.
+        """
+        return None

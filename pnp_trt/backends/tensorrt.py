@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import memory
 from ..artifacts import cache_home
@@ -23,6 +23,9 @@ from ..errors import InputError, PnpError
 from .base import Backend, Compiled, CompileJob, CompileOptions, LoadOptions, Network, Progress
 from .device import Gpu, present_gpus
 from .trt_flavour import RTX, TENSORRT, Flavour
+
+if TYPE_CHECKING:
+    from ..runtime.device_loop import DeviceLoops
 
 #: host memory that compiling takes: measured 0.55 GB for a U-Net of 27 MB, 5.8 GB for one of 1.72 GB
 _MEMORY_FLOOR, _MEMORY_FACTOR = 600 << 20, 3.4
@@ -169,6 +172,11 @@ class TensorRtBackend(Backend):
         if options.provider == "cpu":
             raise InputError(f"provider is 'cpu'; a {self.name} engine runs on the GPU: use auto or cuda")
         return TrtNetwork(self.flavour, path, network)
+
+    def device_loops(self, unet: Any, vae: Any, condition: Any, name: str) -> DeviceLoops:
+        from ..runtime.cuda_graph import device_loops
+
+        return device_loops(unet.cuda, unet, vae, condition, name)
 
 
 class TensorRt(TensorRtBackend):

@@ -13,13 +13,16 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError, PnpError
 from .base import Backend, Bound, Compiled, CompileJob, CompileOptions, Description, LoadOptions, Network, Progress
 from .profiles import Profile, Size, legal_sizes
+
+if TYPE_CHECKING:
+    from ..runtime.device_loop import DeviceLoops
 
 TARGETS = ("eager", "compile")
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
@@ -87,6 +90,13 @@ class Torch(Backend):
 
     def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> TorchNetwork:
         return TorchNetwork(path, network, options)
+
+    def device_loops(self, unet: Any, vae: Any, condition: Any, name: str) -> DeviceLoops | None:
+        if unet.device != "cuda" or unet.compiled:  # compiled code captures its own graphs, one a network
+            return None
+        from .torch_graph import device_loops
+
+        return device_loops(unet, vae, condition, name)
 
 
 class TorchNetwork(Network):

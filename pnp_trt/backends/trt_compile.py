@@ -140,6 +140,7 @@ def _configure(
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     flavour.set_target(trt, config, job["target"], options)
+    flavour.allow_capture(trt, config)
     names = {network.get_input(i).name for i in range(network.num_inputs)}
     if names != set(job["inputs"]):
         raise PnpError(f"the graph's inputs are {sorted(names)}, not {sorted(job['inputs'])}; please report it")

@@ -9,6 +9,7 @@ Sources: the Python API of TensorRT 10.12 to 11.4 and of TensorRT-RTX 1.7.1 (doc
 | loads engines of | its own version; later ones with VERSION_COMPATIBLE | its own version alone |
 | keeps between builds | a timing cache | nothing (its timing-cache calls would ask for a GPU) |
 | keeps between runs | nothing | a runtime cache of kernels made for this GPU |
+| can be captured | always | built with REQUIRE_USER_ALLOCATION; ``is_stream_capturable`` tells |
 | asks of a plan | nothing | ``get_engine_validity`` |
 """
 
@@ -109,6 +110,11 @@ class Flavour:
         if not config.set_compute_capability(capability, 0):
             raise PnpError(f"TensorRT-RTX did not accept target {target}; see pnp-trt doctor")
 
+    def allow_capture(self, trt: Any, config: Any) -> None:
+        """Have engines made that CUDA graphs can capture: ones that allocate nothing while they run."""
+        if self.rtx and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # since 1.2
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
     @property
     def has_timing_cache(self) -> bool:
         """Whether tactics' timings are kept between builds."""
@@ -137,6 +143,11 @@ class Flavour:
         if cache:
             kernels.deserialize(cache)
         config.set_runtime_cache(kernels)
+        # by default kernels of open shapes are made beside the first runs, which use slower ones until then; a capture
+        # would keep the slower ones for good
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            self.load().DynamicShapesKernelSpecializationStrategy.EAGER
+        )
         return engine.create_execution_context(config), kernels
 
 

@@ -47,6 +47,11 @@ class TrtNetwork(Network):
         self._idle: list[TrtBound] = []
         self._lock = threading.Lock()
 
+    @property
+    def cuda(self) -> Cuda:
+        """Whose device memory the buffers are."""
+        return self._cuda
+
     def _deserialize(self, host_code: bool) -> Any:
         if host_code:  # a version-compatible plan carries a lean runtime of its own
             self._runtime.engine_host_code_allowed = True
@@ -160,7 +165,7 @@ class TrtBound(Bound):
         self._cuda, self._context, self._keep = cuda, context, keep_kernels
         self._host: dict[str, tuple[np.ndarray, int]] = {}
         self._inputs = dict(description.inputs)
-        self._output = next(iter(description.outputs))
+        self._output = self.output_name = next(iter(description.outputs))
         self._on_the_way: set[str] = set()
         self._ran = False
         try:
@@ -207,8 +212,26 @@ class TrtBound(Bound):
         _must(self._context.execute_async_v3(self.stream), "run")
         if not self._ran:
             self._wait()
+            self.keep_kernels()
+
+    def enqueue(self, stream: int) -> None:
+        """Put one run on another stream; nothing is waited for."""
+        _must(self._context.execute_async_v3(stream), "run")
+
+    def keep_kernels(self) -> None:
+        """Store the kernels that the first run made for later processes; after a run that was waited for."""
+        if not self._ran:
             self._keep()
             self._ran = True
+
+    def capturable(self, stream: int) -> bool:
+        """Whether a run can be captured into a CUDA graph, as far as the runtime can tell."""
+        asked = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX alone
+        return True if asked is None else bool(asked(stream))
+
+    def staged(self, name: str) -> np.ndarray:
+        """The pinned host memory of a tensor, for its shape and type."""
+        return self._host[name][0]
 
     def read(self) -> np.ndarray:
         host, address = self._host[self._output]

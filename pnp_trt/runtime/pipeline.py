@@ -15,6 +15,7 @@ from ..artifacts import Bundle, open_bundle
 from ..backends.base import LoadOptions, Profile, Size
 from ..backends.profiles import legal_sizes
 from ..errors import InputError, PnpError
+from .device_loop import Feeds, Plan
 from .images import read_image
 from .loop import Callback, HostLoop
 from .schedule import Schedule, make, resolve
@@ -52,7 +53,7 @@ class Pipeline:
         default_schedule: ``ddim``, ``dpm++`` or ``euler``: the teacher's own where it is one of these and the guide
             was not distilled for a number of DDIM steps, else DDIM.
 
-    Threads may share one: every call has buffers of its own.
+    Threads may share one: every call has buffers of its own, or takes its turn on the GPU.
 
     Raises:
         InputError: for a ``schedule`` that is unknown, or ``teacher`` where the teacher's is none of these.
@@ -96,6 +97,8 @@ class Pipeline:
             if "condition" in manifest["networks"]
             else None
         )
+        #: what runs whole pictures on a GPU, captured into CUDA graphs; None where the host runs the loop
+        self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
         self._empty: np.ndarray | None = None
 
     @classmethod
@@ -195,10 +198,26 @@ class Pipeline:
             InputError: for a method or schedule that is unknown, or a batch size that the engine lacks.
             Cancelled: if the callback returned False.
         """
+        table = schedule if isinstance(schedule, Schedule) else self.schedule(steps, schedule)
+        return self._run(context, noise, table, guidance, method, callback, negative, image, decode=False)
+
+    def _run(
+        self,
+        context: np.ndarray,
+        noise: np.ndarray,
+        table: Schedule,
+        guidance: np.ndarray | float,
+        method: str | None,
+        callback: Callback | None,
+        negative: np.ndarray | None,
+        image: np.ndarray | None,
+        *,
+        decode: bool,
+    ) -> np.ndarray:
+        """As :meth:`denoise`; with ``decode`` pixels uint8 ``[N, H, W, 3]``."""
         method = method or self.methods[0]
         if method not in self.methods:
             raise InputError(f"engine '{self.name}' cannot do '{method}'; it can do: {', '.join(self.methods)}")
-        table = schedule if isinstance(schedule, Schedule) else self.schedule(steps, schedule)
         n = len(noise)
         w = np.broadcast_to(np.asarray(guidance, np.float32), (n,))
         x = noise * np.float32(table.init_scale)
@@ -209,17 +228,24 @@ class Pipeline:
         other = negative
         if other is None and (twice or reads):
             other = np.broadcast_to(self._unconditional(), context.shape)
-        if twice:
-            context = np.concatenate([np.asarray(other), context])
-        with self._unet.bind(2 * n if twice else n, noise.shape[-2:]) as unet:
-            unet.write(encoder_hidden_states=context)
-            if method == "guided":
-                unet.write(guidance=w)
+        inputs = {"encoder_hidden_states": np.concatenate([np.asarray(other), context]) if twice else context}
+        if method == "guided":
+            inputs["guidance"] = w
+        if reads:
+            inputs["negative"] = np.asarray(other)
+        size = (noise.shape[-2], noise.shape[-1])
+        if self.loops is not None:
+            drawn = self.loops.run(Plan(n, size, table, twice, decode), Feeds(x, w, inputs), callback)
+            if decode:
+                self._check_finite("latents", drawn.bad_latents)
+                self._check_finite("decoded pixels", drawn.bad_pixels)
+            return drawn.values
+        with self._unet.bind(2 * n if twice else n, size) as unet:
+            unet.write(**inputs)
             if self._condition is not None:
                 unet.write(condition=self._condition(guidance=w))
-            if reads:
-                unet.write(negative=np.asarray(other))
-            return HostLoop(unet, table, noise.shape, w if twice else None).run(x, callback)
+            latents = HostLoop(unet, table, noise.shape, w if twice else None).run(x, callback)
+        return self.decode(latents) if decode else latents
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Clean latents ``[N, C, H, W]`` float32 of pictures, uint8 ``[N, H, W, 3]`` of the engine's size.
@@ -247,13 +273,16 @@ class Pipeline:
             PnpError: if the latents or the pixels are not finite; a black picture is never returned for NaN.
         """
         for name, value in (("latents", latents), ("decoded pixels", pixels := self._vae(latents=latents))):
-            if not np.isfinite(value).all():
-                bad = np.flatnonzero(~np.isfinite(value).all(axis=(1, 2, 3)))
-                raise PnpError(
-                    f"engine '{self.name}': the {name} of picture {bad[0]} are not finite; "
-                    "check the weights it was built from, or rebuild with --precision fp32"
-                )
+            self._check_finite(name, ~np.isfinite(value).all(axis=(1, 2, 3)))
         return np.clip(np.round((pixels.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+    def _check_finite(self, what: str, bad: np.ndarray) -> None:
+        """Refuse to return pictures of which any is bad, ``[N]`` bool."""
+        if bad.any():
+            raise PnpError(
+                f"engine '{self.name}': the {what} of picture {np.flatnonzero(bad)[0]} are not finite; "
+                "check the weights it was built from, or rebuild with --precision fp32"
+            )
 
     def __call__(
         self,
@@ -319,13 +348,12 @@ class Pipeline:
             part = slice(first, first + most)
             done = len(table) * (first // most)
             report = (lambda i, _, done=done: callback(done + i, total)) if callback else None
-            latents = self.denoise(
-                self.encode(prompts[part]), self.noise(seeds[part], wanted),
-                steps=steps, guidance=np.array(scales[part], np.float32), method=method, callback=report,
-                negative=None if avoided is None else self.encode(avoided[part]),
-                schedule=table, image=None if start is None else start[0],
+            drawn = self._run(
+                self.encode(prompts[part]), self.noise(seeds[part], wanted), table, np.array(scales[part], np.float32),
+                method, report, None if avoided is None else self.encode(avoided[part]),
+                None if start is None else start[0], decode=True,
             )  # fmt: skip
-            for i, pixels in enumerate(self.decode(latents)):
+            for i, pixels in enumerate(drawn):
                 parameters = {
                     "prompt": prompts[first + i], "seed": seeds[first + i], "steps": steps,
                     "guidance": scales[first + i],

@@ -1,0 +1,251 @@
+"""The loop on a GPU, on one made of host memory: equal pictures, what is captured, what crosses the bus, what fails."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pnp_trt.errors import Cancelled, PnpError
+from pnp_trt.runtime import cuda_graph
+from pnp_trt.runtime.device_loop import DeviceLoops
+from pnp_trt.runtime.pipeline import Pipeline
+
+from .. import fake_gpu
+from ..fake_gpu import SOURCE, Gpu
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> Gpu:
+    return Gpu(tmp_path)
+
+
+class Both:
+    """A bundle sampled on the host, and the same networks as engines of the fake GPU."""
+
+    def __init__(self, gpu: Gpu, folder: Path) -> None:
+        self.host = Pipeline.load(folder, provider="cpu", threads=1)
+        self.device = Pipeline.load(folder, provider="cpu", threads=1)
+        entries = self.device.bundle.manifest["networks"]
+        self.unet = fake_gpu.network(gpu, "unet", entries["unet"], self.device._unet)
+        self.vae = fake_gpu.network(gpu, "vae", entries["vae_decoder"], self.device._vae)
+        self.loops = cuda_graph.device_loops(gpu, self.unet, self.vae, None, self.device.name)
+        self.device.loops = self.loops
+
+
+@pytest.fixture
+def guided(gpu: Gpu, micro_bundles: Path) -> Both:
+    return Both(gpu, micro_bundles / "guided")
+
+
+def equal(both: Both, prompts: Any = "a cat", **asked: Any) -> None:
+    asked = {"steps": 3} | asked
+    for one, other in zip(both.host(prompts, **asked), both.device(prompts, **asked), strict=True):
+        np.testing.assert_array_equal(one.pixels, other.pixels)
+        assert one.parameters == other.parameters
+
+
+@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg"), ("plain", "unguided")])
+def test_eager_and_captured_pictures_are_the_hosts(
+    gpu: Gpu, micro_bundles: Path, schedule: str, name: str, method: str | None
+) -> None:
+    both = Both(gpu, micro_bundles / name)
+    for seed in (0, 4, 9):  # eager; captured and replayed; replayed
+        equal(both, ["a cat", "a red house"], seed=[seed, 5], guidance=[2.0, 1.0 + seed / 2], schedule=schedule,
+              method=method)  # fmt: skip
+    assert (both.loops.captures, both.loops.replays, both.loops.why_not) == (1, 2, None)
+
+
+def test_a_replay_copies_in_latents_text_and_w_and_copies_out_pixels(gpu: Gpu, guided: Both) -> None:
+    for _ in range(2):
+        guided.device("a cat", steps=5)
+    before = dict(gpu.runtime.memory)
+    log = gpu.runtime.log
+    del log[:]
+    guided.device("another", steps=5, seed=8, guidance=6.0)
+    # text, guidance for the network, latents, w; then one wait.  The copies out are the graph's own
+    assert [n for n in log if n != "wait"] == ["HostToDevice"] * 4 + ["replay"]
+    assert log.index("replay") == len(log) - 2 and log[-1] == "wait"
+    assert gpu.runtime.memory.keys() == before.keys()
+    (captured,) = gpu.runtime.graphs.values()
+    del log[:]
+    guided.loops.capture = False
+    guided.device("another", steps=5, seed=8, guidance=6.0)
+    work = Counter(log[4 + log.count("wait") - 1 : -1])
+    assert work["unet"] == work["show"] == work["update"] == 5 and work["vae"] == work["to_bytes"] == 1
+    assert work["DeviceToHost"] == 2 and work["wait"] == 0
+    assert len(captured) == sum(work.values())
+
+
+def test_graphs_are_kept_by_batch_steps_and_schedule(gpu: Gpu, guided: Both) -> None:
+    asked: list[dict[str, Any]] = [{"steps": 2}, {"steps": 3}, {"steps": 2, "schedule": "dpm++"}]
+    for one in asked * 2:
+        guided.device("a cat", **one)
+    assert (guided.loops.captures, guided.loops.replays) == (3, 3) and len(gpu.runtime.graphs) == 3
+    for one in asked:
+        guided.device("a cat", **one)
+    assert (guided.loops.captures, guided.loops.replays) == (3, 6)
+    for count in (2, 3, 2, 3):  # as many sizes of batch as are kept
+        guided.device(["a cat"] * count, steps=2, seed=list(range(count)))
+    assert len(gpu.runtime.graphs) == 2 and guided.loops.captures == 5
+    for steps in range(1, 9):
+        for _ in range(2):
+            guided.device("a cat", steps=steps)
+    assert len(gpu.runtime.graphs) == DeviceLoops.GRAPHS + 1
+    guided.loops.clear()
+    assert not gpu.runtime.graphs
+
+
+def test_latents_alone_are_a_graph_of_their_own(guided: Both) -> None:
+    for _ in range(3):
+        a, b = (p.denoise(p.encode(["x"]), p.noise([3]), steps=3, guidance=3.0) for p in (guided.host, guided.device))
+        np.testing.assert_array_equal(a, b)
+    assert guided.loops.captures == 1
+
+
+def test_memory_is_flat_and_all_is_given_back(gpu: Gpu, guided: Both) -> None:
+    guided.device("a cat", steps=2)
+    held = len(gpu.runtime.memory)
+    for seed in range(6):
+        guided.device("a cat", steps=2, seed=seed)
+    assert len(gpu.runtime.memory) == held
+    log = gpu.runtime.log
+    del log[:]
+    guided.loops.clear()
+    assert log.index("drop") < log.index("free")  # a graph has the buffers' addresses
+    bound = [b for n in (guided.unet, guided.vae) for b in n._idle]
+    assert len(gpu.runtime.memory) == sum(2 * len(b.addresses) for b in bound)
+    for b in bound:
+        b.close()
+    assert not gpu.runtime.memory
+    equal(Both(gpu, guided.host.bundle.folder))
+
+
+def test_buffers_outlive_everything_but_their_graph(gpu: Gpu, guided: Both) -> None:
+    for _ in range(2):
+        guided.device("a cat", steps=2)
+    gc.collect()
+    equal(guided, steps=2, seed=3)
+    assert guided.loops.replays == 2
+
+
+def test_weights_changed_in_place_are_captured_again(guided: Both) -> None:
+    for _ in range(2):
+        guided.device("a cat", steps=2)
+    guided.loops.clear()
+    equal(guided, steps=2)
+    equal(guided, steps=2)
+    assert guided.loops.captures == 2
+
+
+def refuse(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    both.unet.engine.fails = lambda stream: stream in gpu.runtime.capturing
+
+
+def allocate(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    both.vae.engine.capturable = False
+
+
+def no_memory(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = fake_gpu.real.cudaError_t.cudaErrorMemoryAllocation
+    monkeypatch.setattr(gpu.runtime, "cudaGraphInstantiate", lambda *_: (error, None))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (refuse, "TensorRT could not run"),
+        (allocate, "vae.engine cannot be captured; build it again"),
+        (no_memory, "cudaGraphInstantiate failed: cudaErrorMemoryAllocation"),
+    ],
+)
+def test_a_capture_that_fails_says_why_and_draws_the_same(
+    gpu: Gpu, guided: Both, harm: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harm(gpu, guided, monkeypatch)
+    equal(guided)
+    with pytest.warns(UserWarning, match=rf"'guided': the sampling loop could not be captured .*{reason}") as said:
+        equal(guided, seed=1)
+    assert len(said) == 1 and not gpu.runtime.capturing and not gpu.runtime.graphs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        equal(guided, seed=2)  # not tried again
+    assert guided.loops.captures == guided.loops.replays == 0
+
+
+def test_a_callback_hears_of_every_step_and_may_stop(gpu: Gpu, guided: Both) -> None:
+    for _ in range(2):
+        guided.device("a cat", steps=4)
+    seen: list[int] = []
+    equal(guided, steps=4, callback=lambda done, _: seen.append(done))
+    assert seen == [1, 2, 3, 4] * 2
+    with pytest.raises(Cancelled, match="after 2 of 4"):
+        guided.device("a cat", steps=4, callback=lambda done, _: done < 2)
+    equal(guided, steps=4, seed=6)
+    assert (guided.loops.captures, guided.loops.replays) == (1, 2)
+
+
+def test_not_finite_is_never_a_picture(gpu: Gpu, guided: Both) -> None:
+    for what, which in (("latents", guided.unet), ("decoded pixels", guided.vae)):
+        whole = which.engine.function
+
+        def broken(whole: Any = whole, **inputs: np.ndarray) -> np.ndarray:
+            out = whole(**inputs).copy()
+            out[1].flat[7] = np.nan
+            return out
+
+        which.engine.function = broken
+        with pytest.raises(PnpError, match=rf"the {what} of picture 1 are not finite"):
+            guided.device(["a cat", "a dog"], steps=2, seed=[1, 2])
+        which.engine.function = whole
+    equal(guided, ["a cat", "a dog"], steps=2, seed=[1, 2])
+
+
+def test_after_a_failure_the_buffers_are_made_anew(gpu: Gpu, guided: Both) -> None:
+    guided.device("a cat", steps=2)
+    guided.unet.engine.fails = lambda stream: True
+    guided.loops.capture = False
+    with pytest.raises(PnpError, match="TensorRT could not run"):
+        guided.device("a cat", steps=2)
+    guided.unet.engine.fails = lambda stream: False
+    equal(guided, steps=2)
+
+
+def test_what_the_guide_makes_of_w_is_part_of_the_graph(gpu: Gpu, guided: Both) -> None:
+    latent = ["float32", ["batch", 4, 8, 8]]
+    of_w = {"inputs": {"guidance": ["float32", ["batch"]]}, "outputs": {"condition": latent}}
+    entry = {"inputs": {"sample": latent, "timestep": ["int64", ["batch"]], "condition": latent},
+             "outputs": {"out": latent}}  # fmt: skip
+    made = fake_gpu.network(
+        gpu,
+        "condition",
+        of_w,
+        lambda guidance: np.ones((len(guidance), 4, 8, 8), np.float32) * guidance[:, None, None, None],
+    )
+    unet = fake_gpu.network(gpu, "unet", entry, lambda sample, timestep, condition: 0.1 * sample + condition)
+    loops = cuda_graph.device_loops(gpu, unet, guided.vae, made, "x")
+    table = guided.host.schedule(4, "dpm++")
+    start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    for w in ([1.0, 2.0], [3.0, 5.0], [2.0, 7.0]):
+        scale = np.array(w, np.float32)
+        plan = cuda_graph.Plan(2, (8, 8), table, False, False)
+        drawn = loops.run(plan, cuda_graph.Feeds(start, scale, {}))
+        x, previous = start, None
+        for i in range(4):
+            output = 0.1 * table.scaled(i, x) + scale[:, None, None, None]
+            x, previous = table.step(i, x, output, previous)
+        np.testing.assert_array_equal(drawn.values, x)
+    assert loops.captures == 1 and loops.replays == 2
+
+
+def test_the_kernels_in_use_are_those_of_the_source() -> None:
+    """``kernels.ptx`` is made by benchmarks/kernels.py; a change of ``kernels.cu`` alone would do nothing."""
+    assert hashlib.sha256(SOURCE.read_bytes()).hexdigest() in cuda_graph.ptx().splitlines()[0].decode()
+    assert b".target sm_75" in cuda_graph.ptx() and b"fma.rn" not in cuda_graph.ptx()

@@ -1,0 +1,1 @@
+"""Guides inside other libraries."""

@@ -1,0 +1,196 @@
+"""A guide in an ordinary diffusers pipeline: ``apply_guide(pipe, "emoji-tiny")``, and its CFG is one pass a step.
+
+Pipelines of diffusers leave guidance to a U-Net whose config has ``time_cond_proj_dim``, and hand it an embedding of
+w − 1 as ``timestep_cond`` (made for latent consistency models, arXiv 2310.04378).  A guided U-Net says that it is one,
+and reads w back from the embedding: so w is that of whichever pipeline calls, and of each call.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..models.guide import FullGuide, Guide, TinyGuide
+from ..models.load import load_guide
+from ..models.student import Student
+from ..runtime.pipeline import GUIDANCE
+
+#: width of the embedding of w: sines, then cosines, of (w − 1) times 1000, 100, 10, 1 and 0.1
+WIDTH = 10
+_RATES = (1000.0, 100.0, 10.0, 1.0, 0.1)
+
+
+def apply_guide(pipe: Any, guide: str | Path | Guide, *, negative: str | None = None) -> Any:
+    """Put a guide into a pipeline of diffusers; from then on ``pipe(prompt, guidance_scale=w)`` makes one pass a step.
+
+    Everything else stays as it was: schedulers, callbacks, other pipelines of the same components.  diffusers ignores
+    ``negative_prompt`` and ``guidance_rescale`` where it makes no second pass.
+
+    Args:
+        pipe: ``StableDiffusionPipeline``, ``StableDiffusionXLPipeline``, or another that makes its CFG from ``unet``.
+        guide: the name of a bundled guide, a folder, or a guide.
+        negative: what to keep out of all pictures, for a guide that was distilled with negative prompts; None stands
+            for the empty prompt.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        InputError: if the guide is unknown or was made for another U-Net, or the pipeline is of another kind.
+    """
+    unet = getattr(pipe, "unet", None)
+    if unet is None or not hasattr(pipe, "get_guidance_scale_embedding"):
+        raise InputError(
+            f"{type(pipe).__name__} does not leave guidance to its U-Net; use a StableDiffusionPipeline or a "
+            "StableDiffusionXLPipeline, or an image-to-image one of either"
+        )
+    if isinstance(unet, GuidedUNet):
+        unet = unet.unet
+    if unet.config.time_cond_proj_dim is not None:
+        raise InputError("this U-Net was distilled to take w itself (time_cond_proj_dim is set); it needs no guide")
+    loaded = guide if isinstance(guide, TinyGuide | FullGuide) else load_guide(str(guide))
+    if negative is not None and not loaded.negative_prompts:
+        raise InputError(
+            f"negative is '{negative}' and the guide was distilled without negative prompts; leave it out, or distil "
+            "with --negative 0.3"
+        )
+    loaded.to(unet.device, unet.dtype).eval().requires_grad_(False)
+    states = _states(pipe, negative or "") if loaded.negative_prompts else None
+    pipe.unet = GuidedUNet(unet, loaded, states)
+    pipe.save_pretrained = _refuse_to_save  # which would leave out the U-Net with no more than a warning
+    return pipe
+
+
+def remove_guide(pipe: Any) -> Any:
+    """Give a pipeline its own U-Net, and CFG in two passes, back; nothing happens where no guide is in.
+
+    Returns:
+        The pipeline.
+    """
+    if isinstance(getattr(pipe, "unet", None), GuidedUNet):
+        pipe.unet = pipe.unet.unet
+        vars(pipe).pop("save_pretrained", None)
+    return pipe
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise InputError("a pipeline with a guide in it cannot be saved; call remove_guide(pipe) first")
+
+
+class GuidedUNet(nn.Module):
+    """A U-Net with a guide in it, in the place of the U-Net of a pipeline; what it lacks is asked of the U-Net.
+
+    Args:
+        unet: the pipeline's.
+        guide: on the U-Net's device and in its type.
+        negative: text states ``[1, tokens, D]`` of the negative prompt, for a guide that reads them.
+
+    Raises:
+        InputError: if the guide was made for another U-Net.
+    """
+
+    def __init__(self, unet: Any, guide: Guide, negative: Tensor | None = None) -> None:
+        super().__init__()
+        self.student = Student(unet, guide)
+        self.register_buffer("negative", negative, persistent=False)
+        # of one call: its embedding of w, w, and what the guide makes of w alone
+        self._call: tuple[Tensor, tuple[int, ...], Tensor, Tensor | None] | None = None
+
+    @property
+    def unet(self) -> Any:
+        """The pipeline's own."""
+        student: Any = self.student
+        return student.unet
+
+    @property
+    def config(self) -> Any:
+        """The U-Net's, and the width of the embedding of w."""
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict({**self.unet.config, "time_cond_proj_dim": WIDTH})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            student: Any = super().__getattr__("student")
+            return getattr(student.unet, name)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """The guided prediction ``[B, C, H, W]``; arguments as ``UNet2DConditionModel.forward`` has them.
+
+        Raises:
+            InputError: without ``timestep_cond``, with w outside 1 … 9, or with what no guide was distilled with
+                (ControlNets, IP adapters, attention arguments).
+        """
+        if given := [name for name, value in others.items() if value is not None]:
+            raise InputError(f"a guided U-Net takes no {', '.join(given)}; remove_guide(pipe) gives plain CFG back")
+        if self.unet.encoder_hid_proj is not None:
+            raise InputError("a guided U-Net takes no IP adapter; unload it, or call remove_guide(pipe)")
+        if timestep_cond is None:
+            raise InputError("the pipeline passed no timestep_cond, from which a guided U-Net reads w")
+        w, condition = self._of_call(timestep_cond, sample)
+        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        negative = self.negative
+        out = self.student(
+            sample, t, encoder_hidden_states, w,
+            negative=None if negative is None else negative.to(sample.dtype).expand(len(sample), -1, -1),
+            condition=condition, added_cond_kwargs=added_cond_kwargs or None,
+        )  # fmt: skip
+        if not return_dict:
+            return (out,)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        return UNet2DConditionOutput(sample=out)
+
+    def _of_call(self, embedding: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """w ``[B]`` and the guide's condition, worked out once a call: reading w makes the host wait for the GPU."""
+        if self._call is None or self._call[0] is not embedding or self._call[1] != sample.shape:
+            w = read_guidance(embedding)
+            for value in w.tolist():
+                if not GUIDANCE[0] <= value <= GUIDANCE[1]:
+                    raise InputError(
+                        f"guidance_scale is {value:g}; it must be between {GUIDANCE[0]:g} and {GUIDANCE[1]:g}"
+                    )
+            size = (sample.shape[-2], sample.shape[-1])
+            condition = self.student.guide.condition(w, size)
+            self._call = embedding, tuple(sample.shape), w, condition
+        return self._call[2], self._call[3]
+
+
+def read_guidance(embedding: Tensor) -> Tensor:
+    """w ``[B]`` float32 of diffusers' embedding ``[B, 10]`` of w − 1, to five decimals, for w up to 30.
+
+    The slowest angle gives w roughly; each faster one, whose turns the one before has counted, ten times as exactly.
+    So half precision loses nothing.
+    """
+    sines, cosines = embedding.double().chunk(2, dim=-1)
+    angles = torch.atan2(sines, cosines)
+    found = angles[:, -1] / _RATES[-1]
+    for i in range(len(_RATES) - 2, -1, -1):
+        turns = torch.round((found * _RATES[i] - angles[:, i]) / (2 * math.pi))
+        found = (angles[:, i] + 2 * math.pi * turns) / _RATES[i]
+    return torch.round(found + 1, decimals=5).float()
+
+
+@torch.no_grad()
+def _states(pipe: Any, prompt: str) -> Tensor:
+    """Text states ``[1, tokens, D]`` of a prompt, as the pipeline makes them."""
+    states: Tensor = pipe.encode_prompt(
+        prompt, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )[0]
+    return states

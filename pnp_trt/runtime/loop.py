@@ -31,16 +31,23 @@ class HostLoop:
     def __init__(self, unet: Bound, table: Schedule, shape: tuple[int, ...], w: np.ndarray | None = None) -> None:
         self.table = table
         self._unet = unet
-        self._x = np.empty(shape, np.float32)
         self._scratch = np.empty(shape, np.float32)
         # this step's data prediction and the one before; they change places
         self._data, self._previous = (np.empty(shape, np.float32) if table.multistep else None for _ in range(2))
-        self._w = None if w is None else np.asarray(w, np.float32)[:, None, None, None]
+        self._w: np.ndarray | float = 1.0 if w is None else np.asarray(w, np.float32)[:, None, None, None]
         passes = 1 if w is None else 2
         self._guided = None if w is None else np.empty(shape, np.float32)
         self._shown = _buffer(unet, "sample", (passes * shape[0], *shape[1:]), np.float32)
-        self._halves = np.split(self._shown, passes)
+        # what is shown unscaled and once is the latent itself, in the network's own memory
+        self._same = passes == 1 and bool((table.input_scale == 1).all())
+        self._x = self._shown if self._same else np.empty(shape, np.float32)
+        self._halves = [self._shown[: shape[0]], self._shown[shape[0] :]][:passes]
         self._timestep = _buffer(unet, "timestep", (passes * shape[0],), np.int64)
+        # what the network does not read where it is written
+        wanted = {"sample": self._shown, "timestep": self._timestep}
+        self._copied = {name: held for name, held in wanted.items() if unet.host_input(name) is not held}
+        # between two runs of a network everything is out of the caches, so that each Python object touched costs
+        self._rows = table.rows
 
     def run(self, start: np.ndarray, callback: Callback | None = None) -> np.ndarray:
         """The last latents ``[N, C, H, W]`` float32; a new array.
@@ -62,17 +69,15 @@ class HostLoop:
 
     def _predict(self, i: int) -> np.ndarray:
         """What the network makes of the latents at step ``i``."""
-        scale = float(self.table.input_scale[i])
-        for half in self._halves:
-            np.multiply(self._x, scale, out=half)
+        if not self._same:
+            for half in self._halves:
+                np.multiply(self._x, self._rows[i][0], out=half)
         self._timestep.fill(self.table.timesteps[i])
-        if self._unet.host_input("sample") is not self._shown:
-            self._unet.write(sample=self._shown)
-        if self._unet.host_input("timestep") is not self._timestep:
-            self._unet.write(timestep=self._timestep)
+        if self._copied:
+            self._unet.write(**self._copied)
         self._unet.run()
         output = self._unet.output()
-        if self._w is None or self._guided is None:
+        if self._guided is None:
             return output
         unconditional, conditional = np.split(output, 2)
         np.subtract(conditional, unconditional, out=self._guided)
@@ -81,17 +86,18 @@ class HostLoop:
 
     def _update(self, i: int, output: np.ndarray) -> None:
         """The update of step ``i``, in place; ``output`` is left as it is."""
-        t, x, scratch = self.table, self._x, self._scratch
+        _, x_scale, output_scale, previous_scale, data_x, data_output = self._rows[i]
+        x, scratch = self._x, self._scratch
         if self._data is not None:
-            np.multiply(x, float(t.data_x[i]), out=self._data)
-            np.multiply(output, float(t.data_output[i]), out=scratch)
+            np.multiply(x, data_x, out=self._data)
+            np.multiply(output, data_output, out=scratch)
             np.add(self._data, scratch, out=self._data)
-        np.multiply(x, float(t.x_scale[i]), out=x)
-        np.multiply(output, float(t.output_scale[i]), out=scratch)
+        np.multiply(x, x_scale, out=x)
+        np.multiply(output, output_scale, out=scratch)
         np.add(x, scratch, out=x)
         if self._data is not None and self._previous is not None:
             if i > 0:
-                np.multiply(self._previous, float(t.previous_scale[i]), out=scratch)
+                np.multiply(self._previous, previous_scale, out=scratch)
                 np.add(x, scratch, out=x)
             self._data, self._previous = self._previous, self._data
 

@@ -27,6 +27,8 @@ DEFAULT_STEPS = 20
 GUIDANCE = (1.0, 9.0)
 #: of the steps, for a picture to begin with; diffusers' default
 DEFAULT_STRENGTH = 0.8
+#: schedules that are kept by a pipeline
+TABLES = 16
 #: a picture to begin with: a file, or pixels uint8 ``[H, W, 3]``
 Init = str | Path | np.ndarray
 
@@ -100,6 +102,7 @@ class Pipeline:
         #: what runs whole pictures on a GPU, captured into CUDA graphs; None where the host runs the loop
         self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
         self._empty: np.ndarray | None = None
+        self._tables: dict[tuple[str, int], Schedule] = {}
 
     @classmethod
     def load(
@@ -121,7 +124,7 @@ class Pipeline:
         return cls(open_bundle(engine), provider=provider, threads=threads, schedule=schedule)
 
     def schedule(self, steps: int, name: str | None = None) -> Schedule:
-        """The table of a sampling run.
+        """The table of a sampling run; it is shared between calls, and not to be written to.
 
         Args:
             name: ``ddim``, ``dpm++``, ``euler`` or ``teacher``; None takes ``default_schedule``.
@@ -129,7 +132,14 @@ class Pipeline:
         Raises:
             InputError: for an unknown name, too many steps, or options of the teacher's that no table can hold.
         """
-        return make(name or self.default_schedule, self._scheduler, steps)
+        key = name or self.default_schedule, steps
+        table = self._tables.get(key)
+        if table is None:
+            table = make(key[0], self._scheduler, steps)
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
+            self._tables[key] = table
+        return table
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Text states ``[N, tokens, D]`` float32."""
@@ -273,8 +283,14 @@ class Pipeline:
             PnpError: if the latents or the pixels are not finite; a black picture is never returned for NaN.
         """
         for name, value in (("latents", latents), ("decoded pixels", pixels := self._vae(latents=latents))):
-            self._check_finite(name, ~np.isfinite(value).all(axis=(1, 2, 3)))
-        return np.clip(np.round((pixels.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255).astype(np.uint8)
+            if not (finite := np.isfinite(value)).all():
+                self._check_finite(name, ~finite.all(axis=(1, 2, 3)))
+        scaled = pixels + np.float32(1)
+        np.multiply(scaled, np.float32(127.5), out=scaled)
+        np.rint(scaled, out=scaled)
+        np.maximum(scaled, 0, out=scaled)
+        np.minimum(scaled, 255, out=scaled)
+        return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
 
     def _check_finite(self, what: str, bad: np.ndarray) -> None:
         """Refuse to return pictures of which any is bad, ``[N]`` bool."""

@@ -1,0 +1,209 @@
+"""What the sampling loop costs besides its networks, on ONNX Runtime's CPU provider with the bundled model.
+
+Four measurements, each raw in the results:
+
+- **overhead**: the share of a picture's time, prompt to pixels, that no network takes, at 8 and 50 steps;
+- **ratio**: the time of diffusers' own ``StableDiffusionPipeline`` with CFG in 50 steps over that of the guided engine
+  in 8, the same prompts and thread count, rounds interleaved, each ratio within its round;
+- **cold start**: one ``pnp-trt sample`` in a new process, and the part of it that is imports;
+- **memory**: resident memory of a process over 1,000 pictures.
+
+    python -m benchmarks.loop                       # about five minutes on one core
+    python -m benchmarks.loop --rounds 3 --pictures 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pnp_trt.artifacts import write_json
+from pnp_trt.backends.onnxruntime import OrtBound
+from pnp_trt.bench.results import provenance
+from pnp_trt.runtime.pipeline import Pipeline
+
+SCHEMA = "pnp-trt/loop/1"
+RESULTS = Path(__file__).parent / "results"
+PROMPT, GUIDANCE = "a red apple", 3.0
+STEPS = (8, 50)
+#: draws pictures and prints resident bytes after every hundredth of them
+MEMORY = """
+import json, psutil, sys
+from pnp_trt import Pipeline
+engine, pictures, steps, threads = sys.argv[1], *map(int, sys.argv[2:])
+pipeline, process, seen = Pipeline.load(engine, provider="cpu", threads=threads), psutil.Process(), []
+for i in range(pictures):
+    pipeline(f"a red apple {i % 7}", steps=steps, seed=i, guidance=2.0 + i % 5)
+    if (i + 1) % max(pictures // 100, 1) == 0:
+        seen.append([i + 1, process.memory_info().rss])
+print(json.dumps(seen))
+"""
+
+
+@contextmanager
+def networks_timed() -> Iterator[list[float]]:
+    """Seconds of every run of a network within the block."""
+    seen: list[float] = []
+    run = OrtBound.run
+
+    def timed(self: OrtBound) -> None:
+        started = time.perf_counter()
+        run(self)
+        seen.append(time.perf_counter() - started)
+
+    OrtBound.run = timed  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        OrtBound.run = run  # type: ignore[method-assign]
+
+
+def once(pipeline: Pipeline, steps: int, seed: int) -> dict[str, float]:
+    """Milliseconds of one picture, and of its networks."""
+    with networks_timed() as seen:
+        started = time.perf_counter()
+        pipeline(PROMPT, steps=steps, guidance=GUIDANCE, seed=seed)
+        total = time.perf_counter() - started
+    return {"picture_ms": 1e3 * total, "networks_ms": 1e3 * sum(seen)}
+
+
+def diffusers_pipeline(threads: int) -> Any:
+    """diffusers' own pipeline of the bundled model, in float32 and eager."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from pnp_trt.assets import ROOT
+    from pnp_trt.models.base import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        ROOT / "emoji", safety_checker=None, local_files_only=True, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rounds_of(pipeline: Pipeline, theirs: Any, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Every case once a round, in an order that turns by one place a round; two rounds of warm-up are left out."""
+    import torch
+
+    def reference(seed: int) -> dict[str, float]:
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed)
+        theirs(PROMPT, num_inference_steps=50, guidance_scale=GUIDANCE, generator=generator, output_type="np")
+        return {"picture_ms": 1e3 * (time.perf_counter() - started)}
+
+    cases: dict[str, Any] = {f"guided, {n} steps": lambda seed, n=n: once(pipeline, n, seed) for n in STEPS}
+    cases["diffusers, CFG, 50 steps"] = reference
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    names = list(cases)
+    for number in range(-1, rounds):
+        for place in range(len(names)):
+            name = names[(number + place) % len(names)]
+            observed = cases[name](max(number, 0))
+            if number >= 0:
+                seen[name].append({k: round(v, 3) for k, v in observed.items()})
+    return seen
+
+
+def overhead(rows: list[dict[str, float]], steps: int) -> dict[str, Any]:
+    """Median share of the picture's time outside networks, and in milliseconds."""
+    outside = np.array([r["picture_ms"] - r["networks_ms"] for r in rows])
+    share = outside / np.array([r["picture_ms"] for r in rows])
+    return {
+        "steps": steps,
+        "share": round(float(np.median(share)), 5),
+        "share_p90": round(float(np.percentile(share, 90)), 5),
+        "ms_per_picture": round(float(np.median(outside)), 3),
+    }
+
+
+def ratio(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Median of the rounds' ratios and its bootstrap interval at 95 %."""
+    theirs, ours = (
+        np.array([r["picture_ms"] for r in rows[n]]) for n in ("diffusers, CFG, 50 steps", "guided, 8 steps")
+    )
+    ratios = theirs / ours
+    drawn = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
+    return {
+        "of": "diffusers' StableDiffusionPipeline, CFG, 50 steps, over the guided engine, 8 steps; whole pictures",
+        "times_faster": round(float(np.median(ratios)), 2),
+        "interval": [round(float(v), 2) for v in np.percentile(drawn, [2.5, 97.5])],
+    }
+
+
+def cold_start(engine: str, rounds: int) -> dict[str, Any]:
+    """Seconds of ``pnp-trt sample`` from the start of the process to its end, and of its imports."""
+    seconds: dict[str, list[float]] = {"8 steps": [], "20 steps (default)": []}
+    imports: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="pnp-trt-loop-") as folder:
+        words = ["-m", "pnp_trt", "sample", PROMPT, "--engine", engine, "--out", folder, "--provider", "cpu", "-q"]
+        for number in range(-1, rounds):
+            for name, steps in (("8 steps", ["--steps", "8"]), ("20 steps (default)", [])):
+                started = time.perf_counter()
+                subprocess.run([sys.executable, *words, *steps], check=True, capture_output=True)
+                if number >= 0:
+                    seconds[name].append(round(time.perf_counter() - started, 3))
+            timed = [sys.executable, "-X", "importtime", *words, "--steps", "1"]
+            said = subprocess.run(timed, check=True, capture_output=True, text=True).stderr
+            own = [line.split(":")[1].split("|")[0] for line in said.splitlines() if line.startswith("import time:")]
+            if number >= 0:
+                imports.append(round(sum(int(t) for t in own if t.strip().isdigit()) / 1e6, 3))
+    return {"seconds": seconds, "imports_seconds": imports}
+
+
+def memory(engine: str, pictures: int, threads: int) -> dict[str, Any]:
+    """Resident bytes over a process's pictures; growth is counted from the tenth part on."""
+    command = [sys.executable, "-c", MEMORY, engine, str(pictures), "2", str(threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seen = json.loads(done.stdout)
+    warm = next(rss for n, rss in seen if n >= pictures / 10)
+    return {"pictures": pictures, "steps": 2, "growth_mib": round((seen[-1][1] - warm) / 2**20, 2), "rss_bytes": seen}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, write one JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
+    parser.add_argument("--engine", default="emoji-tiny", help="a guided bundle of the bundled model")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=RESULTS / "loop-emoji.json")
+    a = parser.parse_args(arguments)
+    os.environ["OMP_NUM_THREADS"] = str(a.threads)
+    cold = cold_start(a.engine, max(a.rounds // 2, 2))
+    flat = memory(a.engine, a.pictures, a.threads)
+    pipeline = Pipeline.load(a.engine, provider="cpu", threads=a.threads)
+    rows = rounds_of(pipeline, diffusers_pipeline(a.threads), a.rounds)
+    outside = [overhead(rows[f"guided, {n} steps"], n) for n in STEPS]
+    faster = ratio(rows)
+    document = {
+        "schema": SCHEMA,
+        "provenance": provenance(["python", "-m", "benchmarks.loop", *(arguments or sys.argv[1:])]),
+        "case": {"engine": a.engine, "threads": a.threads, "batch": 1, "guidance": GUIDANCE, "rounds": a.rounds},
+        "overhead": outside, "ratio": faster, "cold_start": cold, "memory": flat, "observations": rows,
+    }  # fmt: skip
+    write_json(a.json, document)
+    for row in outside:
+        print(f"overhead, {row['steps']} steps: {row['share']:.2%} of the picture, {row['ms_per_picture']} ms")
+    print(f"diffusers CFG 50 steps / guided 8 steps: {faster['times_faster']} {faster['interval']}")
+    medians = {k: float(np.median(v)) for k, v in cold["seconds"].items()}
+    print(f"cold start: {medians} s, imports {np.median(cold['imports_seconds']):.2f} s")
+    print(f"memory over {flat['pictures']} pictures: {flat['growth_mib']:+} MiB")
+    print(a.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ DEMO ?= demo
 GUIDES ?= build/emoji/guides
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench tables ablation train-speed faults realsize precision emoji clean
+.PHONY: help demo test lint bench tables ablation train-speed faults realsize precision gpu emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
@@ -18,6 +18,7 @@ help:
 	@echo "make faults    kill a build at twenty random moments (minutes)"
 	@echo "make realsize  SD 1.5's size with random weights: export and an RTX engine (minutes, 6 GB of memory)"
 	@echo "make precision what FP16 and INT8 cost: parity, sizes and pictures of the bundled model (half an hour)"
+	@echo "make gpu    tests and benchmarks that need a GPU (minutes; without one it says so)"
 	@echo "make emoji  train the bundled model again from nothing (hours on a CPU; resumable)"
 
 $(BIN)/python:
@@ -83,6 +84,10 @@ realsize: $(VENV)/.dev-installed
 precision: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[recipe]'
 	$(BIN)/python -m benchmarks.emoji.precision
+
+# installs nothing: it takes the environment that is there, so that a GPU's own torch and TensorRT are used
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
 emoji: $(BIN)/python
 	$(PIP_INSTALL) -e '.[recipe]'

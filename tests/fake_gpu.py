@@ -78,6 +78,13 @@ class Runtime:
     def cudaSetDevice(self, number: int) -> tuple[Any, ...]:
         return (OK,)
 
+    def cudaGetDeviceCount(self) -> tuple[Any, ...]:
+        return OK, 1
+
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:
+        held = sum(ctypes.sizeof(raw) for raw in self.memory.values())
+        return OK, 2**30 - held, 2**30
+
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         self.streams += 1
         return OK, self.streams

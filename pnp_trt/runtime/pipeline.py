@@ -145,7 +145,8 @@ class Pipeline:
         """Text states ``[N, tokens, D]`` float32."""
         ids = self._tokenizer(list(prompts))
         # one row at a time: a prompt's states must not depend on what else is asked for
-        return np.concatenate([self._text(input_ids=row[None]) for row in ids])
+        states = [self._text(input_ids=row[None]) for row in ids]
+        return states[0] if len(states) == 1 else np.concatenate(states)
 
     def check_size(self, size: Size | None) -> Size:
         """``size`` in pixels, or the default for None.
@@ -177,7 +178,10 @@ class Pipeline:
         channels, height, width = self._latent
         wanted = self.check_size(size)
         latent = (channels, wanted[0] * height // self.size[0], wanted[1] * width // self.size[1])
-        return np.stack([np.random.Generator(np.random.Philox(s)).standard_normal(latent, np.float32) for s in seeds])
+        out = np.empty((len(seeds), *latent), np.float32)
+        for row, seed in zip(out, seeds, strict=True):
+            np.random.Generator(np.random.Philox(seed)).standard_normal(dtype=np.float32, out=row)
+        return out
 
     def denoise(
         self,
@@ -229,10 +233,13 @@ class Pipeline:
         if method not in self.methods:
             raise InputError(f"engine '{self.name}' cannot do '{method}'; it can do: {', '.join(self.methods)}")
         n = len(noise)
-        w = np.broadcast_to(np.asarray(guidance, np.float32), (n,))
-        x = noise * np.float32(table.init_scale)
+        w = np.asarray(guidance, np.float32)
+        if w.shape != (n,):
+            w = np.broadcast_to(w, (n,))
         if image is not None:
             x = table.image_scale[0] * image + table.noise_scale[0] * noise
+        else:
+            x = noise if table.init_scale == 1.0 else noise * np.float32(table.init_scale)
         twice = method == "cfg"
         reads = self.bundle.guided and self.negative_prompts
         other = negative
@@ -282,15 +289,16 @@ class Pipeline:
         Raises:
             PnpError: if the latents or the pixels are not finite; a black picture is never returned for NaN.
         """
-        for name, value in (("latents", latents), ("decoded pixels", pixels := self._vae(latents=latents))):
+        pixels = self._vae(latents=latents)
+        for name, value in (("latents", latents), ("decoded pixels", pixels)):
             if not (finite := np.isfinite(value)).all():
                 self._check_finite(name, ~finite.all(axis=(1, 2, 3)))
-        scaled = pixels + np.float32(1)
-        np.multiply(scaled, np.float32(127.5), out=scaled)
-        np.rint(scaled, out=scaled)
-        np.maximum(scaled, 0, out=scaled)
-        np.minimum(scaled, 255, out=scaled)
-        return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
+        np.add(pixels, 1, out=pixels)
+        np.multiply(pixels, 127.5, out=pixels)
+        np.rint(pixels, out=pixels)
+        np.maximum(pixels, 0, out=pixels)
+        np.minimum(pixels, 255, out=pixels)
+        return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
 
     def _check_finite(self, what: str, bad: np.ndarray) -> None:
         """Refuse to return pictures of which any is bad, ``[N]`` bool."""
@@ -335,7 +343,8 @@ class Pipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [int(s) for s in ([seed] * len(prompts) if isinstance(seed, int | np.integer) else seed)]
-        scales = [float(g) for g in np.atleast_1d(guidance)] * (len(prompts) if np.ndim(guidance) == 0 else 1)
+        given: Any = guidance
+        scales = [float(g) for g in ([given] * len(prompts) if np.ndim(given) == 0 else given)]
         steps = steps if steps is not None else self.sampling_steps or DEFAULT_STEPS
         check_request(prompts, seeds, scales, steps)
         wanted = self.check_size(size)

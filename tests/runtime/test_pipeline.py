@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pnp_trt.artifacts import open_bundle
 from pnp_trt.errors import InputError, PnpError
@@ -129,19 +134,46 @@ def test_an_unknown_engine_lists_the_known_ones(engines: Path) -> None:
         Pipeline.load("nope")
 
 
-def test_sampling_never_imports_torch(engines: Path, tmp_path: Path) -> None:
-    """A built bundle is sampled by a process in which importing torch, diffusers or transformers is an error."""
+def runtime_packages() -> set[str]:
+    """Distributions that ``pip install pnp-trt`` brings without extras, by canonical name."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    found: set[str] = set()
+    todo = [Requirement(line) for line in project["dependencies"]]
+    while todo:
+        wanted = todo.pop()
+        name = canonicalize_name(wanted.name)
+        if name in found or not (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            todo += map(Requirement, importlib.metadata.requires(name) or [])
+    return found
+
+
+def test_sampling_runs_with_the_runtime_dependencies_alone(engines: Path, tmp_path: Path) -> None:
+    """A built bundle is sampled by a process for which no other package is installed: no torch, for one."""
+    installed = runtime_packages()
+    owners = importlib.metadata.packages_distributions()
+    hidden = {m for m, d in owners.items() if not any(canonicalize_name(name) in installed for name in d)} - {"pnp_trt"}
+    assert {"torch", "diffusers", "transformers", "onnx", "accelerate", "safetensors"} <= hidden
+    assert not {"numpy", "onnxruntime", "typer", "PIL"} & hidden
     program = (
         "import sys\n"
+        f"hidden = {hidden!r} - {{m.split('.')[0] for m in sys.modules}}\n"  # what Python itself loaded to start
         "class No:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in {'torch', 'diffusers', 'transformers', 'onnx', 'accelerate'}:\n"
-        "            raise ImportError('heavy import: ' + name)\n"
+        "        if name.split('.')[0] in hidden:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, No())\n"
+        "import pnp_trt.backends.tensorrt, pnp_trt.backends.trt_network, pnp_trt.runtime.cuda_graph\n"
         f"sys.argv = ['pnp-trt', 'sample', 'a cat', '--engine', 'guided', '--steps', '2', '--out', {str(tmp_path)!r}]\n"
         "from pnp_trt.cli import main\n"
-        "main()\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print(sorted(hidden & {m.split('.')[0] for m in sys.modules}), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
     assert [p.name for p in tmp_path.glob("*.png")] == ["a-cat-0.png"]

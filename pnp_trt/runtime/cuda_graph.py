@@ -228,7 +228,9 @@ class CudaLane(Lane):
     def capture(self, work: Callable[[], None]) -> Any:
         for network, bound in self._named:
             if not bound.capturable(self.stream):
-                raise PnpError(f"the runtime says that {network.path.name} cannot be captured; build it again")
+                raise PnpError(
+                    f"the runtime says that {network.path.name} cannot be captured; build it again with --force"
+                )
         return self._cuda.capture(self.stream, work)
 
     def replay(self, graph: Any) -> None:

@@ -46,7 +46,7 @@ W = 3.0
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its name, the group it is compared in, and what differs from the default."""
+    """One run: its name, the group it is compared in, what differs from the default, and how many budgets it has."""
 
     name: str
     group: str
@@ -54,13 +54,18 @@ class Row:
     config: dict[str, Any] = field(default_factory=dict)
     kind: str = "trajectory"
     negative: float = 0.0
+    longer: int = 1
 
     @property
     def cache(self) -> str:
         """Name of the states' folder."""
-        return (
-            "states" + (f"-{self.kind}" if self.kind != "trajectory" else "") + ("-negative" if self.negative else "")
-        )
+        words = [
+            "states",
+            *([self.kind] if self.kind != "trajectory" else []),
+            *(["negative"] if self.negative else []),
+        ]
+        # all states, where others of the kind take fewer
+        return "-".join(words) + ("-all" if self.longer > 1 and self.kind != "trajectory" else "")
 
 
 #: what every row starts from: the first design that worked, before anything was compared
@@ -85,6 +90,11 @@ ROWS = (
     Row("feature matching 0.1", "term", config={"feature_matching": 0.1}),
     Row("forward states", "states", kind="forward"),
     Row("trajectory states", "states"),
+    # the question that decides the default, asked again as guides are trained: weighted by x0, for longer
+    *(
+        Row(f"{kind} states longer", "states-longer", config={"weighting": "x0"}, kind=kind, longer=4)
+        for kind in ("forward", "trajectory")
+    ),
     Row("negative prompts read", "negative", {"negative_prompts": True}, negative=0.5),
     Row("negative prompts ignored", "negative", {"negative_prompts": False}, negative=0.5),
 )
@@ -189,6 +199,7 @@ TITLES = {
     "design": "Designs of the tiny guide",
     "term": "Extra terms, on the baseline design",
     "states": "Where the states come from, on as many states each",
+    "states-longer": "The same with x0 weighting, four times the steps and all states",
     "negative": "Negative prompts: half of the states have one",
 }
 
@@ -270,7 +281,8 @@ def main() -> None:
                 states=StateConfig(row.kind, FEWER_STATES if row.group in ("states", "negative") else STATES,
                                    negative=row.negative),
                 train=TrainConfig(
-                    args.steps, args.batch, lr=3e-3, mixed_precision="bf16", checkpoint_every=args.steps, keep=1
+                    args.steps * row.longer, args.batch, lr=3e-3, mixed_precision="bf16",
+                    checkpoint_every=args.steps, keep=1,
                 ),
                 **(BASELINE_CONFIG | row.config),
             ),
@@ -295,6 +307,7 @@ def main() -> None:
             continue
         report = json.loads((out / "distill.json").read_text())
         differs = {**row.options, **row.config, "states": row.kind, "negative": row.negative}
+        differs |= {"steps": args.steps * row.longer} if row.longer > 1 else {}
         found["rows"].append({
             "name": row.name, "group": row.group, "differs": differs, "own_held_out": report["held_out"]["residual"],
             "train_seconds": report["seconds"], "final_loss": report["final_loss"],

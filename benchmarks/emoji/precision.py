@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from pnp_trt.artifacts import open_bundle, read_manifest, write_json
-from pnp_trt.backends.base import Bound, Description, Network
+from pnp_trt.backends.base import Bound, Description, Network, Size
 from pnp_trt.bench.fidelity import AlignmentHead, FeatureExtractor
 from pnp_trt.export.bundle import BuildSpec, build
 from pnp_trt.export.parity import rounded_at_every_node
@@ -93,7 +93,7 @@ class AsWritten(Network):
         return Description({}, {}, "cpu")
 
     @contextlib.contextmanager
-    def bind(self, batch: int) -> Iterator[Bound]:
+    def bind(self, batch: int, size: Size | None = None) -> Iterator[Bound]:
         yield _Held(self._session)
 
 
@@ -102,7 +102,8 @@ class _Held(Bound):
         self._session, self._inputs, self._out = session, {}, np.empty(0)
 
     def write(self, **inputs: np.ndarray) -> None:
-        self._inputs |= inputs
+        # copied: the loop writes its inputs anew in place
+        self._inputs |= {name: np.array(value) for name, value in inputs.items()}
 
     def run(self) -> None:
         self._out = self._session.run(None, self._inputs)[0]

@@ -131,7 +131,8 @@ def engines(backend: str, base: str, precision: str, rounds: int, guide: str = "
     """A guided engine and its teacher's: captured, step by step, and driven by the host."""
     import numpy as np
 
-    from pnp_trt.export.bundle import BuildSpec, build
+    from pnp_trt.export.bundle import build
+    from pnp_trt.export.spec import BuildSpec
     from pnp_trt.runtime import pipeline
 
     out: dict[str, Any] = {"backend": backend, "base": base, "precision": precision}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.plug.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 

@@ -70,8 +70,8 @@ def build(
     from . import backends
     from .backends.base import CompileOptions
     from .cli import _Bar, _need_torch
-    from .export.bundle import BuildSpec
     from .export.bundle import build as run
+    from .export.spec import BuildSpec
 
     _need_torch("build")
     options = CompileOptions(

@@ -138,7 +138,8 @@ def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def micro_bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher; read it only."""
-    from pnp_trt.export.bundle import BuildSpec, build
+    from pnp_trt.export.bundle import build
+    from pnp_trt.export.spec import BuildSpec
 
     home = tmp_path_factory.mktemp("engines")
     build(BuildSpec(str(micro_base), "none", out=home / "plain", image_to_image=True))

@@ -21,7 +21,8 @@ import pytest
 
 from pnp_trt.artifacts import MANIFEST, open_bundle, read_manifest, sha256, write_manifest
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
 
 KILLS = int(os.environ.get("PNP_TRT_FAULTS", "3"))
@@ -34,7 +35,8 @@ from pathlib import Path
 import pnp_trt.export.graph, pnp_trt.export.parity, pnp_trt.export.weights, pnp_trt.models.student, diffusers
 import onnxruntime, onnxscript.optimizer, onnxscript.rewriter, transformers
 from pnp_trt.models.base import resolve
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
+from pnp_trt.export.spec import BuildSpec
 resolve(sys.argv[1]).unet(), resolve(sys.argv[1]).text_encoder(), resolve(sys.argv[1]).vae()
 print("ready", flush=True)
 for line in sys.stdin:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from pnp_trt.artifacts import read_manifest
 from pnp_trt.errors import InputError
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
 
 from .conftest import Result

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, PnpError
-from ..export.bundle import BuildSpec, guide_identity, guide_name
+from ..export.spec import BuildSpec, guide_identity, guide_name
 from ..export.weights import invert
 from .data import places
 

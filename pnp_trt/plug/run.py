@@ -35,7 +35,9 @@ from ..artifacts import (
 )
 from ..backends.base import CompileJob, CompileOptions, Profile, Progress
 from ..errors import InputError, PnpError
-from ..export.bundle import TITLES, Built, engine_parity, library_versions, short_name, standing
+from ..export.bundle import Built, standing
+from ..export.spec import short_name
+from ..export.work import TITLES, engine_parity, library_versions
 from ..runtime.verify import Golden
 from .checkpoint import FineTune, find
 from .lora import Lora

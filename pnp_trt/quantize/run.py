@@ -116,7 +116,7 @@ def calibrate(
 
 
 def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
-    from ..export.bundle import BuildSpec, guide_identity
+    from ..export.spec import BuildSpec, guide_identity
     from ..models.load import load_guide
 
     base = resolve(config.base)

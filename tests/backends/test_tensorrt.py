@@ -27,9 +27,10 @@ from pnp_trt.backends.device import Gpu, present_gpus
 from pnp_trt.backends.trt_flavour import RTX
 from pnp_trt.backends.trt_refit import refit_network
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
 from pnp_trt.export.graph import export
 from pnp_trt.export.precision import RECIPES, convert
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.plug.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import verify

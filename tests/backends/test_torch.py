@@ -22,8 +22,9 @@ from pnp_trt.artifacts import list_files, open_bundle, read_manifest, sha256, wr
 from pnp_trt.backends.base import LoadOptions
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export import modules
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
 from pnp_trt.export.precision import convert, recipe
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.models.guide import GUIDES
 from pnp_trt.models.rebuild import rebuild
 from pnp_trt.models.student import Student, Teacher

@@ -11,7 +11,8 @@ import torch
 
 from pnp_trt.backends import torch_graph
 from pnp_trt.errors import PnpError
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
 
 PROMPTS = ["a cat", "a red house"]

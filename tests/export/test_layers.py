@@ -20,10 +20,11 @@ from torch import nn
 from pnp_trt.artifacts import list_files, read_manifest, write_manifest
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export import layers
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
 from pnp_trt.export.graph import export
 from pnp_trt.export.layers import first_not_finite, first_past, in_float32, layerwise, verdict, worst
 from pnp_trt.export.precision import convert, recipe
+from pnp_trt.export.spec import BuildSpec
 
 from ..conftest import Result
 

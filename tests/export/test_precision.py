@@ -15,10 +15,11 @@ from torch import nn
 from pnp_trt.artifacts import open_bundle, read_manifest
 from pnp_trt.errors import InputError
 from pnp_trt.export import precision
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
 from pnp_trt.export.graph import export
 from pnp_trt.export.parity import relative_error
 from pnp_trt.export.precision import RECIPES, Recipe, convert, reference
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from pnp_trt.artifacts import list_files, open_bundle, read_manifest, sha256, write_manifest
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.export.bundle import BuildSpec, Built, build
+from pnp_trt.export.bundle import Built, build
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.export.weights import apply
 from pnp_trt.models.base import resolve
 from pnp_trt.plug.run import PlugSpec, plug

@@ -16,7 +16,8 @@ from pnp_trt import backends
 from pnp_trt.artifacts import open_bundle
 from pnp_trt.backends.base import LoadOptions
 from pnp_trt.errors import InputError
-from pnp_trt.export.bundle import BuildSpec, build
+from pnp_trt.export.bundle import build
+from pnp_trt.export.spec import BuildSpec
 from pnp_trt.models.base import resolve
 from pnp_trt.models.guide import GUIDES
 from pnp_trt.models.load import load_guide

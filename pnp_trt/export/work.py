@@ -1,0 +1,261 @@
+"""One build under way: every network exported, then compiled, then compared; the manifest written last."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, memory
+from ..artifacts import SCHEMA, list_files, whole_folder, write_json, write_manifest
+from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
+from ..quantize.record import Record
+from .network import NetworkExport
+from .precision import Recipe
+from .sizes import SizePlan
+from .spec import BuildSpec, guide_name
+
+#: distributions that a manifest remembers, for the reader alone
+_REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+TITLES = {
+    "condition": "guide's condition",
+    "unet": "U-Net",
+    "text_encoder": "text encoder",
+    "vae_decoder": "VAE decoder",
+    "vae_encoder": "VAE encoder",
+}
+
+
+@dataclass
+class Work:
+    """One build under way."""
+
+    spec: BuildSpec
+    base: Any
+    backend: Backend
+    recipe: Recipe
+    target: str
+    plan: SizePlan
+    progress: Progress
+    record: Record | None = None
+
+    def run(self, folder: Path, key: str, identity: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        from ..models.base import copy_tokenizer
+        from ..runtime.verify import FILE as GOLDEN
+        from ..runtime.verify import save_golden
+        from .parity import golden_inputs
+        from .weights import FILE as WEIGHTS
+        from .weights import SCHEMA as WEIGHTS_SCHEMA
+
+        started = time.monotonic()
+        modules = self._modules()
+        export = NetworkExport(self.backend, self.recipe, self.plan, self.record)
+        stages = len(modules) * 2 + 2
+        with whole_folder(folder) as work:
+            self._stage("load", 0, stages)
+            tokens = copy_tokenizer(self.base, work / "tokenizer.json")
+            sizes = self.base.sizes()
+            negative = bool((identity["guide"] or {}).get("negative_prompts"))
+            # by picture size: the default's, then another one where there is more than one
+            golden = {
+                size: golden_inputs(
+                    self.plan.latent(size), tokens["length"], sizes.text_width, sizes.vocabulary, self._guided,
+                    negative, size if self.spec.image_to_image else None,
+                )
+                for size in (self.plan.default, self.plan.second)
+                if size is not None
+            }  # fmt: skip
+            networks: dict[str, dict[str, Any]] = {}
+            kept: dict[str, tuple[dict[str, Any], Any]] = {}
+            maps: dict[str, Any] = {}
+            for i, (name, make) in enumerate(modules.items()):
+                self._stage(f"export {TITLES[name]}", 1 + i, stages)
+                cases = {size: found[name] for size, found in golden.items()}
+                networks[name], references, maps[name] = export.write(name, make, cases, work)
+                kept |= references
+                if name == "condition":
+                    golden[self.plan.default]["unet"]["condition"] = torch.from_numpy(kept[name][1])
+            exported = memory.peak()
+            gc.collect()
+            for i, name in enumerate(modules):
+                self._compile(name, networks[name], work, (1 + len(modules) + i, stages))
+            self._stage("compare and write", stages - 1, stages)
+            save_golden(work / GOLDEN, kept)
+            write_json(work / WEIGHTS, {"schema": WEIGHTS_SCHEMA, "networks": maps})
+            engines = engine_parity(self.backend, self.target, work, networks, kept, self.spec.folder().name)
+            compiled = [n["compiled"]["peak_memory"] for n in networks.values() if n["compiled"]["peak_memory"]]
+            manifest = {
+                "schema": SCHEMA,
+                "name": folder.name,
+                "key": key,
+                "built_from": identity,
+                "base": {"name": self.spec.base, "sha256": self.base.fingerprint()},
+                "guide": identity["guide"],
+                # what a fine-tune has to be like, and where the guide came from: `pnp-trt plug` needs both
+                "given": {"base": self.spec.base, "guide": self.spec.guide},
+                "configs": self._configs(),
+                "backend": self.backend.name,
+                "precision": self.recipe.name,
+                "target": self.target,
+                "profiles": identity["profiles"],
+                "compiler": identity["compiler"],
+                "networks": networks,
+                "sample": {
+                    **dict(zip(("channels", "height", "width"), self.plan.latent(self.plan.default), strict=True)),
+                    "max_batch": max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
+                },
+                "image": dict(zip(("height", "width"), self.plan.default, strict=True)),
+                "tokens": tokens,
+                "scheduler": self.base.scheduler_config() | {"_class_name": self.base.scheduler_class()},
+                "parity": {
+                    "relative_error": {name: n["parity"]["graph"] for name, n in networks.items()},
+                    "limit": self.recipe.limit,
+                    "against": "PyTorch float32, seeded golden inputs",
+                    "engine": engines,
+                },
+                "files": list_files(work),
+                "versions": library_versions(),
+                "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "build_seconds": round(time.monotonic() - started, 1),
+                "peak_memory": {"export": exported, "compile": max(compiled, default=None)},
+                "rebuild": self.spec.command(),
+            }
+            write_manifest(work, manifest)
+        return manifest
+
+    @property
+    def _guided(self) -> bool:
+        return self.spec.guide != "none"
+
+    def _stage(self, name: str, done: int, stages: int, share: float = 0.0) -> None:
+        self.progress(name, int(100 * (done + share)), 100 * stages)
+
+    def _modules(self) -> dict[str, Callable[[], Any]]:
+        """What makes each network's module; calling it loads the weights."""
+        from ..models.condition import Condition
+        from .graph import TextEncoder, VaeDecoder, VaeEncoder
+
+        size = self.plan.latent(self.plan.default)[1:]
+        found: dict[str, Callable[[], Any]] = {
+            # before the U-Net, which takes what it gives
+            **({"condition": lambda: Condition(self._guide(), size)} if self._conditioned else {}),
+            "unet": self._student,
+            "text_encoder": lambda: TextEncoder(self.base.text_encoder()),
+            "vae_decoder": lambda: VaeDecoder(self.base.vae()),
+        }
+        if self.spec.image_to_image:
+            found["vae_encoder"] = lambda: VaeEncoder(self.base.vae())
+        return found
+
+    def _student(self) -> Any:
+        from ..models.student import Student, Teacher
+
+        unet = self.base.unet()
+        if not self._guided:
+            return Teacher(unet)
+        return Student(unet, self._guide(unet), self._conditioned)
+
+    def _guide(self, unet: Any = None) -> Any:
+        """The guide; ``unet`` saves making it again where the base makes its guides for one."""
+        from ..models.load import load_guide
+
+        if self.base.guide_class(self.spec.guide) is None:
+            return load_guide(guide_name(self.spec))
+        return self.base.make_guide(self.spec.guide, self.base.unet() if unet is None else unet)
+
+    @property
+    def _conditioned(self) -> bool:
+        """Whether what the guide makes of w alone is a network of its own, which runs once a picture.
+
+        It is made for one size of latents, so a graph of several keeps it inside.
+        """
+        from ..models.load import guide_class
+
+        if not self._guided or self.plan.open_axes:
+            return False
+        kind = self.base.guide_class(self.spec.guide) or guide_class(guide_name(self.spec))
+        return bool(kind.constant_parts)
+
+    def _compile(self, name: str, entry: dict[str, Any], work: Path, at: tuple[int, int]) -> None:
+        def report(phase: str, done: int, total: int) -> None:
+            self._stage(f"compile {TITLES[name]}", *at, share=min(1.0, done / max(total, 1)))
+
+        job = CompileJob(
+            network=name,
+            graph=work / entry["graph"],
+            inputs={k: (dtype, tuple(shape)) for k, (dtype, shape) in entry["inputs"].items()},
+            precision=entry["precision"],
+            target=self.target,
+            profiles=self._profiles(name),
+            options=self.spec.options,
+        )
+        made = self.backend.compile(job, report)
+        entry |= {
+            "file": made.file,
+            "profiles": [p.as_dict() for p in job.profiles],
+            "compiled": {"seconds": round(made.seconds, 1), "peak_memory": made.peak_memory, **made.notes},
+        }
+
+    def _profiles(self, network: str) -> tuple[Profile, ...]:
+        if not self.plan.profiles:
+            return ()
+        if network in ("text_encoder", "vae_encoder"):
+            return (Profile("b1", 1, 1, 1),)  # both are run one by one, so that no row depends on another
+        profiles = tuple(p.in_latents(self.plan.factor) for p in self.plan.profiles)
+        if network == "unet" and not self._guided:
+            return tuple(p.doubled() for p in profiles)  # classifier-free guidance is a batch of two
+        return profiles
+
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        found = {n: self.base.config(n) for n in ("unet", "text_encoder", "vae")}
+        if self._guided and self.base.random_guide(self.spec.guide) is None:
+            from ..models.names import guide_folder
+
+            found["guide"] = json.loads((guide_folder(guide_name(self.spec)) / "config.json").read_text())
+        return found
+
+
+def engine_parity(
+    backend: Backend,
+    target: str,
+    folder: Path,
+    networks: dict[str, Any],
+    golden: dict[str, tuple[dict[str, Any], Any]],
+    name: str,
+) -> dict[str, float] | str:
+    """Errors of compiled engines on their golden inputs, or why there are none.
+
+    Args:
+        networks: the manifest's; those that ``golden`` has are compared.
+        name: of the bundle, for the message.
+
+    Raises:
+        PnpError: for the first engine that is further off than its recipe allows.
+    """
+    from ..runtime.verify import compare, gate
+
+    if all(n["file"] == n["graph"] for n in networks.values()):
+        return "the graphs are what runs"
+    if reason := backend.cannot_run(target):
+        return f"not measured: {reason}; run pnp-trt verify on the machine that serves it"
+    errors = compare(backend, folder, networks, golden)
+    gate(errors, networks, name)
+    return errors
+
+
+def library_versions() -> dict[str, str]:
+    """What a manifest remembers of the libraries that made it, for the reader alone."""
+    found = {"pnp-trt": __version__}
+    for name in _REMEMBERED:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

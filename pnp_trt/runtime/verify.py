@@ -11,6 +11,7 @@ import numpy as np
 from .. import backends
 from ..artifacts import Bundle
 from ..backends.base import Backend, LoadOptions, Network
+from ..backends.profiles import Profile, size_of
 from ..errors import PnpError
 
 FILE = "golden.npz"
@@ -48,7 +49,10 @@ def load_golden(path: Path) -> Golden:
 def compare(
     backend: Backend, folder: Path, networks: Mapping[str, Any], golden: Golden, options: LoadOptions | None = None
 ) -> dict[str, float]:
-    """Relative error of each network as it is loaded from ``folder``, row by row as far as its profiles want that."""
+    """Relative error of each network as it is loaded from ``folder``.
+
+    Row by row; a row is repeated where no profile of the network takes a batch of one.
+    """
     errors = {}
     loaded: dict[str, Network] = {}
     for name, (inputs, reference) in golden.items():
@@ -56,9 +60,20 @@ def compare(
         if key not in loaded:  # one at a time: engines are large
             loaded = {key: backend.load(folder / networks[key]["file"], networks[key], options or LoadOptions())}
         network = loaded[key]
-        rows = [network(**{k: v[i : i + 1] for k, v in inputs.items()}) for i in range(len(reference))]
+        least = _smallest_batch(networks[key], inputs)
+        rows = [
+            network(**{k: v[i : i + 1].repeat(least, axis=0) for k, v in inputs.items()})[:1]
+            for i in range(len(reference))
+        ]
         errors[name] = difference(np.concatenate(rows), reference)
     return errors
+
+
+def _smallest_batch(entry: Mapping[str, Any], inputs: dict[str, np.ndarray]) -> int:
+    """The smallest batch that a network of the manifest takes at the inputs' size."""
+    size = size_of(inputs)
+    profiles = [Profile.from_dict(p) for p in entry.get("profiles", ())]
+    return min((p.minimum for p in profiles if size is None or p.holds_size(size)), default=1)
 
 
 def gate(errors: Mapping[str, float], networks: Mapping[str, Any], name: str) -> None:

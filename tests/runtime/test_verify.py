@@ -1,0 +1,46 @@
+"""How golden rows are fed to networks that do not take every batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pnp_trt.backends.profiles import Profile
+from pnp_trt.runtime.verify import compare
+
+
+class Doubler:
+    """A network that doubles latents, and takes only batches that its profiles hold."""
+
+    def __init__(self, profiles: list[Profile]) -> None:
+        self.profiles = profiles
+        self.seen: list[tuple[int, ...]] = []
+
+    def __call__(self, latents: np.ndarray) -> np.ndarray:
+        assert any(p.holds(len(latents), (latents.shape[2], latents.shape[3])) for p in self.profiles)
+        self.seen.append(latents.shape)
+        return 2 * latents
+
+
+class Backend:
+    """Loads the one network it was given."""
+
+    def __init__(self, network: Doubler) -> None:
+        self.network = network
+
+    def load(self, file: Path, entry: Any, options: Any) -> Doubler:
+        return self.network
+
+
+def test_rows_are_repeated_where_no_profile_takes_one() -> None:
+    profiles = [Profile.parse("b2-8@8"), Profile.parse("b4@16")]
+    network = Doubler(profiles)
+    networks = {"unet": {"file": "unet.engine", "profiles": [p.as_dict() for p in profiles]}}
+    generator = np.random.default_rng(0)
+    small, large = generator.normal(size=(2, 4, 8, 8)), generator.normal(size=(2, 4, 16, 16))
+    golden: Any = {"unet": ({"latents": small}, 2 * small), "unet@16x16": ({"latents": large}, 2 * large + 1)}
+    errors = compare(Backend(network), Path(), networks, golden)  # type: ignore[arg-type]
+    assert [s[0] for s in network.seen] == [2, 2, 4, 4]
+    assert errors["unet"] == 0 and errors["unet@16x16"] > 0.1

@@ -3,118 +3,276 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .. import __version__
+from ..artifacts import cached_sha256, find_bundle, read_manifest
+from ..errors import InputError, PnpError
+from ..runtime.pipeline import Pipeline
+from . import cost, latency, results
+from .pace import Meter, Pace, Progress, about, trial
+from .plan import Plan, check, wanted_engines
+from .tasks import PROMPTS, STYLES, make_task, real_key
+from .work import Work
 
-from ..artifacts import find_bundle, read_manifest
-from ..backends.profiles import Size
-from ..errors import InputError
-from ..runtime.pipeline import GUIDANCE, STEPS, Pipeline
-from .engines import engine_names
-from .report import PictureGrid
-
-PARTS = ("cost", "latency", "fidelity")
-#: prompts of the pictures and of the timed loop; the first eight fill the grid
-PROMPTS = (
-    "red apple", "red heart", "automobile", "tulip", "house", "cactus", "ghost", "mushroom",
-    "grinning face", "crown", "banana", "strawberry", "tangerine", "balloon", "tomato", "star",
-)  # fmt: skip
-STYLES = ("noto", "twemoji")
-FIDELITY_STEPS = 20
-
-Progress = Callable[[str, int, int], None]
+#: prompts of the timed loop
+_TIMED = [f"{p}, {STYLES[0]} style" for p in PROMPTS]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to measure; ``size`` is height and width in pixels, None the engines' default."""
+def identity(plan: Plan) -> dict[str, Any]:
+    """Everything that determines a run: the plan, the engines' seals, the files it names, the package's version.
 
-    engines: tuple[str, ...] = ()
-    base: str = "emoji"
-    only: str | None = None
-    batches: tuple[int, ...] = (1, 4, 8)
-    steps: int = 10
-    rounds: int = 12
-    guidance: float = 3.0
-    provider: str = "auto"
-    size: Size | None = None
-    schedule: str | None = None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that will run."""
-        return PARTS if self.only is None else (self.only,)
-
-
-def check(plan: Plan) -> None:
-    """Raise ``InputError`` for values out of range, before anything is built."""
-    if plan.only is not None and plan.only not in PARTS:
-        raise InputError(f"--only is '{plan.only}'; known: {', '.join(PARTS)}")
-    if plan.base.startswith("random:") and plan.only != "cost":
-        raise InputError(f"base '{plan.base}' has no weights to run; add --only cost")
-    if not STEPS[0] <= plan.steps <= STEPS[1]:
-        raise InputError(f"steps is {plan.steps}; it must be between {STEPS[0]} and {STEPS[1]}")
-    if not GUIDANCE[0] <= plan.guidance <= GUIDANCE[1]:
-        raise InputError(f"guidance is {plan.guidance:g}; it must be between {GUIDANCE[0]:g} and {GUIDANCE[1]:g}")
-    if any(not 1 <= b <= 32 for b in plan.batches):
-        raise InputError(f"batch sizes are {', '.join(map(str, plan.batches))}; each must be between 1 and 32")
-    if plan.size is not None and "cost" in plan.parts:
-        raise InputError("cost is counted at the model's own size; with --size add --only latency or --only fidelity")
-    if "cost" in plan.parts and plan.only == "cost" and importlib.util.find_spec("torch") is None:
-        raise InputError("counting cost needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
-
-
-def wanted_engines(plan: Plan) -> tuple[str, ...]:
-    """The engines to open: those named, or the base's plain and guided ones."""
-    if plan.only == "cost":
-        return ()
-    return plan.engines or engine_names(plan.base)
+    Raises:
+        InputError: for an unknown or damaged engine.
+    """
+    found = {
+        **plan.as_dict(),
+        "package": __version__,
+        "seals": {name: read_manifest(find_bundle(name))["seal"] for name in wanted_engines(plan)},
+    }
+    for name in ("prompts", "inception"):
+        if (value := getattr(plan, name)) is not None:
+            found[name] = cached_sha256(Path(value))
+    if plan.real is not None:
+        found["real"] = real_key(Path(plan.real))
+    if plan.clip is not None:
+        found["clip"] = [cached_sha256(p) for p in sorted(Path(plan.clip).glob("*.safetensors"))]
+    return found
 
 
 def run(
-    plan: Plan, *, command: Sequence[str], progress: Progress | None = None
-) -> tuple[dict[str, Any], PictureGrid | None]:
-    """Measure; returns the document and, where fidelity ran, the picture grid.
+    plan: Plan,
+    *,
+    command: Sequence[str],
+    suite: str | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
+    work: Work | None = None,
+) -> dict[str, Any]:
+    """Measure, and return the results document.
+
+    Args:
+        command: the arguments of the command line, for the provenance.
+        suite: name of the suite that the plan comes from.
+        progress: called with what is going on, and seconds of the estimate that are done and in all.
+        tell: called with sentences for the user: the estimate, before the start.
+        work: where finished pieces are kept; None keeps none.
 
     Raises:
         InputError: for unknown or damaged engines, or engines of different bases.
     """
-    from . import cost, latency, results
-
-    say = progress or (lambda text, done, total: None)
     check(plan)
-    pipes = _open(wanted_engines(plan), plan.provider)
-    for pipe in pipes:
-        pipe.check_size(plan.size)
-    plan = replace(plan, schedule=_common_schedule(pipes, plan.schedule))
-    rows: dict[str, Any] = {}
-    if "cost" in plan.parts and importlib.util.find_spec("torch") is not None:
-        say("counting cost", 0, 1)
+    if work is None:
+        with Work(None, {}) as temporary:
+            return run(plan, command=command, suite=suite, progress=progress, tell=tell, work=temporary)
+    bench = _Bench(plan, work, progress, tell or (lambda sentence: None))
+    return bench.document(["pnp-trt", *command], suite)
+
+
+class _Bench:
+    """One run: the engines are opened and the estimate is made when it begins."""
+
+    def __init__(self, plan: Plan, work: Work, progress: Progress | None, tell: Callable[[str], None]) -> None:
+        self.pipes = _open(wanted_engines(plan), plan.provider)
+        for pipe in self.pipes:
+            pipe.check_size(plan.size)
+        self.plan = replace(plan, schedule=_common_schedule(self.pipes, plan.schedule))
+        self.work, self._progress, self._tell = work, progress, tell
+        self.left_out: list[dict[str, str]] = []
+        self.base = self._base()
+        self.cases = [latency.Case(pipe, method) for pipe in self.pipes for method in self._timed_methods(pipe)]
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self._drawn: dict[str, Any] = {}
+
+    def _base(self) -> str:
+        """The base whose networks are counted: the engines' own, where there are engines."""
+        return self.pipes[0].bundle.manifest["base"]["name"] if self.pipes else self.plan.base
+
+    @staticmethod
+    def _timed_methods(pipe: Pipeline) -> tuple[str, ...]:
+        return pipe.methods
+
+    def document(self, command: Sequence[str], suite: str | None) -> dict[str, Any]:
+        """Measure all parts."""
+        plan = self.plan
+        if "cost" in plan.parts:
+            self._cost()
+        self._prepare()
+        if "latency" in plan.parts:
+            self._latency()
+        evaluated, reason, pictures = self._fidelity()
+        settings = {**plan.as_dict(), "suite": suite, "base": self.base, **self._drawn}
+        made = results.document(
+            command, settings=settings, task_quality_evaluated=evaluated, pictures=pictures,
+            **{k: self.rows[k] for k in ("cost", "methods_cost", "latency", "fidelity") if k in self.rows},
+        )  # fmt: skip
+        return made | {"task_quality_reason": reason, "left_out": self.left_out}
+
+    # ------------------------------------------------------------------------------------------------- estimate
+
+    def _prepare(self) -> None:
+        """Say how long it will take, from a short trial of every method."""
+        plan, jobs = self.plan, {}
+        parts = [p for p in ("latency", "fidelity") if p in plan.parts]
+        if not parts:
+            self.meter = Meter({}, self._progress)
+            return
+        if self._progress is not None:
+            self._progress("trying every method, for an estimate", 0, 1)
+        self.paces = {c.label: trial(c, _TIMED, plan.guidance[0], c.pipe.largest_batch(plan.size)) for c in self.cases}
+        if "latency" in parts:
+            for steps, batch in self._blocks():
+                passes = plan.rounds + plan.warmup
+                jobs[_block(steps, batch)] = passes * sum(
+                    self.paces[c.label].seconds(batch, steps) for c in self._cases(batch)
+                )
+        if "fidelity" in parts:
+            self._plan_fidelity()
+            for cell in self.cells:
+                jobs[cell.label] = self._drawing_seconds(cell)
+        self.meter = Meter(jobs, self._progress)
+        kept = sum(1 for steps, batch in self._blocks() if self._has_block(steps, batch)) if "latency" in parts else 0
+        kept += sum(self.studio.has(c) for c in self.cells) if "fidelity" in parts else 0
+        known = f"; {kept} of its {len(jobs)} pieces are there already" if kept else ""
+        self._tell(f"this run takes {about(self.meter.total)} in all{known}")
+
+    def _drawing_seconds(self, cell: Any) -> float:
+        task, pipe = self.studio.task, self.studio.pipes[cell.engine]
+        count = len(task.prompts) + len(task.shown)
+        most = pipe.largest_batch(self.plan.size)
+        # a method without a trial of its own (CFG on an interval) lies between no guidance and CFG
+        pace = self.paces.get(f"{cell.engine}/{cell.method}") or self.paces.get(f"{cell.engine}/cfg") or Pace(0, 0)
+        batches = [most] * (count // most) + ([count % most] if count % most else [])
+        return sum(pace.seconds(b, cell.steps) for b in batches) + count * self.looking
+
+    # --------------------------------------------------------------------------------------------------- cost
+
+    def _cost(self) -> None:
+        if importlib.util.find_spec("torch") is None:
+            self._leave_out("cost", "counting needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
+            return
         from .networks import networks
 
-        rows["cost"] = cost.cost_rows(networks(plan.base))
-        rows["methods_cost"] = cost.method_rows(rows["cost"], steps=plan.steps)
-    if "latency" in plan.parts:
-        cases = [latency.Case(pipe, method) for pipe in pipes for method in pipe.methods]
-        rows["latency"] = latency.measure(
-            cases, batches=plan.batches, steps=plan.steps, rounds=plan.rounds, guidance=plan.guidance,
-            prompts=[f"{p}, {STYLES[0]} style" for p in PROMPTS], schedule=plan.schedule, size=plan.size,
-            progress=lambda done, total, what: say("timing", done, total),
-        )  # fmt: skip
-    grid = None
-    if "fidelity" in plan.parts:
-        rows["fidelity"], grid = _fidelity(pipes, plan, say)
-        if grid is not None:
-            rows["pictures"] = {
-                "prompts": list(grid.columns),
-                "rows": [label for label, _ in grid.rows],
-                "caption": grid.caption,
-            }
-    return results.document(["pnp-trt", *command], settings=asdict(plan), task_quality_evaluated=False, **rows), grid
+        if self._progress is not None:
+            self._progress("counting cost", 0, 1)
+        try:
+            self.rows["cost"] = cost.cost_rows(networks(self.base))
+        except PnpError as e:
+            if not self.pipes:
+                raise
+            self._leave_out("cost", f"the engines' base model is not at hand ({e})")
+            return
+        self.rows["methods_cost"] = cost.method_rows(self.rows["cost"], steps=max(self.plan.loops))
+
+    def _leave_out(self, what: str, why: str) -> None:
+        self.left_out.append({"what": what, "why": why})
+
+    # ------------------------------------------------------------------------------------------------- latency
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        return [(steps, batch) for steps in self.plan.loops for batch in self.plan.batches if self._cases(batch)]
+
+    def _cases(self, batch: int) -> list[latency.Case]:
+        return [c for c in self.cases if c.pipe.largest_batch(self.plan.size) >= batch]
+
+    def _block_key(self, steps: int, batch: int) -> list[Any]:
+        plan = self.plan
+        return [
+            steps, batch, plan.rounds, plan.warmup, plan.guidance[0], plan.schedule, plan.size, plan.provider,
+            [(c.label, c.pipe.bundle.manifest["seal"]) for c in self._cases(batch)],
+        ]  # fmt: skip
+
+    def _has_block(self, steps: int, batch: int) -> bool:
+        return self.work.has("latency", self._block_key(steps, batch))
+
+    def _latency(self) -> None:
+        """Block by block; a block's rounds are never split between processes, so its ratios stay paired."""
+        plan = self.plan
+        self.rows["latency"] = []
+        for pipe in self.pipes:
+            if too_many := [b for b in plan.batches if b > pipe.largest_batch(plan.size)]:
+                why = f"the engine takes batches up to {pipe.largest_batch(plan.size)}"
+                self._leave_out(f"latency of {pipe.name} at batch {' and '.join(map(str, too_many))}", why)
+        for steps, batch in self._blocks():
+            job = _block(steps, batch)
+            self.meter.begin(job, f"timing, batch {batch}, {steps} steps")
+
+            def make(steps: int = steps, batch: int = batch) -> list[dict[str, Any]]:
+                made = latency.measure(
+                    self._cases(batch), batches=(batch,), steps=steps, rounds=plan.rounds, warmup=plan.warmup,
+                    guidance=plan.guidance[0], prompts=_TIMED, schedule=plan.schedule, size=plan.size,
+                    progress=lambda done, total, what: self.meter.within(done, total),
+                )  # fmt: skip
+                return [row.as_dict() for row in made]
+
+            rows, earlier = self.work.table("latency", self._block_key(steps, batch), make)
+            self.rows["latency"] += [{**row, "resumed": earlier} for row in rows]
+            self.meter.end(job, kept=earlier)
+
+    # ------------------------------------------------------------------------------------------------ fidelity
+
+    def _plan_fidelity(self) -> None:
+        from . import quality
+        from .eyes import Eyes
+
+        task, eyes = make_task(self.plan, self.base), Eyes(self.plan)
+        self.looking = eyes.pace(self.pipes[0].size if self.plan.size is None else self.plan.size)
+        self.studio = quality.Studio(self.pipes, self.plan, task, eyes, self.work)
+        self.wanted, left_out = quality.plan_rows(self.pipes, self.plan)
+        self.left_out += left_out
+        self.cells = quality.cells_of(self.wanted)
+
+    def _fidelity(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
+        """Whether quality was measured, why not, and the pictures."""
+        if "fidelity" not in self.plan.parts:
+            self.rows["fidelity"] = []
+            return False, f"the fidelity part was not run (--only {self.plan.only})", None
+        from . import quality
+        from .fidelity import EXTRACTOR
+
+        studio = self.studio
+        for cell in self.cells:
+            kept = studio.has(cell)
+            self.meter.begin(cell.label, f"drawing {cell.label}")
+            studio.pictures(cell, self.meter.within)
+            self.meter.end(cell.label, kept=kept)
+        if self._progress is not None:
+            self._progress("measuring the pictures", round(self.meter.total), round(self.meter.total))
+        rows = [studio.measure(row, self.rows.get("cost", ())) for row in self.wanted]
+        # CFG at the largest number of steps is what the others are compared with: it stays, for its KID
+        self.rows["fidelity"] = [r for r in rows if r["method"] != "cfg" or set(r) - _BARE]
+        evaluated, reason = quality.verdict(self.rows["fidelity"], studio.task, studio.eyes)
+        if reason is not None:
+            self._leave_out("quality of the pictures", reason)
+        real = studio.task.real
+        self._drawn = {"drawn": {
+            "prompts": studio.task.source, "pictures": len(studio.task.prompts), "first_seed": studio.task.seeds[0],
+            "real_pictures": None if real is None else len(real), "extractor": EXTRACTOR,
+        }}  # fmt: skip
+        return evaluated, reason, studio.grid(self.wanted) if self.wanted else None
+
+
+#: what a row says without having measured anything
+_BARE = {"engine", "method", "steps", "guidance", "passes", "pictures", "macs_per_picture", "reference_steps"}
+
+
+def headline(pictures: Mapping[str, Any]) -> dict[str, Any]:
+    """The document's pictures at the most steps and the first w alone: teacher, guided, no guidance."""
+    first = pictures["rows"][0]
+    rows = [r for r in pictures["rows"] if r["steps"] == first["steps"] and r["guidance"] in (None, first["guidance"])]
+    style = pictures["caption"].rpartition(", ")[0]
+    return {
+        **pictures,
+        "rows": rows,
+        "caption": f"{style}, {first['steps']} steps" if style else f"{first['steps']} steps",
+    }
+
+
+def _block(steps: int, batch: int) -> str:
+    return f"batch {batch}, {steps} steps"
 
 
 def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | None:
@@ -134,76 +292,3 @@ def _open(names: Sequence[str], provider: str) -> list[Pipeline]:
             f"these engines have different base models and cannot be compared: {groups}; bench each base alone"
         )
     return [Pipeline.load(name, provider=provider) for name in names]
-
-
-def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[dict[str, Any]], PictureGrid | None]:
-    """Distance of every method's pictures to the teacher's CFG pictures of the same seeds."""
-    prompts = [f"{p}, {style} style" for style in STYLES for p in PROMPTS]
-    seeds = list(range(len(prompts)))
-    cases = [(pipe, method) for pipe in pipes for method in pipe.methods]
-    cases.sort(key=lambda c: ("cfg", "guided", "unguided").index(c[1]))
-    made: list[tuple[str, str, np.ndarray]] = []
-    for i, (pipe, method) in enumerate(cases):
-        say(f"drawing {method}", i, len(cases))
-        pictures = pipe(prompts, steps=FIDELITY_STEPS, guidance=plan.guidance, seed=seeds, method=method,
-                        schedule=plan.schedule, size=plan.size)  # fmt: skip
-        made.append((pipe.name, method, np.stack([p.pixels for p in pictures])))
-    if not made or made[0][1] != "cfg":
-        return [], None
-    from . import fidelity
-
-    teacher = made[0][2]
-    features = _features([pixels for _, _, pixels in made])
-    rows = []
-    for i, (engine, method, pixels) in enumerate(made):
-        if i == 0:
-            continue
-        db = fidelity.psnr(pixels, teacher)
-        row: dict[str, Any] = {
-            "engine": engine, "method": method, "steps": FIDELITY_STEPS, "guidance": plan.guidance,
-            "pictures": len(pixels),
-            "psnr_to_cfg_db": round(float(db.mean()), 2),
-        }  # fmt: skip
-        if features is not None:
-            row["feature_cosine_to_cfg"] = round(float(fidelity.cosine(features[i], features[0]).mean()), 4)
-        rows.append(row)
-    w = f"w = {plan.guidance:g}"
-    labels = {
-        "cfg": f"teacher, CFG\n2 passes, {w}",
-        "guided": f"guided\n1 pass, {w}",
-        "unguided": "no guidance\n1 pass",
-    }
-    shown = len(PROMPTS) // 2
-    grid = PictureGrid(
-        list(PROMPTS[:shown]),
-        [(labels[method], pixels[:shown]) for _, method, pixels in made],
-        f"{STYLES[0]} style, {FIDELITY_STEPS} steps",
-    )
-    return rows, grid
-
-
-def _features(pictures: list[np.ndarray]) -> list[np.ndarray] | None:
-    """EfficientNet features of each set, or None where the package is not installed."""
-    if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        return None
-    from .fidelity import FeatureExtractor
-
-    extractor = FeatureExtractor()
-    return [extractor(p) for p in pictures]
-
-
-def write_grid(grid: PictureGrid, path: Path) -> None:
-    """The picture grid as a PNG; an existing file is replaced only once the new one is whole."""
-    from PIL import Image
-
-    from ..runtime.images import grid as draw
-
-    pixels = draw(
-        [(label, list(pictures)) for label, pictures in grid.rows],
-        grid.columns,
-        f"{grid.caption}, the same seed down each column",
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    Image.fromarray(pixels).save(beside, format="PNG")
-    beside.replace(path)

@@ -20,8 +20,8 @@ class ClipScorer:
     """CLIP score (Hessel et al. 2021, without their factor 2.5): 100 · max(cos(picture, prompt), 0).
 
     Args:
-        folder: as transformers' ``CLIPModel.save_pretrained`` writes it, with its tokenizer; ``preprocessor_config.json``
-            gives mean and spread of the pixels, OpenAI's where it is missing.
+        folder: as transformers' ``CLIPModel.save_pretrained`` writes it, with its tokenizer; mean and spread of the
+            pixels come from its ``preprocessor_config.json``, or are OpenAI's where there is none.
 
     Raises:
         InputError: if it holds no CLIP model in safetensors, or no tokenizer.

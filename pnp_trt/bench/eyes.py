@@ -61,7 +61,7 @@ class Eyes:
         return (time.perf_counter() - start) / _TRIAL
 
     def look(self, pixels: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """What is seen of pictures ``[N, H, W, 3]``: ``features``, ``inception``, ``clip`` (a score each), as there is."""
+        """What is seen of pictures ``[N, H, W, 3]``: ``features``, ``inception``, ``clip`` (scores), as there is."""
         found = {}
         if self.efficientnet is not None:
             found["features"] = self.efficientnet(pixels)

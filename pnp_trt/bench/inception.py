@@ -46,22 +46,23 @@ def frechet(real: np.ndarray, generated: np.ndarray, *, seed: int = 0, draws: in
 
 
 def _distance(x: np.ndarray, y: np.ndarray) -> float:
-    factors, spread = [], 0.0
+    factors: list[np.ndarray] = []
+    spread = 0.0
     for z in (x, y):
         centred = (z - z.mean(0)) / np.sqrt(len(z) - 1)
         spread += float((centred**2).sum())
         # covariance is factor' · factor; the smaller of two factors will do
-        factors.append(centred if len(centred) <= centred.shape[1] else np.linalg.qr(centred, mode="r"))
+        factors.append(centred if len(centred) <= centred.shape[1] else np.asarray(np.linalg.qr(centred, mode="r")))
     # the eigenvalues of Σ₁Σ₂ are the squared singular values of the factors' product
     cross = float(np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum())
     return float(((x.mean(0) - y.mean(0)) ** 2).sum()) + spread - 2 * cross
 
 
 class Inception:
-    """Inception v3 up to its pooled features, from a ``.safetensors`` of pytorch-fid's, torch-fidelity's or torchvision's.
+    """Inception v3 up to its pooled features, with weights of pytorch-fid, torch-fidelity or torchvision.
 
     Args:
-        path: the weights; their names are torchvision's.
+        path: a ``.safetensors`` of the state dict; its names are torchvision's, which the others kept.
 
     Raises:
         InputError: if the file is no safetensors, or lacks weights of the network.
@@ -97,7 +98,7 @@ class Inception:
         self._device = device
 
     def __call__(self, pictures: np.ndarray, batch: int = 16) -> np.ndarray:
-        """Features float32 ``[N, 2048]`` of uint8 ``[N, H, W, 3]``, resized to 299 × 299 (bilinear), scaled to [-1, 1]."""
+        """Features float32 ``[N, 2048]`` of uint8 ``[N, H, W, 3]``: resized to 299 × 299 (bilinear), in [-1, 1]."""
         import torch
         import torch.nn.functional as F
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .latency import Case
 
 #: pictures of the trial's larger batch, and the steps that it times
@@ -30,13 +32,13 @@ class Pace:
 def trial(
     case: Case, prompts: Sequence[str], guidance: float, largest: int, clock: Callable[[], float] = time.perf_counter
 ) -> Pace:
-    """The pace of a case from two steps at batch 1 and at batch 4, or the ``largest`` it takes, warmed up by one each."""
+    """The pace of a case from two steps at batch 1 and at batch 4 (or the ``largest``), each warmed up by one."""
     at: dict[int, float] = {}
     for batch in (1, min(_TRIAL_BATCH, largest)):
         texts = [prompts[i % len(prompts)] for i in range(batch)]
         context, noise = case.pipe.encode(texts), case.pipe.noise(list(range(batch)))
 
-        def loop(steps: int, context=context, noise=noise) -> float:  # type: ignore[no-untyped-def]
+        def loop(steps: int, context: np.ndarray = context, noise: np.ndarray = noise) -> float:
             start = clock()
             case.pipe.denoise(context, noise, steps=steps, guidance=guidance, method=case.method)
             return clock() - start

@@ -1,4 +1,4 @@
-"""Fidelity rows: how good pictures are (KID, alignment) and how close to the teacher's CFG, over steps, w and methods."""
+"""Fidelity rows: how good pictures are (KID, alignment) and how close to the teacher's CFG, over steps and w."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.baselines import INTERVAL, guided_steps
 from ..runtime.pipeline import Pipeline
 from . import fidelity
 from .eyes import Eyes
@@ -18,7 +19,7 @@ from .tasks import Task, real_features, real_key
 from .work import Work
 
 #: in the order of the tables; ``cfg-two-passes`` draws what ``cfg`` draws
-METHODS = ("cfg", "guided", "unguided", "cfg-interval", "cfg-fewer-steps")
+METHODS = ("cfg", "guided", "unguided", INTERVAL, "cfg-fewer-steps")
 #: the grid's rows
 _SHOWN = ("cfg", "guided", "unguided")
 #: a picture's side in the document, in pixels, at most
@@ -76,7 +77,7 @@ def plan_rows(pipes: Sequence[Pipeline], plan: Plan) -> tuple[list[Row], list[di
                     drawn, taken = method, steps
                     if method == "cfg-fewer-steps":
                         drawn, taken = "cfg", max(steps // 2, 1)
-                    if drawn not in (*pipe.methods, *getattr(pipe, "baselines", ())):
+                    if drawn not in pipe.methods + pipe.baselines:
                         continue
                     if pipe.sampling_steps not in (None, taken):
                         why = f"its guide was distilled for {pipe.sampling_steps} steps alone"
@@ -129,11 +130,10 @@ class Studio:
 
     def _draw(self, cell: Cell, callback: Callable[[int, int], Any] | None) -> dict[str, np.ndarray]:
         task, pipe = self.task, self.pipes[cell.engine]
-        told = (lambda i, n: callback(i, n) if callback else None) if callback else None
         drawn = pipe(
             [*task.prompts, *task.shown], steps=cell.steps, seed=[*task.seeds, *task.shown_seeds], method=cell.method,
             guidance=self.plan.guidance[0] if cell.guidance is None else cell.guidance, schedule=self.plan.schedule,
-            size=self.plan.size, callback=told,
+            size=self.plan.size, callback=callback,
         )  # fmt: skip
         pixels = np.stack([p.pixels for p in drawn])
         measured = pixels[: len(task.prompts)]
@@ -189,10 +189,8 @@ class Studio:
         """U-Net passes of a picture."""
         if cell.method == "cfg":
             return 2 * cell.steps
-        if cell.method != "cfg-interval":
+        if cell.method != INTERVAL:
             return cell.steps
-        from ..runtime.baselines import guided_steps
-
         pipe = self.pipes[cell.engine]
         table = pipe.schedule(cell.steps, self.plan.schedule)
         return cell.steps + int(guided_steps(table, pipe.guided_interval()).sum())
@@ -218,7 +216,7 @@ class Studio:
             }
             for row in order if shown[row.cell] is row
         ]  # fmt: skip
-        steps = " and ".join(map(str, sorted({r["steps"] for r in made})))
+        steps = " and ".join(map(str, sorted({row.cell.steps for row in order})))
         caption = f"{self.task.shown[0].rpartition(', ')[2]}, {steps} steps" if self.bundled else f"{steps} steps"
         return {"columns": list(self.task.columns), "rows": encode_pictures(made), "caption": caption}
 

@@ -11,6 +11,7 @@ from typing import Any
 from .. import __version__
 from ..artifacts import cached_sha256, find_bundle, read_manifest
 from ..errors import InputError, PnpError
+from ..runtime.baselines import INTERVAL, guided_steps
 from ..runtime.pipeline import Pipeline
 from . import cost, latency, results
 from .pace import Meter, Pace, Progress, about, trial
@@ -103,13 +104,15 @@ class _Bench:
         self._prepare()
         if "latency" in plan.parts:
             self._latency()
-        evaluated, reason, pictures = self._fidelity()
+        evaluated, reason, pictures = self._quality_of_pictures()
         settings = {**plan.as_dict(), "suite": suite, "base": self.base, **self._drawn}
+        tables = {k: self.rows.get(k, []) for k in ("cost", "methods_cost", "latency", "fidelity")}
         made = results.document(
-            command, settings=settings, task_quality_evaluated=evaluated, pictures=pictures,
-            **{k: self.rows[k] for k in ("cost", "methods_cost", "latency", "fidelity") if k in self.rows},
+            command, settings=settings, task_quality_evaluated=evaluated, pictures=pictures, **tables,  # type: ignore[arg-type]
         )  # fmt: skip
-        return made | {"task_quality_reason": reason, "left_out": self.left_out}
+        return made | {
+            "task_quality_reason": reason, "left_out": self.left_out, "published": self.rows.get("published", []),
+        }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- estimate
 
@@ -122,7 +125,7 @@ class _Bench:
             return
         if self._progress is not None:
             self._progress("trying every method, for an estimate", 0, 1)
-        self.paces = {c.label: trial(c, _TIMED, plan.guidance[0], c.pipe.largest_batch(plan.size)) for c in self.cases}
+        self.paces = {c.label: trial(c, _TIMED, plan.guidance[0], self._largest(c)) for c in self.cases}
         if "latency" in parts:
             for steps, batch in self._blocks():
                 passes = plan.rounds + plan.warmup
@@ -165,7 +168,14 @@ class _Bench:
                 raise
             self._leave_out("cost", f"the engines' base model is not at hand ({e})")
             return
-        self.rows["methods_cost"] = cost.method_rows(self.rows["cost"], steps=max(self.plan.loops))
+        steps = max(self.plan.loops)
+        guided = next((self._guided_steps(pipe, steps) for pipe in self.pipes if INTERVAL in pipe.baselines), None)
+        self.rows["methods_cost"] = cost.method_rows(self.rows["cost"], steps=steps, guided_steps=guided)
+        self.rows["published"] = cost.published_rows(self.base, self.rows["cost"])
+
+    def _guided_steps(self, pipe: Pipeline, steps: int) -> int:
+        """Steps of CFG on an interval that take two passes."""
+        return int(guided_steps(pipe.schedule(steps, self.plan.schedule), pipe.guided_interval()).sum())
 
     def _leave_out(self, what: str, why: str) -> None:
         self.left_out.append({"what": what, "why": why})
@@ -176,14 +186,24 @@ class _Bench:
         return [(steps, batch) for steps in self.plan.loops for batch in self.plan.batches if self._cases(batch)]
 
     def _cases(self, batch: int) -> list[latency.Case]:
-        return [c for c in self.cases if c.pipe.largest_batch(self.plan.size) >= batch]
+        return [c for c in self.cases if self._largest(c) >= batch]
 
     def _block_key(self, steps: int, batch: int) -> list[Any]:
         plan = self.plan
         return [
             steps, batch, plan.rounds, plan.warmup, plan.guidance[0], plan.schedule, plan.size, plan.provider,
-            [(c.label, c.pipe.bundle.manifest["seal"]) for c in self._cases(batch)],
+            [[c.label, self._seal(c)] for c in self._cases(batch)],
         ]  # fmt: skip
+
+    def _largest(self, case: latency.Case) -> int:
+        """The largest batch that a case can be timed at; peers take any."""
+        pipe = case.pipe
+        return pipe.largest_batch(self.plan.size) if isinstance(pipe, Pipeline) else max(self.plan.batches)
+
+    @staticmethod
+    def _seal(case: latency.Case) -> str:
+        """What determines a case besides its name."""
+        return str(case.pipe.bundle.manifest["seal"]) if isinstance(case.pipe, Pipeline) else case.pipe.name
 
     def _has_block(self, steps: int, batch: int) -> bool:
         return self.work.has("latency", self._block_key(steps, batch))
@@ -225,7 +245,7 @@ class _Bench:
         self.left_out += left_out
         self.cells = quality.cells_of(self.wanted)
 
-    def _fidelity(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
+    def _quality_of_pictures(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
         """Whether quality was measured, why not, and the pictures."""
         if "fidelity" not in self.plan.parts:
             self.rows["fidelity"] = []

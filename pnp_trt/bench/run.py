@@ -105,7 +105,8 @@ class _Bench:
         if "latency" in plan.parts:
             self._latency()
         evaluated, reason, pictures = self._quality_of_pictures()
-        settings = {**plan.as_dict(), "suite": suite, "base": self.base, **self._drawn}
+        names = [pipe.name for pipe in self.pipes]
+        settings = {**plan.as_dict(), "suite": suite, "base": self.base, "engines": names, **self._drawn}
         tables = {k: self.rows.get(k, []) for k in ("cost", "methods_cost", "latency", "fidelity")}
         made = results.document(
             command, settings=settings, task_quality_evaluated=evaluated, pictures=pictures, **tables,  # type: ignore[arg-type]

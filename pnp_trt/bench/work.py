@@ -77,7 +77,7 @@ class Work:
             try:
                 with np.load(path) as found:
                     return dict(found)
-            except (OSError, ValueError, zipfile.BadZipFile):  # damaged: made again
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # damaged: made again
                 pass
         value = dict(make())
         beside = path.with_suffix(".part.npz")

@@ -145,6 +145,11 @@ class Pipeline:
             self._tables[key] = table
         return table
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the U-Net runs on a GPU."""
+        return self.loops is not None or "cuda" in self._unet.describe().device.lower()
+
     def guided_interval(self) -> Interval:
         """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is asked for."""
         return baselines.default_interval(self._scheduler)

@@ -48,6 +48,10 @@ def bench(
     peers: Annotated[
         bool | None, typer.Option("--peers/--no-peers", help="Time other toolkits where they are installed.")
     ] = None,
+    memory: Annotated[
+        bool | None, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for every row.")
+    ] = None,
+    cold_starts: Annotated[int | None, typer.Option(help="Cold starts of every engine, default 5; 0 for none.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     grid_file: Annotated[
@@ -76,6 +80,7 @@ def bench(
         "guidance": tuple(guidance or ()), "pictures": pictures, "prompts": _text(prompts), "real": _text(real),
         "inception": _text(inception), "clip": _text(clip), "size": None if size is None else parse_size(size),
         "schedule": schedule, "provider": provider, "peers": peers,
+        "memory": memory, "cold_starts": cold_starts,
     }  # fmt: skip
     plan = suites.make_plan(suite, quick, given)
     plans.check(plan)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .latency import Case
+from .cases import Case
 
 #: pictures of the trial's larger batch, and the steps that it times
 _TRIAL_BATCH, _TRIAL_STEPS = 4, 2
@@ -40,7 +40,7 @@ def trial(
 
         def loop(steps: int, context: np.ndarray = context, noise: np.ndarray = noise) -> float:
             start = clock()
-            case.pipe.denoise(context, noise, steps=steps, guidance=guidance, method=case.method)
+            case.denoise(context, noise, steps=steps, guidance=guidance, schedule=None)
             return clock() - start
 
         loop(1)

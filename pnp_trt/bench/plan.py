@@ -18,6 +18,7 @@ PICTURES, PICTURES_UNJUDGED = 256, 32
 #: what ``--quick`` asks for instead of the defaults
 QUICK: dict[str, Any] = {
     "batches": (1, 4), "steps": (4, 8), "timed_steps": (8,), "rounds": 4, "guidance": (3.0,), "pictures": 32,
+    "peers": False, "memory": False, "cold_starts": 1,
 }  # fmt: skip
 _PICTURES = (2, 50_000)
 _BATCHES = (1, 32)
@@ -47,6 +48,8 @@ class Plan:
         inception: Inception weights (``.safetensors``) for the FID of the literature.
         clip: a transformers CLIP folder for the CLIP score.
         peers: whether other toolkits are timed where they are installed.
+        memory: whether peak memory is measured, in a process of its own for every row.
+        cold_starts: starts of a new process that are timed for every engine; 0 for none.
     """
 
     engines: tuple[str, ...] = ()
@@ -68,6 +71,8 @@ class Plan:
     inception: str | None = None
     clip: str | None = None
     peers: bool = True
+    memory: bool = True
+    cold_starts: int = 5
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -109,6 +114,8 @@ def check(plan: Plan) -> None:
             raise InputError(f"{name} names {twice} twice; name each value once")
     if plan.rounds < 1 or plan.warmup < 0:
         raise InputError(f"rounds is {plan.rounds} and warmup {plan.warmup}; they must be at least 1 and 0")
+    if not 0 <= plan.cold_starts <= 1000:
+        raise InputError(f"cold-starts is {plan.cold_starts}; it must be between 0 and 1000")
     if plan.pictures is not None and not _PICTURES[0] <= plan.pictures <= _PICTURES[1]:
         raise InputError(f"pictures is {plan.pictures}; it must be between {_PICTURES[0]} and {_PICTURES[1]:,}")
     if plan.size is not None and "cost" in plan.parts:

@@ -13,14 +13,13 @@ from ..artifacts import cached_sha256, find_bundle, read_manifest
 from ..errors import InputError, PnpError
 from ..runtime.baselines import INTERVAL, guided_steps
 from ..runtime.pipeline import Pipeline
-from . import cost, latency, results
-from .pace import Meter, Pace, Progress, about, trial
+from . import cost, results
+from .pace import Meter, Progress, about
 from .plan import Plan, check, wanted_engines
-from .tasks import PROMPTS, STYLES, make_task, real_key
+from .quality import Cell, Studio, cells_of, plan_rows, verdict
+from .tasks import make_task, real_key
+from .timing import Timing
 from .work import Work
-
-#: prompts of the timed loop
-_TIMED = [f"{p}, {STYLES[0]} style" for p in PROMPTS]
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -84,17 +83,13 @@ class _Bench:
         self.work, self._progress, self._tell = work, progress, tell
         self.left_out: list[dict[str, str]] = []
         self.base = self._base()
-        self.cases = [latency.Case(pipe, method) for pipe in self.pipes for method in self._timed_methods(pipe)]
+        self.timing = Timing(self.pipes, self.plan, self.base, work)
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self._drawn: dict[str, Any] = {}
 
     def _base(self) -> str:
         """The base whose networks are counted: the engines' own, where there are engines."""
         return self.pipes[0].bundle.manifest["base"]["name"] if self.pipes else self.plan.base
-
-    @staticmethod
-    def _timed_methods(pipe: Pipeline) -> tuple[str, ...]:
-        return pipe.methods
 
     def document(self, command: Sequence[str], suite: str | None) -> dict[str, Any]:
         """Measure all parts."""
@@ -103,7 +98,9 @@ class _Bench:
             self._cost()
         self._prepare()
         if "latency" in plan.parts:
-            self._latency()
+            self.rows["cold_start"] = self.timing.cold_starts(self.meter)
+            self.rows["latency"] = self.timing.measure(self.meter, self.rows.get("cost", ()))
+        self.left_out += self.timing.left_out
         evaluated, reason, pictures = self._quality_of_pictures()
         names = [pipe.name for pipe in self.pipes]
         settings = {**plan.as_dict(), "suite": suite, "base": self.base, "engines": names, **self._drawn}
@@ -112,43 +109,38 @@ class _Bench:
             command, settings=settings, task_quality_evaluated=evaluated, pictures=pictures, **tables,  # type: ignore[arg-type]
         )  # fmt: skip
         return made | {
-            "task_quality_reason": reason, "left_out": self.left_out, "published": self.rows.get("published", []),
+            "task_quality_reason": reason, "left_out": self.left_out, "device": self.timing.device,
+            **{k: self.rows.get(k, []) for k in ("published", "cold_start")},
         }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- estimate
 
     def _prepare(self) -> None:
         """Say how long it will take, from a short trial of every method."""
-        plan, jobs = self.plan, {}
-        parts = [p for p in ("latency", "fidelity") if p in plan.parts]
-        if not parts:
-            self.meter = Meter({}, self._progress)
-            return
-        if self._progress is not None:
-            self._progress("trying every method, for an estimate", 0, 1)
-        self.paces = {c.label: trial(c, _TIMED, plan.guidance[0], self._largest(c)) for c in self.cases}
+        parts = [p for p in ("latency", "fidelity") if p in self.plan.parts]
+        jobs: dict[str, float] = {}
+        kept = 0
+        if parts:
+            if self._progress is not None:
+                self._progress("trying every method, for an estimate", 0, 1)
+            self.timing.try_out()
         if "latency" in parts:
-            for steps, batch in self._blocks():
-                passes = plan.rounds + plan.warmup
-                jobs[_block(steps, batch)] = passes * sum(
-                    self.paces[c.label].seconds(batch, steps) for c in self._cases(batch)
-                )
+            jobs |= self.timing.jobs()
+            kept += self.timing.kept()
         if "fidelity" in parts:
             self._plan_fidelity()
-            for cell in self.cells:
-                jobs[cell.label] = self._drawing_seconds(cell)
+            jobs |= {cell.label: self._drawing_seconds(cell) for cell in self.cells}
+            kept += sum(self.studio.has(c) for c in self.cells)
         self.meter = Meter(jobs, self._progress)
-        kept = sum(1 for steps, batch in self._blocks() if self._has_block(steps, batch)) if "latency" in parts else 0
-        kept += sum(self.studio.has(c) for c in self.cells) if "fidelity" in parts else 0
-        known = f"; {kept} of its {len(jobs)} pieces are there already" if kept else ""
-        self._tell(f"this run takes {about(self.meter.total)} in all{known}")
+        if parts:
+            known = f"; {kept} of its {len(jobs)} pieces are there already" if kept else ""
+            self._tell(f"this run takes {about(self.meter.total)} in all{known}")
 
-    def _drawing_seconds(self, cell: Any) -> float:
+    def _drawing_seconds(self, cell: Cell) -> float:
         task, pipe = self.studio.task, self.studio.pipes[cell.engine]
         count = len(task.prompts) + len(task.shown)
         most = pipe.largest_batch(self.plan.size)
-        # a method without a trial of its own (CFG on an interval) lies between no guidance and CFG
-        pace = self.paces.get(f"{cell.engine}/{cell.method}") or self.paces.get(f"{cell.engine}/cfg") or Pace(0, 0)
+        pace = self.timing.paces[f"{cell.engine}/{cell.method}"]
         batches = [most] * (count // most) + ([count % most] if count % most else [])
         return sum(pace.seconds(b, cell.steps) for b in batches) + count * self.looking
 
@@ -181,77 +173,23 @@ class _Bench:
     def _leave_out(self, what: str, why: str) -> None:
         self.left_out.append({"what": what, "why": why})
 
-    # ------------------------------------------------------------------------------------------------- latency
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        return [(steps, batch) for steps in self.plan.loops for batch in self.plan.batches if self._cases(batch)]
-
-    def _cases(self, batch: int) -> list[latency.Case]:
-        return [c for c in self.cases if self._largest(c) >= batch]
-
-    def _block_key(self, steps: int, batch: int) -> list[Any]:
-        plan = self.plan
-        return [
-            steps, batch, plan.rounds, plan.warmup, plan.guidance[0], plan.schedule, plan.size, plan.provider,
-            [[c.label, self._seal(c)] for c in self._cases(batch)],
-        ]  # fmt: skip
-
-    def _largest(self, case: latency.Case) -> int:
-        """The largest batch that a case can be timed at; peers take any."""
-        pipe = case.pipe
-        return pipe.largest_batch(self.plan.size) if isinstance(pipe, Pipeline) else max(self.plan.batches)
-
-    @staticmethod
-    def _seal(case: latency.Case) -> str:
-        """What determines a case besides its name."""
-        return str(case.pipe.bundle.manifest["seal"]) if isinstance(case.pipe, Pipeline) else case.pipe.name
-
-    def _has_block(self, steps: int, batch: int) -> bool:
-        return self.work.has("latency", self._block_key(steps, batch))
-
-    def _latency(self) -> None:
-        """Block by block; a block's rounds are never split between processes, so its ratios stay paired."""
-        plan = self.plan
-        self.rows["latency"] = []
-        for pipe in self.pipes:
-            if too_many := [b for b in plan.batches if b > pipe.largest_batch(plan.size)]:
-                why = f"the engine takes batches up to {pipe.largest_batch(plan.size)}"
-                self._leave_out(f"latency of {pipe.name} at batch {' and '.join(map(str, too_many))}", why)
-        for steps, batch in self._blocks():
-            job = _block(steps, batch)
-            self.meter.begin(job, f"timing, batch {batch}, {steps} steps")
-
-            def make(steps: int = steps, batch: int = batch) -> list[dict[str, Any]]:
-                made = latency.measure(
-                    self._cases(batch), batches=(batch,), steps=steps, rounds=plan.rounds, warmup=plan.warmup,
-                    guidance=plan.guidance[0], prompts=_TIMED, schedule=plan.schedule, size=plan.size,
-                    progress=lambda done, total, what: self.meter.within(done, total),
-                )  # fmt: skip
-                return [row.as_dict() for row in made]
-
-            rows, earlier = self.work.table("latency", self._block_key(steps, batch), make)
-            self.rows["latency"] += [{**row, "resumed": earlier} for row in rows]
-            self.meter.end(job, kept=earlier)
-
     # ------------------------------------------------------------------------------------------------ fidelity
 
     def _plan_fidelity(self) -> None:
-        from . import quality
         from .eyes import Eyes
 
         task, eyes = make_task(self.plan, self.base), Eyes(self.plan)
         self.looking = eyes.pace(self.pipes[0].size if self.plan.size is None else self.plan.size)
-        self.studio = quality.Studio(self.pipes, self.plan, task, eyes, self.work)
-        self.wanted, left_out = quality.plan_rows(self.pipes, self.plan)
+        self.studio = Studio(self.pipes, self.plan, task, eyes, self.work)
+        self.wanted, left_out = plan_rows(self.pipes, self.plan)
         self.left_out += left_out
-        self.cells = quality.cells_of(self.wanted)
+        self.cells = cells_of(self.wanted)
 
     def _quality_of_pictures(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
         """Whether quality was measured, why not, and the pictures."""
         if "fidelity" not in self.plan.parts:
             self.rows["fidelity"] = []
             return False, f"the fidelity part was not run (--only {self.plan.only})", None
-        from . import quality
         from .fidelity import EXTRACTOR
 
         studio = self.studio
@@ -265,7 +203,7 @@ class _Bench:
         rows = [studio.measure(row, self.rows.get("cost", ())) for row in self.wanted]
         # CFG at the largest number of steps is what the others are compared with: it stays, for its KID
         self.rows["fidelity"] = [r for r in rows if r["method"] != "cfg" or set(r) - _BARE]
-        evaluated, reason = quality.verdict(self.rows["fidelity"], studio.task, studio.eyes)
+        evaluated, reason = verdict(self.rows["fidelity"], studio.task, studio.eyes)
         if reason is not None:
             self._leave_out("quality of the pictures", reason)
         real = studio.task.real
@@ -290,10 +228,6 @@ def headline(pictures: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "caption": f"{style}, {first['steps']} steps" if style else f"{first['steps']} steps",
     }
-
-
-def _block(steps: int, batch: int) -> str:
-    return f"batch {batch}, {steps} steps"
 
 
 def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | None:

@@ -13,8 +13,8 @@ from ..errors import InputError
 from .plan import QUICK, Plan
 
 _LISTS = {"engines": str, "batches": int, "steps": int, "timed_steps": int, "guidance": float}
-_NUMBERS = {"rounds": int, "warmup": int, "pictures": int}
-_SWITCHES = ("quick", "peers")
+_NUMBERS = {"rounds": int, "warmup": int, "pictures": int, "cold_starts": int}
+_SWITCHES = ("quick", "peers", "memory")
 #: paths are looked up beside the suite's file
 _PATHS = ("prompts", "real", "inception", "clip")
 

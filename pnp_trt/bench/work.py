@@ -15,7 +15,7 @@ import numpy as np
 
 from ..artifacts import digest, write_json
 from ..errors import InputError
-from ..runs import claim
+from ..runs import RECORD, claim
 
 
 class Work:
@@ -26,7 +26,7 @@ class Work:
         settings: what the whole run is of: see :func:`~pnp_trt.runs.claim`.
         resume: whether to continue the run that ``folder`` holds.
 
-    Use it in a ``with`` block; ``done`` says that the results are written and the folder can go.
+    Use it in a ``with`` block: an error keeps the folder if anything is finished; ``done`` says that the results are written and the folder can go.
 
     Raises:
         InputError: if ``folder`` holds something else, or this run and ``resume`` is false.
@@ -46,7 +46,8 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if not self.kept:
+        nothing = all(path.name == RECORD for path in self.folder.glob("*"))
+        if not self.kept or (error is not None and nothing):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def done(self) -> None:

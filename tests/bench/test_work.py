@@ -35,6 +35,9 @@ def test_an_error_keeps_what_is_finished(tmp_path: Path) -> None:
         work.table("a", 1, lambda: 1)
         work.table("b", 1, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert [p.name[0] for p in sorted((tmp_path / "w").iterdir())] == ["a", "r"]  # the piece, and run.json
+    with pytest.raises(InputError), Work(tmp_path / "v", {}):
+        raise InputError("before anything was measured")
+    assert not (tmp_path / "v").exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"half a fi", b'{"x": '])

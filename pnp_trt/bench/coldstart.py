@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pnp_trt.artifacts import find_bundle, read_manifest
 from pnp_trt.errors import InputError, PnpError
 
 PROMPT = "a red apple"
@@ -36,11 +37,12 @@ def measure(
     The row has `engine`, `seconds` (each start's), `p50_s`, `imports_s` (median of what Python spends on the imports,
     of starts apart with their times shown, which are slower) and `boundary`.
 
-    Raises InputError for less than one round, PnpError if a start fails.
+    Raises InputError for less than one round or an engine that is not there, PnpError if a start fails.
     """
+    name = read_manifest(find_bundle(engine))["name"]
     seconds, imports = starts(engine, rounds=rounds, steps=steps, provider=provider, progress=progress)
     return {
-        "engine": engine,
+        "engine": name,
         "seconds": seconds,
         "p50_s": round(float(np.median(seconds)), 3),
         "imports_s": round(float(np.median(imports)), 3),

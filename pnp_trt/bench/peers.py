@@ -8,6 +8,7 @@ part of any time. Nothing heavy is imported before `load` is called.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -226,7 +227,11 @@ def _diffusers(model: Any, device: str, precision: str) -> Any:
 
 
 def _optimum(folder: Path, device: str, threads: int | None) -> Any:
-    """optimum-onnx's pipeline, exported when it is loaded (its documentation: `from_pretrained(..., export=True)`)."""
+    """optimum-onnx's pipeline, exported when it is loaded.
+
+    Tried with optimum-onnx 0.1.0, transformers 4.57.6 and diffusers 0.35.2 on a random Stable Diffusion of a few
+    hundred thousand weights: its pictures were those of diffusers to one level of 255.
+    """
     import onnxruntime as ort
 
     module = importlib.import_module("optimum.onnxruntime")
@@ -234,7 +239,7 @@ def _optimum(folder: Path, device: str, threads: int | None) -> Any:
     if threads:
         options.intra_op_num_threads = threads
     pipe = module.ORTStableDiffusionPipeline.from_pretrained(
-        folder,
+        str(folder),  # of a Path it cannot tell which library it is of
         export=True,
         provider="CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider",
         session_options=options,
@@ -260,14 +265,24 @@ def _cannot(kind: str, base: str, provider: str) -> str | None:
     if kind == COMPILED and provider == "cpu" and sys.platform != "win32" and not _compiler():
         return "torch.compile needs a C++ compiler on a CPU and none was found; install g++"
     if kind == OPTIMUM:
-        if importlib.util.find_spec("optimum") is None:
+        if not _optimum_installed():
             return (
                 "it is not installed; pip install optimum-onnx (release 0.1 wants transformers below 4.58, "
                 "so in an environment of its own)"
             )
+        if (vae := model.config("vae").get("_class_name")) == "AutoencoderTiny":
+            return f"the decoder of base '{base}' is an {vae}, which its export does not know"
         if model.unet_file is not None:
             return f"base '{base}' keeps its U-Net in a file of its own, and it loads whole folders"
     return None
+
+
+def _optimum_installed() -> bool:
+    try:
+        importlib.metadata.version("optimum-onnx")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _compiler() -> str | None:

@@ -150,6 +150,14 @@ class Pipeline:
         """Whether the U-Net runs on a GPU."""
         return self.loops is not None or "cuda" in self._unet.describe().device.lower()
 
+    def facts(self) -> dict[str, dict[str, int]]:
+        """What the runtime tells of each network, by its name in the manifest; see ``Network.facts``."""
+        held = {
+            "text_encoder": self._text, "unet": self._unet, "vae_decoder": self._vae, "vae_encoder": self._encoder,
+            "condition": self._condition,
+        }  # fmt: skip
+        return {name: network.facts() for name, network in held.items() if network is not None}
+
     def guided_interval(self) -> Interval:
         """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is asked for."""
         return baselines.default_interval(self._scheduler)

@@ -26,7 +26,8 @@ class Work:
         settings: what the whole run is of: see :func:`~pnp_trt.runs.claim`.
         resume: whether to continue the run that ``folder`` holds.
 
-    Use it in a ``with`` block: an error keeps the folder if anything is finished; ``done`` says that the results are written and the folder can go.
+    Use it in a ``with`` block: an error keeps the folder if anything is finished; ``done`` says that the results are
+    written and the folder can go.
 
     Raises:
         InputError: if ``folder`` holds something else, or this run and ``resume`` is false.

@@ -166,18 +166,18 @@ def bench(
     for name in run.wanted_engines(plan):
         _build_if_missing(name, quiet=False)
     with _Bar("bench", None) as bar:
-        document, grid = run.run(plan, command=sys.argv[1:], progress=bar.note)
+        document = run.run(plan, command=sys.argv[1:], progress=bar.note)
     _console().print(report.render_terminal(document))
     if grid_file is not None:
-        if grid is None:
+        if document["pictures"] is None:
             raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
-        run.write_grid(grid, grid_file)
+        run.write_grid(document, grid_file)
         print(f"pictures: {grid_file}")
     if json_file is not None:
         results.write(document, json_file)
         print(f"results:  {json_file}")
     if html_file is not None:
-        report.render_html(document, html_file, grid)
+        report.render_html(document, html_file)
         print(f"page:     {html_file}")
 
 

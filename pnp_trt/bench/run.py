@@ -15,7 +15,6 @@ from ..backends.profiles import Size
 from ..errors import InputError
 from ..runtime.pipeline import GUIDANCE, STEPS, Pipeline
 from .engines import engine_names
-from .report import PictureGrid
 
 PARTS = ("cost", "latency", "fidelity")
 #: prompts of the pictures and of the timed loop; the first eight fill the grid
@@ -75,10 +74,8 @@ def wanted_engines(plan: Plan) -> tuple[str, ...]:
     return plan.engines or engine_names(plan.base)
 
 
-def run(
-    plan: Plan, *, command: Sequence[str], progress: Progress | None = None
-) -> tuple[dict[str, Any], PictureGrid | None]:
-    """Measure; returns the document and, where fidelity ran, the picture grid.
+def run(plan: Plan, *, command: Sequence[str], progress: Progress | None = None) -> dict[str, Any]:
+    """Measure; returns the document, with the picture grid in it where fidelity ran.
 
     Raises:
         InputError: for unknown or damaged engines, or engines of different bases.
@@ -105,16 +102,9 @@ def run(
             prompts=[f"{p}, {STYLES[0]} style" for p in PROMPTS], schedule=plan.schedule, size=plan.size,
             progress=lambda done, total, what: say("timing", done, total),
         )  # fmt: skip
-    grid = None
     if "fidelity" in plan.parts:
-        rows["fidelity"], grid = _fidelity(pipes, plan, say)
-        if grid is not None:
-            rows["pictures"] = {
-                "prompts": list(grid.columns),
-                "rows": [label for label, _ in grid.rows],
-                "caption": grid.caption,
-            }
-    return results.document(["pnp-trt", *command], settings=asdict(plan), task_quality_evaluated=False, **rows), grid
+        rows["fidelity"], rows["pictures"] = _fidelity(pipes, plan, say)
+    return results.document(["pnp-trt", *command], settings=asdict(plan), task_quality_evaluated=False, **rows)
 
 
 def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | None:
@@ -136,7 +126,7 @@ def _open(names: Sequence[str], provider: str) -> list[Pipeline]:
     return [Pipeline.load(name, provider=provider) for name in names]
 
 
-def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[dict[str, Any]], PictureGrid | None]:
+def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[dict[str, Any]], Any]:
     """Distance of every method's pictures to the teacher's CFG pictures of the same seeds."""
     prompts = [f"{p}, {style} style" for style in STYLES for p in PROMPTS]
     seeds = list(range(len(prompts)))
@@ -150,7 +140,7 @@ def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[di
         made.append((pipe.name, method, np.stack([p.pixels for p in pictures])))
     if not made or made[0][1] != "cfg":
         return [], None
-    from . import fidelity
+    from . import fidelity, results
 
     teacher = made[0][2]
     features = _features([pixels for _, _, pixels in made])
@@ -158,14 +148,12 @@ def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[di
     for i, (engine, method, pixels) in enumerate(made):
         if i == 0:
             continue
-        db = fidelity.psnr(pixels, teacher)
         row: dict[str, Any] = {
             "engine": engine, "method": method, "steps": FIDELITY_STEPS, "guidance": plan.guidance,
-            "pictures": len(pixels),
-            "psnr_to_cfg_db": round(float(db.mean()), 2),
+            "pictures": len(pixels), "psnr_to_cfg_db": _mean(fidelity.psnr(pixels, teacher)),
         }  # fmt: skip
         if features is not None:
-            row["feature_cosine_to_cfg"] = round(float(fidelity.cosine(features[i], features[0]).mean()), 4)
+            row["feature_cosine_to_cfg"] = _mean(fidelity.cosine(features[i], features[0]))
         rows.append(row)
     w = f"w = {plan.guidance:g}"
     labels = {
@@ -174,12 +162,20 @@ def _fidelity(pipes: list[Pipeline], plan: Plan, say: Progress) -> tuple[list[di
         "unguided": "no guidance\n1 pass",
     }
     shown = len(PROMPTS) // 2
-    grid = PictureGrid(
-        list(PROMPTS[:shown]),
-        [(labels[method], pixels[:shown]) for _, method, pixels in made],
-        f"{STYLES[0]} style, {FIDELITY_STEPS} steps",
-    )
-    return rows, grid
+    grid = results.encode_pictures(
+        {"label": labels[method], "engine": engine, "method": method, "steps": FIDELITY_STEPS,
+         "guidance": plan.guidance, "pixels": pixels[:shown]}
+        for engine, method, pixels in made
+    )  # fmt: skip
+    caption = f"{STYLES[0]} style, {FIDELITY_STEPS} steps"
+    return rows, {"columns": list(PROMPTS[:shown]), "rows": grid, "caption": caption}
+
+
+def _mean(values: np.ndarray) -> dict[str, Any]:
+    """Mean over pictures with a 95 % bootstrap interval."""
+    draws = np.random.default_rng(0).integers(0, len(values), size=(2000, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "count": len(values)}
 
 
 def _features(pictures: list[np.ndarray]) -> list[np.ndarray] | None:
@@ -192,16 +188,18 @@ def _features(pictures: list[np.ndarray]) -> list[np.ndarray] | None:
     return [extractor(p) for p in pictures]
 
 
-def write_grid(grid: PictureGrid, path: Path) -> None:
-    """The picture grid as a PNG; an existing file is replaced only once the new one is whole."""
+def write_grid(document: dict[str, Any], path: Path) -> None:
+    """The document's pictures as one PNG; an existing file is replaced only once the new one is whole."""
     from PIL import Image
 
     from ..runtime.images import grid as draw
+    from .results import decode_pictures
 
+    pictures = document["pictures"]
     pixels = draw(
-        [(label, list(pictures)) for label, pictures in grid.rows],
-        grid.columns,
-        f"{grid.caption}, the same seed down each column",
+        [(label, list(stack)) for label, stack in decode_pictures(pictures)],
+        pictures["columns"],
+        f"{pictures['caption']}, the same seed down each column",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")

@@ -21,7 +21,9 @@ from pnp_trt.bench.words import plural, unit_of
 
 _LINES = ("-", "--", ":", "-.")
 #: Where a label may stand beside its point, best first: to the right or left, and how many half lines above it.
-_PLACES = tuple((right, up) for up in (0, 1, -1, 1.6, -1.6, 2.4, -2.4) for right in (1, -1, 0) if right or abs(up) > 1.5)
+_PLACES = tuple(
+    (right, up) for up in (0, 1, -1, 1.6, -1.6, 2.4, -2.4) for right in (1, -1, 0) if right or abs(up) > 1.5
+)
 _PANELS = 4  # numbers of steps whose curves over w are drawn
 
 
@@ -166,7 +168,9 @@ def _over_w(rows: Sequence[Mapping[str, Any]], measure: Measure, limits: tuple[f
             axis.axhline(values[0]["value"], color=paint, linewidth=1.4, linestyle="--", label=said)
             continue
         w = [float(row["guidance"]) for row in own]
-        axis.fill_between(w, [v["low"] for v in values], [v["high"] for v in values], color=paint, alpha=0.18, linewidth=0)
+        axis.fill_between(
+            w, [v["low"] for v in values], [v["high"] for v in values], color=paint, alpha=0.18, linewidth=0
+        )
         axis.plot(
             w, [v["value"] for v in values], line, marker=marker(key[1]), color=paint, linewidth=1.6, markersize=5,
             label=said,

@@ -1,4 +1,4 @@
-"""Which of a document's fidelity figures go into a chart, and where: the measure, the scale w, the compute, the time."""
+"""Which of a document's fidelity figures go into a chart, and where: measure, scale w, compute, time."""
 
 from __future__ import annotations
 

@@ -93,12 +93,14 @@ def _kid_headline(doc: Mapping[str, Any]) -> list[dict[str, str]]:
     if not both:
         return []
     steps, w = max(both, key=lambda one: (-abs(one[1] - 3), one[0]))
-    guided, cfg = kid["guided", steps, w]["kid"], kid["cfg", steps, w]["kid"]
+    row = kid["guided", steps, w]
+    guided, cfg = row["kid"], kid["cfg", steps, w]["kid"]
+    sure = " and ".join(estimate(one, 3).partition(" ")[2] for one in (guided, cfg))
+    made = f"{row['engine']}, lower is better; {plural(steps, 'step')}, w = {w:g}, {guided['count']} pictures"
     return [
         {
             "value": f"{guided['value']:.3f}",
             "name": f"KID; CFG has {cfg['value']:.3f}",
-            "detail": f"{kid['guided', steps, w]['engine']}, lower is better; {steps} steps, w = {w:g}, {guided['count']} pictures, 95 % intervals "
-            f"{estimate(guided, 3).partition(' ')[2]} and {estimate(cfg, 3).partition(' ')[2]}",
+            "detail": f"{made}, 95 % intervals {sure}",
         }
     ]

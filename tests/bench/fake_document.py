@@ -16,7 +16,8 @@ from pnp_trt.bench.latency import BOUNDARY
 COST: list[dict[str, Any]] = [
     dict(network="teacher", per="step", parameters=859_520_964, macs=401_640_000_000,
          macs_without_attention=338_610_000_000),
-    dict(network="guide-tiny", per="step", parameters=1_377_008, macs=7_900_000_000, macs_without_attention=7_500_000_000),
+    dict(network="guide-tiny", per="step", parameters=1_377_008, macs=7_900_000_000,
+         macs_without_attention=7_500_000_000),
     dict(network="guide-full", per="step", parameters=361_279_120, macs=137_900_000_000,
          macs_without_attention=116_420_000_000),
     dict(network="text-encoder", per="picture", parameters=123_060_480, macs=6_785_000_000,

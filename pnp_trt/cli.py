@@ -305,11 +305,13 @@ class _Bar:
         self._last = mark
 
 
+from .cli_compare import compare  # noqa: E402
 from .cli_distill import distill_app  # noqa: E402  (it uses what is above)
 from .cli_plug import plug  # noqa: E402
 from .cli_visualize import visualize  # noqa: E402
 
 app.add_typer(distill_app, name="distill")
+app.command()(compare)
 app.command()(plug)
 app.command()(visualize)
 

@@ -39,12 +39,12 @@ def pareto_charts(doc: Mapping[str, Any]) -> list[Chart]:
     if len(points) > 1:
         prefix, scale, _ = unit_of([point.x for point in points])
         name = f"MACs per picture, {prefix} (log scale)"
-        charts.append(_pareto(points, measure, scale, ("pareto-compute", f"against compute{at}", name)))
+        charts.append(_pareto(points, measure, scale, ("pareto-compute", f"Against compute{at}", name)))
     points = latency_points(doc, measure)
     if len(points) > 1:
         batch = min(row["batch"] for row in doc["latency"])
         name = f"ms per picture, batch {batch} (log scale)"
-        charts.append(_pareto(points, measure, 1, ("pareto-latency", f"against time{at}", name)))
+        charts.append(_pareto(points, measure, 1, ("pareto-latency", f"Against time{at}", name)))
     return charts
 
 
@@ -79,7 +79,7 @@ def _pareto(points: Sequence[Point], measure: Measure, scale: float, words: tupl
     titled(axis, title, x_name, measure.name)
     _legend(made, len(names) + 1)
     _label_steps(made, axis, points, scale)
-    said = f"{measure.name} {title}: {plural(len(points), 'point')}, labelled by number of steps, with 95 % intervals"
+    said = f"{measure.name}, {title.lower()}: {plural(len(points), 'point')}, labelled by steps, with 95 % intervals"
     return svg(made, name, said)
 
 
@@ -149,14 +149,16 @@ def scale_charts(doc: Mapping[str, Any]) -> list[Chart]:
     ends = [row[measure.key][end] for row in rows for end in ("low", "high")]
     margin = 0.06 * (max(ends) - min(ends))
     limits = (min(ends) - margin, max(ends) + margin)
-    panels = sorted({row["steps"] for row in curved}, reverse=True)[:_PANELS]
+    # CFG in half the steps has numbers of steps of its own, which nothing else stands beside
+    shared = {row["steps"] for row in curved if row["method"] != "cfg-fewer-steps"}
+    panels = sorted(shared, reverse=True)[:_PANELS]
     return [_over_w([row for row in rows if row["steps"] == steps], measure, limits) for steps in panels]
 
 
 def _over_w(rows: Sequence[Mapping[str, Any]], measure: Measure, limits: tuple[float, float]) -> Chart:
     steps = rows[0]["steps"]
     names = series(rows)
-    made, axis = figure(2.9)
+    made, axis = figure(3.4)
     axis.grid(axis="y", color=FAINT, linewidth=0.7)
     scales = sorted({float(row["guidance"]) for row in rows if row["method"] != "unguided"})
     for key, said in names.items():

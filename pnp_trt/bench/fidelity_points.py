@@ -78,14 +78,13 @@ def latency_points(doc: Document, measure: Measure) -> list[Point]:
 
 def _points(doc: Document, measure: Measure, place: Any) -> list[Point]:
     w = headline_w(doc)
-    found = []
+    found: dict[tuple[str, str, int], Point] = {}
     for row in doc["fidelity"]:
         value, x = row.get(measure.key), place(row)
-        if value and x and (row["guidance"] == w or row["method"] == "unguided"):
-            found.append(
-                Point(row["engine"], row["method"], row["steps"], x, value["value"], value["low"], value["high"])
-            )
-    return found
+        if value and x and (row["guidance"] == w or row["method"] == "unguided"):  # which stands beside every w
+            key = (row["engine"], row["method"], row["steps"])
+            found.setdefault(key, Point(*key, x, value["value"], value["low"], value["high"]))
+    return list(found.values())
 
 
 def front(points: Iterable[Point], measure: Measure) -> list[Point]:

@@ -47,9 +47,9 @@ def _problem(value: Any, schema: Schema, defs: Schema, place: str) -> str | None
         if not any(_is(value, name) for name in names):
             return f"{where} is {_kind(value)}, not {' or '.join(map(_article, names))}"
     if "anyOf" in schema:
-        found = [_problem(value, one, defs, place) for one in schema["anyOf"]]
-        if all(found):
-            return found[0]
+        problems = [_problem(value, one, defs, place) for one in schema["anyOf"]]
+        if all(problems):
+            return problems[0]
     if isinstance(value, dict):
         return _in_object(value, schema, defs, place)
     if isinstance(value, list):

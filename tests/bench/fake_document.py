@@ -39,7 +39,7 @@ METHODS = {
     "emoji-tiny": (("guided", 1, 0.05),),
     "emoji-tiny-fp16-rtx-sm_89": (("guided", 1, 0.07),),
 }  # fmt: skip
-STEPS = (50, 20, 8, 4)
+STEPS = (50, 20, 8)
 SCALES = (2.0, 3.0, 5.0, 8.0)
 PROMPTS = ("red apple", "red heart", "automobile", "tulip", "house", "cactus", "ghost", "mushroom")
 
@@ -142,14 +142,19 @@ def latency_row(engine, method, batch, steps, loops, cfg, passes) -> dict[str, A
 
 def fidelity(quality: bool = True, kid_worse: float = 0.0) -> list[dict[str, Any]]:
     rows = []
-    for engine, method, passes in (("emoji-teacher", "cfg", 2), ("emoji-teacher", "unguided", 1),
-                                   ("emoji-tiny", "guided", 1)):  # fmt: skip
-        for steps in STEPS:
-            for w in SCALES if method != "unguided" else (1.0,):
-                kid = 0.06 + 0.1 / w + 0.16 / steps + (0.007 + kid_worse if method == "guided" else 0.0)
+    for engine, method, passes in (
+        ("emoji-teacher", "cfg", 2), ("emoji-teacher", "cfg-interval", 1.6), ("emoji-teacher", "cfg-fewer-steps", 2),
+        ("emoji-teacher", "unguided", 1), ("emoji-tiny", "guided", 1),
+    ):  # fmt: skip
+        for asked in STEPS:
+            steps = asked // 2 if method == "cfg-fewer-steps" else asked
+            for w in SCALES:
+                plain = method == "unguided"
+                kid = 0.06 + 0.1 / (1 if plain else w) + 0.16 / steps + (0.007 + kid_worse) * (method == "guided")
+                kid += 0.004 * (method == "cfg-interval")
                 row: dict[str, Any] = {
                     "engine": engine, "method": method, "steps": steps, "guidance": w, "passes": passes * steps,
-                    "pictures": 512, "macs_per_picture": passes * steps * 662_724_608 + 592_313_088,
+                    "pictures": 512, "macs_per_picture": int(passes * steps * 662_724_608) + 592_313_088,
                 }  # fmt: skip
                 if quality:
                     row |= {"kid": estimate(kid, 0.006, 512), "r_at_1": estimate(0.28 - kid, 0.03, 512),

@@ -11,7 +11,7 @@ from pnp_trt.bench import report
 from . import browser, fake_document
 
 FIGURES = {
-    "figure-pareto": 2, "figure-scales": 4, "figure-latency": 3, "figure-roofline": 2, "figure-compute": 1,
+    "figure-pareto": 2, "figure-scales": 3, "figure-latency": 3, "figure-roofline": 2, "figure-compute": 1,
 }  # fmt: skip
 
 

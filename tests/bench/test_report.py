@@ -182,19 +182,21 @@ def test_time_is_matched_and_never_guessed() -> None:
     doc = make()
     assert headline_w(doc) == 3.0
     found = {(p.method, p.steps): p.x for p in latency_points(doc, MEASURES[0])}
-    assert set(found) == {("cfg", 20), ("unguided", 20), ("guided", 20)}  # the others were drawn and not timed
+    assert set(found) == {
+        ("cfg", 20), ("unguided", 20), ("guided", 20), ("cfg-interval", 20), ("cfg-fewer-steps", 10),
+    }  # fmt: skip  # the others were drawn and not timed
     timed = next(row for row in doc["latency"] if row["method"] == "guided")
     assert found["guided", 20] == timed["p50_ms_per_picture"]
     ten = next(row for row in doc["fidelity"] if row["method"] == "cfg" and row["guidance"] == 3.0) | {"steps": 10}
     halved = make(fidelity=[*doc["fidelity"], ten])  # CFG in ten steps was timed as "half the steps"
     assert ("cfg", 10) in {(p.method, p.steps) for p in latency_points(halved, MEASURES[0])}
-    assert len(compute_points(doc, MEASURES[0])) == 12
+    assert len(compute_points(doc, MEASURES[0])) == 15
 
 
 def test_without_kid_the_closeness_is_drawn() -> None:
     doc = fake_document.make(quality=False)
     assert [chart.title.partition(",")[0] for chart in pareto_charts(doc)] == ["PSNR to CFG", "PSNR to CFG"]
-    assert len(scale_charts(doc)) == 4
+    assert len(scale_charts(doc)) == 3
     assert pareto_charts(make(fidelity=[])) == []
 
 

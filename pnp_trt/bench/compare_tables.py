@@ -51,11 +51,11 @@ def said(key: Mapping[str, Any]) -> str:
     words = [str(key[name]) for name in ("network", "engine", "method", "guide") if key.get(name)]
     parts = [" ".join(words)]
     if key.get("batch") is not None:
-        parts.append(f"batch {key['batch']}")
+        parts.append(f"batch\N{NO-BREAK SPACE}{key['batch']}")
     if key.get("steps") is not None:
-        parts.append(f"{key['steps']} steps")
+        parts.append(f"{key['steps']}\N{NO-BREAK SPACE}steps")
     if key.get("guidance") is not None:
-        parts.append(f"w = {key['guidance']:g}")
+        parts.append(f"w = {key['guidance']:g}".replace(" ", "\N{NO-BREAK SPACE}"))
     if key.get("guided_interval") is not None:
         parts.append("t from {:g} to {:g}".format(*key["guided_interval"]))
     return ", ".join(parts)

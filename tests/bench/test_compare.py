@@ -121,7 +121,7 @@ def test_rows_of_one_document_alone_are_listed() -> None:
     found = compare.compare(old, new)
     assert [(one["part"], one["key"]["method"]) for one in found.only_old] == [("latency", "cfg")]
     assert [(one["part"], one["key"]["method"]) for one in found.only_new] == [("fidelity", "guided")]
-    text = terminal(found)
+    text = " ".join(terminal(found).split())
     assert "In the old results only" in text
     assert "emoji-teacher cfg, batch 1, 20 steps, w = 3" in text
 

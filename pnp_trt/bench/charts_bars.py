@@ -8,31 +8,33 @@ from typing import Any
 import numpy as np
 
 from pnp_trt.bench.charts import INK, Chart, bars, colour, engine_names, label, pale_bar, svg, titled, write_at_ends
+from pnp_trt.bench.tables import loops
 from pnp_trt.bench.words import is_reference, percent, plural, three_digits, unit_of
 
 _DOTS = 120  # observations drawn per bar
 
 
 def latency_charts(doc: Mapping[str, Any]) -> list[Chart]:
-    """One per batch size: a bar to the median loop, a box over the middle half, a dot per observation."""
-    rows = doc["latency"]
-    batches = sorted({row["batch"] for row in rows})
-    return [_latency_chart([row for row in rows if row["batch"] == batch]) for batch in batches]
+    """One per number of steps and batch size: bars to the median, boxes over the middle half, dots of observations."""
+    return [
+        _latency_chart([row for row in rows if row["batch"] == batch], steps)
+        for steps, rows in loops(doc).items()
+        for batch in sorted({row["batch"] for row in rows})
+    ]
 
 
-def _latency_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
+def _latency_chart(rows: Sequence[Mapping[str, Any]], usual: int) -> Chart:
     batch = rows[0]["batch"]
     made, axis = bars(len(rows))
-    usual = _usual_steps(rows)
     ends, texts = [], []
     for place, row in enumerate(rows):
         paint = colour(row["method"])
-        loops = np.array([one["loop_ms"] for one in row.get("raw", [])] or [row["p50_ms"]])
-        low, high = np.percentile(loops, [25, 75])
+        observed = np.array([one["loop_ms"] for one in row.get("raw", [])] or [row["p50_ms"]])
+        low, high = np.percentile(observed, [25, 75])
         pale_bar(axis, place, row["p50_ms"], paint)
         axis.barh(place, high - low, left=low, height=0.5, color=paint, linewidth=0)
         axis.plot([row["p50_ms"]] * 2, [place - 0.25, place + 0.25], color=INK, linewidth=1.6)
-        drawn = loops[:_DOTS]
+        drawn = observed[:_DOTS]
         height = place + 0.37 + 0.04 * np.resize([0, 1, -1], len(drawn))
         axis.plot(drawn, height, ".", color=INK, markersize=3.5, alpha=0.5, markeredgewidth=0)
         ends.append(max(row["p50_ms"], float(high), float(drawn.max())))
@@ -44,8 +46,8 @@ def _latency_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
     axis.set_yticks(range(len(rows)), names)
     titled(axis, f"batch {batch}, {plural(usual, 'step')}", "ms per denoising loop, whole batch")
     write_at_ends(made, axis, ends, texts)
-    title = f"Time of the denoising loop at batch {batch} by method: median, middle half and observations"
-    return svg(made, f"latency-{batch}", title)
+    title = f"Time of the denoising loop at batch {batch}, {plural(usual, 'step')}: median, middle half, observations"
+    return svg(made, f"latency-{usual}-{batch}", title)
 
 
 def _usual_steps(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -79,14 +81,17 @@ def compute_chart(doc: Mapping[str, Any]) -> Chart | None:
 
 
 def roofline_charts(doc: Mapping[str, Any]) -> list[Chart]:
-    """At the smallest and the largest batch: the least time that the device allows inside the measured one."""
-    rows = [row for row in doc["latency"] if row.get("least_ms") is not None]
-    batches = sorted({row["batch"] for row in rows})
-    ends = batches if len(batches) < 2 else [batches[0], batches[-1]]
-    return [_roofline_chart([row for row in rows if row["batch"] == batch]) for batch in ends]
+    """The longest loop at the smallest and the largest batch: the least time that the device allows inside its own."""
+    for steps, found in loops(doc).items():
+        rows = [row for row in found if row.get("least_ms") is not None]
+        batches = sorted({row["batch"] for row in rows})
+        if batches:
+            ends = dict.fromkeys((batches[0], batches[-1]))
+            return [_roofline_chart([row for row in rows if row["batch"] == batch], steps) for batch in ends]
+    return []
 
 
-def _roofline_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
+def _roofline_chart(rows: Sequence[Mapping[str, Any]], steps: int) -> Chart:
     batch = rows[0]["batch"]
     made, axis = bars(len(rows))
     ends, texts = [], []
@@ -100,6 +105,6 @@ def _roofline_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
         ends.append(max(row["p50_ms"], row["least_ms"]))
     names = [label(row["method"], name) for row, name in zip(rows, engine_names(rows), strict=True)]
     axis.set_yticks(range(len(rows)), names)
-    titled(axis, f"batch {batch}", "ms per denoising loop, whole batch")
+    titled(axis, f"batch {batch}, {plural(steps, 'step')}", "ms per denoising loop, whole batch")
     write_at_ends(made, axis, ends, texts)
     return svg(made, f"roofline-{batch}", f"Least time that this device allows and median measured at batch {batch}")

@@ -152,20 +152,21 @@ def scale_charts(doc: Mapping[str, Any]) -> list[Chart]:
     # CFG in half the steps has numbers of steps of its own, which nothing else stands beside
     shared = {row["steps"] for row in curved if row["method"] != "cfg-fewer-steps"}
     panels = sorted(shared, reverse=True)[:_PANELS]
-    return [_over_w([row for row in rows if row["steps"] == steps], measure, limits) for steps in panels]
+    rows = [row for row in rows if row["steps"] in panels]
+    return [_over_w(rows, steps, measure, limits) for steps in panels]
 
 
-def _over_w(rows: Sequence[Mapping[str, Any]], measure: Measure, limits: tuple[float, float]) -> Chart:
-    steps = rows[0]["steps"]
-    names = series(rows)
+def _over_w(rows: Sequence[Mapping[str, Any]], steps: int, measure: Measure, limits: tuple[float, float]) -> Chart:
+    names = series(rows)  # of all panels, so that their legends and axes are the same
     made, axis = figure(3.4)
     axis.grid(axis="y", color=FAINT, linewidth=0.7)
     scales = sorted({float(row["guidance"]) for row in rows if row["method"] != "unguided"})
     for key, said in names.items():
-        own = sorted((r for r in rows if (r["engine"], r["method"]) == key), key=lambda r: r["guidance"] or 0.0)
+        alike = [r for r in rows if (r["engine"], r["method"], r["steps"]) == (*key, steps)]
+        own = sorted(alike, key=lambda r: r["guidance"] or 0.0)
         values = [row[measure.key] for row in own]
         paint, line = colour(key[1]), _LINES[_rank(names, key)]
-        if key[1] == "unguided":  # does not depend on w
+        if key[1] == "unguided" and values:  # does not depend on w
             axis.axhspan(values[0]["low"], values[0]["high"], color=paint, alpha=0.18, linewidth=0)
             axis.axhline(values[0]["value"], color=paint, linewidth=1.4, linestyle="--", label=said)
             continue

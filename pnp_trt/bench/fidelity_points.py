@@ -23,9 +23,9 @@ class Measure:
 
 
 MEASURES = (
-    Measure("kid", "KID, lower is better", True),
-    Measure("fid_inception", "FID, lower is better", True),
-    Measure("psnr_to_cfg_db", "PSNR to CFG, dB, higher is better", False),
+    Measure("kid", "KID, ↓ is better", True),
+    Measure("fid_inception", "FID, ↓ is better", True),
+    Measure("psnr_to_cfg_db", "PSNR to CFG, dB, ↑ is better", False),
 )
 
 

@@ -34,6 +34,7 @@ def time_sentences(doc: Mapping[str, Any]) -> list[str]:
     found = []
     for row in largest_batches(doc):
         text = f"{row['engine']}: guided costs {row['ratio_to_cfg']:.2f} of CFG's time per loop at batch {row['batch']}"
+        text += f", {plural(row['steps'], 'step')}"
         bounds = row.get("ratio_to_cfg_interval")
         if bounds:
             text += f" (95 % interval {interval(row, 2)}{_rounds(row)})"
@@ -59,7 +60,7 @@ def headlines(doc: Mapping[str, Any]) -> list[dict[str, str]]:
             {
                 "value": f"{row['ratio_to_cfg']:.2f} ×",
                 "name": "CFG's time per loop",
-                "detail": f"{row['engine']}, batch {row['batch']}{sure}{_rounds(row)}",
+                "detail": f"{row['engine']}, batch {row['batch']}, {plural(row['steps'], 'step')}{sure}{_rounds(row)}",
             }
         )
     guided = [row for row in doc["methods_cost"] if row["method"] == "guided"]

@@ -263,12 +263,29 @@ def terminal_tables(doc: Document) -> list[Table]:
     return [table for table in found if table is not None]
 
 
+def loops(doc: Document) -> dict[int, list[Mapping[str, Any]]]:
+    """The latency rows by the number of steps that was asked for, the largest first.
+
+    CFG at equal compute makes half the steps: it belongs to the loops that it is compared with.
+    """
+    rows = doc["latency"]
+    asked = sorted({row["steps"] for row in rows if row["method"] != "cfg-fewer-steps"}, reverse=True)
+    found: dict[int, list[Mapping[str, Any]]] = {steps: [] for steps in asked}
+    for row in rows:
+        steps = row["steps"]
+        if row["method"] == "cfg-fewer-steps":
+            steps = next((one for one in asked if max(one // 2, 1) == steps), steps)
+        found.setdefault(steps, []).append(row)
+    return found
+
+
 def largest_batches(doc: Document) -> list[Mapping[str, Any]]:
-    """Per engine, the guided row with a ratio at the largest batch."""
+    """Per engine, the guided row with a ratio at the largest batch, of the longest loop."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in doc["latency"]:
         if row["method"] != "guided" or row["ratio_to_cfg"] is None:
             continue
-        if row["engine"] not in best or row["batch"] > best[row["engine"]]["batch"]:
+        held = best.get(row["engine"])
+        if held is None or (row["batch"], row["steps"]) > (held["batch"], held["steps"]):
             best[row["engine"]] = row
     return list(best.values())

@@ -67,7 +67,10 @@ def make(
         "engines": engines(),
         "device": {"name": "Intel(R) Xeon(R) Processor", "peak_macs_per_s": 61.3e9, "peak_bytes_per_s": 11.8e9,
                    "how": "a matrix product of 2048 x 2048 and a copy of 256 MiB, best of 10"},
-        "latency": latency(np.random.default_rng(seed), slow or {}, batches, rounds),
+        "latency": [
+            *latency(np.random.default_rng(seed), slow or {}, batches, rounds),
+            *latency(np.random.default_rng(seed + 1000), slow or {}, batches, rounds, timed=8),
+        ],
         "cold_start": cold_start(np.random.default_rng(seed)),
         "fidelity": fidelity(quality, kid_worse),
         "pictures": pictures(),
@@ -102,7 +105,9 @@ def methods_cost() -> list[dict[str, Any]]:
     return rows
 
 
-def latency(rng: np.random.Generator, slow: dict[str, float], batches: tuple[int, ...], rounds: int) -> list[dict]:
+def latency(
+    rng: np.random.Generator, slow: dict[str, float], batches: tuple[int, ...], rounds: int, timed: int = 20
+) -> list[dict]:
     rows = []
     for batch in batches:
         moments = 1 + 0.25 * rng.random(rounds) ** 4  # what the machine does beside, the same for all of one round
@@ -110,7 +115,7 @@ def latency(rng: np.random.Generator, slow: dict[str, float], batches: tuple[int
         for engine, _, _, speed in ENGINES:
             for method, passes, extra in METHODS[engine]:
                 per_pass = speed * (3.0 + 6.6 * batch)
-                steps = 10 if method == "cfg-fewer-steps" else 20
+                steps = timed // 2 if method == "cfg-fewer-steps" else timed
                 median = steps * (per_pass * passes * (0.5 + 0.5 * min(passes, 1)) + per_pass * extra)
                 loops = slow.get(method, 1.0) * median * moments * (1 + 0.01 * rng.random(rounds))
                 cfg = loops if method == "cfg" else cfg

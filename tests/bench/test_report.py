@@ -184,6 +184,7 @@ def test_time_is_matched_and_never_guessed() -> None:
     found = {(p.method, p.steps): p.x for p in latency_points(doc, MEASURES[0])}
     assert set(found) == {
         ("cfg", 20), ("unguided", 20), ("guided", 20), ("cfg-interval", 20), ("cfg-fewer-steps", 10),
+        ("cfg", 8), ("unguided", 8), ("guided", 8), ("cfg-interval", 8), ("cfg-fewer-steps", 4),
     }  # fmt: skip  # the others were drawn and not timed
     timed = next(row for row in doc["latency"] if row["method"] == "guided")
     assert found["guided", 20] == timed["p50_ms_per_picture"]

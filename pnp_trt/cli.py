@@ -256,11 +256,13 @@ class _Bar:
 
 
 from .cli_bench import bench  # noqa: E402  (they use what is above)
+from .cli_compare import compare  # noqa: E402
 from .cli_distill import distill_app  # noqa: E402
 from .cli_plug import plug  # noqa: E402
 from .cli_visualize import visualize  # noqa: E402
 
 app.command()(bench)
+app.command()(compare)
 app.add_typer(distill_app, name="distill")
 app.command()(plug)
 app.command()(visualize)

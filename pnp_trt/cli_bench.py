@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -57,6 +57,9 @@ def bench(
     grid_file: Annotated[
         Path | None, typer.Option("--grid", help="Write the picture grid (teacher above, guided below) here.")
     ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Results of an earlier run; say what changed beyond the noise.")
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Where finished pieces are kept until all is; default JSON.partial.")
     ] = None,
@@ -69,9 +72,10 @@ def bench(
     """
     from . import cli
     from .backends.profiles import parse_size
+    from .bench import compare as comparison
     from .bench import plan as plans
     from .bench import report, results, run, suites
-    from .bench.pictures import write_grid
+    from .bench.pictures import headline, write_grid
     from .bench.work import Work
 
     given = {
@@ -84,6 +88,7 @@ def bench(
     }  # fmt: skip
     plan = suites.make_plan(suite, quick, given)
     plans.check(plan)
+    old = None if compare is None else results.read(compare)  # refused now, not after the measurement
     for name in plans.wanted_engines(plan):
         cli._build_if_missing(name, quiet=False)
     if work is None and json_file is not None and plan.only != "cost":
@@ -106,13 +111,15 @@ def bench(
         if grid_file is not None:
             if pictures_shown is None or len({row["method"] for row in pictures_shown["rows"]}) < 2:
                 raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
-            write_grid(run.headline(pictures_shown), grid_file)
+            write_grid(headline(pictures_shown), grid_file)
         if json_file is not None:
             results.write(document, json_file)
         if html_file is not None:
-            report.render_html(document, html_file, _page_pictures(pictures_shown))
+            report.render_html(document, html_file)
         kept.done()
     cli._console().print(report.render_terminal(document))
+    if old is not None:
+        cli._console().print(comparison.render_terminal(comparison.compare(old, document)))
     for name, path in (("pictures:", grid_file), ("results: ", json_file), ("page:    ", html_file)):
         if path is not None:
             print(f"{name} {path}")
@@ -120,14 +127,3 @@ def bench(
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _page_pictures(pictures: dict[str, Any] | None) -> Any:
-    """The document's pictures as the page wants them."""
-    from .bench.pictures import decode_row
-    from .bench.report import PictureGrid
-
-    if pictures is None:
-        return None
-    rows = [(row["label"], decode_row(row)) for row in pictures["rows"]]
-    return PictureGrid(pictures["columns"], rows, pictures["caption"])

@@ -13,8 +13,8 @@ from ..runtime.baselines import INTERVAL, guided_steps
 from ..runtime.pipeline import Pipeline
 from . import fidelity
 from .eyes import Eyes
-from .pictures import encode_pictures
 from .plan import Plan
+from .results import encode_pictures
 from .tasks import Task, real_features, real_key
 from .work import Work
 

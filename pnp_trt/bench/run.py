@@ -14,6 +14,7 @@ from ..errors import InputError, PnpError
 from ..runtime.baselines import INTERVAL, guided_steps
 from ..runtime.pipeline import Pipeline
 from . import cost, results
+from .engine_facts import engine_rows
 from .pace import Meter, Progress, about
 from .plan import Plan, check, wanted_engines
 from .quality import Cell, Studio, cells_of, plan_rows, verdict
@@ -96,6 +97,7 @@ class _Bench:
         plan = self.plan
         if "cost" in plan.parts:
             self._cost()
+            self.rows["engines"] = engine_rows([pipe.bundle.folder for pipe in self.pipes], self.pipes)
         self._prepare()
         if "latency" in plan.parts:
             self.rows["cold_start"] = self.timing.cold_starts(self.meter)
@@ -104,14 +106,12 @@ class _Bench:
         evaluated, reason, pictures = self._quality_of_pictures()
         names = [pipe.name for pipe in self.pipes]
         settings = {**plan.as_dict(), "suite": suite, "base": self.base, "engines": names, **self._drawn}
-        tables = {k: self.rows.get(k, []) for k in ("cost", "methods_cost", "latency", "fidelity")}
-        made = results.document(
-            command, settings=settings, task_quality_evaluated=evaluated, pictures=pictures, **tables,  # type: ignore[arg-type]
+        parts = ("cost", "methods_cost", "published", "engines", "latency", "cold_start", "fidelity")
+        tables: dict[str, Any] = {name: self.rows.get(name, []) for name in parts}
+        return results.document(
+            command, settings=settings, task_quality_evaluated=evaluated, task_quality_reason=reason,
+            pictures=pictures, left_out=self.left_out, device=self.timing.device, **tables,
         )  # fmt: skip
-        return made | {
-            "task_quality_reason": reason, "left_out": self.left_out, "device": self.timing.device,
-            **{k: self.rows.get(k, []) for k in ("published", "cold_start")},
-        }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- estimate
 
@@ -216,18 +216,6 @@ class _Bench:
 
 #: what a row says without having measured anything
 _BARE = {"engine", "method", "steps", "guidance", "passes", "pictures", "macs_per_picture", "reference_steps"}
-
-
-def headline(pictures: Mapping[str, Any]) -> dict[str, Any]:
-    """The document's pictures at the most steps and the first w alone: teacher, guided, no guidance."""
-    first = pictures["rows"][0]
-    rows = [r for r in pictures["rows"] if r["steps"] == first["steps"] and r["guidance"] in (None, first["guidance"])]
-    style = pictures["caption"].rpartition(", ")[0]
-    return {
-        **pictures,
-        "rows": rows,
-        "caption": f"{style}, {first['steps']} steps" if style else f"{first['steps']} steps",
-    }
 
 
 def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | None:

@@ -11,9 +11,10 @@ import pytest
 
 from pnp_trt.bench import fidelity
 from pnp_trt.bench.engines import counted_guide
-from pnp_trt.bench.pictures import decode_row, encode_pictures
+from pnp_trt.bench.pictures import headline
 from pnp_trt.bench.plan import Plan
 from pnp_trt.bench.quality import Cell, Studio, cells_of, macs_per_picture, plan_rows, verdict
+from pnp_trt.bench.results import decode_pictures
 from pnp_trt.bench.tasks import Task
 from pnp_trt.bench.work import Work
 
@@ -136,13 +137,9 @@ def test_the_grid_has_the_headline_first_and_each_set_of_pictures_once(studio: S
     assert labels[:3] == [("cfg", 8, 3.0), ("guided", 8, 3.0), ("unguided", 8, None)]
     assert len(labels) == len(set(labels)) == 10 and grid["columns"] == ["x", "y"]
     shown = studio.pictures(Cell("plain", "cfg", 8, 3.0))["shown"]
-    assert (decode_row(grid["rows"][0]) == shown).all()  # PNG loses nothing
-
-
-def test_pictures_survive_the_document() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
-    (row,) = encode_pictures([{"label": "a", "pixels": pixels}])
-    assert (decode_row(row) == pixels).all() and row["label"] == "a"
+    assert (decode_pictures(grid)[0][1] == shown).all()  # PNG loses nothing
+    assert [(r["method"], r["steps"]) for r in headline(grid)["rows"]] == [("cfg", 8), ("guided", 8), ("unguided", 8)]
+    assert headline(grid)["caption"] == "8 steps"
 
 
 def test_macs_by_hand_and_null_where_they_are_not_known() -> None:

@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
 	@echo "make test   install the development extra, then lint, type-check and test"
-	@echo "make bench  the README's figures, into benchmarks/results/ (half an hour; interrupted, add RESUME=--resume)"
+	@echo "make bench  the README's figures, into benchmarks/results/ (an hour; interrupted, add RESUME=--resume)"
 	@echo "make tables      the distillation's tables A, B and C (hours on a CPU; resumable)"
 	@echo "make ablation    designs, terms and states of guides on a short budget (an hour on a CPU; resumable)"
 	@echo "make train-speed steps per second and memory of training at Stable Diffusion 1.5's size"
@@ -63,6 +63,7 @@ bench: $(VENV)/.dev-installed
 	for base in sd15 sd21 sdxl; do \
 	  $(BIN)/pnp-trt bench --suite cost-$$base --json benchmarks/results/cost-$$base.json || exit 1; \
 	done
+	$(BIN)/python -m benchmarks.readme_tables
 
 tables: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[recipe]'

@@ -91,6 +91,8 @@ def bench(
     old = None if compare is None else results.read(compare)  # refused now, not after the measurement
     for name in plans.wanted_engines(plan):
         cli._build_if_missing(name, quiet=False)
+    if old is not None:
+        comparison.check_base(old, {"settings": {"base": run.base_of(plan)}})
     if work is None and json_file is not None and plan.only != "cost":
         work = json_file.with_name(json_file.name + ".partial")
     with Work(work, run.identity(plan), resume) as kept:

@@ -193,6 +193,21 @@ def test_a_suite_is_a_plan_and_flags_override_it(cli: Cli, engines: Path, tmp_pa
     assert unknown.code == 2 and "known suites: " in unknown.err and "readme-emoji" in unknown.err
 
 
+def test_it_compares_with_an_earlier_run_and_refuses_another_base_before_measuring(
+    cli: Cli, engines: Path, tmp_path: Path
+) -> None:
+    run = (*BOTH, *SMALL, "--only", "fidelity", "--json")
+    assert cli(*run, tmp_path / "old.json").code == 0
+    done = cli(*run, tmp_path / "new.json", "--compare", tmp_path / "old.json")
+    assert done.code == 0 and str(tmp_path / "new.json") in done.out, done.err
+    old = read(tmp_path / "old.json")
+    (tmp_path / "other.json").write_text(json.dumps(old | {"settings": old["settings"] | {"base": "emoji"}}))
+    done = cli(*run, tmp_path / "new.json", "--compare", tmp_path / "other.json")
+    assert done.code == 2 and "the old results are of base 'emoji'" in done.err and "drawing" not in done.err
+    (tmp_path / "cut.json").write_text((tmp_path / "old.json").read_text()[:1000])
+    assert cli(*run, tmp_path / "new.json", "--compare", tmp_path / "cut.json").code == 2
+
+
 def test_cost_of_a_public_architecture(cli: Cli, tmp_path: Path) -> None:
     done = cli("bench", "--only", "cost", "--base", "random:sd15", "--json", tmp_path / "c.json")
     assert done.code == 0, done.err

@@ -29,6 +29,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     Raises:
         InputError: for an unknown or damaged engine.
     """
+    base_of(plan)
     found = {
         **plan.as_dict(),
         "package": __version__,
@@ -42,6 +43,16 @@ def identity(plan: Plan) -> dict[str, Any]:
     if plan.clip is not None:
         found["clip"] = [cached_sha256(p) for p in sorted(Path(plan.clip).glob("*.safetensors"))]
     return found
+
+
+def base_of(plan: Plan) -> str:
+    """The base that a run is of: the engines' own, where there are engines.
+
+    Raises:
+        InputError: as :func:`identity` does.
+    """
+    engines = wanted_engines(plan)
+    return str(_same_base(engines)["base"]["name"]) if engines else plan.base
 
 
 def run(
@@ -77,20 +88,16 @@ class _Bench:
     """One run: the engines are opened and the estimate is made when it begins."""
 
     def __init__(self, plan: Plan, work: Work, progress: Progress | None, tell: Callable[[str], None]) -> None:
-        self.pipes = _open(wanted_engines(plan), plan.provider)
+        self.base = base_of(plan)
+        self.pipes = [Pipeline.load(name, provider=plan.provider) for name in wanted_engines(plan)]
         for pipe in self.pipes:
             pipe.check_size(plan.size)
         self.plan = replace(plan, schedule=_common_schedule(self.pipes, plan.schedule))
         self.work, self._progress, self._tell = work, progress, tell
         self.left_out: list[dict[str, str]] = []
-        self.base = self._base()
         self.timing = Timing(self.pipes, self.plan, self.base, work)
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self._drawn: dict[str, Any] = {}
-
-    def _base(self) -> str:
-        """The base whose networks are counted: the engines' own, where there are engines."""
-        return self.pipes[0].bundle.manifest["base"]["name"] if self.pipes else self.plan.base
 
     def document(self, command: Sequence[str], suite: str | None) -> dict[str, Any]:
         """Measure all parts."""
@@ -224,14 +231,15 @@ def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | Non
     return found.pop() if len(found) == 1 else "ddim" if found else None
 
 
-def _open(names: Sequence[str], provider: str) -> list[Pipeline]:
+def _same_base(names: Sequence[str]) -> dict[str, Any]:
+    """The first engine's manifest; ``InputError`` unless all are of one base."""
     bases: dict[str, list[str]] = {}
-    for name in names:
-        manifest = read_manifest(find_bundle(name))
+    manifests = [read_manifest(find_bundle(name)) for name in names]
+    for name, manifest in zip(names, manifests, strict=True):
         bases.setdefault(manifest["base"]["sha256"]["all"], []).append(name)
     if len(bases) > 1:
         groups = " and ".join(", ".join(group) for group in bases.values())
         raise InputError(
             f"these engines have different base models and cannot be compared: {groups}; bench each base alone"
         )
-    return [Pipeline.load(name, provider=provider) for name in names]
+    return manifests[0]

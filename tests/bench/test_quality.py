@@ -139,7 +139,7 @@ def test_the_grid_has_the_headline_first_and_each_set_of_pictures_once(studio: S
     shown = studio.pictures(Cell("plain", "cfg", 8, 3.0))["shown"]
     assert (decode_pictures(grid)[0][1] == shown).all()  # PNG loses nothing
     assert [(r["method"], r["steps"]) for r in headline(grid)["rows"]] == [("cfg", 8), ("guided", 8), ("unguided", 8)]
-    assert headline(grid)["caption"] == "8 steps"
+    assert headline(grid)["caption"] == "xx, 8 steps" and grid["caption"] == "xx, 4 and 8 steps"
 
 
 def test_macs_by_hand_and_null_where_they_are_not_known() -> None:

@@ -72,6 +72,51 @@ def test_cold_start_and_memory_are_measured_in_processes_of_their_own(cli: Cli, 
     )
 
 
+class Peer:
+    """Another library's pipeline that draws nothing, or fails."""
+
+    def __init__(self, kind: str, base: str, broken: bool) -> None:
+        self.name, self.base, self.methods, self.broken = "micro", base, (kind,), broken
+
+    def encode(self, prompts: list[str]) -> np.ndarray:
+        return np.zeros((len(prompts), 77, 32), np.float32)
+
+    def noise(self, seeds: list[int], size: object = None) -> np.ndarray:
+        return np.zeros((len(seeds), 4, 8, 8), np.float32)
+
+    def denoise(self, context: np.ndarray, noise: np.ndarray, **_: object) -> np.ndarray:
+        if self.broken:
+            raise ValueError("no such operator\nand much more")
+        return noise
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        return np.zeros((len(latents), 64, 64, 3), np.uint8)
+
+
+def test_peers_are_timed_and_one_that_fails_is_left_out(
+    cli: Cli, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pnp_trt.bench import peers
+    from pnp_trt.bench.cases import Case
+
+    base = read(engines / "plain" / "manifest.json")["base"]["sha256"]["all"]
+    found = [Case(Peer(kind, base, kind == "diffusers-compile"), kind) for kind in ("diffusers", "diffusers-compile")]
+    elsewhere = {"what": "optimum-onnx", "why": "it is not installed"}
+    monkeypatch.setattr(peers, "available", lambda *_, **__: (found, [elsewhere]))
+    done = cli(
+        *BOTH, "--only", "latency", "--steps", 2, "--batch", 1, "--rounds", 1, "--no-memory", "--cold-starts", 0,
+        "--json", tmp_path / "b.json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    document = read(tmp_path / "b.json")
+    (row,) = [r for r in document["latency"] if r["method"] == "diffusers"]
+    assert row["ratio_reference"] == "plain/cfg" and row["ratio_to_cfg"] < 1
+    left_out = {item["what"]: item["why"] for item in document["left_out"]}
+    assert left_out["diffusers-compile"] == "it failed in its first step (ValueError: no such operator)"
+    assert left_out["optimum-onnx"] == "it is not installed"
+    assert "diffusers-compile" not in {r["method"] for r in document["latency"]}
+
+
 def test_prompts_and_real_pictures_of_the_users_own(cli: Cli, engines: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("a cat\na dog\na cow\n")
     (tmp_path / "real").mkdir()

@@ -17,8 +17,8 @@ PARTS = ("cost", "latency", "fidelity")
 PICTURES, PICTURES_UNJUDGED = 256, 32
 #: what ``--quick`` asks for instead of the defaults
 QUICK: dict[str, Any] = {
-    "batches": (1, 4), "steps": (4, 8), "timed_steps": (4,), "rounds": 5, "warmup": 1, "guidance": (3.0,), "pictures": 32,
-    "peers": False, "memory": False, "cold_starts": 1,
+    "batches": (1, 4), "steps": (4, 8), "timed_steps": (4,), "rounds": 5, "warmup": 1, "guidance": (3.0,),
+    "pictures": 32, "peers": False, "memory": False, "cold_starts": 1,
 }  # fmt: skip
 _PICTURES = (2, 50_000)
 _BATCHES = (1, 32)

@@ -128,9 +128,7 @@ class _Bench:
         jobs: dict[str, float] = {}
         kept = 0
         if parts:
-            if self._progress is not None:
-                self._progress("trying every method, for an estimate", 0, 1)
-            self.timing.try_out()
+            self.timing.try_out(self._say)
         if "latency" in parts:
             jobs |= self.timing.jobs()
             kept += self.timing.kept()
@@ -159,8 +157,7 @@ class _Bench:
             return
         from .networks import networks
 
-        if self._progress is not None:
-            self._progress("counting cost", 0, 1)
+        self._say("counting cost")
         try:
             self.rows["cost"] = cost.cost_rows(networks(self.base))
         except PnpError as e:
@@ -176,6 +173,11 @@ class _Bench:
     def _guided_steps(self, pipe: Pipeline, steps: int) -> int:
         """Steps of CFG on an interval that take two passes."""
         return int(guided_steps(pipe.schedule(steps, self.plan.schedule), pipe.guided_interval()).sum())
+
+    def _say(self, what: str) -> None:
+        """What goes on before the estimate is known."""
+        if self._progress is not None:
+            self._progress(what, 0, 1)
 
     def _leave_out(self, what: str, why: str) -> None:
         self.left_out.append({"what": what, "why": why})

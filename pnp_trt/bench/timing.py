@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,7 +38,8 @@ class Timing:
         self.left_out: list[dict[str, str]] = []
         self.device: dict[str, Any] | None = None
         self.own = cases_of(pipes)
-        self.cases = [*self.own, *self._peers(base)]
+        self._others = self._peers(base)
+        self.cases = [*self.own, *self._others]
         self.paces: dict[str, Pace] = {}
 
     def _peers(self, base: str) -> list[Case]:
@@ -67,12 +68,31 @@ class Timing:
 
     # ------------------------------------------------------------------------------------------------- estimate
 
-    def try_out(self) -> None:
-        """Find the pace of every method; peers are taken to be as fast as CFG, since compiling them takes minutes."""
+    def try_out(self, say: Callable[[str], None]) -> None:
+        """Find the pace of every method; a peer that cannot do a step is left out.
+
+        Peers are taken to be as fast as CFG: compiling one for another batch to find out takes minutes.
+        """
+        say("trying every method, for an estimate")
         for case in self.own:
             self.paces[case.label] = trial(case, TIMED, self.plan.guidance[0], self._largest(case))
         cfg = next((self.paces[c.label] for c in self.own if c.method == "cfg"), Pace(0.0, 0.0))
-        self.paces |= {c.label: cfg for c in self.cases if c.label not in self.paces}
+        for case in self._others:
+            say(f"trying {case.method}, which may compile first")
+            try:
+                self._one_step(case)
+            except Exception as e:  # a peer's own code: its failure must not end our measurement
+                said = (str(e).splitlines() or ["it gives no reason"])[0]
+                self._leave_out(case.method, f"it failed in its first step ({type(e).__name__}: {said})")
+                self.cases.remove(case)
+            else:
+                self.paces[case.label] = cfg
+
+    def _one_step(self, case: Case) -> None:
+        plan, batch = self.plan, self.plan.batches[0]
+        noise = case.pipe.noise(list(range(batch)), *([] if plan.size is None else [plan.size]))
+        context = case.pipe.encode((TIMED * batch)[:batch])
+        case.pipe.decode(case.denoise(context, noise, steps=1, guidance=plan.guidance[0], schedule=plan.schedule))
 
     def jobs(self) -> dict[str, float]:
         """Estimated seconds by name of the job."""

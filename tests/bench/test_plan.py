@@ -66,7 +66,9 @@ def test_the_command_line_overrides_the_suite_and_the_suite_overrides_quick(tmp_
     assert plan.prompts == str(tmp_path / "words.txt")  # beside the suite, wherever the command runs
     assert make_plan(str(file), False, {"rounds": 3}).rounds == 3
     # what is said of steps on the command line holds for the timed loop too
-    assert make_plan(None, True, {"steps": (5,)}).loops == (5,) and make_plan(None, True, {}).loops == QUICK["timed_steps"]
+    assert (
+        make_plan(None, True, {"steps": (5,)}).loops == (5,) and make_plan(None, True, {}).loops == QUICK["timed_steps"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from .cases import Case
 
 #: pictures of the trial's larger batch, and the steps that it times
 _TRIAL_BATCH, _TRIAL_STEPS = 4, 2
+#: share of the run's estimate that the measured pace is averaged with
+_TRUST = 0.05
 
 #: called with what is going on, seconds of the estimate that are done, and its seconds in all
 Progress = Callable[[str, int, int], None]
@@ -78,8 +80,9 @@ class Meter:
         """Seconds that the rest takes if it goes on at the pace so far."""
         rest, worked = self.total - self._done, self._done - self._skipped
         elapsed = self._clock() - self._start
-        # a pace over less than a tenth of a second says nothing yet
-        return rest * elapsed / worked if worked > 0.1 else rest
+        # the first pieces are small and say little: the estimate counts as if part of the run had kept to it
+        trust = _TRUST * self.total
+        return rest * (elapsed + trust) / (worked + trust) if rest else 0.0
 
     def begin(self, job: str, text: str) -> None:
         """A job begins."""

@@ -67,9 +67,12 @@ def test_the_time_left_follows_the_measured_pace() -> None:
     assert told[-1][1] == 5
     clock.now = 20.0  # twice as slow as estimated
     meter.end("a")
-    assert meter.left == pytest.approx(60)
+    # 30 s of the estimate at (20 + 2) / (10 + 2) of it: a twentieth of the run counts as if it had kept to it
+    assert meter.left == pytest.approx(55)
     meter.begin("b", "timing b")
-    assert told[-1] == ("timing b (about 60 s left)", 10, 40)
+    assert told[-1] == ("timing b (about 55 s left)", 10, 40)
+    meter.end("b")
+    assert meter.left == 0
 
 
 def test_pieces_of_an_earlier_process_say_nothing_of_the_pace() -> None:
@@ -79,7 +82,7 @@ def test_pieces_of_an_earlier_process_say_nothing_of_the_pace() -> None:
     assert meter.left == 20
     clock.now = 30.0
     meter.end("b")
-    assert meter.left == pytest.approx(30)
+    assert meter.left == pytest.approx(10 * (30 + 6) / (10 + 6))
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "about 1 s"), (61, "about 61 s"), (600, "about 10 min"),

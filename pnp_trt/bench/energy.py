@@ -26,7 +26,7 @@ def nvml_counter(index: int = 0, nvml: Any = None) -> tuple[Counter | None, str 
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
-            return None, "energy needs NVIDIA's management library; install with: pip install nvidia-ml-py"
+            return None, "energy needs NVIDIA's management library; install with: pip install 'pnp-trt[energy]'"
     try:
         nvml.nvmlInit()
         gpu = nvml.nvmlDeviceGetHandleByIndex(index)

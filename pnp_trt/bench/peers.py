@@ -40,12 +40,14 @@ def available(
     threads: int | None = None,
     provider: str = "cpu",
     precision: str = "fp32",
+    weights: str | None = None,
 ) -> tuple[list[Case], list[dict[str, str]]]:
     """The peers that can run `base` here, loaded, as cases; and those left out, `{"what", "why"}`.
 
     base: a base model's name; it must have files.  kinds: those wanted.  threads: of the CPU; PyTorch's are the whole
     process's.  provider: "cpu", "cuda", or "auto" for a GPU where PyTorch finds one.  precision: of U-Net and text
-    encoder, "fp32", "fp16" or "bf16"; take the engines' own, on a CPU "fp32".
+    encoder, "fp32", "fp16" or "bf16"; take the engines' own, on a CPU "fp32".  weights: the engines' `base`; where the
+    base's files are others (LoRAs merged into the engines, files changed since), all peers are left out.
 
     Raises InputError for an unknown kind or base.
     """
@@ -55,7 +57,7 @@ def available(
     cases: list[Case] = []
     left_out: list[dict[str, str]] = []
     for kind in kinds:
-        why = _cannot(kind, base, provider)
+        why = _cannot(kind, base, provider, weights)
         if why is None:
             try:
                 cases.append(Case(load(kind, base, threads=threads, provider=provider, precision=precision), kind))
@@ -249,7 +251,7 @@ def _optimum(folder: Path, device: str, threads: int | None) -> Any:
     return pipe
 
 
-def _cannot(kind: str, base: str, provider: str) -> str | None:
+def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | None:
     """Why a peer cannot run a base here; None if it can."""
     if base.startswith("random:"):
         return f"base '{base}' has no files for it to load"
@@ -258,6 +260,8 @@ def _cannot(kind: str, base: str, provider: str) -> str | None:
     from ..models.base import resolve
 
     model = resolve(base)
+    if weights is not None and model.fingerprint()["all"] != weights:
+        return f"the weights of base '{base}' are not those in the engines (LoRAs merged, or files changed since)"
     index = model.folder / "model_index.json"
     named = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
     if (model.folder / "text_encoder_2").is_dir() or named not in (None, "StableDiffusionPipeline"):

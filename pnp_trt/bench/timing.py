@@ -56,7 +56,9 @@ class Timing:
         precision = plain.bundle.manifest["precision"] if plain.on_gpu else "fp32"
         kinds = [k for k in peers.KINDS if precision in ("fp32", "fp16", "bf16")]
         try:
-            found, left_out = peers.available(base, kinds=kinds, provider=provider, precision=precision)
+            found, left_out = peers.available(
+                base, kinds=kinds, provider=provider, precision=precision, weights=plain.base
+            )
         except PnpError as e:
             self._leave_out("peers (diffusers, optimum-onnx)", f"the engines' base model is not at hand ({e})")
             return []

@@ -60,7 +60,7 @@ def test_without_a_counter_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counter is None and why == "GPU 2 has no energy counter that can be read (Not Supported)"
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     counter, why = nvml_counter()
-    assert counter is None and why is not None and "pip install nvidia-ml-py" in why
+    assert counter is None and why is not None and "pip install 'pnp-trt[energy]'" in why
 
 
 def test_peak_memory_is_of_a_process_of_its_own(micro_bundles: Path) -> None:

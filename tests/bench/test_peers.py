@@ -103,6 +103,8 @@ def test_what_cannot_run_is_listed(micro_base: Path, micro_sdxl: Path, monkeypat
     assert left_out[0]["why"] == "base 'random:sd15' has no files for it to load"
     _, left_out = peers.available(str(micro_sdxl), kinds=["diffusers"])
     assert "is a StableDiffusionXLPipeline" in left_out[0]["why"]
+    _, left_out = peers.available(str(micro_base), kinds=["diffusers"], weights="0" * 64)
+    assert "are not those in the engines" in left_out[0]["why"]
     for installed, why in ((False, "it is not installed; pip install optimum-onnx"), (True, "is an AutoencoderTiny")):
         monkeypatch.setattr(peers, "_optimum_installed", lambda installed=installed: installed)
         _, left_out = peers.available(str(micro_base), kinds=["optimum-onnx"])

@@ -77,6 +77,12 @@ def test_what_is_refused(plain: Pipeline, micro_bundles: Path) -> None:
         drawn(guided, "cfg-interval")
 
 
+def test_a_loop_on_the_gpu_refuses_them(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "baselines", ())  # as it is where `loops` runs whole pictures
+    with pytest.raises(InputError, match="cannot do 'cfg-two-passes'; it is run step by step on the host"):
+        drawn(plain, "cfg-two-passes")
+
+
 def test_the_default_interval_by_its_noise_levels() -> None:
     low, high = default_interval(SCHEDULER)
     alphas = alphas_cumprod(SCHEDULER)

@@ -274,6 +274,15 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert evil in page.text
 
 
+def test_pictures_of_other_scales_are_folded_away(drawn: tuple[Page, str]) -> None:
+    page, html = drawn
+    assert len(page.all("details")) == 1
+    assert len(page.all("img")) == 4 * 8
+    folded = html[html.index("<details>") : html.index("</details>")]
+    assert "<summary>w = 8</summary>" in folded
+    assert folded.count("<img") == 8
+
+
 def test_pictures_are_embedded_side_by_side(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -113,7 +113,8 @@ def _label_steps(made: Any, axis: Any, points: Sequence[Point], scale: float) ->
                 x, y = x0 + (x1 - x0) * part / 30, y0 + (y1 - y0) * part / 30
                 taken.append((x - unit, y - unit, x + unit, y + unit))
     frame = axis.get_window_extent()
-    for p, (x, y) in zip(points, pixels, strict=True):
+    once = {(p.steps, p.x, p.y): (p, xy) for p, xy in zip(points, pixels, strict=True)}  # CFG may be two methods' point
+    for p, (x, y) in once.values():
         width, height = 0.62 * (FONT - 1) * len(str(p.steps)) * unit, FONT * unit
         boxes = []
         for right, up in _PLACES:

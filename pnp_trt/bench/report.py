@@ -100,18 +100,24 @@ def _unbroken(text: str) -> str:
 
 
 def _pictures(pictures: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The grid's rows with a data URI and a description of each picture."""
+    """The grid by w, the first row's w on top; each row with a data URI and a description of every picture.
+
+    Pictures without guidance have no w: they stand with the first.
+    """
     if pictures is None:
         return None
-    rows = []
+    first = next((row["guidance"] for row in pictures["rows"] if row.get("guidance") is not None), None)
+    groups: dict[Any, list[dict[str, Any]]] = {first: []}
     for row in pictures["rows"]:
         said = " ".join(row["label"].split())
         shown = [
             {"uri": f"data:image/png;base64,{png}", "alt": f"{said}: {column}"}
             for png, column in zip(row["png"], pictures["columns"], strict=False)
         ]
-        rows.append({"label": row["label"], "pictures": shown})
-    return {"columns": pictures["columns"], "rows": rows, "caption": pictures["caption"]}
+        w = first if row.get("guidance") is None or row.get("method") == "unguided" else row["guidance"]
+        groups.setdefault(w, []).append({"label": row["label"], "pictures": shown})
+    titled = [("" if w is None else f"w = {w:g}", rows) for w, rows in groups.items()]
+    return {"columns": pictures["columns"], "groups": titled, "caption": pictures["caption"]}
 
 
 def _legend(doc: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -194,6 +194,16 @@ def test_time_is_matched_and_never_guessed() -> None:
     assert len(compute_points(doc, MEASURES[0])) == 15
 
 
+def test_two_methods_with_one_point_share_its_label() -> None:
+    doc = make()
+    row = next(row for row in doc["fidelity"] if row["method"] == "cfg" and row["guidance"] == 3.0)
+    alone = [row | {"steps": 31}, row | {"steps": 33, "macs_per_picture": 10**9}]
+    both = [*alone, row | {"steps": 31, "method": "cfg-fewer-steps"}]
+    for rows in (alone, both):
+        (chart,) = pareto_charts(make(fidelity=rows, latency=[]))
+        assert len(re.findall(r">31<", chart.svg)) == 1
+
+
 def test_without_kid_the_closeness_is_drawn() -> None:
     doc = fake_document.make(quality=False)
     assert [chart.title.partition(",")[0] for chart in pareto_charts(doc)] == ["PSNR to CFG", "PSNR to CFG"]
@@ -272,6 +282,15 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "<script" not in html
     assert page.open == []
     assert evil in page.text
+
+
+def test_pictures_of_other_scales_are_folded_away(drawn: tuple[Page, str]) -> None:
+    page, html = drawn
+    assert len(page.all("details")) == 1
+    assert len(page.all("img")) == 4 * 8
+    folded = html[html.index("<details>") : html.index("</details>")]
+    assert "<summary>w = 8</summary>" in folded
+    assert folded.count("<img") == 8
 
 
 def test_pictures_are_embedded_side_by_side(tmp_path: Path) -> None:

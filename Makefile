@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 GUIDES ?= build/emoji/guides
+# of bench: set to --resume to go on with an interrupted run
+RESUME ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test lint bench tables ablation train-speed faults realsize precision gpu emoji clean
@@ -11,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
 	@echo "make test   install the development extra, then lint, type-check and test"
-	@echo "make bench  the README's figures, into benchmarks/results/"
+	@echo "make bench  the README's figures, into benchmarks/results/ (an hour; interrupted, add RESUME=--resume)"
 	@echo "make tables      the distillation's tables A, B and C (hours on a CPU; resumable)"
 	@echo "make ablation    designs, terms and states of guides on a short budget (an hour on a CPU; resumable)"
 	@echo "make train-speed steps per second and memory of training at Stable Diffusion 1.5's size"
@@ -42,7 +44,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/pnp-trt sample "a red apple" "a red heart, noto style" "an automobile, twemoji style" --engine emoji-tiny --out $(DEMO)/samples
 	$(BIN)/pnp-trt build --base emoji --backend tensorrt-rtx --precision fp16 --target sm_89 --out engines/emoji-tiny-fp16-rtx-sm_89
 	$(BIN)/pnp-trt inspect emoji-tiny-fp16-rtx-sm_89
-	$(BIN)/pnp-trt bench --json $(DEMO)/bench.json --html $(DEMO)/report.html --grid $(DEMO)/grid.png
+	$(BIN)/pnp-trt bench --quick --json $(DEMO)/bench.json --html $(DEMO)/report.html --grid $(DEMO)/grid.png
 	@echo "done: open $(DEMO)/report.html and $(DEMO)/grid.png"
 
 test: $(VENV)/.dev-installed
@@ -57,8 +59,11 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev-installed
-	$(BIN)/pnp-trt bench --rounds 16 --steps 20 --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html --grid docs/demo-grid.png
-	$(BIN)/pnp-trt bench --only cost --base random:sd15 --json benchmarks/results/cost-sd15.json
+	$(BIN)/pnp-trt bench --suite readme-emoji $(RESUME) --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html --grid docs/demo-grid.png
+	for base in sd15 sd21 sdxl; do \
+	  $(BIN)/pnp-trt bench --suite cost-$$base --json benchmarks/results/cost-$$base.json || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.readme_tables
 
 tables: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[recipe]'

@@ -19,7 +19,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ import numpy as np
 
 from pnp_trt.artifacts import write_json
 from pnp_trt.backends.onnxruntime import OrtBound
+from pnp_trt.bench import coldstart
 from pnp_trt.bench.results import provenance
 from pnp_trt.runtime.pipeline import Pipeline
 
@@ -146,22 +146,10 @@ def ratio(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 def cold_start(engine: str, rounds: int) -> dict[str, Any]:
     """Seconds of ``pnp-trt sample`` from the start of the process to its end, and of its imports."""
-    seconds: dict[str, list[float]] = {"8 steps": [], "20 steps (default)": []}
-    imports: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="pnp-trt-loop-") as folder:
-        words = ["-m", "pnp_trt", "sample", PROMPT, "--engine", engine, "--out", folder, "--provider", "cpu", "-q"]
-        for number in range(-1, rounds):
-            for name, steps in (("8 steps", ["--steps", "8"]), ("20 steps (default)", [])):
-                started = time.perf_counter()
-                subprocess.run([sys.executable, *words, *steps], check=True, capture_output=True)
-                if number >= 0:
-                    seconds[name].append(round(time.perf_counter() - started, 3))
-            timed = [sys.executable, "-X", "importtime", *words, "--steps", "1"]
-            said = subprocess.run(timed, check=True, capture_output=True, text=True).stderr
-            own = [line.split(":")[1].split("|")[0] for line in said.splitlines() if line.startswith("import time:")]
-            if number >= 0:
-                imports.append(round(sum(int(t) for t in own if t.strip().isdigit()) / 1e6, 3))
-    return {"seconds": seconds, "imports_seconds": imports}
+    given: dict[str, Any] = {"rounds": rounds, "provider": "cpu", "prompt": PROMPT}
+    few, first = coldstart.starts(engine, steps=8, **given)
+    usual, second = coldstart.starts(engine, **given)
+    return {"seconds": {"8 steps": few, "20 steps (default)": usual}, "imports_seconds": first + second}
 
 
 def memory(engine: str, pictures: int, threads: int) -> dict[str, Any]:

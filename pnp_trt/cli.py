@@ -132,56 +132,6 @@ def sample(
 
 
 @app.command()
-def bench(
-    engine: Annotated[
-        list[str] | None, typer.Option(help="Bundles to compare; default: the base's teacher and guided ones.")
-    ] = None,
-    base: Annotated[
-        str, typer.Option(help="Base model; random:sd15, random:sd21 and random:sdxl with --only cost.")
-    ] = "emoji",
-    only: Annotated[str | None, typer.Option(help="cost, latency or fidelity; default: all three.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to time; default 1, 4 and 8.")] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps of the timed loop.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; more is steadier.")] = 12,
-    guidance: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; not for the cost.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="ddim, dpm++, euler or teacher; default: what the engines agree on, or ddim.")
-    ] = None,
-    grid_file: Annotated[
-        Path | None, typer.Option("--grid", help="Write the picture grid (teacher above, guided below) here.")
-    ] = None,
-    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Cost, latency and fidelity of guided sampling against its teacher's classifier-free guidance."""
-    from .backends.profiles import parse_size
-    from .bench import report, results, run
-
-    wanted = None if size is None else parse_size(size)
-    batches = tuple(batch or (1, 4, 8))
-    plan = run.Plan(tuple(engine or ()), base, only, batches, steps, rounds, guidance, provider, wanted, schedule)
-    run.check(plan)
-    for name in run.wanted_engines(plan):
-        _build_if_missing(name, quiet=False)
-    with _Bar("bench", None) as bar:
-        document, grid = run.run(plan, command=sys.argv[1:], progress=bar.note)
-    _console().print(report.render_terminal(document))
-    if grid_file is not None:
-        if grid is None:
-            raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
-        run.write_grid(grid, grid_file)
-        print(f"pictures: {grid_file}")
-    if json_file is not None:
-        results.write(document, json_file)
-        print(f"results:  {json_file}")
-    if html_file is not None:
-        report.render_html(document, html_file, grid)
-        print(f"page:     {html_file}")
-
-
-@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -305,10 +255,14 @@ class _Bar:
         self._last = mark
 
 
-from .cli_distill import distill_app  # noqa: E402  (it uses what is above)
+from .cli_bench import bench  # noqa: E402  (they use what is above)
+from .cli_compare import compare  # noqa: E402
+from .cli_distill import distill_app  # noqa: E402
 from .cli_plug import plug  # noqa: E402
 from .cli_visualize import visualize  # noqa: E402
 
+app.command()(bench)
+app.command()(compare)
 app.add_typer(distill_app, name="distill")
 app.command()(plug)
 app.command()(visualize)

@@ -152,3 +152,28 @@ def engines(micro_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``micro_bundles`` as the engines' home."""
     monkeypatch.setenv("PNP_TRT_ENGINES", str(micro_bundles))
     return micro_bundles
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of random weights with its tokenizer, as transformers saves it; do not write into it."""
+    import shutil
+
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    from pnp_trt.assets import ROOT
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "projection_dim": 8}  # fmt: skip
+    text = small | {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=8)
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    model = CLIPModel(config)
+    with torch.no_grad():  # initialised as CLIP is, prompts of an untrained one hardly differ
+        model.text_model.embeddings.token_embedding.weight.normal_(std=1.0)
+    model.save_pretrained(folder)
+    for file in (ROOT / "emoji" / "tokenizer").iterdir():
+        shutil.copy(file, folder)
+    return folder

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pnp_trt.artifacts import write_manifest
-
 from .conftest import Result
 
 Cli = Callable[..., Result]
@@ -149,64 +147,6 @@ def test_damaged_base_weights_are_refused(cli: Cli, micro_base: Path, tmp_path: 
     weights.unlink()
     done = cli("build", "--base", broken, "--guide", "none", "--out", tmp_path / "x")
     assert done.code == 2 and "holds no .safetensors" in done.err
-
-
-def test_bench_writes_the_documents(cli: Cli, engines: Path, tmp_path: Path) -> None:
-    files = [tmp_path / n for n in ("b.json", "b.html", "b.png")]
-    done = cli(
-        "bench", "--engine", "plain", "--engine", "guided", "--rounds", 2, "--steps", 2, "--batch", 1,
-        "--json", files[0], "--html", files[1], "--grid", files[2],
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    document = json.loads(files[0].read_text())
-    assert [r["network"] for r in document["cost"]][:2] == ["teacher", "guide-tiny"]
-    assert {(r["engine"], r["method"]) for r in document["latency"]} == {
-        ("plain", "cfg"), ("plain", "unguided"), ("guided", "guided"),
-    }  # fmt: skip
-    assert all(r["p50_ms"] > 0 and r["ratio_to_cfg"] > 0 for r in document["latency"])
-    assert {r["method"] for r in document["fidelity"]} == {"guided", "unguided"}
-    assert files[1].read_text().startswith("<!doctype html>") or "<html" in files[1].read_text()[:200]
-    assert Image.open(files[2]).width > 300
-
-
-def test_bench_cost_of_a_public_architecture(cli: Cli, tmp_path: Path) -> None:
-    done = cli("bench", "--only", "cost", "--base", "random:sd15", "--json", tmp_path / "c.json")
-    assert done.code == 0, done.err
-    rows = {r["network"]: r for r in json.loads((tmp_path / "c.json").read_text())["cost"]}
-    assert rows["teacher"]["parameters"] == pytest.approx(859.52e6, rel=1e-4)
-    assert rows["teacher"]["macs_without_attention"] == pytest.approx(338.61e9, rel=2e-3)
-    assert rows["teacher"]["macs"] == pytest.approx(401.64e9, rel=2e-3)
-    # the published budget of the tiny guide
-    assert rows["guide-tiny"]["parameters"] <= 8.27e6
-    assert rows["guide-tiny"]["macs_without_attention"] <= 7.79e9
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--only", "beauty"], "--only is 'beauty'; known: cost, latency, fidelity"),
-        (["--base", "random:sd15"], "add --only cost"),
-        (["--base", "random:sd9", "--only", "cost"], "known: emoji"),
-        (["--batch", "0"], "each must be between 1 and 32"),
-    ],
-)
-def test_bad_bench_arguments(cli: Cli, engines: Path, arguments: list[str], message: str) -> None:
-    done = cli("bench", *arguments)
-    assert done.code == 2 and message in done.err
-
-
-def test_engines_of_different_bases_are_not_compared(
-    cli: Cli, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    home = Path(shutil.copytree(engines, tmp_path / "engines"))
-    manifest = json.loads((home / "guided" / "manifest.json").read_text())
-    manifest["base"]["sha256"]["all"] = "0" * 64
-    write_manifest(home / "guided", manifest)
-    monkeypatch.setenv("PNP_TRT_ENGINES", str(home))
-    done = cli("bench", "--engine", "plain", "--engine", "guided", "--only", "latency")
-    assert done.code == 2 and "different base models" in done.err
 
 
 def test_doctor(cli: Cli) -> None:

@@ -115,7 +115,7 @@ def test_bad_wishes_are_one_sentence_and_exit_2(
 
 def test_bench_says_which_schedule_it_timed(cli: Cli, engines: Path, tmp_path: Path) -> None:
     arguments = ["bench", "--engine", "plain", "--engine", "guided", "--only", "latency", "--batch", 1, "--steps", 2,
-                 "--rounds", 1, "--json"]  # fmt: skip
+                 "--rounds", 1, "--no-peers", "--no-memory", "--cold-starts", 0, "--json"]  # fmt: skip
     for asked, made in (([], "ddim"), (["--schedule", "dpm++"], "dpm++")):
         path = tmp_path / f"{made}.json"
         done = cli(*arguments, path, *asked)

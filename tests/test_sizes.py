@@ -118,7 +118,8 @@ def test_impossible_sizes_are_refused_before_anything_is_made(
 
 
 def test_a_size_is_timed_where_the_engine_has_it(guided: Path, cli: Cli, tmp_path: Path) -> None:
-    run = ("bench", "--engine", guided, "--batch", 1, "--steps", 1, "--rounds", 1, "--json", tmp_path / "bench.json")
+    run = ("bench", "--engine", guided, "--batch", 1, "--steps", 1, "--rounds", 1, "--no-memory", "--cold-starts", 0,
+           "--json", tmp_path / "bench.json")  # fmt: skip
     done = cli(*run, "--only", "latency", "--size", "32x48")
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "bench.json").read_text())

@@ -138,6 +138,12 @@ class Network(ABC):
             InputError: if the network was not made for this batch or size; the message has the legal ones.
         """
 
+    def facts(self) -> dict[str, int]:
+        """What the runtime tells of the compiled network: ``layers``, ``reformats`` (layers that only change a tensor's
+        layout or type) and ``device_memory_bytes`` (that it works in, weights apart); what it does not tell is missing.
+        """
+        return {}
+
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The first output for named inputs that share their first dimension."""
         with self.bind(len(next(iter(inputs.values()))), size_of(inputs)) as bound:

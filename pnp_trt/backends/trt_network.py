@@ -16,6 +16,7 @@ from ..errors import InputError, PnpError
 from .base import Bound, Description, Network, Profile, Size
 from .cuda import Cuda
 from .profiles import tightest
+from .trt_facts import facts
 from .trt_flavour import Flavour
 
 
@@ -88,6 +89,9 @@ class TrtNetwork(Network):
 
     def describe(self) -> Description:
         return self._described
+
+    def facts(self) -> dict[str, int]:
+        return facts(self._trt, self._engine)
 
     def profile_for(self, batch: int, size: Size | None = None) -> int:
         """Index of the tightest profile that holds ``batch`` and ``size``, in latents."""

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from pnp_trt.errors import InputError
 
+from .published import published_rows as published_rows  # the paper's table is part of the cost
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -109,55 +111,72 @@ def cost_rows(
     return rows
 
 
-def method_rows(rows: Iterable[Mapping[str, Any]], *, steps: int) -> list[dict[str, Any]]:
+def method_rows(
+    rows: Iterable[Mapping[str, Any]], *, steps: int, guided_steps: int | None = None
+) -> list[dict[str, Any]]:
     """Totals per method from the rows of `cost_rows`, for one picture of `steps` steps at batch 1.
 
-    CFG runs the teacher twice a step, `unguided` once, `guided` the teacher and one guide once each (one row per
-    guide). Each row carries `method`, `guide`, `parameters` (of the networks that run each step), `macs_per_step`,
-    `macs_per_step_without_attention`, `macs_per_picture`, `macs_per_picture_without_attention`, `steps` and
-    `ratio_to_cfg` (of MACs per step, with attention products) and `ratio_to_cfg_without_attention`. A picture
-    includes one run of the text encoder (CFG's empty prompt is encoded once and kept), of the VAE decoder and of the
-    guide's condition where they were counted; `picture_includes` names them.
+    CFG runs the teacher twice a step (`cfg` in one batch of two, `cfg-two-passes` one after the other), `cfg-interval`
+    twice in `guided_steps` of the steps and once in the others (left out for None), `cfg-fewer-steps` is CFG in half
+    the steps, at least one; `unguided` runs it once, `guided` the teacher and one guide once each (one row per
+    guide). Each row carries `method`, `guide`, `parameters` (of the networks that run each step), `passes` (networks
+    run in one step; where steps differ, in the costliest), `passes_per_picture` (of the teacher), `steps`,
+    `macs_per_step` and `macs_per_step_without_attention` (mean over the steps), `macs_per_picture`,
+    `macs_per_picture_without_attention`, and `ratio_to_cfg` and `ratio_to_cfg_without_attention` (of the MACs of all
+    steps to those of CFG in `steps` steps, with attention products and without). A picture includes one run of the text
+    encoder (CFG's empty prompt is encoded once and kept), of the VAE decoder and of the guide's condition where they
+    were counted; `picture_includes` names them.
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1 to count a picture, got {steps}.")
+    if guided_steps is not None and not 0 <= guided_steps <= steps:
+        raise InputError(f"guided_steps must be from 0 to the {steps} steps, got {guided_steps}.")
     by_name = {row["network"]: row for row in rows}
     teacher = by_name.get(TEACHER)
     if teacher is None:
         raise InputError(f"The cost per method needs the network '{TEACHER}', got {', '.join(by_name) or 'none'}.")
-    runs: list[tuple[str, str | None, list[Mapping[str, Any]]]] = [
-        ("cfg", None, [teacher, teacher]),
-        ("unguided", None, [teacher]),
+    fewer = max(1, steps // 2)
+    runs = [
+        _Run("cfg", None, steps, 2 * steps),
+        _Run("cfg-two-passes", None, steps, 2 * steps),
+        *([] if guided_steps is None else [_Run("cfg-interval", None, steps, steps + guided_steps)]),
+        _Run("cfg-fewer-steps", None, fewer, 2 * fewer),
+        _Run("unguided", None, steps, steps),
     ]
-    runs += [("guided", name, [teacher, row]) for name, row in by_name.items() if name.startswith(GUIDE_PREFIX)]
-    return [_method_row(method, guide, passes, teacher, by_name, steps) for method, guide, passes in runs]
+    runs += [_Run("guided", name, steps, steps) for name in by_name if name.startswith(GUIDE_PREFIX)]
+    return [_method_row(run, by_name, steps) for run in runs]
 
 
-def _method_row(
-    method: str,
-    guide: str | None,
-    passes: list[Mapping[str, Any]],
-    teacher: Mapping[str, Any],
-    by_name: Mapping[str, Mapping[str, Any]],
-    steps: int,
-) -> dict[str, Any]:
-    distinct = {row["network"]: row["parameters"] for row in passes}
-    condition = CONDITION_PREFIX + (guide or "").removeprefix(f"{GUIDE_PREFIX}-")
+@dataclass(frozen=True)
+class _Run:
+    """How often a method runs the teacher in a picture, and in how many steps; a guide runs once a step."""
+
+    method: str
+    guide: str | None
+    steps: int
+    passes: int
+
+
+def _method_row(run: _Run, by_name: Mapping[str, Mapping[str, Any]], cfg_steps: int) -> dict[str, Any]:
+    teacher = by_name[TEACHER]
+    beside = [by_name[run.guide]] if run.guide else []
+    condition = CONDITION_PREFIX + (run.guide or "").removeprefix(f"{GUIDE_PREFIX}-")
     once = [name for name in (*PICTURE_NETWORKS, condition) if name in by_name]
+    most = 2 if run.passes > run.steps else 1
     row: dict[str, Any] = {
-        "method": method,
-        "guide": guide,
-        "passes": [row["network"] for row in passes],
-        "parameters": sum(distinct.values()),
-        "steps": steps,
+        "method": run.method,
+        "guide": run.guide,
+        "passes": [network["network"] for network in (*[teacher] * most, *beside)],
+        "passes_per_picture": run.passes,
+        "parameters": sum(network["parameters"] for network in (teacher, *beside)),
+        "steps": run.steps,
         "picture_includes": once,
     }
     for suffix, key in (("", "macs"), ("_without_attention", "macs_without_attention")):
-        step = sum(int(network[key]) for network in passes)
-        apart = sum(int(by_name[name][key]) for name in once)
-        row[f"macs_per_step{suffix}"] = step
-        row[f"macs_per_picture{suffix}"] = steps * step + apart
-        row[f"ratio_to_cfg{suffix}"] = step / (2 * teacher[key]) if teacher[key] else None
+        loop = run.passes * int(teacher[key]) + run.steps * sum(int(network[key]) for network in beside)
+        row[f"macs_per_step{suffix}"] = loop // run.steps
+        row[f"macs_per_picture{suffix}"] = loop + sum(int(by_name[name][key]) for name in once)
+        row[f"ratio_to_cfg{suffix}"] = loop / (2 * cfg_steps * teacher[key]) if teacher[key] else None
     return row
 
 

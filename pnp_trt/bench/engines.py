@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 TEACHER, TINY = "teacher", "tiny"
 
 
@@ -27,3 +30,31 @@ def default_build(engine: str) -> list[str] | None:
         if engine.startswith(f"{base}-tiny-") and (ROOT / "guides" / guide / "config.json").is_file():
             return ["--base", base, "--guide", guide, "--out", str(engines_home() / engine)]
     return None
+
+
+def counted_guide(manifest: dict[str, Any]) -> str | None:
+    """The counted network that is a bundle's guide, ``guide-tiny`` or ``guide-full``.
+
+    "" where the bundle has none; None where its guide is not at hand, or of another size than the counted one.
+    """
+    from ..errors import InputError
+    from ..models.names import guide_folder
+
+    if manifest["guide"] is None:
+        return ""
+    try:
+        config = json.loads((guide_folder(manifest["guide"]["name"]) / "config.json").read_text())
+    except (InputError, OSError, ValueError):
+        return None
+    kind = str(config.get("_class_name", "")).removesuffix("Guide").lower()
+    if kind == "full":
+        return "guide-full"
+    counted = json.loads((guide_folder("emoji-tiny") / "config.json").read_text())
+    alike = all(config.get(k) == counted.get(k) for k in ("rank", "embed_dim"))
+    return "guide-tiny" if kind == "tiny" and alike and manifest["base"]["name"] in _bundled() else None
+
+
+def _bundled() -> list[str]:
+    from ..models.base import bundled_bases
+
+    return bundled_bases()

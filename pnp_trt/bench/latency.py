@@ -2,23 +2,28 @@
 
 A shared machine drifts (frequency, neighbours, memory), so no method is ever timed in one block: every round runs
 each case once, in an order that rotates, and the ratio to CFG is taken within the round before the median is.
-This module imports no torch; it times whatever fulfils `Pipeline`.
+This module imports no torch; it times whatever fulfils `cases.Pipeline`.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pnp_trt.errors import InputError
 
-METHODS = ("cfg", "unguided", "guided")
+from .cases import METHODS, Case, Pipeline
+from .meters import Meters
+
+__all__ = ["BOUNDARY", "METHODS", "Case", "LatencyRow", "Pipeline", "measure"]
+
 MIN_STEPS, MAX_STEPS = 1, 1000  # the teacher's schedule has 1,000 training timesteps
 DEFAULT_ROUNDS = 15
 DEFAULT_WARMUP = 2
@@ -33,54 +38,11 @@ _RESAMPLES = 2000
 Progress = Callable[[int, int, str], None]
 
 
-class Pipeline(Protocol):
-    """What is timed: a text-to-image pipeline on one engine. Every call returns when its result is on the host."""
-
-    @property
-    def name(self) -> str:
-        """The engine's name, as in the report."""
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Which of 'cfg', 'unguided' and 'guided' this engine can run."""
-
-    def encode(self, prompts: list[str]) -> np.ndarray:
-        """Text encodings, [N, 77, D] float32."""
-
-    def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> np.ndarray:
-        """Starting latents, [N, C, h, w] float32, one picture a seed; of `size` in pixels, None for the default."""
-
-    def denoise(
-        self,
-        context: np.ndarray,
-        noise: np.ndarray,
-        *,
-        steps: int,
-        guidance: np.ndarray | float,
-        method: str,
-        schedule: str | None = None,
-    ) -> np.ndarray:
-        """Final latents after the whole loop, [N, C, h, w]."""
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pictures, [N, H, W, 3] uint8."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to time: a method on a pipeline."""
-
-    pipe: Pipeline
-    method: str
-
-    @property
-    def label(self) -> str:
-        return f"{self.pipe.name}/{self.method}"
-
-
 @dataclass(frozen=True)
 class LatencyRow:
     """One case at one batch size. Times are milliseconds; those without a suffix are of one whole denoising loop.
+
+    steps: those that were made; `cfg-fewer-steps` makes half of what the other rows make.
 
     p50_ms, p90_ms, p99_ms: the loop for the whole batch, over rounds (with few rounds p99 is close to the slowest).
     p50_ms_per_step: the loop divided by its steps.  p50_ms_per_picture: text, loop and decode, divided by the batch.
@@ -88,6 +50,10 @@ class LatencyRow:
     spread: interquartile range of the loop divided by its median.
     ratio_to_cfg: median over rounds of (this loop / the CFG loop of `ratio_reference` in the same round), with its
     bootstrap interval [low, high] at 95 %; None where no CFG was timed to compare with.
+    passes: U-Net passes a picture.  pictures_per_s: of the whole batch, text, loop and decode.
+    peak_memory_bytes: see `footprint`.  energy_j_per_picture: see `energy`.
+    least_ms: the least time of the loop on this device, see `roofline`; share_of_least: least_ms / p50_ms.
+    guided_interval: lowest and highest timestep with CFG, for `cfg-interval`.  What was not measured is None.
     raw: one entry a round, `round`, `position` (place in the round's order), `encode_ms`, `loop_ms`, `decode_ms`.
     """
 
@@ -111,12 +77,19 @@ class LatencyRow:
     warmup: int
     boundary: str
     raw: list[dict[str, Any]] = field(default_factory=list)
+    passes: int | None = None
+    pictures_per_s: float | None = None
+    peak_memory_bytes: int | None = None
+    energy_j_per_picture: float | None = None
+    least_ms: float | None = None
+    share_of_least: float | None = None
+    guided_interval: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON holds it."""
         row = asdict(self)
-        if self.ratio_to_cfg_interval is not None:
-            row["ratio_to_cfg_interval"] = list(self.ratio_to_cfg_interval)
+        for key in ("ratio_to_cfg_interval", "guided_interval"):
+            row[key] = row[key] and list(row[key])
         return row
 
 
@@ -134,6 +107,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    meters: Meters | None = None,
 ) -> list[LatencyRow]:
     """Time every case at every batch size, one row each, batch by batch in the order of `cases`.
 
@@ -141,6 +115,8 @@ def measure(
     case come before the first round and are not recorded. `schedule` names the sampling schedule; None leaves it to
     each pipeline. `clock` returns seconds; `seed` fixes the bootstrap; `size` is the pictures' height and width in
     pixels, None every engine's default.
+
+    `meters` says what is measured besides times, once a row, after its batch size was timed.
 
     Raises InputError for no cases, a case given twice, a method its engine lacks, or numbers out of range.
     """
@@ -172,10 +148,14 @@ def measure(
         loops = [np.array([one["loop_ms"] for one in observations]) for observations in raw]
         for index, case in enumerate(cases):
             reference = _reference(cases, index)
-            ratio = None if reference is None else _ratio(loops[index], loops[reference], seed)
+            ratio = None if reference is None else paired_ratio(loops[index], loops[reference], seed)
             label = None if reference is None else cases[reference].label
-            settings = {"batch": batch, "steps": steps, "guidance": guidance, "warmup": warmup}
-            rows.append(_row(case, raw[index], ratio, label, settings))
+            settings = {"batch": batch, "steps": case.steps(steps), "guidance": guidance, "warmup": warmup}
+            draw = functools.partial(_once, case, texts, seeds, steps, guidance, clock, schedule, size)
+            beside = (meters or Meters()).read(
+                case, batch=batch, steps=steps, schedule=schedule, size=size, draw=draw, clock=clock
+            )
+            rows.append(_row(case, raw[index], ratio, label, settings | beside))
     return rows
 
 
@@ -197,12 +177,11 @@ def _once(
 ) -> dict[str, float]:
     """One picture batch from prompt to pixels; the noise is drawn before the clock starts."""
     noise = case.pipe.noise(seeds) if size is None else case.pipe.noise(seeds, size)
-    named = {} if schedule is None else {"schedule": schedule}
     with _collector_paused():
         start = clock()
         context = case.pipe.encode(prompts)
         encoded = clock()
-        latents = case.pipe.denoise(context, noise, steps=steps, guidance=guidance, method=case.method, **named)
+        latents = case.denoise(context, noise, steps=steps, guidance=guidance, schedule=schedule)
         denoised = clock()
         case.pipe.decode(latents)
         decoded = clock()
@@ -238,8 +217,11 @@ def _reference(cases: Sequence[Case], index: int) -> int | None:
     return next(iter(own + alike), None)
 
 
-def _ratio(loop: np.ndarray, cfg: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Median of the round-paired ratio, and its percentile bootstrap interval over rounds."""
+def paired_ratio(loop: np.ndarray, cfg: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Median of the ratio paired by round, and its percentile bootstrap interval over rounds.
+
+    loop, cfg: milliseconds [rounds] of two cases, round by round.
+    """
     ratios = loop / np.maximum(cfg, 1e-9)  # a clock too coarse for the loop must not divide by zero
     draws = np.random.default_rng(seed).integers(0, len(ratios), size=(_RESAMPLES, len(ratios)))
     medians = np.median(ratios[draws], axis=1)
@@ -257,6 +239,8 @@ def _row(
 ) -> LatencyRow:
     encode, loop, decode = (np.array([one[key] for one in raw]) for key in ("encode_ms", "loop_ms", "decode_ms"))
     p25, p50, p75, p90, p99 = (float(value) for value in np.percentile(loop, [25, 50, 75, 90, 99]))
+    per_picture = float(np.median(encode + loop + decode)) / settings["batch"]
+    least = settings["least_ms"]
     return LatencyRow(
         engine=case.pipe.name,
         method=case.method,
@@ -264,7 +248,9 @@ def _row(
         p90_ms=p90,
         p99_ms=p99,
         p50_ms_per_step=p50 / settings["steps"],
-        p50_ms_per_picture=float(np.median(encode + loop + decode)) / settings["batch"],
+        p50_ms_per_picture=per_picture,
+        pictures_per_s=1e3 / per_picture if per_picture else None,
+        share_of_least=least / p50 if least is not None and p50 else None,
         spread=(p75 - p25) / p50 if p50 else 0.0,
         encode_p50_ms=float(np.median(encode)),
         decode_p50_ms=float(np.median(decode)),
@@ -291,10 +277,9 @@ def _check(
         raise InputError("There is nothing to time; give at least one engine with one method.")
     labels = [case.label for case in cases]
     for case in cases:
-        if case.method not in case.pipe.methods:
-            raise InputError(
-                f"Engine '{case.pipe.name}' has no method '{case.method}'; it has {', '.join(case.pipe.methods)}."
-            )
+        if not case.possible:
+            own = (*case.pipe.methods, *getattr(case.pipe, "baselines", ()))
+            raise InputError(f"Engine '{case.pipe.name}' has no method '{case.method}'; it has {', '.join(own)}.")
         if labels.count(case.label) > 1:
             raise InputError(f"'{case.label}' is given {labels.count(case.label)} times; give each case once.")
     if not batches or any(batch < 1 for batch in batches):

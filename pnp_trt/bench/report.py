@@ -7,33 +7,23 @@ charts are inline SVG whose colours are CSS variables, its pictures are data URI
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from pnp_trt.artifacts import write_text
-from pnp_trt.bench.charts import compute_chart, latency_charts
-from pnp_trt.bench.tables import (
-    cost_table,
-    fidelity_table,
-    interval,
-    largest_batches,
-    latency_table,
-    method_table,
-    percent,
-    plural,
-)
-from pnp_trt.errors import InputError
+from pnp_trt.bench import tables
+from pnp_trt.bench.charts import Chart
+from pnp_trt.bench.charts_bars import compute_chart, latency_charts, roofline_charts
+from pnp_trt.bench.charts_fidelity import pareto_charts, scale_charts
+from pnp_trt.bench.findings import headlines, sentences, time_sentences
+from pnp_trt.bench.terminal import render_terminal
+from pnp_trt.bench.words import METHOD_LEGEND, three_digits
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+__all__ = ["render_html", "render_terminal", "sentences"]
 
 TEMPLATE = "report.html.j2"
 UNIT_NOTE = (
@@ -47,91 +37,9 @@ PAPER_NOTE = (
     "step without the attention products: 338.61 without them, 401.64 with. Compare them with the column “without "
     "attention”. The paper does not publish its tiny guide's architecture; the tiny guide here is this project's own."
 )
-#: Interquartile range over median above which a latency is called noisy.
-NOISY = 0.1
 
 
-@dataclass(frozen=True)
-class PictureGrid:
-    """Pictures to show side by side, the same prompt and seed down each column.
-
-    columns: a caption per column, usually the prompt.  rows: (label, pictures uint8 [N, H, W, 3]) from top to bottom,
-    teacher CFG first.  caption: how they were made, in a sentence.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, np.ndarray]]
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        for label, pictures in self.rows:
-            if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-                raise InputError(
-                    f"The pictures of '{label}' must be uint8 [N, H, W, 3], got {pictures.dtype} {pictures.shape}."
-                )
-            if len(pictures) != len(self.columns):
-                raise InputError(
-                    f"'{label}' has {len(pictures)} pictures for {len(self.columns)} columns; give one a column."
-                )
-
-
-def sentences(doc: Mapping[str, Any]) -> list[str]:
-    """What was found, in plain words: time, compute, and whether quality was evaluated."""
-    found = _time_sentences(doc)
-    for row in doc["methods_cost"]:
-        if row["method"] == "guided" and row.get("ratio_to_cfg"):
-            found.append(f"{row['guide']}: one guided step computes {percent(row['ratio_to_cfg'])} of CFG's MACs.")
-    if not doc["task_quality_evaluated"]:
-        found.append("The quality of the pictures was not evaluated in this run.")
-    return found
-
-
-def _time_sentences(doc: Mapping[str, Any]) -> list[str]:
-    """One per engine, at its largest batch; says where a difference is inside its interval or the timing was noisy."""
-    found = []
-    for row in largest_batches(doc):
-        text = f"{row['engine']}: guided costs {row['ratio_to_cfg']:.2f} of CFG's time per step at batch {row['batch']}"
-        bounds = row.get("ratio_to_cfg_interval")
-        if bounds:
-            text += f" (95 % interval {interval(row, 2)}, {plural(row['rounds'], 'round')})"
-            if bounds[0] <= 1 <= bounds[1]:
-                text += ", which is no difference that this run can tell"
-        if (row.get("spread") or 0) > NOISY:
-            text += f"; the timing was noisy (interquartile range {percent(row['spread'])} of the median)"
-        found.append(text + ".")
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------- terminal
-
-
-def render_terminal(doc: Mapping[str, Any]) -> RenderableType:
-    """The tables of `doc` as one rich renderable, closed by what they say in plain words."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim")
-        made.pad_edge = False
-        for number, name in enumerate(names):
-            made.add_column(name, justify="left" if number < words else "right", overflow="fold")
-        for row in rows:
-            made.add_row(*(Text(cell) for cell in row))
-        return made
-
-    parts: list[RenderableType] = []
-    for found in (cost_table(doc), method_table(doc), latency_table(doc, short=True), fidelity_table(doc)):
-        if found is not None:
-            parts += [table(found["title"], found["head"], found["rows"], found["words"]), Text()]
-    parts += [Text(sentence) for sentence in sentences(doc)]
-    return Group(*parts)
-
-
-# --------------------------------------------------------------------------------------------------------- HTML
-
-
-def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str], pictures: PictureGrid | None = None) -> Path:
+def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write the report of `doc` as one HTML file at `path`, whole or not at all, and return the path."""
     import jinja2
 
@@ -143,24 +51,36 @@ def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str], pictures: 
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["unbroken"] = _unbroken
+    environment.filters["safe_chart"] = _safe
     raw = json.dumps(doc, ensure_ascii=False, indent=1).encode()
     page = environment.get_template(TEMPLATE).render(
         doc=doc,
-        provenance=_provenance_pairs(doc["provenance"]),
-        headlines=_headlines(doc),
-        sentences=_time_sentences(doc),
-        cost=cost_table(doc),
-        methods=method_table(doc),
-        latency=latency_table(doc),
-        fidelity=fidelity_table(doc),
-        latency_charts=[_safe(chart) for chart in latency_charts(doc)],
-        compute_chart=_safe(compute_chart(doc)),
-        pictures=None if pictures is None else _picture_rows(pictures),
+        headlines=headlines(doc),
+        sentences=time_sentences(doc),
+        pictures=_pictures(doc["pictures"]),
+        pareto=pareto_charts(doc),
+        scales=scale_charts(doc),
+        fidelity=tables.fidelity_table(doc),
+        latency_charts=latency_charts(doc),
+        roofline_charts=roofline_charts(doc),
+        latency=tables.latency_table(doc),
+        compute_chart=compute_chart(doc),
+        cost=tables.cost_table(doc),
+        published=tables.published_table(doc),
+        methods=tables.method_table(doc),
+        engines=tables.engine_table(doc),
+        cold=tables.cold_table(doc),
+        left_out=tables.left_out_table(doc),
+        method_legend=_legend(doc),
         unit_note=UNIT_NOTE,
         paper_note=PAPER_NOTE,
         picture_includes=[name for row in doc["methods_cost"][:1] for name in row.get("picture_includes", [])],
         boundary=next((row["boundary"] for row in doc["latency"] if row.get("boundary")), None),
         timing=_timing(doc),
+        peaks=_peaks(doc["device"]),
+        commands=_commands(doc),
+        provenance=_provenance_pairs(doc["provenance"]),
+        settings=_settings_pairs(doc["settings"]),
         raw="data:application/json;base64," + base64.b64encode(raw).decode(),
     )
     target = Path(path)
@@ -168,10 +88,10 @@ def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str], pictures: 
     return target
 
 
-def _safe(svg: str | None) -> Any:
+def _safe(chart: Chart) -> Any:
     import markupsafe
 
-    return None if svg is None else markupsafe.Markup(svg)  # drawn by matplotlib, which escapes every label
+    return markupsafe.Markup(chart.svg)  # drawn by matplotlib, which escapes every label
 
 
 def _unbroken(text: str) -> str:
@@ -179,65 +99,34 @@ def _unbroken(text: str) -> str:
     return re.sub(r"(?<=\d)–(?=\d)", "\N{WORD JOINER}–\N{WORD JOINER}", text)
 
 
-def _picture_rows(grid: PictureGrid) -> dict[str, Any]:
-    rows = [
-        {
-            "label": label,
-            "pictures": [{"uri": _data_uri(one), "alt": f"{' '.join(label.split())}: {text}"} for one, text in pairs],
-        }
-        for label, pairs in ((label, list(zip(stack, grid.columns, strict=True))) for label, stack in grid.rows)
-    ]
-    return {"columns": list(grid.columns), "rows": rows, "caption": grid.caption}
+def _pictures(pictures: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The grid by w, the first row's w on top; each row with a data URI and a description of every picture.
+
+    Pictures without guidance have no w: they stand with the first.
+    """
+    if pictures is None:
+        return None
+    first = next((row["guidance"] for row in pictures["rows"] if row.get("guidance") is not None), None)
+    groups: dict[Any, list[dict[str, Any]]] = {first: []}
+    for row in pictures["rows"]:
+        said = " ".join(row["label"].split())
+        shown = [
+            {"uri": f"data:image/png;base64,{png}", "alt": f"{said}: {column}"}
+            for png, column in zip(row["png"], pictures["columns"], strict=False)
+        ]
+        w = first if row.get("guidance") is None or row.get("method") == "unguided" else row["guidance"]
+        groups.setdefault(w, []).append({"label": row["label"], "pictures": shown})
+    titled = [("" if w is None else f"w = {w:g}", rows) for w, rows in groups.items()]
+    return {"columns": pictures["columns"], "groups": titled, "caption": pictures["caption"]}
 
 
-def _data_uri(pixels: np.ndarray) -> str:
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def _headlines(doc: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The few figures that a reader takes away, each with what it is and how sure it is."""
-    found = []
-    for row in largest_batches(doc):
-        bounds = interval(row, 2)
-        sure = f"95 % interval {bounds}, " if bounds else ""
-        found.append(
-            {
-                "value": f"{row['ratio_to_cfg']:.2f} ×",
-                "name": "CFG's time per step",
-                "detail": f"{row['engine']}, batch {row['batch']}, {sure}{plural(row.get('rounds', 0), 'round')}",
-            }
-        )
-    guided = [row for row in doc["methods_cost"] if row["method"] == "guided"]
-    for row in guided:
-        if row.get("ratio_to_cfg"):
-            found.append(
-                {
-                    "value": percent(row["ratio_to_cfg"]),
-                    "name": "of CFG's compute per step",
-                    "detail": f"{row['guide']}, MACs with attention products",
-                }
-            )
-    sizes = {row["network"]: row["parameters"] for row in doc["cost"]}
-    for row in guided:
-        if sizes.get("teacher") and row["guide"] in sizes:
-            share = sizes[row["guide"]] / sizes["teacher"]
-            found.append(
-                {
-                    "value": percent(share),
-                    "name": "of the teacher's parameters",
-                    "detail": f"{row['guide']}, {sizes[row['guide']]:,} trained; the teacher stays as it is",
-                }
-            )
-    return found
+def _legend(doc: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the methods' short names mean, of those that the document has."""
+    found = {row["method"] for part in ("latency", "fidelity", "methods_cost") for row in doc[part]}
+    return [(name, said) for name, said in METHOD_LEGEND.items() if name in found]
 
 
 def _timing(doc: Mapping[str, Any]) -> str | None:
-    if not doc["latency"]:
-        return None
     rounds = sorted({row["rounds"] for row in doc["latency"] if "rounds" in row})
     warmup = sorted({row["warmup"] for row in doc["latency"] if "warmup" in row})
     if not rounds:
@@ -247,6 +136,35 @@ def _timing(doc: Mapping[str, Any]) -> str | None:
         "case; every round runs each case once, in an order that rotates. The ratio to CFG is taken within each round, "
         "then the median over rounds; its interval is a seeded bootstrap over rounds."
     )
+
+
+def _peaks(device: Mapping[str, Any] | None) -> str | None:
+    """The device's measured peaks in a sentence."""
+    if device is None:
+        return None
+    found = [
+        f"{three_digits(device[key] / 1e9)} {unit}"
+        for key, unit in (("peak_macs_per_s", "G MACs/s"), ("peak_bytes_per_s", "GB/s"))
+        if device.get(key) is not None
+    ]
+    if not found:
+        return None
+    return f"Measured peaks of this device ({device['name']}): {' and '.join(found)}. How: {device['how']}."
+
+
+def _commands(doc: Mapping[str, Any]) -> list[str]:
+    """What repeats the run: the commit, where there is one, and the command as it was given."""
+    commit = doc["provenance"].get("commit")
+    return [*([f"git checkout {commit}"] if commit else []), doc["provenance"]["command"]]
+
+
+def _settings_pairs(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def said(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(said, value))
+        return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+    return [(key.replace("_", " "), said(value)) for key, value in settings.items() if value not in (None, [], "")]
 
 
 def _provenance_pairs(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -6,22 +6,27 @@ document and from nothing else.
 
 from __future__ import annotations
 
+import base64
 import datetime
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pnp_trt.artifacts import write_text
+from pnp_trt.bench.schema import problem
 from pnp_trt.errors import InputError, PnpError
 
-SCHEMA = "pnp-trt/bench/1"
+SCHEMA = "pnp-trt/bench/2"
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 #: Packages whose versions are recorded where they are installed; looked up, never imported.
 PACKAGES = (
@@ -36,21 +41,6 @@ PACKAGES = (
     "tensorrt",
     "tensorrt-rtx",
 )
-_REQUIRED = {
-    "schema": str,
-    "provenance": dict,
-    "cost": list,
-    "methods_cost": list,
-    "latency": list,
-    "fidelity": list,
-    "task_quality_evaluated": bool,
-}
-_REQUIRED_IN_ROWS = {
-    "cost": ("network", "parameters", "macs", "macs_without_attention"),
-    "methods_cost": ("method", "macs_per_step", "macs_per_picture", "steps"),
-    "latency": ("engine", "method", "batch", "steps", "p50_ms", "ratio_to_cfg"),
-    "fidelity": (),
-}
 
 
 def document(
@@ -58,35 +48,115 @@ def document(
     *,
     cost: Sequence[Mapping[str, Any]] = (),
     methods_cost: Sequence[Mapping[str, Any]] = (),
+    published: Sequence[Mapping[str, Any]] = (),
+    engines: Sequence[Mapping[str, Any]] = (),
+    device: Mapping[str, Any] | None = None,
     latency: Sequence[Any] = (),
+    cold_start: Sequence[Mapping[str, Any]] = (),
     fidelity: Sequence[Mapping[str, Any]] = (),
     pictures: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
-    device: str | None = None,
+    left_out: Sequence[Mapping[str, str]] = (),
     task_quality_evaluated: bool | None = None,
+    task_quality_reason: str | None = None,
+    accelerator: str | None = None,
 ) -> dict[str, Any]:
-    """Put measurements and their provenance into one document.
+    """Put measurements and their provenance into one document of schema `pnp-trt/bench/2`.
 
-    command: the command line that ran (a string, or the arguments).  cost: rows of `cost.cost_rows`.
-    methods_cost: rows of `cost.method_rows`.  latency: `LatencyRow`s or their dicts.  fidelity: rows of the fidelity
-    measurement.  task_quality_evaluated: whether they say how good the pictures are (KID, alignment), not only how
-    close to the teacher's; None means that there are any.  pictures: what the picture grid shows (prompts,
-    seeds, steps, guidance), for the reader.  settings: anything else that the run was asked for.  device: the
-    accelerator's name where one was used.
+    What was not measured is left out or null, and named in `left_out`; rows may be dicts or have a method `as_dict`.
+
+    Args:
+        command: the command line that ran: a string, or the arguments.
+        cost: a row a network, as of `cost.cost_rows`: parameters, and MACs of one forward.
+        methods_cost: a row a method, as of `cost.method_rows`.
+        published: published figures beside ours, in the same unit.
+        engines: a row a network of each engine: bytes, layers, reformats.
+        device: the measured peaks of the device: name, peak_macs_per_s, peak_bytes_per_s, how.
+        latency: `LatencyRow`s or their dicts, times in milliseconds, raw observations included.
+        cold_start: seconds from a process's start to its first picture, a row an engine.
+        fidelity: a row a method, number of steps and w; a measured value is {"value", "low", "high", "count"}.
+        pictures: {"columns", "rows" as of `encode_pictures`, "caption"}.
+        settings: what the run was asked for; "suite" and "quick" are None and False where it does not say.
+        left_out: {"what", "why"} of everything that was asked for and not measured.
+        task_quality_evaluated: whether `fidelity` says how good the pictures are, not only how close to the teacher's;
+            None means that some row has a KID or an FID.
+        task_quality_reason: why it was not evaluated.
+        accelerator: the accelerator's name where one was used, for the provenance.
     """
-    result: dict[str, Any] = {
+    rows = [_row(row) for row in fidelity]
+    judged = any(row.get("kid") or row.get("fid_inception") for row in rows)
+    evaluated = judged if task_quality_evaluated is None else task_quality_evaluated
+    if not evaluated and task_quality_reason is None:
+        task_quality_reason = "no picture was compared with real ones in this run"
+    return {
         "schema": SCHEMA,
-        "provenance": provenance(command, device=device),
-        "settings": dict(settings or {}),
-        "cost": [dict(row) for row in cost],
-        "methods_cost": [dict(row) for row in methods_cost],
-        "latency": [row.as_dict() if hasattr(row, "as_dict") else dict(row) for row in latency],
-        "fidelity": [dict(row) for row in fidelity],
-        "task_quality_evaluated": bool(fidelity) if task_quality_evaluated is None else task_quality_evaluated,
+        "provenance": provenance(command, device=accelerator),
+        "settings": {"suite": None, "quick": False, **(settings or {})},
+        "task_quality_evaluated": evaluated,
+        "task_quality_reason": None if evaluated else task_quality_reason,
+        "left_out": [dict(one) for one in left_out],
+        "cost": [_row(row) for row in cost],
+        "methods_cost": [_row(row) for row in methods_cost],
+        "published": [_row(row) for row in published],
+        "engines": [_row(row) for row in engines],
+        "device": None if device is None else _row(device),
+        "latency": [_row(row) for row in latency],
+        "cold_start": [_row(row) for row in cold_start],
+        "fidelity": rows,
+        "pictures": None if pictures is None else dict(pictures),
     }
-    if pictures is not None:
-        result["pictures"] = dict(pictures)
-    return result
+
+
+def encode_pictures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a picture grid as the document holds them: `pixels` becomes `png`, all else stays.
+
+    rows: dicts with "label" and "pixels" (uint8 [N, H, W, 3], one picture a column), and whatever else says what they
+    show: "engine", "method", "steps", "guidance".  Returns the rows with "png": N PNG files in Base64.
+
+    Raises:
+        InputError: for pixels of another type or shape, or rows of different lengths.
+    """
+    from PIL import Image
+
+    made: list[dict[str, Any]] = []
+    for row in rows:
+        pixels = row["pixels"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+            raise InputError(
+                f"The pictures of '{row['label']}' must be uint8 [N, H, W, 3], got {pixels.dtype} {pixels.shape}."
+            )
+        if made and len(made[0]["png"]) != len(pixels):
+            raise InputError(
+                f"'{row['label']}' has {len(pixels)} pictures for {len(made[0]['png'])} columns; give one a column."
+            )
+        files = []
+        for one in pixels:
+            stream = io.BytesIO()
+            Image.fromarray(one).save(stream, "PNG", optimize=True)
+            files.append(base64.b64encode(stream.getvalue()).decode())
+        made.append({**{key: value for key, value in row.items() if key != "pixels"}, "png": files})
+    return made
+
+
+def decode_pictures(pictures: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
+    """(label, uint8 [N, H, W, 3]) for every row of a document's `pictures`: the inverse of `encode_pictures`.
+
+    Raises:
+        InputError: for what is not a PNG in Base64.
+    """
+    from PIL import Image
+
+    found = []
+    for row in pictures["rows"]:
+        try:
+            files = [io.BytesIO(base64.b64decode(one, validate=True)) for one in row["png"]]
+            stack = np.stack([np.asarray(Image.open(one).convert("RGB")) for one in files])
+        except (ValueError, OSError, SyntaxError) as error:  # Pillow says SyntaxError of a broken PNG
+            raise InputError(
+                f"The pictures of '{row['label']}' are damaged ({error}); run the benchmark again."
+            ) from error
+        found.append((row["label"], stack))
+    return found
 
 
 def provenance(command: str | Sequence[str], *, device: str | None = None) -> dict[str, Any]:
@@ -124,7 +194,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a results document; InputError with the reason for a file that is missing, cut short or of another kind."""
     source = Path(path)
     try:
-        doc: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+        doc = json.loads(source.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except OSError as error:
         raise InputError(f"{source} cannot be read ({error.strerror}); give a results file that exists.") from error
     except UnicodeDecodeError as error:
@@ -134,30 +204,32 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{source} is not complete JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
             "it may have been cut short: run the benchmark again."
         ) from error
-    _validate(doc, source)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not a results file ({error}); give one of pnp-trt bench.") from error
+    check(doc, source)
     return doc
 
 
-def _validate(doc: Any, source: Path) -> None:
-    """The checks that need no JSON Schema library: enough that every table can be drawn."""
+def check(doc: Any, source: str | os.PathLike[str]) -> None:
+    """Raise InputError with the reason where `doc` is not a document of this schema; `source` names it."""
     if not isinstance(doc, dict) or "schema" not in doc:
         raise InputError(f"{source} is not a results file: it names no schema; give a JSON file of pnp-trt bench.")
     if doc["schema"] != SCHEMA:
-        raise InputError(
-            f"{source} has the schema {doc['schema']!r}, this version reads {SCHEMA!r}; run the benchmark again."
-        )
-    for key, kind in _REQUIRED.items():
-        if key not in doc:
-            raise InputError(f"{source} lacks the key '{key}' of schema {SCHEMA}; run the benchmark again.")
-        if not isinstance(doc[key], kind):
-            found = type(doc[key]).__name__
-            raise InputError(f"In {source} '{key}' is a {found}, not a {kind.__name__}; run the benchmark again.")
-    for table, keys in _REQUIRED_IN_ROWS.items():
-        for number, row in enumerate(doc[table]):
-            missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-            if missing:
-                lacks = ", ".join(missing)
-                raise InputError(f"In {source} row {number} of '{table}' lacks {lacks}; run the benchmark again.")
+        how = "run the benchmark again"
+        if str(doc["schema"]).startswith("pnp-trt/bench/"):
+            how = f"make a new one: pnp-trt bench --json {source}"
+        raise InputError(f"{source} has the schema {doc['schema']!r}, this version reads {SCHEMA!r}; {how}.")
+    found = problem(doc, json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+    if found:
+        raise InputError(f"In {source} {found} (schema {SCHEMA}); run the benchmark again.")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON number")
+
+
+def _row(row: Any) -> dict[str, Any]:
+    return row.as_dict() if hasattr(row, "as_dict") else dict(row)
 
 
 def _plain(value: Any) -> Any:

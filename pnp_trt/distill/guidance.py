@@ -16,9 +16,10 @@ from ..artifacts import digest, sha256, write_json
 from ..errors import InputError
 from ..models.guide import GUIDES, Guide
 from ..models.student import Student
+from ..runs import claim
 from .features import feature_error
 from .prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
-from .run import Progress, TeacherModel, claim, report_head
+from .run import Progress, TeacherModel, report_head
 from .states import Latents, StateConfig, States, collect, split
 from .train import TrainConfig, make_accelerator, newest_step, train
 from .watch import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of

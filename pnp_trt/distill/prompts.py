@@ -6,13 +6,15 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LISTED = 5
@@ -122,9 +124,9 @@ def _metadata(folder: Path) -> dict[str, str]:
         raise InputError(f"{path} cannot be read ({e}); each line is a JSON object with file_name and text") from e
 
 
-@torch.no_grad()
 def encode_pictures(vae: Any, files: list[Path], side: int, device: torch.device, batch: int = 16) -> Tensor:
     """Latents ``[N, C, h, w]`` float32, scaled as the U-Net wants them, of pictures cropped to a square of ``side``."""
+    import torch
     from PIL import Image, ImageOps
 
     vae.to(device)
@@ -136,7 +138,8 @@ def encode_pictures(vae: Any, files: list[Path], side: int, device: torch.device
                 square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
             rows.append(torch.from_numpy(np.asarray(square).copy()))
         x = torch.stack(rows).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(device)
-        code = vae.encode(x)
+        with torch.no_grad():
+            code = vae.encode(x)
         # the mean of the posterior: the noise of a draw would be noise on the teacher's input
         z = code.latents if hasattr(code, "latents") else code.latent_dist.mode()
         shift = getattr(vae.config, "shift_factor", None) or 0.0

@@ -7,14 +7,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
-from ..artifacts import digest, write_json
-from ..errors import InputError
 from ..models.base import BaseModel, resolve
 from ..models.conditions import Conditions, encode_prompts
 from .prompts import warn_of_long_prompts
@@ -58,37 +55,6 @@ class TeacherModel:
         """``(C, H, W)`` of a latent."""
         size = self.unet.config.sample_size
         return self.unet.config.in_channels, size, size
-
-
-def claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Refuse a folder that holds something else; remember what this run is.
-
-    Raises:
-        InputError: if ``out`` holds other things, a run with other settings (which ones is said), or this run and
-            ``resume`` is false.
-    """
-    settings = json.loads(json.dumps(settings, default=str))
-    record = out / "run.json"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not record.is_file():
-            raise InputError(f"{out} is not empty and holds no run of this kind; choose another --out")
-        found = json.loads(record.read_text())
-        if found.get("key") != digest(settings):
-            differs = _difference(found.get("settings", {}), settings)
-            raise InputError(f"{out} holds a run with other settings ({differs}); choose another --out")
-        if not resume:
-            raise InputError(f"{out} holds this run already; continue it with --resume, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"key": digest(settings), "settings": settings})
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first setting that differs, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                return _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    return f"{path} was {old} and is {new}"
 
 
 def report_head(teacher: TeacherModel, guide: Any, settings: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from ..models.conditions import Conditions
 from ..models.load import load_guide
 from ..models.names import guide_folder
 from ..models.student import Student
+from ..runs import claim
 from ..runtime.schedule import ddim, ddim_step
 from .prompts import read_prompts
-from .run import Progress, TeacherModel, claim, report_head
+from .run import Progress, TeacherModel, report_head
 from .states import read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
 from .watch import Board, PictureGrid, averaged, save_picture

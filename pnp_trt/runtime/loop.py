@@ -67,6 +67,11 @@ class HostLoop:
                 raise Cancelled(f"sampling was cancelled after {i + 1} of {steps} steps")
         return self._x.copy()
 
+    def predict(self, i: int, x: np.ndarray) -> np.ndarray:
+        """What the network makes of latents of another's at step ``i``; it may change with the next run."""
+        np.copyto(self._x, x)
+        return self._predict(i)
+
     def _predict(self, i: int) -> np.ndarray:
         """What the network makes of the latents at step ``i``."""
         if not self._same:

@@ -15,6 +15,8 @@ from ..artifacts import Bundle, open_bundle
 from ..backends.base import LoadOptions, Profile, Size
 from ..backends.profiles import legal_sizes
 from ..errors import InputError, PnpError
+from . import baselines
+from .baselines import BASELINES, Interval
 from .device_loop import Feeds, Plan
 from .images import read_image
 from .loop import Callback, HostLoop
@@ -48,6 +50,7 @@ class Pipeline:
         name: the bundle's name.
         base: what identifies the teacher's weights; pipelines of one base can be compared.
         methods: what it can do: ``guided`` for a bundle with a guide; ``cfg`` and ``unguided`` for a plain one.
+        baselines: ``cfg-two-passes`` and ``cfg-interval`` for a plain bundle on the host's loop, to compare with.
         negative_prompts: whether its guide was distilled with negative prompts; CFG takes them in any case.
         sampling_steps: the only number of steps that its guide was distilled for (stage 2), or None.
         size: height and width in pixels of what it draws where no size is asked for.
@@ -101,6 +104,7 @@ class Pipeline:
         )
         #: what runs whole pictures on a GPU, captured into CUDA graphs; None where the host runs the loop
         self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
+        self.baselines: tuple[str, ...] = () if bundle.guided or self.loops is not None else BASELINES
         self._empty: np.ndarray | None = None
         self._tables: dict[tuple[str, int], Schedule] = {}
 
@@ -140,6 +144,23 @@ class Pipeline:
                 self._tables.clear()
             self._tables[key] = table
         return table
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the U-Net runs on a GPU."""
+        return self.loops is not None or "cuda" in self._unet.describe().device.lower()
+
+    def facts(self) -> dict[str, dict[str, int]]:
+        """What the runtime tells of each network, by its name in the manifest; see ``Network.facts``."""
+        held = {
+            "text_encoder": self._text, "unet": self._unet, "vae_decoder": self._vae, "vae_encoder": self._encoder,
+            "condition": self._condition,
+        }  # fmt: skip
+        return {name: network.facts() for name, network in held.items() if network is not None}
+
+    def guided_interval(self) -> Interval:
+        """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is asked for."""
+        return baselines.default_interval(self._scheduler)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Text states ``[N, tokens, D]`` float32."""
@@ -195,6 +216,7 @@ class Pipeline:
         negative: np.ndarray | None = None,
         schedule: str | Schedule | None = None,
         image: np.ndarray | None = None,
+        guided_interval: Interval | None = None,
     ) -> np.ndarray:
         """The whole loop, from unit noise to final latents ``[N, C, H, W]``.
 
@@ -202,18 +224,23 @@ class Pipeline:
             context: text states ``[N, tokens, D]``.
             noise: ``[N, C, H, W]``; its height and width decide the picture's.
             guidance: w, one for all or ``[N]``.
-            method: one of ``methods``; ``None`` takes the first.
+            method: one of ``methods`` or ``baselines``; ``None`` takes the first.
             callback: called with (steps done, steps) after each step; False from it stops the work.
             negative: text states of negative prompts, ``[N, tokens, D]``; None stands for the empty prompt.
             schedule: a name, as for :meth:`schedule`, or a table, whose length then stands for ``steps``.
             image: clean latents to begin with, ``[N, C, H, W]`` or one for all ``[1, C, H, W]``.
+            guided_interval: lowest and highest timestep with CFG, for ``cfg-interval``; None as for
+                :meth:`guided_interval`.
 
         Raises:
-            InputError: for a method or schedule that is unknown, or a batch size that the engine lacks.
+            InputError: for a method or schedule that is unknown, an interval out of range, or a batch size
+                that the engine lacks.
             Cancelled: if the callback returned False.
         """
         table = schedule if isinstance(schedule, Schedule) else self.schedule(steps, schedule)
-        return self._run(context, noise, table, guidance, method, callback, negative, image, decode=False)
+        return self._run(
+            context, noise, table, guidance, method, callback, negative, image, guided_interval, decode=False
+        )
 
     def _run(
         self,
@@ -225,13 +252,18 @@ class Pipeline:
         callback: Callback | None,
         negative: np.ndarray | None,
         image: np.ndarray | None,
+        interval: Interval | None,
         *,
         decode: bool,
     ) -> np.ndarray:
         """As :meth:`denoise`; with ``decode`` pixels uint8 ``[N, H, W, 3]``."""
         method = method or self.methods[0]
-        if method not in self.methods:
-            raise InputError(f"engine '{self.name}' cannot do '{method}'; it can do: {', '.join(self.methods)}")
+        if method not in self.methods + self.baselines:
+            raise InputError(f"engine '{self.name}' cannot do '{method}'; {self._can_do(method)}")
+        if interval is not None:
+            if method != baselines.INTERVAL:
+                raise InputError(f"guided_interval goes with method '{baselines.INTERVAL}', not with '{method}'")
+            baselines.check_interval(interval, self._scheduler)
         n = len(noise)
         w = np.asarray(guidance, np.float32)
         if w.shape != (n,):
@@ -240,7 +272,7 @@ class Pipeline:
             x = table.image_scale[0] * image + table.noise_scale[0] * noise
         else:
             x = noise if table.init_scale == 1.0 else noise * np.float32(table.init_scale)
-        twice = method == "cfg"
+        twice = method == "cfg" or method in BASELINES
         reads = self.bundle.guided and self.negative_prompts
         other = negative
         if other is None and (twice or reads):
@@ -257,12 +289,23 @@ class Pipeline:
                 self._check_finite("latents", drawn.bad_latents)
                 self._check_finite("decoded pixels", drawn.bad_pixels)
             return drawn.values
-        with self._unet.bind(2 * n if twice else n, size) as unet:
-            unet.write(**inputs)
-            if self._condition is not None:
-                unet.write(condition=self._condition(guidance=w))
-            latents = HostLoop(unet, table, noise.shape, w if twice else None).run(x, callback)
+        if method in BASELINES:
+            where = interval or (self.guided_interval() if method == baselines.INTERVAL else (0, 0))
+            texts = inputs["encoder_hidden_states"]
+            latents = baselines.run(method, self._unet, table, x, w, texts, where, callback)
+        else:
+            with self._unet.bind(2 * n if twice else n, size) as unet:
+                unet.write(**inputs)
+                if self._condition is not None:
+                    unet.write(condition=self._condition(guidance=w))
+                latents = HostLoop(unet, table, noise.shape, w if twice else None).run(x, callback)
         return self.decode(latents) if decode else latents
+
+    def _can_do(self, method: str) -> str:
+        """What to say beside a method that is refused."""
+        if method in BASELINES and "cfg" in self.methods:
+            return "it is run step by step on the host, and this engine's loop runs on the GPU; take cfg or unguided"
+        return f"it can do: {', '.join(self.methods)}"
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Clean latents ``[N, C, H, W]`` float32 of pictures, uint8 ``[N, H, W, 3]`` of the engine's size.
@@ -322,6 +365,7 @@ class Pipeline:
         strength: float | None = None,
         callback: Callback | None = None,
         size: Size | None = None,
+        guided_interval: Interval | None = None,
     ) -> list[Picture]:
         """Pictures for prompts.
 
@@ -330,12 +374,14 @@ class Pipeline:
             steps: sampling steps, 1 … 1000; None takes the number that the guide was distilled for, or 20.
             guidance: w, one for all or one per prompt, 1 … 9.
             seed: one for all prompts, or one each.
+            method: one of ``methods`` or ``baselines``; None takes the first.
             negative: negative prompt, one for all or one each.
             schedule: ``ddim``, ``dpm++``, ``euler`` or ``teacher``; None takes ``default_schedule``.
             init: a picture to begin with; of another size than the engine's, it is resized and a warning says so.
             strength: with ``init``, the share of the steps that are made, above 0 to 1; None stands for 0.8.
             callback: called with (steps done, steps in all) as the work goes on; False from it stops the work.
             size: height and width in pixels, one of those that the engine was built for; None takes its default.
+            guided_interval: lowest and highest timestep with CFG, for method ``cfg-interval``.
 
         Raises:
             InputError: for values out of range, lists whose lengths differ, or a picture that cannot be read.
@@ -376,7 +422,7 @@ class Pipeline:
             drawn = self._run(
                 self.encode(prompts[part]), self.noise(seeds[part], wanted), table, np.array(scales[part], np.float32),
                 method, report, None if avoided is None else self.encode(avoided[part]),
-                None if start is None else start[0], decode=True,
+                None if start is None else start[0], guided_interval, decode=True,
             )  # fmt: skip
             for i, pixels in enumerate(drawn):
                 parameters = {

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pnp_trt.bench import cost
+from pnp_trt.bench.networks import networks
 from pnp_trt.errors import InputError
 
 torch = pytest.importorskip("torch")
@@ -138,7 +141,7 @@ def test_rows_and_methods() -> None:
         "per": "step",
     }
     assert [row["per"] for row in rows] == ["step", "step", "picture", "step", "picture", "picture"]
-    cfg, unguided, guided, full = cost.method_rows(rows, steps=10)
+    cfg, _, fewer, unguided, guided, full = cost.method_rows(rows, steps=10)
     assert (cfg["method"], cfg["macs_per_step"], cfg["macs_per_picture"]) == ("cfg", 800, 8000 + 8 + 12)
     assert (unguided["macs_per_step"], unguided["macs_per_picture"]) == (400, 4000 + 8 + 12)
     assert (guided["guide"], guided["macs_per_step"], guided["parameters"]) == ("guide-tiny", 420, 525)
@@ -146,6 +149,64 @@ def test_rows_and_methods() -> None:
     assert guided["picture_includes"] == ["text-encoder", "vae-decoder"]
     assert (full["macs_per_step"], full["macs_per_picture"]) == (600, 6000 + 8 + 12 + 100)  # its condition runs once
     assert full["picture_includes"] == ["text-encoder", "vae-decoder", "condition-full"]
+    assert (fewer["steps"], fewer["macs_per_step"], fewer["ratio_to_cfg"]) == (5, 800, 0.5)
+
+
+def test_methods_whose_steps_differ_by_hand() -> None:
+    rows = cost.cost_rows({"teacher": (torch.nn.Linear(4, 100), (torch.zeros(1, 4),))})
+    found = {row["method"]: row for row in cost.method_rows(rows, steps=5, guided_steps=2)}
+    assert {name: row["passes_per_picture"] for name, row in found.items()} == {
+        "cfg": 10, "cfg-two-passes": 10, "cfg-interval": 7, "cfg-fewer-steps": 4, "unguided": 5,
+    }  # fmt: skip
+    assert found["cfg-interval"]["macs_per_picture"] == 7 * 400
+    assert found["cfg-interval"]["macs_per_step"] == 560
+    assert found["cfg-interval"]["ratio_to_cfg"] == pytest.approx(0.7)
+    assert found["cfg-fewer-steps"]["ratio_to_cfg"] == pytest.approx(0.4)
+    assert found["cfg-two-passes"]["passes"] == ["teacher", "teacher"]
+    assert cost.method_rows(rows, steps=1)[2]["passes_per_picture"] == 2  # half of one step is one step
+
+
+@settings(max_examples=50, deadline=None)
+@given(steps=st.integers(1, 200), share=st.floats(0, 1))
+def test_the_interval_lies_between_unguided_and_cfg(steps: int, share: float) -> None:
+    rows = [{"network": "teacher", "parameters": 7, "macs": 1000, "macs_without_attention": 900}]
+    found = {r["method"]: r for r in cost.method_rows(rows, steps=steps, guided_steps=int(share * steps))}
+    assert found["unguided"]["ratio_to_cfg"] <= found["cfg-interval"]["ratio_to_cfg"] <= found["cfg"]["ratio_to_cfg"]
+    assert found["cfg-interval"]["macs_per_picture"] == 1000 * found["cfg-interval"]["passes_per_picture"]
+
+
+def test_the_published_table_within_two_thousandths() -> None:
+    pytest.importorskip("diffusers")
+    rows = cost.cost_rows(networks("random:sd15"))
+    found = {row["what"]: row for row in cost.published_rows("random:sd15", rows)}
+    assert {what: (row["published"], row["published_unit_printed"]) for what, row in found.items()} == {
+        "teacher, per step": (338.7, "TFLOPs"), "teacher x 2 (CFG), per step": (677.5, "TFLOPs"),
+        "full guide, per step": (116.5, "TFLOPs"), "teacher + full guide, per step": (455.2, "TFLOPs"),
+        "tiny guide, per step": (7.79, "TFLOPs"), "teacher + tiny guide, per step": (346.49, "TFLOPs"),
+        "teacher, parameters": (859, "M"), "full guide, parameters": (361, "M"), "tiny guide, parameters": (8.27, "M"),
+    }  # fmt: skip
+    for what, row in found.items():
+        if "tiny" in what:
+            assert row["relative_difference"] is None
+            assert row["note"].startswith("not comparable")
+            assert 0 < row["counted"] < row["published"]  # ours is inside the budget
+        else:
+            assert abs(row["relative_difference"]) < 2e-3, what
+            assert row["relative_difference"] == pytest.approx(row["counted"] / row["published"] - 1, abs=1e-5)
+    assert found["full guide, per step"]["counted"] == pytest.approx(116.42, abs=0.005)
+    assert "109.06" in found["full guide, per step"]["note"]
+
+
+@pytest.mark.parametrize(("base", "teacher", "full"), [("sd21", 865.91, 364.23), ("sdxl", 2567.46, 1251.01)])
+def test_other_bases_are_counted_and_have_no_published_figures(base: str, teacher: float, full: float) -> None:
+    pytest.importorskip("diffusers")
+    rows = cost.cost_rows(networks(f"random:{base}"))
+    millions = {row["network"]: row["parameters"] / 1e6 for row in rows}
+    assert {"teacher", "guide-full", "guide-tiny"} <= set(millions)
+    assert millions["teacher"] == pytest.approx(teacher, rel=2e-5)  # as the public checkpoints have
+    assert millions["guide-full"] == pytest.approx(full, rel=2e-5)
+    assert all(row["macs"] >= row["macs_without_attention"] > 0 for row in rows)
+    assert cost.published_rows(f"random:{base}", rows) == []
 
 
 def test_methods_need_a_teacher_and_steps() -> None:
@@ -153,5 +214,7 @@ def test_methods_need_a_teacher_and_steps() -> None:
         cost.method_rows([{"network": "guide-tiny", "parameters": 1, "macs": 1, "macs_without_attention": 1}], steps=8)
     with pytest.raises(InputError, match="at least 1"):
         cost.method_rows([], steps=0)
+    with pytest.raises(InputError, match="from 0 to the 4 steps, got 5"):
+        cost.method_rows([], steps=4, guided_steps=5)
     with pytest.raises(InputError, match="no network"):
         cost.cost_rows({})

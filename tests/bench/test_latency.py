@@ -5,14 +5,20 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pnp_trt.bench import latency
+from pnp_trt.bench.cases import cases_of
 from pnp_trt.bench.latency import BOUNDARY, Case, measure
+from pnp_trt.bench.meters import Meters
+from pnp_trt.bench.roofline import Device, Work
 from pnp_trt.errors import InputError
 
-COST_MS = {"cfg": 20.0, "unguided": 10.0, "guided": 11.0}
+COST_MS = {"cfg": 20.0, "cfg-two-passes": 24.0, "unguided": 10.0, "guided": 11.0}
 
 
 class World:
@@ -55,6 +61,29 @@ class Fake:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         self.world.now += 2e-3
         return np.zeros((len(latents), 64, 64, 3), np.uint8)
+
+
+class Plain(Fake):
+    """A fake teacher with the baselines, whose steps are at the timesteps 999, 899, …"""
+
+    methods = ("cfg", "unguided")
+    baselines = ("cfg-two-passes", "cfg-interval")
+    on_gpu = True
+
+    def schedule(self, steps: int, name: str | None = None) -> SimpleNamespace:
+        return SimpleNamespace(timesteps=999 - 100 * np.arange(steps))
+
+    def guided_interval(self) -> tuple[int, int]:
+        return 600, 800  # two steps of five
+
+    def denoise(self, context: np.ndarray, noise: np.ndarray, **given: Any) -> np.ndarray:
+        low, high = given.pop("guided_interval", self.guided_interval())
+        if given["method"] != "cfg-interval":
+            return super().denoise(context, noise, **given)
+        steps = given.pop("steps")
+        inside = sum(low <= t <= high for t in self.schedule(steps).timesteps)
+        super().denoise(context, noise, **given | {"method": "cfg", "steps": inside})
+        return super().denoise(context, noise, **given | {"method": "unguided", "steps": steps - inside})
 
 
 def cases(pipe: Fake, *methods: str) -> list[Case]:
@@ -118,6 +147,96 @@ def test_a_slowed_engine_is_reported_slower() -> None:
     assert by_engine["slow"].p50_ms == pytest.approx(1.3 * by_engine["fast"].p50_ms)
     assert by_engine["slow"].ratio_to_cfg == pytest.approx(1.3 * 0.55)
     assert by_engine["slow"].ratio_reference == "fast/cfg"
+    same, slower = by_engine["fast"], by_engine["slow"]
+    assert same.ratio_to_cfg_interval[1] < slower.ratio_to_cfg_interval[0]  # type: ignore[index]
+
+
+def test_a_slowed_teacher_is_slower_beyond_the_noise() -> None:
+    """An engine, and itself slowed by 5 %, under a drift that swamps that: the ratio's interval excludes 1."""
+    world = World()
+    fast, slow = Fake(world, "fast", per_round=3), Fake(world, "slow", slow=1.05, per_round=3)
+    slow.methods = ("unguided",)
+    rows = measure(
+        [Case(fast, "unguided"), Case(slow, "unguided"), Case(fast, "cfg")],
+        batches=(1,), rounds=8, warmup=0, prompts=["a"], clock=world.clock,
+    )  # fmt: skip
+    loops = [np.array([one["loop_ms"] for one in row.raw]) for row in rows]
+    ratio, low, high = latency.paired_ratio(loops[1], loops[0])
+    assert ratio == pytest.approx(1.05) and 1 < low <= high
+    assert rows[0].spread > 0.3  # what hides it from unpaired times
+    assert rows[1].ratio_to_cfg_interval[0] > rows[0].ratio_to_cfg_interval[1]  # type: ignore[index]
+
+
+def test_baselines_by_hand() -> None:
+    world = World()
+    pipe = Plain(world)
+    rows = measure(cases_of([pipe]), batches=(2,), steps=5, rounds=2, warmup=0, prompts=["a"], clock=world.clock)
+    found = {row.method: row for row in rows}
+    assert list(found) == ["cfg", "cfg-two-passes", "cfg-interval", "cfg-fewer-steps", "unguided"]
+    assert {name: row.passes for name, row in found.items()} == {
+        "cfg": 10, "cfg-two-passes": 10, "cfg-interval": 7, "cfg-fewer-steps": 4, "unguided": 5,
+    }  # fmt: skip
+    assert {name: row.p50_ms for name, row in found.items()} == pytest.approx(
+        {"cfg": 200, "cfg-two-passes": 240, "cfg-interval": 140, "cfg-fewer-steps": 80, "unguided": 100}
+    )
+    assert found["cfg-fewer-steps"].steps == 2 and found["cfg"].steps == 5
+    assert found["cfg-fewer-steps"].ratio_to_cfg == pytest.approx(0.4)
+    assert {name: row.guided_interval for name, row in found.items() if row.guided_interval} == {
+        "cfg-interval": (600, 800)
+    }
+    assert found["cfg"].pictures_per_s == pytest.approx(2 / 0.203)
+    assert found["cfg-interval"].as_dict()["guided_interval"] == [600, 800]
+    for row in rows:  # nothing was asked to measure them
+        assert (row.least_ms, row.share_of_least, row.peak_memory_bytes, row.energy_j_per_picture) == (None,) * 4
+
+
+def test_an_interval_of_ones_own() -> None:
+    world = World()
+    pipe = Plain(world)
+    rows = measure(
+        [Case(pipe, "cfg-interval", (700, 999))], batches=(1,), steps=5, rounds=1, warmup=0, prompts=["a"],
+        clock=world.clock,
+    )  # fmt: skip
+    assert (rows[0].passes, rows[0].guided_interval) == (8, (700, 999))
+    assert rows[0].p50_ms == pytest.approx(3 * 20 + 2 * 10)
+
+
+def test_meters_fill_their_fields() -> None:
+    world = World()
+    asked: list[tuple[str, int, int]] = []
+
+    def memory(case: Case, *, batch: int, steps: int, **_: Any) -> int | None:
+        asked.append((case.label, batch, steps))
+        return 1000 * batch
+
+    peaks = Device("fake", peak_macs_per_s=1e9, peak_bytes_per_s=1e9, how="it is a fake")
+    meters = Meters(memory, lambda: 50 * world.now, peaks, lambda case: Work(macs=4_000_000, weight_bytes=1_000_000))
+    rows = measure(
+        cases_of([Plain(world)]), batches=(1, 2), steps=5, rounds=1, warmup=0, prompts=["a"], clock=world.clock,
+        meters=meters,
+    )  # fmt: skip
+    cfg = rows[0]
+    assert cfg.peak_memory_bytes == 1000 and ("emoji/cfg-fewer-steps", 2, 5) in asked
+    assert cfg.least_ms == pytest.approx(5 * 2 * 4)  # MACs: 5 steps, 2 rows, 4 ms each; bytes take 1 ms
+    assert cfg.share_of_least == pytest.approx(40 / 100)
+    assert {row.method: row.least_ms for row in rows[5:]} == pytest.approx(
+        {"cfg": 80, "cfg-two-passes": 80, "cfg-interval": 56, "cfg-fewer-steps": 32, "unguided": 40}
+    )
+    assert cfg.energy_j_per_picture is not None
+    assert cfg.energy_j_per_picture == pytest.approx(50 * 1.103)  # 50 W over noise, text, loop and decode
+    assert rows[5].energy_j_per_picture == pytest.approx(50 * (1 + 0.203) / 2)
+
+
+def test_what_does_not_apply_stays_empty() -> None:
+    world = World()
+    host = Fake(world)  # runs on no GPU: the GPU's energy is not its own
+    peaks = Device("fake", 1e9, 1e9, "it is a fake")
+    for work in (lambda case: None, lambda case: Work(1, 1, "int8")):  # a peak of fp32 does not bound int8
+        meters = Meters(None, lambda: world.now, peaks, work)
+        (row,) = measure(
+            [Case(host, "guided")], batches=(1,), rounds=1, prompts=["a"], clock=world.clock, meters=meters
+        )
+        assert (row.least_ms, row.share_of_least, row.energy_j_per_picture, row.peak_memory_bytes) == (None,) * 4
 
 
 def test_each_engine_is_compared_with_its_own_cfg() -> None:
@@ -207,10 +326,15 @@ def test_unknown_and_repeated_cases_are_refused() -> None:
     pipe = Fake(World())
     with pytest.raises(InputError, match="'emoji' has no method 'dpm'; it has cfg, unguided, guided"):
         measure([Case(pipe, "dpm")], prompts=["a"])
+    with pytest.raises(InputError, match="no method 'cfg-interval'; it has cfg, unguided, guided"):
+        measure([Case(pipe, "cfg-interval")], prompts=["a"])
+    with pytest.raises(InputError, match="no method 'guided'; it has cfg, unguided, cfg-two-passes, cfg-interval"):
+        measure([Case(Plain(World()), "guided")], prompts=["a"])
     with pytest.raises(InputError, match="given 2 times"):
         measure([Case(pipe, "cfg"), Case(pipe, "cfg")], prompts=["a"])
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, pnp_trt.bench.latency, pnp_trt.bench.cost; sys.exit('torch' in sys.modules)"
+    parts = ", ".join(f"pnp_trt.bench.{name}" for name in ("latency", "cost", "footprint", "peers", "coldstart"))
+    code = f"import sys, {parts}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

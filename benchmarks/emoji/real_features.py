@@ -1,0 +1,56 @@
+"""The real pictures' features that `pnp-trt bench` compares the bundled model with, made into an asset.
+
+The artists' pictures come from npm packages and are not shipped; EfficientNet-KID needs their features alone.  They are
+stored in float16 with the captions whose pictures they are, so that bench samples the same captions and compares like
+with like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from pnp_trt.artifacts import write_bytes
+from pnp_trt.assets import ROOT
+from pnp_trt.bench import fidelity
+
+from .data import BASE_STYLES
+from .measures import real_pictures
+from .runner import captions
+
+PICTURES = 512
+TARGET = ROOT / "emoji" / "real-features.safetensors"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered pictures and npm packages")
+    parser.add_argument("--pictures", type=int, default=PICTURES)
+    parser.add_argument("--out", type=Path, default=TARGET)
+    args = parser.parse_args()
+    rows = captions("train", args.pictures)
+    features = fidelity.FeatureExtractor()(real_pictures(rows, args.cache, 0))
+    half = features.astype(np.float16)
+    # what the rounding does to the measure, at the bundled model's own distances: real halves against each other
+    first, second = slice(0, None, 2), slice(1, None, 2)
+    exact = fidelity.kid(features[first], features[second], draws=1).value
+    off = abs(fidelity.kid(half[first].astype(np.float32), features[second], draws=1).value - exact)
+    about = {
+        "captions": json.dumps([astuple(a) for a in rows]),
+        "extractor": fidelity.EXTRACTOR,
+        "extractor_sha256": fidelity.EXTRACTOR_SHA256,
+        "pictures": json.dumps({s.word: {"package": s.package, "licence": s.licence} for s in BASE_STYLES}),
+        "made_by": "python -m benchmarks.emoji.real_features",
+        "kid_changed_by_float16": f"{off:.2e}",
+    }
+    write_bytes(save({"features": half}, about), args.out)
+    print(f"{args.out}: {half.shape[0]} pictures; float16 moves KID by {off:.1e} (of {exact:.4f})")
+
+
+if __name__ == "__main__":
+    main()

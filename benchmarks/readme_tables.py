@@ -1,0 +1,201 @@
+"""The README's measured tables, written from the recorded results: ``python -m benchmarks.readme_tables``.
+
+What stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced by the table NAME of :data:`TABLES`.
+``--check`` writes nothing and exits with 1 where the README says something else than its records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.artifacts import write_text
+from pnp_trt.bench import results
+from pnp_trt.bench.words import DASH, METHOD_NAMES, is_reference, plural, three_digits
+from pnp_trt.errors import InputError, PnpError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+HEADLINE_W = 3.0
+_REGION = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- /bench -->", re.DOTALL)
+_MARK = re.compile(r"<!-- (?:bench:[\w-]+|/bench) -->")
+_ORDER = tuple(METHOD_NAMES)
+
+Document = Mapping[str, Any]
+
+
+def cost(doc: Document) -> str:
+    """What a step computes, from a document of ``pnp-trt bench``."""
+    rows = [row for row in doc["cost"] if row.get("per", "step") == "step"]
+    largest = max((row["macs"] for row in rows), default=0)
+    unit, scale, digits = ("G", 1e9, 2) if largest >= 1e10 else ("M", 1e6, 1)
+    cells = [
+        [row["network"], f"{row['parameters'] / 1e6:,.3f}",
+         *(f"{row[key] / scale:,.{digits}f}" for key in ("macs", "macs_without_attention"))]
+        for row in rows
+    ]  # fmt: skip
+    head = ["network", "parameters, M", f"MACs a step, {unit}", f"without attention products, {unit}"]
+    return _markdown(head, cells, 1)
+
+
+def latency(doc: Document) -> str:
+    """Time of a picture by method and batch, at the largest number of steps at which CFG was timed."""
+    cfg = [row for row in doc["latency"] if row["method"] == "cfg"]
+    if not cfg:
+        raise InputError("the record has no timed CFG; make it with: make bench")
+    steps = max(row["steps"] for row in cfg)
+    kept = {}
+    for row in doc["latency"]:
+        if row["steps"] == (max(steps // 2, 1) if row["method"] == "cfg-fewer-steps" else steps):
+            kept[row["method"], row["engine"], row["batch"]] = row
+    batches = sorted({batch for _, _, batch in kept})
+    cases = sorted({key[:2] for key in kept}, key=lambda case: (_rank(case[0]), case[1]))
+    several = {method for method, _ in cases if sum(one[0] == method for one in cases) > 1}
+    cells = []
+    for method, engine in cases:
+        name = METHOD_NAMES.get(method, method) + (f" ({engine})" if method in several else "")
+        found = [kept.get((method, engine, batch)) for batch in batches]
+        passes = next((row["passes"] for row in found if row and row.get("passes") is not None), None)
+        cells.append([name, DASH if passes is None else f"{passes:g}", *map(_time, found)])
+    table = _markdown(["method", "passes", *(f"batch {batch}" for batch in batches)], cells, 1)
+    rounds = min(row["rounds"] for row in cfg)
+    p = doc["provenance"]
+    where = p.get("device") or f"{p['cpu']}, {plural(p.get('usable_cores') or p['cores'], 'core')}"
+    said = (
+        f"Milliseconds a picture of {plural(steps, 'step')} with text encoding and decoding, medians; behind the dot "
+        f"the loop's time over CFG's, paired by round, and its 95 % interval ({plural(rounds, 'round')}). "
+        f"Passes: of the U-Net, a picture. {where}; {p['date'][:10]}."
+    )
+    return f"{table}\n{textwrap.fill(said, 120)}\n"
+
+
+def _time(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return DASH
+    text = three_digits(row.get("p50_ms_per_picture", row["p50_ms"] / row["batch"]))
+    if is_reference(row) or row["ratio_to_cfg"] is None:
+        return text
+    ratio, bounds = f"{row['ratio_to_cfg']:.2f}", row.get("ratio_to_cfg_interval")
+    return f"{text} · {ratio}" + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
+
+
+def kid(doc: Document) -> str:
+    """KID by method and steps at w = 3, with intervals, from a document of ``pnp-trt bench``."""
+    rows = [row for row in doc["fidelity"] if row.get("kid")]
+    rows = [row for row in rows if row["method"] == "unguided" or row["guidance"] == HEADLINE_W]
+    if not rows:
+        raise InputError(f"the record has no KID at w = {HEADLINE_W:g}; make it with: make bench")
+    steps = sorted({row["steps"] for row in rows}, reverse=True)
+    cases = sorted({(row["method"], row["engine"]) for row in rows}, key=lambda case: (_rank(case[0]), case[1]))
+    several = {method for method, _ in cases if sum(one[0] == method for one in cases) > 1}
+    found = {(row["method"], row["engine"], row["steps"]): row["kid"] for row in rows}
+    cells = []
+    for method, engine in cases:
+        name = METHOD_NAMES.get(method, method) + (f" ({engine})" if method in several else "")
+        values = [found.get((method, engine, one)) for one in steps]
+        cells.append(
+            [name, *("" if v is None else f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in values)]
+        )
+    counts = " or ".join(str(one) for one in sorted({row["kid"]["count"] for row in rows}))
+    table = _markdown(["", *(plural(one, "step") for one in steps)], cells, 1)
+    return f"{table}\n{counts} pictures a cell, w = {HEADLINE_W:g}, 95 % intervals.\n"
+
+
+def guides(record: Document) -> str:
+    """KID of guides over steps at w = 3, from the record of ``make tables``."""
+    names = {
+        ("A", "cfg"): "teacher, CFG (two passes a step)", ("A", "tiny"): "teacher + tiny guide (one pass)",
+        ("A", "tiny-stage2"): "teacher + tiny guide after stage 2", ("C", "none"): "teacher, no guidance (one pass)",
+    }  # fmt: skip
+    found = {
+        (group["table"], group["method"], group["steps"]): group["kid"]["value"]
+        for group in record["groups"]
+        if group["base"] == "emoji" and group["captions"] == "train" and group["w"] == HEADLINE_W
+        and group["interval"] is None
+    }  # fmt: skip
+    steps = (50, 16, 8, 4)
+    cells = []
+    for case, name in names.items():
+        values = [found.get((*case, one)) for one in steps]
+        cells.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+    return _markdown(["", *(plural(one, "step") for one in steps)], cells, 1)
+
+
+#: Name of a region: its record, and what draws it. Records of `pnp-trt bench` are checked against their schema.
+TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
+    "cost": ("emoji-bench.json", cost),
+    "latency": ("emoji-bench.json", latency),
+    "kid": ("emoji-bench.json", kid),
+    "guides": ("emoji-tables.json", guides),
+}
+
+
+def fill(text: str, read: Callable[[str], Document]) -> str:
+    """``text`` with every region drawn again; ``read`` gives the record of a file's name.
+
+    Raises:
+        InputError: for a region that is unknown, or not closed.
+    """
+    if len(_MARK.findall(text)) != 2 * len(_REGION.findall(text)):
+        raise InputError("a bench region is not closed; end each with <!-- /bench -->")
+
+    def draw(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name not in TABLES:
+            raise InputError(f"the region 'bench:{name}' is unknown; known: {', '.join(TABLES)}")
+        file, make = TABLES[name]
+        return f"<!-- bench:{name} -->\n{make(read(file))}<!-- /bench -->"
+
+    return _REGION.sub(draw, text)
+
+
+def read_record(file: str, folder: Path = RESULTS) -> Document:
+    """A record of ``benchmarks/results``; one of `pnp-trt bench` is checked."""
+    if file.endswith("-bench.json"):
+        return results.read(folder / file)
+    return dict(json.loads((folder / file).read_text(encoding="utf-8")))
+
+
+def _rank(method: str) -> int:
+    return _ORDER.index(method) if method in _ORDER else len(_ORDER)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """A Markdown table; columns behind the first ``words`` are aligned to the right."""
+    rule = ["---" if place < words else "---:" for place in range(len(head))]
+    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (head, rule, *rows)]
+    return "\n".join(re.sub(r"  +", " ", line) for line in lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the README again, or with ``--check`` say whether it agrees."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where they differ")
+    asked = parser.parse_args(arguments)
+    before = asked.readme.read_text(encoding="utf-8")
+    try:
+        after = fill(before, lambda file: read_record(file, asked.results))
+    except PnpError as error:
+        print(f"readme_tables: {error}", file=sys.stderr)
+        return error.exit_code
+    if before == after:
+        print(f"{asked.readme} agrees with its records")
+    elif asked.check:
+        print(f"{asked.readme} disagrees with its records; run: python -m benchmarks.readme_tables", file=sys.stderr)
+        return 1
+    else:
+        write_text(after, asked.readme)
+        print(f"{asked.readme} written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What is timed: a method on a pipeline, how often it calls the network, and what a pipeline must offer for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+#: methods of a pipeline itself; peers (see `peers`) bring one each of their own
+METHODS = ("cfg", "cfg-two-passes", "cfg-interval", "cfg-fewer-steps", "unguided", "guided")
+FEWER_STEPS, INTERVAL = "cfg-fewer-steps", "cfg-interval"
+#: methods that call the network once a step, on every picture once
+_ONE_PASS = ("unguided", "guided")
+
+
+class Pipeline(Protocol):
+    """What is timed: a text-to-image pipeline on one engine. Every call returns when its result is on the host.
+
+    A pipeline may further have `base` (what identifies the teacher's weights; pipelines of different bases are not
+    compared), `baselines` (methods beyond `methods`), and, where it runs `cfg-interval`, `schedule(steps, name)` with
+    `timesteps` and `guided_interval()`.
+    """
+
+    @property
+    def name(self) -> str:
+        """The engine's name, as in the report."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Which of 'cfg', 'unguided' and 'guided' this engine can run; a peer's own method for a peer."""
+
+    def encode(self, prompts: list[str]) -> np.ndarray:
+        """Text encodings, [N, 77, D] float32."""
+
+    def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Starting latents, [N, C, h, w] float32, one picture a seed; of `size` in pixels, None for the default."""
+
+    def denoise(
+        self,
+        context: np.ndarray,
+        noise: np.ndarray,
+        *,
+        steps: int,
+        guidance: np.ndarray | float,
+        method: str,
+        schedule: str | None = None,
+    ) -> np.ndarray:
+        """Final latents after the whole loop, [N, C, h, w]."""
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pictures, [N, H, W, 3] uint8."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: a method on a pipeline.
+
+    guided_interval: for `cfg-interval`, the lowest and the highest timestep with CFG; None takes the pipeline's own.
+    """
+
+    pipe: Pipeline
+    method: str
+    guided_interval: tuple[int, int] | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.pipe.name}/{self.method}"
+
+    @property
+    def possible(self) -> bool:
+        """Whether the pipeline can run it."""
+        own = (*self.pipe.methods, *getattr(self.pipe, "baselines", ()))
+        return ("cfg" if self.method == FEWER_STEPS else self.method) in own
+
+    def steps(self, steps: int) -> int:
+        """The steps that it makes where `steps` are asked for: half, at least one, for CFG at a guide's compute."""
+        return max(1, steps // 2) if self.method == FEWER_STEPS else steps
+
+    @property
+    def interval(self) -> tuple[int, int] | None:
+        """Lowest and highest timestep with CFG; None for methods without an interval."""
+        if self.method != INTERVAL:
+            return None
+        pipe: Any = self.pipe
+        return self.guided_interval or pipe.guided_interval()
+
+    def calls(self, steps: int, schedule: str | None = None) -> list[tuple[int, int]]:
+        """How a loop of `steps` calls the network, as (calls, rows of the batch a picture)."""
+        made = self.steps(steps)
+        if self.method in _ONE_PASS:
+            return [(made, 1)]
+        if self.method == "cfg-two-passes":
+            return [(2 * made, 1)]
+        if self.interval is not None:
+            pipe: Any = self.pipe
+            low, high = self.interval
+            guided = sum(low <= t <= high for t in pipe.schedule(made, schedule).timesteps.tolist())
+            return [(guided, 2), (made - guided, 1)]
+        return [(made, 2)]
+
+    def passes(self, steps: int, schedule: str | None = None) -> int:
+        """U-Net passes a picture where `steps` are asked for."""
+        return sum(count * rows for count, rows in self.calls(steps, schedule))
+
+    def denoise(
+        self, context: np.ndarray, noise: np.ndarray, *, steps: int, guidance: float, schedule: str | None
+    ) -> np.ndarray:
+        """The loop of this case, [N, C, h, w]; `steps` as asked for."""
+        more: dict[str, Any] = {} if schedule is None else {"schedule": schedule}
+        if self.guided_interval is not None:
+            more["guided_interval"] = self.guided_interval
+        method = "cfg" if self.method == FEWER_STEPS else self.method
+        return self.pipe.denoise(context, noise, steps=self.steps(steps), guidance=guidance, method=method, **more)
+
+
+def cases_of(pipes: Sequence[Pipeline], *, guided_interval: tuple[int, int] | None = None) -> list[Case]:
+    """Every method of every pipeline, baselines too, in the order of `METHODS`; a peer's own method last."""
+    found = []
+    for pipe in pipes:
+        for method in (*METHODS, *(m for m in pipe.methods if m not in METHODS)):
+            case = Case(pipe, method, guided_interval if method == INTERVAL else None)
+            if case.possible:
+                found.append(case)
+    return found

@@ -1,0 +1,70 @@
+"""What a latency row says besides times: passes, memory, energy, and the least time that the device allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .cases import Case
+from .energy import Counter, joules_per_picture
+from .roofline import Device, Work, least_loop_ms
+
+
+class Memory(Protocol):
+    """What measures the peak memory of a case; `footprint.Meter` does."""
+
+    def __call__(
+        self, case: Case, *, batch: int, steps: int, schedule: str | None = None, size: tuple[int, int] | None = None
+    ) -> int | None:
+        """Bytes, or None where they cannot be measured."""
+
+
+@dataclass(frozen=True)
+class Meters:
+    """What is measured besides times; what is None is not, and its figures are None.
+
+    memory: asked once for every row, after the times.
+    counter: the GPU's energy counter (`energy.nvml_counter`), read around `energy.SECONDS` of every case on a GPU.
+    device: the measured peaks (`roofline.measure_device`).
+    work: what a network call asks of the device (`roofline.work_of`), at the model's own picture size.
+    """
+
+    memory: Memory | None = None
+    counter: Counter | None = None
+    device: Device | None = None
+    work: Callable[[Case], Work | None] | None = None
+
+    def read(
+        self,
+        case: Case,
+        *,
+        batch: int,
+        steps: int,
+        schedule: str | None,
+        size: tuple[int, int] | None,
+        draw: Callable[[], object],
+        clock: Callable[[], float],
+    ) -> dict[str, Any]:
+        """The fields of a latency row that are no times, see `latency.LatencyRow`.
+
+        steps: as asked for.  draw: makes one batch of pictures.  clock: returns seconds.
+        """
+        calls = case.calls(steps, schedule)
+        own_size = size is None or tuple(size) == getattr(case.pipe, "size", None)
+        work = self.work(case) if self.work is not None and own_size else None
+        bounded = work is not None and self.device is not None and work.precision == self.device.precision
+        energy = self.counter is not None and getattr(case.pipe, "on_gpu", False)
+        return {
+            "passes": sum(count * rows for count, rows in calls),
+            "guided_interval": case.interval,
+            "peak_memory_bytes": self.memory(case, batch=batch, steps=steps, schedule=schedule, size=size)
+            if self.memory is not None
+            else None,
+            "energy_j_per_picture": joules_per_picture(draw, batch, self.counter, clock)
+            if energy and self.counter is not None
+            else None,
+            "least_ms": least_loop_ms(work, calls, batch, self.device)
+            if bounded and work is not None and self.device is not None
+            else None,
+        }

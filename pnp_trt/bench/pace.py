@@ -1,0 +1,108 @@
+"""How long a run will take: a short trial of every method before the start, the measured pace afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cases import Case
+
+#: pictures of the trial's larger batch, and the steps that it times
+_TRIAL_BATCH, _TRIAL_STEPS = 4, 2
+#: share of the run's estimate that the measured pace is averaged with
+_TRUST = 0.05
+
+#: called with what is going on, seconds of the estimate that are done, and its seconds in all
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What one step of a method takes: ``fixed + each · pictures`` seconds."""
+
+    fixed: float
+    each: float
+
+    def seconds(self, pictures: int, steps: int) -> float:
+        """Estimate of a loop over ``steps``, for a batch of ``pictures``."""
+        return steps * (self.fixed + self.each * pictures)
+
+
+def trial(
+    case: Case, prompts: Sequence[str], guidance: float, largest: int, clock: Callable[[], float] = time.perf_counter
+) -> Pace:
+    """The pace of a case from two steps at batch 1 and at batch 4 (or the ``largest``), each warmed up by one."""
+    at: dict[int, float] = {}
+    for batch in (1, min(_TRIAL_BATCH, largest)):
+        texts = [prompts[i % len(prompts)] for i in range(batch)]
+        context, noise = case.pipe.encode(texts), case.pipe.noise(list(range(batch)))
+
+        def loop(steps: int, context: np.ndarray = context, noise: np.ndarray = noise) -> float:
+            start = clock()
+            case.denoise(context, noise, steps=steps, guidance=guidance, schedule=None)
+            return clock() - start
+
+        loop(1)
+        at[batch] = loop(_TRIAL_STEPS) / _TRIAL_STEPS
+    if len(at) == 1:
+        return Pace(0.0, at[1])
+    (small, low), (large, high) = at.items()
+    each = max((high - low) / (large - small), 0.0)
+    return Pace(max(low - small * each, 0.0), each)
+
+
+class Meter:
+    """Progress of a run in seconds of its estimate; the time left follows the measured pace.
+
+    Args:
+        jobs: estimated seconds by name of the job, in order.
+        say: is told of every job that begins and of what is done.
+    """
+
+    def __init__(
+        self, jobs: dict[str, float], say: Progress | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._jobs, self._say, self._clock = jobs, say or (lambda text, done, total: None), clock
+        self._done, self._start = 0.0, clock()
+        self._skipped = 0.0
+        self._job, self._text = "", ""
+
+    @property
+    def total(self) -> float:
+        """Seconds of the estimate."""
+        return sum(self._jobs.values())
+
+    @property
+    def left(self) -> float:
+        """Seconds that the rest takes if it goes on at the pace so far."""
+        rest, worked = self.total - self._done, self._done - self._skipped
+        elapsed = self._clock() - self._start
+        # the first pieces are small and say little: the estimate counts as if part of the run had kept to it
+        trust = _TRUST * self.total
+        return rest * (elapsed + trust) / (worked + trust) if rest else 0.0
+
+    def begin(self, job: str, text: str) -> None:
+        """A job begins."""
+        self._job, self._text = job, f"{text} ({about(self.left)} left)"
+        self._say(self._text, round(self._done), round(self.total))
+
+    def within(self, done: int, total: int) -> None:
+        """So much of the job is done."""
+        part = self._jobs[self._job] * done / max(total, 1)
+        self._say(self._text, round(self._done + part), round(self.total))
+
+    def end(self, job: str, *, kept: bool = False) -> None:
+        """A job is finished; ``kept`` if an earlier process did it, which says nothing of the pace."""
+        self._done += self._jobs[job]
+        self._skipped += self._jobs[job] if kept else 0.0
+        self._say(self._text, round(self._done), round(self.total))
+
+
+def about(seconds: float) -> str:
+    """A duration as told to people: ``about 40 s``, ``about 12 min``, ``about 3.5 h``."""
+    if seconds < 90:
+        return f"about {max(round(seconds), 1)} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,0 +1,147 @@
+"""What a bench run measures: a frozen plan, and the checks that refuse it before anything is built."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..backends.profiles import Size
+from ..errors import InputError
+from ..runtime.pipeline import GUIDANCE, STEPS
+from .engines import engine_names
+
+PARTS = ("cost", "latency", "fidelity")
+#: pictures of a fidelity cell where nothing else is asked for: with something to judge them by, and without
+PICTURES, PICTURES_UNJUDGED = 256, 32
+#: what ``--quick`` asks for instead of the defaults
+QUICK: dict[str, Any] = {
+    "batches": (1, 4), "steps": (4, 8), "timed_steps": (4,), "rounds": 5, "warmup": 1, "guidance": (3.0,),
+    "pictures": 32, "peers": False, "memory": False, "cold_starts": 1,
+}  # fmt: skip
+_PICTURES = (2, 50_000)
+_BATCHES = (1, 32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        engines: bundles to compare; empty stands for the base's plain and guided ones.
+        base: whose networks are counted, and whose engines are the default.
+        only: one of :data:`PARTS`, or None for all.
+        quick: whether :data:`QUICK` took the place of the defaults.
+        batches: batch sizes to time.
+        steps: sampling steps of the pictures, and of the timed loop where ``timed_steps`` is empty.
+        timed_steps: sampling steps of the timed loop.
+        rounds: interleaved rounds of a timed block.
+        warmup: passes of every case before the first round.
+        guidance: scales w of the pictures; the first is the timed loop's.
+        pictures: per fidelity cell; None takes 256 where they can be judged, 32 elsewhere.
+        provider: ``auto``, ``cpu`` or ``cuda``.
+        size: height and width in pixels, None the engines' default.
+        schedule: ``ddim``, ``dpm++``, ``euler`` or ``teacher``; None what the engines agree on, or DDIM.
+        prompts: a text file, one prompt a line, to draw instead of the bundled captions.
+        real: a folder of real pictures that the drawn ones are compared with.
+        inception: Inception weights (``.safetensors``) for the FID of the literature.
+        clip: a transformers CLIP folder for the CLIP score.
+        peers: whether other toolkits are timed where they are installed.
+        memory: whether peak memory is measured, in a process of its own for every row.
+        cold_starts: starts of a new process that are timed for every engine; 0 for none.
+    """
+
+    engines: tuple[str, ...] = ()
+    base: str = "emoji"
+    only: str | None = None
+    quick: bool = False
+    batches: tuple[int, ...] = (1, 4, 8)
+    steps: tuple[int, ...] = (8, 20)
+    timed_steps: tuple[int, ...] = ()
+    rounds: int = 12
+    warmup: int = 2
+    guidance: tuple[float, ...] = (3.0, 2.0, 5.0)
+    pictures: int | None = None
+    provider: str = "auto"
+    size: Size | None = None
+    schedule: str | None = None
+    prompts: str | None = None
+    real: str | None = None
+    inception: str | None = None
+    clip: str | None = None
+    peers: bool = True
+    memory: bool = True
+    cold_starts: int = 5
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that will run."""
+        return PARTS if self.only is None else (self.only,)
+
+    @property
+    def loops(self) -> tuple[int, ...]:
+        """Sampling steps of the timed loops."""
+        return self.timed_steps or self.steps
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def check(plan: Plan) -> None:
+    """Raise ``InputError`` for values out of range, before anything is built."""
+    if plan.only is not None and plan.only not in PARTS:
+        raise InputError(f"--only is '{plan.only}'; known: {', '.join(PARTS)}")
+    if plan.base.startswith("random:") and plan.only != "cost":
+        raise InputError(f"base '{plan.base}' has no weights to run; add --only cost")
+    for name, values, (low, high) in (
+        ("steps", plan.steps, STEPS), ("timed-steps", plan.timed_steps, STEPS), ("guidance", plan.guidance, GUIDANCE),
+    ):  # fmt: skip
+        for value in values:
+            if not low <= value <= high:  # also refuses NaN
+                raise InputError(f"{name} is {value:g}; it must be between {low:g} and {high:g}")
+    if any(not _BATCHES[0] <= b <= _BATCHES[1] for b in plan.batches):
+        raise InputError(
+            f"batch sizes are {', '.join(map(str, plan.batches))}; each must be between {_BATCHES[0]} and {_BATCHES[1]}"
+        )
+    for name in ("batches", "steps", "guidance"):
+        if not getattr(plan, name):
+            raise InputError(f"{name} is empty; give at least one value")
+    for name in ("engines", "batches", "steps", "timed_steps", "guidance"):
+        values = getattr(plan, name)
+        if twice := next((v for v in values if values.count(v) > 1), None):
+            raise InputError(f"{name} names {twice} twice; name each value once")
+    if plan.rounds < 1 or plan.warmup < 0:
+        raise InputError(f"rounds is {plan.rounds} and warmup {plan.warmup}; they must be at least 1 and 0")
+    if not 0 <= plan.cold_starts <= 1000:
+        raise InputError(f"cold-starts is {plan.cold_starts}; it must be between 0 and 1000")
+    if plan.pictures is not None and not _PICTURES[0] <= plan.pictures <= _PICTURES[1]:
+        raise InputError(f"pictures is {plan.pictures}; it must be between {_PICTURES[0]} and {_PICTURES[1]:,}")
+    if plan.size is not None and "cost" in plan.parts:
+        raise InputError("cost is counted at the model's own size; with --size add --only latency or --only fidelity")
+    if "cost" in plan.parts and plan.only == "cost" and importlib.util.find_spec("torch") is None:
+        raise InputError("counting cost needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
+    _check_files(plan)
+
+
+def _check_files(plan: Plan) -> None:
+    named = {k: getattr(plan, k) for k in ("prompts", "real", "inception", "clip") if getattr(plan, k) is not None}
+    if named and "fidelity" not in plan.parts:
+        raise InputError(f"--{next(iter(named))} is for the fidelity part, and --only is '{plan.only}'; leave one out")
+    for name, value in named.items():
+        folder = name in ("real", "clip")
+        path = Path(value)
+        if not (path.is_dir() if folder else path.is_file()):
+            raise InputError(f"--{name} {value} is no {'folder' if folder else 'file'}; name one that exists")
+    if plan.inception is not None and plan.real is None:
+        raise InputError("--inception gives a distance to real pictures and none are named; add --real DIR")
+    if plan.real is not None and plan.prompts is None:
+        raise InputError("--real needs the prompts that such pictures show; add --prompts FILE")
+
+
+def wanted_engines(plan: Plan) -> tuple[str, ...]:
+    """The engines to open: those named, or the base's plain and guided ones."""
+    if plan.only == "cost":
+        return ()
+    return plan.engines or engine_names(plan.base)

@@ -1,0 +1,102 @@
+"""Suites: plans as TOML files whose keys are the fields of :class:`~pnp_trt.bench.plan.Plan`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..backends.profiles import parse_size
+from ..errors import InputError
+from .plan import QUICK, Plan
+
+_LISTS = {"engines": str, "batches": int, "steps": int, "timed_steps": int, "guidance": float}
+_NUMBERS = {"rounds": int, "warmup": int, "pictures": int, "cold_starts": int}
+_SWITCHES = ("quick", "peers", "memory")
+#: paths are looked up beside the suite's file
+_PATHS = ("prompts", "real", "inception", "clip")
+
+
+def homes() -> tuple[Path, ...]:
+    """Folders that suites are found in by name: of the checkout that this package runs from, or of the current one."""
+    found = (Path(__file__).resolve().parents[2] / "benchmarks" / "suites", Path("benchmarks") / "suites")
+    return tuple(dict.fromkeys(p.resolve() for p in found if p.is_dir()))
+
+
+def known() -> dict[str, Path]:
+    """Suites by name."""
+    return {path.stem: path for home in reversed(homes()) for path in sorted(home.glob("*.toml"))}
+
+
+def load(suite: str) -> dict[str, Any]:
+    """The fields of a plan that a suite sets, by name or file.
+
+    Raises:
+        InputError: for an unknown suite, a file that is no TOML, an unknown key, or a value of another kind; the
+            message has the known ones.
+    """
+    path = Path(suite)
+    if not path.is_file():
+        suites = known()
+        if suite not in suites:
+            there = ", ".join(sorted(suites)) or f"none; they lie in {' and '.join(map(str, homes())) or 'a checkout'}"
+            raise InputError(f"there is no suite '{suite}'; known suites: {there}; or name a .toml file")
+        path = suites[suite]
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"suite {path} is not readable as TOML ({e}); mend it") from e
+    except OSError as e:
+        raise InputError(f"suite {path} cannot be read ({e.strerror}); name one that can") from e
+    return {key: _value(path, key, value) for key, value in table.items()}
+
+
+def make_plan(suite: str | None, quick: bool, given: Mapping[str, Any]) -> Plan:
+    """The plan of a suite, or of the defaults, with what the command line gives on top.
+
+    Args:
+        quick: put :data:`~pnp_trt.bench.plan.QUICK` in the place of the defaults.
+        given: fields; those that are None or empty are left to the suite.
+
+    Raises:
+        InputError: as :func:`load` does.
+    """
+    named = {} if suite is None else load(suite)
+    quick = quick or named.get("quick", False)
+    held = {k: v for k, v in given.items() if v is not None and v != ()}
+    if "steps" in held and "timed_steps" not in held:
+        held["timed_steps"] = ()  # what the command line says of steps holds for both
+    return Plan(**{**(QUICK if quick else {}), **named, **held, "quick": quick})
+
+
+def _value(path: Path, key: str, value: Any) -> Any:
+    """A TOML value as the plan's field holds it."""
+    if key not in (names := [f.name for f in fields(Plan)]):
+        raise InputError(f"suite {path} has the unknown key '{key}'; known keys: {', '.join(names)}")
+
+    def refuse(wanted: str) -> InputError:
+        return InputError(f"suite {path}: '{key}' is {value!r}; it must be {wanted}")
+
+    def is_a(item: Any, kind: type) -> bool:
+        return isinstance(item, (int, float) if kind is float else kind) and not isinstance(item, bool)
+
+    if key in _LISTS:
+        kind, items = _LISTS[key], value if isinstance(value, list) else [value]
+        if not all(is_a(item, kind) for item in items):
+            raise refuse(f"a list of {'names' if kind is str else 'numbers' if kind is float else 'whole numbers'}")
+        return tuple(kind(item) for item in items)
+    if key in _NUMBERS:
+        if not is_a(value, int):
+            raise refuse("a whole number")
+        return value
+    if key in _SWITCHES:
+        if not isinstance(value, bool):
+            raise refuse("true or false")
+        return value
+    if not isinstance(value, str):
+        raise refuse("a text")
+    if key == "size":
+        return parse_size(value)
+    return str(path.parent / value) if key in _PATHS else value

@@ -1,0 +1,121 @@
+"""Numbers and names as a reader wants them: units, decimals, intervals, what a method is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DASH = "–"
+METHOD_NAMES = {
+    "cfg": "teacher, CFG",
+    "cfg-two-passes": "teacher, CFG in two passes",
+    "cfg-interval": "teacher, CFG on an interval",
+    "cfg-fewer-steps": "teacher, CFG, half the steps",
+    "unguided": "teacher, no guidance",
+    "guided": "teacher + guide",
+    "diffusers": "diffusers, eager",
+    "diffusers-compile": "diffusers, torch.compile",
+    "optimum-onnx": "optimum-onnx",
+}
+#: What each method does, for the legend of a table that shows its short name.
+METHOD_LEGEND = {
+    "cfg": "the teacher's classifier-free guidance, one batch of two a step",
+    "cfg-two-passes": "the same as two passes, one after the other",
+    "cfg-interval": "CFG in a part of the timesteps, one pass in the others",
+    "cfg-fewer-steps": "CFG in half the steps: as many passes as the guide makes",
+    "unguided": "the teacher's plain prediction, one pass a step",
+    "guided": "teacher and guide, one pass a step",
+    "diffusers": "diffusers' StableDiffusionPipeline, eager, CFG",
+    "diffusers-compile": "the same with torch.compile",
+    "optimum-onnx": "optimum's ONNX Runtime pipeline, CFG",
+}
+
+
+def number(value: float | None, decimals: int, scale: float = 1) -> str:
+    """The value in units of `scale`; a dash for what was not measured."""
+    return DASH if value is None else f"{value / scale:,.{decimals}f}"
+
+
+def percent(share: float | None, decimals: int = 1) -> str:
+    """A share as "51.0 %"."""
+    return DASH if share is None else f"{100 * share:.{decimals}f} %"
+
+
+def plural(count: int, word: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def interval(row: Mapping[str, Any], decimals: int) -> str | None:
+    """The interval of a row's ratio to CFG as "0.53–0.56"; None for the reference itself.
+
+    Ends that would read the same get more decimals.
+    """
+    bounds = row.get("ratio_to_cfg_interval")
+    if is_reference(row):
+        return None
+    if not bounds:
+        return None
+    while decimals < 4 and f"{bounds[0]:.{decimals}f}" == f"{bounds[1]:.{decimals}f}":
+        decimals += 1
+    return DASH.join(f"{bound:.{decimals}f}" for bound in bounds)
+
+
+def is_reference(row: Mapping[str, Any]) -> bool:
+    """Whether a latency row is the CFG that it would be compared with."""
+    return bool(row.get("ratio_reference") == f"{row['engine']}/{row['method']}")
+
+
+def ratio(row: Mapping[str, Any], decimals: int) -> str:
+    """A row's ratio to CFG with its interval: "0.535 [0.523, 0.536]"; "1" for the reference itself."""
+    value, bounds = row.get("ratio_to_cfg"), row.get("ratio_to_cfg_interval")
+    if value is None:
+        return DASH
+    if is_reference(row):
+        return "1"
+    said = f"{value:.{decimals}f}"
+    return said if not bounds else f"{said} [{bounds[0]:.{decimals}f}, {bounds[1]:.{decimals}f}]"
+
+
+def estimate(value: Mapping[str, Any] | None, decimals: int, scale: float = 1, *, sign: bool = False) -> str:
+    """ "0.102 [0.096, 0.108]" of a measured value; a dash where there is none."""
+    if value is None:
+        return DASH
+    middle, low, high = (value[key] * scale for key in ("value", "low", "high"))
+    plus = "+" if sign else ""
+    return f"{middle:{plus}.{decimals}f} [{low:{plus}.{decimals}f}, {high:{plus}.{decimals}f}]".replace("-", "−")
+
+
+def file_size(count: float | None) -> str:
+    """Bytes as "26.1 MiB"."""
+    if count is None:
+        return DASH
+    name, size = next(((n, s) for n, s in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if count >= s), ("B", 1))
+    return f"{count / size:.3g} {name}" if count < 1000 * size else f"{count / size:,.0f} {name}"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, never an exponent: "0.520", "13.6", "1,498"."""
+    return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.{decimals_of([value])}f}"
+
+
+def decimals_of(values: Sequence[float | None]) -> int:
+    """So many decimals that the smallest value keeps three significant digits, from 0 to 4."""
+    smallest = min((abs(value) for value in values if value), default=1.0)
+    return max(0, min(4, 2 - math.floor(math.log10(smallest))))
+
+
+def unit_of(values: Sequence[float]) -> tuple[str, float, int]:
+    """The prefix that the largest value wants, its factor, and the decimals that the smallest one wants."""
+    largest = max(values, default=0)
+    prefix, scale = next(((name, size) for name, size in (("T", 1e12), ("G", 1e9)) if largest >= size), ("M", 1e6))
+    return prefix, scale, max(1, decimals_of([value / scale for value in values]))
+
+
+def method_name(row: Mapping[str, Any], guides: bool = True) -> str:
+    """What a row's method is called, with its guide where the row names one: "teacher + guide-tiny"."""
+    guide = row.get("guide")
+    if guides and row["method"] == "guided" and guide:
+        return f"teacher + {guide}"
+    return METHOD_NAMES.get(row["method"], row["method"])

@@ -1,0 +1,30 @@
+"""``pnp-trt compare``: two results files of ``pnp-trt bench``, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Results that pnp-trt bench --json wrote before.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Results to hold against them.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here.")] = None,
+    fail_on_regression: Annotated[
+        bool, typer.Option("--fail-on-regression", help="Exit with 1 where anything got worse beyond the noise.")
+    ] = False,
+) -> None:
+    """What changed between two runs of bench beyond the noise. `pnp-trt bench --compare OLD` runs and compares."""
+    from .bench import compare as module
+    from .bench import results
+    from .cli import _console
+
+    found = module.compare_files(old, new)
+    _console().print(module.render_terminal(found))
+    if json_file is not None:
+        results.write(found.as_dict(), json_file)
+        print(f"comparison: {json_file}")
+    if fail_on_regression and found.regressed:
+        raise typer.Exit(1)

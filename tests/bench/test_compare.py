@@ -1,0 +1,191 @@
+"""Two results documents side by side: a slowed method is named, noise is not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner
+
+from pnp_trt.bench import compare, results
+from pnp_trt.cli import app
+from pnp_trt.errors import InputError
+
+from . import fake_document
+
+
+@cache
+def _text(seed: int) -> str:
+    return json.dumps(fake_document.make(seed=seed))
+
+
+def make(seed: int = 0) -> dict[str, Any]:
+    """What a run with this machine noise measured; two seeds are two runs of the same code."""
+    return dict(json.loads(_text(seed)))
+
+
+def terminal(found: compare.Comparison, width: int = 100) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(compare.render_terminal(found))
+    return console.export_text()
+
+
+def slowed(seed: int, **slow: float) -> dict[str, Any]:
+    return json.loads(json.dumps(fake_document.make(seed=seed, slow=slow)))
+
+
+def keys(changes: list[compare.Change]) -> set[tuple[str, str, Any]]:
+    return {(one.figure, one.key.get("method", ""), one.key.get("batch")) for one in changes}
+
+
+def test_noise_is_no_change() -> None:
+    found = compare.compare(make(0), make(1))
+    assert found.absolute
+    assert not found.of("worse")
+    assert not found.of("better")
+    assert not found.regressed
+    assert len(found.figures) > 100
+    assert "0 worse, 0 better" in terminal(found)
+
+
+def test_a_slowed_method_is_reported_slower() -> None:
+    found = compare.compare(make(0), slowed(1, guided=1.12))
+    worse = found.of("worse")
+    assert keys(worse) == {("ratio_to_cfg", "guided", batch) for batch in (1, 4, 8)}
+    assert all(one.new > one.old and one.evidence == "interval" for one in worse)
+    assert found.regressed
+    text = terminal(found)
+    assert "Worse beyond the noise" in text
+    assert "emoji-tiny guided, batch 4" in " ".join(text.split())
+    assert compare.compare(slowed(1, guided=1.12), make(0)).of("better")
+
+
+def test_a_change_within_the_repeatability_is_noise_however_narrow_the_intervals() -> None:
+    found = compare.compare(make(0), slowed(0, guided=1.025))
+    assert not found.of("worse")
+    assert not found.of("worse", weak=True)
+
+
+def test_a_machine_slowed_as_a_whole_is_a_hint_and_no_regression() -> None:
+    everything = {method: 1.3 for methods in fake_document.METHODS.values() for method, _, _ in methods}
+    found = compare.compare(make(0), slowed(0, **everything))
+    assert not found.regressed
+    assert len(found.of("worse", weak=True)) == 54
+    text = " ".join(terminal(found).split())
+    assert "Absolute times hint at 54 slower" in text
+    assert "All loops moved together, by 1.30 ×" in text
+
+
+def test_absolute_times_need_the_same_device_and_versions() -> None:
+    everything = {method: 1.3 for methods in fake_document.METHODS.values() for method, _, _ in methods}
+    for change in ({"cpu": "another"}, {"packages": {"numpy": "1.0"}}, {"device": "NVIDIA L4"}):
+        new = slowed(0, **everything)
+        new["provenance"] |= change
+        found = compare.compare(make(0), new)
+        assert not found.absolute
+        assert not found.of("worse", weak=True)
+        assert "Absolute times were not compared" in terminal(found)
+    assert "accelerator: none → NVIDIA L4" in found.differences
+
+
+def test_worse_pictures_are_reported_and_better_ones_too() -> None:
+    worse = json.loads(json.dumps(fake_document.make(kid_worse=0.03)))
+    found = compare.compare(make(0), worse)
+    assert {(one.figure, one.key["method"]) for one in found.of("worse")} >= {("kid", "guided")}
+    assert {one.key["method"] for one in found.of("worse")} == {"guided"}
+    assert {one.figure for one in compare.compare(worse, make(0)).of("better")} >= {"kid"}
+
+
+def test_cost_is_compared_exactly() -> None:
+    new = make(0)
+    new["cost"][1]["macs"] += 1
+    new["methods_cost"][0]["macs_per_picture"] -= 1
+    found = compare.compare(make(0), new)
+    assert [(one.figure, one.key["network"]) for one in found.of("worse")] == [("macs", "guide-tiny")]
+    assert [(one.figure, one.key["method"]) for one in found.of("better")] == [("macs_per_picture", "cfg")]
+
+
+def test_rows_of_one_document_alone_are_listed() -> None:
+    old, new = make(0), make(1)
+    del new["latency"][0]
+    del old["fidelity"][-1]
+    found = compare.compare(old, new)
+    assert [(one["part"], one["key"]["method"]) for one in found.only_old] == [("latency", "cfg")]
+    assert [(one["part"], one["key"]["method"]) for one in found.only_new] == [("fidelity", "guided")]
+    text = " ".join(terminal(found).split())
+    assert "In the old results only" in text
+    assert "emoji-teacher cfg, batch 1, 20 steps, w = 3" in text
+
+
+def test_what_else_differs_is_said() -> None:
+    new = make(0)
+    new["provenance"] |= {"commit": "f" * 40, "uncommitted_changes": True, "python": "3.14.0"}
+    new["settings"]["rounds"] = 3
+    found = compare.compare(make(0), new)
+    assert any(one.endswith("→ ffffffffffff") for one in found.differences)
+    assert "setting rounds: 12 → 3" in found.differences
+    assert any(one.startswith("Python: ") for one in found.differences)
+    assert any("uncommitted" in one for one in found.differences)
+
+
+def test_different_bases_are_refused() -> None:
+    new = make(0)
+    new["settings"]["base"] = "emoji-3d"
+    with pytest.raises(InputError, match="old results are of base 'emoji', the new ones of 'emoji-3d'"):
+        compare.compare(make(0), new)
+    new = make(0)
+    new["cost"][0]["parameters"] = 5
+    with pytest.raises(InputError, match="the teachers differ, 859,520,964 parameters"):
+        compare.compare(make(0), new)
+
+
+@given(st.integers(0, 6), st.dictionaries(st.sampled_from(["guided", "unguided", "diffusers"]), st.floats(0.5, 2.0)))
+def test_a_document_equals_itself_and_order_flips_the_verdict(seed: int, slow: dict[str, float]) -> None:
+    def run(number: int, slow: dict[str, float]) -> dict[str, Any]:
+        return make(0) | {"latency": fake_document.latency(np.random.default_rng(number), slow, (1,), 5)}
+
+    doc = run(seed, slow)
+    alone = compare.compare(doc, copy.deepcopy(doc))
+    assert {one.verdict for one in alone.figures} == {"same"}
+    assert (alone.only_old, alone.only_new, alone.absolute) == ([], [], True)
+    other = run(seed + 1, {})
+    there, back = compare.compare(doc, other), compare.compare(other, doc)
+    flipped = {"same": "same", "better": "worse", "worse": "better"}
+    assert [flipped[one.verdict] for one in there.figures] == [one.verdict for one in back.figures]
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    old = results.write(make(0), tmp_path / "old.json")
+    same = results.write(make(1), tmp_path / "same.json")
+    slow = results.write(slowed(1, guided=1.2), tmp_path / "slow.json")
+    run = CliRunner().invoke
+    done = run(app, ["compare", str(old), str(slow), "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0
+    assert "Worse beyond the noise" in done.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["schema"], found["regressed"]) == (compare.SCHEMA, True)
+    assert found["figures"][0].keys() >= {
+        "part",
+        "key",
+        "figure",
+        "old",
+        "new",
+        "verdict",
+        "evidence",
+        "relative_change",
+    }
+    assert run(app, ["compare", str(old), str(slow), "--fail-on-regression"]).exit_code == 1
+    assert run(app, ["compare", str(old), str(same), "--fail-on-regression"]).exit_code == 0
+    slow.write_text(slow.read_text()[:-9])
+    refused = run(app, ["compare", str(old), str(slow)])
+    assert isinstance(refused.exception, InputError)
+    assert "not complete JSON" in str(refused.exception)

@@ -1,0 +1,106 @@
+"""Facts of engines: from manifests, files and a made-up inspector."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+
+from pnp_trt.backends.trt_facts import facts
+from pnp_trt.bench.engine_facts import engine_rows
+from pnp_trt.errors import InputError
+from pnp_trt.runtime.pipeline import Pipeline
+
+KEYS = {
+    "engine", "backend", "precision", "target", "network", "file_bytes", "graph_bytes", "device_memory_bytes", "layers",
+    "reformats", "note",
+}  # fmt: skip
+
+
+def test_an_onnx_bundle(micro_bundles: Path) -> None:
+    plain = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
+    rows = engine_rows([micro_bundles / "plain", micro_bundles / "guided"], [plain])
+    assert all(set(row) == KEYS for row in rows)
+    found = {(row["engine"], row["network"]): row for row in rows}
+    assert {n for e, n in found if e == "plain"} == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    unet = found["plain", "unet"]
+    files = [micro_bundles / "plain" / name for name in ("unet.onnx", "unet.onnx.data")]
+    assert unet["file_bytes"] == unet["graph_bytes"] == sum(f.stat().st_size for f in files)
+    assert unet["layers"] == len(onnx.load(files[0], load_external_data=False).graph.node)
+    assert found["guided", "unet"]["layers"] > unet["layers"]  # the guide is in it
+    assert (unet["reformats"], unet["device_memory_bytes"]) == (None, None)
+    assert "before ONNX Runtime fuses" in unet["note"]
+
+
+def test_without_onnx_layers_are_unknown(micro_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert all(r["layers"] is None and "not installed" in r["note"] for r in engine_rows([micro_bundles / "plain"]))
+
+
+def test_an_engine_that_cannot_be_loaded_here(micro_bundles: Path, tmp_path: Path) -> None:
+    """A manifest as a TensorRT-RTX build leaves it, on a machine without a GPU."""
+    from pnp_trt.artifacts import write_manifest
+
+    folder = tmp_path / "rtx"
+    shutil.copytree(micro_bundles / "plain", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"backend": "tensorrt-rtx", "name": "rtx", "target": "sm_89"}
+    manifest["networks"]["unet"]["file"] = "unet.engine"
+    manifest["files"]["unet.engine"] = {"sha256": "0" * 64, "bytes": 12345}
+    write_manifest(folder, manifest)
+    (unet,) = (row for row in engine_rows([folder]) if row["network"] == "unet")
+    assert (unet["file_bytes"], unet["layers"], unet["target"]) == (12345, None, "sm_89")
+    assert unet["graph_bytes"] > 12345 and "not loaded here" in unet["note"]
+    told = {"unet": {"layers": 300, "reformats": 20, "device_memory_bytes": 7}}
+    (unet,) = (
+        row
+        for row in engine_rows([folder], [SimpleNamespace(name="rtx", facts=lambda: told)])
+        if row["network"] == "unet"
+    )
+    assert (unet["layers"], unet["reformats"], unet["device_memory_bytes"], unet["note"]) == (300, 20, 7, None)
+
+
+def test_an_unknown_engine_is_refused(engines: Path) -> None:
+    with pytest.raises(InputError, match="no engine named 'nope'"):
+        engine_rows(["nope"])
+
+
+class Engine:
+    """As far as its inspector."""
+
+    device_memory_size_v2 = 4096
+
+    def __init__(self, said: str) -> None:
+        self.said = said
+
+    def create_engine_inspector(self) -> Any:
+        return SimpleNamespace(get_engine_information=lambda form: self.said if form == "JSON" else "")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["conv_in + bias", "Reformatting CopyNode for Input Tensor 0 to conv_in", "__myl_Add"],
+        [
+            {"Name": "conv_in", "LayerType": "CaskConvolution"},
+            {"Name": "copy", "LayerType": "Reformat"},
+            {"Name": "add", "LayerType": "kgen"},
+        ],
+    ],
+)
+def test_the_inspector_by_names_or_in_detail(layers: list[Any]) -> None:
+    trt = SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON="JSON"))
+    found = facts(trt, Engine(json.dumps({"Layers": layers})))
+    assert found == {"layers": 3, "reformats": 1, "device_memory_bytes": 4096}
+
+
+@pytest.mark.parametrize("said", ["", "not JSON", "{}", '{"Layers": []}', "[]"])
+def test_an_engine_that_keeps_nothing(said: str) -> None:
+    trt = SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON="JSON"))
+    assert facts(trt, Engine(said)) == {"device_memory_bytes": 4096}

@@ -1,0 +1,91 @@
+"""The estimate of a run, with clocks that the tests set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from pnp_trt.bench.latency import Case
+from pnp_trt.bench.pace import Meter, about, trial
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Pipe:
+    """Takes 0.1 s a step and 0.05 s a picture and step."""
+
+    clock: Clock
+    name: str = "p"
+    methods: tuple[str, ...] = ("cfg",)
+    loops: list[tuple[int, int]] = field(default_factory=list)
+
+    def encode(self, prompts: list[str]) -> np.ndarray:
+        return np.zeros((len(prompts), 2, 2), np.float32)
+
+    def noise(self, seeds: list[int], size: object = None) -> np.ndarray:
+        return np.zeros((len(seeds), 1, 2, 2), np.float32)
+
+    def denoise(self, context: np.ndarray, noise: np.ndarray, *, steps: int, **_: object) -> np.ndarray:
+        self.loops.append((len(noise), steps))
+        self.clock.now += steps * (0.1 + 0.05 * len(noise))
+        return noise
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        raise AssertionError("a trial decodes nothing")
+
+
+@pytest.mark.parametrize("largest", [2, 4, 32])
+def test_a_trial_finds_the_fixed_part_and_the_part_a_picture(largest: int) -> None:
+    clock = Clock()
+    pipe = Pipe(clock)
+    pace = trial(Case(pipe, "cfg"), ["a cat"], 3.0, largest, clock)
+    assert pace.seconds(pictures=8, steps=10) == pytest.approx(10 * (0.1 + 0.05 * 8))
+    assert {batch for batch, _ in pipe.loops} == {1, min(4, largest)}
+
+
+def test_an_engine_of_one_picture_is_tried_at_one() -> None:
+    clock = Clock()
+    assert trial(Case(Pipe(clock), "cfg"), ["a"], 3.0, 1, clock).seconds(1, 4) == pytest.approx(0.6)
+
+
+def test_the_time_left_follows_the_measured_pace() -> None:
+    clock, told = Clock(), []
+    meter = Meter({"a": 10.0, "b": 30.0}, lambda *what: told.append(what), clock)
+    assert meter.total == meter.left == 40
+    meter.begin("a", "timing a")
+    assert told[-1] == ("timing a (about 40 s left)", 0, 40)
+    meter.within(1, 2)
+    assert told[-1][1] == 5
+    clock.now = 20.0  # twice as slow as estimated
+    meter.end("a")
+    # 30 s of the estimate at (20 + 2) / (10 + 2) of it: a twentieth of the run counts as if it had kept to it
+    assert meter.left == pytest.approx(55)
+    meter.begin("b", "timing b")
+    assert told[-1] == ("timing b (about 55 s left)", 10, 40)
+    meter.end("b")
+    assert meter.left == 0
+
+
+def test_pieces_of_an_earlier_process_say_nothing_of_the_pace() -> None:
+    clock = Clock()
+    meter = Meter({"a": 100.0, "b": 10.0, "c": 10.0}, None, clock)
+    meter.end("a", kept=True)
+    assert meter.left == 20
+    clock.now = 30.0
+    meter.end("b")
+    assert meter.left == pytest.approx(10 * (30 + 6) / (10 + 6))
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "about 1 s"), (61, "about 61 s"), (600, "about 10 min"),
+                                               (9000, "about 2.5 h")])  # fmt: skip
+def test_durations_are_told_as_people_tell_them(seconds: float, text: str) -> None:
+    assert about(seconds) == text

@@ -1,0 +1,134 @@
+"""Peers draw what the teacher's CFG engine draws, and those that cannot run are listed with the reason."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pnp_trt.bench import latency, peers
+from pnp_trt.bench.cases import Case
+from pnp_trt.bench.footprint import Meter
+from pnp_trt.errors import InputError
+from pnp_trt.runtime.pipeline import Pipeline
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def eager(micro_base: Path) -> peers.Peer:
+    threads = torch.get_num_threads()
+    cases, left_out = peers.available(str(micro_base), kinds=["diffusers"], threads=1)
+    torch.set_num_threads(threads)
+    assert left_out == [] and [case.method for case in cases] == ["diffusers"]
+    peer = cases[0].pipe
+    assert isinstance(peer, peers.Peer)
+    return peer
+
+
+def drawn(pipe: Any, method: str, schedule: str | None) -> np.ndarray:
+    context = pipe.encode(["a cat", "a red house"])
+    latents = pipe.denoise(context, pipe.noise([3, 4]), steps=5, guidance=4.0, method=method, schedule=schedule)
+    return np.asarray(pipe.decode(latents)).astype(int)
+
+
+@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", None])
+def test_diffusers_draws_the_same_pictures(eager: peers.Peer, micro_bundles: Path, schedule: str | None) -> None:
+    ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
+    assert eager.base == ours.base and eager.size == ours.size
+    mine, theirs = drawn(ours, "cfg", schedule), drawn(eager, "diffusers", schedule)
+    assert mine.shape == theirs.shape and np.abs(mine - theirs).max() <= 2
+    assert np.abs(mine - drawn(ours, "unguided", schedule)).max() > 8  # the test can tell pictures apart
+
+
+def test_it_is_timed_beside_the_engine_and_compared_with_its_cfg(eager: peers.Peer, micro_bundles: Path) -> None:
+    ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
+    rows = latency.measure(
+        [Case(ours, "cfg"), Case(eager, "diffusers")], batches=(2,), steps=2, rounds=2, warmup=1, prompts=["a"],
+        schedule="ddim",
+    )  # fmt: skip
+    assert rows[1].ratio_reference == "plain/cfg" and rows[1].ratio_to_cfg is not None
+    assert rows[0].passes == rows[1].passes == 4
+
+
+def test_compiled_runs_the_whole_network(
+    micro_base: Path, micro_bundles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured whole; compiling C++ for it would take a minute and test PyTorch."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = peers.load("diffusers-compile", str(micro_base))
+    ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
+    assert type(compiled._pipe.unet).__name__ == "OptimizedModule"
+    assert np.abs(drawn(ours, "cfg", "ddim") - drawn(compiled, "diffusers-compile", "ddim")).max() <= 2
+
+
+def test_optimum_by_its_documented_interface(
+    micro_base: Path, micro_bundles: Path, eager: peers.Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A made-up optimum.onnxruntime whose pipeline is diffusers' own; the real one is not among our packages."""
+    asked: dict[str, Any] = {}
+
+    class ORTStableDiffusionPipeline:
+        @classmethod
+        def from_pretrained(cls, folder: Path, **given: Any) -> Any:
+            asked.update(given, folder=folder)
+            return eager._pipe
+
+    module = ModuleType("optimum.onnxruntime")
+    module.ORTStableDiffusionPipeline = ORTStableDiffusionPipeline  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "optimum", ModuleType("optimum"))
+    monkeypatch.setitem(sys.modules, "optimum.onnxruntime", module)
+    peer = peers.load("optimum-onnx", str(micro_base), threads=1)
+    assert asked["export"] is True and asked["provider"] == "CPUExecutionProvider"
+    assert asked["session_options"].intra_op_num_threads == 1 and asked["folder"] == str(micro_base)
+    ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
+    assert np.abs(drawn(peer, "optimum-onnx", "ddim") - drawn(ours, "cfg", "ddim")).max() <= 2
+
+
+def test_memory_of_a_peer_is_of_a_process_of_its_own(eager: peers.Peer) -> None:
+    meter = Meter("cpu", 1)
+    found = meter(Case(eager, "diffusers"), batch=1, steps=1)
+    assert meter.left_out == [] and found is not None and found > 100 * 2**20  # torch alone takes more
+
+
+def test_what_cannot_run_is_listed(micro_base: Path, micro_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, left_out = peers.available("random:sd15")
+    assert cases == [] and [row["what"] for row in left_out] == list(peers.KINDS)
+    assert left_out[0]["why"] == "base 'random:sd15' has no files for it to load"
+    _, left_out = peers.available(str(micro_sdxl), kinds=["diffusers"])
+    assert "is a StableDiffusionXLPipeline" in left_out[0]["why"]
+    _, left_out = peers.available(str(micro_base), kinds=["diffusers"], weights="0" * 64)
+    assert "are not those in the engines" in left_out[0]["why"]
+    for installed, why in ((False, "it is not installed; pip install optimum-onnx"), (True, "is an AutoencoderTiny")):
+        monkeypatch.setattr(peers, "_optimum_installed", lambda installed=installed: installed)
+        _, left_out = peers.available(str(micro_base), kinds=["optimum-onnx"])
+        assert why in left_out[0]["why"]
+    monkeypatch.setattr(peers, "_compiler", lambda: None)
+    _, left_out = peers.available(str(micro_base), kinds=["diffusers-compile"])
+    assert "C++ compiler" in left_out[0]["why"]
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("it is broken\nin many lines")
+
+    monkeypatch.setattr(peers, "_diffusers", broken)
+    _, left_out = peers.available(str(micro_base), kinds=["diffusers"])
+    assert left_out == [{"what": "diffusers", "why": "it could not be loaded (RuntimeError: it is broken)"}]
+
+
+def test_bad_requests(eager: peers.Peer, micro_base: Path) -> None:
+    with pytest.raises(InputError, match="peer is 'comfy'; known: diffusers, diffusers-compile, optimum-onnx"):
+        peers.available(str(micro_base), kinds=["comfy"])
+    context, noise = eager.encode(["a"]), eager.noise([0])
+    with pytest.raises(InputError, match="takes one scale above 1"):
+        eager.denoise(context, noise, steps=1, guidance=1.0, method="diffusers")
+    with pytest.raises(InputError, match="cannot do 'guided'"):
+        eager.denoise(context, noise, steps=1, guidance=2.0, method="guided")
+    if not torch.cuda.is_available():
+        _, left_out = peers.available(str(micro_base), kinds=["diffusers"], provider="cuda")
+        assert "PyTorch finds no GPU" in left_out[0]["why"]

@@ -1,0 +1,165 @@
+"""Which rows a plan gives, what they are compared with, what they cost, and their measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pnp_trt.bench import fidelity
+from pnp_trt.bench.engines import counted_guide
+from pnp_trt.bench.pictures import headline
+from pnp_trt.bench.plan import Plan
+from pnp_trt.bench.quality import Cell, Studio, cells_of, macs_per_picture, plan_rows, verdict
+from pnp_trt.bench.results import decode_pictures
+from pnp_trt.bench.tasks import Task
+from pnp_trt.bench.work import Work
+
+
+@dataclass
+class Pipe:
+    """Draws noise around a grey that its method and steps decide."""
+
+    name: str
+    methods: tuple[str, ...]
+    baselines: tuple[str, ...] = ()
+    sampling_steps: int | None = None
+    drawn: list[tuple[str, int, float]] = field(default_factory=list)
+
+    @property
+    def bundle(self) -> Any:
+        return SimpleNamespace(manifest={"seal": self.name, "guide": None, "base": {"name": "micro"}})
+
+    def __call__(
+        self, prompts: list[str], *, steps: int, seed: list[int], method: str, guidance: float, **_: Any
+    ) -> Any:
+        self.drawn.append((method, steps, guidance))
+        out = []
+        for s in seed:
+            grain = np.random.default_rng(s).integers(0, 40, (8, 8, 3))
+            out.append(
+                SimpleNamespace(pixels=(grain + {"cfg": 100, "guided": 103}.get(method, 140) + steps).astype(np.uint8))
+            )
+        return out
+
+
+class Eyes:
+    """Sees two figures of every picture."""
+
+    key = "eyes"
+    efficientnet = None
+
+    @staticmethod
+    def look(pixels: np.ndarray, prompts: Any) -> dict[str, np.ndarray]:
+        flat = pixels.reshape(len(pixels), -1).astype(np.float32) / 255
+        return {"features": np.stack([flat.mean(1), flat.std(1)], 1)}
+
+
+TEACHER = Pipe("plain", ("cfg", "unguided"), ("cfg-two-passes",))
+GUIDED = Pipe("guided", ("guided",))
+
+
+def test_rows_are_over_methods_steps_and_w_and_pictures_without_w_are_drawn_once() -> None:
+    plan = Plan(steps=(4, 8), guidance=(3.0, 2.0))
+    rows, left_out = plan_rows([TEACHER, GUIDED], plan)  # type: ignore[list-item]
+    assert not left_out and len(rows) == 2 * 2 * 4
+    cells = cells_of(rows)
+    assert len([c for c in cells if c.method == "unguided"]) == 2  # by steps alone
+    assert {(c.method, c.steps) for c in cells if c.guidance == 2.0} == {
+        ("cfg", 2), ("cfg", 4), ("cfg", 8), ("guided", 4), ("guided", 8),
+    }  # fmt: skip
+    best = Cell("plain", "cfg", 8, 2.0)
+    for row in (r for r in rows if r.guidance == 2.0):
+        assert row.best == (None if row.cell == best else best)
+    fewer = [r for r in rows if r.method == "cfg-fewer-steps" and r.guidance == 3.0]
+    assert [(r.cell.steps, r.teacher.steps) for r in fewer if r.teacher] == [(2, 4), (4, 8)]
+
+
+def test_a_guide_of_stage_2_is_drawn_at_its_own_steps_alone() -> None:
+    fast = Pipe("fast", ("guided",), sampling_steps=8)
+    rows, left_out = plan_rows([TEACHER, fast], Plan(steps=(4, 8), guidance=(3.0, 2.0)))  # type: ignore[list-item]
+    assert {r.cell.steps for r in rows if r.method == "guided"} == {8}
+    assert left_out == [
+        {"what": "fidelity of fast at 4 steps", "why": "its guide was distilled for 8 steps alone"}
+    ]  # once, for both scales
+
+
+def test_without_a_teacher_nothing_is_compared_with_it() -> None:
+    rows, _ = plan_rows([GUIDED], Plan(steps=(4,), guidance=(3.0,)))  # type: ignore[list-item]
+    assert [(r.method, r.teacher, r.best) for r in rows] == [("guided", None, None)]
+
+
+@pytest.fixture
+def studio() -> Any:
+    prompts = tuple("abcdef")
+    rng = np.random.default_rng(0)
+    task = Task(prompts, tuple(range(6)), ("x", "y"), ("xx", "yy"), (90, 91), "letters",
+                real=rng.random((9, 2)).astype(np.float32))  # fmt: skip
+    plan = Plan(steps=(4, 8), guidance=(3.0, 2.0))
+    with Work(None, {}) as work:
+        yield Studio([TEACHER, GUIDED], plan, task, Eyes(), work)  # type: ignore[list-item, arg-type]
+
+
+def test_measures_are_those_of_the_fidelity_module(studio: Studio) -> None:
+    rows, _ = plan_rows(list(studio.pipes.values()), studio.plan)
+    cost = [{"network": "teacher", "macs": 100}, {"network": "text-encoder", "macs": 7}]
+    row = next(r for r in rows if r.method == "guided" and r.cell.steps == 4)
+    found = studio.measure(row, cost)
+    mine = studio.pictures(row.cell)
+    best = studio.pictures(Cell("plain", "cfg", 8, 3.0))
+    real = studio.task.real
+    assert real is not None
+    assert found["kid"] == fidelity.kid(real, mine["features"]).as_dict()
+    assert found["kid_gain_over_cfg"] == fidelity.kid_gain(real, best["features"], mine["features"]).as_dict()
+    assert found["psnr_to_cfg_db"]["value"] == pytest.approx(20 * np.log10(255 / 3))  # off by 3 everywhere
+    assert found["feature_cosine_to_cfg"]["count"] == found["pictures"] == 6
+    assert (found["passes"], found["macs_per_picture"], found["reference_steps"]) == (4, 407, 4)
+    teacher = studio.measure(next(r for r in rows if r.method == "cfg" and r.cell.steps == 8), cost)
+    assert teacher["passes"] == 16 and "psnr_to_cfg_db" not in teacher and "kid_gain_over_cfg" not in teacher
+    assert verdict([teacher], studio.task, studio.eyes) == (True, None)
+
+
+def test_each_cell_is_drawn_once(studio: Studio) -> None:
+    TEACHER.drawn.clear()
+    rows, _ = plan_rows(list(studio.pipes.values()), studio.plan)
+    for row in rows:
+        studio.measure(row)
+    assert len(TEACHER.drawn) == len(set(TEACHER.drawn)) == len([c for c in cells_of(rows) if c.engine == "plain"])
+
+
+def test_the_grid_has_the_headline_first_and_each_set_of_pictures_once(studio: Studio) -> None:
+    rows, _ = plan_rows(list(studio.pipes.values()), studio.plan)
+    grid = studio.grid(rows)
+    labels = [(r["method"], r["steps"], r["guidance"]) for r in grid["rows"]]
+    assert labels[:3] == [("cfg", 8, 3.0), ("guided", 8, 3.0), ("unguided", 8, None)]
+    assert len(labels) == len(set(labels)) == 10 and grid["columns"] == ["x", "y"]
+    shown = studio.pictures(Cell("plain", "cfg", 8, 3.0))["shown"]
+    assert (decode_pictures(grid)[0][1] == shown).all()  # PNG loses nothing
+    assert [(r["method"], r["steps"]) for r in headline(grid)["rows"]] == [("cfg", 8), ("guided", 8), ("unguided", 8)]
+    assert headline(grid)["caption"] == "xx, 8 steps" and grid["caption"] == "xx, 4 and 8 steps"
+
+
+def test_macs_by_hand_and_null_where_they_are_not_known() -> None:
+    cost = [
+        {"network": n, "macs": m} for n, m in
+        (("teacher", 1000), ("guide-tiny", 10), ("guide-full", 300), ("condition-full", 50), ("vae-decoder", 5),
+         ("text-encoder", 2))
+    ]  # fmt: skip
+    assert macs_per_picture(cost, 8, 4, "") == 8 * 1000 + 7
+    assert macs_per_picture(cost, 4, 4, "guide-tiny") == 4 * 1010 + 7
+    assert macs_per_picture(cost, 4, 4, "guide-full") == 4 * 1300 + 50 + 7
+    assert macs_per_picture(cost, 4, 4, None) is macs_per_picture([], 4, 4, "") is None
+    assert macs_per_picture(cost[:1], 4, 4, "guide-tiny") is None
+
+
+def test_a_guide_counts_as_the_network_that_was_counted_or_as_none() -> None:
+    def manifest(guide: str | None, base: str = "emoji") -> dict[str, Any]:
+        return {"guide": None if guide is None else {"name": guide}, "base": {"name": base}}
+
+    assert counted_guide(manifest(None)) == ""
+    assert counted_guide(manifest("emoji-tiny")) == counted_guide(manifest("emoji-tiny-8", "emoji-3d")) == "guide-tiny"
+    assert counted_guide(manifest("emoji-tiny", "somebody/else")) is None
+    assert counted_guide(manifest("a-guide-that-is-gone")) is None

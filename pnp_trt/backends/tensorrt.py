@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .. import memory
 from ..artifacts import cache_home
 from ..errors import InputError, PnpError
-from .base import Backend, Compiled, CompileJob, CompileOptions, LoadOptions, Network, Progress
+from .base import Backend, Compiled, CompileJob, CompileOptions, LoadOptions, Network, Profile, Progress
 from .device import Gpu, present_gpus
 from .trt_flavour import RTX, TENSORRT, Flavour
 
@@ -95,7 +95,7 @@ class TensorRtBackend(Backend):
             "engine": str(engine),
             "refit": None if refit is None else str(refit),
             "inputs": {name: [dtype, list(shape)] for name, (dtype, shape) in job.inputs.items()},
-            "profiles": [p.as_dict() for p in job.profiles],
+            "profiles": [_compilable(p, job.target).as_dict() for p in job.profiles],
             "target": job.target,
             "options": asdict(job.options),
             "timing_cache": self._timing_cache(),
@@ -214,6 +214,15 @@ def check_memory(job: CompileJob) -> None:
             f"compiling the {job.network} wants about {wanted / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
             "are free; close what uses it, or pass --no-memory-check to try"
         )
+
+
+def _compilable(profile: Profile, target: str) -> Profile:
+    """The profile that the compiler is given; the engine promises no more than the one asked for.
+
+    For sm_75 TensorRT-RTX 1.x cannot fuse the matrix products of a single picture (``empty runtime-fusion MVMF for
+    '__myl_Fc'``) where no larger batch is allowed; the same graph compiles for one to two, with kernels for one.
+    """
+    return replace(profile, maximum=2) if target == "sm_75" and profile.maximum == 1 else profile
 
 
 def _in_own_process(order: dict[str, Any], network: str, progress: Progress) -> dict[str, Any]:

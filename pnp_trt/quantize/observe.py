@@ -106,10 +106,13 @@ def candidates(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modu
     Raises:
         InputError: if no layer has such a name.
     """
+    # what a guide makes of w alone runs once a picture, in a network of its own
+    once = tuple(f"guide.{part}." for part in getattr(getattr(network, "guide", None), "constant_parts", ()))
     found: dict[str, nn.Module] = {
         name: layer
         for name, layer in network.named_modules()
         if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
+        and not name.startswith(once)
         and any(fnmatch.fnmatchcase(name, p) for p in patterns)
         and not any(fnmatch.fnmatchcase(name, p) for p in NEVER)
     }

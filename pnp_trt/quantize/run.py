@@ -105,7 +105,7 @@ def calibrate(
     partial = out.with_name(f".{out.name}.partial")
     with lock(out):
         key = digest([identity, {k: v for k, v in asdict(config).items() if k not in ("out", "prompts", "limit")}])
-        modules = candidates(loop.network, config.layers or _default_layers(identity))
+        modules = candidates(loop.network, config.layers or _default_layers(loop.network))
         held = _continued(partial, key) or _again(out, identity, set(modules))
         if "layers" not in held:
             held["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, say).items()}
@@ -199,9 +199,12 @@ def _decide(
     record.sweep = found
 
 
-def _default_layers(identity: dict[str, Any]) -> tuple[str, ...]:
+def _default_layers(network: Any) -> tuple[str, ...]:
+    from ..models.guide import FullGuide
+
     # a tiny guide is a fiftieth of the arithmetic and all of the guidance
-    return ("unet.*", "guide.*") if "full" in str((identity["guide"] or {}).get("name")) else ("unet.*",)
+    full = isinstance(network, Student) and isinstance(network.guide, FullGuide)
+    return ("unet.*", "guide.*") if full else ("unet.*",)
 
 
 def _guide_name(config: CalibrationConfig) -> str:

@@ -418,3 +418,9 @@ def test_weights_are_refit_where_that_can_be(
     made = rtx().replace_weights(job, Path("old.engine"), lambda *_: None)
     assert re.fullmatch(how, made.notes["weights"]) and made.file == "fp16.engine"
     assert [order["refit"] for order in orders] == ["old.engine" if how == "refit" else None]
+
+
+def test_turing_is_never_compiled_for_one_picture_alone() -> None:
+    one, several = Profile("b1", 1, 1, 1), Profile.parse("b2-8")
+    assert module._compilable(one, "sm_75") == Profile("b1", 1, 1, 2) and module._compilable(one, "sm_89") == one
+    assert module._compilable(several, "sm_75") == several

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from pnp_trt.models.base import resolve
+from pnp_trt.models.guide import FullGuide
 from pnp_trt.models.load import load_guide
 from pnp_trt.models.student import Student
 from pnp_trt.quantize.observe import candidates
@@ -158,3 +160,19 @@ def test_int8_from_calibration_to_picture(cli: Cli, micro_base: Path, micro_guid
     assert done.code == 2 and "was recorded with another guide" in done.err
     done = cli("build", *source, "--calibration", record, "--out", tmp_path / "other")
     assert done.code == 2 and "--calibration is for --precision int8, not fp32" in done.err
+
+
+def test_int8_of_a_full_guide(cli: Cli, micro_base: Path, prompts: Path, tmp_path: Path) -> None:
+    """Its hint runs once a picture, in a network of its own, and stays in floating point."""
+    guide, record, engine = tmp_path / "mine", tmp_path / "r.json", tmp_path / "engine"
+    FullGuide.from_unet(UNet2DConditionModel.from_pretrained(micro_base / "unet")).save_pretrained(guide)
+    source = ["--base", micro_base, "--guide", guide]
+    done = cli("calibrate", *source, "--prompts", prompts, "--pictures", "1", "--steps", "1", "--probes", "0",
+               "--out", record)  # fmt: skip
+    assert done.code == 0, done.err
+    layers = list(Record.read(record).layers)
+    assert any(n.startswith("guide.") for n in layers) and not any(n.startswith("guide.hint.") for n in layers)
+    done = cli("build", *source, "--precision", "int8", "--calibration", record, "--out", engine)
+    assert done.code == 0, done.err
+    networks = json.loads((engine / "manifest.json").read_text())["networks"]
+    assert networks["unet"]["int8"]["layers"] > 0 and "int8" not in networks["condition"]

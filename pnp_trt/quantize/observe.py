@@ -112,7 +112,7 @@ def candidates(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modu
         name: layer
         for name, layer in network.named_modules()
         if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
-        and not name.startswith(once)
+        and not f"{name}.".startswith(once)
         and any(fnmatch.fnmatchcase(name, p) for p in patterns)
         and not any(fnmatch.fnmatchcase(name, p) for p in NEVER)
     }

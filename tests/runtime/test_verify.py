@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pnp_trt.backends.profiles import Profile
-from pnp_trt.runtime.verify import compare
+from pnp_trt.runtime.verify import compare, difference
 
 
 class Doubler:
@@ -44,3 +44,12 @@ def test_rows_are_repeated_where_no_profile_takes_one() -> None:
     errors = compare(Backend(network), Path(), networks, golden)  # type: ignore[arg-type]
     assert [s[0] for s in network.seen] == [2, 2, 4, 4]
     assert errors["unet"] == 0 and errors["unet@16x16"] > 0.1
+
+
+def test_zeros_are_equal_to_zeros_alone() -> None:
+    zeros, ones, bad = np.zeros(3), np.ones(3), np.full(3, np.nan)
+    assert difference(zeros, zeros) == 0 and difference(ones, ones) == 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        assert (
+            difference(ones, zeros) == np.inf and np.isnan(difference(bad, zeros)) and np.isnan(difference(zeros, bad))
+        )

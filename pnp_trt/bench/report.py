@@ -162,6 +162,8 @@ def _settings_pairs(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     def said(value: Any) -> str:
         if isinstance(value, list):
             return ", ".join(map(said, value))
+        if isinstance(value, dict):
+            return "; ".join(f"{key.replace('_', ' ')}: {said(one)}" for key, one in value.items() if one is not None)
         return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
     return [(key.replace("_", " "), said(value)) for key, value in settings.items() if value not in (None, [], "")]

@@ -136,8 +136,11 @@ def engine_table(doc: Document) -> Table | None:
         "layers": [number(row.get("layers"), 0) for row in rows],
         "reformats": [number(row.get("reformats"), 0) for row in rows],
     }
-    notes = dict.fromkeys(f"{row['engine']}: {row['note']}." for row in rows if row.get("note"))
-    return _table("Engines", columns, 5, notes)
+    engines: dict[str, dict[str, None]] = {}  # engines of whom the same is to be said stand in one sentence
+    for row in rows:
+        if row.get("note"):
+            engines.setdefault(row["note"], {})[row["engine"]] = None
+    return _table("Engines", columns, 5, [f"{', '.join(names)}: {note}." for note, names in engines.items()])
 
 
 def latency_table(doc: Document) -> Table | None:

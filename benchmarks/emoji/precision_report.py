@@ -37,7 +37,9 @@ under `--limit`. The record, one line for each layer, is readable and belongs to
 it for another. A run that was stopped continues, and another `--limit` is decided from the record in seconds.
 
 The tiny guide stays in floating point: it is a fiftieth of the arithmetic and all of the guidance. A full guide is
-quantised with the U-Net. `--layer PATTERN` chooses otherwise.
+quantised with the U-Net, less what runs once a picture. `--layer PATTERN` chooses otherwise. With `--probes 0`, for
+machines on which a sweep would take hours, nothing is measured, and the layers that see what no norm has evened out,
+shortcuts and samplers, stay in floating point.
 """
 
 
@@ -127,11 +129,40 @@ def speed(s: dict[str, Any]) -> list[str]:
     return out
 
 
+def real_size() -> list[str]:
+    """What ``make realsize`` recorded, where it did."""
+    files = sorted(RESULTS.parent.glob("realsize-sd15-*.json"), reverse=True)
+    if not files:
+        return []
+    out = ["", "## Stable Diffusion 1.5's size", ""]
+    out += ["Seeded random weights, TensorRT-RTX engines compiled on a CPU, not run; `make realsize`. `int8` is without a "
+            "sweep. Export contains loading, PyTorch's reference and the comparison with it.", ""]  # fmt: skip
+    out += [
+        "| guide | recipe | target | export, s | compile, s | peak memory, GiB | U-Net engine, MiB | U-Net parity |"
+    ]
+    out += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for file in files:
+        r = json.loads(file.read_text())
+        case, unet, peak = r["case"], r["networks"]["unet"], r["peak_memory_bytes"]
+        memory = " / ".join(f"{peak[k] / 2**30:.1f}" for k in ("export", "compile"))
+        out.append(
+            f"| {case['guide'].removeprefix('random-')} | {case['precision']} | {case['target']} | "
+            f"{r['export_and_parity_seconds']:.0f} | {r['compile_seconds']:.0f} | {memory} | "
+            f"{unet['engine_bytes'] / 2**20:,.0f} | {unet['graph_parity']:.1e} |"
+        )
+    return [
+        *out,
+        "",
+        "Peak memory: of the export / of the compiler's process. Each ran beside other work on two cores.",
+    ]
+
+
 def main() -> None:
     held = json.loads(RESULTS.read_text())
     lines = [HEAD.rstrip()]
     for name, part in (("bundles", bundles), ("pictures", pictures), ("speed", speed)):
         lines += part(held[name]) if name in held else []
+    lines += real_size()
     p = held["provenance"]
     lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `{p['command']}` on {p['date'][:10]} "
               f"({p['device']['processor']}); drawn by `python -m benchmarks.emoji.precision_report`.", ""]  # fmt: skip

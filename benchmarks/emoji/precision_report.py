@@ -103,9 +103,10 @@ def pictures(p: dict[str, Any]) -> list[str]:
         out.append("| " + " | ".join([r["precision"], interval(r["kid"]), interval(r["R@1"]), *tail]) + " |")
     for r in p["rows"]:
         if gain := r.get("gain_over_fp32"):
-            within = "is inside" if gain["kid"]["low"] <= 0 <= gain["kid"]["high"] else "is outside"
-            out += ["", f"- {r['precision']}: no difference from FP32 in KID {within} its interval; "
-                    f"the change is {gain['kid']['value']:+.4f}."]  # fmt: skip
+            inside = gain["kid"]["low"] <= 0 <= gain["kid"]["high"]
+            out += [""] * (out[-1][:1] != "-")
+            out += [f"- {r['precision']}: KID changes by {-gain['kid']['value']:+.4f}, "
+                    + ("and no change is inside the interval." if inside else "more than its interval allows for.")]  # fmt: skip
     return out
 
 
@@ -164,7 +165,8 @@ def main() -> None:
         lines += part(held[name]) if name in held else []
     lines += real_size()
     p = held["provenance"]
-    lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `{p['command']}` on {p['date'][:10]} "
+    lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `make precision`, its last part by "
+              f"`{p['command']}`, on {p['date'][:10]} "
               f"({p['device']['processor']}); drawn by `python -m benchmarks.emoji.precision_report`.", ""]  # fmt: skip
     OUT.write_text("\n".join(lines))
 

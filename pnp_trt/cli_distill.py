@@ -37,8 +37,12 @@ def guidance(
     base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
     guide: Annotated[str, typer.Option(help="Which guide to make: tiny, or full.")] = "tiny",
     states: Annotated[
-        str, typer.Option(help="trajectory: the teacher's own guided runs; forward: noised pictures of --images.")
-    ] = "trajectory",
+        str | None,
+        typer.Option(
+            help="forward: noised pictures of --images, the default with --images; trajectory: the teacher's own "
+            "guided runs, the default without."
+        ),
+    ] = None,
     num_states: Annotated[int, typer.Option(min=1, help="States to collect.")] = 19_200,
     states_dir: Annotated[Path | None, typer.Option(help="Where states are cached; default OUT/states.")] = None,
     negative: Annotated[
@@ -84,8 +88,9 @@ def guidance(
         feature_matching, states_dir, pictures,
         # a small collection need not fill a shard of 32 trajectories
         StateConfig(
-            states, num_states, w_min=w_min, w_max=w_max, negative=negative, batch=min(32, -(-num_states // 20)),
-            seed=seed,
+            # forward was measured the better where there are pictures (docs/ablation.md)
+            states or ("trajectory" if images is None else "forward"), num_states, w_min=w_min, w_max=w_max,
+            negative=negative, batch=min(32, -(-num_states // 20)), seed=seed,
         ),
         TrainConfig(
             steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,

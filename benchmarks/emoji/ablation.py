@@ -242,6 +242,18 @@ def render(found: dict[str, Any]) -> str:
                 f"{cosine['value']:.3f} [{cosine['low']:.3f}, {cosine['high']:.3f}] |"
                 + (f" {r['own_held_out']:.3f} |" if own else "")
             )
+        if group == "states-longer" and len(rows) == 2:
+            forward, trajectory = sorted(rows, key=lambda r: r["differs"]["states"])
+            better = max(rows, key=lambda r: r["psnr_db"]["value"])["differs"]["states"]
+            near = [f"{r['psnr_db']['value']:.2f} dB" for r in (forward, trajectory)]
+            off = [f"{r['held_out']['residual']:.3f}" for r in (forward, trajectory)]
+            out.append(
+                f"\nPictures are nearer CFG's after *{better}* states: {near[0]} after forward and {near[1]} after "
+                f"trajectory ones; the error on held-out trajectory states is {off[0]} and {off[1]}. "
+                "`distill guidance` takes forward states where it is given pictures, and trajectories, which need "
+                "prompts alone, where it is not. The bundled guides were trained on trajectories, before this was "
+                "measured."
+            )
         if own:
             out.append("\n*Own states*: the residual on held-out states of which half have a negative prompt.")
     p = found["provenance"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from pnp_trt.distill.train import TrainConfig, make_accelerator, training_attent
 from pnp_trt.distill.watch import held_out_error
 from pnp_trt.errors import InputError
 from pnp_trt.models.guide import Guide
+
+from ..conftest import Result
 
 PROMPTS = ["a red apple", "a blue car", "the yellow house on a hill"]
 
@@ -166,17 +170,31 @@ def test_sdxl_from_end_to_end(base: str, guide: str, request: pytest.FixtureRequ
     assert any((tmp_path / "g" / "logs").iterdir())
 
 
-def test_forward_states_from_a_folder_of_pictures(micro_base: Path, tmp_path: Path) -> None:
-    import json
-
+def _write_pictures(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
     for i in range(4):
-        Image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    (tmp_path / "metadata.jsonl").write_text(
+        Image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
+    (folder / "metadata.jsonl").write_text(
         "\n".join(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % 3]}) for i in range(4))
     )
+
+
+def test_pictures_are_noised_unless_trajectories_are_asked_for(
+    cli: Callable[..., Result], micro_base: Path, tmp_path: Path
+) -> None:
+    _write_pictures(tmp_path)
+    run = ["distill", "guidance", "--base", micro_base, "--images", tmp_path, "--num-states", "20", "--rank", "4",
+           "--steps", "1", "--batch", "4", "--pictures", "0"]  # fmt: skip
+    for words, kind in (([], "forward"), (["--states", "trajectory"], "trajectory")):
+        done = cli(*run, *words, "--out", tmp_path / kind)
+        assert done.code == 0, done.err
+        assert json.loads((tmp_path / kind / "run.json").read_text())["states"]["kind"] == kind
+
+
+def test_forward_states_from_a_folder_of_pictures(micro_base: Path, tmp_path: Path) -> None:
+    _write_pictures(tmp_path)
     given = GuidanceConfig(
         str(micro_base), None, tmp_path / "g", tmp_path, options={"rank": 4}, pictures=0,
         states=StateConfig("forward", count=20, steps=5, batch=2), train=TrainConfig(steps=3, batch=4),

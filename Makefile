@@ -89,6 +89,7 @@ realsize: $(VENV)/.dev-installed
 precision: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[recipe]'
 	$(BIN)/python -m benchmarks.emoji.precision
+	$(BIN)/python -m benchmarks.emoji.precision_report
 
 # installs nothing: it takes the environment that is there, so that a GPU's own torch and TensorRT are used
 gpu:

@@ -190,7 +190,7 @@ def test_pictures_are_noised_unless_trajectories_are_asked_for(
     for words, kind in (([], "forward"), (["--states", "trajectory"], "trajectory")):
         done = cli(*run, *words, "--out", tmp_path / kind)
         assert done.code == 0, done.err
-        assert json.loads((tmp_path / kind / "run.json").read_text())["states"]["kind"] == kind
+        assert json.loads((tmp_path / kind / "run.json").read_text())["settings"]["states"]["kind"] == kind
 
 
 def test_forward_states_from_a_folder_of_pictures(micro_base: Path, tmp_path: Path) -> None:

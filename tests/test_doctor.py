@@ -167,6 +167,7 @@ def test_backends_say_what_they_need(installed: dict[str, str], monkeypatch: pyt
     found = by_name(doctor.diagnose())
     assert found["--backend tensorrt-rtx"].state == "ok" and "run elsewhere" in found["--backend tensorrt-rtx"].detail
     assert (found["--backend tensorrt"].state, found["--backend tensorrt"].fix) == ("absent", None)
+    assert (found["bench, energy column"].state, found["bench, energy column"].fix) == ("absent", None)
     without(installed, "rtx", "tensorrt")
     found = by_name(doctor.diagnose())
     assert (

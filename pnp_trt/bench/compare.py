@@ -111,7 +111,7 @@ class Comparison:
         return bool(self.of("worse"))
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison as JSON holds it."""
+        """The comparison as JSON holds it, in the shape of `compare-schema.json` beside this file."""
         figures = [asdict(one) | {"relative_change": one.relative} for one in self.figures]
         return {
             "schema": SCHEMA, "old": self.old, "new": self.new, "regressed": self.regressed,

@@ -53,7 +53,7 @@ def _rich(table: Table, width: int) -> RenderableType:
     for place, head in enumerate(table.head):
         fixed = widths[place] if fits else None
         words = place < table.words
-        made.add_column(head, justify="left" if words else "right", overflow="fold", vertical="bottom", width=fixed)
+        made.add_column(head, justify="left" if words else "right", overflow="fold", width=fixed)
     for row in table.rows:
         names = [
             "\n".join(textwrap.wrap(cell, widths[i])) if fits else cell for i, cell in enumerate(row[: table.words])

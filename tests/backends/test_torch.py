@@ -69,8 +69,8 @@ def test_from_build_to_pictures(cli: Cli, micro_base: Path, micro_guide: Path, t
     assert done.code == 0 and done.out.count("limit 5e-03, fp16") == 3, done.err
     done = cli("sample", "a cat", "--engine", out, "--steps", 2, "--provider", "cpu", "--out", tmp_path / "pictures")
     assert done.code == 0 and (tmp_path / "pictures" / "a-cat-0.png").is_file(), done.err
-    done = cli("bench", "--engine", out, "--only", "latency", "--batch", 1, "--steps", 1, "--rounds", 1,
-               "--json", tmp_path / "bench.json")  # fmt: skip
+    done = cli("bench", "--engine", out, "--only", "latency", "--batch", 1, "--steps", 1, "--rounds", 1, "--no-memory",
+               "--cold-starts", 0, "--json", tmp_path / "bench.json")  # fmt: skip
     assert done.code == 0, done.err
     (row,) = json.loads((tmp_path / "bench.json").read_text())["latency"]
     assert row["engine"] == "e" and row["method"] == "guided"

@@ -22,6 +22,8 @@ from pnp_trt.errors import InputError
 
 from . import fake_document
 
+SCHEMA_FILE = Path(compare.__file__).with_name("compare-schema.json")
+
 
 @cache
 def _text(seed: int) -> str:
@@ -173,16 +175,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "Worse beyond the noise" in done.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["schema"], found["regressed"]) == (compare.SCHEMA, True)
-    assert found["figures"][0].keys() >= {
-        "part",
-        "key",
-        "figure",
-        "old",
-        "new",
-        "verdict",
-        "evidence",
-        "relative_change",
-    }
+    assert {one["evidence"] for one in found["figures"]} >= {"exact", "interval"}
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
+    validator.check_schema(validator.schema)
+    validator.validate(found)
+    assert not validator.is_valid({**found, "figures": [{**found["figures"][0], "verdict": "faster"}]})
     assert run(app, ["compare", str(old), str(slow), "--fail-on-regression"]).exit_code == 1
     assert run(app, ["compare", str(old), str(same), "--fail-on-regression"]).exit_code == 0
     slow.write_text(slow.read_text()[:-9])

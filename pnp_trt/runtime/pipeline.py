@@ -332,16 +332,19 @@ class Pipeline:
         Raises:
             PnpError: if the latents or the pixels are not finite; a black picture is never returned for NaN.
         """
-        pixels = self._vae(latents=latents)
-        for name, value in (("latents", latents), ("decoded pixels", pixels)):
-            if not (finite := np.isfinite(value)).all():
-                self._check_finite(name, ~finite.all(axis=(1, 2, 3)))
-        np.add(pixels, 1, out=pixels)
-        np.multiply(pixels, 127.5, out=pixels)
-        np.rint(pixels, out=pixels)
-        np.maximum(pixels, 0, out=pixels)
-        np.minimum(pixels, 255, out=pixels)
-        return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
+        with self._vae.bind(len(latents), (latents.shape[-2], latents.shape[-1])) as vae:
+            vae.write(latents=latents)
+            vae.run()
+            pixels = vae.output()  # the network's own memory where it is the host's: the next run writes it anew
+            for name, value in (("latents", latents), ("decoded pixels", pixels)):
+                if not (finite := np.isfinite(value)).all():
+                    self._check_finite(name, ~finite.all(axis=(1, 2, 3)))
+            np.add(pixels, 1, out=pixels)
+            np.multiply(pixels, 127.5, out=pixels)
+            np.rint(pixels, out=pixels)
+            np.maximum(pixels, 0, out=pixels)
+            np.minimum(pixels, 255, out=pixels)
+            return pixels.transpose(0, 2, 3, 1).astype(np.uint8, order="C")
 
     def _check_finite(self, what: str, bad: np.ndarray) -> None:
         """Refuse to return pictures of which any is bad, ``[N]`` bool."""

@@ -2,7 +2,9 @@
 
 Four measurements, each raw in the results:
 
-- **overhead**: the share of a picture's time, prompt to pixels, that no network takes, at 8 and 50 steps;
+- **overhead**: the share of a picture's time, prompt to pixels, that no network takes, at 8 and 50 steps: of pictures
+  drawn one after the other, as a server draws them, and of those of the ratio's rounds, where another program's
+  pictures in between leave nothing of ours in the caches;
 - **ratio**: the time of diffusers' own ``StableDiffusionPipeline`` with CFG in 50 steps over that of the guided engine
   in 8, the same prompts and thread count, rounds interleaved, each ratio within its round;
 - **cold start**: one ``pnp-trt sample`` in a new process, and the part of it that is imports;
@@ -33,7 +35,7 @@ from pnp_trt.bench import coldstart
 from pnp_trt.bench.results import provenance
 from pnp_trt.runtime.pipeline import Pipeline
 
-SCHEMA = "pnp-trt/loop/1"
+SCHEMA = "pnp-trt/loop/2"
 RESULTS = Path(__file__).parent / "results"
 PROMPT, GUIDANCE = "a red apple", 3.0
 STEPS = (8, 50)
@@ -95,18 +97,8 @@ def diffusers_pipeline(threads: int) -> Any:
     return pipe
 
 
-def rounds_of(pipeline: Pipeline, theirs: Any, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Every case once a round, in an order that turns by one place a round; two rounds of warm-up are left out."""
-    import torch
-
-    def reference(seed: int) -> dict[str, float]:
-        started = time.perf_counter()
-        generator = torch.Generator().manual_seed(seed)
-        theirs(PROMPT, num_inference_steps=50, guidance_scale=GUIDANCE, generator=generator, output_type="np")
-        return {"picture_ms": 1e3 * (time.perf_counter() - started)}
-
-    cases: dict[str, Any] = {f"guided, {n} steps": lambda seed, n=n: once(pipeline, n, seed) for n in STEPS}
-    cases["diffusers, CFG, 50 steps"] = reference
+def rounds_of(cases: dict[str, Any], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Every case once a round, in an order that turns by one place a round; the first round is left out."""
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     names = list(cases)
     for number in range(-1, rounds):
@@ -116,6 +108,24 @@ def rounds_of(pipeline: Pipeline, theirs: Any, rounds: int) -> dict[str, list[di
             if number >= 0:
                 seen[name].append({k: round(v, 3) for k, v in observed.items()})
     return seen
+
+
+def guided(pipeline: Pipeline) -> dict[str, Any]:
+    """Our cases: name → what draws one picture of a seed and times it."""
+    return {f"guided, {n} steps": lambda seed, n=n: once(pipeline, n, seed) for n in STEPS}
+
+
+def reference(theirs: Any) -> dict[str, Any]:
+    """diffusers' case."""
+    import torch
+
+    def drawn(seed: int) -> dict[str, float]:
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed)
+        theirs(PROMPT, num_inference_steps=50, guidance_scale=GUIDANCE, generator=generator, output_type="np")
+        return {"picture_ms": 1e3 * (time.perf_counter() - started)}
+
+    return {"diffusers, CFG, 50 steps": drawn}
 
 
 def overhead(rows: list[dict[str, float]], steps: int) -> dict[str, Any]:
@@ -174,18 +184,22 @@ def main(arguments: list[str] | None = None) -> None:
     cold = cold_start(a.engine, max(a.rounds // 2, 2))
     flat = memory(a.engine, a.pictures, a.threads)
     pipeline = Pipeline.load(a.engine, provider="cpu", threads=a.threads)
-    rows = rounds_of(pipeline, diffusers_pipeline(a.threads), a.rounds)
-    outside = [overhead(rows[f"guided, {n} steps"], n) for n in STEPS]
+    alone = rounds_of(guided(pipeline), 4 * a.rounds)
+    rows = rounds_of(guided(pipeline) | reference(diffusers_pipeline(a.threads)), a.rounds)
+    outside, cold_caches = ([overhead(r[f"guided, {n} steps"], n) for n in STEPS] for r in (alone, rows))
     faster = ratio(rows)
     document = {
         "schema": SCHEMA,
         "provenance": provenance(["python", "-m", "benchmarks.loop", *(arguments or sys.argv[1:])]),
         "case": {"engine": a.engine, "threads": a.threads, "batch": 1, "guidance": GUIDANCE, "rounds": a.rounds},
-        "overhead": outside, "ratio": faster, "cold_start": cold, "memory": flat, "observations": rows,
+        "overhead": outside, "overhead_with_cold_caches": cold_caches, "ratio": faster, "cold_start": cold,
+        "memory": flat, "observations": {"one after the other": alone, "with diffusers between": rows},
     }  # fmt: skip
     write_json(a.json, document)
-    for row in outside:
-        print(f"overhead, {row['steps']} steps: {row['share']:.2%} of the picture, {row['ms_per_picture']} ms")
+    for how, found in (("one after the other", outside), ("with cold caches", cold_caches)):
+        for row in found:
+            share = f"{row['share']:.2%} of the picture, {row['ms_per_picture']} ms"
+            print(f"overhead, {row['steps']} steps, {how}: {share}")
     print(f"diffusers CFG 50 steps / guided 8 steps: {faster['times_faster']} {faster['interval']}")
     medians = {k: float(np.median(v)) for k, v in cold["seconds"].items()}
     print(f"cold start: {medians} s, imports {np.median(cold['imports_seconds']):.2f} s")

@@ -12,6 +12,7 @@ from pnp_trt.bench.tables import loops
 from pnp_trt.bench.words import is_reference, percent, plural, three_digits, unit_of
 
 _DOTS = 120  # observations drawn per bar
+_REACH = 1.5  # the axis ends at this many times the longest bar: one stray observation would squeeze all bars
 
 
 def latency_charts(doc: Mapping[str, Any]) -> list[Chart]:
@@ -27,21 +28,24 @@ def _latency_chart(rows: Sequence[Mapping[str, Any]], usual: int) -> Chart:
     batch = rows[0]["batch"]
     made, axis = bars(len(rows))
     ends, texts = [], []
-    for place, row in enumerate(rows):
+    seen = [np.array([one["loop_ms"] for one in row.get("raw", [])] or [row["p50_ms"]]) for row in rows]
+    reach = _REACH * max(float(np.percentile(observed, 75)) for observed in seen)
+    for place, (row, observed) in enumerate(zip(rows, seen, strict=True)):
         paint = colour(row["method"])
-        observed = np.array([one["loop_ms"] for one in row.get("raw", [])] or [row["p50_ms"]])
         low, high = np.percentile(observed, [25, 75])
         pale_bar(axis, place, row["p50_ms"], paint)
         axis.barh(place, high - low, left=low, height=0.5, color=paint, linewidth=0)
         axis.plot([row["p50_ms"]] * 2, [place - 0.25, place + 0.25], color=INK, linewidth=1.6)
-        drawn = observed[:_DOTS]
+        strays = observed[observed > reach]
+        drawn = observed[observed <= reach][:_DOTS]
         height = place + 0.37 + 0.04 * np.resize([0, 1, -1], len(drawn))
         axis.plot(drawn, height, ".", color=INK, markersize=3.5, alpha=0.5, markeredgewidth=0)
         ends.append(max(row["p50_ms"], float(high), float(drawn.max())))
         of_cfg = row["ratio_to_cfg"]
         ratio = "" if of_cfg is None or is_reference(row) else f" · {of_cfg:.2f}×"
         steps = "" if row["steps"] == usual else f" · {plural(row['steps'], 'step')}"
-        texts.append(f"{three_digits(row['p50_ms'])} ms{ratio}{steps}")
+        stray = f" · {len(strays)} up to {three_digits(float(strays.max()))}" if len(strays) else ""
+        texts.append(f"{three_digits(row['p50_ms'])} ms{ratio}{steps}{stray}")
     names = [label(row["method"], name) for row, name in zip(rows, engine_names(rows), strict=True)]
     axis.set_yticks(range(len(rows)), names)
     titled(axis, f"batch {batch}, {plural(usual, 'step')}", "ms per denoising loop, whole batch")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pnp_trt.bench import report, results, tables
+from pnp_trt.bench import charts_bars, report, results, tables
 from pnp_trt.bench.charts_fidelity import pareto_charts, scale_charts
 from pnp_trt.bench.fidelity_points import MEASURES, Point, compute_points, front, headline_w, latency_points
 from pnp_trt.bench.latency import BOUNDARY
@@ -148,6 +148,16 @@ def test_what_is_null_or_absent_is_a_dash() -> None:
     assert table is not None
     assert table.rows[0][:4] == ["emoji-teacher", "cfg", "1", "20"]
     assert set(table.rows[0][4:]) - {"–"} == {f"{row['p50_ms']:.1f}"}
+
+
+def test_a_stray_observation_is_counted_and_does_not_squeeze_the_bars() -> None:
+    doc = make()
+    row = doc["latency"][0]
+    before = charts_bars.latency_charts(doc)[0].svg
+    row["raw"][0] = {**row["raw"][0], "loop_ms": 40 * row["p50_ms"]}
+    after = charts_bars.latency_charts(doc)[0].svg
+    assert f"1 up to {three_digits(40 * row['p50_ms'])}" in after
+    assert " up to " not in before and len(after) < 1.1 * len(before)
 
 
 def test_numbers_keep_what_they_say() -> None:

@@ -67,7 +67,7 @@ bench: $(VENV)/.dev-installed
 
 tables: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[recipe]'
-	$(BIN)/python -m benchmarks.emoji.tables --guides $(GUIDES) --light
+	$(BIN)/python -m benchmarks.emoji.tables --guides $(GUIDES)
 	$(BIN)/python -m benchmarks.emoji.tables_report
 
 ablation: $(VENV)/.dev-installed

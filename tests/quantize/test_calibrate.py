@@ -144,16 +144,19 @@ def test_int8_from_calibration_to_picture(cli: Cli, micro_base: Path, micro_guid
     assert all(any(part in name for name in left) for part in UNEVEN)
     done = cli(*made)
     assert done.code == 2 and "exists already; pass --force" in done.err
-    done = cli("build", *source, "--precision", "int8", "--calibration", record, "--out", engine)
+    done = cli("build", *source, "--precision", "int8", "--calibration", record, "--out", engine,
+               "--profile", "b1-4", "--profile", "b1@32-48")  # fmt: skip
     assert done.code == 0, done.err
     assert "slower with INT8" in done.out
     text = cli("inspect", engine).out
     assert 0.3 < held.share() < 1
     assert f"layers with {held.share():.1%} of the arithmetic" in " ".join(text.split())
     assert cli("verify", engine).code == 0
-    done = cli("sample", "a cat", "--engine", engine, "--steps", "2", "--out", tmp_path / "out")
-    assert done.code == 0, done.err
-    assert list((tmp_path / "out").glob("*.png"))
+    for size in ("32", "40x48"):  # ranges were recorded at one size and serve all
+        out = tmp_path / f"out-{size}"
+        done = cli("sample", "a cat", "--engine", engine, "--steps", "2", "--size", size, "--out", out)
+        assert done.code == 0, done.err
+        assert list(out.glob("*.png"))
     # another guide's record is refused, and a record without INT8 too
     done = cli("build", "--base", micro_base, "--guide", "none", "--precision", "int8", "--calibration", record,
                "--out", tmp_path / "other")  # fmt: skip

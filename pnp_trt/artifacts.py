@@ -8,18 +8,18 @@ else it is moved aside first), so that no moment exists at which the name leads 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError, PnpError
+from .files import lock as lock
+from .files import whole_folder as whole_folder
+from .files import write_bytes as write_bytes
+from .files import write_text as write_text
 
 MANIFEST = "manifest.json"
 _WORTH_REMEMBERING = 256 << 20
@@ -110,42 +110,6 @@ def find_bundle(name: str) -> Path:
     )
 
 
-def write_text(text: str, target: Path) -> None:
-    """``write_bytes`` in UTF-8."""
-    write_bytes(text.encode(), target)
-
-
-def write_bytes(data: bytes, target: Path) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one.
-
-    Raises:
-        InputError: if the folder cannot be written to.
-        PnpError: if writing fails midway; what was there before is untouched.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as e:
-        raise InputError(f"{target} cannot be written ({e.strerror}); give a place that can.") from e
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        Path(name).replace(target)
-    except OSError as e:
-        raise PnpError(f"{target} could not be written ({e.strerror}); what was there before is untouched.") from e
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(_as_text(value), path)
@@ -153,65 +117,6 @@ def write_json(path: Path, value: Any) -> None:
 
 def _as_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
-
-
-@contextlib.contextmanager
-def lock(folder: Path, timeout: float = 3600.0) -> Iterator[None]:
-    """Exclusive right to write ``folder``; another process waits for it."""
-    from filelock import FileLock, Timeout
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    guard = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        guard.acquire(timeout=timeout)
-    except Timeout:
-        raise PnpError(
-            f"another process has been writing {folder} for {timeout:.0f} s; wait for it or stop it"
-        ) from None
-    try:
-        yield
-    finally:
-        guard.release()
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside ``folder`` that takes its place when the block ends well, and vanishes otherwise.
-
-    Call it under ``lock(folder)``.  Leftovers of killed runs are removed.
-    """
-    for stale in folder.parent.glob(f".{folder.name}.partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
-    work.chmod(0o755)
-    try:
-        yield work
-        for path in work.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as f:
-                    os.fsync(f.fileno())
-        if not folder.exists():
-            work.rename(folder)
-        elif _exchange(work, folder):
-            shutil.rmtree(work, ignore_errors=True)  # what was replaced
-        else:
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
-            folder.rename(old / "old")
-            work.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two folders in one step, so that a kill leaves the old or the new one; False where that cannot be done."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2  # Linux, since glibc 2.28
-    except (AttributeError, OSError, TypeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_calibrate, cli_engines
+from . import cli_calibrate, cli_engines, process
 from .errors import InputError, PnpError
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ def main() -> None:
     """Entry point: library errors become one sentence and an exit code; the rest is a bug and says so."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        app(standalone_mode=True)
+        process.run(lambda: app(standalone_mode=True))
     except PnpError as e:
         if _debug:
             raise
@@ -115,6 +115,7 @@ def sample(
     prompts = cli_sample.read_prompts(prompts)
     files = cli_sample.Files(out, kind, metadata, grid)
     files.check()
+    files.check_prompts(prompts)
     asked = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     check_request(asked, seeds, [guidance] * len(asked), DEFAULT_STEPS if steps is None else steps)
@@ -181,7 +182,7 @@ def _build_if_missing(engine: str, quiet: bool) -> None:
     if not quiet:
         print(f"engine '{engine}' is not built yet; building it once (about a minute)", file=sys.stderr)
     command = [sys.executable, "-m", "pnp_trt", *(["--debug"] if _debug else []), "build", *arguments]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None)
+    done = process.run_child(command, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise PnpError(
             f"building engine '{engine}' failed (exit code {done.returncode}); "

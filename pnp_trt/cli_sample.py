@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from .errors import InputError, PnpError
+from .files import make_folder
+from .process import deferred
 
 if TYPE_CHECKING:
     from .runtime.pipeline import Picture
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
 METADATA = ("embedded", "json")
 #: a picture's side in a grid, in pixels, at most
 _CELL = 512
+#: bytes of a prompt that a JPEG file has room for, beside the other parameters
+_JPEG_PROMPT = 60_000
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
@@ -56,43 +62,61 @@ class Files:
     grid: Path | None
 
     def check(self) -> None:
-        """Raise ``InputError`` for what would fail once the pictures are drawn."""
+        """Raise ``InputError`` for what would fail once the images are generated."""
+        from .files import check_writable_file, check_writable_folder
         from .runtime.images import FORMATS
 
-        if self.out.exists() and not self.out.is_dir():
-            raise InputError(f"--out {self.out} is a file; name a folder")
         if self.kind not in FORMATS:
             raise InputError(f"--format is '{self.kind}'; known: {', '.join(FORMATS)}")
         if self.metadata not in METADATA:
             raise InputError(f"--metadata is '{self.metadata}'; known: {', '.join(METADATA)}")
-        if self.grid is not None and self.grid.exists():
-            raise InputError(f"--grid {self.grid} exists and is not overwritten; name another file")
+        check_writable_folder(self.out)
+        if self.grid is not None:
+            if os.path.lexists(self.grid) and not self.grid.is_dir():
+                raise InputError(f"--grid {self.grid} exists and is not overwritten; name another file")
+            check_writable_file(self.grid, "--grid")
 
-    def write(self, pictures: Sequence[Picture], prompts: Sequence[str], count: int) -> Iterator[Path]:
-        """Write everything; yields the pictures' paths as they are written, the grid's last.
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ``InputError`` for prompts that are too long for the format of the files."""
+        longest = max((len(json.dumps(prompt)) for prompt in prompts), default=0)
+        if self.kind == "jpeg" and longest > _JPEG_PROMPT:
+            raise InputError(
+                f"a prompt takes {longest:,} bytes and a JPEG file holds {_JPEG_PROMPT:,}; use --format png or webp"
+            )
+
+    def write(self, pictures: Sequence[Picture], prompts: Sequence[str], count: int) -> list[Path]:
+        """Write everything, whatever signal arrives meanwhile; returns the images' paths, the grid's last.
 
         Args:
             pictures: ``count`` of each prompt, in the prompts' order.
-        """
-        from .runtime.images import FORMATS, free_path, grid, save_parameters, save_picture, slug
 
-        self.out.mkdir(parents=True, exist_ok=True)
+        Raises:
+            PnpError: if a file cannot be written; those before it are there, and are named.
+        """
+        paths: list[Path] = []
+        with deferred():
+            try:
+                self._write(pictures, prompts, count, paths)
+            except PnpError as e:
+                raise type(e)(f"{e}; {len(paths)} of {len(pictures)} images are written to {self.out}") from e
+        return paths
+
+    def _write(self, pictures: Sequence[Picture], prompts: Sequence[str], count: int, paths: list[Path]) -> None:
+        from .runtime.images import grid, save_new, save_picture, slug
+
+        make_folder(self.out)
         beside = ".json" if self.metadata == "json" else None
         for picture in pictures:
             stem = f"{slug(picture.parameters['prompt'])}-{picture.parameters['seed']}"
-            path = free_path(self.out, stem, FORMATS[self.kind][0], beside=beside)
-            save_picture(picture.pixels, picture.parameters, path, self.kind)
-            if beside is not None:
-                save_parameters(picture.parameters, path.with_suffix(beside))
-            yield path
+            paths.append(save_new(picture.pixels, picture.parameters, self.out, stem, self.kind, beside=beside))
         if self.grid is not None:
             rows = [
                 (prompt, [p.pixels for p in pictures[i * count : (i + 1) * count]]) for i, prompt in enumerate(prompts)
             ]
             seeds = [f"seed {p.parameters['seed']}" for p in pictures[:count]]
-            self.grid.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.grid.parent)
             cell = min(max(pictures[0].pixels.shape[:2]), _CELL)
             save_picture(
                 grid(rows, seeds, cell=max(cell, 64)), {"pictures": [p.parameters for p in pictures]}, self.grid
             )
-            yield self.grid
+            paths.append(self.grid)

@@ -13,6 +13,7 @@ import numpy as np
 
 from pnp_trt.artifacts import find_bundle, read_manifest
 from pnp_trt.errors import InputError, PnpError
+from pnp_trt.process import run_child
 
 PROMPT = "a red apple"
 BOUNDARY = (
@@ -94,7 +95,7 @@ def imports_of(arguments: Sequence[str]) -> float:
 
 def _run(command: Sequence[str]) -> str:
     """What the command wrote to its standard error."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("import time:")]
         raise PnpError(f"a cold start failed: {said[-1] if said else 'it gives no reason'}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pnp_trt.errors import PnpError
+from pnp_trt.process import run_child
 
 from .cases import Case
 
@@ -76,9 +77,10 @@ def in_own_process(wanted: dict[str, Any]) -> dict[str, Any]:
 
     Raises PnpError with the last line that the process said, if it fails.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=json.dumps(wanted), capture_output=True, text=True, timeout=_SECONDS
-    )
+    done = run_child(
+        [sys.executable, "-m", __name__], input=json.dumps(wanted), timeout=_SECONDS,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["it gives no reason"])[-1]
         raise PnpError(f"the process that measures memory failed: {said}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
+import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError, PnpError
+from ..files import write_new
 
 #: formats that pictures are written in → (suffix, Pillow's name, its options)
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -20,20 +22,59 @@ FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "webp": (".webp", "WEBP", {"lossless": True}),
     "jpeg": (".jpg", "JPEG", {"quality": 95, "subsampling": 0}),
 }
+#: width of the labels beside a grid's rows, and height of a line, in pixels; letters of a label that are looked at
+_LABEL, _LINE, _LETTERS = 360, 19, 1000
 _IMAGE_DESCRIPTION = 0x010E  # the one text tag of EXIF that every viewer shows
 
 
-def free_path(folder: Path, stem: str, suffix: str = ".png", *, beside: str | None = None) -> Path:
-    """A path in ``folder`` that nothing has yet: STEM.png, STEM-2.png, …
+def save_new(
+    pixels: np.ndarray,
+    parameters: dict[str, Any],
+    folder: Path,
+    stem: str,
+    kind: str = "png",
+    *,
+    beside: str | None = None,
+) -> Path:
+    """Write an image to the first name in ``folder`` that nothing has: STEM.png, STEM-2.png, …; returns the path.
+
+    Several processes may do so at once: none overwrites a file of another, and none fails because of it.
 
     Args:
-        beside: another suffix whose file must not exist either.
+        pixels: uint8 ``[H, W, 3]``.
+        kind: ``png``, ``webp`` (lossless) or ``jpeg`` (quality 95).
+        beside: suffix of a JSON file with ``parameters`` that is written too, such as ``.json``.
+
+    Raises:
+        InputError: for another kind.
+        PnpError: if a file cannot be written.
     """
-    candidate, n = folder / f"{stem}{suffix}", 1
-    while candidate.exists() or (beside is not None and candidate.with_suffix(beside).exists()):
-        n += 1
-        candidate = folder / f"{stem}-{n}{suffix}"
-    return candidate
+    data, suffix = encode_image(pixels, parameters, kind, folder / stem), FORMATS[kind][0]
+    number = 1
+    while True:
+        path = folder / f"{stem}{suffix if number == 1 else f'-{number}{suffix}'}"
+        number += 1
+        files = {path: data} | ({} if beside is None else {path.with_suffix(beside): _as_json(parameters)})
+        if write_all_new(files):
+            return path
+
+
+def write_all_new(files: Mapping[Path, bytes]) -> bool:
+    """Write files that do not exist yet; False, and nothing is written, if any of them exists."""
+    written: list[Path] = []
+    try:
+        if any(os.path.lexists(path) for path in files):
+            return False
+        for path, data in files.items():
+            write_new(data, path)
+            written.append(path)
+    except BaseException as e:
+        for path in written:
+            path.unlink(missing_ok=True)
+        if isinstance(e, FileExistsError):  # made by another process since
+            return False
+        raise
+    return True
 
 
 def slug(prompt: str, length: int = 40) -> str:
@@ -94,11 +135,21 @@ def save_picture(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kin
         InputError: for another kind.
         PnpError: if the file cannot be written, or exists.
     """
+    _write_new(encode_image(pixels, parameters, kind, path), path)
+
+
+def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name: Path) -> bytes:
+    """The bytes of an image file with ``parameters`` inside.
+
+    Raises:
+        InputError: for an unknown kind.
+        PnpError: if the parameters are too long for the format; ``name`` says of which image.
+    """
     from PIL import Image, PngImagePlugin
 
     if kind not in FORMATS:
         raise InputError(f"the format is '{kind}'; known: {', '.join(FORMATS)}")
-    _, name, options = FORMATS[kind]
+    _, format_name, options = FORMATS[kind]
     text = json.dumps(parameters)
     if kind == "png":
         info = PngImagePlugin.PngInfo()
@@ -108,8 +159,12 @@ def save_picture(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kin
         exif = Image.Exif()
         exif[_IMAGE_DESCRIPTION] = text
         options = {**options, "exif": exif}
-    with _new_file(path) as f:
-        Image.fromarray(pixels).save(f, format=name, **options)
+    stream = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(stream, format=format_name, **options)
+    except ValueError as e:  # JPEG holds 64 KiB of parameters
+        raise PnpError(f"{name} cannot be written ({e}); choose another --format") from e
+    return stream.getvalue()
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
@@ -129,10 +184,8 @@ def read_parameters(path: Path) -> dict[str, Any]:
     return found
 
 
-def save_parameters(parameters: dict[str, Any], path: Path) -> None:
-    """Write ``parameters`` as a JSON file; raises ``PnpError`` if it cannot be written, or exists."""
-    with _new_file(path) as f:
-        f.write((json.dumps(parameters, indent=2) + "\n").encode())
+def _as_json(parameters: dict[str, Any]) -> bytes:
+    return (json.dumps(parameters, indent=2) + "\n").encode()
 
 
 def save_png(pixels: np.ndarray, parameters: dict[str, Any], path: Path) -> None:
@@ -140,22 +193,11 @@ def save_png(pixels: np.ndarray, parameters: dict[str, Any], path: Path) -> None
     save_picture(pixels, parameters, path)
 
 
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that did not exist, whole or not there at all."""
-    advice = "choose another --out"
+def _write_new(data: bytes, path: Path) -> None:
     try:
-        f = path.open("xb")
-    except OSError as e:
-        raise PnpError(f"{path} cannot be written ({e.strerror or e}); {advice}") from e
-    try:
-        with f:
-            yield f
-    except BaseException as e:
-        path.unlink(missing_ok=True)
-        if isinstance(e, OSError | ValueError):  # a full disk; parameters that are too long for the format
-            raise PnpError(f"{path} cannot be written ({getattr(e, 'strerror', None) or e}); {advice}") from e
-        raise
+        write_new(data, path)
+    except FileExistsError as e:
+        raise PnpError(f"{path} cannot be written (File exists); choose another name") from e
 
 
 def grid(
@@ -172,7 +214,9 @@ def grid(
 
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     margin, gap = 8, 6
-    left = margin + max((int(font.getlength(line)) for label, _ in rows for line in label.split("\n")), default=0) + 10
+    most = max(1, (cell - 4) // _LINE)
+    labels = [_wrapped(label, font.getlength, most) for label, _ in rows]
+    left = margin + max((int(font.getlength(line)) for label in labels for line in label.split("\n")), default=0) + 10
     top = margin + (26 if title else 0) + 20
     size = (left + len(columns) * (cell + gap) + margin, top + len(rows) * (cell + gap) + margin)
     page = Image.new("RGB", size, "white")
@@ -180,13 +224,39 @@ def grid(
     if title:
         draw.text((margin, margin), title, "black", font=font)
     for c, label in enumerate(columns):
-        while small.getlength(label) > cell and len(label) > 4:
-            label = label[:-2].rstrip("…") + "…"
+        label = _ellipsis(label, cell, small.getlength)
         draw.text((left + c * (cell + gap) + cell / 2, top - 5), label, "#444", font=small, anchor="ms")
-    for r, (label, pictures) in enumerate(rows):
+    for r, (label, (_, pictures)) in enumerate(zip(labels, rows, strict=True)):
         y = top + r * (cell + gap)
         draw.multiline_text((left - 10, y + cell / 2), label, "black", font=font, anchor="rm", align="right")
         for c, pixels in enumerate(pictures):
             shown = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
             page.paste(shown, (left + c * (cell + gap), y))
     return np.asarray(page)
+
+
+def _wrapped(label: str, length: Callable[[str], float], most: int) -> str:
+    """A label in at most ``most`` lines of ``_LABEL`` pixels; an ellipsis stands for what is left out."""
+    lines: list[str] = []
+    for given in label[:_LETTERS].split("\n"):
+        line = ""
+        for word in given.split(" "):
+            if line and length(f"{line} {word}") > _LABEL:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}" if line else word
+        lines.append(line)
+    cut = len(lines) > most or len(label) > _LETTERS
+    lines = lines[:most]
+    if cut:
+        lines[-1] += " …"
+    return "\n".join(_ellipsis(line, _LABEL, length) for line in lines)
+
+
+def _ellipsis(text: str, width: float, length: Callable[[str], float]) -> str:
+    """The longest beginning of ``text`` that fits into ``width``, with an ellipsis if it is not the whole."""
+    text = text[:_LETTERS]
+    while length(text) > width and len(text) > 4:
+        text = text[:-2].rstrip("…") + "…"
+    return text

@@ -32,11 +32,16 @@ class Tokenizer:
             encoding = self._backend.encode(prompt)
             ids = encoding.ids
             if len(ids) > self.length:
-                dropped = prompt[encoding.offsets[self.length - 1][0] :]
+                dropped = _excerpt(prompt[encoding.offsets[self.length - 1][0] :].strip())
                 warnings.warn(
-                    f"the prompt has {len(ids)} tokens and was cut to {self.length}; dropped: “{dropped.strip()}”",
+                    f"the prompt has {len(ids)} tokens and was cut to {self.length}; dropped: “{dropped}”",
                     stacklevel=2,
                 )
                 ids = [*ids[: self.length - 1], ids[-1]]
             out[row, : len(ids)] = ids
         return out
+
+
+def _excerpt(text: str, ends: int = 60) -> str:
+    """A text that may be long, as a message shows it: its beginning and its end."""
+    return text if len(text) <= 2 * ends + 20 else f"{text[:ends]} … {text[-ends:]}"

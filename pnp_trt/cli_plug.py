@@ -23,6 +23,20 @@ def plug(
             metavar="FILE[:SCALE]", help="A LoRA to merge, such as sepia or mine.safetensors:0.8; repeatable."
         ),
     ] = None,
+    unet_only: Annotated[
+        bool, typer.Option("--unet-only", help="Take the fine-tune's U-Net alone, whatever else it holds.")
+    ] = False,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(help="What the fine-tune's U-Net predicts, epsilon or v_prediction; default: what it states."),
+    ] = None,
+    zero_terminal_snr: Annotated[
+        bool | None,
+        typer.Option(
+            "--zero-terminal-snr/--no-zero-terminal-snr",
+            help="Whether the fine-tune's last training timestep is pure noise; default: what it states.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The new bundle's folder; default engines/FINE_TUNE-GUIDE…")] = None,
     memory_check: Annotated[bool, typer.Option(help="Refuse to compile where the host's memory will not do.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
@@ -30,11 +44,14 @@ def plug(
     """Put a fine-tune's weights, LoRAs merged, into a built engine without exporting again; check against PyTorch."""
     from . import backends
     from .cli import _Bar, _need_torch
+    from .models.scheduler import Noise
     from .plug.run import PlugSpec
     from .plug.run import plug as run
 
     _need_torch("plug")
-    spec = PlugSpec(engine, base, tuple(lora or ()), out, memory_check)
+    spec = PlugSpec(
+        engine, base, tuple(lora or ()), out, memory_check, unet_only, Noise(prediction_type, zero_terminal_snr)
+    )
     with _Bar(f"plug into {engine}", None) as bar:
         plugged = run(spec, force=force, progress=bar.note)
     m = plugged.manifest

@@ -1,8 +1,8 @@
-"""Fine-tunes as they come: a diffusers folder, a U-Net's folder, one safetensors file of diffusers' or of LDM's keys.
+"""Fine-tunes as they come: a diffusers folder, a U-Net's folder, one safetensors file under any known names.
 
-A fine-tune need not hold every network: what it lacks stays as the bundle has it.  Weights are mapped from their files
-and not copied, in the type that they are stored in, so that a checkpoint of Stable Diffusion's size costs no memory
-of its own.
+A fine-tune need not hold every network: what it lacks stays as the bundle has it, and what the bundle cannot use is
+refused.  Weights are mapped from their files and not copied, in the type that they are stored in, so that a checkpoint
+of Stable Diffusion's size costs no memory of its own.
 """
 
 from __future__ import annotations
@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..models.base import (
-    BaseModel,
-    check_same_weights,
-    files_sha256,
-    quiet_libraries,
-    resolve,
-    weight_files,
-)
+from ..models.base import BaseModel, files_sha256, quiet_libraries, resolve, weight_files
+from ..models.convert import check_fits, text_weights, unet_weights, vae_weights
+from ..models.safetensors_header import read_header
+from ..models.scheduler import Noise, base_scheduler, scheduler_record
+from ..models.single_file import SingleFile, read_single_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: networks of a checkpoint, as manifests' hashes name them
-PARTS = ("unet", "text_encoder", "vae")
-#: what original checkpoints (CompVis' latent diffusion) put before each network's keys
-LDM = {"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.transformer.", "vae": "first_stage_model."}
 #: entries of a config that change no arithmetic of a graph whose size is fixed
 _FREE = ("sample_size", "force_upcast", "out_shape")
 
@@ -43,20 +36,23 @@ class FineTune:
         files: safetensors files by network; a network that is not there stays as the bundle has it.
         folders: where a network's own ``config.json`` is, by network.
         base: the whole model where the fine-tune is one; else None.
-        ldm: whether the keys are those of original checkpoints.
+        single: the sorted keys where the fine-tune is one file; else None.
+        unet_only: whether everything but the U-Net is left out, as the user wants it.
     """
 
     name: str
     files: dict[str, list[Path]]
     folders: dict[str, Path]
     base: BaseModel | None = None
-    ldm: bool = False
+    single: SingleFile | None = None
+    unet_only: bool = False
 
     def fingerprint(self) -> dict[str, str]:
         """Hash of each network's weights, as ``BaseModel.fingerprint`` has them."""
-        if self.base is not None:
-            return {k: v for k, v in self.base.fingerprint().items() if k != "all"}
-        return {part: files_sha256(files) for part, files in self.files.items()}
+        if self.base is None:
+            return {part: files_sha256(files) for part, files in self.files.items()}
+        own = self.base.fingerprint()
+        return {k: v for k, v in own.items() if (k == "unet" if self.unet_only else k != "all")}
 
     def config(self, part: str) -> dict[str, Any] | None:
         """A network's own config; None where the fine-tune brings none."""
@@ -68,6 +64,33 @@ class FineTune:
                 raise InputError(f"{path} is not readable as JSON ({e}); fetch it again") from None
             return held
         return self.base.config(part) if self.base is not None else None
+
+    def scheduler(self, engine: Mapping[str, Any], chosen: Noise) -> dict[str, Any]:
+        """The scheduler record of an engine that this fine-tune is plugged into.
+
+        Args:
+            engine: the engine's own record, which stays where the fine-tune brings no scheduler.
+            chosen: the user's options.
+        """
+        own = engine if self.base is None else base_scheduler(self.base)
+        stated = self.single.noise if self.single is not None else Noise()
+        return scheduler_record(own, stated, chosen)
+
+    def check_parts(self, configs: Mapping[str, Mapping[str, Any]], what: str) -> None:
+        """Refuse a part that the engine cannot use, and a config that means something else with the same weights.
+
+        Args:
+            configs: of the engine's networks.
+            what: the engine, for messages.
+
+        Raises:
+            InputError: naming the parts, or the entry of the config with both values.
+        """
+        if self.single is not None and not self.unet_only:
+            self.single.refuse_unused(configs, what)
+        if self.base is not None and not self.unet_only:
+            _check_same_text(self.base.config("text_encoder"), configs["text_encoder"], self.name, what)
+            self._check_vae(configs["vae"], what)
 
     def unet(self, config: dict[str, Any], what: str) -> Any:
         """``UNet2DConditionModel`` of the bundle's architecture with this fine-tune's weights, frozen.
@@ -84,85 +107,85 @@ class FineTune:
 
         own = self.config("unet") or config
         _check_same_config(UNet2DConditionModel, own, config, self.name, what)
-        if "unet" not in self.files:  # without files: random weights
+        if self.single is not None:
+            weights = unet_weights(self.single, config)
+        elif "unet" in self.files:
+            weights = read(self.files["unet"])
+        else:  # without files: random weights
             assert self.base is not None
             return self.base.unet()
-        weights = read(self.files["unet"])
-        if self.ldm:
-            from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-            weights = _converted(weights, LDM["unet"], lambda w: convert_ldm_unet_checkpoint(w, config=config))
         return _filled(UNet2DConditionModel, own, weights, self.name, what)
 
     def text_encoder(self, config: dict[str, Any], what: str) -> Any:
         """``CLIPTextModel``, frozen; arguments and errors as of ``unet``."""
-        if not self.ldm:
+        if self.single is None:
             assert self.base is not None
             _check_same_text(self.base.config("text_encoder"), config, self.name, what)
             return self.base.text_encoder()
-        from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
         from transformers import CLIPTextConfig, CLIPTextModel
 
         quiet_libraries()
         module = CLIPTextModel(CLIPTextConfig(**config))
         own = module.state_dict()
-        weights = convert_ldm_clip_checkpoint(read(self.files["text_encoder"]))
-        prefix = "" if any(k.startswith("text_model.") for k in own) else "text_model."
-        found = {k.removeprefix(prefix): v for k, v in weights.items() if not k.endswith("position_ids")}
-        check_same_weights(own, found, f"the text encoder in {self.name}", f"that of {what}")
-        module.load_state_dict({k: v.to(own[k].dtype) for k, v in found.items()})
+        prefix = "text_model." if any(k.startswith("text_model.") for k in own) else ""
+        weights = {prefix + k: v for k, v in text_weights(self.single, config).items()}
+        check_fits(own, weights, f"the text encoder in {self.name}", f"that of {what}")
+        module.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
         return module.eval().requires_grad_(False)
 
     def vae(self, config: dict[str, Any], what: str) -> Any:
         """The autoencoder, frozen; arguments and errors as of ``unet``."""
+        if self.single is None:
+            assert self.base is not None
+            self._check_vae(config, what)
+            return self.base.vae()
         import diffusers
 
         kind = getattr(diffusers, config.get("_class_name", "AutoencoderKL"))
-        if not self.ldm:
-            assert self.base is not None
-            own = self.base.config("vae")
-            if own.get("_class_name", "AutoencoderKL") != kind.__name__:
-                raise InputError(f"the VAE of {self.name} is a {own['_class_name']}, {what} has an {kind.__name__}")
-            _check_same_config(kind, own, config, self.name, what)
-            return self.base.vae()
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+        return _filled(kind, config, vae_weights(self.single, config), f"the VAE in {self.name}", what)
 
-        weights = read(self.files["vae"])
-        weights = _converted(weights, LDM["vae"], lambda w: convert_ldm_vae_checkpoint(w, config=config))
-        return _filled(kind, config, weights, self.name, what)
+    def _check_vae(self, config: Mapping[str, Any], what: str) -> None:
+        assert self.base is not None
+        own = self.base.config("vae")
+        if own == config:
+            return
+        import diffusers
+
+        kinds = [c.get("_class_name", "AutoencoderKL") for c in (own, config)]
+        if kinds[0] != kinds[1]:
+            raise InputError(
+                f"the VAE of {self.name} is an {kinds[0]}, {what} has an {kinds[1]}; pass --unet-only to keep the "
+                "engine's, or build it instead"
+            )
+        _check_same_config(getattr(diffusers, kinds[0]), own, config, self.name, what)
 
 
-def find(name: str) -> FineTune:
+def find(name: str, unet_only: bool = False) -> FineTune:
     """The fine-tune of a name; nothing heavy is imported or read.
 
     Args:
         name: a diffusers folder, a folder of a U-Net alone, a ``.safetensors`` file, or any base model's name.
+        unet_only: leave out everything but the U-Net.
 
     Raises:
-        InputError: if there is none, or a file is no safetensors.
+        InputError: if there is none, or a file is no safetensors or holds no U-Net.
     """
     path = Path(name)
     if path.suffix == ".safetensors" or path.is_file():
         if not path.is_file():
-            raise InputError(
-                f"no file {path}; --base wants a diffusers folder, a U-Net .safetensors, or a bundled name"
-            )
-        keys = header(path)
-        held = {part for part, prefix in LDM.items() if any(k.startswith(prefix) for k in keys)}
-        if "unet" in held:
-            return FineTune(name, {part: [path] for part in PARTS if part in held}, {}, ldm=True)
-        if any(k.startswith(("cond_stage_model.", "conditioner.")) for k in keys):
-            raise InputError(f"{path} has a text encoder of a kind that is not read; save it as a diffusers folder")
-        return FineTune(name, {"unet": [path]}, {})
+            raise InputError(f"no file {path}; --base takes a diffusers folder, a .safetensors file, or a bundled name")
+        single = read_single_file(path)
+        parts = ["unet"] if unet_only else list(single.parts)
+        return FineTune(name, {part: [path] for part in parts}, {}, single=single, unet_only=unet_only)
     if path.is_dir() and (path / "config.json").is_file() and not (path / "unet").is_dir():
-        return FineTune(name, {"unet": weight_files(path)}, {"unet": path})
+        return FineTune(name, {"unet": weight_files(path)}, {"unet": path}, unet_only=unet_only)
     base = resolve(name)
     files: dict[str, list[Path]] = {}
     if base.unet_file is not None:
         files["unet"] = [base.unet_file]
     elif list((base.folder / "unet").glob("*.safetensors")) and not name.startswith("random:"):
         files["unet"] = weight_files(base.folder / "unet")
-    return FineTune(name, files, {}, base)
+    return FineTune(name, files, {}, base, unet_only=unet_only)
 
 
 def header(path: Path) -> list[str]:
@@ -171,14 +194,7 @@ def header(path: Path) -> list[str]:
     Raises:
         InputError: if it is no safetensors file; pickled weights are not read.
     """
-    try:
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= min(path.stat().st_size - 8, 100 << 20):
-                raise ValueError("its header's length is out of range")
-            return [k for k in json.loads(f.read(length)) if k != "__metadata__"]
-    except (OSError, ValueError, TypeError) as e:
-        raise InputError(f"{path} is not a readable safetensors file ({e}); fetch it again") from None
+    return list(read_header(path).shapes)
 
 
 def read(files: list[Path]) -> dict[str, Tensor]:
@@ -199,19 +215,6 @@ def read(files: list[Path]) -> dict[str, Tensor]:
     return out
 
 
-def _converted(weights: dict[str, Tensor], prefix: str, convert: Any) -> dict[str, Tensor]:
-    """Original keys as diffusers'; what the converter does not know is kept, so that it is seen to be left over."""
-    mine = {k: v for k, v in weights.items() if k.startswith(prefix)}
-    try:
-        made: dict[str, Tensor] = convert(dict(mine))
-    except (KeyError, IndexError, ValueError) as e:
-        raise InputError(
-            f"the original checkpoint cannot be converted, {prefix}… lacks {e}; save it as a diffusers folder"
-        ) from None
-    taken = {v.data_ptr() for v in made.values()}
-    return made | {k: v for k, v in mine.items() if v.data_ptr() not in taken}
-
-
 def _filled(kind: Any, config: Mapping[str, Any], weights: dict[str, Tensor], name: str, what: str) -> Any:
     """A diffusers network whose weights are the given tensors themselves."""
     import torch
@@ -219,7 +222,7 @@ def _filled(kind: Any, config: Mapping[str, Any], weights: dict[str, Tensor], na
     quiet_libraries()
     with torch.device("meta"):
         module = kind.from_config(dict(config))
-    check_same_weights(module.state_dict(), weights, name, what)
+    check_fits(module.state_dict(), weights, name, what)
     if odd := [k for k, v in weights.items() if not v.is_floating_point()]:
         raise InputError(
             f"{name}: {odd[0]} has type {weights[odd[0]].dtype}, not floating point; fetch the full weights"

@@ -38,6 +38,7 @@ from ..errors import InputError, PnpError
 from ..export.bundle import Built, standing
 from ..export.spec import short_name
 from ..export.work import TITLES, engine_parity, library_versions
+from ..models.scheduler import Noise, check_distilled, check_samples
 from ..runtime.verify import Golden
 from .checkpoint import FineTune, find
 from .lora import Lora
@@ -63,6 +64,8 @@ class PlugSpec:
         loras: ``FILE`` or ``FILE:scale`` each, merged in this order.
         out: the new bundle's folder; None derives a name from the rest under ``engines_home()``.
         check_memory: refuse to compile where the host's memory will not do.
+        unet_only: take the fine-tune's U-Net alone, whatever else it holds.
+        noise: what the user says about the fine-tune's prediction type and terminal SNR.
     """
 
     engine: str
@@ -70,6 +73,8 @@ class PlugSpec:
     loras: tuple[str, ...] = ()
     out: Path | None = None
     check_memory: bool = True
+    unet_only: bool = False
+    noise: Noise = field(default_factory=Noise)
 
     def folder(self, manifest: dict[str, Any], base: str, loras: list[Lora]) -> Path:
         """Where the new bundle goes; named as `pnp-trt build` names one of that base."""
@@ -84,9 +89,11 @@ class PlugSpec:
 
     def command(self, base: str, folder: Path) -> str:
         """The command line that makes the new bundle."""
-        words = ["pnp-trt", "plug", self.engine, "--base", base]
+        words = ["pnp-trt", "plug", self.engine, *(["--base", base] if self.base is not None else [])]
         for lora in self.loras:
             words += ["--lora", lora]
+        words += ["--unet-only"] if self.unet_only else []
+        words += self.noise.arguments()
         return shlex.join([*words, "--out", str(folder)])
 
 
@@ -123,7 +130,10 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
             f"rebuild it with: {manifest['rebuild']} --force"
         )
     base = spec.base or manifest["base"]["name"]
-    fine_tune = find(base)
+    # LoRAs alone stay with what the engine took of its own base
+    unet_only = spec.unet_only or (spec.base is None and bool(manifest["built_from"].get("unet_only")))
+    fine_tune = find(base, unet_only)
+    scheduler = _checked_scheduler(spec, manifest, fine_tune)
     loras = [Lora.parse(text) for text in spec.loras]
     folder = spec.folder(manifest, base, loras)
     if folder.exists() and not folder.is_dir():
@@ -133,16 +143,19 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     parts = fine_tune.fingerprint()
     merged = [lora.identity() for lora in loras]
     identity = {
-        **{k: v for k, v in manifest["built_from"].items() if k != "plugged"},
+        **{k: v for k, v in manifest["built_from"].items() if k not in ("plugged", "unet_only")},
+        **({"unet_only": True} if unet_only else {}),
         "pnp-trt": __version__,
         "base": digest([parts, merged]),
+        "scheduler": scheduler,
         "plugged": {"engine": manifest["key"], "weights": parts, "loras": merged},
     }
     key = digest([SCHEMA, identity])
     with lock(folder):
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
-        work = _Work(spec, source, manifest, backend, fine_tune, loras, progress or (lambda *_: None))
+        fine_tune.check_parts(manifest["configs"], f"engine '{manifest['name']}'")
+        work = _Work(spec, source, manifest, backend, fine_tune, scheduler, loras, progress or (lambda *_: None))
         try:
             made = work.run(folder, key, identity)
         except OSError as e:
@@ -151,6 +164,19 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
                 "free some space, or choose another --out"
             ) from e
     return Built(folder, made, cached=False)
+
+
+def _checked_scheduler(spec: PlugSpec, manifest: dict[str, Any], fine_tune: FineTune) -> dict[str, Any]:
+    """The new bundle's scheduler record, which can be sampled from and is what the guide was distilled under."""
+    spec.noise.check()
+    engine, guide = manifest["scheduler"], manifest["guide"]
+    steps = guide.get("sampling_steps") if guide is not None else None
+    record = spec.noise.over(engine) if spec.base is None else fine_tune.scheduler(engine, spec.noise)
+    check_samples(record, fine_tune.name, steps)
+    if guide is not None:
+        what = f"guide '{guide['name']}' of engine '{manifest['name']}'"
+        check_distilled(engine, record, what, fine_tune.name, steps)
+    return record
 
 
 @dataclass
@@ -162,6 +188,7 @@ class _Work:
     manifest: dict[str, Any]
     backend: backends.Backend
     fine_tune: FineTune
+    scheduler: dict[str, Any]
     loras: list[Lora]
     progress: Progress
     #: hashes of the new bundle's files, as far as they are known already
@@ -207,7 +234,6 @@ class _Work:
             hashes = self._hashes(loaded)
             base = self.spec.base or m["base"]["name"]
             command = self.spec.command(base, folder)
-            whole = self.fine_tune.base
             compiled = [networks[n]["compiled"]["peak_memory"] for n in swapped]
             made = {
                 **{k: v for k, v in m.items() if k not in ("seal", "plugged")},
@@ -225,7 +251,7 @@ class _Work:
                 },
                 "networks": networks,
                 "tokens": tokens,
-                "scheduler": whole.scheduler_config() if whole is not None else m["scheduler"],
+                "scheduler": self.scheduler,
                 "parity": {
                     **m["parity"],
                     "relative_error": {n: entry["parity"]["graph"] for n, entry in networks.items()},
@@ -285,7 +311,7 @@ class _Work:
     def _tokenizer(self, work: Path) -> dict[str, int]:
         """A whole model brings its own tokenizer."""
         held: dict[str, int] = self.manifest["tokens"]
-        if self.fine_tune.base is None or "text_encoder" not in self._swapped(False):
+        if self.fine_tune.base is None or self.fine_tune.unet_only or "text_encoder" not in self._swapped(False):
             return held
         from ..models.base import copy_tokenizer
 

@@ -17,9 +17,10 @@ from pnp_trt.artifacts import sha256
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export.weights import apply, invert
 from pnp_trt.models.base import weight_files
-from pnp_trt.plug.checkpoint import LDM, find
+from pnp_trt.plug.checkpoint import find
 from pnp_trt.plug.run import PlugSpec, plug
 
+LDM = {"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.transformer."}
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",

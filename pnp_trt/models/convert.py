@@ -1,0 +1,148 @@
+"""Weights of a checkpoint in one file under diffusers' and transformers' names, converted by diffusers' own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .single_file import SingleFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+#: the prefixes that diffusers' converters look for
+_UNET, _OPEN_CLIP, _VAE = "model.diffusion_model.", "cond_stage_model.model.", "first_stage_model."
+
+
+def unet_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The U-Net's weights under diffusers' names, in the types that the file stores.
+
+    Weights that the converter does not know keep the file's names, so that they are seen to be left over.
+
+    Args:
+        config: of the ``UNet2DConditionModel`` that they are for.
+
+    Raises:
+        InputError: if the file is damaged, or lacks what the converter needs.
+    """
+    part = file.parts["unet"]
+    if part.layout == "diffusers":
+        return _read(file.path, part.keys)
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    names = _checked(
+        file, _UNET, lambda: convert_ldm_unet_checkpoint({_UNET + k: k for k in part.keys}, config=dict(config))
+    )  # the converter only renames, so it can be run on the names alone
+    unknown = part.keys.keys() - set(names.values())
+    renamed = {new: part.keys[old] for new, old in names.items()}
+    return _read(file.path, renamed | {part.keys[k]: part.keys[k] for k in unknown})
+
+
+def text_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The text encoder's weights under the names of transformers' ``CLIPTextModel``, without ``text_model.``.
+
+    Args:
+        config: of the ``CLIPTextModel``; a layer that an OpenCLIP encoder has on top of it is left out, as SD 2 does.
+
+    Raises:
+        InputError: as of ``unet_weights``.
+    """
+    part = file.parts["text_encoder"]
+    weights = _read(file.path, part.keys)
+    if part.layout == "clip":
+        return weights
+    from types import SimpleNamespace
+
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    above = f"transformer.resblocks.{config['num_hidden_layers']}."
+    given = {_OPEN_CLIP + k: v for k, v in weights.items() if not k.startswith(above)}
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+    converted = _checked(file, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, given))
+    return {k.removeprefix("text_model."): v for k, v in converted.items()}
+
+
+def vae_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The VAE's weights under diffusers' names; arguments and errors as of ``unet_weights``."""
+    part = file.parts["vae"]
+    weights = _read(file.path, part.keys)
+    if config.get("_class_name") == "AutoencoderTiny" or any(
+        k.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for k in weights
+    ):
+        return weights
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    given = {_VAE + k: v for k, v in weights.items()}
+    converted = _checked(file, _VAE, lambda: convert_ldm_vae_checkpoint(given, config=dict(config)))
+    taken = {v.data_ptr() for v in converted.values()}  # matrices are views of the file's 1×1 convolutions
+    return converted | {part.keys[k]: v for k, v in weights.items() if v.data_ptr() not in taken}
+
+
+def _checked(file: SingleFile, prefix: str, convert: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return convert()
+    except (KeyError, IndexError, ValueError, AttributeError) as e:
+        raise InputError(
+            f"{file.path} cannot be converted: {prefix}… lacks {e}; save the model as a diffusers folder"
+        ) from None
+
+
+def _read(path: Path, keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors by new name, mapped from the disk; ``keys`` gives the file's name of each.
+
+    Types that networks are not computed in (float64, fp8) become float32.
+
+    Raises:
+        InputError: if the file is damaged.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    kept = (torch.float32, torch.float16, torch.bfloat16)
+    try:
+        with safe_open(path, "pt") as f:
+            tensors = {new: f.get_tensor(old) for new, old in keys.items()}
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path} is not a readable safetensors file ({e}); download it again") from None
+    return {k: v.float() if v.is_floating_point() and v.dtype not in kept else v for k, v in tensors.items()}
+
+
+def check_fits(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
+    """Hold the weights of a checkpoint against those of a network; arguments as of ``differences``.
+
+    Raises:
+        InputError: if they differ; the message says in what.
+    """
+    if (found := differences(own, given)) is not None:
+        raise InputError(f"{name} is no fine-tune of {what}: {found}; use a checkpoint of the same architecture")
+
+
+def differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """What differs between the weights of two networks, in words; None where names and shapes are equal.
+
+    Args:
+        own: of the engine's network, by key.
+        given: the checkpoint's.
+    """
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    parts = []
+    if shapes:
+        key = shapes[0]
+        more = f", and {len(shapes) - 1} more differ in shape" if len(shapes) > 1 else ""
+        parts.append(f"{key} has shape {list(given[key].shape)}, not {list(own[key].shape)}{more}")
+    if missing:
+        parts.append(f"{counted(missing)} missing")
+    if extra:
+        parts.append(f"{counted(extra)} left over")
+    return " and ".join(parts) or None
+
+
+def counted(keys: Iterable[str]) -> str:
+    """``2 weights (conv_in.bias, conv_in.weight)``; at most four are named."""
+    names = list(keys)
+    shown = f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
+    return f"{len(names)} weight{'' if len(names) == 1 else 's'} ({shown})"

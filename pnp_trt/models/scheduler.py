@@ -1,0 +1,228 @@
+"""The noise schedule that a bundle records: where it is stated, whether it can sample, whether a guide fits it.
+
+`build` and `plug` make the manifest's record with the same function, :func:`scheduler_record`.  Nothing heavy is
+imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..runtime.noise_levels import PREDICTIONS, alphas_cumprod
+from ..runtime.schedule import SCHEDULES, ddim, make
+from ..runtime.schedule import resolve as resolve_schedule
+
+if TYPE_CHECKING:
+    from .base import BaseModel
+
+#: sampling steps that a record is tried with where the guide names none: the command line's default
+_TRIED_STEPS = 20
+_NOISE_KEYS = (
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "num_train_timesteps",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+_STEP_KEYS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
+#: values of diffusers' schedulers where a config leaves them out
+_DEFAULTS = {
+    "prediction_type": "epsilon", "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+    "num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False,
+    "timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True,
+}  # fmt: skip
+#: words of ModelSpec and of trainers for what a network predicts
+_WORDS = {
+    "epsilon": "epsilon", "eps": "epsilon", "e": "epsilon", "noise": "epsilon",
+    "v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "v_pred": "v_prediction",
+    "velocity": "v_prediction", "sample": "sample", "x0": "sample", "x": "sample",
+}  # fmt: skip
+#: metadata that names the prediction type, and metadata that is true or false about it
+_NAMED = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
+_VELOCITY = ("ss_v_parameterization", "v_parameterization")
+_ZERO_SNR = ("ss_zero_terminal_snr", "zero_terminal_snr", "modelspec.zero_terminal_snr")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a user or a file says about a U-Net's noise; None where nothing is said.
+
+    Attributes:
+        prediction_type: ``epsilon``, ``v_prediction``, or another word of diffusers.
+        zero_terminal_snr: whether the last training timestep is pure noise (Lin et al. 2023).
+    """
+
+    prediction_type: str | None = None
+    zero_terminal_snr: bool | None = None
+
+    def check(self) -> None:
+        """Raise ``InputError`` if the prediction type is one that no schedule samples with."""
+        if self.prediction_type is not None and self.prediction_type not in PREDICTIONS:
+            raise InputError(f"--prediction-type is '{self.prediction_type}'; known: {', '.join(PREDICTIONS)}")
+
+    @classmethod
+    def stated(cls, markers: Collection[str], metadata: Mapping[str, str], name: str) -> Noise:
+        """What a checkpoint states by marker keys (``v_pred``, ``ztsnr``) and safetensors metadata.
+
+        Args:
+            markers: those of its keys.
+            metadata: ModelSpec's and kohya's entries are read, the rest is ignored.
+            name: of the file, for messages.
+
+        Raises:
+            InputError: if two statements contradict each other, or one is not understood.
+        """
+        predictions = {"its key v_pred": "v_prediction"} if "v_pred" in markers else {}
+        for key in _NAMED:
+            if (value := _word(metadata, key)) is not None:
+                predictions[key] = _WORDS.get(value, value)
+        for key in _VELOCITY:
+            if (flag := _flag(metadata, key, name)) is not None:
+                predictions[key] = "v_prediction" if flag else "epsilon"
+        zeros = {"its key ztsnr": True} if "ztsnr" in markers else {}
+        for key in _ZERO_SNR:
+            if (flag := _flag(metadata, key, name)) is not None:
+                zeros[key] = flag
+        return cls(_agreed(predictions, name, "prediction type"), _agreed(zeros, name, "zero terminal SNR"))
+
+    def arguments(self) -> list[str]:
+        """As options of the command line."""
+        words = ["--prediction-type", self.prediction_type] if self.prediction_type is not None else []
+        if self.zero_terminal_snr is not None:
+            words.append("--zero-terminal-snr" if self.zero_terminal_snr else "--no-zero-terminal-snr")
+        return words
+
+    def over(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A scheduler config with what is said here put in its place."""
+        out = dict(config)
+        if self.prediction_type is not None:
+            out["prediction_type"] = self.prediction_type
+        if self.zero_terminal_snr is not None:
+            out["rescale_betas_zero_snr"] = self.zero_terminal_snr
+        return out
+
+
+def _word(metadata: Mapping[str, str], key: str) -> str | None:
+    value = metadata.get(key, "").strip().lower()
+    return value if value not in ("", "none", "null") else None
+
+
+def _flag(metadata: Mapping[str, str], key: str, name: str) -> bool | None:
+    value = _word(metadata, key)
+    if value not in (None, "true", "false", "1", "0", "yes", "no"):
+        raise InputError(f"{name}: its metadata {key} is '{metadata[key]}'; it must be True or False")
+    return None if value is None else value in ("true", "1", "yes")
+
+
+def _agreed(statements: Mapping[str, Any], name: str, what: str) -> Any:
+    if len(set(statements.values())) > 1:
+        said = " and ".join(f"{value} by {key}" for key, value in statements.items())
+        raise InputError(f"{name} contradicts itself about its {what}: {said}; correct the file's metadata")
+    return next(iter(statements.values()), None)
+
+
+def scheduler_record(config: Mapping[str, Any], stated: Noise, chosen: Noise) -> dict[str, Any]:
+    """What a bundle's manifest holds as its scheduler.
+
+    Args:
+        config: the scheduler config with ``_class_name``: the fine-tune's own, or that of the engine it goes into.
+        stated: what a single file says about itself.
+        chosen: the user's options, which win.
+    """
+    kept = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
+    # null is how some tools write a default
+    if kept.get("prediction_type", "") is None:
+        kept["prediction_type"] = _DEFAULTS["prediction_type"]
+    return chosen.over(stated.over(kept))
+
+
+def base_scheduler(base: BaseModel) -> dict[str, Any]:
+    """A base model's scheduler config with its class."""
+    return base.scheduler_config() | {"_class_name": base.scheduler_class()}
+
+
+def check_samples(record: Mapping[str, Any], name: str, distilled_steps: int | None = None) -> None:
+    """Raise ``InputError`` if `pnp-trt sample` could not make the table of this scheduler.
+
+    Args:
+        name: of the model, for the message.
+        distilled_steps: the only number of steps that its guide was distilled for.
+    """
+    schedule = resolve_schedule(None, record, distilled_steps)
+    try:
+        make(schedule, record, _steps(record, distilled_steps))
+    except InputError as e:
+        others = [s for s in SCHEDULES if s != schedule and _samples(s, record, distilled_steps)]
+        advice = f"; --schedule {' or '.join(others)} would do: set _class_name accordingly" if others else ""
+        raise InputError(f"{name} has a noise schedule that cannot be sampled from: {e}{advice}") from None
+
+
+def _samples(schedule: str, record: Mapping[str, Any], distilled_steps: int | None) -> bool:
+    try:
+        make(schedule, record, _steps(record, distilled_steps))
+    except InputError:
+        return False
+    return True
+
+
+def _steps(record: Mapping[str, Any], distilled_steps: int | None) -> int:
+    return distilled_steps or min(_TRIED_STEPS, int(record.get("num_train_timesteps", 1000)))
+
+
+def check_distilled(
+    guide: Mapping[str, Any], record: Mapping[str, Any], what: str, name: str, distilled_steps: int | None = None
+) -> None:
+    """Hold the scheduler of a fine-tune against that under which a guide was distilled.
+
+    What the guide's output means depends on the prediction type and on ᾱ_t; that of a guide for one number of steps
+    on its DDIM table too.  Class and spacing may differ otherwise.
+
+    Args:
+        guide: the scheduler that the guide was distilled under.
+        record: the fine-tune's.
+        what: names the guide, ``name`` the fine-tune, for the message.
+        distilled_steps: the only number of steps that the guide was distilled for.
+
+    Raises:
+        InputError: with both values, if they differ.
+    """
+    keys: tuple[str, ...] = ()
+    if _value(guide, "prediction_type") != _value(record, "prediction_type"):
+        keys += ("prediction_type",)
+    if not _same(alphas_cumprod(guide), alphas_cumprod(record)):
+        keys += _NOISE_KEYS
+    if not keys and distilled_steps is not None and not _same_ddim(guide, record, distilled_steps):
+        keys += _STEP_KEYS
+    if differences := [k for k in keys if _value(guide, k) != _value(record, k)]:
+        theirs, ours = (", ".join(f"{k} {_shown(_value(c, k))}" for k in differences) for c in (guide, record))
+        raise InputError(
+            f"{what} was distilled under {theirs}, and {name} has {ours}; distill a guide for it with "
+            "pnp-trt distill guidance, build it with --guide none, or correct a wrong statement with "
+            "--prediction-type or --zero-terminal-snr"
+        )
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    value = config.get(key)
+    value = _DEFAULTS[key] if value is None else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return f"of {len(value)} values" if isinstance(value, list) else str(value)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    # float32 tables: betas written out and computed differ in their last bits
+    return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-5, atol=1e-7))
+
+
+def _same_ddim(guide: Mapping[str, Any], record: Mapping[str, Any], steps: int) -> bool:
+    ours, theirs = ddim(record, steps), ddim(guide, steps)
+    return np.array_equal(ours.timesteps, theirs.timesteps) and _same(ours.table(), theirs.table())

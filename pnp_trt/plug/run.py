@@ -199,12 +199,13 @@ class _Work:
         from ..export.weights import FILE as WEIGHTS
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import load_golden, save_golden
-        from .lora import load
+        from .lora import architecture, load
 
         started = time.monotonic()
         m = self.manifest
-        loaded = [load(lora) for lora in self.loras]
-        swapped = self._swapped(any("text_encoder" in one.weights for one in loaded))
+        names = architecture(m["configs"]) if self.loras else None
+        loaded = [load(lora, names) for lora in self.loras] if names is not None else []
+        swapped = self._swapped(any("text_encoder" in one.changes for one in loaded))
         stages = 2 + 3 * len(swapped)
         with whole_folder(folder) as work:
             self._report("check the engine", stages)
@@ -338,12 +339,10 @@ class _Work:
             return (VaeDecoder if name == "vae_decoder" else VaeEncoder)(vae), vae, None
         if name == "text_encoder":
             text = self._text_encoder(configs["text_encoder"], what)
-            for one in loaded:
-                text = merge(text, "text_encoder", one)
+            text = merge(text, "text_encoder", loaded)
             return TextEncoder(text), text, None
         unet = self.fine_tune.unet(configs["unet"], what)
-        for one in loaded:
-            unet = merge(unet, "unet", one)
+        unet = merge(unet, "unet", loaded)
         if self.manifest["guide"] is None:
             return Teacher(unet), unet, None
         graph = self.manifest["networks"]["unet"]["graph"]
@@ -421,8 +420,9 @@ class _Work:
         """What the new bundle's base is made of, by network."""
         out = {k: v for k, v in self.manifest["base"]["sha256"].items() if k != "all"} | self.fine_tune.fingerprint()
         for network in ("unet", "text_encoder"):
-            if changed := [one.lora.identity() for one in loaded if network in one.weights]:
-                out[network] = digest([out[network], [[c["sha256"], c["scale"]] for c in changed]])
+            if changed := [one.lora.identity() for one in loaded if network in one.changes]:
+                changes = [{k: v for k, v in c.items() if k != "name"} for c in changed]
+                out[network] = digest([out[network], changes])
         out["all"] = digest(out)
         return out
 

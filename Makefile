@@ -8,11 +8,12 @@ GUIDES ?= build/emoji/guides
 RESUME ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench tables ablation train-speed faults realsize precision gpu emoji clean
+.PHONY: help demo test campaign lint bench tables ablation train-speed faults realsize precision gpu emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
 	@echo "make test   install the development extra, then lint, type-check and test"
+	@echo "make campaign    generated inputs in large numbers, new ones at every run (hours on a CPU)"
 	@echo "make bench  the README's figures, into benchmarks/results/ (an hour; interrupted, add RESUME=--resume)"
 	@echo "make tables      the distillation's tables A, B and C (hours on a CPU; resumable)"
 	@echo "make ablation    designs, terms and states of guides on a short budget (an hour on a CPU; resumable)"
@@ -52,6 +53,9 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+campaign: $(VENV)/.dev-installed
+	PNP_TRT_CAMPAIGN=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/campaign -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .

@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# `ci` tries the same examples everywhere and measures no time: a busy machine is not a failure.
+# `campaign` (make campaign) tries new examples at every run.
+_SLOW = [HealthCheck.too_slow]
+settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=_SLOW)
+settings.register_profile("campaign", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=_SLOW)
+settings.load_profile("campaign" if os.environ.get("PNP_TRT_CAMPAIGN") else "ci")
 
 
 @dataclass

@@ -209,7 +209,7 @@ def test_a_full_disk_is_a_sentence(eager: Path, micro_base: Path, tmp_path: Path
     assert not (tmp_path / "full").exists()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     kind=st.sampled_from(["none", "tiny", "full"]),
     precision=st.sampled_from(["fp32", "fp16", "bf16"]),

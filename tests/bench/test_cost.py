@@ -166,7 +166,7 @@ def test_methods_whose_steps_differ_by_hand() -> None:
     assert cost.method_rows(rows, steps=1)[2]["passes_per_picture"] == 2  # half of one step is one step
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(steps=st.integers(1, 200), share=st.floats(0, 1))
 def test_the_interval_lies_between_unguided_and_cfg(steps: int, share: float) -> None:
     rows = [{"network": "teacher", "parameters": 7, "macs": 1000, "macs_without_attention": 900}]

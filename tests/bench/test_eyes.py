@@ -25,7 +25,7 @@ def direct(x: np.ndarray, y: np.ndarray) -> float:
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * roots)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.integers(2, 40), st.integers(2, 40))
 def test_the_distance_is_that_of_the_definition_for_few_pictures_and_for_many(
     seed: int, width: int, m: int, n: int

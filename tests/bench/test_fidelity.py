@@ -91,7 +91,7 @@ def test_kid_grows_with_the_shift() -> None:
     assert values == sorted(values) and values[0] < 0.05 < values[-1]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(2, 30), st.integers(2, 30))
 def test_kid_ignores_order_and_sides(seed: int, m: int, n: int) -> None:
     rng = np.random.default_rng(seed)
@@ -211,7 +211,6 @@ def test_wilson_hand_value() -> None:
     assert (found.low, found.high) == (pytest.approx(0.23659, abs=1e-4), pytest.approx(0.76341, abs=1e-4))
 
 
-@settings(deadline=None)  # a busy machine is not a failure
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=60), st.integers(1, 50))
 def test_recall_holds_its_value_and_grows_with_k(ranks: list[int], k: int) -> None:
     found, wider = fidelity.recall(np.array(ranks), k), fidelity.recall(np.array(ranks), k + 1)

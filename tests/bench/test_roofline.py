@@ -33,7 +33,7 @@ def test_least_time_by_hand() -> None:
     assert least_loop_ms(work, [(2, 2), (4, 1)], 3, DEVICE) == pytest.approx(2 * 3 + 4 * 1.5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     macs=st.integers(1, 10**12), weights=st.integers(1, 10**10), steps=st.integers(1, 50), batch=st.integers(1, 16)
 )  # fmt: skip

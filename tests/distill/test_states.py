@@ -196,11 +196,24 @@ def test_pictures_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> 
 
 
 def test_pictures_become_scaled_latents(micro_base: Path, tmp_path: Path) -> None:
-    picture(tmp_path / "a.png", (100, 64))
+    """Each image's latent is the float64 encoder's times the scaling factor, wherever in a batch the image is."""
+    picture(tmp_path / "a.png", (64, 64))
+    picture(tmp_path / "b.png", (100, 64))
     vae = load(micro_base).base.vae()
     side = 8 * 2 ** (len(vae.config.block_out_channels) - 1)
-    z = encode_pictures(vae, [tmp_path / "a.png"] * 3, side, torch.device("cpu"), batch=2)
-    assert z.shape == (3, 4, 8, 8) and torch.equal(z[0], z[2])
+    files = [tmp_path / name for name in ("a.png", "b.png", "a.png")]
+    z = encode_pictures(vae, files, side, torch.device("cpu"), batch=2)
+    assert z.shape == (3, 4, 8, 8) and z.dtype == torch.float32
+    square = Image.open(tmp_path / "a.png").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    x = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)[None].double() / 127.5 - 1
+    with torch.no_grad():
+        exact = vae.double().encode(x).latents[0] * vae.config.scaling_factor
+    # kernels may add up in another order at another batch size: a dozen convolutions of 72 products, float32's
+    # roundoff for each, of values no larger than some times the output
+    allowed = 12 * 72 * 2.0**-24 * float(exact.abs().max())
+    for row in (0, 2):
+        torch.testing.assert_close(z[row].double(), exact, rtol=0, atol=allowed)
+    assert (z[1] - z[0]).abs().max() > 10 * allowed
 
 
 def test_long_prompts_are_cut_with_a_warning(micro_base: Path) -> None:

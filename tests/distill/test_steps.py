@@ -117,7 +117,7 @@ def test_steps_that_do_not_halve_are_refused(start: int, to: int) -> None:
         StepsConfig("g", Path("o"), to=to, start=start).chain()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(t=st.integers(1, 999), after=st.integers(-1, 998), kind=st.sampled_from(["epsilon", "v_prediction"]))
 def test_a_ddim_step_on_the_true_prediction_keeps_picture_and_noise(t: int, after: int, kind: str) -> None:
     if after >= t:

@@ -56,7 +56,7 @@ def made(gains: tuple[float, ...], precision: str, path: Path) -> dict[str, np.n
     return {"x": x[:1].numpy()}
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(place=st.integers(0, 3), precision=st.sampled_from(["fp16", "bf16"]))
 def test_an_overflow_is_named_by_its_weight(place: int, precision: str, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("graph") / "chain.onnx"

@@ -101,7 +101,7 @@ def test_layers_that_the_graph_lacks_are_named(tmp_path: Path) -> None:
         quantize_graph(path, weights, {"unet.deep": Choice(1.0)})
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 7), st.integers(0, 1), st.floats(1e-8, 1e4), st.integers(0, 2**31))
 def test_rounding_is_within_half_a_step(rows: int, columns: int, axis: int, size: float, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size

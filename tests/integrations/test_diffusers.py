@@ -146,7 +146,7 @@ def test_a_guide_of_negative_prompts_reads_the_empty_or_the_given_one(pipe: Any)
     np.testing.assert_array_equal(latents(apply_guide(pipe, guide, negative=""), noise), a)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(w=st.floats(1, 30), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_w_is_read_back_from_diffusers_own_embedding(w: float, dtype: torch.dtype) -> None:
     made = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([w - 1, 2.0]), WIDTH).to(dtype)

@@ -92,7 +92,7 @@ def test_every_design_is_silent_at_w_one_and_speaks_above(design: dict[str, Any]
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(w=st.lists(st.floats(1.0, 14.0), min_size=3, max_size=3))
 @torch.no_grad()
 def test_a_sample_depends_on_its_own_w_alone(kind: str, w: list[float]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
@@ -20,7 +20,6 @@ def layer(channels: list[float], kind: str = "linear") -> Layer:
     return Layer(kind, 100, {"max": max(channels, default=1.0), "percentile-99.9": 0.5}, [1.0], channels)
 
 
-@settings(deadline=None)
 @given(MAGNITUDES, st.sampled_from(["0.5", "0.8"]))
 def test_smoothing_is_undone_by_the_weight_without_rounding(channels: list[float], alpha: str) -> None:
     choice = choose(layer(channels), f"smoothquant-{alpha}")

@@ -93,7 +93,7 @@ def test_the_default_interval_by_its_noise_levels() -> None:
         default_interval(SCHEDULER | {"beta_start": 1e-9, "beta_end": 1e-9})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=st.integers(1, 100), low=st.integers(0, 999), width=st.integers(0, 999))
 def test_guided_steps_are_those_inside(steps: int, low: int, width: int) -> None:
     table = make("ddim", SCHEDULER, steps)

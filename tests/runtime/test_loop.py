@@ -68,7 +68,7 @@ def by_the_book(table: Schedule, x: np.ndarray, w: np.ndarray | None) -> np.ndar
     return x
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(sorted(SCHEDULES)), steps=st.integers(1, 30), twice=st.booleans(), shares=st.booleans(),
     seed=st.integers(0, 99), strength=st.sampled_from([1.0, 0.7]),

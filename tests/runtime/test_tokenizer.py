@@ -26,7 +26,7 @@ def test_the_vocabulary_is_clips(both: tuple[Tokenizer, CLIPTokenizer]) -> None:
     assert (ids[10:] == 49407).all() and ids.shape == (77,)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=120))
 def test_equals_transformers(both: tuple[Tokenizer, CLIPTokenizer], text: str) -> None:
     ours, theirs = both

@@ -62,6 +62,20 @@ def build(
     image_to_image: Annotated[
         bool, typer.Option("--image-to-image", help="Put the VAE encoder in too, for pnp-trt sample --init.")
     ] = False,
+    unet_only: Annotated[
+        bool, typer.Option("--unet-only", help="Of a base that is a single .safetensors file, take the U-Net alone.")
+    ] = False,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(help="What the base's U-Net predicts, epsilon or v_prediction; default: what it states."),
+    ] = None,
+    zero_terminal_snr: Annotated[
+        bool | None,
+        typer.Option(
+            "--zero-terminal-snr/--no-zero-terminal-snr",
+            help="Whether the base's last training timestep is pure noise; default: what it states.",
+        ),
+    ] = None,
     memory_check: Annotated[bool, typer.Option(help="Refuse to start where the host's memory will not do.")] = True,
     out: Annotated[Path | None, typer.Option(help="The bundle's folder; default engines/BASE-GUIDE…")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
@@ -72,6 +86,7 @@ def build(
     from .cli import _Bar, _need_torch
     from .export.bundle import build as run
     from .export.spec import BuildSpec
+    from .models.scheduler import Noise
 
     _need_torch("build")
     options = CompileOptions(
@@ -82,8 +97,9 @@ def build(
         check_memory=memory_check,
     )
     spec = BuildSpec(
-        base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration, image_to_image
-    )
+        base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration, image_to_image,
+        unet_only, Noise(prediction_type, zero_terminal_snr),
+    )  # fmt: skip
     with _Bar(f"build {spec.folder().name}", None) as bar:
         built = run(spec, force=force, progress=bar.note)
     m = built.manifest

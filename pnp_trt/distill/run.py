@@ -14,6 +14,7 @@ import torch
 from .. import __version__
 from ..models.base import BaseModel, resolve
 from ..models.conditions import Conditions, encode_prompts
+from ..models.scheduler import base_scheduler
 from .prompts import warn_of_long_prompts
 
 #: called with (stage, done, in all, note)
@@ -62,6 +63,8 @@ def report_head(teacher: TeacherModel, guide: Any, settings: dict[str, Any], sec
     return {
         "settings": json.loads(json.dumps(settings, default=str)),
         "teacher": teacher.hashes,
+        # build holds it against that of the base that the guide is fused into
+        "scheduler": base_scheduler(teacher.base),
         "parameters": {
             "guide": sum(p.numel() for p in guide.parameters()),
             "unet": sum(p.numel() for p in teacher.unet.parameters()),

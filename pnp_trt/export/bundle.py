@@ -20,7 +20,7 @@ from ..quantize.record import find as find_record
 from .precision import Int8, Recipe
 from .precision import recipe as find_recipe
 from .sizes import plan_sizes
-from .spec import BuildSpec, guide_identity
+from .spec import BuildSpec, build_scheduler, guide_identity
 from .work import Work
 
 
@@ -47,10 +47,9 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     """
     backend = backends.get(spec.backend)
     recipe, target, profiles = _checked(spec, backend)
-    from ..models.base import resolve
-
-    base = resolve(spec.base)
+    base = spec.base_model()
     guide = guide_identity(spec)
+    scheduler = build_scheduler(spec, base)
     record = _record(spec, recipe, base.fingerprint()["all"], guide)
     plan = plan_sizes(profiles, base.sizes())
     plan = plan if backend.profiles else plan.for_any_batch()
@@ -62,6 +61,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
         "pnp-trt": __version__,
         "base": base.fingerprint()["all"],
         "guide": guide,
+        "scheduler": scheduler,
         "backend": spec.backend,
         "precision": asdict(recipe),
         "target": target,
@@ -72,6 +72,8 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     }
     if spec.image_to_image:
         identity["image_to_image"] = True
+    if spec.unet_only:
+        identity["unet_only"] = True
     key = digest([SCHEMA, identity])
     folder = spec.folder()
     if folder.exists() and not folder.is_dir():
@@ -79,7 +81,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     with lock(folder):
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
-        work = Work(spec, base, backend, recipe, target, plan, progress or (lambda *_: None), record)
+        work = Work(spec, base, scheduler, backend, recipe, target, plan, progress or (lambda *_: None), record)
         try:
             manifest = work.run(folder, key, identity)
         except OSError as e:

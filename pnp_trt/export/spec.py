@@ -6,12 +6,16 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import backends
 from ..artifacts import cached_sha256, digest, engines_home
 from ..backends.base import CompileOptions
 from ..errors import InputError
+from ..models.scheduler import Noise, base_scheduler, check_distilled, check_samples, scheduler_record
+
+if TYPE_CHECKING:
+    from ..models.base import BaseModel
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class BuildSpec:
         options: for the backend's compiler.
         calibration: the record for ``int8``; None looks for the one of this base and guide.
         image_to_image: whether the bundle gets the VAE's encoder too, for pictures to begin with.
+        unet_only: of a base that is a single file, take the U-Net alone.
+        noise: what the user says about the base's prediction type and terminal SNR.
     """
 
     base: str = "emoji"
@@ -40,6 +46,25 @@ class BuildSpec:
     options: CompileOptions = field(default_factory=CompileOptions)
     calibration: Path | None = None
     image_to_image: bool = False
+    unet_only: bool = False
+    noise: Noise = field(default_factory=Noise)
+
+    def base_model(self) -> BaseModel:
+        """The base, its parts checked; no weights are read.
+
+        Raises:
+            InputError: if there is none, or a part of a single file would not be used.
+        """
+        from ..models.base import resolve
+        from ..models.single_base import SingleFileBase
+
+        base = resolve(self.base)
+        if isinstance(base, SingleFileBase):
+            base.unet_only = self.unet_only
+            base.check_parts()
+        elif self.unet_only:
+            raise InputError(f"--unet-only is for a base that is a single .safetensors file, not {self.base}")
+        return base
 
     def folder(self) -> Path:
         """Where the bundle goes."""
@@ -72,6 +97,8 @@ class BuildSpec:
         for name in ("refittable", "version_compatible", "hardware_compatible"):
             words += [f"--{name.replace('_', '-')}"] if getattr(o, name) else []
         words += ["--image-to-image"] if self.image_to_image else []
+        words += ["--unet-only"] if self.unet_only else []
+        words += self.noise.arguments()
         return shlex.join([*words, "--out", str(self.folder())])
 
 
@@ -111,3 +138,47 @@ def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
 def guide_name(spec: BuildSpec) -> str:
     """The guide that a build takes, ``auto`` resolved."""
     return "emoji-tiny" if spec.guide == "auto" else spec.guide
+
+
+def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
+    """The scheduler record of a build, which can be sampled from and is what the guide was distilled under.
+
+    Raises:
+        InputError: if it cannot be sampled from, or the guide was distilled under another one.
+    """
+    from ..models.names import guide_folder
+
+    spec.noise.check()
+    record = scheduler_record(base_scheduler(base), Noise(), spec.noise)
+    if spec.guide == "none" or base.random_guide(spec.guide) is not None:
+        check_samples(record, spec.base)
+        return record
+    folder = guide_folder(guide_name(spec))
+    steps = json.loads((folder / "config.json").read_text()).get("sampling_steps")
+    check_samples(record, spec.base, steps)
+    if (guide := distilled_under(folder)) is not None:
+        check_distilled(guide, record, f"guide '{folder.name}'", spec.base, steps)
+    return record
+
+
+def distilled_under(folder: Path) -> dict[str, Any] | None:
+    """The scheduler that a guide was distilled under; None where that is not known.
+
+    It is what ``distill.json`` records, or else the scheduler of the base that it names, where that is on this machine.
+    """
+    from ..models.base import bundled_bases, resolve
+
+    try:
+        report = json.loads((folder / "distill.json").read_text())
+        recorded = report.get("scheduler")
+        if isinstance(recorded, dict):
+            return recorded
+        name = str(report["settings"]["base"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if name not in bundled_bases() and not Path(name).exists():
+        return None  # a hub id: nothing is downloaded for a check
+    try:
+        return base_scheduler(resolve(name))
+    except InputError:
+        return None

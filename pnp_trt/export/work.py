@@ -39,6 +39,7 @@ class Work:
 
     spec: BuildSpec
     base: Any
+    scheduler: dict[str, Any]
     backend: Backend
     recipe: Recipe
     target: str
@@ -115,7 +116,7 @@ class Work:
                 },
                 "image": dict(zip(("height", "width"), self.plan.default, strict=True)),
                 "tokens": tokens,
-                "scheduler": self.base.scheduler_config() | {"_class_name": self.base.scheduler_class()},
+                "scheduler": self.scheduler,
                 "parity": {
                     "relative_error": {name: n["parity"]["graph"] for name, n in networks.items()},
                     "limit": self.recipe.limit,

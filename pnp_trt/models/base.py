@@ -195,7 +195,9 @@ def resolve(name: str) -> BaseModel:
                 )
         return BaseModel(name, path)
     if path.suffix == ".safetensors" and path.is_file():
-        return BaseModel(name, ASSETS / "emoji", path)
+        from .single_base import SingleFileBase
+
+        return SingleFileBase.of(path, name)
     if name.startswith("random:"):
         from .random import random_base
 

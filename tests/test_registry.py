@@ -1,0 +1,70 @@
+"""Registries: order, lookup, entry points, lazy built-in values."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from pnp_trt import registry
+from pnp_trt.errors import InputError
+from pnp_trt.registry import Registry
+
+
+@pytest.fixture
+def codecs() -> Registry[object]:
+    return Registry("codecs", "codec", {"json": "json:dumps"})
+
+
+def test_a_builtin_value_is_imported_on_first_use(codecs: Registry[object]) -> None:
+    import json
+
+    assert codecs.names() == ("json",)
+    assert codecs.get("json") is json.dumps
+
+
+def test_listing_names_imports_nothing() -> None:
+    lazy: Registry[object] = Registry("codecs", "codec", {"x": "this_module_does_not_exist:x"})
+    assert list(lazy) == ["x"] and "x" in lazy and len(lazy) == 1
+    assert "this_module_does_not_exist" not in sys.modules
+
+
+def test_register_by_call_and_by_decorator(codecs: Registry[object]) -> None:
+    codecs.register("a", 1)
+
+    @codecs.register("b")
+    def b() -> None: ...
+
+    assert codecs.names() == ("json", "a", "b")
+    assert codecs.get("a") == 1 and codecs.get("b") is b
+    codecs.unregister("a")
+    assert codecs.names() == ("json", "b")
+
+
+def test_an_unknown_name_lists_the_known_ones(codecs: Registry[object]) -> None:
+    with pytest.raises(InputError, match="^the codec is 'xml'; known: json$"):
+        codecs.get("xml")
+
+
+def test_a_name_is_registered_once(codecs: Registry[object]) -> None:
+    codecs.register("a", 1)
+    codecs.register("a", 1)  # the same value again, as when a module is reloaded
+    with pytest.raises(InputError, match="registered already"):
+        codecs.register("a", 2)
+
+
+def test_entry_points_add_values(codecs: Registry[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    import base64
+
+    points = [
+        EntryPoint("b64", "base64:b64encode", "pnp_trt.codecs"),
+        EntryPoint("json", "base64:b64decode", "pnp_trt.codecs"),
+        EntryPoint("broken", "this_module_does_not_exist:x", "pnp_trt.codecs"),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
+    assert codecs.names() == ("json", "b64", "broken")
+    assert codecs.get("b64") is base64.b64encode
+    assert codecs.get("json") is not base64.b64decode
+    with pytest.raises(InputError, match="'broken' is registered as this_module_does_not_exist:x"):
+        codecs.get("broken")

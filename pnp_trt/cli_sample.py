@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .errors import InputError, PnpError
 from .files import make_folder
+from .inputs import BYTE_ORDER_MARK, read_stdin_prompts
 from .process import deferred
 
 if TYPE_CHECKING:
@@ -33,15 +33,9 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     out: list[str] = []
     for prompt in given:
         if prompt != "-":
-            out.append(prompt)
+            out.append(prompt.lstrip(BYTE_ORDER_MARK))  # of a file read by the shell, as in "$(cat FILE)"
             continue
-        try:
-            lines = [line.strip() for line in sys.stdin.read().splitlines()]
-        except UnicodeDecodeError as e:
-            raise InputError(f"standard input is not text ({e}); give a prompt a line in UTF-8") from e
-        if not any(lines):
-            raise InputError("standard input has no prompt; give one a line, or name them instead of -")
-        out += [line for line in lines if line]
+        out += read_stdin_prompts()
     return out
 
 

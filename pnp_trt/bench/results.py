@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from pnp_trt.artifacts import write_text
-from pnp_trt.bench.schema import problem
 from pnp_trt.errors import InputError, PnpError
+from pnp_trt.inputs import read_json
+from pnp_trt.json_schema import problem
 
 SCHEMA = "pnp-trt/bench/2"
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -144,16 +145,17 @@ def decode_pictures(pictures: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]
     Raises:
         InputError: for what is not a PNG in Base64.
     """
-    from PIL import Image
+    from ..runtime.image_files import ImageError, decode_rgb
 
     found = []
     for row in pictures["rows"]:
         try:
             files = [io.BytesIO(base64.b64decode(one, validate=True)) for one in row["png"]]
-            stack = np.stack([np.asarray(Image.open(one).convert("RGB")) for one in files])
-        except (ValueError, OSError, SyntaxError) as error:  # Pillow says SyntaxError of a broken PNG
+            stack = np.stack([decode_rgb(one, "a PNG", ("PNG",)) for one in files])
+        except (ValueError, ImageError) as error:  # ValueError: not Base64, no image, or images of several sizes
+            reason = getattr(error, "reason", error)
             raise InputError(
-                f"The pictures of '{row['label']}' are damaged ({error}); run the benchmark again."
+                f"The images of '{row['label']}' are damaged ({reason}); run the benchmark again."
             ) from error
         found.append((row["label"], stack))
     return found
@@ -193,19 +195,7 @@ def write(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a results document; InputError with the reason for a file that is missing, cut short or of another kind."""
     source = Path(path)
-    try:
-        doc = json.loads(source.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except OSError as error:
-        raise InputError(f"{source} cannot be read ({error.strerror}); give a results file that exists.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source} is not a results file: it is not text; give one of pnp-trt bench.") from error
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{source} is not complete JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-            "it may have been cut short: run the benchmark again."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source} is not a results file ({error}); give one of pnp-trt bench.") from error
+    doc = read_json(source, "the results file", "it may have been cut short: run the benchmark again")
     check(doc, source)
     return doc
 
@@ -222,10 +212,6 @@ def check(doc: Any, source: str | os.PathLike[str]) -> None:
     found = problem(doc, json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
     if found:
         raise InputError(f"In {source} {found} (schema {SCHEMA}); run the benchmark again.")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}, which is no JSON number")
 
 
 def _row(row: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..backends.profiles import parse_size
 from ..errors import InputError
+from ..inputs import read_text
 from .plan import QUICK, Plan
 
 _LISTS = {"engines": str, "batches": int, "steps": int, "timed_steps": int, "guidance": float}
@@ -45,11 +46,9 @@ def load(suite: str) -> dict[str, Any]:
             raise InputError(f"there is no suite '{suite}'; known suites: {there}; or name a .toml file")
         path = suites[suite]
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"suite {path} is not readable as TOML ({e}); mend it") from e
-    except OSError as e:
-        raise InputError(f"suite {path} cannot be read ({e.strerror}); name one that can") from e
+        table = tomllib.loads(read_text(path, "suite"))
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as e:  # ValueError: a number of thousands of digits
+        raise InputError(f"suite {path} is not readable as TOML ({e}); correct it") from e
     return {key: _value(path, key, value) for key, value in table.items()}
 
 

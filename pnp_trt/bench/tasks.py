@@ -14,6 +14,7 @@ import numpy as np
 from ..artifacts import digest, sha256
 from ..assets import ROOT
 from ..errors import InputError
+from ..runtime.image_files import SUFFIXES, ImageError, read_rgb
 from .plan import PICTURES, PICTURES_UNJUDGED, Plan
 
 #: prompts of the picture grid and of the timed loop, for any base
@@ -28,7 +29,6 @@ COLUMNS = 8
 BUNDLED = "emoji"
 FEATURES = ROOT / "emoji" / "real-features.safetensors"
 JUDGE = ROOT / "judge.safetensors"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 #: features ``[N, D]`` of uint8 pictures ``[N, H, W, 3]``
 Extract = Callable[[np.ndarray], np.ndarray]
@@ -170,15 +170,12 @@ def real_features(folder: Path, extract: Extract) -> np.ndarray:
     Raises:
         InputError: if fewer than two can be read.
     """
-    from PIL import Image, UnidentifiedImageError
-
     rows, bad = [], []
     for path in find_real(folder):
         try:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
-            bad.append(path.name)
+            pixels = read_rgb(path)
+        except ImageError as e:
+            bad.append(f"{path.name} ({e.reason})")
             continue
         rows.append(extract(pixels[None])[0])
     if bad:

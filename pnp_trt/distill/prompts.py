@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,33 +10,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
+from ..inputs import check_prompts, excerpt, lines, parse_json, read_text, warn_of_syntax
+from ..json_schema import problem
+from ..runtime.image_files import SUFFIXES, ImageError, read_rgb
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LISTED = 5
+_METADATA_ROW = {
+    "type": "object",
+    "required": ["file_name", "text"],
+    "properties": {"file_name": {"type": "string"}, "text": {"type": "string"}},
+}
 
 
 def read_prompts(path: Path, limit: int = 1000) -> list[str]:
     """Prompts from a text file, one a line; blank lines are left out.
 
     Raises:
-        InputError: if the file is missing, empty, not UTF-8, or a line has more than ``limit`` characters.
+        InputError: if the file is missing, empty, not text, or a line has more than ``limit`` characters.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"the prompts file {path} does not exist; pass a text file with one prompt a line") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"the prompts file {path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    for number, line in enumerate(lines, 1):
+    rows = lines(read_text(path, "the prompts file", "pass a text file with one prompt a line"))
+    for number, line in enumerate(rows, 1):
         if len(line) > limit:
             raise InputError(f"{path}, line {number} has {len(line)} characters; a prompt has at most {limit}")
+    prompts = [line for line in rows if line]
     if not prompts:
         raise InputError(f"the prompts file {path} holds no prompt; write one a line")
+    warn_of_syntax(prompts)
     return prompts
 
 
@@ -49,7 +51,7 @@ def warn_of_long_prompts(tokenizer: Any, prompts: list[str]) -> list[str]:
     if long:
         warnings.warn(
             f"{len(long)} of {len(prompts)} prompts have more than {limit} tokens and are cut there "
-            f"(the first: '{long[0][:60]}')",
+            f"(the first: {excerpt(long[0])})",
             stacklevel=2,
         )
     return long
@@ -75,32 +77,28 @@ def find_pictures(folder: Path) -> CaptionedPictures:
     Pictures that are empty, cannot be decoded or have no caption are skipped, with a warning that lists them.
 
     Raises:
-        InputError: if there is no folder, no usable picture, or ``metadata.jsonl`` is no JSON.
+        InputError: if there is no folder, no usable picture, or ``metadata.jsonl`` is not JSON lines of that form.
     """
-    from PIL import Image, UnidentifiedImageError
-
     if not folder.is_dir():
-        raise InputError(f"the picture folder {folder} does not exist; pass a folder of captioned pictures")
+        raise InputError(f"the image folder {folder} does not exist; pass a folder of captioned images")
     known = _metadata(folder)
     files, captions, skipped = [], [], []
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
         name = str(path.relative_to(folder))
-        beside = path.with_suffix(".txt")
-        text = known.get(name) or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
         try:
-            if not path.stat().st_size:
-                raise OSError("the file is empty")
-            with Image.open(path) as picture:
-                picture.load()
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            why = "it is no picture" if isinstance(e, UnidentifiedImageError) else str(e)
-            skipped.append((name, why))
+            read_rgb(path)
+            caption = known.get(name) or _caption_beside(path)
+        except ImageError as e:
+            skipped.append((name, e.reason))
             continue
-        if not text.strip():
-            skipped.append((name, "it has no caption"))
+        except InputError as e:
+            skipped.append((name, str(e)))
             continue
-        files.append(path)
-        captions.append(" ".join(text.split()))
+        if caption:
+            files.append(path)
+            captions.append(caption)
+        else:
+            skipped.append((name, "has no caption"))
     if skipped:
         some = "; ".join(f"{name} ({why})" for name, why in skipped[:LISTED])
         more = f" and {len(skipped) - LISTED} more" if len(skipped) > LISTED else ""
@@ -113,15 +111,30 @@ def find_pictures(folder: Path) -> CaptionedPictures:
     return CaptionedPictures(files, captions, skipped)
 
 
+def _caption_beside(image: Path) -> str:
+    """The text of NAME.txt beside an image on one line; empty where there is none."""
+    path = image.with_suffix(".txt")
+    if not path.is_file():
+        return ""
+    return " ".join(read_text(path, "its caption", "save it as UTF-8").split())
+
+
 def _metadata(folder: Path) -> dict[str, str]:
+    """Captions by file name from ``metadata.jsonl``; empty where there is none."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
         return {}
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {str(r["file_name"]): str(r["text"]) for r in rows}
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path} cannot be read ({e}); each line is a JSON object with file_name and text") from e
+    advice = 'each line is a JSON object such as {"file_name": "a.png", "text": "a caption"}'
+    captions = {}
+    for number, line in enumerate(lines(read_text(path)), 1):
+        if not line:
+            continue
+        row = parse_json(line, f"{path}, line {number}", advice)
+        if wrong := problem(row, _METADATA_ROW):
+            raise InputError(f"{path}, line {number}: {wrong.replace('the document', 'it')}; {advice}")
+        check_prompts([row["text"]], f"{path}, line {number}: the caption")
+        captions[row["file_name"]] = " ".join(row["text"].split())
+    return captions
 
 
 def encode_pictures(vae: Any, files: list[Path], side: int, device: torch.device, batch: int = 16) -> Tensor:
@@ -134,8 +147,7 @@ def encode_pictures(vae: Any, files: list[Path], side: int, device: torch.device
     for start in range(0, len(files), batch):
         rows = []
         for path in files[start : start + batch]:
-            with Image.open(path) as picture:
-                square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+            square = ImageOps.fit(Image.fromarray(read_rgb(path)), (side, side), Image.Resampling.LANCZOS)
             rows.append(torch.from_numpy(np.asarray(square).copy()))
         x = torch.stack(rows).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(device)
         with torch.no_grad():

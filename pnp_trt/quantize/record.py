@@ -8,18 +8,62 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..artifacts import digest, write_text
 from ..errors import InputError
+from ..inputs import read_json
+from ..json_schema import problem
 
 SCHEMA = "pnp-trt/calibration/1"
 #: where records live: the user's own folder first, then the one that comes with a checkout
 HOMES = (Path("calibration"), Path(__file__).resolve().parents[2] / "calibration")
 #: largest magnitude of a signed 8-bit number that is used; −128 is left out, so that the range is symmetric
 LEVELS = 127
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+_LAYER = {
+    "type": "object",
+    "required": ["kind", "macs", "amax", "by_timestep", "channels"],
+    "properties": {
+        "kind": {"enum": ["conv", "linear"]},
+        "macs": {"type": "integer", "minimum": 0},
+        "amax": {"type": "object", "additionalProperties": {"type": "number"}},
+        "by_timestep": _NUMBERS,
+        "channels": {"type": "array", "items": {"type": "number", "minimum": 0}},
+    },
+    "additionalProperties": {"enum": []},
+}
+#: a record's shape as a JSON Schema
+_SHAPE: dict[str, Any] = {
+    "type": "object",
+    "required": ["base", "guide", "settings", "layers", "decision"],
+    "properties": {
+        "base": {"$ref": "#/$defs/weights"},
+        "guide": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/weights"}]},
+        "settings": {"type": "object"},
+        "layers": {"type": "object", "additionalProperties": _LAYER},
+        "sweep": {"type": "object"},
+        "decision": {
+            "type": "object",
+            "required": ["float"],
+            "properties": {
+                "conv": {"type": "string"},
+                "linear": {"type": "string"},
+                "float": {"type": "array", "items": {"type": "string"}},
+            },
+        },
+        "versions": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+    "$defs": {
+        "weights": {
+            "type": "object",
+            "required": ["name", "sha256"],
+            "properties": {"name": {"type": "string"}, "sha256": {"type": "string"}},
+        }
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -111,21 +155,21 @@ class Record:
             InputError: if it is missing, cut short, of another schema, or holds a range that is not a positive number.
         """
         advice = "make it again with pnp-trt calibrate"
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise InputError(f"the calibration record {path} cannot be read ({e.strerror}); {advice}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise InputError(f"the calibration record {path} is not readable as JSON ({e}); {advice}") from None
-        schema = held.pop("schema", None) if isinstance(held, dict) else None
+        document = read_json(path, "the calibration record", advice)
+        schema = document.get("schema") if isinstance(document, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path} has schema {schema}, not {SCHEMA}; {advice}")
+        if wrong := problem(document, _SHAPE):
+            raise InputError(f"in the calibration record {path} {wrong}; {advice}")
+        values = {f.name: document[f.name] for f in fields(cls) if f.name in document}
+        values["layers"] = {n: Layer(**layer) for n, layer in document["layers"].items()}
+        record = cls(**values)
         try:
-            layers = {n: Layer(**layer) for n, layer in held.pop("layers").items()}
-            record = cls(layers=layers, **held)
             choices = record.choices()
-        except (TypeError, KeyError, AttributeError) as e:
-            raise InputError(f"the calibration record {path} is incomplete ({e}); {advice}") from None
+        except (KeyError, ValueError, OverflowError) as e:
+            raise InputError(
+                f"the calibration record {path} lacks the method of its own decision ({e}); {advice}"
+            ) from None
         for name, choice in choices.items():
             if not (math.isfinite(choice.amax) and choice.amax >= 0):
                 raise InputError(f"the calibration record {path} has the range {choice.amax} for {name}; {advice}")

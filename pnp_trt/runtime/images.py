@@ -15,6 +15,8 @@ import numpy as np
 
 from ..errors import InputError, PnpError
 from ..files import write_new
+from .image_files import FORMATS as READABLE
+from .image_files import read_rgb
 
 #: formats that pictures are written in → (suffix, Pillow's name, its options)
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -83,45 +85,39 @@ def slug(prompt: str, length: int = 40) -> str:
 
 
 def read_image(source: str | Path | np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """A picture to begin with, uint8 ``[H, W, 3]`` of ``size``, and what to call it.
+    """The starting image of image-to-image, uint8 ``[H, W, 3]`` of ``size``, and its name.
 
-    Transparent parts are laid on white; a picture of another size is resized (Lanczos), and a warning says so.
+    Files are read as by :func:`~pnp_trt.runtime.image_files.read_rgb`.  An image of another size is resized (Lanczos),
+    and a warning says so.
 
     Args:
         source: a file, or pixels uint8 ``[h, w, 3]``.
         size: height and width that the engine works at.
 
     Raises:
-        InputError: if the file cannot be read, or the array is no picture.
+        InputError: if the file cannot be read, or the array is not such an image.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise InputError(
-                f"the picture to begin with is {source.dtype} of shape {list(source.shape)}; pass uint8 [H, W, 3]"
+                f"the starting image is {source.dtype} of shape {list(source.shape)}; pass uint8 [H, W, 3]"
             )
-        name, image = "array", Image.fromarray(source)
+        name, pixels = "array", source
+    elif isinstance(source, str | Path):
+        name, pixels = str(source), read_rgb(Path(source), f"--init {source}")
     else:
-        name = str(source)
-        try:
-            with Image.open(source) as file:
-                found = ImageOps.exif_transpose(file).convert("RGBA")
-        except FileNotFoundError:
-            raise InputError(f"--init {source} does not exist; name a picture") from None
-        except UnidentifiedImageError:
-            raise InputError(f"--init {source} is not a picture that can be read; give a PNG, JPEG or WebP") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            raise InputError(f"--init {source} cannot be read ({e}); give another picture") from e
-        image = Image.alpha_composite(Image.new("RGBA", found.size, "white"), found).convert("RGB")
+        raise InputError(f"the starting image is a {type(source).__name__}; pass a path or uint8 [H, W, 3]")
     height, width = size
-    if image.size != (width, height):
-        warnings.warn(
-            f"the picture to begin with is {image.width} × {image.height} and was resized to the engine's "
-            f"{width} × {height}",
-            stacklevel=2,
-        )
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    if pixels.shape[:2] == size:
+        return pixels.copy(), name
+    warnings.warn(
+        f"the starting image is {pixels.shape[1]} × {pixels.shape[0]} and was resized to the engine's "
+        f"{width} × {height}",
+        stacklevel=2,
+    )
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
     return np.array(image), name
 
 
@@ -176,7 +172,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=READABLE) as picture:
             held = picture.info.get("pnp-trt") or picture.getexif().get(_IMAGE_DESCRIPTION)
         found: dict[str, Any] = json.loads(held or "")
     except (OSError, ValueError) as e:

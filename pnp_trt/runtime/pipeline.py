@@ -15,6 +15,7 @@ from ..artifacts import Bundle, open_bundle
 from ..backends.base import LoadOptions, Profile, Size
 from ..backends.profiles import legal_sizes
 from ..errors import InputError, PnpError
+from ..inputs import check_prompts, warn_of_syntax
 from . import baselines
 from .baselines import BASELINES, Interval
 from .device_loop import Feeds, Plan
@@ -396,6 +397,7 @@ class Pipeline:
         scales = [float(g) for g in ([given] * len(prompts) if np.ndim(given) == 0 else given)]
         steps = steps if steps is not None else self.sampling_steps or DEFAULT_STEPS
         check_request(prompts, seeds, scales, steps)
+        warn_of_syntax([*prompts, *([negative] if isinstance(negative, str) else negative or [])])
         wanted = self.check_size(size)
         most = self.largest_batch(wanted)
         method = method or self.methods[0]
@@ -458,6 +460,7 @@ class Pipeline:
                 "without; leave it out, use CFG on a plain engine, or distil with --negative 0.3"
             )
         found = [negative] * count if isinstance(negative, str) else list(negative)
+        check_prompts(found, "the negative prompt")
         if len(found) != count:
             raise InputError(f"{count} prompts and {len(found)} negative prompts were given; give one, or one each")
         return found
@@ -467,6 +470,7 @@ def check_request(prompts: Sequence[str], seeds: Sequence[int], scales: Sequence
     """Raise ``InputError`` with the legal range for the first value that is outside it."""
     if not prompts:
         raise InputError("no prompt was given; pass at least one")
+    check_prompts(prompts)
     if not STEPS[0] <= steps <= STEPS[1]:
         raise InputError(f"steps is {steps}; it must be between {STEPS[0]} and {STEPS[1]}")
     for w in scales:

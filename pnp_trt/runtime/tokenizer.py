@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..inputs import check_prompts, excerpt
+
 
 class Tokenizer:
     """Prompts → padded token ids, as ``CLIPTokenizer(padding="max_length", truncation=True)`` gives them.
@@ -28,13 +30,14 @@ class Tokenizer:
     def __call__(self, prompts: list[str]) -> np.ndarray:
         """Ids ``[N, length]`` int64.  A prompt that is too long is cut with a warning that shows what was dropped."""
         out = np.full((len(prompts), self.length), self.pad, np.int64)
+        check_prompts(prompts)
         for row, prompt in enumerate(prompts):
             encoding = self._backend.encode(prompt)
             ids = encoding.ids
             if len(ids) > self.length:
                 dropped = _excerpt(prompt[encoding.offsets[self.length - 1][0] :].strip())
                 warnings.warn(
-                    f"the prompt has {len(ids)} tokens and was cut to {self.length}; dropped: “{dropped}”",
+                    f"the prompt has {len(ids)} tokens and was cut to {self.length}; dropped: {excerpt(dropped, 200)}",
                     stacklevel=2,
                 )
                 ids = [*ids[: self.length - 1], ids[-1]]

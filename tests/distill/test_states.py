@@ -180,7 +180,7 @@ def test_pictures_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> 
     lines = [{"file_name": n, "text": f"caption of {n}"} for n in ("a.png", "cut.png", "empty.png", "text.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "b.txt").write_text("  a b\n picture ")
-    with pytest.warns(UserWarning, match=r"4 pictures .* are skipped: .*empty.png \(the file is empty\)"):
+    with pytest.warns(UserWarning, match=r"4 pictures .* are skipped: .*empty.png \(is empty\)"):
         found = find_pictures(tmp_path)
     assert [f.name for f in found.files] == ["a.png", "b.jpg"]
     assert found.captions == ["caption of a.png", "a b picture"]
@@ -191,7 +191,7 @@ def test_pictures_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> 
     with pytest.raises(InputError, match="holds no usable picture"):
         find_pictures(tmp_path / "bare")
     (tmp_path / "metadata.jsonl").write_text("{")
-    with pytest.raises(InputError, match="metadata.jsonl cannot be read"):
+    with pytest.raises(InputError, match="metadata.jsonl, line 1 is not complete JSON"):
         find_pictures(tmp_path)
 
 

@@ -53,12 +53,12 @@ def test_records_survive_a_round_trip(micro_record: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[: len(text) // 2], "not readable as JSON"),
+        (lambda text: text[: len(text) // 2], "is not complete JSON"),
         (lambda text: text.replace("calibration/1", "calibration/9"), "has schema pnp-trt/calibration/9"),
         (lambda text: "[1]", "has schema None"),
-        (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "max"}}), "is incomplete"),
+        (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "max"}}), "'decision' lacks 'float'"),
         (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "magic", "linear": "max", "float": []}}),
-         "is incomplete ('magic')"),
+         "lacks the method of its own decision ('magic')"),
         (lambda text: text.replace('"amax": {"max": ', '"amax": {"max": -', 1), "has the range -"),
     ],
 )  # fmt: skip
@@ -76,5 +76,5 @@ def test_a_record_that_is_not_there_names_the_command(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="pnp-trt calibrate --base emoji-3d --guide full"):
         find("emoji-3d", "full")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="does not exist; make it again"):
         Record.read(tmp_path / "none.json")

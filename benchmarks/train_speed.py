@@ -21,6 +21,7 @@ from pnp_trt.artifacts import write_json
 from pnp_trt.models.base import quiet_libraries, random_unet_config
 from pnp_trt.models.guide import GUIDES
 from pnp_trt.models.student import Student
+from pnp_trt.processor import mixed_precision
 
 from .emoji.provenance import machine
 
@@ -96,11 +97,12 @@ def main() -> None:
     add("--guide", default="tiny", choices=sorted(GUIDES), help="one a process: the peak of memory is the process's")
     add("--batch", type=int, default=1)
     add("--steps", type=int, default=2)
-    add("--mixed-precision", default="bf16", choices=("no", "bf16", "fp16"))
+    add("--mixed-precision", default="auto", choices=("no", "bf16", "fp16", "auto"))
     add("--gradient-checkpointing", action="store_true")
     add("--json", type=Path, default=None)
     args = parser.parse_args()
     quiet_libraries()
+    args.mixed_precision = mixed_precision(args.mixed_precision, gpu=torch.cuda.is_available())
     row = measure(
         args.guide, args.base, args.batch, args.steps, args.mixed_precision, args.gradient_checkpointing
     )  # fmt: skip

@@ -293,7 +293,7 @@ def main() -> None:
                 states=StateConfig(row.kind, FEWER_STATES if row.group in ("states", "negative") else STATES,
                                    negative=row.negative),
                 train=TrainConfig(
-                    args.steps * row.longer, args.batch, lr=3e-3, mixed_precision="bf16",
+                    args.steps * row.longer, args.batch, lr=3e-3, mixed_precision="auto",
                     checkpoint_every=args.steps, keep=1,
                 ),
                 **(BASELINE_CONFIG | row.config),

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pnp_trt.bench import fidelity
 from pnp_trt.models.student import Student
+from pnp_trt.processor import multiplies
 
-from .sampler import BATCH, SAME_TO_THE_EYE, Predict, fast_bfloat16
+from .sampler import BATCH, SAME_TO_THE_EYE, Predict
 
 FLOAT32, BFLOAT16, MIXED = "float32", "bfloat16", "bfloat16, guide in float32"
 
@@ -130,7 +131,7 @@ def settle(
         compiled: False keeps to eager.
     """
     record: dict[str, Any] = {"precision": FLOAT32, "compiled": False, "psnr_db": {}, "trouble": None}
-    if not fast_bfloat16():
+    if not multiplies("bfloat16"):
         return Network(unet, guide, FLOAT32, False, batch), record
     exact = draw(Network(unet, guide, FLOAT32, False, batch))
     for precision in (BFLOAT16,) if guide is None else (BFLOAT16, MIXED):

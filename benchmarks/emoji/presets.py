@@ -34,13 +34,13 @@ class Preset:
     seed: int = 0
     #: of ``pnp-trt distill guidance``
     guide_options: tuple[str, ...] = (
-        "--num-states", "51200", "--steps", "4000", "--batch", "32", "--lr", "3e-3", "--mixed-precision", "bf16",
+        "--num-states", "51200", "--steps", "4000", "--batch", "32", "--lr", "3e-3", "--mixed-precision", "auto",
         "--checkpoint-every", "1000",
     )  # fmt: skip
     #: of ``pnp-trt distill steps``
     steps_options: tuple[str, ...] = (
         "--to", "4", "--from", "32", "--trajectories", "320", "--steps", "400", "--batch", "32", "--lr", "1e-3",
-        "--mixed-precision", "bf16",
+        "--mixed-precision", "auto",
     )  # fmt: skip
 
 

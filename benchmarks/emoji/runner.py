@@ -21,12 +21,13 @@ from pnp_trt.models.base import BaseModel, quiet_libraries
 from pnp_trt.models.load import load_guide
 from pnp_trt.models.names import guide_folder
 from pnp_trt.models.student import Student
+from pnp_trt.processor import multiplies
 
 from .cells import BEST, FINE_TUNES, INTERVALS, STAGE2_STEPS, SWEEP, SWEEP_PICTURES, TEACHER, Cell
 from .data import BASE_STYLES, STYLES, split
 from .measures import Shots, real_pictures
 from .network import Network, settle
-from .sampler import BATCH, SCALES, Ask, Guidance, Sampler, asks, fast_bfloat16
+from .sampler import BATCH, SCALES, Ask, Guidance, Sampler, asks
 
 GUIDES = ("tiny", *(f"tiny-{s}" for s in STAGE2_STEPS), "full")
 #: noise sets lie this far apart, farther than any set is long
@@ -121,7 +122,14 @@ class Runner:
         """Name of the cell's pictures; what the same weights and settings make has one name in all tables."""
         how = self.guidance(cell)
         rows = [astuple(a) for a in self.rows(cell)]
-        settings = [self.sampler.schedule_config, cell.steps, asdict(how), self.batch, fast_bfloat16(), self.compiled]
+        settings = [
+            self.sampler.schedule_config,
+            cell.steps,
+            asdict(how),
+            self.batch,
+            multiplies("bfloat16"),
+            self.compiled,
+        ]
         return digest([self._weights(cell), settings, torch.__version__, rows])[:16]
 
     # --------------------------------------------------------------------------------------------------- networks
@@ -155,7 +163,7 @@ class Runner:
         return network
 
     def _record_file(self, cell: Cell) -> Path:
-        what = [self._weights(cell), self.batch, fast_bfloat16(), self.compiled, torch.__version__]
+        what = [self._weights(cell), self.batch, multiplies("bfloat16"), self.compiled, torch.__version__]
         return self.folder / f"network-{digest(what)[:16]}.json"
 
     def record(self, cell: Cell) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pnp_trt.bench import fidelity
 from pnp_trt.errors import InputError
+from pnp_trt.processor import multiplies
 from pnp_trt.runtime.schedule import Schedule, ddim
 
 from .data import Style, caption
@@ -118,8 +119,7 @@ def denoise(
 
 def fast_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself; elsewhere it is emulated, slower than float32."""
-    tests = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(test() for test in tests if test)
+    return multiplies("bfloat16")
 
 
 class Sampler:
@@ -211,7 +211,7 @@ class Sampler:
 
     def choose_precision(self, rows: Sequence[Ask], steps: int) -> dict[str, Any]:
         """Use bfloat16 if the processor has it and the pictures show no difference, at the strongest guidance."""
-        if not fast_bfloat16():
+        if not multiplies("bfloat16"):
             return {"precision": "float32", "bfloat16_psnr_db": None}
         self.bfloat16 = False
         exact = self(rows[:8], max(SCALES), steps)

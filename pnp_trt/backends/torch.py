@@ -109,6 +109,7 @@ class TorchNetwork(Network):
     def __init__(self, path: Path, entry: Mapping[str, Any], options: LoadOptions) -> None:
         import torch
 
+        from ..export.modules import emulated
         from ..export.precision import convert, recipe
         from ..models.rebuild import rebuild
 
@@ -120,6 +121,7 @@ class TorchNetwork(Network):
         if self.device == "cuda":  # fp32 means float32, as on every backend
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         module = convert(rebuild(path.with_suffix(".json"), path), recipe(entry["precision"])).to(self.device)
+        self._wide = self.device == "cpu" and not self.compiled and emulated(module)
         self._call: Any = _compile(module, self.device) if self.compiled else module
         self._described = Description(
             {n: (dtype, tuple(shape)) for n, (dtype, shape) in entry["inputs"].items()},
@@ -154,8 +156,14 @@ class TorchNetwork(Network):
     def _run(self, inputs: Mapping[str, Any]) -> Any:
         import torch
 
+        from ..export.modules import wide_products
+
         try:
-            with torch.inference_mode():
+            # wide_products sees no operations in inference_mode
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad() if self._wide else torch.inference_mode())
+                if self._wide:
+                    stack.enter_context(wide_products())
                 if self.compiled:
                     torch.compiler.cudagraph_mark_step_begin()  # what the last run returned may be written again
                 return self._call(**inputs)

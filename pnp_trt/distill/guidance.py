@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -116,6 +116,8 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     """
     config.check()
     accelerator = make_accelerator(config.train.mixed_precision)
+    # the run is the resolved type's, so that it resumes in no other
+    config = replace(config, train=replace(config.train, mixed_precision=accelerator.mixed_precision))
     config.train.check(accelerator.num_processes)
     main = accelerator.is_main_process
     say = progress if progress is not None and main else (lambda stage, done, total, note: None)

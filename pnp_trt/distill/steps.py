@@ -11,7 +11,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,8 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
     """
     config.check()
     accelerator = make_accelerator(config.train.mixed_precision)
+    # the run is the resolved type's, so that it resumes in no other
+    config = replace(config, train=replace(config.train, mixed_precision=accelerator.mixed_precision))
     config.train.check(accelerator.num_processes)
     main = accelerator.is_main_process
     say = progress if progress is not None and main else (lambda stage, done, total, note: None)

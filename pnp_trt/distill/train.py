@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .. import processor
 from ..errors import InputError, PnpError
 
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("no", "bf16", "fp16", "auto")
 SCHEDULES = ("cosine", "constant")
 
 
@@ -30,7 +31,8 @@ class TrainConfig:
         accumulate: parts that a process's share of a batch is computed in, one after the other.
         lr, schedule, warmup: peak rate; ``cosine`` (to a fiftieth) or ``constant``; linear warm-up steps.
         ema: decay of the averaged weights, which are the result.
-        mixed_precision: ``no``, ``bf16`` or ``fp16`` for autocast in the student's forward.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` for autocast in the student's forward; ``auto`` takes the type
+            that the device multiplies in hardware.
         gradient_checkpointing: recompute activations in the backward pass: slower, in less memory.
         checkpoint_every, keep: steps between checkpoints; how many of the newest stay.
     """
@@ -98,7 +100,8 @@ def make_accelerator(mixed_precision: str = "no") -> Any:
     if mixed_precision not in PRECISIONS:
         raise InputError(f"mixed precision is '{mixed_precision}'; known: {', '.join(PRECISIONS)}")
     if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("mixed precision 'fp16' needs a GPU and there is none; use no, or bf16")
+        raise InputError("mixed precision 'fp16' needs a GPU and there is none; use no, bf16 or auto")
+    mixed_precision = processor.mixed_precision(mixed_precision, gpu=torch.cuda.is_available())
     # the library keeps one precision a process; runs after each other may want different ones
     AcceleratorState._reset_state()
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)

@@ -147,11 +147,11 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def _cast_around(module: nn.Module, inside: Any, outside: Any) -> None:
-    module.register_forward_pre_hook(lambda _, a, k: (_cast(a, inside), _cast(k, inside)), with_kwargs=True)
-    module.register_forward_hook(lambda _, a, out: _cast(out, outside))
+    module.register_forward_pre_hook(lambda _, a, k: (cast(a, inside), cast(k, inside)), with_kwargs=True)
+    module.register_forward_hook(lambda _, a, out: cast(out, outside))
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
+def cast(tree: Any, dtype: Any) -> Any:
     """Floating-point tensors in ``dtype``, the rest as it is."""
     import torch
     from torch.utils import _pytree as pytree
@@ -184,7 +184,7 @@ def _widened(module: nn.Module) -> Iterator[None]:
         for tensor in layer.parameters(recurse=False):
             kept[tensor] = tensor.data
             tensor.data = tensor.data.float()
-        return _cast((args, kwargs), torch.float32)  # some modules cast to the type that their weights are kept in
+        return cast((args, kwargs), torch.float32)  # some modules cast to the type that their weights are kept in
 
     def narrow(layer: nn.Module, *_: Any) -> None:
         for tensor in layer.parameters(recurse=False):

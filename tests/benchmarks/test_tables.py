@@ -126,13 +126,13 @@ def test_settle_takes_the_first_precision_that_shows_no_difference(
         predict(torch.randn(1, 4, 8, 8), torch.tensor([9]), sampler.text(["a"]), torch.full((1,), 3.0))
         return np.full((2, 8, 8, 3), 200 if predict.precision in spoilt else 20, np.uint8)
 
-    monkeypatch.setattr(network, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(network, "multiplies", lambda _: True)
     one, record = network.settle(sampler.unet, guide, draw, compiled=False)
     assert seen == ["float32", network.BFLOAT16, network.MIXED]
     assert one.precision == record["precision"] == network.MIXED and record["psnr_db"]["bfloat16"] < 30
     spoilt.add(network.MIXED)
     assert network.settle(sampler.unet, guide, draw, compiled=False)[0].precision == "float32"
-    monkeypatch.setattr(network, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(network, "multiplies", lambda _: False)
     assert network.settle(sampler.unet, guide, draw)[1]["psnr_db"] == {}
 
 

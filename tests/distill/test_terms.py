@@ -144,9 +144,9 @@ def test_precisions_after_each_other(micro_base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
 def test_a_precision_that_the_device_lacks() -> None:
-    with pytest.raises(InputError, match="mixed precision 'fp16' needs a GPU and there is none; use no, or bf16"):
+    with pytest.raises(InputError, match="mixed precision 'fp16' needs a GPU and there is none; use no, bf16 or auto"):
         make_accelerator("fp16")
-    with pytest.raises(InputError, match="known: no, bf16, fp16"):
+    with pytest.raises(InputError, match="known: no, bf16, fp16, auto"):
         make_accelerator("fp8")
 
 

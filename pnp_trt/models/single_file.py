@@ -21,6 +21,8 @@ from .scheduler import Noise
 _WRAPPERS = r"(?:(?:module|state_dict|model_state_dict|model|_orig_mod|unet|diffusion_model)\.)*"
 _ORIGINAL = re.compile(rf"({_WRAPPERS})(?:input_blocks\.\d|middle_block\.\d|output_blocks\.\d|time_embed\.\d)")
 _DIFFUSERS = re.compile(rf"({_WRAPPERS})(?:down_blocks\.\d|mid_block\.|up_blocks\.\d|time_embedding\.|conv_in\.)")
+#: a U-Net's keys behind a prefix that is not known, for the message
+_ANY_UNET = re.compile(r"(.{1,80}?\.)(?:input_blocks|output_blocks|time_embed|down_blocks|up_blocks|time_embedding)\.")
 #: top-level modules of a U-Net, by layout
 _MODULES = {
     "original": re.compile(r"(?:time_embed|label_emb|input_blocks|middle_block|output_blocks|out|id_predictor)\."),
@@ -58,7 +60,8 @@ _UNUSED = (
     (r"(?:\w+\.)*control_model\.|controlnet\w*\.|input_hint_block\.", "a ControlNet"),
     (r"lora_\w+|.*\.lora_(?:A|B|down|up)\.", "a LoRA"),
     (r"safety_checker\.", "a safety checker"),
-    (r"(?:\w+\.)*(?:double_blocks|single_blocks|joint_blocks|transformer_blocks)\.", "a diffusion transformer"),
+    (r"(?:model\.|diffusion_model\.|transformer\.)*(?:double_blocks|single_blocks|joint_blocks|transformer_blocks)\.",
+     "a diffusion transformer"),
     (r"(?:transformer\.)?(?:text_model\.)?(?:embeddings\.\w+_embedding|encoder\.layers\.\d+\.(?:self_attn|mlp|layer_norm)|"
      r"final_layer_norm|text_projection)|transformer\.resblocks\.|text_model\.", "a text encoder"),
     (r"(?:encoder|decoder|quant_conv|post_quant_conv)\.", "a VAE"),
@@ -205,8 +208,11 @@ def _contents(keys: list[str], parts: Mapping[str, Part]) -> str:
         return "it is a LoRA; give it with --lora"
     if known:
         return f"it is {' and '.join(known)}; give the whole checkpoint, or a diffusers folder"
-    some = f"its keys are {', '.join(keys[:3])} …" if keys else "it has no weights"
-    return f"{some}, which is under no known prefix; rename them as diffusers or the original code does"
+    if not keys:
+        return "it has no weights"
+    if match := next((m for k in keys if (m := _ANY_UNET.match(k))), None):
+        return f"its keys begin with '{match[1]}', which is no known prefix; rename them"
+    return f"its keys are {', '.join(keys[:3])} …; rename them as diffusers or the original code does"
 
 
 def _match(table: tuple[tuple[str, str], ...], key: str) -> str | None:

@@ -72,7 +72,13 @@ class FineTune:
             engine: the engine's own record, which stays where the fine-tune brings no scheduler.
             chosen: the user's options.
         """
-        own = engine if self.base is None else base_scheduler(self.base)
+        beside = self.folders["unet"].parent if "unet" in self.folders else None
+        if self.base is not None:
+            own: Mapping[str, Any] = base_scheduler(self.base)
+        elif beside is not None and (beside / "scheduler" / "scheduler_config.json").is_file():
+            own = base_scheduler(BaseModel(self.name, beside))  # the folder given is the U-Net's in a whole model
+        else:
+            own = engine
         stated = self.single.noise if self.single is not None else Noise()
         return scheduler_record(own, stated, chosen)
 

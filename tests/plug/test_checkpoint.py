@@ -20,40 +20,9 @@ from pnp_trt.models.base import weight_files
 from pnp_trt.plug.checkpoint import find
 from pnp_trt.plug.run import PlugSpec, plug
 
+from ..models.original import original_key
+
 LDM = {"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.transformer."}
-RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-OUTER = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-}  # fmt: skip
-
-
-def original_key(key: str, layers: int = 1) -> str:
-    """A diffusers U-Net's key as CompVis' latent diffusion has it, for ``layers_per_block`` of the micro teacher."""
-    for new, old in OUTER.items():
-        if key.startswith(f"{new}."):
-            return key.replace(new, old, 1)
-    words = key.split(".")
-    if words[0] == "mid_block":
-        place = f"middle_block.{1 if words[1] == 'attentions' else 2 * int(words[2])}"
-        kind, rest = words[1], words[3:]
-    else:
-        block, kind, number, rest = int(words[1]), words[2], int(words[3]), words[4:]
-        if words[0] == "down_blocks":
-            first = 1 + block * (layers + 1)
-            if kind == "downsamplers":
-                return ".".join([f"input_blocks.{first + layers}.0.op", *rest[1:]])
-            place = f"input_blocks.{first + number}.{1 if kind == 'attentions' else 0}"
-        else:
-            first = block * (layers + 1)
-            if kind == "upsamplers":
-                return ".".join([f"output_blocks.{first + layers}.{2 if block == 0 else 1}", *rest])
-            place = f"output_blocks.{first + number}.{1 if kind == 'attentions' else 0}"
-    rest = [RESNET[rest[0]], *rest[1:]] if kind == "resnets" else rest
-    return ".".join([place, *rest])
 
 
 @pytest.fixture(scope="module")

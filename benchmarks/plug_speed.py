@@ -58,11 +58,11 @@ def measure(base: str, fine_tune: str, guide: str, precision: str, rounds: int, 
         "precision": precision,
         "seconds": {k: [round(s, 2) for s in v] for k, v in seconds.items()},
         "plug_share_of_build": round(best["plug"] / best["build"], 4),
-        "peak_memory_bytes": {"plug": m["peak_memory"]["export"], "build": full["peak_memory"]["export"]},
-        "parity": {"plug": m["parity"]["relative_error"]["unet"], "build": full["parity"]["relative_error"]["unet"],
-                   "limit": m["parity"]["limit"]},
-        "unet_bytes": m["files"][data]["bytes"],
-        "same_weights_as_built": m["files"][data]["sha256"] == full["files"][data]["sha256"],
+        "peak_memory_bytes": {"plug": m.peak_memory.export, "build": full.peak_memory.export},
+        "parity": {"plug": m.parity.relative_error["unet"], "build": full.parity.relative_error["unet"],
+                   "limit": m.parity.limit},
+        "unet_bytes": m.files[data].size,
+        "same_weights_as_built": m.files[data].sha256 == full.files[data].sha256,
     }  # fmt: skip
 
 

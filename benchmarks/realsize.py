@@ -28,29 +28,28 @@ def record(bundle: Path, command: list[str]) -> dict[str, Any]:
     """What a built bundle says of its making: one entry a network, and the whole."""
     m = open_bundle(bundle).manifest
     networks = {}
-    for name, n in m["networks"].items():
-        graph = [f for f in m["files"] if f == n["graph"] or f.startswith(n["graph"] + ".")]
+    for name, n in m.networks.items():
         networks[name] = {
-            "precision": n["precision"],
-            "graph_bytes": sum(m["files"][f]["bytes"] for f in graph),
-            "engine_bytes": m["files"][n["file"]]["bytes"] if n["file"] != n["graph"] else None,
-            "compile_seconds": n["compiled"]["seconds"],
-            "compile_peak_memory_bytes": n["compiled"]["peak_memory"],
-            "graph_parity": n["parity"]["graph"],
-            "parity_limit": n["parity"]["limit"],
+            "precision": n.precision,
+            "graph_bytes": m.size_of(n.graph),
+            "engine_bytes": m.files[n.file].size if n.file != n.graph else None,
+            "compile_seconds": n.compiled.seconds,
+            "compile_peak_memory_bytes": n.compiled.peak_memory,
+            "graph_parity": n.parity.graph,
+            "parity_limit": n.parity.limit,
         }
     compiled = sum(n["compile_seconds"] for n in networks.values())
     return {
         "schema": SCHEMA,
         "provenance": provenance(command),
-        "case": {k: m[k] for k in ("backend", "precision", "target", "profiles", "compiler", "image")}
-        | {"base": m["base"]["name"], "guide": (m["guide"] or {}).get("name"), "weights": "seeded random numbers"},
-        "build_seconds": m["build_seconds"],
-        "export_and_parity_seconds": round(m["build_seconds"] - compiled, 1),
+        "case": {k: m.to_json()[k] for k in ("backend", "precision", "target", "profiles", "compiler", "image")}
+        | {"base": m.base.name, "guide": None if m.guide is None else m.guide.name, "weights": "seeded random numbers"},
+        "build_seconds": m.build_seconds,
+        "export_and_parity_seconds": round(m.build_seconds - compiled, 1),
         "compile_seconds": round(compiled, 1),
-        "peak_memory_bytes": m["peak_memory"],
+        "peak_memory_bytes": m.peak_memory.to_json(),
         "networks": networks,
-        "engine_parity": m["parity"]["engine"],
+        "engine_parity": m.parity.engine,
     }
 
 

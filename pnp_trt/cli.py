@@ -12,6 +12,7 @@ import typer
 
 from . import cli_calibrate, cli_engines, process
 from .errors import InputError, PnpError
+from .text import printable
 
 app = typer.Typer(
     help="Serve Stable-Diffusion-family models with one U-Net pass a step.\n\nStart with: pnp-trt sample 'a red apple'",
@@ -34,7 +35,7 @@ def main() -> None:
     except PnpError as e:
         if _debug:
             raise
-        print(f"pnp-trt: {e}", file=sys.stderr)
+        print(f"pnp-trt: {printable(e)}", file=sys.stderr)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print("pnp-trt: interrupted", file=sys.stderr)
@@ -42,13 +43,14 @@ def main() -> None:
     except Exception as e:
         if _debug:
             raise
-        print(f"pnp-trt: unexpected {type(e).__name__}: {e}; run again with --debug for the details", file=sys.stderr)
+        text = f"unexpected {type(e).__name__}: {e}"
+        print(f"pnp-trt: {printable(text)}; run again with --debug for the details", file=sys.stderr)
         sys.exit(1)
 
 
 def _show_warning(message: Any, category: type, *_: Any) -> None:
     if issubclass(category, UserWarning) and not issubclass(category, FutureWarning | DeprecationWarning):
-        print(f"pnp-trt: {message}", file=sys.stderr)
+        print(f"pnp-trt: {printable(message)}", file=sys.stderr)
 
 
 def _version(show: bool) -> None:
@@ -129,7 +131,7 @@ def sample(
             init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,
         )  # fmt: skip
     for path in files.write(pictures, prompts, count):
-        print(path)
+        print(printable(path))
 
 
 @app.command()
@@ -155,8 +157,8 @@ def _console() -> Any:
     """Standard output; tables that go to a file or a log are not squeezed into eighty columns."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=130)
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=130, markup=False)
 
 
 def _need_torch(command: str) -> None:
@@ -180,7 +182,7 @@ def _build_if_missing(engine: str, quiet: bool) -> None:
     if arguments is None or (engines_home() / engine).is_dir():
         return
     if not quiet:
-        print(f"engine '{engine}' is not built yet; building it once (about a minute)", file=sys.stderr)
+        print(f"engine '{printable(engine)}' is not built yet; building it once (about a minute)", file=sys.stderr)
     command = [sys.executable, "-m", "pnp_trt", *(["--debug"] if _debug else []), "build", *arguments]
     done = process.run_child(command, stdout=subprocess.DEVNULL)
     if done.returncode:
@@ -206,7 +208,7 @@ class _Bar:
 
         console = Console(stderr=True)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -216,7 +218,7 @@ class _Bar:
         #: whether somebody sees it
         self.watched = not self._progress.disable
         self._plain = not quiet and not console.is_terminal
-        self._title = title
+        self._title = title = printable(title, limit=200)
         self._task = self._progress.add_task(title, total=total)
         self._last = ""
 
@@ -232,23 +234,25 @@ class _Bar:
         if self._last:
             self._progress.advance(self._task)
         self._last = name
-        self._progress.update(self._task, description=f"{self._title}: {name}")
+        self._progress.update(self._task, description=f"{self._title}: {printable(name)}")
         if self._plain:
-            print(f"{self._title}: {name}", file=sys.stderr)
+            print(f"{self._title}: {printable(name)}", file=sys.stderr)
 
     def count(self, done: int, total: int) -> None:
-        """So many of so many."""
+        """Steps done and steps in all."""
         self._progress.update(self._task, completed=done, total=total)
 
     def note(self, text: str, done: int, total: int) -> None:
-        """So many of so many, and what is going on."""
+        """Steps done, steps in all, and the current stage."""
+        text = printable(text)
         self._progress.update(self._task, description=text, completed=done, total=total)
         if self._plain and text != self._last:
             print(text, file=sys.stderr)
         self._last = text
 
     def stages(self, name: str, done: int, total: int, note: str) -> None:
-        """Several counted stages after each other; prints a line at each tenth when nobody watches."""
+        """Counted stages after each other; prints a line at each tenth where standard error is no terminal."""
+        name, note = printable(name), printable(note)
         self._progress.update(self._task, description=f"{name} {note}", completed=done, total=total)
         mark = f"{name} {10 * done // max(total, 1)}"
         if self._plain and mark != self._last:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import InputError, PnpError
+from .text import printable, printable_json
 
 
 def register(app: typer.Typer) -> None:
@@ -103,26 +104,27 @@ def build(
     with _Bar(f"build {spec.folder().name}", None) as bar:
         built = run(spec, force=force, progress=bar.note)
     m = built.manifest
-    size = sum(f["bytes"] for f in m["files"].values()) / 2**20
-    made = "is up to date" if built.cached else f"built in {m['build_seconds']:.0f} s"
-    worst = max(m["parity"]["relative_error"].values())
-    where = f", {m['backend']} for {m['target']}" if m["target"] != "any" else ""
+    size = sum(f.size for f in m.files.values()) / 2**20
+    made = "is up to date" if built.cached else f"built in {m.build_seconds:.0f} s"
+    worst = max(m.parity.relative_error.values())
+    where = f", {m.backend} for {printable(m.target)}" if m.target != "any" else ""
+    folder = printable(built.folder)
     print(
-        f"{built.folder} {made}: {size:.0f} MiB, {m['precision']}{where}, "
-        f"parity with PyTorch {worst:.1e} (limit {m['parity']['limit']:.0e})"
+        f"{folder} {made}: {size:.0f} MiB, {m.precision}{where}, "
+        f"parity with PyTorch {worst:.1e} (limit {m.parity.limit:.0e})"
     )
-    for name, network in m["networks"].items():
-        if "fallback" in network:
-            print(f"{name} stays in {network['precision']}: {network['fallback']}")
-    if m["backend"] == "onnxruntime" and m["precision"].startswith("int8"):
+    for name, network in m.networks.items():
+        if network.fallback is not None:
+            print(printable(f"{name} stays in {network.precision}: {network.fallback}"))
+    if m.backend == "onnxruntime" and m.precision.startswith("int8"):
         # measured in benchmarks/results/emoji-precision.json
         print("ONNX Runtime is slower with INT8 than with fp32 on a CPU; it is there to compare pictures and sizes")
-    if isinstance(m["parity"]["engine"], str) and m["compiler"]:
-        print(f"parity of the engines: {m['parity']['engine']}")
-    if reason := backends.get(m["backend"]).cannot_run(m["target"], m["built_from"]["options"]):
-        print(f"it cannot run here ({reason}); next: pnp-trt inspect {built.folder}")
+    if isinstance(m.parity.engine, str) and m.compiler:
+        print(printable(f"parity of the engines: {m.parity.engine}"))
+    if reason := backends.get(m.backend).cannot_run(m.target, m.options):
+        print(f"it cannot run here ({printable(reason)}); next: pnp-trt inspect {folder}")
     else:
-        print(f"next: pnp-trt sample 'a red apple' --engine {built.folder}")
+        print(f"next: pnp-trt sample 'a red apple' --engine {folder}")
 
 
 def inspect(
@@ -138,11 +140,11 @@ def inspect(
     folder = find_bundle(engine)
     manifest = read_manifest(folder)
     if as_json:
-        print(json.dumps(manifest, indent=2))
+        print(printable_json(json.dumps(manifest.to_json(), indent=2)))
         return
     problem = None
     try:
-        backends.get(manifest["backend"]).check(manifest)
+        backends.get(manifest.backend).check(manifest)
     except InputError as e:
         problem = str(e)
     _console().print(render(folder, manifest, problem))
@@ -158,11 +160,11 @@ def list_engines(
 
     found = rows(engines_home())
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(printable_json(json.dumps(found, indent=2)))
     elif found:
         _console().print(table(found))
     else:
-        print(f"no engine in {engines_home()} yet; make one with: pnp-trt build")
+        print(f"no engine in {printable(engines_home())} yet; make one with: pnp-trt build")
 
 
 def verify(
@@ -184,15 +186,15 @@ def verify(
         _verify_layers(bundle, network or [], worst)
         return
     errors: dict[str, Any] = module.verify(bundle, LoadOptions(provider))
-    networks = bundle.manifest["networks"]
+    networks = bundle.manifest.networks
     for name, error in errors.items():
         entry = networks[name.partition("@")[0]]
-        limit, kind = entry["parity"]["limit"], entry["precision"]
-        print(f"{name}: off by {error:.1e} (limit {limit:.0e}, {kind})")
+        limit, kind = entry.parity.limit, entry.precision
+        print(f"{printable(name)}: off by {error:.1e} (limit {limit:.0e}, {kind})")
     try:
         module.gate(errors, networks, bundle.name)
     except PnpError as e:
-        if any(n["graph"].endswith(".onnx") for n in networks.values()):
+        if any(n.graph.endswith(".onnx") for n in networks.values()):
             raise PnpError(f"{e}; look closer with: pnp-trt verify {engine} --layers") from e
         raise
 
@@ -208,9 +210,9 @@ def _verify_layers(bundle: Any, networks: list[str], worst: int) -> None:
     for name, (path, inputs) in graphs.items():
         with _Bar(f"{name}: layers", None) as bar:
             found = module.layerwise(path, inputs, progress=bar.count)
-        limit = bundle.manifest["networks"][name]["parity"]["limit"]
+        limit = bundle.manifest.networks[name].parity.limit
         verdict, problem = module.verdict(found, limit)
-        print(f"{name}: {verdict}")
+        print(printable(f"{name}: {verdict}"))
         problems += [f"the {name}: {verdict}"] if problem else []
         _console().print(layer_table(module.worst(found, worst)))
     if problems:

@@ -47,6 +47,7 @@ def plug(
     from .models.scheduler import Noise
     from .plug.run import PlugSpec
     from .plug.run import plug as run
+    from .text import printable
 
     _need_torch("plug")
     spec = PlugSpec(
@@ -55,16 +56,15 @@ def plug(
     with _Bar(f"plug into {engine}", None) as bar:
         plugged = run(spec, force=force, progress=bar.note)
     m = plugged.manifest
-    made = "is up to date" if plugged.cached else f"plugged in {m['build_seconds']:.1f} s"
-    worst = max(m["parity"]["relative_error"].values())
-    print(
-        f"{plugged.folder} {made}: {m['precision']}, parity with PyTorch {worst:.1e} (limit {m['parity']['limit']:.0e})"
-    )
-    for network, how in m["plugged"]["networks"].items():
-        print(f"{network}: {how}")
-    if isinstance(m["parity"]["engine"], str) and m["profiles"]:
-        print(f"parity of the engines: {m['parity']['engine']}")
-    if reason := backends.get(m["backend"]).cannot_run(m["target"], m["built_from"]["options"]):
-        print(f"it cannot run here ({reason}); next: pnp-trt inspect {plugged.folder}")
+    made = "is up to date" if plugged.cached else f"plugged in {m.build_seconds:.1f} s"
+    worst = max(m.parity.relative_error.values())
+    folder = printable(plugged.folder)
+    print(f"{folder} {made}: {m.precision}, parity with PyTorch {worst:.1e} (limit {m.parity.limit:.0e})")
+    for network, how in (m.plugged.networks if m.plugged else {}).items():
+        print(printable(f"{network}: {how}"))
+    if isinstance(m.parity.engine, str) and m.profiles:
+        print(printable(f"parity of the engines: {m.parity.engine}"))
+    if reason := backends.get(m.backend).cannot_run(m.target, m.options):
+        print(f"it cannot run here ({printable(reason)}); next: pnp-trt inspect {folder}")
     else:
-        print(f"next: pnp-trt sample 'a red apple' --engine {plugged.folder}")
+        print(f"next: pnp-trt sample 'a red apple' --engine {folder}")

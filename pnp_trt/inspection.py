@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import known_bundles, read_manifest
-from .backends.profiles import Profile, legal_sizes
+from .backends.profiles import legal_sizes
+from .bundle.manifest import Int8Record, Manifest, Plugged
 from .errors import InputError
+from .text import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,35 +29,37 @@ def rows(home: Path) -> list[dict[str, Any]]:
         out.append(
             {
                 "name": name,
-                "bytes": sum(f["bytes"] for f in m["files"].values()),
-                "backend": m["backend"],
-                "precision": m["precision"],
-                "target": m["target"],
+                "bytes": sum(f.size for f in m.files.values()),
+                "backend": m.backend,
+                "precision": m.precision,
+                "target": m.target,
                 "base": base_name(m),
-                "guide": (m["guide"] or {}).get("name"),
-                "built": m["built"],
+                "guide": None if m.guide is None else m.guide.name,
+                "built": m.built,
             }
         )
     return out
 
 
-def table(found: list[dict[str, Any]]) -> RenderableType:
+def table(bundles: list[dict[str, Any]]) -> RenderableType:
     """The entries of ``rows`` for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     out = Table(box=None, pad_edge=False)
     for title in ("engine", "size", "backend", "precision", "target", "base", "guide", "built"):
         out.add_column(title, justify="right" if title == "size" else "left")
-    for row in found:
+    for row in bundles:
         if "problem" in row:
-            out.add_row(row["name"], "", "damaged: see pnp-trt inspect")
+            cells = ["", "damaged: see pnp-trt inspect"]
         else:
             cells = [str(row[k] or "none") for k in ("backend", "precision", "target", "base", "guide", "built")]
-            out.add_row(row["name"], _size(row["bytes"]), *cells)
+            cells = [_size(row["bytes"]), *cells]
+        out.add_row(*(Text(printable(cell)) for cell in (row["name"], *cells)))
     return out
 
 
-def render(folder: Path, m: dict[str, Any], problem: str | None) -> RenderableType:
+def render(folder: Path, m: Manifest, problem: str | None) -> RenderableType:
     """A manifest for a terminal.
 
     Args:
@@ -66,72 +70,79 @@ def render(folder: Path, m: dict[str, Any], problem: str | None) -> RenderableTy
     from rich.text import Text
 
     facts = Table(box=None, pad_edge=False, show_header=False)
-    total = sum(f["bytes"] for f in m["files"].values())
-    guide = m["guide"]
-    peak = {k: _size(v) for k, v in m["peak_memory"].items() if v}
-    engine = m["parity"]["engine"]
-    int8 = {k: n for k, n in m["networks"].items() if "int8" in n}
-    built = [f"{m['built']} in {m['build_seconds']:g} s", *(f"peak memory {v} ({k})" for k, v in peak.items())]
-    for name, value in (
-        ("engine", f"{folder}, {_size(total)}"),
-        ("base", f"{base_name(m)} ({m['base']['sha256']['all'][:12]}…)"),
-        *([("plugged into", _plugged(m["plugged"]))] if "plugged" in m else []),
-        ("guide", f"{guide['name']} ({guide['sha256'][:12]}…)" if guide else "none: the plain teacher"),
-        ("backend", m["backend"] + "".join(f", {k} {v}" for k, v in m["compiler"].items())),
-        ("target", m["target"]),
-        ("precision", m["precision"] + "".join(f"; {k}: {_int8(n['int8'])}" for k, n in int8.items())),
-        ("profiles", ", ".join(p["name"] for p in m["profiles"]) or f"any batch up to {m['sample']['max_batch']}"),
-        ("pictures", _pictures(m)),
-        ("parity", f"limit {m['parity']['limit']:.0e} against {m['parity']['against']}"),
-        ("of engines", engine if isinstance(engine, str) else ", ".join(f"{k} {v:.1e}" for k, v in engine.items())),
-        ("built", ", ".join(built)),
-        ("rebuild", m["rebuild"]),
-    ):
-        facts.add_row(Text(name, style="bold"), Text(str(value)))
+    for name, value in _facts(folder, m):
+        facts.add_row(Text(name, style="bold"), Text(printable(value)))
     networks = Table(box=None, pad_edge=False)
     for title in ("network", "file", "size", "precision", "parity", "compiled in", "inputs"):
         networks.add_column(title)
-    for name, n in m["networks"].items():
-        inputs = ", ".join(f"{k} {'×'.join(map(str, shape))}" for k, (_, shape) in n["inputs"].items())
-        files = [f for f in m["files"] if f == n["file"] or f.startswith(n["file"] + ".")]
-        networks.add_row(
-            name, n["file"], _size(sum(m["files"][f]["bytes"] for f in files)), n["precision"],
-            f"{n['parity']['graph']:.1e}", f"{n['compiled']['seconds']:g} s", inputs,
+    for name, n in m.networks.items():
+        inputs = ", ".join(f"{k} {'×'.join(map(str, shape))}" for k, (_, shape) in n.inputs.items())
+        size = sum(f.size for file, f in m.files.items() if file == n.file or file.startswith(f"{n.file}."))
+        cells = (
+            name, n.file, _size(size), n.precision, f"{n.parity.graph:.1e}", f"{n.compiled.seconds:g} s", inputs,
         )  # fmt: skip
+        networks.add_row(*(Text(printable(cell)) for cell in cells))
     parts: list[RenderableType] = [facts, Text(), networks]
     if problem:
-        parts += [Text(), Text(f"cannot run here: {problem}", style="red")]
+        parts += [Text(), Text(printable(f"cannot run here: {problem}"), style="red")]
     return Group(*parts)
 
 
-def _int8(said: dict[str, Any]) -> str:
+def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
+    """Titles and texts of a bundle's properties; the texts are a stranger's."""
+    guide, engine = m.guide, m.parity.engine
+    peaks = {"export": m.peak_memory.export, "compile": m.peak_memory.compile}
+    built = [f"{m.built} in {m.build_seconds:g} s", *(f"peak memory {_size(v)} ({k})" for k, v in peaks.items() if v)]
+    int8 = "".join(f"; {k}: {_int8(n.int8)}" for k, n in m.networks.items() if n.int8 is not None)
+    measured = engine if isinstance(engine, str) else ", ".join(f"{k} {v:.1e}" for k, v in engine.items())
+    return [
+        ("engine", f"{folder}, {_size(sum(f.size for f in m.files.values()))}"),
+        ("base", f"{base_name(m)} ({m.base.sha256['all'][:12]}…)"),
+        *([("plugged into", _plugged(m.plugged))] if m.plugged is not None else []),
+        ("guide", f"{guide.name} ({guide.sha256[:12]}…)" if guide else "none: the plain teacher"),
+        ("backend", m.backend + "".join(f", {k} {v}" for k, v in m.compiler.items())),
+        ("target", m.target),
+        ("precision", m.precision + int8),
+        ("profiles", ", ".join(p.name for p in m.profiles) or f"any batch up to {m.sample.max_batch}"),
+        ("images", _images(m)),
+        ("parity", f"limit {m.parity.limit:.0e} against {m.parity.against}"),
+        ("of engines", measured),
+        ("built", ", ".join(built)),
+        ("claimed rebuild command", m.rebuild),
+    ]
+
+
+def _int8(record: Int8Record) -> str:
     """What is quantised in a network."""
-    if not said["activations"]:
-        return f"the weights of {said['layers']} layers"
-    kept = len(said["decision"]["float"])
-    return f"{said['layers']} layers with {said['share_of_macs']:.1%} of the arithmetic, {kept} left in floating point"
+    if not record.activations:
+        return f"the weights of {record.layers} layers"
+    return (
+        f"{record.layers} layers with {record.share_of_macs:.1%} of the arithmetic, "
+        f"{len(record.floating_point)} left in floating point"
+    )
 
 
-def _pictures(m: dict[str, Any]) -> str:
-    """The sizes that a bundle draws, the default first."""
-    default = f"{m['image']['height']}x{m['image']['width']}"
-    legal = legal_sizes([Profile.from_dict(p) for p in m["profiles"]])
+def _images(m: Manifest) -> str:
+    """The image sizes of a bundle, the default first."""
+    default = f"{m.image.height}x{m.image.width}"
+    legal = legal_sizes(m.profiles)
     return f"{default} (height x width)" + (f"; legal: {legal}" if legal not in ("", default) else "")
 
 
-def base_name(m: dict[str, Any]) -> str:
+def base_name(m: Manifest) -> str:
     """The base model's name, with the LoRAs that are merged into it: ``emoji + sepia:0.8``."""
-    loras = [f"{a['name']}" + ("" if a["scale"] == 1 else f":{a['scale']:g}") for a in m["base"].get("loras", ())]
-    return " + ".join([m["base"]["name"], *loras])
+    loras = [lora.name + ("" if lora.scale == 1 else f":{lora.scale:g}") for lora in m.base.loras]
+    return " + ".join([m.base.name, *loras])
 
 
-def _plugged(p: dict[str, Any]) -> str:
-    return f"{p['from']['name']} ({'; '.join(f'{k}: {v}' for k, v in p['networks'].items())})"
+def _plugged(p: Plugged) -> str:
+    return f"{p.source['name']} ({'; '.join(f'{k}: {v}' for k, v in p.networks.items())})"
 
 
 def layer_table(layers: list[Layer]) -> RenderableType:
     """Tensors of a graph for a terminal, see ``export.layers``."""
     from rich.table import Table
+    from rich.text import Text
 
     out = Table(box=None, pad_edge=False)
     for title in ("node", "op", "tensor", "shape", "off by", "largest", "finite", "near"):
@@ -140,7 +151,8 @@ def layer_table(layers: list[Layer]) -> RenderableType:
         finite = "yes" if one.finite else "NO" if one.finite_in_float32 else "NO, nor in float32"
         shape = "×".join(map(str, one.shape))
         numbers = ("" if v != v else f"{v:.1e}" for v in (one.error, one.largest))
-        out.add_row(str(one.place), one.op, one.tensor, shape, *numbers, finite, one.near)
+        cells = (str(one.place), one.op, one.tensor, shape, *numbers, finite, one.near)
+        out.add_row(*(Text(printable(cell)) for cell in cells))
     return out
 
 

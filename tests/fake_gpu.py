@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pnp_trt.backends.base import Profile
 from pnp_trt.backends.cuda import Cuda
 from pnp_trt.backends.trt_flavour import Flavour
 from pnp_trt.backends.trt_network import TrtNetwork
+from pnp_trt.bundle.manifest import Compiled, NetworkRecord
 from pnp_trt.runtime import cuda_graph
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -223,9 +225,9 @@ class Context:
 
         def work() -> None:
             entry = self._engine.entry
-            given = {n: view(self._at[n], self._shapes[n], d) for n, (d, _) in entry["inputs"].items()}
+            given = {n: view(self._at[n], self._shapes[n], d) for n, (d, _) in entry.inputs.items()}
             made = np.ascontiguousarray(self._engine.function(**given))
-            ctypes.memmove(self._at[next(iter(entry["outputs"]))], made.ctypes.data, made.nbytes)
+            ctypes.memmove(self._at[next(iter(entry.outputs))], made.ctypes.data, made.nbytes)
 
         self._engine.gpu.runtime.put(stream, self._engine.name, work)
         return True
@@ -237,19 +239,19 @@ assert [n for n in vars(Context) if not n.startswith("_") and not hasattr(trt.IE
 class Engine:
     """What ``ICudaEngine`` tells of itself, from a manifest's entry."""
 
-    def __init__(self, gpu: Gpu, name: str, entry: Mapping[str, Any], function: Callable[..., np.ndarray]) -> None:
+    def __init__(self, gpu: Gpu, name: str, entry: NetworkRecord, function: Callable[..., np.ndarray]) -> None:
         self.gpu, self.name, self.entry, self.function = gpu, name, entry, function
         self.capturable = True
         self.fails: Callable[[int], bool] = lambda stream: False
-        self.num_optimization_profiles = len(entry["profiles"])
-        self._tensors = {**entry["inputs"], **entry["outputs"]}
+        self.num_optimization_profiles = len(entry.profiles)
+        self._tensors = {**entry.inputs, **entry.outputs}
         self.num_io_tensors = len(self._tensors)
 
     def get_tensor_name(self, i: int) -> str:
         return list(self._tensors)[i]
 
     def get_tensor_mode(self, name: str) -> Any:
-        return trt.TensorIOMode.INPUT if name in self.entry["inputs"] else trt.TensorIOMode.OUTPUT
+        return trt.TensorIOMode.INPUT if name in self.entry.inputs else trt.TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
         return {"float32": trt.float32, "int64": trt.int64}[self._tensors[name][0]]
@@ -269,12 +271,12 @@ class _Plain(Flavour):
         return False
 
 
-def network(gpu: Gpu, name: str, entry: Mapping[str, Any], function: Callable[..., np.ndarray]) -> Any:
+def network(gpu: Gpu, name: str, entry: NetworkRecord, function: Callable[..., np.ndarray]) -> Any:
     """A real ``TrtNetwork`` on a fake engine; the engine is its ``engine``."""
 
     class Faked(TrtNetwork):
         def _deserialize(self, host_code: bool) -> Engine:
-            return Engine(gpu, name, {**entry, "profiles": profiles}, function)
+            return Engine(gpu, name, record, function)
 
         @property
         def engine(self) -> Engine:
@@ -283,11 +285,11 @@ def network(gpu: Gpu, name: str, entry: Mapping[str, Any], function: Callable[..
         def _kernels_file(self) -> Path:
             return Path("/nowhere")
 
-    profiles = [vars(Profile("b1-8", 1, 1, 8))]
+    record = replace(entry, profiles=(Profile("b1-8", 1, 1, 8),), compiled=Compiled())
     return Faked(
         _Plain("tensorrt", "tensorrt_rtx", (), "rtx"),
         Path(f"{name}.engine"),
-        {**entry, "profiles": profiles, "compiled": {}},
+        record,
         gpu,
     )
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pnp_trt.artifacts import write_manifest
 from pnp_trt.bench.quality import Studio
 
+from .bundles import reseal
 from .conftest import Result
 
 Cli = Callable[..., Result]
@@ -217,8 +217,7 @@ def test_an_engine_that_was_built_anew_is_not_mixed_with_the_old_one(
     monkeypatch.setattr(Studio, "_draw", interrupted)
     run = (*BOTH, *SMALL, "--only", "fidelity", "--json", tmp_path / "b.json")
     assert cli(*run).code == 130
-    manifest = read(home / "guided" / "manifest.json")
-    write_manifest(home / "guided", manifest | {"rebuild": "differently"})
+    reseal(home / "guided", lambda m: m.update(rebuild="differently"))
     done = cli(*run, "--resume")
     assert done.code == 2 and "other settings (seals.guided was" in done.err
 
@@ -303,9 +302,7 @@ def test_engines_of_different_bases_are_not_compared(
     cli: Cli, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = Path(shutil.copytree(engines, tmp_path / "engines"))
-    manifest = read(home / "guided" / "manifest.json")
-    manifest["base"]["sha256"]["all"] = "0" * 64
-    write_manifest(home / "guided", manifest)
+    reseal(home / "guided", lambda m: m["base"]["sha256"].update(all="0" * 64))
     monkeypatch.setenv("PNP_TRT_ENGINES", str(home))
     done = cli(*BOTH, "--only", "latency", "--json", tmp_path / "b.json")
     assert done.code == 2 and "different base models" in done.err

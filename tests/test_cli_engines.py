@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pnp_trt.artifacts import list_files, read_manifest, write_manifest
 from pnp_trt.runtime.verify import load_golden, save_golden
 
+from .bundles import document, reseal
 from .conftest import Result
 
 Cli = Callable[..., Result]
 
 
 def test_inspect_prints_what_the_manifest_says(cli: Cli, engines: Path) -> None:
-    manifest = read_manifest(engines / "guided")
+    manifest = document(engines / "guided")
     done = cli("inspect", "guided", "--json")
     assert done.code == 0 and json.loads(done.out) == manifest
     text = cli("inspect", "guided").out
@@ -53,9 +53,7 @@ def test_verify_compares_with_what_pytorch_gave(cli: Cli, engines: Path, tmp_pat
     golden = load_golden(copy / "golden.npz")
     inputs, reference = golden["unet"]
     save_golden(copy / "golden.npz", {**golden, "unet": (inputs, reference + np.float32(0.1))})
-    manifest = read_manifest(copy)
-    manifest["files"] = list_files(copy)
-    write_manifest(copy, manifest)
+    reseal(copy)
     done = cli("verify", copy)
     assert done.code == 1 and "engine 'guided': the unet differs from PyTorch by" in done.err
 

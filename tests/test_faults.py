@@ -19,11 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from pnp_trt.artifacts import MANIFEST, open_bundle, read_manifest, sha256, write_manifest
+from pnp_trt.artifacts import MANIFEST, open_bundle, sha256
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export.bundle import build
 from pnp_trt.export.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
+
+from .bundles import reseal
 
 KILLS = int(os.environ.get("PNP_TRT_FAULTS", "3"))
 SEED = int(os.environ.get("PNP_TRT_FAULTS_SEED", time.time_ns() % 10_000))
@@ -97,7 +99,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     whole = time.monotonic() - begun
     # the bundle that stands has a VAE encoder, which the new one has not: they differ, and each is whole by itself
     old, new = (
-        {n: f["sha256"] for n, f in open_bundle(folder).manifest["files"].items()}
+        {n: f.sha256 for n, f in open_bundle(folder).manifest.files.items()}
         for folder in (micro_bundles / "plain", tmp_path / "timed")
     )
     assert old != new
@@ -114,7 +116,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
         said = f"seed {SEED}, kill {number} after {moment:.2f} of {whole:.2f} s"
         if out.exists() or replace:
             bundle = open_bundle(out)  # every hash is right
-            found = {n: sha256(out / n) for n in bundle.manifest["files"]}
+            found = {n: sha256(out / n) for n in bundle.manifest.files}
             assert found == new or (replace and found == old), said
         else:
             with pytest.raises(InputError, match="no engine named"):
@@ -154,7 +156,7 @@ def test_two_builds_of_the_same_at_once(forker: Forker, micro_base: Path, tmp_pa
     built = build(BuildSpec(str(micro_base), "none", out=out))
     forker.wait()
     assert built.cached
-    assert open_bundle(out).manifest["key"] == built.manifest["key"]
+    assert open_bundle(out).manifest.key == built.manifest.key
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["same"]
 
 
@@ -174,8 +176,6 @@ def test_a_full_disk_leaves_nothing(micro_base: Path, tmp_path: Path) -> None:
 
 def test_a_resealed_lie_is_still_caught_by_the_files(micro_bundles: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(micro_bundles / "plain", tmp_path / "plain"))
-    manifest = read_manifest(folder)
-    manifest["files"]["unet.onnx"]["sha256"] = "0" * 64
-    write_manifest(folder, manifest)
+    reseal(folder, lambda m: m["files"]["unet.onnx"].update(sha256="0" * 64))
     with pytest.raises(InputError, match="unet.onnx is corrupt"):
         open_bundle(folder)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pnp_trt.artifacts import read_manifest
 from pnp_trt.errors import InputError
 from pnp_trt.export.bundle import build
 from pnp_trt.export.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
 
+from .bundles import document
 from .conftest import Result
 
 Cli = Callable[..., Result]
@@ -69,7 +69,7 @@ def test_a_size_draws_what_its_own_bundle_draws(
     build(BuildSpec(str(micro_base), "none", out=tmp_path / "fixed", profiles=("b1@16x40",)))
     sized, fixed, own = (Pipeline.load(p) for p in (plain, tmp_path / "fixed", micro_bundles / "plain"))
     assert (sized.size, fixed.size, own.size) == ((32, 32), (16, 40), (32, 32))
-    assert "height" not in str(fixed.bundle.manifest["networks"]["unet"]["inputs"])
+    assert "height" not in str(fixed.bundle.manifest.networks["unet"].inputs)
     for other, size in ((fixed, (16, 40)), (own, (32, 32))):
         for method in ("cfg", "unguided"):
             a = sized("a cat", steps=3, seed=5, method=method, size=size)[0]
@@ -89,7 +89,7 @@ def test_the_default_size_draws_the_same_noise_as_ever(plain: Path, micro_bundle
 
 
 def test_manifest_inspect_and_verify_know_the_sizes(plain: Path, cli: Cli) -> None:
-    m = read_manifest(plain)
+    m = document(plain)
     assert [p["name"] for p in m["profiles"]] == ["b1-32@32x32", "b1-32@8-64x8-64"]
     assert m["profiles"][1]["height"] == [8, 32, 64] and m["profiles"][1]["step"] == 8
     assert m["networks"]["unet"]["inputs"]["sample"] == ["float32", ["batch", 4, "height", "width"]]
@@ -134,7 +134,7 @@ def test_an_rtx_engine_has_a_profile_for_each_size(tmp_path: Path, cli: Cli) -> 
     done = cli("build", "--backend", "tensorrt-rtx", "--precision", "fp16", "--target", "sm_89", "--profile", "b1",
                "--profile", "b1-2@64-128", "--out", tmp_path / "rtx")  # fmt: skip
     assert done.code == 0, done.err
-    m = read_manifest(tmp_path / "rtx")
+    m = document(tmp_path / "rtx")
     assert [(p["name"], p["height"]) for p in m["profiles"]] == [("b1", [64, 64, 64]), ("b1-2@64-128", [64, 64, 128])]
     unet = m["networks"]["unet"]
     assert [p["width"] for p in unet["profiles"]] == [[16, 16, 16], [16, 16, 32]] and unet["file"] == "unet.engine"

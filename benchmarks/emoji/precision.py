@@ -61,16 +61,16 @@ def specs(home: Path, guide: str) -> list[BuildSpec]:
 def bundle_row(folder: Path) -> dict[str, Any]:
     """What a bundle's manifest says of it."""
     m = read_manifest(folder)
-    unet = m["networks"]["unet"]
-    size = {k: sum(f["bytes"] for n, f in m["files"].items() if n.startswith(k)) for k in ("unet.onnx", "unet.engine")}
+    unet = m.networks["unet"]
+    size = {k: sum(f.size for n, f in m.files.items() if n.startswith(k)) for k in ("unet.onnx", "unet.engine")}
     return {
-        "backend": m["backend"], "precision": m["precision"], "target": m["target"],
-        "parity": m["parity"]["relative_error"],
-        "parity_limits": {k: n["parity"]["limit"] for k, n in m["networks"].items()},
+        "backend": m.backend, "precision": m.precision, "target": m.target,
+        "parity": dict(m.parity.relative_error),
+        "parity_limits": {k: n.parity.limit for k, n in m.networks.items()},
         "unet_graph_bytes": size["unet.onnx"], "unet_engine_bytes": size["unet.engine"] or None,
-        "int8": {k: v for k, v in unet.get("int8", {}).items() if k in TOLD} or None,
-        "build_seconds": m["build_seconds"], "unet_compile_seconds": unet["compiled"]["seconds"],
-        "peak_memory_bytes": m["peak_memory"],
+        "int8": {k: v for k, v in (unet.int8.to_json() if unet.int8 else {}).items() if k in TOLD} or None,
+        "build_seconds": m.build_seconds, "unet_compile_seconds": unet.compiled.seconds,
+        "peak_memory_bytes": m.peak_memory.to_json(),
     }  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def judged(a: argparse.Namespace, home: Path) -> dict[str, Any]:
     sets: dict[str, Ranked] = {}
     for name in ("fp32", "fp16", "int8", "int8-weights"):
         folder = home / f"onnxruntime-{name}"
-        key = read_manifest(folder)["key"][:12]
+        key = read_manifest(folder).key[:12]
 
         def tell(done: int, name: str = name) -> None:
             print(f"{name}: {done} of {a.pictures} pictures", file=sys.stderr)

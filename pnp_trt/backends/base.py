@@ -17,6 +17,7 @@ import numpy as np
 from .profiles import MAX_BATCH, Profile, Size, size_of
 
 if TYPE_CHECKING:
+    from ..bundle.manifest import Manifest, NetworkRecord
     from ..runtime.device_loop import DeviceLoops
 
 __all__ = [
@@ -233,7 +234,7 @@ class Backend(ABC):
         return replace(made, notes={**made.notes, "weights": "compiled again"})
 
     @abstractmethod
-    def check(self, manifest: Mapping[str, Any]) -> None:
+    def check(self, manifest: Manifest) -> None:
         """Refuse a bundle whose engines cannot run here, before anything is loaded.
 
         Raises:
@@ -241,11 +242,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def cannot_run(self, target: str, options: Mapping[str, Any] | None = None) -> str | None:
+    def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
         """Why engines for ``target`` cannot run on this machine, as a clause; None if they can."""
 
     @abstractmethod
-    def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> Network:
+    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> Network:
         """Load one network of a bundle that was checked.
 
         Args:

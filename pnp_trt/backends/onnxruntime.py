@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..bundle.manifest import Manifest, NetworkRecord
 from ..errors import InputError, PnpError
 from .base import (
     Backend,
@@ -90,15 +91,14 @@ class OnnxRuntime(Backend):
         progress(job.network, 1, 1)
         return Compiled(job.graph.name, 0.0, None, {"weights": "external weights"})  # its data file is what runs
 
-    def check(self, manifest: Mapping[str, Any]) -> None:
+    def check(self, manifest: Manifest) -> None:
         pass
 
-    def cannot_run(self, target: str, options: Mapping[str, Any] | None = None) -> str | None:
+    def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
         return None
 
-    def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> OrtNetwork:
-        profiles = tuple(Profile.from_dict(p) for p in network["profiles"])
-        return OrtNetwork(path, options.provider, options.threads, profiles)
+    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> OrtNetwork:
+        return OrtNetwork(path, options.provider, options.threads, network.profiles)
 
 
 class OrtNetwork(Network):

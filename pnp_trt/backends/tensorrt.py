@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import memory
-from ..artifacts import cache_home
+from ..artifacts import cache_home, engines_home, rebuild_advice
+from ..bundle.manifest import Manifest, NetworkRecord
 from ..errors import InputError, PnpError
 from .base import Backend, Compiled, CompileJob, CompileOptions, LoadOptions, Network, Profile, Progress
 from .device import Gpu, present_gpus
@@ -78,7 +79,7 @@ class TensorRtBackend(Backend):
     def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
         """Refit where the engine allows it and a GPU that runs it is here; else compile the graph again."""
         reason = None if job.options.refittable else "the engine was not built with --refittable"
-        reason = reason or self.cannot_run(job.target, asdict(job.options))
+        reason = reason or self.cannot_run(job.target, job.options)
         made = self._run(job, progress, None if reason else engine)
         how = f"compiled again: {reason}" if reason else "refit"
         return replace(made, notes={**made.notes, "weights": how})
@@ -111,62 +112,64 @@ class TensorRtBackend(Backend):
         key = "-".join([self.flavour.version(), gpus[0].sm, *gpus[0].name.lower().split()])
         return str(cache_home() / "timing" / f"{key}.cache")
 
-    def check(self, manifest: Mapping[str, Any]) -> None:
-        name, advice = manifest["name"], f"rebuild it with: {manifest['rebuild']} --force"
-        lasting = manifest["built_from"]["options"]["version_compatible"]
+    def check(self, manifest: Manifest) -> None:
+        name, advice = manifest.name, rebuild_advice(engines_home() / manifest.name, manifest.rebuild)
+        lasting = manifest.options.version_compatible
         for package, here in self.versions().items():
-            built = manifest["compiler"].get(package, "none")
+            built = manifest.compiler.get(package, "none")
             if built != here and not (lasting and _later(here, built)):
                 raise InputError(f"engine '{name}': its compiler is {package} {built}, here is {here}; {advice}")
-        if (reason := self.cannot_run(manifest["target"], manifest["built_from"]["options"])) is not None:
+        if (reason := self.cannot_run(manifest.target, manifest.options)) is not None:
             raise InputError(
-                f"engine '{name}': its target is {manifest['target']}, and {reason}; "
+                f"engine '{name}': its target is {manifest.target}, and {reason}; "
                 f"make one for this machine with: {self._for_here(manifest)}"
             )
 
-    def _for_here(self, manifest: Mapping[str, Any]) -> str:
-        """The command that makes an engine like this one for the GPU that is here, or for none."""
-        plugged = manifest.get("plugged")
-        if plugged is None:
-            return shlex.join(self._build_here(manifest, manifest["rebuild"]))
+    def _for_here(self, manifest: Manifest) -> str:
+        """The command that makes an engine like this one for the GPU that is here, or for none.
+
+        The manifest only claims what made it, so each of its commands is taken apart, checked to be one of this
+        program's, and quoted again word by word.
+        """
+        claims = [manifest.rebuild] if manifest.plugged is None else list(manifest.plugged.commands)
+        first, *plugs = (_own_words(claim) for claim in claims)
+        if first is None or first[1] != "build" or any(p is None or p[1] != "plug" or len(p) < 3 for p in plugs):
+            return shlex.join(["pnp-trt", "build", "--out", f"{manifest.name}-here"])
+        if manifest.plugged is None:
+            return shlex.join(self._build_here(manifest, first))
         # a plugged engine comes of others, which have to be made for this machine first
-        first, *plugs = plugged["commands"]
-        folder = f"{Path(_option(first, '--out') or manifest['name'])}-here"
+        folder = f"{Path(_option(first, '--out') or manifest.name)}-here"
         commands = [[*self._build_here(manifest, first), "--out", folder]]
-        for command in plugs:
-            words = shlex.split(command)
-            words[2], folder = folder, f"{_option(command, '--out') or manifest['name']}-here"
-            words[words.index("--out") + 1] = folder
-            commands.append(words)
+        for words in filter(None, plugs):
+            words[2], folder = folder, f"{_option(words, '--out') or manifest.name}-here"
+            commands.append([*_without(words, "--out"), "--out", folder])
         return " && ".join(shlex.join(words) for words in commands)
 
-    def _build_here(self, manifest: Mapping[str, Any], command: str) -> list[str]:
+    def _build_here(self, manifest: Manifest, words: list[str]) -> list[str]:
         """A build's command line with this machine's target, less ``--out``."""
         gpus = present_gpus()
-        words = shlex.split(command)
         # batches mean nothing to ONNX Runtime, sizes do
-        dropped = [] if gpus or any("height" in p for p in manifest["profiles"]) else manifest["profiles"]
+        dropped = () if gpus or any(p.sized for p in manifest.profiles) else manifest.profiles
         for option in ("--target", "--out", *(("--profile",) * len(dropped))):
-            if option in words:
-                del words[words.index(option) : words.index(option) + 2]
+            words = _without(words, option)
         if not gpus:
-            words[words.index("--backend") + 1] = "onnxruntime"
+            words = [*_without(words, "--backend"), "--backend", "onnxruntime"]
         elif gpus[0].sm in self.flavour.targets:
-            words += ["--target", gpus[0].sm]
+            words = [*words, "--target", gpus[0].sm]
         return words
 
-    def cannot_run(self, target: str, options: Mapping[str, Any] | None = None) -> str | None:
+    def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
         gpus = present_gpus()
         if not gpus:
             return "no NVIDIA driver or GPU was found here"
         sm = gpus[0].sm
         if target == sm or (target == "portable" and sm in _PORTABLE):
             return None
-        if (options or {}).get("hardware_compatible") and int(sm[3:]) >= int(target[3:]) >= 80:
+        if options is not None and options.hardware_compatible and int(sm[3:]) >= _compute_capability(target) >= 80:
             return None
         return f"the GPU here is {sm} ({gpus[0].name})"
 
-    def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> Network:
+    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> Network:
         from .trt_network import TrtNetwork
 
         if options.provider == "cpu":
@@ -195,9 +198,28 @@ class TensorRtRtx(TensorRtBackend):
     flavour = RTX
 
 
-def _option(command: str, name: str) -> str | None:
-    words = shlex.split(command)
-    return words[words.index(name) + 1] if name in words else None
+def _own_words(claim: str) -> list[str] | None:
+    """The words of a `pnp-trt` command line; None for any other text."""
+    try:
+        words = shlex.split(claim)
+    except ValueError:  # a quotation that does not end
+        return None
+    return words if words[:1] == ["pnp-trt"] and len(words) > 1 else None
+
+
+def _option(words: list[str], name: str) -> str | None:
+    return words[words.index(name) + 1] if name in words[:-1] else None
+
+
+def _without(words: list[str], option: str) -> list[str]:
+    """The words without the first occurrence of an option and its value."""
+    i = words.index(option) if option in words else len(words)
+    return words[:i] + words[i + 2 :]
+
+
+def _compute_capability(target: str) -> int:
+    """89 for ``sm_89``; 0 for what is no single GPU."""
+    return int(target[3:]) if re.fullmatch(r"sm_[0-9]{2,3}", target) else 0
 
 
 def check_memory(job: CompileJob) -> None:

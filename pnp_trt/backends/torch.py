@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..bundle.manifest import Manifest, NetworkRecord
 from ..errors import InputError, PnpError
 from .base import Backend, Bound, Compiled, CompileJob, CompileOptions, Description, LoadOptions, Network, Progress
-from .profiles import Profile, Size, legal_sizes
+from .profiles import Size, legal_sizes
 
 if TYPE_CHECKING:
     from ..runtime.device_loop import DeviceLoops
@@ -77,18 +78,18 @@ class Torch(Backend):
         progress(job.network, 1, 1)
         return Compiled(job.graph.with_suffix(".safetensors").name, 0.0, notes={"mode": job.target})
 
-    def check(self, manifest: Mapping[str, Any]) -> None:
-        if (reason := self.cannot_run(manifest["target"])) is not None:
-            raise InputError(f"engine '{manifest['name']}' cannot run here: {reason}")
+    def check(self, manifest: Manifest) -> None:
+        if (reason := self.cannot_run(manifest.target)) is not None:
+            raise InputError(f"engine '{manifest.name}' cannot run here: {reason}")
 
-    def cannot_run(self, target: str, options: Mapping[str, Any] | None = None) -> str | None:
+    def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
         if missing := [p for p in _PACKAGES if importlib.util.find_spec(p) is None]:
             return f"backend 'torch' needs {', '.join(missing)}; install with: pip install 'pnp-trt[build]'"
         if target == "compile" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
             return "torch.compile needs a C++ compiler and none was found; install g++, or build with --target eager"
         return None
 
-    def load(self, path: Path, network: Mapping[str, Any], options: LoadOptions) -> TorchNetwork:
+    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> TorchNetwork:
         return TorchNetwork(path, network, options)
 
     def device_loops(self, unet: Any, vae: Any, condition: Any, name: str) -> DeviceLoops | None:
@@ -106,7 +107,7 @@ class TorchNetwork(Network):
     CPU core, and ten seconds in later processes, since PyTorch keeps what it made (``TORCHINDUCTOR_CACHE_DIR``).
     """
 
-    def __init__(self, path: Path, entry: Mapping[str, Any], options: LoadOptions) -> None:
+    def __init__(self, path: Path, entry: NetworkRecord, options: LoadOptions) -> None:
         import torch
 
         from ..export.modules import emulated
@@ -115,19 +116,19 @@ class TorchNetwork(Network):
 
         self.path = path
         self.device = device(options.provider)
-        self.compiled = entry["compiled"]["mode"] == "compile"
+        self.compiled = entry.compiled.notes.get("mode") == "compile"
         if options.threads:
             torch.set_num_threads(options.threads)
         if self.device == "cuda":  # fp32 means float32, as on every backend
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        module = convert(rebuild(path.with_suffix(".json"), path), recipe(entry["precision"])).to(self.device)
+        module = convert(rebuild(path.with_suffix(".json"), path), recipe(entry.precision)).to(self.device)
         self._wide = self.device == "cpu" and not self.compiled and emulated(module)
         self._call: Any = _compile(module, self.device) if self.compiled else module
         self._described = Description(
-            {n: (dtype, tuple(shape)) for n, (dtype, shape) in entry["inputs"].items()},
-            {n: (dtype, tuple(shape)) for n, (dtype, shape) in entry["outputs"].items()},
+            dict(entry.inputs),
+            dict(entry.outputs),
             "cuda:0" if self.device == "cuda" else "cpu",
-            tuple(Profile.from_dict(p) for p in entry["profiles"]),
+            entry.profiles,
         )
 
     def describe(self) -> Description:

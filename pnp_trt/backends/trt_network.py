@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..artifacts import cache_home, digest, write_bytes
+from ..bundle.manifest import NetworkRecord
 from ..errors import InputError, PnpError
-from .base import Bound, Description, Network, Profile, Size
+from .base import Bound, Description, Network, Size
 from .cuda import Cuda
 from .profiles import tightest
 from .trt_facts import facts
@@ -35,15 +36,15 @@ class TrtNetwork(Network):
 
     KEEP = 4
 
-    def __init__(self, flavour: Flavour, path: Path, entry: Mapping[str, Any], cuda: Cuda | None = None) -> None:
+    def __init__(self, flavour: Flavour, path: Path, entry: NetworkRecord, cuda: Cuda | None = None) -> None:
         self.path = path
-        self.profiles = tuple(Profile.from_dict(p) for p in entry["profiles"])
+        self.profiles = entry.profiles
         self._flavour = flavour
         self._cuda = cuda or Cuda()
         self._trt = flavour.load()
         self._log = _Log(self._trt).made
         self._runtime = self._trt.Runtime(self._log)
-        self._engine = self._deserialize(entry["compiled"].get("host_code", False))
+        self._engine = self._deserialize(bool(entry.compiled.notes.get("host_code", False)))
         self._described = self._check(entry)
         self._idle: list[TrtBound] = []
         self._lock = threading.Lock()
@@ -63,21 +64,22 @@ class TrtNetwork(Network):
             raise PnpError(f"{self._flavour.name} cannot load {self.path}: {self._log.first()}")
         return engine
 
-    def _check(self, entry: Mapping[str, Any]) -> Description:
+    def _check(self, entry: NetworkRecord) -> Description:
         trt, engine = self._trt, self._engine
         found: dict[str, dict[str, tuple[str, tuple[int | str, ...]]]] = {"inputs": {}, "outputs": {}}
+        sides = {"inputs": entry.inputs, "outputs": entry.outputs}
         for i in range(engine.num_io_tensors):
             name = engine.get_tensor_name(i)
             side = "inputs" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "outputs"
             dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
             shape: list[int | str] = [int(d) for d in tuple(engine.get_tensor_shape(name))[1:]]
             # the engine knows open dimensions by -1, the manifest their names
-            names = entry[side].get(name, (None, []))[1][1:]
+            names = sides[side].get(name, ("", ()))[1][1:]
             if len(names) == len(shape):
                 shape = [n if d == -1 and isinstance(n, str) else d for d, n in zip(shape, names, strict=True)]
             found[side][name] = (dtype, ("batch", *shape))
         for side, held in found.items():
-            wanted = {n: (dtype, tuple(shape)) for n, (dtype, shape) in entry[side].items()}
+            wanted = dict(sides[side])
             if held != wanted:
                 raise InputError(f"{self.path} has {side} {held}, its manifest says {wanted}; build it again")
         if engine.num_optimization_profiles != len(self.profiles):

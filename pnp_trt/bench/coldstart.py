@@ -40,7 +40,7 @@ def measure(
 
     Raises InputError for less than one round or an engine that is not there, PnpError if a start fails.
     """
-    name = read_manifest(find_bundle(engine))["name"]
+    name = read_manifest(find_bundle(engine)).name
     seconds, imports = starts(engine, rounds=rounds, steps=steps, provider=provider, progress=progress)
     return {
         "engine": name,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..artifacts import find_bundle, read_manifest
+from ..bundle.manifest import Manifest, NetworkRecord
 
 
 class Loaded(Protocol):
@@ -42,51 +43,46 @@ def engine_rows(engines: Sequence[str | Path], loaded: Sequence[Loaded] = ()) ->
     for engine in engines:
         folder = find_bundle(str(engine))
         manifest = read_manifest(folder)
-        for network, entry in manifest["networks"].items():
-            rows.append(_row(folder, manifest, network, entry, told.get(manifest["name"])))
+        for network, entry in manifest.networks.items():
+            rows.append(_row(folder, manifest, network, entry, told.get(manifest.name)))
     return rows
 
 
 def _row(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     network: str,
-    entry: Mapping[str, Any],
+    entry: NetworkRecord,
     told: Mapping[str, Mapping[str, int]] | None,
 ) -> dict[str, Any]:
     own = dict((told or {}).get(network, {}))
     notes = []
-    if manifest["backend"] == "onnxruntime":
-        nodes = _nodes(folder / entry["graph"])
+    if manifest.backend == "onnxruntime":
+        nodes = _nodes(folder / entry.graph)
         if nodes is None:
             notes.append("layers are counted with the package onnx, which is not installed")
         else:
             own["layers"] = nodes
             notes.append("layers are the graph's nodes, before ONNX Runtime fuses any; it reports no reformats")
-    elif manifest["backend"] == "torch":
+    elif manifest.backend == "torch":
         notes.append("PyTorch runs modules; there are no layers to count")
     elif told is None:
         notes.append("the engine is not loaded here, so that its inspector could not be asked")
     elif "layers" not in own:
         notes.append("the engine keeps nothing of its layers")
     return {
-        "engine": manifest["name"],
-        "backend": manifest["backend"],
-        "precision": entry["precision"],
-        "target": manifest["target"],
+        "engine": manifest.name,
+        "backend": manifest.backend,
+        "precision": entry.precision,
+        "target": manifest.target,
         "network": network,
-        "file_bytes": _bytes(manifest, entry["file"]),
-        "graph_bytes": _bytes(manifest, entry["graph"]),
+        "file_bytes": manifest.size_of(entry.file),
+        "graph_bytes": manifest.size_of(entry.graph),
         "device_memory_bytes": own.get("device_memory_bytes"),
         "layers": own.get("layers"),
         "reformats": own.get("reformats"),
         "note": "; ".join(notes) or None,
     }
-
-
-def _bytes(manifest: Mapping[str, Any], file: str) -> int:
-    """Bytes of a file of the bundle, with its external weights."""
-    return sum(int(entry["bytes"]) for name, entry in manifest["files"].items() if name in (file, f"{file}.data"))
 
 
 def _nodes(graph: Path) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+
+from ..bundle.manifest import Manifest
 
 TEACHER, TINY = "teacher", "tiny"
 
@@ -32,7 +33,7 @@ def default_build(engine: str) -> list[str] | None:
     return None
 
 
-def counted_guide(manifest: dict[str, Any]) -> str | None:
+def counted_guide(manifest: Manifest) -> str | None:
     """The counted network that is a bundle's guide, ``guide-tiny`` or ``guide-full``.
 
     "" where the bundle has none; None where its guide is not at hand, or of another size than the counted one.
@@ -40,10 +41,10 @@ def counted_guide(manifest: dict[str, Any]) -> str | None:
     from ..errors import InputError
     from ..models.names import guide_folder
 
-    if manifest["guide"] is None:
+    if manifest.guide is None:
         return ""
     try:
-        config = json.loads((guide_folder(manifest["guide"]["name"]) / "config.json").read_text())
+        config = json.loads((guide_folder(manifest.guide.name) / "config.json").read_text())
     except (InputError, OSError, ValueError):
         return None
     kind = str(config.get("_class_name", "")).removesuffix("Guide").lower()
@@ -51,7 +52,7 @@ def counted_guide(manifest: dict[str, Any]) -> str | None:
         return "guide-full"
     counted = json.loads((guide_folder("emoji-tiny") / "config.json").read_text())
     alike = all(config.get(k) == counted.get(k) for k in ("rank", "embed_dim"))
-    return "guide-tiny" if kind == "tiny" and alike and manifest["base"]["name"] in _bundled() else None
+    return "guide-tiny" if kind == "tiny" and alike and manifest.base.name in _bundled() else None
 
 
 def _bundled() -> list[str]:

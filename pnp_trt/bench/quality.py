@@ -116,7 +116,7 @@ class Studio:
     def _key(self, cell: Cell) -> list[Any]:
         pipe = self.pipes[cell.engine]
         return [
-            pipe.bundle.manifest["seal"], cell.method, cell.steps, cell.guidance, self.task.key, self.plan.schedule,
+            pipe.bundle.manifest.seal, cell.method, cell.steps, cell.guidance, self.task.key, self.plan.schedule,
             self.plan.size, self.eyes.key,
         ]  # fmt: skip
 

@@ -92,22 +92,19 @@ def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], Work | N
         if bundle is None:
             weight = getattr(pipe, "weight_bytes", None)
             return None if weight is None or "teacher" not in macs else Work(macs["teacher"], weight)
-        networks = bundle.manifest["networks"]
+        networks = bundle.manifest.networks
         needed = ["teacher"]
         if case.method == "guided":
             needed.append("guide-full" if "condition" in networks else "guide-tiny")
         if any(name not in macs for name in needed):
             return None
-        return Work(sum(macs[name] for name in needed), _unet_bytes(bundle.manifest), bundle.manifest["precision"])
+        return Work(
+            sum(macs[name] for name in needed),
+            bundle.manifest.size_of(bundle.manifest.networks["unet"].file),
+            bundle.manifest.precision,
+        )
 
     return find
-
-
-def _unet_bytes(manifest: Mapping[str, Any]) -> int:
-    file = manifest["networks"]["unet"]["file"]
-    return sum(
-        int(entry["bytes"]) for name, entry in manifest["files"].items() if name == file or name == f"{file}.data"
-    )
 
 
 def measure_device(

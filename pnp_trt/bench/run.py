@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..artifacts import cached_sha256, find_bundle, read_manifest
+from ..bundle.manifest import Manifest
 from ..errors import InputError, PnpError
 from ..runtime.baselines import INTERVAL, guided_steps
 from ..runtime.pipeline import Pipeline
@@ -33,7 +34,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     found = {
         **plan.as_dict(),
         "package": __version__,
-        "seals": {name: read_manifest(find_bundle(name))["seal"] for name in wanted_engines(plan)},
+        "seals": {name: read_manifest(find_bundle(name)).seal for name in wanted_engines(plan)},
     }
     for name in ("prompts", "inception"):
         if (value := getattr(plan, name)) is not None:
@@ -52,7 +53,7 @@ def base_of(plan: Plan) -> str:
         InputError: as :func:`identity` does.
     """
     engines = wanted_engines(plan)
-    return str(_same_base(engines)["base"]["name"]) if engines else plan.base
+    return _same_base(engines).base.name if engines else plan.base
 
 
 def run(
@@ -233,12 +234,12 @@ def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | Non
     return found.pop() if len(found) == 1 else "ddim" if found else None
 
 
-def _same_base(names: Sequence[str]) -> dict[str, Any]:
+def _same_base(names: Sequence[str]) -> Manifest:
     """The first engine's manifest; ``InputError`` unless all are of one base."""
     bases: dict[str, list[str]] = {}
     manifests = [read_manifest(find_bundle(name)) for name in names]
     for name, manifest in zip(names, manifests, strict=True):
-        bases.setdefault(manifest["base"]["sha256"]["all"], []).append(name)
+        bases.setdefault(manifest.base.sha256["all"], []).append(name)
     if len(bases) > 1:
         groups = " and ".join(", ".join(group) for group in bases.values())
         raise InputError(

@@ -53,7 +53,7 @@ class Timing:
             return []
         plain = next(pipe for pipe in self.pipes if "cfg" in pipe.methods)
         provider = "cuda" if plain.on_gpu else "cpu"
-        precision = plain.bundle.manifest["precision"] if plain.on_gpu else "fp32"
+        precision = plain.bundle.manifest.precision if plain.on_gpu else "fp32"
         kinds = [k for k in peers.KINDS if precision in ("fp32", "fp16", "bf16")]
         try:
             found, left_out = peers.available(
@@ -211,15 +211,15 @@ class Timing:
 
     def _device_key(self) -> list[str]:
         pipe = self.pipes[0]
-        precision = pipe.bundle.manifest["precision"]
+        precision = pipe.bundle.manifest.precision
         return ["cuda", precision if precision in ("fp16", "bf16") else "fp32"] if pipe.on_gpu else ["cpu", "fp32"]
 
     def _start_key(self, pipe: Pipeline) -> list[Any]:
-        return [pipe.bundle.manifest["seal"], self.plan.cold_starts, self.plan.provider]
+        return [pipe.bundle.manifest.seal, self.plan.cold_starts, self.plan.provider]
 
     def _key(self, steps: int, batch: int) -> list[Any]:
         plan = self.plan
-        seals = {pipe.name: pipe.bundle.manifest["seal"] for pipe in self.pipes}
+        seals = {pipe.name: pipe.bundle.manifest.seal for pipe in self.pipes}
         return [
             steps, batch, plan.rounds, plan.warmup, plan.guidance[0], plan.schedule, plan.size, plan.provider,
             plan.memory, seals, [c.label for c in self._cases(batch)],

@@ -14,6 +14,7 @@ from typing import Any
 from .. import __version__, backends
 from ..artifacts import MANIFEST, SCHEMA, digest, lock, read_manifest
 from ..backends.base import MAX_BATCH, Backend, Profile, Progress
+from ..bundle.manifest import Manifest
 from ..errors import InputError, PnpError
 from ..quantize.record import Record
 from ..quantize.record import find as find_record
@@ -29,7 +30,7 @@ class Built:
     """What `build` did."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     cached: bool
 
 
@@ -92,7 +93,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     return Built(folder, manifest, cached=False)
 
 
-def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
+def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> Manifest | None:
     """The manifest of the bundle of this key that is already in ``folder``; None if one is to be made.
 
     Call it under ``lock(folder)``.
@@ -107,7 +108,7 @@ def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> d
             raise InputError(f"{folder} holds something that is not a bundle; choose another --out")
     elif not force:
         found = read_manifest(folder)
-        if found.get("key") == key and _intact(folder, found):
+        if found.key == key and _intact(folder, found):
             return found
         raise InputError(
             f"{folder} holds another bundle, or a damaged one ({_first_difference(found, identity)}); "
@@ -157,16 +158,16 @@ def _record(spec: BuildSpec, recipe: Recipe, base: str, guide: dict[str, Any] | 
     return record
 
 
-def _intact(folder: Path, manifest: dict[str, Any]) -> bool:
-    files = manifest["files"]
-    return all((folder / f).is_file() and (folder / f).stat().st_size == wanted["bytes"] for f, wanted in files.items())
+def _intact(folder: Path, manifest: Manifest) -> bool:
+    files = manifest.files.items()
+    return all((folder / name).is_file() and (folder / name).stat().st_size == record.size for name, record in files)
 
 
-def _first_difference(found: dict[str, Any], identity: dict[str, Any]) -> str:
-    if ("plugged" in found["built_from"]) != ("plugged" in identity):
-        return "it was plugged, not built" if "plugged" in found["built_from"] else "it was built, not plugged"
+def _first_difference(found: Manifest, identity: dict[str, Any]) -> str:
+    if ("plugged" in found.built_from) != ("plugged" in identity):
+        return "it was plugged, not built" if "plugged" in found.built_from else "it was built, not plugged"
     for name, wanted in identity.items():
-        held = found["built_from"].get(name)
+        held = found.built_from.get(name)
         if held != wanted:
             short = [str(v)[:60] if not isinstance(v, dict) else str(v.get("name", v))[:60] for v in (held, wanted)]
             return f"its {name} is {short[0]}, not {short[1]}"

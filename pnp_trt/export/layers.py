@@ -120,16 +120,16 @@ def graphs(bundle: Bundle, networks: list[str]) -> dict[str, tuple[Path, dict[st
     Raises:
         InputError: for a network that the bundle does not have, or a bundle without graphs.
     """
-    held = bundle.manifest["networks"]
+    held = bundle.manifest.networks
     if unknown := [n for n in networks if n not in held]:
         raise InputError(f"engine '{bundle.name}' has no network '{unknown[0]}'; it has: {', '.join(held)}")
     golden = load_golden(bundle.folder / GOLDEN)
     found = {}
     for name in networks or held:
-        path = bundle.folder / held[name]["graph"]
+        path = bundle.folder / held[name].graph
         if path.suffix != ".onnx":
             raise InputError(
-                f"engine '{bundle.name}' of backend '{bundle.manifest['backend']}' holds modules and no graphs; "
+                f"engine '{bundle.name}' of backend '{bundle.manifest.backend}' holds modules and no graphs; "
                 "build it with another --backend to look at its layers"
             )
         found[name] = (path, {k: v[:1] for k, v in golden[name][0].items()})

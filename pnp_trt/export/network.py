@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import Backend, Size
+from ..bundle.manifest import Int8Record, NetworkParity, NetworkRecord
 from ..errors import PnpError
 from ..quantize.record import Record
 from .precision import Int8, Recipe
@@ -46,8 +47,8 @@ class NetworkExport:
 
     def write(
         self, name: str, make: Callable[[], Any], cases: dict[Size, dict[str, Any]], work: Path
-    ) -> tuple[dict[str, Any], dict[str, tuple[dict[str, Any], Any]], dict[str, Any]]:
-        """One network written: its entry in the manifest, its golden inputs and outputs, and its weights' map."""
+    ) -> tuple[NetworkRecord, dict[str, tuple[dict[str, Any], Any]], dict[str, Any]]:
+        """One network written: its record, not compiled yet, its golden inputs and outputs, and its weights' map."""
         from . import modules
         from .graph import export
         from .parity import LARGE, relative_error
@@ -93,19 +94,17 @@ class NetworkExport:
                 f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); {found}"
                 "nothing was written; choose another --precision, or report it"
             )
-        entry: dict[str, Any] = {
-            "graph": path.name,
-            "precision": recipe.name,
-            "inputs": {n: [str(v.dtype).removeprefix("torch."), self.plan.named(v.shape)] for n, v in inputs.items()},
-            "outputs": {OUTPUTS[name]: ["float32", self.plan.named(wanted[self.plan.default].shape)]},
-            "parity": {"graph": error, "limit": recipe.limit, "rows": rows},
-        }
-        if len(errors) > 1:
-            entry["parity"]["sizes"] = errors
-        if tried:
-            entry["fallback"] = f"off by {tried[0]}"
-        if quantised is not None:
-            entry["int8"] = self._told(weights)
+        record = NetworkRecord(
+            graph=path.name,
+            precision=recipe.name,
+            inputs={
+                n: (str(v.dtype).removeprefix("torch."), tuple(self.plan.named(v.shape))) for n, v in inputs.items()
+            },
+            outputs={OUTPUTS[name]: ("float32", tuple(self.plan.named(wanted[self.plan.default].shape)))},
+            parity=NetworkParity(error, recipe.limit, rows, errors if len(errors) > 1 else {}),
+            fallback=f"off by {tried[0]}" if tried else None,
+            int8=None if quantised is None else self._int8_record(weights),
+        )
         references = {
             name if size == self.plan.default else f"{name}@{size[0]}x{size[1]}": (
                 {k: v.numpy() for k, v in case.items()},
@@ -113,7 +112,7 @@ class NetworkExport:
             )
             for size, case in compared.items()
         }
-        return entry, references, weights.as_dict()
+        return record, references, weights.as_dict()
 
     def _recipes(self, name: str) -> list[Recipe]:
         """What a network is exported in, and what is tried when that is too far off."""
@@ -134,17 +133,18 @@ class NetworkExport:
             derived = quantize_weights(path, weights, matrix_layers(path, weights))
         return weights.derive(derived, _initializers(path))
 
-    def _told(self, weights: WeightMap) -> dict[str, Any]:
-        """What the manifest says of a quantised network."""
+    def _int8_record(self, weights: WeightMap) -> Int8Record:
+        """What the manifest records of a quantised network."""
         layers = sum(w["transform"][-1]["op"] == "quantize" for w in weights.weights.values())
         if self.record is None:
-            return {"layers": layers, "activations": False}
+            return Int8Record(layers, activations=False)
         sweep = self.record.sweep
-        return {
-            "layers": layers, "activations": True, "share_of_macs": round(self.record.share(), 4),
-            "decision": self.record.decision, "kept": sweep.get("kept"), "latent_error": sweep.get("latent_error"),
+        details = {
+            "share_of_macs": round(self.record.share(), 4), "decision": self.record.decision,
+            "kept": sweep.get("kept"), "latent_error": sweep.get("latent_error"),
             "recorded_on": self.record.settings, "base_sha256": self.record.base["sha256"],
         }  # fmt: skip
+        return Int8Record(layers, activations=True, details=details)
 
 
 def _what_is_off(path: Path, inputs: dict[str, Any], limit: float) -> str:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, memory
-from ..artifacts import SCHEMA, list_files, whole_folder, write_json, write_manifest
+from ..artifacts import list_files, whole_folder, write_json, write_manifest
 from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
+from ..bundle.manifest import (
+    Base,
+    Compiled,
+    Given,
+    Guide,
+    ImageSize,
+    Latents,
+    Manifest,
+    NetworkRecord,
+    Tokens,
+)
+from ..bundle.parts import Made, Parts, assemble
 from ..quantize.record import Record
 from .network import NetworkExport
 from .precision import Recipe
@@ -47,7 +58,7 @@ class Work:
     progress: Progress
     record: Record | None = None
 
-    def run(self, folder: Path, key: str, identity: dict[str, Any]) -> dict[str, Any]:
+    def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
         import torch
 
         from ..models.base import copy_tokenizer
@@ -75,7 +86,7 @@ class Work:
                 for size in (self.plan.default, self.plan.second)
                 if size is not None
             }  # fmt: skip
-            networks: dict[str, dict[str, Any]] = {}
+            networks: dict[str, NetworkRecord] = {}
             kept: dict[str, tuple[dict[str, Any], Any]] = {}
             maps: dict[str, Any] = {}
             for i, (name, make) in enumerate(modules.items()):
@@ -88,50 +99,38 @@ class Work:
             exported = memory.peak()
             gc.collect()
             for i, name in enumerate(modules):
-                self._compile(name, networks[name], work, (1 + len(modules) + i, stages))
+                networks[name] = self._compile(name, networks[name], work, (1 + len(modules) + i, stages))
             self._stage("compare and write", stages - 1, stages)
             save_golden(work / GOLDEN, kept)
             write_json(work / WEIGHTS, {"schema": WEIGHTS_SCHEMA, "networks": maps})
             engines = engine_parity(self.backend, self.target, work, networks, kept, self.spec.folder().name)
-            compiled = [n["compiled"]["peak_memory"] for n in networks.values() if n["compiled"]["peak_memory"]]
-            manifest = {
-                "schema": SCHEMA,
-                "name": folder.name,
-                "key": key,
-                "built_from": identity,
-                "base": {"name": self.spec.base, "sha256": self.base.fingerprint()},
-                "guide": identity["guide"],
+            parts = Parts(
+                base=Base(self.spec.base, self.base.fingerprint()),
+                guide=Guide.of(identity["guide"]),
                 # what a fine-tune has to be like, and where the guide came from: `pnp-trt plug` needs both
-                "given": {"base": self.spec.base, "guide": self.spec.guide},
-                "configs": self._configs(),
-                "backend": self.backend.name,
-                "precision": self.recipe.name,
-                "target": self.target,
-                "profiles": identity["profiles"],
-                "compiler": identity["compiler"],
-                "networks": networks,
-                "sample": {
-                    **dict(zip(("channels", "height", "width"), self.plan.latent(self.plan.default), strict=True)),
-                    "max_batch": max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
-                },
-                "image": dict(zip(("height", "width"), self.plan.default, strict=True)),
-                "tokens": tokens,
-                "scheduler": self.scheduler,
-                "parity": {
-                    "relative_error": {name: n["parity"]["graph"] for name, n in networks.items()},
-                    "limit": self.recipe.limit,
-                    "against": "PyTorch float32, seeded golden inputs",
-                    "engine": engines,
-                },
-                "files": list_files(work),
-                "versions": library_versions(),
-                "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "build_seconds": round(time.monotonic() - started, 1),
-                "peak_memory": {"export": exported, "compile": max(compiled, default=None)},
-                "rebuild": self.spec.command(),
-            }
-            write_manifest(work, manifest)
-        return manifest
+                given=Given(self.spec.base, self.spec.guide),
+                configs=self._configs(),
+                backend=self.backend.name,
+                precision=self.recipe.name,
+                target=self.target,
+                profiles=self.plan.profiles,
+                compiler=identity["compiler"],
+                sample=Latents(
+                    *self.plan.latent(self.plan.default),
+                    max_batch=max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
+                ),
+                image=ImageSize(*self.plan.default),
+                tokens=Tokens(**tokens),
+                scheduler=self.scheduler,
+                limit=self.recipe.limit,
+                against="PyTorch float32, seeded golden inputs",
+            )
+            made = Made(
+                name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
+                files=list_files(work), versions=library_versions(), seconds=time.monotonic() - started,
+                export_memory=exported, rebuild=self.spec.command(),
+            )  # fmt: skip
+            return write_manifest(work, assemble(parts, made))
 
     @property
     def _guided(self) -> bool:
@@ -186,25 +185,22 @@ class Work:
         kind = self.base.guide_class(self.spec.guide) or guide_class(guide_name(self.spec))
         return bool(kind.constant_parts)
 
-    def _compile(self, name: str, entry: dict[str, Any], work: Path, at: tuple[int, int]) -> None:
+    def _compile(self, name: str, record: NetworkRecord, work: Path, at: tuple[int, int]) -> NetworkRecord:
         def report(phase: str, done: int, total: int) -> None:
             self._stage(f"compile {TITLES[name]}", *at, share=min(1.0, done / max(total, 1)))
 
         job = CompileJob(
             network=name,
-            graph=work / entry["graph"],
-            inputs={k: (dtype, tuple(shape)) for k, (dtype, shape) in entry["inputs"].items()},
-            precision=entry["precision"],
+            graph=work / record.graph,
+            inputs=record.inputs,
+            precision=record.precision,
             target=self.target,
             profiles=self._profiles(name),
             options=self.spec.options,
         )
         made = self.backend.compile(job, report)
-        entry |= {
-            "file": made.file,
-            "profiles": [p.as_dict() for p in job.profiles],
-            "compiled": {"seconds": round(made.seconds, 1), "peak_memory": made.peak_memory, **made.notes},
-        }
+        compiled = Compiled(round(made.seconds, 1), made.peak_memory, made.notes)
+        return replace(record, file=made.file, profiles=job.profiles, compiled=compiled)
 
     def _profiles(self, network: str) -> tuple[Profile, ...]:
         if not self.plan.profiles:
@@ -229,7 +225,7 @@ def engine_parity(
     backend: Backend,
     target: str,
     folder: Path,
-    networks: dict[str, Any],
+    networks: Mapping[str, NetworkRecord],
     golden: dict[str, tuple[dict[str, Any], Any]],
     name: str,
 ) -> dict[str, float] | str:
@@ -244,7 +240,7 @@ def engine_parity(
     """
     from ..runtime.verify import compare, gate
 
-    if all(n["file"] == n["graph"] for n in networks.values()):
+    if all(n.file == n.graph for n in networks.values()):
         return "the graphs are what runs"
     if reason := backend.cannot_run(target):
         return f"not measured: {reason}; run pnp-trt verify on the machine that serves it"

@@ -6,13 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..bundle.manifest import Manifest
 from ..errors import InputError, PnpError
 from ..export.spec import BuildSpec, guide_identity, guide_name
 from ..export.weights import invert
 from .data import places
 
 
-def guide_of(manifest: dict[str, Any], graph: Path, data: Path, weights: dict[str, Any], unet: Any) -> tuple[Any, str]:
+def guide_of(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any], unet: Any) -> tuple[Any, str]:
     """The guide that is fused into a bundle's U-Net, and where its weights were found.
 
     They are taken from where the build took them if that is still the same, else read back from the graph: exact
@@ -27,11 +28,12 @@ def guide_of(manifest: dict[str, Any], graph: Path, data: Path, weights: dict[st
     Raises:
         InputError: if neither can be had.
     """
-    given = manifest["given"]
+    given, guide = manifest.given, manifest.guide
+    assert given is not None and guide is not None, "an engine that is plugged has both"
     with suppress(InputError):
-        spec = BuildSpec(base=given["base"], guide=given["guide"])
-        if guide_identity(spec) == manifest["guide"]:
-            return _from_files(spec, unet), given["guide"]
+        spec = BuildSpec(base=given.base, guide=given.guide)
+        if guide_identity(spec) == guide.to_json():
+            return _from_files(spec, unet), given.guide
     return _from_graph(manifest, graph, data, weights), "the graph itself"
 
 
@@ -45,19 +47,20 @@ def _from_files(spec: BuildSpec, unet: Any) -> Any:
     return load_guide(guide_name(spec))
 
 
-def _from_graph(manifest: dict[str, Any], graph: Path, data: Path, weights: dict[str, Any]) -> Any:
+def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any]) -> Any:
     import numpy as np
     import torch
 
     from ..models.condition import without_constant_parts
     from ..models.guide import GUIDES
 
-    name, config = manifest["guide"]["name"], manifest["configs"].get("guide")
+    assert manifest.guide is not None and manifest.configs is not None, "an engine that is plugged has both"
+    name, config = manifest.guide.name, manifest.configs.get("guide")
     classes = {c.__name__: c for c in GUIDES.values()}
     if config is None or config.get("_class_name") not in classes:
         raise InputError(f"guide '{name}' is not where the engine was built from, and its config is not in the bundle")
     guide = classes[config["_class_name"]].from_config(config)
-    if "condition" in manifest["networks"]:
+    if "condition" in manifest.networks:
         guide = without_constant_parts(guide)
     own = guide.state_dict()
     found = {}

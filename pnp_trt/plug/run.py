@@ -7,7 +7,6 @@ PyTorch running the fine-tune, on the bundle's own golden inputs; past the limit
 
 from __future__ import annotations
 
-import datetime
 import gc
 import json
 import os
@@ -15,7 +14,7 @@ import shlex
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,20 @@ import numpy as np
 from .. import __version__, backends, memory
 from ..artifacts import (
     SCHEMA,
+    check_place,
     digest,
     engines_home,
     find_bundle,
     lock,
     read_manifest,
+    rebuild_advice,
     sha256,
     whole_folder,
     write_manifest,
 )
-from ..backends.base import CompileJob, CompileOptions, Profile, Progress
+from ..backends.base import CompileJob, Progress
+from ..bundle.manifest import Base, Compiled, FileRecord, LoraRecord, Manifest, NetworkRecord, Plugged, Tokens
+from ..bundle.parts import Made, Parts, assemble
 from ..errors import InputError, PnpError
 from ..export.bundle import Built, standing
 from ..export.spec import short_name
@@ -76,15 +79,15 @@ class PlugSpec:
     unet_only: bool = False
     noise: Noise = field(default_factory=Noise)
 
-    def folder(self, manifest: dict[str, Any], base: str, loras: list[Lora]) -> Path:
+    def folder(self, manifest: Manifest, base: str, loras: list[Lora]) -> Path:
         """Where the new bundle goes; named as `pnp-trt build` names one of that base."""
         if self.out is not None:
             return self.out
-        old, guide, backend = manifest["base"]["name"], manifest["guide"], backends.get(manifest["backend"])
-        role = "teacher" if guide is None else guide["name"].removeprefix(f"{short_name(old)}-").removeprefix("emoji-")
-        precision = "" if manifest["precision"] == "fp32" else manifest["precision"]
+        old, guide, backend = manifest.base.name, manifest.guide, backends.get(manifest.backend)
+        role = "teacher" if guide is None else guide.name.removeprefix(f"{short_name(old)}-").removeprefix("emoji-")
+        precision = "" if manifest.precision == "fp32" else manifest.precision
         words = [short_name(base), *(lora.name for lora in loras), role, precision, backend.label]
-        words += [manifest["target"]] if backend.label else []
+        words += [manifest.target] if backend.label else []
         return engines_home() / "-".join(w for w in words if w)
 
     def command(self, base: str, folder: Path) -> str:
@@ -113,25 +116,20 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
         raise InputError("nothing to plug: give --base FINE_TUNE, --lora FILE, or both")
     source = find_bundle(spec.engine)
     manifest = read_manifest(source)
-    if "configs" not in manifest or "given" not in manifest:
-        raise InputError(
-            f"engine '{manifest['name']}' was built before engines could be plugged; "
-            f"rebuild it with: {manifest['rebuild']} --force"
-        )
-    backend = backends.get(manifest["backend"])
+    advice = rebuild_advice(source, manifest.rebuild)
+    if manifest.configs is None or manifest.given is None:
+        raise InputError(f"engine '{manifest.name}' was built before engines could be plugged; {advice}")
+    backend = backends.get(manifest.backend)
     if backend.takes_modules:
         raise InputError(
-            f"engine '{manifest['name']}' holds PyTorch modules and no graph, so there is nothing to save by plugging; "
+            f"engine '{manifest.name}' holds PyTorch modules and no graph, so there is nothing to save by plugging; "
             f"build it of the fine-tune: pnp-trt build --backend {backend.name} --base FINE_TUNE"
         )
-    if (here := backend.versions()) != manifest["compiler"]:
-        raise InputError(
-            f"engine '{manifest['name']}': its compiler is {manifest['compiler']}, here is {here}; "
-            f"rebuild it with: {manifest['rebuild']} --force"
-        )
-    base = spec.base or manifest["base"]["name"]
+    if (here := backend.versions()) != manifest.compiler:
+        raise InputError(f"engine '{manifest.name}': its compiler is {manifest.compiler}, here is {here}; {advice}")
+    base = spec.base or manifest.base.name
     # LoRAs alone stay with what the engine took of its own base
-    unet_only = spec.unet_only or (spec.base is None and bool(manifest["built_from"].get("unet_only")))
+    unet_only = spec.unet_only or (spec.base is None and bool(manifest.built_from.get("unet_only")))
     fine_tune = find(base, unet_only)
     scheduler = _checked_scheduler(spec, manifest, fine_tune)
     loras = [Lora.parse(text) for text in spec.loras]
@@ -143,18 +141,18 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     parts = fine_tune.fingerprint()
     merged = [lora.identity() for lora in loras]
     identity = {
-        **{k: v for k, v in manifest["built_from"].items() if k not in ("plugged", "unet_only")},
+        **{k: v for k, v in manifest.built_from.items() if k not in ("plugged", "unet_only")},
         **({"unet_only": True} if unet_only else {}),
         "pnp-trt": __version__,
         "base": digest([parts, merged]),
         "scheduler": scheduler,
-        "plugged": {"engine": manifest["key"], "weights": parts, "loras": merged},
+        "plugged": {"engine": manifest.key, "weights": parts, "loras": merged},
     }
     key = digest([SCHEMA, identity])
     with lock(folder):
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
-        fine_tune.check_parts(manifest["configs"], f"engine '{manifest['name']}'")
+        fine_tune.check_parts(manifest.configs, f"engine '{manifest.name}'")
         work = _Work(spec, source, manifest, backend, fine_tune, scheduler, loras, progress or (lambda *_: None))
         try:
             made = work.run(folder, key, identity)
@@ -166,15 +164,15 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     return Built(folder, made, cached=False)
 
 
-def _checked_scheduler(spec: PlugSpec, manifest: dict[str, Any], fine_tune: FineTune) -> dict[str, Any]:
+def _checked_scheduler(spec: PlugSpec, manifest: Manifest, fine_tune: FineTune) -> dict[str, Any]:
     """The new bundle's scheduler record, which can be sampled from and is what the guide was distilled under."""
     spec.noise.check()
-    engine, guide = manifest["scheduler"], manifest["guide"]
-    steps = guide.get("sampling_steps") if guide is not None else None
+    engine, guide = dict(manifest.scheduler), manifest.guide
+    steps = guide.sampling_steps if guide is not None else None
     record = spec.noise.over(engine) if spec.base is None else fine_tune.scheduler(engine, spec.noise)
     check_samples(record, fine_tune.name, steps)
     if guide is not None:
-        what = f"guide '{guide['name']}' of engine '{manifest['name']}'"
+        what = f"guide '{guide.name}' of engine '{manifest.name}'"
         check_distilled(engine, record, what, fine_tune.name, steps)
     return record
 
@@ -185,17 +183,17 @@ class _Work:
 
     spec: PlugSpec
     source: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     backend: backends.Backend
     fine_tune: FineTune
     scheduler: dict[str, Any]
     loras: list[Lora]
     progress: Progress
     #: hashes of the new bundle's files, as far as they are known already
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
     stage: int = 0
 
-    def run(self, folder: Path, key: str, identity: dict[str, Any]) -> dict[str, Any]:
+    def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
         from ..export.weights import FILE as WEIGHTS
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import load_golden, save_golden
@@ -203,7 +201,7 @@ class _Work:
 
         started = time.monotonic()
         m = self.manifest
-        names = architecture(m["configs"]) if self.loras else None
+        names = architecture(m.configs or {}) if self.loras else None
         loaded = [load(lora, names) for lora in self.loras] if names is not None else []
         swapped = self._swapped(any("text_encoder" in one.changes for one in loaded))
         stages = 2 + 3 * len(swapped)
@@ -213,60 +211,49 @@ class _Work:
             tokens = self._tokenizer(work)
             maps = json.loads((work / WEIGHTS).read_text())["networks"]
             golden = load_golden(work / _OLD / GOLDEN)
-            networks = {n: dict(entry) for n, entry in m["networks"].items()}
+            networks = dict(m.networks)
             guide = None
             for name in swapped:
                 mine = {case: g for case, g in golden.items() if case.partition("@")[0] == name}
-                found, used = self._swap(name, networks[name], maps[name]["weights"], mine, loaded, work, stages)
+                networks[name], found, used = self._swap(
+                    name, networks[name], maps[name]["weights"], mine, loaded, work, stages
+                )
                 golden |= found
                 guide = guide or used
                 gc.collect()
             checked = memory.peak()
             for name in swapped:
                 self._report(f"compile {TITLES[name]}", stages)
-                self._compile(networks[name], name, work)
+                networks[name] = self._compile(networks[name], name, work)
             self._report("write", stages)
             save_golden(work / GOLDEN, golden)
             only = {case: g for case, g in golden.items() if case.partition("@")[0] in swapped}
-            engines = engine_parity(self.backend, m["target"], work, networks, only, folder.name)
-            if isinstance(engines, dict) and isinstance(m["parity"]["engine"], dict):
-                engines = m["parity"]["engine"] | engines
+            engines = engine_parity(self.backend, m.target, work, networks, only, folder.name)
+            if isinstance(engines, dict) and not isinstance(m.parity.engine, str):
+                engines = {**m.parity.engine, **engines}
             shutil.rmtree(work / _OLD)
             hashes = self._hashes(loaded)
-            base = self.spec.base or m["base"]["name"]
+            base = self.spec.base or m.base.name
             command = self.spec.command(base, folder)
-            compiled = [networks[n]["compiled"]["peak_memory"] for n in swapped]
-            made = {
-                **{k: v for k, v in m.items() if k not in ("seal", "plugged")},
-                "name": folder.name,
-                "key": key,
-                "built_from": identity,
-                "base": {"name": base, "sha256": hashes}
-                | ({"loras": [lora.identity() for lora in self.loras]} if self.loras else {}),
-                "plugged": {
-                    "from": {"name": m["name"], "key": m["key"], "base": m["base"]["name"]},
-                    "networks": {n: networks[n]["compiled"]["weights"] if n in swapped else "kept" for n in networks},
-                    "guide_read_from": guide,
-                    # what makes it from nothing
-                    "commands": [*m.get("plugged", {}).get("commands", [m["rebuild"]]), command],
-                },
-                "networks": networks,
-                "tokens": tokens,
-                "scheduler": self.scheduler,
-                "parity": {
-                    **m["parity"],
-                    "relative_error": {n: entry["parity"]["graph"] for n, entry in networks.items()},
-                    "engine": engines,
-                },
-                "files": self._files(work),
-                "versions": library_versions(),
-                "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "build_seconds": round(time.monotonic() - started, 1),
-                "peak_memory": {"export": checked, "compile": max((c for c in compiled if c), default=None)},
-                "rebuild": command,
-            }
-            write_manifest(work, made)
-        return made
+            plugged = Plugged(
+                source={"name": m.name, "key": m.key, "base": m.base.name},
+                networks={n: networks[n].compiled.notes["weights"] if n in swapped else "kept" for n in networks},
+                guide_read_from=guide,
+                # the commands that make it from nothing
+                commands=(*(m.plugged.commands if m.plugged else (m.rebuild,)), command),
+            )
+            parts = replace(
+                Parts.of(m),
+                base=Base(base, hashes, tuple(LoraRecord(**lora.identity()) for lora in self.loras)),
+                tokens=tokens,
+                scheduler=self.scheduler,
+            )
+            made = Made(
+                name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
+                files=self._files(work), versions=library_versions(), seconds=time.monotonic() - started,
+                export_memory=checked, rebuild=command, plugged=plugged, compiled=swapped,
+            )  # fmt: skip
+            return write_manifest(work, assemble(parts, made))
 
     def _report(self, what: str, stages: int) -> None:
         self.progress(what, 100 * self.stage, 100 * stages)
@@ -274,12 +261,12 @@ class _Work:
 
     def _swapped(self, text_lora: bool) -> list[str]:
         """Networks of the bundle whose weights the fine-tune or a LoRA changes."""
-        own, held = self.fine_tune.fingerprint(), self.manifest["base"]["sha256"]
+        own, held = self.fine_tune.fingerprint(), self.manifest.base.sha256
         out = ["unet"]
-        if own.get("text_encoder", held["text_encoder"]) != held["text_encoder"] or text_lora:
+        if own.get("text_encoder", held.get("text_encoder")) != held.get("text_encoder") or text_lora:
             out.append("text_encoder")
-        if own.get("vae", held["vae"]) != held["vae"]:
-            out += [n for n in ("vae_decoder", "vae_encoder") if n in self.manifest["networks"]]
+        if own.get("vae", held.get("vae")) != held.get("vae"):
+            out += [n for n in ("vae_decoder", "vae_encoder") if n in self.manifest.networks]
         return out
 
     def _take(self, work: Path, swapped: list[str]) -> None:
@@ -291,9 +278,10 @@ class _Work:
 
         aside = {GOLDEN}
         for name in swapped:
-            entry = self.manifest["networks"][name]
-            aside |= {f"{entry['graph']}.data"} | ({entry["file"]} - {entry["graph"]})
-        for relative, wanted in self.manifest["files"].items():
+            entry = self.manifest.networks[name]
+            aside |= {entry.data} | ({entry.file} - {entry.graph})
+        for relative, record in self.manifest.files.items():
+            check_place(self.source, relative, self.manifest.name)
             target = work / (_OLD if relative in aside else "") / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -301,27 +289,27 @@ class _Work:
                 found = sha256(target)
             except FileNotFoundError:
                 found = "missing"
-            if found != wanted["sha256"]:
+            if found != record.sha256:
                 raise InputError(
-                    f"engine '{self.manifest['name']}': {relative} is corrupt (sha256 {found[:12]}…, "
-                    f"not {wanted['sha256'][:12]}…); rebuild it with: {self.manifest['rebuild']} --force"
+                    f"engine '{self.manifest.name}': {relative} is corrupt (sha256 {found[:12]}…, "
+                    f"not {record.sha256[:12]}…); {rebuild_advice(self.source, self.manifest.rebuild)}"
                 )
             if relative not in aside:
-                self.files[relative] = wanted
+                self.files[relative] = record
 
-    def _tokenizer(self, work: Path) -> dict[str, int]:
+    def _tokenizer(self, work: Path) -> Tokens:
         """A whole model brings its own tokenizer."""
-        held: dict[str, int] = self.manifest["tokens"]
+        held = self.manifest.tokens
         if self.fine_tune.base is None or self.fine_tune.unet_only or "text_encoder" not in self._swapped(False):
             return held
         from ..models.base import copy_tokenizer
 
-        tokens = copy_tokenizer(self.fine_tune.base, work / "tokenizer.json")
+        tokens = Tokens(**copy_tokenizer(self.fine_tune.base, work / "tokenizer.json"))
         self.files.pop("tokenizer.json", None)
-        if tokens["length"] != held["length"]:
+        if tokens.length != held.length:
             raise InputError(
-                f"the tokenizer of {self.fine_tune.name} pads to {tokens['length']} tokens, the engine takes "
-                f"{held['length']}; build it instead"
+                f"the tokenizer of {self.fine_tune.name} pads to {tokens.length} tokens, the engine takes "
+                f"{held.length}; build it instead"
             )
         return tokens
 
@@ -332,8 +320,8 @@ class _Work:
         from .guides import guide_of
         from .lora import merge
 
-        what = f"engine '{self.manifest['name']}'"
-        configs = self.manifest["configs"]
+        what = f"engine '{self.manifest.name}'"
+        configs = {part: dict(config) for part, config in (self.manifest.configs or {}).items()}
         if name in ("vae_decoder", "vae_encoder"):
             vae = self.fine_tune.vae(configs["vae"], what)
             return (VaeDecoder if name == "vae_decoder" else VaeEncoder)(vae), vae, None
@@ -343,22 +331,23 @@ class _Work:
             return TextEncoder(text), text, None
         unet = self.fine_tune.unet(configs["unet"], what)
         unet = merge(unet, "unet", loaded)
-        if self.manifest["guide"] is None:
+        if self.manifest.guide is None:
             return Teacher(unet), unet, None
-        graph = self.manifest["networks"]["unet"]["graph"]
+        graph = self.manifest.networks["unet"].graph
         guide, where = guide_of(self.manifest, work / graph, work / _OLD / f"{graph}.data", weights, unet)
         # what the guide makes of w alone stays as it is, in a network of its own
-        return Student(unet, guide, conditioned="condition" in self.manifest["networks"]), unet, where
+        return Student(unet, guide, conditioned="condition" in self.manifest.networks), unet, where
 
     def _text_encoder(self, config: dict[str, Any], what: str) -> Any:
         """The fine-tune's; the engine's own base's where the fine-tune has none and a LoRA changes it."""
         if "text_encoder" in self.fine_tune.fingerprint():
             return self.fine_tune.text_encoder(config, what)
-        names = (self.manifest["base"]["name"], self.manifest["given"]["base"])
+        assert self.manifest.given is not None, "an engine that is plugged has it"
+        names = (self.manifest.base.name, self.manifest.given.base)
         for name in names:
             with suppress(InputError):
                 own = find(name)
-                if own.fingerprint().get("text_encoder") == self.manifest["base"]["sha256"]["text_encoder"]:
+                if own.fingerprint().get("text_encoder") == self.manifest.base.sha256.get("text_encoder"):
                     return own.text_encoder(config, what)
         raise InputError(
             f"a LoRA changes the text encoder, {self.fine_tune.name} has none, and that of {what} is not to be found "
@@ -366,10 +355,12 @@ class _Work:
         )
 
     def _swap(
-        self, name: str, entry: dict[str, Any], weights: dict[str, Any], golden: Golden, loaded: list[Any], work: Path,
+        self, name: str, entry: NetworkRecord, weights: dict[str, Any], golden: Golden, loaded: list[Any], work: Path,
         stages: int,
-    ) -> tuple[Golden, str | None]:  # fmt: skip
-        """New weights for one network, compared with PyTorch; its golden inputs with the new outputs, size by size."""
+    ) -> tuple[NetworkRecord, Golden, str | None]:  # fmt: skip
+        """New weights for one network, compared with PyTorch: its record, its golden inputs with the new outputs by
+        size, and where the guide came from.
+        """
         import torch
 
         from ..export.parity import relative_error
@@ -378,47 +369,46 @@ class _Work:
 
         self._report(f"swap {TITLES[name]}", stages)
         source, whole = SOURCES[name]
-        graph, data = work / entry["graph"], f"{entry['graph']}.data"
+        graph, data = work / entry.graph, entry.data
         module, swapped, guide = self._module(name, weights, loaded, work)
         new = {source: dict(swapped.state_dict())}
         check_keys(weights, new, whole)
         inputs = {case: {k: torch.from_numpy(v) for k, v in held[0].items()} for case, held in golden.items()}
         written = rewrite(graph, work / _OLD / data, work / data, weights, new)
-        self.files[data] = {"sha256": written.sha256, "bytes": (work / data).stat().st_size}
+        self.files[data] = FileRecord(written.sha256, (work / data).stat().st_size)
         wanted = {case: reference(module, given).numpy() for case, given in inputs.items()}
         del module, swapped, new
         gc.collect()
         self._report(f"compare {TITLES[name]}", stages)
         errors = {case: relative_error(graph, inputs[case], wanted[case]) for case in inputs}
-        error, limit = float(np.max(list(errors.values()))), entry["parity"]["limit"]  # NaN if any is
+        error, limit = float(np.max(list(errors.values()))), entry.parity.limit  # NaN if any is
         if not error <= limit:  # also refuses NaN
             raise PnpError(
                 f"the {name} with the weights of {self.fine_tune.name} differs from PyTorch by {error:.2e} (relative), "
-                f"where {limit:.0e} is allowed in {entry['precision']}; nothing was written; build it with another "
+                f"where {limit:.0e} is allowed in {entry.precision}; nothing was written; build it with another "
                 "--precision, or report it"
             )
-        entry["parity"] = {**entry["parity"], "graph": error}
-        if len(errors) > 1:
-            entry["parity"]["sizes"] = dict(zip(entry["parity"]["sizes"], errors.values(), strict=True))
-        return {case: (held[0], wanted[case]) for case, held in golden.items()}, guide
+        sizes = dict(zip(entry.parity.sizes, errors.values(), strict=True)) if len(errors) > 1 else {}
+        entry = replace(entry, parity=replace(entry.parity, graph=error, sizes=sizes))
+        return entry, {case: (held[0], wanted[case]) for case, held in golden.items()}, guide
 
-    def _compile(self, entry: dict[str, Any], name: str, work: Path) -> None:
-        options = CompileOptions(**self.manifest["built_from"]["options"], check_memory=self.spec.check_memory)
+    def _compile(self, entry: NetworkRecord, name: str, work: Path) -> NetworkRecord:
         job = CompileJob(
             network=name,
-            graph=work / entry["graph"],
-            inputs={k: (dtype, tuple(shape)) for k, (dtype, shape) in entry["inputs"].items()},
-            precision=entry["precision"],
-            target=self.manifest["target"],
-            profiles=tuple(Profile.from_dict(p) for p in entry["profiles"]),
-            options=options,
+            graph=work / entry.graph,
+            inputs=entry.inputs,
+            precision=entry.precision,
+            target=self.manifest.target,
+            profiles=entry.profiles,
+            options=replace(self.manifest.options, check_memory=self.spec.check_memory),
         )
-        made = self.backend.replace_weights(job, work / _OLD / entry["file"], lambda *_: None)
-        entry["compiled"] = {"seconds": round(made.seconds, 1), "peak_memory": made.peak_memory, **made.notes}
+        made = self.backend.replace_weights(job, work / _OLD / entry.file, lambda *_: None)
+        return replace(entry, compiled=Compiled(round(made.seconds, 1), made.peak_memory, made.notes))
 
     def _hashes(self, loaded: list[Any]) -> dict[str, str]:
         """What the new bundle's base is made of, by network."""
-        out = {k: v for k, v in self.manifest["base"]["sha256"].items() if k != "all"} | self.fine_tune.fingerprint()
+        own = self.manifest.base.sha256
+        out = {k: v for k, v in own.items() if k != "all"} | self.fine_tune.fingerprint()
         for network in ("unet", "text_encoder"):
             if changed := [one.lora.identity() for one in loaded if network in one.changes]:
                 changes = [{k: v for k, v in c.items() if k != "name"} for c in changed]
@@ -426,13 +416,13 @@ class _Work:
         out["all"] = digest(out)
         return out
 
-    def _files(self, work: Path) -> dict[str, dict[str, Any]]:
+    def _files(self, work: Path) -> dict[str, FileRecord]:
         """Hash of every file, those that are known already not taken again."""
         out = dict(self.files)
         present = {p.relative_to(work).as_posix(): p for p in work.rglob("*") if p.is_file()}
         for name, path in present.items():
             if name not in out:
-                out[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+                out[name] = FileRecord(sha256(path), path.stat().st_size)
         return {name: out[name] for name in sorted(present)}
 
 

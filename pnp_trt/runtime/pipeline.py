@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from .. import backends
-from ..artifacts import Bundle, open_bundle
-from ..backends.base import LoadOptions, Profile, Size
+from ..artifacts import Bundle, open_bundle, rebuild_advice
+from ..backends.base import LoadOptions, Size
 from ..backends.profiles import legal_sizes
+from ..bundle.manifest import TOKENIZER
 from ..errors import InputError, PnpError
 from ..inputs import check_prompts, warn_of_syntax
 from . import baselines
@@ -71,36 +72,33 @@ class Pipeline:
         manifest = bundle.manifest
         self.bundle = bundle
         self.name: str = bundle.name
-        self.base: str = manifest["base"]["sha256"]["all"]
+        self.base: str = manifest.base.sha256["all"]
         self.methods: tuple[str, ...] = ("guided",) if bundle.guided else ("cfg", "unguided")
-        self.max_batch: int = manifest["sample"]["max_batch"]
-        guide = manifest["guide"] or {}
-        self.negative_prompts: bool = not bundle.guided or bool(guide.get("negative_prompts"))
-        self.sampling_steps: int | None = guide.get("sampling_steps")
-        self._latent = (manifest["sample"]["channels"], manifest["sample"]["height"], manifest["sample"]["width"])
-        self.size: Size = (manifest["image"]["height"], manifest["image"]["width"])
-        self.profiles = tuple(Profile.from_dict(p) for p in manifest["profiles"])
-        self._scheduler = manifest["scheduler"]
+        self.max_batch: int = manifest.sample.max_batch
+        guide = manifest.guide
+        self.negative_prompts: bool = guide is None or bool(guide.negative_prompts)
+        self.sampling_steps: int | None = None if guide is None else guide.sampling_steps
+        self._latent = (manifest.sample.channels, manifest.sample.height, manifest.sample.width)
+        self.size: Size = (manifest.image.height, manifest.image.width)
+        self.profiles = manifest.profiles
+        self._scheduler = manifest.scheduler
         self.default_schedule = resolve(schedule, self._scheduler, self.sampling_steps)
-        self._tokenizer = Tokenizer(
-            bundle.folder / "tokenizer.json", manifest["tokens"]["length"], manifest["tokens"]["pad"]
-        )
-        backend = backends.get(manifest["backend"])
+        self._tokenizer = Tokenizer(bundle.folder / TOKENIZER, manifest.tokens.length, manifest.tokens.pad)
+        backend = backends.get(manifest.backend)
         backend.check(manifest)
         options = LoadOptions(provider, threads)
         self._text, self._unet, self._vae = (
-            backend.load(bundle.file(n), manifest["networks"][n], options)
-            for n in ("text_encoder", "unet", "vae_decoder")
+            backend.load(bundle.file(n), manifest.networks[n], options) for n in ("text_encoder", "unet", "vae_decoder")
         )
         self._encoder = (
-            backend.load(bundle.file("vae_encoder"), manifest["networks"]["vae_encoder"], options)
-            if "vae_encoder" in manifest["networks"]
+            backend.load(bundle.file("vae_encoder"), manifest.networks["vae_encoder"], options)
+            if "vae_encoder" in manifest.networks
             else None
         )
         # what the guide makes of w alone, where it is a network of its own
         self._condition = (
-            backend.load(bundle.file("condition"), manifest["networks"]["condition"], options)
-            if "condition" in manifest["networks"]
+            backend.load(bundle.file("condition"), manifest.networks["condition"], options)
+            if "condition" in manifest.networks
             else None
         )
         #: what runs whole pictures on a GPU, captured into CUDA graphs; None where the host runs the loop
@@ -317,7 +315,7 @@ class Pipeline:
         if self._encoder is None:
             raise InputError(
                 f"engine '{self.name}' has no VAE encoder, which a picture to begin with needs; "
-                f"build it with: {self.bundle.manifest['rebuild']} --image-to-image --force"
+                + rebuild_advice(self.bundle.folder, self.bundle.manifest.rebuild, "--image-to-image")
             )
         scaled = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
         return np.concatenate([self._encoder(pixels=row[None]) for row in scaled])
@@ -446,8 +444,7 @@ class Pipeline:
             if strength is not None:
                 raise InputError(f"strength is {strength:g} and no picture to begin with was given; give --init too")
             return None
-        image = self.bundle.manifest["image"]
-        pixels, name = read_image(init, (image["height"], image["width"]))
+        pixels, name = read_image(init, self.size)
         return self.encode_image(pixels[None]), DEFAULT_STRENGTH if strength is None else float(strength), name
 
     def _avoided(self, negative: str | Sequence[str] | None, count: int, method: str) -> list[str] | None:

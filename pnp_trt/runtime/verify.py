@@ -11,10 +11,11 @@ import numpy as np
 from .. import backends
 from ..artifacts import Bundle
 from ..backends.base import Backend, LoadOptions, Network
-from ..backends.profiles import Profile, size_of
+from ..backends.profiles import size_of
+from ..bundle.manifest import GOLDEN as FILE
+from ..bundle.manifest import NetworkRecord
 from ..errors import PnpError
 
-FILE = "golden.npz"
 #: {network: (inputs by name, float32 output of PyTorch)}; ``network@HEIGHTxWIDTH`` for other sizes than the default
 Golden = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
 
@@ -52,7 +53,11 @@ def load_golden(path: Path) -> Golden:
 
 
 def compare(
-    backend: Backend, folder: Path, networks: Mapping[str, Any], golden: Golden, options: LoadOptions | None = None
+    backend: Backend,
+    folder: Path,
+    networks: Mapping[str, NetworkRecord],
+    golden: Golden,
+    options: LoadOptions | None = None,
 ) -> dict[str, float]:
     """Relative error of each network as it is loaded from ``folder``.
 
@@ -63,7 +68,7 @@ def compare(
     for name, (inputs, reference) in golden.items():
         key = name.partition("@")[0]
         if key not in loaded:  # one at a time: engines are large
-            loaded = {key: backend.load(folder / networks[key]["file"], networks[key], options or LoadOptions())}
+            loaded = {key: backend.load(folder / networks[key].file, networks[key], options or LoadOptions())}
         network = loaded[key]
         least = _smallest_batch(networks[key], inputs)
         rows = [
@@ -74,22 +79,21 @@ def compare(
     return errors
 
 
-def _smallest_batch(entry: Mapping[str, Any], inputs: dict[str, np.ndarray]) -> int:
+def _smallest_batch(entry: NetworkRecord, inputs: dict[str, np.ndarray]) -> int:
     """The smallest batch that a network of the manifest takes at the inputs' size."""
     size = size_of(inputs)
-    profiles = [Profile.from_dict(p) for p in entry.get("profiles", ())]
-    return min((p.minimum for p in profiles if size is None or p.holds_size(size)), default=1)
+    return min((p.minimum for p in entry.profiles if size is None or p.holds_size(size)), default=1)
 
 
-def gate(errors: Mapping[str, float], networks: Mapping[str, Any], name: str) -> None:
+def gate(errors: Mapping[str, float], networks: Mapping[str, NetworkRecord], name: str) -> None:
     """Raise ``PnpError`` for the first network that is further off than its recipe allows."""
     for network, error in errors.items():
         entry = networks[network.partition("@")[0]]
-        limit = entry["parity"]["limit"]
+        limit = entry.parity.limit
         if not error <= limit:  # also refuses NaN
             raise PnpError(
                 f"engine '{name}': the {network} differs from PyTorch by {error:.2e} (relative), more than the "
-                f"{limit:.0e} that {entry['precision']} allows; do not serve it, and report it"
+                f"{limit:.0e} that {entry.precision} allows; do not serve it, and report it"
             )
 
 
@@ -99,6 +103,6 @@ def verify(bundle: Bundle, options: LoadOptions | None = None) -> dict[str, floa
     Raises:
         InputError: if the bundle is not for this machine.
     """
-    backend = backends.get(bundle.manifest["backend"])
+    backend = backends.get(bundle.manifest.backend)
     backend.check(bundle.manifest)
-    return compare(backend, bundle.folder, bundle.manifest["networks"], load_golden(bundle.folder / FILE), options)
+    return compare(backend, bundle.folder, bundle.manifest.networks, load_golden(bundle.folder / FILE), options)

@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.realsize import record
 from pnp_trt import backends, memory
-from pnp_trt.artifacts import open_bundle, write_manifest
+from pnp_trt.artifacts import open_bundle
 from pnp_trt.backends import tensorrt as module
 from pnp_trt.backends.base import CompileJob, CompileOptions, Profile
 from pnp_trt.backends.device import Gpu, present_gpus
@@ -35,6 +35,7 @@ from pnp_trt.plug.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import verify
 
+from ..bundles import reseal
 from ..conftest import make_micro_base
 
 pytest.importorskip("tensorrt_rtx")
@@ -179,15 +180,15 @@ def bundle(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPat
 
 def test_the_manifest_says_what_it_is_for(bundle: Path) -> None:
     m = open_bundle(bundle).manifest
-    assert (m["backend"], m["target"], m["precision"]) == ("tensorrt-rtx", "sm_89", "fp16")
-    assert m["compiler"] == {"tensorrt-rtx": RTX.version()}
-    assert [p["name"] for p in m["profiles"]] == ["b1", "b2-4"] and m["sample"]["max_batch"] == 4
-    assert [p["maximum"] for p in m["networks"]["unet"]["profiles"]] == [1, 4]
-    assert [p["maximum"] for p in m["networks"]["text_encoder"]["profiles"]] == [1]
-    assert {n["file"] for n in m["networks"].values()} <= set(m["files"])
-    assert m["peak_memory"]["compile"] > 0 and m["build_seconds"] > 0
-    assert m["parity"]["engine"].startswith("not measured: no NVIDIA driver") or present_gpus()
-    assert "--target sm_89 --profile b1 --profile b2-4" in m["rebuild"]
+    assert (m.backend, m.target, m.precision) == ("tensorrt-rtx", "sm_89", "fp16")
+    assert m.compiler == {"tensorrt-rtx": RTX.version()}
+    assert [p.name for p in m.profiles] == ["b1", "b2-4"] and m.sample.max_batch == 4
+    assert [p.maximum for p in m.networks["unet"].profiles] == [1, 4]
+    assert [p.maximum for p in m.networks["text_encoder"].profiles] == [1]
+    assert {n.file for n in m.networks.values()} <= set(m.files)
+    assert m.peak_memory.compile > 0 and m.build_seconds > 0
+    assert str(m.parity.engine).startswith("not measured: no NVIDIA driver") or present_gpus()
+    assert "--target sm_89 --profile b1 --profile b2-4" in m.rebuild
 
 
 def test_a_build_is_recorded_for_the_results(bundle: Path) -> None:
@@ -227,10 +228,8 @@ def test_an_engine_for_elsewhere_is_refused_before_it_is_loaded(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], version: str | None, message: str
 ) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    manifest = open_bundle(copy).manifest
     if version:
-        manifest["compiler"]["tensorrt-rtx"] = version
-        write_manifest(copy, manifest)
+        reseal(copy, lambda m: m["compiler"].update({"tensorrt-rtx": version}))
     monkeypatch.setattr(module, "present_gpus", lambda: gpus)
     monkeypatch.setattr(module.TensorRtBackend, "load", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(InputError, match=message):
@@ -240,7 +239,7 @@ def test_an_engine_for_elsewhere_is_refused_before_it_is_loaded(
 def test_which_gpus_an_engine_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def allowed(gpu: Gpu, target: str, **options: bool) -> bool:
         monkeypatch.setattr(module, "present_gpus", lambda: [gpu])
-        return rtx().cannot_run(target, options) is None
+        return rtx().cannot_run(target, CompileOptions(**options)) is None
 
     assert allowed(ADA, "sm_89") and allowed(ADA, "portable") and allowed(AMPERE, "portable")
     assert not allowed(AMPERE, "sm_89") and not allowed(HOPPER, "portable")
@@ -260,7 +259,7 @@ def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
     with pytest.raises(InputError, match="needs an NVIDIA GPU, and CUDA finds none .*onnxruntime"):
         from pnp_trt.backends.trt_network import TrtNetwork
 
-        TrtNetwork(RTX, opened.file("unet"), opened.manifest["networks"]["unet"])
+        TrtNetwork(RTX, opened.file("unet"), opened.manifest.networks["unet"])
     with pytest.raises(InputError, match="no NVIDIA driver or GPU was found here"):
         verify(opened)
 
@@ -270,7 +269,7 @@ def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
 def test_an_engine_gives_what_pytorch_gives(micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
     target = present_gpus()[0].sm
     made = build(BuildSpec(str(micro_base), str(micro_guide), "tensorrt-rtx", "fp16", tmp_path / "x", target))
-    errors: Any = made.manifest["parity"]["engine"]
+    errors: Any = made.manifest.parity.engine
     assert all(e < 5e-3 for e in errors.values())
     assert len(Pipeline.load(tmp_path / "x")(["a cat"] * 3, steps=2)) == 3
 
@@ -290,9 +289,9 @@ def test_without_a_gpu_a_fine_tune_is_compiled_in(
     monkeypatch.setattr(module, "present_gpus", list)
     unet = make_micro_base(tmp_path / "tuned", seed=5) / "unet"
     m = plug(PlugSpec(str(bundle), str(unet), out=tmp_path / "x")).manifest
-    before, after = open_bundle(bundle).manifest["files"], open_bundle(tmp_path / "x").manifest["files"]
+    before, after = open_bundle(bundle).manifest.files, open_bundle(tmp_path / "x").manifest.files
     assert {n for n in before if before[n] != after[n]} == {"unet.onnx.data", "unet.engine", "golden.npz"}
-    assert m["plugged"]["networks"] == {
+    assert m.plugged.networks == {
         "unet": "compiled again: the engine was not built with --refittable",
         "text_encoder": "kept", "vae_decoder": "kept",
     }  # fmt: skip

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pnp_trt import backends
-from pnp_trt.artifacts import list_files, open_bundle, read_manifest, sha256, write_manifest
+from pnp_trt.artifacts import open_bundle, read_manifest, sha256
 from pnp_trt.backends.base import LoadOptions
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export import modules
@@ -31,6 +31,7 @@ from pnp_trt.models.student import Student, Teacher
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden, verify
 
+from ..bundles import reseal
 from ..conftest import Result
 from ..models.test_guides import stirred
 from ..models.test_student import example, small_unet
@@ -79,7 +80,7 @@ def test_from_build_to_pictures(cli: Cli, micro_base: Path, micro_guide: Path, t
 def test_a_bundle_holds_numbers_and_no_code(eager: Path) -> None:
     assert {p.suffix for p in eager.iterdir()} == {".json", ".safetensors", ".npz"}
     manifest = read_manifest(eager)
-    assert {"unet.safetensors", "unet.json"} <= manifest["files"].keys()
+    assert {"unet.safetensors", "unet.json"} <= manifest.files.keys()
     described = json.loads((eager / "unet.json").read_text())
     assert [p["class"] for p in described["parts"].values()] == ["UNet2DConditionModel", "TinyGuide"]
     # the map of weights is as a graph's: every weight of the file, by source and key
@@ -92,7 +93,7 @@ def test_a_bundle_holds_numbers_and_no_code(eager: Path) -> None:
 
 def test_equal_inputs_give_equal_files(eager: Path, micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
     build(BuildSpec(str(micro_base), str(micro_guide), backend="torch", out=tmp_path / "again"))
-    for name in read_manifest(eager)["files"]:
+    for name in read_manifest(eager).files:
         assert sha256(eager / name) == sha256(tmp_path / "again" / name), name
 
 
@@ -107,20 +108,20 @@ def test_it_draws_what_onnx_runtime_draws(eager: Path, micro_bundles: Path) -> N
 def test_half_precision_is_off_and_within_the_limit(precision: str, micro_base: Path, tmp_path: Path) -> None:
     built = build(BuildSpec(str(micro_base), "none", backend="torch", precision=precision, out=tmp_path / "e"))
     limit = recipe(precision).limit
-    for errors in (built.manifest["parity"]["relative_error"], built.manifest["parity"]["engine"]):
+    for errors in (built.manifest.parity.relative_error, built.manifest.parity.engine):
         assert 1e-5 < errors["unet"] < limit
     assert Pipeline.load(tmp_path / "e").methods == ("cfg", "unguided")
 
 
 def test_whole_networks_are_captured_and_compared(compiled: Path) -> None:
     manifest = read_manifest(compiled)
-    assert manifest["target"] == "compile" and max(manifest["parity"]["engine"].values()) < 1e-4
+    assert manifest.target == "compile" and max(manifest.parity.engine.values()) < 1e-4
 
 
 def test_compiled_code_runs_from_any_thread(compiled: Path) -> None:
     bundle = open_bundle(compiled)
     backend = backends.get("torch")
-    network = backend.load(bundle.file("vae_decoder"), bundle.manifest["networks"]["vae_decoder"], CPU)
+    network = backend.load(bundle.file("vae_decoder"), bundle.manifest.networks["vae_decoder"], CPU)
     inputs, reference = load_golden(compiled / "golden.npz")["vae_decoder"]
     with ThreadPoolExecutor(2) as pool:
         for out in pool.map(lambda i: network(latents=inputs["latents"][i : i + 1]), (0, 1)):
@@ -155,7 +156,7 @@ def test_bad_orders_are_refused(cli: Cli, tmp_path: Path, arguments: list[str], 
 
 def test_wrong_inputs_name_the_right_ones(eager: Path) -> None:
     bundle = open_bundle(eager)
-    network = backends.get("torch").load(bundle.file("unet"), bundle.manifest["networks"]["unet"], CPU)
+    network = backends.get("torch").load(bundle.file("unet"), bundle.manifest.networks["unet"], CPU)
     with network.bind(2) as bound:
         with pytest.raises(InputError, match="no input 'latent'; its inputs: sample, timestep"):
             bound.write(latent=np.zeros(2))
@@ -188,9 +189,7 @@ def test_a_description_of_something_else_is_refused(eager: Path, tmp_path: Path)
     described = json.loads((copy / "unet.json").read_text())
     described["parts"]["unet"]["class"] = "os.system"
     (copy / "unet.json").write_text(json.dumps(described))
-    manifest = read_manifest(copy)
-    manifest["files"] = list_files(copy)
-    write_manifest(copy, manifest)  # sealed again: only the names of the classes are left to refuse it
+    reseal(copy)  # sealed again: only the names of the classes are left to refuse it
     with pytest.raises(InputError, match=r"unet.json names the class 'os.system'; known: UNet2DConditionModel"):
         Pipeline.load(copy)
 

@@ -6,6 +6,7 @@ The fakes answer only to names that the real bindings have; what the engine comp
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pnp_trt.backends.base import Profile
 from pnp_trt.backends.cuda import Cuda
 from pnp_trt.backends.trt_flavour import RTX, TENSORRT
 from pnp_trt.backends.trt_network import TrtNetwork
+from pnp_trt.bundle.manifest import NetworkParity, NetworkRecord
 from pnp_trt.errors import InputError, PnpError
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -156,12 +158,15 @@ class Engine(Real):
         return self._contexts[-1]
 
 
-ENTRY = {
-    "inputs": {"x": ["float32", ["batch", 3]]},
-    "outputs": {"y": ["float32", ["batch", 3]]},
-    "profiles": [vars(Profile("b1", 1, 1, 1)), vars(Profile("b1-4", 1, 4, 4))],
-    "compiled": {},
-}
+ENTRY = NetworkRecord(
+    graph="x.onnx",
+    precision="fp32",
+    inputs={"x": ("float32", ("batch", 3))},
+    outputs={"y": ("float32", ("batch", 3))},
+    parity=NetworkParity(0.0, 1e-4, 1),
+    file="x.engine",
+    profiles=(Profile("b1", 1, 1, 1), Profile("b1-4", 1, 4, 4)),
+)
 
 
 @pytest.fixture
@@ -284,8 +289,8 @@ def test_kernels_are_kept_for_the_next_process(network: TrtNetwork, tmp_path: Pa
 def test_an_engine_that_is_not_the_manifests_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(TrtNetwork, "_deserialize", lambda self, host_code: Engine())
     for entry, message in (
-        (ENTRY | {"inputs": {"x": ["float32", ["batch", 4]]}}, "its manifest says"),
-        (ENTRY | {"profiles": ENTRY["profiles"][:1]}, "has 2 profiles, its manifest says 1"),
+        (replace(ENTRY, inputs={"x": ("float32", ("batch", 4))}), "its manifest says"),
+        (replace(ENTRY, profiles=ENTRY.profiles[:1]), "has 2 profiles, its manifest says 1"),
     ):
         with pytest.raises(InputError, match=message):
             TrtNetwork(RTX, tmp_path / "x.engine", entry, HostCuda())

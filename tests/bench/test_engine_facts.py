@@ -17,6 +17,8 @@ from pnp_trt.bench.engine_facts import engine_rows
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 
+from ..bundles import reseal
+
 KEYS = {
     "engine", "backend", "precision", "target", "network", "file_bytes", "graph_bytes", "device_memory_bytes", "layers",
     "reformats", "note",
@@ -45,15 +47,15 @@ def test_without_onnx_layers_are_unknown(micro_bundles: Path, monkeypatch: pytes
 
 def test_an_engine_that_cannot_be_loaded_here(micro_bundles: Path, tmp_path: Path) -> None:
     """A manifest as a TensorRT-RTX build leaves it, on a machine without a GPU."""
-    from pnp_trt.artifacts import write_manifest
-
     folder = tmp_path / "rtx"
     shutil.copytree(micro_bundles / "plain", folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"backend": "tensorrt-rtx", "name": "rtx", "target": "sm_89"}
-    manifest["networks"]["unet"]["file"] = "unet.engine"
-    manifest["files"]["unet.engine"] = {"sha256": "0" * 64, "bytes": 12345}
-    write_manifest(folder, manifest)
+
+    def compiled(manifest: dict[str, Any]) -> None:
+        manifest |= {"backend": "tensorrt-rtx", "name": "rtx", "target": "sm_89"}
+        manifest["networks"]["unet"]["file"] = "unet.engine"
+        manifest["files"]["unet.engine"] = {"sha256": "0" * 64, "bytes": 12345}
+
+    reseal(folder, compiled)
     (unet,) = (row for row in engine_rows([folder]) if row["network"] == "unet")
     assert (unet["file_bytes"], unet["layers"], unet["target"]) == (12345, None, "sm_89")
     assert unet["graph_bytes"] > 12345 and "not loaded here" in unet["note"]

@@ -17,6 +17,7 @@ from pnp_trt.bench.quality import Cell, Studio, cells_of, macs_per_picture, plan
 from pnp_trt.bench.results import decode_pictures
 from pnp_trt.bench.tasks import Task
 from pnp_trt.bench.work import Work
+from pnp_trt.bundle.manifest import Base, Guide
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Pipe:
 
     @property
     def bundle(self) -> Any:
-        return SimpleNamespace(manifest={"seal": self.name, "guide": None, "base": {"name": "micro"}})
+        return SimpleNamespace(manifest=SimpleNamespace(seal=self.name, guide=None, base=Base("micro", {})))
 
     def __call__(
         self, prompts: list[str], *, steps: int, seed: list[int], method: str, guidance: float, **_: Any
@@ -156,8 +157,8 @@ def test_macs_by_hand_and_null_where_they_are_not_known() -> None:
 
 
 def test_a_guide_counts_as_the_network_that_was_counted_or_as_none() -> None:
-    def manifest(guide: str | None, base: str = "emoji") -> dict[str, Any]:
-        return {"guide": None if guide is None else {"name": guide}, "base": {"name": base}}
+    def manifest(guide: str | None, base: str = "emoji") -> Any:
+        return SimpleNamespace(guide=None if guide is None else Guide(guide, "0" * 64), base=Base(base, {}))
 
     assert counted_guide(manifest(None)) == ""
     assert counted_guide(manifest("emoji-tiny")) == counted_guide(manifest("emoji-tiny-8", "emoji-3d")) == "guide-tiny"

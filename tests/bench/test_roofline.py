@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +55,9 @@ def test_work_of_bundles(micro_bundles: Path) -> None:
     assert (teacher.macs, tiny.macs, teacher.precision) == (1000, 1010, "fp32")
     files = [micro_bundles / "plain" / name for name in ("unet.onnx", "unet.onnx.data")]
     assert teacher.weight_bytes == sum(f.stat().st_size for f in files)
-    guided.bundle.manifest["networks"]["condition"] = {}  # what the full guide has
+    networks = guided.bundle.manifest.networks
+    with_condition = replace(guided.bundle.manifest, networks={**networks, "condition": networks["unet"]})
+    guided.bundle = replace(guided.bundle, manifest=with_condition)  # what the full guide has
     full = find(Case(guided, "guided"))
     assert full is not None and full.macs == 1400
     assert work_of(ROWS[:1])(Case(guided, "guided")) is None

@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx import save as save_onnx
 from torch import nn
 
-from pnp_trt.artifacts import list_files, read_manifest, write_manifest
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export import layers
 from pnp_trt.export.bundle import build
@@ -26,6 +25,7 @@ from pnp_trt.export.layers import first_not_finite, first_past, in_float32, laye
 from pnp_trt.export.precision import convert, recipe
 from pnp_trt.export.spec import BuildSpec
 
+from ..bundles import reseal
 from ..conftest import Result
 
 Cli = Callable[..., Result]
@@ -149,9 +149,7 @@ def test_verify_looks_into_a_bundle(cli: Cli, engines: Path, tmp_path: Path) -> 
     data = bytearray((copy / "unet.onnx.data").read_bytes())
     data[spoilt.offset : spoilt.offset + 4] = np.float32("nan").tobytes()
     (copy / "unet.onnx.data").write_bytes(data)
-    manifest = read_manifest(copy)
-    manifest["files"] = list_files(copy)
-    write_manifest(copy, manifest)
+    reseal(copy)
     done = cli("verify", copy)
     assert done.code == 1 and f"look closer with: pnp-trt verify {copy} --layers" in done.err
     done = cli("verify", copy, "--layers", "--network", "unet")

@@ -88,10 +88,10 @@ def test_the_bundled_format_in_half_precision(
     spec = BuildSpec(str(micro_base), str(micro_guide), precision="fp16", out=tmp_path / "half")
     build(spec)
     manifest = open_bundle(tmp_path / "half").manifest
-    assert manifest["precision"] == "fp16" and manifest["parity"]["limit"] == RECIPES["fp16"].limit
-    assert all(1e-5 < e < 5e-3 for e in manifest["parity"]["relative_error"].values())
-    assert {n["precision"] for n in manifest["networks"].values()} == {"fp16"}
-    sizes = [sum(f["bytes"] for n, f in read_manifest(d)["files"].items() if n.endswith(".data")) for d in
+    assert manifest.precision == "fp16" and manifest.parity.limit == RECIPES["fp16"].limit
+    assert all(1e-5 < e < 5e-3 for e in manifest.parity.relative_error.values())
+    assert {n.precision for n in manifest.networks.values()} == {"fp16"}
+    sizes = [sum(f.size for n, f in read_manifest(d).files.items() if n.endswith(".data")) for d in
              (tmp_path / "half", micro_bundles / "guided")]  # fmt: skip
     assert sizes[0] * 2 == sizes[1]
     half, full = (Pipeline.load(d, provider="cpu")("a cat", steps=4)[0].pixels.astype(int) for d in
@@ -114,10 +114,10 @@ def test_a_decoder_that_overflows_falls_back(micro_base: Path, tmp_path: Path, m
 
     monkeypatch.setattr(BaseModel, "vae", loud)
     build(BuildSpec(str(micro_base), "none", precision="fp16", out=tmp_path / "loud"))
-    networks = read_manifest(tmp_path / "loud")["networks"]
-    assert networks["vae_decoder"]["precision"] == "fp32" and networks["unet"]["precision"] == "fp16"
-    assert "nan in fp16" in networks["vae_decoder"]["fallback"]
-    assert networks["vae_decoder"]["parity"]["graph"] < 1e-4
+    networks = read_manifest(tmp_path / "loud").networks
+    assert networks["vae_decoder"].precision == "fp32" and networks["unet"].precision == "fp16"
+    assert "nan in fp16" in (networks["vae_decoder"].fallback or "")
+    assert networks["vae_decoder"].parity.graph < 1e-4
 
 
 def test_precisions_are_refused_by_name(micro_base: Path, tmp_path: Path) -> None:

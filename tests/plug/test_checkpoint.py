@@ -44,7 +44,7 @@ def test_an_original_checkpoint_gives_the_same_weights(
 ) -> None:
     ours = plug(PlugSpec(str(micro_bundles / "guided"), str(original), out=tmp_path / "original"))
     theirs = plug(PlugSpec(str(micro_bundles / "guided"), str(tuned), out=tmp_path / "folder"))
-    assert ours.manifest["plugged"]["networks"]["vae_decoder"] == "kept"
+    assert ours.manifest.plugged.networks["vae_decoder"] == "kept"
     for name in ("unet.onnx.data", "text_encoder.onnx.data"):
         assert sha256(ours.folder / name) == sha256(theirs.folder / name)
 

@@ -70,12 +70,12 @@ def test_two_loras_add_up_and_undo_each_other(micro_base: Path, diffusers_lora: 
 def test_a_lora_is_plugged_in_with_its_text_encoder(micro_bundles: Path, kohya_lora: Path, tmp_path: Path) -> None:
     made = plug(PlugSpec(str(micro_bundles / "guided"), loras=(f"{kohya_lora}:0.7",), out=tmp_path / "x"))
     m = open_bundle(made.folder).manifest
-    assert m["plugged"]["networks"] == {
+    assert m.plugged.networks == {
         "unet": "external weights", "text_encoder": "external weights", "vae_decoder": "kept"
     }  # fmt: skip
-    assert m["base"]["loras"][0]["scale"] == 0.7 and max(m["parity"]["relative_error"].values()) < 1e-4
-    before = open_bundle(micro_bundles / "guided").manifest["base"]["sha256"]
-    assert {k for k in before if before[k] != m["base"]["sha256"][k]} == {"unet", "text_encoder", "all"}
+    assert m.base.loras[0].scale == 0.7 and max(m.parity.relative_error.values()) < 1e-4
+    before = open_bundle(micro_bundles / "guided").manifest.base.sha256
+    assert {k for k in before if before[k] != m.base.sha256[k]} == {"unet", "text_encoder", "all"}
     with pytest.raises(InputError, match="holds another bundle"):  # another scale is another bundle
         plug(PlugSpec(str(micro_bundles / "guided"), loras=(f"{kohya_lora}:0.6",), out=tmp_path / "x"))
 
@@ -85,8 +85,8 @@ def test_a_unet_file_and_a_lora_for_the_text_encoder(
 ) -> None:
     """The fine-tune has no text encoder: the engine's own base's is merged into."""
     m = plug(PlugSpec(str(micro_bundles / "guided"), str(tuned_unet), (str(kohya_lora),), tmp_path / "x")).manifest
-    assert m["plugged"]["networks"]["text_encoder"] == "external weights"
-    assert m["parity"]["relative_error"]["text_encoder"] < 1e-4
+    assert m.plugged.networks["text_encoder"] == "external weights"
+    assert m.parity.relative_error["text_encoder"] < 1e-4
 
 
 def changed_lora(path: Path, folder: Path, change: Callable[[dict], None]) -> Path:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pnp_trt.artifacts import list_files, open_bundle, read_manifest, sha256, write_manifest
+from pnp_trt.artifacts import list_files, open_bundle, read_manifest, sha256
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export.bundle import Built, build
 from pnp_trt.export.spec import BuildSpec
@@ -26,6 +26,7 @@ from pnp_trt.plug.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden, verify
 
+from ..bundles import reseal
 from ..conftest import Result
 
 Cli = Callable[..., Result]
@@ -52,16 +53,16 @@ def test_plugged_is_what_a_build_of_the_fine_tune_makes(
     assert not whole.cached
     built = build(BuildSpec(str(tuned), str(micro_guide), out=tmp_path / "built"))
     theirs, ours = open_bundle(built.folder).manifest, open_bundle(whole.folder).manifest
-    assert {n: f["sha256"] for n, f in ours["files"].items() if n != "golden.npz"} == {
-        n: f["sha256"] for n, f in theirs["files"].items() if n != "golden.npz"
+    assert {n: f.sha256 for n, f in ours.files.items() if n != "golden.npz"} == {
+        n: f.sha256 for n, f in theirs.files.items() if n != "golden.npz"
     }
     for network, (inputs, reference) in load_golden(built.folder / "golden.npz").items():
         mine = load_golden(whole.folder / "golden.npz")[network]
         assert all(np.array_equal(inputs[k], mine[0][k]) for k in inputs)
         np.testing.assert_allclose(mine[1], reference, rtol=1e-4, atol=1e-5)
-    assert ours["base"]["sha256"] == theirs["base"]["sha256"]
-    assert set(ours["plugged"]["networks"].values()) == {"external weights"}
-    assert ours["key"] != theirs["key"] and set(ours) == {*theirs, "plugged"}
+    assert ours.base.sha256 == theirs.base.sha256
+    assert set(ours.plugged.networks.values()) == {"external weights"}
+    assert ours.key != theirs.key and set(ours.to_json()) == {*theirs.to_json(), "plugged"}
     assert max(verify(open_bundle(whole.folder)).values()) < 1e-4
     with pytest.raises(InputError, match="it was plugged, not built"):
         build(BuildSpec(str(tuned), str(micro_guide), out=whole.folder))
@@ -70,9 +71,9 @@ def test_plugged_is_what_a_build_of_the_fine_tune_makes(
 def test_a_unet_file_changes_the_unet_alone(unet_only: Built, micro_bundles: Path, tuned_unet: Path) -> None:
     old, new = micro_bundles / "guided", unet_only.folder
     before, after = open_bundle(old).manifest, open_bundle(new).manifest
-    changed = {n for n in before["files"] if before["files"][n]["sha256"] != after["files"][n]["sha256"]}
+    changed = {n for n in before.files if before.files[n] != after.files[n]}
     assert changed == {"unet.onnx.data", "golden.npz"}
-    assert after["plugged"]["networks"] == {
+    assert after.plugged.networks == {
         "unet": "external weights", "text_encoder": "kept", "vae_decoder": "kept"
     }  # fmt: skip
     # ONNX's libraries refuse external data that has a second name
@@ -86,14 +87,14 @@ def test_a_unet_file_changes_the_unet_alone(unet_only: Built, micro_bundles: Pat
             assert np.array_equal(got, apply(w["transform"], weights[w["key"]]).numpy()), name
         else:
             assert np.array_equal(got, first[name].const_value.numpy()), name
-    assert after["base"]["sha256"]["unet"] == sha256(tuned_unet)
-    assert after["base"]["sha256"]["vae"] == before["base"]["sha256"]["vae"]
-    assert after["parity"]["relative_error"]["unet"] < 1e-4
+    assert after.base.sha256["unet"] == sha256(tuned_unet)
+    assert after.base.sha256["vae"] == before.base.sha256["vae"]
+    assert after.parity.relative_error["unet"] < 1e-4
 
 
 def test_the_engine_stays_as_it_was(whole: Built, micro_bundles: Path) -> None:
     assert whole.folder.exists()
-    assert list_files(micro_bundles / "guided") == open_bundle(micro_bundles / "guided").manifest["files"]
+    assert list_files(micro_bundles / "guided") == open_bundle(micro_bundles / "guided").manifest.files
 
 
 def test_pictures_are_the_fine_tunes(unet_only: Built, micro_bundles: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_plugged_engine_is_plugged_again(
     unet = micro_base / "unet" / "diffusion_pytorch_model.safetensors"
     back = plug(PlugSpec(str(unet_only.folder), str(unet), out=tmp_path / "back"))
     assert sha256(back.folder / "unet.onnx.data") == sha256(micro_bundles / "guided" / "unet.onnx.data")
-    first, *rest = back.manifest["plugged"]["commands"]
+    first, *rest = back.manifest.plugged.commands
     assert first.startswith("pnp-trt build ") and [c.split()[1] for c in rest] == ["plug", "plug"]
 
 
@@ -133,17 +134,15 @@ def test_half_precision_with_the_guide_gone(
 ) -> None:
     """The guide is read back from the graph, and comes out as it was but for its rounding."""
     engine = Path(shutil.copytree(half_bundle, tmp_path / "engine"))
-    manifest = read_manifest(engine)
-    manifest["given"]["guide"] = str(tmp_path / "gone")
-    write_manifest(engine, manifest)
+    reseal(engine, lambda m: m["given"].update(guide=str(tmp_path / "gone")))
     with_guide = plug(PlugSpec(str(half_bundle), str(tuned_unet), out=tmp_path / "with"))
     without = plug(PlugSpec(str(tmp_path / "engine"), str(tuned_unet), out=tmp_path / "without"))
-    assert with_guide.manifest["plugged"]["guide_read_from"] == str(micro_guide)
-    assert without.manifest["plugged"]["guide_read_from"] == "the graph itself"
+    assert with_guide.manifest.plugged.guide_read_from == str(micro_guide)
+    assert without.manifest.plugged.guide_read_from == "the graph itself"
     assert sha256(with_guide.folder / "unet.onnx.data") == sha256(without.folder / "unet.onnx.data")
     one, other = (load_golden(b.folder / "golden.npz")["unet"][1] for b in (with_guide, without))
     assert 0 < np.linalg.norm(one - other) / np.linalg.norm(one) < 1e-3
-    assert 1e-6 < without.manifest["parity"]["relative_error"]["unet"] < 5e-3
+    assert 1e-6 < without.manifest.parity.relative_error["unet"] < 5e-3
 
 
 def test_the_plain_teacher_is_plugged_too(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
@@ -232,7 +231,7 @@ def test_another_architecture_is_told_by_its_config(micro_bundles: Path, tuned: 
     made = plug(
         PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x")
     )  # a default left out is the same
-    assert made.manifest["plugged"]["networks"]["text_encoder"] == "kept"
+    assert made.manifest.plugged.networks["text_encoder"] == "kept"
 
 
 def test_a_stale_map_is_caught_and_undone(cli: Cli, half_bundle: Path, tuned_unet: Path, tmp_path: Path) -> None:
@@ -243,14 +242,12 @@ def test_a_stale_map_is_caught_and_undone(cli: Cli, half_bundle: Path, tuned_une
     q, k = sorted(n for n in weights if ".attn1.to_q" in n or ".attn1.to_k" in n)[:2]
     weights[q]["key"], weights[k]["key"] = weights[k]["key"], weights[q]["key"]
     (folder / "weights.json").write_text(json.dumps(held))
-    manifest = read_manifest(folder)
-    manifest["files"] = list_files(folder)
-    write_manifest(folder, manifest)
+    reseal(folder)
     kept = plug(PlugSpec(str(half_bundle), str(tuned_unet), out=tmp_path / "x"))
     before = list_files(kept.folder)
     done = cli("plug", folder, "--base", tuned_unet, "--out", tmp_path / "x", "--force")
     assert done.code == 1 and "the unet with the weights of" in done.err and "nothing was written" in done.err
-    assert list_files(kept.folder) == before and open_bundle(kept.folder).manifest["key"] == kept.manifest["key"]
+    assert list_files(kept.folder) == before and open_bundle(kept.folder).manifest.key == kept.manifest.key
     assert list(tmp_path.glob(".x.partial-*")) == []
 
 
@@ -282,9 +279,7 @@ def test_orders_that_cannot_be(cli: Cli, engines: Path, tuned_unet: Path, tmp_pa
 
 def test_a_bundle_of_before_says_to_be_rebuilt(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(micro_bundles / "plain", tmp_path / "plain"))
-    manifest = read_manifest(folder)
-    del manifest["configs"]
-    write_manifest(folder, manifest)
+    reseal(folder, lambda m: m.pop("configs"))
     with pytest.raises(InputError, match="was built before engines could be plugged; rebuild it with: pnp-trt build"):
         plug(PlugSpec(str(folder), str(tuned_unet)))
 
@@ -302,7 +297,7 @@ def test_end_to_end(cli: Cli, engines: Path, tuned: Path, tmp_path: Path, monkey
     assert "plugged into" in cli("inspect", name).out
     drawn = cli("sample", "a cat", "--engine", name, "--steps", "2", "--out", tmp_path / "s", "-q")
     assert drawn.code == 0 and Path(drawn.out.strip()).is_file()
-    again = cli(*read_manifest(home / name)["rebuild"].split()[1:], "--force")  # the command that the manifest gives
+    again = cli(*read_manifest(home / name).rebuild.split()[1:], "--force")  # the command that the manifest gives
     assert again.code == 0 and "plugged in" in again.out, again.err
 
 
@@ -321,5 +316,5 @@ def test_a_full_disk_leaves_nothing(
 def test_the_base_is_what_the_manifest_says(micro_base: Path, micro_bundles: Path) -> None:
     manifest = read_manifest(micro_bundles / "guided")
     base = resolve(str(micro_base))
-    assert manifest["configs"]["unet"] == base.config("unet") and manifest["given"]["base"] == str(micro_base)
-    assert manifest["configs"]["guide"]["_class_name"] == "TinyGuide"
+    assert manifest.configs["unet"] == base.config("unet") and manifest.given.base == str(micro_base)
+    assert manifest.configs["guide"]["_class_name"] == "TinyGuide"

@@ -32,7 +32,7 @@ class Both:
     def __init__(self, gpu: Gpu, folder: Path) -> None:
         self.host = Pipeline.load(folder, provider="cpu", threads=1)
         self.device = Pipeline.load(folder, provider="cpu", threads=1)
-        entries = self.device.bundle.manifest["networks"]
+        entries = self.device.bundle.manifest.networks
         self.unet = fake_gpu.network(gpu, "unet", entries["unet"], self.device._unet)
         self.vae = fake_gpu.network(gpu, "vae", entries["vae_decoder"], self.device._vae)
         self.loops = cuda_graph.device_loops(gpu, self.unet, self.vae, None, self.device.name)

@@ -40,16 +40,16 @@ def made(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     guide.register_to_config(sampling_steps=4)
     guide.save_pretrained(home / "guide")
     built = build(BuildSpec(str(micro_base), str(home / "guide"), out=home / "bundle"))
-    assert built.manifest["guide"]["sampling_steps"] == 4 and built.manifest["guide"]["negative_prompts"]
-    assert max(built.manifest["parity"]["relative_error"].values()) < 1e-4
+    assert built.manifest.guide.sampling_steps == 4 and built.manifest.guide.negative_prompts
+    assert max(built.manifest.parity.relative_error.values()) < 1e-4
     return home / "bundle"
 
 
 def test_what_depends_on_w_alone_is_a_network_of_its_own(made: Path, micro_base: Path) -> None:
     """Fed with it, the U-Net's graph gives what the student gives in one piece; both are exact by themselves."""
     bundle = open_bundle(made)
-    networks = bundle.manifest["networks"]
-    assert list(networks["condition"]["inputs"]) == ["guidance"] and "condition" in networks["unet"]["inputs"]
+    networks = bundle.manifest.networks
+    assert list(networks["condition"].inputs) == ["guidance"] and "condition" in networks["unet"].inputs
     maps = json.loads((made / "weights.json").read_text())["networks"]
     held = {n: {w["key"] for w in maps[n]["weights"].values() if w["source"] == "guide"} for n in maps}
     assert {k.partition(".")[0] for k in held["condition"]} == {"w_features", "hint"}
@@ -75,7 +75,7 @@ def test_the_same_pictures_as_in_one_piece(made: Path, micro_base: Path, tmp_pat
         patch.setattr(GUIDES["full"], "constant_parts", ())
         build(replace(spec, out=tmp_path / "whole"))
     parted, whole = (Pipeline.load(tmp_path / n, provider="cpu") for n in ("parted", "whole"))
-    assert "condition" in parted.bundle.manifest["networks"] and "condition" not in whole.bundle.manifest["networks"]
+    assert "condition" in parted.bundle.manifest.networks and "condition" not in whole.bundle.manifest.networks
     request: dict[str, Any] = {"guidance": [1.5, 6.0], "seed": [1, 2]}
     pictures = [p(["a red apple", "a blue car"], **request) for p in (parted, whole, Pipeline.load(made))]
     for a, b, c in zip(*pictures, strict=True):

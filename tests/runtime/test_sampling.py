@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 import pnp_trt
-from pnp_trt.artifacts import read_manifest, write_manifest
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.schedule import CLASSES, SCHEDULES
+
+from ..bundles import reseal
 
 PROMPTS = ["a red apple", "a cat"]
 
@@ -48,9 +49,7 @@ def edited(micro_bundles: Path, tmp_path: Path) -> Callable[[str, Edit], Path]:
 
     def make(name: str, edit: Edit) -> Path:
         folder = Path(shutil.copytree(micro_bundles / name, tmp_path / name))
-        manifest = read_manifest(folder)
-        edit(manifest)
-        write_manifest(folder, manifest)
+        reseal(folder, edit, files=False)
         return folder
 
     return make
@@ -170,7 +169,7 @@ def test_bad_pictures_are_refused(plain: Pipeline, guided: Pipeline, picture: np
 
 
 def test_the_teachers_schedule_is_the_default(edited: Callable[[str, Edit], Path], plain: Pipeline) -> None:
-    assert plain.default_schedule == "ddim" and plain.bundle.manifest["scheduler"]["_class_name"] == "DDIMScheduler"
+    assert plain.default_schedule == "ddim" and plain.bundle.manifest.scheduler["_class_name"] == "DDIMScheduler"
     folder = edited("plain", lambda m: m["scheduler"].update(_class_name="EulerDiscreteScheduler"))
     euler = Pipeline.load(folder, provider="cpu")
     assert euler("a cat", steps=3)[0].parameters["schedule"] == "euler"

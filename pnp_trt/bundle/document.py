@@ -1,0 +1,265 @@
+"""JSON from a stranger: read within bounds, then taken apart value by value, each error naming file, key and value."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import InputError
+from ..text import printable
+
+#: nesting, digits of a whole number, characters of a string, and members of one list or object
+MAX_DEPTH, MAX_DIGITS, MAX_TEXT, MAX_MEMBERS = 16, 18, 16_384, 50_000
+MISSING: Any = object()
+
+
+def read_json(path: Path, advice: str, *, limit: int, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> Any:
+    """A JSON file's value: no duplicate keys, no NaN, and within the bounds of this module.
+
+    Args:
+        advice: what to do about a file that is refused; closes the sentence.
+        limit: most bytes of the file.
+        members, text: most members of one list or object, and characters of one string.
+
+    Raises:
+        InputError: if it is missing, is not a regular file, is too large, is not JSON, or is out of bounds.
+    """
+    return parse_file(path, read_regular(path, advice, limit=limit), advice, members=members, text=text)
+
+
+def parse_file(path: Path, raw: bytes, advice: str, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> Any:
+    """As ``read_json``, for the bytes of a file that was read."""
+    try:
+        return parse(raw, members=members, text=text)
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not readable as JSON (byte {e.start} is not UTF-8); {advice}") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not readable as JSON ({_reason(e)}); {advice}") from None
+
+
+def read_regular(path: Path, advice: str, *, limit: int) -> bytes:
+    """The bytes of a regular file that is no link.
+
+    Raises:
+        InputError: if it is missing, a link, a device or a pipe, cannot be read, or has more than ``limit`` bytes.
+    """
+    try:
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            raise InputError(f"{path} is a link; copy the file itself, for example with cp -rL")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is not a regular file; {advice}")
+        if status.st_size > limit:
+            raise InputError(f"{path} has {status.st_size} bytes; it must have at most {limit}; {advice}")
+        with path.open("rb") as f:
+            return f.read(limit + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; {advice}") from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror or e}); check its permissions") from None
+
+
+def parse(raw: bytes, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> Any:
+    """JSON of UTF-8 bytes within bounds; raises ``ValueError`` or ``RecursionError``."""
+    value = json.loads(
+        raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite
+    )
+    check_bounds(value, members=members, text=text)
+    return value
+
+
+def check_bounds(value: Any, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> None:
+    """Raise ``ValueError`` for a JSON value that is nested too deep, too long, or has text that is no Unicode."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                _check_text(item, text)
+            elif isinstance(item, Mapping | list | tuple):
+                if len(item) > members:
+                    raise ValueError(f"a list or object has {len(item)} members, more than {members}")
+                if isinstance(item, Mapping):
+                    below += item
+                    below += item.values()
+                else:
+                    below += item
+            else:
+                _check_scalar(item)
+        if not below:
+            return
+        level = below
+    raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+
+
+def _check_text(text: str, longest: int) -> None:
+    if len(text) > longest:
+        raise ValueError(f"a string has {len(text)} characters, more than {longest}")
+    if "\0" in text:
+        raise ValueError("a string holds a null character")
+    try:
+        os.fsencode(text)  # bytes of a file's name that are not UTF-8 pass, other surrogates do not
+    except UnicodeEncodeError:
+        raise ValueError("a string holds a lone surrogate") from None
+
+
+def _check_scalar(value: Any) -> None:
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        if abs(value) >= 10**MAX_DIGITS:
+            raise ValueError(f"a number has more than {MAX_DIGITS} digits")
+    elif not isinstance(value, float):
+        raise ValueError(f"a {type(value).__name__} is not JSON")
+    elif not math.isfinite(value):
+        raise ValueError(f"{value} is not a JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"the key '{printable(key, limit=60)}' is there twice")
+        out[key] = value
+    return out
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS + 1:
+        raise ValueError(f"a number has {len(digits)} digits, more than {MAX_DIGITS}")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    if len(text) > 60 or abs(value := float(text)) == float("inf"):
+        raise ValueError(f"the number {text[:30]} is out of range")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else printable(error, limit=200)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of a document, with the key that leads to it and the file that it is in.
+
+    Every method checks and converts, and raises ``InputError`` with file, key, value and what to do.
+    """
+
+    raw: Any
+    key: str
+    file: str
+    advice: str
+
+    def refuse(self, rule: str) -> InputError:
+        """The error for a value that breaks ``rule``, such as ``must be a text``."""
+        if self.raw is MISSING:
+            return InputError(f"{self.file}: {printable(self.key, limit=200)} is missing; {self.advice}")
+        return InputError(
+            f"{self.file}: {printable(self.key, limit=200)} is {_shown(self.raw)}; it {rule}; {self.advice}"
+        )
+
+    @property
+    def is_null(self) -> bool:
+        """Whether the value is JSON's null."""
+        return self.raw is None
+
+    def text(self, *, longest: int = 4096, shortest: int = 0, pattern: re.Pattern[str] | None = None,
+             form: str = "", known: Iterable[str] | None = None) -> str:  # fmt: skip
+        """A string of ``shortest`` to ``longest`` characters; of ``pattern``, told as ``form``; one of ``known``."""
+        value = self.raw
+        if not isinstance(value, str):
+            raise self.refuse("must be text")
+        if not shortest <= len(value) <= longest:
+            raise self.refuse(f"must have {shortest} to {longest} characters")
+        if pattern is not None and pattern.fullmatch(value) is None:
+            raise self.refuse(f"must be {form}")
+        if known is not None and value not in (choices := tuple(known)):
+            raise self.refuse(f"must be one of: {', '.join(choices)}")
+        return value
+
+    def whole(self, low: int, high: int) -> int:
+        """A whole number from ``low`` to ``high``."""
+        if isinstance(self.raw, bool) or not isinstance(self.raw, int) or not low <= self.raw <= high:
+            raise self.refuse(f"must be a whole number from {low} to {high}")
+        return self.raw
+
+    def number(self, low: float, high: float) -> Any:
+        """A number from ``low`` to ``high``, whole or not, as the document has it."""
+        value = self.raw
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN too
+            raise self.refuse(f"must be a number from {low:g} to {high:g}")
+        return value
+
+    def flag(self) -> bool:
+        """True or false."""
+        if not isinstance(self.raw, bool):
+            raise self.refuse("must be true or false")
+        return self.raw
+
+    def items(self, shortest: int = 0, longest: int = 1000) -> list[Value]:
+        """The members of a list."""
+        if not isinstance(self.raw, list | tuple):
+            raise self.refuse("must be a list")
+        if not shortest <= len(self.raw) <= longest:
+            raise self.refuse(f"must have {shortest} to {longest} members")
+        return [Value(v, f"{self.key}[{i}]", self.file, self.advice) for i, v in enumerate(self.raw)]
+
+    def entries(self, longest: int = 1000, *, longest_key: int = 1024) -> dict[str, Value]:
+        """The members of an object whose keys may be anything."""
+        if not isinstance(self.raw, Mapping) or not all(isinstance(k, str) for k in self.raw):
+            raise self.refuse("must be an object")
+        if len(self.raw) > longest:
+            raise self.refuse(f"must have at most {longest} members")
+        if long := [k for k in self.raw if len(k) > longest_key]:
+            raise self.refuse(f"must have keys of at most {longest_key} characters, not {len(long[0])}")
+        return {k: self._member(k, v) for k, v in self.raw.items()}
+
+    def members(self, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Value]:
+        """The members of an object with the given keys and no others; optional ones may be missing."""
+        entries, needed = self.entries(), tuple(required)
+        known = (*needed, *optional)
+        if missing := [k for k in needed if k not in entries]:
+            raise InputError(
+                f"{self.file} lacks {', '.join(self._member(k, None).key for k in missing)}; {self.advice}"
+            )
+        if unknown := [v for k, v in entries.items() if k not in known]:
+            where = printable(unknown[0].key, limit=200)
+            raise InputError(f"{self.file}: {where} is {_shown(unknown[0].raw)}; this key is not known; {self.advice}")
+        return entries
+
+    def member(self, key: str) -> Value:
+        """One member of an object; its value is ``MISSING`` where it is not there."""
+        return self.entries(MAX_MEMBERS, longest_key=MAX_TEXT).get(key) or self._member(key, MISSING)
+
+    def nullable(self, convert: Callable[[Value], Any]) -> Any:
+        """None for null, else what ``convert`` makes of the value."""
+        return None if self.raw is None else convert(self)
+
+    def _member(self, key: str, value: Any) -> Value:
+        return Value(value, f"{self.key}.{key}" if self.key else key, self.file, self.advice)
+
+
+def _shown(raw: Any) -> str:
+    """A value as a message shows it, on one line and not long."""
+    if isinstance(raw, Mapping):
+        return f"an object of {len(raw)} members"
+    if isinstance(raw, list | tuple):
+        return f"a list of {len(raw)} members"
+    if isinstance(raw, str):
+        return f"'{printable(raw, limit=80)}'"
+    if raw is None or isinstance(raw, bool):
+        return json.dumps(raw)
+    return printable(raw, limit=40) if not isinstance(raw, int) or abs(raw) < 10**30 else "a very large number"

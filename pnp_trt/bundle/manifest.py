@@ -1,0 +1,840 @@
+"""The manifest of a bundle as typed, validated values; the JSON on disk is the same as before, key by key.
+
+A manifest may come from a stranger, and its seal only shows that it is whole.  Every name in it that becomes a path is
+relative and stays in the bundle, everything that is loaded is listed in ``files`` with its hash, and every number is
+within bounds that this program can serve.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..backends.base import CompileOptions
+from ..backends.profiles import MAX_BATCH, MAX_SIDE, Extent, Profile
+from ..errors import InputError
+from .document import Value, check_bounds
+
+SCHEMA = 2
+FILE = "manifest.json"
+#: files of a bundle beside its networks; ``weights.json`` is read by `pnp-trt plug`, ``golden.npz`` also by `verify`
+TOKENIZER, GOLDEN, WEIGHTS = "tokenizer.json", "golden.npz", "weights.json"
+NETWORKS = ("unet", "text_encoder", "vae_decoder")
+OPTIONAL_NETWORKS = ("condition", "vae_encoder")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
+#: names of dimensions that a graph leaves open
+OPEN = ("batch", "height", "width", "image_height", "image_width")
+#: most tokens of a prompt, channels of a latent, training timesteps and sampling steps
+MAX_TOKENS, MAX_CHANNELS, MAX_TRAINING_STEPS, MAX_STEPS = 4096, 256, 100_000, 1000
+_REQUIRED = (
+    "schema", "name", "key", "built_from", "base", "guide", "backend", "precision", "target", "profiles", "compiler",
+    "networks", "sample", "image", "tokens", "scheduler", "parity", "files", "versions", "built", "build_seconds",
+    "peak_memory", "rebuild",
+)  # fmt: skip
+_OPTIONAL = ("given", "configs", "plugged", "seal")
+_MOST_BYTES = 1 << 40
+_HASH, _WORD = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ADVICE = "build the bundle again"
+
+#: element type and shape; a dimension is a number or the name of one that the graph leaves open
+Tensor = tuple[str, tuple[int | str, ...]]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Hash and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+    @classmethod
+    def read(cls, value: Value) -> FileRecord:
+        """From a member of ``files``."""
+        m = value.members(("sha256", "bytes"))
+        return cls(_hash(m["sha256"]), m["bytes"].whole(0, _MOST_BYTES))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"sha256": self.sha256, "bytes": self.size}
+
+
+@dataclass(frozen=True)
+class LoraRecord:
+    """A LoRA that is merged into the base: its name, the hash of its file, and the scale."""
+
+    name: str
+    sha256: str
+    scale: float
+
+    @classmethod
+    def read(cls, value: Value) -> LoraRecord:
+        """From a member of ``base.loras``."""
+        m = value.members(("name", "sha256", "scale"))
+        return cls(_label(m["name"]), _hash(m["sha256"]), m["scale"].number(-1e6, 1e6))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"name": self.name, "sha256": self.sha256, "scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model: its name, and the hash of each network's weights and of all (``all``)."""
+
+    name: str
+    sha256: Mapping[str, str]
+    loras: tuple[LoraRecord, ...] = ()
+
+    @classmethod
+    def read(cls, value: Value) -> Base:
+        """From ``base``."""
+        m = value.members(("name", "sha256"), ("loras",))
+        hashes = {k: _hash(v) for k, v in m["sha256"].entries(20).items()}
+        if "all" not in hashes:
+            raise m["sha256"].member("all").refuse("must be a hash")
+        loras = tuple(LoraRecord.read(v) for v in m["loras"].items(1, 100)) if "loras" in m else ()
+        return cls(_label(m["name"]), hashes, loras)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        out: dict[str, Any] = {"name": self.name, "sha256": dict(self.sha256)}
+        return out | ({"loras": [lora.to_json() for lora in self.loras]} if self.loras else {})
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The guide that is fused into the U-Net.
+
+    Attributes:
+        name: a file name, no path.
+        negative_prompts: whether it was distilled with negative prompts; None where that is not recorded.
+        sampling_steps: the only number of steps that it was distilled for, or None.
+    """
+
+    name: str
+    sha256: str
+    negative_prompts: bool | None = None
+    sampling_steps: int | None = None
+
+    @classmethod
+    def read(cls, value: Value) -> Guide:
+        """From ``guide``."""
+        m = value.members(("name", "sha256"), ("negative_prompts", "sampling_steps"))
+        if ("negative_prompts" in m) != ("sampling_steps" in m):
+            raise value.refuse("must have negative_prompts and sampling_steps, or neither")
+        name = _plain_name(m["name"])
+        if "sampling_steps" not in m:
+            return cls(name, _hash(m["sha256"]))
+        steps = m["sampling_steps"].nullable(lambda v: v.whole(1, MAX_STEPS))
+        return cls(name, _hash(m["sha256"]), m["negative_prompts"].flag(), steps)
+
+    @classmethod
+    def of(cls, identity: Mapping[str, Any] | None) -> Guide | None:
+        """From what identifies a guide (``export.spec.guide_identity``)."""
+        return None if identity is None else cls(**identity)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        out: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
+        if self.negative_prompts is not None:
+            out |= {"negative_prompts": self.negative_prompts, "sampling_steps": self.sampling_steps}
+        return out
+
+
+@dataclass(frozen=True)
+class Given:
+    """Base and guide as they were given to `pnp-trt build`."""
+
+    base: str
+    guide: str
+
+    @classmethod
+    def read(cls, value: Value) -> Given:
+        """From ``given``."""
+        m = value.members(("base", "guide"))
+        return cls(_label(m["base"]), _label(m["guide"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"base": self.base, "guide": self.guide}
+
+
+@dataclass(frozen=True)
+class NetworkParity:
+    """Relative errors of a graph against PyTorch, and what is allowed.
+
+    Attributes:
+        sizes: the error by image size, where there are several.
+    """
+
+    graph: float
+    limit: float
+    rows: int
+    sizes: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, value: Value) -> NetworkParity:
+        """From ``networks.*.parity``."""
+        m = value.members(("graph", "limit", "rows"), ("sizes",))
+        sizes = {k: _error(v) for k, v in m["sizes"].entries(100).items()} if "sizes" in m else {}
+        if "sizes" in m and not sizes:
+            raise m["sizes"].refuse("must have members, or be left out")
+        return cls(_error(m["graph"]), _error(m["limit"]), m["rows"].whole(1, 1024), sizes)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        out: dict[str, Any] = {"graph": self.graph, "limit": self.limit, "rows": self.rows}
+        return out | ({"sizes": dict(self.sizes)} if self.sizes else {})
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """How a network was compiled: seconds, peak memory in bytes, and the backend's notes."""
+
+    seconds: float = 0.0
+    peak_memory: int | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, value: Value) -> Compiled:
+        """From ``networks.*.compiled``."""
+        m = value.entries(50)
+        seconds, peak = value.member("seconds").number(0, 1e7), value.member("peak_memory")
+        notes = {k: v.raw for k, v in m.items() if k not in ("seconds", "peak_memory")}
+        if "mode" in m:
+            m["mode"].text(known=("eager", "compile"))
+        if "host_code" in m:
+            m["host_code"].flag()
+        if "weights" in m:
+            m["weights"].text(longest=1000)
+        return cls(seconds, peak.nullable(_bytes), notes)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"seconds": self.seconds, "peak_memory": self.peak_memory, **self.notes}
+
+
+@dataclass(frozen=True)
+class Int8Record:
+    """What is quantised in a network: how many layers, whether their inputs are too, and how that was decided."""
+
+    layers: int
+    activations: bool
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, value: Value) -> Int8Record:
+        """From ``networks.*.int8``."""
+        m = value.entries(50)
+        layers, activations = value.member("layers").whole(0, 100_000), value.member("activations").flag()
+        if activations:
+            value.member("share_of_macs").number(0, 1)
+            value.member("decision").member("float").items(0, 50_000)
+        return cls(layers, activations, {k: v.raw for k, v in m.items() if k not in ("layers", "activations")})
+
+    @property
+    def share_of_macs(self) -> float:
+        """Share of the arithmetic that is in INT8; only where inputs are quantised too."""
+        return float(self.details["share_of_macs"])
+
+    @property
+    def floating_point(self) -> list[Any]:
+        """Layers that stay in floating point; only where inputs are quantised too."""
+        return list(self.details["decision"]["float"])
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"layers": self.layers, "activations": self.activations, **self.details}
+
+
+@dataclass(frozen=True)
+class NetworkRecord:
+    """One network of a bundle.
+
+    Attributes:
+        graph: the ONNX file that it was exported to, or the description of its PyTorch module.
+        inputs, outputs: tensors by name.
+        fallback: why it is not in the recipe's precision; None where it is.
+        int8: what is quantised; None where nothing is.
+        file: the file that is loaded, the graph itself or what was compiled from it.
+        profiles: batch sizes, and sizes in latents.
+    """
+
+    graph: str
+    precision: str
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    parity: NetworkParity
+    fallback: str | None = None
+    int8: Int8Record | None = None
+    file: str = ""
+    profiles: tuple[Profile, ...] = ()
+    compiled: Compiled = Compiled()
+
+    @classmethod
+    def read(cls, value: Value) -> NetworkRecord:
+        """From a member of ``networks``."""
+        required = ("graph", "precision", "inputs", "outputs", "parity", "file", "profiles", "compiled")
+        m = value.members(required, ("fallback", "int8"))
+        return cls(
+            graph=file_name(m["graph"]),
+            precision=m["precision"].text(known=PRECISIONS),
+            inputs={k: _tensor(v) for k, v in m["inputs"].entries(20, longest_key=100).items()},
+            outputs={k: _tensor(v) for k, v in m["outputs"].entries(20, longest_key=100).items()},
+            parity=NetworkParity.read(m["parity"]),
+            fallback=m["fallback"].text(longest=2000) if "fallback" in m else None,
+            int8=Int8Record.read(m["int8"]) if "int8" in m else None,
+            file=file_name(m["file"]),
+            profiles=tuple(_profile(v) for v in m["profiles"].items(0, 64)),
+            compiled=Compiled.read(m["compiled"]),
+        )
+
+    @property
+    def data(self) -> str:
+        """The file of an ONNX graph's weights."""
+        return f"{self.graph}.data"
+
+    def loaded(self) -> tuple[str, ...]:
+        """Every file that is read to load or to swap this network, one that need not exist left out."""
+        names = {self.graph, self.file, re.sub(r"\.safetensors$", ".json", self.file)}
+        return tuple(sorted(names))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {
+            "graph": self.graph,
+            "precision": self.precision,
+            "inputs": _tensors_json(self.inputs),
+            "outputs": _tensors_json(self.outputs),
+            "parity": self.parity.to_json(),
+            **({} if self.fallback is None else {"fallback": self.fallback}),
+            **({} if self.int8 is None else {"int8": self.int8.to_json()}),
+            "file": self.file,
+            "profiles": [p.as_dict() for p in self.profiles],
+            "compiled": self.compiled.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The default latent's shape, and the most images at once."""
+
+    channels: int
+    height: int
+    width: int
+    max_batch: int
+
+    @classmethod
+    def read(cls, value: Value) -> Latents:
+        """From ``sample``."""
+        m = value.members(("channels", "height", "width", "max_batch"))
+        height, width = m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE)
+        return cls(m["channels"].whole(1, MAX_CHANNELS), height, width, m["max_batch"].whole(1, MAX_BATCH))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"channels": self.channels, "height": self.height, "width": self.width, "max_batch": self.max_batch}
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """The default image's height and width in pixels."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def read(cls, value: Value) -> ImageSize:
+        """From ``image``."""
+        m = value.members(("height", "width"))
+        return cls(m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"height": self.height, "width": self.width}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens that a prompt is padded and cut to, and the id that pads."""
+
+    length: int
+    pad: int
+
+    @classmethod
+    def read(cls, value: Value) -> Tokens:
+        """From ``tokens``."""
+        m = value.members(("length", "pad"))
+        return cls(m["length"].whole(2, MAX_TOKENS), m["pad"].whole(0, 2**31 - 1))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"length": self.length, "pad": self.pad}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Errors against PyTorch by network: of the graphs, and of the engines or why these were not measured."""
+
+    relative_error: Mapping[str, float]
+    limit: float
+    against: str
+    engine: Mapping[str, float] | str
+
+    @classmethod
+    def read(cls, value: Value) -> Parity:
+        """From ``parity``."""
+        m = value.members(("relative_error", "limit", "against", "engine"))
+        errors = {k: _error(v) for k, v in m["relative_error"].entries(50).items()}
+        return cls(errors, _error(m["limit"]), m["against"].text(longest=1000), _engine_parity(m["engine"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        engine = self.engine if isinstance(self.engine, str) else dict(self.engine)
+        return {
+            "relative_error": dict(self.relative_error), "limit": self.limit, "against": self.against, "engine": engine,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Largest resident memory in bytes while exporting and while compiling; None where not measured."""
+
+    export: int | None
+    compile: int | None
+
+    @classmethod
+    def read(cls, value: Value) -> PeakMemory:
+        """From ``peak_memory``."""
+        m = value.members(("export", "compile"))
+        return cls(m["export"].nullable(_bytes), m["compile"].nullable(_bytes))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"export": self.export, "compile": self.compile}
+
+
+@dataclass(frozen=True)
+class Plugged:
+    """How a plugged bundle came about.
+
+    Attributes:
+        source: name, key and base of the engine that was plugged.
+        networks: how each network's weights came in.
+        guide_read_from: where the guide's weights came from; None where there is no guide.
+        commands: command lines that make it from nothing, as the manifest claims.
+    """
+
+    source: Mapping[str, str]
+    networks: Mapping[str, str]
+    guide_read_from: str | None
+    commands: tuple[str, ...]
+
+    @classmethod
+    def read(cls, value: Value) -> Plugged:
+        """From ``plugged``."""
+        m = value.members(("from", "networks", "guide_read_from", "commands"))
+        source = {k: _label(v) for k, v in m["from"].members(("name", "key", "base")).items()}
+        networks = {k: v.text(longest=1000) for k, v in m["networks"].entries(20).items()}
+        commands = tuple(v.text(longest=16_000) for v in m["commands"].items(1, 100))
+        return cls(source, networks, m["guide_read_from"].nullable(_label), commands)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {
+            "from": dict(self.source), "networks": dict(self.networks), "guide_read_from": self.guide_read_from,
+            "commands": list(self.commands),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle's manifest.
+
+    Attributes:
+        name: the folder's name when it was made.
+        key: digest of what the bundle was made of; equal keys mean equal bundles.
+        built_from: what the key is a digest of.
+        given, configs: what `pnp-trt plug` needs of a build; None in bundles that are older than that.
+        target: GPU that it was compiled for, or ``any``.
+        profiles: batch sizes, and image sizes in pixels.
+        compiler: versions that the engines are tied to, by distribution.
+        scheduler: a diffusers scheduler's config.
+        files: every file of the bundle but the manifest, by name.
+        built: date and time, ISO 8601.
+        rebuild: the command line that makes it, as the manifest claims.
+        seal: digest of everything else; empty until it is written.
+    """
+
+    name: str
+    key: str
+    built_from: Mapping[str, Any]
+    base: Base
+    guide: Guide | None
+    given: Given | None
+    configs: Mapping[str, Mapping[str, Any]] | None
+    backend: str
+    precision: str
+    target: str
+    profiles: tuple[Profile, ...]
+    compiler: Mapping[str, str]
+    networks: Mapping[str, NetworkRecord]
+    sample: Latents
+    image: ImageSize
+    tokens: Tokens
+    scheduler: Mapping[str, Any]
+    parity: Parity
+    files: Mapping[str, FileRecord]
+    versions: Mapping[str, str]
+    built: str
+    build_seconds: float
+    peak_memory: PeakMemory
+    rebuild: str
+    plugged: Plugged | None = None
+    seal: str = ""
+
+    @classmethod
+    def from_json(cls, document: Any, *, file: str = FILE, advice: str = _ADVICE) -> Manifest:
+        """A manifest from what its JSON holds, every value checked.
+
+        Args:
+            file: where the document was read from, for the message.
+            advice: what to do, for the message.
+
+        Raises:
+            InputError: for the first value that is out of bounds, naming file, key, value and what to do.
+        """
+        try:
+            check_bounds(document)
+        except ValueError as e:
+            raise InputError(f"{file} is out of bounds ({e}); {advice}") from None
+        m = Value(document, "", file, advice).members(_REQUIRED, _OPTIONAL)
+        if isinstance(m["schema"].raw, bool) or m["schema"].raw != SCHEMA:
+            raise m["schema"].refuse(f"must be {SCHEMA}")
+        made = cls(
+            name=_plain_name(m["name"]),
+            key=_hash(m["key"]),
+            built_from=_built_from(m["built_from"]),
+            base=Base.read(m["base"]),
+            guide=m["guide"].nullable(Guide.read),
+            given=Given.read(m["given"]) if "given" in m else None,
+            configs=_configs(m["configs"]) if "configs" in m else None,
+            backend=m["backend"].text(longest=50, pattern=_WORD, form="a backend's name"),
+            precision=m["precision"].text(known=PRECISIONS),
+            target=m["target"].text(longest=100, shortest=1),
+            profiles=tuple(_profile(v) for v in m["profiles"].items(0, 64)),
+            compiler={k: _label(v) for k, v in m["compiler"].entries(50).items()},
+            networks=_networks(m["networks"]),
+            sample=Latents.read(m["sample"]),
+            image=ImageSize.read(m["image"]),
+            tokens=Tokens.read(m["tokens"]),
+            scheduler=_scheduler(m["scheduler"]),
+            parity=Parity.read(m["parity"]),
+            files=_files(m["files"]),
+            versions={k: _label(v) for k, v in m["versions"].entries(100).items()},
+            built=m["built"].text(longest=100),
+            build_seconds=m["build_seconds"].number(0, 1e7),
+            peak_memory=PeakMemory.read(m["peak_memory"]),
+            rebuild=m["rebuild"].text(longest=16_000),
+            plugged=Plugged.read(m["plugged"]) if "plugged" in m else None,
+            seal=_hash(m["seal"]) if "seal" in m else "",
+        )
+        _check_covered(made, m)
+        _check_shapes(made, m)
+        return made
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as it is written: the seal last, and left out where there is none yet."""
+        return {
+            "schema": SCHEMA,
+            "name": self.name,
+            "key": self.key,
+            "built_from": dict(self.built_from),
+            "base": self.base.to_json(),
+            "guide": None if self.guide is None else self.guide.to_json(),
+            **({} if self.given is None else {"given": self.given.to_json()}),
+            **({} if self.configs is None else {"configs": {k: dict(v) for k, v in self.configs.items()}}),
+            "backend": self.backend,
+            "precision": self.precision,
+            "target": self.target,
+            "profiles": [p.as_dict() for p in self.profiles],
+            "compiler": dict(self.compiler),
+            "networks": {k: n.to_json() for k, n in self.networks.items()},
+            "sample": self.sample.to_json(),
+            "image": self.image.to_json(),
+            "tokens": self.tokens.to_json(),
+            "scheduler": dict(self.scheduler),
+            "parity": self.parity.to_json(),
+            "files": {k: f.to_json() for k, f in self.files.items()},
+            "versions": dict(self.versions),
+            "built": self.built,
+            "build_seconds": self.build_seconds,
+            "peak_memory": self.peak_memory.to_json(),
+            "rebuild": self.rebuild,
+            **({} if self.plugged is None else {"plugged": self.plugged.to_json()}),
+            **({"seal": self.seal} if self.seal else {}),
+        }
+
+    @property
+    def options(self) -> CompileOptions:
+        """How its engines were compiled."""
+        return CompileOptions(**self.built_from["options"])
+
+    def size_of(self, file: str) -> int:
+        """Bytes of a file of the bundle, with the external weights of a graph."""
+        return sum(f.size for name, f in self.files.items() if name in (file, f"{file}.data"))
+
+
+def file_name(value: Value) -> str:
+    """The name of a file inside the bundle: relative, with ``/`` between its parts, each of them an ordinary name."""
+    name = value.text(longest=1024, shortest=1)
+    ordinary = all(part and not part.startswith(".") and len(part) <= 255 for part in name.split("/"))
+    if not ordinary or not name.isprintable() or "\\" in name or ":" in name or name == FILE:
+        raise value.refuse("must be the name of a file inside the bundle, relative and without '..'")
+    return name
+
+
+def _plain_name(value: Value) -> str:
+    name = value.text(longest=255, shortest=1)
+    if "/" in name or name in (".", ".."):
+        raise value.refuse("must be a name and no path")
+    return name
+
+
+def _label(value: Value) -> str:
+    return value.text(longest=4096)
+
+
+def _hash(value: Value) -> str:
+    return value.text(longest=64, pattern=_HASH, form="a SHA-256 hash of 64 hexadecimal digits")
+
+
+def _error(value: Value) -> Any:
+    return value.number(0, 1e9)
+
+
+def _engine_parity(value: Value) -> Mapping[str, float] | str:
+    if isinstance(value.raw, str):
+        return value.text()
+    return {k: _error(v) for k, v in value.entries(50).items()}
+
+
+def _bytes(value: Value) -> int:
+    return value.whole(0, _MOST_BYTES)
+
+
+def _extent(value: Value) -> Extent:
+    low, best, high = (v.whole(1, MAX_SIDE) for v in value.items(3, 3))
+    if not low <= best <= high:
+        raise value.refuse("must be the smallest, the best and the largest side, in this order")
+    return low, best, high
+
+
+def _profile(value: Value) -> Profile:
+    m = value.members(("name", "minimum", "optimum", "maximum"), ("height", "width", "step"))
+    name = m["name"].text(longest=100, shortest=1)
+    least, best, most = (m[k].whole(1, 2 * MAX_BATCH) for k in ("minimum", "optimum", "maximum"))
+    if not least <= best <= most:
+        raise value.refuse("must have minimum, optimum and maximum in this order")
+    if "height" not in m and "width" not in m and "step" not in m:
+        return Profile(name, least, best, most)
+    height, width = (_extent(value.member(k)) for k in ("height", "width"))
+    return Profile(name, least, best, most, height, width, value.member("step").whole(1, MAX_SIDE))
+
+
+def _tensor(value: Value) -> Tensor:
+    dtype, shape = value.items(2, 2)
+    dimensions = tuple(
+        v.text(known=OPEN) if isinstance(v.raw, str) else v.whole(1, 1_000_000) for v in shape.items(1, 8)
+    )
+    if dimensions[0] != "batch":
+        raise shape.refuse("must begin with 'batch'")
+    return dtype.text(known=DTYPES), dimensions
+
+
+def _tensors_json(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: [dtype, list(shape)] for name, (dtype, shape) in tensors.items()}
+
+
+def _networks(value: Value) -> dict[str, NetworkRecord]:
+    return {k: NetworkRecord.read(v) for k, v in value.members(NETWORKS, OPTIONAL_NETWORKS).items()}
+
+
+def _files(value: Value) -> dict[str, FileRecord]:
+    out = {}
+    for name, entry in value.entries(10_000).items():
+        file_name(Value(name, f"files.{name}", value.file, value.advice))
+        out[name] = FileRecord.read(entry)
+    return out
+
+
+def _built_from(value: Value) -> Mapping[str, Any]:
+    value.entries(50)
+    m = value.member("options").members(
+        ("workspace", "refittable", "version_compatible", "hardware_compatible"), ("check_memory",)
+    )
+    m["workspace"].nullable(_bytes)
+    for name in m.keys() - {"workspace"}:
+        m[name].flag()
+    return dict(value.raw)
+
+
+def _configs(value: Value) -> dict[str, Mapping[str, Any]]:
+    out: dict[str, Mapping[str, Any]] = {}
+    for name, config in value.members(("unet", "text_encoder", "vae"), ("guide",)).items():
+        for key, entry in config.entries(500).items():
+            _check_sizes(entry)
+            if key == "_class_name":
+                entry.text(longest=100, pattern=_IDENTIFIER, form="a class's name")
+        out[name] = dict(config.raw)
+    kind = value.member("vae").entries(500).get("_class_name")
+    if kind is not None and not re.search("Autoencoder|VAE|VQ", str(kind.raw)):
+        raise kind.refuse("must be the class of an autoencoder")
+    return out
+
+
+def _check_sizes(value: Value) -> None:
+    """Refuse numbers of a config that no network has, at whatever depth."""
+    if isinstance(value.raw, int | float) and not isinstance(value.raw, bool):
+        value.number(-1e6, 1e6)
+    elif isinstance(value.raw, list):
+        for item in value.items(0, 1000):
+            _check_sizes(item)
+    elif isinstance(value.raw, Mapping):
+        for item in value.entries().values():
+            _check_sizes(item)
+
+
+#: entries of a scheduler's config that hold a number, with its bounds; null stands for the scheduler's default
+_NUMBERS = {
+    "beta_start": (0, 1), "beta_end": (0, 1), "sigma_min": (0, 1e6), "sigma_max": (0, 1e6), "rho": (0, 1e3),
+    "clip_sample_range": (0, 1e6), "dynamic_thresholding_ratio": (0, 1), "sample_max_value": (0, 1e6),
+    "lambda_min_clipped": (-1e9, 1e9), "flow_shift": (0, 1e6), "shift": (0, 1e6),
+}  # fmt: skip
+_WORDS = (
+    "_class_name", "beta_schedule", "prediction_type", "timestep_spacing", "final_sigmas_type", "algorithm_type",
+    "solver_type", "interpolation_type", "timestep_type", "variance_type",
+)  # fmt: skip
+_FLAGS = (
+    "clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr", "use_karras_sigmas",
+    "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas", "lower_order_final",
+    "euler_at_final", "use_dynamic_shifting", "invert_sigmas", "skip_prk_steps", "stochastic_sampling",
+)  # fmt: skip
+
+
+def _scheduler(value: Value) -> Mapping[str, Any]:
+    """A scheduler's config; what is unknown here is kept, and nothing reads it."""
+    for key, entry in value.entries(200).items():
+        if entry.is_null:
+            continue
+        if key == "num_train_timesteps":
+            entry.whole(1, MAX_TRAINING_STEPS)
+        elif key == "steps_offset":
+            entry.whole(0, MAX_TRAINING_STEPS)
+        elif key == "solver_order":
+            entry.whole(1, 3)
+        elif key == "trained_betas":
+            for beta in entry.items(1, MAX_TRAINING_STEPS):
+                beta.number(0, 1)
+        elif key in _NUMBERS:
+            entry.number(*_NUMBERS[key])
+        elif key in _WORDS:
+            entry.text(longest=100)
+        elif key in _FLAGS:
+            entry.flag()
+    return dict(value.raw)
+
+
+def _check_covered(made: Manifest, m: Mapping[str, Value]) -> None:
+    """Everything that is loaded is in ``files``, so that a hash covers it."""
+    for name, network in made.networks.items():
+        entry = m["networks"].member(name)
+        for key, file in (("graph", network.graph), ("file", network.file)):
+            if file not in made.files:
+                raise entry.member(key).refuse("must be listed in files, so that a hash covers it")
+        if missing := [f for f in network.loaded() if f not in made.files]:
+            raise entry.member("file").refuse(f"needs {missing[0]}, which must be listed in files")
+    for file in (TOKENIZER, GOLDEN, WEIGHTS):
+        if file not in made.files:
+            raise m["files"].member(file).refuse("must be listed")
+
+
+def _check_shapes(made: Manifest, m: Mapping[str, Value]) -> None:
+    """The networks' tensors are those that a sampler feeds and reads."""
+    for name, network in made.networks.items():
+        entry = m["networks"].member(name)
+        if len(network.outputs) != 1:
+            raise entry.member("outputs").refuse("must name one output")
+        expected = _expected_inputs(made, name)
+        if unknown := sorted(network.inputs.keys() - expected.keys()):
+            raise entry.member("inputs").member(unknown[0]).refuse("must not be there; a sampler does not feed it")
+        for tensor, (kind, shape) in expected.items():
+            _check_tensor(entry.member("inputs").member(tensor), network.inputs.get(tensor), kind, shape)
+        output = next(iter(network.outputs))
+        kind, shape = _expected_output(made, name)
+        _check_tensor(entry.member("outputs").member(output), network.outputs[output], kind, shape)
+    if made.image.height % made.sample.height or made.image.width % made.sample.width:
+        raise m["image"].refuse(f"must be a multiple of the latent's size, {made.sample.height}x{made.sample.width}")
+    steps = made.scheduler.get("num_train_timesteps") or 1000
+    if made.guide is not None and (made.guide.sampling_steps or 1) > steps:
+        raise m["guide"].member("sampling_steps").refuse(f"must be at most num_train_timesteps, {steps}")
+
+
+#: element kind (``float`` or ``int``) and shape without the batch; None where any will do
+_Expected = tuple[str, tuple[int | str, ...] | None]
+
+
+def _expected_inputs(made: Manifest, network: str) -> dict[str, _Expected]:
+    latent = (made.sample.channels, made.sample.height, made.sample.width)
+    if network == "text_encoder":
+        return {"input_ids": ("int", (made.tokens.length,))}
+    if network == "vae_decoder":
+        return {"latents": ("float", latent)}
+    if network == "vae_encoder":
+        return {"pixels": ("float", (3, made.image.height, made.image.width))}
+    if network == "condition":
+        return {"guidance": ("float", ())}
+    text = _output_shape(made, "text_encoder")
+    out: dict[str, _Expected] = {
+        "sample": ("float", latent), "timestep": ("int", ()), "encoder_hidden_states": ("float", text),
+    }  # fmt: skip
+    if made.guide is not None:
+        out["guidance"] = ("float", ())
+        if made.guide.negative_prompts:
+            out["negative"] = ("float", text)
+    if "condition" in made.networks:
+        out["condition"] = ("float", _output_shape(made, "condition"))
+    return out
+
+
+def _expected_output(made: Manifest, network: str) -> _Expected:
+    if network in ("unet", "vae_encoder"):
+        return "float", (made.sample.channels, made.sample.height, made.sample.width)
+    if network == "vae_decoder":
+        return "float", (3, made.image.height, made.image.width)
+    return "float", None
+
+
+def _output_shape(made: Manifest, network: str) -> tuple[int | str, ...]:
+    return next((shape[1:] for _, shape in made.networks[network].outputs.values()), ())
+
+
+def _check_tensor(value: Value, tensor: Tensor | None, kind: str, shape: tuple[int | str, ...] | None) -> None:
+    """Refuse a tensor of another element kind or shape; a dimension that the graph leaves open matches any."""
+    if tensor is None:
+        raise value.refuse("must be there")
+    dtype, dimensions = tensor[0], tensor[1][1:]
+    if kind not in dtype:
+        raise value.refuse(f"must have {kind} elements, not {dtype}")
+    if shape is None:
+        return
+    fits = len(dimensions) == len(shape) and all(
+        isinstance(d, str) or isinstance(w, str) or d == w for d, w in zip(dimensions, shape, strict=True)
+    )
+    if not fits:
+        raise value.refuse(f"must have the shape {'x'.join(map(str, ('batch', *shape)))}, not "
+                           f"{'x'.join(map(str, tensor[1]))}")  # fmt: skip

@@ -1,0 +1,103 @@
+"""The one place where a new bundle's manifest is put together, for `pnp-trt build` and `pnp-trt plug`."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..backends.profiles import Profile
+from .manifest import (
+    Base,
+    FileRecord,
+    Given,
+    Guide,
+    ImageSize,
+    Latents,
+    Manifest,
+    NetworkRecord,
+    Parity,
+    PeakMemory,
+    Plugged,
+    Tokens,
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a bundle is of and for; see ``Manifest``.
+
+    Attributes:
+        limit: largest relative error that the recipe allows.
+        against: what the errors are measured against.
+    """
+
+    base: Base
+    guide: Guide | None
+    given: Given | None
+    configs: Mapping[str, Mapping[str, Any]] | None
+    backend: str
+    precision: str
+    target: str
+    profiles: tuple[Profile, ...]
+    compiler: Mapping[str, str]
+    sample: Latents
+    image: ImageSize
+    tokens: Tokens
+    scheduler: Mapping[str, Any]
+    limit: float
+    against: str
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Parts:
+        """Those of an existing bundle."""
+        own = {f.name: getattr(manifest, f.name) for f in fields(cls) if f.name not in ("limit", "against")}
+        return cls(**own, limit=manifest.parity.limit, against=manifest.parity.against)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one run of `build` or `plug` made.
+
+    Attributes:
+        seconds: wall time of the run.
+        export_memory: peak resident memory in bytes before compiling.
+        compiled: names of the networks that this run compiled; None for all.
+    """
+
+    name: str
+    key: str
+    built_from: Mapping[str, Any]
+    networks: Mapping[str, NetworkRecord]
+    engine_parity: Mapping[str, float] | str
+    files: Mapping[str, FileRecord]
+    versions: Mapping[str, str]
+    seconds: float
+    export_memory: int | None
+    rebuild: str
+    plugged: Plugged | None = None
+    compiled: Iterable[str] | None = None
+
+
+def assemble(parts: Parts, made: Made) -> Manifest:
+    """The manifest of a bundle, not sealed yet; the time of building is now."""
+    errors = {name: n.parity.graph for name, n in made.networks.items()}
+    compiled = made.networks if made.compiled is None else made.compiled
+    memory = [peak for name in compiled if (peak := made.networks[name].compiled.peak_memory)]
+    own = {f.name: getattr(parts, f.name) for f in fields(parts) if f.name not in ("limit", "against")}
+    return Manifest(
+        **own,
+        name=made.name,
+        key=made.key,
+        built_from=made.built_from,
+        networks=made.networks,
+        parity=Parity(errors, parts.limit, parts.against, made.engine_parity),
+        files=made.files,
+        versions=made.versions,
+        built=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        build_seconds=round(made.seconds, 1),
+        peak_memory=PeakMemory(made.export_memory, max(memory, default=None)),
+        rebuild=made.rebuild,
+        plugged=made.plugged,
+    )

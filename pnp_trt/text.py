@@ -1,0 +1,40 @@
+"""Foreign text made safe to print: names, prompts and manifests may hold control characters and markup."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+#: format characters that ordinary words and emoji need: the zero-width non-joiner and joiner
+_HARMLESS = "\u200c\u200d"
+#: controls (C0, C1), format characters (bidirectional overrides, tags), surrogates, line and paragraph separators
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def printable(value: Any, *, limit: int | None = None, keep: str = "") -> str:
+    """``str(value)`` with every character that could steer a terminal written as an escape, such as ``\\x1b``.
+
+    Args:
+        limit: most characters of the result; a longer one is cut and ends in ``…``.
+        keep: characters that stay as they are, such as a newline.
+    """
+    text = str(value)
+    if limit is not None and len(text) > limit:
+        text = text[:limit]
+        return printable(text, keep=keep)[: limit - 1] + "…"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in keep or not _steers(c) else _escaped(c) for c in text)
+
+
+def printable_json(text: str) -> str:
+    """JSON text of ``json.dumps`` with DEL escaped too, the only control character that it leaves."""
+    return text.replace("\x7f", "\\u007f")
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in _UNPRINTABLE and character not in _HARMLESS
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -1,0 +1,31 @@
+"""Bundles edited as a stranger may: their manifest's JSON changed, their files replaced, and sealed anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.artifacts import MANIFEST, list_files, write_document
+
+
+def document(folder: Path) -> dict[str, Any]:
+    """The JSON of a bundle's manifest."""
+    value: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return value
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], Any] | None = None, *, files: bool = True) -> None:
+    """Write the manifest again after a change.
+
+    Args:
+        change: edits the document in place.
+        files: hash the folder's files anew before that.
+    """
+    value = document(folder)
+    if files:
+        value["files"] = {name: record.to_json() for name, record in list_files(folder).items()}
+    if change is not None:
+        change(value)
+    write_document(folder, value)

@@ -181,7 +181,7 @@ def rebuild_advice(folder: Path, claimed: str | None = None, *options: str) -> s
             stranger may have written it.
         options: of `pnp-trt build`, which the new bundle needs.
     """
-    command = shlex.join(["pnp-trt", "build", *options, "--out", str(folder), "--force"])
+    command = shlex.join(["pnp-trt", "build", "--out", str(folder), *options, "--force"])
     advice = f"rebuild it with: {command}"
     return advice if claimed is None else f"{advice} (claimed rebuild command: {printable(claimed, limit=1000)})"
 

@@ -216,12 +216,12 @@ def test_open_sizes_are_bound_by_the_tightest_profile(monkeypatch: pytest.Monkey
     (tmp_path / "x.engine").write_bytes(b"plan")
     square = Profile("b1-4@32x32", 1, 4, 4, (4, 4, 4), (4, 4, 4))
     free = Profile("b1-2@32-64", 1, 2, 2, (4, 4, 8), (4, 4, 8), 2)
-    entry = {
-        "inputs": {"x": ["float32", ["batch", 2, "height", "width"]]},
-        "outputs": {"y": ["float32", ["batch", 2, "image_height", "image_width"]]},
-        "profiles": [free.as_dict(), square.as_dict()],
-        "compiled": {},
-    }
+    entry = replace(
+        ENTRY,
+        inputs={"x": ("float32", ("batch", 2, "height", "width"))},
+        outputs={"y": ("float32", ("batch", 2, "image_height", "image_width"))},
+        profiles=(free, square),
+    )
     network = TrtNetwork(RTX, tmp_path / "x.engine", entry, HostCuda())
     for batch, size, index in ((1, (4, 4), 1), (4, (4, 4), 1), (2, (4, 8), 0), (1, (6, 6), 0)):
         x = np.random.default_rng(0).standard_normal((batch, 2, *size), np.float32)

@@ -6,12 +6,14 @@ import gc
 import hashlib
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pnp_trt.bundle.manifest import Tensor
 from pnp_trt.errors import Cancelled, PnpError
 from pnp_trt.runtime import cuda_graph
 from pnp_trt.runtime.device_loop import DeviceLoops
@@ -219,10 +221,14 @@ def test_after_a_failure_the_buffers_are_made_anew(gpu: Gpu, guided: Both) -> No
 
 
 def test_what_the_guide_makes_of_w_is_part_of_the_graph(gpu: Gpu, guided: Both) -> None:
-    latent = ["float32", ["batch", 4, 8, 8]]
-    of_w = {"inputs": {"guidance": ["float32", ["batch"]]}, "outputs": {"condition": latent}}
-    entry = {"inputs": {"sample": latent, "timestep": ["int64", ["batch"]], "condition": latent},
-             "outputs": {"out": latent}}  # fmt: skip
+    latent: Tensor = "float32", ("batch", 4, 8, 8)
+    record = guided.device.bundle.manifest.networks["unet"]
+    of_w = replace(record, inputs={"guidance": ("float32", ("batch",))}, outputs={"condition": latent})
+    entry = replace(
+        record,
+        inputs={"sample": latent, "timestep": ("int64", ("batch",)), "condition": latent},
+        outputs={"out": latent},
+    )
     made = fake_gpu.network(
         gpu,
         "condition",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pnp_trt.backends.profiles import Profile
+from pnp_trt.bundle.manifest import NetworkParity, NetworkRecord
 from pnp_trt.runtime.verify import compare, difference
 
 
@@ -37,7 +38,11 @@ class Backend:
 def test_rows_are_repeated_where_no_profile_takes_one() -> None:
     profiles = [Profile.parse("b2-8@8"), Profile.parse("b4@16")]
     network = Doubler(profiles)
-    networks = {"unet": {"file": "unet.engine", "profiles": [p.as_dict() for p in profiles]}}
+    record = NetworkRecord(
+        graph="unet.onnx", precision="fp32", inputs={}, outputs={}, parity=NetworkParity(0.0, 1e-4, 2),
+        file="unet.engine", profiles=tuple(profiles),
+    )  # fmt: skip
+    networks = {"unet": record}
     generator = np.random.default_rng(0)
     small, large = generator.normal(size=(2, 4, 8, 8)), generator.normal(size=(2, 4, 16, 16))
     golden: Any = {"unet": ({"latents": small}, 2 * small), "unet@16x16": ({"latents": large}, 2 * large + 1)}

@@ -148,7 +148,7 @@ def test_half_precision_with_the_guide_gone(
 def test_the_plain_teacher_is_plugged_too(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
     made = plug(PlugSpec(str(micro_bundles / "plain"), str(tuned_unet), out=tmp_path / "x")).manifest
     assert made.guide is None and made.plugged.guide_read_from is None
-    assert made["parity"]["relative_error"]["unet"] < 1e-4
+    assert made.parity.relative_error["unet"] < 1e-4
 
 
 def broken(tuned_unet: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

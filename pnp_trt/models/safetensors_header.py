@@ -55,8 +55,10 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as f:
             size = path.stat().st_size
             start = f.read(512)
-            _refuse_other_formats(path, start, size)
             length = int.from_bytes(start[:8], "little")
+            # a header of 640 bytes begins like a pickle (0x0280), so magic numbers count only where no header follows
+            if not (2 <= length <= size - 8 and start[8:9] == b"{"):
+                _refuse_other_formats(path, start, size)
             if not 2 <= length <= LONGEST_HEADER:
                 pickled = f"; {_PICKLED}" if path.suffix.lower() in _PICKLE_SUFFIXES else ""
                 raise InputError(f"{path} is not a safetensors file: its header would be {length} bytes long{pickled}")

@@ -347,7 +347,7 @@ KEY = f"{kohya(Q)}.lora_down.weight"
         ({KEY: None, KEY.replace("down.weight", "up.weight"): None}, r"has no lora_down \(A\) and lora_up \(B\)"),
         ({f"unet.{Q}.lora_A.weight": torch.zeros(4, 32)}, "has two keys for the same weights"),
         ({f"{kohya(Q)}.diff": torch.zeros(32, 32)}, "has both low-rank factors and a full difference"),
-        ({f"{kohya(Q)}.diff_b": torch.zeros(32)}, r"\.diff_b changes a bias, and unet\.\S+ has none"),
+        ({f"{kohya(Q)}.diff_b": torch.zeros(32)}, r"\.diff_b changes a bias \(diff_b\), and unet\.\S+ has none"),
         ({"lora_unet_nowhere.lora_down.weight": torch.zeros(4, 32)}, "has 1 of 4 keys that match no layer"),
         ({f"{kohya(Q)}.odd": torch.zeros(1)}, r"match no layer of the engine's model: \S+to_q.odd"),
         ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 32)}, "is for SDXL"),

@@ -130,9 +130,11 @@ def _refuse_other_kinds(path: Path, keys: list[str]) -> None:
 
 def _refuse_other_network(path: Path, key: str, network: str | None, names: LayerNames) -> None:
     if network is not None and network not in names.networks:
-        why = "is for SDXL: it" if network == "text_encoder_2" else "cannot be merged: it"
+        what = (
+            "is for SDXL: it changes a second text encoder" if network == "text_encoder_2" else f"changes a {network}"
+        )
         raise InputError(
-            f"the LoRA {path} {why} changes a {network} ({key}), and the engine's model has only "
+            f"the LoRA {path} {what} (for example {key}), and the engine's model has only "
             f"{' and '.join(names.networks)}; use a LoRA for the same architecture"
         )
 

@@ -102,7 +102,10 @@ def _check_shape(
     if part == "alpha":
         return
     if part in ("up_bias", "diff_b") and layer.bias is None:
-        raise InputError(f"the LoRA {lora.path}: {key} changes a bias, and {layer} has none; train it without a bias")
+        kind = {"up_bias": "lora_bias", "diff_b": "diff_b"}[part]
+        raise InputError(
+            f"the LoRA {lora.path}: {key} changes a bias ({kind}), and {layer} has none; train the LoRA without a bias"
+        )
     shape = tuple(tensors[key].shape)
     rank = len(tensors[keys["down"]]) if "down" in keys and tensors[keys["down"]].ndim else 0
     if "down" in keys and not rank:

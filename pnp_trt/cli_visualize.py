@@ -34,11 +34,20 @@ def visualize(
     from .cli import _Bar, _need_torch
 
     _need_torch("visualize")
+    from .cli_sample import read_prompts
     from .visualize.run import Request
     from .visualize.run import visualize as run
 
     request = Request(
-        guide, tuple(prompts), _numbers(guidance), steps, base, seed, show, tuple(_words(layers or "")), out
+        guide,
+        tuple(read_prompts(prompts)),
+        _numbers(guidance),
+        steps,
+        base,
+        seed,
+        show,
+        tuple(_words(layers or "")),
+        out,
     )
     with _Bar("visualize", None) as bar:
         drawn = run(request, command=sys.argv[1:], progress=bar.note)

@@ -187,5 +187,10 @@ def warn_of_syntax(prompts: Sequence[str]) -> None:
 
 def excerpt(text: str, length: int = EXCERPT) -> str:
     """A text in quotes for a message, on one line, at most ``length`` characters of it."""
+    return f"“{shortened(text, length)}”"
+
+
+def shortened(text: str, length: int = EXCERPT) -> str:
+    """The beginning of a text, at most ``length`` characters, those that cannot be printed as escapes."""
     short = text if len(text) <= length else text[: length - 1] + "…"
-    return "“" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in short) + "”"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)

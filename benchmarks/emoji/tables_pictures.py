@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pnp_trt.figures import plain_text
+
 from .cells import HEADLINE_W, METHODS, SCALES, STEPS
 from .grid import draw_grid
 from .sampler import Ask
@@ -59,6 +61,7 @@ def _ask(line: str) -> tuple[str, str, int]:
     return concept, style, int(seed)
 
 
+@plain_text()
 def plot(document: dict[str, Any], path: Path) -> None:
     """KID with intervals against steps, a panel for each w, a line for each method."""
     from matplotlib.figure import Figure

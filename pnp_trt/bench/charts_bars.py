@@ -10,11 +10,13 @@ import numpy as np
 from pnp_trt.bench.charts import INK, Chart, bars, colour, engine_names, label, pale_bar, svg, titled, write_at_ends
 from pnp_trt.bench.tables import loops
 from pnp_trt.bench.words import is_reference, percent, plural, three_digits, unit_of
+from pnp_trt.figures import plain_text
 
 _DOTS = 120  # observations drawn per bar
 _REACH = 1.5  # the axis ends at this many times the longest bar: one stray observation would squeeze all bars
 
 
+@plain_text()
 def latency_charts(doc: Mapping[str, Any]) -> list[Chart]:
     """One per number of steps and batch size: bars to the median, boxes over the middle half, dots of observations."""
     return [
@@ -60,6 +62,7 @@ def _usual_steps(rows: Sequence[Mapping[str, Any]]) -> int:
     return max(steps, key=lambda one: (steps.count(one), one))
 
 
+@plain_text()
 def compute_chart(doc: Mapping[str, Any]) -> Chart | None:
     """A bar per method: MACs of one picture, the attention products set off at its end."""
     rows = [row for row in doc["methods_cost"] if "macs_per_picture_without_attention" in row]
@@ -84,6 +87,7 @@ def compute_chart(doc: Mapping[str, Any]) -> Chart | None:
     return svg(made, "compute", "Multiply-accumulates of one picture by method, attention products set off")
 
 
+@plain_text()
 def roofline_charts(doc: Mapping[str, Any]) -> list[Chart]:
     """The longest loop at the smallest and the largest batch: the least time that the device allows inside its own."""
     for steps, found in loops(doc).items():

@@ -18,6 +18,7 @@ from pnp_trt.bench.fidelity_points import (
     series,
 )
 from pnp_trt.bench.words import plural, unit_of
+from pnp_trt.figures import plain_text
 
 _LINES = ("-", "--", ":", "-.")
 #: Where a label may stand beside its point, best first: to the right or left, and how many half lines above it.
@@ -27,6 +28,7 @@ _PLACES = tuple(
 _PANELS = 4  # numbers of steps whose curves over w are drawn
 
 
+@plain_text()
 def pareto_charts(doc: Mapping[str, Any]) -> list[Chart]:
     """Fidelity against MACs per picture and against measured time per picture; each where there are two points."""
     measure = measure_of(doc)
@@ -137,6 +139,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
+@plain_text()
 def scale_charts(doc: Mapping[str, Any]) -> list[Chart]:
     """The measure over w, one chart a number of steps (the largest four), all on the same axes."""
     measure = measure_of(doc)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..figures import plain_text
 from .record import Recording
 
 #: inches
@@ -22,6 +23,7 @@ def shown_steps(steps: int, show: int) -> list[int]:
     return sorted({round(float(i)) for i in np.linspace(0, steps - 1, show)})
 
 
+@plain_text()
 def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.ndarray:
     """The labelled picture, uint8 ``[H, W, 3]``: rows are scales, blocks are layers, columns are steps.
 

@@ -15,6 +15,7 @@ from ..artifacts import digest, sha256
 from ..bench.results import provenance, write
 from ..distill.prompts import warn_of_long_prompts
 from ..errors import InputError
+from ..inputs import excerpt, shortened, warn_of_syntax
 from ..models.base import resolve
 from ..models.load import load_guide
 from ..models.names import guide_folder
@@ -92,6 +93,7 @@ def visualize(request: Request, command: Sequence[str] = (), progress: Progress 
         warnings.warn(f"this guide was distilled for {distilled} sampling steps, not {request.steps}", stacklevel=2)
     _make_folder(request.out)
     warn_of_long_prompts(base.tokenizer(), list(request.prompts))
+    warn_of_syntax(request.prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shown = shown_steps(request.steps, request.show)
     recording = record(base, student.to(device), request.prompts, scales, request.steps, request.seed, shown, progress)
@@ -119,9 +121,9 @@ def visualize(request: Request, command: Sequence[str] = (), progress: Progress 
         "strength": _rows(recording),
         "provenance": provenance(command, device=torch.cuda.get_device_name() if device.type == "cuda" else None),
     }
-    run = f"{folder.name} on {Path(request.base).name}"
+    run = f"{shortened(folder.name)} on {shortened(Path(request.base).name)}"
     many = len(request.prompts) > 1
-    prompt = f"“{request.prompts[0]}”"
+    prompt = excerpt(request.prompts[0])
     first, second, third = _free(request.out, ("feature-maps.png", "strength.png", "strength.json"))
     maps = draw_maps(recording, chosen, f"{run}, {prompt}, {request.steps} steps, seed {request.seed}")
     save_png(maps, parameters, first)

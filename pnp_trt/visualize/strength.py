@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..figures import plain_text
 from .maps import DPI, FAINT, INK, pixels_of
 from .record import Recording, white_noise_share
 
@@ -23,6 +24,7 @@ def groups(recording: Recording) -> list[tuple[str, list[int]]]:
     return [(f"{k} (mean of {len(v)})" if len(v) > 1 else k, v) for k, v in found.items()]
 
 
+@plain_text()
 def draw_strength(recording: Recording, title: str) -> np.ndarray:
     """uint8 ``[H, W, 3]``: strength over steps, share of high frequencies over steps, and every layer as a heat map."""
     from matplotlib import colormaps

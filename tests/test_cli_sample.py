@@ -43,7 +43,7 @@ def test_init_begins_with_a_picture(cli: Cli, engines: Path, picture: Path, tmp_
     assert made["init"] == str(picture) and made["strength"] == 0.25 and made["steps"] == 8
     Image.open(picture).resize((40, 20)).save(picture.with_name("wide.png"))
     done = cli(*arguments, "--init", picture.with_name("wide.png"))
-    assert done.code == 0 and "pnp-trt: the picture to begin with is 40 × 20 and was resized" in done.err
+    assert done.code == 0 and "pnp-trt: the starting image is 40 × 20 and was resized" in done.err
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_prompts_come_from_standard_input(
         (["--schedule", "plms"], "the schedule is 'plms'; known: ddim, dpm++, euler, teacher"),
         (["--format", "gif"], "--format is 'gif'; known: png, webp, jpeg"),
         (["--metadata", "xml"], "--metadata is 'xml'; known: embedded, json"),
-        (["--init", "none.png"], "--init none.png does not exist; name a picture"),
+        (["--init", "none.png"], "--init none.png does not exist; name an image file"),
         (["--init", "START", "--strength", "1.2"], "strength is 1.2; it must be above 0 and at most 1"),
         (["--init", "START", "--strength", "0.1"], "strength 0.1 of 2 steps is less than one step"),
         (["--strength", "0.5"], "no picture to begin with was given"),

@@ -153,9 +153,9 @@ def test_bad_pictures_are_refused(plain: Pipeline, guided: Pipeline, picture: np
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
     for init, message in (
         (tmp_path / "none.png", "none.png does not exist"),
-        (tmp_path / "no.png", "no.png is not a picture that can be read; give a PNG"),
+        (tmp_path / "no.png", "no.png is not an image that can be read; give a PNG"),
         (tmp_path / "cut.png", "cut.png cannot be read"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "is not a file"),
         (picture.astype(np.float32), r"is float32 of shape \[32, 32, 3\]; pass uint8"),
     ):
         with pytest.raises(InputError, match=message):

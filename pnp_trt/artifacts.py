@@ -37,9 +37,16 @@ _MOST_MANIFEST_BYTES = 4 << 20
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """Hex digest of a file's bytes.
+
+    Raises:
+        InputError: if it may not be read.
+    """
+    try:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except PermissionError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}); check its permissions") from e
 
 
 def cached_sha256(path: Path) -> str:

@@ -88,6 +88,9 @@ def bench(
     }  # fmt: skip
     plan = suites.make_plan(suite, quick, given)
     plans.check(plan)
+    if grid_file is not None and "fidelity" not in plan.parts:
+        raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
+    _check_outputs(json_file, html_file, grid_file, work)
     old = None if compare is None else results.read(compare)  # refused now, not after the measurement
     for name in plans.wanted_engines(plan):
         cli._build_if_missing(name, quiet=False)
@@ -109,13 +112,13 @@ def bench(
                     file=sys.stderr,
                 )
             raise
+        if json_file is not None:  # before anything else can fail
+            results.write(document, json_file)
         pictures_shown = document.get("pictures")
         if grid_file is not None:
             if pictures_shown is None or len({row["method"] for row in pictures_shown["rows"]}) < 2:
                 raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
             write_grid(headline(pictures_shown), grid_file)
-        if json_file is not None:
-            results.write(document, json_file)
         if html_file is not None:
             report.render_html(document, html_file)
         kept.done()
@@ -125,6 +128,32 @@ def bench(
     for name, path in (("pictures:", grid_file), ("results: ", json_file), ("page:    ", html_file)):
         if path is not None:
             print(f"{name} {path}")
+
+
+def _check_outputs(json_file: Path | None, html_file: Path | None, grid_file: Path | None, work: Path | None) -> None:
+    """Refuse output files that cannot be written, or that are not results of an earlier run, before the measurement."""
+    from .bench.pictures import GRID_MARK
+    from .bench.report import PAGE_MARK
+    from .bench.results import SCHEMA
+    from .files import check_writable_file, check_writable_folder
+    from .replacing import check_removable_file, check_removable_output
+
+    files = {"--json": json_file, "--html": html_file, "--grid": grid_file}
+    places: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        check_writable_file(path, option)
+        if (first := places.setdefault(path.resolve(), option)) != option and not path.is_char_device():
+            raise InputError(f"{first} and {option} are the same file {path}; name two")
+    if json_file is not None:
+        check_removable_file(json_file, SCHEMA.rpartition("/")[0] + "/", "--json", "a results file")
+    if html_file is not None:
+        check_removable_output(html_file, PAGE_MARK, "--html", "a page")
+    if grid_file is not None:
+        check_removable_output(grid_file, GRID_MARK, "--grid", "a grid")
+    if work is not None:
+        check_writable_folder(work, "--work")
 
 
 def _text(path: Path | None) -> str | None:

@@ -20,7 +20,12 @@ def compare(
     from .bench import compare as module
     from .bench import results
     from .cli import _console
+    from .files import check_writable_file
+    from .replacing import check_removable_file
 
+    if json_file is not None:
+        check_writable_file(json_file, "--json")
+        check_removable_file(json_file, "pnp-trt/bench-compare/", "--json", "a comparison")
     found = module.compare_files(old, new)
     _console().print(module.render_terminal(found))
     if json_file is not None:

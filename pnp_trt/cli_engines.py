@@ -11,6 +11,9 @@ import typer
 from .errors import InputError, PnpError
 from .text import printable, printable_json
 
+#: GiB; no GPU has as much
+_MOST_WORKSPACE = 65_536
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
@@ -90,6 +93,8 @@ def build(
     from .models.scheduler import Noise
 
     _need_torch("build")
+    if workspace is not None and not workspace <= _MOST_WORKSPACE:  # infinity and NaN too
+        raise InputError(f"--workspace is {workspace:g}; it must be between 0 and {_MOST_WORKSPACE:,} GiB")
     options = CompileOptions(
         workspace=None if workspace is None else int(workspace * 2**30),
         refittable=refittable,

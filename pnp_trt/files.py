@@ -46,6 +46,14 @@ def remove_temporaries(folder: Path) -> None:
             _remove(path)
 
 
+def remove_temporaries_of(target: Path) -> None:
+    """Remove what killed processes left beside ``target`` while they wrote it; the caller holds its lock."""
+    pattern = re.compile(re.escape(f".{_stem(target.name)}.partial-") + "[a-z0-9_]{8}")
+    for path in target.parent.iterdir():
+        if pattern.fullmatch(path.name):
+            _remove(path)
+
+
 def reason(error: OSError) -> str:
     """What the system said, with the file if it is known."""
     said = error.strerror or str(error)
@@ -168,7 +176,7 @@ def _probe(folder: Path) -> None:
         finally:
             place.unlink(missing_ok=True)
         return
-    inner = _make_folder_beside(base / "probe")
+    inner = make_temporary_folder(base / "probe")
     try:
         with (inner / "probe").open("wb") as f:
             f.write(bytes(4096))
@@ -201,7 +209,8 @@ def temporary_beside(target: Path) -> Path:
             return path
 
 
-def _make_folder_beside(target: Path) -> Path:
+def make_temporary_folder(target: Path) -> Path:
+    """A new empty folder beside ``target``."""
     while True:
         path = _temporary_name(target)
         with contextlib.suppress(FileExistsError):
@@ -239,8 +248,8 @@ def whole_file(target: Path) -> Iterator[Path]:
     try:
         with _told(target):
             yield work
-            work.chmod(mode)  # safetensors makes files that only their owner can read
             _sync(work)
+            work.chmod(mode)  # safetensors makes files that only their owner can read
             work.replace(place)
     finally:
         with contextlib.suppress(OSError):
@@ -383,19 +392,24 @@ def whole_folder(folder: Path, removable: Callable[[Path], None] | None = None) 
     Args:
         removable: called with the folder that was replaced before it is removed; what it raises puts everything back.
     """
-    folder = _where(folder)
-    pattern = re.compile(re.escape(f".{_stem(folder.name)}.partial-") + "[a-z0-9_]{8}")
-    for stale in folder.parent.iterdir():
-        if pattern.fullmatch(stale.name):
-            _remove(stale)
-    work = _make_folder_beside(folder)
+    given, folder = folder, _where(folder)
+    occupied = folder.is_dir() and any(folder.iterdir())
+    remove_temporaries_of(folder)
+    work = make_temporary_folder(folder)
     try:
         yield work
         for path in work.rglob("*"):
             if path.is_file():
                 _sync(path)
+
+        def check(old: Path) -> None:
+            if not occupied and any(old.iterdir()):
+                raise PnpError(f"{given} was filled by another program and stays as it is; choose another --out")
+            if removable is not None:
+                removable(old)
+
         with deferred():
-            _swap(work, folder, removable or (lambda old: None))
+            _swap(work, folder, check)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -408,9 +422,9 @@ def _swap(work: Path, folder: Path, removable: Callable[[Path], None]) -> None:
         return
     if _exchange(work, folder):
         old = work
-        restore = lambda: _exchange(work, folder)  # noqa: E731
+        restore: Callable[[], object] = lambda: _exchange(work, folder)  # noqa: E731
     else:
-        old = _make_folder_beside(folder) / "old"
+        old = make_temporary_folder(folder) / "old"
         folder.rename(old)
         restore = lambda: _put_back(old, folder, work)  # noqa: E731
         try:

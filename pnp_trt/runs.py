@@ -8,6 +8,8 @@ from typing import Any
 
 from .artifacts import digest, write_json
 from .errors import InputError
+from .files import is_temporary, make_folder, remove_temporaries
+from .replacing import shown
 
 RECORD = "run.json"
 
@@ -22,22 +24,59 @@ def claim(out: Path, settings: dict[str, Any], resume: bool, other: str = "choos
         other: how the user keeps both, for the messages.
 
     Raises:
-        InputError: if ``out`` holds other things, a run with other settings (which ones is said), or this run and
-            ``resume`` is false.
+        InputError: if ``out`` cannot be written or holds other things, a damaged record, a run with other settings
+            (which ones is said), or this run and ``resume`` is false.
     """
     settings = json.loads(json.dumps(settings, default=str))
     record = out / RECORD
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    names = _names(out)
+    if names:
         if not record.is_file():
-            raise InputError(f"{out} is not empty and holds no run of this kind; {other}")
-        found = json.loads(record.read_text())
+            raise InputError(f"{out} is not empty and holds no run of this kind ({shown(names)}); {other}")
+        found = read_record(record, other)
         if found.get("key") != digest(settings):
             differs = _difference(found.get("settings", {}), settings)
             raise InputError(f"{out} holds a run with other settings ({differs}); {other}")
         if not resume:
             raise InputError(f"{out} holds this run already; continue it with --resume, or {other}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    for folder in (out, *(path for path in out.rglob("*") if path.is_dir() and not path.is_symlink())):
+        remove_temporaries(folder)
     write_json(record, {"key": digest(settings), "settings": settings})
+
+
+def _names(out: Path) -> list[str]:
+    """What is in a run's folder, but for what a killed run was writing.
+
+    Raises:
+        InputError: if it is a file or cannot be read.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out} is a file; name a folder")
+        return sorted(p.name for p in out.iterdir() if not is_temporary(p.name)) if out.exists() else []
+    except OSError as e:
+        raise InputError(f"{out} cannot be read ({e.strerror or e}); name another folder") from e
+
+
+def read_record(path: Path, other: str) -> dict[str, Any]:
+    """A JSON object that a run wrote for itself.
+
+    Args:
+        other: what to do if it cannot be read, for the message.
+
+    Raises:
+        InputError: if it cannot be read, is cut short, or is of another type.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror or e}); {other}") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is damaged ({e}), so the run cannot be continued; {other}") from e
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged (it holds a {type(found).__name__}, not an object); {other}")
+    return found
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:

@@ -10,6 +10,9 @@ from typing import Any
 from ..artifacts import write_bytes
 from .results import decode_pictures
 
+#: what a grid's file holds, and no other PNG
+GRID_MARK = b"pnp-trt bench grid"
+
 
 def headline(pictures: Mapping[str, Any]) -> dict[str, Any]:
     """The document's pictures at the most steps and the first w alone: teacher, guided, no guidance."""
@@ -22,12 +25,13 @@ def headline(pictures: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_grid(pictures: Mapping[str, Any], path: Path) -> None:
     """The rows of a document's pictures as a PNG; an existing file is replaced only once the new one is whole."""
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 
     from ..runtime.images import grid
 
     rows = [(label, list(pixels)) for label, pixels in decode_pictures(pictures)]
     pixels = grid(rows, pictures["columns"], f"{pictures['caption']}, the same seed down each column")
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("Software", GRID_MARK.decode())
+    Image.fromarray(pixels).save(stream, "PNG", pnginfo=info)
     write_bytes(stream.getvalue(), path)

@@ -25,6 +25,8 @@ from pnp_trt.bench.words import METHOD_LEGEND, three_digits
 
 __all__ = ["render_html", "render_terminal", "sentences"]
 
+#: what a page holds, and no other
+PAGE_MARK = b"<title>pnp-trt bench"
 TEMPLATE = "report.html.j2"
 UNIT_NOTE = (
     "MACs are multiply-accumulates of one forward at batch 1; one MAC is two floating-point operations. "

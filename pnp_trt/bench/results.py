@@ -184,12 +184,16 @@ def provenance(command: str | Sequence[str], *, device: str | None = None) -> di
 def write(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write `doc` as JSON to `path`, whole or not at all, and return the path. Folders are made where missing."""
     target = Path(path)
+    write_text(as_text(doc, target), target)
+    return target
+
+
+def as_text(doc: Mapping[str, Any], target: Path) -> str:
+    """`doc` as JSON; `target` names the file in the PnpError for a value that JSON cannot hold."""
     try:
-        text = json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
+        return json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
     except (TypeError, ValueError) as error:
         raise PnpError(f"The results cannot be written to {target}: {error}; nothing was written.") from error
-    write_text(text, target)
-    return target
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

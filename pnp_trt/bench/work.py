@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,7 +16,10 @@ import numpy as np
 
 from ..artifacts import digest, write_json
 from ..errors import InputError
+from ..files import is_temporary, remove_temporaries, whole_file
 from ..runs import RECORD, claim
+
+_PIECE = re.compile(r".+-[0-9a-f]{16}\.(json|npz)")
 
 
 class Work:
@@ -47,13 +51,21 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        nothing = all(path.name == RECORD for path in self.folder.glob("*"))
+        nothing = all(path.name == RECORD or is_temporary(path.name) for path in self.folder.glob("*"))
         if not self.kept or (error is not None and nothing):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.done()
 
     def done(self) -> None:
-        """Remove what was kept: the results are written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what was kept: the results are written. Files of the user stay, and so does the folder then."""
+        if not self.folder.is_dir():
+            return
+        remove_temporaries(self.folder)
+        pieces = [path for path in self.folder.iterdir() if _PIECE.fullmatch(path.name)]
+        # the record last: without it a run that is killed here could not be continued
+        for path in [*pieces, self.folder / RECORD]:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not empty
+            self.folder.rmdir()
 
     def has(self, name: str, key: Any, suffix: str = ".json") -> bool:
         """Whether a piece is finished."""
@@ -82,9 +94,8 @@ class Work:
             except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # damaged: made again
                 pass
         value = dict(make())
-        beside = path.with_suffix(".part.npz")
-        np.savez(beside, **value)  # type: ignore[arg-type]  # numpy's signature has no arrays by name
-        beside.replace(path)
+        with whole_file(path) as beside, beside.open("wb") as f:
+            np.savez(f, **value)  # type: ignore[arg-type]  # numpy's signature has no arrays by name
         self._mine.add(path)
         return value
 

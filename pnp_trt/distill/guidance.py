@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..artifacts import digest, sha256, write_json
 from ..errors import InputError
+from ..files import check_writable_folder
 from ..models.guide import GUIDES, Guide
 from ..models.student import Student
 from ..runs import claim
 from .features import feature_error
 from .prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
-from .run import Progress, TeacherModel, report_head
+from .run import Progress, TeacherModel, report_head, save_guide
 from .states import Latents, StateConfig, States, collect, split
 from .train import TrainConfig, make_accelerator, newest_step, train
 from .watch import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
@@ -115,6 +116,9 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
         PnpError: if the loss or the teacher is not finite.
     """
     config.check()
+    check_writable_folder(config.out)
+    if config.states_dir is not None:
+        check_writable_folder(config.states_dir, "--states-dir")
     accelerator = make_accelerator(config.train.mixed_precision)
     # the run is the resolved type's, so that it resumes in no other
     config = replace(config, train=replace(config.train, mixed_precision=accelerator.mixed_precision))
@@ -172,7 +176,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
         board.close()
         if grid is not None:
             save_picture(grid.draw(student), config.out / "pictures.png")
-        guide.save_pretrained(config.out, safe_serialization=True)
+        save_guide(guide, config.out)
         report = {
             "schema": "pnp-trt/distill/2",
             "stage": "guidance",

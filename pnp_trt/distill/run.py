@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..errors import InputError, PnpError
+from ..files import make_temporary_folder, whole_file
 from ..models.base import BaseModel, resolve
 from ..models.conditions import Conditions, encode_prompts
 from ..models.scheduler import base_scheduler
@@ -56,6 +60,41 @@ class TeacherModel:
         """``(C, H, W)`` of a latent."""
         size = self.unet.config.sample_size
         return self.unet.config.in_channels, size, size
+
+
+def save_guide(guide: Any, folder: Path) -> None:
+    """Write a guide as diffusers does, each file whole or not at all, with the permissions that other files have.
+
+    Raises:
+        PnpError: if the disk is full; nothing half written is left.
+    """
+    from safetensors import SafetensorError
+
+    work = make_temporary_folder(folder / "guide")
+    try:
+        guide.save_pretrained(work, safe_serialization=True)
+        for path in sorted(work.iterdir(), reverse=True):  # the weights before config.json, which makes it a guide
+            with whole_file(folder / path.name) as beside:
+                path.replace(beside)
+    except (OSError, SafetensorError) as e:
+        said = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise PnpError(
+            f"the guide could not be written to {folder} ({said}); make room and continue with --resume"
+        ) from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def guide_weights(folder: Path) -> Path:
+    """The file with a guide's weights.
+
+    Raises:
+        InputError: if there is none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"the guide {folder} holds no .safetensors; name a folder made by pnp-trt distill guidance")
+    return files[0]
 
 
 def report_head(teacher: TeacherModel, guide: Any, settings: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ any guidance scale can be its target and training never runs the teacher.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
 import shutil
 from collections.abc import Callable
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from ..artifacts import digest, write_json
 from ..errors import InputError, PnpError
+from ..files import make_folder, whole_file
 from ..models.conditions import Conditions
 from ..models.student import both_passes
+from ..runs import read_record
 from ..runtime.schedule import alphas_cumprod
 
 KINDS = ("trajectory", "forward")
@@ -182,12 +184,14 @@ def _claim_cache(folder: Path, config: StateConfig, identity: dict[str, Any], ne
     key = digest([settings, identity])
     record = folder / "states.json"
     if record.exists():
-        found = json.loads(record.read_text()).get("key")
-        if found != key:
+        other = "choose another --out or --states-dir, or delete that folder"
+        if read_record(record, other).get("key") != key:
             raise InputError(
                 f"{folder} holds the states of another run; choose another --out or --states-dir, or delete that folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    elif any(folder.glob("shard-*.safetensors")):
+        raise InputError(f"{folder} holds states and no states.json that says of what; choose another --states-dir")
+    make_folder(folder)
     have = sum(p.stat().st_size for p in folder.glob("shard-*.safetensors"))
     free = shutil.disk_usage(folder).free
     if needed - have > free:
@@ -204,30 +208,54 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file whole or not at all; the digest of its tensors is in its metadata.
+
+    Raises:
+        PnpError: if the disk is full; nothing half written is left.
+    """
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
-    beside.replace(path)
+    held = {k: v.contiguous() for k, v in tensors.items()}
+    with whole_file(path) as beside:
+        save_file(held, beside, metadata={"sha256": _digest(held)})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        recorded = (f.metadata() or {}).get("sha256")
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    if recorded is None:
+        raise ValueError("it has no digest of its values: an earlier version wrote it")
+    if (found := _digest(tensors)) != recorded:
+        raise ValueError(f"sha256 of its values {found[:12]}…, recorded {recorded[:12]}…")
+    return tensors
 
 
 def read_shards(folder: Path, count: int) -> dict[str, Tensor]:
     """The tensors of shards 0 … ``count`` - 1, joined.
 
     Raises:
-        InputError: if one is damaged or missing; it is named.
+        InputError: if a single bit of one has changed, or one is missing; it is named.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     parts = []
     for number in range(count):
         path = shard_path(folder, number)
         try:
-            parts.append(load_file(path))
-        except (SafetensorError, OSError) as e:
+            parts.append(_read_shard(path))
+        except (SafetensorError, OSError, ValueError) as e:
             raise InputError(f"the shard {path} is damaged ({e}); delete it, it is then made again") from e
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 

@@ -7,7 +7,6 @@ and the guide alone learns.  Halving is repeated, 32 → 16 → 8 → 4, and eve
 from __future__ import annotations
 
 import copy
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +20,15 @@ from torch import Tensor, nn
 
 from ..artifacts import digest, sha256, write_json
 from ..errors import InputError, PnpError
+from ..files import check_writable_folder
 from ..models.conditions import Conditions
 from ..models.load import load_guide
 from ..models.names import guide_folder
 from ..models.student import Student
-from ..runs import claim
+from ..runs import claim, read_record
 from ..runtime.schedule import ddim, ddim_step
 from .prompts import read_prompts
-from .run import Progress, TeacherModel, report_head
+from .run import Progress, TeacherModel, guide_weights, report_head, save_guide
 from .states import read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
 from .watch import Board, PictureGrid, averaged, save_picture
@@ -143,13 +143,15 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
     config.train.check(accelerator.num_processes)
     main = accelerator.is_main_process
     say = progress if progress is not None and main else (lambda stage, done, total, note: None)
+    check_writable_folder(config.out)
     origin = guide_folder(config.guide)
+    weights = guide_weights(origin)
     base, prompts = _origin(config, origin)
     teacher = TeacherModel.load(base, prompts, accelerator.device)
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "pictures")}
     settings |= {
         "base": base, "prompts": digest(prompts), "teacher": teacher.hashes,
-        "guide": sha256(next(origin.glob("*.safetensors"))),
+        "guide": sha256(weights),
     }  # fmt: skip
     if main:
         claim(config.out, settings, resume)
@@ -162,7 +164,7 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
         if not (folder / "distill.json").is_file():
             _halve(config, teacher, last, before, steps, folder, settings, accelerator, say, grid)
         accelerator.wait_for_everyone()
-        reports.append(json.loads((folder / "distill.json").read_text()))
+        reports.append(read_record(folder / "distill.json", f"delete {folder}, it is then made again"))
         before, last = steps, load_guide(str(folder))
     return reports
 
@@ -170,7 +172,8 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
 def _origin(config: StepsConfig, folder: Path) -> tuple[str, list[str]]:
     """Base and prompts: the given ones, else those of the guide's own report."""
     report = folder / "distill.json"
-    known = json.loads(report.read_text())["settings"] if report.is_file() else {}
+    found = read_record(report, "pass --base and --prompts") if report.exists() else {}
+    known = settings if isinstance(settings := found.get("settings"), dict) else {}
     base = config.base or known.get("base")
     prompts = config.prompts or (Path(known["prompts"]) if known.get("prompts") else None)
     if base is None:
@@ -236,7 +239,7 @@ def _halve(
         board.picture(config.train.steps, "pictures", pixels)
         save_picture(pixels, folder / "pictures.png")
     board.close()
-    guide.save_pretrained(folder, safe_serialization=True)
+    save_guide(guide, folder)
     report = {
         "schema": "pnp-trt/distill/2",
         "stage": "steps",

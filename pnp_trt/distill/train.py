@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import processor
 from ..errors import InputError, PnpError
+from ..files import whole_file
 
 PRECISIONS = ("no", "bf16", "fp16", "auto")
 SCHEDULES = ("cosine", "constant")
+_CHECKPOINT = re.compile(r"step-(\d{7,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,16 @@ def make_accelerator(mixed_precision: str = "no") -> Any:
 
 def newest_step(folder: Path) -> int:
     """The step of the newest checkpoint of the run in ``folder``; 0 where there is none."""
-    found = sorted((folder / "checkpoints").glob("step-*.safetensors"))
-    return int(found[-1].stem.removeprefix("step-")) if found else 0
+    found = _checkpoints(folder / "checkpoints")
+    return found[-1][0] if found else 0
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of a run's checkpoints, the oldest first; other files are not looked at."""
+    if not folder.is_dir():
+        return []
+    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def train(
@@ -211,8 +222,8 @@ def _not_finite(
 
     joined = {k: torch.cat([b[k] for b in batches]).contiguous().cpu() for k in batches[0]}
     kept = folder / f"not-finite-step-{step}{f'-rank-{rank}' if rank else ''}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(joined, kept)
+    with whole_file(kept) as beside:
+        save_file(joined, beside)
     return PnpError(
         f"the loss or its gradient is {value} at step {step}; its batch is kept in {kept}, the last good checkpoint "
         f"in {folder / 'checkpoints'}. Lower --lr (it is {config.lr:g}) and start again with another --out"
@@ -236,7 +247,6 @@ class _State:
             PnpError: if the disk is full; the older checkpoints stay.
         """
         # safetensors, not pickles: a checkpoint may come from somebody else
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -245,32 +255,32 @@ class _State:
             tensors |= {f"live.{name}": p.detach(), f"ema.{name}": s}
             tensors |= {f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
         about = {"step": step, "scaler": self.scaler.state_dict() if self.scaler is not None else None}
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:07d}.safetensors"
-        beside = path.with_suffix(".part")
+        held, metadata = {k: v.contiguous() for k, v in tensors.items()}, {"state": json.dumps(about)}
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata={"state": json.dumps(about)})
-            beside.replace(path)
-        except (OSError, SafetensorError) as e:
-            beside.unlink(missing_ok=True)
+            with whole_file(path) as beside:
+                save_file(held, beside, metadata=metadata)
+        except PnpError as e:
             raise PnpError(
-                f"the checkpoint {path} could not be written ({e}); the one before it is whole. Make room and continue "
-                "with --resume"
+                f"the checkpoint {path} could not be written ({e.__cause__}); the one before it is whole. "
+                "Make room and continue with --resume"
             ) from e
-        for old in sorted(self.folder.glob("step-*.safetensors"))[:-keep]:
+        for _, old in _checkpoints(self.folder)[:-keep]:
             old.unlink()
 
     def load(self) -> int:
         """Continue from the newest checkpoint; returns its step, 0 where there is none."""
         from safetensors import SafetensorError, safe_open
 
-        found = sorted(self.folder.glob("step-*.safetensors"))
+        found = _checkpoints(self.folder)
         if not found:
             return 0
+        step, path = found[-1]
         try:
-            with safe_open(found[-1], "pt") as f:
+            with safe_open(path, "pt") as f:
                 about = json.loads(f.metadata()["state"])
-                step = int(about["step"])
+                if about["step"] != step:
+                    raise ValueError(f"it is of step {about['step']}")
                 with torch.no_grad():
                     for name, p, s in zip(self.names, self.live, self.shadow, strict=True):
                         p.copy_(f.get_tensor(f"live.{name}"))
@@ -282,8 +292,8 @@ class _State:
                         }
             if self.scaler is not None and about["scaler"]:
                 self.scaler.load_state_dict(about["scaler"])
-        except (SafetensorError, KeyError, RuntimeError, TypeError) as e:
+        except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise InputError(
-                f"the checkpoint {found[-1]} cannot be continued from ({e}); delete it to continue from an older one"
+                f"the checkpoint {path} cannot be continued from ({e}); delete it to continue from an older one"
             ) from e
         return step

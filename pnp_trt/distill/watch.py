@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..artifacts import write_bytes
 from ..models.student import Student, cfg
 from ..runtime.schedule import Schedule, ddim
 from .run import TeacherModel
@@ -161,9 +163,9 @@ def save_picture(pixels: np.ndarray, path: Path) -> None:
     """Write a PNG of uint8 ``[H, W, 3]``, whole or not at all."""
     from PIL import Image
 
-    beside = path.with_name(f".{path.name}.part")
-    Image.fromarray(pixels).save(beside, "PNG")
-    beside.replace(path)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    write_bytes(stream.getvalue(), path)
 
 
 class Board:

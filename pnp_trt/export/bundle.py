@@ -16,8 +16,10 @@ from ..artifacts import MANIFEST, SCHEMA, digest, lock, read_manifest
 from ..backends.base import MAX_BATCH, Backend, Profile, Progress
 from ..bundle.manifest import Manifest
 from ..errors import InputError, PnpError
+from ..files import advice, check_replaceable_folder, is_temporary, reason
 from ..quantize.record import Record
 from ..quantize.record import find as find_record
+from ..replacing import check_removable_bundle
 from .precision import Int8, Recipe
 from .precision import recipe as find_recipe
 from .sizes import plan_sizes
@@ -46,6 +48,8 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
             little memory, or an ``out`` that holds something else.
         PnpError: if a network's parity with PyTorch is past the limit, or the compiler fails; nothing is written.
     """
+    if not (spec.folder() / MANIFEST).exists():
+        check_replaceable_folder(spec.folder())
     backend = backends.get(spec.backend)
     recipe, target, profiles = _checked(spec, backend)
     base = spec.base_model()
@@ -79,6 +83,9 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     folder = spec.folder()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another --out")
+    if not force and (found := standing(folder, key, identity, force)) is not None:  # even where nothing can be written
+        return Built(folder, found, cached=True)
+    check_replaceable_folder(folder)
     with lock(folder):
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
@@ -87,8 +94,8 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
             manifest = work.run(folder, key, identity)
         except OSError as e:
             raise PnpError(
-                f"{folder} could not be made ({e.strerror or e}); nothing was written; "
-                "free some space, or choose another --out"
+                f"{folder} could not be made ({reason(e)}); nothing was written; {advice(e, 'see the file named')}, "
+                "or choose another --out"
             ) from e
     return Built(folder, manifest, cached=False)
 
@@ -101,11 +108,15 @@ def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> M
     Raises:
         InputError: if something else is there, and ``force`` does not say that it may be replaced.
     """
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(is_temporary(path.name) for path in folder.iterdir()):
         return None
+    if force or not (folder / MANIFEST).is_file():
+        check_removable_bundle(folder)
     if not (folder / MANIFEST).is_file():
-        if not force or not (folder / "tokenizer.json").exists():
-            raise InputError(f"{folder} holds something that is not a bundle; choose another --out")
+        if not force:
+            raise InputError(
+                f"{folder} holds an unfinished or damaged bundle; pass --force to replace it, or choose another --out"
+            )
     elif not force:
         found = read_manifest(folder)
         if found.key == key and _intact(folder, found):

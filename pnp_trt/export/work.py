@@ -28,6 +28,7 @@ from ..bundle.manifest import (
 )
 from ..bundle.parts import Made, Parts, assemble
 from ..quantize.record import Record
+from ..replacing import check_removable_bundle
 from .network import NetworkExport
 from .precision import Recipe
 from .sizes import SizePlan
@@ -72,7 +73,7 @@ class Work:
         modules = self._modules()
         export = NetworkExport(self.backend, self.recipe, self.plan, self.record)
         stages = len(modules) * 2 + 2
-        with whole_folder(folder) as work:
+        with whole_folder(folder, check_removable_bundle) as work:
             self._stage("load", 0, stages)
             tokens = copy_tokenizer(self.base, work / "tokenizer.json")
             sizes = self.base.sizes()

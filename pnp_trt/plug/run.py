@@ -22,6 +22,7 @@ import numpy as np
 
 from .. import __version__, backends, memory
 from ..artifacts import (
+    MANIFEST,
     SCHEMA,
     check_place,
     digest,
@@ -41,7 +42,9 @@ from ..errors import InputError, PnpError
 from ..export.bundle import Built, standing
 from ..export.spec import short_name
 from ..export.work import TITLES, engine_parity, library_versions
+from ..files import check_replaceable_folder, reason
 from ..models.scheduler import Noise, check_distilled, check_samples
+from ..replacing import check_removable_bundle
 from ..runtime.verify import Golden
 from .checkpoint import FineTune, find
 from .lora import Lora
@@ -112,6 +115,8 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
             shape or not finite, or an ``out`` that holds something else.
         PnpError: if a network's parity with PyTorch is past the limit, or the compiler fails; nothing is written.
     """
+    if spec.out is not None and not (spec.out / MANIFEST).exists():
+        check_replaceable_folder(spec.out)
     if spec.base is None and not spec.loras:
         raise InputError("nothing to plug: give --base FINE_TUNE, --lora FILE, or both")
     source = find_bundle(spec.engine)
@@ -149,6 +154,9 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
         "plugged": {"engine": manifest.key, "weights": parts, "loras": merged},
     }
     key = digest([SCHEMA, identity])
+    if not force and (found := standing(folder, key, identity, force)) is not None:  # even where nothing can be written
+        return Built(folder, found, cached=True)
+    check_replaceable_folder(folder)
     with lock(folder):
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
@@ -158,8 +166,8 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
             made = work.run(folder, key, identity)
         except OSError as e:
             raise PnpError(
-                f"{folder} could not be made ({e.strerror or e}); nothing was written; "
-                "free some space, or choose another --out"
+                f"{folder} could not be made ({reason(e)}); nothing was written; {advice(e, 'see the file named')}, "
+                "or choose another --out"
             ) from e
     return Built(folder, made, cached=False)
 
@@ -205,7 +213,7 @@ class _Work:
         loaded = [load(lora, names) for lora in self.loras] if names is not None else []
         swapped = self._swapped(any("text_encoder" in one.changes for one in loaded))
         stages = 2 + 3 * len(swapped)
-        with whole_folder(folder) as work:
+        with whole_folder(folder, check_removable_bundle) as work:
             self._report("check the engine", stages)
             self._take(work, swapped)
             tokens = self._tokenizer(work)

@@ -15,9 +15,11 @@ from .. import __version__
 from ..artifacts import digest, lock, write_text
 from ..distill.prompts import read_prompts, warn_of_long_prompts
 from ..errors import InputError
+from ..files import check_writable_file, remove_temporaries_of
 from ..models.base import resolve
 from ..models.conditions import encode_prompts
 from ..models.student import Student, Teacher
+from ..replacing import check_removable_file
 from .observe import Loop, Observer, candidates
 from .record import Layer, Record, default_path
 from .sweep import Probes, Sweep, latent_error
@@ -96,16 +98,16 @@ def calibrate(
         PnpError: if a prediction is not finite.
     """
     config.check()
+    out = config.out or default_path(config.base, _guide_name(config))
+    _check_out(out, force)
     say = progress or (lambda *_: None)
     say("load", 0, 1, "")
     loop, identity = _loop(config)
-    out = config.out or default_path(config.base, _guide_name(config))
-    if out.exists() and not force:
-        raise InputError(f"{out} exists already; pass --force to replace it, or choose another --out")
     partial = out.with_name(f".{out.name}.partial")
     with lock(out):
         key = digest([identity, {k: v for k, v in asdict(config).items() if k not in ("out", "prompts", "limit")}])
         modules = candidates(loop.network, config.layers or _default_layers(loop.network))
+        remove_temporaries_of(partial)
         held = _continued(partial, key) or _again(out, identity, set(modules))
         if "layers" not in held:
             held["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, say).items()}
@@ -118,6 +120,14 @@ def calibrate(
         record.write(out)
         partial.unlink(missing_ok=True)
     return out, record
+
+
+def _check_out(out: Path, force: bool) -> None:
+    """Refuse a record that cannot be written, or a file that may not be replaced."""
+    check_writable_file(out)
+    if out.exists() and not force:
+        raise InputError(f"{out} exists already; pass --force to replace it, or choose another --out")
+    check_removable_file(out, "pnp-trt/calibration/", "--out", "a calibration record")
 
 
 def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
@@ -221,7 +231,7 @@ def _continued(partial: Path, key: str) -> dict[str, Any]:
         held: dict[str, Any] = json.loads(partial.read_text())
     except (OSError, ValueError):
         return {}
-    return held["found"] if held.get("key") == key else {}
+    return held["found"] if isinstance(held, dict) and held.get("key") == key else {}
 
 
 def _again(out: Path, identity: dict[str, Any], layers: set[str]) -> dict[str, Any]:

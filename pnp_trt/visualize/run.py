@@ -12,15 +12,17 @@ import numpy as np
 import torch
 
 from ..artifacts import digest, sha256
-from ..bench.results import provenance, write
+from ..bench.results import as_text, provenance
 from ..distill.prompts import warn_of_long_prompts
 from ..errors import InputError
+from ..files import check_writable_folder, make_folder
 from ..inputs import excerpt, shortened, warn_of_syntax
 from ..models.base import resolve
 from ..models.load import load_guide
 from ..models.names import guide_folder
 from ..models.student import Student
-from ..runtime.images import save_png
+from ..process import deferred
+from ..runtime.images import encode_image, write_all_new
 from ..runtime.pipeline import check_request
 from .maps import draw_maps, shown_steps
 from .record import Progress, Recording, layer_names, record, white_noise_share
@@ -30,6 +32,7 @@ from .summary import describe, summarise
 SCHEMA = "pnp-trt/visualize/1"
 #: what one picture can hold
 MOST_SCALES, MOST_STEPS = 16, 32
+_FILES = (("feature-maps", ".png"), ("strength", ".png"), ("strength", ".json"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def visualize(request: Request, command: Sequence[str] = (), progress: Progress 
     distilled = guide.config.get("sampling_steps")
     if distilled is not None and distilled != request.steps:
         warnings.warn(f"this guide was distilled for {distilled} sampling steps, not {request.steps}", stacklevel=2)
-    _make_folder(request.out)
+    make_folder(request.out)
     warn_of_long_prompts(base.tokenizer(), list(request.prompts))
     warn_of_syntax(request.prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,15 +127,13 @@ def visualize(request: Request, command: Sequence[str] = (), progress: Progress 
     run = f"{shortened(folder.name)} on {shortened(Path(request.base).name)}"
     many = len(request.prompts) > 1
     prompt = excerpt(request.prompts[0])
-    first, second, third = _free(request.out, ("feature-maps.png", "strength.png", "strength.json"))
     maps = draw_maps(recording, chosen, f"{run}, {prompt}, {request.steps} steps, seed {request.seed}")
-    save_png(maps, parameters, first)
     whose = f"mean of {len(request.prompts)} prompts" if many else prompt
     chart = draw_strength(recording, f"Injected strength: {run}, {whose}, {request.steps} steps")
-    save_png(chart, parameters, second)
-    write(document, third)
+    with deferred():
+        files = _write(request.out, maps, chart, parameters, document)
     text = describe(summary, f"{run}, {whose}, {request.steps} steps")
-    return Drawn([first, second, third], document, text)
+    return Drawn(files, document, text)
 
 
 def _rows(recording: Recording) -> list[dict[str, Any]]:
@@ -163,8 +164,7 @@ def _check(request: Request, scales: list[float]) -> None:
         raise InputError(f"{len(scales)} guidance scales were given; one picture holds at most {MOST_SCALES}")
     if not 1 <= request.show <= MOST_STEPS:
         raise InputError(f"show is {request.show}; it must be between 1 and {MOST_STEPS}")
-    if request.out.exists() and not request.out.is_dir():
-        raise InputError(f"--out {request.out} is a file; name a folder")
+    check_writable_folder(request.out)
 
 
 def _wanted(given: Sequence[str], names: list[str]) -> list[int]:
@@ -189,19 +189,16 @@ def _usual(recording: Recording) -> list[int]:
     return list(dict.fromkeys([*skips[:1], *skips[-1:], mid]))
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"the folder {folder} cannot be made ({e.strerror}); choose another --out") from e
-
-
-def _free(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Paths for a run's files: NAME, or NAME-2 … where any of them exists, so that one run has one number."""
+def _write(
+    folder: Path, maps: np.ndarray, chart: np.ndarray, parameters: dict[str, Any], document: dict[str, Any]
+) -> list[Path]:
+    """Write a run's files as NAME, or NAME-2 … where any of them exists, so that one run has one number."""
+    text = as_text(document, folder / "strength.json").encode()
+    images = [encode_image(pixels, parameters, "png", folder) for pixels in (maps, chart)]
     number = 1
     while True:
         tail = "" if number == 1 else f"-{number}"
-        paths = [folder / f"{Path(n).stem}{tail}{Path(n).suffix}" for n in names]
-        if not any(p.exists() for p in paths):
+        paths = [folder / f"{name}{tail}{suffix}" for name, suffix in _FILES]
+        if write_all_new(dict(zip(paths, [*images, text], strict=True))):
             return paths
         number += 1

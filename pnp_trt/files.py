@@ -60,6 +60,12 @@ def reason(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, str | bytes) else said
 
 
+def failure(folder: Path, error: OSError) -> str:
+    """The sentence for a folder that could not be made whole."""
+    hint = "free some space" if error.errno in _FULL else "check the file named"
+    return f"{folder} could not be made ({reason(error)}); nothing was written; {hint}, or choose another --out"
+
+
 def advice(error: OSError, otherwise: str = "name another place") -> str:
     """What to do about an error of the file system."""
     return "free some space" if error.errno in _FULL else otherwise

@@ -16,7 +16,7 @@ from ..artifacts import MANIFEST, SCHEMA, digest, lock, read_manifest
 from ..backends.base import MAX_BATCH, Backend, Profile, Progress
 from ..bundle.manifest import Manifest
 from ..errors import InputError, PnpError
-from ..files import advice, check_replaceable_folder, is_temporary, reason
+from ..files import check_replaceable_folder, failure, is_temporary
 from ..quantize.record import Record
 from ..quantize.record import find as find_record
 from ..replacing import check_removable_bundle
@@ -93,10 +93,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
         try:
             manifest = work.run(folder, key, identity)
         except OSError as e:
-            raise PnpError(
-                f"{folder} could not be made ({reason(e)}); nothing was written; {advice(e, 'see the file named')}, "
-                "or choose another --out"
-            ) from e
+            raise PnpError(failure(folder, e)) from e
     return Built(folder, manifest, cached=False)
 
 

@@ -42,7 +42,7 @@ from ..errors import InputError, PnpError
 from ..export.bundle import Built, standing
 from ..export.spec import short_name
 from ..export.work import TITLES, engine_parity, library_versions
-from ..files import check_replaceable_folder
+from ..files import check_replaceable_folder, failure
 from ..models.scheduler import Noise, check_distilled, check_samples
 from ..replacing import check_removable_bundle
 from ..runtime.verify import Golden
@@ -165,10 +165,7 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
         try:
             made = work.run(folder, key, identity)
         except OSError as e:
-            raise PnpError(
-                f"{folder} could not be made ({reason_of(e)}); nothing was written; {advice(e, 'see the file named')}, "
-                "or choose another --out"
-            ) from e
+            raise PnpError(failure(folder, e)) from e
     return Built(folder, made, cached=False)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from .bundle.document import parse_file, read_regular
 from .bundle.manifest import FILE as MANIFEST
 from .bundle.manifest import SCHEMA, FileRecord, Manifest
+from .bundle.onnx_file import check_graph
 from .errors import InputError, PnpError
 from .files import lock as lock
 from .files import whole_folder as whole_folder
@@ -229,6 +230,9 @@ def open_bundle(name: str | Path) -> Bundle:
     advice = rebuild_advice(folder, manifest.rebuild)
     for relative, record in manifest.files.items():
         check_file(folder, relative, record, manifest.name, advice)
+    for name, network in manifest.networks.items():
+        if network.file.endswith(".onnx"):
+            check_graph(folder, manifest, name)
     return Bundle(folder, manifest)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest, NetworkRecord
 from ..errors import InputError, PnpError
+from ..text import printable
 from .base import (
     Backend,
     Bound,
@@ -147,7 +148,7 @@ class OrtNetwork(Network):
                 try:
                     made = ort.InferenceSession(str(self.path), options, providers=self._providers)
                 except Exception as e:  # ONNX Runtime raises several types of its own
-                    raise PnpError(f"ONNX Runtime cannot load {self.path}: {e}") from e
+                    raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
                 while len(self._sessions) >= self.KEEP:
                     oldest = next(iter(self._sessions))
                     self._sessions.pop(oldest)
@@ -238,7 +239,10 @@ class OrtBound(Bound):
                 held.update_inplace(np.ascontiguousarray(array))
 
     def run(self) -> None:
-        self.session.run_with_iobinding(self._binding)
+        try:
+            self.session.run_with_iobinding(self._binding)
+        except Exception as e:  # ONNX Runtime raises several types of its own
+            raise PnpError(f"ONNX Runtime cannot run a network: {printable(e, limit=500)}") from e
 
     def host_input(self, name: str) -> np.ndarray | None:
         return self._host.get(name)

@@ -543,6 +543,7 @@ class Manifest:
             plugged=Plugged.read(m["plugged"]) if "plugged" in m else None,
             seal=_hash(m["seal"]) if "seal" in m else "",
         )
+        _check_kinds(made, m)
         _check_covered(made, m)
         _check_shapes(made, m)
         return made
@@ -583,6 +584,12 @@ class Manifest:
     def options(self) -> CompileOptions:
         """How its engines were compiled."""
         return CompileOptions(**self.built_from["options"])
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the text encoder's embedding table, by its config; CLIP's where that is not recorded."""
+        size = (self.configs or {}).get("text_encoder", {}).get("vocab_size", 49408)
+        return size if isinstance(size, int) and size > 0 else 49408
 
     def size_of(self, file: str) -> int:
         """Bytes of a file of the bundle, with the external weights of a graph."""
@@ -747,6 +754,16 @@ def _scheduler(value: Value) -> Mapping[str, Any]:
         elif key in _FLAGS:
             entry.flag()
     return dict(value.raw)
+
+
+def _check_kinds(made: Manifest, m: Mapping[str, Value]) -> None:
+    """The files are of the kind that the backend loads, so that it opens no other file beside them."""
+    for name, network in made.networks.items():
+        entry = m["networks"].member(name)
+        if made.backend == "onnxruntime" and not (network.file == network.graph and network.graph.endswith(".onnx")):
+            raise entry.member("file").refuse("must be the graph itself, an .onnx file, for backend onnxruntime")
+        if made.backend == "torch" and network.graph != f"{network.file.removesuffix('.safetensors')}.json":
+            raise entry.member("graph").refuse("must be the .json file beside the .safetensors file, for backend torch")
 
 
 def _check_covered(made: Manifest, m: Mapping[str, Value]) -> None:

@@ -17,9 +17,11 @@ import numpy as np
 
 from .. import memory
 from ..artifacts import Bundle
+from ..bundle.golden_file import read_golden
+from ..bundle.onnx_file import check_graph
 from ..errors import InputError, PnpError
 from ..runtime.verify import FILE as GOLDEN
-from ..runtime.verify import difference, load_golden
+from ..runtime.verify import difference
 from .parity import round_at_every_node
 
 #: share of the free memory that the outputs of one run may take, both graphs' together
@@ -123,7 +125,7 @@ def graphs(bundle: Bundle, networks: list[str]) -> dict[str, tuple[Path, dict[st
     held = bundle.manifest.networks
     if unknown := [n for n in networks if n not in held]:
         raise InputError(f"engine '{bundle.name}' has no network '{unknown[0]}'; it has: {', '.join(held)}")
-    golden = load_golden(bundle.folder / GOLDEN)
+    golden = read_golden(bundle.folder / GOLDEN, held)
     found = {}
     for name in networks or held:
         path = bundle.folder / held[name].graph
@@ -132,6 +134,7 @@ def graphs(bundle: Bundle, networks: list[str]) -> dict[str, tuple[Path, dict[st
                 f"engine '{bundle.name}' of backend '{bundle.manifest.backend}' holds modules and no graphs; "
                 "build it with another --backend to look at its layers"
             )
+        check_graph(bundle.folder, bundle.manifest, name)
         found[name] = (path, {k: v[:1] for k, v in golden[name][0].items()})
     return found
 

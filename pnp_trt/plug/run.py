@@ -8,7 +8,6 @@ PyTorch running the fine-tune, on the bundle's own golden inputs; past the limit
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shlex
 import shutil
@@ -36,8 +35,11 @@ from ..artifacts import (
     write_manifest,
 )
 from ..backends.base import CompileJob, Progress
+from ..bundle.golden_file import read_golden
 from ..bundle.manifest import Base, Compiled, FileRecord, LoraRecord, Manifest, NetworkRecord, Plugged, Tokens
+from ..bundle.onnx_file import check_graph
 from ..bundle.parts import Made, Parts, assemble
+from ..bundle.weights_file import read_weights
 from ..errors import InputError, PnpError
 from ..export.bundle import Built, standing
 from ..export.spec import short_name
@@ -201,7 +203,7 @@ class _Work:
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
         from ..export.weights import FILE as WEIGHTS
         from ..runtime.verify import FILE as GOLDEN
-        from ..runtime.verify import load_golden, save_golden
+        from ..runtime.verify import save_golden
         from .lora import architecture, load
 
         started = time.monotonic()
@@ -214,8 +216,8 @@ class _Work:
             self._report("check the engine", stages)
             self._take(work, swapped)
             tokens = self._tokenizer(work)
-            maps = json.loads((work / WEIGHTS).read_text())["networks"]
-            golden = load_golden(work / _OLD / GOLDEN)
+            maps = read_weights(work / WEIGHTS, m.networks, rebuild_advice(self.source, m.rebuild))
+            golden = read_golden(work / _OLD / GOLDEN, m.networks)
             networks = dict(m.networks)
             guide = None
             for name in swapped:
@@ -301,6 +303,8 @@ class _Work:
                 )
             if relative not in aside:
                 self.files[relative] = record
+        for name in swapped:
+            check_graph(work, self.manifest, name)
 
     def _tokenizer(self, work: Path) -> Tokens:
         """A whole model brings its own tokenizer."""

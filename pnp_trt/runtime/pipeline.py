@@ -83,7 +83,9 @@ class Pipeline:
         self.profiles = manifest.profiles
         self._scheduler = manifest.scheduler
         self.default_schedule = resolve(schedule, self._scheduler, self.sampling_steps)
-        self._tokenizer = Tokenizer(bundle.folder / TOKENIZER, manifest.tokens.length, manifest.tokens.pad)
+        self._tokenizer = Tokenizer(
+            bundle.folder / TOKENIZER, manifest.tokens.length, manifest.tokens.pad, manifest.vocabulary
+        )
         backend = backends.get(manifest.backend)
         backend.check(manifest)
         options = LoadOptions(provider, threads)

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bundle.tokenizer_file import read_tokenizer
+from ..errors import InputError, PnpError
 from ..inputs import check_prompts, excerpt
+from ..text import printable
+
+_ADVICE = "build the bundle again, or use one that pnp-trt build made"
 
 
 class Tokenizer:
@@ -17,14 +22,27 @@ class Tokenizer:
         path: a ``tokenizer.json``.
         length: tokens a prompt is padded and cut to, start and end included (77 for CLIP).
         pad: id that fills the rest.
+        vocabulary: rows of the text encoder's embedding table; every id is below.
+
+    Raises:
+        InputError: if the file has other components than CLIP's tokenizer, or ids outside the embedding table.
     """
 
-    def __init__(self, path: Path, length: int = 77, pad: int = 49407) -> None:
+    def __init__(self, path: Path, length: int = 77, pad: int = 49407, vocabulary: int = 49408) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self._backend = Backend.from_file(str(path))
+        if not 0 <= pad < vocabulary:
+            raise InputError(f"{path.parent}: tokens.pad is {pad}; it must be from 0 to {vocabulary - 1}; {_ADVICE}")
+        try:
+            self._backend = Backend.from_str(read_tokenizer(path, vocabulary, _ADVICE))
+        except PnpError:
+            raise
+        except Exception as e:  # the library raises plain exceptions
+            raise InputError(f"{path} is not a tokenizer ({printable(e, limit=200)}); {_ADVICE}") from None
         self._backend.no_padding()
         self._backend.no_truncation()
+        if (count := len(self._backend.encode("").ids)) != 2:
+            raise InputError(f"{path} puts {count} tokens around a prompt, not a start and an end; {_ADVICE}")
         self.length, self.pad = length, pad
 
     def __call__(self, prompts: list[str]) -> np.ndarray:

@@ -12,12 +12,12 @@ from .. import backends
 from ..artifacts import Bundle
 from ..backends.base import Backend, LoadOptions, Network
 from ..backends.profiles import size_of
+from ..bundle.golden_file import Golden, load_golden, read_golden
 from ..bundle.manifest import GOLDEN as FILE
 from ..bundle.manifest import NetworkRecord
 from ..errors import PnpError
 
-#: {network: (inputs by name, float32 output of PyTorch)}; ``network@HEIGHTxWIDTH`` for other sizes than the default
-Golden = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
+__all__ = ["FILE", "Golden", "compare", "difference", "gate", "load_golden", "save_golden", "verify"]
 
 
 def difference(out: np.ndarray, reference: np.ndarray) -> float:
@@ -40,16 +40,6 @@ def save_golden(path: Path, golden: Golden) -> None:
         arrays[f"{network}/="] = reference
     with path.open("wb") as f:
         np.savez(f, **arrays)
-
-
-def load_golden(path: Path) -> Golden:
-    """What ``save_golden`` wrote."""
-    out: Golden = {}
-    with np.load(path, allow_pickle=False) as held:
-        for network in dict.fromkeys(key.partition("/")[0] for key in held.files):
-            names = [k.partition("/")[2] for k in held.files if k.startswith(f"{network}/")]
-            out[network] = ({n: held[f"{network}/{n}"] for n in names if n != "="}, held[f"{network}/="])
-    return out
 
 
 def compare(
@@ -105,4 +95,5 @@ def verify(bundle: Bundle, options: LoadOptions | None = None) -> dict[str, floa
     """
     backend = backends.get(bundle.manifest.backend)
     backend.check(bundle.manifest)
-    return compare(backend, bundle.folder, bundle.manifest.networks, load_golden(bundle.folder / FILE), options)
+    networks = bundle.manifest.networks
+    return compare(backend, bundle.folder, networks, read_golden(bundle.folder / FILE, networks), options)

@@ -1,0 +1,86 @@
+"""``golden.npz`` of a bundle, checked: inputs and PyTorch's outputs of every network."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from ..text import printable
+from .manifest import NetworkRecord, Tensor
+
+#: {network: (inputs by name, float32 output of PyTorch)}; ``network@HEIGHTxWIDTH`` for other sizes than the default
+Golden = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
+_MOST_ROWS = 64
+_ADVICE = "build the bundle again, or use one that pnp-trt build made"
+
+
+def read_golden(path: Path, networks: Mapping[str, NetworkRecord]) -> Golden:
+    """The golden inputs and outputs of every network.
+
+    Raises:
+        InputError: if the file is no uncompressed .npz of plain arrays, or names, shapes or types are not those of the
+            networks, or a value is not finite.
+    """
+    golden = load_golden(path)
+    cases = {case: case.partition("@")[0] for case in golden}
+    if set(cases.values()) != set(networks):
+        shown = printable(", ".join(cases) or "none", limit=200)
+        raise InputError(
+            f"{path} has golden inputs of {shown}, the bundle's networks are {', '.join(networks)}; {_ADVICE}"
+        )
+    for case, (inputs, reference) in golden.items():
+        record = networks[cases[case]]
+        if inputs.keys() != record.inputs.keys():
+            shown = printable(", ".join(inputs) or "none", limit=200)
+            raise InputError(f"{path}: {_name(case)} has the inputs {shown}, not {', '.join(record.inputs)}; {_ADVICE}")
+        for name, array in inputs.items():
+            _check(path, f"{case}/{name}", array, record.inputs[name], len(reference))
+        _check(path, f"{case}/=", reference, next(iter(record.outputs.values())), len(reference))
+    return golden
+
+
+def load_golden(path: Path) -> Golden:
+    """The arrays of a golden file; nothing is unpickled, and nothing is longer than the file itself.
+
+    Raises:
+        InputError: if it is no uncompressed .npz of plain arrays.
+    """
+    out: Golden = {}
+    try:
+        with zipfile.ZipFile(path) as packed:
+            if any(i.compress_type != zipfile.ZIP_STORED or i.file_size != i.compress_size for i in packed.infolist()):
+                raise ValueError("it is compressed")
+        with np.load(path, allow_pickle=False) as arrays:
+            for network in dict.fromkeys(key.partition("/")[0] for key in arrays.files):
+                names = [k.partition("/")[2] for k in arrays.files if k.startswith(f"{network}/")]
+                out[network] = ({n: arrays[f"{network}/{n}"] for n in names if n != "="}, arrays[f"{network}/="])
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; {_ADVICE}") from None
+    except KeyError as e:
+        raise InputError(f"{path} lacks {printable(e.args[0], limit=100)}; {_ADVICE}") from None
+    except Exception as e:  # numpy and zipfile raise many types on damaged files
+        why = "it holds Python objects" if "pickle" in str(e) else printable(e, limit=200)
+        raise InputError(f"{path} is not readable as golden inputs ({why}); {_ADVICE}") from None
+    return out
+
+
+def _check(path: Path, name: str, array: np.ndarray, tensor: Tensor, rows: int) -> None:
+    dtype, shape = tensor
+    fits = array.ndim == len(shape) and all(
+        isinstance(d, str) or n == d for n, d in zip(array.shape[1:], shape[1:], strict=True)
+    )
+    if not fits or not 1 <= len(array) == rows <= _MOST_ROWS or array.dtype.kind != ("i" if "int" in dtype else "f"):
+        wanted = "x".join(map(str, (f"1-{_MOST_ROWS} rows", *shape[1:])))
+        raise InputError(
+            f"{path}: {_name(name)} is {array.dtype} of shape {list(array.shape)}, not {dtype} of {wanted}; {_ADVICE}"
+        )
+    if not np.isfinite(array).all():
+        raise InputError(f"{path}: {_name(name)} has values that are not finite; {_ADVICE}")
+
+
+def _name(text: str) -> str:
+    return printable(text, limit=100)

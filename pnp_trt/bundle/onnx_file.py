@@ -1,0 +1,233 @@
+"""What an ONNX file names, read without running it: tensors, operators, and the files of its external weights.
+
+ONNX Runtime opens the files that a graph names and runs whatever it holds, so both are looked at first.  Only the parts
+of the protocol buffers that matter here are read; field numbers are those of ``onnx.proto``.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+from ..text import printable
+from .manifest import Manifest, Tensor
+
+#: operators' domains that the runtimes implement themselves; any other would need a library of its own
+DOMAINS = ("", "ai.onnx", "com.microsoft")
+#: element types of tensors at a graph's boundary
+DTYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclass
+class Graph:
+    """The names in an ONNX file.
+
+    Attributes:
+        inputs, outputs: element type and shape of each; a dimension that is not fixed is its name, perhaps empty.
+        locations: names of the files that hold external weights.
+        operators: (domain, type) of every node.
+        nested: whether a node holds a graph of its own (loops and branches), or the file holds functions.
+        initializers: names of the weights; old files list them among the inputs too.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    locations: set[str] = field(default_factory=set)
+    operators: set[tuple[str, str]] = field(default_factory=set)
+    nested: bool = False
+    initializers: set[str] = field(default_factory=set)
+
+
+def read_graph(data: bytes) -> Graph:
+    """The names in the bytes of an ONNX file.
+
+    Raises:
+        ValueError: if the bytes are not an ONNX model.
+    """
+    out = Graph()
+    found = False
+    for number, value in _fields(memoryview(data)):
+        if number == 7:  # ModelProto.graph; a second one is merged into the first
+            found = True
+            _graph(_message(value), out)
+        elif number in (20, 25):  # training_info, functions
+            out.nested = True
+    if not found:
+        raise ValueError("it holds no graph")
+    out.inputs = {name: tensor for name, tensor in out.inputs.items() if name not in out.initializers}
+    return out
+
+
+def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
+    """Refuse a network's graph that reads other files, has other tensors or runs other operators than it may.
+
+    Raises:
+        InputError: naming the file, and what in it is not as the manifest says.
+    """
+    record = manifest.networks[network]
+    where = f"engine '{manifest.name}': {record.graph}"
+    advice = "use a bundle that pnp-trt build made"
+    try:
+        graph = read_graph((folder / record.graph).read_bytes())
+    except (ValueError, OSError) as e:
+        raise InputError(f"{where} is not a readable ONNX graph ({printable(e, limit=200)}); {advice}") from None
+    for location in sorted(graph.locations):
+        file = posixpath.join(posixpath.dirname(record.graph), location)
+        if file != record.data or file not in manifest.files:
+            shown = printable(location, limit=200)
+            raise InputError(f"{where} reads its weights from '{shown}', which the manifest does not list; {advice}")
+    if graph.nested:
+        raise InputError(f"{where} holds loops, branches or functions, which no network of this program has; {advice}")
+    if strange := sorted(op for op in graph.operators if op[0] not in DOMAINS):
+        shown = printable(f"{strange[0][0]}.{strange[0][1]}", limit=200)
+        raise InputError(f"{where} has the custom operator {shown}, which no runtime here implements; {advice}")
+    for side, tensors, expected in (
+        ("inputs", graph.inputs, record.inputs), ("outputs", graph.outputs, record.outputs),
+    ):  # fmt: skip
+        if not _same(tensors, expected):
+            raise InputError(f"{where} has the {side} {_told(tensors)}, its manifest says {_told(expected)}; {advice}")
+
+
+def _same(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    """Whether names, types and fixed dimensions are equal; a dimension that the graph leaves open matches any."""
+    if tensors.keys() != wanted.keys():
+        return False
+    for name, (dtype, shape) in tensors.items():
+        kind, dimensions = wanted[name]
+        if dtype != kind or len(shape) != len(dimensions):
+            return False
+        if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(shape, dimensions, strict=True)):
+            return False
+    return True
+
+
+def _told(tensors: Mapping[str, Tensor]) -> str:
+    """Tensors in words, not long."""
+    words = (f"{name} {dtype} {'x'.join(map(str, shape))}" for name, (dtype, shape) in tensors.items())
+    return printable(", ".join(words) or "none", limit=300)
+
+
+def _graph(data: memoryview, out: Graph) -> None:
+    for number, value in _fields(data):
+        if number == 1:
+            _node(_message(value), out)
+        elif number == 5:
+            out.initializers.add(_tensor(_message(value), out))
+        elif number == 15:  # SparseTensorProto: values and indices
+            for part, tensor in _fields(_message(value)):
+                if part in (1, 2):
+                    _tensor(_message(tensor), out)
+        elif number in (11, 12):
+            name, tensor = _value_info(_message(value))
+            (out.inputs if number == 11 else out.outputs)[name] = tensor
+
+
+def _node(data: memoryview, out: Graph) -> None:
+    domain = kind = ""
+    for number, value in _fields(data):
+        if number == 4:
+            kind = _text(value)
+        elif number == 7:
+            domain = _text(value)
+        elif number == 5:
+            for part, content in _fields(_message(value)):
+                if part in (5, 10):  # t, tensors
+                    _tensor(_message(content), out)
+                elif part in (6, 11, 22, 23):  # g, graphs, sparse_tensor, sparse_tensors
+                    out.nested = True
+    out.operators.add((domain, kind))
+
+
+def _tensor(data: memoryview, out: Graph) -> str:
+    """Note the external file of a tensor; returns the tensor's name."""
+    name = ""
+    for number, value in _fields(data):
+        if number == 8:
+            name = _text(value)
+        elif number == 13:  # external_data: a key and its value
+            entry = {part: _text(content) for part, content in _fields(_message(value)) if part in (1, 2)}
+            if entry.get(1) == "location":
+                out.locations.add(entry.get(2, ""))
+    return name
+
+
+def _value_info(data: memoryview) -> tuple[str, Tensor]:
+    name, dtype, shape = "", "no tensor", []
+    for number, value in _fields(data):
+        if number == 1:
+            name = _text(value)
+        elif number == 2:
+            for kind, content in _fields(_message(value)):
+                if kind == 1:  # tensor_type
+                    dtype, shape = _tensor_type(_message(content))
+    return name, (dtype, tuple(shape))
+
+
+def _tensor_type(data: memoryview) -> tuple[str, list[int | str]]:
+    dtype, shape = "no type", []
+    for number, value in _fields(data):
+        if number == 1 and isinstance(value, int):
+            dtype = DTYPES.get(value, f"type {value}")
+        elif number == 2:
+            shape += [_dimension(_message(d)) for part, d in _fields(_message(value)) if part == 1]
+    return dtype, shape
+
+
+def _dimension(data: memoryview) -> int | str:
+    out: int | str = ""
+    for number, value in _fields(data):
+        if number == 1 and isinstance(value, int):
+            out = value
+        elif number == 2:
+            out = _text(value)
+    return out
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(number, value) of a message's fields: whole numbers, and the bytes of strings and messages."""
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == _VARINT:
+            value, at = _varint(data, at)
+            yield tag >> 3, value
+            continue
+        if kind == _BYTES:
+            length, at = _varint(data, at)
+        elif kind in (_FIXED64, _FIXED32):
+            length = 8 if kind == _FIXED64 else 4
+        else:
+            raise ValueError("it is not made of protocol buffers")
+        if at + length > end:
+            raise ValueError("it is cut short")
+        if kind == _BYTES:
+            yield tag >> 3, data[at : at + length]
+        at += length
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    out = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ValueError("it is cut short, or not made of protocol buffers")
+        byte = data[at]
+        at += 1
+        out |= (byte & 127) << shift
+        if byte < 128:
+            return out, at
+        shift += 7
+
+
+def _message(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("it has a number where a message belongs")
+    return value
+
+
+def _text(value: int | memoryview) -> str:
+    return bytes(_message(value)).decode()  # UnicodeDecodeError is a ValueError

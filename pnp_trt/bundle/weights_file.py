@@ -1,0 +1,63 @@
+"""``weights.json`` of a bundle, checked: where each initialiser of the graphs comes from, see ``export.weights``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .document import Value, read_json
+
+_LIMIT, _MEMBERS = 64 << 20, 200_000
+_TYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8")
+
+
+def read_weights(path: Path, networks: Iterable[str], advice: str) -> dict[str, Any]:
+    """By network ``{"weights": …, "constants": …}``, every entry checked.
+
+    Args:
+        networks: those that must be there.
+        advice: what to do about a file that is refused; closes the sentence.
+
+    Raises:
+        InputError: naming the file, the key and the value that is out of bounds.
+    """
+    document = Value(read_json(path, advice, limit=_LIMIT, members=_MEMBERS), "", str(path), advice)
+    m = document.members(("schema", "networks"))
+    m["schema"].whole(1, 1)
+    entries = m["networks"].members(networks, m["networks"].entries(50))
+    for network in entries.values():
+        maps = network.members(("weights", "constants"))
+        for weight in maps["weights"].entries(_MEMBERS, longest_key=4096).values():
+            _check_weight(weight)
+        for constant in maps["constants"].items(0, _MEMBERS):
+            constant.text()
+    return {name: entry.raw for name, entry in entries.items()}
+
+
+def _check_weight(weight: Value) -> None:
+    m = weight.members(("source", "key", "transform"))
+    m["source"].text(longest=100)
+    m["key"].text(shortest=1)
+    for step in m["transform"].items(0, 20):
+        _check_step(step)
+
+
+def _check_step(step: Value) -> None:
+    operation = step.member("op").text(
+        known=("cast", "transpose", "reshape", "shift", "quantize", "quantization_scale")
+    )
+    if operation in ("cast", "quantization_scale"):
+        step.member("to").text(known=_TYPES)
+    if operation in ("shift", "quantize", "quantization_scale"):
+        step.member("axis").whole(-8, 7)
+    if operation == "transpose":
+        axes = [v.whole(0, 7) for v in step.member("perm").items(1, 8)]
+        if sorted(axes) != list(range(len(axes))):
+            raise step.member("perm").refuse("must name every axis once")
+    if operation == "reshape":
+        for size in step.member("shape").items(0, 8):
+            size.whole(-1, 1 << 31)
+    if operation == "shift":
+        for exponent in step.member("exponents").items(1, 100_000):
+            exponent.whole(-64, 64)

@@ -19,17 +19,21 @@ def printable(value: Any, *, limit: int | None = None, keep: str = "") -> str:
         keep: characters that stay as they are, such as a newline.
     """
     text = str(value)
-    if limit is not None and len(text) > limit:
-        text = text[:limit]
-        return printable(text, keep=keep)[: limit - 1] + "…"
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c in keep or not _steers(c) else _escaped(c) for c in text)
+    if limit is None:
+        return _escape(text, keep)
+    shown = _escape(text[: limit + 1], keep)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def printable_json(text: str) -> str:
     """JSON text of ``json.dumps`` with DEL escaped too, the only control character that it leaves."""
     return text.replace("\x7f", "\\u007f")
+
+
+def _escape(text: str, keep: str) -> str:
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in keep or not _steers(c) else _escaped(c) for c in text)
 
 
 def _steers(character: str) -> bool:

@@ -125,34 +125,42 @@ def micro_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A guide for the micro teacher whose residuals are not zero."""
+def make_micro_guide(base: Path, folder: Path) -> Path:
+    """A guide for the micro teacher in ``base``, whose residuals are not zero."""
     import torch
 
     from pnp_trt.models.base import resolve
     from pnp_trt.models.guide import TinyGuide
 
     torch.manual_seed(1)  # before the guide draws its own weights: they must not depend on which tests ran first
-    guide = TinyGuide.from_unet(resolve(str(micro_base)).unet(), rank=4, embed_dim=8)
+    guide = TinyGuide.from_unet(resolve(str(base)).unet(), rank=4, embed_dim=8)
     with torch.no_grad():
         for adapter in guide.adapters:
             adapter.expand.weight.normal_(std=0.1)
-    folder = tmp_path_factory.mktemp("guide") / "micro-guide"
     guide.save_pretrained(folder)
     return folder
+
+
+def make_micro_bundles(base: Path, guide: Path, home: Path) -> Path:
+    """The bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher, below ``home``."""
+    from pnp_trt.export.bundle import build
+    from pnp_trt.export.spec import BuildSpec
+
+    build(BuildSpec(str(base), "none", out=home / "plain", image_to_image=True))
+    build(BuildSpec(str(base), str(guide), out=home / "guided"))
+    return home
+
+
+@pytest.fixture(scope="session")
+def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guide for the micro teacher whose residuals are not zero."""
+    return make_micro_guide(micro_base, tmp_path_factory.mktemp("guide") / "micro-guide")
 
 
 @pytest.fixture(scope="session")
 def micro_bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher; read it only."""
-    from pnp_trt.export.bundle import build
-    from pnp_trt.export.spec import BuildSpec
-
-    home = tmp_path_factory.mktemp("engines")
-    build(BuildSpec(str(micro_base), "none", out=home / "plain", image_to_image=True))
-    build(BuildSpec(str(micro_base), str(micro_guide), out=home / "guided"))
-    return home
+    return make_micro_bundles(micro_base, micro_guide, tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+"""``python -m tests.campaign``: run the campaign, print the table, write ``build/campaign/report.json``."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from . import areas, report
+from .case import Case
+from .zygote import ROOT, Zygote
+
+
+def select(area: list[str], only: str | None, quick: bool) -> list[Case]:
+    """The cases of these areas whose name matches a pattern."""
+    chosen: list[Case] = []
+    for name, cases in areas.load().items():
+        if area and name not in area:
+            continue
+        chosen += areas.quick(cases) if quick else cases
+    return [c for c in chosen if only is None or fnmatch.fnmatch(c.name, f"*{only}*")]
+
+
+def run_all(zygote: Zygote, cases: list[Case], jobs: int) -> Iterator[dict[str, Any]]:
+    """Rows, in the order in which the cases were given."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(zygote.run, cases)
+
+
+def fixtures() -> Path:
+    """The fixtures of these sources, built on first use."""
+    sources = sorted([*(ROOT / "pnp_trt").rglob("*.py"), ROOT / "tests" / "conftest.py"])
+    key = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]
+    folder = report.FOLDER / f"fixtures-{key}"
+    if not (folder / "engines" / "guided" / "manifest.json").exists():
+        print("building the fixtures (once for these sources)", file=sys.stderr)
+        for old in report.FOLDER.glob("fixtures-*"):
+            shutil.rmtree(old)
+        subprocess.run([sys.executable, "-m", "tests.campaign.fixtures", str(folder)], cwd=ROOT, check=True)
+    return folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 1 where a case did not hold."""
+    parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
+    parser.add_argument("--area", action="append", default=[], choices=list(areas.load()), help="may be repeated")
+    parser.add_argument("--only", metavar="PATTERN", help="cases whose name has this in it; * and ? are wild")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
+    parser.add_argument("--quick", action="store_true", help="the fifth that make test runs")
+    parser.add_argument("--list", action="store_true", help="print the cases and end")
+    parser.add_argument("--out", type=Path, default=report.FOLDER, help="folder of the report")
+    parser.add_argument("--fixtures", type=Path, help="fixtures that are built already")
+    given = parser.parse_args(arguments)
+    cases = select(given.area, given.only, given.quick)
+    if given.list:
+        print("\n".join(f"{c.area}: {c.name}" for c in cases), f"{len(cases)} cases", sep="\n")
+        return 0
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="campaign-") as scratch:
+        shutil.copytree(given.fixtures or fixtures(), Path(scratch) / "fixtures")
+        zygote = Zygote(Path(scratch))
+        try:
+            rows = list(_printed(run_all(zygote, cases, given.jobs), len(cases)))
+        finally:
+            zygote.stop()
+    from pnp_trt.bench.results import provenance
+
+    command = ["python", "-m", "tests.campaign", *(arguments if arguments is not None else sys.argv[1:])]
+    path = report.write(
+        rows, given.out, provenance=provenance(command), seconds=round(time.monotonic() - begun), jobs=given.jobs
+    )
+    print(report.render(rows), f"report: {path}", sep="\n")
+    return int(any(r["class"] != "OK" for r in rows))
+
+
+def _printed(rows: Iterator[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+    """Tell of every case that did not hold, and of every hundredth."""
+    for number, row in enumerate(rows, 1):
+        if row["class"] != "OK":
+            print(report.describe(row), flush=True)
+        if number % 100 == 0:
+            print(f"{number} of {total}", file=sys.stderr, flush=True)
+        yield row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Text that a page, a template or a formula would obey: in prompts and in names of engines."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+
+from ..case import GUIDED, HERE, PLAIN, Case, Outcome, Place, Surroundings
+from .common import PROMPTS, bench, manifest_of, plug, sample, seal, share, visualize, with_prompts
+
+AREA = "injection"
+TEXTS: dict[str, str] = {
+    "a script": "<script>alert(1)</script><img src=x onerror=alert(2)>",
+    "a template": "{{7*7}}{% raw %}",
+    "a broken formula": "$\\frac$ $x^{$",
+    "two prices": "a $5 coin and a $10 note",
+    "percent signs": "100%s %(x)s",
+    "markup": "[red]x[/nope]",
+    "the end of an SVG": "]]></svg><script>1</script>",
+    "quotes": '"\'><b onclick="alert(1)">',
+    "a comment": "--><!-- x",
+    "a JavaScript link": "javascript:alert(1)",
+    "the end of a style": "</style><script>1</script>",
+}
+PAGE = HERE / "page.html"
+UNSAFE = re.compile(r"<script>(alert|1)|<img src=x|<b onclick|</svg><script|</style><script>1")
+
+
+def _escaped(outcome: Outcome, place: Place) -> str | None:
+    page = place.path(PAGE)
+    if not page.exists():
+        return "no page was written"
+    found = UNSAFE.search(page.read_text())
+    return f"unescaped in the page: {found.group()}" if found else None
+
+
+def _prompts(text: str) -> Callable[[Place], None]:
+    return lambda place: _ignore(place.path(PROMPTS).write_text(f"{text}\n{text} two\na cat\n"))
+
+
+def _ignore(_: object) -> None:
+    return None
+
+
+def _named(text: str) -> Callable[[Place], None]:
+    def prepare(place: Place) -> None:
+        folder = place.here / "engines" / text.replace("/", "∕")
+        shutil.copytree(place.path(GUIDED), folder)
+        manifest = manifest_of(folder)
+        manifest["name"] = folder.name
+        seal(folder, manifest, files=False)
+
+    return with_prompts(prepare)
+
+
+def cases() -> Iterator[Case]:
+    """All cases."""
+    everything = ("--json", HERE / "x.json", "--html", PAGE, "--grid", HERE / "x.png", "--prompts", PROMPTS)
+    for turn, (label, text) in enumerate(TEXTS.items()):
+        yield Case(AREA, f"bench, prompts of {label}", bench(*everything), (0,), _prompts(text), _escaped, slow=True)
+        yield Case(AREA, f"visualize, a prompt of {label}", visualize(prompt=text), (0,), slow=True)
+        yield Case(
+            AREA, f"sample --grid, a prompt of {label}", sample(GUIDED, "--grid", HERE / "g.png", prompt=text), (0,)
+        )
+        name = text.replace("/", "∕")
+        home = Surroundings(environment={"PNP_TRT_ENGINES": "engines"})
+        quick = {"inspect": ("inspect", name), "list": ("list",), "sample": sample(name), "verify": ("verify", name)}
+        for command, words in share(quick, turn, 2).items():
+            yield Case(AREA, f"{command}, an engine called {label}", words, (0,), _named(text), surroundings=home)
+        engines = (PLAIN, HERE / "engines" / name)
+        pages = {
+            "bench": bench(*everything, engines=engines),
+            "bench latency": bench("--batch", 1, "--rounds", 2, "--cold-starts", 0, "--html", PAGE, engines=engines,
+                                   only="latency"),
+        }  # fmt: skip
+        for command, words in share(pages, turn, 1).items():
+            yield Case(AREA, f"{command}, an engine called {label}", words, (0,), _named(text), _escaped,
+                       surroundings=home, slow=True)  # fmt: skip
+        yield Case(
+            AREA, f"plug, an engine called {label}", plug(name), (0,), _named(text), surroundings=home, slow=True
+        )

@@ -1,0 +1,211 @@
+"""Runs one command line in a forked child, or in a new interpreter, and watches its time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import resource
+import signal
+import struct
+import sys
+import termios
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import audit
+from .case import Outcome, Place, Surroundings
+
+SITE = Path(__file__).parent / "site"
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A signal after ``cpu`` seconds of the child's CPU time, or SIGKILL before its ``operation``-th file change."""
+
+    signal: int = signal.SIGKILL
+    cpu: float | None = None
+    operation: int | None = None
+
+
+def run(words: list[str], place: Place, surroundings: Surroundings | None = None, kill: Kill | None = None) -> Outcome:
+    """Run ``pnp-trt WORDS`` and wait for it.
+
+    Every process that is left of its session afterwards is killed.
+    """
+    surroundings = surroundings or Surroundings()
+    scratch = place.fixtures.parent
+    logs = [scratch / f"{kind}.{os.getpid()}" for kind in ("out", "err", "events")]
+    for log in logs:
+        log.write_bytes(b"")
+        log.chmod(0o666)
+    screen, line = pty.openpty() if surroundings.terminal else (None, None)
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _child(words, place, surroundings, kill, logs, line)
+    if line is not None:
+        os.close(line)
+    code, cpu, hung, shown = _wait(child, surroundings, kill, screen)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    out, err, events = (log.read_bytes().decode("utf-8", "replace") for log in logs)
+    out = shown.decode("utf-8", "replace") if screen is not None else out
+    wall = time.monotonic() - begun
+    return Outcome(code, out, err, cpu, wall, hung, tuple(_events(events)))
+
+
+def _events(text: str) -> list[str]:
+    import ast
+
+    return [ast.literal_eval(line) for line in text.splitlines() if line.endswith(("'", '"'))]
+
+
+def _wait(child: int, limits: Surroundings, kill: Kill | None, screen: int | None) -> tuple[int, float, bool, bytes]:
+    begun, shown, hung = time.monotonic(), b"", False
+    moment = kill.cpu if kill is not None else None
+    while True:
+        shown += _read(screen)
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            shown += _read(screen)
+            cpu = usage.ru_utime + usage.ru_stime
+            return code, cpu, hung or code == -signal.SIGXCPU, shown
+        if moment is not None and kill is not None and _cpu(child) >= moment:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, kill.signal)
+            moment = None
+        if time.monotonic() - begun > limits.wall:
+            hung = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+        time.sleep(0.002 if moment is not None else 0.01)
+
+
+def _cpu(process: int) -> float:
+    """Seconds of CPU time that a process has used."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICK
+    return 0.0
+
+
+def _read(screen: int | None) -> bytes:
+    """What waits on a pseudo-terminal."""
+    if screen is None:
+        return b""
+    os.set_blocking(screen, False)
+    parts = []
+    with contextlib.suppress(OSError):
+        while part := os.read(screen, 65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def _child(
+    words: list[str], place: Place, surroundings: Surroundings, kill: Kill | None, logs: list[Path], line: int | None
+) -> None:
+    """Become the command; never returns."""
+    code = 99
+    try:
+        os.setsid()
+        _streams(place, surroundings, logs, line)
+        _variables(surroundings, kill, logs[2])
+        os.chdir(place.path(surroundings.cwd) if surroundings.cwd else place.here)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(surroundings.cpu), int(surroundings.cpu) + 5))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not surroundings.fresh:  # a new interpreter is watched by sitecustomize
+            audit.watch(str(logs[2]), kill.operation if kill else None)
+        if surroundings.before:
+            surroundings.before(place)
+        for limit, value in surroundings.limits:
+            resource.setrlimit(limit, (value, value))
+        if surroundings.fresh:
+            os.execv(sys.executable, [sys.executable, "-m", "pnp_trt", *words])
+        code = call(words)
+    except BaseException:
+        traceback.print_exc()
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def call(words: list[str]) -> int:
+    """``main`` as the interpreter would call it, with its exit code."""
+    from pnp_trt.cli import main
+
+    sys.argv = ["pnp-trt", *words]
+    code = 0
+    try:
+        main()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    for stream, failed in ((sys.stdout, 120), (sys.stderr, 0)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            code = code or failed
+    return code
+
+
+def _streams(place: Place, surroundings: Surroundings, logs: list[Path], line: int | None) -> None:
+    """Connect the three standard streams."""
+    if line is not None:
+        fcntl.ioctl(line, termios.TIOCSCTTY, 0)
+        fcntl.ioctl(line, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        for stream in (0, 1, 2):
+            os.dup2(line, stream)
+        return
+    given = surroundings.stdin
+    source = place.fixtures.parent / f"stdin.{os.getpid()}"
+    if isinstance(given, bytes):
+        source.write_bytes(given)
+        given_path = source
+    else:
+        given_path = Path(os.devnull) if given is None else place.path(given)
+    os.dup2(os.open(given_path, os.O_RDONLY), 0)
+    for stream, log in ((1, logs[0]), (2, logs[1])):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    source.unlink(missing_ok=True)
+
+
+def _variables(surroundings: Surroundings, kill: Kill | None, log: Path) -> None:
+    """Set the environment; processes that the command starts are audited as well."""
+    os.environ[audit.LOG] = str(log)
+    if kill is not None and kill.operation is not None and surroundings.fresh:
+        os.environ[audit.KILL_AT] = str(kill.operation)
+    for name, value in surroundings.environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def unprivileged(place: Place) -> None:
+    """Give up root's right to pass over permissions; without root there is nothing to give up."""
+    import ctypes
+
+    if os.geteuid() != 0:
+        return
+
+    class Header(ctypes.Structure):
+        _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+    class Data(ctypes.Structure):
+        _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capset(ctypes.byref(Header(0x20080522, 0)), ctypes.byref((Data * 2)())):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+Runner = Callable[..., Outcome]

@@ -135,6 +135,11 @@ class Case:
     surroundings: Surroundings = Surroundings()
     scenario: Callable[[Place], tuple[Outcome, str | None]] | None = None
 
+    @property
+    def light(self) -> bool:
+        """Whether it ends before any network runs: it must be refused, or its command runs none."""
+        return self.scenario is None and (0 not in self.allowed or self.arguments[0] in ("inspect", "list", "doctor"))
+
 
 def precious(folder: Path) -> dict[str, str]:
     """Digests of the files below ``folder`` whose names say that they are the user's."""

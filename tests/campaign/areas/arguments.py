@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..case import Case, Surroundings
-from .common import ANY, BASE, GUIDED, bench, build, guidance, sample, steps, visualize, with_prompts, without
+from ..case import BASE, GUIDED, Case
+from .common import ANY, bench, build, guidance, sample, some, steps, visualize, with_prompts, without
 
 AREA = "arguments"
 NUMBERS = (
@@ -123,39 +123,36 @@ def cases() -> Iterator[Case]:
 
 
 def _numbers() -> Iterator[Case]:
-    quick = Surroundings(cpu=40)
+    turn = 0
     for command, (words, options, values) in COMMANDS.items():
+        prompt = ("--", "a cat") if command in ("sample", "visualize") else ()
         for option in options:
-            for value in values:
-                prompt = ("--", "a cat") if command in ("sample", "visualize") else ()
-                given = (*without(words, option), f"{option}={value}" if option != "-n" else f"-n{value}", *prompt)
-                yield Case(
-                    AREA, f"{command} {option} {value!r}", given, ANY, with_prompts(), surroundings=quick,
-                    slow=command not in ("sample", "verify"),
-                )  # fmt: skip
+            turn += 1
+            for value in some(values, turn, len(values) // 3):
+                word = f"{option}={value}" if option != "-n" else f"-n{value}"
+                yield Case(AREA, f"{command} {option} {value!r}", (*without(words, option), word, *prompt), ANY,
+                           with_prompts(), slow=command not in ("sample", "verify"))  # fmt: skip
 
 
 def _words() -> Iterator[Case]:
+    turn = 0
     for command, (words, options) in WORDS.items():
+        prompt = ("--", "a cat") if command in ("sample", "visualize") else ()
         for option in options:
-            for value in STRANGE:
-                prompt = ("--", "a cat") if command in ("sample", "visualize") else ()
+            turn += 1
+            for value in some(STRANGE, turn, 2):
+                given = (*without(words, option), option, value, *prompt)
                 allowed = ANY if option in TAKES_TEXT or value == "" else (2,)
-                yield Case(
-                    AREA,
-                    f"{command} {option} is {value!r}",
-                    (*without(words, option), option, value, *prompt),
-                    allowed,
-                    with_prompts(),
-                    slow=value == "",
-                )
+                yield Case(AREA, f"{command} {option} is {value!r}", given, allowed, with_prompts(), slow=value == "")
 
 
 def _shapes() -> Iterator[Case]:
-    for size in SIZES:
+    for turn, size in enumerate(SIZES):
         yield Case(AREA, f"sample --size {size!r}", sample(GUIDED, "--size", size))
-        yield Case(AREA, f"bench --size {size!r}", bench("--size", size))
-        yield Case(AREA, f"build --profile b1@{size!r}", build("--profile", f"b1@{size}"), slow=True)
+        if turn % 2:
+            yield Case(AREA, f"bench --size {size!r}", bench("--size", size))
+        else:
+            yield Case(AREA, f"build --profile b1@{size!r}", build("--profile", f"b1@{size}"), slow=True)
     for profile in PROFILES:
         yield Case(AREA, f"build --profile {profile!r}", build("--profile", profile), ANY, slow=True)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +172,15 @@ def never_zero(sentence: str) -> Callable[[Outcome, Place], str | None]:
     return lambda outcome, place: sentence if outcome.code == 0 else None
 
 
-def share(table: Mapping[str, Any], turn: int, number: int) -> dict[str, Any]:
+def share(table: Mapping[Any, Any], turn: int, number: int) -> dict[Any, Any]:
     """``number`` entries of a table, others at every turn: each meets each in the long run, and not all at once."""
     names = list(table)
     return {name: table[name] for name in (names[(turn * number + i) % len(names)] for i in range(number))}
+
+
+def some(values: Sequence[Any], turn: int, number: int) -> list[Any]:
+    """``share`` of values without names."""
+    return list(share(dict(enumerate(values)), turn, number).values())
 
 
 def packed(header: object, body: bytes) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..case import GUIDED, Case, Place, Surroundings
-from .common import ANY, AT_X, ON_X, X, copy, manifest_of, seal, share, spoil
+from .common import ANY, AT_X, ON_X, X, copy, manifest_of, seal, share, some, spoil
 
 AREA = "manifests"
 HOME = Surroundings(environment=AT_X)
@@ -137,18 +137,18 @@ NESTED: dict[str, tuple[str, Any]] = {
 
 def cases() -> Iterator[Case]:
     """All cases."""
-    for label, raw in RAW.items():
-        for command in ("inspect", "sample", "list"):
+    for turn, (label, raw) in enumerate(RAW.items()):
+        for command in some(("inspect", "sample", "list"), turn, 2):
             allowed, slow = ANY if command == "list" else (2,), label.startswith("200")
             yield Case(AREA, f"{command}, {label}", ON_X[command], allowed, _raw(raw), surroundings=HOME, slow=slow)
     turn = 0
     for key in KEYS:
-        for label, value in {**WRONG, "missing": "-"}.items():
+        for label, value in share({**WRONG, "missing": "-"}, turn, 4).items():
             turn += 1
             yield from _sealed(f"{key} is {label}", key, value, share(COMMANDS, turn, 1))
     for label, (path, value) in NESTED.items():
         turn += 1
-        yield from _sealed(label, path, value, {"sample": ON_X["sample"], **share(COMMANDS, turn, 1)})
+        yield from _sealed(label, path, value, share(COMMANDS, turn, 1))
     yield Case(AREA, "list, one bundle damaged beside a good one", ("list",), (0,), _beside,
                says="guided", surroundings=HOME)  # fmt: skip
 

@@ -91,7 +91,7 @@ def _outs() -> Iterator[Case]:
                 "build --force --out": build("--force", out=out),
             }
         chosen = {"sample --out": commands["sample --out"], "plug --out": commands["plug --out"]}
-        for command, words in {**chosen, **share(commands, turn, 6)}.items():
+        for command, words in {**chosen, **share(commands, turn, 4)}.items():
             if (label, command) in UNSAFE or (label == "the root" and "--force" in command):
                 continue
             slow = label in VALID or command.startswith(("bench", "visualize", "calibrate", "distill"))
@@ -268,19 +268,14 @@ def _other_user() -> Iterator[Case]:
         yield Case(
             area, f"{command} into a read-only folder", words, (1, 2), with_prompts(_read_only), surroundings=USER
         )
-    for names in (
-        ("unet.onnx",),
-        ("unet.onnx.data",),
-        ("manifest.json",),
-        ("tokenizer.json",),
-        ("golden.npz",),
-        ("weights.json",),
-    ):
-        for command, words in {
-            "sample": sample(WHERE), "verify": ("verify", WHERE), "inspect": ("inspect", WHERE), "plug": plug(WHERE),
-            "bench": bench(engines=(WHERE,), only="cost"),
-        }.items():  # fmt: skip
-            yield Case(area, f"{command}, an unreadable {names[0]}", words, ANY, _secret(*names), surroundings=USER,
+    on_engine = {
+        "sample": sample(WHERE), "verify": ("verify", WHERE), "inspect": ("inspect", WHERE), "plug": plug(WHERE),
+        "bench": bench(engines=(WHERE,), only="cost"),
+    }  # fmt: skip
+    files = ("unet.onnx", "unet.onnx.data", "manifest.json", "tokenizer.json", "golden.npz", "weights.json")
+    for turn, name in enumerate(files):
+        for command, words in share(on_engine, turn, 3).items():
+            yield Case(area, f"{command}, an unreadable {name}", words, ANY, _secret(name), surroundings=USER,
                        slow=command == "bench")  # fmt: skip
     for label, words in {
         "distill guidance --prompts": guidance(),
@@ -295,8 +290,9 @@ def _other_user() -> Iterator[Case]:
     for part in ("unet", "vae", "text_encoder", "scheduler", "unet/config.json", "text_encoder/model.safetensors",
                  "scheduler/scheduler_config.json", "model_index.json", "tokenizer"):  # fmt: skip
         prepare = _secret_folder(BASE2, part)
-        yield Case(area, f"plug, an unreadable {part}", plug(base=WHERE), ANY, prepare, surroundings=USER)
-        yield Case(area, f"build, an unreadable {part}", build(base=WHERE), ANY, prepare, surroundings=USER, slow=True)
+        for command, words in share({"plug": plug(base=WHERE), "build": build(base=WHERE)}, len(part), 1).items():
+            yield Case(area, f"{command}, an unreadable {part}", words, ANY, prepare, surroundings=USER,
+                       slow=command == "build")  # fmt: skip
     yield Case(area, "list, an unreadable folder of engines", ("list",), ANY, _secret_folder(ENGINES, "."),
                surroundings=Surroundings(before=unprivileged, environment={"PNP_TRT_ENGINES": "where"}))  # fmt: skip
 

@@ -133,7 +133,7 @@ AT_START = (
 
 def _variables() -> Iterator[Case]:
     for turn, (label, environment) in enumerate(VARIABLES.items()):
-        for command, words in {"sample": EVERY["sample"], **share(EVERY, turn, 3)}.items():
+        for command, words in share(EVERY, turn, 2).items():
             fresh = label in AT_START and command in ("sample", "inspect", "list", "bench cost")
             text = sample(prompt="ein Käse 一") if command == "sample" else words
             colour = label == "FORCE_COLOR"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..case import BASE2, GUIDED, HERE, At, Case, Place, Surroundings
-from .common import ANY, AT_X, ON_X, build, copy, manifest_of, plug, sample, seal, share, spoil, visualize
+from .common import ANY, AT_X, ON_X, build, copy, manifest_of, plug, sample, seal, share, some, spoil, visualize
 
 AREA = "terminal"
 TEXTS: dict[str, str] = {
@@ -61,30 +61,32 @@ def cases() -> Iterator[Case]:
     looks = {name: ON_X[name] for name in ("inspect", "sample", "list")}
     for turn, (label, text) in enumerate(TEXTS.items()):
         for n, key in enumerate(KEYS):
-            for command, words in (looks if key == "name" else share(looks, turn + n, 1)).items():
+            for command, words in share(looks, turn + n, 2 if key == "name" else 1).items():
                 prepare = _key(key, text, command == "sample")
                 yield Case(AREA, f"{command}, {key} has {label}", words, ANY, prepare, surroundings=PIPE)
-        for command in ("inspect", "list", "bench"):
+        for command in some(("inspect", "list", "bench"), turn, 2):
             name = f"{command}, base and guide have {label}"
             yield Case(AREA, name, ON_X[command], ANY, _parts(text), surroundings=PIPE)
-        for command, words in looks.items():
+        for command, words in share(looks, turn, 2).items():
             prepare = _key("name", text, command == "sample")
             yield Case(AREA, f"terminal: {command}, name has {label}", words, ANY, prepare, surroundings=PTY)
         if "\0" not in text:  # which no command line can hold
-            yield from _missing(label, text)
+            yield from _missing(label, text, turn)
             yield from _names(label, text, turn)
     yield Case(AREA, "terminal: build", build(base="nope"), (2,), surroundings=PTY)
     yield Case(AREA, "terminal: plug", plug(), (0,), surroundings=PTY, slow=True)
     yield Case(AREA, "terminal: doctor", ("doctor",), ANY, surroundings=PTY)
 
 
-def _missing(label: str, text: str) -> Iterator[Case]:
+def _missing(label: str, text: str, turn: int) -> Iterator[Case]:
     """Names of nothing, which the message repeats."""
-    yield Case(AREA, f"no engine called {label}", ("sample", "a", "--engine", text), (2,), surroundings=PIPE)
-    yield Case(AREA, f"no base called {label}", plug(base=text), (2,))
-    yield Case(AREA, f"no LoRA called {label}", plug(GUIDED, "--lora", text), (2,))
-    yield Case(AREA, f"no base of build called {label}", build(base=text), (1, 2), network=True)
-    yield Case(AREA, f"no guide called {label}", build(guide=text), (2,))
+    commands = {
+        "engine": ("sample", "a", "--engine", text), "base": plug(base=text), "LoRA": plug(GUIDED, "--lora", text),
+        "base of build": build(base=text), "guide": build(guide=text),
+    }  # fmt: skip
+    for what, words in share(commands, turn, 3).items():
+        allowed = (1, 2) if what == "base of build" else (2,)
+        yield Case(AREA, f"no {what} called {label}", words, allowed, surroundings=PIPE, network=allowed == (1, 2))
 
 
 def _names(label: str, text: str, turn: int) -> Iterator[Case]:
@@ -93,7 +95,7 @@ def _names(label: str, text: str, turn: int) -> Iterator[Case]:
     piped = {
         "inspect": ("inspect", at), "list": ("list",), "sample": sample(at), "verify": ("verify", at), "plug": plug(at)
     }  # fmt: skip
-    for command, words in share(piped, turn, 3).items():
+    for command, words in share(piped, turn, 2).items():
         name = f"{command}, a folder called {label}"
         yield Case(AREA, name, words, (0,), _named(text), surroundings=PIPE, slow=command == "plug")
     shown = {
@@ -101,7 +103,7 @@ def _names(label: str, text: str, turn: int) -> Iterator[Case]:
         "no engine": ("sample", "a", "--engine", text), "build": build(base=f"nope-{text}", out=at),
         "plug --base": plug(base=f"nope-{text}"), "visualize": visualize(prompt=text),
     }  # fmt: skip
-    for command, words in share(shown, turn, 4).items():
+    for command, words in share(shown, turn, 3).items():
         slow = command in ("plug", "visualize")
         name = f"terminal: {command}, {label}"
         yield Case(AREA, name, words, ANY, _named(text), surroundings=PTY, network=True, slow=slow)

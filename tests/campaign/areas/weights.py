@@ -205,10 +205,12 @@ def _weights() -> Iterator[Case]:
     for turn, (label, spoil) in enumerate((BROKEN | ODD).items()):
         allowed = ANY if label in ODD else (1, 2)
         yield Case(area, f"plug --base {label}", plug(base=FILE), allowed, _file(spoil), unpickled)
-        yield Case(area, f"plug --lora {label}", plug(GUIDED, "--lora", FILE), (1, 2), _file(spoil), unpickled)
-        yield Case(area, f"visualize --guide {label}", visualize(guide=GUIDE_COPY), ANY, _guide(spoil), unpickled,
-                   slow=label in ODD)  # fmt: skip
-        for part, (words, prepare) in share(_networks(spoil), turn, 2).items():
+        if turn % 2:
+            yield Case(area, f"plug --lora {label}", plug(GUIDED, "--lora", FILE), (1, 2), _file(spoil), unpickled)
+        else:
+            yield Case(area, f"visualize --guide {label}", visualize(guide=GUIDE_COPY), ANY, _guide(spoil), unpickled,
+                       slow=label in ODD)  # fmt: skip
+        for part, (words, prepare) in share(_networks(spoil), turn, 1).items():
             yield Case(area, f"{part} {label}", words, ANY, prepare, unpickled, slow=part.startswith("build"))
     for label, put in SPECIAL.items():
         surroundings = Surroundings(cpu=30, wall=90)
@@ -267,19 +269,11 @@ def _index(index: object) -> Callable[[Place], None]:
 
 
 def _indices() -> Iterator[Case]:
-    for label, index in INDICES.items():
-        yield Case("weights", f"plug, an index that {label}", plug(base=MODEL), (1, 2), _index(index), unpickled)
-        yield Case(
-            "weights",
-            f"plug, a U-Net's index that {label}",
-            plug(base=MODEL / "unet"),
-            (1, 2),
-            _index(index),
-            unpickled,
-        )
-        yield Case(
-            "weights", f"build, an index that {label}", build(base=MODEL), (1, 2), _index(index), unpickled, slow=True
-        )
+    commands = {"plug": plug(base=MODEL), "plug, a U-Net": plug(base=MODEL / "unet"), "build": build(base=MODEL)}
+    for turn, (label, index) in enumerate(INDICES.items()):
+        for command, words in share(commands, turn, 2).items():
+            yield Case("weights", f"{command}, an index that {label}", words, (1, 2), _index(index), unpickled,
+                       slow=command == "build")  # fmt: skip
 
 
 PICKLES = (".bin", ".pt", ".ckpt", ".pth", ".pkl", ".safetensors")
@@ -304,10 +298,9 @@ def _pickled_folder(suffix: str, of: At, to: At) -> Callable[[Place], None]:
 
 
 def _pickles() -> Iterator[Case]:
-    area = "pickles"
-    for suffix in PICKLES:
+    for turn, suffix in enumerate(PICKLES):
         evil = HERE / f"evil{suffix}"
-        for label, words in {
+        files = {
             "plug --base": plug(base=evil),
             "plug --lora": plug(GUIDED, "--lora", evil),
             "build --base": build(base=evil),
@@ -318,17 +311,19 @@ def _pickles() -> Iterator[Case]:
             "sample --engine": ("sample", "a", "--engine", evil),
             "bench --clip": bench("--clip", evil),
             "compare": ("compare", evil, evil),
-        }.items():
-            yield Case(area, f"{label} *{suffix}", words, (1, 2), _pickled_file(suffix), unpickled)
+        }
+        for command, words in share(files, turn, 6).items():
+            yield Case("pickles", f"{command} *{suffix}", words, (1, 2), _pickled_file(suffix), unpickled)
         model = _pickled_folder(suffix, BASE, MODEL)
         guide = with_prompts(_pickled_folder(suffix, GUIDE, GUIDE_COPY))
-        for label, words, prepare in (
-            ("build --base", build(base=MODEL), model), ("plug --base", plug(base=MODEL), model),
-            ("plug --base U-Net", plug(base=MODEL / "unet"), model), ("build --guide", build(guide=GUIDE_COPY), guide),
-            ("visualize --guide", visualize(guide=GUIDE_COPY), guide),
-            ("distill steps --guide", steps(guide=GUIDE_COPY), guide),
-        ):  # fmt: skip
-            yield Case(area, f"{label} folder of *{suffix}", words, (1, 2), prepare, unpickled)
+        folders = {
+            "build --base": (build(base=MODEL), model), "plug --base": (plug(base=MODEL), model),
+            "plug --base U-Net": (plug(base=MODEL / "unet"), model), "build --guide": (build(guide=GUIDE_COPY), guide),
+            "visualize --guide": (visualize(guide=GUIDE_COPY), guide),
+            "distill steps --guide": (steps(guide=GUIDE_COPY), guide),
+        }  # fmt: skip
+        for command, (words, prepare) in share(folders, turn, 4).items():
+            yield Case("pickles", f"{command} folder of *{suffix}", words, (1, 2), prepare, unpickled)
 
 
 def cases() -> Iterator[Case]:

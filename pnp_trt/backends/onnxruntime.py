@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -112,7 +113,11 @@ class OrtNetwork(Network):
         profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
     """
 
+    #: sessions that are kept; each has the network's weights
     KEEP = 4
+    #: more are kept, up to ``KEEP_SMALL``, while their weights together are below so many bytes: making a session costs
+    #: more than running a small network
+    KEEP_SMALL, SMALL = 16, 256 << 20
 
     def __init__(
         self,
@@ -123,6 +128,7 @@ class OrtNetwork(Network):
     ) -> None:
         self.path = path
         self.profiles = profiles
+        self._keep = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
         self._providers = providers(provider)
         self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
         self._sessions: dict[tuple[int, Size | None], Any] = {}
@@ -149,13 +155,20 @@ class OrtNetwork(Network):
                     made = ort.InferenceSession(str(self.path), options, providers=self._providers)
                 except Exception as e:  # ONNX Runtime raises several types of its own
                     raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
-                while len(self._sessions) >= self.KEEP:
-                    oldest = next(iter(self._sessions))
-                    self._sessions.pop(oldest)
-                    self._idle.pop(oldest, None)
+                self._drop_oldest()
                 self._sessions[key] = made
             self._sessions[key] = found = self._sessions.pop(key)  # the last to go
             return found
+
+    def _drop_oldest(self) -> None:
+        """Make room for another session; call it under the lock."""
+        if len(self._sessions) < self._keep:
+            return
+        while len(self._sessions) >= self._keep:
+            oldest = next(iter(self._sessions))
+            self._sessions.pop(oldest)
+            self._idle.pop(oldest, None)
+        release_memory()
 
     def describe(self) -> Description:
         session = self.session(1)
@@ -185,6 +198,22 @@ class OrtNetwork(Network):
             kept = self._idle.setdefault((batch, size), [])
             if self._sessions.get((batch, size)) is session and len(kept) < self.KEEP:
                 kept.append(bound)
+
+
+def _weight_bytes(path: Path) -> int:
+    """Bytes of a graph and of the weights beside it."""
+    files = (path, path.with_name(path.name + ".data"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def release_memory() -> None:
+    """Give the C library's free memory back to the system.
+
+    glibc keeps what a session used in a heap of each thread; where sessions come and go, the process grows without end.
+    Elsewhere nothing is done.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class OrtBound(Bound):

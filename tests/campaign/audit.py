@@ -108,7 +108,17 @@ def _reached(event: str, arguments: tuple[Any, ...]) -> list[str]:
     host = arguments[LOOKUPS[event]]
     if event == "socket.connect" and not isinstance(host, tuple):
         return []  # a socket of this machine's file system
-    return [f"lookup {host}"]
+    return [f"lookup {host} by {_callers()}"]
+
+
+def _callers() -> str:
+    """The packages on the stack, innermost first."""
+    frame, names = sys._getframe(3), []
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "?").partition(".")[0]
+        names += [name] if name not in (*names, "socket", "threading", "_campaign_audit", "tests") else []
+        frame = frame.f_back  # type: ignore[assignment]
+    return " < ".join(names[:8])
 
 
 def watch_if_asked() -> None:

@@ -8,6 +8,7 @@ descriptors stay what they were; and every image sampled is what one thread alon
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import json
@@ -83,15 +84,11 @@ def disturb(pipeline: Pipeline, call: Call, number: int) -> None:
 
     if draw.random() < 0.1:
         last = draw.randrange(1, 3)
-        try:
+        with contextlib.suppress(Cancelled):
             pipeline(prompts, callback=lambda done, total: done < last, **given)
-        except Cancelled:
-            pass
     if draw.random() < 0.03:
-        try:
+        with contextlib.suppress(ValueError):
             pipeline(prompts, callback=fail, **given)
-        except ValueError:
-            pass
 
 
 def soak(engine: Path, images: int, threads: int) -> dict[str, Any]:
@@ -149,9 +146,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.soak", description=__doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument(
-        "--engine", type=Path, action="append", help="bundles; default: the micro ones, built on first use"
-    )
+    parser.add_argument("--engine", type=Path, action="append", help="default: the micro bundles")
     parser.add_argument("--out", type=Path, default=report.FOLDER / "soak.json")
     given = parser.parse_args()
     warnings.simplefilter("ignore")

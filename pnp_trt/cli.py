@@ -155,10 +155,10 @@ def doctor(
 
 def _console() -> Any:
     """Standard output; tables that go to a file or a log are not squeezed into eighty columns."""
-    from rich.console import Console
+    from .console import PlainTextConsole
 
-    console = Console(markup=False)
-    return console if console.is_terminal else Console(width=130, markup=False)
+    console = PlainTextConsole(markup=False)
+    return console if console.is_terminal else PlainTextConsole(width=130, markup=False)
 
 
 def _need_torch(command: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .errors import InputError
+from .text import printable
 
 
 def bench(
@@ -103,7 +104,7 @@ def bench(
             with cli._Bar("bench", None) as bar:
                 document = run.run(
                     plan, command=sys.argv[1:], suite=None if suite is None else Path(suite).stem, progress=bar.note,
-                    tell=lambda sentence: print(f"bench: {sentence}", file=sys.stderr), work=kept,
+                    tell=lambda sentence: print(printable(f"bench: {sentence}"), file=sys.stderr), work=kept,
                 )  # fmt: skip
         except KeyboardInterrupt:
             if kept.kept:
@@ -127,7 +128,7 @@ def bench(
         cli._console().print(comparison.render_terminal(comparison.compare(old, document)))
     for name, path in (("pictures:", grid_file), ("results: ", json_file), ("page:    ", html_file)):
         if path is not None:
-            print(f"{name} {path}")
+            print(printable(f"{name} {path}"))
 
 
 def _check_outputs(json_file: Path | None, html_file: Path | None, grid_file: Path | None, work: Path | None) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .text import printable
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
@@ -62,7 +64,7 @@ def calibrate(
     with _Bar("calibrate", None) as bar:
         path, record = run(config, force=force, progress=bar.stages)
     _console().print(render(record))
-    print(f"record: {path}")
+    print(printable(f"record: {path}"))
     words = ["pnp-trt build", f"--base {base}", f"--guide {guide}", "--precision int8"]
     words += [f"--calibration {path}"] if out is not None else []
-    print(f"next: {' '.join(words)}")
+    print(printable(f"next: {' '.join(words)}"))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .text import printable
+
 
 def compare(
     old: Annotated[Path, typer.Argument(metavar="OLD", help="Results that pnp-trt bench --json wrote before.")],
@@ -30,6 +32,6 @@ def compare(
     _console().print(module.render_terminal(found))
     if json_file is not None:
         results.write(found.as_dict(), json_file)
-        print(f"comparison: {json_file}")
+        print(printable(f"comparison: {json_file}"))
     if fail_on_regression and found.regressed:
         raise typer.Exit(1)

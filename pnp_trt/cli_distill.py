@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import InputError
+from .text import printable
 
 distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
 
@@ -104,8 +105,8 @@ def guidance(
     _print_size(out, report)
     print(f"guidance left unexplained on held-out states: {report['held_out']['residual']:.1%}")
     if pictures:
-        print(f"pictures beside the teacher's: {out / 'pictures.png'}")
-    print(f"next: pnp-trt build --base {base} --guide {out}")
+        print(printable(f"pictures beside the teacher's: {out / 'pictures.png'}"))
+    print(printable(f"next: pnp-trt build --base {base} --guide {out}"))
 
 
 @distill_app.command("steps")
@@ -157,7 +158,7 @@ def steps_command(
             f"{out / ('steps-' + str(report['to']))}: {report['from']} to {report['to']} steps in "
             f"{report['seconds']:.0f} s; {held['residual']:.1%} of the error that was there without training is left"
         )
-    print(f"next: pnp-trt build --base {reports[-1]['settings']['base']} --guide {out / f'steps-{to}'}")
+    print(printable(f"next: pnp-trt build --base {reports[-1]['settings']['base']} --guide {out / f'steps-{to}'}"))
 
 
 def _options(given: list[str] | None, rank: int | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .errors import InputError
+from .text import printable
 
 
 def visualize(
@@ -52,8 +53,8 @@ def visualize(
     with _Bar("visualize", None) as bar:
         drawn = run(request, command=sys.argv[1:], progress=bar.note)
     for path in drawn.files:
-        print(path)
-    print(drawn.text)
+        print(printable(path))
+    print(printable(drawn.text, keep="\n"))
 
 
 def _words(text: str) -> list[str]:

@@ -252,6 +252,18 @@ class Value:
         return Value(value, f"{self.key}.{key}" if self.key else key, self.file, self.advice)
 
 
+def check_sizes(value: Value) -> None:
+    """Refuse numbers of a config that no network has, at whatever depth."""
+    if isinstance(value.raw, int | float) and not isinstance(value.raw, bool):
+        value.number(-1e6, 1e6)
+    elif isinstance(value.raw, list):
+        for item in value.items(0, 1000):
+            check_sizes(item)
+    elif isinstance(value.raw, Mapping):
+        for item in value.entries().values():
+            check_sizes(item)
+
+
 def _shown(raw: Any) -> str:
     """A value as a message shows it, on one line and not long."""
     if isinstance(raw, Mapping):

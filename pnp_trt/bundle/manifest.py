@@ -15,7 +15,7 @@ from typing import Any
 from ..backends.base import CompileOptions
 from ..backends.profiles import MAX_BATCH, MAX_SIDE, Extent, Profile
 from ..errors import InputError
-from .document import Value, check_bounds
+from .document import Value, check_bounds, check_sizes
 
 SCHEMA = 2
 FILE = "manifest.json"
@@ -694,7 +694,7 @@ def _configs(value: Value) -> dict[str, Mapping[str, Any]]:
     out: dict[str, Mapping[str, Any]] = {}
     for name, config in value.members(("unet", "text_encoder", "vae"), ("guide",)).items():
         for key, entry in config.entries(500).items():
-            _check_sizes(entry)
+            check_sizes(entry)
             if key == "_class_name":
                 entry.text(longest=100, pattern=_IDENTIFIER, form="a class's name")
         out[name] = dict(config.raw)
@@ -702,18 +702,6 @@ def _configs(value: Value) -> dict[str, Mapping[str, Any]]:
     if kind is not None and not re.search("Autoencoder|VAE|VQ", str(kind.raw)):
         raise kind.refuse("must be the class of an autoencoder")
     return out
-
-
-def _check_sizes(value: Value) -> None:
-    """Refuse numbers of a config that no network has, at whatever depth."""
-    if isinstance(value.raw, int | float) and not isinstance(value.raw, bool):
-        value.number(-1e6, 1e6)
-    elif isinstance(value.raw, list):
-        for item in value.items(0, 1000):
-            _check_sizes(item)
-    elif isinstance(value.raw, Mapping):
-        for item in value.entries().values():
-            _check_sizes(item)
 
 
 #: entries of a scheduler's config that hold a number, with its bounds; null stands for the scheduler's default

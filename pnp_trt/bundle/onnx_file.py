@@ -122,8 +122,8 @@ def _graph(data: memoryview, out: Graph) -> None:
                 if part in (1, 2):
                     _tensor(_message(tensor), out)
         elif number in (11, 12):
-            name, tensor = _value_info(_message(value))
-            (out.inputs if number == 11 else out.outputs)[name] = tensor
+            name, described = _value_info(_message(value))
+            (out.inputs if number == 11 else out.outputs)[name] = described
 
 
 def _node(data: memoryview, out: Graph) -> None:
@@ -156,7 +156,8 @@ def _tensor(data: memoryview, out: Graph) -> str:
 
 
 def _value_info(data: memoryview) -> tuple[str, Tensor]:
-    name, dtype, shape = "", "no tensor", []
+    name, dtype = "", "no tensor"
+    shape: list[int | str] = []
     for number, value in _fields(data):
         if number == 1:
             name = _text(value)
@@ -168,7 +169,8 @@ def _value_info(data: memoryview) -> tuple[str, Tensor]:
 
 
 def _tensor_type(data: memoryview) -> tuple[str, list[int | str]]:
-    dtype, shape = "no type", []
+    dtype = "no type"
+    shape: list[int | str] = []
     for number, value in _fields(data):
         if number == 1 and isinstance(value, int):
             dtype = DTYPES.get(value, f"type {value}")

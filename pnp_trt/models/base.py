@@ -163,6 +163,12 @@ class BaseModel:
         return self._hashes
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether ``resolve`` would fetch this name from the hub: it is no folder or file here."""
+    path = Path(name)
+    return name.count("/") == 1 and not path.suffix and not name.startswith((".", "/")) and not path.exists()
+
+
 def resolve(name: str) -> BaseModel:
     """The base model for a name.
 
@@ -202,7 +208,7 @@ def resolve(name: str) -> BaseModel:
         from .random import random_base
 
         return random_base(name)
-    if name.count("/") == 1 and not path.suffix and not name.startswith((".", "/")):
+    if is_hub_id(name):
         return BaseModel(name, _from_hub(name))
     known = ", ".join([*bundled_bases(), *random_bases()])
     raise InputError(f"no base model '{name}'; known: {known}, a diffusers folder, a U-Net .safetensors, or a hub id")

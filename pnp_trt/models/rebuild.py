@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..bundle.document import Value, check_sizes, read_json
+from ..errors import InputError, PnpError
+from ..text import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,12 +47,18 @@ def rebuild(description: Path, weights: Path) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    held = json.loads(description.read_text())
-    if held.get("schema") != SCHEMA:
-        raise InputError(f"{description} has schema {held.get('schema')}, this version reads {SCHEMA}; build again")
-    module = _known(_networks(), held["network"], description)(
-        *(_part(part["class"], part["config"], description) for part in held["parts"].values()), **held["options"]
-    )
+    held = read_json(description, "build again", limit=1 << 20)
+    try:
+        if held.get("schema") != SCHEMA:
+            raise InputError(f"{description} has schema {held.get('schema')}, this version reads {SCHEMA}; build again")
+        module = _known(_networks(), held["network"], description)(
+            *(_part(part["class"], part["config"], description) for part in held["parts"].values()), **held["options"]
+        )
+    except PnpError:
+        raise
+    except Exception as e:  # the libraries raise many types for a config that is none of theirs
+        why = printable(f"{type(e).__name__}: {e}", limit=200)
+        raise InputError(f"{description} does not describe a network ({why}); build again") from e
     try:
         module.load_state_dict(load_file(weights), assign=True)
     except (SafetensorError, RuntimeError) as e:
@@ -72,6 +80,7 @@ def _part(name: str, config: dict[str, Any], description: Path) -> Any:
 
     quiet_libraries()
     kind = _known(_parts(), name, description)
+    check_sizes(Value(config, f"parts.{name}.config", str(description), "build again"))
     if hasattr(kind, "from_config"):
         with torch.device("meta"):  # the weights come from the file
             return kind.from_config(config)

@@ -45,6 +45,7 @@ from ..export.bundle import Built, standing
 from ..export.spec import short_name
 from ..export.work import TITLES, engine_parity, library_versions
 from ..files import check_replaceable_folder, failure
+from ..models.base import is_hub_id
 from ..models.scheduler import Noise, check_distilled, check_samples
 from ..replacing import check_removable_bundle
 from ..runtime.verify import Golden
@@ -137,6 +138,13 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     base = spec.base or manifest.base.name
     # LoRAs alone stay with what the engine took of its own base
     unet_only = spec.unet_only or (spec.base is None and bool(manifest.built_from.get("unet_only")))
+    if spec.base is None and is_hub_id(
+        base
+    ):  # an engine may come from anyone, and its base is fetched only if asked for
+        raise InputError(
+            f"engine '{manifest.name}' names its base '{base}', which is not on this machine; "
+            "name it too, with --base, to fetch it from the hub"
+        )
     fine_tune = find(base, unet_only)
     scheduler = _checked_scheduler(spec, manifest, fine_tune)
     loras = [Lora.parse(text) for text in spec.loras]
@@ -354,7 +362,9 @@ class _Work:
         assert self.manifest.given is not None, "an engine that is plugged has it"
         names = (self.manifest.base.name, self.manifest.given.base)
         for name in names:
-            with suppress(InputError):
+            if is_hub_id(name):  # the engine's own word is no reason to fetch anything
+                continue
+            with suppress(InputError, OSError):
                 own = find(name)
                 if own.fingerprint().get("text_encoder") == self.manifest.base.sha256.get("text_encoder"):
                     return own.text_encoder(config, what)

@@ -247,3 +247,24 @@ def test_printed_text_is_plain(text: str) -> None:
     shown = printable(text, limit=20)
     assert len(shown) <= 20 and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in shown)
     shown.encode()  # no surrogate is left
+
+
+def test_tables_print_text_as_text() -> None:
+    import io
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from pnp_trt.console import PlainTextConsole
+
+    out = io.StringIO()
+    console = PlainTextConsole(file=out, width=80, markup=False, force_terminal=True, color_system="truecolor")
+    table = Table()
+    table.add_column("\x1b[2J")
+    table.add_row(Text("\x1b]0;pwned\x07", style="red"))
+    table.add_row("[red]x[/nope]\u202e")
+    console.print(table, "\x1b[3J")
+    printed = out.getvalue()
+    assert "\x1b[31m" in printed  # its own styles stay
+    assert not any(part in printed for part in ("\x1b]", "\x1b[2J", "\x1b[3J", "\x07", "\u202e"))
+    assert "\\x1b]0;pwned" in printed and "[red]x[/nope]" in printed

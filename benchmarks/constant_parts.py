@@ -24,8 +24,9 @@ from pnp_trt.artifacts import write_json
 from pnp_trt.bench.cost import count
 from pnp_trt.bench.networks import guide_size
 from pnp_trt.bench.results import provenance
-from pnp_trt.models.base import quiet_libraries, random_unet_config, resolve
+from pnp_trt.models.base import random_unet_config, resolve
 from pnp_trt.models.guide import GUIDES
+from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student
 
 SCHEMA = "pnp-trt/constant-parts/1"

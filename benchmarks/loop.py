@@ -86,7 +86,7 @@ def diffusers_pipeline(threads: int) -> Any:
     from diffusers import StableDiffusionPipeline
 
     from pnp_trt.assets import ROOT
-    from pnp_trt.models.base import quiet_libraries
+    from pnp_trt.models.networks import quiet_libraries
 
     quiet_libraries()
     torch.set_num_threads(threads)

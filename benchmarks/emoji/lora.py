@@ -19,7 +19,8 @@ import torch
 
 from pnp_trt.artifacts import sha256, write_json
 from pnp_trt.assets import ROOT as ASSETS
-from pnp_trt.models.base import quiet_libraries, resolve
+from pnp_trt.models.base import resolve
+from pnp_trt.models.networks import quiet_libraries
 
 from . import autoencoder, train
 from .data import BASE_STYLES, pictures, split

@@ -17,9 +17,10 @@ from pnp_trt.artifacts import digest, sha256, write_json
 from pnp_trt.bench import fidelity
 from pnp_trt.bench.fidelity import FeatureExtractor
 from pnp_trt.errors import InputError
-from pnp_trt.models.base import BaseModel, quiet_libraries
+from pnp_trt.models.base import BaseModel
 from pnp_trt.models.load import load_guide
 from pnp_trt.models.names import guide_folder
+from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student
 from pnp_trt.processor import multiplies
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,17 @@ def write_pipeline(context: Context, unet: nn.Module, text_encoder: nn.Module, v
     # current transformers writes tokenizer.json alone; other readers of the format look for these two
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(context.out / "tokenizer" / name, folder / "tokenizer" / name)
+    _compute_in_float32(folder / "text_encoder" / "config.json")
+
+
+def _compute_in_float32(path: Path) -> None:
+    """Have transformers convert the stored float16 weights to float32 when no type is asked for.
+
+    diffusers does so for the U-Net and the VAE; a text encoder left in float16 does not run with them.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # as transformers called the entry before
+    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_final(module: nn.Module, ema: train.Ema, path: Path, prefix: str = "") -> None:

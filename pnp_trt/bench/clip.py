@@ -32,7 +32,7 @@ class ClipScorer:
             from transformers import CLIPModel, CLIPTokenizer
         except ImportError as e:
             raise InputError("the CLIP score needs transformers; install with: pip install 'pnp-trt[build]'") from e
-        from ..models.base import quiet_libraries
+        from ..models.networks import quiet_libraries
 
         quiet_libraries()
         kind = _config(folder / "config.json").get("model_type")

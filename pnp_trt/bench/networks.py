@@ -24,9 +24,10 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from ..models.base import quiet_libraries, random_unet_config, resolve
+    from ..models.base import random_unet_config, resolve
     from ..models.condition import Condition
     from ..models.guide import GUIDES, Features, GuideInput
+    from ..models.networks import quiet_libraries
     from ..models.student import encode
 
     quiet_libraries()

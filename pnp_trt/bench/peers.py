@@ -77,7 +77,8 @@ def load(kind: str, base: str, *, threads: int | None = None, provider: str = "c
     """
     import torch
 
-    from ..models.base import quiet_libraries, resolve
+    from ..models.base import resolve
+    from ..models.networks import quiet_libraries
 
     quiet_libraries()
     if threads:

@@ -7,6 +7,7 @@ bundle must really be built, so that finding it up to date costs a fraction of a
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     identity: dict[str, Any] = {
         "pnp-trt": __version__,
         "base": base.fingerprint()["all"],
+        "configs": base.configs_sha256(),
         "guide": guide,
         "scheduler": scheduler,
         "backend": spec.backend,
@@ -89,6 +91,9 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     with lock(folder):
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
+        base.check()
+        if parts := base.left_out():
+            warnings.warn(f"{spec.base} has {', '.join(parts)}, which a bundle does not hold: left out", stacklevel=2)
         work = Work(spec, base, scheduler, backend, recipe, target, plan, progress or (lambda *_: None), record)
         try:
             manifest = work.run(folder, key, identity)

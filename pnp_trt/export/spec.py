@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from .. import backends
 from ..artifacts import cached_sha256, digest, engines_home
 from ..backends.base import CompileOptions
 from ..errors import InputError
+from ..models.files import read_json, weight_files
 from ..models.scheduler import Noise, base_scheduler, check_distilled, check_samples, scheduler_record
 
 if TYPE_CHECKING:
@@ -121,11 +121,8 @@ def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
     if (made := resolve(spec.base).random_guide(spec.guide)) is not None:
         return made
     folder = guide_folder(guide_name(spec))
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"{folder} holds no .safetensors; a guide is config.json and safetensors weights")
-    files = [*weights, folder / "config.json"]
-    config = json.loads((folder / "config.json").read_text())
+    files = [*weight_files(folder), folder / "config.json"]
+    config = read_json(folder / "config.json")
     return {
         "name": folder.name,
         "sha256": digest([cached_sha256(f) for f in files]),
@@ -154,7 +151,7 @@ def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
         check_samples(record, spec.base)
         return record
     folder = guide_folder(guide_name(spec))
-    steps = json.loads((folder / "config.json").read_text()).get("sampling_steps")
+    steps = read_json(folder / "config.json").get("sampling_steps")
     check_samples(record, spec.base, steps)
     if (guide := distilled_under(folder)) is not None:
         check_distilled(guide, record, f"guide '{folder.name}'", spec.base, steps)
@@ -169,12 +166,12 @@ def distilled_under(folder: Path) -> dict[str, Any] | None:
     from ..models.base import bundled_bases, resolve
 
     try:
-        report = json.loads((folder / "distill.json").read_text())
+        report = read_json(folder / "distill.json")
         recorded = report.get("scheduler")
         if isinstance(recorded, dict):
             return recorded
         name = str(report["settings"]["base"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (InputError, KeyError, TypeError):
         return None
     if name not in bundled_bases() and not Path(name).exists():
         return None  # a hub id: nothing is downloaded for a check

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -62,7 +61,7 @@ class Work:
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
         import torch
 
-        from ..models.base import copy_tokenizer
+        from ..models.tokenizer import copy_tokenizer
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import save_golden
         from .parity import golden_inputs
@@ -216,9 +215,10 @@ class Work:
     def _configs(self) -> dict[str, dict[str, Any]]:
         found = {n: self.base.config(n) for n in ("unet", "text_encoder", "vae")}
         if self._guided and self.base.random_guide(self.spec.guide) is None:
+            from ..models.files import read_json
             from ..models.names import guide_folder
 
-            found["guide"] = json.loads((guide_folder(guide_name(self.spec)) / "config.json").read_text())
+            found["guide"] = read_json(guide_folder(guide_name(self.spec)) / "config.json")
         return found
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,11 @@ from typing import Any
 from ..artifacts import cached_sha256, digest
 from ..assets import ROOT as ASSETS
 from ..errors import InputError
+from .configs import identity
+from .files import PICKLES, choose, files_sha256, read_json, stem_of, weight_files
+from .folders import check_folder, check_unet, left_out
+from .networks import check_finite, load_network, load_unet_weights, network_config
+from .tokenizer import load_tokenizer
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -62,81 +67,127 @@ class BaseModel:
 
     def scheduler_config(self) -> dict[str, Any]:
         """The scheduler's config without diffusers' private keys."""
-        config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
-        return {k: v for k, v in config.items() if not k.startswith("_")}
+        return {k: v for k, v in self._scheduler().items() if not k.startswith("_")}
 
     def scheduler_class(self) -> str | None:
         """The class of diffusers that the scheduler's config names, None where it names none."""
-        held = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text()).get("_class_name")
-        return None if held is None else str(held)
+        name = self._scheduler().get("_class_name")
+        return None if name is None else str(name)
+
+    def _scheduler(self) -> dict[str, Any]:
+        return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
     def unet(self) -> Any:
-        """``UNet2DConditionModel`` in float32, frozen."""
+        """``UNet2DConditionModel`` in float32, frozen.
+
+        Raises:
+            InputError: if its files are damaged, or it takes other inputs than latents, timestep and text.
+        """
         from diffusers import UNet2DConditionModel
 
-        unet = _load(UNet2DConditionModel, self.folder / "unet")
+        check_unet(self.config("unet"), self.config("vae"), self.name)
+        unet = load_network(UNet2DConditionModel, self.folder / "unet")
         if self.unet_file is not None:
             load_unet_weights(unet, self.unet_file)
-        return check_finite(unet, self.name).eval().requires_grad_(False)
+        return self._frozen(unet)
 
     def text_encoder(self) -> Any:
         """``CLIPTextModel`` in float32, frozen."""
         from transformers import CLIPTextModel
 
-        return check_finite(_load(CLIPTextModel, self.folder / "text_encoder"), self.name).eval().requires_grad_(False)
+        return self._frozen(load_network(CLIPTextModel, self.folder / "text_encoder"))
 
     def text_encoders(self) -> list[tuple[Any, Any]]:
         """``(tokenizer, text encoder)`` once for Stable Diffusion 1 and 2, twice for SDXL; float32, frozen."""
         out = [(self.tokenizer(), self.text_encoder())]
-        if (self.folder / "text_encoder_2").is_dir():
-            from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+        if self.two_text_encoders:
+            from transformers import CLIPTextModelWithProjection
 
-            second = check_finite(_load(CLIPTextModelWithProjection, self.folder / "text_encoder_2"), self.name)
-            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer_2")
-            out.append((tokenizer, second.eval().requires_grad_(False)))
+            second = self._frozen(load_network(CLIPTextModelWithProjection, self.folder / "text_encoder_2"))
+            out.append((load_tokenizer(self.folder / "tokenizer_2", self.config("text_encoder_2")), second))
         return out
+
+    @property
+    def two_text_encoders(self) -> bool:
+        """Whether text goes through two encoders, as in SDXL."""
+        return (self.folder / "text_encoder_2").is_dir()
 
     def zero_empty_prompt(self) -> bool:
         """Whether the pipeline replaces the empty prompt's states by zeros, as SDXL's does."""
         index = self.folder / "model_index.json"
-        return index.is_file() and bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", False))
+        return index.is_file() and bool(read_json(index).get("force_zeros_for_empty_prompt", False))
 
     def tokenizer(self) -> Any:
-        """``CLIPTokenizer``."""
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+        """``CLIPTokenizer`` whose ``model_max_length`` fits the text encoder."""
+        return load_tokenizer(self.folder / "tokenizer", self.config("text_encoder"))
 
     def vae(self) -> Any:
         """``AutoencoderTiny`` or ``AutoencoderKL`` in float32, frozen."""
         import diffusers
 
-        kind = json.loads((self.folder / "vae" / "config.json").read_text()).get("_class_name", "AutoencoderKL")
+        kind = self.config("vae").get("_class_name", "AutoencoderKL")
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise InputError(f"{self.folder}: the VAE is a {kind}; known: AutoencoderKL, AutoencoderTiny")
-        return (
-            check_finite(_load(getattr(diffusers, kind), self.folder / "vae"), self.name).eval().requires_grad_(False)
-        )
+        return self._frozen(load_network(getattr(diffusers, kind), self.folder / "vae"))
+
+    def _frozen(self, network: Any) -> Any:
+        return check_finite(network, self.name).eval().requires_grad_(False)
 
     def config(self, network: str) -> dict[str, Any]:
         """A network's config as it is on disk: ``unet``, ``text_encoder`` or ``vae``."""
-        path = self.folder / network / "config.json"
-        try:
-            held: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path} is not readable as JSON ({e}); fetch it again") from None
-        return held
+        return network_config(self.folder / network)
+
+    def check(self) -> None:
+        """Load every network once and let it go, so that a fault of any is reported before one is exported.
+
+        Raises:
+            InputError: for files that are damaged, and for models that cannot be built.
+        """
+        if self.two_text_encoders:
+            raise InputError(
+                f"{self.name} has two text encoders (Stable Diffusion XL), which bundles do not hold yet; "
+                "pnp-trt distill and pnp-trt visualize take it"
+            )
+        self.tokenizer()
+        for load in (self.text_encoder, self.vae, self.unet):
+            load()
+
+    def configs_sha256(self) -> str:
+        """Hash of what is not a weight and changes images: configs, tokenizer and noise schedule."""
+        names = ["unet", "text_encoder", "vae", *(["text_encoder_2"] if self.two_text_encoders else [])]
+        tokenizers = sorted(p for p in self.folder.glob("tokenizer*/*") if p.suffix in (".json", ".txt"))
+        return digest(
+            [
+                {n: identity(self.config(n)) for n in names},
+                {"class": self.scheduler_class(), **self.scheduler_config()},
+                {p.relative_to(self.folder).as_posix(): cached_sha256(p) for p in tokenizers},
+                self.zero_empty_prompt(),
+            ]
+        )
+
+    def left_out(self) -> list[str]:
+        """Parts of the model's pipeline that a bundle does not hold, such as a safety checker."""
+        return left_out(self.folder)
 
     def sizes(self) -> Sizes:
-        """What the networks' tensors measure, from the configs alone."""
+        """What the networks' tensors measure, from the configs alone.
+
+        Raises:
+            InputError: if a config lacks an entry that this takes.
+        """
         unet, text, vae = (self.config(n) for n in ("unet", "text_encoder", "vae"))
-        size = unet["sample_size"]
-        height, width = size if isinstance(size, list) else (size, size)
-        blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
-        latent = (unet["in_channels"], height, width)
-        factor = 2 ** (len(blocks) - 1)
-        multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-        return Sizes(latent, unet["cross_attention_dim"], text["vocab_size"], factor, multiple)
+        try:
+            size = unet["sample_size"]
+            height, width = size if isinstance(size, list) else (size, size)
+            blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+            factor = 2 ** (len(blocks) - 1)
+            multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+            latent = (int(unet["in_channels"]), int(height), int(width))
+            return Sizes(latent, int(unet["cross_attention_dim"]), int(text["vocab_size"]), factor, multiple)
+        except KeyError as e:
+            raise InputError(f"{self.name}: a config.json lacks {e}; download the model again") from None
+        except (TypeError, ValueError) as e:
+            raise InputError(f"{self.name}: a config.json holds a size that is no number ({e})") from None
 
     def random_guide(self, name: str) -> dict[str, str] | None:
         """Name and hash of the guide that ``make_guide`` makes; None where guides are read from files."""
@@ -154,7 +205,7 @@ class BaseModel:
         """sha256 of every weight file, and of the whole; what a manifest records."""
         if not self._hashes:
             parts = ["unet", "text_encoder", "vae"]
-            parts += ["text_encoder_2"] if (self.folder / "text_encoder_2").is_dir() else []
+            parts += ["text_encoder_2"] if self.two_text_encoders else []
             files = {p: weight_files(self.folder / p) for p in parts}
             if self.unet_file is not None:
                 files["unet"] = [self.unet_file]
@@ -187,23 +238,14 @@ def resolve(name: str) -> BaseModel:
     if bundled.is_file():
         return BaseModel(name, ASSETS / "emoji", bundled)
     if path.is_dir():
-        missing = [p for p in ("unet", "text_encoder", "vae", "tokenizer", "scheduler") if not (path / p).is_dir()]
-        if missing:
-            raise InputError(
-                f"{path} is not a diffusers folder: it has no {', '.join(missing)}; "
-                "save one with pipeline.save_pretrained"
-            )
-        for part in ("unet", "text_encoder", "vae"):
-            if not list((path / part).glob("*.safetensors")):
-                raise InputError(
-                    f"{path / part} holds no .safetensors; pickled weights are not read; "
-                    "save again with safe_serialization=True"
-                )
+        check_folder(path)
         return BaseModel(name, path)
     if path.suffix == ".safetensors" and path.is_file():
         from .single_base import SingleFileBase
 
         return SingleFileBase.of(path, name)
+    if path.suffix in PICKLES and path.is_file():
+        raise InputError(f"{path} holds pickled weights, which are not read; save the model as safetensors")
     if name.startswith("random:"):
         from .random import random_base
 
@@ -212,32 +254,6 @@ def resolve(name: str) -> BaseModel:
         return BaseModel(name, _from_hub(name))
     known = ", ".join([*bundled_bases(), *random_bases()])
     raise InputError(f"no base model '{name}'; known: {known}, a diffusers folder, a U-Net .safetensors, or a hub id")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a network's weights: the shards of its index, the plain file, or the only one.
-
-    Raises:
-        InputError: if there is none, or one cannot tell which of several is meant.
-    """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (OSError, ValueError, KeyError, AttributeError) as e:
-            raise InputError(f"{index} is not readable as an index of weights ({e}); fetch it again") from None
-    found = sorted(folder.glob("*.safetensors"))
-    plain = [p for p in found if p.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
-    if plain or len(found) == 1:
-        return plain or found
-    if not found:
-        raise InputError(f"{folder} holds no .safetensors; save again with safe_serialization=True")
-    raise InputError(f"{folder} holds {len(found)} sets of weights ({found[0].name} …); keep the one that is meant")
-
-
-def files_sha256(files: list[Path]) -> str:
-    """Hash of a network's weights: of its only file, or of all shards' hashes."""
-    found = [cached_sha256(f) for f in files]
-    return found[0] if len(found) == 1 else digest(found)
 
 
 def random_unet_config(name: str) -> dict[str, Any]:
@@ -252,109 +268,42 @@ def random_unet_config(name: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load_unet_weights(unet: Any, file: Path) -> None:
-    """Replace a U-Net's weights by those of a safetensors file of the same shape.
-
-    Raises:
-        InputError: if the file is damaged, lacks a weight, has one too many, or one of another shape.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{file} is not a readable safetensors file ({e}); fetch it again") from e
-    own = unet.state_dict()
-    check_same_weights(own, weights, str(file), "this U-Net")
-    unet.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
-
-
-def check_same_weights(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
-    """Hold the weights of a checkpoint against those of a network.
-
-    Args:
-        own: the network's, by key.
-        given: the checkpoint's.
-        name: of the checkpoint, for the message.
-        what: the network, for the message.
-
-    Raises:
-        InputError: listing what is missing and what is left over, or the first weight of another shape.
-    """
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    if missing or extra:
-        raise InputError(
-            f"{name} is no fine-tune of {what}: {_count(missing)} missing and {_count(extra)} left over; "
-            "use a checkpoint of the same architecture"
-        )
-    for key, value in given.items():
-        if value.shape != own[key].shape:
-            raise InputError(f"{name}: {key} has shape {list(value.shape)}, {what} has {list(own[key].shape)}")
-
-
-def _count(keys: list[str]) -> str:
-    """``2 weights (conv_in.bias, conv_in.weight)``; at most four are named."""
-    named = f" ({', '.join(keys[:4])}{' …' if len(keys) > 4 else ''})" if keys else ""
-    return f"{len(keys)} weight{'' if len(keys) == 1 else 's'}{named}"
-
-
-def check_finite(module: Any, name: str) -> Any:
-    """Raise ``InputError`` that names the first weight that is not finite; returns the module."""
-    for key, value in module.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(
-                f"base model '{name}': the weight {key} holds values that are not finite; fetch or train it again"
-            )
-    return module
-
-
-def copy_tokenizer(base: BaseModel, target: Path) -> dict[str, int]:
-    """Write the base's tokenizer as one ``tokenizer.json``; returns ``{"length", "pad"}``."""
-    tokenizer = base.tokenizer()
-    source = base.folder / "tokenizer" / "tokenizer.json"
-    if source.is_file():
-        shutil.copyfile(source, target)
-    else:
-        tokenizer.backend_tokenizer.save(str(target))
-    return {"length": int(tokenizer.model_max_length), "pad": int(tokenizer.pad_token_id)}
-
-
-def quiet_libraries() -> None:
-    """No remarks (such as on AutoencoderTiny's own ``block_out_channels``) and no bars; errors are still raised."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def _load(kind: Any, folder: Path) -> Any:
-    import torch
-
-    quiet_libraries()
-
-    options = {"torch_dtype": torch.float32} if kind.__module__.startswith("diffusers") else {"dtype": torch.float32}
-    try:
-        module, found = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
-    except Exception as e:  # OSError, SafetensorError, ValueError, KeyError … by what is wrong with the files
-        raise InputError(f"{folder} does not load as {kind.__name__}: {str(e).splitlines()[0]}") from e
-    if missing := sorted(found["missing_keys"]):  # the libraries would fill them with random numbers
-        raise InputError(f"{folder} lacks {_count(missing)} of a {kind.__name__}; fetch it again")
-    return module
+def is_hub_id(name: str) -> bool:
+    """Whether a name is ``owner/model``, dots allowed, and no file's name."""
+    suffixes = (".safetensors", ".json", *PICKLES)
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)) and not name.endswith(suffixes)
 
 
 def _from_hub(name: str) -> Path:
+    """The folder of a hub model: its configs, and of each network the weights that would be loaded."""
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import list_repo_files, snapshot_download
 
-        allow = ["*.json", "*.txt", "unet/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=allow))
+        patterns = ["*.json", "*.txt", "*/*.safetensors"]
+        with suppress(OSError):  # no network: the cache holds what was chosen when it was fetched
+            patterns = hub_patterns(list_repo_files(name), name)
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    except InputError:
+        raise
     except Exception as e:
         raise InputError(
             f"the hub model '{name}' cannot be had: {type(e).__name__}; check the name and the network, or download it "
             f"and pass its folder (bundled models: {', '.join(bundled_bases())})"
         ) from e
+    check_folder(folder)
+    return folder
+
+
+def hub_patterns(names: list[str], model: str) -> list[str]:
+    """The files of a hub model that are fetched, as patterns.
+
+    Raises:
+        InputError: if a network has no safetensors files.
+    """
+    patterns = ["*.json", "*.txt"]
+    for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        own = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
+        if own:
+            choice = choose(own, stem_of(part), f"{model}/{part}")
+            patterns += [f"{part}/{n}" for n in (choice.shards(own) if choice.sharded else [choice.name])]
+    return patterns

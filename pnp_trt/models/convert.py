@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .files import check_types, computable
+from .safetensors_header import read_header
 from .single_file import SingleFile
 
 if TYPE_CHECKING:
@@ -96,18 +98,18 @@ def _read(path: Path, keys: Mapping[str, str]) -> dict[str, Tensor]:
     Types that networks are not computed in (float64, fp8) become float32.
 
     Raises:
-        InputError: if the file is damaged.
+        InputError: if the file is damaged, or holds types that are not read.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
 
-    kept = (torch.float32, torch.float16, torch.bfloat16)
+    dtypes = read_header(path).dtypes
+    check_types(path, {old: dtypes[old] for old in keys.values()})
     try:
         with safe_open(path, "pt") as f:
             tensors = {new: f.get_tensor(old) for new, old in keys.items()}
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path} is not a readable safetensors file ({e}); download it again") from None
-    return {k: v.float() if v.is_floating_point() and v.dtype not in kept else v for k, v in tensors.items()}
+    return {k: computable(v) for k, v in tensors.items()}
 
 
 def check_fits(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from ..errors import InputError
-from .base import _load, check_finite
+from .files import read_json
 from .guide import GUIDES, Guide
 from .names import guide_folder
+from .networks import check_finite, load_network
 
 
 def load_guide(name: str) -> Guide:
@@ -16,7 +15,7 @@ def load_guide(name: str) -> Guide:
     Raises:
         InputError: if there is none of this name, or its files are damaged.
     """
-    guide = _load(guide_class(name), guide_folder(name))
+    guide = load_network(guide_class(name), guide_folder(name))
     return check_finite(guide, name).eval().requires_grad_(False)
 
 
@@ -27,7 +26,7 @@ def guide_class(name: str) -> type[Guide]:
         InputError: if there is no guide of this name, or it is of a class that this version does not know.
     """
     folder = guide_folder(name)
-    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    kind = read_json(folder / "config.json").get("_class_name")
     classes = {c.__name__: c for c in GUIDES.values()}
     if kind not in classes:
         raise InputError(f"{folder} holds a {kind}; known guides: {', '.join(classes)}")

@@ -14,7 +14,8 @@ from typing import Any
 from ..artifacts import digest
 from ..assets import ROOT as ASSETS
 from ..errors import InputError
-from .base import PRESETS, BaseModel, quiet_libraries, random_unet_config
+from .base import PRESETS, BaseModel, random_unet_config
+from .networks import quiet_libraries
 
 #: changes when the same seed gives other weights
 RECIPE = 1
@@ -36,6 +37,13 @@ class RandomBase(BaseModel):
 
     def config(self, network: str) -> dict[str, Any]:
         return self.configs[network]
+
+    @property
+    def two_text_encoders(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Nothing to check: no weight is read from a file."""
 
     def fingerprint(self) -> dict[str, str]:
         parts = {n: digest([RECIPE, self._seed(n), config]) for n, config in self.configs.items()}

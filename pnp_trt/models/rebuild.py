@@ -76,7 +76,7 @@ def _config(part: Any) -> dict[str, Any]:
 def _part(name: str, config: dict[str, Any], description: Path) -> Any:
     import torch
 
-    from .base import quiet_libraries
+    from .networks import quiet_libraries
 
     quiet_libraries()
     kind = _known(_parts(), name, description)

@@ -8,8 +8,10 @@ from typing import Any
 
 from ..artifacts import digest
 from ..assets import ROOT as ASSETS
-from .base import BaseModel, check_finite, files_sha256
+from .base import BaseModel
 from .convert import check_fits, text_weights, unet_weights, vae_weights
+from .files import files_sha256
+from .networks import check_finite, load_network
 from .single_file import SingleFile, read_single_file
 
 
@@ -53,10 +55,8 @@ class SingleFileBase(BaseModel):
     def unet(self) -> Any:
         from diffusers import UNet2DConditionModel
 
-        from .base import _load
-
         self.check_parts()
-        unet = _load(UNet2DConditionModel, self.folder / "unet")
+        unet = load_network(UNet2DConditionModel, self.folder / "unet")
         return self._filled(unet, unet_weights(self._file, self.config("unet")), "U-Net")
 
     def text_encoder(self) -> Any:

@@ -7,24 +7,23 @@ of Stable Diffusion's size costs no memory of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..models.base import BaseModel, files_sha256, quiet_libraries, resolve, weight_files
+from ..models.base import BaseModel, resolve
+from ..models.configs import check_same_network, check_same_text
 from ..models.convert import check_fits, text_weights, unet_weights, vae_weights
-from ..models.safetensors_header import read_header
+from ..models.files import files_sha256, read_json, read_weights, weight_files
+from ..models.folders import check_unet
+from ..models.networks import quiet_libraries
 from ..models.scheduler import Noise, base_scheduler, scheduler_record
 from ..models.single_file import SingleFile, read_single_file
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: entries of a config that change no arithmetic of a graph whose size is fixed
-_FREE = ("sample_size", "force_upcast", "out_shape")
 
 
 @dataclass
@@ -54,15 +53,14 @@ class FineTune:
         own = self.base.fingerprint()
         return {k: v for k, v in own.items() if (k == "unet" if self.unet_only else k != "all")}
 
+    def configs_sha256(self) -> str | None:
+        """Hash of what the configs say of the computation; None where only a U-Net is taken."""
+        return None if self.base is None or self.unet_only else self.base.configs_sha256()
+
     def config(self, part: str) -> dict[str, Any] | None:
         """A network's own config; None where the fine-tune brings none."""
         if part in self.folders:
-            path = self.folders[part] / "config.json"
-            try:
-                held: dict[str, Any] = json.loads(path.read_text())
-            except (OSError, ValueError) as e:
-                raise InputError(f"{path} is not readable as JSON ({e}); fetch it again") from None
-            return held
+            return read_json(self.folders[part] / "config.json")
         return self.base.config(part) if self.base is not None else None
 
     def scheduler(self, engine: Mapping[str, Any], chosen: Noise) -> dict[str, Any]:
@@ -95,7 +93,7 @@ class FineTune:
         if self.single is not None and not self.unet_only:
             self.single.refuse_unused(configs, what)
         if self.base is not None and not self.unet_only:
-            _check_same_text(self.base.config("text_encoder"), configs["text_encoder"], self.name, what)
+            check_same_text(self.base.config("text_encoder"), configs["text_encoder"], self.name, what)
             self._check_vae(configs["vae"], what)
 
     def unet(self, config: dict[str, Any], what: str) -> Any:
@@ -112,11 +110,12 @@ class FineTune:
         from diffusers import UNet2DConditionModel
 
         own = self.config("unet") or config
-        _check_same_config(UNet2DConditionModel, own, config, self.name, what)
+        check_unet(own, {"latent_channels": config["in_channels"]}, self.name)
+        check_same_network(UNet2DConditionModel, own, config, self.name, what)
         if self.single is not None:
             weights = unet_weights(self.single, config)
         elif "unet" in self.files:
-            weights = read(self.files["unet"])
+            weights = read_weights(self.files["unet"])
         else:  # without files: random weights
             assert self.base is not None
             return self.base.unet()
@@ -126,7 +125,7 @@ class FineTune:
         """``CLIPTextModel``, frozen; arguments and errors as of ``unet``."""
         if self.single is None:
             assert self.base is not None
-            _check_same_text(self.base.config("text_encoder"), config, self.name, what)
+            check_same_text(self.base.config("text_encoder"), config, self.name, what)
             return self.base.text_encoder()
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -163,7 +162,7 @@ class FineTune:
                 f"the VAE of {self.name} is an {kinds[0]}, {what} has an {kinds[1]}; pass --unet-only to keep the "
                 "engine's, or build it instead"
             )
-        _check_same_config(getattr(diffusers, kinds[0]), own, config, self.name, what)
+        check_same_network(getattr(diffusers, kinds[0]), own, config, self.name, what)
 
 
 def find(name: str, unet_only: bool = False) -> FineTune:
@@ -189,36 +188,9 @@ def find(name: str, unet_only: bool = False) -> FineTune:
     files: dict[str, list[Path]] = {}
     if base.unet_file is not None:
         files["unet"] = [base.unet_file]
-    elif list((base.folder / "unet").glob("*.safetensors")) and not name.startswith("random:"):
+    elif not name.startswith("random:"):
         files["unet"] = weight_files(base.folder / "unet")
     return FineTune(name, files, {}, base, unet_only=unet_only)
-
-
-def header(path: Path) -> list[str]:
-    """The keys of a safetensors file, from its header.
-
-    Raises:
-        InputError: if it is no safetensors file; pickled weights are not read.
-    """
-    return list(read_header(path).shapes)
-
-
-def read(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of some safetensors files, mapped from the disk.
-
-    Raises:
-        InputError: if one is damaged or cut short.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    out: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            out |= load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{file} is not a readable safetensors file ({e}); fetch it again") from None
-    return out
 
 
 def _filled(kind: Any, config: Mapping[str, Any], weights: dict[str, Tensor], name: str, what: str) -> Any:
@@ -229,44 +201,5 @@ def _filled(kind: Any, config: Mapping[str, Any], weights: dict[str, Tensor], na
     with torch.device("meta"):
         module = kind.from_config(dict(config))
     check_fits(module.state_dict(), weights, name, what)
-    if odd := [k for k, v in weights.items() if not v.is_floating_point()]:
-        raise InputError(
-            f"{name}: {odd[0]} has type {weights[odd[0]].dtype}, not floating point; fetch the full weights"
-        )
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
-
-
-def _check_same_config(kind: Any, own: Mapping[str, Any], wanted: Mapping[str, Any], name: str, what: str) -> None:
-    """Configs with their defaults filled in, so that one that an older version wrote is no other."""
-    if own == wanted:
-        return
-    import torch
-
-    quiet_libraries()
-    with torch.device("meta"):
-        mine, others = (dict(kind.from_config(dict(c)).config) for c in (own, wanted))
-    _check_same(mine, others, name, what)
-
-
-def _check_same_text(own: Mapping[str, Any], wanted: Mapping[str, Any], name: str, what: str) -> None:
-    if own == wanted:
-        return
-    from transformers import CLIPTextConfig
-
-    mine, others = (CLIPTextConfig(**c) for c in (own, wanted))
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-            "layer_norm_eps", "max_position_embeddings", "vocab_size", "eos_token_id")  # fmt: skip
-    _check_same({k: getattr(mine, k) for k in keys}, {k: getattr(others, k) for k in keys}, name, what)
-
-
-def _check_same(mine: Mapping[str, Any], others: Mapping[str, Any], name: str, what: str) -> None:
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    for key, value in others.items():
-        if not key.startswith("_") and key not in _FREE and plain(mine.get(key)) != plain(value):
-            raise InputError(
-                f"{name} is no fine-tune of {what}: its config has {key} = {mine.get(key)!r}, not {value!r}; "
-                "build it instead"
-            )

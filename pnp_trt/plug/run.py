@@ -161,7 +161,12 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
         "pnp-trt": __version__,
         "base": digest([parts, merged]),
         "scheduler": scheduler,
-        "plugged": {"engine": manifest.key, "weights": parts, "loras": merged},
+        "plugged": {
+            "engine": manifest.key,
+            "weights": parts,
+            "configs": fine_tune.configs_sha256(),
+            "loras": merged,
+        },
     }
     key = digest([SCHEMA, identity])
     if not force and (found := standing(folder, key, identity, force)) is not None:  # even where nothing can be written
@@ -319,7 +324,7 @@ class _Work:
         held = self.manifest.tokens
         if self.fine_tune.base is None or self.fine_tune.unet_only or "text_encoder" not in self._swapped(False):
             return held
-        from ..models.base import copy_tokenizer
+        from ..models.tokenizer import copy_tokenizer
 
         tokens = Tokens(**copy_tokenizer(self.fine_tune.base, work / "tokenizer.json"))
         self.files.pop("tokenizer.json", None)

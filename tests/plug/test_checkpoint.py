@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pnp_trt.artifacts import sha256
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.export.weights import apply, invert
-from pnp_trt.models.base import weight_files
+from pnp_trt.models.files import weight_files
 from pnp_trt.plug.checkpoint import find
 from pnp_trt.plug.run import PlugSpec, plug
 
@@ -70,15 +70,6 @@ def test_a_unets_folder_and_its_shards(micro_bundles: Path, tuned: Path, tuned_u
     one = plug(PlugSpec(str(micro_bundles / "plain"), str(folder), out=tmp_path / "one"))
     other = plug(PlugSpec(str(micro_bundles / "plain"), str(tuned_unet), out=tmp_path / "other"))
     assert sha256(one.folder / "unet.onnx.data") == sha256(other.folder / "unet.onnx.data")
-
-
-def test_several_sets_of_weights_are_not_guessed_from(tuned_unet: Path, tmp_path: Path) -> None:
-    for name in ("x.fp16.safetensors", "y.safetensors"):
-        shutil.copyfile(tuned_unet, tmp_path / name)
-    with pytest.raises(InputError, match="holds 2 sets of weights"):
-        weight_files(tmp_path)
-    shutil.copyfile(tuned_unet, tmp_path / "diffusion_pytorch_model.safetensors")
-    assert [p.name for p in weight_files(tmp_path)] == ["diffusion_pytorch_model.safetensors"]
 
 
 def test_another_seed_is_a_fine_tune_of_random_weights() -> None:

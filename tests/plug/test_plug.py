@@ -188,7 +188,7 @@ def _whole_numbers(w: dict[str, Any]) -> None:
         (_nan, "the weight unet.mid_block.resnets.0.conv1.bias holds values that are not finite"),
         (_huge, r"the weight unet.conv_in.bias reaches 1.0e\+06, too large for torch.float16"),
         (_narrow, r"conv_in.bias has shape \[8\], not \[16\]"),
-        (_whole_numbers, "conv_in.bias has type torch.int8, not floating point"),
+        (_whole_numbers, "conv_in.bias has type I8, not floating point"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_one_sentence_and_leave_nothing(

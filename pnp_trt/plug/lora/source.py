@@ -10,7 +10,7 @@ from typing import Any
 from ...artifacts import cached_sha256
 from ...assets import ROOT as ASSETS
 from ...errors import InputError
-from ..checkpoint import header
+from ...models.safetensors_header import read_header
 
 #: part of a merge's identity, so that engines merged by older rules are not taken for up to date
 _ARITHMETIC = "W + scale·alpha/rank·B·A by layer, float32"
@@ -51,7 +51,7 @@ class Lora:
             number = math.nan
         if not math.isfinite(number):
             raise InputError(f"the scale of --lora {text} is '{scale}'; write a number, such as {name}:0.8")
-        header(path)  # a damaged file is refused before anything expensive begins
+        read_header(path)  # a damaged file is refused before anything expensive begins
         return cls(path.stem, path, number)
 
     @property

@@ -1,0 +1,116 @@
+"""Whether two configs describe the same computation, told by the modules that they make.
+
+Configs of one architecture differ in what no forward pass reads: token ids, dropout, versions, defaults that one of
+them leaves out, ``4`` for ``[4, 4]``.  So not the configs are compared but the modules made of them: their classes,
+and the numbers, strings and functions that each holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any
+
+from ..errors import InputError
+from .networks import empty
+
+#: attributes of modules that a forward pass in evaluation mode, in float32, does not read, or reads without effect:
+#: training's, those of gradients, and `upcast_*`, which asks for float32 where a half type is used
+_IDLE = frozenset(
+    ("training", "p", "dropout", "attention_dropout", "inplace", "padding_idx", "gradient_checkpointing",
+     "eos_token_id", "upcast_attention", "upcast_softmax", "config", "name_or_path", "sample_size",
+     "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor", "num_upsamplers")
+)  # fmt: skip
+#: entries of a config that diffusers' forward passes, or those around a network here, read from the config itself
+_READ = (
+    "center_input_sample", "class_embed_type", "class_embeddings_concat", "addition_embed_type",
+    "encoder_hid_dim_type", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+)  # fmt: skip
+#: entries of a config that no forward pass reads, by name alone
+_NAMES_AND_VERSIONS = (
+    "architectures", "dtype", "torch_dtype", "transformers_version", "model_type", "dropout", "attention_dropout",
+    "bos_token_id", "eos_token_id", "pad_token_id", "initializer_factor", "initializer_range", "projection_dim",
+    "force_upcast", "upcast_attention", "out_shape", "gradient_checkpointing", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "problem_type", "id2label", "label2id", "torchscript",
+)  # fmt: skip
+
+
+def check_same_network(kind: Any, own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
+    """Hold a fine-tune's config against that of the network it is to replace.
+
+    Args:
+        kind: the network's class.
+        own: the fine-tune's config.
+        given: the config of the network that is replaced.
+        name: of the fine-tune, for messages.
+        what: the network that is replaced, for messages.
+
+    Raises:
+        InputError: naming the first entry whose values make the two compute differently.
+    """
+    if own == given:
+        return
+    wanted = computation(empty(kind, given, what))
+    if computation(empty(kind, own, name)) == wanted:
+        return
+    keys = [k for k in sorted(own.keys() | given.keys()) if not k.startswith("_") and own.get(k) != given.get(k)]
+    for key in keys:
+        if _computation(kind, _with(given, key, own)) != wanted:
+            raise InputError(
+                f"{name} is no fine-tune of {what}: its config has {key} = {own.get(key)!r}, not {given.get(key)!r}; "
+                "build it instead"
+            )
+    raise InputError(f"{name} is no fine-tune of {what}: they differ in {', '.join(keys)}; build it instead")
+
+
+def _computation(kind: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``computation`` of a config; None where no network can be made of it."""
+    try:
+        return computation(empty(kind, config, "config.json"))
+    except InputError:
+        return None
+
+
+def _with(config: Mapping[str, Any], key: str, other: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose entry ``key`` is the other's."""
+    changed = {k: v for k, v in config.items() if k != key}
+    return {**changed, key: other[key]} if key in other else changed
+
+
+def computation(module: Any) -> dict[str, Any]:
+    """What a network's forward pass depends on besides its weights, by part and name."""
+    config = dict(module.config) if hasattr(module, "from_config") else {}
+    out: dict[str, Any] = {f"config.{k}": _plain(config[k]) for k in _READ if k in config}
+    for path, part in module.named_modules():
+        out[path] = type(part).__qualname__
+        for name, value in vars(part).items():
+            if not name.startswith("_") and name not in _IDLE:
+                out[f"{path}.{name}"] = _plain(value)
+        out |= {f"{path}.{n}": tuple(p.shape) for n, p in part.named_parameters(recurse=False)}
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be compared: numbers and strings as they are, functions and objects by their names."""
+    if value is None or isinstance(value, bool | int | float):
+        return value or 0  # None, False and 0 all switch a thing off
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    named = value if isinstance(value, type | FunctionType) else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the entries that have no effect by their names alone: what tells models apart before torch."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in _NAMES_AND_VERSIONS}
+
+
+def check_same_text(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
+    """``check_same_network`` for text encoders."""
+    from transformers import CLIPTextModel
+
+    check_same_network(CLIPTextModel, own, given, name, what)

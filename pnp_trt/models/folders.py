@@ -1,0 +1,134 @@
+"""What a diffusers folder is, told from its small files: the pipeline's class, its parts, its U-Net's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .files import read_json, weight_files
+
+_SAVE = "download it again, or save the model with pipeline.save_pretrained"
+_PARTS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
+_READ = "Stable Diffusion 1, 2 and XL are read (StableDiffusionPipeline, StableDiffusionXLPipeline)"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is no Stable Diffusion model with all of its files.
+
+    Raises:
+        InputError: naming the model it is, or the part or file that is missing, and how to get it.
+    """
+    index = folder / "model_index.json"
+    kind = str(read_json(index).get("_class_name", "")) if index.exists() else ""
+    missing = [p for p in _PARTS if not (folder / p).is_dir()]
+    if missing:
+        _refuse_parts(folder, kind, missing)
+    for part in ("unet", "text_encoder", "vae", "text_encoder_2"):
+        if (folder / part).is_dir():
+            _need(folder / part / "config.json")
+            weight_files(folder / part)
+    _need(folder / "scheduler" / "scheduler_config.json")
+    for part in ("tokenizer", "tokenizer_2"):
+        if (folder / part).is_dir():
+            _check_tokenizer(folder / part)
+    if (folder / "text_encoder_2").is_dir() and not (folder / "tokenizer_2").is_dir():
+        raise InputError(f"{folder} has text_encoder_2 and no tokenizer_2; {_SAVE}")
+
+
+def _refuse_parts(folder: Path, kind: str, missing: list[str]) -> None:
+    if (folder / "transformer").is_dir() or (folder / "prior").is_dir() or (kind and not _is_stable_diffusion(kind)):
+        network = "a transformer" if (folder / "transformer").is_dir() else "another kind of network"
+        raise InputError(
+            f"{folder} is a {kind or 'pipeline of another kind'}, which denoises with {network} and not with Stable "
+            f"Diffusion's U-Net; {_READ}"
+        )
+    if kind.startswith("StableDiffusionXL") and "text_encoder" in missing and (folder / "text_encoder_2").is_dir():
+        raise InputError(
+            f"{folder} is SDXL's refiner ({kind}): it has the second text encoder alone and finishes the base "
+            "model's images; give the base model's folder"
+        )
+    what = f"is a {kind} but has" if kind else "is not a diffusers folder: it has"
+    raise InputError(f"{folder} {what} no {', '.join(missing)}; {_SAVE}")
+
+
+def _is_stable_diffusion(kind: str) -> bool:
+    other = ("StableDiffusion3", "StableCascade", "StableAudio", "StableVideo", "StableUnCLIP")
+    return kind.startswith(("StableDiffusion", "LatentConsistency", "AltDiffusion")) and not kind.startswith(other)
+
+
+def _need(path: Path) -> None:
+    """Raise ``InputError`` where a config is missing; an older file that holds it is named."""
+    if path.is_file():
+        return
+    older = path.parent / "config.json"
+    if path.name != "config.json" and older.is_file():
+        raise InputError(
+            f"{path} is missing; {older}, the name in Flax models and old ones, is there: rename it to {path.name}"
+        )
+    raise InputError(f"{path} is missing; {_SAVE}")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """A tokenizer without its files would be made empty by transformers, and every prompt alike."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    lacks = [n for n in ("vocab.json", "merges.txt") if not (folder / n).is_file()]
+    if lacks:
+        raise InputError(f"{folder / lacks[0]} is missing, and there is no tokenizer.json in its place; {_SAVE}")
+
+
+def check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> None:
+    """Refuse a U-Net that takes inputs besides noisy latents, timestep and text, from its config.
+
+    Args:
+        unet: its config.
+        vae: the autoencoder's.
+        where: the model, for messages.
+
+    Raises:
+        InputError: saying what the U-Net is for.
+    """
+    taken, given = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    latent = vae.get("latent_channels", 4)
+    if taken != given or given != latent:
+        raise InputError(f"{where}: {_channels(taken, given, latent)}; use a text-to-image model")
+    if unet.get("time_cond_proj_dim") is not None:
+        raise InputError(
+            f"{where}: the U-Net takes the guidance scale as an input (time_cond_proj_dim = "
+            f"{unet['time_cond_proj_dim']}), as latent consistency models do; it is guided already, so use the model "
+            "that it was distilled from"
+        )
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim"):
+        if unet.get(key) is not None:
+            raise InputError(
+                f"{where}: the U-Net takes more than latents, timestep and text ({key} = {unet[key]}); "
+                "use a text-to-image model"
+            )
+    if unet.get("addition_embed_type") not in (None, "text_time"):
+        raise InputError(
+            f"{where}: the U-Net's addition_embed_type is {unet['addition_embed_type']}; known: text_time (SDXL)"
+        )
+    if unet.get("center_input_sample"):
+        raise InputError(f"{where}: the U-Net shifts its input (center_input_sample), which is not read")
+
+
+def _channels(taken: Any, given: Any, latent: Any) -> str:
+    what = f"the U-Net has {taken} input channels where the VAE's latents have {latent}"
+    if given != latent:
+        return f"the U-Net has {given} output channels where the VAE's latents have {latent}"
+    if taken == 2 * latent + 1:
+        return f"{what}: it is for inpainting (latents, a masked image and its mask)"
+    if taken == 2 * latent:
+        return f"{what}: it edits images (latents and those of an image, as InstructPix2Pix)"
+    if taken == latent + 1:
+        return f"{what}: it takes a depth map beside the latents"
+    if taken == latent + 3:
+        return f"{what}: it is for upscaling (latents and a small image)"
+    return what
+
+
+def left_out(folder: Path) -> list[str]:
+    """Parts of a pipeline that a bundle does not hold and that change images: the safety checker, for one."""
+    return [p for p in ("safety_checker", "watermarker", "controlnet", "image_encoder") if (folder / p).is_dir()]

@@ -1,0 +1,153 @@
+"""Networks from their folders: config, weights as ``files`` chooses and reads them, every weight checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .convert import check_fits, counted, differences
+from .files import read_json, read_weights, weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: weights that checkpoints of a text encoder may hold and that the last hidden state does not depend on
+_UNUSED_TEXT = ("text_projection.weight", "logit_scale")
+#: attention of autoencoders as the first versions of diffusers named it
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def quiet_libraries() -> None:
+    """No remarks (such as on AutoencoderTiny's own ``block_out_channels``) and no bars; errors are still raised."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def load_network(kind: Any, folder: Path) -> Any:
+    """A network of diffusers or transformers in float32.
+
+    Args:
+        kind: its class.
+        folder: with ``config.json`` and safetensors files.
+
+    Raises:
+        InputError: if a file is missing or damaged, the config is not one of this class, weights are missing, left
+            over, of another shape, no floating-point numbers, or of a type that is not read.
+    """
+    config = network_config(folder)
+    module = empty(kind, config, str(folder / "config.json"))
+    weights = module_keys(read_weights(weight_files(folder)), module)
+    check_complete(module.state_dict(), weights, folder, kind.__name__)
+    single = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    return filled(module, config, single)
+
+
+def network_config(folder: Path) -> dict[str, Any]:
+    """A network's config as it is on disk; of a whole CLIP's the text encoder's part."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    return text if config.get("model_type") == "clip" and isinstance(text, dict) else config
+
+
+def empty(kind: Any, config: Mapping[str, Any], name: str) -> Any:
+    """A network of this config without memory for its weights.
+
+    Raises:
+        InputError: if the class makes nothing of the config; ``name`` says whose it is.
+    """
+    import torch
+
+    quiet_libraries()
+    try:
+        with torch.device("meta"):
+            if hasattr(kind, "from_config"):
+                return kind.from_config(dict(config))
+            return kind(kind.config_class.from_dict(dict(config)))
+    except Exception as e:  # TypeError, ValueError, KeyError, ZeroDivisionError … by what is wrong with the config
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"{name} does not describe a {kind.__name__} ({reason}); download it again") from e
+
+
+def filled(module: Any, config: Mapping[str, Any], weights: dict[str, Tensor]) -> Any:
+    """``empty``'s network with the given tensors themselves as its weights, which were checked."""
+    if hasattr(module, "from_config"):
+        module.load_state_dict(weights, assign=True)
+        return module
+    kind = type(module)  # transformers' classes keep position ids in a buffer, which is in no file
+    return kind.from_pretrained(
+        None,
+        config=kind.config_class.from_dict(dict(config)),
+        state_dict=weights,
+        dtype=next(iter(weights.values())).dtype,
+    )
+
+
+def module_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+    """Weights under the module's own keys: those of older versions renamed, those without effect left out."""
+    if not hasattr(module, "from_config"):
+        return _text_keys(weights, module)
+
+    def renamed(key: str) -> str:
+        m = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
+        return f"{m[1]}.{_OLD_ATTENTION[m[2]]}.{m[3]}" if m else key
+
+    return {renamed(k): v for k, v in weights.items()}
+
+
+def _text_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+    """A text encoder's, with or without ``text_model.`` before each, as this version of transformers has them."""
+    own = module.state_dict()
+    prefix = "text_model." if any(k.startswith("text_model.") for k in own) else ""
+    out = {}
+    for key, value in weights.items():
+        name = key if key in own else prefix + key.removeprefix("text_model.")
+        if name in own or not (key.endswith("position_ids") or key in _UNUSED_TEXT):
+            out[name] = value
+    return out
+
+
+def check_complete(own: Mapping[str, Any], given: Mapping[str, Any], folder: Path, kind: str) -> None:
+    """Hold a folder's weights against those of the network that its config describes.
+
+    Raises:
+        InputError: listing what is missing and what is left over, or the first weight of another shape.
+    """
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing:
+        raise InputError(f"{folder} lacks {counted(missing)} of a {kind}; download it again")
+    if extra:
+        raise InputError(
+            f"{folder} holds {counted(extra)} that a {kind} of its config.json does not have; "
+            "use the config and the weights of one model"
+        )
+    if (difference := differences(own, given)) is not None:
+        raise InputError(f"{folder} does not fit its config.json: {difference}; use the files of one model")
+
+
+def load_unet_weights(unet: Any, file: Path) -> None:
+    """Replace a U-Net's weights by those of a safetensors file of the same shape.
+
+    Raises:
+        InputError: if the file is damaged, lacks a weight, has one too many, or one of another shape or type.
+    """
+    weights = read_weights([file])
+    own = unet.state_dict()
+    check_fits(own, weights, str(file), "this U-Net")
+    unet.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
+
+
+def check_finite(module: Any, name: str) -> Any:
+    """Raise ``InputError`` that names the first weight that is not finite; returns the module."""
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(
+                f"base model '{name}': the weight {key} holds values that are not finite; fetch or train it again"
+            )
+    return module

@@ -176,7 +176,7 @@ def test_json_with_a_byte_order_mark_and_any_line_ends(raw: bytes, tmp_path: Pat
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        (TEXT.encode("utf-16-le"), "is not text .a NUL character in line 1.; save it as UTF-8"),
+        (TEXT.encode("utf-16-le"), "is not UTF-8 text .line 2, byte 42 is 0xe9.; save it as UTF-8"),
         (TEXT.encode("latin-1"), "is not UTF-8 text .line 2, byte 21 is 0xe9.; save it as UTF-8"),
         (TEXT.encode("utf-16")[:-1], "is not UTF-16 text"),
         (TEXT.encode()[:11], r"is not complete JSON \(line 1, column 12"),

@@ -215,9 +215,10 @@ class BaseModel:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``resolve`` would fetch this name from the hub: it is no folder or file here."""
-    path = Path(name)
-    return name.count("/") == 1 and not path.suffix and not name.startswith((".", "/")) and not path.exists()
+    """Whether ``resolve`` would fetch this name from the hub: ``owner/model``, dots allowed, and nothing here."""
+    suffixes = (".safetensors", ".json", *PICKLES)
+    known = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not name.endswith(suffixes)
+    return bool(known) and not Path(name).exists()
 
 
 def resolve(name: str) -> BaseModel:
@@ -266,12 +267,6 @@ def random_unet_config(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no base model '{name}'; known: {', '.join([*bundled_bases(), *random_bases()])}")
     return json.loads(path.read_text())
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name is ``owner/model``, dots allowed, and no file's name."""
-    suffixes = (".safetensors", ".json", *PICKLES)
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)) and not name.endswith(suffixes)
 
 
 def _from_hub(name: str) -> Path:

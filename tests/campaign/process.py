@@ -40,24 +40,47 @@ def run(words: list[str], place: Place, surroundings: Surroundings | None = None
     """
     surroundings = surroundings or Surroundings()
     scratch = place.fixtures.parent
-    logs = [scratch / f"{kind}.{os.getpid()}" for kind in ("out", "err", "events")]
-    for log in logs:
-        log.write_bytes(b"")
-        log.chmod(0o666)
-    screen, line = pty.openpty() if surroundings.terminal else (None, None)
+    log = scratch / f"events.{os.getpid()}"
+    log.write_bytes(b"")
+    log.chmod(0o666)
+    # pipes, as a limit on the size of files must not reach what the campaign itself records
+    ends = [pty.openpty()] if surroundings.terminal else [os.pipe(), os.pipe()]
     begun = time.monotonic()
     child = os.fork()
     if child == 0:
-        _child(words, place, surroundings, kill, logs, line)
-    if line is not None:
-        os.close(line)
-    code, cpu, hung, shown = _wait(child, surroundings, kill, screen)
+        for read, _ in ends:
+            os.close(read)
+        _child(words, place, surroundings, kill, log, [write for _, write in ends])
+    for _, write in ends:
+        os.close(write)
+    readers = [_Reader(read) for read, _ in ends]
+    code, cpu, hung = _wait(child, surroundings, kill, readers)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
-    out, err, events = (log.read_bytes().decode("utf-8", "replace") for log in logs)
-    out = shown.decode("utf-8", "replace") if screen is not None else out
-    wall = time.monotonic() - begun
-    return Outcome(code, out, err, cpu, wall, hung, tuple(_events(events)))
+    out, err = [reader.text() for reader in readers] if len(readers) == 2 else (readers[0].text(), "")
+    events = log.read_bytes().decode("utf-8", "replace")
+    return Outcome(code, out, err, cpu, time.monotonic() - begun, hung, tuple(_events(events)))
+
+
+class _Reader:
+    """Everything that comes out of a pipe or a pseudo-terminal."""
+
+    def __init__(self, end: int) -> None:
+        os.set_blocking(end, False)
+        self._end = end
+        self._parts: list[bytes] = []
+
+    def read(self) -> None:
+        """Take what waits."""
+        with contextlib.suppress(OSError):  # nothing waits, or the other end of a pseudo-terminal is closed
+            while part := os.read(self._end, 65536):
+                self._parts.append(part)
+
+    def text(self) -> str:
+        """All of it; nothing is read afterwards."""
+        self.read()
+        os.close(self._end)
+        return b"".join(self._parts).decode("utf-8", "replace")
 
 
 def _events(text: str) -> list[str]:
@@ -66,17 +89,17 @@ def _events(text: str) -> list[str]:
     return [ast.literal_eval(line) for line in text.splitlines() if line.endswith(("'", '"'))]
 
 
-def _wait(child: int, limits: Surroundings, kill: Kill | None, screen: int | None) -> tuple[int, float, bool, bytes]:
-    begun, shown, hung = time.monotonic(), b"", False
+def _wait(child: int, limits: Surroundings, kill: Kill | None, readers: list[_Reader]) -> tuple[int, float, bool]:
+    begun, hung = time.monotonic(), False
     moment = kill.cpu if kill is not None else None
     while True:
-        shown += _read(screen)
+        for reader in readers:
+            reader.read()
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
-            shown += _read(screen)
             cpu = usage.ru_utime + usage.ru_stime
-            return code, cpu, hung or code == -signal.SIGXCPU, shown
+            return code, cpu, hung or code == -signal.SIGXCPU
         if moment is not None and kill is not None and _cpu(child) >= moment:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, kill.signal)
@@ -96,33 +119,21 @@ def _cpu(process: int) -> float:
     return 0.0
 
 
-def _read(screen: int | None) -> bytes:
-    """What waits on a pseudo-terminal."""
-    if screen is None:
-        return b""
-    os.set_blocking(screen, False)
-    parts = []
-    with contextlib.suppress(OSError):
-        while part := os.read(screen, 65536):
-            parts.append(part)
-    return b"".join(parts)
-
-
 def _child(
-    words: list[str], place: Place, surroundings: Surroundings, kill: Kill | None, logs: list[Path], line: int | None
+    words: list[str], place: Place, surroundings: Surroundings, kill: Kill | None, log: Path, ends: list[int]
 ) -> None:
     """Become the command; never returns."""
     code = 99
     try:
         os.setsid()
-        _streams(place, surroundings, logs, line)
-        _variables(surroundings, kill, logs[2])
+        _streams(place, surroundings, ends)
+        _variables(surroundings, kill, log)
         os.chdir(place.path(surroundings.cwd) if surroundings.cwd else place.here)
         resource.setrlimit(resource.RLIMIT_CPU, (int(surroundings.cpu), int(surroundings.cpu) + 5))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not surroundings.fresh:  # a new interpreter is watched by sitecustomize
-            audit.watch(str(logs[2]), kill.operation if kill else None)
+            audit.watch(str(log), kill.operation if kill else None)
         if surroundings.before:
             surroundings.before(place)
         for limit, value in surroundings.limits:
@@ -157,9 +168,10 @@ def call(words: list[str]) -> int:
     return code
 
 
-def _streams(place: Place, surroundings: Surroundings, logs: list[Path], line: int | None) -> None:
+def _streams(place: Place, surroundings: Surroundings, ends: list[int]) -> None:
     """Connect the three standard streams."""
-    if line is not None:
+    if surroundings.terminal:
+        (line,) = ends
         fcntl.ioctl(line, termios.TIOCSCTTY, 0)
         fcntl.ioctl(line, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         for stream in (0, 1, 2):
@@ -173,8 +185,9 @@ def _streams(place: Place, surroundings: Surroundings, logs: list[Path], line: i
     else:
         given_path = Path(os.devnull) if given is None else place.path(given)
     os.dup2(os.open(given_path, os.O_RDONLY), 0)
-    for stream, log in ((1, logs[0]), (2, logs[1])):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    for stream, end in enumerate(ends, 1):
+        os.dup2(end, stream)
+        os.close(end)
     source.unlink(missing_ok=True)
 
 

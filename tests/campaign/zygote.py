@@ -167,8 +167,7 @@ def _answer(line: socket.socket, scratch: Path) -> None:
         result = row(case, outcome, "FAULT", f"the campaign itself failed: {type(e).__name__}: {e}", place)
     finally:
         _remove(here)
-    for kind in ("out", "err", "events"):
-        (scratch / f"{kind}.{os.getpid()}").unlink(missing_ok=True)
+    (scratch / f"events.{os.getpid()}").unlink(missing_ok=True)
     line.sendall(json.dumps(result).encode())
 
 

@@ -66,12 +66,18 @@ def cases() -> Iterator[Case]:
         )
         name = text.replace("/", "∕")
         home = Surroundings(environment={"PNP_TRT_ENGINES": "engines"})
-        quick = {"inspect": ("inspect", name), "list": ("list",), "sample": sample(name), "verify": ("verify", name)}
+        engine = HERE / "engines" / name
+        quick = {
+            "inspect": ("inspect", engine),
+            "list": ("list",),
+            "sample": sample(engine),
+            "verify": ("verify", engine),
+        }
         for command, words in share(quick, turn, 1).items():
             yield Case(AREA, f"{command}, an engine called {label}", words, (0,), _named(text), surroundings=home)
-        engines = (PLAIN, HERE / "engines" / name)
+        engines = (PLAIN, engine)
         pages = {
-            "plug": plug(name),
+            "plug": plug(engine),
             "bench": bench(*everything, engines=engines),
             "bench latency": bench("--batch", 1, "--rounds", 2, "--cold-starts", 0, "--html", PAGE, engines=engines,
                                    only="latency"),

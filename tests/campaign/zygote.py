@@ -69,6 +69,9 @@ class Zygote:
     def _start(self) -> None:
         for name in ("tmp", "home", "cache", "cases"):
             (self.scratch / name).mkdir(parents=True, exist_ok=True)
+        fonts = Path.home() / ".cache" / "matplotlib"  # a list that takes seconds to make
+        if fonts.is_dir():
+            shutil.copytree(fonts, self.scratch / "home/.cache/matplotlib", dirs_exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PNP_TRT_", "COV_", "PYTEST_"))}
         search = [str(ROOT), str(Path(__file__).parent / "site")]
         environment |= {

@@ -67,13 +67,8 @@ def cases() -> Iterator[Case]:
         name = text.replace("/", "∕")
         home = Surroundings(environment={"PNP_TRT_ENGINES": "engines"})
         engine = HERE / "engines" / name
-        quick = {
-            "inspect": ("inspect", engine),
-            "list": ("list",),
-            "sample": sample(engine),
-            "verify": ("verify", engine),
-        }
-        for command, words in share(quick, turn, 1).items():
+        quick = {"inspect": ("inspect", engine), "sample": sample(engine), "verify": ("verify", engine)}
+        for command, words in share({**quick, "list": ("list",)}, turn, 1).items():
             yield Case(AREA, f"{command}, an engine called {label}", words, (0,), _named(text), surroundings=home)
         engines = (PLAIN, engine)
         pages = {

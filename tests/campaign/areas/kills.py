@@ -87,7 +87,7 @@ def _timeless(value: Any) -> Any:
 
 
 def _images(place: Place) -> Any:
-    """Every image is whole. ``sample`` continues nothing: what a kill left of one image, it cannot know to be its own."""
+    """Every image is whole; ``sample`` continues nothing, so that what a kill left of one image stays."""
     from PIL import Image
 
     for path in place.path(OUT).glob("*.png"):

@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,20 +175,9 @@ def _probe(folder: Path) -> None:
         base = base.parent
     if not base.is_dir():
         raise OSError(errno.ENOTDIR, f"{base} is a file")
-    if base == folder:
-        place = temporary_beside(folder / "probe")
-        try:
-            with place.open("wb") as f:
-                f.write(bytes(4096))  # a file of no bytes can be made on a full disk
-        finally:
-            place.unlink(missing_ok=True)
-        return
-    inner = make_temporary_folder(base / "probe")
-    try:
-        with (inner / "probe").open("wb") as f:
-            f.write(bytes(4096))
-    finally:
-        shutil.rmtree(inner, ignore_errors=True)
+    with tempfile.TemporaryFile(dir=base) as f:  # it has no name where the system can, so that no kill leaves it
+        f.write(bytes(4096))  # a file of no bytes can be made on a full disk
+        f.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------- files

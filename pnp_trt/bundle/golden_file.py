@@ -37,9 +37,10 @@ def read_golden(path: Path, networks: Mapping[str, NetworkRecord]) -> Golden:
         if inputs.keys() != record.inputs.keys():
             shown = printable(", ".join(inputs) or "none", limit=200)
             raise InputError(f"{path}: {_name(case)} has the inputs {shown}, not {', '.join(record.inputs)}; {_ADVICE}")
+        rows = len(reference) if reference.ndim else 0
         for name, array in inputs.items():
-            _check(path, f"{case}/{name}", array, record.inputs[name], len(reference))
-        _check(path, f"{case}/=", reference, next(iter(record.outputs.values())), len(reference))
+            _check(path, f"{case}/{name}", array, record.inputs[name], rows)
+        _check(path, f"{case}/=", reference, next(iter(record.outputs.values())), rows)
     return golden
 
 

@@ -93,7 +93,7 @@ def _images(place: Place) -> Any:
     for path in place.path(OUT).glob("*.png"):
         with Image.open(path) as image:
             image.load()
-    for path in (*place.here.glob(".probe*"), *place.path(OUT).glob(".*.partial-*")):
+    for path in place.path(OUT).glob(".*.partial-*"):
         path.unlink()
     return []
 

@@ -49,8 +49,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
             little memory, or an ``out`` that holds something else.
         PnpError: if a network's parity with PyTorch is past the limit, or the compiler fails; nothing is written.
     """
-    if not (spec.folder() / MANIFEST).exists():
-        check_replaceable_folder(spec.folder())
+    check_before_work(spec.folder())
     backend = backends.get(spec.backend)
     recipe, target, profiles = _checked(spec, backend)
     base = spec.base_model()
@@ -100,6 +99,16 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
         except OSError as e:
             raise PnpError(failure(folder, e)) from e
     return Built(folder, manifest, cached=False)
+
+
+def check_before_work(folder: Path) -> None:
+    """Refuse a place that cannot be written; where a bundle is already, there may be nothing to write."""
+    try:
+        present = (folder / MANIFEST).is_file()
+    except (OSError, ValueError):
+        present = False
+    if not present:
+        check_replaceable_folder(folder)
 
 
 def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> Manifest | None:

@@ -21,7 +21,6 @@ import numpy as np
 
 from .. import __version__, backends, memory
 from ..artifacts import (
-    MANIFEST,
     SCHEMA,
     check_place,
     digest,
@@ -41,7 +40,7 @@ from ..bundle.onnx_file import check_graph
 from ..bundle.parts import Made, Parts, assemble
 from ..bundle.weights_file import read_weights
 from ..errors import InputError, PnpError
-from ..export.bundle import Built, standing
+from ..export.bundle import Built, check_before_work, standing
 from ..export.spec import short_name
 from ..export.work import TITLES, engine_parity, library_versions
 from ..files import check_replaceable_folder, failure
@@ -118,8 +117,8 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
             shape or not finite, or an ``out`` that holds something else.
         PnpError: if a network's parity with PyTorch is past the limit, or the compiler fails; nothing is written.
     """
-    if spec.out is not None and not (spec.out / MANIFEST).exists():
-        check_replaceable_folder(spec.out)
+    if spec.out is not None:
+        check_before_work(spec.out)
     if spec.base is None and not spec.loras:
         raise InputError("nothing to plug: give --base FINE_TUNE, --lora FILE, or both")
     source = find_bundle(spec.engine)

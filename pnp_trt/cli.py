@@ -30,6 +30,9 @@ _debug = False
 def main() -> None:
     """Entry point: library errors become one sentence and an exit code; the rest is a bug and says so."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    for stream in (sys.stdout, sys.stderr):  # a terminal or PYTHONIOENCODING that lacks a character must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         process.run(lambda: app(standalone_mode=True))
     except PnpError as e:

@@ -21,6 +21,8 @@ from .errors import InputError
 MAX_BYTES = 256 << 20
 #: characters of a prompt, at most; a text encoder reads 77 tokens, the rest is only tokenised
 MAX_PROMPT = 1_000_000
+#: of a run that counts seeds up from it
+MAX_SEED = 2**62
 #: characters of a prompt in a message
 EXCERPT = 60
 #: longest marks first: that of UTF-32 begins with that of UTF-16
@@ -65,6 +67,22 @@ def read_text(path: Path, what: str = "", advice: str = "give a text file") -> s
     except (OSError, ValueError) as e:  # ValueError: a path with a NUL
         raise InputError(f"{name} cannot be read ({getattr(e, 'strerror', None) or e}); {advice}") from None
     return decode(data, name)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a name that a user gave leads to a file; False too where the system refuses such a name."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than the system allows, in a folder that cannot be searched
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """As :func:`is_file`, of a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def decode(data: bytes, name: str) -> str:
@@ -170,6 +188,12 @@ def check_prompts(prompts: Iterable[str], what: str = "the prompt") -> None:
             raise InputError(
                 f"{what} is not UTF-8 text: {wrong} after {excerpt(prompt[: e.start])}; give it in UTF-8"
             ) from None
+
+
+def check_seed(seed: int) -> None:
+    """Raise ``InputError`` for a seed that a generator of torch or numpy does not take."""
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"the seed is {seed}; it must be between 0 and {MAX_SEED}")
 
 
 def warn_of_syntax(prompts: Sequence[str]) -> None:

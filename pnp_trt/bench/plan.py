@@ -9,6 +9,7 @@ from typing import Any
 
 from ..backends.profiles import Size
 from ..errors import InputError
+from ..inputs import is_file, is_folder
 from ..runtime.pipeline import GUIDANCE, STEPS
 from .engines import engine_names
 
@@ -22,6 +23,7 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 _PICTURES = (2, 50_000)
 _BATCHES = (1, 32)
+MOST_ROUNDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,10 @@ def check(plan: Plan) -> None:
         values = getattr(plan, name)
         if twice := next((v for v in values if values.count(v) > 1), None):
             raise InputError(f"{name} names {twice} twice; name each value once")
-    if plan.rounds < 1 or plan.warmup < 0:
-        raise InputError(f"rounds is {plan.rounds} and warmup {plan.warmup}; they must be at least 1 and 0")
+    if not 1 <= plan.rounds <= MOST_ROUNDS or not 0 <= plan.warmup <= MOST_ROUNDS:
+        raise InputError(
+            f"rounds is {plan.rounds} and warmup {plan.warmup}; they must be from 1 and 0 to {MOST_ROUNDS:,}"
+        )
     if not 0 <= plan.cold_starts <= 1000:
         raise InputError(f"cold-starts is {plan.cold_starts}; it must be between 0 and 1000")
     if plan.pictures is not None and not _PICTURES[0] <= plan.pictures <= _PICTURES[1]:
@@ -132,7 +136,7 @@ def _check_files(plan: Plan) -> None:
     for name, value in named.items():
         folder = name in ("real", "clip")
         path = Path(value)
-        if not (path.is_dir() if folder else path.is_file()):
+        if not (is_folder(path) if folder else is_file(path)):
             raise InputError(f"--{name} {value} is no {'folder' if folder else 'file'}; name one that exists")
     if plan.inception is not None and plan.real is None:
         raise InputError("--inception gives a distance to real pictures and none are named; add --real DIR")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..backends.profiles import parse_size
 from ..errors import InputError
-from ..inputs import read_text
+from ..inputs import is_file, read_text
 from .plan import QUICK, Plan
 
 _LISTS = {"engines": str, "batches": int, "steps": int, "timed_steps": int, "guidance": float}
@@ -39,7 +39,7 @@ def load(suite: str) -> dict[str, Any]:
             message has the known ones.
     """
     path = Path(suite)
-    if not path.is_file():
+    if not is_file(path):
         suites = known()
         if suite not in suites:
             there = ", ".join(sorted(suites)) or f"none; they lie in {' and '.join(map(str, homes())) or 'a checkout'}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..artifacts import digest, sha256, write_json
 from ..errors import InputError
 from ..files import check_writable_folder
+from ..inputs import shortened
 from ..models.guide import GUIDES, Guide
 from ..models.student import Student
 from ..runs import claim
@@ -77,7 +78,7 @@ class GuidanceConfig:
         ):
             if value not in known:
                 raise InputError(f"{name} is '{value}'; known: {', '.join(known)}")
-        if not 1.0 <= self.w_min < self.w_max:
+        if not 1.0 <= self.w_min < self.w_max < math.inf:
             raise InputError(
                 f"the range of w is {self.w_min:g} to {self.w_max:g}; it must start at 1 or above and not be empty"
             )
@@ -199,8 +200,9 @@ def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:
         options.setdefault("negative_prompts", True)
     try:
         guide: Guide = GUIDES[config.guide].from_unet(teacher.unet, **options)
-    except TypeError as e:
-        raise InputError(f"the {config.guide} guide does not take these options: {e}") from e
+    except Exception as e:  # torch raises many types for sizes that are negative, huge or not numbers
+        reason = shortened((str(e).splitlines() or [type(e).__name__])[0], 200)
+        raise InputError(f"the {config.guide} guide does not take these options: {reason}") from e
     if config.train.gradient_checkpointing:
         teacher.unet.enable_gradient_checkpointing()
         if isinstance(guide, GUIDES["full"]):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..inputs import check_prompts, excerpt, lines, parse_json, read_text, warn_of_syntax
+from ..inputs import check_prompts, excerpt, is_folder, lines, parse_json, read_text, warn_of_syntax
 from ..json_schema import problem
 from ..runtime.image_files import SUFFIXES, ImageError, read_rgb
 
@@ -79,7 +79,7 @@ def find_pictures(folder: Path) -> CaptionedPictures:
     Raises:
         InputError: if there is no folder, no usable picture, or ``metadata.jsonl`` is not JSON lines of that form.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"the image folder {folder} does not exist; pass a folder of captioned images")
     known = _metadata(folder)
     files, captions, skipped = [], [], []

@@ -7,6 +7,7 @@ and the guide alone learns.  Halving is repeated, 32 → 16 → 8 → 4, and eve
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..artifacts import digest, sha256, write_json
 from ..errors import InputError, PnpError
 from ..files import check_writable_folder
+from ..json_schema import problem
 from ..models.conditions import Conditions
 from ..models.load import load_guide
 from ..models.names import guide_folder
@@ -88,7 +90,7 @@ class StepsConfig:
     def check(self) -> None:
         """Raise ``InputError`` for values out of range."""
         self.chain()
-        if not 1.0 <= self.w_min < self.w_max:
+        if not 1.0 <= self.w_min < self.w_max < math.inf:
             raise InputError(
                 f"the range of w is {self.w_min:g} to {self.w_max:g}; it must start at 1 or above and not be empty"
             )
@@ -169,11 +171,21 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
     return reports
 
 
+def _settings(report: Path) -> dict[str, Any]:
+    """The settings of the run that made a guide."""
+    document = read_record(report, "pass --base and --prompts, and remove that file")
+    shape = {"type": "object", "properties": {"settings": {"type": "object", "properties": {
+        "base": {"type": "string"}, "prompts": {"type": ["string", "null"]}}}}}  # fmt: skip
+    if wrong := problem(document, shape):
+        raise InputError(f"{report} is not a report of pnp-trt distill: {wrong}; remove that file")
+    settings: dict[str, Any] = document.get("settings", {})
+    return settings
+
+
 def _origin(config: StepsConfig, folder: Path) -> tuple[str, list[str]]:
     """Base and prompts: the given ones, else those of the guide's own report."""
     report = folder / "distill.json"
-    found = read_record(report, "pass --base and --prompts") if report.exists() else {}
-    known = settings if isinstance(settings := found.get("settings"), dict) else {}
+    known = _settings(report) if report.is_file() else {}
     base = config.base or known.get("base")
     prompts = config.prompts or (Path(known["prompts"]) if known.get("prompts") else None)
     if base is None:

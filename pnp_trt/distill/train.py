@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import processor
 from ..errors import InputError, PnpError
 from ..files import whole_file
+from ..inputs import check_seed
 
 PRECISIONS = ("no", "bf16", "fp16", "auto")
 SCHEDULES = ("cosine", "constant")
@@ -59,8 +60,11 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.lr > 0:
-            raise InputError(f"the learning rate is {self.lr:g}; it must be above 0")
+        if not 0 < self.lr <= 1:
+            raise InputError(f"the learning rate is {self.lr:g}; it must be above 0 and at most 1")
+        if not 0 <= self.ema <= 1:  # also refuses NaN
+            raise InputError(f"ema is {self.ema:g}; it must be between 0 and 1")
+        check_seed(self.seed)
         if self.schedule not in SCHEDULES:
             raise InputError(f"the schedule is '{self.schedule}'; known: {', '.join(SCHEDULES)}")
         if self.mixed_precision not in PRECISIONS:

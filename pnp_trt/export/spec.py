@@ -116,13 +116,13 @@ def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
     if spec.guide == "none":
         return None
     from ..models.base import resolve
-    from ..models.names import guide_folder
+    from ..models.names import guide_config, guide_folder
 
     if (made := resolve(spec.base).random_guide(spec.guide)) is not None:
         return made
     folder = guide_folder(guide_name(spec))
     files = [*weight_files(folder), folder / "config.json"]
-    config = read_json(folder / "config.json")
+    config = guide_config(folder)
     return {
         "name": folder.name,
         "sha256": digest([cached_sha256(f) for f in files]),
@@ -143,7 +143,7 @@ def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
     Raises:
         InputError: if it cannot be sampled from, or the guide was distilled under another one.
     """
-    from ..models.names import guide_folder
+    from ..models.names import guide_config, guide_folder
 
     spec.noise.check()
     record = scheduler_record(base_scheduler(base), Noise(), spec.noise)
@@ -151,7 +151,7 @@ def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
         check_samples(record, spec.base)
         return record
     folder = guide_folder(guide_name(spec))
-    steps = read_json(folder / "config.json").get("sampling_steps")
+    steps = guide_config(folder).get("sampling_steps")
     check_samples(record, spec.base, steps)
     if (guide := distilled_under(folder)) is not None:
         check_distilled(guide, record, f"guide '{folder.name}'", spec.base, steps)

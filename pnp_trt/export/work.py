@@ -74,6 +74,7 @@ class Work:
         stages = len(modules) * 2 + 2
         with whole_folder(folder, check_removable_bundle) as work:
             self._stage("load", 0, stages)
+            self._check_inputs()
             tokens = copy_tokenizer(self.base, work / "tokenizer.json")
             sizes = self.base.sizes()
             negative = bool((identity["guide"] or {}).get("negative_prompts"))
@@ -138,6 +139,14 @@ class Work:
 
     def _stage(self, name: str, done: int, stages: int, share: float = 0.0) -> None:
         self.progress(name, int(100 * (done + share)), 100 * stages)
+
+    def _check_inputs(self) -> None:
+        """Load what is exported after the U-Net once, so that a damaged file is reported before minutes of work."""
+        if self.spec.base.startswith("random:"):
+            return
+        for load in (self.base.text_encoder, self.base.vae):
+            load()
+            gc.collect()
 
     def _modules(self) -> dict[str, Callable[[], Any]]:
         """What makes each network's module; calling it loads the weights."""

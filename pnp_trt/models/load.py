@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..errors import InputError
-from .files import read_json
+from ..inputs import shortened
 from .guide import GUIDES, Guide
-from .names import guide_folder
+from .names import guide_config, guide_folder, guide_weights
 from .networks import check_finite, load_network
 
 
@@ -15,6 +15,7 @@ def load_guide(name: str) -> Guide:
     Raises:
         InputError: if there is none of this name, or its files are damaged.
     """
+    guide_weights(guide_folder(name))
     guide = load_network(guide_class(name), guide_folder(name))
     return check_finite(guide, name).eval().requires_grad_(False)
 
@@ -26,8 +27,8 @@ def guide_class(name: str) -> type[Guide]:
         InputError: if there is no guide of this name, or it is of a class that this version does not know.
     """
     folder = guide_folder(name)
-    kind = read_json(folder / "config.json").get("_class_name")
+    kind = guide_config(folder)["_class_name"]
     classes = {c.__name__: c for c in GUIDES.values()}
     if kind not in classes:
-        raise InputError(f"{folder} holds a {kind}; known guides: {', '.join(classes)}")
+        raise InputError(f"{folder} holds a {shortened(kind)}; known guides: {', '.join(classes)}")
     return classes[kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from ..artifacts import digest, lock, write_text
 from ..distill.prompts import read_prompts, warn_of_long_prompts
 from ..errors import InputError
 from ..files import check_writable_file, remove_temporaries_of
+from ..inputs import check_seed
 from ..models.base import resolve
 from ..models.conditions import encode_prompts
 from ..models.student import Student, Teacher
@@ -74,7 +76,8 @@ class CalibrationConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; it must be at least {least}")
-        if not 1.0 <= self.w_min <= self.w_max:
+        check_seed(self.seed)
+        if not 1.0 <= self.w_min <= self.w_max < math.inf:
             raise InputError(
                 f"the guidance scales are {self.w_min:g} to {self.w_max:g}; give 1 or more, smallest first"
             )

@@ -175,7 +175,7 @@ def _wanted(given: Sequence[str], names: list[str]) -> list[int]:
     for word in given:
         if word in names:
             found.append(names.index(word))
-        elif word.isdecimal() and int(word) < len(names):
+        elif word in map(str, range(len(names))):
             found.append(int(word))
         else:
             raise InputError(f"no layer '{word}'; known: {', '.join(names)}, the indices 0 to {len(names) - 1}, or all")

@@ -102,7 +102,7 @@ def test_workspaces_out_of_range(value: str, micro_base: Path, tmp_path: Path, c
 
 @pytest.mark.parametrize(
     ("option", "value", "word"),
-    [("--lr", "inf", "learning rate"), ("--lr", "nan", "learning rate"), ("--ema", "nan", "ema"), ("--seed", "-1", "seed"),
+    [("--lr", "inf", "learning rate"), ("--lr", "nan", "learning rate"), ("--seed", "-1", "seed"),
      ("--seed", "9" * 20, "seed"), ("--w-max", "inf", "range of w"), ("--rank", "9" * 20, "options"),
      ("--rank", "9" * 12, "options"), ("--option", "trunk_kind=7", "")],
 )  # fmt: skip
@@ -114,6 +114,13 @@ def test_values_of_distill_out_of_range(
     refused(cli("distill", "guidance", *given, "--steps", 1, "--batch", 2, "--pictures", 0, option, value), word)
 
 
+def test_averages_are_checked() -> None:
+    from pnp_trt.distill.train import TrainConfig
+
+    with pytest.raises(InputError, match="ema is nan"):
+        TrainConfig(ema=float("nan")).check()
+
+
 LONG = "x" * 5000
 
 
@@ -122,7 +129,8 @@ LONG = "x" * 5000
     [
         ("visualize", "a", "--guide", LONG), ("build", "--guide", LONG), ("bench", "--suite", LONG),
         ("bench", "--only", "fidelity", "--prompts", LONG), ("bench", "--prompts", "p", "--real", LONG),
-        ("distill", "guidance", "--prompts", LONG, "--out", "d"), ("distill", "guidance", "--images", LONG, "--out", "d"),
+        ("distill", "guidance", "--prompts", LONG, "--out", "d"),
+        ("distill", "guidance", "--images", LONG, "--out", "d"),
         ("compare", LONG, LONG), ("visualize", "a\udcff"), ("sample", "a\udcff"), ("bench", "--rounds", "9" * 30),
     ],
     ids=lambda command: "-".join(command)[:30].encode("ascii", "replace").decode(),

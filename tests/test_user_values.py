@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,27 +135,3 @@ LONG = "x" * 5000
 def test_names_and_prompts_that_cannot_be(command: tuple[str, ...], cli: Cli, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     refused(cli(*command))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"COLUMNS": "0"}, {"COLUMNS": "x"},
-        {"TERM": "nonsense"}, {"TERM": ""}, {"HOME": None}, {"HOME": "/nonexistent"}, {"PNP_TRT_ENGINES": "/dev/null"},
-        {"PNP_TRT_ENGINES": LONG}, {"PNP_TRT_CACHE": "/dev/null/x"}, {"HF_HOME": "/proc/x"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_odd_surroundings(change: dict[str, str | None], engines: Path, tmp_path: Path) -> None:
-    given = {**os.environ, **change}
-    environment = {name: value for name, value in given.items() if value is not None}
-    code = "from pnp_trt.cli import main; main()"
-    for command in (["list"], ["sample", "ein süßer Apfel 🍎", "--steps", "1", "--out", str(tmp_path / "é")]):
-        if "PNP_TRT_ENGINES" in change and command[0] == "sample":
-            command += ["--engine", "none"]
-        elif command[0] == "sample":
-            command += ["--engine", "guided"]
-        done = subprocess.run([sys.executable, "-c", code, *command], env=environment, capture_output=True, check=False)
-        said = done.stderr.decode("utf-8", "replace")
-        assert "unexpected" not in said and "Traceback" not in said, said
-        assert done.returncode == (2 if "none" in command else 0), said

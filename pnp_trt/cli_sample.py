@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .errors import InputError, PnpError
 from .files import make_folder
-from .inputs import BYTE_ORDER_MARK, read_stdin_prompts
+from .inputs import BYTE_ORDER_MARK, as_utf8, read_stdin_prompts
 from .process import deferred
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     out: list[str] = []
     for prompt in given:
         if prompt != "-":
-            out.append(prompt.lstrip(BYTE_ORDER_MARK))  # of a file read by the shell, as in "$(cat FILE)"
+            out.append(as_utf8(prompt).lstrip(BYTE_ORDER_MARK))  # of a file read by the shell, as in "$(cat FILE)"
             continue
         out += read_stdin_prompts()
     return out

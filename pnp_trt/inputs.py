@@ -190,6 +190,14 @@ def check_prompts(prompts: Iterable[str], what: str = "the prompt") -> None:
             ) from None
 
 
+def as_utf8(argument: str) -> str:
+    """An argument whose bytes are UTF-8 where the locale's encoding is another, such as ASCII with LC_ALL=C."""
+    try:
+        return argument.encode(sys.getfilesystemencoding(), "surrogateescape").decode()
+    except UnicodeError:
+        return argument
+
+
 def check_seed(seed: int) -> None:
     """Raise ``InputError`` for a seed that a generator of torch or numpy does not take."""
     if not 0 <= seed <= MAX_SEED:

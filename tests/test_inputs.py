@@ -49,6 +49,11 @@ def test_prompts_are_the_same_in_every_encoding(data: bytes, tmp_path: Path, mon
     assert read_arguments(["-"]) == PROMPTS
 
 
+def test_arguments_are_utf8_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert read_arguments(["süß".encode().decode("ascii", "surrogateescape"), "a\udcff"]) == ["süß", "a\udcff"]
+
+
 def test_a_mark_in_an_argument_is_not_part_of_the_prompt() -> None:
     assert read_arguments(["\ufeffa red apple", "b"]) == ["a red apple", "b"]
 

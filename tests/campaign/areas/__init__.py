@@ -9,9 +9,6 @@ from collections import Counter
 
 from ..case import Case
 
-#: The share of every area that the quick campaign runs: one case in so many.
-QUICK = 5
-
 
 @functools.cache
 def load() -> dict[str, list[Case]]:
@@ -34,11 +31,12 @@ def find(area: str, name: str) -> Case:
 
 
 def quick(cases: list[Case]) -> list[Case]:
-    """A fixed fifth of an area, spread over it: mostly cases that end before any network runs, none that are slow."""
-    number = -(-len(cases) // QUICK)
+    """The part of an area that the quick campaign runs, spread over it; over all areas it is a fifth.
+
+    Nearly all are cases that end before any network runs, of which half is taken; none is slow.
+    """
     light, heavy = ([c for c in cases if not c.slow and c.light is light] for light in (True, False))
-    heavies = _spread(heavy, max(number // 6, number - len(light)))
-    return _spread(light, number - len(heavies)) + heavies
+    return _spread(light, -(-len(light) // 2)) + _spread(heavy, -(-len(heavy) // 15))
 
 
 def _spread(cases: list[Case], number: int) -> list[Case]:

@@ -212,7 +212,7 @@ def cases() -> Iterator[Case]:
                 command.words,
                 (0, -9),
                 scenario=_killed(name, _random_moment(name, n)),
-                slow=name not in ("sample", "plug"),
+                slow=name != "sample",
             )
         for n in range(changes):
             yield Case(
@@ -221,7 +221,7 @@ def cases() -> Iterator[Case]:
                 command.words,
                 (0, -9),
                 scenario=_killed(name, _at_change(name, n, changes)),
-                slow=name not in ("sample", "plug"),
+                slow=name != "sample",
             )
         for n in range(signals):
             for sig in (signal.SIGINT, signal.SIGTERM):
@@ -232,5 +232,5 @@ def cases() -> Iterator[Case]:
                     command.words,
                     (0, 130, 143, -15),
                     scenario=_killed(name, _by_signal(sig, share)),
-                    slow=name not in ("sample", "plug"),
+                    slow=name != "sample",
                 )

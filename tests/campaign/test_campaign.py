@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,5 +60,4 @@ def test_the_campaign_has_its_size() -> None:
     for cases in every.values():
         names = [c.name for c in areas.quick(cases)]
         assert len(set(names)) == len(names)
-    assert sum(len(areas.quick(cases)) for cases in every.values()) >= number // 6
-    assert shutil.which("git") is None or not report.FOLDER.is_relative_to(report.ROOT / "tests")
+    assert sum(len(areas.quick(cases)) for cases in every.values()) >= number // 6  # about a fifth

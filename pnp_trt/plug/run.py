@@ -263,7 +263,7 @@ class _Work:
             )
             parts = replace(
                 Parts.of(m),
-                base=Base(base, hashes, tuple(LoraRecord(**lora.identity()) for lora in self.loras)),
+                base=Base(base, hashes, tuple(LoraRecord(x.name, x.sha256, x.scale) for x in self.loras)),
                 tokens=tokens,
                 scheduler=self.scheduler,
             )

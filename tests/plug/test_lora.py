@@ -127,6 +127,7 @@ def test_what_is_no_lora_is_refused(tmp_path: Path, diffusers_lora: Path) -> Non
         (f"{tmp_path}/x.bin", "is not a .safetensors; pickled weights are not read"),
         (f"{diffusers_lora}:strong", "is 'strong'; write a number"),
         (f"{diffusers_lora}:nan", "is 'nan'; write a number"),
+        (f"{diffusers_lora}:-1e7", r"is -1e\+07; the largest is 1e\+06"),
     ):
         with pytest.raises(InputError, match=message):
             Lora.parse(text)

@@ -15,6 +15,9 @@ from ...models.safetensors_header import read_header
 #: part of a merge's identity, so that engines merged by older rules are not taken for up to date
 _ARITHMETIC = "W + scale·alpha/rank·B·A by layer, float32"
 
+#: largest magnitude of a scale that a bundle's manifest can record
+LARGEST_SCALE = 1e6
+
 
 def bundled_loras() -> list[str]:
     """LoRAs of the bundled model."""
@@ -34,7 +37,7 @@ class Lora:
         """``FILE`` or ``FILE:scale``; a bundled name stands for its file.
 
         Raises:
-            InputError: if the file does not exist, is not a safetensors file, or the scale is not a finite number.
+            InputError: if the file does not exist, is not a safetensors file, or the scale is not a number up to ±1e6.
         """
         name, colon, scale = text.rpartition(":")
         if not colon or not name or _find(text) is not None:
@@ -51,6 +54,8 @@ class Lora:
             number = math.nan
         if not math.isfinite(number):
             raise InputError(f"the scale of --lora {text} is '{scale}'; write a number, such as {name}:0.8")
+        if abs(number) > LARGEST_SCALE:
+            raise InputError(f"the scale of --lora {text} is {number:g}; the largest is {LARGEST_SCALE:g}")
         read_header(path)  # a damaged file is refused before anything expensive begins
         return cls(path.stem, path, number)
 
@@ -60,9 +65,14 @@ class Lora:
         path = self.path.with_name("adapter_config.json")
         return path if self.path.name == "adapter_model.safetensors" and path.is_file() else None
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the file."""
+        return cached_sha256(self.path)
+
     def identity(self) -> dict[str, Any]:
         """What distinguishes one merge from another: JSON."""
-        out = {"name": self.name, "sha256": cached_sha256(self.path), "scale": self.scale, "arithmetic": _ARITHMETIC}
+        out = {"name": self.name, "sha256": self.sha256, "scale": self.scale, "arithmetic": _ARITHMETIC}
         if self.adapter_config is not None:
             out["adapter_config_sha256"] = cached_sha256(self.adapter_config)
         return out

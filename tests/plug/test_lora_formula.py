@@ -162,7 +162,7 @@ def test_original_names_are_those_of_diffusers_converter(networks: Networks) -> 
 
 
 def test_a_bundles_configs_name_the_layers_of_its_networks(networks: Networks, micro_bundles: Path) -> None:
-    names = architecture(open_bundle(micro_bundles / "guided").manifest["configs"])
+    names = architecture(open_bundle(micro_bundles / "guided").manifest.configs or {})
     for network, module in networks.modules.items():
         for name, part in module.named_modules():
             if "weight" in part._parameters:
@@ -429,7 +429,7 @@ def test_the_engines_own_file_has_the_formulas_weights(
     made = plug(PlugSpec(str(source), str(tmp_path / "base.safetensors"), tuple(loras), tmp_path / "out"))
     maps = json.loads((made.folder / "weights.json").read_text())["networks"]
     for network in ("unet", "text_encoder"):
-        values = ir.load(made.folder / made.manifest["networks"][network]["graph"]).graph.initializers
+        values = ir.load(made.folder / made.manifest.networks[network].graph).graph.initializers
         for name, w in maps[network]["weights"].items():
             if w["source"] == network:
                 got = values[name].const_value.numpy()

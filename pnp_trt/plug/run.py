@@ -12,7 +12,8 @@ import os
 import shlex
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from ..artifacts import (
 )
 from ..backends.base import CompileJob, Progress
 from ..bundle.golden_file import read_golden
-from ..bundle.manifest import Base, Compiled, FileRecord, LoraRecord, Manifest, NetworkRecord, Plugged, Tokens
+from ..bundle.manifest import WEIGHTS, Base, Compiled, FileRecord, LoraRecord, Manifest, NetworkRecord, Plugged, Tokens
 from ..bundle.onnx_file import check_graph
 from ..bundle.parts import Made, Parts, assemble
 from ..bundle.weights_file import read_weights
@@ -48,6 +49,7 @@ from ..models.base import is_hub_id
 from ..models.scheduler import Noise, check_distilled, check_samples
 from ..replacing import check_removable_bundle
 from ..runtime.verify import Golden
+from ..text import printable
 from .checkpoint import FineTune, find
 from .lora import Lora
 
@@ -174,7 +176,8 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     with lock(folder):
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
-        fine_tune.check_parts(manifest.configs, f"engine '{manifest.name}'")
+        with _described_wrongly(f"engine '{manifest.name}'", "networks"):
+            fine_tune.check_parts(manifest.configs, f"engine '{manifest.name}'")
         work = _Work(spec, source, manifest, backend, fine_tune, scheduler, loras, progress or (lambda *_: None))
         try:
             made = work.run(folder, key, identity)
@@ -213,7 +216,6 @@ class _Work:
     stage: int = 0
 
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
-        from ..export.weights import FILE as WEIGHTS
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import save_golden
         from .lora import architecture, load
@@ -393,13 +395,14 @@ class _Work:
         self._report(f"swap {TITLES[name]}", stages)
         source, whole = SOURCES[name]
         graph, data = work / entry.graph, entry.data
-        module, swapped, guide = self._module(name, weights, loaded, work)
-        new = {source: dict(swapped.state_dict())}
-        check_keys(weights, new, whole)
         inputs = {case: {k: torch.from_numpy(v) for k, v in held[0].items()} for case, held in golden.items()}
-        written = rewrite(graph, work / _OLD / data, work / data, weights, new)
+        with _described_wrongly(f"engine '{self.manifest.name}'", name):
+            module, swapped, guide = self._module(name, weights, loaded, work)
+            new = {source: dict(swapped.state_dict())}
+            check_keys(weights, new, whole)
+            written = rewrite(graph, work / _OLD / data, work / data, weights, new)
+            wanted = {case: reference(module, given).numpy() for case, given in inputs.items()}
         self.files[data] = FileRecord(written.sha256, (work / data).stat().st_size)
-        wanted = {case: reference(module, given).numpy() for case, given in inputs.items()}
         del module, swapped, new
         gc.collect()
         self._report(f"compare {TITLES[name]}", stages)
@@ -447,6 +450,20 @@ class _Work:
             if name not in out:
                 out[name] = FileRecord(sha256(path), path.stat().st_size)
         return {name: out[name] for name in sorted(present)}
+
+
+@contextmanager
+def _described_wrongly(what: str, network: str) -> Iterator[None]:
+    """Configs and maps of weights come with the engine; the libraries raise many types where they do not fit."""
+    try:
+        yield
+    except (PnpError, OSError):
+        raise
+    except Exception as e:
+        why = printable(f"{type(e).__name__}: {e}", limit=200)
+        raise InputError(
+            f"{what}: configs or {WEIGHTS} do not describe the {network} ({why}); build it of the fine-tune instead"
+        ) from e
 
 
 def _link(source: Path, target: Path) -> None:

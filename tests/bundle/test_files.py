@@ -268,3 +268,24 @@ def test_tables_print_text_as_text() -> None:
     assert "\x1b[31m" in printed  # its own styles stay
     assert not any(part in printed for part in ("\x1b]", "\x1b[2J", "\x1b[3J", "\x07", "\u202e"))
     assert "\\x1b]0;pwned" in printed and "[red]x[/nope]" in printed
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("unet", {"block_out_channels": "x"}), ("unet", {"norm_num_groups": 7}),
+        ("text_encoder", {"hidden_size": "x"}),
+    ],
+)  # fmt: skip
+def test_configs_that_describe_no_network(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path, part: str,
+                                          change: dict[str, Any]) -> None:  # fmt: skip
+    reseal(copied, lambda m: m["configs"][part].update(change))
+    done = cli("plug", copied, "--base", micro_base, "--out", tmp_path / "x")
+    assert done.code == 2 and "configs or weights.json do not describe the" in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_bundles_own_word_fetches_nothing(copied: Path, cli: Cli, tmp_path: Path) -> None:
+    reseal(copied, lambda m: m["base"].update(name="evil/model"))
+    done = cli("plug", copied, "--lora", "sepia", "--out", tmp_path / "x")
+    assert done.code == 2 and "names its base 'evil/model', which is not on this machine" in done.err

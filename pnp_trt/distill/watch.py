@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,9 +182,8 @@ class Board:
 
     def numbers(self, step: int, **values: float) -> None:
         """Scalars of a step."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._call("add_scalar", name, value, step)
 
     def error(self, step: int, held_out: dict[str, Any]) -> None:
         """The held-out error: in all, and for each t over w."""
@@ -197,10 +197,18 @@ class Board:
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture, uint8 ``[H, W, 3]``."""
-        if self._writer is not None:
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._call("add_image", name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Call the writer; a disk that has no room for logs ends the logs and not the training."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments, **options)
+        except OSError as e:
+            self._writer = None
+            warnings.warn(f"no more TensorBoard logs are written ({e.strerror or e})", stacklevel=3)

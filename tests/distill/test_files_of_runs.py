@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from pnp_trt.distill.run import guide_weights, save_guide
 from pnp_trt.distill.states import StateConfig, _claim_cache, read_shards, write_shard
 from pnp_trt.distill.train import TrainConfig, newest_step, train
+from pnp_trt.distill.watch import Board
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.models.load import load_guide
 
@@ -110,3 +111,17 @@ def test_states_of_unknown_origin_are_not_used(tmp_path: Path) -> None:
     (tmp_path / "shard-0000.safetensors").write_text("dear")
     with pytest.raises(InputError, match=r"holds states and no states\.json"):
         _claim_cache(tmp_path, StateConfig(count=1), {}, 0)
+
+
+def test_a_disk_without_room_for_logs_ends_the_logs_alone(tmp_path: Path) -> None:
+    class Full:
+        def add_scalar(self, *_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    board = Board(tmp_path)
+    board.close()
+    board._writer = Full()
+    with pytest.warns(UserWarning, match=r"no more TensorBoard logs are written \(No space left on device\)"):
+        board.numbers(1, loss=0.5)
+    board.numbers(2, loss=0.5)
+    board.close()

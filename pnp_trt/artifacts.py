@@ -61,7 +61,7 @@ def cached_sha256(path: Path) -> str:
         return sha256(path)
     note = cache_home() / "sha256" / f"{digest(mark)}.txt"
     with contextlib.suppress(OSError):
-        if len(held := note.read_text().strip()) == 64:
+        if len(held := note.read_text(encoding="utf-8").strip()) == 64:
             return held
     found = sha256(path)
     with contextlib.suppress(PnpError):  # a cache that cannot be written is only slower

@@ -12,7 +12,7 @@ def peak() -> int | None:
     """Largest resident memory of this process so far, in bytes; None where the system does not say."""
     with suppress(OSError):
         # not getrusage: Linux carries that figure over from the process that started this one
-        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
             return int(found[1]) * 1024
     try:
         import resource
@@ -27,7 +27,7 @@ def free() -> float:
 
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / n).read_text().strip() for n in ("memory.max", "memory.current"))
+        limit, used = ((group / n).read_text(encoding="utf-8").strip() for n in ("memory.max", "memory.current"))
         left = float(limit) - float(used)  # "max" is no number
     except (OSError, ValueError):
         left = float("inf")

@@ -37,7 +37,7 @@ def multiplies(dtype: str) -> bool:
     Where neither the system nor PyTorch says so, the answer is no: float32 is then the fast type.
     """
     try:
-        return bool(_FLAGS[dtype] & flags(_CPUINFO.read_text()))
+        return bool(_FLAGS[dtype] & flags(_CPUINFO.read_text(encoding="utf-8")))
     except OSError:
         return _torch_knows(dtype)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +138,39 @@ LONG = "x" * 5000
 def test_names_and_prompts_that_cannot_be(command: tuple[str, ...], cli: Cli, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     refused(cli(*command), codes=(1, 2))  # 1: the system refuses the place of the bundle
+
+
+def run(change: dict[str, str | None], *command: str) -> subprocess.CompletedProcess[bytes]:
+    """``pnp-trt COMMAND`` in a process of its own, whose environment is changed."""
+    environment = {name: value for name, value in {**os.environ, **change}.items() if value is not None}
+    code = "from pnp_trt.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command], env=environment, capture_output=True, check=False)
+    assert b"unexpected" not in done.stderr and b"Traceback" not in done.stderr, done.stderr[-500:]
+    return done
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "POSIX"}],
+    ids=str,
+)
+def test_prompts_are_the_same_in_every_locale(change: dict[str, str | None], engines: Path, tmp_path: Path) -> None:
+    from pnp_trt.runtime.images import read_parameters
+
+    prompt = "ein süßer Apfel \N{RED APPLE}"
+    done = run(change, "sample", prompt, "--engine", "guided", "--steps", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-500:]
+    assert read_parameters(next(tmp_path.glob("*.png")))["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"COLUMNS": "0"}, {"COLUMNS": "x"}, {"TERM": "nonsense"}, {"TERM": ""}, {"HOME": None},
+        {"HOME": "/nonexistent"}, {"PNP_TRT_ENGINES": "/dev/null"}, {"PNP_TRT_ENGINES": LONG},
+        {"PNP_TRT_CACHE": "/dev/null/x"}, {"HF_HOME": "/proc/x"},
+    ],
+    ids=lambda change: str(change)[:40],
+)  # fmt: skip
+def test_odd_surroundings(change: dict[str, str | None], engines: Path) -> None:
+    assert run(change, "list").returncode == 0

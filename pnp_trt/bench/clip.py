@@ -90,7 +90,7 @@ class ClipScorer:
 def _config(path: Path) -> dict[str, object]:
     """A JSON file's contents; empty where there is none."""
     try:
-        found: dict[str, object] = json.loads(path.read_text())
+        found: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:

@@ -44,13 +44,13 @@ def counted_guide(manifest: Manifest) -> str | None:
     if manifest.guide is None:
         return ""
     try:
-        config = json.loads((guide_folder(manifest.guide.name) / "config.json").read_text())
+        config = json.loads((guide_folder(manifest.guide.name) / "config.json").read_text(encoding="utf-8"))
     except (InputError, OSError, ValueError):
         return None
     kind = str(config.get("_class_name", "")).removesuffix("Guide").lower()
     if kind == "full":
         return "guide-full"
-    counted = json.loads((guide_folder("emoji-tiny") / "config.json").read_text())
+    counted = json.loads((guide_folder("emoji-tiny") / "config.json").read_text(encoding="utf-8"))
     alike = all(config.get(k) == counted.get(k) for k in ("rank", "embed_dim"))
     return "guide-tiny" if kind == "tiny" and alike and manifest.base.name in _bundled() else None
 

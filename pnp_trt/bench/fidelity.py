@@ -335,7 +335,7 @@ class AlignmentHead:
         if sha256 is None:
             if not record.is_file():
                 raise InputError(f"the sha256 of {path.name} is not recorded: {record} is missing")
-            sha256 = (record.read_text().split() or ["nothing"])[0]
+            sha256 = (record.read_text(encoding="utf-8").split() or ["nothing"])[0]
         data = path.read_bytes()
         found = hashlib.sha256(data).hexdigest()
         if found != sha256:

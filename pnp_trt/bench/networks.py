@@ -36,7 +36,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         config = random_unet_config(base)
     else:
         folder = resolve(base).folder
-        config = json.loads((folder / "unet" / "config.json").read_text())
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
         sizes: dict[str, Any] = {name: guide_size(base, name) for name in GUIDES}
@@ -92,7 +92,7 @@ def guide_size(base: str, guide: str) -> dict[str, int]:
     if base.startswith("random:") or guide != "tiny":
         return {}
     try:
-        config = json.loads((guide_folder("emoji-tiny") / "config.json").read_text())
+        config = json.loads((guide_folder("emoji-tiny") / "config.json").read_text(encoding="utf-8"))
     except InputError:
         return {}
     return {k: config[k] for k in ("rank", "embed_dim")}
@@ -106,7 +106,7 @@ def _picture_networks(folder: Path, sample: Any) -> dict[str, tuple[Any, dict[st
     from ..export.graph import TextEncoder, VaeDecoder
 
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True))
-    config = json.loads((folder / "vae" / "config.json").read_text())
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     vae = getattr(diffusers, config["_class_name"]).from_config(config)
     return {
         "text-encoder": (TextEncoder(text), {"input_ids": torch.empty(1, 77, dtype=torch.long)}),

@@ -264,7 +264,7 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
     if weights is not None and model.fingerprint()["all"] != weights:
         return f"the weights of base '{base}' are not those in the engines (LoRAs merged, or files changed since)"
     index = model.folder / "model_index.json"
-    named = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
+    named = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
     if (model.folder / "text_encoder_2").is_dir() or named not in (None, "StableDiffusionPipeline"):
         return f"base '{base}' is a {named or 'pipeline with two text encoders'}; peers run StableDiffusionPipeline"
     if kind == COMPILED and provider == "cpu" and sys.platform != "win32" and not _compiler():

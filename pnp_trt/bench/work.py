@@ -76,7 +76,7 @@ class Work:
         path = self._path(name, key, ".json")
         if path.is_file():
             try:
-                return json.loads(path.read_text()), path not in self._mine
+                return json.loads(path.read_text(encoding="utf-8")), path not in self._mine
             except ValueError:  # damaged: made again
                 pass
         value = json.loads(json.dumps(make(), default=_plain))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -105,7 +104,8 @@ def _check_text(text: str, longest: int) -> None:
     if "\0" in text:
         raise ValueError("a string holds a null character")
     try:
-        os.fsencode(text)  # bytes of a file's name that are not UTF-8 pass, other surrogates do not
+        # bytes of a file's name that are not UTF-8 pass, other surrogates do not, whatever the locale's encoding
+        text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         raise ValueError("a string holds a lone surrogate") from None
 

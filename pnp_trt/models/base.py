@@ -266,7 +266,7 @@ def random_unet_config(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name.removeprefix('random:').partition('#')[0]}.json"
     if not path.is_file():
         raise InputError(f"no base model '{name}'; known: {', '.join([*bundled_bases(), *random_bases()])}")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _from_hub(name: str) -> Path:

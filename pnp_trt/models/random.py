@@ -120,7 +120,7 @@ def random_base(name: str) -> RandomBase:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    held: dict[str, Any] = json.loads(path.read_text())
+    held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return held
 
 

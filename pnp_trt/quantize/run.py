@@ -231,7 +231,7 @@ def _spread(count: int, most: int) -> list[int]:
 
 def _continued(partial: Path, key: str) -> dict[str, Any]:
     try:
-        held: dict[str, Any] = json.loads(partial.read_text())
+        held: dict[str, Any] = json.loads(partial.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return held["found"] if isinstance(held, dict) and held.get("key") == key else {}

@@ -173,4 +173,7 @@ def test_prompts_are_the_same_in_every_locale(change: dict[str, str | None], eng
     ids=lambda change: str(change)[:40],
 )  # fmt: skip
 def test_odd_surroundings(change: dict[str, str | None], engines: Path) -> None:
-    assert run(change, "list").returncode == 0
+    done = run(change, "list")
+    # a folder that no system can have is said; one that is not there holds no engine
+    refused_by_the_system = change.get("PNP_TRT_ENGINES") == LONG
+    assert done.returncode == (1 if refused_by_the_system else 0), done.stderr[-300:]

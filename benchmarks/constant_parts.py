@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pnp_trt.artifacts import write_json
-from pnp_trt.bench.cost import count
-from pnp_trt.bench.networks import guide_size
+from pnp_trt.bundle.store import write_json
+from pnp_trt.bench.measure.cost import count
+from pnp_trt.bench.measure.networks import guide_size
 from pnp_trt.bench.results import provenance
-from pnp_trt.models.base import random_unet_config, resolve
-from pnp_trt.models.guide import GUIDES
+from pnp_trt.models.teacher import random_unet_config, resolve
+from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student
 

@@ -76,9 +76,9 @@ def kernels(
 
     from benchmarks.gpu_kernels import Scaling, check_kernels, scheduler
     from pnp_trt.backends.cuda import Cuda
-    from pnp_trt.runtime.cuda_graph import KERNELS, device_loops, ptx
-    from pnp_trt.runtime.device_loop import Feeds, Plan
-    from pnp_trt.runtime.schedule import make
+    from pnp_trt.backends.cuda_graph import KERNELS, device_loops, ptx
+    from pnp_trt.sampling.device_loop import Feeds, Plan
+    from pnp_trt.sampling.schedules import make
 
     cuda = Cuda()
     loaded = cuda.kernels(ptx(), KERNELS)
@@ -131,8 +131,8 @@ def engines(backend: str, base: str, precision: str, rounds: int, guide: str = "
     """A guided engine and its teacher's: captured, step by step, and driven by the host."""
     import numpy as np
 
-    from pnp_trt.export.bundle import build
-    from pnp_trt.export.spec import BuildSpec
+    from pnp_trt.build.builder import build
+    from pnp_trt.build.spec import BuildSpec
     from pnp_trt.runtime import pipeline
 
     out: dict[str, Any] = {"backend": backend, "base": base, "precision": precision}
@@ -279,8 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not gpu_present():
         print("no NVIDIA GPU was found here: nothing was measured, nothing is written, and nothing is claimed")
         return 0
-    from pnp_trt.artifacts import write_json
-    from pnp_trt.backends.device import present_gpus
+    from pnp_trt.bundle.store import write_json
+    from pnp_trt.backends.gpus import present_gpus
     from pnp_trt.bench.results import provenance
 
     gpu = present_gpus()[0]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pnp_trt.export.bundle import build
-from pnp_trt.export.spec import BuildSpec
-from pnp_trt.plug.run import PlugSpec, plug
+from pnp_trt.build.builder import build
+from pnp_trt.build.spec import BuildSpec
+from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 
 from .emoji.grid import draw_grid

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pnp_trt.artifacts import open_bundle, write_json
+from pnp_trt.bundle.store import open_bundle, write_json
 from pnp_trt.bench.results import provenance
 
 SCHEMA = "pnp-trt/plug-speed/1"

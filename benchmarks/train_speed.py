@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import torch
 
-from pnp_trt.artifacts import write_json
-from pnp_trt.models.base import random_unet_config
-from pnp_trt.models.guide import GUIDES
+from pnp_trt.bundle.store import write_json
+from pnp_trt.models.teacher import random_unet_config
+from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student
 from pnp_trt.processor import mixed_precision

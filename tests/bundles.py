@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pnp_trt.artifacts import MANIFEST, list_files, write_document
+from pnp_trt.bundle.store import MANIFEST, list_files, write_document
 
 
 def document(folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Result:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run ``pnp-trt ARGS`` in this process, through the real entry point."""
-    from pnp_trt.cli import main
+    from pnp_trt.cli.app import main
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["pnp-trt", *map(str, arguments)])
@@ -129,8 +129,8 @@ def make_micro_guide(base: Path, folder: Path) -> Path:
     """A guide for the micro teacher in ``base``, whose residuals are not zero."""
     import torch
 
-    from pnp_trt.models.base import resolve
-    from pnp_trt.models.guide import TinyGuide
+    from pnp_trt.models.teacher import resolve
+    from pnp_trt.models.guides import TinyGuide
 
     torch.manual_seed(1)  # before the guide draws its own weights: they must not depend on which tests ran first
     guide = TinyGuide.from_unet(resolve(str(base)).unet(), rank=4, embed_dim=8)
@@ -143,8 +143,8 @@ def make_micro_guide(base: Path, folder: Path) -> Path:
 
 def make_micro_bundles(base: Path, guide: Path, home: Path) -> Path:
     """The bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher, below ``home``."""
-    from pnp_trt.export.bundle import build
-    from pnp_trt.export.spec import BuildSpec
+    from pnp_trt.build.builder import build
+    from pnp_trt.build.spec import BuildSpec
 
     build(BuildSpec(str(base), "none", out=home / "plain", image_to_image=True))
     build(BuildSpec(str(base), str(guide), out=home / "guided"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pnp_trt.artifacts import lock, whole_folder, write_json
+from pnp_trt.bundle.store import lock, whole_folder, write_json
 from pnp_trt.errors import PnpError
 
 
@@ -45,7 +45,7 @@ def test_replacing_keeps_the_old_one_until_the_new_is_whole(tmp_path: Path) -> N
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     target = tmp_path / "thing"
     program = (
-        "import sys, time; from pathlib import Path; from pnp_trt.artifacts import whole_folder\n"
+        "import sys, time; from pathlib import Path; from pnp_trt.bundle.store import whole_folder\n"
         f"with whole_folder(Path({str(target)!r})) as work:\n"
         "    (work / 'a').write_text('half'); print('ready', flush=True); time.sleep(60)\n"
     )
@@ -62,7 +62,7 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
 def test_two_writers_take_turns(tmp_path: Path) -> None:
     target = tmp_path / "thing"
     program = (
-        "import sys, time; from pathlib import Path; from pnp_trt.artifacts import lock\n"
+        "import sys, time; from pathlib import Path; from pnp_trt.bundle.store import lock\n"
         f"with lock(Path({str(target)!r})):\n"
         "    print('held', flush=True); sys.stdin.readline()\n"
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pnp_trt.bench.quality import Studio
+from pnp_trt.bench.metrics.quality import Studio
 
 from .bundles import reseal
 from .conftest import Result
@@ -96,8 +96,8 @@ class Peer:
 def test_peers_are_timed_and_one_that_fails_is_left_out(
     cli: Cli, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pnp_trt.bench import peers
-    from pnp_trt.bench.cases import Case
+    from pnp_trt.bench.measure import peers
+    from pnp_trt.bench.measure.cases import Case
 
     base = read(engines / "plain" / "manifest.json")["base"]["sha256"]["all"]
     found = [Case(Peer(kind, base, kind == "diffusers-compile"), kind) for kind in ("diffusers", "diffusers-compile")]
@@ -145,7 +145,7 @@ def test_weights_of_the_users_own_take_the_place_of_kid_and_alignment(
     import torch
     from safetensors.torch import save_file
 
-    from pnp_trt.bench.inception import WIDTH, build
+    from pnp_trt.bench.metrics.inception import WIDTH, build
 
     torch.manual_seed(0)
     save_file({**build(fid=True).state_dict(), "fc.weight": torch.zeros(1008, WIDTH)}, tmp_path / "i.safetensors")

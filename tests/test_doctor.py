@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pnp_trt import doctor
+from pnp_trt.cli import doctor
 
 ALL = {name for groups in doctor.EXTRAS.values() for group in groups for name in group[:1]}
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from pnp_trt.artifacts import MANIFEST, open_bundle, sha256
+from pnp_trt.bundle.store import MANIFEST, open_bundle, sha256
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.export.bundle import build
-from pnp_trt.export.spec import BuildSpec
+from pnp_trt.build.builder import build
+from pnp_trt.build.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
 
 from .bundles import reseal
@@ -34,7 +34,7 @@ SEED = int(os.environ.get("PNP_TRT_FAULTS_SEED", time.time_ns() % 10_000))
 FORKER = """
 import os, sys, json
 from pathlib import Path
-import pnp_trt.export.graph, pnp_trt.export.parity, pnp_trt.export.weights, pnp_trt.models.student, diffusers
+import pnp_trt.build.onnx_export, pnp_trt.build.parity, pnp_trt.graph.weights, pnp_trt.models.student, diffusers
 import onnxruntime, onnxscript.optimizer, onnxscript.rewriter, transformers
 from pnp_trt.models.base import resolve
 from pnp_trt.export.bundle import build

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pnp_trt.bench.charts_bars import compute_chart, latency_charts, roofline_charts
-from pnp_trt.bench.charts_fidelity import pareto_charts, scale_charts
+from pnp_trt.bench.report.charts_bars import compute_chart, latency_charts, roofline_charts
+from pnp_trt.bench.report.charts_fidelity import pareto_charts, scale_charts
 from pnp_trt.visualize.maps import draw_maps
 from pnp_trt.visualize.record import Layer, Recording
 from pnp_trt.visualize.run import Request, visualize

@@ -14,19 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pnp_trt import files
+from pnp_trt.io import files
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.files import (
-    check_replaceable_folder,
-    check_writable_file,
-    check_writable_folder,
-    is_temporary,
-    lock,
-    whole_file,
-    whole_folder,
-    write_bytes,
-    write_new,
-)
+from pnp_trt.io.files import check_replaceable_folder, check_writable_file, check_writable_folder, is_temporary, lock, whole_file, whole_folder, write_bytes, write_new
 
 #: runs a program without root's right to pass over permissions, as root or as anybody else
 UNPRIVILEGED = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"] if os.geteuid() == 0 else []
@@ -282,7 +272,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: p
 
 def test_waiting_is_said_and_an_impossible_lock_is_told_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from pnp_trt.files import lock\n"
+        "import sys; from pathlib import Path; from pnp_trt.io.files import lock\n"
         f"with lock(Path({str(tmp_path / 'x')!r})): print('locked', flush=True); sys.stdin.readline()\n"
     )
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
@@ -307,7 +297,7 @@ def test_waiting_is_said_and_an_impossible_lock_is_told_at_once(tmp_path: Path) 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_removes_what_is_half_done(tmp_path: Path, number: signal.Signals) -> None:
     program = (
-        "import time; from pathlib import Path; from pnp_trt import process; from pnp_trt.files import whole_folder\n"
+        "import time; from pathlib import Path; from pnp_trt import process; from pnp_trt.io.files import whole_folder\n"
         "def work():\n"
         f"    with whole_folder(Path({str(tmp_path / 'thing')!r})) as folder:\n"
         "        (folder / 'a').touch(); print('ready', flush=True); time.sleep(600)\n"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pnp_trt.errors import InputError
-from pnp_trt.models.names import guide_config, guide_weights
+from pnp_trt.models.catalog import guide_config, guide_weights
 
 from .conftest import Result
 

@@ -20,18 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnp_trt.artifacts import digest, write_json, write_text
-from pnp_trt.bench import cost, fidelity
+from pnp_trt.bundle.store import digest, write_json, write_text
+from pnp_trt.bench.measure import cost
+from pnp_trt.bench.metrics import fidelity
 from pnp_trt.distill.guidance import GuidanceConfig, distill
-from pnp_trt.distill.prompts import read_prompts
+from pnp_trt.models.prompts import read_prompts
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import StateConfig, States, collect, split
 from pnp_trt.distill.train import TrainConfig
-from pnp_trt.distill.watch import held_out_error, run_schedule
-from pnp_trt.models.guide import GuideInput
-from pnp_trt.models.load import load_guide
+from pnp_trt.distill.monitor import held_out_error, run_schedule
+from pnp_trt.models.guides import GuideInput
+from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student, cfg, encode
-from pnp_trt.runtime.schedule import ddim
+from pnp_trt.sampling.schedules import ddim
 
 from .provenance import machine
 
@@ -169,7 +170,7 @@ class Judge:
                 self.guide = guide
 
             def forward(self, w: torch.Tensor, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> Any:
-                from pnp_trt.models.guide import Features
+                from pnp_trt.models.guides import Features
 
                 f = Features(tuple(s.to(x.device) for s in features.down_block_res_samples),
                              features.mid_block_res_sample.to(x.device))  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pnp_trt.bench import fidelity
-from pnp_trt.bench.fidelity import AlignmentHead
+from pnp_trt.bench.metrics import fidelity
+from pnp_trt.bench.metrics.fidelity import AlignmentHead
 
 from .measures import Shots
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pnp_trt.artifacts import sha256, write_json
+from pnp_trt.bundle.store import sha256, write_json
 from pnp_trt.assets import ROOT as ASSETS
-from pnp_trt.models.base import resolve
+from pnp_trt.models.teacher import resolve
 from pnp_trt.models.networks import quiet_libraries
 
 from . import autoencoder, train

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pnp_trt.bench import fidelity
-from pnp_trt.bench.fidelity import AlignmentHead, FeatureExtractor
+from pnp_trt.bench.metrics import fidelity
+from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
 
 from .data import BASE_STYLES, FINE_TUNE_STYLES, pictures, split
 from .sampler import Ask

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pnp_trt.bench import fidelity
+from pnp_trt.bench.metrics import fidelity
 from pnp_trt.models.student import Student
 from pnp_trt.processor import multiplies
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from pnp_trt.artifacts import sha256
-from pnp_trt.bench import fidelity
-from pnp_trt.bench.fidelity import AlignmentHead
+from pnp_trt.bundle.store import sha256
+from pnp_trt.bench.metrics import fidelity
+from pnp_trt.bench.metrics.fidelity import AlignmentHead
 
 
 def _git(*args: str) -> str | None:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pnp_trt.bench import fidelity
+from pnp_trt.bench.metrics import fidelity
 from pnp_trt.errors import InputError
 from pnp_trt.processor import multiplies
-from pnp_trt.runtime.schedule import Schedule, ddim
+from pnp_trt.sampling.schedules import Schedule, ddim
 
 from .data import Style, caption
 

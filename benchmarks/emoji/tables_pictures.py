@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pnp_trt.figures import plain_text
+from pnp_trt.visualize.figures import plain_text
 
 from .cells import HEADLINE_W, METHODS, SCALES, STEPS
 from .grid import draw_grid

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pnp_trt.artifacts import write_text
+from pnp_trt.bundle.store import write_text
 from pnp_trt.errors import InputError
 
 from .cells import FINE_TUNES, FREE_SCALES, HEADLINE_W, METHODS, SCALES

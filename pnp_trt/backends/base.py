@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .profiles import MAX_BATCH, Profile, Size, size_of
+from ..bundle.profiles import MAX_BATCH, Profile, Size, size_of
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest, NetworkRecord
-    from ..runtime.device_loop import DeviceLoops
+    from ..sampling.device_loop import DeviceLoops
 
 __all__ = [
     "MAX_BATCH", "Backend", "Bound", "CompileJob", "CompileOptions", "Compiled", "Description", "LoadOptions",

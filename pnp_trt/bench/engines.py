@@ -19,9 +19,9 @@ def default_build(engine: str) -> list[str] | None:
 
     Known are BASE-teacher, BASE-tiny, and the stage 2 guides' BASE-tiny-8 and its like.
     """
-    from ..artifacts import engines_home
+    from ..bundle.store import engines_home
     from ..assets import ROOT
-    from ..models.base import bundled_bases
+    from ..models.teacher import bundled_bases
 
     for base in bundled_bases():
         for name, guide in zip(engine_names(base), ("none", "auto"), strict=True):
@@ -39,7 +39,7 @@ def counted_guide(manifest: Manifest) -> str | None:
     "" where the bundle has none; None where its guide is not at hand, or of another size than the counted one.
     """
     from ..errors import InputError
-    from ..models.names import guide_folder
+    from ..models.catalog import guide_folder
 
     if manifest.guide is None:
         return ""
@@ -56,6 +56,6 @@ def counted_guide(manifest: Manifest) -> str | None:
 
 
 def _bundled() -> list[str]:
-    from ..models.base import bundled_bases
+    from ..models.teacher import bundled_bases
 
     return bundled_bases()

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.profiles import Size
+from ..bundle.profiles import Size
 from ..errors import InputError
-from ..inputs import is_file, is_folder
+from ..io.inputs import is_file, is_folder
 from ..runtime.pipeline import GUIDANCE, STEPS
 from .engines import engine_names
 

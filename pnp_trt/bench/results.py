@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from pnp_trt.artifacts import write_text
-from pnp_trt.errors import InputError, PnpError
-from pnp_trt.inputs import read_json
-from pnp_trt.json_schema import problem
+from ..bundle.store import write_text
+from ..errors import InputError, PnpError
+from ..io.inputs import read_json
+from ..io.json_schema import problem
 
 SCHEMA = "pnp-trt/bench/2"
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -145,7 +145,7 @@ def decode_pictures(pictures: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]
     Raises:
         InputError: for what is not a PNG in Base64.
     """
-    from ..runtime.image_files import ImageError, decode_rgb
+    from ..io.image_files import ImageError, decode_rgb
 
     found = []
     for row in pictures["rows"]:

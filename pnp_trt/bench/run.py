@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artifacts import cached_sha256, find_bundle, read_manifest
+from ..bundle.store import cached_sha256, find_bundle, read_manifest
 from ..bundle.manifest import Manifest
 from ..errors import InputError, PnpError
-from ..runtime.baselines import INTERVAL, guided_steps
+from ..sampling.methods import INTERVAL, guided_steps
 from ..runtime.pipeline import Pipeline
-from . import cost, results
-from .engine_facts import engine_rows
-from .pace import Meter, Progress, about
+from .measure import cost
+from . import results
+from .measure.engine_facts import engine_rows
+from .measure.pace import Meter, Progress, about
 from .plan import Plan, check, wanted_engines
-from .quality import Cell, Studio, cells_of, plan_rows, verdict
-from .tasks import make_task, real_key
-from .timing import Timing
+from .metrics.quality import Cell, Studio, cells_of, plan_rows, verdict
+from .metrics.tasks import make_task, real_key
+from .measure.timing import Timing
 from .work import Work
 
 
@@ -156,7 +157,7 @@ class _Bench:
         if importlib.util.find_spec("torch") is None:
             self._leave_out("cost", "counting needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
             return
-        from .networks import networks
+        from .measure.networks import networks
 
         self._say("counting cost")
         try:
@@ -186,7 +187,7 @@ class _Bench:
     # ------------------------------------------------------------------------------------------------ fidelity
 
     def _plan_fidelity(self) -> None:
-        from .eyes import Eyes
+        from .metrics.extractors import Eyes
 
         task, eyes = make_task(self.plan, self.base), Eyes(self.plan)
         self.looking = eyes.pace(self.pipes[0].size if self.plan.size is None else self.plan.size)
@@ -200,7 +201,7 @@ class _Bench:
         if "fidelity" not in self.plan.parts:
             self.rows["fidelity"] = []
             return False, f"the fidelity part was not run (--only {self.plan.only})", None
-        from .fidelity import EXTRACTOR
+        from .metrics.fidelity import EXTRACTOR
 
         studio = self.studio
         for cell in self.cells:

@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..backends.profiles import parse_size
+from ..bundle.profiles import parse_size
 from ..errors import InputError
-from ..inputs import is_file, read_text
+from ..io.inputs import is_file, read_text
 from .plan import QUICK, Plan
 
 _LISTS = {"engines": str, "batches": int, "steps": int, "timed_steps": int, "guidance": float}

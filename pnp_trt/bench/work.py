@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts import digest, write_json
+from ..bundle.store import digest, write_json
 from ..errors import InputError
-from ..files import is_temporary, remove_temporaries, whole_file
-from ..runs import RECORD, claim
+from ..io.files import is_temporary, remove_temporaries, whole_file
+from ..bundle.runs import RECORD, claim
 
 _PIECE = re.compile(r".+-[0-9a-f]{16}\.(json|npz)")
 
@@ -27,7 +27,7 @@ class Work:
 
     Args:
         folder: where they are kept; None keeps them in a temporary folder, and nothing can be continued.
-        settings: what the whole run is of: see :func:`~pnp_trt.runs.claim`.
+        settings: what the whole run is of: see :func:`~pnp_trt.bundle.runs.claim`.
         resume: whether to continue the run that ``folder`` holds.
 
     Use it in a ``with`` block: an error keeps the folder if anything is finished; ``done`` says that the results are

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
-from ..text import printable
+from ..io.text import printable
 
 #: nesting, digits of a whole number, characters of a string, and members of one list or object
 MAX_DEPTH, MAX_DIGITS, MAX_TEXT, MAX_MEMBERS = 16, 18, 16_384, 50_000

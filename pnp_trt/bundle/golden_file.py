@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..text import printable
+from ..io.text import printable
 from .manifest import NetworkRecord, Tensor
 
 #: {network: (inputs by name, float32 output of PyTorch)}; ``network@HEIGHTxWIDTH`` for other sizes than the default

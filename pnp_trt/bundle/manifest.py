@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..backends.base import CompileOptions
-from ..backends.profiles import MAX_BATCH, MAX_SIDE, Extent, Profile
+from .profiles import MAX_BATCH, MAX_SIDE, Extent, Profile
 from ..errors import InputError
 from .document import Value, check_bounds, check_sizes
 

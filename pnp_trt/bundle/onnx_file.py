@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
-from ..text import printable
+from ..io.text import printable
 from .manifest import Manifest, Tensor
 
 #: operators' domains that the runtimes implement themselves; any other would need a library of its own

@@ -35,7 +35,7 @@ def feature_error(model: nn.Module, teacher: TeacherModel, states: States, rows:
     The features are those before the last norm, whose combination is as linear in w as the prediction's target.
     It runs the teacher twice and the student once more.
     """
-    from .watch import predict_states
+    from .monitor import predict_states
 
     unet = teacher.unet
     device = w.device

@@ -12,19 +12,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import digest, sha256, write_json
+from ..bundle.store import digest, sha256, write_json
 from ..errors import InputError
-from ..files import check_writable_folder
-from ..inputs import shortened
-from ..models.guide import GUIDES, Guide
+from ..io.files import check_writable_folder
+from ..io.inputs import shortened
+from ..models.guides import GUIDES, Guide
 from ..models.student import Student
-from ..runs import claim
+from ..bundle.runs import claim
 from .features import feature_error
-from .prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
+from ..models.prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
 from .run import Progress, TeacherModel, report_head, save_guide
 from .states import Latents, StateConfig, States, collect, split
 from .train import TrainConfig, make_accelerator, newest_step, train
-from .watch import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
+from .monitor import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
 W_DISTRIBUTIONS = ("uniform", "log-uniform")
@@ -41,7 +41,7 @@ class GuidanceConfig:
         prompts: text file, one prompt a line; or None, and ``images`` is given.
         images: folder of captioned pictures; needed for forward states.
         out: the guide's folder.
-        guide: which guide to make, a key of ``pnp_trt.models.guide.GUIDES``.
+        guide: which guide to make, a key of ``pnp_trt.models.guides.GUIDES``.
         options: of the guide's ``from_unet`` (the tiny guide's ``rank``, ``trunk_kind`` …).
         w_min, w_max: range of the guidance scale.
         w_distribution: ``uniform``, or ``log-uniform``, which draws small scales more often.
@@ -252,7 +252,7 @@ class GuidanceObjective:
 
 def _time_weights(states: States, rows: list[int], scheduler: dict[str, Any], weighting: str) -> Tensor:
     """Weight of each timestep, ``[T]``, with mean one."""
-    from ..runtime.schedule import alphas_cumprod
+    from ..sampling.schedules import alphas_cumprod
 
     abar = torch.from_numpy(alphas_cumprod(scheduler)).float()
     if weighting == "x0":

@@ -15,11 +15,11 @@ import torch
 
 from .. import __version__
 from ..errors import InputError, PnpError
-from ..files import make_temporary_folder, whole_file
-from ..models.base import BaseModel, resolve
-from ..models.conditions import Conditions, encode_prompts
+from ..io.files import make_temporary_folder, whole_file
+from ..models.teacher import BaseModel, resolve
+from ..models.conditioning import Conditions, encode_prompts
 from ..models.scheduler import base_scheduler
-from .prompts import warn_of_long_prompts
+from ..models.prompts import warn_of_long_prompts
 
 #: called with (stage, done, in all, note)
 Progress = Callable[[str, int, int, str], None]

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifacts import digest, write_json
+from ..bundle.store import digest, write_json
 from ..errors import InputError, PnpError
-from ..files import make_folder, whole_file
-from ..models.conditions import Conditions
+from ..io.files import make_folder, whole_file
+from ..models.conditioning import Conditions
 from ..models.student import both_passes
-from ..runs import read_record
-from ..runtime.schedule import alphas_cumprod
+from ..bundle.runs import read_record
+from ..sampling.schedules import alphas_cumprod
 
 KINDS = ("trajectory", "forward")
 

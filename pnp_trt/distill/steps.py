@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import digest, sha256, write_json
+from ..bundle.store import digest, sha256, write_json
 from ..errors import InputError, PnpError
-from ..files import check_writable_folder
-from ..json_schema import problem
-from ..models.conditions import Conditions
-from ..models.load import load_guide
-from ..models.names import guide_folder
+from ..io.files import check_writable_folder
+from ..io.json_schema import problem
+from ..models.conditioning import Conditions
+from ..models.guides.load import load_guide
+from ..models.catalog import guide_folder
 from ..models.student import Student
-from ..runs import claim, read_record
-from ..runtime.schedule import ddim, ddim_step
-from .prompts import read_prompts
+from ..bundle.runs import claim, read_record
+from ..sampling.schedules import ddim, ddim_step
+from ..models.prompts import read_prompts
 from .run import Progress, TeacherModel, guide_weights, report_head, save_guide
 from .states import read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
-from .watch import Board, PictureGrid, averaged, save_picture
+from .monitor import Board, PictureGrid, averaged, save_picture
 
 WEIGHTINGS = ("landing", "none")
 HELD_OUT = 0.06

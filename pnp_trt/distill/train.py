@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import processor
 from ..errors import InputError, PnpError
-from ..files import whole_file
-from ..inputs import check_seed
+from ..io.files import whole_file
+from ..io.inputs import check_seed
 
 PRECISIONS = ("no", "bf16", "fp16", "auto")
 SCHEDULES = ("cosine", "constant")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.guide import FullGuide, Guide, TinyGuide
-from ..models.load import load_guide
+from ..models.guides import FullGuide, Guide, TinyGuide
+from ..models.guides.load import load_guide
 from ..models.student import Student
 from ..runtime.pipeline import GUIDANCE
 

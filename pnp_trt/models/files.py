@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import inputs
-from ..artifacts import cached_sha256, digest
+from ..io import inputs
+from ..bundle.store import cached_sha256, digest
 from ..errors import InputError
 from .safetensors_header import read_header
 

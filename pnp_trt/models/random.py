@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import digest
+from ..bundle.store import digest
 from ..assets import ROOT as ASSETS
 from ..errors import InputError
-from .base import PRESETS, BaseModel, random_unet_config
+from .teacher import PRESETS, BaseModel, random_unet_config
 from .networks import quiet_libraries
 
 #: changes when the same seed gives other weights
@@ -91,7 +91,7 @@ class RandomBase(BaseModel):
         return _fill(made, f"guide-{_guide_kind(name)}", torch.float32)
 
     def guide_class(self, name: str) -> Any:
-        from .guide import GUIDES
+        from .guides import GUIDES
 
         kind = _guide_kind(name)
         if kind not in GUIDES:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.document import Value, check_sizes, read_json
 from ..errors import InputError, PnpError
-from ..text import printable
+from ..io.text import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,8 +88,8 @@ def _part(name: str, config: dict[str, Any], description: Path) -> Any:
 
 
 def _networks() -> dict[str, Any]:
-    from ..export.graph import TextEncoder, VaeDecoder, VaeEncoder
-    from .condition import Condition
+    from ..build.onnx_export import TextEncoder, VaeDecoder, VaeEncoder
+    from .guides.condition import Condition
     from .student import Student, Teacher
 
     return {c.__name__: c for c in (Student, Teacher, Condition, TextEncoder, VaeDecoder, VaeEncoder)}
@@ -99,7 +99,7 @@ def _parts() -> dict[str, Any]:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from .guide import GUIDES
+    from .guides import GUIDES
 
     return {
         c.__name__: c for c in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, *GUIDES.values())

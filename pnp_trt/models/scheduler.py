@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..runtime.noise_levels import PREDICTIONS, alphas_cumprod
-from ..runtime.schedule import SCHEDULES, ddim, make
-from ..runtime.schedule import resolve as resolve_schedule
+from ..sampling.noise_levels import PREDICTIONS, alphas_cumprod
+from ..sampling.schedules import SCHEDULES, ddim, make
+from ..sampling.schedules import resolve as resolve_schedule
 
 if TYPE_CHECKING:
-    from .base import BaseModel
+    from .teacher import BaseModel
 
 #: sampling steps that a record is tried with where the guide names none: the command line's default
 _TRIED_STEPS = 20

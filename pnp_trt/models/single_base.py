@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import digest
+from ..bundle.store import digest
 from ..assets import ROOT as ASSETS
-from .base import BaseModel
+from .teacher import BaseModel
 from .convert import check_fits, text_weights, unet_weights, vae_weights
 from .files import files_sha256
 from .networks import check_finite, load_network

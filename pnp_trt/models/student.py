@@ -12,8 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .condition import without_constant_parts
-from .guide import Features, Guide, GuideInput, check_fit
+from .guides.condition import without_constant_parts
+from .guides import Features, Guide, GuideInput, check_fit
 
 
 def encode(
@@ -97,7 +97,7 @@ class Student(nn.Module):
         condition: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The guided prediction, ``[B, C, H, W]``; arguments as in :class:`~pnp_trt.models.guide.GuideInput`."""
+        """The guided prediction, ``[B, C, H, W]``; arguments as in :class:`~pnp_trt.models.guides.GuideInput`."""
         emb, features = encode(self.unet, sample, timestep, encoder_hidden_states, added_cond_kwargs)
         given = GuideInput(
             sample, timestep, encoder_hidden_states, guidance, features, negative, condition, added_cond_kwargs

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..inputs import read_text
+from ..io.inputs import read_text
 from .files import read_json
 
 #: a length above this means that the tokenizer's files give none; transformers then says 10³⁰
@@ -100,7 +100,7 @@ def copy_tokenizer(base: Any, target: Path) -> dict[str, int]:
     """Write a base model's tokenizer as one ``tokenizer.json``; returns ``{"length", "pad"}``.
 
     Args:
-        base: a :class:`~pnp_trt.models.base.BaseModel`.
+        base: a :class:`~pnp_trt.models.teacher.BaseModel`.
     """
     tokenizer = base.tokenizer()
     source = base.folder / "tokenizer" / "tokenizer.json"

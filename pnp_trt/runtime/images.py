@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, PnpError
-from ..files import write_new
-from .image_files import FORMATS as READABLE
-from .image_files import read_rgb
+from ..io.files import write_new
+from ..io.image_files import FORMATS as READABLE
+from ..io.image_files import read_rgb
 
 #: formats that pictures are written in → (suffix, Pillow's name, its options)
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -87,7 +87,7 @@ def slug(prompt: str, length: int = 40) -> str:
 def read_image(source: str | Path | np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """The starting image of image-to-image, uint8 ``[H, W, 3]`` of ``size``, and its name.
 
-    Files are read as by :func:`~pnp_trt.runtime.image_files.read_rgb`.  An image of another size is resized (Lanczos),
+    Files are read as by :func:`~pnp_trt.io.image_files.read_rgb`.  An image of another size is resized (Lanczos),
     and a warning says so.
 
     Args:

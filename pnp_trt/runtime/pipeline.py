@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from .. import backends
-from ..artifacts import Bundle, open_bundle, rebuild_advice
+from ..bundle.store import Bundle, open_bundle, rebuild_advice
 from ..backends.base import LoadOptions, Size
-from ..backends.profiles import legal_sizes
+from ..bundle.profiles import legal_sizes
 from ..bundle.manifest import TOKENIZER
 from ..errors import InputError, PnpError
-from ..inputs import check_prompts, warn_of_syntax
-from . import baselines
-from .baselines import BASELINES, Interval
-from .device_loop import Feeds, Plan
+from ..io.inputs import check_prompts, warn_of_syntax
+from ..sampling import methods as baselines
+from ..sampling.methods import BASELINES, Interval
+from ..sampling.device_loop import Feeds, Plan
 from .images import read_image
-from .loop import Callback, HostLoop
-from .schedule import Schedule, make, resolve
+from ..sampling.loop import Callback, HostLoop
+from ..sampling.schedules import Schedule, make, resolve
 from .tokenizer import Tokenizer
 
 STEPS = (1, 1000)

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..bundle.tokenizer_file import read_tokenizer
 from ..errors import InputError, PnpError
-from ..inputs import check_prompts, excerpt
-from ..text import printable
+from ..io.inputs import check_prompts, excerpt
+from ..io.text import printable
 
 _ADVICE = "build the bundle again, or use one that pnp-trt build made"
 

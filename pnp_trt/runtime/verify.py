@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import backends
-from ..artifacts import Bundle
+from ..bundle.store import Bundle
 from ..backends.base import Backend, LoadOptions, Network
-from ..backends.profiles import size_of
+from ..bundle.profiles import size_of
 from ..bundle.golden_file import Golden, load_golden, read_golden
 from ..bundle.manifest import GOLDEN as FILE
 from ..bundle.manifest import NetworkRecord

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..figures import plain_text
+from .figures import plain_text
 from .record import Recording
 
 #: inches

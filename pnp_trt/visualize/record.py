@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distill.watch import run_schedule
+from ..distill.monitor import run_schedule
 from ..errors import PnpError
-from ..models.conditions import encode_prompts
-from ..models.guide import GuideInput, GuideOutput
+from ..models.conditioning import encode_prompts
+from ..models.guides import GuideInput, GuideOutput
 from ..models.student import Student
-from ..runtime.schedule import ddim
+from ..sampling.schedules import ddim
 
 #: cycles per position; the Nyquist frequency is one half
 HALF_NYQUIST = 0.25
@@ -99,7 +99,7 @@ def record(
     ``pnp-trt sample`` with this seed.
 
     Args:
-        base: a :class:`~pnp_trt.models.base.BaseModel`, the student's.
+        base: a :class:`~pnp_trt.models.teacher.BaseModel`, the student's.
         guidance: scales w, ascending.
         shown: indices of the steps to keep maps of, ascending.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..figures import plain_text
+from .figures import plain_text
 from .maps import DPI, FAINT, INK, pixels_of
 from .record import Recording, white_noise_share
 

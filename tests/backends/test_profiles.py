@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnp_trt.backends.profiles import MAX_SIDE, Profile, legal_sizes, parse_size, tightest
+from pnp_trt.bundle.profiles import MAX_SIDE, Profile, legal_sizes, parse_size, tightest
 from pnp_trt.errors import InputError
 
 

@@ -19,19 +19,20 @@ import torch
 from torch import nn
 
 from benchmarks.realsize import record
-from pnp_trt import backends, memory
-from pnp_trt.artifacts import open_bundle
-from pnp_trt.backends import tensorrt as module
+from pnp_trt import backends
+from pnp_trt.bundle import memory
+from pnp_trt.bundle.store import open_bundle
+from pnp_trt.backends.tensorrt import backend as module
 from pnp_trt.backends.base import CompileJob, CompileOptions, Profile
-from pnp_trt.backends.device import Gpu, present_gpus
-from pnp_trt.backends.trt_flavour import RTX
-from pnp_trt.backends.trt_refit import refit_network
+from pnp_trt.backends.gpus import Gpu, present_gpus
+from pnp_trt.backends.tensorrt.flavour import RTX
+from pnp_trt.backends.tensorrt.refit import refit_network
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.export.bundle import build
-from pnp_trt.export.graph import export
-from pnp_trt.export.precision import RECIPES, convert
-from pnp_trt.export.spec import BuildSpec
-from pnp_trt.plug.run import PlugSpec, plug
+from pnp_trt.build.builder import build
+from pnp_trt.build.onnx_export import export
+from pnp_trt.precision.recipes import RECIPES, convert
+from pnp_trt.build.spec import BuildSpec
+from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import verify
 
@@ -109,7 +110,7 @@ def test_a_killed_compiler_is_said_to_be_killed(jobs: dict[str, CompileJob]) -> 
 
 def test_the_compiler_dies_with_its_caller(jobs: dict[str, CompileJob], tmp_path: Path) -> None:
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom pnp_trt.backends.tensorrt import TensorRtRtx\n"
+        "import sys, time\nfrom pathlib import Path\nfrom pnp_trt.backends.tensorrt.backend import TensorRtRtx\n"
         "from pnp_trt.backends.base import CompileJob, Profile\n"
         f"graph, inputs = Path({str(jobs['fp16'].graph)!r}), {{'x': ('float32', ('batch', 16, 64))}}\n"
         "job = CompileJob('unet', graph, inputs, 'fp16',\n"
@@ -257,7 +258,7 @@ def test_later_releases_may_load_version_compatible_engines() -> None:
 def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
     opened = open_bundle(bundle)
     with pytest.raises(InputError, match="needs an NVIDIA GPU, and CUDA finds none .*onnxruntime"):
-        from pnp_trt.backends.trt_network import TrtNetwork
+        from pnp_trt.backends.tensorrt.network import TrtNetwork
 
         TrtNetwork(RTX, opened.file("unet"), opened.manifest.networks["unet"])
     with pytest.raises(InputError, match="no NVIDIA driver or GPU was found here"):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pnp_trt.backends import torch_graph
+from pnp_trt.backends.torch import graph as torch_graph
 from pnp_trt.errors import PnpError
-from pnp_trt.export.bundle import build
-from pnp_trt.export.spec import BuildSpec
+from pnp_trt.build.builder import build
+from pnp_trt.build.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
 
 PROMPTS = ["a cat", "a red house"]

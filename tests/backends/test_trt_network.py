@@ -15,8 +15,8 @@ import pytest
 
 from pnp_trt.backends.base import Profile
 from pnp_trt.backends.cuda import Cuda
-from pnp_trt.backends.trt_flavour import RTX, TENSORRT
-from pnp_trt.backends.trt_network import TrtNetwork
+from pnp_trt.backends.tensorrt.flavour import RTX, TENSORRT
+from pnp_trt.backends.tensorrt.network import TrtNetwork
 from pnp_trt.bundle.manifest import NetworkParity, NetworkRecord
 from pnp_trt.errors import InputError, PnpError
 

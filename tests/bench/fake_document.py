@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pnp_trt.bench import results
-from pnp_trt.bench.latency import BOUNDARY
+from pnp_trt.bench.measure.latency import BOUNDARY
 
 COST: list[dict[str, Any]] = [
     dict(network="teacher", per="step", parameters=859_520_964, macs=401_640_000_000,

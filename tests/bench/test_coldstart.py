@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pnp_trt.bench import coldstart
+from pnp_trt.bench.measure import coldstart
 from pnp_trt.errors import InputError, PnpError
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnp_trt.bench import cost
-from pnp_trt.bench.networks import networks
+from pnp_trt.bench.measure import cost
+from pnp_trt.bench.measure.networks import networks
 from pnp_trt.errors import InputError
 
 torch = pytest.importorskip("torch")

@@ -12,8 +12,8 @@ from typing import Any
 import onnx
 import pytest
 
-from pnp_trt.backends.trt_facts import facts
-from pnp_trt.bench.engine_facts import engine_rows
+from pnp_trt.backends.tensorrt.facts import facts
+from pnp_trt.bench.measure.engine_facts import engine_rows
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pnp_trt.bench.clip import ClipScorer
-from pnp_trt.bench.inception import WIDTH, Inception, build, frechet
+from pnp_trt.bench.metrics.clip import ClipScorer
+from pnp_trt.bench.metrics.inception import WIDTH, Inception, build, frechet
 from pnp_trt.errors import InputError
 
 

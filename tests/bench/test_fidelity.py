@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnp_trt.bench import fidelity
-from pnp_trt.bench.fidelity import AlignmentHead
+from pnp_trt.bench.metrics import fidelity
+from pnp_trt.bench.metrics.fidelity import AlignmentHead
 from pnp_trt.errors import InputError
 
 
@@ -21,7 +21,7 @@ def gaussian(n: int, d: int = 8, shift: float = 0.0, seed: int = 0) -> np.ndarra
 
 
 def test_import_is_light() -> None:
-    code = "import sys, pnp_trt.bench.fidelity; sys.exit('torch' in sys.modules)"
+    code = "import sys, pnp_trt.bench.metrics.fidelity; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

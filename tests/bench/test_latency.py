@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pnp_trt.bench import latency
-from pnp_trt.bench.cases import cases_of
-from pnp_trt.bench.latency import BOUNDARY, Case, measure
-from pnp_trt.bench.meters import Meters
-from pnp_trt.bench.roofline import Device, Work
+from pnp_trt.bench.measure import latency
+from pnp_trt.bench.measure.cases import cases_of
+from pnp_trt.bench.measure.latency import BOUNDARY, Case, measure
+from pnp_trt.bench.measure.meters import Meters
+from pnp_trt.bench.measure.roofline import Device, Work
 from pnp_trt.errors import InputError
 
 COST_MS = {"cfg": 20.0, "cfg-two-passes": 24.0, "unguided": 10.0, "guided": 11.0}

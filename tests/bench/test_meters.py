@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pnp_trt.bench import footprint
-from pnp_trt.bench.cases import Case
-from pnp_trt.bench.energy import joules_per_picture, nvml_counter
-from pnp_trt.bench.footprint import Meter
+from pnp_trt.bench.measure import footprint
+from pnp_trt.bench.measure.cases import Case
+from pnp_trt.bench.measure.energy import joules_per_picture, nvml_counter
+from pnp_trt.bench.measure.footprint import Meter
 from pnp_trt.errors import PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 

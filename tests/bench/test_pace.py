@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from pnp_trt.bench.latency import Case
-from pnp_trt.bench.pace import Meter, about, trial
+from pnp_trt.bench.measure.latency import Case
+from pnp_trt.bench.measure.pace import Meter, about, trial
 
 
 @dataclass

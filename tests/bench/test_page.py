@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pnp_trt.bench import report
+from pnp_trt.bench.report import page as report
 
 from . import browser, fake_document
 

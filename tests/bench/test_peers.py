@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pnp_trt.bench import latency, peers
-from pnp_trt.bench.cases import Case
-from pnp_trt.bench.footprint import Meter
+from pnp_trt.bench.measure import latency, peers
+from pnp_trt.bench.measure.cases import Case
+from pnp_trt.bench.measure.footprint import Meter
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 

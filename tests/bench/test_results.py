@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pnp_trt.bench import results
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.json_schema import problem
+from pnp_trt.io.json_schema import problem
 
 from . import fake_document
 

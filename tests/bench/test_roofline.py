@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnp_trt.bench import roofline
-from pnp_trt.bench.cases import Case
-from pnp_trt.bench.roofline import Device, Work, least_loop_ms, least_ms, measure_device, work_of
+from pnp_trt.bench.measure import roofline
+from pnp_trt.bench.measure.cases import Case
+from pnp_trt.bench.measure.roofline import Device, Work, least_loop_ms, least_ms, measure_device, work_of
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 

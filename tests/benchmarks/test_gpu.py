@@ -16,7 +16,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import gpu
-from pnp_trt.backends import device, torch_graph
+from pnp_trt.backends import gpus as device
+from pnp_trt.backends.torch import graph as torch_graph
 from pnp_trt.runtime.pipeline import Pipeline
 
 from ..fake_gpu import Gpu

@@ -17,10 +17,11 @@ from benchmarks.emoji import compare, network, runner, tables, tables_report  # 
 from benchmarks.emoji.cells import BEST, INTERVALS, Cell, all_cells  # noqa: E402
 from benchmarks.emoji.sampler import Ask, Guidance, Sampler, denoise  # noqa: E402
 from pnp_trt.assets import ROOT  # noqa: E402
-from pnp_trt.bench import cost, fidelity  # noqa: E402
+from pnp_trt.bench.measure import cost  # noqa: E402
+from pnp_trt.bench.metrics import fidelity  # noqa: E402
 from pnp_trt.errors import InputError  # noqa: E402
-from pnp_trt.models.base import BaseModel, resolve  # noqa: E402
-from pnp_trt.models.load import load_guide  # noqa: E402
+from pnp_trt.models.teacher import BaseModel, resolve  # noqa: E402
+from pnp_trt.models.guides.load import load_guide  # noqa: E402
 from pnp_trt.models.student import Student  # noqa: E402
 from tests.conftest import make_micro_base  # noqa: E402
 

@@ -19,7 +19,7 @@ from pnp_trt.bundle.onnx_file import read_graph
 from pnp_trt.bundle.tokenizer_file import read_tokenizer
 from pnp_trt.bundle.weights_file import read_weights
 from pnp_trt.errors import InputError
-from pnp_trt.text import printable
+from pnp_trt.io.text import printable
 
 from ..bundles import reseal
 from ..conftest import Result
@@ -255,7 +255,7 @@ def test_tables_print_text_as_text() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pnp_trt.console import PlainTextConsole
+    from pnp_trt.cli.console import PlainTextConsole
 
     out = io.StringIO()
     console = PlainTextConsole(file=out, width=80, markup=False, force_terminal=True, color_system="truecolor")

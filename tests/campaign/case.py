@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pnp_trt.artifacts import sha256
+from pnp_trt.bundle.store import sha256
 
 CLASSES = ("OK", "UNEXPECTED", "TRACEBACK", "WRONG-CODE", "HANG", "CRASH", "SILENT", "FAULT")
 #: Bytes that a terminal obeys: C0 without tab and line ends, C1, and the marks that turn the direction of text.

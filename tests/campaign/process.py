@@ -151,7 +151,7 @@ def _child(
 
 def call(words: list[str]) -> int:
     """``main`` as the interpreter would call it, with its exit code."""
-    from pnp_trt.cli import main
+    from pnp_trt.cli.app import main
 
     sys.argv = ["pnp-trt", *words]
     code = 0

@@ -16,7 +16,7 @@ from pnp_trt.distill.states import StateConfig, _claim_cache, read_shards, write
 from pnp_trt.distill.train import TrainConfig, newest_step, train
 from pnp_trt.distill.watch import Board
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.models.load import load_guide
+from pnp_trt.models.guides.load import load_guide
 
 from .test_guidance import Line
 

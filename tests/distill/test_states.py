@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pnp_trt.distill.prompts import encode_pictures, find_pictures, warn_of_long_prompts
+from pnp_trt.models.prompts import encode_pictures, find_pictures, warn_of_long_prompts
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import Latents, StateConfig, collect, size_in_bytes, split
 from pnp_trt.errors import InputError, PnpError
@@ -69,7 +69,7 @@ def test_a_trajectory_follows_guidance(micro_base: Path, tmp_path: Path) -> None
     teacher = load(micro_base)
     config = StateConfig(count=8, steps=4, batch=2, w_min=1.0, w_max=1.0)
     states = gather(teacher, config, tmp_path / "s")
-    from pnp_trt.runtime.schedule import ddim_step
+    from pnp_trt.sampling.schedules import ddim_step
 
     for step in range(3):
         now, then = states.timestep[2 * step].item(), states.timestep[2 * step + 2].item()
@@ -87,7 +87,7 @@ def test_forward_states_are_noised_pictures_and_hold_out_whole_pictures(micro_ba
     config = StateConfig("forward", count=96, steps=4, batch=6)
     states = gather(teacher, config, tmp_path / "s", pictures=given)
     assert len(states) == 96
-    from pnp_trt.runtime.schedule import alphas_cumprod
+    from pnp_trt.sampling.schedules import alphas_cumprod
 
     abar = torch.from_numpy(alphas_cumprod(teacher.scheduler)).float()[states.timestep]
     clean = (states.sample.float().mean((1, 2, 3)) / abar.sqrt()).round()

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from pnp_trt.distill.steps import StepsConfig, distill
 from pnp_trt.distill.train import TrainConfig
 from pnp_trt.errors import InputError
-from pnp_trt.models.base import resolve
-from pnp_trt.models.load import load_guide
+from pnp_trt.models.teacher import resolve
+from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student
-from pnp_trt.runtime.schedule import ddim, ddim_step
+from pnp_trt.sampling.schedules import ddim, ddim_step
 
 from ..conftest import Result
 
@@ -59,7 +59,7 @@ def test_the_target_lands_where_two_steps_of_the_last_student_do(
     base = resolve(str(micro_base))
     scheduler = base.scheduler_config()
     student = Student(base.unet(), load_guide(str(micro_guide)))
-    from pnp_trt.models.conditions import encode_prompts
+    from pnp_trt.models.conditioning import encode_prompts
 
     context = encode_prompts(base, prompts.read_text().split("\n")[:3], torch.device("cpu"))
     schedule = ddim(scheduler, 4)
@@ -123,7 +123,7 @@ def test_a_ddim_step_on_the_true_prediction_keeps_picture_and_noise(t: int, afte
     if after >= t:
         return
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": kind}
-    from pnp_trt.runtime.schedule import alphas_cumprod
+    from pnp_trt.sampling.schedules import alphas_cumprod
 
     abar = alphas_cumprod(config)
     a, p = abar[t], abar[after] if after >= 0 else 1.0

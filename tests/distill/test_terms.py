@@ -14,9 +14,9 @@ from pnp_trt.distill.guidance import GuidanceConfig, GuidanceObjective, distill,
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import StateConfig, States, collect
 from pnp_trt.distill.train import TrainConfig, make_accelerator, training_attention
-from pnp_trt.distill.watch import held_out_error
+from pnp_trt.distill.monitor import held_out_error
 from pnp_trt.errors import InputError
-from pnp_trt.models.guide import Guide
+from pnp_trt.models.guides import Guide
 
 from ..conftest import Result
 

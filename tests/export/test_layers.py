@@ -18,12 +18,12 @@ from onnx import save as save_onnx
 from torch import nn
 
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.export import layers
-from pnp_trt.export.bundle import build
-from pnp_trt.export.graph import export
-from pnp_trt.export.layers import first_not_finite, first_past, in_float32, layerwise, verdict, worst
-from pnp_trt.export.precision import convert, recipe
-from pnp_trt.export.spec import BuildSpec
+from pnp_trt.build import layers
+from pnp_trt.build.builder import build
+from pnp_trt.build.onnx_export import export
+from pnp_trt.build.layers import first_not_finite, first_past, in_float32, layerwise, verdict, worst
+from pnp_trt.precision.recipes import convert, recipe
+from pnp_trt.build.spec import BuildSpec
 
 from ..bundles import reseal
 from ..conftest import Result
@@ -159,7 +159,7 @@ def test_verify_looks_into_a_bundle(cli: Cli, engines: Path, tmp_path: Path) -> 
 
 def test_a_build_that_fails_says_where(micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "verdict", lambda found, limit: (f"one of {len(found)} tensors is bad", True))
-    monkeypatch.setattr("pnp_trt.export.parity.relative_error", lambda *_: 1.0)
+    monkeypatch.setattr("pnp_trt.build.parity.relative_error", lambda *_: 1.0)
     with pytest.raises(PnpError, match=r"the exported unet differs .*; one of \d+ tensors is bad; nothing was written"):
         build(BuildSpec(str(micro_base), "none", out=tmp_path / "x"))
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from pnp_trt.artifacts import open_bundle, read_manifest
+from pnp_trt.bundle.store import open_bundle, read_manifest
 from pnp_trt.errors import InputError
-from pnp_trt.export import precision
-from pnp_trt.export.bundle import build
-from pnp_trt.export.graph import export
-from pnp_trt.export.parity import relative_error
-from pnp_trt.export.precision import RECIPES, Recipe, convert, reference
-from pnp_trt.export.spec import BuildSpec
+from pnp_trt.precision import recipes as precision
+from pnp_trt.build.builder import build
+from pnp_trt.build.onnx_export import export
+from pnp_trt.build.parity import relative_error
+from pnp_trt.precision.recipes import RECIPES, Recipe, convert, reference
+from pnp_trt.build.spec import BuildSpec
 from pnp_trt.runtime.pipeline import Pipeline
 
 
@@ -100,7 +100,7 @@ def test_the_bundled_format_in_half_precision(
 
 
 def test_a_decoder_that_overflows_falls_back(micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pnp_trt.models.base import BaseModel
+    from pnp_trt.models.teacher import BaseModel
 
     load = BaseModel.vae
 

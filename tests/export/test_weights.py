@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from pnp_trt.artifacts import sha256
+from pnp_trt.bundle.store import sha256
 from pnp_trt.errors import PnpError
-from pnp_trt.export.graph import export
-from pnp_trt.export.precision import RECIPES, convert
-from pnp_trt.export.weights import WeightMap, apply, check_complete
-from pnp_trt.models.base import resolve
-from pnp_trt.models.load import load_guide
+from pnp_trt.build.onnx_export import export
+from pnp_trt.precision.recipes import RECIPES, convert
+from pnp_trt.graph.weights import WeightMap, apply, check_complete
+from pnp_trt.models.teacher import resolve
+from pnp_trt.models.guides.load import load_guide
 
 
 class Net(nn.Module):

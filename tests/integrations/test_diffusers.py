@@ -21,7 +21,7 @@ from PIL import Image
 from pnp_trt.assets import ROOT
 from pnp_trt.errors import InputError
 from pnp_trt.integrations.diffusers import WIDTH, GuidedUNet, apply_guide, read_guidance, remove_guide
-from pnp_trt.models.guide import FullGuide, TinyGuide
+from pnp_trt.models.guides import FullGuide, TinyGuide
 from pnp_trt.runtime.pipeline import Pipeline
 
 from ..models.test_guides import stirred

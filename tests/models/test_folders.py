@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from pnp_trt.errors import InputError
-from pnp_trt.export.bundle import build
-from pnp_trt.export.spec import BuildSpec
-from pnp_trt.models.base import BaseModel, resolve
+from pnp_trt.build.builder import build
+from pnp_trt.build.spec import BuildSpec
+from pnp_trt.models.teacher import BaseModel, resolve
 from pnp_trt.models.tokenizer import copy_tokenizer
 from pnp_trt.runtime.tokenizer import Tokenizer
 
@@ -268,7 +268,7 @@ def test_what_cannot_be_built_is_refused_before_any_export(
 ) -> None:
     make, said = WRONG[name]
     make(folder)
-    monkeypatch.setattr("pnp_trt.export.network.NetworkExport.write", lambda *_: pytest.fail("a network was exported"))
+    monkeypatch.setattr("pnp_trt.build.network.NetworkExport.write", lambda *_: pytest.fail("a network was exported"))
     with pytest.raises(InputError, match=said):
         build(BuildSpec(str(folder), "none", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -12,13 +12,13 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnp_trt.bench.cost import count
-from pnp_trt.bench.networks import networks
+from pnp_trt.bench.measure.cost import count
+from pnp_trt.bench.measure.networks import networks
 from pnp_trt.errors import InputError
-from pnp_trt.models.base import random_unet_config
-from pnp_trt.models.condition import Condition
-from pnp_trt.models.guide import GUIDES, FullGuide, Guide, GuideInput, TinyGuide
-from pnp_trt.models.load import load_guide
+from pnp_trt.models.teacher import random_unet_config
+from pnp_trt.models.guides.condition import Condition
+from pnp_trt.models.guides import GUIDES, FullGuide, Guide, GuideInput, TinyGuide
+from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student, encode
 
 from .test_student import example, small_unet

@@ -33,7 +33,7 @@ def unet(micro_base: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def config(micro_base: Path) -> dict[str, Any]:
-    from pnp_trt.models.base import resolve
+    from pnp_trt.models.teacher import resolve
 
     return resolve(str(micro_base)).config("unet")
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pnp_trt.errors import InputError
-from pnp_trt.models.guide import GuideInput, TinyGuide
+from pnp_trt.models.guides import GuideInput, TinyGuide
 from pnp_trt.models.student import Student, Teacher, cfg, encode
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pnp_trt.export.bundle import build
-from pnp_trt.export.spec import BuildSpec
+from pnp_trt.build.builder import build
+from pnp_trt.build.spec import BuildSpec
 
 from ..conftest import make_micro_base
 

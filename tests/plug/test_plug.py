@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pnp_trt.artifacts import list_files, open_bundle, read_manifest, sha256
+from pnp_trt.bundle.store import list_files, open_bundle, read_manifest, sha256
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.export.bundle import Built, build
-from pnp_trt.export.spec import BuildSpec
-from pnp_trt.export.weights import apply
-from pnp_trt.models.base import resolve
-from pnp_trt.plug.run import PlugSpec, plug
+from pnp_trt.build.builder import Built, build
+from pnp_trt.build.spec import BuildSpec
+from pnp_trt.graph.weights import apply
+from pnp_trt.models.teacher import resolve
+from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden, verify
 
@@ -307,7 +307,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pnp_trt.plug.data.apply", full)
+    monkeypatch.setattr("pnp_trt.build.swap.rewrite.apply", full)
     with pytest.raises(PnpError, match=r"could not be made \(No space left on device\); nothing was written"):
         plug(PlugSpec(str(micro_bundles / "guided"), str(tuned_unet), out=tmp_path / "x"))
     assert [p for p in tmp_path.iterdir() if p.suffix != ".lock"] == []

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
-from pnp_trt.quantize.record import Choice, Layer, Record, choose, find
+from pnp_trt.precision.int8.record import Choice, Layer, Record, choose, find
 
 MAGNITUDES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=16)
 

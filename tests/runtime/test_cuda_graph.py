@@ -15,8 +15,8 @@ import pytest
 
 from pnp_trt.bundle.manifest import Tensor
 from pnp_trt.errors import Cancelled, PnpError
-from pnp_trt.runtime import cuda_graph
-from pnp_trt.runtime.device_loop import DeviceLoops
+from pnp_trt.backends import cuda_graph
+from pnp_trt.sampling.device_loop import DeviceLoops
 from pnp_trt.runtime.pipeline import Pipeline
 
 from .. import fake_gpu

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from pnp_trt import backends
-from pnp_trt.artifacts import open_bundle
+from pnp_trt.bundle.store import open_bundle
 from pnp_trt.backends.base import LoadOptions
 from pnp_trt.errors import InputError
-from pnp_trt.export.bundle import build
-from pnp_trt.export.spec import BuildSpec
-from pnp_trt.models.base import resolve
-from pnp_trt.models.guide import GUIDES
-from pnp_trt.models.load import load_guide
+from pnp_trt.build.builder import build
+from pnp_trt.build.spec import BuildSpec
+from pnp_trt.models.teacher import resolve
+from pnp_trt.models.guides import GUIDES
+from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import difference, load_golden, verify

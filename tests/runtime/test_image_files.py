@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pnp_trt.errors import InputError
-from pnp_trt.runtime.image_files import MAX_PIXELS, ImageError, decode_rgb, read_rgb
+from pnp_trt.io.image_files import MAX_PIXELS, ImageError, decode_rgb, read_rgb
 from pnp_trt.runtime.images import read_image
 
 GREY = 0

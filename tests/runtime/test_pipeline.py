@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pnp_trt.artifacts import open_bundle
+from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 
@@ -165,7 +165,7 @@ def test_sampling_runs_with_the_runtime_dependencies_alone(engines: Path, tmp_pa
         "        if name.split('.')[0] in hidden:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, No())\n"
-        "import pnp_trt.backends.tensorrt, pnp_trt.backends.trt_network, pnp_trt.runtime.cuda_graph\n"
+        "import pnp_trt.backends.tensorrt.backend, pnp_trt.backends.tensorrt.network, pnp_trt.backends.cuda_graph\n"
         f"sys.argv = ['pnp-trt', 'sample', 'a cat', '--engine', 'guided', '--steps', '2', '--out', {str(tmp_path)!r}]\n"
         "from pnp_trt.cli import main\n"
         "try:\n"

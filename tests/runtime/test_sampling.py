@@ -18,7 +18,7 @@ from PIL import Image
 import pnp_trt
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
-from pnp_trt.runtime.schedule import CLASSES, SCHEDULES
+from pnp_trt.sampling.schedules import CLASSES, SCHEDULES
 
 from ..bundles import reseal
 
@@ -108,7 +108,7 @@ def test_image_to_image_is_that_of_diffusers(
 def test_a_variational_encoder_gives_its_mean() -> None:
     from diffusers import AutoencoderKL
 
-    from pnp_trt.export.graph import VaeEncoder
+    from pnp_trt.build.onnx_export import VaeEncoder
 
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8, scaling_factor=0.18).eval()

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
-from pnp_trt.runtime.schedule import CLASSES, COLUMNS, Schedule, alphas_cumprod, ddim, make, resolve
-from pnp_trt.runtime.table import make_table
+from pnp_trt.sampling.schedules import CLASSES, COLUMNS, Schedule, alphas_cumprod, ddim, make, resolve
+from pnp_trt.sampling.table import make_table
 
 #: Stable Diffusion's noise, the bundled model's, and diffusers' own default
 BETAS = ((0.00085, 0.012), (0.00085, 0.025), (0.0001, 0.02))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pnp_trt.backends.profiles import Profile
+from pnp_trt.bundle.profiles import Profile
 from pnp_trt.bundle.manifest import NetworkParity, NetworkRecord
 from pnp_trt.runtime.verify import compare, difference
 

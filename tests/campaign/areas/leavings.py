@@ -307,7 +307,7 @@ def _replaced(place: Place) -> tuple[Outcome, str | None]:
 
 
 def _swap(place: Place) -> None:
-    from pnp_trt.artifacts import lock, whole_folder
+    from pnp_trt.bundle.store import lock, whole_folder
 
     live, number = place.here / "live", 0
     while True:

@@ -1,0 +1,254 @@
+"""TensorRT's engines and the sampler's own kernels on one stream: what :class:`DeviceLoops` runs and captures.
+
+Only latents, text states and w go to the GPU, only pixels (or latents) and a flag a picture come back; both copies out
+are part of the graph, into pinned memory.  Coefficients and timesteps lie in a table on the device, so that w, prompts
+and noise change without a new capture.  Sources: CUDA's programming guide on stream capture; TensorRT's on
+``enqueueV3`` and CUDA graphs (enqueue once before the capture; addresses and shapes are captured).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .base import Size
+from .cuda import Cuda
+from ..errors import PnpError
+from ..sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Plan
+
+KERNELS = ("show", "update", "check", "to_bytes")
+_P, _I = ctypes.c_void_p, ctypes.c_int
+
+
+class DeviceBound(Protocol):
+    """A network's buffers on the GPU; ``backends.trt_network.TrtBound`` is one."""
+
+    stream: int
+    addresses: dict[str, int]
+    output_name: str
+
+    def write(self, **inputs: np.ndarray) -> None: ...
+    def enqueue(self, stream: int) -> None: ...
+    def capturable(self, stream: int) -> bool: ...
+    def staged(self, name: str) -> np.ndarray: ...
+    def keep_kernels(self) -> None: ...
+
+
+class DeviceNetwork(Protocol):
+    """A loaded engine; ``backends.trt_network.TrtNetwork`` is one."""
+
+    path: Path
+
+    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Any]: ...
+
+
+@cache
+def ptx() -> bytes:
+    """The kernels, of ``kernels.cu``."""
+    return Path(__file__).with_name("kernels.ptx").read_bytes()
+
+
+def device_loops(
+    cuda: Cuda, unet: DeviceNetwork, vae: DeviceNetwork, condition: DeviceNetwork | None, name: str
+) -> DeviceLoops:
+    """Loops over engines that are loaded on one GPU.
+
+    Args:
+        condition: what the guide makes of w alone, where it is a network of its own.
+        name: of the bundle.
+    """
+    loaded: dict[str, Any] = {}
+
+    def open_lane(batch: int, size: Size, twice: bool) -> CudaLane:
+        cuda.attach()
+        if not loaded:
+            loaded.update(cuda.kernels(ptx(), KERNELS))
+        return CudaLane(cuda, loaded, unet, vae, condition, batch, size, twice)
+
+    return DeviceLoops(open_lane, name)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A plan with its table on the device: coefficients ``[steps, 6]`` float32 and timesteps ``[steps]`` int64."""
+
+    plan: Plan
+    coefficients: int
+    timesteps: int
+    previous: int
+
+
+class CudaLane(Lane):
+    """Engines bound for one batch and size, and what the kernels work on.
+
+    The latents live in the VAE's input buffer, so that nothing is copied between the last step and the decoder.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        kernels: dict[str, Any],
+        unet: DeviceNetwork,
+        vae: DeviceNetwork,
+        condition: DeviceNetwork | None,
+        batch: int,
+        size: Size,
+        twice: bool,
+    ) -> None:
+        self._cuda, self._kernels = cuda, kernels
+        self._batch, self._passes = batch, 2 if twice else 1
+        self._devices: list[int] = []
+        self._hosts: list[int] = []
+        self._stack = contextlib.ExitStack()
+        try:
+            self._unet: DeviceBound = self._stack.enter_context(unet.bind(self._passes * batch, size))
+            self._vae: DeviceBound = self._stack.enter_context(vae.bind(batch, size))
+            self._condition: DeviceBound | None = (
+                self._stack.enter_context(condition.bind(batch, None)) if condition is not None else None
+            )
+            self._named = [(unet, self._unet), (vae, self._vae)]
+            self._named += [(condition, self._condition)] if condition is not None and self._condition else []
+            self.stream = self._unet.stream  # its copies in are then in order with the run
+            self._prepare_buffers()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare_buffers(self) -> None:
+        latents, pixels = self._vae.staged("latents"), self._vae.staged(self._vae.output_name)
+        output = self._unet.staged(self._unet.output_name)
+        for name, found in (("latents", latents), ("prediction", output), ("pixels", pixels)):
+            if found.dtype != np.float32:
+                raise PnpError(f"the engine's {name} are {found.dtype} and must be float32; build it again")
+        if (found := self._unet.staged("timestep")).dtype != np.int64:
+            raise PnpError(f"the engine's timesteps are {found.dtype} and must be int64; build it again")
+        n, channels, height, width = pixels.shape
+        self._x, self._count, self._latents = self._vae.addresses["latents"], latents.size, latents.shape
+        self._image = n, channels, height * width
+        self._previous = self._device(latents.nbytes)
+        self._w = self._device(4 * self._batch)
+        self._bytes = self._device(pixels.size)
+        self._bad = self._device(8 * self._batch)
+        self._start_host, self._start_at = self._pinned(latents.shape, np.float32)
+        self._end_host, self._end_at = self._pinned(latents.shape, np.float32)
+        self._w_host, self._w_at = self._pinned((self._batch,), np.float32)
+        self._bytes_host, self._bytes_at = self._pinned((n, height, width, channels), np.uint8)
+        self._bad_host, self._bad_at = self._pinned((2, self._batch), np.int32)
+
+    def _device(self, size: int) -> int:
+        self._devices.append(self._cuda.allocate(size))
+        return self._devices[-1]
+
+    def _pinned(self, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, int]:
+        array, address = self._cuda.pinned(shape, dtype)
+        self._hosts.append(address)
+        return array, address
+
+    def prepare(self, plan: Plan) -> _Prepared:
+        held = []
+        for rows in (plan.table.table(), plan.table.timesteps):
+            rows = np.ascontiguousarray(rows)
+            held.append(self._device(rows.nbytes))
+            self._cuda.to_device(held[-1], rows.ctypes.data, rows.nbytes, self.stream)
+            self._cuda.synchronize(self.stream)  # before the rows' memory goes
+        return _Prepared(plan, held[0], held[1], self._previous if plan.table.multistep else 0)
+
+    def release(self, prepared: _Prepared) -> None:
+        for address in (prepared.coefficients, prepared.timesteps):
+            self._devices.remove(address)
+            self._cuda.free_device(address)
+
+    def load(self, feeds: Feeds) -> None:
+        self._cuda.attach()
+        self._unet.write(**feeds.inputs)
+        for host, at, to, values in (
+            (self._start_host, self._start_at, self._x, feeds.latents),
+            (self._w_host, self._w_at, self._w, feeds.guidance),
+        ):
+            np.copyto(host, values)
+            self._cuda.to_device(to, at, host.nbytes, self.stream)
+
+    def begin(self, prepared: _Prepared) -> None:
+        self._cuda.fill(self._bad, self._bad_host.nbytes, self.stream)
+        if self._condition is not None:
+            made = self._condition.output_name
+            size = self._condition.staged(made).nbytes
+            self._cuda.copy(self._condition.addresses["guidance"], self._w, 4 * self._batch, self.stream)
+            self._condition.enqueue(self.stream)
+            self._cuda.copy(self._unet.addresses["condition"], self._condition.addresses[made], size, self.stream)
+
+    def step(self, prepared: _Prepared, i: int) -> None:
+        unet, rows = self._unet.addresses, self._passes * self._batch
+        per_picture = self._count // self._batch
+        self._launch(
+            "show", max(self._count, rows), (unet["sample"], _P), (unet["timestep"], _P), (self._x, _P),
+            (prepared.coefficients, _P), (prepared.timesteps, _P), (i, _I), (self._count, _I), (self._passes, _I),
+            (rows, _I),
+        )  # fmt: skip
+        self._unet.enqueue(self.stream)
+        self._launch(
+            "update", self._count, (self._x, _P), (prepared.previous, _P), (unet[self._unet.output_name], _P),
+            (self._w if self._passes == 2 else 0, _P), (prepared.coefficients, _P), (i, _I), (self._count, _I),
+            (per_picture, _I),
+        )  # fmt: skip
+
+    def end(self, prepared: _Prepared) -> None:
+        self._check(self._bad, self._x, self._count)
+        if prepared.plan.decode:
+            n, channels, plane = self._image
+            count, pixels = n * channels * plane, self._vae.addresses[self._vae.output_name]
+            self._vae.enqueue(self.stream)
+            self._check(self._bad + 4 * self._batch, pixels, count)
+            self._launch(
+                "to_bytes", count, (self._bytes, _P), (pixels, _P), (count, _I), (channels, _I), (plane, _I)
+            )  # fmt: skip
+            self._cuda.to_host(self._bytes_at, self._bytes, count, self.stream)
+        else:
+            self._cuda.to_host(self._end_at, self._x, self._end_host.nbytes, self.stream)
+        self._cuda.to_host(self._bad_at, self._bad, self._bad_host.nbytes, self.stream)
+
+    def wait(self) -> None:
+        self._cuda.synchronize(self.stream)
+
+    def read(self, prepared: _Prepared) -> Drawn:
+        self.wait()
+        for _, bound in self._named:
+            if bound is not self._vae or prepared.plan.decode:
+                bound.keep_kernels()
+        latents, pixels = self._bad_host.astype(bool)
+        return Drawn((self._bytes_host if prepared.plan.decode else self._end_host).copy(), latents, pixels)
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        for network, bound in self._named:
+            if not bound.capturable(self.stream):
+                raise PnpError(
+                    f"the runtime says that {network.path.name} cannot be captured; build it again with --force"
+                )
+        return self._cuda.capture(self.stream, work)
+
+    def replay(self, graph: Any) -> None:
+        self._cuda.replay(graph, self.stream)
+
+    def drop(self, graph: Any) -> None:
+        self._cuda.drop(graph)
+
+    def close(self) -> None:
+        for address in self._devices:
+            self._cuda.free_device(address)
+        for address in self._hosts:
+            self._cuda.free_host(address)
+        self._devices, self._hosts = [], []
+        self._stack.close()  # the engines' own buffers go back to them
+
+    def _launch(self, kernel: str, count: int, *arguments: tuple[int, Any]) -> None:
+        self._cuda.launch(self._kernels[kernel], count, self.stream, *arguments)
+
+    def _check(self, flags: int, values: int, count: int) -> None:
+        self._launch("check", count, (flags, _P), (values, _P), (count, _I), (count // self._batch, _I))

@@ -1,0 +1,280 @@
+"""ONNX Runtime: the embedded default, on CPU and CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle.manifest import Manifest, NetworkRecord
+from ...errors import InputError, PnpError
+from ...io.text import printable
+from ..base import Backend, Bound, Compiled, CompileJob, CompileOptions, Description, LoadOptions, Network, Profile, Progress, Size
+from ..gpus import driver_present
+from ...bundle.profiles import legal_sizes
+
+#: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
+DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
+
+
+def providers(wanted: str = "auto") -> list[str]:
+    """Execution providers for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: for another word, or for ``cuda`` where none is usable.
+    """
+    import onnxruntime as ort
+
+    usable = "CUDAExecutionProvider" in ort.get_available_providers() and driver_present()
+    if wanted == "cpu" or (wanted == "auto" and not usable):
+        return ["CPUExecutionProvider"]
+    if wanted not in ("auto", "cuda"):
+        raise InputError(f"provider is '{wanted}'; known: auto, cpu, cuda")
+    if not usable:
+        raise InputError(
+            "provider 'cuda' was asked for and no NVIDIA driver was found; use --provider cpu, see pnp-trt doctor"
+        )
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+class OnnxRuntime(Backend):
+    """Runs the bundle's graphs as they are; what its CPU provider lacks a kernel for is rewritten in them.
+
+    It has no bfloat16 kernels on the CPU, so that recipe is not offered.
+    """
+
+    name = "onnxruntime"
+    label = ""
+    precisions = ("fp32", "fp16", "int8", "int8-weights")
+    profiles = ()
+    beside_int8 = "fp32"  # its CPU provider has no float16 kernels and would cast around every node
+
+    def versions(self) -> dict[str, str]:
+        return {}  # a graph of one opset runs on every version that the package allows
+
+    def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
+        if target not in (None, "any"):
+            raise InputError(f"target is '{target}'; an onnxruntime bundle runs on any; leave --target out")
+        for name in ("refittable", "version_compatible", "hardware_compatible"):
+            if getattr(options, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} is for TensorRT; an onnxruntime bundle needs no such care"
+                )
+        return "any"
+
+    def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+        from ...graph.lower import for_onnxruntime_cpu
+
+        return for_onnxruntime_cpu(graph).derived
+
+    def compile(self, job: CompileJob, progress: Progress) -> Compiled:
+        progress(job.network, 1, 1)
+        return Compiled(job.graph.name, 0.0)
+
+    def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
+        progress(job.network, 1, 1)
+        return Compiled(job.graph.name, 0.0, None, {"weights": "external weights"})  # its data file is what runs
+
+    def check(self, manifest: Manifest) -> None:
+        pass
+
+    def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
+        return None
+
+    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> OrtNetwork:
+        return OrtNetwork(path, options.provider, options.threads, network.profiles)
+
+
+class OrtNetwork(Network):
+    """One ONNX graph, run by one session per batch and picture size.
+
+    Fixing them lets ONNX Runtime fold every shape computation away, which is a tenth of a small
+    network's time.  Sessions are made when a shape is first seen, and those used last are kept.
+
+    Args:
+        profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
+    """
+
+    #: sessions that are kept; each has the network's weights
+    KEEP = 4
+    #: more are kept, up to ``KEEP_SMALL``, while their weights together are below so many bytes: making a session costs
+    #: more than running a small network
+    KEEP_SMALL, SMALL = 16, 256 << 20
+
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "auto",
+        threads: int | None = None,
+        profiles: tuple[Profile, ...] = (),
+    ) -> None:
+        self.path = path
+        self.profiles = profiles
+        self._keep = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
+        self._providers = providers(provider)
+        self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
+        self._sessions: dict[tuple[int, Size | None], Any] = {}
+        # bound buffers that nobody uses, with their session; they go when it goes
+        self._idle: dict[tuple[int, Size | None], list[OrtBound]] = {}
+        self._lock = threading.Lock()
+
+    def session(self, batch: int, size: Size | None = None) -> Any:
+        """The session for ``batch`` and latents of ``size``; None leaves open what the graph leaves open."""
+        import onnxruntime as ort
+
+        key = batch, size
+        with self._lock:
+            if key not in self._sessions:
+                options = ort.SessionOptions()
+                options.intra_op_num_threads = self._threads
+                options.log_severity_level = 3
+                options.add_free_dimension_override_by_name("batch", batch)
+                # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
+                options.add_session_config_entry("session.qdqisint8allowed", "1")
+                for name, value in zip(("height", "width"), size or (), strict=False):
+                    options.add_free_dimension_override_by_name(name, value)
+                try:
+                    made = ort.InferenceSession(str(self.path), options, providers=self._providers)
+                except Exception as e:  # ONNX Runtime raises several types of its own
+                    raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
+                self._drop_oldest()
+                self._sessions[key] = made
+            self._sessions[key] = found = self._sessions.pop(key)  # the last to go
+            return found
+
+    def _drop_oldest(self) -> None:
+        """Make room for another session; call it under the lock."""
+        if len(self._sessions) < self._keep:
+            return
+        while len(self._sessions) >= self._keep:
+            oldest = next(iter(self._sessions))
+            self._sessions.pop(oldest)
+            self._idle.pop(oldest, None)
+        release_memory()
+
+    def describe(self) -> Description:
+        session = self.session(1)
+
+        def tensors(nodes: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+            return {n.name: (DTYPES.get(n.type, n.type), ("batch", *n.shape[1:])) for n in nodes}
+
+        device = session.get_providers()[0]
+        return Description(tensors(session.get_inputs()), tensors(session.get_outputs()), device, self.profiles)
+
+    @contextlib.contextmanager
+    def bind(self, batch: int, size: Size | None = None) -> Iterator[OrtBound]:
+        if batch < 1:
+            raise InputError(f"the batch is {batch}; it must be at least 1")
+        if size is not None and self.profiles and not any(p.holds_size(size) for p in self.profiles):
+            raise InputError(
+                f"the latents are {size[0]}x{size[1]}; {self.path.name} takes {legal_sizes(self.profiles)}; "
+                "build with --profile b1@HEIGHTxWIDTH in pixels"
+            )
+        session = self.session(batch, size)
+        with self._lock:
+            idle = self._idle.get((batch, size), [])
+            bound = idle.pop() if idle and idle[-1].session is session else None
+        bound = bound or OrtBound(session, batch)
+        yield bound  # after an error its buffers are not used again
+        with self._lock:
+            kept = self._idle.setdefault((batch, size), [])
+            if self._sessions.get((batch, size)) is session and len(kept) < self.KEEP:
+                kept.append(bound)
+
+
+def _weight_bytes(path: Path) -> int:
+    """Bytes of a graph and of the weights beside it."""
+    files = (path, path.with_name(path.name + ".data"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def release_memory() -> None:
+    """Give the C library's free memory back to the system.
+
+    glibc keeps what a session used in a heap of each thread; where sessions come and go, the process grows without end.
+    Elsewhere nothing is done.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class OrtBound(Bound):
+    """ONNX Runtime's IO binding over tensors that stay where they are.
+
+    On the CPU they are numpy's memory, which the caller may write and read in place; on the GPU with the CUDA provider.
+    """
+
+    def __init__(self, session: Any, batch: int) -> None:
+        import onnxruntime as ort
+
+        self.session = session
+        device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        self._binding = session.io_binding()
+        self._inputs: dict[str, Any] = {}
+        self._host: dict[str, np.ndarray] = {}
+        for node in session.get_inputs():
+            if unknown := [d for d in node.shape[1:] if not isinstance(d, int)]:
+                raise InputError(f"{node.name} has an open {' and '.join(unknown)}; bind it with the latents' size")
+            full = [batch, *node.shape[1:]]
+            if device == "cpu":
+                self._host[node.name] = np.zeros(full, _dtype(node.type))
+                value = ort.OrtValue.ortvalue_from_numpy(self._host[node.name])
+            else:
+                value = ort.OrtValue.ortvalue_from_shape_and_type(full, _dtype(node.type), device, 0)
+            self._binding.bind_ortvalue_input(node.name, value)
+            self._inputs[node.name] = value
+        (first, *_) = session.get_outputs()
+        shape = [batch, *first.shape[1:]]
+        self._seen: np.ndarray | None = None
+        if all(isinstance(d, int) for d in shape) and device == "cpu":
+            self._seen = np.zeros(shape, _dtype(first.type))
+            self._output = ort.OrtValue.ortvalue_from_numpy(self._seen)
+            self._binding.bind_ortvalue_output(first.name, self._output)
+        elif all(isinstance(d, int) for d in shape):
+            self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, _dtype(first.type), device, 0)
+            self._binding.bind_ortvalue_output(first.name, self._output)
+        else:  # a size that is known only when the graph has run
+            self._output = None
+            self._binding.bind_output(first.name, device)
+
+    def write(self, **inputs: np.ndarray) -> None:
+        for name, array in inputs.items():
+            held = self._inputs.get(name)
+            if held is None:
+                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._inputs)}")
+            if list(array.shape) != list(held.shape()):
+                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {held.shape()}")
+            if name in self._host:
+                np.copyto(self._host[name], array)
+            else:
+                held.update_inplace(np.ascontiguousarray(array))
+
+    def run(self) -> None:
+        try:
+            self.session.run_with_iobinding(self._binding)
+        except Exception as e:  # ONNX Runtime raises several types of its own
+            raise PnpError(f"ONNX Runtime cannot run a network: {printable(e, limit=500)}") from e
+
+    def host_input(self, name: str) -> np.ndarray | None:
+        return self._host.get(name)
+
+    def output(self) -> np.ndarray:
+        return self.read() if self._seen is None else self._seen
+
+    def read(self) -> np.ndarray:
+        if self._seen is not None:
+            return self._seen.copy()
+        value = self._output if self._output is not None else self._binding.get_outputs()[0]
+        return np.array(value.numpy())  # a copy: the buffer is written again by the next run
+
+
+def _dtype(name: str) -> Any:
+    if name not in DTYPES:
+        raise PnpError(f"a graph's boundary has type {name}; known: {', '.join(DTYPES)}")
+    return np.dtype(DTYPES[name]).type

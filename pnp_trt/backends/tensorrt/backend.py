@@ -1,0 +1,301 @@
+"""TensorRT and TensorRT-RTX: engines compiled ahead, checked against version and GPU, run on bound device buffers.
+
+One code path for both; what differs is in ``trt_flavour``.  Compiling is ``trt_compile``, in a process of its own;
+running is ``trt_network``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...bundle import memory
+from ...bundle.store import cache_home, engines_home, rebuild_advice
+from ...bundle.manifest import Manifest, NetworkRecord
+from ...errors import InputError, PnpError
+from ..base import Backend, Compiled, CompileJob, CompileOptions, LoadOptions, Network, Profile, Progress
+from ..gpus import Gpu, present_gpus
+from .flavour import RTX, TENSORRT, Flavour
+
+if TYPE_CHECKING:
+    from ...sampling.device_loop import DeviceLoops
+
+#: host memory that compiling takes: measured 0.55 GB for a U-Net of 27 MB, 5.8 GB for one of 1.72 GB
+_MEMORY_FLOOR, _MEMORY_FACTOR = 600 << 20, 3.4
+#: GPUs that a portable TensorRT-RTX engine runs on: Ampere and later, no data-centre Hopper
+_PORTABLE = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+
+
+class TensorRtBackend(Backend):
+    """Both flavours."""
+
+    flavour: Flavour
+    precisions = ("fp32", "fp16", "bf16", "int8", "int8-weights")
+    profiles = ("b1", "b2-8")
+
+    def versions(self) -> dict[str, str]:
+        return {self.flavour.distributions[0]: self.flavour.version()}
+
+    def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
+        gpus = present_gpus()
+        self.flavour.check_options(options, bool(gpus))
+        found = self._target(target, gpus[0] if gpus else None)
+        if precision == "bf16" and found == "sm_75":
+            raise InputError("target sm_75 has no bfloat16; choose --precision fp16")
+        return found
+
+    def _target(self, target: str | None, gpu: Gpu | None) -> str:
+        known = self.flavour.targets
+        if known:
+            if target is not None and target not in known:
+                raise InputError(f"target is '{target}'; {self.name} compiles for: {', '.join(known)}")
+            return target or known[0]
+        if gpu is None:
+            raise InputError(
+                f"backend '{self.name}' compiles on the GPU that it is for, and no NVIDIA driver or GPU was found; "
+                "build there, or use --backend tensorrt-rtx, which needs none"
+            )
+        if target not in (None, gpu.sm):
+            raise InputError(
+                f"target is '{target}' and the GPU here is {gpu.sm} ({gpu.name}); backend '{self.name}' compiles on "
+                "the GPU that it is for; leave --target out, or use --backend tensorrt-rtx"
+            )
+        return gpu.sm
+
+    def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+        return {}  # Attention and GroupNormalization become layers of their own
+
+    def compile(self, job: CompileJob, progress: Progress) -> Compiled:
+        return self._run(job, progress)
+
+    def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
+        """Refit where the engine allows it and a GPU that runs it is here; else compile the graph again."""
+        reason = None if job.options.refittable else "the engine was not built with --refittable"
+        reason = reason or self.cannot_run(job.target, job.options)
+        made = self._run(job, progress, None if reason else engine)
+        how = f"compiled again: {reason}" if reason else "refit"
+        return replace(made, notes={**made.notes, "weights": how})
+
+    def _run(self, job: CompileJob, progress: Progress, refit: Path | None = None) -> Compiled:
+        """Compile ``job``, or put its graph's weights into the engine ``refit``; in a process of its own."""
+        self.versions()
+        if job.options.check_memory:
+            check_memory(job)
+        engine = job.graph.with_suffix(".engine")
+        order = {
+            "flavour": self.flavour.name,
+            "graph": str(job.graph),
+            "engine": str(engine),
+            "refit": None if refit is None else str(refit),
+            "inputs": {name: [dtype, list(shape)] for name, (dtype, shape) in job.inputs.items()},
+            "profiles": [_compilable(p, job.target).as_dict() for p in job.profiles],
+            "target": job.target,
+            "options": asdict(job.options),
+            "timing_cache": self._timing_cache(),
+        }
+        done = _in_own_process(order, job.network, progress)
+        return Compiled(engine.name, done.pop("seconds"), done.pop("peak_memory"), done)
+
+    def _timing_cache(self) -> str | None:
+        """Keyed by device and version: timings of one GPU or release mean nothing on another."""
+        gpus = present_gpus()
+        if not self.flavour.has_timing_cache or not gpus:
+            return None
+        key = "-".join([self.flavour.version(), gpus[0].sm, *gpus[0].name.lower().split()])
+        return str(cache_home() / "timing" / f"{key}.cache")
+
+    def check(self, manifest: Manifest) -> None:
+        name, advice = manifest.name, rebuild_advice(engines_home() / manifest.name, manifest.rebuild)
+        lasting = manifest.options.version_compatible
+        for package, here in self.versions().items():
+            built = manifest.compiler.get(package, "none")
+            if built != here and not (lasting and _later(here, built)):
+                raise InputError(f"engine '{name}': its compiler is {package} {built}, here is {here}; {advice}")
+        if (reason := self.cannot_run(manifest.target, manifest.options)) is not None:
+            raise InputError(
+                f"engine '{name}': its target is {manifest.target}, and {reason}; "
+                f"make one for this machine with: {self._for_here(manifest)}"
+            )
+
+    def _for_here(self, manifest: Manifest) -> str:
+        """The command that makes an engine like this one for the GPU that is here, or for none.
+
+        The manifest only claims what made it, so each of its commands is taken apart, checked to be one of this
+        program's, and quoted again word by word.
+        """
+        claims = [manifest.rebuild] if manifest.plugged is None else list(manifest.plugged.commands)
+        first, *plugs = (_own_words(claim) for claim in claims)
+        if first is None or first[1] != "build" or any(p is None or p[1] != "plug" or len(p) < 3 for p in plugs):
+            return shlex.join(["pnp-trt", "build", "--out", f"{manifest.name}-here"])
+        if manifest.plugged is None:
+            return shlex.join(self._build_here(manifest, first))
+        # a plugged engine comes of others, which have to be made for this machine first
+        folder = f"{Path(_option(first, '--out') or manifest.name)}-here"
+        commands = [[*self._build_here(manifest, first), "--out", folder]]
+        for words in filter(None, plugs):
+            words[2], folder = folder, f"{_option(words, '--out') or manifest.name}-here"
+            commands.append([*_without(words, "--out"), "--out", folder])
+        return " && ".join(shlex.join(words) for words in commands)
+
+    def _build_here(self, manifest: Manifest, words: list[str]) -> list[str]:
+        """A build's command line with this machine's target, less ``--out``."""
+        gpus = present_gpus()
+        # batches mean nothing to ONNX Runtime, sizes do
+        dropped = () if gpus or any(p.sized for p in manifest.profiles) else manifest.profiles
+        for option in ("--target", "--out", *(("--profile",) * len(dropped))):
+            words = _without(words, option)
+        if not gpus:
+            words = [*_without(words, "--backend"), "--backend", "onnxruntime"]
+        elif gpus[0].sm in self.flavour.targets:
+            words = [*words, "--target", gpus[0].sm]
+        return words
+
+    def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
+        gpus = present_gpus()
+        if not gpus:
+            return "no NVIDIA driver or GPU was found here"
+        sm = gpus[0].sm
+        if target == sm or (target == "portable" and sm in _PORTABLE):
+            return None
+        if options is not None and options.hardware_compatible and int(sm[3:]) >= _compute_capability(target) >= 80:
+            return None
+        return f"the GPU here is {sm} ({gpus[0].name})"
+
+    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> Network:
+        from .network import TrtNetwork
+
+        if options.provider == "cpu":
+            raise InputError(f"provider is 'cpu'; a {self.name} engine runs on the GPU: use auto or cuda")
+        return TrtNetwork(self.flavour, path, network)
+
+    def device_loops(self, unet: Any, vae: Any, condition: Any, name: str) -> DeviceLoops:
+        from ..cuda_graph import device_loops
+
+        return device_loops(unet.cuda, unet, vae, condition, name)
+
+
+class TensorRt(TensorRtBackend):
+    """``tensorrt`` 10.12 to 11.x: compiles on the GPU that it is for."""
+
+    name = "tensorrt"
+    label = "trt"
+    flavour = TENSORRT
+
+
+class TensorRtRtx(TensorRtBackend):
+    """``tensorrt_rtx``: compiles for any GeForce or RTX GPU, on any machine."""
+
+    name = "tensorrt-rtx"
+    label = "rtx"
+    flavour = RTX
+
+
+def _own_words(claim: str) -> list[str] | None:
+    """The words of a `pnp-trt` command line; None for any other text."""
+    try:
+        words = shlex.split(claim)
+    except ValueError:  # a quotation that does not end
+        return None
+    return words if words[:1] == ["pnp-trt"] and len(words) > 1 else None
+
+
+def _option(words: list[str], name: str) -> str | None:
+    return words[words.index(name) + 1] if name in words[:-1] else None
+
+
+def _without(words: list[str], option: str) -> list[str]:
+    """The words without the first occurrence of an option and its value."""
+    i = words.index(option) if option in words else len(words)
+    return words[:i] + words[i + 2 :]
+
+
+def _compute_capability(target: str) -> int:
+    """89 for ``sm_89``; 0 for what is no single GPU."""
+    return int(target[3:]) if re.fullmatch(r"sm_[0-9]{2,3}", target) else 0
+
+
+def check_memory(job: CompileJob) -> None:
+    """Refuse to start a build that this machine's memory will not hold.
+
+    Raises:
+        InputError: with what is wanted and what is free.
+    """
+    weights = job.graph.with_name(job.graph.name + ".data")
+    wanted = _MEMORY_FLOOR + _MEMORY_FACTOR * (weights.stat().st_size if weights.is_file() else 0)
+    free = memory.free()
+    if free < wanted:
+        raise InputError(
+            f"compiling the {job.network} wants about {wanted / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
+            "are free; close what uses it, or pass --no-memory-check to try"
+        )
+
+
+def _compilable(profile: Profile, target: str) -> Profile:
+    """The profile that the compiler is given; the engine promises no more than the one asked for.
+
+    For sm_75 TensorRT-RTX 1.x cannot fuse the matrix products of a single picture (``empty runtime-fusion MVMF for
+    '__myl_Fc'``) where no larger batch is allowed; the same graph compiles for one to two, with kernels for one.
+    """
+    return replace(profile, maximum=2) if target == "sm_75" and profile.maximum == 1 else profile
+
+
+def _in_own_process(order: dict[str, Any], network: str, progress: Progress) -> dict[str, Any]:
+    """Run ``trt_compile``; what it said it did.
+
+    Raises:
+        PnpError: with what it said, or how it ended.
+    """
+    root = str(Path(__file__).resolve().parents[3])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.trt_compile"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        ) as child,
+    ):  # fmt: skip
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(json.dumps(order) + "\n")
+            child.stdin.flush()
+            last: dict[str, Any] = {}
+            for line in child.stdout:
+                last = json.loads(line)
+                if "progress" in last:
+                    phase, share = last["progress"]
+                    progress(phase, int(1000 * share), 1000)
+            code = child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        if code == 0 and "done" in last:
+            done: dict[str, Any] = last["done"]
+            return done
+        if "error" in last:
+            raise PnpError(last["error"])
+        if code < 0:
+            raise PnpError(
+                f"the compiler of the {network} was killed by signal {-code}, most likely for lack of memory; "
+                "nothing was written; close what uses memory and build again"
+            )
+        said.seek(0)
+        tail = said.read().decode(errors="replace").strip().splitlines()
+        raise PnpError(
+            f"the compiler of the {network} ended with code {code}: {tail[-1] if tail else 'it said nothing'}; "
+            "nothing was written"
+        )
+
+
+def _later(here: str, built: str) -> bool:
+    """Whether a version-compatible engine of ``built`` loads in ``here``: a later release of the same major."""
+    a, b = ([int(n) for n in v.split(".") if n.isdigit()] for v in (here, built))
+    return bool(a and b) and a[0] == b[0] and a >= b

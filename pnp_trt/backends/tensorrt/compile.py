@@ -1,0 +1,226 @@
+"""One network, compiled in a process of its own: ``python -m pnp_trt.backends.tensorrt.compile``.
+
+A failed build can spoil the next one in the same process, and a compiler that runs out of memory takes its process
+with it; so the caller starts this module, writes one JSON object to its standard input and keeps that open, and
+reads JSON lines from its standard output: ``{"progress": …}`` as it goes on, and in the end ``{"done": …}`` or
+``{"error": …}``.  When the caller dies its end of the pipe closes, and so does this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ...bundle import memory
+from ...bundle.store import write_bytes
+from ...errors import PnpError
+from ..base import CompileOptions, Profile
+from .flavour import FLAVOURS, Flavour
+
+#: seconds between two reports
+EVERY = 0.2
+
+
+def main() -> int:
+    """Compile what standard input describes."""
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_caller, daemon=True).start()
+    # the compiler's libraries may print; standard output is for the caller alone
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def say(**what: Any) -> None:
+        out.write(json.dumps(what) + "\n")
+
+    try:
+        work = compile_network
+        if job.get("refit"):
+            from .refit import refit_network as work
+        say(done=work(job, lambda phase, share: say(progress=[phase, share])))
+    except PnpError as e:
+        say(error=str(e))
+        return 1
+    except OSError as e:
+        say(error=f"{job['engine']} could not be written ({e.strerror or e}); nothing was written; free some space")
+        return 1
+    return 0
+
+
+def _die_with_caller() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
+    """Parse, configure, build, write.
+
+    Args:
+        job: ``flavour``, ``graph``, ``engine``, ``inputs``, ``profiles``, ``target``, ``options``, ``timing_cache``,
+            and ``refit``, an engine whose weights alone are to be replaced (see ``trt_refit``).
+        report: called with (phase, share done).
+
+    Raises:
+        PnpError: with what the compiler said.
+    """
+    started = time.monotonic()
+    flavour = FLAVOURS[job["flavour"]]
+    trt = flavour.load()
+    options = CompileOptions(**job["options"])
+    logger = compiler_logger(trt)
+    builder = trt.Builder(logger)
+    if hasattr(os, "sched_getaffinity"):
+        builder.max_threads = len(os.sched_getaffinity(0))
+    # always on in TensorRT 11, where the flag is still taken
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    _parse(trt, network, logger, job["graph"])
+    decomposed = _decompose_float32_attention(trt, network)
+    config = builder.create_builder_config()
+    _configure(trt, flavour, builder, config, network, job, options)
+    cache = _timing_cache(flavour, config, job["timing_cache"])
+    config.progress_monitor = _monitor(trt, report)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise PnpError(logger.summary(f"{flavour.name} could not compile {Path(job['graph']).name}"))
+    with Path(job["engine"]).open("wb") as f:
+        f.write(plan)
+    if cache is not None:
+        write_bytes(bytes(config.get_timing_cache().serialize()), Path(job["timing_cache"]))
+    return {
+        "seconds": time.monotonic() - started,
+        "peak_memory": memory.peak(),
+        "layers": network.num_layers,
+        "decomposed_attention": decomposed,
+        "host_code": options.version_compatible,
+        "warnings": logger.warnings,
+    }
+
+
+def _parse(trt: Any, network: Any, logger: Any, graph: str) -> None:
+    parser = trt.OnnxParser(network, logger)
+    # a file that is no graph at all is parsed without complaint, into nothing
+    if not parser.parse_from_file(graph) or not network.num_outputs:
+        said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise PnpError(
+            f"{Path(graph).name} cannot be parsed by {trt.__name__} {trt.__version__}: "
+            f"{'; '.join(said) or 'no reason given'}; a newer version may know its operators of opset 23"
+        )
+
+
+def _decompose_float32_attention(trt: Any, network: Any) -> int:
+    """Allow attention in float32 to become several kernels: no fused one exists, and the build would fail."""
+    count = 0
+    if not hasattr(trt, "IAttentionInputLayer"):  # before 10.14 the parser makes no attention layers
+        return count
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings give a plain ILayer, and this is their own way
+            attention = layer.attention
+            if attention.get_input(0).dtype == trt.float32:
+                attention.decomposable = True
+                count += 1
+    return count
+
+
+def _configure(
+    trt: Any, flavour: Flavour, builder: Any, config: Any, network: Any, job: dict[str, Any], options: CompileOptions
+) -> None:
+    # float32 in a graph is there because half precision is not enough; ten bits of mantissa would not be either
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    flavour.set_target(trt, config, job["target"], options)
+    flavour.allow_capture(trt, config)
+    names = {network.get_input(i).name for i in range(network.num_inputs)}
+    if names != set(job["inputs"]):
+        raise PnpError(f"the graph's inputs are {sorted(names)}, not {sorted(job['inputs'])}; please report it")
+    for p in map(Profile.from_dict, job["profiles"]):
+        profile = builder.create_optimization_profile()
+        for name, (_, shape) in job["inputs"].items():
+            extents = [p.extent(d) if isinstance(d, str) else (d, d, d) for d in shape]
+            profile.set_shape(name, *map(list, zip(*extents, strict=True)))  # smallest, best, largest
+        if config.add_optimization_profile(profile) < 0:
+            raise PnpError(f"{flavour.name} did not accept profile {p.name}; name others with --profile")
+
+
+def _timing_cache(flavour: Flavour, config: Any, file: str | None) -> Any:
+    if file is None or not flavour.has_timing_cache:
+        return None
+    held = Path(file).read_bytes() if Path(file).is_file() else b""
+    cache = config.create_timing_cache(held)
+    if not config.set_timing_cache(cache, False):  # of another device after all: begin anew
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def compiler_logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps what the compiler says, for the one sentence of an error."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING and len(self.warnings) < 20:
+                self.warnings.append(message)
+
+        def summary(self, what: str) -> str:
+            first = " ".join(self.errors[0].split())[:400] if self.errors else "it gives no reason"
+            return f"{what}: {first}"
+
+    return Logger()
+
+
+def _monitor(trt: Any, report: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Folds the compiler's nested phases into one share of the whole."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack: list[list[Any]] = []  # [phase, steps, done]
+            self.last = 0.0
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.stack.append([phase, max(steps, 1), 0])
+            self.tell(parent is None)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            for entry in self.stack:
+                if entry[0] == phase:
+                    entry[2] = step + 1
+            self.tell()
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.stack = [entry for entry in self.stack if entry[0] != phase]
+
+        def tell(self, now: bool = False) -> None:
+            if not now and time.monotonic() - self.last < EVERY:
+                return
+            self.last = time.monotonic()
+            share, weight = 0.0, 1.0
+            for _, steps, done in self.stack:
+                share += weight * min(done / steps, 1.0)
+                weight /= steps
+            report(self.stack[-1][0] if self.stack else "", min(share, 1.0))
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

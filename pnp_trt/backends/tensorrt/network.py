@@ -1,0 +1,281 @@
+"""A loaded engine, and buffers on the GPU that it runs on (``enqueueV3``, which Python calls ``execute_async_v3``)."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle.store import cache_home, digest, write_bytes
+from ...bundle.manifest import NetworkRecord
+from ...errors import InputError, PnpError
+from ..base import Bound, Description, Network, Size
+from ..cuda import Cuda
+from ...bundle.profiles import tightest
+from .facts import facts
+from .flavour import Flavour
+
+
+class TrtNetwork(Network):
+    """One engine.
+
+    Buffers and execution contexts are kept for the batches and sizes seen last: making them costs more than a step.
+
+    Args:
+        entry: the network's part of the manifest; what the engine says of itself is held against it.
+
+    Raises:
+        InputError: where no GPU is, or the engine is not the one that the manifest describes.
+        PnpError: if the runtime refuses the engine.
+    """
+
+    KEEP = 4
+
+    def __init__(self, flavour: Flavour, path: Path, entry: NetworkRecord, cuda: Cuda | None = None) -> None:
+        self.path = path
+        self.profiles = entry.profiles
+        self._flavour = flavour
+        self._cuda = cuda or Cuda()
+        self._trt = flavour.load()
+        self._log = _Log(self._trt).made
+        self._runtime = self._trt.Runtime(self._log)
+        self._engine = self._deserialize(bool(entry.compiled.notes.get("host_code", False)))
+        self._described = self._check(entry)
+        self._idle: list[TrtBound] = []
+        self._lock = threading.Lock()
+
+    @property
+    def cuda(self) -> Cuda:
+        """Whose device memory the buffers are."""
+        return self._cuda
+
+    def _deserialize(self, host_code: bool) -> Any:
+        if host_code:  # a version-compatible plan carries a lean runtime of its own
+            self._runtime.engine_host_code_allowed = True
+        with self.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            self._flavour.check_plan(self._trt, self._runtime, plan, self.path.name)
+            engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise PnpError(f"{self._flavour.name} cannot load {self.path}: {self._log.first()}")
+        return engine
+
+    def _check(self, entry: NetworkRecord) -> Description:
+        trt, engine = self._trt, self._engine
+        found: dict[str, dict[str, tuple[str, tuple[int | str, ...]]]] = {"inputs": {}, "outputs": {}}
+        sides = {"inputs": entry.inputs, "outputs": entry.outputs}
+        for i in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(i)
+            side = "inputs" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "outputs"
+            dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
+            shape: list[int | str] = [int(d) for d in tuple(engine.get_tensor_shape(name))[1:]]
+            # the engine knows open dimensions by -1, the manifest their names
+            names = sides[side].get(name, ("", ()))[1][1:]
+            if len(names) == len(shape):
+                shape = [n if d == -1 and isinstance(n, str) else d for d, n in zip(shape, names, strict=True)]
+            found[side][name] = (dtype, ("batch", *shape))
+        for side, held in found.items():
+            wanted = dict(sides[side])
+            if held != wanted:
+                raise InputError(f"{self.path} has {side} {held}, its manifest says {wanted}; build it again")
+        if engine.num_optimization_profiles != len(self.profiles):
+            raise InputError(
+                f"{self.path} has {engine.num_optimization_profiles} profiles, its manifest says {len(self.profiles)}; "
+                "build it again"
+            )
+        return Description(found["inputs"], found["outputs"], "cuda:0", self.profiles)
+
+    def describe(self) -> Description:
+        return self._described
+
+    def facts(self) -> dict[str, int]:
+        return facts(self._trt, self._engine)
+
+    def profile_for(self, batch: int, size: Size | None = None) -> int:
+        """Index of the tightest profile that holds ``batch`` and ``size``, in latents."""
+        index = tightest(self.profiles, lambda p: p.holds(batch, size))
+        if index is None:
+            sized = any(p.sized for p in self.profiles)
+            asked = f"{batch}" + (f" of {size[0]}x{size[1]} latents" if sized and size else "")
+            legal = ", ".join(
+                f"{p.minimum} to {p.maximum}{' of ' if p.sized else ''}{p.sizes()}" for p in self.profiles
+            )
+            advice = f"--profile b{batch}" + ("@HEIGHTxWIDTH in pixels" if sized else "")
+            raise InputError(f"the batch is {asked}; {self.path.name} was compiled for {legal}; build with {advice}")
+        return index
+
+    @contextlib.contextmanager
+    def bind(self, batch: int, size: Size | None = None) -> Iterator[TrtBound]:
+        index = self.profile_for(batch, size)
+        with self._lock:
+            bound = next((b for b in self._idle if (b.batch, b.size) == (batch, size)), None)
+            if bound is not None:
+                self._idle.remove(bound)
+        bound = bound or self._bound(batch, size, index)
+        try:
+            yield bound
+        except BaseException:
+            bound.close()  # its buffers may be in any state
+            raise
+        with self._lock:
+            self._idle.append(bound)
+            spare = self._idle[: -self.KEEP]
+            del self._idle[: -self.KEEP]
+        for old in spare:
+            old.close()
+
+    def _bound(self, batch: int, size: Size | None, index: int) -> TrtBound:
+        file = self._kernels_file()
+        held = file.read_bytes() if file.is_file() else None
+        context, kernels = self._flavour.context(self._engine, held)
+        if context is None:
+            raise PnpError(f"{self.path.name}: no execution context for a batch of {batch}: {self._log.first()}")
+
+        def keep() -> None:
+            """Kernels are made when a shape first runs; the next process finds them."""
+            if kernels is not None and (made := bytes(kernels.serialize())) != held:
+                with contextlib.suppress(PnpError):  # a cache that cannot be written is only slower
+                    write_bytes(made, file)
+
+        return TrtBound(self._cuda, context, self._described, batch, size, index, keep)
+
+    def _kernels_file(self) -> Path:
+        # the runtime itself rejects a cache of another GPU, driver or version
+        key = digest([self._flavour.name, self._trt.__version__, str(self.path.resolve()), self.path.stat().st_size])
+        return cache_home() / "kernels" / f"{key[:32]}.cache"
+
+
+class TrtBound(Bound):
+    """One execution context with a stream of its own, and device buffers whose addresses never change.
+
+    ``addresses`` and ``stream`` are for who captures the run into a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        context: Any,
+        description: Description,
+        batch: int,
+        size: Size | None,
+        profile: int,
+        keep_kernels: Any,
+    ) -> None:
+        self.batch, self.size = batch, size
+        self.stream = cuda.stream()
+        self.addresses: dict[str, int] = {}
+        self._cuda, self._context, self._keep = cuda, context, keep_kernels
+        self._host: dict[str, tuple[np.ndarray, int]] = {}
+        self._inputs = dict(description.inputs)
+        self._output = self.output_name = next(iter(description.outputs))
+        self._on_the_way: set[str] = set()
+        self._ran = False
+        try:
+            self._prepare(description, profile)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, description: Description, profile: int) -> None:
+        _must(self._context.set_optimization_profile_async(profile, self.stream), f"choose profile {profile}")
+        self._cuda.synchronize(self.stream)
+        known = {"batch": self.batch} | (dict(zip(("height", "width"), self.size, strict=True)) if self.size else {})
+        for name, (_, shape) in description.inputs.items():
+            if unknown := [d for d in shape if isinstance(d, str) and d not in known]:
+                raise InputError(f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size")
+            full = tuple(known[d] if isinstance(d, str) else d for d in shape)
+            _must(self._context.set_input_shape(name, full), f"set {name} to {full}")
+        missing = self._context.infer_shapes()
+        if missing:
+            raise PnpError(f"the engine wants more than its inputs: {', '.join(missing)}")
+        for name, (dtype, shape) in (*description.inputs.items(), *description.outputs.items()):
+            if all(d in known for d in shape if isinstance(d, str)):
+                full = tuple(known[d] if isinstance(d, str) else d for d in shape)
+            else:  # what follows from the inputs, such as a picture's size from its latents'
+                full = tuple(int(d) for d in self._context.get_tensor_shape(name))
+            self._host[name] = self._cuda.pinned(full, dtype)
+            self.addresses[name] = self._cuda.allocate(self._host[name][0].nbytes)
+            _must(self._context.set_tensor_address(name, self.addresses[name]), f"bind {name}")
+
+    def write(self, **inputs: np.ndarray) -> None:
+        for name, array in inputs.items():
+            if name not in self._inputs:
+                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._inputs)}")
+            host, address = self._host[name]
+            if array.shape != host.shape:
+                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {list(host.shape)}")
+            if name in self._on_the_way:  # the copy before may still read the staging memory
+                self._wait()
+            np.copyto(host, array, casting="same_kind")
+            self._cuda.to_device(self.addresses[name], address, host.nbytes, self.stream)
+            self._on_the_way.add(name)
+
+    def run(self) -> None:
+        _must(self._context.execute_async_v3(self.stream), "run")
+        if not self._ran:
+            self._wait()
+            self.keep_kernels()
+
+    def enqueue(self, stream: int) -> None:
+        """Put one run on another stream; nothing is waited for."""
+        _must(self._context.execute_async_v3(stream), "run")
+
+    def keep_kernels(self) -> None:
+        """Store the kernels that the first run made for later processes; after a run that was waited for."""
+        if not self._ran:
+            self._keep()
+            self._ran = True
+
+    def capturable(self, stream: int) -> bool:
+        """Whether a run can be captured into a CUDA graph, as far as the runtime can tell."""
+        asked = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX alone
+        return True if asked is None else bool(asked(stream))
+
+    def staged(self, name: str) -> np.ndarray:
+        """The pinned host memory of a tensor, for its shape and type."""
+        return self._host[name][0]
+
+    def read(self) -> np.ndarray:
+        host, address = self._host[self._output]
+        self._cuda.to_host(address, self.addresses[self._output], host.nbytes, self.stream)
+        self._wait()
+        return host.copy()
+
+    def _wait(self) -> None:
+        self._cuda.synchronize(self.stream)
+        self._on_the_way.clear()
+
+    def close(self) -> None:
+        """Give the buffers back."""
+        self._context = None
+        hosts, self._host = [address for _, address in self._host.values()], {}
+        devices, self.addresses = list(self.addresses.values()), {}
+        self._cuda.free(devices, hosts, self.stream)
+
+
+def _must(worked: bool, what: str) -> None:
+    if not worked:
+        raise PnpError(f"TensorRT could not {what}; see pnp-trt doctor, and pnp-trt inspect for what the engine takes")
+
+
+class _Log:
+    """A logger of the runtime's that keeps the first error."""
+
+    def __init__(self, trt: Any) -> None:
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                super().__init__()
+                self.errors: list[str] = []
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    self.errors.append(message)
+
+            def first(self) -> str:
+                return " ".join(self.errors[0].split())[:400] if self.errors else "it gives no reason"
+
+        self.made: Any = Logger()

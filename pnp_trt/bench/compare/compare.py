@@ -1,0 +1,309 @@
+"""Two results documents side by side: what changed beyond the noise, what did not, and what cannot be compared.
+
+Evidence is called by its strength. Counts are exact. A ratio to CFG was paired by round within one run, a fidelity
+figure comes with its 95 % interval: they changed where the old and the new interval do not overlap, and a time ratio
+also has to move by more than `FLOOR`, since an interval over one run's rounds does not know how two runs of the same
+thing differ. Absolute times are compared only between runs on the same device with the same versions, and even then
+are a hint: what else the machine did is in them. No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import results
+from ..report.words import plural
+from ...errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA = "pnp-trt/bench-compare/1"
+#: Relative change below which two runs of the same code may differ: the repeatability that is asked of the ratios.
+FLOOR = 0.03
+_RESAMPLES = 2000
+Document = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+#: Figures of a fidelity row and whether a larger one is better.
+_FIDELITY = {
+    "kid": False, "kid_gain_over_cfg": True, "r_at_1": True, "r_at_5": True, "psnr_to_cfg_db": True,
+    "feature_cosine_to_cfg": True, "fid_inception": False, "clip_score": True,
+}  # fmt: skip
+_COST = ("parameters", "macs", "macs_without_attention")
+_METHOD_COST = ("macs_per_picture", "macs_per_picture_without_attention")
+#: What tells the rows of a part from each other.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "cost": ("network",),
+    "methods_cost": ("method", "guide", "steps"),
+    "latency": ("engine", "method", "batch", "steps", "guidance", "guided_interval"),
+    "cold_start": ("engine",),
+    "fidelity": ("engine", "method", "steps", "guidance"),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure in both documents.
+
+    Attributes:
+        part: the document's key that the rows stand under.
+        key: what the row is: engine, method, batch and so on.
+        figure: the row's key, such as "ratio_to_cfg".
+        old: value of the old document.
+        new: value of the new one.
+        old_interval: 95 % interval of the old value; None where it is exact.
+        new_interval: that of the new one.
+        verdict: "better", "worse" or "same"; beyond the noise or not.
+        evidence: "exact", "interval", or "weak" for absolute times, which are no more than a hint.
+    """
+
+    part: str
+    key: dict[str, Any]
+    figure: str
+    old: float
+    new: float
+    old_interval: tuple[float, float] | None
+    new_interval: tuple[float, float] | None
+    verdict: str
+    evidence: str
+
+    @property
+    def relative(self) -> float | None:
+        """new / old - 1; None where the old value is 0."""
+        return self.new / self.old - 1 if self.old else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two documents say together.
+
+    Attributes:
+        old: command, date and commit of the old document.
+        new: those of the new one.
+        differences: sentences on what else differs: device, versions, commit, settings.
+        absolute: whether absolute times were compared: same device, same versions.
+        figures: every figure that both have.
+        only_old: rows of the old document alone, as {"part", "key"}.
+        only_new: rows of the new one alone.
+    """
+
+    old: dict[str, Any]
+    new: dict[str, Any]
+    differences: list[str]
+    absolute: bool
+    figures: list[Change]
+    only_old: list[dict[str, Any]] = field(default_factory=list)
+    only_new: list[dict[str, Any]] = field(default_factory=list)
+
+    def of(self, verdict: str, *, weak: bool = False) -> list[Change]:
+        """The figures of one verdict ("better", "worse", "same"), by firm evidence or by weak."""
+        return [one for one in self.figures if one.verdict == verdict and (one.evidence == "weak") == weak]
+
+    @property
+    def regressed(self) -> bool:
+        """Whether anything got worse beyond the noise; hints of absolute times do not count."""
+        return bool(self.of("worse"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison as JSON holds it, in the shape of `compare-schema.json` beside this file."""
+        figures = [asdict(one) | {"relative_change": one.relative} for one in self.figures]
+        return {
+            "schema": SCHEMA, "old": self.old, "new": self.new, "regressed": self.regressed,
+            "differences": self.differences, "absolute_times_compared": self.absolute, "floor": FLOOR,
+            "figures": figures, "only_old": self.only_old, "only_new": self.only_new,
+        }  # fmt: skip
+
+
+def compare_files(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Comparison:
+    """`compare` of two results files.
+
+    Raises:
+        InputError: for files that `results.read` refuses, or of different base models.
+    """
+    return compare(results.read(old), results.read(new))
+
+
+def compare(old: Document, new: Document) -> Comparison:
+    """What changed from `old` to `new` beyond the noise; both are documents of `pnp-trt/bench/2`.
+
+    Raises:
+        InputError: where they measured different base models.
+    """
+    check_base(old, new)
+    absolute = not _elsewhere(old, new)
+    made = Comparison(_origin(old), _origin(new), _elsewhere(old, new) + _otherwise(old, new), absolute, [])
+    for part in _KEYS:
+        before, after = _by_key(old, part), _by_key(new, part)
+        for key, row in before.items():
+            if key in after:
+                made.figures.extend(_figures(part, dict(zip(_KEYS[part], key, strict=True)), row, after[key], absolute))
+        for rows, others, into in ((before, after, made.only_old), (after, before, made.only_new)):
+            into.extend(
+                {"part": part, "key": dict(zip(_KEYS[part], key, strict=True))} for key in rows if key not in others
+            )
+    return made
+
+
+def check_base(old: Document, new: Document) -> None:
+    """Raise InputError where two documents are of different base models; `new` may still lack its measurements."""
+    bases = [doc["settings"].get("base") for doc in (old, new)]
+    if None not in bases and bases[0] != bases[1]:
+        raise InputError(
+            f"the old results are of base '{bases[0]}', the new ones of '{bases[1]}'; "
+            f"compare with results of the same base: pnp-trt bench --base {bases[1]} --json FILE"
+        )
+    sizes = [{r["parameters"] for r in doc.get("cost", []) if r["network"] == "teacher"} for doc in (old, new)]
+    if all(sizes) and sizes[0] != sizes[1]:
+        (before,), (after,) = sizes
+        raise InputError(
+            f"the teachers differ, {before:,} parameters in the old results and {after:,} in the new ones; "
+            "compare results of the same base"
+        )
+
+
+def _by_key(doc: Document, part: str) -> dict[tuple[Any, ...], Row]:
+    rows = {}
+    for row in doc[part]:
+        key = [row.get(name) for name in _KEYS[part]]
+        if row.get("method") == "unguided" and "guidance" in _KEYS[part]:
+            key[_KEYS[part].index("guidance")] = None  # w changes nothing there
+        rows[tuple(tuple(one) if isinstance(one, list) else one for one in key)] = row
+    return rows
+
+
+def _figures(part: str, key: dict[str, Any], old: Row, new: Row, absolute: bool) -> Iterable[Change]:
+    """Every figure that both rows have."""
+    if part in ("cost", "methods_cost"):
+        for name in _COST if part == "cost" else _METHOD_COST:
+            if name in old and name in new:
+                verdict = "same" if old[name] == new[name] else "worse" if new[name] > old[name] else "better"
+                yield Change(part, key, name, old[name], new[name], None, None, verdict, "exact")
+    elif part == "fidelity":
+        for name, larger_is_better in _FIDELITY.items():
+            before, after = old.get(name), new.get(name)
+            if before and after:
+                was, now = (before["low"], before["high"]), (after["low"], after["high"])
+                verdict = _verdict(was, now, larger_is_better)
+                yield Change(part, key, name, before["value"], after["value"], was, now, verdict, "interval")
+    elif part == "latency":
+        yield from _ratio(key, old, new)
+        if absolute:
+            yield from _times(
+                part, key, "p50_ms", [[one["loop_ms"] for one in row.get("raw", [])] for row in (old, new)]
+            )
+    elif absolute:
+        yield from _times(part, key, "p50_s", [old["seconds"], new["seconds"]])
+
+
+def _ratio(key: dict[str, Any], old: Row, new: Row) -> Iterable[Change]:
+    """The ratio to CFG paired by round; CFG itself has none."""
+    own = f"{new['engine']}/{new['method']}"
+    was, now = old.get("ratio_to_cfg_interval"), new.get("ratio_to_cfg_interval")
+    if was is None or now is None or own in (old.get("ratio_reference"), new.get("ratio_reference")):
+        return
+    before, after = old["ratio_to_cfg"], new["ratio_to_cfg"]
+    verdict = _verdict(was, now, False) if _moved(before, after) else "same"
+    yield Change("latency", key, "ratio_to_cfg", before, after, tuple(was), tuple(now), verdict, "interval")
+
+
+def _times(part: str, key: dict[str, Any], figure: str, observed: Sequence[Sequence[float]]) -> Iterable[Change]:
+    """Medians of raw observations by bootstrap; three a side at least."""
+    if min(map(len, observed)) < 3:
+        return
+    before, was = _median(np.asarray(observed[0], dtype=float))
+    after, now = _median(np.asarray(observed[1], dtype=float))
+    verdict = _verdict(was, now, False) if _moved(before, after) else "same"
+    yield Change(part, key, figure, before, after, was, now, verdict, "weak")
+
+
+def _median(values: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Median and its 95 % bootstrap interval, seeded."""
+    draws = np.random.default_rng(0).integers(0, len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
+    return float(np.median(values)), (float(low), float(high))
+
+
+def _moved(old: float, new: float) -> bool:
+    """Whether a time moved by more than two runs of the same thing may: symmetric, so that order does not matter."""
+    return abs(np.log(max(new, 1e-12) / max(old, 1e-12))) > np.log1p(FLOOR)
+
+
+def _verdict(old: Sequence[float], new: Sequence[float], larger_is_better: bool) -> str:
+    if old[0] <= new[1] and new[0] <= old[1]:
+        return "same"
+    return "better" if (new[0] > old[1]) == larger_is_better else "worse"
+
+
+# ------------------------------------------------------------------------------------------- what else differs
+
+
+def _origin(doc: Document) -> dict[str, Any]:
+    return {key: doc["provenance"].get(key) for key in ("command", "date", "commit", "uncommitted_changes")}
+
+
+def _elsewhere(old: Document, new: Document) -> list[str]:
+    """What makes absolute times incomparable: another device, other versions."""
+    found = []
+    for name, get in _PLACES.items():
+        before, after = get(old), get(new)
+        if before != after:
+            found.append(f"{name}: {before or 'none'} → {after or 'none'}")
+    versions = [doc["provenance"].get("packages", {}) for doc in (old, new)]
+    for package in sorted(versions[0].keys() | versions[1].keys()):
+        before, after = versions[0].get(package), versions[1].get(package)
+        if before != after:
+            found.append(f"{package}: {before or 'not installed'} → {after or 'not installed'}")
+    return found
+
+
+_PLACES: dict[str, Callable[[Document], Any]] = {
+    "processor": lambda doc: doc["provenance"]["cpu"],
+    "usable cores": lambda doc: doc["provenance"].get("usable_cores"),
+    "accelerator": lambda doc: doc["provenance"].get("device"),
+    "measured device": lambda doc: (doc["device"] or {}).get("name"),
+    "platform": lambda doc: doc["provenance"]["platform"],
+    "Python": lambda doc: doc["provenance"]["python"],
+}
+
+
+def _otherwise(old: Document, new: Document) -> list[str]:
+    """Commit and settings: what one compares, or should know of."""
+    found = []
+    commits = [doc["provenance"].get("commit") for doc in (old, new)]
+    if commits[0] != commits[1]:
+        found.append(f"commit: {(commits[0] or 'none')[:12]} → {(commits[1] or 'none')[:12]}")
+    if any(doc["provenance"].get("uncommitted_changes") for doc in (old, new)):
+        found.append("a run had uncommitted changes: its commit does not say all of its code")
+    settings = [doc["settings"] for doc in (old, new)]
+    for name in sorted(settings[0].keys() | settings[1].keys()):
+        before, after = settings[0].get(name), settings[1].get(name)
+        if before != after:
+            found.append(f"setting {name.replace('_', ' ')}: {before} → {after}")
+    return found
+
+
+def summary(found: Comparison) -> str:
+    """The outcome in a sentence or two."""
+    firm = [one for one in found.figures if one.evidence != "weak"]
+    worse, better = len(found.of("worse")), len(found.of("better"))
+    if not found.figures:
+        return "The two have no figure in common."
+    said = f"{plural(len(firm), 'figure')} compared: {worse} worse, {better} better, the others within the noise."
+    hints = len(found.of("worse", weak=True)), len(found.of("better", weak=True))
+    if any(hints):
+        said += f" Absolute times hint at {hints[0]} slower and {hints[1]} faster."
+    return said
+
+
+def render_terminal(found: Comparison) -> RenderableType:
+    """The comparison as one rich renderable: what differs around it, what changed, what stands in one alone."""
+    from .tables import comparison_tables
+    from ..report.terminal import Tables
+
+    return Tables(comparison_tables(found), [summary(found)])

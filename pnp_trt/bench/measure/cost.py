@@ -1,0 +1,274 @@
+"""Count what a network costs: parameters and multiply-accumulates (MACs), on meta tensors, without weights.
+
+Two countings are kept side by side, because published tables differ in which one they print:
+
+* `macs` holds every matrix product of a forward: convolutions, linear layers and the attention products
+  (queries x keys, probabilities x values);
+* `macs_without_attention` holds convolutions and linear layers only. The published figures of the
+  plug-and-play distillation paper are of this kind, labelled "FLOPs": they are giga-MACs.
+
+One MAC is two floating-point operations. Normalisation, activations, softmax, biases and additions are left out of
+both, as is usual. Causal attention is counted in full, as if nothing were masked.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InputError
+
+from .published import published_rows as published_rows  # the paper's table is part of the cost
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+TEACHER = "teacher"
+GUIDE_PREFIX = "guide"
+#: Networks that run once a picture, not once a step.
+PICTURE_NETWORKS = ("text-encoder", "vae-decoder")
+#: What a guide makes of w alone; it runs once a picture as well, with that guide only.
+CONDITION_PREFIX = "condition-"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward of a network costs at the batch size of the inputs it was counted with (use 1).
+
+    parameters: number of weights, shared ones once.
+    macs: multiply-accumulates, attention products included.
+    macs_without_attention: multiply-accumulates of convolutions and linear layers alone.
+    """
+
+    parameters: int
+    macs: int
+    macs_without_attention: int
+
+
+def count(module: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> Cost:
+    """Count one forward of `module` on `inputs` (keyword arguments as a dict, or positional ones as a tuple).
+
+    Weights and tensors may live anywhere: the forward runs on a meta copy, so it needs neither time nor memory, and
+    `module` itself stays as it is. Tensors in `inputs` give shapes and dtypes only; their values are never read.
+
+    Raises InputError when the forward cannot run on meta tensors (for example because it reads a tensor's value).
+    """
+    import torch
+
+    with _quiet_flop_counter():
+        from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    network = _meta_copy(module).eval()
+    arguments = _to_meta(inputs)
+    # Attention called from inside another torch function (nn.MultiheadAttention) is only seen by the dispatcher; the
+    # CPU's fused operator is missing from the library's table.
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+    counter = FlopCounterMode(display=False, custom_mapping=fused)
+    seen = _function_counter(counter)
+    try:
+        with torch.no_grad(), counter, seen:
+            if isinstance(arguments, Mapping):
+                network(**arguments)
+            else:
+                network(*arguments)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"The cost of {type(module).__name__} cannot be counted: its forward failed on meta tensors ({error}); "
+            "check the shapes of the inputs and that the forward reads no tensor's value."
+        ) from error
+    flops = {str(operator): number for operator, number in counter.get_flop_counts().get("Global", {}).items()}
+    # Products of two activations (unfused attention) reach the counter as batched matrix products; a linear layer
+    # can too, when its input is not contiguous, which is why those inside `linear` are taken out again.
+    attention = sum(number for operator, number in flops.items() if _is_batched_product(operator))
+    attention -= seen.batched_flops_of_linear
+    total = sum(flops.values()) + seen.attention_flops
+    without = sum(flops.values()) - attention
+    return Cost(parameters=parameters, macs=total // 2, macs_without_attention=without // 2)
+
+
+def cost_rows(
+    networks: Mapping[str, tuple[torch.nn.Module, Mapping[str, Any] | Sequence[Any]]],
+) -> list[dict[str, Any]]:
+    """One row per network: `network`, `parameters`, `macs`, `macs_without_attention` and `per`, at batch 1.
+
+    `networks` maps a name (`teacher`, `guide-tiny`, `guide-full`, `text-encoder`, `vae-decoder`) to a module and the
+    inputs of one forward at batch 1. `per` says how often the network runs: "step" or "picture".
+    """
+    if not networks:
+        raise InputError("There is no network to count; give at least the teacher.")
+    rows = []
+    for name, (module, inputs) in networks.items():
+        cost = count(module, inputs)
+        once = name in PICTURE_NETWORKS or name.startswith(CONDITION_PREFIX)
+        rows.append({"network": name, **asdict(cost), "per": "picture" if once else "step"})
+    return rows
+
+
+def method_rows(
+    rows: Iterable[Mapping[str, Any]], *, steps: int, guided_steps: int | None = None
+) -> list[dict[str, Any]]:
+    """Totals per method from the rows of `cost_rows`, for one picture of `steps` steps at batch 1.
+
+    CFG runs the teacher twice a step (`cfg` in one batch of two, `cfg-two-passes` one after the other), `cfg-interval`
+    twice in `guided_steps` of the steps and once in the others (left out for None), `cfg-fewer-steps` is CFG in half
+    the steps, at least one; `unguided` runs it once, `guided` the teacher and one guide once each (one row per
+    guide). Each row carries `method`, `guide`, `parameters` (of the networks that run each step), `passes` (networks
+    run in one step; where steps differ, in the costliest), `passes_per_picture` (of the teacher), `steps`,
+    `macs_per_step` and `macs_per_step_without_attention` (mean over the steps), `macs_per_picture`,
+    `macs_per_picture_without_attention`, and `ratio_to_cfg` and `ratio_to_cfg_without_attention` (of the MACs of all
+    steps to those of CFG in `steps` steps, with attention products and without). A picture includes one run of the text
+    encoder (CFG's empty prompt is encoded once and kept), of the VAE decoder and of the guide's condition where they
+    were counted; `picture_includes` names them.
+    """
+    if steps < 1:
+        raise InputError(f"steps must be at least 1 to count a picture, got {steps}.")
+    if guided_steps is not None and not 0 <= guided_steps <= steps:
+        raise InputError(f"guided_steps must be from 0 to the {steps} steps, got {guided_steps}.")
+    by_name = {row["network"]: row for row in rows}
+    teacher = by_name.get(TEACHER)
+    if teacher is None:
+        raise InputError(f"The cost per method needs the network '{TEACHER}', got {', '.join(by_name) or 'none'}.")
+    fewer = max(1, steps // 2)
+    runs = [
+        _Run("cfg", None, steps, 2 * steps),
+        _Run("cfg-two-passes", None, steps, 2 * steps),
+        *([] if guided_steps is None else [_Run("cfg-interval", None, steps, steps + guided_steps)]),
+        _Run("cfg-fewer-steps", None, fewer, 2 * fewer),
+        _Run("unguided", None, steps, steps),
+    ]
+    runs += [_Run("guided", name, steps, steps) for name in by_name if name.startswith(GUIDE_PREFIX)]
+    return [_method_row(run, by_name, steps) for run in runs]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How often a method runs the teacher in a picture, and in how many steps; a guide runs once a step."""
+
+    method: str
+    guide: str | None
+    steps: int
+    passes: int
+
+
+def _method_row(run: _Run, by_name: Mapping[str, Mapping[str, Any]], cfg_steps: int) -> dict[str, Any]:
+    teacher = by_name[TEACHER]
+    beside = [by_name[run.guide]] if run.guide else []
+    condition = CONDITION_PREFIX + (run.guide or "").removeprefix(f"{GUIDE_PREFIX}-")
+    once = [name for name in (*PICTURE_NETWORKS, condition) if name in by_name]
+    most = 2 if run.passes > run.steps else 1
+    row: dict[str, Any] = {
+        "method": run.method,
+        "guide": run.guide,
+        "passes": [network["network"] for network in (*[teacher] * most, *beside)],
+        "passes_per_picture": run.passes,
+        "parameters": sum(network["parameters"] for network in (teacher, *beside)),
+        "steps": run.steps,
+        "picture_includes": once,
+    }
+    for suffix, key in (("", "macs"), ("_without_attention", "macs_without_attention")):
+        loop = run.passes * int(teacher[key]) + run.steps * sum(int(network[key]) for network in beside)
+        row[f"macs_per_step{suffix}"] = loop // run.steps
+        row[f"macs_per_picture{suffix}"] = loop + sum(int(by_name[name][key]) for name in once)
+        row[f"ratio_to_cfg{suffix}"] = loop / (2 * cfg_steps * teacher[key]) if teacher[key] else None
+    return row
+
+
+def _is_batched_product(operator: str) -> bool:
+    return operator.split(".")[-1] in ("bmm", "baddbmm") or "attention" in operator
+
+
+def _function_counter(counter: Any) -> Any:
+    """A function mode that counts each fused attention itself and notes the batched products of linear layers.
+
+    On the meta device `scaled_dot_product_attention` is taken apart into an unspecified set of operators that changes
+    between torch releases; counted above the dispatcher, it is the same number everywhere.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    class Counter(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention_flops = 0
+            self.batched_flops_of_linear = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                query, key, value = _attention_operands(args, kwargs)
+                query_shape, key_shape, value_shape = _four_dimensions(query.shape, key.shape, value.shape)
+                self.attention_flops += sdpa_flop_count(query_shape, key_shape, value_shape)
+                return query.new_empty((*query.shape[:-1], value.shape[-1]))
+            if func is torch.nn.functional.linear:
+                before = self._batched()
+                result = func(*args, **kwargs)
+                self.batched_flops_of_linear += self._batched() - before
+                return result
+            return func(*args, **kwargs)
+
+        def _batched(self) -> int:
+            counts = counter.get_flop_counts().get("Global", {})
+            return sum(number for operator, number in counts.items() if _is_batched_product(str(operator)))
+
+    return Counter()
+
+
+def _attention_operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    names = ("query", "key", "value")
+    query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+    return query, key, value
+
+
+def _four_dimensions(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Shapes as [batch, heads, tokens, width]; keys and values shared between heads are repeated to all of them."""
+    shapes = []
+    for shape in (query, key, value):
+        batch = 1
+        for size in query[:-2]:
+            batch *= size
+        shapes.append((1, batch, shape[-2], shape[-1]))
+    return tuple(shapes)
+
+
+def _meta_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose parameters and buffers are on the meta device; no weight is copied, `module` is untouched."""
+    import torch
+
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo).to("meta")
+
+
+def _to_meta(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta", requires_grad=False)
+    if isinstance(value, Mapping):
+        return {key: _to_meta(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_meta(item) for item in value)
+    return value
+
+
+@contextmanager
+def _quiet_flop_counter() -> Iterator[None]:
+    """Silence the remark, made at import, that triton is missing: it matters for triton kernels only."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,137 @@
+"""Peak memory of a case, in a process of its own: in a shared one nobody could say whose memory it is.
+
+The process loads the engine, draws one batch and ends. On a CPU the figure is its largest resident memory, the
+interpreter and its libraries included; on a GPU it is what the driver says the process holds there once the batch is
+drawn (runtimes keep what they took), or nothing where the driver does not say.
+
+`python -m pnp_trt.bench.measure.footprint` is that process; it reads what to do from its standard input, as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import PnpError
+from ...io.process import run_child
+
+from .cases import Case
+
+BOUNDARY = (
+    "largest resident memory of a process that loads the engine and draws one batch, interpreter and libraries "
+    "included; on a GPU, the device memory that the process holds after it"
+)
+_PROMPT = "a red apple"
+_SECONDS = 1800
+
+
+@dataclass
+class Meter:
+    """Measures the peak memory of cases; `meters.Meters` takes one as `memory`.
+
+    provider, threads: how the engines are loaded, as for `Pipeline.load`.
+    left_out: what could not be measured, `{"what", "why"}`.
+    """
+
+    provider: str = "auto"
+    threads: int | None = None
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+    def __call__(
+        self, case: Case, *, batch: int, steps: int, schedule: str | None = None, size: tuple[int, int] | None = None
+    ) -> int | None:
+        """Bytes, or None with an entry in `left_out`."""
+        pipe: Any = case.pipe
+        bundle = getattr(pipe, "bundle", None)
+        peer = getattr(pipe, "peer", None)
+        what = f"peak memory of {case.label}, batch {batch}"
+        if bundle is None and peer is None:
+            self._without(what, "it is no bundle and cannot be loaded by another process")
+            return None
+        wanted = {
+            "engine": None if bundle is None else str(bundle.folder), "peer": peer, "method": case.method,
+            "guided_interval": case.guided_interval, "batch": batch, "steps": steps, "schedule": schedule,
+            "size": size, "provider": self.provider, "threads": self.threads,
+        }  # fmt: skip
+        try:
+            found = in_own_process(wanted)
+        except PnpError as e:
+            self._without(what, str(e))
+            return None
+        if found["peak_bytes"] is None:
+            self._without(what, found["why"])
+        bytes_: int | None = found["peak_bytes"]
+        return bytes_
+
+    def _without(self, what: str, why: str) -> None:
+        self.left_out.append({"what": what, "why": why})
+
+
+def in_own_process(wanted: dict[str, Any]) -> dict[str, Any]:
+    """`peak_bytes` (int, or None and `why`) of what `main` is told to draw.
+
+    Raises PnpError with the last line that the process said, if it fails.
+    """
+    done = run_child(
+        [sys.executable, "-m", __name__], input=json.dumps(wanted), timeout=_SECONDS,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["it gives no reason"])[-1]
+        raise PnpError(f"the process that measures memory failed: {said}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Draw what standard input asks for, and print what it took."""
+    wanted = json.load(sys.stdin)
+    if wanted["peer"] is not None:
+        from .peers import load
+
+        pipe: Any = load(**wanted["peer"])
+    else:
+        from ...runtime.pipeline import Pipeline
+
+        pipe = Pipeline.load(wanted["engine"], provider=wanted["provider"], threads=wanted["threads"])
+    batch, size = wanted["batch"], wanted["size"]
+    noise = pipe.noise(list(range(batch)), *([] if size is None else [tuple(size)]))
+    interval = wanted["guided_interval"]
+    case = Case(pipe, wanted["method"], None if interval is None else tuple(interval))
+    context = pipe.encode([_PROMPT] * batch)
+    latents = case.denoise(context, noise, steps=wanted["steps"], guidance=3.0, schedule=wanted["schedule"])
+    pipe.decode(latents)
+    print(json.dumps(_device_bytes() if getattr(pipe, "on_gpu", False) else _host_bytes()))
+
+
+def _host_bytes() -> dict[str, Any]:
+    from ...bundle.memory import peak
+
+    return {"peak_bytes": peak(), "why": "this system does not say how much memory a process took"}
+
+
+def _device_bytes(nvml: Any = None) -> dict[str, Any]:
+    """What this process holds on the GPUs."""
+    try:
+        nvml = nvml or importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        held = [
+            process.usedGpuMemory
+            for number in range(nvml.nvmlDeviceGetCount())
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(number))
+            if process.pid == os.getpid()
+        ]
+    except Exception as e:  # no package, no driver, or no right to ask
+        return {"peak_bytes": None, "why": f"the GPU's memory cannot be asked for ({e})"}
+    known = [bytes_ for bytes_ in held if bytes_ is not None]
+    why = "the driver does not say what this process holds, as in most containers"
+    return {"peak_bytes": sum(known) or None, "why": why}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The networks whose cost is counted, built from configs alone: no weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .cost import CONDITION_PREFIX
+
+
+def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """``{name: (module, inputs of one forward at batch 1)}`` on the meta device.
+
+    A guide whose condition runs once a picture is fed with it, and its condition is one more network; the guide's
+    parameters are all of its own.
+
+    Args:
+        base: a base model's name, or ``random:sd15`` and its like.
+
+    Raises:
+        InputError: for an unknown base.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from ...models.teacher import random_unet_config, resolve
+    from ...models.guides.condition import Condition
+    from ...models.guides import GUIDES, Features, GuideInput
+    from ...models.networks import quiet_libraries
+    from ...models.student import encode
+
+    quiet_libraries()
+    folder: Path | None = None
+    if base.startswith("random:"):
+        config = random_unet_config(base)
+    else:
+        folder = resolve(base).folder
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        sizes: dict[str, Any] = {name: guide_size(base, name) for name in GUIDES}
+        guides = {name: kind.from_unet(unet, **sizes[name]) for name, kind in GUIDES.items()}
+        size = unet.config.sample_size
+        inputs: dict[str, Any] = {
+            "sample": torch.empty(1, unet.config.in_channels, size, size),
+            "timestep": torch.empty(1, dtype=torch.long),
+            "encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim),
+        }
+        if unet.config.addition_embed_type == "text_time":
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+
+        class GuideAlone(torch.nn.Module):
+            """A guide fed with the features' shapes, so that its cost is counted apart from the teacher's."""
+
+            def __init__(self, guide: Any) -> None:
+                super().__init__()
+                self.guide = guide
+
+            def forward(self, guidance: Any, skips: Any, mid: Any, **given: Any) -> Any:
+                return self.guide(
+                    GuideInput(**given, guidance=guidance, features=Features(tuple(skips), mid))
+                ).mid_block_res_sample
+
+        _, features = encode(unet, **inputs)
+        alone = inputs | {
+            "guidance": torch.empty(1),
+            "skips": list(features.down_block_res_samples),
+            "mid": features.mid_block_res_sample,
+        }
+        found: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs)}
+        for name, guide in guides.items():
+            fed = {}
+            if guide.constant_parts:  # as bundles run it: a network of its own, once a picture
+                found[f"{CONDITION_PREFIX}{name}"] = (
+                    Condition(GUIDES[name].from_unet(unet, **sizes[name]), (size, size)),
+                    {"guidance": torch.empty(1)},
+                )
+                fed = {"condition": guide.condition(torch.empty(1), (size, size))}
+            found[f"guide-{name}"] = (GuideAlone(guide), alone | fed)
+        if folder is not None:
+            found |= _picture_networks(folder, inputs["sample"])
+    return found
+
+
+def guide_size(base: str, guide: str) -> dict[str, int]:
+    """The bundled guide's own size for the bundled bases, the default elsewhere."""
+    from ...errors import InputError
+    from ...models.catalog import guide_folder
+
+    if base.startswith("random:") or guide != "tiny":
+        return {}
+    try:
+        config = json.loads((guide_folder("emoji-tiny") / "config.json").read_text(encoding="utf-8"))
+    except InputError:
+        return {}
+    return {k: config[k] for k in ("rank", "embed_dim")}
+
+
+def _picture_networks(folder: Path, sample: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ...build.onnx_export import TextEncoder, VaeDecoder
+
+    text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True))
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    vae = getattr(diffusers, config["_class_name"]).from_config(config)
+    return {
+        "text-encoder": (TextEncoder(text), {"input_ids": torch.empty(1, 77, dtype=torch.long)}),
+        "vae-decoder": (VaeDecoder(vae), {"latents": sample}),
+    }

@@ -1,0 +1,294 @@
+"""What users have elsewhere, timed under the same rules: diffusers eager and compiled, and optimum-onnx.
+
+A peer draws what the teacher's CFG engine draws (same prompts, noise, steps, scale, schedule and number of threads),
+one batch of two a step, through its own pipeline's `__call__`: latents in, latents out, text states given. Text and
+decoder are called apart, and the empty prompt is encoded once and kept, as engines do. Compiling and exporting are no
+part of any time. Nothing heavy is imported before `load` is called.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError, PnpError
+
+from .cases import Case
+
+EAGER, COMPILED, OPTIMUM = "diffusers", "diffusers-compile", "optimum-onnx"
+KINDS = (EAGER, COMPILED, OPTIMUM)
+#: our names of schedules → diffusers' classes
+_SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+
+
+def available(
+    base: str,
+    *,
+    kinds: Sequence[str] = KINDS,
+    threads: int | None = None,
+    provider: str = "cpu",
+    precision: str = "fp32",
+    weights: str | None = None,
+) -> tuple[list[Case], list[dict[str, str]]]:
+    """The peers that can run `base` here, loaded, as cases; and those left out, `{"what", "why"}`.
+
+    base: a base model's name; it must have files.  kinds: those wanted.  threads: of the CPU; PyTorch's are the whole
+    process's.  provider: "cpu", "cuda", or "auto" for a GPU where PyTorch finds one.  precision: of U-Net and text
+    encoder, "fp32", "fp16" or "bf16"; take the engines' own, on a CPU "fp32".  weights: the engines' `base`; where the
+    base's files are others (LoRAs merged into the engines, files changed since), all peers are left out.
+
+    Raises InputError for an unknown kind or base.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"peer is '{kind}'; known: {', '.join(KINDS)}")
+    cases: list[Case] = []
+    left_out: list[dict[str, str]] = []
+    for kind in kinds:
+        why = _cannot(kind, base, provider, weights)
+        if why is None:
+            try:
+                cases.append(Case(load(kind, base, threads=threads, provider=provider, precision=precision), kind))
+                continue
+            except InputError:
+                raise
+            except Exception as e:  # a peer's own code: its failure must not end our measurement
+                why = f"it could not be loaded ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
+        left_out.append({"what": kind, "why": why})
+    return cases, left_out
+
+
+def load(kind: str, base: str, *, threads: int | None = None, provider: str = "cpu", precision: str = "fp32") -> Peer:
+    """One peer of `KINDS`, arguments as for `available`.
+
+    Raises InputError for an unknown base, PnpError for "cuda" where PyTorch finds no GPU; and whatever the peer raises.
+    """
+    import torch
+
+    from ...models.teacher import resolve
+    from ...models.networks import quiet_libraries
+
+    quiet_libraries()
+    if threads:
+        torch.set_num_threads(threads)
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise PnpError("provider 'cuda' was asked for and PyTorch finds no GPU; take --provider cpu")
+    device = "cuda" if provider != "cpu" and torch.cuda.is_available() else "cpu"
+    model = resolve(base)
+    asked = {"kind": kind, "base": base, "threads": threads, "provider": provider, "precision": precision}
+    if kind == OPTIMUM:
+        pipe = _optimum(model.folder, device, threads)
+        weights = sum(f.stat().st_size for f in (model.folder / "unet").glob("*.safetensors"))
+    else:
+        pipe = _diffusers(model, device, precision)
+        weights = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
+        if kind == COMPILED:
+            config: Any = torch._dynamo.config
+            config.recompile_limit = max(config.recompile_limit, 64)  # code of its own for every batch size
+            pipe.unet = torch.compile(pipe.unet, fullgraph=True, dynamic=False)
+    return Peer(kind, base, pipe, model, device, weights, asked)
+
+
+class Peer:
+    """Another library's Stable Diffusion pipeline behind the protocol of `cases.Pipeline`; it does CFG alone.
+
+    Attributes:
+        name: the base model's name.
+        base: what identifies the teacher's weights, as engines spell it.
+        methods: its own kind.
+        size: height and width in pixels.
+        on_gpu: whether it runs on a GPU.
+        weight_bytes: of the U-Net.
+        peer: the arguments of `load` that make it again in another process.
+    """
+
+    def __init__(
+        self, kind: str, base: str, pipe: Any, model: Any, device: str, weight_bytes: int, peer: dict[str, Any]
+    ) -> None:
+        import diffusers
+
+        self.name = Path(base).resolve().name if Path(base).is_dir() else base
+        self.base: str = model.fingerprint()["all"]
+        self.methods: tuple[str, ...] = (kind,)
+        sizes = model.sizes()
+        self._latent = sizes.latent
+        self._factor = sizes.factor
+        self.size = (sizes.latent[1] * sizes.factor, sizes.latent[2] * sizes.factor)
+        self.on_gpu = device == "cuda"
+        self.weight_bytes = weight_bytes
+        self.peer = peer
+        self._pipe, self._device = pipe, device
+        self._config = model.scheduler_config() | {"_class_name": model.scheduler_class()}
+        self._schedulers = {
+            name: getattr(diffusers, kind_).from_config(self._config) for name, kind_ in _SCHEDULERS.items()
+        }
+        self._empty: Any = None
+
+    def encode(self, prompts: list[str]) -> np.ndarray:
+        """Text states, [N, tokens, D] float32."""
+        import torch
+
+        with torch.inference_mode():
+            states, _ = self._pipe.encode_prompt(prompts, self._device, 1, False)
+        return np.asarray(states.float().cpu().numpy())
+
+    def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Starting latents, [N, C, h, w] float32: the bits of the engines' own."""
+        channels, *own = self._latent
+        shape = own if size is None else [side // self._factor for side in size]
+        return np.stack(
+            [np.random.Generator(np.random.Philox(s)).standard_normal((channels, *shape), np.float32) for s in seeds]
+        )
+
+    def denoise(
+        self,
+        context: np.ndarray,
+        noise: np.ndarray,
+        *,
+        steps: int,
+        guidance: np.ndarray | float,
+        method: str,
+        schedule: str | None = None,
+    ) -> np.ndarray:
+        """Final latents, [N, C, h, w] float32, by the pipeline's own loop.
+
+        Raises InputError for an unknown schedule, another's method, or a scale at which the pipeline would not guide.
+        """
+        import torch
+
+        from ...sampling.schedules import resolve
+
+        if method not in self.methods:
+            raise InputError(f"peer '{self.methods[0]}' cannot do '{method}'")
+        scale = np.unique(np.asarray(guidance, np.float64))
+        if len(scale) != 1 or scale[0] <= 1:
+            raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all pictures")
+        self._pipe.scheduler = self._schedulers[resolve(schedule, self._config)]
+        if self._empty is None:
+            self._empty = self.encode([""])
+        dtype = self._pipe.unet.dtype
+        text, empty = (
+            torch.from_numpy(np.array(a)).to(self._device, dtype)
+            for a in (context, np.broadcast_to(self._empty, context.shape))
+        )
+        height, width = (side * self._factor for side in noise.shape[-2:])
+        made = self._pipe(
+            prompt_embeds=text,
+            negative_prompt_embeds=empty,
+            latents=torch.from_numpy(noise).to(self._device, dtype),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=float(scale[0]),
+            output_type="latent",
+        ).images
+        return np.asarray(made.float().cpu().numpy() if isinstance(made, torch.Tensor) else made, np.float32)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pictures, [N, H, W, 3] uint8."""
+        import torch
+
+        with torch.inference_mode():
+            given = torch.from_numpy(latents).to(self._device) / self._pipe.vae.config.scaling_factor
+            pixels = self._pipe.vae.decode(given, return_dict=False)[0]
+            pictures = self._pipe.image_processor.postprocess(pixels, output_type="np")
+        return np.asarray(np.rint(pictures * 255).astype(np.uint8))
+
+
+def _diffusers(model: Any, device: str, precision: str) -> Any:
+    """diffusers' own pipeline of a base model; the decoder stays in float32, where it cannot overflow."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision not in kinds:
+        raise InputError(f"precision is '{precision}'; peers run in {', '.join(kinds)}")
+    pipe = StableDiffusionPipeline(
+        vae=model.vae().to(device),
+        text_encoder=model.text_encoder().to(device, kinds[precision]),
+        tokenizer=model.tokenizer(),
+        unet=model.unet().to(device, kinds[precision]),
+        scheduler=DDIMScheduler.from_config(model.scheduler_config()),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _optimum(folder: Path, device: str, threads: int | None) -> Any:
+    """optimum-onnx's pipeline, exported when it is loaded.
+
+    Tried with optimum-onnx 0.1.0, transformers 4.57.6 and diffusers 0.35.2 on a random Stable Diffusion of a few
+    hundred thousand weights: its pictures were those of diffusers to one level of 255.
+    """
+    import onnxruntime as ort
+
+    module = importlib.import_module("optimum.onnxruntime")
+    options = ort.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = threads
+    pipe = module.ORTStableDiffusionPipeline.from_pretrained(
+        str(folder),  # of a Path it cannot tell which library it is of
+        export=True,
+        provider="CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider",
+        session_options=options,
+        local_files_only=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | None:
+    """Why a peer cannot run a base here; None if it can."""
+    if base.startswith("random:"):
+        return f"base '{base}' has no files for it to load"
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
+        return "it needs torch and diffusers; install with: pip install 'pnp-trt[build]'"
+    from ...models.teacher import resolve
+
+    model = resolve(base)
+    if weights is not None and model.fingerprint()["all"] != weights:
+        return f"the weights of base '{base}' are not those in the engines (LoRAs merged, or files changed since)"
+    index = model.folder / "model_index.json"
+    named = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    if (model.folder / "text_encoder_2").is_dir() or named not in (None, "StableDiffusionPipeline"):
+        return f"base '{base}' is a {named or 'pipeline with two text encoders'}; peers run StableDiffusionPipeline"
+    if kind == COMPILED and provider == "cpu" and sys.platform != "win32" and not _compiler():
+        return "torch.compile needs a C++ compiler on a CPU and none was found; install g++"
+    if kind == OPTIMUM:
+        if not _optimum_installed():
+            return (
+                "it is not installed; pip install optimum-onnx (release 0.1 wants transformers below 4.58, "
+                "so in an environment of its own)"
+            )
+        if (vae := model.config("vae").get("_class_name")) == "AutoencoderTiny":
+            return f"the decoder of base '{base}' is an {vae}, which its export does not know"
+        if model.unet_file is not None:
+            return f"base '{base}' keeps its U-Net in a file of its own, and it loads whole folders"
+    return None
+
+
+def _optimum_installed() -> bool:
+    try:
+        importlib.metadata.version("optimum-onnx")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _compiler() -> str | None:
+    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)

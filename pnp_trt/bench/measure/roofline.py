@@ -1,0 +1,254 @@
+"""The least time that arithmetic and bytes allow on this device, from peaks that are measured on it.
+
+A network call cannot take less than its multiply-accumulates at the device's peak, nor less than reading its weights
+once at the device's bandwidth (Williams et al. 2009, "Roofline"). Both peaks are the best of several runs, as what else
+runs on the machine can only lower them.
+
+This module imports no torch where the device is a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError
+
+from .cases import Case
+
+#: of square matrix products; the best one counts
+SIDES = (1024, 2048)
+#: of the weights of the matrix-vector product that bandwidth is measured with
+BYTES = 256 * 2**20
+SECONDS = 0.5
+BOUND = (
+    "the loop's MACs with attention products at the measured peak, or its weights read once a network call at the "
+    "measured bandwidth, whichever takes longer, call by call; a lower bound: activations, softmax, normalisation and "
+    "the text encoder and decoder are not in it"
+)
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device can do at most, as measured.
+
+    peak_macs_per_s: multiply-accumulates a second in `precision`.  peak_bytes_per_s: bytes read a second.
+    how: what was measured, one sentence.
+    """
+
+    name: str
+    peak_macs_per_s: float
+    peak_bytes_per_s: float
+    how: str
+    precision: str = "fp32"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the results document holds it; the precision is in `how`."""
+        return {key: value for key, value in asdict(self).items() if key != "precision"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one network call asks of a device.
+
+    macs: multiply-accumulates of one row of the batch, attention products included.
+    weight_bytes: bytes of the weights, which a call reads at least once whatever its batch.
+    precision: of the arithmetic; a peak of another precision bounds nothing.
+    """
+
+    macs: int
+    weight_bytes: int
+    precision: str = "fp32"
+
+
+def least_ms(macs: float, bytes_: float, device: Device) -> float:
+    """The least milliseconds that `macs` multiply-accumulates over `bytes_` bytes take on `device`."""
+    return 1e3 * max(macs / device.peak_macs_per_s, bytes_ / device.peak_bytes_per_s)
+
+
+def least_loop_ms(work: Work, calls: Iterable[tuple[int, int]], batch: int, device: Device) -> float:
+    """The least milliseconds of a loop of `calls` (see `Case.calls`) for `batch` pictures."""
+    return sum(count * least_ms(batch * rows * work.macs, work.weight_bytes, device) for count, rows in calls)
+
+
+def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], Work | None]:
+    """What a call of a case's network asks, from the rows of `cost.cost_rows` of its base.
+
+    The work is None for pipelines of which too little is known: no bundle, and no `weight_bytes` of their own.
+    A guide counts as `guide-full` where the bundle has a network for what it makes of w alone, else as `guide-tiny`.
+    """
+    macs = {str(row["network"]): int(row["macs"]) for row in cost_rows}
+
+    def find(case: Case) -> Work | None:
+        pipe: Any = case.pipe
+        bundle = getattr(pipe, "bundle", None)
+        if bundle is None:
+            weight = getattr(pipe, "weight_bytes", None)
+            return None if weight is None or "teacher" not in macs else Work(macs["teacher"], weight)
+        networks = bundle.manifest.networks
+        needed = ["teacher"]
+        if case.method == "guided":
+            needed.append("guide-full" if "condition" in networks else "guide-tiny")
+        if any(name not in macs for name in needed):
+            return None
+        return Work(
+            sum(macs[name] for name in needed),
+            bundle.manifest.size_of(bundle.manifest.networks["unet"].file),
+            bundle.manifest.precision,
+        )
+
+    return find
+
+
+def measure_device(
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    precision: str = "fp32",
+    sides: Sequence[int] = SIDES,
+    bytes_: int = BYTES,
+    seconds: float = SECONDS,
+    clock: Clock = time.perf_counter,
+) -> Device:
+    """Measure this device's peaks, in about four times `seconds`.
+
+    provider: "cpu" or "cuda" (through torch).  threads: of the CPU, None for all that are usable; take what the engines
+    are timed with.  precision: of the arithmetic, "fp32" on the CPU; "fp32", "fp16" or "bf16" on a GPU.
+    sides: of the square matrices.  bytes_: of the weights that are read.  clock: returns seconds.
+
+    Raises InputError for another provider, a precision without a peak here, or "cuda" where torch finds no GPU.
+    """
+    if provider == "cuda":
+        return _cuda(precision, sides, bytes_, seconds, clock)
+    if provider != "cpu":
+        raise InputError(f"provider is '{provider}'; a device can be measured as 'cpu' or 'cuda'")
+    if precision != "fp32":
+        raise InputError(f"precision is '{precision}'; a CPU's peak is measured in fp32 alone")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = threads or usable
+    try:
+        product = _ort_product(workers)
+        with_what = f"ONNX Runtime on {workers} thread{'s' if workers > 1 else ''}"
+    except ImportError:  # the onnx package, which writes the graph of one node
+
+        def product(a: np.ndarray, b: np.ndarray) -> Callable[[], object]:
+            return lambda: a @ b
+
+        with_what = "numpy with its own threads, as the package onnx is not installed"
+    macs, bandwidth = _peaks(product, np.float32, sides, bytes_, seconds, clock)
+    from ..results import provenance
+
+    return Device(str(provenance("")["cpu"]), macs, bandwidth, _how(with_what, "float32", sides, bytes_))
+
+
+def _how(with_what: str, kind: str, sides: Sequence[int], bytes_: int) -> str:
+    return (
+        f"best of repeated {kind} products by {with_what}: square matrices of {' and '.join(map(str, sides))} for the "
+        f"arithmetic, a vector times a matrix of {bytes_ / 2**20:.0f} MiB for the bytes"
+    )
+
+
+def _peaks(
+    product: Callable[[np.ndarray, np.ndarray], Callable[[], object]],
+    dtype: Any,
+    sides: Sequence[int],
+    bytes_: int,
+    seconds: float,
+    clock: Clock,
+) -> tuple[float, float]:
+    """Multiply-accumulates and bytes a second."""
+    draw = np.random.default_rng(0)
+    macs = 0.0
+    for side in sides:
+        a, b = (draw.random((side, side), np.float32).astype(dtype) for _ in range(2))
+        macs = max(macs, side**3 / _best(product(a, b), seconds, clock))
+    width = 4096
+    height = max(1, bytes_ // (width * np.dtype(dtype).itemsize))
+    matrix = np.ones((height, width), dtype)
+    row = np.ones((1, height), dtype)
+    return macs, matrix.nbytes / _best(product(row, matrix), 2 * seconds, clock)
+
+
+def _best(run: Callable[[], object], seconds: float, clock: Clock) -> float:
+    """Seconds of the fastest run, of at least three and at least `seconds` together; the first one is left out."""
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = clock()
+        run()
+        times.append(max(clock() - start, 1e-9))
+    return min(times)
+
+
+def _ort_product(threads: int) -> Callable[[np.ndarray, np.ndarray], Callable[[], object]]:
+    """Makes a call that multiplies two matrices, which stay where they are."""
+    import onnx  # raises ImportError where it is missing
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    def product(a: np.ndarray, b: np.ndarray) -> Callable[[], object]:
+        shapes = {"a": a.shape, "b": b.shape, "c": (a.shape[0], b.shape[1])}
+        values = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in shapes.items()}
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [values["a"], values["b"]], [values["c"]]
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        onnx.checker.check_model(model)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        binding = session.io_binding()
+        held = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for x in (a, b)]
+        out = ort.OrtValue.ortvalue_from_numpy(np.empty(shapes["c"], np.float32))
+        for name, value in zip(("a", "b"), held, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output("c", out)
+        return lambda: session.run_with_iobinding(binding)
+
+    return product
+
+
+def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float, clock: Clock) -> Device:
+    """The first GPU's peaks through torch: a product of matrices, and a copy, which reads and writes its bytes."""
+    try:
+        import torch
+    except ImportError as e:
+        raise InputError("measuring a GPU needs torch; install with: pip install 'pnp-trt[build]'") from e
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision not in kinds:
+        raise InputError(f"precision is '{precision}'; a GPU's peak is measured in {', '.join(kinds)}")
+    if not torch.cuda.is_available():
+        raise InputError("provider 'cuda' was asked for and torch finds no GPU; measure the device 'cpu'")
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means float32, as on every backend
+    dtype = kinds[precision]
+
+    def waited(work: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            for _ in range(10):  # many a wait, so that launching is no part of it
+                work()
+            torch.cuda.synchronize()
+
+        return run
+
+    macs = 0.0
+    for side in (4 * s for s in sides):
+        a, b = (torch.rand(side, side, device="cuda").to(dtype) for _ in range(2))
+        out = torch.empty(side, side, device="cuda", dtype=dtype)
+        call = waited(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+        macs = max(macs, 10 * side**3 / _best(call, seconds, clock))
+    source = torch.zeros(4 * bytes_, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    bandwidth = 10 * 2 * source.numel() / _best(waited(lambda: target.copy_(source)), seconds, clock)
+    how = (
+        f"best of repeated {dtype} runs by torch: products of square matrices of "
+        f"{' and '.join(str(4 * s) for s in sides)} for the arithmetic, a copy of {4 * bytes_ / 2**20:.0f} MiB, "
+        "read and written, for the bytes"
+    )
+    return Device(torch.cuda.get_device_name(0), macs, bandwidth, how, precision)

@@ -1,0 +1,98 @@
+"""The CLIP score, from a CLIP folder that the user names: none is shipped or fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import InputError
+from .fidelity import _check_pictures
+
+#: of OpenAI's CLIP, where the folder says nothing else
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipScorer:
+    """CLIP score (Hessel et al. 2021, without their factor 2.5): 100 · max(cos(picture, prompt), 0).
+
+    Args:
+        folder: as transformers' ``CLIPModel.save_pretrained`` writes it, with its tokenizer; mean and spread of the
+            pixels come from its ``preprocessor_config.json``, or are OpenAI's where there is none.
+
+    Raises:
+        InputError: if it holds no CLIP model in safetensors, or no tokenizer.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        try:
+            from transformers import CLIPModel, CLIPTokenizer
+        except ImportError as e:
+            raise InputError("the CLIP score needs transformers; install with: pip install 'pnp-trt[build]'") from e
+        from ...models.networks import quiet_libraries
+
+        quiet_libraries()
+        kind = _config(folder / "config.json").get("model_type")
+        if kind != "clip":
+            raise InputError(f"--clip {folder} holds {kind or 'no config.json'}, not a CLIP model; name such a folder")
+        if not list(folder.glob("*.safetensors")):
+            raise InputError(f"--clip {folder} holds no .safetensors; save it again with safe_serialization=True")
+        try:
+            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise InputError(f"--clip {folder} does not load as a CLIP model with its tokenizer ({e})") from e
+        self._model = model.float().eval().requires_grad_(False).to(device)
+        self._device = device
+        self._side = int(model.config.vision_config.image_size)
+        self._longest = int(model.config.text_config.max_position_embeddings)
+        found = _config(folder / "preprocessor_config.json")
+        self._mean, self._std = found.get("image_mean", _MEAN), found.get("image_std", _STD)
+
+    def __call__(self, pictures: np.ndarray, prompts: Sequence[str], batch: int = 16) -> np.ndarray:
+        """The score of each picture with its own prompt, float32 ``[N]``; higher is better aligned.
+
+        Pictures, uint8 ``[N, H, W, 3]``, are resized (bicubic, antialiased) and cropped to CLIP's square.
+
+        Raises:
+            InputError: if the counts differ.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        pictures = _check_pictures(pictures)
+        if len(pictures) != len(prompts):
+            raise InputError(f"{len(pictures)} pictures do not match {len(prompts)} prompts")
+        mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (self._mean, self._std))
+        side, out = self._side, []
+        with torch.inference_mode():
+            for i in range(0, len(pictures), batch):
+                x = torch.from_numpy(np.ascontiguousarray(pictures[i : i + batch])).to(self._device)
+                x = x.permute(0, 3, 1, 2).float()
+                scale = side / min(x.shape[-2:])
+                size = [max(round(n * scale), side) for n in x.shape[-2:]]
+                x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+                top, left = (size[0] - side) // 2, (size[1] - side) // 2
+                x = (x[..., top : top + side, left : left + side] / 255 - mean) / std
+                tokens = self._tokenizer(
+                    list(prompts[i : i + batch]), padding=True, truncation=True, max_length=self._longest,
+                    return_tensors="pt",
+                ).to(self._device)  # fmt: skip
+                seen = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=x)
+                cosine = F.cosine_similarity(seen.image_embeds, seen.text_embeds)
+                out.append((100 * cosine).clamp(min=0).cpu().numpy())
+        return np.concatenate(out).astype(np.float32)
+
+
+def _config(path: Path) -> dict[str, object]:
+    """A JSON file's contents; empty where there is none."""
+    try:
+        found: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read as JSON ({e})") from e
+    return found

@@ -1,0 +1,78 @@
+"""What looks at pictures: EfficientNet and the alignment judge, or the user's own Inception and CLIP weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle.store import cached_sha256
+from .fidelity import EXTRACTOR_SHA256, AlignmentHead, Estimate
+from ..plan import Plan
+from .tasks import JUDGE
+
+#: pictures of the trial for the estimate
+_TRIAL = 4
+
+
+class Eyes:
+    """The extractors of a plan; those of packages that are not installed are None.
+
+    Raises:
+        InputError: for weights that cannot be read, or are of another network.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.efficientnet: Callable[[np.ndarray], np.ndarray] | None = None
+        self.inception: Callable[[np.ndarray], np.ndarray] | None = None
+        self.clip: Callable[[np.ndarray, Sequence[str]], np.ndarray] | None = None
+        self.key: list[Any] = []
+        if importlib.util.find_spec("efficientnet_lite_pytorch") is not None:
+            from .fidelity import FeatureExtractor
+
+            self.efficientnet = FeatureExtractor()
+            self.key.append(EXTRACTOR_SHA256)
+        if plan.inception is not None:
+            from .inception import Inception
+
+            self.inception = Inception(Path(plan.inception))
+            self.key.append(cached_sha256(Path(plan.inception)))
+        if plan.clip is not None:
+            from .clip import ClipScorer
+
+            self.clip = ClipScorer(Path(plan.clip))
+            self.key.append([cached_sha256(p) for p in sorted(Path(plan.clip).glob("*.safetensors"))])
+
+    @cached_property
+    def judge(self) -> AlignmentHead:
+        """The frozen alignment judge."""
+        return AlignmentHead.load(JUDGE)
+
+    def pace(self, size: tuple[int, int]) -> float:
+        """Seconds that looking at one picture of ``size`` takes, by trying a few."""
+        trial = np.zeros((_TRIAL, *size, 3), np.uint8)
+        start = time.perf_counter()
+        self.look(trial, [""] * _TRIAL)
+        return (time.perf_counter() - start) / _TRIAL
+
+    def look(self, pixels: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """What is seen of pictures ``[N, H, W, 3]``: ``features``, ``inception``, ``clip`` (scores), as there is."""
+        found = {}
+        if self.efficientnet is not None:
+            found["features"] = self.efficientnet(pixels)
+        if self.inception is not None:
+            found["inception"] = self.inception(pixels)
+        if self.clip is not None:
+            found["clip"] = self.clip(pixels, prompts)
+        return found
+
+    def fid(self, real: np.ndarray, generated: np.ndarray) -> Estimate:
+        """Fréchet Inception distance between features ``[M, D]`` and ``[N, D]``."""
+        from .inception import frechet
+
+        return frechet(real, generated)

@@ -1,0 +1,274 @@
+"""Fidelity rows: how good pictures are (KID, alignment) and how close to the teacher's CFG, over steps and w."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ...sampling.methods import INTERVAL, guided_steps
+from ...runtime.pipeline import Pipeline
+from . import fidelity
+from .extractors import Eyes
+from ..plan import Plan
+from ..results import encode_pictures
+from .tasks import Task, real_features, real_key
+from ..work import Work
+
+#: in the order of the tables; ``cfg-two-passes`` draws what ``cfg`` draws
+METHODS = ("cfg", "guided", "unguided", INTERVAL, "cfg-fewer-steps")
+#: the grid's rows
+_SHOWN = ("cfg", "guided", "unguided")
+#: a picture's side in the document, in pixels, at most
+_SIDE = 160
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One set of pictures: what an engine draws by one method. ``guidance`` is None where the pictures have no w."""
+
+    engine: str
+    method: str
+    steps: int
+    guidance: float | None
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        w = "" if self.guidance is None else f", w = {self.guidance:g}"
+        return f"{self.engine}, {self.method}, {self.steps} steps{w}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: its pictures, and those that they are compared with.
+
+    Attributes:
+        method: as reported; ``cfg-fewer-steps`` is CFG whose passes are as many as the steps asked for.
+        guidance: w; of pictures without guidance, the w of what they are compared with.
+        teacher: CFG of the same w and of the steps asked for; None where there is no CFG, or it is this row.
+        best: CFG of the same w at the largest number of steps; None likewise.
+    """
+
+    method: str
+    guidance: float
+    cell: Cell
+    teacher: Cell | None
+    best: Cell | None
+
+
+def plan_rows(pipes: Sequence[Pipeline], plan: Plan) -> tuple[list[Row], list[dict[str, str]]]:
+    """The rows that the engines can give, in the order of the tables, and what is left out and why."""
+    left_out: list[dict[str, str]] = []
+    teacher = next((pipe for pipe in pipes if "cfg" in pipe.methods), None)
+    rows = []
+
+    def cfg(steps: int, w: float) -> Cell | None:
+        return None if teacher is None else Cell(teacher.name, "cfg", steps, w)
+
+    for w in plan.guidance:
+        best = cfg(max(plan.steps), w)
+        for steps in plan.steps:
+            for method in METHODS:
+                for pipe in pipes:
+                    drawn, taken = method, steps
+                    if method == "cfg-fewer-steps":
+                        drawn, taken = "cfg", max(steps // 2, 1)
+                    if drawn not in pipe.methods + pipe.baselines:
+                        continue
+                    if pipe.sampling_steps not in (None, taken):
+                        why = f"its guide was distilled for {pipe.sampling_steps} steps alone"
+                        left_out.append({"what": f"fidelity of {pipe.name} at {steps} steps", "why": why})
+                        continue
+                    cell = Cell(pipe.name, drawn, taken, None if drawn == "unguided" else w)
+                    beside = [None if c == cell else c for c in (cfg(steps, w), best)]
+                    rows.append(Row(method, w, cell, *beside))
+    return rows, [dict(item) for item in {tuple(sorted(i.items())): i for i in left_out}.values()]
+
+
+def cells_of(rows: Sequence[Row]) -> list[Cell]:
+    """The sets of pictures that rows need, each once."""
+    return list(dict.fromkeys(c for row in rows for c in (row.cell, row.teacher, row.best) if c is not None))
+
+
+class Studio:
+    """Draws cells, each once, and keeps them in ``work``.
+
+    Attributes:
+        task: with the real pictures' features, where there are any.
+    """
+
+    def __init__(self, pipes: Sequence[Pipeline], plan: Plan, task: Task, eyes: Eyes, work: Work) -> None:
+        self.pipes = {pipe.name: pipe for pipe in pipes}
+        self.plan, self.eyes, self.work = plan, eyes, work
+        self.task = self._with_real(task)
+
+    def _with_real(self, task: Task) -> Task:
+        if task.real_folder is None or self.eyes.efficientnet is None:
+            return task
+        folder, extract = task.real_folder, self.eyes.efficientnet
+        made = self.work.arrays("real", real_key(folder), lambda: {"features": real_features(folder, extract)})
+        return replace(task, real=made["features"])
+
+    def _key(self, cell: Cell) -> list[Any]:
+        pipe = self.pipes[cell.engine]
+        return [
+            pipe.bundle.manifest.seal, cell.method, cell.steps, cell.guidance, self.task.key, self.plan.schedule,
+            self.plan.size, self.eyes.key,
+        ]  # fmt: skip
+
+    def has(self, cell: Cell) -> bool:
+        """Whether the cell is drawn."""
+        return self.work.has("cell", self._key(cell), ".npz")
+
+    def pictures(self, cell: Cell, callback: Callable[[int, int], Any] | None = None) -> dict[str, np.ndarray]:
+        """``pixels`` uint8 ``[N, H, W, 3]``, ``shown`` (the grid's), and what the eyes see of them, ``[N, …]`` each."""
+        return self.work.arrays("cell", self._key(cell), lambda: self._draw(cell, callback))
+
+    def _draw(self, cell: Cell, callback: Callable[[int, int], Any] | None) -> dict[str, np.ndarray]:
+        task, pipe = self.task, self.pipes[cell.engine]
+        drawn = pipe(
+            [*task.prompts, *task.shown], steps=cell.steps, seed=[*task.seeds, *task.shown_seeds], method=cell.method,
+            guidance=self.plan.guidance[0] if cell.guidance is None else cell.guidance, schedule=self.plan.schedule,
+            size=self.plan.size, callback=callback,
+        )  # fmt: skip
+        pixels = np.stack([p.pixels for p in drawn])
+        measured = pixels[: len(task.prompts)]
+        return {"pixels": measured, "shown": pixels[len(task.prompts) :], **self.eyes.look(measured, task.prompts)}
+
+    # ------------------------------------------------------------------------------------------------- measures
+
+    def measure(self, row: Row, cost: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """A row of the document."""
+        cell, mine = row.cell, self.pictures(row.cell)
+        passes = self._passes(cell)
+        found: dict[str, Any] = {
+            "engine": cell.engine, "method": row.method, "steps": cell.steps, "guidance": row.guidance,
+            "passes": passes, "pictures": len(mine["pixels"]),
+            "macs_per_picture": macs_per_picture(cost, passes, cell.steps, self._guide(cell)),
+        }  # fmt: skip
+        found |= self._quality(row, mine)
+        if row.teacher is not None:
+            theirs = self.pictures(row.teacher)
+            found["reference_steps"] = row.teacher.steps
+            found["psnr_to_cfg_db"] = fidelity.mean(fidelity.psnr(mine["pixels"], theirs["pixels"])).as_dict()
+            if "features" in mine:
+                alike = fidelity.cosine(mine["features"], theirs["features"])
+                found["feature_cosine_to_cfg"] = fidelity.mean(alike).as_dict()
+        return found
+
+    def _quality(self, row: Row, mine: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """KID and alignment, or what the user's own weights see in their place."""
+        found: dict[str, Any] = {}
+        if "clip" in mine:
+            found["clip_score"] = fidelity.mean(mine["clip"]).as_dict()
+        if "inception" in mine:
+            found["fid_inception"] = self.eyes.fid(self._real_inception(), mine["inception"]).as_dict()
+        if found or "features" not in mine:
+            return found
+        if self.task.real is not None:
+            found["kid"] = fidelity.kid(self.task.real, mine["features"]).as_dict()
+            if row.best is not None:
+                before = self.pictures(row.best)["features"]
+                found["kid_gain_over_cfg"] = fidelity.kid_gain(self.task.real, before, mine["features"]).as_dict()
+        if self.task.concepts is not None:
+            ranks = self.eyes.judge.ranks(mine["features"], self.task.concepts)
+            found |= {f"r_at_{k}": fidelity.recall(ranks, k).as_dict() for k in (1, 5)}
+        return found
+
+    def _real_inception(self) -> np.ndarray:
+        folder, extract = self.task.real_folder, self.eyes.inception
+        assert folder is not None and extract is not None  # the plan was checked
+        key = [real_key(folder), self.eyes.key]
+        return self.work.arrays("real-inception", key, lambda: {"features": real_features(folder, extract)})["features"]
+
+    def _passes(self, cell: Cell) -> int:
+        """U-Net passes of a picture."""
+        if cell.method == "cfg":
+            return 2 * cell.steps
+        if cell.method != INTERVAL:
+            return cell.steps
+        pipe = self.pipes[cell.engine]
+        table = pipe.schedule(cell.steps, self.plan.schedule)
+        return cell.steps + int(guided_steps(table, pipe.guided_interval()).sum())
+
+    def _guide(self, cell: Cell) -> str | None:
+        """The counted network that stands for the engine's guide; "" where there is no guide, None where unknown."""
+        from ..engines import counted_guide
+
+        return counted_guide(self.pipes[cell.engine].bundle.manifest)
+
+    # -------------------------------------------------------------------------------------------------- pictures
+
+    def grid(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The document's pictures: teacher, guided and unguided, by steps and w; the headline's rows come first."""
+        order = sorted((r for r in rows if r.method in _SHOWN), key=lambda r: (
+            r.guidance != self.plan.guidance[0], -r.cell.steps, _SHOWN.index(r.method)))  # fmt: skip
+        shown = {row.cell: row for row in reversed(order)}
+        made = [
+            {
+                "label": _label(row, self._passes(row.cell)), "engine": row.cell.engine, "method": row.method,
+                "steps": row.cell.steps, "guidance": row.cell.guidance,
+                "pixels": _small(self.pictures(row.cell)["shown"]),
+            }
+            for row in order if shown[row.cell] is row
+        ]  # fmt: skip
+        steps = " and ".join(map(str, sorted({row.cell.steps for row in order})))
+        caption = f"{self.task.shown[0].rpartition(', ')[2]}, {steps} steps" if self.bundled else f"{steps} steps"
+        return {"columns": list(self.task.columns), "rows": encode_pictures(made), "caption": caption}
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the pictures show the bundled prompts, all of one style."""
+        return self.task.columns != self.task.shown
+
+
+def _label(row: Row, passes: int) -> str:
+    name = {"cfg": "teacher, CFG", "guided": "guided", "unguided": "no guidance"}[row.method]
+    w = "" if row.cell.guidance is None else f", w = {row.cell.guidance:g}"
+    return f"{name}\n{row.cell.steps} steps, {passes} passes{w}"
+
+
+def _small(pixels: np.ndarray) -> np.ndarray:
+    """Pictures ``[N, H, W, 3]`` reduced until no side is longer than ``_SIDE``."""
+    height, width = pixels.shape[1:3]
+    scale = _SIDE / max(height, width)
+    if scale >= 1:
+        return pixels
+    from PIL import Image
+
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.LANCZOS)) for p in pixels])
+
+
+def macs_per_picture(cost: Sequence[Mapping[str, Any]], passes: int, steps: int, guide: str | None) -> int | None:
+    """MACs of a whole picture, attention products included; None where its networks were not counted.
+
+    Args:
+        cost: rows of ``cost.cost_rows``.
+        passes: of the U-Net.
+        guide: the counted guide that runs once a step, "" for none, None where it is unknown.
+    """
+    from ..measure.cost import CONDITION_PREFIX, PICTURE_NETWORKS
+
+    macs = {row["network"]: int(row["macs"]) for row in cost}
+    if "teacher" not in macs or guide is None or (guide and guide not in macs):
+        return None
+    once = sum(macs.get(name, 0) for name in PICTURE_NETWORKS)
+    if guide:
+        once += macs.get(CONDITION_PREFIX + guide.removeprefix("guide-"), 0)
+    return passes * macs["teacher"] + (steps * macs[guide] if guide else 0) + once
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], task: Task | None, eyes: Eyes | None) -> tuple[bool, str | None]:
+    """Whether rows say how good the pictures are; if not, why."""
+    if any(key in row for row in rows for key in ("kid", "r_at_1", "clip_score", "fid_inception")):
+        return True, None
+    if task is None or eyes is None:
+        return False, "the fidelity part was not run"
+    if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+        return False, f"the picture metrics are not installed; install them with: {fidelity.INSTALL}"
+    return False, task.reason or "no engine drew pictures"

@@ -1,0 +1,107 @@
+"""What a results document says in plain words: sentences, and the headline figures of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .tables import largest_batches
+from .words import estimate, interval, percent, plural
+
+#: Interquartile range over median above which a latency is called noisy.
+NOISY = 0.1
+
+
+def sentences(doc: Mapping[str, Any]) -> list[str]:
+    """What was found: time, compute, and whether quality was evaluated."""
+    found = time_sentences(doc)
+    for row in doc["methods_cost"]:
+        if row["method"] == "guided" and row.get("ratio_to_cfg"):
+            found.append(f"{row['guide']}: one guided step computes {percent(row['ratio_to_cfg'])} of CFG's MACs.")
+    if not doc["task_quality_evaluated"]:
+        found.append(quality_sentence(doc))
+    return found
+
+
+def quality_sentence(doc: Mapping[str, Any]) -> str:
+    """That the pictures' quality was not evaluated, and why."""
+    reason = doc["task_quality_reason"]
+    return f"The quality of the pictures was not evaluated in this run{f': {reason}' if reason else ''}."
+
+
+def time_sentences(doc: Mapping[str, Any]) -> list[str]:
+    """One per engine, at its largest batch; says where a difference is inside its interval or the timing was noisy."""
+    found = []
+    for row in largest_batches(doc):
+        text = f"{row['engine']}: guided costs {row['ratio_to_cfg']:.2f} of CFG's time per loop at batch {row['batch']}"
+        text += f", {plural(row['steps'], 'step')}"
+        bounds = row.get("ratio_to_cfg_interval")
+        if bounds:
+            text += f" (95 % interval {interval(row, 2)}{_rounds(row)})"
+            if bounds[0] <= 1 <= bounds[1]:
+                text += ", which is no difference that this run can tell"
+        if (row.get("spread") or 0) > NOISY:
+            text += f"; the timing was noisy (interquartile range {percent(row['spread'])} of the median)"
+        found.append(text + ".")
+    return found
+
+
+def _rounds(row: Mapping[str, Any]) -> str:
+    return f", {plural(row['rounds'], 'round')}" if "rounds" in row else ""
+
+
+def headlines(doc: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The few figures that a reader takes away, each with what it is and how sure it is."""
+    found = []
+    for row in largest_batches(doc):
+        bounds = interval(row, 2)
+        sure = f", 95 % interval {bounds}" if bounds else ""
+        found.append(
+            {
+                "value": f"{row['ratio_to_cfg']:.2f} ×",
+                "name": "CFG's time per loop",
+                "detail": f"{row['engine']}, batch {row['batch']}, {plural(row['steps'], 'step')}{sure}{_rounds(row)}",
+            }
+        )
+    guided = [row for row in doc["methods_cost"] if row["method"] == "guided"]
+    for row in guided:
+        if row.get("ratio_to_cfg"):
+            found.append(
+                {
+                    "value": percent(row["ratio_to_cfg"]),
+                    "name": "of CFG's compute per step",
+                    "detail": f"{row['guide']}, MACs with attention products",
+                }
+            )
+    sizes = {row["network"]: row["parameters"] for row in doc["cost"]}
+    for row in guided:
+        if sizes.get("teacher") and row["guide"] in sizes:
+            found.append(
+                {
+                    "value": percent(sizes[row["guide"]] / sizes["teacher"]),
+                    "name": "of the teacher's parameters",
+                    "detail": f"{row['guide']}, {sizes[row['guide']]:,} trained; the teacher stays as it is",
+                }
+            )
+    return found + _kid_headline(doc)
+
+
+def _kid_headline(doc: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The guide's KID beside CFG's at the most steps that both have, at the w that comes nearest to 3."""
+    judged = [row for row in doc["fidelity"] if row.get("kid")]
+    kid = {(row["method"], row["steps"], row["guidance"]): row for row in reversed(judged)}  # the first engine's
+    both = [key[1:] for key in kid if key[0] == "guided" and ("cfg", *key[1:]) in kid and key[2] is not None]
+    if not both:
+        return []
+    steps, w = max(both, key=lambda one: (-abs(one[1] - 3), one[0]))
+    row = kid["guided", steps, w]
+    guided, cfg = row["kid"], kid["cfg", steps, w]["kid"]
+    sure = " and ".join(estimate(one, 3).partition(" ")[2] for one in (guided, cfg))
+    made = f"{row['engine']}, lower is better; {plural(steps, 'step')}, w = {w:g}, {guided['count']} pictures"
+    return [
+        {
+            "value": f"{guided['value']:.3f}",
+            "name": f"KID; CFG has {cfg['value']:.3f}",
+            "detail": f"{made}, 95 % intervals {sure}",
+        }
+    ]

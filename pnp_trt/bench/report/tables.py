@@ -1,0 +1,283 @@
+"""The tables of a results document as strings, with one unit and one number of decimals a column.
+
+The terminal and the HTML page draw the same ones; a builder returns None where the document has nothing to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .words import DASH, decimals_of, estimate, file_size, method_name, number, percent, ratio, three_digits, unit_of
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads, rows of as many cells, the number of leading columns that hold words, and notes below."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    words: int
+    notes: tuple[str, ...] = ()
+
+
+def _table(title: str, columns: Mapping[str, list[str] | None], words: int, notes: Iterable[str] = ()) -> Table:
+    """Columns put side by side; one that is None, or holds nothing but dashes behind the words, is left out."""
+    kept = {
+        name: cells
+        for place, (name, cells) in enumerate(columns.items())
+        if cells is not None and (place < words or any(cell != DASH for cell in cells))
+    }
+    rows = [list(cells) for cells in zip(*kept.values(), strict=True)]
+    return Table(title, list(kept), rows, sum(name in kept for name in list(columns)[:words]), tuple(notes))
+
+
+def cost_table(doc: Document) -> Table | None:
+    """Parameters and MACs of every network."""
+    rows = doc["cost"]
+    if not rows:
+        return None
+    # the teacher's prefix: a decoder that computes more once a picture does not decide it
+    unit, scale, _ = unit_of([next((r["macs"] for r in rows if r["network"] == "teacher"), rows[0]["macs"])])
+    decimals = max(1, decimals_of([row[key] / scale for row in rows for key in ("macs", "macs_without_attention")]))
+    size, size_scale, size_decimals = unit_of([row["parameters"] for row in rows])
+    columns: dict[str, list[str] | None] = {
+        "network": [row["network"] for row in rows],
+        "runs per": [row.get("per", "step") for row in rows],
+        f"parameters, {size}": [number(row["parameters"], size_decimals, size_scale) for row in rows],
+        f"MACs, {unit}": [number(row["macs"], decimals, scale) for row in rows],
+        f"MACs without attention, {unit}": [number(row["macs_without_attention"], decimals, scale) for row in rows],
+    }
+    return _table("Cost of one forward at batch 1", columns, 2)
+
+
+def method_table(doc: Document) -> Table | None:
+    """MACs of every method, per step and per picture."""
+    rows = doc["methods_cost"]
+    if not rows:
+        return None
+    keys = ("macs_per_step", "macs_per_step_without_attention")
+    unit, scale, decimals = unit_of([row[key] for row in rows for key in keys if key in row])
+    large, large_scale, large_decimals = unit_of([row["macs_per_picture"] for row in rows])
+    plain = [row.get("macs_per_step_without_attention") for row in rows]
+    columns: dict[str, list[str] | None] = {
+        "method": [method_name(row) for row in rows],
+        "steps": [str(row["steps"]) for row in rows],
+        "passes": [_passes(row) for row in rows],
+        f"per step, {unit}": [number(row["macs_per_step"], decimals, scale) for row in rows],
+        "without attention": [number(value, decimals, scale) for value in plain],
+        f"per picture, {large}": [number(row["macs_per_picture"], large_decimals, large_scale) for row in rows],
+        "of CFG": [percent(row.get("ratio_to_cfg")) for row in rows],
+    }
+    included = rows[0].get("picture_includes") or []
+    note = f"Of CFG: all steps together. Passes: U-Net passes a picture. A picture includes {' and '.join(included)}."
+    return _table("MACs per method at batch 1", columns, 1, [note] if included else [])
+
+
+def _passes(row: Mapping[str, Any]) -> str:
+    found = row.get("passes_per_picture", row.get("passes"))
+    return f"{found:g}" if isinstance(found, (int, float)) else DASH
+
+
+def published_table(doc: Document) -> Table | None:
+    """Published figures beside ours; notes that several rows share stand once, below."""
+    rows = doc["published"]
+    if not rows:
+        return None
+    notes = list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+    marks = {note: f" [{place}]" for place, note in enumerate(notes, 1)}
+    differences = [row.get("relative_difference") for row in rows]
+    columns: dict[str, list[str] | None] = {
+        "figure": [row["what"] + marks.get(row.get("note") or "", "") for row in rows],
+        "unit": [row["unit"] for row in rows],
+        "published": [_as_printed(row["published"]) for row in rows],
+        "printed as": [row.get("published_unit_printed") or DASH for row in rows],
+        "counted here": [number(row["counted"], 2) for row in rows],
+        "difference": [DASH if d is None else f"{100 * d:+.2f} %".replace("-", "−") for d in differences],
+    }
+    found = _table("Published figures, counted again", columns, 2)
+    return Table(found.title, found.head, found.rows, 2, tuple(f"[{i}] {note}." for i, note in enumerate(notes, 1)))
+
+
+def _as_printed(value: float) -> str:
+    """As the paper prints it: no decimals that it does not have."""
+    return f"{value:,.6g}"
+
+
+def engine_table(doc: Document) -> Table | None:
+    """What the engines' files weigh and, where the inspector tells, what they are made of."""
+    rows = doc["engines"]
+    if not rows:
+        return None
+    columns: dict[str, list[str] | None] = {
+        "engine": [row["engine"] for row in rows],
+        "network": [row.get("network") or DASH for row in rows],
+        "backend": [row.get("backend") or DASH for row in rows],
+        "precision": [row.get("precision") or DASH for row in rows],
+        "target": [row.get("target") or DASH for row in rows],
+        "engine file": [file_size(row.get("file_bytes")) for row in rows],
+        "graph": [file_size(row.get("graph_bytes")) for row in rows],
+        "device memory": [file_size(row.get("device_memory_bytes")) for row in rows],
+        "layers": [number(row.get("layers"), 0) for row in rows],
+        "reformats": [number(row.get("reformats"), 0) for row in rows],
+    }
+    engines: dict[str, dict[str, None]] = {}  # engines of whom the same is to be said stand in one sentence
+    for row in rows:
+        if row.get("note"):
+            engines.setdefault(row["note"], {})[row["engine"]] = None
+    return _table("Engines", columns, 5, [f"{', '.join(names)}: {note}." for note, names in engines.items()])
+
+
+def latency_table(doc: Document) -> Table | None:
+    """Every latency figure, the ratio first."""
+    rows = doc["latency"]
+    return _table("Latency, medians", _latency_columns(rows), 2) if rows else None
+
+
+def short_latency_tables(doc: Document) -> list[Table]:
+    """One table a batch size, with what a terminal of 100 columns has room for."""
+    found = []
+    for batch in sorted({row["batch"] for row in doc["latency"]}):
+        columns = _latency_columns([row for row in doc["latency"] if row["batch"] == batch], ratio_decimals=2)
+        for name in ("batch", "least, ms", "loop p50, ms", "p90", "p99", "spread", "peak memory"):
+            del columns[name]
+        found.append(_table(f"Latency at batch {batch}, medians", columns, 2))
+    return found
+
+
+def _latency_columns(rows: Sequence[Mapping[str, Any]], ratio_decimals: int = 3) -> dict[str, list[str] | None]:
+    decimals = decimals_of([row.get("p50_ms_per_step", row["p50_ms"]) for row in rows])
+    energy = [row.get("energy_j_per_picture") for row in rows]
+    return {
+        "engine": [row["engine"] for row in rows],
+        "method": [row["method"] for row in rows],
+        "batch": [str(row["batch"]) for row in rows],
+        "steps": [str(row["steps"]) for row in rows],
+        "of CFG's time": [ratio(row, ratio_decimals) for row in rows],
+        "ms / step": [number(row.get("p50_ms_per_step"), decimals) for row in rows],
+        "ms / picture": [number(row.get("p50_ms_per_picture"), 0 if decimals < 2 else 1) for row in rows],
+        "pictures / s": [_rate(row) for row in rows],
+        "least / p50": [percent(row.get("share_of_least"), 0) for row in rows],
+        "least, ms": [number(row.get("least_ms"), decimals) for row in rows],
+        "loop p50, ms": [number(row["p50_ms"], decimals) for row in rows],
+        "p90": [number(row.get("p90_ms"), decimals) for row in rows],
+        "p99": [number(row.get("p99_ms"), decimals) for row in rows],
+        "spread": [percent(row.get("spread")) for row in rows],
+        "peak memory": [file_size(row.get("peak_memory_bytes")) for row in rows],
+        "J / picture": [DASH if value is None else three_digits(value) for value in energy],
+    }
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    rate = row.get("pictures_per_s")
+    return DASH if rate is None else three_digits(rate)
+
+
+def cold_table(doc: Document) -> Table | None:
+    """Seconds from nothing to the first picture."""
+    rows = doc["cold_start"]
+    if not rows:
+        return None
+    columns: dict[str, list[str] | None] = {
+        "engine": [row["engine"] for row in rows],
+        "median, s": [number(row["p50_s"], 2) for row in rows],
+        "all, s": [", ".join(f"{one:.2f}" for one in row["seconds"]) for row in rows],
+        "of that imports, s": [number(row.get("imports_s"), 2) for row in rows],
+    }
+    notes = dict.fromkeys(f"Measured: {row['boundary']}." for row in rows if row.get("boundary"))
+    return _table("Cold start", columns, 1, notes)
+
+
+#: Key, head, decimals, scale of every measured value of a fidelity row; the first ones fit a terminal.
+_FIDELITY = (
+    ("kid", "KID ↓", 3, 1),
+    ("r_at_1", "R@1, % ↑", 0, 100),
+    ("psnr_to_cfg_db", "PSNR to CFG, dB ↑", 1, 1),
+    ("fid_inception", "FID ↓", 2, 1),
+    ("clip_score", "CLIP score ↑", 2, 1),
+    ("kid_gain_over_cfg", "KID gain over CFG ↑", 3, 1),
+    ("r_at_5", "R@5, % ↑", 0, 100),
+    ("feature_cosine_to_cfg", "feature cosine to CFG ↑", 3, 1),
+)
+
+
+def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
+    """What was measured on the pictures, with 95 % intervals in brackets."""
+    rows = doc["fidelity"]
+    if not rows:
+        return None
+    several = len({(row["engine"], row["method"]) for row in rows}) > len({row["method"] for row in rows})
+    columns: dict[str, list[str] | None] = {
+        "engine": [row["engine"] for row in rows] if several or not short else None,
+        "method": [row["method"] for row in rows],
+        "steps": [str(row["steps"]) for row in rows],
+        "w": [number(row["guidance"], 1).removesuffix(".0") for row in rows],
+        "passes": [DASH if row.get("passes") is None else f"{row['passes']:g}" for row in rows],
+    }
+    for place, (key, head, decimals, scale) in enumerate(_FIDELITY):
+        if short and place > 2 and key not in ("fid_inception", "clip_score"):
+            continue
+        cells = [estimate(row.get(key), decimals, scale, sign=key.endswith("gain_over_cfg")) for row in rows]
+        columns[head] = cells
+    counts = sorted({row["pictures"] for row in rows if "pictures" in row})
+    said = f", {' or '.join(map(str, counts))} pictures a row" if counts else ""
+    return _table(f"Fidelity, 95 % intervals in brackets{said}", columns, 2)
+
+
+def left_out_table(doc: Document) -> Table | None:
+    """What was asked for and not measured, and why."""
+    rows = doc["left_out"]
+    if not rows:
+        return None
+    columns: dict[str, list[str] | None] = {
+        "what": [row["what"] for row in rows],
+        "why": [row["why"] for row in rows],
+    }
+    return _table("Left out", columns, 2)
+
+
+def terminal_tables(doc: Document) -> list[Table]:
+    """Every table that `doc` has something for, in reading order and short enough for a terminal."""
+    found: Sequence[Table | None] = (
+        cost_table(doc),
+        published_table(doc),
+        method_table(doc),
+        engine_table(doc),
+        *short_latency_tables(doc),
+        cold_table(doc),
+        fidelity_table(doc, short=True),
+        left_out_table(doc),
+    )
+    return [table for table in found if table is not None]
+
+
+def loops(doc: Document) -> dict[int, list[Mapping[str, Any]]]:
+    """The latency rows by the number of steps that was asked for, the largest first.
+
+    CFG at equal compute makes half the steps: it belongs to the loops that it is compared with.
+    """
+    rows = doc["latency"]
+    asked = sorted({row["steps"] for row in rows if row["method"] != "cfg-fewer-steps"}, reverse=True)
+    found: dict[int, list[Mapping[str, Any]]] = {steps: [] for steps in asked}
+    for row in rows:
+        steps = row["steps"]
+        if row["method"] == "cfg-fewer-steps":
+            steps = next((one for one in asked if max(one // 2, 1) == steps), steps)
+        found.setdefault(steps, []).append(row)
+    return found
+
+
+def largest_batches(doc: Document) -> list[Mapping[str, Any]]:
+    """Per engine, the guided row with a ratio at the largest batch, of the longest loop."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in doc["latency"]:
+        if row["method"] != "guided" or row["ratio_to_cfg"] is None:
+            continue
+        held = best.get(row["engine"])
+        if held is None or (row["batch"], row["steps"]) > (held["batch"], held["steps"]):
+            best[row["engine"]] = row
+    return list(best.values())

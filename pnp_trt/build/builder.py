@@ -1,0 +1,196 @@
+"""`pnp-trt build`: base and guide in, a checked bundle out.
+
+One network after the other is loaded, run for its reference, converted, exported and compared, and let go again;
+then each is compiled, where the backend compiles at all, in a process of its own.  Nothing heavy is imported until a
+bundle must really be built, so that finding it up to date costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, backends
+from ..bundle.store import MANIFEST, SCHEMA, digest, lock, read_manifest
+from ..backends.base import MAX_BATCH, Backend, Profile, Progress
+from ..bundle.manifest import Manifest
+from ..errors import InputError, PnpError
+from ..io.files import check_replaceable_folder, failure, is_temporary
+from ..precision.int8.record import Record
+from ..precision.int8.record import find as find_record
+from ..io.replacing import check_removable_bundle
+from ..precision.recipes import Int8, Recipe
+from ..precision.recipes import recipe as find_recipe
+from .sizes import plan_sizes
+from .spec import BuildSpec, build_scheduler, guide_identity
+from .work import Work
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` did."""
+
+    folder: Path
+    manifest: Manifest
+    cached: bool
+
+
+def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = None) -> Built:
+    """Export, compile, check and write a bundle; a bundle of the same inputs is returned as it is.
+
+    Args:
+        force: build even so, and replace what is there.
+        progress: called with (stage, hundredths done, hundredths in all) as the work goes on.
+
+    Raises:
+        InputError: for an unknown base, guide, backend, precision, target or profile, a guide that does not fit, too
+            little memory, or an ``out`` that holds something else.
+        PnpError: if a network's parity with PyTorch is past the limit, or the compiler fails; nothing is written.
+    """
+    check_before_work(spec.folder())
+    backend = backends.get(spec.backend)
+    recipe, target, profiles = _checked(spec, backend)
+    base = spec.base_model()
+    guide = guide_identity(spec)
+    scheduler = build_scheduler(spec, base)
+    record = _record(spec, recipe, base.fingerprint()["all"], guide)
+    plan = plan_sizes(profiles, base.sizes())
+    plan = plan if backend.profiles else plan.for_any_batch()
+    if spec.image_to_image and plan.open_axes:
+        raise InputError(
+            f"image to image wants one size, and the profiles {', '.join(spec.profiles)} have several; name one"
+        )
+    identity: dict[str, Any] = {
+        "pnp-trt": __version__,
+        "base": base.fingerprint()["all"],
+        "configs": base.configs_sha256(),
+        "guide": guide,
+        "scheduler": scheduler,
+        "backend": spec.backend,
+        "precision": asdict(recipe),
+        "target": target,
+        "profiles": [p.as_dict() for p in plan.profiles],
+        "options": {k: v for k, v in asdict(spec.options).items() if k != "check_memory"},
+        "compiler": backend.versions(),
+        **({} if record is None else {"calibration": record.identity()}),
+    }
+    if spec.image_to_image:
+        identity["image_to_image"] = True
+    if spec.unet_only:
+        identity["unet_only"] = True
+    key = digest([SCHEMA, identity])
+    folder = spec.folder()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another --out")
+    if not force and (found := standing(folder, key, identity, force)) is not None:  # even where nothing can be written
+        return Built(folder, found, cached=True)
+    check_replaceable_folder(folder)
+    with lock(folder):
+        if (found := standing(folder, key, identity, force)) is not None:
+            return Built(folder, found, cached=True)
+        base.check()
+        if parts := base.left_out():
+            warnings.warn(f"{spec.base} has {', '.join(parts)}, which a bundle does not hold: left out", stacklevel=2)
+        work = Work(spec, base, scheduler, backend, recipe, target, plan, progress or (lambda *_: None), record)
+        try:
+            manifest = work.run(folder, key, identity)
+        except OSError as e:
+            raise PnpError(failure(folder, e)) from e
+    return Built(folder, manifest, cached=False)
+
+
+def check_before_work(folder: Path) -> None:
+    """Refuse a place that cannot be written; where a bundle is already, there may be nothing to write."""
+    try:
+        present = (folder / MANIFEST).is_file()
+    except (OSError, ValueError):
+        present = False
+    if not present:
+        check_replaceable_folder(folder)
+
+
+def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> Manifest | None:
+    """The manifest of the bundle of this key that is already in ``folder``; None if one is to be made.
+
+    Call it under ``lock(folder)``.
+
+    Raises:
+        InputError: if something else is there, and ``force`` does not say that it may be replaced.
+    """
+    if not folder.is_dir() or all(is_temporary(path.name) for path in folder.iterdir()):
+        return None
+    if force or not (folder / MANIFEST).is_file():
+        check_removable_bundle(folder)
+    if not (folder / MANIFEST).is_file():
+        if not force:
+            raise InputError(
+                f"{folder} holds an unfinished or damaged bundle; pass --force to replace it, or choose another --out"
+            )
+    elif not force:
+        found = read_manifest(folder)
+        if found.key == key and _intact(folder, found):
+            return found
+        raise InputError(
+            f"{folder} holds another bundle, or a damaged one ({_first_difference(found, identity)}); "
+            "pass --force to replace it, or choose another --out"
+        )
+    return None
+
+
+def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Profile, ...]]:
+    """Recipe, target and profiles, all within what the backend takes."""
+    recipe = find_recipe(spec.precision)
+    if recipe.name not in backend.precisions:
+        raise InputError(
+            f"backend '{backend.name}' does not run {recipe.name}; it runs: {', '.join(backend.precisions)}"
+        )
+    target = backend.resolve_target(spec.target, recipe.name, spec.options)
+    profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
+    if isinstance(recipe, Int8):  # what is not quantised is in the type that the backend is quick in
+        beside = find_recipe(backend.beside_int8)
+        recipe = replace(recipe, beside=beside.name, dtype=beside.dtype)
+    if spec.calibration is not None and not (isinstance(recipe, Int8) and recipe.calibrated):
+        raise InputError(f"--calibration is for --precision int8, not {recipe.name}; leave it out")
+    if profiles and not backend.profiles and not any(p.sized for p in profiles):
+        raise InputError(
+            f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out, "
+            "or name a size with it, such as b1@512x768"
+        )
+    return recipe, target, profiles
+
+
+def _record(spec: BuildSpec, recipe: Recipe, base: str, guide: dict[str, Any] | None) -> Record | None:
+    """The calibration record that the recipe wants, made for this guide and, unless it was named, for this base."""
+    if not (isinstance(recipe, Int8) and recipe.calibrated):
+        return None
+    path = spec.calibration or find_record(spec.base, "teacher" if guide is None else str(guide["name"]))
+    record = Record.read(path)
+    named = spec.calibration is not None  # a fine-tune may borrow its base's ranges; parity is the judge
+    for what, found, wanted in (
+        ("base", record.base["sha256"], record.base["sha256"] if named else base),
+        ("guide", (record.guide or {}).get("sha256"), (guide or {}).get("sha256")),
+    ):
+        if found != wanted:
+            raise InputError(
+                f"{path} was recorded with another {what} (sha256 {str(found)[:12]}…, not {str(wanted)[:12]}…); "
+                f"make it again with: pnp-trt calibrate --base {spec.base} --guide {spec.guide} --force"
+            )
+    return record
+
+
+def _intact(folder: Path, manifest: Manifest) -> bool:
+    files = manifest.files.items()
+    return all((folder / name).is_file() and (folder / name).stat().st_size == record.size for name, record in files)
+
+
+def _first_difference(found: Manifest, identity: dict[str, Any]) -> str:
+    if ("plugged" in found.built_from) != ("plugged" in identity):
+        return "it was plugged, not built" if "plugged" in found.built_from else "it was built, not plugged"
+    for name, wanted in identity.items():
+        held = found.built_from.get(name)
+        if held != wanted:
+            short = [str(v)[:60] if not isinstance(v, dict) else str(v.get("name", v))[:60] for v in (held, wanted)]
+            return f"its {name} is {short[0]}, not {short[1]}"
+    return "files are missing or cut short"

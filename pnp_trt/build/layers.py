@@ -1,0 +1,290 @@
+"""Where a graph goes wrong: every intermediate tensor as the graph computes it, against the same graph in float32.
+
+The graph is run as it is written, each half-precision result rounded to its type (``parity.round_at_every_node``),
+and again with every such type widened and its quantisers taken out; both by ONNX Runtime on the CPU through
+polygraphy's runners, so that no GPU is needed.  Weights are the graph's own in both: what differs is what computing
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import memory
+from ..bundle.store import Bundle
+from ..bundle.golden_file import read_golden
+from ..bundle.onnx_file import check_graph
+from ..errors import InputError, PnpError
+from ..runtime.verify import FILE as GOLDEN
+from ..runtime.verify import difference
+from .parity import round_at_every_node
+
+#: share of the free memory that the outputs of one run may take, both graphs' together
+_SHARE = 0.25
+#: of a cast that makes a marked tensor readable as float32
+_SEEN = ".seen"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tensor of a graph.
+
+    Attributes:
+        place: of its node, in the order of running.
+        node: name of the node that makes it, and ``op`` its type.
+        near: the weight that was read last up to it, which says where in the model it is; empty before the first.
+        error: ‖as written − float32‖ / ‖float32‖; NaN where either is not finite.
+        largest: largest magnitude in float32; NaN where it is not finite.
+        finite: whether it is finite as written, and ``finite_in_float32`` whether it is there.
+    """
+
+    place: int
+    tensor: str
+    node: str
+    op: str
+    near: str
+    shape: tuple[int, ...]
+    error: float
+    largest: float
+    finite: bool
+    finite_in_float32: bool
+
+
+def layerwise(
+    graph: Path,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    budget: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Layer]:
+    """All intermediate tensors of a graph that are numbers, in the order of running.
+
+    The graph is run several times where its tensors would not fit into memory together.
+
+    Args:
+        graph: an ONNX file, external weights beside it; nothing is written there.
+        inputs: of one row.
+        budget: bytes that the outputs of a run may take; None takes a quarter of the memory that is free.
+        progress: called with (tensors done, tensors in all).
+
+    Raises:
+        InputError: if polygraphy or onnx is not installed.
+        PnpError: if ONNX Runtime cannot run the graph.
+    """
+    ir = _onnx_ir()
+    written, widened = ir.load(graph), ir.load(graph)
+    # places are those of the graph as it is; the rewrites keep names
+    floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    wanted = {}
+    near = ""
+    for place, node in enumerate(ir.load(graph).graph):
+        read = [v.name for v in node.inputs if v is not None and v.is_initializer()]
+        near = next((name for name in read if name.rpartition(".")[2] in ("weight", "bias", "transposed")), near)
+        if node.op_type in ("Constant", "QuantizeLinear"):
+            continue
+        for out in node.outputs:
+            if out.name and out.dtype in floats:
+                wanted[out.name] = (place, node, near, _bytes(out))
+    round_at_every_node(written)
+    in_float32(widened)
+    present = {v.name for node in widened.graph for v in node.outputs}
+    wanted = {name: found for name, found in wanted.items() if name in present}
+    budget = budget or max(64 << 20, int(memory.free() * _SHARE))
+    layers: list[Layer] = []
+    for names in _batches({n: size for n, (*_, size) in wanted.items()}, budget // 2):
+        for name, (a, b) in zip(names, _run_both(written, widened, graph.parent, names, inputs), strict=True):
+            place, node, near, _ = wanted[name]
+            finite, reference_finite = bool(np.isfinite(a).all()), bool(np.isfinite(b).all())
+            error = 0.0 if np.array_equal(a, b) else difference(a, b)
+            largest = float(np.abs(b).max()) if reference_finite and b.size else float("nan")
+            layers.append(
+                Layer(
+                    place, name, node.name or "", node.op_type, near, a.shape,
+                    error if finite and reference_finite else float("nan"), largest, finite, reference_finite,
+                )
+            )  # fmt: skip
+        if progress is not None:
+            progress(len(layers), len(wanted))
+    return layers
+
+
+def graphs(bundle: Bundle, networks: list[str]) -> dict[str, tuple[Path, dict[str, np.ndarray]]]:
+    """Graph and one row of golden inputs of a bundle's networks.
+
+    Args:
+        networks: names of those that are wanted; empty takes all.
+
+    Raises:
+        InputError: for a network that the bundle does not have, or a bundle without graphs.
+    """
+    held = bundle.manifest.networks
+    if unknown := [n for n in networks if n not in held]:
+        raise InputError(f"engine '{bundle.name}' has no network '{unknown[0]}'; it has: {', '.join(held)}")
+    golden = read_golden(bundle.folder / GOLDEN, held)
+    found = {}
+    for name in networks or held:
+        path = bundle.folder / held[name].graph
+        if path.suffix != ".onnx":
+            raise InputError(
+                f"engine '{bundle.name}' of backend '{bundle.manifest.backend}' holds modules and no graphs; "
+                "build it with another --backend to look at its layers"
+            )
+        check_graph(bundle.folder, bundle.manifest, name)
+        found[name] = (path, {k: v[:1] for k, v in golden[name][0].items()})
+    return found
+
+
+def verdict(layers: list[Layer], limit: float) -> tuple[str, bool]:
+    """One sentence on a graph, and whether it says that something is wrong.
+
+    Intermediate tensors may be further off than the output may be, and often are where terms cancel; the last one,
+    which is the output, may not.
+    """
+    if (bad := first_not_finite(layers)) is not None:
+        why = "in float32 too: look at the weights" if not bad.finite_in_float32 else f"{bad.largest:.3g} in float32"
+        return f"the first tensor that is not finite is '{bad.tensor}' ({_where(bad)}); {why}", True
+    last = layers[-1]
+    if not last.error <= limit and (past := first_past(layers, limit)) is not None:
+        return (
+            f"the output is off by {last.error:.1e} (limit {limit:.0e}), and the first tensor that is off by more "
+            f"than that is '{past.tensor}' ({_where(past)}), by {past.error:.1e}"
+        ), True
+    furthest = max(layers, key=lambda layer: layer.error)
+    return (
+        f"all {len(layers)} tensors are finite; the output is off from float32 by {last.error:.1e}, "
+        f"'{furthest.tensor}' furthest, by {furthest.error:.1e}"
+    ), False
+
+
+def _where(layer: Layer) -> str:
+    return f"node {layer.place}, {layer.op}" + (f", near {layer.near}" if layer.near else "")
+
+
+def first_not_finite(layers: list[Layer]) -> Layer | None:
+    """The first tensor in the order of running that holds an infinity or a NaN."""
+    return next((layer for layer in layers if not layer.finite), None)
+
+
+def first_past(layers: list[Layer], limit: float) -> Layer | None:
+    """The first tensor whose error is past ``limit``, or that is not finite."""
+    return next((layer for layer in layers if not layer.error <= limit), None)
+
+
+def worst(layers: list[Layer], count: int) -> list[Layer]:
+    """The ``count`` tensors that are furthest off, in the order of running; those that are not finite come first."""
+    ranked = sorted(layers, key=lambda layer: (layer.error == layer.error, -layer.error, layer.place))
+    return sorted(ranked[:count], key=lambda layer: layer.place)
+
+
+def in_float32(model: Any) -> None:
+    """Widen every half-precision value of a graph and take its quantisers out; values keep their names.
+
+    Weights stay as they are stored and are widened where they are read, so that no second copy of them is held.
+
+    Args:
+        model: ``onnx_ir``'s, changed in place.
+    """
+    import onnx_ir as ir
+
+    half = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    graph = model.graph
+    widened: dict[Any, Any] = {}
+    for node in list(graph):
+        for name, attribute in list(node.attributes.items()):
+            if name in ("to", "output_dtype") and attribute.as_int() in [int(d) for d in half]:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in half:
+                wide = ir.tensor(attribute.as_tensor().numpy().astype(np.float32))
+                node.attributes[name] = ir.AttrTensor(name, wide)
+        for i, value in enumerate(node.inputs):
+            if value is not None and value.is_initializer() and value.dtype in half:
+                if value not in widened:
+                    made = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+                    made.outputs[0].name = f"{value.name}.wide"
+                    graph.insert_before(node, made)
+                    widened[value] = made.outputs[0]
+                node.replace_input_with(i, widened[value])
+        for out in node.outputs:
+            if out.dtype in half:
+                out.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
+        quantiser = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if quantiser is not None and quantiser.op_type == "QuantizeLinear":
+            ir.convenience.replace_all_uses_with(node.outputs[0], quantiser.inputs[0])
+
+
+def _run_both(
+    written: Any, widened: Any, folder: Path, names: list[str], inputs: Mapping[str, np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The named tensors of both graphs in float32, pair by pair."""
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+    from polygraphy.comparator import Comparator
+    from polygraphy.logger import G_LOGGER
+
+    runners = [OnnxrtRunner(_session(m, folder, names), name) for m, name in ((written, "as"), (widened, "wide"))]
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        try:
+            results = Comparator.run(runners, data_loader=[dict(inputs)], warm_up=0)
+        except Exception as e:  # ONNX Runtime raises several types of its own
+            raise PnpError(f"ONNX Runtime cannot run a graph of {folder}: {str(e).splitlines()[0]}") from e
+    (as_written,), (wide,) = (list(iterations) for _, iterations in results.items())
+    for name in names:
+        yield np.asarray(as_written[name + _SEEN]), np.asarray(wide[name + _SEEN])
+
+
+def _session(model: Any, folder: Path, names: list[str]) -> Any:
+    """A session whose outputs are the named tensors; the model's weights stay where they are."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    proto = ir.to_proto(model)
+    del proto.graph.output[:]
+    for name in names:
+        # numpy has no bfloat16, so that all are read as float32
+        node = proto.graph.node.add(op_type="Cast", input=[name], output=[name + _SEEN])
+        node.attribute.add(name="to", type=2, i=int(ir.DataType.FLOAT))
+        proto.graph.output.add(name=name + _SEEN).type.tensor_type.elem_type = int(ir.DataType.FLOAT)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    try:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        raise PnpError(f"ONNX Runtime cannot load a graph of {folder}: {str(e).splitlines()[0]}") from e
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of a value in float32 for one row; sizes that are not written in the graph count as one."""
+    size = 4
+    for d in value.shape or ():
+        size *= d if isinstance(d, int) else 1
+    return size
+
+
+def _batches(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
+    """Names in order, as many together as ``budget`` bytes hold; at least one."""
+    batch: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if batch and held + size > budget:
+            yield batch
+            batch, held = [], 0
+        batch.append(name)
+        held += size
+    if batch:
+        yield batch
+
+
+def _onnx_ir() -> Any:
+    try:
+        import onnx_ir
+        import polygraphy  # noqa: F401  (asked for here, so that the answer is one sentence)
+    except ImportError as e:
+        raise InputError(f"looking at layers needs {e.name}; install with: pip install 'pnp-trt[build]'") from None
+    return onnx_ir

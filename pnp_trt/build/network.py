@@ -1,0 +1,165 @@
+"""One network of a bundle: run for its reference, converted, exported, quantised where the recipe says so, compared."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..backends.base import Backend, Size
+from ..bundle.manifest import Int8Record, NetworkParity, NetworkRecord
+from ..errors import PnpError
+from ..precision.int8.record import Record
+from ..precision.recipes import Int8, Recipe
+from ..precision.recipes import recipe as find_recipe
+from .sizes import SizePlan
+
+if TYPE_CHECKING:
+    from ..graph.weights import WeightMap
+
+OUTPUTS = {
+    "condition": "condition",
+    "unet": "prediction",
+    "text_encoder": "last_hidden_state",
+    "vae_decoder": "sample",
+    "vae_encoder": "latents",
+}
+
+
+@dataclass
+class NetworkExport:
+    """How the networks of one bundle are written.
+
+    Attributes:
+        record: what INT8 was calibrated to; None where the recipe wants none.
+    """
+
+    backend: Backend
+    recipe: Recipe
+    plan: SizePlan
+    record: Record | None = None
+
+    def write(
+        self, name: str, make: Callable[[], Any], cases: dict[Size, dict[str, Any]], work: Path
+    ) -> tuple[NetworkRecord, dict[str, tuple[dict[str, Any], Any]], dict[str, Any]]:
+        """One network written: its record, not compiled yet, its golden inputs and outputs, and its weights' map."""
+        from . import modules
+        from .onnx_export import export
+        from .parity import LARGE, relative_error
+        from ..precision.recipes import convert, reference
+        from ..graph.weights import check_complete
+
+        path = work / f"{name}.onnx"
+        module = make()
+        rows = 1 if sum(p.numel() for p in module.parameters()) > LARGE else 2
+        inputs = next(iter(cases.values()))
+        if name == "text_encoder":
+            cases = {self.plan.default: inputs}  # prompts have no size
+        compared = {size: {k: v[:rows] for k, v in case.items()} for size, case in cases.items()}
+        wanted = {size: reference(module, case).numpy() for size, case in compared.items()}
+        traced = {k: self.plan.traced(v) for k, v in inputs.items()}
+        recipes = self._recipes(name)
+        tried: list[str] = []
+        for recipe in recipes:
+            module = make() if module is None else module
+            quantised = None
+            if self.backend.takes_modules:
+                path = work / f"{name}.json"
+                weights = modules.save(convert(module, recipe), path)
+                measure = partial(modules.relative_error, module)
+            else:
+                weights = export(convert(module, recipe), traced, OUTPUTS[name], path, self.plan.open_axes)
+                module = None  # rounded in place, and large
+                gc.collect()
+                quantised = self._quantize(recipe, path, weights)
+                weights = quantised or weights
+                weights = weights.derive(self.backend.prepare(path), _initializers(path))
+                check_complete(path, weights)
+                measure = partial(relative_error, path)
+            errors = {f"{h}x{w}": measure(compared[h, w], wanted[h, w]) for h, w in cases}
+            error = float(np.max(list(errors.values())))  # NaN if any is
+            module = None
+            if error <= recipe.limit:  # also refuses NaN
+                break
+            tried.append(f"{error:.2e} in {recipe.name}, where {recipe.limit:.0e} is allowed")
+        else:
+            found = _what_is_off(path, next(iter(compared.values())), recipe.limit)
+            raise PnpError(
+                f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); {found}"
+                "nothing was written; choose another --precision, or report it"
+            )
+        record = NetworkRecord(
+            graph=path.name,
+            precision=recipe.name,
+            inputs={
+                n: (str(v.dtype).removeprefix("torch."), tuple(self.plan.named(v.shape))) for n, v in inputs.items()
+            },
+            outputs={OUTPUTS[name]: ("float32", tuple(self.plan.named(wanted[self.plan.default].shape)))},
+            parity=NetworkParity(error, recipe.limit, rows, errors if len(errors) > 1 else {}),
+            fallback=f"off by {tried[0]}" if tried else None,
+            int8=None if quantised is None else self._int8_record(weights),
+        )
+        references = {
+            name if size == self.plan.default else f"{name}@{size[0]}x{size[1]}": (
+                {k: v.numpy() for k, v in case.items()},
+                wanted[size],
+            )
+            for size, case in compared.items()
+        }
+        return record, references, weights.as_dict()
+
+    def _recipes(self, name: str) -> list[Recipe]:
+        """What a network is exported in, and what is tried when that is too far off."""
+        first = self.recipe
+        if isinstance(first, Int8) and name not in first.networks:
+            first = find_recipe(first.beside)
+        return [first, *([find_recipe("fp32")] if name in first.fallback else [])]
+
+    def _quantize(self, recipe: Recipe, path: Path, weights: WeightMap) -> WeightMap | None:
+        """Bring the INT8 into a graph; its new map, or None where the recipe has none."""
+        from ..precision.int8.qdq import matrix_layers, quantize_graph, quantize_weights
+
+        if not isinstance(recipe, Int8):
+            return None
+        if self.record is not None:
+            derived = quantize_graph(path, weights, self.record.choices())
+        else:
+            derived = quantize_weights(path, weights, matrix_layers(path, weights))
+        return weights.derive(derived, _initializers(path))
+
+    def _int8_record(self, weights: WeightMap) -> Int8Record:
+        """What the manifest records of a quantised network."""
+        layers = sum(w["transform"][-1]["op"] == "quantize" for w in weights.weights.values())
+        if self.record is None:
+            return Int8Record(layers, activations=False)
+        sweep = self.record.sweep
+        details = {
+            "share_of_macs": round(self.record.share(), 4), "decision": self.record.decision,
+            "kept": sweep.get("kept"), "latent_error": sweep.get("latent_error"),
+            "recorded_on": self.record.settings, "base_sha256": self.record.base["sha256"],
+        }  # fmt: skip
+        return Int8Record(layers, activations=True, details=details)
+
+
+def _what_is_off(path: Path, inputs: dict[str, Any], limit: float) -> str:
+    """A clause that names the first bad tensor of a graph; empty where none is found, or it cannot be looked at."""
+    from .layers import layerwise, verdict
+
+    if path.suffix != ".onnx":
+        return ""
+    with suppress(PnpError):
+        said, problem = verdict(layerwise(path, {k: v[:1].numpy() for k, v in inputs.items()}), limit)
+        return f"{said}; " if problem else ""
+    return ""
+
+
+def _initializers(path: Path) -> list[str]:
+    import onnx_ir as ir
+
+    return list(ir.load(path).graph.initializers)

@@ -1,0 +1,168 @@
+"""PyTorch modules → ONNX graphs (opset 23, native Attention and GroupNormalization, external weights)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sizes import OpenAxis
+from ..graph.weights import WeightMap, hide, restore, save_with_weights
+
+OPSET = 23
+
+
+class TextEncoder(nn.Module):
+    """``input_ids [B, tokens]`` → last hidden state ``[B, tokens, D]``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.text_encoder = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids=input_ids).last_hidden_state
+
+
+class VaeDecoder(nn.Module):
+    """Latents as the U-Net leaves them ``[B, C, H, W]`` → pixels ``[B, 3, H·f, W·f]`` in [-1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return self.vae.decode(latents / self.vae.config.scaling_factor + shift, return_dict=False)[0]
+
+
+class VaeEncoder(nn.Module):
+    """Pixels ``[B, 3, H·f, W·f]`` in [-1, 1] → latents as the U-Net takes them ``[B, C, H, W]``.
+
+    Of a variational encoder the mean of its distribution, so that a picture has one latent.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        encoded = self.vae.encode(pixels)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * self.vae.config.scaling_factor
+
+
+def export(
+    module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, open_axes: Sequence[OpenAxis] = ()
+) -> WeightMap:
+    """Write ``path`` and ``path.data``; the first dimension of every input becomes the dynamic ``batch``.
+
+    Equal modules give equal files.
+
+    Args:
+        inputs: example tensors by the names of ``module.forward``'s arguments; batch at least 2.
+        output: name of the single output.
+        open_axes: what else stays dynamic in every input of four dimensions, by its name; the example's sizes are
+            legal, and more than one step.
+
+    Returns:
+        Where each initialiser comes from; the first part of a module's weight names is the source.
+    """
+    batch = torch.export.Dim("batch", min=1, max=64)
+    # multiples of a step, so that the tracer can tell that what the U-Net halves comes out even
+    units = {a: torch.export.Dim(f"{a.name}_steps" if a.step > 1 else a.name, min=a.low, max=a.high) for a in open_axes}
+    sized = {a.axis: a.step * unit if a.step > 1 else unit for a, unit in units.items()}
+    shapes = {name: {0: batch} | (sized if x.ndim == 4 else {}) for name, x in inputs.items()}
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
+            input_names=list(inputs), output_names=[output], verbose=False, optimize=False,
+        )  # fmt: skip
+        assert program is not None
+        hidden = hide(program.model.graph, {name for name, _ in module.named_parameters()})
+        _optimize(program.model)
+    weights = restore(program.model.graph, module, hidden)
+    for axis in open_axes:
+        _name_open(program.model, axis)
+    _strip_source_locations(program.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_with_weights(program.model, path, list(weights.weights))
+    return weights
+
+
+def _optimize(model: Any) -> None:
+    """What ``program.optimize()`` does, less the merging of equal initialisers."""
+    import onnx_ir as ir
+    import onnxscript.optimizer
+    import onnxscript.rewriter
+    from onnx_ir.passes import common
+    from onnxscript.rewriter import onnx_fusions
+
+    onnxscript.optimizer.inline(model)
+    for _ in range(2):  # folding makes patterns, and patterns make what can be folded
+        onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True)
+        onnxscript.rewriter.rewrite(model)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+    onnx_fusions.fuse(model)
+
+
+def _name_open(model: Any, axis: OpenAxis) -> None:
+    """Call an open dimension by its name alone wherever the tracer wrote it as a product, and so in the output.
+
+    A runtime that is told what ``height`` is (``free dimension override``) then knows all that follows from it.
+    """
+    import onnx_ir as ir
+
+    inputs = [v for v in model.graph.inputs if len(v.shape) == 4]
+    written = {str(v.shape[axis.axis].value) for v in inputs}
+    for value in (*model.graph.inputs, *(o for node in model.graph.all_nodes() for o in node.outputs)):
+        if value.shape is not None:
+            for i, d in enumerate(value.shape):
+                if isinstance(d, ir.SymbolicDim) and str(d.value) in written:
+                    value.shape[i] = axis.name
+    for value in model.graph.outputs:
+        d = value.shape[axis.axis] if len(value.shape) == 4 else axis.name
+        if isinstance(d, ir.SymbolicDim) and d.value != axis.name:
+            value.shape[axis.axis] = f"image_{axis.name}"
+
+
+def _strip_source_locations(model: Any) -> None:
+    # the exporter records stack traces of the machine it ran on; they make equal graphs differ
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress lines and deprecation notices are not for our users."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,181 @@
+"""What to build: the request, its names, and the guide that it means.  Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import backends
+from ..bundle.store import cached_sha256, digest, engines_home
+from ..backends.base import CompileOptions
+from ..errors import InputError
+from ..models.files import read_json, weight_files
+from ..models.scheduler import Noise, base_scheduler, check_distilled, check_samples, scheduler_record
+
+if TYPE_CHECKING:
+    from ..models.teacher import BaseModel
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """What to build.
+
+    Attributes:
+        base: a base model's name, see ``pnp_trt.models.teacher.resolve``.
+        guide: a guide's name or folder; ``none`` builds the plain teacher; ``auto`` takes the bundled one that fits.
+        out: the bundle's folder; None derives a name from the rest under ``engines_home()``.
+        target: GPU to compile for; None takes the backend's default.
+        profiles: batches and picture sizes to compile for, as ``Profile.parse`` reads them; empty takes the backend's
+            default.
+        options: for the backend's compiler.
+        calibration: the record for ``int8``; None looks for the one of this base and guide.
+        image_to_image: whether the bundle gets the VAE's encoder too, for pictures to begin with.
+        unet_only: of a base that is a single file, take the U-Net alone.
+        noise: what the user says about the base's prediction type and terminal SNR.
+    """
+
+    base: str = "emoji"
+    guide: str = "auto"
+    backend: str = "onnxruntime"
+    precision: str = "fp32"
+    out: Path | None = None
+    target: str | None = None
+    profiles: tuple[str, ...] = ()
+    options: CompileOptions = field(default_factory=CompileOptions)
+    calibration: Path | None = None
+    image_to_image: bool = False
+    unet_only: bool = False
+    noise: Noise = field(default_factory=Noise)
+
+    def base_model(self) -> BaseModel:
+        """The base, its parts checked; no weights are read.
+
+        Raises:
+            InputError: if there is none, or a part of a single file would not be used.
+        """
+        from ..models.teacher import resolve
+        from ..models.single_base import SingleFileBase
+
+        base = resolve(self.base)
+        if isinstance(base, SingleFileBase):
+            base.unet_only = self.unet_only
+            base.check_parts()
+        elif self.unet_only:
+            raise InputError(f"--unet-only is for a base that is a single .safetensors file, not {self.base}")
+        return base
+
+    def folder(self) -> Path:
+        """Where the bundle goes."""
+        if self.out is not None:
+            return self.out
+        stem = short_name(self.base)
+        role = (
+            "teacher"
+            if self.guide == "none"
+            else "tiny"
+            if self.guide == "auto"
+            else Path(self.guide).name.removeprefix(f"{stem}-")
+        )
+        backend = backends.get(self.backend)
+        words = [stem, role, "" if self.precision == "fp32" else self.precision, backend.label]
+        if backend.label:
+            words.append(backend.resolve_target(self.target, self.precision, self.options))
+        return engines_home() / "-".join(w for w in words if w)
+
+    def command(self) -> str:
+        """The command line that makes this bundle."""
+        words = ["pnp-trt", "build", "--base", self.base, "--guide", self.guide, "--backend", self.backend]
+        words += ["--precision", self.precision]
+        words += ["--target", self.target] if self.target else []
+        for profile in self.profiles:
+            words += ["--profile", profile]
+        words += ["--calibration", str(self.calibration)] if self.calibration is not None else []
+        o = self.options
+        words += ["--workspace", f"{o.workspace / 2**30:g}"] if o.workspace is not None else []
+        for name in ("refittable", "version_compatible", "hardware_compatible"):
+            words += [f"--{name.replace('_', '-')}"] if getattr(o, name) else []
+        words += ["--image-to-image"] if self.image_to_image else []
+        words += ["--unet-only"] if self.unet_only else []
+        words += self.noise.arguments()
+        return shlex.join([*words, "--out", str(self.folder())])
+
+
+def short_name(base: str) -> str:
+    """A base model's name as bundles' folders have it: ``random-sd15``, ``my-fine-tune``."""
+    return Path(base).stem if base.endswith(".safetensors") else Path(base).name.replace(":", "-").replace("#", "-")
+
+
+def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
+    """What identifies the guide: name, hash of config and weights, and what a sampler has to know of it; None without.
+
+    Raises:
+        InputError: if there is no such guide.
+    """
+    if spec.guide == "none":
+        return None
+    from ..models.teacher import resolve
+    from ..models.catalog import guide_config, guide_folder
+
+    if (made := resolve(spec.base).random_guide(spec.guide)) is not None:
+        return made
+    folder = guide_folder(guide_name(spec))
+    files = [*weight_files(folder), folder / "config.json"]
+    config = guide_config(folder)
+    return {
+        "name": folder.name,
+        "sha256": digest([cached_sha256(f) for f in files]),
+        # the sampler has to know both: whether there is one more input, and the only step count it was distilled for
+        "negative_prompts": bool(config.get("negative_prompts")),
+        "sampling_steps": config.get("sampling_steps"),
+    }
+
+
+def guide_name(spec: BuildSpec) -> str:
+    """The guide that a build takes, ``auto`` resolved."""
+    return "emoji-tiny" if spec.guide == "auto" else spec.guide
+
+
+def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
+    """The scheduler record of a build, which can be sampled from and is what the guide was distilled under.
+
+    Raises:
+        InputError: if it cannot be sampled from, or the guide was distilled under another one.
+    """
+    from ..models.catalog import guide_config, guide_folder
+
+    spec.noise.check()
+    record = scheduler_record(base_scheduler(base), Noise(), spec.noise)
+    if spec.guide == "none" or base.random_guide(spec.guide) is not None:
+        check_samples(record, spec.base)
+        return record
+    folder = guide_folder(guide_name(spec))
+    steps = guide_config(folder).get("sampling_steps")
+    check_samples(record, spec.base, steps)
+    if (guide := distilled_under(folder)) is not None:
+        check_distilled(guide, record, f"guide '{folder.name}'", spec.base, steps)
+    return record
+
+
+def distilled_under(folder: Path) -> dict[str, Any] | None:
+    """The scheduler that a guide was distilled under; None where that is not known.
+
+    It is what ``distill.json`` records, or else the scheduler of the base that it names, where that is on this machine.
+    """
+    from ..models.teacher import bundled_bases, resolve
+
+    try:
+        report = read_json(folder / "distill.json")
+        recorded = report.get("scheduler")
+        if isinstance(recorded, dict):
+            return recorded
+        name = str(report["settings"]["base"])
+    except (InputError, KeyError, TypeError):
+        return None
+    if name not in bundled_bases() and not Path(name).exists():
+        return None  # a hub id: nothing is downloaded for a check
+    try:
+        return base_scheduler(resolve(name))
+    except InputError:
+        return None

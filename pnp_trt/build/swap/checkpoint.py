@@ -1,0 +1,205 @@
+"""Fine-tunes as they come: a diffusers folder, a U-Net's folder, one safetensors file under any known names.
+
+A fine-tune need not hold every network: what it lacks stays as the bundle has it, and what the bundle cannot use is
+refused.  Weights are mapped from their files and not copied, in the type that they are stored in, so that a checkpoint
+of Stable Diffusion's size costs no memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InputError
+from ...models.teacher import BaseModel, resolve
+from ...models.configs import check_same_network, check_same_text
+from ...models.convert import check_fits, text_weights, unet_weights, vae_weights
+from ...models.files import files_sha256, read_json, read_weights, weight_files
+from ...models.folders import check_unet
+from ...models.networks import quiet_libraries
+from ...models.scheduler import Noise, base_scheduler, scheduler_record
+from ...models.single_file import SingleFile, read_single_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class FineTune:
+    """A fine-tune that was found, none of its weights read.
+
+    Attributes:
+        name: as the user gave it.
+        files: safetensors files by network; a network that is not there stays as the bundle has it.
+        folders: where a network's own ``config.json`` is, by network.
+        base: the whole model where the fine-tune is one; else None.
+        single: the sorted keys where the fine-tune is one file; else None.
+        unet_only: whether everything but the U-Net is left out, as the user wants it.
+    """
+
+    name: str
+    files: dict[str, list[Path]]
+    folders: dict[str, Path]
+    base: BaseModel | None = None
+    single: SingleFile | None = None
+    unet_only: bool = False
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hash of each network's weights, as ``BaseModel.fingerprint`` has them."""
+        if self.base is None:
+            return {part: files_sha256(files) for part, files in self.files.items()}
+        own = self.base.fingerprint()
+        return {k: v for k, v in own.items() if (k == "unet" if self.unet_only else k != "all")}
+
+    def configs_sha256(self) -> str | None:
+        """Hash of what the configs say of the computation; None where only a U-Net is taken."""
+        return None if self.base is None or self.unet_only else self.base.configs_sha256()
+
+    def config(self, part: str) -> dict[str, Any] | None:
+        """A network's own config; None where the fine-tune brings none."""
+        if part in self.folders:
+            return read_json(self.folders[part] / "config.json")
+        return self.base.config(part) if self.base is not None else None
+
+    def scheduler(self, engine: Mapping[str, Any], chosen: Noise) -> dict[str, Any]:
+        """The scheduler record of an engine that this fine-tune is plugged into.
+
+        Args:
+            engine: the engine's own record, which stays where the fine-tune brings no scheduler.
+            chosen: the user's options.
+        """
+        beside = self.folders["unet"].parent if "unet" in self.folders else None
+        if self.base is not None:
+            own: Mapping[str, Any] = base_scheduler(self.base)
+        elif beside is not None and (beside / "scheduler" / "scheduler_config.json").is_file():
+            own = base_scheduler(BaseModel(self.name, beside))  # the folder given is the U-Net's in a whole model
+        else:
+            own = engine
+        stated = self.single.noise if self.single is not None else Noise()
+        return scheduler_record(own, stated, chosen)
+
+    def check_parts(self, configs: Mapping[str, Mapping[str, Any]], what: str) -> None:
+        """Refuse a part that the engine cannot use, and a config that means something else with the same weights.
+
+        Args:
+            configs: of the engine's networks.
+            what: the engine, for messages.
+
+        Raises:
+            InputError: naming the parts, or the entry of the config with both values.
+        """
+        if self.single is not None and not self.unet_only:
+            self.single.refuse_unused(configs, what)
+        if self.base is not None and not self.unet_only:
+            check_same_text(self.base.config("text_encoder"), configs["text_encoder"], self.name, what)
+            self._check_vae(configs["vae"], what)
+
+    def unet(self, config: dict[str, Any], what: str) -> Any:
+        """``UNet2DConditionModel`` of the bundle's architecture with this fine-tune's weights, frozen.
+
+        Args:
+            config: of the bundle's U-Net.
+            what: the bundle, for messages.
+
+        Raises:
+            InputError: if weights are missing, left over or of another shape, a file is damaged, or the configs say
+                that the two networks compute differently.
+        """
+        from diffusers import UNet2DConditionModel
+
+        own = self.config("unet") or config
+        check_unet(own, {"latent_channels": config["in_channels"]}, self.name)
+        check_same_network(UNet2DConditionModel, own, config, self.name, what)
+        if self.single is not None:
+            weights = unet_weights(self.single, config)
+        elif "unet" in self.files:
+            weights = read_weights(self.files["unet"])
+        else:  # without files: random weights
+            assert self.base is not None
+            return self.base.unet()
+        return _filled(UNet2DConditionModel, own, weights, self.name, what)
+
+    def text_encoder(self, config: dict[str, Any], what: str) -> Any:
+        """``CLIPTextModel``, frozen; arguments and errors as of ``unet``."""
+        if self.single is None:
+            assert self.base is not None
+            check_same_text(self.base.config("text_encoder"), config, self.name, what)
+            return self.base.text_encoder()
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        quiet_libraries()
+        module = CLIPTextModel(CLIPTextConfig(**config))
+        own = module.state_dict()
+        prefix = "text_model." if any(k.startswith("text_model.") for k in own) else ""
+        weights = {prefix + k: v for k, v in text_weights(self.single, config).items()}
+        check_fits(own, weights, f"the text encoder in {self.name}", f"that of {what}")
+        module.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
+        return module.eval().requires_grad_(False)
+
+    def vae(self, config: dict[str, Any], what: str) -> Any:
+        """The autoencoder, frozen; arguments and errors as of ``unet``."""
+        if self.single is None:
+            assert self.base is not None
+            self._check_vae(config, what)
+            return self.base.vae()
+        import diffusers
+
+        kind = getattr(diffusers, config.get("_class_name", "AutoencoderKL"))
+        return _filled(kind, config, vae_weights(self.single, config), f"the VAE in {self.name}", what)
+
+    def _check_vae(self, config: Mapping[str, Any], what: str) -> None:
+        assert self.base is not None
+        own = self.base.config("vae")
+        if own == config:
+            return
+        import diffusers
+
+        kinds = [c.get("_class_name", "AutoencoderKL") for c in (own, config)]
+        if kinds[0] != kinds[1]:
+            raise InputError(
+                f"the VAE of {self.name} is an {kinds[0]}, {what} has an {kinds[1]}; pass --unet-only to keep the "
+                "engine's, or build it instead"
+            )
+        check_same_network(getattr(diffusers, kinds[0]), own, config, self.name, what)
+
+
+def find(name: str, unet_only: bool = False) -> FineTune:
+    """The fine-tune of a name; nothing heavy is imported or read.
+
+    Args:
+        name: a diffusers folder, a folder of a U-Net alone, a ``.safetensors`` file, or any base model's name.
+        unet_only: leave out everything but the U-Net.
+
+    Raises:
+        InputError: if there is none, or a file is no safetensors or holds no U-Net.
+    """
+    path = Path(name)
+    if path.suffix == ".safetensors" or path.is_file():
+        if not path.is_file():
+            raise InputError(f"no file {path}; --base takes a diffusers folder, a .safetensors file, or a bundled name")
+        single = read_single_file(path)
+        parts = ["unet"] if unet_only else list(single.parts)
+        return FineTune(name, {part: [path] for part in parts}, {}, single=single, unet_only=unet_only)
+    if path.is_dir() and (path / "config.json").is_file() and not (path / "unet").is_dir():
+        return FineTune(name, {"unet": weight_files(path)}, {"unet": path}, unet_only=unet_only)
+    base = resolve(name)
+    files: dict[str, list[Path]] = {}
+    if base.unet_file is not None:
+        files["unet"] = [base.unet_file]
+    elif not name.startswith("random:"):
+        files["unet"] = weight_files(base.folder / "unet")
+    return FineTune(name, files, {}, base, unet_only=unet_only)
+
+
+def _filled(kind: Any, config: Mapping[str, Any], weights: dict[str, Tensor], name: str, what: str) -> Any:
+    """A diffusers network whose weights are the given tensors themselves."""
+    import torch
+
+    quiet_libraries()
+    with torch.device("meta"):
+        module = kind.from_config(dict(config))
+    check_fits(module.state_dict(), weights, name, what)
+    module.load_state_dict(weights, assign=True)
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,83 @@
+"""The guide of a bundle as a PyTorch module again: the reference that a plugged graph is compared with needs it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...bundle.manifest import Manifest
+from ...errors import InputError, PnpError
+from ..spec import BuildSpec, guide_identity, guide_name
+from ...graph.weights import invert
+from .rewrite import places
+
+
+def guide_of(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any], unet: Any) -> tuple[Any, str]:
+    """The guide that is fused into a bundle's U-Net, and where its weights were found.
+
+    They are taken from where the build took them if that is still the same, else read back from the graph: exact
+    where the graph is in float32, rounded as the graph has them in half precision.
+
+    Args:
+        graph: the U-Net's ONNX file.
+        data: its weights; elsewhere, perhaps.
+        weights: its part of ``weights.json``.
+        unet: the U-Net that the guide is for.
+
+    Raises:
+        InputError: if neither can be had.
+    """
+    given, guide = manifest.given, manifest.guide
+    assert given is not None and guide is not None, "an engine that is plugged has both"
+    with suppress(InputError, OSError, ValueError):
+        # only a base of random weights makes guides of its own; an engine's own word is no reason to fetch another
+        spec = BuildSpec(base=given.base if given.base.startswith("random:") else "emoji", guide=given.guide)
+        if guide_identity(spec) == guide.to_json():
+            return _from_files(spec, unet), given.guide
+    return _from_graph(manifest, graph, data, weights), "the graph itself"
+
+
+def _from_files(spec: BuildSpec, unet: Any) -> Any:
+    from ...models.teacher import resolve
+    from ...models.guides.load import load_guide
+
+    base = resolve(spec.base)
+    if base.random_guide(spec.guide) is not None:
+        return base.make_guide(spec.guide, unet)
+    return load_guide(guide_name(spec))
+
+
+def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any]) -> Any:
+    import numpy as np
+    import torch
+
+    from ...models.guides.condition import without_constant_parts
+    from ...models.guides import GUIDES
+
+    assert manifest.guide is not None and manifest.configs is not None, "an engine that is plugged has both"
+    name, config = manifest.guide.name, manifest.configs.get("guide")
+    classes = {c.__name__: c for c in GUIDES.values()}
+    if config is None or config.get("_class_name") not in classes:
+        raise InputError(f"guide '{name}' is not where the engine was built from, and its config is not in the bundle")
+    guide = classes[config["_class_name"]].from_config(config)
+    if "condition" in manifest.networks:
+        guide = without_constant_parts(guide)
+    own = guide.state_dict()
+    found = {}
+    for place in places(graph, weights):
+        w = weights[place.name]
+        if w["source"] == "guide" and w["key"] not in found:
+            with suppress(PnpError), data.open("rb") as f:  # another initialiser of the same key may be plain
+                f.seek(place.offset)
+                array = np.frombuffer(f.read(place.length), place.dtype.numpy()).reshape(place.shape)
+                found[w["key"]] = invert(
+                    w["transform"], torch.from_numpy(array.astype("float32")), tuple(own[w["key"]].shape)
+                )
+    if lost := sorted(own.keys() - found.keys()):
+        raise InputError(
+            f"guide '{name}' is not where the engine was built from, and {len(lost)} of its weights cannot be read "
+            f"back from the graph, for example {lost[0]}; put the guide back, or build again"
+        )
+    guide.load_state_dict(found)
+    return guide.eval().requires_grad_(False)

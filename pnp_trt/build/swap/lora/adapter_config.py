@@ -1,0 +1,138 @@
+"""Scales from peft's configuration, where a file has it: in the metadata, or in ``adapter_config.json`` beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....errors import InputError
+from .names import Layer
+from .source import Lora
+
+#: diffusers' key of a safetensors file's metadata
+METADATA_KEY = "lora_adapter_metadata"
+#: initialisations that leave the base's weights as they are; others subtract the factors' product from them
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+#: options under which a layer's change is not scale · B·A
+_OTHER_ARITHMETIC = (
+    "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "arrow_config",
+    "kasa_config", "monteclora_config", "target_parameters", "trainable_token_indices", "modules_to_save",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """peft's configuration of one file.
+
+    Attributes:
+        where: for messages.
+        entries: as diffusers stores them, ``{"unet.lora_alpha": 4, …}``, or peft, ``{"lora_alpha": 4, …}``.
+    """
+
+    where: str
+    entries: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, lora: Lora, metadata: Mapping[str, str]) -> AdapterConfig:
+        """Empty where the file has none.
+
+        Raises:
+            InputError: if it cannot be read.
+        """
+        if METADATA_KEY in metadata:
+            where = f"the metadata of {lora.path}"
+            return cls(where, _object(where, metadata[METADATA_KEY]))
+        if lora.adapter_config is not None:
+            return cls(str(lora.adapter_config), _object(str(lora.adapter_config), _text(lora.adapter_config)))
+        return cls(str(lora.path), {})
+
+    def factor(self, layer: Layer, rank: int, alpha: float | None) -> float:
+        """What the product of a layer's factors is multiplied with: alpha/rank, or alpha/√rank for rsLoRA.
+
+        Args:
+            rank: of the factors.
+            alpha: the layer's own; None takes the configuration's, and 1 where it has none either.
+
+        Raises:
+            InputError: if the configuration asks for other arithmetic, or contradicts the factors.
+        """
+        config = self._of(layer.network)
+        self._check_plain(config)
+        stated = self._by_pattern(config, "rank_pattern", layer, config.get("r"))
+        if stated is not None and stated != rank:
+            raise InputError(
+                f"{self.where} gives {layer} the rank {stated:g}, its factors have rank {rank}; save the LoRA again"
+            )
+        if alpha is None:
+            alpha = self._by_pattern(config, "alpha_pattern", layer, config.get("lora_alpha"))
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def _of(self, network: str) -> dict[str, Any]:
+        if any(k.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for k in self.entries):
+            prefix = f"{network}."
+            return {k.removeprefix(prefix): v for k, v in self.entries.items() if k.startswith(prefix)}
+        return dict(self.entries)
+
+    def _check_plain(self, config: Mapping[str, Any]) -> None:
+        kind = config.get("peft_type") or "LORA"
+        odd = [f"{k} = {config[k]!r}" for k in _OTHER_ARITHMETIC if config.get(k)]
+        start = config.get("init_lora_weights")
+        if str(kind).rpartition(".")[2] != "LORA":
+            odd.insert(0, f"peft_type = {kind!r}")
+        if start not in _PLAIN_INITIALISATIONS:
+            odd.append(f"init_lora_weights = {start!r}")
+        if odd:
+            raise InputError(
+                f"{self.where} says {odd[0]}, which is not a plain LoRA and not supported; merge it into the "
+                "checkpoint with peft, and plug the result with --base"
+            )
+
+    def _by_pattern(self, config: Mapping[str, Any], key: str, layer: Layer, default: Any) -> float | None:
+        """The value of the first pattern that matches the layer's name, as peft looks it up."""
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, Mapping):
+            raise InputError(f"{self.where} has {key} = {patterns!r}, not an object of patterns; save the LoRA again")
+        names = {layer.name, f"text_model.{layer.name}"} if layer.network != "unet" else {layer.name}
+        for pattern, value in patterns.items():
+            if any(self._matches(pattern, name) for name in names):
+                return self._number(f"{key}['{pattern}']", value)
+        return self._number({"rank_pattern": "r", "alpha_pattern": "lora_alpha"}[key], default)
+
+    def _matches(self, pattern: str, name: str) -> bool:
+        try:
+            return re.match(rf"(.*\.)?({pattern})$", name) is not None
+        except re.error as e:
+            raise InputError(f"{self.where} has a pattern '{pattern}' that is not readable: {e}") from None
+
+    def _number(self, key: str, value: Any) -> float | None:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(f"{self.where} has {key} = {value!r}, not a number; save the LoRA again")
+        return float(value)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read ({e}); fetch it again") from None
+
+
+def _object(where: str, text: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as e:
+        raise InputError(
+            f"{where}: the adapter's configuration is not readable as JSON ({e}); fetch it again"
+        ) from None
+    if not isinstance(config, dict):
+        raise InputError(f"{where}: the adapter's configuration is not a JSON object; fetch it again")
+    return config

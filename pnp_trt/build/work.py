@@ -1,0 +1,259 @@
+"""One build under way: every network exported, then compiled, then compared; the manifest written last."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..bundle import memory
+from ..bundle.store import list_files, whole_folder, write_json, write_manifest
+from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
+from ..bundle.manifest import Base, Compiled, Given, Guide, ImageSize, Latents, Manifest, NetworkRecord, Tokens
+from ..bundle.parts import Made, Parts, assemble
+from ..precision.int8.record import Record
+from ..io.replacing import check_removable_bundle
+from .network import NetworkExport
+from ..precision.recipes import Recipe
+from .sizes import SizePlan
+from .spec import BuildSpec, guide_name
+
+#: distributions that a manifest remembers, for the reader alone
+_REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+TITLES = {
+    "condition": "guide's condition",
+    "unet": "U-Net",
+    "text_encoder": "text encoder",
+    "vae_decoder": "VAE decoder",
+    "vae_encoder": "VAE encoder",
+}
+
+
+@dataclass
+class Work:
+    """One build under way."""
+
+    spec: BuildSpec
+    base: Any
+    scheduler: dict[str, Any]
+    backend: Backend
+    recipe: Recipe
+    target: str
+    plan: SizePlan
+    progress: Progress
+    record: Record | None = None
+
+    def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
+        import torch
+
+        from ..models.tokenizer import copy_tokenizer
+        from ..runtime.verify import FILE as GOLDEN
+        from ..runtime.verify import save_golden
+        from .parity import golden_inputs
+        from ..graph.weights import FILE as WEIGHTS
+        from ..graph.weights import SCHEMA as WEIGHTS_SCHEMA
+
+        started = time.monotonic()
+        modules = self._modules()
+        export = NetworkExport(self.backend, self.recipe, self.plan, self.record)
+        stages = len(modules) * 2 + 2
+        with whole_folder(folder, check_removable_bundle) as work:
+            self._stage("load", 0, stages)
+            self._check_inputs()
+            tokens = copy_tokenizer(self.base, work / "tokenizer.json")
+            sizes = self.base.sizes()
+            negative = bool((identity["guide"] or {}).get("negative_prompts"))
+            # by picture size: the default's, then another one where there is more than one
+            golden = {
+                size: golden_inputs(
+                    self.plan.latent(size), tokens["length"], sizes.text_width, sizes.vocabulary, self._guided,
+                    negative, size if self.spec.image_to_image else None,
+                )
+                for size in (self.plan.default, self.plan.second)
+                if size is not None
+            }  # fmt: skip
+            networks: dict[str, NetworkRecord] = {}
+            kept: dict[str, tuple[dict[str, Any], Any]] = {}
+            maps: dict[str, Any] = {}
+            for i, (name, make) in enumerate(modules.items()):
+                self._stage(f"export {TITLES[name]}", 1 + i, stages)
+                cases = {size: found[name] for size, found in golden.items()}
+                networks[name], references, maps[name] = export.write(name, make, cases, work)
+                kept |= references
+                if name == "condition":
+                    golden[self.plan.default]["unet"]["condition"] = torch.from_numpy(kept[name][1])
+            exported = memory.peak()
+            gc.collect()
+            for i, name in enumerate(modules):
+                networks[name] = self._compile(name, networks[name], work, (1 + len(modules) + i, stages))
+            self._stage("compare and write", stages - 1, stages)
+            save_golden(work / GOLDEN, kept)
+            write_json(work / WEIGHTS, {"schema": WEIGHTS_SCHEMA, "networks": maps})
+            engines = engine_parity(self.backend, self.target, work, networks, kept, self.spec.folder().name)
+            parts = Parts(
+                base=Base(self.spec.base, self.base.fingerprint()),
+                guide=Guide.of(identity["guide"]),
+                # what a fine-tune has to be like, and where the guide came from: `pnp-trt plug` needs both
+                given=Given(self.spec.base, self.spec.guide),
+                configs=self._configs(),
+                backend=self.backend.name,
+                precision=self.recipe.name,
+                target=self.target,
+                profiles=self.plan.profiles,
+                compiler=identity["compiler"],
+                sample=Latents(
+                    *self.plan.latent(self.plan.default),
+                    max_batch=max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
+                ),
+                image=ImageSize(*self.plan.default),
+                tokens=Tokens(**tokens),
+                scheduler=self.scheduler,
+                limit=self.recipe.limit,
+                against="PyTorch float32, seeded golden inputs",
+            )
+            made = Made(
+                name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
+                files=list_files(work), versions=library_versions(), seconds=time.monotonic() - started,
+                export_memory=exported, rebuild=self.spec.command(),
+            )  # fmt: skip
+            return write_manifest(work, assemble(parts, made))
+
+    @property
+    def _guided(self) -> bool:
+        return self.spec.guide != "none"
+
+    def _stage(self, name: str, done: int, stages: int, share: float = 0.0) -> None:
+        self.progress(name, int(100 * (done + share)), 100 * stages)
+
+    def _check_inputs(self) -> None:
+        """Load what is exported after the U-Net once, so that a damaged file is reported before minutes of work."""
+        if self.spec.base.startswith("random:"):
+            return
+        for load in (self.base.text_encoder, self.base.vae):
+            load()
+            gc.collect()
+
+    def _modules(self) -> dict[str, Callable[[], Any]]:
+        """What makes each network's module; calling it loads the weights."""
+        from ..models.guides.condition import Condition
+        from .onnx_export import TextEncoder, VaeDecoder, VaeEncoder
+
+        size = self.plan.latent(self.plan.default)[1:]
+        found: dict[str, Callable[[], Any]] = {
+            # before the U-Net, which takes what it gives
+            **({"condition": lambda: Condition(self._guide(), size)} if self._conditioned else {}),
+            "unet": self._student,
+            "text_encoder": lambda: TextEncoder(self.base.text_encoder()),
+            "vae_decoder": lambda: VaeDecoder(self.base.vae()),
+        }
+        if self.spec.image_to_image:
+            found["vae_encoder"] = lambda: VaeEncoder(self.base.vae())
+        return found
+
+    def _student(self) -> Any:
+        from ..models.student import Student, Teacher
+
+        unet = self.base.unet()
+        if not self._guided:
+            return Teacher(unet)
+        return Student(unet, self._guide(unet), self._conditioned)
+
+    def _guide(self, unet: Any = None) -> Any:
+        """The guide; ``unet`` saves making it again where the base makes its guides for one."""
+        from ..models.guides.load import load_guide
+
+        if self.base.guide_class(self.spec.guide) is None:
+            return load_guide(guide_name(self.spec))
+        return self.base.make_guide(self.spec.guide, self.base.unet() if unet is None else unet)
+
+    @property
+    def _conditioned(self) -> bool:
+        """Whether what the guide makes of w alone is a network of its own, which runs once a picture.
+
+        It is made for one size of latents, so a graph of several keeps it inside.
+        """
+        from ..models.guides.load import guide_class
+
+        if not self._guided or self.plan.open_axes:
+            return False
+        kind = self.base.guide_class(self.spec.guide) or guide_class(guide_name(self.spec))
+        return bool(kind.constant_parts)
+
+    def _compile(self, name: str, record: NetworkRecord, work: Path, at: tuple[int, int]) -> NetworkRecord:
+        def report(phase: str, done: int, total: int) -> None:
+            self._stage(f"compile {TITLES[name]}", *at, share=min(1.0, done / max(total, 1)))
+
+        job = CompileJob(
+            network=name,
+            graph=work / record.graph,
+            inputs=record.inputs,
+            precision=record.precision,
+            target=self.target,
+            profiles=self._profiles(name),
+            options=self.spec.options,
+        )
+        made = self.backend.compile(job, report)
+        compiled = Compiled(round(made.seconds, 1), made.peak_memory, made.notes)
+        return replace(record, file=made.file, profiles=job.profiles, compiled=compiled)
+
+    def _profiles(self, network: str) -> tuple[Profile, ...]:
+        if not self.plan.profiles:
+            return ()
+        if network in ("text_encoder", "vae_encoder"):
+            return (Profile("b1", 1, 1, 1),)  # both are run one by one, so that no row depends on another
+        profiles = tuple(p.in_latents(self.plan.factor) for p in self.plan.profiles)
+        if network == "unet" and not self._guided:
+            return tuple(p.doubled() for p in profiles)  # classifier-free guidance is a batch of two
+        return profiles
+
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        found = {n: self.base.config(n) for n in ("unet", "text_encoder", "vae")}
+        if self._guided and self.base.random_guide(self.spec.guide) is None:
+            from ..models.files import read_json
+            from ..models.catalog import guide_folder
+
+            found["guide"] = read_json(guide_folder(guide_name(self.spec)) / "config.json")
+        return found
+
+
+def engine_parity(
+    backend: Backend,
+    target: str,
+    folder: Path,
+    networks: Mapping[str, NetworkRecord],
+    golden: dict[str, tuple[dict[str, Any], Any]],
+    name: str,
+) -> dict[str, float] | str:
+    """Errors of compiled engines on their golden inputs, or why there are none.
+
+    Args:
+        networks: the manifest's; those that ``golden`` has are compared.
+        name: of the bundle, for the message.
+
+    Raises:
+        PnpError: for the first engine that is further off than its recipe allows.
+    """
+    from ..runtime.verify import compare, gate
+
+    if all(n.file == n.graph for n in networks.values()):
+        return "the graphs are what runs"
+    if reason := backend.cannot_run(target):
+        return f"not measured: {reason}; run pnp-trt verify on the machine that serves it"
+    errors = compare(backend, folder, networks, golden)
+    gate(errors, networks, name)
+    return errors
+
+
+def library_versions() -> dict[str, str]:
+    """What a manifest remembers of the libraries that made it, for the reader alone."""
+    found = {"pnp-trt": __version__}
+    for name in _REMEMBERED:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,88 @@
+"""Runs that can be continued: a folder that remembers what it is of, and refuses to be anything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .store import digest, write_json
+from ..errors import InputError
+from ..io.files import is_temporary, make_folder, remove_temporaries
+from ..io.replacing import shown
+
+RECORD = "run.json"
+
+
+def claim(out: Path, settings: dict[str, Any], resume: bool, other: str = "choose another --out") -> None:
+    """Refuse a folder that holds something else; remember what this run is.
+
+    Args:
+        out: the run's folder; made if it is missing.
+        settings: everything that determines the run.
+        resume: whether a run with the same settings may be there already.
+        other: how the user keeps both, for the messages.
+
+    Raises:
+        InputError: if ``out`` cannot be written or holds other things, a damaged record, a run with other settings
+            (which ones is said), or this run and ``resume`` is false.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    record = out / RECORD
+    names = _names(out)
+    if names:
+        if not record.is_file():
+            raise InputError(f"{out} is not empty and holds no run of this kind ({shown(names)}); {other}")
+        found = read_record(record, other)
+        if found.get("key") != digest(settings):
+            differs = _difference(found.get("settings", {}), settings)
+            raise InputError(f"{out} holds a run with other settings ({differs}); {other}")
+        if not resume:
+            raise InputError(f"{out} holds this run already; continue it with --resume, or {other}")
+    make_folder(out)
+    for folder in (out, *(path for path in out.rglob("*") if path.is_dir() and not path.is_symlink())):
+        remove_temporaries(folder)
+    write_json(record, {"key": digest(settings), "settings": settings})
+
+
+def _names(out: Path) -> list[str]:
+    """What is in a run's folder, but for what a killed run was writing.
+
+    Raises:
+        InputError: if it is a file or cannot be read.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out} is a file; name a folder")
+        return sorted(p.name for p in out.iterdir() if not is_temporary(p.name)) if out.exists() else []
+    except OSError as e:
+        raise InputError(f"{out} cannot be read ({e.strerror or e}); name another folder") from e
+
+
+def read_record(path: Path, other: str) -> dict[str, Any]:
+    """A JSON object that a run wrote for itself.
+
+    Args:
+        other: what to do if it cannot be read, for the message.
+
+    Raises:
+        InputError: if it cannot be read, is cut short, or is of another type.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror or e}); {other}") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is damaged ({e}), so the run cannot be continued; {other}") from e
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged (it holds a {type(found).__name__}, not an object); {other}")
+    return found
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """The first setting that differs, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return f"{path} was {old} and is {new}"

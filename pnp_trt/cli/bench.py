@@ -1,0 +1,162 @@
+"""``pnp-trt bench``: the command line becomes a plan; the results become a table, a JSON file, a page and a picture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from ..io.text import printable
+
+
+def bench(
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Bundles to compare; default: the base's teacher and guided ones.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model, default emoji; random:sd15, sd21 and sdxl with --only cost.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="cost, latency or fidelity; default: all three.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer of everything: under two minutes.")] = False,
+    suite: Annotated[
+        str | None, typer.Option(help="A suite's name or .toml file; what else is given here overrides it.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to time; default 1, 4 and 8.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Sampling steps; default 8 and 20.")] = None,
+    timed_steps: Annotated[
+        list[int] | None, typer.Option(help="Sampling steps of the timed loop alone; default: those of --steps.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds, default 12; more is steadier.")] = None,
+    guidance: Annotated[
+        list[float] | None, typer.Option(help="Guidance scales w, default 3, 2 and 5; the first is timed.")
+    ] = None,
+    pictures: Annotated[
+        int | None, typer.Option(help="Pictures of each fidelity cell; default 256, or 32 that nothing can judge.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file of prompts to draw, one a line.")] = None,
+    real: Annotated[Path | None, typer.Option(help="Folder of real pictures to compare with.")] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Inception weights (.safetensors): FID in place of EfficientNet-KID.")
+    ] = None,
+    clip: Annotated[Path | None, typer.Option(help="A transformers CLIP folder: CLIP score for alignment.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; not for the cost.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="ddim, dpm++, euler or teacher; default: what the engines agree on, or ddim.")
+    ] = None,
+    peers: Annotated[
+        bool | None, typer.Option("--peers/--no-peers", help="Time other toolkits where they are installed.")
+    ] = None,
+    memory: Annotated[
+        bool | None, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for every row.")
+    ] = None,
+    cold_starts: Annotated[int | None, typer.Option(help="Cold starts of every engine, default 5; 0 for none.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    grid_file: Annotated[
+        Path | None, typer.Option("--grid", help="Write the picture grid (teacher above, guided below) here.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Results of an earlier run; say what changed beyond the noise.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where finished pieces are kept until all is; default JSON.partial.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted.")] = False,
+    provider: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+) -> None:
+    """Cost, latency and fidelity of guided sampling against its teacher's classifier-free guidance.
+
+    A run that is interrupted keeps what it finished beside the --json file; the same command with --resume goes on.
+    """
+    from . import app as cli
+    from ..bundle.profiles import parse_size
+    from ..bench.compare import compare as comparison
+    from ..bench import plan as plans
+    from ..bench.report import page as report
+    from ..bench import results, run, suites
+    from ..bench.report.image_grid import headline, write_grid
+    from ..bench.work import Work
+
+    given = {
+        "engines": tuple(engine or ()), "base": base, "only": only, "batches": tuple(batch or ()),
+        "steps": tuple(steps or ()), "timed_steps": tuple(timed_steps or ()), "rounds": rounds,
+        "guidance": tuple(guidance or ()), "pictures": pictures, "prompts": _text(prompts), "real": _text(real),
+        "inception": _text(inception), "clip": _text(clip), "size": None if size is None else parse_size(size),
+        "schedule": schedule, "provider": provider, "peers": peers,
+        "memory": memory, "cold_starts": cold_starts,
+    }  # fmt: skip
+    plan = suites.make_plan(suite, quick, given)
+    plans.check(plan)
+    if grid_file is not None and "fidelity" not in plan.parts:
+        raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
+    _check_outputs(json_file, html_file, grid_file, work)
+    old = None if compare is None else results.read(compare)  # refused now, not after the measurement
+    for name in plans.wanted_engines(plan):
+        cli._build_if_missing(name, quiet=False)
+    if old is not None:
+        comparison.check_base(old, {"settings": {"base": run.base_of(plan)}})
+    if work is None and json_file is not None and plan.only != "cost":
+        work = json_file.with_name(json_file.name + ".partial")
+    with Work(work, run.identity(plan), resume) as kept:
+        try:
+            with cli._Bar("bench", None) as bar:
+                document = run.run(
+                    plan, command=sys.argv[1:], suite=None if suite is None else Path(suite).stem, progress=bar.note,
+                    tell=lambda sentence: print(printable(f"bench: {sentence}"), file=sys.stderr), work=kept,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            if kept.kept:
+                print(
+                    f"pnp-trt: what is finished is kept in {kept.folder}; the same command with --resume goes on",
+                    file=sys.stderr,
+                )
+            raise
+        if json_file is not None:  # before anything else can fail
+            results.write(document, json_file)
+        pictures_shown = document.get("pictures")
+        if grid_file is not None:
+            if pictures_shown is None or len({row["method"] for row in pictures_shown["rows"]}) < 2:
+                raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
+            write_grid(headline(pictures_shown), grid_file)
+        if html_file is not None:
+            report.render_html(document, html_file)
+        kept.done()
+    cli._console().print(report.render_terminal(document))
+    if old is not None:
+        cli._console().print(comparison.render_terminal(comparison.compare(old, document)))
+    for name, path in (("pictures:", grid_file), ("results: ", json_file), ("page:    ", html_file)):
+        if path is not None:
+            print(printable(f"{name} {path}"))
+
+
+def _check_outputs(json_file: Path | None, html_file: Path | None, grid_file: Path | None, work: Path | None) -> None:
+    """Refuse output files that cannot be written, or that are not results of an earlier run, before the measurement."""
+    from ..bench.report.image_grid import GRID_MARK
+    from ..bench.report.page import PAGE_MARK
+    from ..bench.results import SCHEMA
+    from ..io.files import check_writable_file, check_writable_folder
+    from ..io.replacing import check_removable_file, check_removable_output
+
+    files = {"--json": json_file, "--html": html_file, "--grid": grid_file}
+    places: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        check_writable_file(path, option)
+        if (first := places.setdefault(path.resolve(), option)) != option and not path.is_char_device():
+            raise InputError(f"{first} and {option} are the same file {path}; name two")
+    if json_file is not None:
+        check_removable_file(json_file, SCHEMA.rpartition("/")[0] + "/", "--json", "a results file")
+    if html_file is not None:
+        check_removable_output(html_file, PAGE_MARK, "--html", "a page")
+    if grid_file is not None:
+        check_removable_output(grid_file, GRID_MARK, "--grid", "a grid")
+    if work is not None:
+        check_writable_folder(work, "--work")
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,70 @@
+"""``pnp-trt calibrate``: the ranges and the choice of layers that ``build --precision int8`` wants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..io.text import printable
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command()(calibrate)
+
+
+def calibrate(
+    base: Annotated[str, typer.Option(help="As for build.")] = "emoji",
+    guide: Annotated[str, typer.Option(help="As for build; 'none' observes classifier-free guidance.")] = "auto",
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")] = Path(
+        "calibration/emoji-prompts.txt"
+    ),
+    out: Annotated[Path | None, typer.Option(help="The record; default calibration/BASE-GUIDE.int8.json.")] = None,
+    pictures: Annotated[int, typer.Option(help="Pictures to sample while watching.")] = 64,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; default 20, or what the guide was distilled for.")
+    ] = None,
+    w_min: Annotated[float, typer.Option(help="Smallest guidance scale.")] = 1.0,
+    w_max: Annotated[float, typer.Option(help="Largest guidance scale.")] = 9.0,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layers that may take INT8, such as 'unet.mid_block.*'.")
+    ] = None,
+    probes: Annotated[
+        int,
+        typer.Option(
+            help="Steps of a run of 4 pictures that the sweep measures on; 0 sweeps not, and leaves shortcuts in FP16."
+        ),
+    ] = 10,
+    limit: Annotated[
+        float, typer.Option(help="Relative error of the prediction that decides how many layers stay in FP16.")
+    ] = 0.02,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace a record that is there; the same run with another --limit takes seconds."
+        ),
+    ] = False,
+) -> None:
+    """Watch the sampler, record every layer's range, and find which layers take INT8 at what cost."""
+    from .app import _Bar, _console, _need_torch
+
+    _need_torch("calibrate")
+    from ..precision.int8.calibrate import CalibrationConfig
+    from ..precision.int8.calibrate import calibrate as run
+    from ..precision.int8.show import render
+
+    config = CalibrationConfig(
+        base, guide, prompts, out, pictures, batch, steps, w_min, w_max, tuple(layer) if layer else None, probes,
+        limit, seed,
+    )  # fmt: skip
+    with _Bar("calibrate", None) as bar:
+        path, record = run(config, force=force, progress=bar.stages)
+    _console().print(render(record))
+    print(printable(f"record: {path}"))
+    words = ["pnp-trt build", f"--base {base}", f"--guide {guide}", "--precision int8"]
+    words += [f"--calibration {path}"] if out is not None else []
+    print(printable(f"next: {' '.join(words)}"))

@@ -1,0 +1,37 @@
+"""``pnp-trt compare``: two results files of ``pnp-trt bench``, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..io.text import printable
+
+
+def compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Results that pnp-trt bench --json wrote before.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Results to hold against them.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here.")] = None,
+    fail_on_regression: Annotated[
+        bool, typer.Option("--fail-on-regression", help="Exit with 1 where anything got worse beyond the noise.")
+    ] = False,
+) -> None:
+    """What changed between two runs of bench beyond the noise. `pnp-trt bench --compare OLD` runs and compares."""
+    from ..bench.compare import compare as module
+    from ..bench import results
+    from .app import _console
+    from ..io.files import check_writable_file
+    from ..io.replacing import check_removable_file
+
+    if json_file is not None:
+        check_writable_file(json_file, "--json")
+        check_removable_file(json_file, "pnp-trt/bench-compare/", "--json", "a comparison")
+    found = module.compare_files(old, new)
+    _console().print(module.render_terminal(found))
+    if json_file is not None:
+        results.write(found.as_dict(), json_file)
+        print(printable(f"comparison: {json_file}"))
+    if fail_on_regression and found.regressed:
+        raise typer.Exit(1)

@@ -1,0 +1,183 @@
+"""``pnp-trt distill``: the commands that train guides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from ..io.text import printable
+
+distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
+
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
+Batch = Annotated[int, typer.Option(min=1, help="States per optimiser step, over all processes.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Parts that a batch is computed in, to save memory.")]
+Lr = Annotated[float, typer.Option(help="Peak learning rate.")]
+Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, or constant.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
+Ema = Annotated[float, typer.Option(min=0, max=1, help="Decay of the averaged weights, which are the result.")]
+Precision = Annotated[str, typer.Option(help="no, bf16, fp16, or auto: what the device has.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")]
+Every = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
+Keep = Annotated[int, typer.Option(min=1, help="Checkpoints kept, the newest.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+Pictures = Annotated[int, typer.Option(help="Sampling steps of the picture grid; 0 draws none.")]
+
+
+@distill_app.command("guidance")
+def guidance(
+    out: Annotated[Path, typer.Option(help="Folder for the guide.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures with captions in metadata.jsonl, or NAME.txt beside each.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
+    guide: Annotated[str, typer.Option(help="Which guide to make: tiny, or full.")] = "tiny",
+    states: Annotated[
+        str | None,
+        typer.Option(
+            help="forward: noised pictures of --images, the default with --images; trajectory: the teacher's own "
+            "guided runs, the default without."
+        ),
+    ] = None,
+    num_states: Annotated[int, typer.Option(min=1, help="States to collect.")] = 19_200,
+    states_dir: Annotated[Path | None, typer.Option(help="Where states are cached; default OUT/states.")] = None,
+    negative: Annotated[
+        float, typer.Option(help="Share of states with a negative prompt; above 0 the guide serves negative prompts.")
+    ] = 0.0,
+    rank: Annotated[int | None, typer.Option(min=1, help="Tiny guide: inner channels; default 48.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of the guide's design, such as trunk_kind=attention.")
+    ] = None,
+    steps: Steps = 1500,
+    batch: Batch = 48,
+    accumulate: Accumulate = 1,
+    lr: Lr = 2e-3,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 100,
+    ema: Ema = 0.995,
+    mixed_precision: Precision = "no",
+    gradient_checkpointing: Checkpointing = False,
+    w_min: Annotated[float, typer.Option(help="Smallest guidance scale to learn.")] = 1.0,
+    w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn.")] = 9.0,
+    w_distribution: Annotated[str, typer.Option(help="uniform, or log-uniform.")] = "uniform",
+    weighting: Annotated[str, typer.Option(help="Of the error: x0, guidance, w, or none.")] = "x0",
+    feature_matching: Annotated[float, typer.Option(help="Weight of the feature error; runs the teacher too.")] = 0.0,
+    checkpoint_every: Every = 250,
+    keep: Keep = 2,
+    pictures: Pictures = 20,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Stage 1: teach a guide to do in one U-Net pass what classifier-free guidance does in two.
+
+    Several processes or machines: accelerate launch -m pnp_trt distill guidance ...
+    """
+    from .app import _Bar, _need_torch
+
+    _need_torch("distill")
+    from ..distill.guidance import GuidanceConfig, distill
+    from ..distill.states import StateConfig
+    from ..distill.train import TrainConfig
+
+    config = GuidanceConfig(
+        base, prompts, out, images, guide, _options(option, rank), w_min, w_max, w_distribution, weighting,
+        feature_matching, states_dir, pictures,
+        # a small collection need not fill a shard of 32 trajectories
+        StateConfig(
+            # forward was measured the better where there are pictures (docs/ablation.md)
+            states or ("trajectory" if images is None else "forward"), num_states, w_min=w_min, w_max=w_max,
+            negative=negative, batch=min(32, -(-num_states // 20)), seed=seed,
+        ),
+        TrainConfig(
+            steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,
+            gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,
+        ),
+    )  # fmt: skip
+    with _Bar("distill", None) as bar:
+        report = distill(config, resume=resume, progress=bar.stages)
+    if not report:  # another process of several reports
+        return
+    _print_size(out, report)
+    print(f"guidance left unexplained on held-out states: {report['held_out']['residual']:.1%}")
+    if pictures:
+        print(printable(f"pictures beside the teacher's: {out / 'pictures.png'}"))
+    print(printable(f"next: pnp-trt build --base {base} --guide {out}"))
+
+
+@distill_app.command("steps")
+def steps_command(
+    guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or a bundled one's name.")],
+    out: Annotated[Path, typer.Option(help="Folder; the guide of each halving goes to OUT/steps-N.")],
+    to: Annotated[int, typer.Option(help="Sampling steps of the last guide, such as 16, 8 or 4.")] = 8,
+    start: Annotated[int, typer.Option("--from", help="Sampling steps of the first teacher.")] = 32,
+    base: Annotated[str | None, typer.Option(help="The teacher; default: the guide's own.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="One prompt a line; default: the guide's own.")] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="Sampling runs that each halving learns from.")] = 640,
+    weighting: Annotated[str, typer.Option(help="Of the error: landing, or none.")] = "landing",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each halving.")] = 600,
+    batch: Batch = 32,
+    accumulate: Accumulate = 1,
+    lr: Lr = 5e-4,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 50,
+    ema: Ema = 0.99,
+    mixed_precision: Precision = "no",
+    gradient_checkpointing: Checkpointing = False,
+    w_min: Annotated[float, typer.Option(help="Smallest guidance scale to learn.")] = 1.0,
+    w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn.")] = 9.0,
+    checkpoint_every: Every = 200,
+    keep: Keep = 2,
+    pictures: Annotated[bool, typer.Option(help="Draw a picture grid after each halving.")] = True,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Stage 2: teach a guide to reach in half the sampling steps what it reached before, again and again."""
+    from .app import _Bar, _need_torch
+
+    _need_torch("distill")
+    from ..distill.steps import StepsConfig, distill
+    from ..distill.train import TrainConfig
+
+    config = StepsConfig(
+        guide, out, to, start, base, prompts, w_min, w_max, trajectories, weighting, pictures=pictures,
+        train=TrainConfig(
+            steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,
+            gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,
+        ),
+    )  # fmt: skip
+    with _Bar("distill", None) as bar:
+        reports = distill(config, resume=resume, progress=bar.stages)
+    for report in reports:
+        held = report["held_out"]
+        print(
+            f"{out / ('steps-' + str(report['to']))}: {report['from']} to {report['to']} steps in "
+            f"{report['seconds']:.0f} s; {held['residual']:.1%} of the error that was there without training is left"
+        )
+    print(printable(f"next: pnp-trt build --base {reports[-1]['settings']['base']} --guide {out / f'steps-{to}'}"))
+
+
+def _options(given: list[str] | None, rank: int | None) -> dict[str, Any]:
+    """The guide's options from NAME=VALUE words; numbers and true/false are read as such."""
+    import json
+
+    found: dict[str, Any] = {} if rank is None else {"rank": rank}
+    for word in given or []:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise InputError(f"--option wants NAME=VALUE, got '{word}'")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _print_size(out: Path, report: dict[str, Any]) -> None:
+    parameters = report["parameters"]
+    share = parameters["guide"] / parameters["unet"]
+    print(f"{out}: {parameters['guide']:,} parameters, {share:.1%} of the U-Net's, in {report['seconds']:.0f} s")

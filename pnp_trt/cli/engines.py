@@ -1,0 +1,224 @@
+"""The commands that make engines and look at them: build, inspect, list, verify."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InputError, PnpError
+from ..io.text import printable, printable_json
+
+#: GiB; no GPU has as much
+_MOST_WORKSPACE = 65_536
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command()(build)
+    app.command()(inspect)
+    app.command("list")(list_engines)
+    app.command()(verify)
+
+
+def build(
+    base: Annotated[
+        str,
+        typer.Option(
+            help="emoji, a bundled fine-tune, a diffusers folder, a U-Net .safetensors, a hub id, or random:sd15."
+        ),
+    ] = "emoji",
+    guide: Annotated[
+        str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the plain teacher.")
+    ] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx, tensorrt or torch.")
+    ] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-weights.")] = "fp32",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable for tensorrt-rtx; "
+            "for torch how to run: eager or compile."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="For int8, a record of pnp-trt calibrate; default the one of base and guide.")
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Batches, and sizes in pixels, to build for: b1, b2-8, b1@512x768, b1-4@256-768; may be repeated."
+        ),
+    ] = None,
+    workspace: Annotated[
+        float | None, typer.Option(min=0, help="GiB of GPU scratch memory that the compiler may plan.")
+    ] = None,
+    refittable: Annotated[bool, typer.Option("--refittable", help="Weights can be replaced in the engine.")] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Later TensorRT versions may load it (tensorrt).")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Other GPUs from Ampere on may run it (tensorrt).")
+    ] = False,
+    image_to_image: Annotated[
+        bool, typer.Option("--image-to-image", help="Put the VAE encoder in too, for pnp-trt sample --init.")
+    ] = False,
+    unet_only: Annotated[
+        bool, typer.Option("--unet-only", help="Of a base that is a single .safetensors file, take the U-Net alone.")
+    ] = False,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(help="What the base's U-Net predicts, epsilon or v_prediction; default: what it states."),
+    ] = None,
+    zero_terminal_snr: Annotated[
+        bool | None,
+        typer.Option(
+            "--zero-terminal-snr/--no-zero-terminal-snr",
+            help="Whether the base's last training timestep is pure noise; default: what it states.",
+        ),
+    ] = None,
+    memory_check: Annotated[bool, typer.Option(help="Refuse to start where the host's memory will not do.")] = True,
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder; default engines/BASE-GUIDE…")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Fuse guide and U-Net into one graph, export the rest, check it against PyTorch, compile it, write a bundle."""
+    from .. import backends
+    from ..backends.base import CompileOptions
+    from .app import _Bar, _need_torch
+    from ..build.builder import build as run
+    from ..build.spec import BuildSpec
+    from ..models.scheduler import Noise
+
+    _need_torch("build")
+    if workspace is not None and not workspace <= _MOST_WORKSPACE:  # infinity and NaN too
+        raise InputError(f"--workspace is {workspace:g}; it must be between 0 and {_MOST_WORKSPACE:,} GiB")
+    options = CompileOptions(
+        workspace=None if workspace is None else int(workspace * 2**30),
+        refittable=refittable,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        check_memory=memory_check,
+    )
+    spec = BuildSpec(
+        base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration, image_to_image,
+        unet_only, Noise(prediction_type, zero_terminal_snr),
+    )  # fmt: skip
+    with _Bar(f"build {spec.folder().name}", None) as bar:
+        built = run(spec, force=force, progress=bar.note)
+    m = built.manifest
+    size = sum(f.size for f in m.files.values()) / 2**20
+    made = "is up to date" if built.cached else f"built in {m.build_seconds:.0f} s"
+    worst = max(m.parity.relative_error.values())
+    where = f", {m.backend} for {printable(m.target)}" if m.target != "any" else ""
+    folder = printable(built.folder)
+    print(
+        f"{folder} {made}: {size:.0f} MiB, {m.precision}{where}, "
+        f"parity with PyTorch {worst:.1e} (limit {m.parity.limit:.0e})"
+    )
+    for name, network in m.networks.items():
+        if network.fallback is not None:
+            print(printable(f"{name} stays in {network.precision}: {network.fallback}"))
+    if m.backend == "onnxruntime" and m.precision.startswith("int8"):
+        # measured in benchmarks/results/emoji-precision.json
+        print("ONNX Runtime is slower with INT8 than with fp32 on a CPU; it is there to compare pictures and sizes")
+    if isinstance(m.parity.engine, str) and m.compiler:
+        print(printable(f"parity of the engines: {m.parity.engine}"))
+    if reason := backends.get(m.backend).cannot_run(m.target, m.options):
+        print(f"it cannot run here ({printable(reason)}); next: pnp-trt inspect {folder}")
+    else:
+        print(f"next: pnp-trt sample 'a red apple' --engine {folder}")
+
+
+def inspect(
+    engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+) -> None:
+    """What a bundle is made of, what it is for, and how exact it is; says so if it cannot run here."""
+    from .. import backends
+    from ..bundle.store import find_bundle, read_manifest
+    from .app import _console
+    from .tables import render
+
+    folder = find_bundle(engine)
+    manifest = read_manifest(folder)
+    if as_json:
+        print(printable_json(json.dumps(manifest.to_json(), indent=2)))
+        return
+    problem = None
+    try:
+        backends.get(manifest.backend).check(manifest)
+    except InputError as e:
+        problem = str(e)
+    _console().print(render(folder, manifest, problem))
+
+
+def list_engines(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The bundles in the engines' folder, with sizes."""
+    from ..bundle.store import engines_home
+    from .app import _console
+    from .tables import rows, table
+
+    found = rows(engines_home())
+    if as_json:
+        print(printable_json(json.dumps(found, indent=2)))
+    elif found:
+        _console().print(table(found))
+    else:
+        print(f"no engine in {printable(engines_home())} yet; make one with: pnp-trt build")
+
+
+def verify(
+    engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda, for onnxruntime and torch.")] = "auto",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Look into the graphs: which tensors are off, and the first not finite.")
+    ] = False,
+    network: Annotated[list[str] | None, typer.Option(help="With --layers, of which networks; default: all.")] = None,
+    worst: Annotated[int, typer.Option(min=1, help="With --layers, how many tensors of each network to show.")] = 8,
+) -> None:
+    """Run a bundle's engines here on its golden inputs and compare them with what PyTorch gave."""
+    from ..bundle.store import open_bundle
+    from ..backends.base import LoadOptions
+    from ..runtime import verify as module
+
+    bundle = open_bundle(engine)
+    if layers:
+        _verify_layers(bundle, network or [], worst)
+        return
+    errors: dict[str, Any] = module.verify(bundle, LoadOptions(provider))
+    networks = bundle.manifest.networks
+    for name, error in errors.items():
+        entry = networks[name.partition("@")[0]]
+        limit, kind = entry.parity.limit, entry.precision
+        print(f"{printable(name)}: off by {error:.1e} (limit {limit:.0e}, {kind})")
+    try:
+        module.gate(errors, networks, bundle.name)
+    except PnpError as e:
+        if any(n.graph.endswith(".onnx") for n in networks.values()):
+            raise PnpError(f"{e}; look closer with: pnp-trt verify {engine} --layers") from e
+        raise
+
+
+def _verify_layers(bundle: Any, networks: list[str], worst: int) -> None:
+    """Compare the bundle's graphs with themselves in float32, tensor by tensor; engines are not run."""
+    from .app import _Bar, _console
+    from ..build import layers as module
+    from .tables import layer_table
+
+    graphs = module.graphs(bundle, networks)
+    problems = []
+    for name, (path, inputs) in graphs.items():
+        with _Bar(f"{name}: layers", None) as bar:
+            found = module.layerwise(path, inputs, progress=bar.count)
+        limit = bundle.manifest.networks[name].parity.limit
+        verdict, problem = module.verdict(found, limit)
+        print(printable(f"{name}: {verdict}"))
+        problems += [f"the {name}: {verdict}"] if problem else []
+        _console().print(layer_table(module.worst(found, worst)))
+    if problems:
+        raise PnpError(f"engine '{bundle.name}': {'; '.join(problems)}")

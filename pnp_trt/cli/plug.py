@@ -1,0 +1,70 @@
+"""``pnp-trt plug``: a fine-tune's weights into a built engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plug(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="The bundle to start from, by name or folder.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The fine-tune: a diffusers folder, a U-Net's folder or .safetensors, an original checkpoint, "
+            "emoji-flat, emoji-3d; default, with --lora: the engine's own base."
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]", help="A LoRA to merge, such as sepia or mine.safetensors:0.8; repeatable."
+        ),
+    ] = None,
+    unet_only: Annotated[
+        bool, typer.Option("--unet-only", help="Take the fine-tune's U-Net alone, whatever else it holds.")
+    ] = False,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(help="What the fine-tune's U-Net predicts, epsilon or v_prediction; default: what it states."),
+    ] = None,
+    zero_terminal_snr: Annotated[
+        bool | None,
+        typer.Option(
+            "--zero-terminal-snr/--no-zero-terminal-snr",
+            help="Whether the fine-tune's last training timestep is pure noise; default: what it states.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The new bundle's folder; default engines/FINE_TUNE-GUIDE…")] = None,
+    memory_check: Annotated[bool, typer.Option(help="Refuse to compile where the host's memory will not do.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Put a fine-tune's weights, LoRAs merged, into a built engine without exporting again; check against PyTorch."""
+    from .. import backends
+    from .app import _Bar, _need_torch
+    from ..models.scheduler import Noise
+    from ..build.swap.run import PlugSpec
+    from ..build.swap.run import plug as run
+    from ..io.text import printable
+
+    _need_torch("plug")
+    spec = PlugSpec(
+        engine, base, tuple(lora or ()), out, memory_check, unet_only, Noise(prediction_type, zero_terminal_snr)
+    )
+    with _Bar(f"plug into {engine}", None) as bar:
+        plugged = run(spec, force=force, progress=bar.note)
+    m = plugged.manifest
+    made = "is up to date" if plugged.cached else f"plugged in {m.build_seconds:.1f} s"
+    worst = max(m.parity.relative_error.values())
+    folder = printable(plugged.folder)
+    print(f"{folder} {made}: {m.precision}, parity with PyTorch {worst:.1e} (limit {m.parity.limit:.0e})")
+    for network, how in (m.plugged.networks if m.plugged else {}).items():
+        print(printable(f"{network}: {how}"))
+    if isinstance(m.parity.engine, str) and m.profiles:
+        print(printable(f"parity of the engines: {m.parity.engine}"))
+    if reason := backends.get(m.backend).cannot_run(m.target, m.options):
+        print(f"it cannot run here ({printable(reason)}); next: pnp-trt inspect {folder}")
+    else:
+        print(f"next: pnp-trt sample 'a red apple' --engine {folder}")

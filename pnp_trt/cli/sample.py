@@ -1,0 +1,116 @@
+"""What `pnp-trt sample` reads and writes: prompts from standard input, pictures, their parameters, a grid."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError, PnpError
+from ..io.files import make_folder
+from ..io.inputs import BYTE_ORDER_MARK, as_utf8, read_stdin_prompts
+from ..io.process import deferred
+
+if TYPE_CHECKING:
+    from ..runtime.pipeline import Picture
+
+METADATA = ("embedded", "json")
+#: a picture's side in a grid, in pixels, at most
+_CELL = 512
+#: bytes of a prompt that a JPEG file has room for, beside the other parameters
+_JPEG_PROMPT = 60_000
+
+
+def read_prompts(given: Sequence[str]) -> list[str]:
+    """The prompts, each ``-`` replaced by the lines of standard input; empty lines are skipped.
+
+    Raises:
+        InputError: if standard input has no line or is not text.
+    """
+    out: list[str] = []
+    for prompt in given:
+        if prompt != "-":
+            out.append(as_utf8(prompt).lstrip(BYTE_ORDER_MARK))  # of a file read by the shell, as in "$(cat FILE)"
+            continue
+        out += read_stdin_prompts()
+    return out
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where pictures go, and what goes with them.
+
+    Attributes:
+        out: the folder.
+        kind: ``png``, ``webp`` or ``jpeg``.
+        metadata: ``embedded``, or ``json`` for a file beside each picture too.
+        grid: a PNG with all pictures, or None.
+    """
+
+    out: Path
+    kind: str
+    metadata: str
+    grid: Path | None
+
+    def check(self) -> None:
+        """Raise ``InputError`` for what would fail once the images are generated."""
+        from ..io.files import check_writable_file, check_writable_folder
+        from ..runtime.images import FORMATS
+
+        if self.kind not in FORMATS:
+            raise InputError(f"--format is '{self.kind}'; known: {', '.join(FORMATS)}")
+        if self.metadata not in METADATA:
+            raise InputError(f"--metadata is '{self.metadata}'; known: {', '.join(METADATA)}")
+        check_writable_folder(self.out)
+        if self.grid is not None:
+            if os.path.lexists(self.grid) and not self.grid.is_dir():
+                raise InputError(f"--grid {self.grid} exists and is not overwritten; name another file")
+            check_writable_file(self.grid, "--grid")
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ``InputError`` for prompts that are too long for the format of the files."""
+        longest = max((len(json.dumps(prompt)) for prompt in prompts), default=0)
+        if self.kind == "jpeg" and longest > _JPEG_PROMPT:
+            raise InputError(
+                f"a prompt takes {longest:,} bytes and a JPEG file holds {_JPEG_PROMPT:,}; use --format png or webp"
+            )
+
+    def write(self, pictures: Sequence[Picture], prompts: Sequence[str], count: int) -> list[Path]:
+        """Write everything, whatever signal arrives meanwhile; returns the images' paths, the grid's last.
+
+        Args:
+            pictures: ``count`` of each prompt, in the prompts' order.
+
+        Raises:
+            PnpError: if a file cannot be written; those before it are there, and are named.
+        """
+        paths: list[Path] = []
+        with deferred():
+            try:
+                self._write(pictures, prompts, count, paths)
+            except PnpError as e:
+                raise type(e)(f"{e}; {len(paths)} of {len(pictures)} images are written to {self.out}") from e
+        return paths
+
+    def _write(self, pictures: Sequence[Picture], prompts: Sequence[str], count: int, paths: list[Path]) -> None:
+        from ..runtime.images import grid, save_new, save_picture, slug
+
+        make_folder(self.out)
+        beside = ".json" if self.metadata == "json" else None
+        for picture in pictures:
+            stem = f"{slug(picture.parameters['prompt'])}-{picture.parameters['seed']}"
+            paths.append(save_new(picture.pixels, picture.parameters, self.out, stem, self.kind, beside=beside))
+        if self.grid is not None:
+            rows = [
+                (prompt, [p.pixels for p in pictures[i * count : (i + 1) * count]]) for i, prompt in enumerate(prompts)
+            ]
+            seeds = [f"seed {p.parameters['seed']}" for p in pictures[:count]]
+            make_folder(self.grid.parent)
+            cell = min(max(pictures[0].pixels.shape[:2]), _CELL)
+            save_picture(
+                grid(rows, seeds, cell=max(cell, 64)), {"pictures": [p.parameters for p in pictures]}, self.grid
+            )
+            paths.append(self.grid)

@@ -1,0 +1,160 @@
+"""Bundles as tables: what `pnp-trt inspect` and `pnp-trt list` print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..bundle.store import known_bundles, read_manifest
+from ..bundle.profiles import legal_sizes
+from ..bundle.manifest import Int8Record, Manifest, Plugged
+from ..errors import InputError
+from ..io.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..build.layers import Layer
+
+
+def rows(home: Path) -> list[dict[str, Any]]:
+    """One entry a bundle: name, bytes, backend, precision, target, base, guide, built; or its ``problem``."""
+    out: list[dict[str, Any]] = []
+    for name in known_bundles(home):
+        try:
+            m = read_manifest(home / name)
+        except InputError as e:
+            out.append({"name": name, "problem": str(e)})
+            continue
+        out.append(
+            {
+                "name": name,
+                "bytes": sum(f.size for f in m.files.values()),
+                "backend": m.backend,
+                "precision": m.precision,
+                "target": m.target,
+                "base": base_name(m),
+                "guide": None if m.guide is None else m.guide.name,
+                "built": m.built,
+            }
+        )
+    return out
+
+
+def table(bundles: list[dict[str, Any]]) -> RenderableType:
+    """The entries of ``rows`` for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(box=None, pad_edge=False)
+    for title in ("engine", "size", "backend", "precision", "target", "base", "guide", "built"):
+        out.add_column(title, justify="right" if title == "size" else "left")
+    for row in bundles:
+        if "problem" in row:
+            cells = ["", "damaged: see pnp-trt inspect"]
+        else:
+            cells = [str(row[k] or "none") for k in ("backend", "precision", "target", "base", "guide", "built")]
+            cells = [_size(row["bytes"]), *cells]
+        out.add_row(*(Text(printable(cell)) for cell in (row["name"], *cells)))
+    return out
+
+
+def render(folder: Path, m: Manifest, problem: str | None) -> RenderableType:
+    """A manifest for a terminal.
+
+    Args:
+        problem: why the bundle cannot run here, if it cannot.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in _facts(folder, m):
+        facts.add_row(Text(name, style="bold"), Text(printable(value)))
+    networks = Table(box=None, pad_edge=False)
+    for title in ("network", "file", "size", "precision", "parity", "compiled in", "inputs"):
+        networks.add_column(title)
+    for name, n in m.networks.items():
+        inputs = ", ".join(f"{k} {'×'.join(map(str, shape))}" for k, (_, shape) in n.inputs.items())
+        size = sum(f.size for file, f in m.files.items() if file == n.file or file.startswith(f"{n.file}."))
+        cells = (
+            name, n.file, _size(size), n.precision, f"{n.parity.graph:.1e}", f"{n.compiled.seconds:g} s", inputs,
+        )  # fmt: skip
+        networks.add_row(*(Text(printable(cell)) for cell in cells))
+    parts: list[RenderableType] = [facts, Text(), networks]
+    if problem:
+        parts += [Text(), Text(printable(f"cannot run here: {problem}"), style="red")]
+    return Group(*parts)
+
+
+def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
+    """Titles and texts of a bundle's properties; the texts are a stranger's."""
+    guide, engine = m.guide, m.parity.engine
+    peaks = {"export": m.peak_memory.export, "compile": m.peak_memory.compile}
+    built = [f"{m.built} in {m.build_seconds:g} s", *(f"peak memory {_size(v)} ({k})" for k, v in peaks.items() if v)]
+    int8 = "".join(f"; {k}: {_int8(n.int8)}" for k, n in m.networks.items() if n.int8 is not None)
+    measured = engine if isinstance(engine, str) else ", ".join(f"{k} {v:.1e}" for k, v in engine.items())
+    return [
+        ("engine", f"{folder}, {_size(sum(f.size for f in m.files.values()))}"),
+        ("base", f"{base_name(m)} ({m.base.sha256['all'][:12]}…)"),
+        *([("plugged into", _plugged(m.plugged))] if m.plugged is not None else []),
+        ("guide", f"{guide.name} ({guide.sha256[:12]}…)" if guide else "none: the plain teacher"),
+        ("backend", m.backend + "".join(f", {k} {v}" for k, v in m.compiler.items())),
+        ("target", m.target),
+        ("precision", m.precision + int8),
+        ("profiles", ", ".join(p.name for p in m.profiles) or f"any batch up to {m.sample.max_batch}"),
+        ("images", _images(m)),
+        ("parity", f"limit {m.parity.limit:.0e} against {m.parity.against}"),
+        ("of engines", measured),
+        ("built", ", ".join(built)),
+        ("claimed rebuild command", m.rebuild),
+    ]
+
+
+def _int8(record: Int8Record) -> str:
+    """What is quantised in a network."""
+    if not record.activations:
+        return f"the weights of {record.layers} layers"
+    return (
+        f"{record.layers} layers with {record.share_of_macs:.1%} of the arithmetic, "
+        f"{len(record.floating_point)} left in floating point"
+    )
+
+
+def _images(m: Manifest) -> str:
+    """The image sizes of a bundle, the default first."""
+    default = f"{m.image.height}x{m.image.width}"
+    legal = legal_sizes(m.profiles)
+    return f"{default} (height x width)" + (f"; legal: {legal}" if legal not in ("", default) else "")
+
+
+def base_name(m: Manifest) -> str:
+    """The base model's name, with the LoRAs that are merged into it: ``emoji + sepia:0.8``."""
+    loras = [lora.name + ("" if lora.scale == 1 else f":{lora.scale:g}") for lora in m.base.loras]
+    return " + ".join([m.base.name, *loras])
+
+
+def _plugged(p: Plugged) -> str:
+    return f"{p.source['name']} ({'; '.join(f'{k}: {v}' for k, v in p.networks.items())})"
+
+
+def layer_table(layers: list[Layer]) -> RenderableType:
+    """Tensors of a graph for a terminal, see ``export.layers``."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(box=None, pad_edge=False)
+    for title in ("node", "op", "tensor", "shape", "off by", "largest", "finite", "near"):
+        out.add_column(title, justify="right" if title in ("node", "off by", "largest") else "left")
+    for one in layers:
+        finite = "yes" if one.finite else "NO" if one.finite_in_float32 else "NO, nor in float32"
+        shape = "×".join(map(str, one.shape))
+        numbers = ("" if v != v else f"{v:.1e}" for v in (one.error, one.largest))
+        cells = (str(one.place), one.op, one.tensor, shape, *numbers, finite, one.near)
+        out.add_row(*(Text(printable(cell)) for cell in cells))
+    return out
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB" if number < 2**30 else f"{number / 2**30:.2f} GiB"

@@ -1,0 +1,68 @@
+"""``pnp-trt visualize``: look inside a guide."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from ..io.text import printable
+
+
+def visualize(
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="The maps show the first; strengths are over all of them.")
+    ],
+    guide: Annotated[str, typer.Option(help="A guide's folder, or a bundled one's name.")] = "emoji-tiny",
+    guidance: Annotated[str, typer.Option(help="Guidance scales w, 1 to 9, separated by commas.")] = "2,4,6,8",
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    base: Annotated[str, typer.Option(help="The teacher, or a fine-tune of it.")] = "emoji",
+    seed: Annotated[int, typer.Option(help="Seed of the noise that all runs start from.")] = 0,
+    show: Annotated[int, typer.Option(help="Steps that the picture of the maps shows.")] = 5,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that it shows: skip-0, skip-1 ..., mid, their indices, or all; separated by commas. "
+            "Default: the shallowest and the deepest skip, and mid."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the two PNGs and the JSON.")] = Path("visualize"),
+) -> None:
+    """Draw what a guide adds to the U-Net: its feature maps over steps and w, and how strong they are."""
+    from .app import _Bar, _need_torch
+
+    _need_torch("visualize")
+    from .sample import read_prompts
+    from ..visualize.run import Request
+    from ..visualize.run import visualize as run
+
+    request = Request(
+        guide,
+        tuple(read_prompts(prompts)),
+        _numbers(guidance),
+        steps,
+        base,
+        seed,
+        show,
+        tuple(_words(layers or "")),
+        out,
+    )
+    with _Bar("visualize", None) as bar:
+        drawn = run(request, command=sys.argv[1:], progress=bar.note)
+    for path in drawn.files:
+        print(printable(path))
+    print(printable(drawn.text, keep="\n"))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise InputError(f"--guidance wants numbers separated by commas, such as 2,4,6,8; got '{text}'") from None

@@ -1,0 +1,214 @@
+"""How a run is watched: held-out error by (t, w), a grid of pictures, TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..bundle.store import write_bytes
+from ..models.student import Student, cfg
+from ..sampling.schedules import Schedule, ddim
+from .run import TeacherModel
+from .states import States
+
+W_BINS = (1.5, 2.0, 3.0, 5.0, 8.0)
+T_BINS = (0, 200, 400, 600, 800)
+GRID_PROMPTS = 6
+
+
+@torch.no_grad()
+def run_schedule(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, schedule: Schedule) -> Tensor:
+    """Sample: ``predict(x [B, …], timestep [B])`` once a step, from ``x`` down to the clean latents."""
+    for t, scale, out in zip(schedule.timesteps, schedule.x_scale, schedule.output_scale, strict=True):
+        x = float(scale) * x + float(out) * predict(x, torch.full((len(x),), int(t), device=x.device))
+    return x
+
+
+def predict_states(student: nn.Module, states: States, pick: Tensor, w: Tensor) -> Tensor:
+    """The student's predictions for some states, ``[N, C, H, W]`` float32."""
+    device = w.device
+    rows, negative = states.prompt[pick], states.negative[pick]
+    return student(
+        states.sample[pick].float().to(device), states.timestep[pick].to(device),
+        states.conditions.text(rows, device), w,
+        negative=states.conditions.text(negative, device),
+        added_cond_kwargs=states.conditions.added(rows, device),
+    ).float()  # fmt: skip
+
+
+def target_of(states: States, pick: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's guided prediction eps_w and its plain conditional one, ``[N, C, H, W]`` float32 each."""
+    conditional = states.conditional[pick].float().to(w.device)
+    unconditional = states.unconditional[pick].float().to(w.device)
+    return unconditional + w[:, None, None, None] * (conditional - unconditional), conditional
+
+
+@torch.no_grad()
+def held_out_error(
+    student: Student,
+    states: States,
+    rows: list[int],
+    progress: Callable[[int, int], None] | None = None,
+    limit: int = 512,
+) -> dict[str, Any]:
+    """How much of the guidance is left unexplained on held-out states, by (t, w).
+
+    ``residual`` is ‖student − eps_w‖² / ‖eps_c − eps_w‖²: 1 for no guide at all, 0 for a perfect one.
+    ``mean_of_bins`` weighs all (t, w) bins alike; the other is dominated by the timesteps where guidance is strong.
+    """
+    device = next(student.guide.parameters()).device
+    sums: dict[tuple[int, float], list[float]] = {}
+    rows = rows[:: max(1, len(rows) // limit)]
+    for start in range(0, len(rows), 64):
+        pick = torch.tensor(rows[start : start + 64])
+        for w_value in W_BINS:
+            w = torch.full((len(pick),), w_value, device=device)
+            prediction = predict_states(student, states, pick, w)
+            target, conditional = target_of(states, pick, w)
+            wrong = (prediction - target).pow(2).flatten(1).sum(1).tolist()
+            plain = (conditional - target).pow(2).flatten(1).sum(1).tolist()
+            for t, a, b in zip(states.timestep[pick].tolist(), wrong, plain, strict=True):
+                low = max(x for x in T_BINS if x <= t)
+                cell = sums.setdefault((low, w_value), [0.0, 0.0])
+                cell[0] += a
+                cell[1] += b
+        if progress is not None:
+            progress(min(start + 64, len(rows)), len(rows))
+    bins = [{"t_from": t, "w": w, "residual": a / b if b else None} for (t, w), (a, b) in sorted(sums.items())]
+    total = [sum(c[i] for c in sums.values()) for i in (0, 1)]
+    known = [b["residual"] for b in bins if b["residual"] is not None]
+    return {
+        "states": len(rows),
+        "residual": total[0] / total[1] if total[1] else None,
+        "mean_of_bins": sum(known) / len(known) if known else None,
+        "bins": bins,
+    }
+
+
+@contextmanager
+def averaged(guide: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, ``guide`` holds ``weights`` and is in evaluation mode; afterwards its own again."""
+    own = {k: p.detach().clone() for k, p in guide.named_parameters() if k in weights}
+    parameters = dict(guide.named_parameters())
+    training = guide.training
+    with torch.no_grad():
+        for k, v in weights.items():
+            parameters[k].copy_(v)
+    guide.eval()
+    try:
+        yield
+    finally:
+        guide.train(training)
+        with torch.no_grad():
+            for k, v in own.items():
+                parameters[k].copy_(v)
+
+
+class PictureGrid:
+    """A labelled grid: the teacher's guided pictures, the student's and the unguided ones, of the same noise."""
+
+    def __init__(self, teacher: TeacherModel, steps: int, w: float = 3.0, seed: int = 0) -> None:
+        self._teacher, self._w = teacher, w
+        self._schedule = ddim(teacher.scheduler, steps)
+        stride = max(1, len(teacher.prompts) // GRID_PROMPTS)
+        self._rows = torch.arange(0, len(teacher.prompts), stride)[:GRID_PROMPTS]
+        generator = torch.Generator().manual_seed(seed)
+        self._noise = torch.randn(len(self._rows), *teacher.sample_shape, generator=generator).to(teacher.device)
+        self._vae = teacher.base.vae().to(teacher.device)
+        self._fixed: list[tuple[str, np.ndarray]] = []
+
+    @torch.no_grad()
+    def draw(self, student: Student, schedule: Schedule | None = None) -> np.ndarray:
+        """The grid, uint8 ``[H, W, 3]``; the student may sample by a shorter ``schedule``."""
+        from ..runtime.images import grid
+
+        t, rows = self._teacher, self._rows
+        c = t.conditions
+        n, device = len(rows), t.device
+        text, empty = c.text(rows, device), c.text(torch.full((n,), c.empty), device)
+        w = torch.full((n,), self._w, device=device)
+        if not self._fixed:
+            nothing = torch.full((n,), c.empty)
+            both = c.added(torch.cat([nothing, rows]), device)
+            guided = run_schedule(lambda x, s: cfg(t.unet, x, s, text, empty, w, both), self._noise, self._schedule)
+            plain = run_schedule(
+                lambda x, s: t.unet(x, s, text, added_cond_kwargs=c.added(rows, device)).sample,
+                self._noise, self._schedule,
+            )  # fmt: skip
+            self._fixed = [("teacher, CFG", self._pixels(guided)), ("no guidance", self._pixels(plain))]
+        mine = run_schedule(
+            lambda x, s: student(x, s, text, w, negative=empty, added_cond_kwargs=c.added(rows, device)),
+            self._noise, schedule or self._schedule,
+        )  # fmt: skip
+        strips = [self._fixed[0], ("guide", self._pixels(mine)), self._fixed[1]]
+        labels = [t.prompts[i] for i in rows.tolist()]
+        return grid([(name, list(pixels)) for name, pixels in strips], labels, f"w = {self._w:g}")
+
+    @torch.no_grad()
+    def _pixels(self, latents: Tensor) -> np.ndarray:
+        config = self._vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        out = self._vae.decode(latents / config.scaling_factor + shift, return_dict=False)[0]
+        return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_picture(pixels: np.ndarray, path: Path) -> None:
+    """Write a PNG of uint8 ``[H, W, 3]``, whole or not at all."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    write_bytes(stream.getvalue(), path)
+
+
+class Board:
+    """TensorBoard logs in ``folder``; does nothing where TensorBoard is not installed."""
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._writer: Any = None
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=start or None)
+
+    def numbers(self, step: int, **values: float) -> None:
+        """Scalars of a step."""
+        for name, value in values.items():
+            self._call("add_scalar", name, value, step)
+
+    def error(self, step: int, held_out: dict[str, Any]) -> None:
+        """The held-out error: in all, and for each t over w."""
+        if held_out["residual"] is None:
+            return
+        self.numbers(step, held_out_residual=held_out["residual"], held_out_mean_of_bins=held_out["mean_of_bins"])
+        for t in T_BINS:
+            mine = [b["residual"] for b in held_out["bins"] if b["t_from"] == t and b["residual"] is not None]
+            if mine:
+                self.numbers(step, **{f"held_out/t_from_{t}": sum(mine) / len(mine)})
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture, uint8 ``[H, W, 3]``."""
+        self._call("add_image", name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Call the writer; a disk that has no room for logs ends the logs and not the training."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments, **options)
+        except OSError as e:
+            self._writer = None
+            warnings.warn(f"no more TensorBoard logs are written ({e.strerror or e})", stacklevel=3)

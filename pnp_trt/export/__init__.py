@@ -1,1 +1,0 @@
-"""From PyTorch modules to checked ONNX graphs."""

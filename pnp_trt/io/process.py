@@ -1,0 +1,193 @@
+"""The process of a command: signals that end it, what it prints, and the processes that it starts.
+
+SIGTERM and SIGHUP end a command as Ctrl-C does: what is half done is removed, and the exit code is 128 plus the
+signal's number.  A reader that closes standard output early ends it with 141, as SIGPIPE would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, cast
+
+from ..errors import PnpError
+
+#: what a shell reports of a program that SIGPIPE ended
+BROKEN_PIPE = 128 + 13
+#: seconds that a process has to clean up after SIGTERM
+_GRACE = 15.0
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+_WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminated: the terminal was closed"}
+
+
+class _State:
+    """Which signal arrived, and whether it waits for the end of a :func:`deferred` block."""
+
+    received: int | None = None
+    depth = 0
+    pending = False
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    # timeout(1) sends SIGTERM twice; the second must not interrupt the clean-up that the first began
+    if number != signal.SIGINT and _State.received is not None:
+        return
+    _State.received = number
+    if _State.depth:
+        _State.pending = True
+        return
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """A block that no signal interrupts; one that arrived meanwhile takes effect at its end."""
+    _State.depth += 1
+    try:
+        yield
+    finally:
+        _State.depth -= 1
+        if _State.pending and not _State.depth:
+            _State.pending = False
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handlers() -> Iterator[None]:
+    """Signals that end a process raise ``KeyboardInterrupt``, unless whoever started it chose to ignore them."""
+    before: dict[int, Any] = {}
+    _State.received, _State.depth, _State.pending = None, 0, False
+    if threading.current_thread() is threading.main_thread():
+        for name in _NAMES:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, _handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command under these rules.
+
+    Raises:
+        SystemExit: with its exit code.
+        PnpError: if standard output cannot be written, or for an error of the file system that nothing else explains.
+    """
+    with _streams(), _handlers():
+        try:
+            try:
+                command()
+            except SystemExit as e:
+                if e.code == 130 and _State.received is not None:  # typer's own answer to KeyboardInterrupt
+                    raise KeyboardInterrupt from None
+                _flush()
+                raise
+            _flush()
+        except KeyboardInterrupt:
+            number = signal.Signals(_State.received or signal.SIGINT)
+            print(f"pnp-trt: {_WORDS[number.name]}", file=sys.stderr)
+            raise SystemExit(128 + number) from None
+        except OSError as e:
+            from .files import advice, reason
+
+            lines = reason(e).splitlines() or [type(e).__name__]
+            raise PnpError(f"{lines[0]}; {advice(e, 'check that it exists and that you may use it')}") from e
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Standard output whose errors are told in a sentence, and standard error whose errors are ignored."""
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no “×” is no reason to fail
+    if sys.stdout is not None:
+        sys.stdout = cast(Any, _Output(sys.stdout, _output_failed))
+    if sys.stderr is not None:
+        sys.stderr = cast(Any, _Output(sys.stderr, lambda error: None))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class _Output:
+    """A text stream that hands the errors of ``write`` and ``flush`` to ``failed``."""
+
+    def __init__(self, stream: Any, failed: Callable[[OSError], None]) -> None:
+        self._stream, self._failed = stream, failed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._watched():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._watched():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            with contextlib.suppress(OSError, ValueError):  # nothing more is written, not even at the process's end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._failed(e)
+
+
+def _output_failed(error: OSError) -> None:
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(BROKEN_PIPE) from None
+    raise PnpError(f"standard output cannot be written ({error.strerror or error})") from error
+
+
+def run_child(
+    command: Sequence[str], *, input: str | None = None, timeout: float | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run`` of a process that is ended by SIGTERM, and waited for, where this one is interrupted.
+
+    Raises:
+        PnpError: if it cannot be started.
+        subprocess.TimeoutExpired: after ``timeout`` seconds; it has ended.
+    """
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    try:
+        child = subprocess.Popen(command, **options)
+    except OSError as e:
+        raise PnpError(f"the process {command[0]} cannot be started ({e.strerror or e})") from e
+    with child:
+        try:
+            out, err = child.communicate(input, timeout)
+        except BaseException:
+            stop(child)
+            raise
+    return subprocess.CompletedProcess(list(command), child.returncode, out, err)
+
+
+def stop(child: subprocess.Popen[Any]) -> None:
+    """End a process: SIGTERM first, so that it removes what is half done; SIGKILL if that is not enough."""
+    child.terminate()
+    try:
+        child.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()

@@ -1,0 +1,59 @@
+"""Guides by name without their code: importing this loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..assets import ROOT as ASSETS
+from ..errors import InputError
+from ..io.inputs import is_file, read_json
+from ..io.json_schema import problem
+
+_ADVICE = "name a folder made by pnp-trt distill"
+_CONFIG = {
+    "type": "object",
+    "required": ["_class_name"],
+    "properties": {
+        "_class_name": {"type": "string"},
+        "negative_prompts": {"type": ["boolean", "null"]},
+        "sampling_steps": {"type": ["integer", "null"], "minimum": 1},
+    },
+}
+
+
+def guide_folder(name: str) -> Path:
+    """Where a guide's files are: a bundled one by its full or its short name, or a folder.
+
+    Raises:
+        InputError: listing the known guides.
+    """
+    for candidate in (ASSETS / "guides" / name, ASSETS / "guides" / f"emoji-{name}", Path(name)):
+        if is_file(candidate / "config.json"):
+            return candidate
+    known = ", ".join(sorted(p.parent.name for p in (ASSETS / "guides").glob("*/config.json"))) or "none bundled"
+    raise InputError(f"no guide '{name}'; known: {known}, none, or a folder made by pnp-trt distill guidance")
+
+
+def guide_config(folder: Path) -> dict[str, Any]:
+    """A guide's ``config.json``, what the program reads of it checked.
+
+    Raises:
+        InputError: if it is missing, not JSON, or not a guide's.
+    """
+    config: dict[str, Any] = read_json(folder / "config.json", "the guide's", _ADVICE)
+    if wrong := problem(config, _CONFIG):
+        raise InputError(f"{folder / 'config.json'} is not a guide's: {wrong}; {_ADVICE}")
+    return config
+
+
+def guide_weights(folder: Path) -> list[Path]:
+    """A guide's weight files, sorted.
+
+    Raises:
+        InputError: if there is none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} holds no .safetensors; a guide is config.json and safetensors weights; {_ADVICE}")
+    return files

@@ -1,0 +1,77 @@
+"""What a teacher is conditioned on: text states, and for SDXL pooled text and sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Conditions:
+    """Text conditions of a list of prompts; the last row is the empty prompt.
+
+    Attributes:
+        states: ``[P + 1, tokens, D]`` float32.
+        pooled: SDXL's pooled text, ``[P + 1, D2]``, or None.
+        time_ids: SDXL's sizes and crop, ``[6]``, or None.
+    """
+
+    states: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    @property
+    def empty(self) -> int:
+        """Row of the empty prompt."""
+        return len(self.states) - 1
+
+    def text(self, rows: Tensor, device: torch.device) -> Tensor:
+        """``[N, tokens, D]``."""
+        return self.states[rows].to(device)
+
+    def added(self, rows: Tensor, device: torch.device) -> dict[str, Tensor] | None:
+        """``added_cond_kwargs`` of the U-Net for these prompts; None where it wants none."""
+        if self.pooled is None or self.time_ids is None:
+            return None
+        return {"text_embeds": self.pooled[rows].to(device), "time_ids": self.time_ids.to(device).expand(len(rows), -1)}
+
+
+@torch.no_grad()
+def encode_prompts(base: Any, prompts: list[str], device: torch.device, batch: int = 64) -> Conditions:
+    """Conditions of ``prompts``, as diffusers' pipelines make them; longer prompts are cut at the encoder's length.
+
+    Args:
+        base: a :class:`~pnp_trt.models.teacher.BaseModel`.
+    """
+    encoders = base.text_encoders()
+    both = len(encoders) == 2
+    parts: list[Tensor] = []
+    pooled: list[Tensor] = []
+    rows = [*prompts, ""]
+    for _, encoder in encoders:
+        encoder.to(device)
+    for i in range(0, len(rows), batch):
+        states = []
+        for tokenizer, encoder in encoders:
+            ids = tokenizer(
+                rows[i : i + batch], padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                return_tensors="pt",
+            ).input_ids  # fmt: skip
+            out = encoder(ids.to(device), output_hidden_states=both)
+            # SDXL takes the last but one layer of both encoders, and the second one's projected text
+            states.append(out.hidden_states[-2] if both else out.last_hidden_state)
+        parts.append(torch.cat(states, -1).float().cpu())
+        if both:
+            pooled.append(out.text_embeds.float().cpu())
+    states_of = torch.cat(parts)
+    if not both:
+        return Conditions(states_of)
+    pooled_of = torch.cat(pooled)
+    if base.zero_empty_prompt():
+        states_of[-1].zero_()
+        pooled_of[-1].zero_()
+    side = 8.0 * base.config("unet")["sample_size"]
+    return Conditions(states_of, pooled_of, torch.tensor([side, side, 0.0, 0.0, side, side]))

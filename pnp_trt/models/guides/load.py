@@ -1,0 +1,34 @@
+"""Guides by name: bundled ones, and folders made by ``save_pretrained``."""
+
+from __future__ import annotations
+
+from ...errors import InputError
+from ...io.inputs import shortened
+from . import GUIDES, Guide
+from ..catalog import guide_config, guide_folder, guide_weights
+from ..networks import check_finite, load_network
+
+
+def load_guide(name: str) -> Guide:
+    """A guide in float32, frozen, its weights checked to be finite.
+
+    Raises:
+        InputError: if there is none of this name, or its files are damaged.
+    """
+    guide_weights(guide_folder(name))
+    guide = load_network(guide_class(name), guide_folder(name))
+    return check_finite(guide, name).eval().requires_grad_(False)
+
+
+def guide_class(name: str) -> type[Guide]:
+    """The class of the guide of this name; its weights are not read.
+
+    Raises:
+        InputError: if there is no guide of this name, or it is of a class that this version does not know.
+    """
+    folder = guide_folder(name)
+    kind = guide_config(folder)["_class_name"]
+    classes = {c.__name__: c for c in GUIDES.values()}
+    if kind not in classes:
+        raise InputError(f"{folder} holds a {shortened(kind)}; known guides: {', '.join(classes)}")
+    return classes[kind]

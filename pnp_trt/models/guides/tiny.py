@@ -1,0 +1,259 @@
+"""The tiny guide: our own design (the paper does not publish its own), inside the paper's budget."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from ...errors import InputError
+from .parts import GuideInput, GuideOutput, signature, sinusoid, strength
+
+READS = ("features", "latent")
+EMITS = ("all", "deep", "mid")
+TRUNKS = ("conv", "depthwise", "attention")
+
+
+class SkipAdapter(nn.Module):
+    """A low-rank, spatially aware residual for one feature map; starts at zero.
+
+    ``C → rank`` (1×1), plus the shared context, modulated by (t, w), a depthwise 3×3, ``rank → C`` (1×1, no
+    bias, zero-initialised).  The gate multiplies before the last projection: it has fewer channels there.
+
+    Args:
+        channels: of the feature map.
+        rank: inner channels.
+        reads: whether it looks at the feature map itself, or at the context alone.
+        norm: whether the feature map is normalised first: skips are residual streams of very different strength.
+    """
+
+    def __init__(self, channels: int, rank: int, reads: bool = True, norm: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels) if norm and reads else None
+        self.reduce = nn.Conv2d(channels, rank, 1) if reads else None
+        self.mix = nn.Conv2d(rank, rank, 3, padding=1, groups=rank)
+        self.expand = nn.Conv2d(rank, channels, 1, bias=False)
+        nn.init.zeros_(self.expand.weight)
+
+    def forward(self, x: Tensor, context: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
+        if self.norm is not None:
+            x = self.norm(x)
+        h = context if self.reduce is None else self.reduce(x) + context
+        h = F.silu(h * scale + shift)
+        return self.expand(F.silu(self.mix(h)) * gate)
+
+
+class TrunkBlock(nn.Module):
+    """A residual pair of convolutions (3×3, or depthwise 3×3 and 1×1) modulated by (t, w)."""
+
+    def __init__(self, width: int, depthwise: bool = False) -> None:
+        super().__init__()
+        if depthwise:
+            self.first: nn.Module = nn.Conv2d(width, width, 3, padding=1, groups=width)
+            self.second: nn.Module = nn.Conv2d(width, width, 1)
+        else:
+            self.first = nn.Conv2d(width, width, 3, padding=1)
+            self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(x * scale + shift))))
+
+
+class AttentionBlock(nn.Module):
+    """Residual attention of the trunk's positions to each other or to text states; starts at zero."""
+
+    def __init__(self, width: int, source: int | None = None) -> None:
+        super().__init__()
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(source or width, width)
+        self.v = nn.Linear(source or width, width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        positions = x.flatten(2).transpose(1, 2)
+        given = positions if source is None else source
+        # one head: the width is that of a single head of the usual U-Nets
+        h = F.scaled_dot_product_attention(self.q(positions)[:, None], self.k(given)[:, None], self.v(given)[:, None])[
+            :, 0
+        ]
+        return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+class LatentStem(nn.Module):
+    """Convolutions from the noisy latent to the mid block's resolution, for guides that look at the latent alone."""
+
+    def __init__(self, channels: int, width: int, halvings: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(halvings))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for conv in self.down:
+            x = conv(F.silu(x))
+        return x
+
+
+class TinyGuide(ModelMixin, ConfigMixin):
+    """The tiny guide: one low-rank adapter per skip, which sees the teacher's own encoder features.
+
+    It looks at the frozen encoder's skips and mid-block output rather than at the raw latent.  They already
+    hold what the teacher made of the latent and the text, and a fine-tuned teacher's features carry its
+    domain with them.  A trunk of a few blocks reads the deepest features, the ones that have seen all of
+    the text, at their low resolution, where arithmetic is cheap; all adapters share what it makes of them.  The
+    residuals are multiplied by (w − 1) and therefore vanish exactly at w = 1, where guidance is the plain
+    conditional prediction.
+
+    The options after ``trunk_blocks`` are the designs that were compared (docs/ablation.md);
+    the defaults are the best of them.
+
+    Args:
+        skip_channels: channels of each skip, shallow to deep.
+        mid_channels: channels of the mid block's output.
+        cross_attention_dim: width of the text states.
+        in_channels: channels of the latent.
+        rank: inner channels of trunk and adapters.
+        embed_dim: width of the (t, w) embedding.
+        trunk_blocks: residual blocks of the trunk.
+        trunk_kind: ``conv`` (3×3 pairs), ``depthwise`` (3×3 depthwise, 1×1), or ``attention`` (``conv``, and after each
+            block attention of the positions to each other).
+        reads: ``features`` of the teacher's encoder, or the ``latent`` alone.
+        emits: residuals for ``all`` skips and mid, for the ``deep`` skips (at the mid block's resolution) and mid, or
+            for the ``mid`` block alone.
+        text: whether the trunk also attends to the prompt's text states itself.
+        negative_prompts: whether the trunk attends to a negative prompt's text states, so that negative prompts
+            survive distillation.
+        norm: whether features are normalised before the guide reads them.
+        skip_halvings: how often each skip's resolution is halved; None where it is not needed.
+        sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
+    """
+
+    #: none: all that it makes of w is one small vector, and mixed with the timestep
+    constant_parts: tuple[str, ...] = ()
+
+    @register_to_config
+    def __init__(
+        self,
+        skip_channels: tuple[int, ...],
+        mid_channels: int,
+        cross_attention_dim: int,
+        in_channels: int = 4,
+        rank: int = 48,
+        embed_dim: int = 64,
+        trunk_blocks: int = 3,
+        trunk_kind: str = "depthwise",
+        reads: str = "features",
+        emits: str = "all",
+        text: bool = False,
+        negative_prompts: bool = False,
+        norm: bool = False,
+        skip_halvings: tuple[int, ...] | None = None,
+        sampling_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("trunk_kind", trunk_kind, TRUNKS),
+            ("reads", reads, READS),
+            ("emits", emits, EMITS),
+        ):
+            if value not in known:
+                raise InputError(f"the tiny guide's {name} is '{value}'; known: {', '.join(known)}")
+        channels = (*skip_channels, mid_channels)
+        halvings = skip_halvings or (0,) * len(skip_channels)
+        deepest = max(halvings)
+        self.emitting = tuple(
+            i == len(skip_channels) or emits == "all" or (emits == "deep" and halvings[i] == deepest)
+            for i in range(len(channels))
+        )
+        self.embed = nn.Sequential(nn.Linear(2 * embed_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim))
+        sees_features = reads == "features"
+        self.pool = nn.Linear(mid_channels if sees_features else cross_attention_dim, embed_dim)
+        self.stem = None if sees_features else LatentStem(in_channels, rank, deepest)
+        deep = skip_channels[-1] + mid_channels
+        self.context_norm = nn.GroupNorm(1, deep) if norm and sees_features else None
+        self.context = nn.Conv2d(deep, rank, 1) if sees_features else None
+        self.trunk = nn.ModuleList(TrunkBlock(rank, trunk_kind == "depthwise") for _ in range(trunk_blocks))
+        self.attention = nn.ModuleList(
+            AttentionBlock(rank) for _ in range(trunk_blocks if trunk_kind == "attention" else 0)
+        )
+        self.text_attention = AttentionBlock(rank, cross_attention_dim) if text else None
+        self.negative_attention = AttentionBlock(rank, cross_attention_dim) if negative_prompts else None
+        emitted = [c for c, used in zip(channels, self.emitting, strict=True) if used]
+        self.adapters = nn.ModuleList(SkipAdapter(c, rank, sees_features, norm) for c in emitted)
+        self.film = nn.Linear(embed_dim, 2 * rank * (len(self.trunk) + len(self.adapters)))
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
+
+    @classmethod
+    def from_unet(cls, unet: Any, **options: Any) -> TinyGuide:
+        """A new guide that fits ``unet``; its residuals are zero until it is trained.
+
+        Args:
+            unet: a ``UNet2DConditionModel``.
+            options: ``rank``, ``embed_dim`` and the designs, see the class.
+        """
+        halvings: list[int] = [0]
+        for depth, block in enumerate(unet.down_blocks):
+            halvings += [depth] * len(block.resnets) + [depth + 1] * (1 if block.downsamplers else 0)
+        return cls(**signature(unet), skip_halvings=tuple(halvings), **options)
+
+    @property
+    def negative_prompts(self) -> bool:
+        """Whether ``GuideInput.negative`` is read."""
+        return bool(self.config.negative_prompts)
+
+    def condition(self, guidance: Tensor, latent_size: tuple[int, int]) -> Tensor | None:
+        """None: what this guide makes of w alone is too small to be worth computing apart."""
+        return None
+
+    def forward(self, given: GuideInput) -> GuideOutput:
+        """Residuals for one step; see :class:`GuideInput`."""
+        features = given.features
+        mid = features.mid_block_res_sample
+        dtype = mid.dtype
+        width = self.config.embed_dim
+        conditions = [sinusoid(given.timestep, width, 10_000.0), sinusoid(given.guidance.float() * 4, width, 100.0)]
+        emb = self.embed(torch.cat(conditions, -1).to(dtype))
+        if self.stem is None:
+            emb = emb + self.pool(mid.mean((2, 3)))
+            deep = torch.cat([features.down_block_res_samples[-1], mid], 1)
+            context = cast(nn.Module, self.context)(deep if self.context_norm is None else self.context_norm(deep))
+        else:
+            emb = emb + self.pool(given.encoder_hidden_states.mean(1))
+            context = self.stem(given.sample)
+        if self.text_attention is not None:
+            context = self.text_attention(context, given.encoder_hidden_states)
+        if self.negative_attention is not None:
+            context = self.negative_attention(context, given.needs_negative())
+        film = self.film(F.silu(emb))[:, :, None, None].chunk(2 * (len(self.trunk) + len(self.adapters)), dim=1)
+        for i, block in enumerate(self.trunk):
+            context = block(context, 1 + film[2 * i], film[2 * i + 1])
+            if len(self.attention):
+                context = self.attention[i](context)
+        return self._residuals(given, context, film[2 * len(self.trunk) :])
+
+    def _residuals(self, given: GuideInput, context: Tensor, film: tuple[Tensor, ...]) -> GuideOutput:
+        mid = given.features.mid_block_res_sample
+        gate = strength(given.guidance, mid.dtype)
+        # a list, as sizes that the exporter leaves open can be compared and not hashed
+        shared = [(mid.shape[-2:], context)]
+        residuals: list[Tensor | None] = []
+        adapters = iter(enumerate(self.adapters))
+        for x, used in zip((*given.features.down_block_res_samples, mid), self.emitting, strict=True):
+            if not used:
+                residuals.append(None)
+                continue
+            i, adapter = next(adapters)
+            size = x.shape[-2:]
+            resized = next((c for s, c in shared if s == size), None)
+            if resized is None:
+                resized = F.interpolate(context, size=size, mode="nearest")
+                shared.append((size, resized))
+            residuals.append(adapter(x, resized, 1 + film[2 * i], film[2 * i + 1], gate))
+        return GuideOutput(tuple(residuals[:-1]), cast(Tensor, residuals[-1]))

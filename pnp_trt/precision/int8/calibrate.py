@@ -1,0 +1,263 @@
+"""`pnp-trt calibrate`: observe, sweep, decide, write the record."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ...bundle.store import digest, lock, write_text
+from ...models.prompts import read_prompts, warn_of_long_prompts
+from ...errors import InputError
+from ...io.files import check_writable_file, remove_temporaries_of
+from ...io.inputs import check_seed
+from ...models.teacher import resolve
+from ...models.conditioning import encode_prompts
+from ...models.student import Student, Teacher
+from ...io.replacing import check_removable_file
+from .observe import Loop, Observer, candidates
+from .record import Layer, Record, default_path
+from .sweep import Probes, Sweep, latent_error
+
+#: Parts of the names of layers that stay in floating point where no sweep looks at them: they see what no norm has
+#: evened out, the residual stream or its join with a skip of quite another scale.  In SD 1.5's form with random
+#: weights the 14 shortcuts alone bring a prediction 89 % off and the six samplers 60 %, all linear layers 3 %.
+UNEVEN = ("conv_shortcut", "samplers.")
+#: called with (stage, done, in all, note)
+Progress = Callable[[str, int, int, str], None]
+PROMPTS = Path("calibration/emoji-prompts.txt")
+#: seeds of runs that nothing was observed on
+PROBE, CHECK = 1_000_001, (1_000_002, 1_000_003)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What to observe, and what to ask of the result.
+
+    Attributes:
+        base, guide: as in ``BuildSpec``; guide ``none`` observes classifier-free guidance.
+        prompts: text file, one a line.
+        out: the record; None takes ``record.default_path``.
+        pictures: sampled while watching.
+        batch: pictures at once.
+        steps: of a run; None takes the number that the guide was distilled for, or 20.
+        w_min, w_max: guidance scales, drawn for each picture.
+        layers: patterns (``fnmatch``) of the layers that may take INT8; None takes the U-Net's, and a full guide's.
+        probes: states that the sweep measures on, in batches of 4; 0 leaves the sweep out, and the layers that see
+            what no norm has evened out (``UNEVEN``) in floating point.
+        limit: error of the prediction that decides how many layers stay in floating point.
+        seed: of everything random.
+    """
+
+    base: str = "emoji"
+    guide: str = "auto"
+    prompts: Path = PROMPTS
+    out: Path | None = None
+    pictures: int = 64
+    batch: int = 8
+    steps: int | None = None
+    w_min: float = 1.0
+    w_max: float = 9.0
+    layers: tuple[str, ...] | None = None
+    probes: int = 10
+    limit: float = 0.02
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ``InputError`` for a value out of range."""
+        for name, least in (("pictures", 1), ("batch", 1), ("probes", 0), ("steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; it must be at least {least}")
+        check_seed(self.seed)
+        if not 1.0 <= self.w_min <= self.w_max < math.inf:
+            raise InputError(
+                f"the guidance scales are {self.w_min:g} to {self.w_max:g}; give 1 or more, smallest first"
+            )
+        if not self.limit > 0:
+            raise InputError(f"the limit is {self.limit:g}; it must be above 0")
+
+
+def calibrate(
+    config: CalibrationConfig, *, force: bool = False, progress: Progress | None = None
+) -> tuple[Path, Record]:
+    """Observe and sweep; a run that was stopped continues where it was.
+
+    Args:
+        force: replace a record that is there; what it holds of the same run is used again.
+
+    Returns:
+        Where the record is, and the record.
+
+    Raises:
+        InputError: for a value out of range, a record that is there already, or a base or guide that does not load.
+        PnpError: if a prediction is not finite.
+    """
+    config.check()
+    out = config.out or default_path(config.base, _guide_name(config))
+    _check_out(out, force)
+    say = progress or (lambda *_: None)
+    say("load", 0, 1, "")
+    loop, identity = _loop(config)
+    partial = out.with_name(f".{out.name}.partial")
+    with lock(out):
+        key = digest([identity, {k: v for k, v in asdict(config).items() if k not in ("out", "prompts", "limit")}])
+        modules = candidates(loop.network, config.layers or _default_layers(loop.network))
+        remove_temporaries_of(partial)
+        held = _continued(partial, key) or _again(out, identity, set(modules))
+        if "layers" not in held:
+            held["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, say).items()}
+        record = Record(
+            **identity, layers={n: Layer(**layer) for n, layer in held["layers"].items()}, versions=_versions()
+        )
+        _keep(partial, key, held)
+        sweep = held.setdefault("sweep", {})
+        _decide(config, loop, modules, record, sweep, lambda: _keep(partial, key, held), say)
+        record.write(out)
+        partial.unlink(missing_ok=True)
+    return out, record
+
+
+def _check_out(out: Path, force: bool) -> None:
+    """Refuse a record that cannot be written, or a file that may not be replaced."""
+    check_writable_file(out)
+    if out.exists() and not force:
+        raise InputError(f"{out} exists already; pass --force to replace it, or choose another --out")
+    check_removable_file(out, "pnp-trt/calibration/", "--out", "a calibration record")
+
+
+def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
+    from ...build.spec import BuildSpec, guide_identity
+    from ...models.guides.load import load_guide
+
+    base = resolve(config.base)
+    prompts = read_prompts(config.prompts)
+    warn_of_long_prompts(base.tokenizer(), prompts)
+    name = _guide_name(config)
+    guide_of = guide_identity(BuildSpec(config.base, config.guide))
+    unet = base.unet().float()
+    network: Any
+    if config.guide == "none":
+        network = Teacher(unet)
+    else:
+        network = Student(unet, (base.make_guide(config.guide, unet) or load_guide(name)).float())
+    fixed = None if guide_of is None else guide_of.get("sampling_steps")
+    chosen = [prompts[i] for i in _spread(len(prompts), 4 * config.pictures)]
+    loop = Loop(
+        network.eval().requires_grad_(False), base.scheduler_config(),
+        encode_prompts(base, chosen, torch.device("cpu")), base.sizes().latent,
+        (config.w_min, config.w_max), config.steps or fixed or 20, exact=fixed is not None,
+    )  # fmt: skip
+    if not 1 <= loop.steps <= (n := loop.scheduler.get("num_train_timesteps", 1000)):
+        raise InputError(f"steps is {loop.steps}; it must be between 1 and {n}")
+    settings = {
+        "prompts": {"file": config.prompts.name, "lines": len(prompts), "used": len(chosen), "sha256": digest(prompts)},
+        "pictures": config.pictures, "batch": config.batch, "steps": loop.steps, "w": [config.w_min, config.w_max],
+        "probes": config.probes, "seed": config.seed,
+        "sampler": "DDIM" if loop.exact else "DDIM, each run shifted by a random part of a step",
+    }  # fmt: skip
+    return loop, {
+        "base": {"name": config.base, "sha256": base.fingerprint()["all"]}, "guide": guide_of, "settings": settings,
+    }  # fmt: skip
+
+
+def _observe(config: CalibrationConfig, loop: Loop, modules: dict[str, Any], say: Progress) -> dict[str, Layer]:
+    observer = Observer(modules, loop.scheduler.get("num_train_timesteps", 1000))
+    runs = -(-config.pictures // config.batch)
+    with observer.watching(histogram=False):  # how wide the histograms have to be
+        say("observe", 0, runs * loop.steps, "largest values")
+        loop.run(config.seed, 1, observer.at)
+    passes = 0
+
+    def at(x: Any, t: int, *_: Any) -> None:
+        nonlocal passes
+        observer.at(x, t)
+        say("observe", passes, runs * loop.steps, f"timestep {t}")
+        passes += 1
+
+    with observer.watching(histogram=True):
+        for run in range(runs):
+            loop.run(config.seed + 1 + run, min(config.batch, config.pictures - run * config.batch), at)
+    return observer.result()
+
+
+def _decide(
+    config: CalibrationConfig, loop: Loop, modules: dict[str, Any], record: Record, found: dict[str, Any],
+    save: Callable[[], None], say: Progress,
+) -> None:  # fmt: skip
+    kinds = {layer.kind for layer in record.layers.values()}
+    if not config.probes:
+        record.sweep = {"left out": "no probes were asked for"}
+        uneven = [name for name in record.layers if any(part in name for part in UNEVEN)]
+        record.decision = {**dict.fromkeys(sorted(kinds), "percentile-99.999"), "float": uneven}
+        return
+    say("probes", 0, 1, "")
+    probes = Probes.collect(loop, PROBE, 4, config.probes)
+    sweep = Sweep(loop, probes, modules, record.layers, found, save, say)
+    best = sweep.methods()
+    order = sweep.each(best)
+    kept = sweep.kept(best, order, config.limit)
+    record.decision = {**best, "float": kept}
+    say("whole loop", 0, 1, "")
+    found["states"] = sum(len(x) for x, *_ in probes.states)
+    found["limit"] = config.limit
+    found["latent_error"] = float(f"{latent_error(loop, modules, record.choices(), CHECK):.4g}")
+    record.sweep = found
+
+
+def _default_layers(network: Any) -> tuple[str, ...]:
+    from ...models.guides import FullGuide
+
+    # a tiny guide is a fiftieth of the arithmetic and all of the guidance
+    full = isinstance(network, Student) and isinstance(network.guide, FullGuide)
+    return ("unet.*", "guide.*") if full else ("unet.*",)
+
+
+def _guide_name(config: CalibrationConfig) -> str:
+    return "emoji-tiny" if config.guide == "auto" else "teacher" if config.guide == "none" else config.guide
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Indices of at most ``most`` of ``count`` lines, over the whole file."""
+    return sorted({i * count // min(count, most) for i in range(min(count, most))})
+
+
+def _continued(partial: Path, key: str) -> dict[str, Any]:
+    try:
+        held: dict[str, Any] = json.loads(partial.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held["found"] if isinstance(held, dict) and held.get("key") == key else {}
+
+
+def _again(out: Path, identity: dict[str, Any], layers: set[str]) -> dict[str, Any]:
+    """What a finished record holds of the same run: another limit is then a decision and no work."""
+    try:
+        record = Record.read(out)
+    except InputError:
+        return {}
+    same = all(getattr(record, k) == v for k, v in identity.items()) and set(record.layers) == layers
+    if not same or "methods" not in record.sweep:
+        return {}
+    return {"layers": {n: asdict(layer) for n, layer in record.layers.items()}, "sweep": record.sweep}
+
+
+def _keep(partial: Path, key: str, held: dict[str, Any]) -> None:
+    write_text(json.dumps({"key": key, "found": held}), partial)
+
+
+def _versions() -> dict[str, str]:
+    found = {"pnp-trt": __version__}
+    for name in ("torch", "nvidia-modelopt", "diffusers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

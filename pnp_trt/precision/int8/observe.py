@@ -1,0 +1,213 @@
+"""Run the sampler in PyTorch and watch what goes into every convolution and linear layer.
+
+The histograms and the ranges that follow from them are NVIDIA Model Optimizer's (``HistogramCalibrator``); its ONNX
+quantiser does not know opset 23, so the graph itself is quantised in ``export/quantize.py``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError, PnpError
+from ...models.conditioning import Conditions
+from ...models.student import Student, cfg
+from ...sampling.schedules import ddim_coefficients
+from .record import Layer
+
+#: small layers that decide about every pixel or every block: a thousandth of the arithmetic
+NEVER = ("*.conv_in", "*.conv_out", "*time_emb*", "*add_embedding*", "*class_embedding*")
+PERCENTILES = (99.9, 99.99, 99.999)
+METHODS = ("max", *(f"percentile-{p:g}" for p in PERCENTILES))
+#: parts of the timesteps that have a range of their own in the record
+TENTHS = 10
+
+
+@dataclass
+class Loop:
+    """The sampler, in PyTorch: DDIM, one pass a step with a guide, classifier-free guidance without.
+
+    Attributes:
+        network: ``Student`` or ``Teacher``.
+        scheduler: config of the teacher's scheduler.
+        conditions: of the prompts.
+        shape: ``(C, H, W)`` of a latent.
+        w: smallest and largest guidance scale.
+        steps: of a run.
+        exact: whether the schedule is the sampler's own for this many steps (a guide of stage 2 knows no other);
+            otherwise each run is shifted by a random part of a step, so that all timesteps are seen.
+    """
+
+    network: nn.Module
+    scheduler: dict[str, Any]
+    conditions: Conditions
+    shape: tuple[int, int, int]
+    w: tuple[float, float]
+    steps: int
+    exact: bool
+
+    def predict(self, x: Tensor, t: int, rows: Tensor, w: Tensor) -> Tensor:
+        """The guided prediction ``[N, C, H, W]`` at one timestep."""
+        times = torch.full((len(x),), t)
+        text = self.conditions.text(rows, x.device)
+        if isinstance(self.network, Student):
+            negative = {}
+            if getattr(self.network.guide.config, "negative_prompts", False):
+                negative["negative"] = self.conditions.text(torch.full_like(rows, self.conditions.empty), x.device)
+            out = self.network(x, times, text, w, **negative)
+        else:
+            empty = self.conditions.text(torch.full_like(rows, self.conditions.empty), x.device)
+            out = cfg(self.network.unet, x, times, text, empty, w)
+        if not out.isfinite().all():
+            raise PnpError(f"the prediction is not finite at timestep {t}; check the weights of base and guide")
+        return out
+
+    @torch.no_grad()
+    def run(self, seed: int, pictures: int, at: Callable[[Tensor, int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """Latents ``[pictures, C, H, W]`` of one batch; ``at`` is called with (x, t, rows, w) before each pass."""
+        rng = random.Random(f"calibrate/{seed}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        rows = torch.tensor([rng.randrange(max(self.conditions.empty, 1)) for _ in range(pictures)])
+        w = torch.tensor([rng.uniform(*self.w) for _ in range(pictures)])
+        x = torch.randn(pictures, *self.shape, generator=generator)
+        times, after = self._times(rng)
+        a, b = ddim_coefficients(self.scheduler, times, after)
+        for i, t in enumerate(times.tolist()):
+            if at is not None:
+                at(x, t, rows, w)
+            x = float(a[i]) * x + float(b[i]) * self.predict(x, t, rows, w)
+        return x
+
+    def _times(self, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+        from ...sampling.schedules import spaced_timesteps
+
+        n = self.scheduler.get("num_train_timesteps", 1000)
+        stride = n // self.steps
+        if self.exact:
+            times = spaced_timesteps(self.scheduler, self.steps)
+            return times, times - stride
+        shift = rng.randrange(stride)
+        times = np.array([stride * i + shift for i in reversed(range(self.steps))], np.int64)
+        return times, np.append(times[1:], -1)
+
+
+def candidates(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Layers that could take INT8, by name: convolutions that are not depthwise, and linear layers.
+
+    Raises:
+        InputError: if no layer has such a name.
+    """
+    # what a guide makes of w alone runs once a picture, in a network of its own
+    once = tuple(f"guide.{part}." for part in getattr(getattr(network, "guide", None), "constant_parts", ()))
+    found: dict[str, nn.Module] = {
+        name: layer
+        for name, layer in network.named_modules()
+        if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
+        and not f"{name}.".startswith(once)
+        and any(fnmatch.fnmatchcase(name, p) for p in patterns)
+        and not any(fnmatch.fnmatchcase(name, p) for p in NEVER)
+    }
+    if not found:
+        raise InputError(
+            f"no convolution or linear layer is named {', '.join(patterns)}; names begin with unet. or guide."
+        )
+    return found
+
+
+class Observer:
+    """What goes into each layer while the sampler runs."""
+
+    def __init__(self, layers: dict[str, nn.Module], steps_of_training: int) -> None:
+        self.layers = layers
+        self._n = steps_of_training
+        self._t = 0
+        self._seen = {name: _Seen(layer) for name, layer in layers.items()}
+
+    def at(self, x: Tensor, t: int, *_: Any) -> None:
+        """Note the timestep of the next pass."""
+        self._t = t
+
+    @contextmanager
+    def watching(self, histogram: bool) -> Iterator[None]:
+        """Collect inside the block: the largest values, or also the histograms."""
+        handles = []
+        for name, layer in self.layers.items():
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], seen: _Seen = self._seen[name]) -> None:
+                seen.collect(args[0], min(self._t * TENTHS // self._n, TENTHS - 1), histogram)
+
+            handles.append(layer.register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def result(self) -> dict[str, Layer]:
+        """What was seen, by layer."""
+        return {name: seen.layer() for name, seen in self._seen.items()}
+
+
+class _Seen:
+    """One layer's input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        self._linear = isinstance(layer, nn.Linear)
+        self._weights = layer.weight.numel()
+        self._stride = int(np.prod(layer.stride)) if isinstance(layer, nn.Conv2d) else 1
+        self._macs = 0
+        self._by_timestep = [0.0] * TENTHS
+        self._channels: Tensor | None = None
+        self._histogram: Any = None
+
+    def collect(self, x: Tensor, tenth: int, histogram: bool) -> None:
+        magnitude = x.detach().abs().float()
+        largest = float(magnitude.max())
+        self._by_timestep[tenth] = max(self._by_timestep[tenth], largest)
+        # positions of one picture that the layer is applied at
+        self._macs = self._weights * (x[0].numel() // x.shape[-1 if self._linear else 1]) // self._stride
+        if self._linear:
+            channels = magnitude.flatten(0, -2).amax(0)
+            self._channels = channels if self._channels is None else torch.maximum(self._channels, channels)
+        if not histogram:
+            return
+        if self._histogram is None:
+            self._histogram = _histogram()
+            # bins are as wide as the first data say: half again what was seen before, or silence would make thousands
+            self._histogram.collect(torch.tensor([1.5 * max(*self._by_timestep, 1e-6)]))
+        self._histogram.collect(magnitude)
+
+    def layer(self) -> Layer:
+        largest = max(self._by_timestep)
+        amax = {"max": largest}
+        for p in PERCENTILES:
+            amax[f"percentile-{p:g}"] = float(self._histogram.compute_amax("percentile", percentile=p))
+        channels = [] if self._channels is None else self._channels.tolist()
+        return Layer(
+            "linear" if self._linear else "conv", self._macs,
+            # a bin's edge may lie past the largest value that there was
+            {name: _short(min(v, largest)) for name, v in amax.items()},
+            [_short(v) for v in self._by_timestep], [_short(v) for v in channels],
+        )  # fmt: skip
+
+
+def _histogram() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Model Optimizer warns of versions of packages that are not used here
+        from modelopt.torch.quantization.calib import HistogramCalibrator
+    return HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
+
+
+def _short(value: float) -> float:
+    """Five digits: as exact as a range can be, and readable."""
+    return float(f"{value:.5g}")

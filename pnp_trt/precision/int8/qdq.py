@@ -1,0 +1,185 @@
+"""INT8 in an exported graph: QuantizeLinear and DequantizeLinear around the layers that take it.
+
+Explicit and symmetric, as TensorRT wants them: one scale for an input, one for each output channel of a weight, zero
+points of zero.  Weights are stored as int8, half or a quarter of their size.  Types stay what the graph had: a float16
+graph has float16 scales, so what is not quantised computes as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import PnpError
+from ...graph.weights import Derived, WeightMap, apply, save_with_weights
+
+if TYPE_CHECKING:
+    from .record import Choice
+
+
+def layer_of(entry: Mapping[str, Any]) -> str:
+    """The layer that an entry of the weight map belongs to, as ``unet.conv_in``; empty if it is not its weight."""
+    name = f"{entry['source']}.{entry['key']}"
+    return name.removesuffix(".weight") if name.endswith(".weight") else ""
+
+
+def quantize_graph(path: Path, weights: WeightMap, choices: Mapping[str, Choice]) -> Derived:
+    """Give the named layers INT8 inputs and weights (W8A8), in place.
+
+    Args:
+        path: the ONNX file.
+        weights: its map.
+        choices: how each layer is quantised, by name.
+
+    Returns:
+        What the new initialisers are made of, for ``WeightMap.derive``.
+
+    Raises:
+        PnpError: if the graph has no such layer, or one is computed otherwise than by Conv, MatMul or Gemm.
+    """
+    return _rewrite(path, weights, choices, choices.keys())
+
+
+def quantize_weights(path: Path, weights: WeightMap, layers: Collection[str]) -> Derived:
+    """Store the named layers' weights as INT8 and compute as before (weight-only), in place; otherwise as above."""
+    return _rewrite(path, weights, {}, layers)
+
+
+def matrix_layers(path: Path, weights: WeightMap) -> list[str]:
+    """Layers of the graph that are a Conv without groups, a MatMul or a Gemm with a weight of their own."""
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    found = []
+    for name, entry in weights.weights.items():
+        users = [] if not layer_of(entry) else list(graph.initializers[name].uses())
+        if users and all(_axis(use.node, use.idx) is not None for use in users):
+            found.append(layer_of(entry))
+    return list(dict.fromkeys(found))
+
+
+def _rewrite(path: Path, weights: WeightMap, choices: Mapping[str, Choice], layers: Collection[str]) -> Derived:
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    inserted = _Inserted(model.graph)
+    derived: Derived = {}
+    done = set()
+    for name, entry in weights.weights.items():
+        layer = layer_of(entry)
+        if layer not in layers:
+            continue
+        done.add(layer)
+        value, choice = model.graph.initializers[name], choices.get(layer)
+        for use in list(value.uses()):
+            axis = _axis(use.node, use.idx)
+            if axis is None:
+                raise PnpError(
+                    f"{layer} is read by {use.node.op_type} and cannot take INT8; leave it out, or report it"
+                )
+            if choice is not None:
+                use.node.replace_input_with(0, inserted.activation(use.node.inputs[0], choice, use.node))
+            use.node.replace_input_with(use.idx, inserted.weight(value, axis, choice, use.node, derived))
+        model.graph.initializers.pop(name)
+    if missing := sorted(set(layers) - done):
+        raise PnpError(
+            f"the record names {len(missing)} layers that {path.name} does not have, for example {missing[0]}; "
+            "calibrate this base and guide again"
+        )
+    model.graph.sort()  # an input that several layers read is rounded before the first of them
+    graph = model.graph.initializers
+    stored = [n for n, v in graph.items() if n in derived or isinstance(v.const_value, ir.ExternalTensor)]
+    save_with_weights(model, path, sorted(stored))
+    return derived
+
+
+def _axis(node: Any, index: int) -> int | None:
+    """The axis of a weight's output channels, by the node that reads it; None where INT8 has no place."""
+    if index != 1:
+        return None
+    if node.op_type == "Conv":
+        return 0 if "group" not in node.attributes or node.attributes["group"].as_int() == 1 else None
+    if node.op_type == "Gemm":
+        return 0 if "transB" in node.attributes and node.attributes["transB"].as_int() else 1
+    return 1 if node.op_type == "MatMul" and len(node.inputs[1].shape) == 2 else None
+
+
+class _Inserted:
+    """Nodes that were inserted; what is the same is inserted once."""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        self._made: dict[Any, Any] = {}
+
+    def activation(self, x: Any, choice: Choice, before: Any) -> Any:
+        """``x`` rounded to INT8 and back; with SmoothQuant, divided by the factors first."""
+        kind = x.dtype.numpy()
+        key = (x.name, choice)
+        if key not in self._made:
+            y = x
+            if choice.exponents is not None:
+                factors = np.exp2(-np.array(choice.exponents, np.float64)).astype(kind)
+                y = self._node("Mul", [x, self._constant(f"{x.name}.smooth{len(self._made)}", factors)], before)
+            self._made[key] = self._pair(y, choice.scale, kind, before)
+        return self._made[key]
+
+    def weight(self, value: Any, axis: int, choice: Choice | None, before: Any, derived: Derived) -> Any:
+        """The weight, stored as INT8."""
+        import torch
+
+        key = (value.name, axis, choice)
+        if key in self._made:
+            return self._made[key]
+        base = value.name.removesuffix(".weight") if value.name.endswith(".weight") else value.name
+        tensor = torch.from_numpy(value.const_value.numpy().copy())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        smooth: list[dict[str, Any]] = []
+        if choice is not None and choice.exponents is not None:
+            smooth = [{"op": "shift", "axis": 1 - axis, "exponents": list(choice.exponents)}]
+        steps = {
+            f"{base}.int8": [*smooth, {"op": "quantize", "axis": axis}],
+            f"{base}.scale": [*smooth, {"op": "quantization_scale", "axis": axis, "to": dtype}],
+        }
+        made = []
+        for name, more in steps.items():
+            derived[name] = (value.name, more)
+            made.append(self._constant(name, apply(more, tensor).numpy()))
+        zero = self._constant(f"quantize.zeros_{len(made[1].const_value.numpy())}", np.zeros(made[1].shape[0], np.int8))
+        self._made[key] = self._node("DequantizeLinear", [*made, zero], before, axis=axis, like=value)
+        return self._made[key]
+
+    def _pair(self, x: Any, scale: float, kind: Any, before: Any) -> Any:
+        step = np.asarray(scale, np.float32).astype(kind)
+        if not np.isfinite(step) or step < np.finfo(kind).smallest_normal:
+            step = np.asarray(np.finfo(kind).smallest_normal, kind)
+        step_value = self._constant(f"{x.name}.scale{len(self._made)}", step)
+        zero = self._constant("quantize.zero", np.zeros((), np.int8))
+        rounded = self._node("QuantizeLinear", [x, step_value, zero], before)
+        return self._node("DequantizeLinear", [rounded, step_value, zero], before, like=x)
+
+    def _constant(self, name: str, array: np.ndarray) -> Any:
+        import onnx_ir as ir
+
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(array, name=name)
+            value = ir.Value(
+                name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+            )
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def _node(self, op: str, inputs: list[Any], before: Any, axis: int | None = None, like: Any = None) -> Any:
+        import onnx_ir as ir
+
+        attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
+        node = ir.Node("", op, inputs, attributes=attributes)
+        source = like if like is not None else inputs[0]
+        out = node.outputs[0]
+        out.name = f"{inputs[0].name}.{op}.{len(self._made)}"
+        int8 = op == "QuantizeLinear"
+        out.shape, out.type = source.shape, ir.TensorType(ir.DataType.INT8 if int8 else source.dtype)
+        self.graph.insert_before(before, node)
+        return out

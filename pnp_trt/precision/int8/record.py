@@ -1,0 +1,221 @@
+"""Calibration records: what was observed, what the sweep found, and what was decided; readable JSON.
+
+A record belongs to one base and one guide.  ``pnp-trt calibrate`` writes it, ``pnp-trt build --precision int8`` reads
+its decision: the input's range of every layer that takes INT8, and which layers do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ...bundle.store import digest, write_text
+from ...errors import InputError
+from ...io.inputs import read_json
+from ...io.json_schema import problem
+
+SCHEMA = "pnp-trt/calibration/1"
+#: where records live: the user's own folder first, then the one that comes with a checkout
+HOMES = (Path("calibration"), Path(__file__).resolve().parents[3] / "calibration")
+#: largest magnitude of a signed 8-bit number that is used; −128 is left out, so that the range is symmetric
+LEVELS = 127
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+_LAYER = {
+    "type": "object",
+    "required": ["kind", "macs", "amax", "by_timestep", "channels"],
+    "properties": {
+        "kind": {"enum": ["conv", "linear"]},
+        "macs": {"type": "integer", "minimum": 0},
+        "amax": {"type": "object", "additionalProperties": {"type": "number"}},
+        "by_timestep": _NUMBERS,
+        "channels": {"type": "array", "items": {"type": "number", "minimum": 0}},
+    },
+    "additionalProperties": {"enum": []},
+}
+#: a record's shape as a JSON Schema
+_SHAPE: dict[str, Any] = {
+    "type": "object",
+    "required": ["base", "guide", "settings", "layers", "decision"],
+    "properties": {
+        "base": {"$ref": "#/$defs/weights"},
+        "guide": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/weights"}]},
+        "settings": {"type": "object"},
+        "layers": {"type": "object", "additionalProperties": _LAYER},
+        "sweep": {"type": "object"},
+        "decision": {
+            "type": "object",
+            "required": ["float"],
+            "properties": {
+                "conv": {"type": "string"},
+                "linear": {"type": "string"},
+                "float": {"type": "array", "items": {"type": "string"}},
+            },
+        },
+        "versions": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+    "$defs": {
+        "weights": {
+            "type": "object",
+            "required": ["name", "sha256"],
+            "properties": {"name": {"type": "string"}, "sha256": {"type": "string"}},
+        }
+    },
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or linear layer, as it was observed.
+
+    Attributes:
+        kind: ``conv`` or ``linear``.
+        macs: multiply-accumulates of one pass of one picture.
+        amax: largest magnitude of its input by method: ``max``, ``percentile-99.99`` …
+        by_timestep: largest magnitude in each tenth of the timesteps, the noisiest last.
+        channels: largest magnitude of each input channel, ``[in]``; of linear layers, for SmoothQuant.
+    """
+
+    kind: str
+    macs: int
+    amax: dict[str, float]
+    by_timestep: list[float]
+    channels: list[float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one layer is quantised.
+
+    Attributes:
+        amax: the magnitude that becomes 127.
+        exponents: SmoothQuant's factors of the input channels as powers of two, ``[in]``: the input is multiplied by
+            2^−e and the weight by 2^e, both without a rounding error; None for none.
+    """
+
+    amax: float
+    exponents: tuple[int, ...] | None = None
+
+    @property
+    def scale(self) -> float:
+        """The input's step."""
+        return max(self.amax, 1e-6) / LEVELS
+
+
+@dataclass
+class Record:
+    """A calibration record.
+
+    Attributes:
+        base, guide: what was observed, as the build's identity has them: ``{"name", "sha256"}``; guide may be None.
+        settings: of the run: prompts, pictures, steps, scales, seed.
+        layers: by name, ``unet.…`` or ``guide.…`` as in the student.
+        sweep: ``methods``, ``layers`` and ``kept``: errors of the prediction; see ``sweep.py``.
+        decision: ``{"conv": method, "linear": method, "float": [layers]}``.
+        versions: of the packages that measured.
+    """
+
+    base: dict[str, Any]
+    guide: dict[str, Any] | None
+    settings: dict[str, Any]
+    layers: dict[str, Layer]
+    sweep: dict[str, Any] = field(default_factory=dict)
+    decision: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def choices(self) -> dict[str, Choice]:
+        """How each layer that takes INT8 is quantised, by the record's decision."""
+        kept = set(self.decision["float"])
+        return {n: choose(layer, self.decision[layer.kind]) for n, layer in self.layers.items() if n not in kept}
+
+    def share(self) -> float:
+        """Share of the observed layers' multiply-accumulates that are done in INT8."""
+        kept = set(self.decision["float"])
+        whole = sum(layer.macs for layer in self.layers.values())
+        return sum(layer.macs for n, layer in self.layers.items() if n not in kept) / max(whole, 1)
+
+    def identity(self) -> str:
+        """Digest of what a build depends on."""
+        return digest({n: asdict(c) for n, c in self.choices().items()})
+
+    def write(self, path: Path) -> None:
+        """Write whole or not at all, a line for each layer."""
+        head = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "layers"}}
+        text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
+        rows = ",\n".join(f"  {json.dumps(n)}: {json.dumps(asdict(layer))}" for n, layer in self.layers.items())
+        write_text(f'{text},\n "layers": {{\n{rows}\n }}\n}}\n', path)
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read a record, every number of its decision checked.
+
+        Raises:
+            InputError: if it is missing, cut short, of another schema, or holds a range that is not a positive number.
+        """
+        advice = "make it again with pnp-trt calibrate"
+        document = read_json(path, "the calibration record", advice)
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if schema != SCHEMA:
+            raise InputError(f"{path} has schema {schema}, not {SCHEMA}; {advice}")
+        if wrong := problem(document, _SHAPE):
+            raise InputError(f"in the calibration record {path} {wrong}; {advice}")
+        values = {f.name: document[f.name] for f in fields(cls) if f.name in document}
+        values["layers"] = {n: Layer(**layer) for n, layer in document["layers"].items()}
+        record = cls(**values)
+        try:
+            choices = record.choices()
+        except (KeyError, ValueError, OverflowError) as e:
+            raise InputError(
+                f"the calibration record {path} lacks the method of its own decision ({e}); {advice}"
+            ) from None
+        for name, choice in choices.items():
+            if not (math.isfinite(choice.amax) and choice.amax >= 0):
+                raise InputError(f"the calibration record {path} has the range {choice.amax} for {name}; {advice}")
+        return record
+
+
+def choose(layer: Layer, method: str) -> Choice:
+    """A layer's range by one method; ``smoothquant-A`` scales a linear layer's channels first.
+
+    Raises:
+        KeyError: if the record lacks the method.
+    """
+    if not method.startswith("smoothquant-") or not layer.channels:
+        return Choice(layer.amax["max" if method.startswith("smoothquant-") else method])
+    # Xiao et al. 2023, eq. 4 with the weights' part left to their own per-channel scales: s = max|X|^α over its mean,
+    # rounded to a power of two, so that neither side is rounded again
+    alpha = float(method.removeprefix("smoothquant-"))
+    largest = max(layer.channels)
+    floor = largest * 2.0**-8  # a channel that is all but silent must not take the weight's whole range
+    logs = [alpha * math.log2(max(c, floor) or 1.0) for c in layer.channels]
+    middle = sum(logs) / len(logs)
+    exponents = tuple(round(v - middle) for v in logs)
+    amax = max(c * 2.0**-e for c, e in zip(layer.channels, exponents, strict=True))
+    return Choice(amax, exponents if any(exponents) else None)
+
+
+def default_path(base: str, guide: str) -> Path:
+    """Where ``calibrate`` writes the record of a base and a guide by default."""
+    return HOMES[0] / f"{_word(base)}-{_word(guide).removeprefix(f'{_word(base)}-')}.int8.json"
+
+
+def find(base: str, guide: str) -> Path:
+    """The record of a base and a guide among ``HOMES``.
+
+    Raises:
+        InputError: if there is none, with the command that makes it.
+    """
+    name = default_path(base, guide).name
+    for home in HOMES:
+        if (home / name).is_file():
+            return home / name
+    raise InputError(
+        f"int8 wants recorded ranges and there is no {HOMES[0] / name}; make it with: "
+        f"pnp-trt calibrate --base {base} --guide {guide}, or name one with --calibration"
+    )
+
+
+def _word(name: str) -> str:
+    return (Path(name).stem if name.endswith(".safetensors") else Path(name).name).replace(":", "-")

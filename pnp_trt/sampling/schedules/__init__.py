@@ -1,0 +1,77 @@
+"""Sampling schedules by name: DDIM, DPM-Solver++(2M) and Euler, each a table of coefficients for one and the same loop.
+
+See :class:`~pnp_trt.sampling.table.Schedule` for what a row means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...errors import InputError
+from .ddim import ddim, ddim_coefficients, ddim_step, spaced_timesteps
+from .dpm_solver import dpm_solver
+from .euler import euler
+from ..noise_levels import Config, alphas_cumprod
+from ..table import COLUMNS, Schedule
+
+__all__ = [
+    "CLASSES",
+    "COLUMNS",
+    "SCHEDULES",
+    "TEACHER",
+    "Schedule",
+    "alphas_cumprod",
+    "ddim",
+    "ddim_coefficients",
+    "ddim_step",
+    "dpm_solver",
+    "euler",
+    "make",
+    "resolve",
+    "spaced_timesteps",
+]
+
+SCHEDULES: dict[str, Callable[[Config, int], Schedule]] = {"ddim": ddim, "dpm++": dpm_solver, "euler": euler}
+#: diffusers' classes that are one of these tables
+CLASSES = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++", "EulerDiscreteScheduler": "euler"}
+#: the word for what the teacher's own config says
+TEACHER = "teacher"
+
+
+def make(name: str, config: Config, steps: int) -> Schedule:
+    """The table of a schedule for a teacher's scheduler config.
+
+    Args:
+        name: ``ddim``, ``dpm++``, ``euler``, or ``teacher`` for the class that the config names.
+        config: a diffusers scheduler's, of whichever class: options that two classes share mean the same in both,
+            and those that it lacks have the defaults of the class that is asked for.
+
+    Raises:
+        InputError: for an unknown name, or options that are unknown or no table can hold.
+    """
+    return SCHEDULES[resolve(name, config)](config, steps)
+
+
+def resolve(name: str | None, config: Config, distilled_steps: int | None = None) -> str:
+    """The schedule that a name stands for.
+
+    Args:
+        name: as for :func:`make`; None takes the teacher's own where it is one of these, else DDIM.
+        distilled_steps: the only number of steps that a guide was distilled for; that was under DDIM, which None
+            then stands for.
+
+    Raises:
+        InputError: for an unknown name, or ``teacher`` with a class that is none of these.
+    """
+    known = ", ".join(SCHEDULES)
+    own = config.get("_class_name")
+    if name is None:
+        return CLASSES.get(str(own), "ddim") if distilled_steps is None else "ddim"
+    if name == TEACHER:
+        if own not in CLASSES:
+            said = f"is {own}" if own else "is not recorded in this engine"
+            raise InputError(f"the class of the teacher's scheduler {said}; name one of: {known}")
+        return CLASSES[own]
+    if name not in SCHEDULES:
+        raise InputError(f"the schedule is '{name}'; known: {known}, {TEACHER}")
+    return name

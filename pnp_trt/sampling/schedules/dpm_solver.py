@@ -1,0 +1,112 @@
+"""DPM-Solver++(2M) as a table (Lu et al. 2022, arXiv:2211.01095, algorithm 2)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...errors import InputError
+from .ddim import within_training
+from ..noise_levels import PREDICTIONS, SPACINGS, Config, check_steps, choice, final_sigma, refuse, respaced, timesteps_of, training_sigmas, training_steps
+from ..table import Schedule, make_table
+
+#: diffusers' names that come to the same: it takes the solver types of UniPC and DEIS for midpoint, and deis for dpm++
+SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "bh1": "midpoint", "bh2": "midpoint", "logrho": "midpoint"}
+ALGORITHMS = ("dpmsolver++", "deis")
+_NOT_LINEAR = {
+    "thresholding": "which is not linear",
+    "use_flow_sigmas": "which is for flow matching",
+    "use_beta_sigmas": "which is not supported",
+    "use_lu_lambdas": "which is not supported",
+    "variance_type": "which is for networks that predict a variance",
+}
+#: up to here ``lower_order_final`` counts
+_FEW = 15
+
+
+def dpm_solver(config: Config, steps: int) -> Schedule:
+    """DPM-Solver++ of order 1 or 2 for a teacher's scheduler config, as diffusers' ``DPMSolverMultistepScheduler``.
+
+    Raises:
+        InputError: if ``steps`` is outside 1 … num_train_timesteps, or an option is unknown, stochastic or not linear.
+    """
+    check_steps(config, steps)
+    refuse(config, _NOT_LINEAR)
+    if str(kind := config.get("algorithm_type")).startswith("sde-"):
+        raise InputError(
+            f"the scheduler config's algorithm_type is '{kind}', which adds noise at every step; "
+            "take --schedule ddim or euler"
+        )
+    choice(config, "algorithm_type", "dpmsolver++", ALGORITHMS)
+    if (order := config.get("solver_order", 2)) not in (1, 2):
+        raise InputError(f"the scheduler config's solver_order is {order}; known: 1, 2")
+    solver = SOLVER_TYPES[choice(config, "solver_type", "midpoint", tuple(SOLVER_TYPES))]
+    timesteps, sigmas = _levels(config, steps)
+    # every rounding as diffusers': λ is some units large, and its differences are what the coefficients are made of
+    alpha = np.float32(1) / np.sqrt(np.square(sigmas) + np.float32(1))
+    sigma = sigmas * alpha
+    with np.errstate(divide="ignore"):  # λ of the end without noise is infinite, and e^−∞ is what is wanted of it
+        level = np.log(alpha) - np.log(sigma)
+    now, after = slice(None, -1), slice(1, None)
+    if choice(config, "prediction_type", "epsilon", PREDICTIONS) == "epsilon":
+        data_x, data_output = 1 / alpha[now].astype(float), -sigma[now].astype(float) / alpha[now]
+    else:
+        data_x, data_output = alpha[now].astype(float), -sigma[now].astype(float)
+    first = _first_order(config, len(timesteps), order)
+    kept, data, previous = sigma[after] / sigma[now], np.zeros(len(timesteps)), np.zeros(len(timesteps))
+    for i in range(len(timesteps)):
+        h = level[i + 1] - level[i]
+        if h == 0:  # Karras' levels end at the lowest, where ``sigma_min`` stays: nothing is left to do
+            continue
+        data[i] = -(alpha[i + 1] * (np.exp(-h) - np.float32(1)))
+        if not first[i]:
+            with np.errstate(divide="ignore", invalid="ignore"):  # equal noise levels; make_table names them
+                ratio = (level[i] - level[i - 1]) / h
+                slope = data[i] / 2 if solver == "midpoint" else alpha[i + 1] * ((np.exp(-h) - np.float32(1)) / h + 1)
+                previous[i] = -slope / ratio
+            data[i] -= previous[i]
+    return make_table(
+        "dpm++", timesteps,
+        x_scale=kept + data * data_x, output_scale=data * data_output, previous_scale=previous,
+        data_x=data_x, data_output=data_output, image_scale=alpha[now], noise_scale=sigma[now],
+    )  # fmt: skip
+
+
+def _first_order(config: Config, steps: int, order: int) -> np.ndarray:
+    """Which steps look at their own prediction alone, ``[steps]`` bool."""
+    first = np.full(steps, order == 1)
+    first[0] = True
+    few = bool(config.get("lower_order_final", True)) and steps < _FEW
+    if config.get("euler_at_final") or few or config.get("final_sigmas_type", "zero") == "zero":
+        first[-1] = True
+    return first
+
+
+def _levels(config: Config, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps ``[N]`` int64 and noise levels ``[N + 1]`` float32."""
+    training = training_sigmas(config)
+    n = training_steps(config)
+    last = n - _clipped(config, training)
+    spacing = choice(config, "timestep_spacing", "linspace", SPACINGS)
+    if spacing == "linspace":
+        t = np.linspace(0, last - 1, steps + 1).round()[::-1][:-1]
+    elif spacing == "leading":
+        if steps >= last:
+            raise InputError(f"steps is {steps}; DPM-Solver++ with leading timesteps takes at most {last - 1}")
+        t = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + config.get("steps_offset", 0)
+    else:
+        t = np.arange(last, 0, -n / steps).round()[:steps] - 1
+    sigmas = respaced(config, float(training[-1]), float(training[0]), steps)
+    if sigmas is None:
+        t = within_training(config, t, steps)
+        sigmas = np.interp(t, np.arange(n), training)
+    else:
+        t = timesteps_of(sigmas, training)
+        if config.get("use_karras_sigmas") and config.get("beta_schedule") != "squaredcos_cap_v2":
+            t = t.round()
+    return t.astype(np.int64), np.append(sigmas, final_sigma(config, training)).astype(np.float32)
+
+
+def _clipped(config: Config, training: np.ndarray) -> int:
+    """How many of the last timesteps have a λ below ``lambda_min_clipped``."""
+    lowest = float(config.get("lambda_min_clipped", -np.inf))
+    return int(np.searchsorted(-np.log(training)[::-1], lowest))

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pnp_trt.bundle.store import write_json
 from pnp_trt.bench.measure.cost import count
 from pnp_trt.bench.measure.networks import guide_size
-from pnp_trt.bench.results import provenance
-from pnp_trt.models.teacher import random_unet_config, resolve
+from pnp_trt.bundle.provenance import provenance
+from pnp_trt.bundle.store import write_json
 from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student
+from pnp_trt.models.teacher import random_unet_config, resolve
 
 SCHEMA = "pnp-trt/constant-parts/1"
 RESULTS = Path(__file__).parent / "results"

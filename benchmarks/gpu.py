@@ -279,9 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not gpu_present():
         print("no NVIDIA GPU was found here: nothing was measured, nothing is written, and nothing is claimed")
         return 0
-    from pnp_trt.bundle.store import write_json
     from pnp_trt.backends.gpus import present_gpus
-    from pnp_trt.bench.results import provenance
+    from pnp_trt.bundle.provenance import provenance
+    from pnp_trt.bundle.store import write_json
 
     gpu = present_gpus()[0]
     out = a.json or RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"

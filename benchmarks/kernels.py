@@ -1,4 +1,4 @@
-"""Makes ``pnp_trt/runtime/kernels.ptx`` of ``kernels.cu`` with NVRTC, which needs no GPU.
+"""Makes ``pnp_trt/backends/kernels.ptx`` of ``kernels.cu`` with NVRTC, which needs no GPU.
 
 NVRTC 12.0 is the one to take: its PTX is read by every driver since 525.
 
@@ -13,7 +13,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[1] / "pnp_trt" / "runtime" / "kernels.cu"
+SOURCE = Path(__file__).resolve().parents[1] / "pnp_trt" / "backends" / "kernels.cu"
 OPTIONS = (b"--gpu-architecture=compute_75", b"--fmad=false")
 
 

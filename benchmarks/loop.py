@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from pnp_trt.bundle.store import write_json
 from pnp_trt.backends.onnxruntime.backend import OrtBound
 from pnp_trt.bench.measure import coldstart
-from pnp_trt.bench.results import provenance
+from pnp_trt.bundle.provenance import provenance
+from pnp_trt.bundle.store import write_json
 from pnp_trt.runtime.pipeline import Pipeline
 
 SCHEMA = "pnp-trt/loop/2"

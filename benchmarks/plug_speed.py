@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pnp_trt.bundle.provenance import provenance
 from pnp_trt.bundle.store import open_bundle, write_json
-from pnp_trt.bench.results import provenance
 
 SCHEMA = "pnp-trt/plug-speed/1"
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 SAVE = """
 import sys
 from safetensors.torch import save_file
-from pnp_trt.models.base import resolve
+from pnp_trt.models.teacher import resolve
 save_file({k: v.contiguous() for k, v in resolve(sys.argv[1]).unet().state_dict().items()}, sys.argv[2])
 """
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pnp_trt.bundle.store import write_text
 from pnp_trt.bench import results
 from pnp_trt.bench.report.words import DASH, METHOD_NAMES, is_reference, plural, three_digits
+from pnp_trt.bundle.store import write_text
 from pnp_trt.errors import InputError, PnpError
 
 ROOT = Path(__file__).resolve().parents[1]

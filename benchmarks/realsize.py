@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pnp_trt.bundle.provenance import provenance
 from pnp_trt.bundle.store import open_bundle, write_json
-from pnp_trt.bench.results import provenance
 
 SCHEMA = "pnp-trt/realsize/1"
 RESULTS = Path(__file__).parent / "results"

@@ -18,10 +18,10 @@ import psutil
 import torch
 
 from pnp_trt.bundle.store import write_json
-from pnp_trt.models.teacher import random_unet_config
 from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student
+from pnp_trt.models.teacher import random_unet_config
 from pnp_trt.processor import mixed_precision
 
 from .emoji.provenance import machine

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pnp_trt.backends import cuda_graph
 from pnp_trt.backends.base import Profile
 from pnp_trt.backends.cuda import Cuda
 from pnp_trt.backends.tensorrt.flavour import Flavour
 from pnp_trt.backends.tensorrt.network import TrtNetwork
 from pnp_trt.bundle.manifest import Compiled, NetworkRecord
-from pnp_trt.backends import cuda_graph
 
 trt = pytest.importorskip("tensorrt_rtx")
 real = pytest.importorskip("cuda.bindings.runtime")

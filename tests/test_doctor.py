@@ -194,7 +194,7 @@ def test_json_form(installed: dict[str, str]) -> None:
 
 def test_no_heavy_import_on_this_very_machine() -> None:
     code = (
-        "import sys; from pnp_trt import doctor; doctor.as_dict(doctor.diagnose());"
+        "import sys; from pnp_trt.cli import doctor; doctor.as_dict(doctor.diagnose());"
         "heavy = {'torch', 'numpy', 'onnxruntime', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or 0)"
     )

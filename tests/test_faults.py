@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from pnp_trt.bundle.store import MANIFEST, open_bundle, sha256
-from pnp_trt.errors import InputError, PnpError
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.bundle.store import MANIFEST, open_bundle, sha256
+from pnp_trt.errors import InputError, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 
 from .bundles import reseal
@@ -36,9 +36,9 @@ import os, sys, json
 from pathlib import Path
 import pnp_trt.build.onnx_export, pnp_trt.build.parity, pnp_trt.graph.weights, pnp_trt.models.student, diffusers
 import onnxruntime, onnxscript.optimizer, onnxscript.rewriter, transformers
-from pnp_trt.models.base import resolve
-from pnp_trt.export.bundle import build
-from pnp_trt.export.spec import BuildSpec
+from pnp_trt.models.teacher import resolve
+from pnp_trt.build.builder import build
+from pnp_trt.build.spec import BuildSpec
 resolve(sys.argv[1]).unet(), resolve(sys.argv[1]).text_encoder(), resolve(sys.argv[1]).vae()
 print("ready", flush=True)
 for line in sys.stdin:

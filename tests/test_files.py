@@ -14,9 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from pnp_trt.io import files
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.io.files import check_replaceable_folder, check_writable_file, check_writable_folder, is_temporary, lock, whole_file, whole_folder, write_bytes, write_new
+from pnp_trt.io import files
+from pnp_trt.io.files import (
+    check_replaceable_folder,
+    check_writable_file,
+    check_writable_folder,
+    is_temporary,
+    lock,
+    whole_file,
+    whole_folder,
+    write_bytes,
+    write_new,
+)
 
 #: runs a program without root's right to pass over permissions, as root or as anybody else
 UNPRIVILEGED = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"] if os.geteuid() == 0 else []
@@ -92,7 +102,7 @@ def test_good_places_pass_and_stay_as_they_were(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import sys; from pathlib import Path; from pnp_trt import files; from pnp_trt.errors import PnpError
+import sys; from pathlib import Path; from pnp_trt.io import files; from pnp_trt.errors import PnpError
 for name in ("check_writable_file", "check_writable_folder", "check_replaceable_folder"):
     try: getattr(files, name)(Path(sys.argv[1])); print("fine")
     except PnpError as e: print(e.exit_code, e)
@@ -297,7 +307,8 @@ def test_waiting_is_said_and_an_impossible_lock_is_told_at_once(tmp_path: Path) 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_removes_what_is_half_done(tmp_path: Path, number: signal.Signals) -> None:
     program = (
-        "import time; from pathlib import Path; from pnp_trt import process; from pnp_trt.io.files import whole_folder\n"
+        "import time; from pathlib import Path; from pnp_trt.io import process\n"
+        "from pnp_trt.io.files import whole_folder\n"
         "def work():\n"
         f"    with whole_folder(Path({str(tmp_path / 'thing')!r})) as folder:\n"
         "        (folder / 'a').touch(); print('ready', flush=True); time.sleep(600)\n"
@@ -316,7 +327,7 @@ def test_a_signal_removes_what_is_half_done(tmp_path: Path, number: signal.Signa
 
 def test_a_signal_waits_for_a_deferred_block(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from pnp_trt import process\n"
+        "import os, signal, sys; from pnp_trt.io import process\n"
         "def work():\n"
         "    with process.deferred():\n"
         "        for number in range(30):\n"
@@ -337,10 +348,10 @@ def test_a_child_process_ends_with_its_parent(tmp_path: Path) -> None:
         f"    open({str(tmp_path / 'half')!r}, 'w').close()\n"
         "    try: print('ready', flush=True); time.sleep(600)\n"
         f"    finally: os.unlink({str(tmp_path / 'half')!r})\n"
-        "from pnp_trt import process; process.run(work)\n"
+        "from pnp_trt.io import process; process.run(work)\n"
     )
     parent = (
-        "import sys; from pnp_trt import process\n"
+        "import sys; from pnp_trt.io import process\n"
         f"process.run(lambda: process.run_child([sys.executable, '-c', {child!r}]))\n"
     )
     running = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

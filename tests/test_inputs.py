@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pnp_trt.io import inputs
 from pnp_trt.bench import results, suites
 from pnp_trt.cli.sample import read_prompts as read_arguments
-from pnp_trt.models.prompts import find_pictures, read_prompts
 from pnp_trt.errors import InputError
+from pnp_trt.io import inputs
+from pnp_trt.models.prompts import find_pictures, read_prompts
 from pnp_trt.precision.int8.record import Record
 
 PROMPTS = ["a red apple", "déjà vu 日本"]

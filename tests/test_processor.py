@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pnp_trt import processor
-from pnp_trt.distill.train import TrainConfig, make_accelerator
 from pnp_trt.build import modules
+from pnp_trt.distill.train import TrainConfig, make_accelerator
 
 EPYC_1 = "processor\t: 0\nflags\t\t: fpu sse2 avx avx2 fma f16c\nbugs\t\t: sysret_ss_attrs\n"
 SAPPHIRE_RAPIDS = "flags\t\t: avx2 avx512f avx512_bf16 avx512_fp16 amx_bf16 amx_tile\n"

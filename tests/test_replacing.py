@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from pnp_trt.bench.work import Work
+from pnp_trt.bundle.runs import claim
 from pnp_trt.errors import InputError
 from pnp_trt.io.replacing import check_removable_bundle, check_removable_file
-from pnp_trt.bundle.runs import claim
 from pnp_trt.runtime.images import grid, read_parameters, save_new
 
 from .conftest import Result

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pnp_trt.errors import InputError
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 
 from .bundles import document

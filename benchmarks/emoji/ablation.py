@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnp_trt.bundle.store import digest, write_json, write_text
 from pnp_trt.bench.measure import cost
 from pnp_trt.bench.metrics import fidelity
+from pnp_trt.bundle.store import digest, write_json, write_text
 from pnp_trt.distill.guidance import GuidanceConfig, distill
-from pnp_trt.models.prompts import read_prompts
+from pnp_trt.distill.monitor import held_out_error, run_schedule
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import StateConfig, States, collect, split
 from pnp_trt.distill.train import TrainConfig
-from pnp_trt.distill.monitor import held_out_error, run_schedule
 from pnp_trt.models.guides import GuideInput
 from pnp_trt.models.guides.load import load_guide
+from pnp_trt.models.prompts import read_prompts
 from pnp_trt.models.student import Student, cfg, encode
 from pnp_trt.sampling.schedules import ddim
 

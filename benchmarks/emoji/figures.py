@@ -17,9 +17,9 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from pnp_trt.bundle.store import write_json
 from pnp_trt.bench.metrics import fidelity
 from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
+from pnp_trt.bundle.store import write_json
 from pnp_trt.errors import InputError
 
 from .card import write_card

@@ -21,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pnp_trt.bench.metrics.fidelity import EXTRACTOR, EXTRACTOR_SHA256, AlignmentHead, FeatureExtractor, recall, write_head
+from pnp_trt.bench.metrics.fidelity import (
+    EXTRACTOR,
+    EXTRACTOR_SHA256,
+    AlignmentHead,
+    FeatureExtractor,
+    recall,
+    write_head,
+)
 
 from .data import BASE_STYLES, JUDGE_STYLES, Pictures, Style, caption, icons, pictures, split
 from .text import MINILM, MiniLM

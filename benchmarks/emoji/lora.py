@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pnp_trt.bundle.store import sha256, write_json
 from pnp_trt.assets import ROOT as ASSETS
-from pnp_trt.models.teacher import resolve
+from pnp_trt.bundle.store import sha256, write_json
 from pnp_trt.models.networks import quiet_libraries
+from pnp_trt.models.teacher import resolve
 
 from . import autoencoder, train
 from .data import BASE_STYLES, pictures, split

@@ -26,14 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from pnp_trt.bundle.store import open_bundle, read_manifest, write_json
-from pnp_trt.backends.base import Bound, Description, Network, Size
+from pnp_trt.backends.base import Size
 from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
 from pnp_trt.build.builder import build
 from pnp_trt.build.parity import rounded_at_every_node
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.bundle.store import open_bundle, read_manifest, write_json
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden
+from pnp_trt.sampling.network import Bound, Description, Network
 
 from . import compare
 from .compare import Ranked

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from pnp_trt.bundle.store import sha256
 from pnp_trt.bench.metrics import fidelity
 from pnp_trt.bench.metrics.fidelity import AlignmentHead
+from pnp_trt.bundle.store import sha256
 
 
 def _git(*args: str) -> str | None:

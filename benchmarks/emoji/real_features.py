@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from pnp_trt.bundle.store import write_bytes
 from pnp_trt.assets import ROOT
 from pnp_trt.bench.metrics import fidelity
+from pnp_trt.bundle.store import write_bytes
 
 from .data import BASE_STYLES
 from .measures import real_pictures

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pnp_trt.bundle.store import digest, sha256, write_json
 from pnp_trt.bench.metrics import fidelity
 from pnp_trt.bench.metrics.fidelity import FeatureExtractor
+from pnp_trt.bundle.store import digest, sha256, write_json
 from pnp_trt.errors import InputError
-from pnp_trt.models.teacher import BaseModel
-from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.catalog import guide_folder
+from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student
+from pnp_trt.models.teacher import BaseModel
 from pnp_trt.processor import multiplies
 
 from .cells import BEST, FINE_TUNES, INTERVALS, STAGE2_STEPS, SWEEP, SWEEP_PICTURES, TEACHER, Cell

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .base import Size
-from .cuda import Cuda
 from ..errors import PnpError
 from ..sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Plan
+from .base import Size
+from .cuda import Cuda
 
 KERNELS = ("show", "update", "check", "to_bytes")
 _P, _I = ctypes.c_void_p, ctypes.c_int

@@ -19,8 +19,8 @@ def default_build(engine: str) -> list[str] | None:
 
     Known are BASE-teacher, BASE-tiny, and the stage 2 guides' BASE-tiny-8 and its like.
     """
-    from ..bundle.store import engines_home
     from ..assets import ROOT
+    from ..bundle.store import engines_home
     from ..models.teacher import bundled_bases
 
     for base in bundled_bases():

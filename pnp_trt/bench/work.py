@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.runs import RECORD, claim
 from ..bundle.store import digest, write_json
 from ..errors import InputError
 from ..io.files import is_temporary, remove_temporaries, whole_file
-from ..bundle.runs import RECORD, claim
 
 _PIECE = re.compile(r".+-[0-9a-f]{16}\.(json|npz)")
 

@@ -21,7 +21,7 @@ from ..bundle.golden_file import read_golden
 from ..bundle.onnx_file import check_graph
 from ..errors import InputError, PnpError
 from ..runtime.verify import FILE as GOLDEN
-from ..runtime.verify import difference
+from ..bundle.golden_file import difference
 from .parity import round_at_every_node
 
 #: share of the free memory that the outputs of one run may take, both graphs' together

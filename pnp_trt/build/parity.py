@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.verify import difference
+from ..bundle.golden_file import difference
 
 #: above this many weights one golden row is compared instead of two: attention on the CPU needs memory by the row
 LARGE = 200_000_000

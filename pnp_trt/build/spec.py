@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import backends
 from ..bundle.store import cached_sha256, digest, engines_home
-from ..backends.base import CompileOptions
+from ..bundle.compile_options import CompileOptions
 from ..errors import InputError
 from ..models.files import read_json, weight_files
 from ..models.scheduler import Noise, base_scheduler, check_distilled, check_samples, scheduler_record

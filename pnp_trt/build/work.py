@@ -142,7 +142,7 @@ class Work:
     def _modules(self) -> dict[str, Callable[[], Any]]:
         """What makes each network's module; calling it loads the weights."""
         from ..models.guides.condition import Condition
-        from .onnx_export import TextEncoder, VaeDecoder, VaeEncoder
+        from ..models.wrappers import TextEncoder, VaeDecoder, VaeEncoder
 
         size = self.plan.latent(self.plan.default)[1:]
         found: dict[str, Callable[[], Any]] = {

@@ -85,3 +85,15 @@ def _check(path: Path, name: str, array: np.ndarray, tensor: Tensor, rows: int) 
 
 def _name(text: str) -> str:
     return printable(text, limit=100)
+
+
+def difference(out: np.ndarray, reference: np.ndarray) -> float:
+    """‖out − reference‖ / ‖reference‖; NaN for another shape, and where either is not finite.
+
+    0 where both are nothing but zeros, as what an untrained guide makes of w is.
+    """
+    if out.shape != reference.shape:
+        return float("nan")
+    if not (out.any() or reference.any()):
+        return 0.0
+    return float(np.linalg.norm(out.astype(np.float64) - reference) / np.linalg.norm(reference.astype(np.float64)))

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..backends.base import CompileOptions
-from .profiles import MAX_BATCH, MAX_SIDE, Extent, Profile
 from ..errors import InputError
+from .compile_options import CompileOptions
 from .document import Value, check_bounds, check_sizes
+from .profiles import MAX_BATCH, MAX_SIDE, Extent, Profile
 
 SCHEMA = 2
 FILE = "manifest.json"

@@ -7,8 +7,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .manifest import (
+    Base,
+    FileRecord,
+    Given,
+    Guide,
+    ImageSize,
+    Latents,
+    Manifest,
+    NetworkRecord,
+    Parity,
+    PeakMemory,
+    Plugged,
+    Tokens,
+)
 from .profiles import Profile
-from .manifest import Base, FileRecord, Given, Guide, ImageSize, Latents, Manifest, NetworkRecord, Parity, PeakMemory, Plugged, Tokens
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .store import digest, write_json
 from ..errors import InputError
 from ..io.files import is_temporary, make_folder, remove_temporaries
 from ..io.replacing import shown
+from .store import digest, write_json
 
 RECORD = "run.json"
 

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .document import parse_file, read_regular
-from .manifest import FILE as MANIFEST
-from .manifest import SCHEMA, FileRecord, Manifest
-from .onnx_file import check_graph
 from ..errors import InputError, PnpError
 from ..io.files import lock as lock
 from ..io.files import whole_folder as whole_folder
 from ..io.files import write_bytes as write_bytes
 from ..io.files import write_text as write_text
 from ..io.text import printable
+from .document import parse_file, read_regular
+from .manifest import FILE as MANIFEST
+from .manifest import SCHEMA, FileRecord, Manifest
+from .onnx_file import check_graph
 
 _WORTH_REMEMBERING = 256 << 20
 #: keys whose absence is reported before the seal is compared

@@ -1,1 +1,5 @@
-""""""
+"""The command line: one module per command."""
+
+from .app import main
+
+__all__ = ["main"]

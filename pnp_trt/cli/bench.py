@@ -71,14 +71,16 @@ def bench(
 
     A run that is interrupted keeps what it finished beside the --json file; the same command with --resume goes on.
     """
-    from . import app as cli
-    from ..bundle.profiles import parse_size
-    from ..bench.compare import compare as comparison
     from ..bench import plan as plans
-    from ..bench.report import page as report
     from ..bench import results, run, suites
+    from ..bench.compare import compare as comparison
+    from ..bench.report import page as report
     from ..bench.report.image_grid import headline, write_grid
     from ..bench.work import Work
+    from ..bundle.profiles import parse_size
+    from .console import stdout_console
+    from .first_build import build_if_missing
+    from .progress import ProgressBar
 
     given = {
         "engines": tuple(engine or ()), "base": base, "only": only, "batches": tuple(batch or ()),
@@ -95,14 +97,14 @@ def bench(
     _check_outputs(json_file, html_file, grid_file, work)
     old = None if compare is None else results.read(compare)  # refused now, not after the measurement
     for name in plans.wanted_engines(plan):
-        cli._build_if_missing(name, quiet=False)
+        build_if_missing(name, quiet=False)
     if old is not None:
         comparison.check_base(old, {"settings": {"base": run.base_of(plan)}})
     if work is None and json_file is not None and plan.only != "cost":
         work = json_file.with_name(json_file.name + ".partial")
     with Work(work, run.identity(plan), resume) as kept:
         try:
-            with cli._Bar("bench", None) as bar:
+            with ProgressBar("bench", None) as bar:
                 document = run.run(
                     plan, command=sys.argv[1:], suite=None if suite is None else Path(suite).stem, progress=bar.note,
                     tell=lambda sentence: print(printable(f"bench: {sentence}"), file=sys.stderr), work=kept,
@@ -124,9 +126,9 @@ def bench(
         if html_file is not None:
             report.render_html(document, html_file)
         kept.done()
-    cli._console().print(report.render_terminal(document))
+    stdout_console().print(report.render_terminal(document))
     if old is not None:
-        cli._console().print(comparison.render_terminal(comparison.compare(old, document)))
+        stdout_console().print(comparison.render_terminal(comparison.compare(old, document)))
     for name, path in (("pictures:", grid_file), ("results: ", json_file), ("page:    ", html_file)):
         if path is not None:
             print(printable(f"{name} {path}"))

@@ -10,11 +10,6 @@ import typer
 from ..io.text import printable
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command()(calibrate)
-
-
 def calibrate(
     base: Annotated[str, typer.Option(help="As for build.")] = "emoji",
     guide: Annotated[str, typer.Option(help="As for build; 'none' observes classifier-free guidance.")] = "auto",
@@ -50,9 +45,11 @@ def calibrate(
     ] = False,
 ) -> None:
     """Watch the sampler, record every layer's range, and find which layers take INT8 at what cost."""
-    from .app import _Bar, _console, _need_torch
+    from .console import stdout_console
+    from .progress import ProgressBar
+    from .requirements import require_packages
 
-    _need_torch("calibrate")
+    require_packages("calibrate")
     from ..precision.int8.calibrate import CalibrationConfig
     from ..precision.int8.calibrate import calibrate as run
     from ..precision.int8.show import render
@@ -61,9 +58,9 @@ def calibrate(
         base, guide, prompts, out, pictures, batch, steps, w_min, w_max, tuple(layer) if layer else None, probes,
         limit, seed,
     )  # fmt: skip
-    with _Bar("calibrate", None) as bar:
+    with ProgressBar("calibrate", None) as bar:
         path, record = run(config, force=force, progress=bar.stages)
-    _console().print(render(record))
+    stdout_console().print(render(record))
     print(printable(f"record: {path}"))
     words = ["pnp-trt build", f"--base {base}", f"--guide {guide}", "--precision int8"]
     words += [f"--calibration {path}"] if out is not None else []

@@ -19,17 +19,17 @@ def compare(
     ] = False,
 ) -> None:
     """What changed between two runs of bench beyond the noise. `pnp-trt bench --compare OLD` runs and compares."""
-    from ..bench.compare import compare as module
     from ..bench import results
-    from .app import _console
+    from ..bench.compare import compare as module
     from ..io.files import check_writable_file
     from ..io.replacing import check_removable_file
+    from .console import stdout_console
 
     if json_file is not None:
         check_writable_file(json_file, "--json")
         check_removable_file(json_file, "pnp-trt/bench-compare/", "--json", "a comparison")
     found = module.compare_files(old, new)
-    _console().print(module.render_terminal(found))
+    stdout_console().print(module.render_terminal(found))
     if json_file is not None:
         results.write(found.as_dict(), json_file)
         print(printable(f"comparison: {json_file}"))

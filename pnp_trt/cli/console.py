@@ -18,3 +18,9 @@ class PlainTextConsole(Console):
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else printable(segment.text, keep="\n")
             yield segment if text == segment.text else Segment(text, segment.style, segment.control)
+
+
+def stdout_console() -> PlainTextConsole:
+    """Standard output; tables that go to a file or a log are not squeezed into eighty columns."""
+    console = PlainTextConsole(markup=False)
+    return console if console.is_terminal else PlainTextConsole(width=130, markup=False)

@@ -77,9 +77,10 @@ def guidance(
 
     Several processes or machines: accelerate launch -m pnp_trt distill guidance ...
     """
-    from .app import _Bar, _need_torch
+    from .progress import ProgressBar
+    from .requirements import require_packages
 
-    _need_torch("distill")
+    require_packages("distill")
     from ..distill.guidance import GuidanceConfig, distill
     from ..distill.states import StateConfig
     from ..distill.train import TrainConfig
@@ -98,7 +99,7 @@ def guidance(
             gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,
         ),
     )  # fmt: skip
-    with _Bar("distill", None) as bar:
+    with ProgressBar("distill", None) as bar:
         report = distill(config, resume=resume, progress=bar.stages)
     if not report:  # another process of several reports
         return
@@ -137,9 +138,10 @@ def steps_command(
     resume: Resume = False,
 ) -> None:
     """Stage 2: teach a guide to reach in half the sampling steps what it reached before, again and again."""
-    from .app import _Bar, _need_torch
+    from .progress import ProgressBar
+    from .requirements import require_packages
 
-    _need_torch("distill")
+    require_packages("distill")
     from ..distill.steps import StepsConfig, distill
     from ..distill.train import TrainConfig
 
@@ -150,7 +152,7 @@ def steps_command(
             gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,
         ),
     )  # fmt: skip
-    with _Bar("distill", None) as bar:
+    with ProgressBar("distill", None) as bar:
         reports = distill(config, resume=resume, progress=bar.stages)
     for report in reports:
         held = report["held_out"]

@@ -19,7 +19,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .console import stdout_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -424,3 +428,20 @@ def _gpu_names(driver: Any) -> list[str]:
 
 def _size(number: int) -> str:
     return f"{number / (1 << 30):.1f} GiB"
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is installed, what is missing for which command, and the command that mends it."""
+    from ..bundle.store import engines_home
+
+    checks = diagnose(engines_home())
+    if as_json:
+        import json
+
+        print(json.dumps(as_dict(checks), indent=2))
+    else:
+        stdout_console().print(render(checks))
+    if not ok(checks):
+        raise typer.Exit(1)

@@ -15,14 +15,6 @@ from ..io.text import printable, printable_json
 _MOST_WORKSPACE = 65_536
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the program."""
-    app.command()(build)
-    app.command()(inspect)
-    app.command("list")(list_engines)
-    app.command()(verify)
-
-
 def build(
     base: Annotated[
         str,
@@ -86,13 +78,14 @@ def build(
 ) -> None:
     """Fuse guide and U-Net into one graph, export the rest, check it against PyTorch, compile it, write a bundle."""
     from .. import backends
-    from ..backends.base import CompileOptions
-    from .app import _Bar, _need_torch
     from ..build.builder import build as run
     from ..build.spec import BuildSpec
+    from ..bundle.compile_options import CompileOptions
     from ..models.scheduler import Noise
+    from .progress import ProgressBar
+    from .requirements import require_packages
 
-    _need_torch("build")
+    require_packages("build")
     if workspace is not None and not workspace <= _MOST_WORKSPACE:  # infinity and NaN too
         raise InputError(f"--workspace is {workspace:g}; it must be between 0 and {_MOST_WORKSPACE:,} GiB")
     options = CompileOptions(
@@ -106,7 +99,7 @@ def build(
         base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration, image_to_image,
         unet_only, Noise(prediction_type, zero_terminal_snr),
     )  # fmt: skip
-    with _Bar(f"build {spec.folder().name}", None) as bar:
+    with ProgressBar(f"build {spec.folder().name}", None) as bar:
         built = run(spec, force=force, progress=bar.note)
     m = built.manifest
     size = sum(f.size for f in m.files.values()) / 2**20
@@ -139,7 +132,7 @@ def inspect(
     """What a bundle is made of, what it is for, and how exact it is; says so if it cannot run here."""
     from .. import backends
     from ..bundle.store import find_bundle, read_manifest
-    from .app import _console
+    from .console import stdout_console
     from .tables import render
 
     folder = find_bundle(engine)
@@ -152,7 +145,7 @@ def inspect(
         backends.get(manifest.backend).check(manifest)
     except InputError as e:
         problem = str(e)
-    _console().print(render(folder, manifest, problem))
+    stdout_console().print(render(folder, manifest, problem))
 
 
 def list_engines(
@@ -160,14 +153,14 @@ def list_engines(
 ) -> None:
     """The bundles in the engines' folder, with sizes."""
     from ..bundle.store import engines_home
-    from .app import _console
+    from .console import stdout_console
     from .tables import rows, table
 
     found = rows(engines_home())
     if as_json:
         print(printable_json(json.dumps(found, indent=2)))
     elif found:
-        _console().print(table(found))
+        stdout_console().print(table(found))
     else:
         print(f"no engine in {printable(engines_home())} yet; make one with: pnp-trt build")
 
@@ -182,8 +175,8 @@ def verify(
     worst: Annotated[int, typer.Option(min=1, help="With --layers, how many tensors of each network to show.")] = 8,
 ) -> None:
     """Run a bundle's engines here on its golden inputs and compare them with what PyTorch gave."""
-    from ..bundle.store import open_bundle
     from ..backends.base import LoadOptions
+    from ..bundle.store import open_bundle
     from ..runtime import verify as module
 
     bundle = open_bundle(engine)
@@ -206,19 +199,20 @@ def verify(
 
 def _verify_layers(bundle: Any, networks: list[str], worst: int) -> None:
     """Compare the bundle's graphs with themselves in float32, tensor by tensor; engines are not run."""
-    from .app import _Bar, _console
     from ..build import layers as module
+    from .console import stdout_console
+    from .progress import ProgressBar
     from .tables import layer_table
 
     graphs = module.graphs(bundle, networks)
     problems = []
     for name, (path, inputs) in graphs.items():
-        with _Bar(f"{name}: layers", None) as bar:
+        with ProgressBar(f"{name}: layers", None) as bar:
             found = module.layerwise(path, inputs, progress=bar.count)
         limit = bundle.manifest.networks[name].parity.limit
         verdict, problem = module.verdict(found, limit)
         print(printable(f"{name}: {verdict}"))
         problems += [f"the {name}: {verdict}"] if problem else []
-        _console().print(layer_table(module.worst(found, worst)))
+        stdout_console().print(layer_table(module.worst(found, worst)))
     if problems:
         raise PnpError(f"engine '{bundle.name}': {'; '.join(problems)}")

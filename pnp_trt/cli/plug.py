@@ -43,17 +43,18 @@ def plug(
 ) -> None:
     """Put a fine-tune's weights, LoRAs merged, into a built engine without exporting again; check against PyTorch."""
     from .. import backends
-    from .app import _Bar, _need_torch
-    from ..models.scheduler import Noise
     from ..build.swap.run import PlugSpec
     from ..build.swap.run import plug as run
     from ..io.text import printable
+    from ..models.scheduler import Noise
+    from .progress import ProgressBar
+    from .requirements import require_packages
 
-    _need_torch("plug")
+    require_packages("plug")
     spec = PlugSpec(
         engine, base, tuple(lora or ()), out, memory_check, unet_only, Noise(prediction_type, zero_terminal_snr)
     )
-    with _Bar(f"plug into {engine}", None) as bar:
+    with ProgressBar(f"plug into {engine}", None) as bar:
         plugged = run(spec, force=force, progress=bar.note)
     m = plugged.manifest
     made = "is up to date" if plugged.cached else f"plugged in {m.build_seconds:.1f} s"

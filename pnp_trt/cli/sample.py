@@ -7,12 +7,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ..errors import InputError, PnpError
 from ..io.files import make_folder
 from ..io.inputs import BYTE_ORDER_MARK, as_utf8, read_stdin_prompts
 from ..io.process import deferred
+from ..io.text import printable
+from .first_build import build_if_missing
+from .progress import ProgressBar
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Picture
@@ -114,3 +119,63 @@ class Files:
                 grid(rows, seeds, cell=max(cell, 64)), {"pictures": [p.parameters for p in pictures]}, self.grid
             )
             paths.append(self.grid)
+
+
+def sample(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(metavar="PROMPT...", help="What to draw; several are drawn as one batch; - reads a line each."),
+    ],
+    engine: Annotated[str, typer.Option(help="A bundle's name or folder.")] = "emoji-tiny",
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; default: what the guide was distilled for, or 20.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale w, 1 to 9.")] = 3.0,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt, where the engine takes one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures per prompt.")] = 1,
+    method: Annotated[str | None, typer.Option(help="guided, or on a bundle without guide: cfg, unguided.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels, where the engine has several; default its own.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="ddim, dpm++, euler or teacher; default: the teacher's own where it is one of these."),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Picture to begin with, where the engine has a VAE encoder.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --init: the share of the steps that are made; default 0.8.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    kind: Annotated[str, typer.Option("--format", help="png, webp (lossless) or jpeg.")] = "png",
+    metadata: Annotated[
+        str, typer.Option(help="embedded: parameters inside the pictures; json: in a file beside each, too.")
+    ] = "embedded",
+    grid: Annotated[Path | None, typer.Option(help="Write all pictures as one, a row a prompt, to this PNG.")] = None,
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths.")] = False,
+) -> None:
+    """Draw pictures; the parameters are stored in each. No file is ever overwritten."""
+    from ..bundle.profiles import parse_size
+    from ..runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
+
+    prompts = read_prompts(prompts)
+    files = Files(out, kind, metadata, grid)
+    files.check()
+    files.check_prompts(prompts)
+    asked = [p for p in prompts for _ in range(count)]
+    seeds = [seed + i for _ in prompts for i in range(count)]
+    check_request(asked, seeds, [guidance] * len(asked), DEFAULT_STEPS if steps is None else steps)
+    wanted = None if size is None else parse_size(size)
+    build_if_missing(engine, quiet)
+    pipeline = Pipeline.load(engine, provider=provider)
+    steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
+    with ProgressBar(f"{len(asked)} pictures, {steps} steps, w = {guidance:g}", None, quiet) as bar:
+        pictures = pipeline(
+            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
+            init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,
+        )  # fmt: skip
+    for path in files.write(pictures, prompts, count):
+        print(printable(path))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle.store import known_bundles, read_manifest
-from ..bundle.profiles import legal_sizes
 from ..bundle.manifest import Int8Record, Manifest, Plugged
+from ..bundle.profiles import legal_sizes
+from ..bundle.store import known_bundles, read_manifest
 from ..errors import InputError
 from ..io.text import printable
 

@@ -32,12 +32,13 @@ def visualize(
     out: Annotated[Path, typer.Option(help="Folder for the two PNGs and the JSON.")] = Path("visualize"),
 ) -> None:
     """Draw what a guide adds to the U-Net: its feature maps over steps and w, and how strong they are."""
-    from .app import _Bar, _need_torch
+    from .progress import ProgressBar
+    from .requirements import require_packages
 
-    _need_torch("visualize")
-    from .sample import read_prompts
+    require_packages("visualize")
     from ..visualize.run import Request
     from ..visualize.run import visualize as run
+    from .sample import read_prompts
 
     request = Request(
         guide,
@@ -50,7 +51,7 @@ def visualize(
         tuple(_words(layers or "")),
         out,
     )
-    with _Bar("visualize", None) as bar:
+    with ProgressBar("visualize", None) as bar:
         drawn = run(request, command=sys.argv[1:], progress=bar.note)
     for path in drawn.files:
         print(printable(path))

@@ -12,19 +12,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..bundle.runs import claim
 from ..bundle.store import digest, sha256, write_json
 from ..errors import InputError
 from ..io.files import check_writable_folder
 from ..io.inputs import shortened
 from ..models.guides import GUIDES, Guide
-from ..models.student import Student
-from ..bundle.runs import claim
-from .features import feature_error
 from ..models.prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
+from ..models.student import Student
+from .features import feature_error
+from .monitor import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
 from .run import Progress, TeacherModel, report_head, save_guide
 from .states import Latents, StateConfig, States, collect, split
 from .train import TrainConfig, make_accelerator, newest_step, train
-from .monitor import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
 W_DISTRIBUTIONS = ("uniform", "log-uniform")

@@ -16,10 +16,10 @@ import torch
 from .. import __version__
 from ..errors import InputError, PnpError
 from ..io.files import make_temporary_folder, whole_file
-from ..models.teacher import BaseModel, resolve
 from ..models.conditioning import Conditions, encode_prompts
-from ..models.scheduler import base_scheduler
 from ..models.prompts import warn_of_long_prompts
+from ..models.scheduler import base_scheduler
+from ..models.teacher import BaseModel, resolve
 
 #: called with (stage, done, in all, note)
 Progress = Callable[[str, int, int, str], None]

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bundle.runs import read_record
 from ..bundle.store import digest, write_json
 from ..errors import InputError, PnpError
 from ..io.files import make_folder, whole_file
 from ..models.conditioning import Conditions
 from ..models.student import both_passes
-from ..bundle.runs import read_record
 from ..sampling.schedules import alphas_cumprod
 
 KINDS = ("trajectory", "forward")

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..bundle.runs import claim, read_record
 from ..bundle.store import digest, sha256, write_json
 from ..errors import InputError, PnpError
 from ..io.files import check_writable_folder
 from ..io.json_schema import problem
+from ..models.catalog import guide_folder
 from ..models.conditioning import Conditions
 from ..models.guides.load import load_guide
-from ..models.catalog import guide_folder
-from ..models.student import Student
-from ..bundle.runs import claim, read_record
-from ..sampling.schedules import ddim, ddim_step
 from ..models.prompts import read_prompts
+from ..models.student import Student
+from ..sampling.schedules import ddim, ddim_step
+from .monitor import Board, PictureGrid, averaged, save_picture
 from .run import Progress, TeacherModel, guide_weights, report_head, save_guide
 from .states import read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
-from .monitor import Board, PictureGrid, averaged, save_picture
 
 WEIGHTINGS = ("landing", "none")
 HELD_OUT = 0.06

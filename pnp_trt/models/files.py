@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..io import inputs
 from ..bundle.store import cached_sha256, digest
 from ..errors import InputError
+from ..io import inputs
 from .safetensors_header import read_header
 
 if TYPE_CHECKING:

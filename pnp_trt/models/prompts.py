@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
+from ..io.image_files import SUFFIXES, ImageError, read_rgb
 from ..io.inputs import check_prompts, excerpt, is_folder, lines, parse_json, read_text, warn_of_syntax
 from ..io.json_schema import problem
-from ..io.image_files import SUFFIXES, ImageError, read_rgb
 
 if TYPE_CHECKING:
     import torch

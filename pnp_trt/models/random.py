@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle.store import digest
 from ..assets import ROOT as ASSETS
+from ..bundle.store import digest
 from ..errors import InputError
-from .teacher import PRESETS, BaseModel, random_unet_config
 from .networks import quiet_libraries
+from .teacher import PRESETS, BaseModel, random_unet_config
 
 #: changes when the same seed gives other weights
 RECIPE = 1

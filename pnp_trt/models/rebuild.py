@@ -88,9 +88,9 @@ def _part(name: str, config: dict[str, Any], description: Path) -> Any:
 
 
 def _networks() -> dict[str, Any]:
-    from ..build.onnx_export import TextEncoder, VaeDecoder, VaeEncoder
     from .guides.condition import Condition
     from .student import Student, Teacher
+    from .wrappers import TextEncoder, VaeDecoder, VaeEncoder
 
     return {c.__name__: c for c in (Student, Teacher, Condition, TextEncoder, VaeDecoder, VaeEncoder)}
 

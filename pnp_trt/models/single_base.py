@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.store import digest
 from ..assets import ROOT as ASSETS
-from .teacher import BaseModel
+from ..bundle.store import digest
 from .convert import check_fits, text_weights, unet_weights, vae_weights
 from .files import files_sha256
 from .networks import check_finite, load_network
 from .single_file import SingleFile, read_single_file
+from .teacher import BaseModel
 
 
 @dataclass

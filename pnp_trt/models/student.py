@@ -12,8 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .guides.condition import without_constant_parts
 from .guides import Features, Guide, GuideInput, check_fit
+from .guides.condition import without_constant_parts
 
 
 def encode(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle.store import cached_sha256, digest
 from ..assets import ROOT as ASSETS
+from ..bundle.store import cached_sha256, digest
 from ..errors import InputError
 from .configs import identity
 from .files import PICKLES, choose, files_sha256, read_json, stem_of, weight_files

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from .. import backends
-from ..bundle.store import Bundle, open_bundle, rebuild_advice
 from ..backends.base import LoadOptions, Size
-from ..bundle.profiles import legal_sizes
 from ..bundle.manifest import TOKENIZER
+from ..bundle.profiles import legal_sizes
+from ..bundle.store import Bundle, open_bundle, rebuild_advice
 from ..errors import InputError, PnpError
 from ..io.inputs import check_prompts, warn_of_syntax
 from ..sampling import methods as baselines
-from ..sampling.methods import BASELINES, Interval
 from ..sampling.device_loop import Feeds, Plan
-from .images import read_image
 from ..sampling.loop import Callback, HostLoop
+from ..sampling.methods import BASELINES, Interval
 from ..sampling.schedules import Schedule, make, resolve
+from .images import read_image
 from .tokenizer import Tokenizer
 
 STEPS = (1, 1000)

@@ -9,27 +9,16 @@ from typing import Any
 import numpy as np
 
 from .. import backends
-from ..bundle.store import Bundle
-from ..backends.base import Backend, LoadOptions, Network
-from ..bundle.profiles import size_of
-from ..bundle.golden_file import Golden, load_golden, read_golden
+from ..backends.base import Backend, LoadOptions
+from ..bundle.golden_file import Golden, difference, load_golden, read_golden
 from ..bundle.manifest import GOLDEN as FILE
 from ..bundle.manifest import NetworkRecord
+from ..bundle.profiles import size_of
+from ..bundle.store import Bundle
 from ..errors import PnpError
+from ..sampling.network import Network
 
 __all__ = ["FILE", "Golden", "compare", "difference", "gate", "load_golden", "save_golden", "verify"]
-
-
-def difference(out: np.ndarray, reference: np.ndarray) -> float:
-    """‖out − reference‖ / ‖reference‖; NaN for another shape, and where either is not finite.
-
-    0 where both are nothing but zeros, as what an untrained guide makes of w is.
-    """
-    if out.shape != reference.shape:
-        return float("nan")
-    if not (out.any() or reference.any()):
-        return 0.0
-    return float(np.linalg.norm(out.astype(np.float64) - reference) / np.linalg.norm(reference.astype(np.float64)))
 
 
 def save_golden(path: Path, golden: Golden) -> None:

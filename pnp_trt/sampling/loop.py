@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..backends.base import Bound
 from ..errors import Cancelled
+from .network import Bound
 from .table import Schedule
 
 #: called with (steps done, steps in all); False stops the work

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..backends.base import Bound, Network
 from ..errors import InputError
 from .loop import Callback, HostLoop
+from .network import Bound, Network
 from .noise_levels import Config, alphas_cumprod, training_steps
 from .table import Schedule
 

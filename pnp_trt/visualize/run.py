@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..bundle.provenance import as_text, provenance
 from ..bundle.store import digest, sha256
-from ..bench.results import as_text, provenance
-from ..models.prompts import warn_of_long_prompts
 from ..errors import InputError
 from ..io.files import check_writable_folder, make_folder
 from ..io.inputs import excerpt, shortened, warn_of_syntax
-from ..models.teacher import resolve
-from ..models.guides.load import load_guide
-from ..models.catalog import guide_folder
-from ..models.student import Student
 from ..io.process import deferred
+from ..models.catalog import guide_folder
+from ..models.guides.load import load_guide
+from ..models.prompts import warn_of_long_prompts
+from ..models.student import Student
+from ..models.teacher import resolve
 from ..runtime.images import encode_image, write_all_new
 from ..runtime.pipeline import check_request
 from .maps import draw_maps, shown_steps

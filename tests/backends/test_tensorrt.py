@@ -20,19 +20,20 @@ from torch import nn
 
 from benchmarks.realsize import record
 from pnp_trt import backends
-from pnp_trt.bundle import memory
-from pnp_trt.bundle.store import open_bundle
-from pnp_trt.backends.tensorrt import backend as module
-from pnp_trt.backends.base import CompileJob, CompileOptions, Profile
+from pnp_trt.backends.base import CompileJob, Profile
 from pnp_trt.backends.gpus import Gpu, present_gpus
+from pnp_trt.backends.tensorrt import backend as module
 from pnp_trt.backends.tensorrt.flavour import RTX
 from pnp_trt.backends.tensorrt.refit import refit_network
-from pnp_trt.errors import InputError, PnpError
 from pnp_trt.build.builder import build
 from pnp_trt.build.onnx_export import export
-from pnp_trt.precision.recipes import RECIPES, convert
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.build.swap.run import PlugSpec, plug
+from pnp_trt.bundle import memory
+from pnp_trt.bundle.compile_options import CompileOptions
+from pnp_trt.bundle.store import open_bundle
+from pnp_trt.errors import InputError, PnpError
+from pnp_trt.precision.recipes import RECIPES, convert
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import verify
 

@@ -18,16 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pnp_trt import backends
-from pnp_trt.bundle.store import open_bundle, read_manifest, sha256
 from pnp_trt.backends.base import LoadOptions
-from pnp_trt.errors import InputError, PnpError
 from pnp_trt.build import modules
 from pnp_trt.build.builder import build
-from pnp_trt.precision.recipes import convert, recipe
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.bundle.store import open_bundle, read_manifest, sha256
+from pnp_trt.errors import InputError, PnpError
 from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.rebuild import rebuild
 from pnp_trt.models.student import Student, Teacher
+from pnp_trt.precision.recipes import convert, recipe
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden, verify
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pnp_trt.backends.torch import graph as torch_graph
-from pnp_trt.errors import PnpError
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.errors import PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 
 PROMPTS = ["a cat", "a red house"]

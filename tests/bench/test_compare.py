@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pnp_trt.bench.compare import compare
 from pnp_trt.bench import results
+from pnp_trt.bench.compare import compare
 from pnp_trt.cli.app import app
 from pnp_trt.errors import InputError
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pnp_trt.bench.report import charts_bars, page as report, tables
 from pnp_trt.bench import results
+from pnp_trt.bench.measure.latency import BOUNDARY
+from pnp_trt.bench.report import charts_bars, tables
+from pnp_trt.bench.report import page as report
 from pnp_trt.bench.report.charts_fidelity import pareto_charts, scale_charts
 from pnp_trt.bench.report.fidelity_points import MEASURES, Point, compute_points, front, headline_w, latency_points
-from pnp_trt.bench.measure.latency import BOUNDARY
 from pnp_trt.bench.report.words import estimate, interval, three_digits
 
 from . import fake_document

@@ -11,8 +11,8 @@ from PIL import Image
 
 from benchmarks.emoji.runner import captions
 from pnp_trt.bench.metrics import fidelity
-from pnp_trt.bench.plan import PICTURES, PICTURES_UNJUDGED, Plan
 from pnp_trt.bench.metrics.tasks import FEATURES, JUDGE, find_real, make_task, read_features, real_features, real_key
+from pnp_trt.bench.plan import PICTURES, PICTURES_UNJUDGED, Plan
 from pnp_trt.errors import InputError
 
 

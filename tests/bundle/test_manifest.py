@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnp_trt.bundle.store import MANIFEST, find_bundle, open_bundle, read_manifest
 from pnp_trt.bundle.manifest import Manifest
+from pnp_trt.bundle.store import MANIFEST, find_bundle, open_bundle, read_manifest
 from pnp_trt.errors import InputError
 
 from ..bundles import document, reseal

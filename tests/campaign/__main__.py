@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows = list(_printed(run_all(zygote, cases, given.jobs), len(cases)))
         finally:
             zygote.stop()
-    from pnp_trt.bench.results import provenance
+    from pnp_trt.bundle.provenance import provenance
 
     command = ["python", "-m", "tests.campaign", *(arguments if arguments is not None else sys.argv[1:])]
     path = report.write(

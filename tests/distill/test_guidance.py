@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from pnp_trt.distill.guidance import GuidanceConfig, distill
-from pnp_trt.models.prompts import read_prompts
 from pnp_trt.distill.states import StateConfig
 from pnp_trt.distill.train import TrainConfig, train
 from pnp_trt.errors import InputError, PnpError
+from pnp_trt.models.prompts import read_prompts
 
 from ..conftest import Result
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pnp_trt.models.prompts import encode_pictures, find_pictures, warn_of_long_prompts
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import Latents, StateConfig, collect, size_in_bytes, split
 from pnp_trt.errors import InputError, PnpError
+from pnp_trt.models.prompts import encode_pictures, find_pictures, warn_of_long_prompts
 from pnp_trt.models.student import both_passes
 
 PROMPTS = ["a red apple", "a blue car", "the yellow house on a hill"]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pnp_trt.distill.guidance import GuidanceConfig, GuidanceObjective, distill, make_student
+from pnp_trt.distill.monitor import held_out_error
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import StateConfig, States, collect
 from pnp_trt.distill.train import TrainConfig, make_accelerator, training_attention
-from pnp_trt.distill.monitor import held_out_error
 from pnp_trt.errors import InputError
 from pnp_trt.models.guides import Guide
 

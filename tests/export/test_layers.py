@@ -17,13 +17,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx import save as save_onnx
 from torch import nn
 
-from pnp_trt.errors import InputError, PnpError
 from pnp_trt.build import layers
 from pnp_trt.build.builder import build
-from pnp_trt.build.onnx_export import export
 from pnp_trt.build.layers import first_not_finite, first_past, in_float32, layerwise, verdict, worst
-from pnp_trt.precision.recipes import convert, recipe
+from pnp_trt.build.onnx_export import export
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.errors import InputError, PnpError
+from pnp_trt.precision.recipes import convert, recipe
 
 from ..bundles import reseal
 from ..conftest import Result

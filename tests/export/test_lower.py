@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from pnp_trt.bundle.store import sha256
 from pnp_trt.build.onnx_export import export
-from pnp_trt.graph.lower import for_onnxruntime_cpu
 from pnp_trt.build.parity import relative_error
+from pnp_trt.bundle.store import sha256
+from pnp_trt.graph.lower import for_onnxruntime_cpu
 
 
 class Block(nn.Module):

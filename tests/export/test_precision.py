@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from pnp_trt.bundle.store import open_bundle, read_manifest
-from pnp_trt.errors import InputError
-from pnp_trt.precision import recipes as precision
 from pnp_trt.build.builder import build
 from pnp_trt.build.onnx_export import export
 from pnp_trt.build.parity import relative_error
-from pnp_trt.precision.recipes import RECIPES, Recipe, convert, reference
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.bundle.store import open_bundle, read_manifest
+from pnp_trt.errors import InputError
+from pnp_trt.precision import recipes as precision
+from pnp_trt.precision.recipes import RECIPES, Recipe, convert, reference
 from pnp_trt.runtime.pipeline import Pipeline
 
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pnp_trt.backends.onnxruntime.backend import OrtNetwork
-from pnp_trt.errors import PnpError
 from pnp_trt.build.onnx_export import export
-from pnp_trt.precision.recipes import RECIPES, convert
-from pnp_trt.precision.int8.qdq import matrix_layers, quantize_graph, quantize_weights
+from pnp_trt.errors import PnpError
 from pnp_trt.graph.weights import WeightMap, apply, check_complete, quantization_scale, quantize
+from pnp_trt.precision.int8.qdq import matrix_layers, quantize_graph, quantize_weights
 from pnp_trt.precision.int8.record import Choice
 from pnp_trt.precision.int8.simulate import quantised
+from pnp_trt.precision.recipes import RECIPES, convert
 
 CHOICES = {
     "unet.conv": Choice(3.0),

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pnp_trt.backends.onnxruntime.backend import OrtNetwork
-from pnp_trt.bundle.profiles import Profile
-from pnp_trt.errors import InputError
-from pnp_trt.build.onnx_export import VaeDecoder, export
-from pnp_trt.graph.lower import for_onnxruntime_cpu
+from pnp_trt.build.onnx_export import export
 from pnp_trt.build.parity import golden_inputs, relative_error
 from pnp_trt.build.sizes import OpenAxis, plan_sizes
-from pnp_trt.models.teacher import Sizes, resolve
+from pnp_trt.bundle.profiles import Profile
+from pnp_trt.errors import InputError
+from pnp_trt.graph.lower import for_onnxruntime_cpu
 from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.student import Student
+from pnp_trt.models.teacher import Sizes, resolve
+from pnp_trt.models.wrappers import VaeDecoder
 
 #: of Stable Diffusion 1.5
 SD15 = Sizes((4, 64, 64), 768, 49408, 8, 64)

@@ -14,9 +14,9 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from pnp_trt.errors import InputError
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.errors import InputError
 from pnp_trt.models.teacher import BaseModel, resolve
 from pnp_trt.models.tokenizer import copy_tokenizer
 from pnp_trt.runtime.tokenizer import Tokenizer

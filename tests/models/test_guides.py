@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pnp_trt.bench.measure.cost import count
 from pnp_trt.bench.measure.networks import networks
 from pnp_trt.errors import InputError
-from pnp_trt.models.teacher import random_unet_config
-from pnp_trt.models.guides.condition import Condition
 from pnp_trt.models.guides import GUIDES, FullGuide, Guide, GuideInput, TinyGuide
+from pnp_trt.models.guides.condition import Condition
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student, encode
+from pnp_trt.models.teacher import random_unet_config
 
 from .test_student import example, small_unet
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pnp_trt.assets import ROOT
-from pnp_trt.errors import InputError
 from pnp_trt.build.spec import distilled_under
+from pnp_trt.errors import InputError
 from pnp_trt.models.scheduler import Noise, check_distilled, check_samples, scheduler_record
 
 EMOJI: dict[str, Any] = json.loads((ROOT / "emoji" / "scheduler" / "scheduler_config.json").read_text())

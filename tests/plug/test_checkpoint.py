@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pnp_trt.build.swap.checkpoint import find
+from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.bundle.store import sha256
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.graph.weights import apply, invert
 from pnp_trt.models.files import weight_files
-from pnp_trt.build.swap.checkpoint import find
-from pnp_trt.build.swap.run import PlugSpec, plug
 
 from ..models.original import original_key
 

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pnp_trt.build.swap.lora import LayerNames, Lora, LoraWeights, architecture, load, merge
+from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import InputError
 from pnp_trt.models.teacher import resolve
-from pnp_trt.build.swap.lora import LayerNames, Lora, LoraWeights, architecture, load, merge
-from pnp_trt.build.swap.run import PlugSpec, plug
 
 from .lora_files import FORMATS, TEXT, TYPES, UNET, Pair, network_of, numbers, write
 

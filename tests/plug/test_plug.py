@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pnp_trt.bundle.store import list_files, open_bundle, read_manifest, sha256
-from pnp_trt.errors import InputError, PnpError
 from pnp_trt.build.builder import Built, build
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.build.swap.run import PlugSpec, plug
+from pnp_trt.bundle.store import list_files, open_bundle, read_manifest, sha256
+from pnp_trt.errors import InputError, PnpError
 from pnp_trt.graph.weights import apply
 from pnp_trt.models.teacher import resolve
-from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden, verify
 

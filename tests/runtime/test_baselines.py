@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pnp_trt.errors import Cancelled, InputError
+from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.sampling.methods import GUIDED_SIGMAS, default_interval, guided_steps
 from pnp_trt.sampling.noise_levels import alphas_cumprod
-from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.sampling.schedules import SCHEDULES, make
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}

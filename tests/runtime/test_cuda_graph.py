@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pnp_trt.backends import cuda_graph
 from pnp_trt.bundle.manifest import Tensor
 from pnp_trt.errors import Cancelled, PnpError
-from pnp_trt.backends import cuda_graph
-from pnp_trt.sampling.device_loop import DeviceLoops
 from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.sampling.device_loop import DeviceLoops
 
 from .. import fake_gpu
 from ..fake_gpu import SOURCE, Gpu

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnp_trt.backends.base import Bound
 from pnp_trt.errors import Cancelled
-from pnp_trt.sampling.loop import HostLoop
 from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.sampling.loop import HostLoop
+from pnp_trt.sampling.network import Bound
 from pnp_trt.sampling.schedules import SCHEDULES, Schedule, make
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}

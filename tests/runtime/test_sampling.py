@@ -108,7 +108,7 @@ def test_image_to_image_is_that_of_diffusers(
 def test_a_variational_encoder_gives_its_mean() -> None:
     from diffusers import AutoencoderKL
 
-    from pnp_trt.build.onnx_export import VaeEncoder
+    from pnp_trt.models.wrappers import VaeEncoder
 
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8, scaling_factor=0.18).eval()

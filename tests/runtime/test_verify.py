@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pnp_trt.bundle.profiles import Profile
+from pnp_trt.bundle.golden_file import difference
 from pnp_trt.bundle.manifest import NetworkParity, NetworkRecord
-from pnp_trt.runtime.verify import compare, difference
+from pnp_trt.bundle.profiles import Profile
+from pnp_trt.runtime.verify import compare
 
 
 class Doubler:

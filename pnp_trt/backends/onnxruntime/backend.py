@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
+from ...bundle.profiles import legal_sizes
 from ...errors import InputError, PnpError
 from ...io.text import printable
-from ..base import Backend, Bound, Compiled, CompileJob, CompileOptions, Description, LoadOptions, Network, Profile, Progress, Size
+from ...sampling.network import Bound, Description, Network
+from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress, Size
 from ..gpus import driver_present
-from ...bundle.profiles import legal_sizes
 
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...bundle import memory
-from ...bundle.store import cache_home, engines_home, rebuild_advice
+from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
+from ...bundle.store import cache_home, engines_home, rebuild_advice
 from ...errors import InputError, PnpError
-from ..base import Backend, Compiled, CompileJob, CompileOptions, LoadOptions, Network, Profile, Progress
+from ...sampling.network import Network
+from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress
 from ..gpus import Gpu, present_gpus
 from .flavour import RTX, TENSORRT, Flavour
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import memory
+from ...bundle.compile_options import CompileOptions
 from ...bundle.store import write_bytes
 from ...errors import PnpError
-from ..base import CompileOptions, Profile
+from ..base import Profile
 from .flavour import FLAVOURS, Flavour
 
 #: seconds between two reports

@@ -20,8 +20,8 @@ import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
+from ...bundle.compile_options import CompileOptions
 from ...errors import InputError, PnpError
-from ..base import CompileOptions
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.store import cache_home, digest, write_bytes
 from ...bundle.manifest import NetworkRecord
-from ...errors import InputError, PnpError
-from ..base import Bound, Description, Network, Size
-from ..cuda import Cuda
 from ...bundle.profiles import tightest
+from ...bundle.store import cache_home, digest, write_bytes
+from ...errors import InputError, PnpError
+from ...sampling.network import Bound, Description, Network
+from ..base import Size
+from ..cuda import Cuda
 from .facts import facts
 from .flavour import Flavour
 

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
-from ...errors import InputError, PnpError
-from ..base import Backend, Bound, Compiled, CompileJob, CompileOptions, Description, LoadOptions, Network, Progress
 from ...bundle.profiles import Size, legal_sizes
+from ...errors import InputError, PnpError
+from ...sampling.network import Bound, Description, Network
+from ..base import Backend, Compiled, CompileJob, LoadOptions, Progress
 
 if TYPE_CHECKING:
     from ...sampling.device_loop import DeviceLoops
@@ -110,9 +112,9 @@ class TorchNetwork(Network):
     def __init__(self, path: Path, entry: NetworkRecord, options: LoadOptions) -> None:
         import torch
 
-        from ...build.modules import emulated
-        from ...precision.recipes import convert, recipe
         from ...models.rebuild import rebuild
+        from ...precision.recipes import convert, recipe
+        from ...precision.wide_products import emulated
 
         self.path = path
         self.device = device(options.provider)
@@ -157,7 +159,7 @@ class TorchNetwork(Network):
     def _run(self, inputs: Mapping[str, Any]) -> Any:
         import torch
 
-        from ...build.modules import wide_products
+        from ...precision.wide_products import wide_products
 
         try:
             # wide_products sees no operations in inference_mode

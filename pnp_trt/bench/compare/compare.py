@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import InputError
 from .. import results
 from ..report.words import plural
-from ...errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -303,7 +303,7 @@ def summary(found: Comparison) -> str:
 
 def render_terminal(found: Comparison) -> RenderableType:
     """The comparison as one rich renderable: what differs around it, what changed, what stands in one alone."""
-    from .tables import comparison_tables
     from ..report.terminal import Tables
+    from .tables import comparison_tables
 
     return Tables(comparison_tables(found), [summary(found)])

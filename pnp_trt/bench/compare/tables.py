@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .compare import FLOOR, Change, Comparison
 from ..report.tables import Table
 from ..report.words import decimals_of, percent
+from .compare import FLOOR, Change, Comparison
 
 _NAMES = {
     "ratio_to_cfg": "of CFG's time", "p50_ms": "loop, ms", "p50_s": "cold start, s", "kid": "KID",

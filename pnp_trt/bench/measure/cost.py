@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
-
 from .published import published_rows as published_rows  # the paper's table is part of the cost
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...bundle.store import find_bundle, read_manifest
 from ...bundle.manifest import Manifest, NetworkRecord
+from ...bundle.store import find_bundle, read_manifest
 
 
 class Loaded(Protocol):

@@ -19,7 +19,6 @@ from typing import Any
 
 from ...errors import PnpError
 from ...io.process import run_child
-
 from .cases import Case
 
 BOUNDARY = (

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-
 from .cases import METHODS, Case, Pipeline
 from .meters import Meters
 

@@ -24,11 +24,11 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from ...models.teacher import random_unet_config, resolve
-    from ...models.guides.condition import Condition
     from ...models.guides import GUIDES, Features, GuideInput
+    from ...models.guides.condition import Condition
     from ...models.networks import quiet_libraries
     from ...models.student import encode
+    from ...models.teacher import random_unet_config, resolve
 
     quiet_libraries()
     folder: Path | None = None
@@ -103,7 +103,7 @@ def _picture_networks(folder: Path, sample: Any) -> dict[str, tuple[Any, dict[st
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from ...build.onnx_export import TextEncoder, VaeDecoder
+    from ...models.wrappers import TextEncoder, VaeDecoder
 
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True))
     config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, PnpError
-
 from .cases import Case
 
 EAGER, COMPILED, OPTIMUM = "diffusers", "diffusers-compile", "optimum-onnx"
@@ -77,8 +76,8 @@ def load(kind: str, base: str, *, threads: int | None = None, provider: str = "c
     """
     import torch
 
-    from ...models.teacher import resolve
     from ...models.networks import quiet_libraries
+    from ...models.teacher import resolve
 
     quiet_libraries()
     if threads:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-
 from .cases import Case
 
 #: of square matrix products; the best one counts
@@ -143,7 +142,7 @@ def measure_device(
 
         with_what = "numpy with its own threads, as the package onnx is not installed"
     macs, bandwidth = _peaks(product, np.float32, sides, bytes_, seconds, clock)
-    from ..results import provenance
+    from ...bundle.provenance import provenance
 
     return Device(str(provenance("")["cpu"]), macs, bandwidth, _how(with_what, "float32", sides, bytes_))
 

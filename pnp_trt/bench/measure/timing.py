@@ -9,14 +9,14 @@ from typing import Any
 from ...bundle.store import find_bundle
 from ...errors import PnpError
 from ...runtime.pipeline import Pipeline
+from ..metrics.tasks import PROMPTS, STYLES
+from ..plan import Plan
+from ..work import Work
 from . import coldstart, footprint, latency, peers, roofline
 from .cases import Case, cases_of
 from .energy import nvml_counter
 from .meters import Meters
 from .pace import Meter, Pace, trial
-from ..plan import Plan
-from ..metrics.tasks import PROMPTS, STYLES
-from ..work import Work
 
 #: prompts of the timed loop
 TIMED = [f"{p}, {STYLES[0]} style" for p in PROMPTS]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ...bundle.store import cached_sha256
-from .fidelity import EXTRACTOR_SHA256, AlignmentHead, Estimate
 from ..plan import Plan
+from .fidelity import EXTRACTOR_SHA256, AlignmentHead, Estimate
 from .tasks import JUDGE
 
 #: pictures of the trial for the estimate

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ...sampling.methods import INTERVAL, guided_steps
 from ...runtime.pipeline import Pipeline
-from . import fidelity
-from .extractors import Eyes
+from ...sampling.methods import INTERVAL, guided_steps
 from ..plan import Plan
 from ..results import encode_pictures
-from .tasks import Task, real_features, real_key
 from ..work import Work
+from . import fidelity
+from .extractors import Eyes
+from .tasks import Task, real_features, real_key
 
 #: in the order of the tables; ``cfg-two-passes`` draws what ``cfg`` draws
 METHODS = ("cfg", "guided", "unguided", INTERVAL, "cfg-fewer-steps")

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.store import digest, sha256
 from ...assets import ROOT
+from ...bundle.store import digest, sha256
 from ...errors import InputError
 from ...io.image_files import SUFFIXES, ImageError, read_rgb
 from ..plan import PICTURES, PICTURES_UNJUDGED, Plan

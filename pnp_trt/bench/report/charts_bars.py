@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ...visualize.figures import plain_text
 from .charts import INK, Chart, bars, colour, engine_names, label, pale_bar, svg, titled, write_at_ends
 from .tables import loops
 from .words import is_reference, percent, plural, three_digits, unit_of
-from ...visualize.figures import plain_text
 
 _DOTS = 120  # observations drawn per bar
 _REACH = 1.5  # the axis ends at this many times the longest bar: one stray observation would squeeze all bars

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ...visualize.figures import plain_text
 from .charts import FAINT, FONT, INK, PANEL, Chart, colour, figure, log_ticks, marker, svg, titled
 from .fidelity_points import Measure, Point, compute_points, front, headline_w, latency_points, measure_of, series
 from .words import plural, unit_of
-from ...visualize.figures import plain_text
 
 _LINES = ("-", "--", ":", "-.")
 #: Where a label may stand beside its point, best first: to the right or left, and how many half lines above it.

@@ -327,7 +327,7 @@ class _Work:
 
     def _module(self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path) -> tuple[Any, Any, str | None]:
         """A network as PyTorch runs it, the module whose weights are swapped, and where the guide came from."""
-        from ..onnx_export import TextEncoder, VaeDecoder, VaeEncoder
+        from ...models.wrappers import TextEncoder, VaeDecoder, VaeEncoder
         from ...models.student import Student, Teacher
         from .guides import guide_of
         from .lora import merge

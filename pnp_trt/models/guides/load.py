@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...errors import InputError
 from ...io.inputs import shortened
-from . import GUIDES, Guide
 from ..catalog import guide_config, guide_folder, guide_weights
 from ..networks import check_finite, load_network
+from . import GUIDES, Guide
 
 
 def load_guide(name: str) -> Guide:

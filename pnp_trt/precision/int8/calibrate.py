@@ -14,14 +14,14 @@ import torch
 
 from ... import __version__
 from ...bundle.store import digest, lock, write_text
-from ...models.prompts import read_prompts, warn_of_long_prompts
 from ...errors import InputError
 from ...io.files import check_writable_file, remove_temporaries_of
 from ...io.inputs import check_seed
-from ...models.teacher import resolve
-from ...models.conditioning import encode_prompts
-from ...models.student import Student, Teacher
 from ...io.replacing import check_removable_file
+from ...models.conditioning import encode_prompts
+from ...models.prompts import read_prompts, warn_of_long_prompts
+from ...models.student import Student, Teacher
+from ...models.teacher import resolve
 from .observe import Loop, Observer, candidates
 from .record import Layer, Record, default_path
 from .sweep import Probes, Sweep, latent_error

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...errors import InputError
+from ..noise_levels import Config, alphas_cumprod
+from ..table import COLUMNS, Schedule
 from .ddim import ddim, ddim_coefficients, ddim_step, spaced_timesteps
 from .dpm_solver import dpm_solver
 from .euler import euler
-from ..noise_levels import Config, alphas_cumprod
-from ..table import COLUMNS, Schedule
 
 __all__ = [
     "CLASSES",

@@ -5,9 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from ...errors import InputError
-from .ddim import within_training
-from ..noise_levels import PREDICTIONS, SPACINGS, Config, check_steps, choice, final_sigma, refuse, respaced, timesteps_of, training_sigmas, training_steps
+from ..noise_levels import (
+    PREDICTIONS,
+    SPACINGS,
+    Config,
+    check_steps,
+    choice,
+    final_sigma,
+    refuse,
+    respaced,
+    timesteps_of,
+    training_sigmas,
+    training_steps,
+)
 from ..table import Schedule, make_table
+from .ddim import within_training
 
 #: diffusers' names that come to the same: it takes the solver types of UniPC and DEIS for midpoint, and deis for dpm++
 SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "bh1": "midpoint", "bh2": "midpoint", "logrho": "midpoint"}

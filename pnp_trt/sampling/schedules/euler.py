@@ -5,9 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from ...errors import InputError
-from .ddim import within_training
-from ..noise_levels import PREDICTIONS, SPACINGS, Config, check_steps, choice, final_sigma, refuse, respaced, timesteps_of, training_sigmas, training_steps
+from ..noise_levels import (
+    PREDICTIONS,
+    SPACINGS,
+    Config,
+    check_steps,
+    choice,
+    final_sigma,
+    refuse,
+    respaced,
+    timesteps_of,
+    training_sigmas,
+    training_steps,
+)
 from ..table import Schedule, make_table
+from .ddim import within_training
 
 INTERPOLATIONS = ("linear", "log_linear")
 TIMESTEP_TYPES = ("discrete", "continuous")

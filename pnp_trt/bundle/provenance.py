@@ -1,0 +1,102 @@
+"""Where a measurement comes from: versions, processor, commit, command and date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import PnpError
+
+#: Packages whose versions are recorded where they are installed; looked up, never imported.
+PACKAGES = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnx",
+    "torch",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+def provenance(command: str | Sequence[str], *, device: str | None = None) -> dict[str, Any]:
+    """Who measured: versions, processor, cores, platform, UTC time, commit (None outside a checkout), command."""
+    commit, dirty = _commit()
+    return {
+        "command": command if isinstance(command, str) else shlex.join(command),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "uncommitted_changes": dirty,
+        "package": _version("pnp-trt") or "unknown",
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "device": device,
+        "platform": platform.platform(),
+    }
+
+
+def as_text(doc: Mapping[str, Any], target: Path) -> str:
+    """`doc` as JSON; `target` names the file in the PnpError for a value that JSON cannot hold."""
+    try:
+        return json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
+    except (TypeError, ValueError) as error:
+        raise PnpError(f"The results cannot be written to {target}: {error}; nothing was written.") from error
+
+
+def _plain(value: Any) -> Any:
+    """Numpy scalars and arrays, paths and tuples as JSON can hold them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this package runs from, and whether it has uncommitted changes."""
+    root = Path(__file__).resolve().parents[2]
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():  # installed: a repository further up would not be ours
+        return None, None
+    try:
+        head = _git(git, root, "rev-parse", "HEAD")
+        return head or None, bool(_git(git, root, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(git: str, root: Path, *arguments: str) -> str:
+    done = subprocess.run([git, "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

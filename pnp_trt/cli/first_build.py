@@ -1,0 +1,30 @@
+"""The bundled engines are built when a command first names them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from ..errors import PnpError
+from ..io import process
+from ..io.text import printable
+from . import state
+
+
+def build_if_missing(engine: str, quiet: bool) -> None:
+    """Build a bundled model's engine on first use, in a process of its own: this one never loads torch."""
+    from ..bench.engines import default_build
+    from ..bundle.store import engines_home
+
+    arguments = default_build(engine)
+    if arguments is None or (engines_home() / engine).is_dir():
+        return
+    if not quiet:
+        print(f"engine '{printable(engine)}' is not built yet; building it once (about a minute)", file=sys.stderr)
+    command = [sys.executable, "-m", "pnp_trt", *(["--debug"] if state.debug else []), "build", *arguments]
+    done = process.run_child(command, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise PnpError(
+            f"building engine '{engine}' failed (exit code {done.returncode}); "
+            f"run it alone: pnp-trt build {' '.join(arguments)}"
+        )

@@ -1,0 +1,75 @@
+"""Progress of a command on standard error."""
+
+from __future__ import annotations
+
+import sys
+
+from ..io.text import printable
+
+
+class ProgressBar:
+    """One progress line on standard error; silent when ``quiet`` or when nobody watches."""
+
+    def __init__(self, title: str, total: int | None, quiet: bool = False) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+        #: whether somebody sees it
+        self.watched = not self._progress.disable
+        self._plain = not quiet and not console.is_terminal
+        self._title = title = printable(title, limit=200)
+        self._task = self._progress.add_task(title, total=total)
+        self._last = ""
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str) -> None:
+        """A named stage begins; stages count one each."""
+        if self._last:
+            self._progress.advance(self._task)
+        self._last = name
+        self._progress.update(self._task, description=f"{self._title}: {printable(name)}")
+        if self._plain:
+            print(f"{self._title}: {printable(name)}", file=sys.stderr)
+
+    def count(self, done: int, total: int) -> None:
+        """Steps done and steps in all."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def note(self, text: str, done: int, total: int) -> None:
+        """Steps done, steps in all, and the current stage."""
+        text = printable(text)
+        self._progress.update(self._task, description=text, completed=done, total=total)
+        if self._plain and text != self._last:
+            print(text, file=sys.stderr)
+        self._last = text
+
+    def stages(self, name: str, done: int, total: int, note: str) -> None:
+        """Counted stages after each other; prints a line at each tenth where standard error is no terminal."""
+        name, note = printable(name), printable(note)
+        self._progress.update(self._task, description=f"{name} {note}", completed=done, total=total)
+        mark = f"{name} {10 * done // max(total, 1)}"
+        if self._plain and mark != self._last:
+            print(f"{name}: {done} of {total} {note}", file=sys.stderr)
+        self._last = mark

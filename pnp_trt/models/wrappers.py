@@ -1,0 +1,47 @@
+"""Modules with plain tensors as inputs and one tensor as output, in the form that is exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class TextEncoder(nn.Module):
+    """``input_ids [B, tokens]`` → last hidden state ``[B, tokens, D]``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.text_encoder = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids=input_ids).last_hidden_state
+
+
+class VaeDecoder(nn.Module):
+    """Latents as the U-Net leaves them ``[B, C, H, W]`` → pixels ``[B, 3, H·f, W·f]`` in [-1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return self.vae.decode(latents / self.vae.config.scaling_factor + shift, return_dict=False)[0]
+
+
+class VaeEncoder(nn.Module):
+    """Pixels ``[B, 3, H·f, W·f]`` in [-1, 1] → latents as the U-Net takes them ``[B, C, H, W]``.
+
+    Of a variational encoder the mean of its distribution, so that a picture has one latent.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        encoded = self.vae.encode(pixels)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * self.vae.config.scaling_factor

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pnp_trt.distill.monitor import Board
 from pnp_trt.distill.run import guide_weights, save_guide
 from pnp_trt.distill.states import StateConfig, _claim_cache, read_shards, write_shard
 from pnp_trt.distill.train import TrainConfig, newest_step, train
-from pnp_trt.distill.watch import Board
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.models.guides.load import load_guide
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, backends
-from ..bundle.store import MANIFEST, SCHEMA, digest, lock, read_manifest
 from ..backends.base import MAX_BATCH, Backend, Profile, Progress
 from ..bundle.manifest import Manifest
+from ..bundle.store import MANIFEST, SCHEMA, digest, lock, read_manifest
 from ..errors import InputError, PnpError
 from ..io.files import check_replaceable_folder, failure, is_temporary
+from ..io.replacing import check_removable_bundle
 from ..precision.int8.record import Record
 from ..precision.int8.record import find as find_record
-from ..io.replacing import check_removable_bundle
 from ..precision.recipes import Int8, Recipe
 from ..precision.recipes import recipe as find_recipe
 from .sizes import plan_sizes

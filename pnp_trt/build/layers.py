@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from ..bundle import memory
-from ..bundle.store import Bundle
-from ..bundle.golden_file import read_golden
+from ..bundle.golden_file import difference, read_golden
 from ..bundle.onnx_file import check_graph
+from ..bundle.store import Bundle
 from ..errors import InputError, PnpError
 from ..runtime.verify import FILE as GOLDEN
-from ..bundle.golden_file import difference
 from .parity import round_at_every_node
 
 #: share of the free memory that the outputs of one run may take, both graphs' together

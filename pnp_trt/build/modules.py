@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import processor
-from ..bundle.store import write_json
-from ..models.rebuild import describe
 from ..bundle.golden_file import difference
-from ..precision.recipes import cast
+from ..bundle.store import write_json
 from ..graph.weights import WeightMap
+from ..models.rebuild import describe
 from ..precision.wide_products import emulated, wide_products
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor, nn
 
 
@@ -61,9 +58,3 @@ def relative_error(module: nn.Module, inputs: dict[str, Tensor], reference: np.n
 
     with torch.no_grad(), wide_products() if emulated(module) else contextlib.nullcontext():
         return difference(module(**inputs).float().numpy(), reference)
-
-
-
-
-
-

@@ -49,11 +49,11 @@ class NetworkExport:
         self, name: str, make: Callable[[], Any], cases: dict[Size, dict[str, Any]], work: Path
     ) -> tuple[NetworkRecord, dict[str, tuple[dict[str, Any], Any]], dict[str, Any]]:
         """One network written: its record, not compiled yet, its golden inputs and outputs, and its weights' map."""
+        from ..graph.weights import check_complete
+        from ..precision.recipes import convert, reference
         from . import modules
         from .onnx_export import export
         from .parity import LARGE, relative_error
-        from ..precision.recipes import convert, reference
-        from ..graph.weights import check_complete
 
         path = work / f"{name}.onnx"
         module = make()

@@ -13,16 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sizes import OpenAxis
 from ..graph.weights import WeightMap, hide, restore, save_with_weights
+from .sizes import OpenAxis
 
 OPSET = 23
-
-
-
-
-
-
 
 
 def export(

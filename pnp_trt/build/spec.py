@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import backends
-from ..bundle.store import cached_sha256, digest, engines_home
 from ..bundle.compile_options import CompileOptions
+from ..bundle.store import cached_sha256, digest, engines_home
 from ..errors import InputError
 from ..models.files import read_json, weight_files
 from ..models.scheduler import Noise, base_scheduler, check_distilled, check_samples, scheduler_record
@@ -55,8 +55,8 @@ class BuildSpec:
         Raises:
             InputError: if there is none, or a part of a single file would not be used.
         """
-        from ..models.teacher import resolve
         from ..models.single_base import SingleFileBase
+        from ..models.teacher import resolve
 
         base = resolve(self.base)
         if isinstance(base, SingleFileBase):
@@ -115,8 +115,8 @@ def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
     """
     if spec.guide == "none":
         return None
-    from ..models.teacher import resolve
     from ..models.catalog import guide_config, guide_folder
+    from ..models.teacher import resolve
 
     if (made := resolve(spec.base).random_guide(spec.guide)) is not None:
         return made

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..bundle import memory
-from ..bundle.store import list_files, whole_folder, write_json, write_manifest
 from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
+from ..bundle import memory
 from ..bundle.manifest import Base, Compiled, Given, Guide, ImageSize, Latents, Manifest, NetworkRecord, Tokens
 from ..bundle.parts import Made, Parts, assemble
-from ..precision.int8.record import Record
+from ..bundle.store import list_files, whole_folder, write_json, write_manifest
 from ..io.replacing import check_removable_bundle
-from .network import NetworkExport
+from ..precision.int8.record import Record
 from ..precision.recipes import Recipe
+from .network import NetworkExport
 from .sizes import SizePlan
 from .spec import BuildSpec, guide_name
 
@@ -52,12 +52,12 @@ class Work:
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
         import torch
 
+        from ..graph.weights import FILE as WEIGHTS
+        from ..graph.weights import SCHEMA as WEIGHTS_SCHEMA
         from ..models.tokenizer import copy_tokenizer
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import save_golden
         from .parity import golden_inputs
-        from ..graph.weights import FILE as WEIGHTS
-        from ..graph.weights import SCHEMA as WEIGHTS_SCHEMA
 
         started = time.monotonic()
         modules = self._modules()
@@ -215,8 +215,8 @@ class Work:
     def _configs(self) -> dict[str, dict[str, Any]]:
         found = {n: self.base.config(n) for n in ("unet", "text_encoder", "vae")}
         if self._guided and self.base.random_guide(self.spec.guide) is None:
-            from ..models.files import read_json
             from ..models.catalog import guide_folder
+            from ..models.files import read_json
 
             found["guide"] = read_json(guide_folder(guide_name(self.spec)) / "config.json")
         return found

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
-from ...models.teacher import BaseModel, resolve
 from ...models.configs import check_same_network, check_same_text
 from ...models.convert import check_fits, text_weights, unet_weights, vae_weights
 from ...models.files import files_sha256, read_json, read_weights, weight_files
@@ -21,6 +20,7 @@ from ...models.folders import check_unet
 from ...models.networks import quiet_libraries
 from ...models.scheduler import Noise, base_scheduler, scheduler_record
 from ...models.single_file import SingleFile, read_single_file
+from ...models.teacher import BaseModel, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor

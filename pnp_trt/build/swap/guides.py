@@ -8,8 +8,8 @@ from typing import Any
 
 from ...bundle.manifest import Manifest
 from ...errors import InputError, PnpError
-from ..spec import BuildSpec, guide_identity, guide_name
 from ...graph.weights import invert
+from ..spec import BuildSpec, guide_identity, guide_name
 from .rewrite import places
 
 
@@ -39,8 +39,8 @@ def guide_of(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any
 
 
 def _from_files(spec: BuildSpec, unet: Any) -> Any:
-    from ...models.teacher import resolve
     from ...models.guides.load import load_guide
+    from ...models.teacher import resolve
 
     base = resolve(spec.base)
     if base.random_guide(spec.guide) is not None:
@@ -52,8 +52,8 @@ def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, 
     import numpy as np
     import torch
 
-    from ...models.guides.condition import without_constant_parts
     from ...models.guides import GUIDES
+    from ...models.guides.condition import without_constant_parts
 
     assert manifest.guide is not None and manifest.configs is not None, "an engine that is plugged has both"
     name, config = manifest.guide.name, manifest.configs.get("guide")

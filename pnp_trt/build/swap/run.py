@@ -21,24 +21,36 @@ from typing import Any
 import numpy as np
 
 from ... import __version__, backends
-from ...bundle import memory
-from ...bundle.store import SCHEMA, check_place, digest, engines_home, find_bundle, lock, read_manifest, rebuild_advice, sha256, whole_folder, write_manifest
 from ...backends.base import CompileJob, Progress
+from ...bundle import memory
 from ...bundle.golden_file import read_golden
 from ...bundle.manifest import WEIGHTS, Base, Compiled, FileRecord, LoraRecord, Manifest, NetworkRecord, Plugged, Tokens
 from ...bundle.onnx_file import check_graph
 from ...bundle.parts import Made, Parts, assemble
+from ...bundle.store import (
+    SCHEMA,
+    check_place,
+    digest,
+    engines_home,
+    find_bundle,
+    lock,
+    read_manifest,
+    rebuild_advice,
+    sha256,
+    whole_folder,
+    write_manifest,
+)
 from ...bundle.weights_file import read_weights
 from ...errors import InputError, PnpError
+from ...io.files import check_replaceable_folder, failure
+from ...io.replacing import check_removable_bundle
+from ...io.text import printable
+from ...models.scheduler import Noise, check_distilled, check_samples
+from ...models.teacher import is_hub_id
+from ...runtime.verify import Golden
 from ..builder import Built, check_before_work, standing
 from ..spec import short_name
 from ..work import TITLES, engine_parity, library_versions
-from ...io.files import check_replaceable_folder, failure
-from ...models.teacher import is_hub_id
-from ...models.scheduler import Noise, check_distilled, check_samples
-from ...io.replacing import check_removable_bundle
-from ...runtime.verify import Golden
-from ...io.text import printable
 from .checkpoint import FineTune, find
 from .lora import Lora
 
@@ -327,8 +339,8 @@ class _Work:
 
     def _module(self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path) -> tuple[Any, Any, str | None]:
         """A network as PyTorch runs it, the module whose weights are swapped, and where the guide came from."""
-        from ...models.wrappers import TextEncoder, VaeDecoder, VaeEncoder
         from ...models.student import Student, Teacher
+        from ...models.wrappers import TextEncoder, VaeDecoder, VaeEncoder
         from .guides import guide_of
         from .lora import merge
 
@@ -377,8 +389,8 @@ class _Work:
         """
         import torch
 
-        from ..parity import relative_error
         from ...precision.recipes import reference
+        from ..parity import relative_error
         from .rewrite import check_keys, rewrite
 
         self._report(f"swap {TITLES[name]}", stages)

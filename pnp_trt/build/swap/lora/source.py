@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....bundle.store import cached_sha256
 from ....assets import ROOT as ASSETS
+from ....bundle.store import cached_sha256
 from ....errors import InputError
 from ....models.safetensors_header import read_header
 

@@ -71,7 +71,7 @@ class PlugSpec:
 
     Attributes:
         engine: a bundle's name or folder.
-        base: the fine-tune, see ``pnp_trt.build.swap.checkpoint.find``; None stays with the engine's own base, for LoRAs.
+        base: the fine-tune, see ``build.swap.checkpoint.find``; None stays with the engine's own base, for LoRAs.
         loras: ``FILE`` or ``FILE:scale`` each, merged in this order.
         out: the new bundle's folder; None derives a name from the rest under ``engines_home()``.
         check_memory: refuse to compile where the host's memory will not do.

@@ -24,10 +24,11 @@ from pnp_trt.bench.measure.cost import count
 from pnp_trt.bench.measure.networks import guide_size
 from pnp_trt.bundle.provenance import provenance
 from pnp_trt.bundle.store import write_json
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student
-from pnp_trt.models.teacher import random_unet_config, resolve
+from pnp_trt.models.teacher import random_unet_config
 
 SCHEMA = "pnp-trt/constant-parts/1"
 RESULTS = Path(__file__).parent / "results"

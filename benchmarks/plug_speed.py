@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 SAVE = """
 import sys
 from safetensors.torch import save_file
-from pnp_trt.models.teacher import resolve
+from pnp_trt.models.bases import resolve
 save_file({k: v.contiguous() for k, v in resolve(sys.argv[1]).unet().state_dict().items()}, sys.argv[2])
 """
 

@@ -129,8 +129,8 @@ def make_micro_guide(base: Path, folder: Path) -> Path:
     """A guide for the micro teacher in ``base``, whose residuals are not zero."""
     import torch
 
+    from pnp_trt.models.bases import resolve
     from pnp_trt.models.guides import TinyGuide
-    from pnp_trt.models.teacher import resolve
 
     torch.manual_seed(1)  # before the guide draws its own weights: they must not depend on which tests ran first
     guide = TinyGuide.from_unet(resolve(str(base)).unet(), rank=4, embed_dim=8)

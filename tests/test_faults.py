@@ -36,7 +36,7 @@ import os, sys, json
 from pathlib import Path
 import pnp_trt.build.onnx_export, pnp_trt.build.parity, pnp_trt.graph.weights, pnp_trt.models.student, diffusers
 import onnxruntime, onnxscript.optimizer, onnxscript.rewriter, transformers
-from pnp_trt.models.teacher import resolve
+from pnp_trt.models.bases import resolve
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
 resolve(sys.argv[1]).unet(), resolve(sys.argv[1]).text_encoder(), resolve(sys.argv[1]).vae()

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.conditioning import encode_prompts
 from pnp_trt.models.guides import FullGuide, GuideInput, TinyGuide
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student, encode
-from pnp_trt.models.teacher import resolve
 from pnp_trt.sampling.schedules import ddim
 from pnp_trt.visualize.record import high_frequency_share, record, white_noise_share
 from pnp_trt.visualize.run import Request, visualize

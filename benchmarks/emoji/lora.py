@@ -19,8 +19,8 @@ import torch
 
 from pnp_trt.assets import ROOT as ASSETS
 from pnp_trt.bundle.store import sha256, write_json
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.networks import quiet_libraries
-from pnp_trt.models.teacher import resolve
 
 from . import autoencoder, train
 from .data import BASE_STYLES, pictures, split

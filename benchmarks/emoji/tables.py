@@ -24,8 +24,9 @@ from pnp_trt.bench.measure.networks import networks
 from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
 from pnp_trt.bundle.store import write_json
 from pnp_trt.errors import InputError
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.student import Student
-from pnp_trt.models.teacher import BaseModel, resolve
+from pnp_trt.models.teacher import BaseModel
 
 from . import compare
 from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, SCALES, TEACHER, Cell, all_cells, spared

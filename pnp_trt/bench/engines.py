@@ -21,7 +21,7 @@ def default_build(engine: str) -> list[str] | None:
     """
     from ..assets import ROOT
     from ..bundle.store import engines_home
-    from ..models.teacher import bundled_bases
+    from ..models.catalog import bundled_bases
 
     for base in bundled_bases():
         for name, guide in zip(engine_names(base), ("none", "auto"), strict=True):
@@ -56,6 +56,6 @@ def counted_guide(manifest: Manifest) -> str | None:
 
 
 def _bundled() -> list[str]:
-    from ..models.teacher import bundled_bases
+    from ..models.catalog import bundled_bases
 
     return bundled_bases()

@@ -19,12 +19,13 @@ from ..bundle.store import MANIFEST, SCHEMA, digest, lock, read_manifest
 from ..errors import InputError, PnpError
 from ..io.files import check_replaceable_folder, failure, is_temporary
 from ..io.replacing import check_removable_bundle
+from ..models.identity import guide_identity
 from ..precision.int8.record import Record
 from ..precision.int8.record import find as find_record
 from ..precision.recipes import Int8, Recipe
 from ..precision.recipes import recipe as find_recipe
 from .sizes import plan_sizes
-from .spec import BuildSpec, build_scheduler, guide_identity
+from .spec import BuildSpec, build_scheduler
 from .work import Work
 
 
@@ -53,7 +54,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     backend = backends.get(spec.backend)
     recipe, target, profiles = _checked(spec, backend)
     base = spec.base_model()
-    guide = guide_identity(spec)
+    guide = guide_identity(spec.base, spec.guide)
     scheduler = build_scheduler(spec, base)
     record = _record(spec, recipe, base.fingerprint()["all"], guide)
     plan = plan_sizes(profiles, base.sizes())

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from .. import backends
 from ..bundle.compile_options import CompileOptions
-from ..bundle.store import cached_sha256, digest, engines_home
+from ..bundle.store import engines_home
 from ..errors import InputError
-from ..models.files import read_json, weight_files
-from ..models.scheduler import Noise, base_scheduler, check_distilled, check_samples, scheduler_record
+from ..models.files import read_json
+from ..models.identity import guide_name
+from ..models.noise import Noise
+from ..models.scheduler import base_scheduler, check_distilled, check_samples, scheduler_record
 
 if TYPE_CHECKING:
     from ..models.teacher import BaseModel
@@ -23,7 +25,7 @@ class BuildSpec:
     """What to build.
 
     Attributes:
-        base: a base model's name, see ``pnp_trt.models.teacher.resolve``.
+        base: a base model's name, see ``pnp_trt.models.bases.resolve``.
         guide: a guide's name or folder; ``none`` builds the plain teacher; ``auto`` takes the bundled one that fits.
         out: the bundle's folder; None derives a name from the rest under ``engines_home()``.
         target: GPU to compile for; None takes the backend's default.
@@ -55,8 +57,8 @@ class BuildSpec:
         Raises:
             InputError: if there is none, or a part of a single file would not be used.
         """
+        from ..models.bases import resolve
         from ..models.single_base import SingleFileBase
-        from ..models.teacher import resolve
 
         base = resolve(self.base)
         if isinstance(base, SingleFileBase):
@@ -107,36 +109,6 @@ def short_name(base: str) -> str:
     return Path(base).stem if base.endswith(".safetensors") else Path(base).name.replace(":", "-").replace("#", "-")
 
 
-def guide_identity(spec: BuildSpec) -> dict[str, Any] | None:
-    """What identifies the guide: name, hash of config and weights, and what a sampler has to know of it; None without.
-
-    Raises:
-        InputError: if there is no such guide.
-    """
-    if spec.guide == "none":
-        return None
-    from ..models.catalog import guide_config, guide_folder
-    from ..models.teacher import resolve
-
-    if (made := resolve(spec.base).random_guide(spec.guide)) is not None:
-        return made
-    folder = guide_folder(guide_name(spec))
-    files = [*weight_files(folder), folder / "config.json"]
-    config = guide_config(folder)
-    return {
-        "name": folder.name,
-        "sha256": digest([cached_sha256(f) for f in files]),
-        # the sampler has to know both: whether there is one more input, and the only step count it was distilled for
-        "negative_prompts": bool(config.get("negative_prompts")),
-        "sampling_steps": config.get("sampling_steps"),
-    }
-
-
-def guide_name(spec: BuildSpec) -> str:
-    """The guide that a build takes, ``auto`` resolved."""
-    return "emoji-tiny" if spec.guide == "auto" else spec.guide
-
-
 def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
     """The scheduler record of a build, which can be sampled from and is what the guide was distilled under.
 
@@ -150,7 +122,7 @@ def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
     if spec.guide == "none" or base.random_guide(spec.guide) is not None:
         check_samples(record, spec.base)
         return record
-    folder = guide_folder(guide_name(spec))
+    folder = guide_folder(guide_name(spec.guide))
     steps = guide_config(folder).get("sampling_steps")
     check_samples(record, spec.base, steps)
     if (guide := distilled_under(folder)) is not None:
@@ -163,7 +135,8 @@ def distilled_under(folder: Path) -> dict[str, Any] | None:
 
     It is what ``distill.json`` records, or else the scheduler of the base that it names, where that is on this machine.
     """
-    from ..models.teacher import bundled_bases, resolve
+    from ..models.bases import resolve
+    from ..models.catalog import bundled_bases
 
     try:
         report = read_json(folder / "distill.json")

@@ -18,11 +18,12 @@ from ..bundle.manifest import Base, Compiled, Given, Guide, ImageSize, Latents, 
 from ..bundle.parts import Made, Parts, assemble
 from ..bundle.store import list_files, whole_folder, write_json, write_manifest
 from ..io.replacing import check_removable_bundle
+from ..models.identity import guide_name
 from ..precision.int8.record import Record
 from ..precision.recipes import Recipe
 from .network import NetworkExport
 from .sizes import SizePlan
-from .spec import BuildSpec, guide_name
+from .spec import BuildSpec
 
 #: distributions that a manifest remembers, for the reader alone
 _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
@@ -169,7 +170,7 @@ class Work:
         from ..models.guides.load import load_guide
 
         if self.base.guide_class(self.spec.guide) is None:
-            return load_guide(guide_name(self.spec))
+            return load_guide(guide_name(self.spec.guide))
         return self.base.make_guide(self.spec.guide, self.base.unet() if unet is None else unet)
 
     @property
@@ -182,7 +183,7 @@ class Work:
 
         if not self._guided or self.plan.open_axes:
             return False
-        kind = self.base.guide_class(self.spec.guide) or guide_class(guide_name(self.spec))
+        kind = self.base.guide_class(self.spec.guide) or guide_class(guide_name(self.spec.guide))
         return bool(kind.constant_parts)
 
     def _compile(self, name: str, record: NetworkRecord, work: Path, at: tuple[int, int]) -> NetworkRecord:
@@ -218,7 +219,7 @@ class Work:
             from ..models.catalog import guide_folder
             from ..models.files import read_json
 
-            found["guide"] = read_json(guide_folder(guide_name(self.spec)) / "config.json")
+            found["guide"] = read_json(guide_folder(guide_name(self.spec.guide)) / "config.json")
         return found
 
 

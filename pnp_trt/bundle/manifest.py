@@ -134,7 +134,7 @@ class Guide:
 
     @classmethod
     def of(cls, identity: Mapping[str, Any] | None) -> Guide | None:
-        """From what identifies a guide (``export.spec.guide_identity``)."""
+        """From what identifies a guide (``models.identity.guide_identity``)."""
         return None if identity is None else cls(**identity)
 
     def to_json(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def build(
     from ..build.builder import build as run
     from ..build.spec import BuildSpec
     from ..bundle.compile_options import CompileOptions
-    from ..models.scheduler import Noise
+    from ..models.noise import Noise
     from .progress import ProgressBar
     from .requirements import require_packages
 

@@ -46,7 +46,7 @@ def plug(
     from ..build.swap.run import PlugSpec
     from ..build.swap.run import plug as run
     from ..io.text import printable
-    from ..models.scheduler import Noise
+    from ..models.noise import Noise
     from .progress import ProgressBar
     from .requirements import require_packages
 

@@ -16,10 +16,11 @@ import torch
 from .. import __version__
 from ..errors import InputError, PnpError
 from ..io.files import make_temporary_folder, whole_file
+from ..models.bases import resolve
 from ..models.conditioning import Conditions, encode_prompts
 from ..models.prompts import warn_of_long_prompts
 from ..models.scheduler import base_scheduler
-from ..models.teacher import BaseModel, resolve
+from ..models.teacher import BaseModel
 
 #: called with (stage, done, in all, note)
 Progress = Callable[[str, int, int, str], None]

@@ -24,13 +24,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import InputError, PnpError
+from .os_errors import FULL_DISK, advice, reason
 from .process import deferred
 
 #: bytes in the longest file name that common file systems take
 _LONGEST_NAME = 255
 #: ``.NAME.partial-XXXXXXXX``, and the names that earlier versions left behind
 _TEMPORARY = re.compile(r"\.(.+\.partial-[a-z0-9_]{8}|(run|states)\.json\.[a-z0-9_]{8}|pictures\.png\.part)", re.DOTALL)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: seconds of waiting for another process before the user is told
 _PATIENCE = 1.0
 
@@ -55,21 +55,10 @@ def remove_temporaries_of(target: Path) -> None:
             _remove(path)
 
 
-def reason(error: OSError) -> str:
-    """What the system said, with the file if it is known."""
-    said = error.strerror or str(error)
-    return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, str | bytes) else said
-
-
 def failure(folder: Path, error: OSError) -> str:
     """The sentence for a folder that could not be made whole."""
-    hint = "free some space" if error.errno in _FULL else "check the file named"
+    hint = "free some space" if error.errno in FULL_DISK else "check the file named"
     return f"{folder} could not be made ({reason(error)}); nothing was written; {hint}, or choose another --out"
-
-
-def advice(error: OSError, otherwise: str = "name another place") -> str:
-    """What to do about an error of the file system."""
-    return "free some space" if error.errno in _FULL else otherwise
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -266,7 +255,7 @@ def _told(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        hint = "; free some space" if e.errno in _FULL else ""
+        hint = "; free some space" if e.errno in FULL_DISK else ""
         raise PnpError(
             f"{target} could not be written ({e.strerror or e}); what was there before is untouched{hint}."
         ) from e

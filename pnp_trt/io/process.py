@@ -97,7 +97,7 @@ def run(command: Callable[[], None]) -> None:
             print(f"pnp-trt: {_WORDS[number.name]}", file=sys.stderr)
             raise SystemExit(128 + number) from None
         except OSError as e:
-            from .files import advice, reason
+            from .os_errors import advice, reason
 
             lines = reason(e).splitlines() or [type(e).__name__]
             raise PnpError(f"{lines[0]}; {advice(e, 'check that it exists and that you may use it')}") from e

@@ -1,4 +1,4 @@
-"""Guides by name without their code: importing this loads no torch."""
+"""Names of bundled bases and guides, and guides' folders, without their code: importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -57,3 +57,16 @@ def guide_weights(folder: Path) -> list[Path]:
     if not files:
         raise InputError(f"{folder} holds no .safetensors; a guide is config.json and safetensors weights; {_ADVICE}")
     return files
+
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def bundled_bases() -> list[str]:
+    """Names that need no download: the bundled model and its fine-tunes (``emoji-flat`` …)."""
+    return ["emoji", *sorted(p.stem for p in (ASSETS / "fine-tunes").glob("*.safetensors"))]
+
+
+def random_bases() -> list[str]:
+    """Architectures that can be had with random weights, for work that needs the size alone."""
+    return [f"random:{p.stem}" for p in sorted(PRESETS.glob("*.json"))]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .convert import check_fits, counted, differences
 from .files import read_json, read_weights, weight_files
+from .state_dicts import check_fits, counted, differences
 
 if TYPE_CHECKING:
     from torch import Tensor

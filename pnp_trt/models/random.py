@@ -14,8 +14,9 @@ from typing import Any
 from ..assets import ROOT as ASSETS
 from ..bundle.store import digest
 from ..errors import InputError
+from .catalog import PRESETS
 from .networks import quiet_libraries
-from .teacher import PRESETS, BaseModel, random_unet_config
+from .teacher import BaseModel, random_unet_config
 
 #: changes when the same seed gives other weights
 RECIPE = 1

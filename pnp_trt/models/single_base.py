@@ -8,10 +8,11 @@ from typing import Any
 
 from ..assets import ROOT as ASSETS
 from ..bundle.store import digest
-from .convert import check_fits, text_weights, unet_weights, vae_weights
+from .convert import text_weights, unet_weights, vae_weights
 from .files import files_sha256
 from .networks import check_finite, load_network
 from .single_file import SingleFile, read_single_file
+from .state_dicts import check_fits
 from .teacher import BaseModel
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .noise import Noise
 from .safetensors_header import read_header
-from .scheduler import Noise
 
 #: names that training code and exporters put before a network's own keys; they may be nested
 _WRAPPERS = r"(?:(?:module|state_dict|model_state_dict|model|_orig_mod|unet|diffusion_model)\.)*"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.base import Size
+from ..bundle.profiles import Size
 from ..errors import Cancelled
 from .loop import Callback as StepCallback
 from .table import Schedule

@@ -17,11 +17,11 @@ from ..errors import InputError
 from ..io.files import check_writable_folder, make_folder
 from ..io.inputs import excerpt, shortened, warn_of_syntax
 from ..io.process import deferred
+from ..models.bases import resolve
 from ..models.catalog import guide_folder
 from ..models.guides.load import load_guide
 from ..models.prompts import warn_of_long_prompts
 from ..models.student import Student
-from ..models.teacher import resolve
 from ..runtime.images import encode_image, write_all_new
 from ..runtime.pipeline import check_request
 from .maps import draw_maps, shown_steps

@@ -20,9 +20,10 @@ from pnp_trt.assets import ROOT  # noqa: E402
 from pnp_trt.bench.measure import cost  # noqa: E402
 from pnp_trt.bench.metrics import fidelity  # noqa: E402
 from pnp_trt.errors import InputError  # noqa: E402
+from pnp_trt.models.bases import resolve  # noqa: E402
 from pnp_trt.models.guides.load import load_guide  # noqa: E402
 from pnp_trt.models.student import Student  # noqa: E402
-from pnp_trt.models.teacher import BaseModel, resolve  # noqa: E402
+from pnp_trt.models.teacher import BaseModel  # noqa: E402
 from tests.conftest import make_micro_base  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------- the sampler

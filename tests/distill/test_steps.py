@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from pnp_trt.distill.steps import StepsConfig, distill
 from pnp_trt.distill.train import TrainConfig
 from pnp_trt.errors import InputError
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student
-from pnp_trt.models.teacher import resolve
 from pnp_trt.sampling.schedules import ddim, ddim_step
 
 from ..conftest import Result

@@ -20,9 +20,10 @@ from pnp_trt.build.sizes import OpenAxis, plan_sizes
 from pnp_trt.bundle.profiles import Profile
 from pnp_trt.errors import InputError
 from pnp_trt.graph.lower import for_onnxruntime_cpu
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.student import Student
-from pnp_trt.models.teacher import Sizes, resolve
+from pnp_trt.models.teacher import Sizes
 from pnp_trt.models.wrappers import VaeDecoder
 
 #: of Stable Diffusion 1.5

@@ -16,8 +16,8 @@ from pnp_trt.build.onnx_export import export
 from pnp_trt.bundle.store import sha256
 from pnp_trt.errors import PnpError
 from pnp_trt.graph.weights import WeightMap, apply, check_complete
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides.load import load_guide
-from pnp_trt.models.teacher import resolve
 from pnp_trt.precision.recipes import RECIPES, convert
 
 

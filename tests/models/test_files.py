@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from pnp_trt.errors import InputError
+from pnp_trt.models.bases import hub_patterns, is_hub_id
 from pnp_trt.models.files import DIFFUSERS, TRANSFORMERS, choose, read_json, read_weights, weight_files
-from pnp_trt.models.teacher import hub_patterns, is_hub_id
 
 PLAIN = f"{DIFFUSERS}.safetensors"
 

@@ -17,7 +17,8 @@ from transformers import CLIPTextModel
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.errors import InputError
-from pnp_trt.models.teacher import BaseModel, resolve
+from pnp_trt.models.bases import resolve
+from pnp_trt.models.teacher import BaseModel
 from pnp_trt.models.tokenizer import copy_tokenizer
 from pnp_trt.runtime.tokenizer import Tokenizer
 

@@ -11,9 +11,9 @@ import torch
 from pnp_trt.build.onnx_export import export
 from pnp_trt.build.parity import relative_error
 from pnp_trt.errors import InputError
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.random import RandomBase, random_base
 from pnp_trt.models.student import Student
-from pnp_trt.models.teacher import resolve
 from pnp_trt.models.wrappers import TextEncoder, VaeDecoder
 from pnp_trt.precision.recipes import RECIPES, convert, reference
 

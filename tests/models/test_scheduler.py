@@ -11,7 +11,8 @@ import pytest
 from pnp_trt.assets import ROOT
 from pnp_trt.build.spec import distilled_under
 from pnp_trt.errors import InputError
-from pnp_trt.models.scheduler import Noise, check_distilled, check_samples, scheduler_record
+from pnp_trt.models.noise import Noise
+from pnp_trt.models.scheduler import check_distilled, check_samples, scheduler_record
 
 EMOJI: dict[str, Any] = json.loads((ROOT / "emoji" / "scheduler" / "scheduler_config.json").read_text())
 

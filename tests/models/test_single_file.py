@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pnp_trt.errors import InputError
-from pnp_trt.models.convert import check_fits, text_weights, unet_weights, vae_weights
+from pnp_trt.models.convert import text_weights, unet_weights, vae_weights
 from pnp_trt.models.single_file import SingleFile, read_single_file
+from pnp_trt.models.state_dicts import check_fits
 
 from .original import open_clip, original_key, original_vae
 
@@ -33,7 +34,7 @@ def unet(micro_base: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def config(micro_base: Path) -> dict[str, Any]:
-    from pnp_trt.models.teacher import resolve
+    from pnp_trt.models.bases import resolve
 
     return resolve(str(micro_base)).config("unet")
 

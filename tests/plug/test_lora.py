@@ -16,7 +16,7 @@ from pnp_trt.build.swap.lora import LayerNames, Lora, bundled_loras, load, merge
 from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import InputError
-from pnp_trt.models.teacher import resolve
+from pnp_trt.models.bases import resolve
 
 from ..conftest import Result
 from .conftest import ALPHA, LAYERS, RANK, TEXT_LAYERS

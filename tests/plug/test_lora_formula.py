@@ -21,7 +21,7 @@ from pnp_trt.build.swap.lora import LayerNames, Lora, LoraWeights, architecture,
 from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import InputError
-from pnp_trt.models.teacher import resolve
+from pnp_trt.models.bases import resolve
 
 from .lora_files import FORMATS, TEXT, TYPES, UNET, Pair, network_of, numbers, write
 

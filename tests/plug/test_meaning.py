@@ -17,9 +17,9 @@ from pnp_trt.build.spec import BuildSpec, build_scheduler
 from pnp_trt.build.swap.checkpoint import find
 from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.errors import InputError
-from pnp_trt.models.scheduler import Noise
+from pnp_trt.models.bases import resolve
+from pnp_trt.models.noise import Noise
 from pnp_trt.models.single_base import SingleFileBase
-from pnp_trt.models.teacher import resolve
 
 from ..conftest import Result
 from ..models.original import original_key

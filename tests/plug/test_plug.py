@@ -22,7 +22,7 @@ from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.bundle.store import list_files, open_bundle, read_manifest, sha256
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.graph.weights import apply
-from pnp_trt.models.teacher import resolve
+from pnp_trt.models.bases import resolve
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden, verify
 

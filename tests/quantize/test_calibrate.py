@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides import FullGuide
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student
-from pnp_trt.models.teacher import resolve
 from pnp_trt.precision.int8.calibrate import UNEVEN, CalibrationConfig, calibrate
 from pnp_trt.precision.int8.observe import candidates
 from pnp_trt.precision.int8.record import Record

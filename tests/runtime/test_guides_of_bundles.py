@@ -19,10 +19,10 @@ from pnp_trt.build.spec import BuildSpec
 from pnp_trt.bundle.golden_file import difference
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import InputError
+from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student
-from pnp_trt.models.teacher import resolve
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden, verify
 

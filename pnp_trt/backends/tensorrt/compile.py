@@ -22,6 +22,7 @@ from ...bundle.store import write_bytes
 from ...errors import PnpError
 from ..base import Profile
 from .flavour import FLAVOURS, Flavour
+from .logger import compiler_logger
 
 #: seconds between two reports
 EVERY = 0.2
@@ -163,28 +164,6 @@ def _timing_cache(flavour: Flavour, config: Any, file: str | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
-
-
-def compiler_logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        """Keeps what the compiler says, for the one sentence of an error."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif severity == trt.ILogger.Severity.WARNING and len(self.warnings) < 20:
-                self.warnings.append(message)
-
-        def summary(self, what: str) -> str:
-            first = " ".join(self.errors[0].split())[:400] if self.errors else "it gives no reason"
-            return f"{what}: {first}"
-
-    return Logger()
 
 
 def _monitor(trt: Any, report: Any) -> Any:

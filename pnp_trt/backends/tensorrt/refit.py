@@ -13,8 +13,8 @@ from typing import Any
 
 from ...bundle import memory
 from ...errors import PnpError
-from .compile import compiler_logger
 from .flavour import FLAVOURS
+from .logger import compiler_logger
 
 
 def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:

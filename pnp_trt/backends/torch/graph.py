@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import PnpError
 from ...sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Plan
 from ..base import Size
-from .backend import TorchNetwork
+from .network import TorchNetwork
 
 
 def device_loops(unet: TorchNetwork, vae: TorchNetwork, condition: TorchNetwork | None, name: str) -> DeviceLoops:

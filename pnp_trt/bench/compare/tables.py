@@ -8,7 +8,7 @@ from typing import Any
 
 from ..report.tables import Table
 from ..report.words import decimals_of, percent
-from .compare import FLOOR, Change, Comparison
+from .changes import FLOOR, Change, Comparison
 
 _NAMES = {
     "ratio_to_cfg": "of CFG's time", "p50_ms": "loop, ms", "p50_s": "cold start, s", "kid": "KID",

@@ -24,11 +24,12 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     import torch
     from diffusers import UNet2DConditionModel
 
+    from ...models.bases import resolve
     from ...models.guides import GUIDES, Features, GuideInput
     from ...models.guides.condition import Condition
     from ...models.networks import quiet_libraries
     from ...models.student import encode
-    from ...models.teacher import random_unet_config, resolve
+    from ...models.teacher import random_unet_config
 
     quiet_libraries()
     folder: Path | None = None

@@ -76,8 +76,8 @@ def load(kind: str, base: str, *, threads: int | None = None, provider: str = "c
     """
     import torch
 
+    from ...models.bases import resolve
     from ...models.networks import quiet_libraries
-    from ...models.teacher import resolve
 
     quiet_libraries()
     if threads:
@@ -257,7 +257,7 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
         return f"base '{base}' has no files for it to load"
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
         return "it needs torch and diffusers; install with: pip install 'pnp-trt[build]'"
-    from ...models.teacher import resolve
+    from ...models.bases import resolve
 
     model = resolve(base)
     if weights is not None and model.fingerprint()["all"] != weights:

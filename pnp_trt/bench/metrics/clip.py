@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from .fidelity import _check_pictures
+from .fidelity import check_pictures
 
 #: of OpenAI's CLIP, where the folder says nothing else
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -63,7 +63,7 @@ class ClipScorer:
         import torch
         import torch.nn.functional as F
 
-        pictures = _check_pictures(pictures)
+        pictures = check_pictures(pictures)
         if len(pictures) != len(prompts):
             raise InputError(f"{len(pictures)} pictures do not match {len(prompts)} prompts")
         mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (self._mean, self._std))

@@ -54,7 +54,7 @@ class Estimate:
 # ---------------------------------------------------------------------------------------------- checks
 
 
-def _check_pictures(pictures: np.ndarray, name: str = "pictures", least: int = 1) -> np.ndarray:
+def check_pictures(pictures: np.ndarray, name: str = "pictures", least: int = 1) -> np.ndarray:
     pictures = np.asarray(pictures)
     if pictures.dtype != np.uint8:
         raise InputError(f"{name} must be uint8 [N, H, W, 3], got dtype {pictures.dtype}")
@@ -65,7 +65,7 @@ def _check_pictures(pictures: np.ndarray, name: str = "pictures", least: int = 1
     return pictures
 
 
-def _check_features(features: np.ndarray, name: str, least: int = 1, width: int | None = None) -> NDArray[np.float64]:
+def check_features(features: np.ndarray, name: str, least: int = 1, width: int | None = None) -> NDArray[np.float64]:
     features = np.asarray(features)
     if not np.issubdtype(features.dtype, np.floating):
         raise InputError(f"{name} must be floating point [N, D], got dtype {features.dtype}")
@@ -135,7 +135,7 @@ class FeatureExtractor:
         import torch
         import torch.nn.functional as F
 
-        pictures = _check_pictures(pictures)
+        pictures = check_pictures(pictures)
         if batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
         out = []
@@ -188,9 +188,9 @@ def _interval(draws: Floats, count: int) -> Estimate:
 
 
 def _kid_inputs(real: np.ndarray, *others: tuple[str, np.ndarray]) -> list[NDArray[np.float64]]:
-    checked = [_check_features(real, "real features", least=2)]
+    checked = [check_features(real, "real features", least=2)]
     for name, features in others:
-        checked.append(_check_features(features, name, least=2, width=checked[0].shape[1]))
+        checked.append(check_features(features, name, least=2, width=checked[0].shape[1]))
     return checked
 
 
@@ -367,7 +367,7 @@ class AlignmentHead:
     def scores(self, features: np.ndarray) -> Floats:
         """Cosine of each picture (features ``[N, 1280]``) with each candidate caption: ``[N, len(concepts)]``."""
         width = self._tensors["picture.mean"].shape[0]
-        return self._project("picture", _check_features(features, "features", width=width)) @ self._candidates.T
+        return self._project("picture", check_features(features, "features", width=width)) @ self._candidates.T
 
     def ranks(self, features: np.ndarray, concepts: Sequence[str]) -> NDArray[np.int64]:
         """Rank (1 is best) of each picture's own caption among all candidates; ties count against it.
@@ -444,7 +444,7 @@ def psnr(pictures: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
     Both are uint8 ``[N, H, W, 3]``; the peak is 255.  Equal pictures are given :data:`PSNR_CAP`.
     Raises :class:`InputError` on another dtype or shapes that differ.
     """
-    pictures, teacher = _check_pictures(pictures), _check_pictures(teacher, "the teacher's pictures")
+    pictures, teacher = check_pictures(pictures), check_pictures(teacher, "the teacher's pictures")
     if pictures.shape != teacher.shape:
         raise InputError(f"pictures {list(pictures.shape)} do not match the teacher's {list(teacher.shape)}")
     error = ((pictures.astype(np.float64) - teacher.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
@@ -457,8 +457,8 @@ def cosine(features: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
 
     Both are ``[N, D]``.  Raises :class:`InputError` if shapes differ or values are not finite.
     """
-    x = _check_features(features, "features")
-    y = _check_features(teacher, "the teacher's features", width=x.shape[1])
+    x = check_features(features, "features")
+    y = check_features(teacher, "the teacher's features", width=x.shape[1])
     if len(x) != len(y):
         raise InputError(f"{len(x)} pictures do not match the teacher's {len(y)}")
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
@@ -482,7 +482,7 @@ def teacher_distance(
 
     Both are uint8 ``[N, H, W, 3]`` with N ≥ 2.  Raises :class:`InputError` on anything else.
     """
-    _check_pictures(pictures, least=2)
+    check_pictures(pictures, least=2)
     decibels = psnr(pictures, teacher)
     cosines = cosine(extract(pictures), extract(teacher))
     return TeacherDistance(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import InputError
-from .fidelity import Z95, Estimate, _check_features, _check_pictures
+from .fidelity import Z95, Estimate, check_features, check_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,8 +34,8 @@ def frechet(real: np.ndarray, generated: np.ndarray, *, seed: int = 0, draws: in
     bootstrap over both sets: its percentiles would lie too high, a resample being of fewer different pictures.
     Raises :class:`InputError` for fewer than 2 pictures, values that are not finite, or widths that differ.
     """
-    x = _check_features(real, "real features", least=2)
-    y = _check_features(generated, "generated features", least=2, width=x.shape[1])
+    x = check_features(real, "real features", least=2)
+    y = check_features(generated, "generated features", least=2, width=x.shape[1])
     value = _distance(x, y)
     rng = np.random.default_rng(seed)
     resampled = [
@@ -102,7 +102,7 @@ class Inception:
         import torch
         import torch.nn.functional as F
 
-        pictures = _check_pictures(pictures)
+        pictures = check_pictures(pictures)
         out = []
         with torch.inference_mode():
             for i in range(0, len(pictures), batch):

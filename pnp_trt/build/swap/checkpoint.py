@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
+from ...models.bases import resolve
 from ...models.configs import check_same_network, check_same_text
-from ...models.convert import check_fits, text_weights, unet_weights, vae_weights
+from ...models.convert import text_weights, unet_weights, vae_weights
 from ...models.files import files_sha256, read_json, read_weights, weight_files
 from ...models.folders import check_unet
 from ...models.networks import quiet_libraries
-from ...models.scheduler import Noise, base_scheduler, scheduler_record
+from ...models.noise import Noise
+from ...models.scheduler import base_scheduler, scheduler_record
 from ...models.single_file import SingleFile, read_single_file
-from ...models.teacher import BaseModel, resolve
+from ...models.state_dicts import check_fits
+from ...models.teacher import BaseModel
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ from typing import Any
 from ...bundle.manifest import Manifest
 from ...errors import InputError, PnpError
 from ...graph.weights import invert
-from ..spec import BuildSpec, guide_identity, guide_name
+from ...models.identity import guide_identity, guide_name
+from ..spec import BuildSpec
 from .rewrite import places
 
 
@@ -33,19 +34,19 @@ def guide_of(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any
     with suppress(InputError, OSError, ValueError):
         # only a base of random weights makes guides of its own; an engine's own word is no reason to fetch another
         spec = BuildSpec(base=given.base if given.base.startswith("random:") else "emoji", guide=given.guide)
-        if guide_identity(spec) == guide.to_json():
+        if guide_identity(spec.base, spec.guide) == guide.to_json():
             return _from_files(spec, unet), given.guide
     return _from_graph(manifest, graph, data, weights), "the graph itself"
 
 
 def _from_files(spec: BuildSpec, unet: Any) -> Any:
+    from ...models.bases import resolve
     from ...models.guides.load import load_guide
-    from ...models.teacher import resolve
 
     base = resolve(spec.base)
     if base.random_guide(spec.guide) is not None:
         return base.make_guide(spec.guide, unet)
-    return load_guide(guide_name(spec))
+    return load_guide(guide_name(spec.guide))
 
 
 def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any]) -> Any:

@@ -45,8 +45,9 @@ from ...errors import InputError, PnpError
 from ...io.files import check_replaceable_folder, failure
 from ...io.replacing import check_removable_bundle
 from ...io.text import printable
-from ...models.scheduler import Noise, check_distilled, check_samples
-from ...models.teacher import is_hub_id
+from ...models.bases import is_hub_id
+from ...models.noise import Noise
+from ...models.scheduler import check_distilled, check_samples
 from ...runtime.verify import Golden
 from ..builder import Built, check_before_work, standing
 from ..spec import short_name

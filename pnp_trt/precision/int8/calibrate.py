@@ -18,10 +18,10 @@ from ...errors import InputError
 from ...io.files import check_writable_file, remove_temporaries_of
 from ...io.inputs import check_seed
 from ...io.replacing import check_removable_file
+from ...models.bases import resolve
 from ...models.conditioning import encode_prompts
 from ...models.prompts import read_prompts, warn_of_long_prompts
 from ...models.student import Student, Teacher
-from ...models.teacher import resolve
 from .observe import Loop, Observer, candidates
 from .record import Layer, Record, default_path
 from .sweep import Probes, Sweep, latent_error
@@ -134,14 +134,14 @@ def _check_out(out: Path, force: bool) -> None:
 
 
 def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
-    from ...build.spec import BuildSpec, guide_identity
     from ...models.guides.load import load_guide
+    from ...models.identity import guide_identity
 
     base = resolve(config.base)
     prompts = read_prompts(config.prompts)
     warn_of_long_prompts(base.tokenizer(), prompts)
     name = _guide_name(config)
-    guide_of = guide_identity(BuildSpec(config.base, config.guide))
+    guide_of = guide_identity(config.base, config.guide)
     unet = base.unet().float()
     network: Any
     if config.guide == "none":

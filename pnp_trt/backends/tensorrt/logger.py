@@ -1,0 +1,27 @@
+"""The compiler's messages, collected for one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def compiler_logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps what the compiler says, for the one sentence of an error."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING and len(self.warnings) < 20:
+                self.warnings.append(message)
+
+        def summary(self, what: str) -> str:
+            first = " ".join(self.errors[0].split())[:400] if self.errors else "it gives no reason"
+            return f"{what}: {first}"
+
+    return Logger()

@@ -1,0 +1,172 @@
+"""A PyTorch module as a loaded network."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle.manifest import NetworkRecord
+from ...bundle.profiles import Size, legal_sizes
+from ...errors import InputError, PnpError
+from ...sampling.network import Bound, Description, Network
+from ..base import LoadOptions
+
+#: graphs that torch.compile may keep of one function: one for each batch size of each network that is loaded
+_MOST_GRAPHS = 256
+
+
+def device(wanted: str = "auto") -> str:
+    """``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: for another word, or for ``cuda`` where PyTorch finds none.
+    """
+    import torch
+
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise InputError(f"provider is '{wanted}'; known: auto, cpu, cuda")
+    usable = torch.cuda.is_available()
+    if wanted == "cuda" and not usable:
+        raise InputError(
+            f"provider 'cuda' was asked for and torch {torch.__version__} finds no GPU; use --provider cpu, "
+            "see pnp-trt doctor"
+        )
+    return "cuda" if usable and wanted != "cpu" else "cpu"
+
+
+class TorchNetwork(Network):
+    """One module on one device; may be shared between threads.
+
+    ``torch.compile`` makes code for a batch size when it first runs: one to two minutes for the bundled U-Net on one
+    CPU core, and ten seconds in later processes, since PyTorch keeps what it made (``TORCHINDUCTOR_CACHE_DIR``).
+    """
+
+    def __init__(self, path: Path, entry: NetworkRecord, options: LoadOptions) -> None:
+        import torch
+
+        from ...models.rebuild import rebuild
+        from ...precision.recipes import convert, recipe
+        from ...precision.wide_products import emulated
+
+        self.path = path
+        self.device = device(options.provider)
+        self.compiled = entry.compiled.notes.get("mode") == "compile"
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        if self.device == "cuda":  # fp32 means float32, as on every backend
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        module = convert(rebuild(path.with_suffix(".json"), path), recipe(entry.precision)).to(self.device)
+        self._wide = self.device == "cpu" and not self.compiled and emulated(module)
+        self._call: Any = _compile(module, self.device) if self.compiled else module
+        self._described = Description(
+            dict(entry.inputs),
+            dict(entry.outputs),
+            "cuda:0" if self.device == "cuda" else "cpu",
+            entry.profiles,
+        )
+
+    def describe(self) -> Description:
+        return self._described
+
+    @contextlib.contextmanager
+    def bind(self, batch: int, size: Size | None = None) -> Iterator[TorchBound]:
+        if batch < 1:
+            raise InputError(f"the batch is {batch}; it must be at least 1")
+        profiles = self._described.profiles
+        if size is not None and profiles and not any(p.holds_size(size) for p in profiles):
+            raise InputError(
+                f"the latents are {size[0]}x{size[1]}; {self.path.name} takes {legal_sizes(profiles)}; "
+                "build with --profile b1@HEIGHTxWIDTH in pixels"
+            )
+        yield TorchBound(self, batch, size)
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        """The output for tensors on the device.
+
+        Raises:
+            PnpError: if memory runs out, or torch.compile fails.
+        """
+        return _one_thread().submit(self._run, inputs).result() if self.compiled else self._run(inputs)
+
+    def _run(self, inputs: Mapping[str, Any]) -> Any:
+        import torch
+
+        from ...precision.wide_products import wide_products
+
+        try:
+            # wide_products sees no operations in inference_mode
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad() if self._wide else torch.inference_mode())
+                if self._wide:
+                    stack.enter_context(wide_products())
+                if self.compiled:
+                    torch.compiler.cudagraph_mark_step_begin()  # what the last run returned may be written again
+                return self._call(**inputs)
+        except torch.OutOfMemoryError as e:
+            raise PnpError(f"{self.path.name} does not fit into the GPU's memory; draw fewer pictures at once") from e
+        except Exception as e:  # the compiler's errors have many types
+            if not self.compiled:
+                raise
+            said = (str(e).splitlines() or ["it gives no reason"])[0]
+            raise PnpError(
+                f"torch.compile failed on {self.path.name} ({type(e).__name__}: {said}); build with --target eager"
+            ) from e
+
+
+class TorchBound(Bound):
+    """Input tensors that stay where they are, so that CUDA graphs and compiled code see one address a batch size."""
+
+    def __init__(self, network: TorchNetwork, batch: int, size: Size | None) -> None:
+        import torch
+
+        self._network = network
+        known: dict[Any, int] = {"batch": batch} | dict(zip(("height", "width"), size or (), strict=False))
+        self._inputs = {}
+        for name, (dtype, shape) in network.describe().inputs.items():
+            if unknown := [d for d in shape if isinstance(d, str) and d not in known]:
+                raise InputError(f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size")
+            dims = [int(known.get(d, d)) for d in shape]
+            self._inputs[name] = torch.zeros(dims, dtype=getattr(torch, dtype), device=network.device)
+        self._output: Any = None
+
+    def write(self, **inputs: np.ndarray) -> None:
+        import torch
+
+        for name, array in inputs.items():
+            held = self._inputs.get(name)
+            if held is None:
+                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._inputs)}")
+            if array.shape != tuple(held.shape):
+                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {list(held.shape)}")
+            held.copy_(torch.from_numpy(np.array(array)))  # a copy: arrays that are broadcast cannot be wrapped
+
+    def run(self) -> None:
+        self._output = self._network.run(self._inputs)
+
+    def read(self) -> np.ndarray:
+        copy: np.ndarray = self._output.cpu().numpy().copy()  # the buffer may be written again by the next run
+        return copy
+
+
+def _compile(module: Any, device: str) -> Any:
+    import torch
+
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * _MOST_GRAPHS)
+    # reduce-overhead captures CUDA graphs, which static shapes allow; on the CPU there is nothing to capture.  The
+    # whole module or an error: what is left out would run eagerly and unseen
+    mode = "reduce-overhead" if device == "cuda" else None
+    return torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+
+
+@cache
+def _one_thread() -> ThreadPoolExecutor:
+    """Where all compiled code is made and run: its CUDA graphs belong to the thread that captured them."""
+    return ThreadPoolExecutor(1, "torch-compile")

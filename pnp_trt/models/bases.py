@@ -1,0 +1,92 @@
+"""Base models by name: bundled, random, folders, single files and hub ids."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from ..assets import ROOT as ASSETS
+from ..errors import InputError
+from .catalog import bundled_bases, random_bases
+from .files import PICKLES, choose, stem_of
+from .folders import check_folder
+from .teacher import BaseModel
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``resolve`` would fetch this name from the hub: ``owner/model``, dots allowed, and nothing here."""
+    suffixes = (".safetensors", ".json", *PICKLES)
+    known = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not name.endswith(suffixes)
+    return bool(known) and not Path(name).exists()
+
+
+def resolve(name: str) -> BaseModel:
+    """The base model for a name.
+
+    Args:
+        name: ``emoji``, a bundled fine-tune, a diffusers folder, a ``.safetensors`` file that holds a U-Net of the
+            bundled model's shape, a hub id, or ``random:sd15`` and its like (``random:sd15#2`` is a fine-tune of it:
+            another seed's U-Net, the rest the same).
+
+    Raises:
+        InputError: with the names that are known, if this is none of them.
+    """
+    if name == "emoji":
+        return BaseModel(name, ASSETS / "emoji")
+    path = Path(name)
+    bundled = ASSETS / "fine-tunes" / f"{name}.safetensors"
+    if bundled.is_file():
+        return BaseModel(name, ASSETS / "emoji", bundled)
+    if path.is_dir():
+        check_folder(path)
+        return BaseModel(name, path)
+    if path.suffix == ".safetensors" and path.is_file():
+        from .single_base import SingleFileBase
+
+        return SingleFileBase.of(path, name)
+    if path.suffix in PICKLES and path.is_file():
+        raise InputError(f"{path} holds pickled weights, which are not read; save the model as safetensors")
+    if name.startswith("random:"):
+        from .random import random_base
+
+        return random_base(name)
+    if is_hub_id(name):
+        return BaseModel(name, _from_hub(name))
+    known = ", ".join([*bundled_bases(), *random_bases()])
+    raise InputError(f"no base model '{name}'; known: {known}, a diffusers folder, a U-Net .safetensors, or a hub id")
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a hub model: its configs, and of each network the weights that would be loaded."""
+    try:
+        from huggingface_hub import list_repo_files, snapshot_download
+
+        patterns = ["*.json", "*.txt", "*/*.safetensors"]
+        with suppress(OSError):  # no network: the cache holds what was chosen when it was fetched
+            patterns = hub_patterns(list_repo_files(name), name)
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(
+            f"the hub model '{name}' cannot be had: {type(e).__name__}; check the name and the network, or download it "
+            f"and pass its folder (bundled models: {', '.join(bundled_bases())})"
+        ) from e
+    check_folder(folder)
+    return folder
+
+
+def hub_patterns(names: list[str], model: str) -> list[str]:
+    """The files of a hub model that are fetched, as patterns.
+
+    Raises:
+        InputError: if a network has no safetensors files.
+    """
+    patterns = ["*.json", "*.txt"]
+    for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        own = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
+        if own:
+            choice = choose(own, stem_of(part), f"{model}/{part}")
+            patterns += [f"{part}/{n}" for n in (choice.shards(own) if choice.sharded else [choice.name])]
+    return patterns

@@ -1,0 +1,46 @@
+"""Comparing a checkpoint's keys and shapes with a network's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import InputError
+
+
+def check_fits(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
+    """Hold the weights of a checkpoint against those of a network; arguments as of ``differences``.
+
+    Raises:
+        InputError: if they differ; the message says in what.
+    """
+    if (found := differences(own, given)) is not None:
+        raise InputError(f"{name} is no fine-tune of {what}: {found}; use a checkpoint of the same architecture")
+
+
+def differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """What differs between the weights of two networks, in words; None where names and shapes are equal.
+
+    Args:
+        own: of the engine's network, by key.
+        given: the checkpoint's.
+    """
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    parts = []
+    if shapes:
+        key = shapes[0]
+        more = f", and {len(shapes) - 1} more differ in shape" if len(shapes) > 1 else ""
+        parts.append(f"{key} has shape {list(given[key].shape)}, not {list(own[key].shape)}{more}")
+    if missing:
+        parts.append(f"{counted(missing)} missing")
+    if extra:
+        parts.append(f"{counted(extra)} left over")
+    return " and ".join(parts) or None
+
+
+def counted(keys: Iterable[str]) -> str:
+    """``2 weights (conv_in.bias, conv_in.weight)``; at most four are named."""
+    names = list(keys)
+    shown = f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
+    return f"{len(names)} weight{'' if len(names) == 1 else 's'} ({shown})"

@@ -102,13 +102,19 @@ def module_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
 
 
 def _text_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
-    """A text encoder's, with or without ``text_model.`` before each, as this version of transformers has them."""
+    """A text encoder's, with or without ``text_model.`` before each, as this version of transformers has them.
+
+    Layers past the config's number of layers are left out, as transformers does: so models are saved whose images are
+    made from an earlier layer ("clip skip").
+    """
     own = module.state_dict()
     prefix = "text_model." if any(k.startswith("text_model.") for k in own) else ""
     out = {}
     for key, value in weights.items():
         name = key if key in own else prefix + key.removeprefix("text_model.")
-        if name in own or not (key.endswith("position_ids") or key in _UNUSED_TEXT):
+        layer = re.match(r"encoder\.layers\.(\d+)\.", name.removeprefix(prefix))
+        skipped = layer is not None and int(layer[1]) >= module.config.num_hidden_layers
+        if name in own or not (skipped or key.endswith("position_ids") or key in _UNUSED_TEXT):
             out[name] = value
     return out
 
@@ -121,10 +127,10 @@ def check_complete(own: Mapping[str, Any], given: Mapping[str, Any], folder: Pat
     """
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing:
-        raise InputError(f"{folder} lacks {counted(missing)} of a {kind}; download it again")
+        raise InputError(f"{folder} lacks {counted(missing)} of {kind}; download it again")
     if extra:
         raise InputError(
-            f"{folder} holds {counted(extra)} that a {kind} of its config.json does not have; "
+            f"{folder} holds {counted(extra)} that the {kind} of its config.json does not have; "
             "use the config and the weights of one model"
         )
     if (difference := differences(own, given)) is not None:

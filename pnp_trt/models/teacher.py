@@ -113,7 +113,7 @@ class BaseModel:
 
         kind = self.config("vae").get("_class_name", "AutoencoderKL")
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise InputError(f"{self.folder}: the VAE is a {kind}; known: AutoencoderKL, AutoencoderTiny")
+            raise InputError(f"{self.folder}: the VAE is of class {kind}; known: AutoencoderKL, AutoencoderTiny")
         return self._frozen(load_network(getattr(diffusers, kind), self.folder / "vae"))
 
     def _frozen(self, network: Any) -> Any:

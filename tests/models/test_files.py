@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from pnp_trt.errors import InputError
-from pnp_trt.models.bases import hub_patterns, is_hub_id
+from pnp_trt.models.bases import hub_patterns, is_hub_id, resolve
 from pnp_trt.models.files import DIFFUSERS, TRANSFORMERS, choose, read_json, read_weights, weight_files
 
 PLAIN = f"{DIFFUSERS}.safetensors"
@@ -268,6 +269,35 @@ def test_counts_and_positions_may_be_integers(tmp_path: Path) -> None:
 )
 def test_hub_ids_may_have_dots(name: str, is_id: bool) -> None:
     assert is_hub_id(name) == is_id
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_hub_models_folder_is_checked_as_any_other(
+    online: bool, micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network the cache serves, whatever variants it holds."""
+    folder = Path(shutil.copytree(micro_base, tmp_path / "cached"))
+    (folder / "unet" / PLAIN).rename(folder / "unet" / f"{DIFFUSERS}.fp16.safetensors")
+    asked: list[list[str]] = []
+
+    def list_files(name: str) -> list[str]:
+        if not online:
+            raise ConnectionError(name)
+        return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", list_files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    base = resolve("owner.x/model-1.0")
+    assert base.folder == folder and base.unet().config.sample_size == 8
+    expected = {f"unet/{DIFFUSERS}.fp16.safetensors", f"vae/{PLAIN}", "text_encoder/model.safetensors"}
+    assert set(asked[0]) == {"*.json", "*.txt", *(expected if online else {"*/*.safetensors"})}
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(InputError, match="scheduler_config.json is missing"):
+        resolve("owner.x/model-1.0")
 
 
 def test_of_a_hub_model_the_weights_that_are_loaded_are_fetched() -> None:

@@ -107,6 +107,20 @@ def test_text_encoders_of_older_transformers(folder: Path) -> None:
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_text_encoder_that_leaves_out_its_last_layers(folder: Path) -> None:
+    """ "Clip skip" by the config; the file still has all layers."""
+
+    def deeper(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        last = {k: v for k, v in weights.items() if ".layers.0." in k or k.startswith("encoder.layers.0.")}
+        return weights | {k.replace("layers.0.", "layers.1."): v + 1 for k, v in last.items()}
+
+    reweight(folder, "text_encoder", deeper)
+    ours = load(resolve(str(folder)), "text_encoder")
+    theirs = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
 CONFIGS = (
     "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json",
     "text_encoder/config.json", "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json",
@@ -225,15 +239,15 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a weight too many": (
         lambda f: reweight(f, "unet", lambda w: w | {"control.weight": torch.zeros(3)}),
-        r"holds 1 weight \(control.weight\) that a UNet2DConditionModel of its config.json does not have",
+        r"holds 1 weight \(control.weight\) that the UNet2DConditionModel of its config.json does not have",
     ),
     "a weight too many in the text encoder": (
         lambda f: reweight(f, "text_encoder", lambda w: w | {"adapter.weight": torch.zeros(3)}),
-        r"holds 1 weight \(adapter.weight\) that a CLIPTextModel",
+        r"holds 1 weight \(adapter.weight\) that the CLIPTextModel",
     ),
     "a weight too few": (
         lambda f: reweight(f, "vae", lambda w: {k: v for k, v in w.items() if k != "decoder.layers.0.bias"}),
-        r"lacks 1 weight \(decoder.layers.0.bias\) of a AutoencoderTiny; download",
+        r"lacks 1 weight \(decoder.layers.0.bias\) of AutoencoderTiny; download",
     ),
     "a weight of another shape": (
         lambda f: reweight(f, "unet", lambda w: w | {"conv_in.bias": torch.zeros(3)}),
@@ -257,7 +271,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "holds scaled fp8 weights",
     ),
     "another kind of VAE": (
-        lambda f: edit(f / "vae/config.json", _class_name="AutoencoderDC"), "the VAE is a AutoencoderDC; known",
+        lambda f: edit(f / "vae/config.json", _class_name="AutoencoderDC"), "the VAE is of class AutoencoderDC; known",
     ),
     "no sample size": (lambda f: edit(f / "unet/config.json", sample_size=...), "a config.json lacks 'sample_size'"),
 }  # fmt: skip

@@ -9,10 +9,10 @@ from .base import Backend
 
 #: name → (module, class)
 _KNOWN = {
-    "onnxruntime": ("onnxruntime", "OnnxRuntime"),
-    "tensorrt-rtx": ("tensorrt", "TensorRtRtx"),
-    "tensorrt": ("tensorrt", "TensorRt"),
-    "torch": ("torch", "Torch"),
+    "onnxruntime": ("onnxruntime.backend", "OnnxRuntime"),
+    "tensorrt-rtx": ("tensorrt.backend", "TensorRtRtx"),
+    "tensorrt": ("tensorrt.backend", "TensorRt"),
+    "torch": ("torch.backend", "Torch"),
 }
 
 BACKENDS: tuple[str, ...] = tuple(_KNOWN)

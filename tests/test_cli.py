@@ -112,7 +112,7 @@ def test_build_is_a_cache_hit_the_second_time_and_refuses_to_replace(
         (["--base", "nope"], "no base model 'nope'; known: emoji"),
         (["--guide", "nope"], "no guide 'nope'; known: "),
         (["--precision", "int3"], "precision is 'int3'; known: fp32"),
-        (["--backend", "abacus"], "backend is 'abacus'; known: onnxruntime"),
+        (["--backend", "abacus"], "the backend is 'abacus'; known: onnxruntime"),
         (["--base", "random:sdxl"], "random:sdxl cannot be built: it wants two text encoders"),
     ],
 )

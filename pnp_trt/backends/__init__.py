@@ -1,21 +1,21 @@
-"""Inference runtimes behind one small interface (``base``); each module imports its runtime lazily."""
+"""Inference runtimes behind one interface (``base``); each package imports its runtime lazily."""
 
 from __future__ import annotations
 
-import importlib
-
-from ..errors import InputError
+from ..registry import Registry
 from .base import Backend
 
-#: name → (module, class)
-_KNOWN = {
-    "onnxruntime": ("onnxruntime.backend", "OnnxRuntime"),
-    "tensorrt-rtx": ("tensorrt.backend", "TensorRtRtx"),
-    "tensorrt": ("tensorrt.backend", "TensorRt"),
-    "torch": ("torch.backend", "Torch"),
-}
-
-BACKENDS: tuple[str, ...] = tuple(_KNOWN)
+#: backend classes by name
+BACKENDS: Registry[type[Backend]] = Registry(
+    "backends",
+    "backend",
+    {
+        "onnxruntime": "pnp_trt.backends.onnxruntime.backend:OnnxRuntime",
+        "tensorrt-rtx": "pnp_trt.backends.tensorrt.backend:TensorRtRtx",
+        "tensorrt": "pnp_trt.backends.tensorrt.backend:TensorRt",
+        "torch": "pnp_trt.backends.torch.backend:Torch",
+    },
+)
 
 
 def get(name: str) -> Backend:
@@ -24,8 +24,4 @@ def get(name: str) -> Backend:
     Raises:
         InputError: listing the known ones.
     """
-    if name not in _KNOWN:
-        raise InputError(f"backend is '{name}'; known: {', '.join(BACKENDS)}")
-    module, kind = _KNOWN[name]
-    backend: Backend = getattr(importlib.import_module(f"{__name__}.{module}"), kind)()
-    return backend
+    return BACKENDS.get(name)()

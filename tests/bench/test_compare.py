@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pnp_trt.bench import results
-from pnp_trt.bench.compare import compare
+from pnp_trt.bench.compare import changes, compare
 from pnp_trt.cli.app import app
 from pnp_trt.errors import InputError
 
@@ -175,7 +175,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "Worse beyond the noise" in done.output
     found = json.loads((tmp_path / "found.json").read_text())
-    assert (found["schema"], found["regressed"]) == (compare.SCHEMA, True)
+    assert (found["schema"], found["regressed"]) == (changes.SCHEMA, True)
     assert {one["evidence"] for one in found["figures"]} >= {"exact", "interval"}
     validator = pytest.importorskip("jsonschema").Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
     validator.check_schema(validator.schema)

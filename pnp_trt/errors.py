@@ -1,8 +1,19 @@
-"""The errors that pnp_trt raises on purpose: one clear sentence each, and the exit code of the command line."""
+"""Errors that pnp_trt raises: one clear sentence each, and the exit code of the command line.
+
+::
+
+    PnpError                    exit code 1: the work failed
+    ├── InputError              exit code 2: the caller's input was wrong; nothing was changed
+    │   ├── BundleNotFound      no bundle of this name
+    │   ├── BundleCorrupt       a bundle that is damaged, or not what its manifest states
+    │   ├── IncompatibleDevice  a bundle whose engines cannot run on this machine
+    │   └── MissingDependency   a package that is not installed
+    └── Cancelled               exit code 130: a callback stopped the work
+"""
 
 
 class PnpError(Exception):
-    """Something could not be done; the message says what, the value, and what to do."""
+    """Something could not be done; the message states what, the value, and what to do."""
 
     exit_code = 1
 
@@ -13,7 +24,23 @@ class InputError(PnpError):
     exit_code = 2
 
 
+class BundleNotFound(InputError):
+    """There is no bundle of this name or at this path."""
+
+
+class BundleCorrupt(InputError):
+    """A bundle's manifest is not valid, or a file is not what the manifest states."""
+
+
+class IncompatibleDevice(InputError):
+    """A bundle's engines cannot run on this machine: another GPU, compiler version or operating system."""
+
+
+class MissingDependency(InputError):
+    """A package is not installed; the message has the command that installs it."""
+
+
 class Cancelled(PnpError):
-    """The caller's own callback stopped the work; no picture was made."""
+    """The caller's own callback stopped the work; no image was generated."""
 
     exit_code = 130

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pnp_trt.bench.metrics.quality import Studio
+from pnp_trt.bench.fidelity_rows import Studio
 
 from .bundles import reseal
 from .conftest import Result

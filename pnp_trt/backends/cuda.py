@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, PnpError
+from ..errors import InputError, MissingDependency, PnpError
 
 #: threads of a block; the kernels have one thread an element
 _BLOCK = 256
@@ -25,7 +25,7 @@ class Cuda:
         try:
             from cuda.bindings import runtime
         except (ImportError, OSError) as e:
-            raise InputError(
+            raise MissingDependency(
                 f"running a TensorRT engine needs cuda-python ({e}); install with: pip install 'pnp-trt[rtx]'"
             ) from None
         self._rt: Any = runtime

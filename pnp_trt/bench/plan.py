@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.profiles import Size
-from ..errors import InputError
+from ..errors import InputError, MissingDependency
 from ..io.inputs import is_file, is_folder
 from ..runtime.pipeline import GUIDANCE, STEPS
 from .engines import engine_names
@@ -125,7 +125,7 @@ def check(plan: Plan) -> None:
     if plan.size is not None and "cost" in plan.parts:
         raise InputError("cost is counted at the model's own size; with --size add --only latency or --only fidelity")
     if "cost" in plan.parts and plan.only == "cost" and importlib.util.find_spec("torch") is None:
-        raise InputError("counting cost needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
+        raise MissingDependency("counting cost needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
     _check_files(plan)
 
 

@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..bundle.manifest import Manifest
 from ..bundle.store import cached_sha256, find_bundle, read_manifest
 from ..errors import InputError, PnpError
 from ..runtime.pipeline import Pipeline
 from ..sampling.methods import INTERVAL, guided_steps
+from ..version import __version__
 from . import results
+from .fidelity_rows import Cell, Studio, cells_of, plan_rows, verdict
 from .measure import cost
 from .measure.engine_facts import engine_rows
 from .measure.pace import Meter, Progress, about
 from .measure.timing import Timing
-from .metrics.quality import Cell, Studio, cells_of, plan_rows, verdict
 from .metrics.tasks import make_task, real_key
 from .plan import Plan, check, wanted_engines
 from .work import Work

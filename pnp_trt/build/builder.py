@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, backends
+from .. import backends
 from ..backends.base import MAX_BATCH, Backend, Profile, Progress
 from ..bundle.manifest import Manifest
 from ..bundle.store import MANIFEST, SCHEMA, digest, lock, read_manifest
@@ -24,6 +24,7 @@ from ..precision.int8.record import Record
 from ..precision.int8.record import find as find_record
 from ..precision.recipes import Int8, Recipe
 from ..precision.recipes import recipe as find_recipe
+from ..version import __version__
 from .sizes import plan_sizes
 from .spec import BuildSpec, build_scheduler
 from .work import Work

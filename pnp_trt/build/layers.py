@@ -19,7 +19,7 @@ from ..bundle import memory
 from ..bundle.golden_file import difference, read_golden
 from ..bundle.onnx_file import check_graph
 from ..bundle.store import Bundle
-from ..errors import InputError, PnpError
+from ..errors import InputError, MissingDependency, PnpError
 from ..runtime.verify import FILE as GOLDEN
 from .parity import round_at_every_node
 
@@ -285,5 +285,7 @@ def _onnx_ir() -> Any:
         import onnx_ir
         import polygraphy  # noqa: F401  (asked for here, so that the answer is one sentence)
     except ImportError as e:
-        raise InputError(f"looking at layers needs {e.name}; install with: pip install 'pnp-trt[build]'") from None
+        raise MissingDependency(
+            f"looking at layers needs {e.name}; install with: pip install 'pnp-trt[build]'"
+        ) from None
     return onnx_ir

@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
 from ..bundle import memory
 from ..bundle.manifest import Base, Compiled, Given, Guide, ImageSize, Latents, Manifest, NetworkRecord, Tokens
@@ -21,6 +20,7 @@ from ..io.replacing import check_removable_bundle
 from ..models.identity import guide_name
 from ..precision.int8.record import Record
 from ..precision.recipes import Recipe
+from ..version import __version__
 from .network import NetworkExport
 from .sizes import SizePlan
 from .spec import BuildSpec

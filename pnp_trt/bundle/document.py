@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import InputError
+from ..errors import BundleCorrupt, InputError
 from ..io.text import printable
 
 #: nesting, digits of a whole number, characters of a string, and members of one list or object
@@ -38,9 +38,9 @@ def parse_file(path: Path, raw: bytes, advice: str, *, members: int = MAX_MEMBER
     try:
         return parse(raw, members=members, text=text)
     except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not readable as JSON (byte {e.start} is not UTF-8); {advice}") from None
+        raise BundleCorrupt(f"{path} is not readable as JSON (byte {e.start} is not UTF-8); {advice}") from None
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not readable as JSON ({_reason(e)}); {advice}") from None
+        raise BundleCorrupt(f"{path} is not readable as JSON ({_reason(e)}); {advice}") from None
 
 
 def read_regular(path: Path, advice: str, *, limit: int) -> bytes:
@@ -52,15 +52,15 @@ def read_regular(path: Path, advice: str, *, limit: int) -> bytes:
     try:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
-            raise InputError(f"{path} is a link; copy the file itself, for example with cp -rL")
+            raise BundleCorrupt(f"{path} is a link; copy the file itself, for example with cp -rL")
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is not a regular file; {advice}")
+            raise BundleCorrupt(f"{path} is not a regular file; {advice}")
         if status.st_size > limit:
-            raise InputError(f"{path} has {status.st_size} bytes; it must have at most {limit}; {advice}")
+            raise BundleCorrupt(f"{path} has {status.st_size} bytes; it must have at most {limit}; {advice}")
         with path.open("rb") as f:
             return f.read(limit + 1)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; {advice}") from None
+        raise BundleCorrupt(f"{path} is missing; {advice}") from None
     except OSError as e:
         raise InputError(f"{path} cannot be read ({e.strerror or e}); check its permissions") from None
 
@@ -232,12 +232,14 @@ class Value:
         entries, needed = self.entries(), tuple(required)
         known = (*needed, *optional)
         if missing := [k for k in needed if k not in entries]:
-            raise InputError(
+            raise BundleCorrupt(
                 f"{self.file} lacks {', '.join(self._member(k, None).key for k in missing)}; {self.advice}"
             )
         if unknown := [v for k, v in entries.items() if k not in known]:
             where = printable(unknown[0].key, limit=200)
-            raise InputError(f"{self.file}: {where} is {_shown(unknown[0].raw)}; this key is not known; {self.advice}")
+            raise BundleCorrupt(
+                f"{self.file}: {where} is {_shown(unknown[0].raw)}; this key is not known; {self.advice}"
+            )
         return entries
 
     def member(self, key: str) -> Value:

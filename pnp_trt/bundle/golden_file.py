@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import BundleCorrupt
 from ..io.text import printable
 from .manifest import NetworkRecord, Tensor
 
@@ -29,14 +29,16 @@ def read_golden(path: Path, networks: Mapping[str, NetworkRecord]) -> Golden:
     cases = {case: case.partition("@")[0] for case in golden}
     if set(cases.values()) != set(networks):
         shown = printable(", ".join(cases) or "none", limit=200)
-        raise InputError(
+        raise BundleCorrupt(
             f"{path} has golden inputs of {shown}, the bundle's networks are {', '.join(networks)}; {_ADVICE}"
         )
     for case, (inputs, reference) in golden.items():
         record = networks[cases[case]]
         if inputs.keys() != record.inputs.keys():
             shown = printable(", ".join(inputs) or "none", limit=200)
-            raise InputError(f"{path}: {_name(case)} has the inputs {shown}, not {', '.join(record.inputs)}; {_ADVICE}")
+            raise BundleCorrupt(
+                f"{path}: {_name(case)} has the inputs {shown}, not {', '.join(record.inputs)}; {_ADVICE}"
+            )
         rows = len(reference) if reference.ndim else 0
         for name, array in inputs.items():
             _check(path, f"{case}/{name}", array, record.inputs[name], rows)
@@ -60,12 +62,12 @@ def load_golden(path: Path) -> Golden:
                 names = [k.partition("/")[2] for k in arrays.files if k.startswith(f"{network}/")]
                 out[network] = ({n: arrays[f"{network}/{n}"] for n in names if n != "="}, arrays[f"{network}/="])
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; {_ADVICE}") from None
+        raise BundleCorrupt(f"{path} is missing; {_ADVICE}") from None
     except KeyError as e:
-        raise InputError(f"{path} lacks {printable(e.args[0], limit=100)}; {_ADVICE}") from None
+        raise BundleCorrupt(f"{path} lacks {printable(e.args[0], limit=100)}; {_ADVICE}") from None
     except Exception as e:  # numpy and zipfile raise many types on damaged files
         why = "it holds Python objects" if "pickle" in str(e) else printable(e, limit=200)
-        raise InputError(f"{path} is not readable as golden inputs ({why}); {_ADVICE}") from None
+        raise BundleCorrupt(f"{path} is not readable as golden inputs ({why}); {_ADVICE}") from None
     return out
 
 
@@ -76,11 +78,11 @@ def _check(path: Path, name: str, array: np.ndarray, tensor: Tensor, rows: int) 
     )
     if not fits or not 1 <= len(array) == rows <= _MOST_ROWS or array.dtype.kind != ("i" if "int" in dtype else "f"):
         wanted = "x".join(map(str, (f"1-{_MOST_ROWS} rows", *shape[1:])))
-        raise InputError(
+        raise BundleCorrupt(
             f"{path}: {_name(name)} is {array.dtype} of shape {list(array.shape)}, not {dtype} of {wanted}; {_ADVICE}"
         )
     if not np.isfinite(array).all():
-        raise InputError(f"{path}: {_name(name)} has values that are not finite; {_ADVICE}")
+        raise BundleCorrupt(f"{path}: {_name(name)} has values that are not finite; {_ADVICE}")
 
 
 def _name(text: str) -> str:

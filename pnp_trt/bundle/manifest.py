@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError
+from ..errors import BundleCorrupt
 from .compile_options import CompileOptions
 from .document import Value, check_bounds, check_sizes
 from .profiles import MAX_BATCH, MAX_SIDE, Extent, Profile
@@ -511,7 +511,7 @@ class Manifest:
         try:
             check_bounds(document)
         except ValueError as e:
-            raise InputError(f"{file} is out of bounds ({e}); {advice}") from None
+            raise BundleCorrupt(f"{file} is out of bounds ({e}); {advice}") from None
         m = Value(document, "", file, advice).members(_REQUIRED, _OPTIONAL)
         if isinstance(m["schema"].raw, bool) or m["schema"].raw != SCHEMA:
             raise m["schema"].refuse(f"must be {SCHEMA}")

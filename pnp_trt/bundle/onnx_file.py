@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import BundleCorrupt
 from ..io.text import printable
 from .manifest import Manifest, Tensor
 
@@ -74,22 +74,26 @@ def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
     try:
         graph = read_graph((folder / record.graph).read_bytes())
     except (ValueError, OSError) as e:
-        raise InputError(f"{where} is not a readable ONNX graph ({printable(e, limit=200)}); {advice}") from None
+        raise BundleCorrupt(f"{where} is not a readable ONNX graph ({printable(e, limit=200)}); {advice}") from None
     for location in sorted(graph.locations):
         file = posixpath.join(posixpath.dirname(record.graph), location)
         if file != record.data or file not in manifest.files:
             shown = printable(location, limit=200)
-            raise InputError(f"{where} reads its weights from '{shown}', which the manifest does not list; {advice}")
+            raise BundleCorrupt(f"{where} reads its weights from '{shown}', which the manifest does not list; {advice}")
     if graph.nested:
-        raise InputError(f"{where} holds loops, branches or functions, which no network of this program has; {advice}")
+        raise BundleCorrupt(
+            f"{where} holds loops, branches or functions, which no network of this program has; {advice}"
+        )
     if strange := sorted(op for op in graph.operators if op[0] not in DOMAINS):
         shown = printable(f"{strange[0][0]}.{strange[0][1]}", limit=200)
-        raise InputError(f"{where} has the custom operator {shown}, which no runtime here implements; {advice}")
+        raise BundleCorrupt(f"{where} has the custom operator {shown}, which no runtime here implements; {advice}")
     for side, tensors, expected in (
         ("inputs", graph.inputs, record.inputs), ("outputs", graph.outputs, record.outputs),
     ):  # fmt: skip
         if not _same(tensors, expected):
-            raise InputError(f"{where} has the {side} {_told(tensors)}, its manifest says {_told(expected)}; {advice}")
+            raise BundleCorrupt(
+                f"{where} has the {side} {_told(tensors)}, its manifest says {_told(expected)}; {advice}"
+            )
 
 
 def _same(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, PnpError
+from ..errors import BundleCorrupt, BundleNotFound, InputError, PnpError
 from ..io.files import lock as lock
 from ..io.files import whole_folder as whole_folder
 from ..io.files import write_bytes as write_bytes
@@ -103,17 +103,17 @@ def find_bundle(name: str) -> Path:
         if unfinished := (engines_home() / name).is_dir():
             os.scandir(engines_home() / name).close()  # a folder that cannot be read is no unfinished engine
     except (OSError, ValueError) as e:  # a name that no file can have
-        raise InputError(
+        raise BundleNotFound(
             f"engine '{printable(name, limit=80)}' cannot be looked for ({getattr(e, 'strerror', None) or e}); "
             "give a bundle's name or folder"
         ) from None
     if unfinished:
-        raise InputError(
+        raise BundleCorrupt(
             f"engine '{name}' has no {MANIFEST}, so it was not finished or was damaged; "
             f"{rebuild_advice(engines_home() / name)}"
         )
     known = ", ".join(known_bundles()) or "none yet"
-    raise InputError(
+    raise BundleNotFound(
         f"no engine named '{printable(name, limit=200)}'; known engines: {known}. "
         "Make one with: pnp-trt build --out engines/NAME"
     )
@@ -207,13 +207,13 @@ def read_manifest(folder: Path) -> Manifest:
     schema = document.get("schema") if isinstance(document, dict) else type(document).__name__
     if type(schema) is not int or schema != SCHEMA:
         shown = printable(schema, limit=40)
-        raise InputError(f"{path} has manifest schema {shown}, this version reads {SCHEMA}; {advice}")
+        raise BundleCorrupt(f"{path} has manifest schema {shown}, this version reads {SCHEMA}; {advice}")
     if missing := [key for key in REQUIRED if key not in document]:
-        raise InputError(f"{path} lacks {', '.join(missing)}; {advice}")
+        raise BundleCorrupt(f"{path} lacks {', '.join(missing)}; {advice}")
     seal = printable(document["seal"], limit=12)
     # the text too: a changed blank is harmless, and still a sign that the disk cannot be trusted
     if (contents := _seal(document)) != document["seal"] or _as_text(document).encode() != raw:
-        raise InputError(f"{path} was changed or is corrupt (seal {seal}, contents {contents[:12]}…); {advice}")
+        raise BundleCorrupt(f"{path} was changed or is corrupt (seal {seal}, contents {contents[:12]}…); {advice}")
     return Manifest.from_json(document, file=str(path), advice=advice)
 
 
@@ -243,14 +243,14 @@ def check_file(folder: Path, relative: str, record: FileRecord, engine: str, adv
     try:
         size = path.stat().st_size if path.is_file() else None
         if size is None:
-            raise InputError(f"{where} is missing; {advice}")
+            raise BundleCorrupt(f"{where} is missing; {advice}")
         if size != record.size:
-            raise InputError(f"{where} has {size} bytes, not {record.size}; {advice}")
+            raise BundleCorrupt(f"{where} has {size} bytes, not {record.size}; {advice}")
         contents = sha256(path)
     except OSError as e:
         raise InputError(f"{where} cannot be read ({e.strerror or e}); check its permissions") from None
     if contents != record.sha256:
-        raise InputError(f"{where} is corrupt (sha256 {contents[:12]}…, not {record.sha256[:12]}…); {advice}")
+        raise BundleCorrupt(f"{where} is corrupt (sha256 {contents[:12]}…, not {record.sha256[:12]}…); {advice}")
 
 
 def check_place(folder: Path, relative: str, engine: str) -> Path:
@@ -259,7 +259,7 @@ def check_place(folder: Path, relative: str, engine: str) -> Path:
     for part in relative.split("/"):
         path /= part
         if path.is_symlink():
-            raise InputError(
+            raise BundleCorrupt(
                 f"engine '{engine}': {path} is a link, and a bundle's files must be in its folder; "
                 "copy the bundle with cp -rL"
             )

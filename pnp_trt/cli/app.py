@@ -62,7 +62,7 @@ def _show_warning(message: Any, category: type, *_: Any) -> None:
 
 def _version(show: bool) -> None:
     if show:
-        from .. import __version__
+        from ..version import __version__
 
         print(f"pnp-trt {__version__}")
         raise typer.Exit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from ..errors import InputError
+from ..errors import MissingDependency
 
 
 def require_packages(command: str) -> None:
@@ -13,4 +13,6 @@ def require_packages(command: str) -> None:
     wanted += ["modelopt"] if command == "calibrate" else []
     if missing := [m for m in wanted if importlib.util.find_spec(m) is None]:
         extra = {"distill": "train", "calibrate": "int8"}.get(command, "build")
-        raise InputError(f"pnp-trt {command} needs {', '.join(missing)}; install with: pip install 'pnp-trt[{extra}]'")
+        raise MissingDependency(
+            f"pnp-trt {command} needs {', '.join(missing)}; install with: pip install 'pnp-trt[{extra}]'"
+        )

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..errors import InputError, PnpError
 from ..io.files import make_temporary_folder, whole_file
 from ..models.bases import resolve
@@ -21,6 +20,7 @@ from ..models.conditioning import Conditions, encode_prompts
 from ..models.prompts import warn_of_long_prompts
 from ..models.scheduler import base_scheduler
 from ..models.teacher import BaseModel
+from ..version import __version__
 
 #: called with (stage, done, in all, note)
 Progress = Callable[[str, int, int, str], None]

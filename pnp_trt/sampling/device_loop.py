@@ -1,7 +1,7 @@
 """The sampling loop on a GPU: captured into one graph where that works, else put on the stream step by step.
 
 Here is what every kind of GPU buffers shares: which runs share buffers and graphs, when a run is captured, and what
-happens where that fails.  ``runtime.cuda_graph`` (TensorRT) and ``backends.torch_graph`` (PyTorch) have the buffers.
+happens where that fails.  ``backends.cuda_graph`` (TensorRT) and ``backends.torch_graph`` (PyTorch) have the buffers.
 """
 
 from __future__ import annotations

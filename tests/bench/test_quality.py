@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pnp_trt.bench.engines import counted_guide
+from pnp_trt.bench.fidelity_rows import Cell, Studio, cells_of, macs_per_picture, plan_rows, verdict
 from pnp_trt.bench.metrics import fidelity
-from pnp_trt.bench.metrics.quality import Cell, Studio, cells_of, macs_per_picture, plan_rows, verdict
 from pnp_trt.bench.metrics.tasks import Task
 from pnp_trt.bench.plan import Plan
 from pnp_trt.bench.report.image_grid import headline

@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX: engines compiled ahead, checked against version and GPU, run on bound device buffers.
 
-One code path for both; what differs is in ``trt_flavour``.  Compiling is ``trt_compile``, in a process of its own;
-running is ``trt_network``.
+One code path for both; what differs is in ``flavour``.  Compiling is ``compile``, in a process of its own;
+running is ``network``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...bundle import memory
 from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
 from ...bundle.store import cache_home, engines_home, rebuild_advice
-from ...errors import InputError, PnpError
+from ...errors import IncompatibleDevice, InputError, PnpError
 from ...sampling.network import Network
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress
 from ..gpus import Gpu, present_gpus
@@ -120,9 +120,11 @@ class TensorRtBackend(Backend):
         for package, here in self.versions().items():
             built = manifest.compiler.get(package, "none")
             if built != here and not (lasting and _later(here, built)):
-                raise InputError(f"engine '{name}': its compiler is {package} {built}, here is {here}; {advice}")
+                raise IncompatibleDevice(
+                    f"engine '{name}': its compiler is {package} {built}, here is {here}; {advice}"
+                )
         if (reason := self.cannot_run(manifest.target, manifest.options)) is not None:
-            raise InputError(
+            raise IncompatibleDevice(
                 f"engine '{name}': its target is {manifest.target}, and {reason}; "
                 f"make one for this machine with: {self._for_here(manifest)}"
             )
@@ -250,7 +252,7 @@ def _compilable(profile: Profile, target: str) -> Profile:
 
 
 def _in_own_process(order: dict[str, Any], network: str, progress: Progress) -> dict[str, Any]:
-    """Run ``trt_compile``; what it said it did.
+    """Run ``compile``; what it said it did.
 
     Raises:
         PnpError: with what it said, or how it ended.
@@ -260,7 +262,7 @@ def _in_own_process(order: dict[str, Any], network: str, progress: Progress) -> 
     with (
         tempfile.TemporaryFile() as said,
         subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.trt_compile"],
+            [sys.executable, "-m", f"{__package__}.compile"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
             env={**os.environ, "PYTHONPATH": path},
         ) as child,

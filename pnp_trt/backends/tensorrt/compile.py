@@ -64,7 +64,7 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
 
     Args:
         job: ``flavour``, ``graph``, ``engine``, ``inputs``, ``profiles``, ``target``, ``options``, ``timing_cache``,
-            and ``refit``, an engine whose weights alone are to be replaced (see ``trt_refit``).
+            and ``refit``, an engine whose weights alone are to be replaced (see ``refit``).
         report: called with (phase, share done).
 
     Raises:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...bundle.compile_options import CompileOptions
-from ...errors import InputError, PnpError
+from ...errors import InputError, MissingDependency, PnpError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Flavour:
         try:
             return importlib.import_module(self.module)
         except (ImportError, OSError) as e:  # OSError: its libraries are not there
-            raise InputError(
+            raise MissingDependency(
                 f"backend '{self.name}' needs the package {self.distributions[0]} ({str(e).splitlines()[0]}); "
                 f"install with: pip install 'pnp-trt[{self.extra}]'"
             ) from None
@@ -67,7 +67,7 @@ class Flavour:
                 return importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
-        raise InputError(
+        raise MissingDependency(
             f"backend '{self.name}' needs the package {self.distributions[0]}, which is not installed; "
             f"install with: pip install 'pnp-trt[{self.extra}]'"
         )

@@ -1,4 +1,4 @@
-"""New weights in a refittable engine: runs in ``trt_compile``'s process, on the GPU that the engine is for.
+"""New weights in a refittable engine: runs in ``compile``'s process, on the GPU that the engine is for.
 
 Sources: ``Refitter``, ``OnnxParserRefitter`` and ``ISerializationConfig`` in the Python API of TensorRT 10.12 to 11.4
 and of TensorRT-RTX 1.7 (docs.nvidia.com/deeplearning/tensorrt, "Refitting an Engine").  The parser names weights as the
@@ -21,7 +21,7 @@ def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     """Load the engine ``job["refit"]``, give it the weights of ``job["graph"]``, write ``job["engine"]``.
 
     Args:
-        job: as of ``trt_compile.compile_network``.
+        job: as of ``compile.compile_network``.
         report: called with (phase, share done).
 
     Raises:

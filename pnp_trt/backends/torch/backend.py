@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
-from ...errors import InputError
+from ...errors import IncompatibleDevice, InputError
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Progress
 from .network import TorchNetwork
 
@@ -54,7 +54,7 @@ class Torch(Backend):
 
     def check(self, manifest: Manifest) -> None:
         if (reason := self.cannot_run(manifest.target)) is not None:
-            raise InputError(f"engine '{manifest.name}' cannot run here: {reason}")
+            raise IncompatibleDevice(f"engine '{manifest.name}' cannot run here: {reason}")
 
     def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
         if missing := [p for p in _PACKAGES if importlib.util.find_spec(p) is None]:

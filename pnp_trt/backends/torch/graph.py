@@ -1,4 +1,4 @@
-"""PyTorch modules and the sampler's arithmetic on one stream: the torch form of ``runtime.cuda_graph``.
+"""PyTorch modules and the sampler's arithmetic on one stream: the torch form of ``backends.cuda_graph``.
 
 Graphs are ``torch.cuda.CUDAGraph``, whose memory is of PyTorch's own allocator.  On a CPU the same lane runs step by
 step.  Source: PyTorch's notes on CUDA semantics, "CUDA Graphs" (side stream, static inputs, thread-local capture).

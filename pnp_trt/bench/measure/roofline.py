@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, MissingDependency
 from .cases import Case
 
 #: of square matrix products; the best one counts
@@ -219,7 +219,7 @@ def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float, clo
     try:
         import torch
     except ImportError as e:
-        raise InputError("measuring a GPU needs torch; install with: pip install 'pnp-trt[build]'") from e
+        raise MissingDependency("measuring a GPU needs torch; install with: pip install 'pnp-trt[build]'") from e
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if precision not in kinds:
         raise InputError(f"precision is '{precision}'; a GPU's peak is measured in {', '.join(kinds)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, MissingDependency
 from .fidelity import check_pictures
 
 #: of OpenAI's CLIP, where the folder says nothing else
@@ -31,7 +31,9 @@ class ClipScorer:
         try:
             from transformers import CLIPModel, CLIPTokenizer
         except ImportError as e:
-            raise InputError("the CLIP score needs transformers; install with: pip install 'pnp-trt[build]'") from e
+            raise MissingDependency(
+                "the CLIP score needs transformers; install with: pip install 'pnp-trt[build]'"
+            ) from e
         from ...models.networks import quiet_libraries
 
         quiet_libraries()

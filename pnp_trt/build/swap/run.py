@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import __version__, backends
+from ... import backends
 from ...backends.base import CompileJob, Progress
 from ...bundle import memory
 from ...bundle.golden_file import read_golden
@@ -49,6 +49,7 @@ from ...models.bases import is_hub_id
 from ...models.noise import Noise
 from ...models.scheduler import check_distilled, check_samples
 from ...runtime.verify import Golden
+from ...version import __version__
 from ..builder import Built, check_before_work, standing
 from ..spec import short_name
 from ..work import TITLES, engine_parity, library_versions

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ... import __version__
 from ...bundle.store import digest, lock, write_text
 from ...errors import InputError
 from ...io.files import check_writable_file, remove_temporaries_of
@@ -22,6 +21,7 @@ from ...models.bases import resolve
 from ...models.conditioning import encode_prompts
 from ...models.prompts import read_prompts, warn_of_long_prompts
 from ...models.student import Student, Teacher
+from ...version import __version__
 from .observe import Loop, Observer, candidates
 from .record import Layer, Record, default_path
 from .sweep import Probes, Sweep, latent_error

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.pipeline import Pipeline
-from ...sampling.methods import INTERVAL, guided_steps
-from ..plan import Plan
-from ..results import encode_pictures
-from ..work import Work
-from . import fidelity
-from .extractors import Eyes
-from .tasks import Task, real_features, real_key
+from ..runtime.pipeline import Pipeline
+from ..sampling.methods import INTERVAL, guided_steps
+from .metrics import fidelity
+from .metrics.extractors import Eyes
+from .metrics.tasks import Task, real_features, real_key
+from .plan import Plan
+from .results import encode_pictures
+from .work import Work
 
 #: in the order of the tables; ``cfg-two-passes`` draws what ``cfg`` draws
 METHODS = ("cfg", "guided", "unguided", INTERVAL, "cfg-fewer-steps")
@@ -197,7 +197,7 @@ class Studio:
 
     def _guide(self, cell: Cell) -> str | None:
         """The counted network that stands for the engine's guide; "" where there is no guide, None where unknown."""
-        from ..engines import counted_guide
+        from .engines import counted_guide
 
         return counted_guide(self.pipes[cell.engine].bundle.manifest)
 
@@ -252,7 +252,7 @@ def macs_per_picture(cost: Sequence[Mapping[str, Any]], passes: int, steps: int,
         passes: of the U-Net.
         guide: the counted guide that runs once a step, "" for none, None where it is unknown.
     """
-    from ..measure.cost import CONDITION_PREFIX, PICTURE_NETWORKS
+    from .measure.cost import CONDITION_PREFIX, PICTURE_NETWORKS
 
     macs = {row["network"]: int(row["macs"]) for row in cost}
     if "teacher" not in macs or guide is None or (guide and guide not in macs):

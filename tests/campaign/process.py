@@ -176,6 +176,7 @@ def _streams(place: Place, surroundings: Surroundings, ends: list[int]) -> None:
         fcntl.ioctl(line, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         for stream in (0, 1, 2):
             os.dup2(line, stream)
+        _reopen()
         return
     given = surroundings.stdin
     source = place.fixtures.parent / f"stdin.{os.getpid()}"
@@ -189,6 +190,17 @@ def _streams(place: Place, surroundings: Surroundings, ends: list[int]) -> None:
         os.dup2(end, stream)
         os.close(end)
     source.unlink(missing_ok=True)
+    _reopen()
+
+
+def _reopen() -> None:
+    """Python's own streams anew: those of the zygote remember whether *its* files could be sought in."""
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        old = getattr(sys, f"__{name}__")
+        buffering = 1 if os.isatty(number) or number == 2 else -1
+        stream = open(number, mode, buffering, old.encoding, old.errors, closefd=False)  # noqa: PTH123, SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def _variables(surroundings: Surroundings, kill: Kill | None, log: Path) -> None:

@@ -198,7 +198,7 @@ def _reopen() -> None:
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         old = getattr(sys, f"__{name}__")
         buffering = 1 if os.isatty(number) or number == 2 else -1
-        stream = open(number, mode, buffering, old.encoding, old.errors, closefd=False)  # noqa: PTH123, SIM115
+        stream = open(number, mode, buffering, old.encoding, old.errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 

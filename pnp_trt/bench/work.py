@@ -77,7 +77,7 @@ class Work:
         if path.is_file():
             try:
                 return json.loads(path.read_text(encoding="utf-8")), path not in self._mine
-            except ValueError:  # damaged: made again
+            except (ValueError, RecursionError):  # damaged: made again
                 pass
         value = json.loads(json.dumps(make(), default=_plain))
         write_json(path, value)

@@ -174,7 +174,7 @@ def _options(given: list[str] | None, rank: int | None) -> dict[str, Any]:
             raise InputError(f"--option wants NAME=VALUE, got '{word}'")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 

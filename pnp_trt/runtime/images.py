@@ -138,7 +138,7 @@ def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name
     """The bytes of an image file with ``parameters`` inside.
 
     Raises:
-        InputError: for an unknown kind.
+        InputError: for an unknown kind, or parameters whose text is no Unicode (a pair of surrogates).
         PnpError: if the parameters are too long for the format; ``name`` says of which image.
     """
     from PIL import Image, PngImagePlugin
@@ -146,7 +146,7 @@ def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name
     if kind not in FORMATS:
         raise InputError(f"the format is '{kind}'; known: {', '.join(FORMATS)}")
     _, format_name, options = FORMATS[kind]
-    text = json.dumps(parameters)
+    text = _json_text(parameters, name)
     if kind == "png":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("pnp-trt", text)
@@ -163,6 +163,17 @@ def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name
     return stream.getvalue()
 
 
+def _json_text(parameters: dict[str, Any], name: Path) -> str:
+    """ASCII JSON.  It cannot tell two surrogates in a row from the character that they stand for in UTF-16."""
+    if pair := re.search("[\ud800-\udbff][\udc00-\udfff]", json.dumps(parameters, ensure_ascii=False)):
+        high, low = map(ord, pair.group())
+        raise InputError(
+            f"{name} cannot be written: its parameters have the surrogates U+{high:04X} U+{low:04X}; "
+            f"give the character U+{0x10000 + ((high - 0xD800) << 10) + low - 0xDC00:X} itself"
+        )
+    return json.dumps(parameters)
+
+
 def read_parameters(path: Path) -> dict[str, Any]:
     """What made a picture that :func:`save_picture` wrote.
 
@@ -175,8 +186,8 @@ def read_parameters(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=READABLE) as picture:
             held = picture.info.get("pnp-trt") or picture.getexif().get(_IMAGE_DESCRIPTION)
         found: dict[str, Any] = json.loads(held or "")
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path} holds no parameters of pnp-trt ({e}); name a picture that it drew") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path} holds no parameters of pnp-trt ({e}); name an image that it wrote") from e
     return found
 
 

@@ -95,6 +95,6 @@ def _config(path: Path) -> dict[str, object]:
         found: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path} cannot be read as JSON ({e})") from e
     return found

@@ -346,7 +346,7 @@ class AlignmentHead:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             about = header["__metadata__"]
             concepts = json.loads(about.pop("concepts"))
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise InputError(f"{path.name} holds no alignment head ({error})") from error
         if missing := sorted(set(_HEAD_TENSORS) - set(tensors)):
             raise InputError(f"{path.name} holds no alignment head: it lacks {', '.join(missing)}")

@@ -232,7 +232,7 @@ def _spread(count: int, most: int) -> list[int]:
 def _continued(partial: Path, key: str) -> dict[str, Any]:
     try:
         held: dict[str, Any] = json.loads(partial.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return held["found"] if isinstance(held, dict) and held.get("key") == key else {}
 

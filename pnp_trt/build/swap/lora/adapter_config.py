@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import InputError
+from ....io.inputs import parse_json
 from .names import Layer
 from .source import Lora
 
@@ -127,12 +127,7 @@ def _text(path: Path) -> str:
 
 
 def _object(where: str, text: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as e:
-        raise InputError(
-            f"{where}: the adapter's configuration is not readable as JSON ({e}); fetch it again"
-        ) from None
+    config = parse_json(text, f"{where}: the adapter's configuration", "fetch it again")
     if not isinstance(config, dict):
         raise InputError(f"{where}: the adapter's configuration is not a JSON object; fetch it again")
     return config

@@ -28,7 +28,7 @@ _P, _I = ctypes.c_void_p, ctypes.c_int
 
 
 class DeviceBound(Protocol):
-    """A network's buffers on the GPU; ``backends.trt_network.TrtBound`` is one."""
+    """A network's buffers on the GPU; ``backends.tensorrt.network.TrtBound`` is one."""
 
     stream: int
     addresses: dict[str, int]
@@ -42,7 +42,7 @@ class DeviceBound(Protocol):
 
 
 class DeviceNetwork(Protocol):
-    """A loaded engine; ``backends.trt_network.TrtNetwork`` is one."""
+    """A loaded engine; ``backends.tensorrt.network.TrtNetwork`` is one."""
 
     path: Path
 

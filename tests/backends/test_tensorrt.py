@@ -102,7 +102,7 @@ def test_a_graph_that_cannot_be_compiled_is_one_sentence(jobs: dict[str, Compile
 def test_a_killed_compiler_is_said_to_be_killed(jobs: dict[str, CompileJob]) -> None:
     def kill(*_: object) -> None:
         for child in psutil.Process().children():
-            if "trt_compile" in " ".join(child.cmdline()):
+            if "tensorrt.compile" in " ".join(child.cmdline()):
                 child.kill()
 
     with pytest.raises(PnpError, match="compiler of the unet was killed by signal 9, most likely for lack of memory"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,6 +20,29 @@ _SLOW = [HealthCheck.too_slow]
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=_SLOW)
 settings.register_profile("campaign", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=_SLOW)
 settings.load_profile("campaign" if os.environ.get("PNP_TRT_CAMPAIGN") else "ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def other_kernels() -> Iterator[None]:
+    """ONNX Runtime without graph optimisation, where ``PNP_TRT_TEST_KERNELS=plain`` asks for it.
+
+    Its release builds choose kernels by the processor alone and honour no variable; its unoptimised graphs run
+    convolutions and attention by other kernels, with other rounding, as another processor would.
+    """
+    if os.environ.get("PNP_TRT_TEST_KERNELS") != "plain":
+        yield
+        return
+    import onnxruntime as ort
+
+    class Plain(ort.InferenceSession):
+        def __init__(self, model: Any, sess_options: Any = None, *rest: Any, **options: Any) -> None:
+            sess_options = sess_options or ort.SessionOptions()
+            sess_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            super().__init__(model, sess_options, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ort, "InferenceSession", Plain)
+        yield
 
 
 @dataclass

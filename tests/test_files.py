@@ -314,7 +314,11 @@ def test_a_signal_removes_what_is_half_done(tmp_path: Path, number: signal.Signa
         "        (folder / 'a').touch(); print('ready', flush=True); time.sleep(600)\n"
         "process.run(work)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a job in the background of a shell ignores SIGINT, and its children inherit that
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )  # fmt: skip
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     child.send_signal(number)
     if number == signal.SIGTERM:

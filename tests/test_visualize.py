@@ -172,7 +172,8 @@ def test_a_file_as_folder_and_no_prompt_are_refused(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     given = ("--guide", micro_guide, "--base", micro_base)
-    for out, message in ((tmp_path / "file", "is a file; name a folder"), (tmp_path / "file" / "x", "cannot be made")):
+    below = tmp_path / "file" / "x"
+    for out, message in ((tmp_path / "file", "is a file; name a folder"), (below, "cannot be written")):
         done = cli("visualize", "a cat", *given, "--out", out)
         assert done.code == 2 and message in done.err
     assert cli("visualize", *given, "--out", tmp_path / "x").code == 2

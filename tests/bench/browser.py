@@ -67,7 +67,7 @@ def _run(page: Path, *, dark: bool = False) -> subprocess.CompletedProcess[str]:
         "--hide-scrollbars", "--virtual-time-budget=3000",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", page.as_uri(),
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
 
 
 def console(page: Path) -> list[str]:

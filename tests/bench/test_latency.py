@@ -335,6 +335,8 @@ def test_unknown_and_repeated_cases_are_refused() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    parts = ", ".join(f"pnp_trt.bench.{name}" for name in ("latency", "cost", "footprint", "peers", "coldstart"))
+    parts = ", ".join(
+        f"pnp_trt.bench.measure.{name}" for name in ("latency", "cost", "footprint", "peers", "coldstart")
+    )
     code = f"import sys, {parts}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -55,7 +55,7 @@ def test_a_part_that_fails_is_written_down_and_the_next_goes_on(
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    provenance = "pnp_trt.bench.results.provenance"
+    provenance = "pnp_trt.bundle.provenance.provenance"
     monkeypatch.setattr(provenance, lambda command, device: {"device": device})
     assert gpu.main(["--only", "kernels", "--only", "torch-bundled", "--only", "tests", "--limit", "5"]) == 0
     found = json.loads((tmp_path / "gpu-nvidia-test-9.json").read_text())

@@ -164,7 +164,10 @@ def test_prompts_files(tmp_path: Path) -> None:
     path.write_text("ok\n" + "x" * 1001)
     with pytest.raises(InputError, match="line 2 has 1001 characters"):
         read_prompts(path)
-    path.write_bytes(b"\xff\xfe\x00")
+    path.write_bytes(b"\xff\xfe\x00")  # a mark of UTF-16 and half a character
+    with pytest.raises(InputError, match="not UTF-16 text"):
+        read_prompts(path)
+    path.write_bytes(b"a red \xe9pple")
     with pytest.raises(InputError, match="not UTF-8"):
         read_prompts(path)
     with pytest.raises(InputError, match="does not exist"):

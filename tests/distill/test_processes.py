@@ -37,7 +37,7 @@ def test_two_processes_give_the_result_of_one(micro_base: Path, tmp_path: Path) 
         ("four", [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *arguments, "--accumulate", "2"]),
     ):
         done = subprocess.run(
-            [*command, "--out", str(tmp_path / out)], env=environment, capture_output=True, text=True, timeout=300
+            [*command, "--out", str(tmp_path / out)], env=environment, capture_output=True, text=True, timeout=1800
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("parameters,") == 1  # the first process alone reports

@@ -118,7 +118,7 @@ class OrtNetwork(Network):
     ) -> None:
         self.path = path
         self.profiles = profiles
-        self._keep = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
+        self.sessions_kept = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
         self._providers = providers(provider)
         self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
         self._sessions: dict[tuple[int, Size | None], Any] = {}
@@ -152,9 +152,9 @@ class OrtNetwork(Network):
 
     def _drop_oldest(self) -> None:
         """Make room for another session; call it under the lock."""
-        if len(self._sessions) < self._keep:
+        if len(self._sessions) < self.sessions_kept:
             return
-        while len(self._sessions) >= self._keep:
+        while len(self._sessions) >= self.sessions_kept:
             oldest = next(iter(self._sessions))
             self._sessions.pop(oldest)
             self._idle.pop(oldest, None)

@@ -20,8 +20,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="downloads and rendered pictures")
     parser.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"), help="where the shipped files go")
     parser.add_argument("--only", choices=list(stages.STAGES), action="append")
+    parser.add_argument("--continue-from", type=Path, help="start the base from the weights of this pipeline folder")
     args = parser.parse_args()
-    context = stages.Context(PRESETS[args.preset], args.out or args.cache / args.preset, args.cache, args.assets)
+    out = args.out or args.cache / args.preset
+    context = stages.Context(PRESETS[args.preset], out, args.cache, args.assets, args.continue_from)
     for name in args.only or stages.STAGES:
         stages.STAGES[name](context)
 

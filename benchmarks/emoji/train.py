@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pnp_trt import processor
+
 from .data import caption
 from .presets import Preset
 
@@ -84,6 +86,64 @@ class Ema:
                     params[k].copy_(v)
 
 
+def decay(done: float, constant: float) -> float:
+    """Learning-rate factor after a share ``done`` of the steps: 1 for ``constant`` of them, then a cosine to 0.02.
+
+    A long constant part (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+    Durations") leaves the number of steps open until the decay begins.
+    """
+    tail = max(0.0, done - constant) / (1 - constant)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(tail, 1.0)))
+
+
+class MuonAdamW:
+    """``torch.optim.Muon`` for the hidden matrices, AdamW for everything else, behind one optimizer's interface.
+
+    Convolution kernels count as matrices ``[out, in · height · width]``, as in Jordan et al. 2024; torch's class takes
+    two-dimensional parameters only, so it is given views that share their memory.
+    """
+
+    def __init__(self, module: nn.Module, lr: float) -> None:
+        hidden, other = [], []
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                outer = p.ndim < 2 or "embedding" in name or name.endswith(("conv_in.weight", "conv_out.weight"))
+                (other if outer else hidden).append(p)
+        self._pairs = [(p, nn.Parameter(p.data.view(p.shape[0], -1))) for p in hidden]
+        self._muon = torch.optim.Muon(
+            [v for _, v in self._pairs], lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adamw = torch.optim.AdamW(other, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+        self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
+
+    def step(self) -> None:
+        for p, view in self._pairs:
+            view.grad = None if p.grad is None else p.grad.view_as(view)
+        self._muon.step()
+        self._adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p, view in self._pairs:
+            p.grad = view.grad = None
+        self._adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._muon.load_state_dict(state["muon"])
+        self._adamw.load_state_dict(state["adamw"])
+        self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
+
+
+def make_optimizer(module: nn.Module, lr: float, kind: str) -> torch.optim.Optimizer | MuonAdamW:
+    """``adamw`` or ``muon`` over the trainable parameters."""
+    if kind == "muon":
+        return MuonAdamW(module, lr)
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+
+
 def run_loop(
     name: str,
     module: nn.Module,
@@ -97,11 +157,11 @@ def run_loop(
     """Optimise ``module`` for ``steps``; checkpoints and resumes in ``out/NAME.ckpt``; returns the EMA."""
     device = next(module.parameters()).device
     trainable = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    optimiser = make_optimizer(module, lr, preset.optimizer)
     warmup = min(preset.warmup, max(1, steps // 10))
 
     def rate(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        return min(1.0, (step + 1) / warmup) * decay(step / steps, preset.constant)
 
     ema = Ema(module, preset.ema)
     checkpoint = out / f"{name}.ckpt"
@@ -121,6 +181,7 @@ def run_loop(
 
     from tqdm import tqdm
 
+    low_precision = device.type == "cuda" or processor.multiplies("bfloat16")
     # the fused CPU attention's backward pass takes a third of a step at these sizes, the plain one a tenth
     attention = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext
     module.train()
@@ -129,7 +190,7 @@ def run_loop(
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = lr * rate(step)
-        with attention(), torch.autocast(device.type, torch.bfloat16):
+        with attention(), torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
             loss = loss_of(step)
         loss.backward()
         value = loss.item()

@@ -88,3 +88,40 @@ def test_training_resumes_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", 5)
     assert torch.equal(run(tmp_path / "b", None), whole)
+
+
+def test_muon_takes_matrices_and_kernels_and_resumes() -> None:
+    """The first step is torch.optim.Muon's own on the flattened kernel; the state continues to equal weights."""
+    import torch
+    from torch import nn
+
+    from benchmarks.emoji.train import MuonAdamW
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
+
+    def train(module: nn.Module, optimizer: MuonAdamW, steps: int) -> None:
+        x = torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)
+        for _ in range(steps):
+            module(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    one, flat = network(), network()
+    view = nn.Parameter(flat[0].weight.detach().reshape(8, -1).clone())
+    flat(torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)).square().mean().backward()
+    view.grad = flat[0].weight.grad.reshape(8, -1)
+    torch.optim.Muon([view], lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw").step()
+    train(one, MuonAdamW(one, 0.01), 1)
+    assert torch.equal(one[0].weight.detach().reshape(8, -1), view.detach())
+
+    whole, first, second = network(), network(), network()
+    train(whole, MuonAdamW(whole, 0.01), 4)
+    optimizer = MuonAdamW(first, 0.01)
+    train(first, optimizer, 2)
+    second.load_state_dict(first.state_dict())
+    resumed = MuonAdamW(second, 0.01)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(second, resumed, 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""What is installed, what is missing for which command, and the command that mends it.
+"""What is installed, what is missing for which command, and the command that fixes it.
 
 Nothing heavy is imported: packages are looked up by their metadata and their module's file, so that a broken install
 is reported instead of raised, and the answer comes in a fraction of a second.
@@ -107,7 +107,7 @@ class Check:
 
     kind: "command" and "option" are what can be run, "package" what is installed, "machine" what it runs on.
     state: "ok"; "missing" (not installed) or "broken" (installed, but not whole); "warning" (works, but look);
-    "absent" (optional hardware that is not there).  detail: the version or the reason.  fix: the command that mends
+    "absent" (optional hardware that is not there).  detail: the version or the reason.  fix: the command that fixes
     it, None where nothing needs mending or no command can.  needed_by: the commands and options that need it.
     """
 
@@ -433,7 +433,7 @@ def _size(number: int) -> str:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What is installed, what is missing for which command, and the command that mends it."""
+    """What is installed, what is missing for which command, and the command that fixes it."""
     from ..bundle.store import engines_home
 
     checks = diagnose(engines_home())

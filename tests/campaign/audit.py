@@ -95,7 +95,7 @@ def _write_lines(paths: list[Any], folder: int | None) -> list[str]:
                 text = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), text)  # noqa: PTH115, PTH118
             head, tail = os.path.split(os.path.abspath(text))  # noqa: PTH100
             text = os.path.join(os.path.realpath(head), tail)  # noqa: PTH118
-            if not text.startswith(("/dev/", "/proc/")):
+            if not f"{text}/".startswith(("/dev/", "/proc/")):
                 lines.append(f"write {text}")
     return lines
 

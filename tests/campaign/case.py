@@ -172,7 +172,9 @@ def classify(case: Case, outcome: Outcome, place: Place) -> tuple[str, str]:
         return "UNEXPECTED", match.group()
     if code not in case.allowed:
         return ("CRASH", signal.Signals(-code).name) if code < 0 else ("WRONG-CODE", f"{code}, not {case.allowed}")
-    if code in (1, 2) and not re.search(r"^pnp-trt: |^Usage: |Error|off by|missing", said, re.MULTILINE):
+    # on a terminal, rich's own cursor control stands before the sentence
+    plain = RICH.sub("", said).replace("\r", "\n")
+    if code in (1, 2) and not re.search(r"^pnp-trt: |^Usage: |Error|off by|missing", plain, re.MULTILINE):
         return "SILENT", f"exit code {code} and no sentence"
     if fault := _fault(case, outcome, place):
         return "FAULT", fault

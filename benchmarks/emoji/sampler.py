@@ -117,11 +117,6 @@ def denoise(
     return x
 
 
-def fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; elsewhere it is emulated, slower than float32."""
-    return multiplies("bfloat16")
-
-
 class Sampler:
     """A Stable-Diffusion folder with its own batched loop, which skips what figures do not need."""
 

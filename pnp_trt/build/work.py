@@ -14,7 +14,7 @@ from typing import Any
 from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
 from ..bundle import memory
 from ..bundle.manifest import Base, Compiled, Given, Guide, ImageSize, Latents, Manifest, NetworkRecord, Tokens
-from ..bundle.parts import Made, Parts, assemble
+from ..bundle.parts import Parts, RunResult, assemble
 from ..bundle.store import list_files, whole_folder, write_json, write_manifest
 from ..io.replacing import check_removable_bundle
 from ..models.identity import guide_name
@@ -118,12 +118,12 @@ class Work:
                 limit=self.recipe.limit,
                 against="PyTorch float32, seeded golden inputs",
             )
-            made = Made(
+            result = RunResult(
                 name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
                 files=list_files(work), versions=library_versions(), seconds=time.monotonic() - started,
                 export_memory=exported, rebuild=self.spec.command(),
             )  # fmt: skip
-            return write_manifest(work, assemble(parts, made))
+            return write_manifest(work, assemble(parts, result))
 
     @property
     def _guided(self) -> bool:

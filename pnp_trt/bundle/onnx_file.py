@@ -92,7 +92,7 @@ def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
     ):  # fmt: skip
         if not _same(tensors, expected):
             raise BundleCorrupt(
-                f"{where} has the {side} {_told(tensors)}, its manifest says {_told(expected)}; {advice}"
+                f"{where} has the {side} {_listed(tensors)}, its manifest says {_listed(expected)}; {advice}"
             )
 
 
@@ -109,7 +109,7 @@ def _same(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def _told(tensors: Mapping[str, Tensor]) -> str:
+def _listed(tensors: Mapping[str, Tensor]) -> str:
     """Tensors in words, not long."""
     words = (f"{name} {dtype} {'x'.join(map(str, shape))}" for name, (dtype, shape) in tensors.items())
     return printable(", ".join(words) or "none", limit=300)

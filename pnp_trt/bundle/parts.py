@@ -26,7 +26,7 @@ from .profiles import Profile
 
 @dataclass(frozen=True)
 class Parts:
-    """What a bundle is of and for; see ``Manifest``.
+    """Properties of a bundle that do not depend on the run that built it; see ``Manifest``.
 
     Attributes:
         limit: largest relative error that the recipe allows.
@@ -57,8 +57,8 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What one run of `build` or `plug` made.
+class RunResult:
+    """Results of one run of `build` or `plug`.
 
     Attributes:
         seconds: wall time of the run.
@@ -80,24 +80,24 @@ class Made:
     compiled: Iterable[str] | None = None
 
 
-def assemble(parts: Parts, made: Made) -> Manifest:
+def assemble(parts: Parts, result: RunResult) -> Manifest:
     """The manifest of a bundle, not sealed yet; the time of building is now."""
-    errors = {name: n.parity.graph for name, n in made.networks.items()}
-    compiled = made.networks if made.compiled is None else made.compiled
-    memory = [peak for name in compiled if (peak := made.networks[name].compiled.peak_memory)]
+    errors = {name: n.parity.graph for name, n in result.networks.items()}
+    compiled = result.networks if result.compiled is None else result.compiled
+    memory = [peak for name in compiled if (peak := result.networks[name].compiled.peak_memory)]
     own = {f.name: getattr(parts, f.name) for f in fields(parts) if f.name not in ("limit", "against")}
     return Manifest(
         **own,
-        name=made.name,
-        key=made.key,
-        built_from=made.built_from,
-        networks=made.networks,
-        parity=Parity(errors, parts.limit, parts.against, made.engine_parity),
-        files=made.files,
-        versions=made.versions,
+        name=result.name,
+        key=result.key,
+        built_from=result.built_from,
+        networks=result.networks,
+        parity=Parity(errors, parts.limit, parts.against, result.engine_parity),
+        files=result.files,
+        versions=result.versions,
         built=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        build_seconds=round(made.seconds, 1),
-        peak_memory=PeakMemory(made.export_memory, max(memory, default=None)),
-        rebuild=made.rebuild,
-        plugged=made.plugged,
+        build_seconds=round(result.seconds, 1),
+        peak_memory=PeakMemory(result.export_memory, max(memory, default=None)),
+        rebuild=result.rebuild,
+        plugged=result.plugged,
     )

@@ -1,1 +1,1 @@
-""""""
+"""ONNX files and their weights."""

@@ -231,7 +231,7 @@ def whole_file(target: Path) -> Iterator[Path]:
         raise InputError(f"{target} cannot be written ({e.strerror or e}); {what}") from e
     mode = stat.S_IMODE(work.stat().st_mode)
     try:
-        with _told(target):
+        with _in_one_sentence(target):
             yield work
             _sync(work)
             work.chmod(mode)  # safetensors makes files that only their owner can read
@@ -250,7 +250,7 @@ def _where(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _told(target: Path) -> Iterator[None]:
+def _in_one_sentence(target: Path) -> Iterator[None]:
     """Errors of the file system, and safetensors' own, as one sentence."""
     try:
         yield
@@ -286,7 +286,7 @@ def write_bytes(data: bytes, target: Path) -> None:
     """
     place = _where(target)
     if place.exists() and not place.is_file() and not place.is_dir():
-        with _told(target), place.open("wb", buffering=0) as f:
+        with _in_one_sentence(target), place.open("wb", buffering=0) as f:
             f.write(data)
         return
     with whole_file(target) as beside:

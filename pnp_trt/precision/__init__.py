@@ -1,1 +1,1 @@
-""""""
+"""Precision recipes: the types that a network computes in."""

@@ -1,1 +1,1 @@
-""""""
+"""TensorRT and TensorRT for RTX: compiling, loading and refitting engines."""

@@ -1,1 +1,1 @@
-""""""
+"""PyTorch modules, eager or compiled."""

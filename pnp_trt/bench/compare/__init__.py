@@ -1,1 +1,1 @@
-""""""
+"""Comparison of two results documents."""

@@ -1,1 +1,1 @@
-""""""
+"""Measurements: compute, latency, memory, energy and cold start."""

@@ -1,1 +1,1 @@
-""""""
+"""Image metrics: KID, FID, CLIP score and retrieval."""

@@ -1,1 +1,1 @@
-""""""
+"""Replacing the weights of a built bundle (``pnp-trt plug``)."""

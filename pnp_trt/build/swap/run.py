@@ -26,7 +26,7 @@ from ...bundle import memory
 from ...bundle.golden_file import read_golden
 from ...bundle.manifest import WEIGHTS, Base, Compiled, FileRecord, LoraRecord, Manifest, NetworkRecord, Plugged, Tokens
 from ...bundle.onnx_file import check_graph
-from ...bundle.parts import Made, Parts, assemble
+from ...bundle.parts import Parts, RunResult, assemble
 from ...bundle.store import (
     SCHEMA,
     check_place,
@@ -272,12 +272,12 @@ class _Work:
                 tokens=tokens,
                 scheduler=self.scheduler,
             )
-            made = Made(
+            result = RunResult(
                 name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
                 files=self._files(work), versions=library_versions(), seconds=time.monotonic() - started,
                 export_memory=checked, rebuild=command, plugged=plugged, compiled=swapped,
             )  # fmt: skip
-            return write_manifest(work, assemble(parts, made))
+            return write_manifest(work, assemble(parts, result))
 
     def _report(self, what: str, stages: int) -> None:
         self.progress(what, 100 * self.stage, 100 * stages)

@@ -1,1 +1,1 @@
-""""""
+"""INT8: calibration, the record, the sweep and quantise/dequantise pairs."""

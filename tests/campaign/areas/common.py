@@ -193,3 +193,16 @@ def unpacked(data: bytes) -> tuple[dict[str, Any], bytes]:
     """A safetensors file's header and body."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def engine_named(text: str) -> Callable[[Place], None]:
+    """A copy of the guided engine whose folder and manifest have this name."""
+
+    def prepare(place: Place) -> None:
+        folder = place.here / "engines" / text.replace("/", "∕")
+        shutil.copytree(place.path(GUIDED), folder)
+        manifest = manifest_of(folder)
+        manifest["name"] = folder.name
+        seal(folder, manifest, files=False)
+
+    return prepare

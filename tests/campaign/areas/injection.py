@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 
 from ..case import GUIDED, HERE, PLAIN, Case, Outcome, Place, Surroundings
-from .common import PROMPTS, bench, manifest_of, plug, sample, seal, share, visualize, with_prompts
+from .common import PROMPTS, bench, engine_named, plug, sample, share, visualize, with_prompts
 
 AREA = "injection"
 TEXTS: dict[str, str] = {
@@ -43,17 +42,6 @@ def _ignore(_: object) -> None:
     return None
 
 
-def _named(text: str) -> Callable[[Place], None]:
-    def prepare(place: Place) -> None:
-        folder = place.here / "engines" / text.replace("/", "∕")
-        shutil.copytree(place.path(GUIDED), folder)
-        manifest = manifest_of(folder)
-        manifest["name"] = folder.name
-        seal(folder, manifest, files=False)
-
-    return with_prompts(prepare)
-
-
 def cases() -> Iterator[Case]:
     """All cases."""
     everything = ("--json", HERE / "x.json", "--html", PAGE, "--grid", HERE / "x.png", "--prompts", PROMPTS)
@@ -69,7 +57,14 @@ def cases() -> Iterator[Case]:
         engine = HERE / "engines" / name
         quick = {"inspect": ("inspect", engine), "sample": sample(engine), "verify": ("verify", engine)}
         for command, words in share({**quick, "list": ("list",)}, turn, 1).items():
-            yield Case(AREA, f"{command}, an engine called {label}", words, (0,), _named(text), surroundings=home)
+            yield Case(
+                AREA,
+                f"{command}, an engine called {label}",
+                words,
+                (0,),
+                with_prompts(engine_named(text)),
+                surroundings=home,
+            )
         engines = (PLAIN, engine)
         pages = {
             "plug": plug(engine),
@@ -84,7 +79,7 @@ def cases() -> Iterator[Case]:
                 f"{command}, an engine called {label}",
                 words,
                 (0,),
-                _named(text),
+                with_prompts(engine_named(text)),
                 check,
                 surroundings=home,
                 slow=True,

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..case import BASE2, GUIDED, HERE, At, Case, Place, Surroundings
-from .common import ANY, AT_X, ON_X, build, copy, manifest_of, plug, sample, seal, share, some, spoil, visualize
+from .common import (
+    ANY,
+    AT_X,
+    ON_X,
+    build,
+    copy,
+    engine_named,
+    plug,
+    sample,
+    share,
+    some,
+    spoil,
+    visualize,
+)
 
 AREA = "terminal"
 TEXTS: dict[str, str] = {
@@ -41,19 +53,6 @@ def _parts(value: str) -> Callable[[Place], None]:
             manifest["guide"]["name"] = value
 
     return spoil(change)
-
-
-def _named(text: str) -> Callable[[Place], None]:
-    """An engine whose folder has that name."""
-
-    def prepare(place: Place) -> None:
-        folder = place.here / "engines" / text.replace("/", "∕")
-        shutil.copytree(place.path(GUIDED), folder)
-        manifest = manifest_of(folder)
-        manifest["name"] = folder.name
-        seal(folder, manifest, files=False)
-
-    return prepare
 
 
 def cases() -> Iterator[Case]:
@@ -97,7 +96,7 @@ def _names(label: str, text: str, turn: int) -> Iterator[Case]:
     }  # fmt: skip
     for command, words in share(piped, turn, 2).items():
         name = f"{command}, a folder called {label}"
-        yield Case(AREA, name, words, (0,), _named(text), surroundings=PIPE, slow=command == "plug")
+        yield Case(AREA, name, words, (0,), engine_named(text), surroundings=PIPE, slow=command == "plug")
     shown = {
         "plug": plug(at), "list": ("list",), "sample": sample(prompt=text), "inspect": ("inspect", at),
         "no engine": ("sample", "a", "--engine", text), "build": build(base=f"nope-{text}", out=at),
@@ -106,7 +105,7 @@ def _names(label: str, text: str, turn: int) -> Iterator[Case]:
     for command, words in share(shown, turn, 3).items():
         slow = command in ("plug", "visualize")
         name = f"terminal: {command}, {label}"
-        yield Case(AREA, name, words, ANY, _named(text), surroundings=PTY, network=True, slow=slow)
+        yield Case(AREA, name, words, ANY, engine_named(text), surroundings=PTY, network=True, slow=slow)
     path = HERE / at.path.rpartition("/")[2]
     yield Case(AREA, f"plug, a base's folder called {label}", plug(base=path), (0,), _base(path), slow=True)
 

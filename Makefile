@@ -75,10 +75,10 @@ test-portability: $(VENV)/.dev-installed
 	done
 
 campaign: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --jobs 2 --record benchmarks/results/campaign.json
 
 soak: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.soak --out benchmarks/results/soak.json
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .

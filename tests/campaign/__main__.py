@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the fifth that make test runs")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     parser.add_argument("--out", type=Path, default=report.FOLDER, help="folder of the report")
+    parser.add_argument("--record", type=Path, help="also write counts and provenance here, without rows and paths")
     parser.add_argument("--fixtures", type=Path, help="fixtures that are built already")
     given = parser.parse_args(arguments)
     cases = select(given.area, given.only, given.quick)
@@ -74,10 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
             zygote.stop()
     from pnp_trt.bundle.provenance import provenance
 
-    command = ["python", "-m", "tests.campaign", *(arguments if arguments is not None else sys.argv[1:])]
-    path = report.write(
-        rows, given.out, provenance=provenance(command), seconds=round(time.monotonic() - begun), jobs=given.jobs
-    )
+    command = ["python", "-m", "tests.campaign", *(["--quick"] if given.quick else [])]
+    command += [word for area in given.area for word in ("--area", area)]
+    command += ["--only", given.only] if given.only else []
+    facts = {"provenance": provenance(command), "seconds": round(time.monotonic() - begun), "jobs": given.jobs}
+    path = report.write(rows, given.out, **facts)
+    if given.record is not None:
+        report.record(rows, given.record, **facts)
     print(report.render(rows), f"report: {path}", sep="\n")
     return int(any(r["class"] != "OK" for r in rows))
 

@@ -43,12 +43,21 @@ def write(rows: list[dict[str, Any]], folder: Path = FOLDER, **facts: Any) -> Pa
     """Write ``report.json``: counts by area, every row, and what was run on what."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
+    path.write_text(json.dumps({**_summary(rows, facts), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def record(rows: list[dict[str, Any]], path: Path, **facts: Any) -> None:
+    """Write counts by area, and of the cases that did not hold what and why: a record without paths of a machine."""
+    failed = [{k: r[k] for k in ("area", "name", "class")} for r in rows if r["class"] != "OK"]
+    path.write_text(json.dumps({**_summary(rows, facts), "failed": failed}, indent=1) + "\n")
+
+
+def _summary(rows: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     areas = {
         a: {c: n[c] for c in CLASSES if n[c]} | {"cases": sum(n.values())} for a, n in sorted(counts(rows).items())
     }
-    document = {**facts, "cases": len(rows), "areas": areas, "rows": rows}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
+    return {**facts, "cases": len(rows), "areas": areas}
 
 
 def add(rows: list[dict[str, Any]], folder: Path) -> None:

@@ -153,7 +153,10 @@ def main() -> int:
     engines = given.engine or [_micro() / name for name in ("guided", "plain")]
     results = [soak(engine, given.images, given.threads) for engine in engines]
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(results, indent=1) + "\n")
+    from pnp_trt.bundle.provenance import provenance
+
+    command = ["python", "-m", "tests.campaign.soak", "--images", str(given.images), "--threads", str(given.threads)]
+    given.out.write_text(json.dumps({"provenance": provenance(command), "engines": results}, indent=1) + "\n")
     wrong = [sentence for result in results for sentence in failures(result)]
     for result in results:
         print({k: v for k, v in result.items() if k != "marks"})

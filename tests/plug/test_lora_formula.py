@@ -223,7 +223,7 @@ def test_pefts_own_folder_has_its_scale_in_a_file_of_its_own(networks: Networks,
     networks.check([networks.load(path)], {Q: 3 * added[Q]})
     assert Lora.parse(str(path)).identity() != without
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"adapter_config.json: the adapter's configuration is not readable as JSON"):
+    with pytest.raises(InputError, match=r"adapter_config.json: the adapter's configuration is not complete JSON"):
         networks.load(path)
 
 

@@ -44,7 +44,7 @@ class Plan:
         pictures: per fidelity cell; None takes 256 where they can be judged, 32 elsewhere.
         provider: ``auto``, ``cpu`` or ``cuda``.
         size: height and width in pixels, None the engines' default.
-        schedule: ``ddim``, ``dpm++``, ``euler`` or ``teacher``; None what the engines agree on, or DDIM.
+        schedule: one of ``SCHEDULES``, or ``teacher``; None what the engines agree on, or DDIM.
         prompts: a text file, one prompt a line, to draw instead of the bundled captions.
         real: a folder of real pictures that the drawn ones are compared with.
         inception: Inception weights (``.safetensors``) for the FID of the literature.

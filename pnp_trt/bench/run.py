@@ -13,6 +13,7 @@ from ..bundle.store import cached_sha256, find_bundle, read_manifest
 from ..errors import InputError, PnpError
 from ..runtime.pipeline import Pipeline
 from ..sampling.methods import INTERVAL, guided_steps
+from ..sampling.schedules import ddim
 from ..version import __version__
 from . import results
 from .fidelity_rows import Cell, Studio, cells_of, plan_rows, verdict
@@ -232,7 +233,7 @@ _BARE = {"engine", "method", "steps", "guidance", "passes", "pictures", "macs_pe
 def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | None:
     """One schedule for all, so that methods alone differ: the wanted one, what the engines agree on, or DDIM."""
     found = {pipe.schedule(1, wanted).name for pipe in pipes}
-    return found.pop() if len(found) == 1 else "ddim" if found else None
+    return found.pop() if len(found) == 1 else ddim.name if found else None
 
 
 def _same_base(names: Sequence[str]) -> Manifest:

@@ -21,7 +21,7 @@ from ..sampling import methods as baselines
 from ..sampling.device_loop import Feeds, Plan
 from ..sampling.loop import Callback, HostLoop
 from ..sampling.methods import BASELINES, Interval
-from ..sampling.schedules import Schedule, make, resolve
+from ..sampling.schedules import Schedule, ddim, make, resolve
 from .images import read_image
 from .tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ class Pipeline:
         sampling_steps: the only number of steps that its guide was distilled for (stage 2), or None.
         size: height and width in pixels of what it draws where no size is asked for.
         profiles: batches and sizes that it was built for; empty where any batch of the one size will do.
-        default_schedule: ``ddim``, ``dpm++`` or ``euler``: the teacher's own where it is one of these and the guide
+        default_schedule: the teacher's own where it is one of ``SCHEDULES`` and the guide
             was not distilled for a number of DDIM steps, else DDIM.
 
     Threads may share one: every call has buffers of its own, or takes its turn on the GPU.
@@ -121,7 +121,7 @@ class Pipeline:
         """Open a bundle by name or path, every file checked against its manifest.
 
         Args:
-            schedule: ``ddim``, ``dpm++``, ``euler`` or ``teacher``, for all calls that name none.
+            schedule: one of ``SCHEDULES``, or ``teacher``, for all calls that name none.
 
         Raises:
             InputError: if there is no such bundle, or it is damaged, or for an unknown schedule.
@@ -132,7 +132,7 @@ class Pipeline:
         """The table of a sampling run; it is shared between calls, and not to be written to.
 
         Args:
-            name: ``ddim``, ``dpm++``, ``euler`` or ``teacher``; None takes ``default_schedule``.
+            name: one of ``SCHEDULES``, or ``teacher``; None takes ``default_schedule``.
 
         Raises:
             InputError: for an unknown name, too many steps, or options of the teacher's that no table can hold.
@@ -380,7 +380,7 @@ class Pipeline:
             seed: one for all prompts, or one each.
             method: one of ``methods`` or ``baselines``; None takes the first.
             negative: negative prompt, one for all or one each.
-            schedule: ``ddim``, ``dpm++``, ``euler`` or ``teacher``; None takes ``default_schedule``.
+            schedule: one of ``SCHEDULES``, or ``teacher``; None takes ``default_schedule``.
             init: a picture to begin with; of another size than the engine's, it is resized and a warning says so.
             strength: with ``init``, the share of the steps that are made, above 0 to 1; None stands for 0.8.
             callback: called with (steps done, steps in all) as the work goes on; False from it stops the work.
@@ -412,7 +412,7 @@ class Pipeline:
                 f"{steps}; its pictures may be off",
                 stacklevel=2,
             )
-        if self.sampling_steps is not None and table.name != "ddim":
+        if self.sampling_steps is not None and table.name != ddim.name:
             warnings.warn(
                 f"the guide of engine '{self.name}' was distilled under DDIM and is run with {table.name}; its "
                 "pictures may be off",

@@ -26,7 +26,7 @@ class Schedule:
     look at one step alone have no need of it, and of no more buffers than x and output.
 
     Attributes:
-        name: ``ddim``, ``dpm++`` or ``euler``.
+        name: of the schedule, as ``SCHEDULES`` has it.
         timesteps: ``[steps]`` int64, falling; what the network is told.
         x_scale, output_scale, previous_scale: ``[steps]`` float32, the update.
         data_x, data_output: ``[steps]`` float32, the data prediction.

@@ -24,6 +24,7 @@ from ..models.prompts import warn_of_long_prompts
 from ..models.student import Student
 from ..runtime.images import encode_image, write_all_new
 from ..runtime.pipeline import check_request
+from ..sampling.schedules import ddim
 from .maps import draw_maps, shown_steps
 from .record import Progress, Recording, layer_names, record, white_noise_share
 from .strength import draw_strength
@@ -104,7 +105,7 @@ def visualize(request: Request, command: Sequence[str] = (), progress: Progress 
     chosen = wanted or _usual(recording)
     parameters = {
         "prompts": list(request.prompts), "seed": request.seed, "steps": request.steps, "guidance": scales,
-        "guide": request.guide, "base": request.base, "schedule": "ddim",
+        "guide": request.guide, "base": request.base, "schedule": ddim.name,
         "shown_layers": [names[i] for i in chosen], "shown_steps": [s + 1 for s in shown],
     }  # fmt: skip
     summary = summarise(recording)

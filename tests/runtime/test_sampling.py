@@ -18,7 +18,7 @@ from PIL import Image
 import pnp_trt
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
-from pnp_trt.sampling.schedules import CLASSES, SCHEDULES
+from pnp_trt.sampling.schedules import SCHEDULES
 
 from ..bundles import reseal
 
@@ -60,7 +60,7 @@ def theirs(kind: str, base: Path, schedule: str, spacing: str) -> Any:
     import diffusers
 
     pipeline = getattr(diffusers, kind).from_pretrained(base, safety_checker=None, local_files_only=True)
-    name = next(cls for cls, ours in CLASSES.items() if ours == schedule)
+    name = SCHEDULES.get(schedule).diffusers_class
     config = pipeline.scheduler.config
     pipeline.scheduler = getattr(diffusers, name).from_config(config, timestep_spacing=spacing)
     pipeline.set_progress_bar_config(disable=True)

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
-from pnp_trt.sampling.schedules import CLASSES, COLUMNS, Schedule, alphas_cumprod, ddim, make, resolve
+from pnp_trt.sampling.noise_levels import Config
+from pnp_trt.sampling.schedules import COLUMNS, SCHEDULES, Schedule, alphas_cumprod, ddim, make, resolve, schedule
 from pnp_trt.sampling.table import make_table
 
 #: Stable Diffusion's noise, the bundled model's, and diffusers' own default
@@ -368,7 +369,8 @@ def test_two_spacings_at_once_and_continuous_velocity_are_refused() -> None:
 
 
 def test_the_teachers_own_schedule_is_taken_where_it_is_one() -> None:
-    for kind, name in CLASSES.items():
+    for name, rule in SCHEDULES.items():
+        kind = rule.diffusers_class
         assert resolve(None, {"_class_name": kind}) == resolve("teacher", {"_class_name": kind}) == name
         assert resolve(None, {"_class_name": kind}, distilled_steps=8) == "ddim"
     assert resolve(None, {"_class_name": "PNDMScheduler"}) == resolve(None, {}) == "ddim"
@@ -378,6 +380,28 @@ def test_the_teachers_own_schedule_is_taken_where_it_is_one() -> None:
         resolve("teacher", {})
     with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, teacher"):
         resolve("plms", {})
+
+
+def test_a_registered_schedule_is_known_by_name_class_and_message() -> None:
+    @schedule("half", "half of the latent at every step", "HalvingScheduler")
+    def half(config: Config, steps: int) -> Schedule:
+        columns = {"output_scale": np.zeros(steps), "image_scale": np.ones(steps), "noise_scale": np.ones(steps)}
+        return make_table("another name", np.arange(steps)[::-1], x_scale=np.full(steps, 0.5), **columns)
+
+    try:
+        own = {"_class_name": "HalvingScheduler"}
+        assert resolve(None, own) == resolve("teacher", own) == "half" and resolve(None, own, 8) == "ddim"
+        table = make("half", {}, 3)
+        assert table.name == "half"  # whatever its function calls it: the parameters of images have the registered name
+        assert table.step(0, 8.0, 1.0)[0] == 4.0
+        with pytest.raises(InputError, match=r"known: ddim, dpm\+\+, euler, half, teacher"):
+            resolve("plms", {})
+        with pytest.raises(InputError, match="the schedule 'half' is registered already"):
+            schedule("half", "")(lambda config, steps: table)
+    finally:
+        SCHEDULES.unregister("half")
+    with pytest.raises(InputError, match="the class of the teacher's scheduler is HalvingScheduler"):
+        resolve("teacher", own)
 
 
 @pytest.mark.parametrize(("strength", "steps", "left"), [(1.0, 7, 7), (0.5, 7, 3), (0.8, 20, 16), (0.15, 7, 1)])

@@ -1,25 +1,24 @@
-"""Sampling schedules by name: DDIM, DPM-Solver++(2M) and Euler, each a table of coefficients for one and the same loop.
+"""Sampling schedules by name, each a table of coefficients for one and the same loop.
 
 See :class:`~pnp_trt.sampling.table.Schedule` for what a row means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ...errors import InputError
 from ..noise_levels import Config, alphas_cumprod
 from ..table import COLUMNS, Schedule
+from .base import SCHEDULES, ScheduleRule, schedule
 from .ddim import ddim, ddim_coefficients, ddim_step, spaced_timesteps
 from .dpm_solver import dpm_solver
 from .euler import euler
 
 __all__ = [
-    "CLASSES",
     "COLUMNS",
     "SCHEDULES",
     "TEACHER",
     "Schedule",
+    "ScheduleRule",
     "alphas_cumprod",
     "ddim",
     "ddim_coefficients",
@@ -27,13 +26,12 @@ __all__ = [
     "dpm_solver",
     "euler",
     "make",
+    "of_class",
     "resolve",
+    "schedule",
     "spaced_timesteps",
 ]
 
-SCHEDULES: dict[str, Callable[[Config, int], Schedule]] = {"ddim": ddim, "dpm++": dpm_solver, "euler": euler}
-#: diffusers' classes that are one of these tables
-CLASSES = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++", "EulerDiscreteScheduler": "euler"}
 #: the word for what the teacher's own config says
 TEACHER = "teacher"
 
@@ -42,14 +40,14 @@ def make(name: str, config: Config, steps: int) -> Schedule:
     """The table of a schedule for a teacher's scheduler config.
 
     Args:
-        name: ``ddim``, ``dpm++``, ``euler``, or ``teacher`` for the class that the config names.
+        name: of ``SCHEDULES``, or ``teacher`` for the class that the config names.
         config: a diffusers scheduler's, of whichever class: options that two classes share mean the same in both,
             and those that it lacks have the defaults of the class that is asked for.
 
     Raises:
         InputError: for an unknown name, or options that are unknown or no table can hold.
     """
-    return SCHEDULES[resolve(name, config)](config, steps)
+    return SCHEDULES.get(resolve(name, config))(config, steps)
 
 
 def resolve(name: str | None, config: Config, distilled_steps: int | None = None) -> str:
@@ -63,15 +61,21 @@ def resolve(name: str | None, config: Config, distilled_steps: int | None = None
     Raises:
         InputError: for an unknown name, or ``teacher`` with a class that is none of these.
     """
-    known = ", ".join(SCHEDULES)
     own = config.get("_class_name")
     if name is None:
-        return CLASSES.get(str(own), "ddim") if distilled_steps is None else "ddim"
+        return (of_class(own) if distilled_steps is None else None) or ddim.name
     if name == TEACHER:
-        if own not in CLASSES:
+        if (found := of_class(own)) is None:
             said = f"is {own}" if own else "is not recorded in this engine"
-            raise InputError(f"the class of the teacher's scheduler {said}; name one of: {known}")
-        return CLASSES[own]
+            raise InputError(f"the class of the teacher's scheduler {said}; name one of: {', '.join(SCHEDULES)}")
+        return found
     if name not in SCHEDULES:
-        raise InputError(f"the schedule is '{name}'; known: {known}, {TEACHER}")
+        raise InputError(f"the schedule is '{name}'; known: {', '.join((*SCHEDULES, TEACHER))}")
     return name
+
+
+def of_class(diffusers_class: object) -> str | None:
+    """The name of the first schedule that equals a scheduler class of diffusers; None if there is none."""
+    if diffusers_class is None:
+        return None
+    return next((name for name in SCHEDULES if SCHEDULES.get(name).diffusers_class == diffusers_class), None)

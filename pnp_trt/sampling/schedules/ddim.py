@@ -7,6 +7,7 @@ import numpy as np
 from ...errors import InputError
 from ..noise_levels import PREDICTIONS, SPACINGS, Config, alphas_cumprod, check_steps, choice, refuse, training_steps
 from ..table import Schedule, make_table
+from .base import schedule
 
 
 def spaced_timesteps(config: Config, steps: int) -> np.ndarray:
@@ -37,6 +38,7 @@ def within_training(config: Config, timesteps: np.ndarray, steps: int) -> np.nda
     return timesteps
 
 
+@schedule("ddim", "Song et al. 2021, η = 0; the paper's, and what guides are distilled under", "DDIMScheduler")
 def ddim(config: Config, steps: int) -> Schedule:
     """Deterministic DDIM for a teacher's scheduler config, as diffusers' ``DDIMScheduler`` makes it.
 
@@ -51,7 +53,7 @@ def ddim(config: Config, steps: int) -> Schedule:
     x_scale, output_scale = ddim_coefficients(config, t, t - training_steps(config) // steps)
     a = alphas_cumprod(config)[t]
     return make_table(
-        "ddim", t, x_scale=x_scale, output_scale=output_scale, image_scale=np.sqrt(a), noise_scale=np.sqrt(1 - a)
+        ddim.name, t, x_scale=x_scale, output_scale=output_scale, image_scale=np.sqrt(a), noise_scale=np.sqrt(1 - a)
     )
 
 

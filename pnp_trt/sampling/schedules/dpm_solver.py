@@ -19,6 +19,7 @@ from ..noise_levels import (
     training_steps,
 )
 from ..table import Schedule, make_table
+from .base import schedule
 from .ddim import within_training
 
 #: diffusers' names that come to the same: it takes the solver types of UniPC and DEIS for midpoint, and deis for dpm++
@@ -35,6 +36,7 @@ _NOT_LINEAR = {
 _FEW = 15
 
 
+@schedule("dpm++", "DPM-Solver++(2M), Lu et al. 2022; order 1 where the config says so", "DPMSolverMultistepScheduler")
 def dpm_solver(config: Config, steps: int) -> Schedule:
     """DPM-Solver++ of order 1 or 2 for a teacher's scheduler config, as diffusers' ``DPMSolverMultistepScheduler``.
 
@@ -77,7 +79,7 @@ def dpm_solver(config: Config, steps: int) -> Schedule:
                 previous[i] = -slope / ratio
             data[i] -= previous[i]
     return make_table(
-        "dpm++", timesteps,
+        dpm_solver.name, timesteps,
         x_scale=kept + data * data_x, output_scale=data * data_output, previous_scale=previous,
         data_x=data_x, data_output=data_output, image_scale=alpha[now], noise_scale=sigma[now],
     )  # fmt: skip

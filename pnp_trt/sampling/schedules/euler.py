@@ -19,12 +19,14 @@ from ..noise_levels import (
     training_steps,
 )
 from ..table import Schedule, make_table
+from .base import schedule
 from .ddim import within_training
 
 INTERPOLATIONS = ("linear", "log_linear")
 TIMESTEP_TYPES = ("discrete", "continuous")
 
 
+@schedule("euler", "Karras et al. 2022, algorithm 1 without churn", "EulerDiscreteScheduler")
 def euler(config: Config, steps: int) -> Schedule:
     """Euler's method for a teacher's scheduler config, as diffusers' ``EulerDiscreteScheduler`` makes it.
 
@@ -57,7 +59,7 @@ def euler(config: Config, steps: int) -> Schedule:
     spacing = choice(config, "timestep_spacing", "linspace", SPACINGS)
     top = float(sigmas.max())
     return make_table(
-        "euler", np.rint(timesteps).astype(np.int64),
+        euler.name, np.rint(timesteps).astype(np.int64),
         init_scale=top if spacing != "leading" else (top**2 + 1) ** 0.5,
         x_scale=x_scale, output_scale=output_scale, data_x=data_x, data_output=data_output, input_scale=1 / root,
         image_scale=np.ones(len(now)), noise_scale=now,

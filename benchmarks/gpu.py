@@ -1,15 +1,18 @@
 """What a machine with a GPU can show: ``make gpu``, or ``python -m benchmarks.gpu``.
 
-Each part runs in a process of its own, so that what fails there (a package that is missing, an engine that the GPU
-cannot run, memory) is written down and the next part goes on:
+Each part runs in a process of its own with a time limit, so that what fails there (a package that is missing, an engine
+that the GPU cannot run, memory) is written down and the next part goes on; the record is written after each part, and
+what a part had found when its time was up is kept:
 
-- **tests**: those marked ``gpu``;
+- **roof**: products of fp16 and bf16 matrices, and a copy in the GPU's memory: what the rest is compared with;
 - **kernels**: the sampler's own kernels against numpy, bit for bit; a loop of them captured against uncaptured; the
   host's time to launch either; device memory over 300 replays.  Needs cuda-python alone;
-- **torch-bundled**, **torch-sd15**: engines of backend ``torch`` of the bundled model (float32), and of SD 1.5's size
-  (random weights, float16): pictures captured against step by step, time a step and a picture of both, of the host's
-  loop, and of CFG on the teacher's engine; the host's time to launch; memory;
-- **rtx-bundled**, **rtx-sd15**: the same on TensorRT-RTX (float16), where the GPU is one that it compiles for.
+- **torch-sd15**: SD 1.5's size in float16 (``gpu_sd15``): guided, unguided and CFG at batch 1 and 4;
+- **torch-bundled-fp16**, **torch-bundled-fp32**: engines of backend ``torch`` of the bundled model: images captured
+  against step by step, time a step and an image of both, of the host's loop, and of CFG on the teacher's engine;
+- **trt-bundled**, **trt-sd15**, **rtx-bundled**, **rtx-sd15**: the same on TensorRT and TensorRT-RTX (float16), where
+  the package is installed and the GPU is one that it compiles for;
+- **tests**: those marked ``gpu``.
 
 Where no GPU is, it says so, writes nothing and claims nothing.  Results: ``benchmarks/results/gpu-NAME.json``.
 """
@@ -17,9 +20,13 @@ Where no GPU is, it says so, writes nothing and claims nothing.  Results: ``benc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,12 +36,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "pnp-trt/gpu/1"
+SCHEMA = "pnp-trt/gpu/2"
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("tests", "kernels", "torch-bundled", "rtx-bundled", "torch-sd15", "rtx-sd15")
+PARTS = (
+    "roof", "kernels", "torch-sd15", "torch-bundled-fp16", "torch-bundled-fp32", "trt-bundled", "trt-sd15",
+    "rtx-bundled", "rtx-sd15", "tests",
+)  # fmt: skip
+#: seconds below which a part is not begun
+LEAST = {"torch-sd15": 25.0, "trt-sd15": 60.0, "rtx-sd15": 60.0}
 STEPS = (8, 50)
-#: what a part's process prints before its JSON
+#: what a part's process prints before its JSON, as often as it knows more; the last one counts
 MARK = "RESULT "
+Say = Callable[[dict[str, Any]], object]
 
 
 def gpu_present() -> bool:
@@ -52,18 +66,54 @@ def gpu_present() -> bool:
 # ---------------------------------------------------------------------------------------------------- parts
 
 
-def tests() -> dict[str, Any]:
-    """The tests marked ``gpu``."""
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "--no-header", "tests"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
-    lines = done.stdout.strip().splitlines()
-    if done.returncode:
-        raise RuntimeError(" | ".join([*lines[-6:], *done.stderr.strip().splitlines()[-2:]]) or "pytest said nothing")
-    return {"summary": lines[-1]}
+def tests(say: Say = print, limit: float = 600.0) -> dict[str, Any]:
+    """The tests marked ``gpu``, one module after the other; a module that cannot be imported stops no other.
+
+    What torch.compile makes takes minutes, so tests of it come last.
+    """
+    started = time.monotonic()
+    marked = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "@pytest.mark.gpu" in p.read_text("utf-8")]
+    found: dict[str, Any] = {"modules": {}}
+    for words in (["-k", "not compiled"], ["-k", "compiled"]):
+        for path in marked:
+            name = f"{path.relative_to(ROOT)} ({words[1]})"
+            left = limit - (time.monotonic() - started)
+            if left < 5:
+                found["modules"][name] = "not run: no time was left"
+                continue
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                "-m",
+                "gpu",
+                "-q",
+                "-rs",
+                "--no-header",
+            ]
+            try:
+                done = subprocess.run(
+                    [*command, *words, str(path)], capture_output=True, text=True, cwd=ROOT, timeout=left
+                )
+            except subprocess.TimeoutExpired:
+                found["modules"][name] = f"stopped after {left:.0f} s"
+            else:
+                lines = [line for line in done.stdout.strip().splitlines() if line]
+                kept = lines[-1:] if done.returncode in (0, 5) else [*lines[-12:], *done.stderr.splitlines()[-3:]]
+                found["modules"][name] = {"exit": done.returncode, "said": kept}
+            say(found)
+    codes = [m["exit"] if isinstance(m, dict) else None for m in found["modules"].values()]
+    return found | {"failed": sum(code not in (0, 5) for code in codes)}
 
 
 def kernels(
-    size: tuple[int, int] = (64, 64), rounds: int = 30, steady: int = 300, all_steps: tuple[int, ...] = STEPS
+    size: tuple[int, int] = (64, 64),
+    rounds: int = 30,
+    steady: int = 300,
+    all_steps: tuple[int, ...] = STEPS,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """The device loop with a network that is a kernel, too: everything but engines.
 
@@ -124,10 +174,13 @@ def kernels(
                 loops.run(plan, feeds)
             row["memory_growth_bytes"] = before - cuda.free_memory()
             loops.clear()
+            say(found)
     return found
 
 
-def engines(backend: str, base: str, precision: str, rounds: int, guide: str = "tiny") -> dict[str, Any]:
+def engines(
+    backend: str, base: str, precision: str, rounds: int, guide: str = "tiny", say: Say = lambda _: None
+) -> dict[str, Any]:
     """A guided engine and its teacher's: captured, step by step, and driven by the host."""
     import numpy as np
 
@@ -149,8 +202,10 @@ def engines(backend: str, base: str, precision: str, rounds: int, guide: str = "
                 observed: dict[str, dict[int, list[float]]] = {}
                 launch: dict[str, dict[int, list[float]]] = {}
                 pixels: dict[tuple[str, int], Any] = {}
-                for number in range(-3, rounds):  # step by step, capture, replay: three rounds of warm-up
+                for number in range(-2, rounds):  # two rounds of warm-up: step by step, then capture
                     for mode in ("captured", "step by step", "host"):
+                        if mode != "captured" and not -1 <= number < 2:
+                            continue  # slow, and no goal is set for them
                         for steps in STEPS:
                             loops.capture = mode == "captured"
                             pipe.loops = None if mode == "host" else loops
@@ -184,6 +239,7 @@ def engines(backend: str, base: str, precision: str, rounds: int, guide: str = "
             }  # fmt: skip
             loops.clear()
             del pipe
+            say(out)
     guided, teacher = (out[kind]["picture_ms"]["captured"] for kind in ("guided", "CFG"))
     few, many = STEPS
     out["guided_times_faster_than_cfg"] = {f"{few} steps against {many}": round(teacher[many] / guided[few], 2)}
@@ -234,68 +290,155 @@ def _median(values: list[float], scale: float) -> float:
 # --------------------------------------------------------------------------------------------------- running
 
 
-def run_part(name: str, rounds: int) -> dict[str, Any]:
+def run_part(name: str, rounds: int, limit: float, say: Say) -> dict[str, Any]:
     """One part, in this process."""
+    from benchmarks.gpu_sd15 import measure, roof
+
+    def built(backend: str, base: str, precision: str) -> Callable[[], dict[str, Any]]:
+        guide = "emoji-tiny" if base == "emoji" else "tiny"
+        return lambda: engines(backend, base, precision, rounds, guide, say)
+
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "tests": tests,
-        "kernels": kernels,
-        "torch-bundled": lambda: engines("torch", "emoji", "fp32", rounds, "emoji-tiny"),
-        "rtx-bundled": lambda: engines("tensorrt-rtx", "emoji", "fp16", rounds, "emoji-tiny"),
-        "torch-sd15": lambda: engines("torch", "random:sd15", "fp16", rounds),
-        "rtx-sd15": lambda: engines("tensorrt-rtx", "random:sd15", "fp16", rounds),
+        "roof": lambda: roof(say),
+        "kernels": lambda: kernels(say=say),
+        "torch-sd15": lambda: measure(say, rounds),
+        "torch-bundled-fp16": built("torch", "emoji", "fp16"),
+        "torch-bundled-fp32": built("torch", "emoji", "fp32"),
+        "trt-bundled": built("tensorrt", "emoji", "fp16"),
+        "trt-sd15": built("tensorrt", "random:sd15", "fp16"),
+        "rtx-bundled": built("tensorrt-rtx", "emoji", "fp16"),
+        "rtx-sd15": built("tensorrt-rtx", "random:sd15", "fp16"),
+        "tests": lambda: tests(say, limit),
     }
     return parts[name]()
 
 
-def in_own_process(name: str, rounds: int, limit: float) -> dict[str, Any]:
-    """A part's result, or why there is none."""
-    words = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--rounds", str(rounds)]
-    started = time.perf_counter()
+def why_not(name: str, sm: str) -> str | None:
+    """Why a part cannot run here, known before any work; None where nothing speaks against it."""
+    from pnp_trt.backends.tensorrt.flavour import RTX, TENSORRT
+
+    flavour = {"trt": TENSORRT, "rtx": RTX}.get(name.partition("-")[0])
+    needed = {
+        "roof": ["torch"],
+        "kernels": ["numpy", "cuda.bindings"],
+        "tests": ["pytest", "hypothesis", "torch", "diffusers", "transformers"],
+    }.get(name, ["torch", "diffusers", "transformers", "safetensors"])
+    if flavour is not None:
+        needed = [*needed, flavour.module, "cuda.bindings", "onnxscript"]
+        if flavour.targets and sm not in flavour.targets:
+            return f"the GPU is {sm}, and {flavour.name} makes engines for {', '.join(flavour.targets[1:])}"
+    if missing := [package for package in needed if not _installed(package)]:
+        return f"missing here: {', '.join(missing)}"
+    return None
+
+
+def _installed(package: str) -> bool:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"ran": False, "why": f"it took more than {limit:g} s", "seconds": limit}
-    seconds = round(time.perf_counter() - started, 1)
-    for line in reversed(done.stdout.splitlines()):
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # the package around it is missing
+        return False
+
+
+def in_own_process(name: str, rounds: int, limit: float) -> dict[str, Any]:
+    """A part's result, what it had when its time was up, or why there is none."""
+    words = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--rounds", str(rounds), "--limit", str(limit)]
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        # a group of its own: pytest and compilers below it end with it
+        child = subprocess.Popen(
+            words, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=os.name != "nt"
+        )
+        try:
+            code: int | None = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(child)
+        seconds = round(time.monotonic() - started, 1)
+        out.seek(0)
+        err.seek(0)
+        printed, said = out.read().decode(errors="replace"), err.read().decode(errors="replace").strip().splitlines()
+    why = None
+    if code is None:
+        why = f"it took more than {limit:.0f} s"
+    elif code:
+        why = f"exit code {code}: {said[-1] if said else 'it said nothing'}"
+    for line in reversed(printed.splitlines()):
         if line.startswith(MARK):
-            return {"ran": True, "seconds": seconds, **json.loads(line[len(MARK) :])}
-    said = done.stderr.strip().splitlines()
-    why = said[-1] if said else "it said nothing"
-    return {"ran": False, "why": f"exit code {done.returncode}: {why}", "seconds": seconds, "tail": said[-15:]}
+            with contextlib.suppress(ValueError):  # cut short
+                found = {"ran": True, "complete": why is None, "seconds": seconds, **json.loads(line[len(MARK) :])}
+                return found if why is None else found | {"why": why, "tail": said[-15:]}
+    return {"ran": False, "why": why or "it printed no result", "seconds": seconds, "tail": said[-15:]}
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a part's process and those that it started."""
+    if os.name == "nt":
+        child.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure what can be measured; 0 unless this program itself fails."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", action="append", choices=PARTS, help="default: all parts")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each kind")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each part")
+    parser.add_argument("--budget", type=float, help="seconds for all; parts that no longer fit are not run")
     parser.add_argument("--json", type=Path, help="default benchmarks/results/gpu-NAME.json")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     a = parser.parse_args(arguments)
     if a.part:
-        print(MARK + json.dumps(run_part(a.part, a.rounds)))
+
+        def say(found: dict[str, Any]) -> None:
+            print(MARK + json.dumps(found), flush=True)
+
+        say(run_part(a.part, a.rounds, a.limit - 5, say))
         return 0
     if not gpu_present():
         print("no NVIDIA GPU was found here: nothing was measured, nothing is written, and nothing is claimed")
         return 0
+    from benchmarks.gpu_report import goals, table
     from pnp_trt.backends.gpus import present_gpus
     from pnp_trt.bundle.provenance import provenance
     from pnp_trt.bundle.store import write_json
 
     gpu = present_gpus()[0]
     out = a.json or RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # the file's name without its folder: a record has no paths of the machine
+    words = [Path(w).name if w == str(a.json) else w for w in (sys.argv[1:] if arguments is None else arguments)]
     document: dict[str, Any] = {
         "schema": SCHEMA,
-        "provenance": provenance(["python", "-m", "benchmarks.gpu", *(arguments or sys.argv[1:])], device=gpu.name),
+        "provenance": provenance(["python", "-m", "benchmarks.gpu", *words], device=gpu.name),
         "gpu": {"name": gpu.name, "sm": gpu.sm},
+        "goals": goals({}),
         "parts": {},
     }
     for name in a.only or PARTS:
-        print(f"{name} …", flush=True)
-        found = document["parts"][name] = in_own_process(name, a.rounds, a.limit)
-        print(f"{name}: {'done' if found['ran'] else 'did not run: ' + found['why']}, {found['seconds']} s", flush=True)
+        left = float("inf") if a.budget is None else a.budget - (time.monotonic() - began)
+        reason = why_not(name, gpu.sm)
+        if reason is None and left < LEAST.get(name, 8.0):
+            reason = f"{max(left, 0):.0f} s of the budget of {a.budget:g} s were left"
+        if reason is not None:
+            found = {"ran": False, "why": reason, "seconds": 0.0}
+        else:
+            print(f"{name} …", flush=True)
+            found = in_own_process(name, a.rounds, min(a.limit, left))
+        document["parts"][name] = found
+        document["goals"] = goals(document["parts"])
+        state = (
+            "done" if found.get("complete") else ("partly done: " if found["ran"] else "did not run: ") + found["why"]
+        )
+        print(f"{name}: {state}, {found['seconds']} s", flush=True)
         write_json(out, document)  # what is measured stays, whatever the next part does
+    print(table(document))
     print(out)
     return 0
 

@@ -49,12 +49,37 @@ def save(module: nn.Module, path: Path) -> WeightMap:
 
 
 def relative_error(module: nn.Module, inputs: dict[str, Tensor], reference: np.ndarray) -> float:
-    """‖out − reference‖ / ‖reference‖ of a module on the CPU in its own precision; NaN when either is not finite.
+    """‖out − reference‖ / ‖reference‖ of a module in its own precision; NaN when either is not finite.
 
-    Half precision that the processor does not multiply itself is computed as :func:`wide_products` does: PyTorch's
-    emulation is 20 to 150 times slower.
+    Measured on the GPU where there is one with enough memory, as that is what serves it, and without TensorFloat-32;
+    else on the CPU.  There half precision that the processor does not multiply itself is computed as
+    :func:`wide_products` does: PyTorch's emulation is 20 to 150 times slower.
+
+    Args:
+        module: stays on the CPU, or comes back to it.
     """
     import torch
 
+    if torch.cuda.is_available():
+        try:
+            return difference(_on_gpu(module, inputs), reference)
+        except torch.OutOfMemoryError:
+            pass  # the CPU has more
     with torch.no_grad(), wide_products() if emulated(module) else contextlib.nullcontext():
         return difference(module(**inputs).float().numpy(), reference)
+
+
+def _on_gpu(module: nn.Module, inputs: dict[str, Tensor]) -> np.ndarray:
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            module.to("cuda")
+            out: np.ndarray = module(**{k: v.to("cuda") for k, v in inputs.items()}).float().cpu().numpy()
+            return out
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        module.to("cpu")
+        torch.cuda.empty_cache()

@@ -38,31 +38,81 @@ def test_this_machine_has_none() -> None:
     assert done.returncode == 0 and "no NVIDIA GPU was found" in done.stdout, done.stderr  # with no package at all
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A GPU that is claimed to be here; the record's path."""
+    monkeypatch.setattr(gpu, "gpu_present", lambda: True)
+    monkeypatch.setattr(device, "present_gpus", lambda: [device.Gpu("NVIDIA Test 9", "sm_90")])
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr("pnp_trt.bundle.provenance.provenance", lambda command, device: {"command": command})
+    return tmp_path / "gpu-nvidia-test-9.json"
+
+
 def test_a_part_that_fails_is_written_down_and_the_next_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = {
+        "roof": "raise ModuleNotFoundError('No module named cuda')",
+        "kernels": "print('RESULT {\"a\": 1}', flush=True); import time; time.sleep(60)",
+        "tests": "print('noise'); print('RESULT {\"modules\": {}}')",
+    }
+    opens = subprocess.Popen
+
+    def start(words: list[str], **options: Any) -> Any:
+        return opens([sys.executable, "-c", code[words[words.index("--part") + 1]]], **options)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", start)
+    monkeypatch.setattr(gpu, "why_not", lambda name, sm: None)
+    assert gpu.main(["--only", "roof", "--only", "kernels", "--only", "tests", "--limit", "3"]) == 0
+    parts = json.loads(here.read_text())["parts"]
+    assert parts["roof"]["ran"] is False and "No module named cuda" in parts["roof"]["why"]
+    assert parts["kernels"]["a"] == 1 and not parts["kernels"]["complete"]  # what it had said is kept
+    assert parts["kernels"]["why"] == "it took more than 3 s" and parts["kernels"]["seconds"] < 30
+    assert parts["tests"]["complete"] and parts["tests"]["modules"] == {}
+    assert "goal: guided iterations a second" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_the_budget_or_the_machine_is_not_begun(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(
+        gpu,
+        "in_own_process",
+        lambda name, rounds, limit: ran.append(name) or {"ran": True, "complete": True, "seconds": 1.0},
+    )
+    monkeypatch.setattr(gpu, "_installed", lambda package: package != "tensorrt")
+    out = tmp_path / "new" / "x.json"
+    assert gpu.main(["--budget", "20", "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    parts = document["parts"]
+    assert ran == ["roof", "kernels", "torch-bundled-fp16", "torch-bundled-fp32", "tests"]
+    assert "of the budget of 20 s were left" in parts["torch-sd15"]["why"]
+    assert parts["trt-sd15"]["why"] == "missing here: tensorrt"
+    assert parts["rtx-bundled"]["why"].startswith("the GPU is sm_90, and tensorrt-rtx makes engines for sm_75")
+    assert str(tmp_path) not in out.read_text()  # a record has no paths of the machine
+    assert list(parts) == list(gpu.PARTS) and len(document["goals"]) == 4
+
+
+def test_the_marked_tests_are_found_and_a_module_that_cannot_be_imported_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "gpu_present", lambda: True)
-    monkeypatch.setattr(device, "present_gpus", lambda: [device.Gpu("NVIDIA Test 9", "sm_99")])
-    ran: list[list[str]] = []
-
-    def run(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        ran.append(words)
-        if "kernels" in words:
-            return subprocess.CompletedProcess(words, 1, "", "Traceback\nModuleNotFoundError: No module named 'cuda'")
-        if "torch-bundled" in words:
-            raise subprocess.TimeoutExpired(words, 5)
-        return subprocess.CompletedProcess(words, 0, f"noise\n{gpu.MARK}{json.dumps({'summary': '9 passed'})}\n", "")
-
-    monkeypatch.setattr(gpu.subprocess, "run", run)
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    provenance = "pnp_trt.bundle.provenance.provenance"
-    monkeypatch.setattr(provenance, lambda command, device: {"device": device})
-    assert gpu.main(["--only", "kernels", "--only", "torch-bundled", "--only", "tests", "--limit", "5"]) == 0
-    found = json.loads((tmp_path / "gpu-nvidia-test-9.json").read_text())
-    parts = found["parts"]
-    assert parts["kernels"]["ran"] is False and "No module named 'cuda'" in parts["kernels"]["why"]
-    assert parts["torch-bundled"]["why"] == "it took more than 5 s"
-    assert parts["tests"]["ran"] and parts["tests"]["summary"] == "9 passed" and len(ran) == 3
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    marked = "import pytest\n@pytest.mark.gpu\ndef test_{0}(): assert {1}\n"
+    (folder / "test_a.py").write_text("import no_such_module\n" + marked.format("a", "True"))
+    (folder / "test_b.py").write_text(marked.format("b", "True") + "def test_other(): assert False\n")
+    (folder / "test_c.py").write_text(marked.format("compiled", "False"))
+    (folder / "test_d.py").write_text("def test_d(): assert False\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    found = gpu.tests(lambda _: None, 300)
+    said = {name: m["exit"] for name, m in found["modules"].items()}
+    assert said == {
+        "tests/test_a.py (not compiled)": 2, "tests/test_a.py (compiled)": 2, "tests/test_b.py (not compiled)": 0,
+        "tests/test_b.py (compiled)": 5, "tests/test_c.py (not compiled)": 5, "tests/test_c.py (compiled)": 1,
+    }  # fmt: skip
+    assert found["failed"] == 3 and "no_such_module" in " ".join(found["modules"]["tests/test_a.py (compiled)"]["said"])
 
 
 def test_the_kernels_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

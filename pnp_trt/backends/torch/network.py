@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from ...bundle.profiles import Size, legal_sizes
 from ...errors import InputError, PnpError
 from ...sampling.network import Bound, Description, Network
 from ..base import LoadOptions
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: graphs that torch.compile may keep of one function: one for each batch size of each network that is loaded
 _MOST_GRAPHS = 256
@@ -40,14 +44,39 @@ def device(wanted: str = "auto") -> str:
     return "cuda" if usable and wanted != "cpu" else "cpu"
 
 
+@dataclass(frozen=True)
+class Convolutions:
+    """How half-precision convolutions run on a GPU, in eager mode.
+
+    Attributes:
+        channels_last: weights in the layout that cuDNN's tensor-core kernels read (PyTorch's notes on channels last).
+        search: time cuDNN's algorithms in the first run of each batch and size, and keep the fastest; later runs and
+            captures find what was kept.  Which one wins may change between processes, and the last bits with it.
+    """
+
+    channels_last: bool = True
+    search: bool = False
+
+
 class TorchNetwork(Network):
     """One module on one device; may be shared between threads.
+
+    Args:
+        module: what the file describes, where it is made already; its weights are taken as they are.
+        convolutions: of half-precision modules on a GPU.
 
     ``torch.compile`` makes code for a batch size when it first runs: one to two minutes for the bundled U-Net on one
     CPU core, and ten seconds in later processes, since PyTorch keeps what it made (``TORCHINDUCTOR_CACHE_DIR``).
     """
 
-    def __init__(self, path: Path, entry: NetworkRecord, options: LoadOptions) -> None:
+    def __init__(
+        self,
+        path: Path,
+        entry: NetworkRecord,
+        options: LoadOptions,
+        module: nn.Module | None = None,
+        convolutions: Convolutions | None = None,
+    ) -> None:
         import torch
 
         from ...models.rebuild import rebuild
@@ -61,7 +90,15 @@ class TorchNetwork(Network):
             torch.set_num_threads(options.threads)
         if self.device == "cuda":  # fp32 means float32, as on every backend
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        module = convert(rebuild(path.with_suffix(".json"), path), recipe(entry.precision)).to(self.device)
+        if module is None:
+            module = rebuild(path.with_suffix(".json"), path)
+        module = convert(module, recipe(entry.precision)).to(self.device)
+        self._search, self._seen = False, set[tuple[Any, ...]]()
+        if self.device == "cuda" and entry.precision in ("fp16", "bf16") and not self.compiled:
+            convolutions = convolutions or Convolutions()
+            if convolutions.channels_last:
+                module.to(memory_format=torch.channels_last)
+            self._search = convolutions.search
         self._wide = self.device == "cpu" and not self.compiled and emulated(module)
         self._call: Any = _compile(module, self.device) if self.compiled else module
         self._described = Description(
@@ -105,6 +142,8 @@ class TorchNetwork(Network):
                 stack.enter_context(torch.no_grad() if self._wide else torch.inference_mode())
                 if self._wide:
                     stack.enter_context(wide_products())
+                if self._search:
+                    stack.enter_context(self._searching(inputs))
                 if self.compiled:
                     torch.compiler.cudagraph_mark_step_begin()  # what the last run returned may be written again
                 return self._call(**inputs)
@@ -117,6 +156,20 @@ class TorchNetwork(Network):
             raise PnpError(
                 f"torch.compile failed on {self.path.name} ({type(e).__name__}: {said}); build with --target eager"
             ) from e
+
+    @contextlib.contextmanager
+    def _searching(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Where cuDNN times its algorithms, for shapes that are new; a capture never meets them first."""
+        import torch
+
+        shapes = tuple(sorted((name, *value.shape) for name, value in inputs.items()))
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = before or shapes not in self._seen
+        self._seen.add(shapes)
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
 
 class TorchBound(Bound):

@@ -1,0 +1,398 @@
+"""SD 1.5's size on a GPU through the product's own loop, without a bundle: seconds a step, memory, energy, the roof.
+
+The modules are made on the GPU with seeded random weights: initialising, hashing, writing and reading 1.7 GB twice, and
+parity on the CPU, would take longer than all that is measured here.  What runs is what a bundle of backend ``torch``
+runs: ``TorchNetwork``, ``TorchLane`` and ``DeviceLoops``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MADE = "modules made on the GPU with seeded random weights, and run by the loop that a torch bundle runs; no bundle"
+#: of a loop that is timed
+STEPS = 20
+TOKENS = 77
+Say = Callable[[dict[str, Any]], None]
+#: by name: whether weights are channels-last, and whether cuDNN's algorithms are timed in the first run
+LAYOUTS = {
+    "NCHW": (False, False), "NHWC": (True, False), "NHWC, searched": (True, True), "NCHW, searched": (False, True),
+}  # fmt: skip
+
+
+def measure(
+    say: Say,
+    rounds: int = 5,
+    *,
+    precision: str = "fp16",
+    provider: str = "cuda",
+    batches: tuple[int, ...] = (1, 4),
+    steps: int = STEPS,
+    energy_seconds: float = 1.5,
+    configs: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Guided, unguided and CFG (one batch of two) at each batch.
+
+    Args:
+        say: called with all that is known, after each figure.
+        rounds: timed runs of each kind; medians are kept.
+        configs: of ``unet`` and ``vae``; None takes SD 1.5's.
+
+    Returns:
+        Seconds are of the GPU's own clock for steps, and of the host's for whole loops.
+    """
+    import torch
+
+    from pnp_trt.backends.torch.network import Convolutions
+    from pnp_trt.models.random import random_base
+
+    started = time.perf_counter()
+    found: dict[str, Any] = {"made": MADE, "precision": precision, "steps": steps, "cases": {}}
+    base = random_base("random:sd15")
+    models = Models(configs or base.configs, precision, provider)
+    found["make_seconds"] = round(time.perf_counter() - started, 1)
+    if models.cuda:
+        found["roof_fp16_tflops"] = round(matmul_tflops(torch.float16), 1)
+    say(found)
+
+    schedule = base.scheduler_config()
+    layouts: dict[str, float] = {}
+    for name, (last, search) in LAYOUTS.items() if models.cuda else ():
+        case = Case(models, "unguided", 1, steps, schedule, Convolutions(last, search))
+        layouts[name] = case.step(min(rounds, 2))["ms"]
+        case.close()
+        found["unguided_step_ms_by_layout"] = layouts
+        say(found)
+    chosen = min(layouts, key=lambda name: layouts[name]) if layouts else "NCHW"
+    found["layout"] = chosen
+    how = Convolutions(*LAYOUTS[chosen])
+
+    counter, no_counter = _counter()
+    found["energy"] = no_counter or "GPU's own counter (NVML) over repeated loops, idle share included"
+    for batch in batches:
+        for method in ("guided", "unguided", "CFG"):
+            row: dict[str, Any] = {}
+            found["cases"][f"{method}, batch {batch}"] = row
+            if models.cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                case = Case(models, method, batch, steps, schedule, how)
+                row |= case.loop(rounds)
+                row["step"] = case.step(rounds)
+                row |= rates(row, steps)
+                if models.cuda:
+                    row["peak_memory_bytes"] = {
+                        "tensors": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
+                    }  # fmt: skip
+                say(found)
+                if counter is not None and batch == batches[0]:
+                    row["joules_a_picture"] = case.joules(counter, energy_seconds)
+                case.close()
+            except Exception as e:  # the next case may still run
+                row["failed"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+            say(found)
+    try:
+        found["macs_a_row"] = models.macs()
+    except Exception as e:  # the times need no count
+        found["macs_failed"] = f"{type(e).__name__}: {e}"[:300]
+    else:
+        for name, row in found["cases"].items():
+            method, batch = name.split(", batch ")
+            row |= shares(row, int(batch) * found["macs_a_row"][method], found.get("roof_fp16_tflops"))
+    say(found)
+    try:
+        case = Case(models, "guided", 1, steps, schedule, how, decode=True)
+        found["picture"] = case.loop(rounds)
+        case.close()
+    except Exception as e:
+        found["picture"] = {"failed": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"}
+    found["seconds_inside"] = round(time.perf_counter() - started, 1)
+    say(found)
+    return found
+
+
+class Models:
+    """The modules on their device: ``student`` and ``teacher`` share one U-Net."""
+
+    def __init__(self, configs: dict[str, dict[str, Any]], precision: str, provider: str) -> None:
+        import diffusers
+        import torch
+
+        from pnp_trt.backends.torch.network import device
+        from pnp_trt.models.guides.tiny import TinyGuide
+        from pnp_trt.models.networks import quiet_libraries
+        from pnp_trt.models.student import Student, Teacher
+        from pnp_trt.models.wrappers import VaeDecoder
+        from pnp_trt.precision.recipes import recipe
+
+        quiet_libraries()
+        self.precision, self.provider, self.device = precision, provider, device(provider)
+        self.cuda = self.device == "cuda"
+        dtype = getattr(torch, recipe(precision).dtype)
+        with torch.device("meta"):
+            self.unet = diffusers.UNet2DConditionModel.from_config(configs["unet"])
+            vae = getattr(diffusers, configs["vae"]["_class_name"]).from_config(configs["vae"])
+            guide = TinyGuide.from_unet(self.unet)
+        for module in (self.unet, vae, guide):
+            fill(module, dtype, self.device)
+        self.student, self.teacher, self.vae = Student(self.unet, guide), Teacher(self.unet), VaeDecoder(vae)
+        self.channels, side = int(configs["unet"]["in_channels"]), int(configs["unet"]["sample_size"])
+        self.size = (side, side)
+        self.width = int(configs["unet"]["cross_attention_dim"])
+
+    def inputs(self, method: str) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Of the U-Net, as a manifest has them."""
+        found: dict[str, tuple[str, tuple[int | str, ...]]] = {
+            "sample": ("float32", ("batch", self.channels, *self.size)),
+            "timestep": ("int64", ("batch",)),
+            "encoder_hidden_states": ("float32", ("batch", TOKENS, self.width)),
+        }
+        return found | ({"guidance": ("float32", ("batch",))} if method == "guided" else {})
+
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of one row of a batch, counted on meta tensors; attention products included."""
+        import torch
+
+        from pnp_trt.bench.measure.cost import count
+
+        found = {}
+        for method, module in (("guided", self.student), ("unguided", self.teacher)):
+            rows = {
+                name: torch.zeros([1, *(int(d) for d in shape[1:])], dtype=getattr(torch, dtype), device="meta")
+                for name, (dtype, shape) in self.inputs(method).items()
+            }
+            dtype = next(module.parameters()).dtype
+            rows = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rows.items()}
+            found[method] = count(module, rows).macs
+        return found | {"CFG": 2 * found["unguided"]}
+
+
+class Case:
+    """One method at one batch, with buffers of its own."""
+
+    def __init__(
+        self,
+        models: Models,
+        method: str,
+        batch: int,
+        steps: int,
+        scheduler: dict[str, Any],
+        convolutions: Any,
+        decode: bool = False,
+    ) -> None:
+        import torch
+
+        from pnp_trt.backends.base import LoadOptions
+        from pnp_trt.backends.torch.graph import device_loops
+        from pnp_trt.backends.torch.network import TorchNetwork
+        from pnp_trt.bundle.manifest import NetworkParity, NetworkRecord
+        from pnp_trt.sampling.device_loop import Feeds, Plan
+        from pnp_trt.sampling.schedules import make
+
+        self.method, self.batch, self.models = method, batch, models
+        if models.cuda:  # a layout that was tried before is undone
+            last = convolutions.channels_last
+            models.unet.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+        def load(name: str, module: Any, inputs: Any, output: str) -> Any:
+            module._forward_hooks.clear()  # those of the case before
+            module._forward_pre_hooks.clear()
+            module._forward_pre_hooks_with_kwargs.clear()
+            record = NetworkRecord(
+                graph=f"{name}.json", precision=models.precision, inputs=inputs,
+                outputs={output: ("float32", ("batch",))}, parity=NetworkParity(0.0, 0.0, 0),
+            )  # fmt: skip
+            return TorchNetwork(Path(record.graph), record, LoadOptions(models.provider), module, convolutions)
+
+        unet = load(
+            "unet", models.student if method == "guided" else models.teacher, models.inputs(method), "prediction"
+        )
+        latents = {"latents": ("float32", ("batch", models.channels, *models.size))}
+        vae = load("vae_decoder", models.vae, latents, "sample")
+        if models.cuda and models.precision != "fp32":
+            # no half-precision product heeds this flag, but cuDNN's plans are kept by it: without it a search would
+            # find what was kept without one, and the other way round
+            torch.backends.cudnn.allow_tf32 = convolutions.search
+        self.loops = device_loops(unet, vae, None, method)
+        twice = method == "CFG"
+        random = np.random.default_rng(0)
+        start = random.standard_normal((batch, models.channels, *models.size), np.float32)
+        rows = 2 * batch if twice else batch
+        inputs = {"encoder_hidden_states": random.standard_normal((rows, TOKENS, models.width), np.float32)}
+        w = np.full(batch, 3, np.float32)
+        self.feeds = Feeds(start, w, inputs | ({"guidance": w} if method == "guided" else {}))
+        self.plan = Plan(batch, models.size, make("ddim", scheduler, steps), twice, decode)
+
+    def loop(self, rounds: int) -> dict[str, Any]:
+        """Whole loops, by the host's clock: captured, and step by step; and whether both give equal results."""
+        out: dict[str, Any] = {}
+        results: dict[str, np.ndarray] = {}
+        for mode, warm, times in (("step by step", 1, min(rounds, 2)), ("captured", 1, rounds)):
+            self.loops.capture = mode == "captured"
+            seconds = []
+            for number in range(-warm, times):
+                begun = time.perf_counter()
+                drawn = self.loops.run(self.plan, self.feeds)
+                if number >= 0:
+                    seconds.append(time.perf_counter() - begun)
+            results[mode] = drawn.values
+            out[f"loop_ms_{mode.replace(' ', '_')}"] = _ms(seconds)
+            bad = bool(drawn.bad_latents.any() or drawn.bad_pixels.any())
+        same, other = results["captured"], results["step by step"]
+        return out | {
+            "captured": self.loops.captures > 0, "why_not_captured": self.loops.why_not, "finite": not bad,
+            "captured_equals_step_by_step": bool(np.array_equal(same, other)),
+            "largest_difference": float(np.nanmax(np.abs(same.astype(np.float64) - other.astype(np.float64)))),
+        }  # fmt: skip
+
+    def step(self, rounds: int) -> dict[str, Any]:
+        """One captured step, replayed as often as a loop has steps; by the GPU's clock, where there is one."""
+        import torch
+
+        from pnp_trt.errors import PnpError
+
+        lane: Any = self.loops._lane(self.plan).lane
+        prepared, steps = lane.prepare(self.plan), len(self.plan.table)
+        lane.load(self.feeds)
+        lane.begin(prepared)
+        for _ in range(2):
+            lane.step(prepared, 1)
+        lane.wait()
+        try:
+            graph = lane.capture(lambda: lane.step(prepared, 1))
+        except PnpError:  # on a CPU
+            graph = None
+        on_gpu, on_host = [], []
+        for number in range(-1, rounds):
+            lane.load(self.feeds)  # the same step over and over does not stay finite for ever
+            lane.wait()
+            if graph is None:
+                begun = time.perf_counter()
+                for _ in range(steps):
+                    lane.step(prepared, 1)
+                spent = put = time.perf_counter() - begun
+            else:
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record(lane._stream)
+                begun = time.perf_counter()
+                for _ in range(steps):
+                    lane.replay(graph)
+                put = time.perf_counter() - begun
+                last.record(lane._stream)
+                last.synchronize()
+                spent = first.elapsed_time(last) / 1e3
+            if number >= 0:
+                on_gpu.append(spent / steps)
+                on_host.append(put / steps)
+        if graph is not None:
+            lane.drop(graph)
+        return {
+            "ms": _ms(on_gpu), "least_ms": round(1e3 * min(on_gpu), 4), "host_launch_ms": _ms(on_host),
+            "captured": graph is not None,
+        }  # fmt: skip
+
+    def joules(self, counter: Callable[[], float], seconds: float) -> float | None:
+        """Of one picture's loop, latents to latents."""
+        from pnp_trt.bench.measure.energy import joules_per_picture
+
+        used = joules_per_picture(
+            lambda: self.loops.run(self.plan, self.feeds), self.batch, counter, time.perf_counter, seconds
+        )
+        return None if used is None else round(used, 2)
+
+    def close(self) -> None:
+        """Give buffers and graphs back."""
+        self.loops.clear()
+
+
+def rates(row: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What a case's times say: iterations a second, and the whole loop over its captured steps, less one."""
+    ms = row["step"]["ms"]
+    return {
+        "iterations_a_second": round(1e3 / ms, 1),
+        "loop_overhead": round(row["loop_ms_captured"] / (steps * ms) - 1, 4),
+    }
+
+
+def shares(row: dict[str, Any], macs: int, roof_tflops: float | None) -> dict[str, Any]:
+    """TFLOP/s of a step of ``macs`` multiply-accumulates, and their share of the measured roof."""
+    if "step" not in row:
+        return {}
+    tflops = 2 * macs / row["step"]["ms"] / 1e9
+    return {"tflops": round(tflops, 1)} | ({"share_of_roof": round(tflops / roof_tflops, 3)} if roof_tflops else {})
+
+
+def fill(module: Any, dtype: Any, device: str) -> None:
+    """Seeded weights on the device, as ``models.random`` has them: unit gain, scales of one, biases of zero."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+    for part in module.modules():
+        for key, old in list(part.named_parameters(recurse=False)):
+            tensor = torch.empty(old.shape, dtype=dtype, device=device)
+            if old.ndim < 2:
+                tensor.fill_(0.0 if key == "bias" else 1.0)
+            else:
+                tensor.normal_(std=old[0].numel() ** -0.5, generator=generator)
+            part._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
+    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    assert not left, left
+    module.eval()
+
+
+def roof(say: Say) -> dict[str, Any]:
+    """What the GPU does at most, as measured: products of 8192² matrices, and a copy from its memory to its memory."""
+    import torch
+
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__}
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        found[f"{name}_matmul_tflops"] = round(matmul_tflops(dtype), 1)
+        say(found)
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    ms = _event_ms(lambda: target.copy_(source), 10)
+    found["copy_gb_per_s"] = round(2 * source.numel() / ms / 1e6, 1)  # read and written
+    found["copy_counts"] = "bytes read and bytes written"
+    return found
+
+
+def matmul_tflops(dtype: Any, side: int = 8192) -> float:
+    """The best of several products of random matrices, by the GPU's clock."""
+    import torch
+
+    a, b = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
+    out = torch.empty(side, side, device="cuda", dtype=dtype)
+    return 2 * side**3 / _event_ms(lambda: torch.mm(a, b, out=out), 10) / 1e9
+
+
+def _event_ms(work: Callable[[], object], times: int, rounds: int = 5) -> float:
+    """Milliseconds of one call, the best of ``rounds`` of ``times`` calls each."""
+    import torch
+
+    best = float("inf")
+    for _ in range(rounds + 1):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(times):
+            work()
+        last.record()
+        last.synchronize()
+        best = min(best, first.elapsed_time(last) / times)
+    return best
+
+
+def _counter() -> tuple[Callable[[], float] | None, str | None]:
+    from pnp_trt.bench.measure.energy import nvml_counter
+
+    counter, why = nvml_counter()
+    return counter, None if why is None else f"not measured: {why}"
+
+
+def _ms(seconds: list[float]) -> float:
+    return round(1e3 * sorted(seconds)[len(seconds) // 2], 4)

@@ -427,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
         if reason is None and left < LEAST.get(name, 8.0):
             reason = f"{max(left, 0):.0f} s of the budget of {a.budget:g} s were left"
         if reason is not None:
-            found = {"ran": False, "why": reason, "seconds": 0.0}
+            found: dict[str, Any] = {"ran": False, "why": reason, "seconds": 0.0}
         else:
             print(f"{name} …", flush=True)
             found = in_own_process(name, a.rounds, min(a.limit, left))

@@ -18,7 +18,7 @@ MADE = "modules made on the GPU with seeded random weights, and run by the loop 
 #: of a loop that is timed
 STEPS = 20
 TOKENS = 77
-Say = Callable[[dict[str, Any]], None]
+Say = Callable[[dict[str, Any]], object]
 #: by name: whether weights are channels-last, and whether cuDNN's algorithms are timed in the first run
 LAYOUTS = {
     "NCHW": (False, False), "NHWC": (True, False), "NHWC, searched": (True, True), "NCHW, searched": (False, True),

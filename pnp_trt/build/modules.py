@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+#: where parity is measured, if PyTorch finds one
+_GPU = "cuda"
+
+
 def save(module: nn.Module, path: Path) -> WeightMap:
     """Write ``path`` (``unet.json``: what the module is) and its weights beside it (``unet.safetensors``).
 
@@ -76,8 +80,8 @@ def _on_gpu(module: nn.Module, inputs: dict[str, Tensor]) -> np.ndarray:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.no_grad():
-            module.to("cuda")
-            out: np.ndarray = module(**{k: v.to("cuda") for k, v in inputs.items()}).float().cpu().numpy()
+            module.to(_GPU)
+            out: np.ndarray = module(**{k: v.to(_GPU) for k, v in inputs.items()}).float().cpu().numpy()
             return out
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -97,7 +97,7 @@ class TorchNetwork(Network):
         if self.device == "cuda" and entry.precision in ("fp16", "bf16") and not self.compiled:
             convolutions = convolutions or Convolutions()
             if convolutions.channels_last:
-                module.to(memory_format=torch.channels_last)
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self._search = convolutions.search
         self._wide = self.device == "cpu" and not self.compiled and emulated(module)
         self._call: Any = _compile(module, self.device) if self.compiled else module

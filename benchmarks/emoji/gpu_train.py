@@ -1,0 +1,719 @@
+"""Minutes of a data-center GPU instead of hours of a CPU: the bundled model, its fine-tunes, decoder and guides.
+
+``python -m benchmarks.emoji.gpu_train pack`` renders the data and tokenizes the captions into one file (no GPU).
+``python -m benchmarks.emoji.gpu_train train --data FILE --out FOLDER`` trains for the given seconds a part, each
+optimizer step one CUDA graph: random numbers, forward, backward, clipping, optimizer and weight average.
+``python -m benchmarks.emoji.gpu_train unpack --from FOLDER`` puts the weights into the package's assets.
+
+The step is small (a 6.9 M parameter U-Net on 16 × 16 latents), so an eager step waits for some 2,000 launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CAPTION_FORMS = 6
+#: shares of the forms of :func:`caption_forms`: with and without style; plain, "a", "the"
+FORM_SHARES = (0.595, 0.105, 0.13, 0.02, 0.125, 0.025)
+
+
+def caption_forms(concept: str, style: str) -> list[str]:
+    """The training captions of one image, in the order of :data:`FORM_SHARES`."""
+    from .data import caption
+
+    out = []
+    for article in (False, "a", "the"):
+        for word in (style, None):
+            text = caption(concept, word)
+            if article == "a":
+                text = ("an " if text[0] in "aeiou" else "a ") + text
+            elif article:
+                text = "the " + text
+            out.append(text)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+def pack(out: Path, cache: Path) -> None:
+    """Pixels of the trained concepts in all four styles, and the token ids of every caption form."""
+    from pnp_trt.models.bases import resolve
+
+    from .data import BASE_STYLES, FINE_TUNE_STYLES, pictures, split
+
+    tokenizer = resolve("emoji").tokenizer()
+
+    def ids(texts: list[str]) -> np.ndarray:
+        found = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="np")
+        return found["input_ids"].astype(np.uint16)
+
+    held: dict[str, np.ndarray] = {"empty": ids([""])}
+    concepts = split()["train"]
+    for name, styles, variants, keep in (
+        ("base", BASE_STYLES, 5, 5), ("flat", FINE_TUNE_STYLES[:1], 5, 2), ("3d", FINE_TUNE_STYLES[1:], 5, 2),
+    ):  # fmt: skip
+        shots = pictures(styles, concepts, cache, variants)
+        pixels = shots.pixels.reshape(-1, variants, *shots.pixels.shape[1:])[:, :keep]
+        pairs = list(zip(shots.concepts[::variants], shots.styles[::variants], strict=True))
+        held[f"{name}.pixels"] = np.ascontiguousarray(pixels)
+        held[f"{name}.ids"] = ids([t for c, s in pairs for t in caption_forms(c, s)]).reshape(len(pairs), -1, 77)
+    held["prompts"] = ids(Path("calibration/emoji-prompts.txt").read_text().splitlines())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out, **held)
+    print({k: v.shape for k, v in held.items()}, out.stat().st_size)
+
+
+# ------------------------------------------------------------------------------------------------ optimisation
+
+
+class MuonAdamW:
+    """Muon for hidden matrices and kernels, AdamW for the rest, with the learning rate in device memory.
+
+    ``torch.optim.Muon`` reads its learning rate on the host and orthogonalizes matrix by matrix, which a CUDA graph
+    would freeze and pay for in launches.  Matrices of one shape are orthogonalized together here (Jordan et al. 2024;
+    the step's size is matched to AdamW's, Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+    """
+
+    def __init__(self, module: nn.Module, lr: Tensor, weight_decay: float = 0.01, muon: bool = True) -> None:
+        self.lr, self.weight_decay = lr, weight_decay
+        groups: dict[tuple[int, int], list[nn.Parameter]] = {}
+        other = []
+        for name, p in module.named_parameters():
+            if not p.requires_grad:
+                continue
+            outer = p.ndim < 2 or "embedding" in name or name.endswith(("conv_in.weight", "conv_out.weight"))
+            if outer or not muon or min(p.shape[0], p[0].numel()) < 8:
+                other.append(p)
+            else:
+                groups.setdefault((p.shape[0], p[0].numel()), []).append(p)
+        self.groups = [(ps, torch.zeros(len(ps), *shape, device=lr.device)) for shape, ps in groups.items()]
+        self.adamw = torch.optim.AdamW(
+            other, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), capturable=lr.is_cuda, foreach=lr.is_cuda
+        ) if other else None  # fmt: skip
+
+    def parameters(self) -> list[nn.Parameter]:
+        found = [p for ps, _ in self.groups for p in ps]
+        return found + ([p for g in self.adamw.param_groups for p in g["params"]] if self.adamw else [])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for ps, momentum in self.groups:
+            grad = torch.stack([p.grad.reshape(p.shape[0], -1) for p in ps if p.grad is not None])
+            momentum.lerp_(grad, 0.05)
+            update = orthogonalized(grad.lerp(momentum, 0.95))
+            update = update * (0.2 * math.sqrt(max(update.shape[-2:])))
+            for p, u in zip(ps, update, strict=True):
+                p.mul_(1 - self.lr * self.weight_decay)
+                p.sub_(self.lr * u.view_as(p))
+        if self.adamw is not None:
+            self.adamw.step()
+
+    def zero_grad(self) -> None:
+        for p in self.parameters():
+            p.grad = None
+
+
+def orthogonalized(x: Tensor) -> Tensor:
+    """Matrices ``[N, R, C]`` → nearly orthogonal ones, by the quintic Newton–Schulz iteration of Jordan et al. 2024."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if tall else x).float()
+
+
+@dataclass
+class Trainer:
+    """Repeats one optimizer step for some seconds; on a GPU the step is captured into a graph once.
+
+    Attributes:
+        loss_of: loss of fresh random data, without arguments; it must not wait for the device.
+        lr: peak rate; it stays for ``constant`` of the seconds and falls to zero along a cosine after that.
+    """
+
+    name: str
+    module: nn.Module
+    loss_of: Callable[[], Tensor]
+    lr: float
+    seconds: float
+    constant: float = 0.6
+    ema: float = 0.9995
+    muon: bool = True
+    max_steps: int | None = None
+    graph: Any = None
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.device = next(self.module.parameters()).device
+        self.rate = torch.zeros((), device=self.device)
+        self.smooth = torch.zeros((), device=self.device)
+        self.optimizer = MuonAdamW(self.module, self.rate, muon=self.muon)
+        self.live = [p for p in self.module.parameters() if p.requires_grad]
+        self.shadow = [p.detach().clone() for p in self.live]
+
+    def _step(self) -> None:
+        loss = self.loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.live, 1.0, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.shadow, self.live, 1 - self.ema)
+            self.smooth.lerp_(loss.detach().float(), 0.02)
+
+    def _capture(self) -> None:
+        """Warm up on a side stream at a rate of zero, then capture; without a graph if that fails."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step()
+                self.optimizer.zero_grad()
+        torch.cuda.current_stream().wait_stream(side)
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self.graph = graph
+        except Exception as e:
+            print(f"{self.name}: no graph, {type(e).__name__}: {str(e).splitlines()[0]}", flush=True)
+            torch.cuda.synchronize()
+            self.optimizer.zero_grad()
+
+    def run(self, every: Callable[[float], None] | None = None) -> dict[str, Any]:
+        """Train; ``every`` is called about once a minute with the share that is done."""
+        begun = time.monotonic()
+        if self.device.type == "cuda":
+            self._capture()
+        started = reported = saved = time.monotonic()
+        step, trouble, lr = 0, 0, self.lr
+        averaged_from = 0.25 * self.seconds
+        snapshot = [p.detach().clone() for p in self.live]
+        while True:
+            spent = time.monotonic() - started
+            done = spent / self.seconds
+            if self.max_steps is not None:
+                done = max(done, step / self.max_steps)
+            if done >= 1:
+                break
+            if averaged_from is not None and spent > averaged_from:
+                torch._foreach_copy_(self.shadow, self.live)
+                averaged_from = None
+            tail = max(0.0, done - self.constant) / (1 - self.constant)
+            self.rate.fill_(lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * tail)))
+            for _ in range(20 if self.max_steps is None else 1):
+                if self.graph is not None:
+                    self.graph.replay()
+                else:
+                    self._step()
+                    self.optimizer.zero_grad()
+                step += 1
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.monotonic()
+            if now - reported > 5 or self.max_steps is not None:
+                value = float(self.smooth) / (1 - 0.98**step)
+                if not math.isfinite(value):
+                    trouble += 1
+                    lr /= 3
+                    if trouble > 3:
+                        raise RuntimeError(f"{self.name}: the loss is not finite")
+                    print(f"{self.name}: not finite at step {step}; back to the last good weights, rate {lr}")
+                    with torch.no_grad():
+                        torch._foreach_copy_(self.live, snapshot)
+                        torch._foreach_copy_(self.shadow, snapshot)
+                        for _, momentum in self.optimizer.groups:
+                            momentum.zero_()
+                        for state in (self.optimizer.adamw.state if self.optimizer.adamw else {}).values():
+                            for v in state.values():
+                                v.zero_()
+                        self.smooth.zero_()
+                else:
+                    torch._foreach_copy_(snapshot, self.live)
+                    self.log.append({"seconds": round(now - started, 1), "step": step, "loss": value})
+                    print(f"{self.name}: {now - started:.0f} s, step {step}, loss {value:.5f}", flush=True)
+                reported = now
+            if every is not None and now - saved > 60:
+                every(done)
+                saved = time.monotonic()
+        with torch.no_grad():
+            torch._foreach_copy_(self.live, self.shadow)
+        self.optimizer.zero_grad()
+        return {
+            "steps": step, "seconds": round(time.monotonic() - started, 1),
+            "preparation_seconds": round(started - begun, 1), "lr": self.lr, "optimizer": "muon" if self.muon else
+            "adamw", "ema": self.ema, "captured": self.graph is not None, "restarts": trouble, "log": self.log[::6],
+        }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ model
+
+
+def text_states(encoder: nn.Module, ids: Tensor) -> Tensor:
+    """CLIP's text transformer on ids ``[B, 77]`` → states ``[B, 77, D]``, in operations that can be captured."""
+    model = getattr(encoder, "text_model", encoder)
+    x = model.embeddings.token_embedding(ids) + model.embeddings.position_embedding.weight[: ids.shape[1]]
+    for layer in model.encoder.layers:
+        a = layer.self_attn
+        h = layer.layer_norm1(x)
+        q, k, v = (
+            p(h).unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj)
+        )  # fmt: skip
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + a.out_proj(h)
+        h = layer.mlp.fc1(layer.layer_norm2(x))
+        x = x + layer.mlp.fc2(h * torch.sigmoid(1.702 * h))
+    return model.final_layer_norm(x)
+
+
+class Base(nn.Module):
+    """U-Net and text encoder, trained together; the token table stays as it is."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+        model = getattr(text_encoder, "text_model", text_encoder)
+        model.embeddings.token_embedding.requires_grad_(False)
+
+
+class Data:
+    """Latents ``[pairs, variants, C, 16, 16]`` and token ids ``[pairs, forms, 77]`` of one set, on the device."""
+
+    def __init__(self, held: Any, name: str, vae: Any, device: torch.device) -> None:
+        self.pixels = torch.from_numpy(held[f"{name}.pixels"]).to(device)
+        flat = self.pixels.flatten(0, 1)
+        rows = [
+            vae.encode(flat[i : i + 512].permute(0, 3, 1, 2).float().div(127.5).sub(1)).latents
+            for i in range(0, len(flat), 512)
+        ]
+        self.raw = torch.cat(rows).unflatten(0, self.pixels.shape[:2])
+        self.latents = self.raw * vae.config.scaling_factor
+        self.ids = torch.from_numpy(held[f"{name}.ids"].astype(np.int64)).to(device)
+
+
+def alphas(device: torch.device) -> Tensor:
+    """ᾱ of the schedule that the bundled model has."""
+    from .train import alphas_cumprod
+
+    return alphas_cumprod().to(device)
+
+
+def diffusion_loss(
+    unet: nn.Module, states_of: Callable[[Tensor, Tensor, Tensor], Tensor], data: Data, batch: int, centred: float,
+    drop: float = 0.1,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """Min-SNR-5 weighted ε loss (Hang et al. 2023, eq. 8), as the CPU recipe has it, on random data of the device."""
+    device = data.latents.device
+    abar = alphas(device)
+    edges = torch.tensor(FORM_SHARES).cumsum(0)[:-1].to(device)
+    ladder = torch.arange(batch, device=device)
+    pairs, variants = data.latents.shape[:2]
+
+    def loss_of() -> Tensor:
+        pair = torch.randint(pairs, (batch,), device=device)
+        middle = torch.rand(batch, device=device) < centred
+        variant = torch.where(middle, torch.zeros_like(pair), torch.randint(variants, (batch,), device=device))
+        form = torch.bucketize(torch.rand(batch, device=device), edges)
+        dropped = torch.rand(batch, device=device) < drop
+        x = data.latents[pair, variant]
+        noise = torch.randn_like(x)
+        t = ((ladder + torch.rand(batch, device=device)) / batch * 1000).long().clamp(0, 999)
+        a = abar[t][:, None, None, None]
+        noisy = (a.sqrt() * x + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            context = states_of(pair, form, dropped)
+            prediction = unet(noisy, t, context, return_dict=False)[0]
+        snr = a / (1 - a)
+        weight = snr.clamp(max=5.0) / snr
+        return (weight * (prediction.float() - noise) ** 2).mean() / weight.mean()
+
+    return loss_of
+
+
+def decoder_loss(vae: Any, sets: list[Data], batch: int) -> Callable[[], Tensor]:
+    """The CPU recipe's loss of the decoder: L1 on pixels and their differences, and squares; latents slightly noisy."""
+    device = sets[0].latents.device
+    pixels = torch.cat([d.pixels[:, :2].flatten(0, 1) for d in sets])
+    latents = torch.cat([d.raw[:, :2].flatten(0, 1) for d in sets])
+
+    def loss_of() -> Tensor:
+        rows = torch.randint(len(pixels), (batch,), device=device)
+        z = latents[rows]
+        z = z + 0.06 * torch.rand(batch, 1, 1, 1, device=device) * torch.randn_like(z)
+        target = pixels[rows].permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            made = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
+        made = made.float()
+        edges = F.l1_loss(made.diff(dim=2), target.diff(dim=2)) + F.l1_loss(made.diff(dim=3), target.diff(dim=3))
+        return F.l1_loss(made, target) + edges + 2 * F.mse_loss(made, target)
+
+    return loss_of
+
+
+# ----------------------------------------------------------------------------------------------------- guides
+
+
+class GuideStates:
+    """States to distil on, renewed in every step: noised images, and rows of trajectories that move on by one step.
+
+    Half of a batch are images of the training set, noised (forward states).  The other half are DDIM trajectories of
+    8, 16, 20 or 50 steps; half of those follow classifier-free guidance and half the student's own predictions
+    (Ross et al. 2011, "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning").
+    The predictions that move them are the ones that the loss needs anyway.
+    """
+
+    COUNTS = (8, 16, 20, 50)
+
+    def __init__(self, data: Data, prompts: Tensor, captions: Tensor, batch: int, own: float = 0.5) -> None:
+        device = data.latents.device
+        self.data, self.prompts, self.captions, self.own = data, prompts, captions, own
+        self.half = batch // 2
+        self.abar = torch.cat([alphas(device), torch.ones(1, device=device)])
+        self.times = torch.full((len(self.COUNTS), max(self.COUNTS) + 1), 1000, device=device)
+        for row, count in enumerate(self.COUNTS):
+            # trailing steps, as the bundled scheduler spaces them; the last one ends at ᾱ_0 (set_alpha_to_one is off)
+            steps = np.round(np.arange(1000, 0, -1000 / count)).astype(np.int64) - 1
+            self.times[row, :count] = torch.from_numpy(steps)
+            self.times[row, count] = 0
+        self.counts = torch.tensor(self.COUNTS, device=device)
+        n = self.half
+        self.x = torch.randn(n, *data.latents.shape[2:], device=device)
+        self.row = torch.randint(len(self.COUNTS), (n,), device=device)
+        self.k = torch.zeros(n, dtype=torch.long, device=device)
+        self.prompt = torch.randint(len(prompts), (n,), device=device)
+        self.w = 1 + 8 * torch.rand(n, device=device)
+        self.student = torch.rand(n, device=device) < own
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x_t, t, text, w) of a step; the trajectories are the second half."""
+        device, n = self.x.device, self.half
+        pair = torch.randint(len(self.data.latents), (n,), device=device)
+        variant = torch.randint(self.data.latents.shape[1], (n,), device=device)
+        x0 = self.data.latents[pair, variant]
+        t = ((torch.arange(n, device=device) + torch.rand(n, device=device)) / n * 1000).long().clamp(0, 999)
+        a = self.abar[t][:, None, None, None]
+        noisy = a.sqrt() * x0 + (1 - a).sqrt() * torch.randn_like(x0)
+        w = 1 + 8 * torch.rand(n, device=device)
+        here = self.times[self.row, self.k]
+        text = torch.cat([self.captions[pair], self.prompts[self.prompt]])
+        return torch.cat([noisy, self.x]), torch.cat([t, here]), text, torch.cat([w, self.w])
+
+    @torch.no_grad()
+    def advance(self, target: Tensor, prediction: Tensor) -> None:
+        """Move every trajectory by one DDIM step; those at their end begin anew."""
+        n, device = self.half, self.x.device
+        own = self.student[:, None, None, None]
+        e = torch.where(own, prediction[n:].float(), target[n:].float())
+        a = self.abar[self.times[self.row, self.k]][:, None, None, None]
+        b = self.abar[self.times[self.row, self.k + 1]][:, None, None, None]
+        x = b.sqrt() * (self.x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
+        k = self.k + 1
+        over = (k >= self.counts[self.row]) | ~torch.isfinite(x).flatten(1).all(1)
+        self.x.copy_(torch.where(over[:, None, None, None], torch.randn_like(x), x))
+        self.k.copy_(torch.where(over, torch.zeros_like(k), k))
+        self.row.copy_(torch.where(over, torch.randint(len(self.COUNTS), (n,), device=device), self.row))
+        self.prompt.copy_(torch.where(over, torch.randint(len(self.prompts), (n,), device=device), self.prompt))
+        self.w.copy_(torch.where(over, 1 + 8 * torch.rand(n, device=device), self.w))
+        self.student.copy_(torch.where(over, torch.rand(n, device=device) < self.own, self.student))
+
+
+def guide_loss(unet: Any, guide: Any, states: GuideStates, empty: Tensor) -> Callable[[], Tensor]:
+    """Weighted squared error to eps_w (the paper's formula I), x0 weighting over w; no cached states."""
+    from pnp_trt.models.guides import Features, GuideInput
+    from pnp_trt.models.student import decode, encode
+
+    abar = alphas(empty.device)
+    by_time = ((1 - abar) / abar).clamp(max=5.0)
+    by_time = by_time / by_time.mean()
+
+    def loss_of() -> Tensor:
+        with torch.no_grad():
+            x, t, text, w = states.batch()
+            n = len(x)
+            x = x.contiguous(memory_format=torch.channels_last)
+            emb, features = encode(unet, x, t, text)
+            conditional = decode(unet, emb, features, text)
+            unconditional = unet(x, t, empty.expand(n, -1, -1), return_dict=False)[0]
+            target = unconditional + w[:, None, None, None] * (conditional - unconditional)
+        added = guide(GuideInput(x, t, text, w, features))
+        skips = tuple(
+            s if r is None else s + r
+            for s, r in zip(features.down_block_res_samples, added.down_block_res_samples, strict=True)
+        )
+        guided = Features(skips, features.mid_block_res_sample + added.mid_block_res_sample)
+        prediction = decode(unet, emb, guided, text)
+        weight = by_time[t] / w
+        loss = ((prediction - target) ** 2 * weight[:, None, None, None]).mean()
+        states.advance(target, prediction.detach())
+        return loss
+
+    return loss_of
+
+
+@torch.no_grad()
+def guide_error(unet: Any, guide: Any, states: GuideStates, empty: Tensor, rounds: int) -> dict[str, Any]:
+    """Share of the guidance left unexplained, length and cosine of the guide's change, over five bins of time."""
+    from pnp_trt.models.student import Student
+
+    student = Student(unet, guide)
+    sums = torch.zeros(5, 4, device=empty.device, dtype=torch.float64)
+    for _ in range(rounds):
+        x, t, text, w = states.batch()
+        x = x.contiguous(memory_format=torch.channels_last)
+        n = len(x)
+        c = unet(x, t, text, return_dict=False)[0]
+        u = unet(x, t, empty.expand(n, -1, -1), return_dict=False)[0]
+        target = u + w[:, None, None, None] * (c - u)
+        prediction = student(x, t, text, w)
+        scale = (w - 1).clamp(min=1e-3)[:, None, None, None]
+        a, b = ((target - c) / scale).double().flatten(1), ((prediction - c) / scale).double().flatten(1)
+        rows = torch.stack([(a * a).sum(1), (b * b).sum(1), (a * b).sum(1), ((a - b) ** 2).sum(1)], 1)
+        sums.index_add_(0, (t // 200).clamp(0, 4), rows)
+        states.advance(target, prediction)
+    names = ("0-199", "200-399", "400-599", "600-799", "800-999")
+
+    def figures(r: Tensor) -> dict[str, float]:
+        aa, bb, ab, left = (float(v) for v in r)
+        return {
+            "residual": round(left / max(aa, 1e-30), 4), "length": round(math.sqrt(bb / max(aa, 1e-30)), 4),
+            "cosine": round(ab / math.sqrt(max(aa * bb, 1e-30)), 4),
+        }  # fmt: skip
+
+    return {"all": figures(sums.sum(0)), **{k: figures(v) for k, v in zip(names, sums, strict=True)}}
+
+
+# ------------------------------------------------------------------------------------------------------- grid
+
+
+@torch.no_grad()
+def sample_grid(
+    unet: Any, vae: Any, states: Tensor, empty: Tensor, w: float, path: Path, guide: Any = None, steps: int = 20
+) -> None:
+    """Samples of text ``states`` ``[N, 77, D]`` by DDIM with CFG, or with a guide, as one row of images."""
+    from PIL import Image
+
+    from pnp_trt.models.student import Student
+
+    device, n = states.device, len(states)
+    abar = alphas(device)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, unet.config.in_channels, 16, 16, generator=generator).to(device)
+    times = np.round(np.arange(1000, 0, -1000 / steps)).astype(int) - 1
+    student = None if guide is None else Student(unet, guide)
+    for i, now in enumerate(times):
+        t = torch.full((n,), int(now), device=device)
+        if student is not None:
+            e = student(x, t, states, torch.full((n,), w, device=device))
+        else:
+            c = unet(x, t, states, return_dict=False)[0]
+            u = unet(x, t, empty.expand(n, -1, -1), return_dict=False)[0]
+            e = u + w * (c - u)
+        a, b = abar[now], abar[times[i + 1]] if i + 1 < steps else abar[0]
+        x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
+    made = vae.decode(x / vae.config.scaling_factor).sample.div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
+    sheet = made.permute(0, 2, 3, 1).cpu().numpy()
+    Image.fromarray(np.concatenate(list(sheet), 1)).save(path)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def train(a: argparse.Namespace) -> None:
+    """All parts, one after the other; each one's weights are written as soon as it is done."""
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPTextModel
+
+    from pnp_trt.models.guides import GUIDES
+
+    begun = time.monotonic()
+    torch.manual_seed(a.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = None if device.type == "cuda" else 3
+    out: Path = a.out
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "schema": "pnp-trt/gpu-train/1", "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__, "python": platform.python_version(), "command": sys.argv[1:],
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "batch": a.batch, "parts": {},
+    }  # fmt: skip
+
+    def tell(name: str, found: dict[str, Any]) -> None:
+        report["parts"][name] = found
+        (out / "train.json").write_text(json.dumps(report, indent=1))
+
+    def save(state: dict[str, Tensor], name: str, dtype: torch.dtype = torch.float16) -> None:
+        held = {k: v.detach().to(dtype).cpu().contiguous() for k, v in state.items()}
+        save_file(held, out / f"{name}.safetensors.part")
+        (out / f"{name}.safetensors.part").replace(out / f"{name}.safetensors")
+
+    assets: Path = a.assets
+    held = np.load(a.data)
+    unet = UNet2DConditionModel.from_pretrained(assets / "emoji/unet").float().to(device)
+    vae = AutoencoderTiny.from_pretrained(assets / "emoji/vae").float().to(device)
+    encoder = CLIPTextModel.from_pretrained(assets / "emoji/text_encoder").float().to(device).train()
+    unet.to(memory_format=torch.channels_last).train()
+    vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    sets = {name: Data(held, name, vae, device) for name in ("base", "flat", "3d")}
+    empty_ids = torch.from_numpy(held["empty"].astype(np.int64)).to(device)
+    prompt_ids = torch.from_numpy(held["prompts"].astype(np.int64)).to(device)
+
+    def finished(name: str) -> Path | None:
+        for folder in (out, a.resume) if a.resume else (out,):
+            if (folder / f"{name}.safetensors").exists():
+                return folder / f"{name}.safetensors"
+        return None
+
+    def rounded(module: nn.Module) -> None:
+        """Weights as they are stored: what is trained after this sees the model that is shipped."""
+        for p in module.parameters():
+            p.data.copy_(p.data.half().float())
+
+    # ---- base
+    base = Base(unet, encoder)
+
+    def small_state() -> dict[str, Tensor]:
+        found = {f"text.{k}": v for k, v in encoder.state_dict().items() if "token_embedding" not in k}
+        return found | {f"vae.{k}": v for k, v in vae.state_dict().items()}
+
+    def load_half(module: nn.Module, state: dict[str, Tensor]) -> None:
+        missing, extra = module.load_state_dict({k: v.float().to(device) for k, v in state.items()}, strict=False)
+        assert not extra and all("token_embedding" in m or "position_ids" in m for m in missing), (missing, extra)
+
+    def save_base(_: float) -> None:
+        save(unet.state_dict(), "unet-live")
+
+    if done := finished("unet"):
+        load_half(unet, load_file(done))
+    elif a.base:
+        d = sets["base"]
+
+        def states_of(pair: Tensor, form: Tensor, dropped: Tensor) -> Tensor:
+            ids = torch.where(dropped[:, None], empty_ids, d.ids[pair, form])
+            return text_states(encoder, ids)
+
+        trainer = Trainer("base", base, diffusion_loss(unet, states_of, d, a.batch, a.centred), a.lr, a.base,
+                          ema=0.9995, max_steps=steps)  # fmt: skip
+        tell("base", trainer.run(save_base))
+        save(unet.state_dict(), "unet")
+    base.requires_grad_(False).eval()
+    rounded(unet)
+    small = finished("small")
+    if small:
+        state = load_file(small)
+        load_half(encoder, {k[5:]: v for k, v in state.items() if k.startswith("text.")})
+        load_half(vae, {k[4:]: v for k, v in state.items() if k.startswith("vae.")})
+    else:
+        save(small_state(), "small")
+
+    rounded(encoder)
+
+    # ---- decoder
+    if a.decoder:
+        vae.decoder.requires_grad_(True)
+        loss = decoder_loss(vae, list(sets.values()), min(128, a.batch))
+        trainer = Trainer(
+            "decoder", vae, loss, 1e-3, a.decoder, constant=0.4, ema=0.999, muon=False, max_steps=steps
+        )  # fmt: skip
+        tell("decoder", trainer.run())
+        rounded(vae.requires_grad_(False))
+        save(small_state(), "small")
+
+    with torch.no_grad():
+        empty = text_states(encoder, empty_ids)
+        prompts = torch.cat([text_states(encoder, prompt_ids[i : i + 256]) for i in range(0, len(prompt_ids), 256)])
+        everything = {
+            k: torch.cat(
+                [text_states(encoder, d.ids.flatten(0, 1)[i : i + 512]) for i in range(0, d.ids[..., 0].numel(), 512)]
+            ).unflatten(0, d.ids.shape[:2])
+            for k, d in sets.items()
+        }
+    shown = everything["base"][:: max(1, len(everything["base"]) // 16), 0][:16]
+
+    # ---- guides, before the fine-tunes: they need the base alone
+    for name, kind, options, seconds, lr in (
+        ("tiny", "tiny", {"text": True, "trunk_kind": "depthwise"}, a.tiny, 3e-3),
+        ("full", "full", {}, a.full, 3e-4),
+    ):
+        if not seconds:
+            continue
+        torch.manual_seed(a.seed + 1)
+        guide = GUIDES[kind].from_unet(unet, **options).to(device).to(memory_format=torch.channels_last).train()
+        states = GuideStates(sets["base"], prompts, everything["base"][:, 0], a.batch)
+        trainer = Trainer(name, guide, guide_loss(unet, guide, states, empty), lr, seconds, constant=0.3, ema=0.998,
+                          muon=False, max_steps=steps)  # fmt: skip
+        found = trainer.run()
+        guide.requires_grad_(False).eval()
+        found["error"] = guide_error(unet, guide, states, empty, 60 if steps is None else 2)
+        print(name, found["error"], flush=True)
+        tell(f"guide {name}", found)
+        dtype = torch.float32 if name == "tiny" else torch.float16
+        save(guide.state_dict(), f"guide-{name}", dtype)
+        sample_grid(unet, vae, shown, empty, 3.0, out / f"grid-{name}.png", guide)
+
+    # ---- fine-tunes
+    for name in ("flat", "3d"):
+        if not a.fine_tunes or finished(name):
+            continue
+        tuned = UNet2DConditionModel.from_config(unet.config).to(device).to(memory_format=torch.channels_last)
+        tuned.load_state_dict(unet.state_dict())
+        tuned.requires_grad_(True).train()
+        table = everything[name]
+
+        def states_of(pair: Tensor, form: Tensor, dropped: Tensor, table: Tensor = table) -> Tensor:
+            return torch.where(dropped[:, None, None], empty, table[pair, form])
+
+        trainer = Trainer(name, tuned, diffusion_loss(tuned, states_of, sets[name], a.batch, 0.6), a.lr * 0.5,
+                          a.fine_tunes, constant=0.5, ema=0.999, max_steps=steps)  # fmt: skip
+        tell(name, trainer.run())
+        save(tuned.state_dict(), name)
+    sample_grid(unet, vae, shown, empty, 3.0, out / "grid-base.png")
+    (out / "unet-live.safetensors").unlink(missing_ok=True)
+    report["seconds"] = round(time.monotonic() - begun, 1)
+    (out / "train.json").write_text(json.dumps(report, indent=1))
+    print(f"all parts: {report['seconds']} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    one = what.add_parser("pack")
+    one.add_argument("--out", type=Path, default=Path("build/emoji/pack.npz"))
+    one.add_argument("--cache", type=Path, default=Path("build/emoji"))
+    two = what.add_parser("train")
+    two.add_argument("--data", type=Path, default=Path("build/emoji/pack.npz"))
+    two.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"))
+    two.add_argument("--out", type=Path, default=Path("build/emoji/gpu"))
+    two.add_argument("--resume", type=Path, help="a folder with weights of parts that are not trained again")
+    two.add_argument("--batch", type=int, default=256)
+    two.add_argument("--lr", type=float, default=1e-3)
+    two.add_argument("--centred", type=float, default=0.4)
+    two.add_argument("--seed", type=int, default=0)
+    for name, seconds in (("base", 240), ("decoder", 45), ("tiny", 100), ("full", 0), ("fine-tunes", 35)):
+        two.add_argument(f"--{name}", type=float, default=seconds, help="seconds; 0 leaves the part out")
+    a = parser.parse_args()
+    if a.what == "pack":
+        pack(a.out, a.cache)
+    else:
+        train(a)
+
+
+if __name__ == "__main__":
+    main()

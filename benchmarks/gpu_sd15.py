@@ -63,9 +63,12 @@ def measure(
     schedule = base.scheduler_config()
     layouts: dict[str, float] = {}
     for name, (last, search) in LAYOUTS.items() if models.cuda else ():
-        case = Case(models, "unguided", 1, steps, schedule, Convolutions(last, search))
-        layouts[name] = case.step(min(rounds, 2))["ms"]
-        case.close()
+        try:
+            case = Case(models, "unguided", 1, steps, schedule, Convolutions(last, search))
+            layouts[name] = case.step(min(rounds, 2))["ms"]
+            case.close()
+        except Exception as e:  # the other layouts may still run
+            found.setdefault("layouts_failed", {})[name] = _said(e)
         found["unguided_step_ms_by_layout"] = layouts
         say(found)
     chosen = min(layouts, key=lambda name: layouts[name]) if layouts else "NCHW"
@@ -95,12 +98,12 @@ def measure(
                     row["joules_a_picture"] = case.joules(counter, energy_seconds)
                 case.close()
             except Exception as e:  # the next case may still run
-                row["failed"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+                row["failed"] = _said(e)
             say(found)
     try:
         found["macs_a_row"] = models.macs()
     except Exception as e:  # the times need no count
-        found["macs_failed"] = f"{type(e).__name__}: {e}"[:300]
+        found["macs_failed"] = _said(e)
     else:
         for name, row in found["cases"].items():
             method, batch = name.split(", batch ")
@@ -111,7 +114,7 @@ def measure(
         found["picture"] = case.loop(rounds)
         case.close()
     except Exception as e:
-        found["picture"] = {"failed": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"}
+        found["picture"] = {"failed": _said(e)}
     found["seconds_inside"] = round(time.perf_counter() - started, 1)
     say(found)
     return found
@@ -255,8 +258,6 @@ class Case:
         """One captured step, replayed as often as a loop has steps; by the GPU's clock, where there is one."""
         import torch
 
-        from pnp_trt.errors import PnpError
-
         lane: Any = self.loops._lane(self.plan).lane
         prepared, steps = lane.prepare(self.plan), len(self.plan.table)
         lane.load(self.feeds)
@@ -264,10 +265,11 @@ class Case:
         for _ in range(2):
             lane.step(prepared, 1)
         lane.wait()
+        why = None
         try:
             graph = lane.capture(lambda: lane.step(prepared, 1))
-        except PnpError:  # on a CPU
-            graph = None
+        except Exception as e:  # on a CPU, or what a capture does not take
+            graph, why = None, _said(e)
         on_gpu, on_host = [], []
         for number in range(-1, rounds):
             lane.load(self.feeds)  # the same step over and over does not stay finite for ever
@@ -276,7 +278,9 @@ class Case:
                 begun = time.perf_counter()
                 for _ in range(steps):
                     lane.step(prepared, 1)
-                spent = put = time.perf_counter() - begun
+                put = time.perf_counter() - begun
+                lane.wait()
+                spent = time.perf_counter() - begun
             else:
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 first.record(lane._stream)
@@ -294,7 +298,7 @@ class Case:
             lane.drop(graph)
         return {
             "ms": _ms(on_gpu), "least_ms": round(1e3 * min(on_gpu), 4), "host_launch_ms": _ms(on_host),
-            "captured": graph is not None,
+            "captured": graph is not None, "why_not_captured": why,
         }  # fmt: skip
 
     def joules(self, counter: Callable[[], float], seconds: float) -> float | None:
@@ -392,6 +396,10 @@ def _counter() -> tuple[Callable[[], float] | None, str | None]:
 
     counter, why = nvml_counter()
     return counter, None if why is None else f"not measured: {why}"
+
+
+def _said(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]
 
 
 def _ms(seconds: list[float]) -> float:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ from pnp_trt import backends
 from pnp_trt.backends.base import CompileJob, Profile
 from pnp_trt.backends.gpus import Gpu, present_gpus
 from pnp_trt.backends.tensorrt import backend as module
+from pnp_trt.backends.tensorrt import flavour as flavours
+from pnp_trt.backends.tensorrt.compile import _allow_decomposition
 from pnp_trt.backends.tensorrt.flavour import RTX
 from pnp_trt.backends.tensorrt.refit import refit_network
 from pnp_trt.build.builder import build
@@ -88,9 +91,73 @@ def test_an_engine_is_compiled(jobs: dict[str, CompileJob], precision: str, targ
     engine = jobs[precision].graph.with_name(made.file)
     assert engine.suffix == ".engine" and engine.stat().st_size > 10_000
     assert made.peak_memory is not None and 50 << 20 < made.peak_memory < 2 << 30
-    # attention in float32 has no fused kernel, and would fail if it were not taken apart
-    assert made.notes["decomposed_attention"] == (1 if precision == "fp32" else 0)
+    # attention in float32 has no fused kernel, and would fail if it could not be taken apart
+    assert made.notes["decomposable_attention"] == 1
     assert seen and all(0 <= done <= total for _, done, total in seen)
+
+
+class OneHead(nn.Module):
+    """The attention of Stable Diffusion's autoencoder: one head of 512, for which no fused kernel exists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(512, 512) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.q(x)[:, None], self.k(x)[:, None], self.v(x)[:, None]
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def test_a_head_of_512_is_taken_apart(tmp_path: Path) -> None:
+    """Were it not allowed, TensorRT-RTX 1.7.1 could not compile this graph."""
+    path = tmp_path / "vae.onnx"
+    export(convert(OneHead(), RECIPES["fp16"]), {"x": torch.zeros(2, 16, 512)}, "y", path)
+    job = CompileJob(
+        "vae_decoder", path, {"x": ("float32", ("batch", 16, 512))}, "fp16", "sm_89", (Profile("b1", 1, 1, 1),)
+    )
+    assert rtx().compile(job, lambda *_: None).notes["decomposable_attention"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "half", "bfloat16"])
+def test_every_attention_may_be_taken_apart(dtype: str) -> None:
+    """Plain TensorRT compiles on its GPU alone; here is what it is told of a parsed graph."""
+    attentions = [SimpleNamespace(get_input=lambda i: SimpleNamespace(dtype=dtype), decomposable=False) for _ in "ab"]
+
+    class Layer:
+        def __init__(self, kind: str, attention: Any = None) -> None:
+            self.type, self.attention = kind, attention
+
+    class AttentionLayer(Layer):
+        pass
+
+    layers = [Layer("input", attentions[0]), Layer("conv"), Layer("input", attentions[1])]
+    api = SimpleNamespace(
+        LayerType=SimpleNamespace(ATTENTION_INPUT="input"), IAttentionInputLayer=AttentionLayer, float32="float32"
+    )
+    network = SimpleNamespace(num_layers=3, get_layer=lambda i: layers[i])
+    assert _allow_decomposition(api, network) == 2 and all(a.decomposable for a in attentions)
+
+
+@pytest.mark.parametrize(
+    ("backend", "found", "accepted"),
+    [
+        ("tensorrt", "10.13.3.9", False), ("tensorrt", "10.14.1.48", False), ("tensorrt", "9.3.0", False),
+        ("tensorrt", "10.15.1.29", True), ("tensorrt", "11.0.0.1", True),
+        ("tensorrt-rtx", "1.4.0.76", False), ("tensorrt-rtx", "1.5.0.114", True),
+    ],
+)  # fmt: skip
+def test_releases_that_cannot_work_are_refused_before_the_export(
+    backend: str, found: str, accepted: bool, micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flavours.importlib.metadata, "version", lambda name: found)
+    monkeypatch.setattr(module, "present_gpus", lambda: [ADA])
+    monkeypatch.setattr("pnp_trt.build.builder.Work.run", lambda *_: pytest.fail("the work began"))
+    if accepted:
+        assert set(backends.get(backend).versions().values()) == {found}
+        return
+    oldest = "10.15" if backend == "tensorrt" else "1.5"
+    with pytest.raises(InputError, match=rf"is {found}, and backend '{backend}' needs {oldest} or later: .*--upgrade"):
+        build(BuildSpec(str(micro_base), "none", backend, "fp16", tmp_path / "x"))
 
 
 def test_a_graph_that_cannot_be_compiled_is_one_sentence(jobs: dict[str, CompileJob], tmp_path: Path) -> None:
@@ -223,6 +290,7 @@ def test_a_second_build_imports_nothing_heavy(bundle: Path, micro_base: Path, mi
     [
         ([], None, "its target is sm_89, and no NVIDIA driver or GPU was found here; .*--backend onnxruntime"),
         ([AMPERE], None, r"its target is sm_89, and the GPU here is sm_86 \(GeForce RTX 3080\); .*--target sm_86"),
+        ([HOPPER], None, r"its target is sm_89, and the GPU here is sm_90 \(H100\); .*--backend tensorrt( |$)"),
         ([ADA], "1.6.0.5", r"its compiler is tensorrt-rtx 1.6.0.5, here is 1\..*; rebuild it with: pnp-trt build"),
     ],
 )
@@ -248,6 +316,19 @@ def test_which_gpus_an_engine_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not allowed(Gpu("GeForce RTX 2080", "sm_75"), "portable")
     assert allowed(HOPPER, "sm_80", hardware_compatible=True)
     assert not allowed(AMPERE, "sm_89", hardware_compatible=True)
+
+
+def test_a_portable_engine_that_cannot_run_here_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    turing = Gpu("GeForce RTX 2080", "sm_75")
+    for gpu, advice in ((HOPPER, "use --backend tensorrt$"), (turing, "add --target sm_75$")):
+        monkeypatch.setattr(module, "present_gpus", lambda gpu=gpu: [gpu])
+        with pytest.warns(UserWarning, match=f"will not run on the GPU here, which is {gpu.sm} .*; .*{advice}"):
+            assert rtx().resolve_target(None, "fp16", CompileOptions()) == "portable"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rtx().resolve_target("sm_89", "fp16", CompileOptions()) == "sm_89"  # asked for: it is for another GPU
+        monkeypatch.setattr(module, "present_gpus", lambda: [ADA])
+        assert rtx().resolve_target(None, "fp16", CompileOptions()) == "portable"
 
 
 def test_later_releases_may_load_version_compatible_engines() -> None:
@@ -419,6 +500,27 @@ def test_weights_are_refit_where_that_can_be(
     made = rtx().replace_weights(job, Path("old.engine"), lambda *_: None)
     assert re.fullmatch(how, made.notes["weights"]) and made.file == "fp16.engine"
     assert [order["refit"] for order in orders] == ["old.engine" if how == "refit" else None]
+
+
+def test_a_refit_that_fails_is_compiled_again(jobs: dict[str, CompileJob], monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[str | None] = []
+
+    def run(order: dict[str, Any], *_: Any) -> dict[str, Any]:
+        orders.append(order["refit"])
+        if order["refit"]:
+            raise PnpError("Only successfully refitted 3 out of 5")
+        return {"seconds": 1.0, "peak_memory": None}
+
+    monkeypatch.setattr(module, "present_gpus", lambda: [ADA])
+    monkeypatch.setattr(module, "_in_own_process", run)
+    job = replace(jobs["fp16"], options=CompileOptions(refittable=True, check_memory=False))
+    made = rtx().replace_weights(job, Path("old.engine"), lambda *_: None)
+    assert orders == ["old.engine", None]
+    assert made.notes["weights"] == "compiled again: the refit failed (Only successfully refitted 3 out of 5)"
+    monkeypatch.setattr(memory, "free", lambda: 100 << 20)  # what is refused before is refused
+    with pytest.raises(InputError, match="of memory"):
+        rtx().replace_weights(replace(job, options=CompileOptions(refittable=True)), Path("old"), lambda *_: None)
+    assert len(orders) == 2
 
 
 def test_turing_is_never_compiled_for_one_picture_alone() -> None:

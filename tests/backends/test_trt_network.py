@@ -6,6 +6,7 @@ The fakes answer only to names that the real bindings have; what the engine comp
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ class HostCuda(Cuda):
     def __init__(self) -> None:
         self.held: dict[int, Any] = {}
         self.waits = 0
+        self.attached: set[int] = set()
+
+    def attach(self) -> None:
+        self.attached.add(threading.get_ident())
 
     def stream(self) -> int:
         return 7
@@ -104,16 +109,19 @@ class Context(Real):
 
 class Cache(Real):
     real = trt.IRuntimeCache
+    _accepts = True
 
     def __init__(self) -> None:
         self._data = b""
+        self._given_in: int | None = None
 
     def serialize(self) -> bytes:
         return self._data + b"kernel"
 
     def deserialize(self, blob: bytes) -> bool:
-        self._data = bytes(blob)
-        return True
+        self._data = bytes(blob) if self._accepts else b""
+        self._given_in = threading.get_ident()
+        return self._accepts
 
 
 class Config(Real):
@@ -284,6 +292,24 @@ def test_kernels_are_kept_for_the_next_process(network: TrtNetwork, tmp_path: Pa
     assert network._engine._configs[-1]._cache._data == b"kernel"  # the second context begins with them
     context, kernels = TENSORRT.context(Engine(), None)
     assert kernels is None and isinstance(context, Context)
+
+
+def test_the_gpu_is_current_where_kernels_are_read(network: TrtNetwork) -> None:
+    """A thread has no context of its own at first, and without one the runtime refuses the cache."""
+    network(x=np.zeros((1, 3), np.float32))
+    thread = threading.Thread(target=lambda: network(x=np.zeros((2, 3), np.float32)))
+    thread.start()
+    thread.join()
+    cuda: Any = network._cuda
+    given_in = network._engine._configs[-1]._cache._given_in
+    assert given_in is not None and given_in != threading.get_ident() and given_in in cuda.attached
+
+
+def test_rejected_kernels_are_told_of(network: TrtNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    network(x=np.zeros((1, 3), np.float32))
+    monkeypatch.setattr(Cache, "_accepts", False)
+    with pytest.warns(UserWarning, match="kernels that an earlier run made were rejected"):
+        network(x=np.zeros((2, 3), np.float32))
 
 
 def test_an_engine_that_is_not_the_manifests_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

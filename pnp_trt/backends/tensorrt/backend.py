@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,13 @@ class TensorRtBackend(Backend):
         if known:
             if target is not None and target not in known:
                 raise InputError(f"target is '{target}'; {self.name} compiles for: {', '.join(known)}")
+            if target is None and gpu is not None and gpu.sm not in _PORTABLE:
+                own = f"add --target {gpu.sm}" if gpu.sm in known else "use --backend tensorrt"
+                warnings.warn(
+                    f"the engine will not run on the GPU here, which is {gpu.sm} ({gpu.name}): portable engines are "
+                    f"for {', '.join(_PORTABLE)}; for this GPU {own}",
+                    stacklevel=2,
+                )
             return target or known[0]
         if gpu is None:
             raise InputError(
@@ -79,10 +87,18 @@ class TensorRtBackend(Backend):
         return self._run(job, progress)
 
     def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
-        """Refit where the engine allows it and a GPU that runs it is here; else compile the graph again."""
+        """Refit where the engine allows it and a GPU that runs it is here; else, or where that fails, compile again."""
         reason = None if job.options.refittable else "the engine was not built with --refittable"
         reason = reason or self.cannot_run(job.target, job.options)
-        made = self._run(job, progress, None if reason else engine)
+        made = None
+        if reason is None:
+            try:
+                made = self._run(job, progress, engine)
+            except InputError:
+                raise
+            except PnpError as e:  # the parser may have named weights that are none of the graph's
+                reason = f"the refit failed ({str(e)[:300]})"
+        made = made or self._run(job, progress)
         how = f"compiled again: {reason}" if reason else "refit"
         return replace(made, notes={**made.notes, "weights": how})
 
@@ -160,6 +176,8 @@ class TensorRtBackend(Backend):
             words = [*_without(words, "--backend"), "--backend", "onnxruntime"]
         elif gpus[0].sm in self.flavour.targets:
             words = [*words, "--target", gpus[0].sm]
+        elif self.flavour.targets:  # none of its targets is this GPU; TensorRT compiles for what it finds
+            words = [*_without(words, "--backend"), "--backend", TENSORRT.name]
         return words
 
     def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
@@ -187,7 +205,7 @@ class TensorRtBackend(Backend):
 
 
 class TensorRt(TensorRtBackend):
-    """``tensorrt`` 10.12 to 11.x: compiles on the GPU that it is for."""
+    """``tensorrt`` 10.15 to 11.x: compiles on the GPU that it is for."""
 
     name = "tensorrt"
     label = "trt"

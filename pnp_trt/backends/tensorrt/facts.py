@@ -1,6 +1,6 @@
 """What an engine's own inspector tells: its layers, how many of them only reformat, and the memory it works in.
 
-Sources: ``IEngineInspector`` and ``ICudaEngine`` of TensorRT 10.12 to 11.4 and TensorRT-RTX 1.7 (docs.nvidia.com,
+Sources: ``IEngineInspector`` and ``ICudaEngine`` of TensorRT 10.15 to 11.4 and TensorRT-RTX 1.7 (docs.nvidia.com,
 "Engine Inspector").  Engines keep their layers' names by default, and types and formats only where they were built
 with detailed profiling, so that reformats are known by either.
 """

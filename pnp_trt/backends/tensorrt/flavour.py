@@ -1,6 +1,6 @@
 """What differs between ``tensorrt`` and ``tensorrt_rtx``; every other line of the backend serves both.
 
-Sources: the Python API of TensorRT 10.12 to 11.4 and of TensorRT-RTX 1.7.1 (docs.nvidia.com/deeplearning/tensorrt and
+Sources: the Python API of TensorRT 10.15 to 11.4 and of TensorRT-RTX 1.7.1 (docs.nvidia.com/deeplearning/tensorrt and
 …/tensorrt-rtx), and the bindings of both.
 
 | | tensorrt | tensorrt_rtx |
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class Flavour:
         distributions: names under which it is installed; the first one's version is asked for.
         extra: of pnp-trt that installs it.
         targets: that it compiles for on any machine; empty where it compiles for the GPU that is present.
+        oldest: version that can be used.
+        why_oldest: what earlier ones lack, as a clause.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Flavour:
     distributions: tuple[str, ...]
     extra: str
     targets: tuple[str, ...] = ()
+    oldest: tuple[int, int] = (0, 0)
+    why_oldest: str = ""
 
     def load(self) -> Any:
         """The module.
@@ -60,13 +65,19 @@ class Flavour:
         """Its four-part version; nothing is imported.
 
         Raises:
-            InputError: if it is not installed.
+            InputError: if it is not installed, or too old.
         """
         for name in self.distributions:
             try:
-                return importlib.metadata.version(name)
+                found = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
+            if tuple(int(n) for n in found.split(".")[:2] if n.isdigit()) < self.oldest:
+                raise InputError(
+                    f"{name} is {found}, and backend '{self.name}' needs {'.'.join(map(str, self.oldest))} or later: "
+                    f"{self.why_oldest}; install with: pip install --upgrade 'pnp-trt[{self.extra}]'"
+                )
+            return found
         raise MissingDependency(
             f"backend '{self.name}' needs the package {self.distributions[0]}, which is not installed; "
             f"install with: pip install 'pnp-trt[{self.extra}]'"
@@ -141,7 +152,13 @@ class Flavour:
         config = engine.create_runtime_config()
         kernels = config.create_runtime_cache()
         if cache:
-            kernels.deserialize(cache)
+            taken = kernels.deserialize(cache)
+            if taken is False:
+                warnings.warn(
+                    "the kernels that an earlier run made were rejected, as after an update of the driver; the first "
+                    "image of each size compiles them again",
+                    stacklevel=2,
+                )
         config.set_runtime_cache(kernels)
         # by default kernels of open shapes are made beside the first runs, which use slower ones until then; a capture
         # would keep the slower ones for good
@@ -151,12 +168,21 @@ class Flavour:
         return engine.create_execution_context(config), kernels
 
 
-TENSORRT = Flavour("tensorrt", "tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt")
+TENSORRT = Flavour(
+    "tensorrt",
+    "tensorrt",
+    ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt",
+    oldest=(10, 15),
+    why_oldest="10.12 and 10.13 cannot parse Attention, and 10.14 fails on heads of 512 (NVIDIA/TensorRT#4705)",
+)
 RTX = Flavour(
     "tensorrt-rtx",
     "tensorrt_rtx",
     ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
     "rtx",
     ("portable", "sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+    oldest=(1, 5),
+    why_oldest="1.2 fails on graphs of several Attentions, and 1.4 has no target sm_121",
 )
 FLAVOURS = {f.name: f for f in (TENSORRT, RTX)}

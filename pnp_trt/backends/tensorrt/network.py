@@ -130,6 +130,7 @@ class TrtNetwork(Network):
             old.close()
 
     def _bound(self, batch: int, size: Size | None, index: int) -> TrtBound:
+        self._cuda.attach()  # the kernels' cache wants the GPU to be current in the thread, which may be a new one
         file = self._kernels_file()
         held = file.read_bytes() if file.is_file() else None
         context, kernels = self._flavour.context(self._engine, held)

@@ -1,6 +1,6 @@
 """New weights in a refittable engine: runs in ``compile``'s process, on the GPU that the engine is for.
 
-Sources: ``Refitter``, ``OnnxParserRefitter`` and ``ISerializationConfig`` in the Python API of TensorRT 10.12 to 11.4
+Sources: ``Refitter``, ``OnnxParserRefitter`` and ``ISerializationConfig`` in the Python API of TensorRT 10.15 to 11.4
 and of TensorRT-RTX 1.7 (docs.nvidia.com/deeplearning/tensorrt, "Refitting an Engine").  The parser names weights as the
 ONNX file does, so the file itself is the map.
 """

@@ -143,12 +143,21 @@ def test_the_engines_part(micro_base: Path, micro_guide: Path, monkeypatch: pyte
     monkeypatch.setattr("pnp_trt.runtime.pipeline.Pipeline", OnCpu)
     monkeypatch.setattr(gpu, "_device_memory", no_memory)
     monkeypatch.setattr(gpu, "STEPS", (1, 4))
+    drawn: list[tuple[int, int]] = []
+    call = Pipeline.__call__
+
+    def watched(self: Any, *prompts: Any, steps: int, seed: int, **rest: Any) -> Any:
+        drawn.append((steps, seed))
+        return call(self, *prompts, steps=steps, seed=seed, **rest)
+
+    monkeypatch.setattr(OnCpu, "__call__", watched)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = gpu.engines("torch", str(micro_base), "fp32", 1, str(micro_guide))
+        found = gpu.engines("torch", str(micro_base), "fp32", 3, str(micro_guide))
     for kind in ("guided", "CFG"):
         row = found[kind]
         assert row["captures"] == 0 and "no CUDA graphs on cpu" in row["why_not"]
         assert row["captured_equals_step_by_step"] and row["host_differs_by_levels"] <= 1
         assert row["step_ms"].keys() == {"captured", "step by step", "host"}
+    assert (4, 2) in drawn  # images of the later rounds have other seeds, and are compared with nothing
     assert found["guided_times_faster_than_cfg"].keys() == {"1 steps against 4"}

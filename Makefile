@@ -32,7 +32,7 @@ $(BIN)/python:
 
 $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing (once; torch is the large part)"
-	$(PIP_INSTALL) -e '.[build,fidelity,rtx]'
+	$(PIP_INSTALL) -e '.[build,bench,fidelity,rtx]'
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
@@ -88,7 +88,8 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev-installed
-	$(BIN)/pnp-trt bench --suite readme-emoji $(RESUME) --json benchmarks/results/emoji-bench.json --html benchmarks/results/emoji-bench.html --grid docs/demo-grid.png
+	@mkdir -p build
+	$(BIN)/pnp-trt bench --suite readme-emoji $(RESUME) --json benchmarks/results/emoji-bench.json --html build/emoji-bench.html --grid docs/demo-grid.png
 	for base in sd15 sd21 sdxl; do \
 	  $(BIN)/pnp-trt bench --suite cost-$$base --json benchmarks/results/cost-$$base.json || exit 1; \
 	done

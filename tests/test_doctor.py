@@ -52,10 +52,12 @@ def test_all_in_place(installed: dict[str, str]) -> None:
 
 
 def test_a_server_that_only_samples(installed: dict[str, str]) -> None:
-    without(installed, "build", "train", "fidelity", "tensorrt", "rtx")
+    without(installed, "build", "train", "fidelity", "bench", "tensorrt", "rtx")
     checks = doctor.diagnose()
     found = by_name(checks)
     assert doctor.ok(checks)
+    assert found["bench --only fidelity"].detail.count("safetensors") == 1  # in two extras
+    assert str(found["visualize"].fix).endswith("[build,bench]'")
     assert found["sample"].state == "ok"
     assert {found[name].state for name in ("build", "bench", "distill")} == {"missing"}
     assert "lacks torch, diffusers" in found["build"].detail

@@ -81,7 +81,10 @@ def bench(
     from .console import stdout_console
     from .first_build import build_if_missing
     from .progress import ProgressBar
+    from .requirements import require_packages
 
+    if html_file is not None:
+        require_packages("bench --html")
     given = {
         "engines": tuple(engine or ()), "base": base, "only": only, "batches": tuple(batch or ()),
         "steps": tuple(steps or ()), "timed_steps": tuple(timed_steps or ()), "rounds": rounds,

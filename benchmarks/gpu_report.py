@@ -1,4 +1,4 @@
-"""What a record of ``benchmarks.gpu`` says, in lines; and the goals, met or missed."""
+"""What a record of ``benchmarks.gpu`` states, in lines; and the goals, met or missed."""
 
 from __future__ import annotations
 

@@ -305,7 +305,7 @@ class Case:
         }  # fmt: skip
 
     def joules(self, counter: Callable[[], float], seconds: float) -> float | None:
-        """Of one picture's loop, latents to latents."""
+        """Of one image's loop, latents to latents."""
         from pnp_trt.bench.measure.energy import joules_per_picture
 
         used = joules_per_picture(

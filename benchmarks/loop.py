@@ -2,13 +2,13 @@
 
 Four measurements, each raw in the results:
 
-- **overhead**: the share of a picture's time, prompt to pixels, that no network takes, at 8 and 50 steps: of pictures
+- **overhead**: the share of an image's time, prompt to pixels, that no network takes, at 8 and 50 steps: of images
   drawn one after the other, as a server draws them, and of those of the ratio's rounds, where another program's
-  pictures in between leave nothing of ours in the caches;
+  images in between leave nothing of ours in the caches;
 - **ratio**: the time of diffusers' own ``StableDiffusionPipeline`` with CFG in 50 steps over that of the guided engine
   in 8, the same prompts and thread count, rounds interleaved, each ratio within its round;
 - **cold start**: one ``pnp-trt sample`` in a new process, and the part of it that is imports;
-- **memory**: resident memory of a process over 1,000 pictures.
+- **memory**: resident memory of a process over 1,000 images.
 
     python -m benchmarks.loop                       # about five minutes on one core
     python -m benchmarks.loop --rounds 3 --pictures 100
@@ -39,15 +39,15 @@ SCHEMA = "pnp-trt/loop/2"
 RESULTS = Path(__file__).parent / "results"
 PROMPT, GUIDANCE = "a red apple", 3.0
 STEPS = (8, 50)
-#: draws pictures and prints resident bytes after every hundredth of them
+#: draws images and prints resident bytes after every hundredth of them
 MEMORY = """
 import json, psutil, sys
 from pnp_trt import Pipeline
-engine, pictures, steps, threads = sys.argv[1], *map(int, sys.argv[2:])
+engine, images, steps, threads = sys.argv[1], *map(int, sys.argv[2:])
 pipeline, process, seen = Pipeline.load(engine, provider="cpu", threads=threads), psutil.Process(), []
-for i in range(pictures):
+for i in range(images):
     pipeline(f"a red apple {i % 7}", steps=steps, seed=i, guidance=2.0 + i % 5)
-    if (i + 1) % max(pictures // 100, 1) == 0:
+    if (i + 1) % max(images // 100, 1) == 0:
         seen.append([i + 1, process.memory_info().rss])
 print(json.dumps(seen))
 """
@@ -72,7 +72,7 @@ def networks_timed() -> Iterator[list[float]]:
 
 
 def once(pipeline: Pipeline, steps: int, seed: int) -> dict[str, float]:
-    """Milliseconds of one picture, and of its networks."""
+    """Milliseconds of one image, and of its networks."""
     with networks_timed() as seen:
         started = time.perf_counter()
         pipeline(PROMPT, steps=steps, guidance=GUIDANCE, seed=seed)
@@ -111,7 +111,7 @@ def rounds_of(cases: dict[str, Any], rounds: int) -> dict[str, list[dict[str, fl
 
 
 def guided(pipeline: Pipeline) -> dict[str, Any]:
-    """Our cases: name → what draws one picture of a seed and times it."""
+    """Our cases: name → what draws one image of a seed and times it."""
     return {f"guided, {n} steps": lambda seed, n=n: once(pipeline, n, seed) for n in STEPS}
 
 
@@ -129,7 +129,7 @@ def reference(theirs: Any) -> dict[str, Any]:
 
 
 def overhead(rows: list[dict[str, float]], steps: int) -> dict[str, Any]:
-    """Median share of the picture's time outside networks, and in milliseconds."""
+    """Median share of the image's time outside networks, and in milliseconds."""
     outside = np.array([r["picture_ms"] - r["networks_ms"] for r in rows])
     share = outside / np.array([r["picture_ms"] for r in rows])
     return {
@@ -148,7 +148,7 @@ def ratio(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     ratios = theirs / ours
     drawn = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     return {
-        "of": "diffusers' StableDiffusionPipeline, CFG, 50 steps, over the guided engine, 8 steps; whole pictures",
+        "of": "diffusers' StableDiffusionPipeline, CFG, 50 steps, over the guided engine, 8 steps; whole images",
         "times_faster": round(float(np.median(ratios)), 2),
         "interval": [round(float(v), 2) for v in np.percentile(drawn, [2.5, 97.5])],
     }
@@ -163,7 +163,7 @@ def cold_start(engine: str, rounds: int) -> dict[str, Any]:
 
 
 def memory(engine: str, pictures: int, threads: int) -> dict[str, Any]:
-    """Resident bytes over a process's pictures; growth is counted from the tenth part on."""
+    """Resident bytes over a process's images; growth is counted from the tenth part on."""
     command = [sys.executable, "-c", MEMORY, engine, str(pictures), "2", str(threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seen = json.loads(done.stdout)
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(a.json, document)
     for how, found in (("one after the other", outside), ("with cold caches", cold_caches)):
         for row in found:
-            share = f"{row['share']:.2%} of the picture, {row['ms_per_picture']} ms"
+            share = f"{row['share']:.2%} of the image, {row['ms_per_picture']} ms"
             print(f"overhead, {row['steps']} steps, {how}: {share}")
     print(f"diffusers CFG 50 steps / guided 8 steps: {faster['times_faster']} {faster['interval']}")
     medians = {k: float(np.median(v)) for k, v in cold["seconds"].items()}

@@ -2,8 +2,8 @@
 
 An engine of the base is built once, unmeasured.  A U-Net of the same architecture and another seed is then saved as a
 fine-tune comes, one safetensors file (also unmeasured), and both ways from there to a checked bundle are timed, each in
-a process of its own, from its start to its end: ``pnp-trt plug`` of the file, and ``pnp-trt build`` of the fine-tune.
-With ``random:sd15`` the numbers are those of Stable Diffusion 1.5; the pictures would be noise.
+a separate process, from its start to its end: ``pnp-trt plug`` of the file, and ``pnp-trt build`` of the fine-tune.
+With ``random:sd15`` the numbers are those of Stable Diffusion 1.5; the images would be noise.
 """
 
 from __future__ import annotations

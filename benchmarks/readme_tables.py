@@ -1,7 +1,7 @@
 """The README's measured tables, written from the recorded results: ``python -m benchmarks.readme_tables``.
 
 What stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced by the table NAME of :data:`TABLES`.
-``--check`` writes nothing and exits with 1 where the README says something else than its records.
+``--check`` writes nothing and exits with 1 where the README states something else than its records.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def cost(doc: Document) -> str:
 
 
 def latency(doc: Document) -> str:
-    """Time of a picture by method and batch, at the largest number of steps at which CFG was timed."""
+    """Time of an image by method and batch, at the largest number of steps at which CFG was timed."""
     cfg = [row for row in doc["latency"] if row["method"] == "cfg"]
     if not cfg:
         raise InputError("the record has no timed CFG; make it with: make bench")
@@ -63,14 +63,14 @@ def latency(doc: Document) -> str:
         found = [kept.get((method, engine, batch)) for batch in batches]
         passes = next((row["passes"] for row in found if row and row.get("passes") is not None), None)
         cells.append([name, DASH if passes is None else f"{passes:g}", *map(_time, found)])
-    table = _markdown(["method", "passes", *(f"batch {batch}" for batch in batches)], cells, 1)
+    table = _markdown(["method", "NFE", *(f"batch {batch}" for batch in batches)], cells, 1)
     rounds = min(row["rounds"] for row in cfg)
     p = doc["provenance"]
     where = p.get("device") or f"{p['cpu']}, {plural(p.get('usable_cores') or p['cores'], 'core')}"
     said = (
-        f"Milliseconds a picture of {plural(steps, 'step')} with text encoding and decoding, medians; behind the dot "
-        f"the loop's time over CFG's, paired by round, and its 95 % interval ({plural(rounds, 'round')}). "
-        f"Passes: of the U-Net, a picture. {where}; {p['date'][:10]}."
+        f"Milliseconds per image of {plural(steps, 'step')} with text encoding and decoding, medians; after the dot "
+        f"the loop's time relative to CFG's, paired by round, with its 95 % interval ({plural(rounds, 'round')}). "
+        f"NFE: model evaluations per image. {where}; {p['date'][:10]}."
     )
     return f"{table}\n{textwrap.fill(said, 120)}\n"
 
@@ -104,14 +104,15 @@ def kid(doc: Document) -> str:
         )
     counts = " or ".join(str(one) for one in sorted({row["kid"]["count"] for row in rows}))
     table = _markdown(["", *(plural(one, "step") for one in steps)], cells, 1)
-    return f"{table}\n{counts} pictures a cell, w = {HEADLINE_W:g}, 95 % intervals.\n"
+    return f"{table}\n{counts} images a cell, w = {HEADLINE_W:g}, 95 % intervals.\n"
 
 
 def guides(record: Document) -> str:
     """KID of guides over steps at w = 3, from the record of ``make tables``."""
     names = {
-        ("A", "cfg"): "teacher, CFG (two passes a step)", ("A", "tiny"): "teacher + tiny guide (one pass)",
-        ("A", "tiny-stage2"): "teacher + tiny guide after stage 2", ("C", "none"): "teacher, no guidance (one pass)",
+        ("A", "cfg"): "teacher, CFG (2 NFE per step)", ("A", "tiny"): "teacher + tiny guide (1 NFE per step)",
+        ("A", "tiny-stage2"): "teacher + tiny guide after stage 2",
+        ("C", "none"): "teacher, no guidance (1 NFE per step)",
     }  # fmt: skip
     found = {
         (group["table"], group["method"], group["steps"]): group["kid"]["value"]

@@ -1,8 +1,8 @@
 """Export and compile a model of real size, and record what it took: ``make realsize``.
 
 The weights are seeded random numbers (``--base random:sd15``): seconds, memory and sizes are those of the real model,
-pictures would be noise.  The build runs in a process of its own, so that its peak memory is its own.  For ``int8`` the
-sampler is watched for three steps of one picture first, and no sweep is made: a record of random weights says nothing
+images would be noise.  The build runs in a separate process, so that its peak memory is its own.  For ``int8`` the
+sampler is watched for three steps of one image first, and no sweep is made: a record of random weights means nothing
 of real ones; what is timed is recording ranges, bringing Q/DQ into the graph, and compiling it.
 """
 
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def record(bundle: Path, command: list[str]) -> dict[str, Any]:
-    """What a built bundle says of its making: one entry a network, and the whole."""
+    """What a built bundle states of its making: one entry a network, and the whole."""
     m = open_bundle(bundle).manifest
     networks = {}
     for name, n in m.networks.items():

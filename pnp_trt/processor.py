@@ -34,7 +34,7 @@ def flags(cpuinfo: str) -> frozenset[str]:
 def multiplies(dtype: str) -> bool:
     """Whether the processor multiplies ``bfloat16`` or ``float16`` in hardware.
 
-    Where neither the system nor PyTorch says so, the answer is no: float32 is then the fast type.
+    Where neither the system nor PyTorch states this, the answer is no: float32 is then the fast type.
     """
     try:
         return bool(_FLAGS[dtype] & flags(_CPUINFO.read_text(encoding="utf-8")))
@@ -85,7 +85,7 @@ def mixed_precision(word: str, gpu: bool) -> str:
     """``no``, ``bf16`` or ``fp16`` for a ``--mixed-precision`` of ``auto``; other words stay as they are.
 
     ``auto`` takes bfloat16 where the device that trains multiplies it, float16 on GPUs that only have that, and
-    float32 on other processors.  A bf16 that was asked for on a processor without it is warned of and kept.
+    float32 on other processors.  A bf16 that was requested on a processor without it is warned of and kept.
 
     Args:
         gpu: whether a GPU trains.

@@ -44,9 +44,9 @@ def test_it_writes_the_documents(cli: Cli, engines: Path, tmp_path: Path) -> Non
     for row in document["fidelity"]:
         near = row["psnr_to_cfg_db"]
         assert near["low"] <= near["value"] <= near["high"] and near["count"] == row["pictures"] == 4
-    # the micro teacher has no real pictures, and is not taken for the bundled model
+    # the micro teacher has no real images, and is not taken for the bundled model
     assert document["task_quality_evaluated"] is False
-    assert "no real pictures are bundled for the base model" in document["task_quality_reason"]
+    assert "no real images are bundled for the base model" in document["task_quality_reason"]
     assert document["task_quality_reason"] in [item["why"] for item in document["left_out"]]
     assert document["settings"]["engines"] == ["plain", "guided"] and document["settings"]["suite"] is None
     assert len(document["pictures"]["rows"]) == 3 and len(document["pictures"]["rows"][0]["png"]) == 8
@@ -66,7 +66,7 @@ def test_cold_start_and_memory_are_measured_in_processes_of_their_own(cli: Cli, 
     assert start["engine"] == "guided" and len(start["seconds"]) == 1 and 0 < start["imports_s"] < start["p50_s"] * 5
     assert document["latency"][0]["peak_memory_bytes"] > 1 << 20
     left_out = {item["what"]: item["why"] for item in document["left_out"]}
-    assert "no CFG of ours" in left_out["peers (diffusers, optimum-onnx)"] and "energy per picture" in left_out
+    assert "no CFG of ours" in left_out["peers (diffusers, optimum-onnx)"] and "energy per image" in left_out
     assert (
         document["latency"][0]["least_ms"] is None and "cost was not counted" in left_out["least time on this device"]
     )
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_rows(
 
     monkeypatch.setattr(Studio, "_draw", interrupted)
     done = cli(*BOTH, *SMALL, "--json", killed)
-    assert done.code == 130 and f"kept in {killed}.partial; the same command with --resume goes on" in done.err
+    assert done.code == 130 and f"kept in {killed}.partial; resume with the same command and --resume" in done.err
     assert not killed.exists()
     again = cli(*BOTH, *SMALL, "--json", killed)
     assert again.code == 2 and "holds this run already; continue it with --resume" in again.err
@@ -274,7 +274,7 @@ def test_cost_of_a_public_architecture(cli: Cli, tmp_path: Path) -> None:
         (["--batch", "0"], "each must be between 1 and 32"),
         (["--guidance", "11"], "guidance is 11; it must be between 1 and 9"),
         (["--engine", "nobody"], "no engine named 'nobody'"),
-        (["--real", ".", "--prompts", "none.txt"], "--prompts none.txt is no file"),
+        (["--real", ".", "--prompts", "none.txt"], "--prompts none.txt is not a file"),
         (["--resume"], "--resume needs the place of the run"),
         (["--engine", "plain", "--engine", "plain"], "engines names plain twice"),
         (["--engine", "guided", "--only", "fidelity", "--pictures", "2", "--steps", "1", "--guidance", "2", "--grid",
@@ -295,7 +295,7 @@ def test_a_folder_of_real_pictures_without_any_is_refused(cli: Cli, engines: Pat
     (tmp_path / "words.txt").write_text("a cat\n")
     (tmp_path / "real").mkdir()
     done = cli(*BOTH, "--prompts", tmp_path / "words.txt", "--real", tmp_path / "real", "--json", tmp_path / "b.json")
-    assert done.code == 2 and "holds 0 pictures" in done.err and not (tmp_path / "b.json.partial").exists()
+    assert done.code == 2 and "holds 0 images" in done.err and not (tmp_path / "b.json.partial").exists()
 
 
 def test_engines_of_different_bases_are_not_compared(

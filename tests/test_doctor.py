@@ -1,4 +1,4 @@
-"""The doctor on made-up installations: what it says works, what it says is missing, and what it tells to type."""
+"""The doctor on made-up installations: what it states works, what it states is missing, and what it tells to type."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_a_server_that_only_samples(installed: dict[str, str]) -> None:
     assert str(found["visualize"].fix).endswith("[build,bench]'")
     assert found["sample"].state == "ok"
     assert {found[name].state for name in ("build", "bench", "distill")} == {"missing"}
-    assert "lacks torch, diffusers" in found["build"].detail
+    assert "missing: torch, diffusers" in found["build"].detail
     assert found["build"].fix is not None
     assert found["build"].fix.endswith("[build]'")
     assert found["distill"].fix is not None
     assert found["distill"].fix.endswith("[build,train]'")
     text = show(checks)
-    assert "To mend it" in text
+    assert "To fix it" in text
     assert found["build"].fix in text
 
 
@@ -167,7 +167,10 @@ def test_backends_say_what_they_need(installed: dict[str, str], monkeypatch: pyt
     none, some = doctor.Check("gpu", "machine", "absent"), doctor.Check("gpu", "machine", "ok")
     monkeypatch.setattr(doctor, "_gpu", lambda: none)
     found = by_name(doctor.diagnose())
-    assert found["--backend tensorrt-rtx"].state == "ok" and "run elsewhere" in found["--backend tensorrt-rtx"].detail
+    assert (
+        found["--backend tensorrt-rtx"].state == "ok"
+        and "run on another machine" in found["--backend tensorrt-rtx"].detail
+    )
     assert (found["--backend tensorrt"].state, found["--backend tensorrt"].fix) == ("absent", None)
     assert (found["bench, energy column"].state, found["bench, energy column"].fix) == ("absent", None)
     without(installed, "rtx", "tensorrt")

@@ -30,7 +30,7 @@ from .bundles import reseal
 KILLS = int(os.environ.get("PNP_TRT_FAULTS", "3"))
 SEED = int(os.environ.get("PNP_TRT_FAULTS_SEED", time.time_ns() % 10_000))
 
-#: Imports what is slow once; forks a process for every line that it reads, which then builds and says so.
+#: Imports what is slow once; forks a process for every line that it reads, which then builds and states this.
 FORKER = """
 import os, sys, json
 from pathlib import Path

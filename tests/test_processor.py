@@ -24,7 +24,7 @@ GRAVITON_3 = "Features\t: fp asimd fphp asimdhp svebf16 bf16\n"
 
 @pytest.fixture
 def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Replaces what the system says of its processor."""
+    """Replaces what the system states of its processor."""
     path = tmp_path / "cpuinfo"
     monkeypatch.setattr(processor, "_CPUINFO", path)
     processor.multiplies.cache_clear()

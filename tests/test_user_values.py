@@ -141,7 +141,7 @@ def test_names_and_prompts_that_cannot_be(command: tuple[str, ...], cli: Cli, tm
 
 
 def run(change: dict[str, str | None], *command: str) -> subprocess.CompletedProcess[bytes]:
-    """``pnp-trt COMMAND`` in a process of its own, whose environment is changed."""
+    """``pnp-trt COMMAND`` in a separate process, whose environment is changed."""
     environment = {name: value for name, value in {**os.environ, **change}.items() if value is not None}
     code = "from pnp_trt.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *command], env=environment, capture_output=True, check=False)

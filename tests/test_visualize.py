@@ -145,7 +145,7 @@ def test_the_command_prints_paths_and_a_summary_and_never_overwrites(
         (["--guide", "nope"], "no guide 'nope'; known: "),
         (["--base", "nope"], "no base model 'nope'; known: emoji"),
         (["--base", "emoji"], "does not fit this U-Net"),
-        (["--guidance", "2,strong"], "--guidance wants numbers separated by commas, such as 2,4,6,8; got '2,strong'"),
+        (["--guidance", "2,strong"], "--guidance takes numbers separated by commas, such as 2,4,6,8; got '2,strong'"),
         (["--guidance", "2,20"], "guidance is 20; it must be between 1 and 9"),
         (["--guidance", "0.5"], "guidance is 0.5; it must be between 1 and 9"),
         (["--guidance", "nan"], "guidance is nan; it must be between 1 and 9"),

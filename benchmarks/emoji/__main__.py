@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: build/emoji/PRESET")
-    parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="downloads and rendered pictures")
+    parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="downloads and rendered images")
     parser.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"), help="where the shipped files go")
     parser.add_argument("--only", choices=list(stages.STAGES), action="append")
     parser.add_argument("--continue-from", type=Path, help="start the base from the weights of this pipeline folder")

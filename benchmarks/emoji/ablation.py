@@ -2,7 +2,7 @@
 
 Every row is one ``distill`` run with the same number of steps, batch and states; what differs is what the
 row names.  Judged on the same held-out trajectory states (what a sampler visits) and on how
-near the pictures come to the teacher's guided ones.  ``python -m benchmarks.emoji.ablation`` resumes: a row
+near the images come to the teacher's guided ones.  ``python -m benchmarks.emoji.ablation`` resumes: a row
 that is done is not run again.
 """
 
@@ -102,7 +102,7 @@ ROWS = (
 
 
 def write_pictures(folder: Path, cache: Path) -> Path:
-    """The training pictures with captions, as users would hand them to ``--images``; once."""
+    """The training images with captions, as users would hand them to ``--images``; once."""
     from PIL import Image
 
     from .data import BASE_STYLES, caption, pictures, split
@@ -123,7 +123,7 @@ def write_pictures(folder: Path, cache: Path) -> Path:
 
 
 class Judge:
-    """Held-out trajectory states and the teacher's pictures, the same for every row."""
+    """Held-out trajectory states and the teacher's images, the same for every row."""
 
     def __init__(self, states_dir: Path) -> None:
         self.teacher = TeacherModel.load("emoji", read_prompts(PROMPTS), torch.device("cpu"))
@@ -199,7 +199,7 @@ class Judge:
 TITLES = {
     "design": "Designs of the tiny guide",
     "term": "Extra terms, on the baseline design",
-    "states": "Where the states come from, on as many states each",
+    "states": "Source of the states, equal numbers of states",
     "states-longer": "The same with x0 weighting, four times the steps and all states",
     "negative": "Negative prompts: half of the states have one",
 }
@@ -211,14 +211,14 @@ def render(found: dict[str, Any]) -> str:
     out = [
         "# Ablation\n",
         "Every row is one run of `pnp-trt distill guidance` on the bundled model with the same short budget: "
-        f"{s['steps']} steps of {s['batch']} states. A row differs from *baseline* in what it names. *Residual*: the "
-        "squared error to the teacher's guided prediction on held-out trajectory states, as a share of what no guide "
-        "leaves (1 = the guide does nothing); *bins* is the mean over (t, w) bins, *t ≥ 800* the noisiest of them. "
+        f"{s['steps']} steps of {s['batch']} states. A row differs from *baseline* as its name states. *Residual*: the "
+        "squared error to the teacher's guided prediction on held-out trajectory states, relative to that of "
+        "no guide (1 = the guide does nothing); *bins* is the mean over (t, w) bins, *t ≥ 800* the noisiest of them. "
         "*PSNR* and "
-        f"*cosine*: how near the pictures come to CFG's of the same noise (w = {s['w']:g}, "
-        f"{s['sampling_steps']} steps, {s['pictures']} pictures; no guidance: {plain['psnr_db']['value']:.2f} dB, "
+        f"*cosine*: similarity to CFG's images from the same noise (w = {s['w']:g}, "
+        f"{s['sampling_steps']} steps, {s['pictures']} images; no guidance: {plain['psnr_db']['value']:.2f} dB, "
         f"{plain['cosine']['value']:.3f}). "
-        "Intervals are 95 % over pictures; one training seed, so differences of a tenth of a dB mean nothing.\n",
+        "Intervals are 95 % over images; one training seed, so differences of a tenth of a dB are not meaningful.\n",
     ]
     for group, title in TITLES.items():
         rows = [r for r in found["rows"] if r["group"] == group]
@@ -249,11 +249,10 @@ def render(found: dict[str, Any]) -> str:
             near = [f"{r['psnr_db']['value']:.2f} dB" for r in (forward, trajectory)]
             off = [f"{r['held_out']['residual']:.3f}" for r in (forward, trajectory)]
             out.append(
-                f"\nPictures are nearer CFG's after *{better}* states: {near[0]} after forward and {near[1]} after "
-                f"trajectory ones; the error on held-out trajectory states is {off[0]} and {off[1]}. "
-                "`distill guidance` takes forward states where it is given pictures, and trajectories, which need "
-                "prompts alone, where it is not. The bundled guides were trained on trajectories, before this was "
-                "measured."
+                f"\nImages are closer to CFG's after training on *{better}* states: {near[0]} after forward and "
+                f"{near[1]} after trajectory ones; the error on held-out trajectory states is {off[0]} and {off[1]}. "
+                "`distill guidance` uses forward states if images are given, and otherwise trajectory states, which "
+                "need prompts alone. The bundled guides were trained on trajectory states, before this was measured."
             )
         if own:
             out.append("\n*Own states*: the residual on held-out states of which half have a negative prompt.")
@@ -268,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.ablation", description=__doc__)
     add = parser.add_argument
     add("--work", type=Path, default=Path("build/emoji/ablation"))
-    add("--cache", type=Path, default=Path("build/emoji"), help="pictures of the recipe")
+    add("--cache", type=Path, default=Path("build/emoji"), help="images of the recipe")
     add("--states-dir", type=Path, default=None, help="trajectory states; default WORK/states")
     add("--steps", type=int, default=350)
     add("--batch", type=int, default=32)

@@ -16,51 +16,52 @@ ARTISTS = {
 
 CARD = """# emoji: a small text-to-image latent diffusion model
 
-A real model in Stable Diffusion's format, small enough for a laptop without a GPU: 64 × 64 pictures of emoji from
-captions such as "red apple, noto style". It exists so that guidance distillation can be seen, built and
-measured in minutes; it is no general picture maker.
+A real model in Stable Diffusion's format, small enough for a laptop without a GPU: 64 × 64 images of emoji from
+captions such as "red apple, noto style". It exists so that guidance distillation can be run and
+measured in minutes; it is not a general text-to-image model.
 
 ![Rows: guidance scale; columns: prompts](grid.png)
 
-*Columns are prompts, rows guidance scales w, each column from one noise; the top row is the artist's own picture.
-Columns marked "held out" are captions that no training saw. DDIM, {steps} steps.*
+*Columns are prompts, rows guidance scales w, each column from one noise; the top row is the artist's own image.
+Columns marked "held out" are captions that were not trained on. DDIM, {steps} steps.*
 
 ## What it is
 A diffusers `StableDiffusionPipeline` folder, safetensors only: `CLIPTokenizer` with CLIP's real vocabulary,
 `CLIPTextModel` on a frozen token table (each token's MiniLM embedding, reduced by PCA), `UNet2DConditionModel` with
 cross-attention, `AutoencoderTiny` with a closed-form linear encoder, and Stable Diffusion's scaled-linear schedule with
-ε-prediction and a noisier end (beta_end 0.025, trailing steps; with SD's own 0.012 the picture's mean colour shows
+ε-prediction and a noisier end (beta_end 0.025, trailing steps; with SD's own 0.012 the image's mean colour shows
 through the last noise level of so small a latent, and the model took colours from the noise instead of the text).
-Two fine-tuned U-Nets draw styles that the base never saw: *flat* and *3d*.
+Two fine-tuned U-Nets generate styles that the base was not trained on: *flat* and *3d*.
 
 ## How it was trained
-From nothing, by the recipe in `benchmarks/emoji/` (one command, resumable, seeded). Captions are dropped at 10 %, so
-that the model has an unguided half for classifier-free guidance. The shipped weights took about two hours on two
-cores. Their first 1,750 of 3,200 steps ran with beta_end 0.012, before its fault was understood; the recipe in the
-repository uses the final schedule throughout, so a rerun gives a like model, not the same bits.
+From scratch, by the recipe in `benchmarks/emoji/` (one command, resumable, seeded). Captions are dropped at 10 %, so
+that the model also predicts without text, as classifier-free guidance requires. The shipped weights took about two
+hours on two cores. Their first 1,750 of 3,200 steps ran with beta_end 0.012, before its fault was understood; the
+recipe in the repository uses the final schedule throughout, so a rerun gives a similar model, not the same bits.
 The base learned {train} concepts in two styles; the fine-tunes the same concepts in one style each.
 
 **Held out**, from every training: {held_out} concepts, and {held_out_colour_shape} colour × shape captions whose
-colours and shapes were seen apart but never together. The split is in `benchmarks/emoji/concepts.json`.
+colours and shapes were trained on separately but never together. The split is in `benchmarks/emoji/concepts.json`.
 
 ## Does guidance help?
 {helps}
 
 ## Figures
-EfficientNet-KID is the unbiased kernel distance (cubic kernel) between EfficientNet-Lite0 features of made and real
-pictures of the same captions; it is not FID and compares only with itself. R@1 and R@5 ask a judge to find the
-caption of a picture among all {candidates}: a contrastive head on frozen features, trained on two other artists'
-styles that are evaluated nowhere, frozen and hashed. Brackets are 95 % intervals (bootstrap for KID, Wilson for R@k).
+EfficientNet-KID is the unbiased kernel distance (cubic kernel) between EfficientNet-Lite0 features of generated and
+real images of the same captions. It is not FID; compare it only with itself. R@1 and R@5 are the shares of images
+whose caption a judge ranks first, or among the first five, of all {candidates}. The judge is a contrastive head on
+frozen features, trained on two other artists' styles that are evaluated nowhere, frozen and hashed. Brackets are 95 %
+intervals (bootstrap for KID, Wilson for R@k).
 The same captions and noise serve every w, so gains over w = 1 are paired.
 
 ### Trained captions
 {train_table}
 
-*Real pictures* is the ceiling: what the judge makes of real art (R@k), and the KID of other renderings of the same
-drawings, which falls below 0 because the two sets hold the same drawings and are not independent.
-Independent real pictures, of *other* captions, are at KID {other}.
-{drawn}Real pictures merely passed through the autoencoder come out at {psnr} PSNR, KID {code_kid}, R@1 {code_r1}:
-that is what the decoder alone costs.
+*Real images* is the ceiling: R@k of real art, and the KID of other renderings of the same drawings, which is below 0
+because the two sets contain the same drawings and are not independent.
+Independent real images, of *other* captions, are at KID {other}.
+{drawn}Real images that are only encoded and decoded by the autoencoder have {psnr} PSNR, KID {code_kid}, R@1 {code_r1}:
+the loss of the autoencoder alone.
 
 ### Held-out concepts
 {held_out_table}
@@ -75,13 +76,14 @@ Sampled with DDIM, {steps} steps, {precision}, on {processor} ({threads} threads
 torch {torch}, diffusers {diffusers}. Raw observations: `benchmarks/results/emoji-figures.json`.
 
 ## Limits
-- It knows a few hundred things in two styles. Words near those mean something to it, other words little; the tables
-  say how often held-out ones come out right.
+- It generates a few hundred concepts in two styles. Words related to these have an effect, other words little; the
+  tables show how often held-out concepts are recognised.
 - 64 × 64 pixels through a linear code of 4 × 4 patches: fine detail is lost.
-- Guidance makes colours stronger: mean chroma is {chroma_real} in real pictures, {chroma_first} at w = 1 and
+- Guidance makes colours stronger: mean chroma is {chroma_real} in real images, {chroma_first} at w = 1 and
   {chroma_last} at w = {last}.
-- The best w is picked on the very pictures that it is reported on, among {count} values; the intervals ignore that.
-- The judge is small, and its styles are older than some concepts: read R@k against the real pictures' row.
+- The best w is chosen on the same images that it is reported on, among {count} values; the intervals do not account
+  for that.
+- The judge is small, and its styles are older than some concepts: read R@k against the real images' row.
 
 ## Data and licences
 | style | drawn by | source | licence | used for |
@@ -108,7 +110,7 @@ def _cell(estimate: dict[str, float], percent: bool = False, unit: str = "%") ->
 def _table(result: dict[str, Any]) -> str:
     real = result["real"]
     rows = [(w, row, row["kid"]) for w, row in result["by_w"].items()]
-    rows.append(("*real pictures*", real, real["kid_same_captions_other_jitter"]))
+    rows.append(("*real images*", real, real["kid_same_captions_other_jitter"]))
     lines = ["| w | EfficientNet-KID ↓ | R@1 ↑ | R@5 ↑ | n |", "|---|---|---|---|---|"]
     for name, row, kid in rows:
         r1, r5 = _cell(row["R@1"], True), _cell(row["R@5"], True)
@@ -122,7 +124,7 @@ def _helps(result: dict[str, Any], what: str) -> str:
     for name, v in result["verdict"].items():
         label, best = "EfficientNet-KID" if name == "kid" else name, f"{v['best_w']:g}"
         if v["gain"] is None:
-            lines.append(f"  - {label}: **no**, it is best at w = 1.")
+            lines.append(f"  - {label}: **no**, w = 1 is best.")
         elif not v["helps"]:
             gain = _cell(v["gain"], name != "kid", "points")
             lines.append(f"  - {label}: **not shown**. Best at w = {best}, but the gain, {gain}, may be chance.")
@@ -133,7 +135,7 @@ def _helps(result: dict[str, Any], what: str) -> str:
 
 
 def write_card(figures: dict[str, Any], path: Path) -> None:
-    """Write the model card (Markdown, beside ``grid.png``); every number in it is drawn from ``figures``."""
+    """Write the model card (Markdown, beside ``grid.png``); every number in it is from ``figures``."""
     sets, told, settings = figures["sets"], figures["provenance"], figures["settings"]
     real, code = sets["train"]["real"], figures["autoencoder"]
     by_w = sets["train"]["by_w"]
@@ -156,7 +158,7 @@ def write_card(figures: dict[str, Any], path: Path) -> None:
         train_table=_table(sets["train"]),
         held_out_table=_table(sets["held_out"]),
         colour_shape_table=_table(sets["held_out_colour_shape"]),
-        drawn=f"On concepts that the judge's styles draw, real pictures reach R@1 {_cell(drawn['R@1'], True)}.\n"
+        drawn=f"On concepts that are in the judge's styles, real images reach R@1 {_cell(drawn['R@1'], True)}.\n"
         if drawn
         else "",
         other=_cell(real["kid_other_captions"]),

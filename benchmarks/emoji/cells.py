@@ -42,7 +42,7 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class Cell:
-    """One set of pictures to sample and measure.
+    """One set of images to sample and measure.
 
     Attributes:
         table: A, B or C.

@@ -2,7 +2,7 @@
 
 Run once (``python -m benchmarks.emoji.choose_concepts``); the file is kept in the repository so that
 the split cannot drift.  Concepts are those that all four styles draw, from subject groups (Unicode's
-CLDR sub-groups, read from the openmoji package) whose pictures are things rather than signs.
+CLDR sub-groups, read from the openmoji package) whose images are things rather than signs.
 """
 
 from __future__ import annotations

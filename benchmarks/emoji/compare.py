@@ -18,7 +18,7 @@ RECALLS = (1, 5)
 
 @dataclass
 class Ranked:
-    """One cell's pictures, with each picture's rank of its own caption, int ``[N]``."""
+    """One cell's images, with each image's rank of its own caption, int ``[N]``."""
 
     shots: Shots
     ranks: np.ndarray
@@ -43,7 +43,7 @@ def quality(real: Shots, sets: Sequence[Ranked]) -> dict[str, Any]:
 
 
 def distance(sets: Sequence[Ranked], teacher: Sequence[Ranked]) -> dict[str, Any]:
-    """PSNR (dB) and feature cosine to the teacher's pictures of the same captions and noise."""
+    """PSNR (dB) and feature cosine to the teacher's images of the same captions and noise."""
     pairs = list(zip(sets, teacher, strict=True))
     psnr = np.mean([fidelity.psnr(a.shots.pixels, b.shots.pixels) for a, b in pairs], axis=0)
     cosine = np.mean([fidelity.cosine(a.shots.features, b.shots.features) for a, b in pairs], axis=0)
@@ -82,7 +82,7 @@ GOALS = (
 
 
 def goal_verdicts(groups: Sequence[dict[str, Any]], w: float) -> list[dict[str, Any]]:
-    """Table A's goals at one w, on trained captions; one that was not measured says so."""
+    """Table A's goals at one w, on trained captions; a goal that was not measured is marked."""
     out = []
     for text, method, steps, against in GOALS:
         row = next(

@@ -1,8 +1,8 @@
-"""Emoji art as (caption, picture) pairs: fetched from the npm registry, rendered at 64 × 64.
+"""Emoji art as (caption, image) pairs: fetched from the npm registry, rendered at 64 × 64.
 
 Each style draws the same concepts, keyed by the emoji's name ("red-apple").  The two *base* styles
 teach the base model, the two *fine-tune* styles make its domain-specific versions, and the *judge*
-styles train the alignment head that measures it, so that the measure has seen no evaluated picture.
+styles train the alignment head that measures it, so that the measure has seen no evaluated image.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def render(svg: str, jitter: random.Random | None = None) -> np.ndarray:
 
 @dataclass
 class Pictures:
-    """Rendered pictures with their concept and style; ``pixels`` is uint8 ``[N, 64, 64, 3]``."""
+    """Rendered images with their concept and style; ``pixels`` is uint8 ``[N, 64, 64, 3]``."""
 
     pixels: np.ndarray
     concepts: list[str]

@@ -1,8 +1,8 @@
-"""The figures of the bundled model's card: how its pictures change with the guidance scale w.
+"""The figures of the bundled model's card: how its images change with the guidance scale w.
 
 ``evaluate`` samples a diffusers Stable-Diffusion folder at each w, from the same captions and noise, and
-measures EfficientNet-KID to the real pictures of those captions and alignment (R@1, R@5) by the frozen
-judge; the same measures of real pictures are the ceiling.  Each w is stored as soon as it is sampled, so
+measures EfficientNet-KID to the real images of those captions and alignment (R@1, R@5) by the frozen
+judge; the same measures of real images are the ceiling.  Each w is stored as soon as it is sampled, so
 a killed run continues.  ``write_card`` draws README.md from the resulting JSON and from nothing else.
 """
 
@@ -67,7 +67,7 @@ def evaluate(
     Work in progress is kept in ``cache/figures``.  Raises :class:`InputError` on values out of range.
     """
     if pictures < 4 or not 1 <= steps <= 1000:
-        raise InputError(f"pictures must be at least 4 and steps 1 to 1000, got {pictures} and {steps}")
+        raise InputError(f"images must be at least 4 and steps 1 to 1000, got {pictures} and {steps}")
     if 1.0 not in scales:
         raise InputError(f"scales must hold 1, which the others are compared with; got {list(scales)}")
     if unknown := sorted(set(fine_tunes) - {s.word for s in FINE_TUNE_STYLES}):
@@ -85,7 +85,7 @@ def evaluate(
     print(precision, flush=True)
 
     def work(sampler: Sampler, weights: Any, name: str, rows: Sequence[Ask], over: Sequence[float]) -> dict[str, Any]:
-        """Sample and measure one set at each w; pictures already made by the same weights are taken up."""
+        """Sample and measure one set at each w; images already made by the same weights are taken up."""
         key = [weights, told["versions"]["torch"], precision["precision"], steps, batch, [astuple(a) for a in rows]]
         folder = cache / "figures" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         real = Shots.cached(folder / "real.npz", lambda: real_pictures(rows, cache), extract)
@@ -169,7 +169,7 @@ def main() -> None:
             for given in args.fine_tune:
                 word, equals, file = given.partition("=")
                 if not equals or not Path(file).is_file():
-                    raise InputError(f"--fine-tune wants STYLE=FILE with a file that is there, got {given!r}")
+                    raise InputError(f"--fine-tune needs STYLE=FILE with a file that is there, got {given!r}")
                 fine_tunes[word] = Path(file)
             figures = evaluate(
                 args.model, fine_tunes, args.judge, args.cache, args.results, args.pictures, args.steps, grid=args.grid

@@ -1,9 +1,9 @@
-"""Trains the judge: the frozen alignment head that scores whether a picture shows what its caption says.
+"""Trains the judge: the frozen alignment head that scores whether an image shows what its caption states.
 
 It learns from the ``JUDGE_STYLES`` alone, which no model here draws, so that it has seen no evaluated
-picture.  Those sets are older than the concepts: some 170 of the 584 they never drew.  What such words
+image.  Those sets are older than the concepts: some 170 of the 584 they never drew.  What such words
 mean comes from MiniLM alone, so all their other drawings are learned from too; the ceiling that real
-pictures reach is reported with every figure.  ``python -m benchmarks.emoji.judge`` trains it in minutes.
+images reach is reported with every figure.  ``python -m benchmarks.emoji.judge`` trains it in minutes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def concepts() -> list[str]:
 
 
 def features(shots: Pictures, cache: Path, extract: FeatureExtractor | None = None) -> np.ndarray:
-    """EfficientNet features ``[N, 1280]``, computed once per set of pictures."""
+    """EfficientNet features ``[N, 1280]``, computed once per set of images."""
     key = hashlib.sha256(shots.pixels.tobytes() + EXTRACTOR_SHA256.encode()).hexdigest()[:16]
     path = cache / f"features-{key}.npy"
     if not path.exists():
@@ -78,7 +78,7 @@ def features(shots: Pictures, cache: Path, extract: FeatureExtractor | None = No
 
 
 def _modern(name: str, known: set[str]) -> str:
-    """The concept that an old drawing shows: the old sets say "lion-face" where Unicode now says "lion"."""
+    """The concept that an old drawing shows: the old sets say "lion-face" where Unicode now has "lion"."""
     plain = name.removesuffix("-face")
     return plain if name not in known and plain in known else name
 
@@ -115,9 +115,9 @@ def _tower(sizes: tuple[int, ...], dropout: float) -> nn.Sequential:
 
 
 def fit(x: np.ndarray, names: list[str], embed: dict[str, np.ndarray], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Train both towers with InfoNCE on features ``x`` ``[N, 1280]`` of pictures called ``names``.
+    """Train both towers with InfoNCE on features ``x`` ``[N, 1280]`` of images called ``names``.
 
-    A batch holds distinct concepts, one picture each, so that every other row is a true negative.
+    A batch holds distinct concepts, one image each, so that every other row is a true negative.
     """
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
@@ -187,7 +187,7 @@ def train_judge(cache: Path, out: Path, recipe: Recipe | None = None) -> Path:
 
 
 def ceiling(judge: Path, cache: Path) -> dict[str, dict[str, object]]:
-    """R@1 and R@5 of the real base-style pictures, which the judge never saw."""
+    """R@1 and R@5 of the real base-style images, which the judge never saw."""
     head = AlignmentHead.load(judge)
     out: dict[str, dict[str, object]] = {}
     for style in BASE_STYLES:
@@ -199,7 +199,7 @@ def ceiling(judge: Path, cache: Path) -> dict[str, dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="downloads, pictures and features")
+    parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="downloads, images and features")
     parser.add_argument("--out", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
     args = parser.parse_args()
     path = train_judge(args.cache, args.out)

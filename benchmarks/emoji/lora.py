@@ -2,7 +2,7 @@
 
 A real LoRA of the bundled U-Net in diffusers' standard format, so that plugging one in can be shown and tested:
 low-rank updates of the attention blocks' linear layers, trained with the recipe's own denoising loss on sepia versions
-of the pictures that the base model learned from.  Captions stay as they were, so every prompt comes out sepia.  A few
+of the images that the base model learned from.  Captions stay as they were, so every prompt comes out sepia.  A few
 minutes on one CPU thread.
 """
 
@@ -39,7 +39,7 @@ def sepia(pixels: np.ndarray) -> np.ndarray:
 
 
 def train_lora(out: Path, cache: Path, steps: int, batch: int, rank: int, lr: float, command: str) -> dict:
-    """Train, save ``out`` and ``out.json`` beside it; returns what the JSON says."""
+    """Train, save ``out`` and ``out.json`` beside it; returns what the JSON states."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.lora", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=ASSETS / "loras" / "sepia.safetensors")
-    add("--cache", type=Path, default=Path("build/emoji"), help="downloads and rendered pictures")
+    add("--cache", type=Path, default=Path("build/emoji"), help="downloads and rendered images")
     add("--steps", type=int, default=400)
     add("--batch", type=int, default=24)
     add("--rank", type=int, default=8)

@@ -1,4 +1,4 @@
-"""Pictures with their features, the artists' own pictures, and what is measured on both."""
+"""Images with their features, the artists' own images, and what is measured on both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIANTS = 5
 
 @dataclass
 class Shots:
-    """Pictures and their features; kept in one ``.npz`` each, written when whole."""
+    """Images and their features; kept in one ``.npz`` each, written when whole."""
 
     pixels: np.ndarray
     features: np.ndarray
@@ -40,7 +40,7 @@ class Shots:
 
 
 def real_pictures(rows: Sequence[Ask], cache: Path, turn: int | None = 0) -> np.ndarray:
-    """The artists' pictures of the captions, jittered as training saw them; another ``turn``, another jitter.
+    """The artists' images of the captions, jittered as training saw them; another ``turn``, another jitter.
 
     With ``turn=None`` they are centred.
     """
@@ -68,7 +68,7 @@ def recalls(ranks: np.ndarray) -> dict[str, Any]:
 
 
 def measure(real: Shots, shots: Shots, rows: Sequence[Ask], head: AlignmentHead) -> dict[str, Any]:
-    """EfficientNet-KID and alignment of one set, with the rank of every picture."""
+    """EfficientNet-KID and alignment of one set, with the rank of every image."""
     ranks = head.ranks(shots.features, [a.concept for a in rows])
     out: dict[str, Any] = {"kid": fidelity.kid(real.features, shots.features).as_dict(), **recalls(ranks)}
     out["chroma"] = chroma(shots.pixels)
@@ -93,7 +93,7 @@ def add_gains(real: Shots, at: dict[float, Shots], by_w: dict[str, Any]) -> None
 
 
 def real_ceiling(rows: Sequence[Ask], real: Shots, again: Shots, head: AlignmentHead) -> dict[str, Any]:
-    """What real pictures score: the alignment ceiling, and the KID of real to real."""
+    """What real images score: the alignment ceiling, and the KID of real to real."""
     out = measure(real, again, rows, head)
     out["kid_same_captions_other_jitter"] = out.pop("kid")
     if len(rows) >= 4:

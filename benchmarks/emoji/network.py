@@ -1,7 +1,7 @@
 """A U-Net, alone or with a guide, made fast for thousands of passes: bfloat16 and compiled, where it may be.
 
 On a processor that multiplies bfloat16 itself, a frozen compiled bfloat16 U-Net is several times faster than the
-float32 one.  It is used only if its pictures cannot be told from float32's; the record says what was measured.
+float32 one.  It is used only if its images cannot be told from float32's; the record states what was measured.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def _module(unet: Any, guide: Any | None, precision: str) -> nn.Module:
 
 
 class Network:
-    """One pass of a U-Net (and guide) for any number of pictures: float32 in and out.
+    """One pass of a U-Net (and guide) for any number of images: float32 in and out.
 
-    A compiled network takes batches of one size only: more pictures go in several, the last one padded.
+    A compiled network takes batches of one size only: more images go in several, the last one padded.
 
     Args:
         unet, guide: in float32; copies of both are kept.
@@ -116,7 +116,7 @@ class Network:
             with inductor.patch(freezing=True), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return self._run(*given).float()
-        except Exception as error:  # no compiler, or whatever the compiler cannot do: eager gives the same pictures
+        except Exception as error:  # no compiler, or whatever the compiler cannot do: eager gives the same images
             self.compiled, self.trouble = False, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             return self.module(*given).float()
 
@@ -124,10 +124,10 @@ class Network:
 def settle(
     unet: Any, guide: Any | None, draw: Callable[[Predict], np.ndarray], batch: int = BATCH, compiled: bool = True
 ) -> tuple[Network, dict[str, Any]]:
-    """The fastest network whose pictures agree with eager float32's, and the record of how that was found.
+    """The fastest network whose images agree with eager float32's, and the record of how that was found.
 
     Args:
-        draw: samples a few pictures (uint8 ``[N, H, W, 3]``) with a given pass, at the strongest guidance in use.
+        draw: samples a few images (uint8 ``[N, H, W, 3]``) with a given pass, at the strongest guidance in use.
         compiled: False keeps to eager.
     """
     record: dict[str, Any] = {"precision": FLOAT32, "compiled": False, "psnr_db": {}, "trouble": None}
@@ -149,6 +149,6 @@ def settle(
         record["psnr_db"][f"{network.precision}, compiled"] = round(level, 2)
         record["compiled"] = level >= SAME_TO_THE_EYE
         if not record["compiled"]:
-            record["trouble"] = "the compiled network's pictures differ"
+            record["trouble"] = "the compiled network's images differ"
             network = Network(unet, guide, record["precision"], False, batch)
     return network, record

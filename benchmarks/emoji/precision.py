@@ -1,13 +1,13 @@
-"""What a precision costs on the bundled model: parity, size and seconds of every bundle, and the pictures themselves.
+"""What a precision costs on the bundled model: parity, size and seconds of every bundle, and the images themselves.
 
 Three parts, each kept as soon as it is there, so that a killed run continues:
 
 - bundles: fp32, fp16, int8 and int8-weights for ONNX Runtime; fp16, int8 and int8-weights engines of TensorRT-RTX for
   four GPUs, compiled here, not run.
-- pictures: 512 of each precision from the same noise; EfficientNet-KID and alignment, and what is lost against fp32,
+- images: 512 of each precision from the same noise; EfficientNet-KID and alignment, and what is lost against fp32,
   paired, with intervals.  float16 is run with every result rounded to float16, as a GPU rounds it; ONNX Runtime's CPU
   provider would compute in float32.
-- speed: one U-Net pass on ONNX Runtime's CPU provider, interleaved, as ratios to fp32.
+- speed: one U-Net evaluation on ONNX Runtime's CPU provider, interleaved, as ratios to fp32.
 
     python -m benchmarks.emoji.precision            # benchmarks/results/emoji-precision.json
 """
@@ -60,7 +60,7 @@ def specs(home: Path, guide: str) -> list[BuildSpec]:
 
 
 def bundle_row(folder: Path) -> dict[str, Any]:
-    """What a bundle's manifest says of it."""
+    """What a bundle's manifest states of it."""
     m = read_manifest(folder)
     unet = m.networks["unet"]
     size = {k: sum(f.size for n, f in m.files.items() if n.startswith(k)) for k in ("unet.onnx", "unet.engine")}
@@ -115,7 +115,7 @@ class _Held(Bound):
 
 
 def sample(folder: Path, rows: Any, steps: int | None, w: float, as_written: bool, tell: Any) -> np.ndarray:
-    """Pictures uint8 ``[N, H, W, 3]`` of one bundle."""
+    """Images uint8 ``[N, H, W, 3]`` of one bundle."""
     bundle = open_bundle(folder)
     pipeline = Pipeline(bundle, provider="cpu")
     if as_written:
@@ -199,7 +199,7 @@ def main() -> None:
 
 
 def judged(a: argparse.Namespace, home: Path) -> dict[str, Any]:
-    """KID, alignment and distance of every precision's pictures, and what each gains or loses against fp32's."""
+    """KID, alignment and distance of every precision's images, and what each gains or loses against fp32's."""
     rows = captions("train", a.pictures)
     concepts = [r.concept for r in rows]
     extract, head = FeatureExtractor(), AlignmentHead.load(a.judge)
@@ -210,7 +210,7 @@ def judged(a: argparse.Namespace, home: Path) -> dict[str, Any]:
         key = read_manifest(folder).key[:12]
 
         def tell(done: int, name: str = name) -> None:
-            print(f"{name}: {done} of {a.pictures} pictures", file=sys.stderr)
+            print(f"{name}: {done} of {a.pictures} images", file=sys.stderr)
 
         shots = Shots.cached(
             home / f"pictures-{key}-{a.steps}-{a.guidance:g}-{a.pictures}.npz",

@@ -12,34 +12,35 @@ OUT = Path("docs/precision.md")
 HEAD = """# Precision: FP32, FP16, BF16, INT8
 
 A recipe is chosen with `pnp-trt build --precision NAME`. Types are in the graph and nowhere else, so a recipe means the
-same on every backend, and every network is compared with PyTorch in float32 before a bundle is written.
+same on every backend. Every network is compared with PyTorch in float32 before a bundle is written.
 
 | recipe | weights and arithmetic | limit of the relative error |
 | --- | --- | ---: |
 | `fp32` | float32; TF32 is off | 1e-4 |
-| `fp16` | float16; sinusoids and the statistics of norms in float32; the VAE decoder falls back to float32 where float16 is too far off, and the manifest says so | 5e-3 |
+| `fp16` | float16; sinusoids and the statistics of norms in float32; the VAE decoder falls back to float32 where float16 is too far off, and the manifest records it | 5e-3 |
 | `bf16` | bfloat16, likewise (TensorRT) | 4e-2 |
 | `int8` | W8A8 in the U-Net layers that the calibration record chooses: symmetric, a scale for each output channel of a weight and one for an input, explicit Q/DQ; the rest in float16 (float32 on ONNX Runtime, whose CPU provider has no float16 kernels) | 1e-1 |
-| `int8-weights` | the U-Net's and the guide's weights stored in INT8 and computed in float16; no record is wanted | 5e-2 |
+| `int8-weights` | the U-Net's and the guide's weights stored in INT8 and computed in float16; needs no record | 5e-2 |
 
 ## Calibration
 
     pnp-trt calibrate --base emoji                 # writes calibration/emoji-tiny.int8.json
     pnp-trt build --base emoji --precision int8    # finds it there
 
-`calibrate` samples pictures of `calibration/emoji-prompts.txt` (or of your `--prompts`) in PyTorch with the guide, at all
-timesteps and at guidance scales from 1 to 9, and records what goes into every convolution and linear layer: the largest
+`calibrate` generates images of `calibration/emoji-prompts.txt` (or of your `--prompts`) in PyTorch with the guide, at all
+timesteps and at guidance scales from 1 to 9. It records the inputs of every convolution and linear layer: the largest
 value, three percentiles (NVIDIA Model Optimizer's histograms), the largest value in each tenth of the timesteps, and for
-linear layers of each channel. Then it sweeps. It takes all layers of a kind to INT8 by each method; SmoothQuant's
-factors are powers of two, so that neither side is rounded for them. It takes each layer alone. And it leaves the most
-sensitive layers out, more and more of them, until the prediction's error on states that were not calibrated on is
-under `--limit`. The record, one line for each layer, is readable and belongs to one base and one guide; a build refuses
-it for another. A run that was stopped continues, and another `--limit` is decided from the record in seconds.
+linear layers the largest value of each channel. Then it measures the prediction's error in a sweep: with all layers of a
+kind in INT8, by each method (SmoothQuant's factors are powers of two, so that scaling by them adds no rounding); with each
+layer alone in INT8; and with more and more of the most sensitive layers left in floating point, until the error on states
+that were not calibrated on is below `--limit`. The record has one readable line for each layer. It belongs to one base and
+one guide; a build refuses it for another. An interrupted run continues, and another `--limit` is decided from the record
+in seconds.
 
 The tiny guide stays in floating point: it is a fiftieth of the arithmetic and all of the guidance. A full guide is
-quantised with the U-Net, less what runs once a picture. `--layer PATTERN` chooses otherwise. With `--probes 0`, for
-machines on which a sweep would take hours, nothing is measured, and the layers that see what no norm has evened out,
-shortcuts and samplers, stay in floating point.
+quantised with the U-Net, except for the part that runs once per image. `--layer PATTERN` chooses other layers. `--probes
+0` skips the sweep, for machines on which it would take hours; then the layers whose inputs are not normalised, shortcuts
+and samplers, stay in floating point.
 """
 
 
@@ -76,21 +77,21 @@ def bundles(rows: list[dict[str, Any]]) -> list[str]:
     if told:
         out += [
             "", f"`int8` quantises {told['layers']} layers with {percent(told['share_of_macs'])} of the U-Net's arithmetic. "
-            f"What leaving layers in floating point buys (the record's sweep; the chosen one is in bold):", "",
+            f"Error against the number of layers left in floating point (the record's sweep; the choice is in bold):", "",
             "| layers left in floating point | arithmetic in INT8 | error of the prediction |", "| ---: | ---: | ---: |",
         ]  # fmt: skip
         chosen = len(told["decision"]["float"])
         for k in told["kept"]:
             cells = [str(k["kept"]), percent(k["int8_macs"]), f"{100 * k['error']:.2f} %"]
             out.append("| " + " | ".join(f"**{c}**" if k["kept"] == chosen else c for c in cells) + " |")
-        out += ["", f"With that choice the latents after a whole run differ by {percent(told['latent_error'])}."]
+        out += ["", f"With this choice the final latents differ by {percent(told['latent_error'])}."]
     return out
 
 
 def pictures(p: dict[str, Any]) -> list[str]:
-    out = ["", "## Pictures", ""]
+    out = ["", "## Images", ""]
     out += [
-        f"{p['count']} pictures of `{p['guide']}` at {p['steps']} steps, w = {p['w']:g}, from the same noise; 95 % intervals. "
+        f"{p['count']} images of `{p['guide']}` at {p['steps']} steps, w = {p['w']:g}, from the same noise; 95 % intervals. "
         f"FP16 is {p['fp16_is']}. Gains are paired; above zero is better than FP32.", "",
         "| recipe | EfficientNet-KID | R@1 | gain in KID over FP32 | gain in R@1 | PSNR to FP32's, dB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -106,7 +107,7 @@ def pictures(p: dict[str, Any]) -> list[str]:
             inside = gain["kid"]["low"] <= 0 <= gain["kid"]["high"]
             out += [""] * (out[-1][:1] != "-")
             out += [f"- {r['precision']}: KID changes by {-gain['kid']['value']:+.4f}, "
-                    + ("and no change is inside the interval." if inside else "more than its interval allows for.")]  # fmt: skip
+                    + ("and the interval of the change contains 0." if inside else "and the interval of the change excludes 0.")]  # fmt: skip
     return out
 
 
@@ -115,7 +116,7 @@ def speed(s: dict[str, Any]) -> list[str]:
         "",
         "## Speed on a CPU",
         "",
-        "One U-Net pass on ONNX Runtime's CPU provider, interleaved, as a ratio to FP32 (quartiles).",
+        "One U-Net evaluation on ONNX Runtime's CPU provider, interleaved, as a ratio to FP32 (quartiles).",
         "",
     ]
     out += ["| recipe | batch | ratio |", "| --- | ---: | ---: |"]
@@ -123,9 +124,9 @@ def speed(s: dict[str, Any]) -> list[str]:
         low, mid, high = r["ratio_to_fp32"]
         out.append(f"| {r['precision']} | {r['batch']} | {mid:.2f} ({low:.2f} … {high:.2f}) |")
     out += [
-        "", "INT8 is slower there: ONNX Runtime fuses a quantised convolution only where its output is quantised too, which "
-        "these graphs leave in floating point, as TensorRT wants it. **INT8 is not recommended on a CPU.** Whether it is "
-        "faster than FP16 on a GPU was not measured: no GPU was at hand. `pnp-trt bench` on the GPU tells.",
+        "", "INT8 is slower on the CPU: ONNX Runtime fuses a quantised convolution only where its output is quantised too, and "
+        "these graphs leave outputs in floating point, as TensorRT requires. **INT8 is not recommended on a CPU.** Whether "
+        "it is faster than FP16 on a GPU was not measured; measure it with `pnp-trt bench` on the GPU.",
     ]  # fmt: skip
     return out
 
@@ -137,7 +138,7 @@ def real_size() -> list[str]:
         return []
     out = ["", "## Stable Diffusion 1.5's size", ""]
     out += ["Seeded random weights, TensorRT-RTX engines compiled on a CPU, not run; `make realsize`. `int8` is without a "
-            "sweep. Export contains loading, PyTorch's reference and the comparison with it.", ""]  # fmt: skip
+            "sweep. Export includes loading, PyTorch's reference and the comparison with it.", ""]  # fmt: skip
     out += [
         "| guide | recipe | target | export, s | compile, s | peak memory, GiB | U-Net engine, MiB | U-Net parity |"
     ]
@@ -154,7 +155,7 @@ def real_size() -> list[str]:
     return [
         *out,
         "",
-        "Peak memory: of the export / of the compiler's process. Each ran beside other work on two cores.",
+        "Peak memory: of the export / of the compiler's process. Each ran while other programs used the same two cores.",
     ]
 
 
@@ -165,9 +166,9 @@ def main() -> None:
         lines += part(held[name]) if name in held else []
     lines += real_size()
     p = held["provenance"]
-    lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `make precision`, its last part by "
+    lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `make precision`, the last part by "
               f"`{p['command']}`, on {p['date'][:10]} "
-              f"({p['device']['processor']}); drawn by `python -m benchmarks.emoji.precision_report`.", ""]  # fmt: skip
+              f"({p['device']['processor']}); written by `python -m benchmarks.emoji.precision_report`.", ""]  # fmt: skip
     OUT.write_text("\n".join(lines))
 
 

@@ -15,10 +15,10 @@ class Preset:
     latent_channels: int = 8
     text_width: int = 128
     text_layers: int = 3
-    #: renderings per picture: one centred, the others scaled and shifted
+    #: renderings per image: one centred, the others scaled and shifted
     variants: int = 5
     #: share of the base's steps that see all renderings; the rest sees the centred ones alone, which a short run
-    #: turns into recognisable pictures far sooner
+    #: turns into recognisable images far sooner
     jittered: float = 0.39
     steps: int = 3200
     batch: int = 64

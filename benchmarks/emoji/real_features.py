@@ -1,7 +1,7 @@
-"""The real pictures' features that `pnp-trt bench` compares the bundled model with, made into an asset.
+"""The real images' features that `pnp-trt bench` compares the bundled model with, made into an asset.
 
-The artists' pictures come from npm packages and are not shipped; EfficientNet-KID needs their features alone.  They are
-stored in float16 with the captions whose pictures they are, so that bench samples the same captions and compares like
+The artists' images come from npm packages and are not shipped; EfficientNet-KID needs their features alone.  They are
+stored in float16 with the captions whose images they are, so that bench samples the same captions and compares like
 with like.
 """
 
@@ -29,7 +29,7 @@ TARGET = ROOT / "emoji" / "real-features.safetensors"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered pictures and npm packages")
+    parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered images and npm packages")
     parser.add_argument("--pictures", type=int, default=PICTURES)
     parser.add_argument("--out", type=Path, default=TARGET)
     args = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
         "kid_changed_by_float16": f"{off:.2e}",
     }
     write_bytes(save({"features": half}, about), args.out)
-    print(f"{args.out}: {half.shape[0]} pictures; float16 moves KID by {off:.1e} (of {exact:.4f})")
+    print(f"{args.out}: {half.shape[0]} images; float16 moves KID by {off:.1e} (of {exact:.4f})")
 
 
 if __name__ == "__main__":

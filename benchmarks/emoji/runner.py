@@ -1,4 +1,4 @@
-"""Samples the cells of the tables, each set of pictures once, and keeps them so that a killed run continues."""
+"""Samples the cells of the tables, each set of images once, and keeps them so that a killed run continues."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def find_guides(folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:
         InputError: if ``folder`` is given and is none.
     """
     if folder is not None and not folder.is_dir():
-        raise InputError(f"--guides {folder} is no folder; give one that holds {', '.join(GUIDES)}, or some of them")
+        raise InputError(f"--guides {folder} is not a folder; give one that holds {', '.join(GUIDES)}, or some of them")
     found, missing = {}, {}
     for name in GUIDES:
         try:
@@ -70,7 +70,7 @@ def captions(name: str, pictures: int) -> list[Ask]:
 
 
 class Runner:
-    """Samples cells, each set of pictures once, and keeps them.
+    """Samples cells, each set of images once, and keeps them.
 
     Args:
         bases: U-Nets by name; the one named ``emoji`` gives text encoder, decoder and schedule to all.
@@ -110,7 +110,7 @@ class Runner:
         return cell.interval == BEST and (cell.steps, cell.w) not in self.best
 
     def passes(self, cell: Cell) -> int:
-        """U-Net passes a picture; before the sweep is done, of the longest interval."""
+        """U-Net evaluations per image; before the sweep is done, of the longest interval."""
         schedule = self.sampler.schedule(cell.steps)
         if self.guidance_open(cell):
             return max(cell.guidance(name).passes(schedule) for name in INTERVALS)
@@ -120,7 +120,7 @@ class Runner:
         return [self.bases[cell.base].fingerprint(), self.guide_hashes[cell.guide] if cell.guide else None]
 
     def key(self, cell: Cell) -> str:
-        """Name of the cell's pictures; what the same weights and settings make has one name in all tables."""
+        """Name of the cell's images; what the same weights and settings make has one name in all tables."""
         how = self.guidance(cell)
         rows = [astuple(a) for a in self.rows(cell)]
         settings = [
@@ -172,13 +172,13 @@ class Runner:
         path = self._record_file(cell)
         return json.loads(path.read_text()) if path.is_file() else None
 
-    # --------------------------------------------------------------------------------------------------- pictures
+    # --------------------------------------------------------------------------------------------------- images
 
     def cached(self, cell: Cell) -> bool:
         return (self.folder / f"{self.key(cell)}.npz").is_file()
 
     def shots(self, cell: Cell, tick: Any = None) -> Shots:
-        """The cell's pictures and features; sampled if they are not there."""
+        """The cell's images and features; sampled if they are not there."""
 
         def make() -> np.ndarray:
             schedule = self.sampler.schedule(cell.steps)
@@ -189,7 +189,7 @@ class Runner:
         return Shots.cached(self.folder / f"{self.key(cell)}.npz", make, self.extract)
 
     def real(self, name: str, turn: int = 0) -> Shots:
-        """The artists' pictures of a captions set; they are the same for all noises."""
+        """The artists' images of a captions set; they are the same for all noises."""
         rows = captions(name, self.pictures)
         key = digest(["real", turn, [astuple(a) for a in rows]])[:16]
         if key not in self._real:
@@ -208,7 +208,7 @@ class Runner:
             self.best[steps, w] = min(kids, key=lambda name: kids[name])
 
     def sample(self, cells: Sequence[Cell]) -> None:
-        """Sample all that is missing, with one bar over everything, in U-Net passes."""
+        """Sample all that is missing, with one bar over everything, in U-Net evaluations."""
         self.decide(cells)
         jobs: dict[str, Cell] = {}
         for cell in cells:

@@ -1,6 +1,6 @@
 """Batched sampling for measurements: no guidance, CFG, CFG on an interval, or a guide, by coefficient tables.
 
-Each picture starts from its own seed and captions repeat no text pass, so a picture does not depend on its batch.
+Each image starts from its own seed and captions repeat no text pass, so an image does not depend on its batch.
 The U-Net is any function of (latents, timesteps, text, w); ``network.py`` makes fast ones.
 """
 
@@ -27,7 +27,7 @@ from .data import Style, caption
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 BATCH = 64
-#: bfloat16 is used only where its pictures differ from float32's by less than this (mean PSNR, dB)
+#: bfloat16 is used only where its images differ from float32's by less than this (mean PSNR, dB)
 SAME_TO_THE_EYE = 30.0
 
 #: (latents ``[B, C, H, W]``, timesteps ``[B]``, text ``[B, tokens, D]``, w ``[B]``) → prediction ``[B, C, H, W]``
@@ -36,7 +36,7 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Ask:
-    """One picture to make: what, in whose style, from which noise."""
+    """One image to make: what, in whose style, from which noise."""
 
     concept: str
     style: str
@@ -87,7 +87,7 @@ class Guidance:
         return (t >= self.interval[0]) & (t <= self.interval[1])
 
     def passes(self, schedule: Schedule) -> int:
-        """U-Net passes for one picture."""
+        """U-Net evaluations for one image."""
         return len(schedule) + int(self.twice(schedule).sum())
 
 
@@ -98,7 +98,7 @@ def denoise(
 ) -> Tensor:  # fmt: skip
     """Latents ``[B, C, H, W]`` float32 from unit noise ``x``; text ``[B, tokens, D]``, empty ``[1, tokens, D]``.
 
-    ``tick`` is told the passes of each step, for all pictures together.
+    ``tick`` is told the passes of each step, for all images together.
     """
     n = len(x)
     x = x * schedule.init_scale
@@ -195,7 +195,7 @@ class Sampler:
 
     @torch.no_grad()
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
-        """Pictures through the autoencoder and back: the best that any U-Net could draw."""
+        """Images through the autoencoder and back: the best that any U-Net could draw."""
         out = []
         for i in range(0, len(pixels), BATCH):
             x = torch.from_numpy(pixels[i : i + BATCH]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
@@ -205,7 +205,7 @@ class Sampler:
         return np.concatenate(out)
 
     def choose_precision(self, rows: Sequence[Ask], steps: int) -> dict[str, Any]:
-        """Use bfloat16 if the processor has it and the pictures show no difference, at the strongest guidance."""
+        """Use bfloat16 if the processor has it and the images show no difference, at the strongest guidance."""
         if not multiplies("bfloat16"):
             return {"precision": "float32", "bfloat16_psnr_db": None}
         self.bfloat16 = False

@@ -233,7 +233,7 @@ def write_pipeline(context: Context, unet: nn.Module, text_encoder: nn.Module, v
 
 
 def _compute_in_float32(path: Path) -> None:
-    """Have transformers convert the stored float16 weights to float32 when no type is asked for.
+    """Have transformers convert the stored float16 weights to float32 when no type is requested.
 
     diffusers does so for the U-Net and the VAE; a text encoder left in float16 does not run with them.
     """
@@ -295,7 +295,7 @@ def stage_judge(context: Context) -> None:
 
 
 def stage_figures(context: Context) -> None:
-    """Figures over w, the picture grid and the model card."""
+    """Figures over w, the image grid and the model card."""
     from .card import write_card
     from .figures import evaluate
 

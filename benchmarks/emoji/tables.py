@@ -1,6 +1,6 @@
 """Tables A, B and C of the distillation on the bundled model: sample every cell, measure, write one JSON.
 
-Every set of pictures is kept in ``build/emoji/tables/`` as soon as it is whole, named by the hash of weights and
+Every set of images is kept in ``build/emoji/tables/`` as soon as it is whole, named by the hash of weights and
 settings, so that a killed run continues where it was.  Cells that need no guide come first; ``--only-teacher``
 samples those alone.  Guides that are missing are left out and named.  ``tables_report.py`` draws the document.
 """
@@ -64,16 +64,16 @@ def macs_per_picture(cell: Cell, passes: int, found: dict[str, Any]) -> dict[str
 
 
 class Measurer:
-    """Cells, groups (means over noises) and verdicts, from pictures that are all there."""
+    """Cells, groups (means over noises) and verdicts, from images that are all there."""
 
     def __init__(self, runner: Runner, cells: Sequence[Cell], head: AlignmentHead) -> None:
         self.runner, self.cells = runner, cells
         self.costs = costs(runner)
-        # the same pictures may stand in several tables: references are looked up without the table
+        # the same images may stand in several tables: references are looked up without the table
         self.reference = {
             (c.method, c.base, c.steps, c.w, c.captions, c.seed): c for c in cells if not c.guide and not c.interval
         }
-        # a group and what it is compared with are at hand, not all pictures at once
+        # a group and what it is compared with are at hand, not all images at once
         self.at = lru_cache(48)(
             lambda cell: Ranked.of(runner.shots(cell), [a.concept for a in runner.rows(cell)], head)
         )
@@ -177,7 +177,7 @@ def evaluate(
     """Sample and measure the tables; writes the JSON ``results`` and returns what it holds.
 
     Args:
-        bases, guides: see :class:`Runner`; ``missing`` says why a guide is not among them.
+        bases, guides: see :class:`Runner`; ``missing`` states why a guide is not among them.
         only_teacher: sample what needs no guide, write nothing, and return None.
         only_guided: the same of what needs one; both at once are two processes' work.
         sampled_only: measure what is sampled, and name the rest as left out.
@@ -188,7 +188,7 @@ def evaluate(
         InputError: on values out of range.
     """
     if pictures < 4:
-        raise InputError(f"pictures must be at least 4, got {pictures}")
+        raise InputError(f"images must be at least 4, got {pictures}")
     if unknown := sorted(set(only) - {"A", "B", "C"}):
         raise InputError(f"there is no table {unknown[0]!r}; known: A, B, C")
     wanted, left = choose_cells(

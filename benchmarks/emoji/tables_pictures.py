@@ -1,4 +1,4 @@
-"""The picture grid and the plot of the tables, drawn from the JSON and the cached pictures alone."""
+"""The image grid and the plot of the tables, drawn from the JSON and the cached images alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``docs/distillation-tables.md`` with its grid and plot, drawn from the tables' JSON and cached pictures alone."""
+"""``docs/distillation-tables.md`` with its grid and plot, drawn from the tables' JSON and cached images alone."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ DASH = "–"
 
 TEXT = """# Distillation on the bundled model, in tables
 
-Drawn by `python -m benchmarks.emoji.tables_report` from `benchmarks/results/emoji-tables.json`, which this made:
+Written by `python -m benchmarks.emoji.tables_report` from `benchmarks/results/emoji-tables.json`, which was made by
 `{command}` ({date}, {processor}, {threads} threads, torch {torch}).
 
-**EfficientNet-KID** is the unbiased kernel distance (cubic kernel) between EfficientNet-Lite0 features of made and real
-pictures of the same captions. It is not FID, and compares only with itself. **R@1, R@5**: a frozen judge, trained on
-two other artists' styles, finds a picture's caption among all. **Distance** is to the picture that the same U-Net's CFG
-draws at 50 steps from the same caption, noise and w: PSNR in dB and cosine of EfficientNet features.
-**Gain** is paired by caption and noise, its sign such that above 0 is better than what it is compared with.
-Brackets are 95 % intervals; ▲ marks a gain and ▼ a loss whose interval leaves out 0. Each cell has n = {pictures}
-pictures of trained captions. {seeds}
-**Passes** are runs of the U-Net a picture, **GMACs** those of a picture with text encoder and decoder: by convolutions
-and linear layers alone (as the paper counts), then with attention products.
-"No worse" says that the interval of the gain holds 0 or lies above it: no loss was shown, which is not proof that there
-is none; the interval's lower end says how large it may be.
+**EfficientNet-KID** is the unbiased kernel distance (cubic kernel) between EfficientNet-Lite0 features of generated and
+real images of the same captions. It is not FID; compare it only with itself. **R@1, R@5**: a frozen judge, trained on
+two other artists' styles, finds an image's caption among all. **Distance** is to the image that the same U-Net
+generates with CFG at 50 steps from the same caption, noise and w: PSNR in dB and cosine of EfficientNet features.
+**Gain** is paired by caption and noise; above 0 is better than the method compared with.
+Brackets are 95 % intervals; ▲ marks a gain and ▼ a loss whose interval excludes 0. Each cell has n = {pictures}
+images of trained captions. {seeds}
+**NFE** is the number of model evaluations (forward passes of the U-Net) per image. **GMACs** are per image, with text
+encoder and decoder: of convolutions and linear layers alone (as the paper counts), then with attention products.
+"No worse" means that the interval of the gain contains 0 or lies above it: no loss was shown. This does not prove that
+there is none; the lower end of the interval bounds its size.
 {real}
 ![EfficientNet-KID against steps](distillation-kid.png)
 
@@ -51,26 +51,26 @@ is none; the interval's lower end says how large it may be.
 ### Alignment: R@1 / R@5, % ↑
 {a_recall}
 
-### Distance to the CFG picture at 50 steps: PSNR, dB / feature cosine ↑
+### Distance to the CFG image at 50 steps: PSNR, dB / feature cosine ↑
 {a_distance}
 
-### Distance to the CFG picture of the same number of steps, for information
+### Distance to the CFG image of the same number of steps, for information
 {a_same}
 
 ### Held out from every training, w = {headline:g}
-All captions there are; guides and U-Net have seen none of them.
+All held-out captions; neither guides nor U-Net were trained on them.
 
 {held_out}
 
 ## Table B: the same guides in fine-tuned U-Nets, untrained
-The guides were distilled on the base alone. Captions, real pictures and CFG are the fine-tune's own; w = {headline:g}.
+The guides were distilled on the base alone. Captions, real images and CFG are the fine-tune's own; w = {headline:g}.
 {verdict_b}
 
 {b}
 
 ## Table C: what costs no training
-No guidance; CFG with fewer steps (25, 8 and 4 steps cost the 50, 16 and 8 passes of a guide); CFG on an interval of
-timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep} pictures of other noise.
+No guidance; CFG with fewer steps (25, 8 and 4 steps cost the 50, 16 and 8 NFE of a guide); CFG on an interval of
+timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep} images of other noise.
 {verdict_c}
 
 {c}
@@ -82,8 +82,8 @@ timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep}
 {left}
 
 ## How it was sampled
-DDIM, η = 0, float32 latents and updates. Each network ran in the fastest form whose pictures agree with eager float32's
-to at least 30 dB mean PSNR on a few pictures at w = 8.
+DDIM, η = 0, float32 latents and updates. Each network ran in the fastest form whose images agree with those of eager
+float32 to at least 30 dB mean PSNR, on a few images at w = 8.
 
 {networks}
 """
@@ -94,7 +94,7 @@ def seeds_said(seeds: int) -> str:
     if seeds == 1:
         return "All come from one set of noise (R@k: Wilson's interval)."
     return f"""The headline rows have {seeds} sets of noise: their figure is the mean of the {seeds}, its
-interval resamples captions (pictures of one caption are not independent); the JSON has each set by itself. The others
+interval resamples captions (images of one caption are not independent); the JSON has each set by itself. The others
 have one set (R@k: Wilson's interval)."""
 
 
@@ -136,7 +136,7 @@ def work(row: Row) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; says so if it is empty."""
+    """A Markdown table, or a sentence if it is empty."""
     lines = ["| " + " | ".join(r) + " |" for r in rows]
     if not lines:
         return "Not measured in this run."
@@ -156,10 +156,10 @@ def by_w(groups: Sequence[Row], show: Callable[[Row], str]) -> str:
                  if w in at and show(at[w]) != DASH else DASH for w in SCALES]  # fmt: skip
         if set(cells) != {DASH}:
             rows.append([METHODS[method], str(steps), str(first["passes"]), work(first), *cells])
-    return table(["method", "steps", "passes", "GMACs", *(f"w = {w:g}" for w in SCALES)], rows)
+    return table(["method", "steps", "NFE", "GMACs", *(f"w = {w:g}" for w in SCALES)], rows)
 
 
-WIDE = ("method", "steps", "passes", "GMACs", "KID ↓", "R@1, % ↑", "R@5, % ↑", "PSNR, dB / cosine ↑")
+WIDE = ("method", "steps", "NFE", "GMACs", "KID ↓", "R@1, % ↑", "R@5, % ↑", "PSNR, dB / cosine ↑")
 
 
 def wide(row: Row) -> list[str]:
@@ -210,7 +210,7 @@ def sweep(groups: Sequence[Row]) -> str:
         [f"{g['w']:g}", str(g["steps"]), f"{g['timesteps'][0]}–{g['timesteps'][1]} ({g['interval']})", str(g["passes"]),
          number(g["kid"]), recall_of(g, 1)] for g in mine
     ]  # fmt: skip
-    return table(["w", "steps", "guided timesteps", "passes", "KID ↓", "R@1, % ↑"], rows)
+    return table(["w", "steps", "guided timesteps", "NFE", "KID ↓", "R@1, % ↑"], rows)
 
 
 def verdict_a(document: Row) -> str:
@@ -244,16 +244,16 @@ def verdict_b(document: Row) -> str:
 
 
 def _rivals(duels: Sequence[Row], key: str) -> str:
-    """The rivals that won, each with its passes and the guide's (negative) gain over it."""
+    """The rivals that won, each with its NFE and the guide's (negative) gain over it."""
     scale, digits = (1, 3) if key == "kid" else (100, 1)
     return ", ".join(
-        f"{METHODS[d['rival']['method']]} at {d['rival']['steps']} steps ({d['rival']['passes']} passes; the guide's "
+        f"{METHODS[d['rival']['method']]} at {d['rival']['steps']} steps ({d['rival']['passes']} NFE; the guide's "
         f"gain over it is {number(d['gain'][key], digits, scale)})" for d in duels
     )  # fmt: skip
 
 
 def verdict_c(document: Row) -> str:
-    """For each guide cell, the free rivals that beat it at no more passes, or that none does; then dearer."""
+    """For each guide cell, the free rivals that beat it at no more NFE, or that none does; then those with more."""
     duels = document["verdicts"]["C"]
     lines = []
     for w, method, steps in dict.fromkeys((d["w"], d["guide"]["method"], d["guide"]["steps"]) for d in duels):
@@ -265,10 +265,10 @@ def verdict_c(document: Row) -> str:
             lost = sum(d["wins"][key] == "guide" for d in fair)
             better = f"**better by {label}: {_rivals(won, key)}**" if won else f"none is shown better by {label}"
             said.append(f"{better} ({lost} of {len(fair)} shown worse)")
-        line = f"- Against {METHODS[method]} at {mine[0]['guide']['passes']} passes, w = {w:g}: at no more passes, "
+        line = f"- Against {METHODS[method]} at {mine[0]['guide']['passes']} NFE, w = {w:g}: at no more NFE, "
         line += "; ".join(said)
         dearer = [d for d in mine if not d["rival_costs_no_more"] and d["wins"]["kid"] == "rival"]
-        lines.append(line + (f"; at more passes, better by KID: {_rivals(dearer, 'kid')}." if dearer else "."))
+        lines.append(line + (f"; at more NFE, better by KID: {_rivals(dearer, 'kid')}." if dearer else "."))
     return "\n".join(lines) or "No guide was measured in this run."
 
 
@@ -307,7 +307,7 @@ def write_report(document: Row, cache: Path, docs: Path) -> None:
     """Write the document, the grid and the plot into ``docs``.
 
     Raises:
-        InputError: if the JSON is no tables' JSON, or pictures it names are not in ``cache``.
+        InputError: if the JSON is no tables' JSON, or images it names are not in ``cache``.
     """
     if not str(document.get("schema", "")).startswith("pnp-trt/emoji-tables/"):
         raise InputError("this JSON holds no tables; make it with: python -m benchmarks.emoji.tables")
@@ -316,13 +316,13 @@ def write_report(document: Row, cache: Path, docs: Path) -> None:
         missing = grid(document, cache, docs / "distillation-grid.png")
     except FileNotFoundError as error:
         raise InputError(
-            f"the cached picture set {Path(error.filename).name} is missing; run the tables again"
+            f"the cached image set {Path(error.filename).name} is missing; run the tables again"
         ) from error
     plot(document, docs / "distillation-kid.png")
     about = "Columns are trained captions, w = 3, one noise each; * is the guide after stage 2."
     about += f" Not measured in this run: {'; '.join(missing)}." if missing else ""
     ceilings = [
-        f"real pictures of the {n} captions reach R@1 {recall_of(r, 1)} %, R@5 {recall_of(r, 5)} %"
+        f"real images of the {n} captions reach R@1 {recall_of(r, 1)} %, R@5 {recall_of(r, 5)} %"
         for n, r in document["real"].items() if n not in ("sweep",)
     ]  # fmt: skip
     text = TEXT.format(
@@ -330,7 +330,7 @@ def write_report(document: Row, cache: Path, docs: Path) -> None:
         processor=told["device"]["processor"], threads=told["device"]["threads"], torch=told["versions"]["torch"],
         pictures=document["settings"]["pictures"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
         real=f"The ceiling: {'; '.join(ceilings)}.\n" if ceilings else "",
-        grid=f"![Pictures by method](distillation-grid.png)\n\n*{about}*\n",
+        grid=f"![Images by method](distillation-grid.png)\n\n*{about}*\n",
         verdict_a=verdict_a(document), verdict_b=verdict_b(document), verdict_c=verdict_c(document),
         a_kid=by_w(groups, lambda g: number(g["kid"])),
         a_gain=by_w(groups, lambda g: kid_gain(g, 50)),
@@ -347,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.tables_report", description=__doc__)
     add = parser.add_argument
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
-    add("--cache", type=Path, default=Path("build/emoji"), help="where the tables kept their pictures")
+    add("--cache", type=Path, default=Path("build/emoji"), help="where the tables kept their images")
     add("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
     try:

@@ -31,7 +31,7 @@ def scheduler_config() -> dict:
     """Stable Diffusion's schedule (scaled linear betas, ε-prediction) with a noisier end and trailing steps.
 
     SD's own end (beta_end 0.012) leaves 7 % of the signal at the last step.  Averaged over a latent of few, strongly
-    correlated pixels that shows the picture's mean colour, so the network would take the colour from the initial
+    correlated pixels that shows the image's mean colour, so the network would take the colour from the initial
     noise instead of from the text (Lin et al. 2024, "Common Diffusion Noise Schedules ... Are Flawed", section 3.1).
     """
     return dict(
@@ -226,7 +226,7 @@ def denoising_loss(
 ) -> Callable[[int], torch.Tensor]:
     """Min-SNR-5 weighted ε loss (Hang et al. 2023, eq. 8) on batches drawn by (stream, seed, step).
 
-    From step ``jittered_until`` on only every ``preset.variants``-th picture is used: the centred renderings.
+    From step ``jittered_until`` on only every ``preset.variants``-th image is used: the centred renderings.
     """
     abar = alphas_cumprod().to(latents.device)
 

@@ -1,4 +1,4 @@
-"""What every backend offers: compile a graph, check a bundle, load a network, describe it, run it on bound buffers.
+"""The interface of a backend: compile a graph, check a bundle, load a network, describe it, run it on bound buffers.
 
 Nothing here imports an inference runtime, so that command lines and checks stay cheap.
 """
@@ -52,13 +52,13 @@ class CompileJob:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a network.
+    """Result of compiling one network.
 
     Attributes:
         file: the file that is loaded, beside the graph (it may be the graph).
         seconds: wall time.
         peak_memory: largest resident memory of the compiling process in bytes; None where it was not one of its own.
-        notes: what the backend wants remembered in the manifest.
+        notes: what the backend needs remembered in the manifest.
     """
 
     file: str
@@ -117,7 +117,7 @@ class Backend(ABC):
 
     @abstractmethod
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-        """Rewrite an exported graph in place where this runtime wants it otherwise.
+        """Rewrite an exported graph in place where this runtime needs it otherwise.
 
         Returns:
             New initialiser → (what it was made of, the steps), as ``WeightMap.derive`` takes it.
@@ -139,7 +139,7 @@ class Backend(ABC):
             engine: what was made of the graph with the old weights, beside or elsewhere; it is not written to.
 
         Returns:
-            As ``compile``; its notes' ``weights`` says how the new ones came in.
+            As ``compile``; its notes' ``weights`` states how the new ones came in.
 
         Raises:
             InputError, PnpError: as ``compile``.
@@ -169,10 +169,10 @@ class Backend(ABC):
         """
 
     def device_loops(self, unet: Network, vae: Network, condition: Network | None, name: str) -> DeviceLoops | None:
-        """What runs whole pictures on a GPU; None where the host runs the loop.
+        """What runs whole images on a GPU; None where the host runs the loop.
 
         Args:
-            condition: what the guide makes of w alone, where it is a network of its own.
+            condition: the part of the guide that depends on w alone, where it is a separate network.
             name: of the bundle.
         """
         return None

@@ -123,7 +123,7 @@ class Cuda:
         self._driver("cuLaunchKernel", kernel, blocks, 1, 1, _BLOCK, 1, 1, 0, stream, (values, types), 0)
 
     def capture(self, stream: int, work: Callable[[], None]) -> Any:
-        """A graph of what ``work`` puts on ``stream``, none of which is run; other threads may go on meanwhile.
+        """A graph of what ``work`` puts on ``stream``, none of which is run; other threads may continue meanwhile.
 
         The graph keeps addresses and nothing alive: whoever holds it holds the buffers too.
         """

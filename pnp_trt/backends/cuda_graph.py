@@ -1,6 +1,6 @@
 """TensorRT's engines and the sampler's own kernels on one stream: what :class:`DeviceLoops` runs and captures.
 
-Only latents, text states and w go to the GPU, only pixels (or latents) and a flag a picture come back; both copies out
+Only latents, text states and w go to the GPU, only pixels (or latents) and a flag an image come back; both copies out
 are part of the graph, into pinned memory.  Coefficients and timesteps lie in a table on the device, so that w, prompts
 and noise change without a new capture.  Sources: CUDA's programming guide on stream capture; TensorRT's on
 ``enqueueV3`` and CUDA graphs (enqueue once before the capture; addresses and shapes are captured).
@@ -61,7 +61,7 @@ def device_loops(
     """Loops over engines that are loaded on one GPU.
 
     Args:
-        condition: what the guide makes of w alone, where it is a network of its own.
+        condition: the part of the guide that depends on w alone, where it is a separate network.
         name: of the bundle.
     """
     loaded: dict[str, Any] = {}
@@ -229,7 +229,7 @@ class CudaLane(Lane):
         for network, bound in self._named:
             if not bound.capturable(self.stream):
                 raise PnpError(
-                    f"the runtime says that {network.path.name} cannot be captured; build it again with --force"
+                    f"the runtime reports that {network.path.name} cannot be captured; build it again with --force"
                 )
         return self._cuda.capture(self.stream, work)
 

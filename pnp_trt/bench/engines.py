@@ -36,7 +36,7 @@ def default_build(engine: str) -> list[str] | None:
 def counted_guide(manifest: Manifest) -> str | None:
     """The counted network that is a bundle's guide, ``guide-tiny`` or ``guide-full``.
 
-    "" where the bundle has none; None where its guide is not at hand, or of another size than the counted one.
+    "" where the bundle has none; None where its guide is not available, or of another size than the counted one.
     """
     from ..errors import InputError
     from ..models.catalog import guide_folder

@@ -1,4 +1,4 @@
-"""Fidelity rows: how good pictures are (KID, alignment) and how close to the teacher's CFG, over steps and w."""
+"""Fidelity rows: how good images are (KID, alignment) and how close to the teacher's CFG, over steps and w."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .plan import Plan
 from .results import encode_pictures
 from .work import Work
 
-#: in the order of the tables; ``cfg-two-passes`` draws what ``cfg`` draws
+#: in the order of the tables; ``cfg-two-passes`` generates the images of ``cfg``
 METHODS = ("cfg", "guided", "unguided", INTERVAL, "cfg-fewer-steps")
 #: the grid's rows
 _SHOWN = ("cfg", "guided", "unguided")
-#: a picture's side in the document, in pixels, at most
+#: an image's side in the document, in pixels, at most
 _SIDE = 160
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One set of pictures: what an engine draws by one method. ``guidance`` is None where the pictures have no w."""
+    """One set of images: what an engine generates by one method. ``guidance`` is None where the images have no w."""
 
     engine: str
     method: str
@@ -44,12 +44,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: its pictures, and those that they are compared with.
+    """One row of the table: its images, and those that they are compared with.
 
     Attributes:
-        method: as reported; ``cfg-fewer-steps`` is CFG whose passes are as many as the steps asked for.
-        guidance: w; of pictures without guidance, the w of what they are compared with.
-        teacher: CFG of the same w and of the steps asked for; None where there is no CFG, or it is this row.
+        method: as reported; ``cfg-fewer-steps`` is CFG with as many evaluations as the steps requested.
+        guidance: w; of images without guidance, the w of what they are compared with.
+        teacher: CFG of the same w and of the steps requested; None where there is no CFG, or it is this row.
         best: CFG of the same w at the largest number of steps; None likewise.
     """
 
@@ -90,15 +90,15 @@ def plan_rows(pipes: Sequence[Pipeline], plan: Plan) -> tuple[list[Row], list[di
 
 
 def cells_of(rows: Sequence[Row]) -> list[Cell]:
-    """The sets of pictures that rows need, each once."""
+    """The sets of images that rows need, each once."""
     return list(dict.fromkeys(c for row in rows for c in (row.cell, row.teacher, row.best) if c is not None))
 
 
 class Studio:
-    """Draws cells, each once, and keeps them in ``work``.
+    """Generates cells, each once, and keeps them in ``work``.
 
     Attributes:
-        task: with the real pictures' features, where there are any.
+        task: with the real images' features, where there are any.
     """
 
     def __init__(self, pipes: Sequence[Pipeline], plan: Plan, task: Task, eyes: Eyes, work: Work) -> None:
@@ -121,7 +121,7 @@ class Studio:
         ]  # fmt: skip
 
     def has(self, cell: Cell) -> bool:
-        """Whether the cell is drawn."""
+        """Whether the cell's images are generated."""
         return self.work.has("cell", self._key(cell), ".npz")
 
     def pictures(self, cell: Cell, callback: Callable[[int, int], Any] | None = None) -> dict[str, np.ndarray]:
@@ -186,7 +186,7 @@ class Studio:
         return self.work.arrays("real-inception", key, lambda: {"features": real_features(folder, extract)})["features"]
 
     def _passes(self, cell: Cell) -> int:
-        """U-Net passes of a picture."""
+        """U-Net evaluations of an image."""
         if cell.method == "cfg":
             return 2 * cell.steps
         if cell.method != INTERVAL:
@@ -201,10 +201,10 @@ class Studio:
 
         return counted_guide(self.pipes[cell.engine].bundle.manifest)
 
-    # -------------------------------------------------------------------------------------------------- pictures
+    # -------------------------------------------------------------------------------------------------- images
 
     def grid(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The document's pictures: teacher, guided and unguided, by steps and w; the headline's rows come first."""
+        """The document's images: teacher, guided and unguided, by steps and w; the headline's rows come first."""
         order = sorted((r for r in rows if r.method in _SHOWN), key=lambda r: (
             r.guidance != self.plan.guidance[0], -r.cell.steps, _SHOWN.index(r.method)))  # fmt: skip
         shown = {row.cell: row for row in reversed(order)}
@@ -222,18 +222,18 @@ class Studio:
 
     @property
     def bundled(self) -> bool:
-        """Whether the pictures show the bundled prompts, all of one style."""
+        """Whether the images show the bundled prompts, all of one style."""
         return self.task.columns != self.task.shown
 
 
 def _label(row: Row, passes: int) -> str:
     name = {"cfg": "teacher, CFG", "guided": "guided", "unguided": "no guidance"}[row.method]
     w = "" if row.cell.guidance is None else f", w = {row.cell.guidance:g}"
-    return f"{name}\n{row.cell.steps} steps, {passes} passes{w}"
+    return f"{name}\n{row.cell.steps} steps, {passes} NFE{w}"
 
 
 def _small(pixels: np.ndarray) -> np.ndarray:
-    """Pictures ``[N, H, W, 3]`` reduced until no side is longer than ``_SIDE``."""
+    """Images ``[N, H, W, 3]`` reduced until no side is longer than ``_SIDE``."""
     height, width = pixels.shape[1:3]
     scale = _SIDE / max(height, width)
     if scale >= 1:
@@ -245,7 +245,7 @@ def _small(pixels: np.ndarray) -> np.ndarray:
 
 
 def macs_per_picture(cost: Sequence[Mapping[str, Any]], passes: int, steps: int, guide: str | None) -> int | None:
-    """MACs of a whole picture, attention products included; None where its networks were not counted.
+    """MACs of a whole image, attention products included; None where its networks were not counted.
 
     Args:
         cost: rows of ``cost.cost_rows``.
@@ -264,11 +264,11 @@ def macs_per_picture(cost: Sequence[Mapping[str, Any]], passes: int, steps: int,
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], task: Task | None, eyes: Eyes | None) -> tuple[bool, str | None]:
-    """Whether rows say how good the pictures are; if not, why."""
+    """Whether rows say how good the images are; if not, why."""
     if any(key in row for row in rows for key in ("kid", "r_at_1", "clip_score", "fid_inception")):
         return True, None
     if task is None or eyes is None:
         return False, "the fidelity part was not run"
     if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        return False, f"the picture metrics are not installed; install them with: {fidelity.INSTALL}"
-    return False, task.reason or "no engine drew pictures"
+        return False, f"the image metrics are not installed; install them with: {fidelity.INSTALL}"
+    return False, task.reason or "no engine generated images"

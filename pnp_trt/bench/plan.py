@@ -1,4 +1,4 @@
-"""What a bench run measures: a frozen plan, and the checks that refuse it before anything is built."""
+"""The plan of a bench run, and the checks that refuse it before anything is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..runtime.pipeline import GUIDANCE, STEPS
 from .engines import engine_names
 
 PARTS = ("cost", "latency", "fidelity")
-#: pictures of a fidelity cell where nothing else is asked for: with something to judge them by, and without
+#: images of a fidelity cell where nothing else is requested: with something to judge them by, and without
 PICTURES, PICTURES_UNJUDGED = 256, 32
 #: what ``--quick`` asks for instead of the defaults
 QUICK: dict[str, Any] = {
@@ -28,7 +28,7 @@ MOST_ROUNDS = 10_000
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """The plan of a bench run.
 
     Attributes:
         engines: bundles to compare; empty stands for the base's plain and guided ones.
@@ -36,21 +36,21 @@ class Plan:
         only: one of :data:`PARTS`, or None for all.
         quick: whether :data:`QUICK` took the place of the defaults.
         batches: batch sizes to time.
-        steps: sampling steps of the pictures, and of the timed loop where ``timed_steps`` is empty.
+        steps: sampling steps of the images, and of the timed loop where ``timed_steps`` is empty.
         timed_steps: sampling steps of the timed loop.
         rounds: interleaved rounds of a timed block.
         warmup: passes of every case before the first round.
-        guidance: scales w of the pictures; the first is the timed loop's.
+        guidance: scales w of the images; the first is the timed loop's.
         pictures: per fidelity cell; None takes 256 where they can be judged, 32 elsewhere.
         provider: ``auto``, ``cpu`` or ``cuda``.
         size: height and width in pixels, None the engines' default.
         schedule: one of ``SCHEDULES``, or ``teacher``; None what the engines agree on, or DDIM.
         prompts: a text file, one prompt a line, to draw instead of the bundled captions.
-        real: a folder of real pictures that the drawn ones are compared with.
+        real: a folder of real images that the generated ones are compared with.
         inception: Inception weights (``.safetensors``) for the FID of the literature.
         clip: a transformers CLIP folder for the CLIP score.
         peers: whether other toolkits are timed where they are installed.
-        memory: whether peak memory is measured, in a process of its own for every row.
+        memory: whether peak memory is measured, in a separate process for every row.
         cold_starts: starts of a new process that are timed for every engine; 0 for none.
     """
 
@@ -139,9 +139,9 @@ def _check_files(plan: Plan) -> None:
         if not (is_folder(path) if folder else is_file(path)):
             raise InputError(f"--{name} {value} is no {'folder' if folder else 'file'}; name one that exists")
     if plan.inception is not None and plan.real is None:
-        raise InputError("--inception gives a distance to real pictures and none are named; add --real DIR")
+        raise InputError("--inception gives a distance to real images and none are named; add --real DIR")
     if plan.real is not None and plan.prompts is None:
-        raise InputError("--real needs the prompts that such pictures show; add --prompts FILE")
+        raise InputError("--real needs the prompts that such images show; add --prompts FILE")
 
 
 def wanted_engines(plan: Plan) -> tuple[str, ...]:

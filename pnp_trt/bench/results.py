@@ -1,6 +1,6 @@
 """The results document: what was measured, on what, by which command; written whole or not at all, read with care.
 
-The shape is published as the JSON Schema `pnp_trt/bench/schema.json`. Tables, pages and pictures are drawn from this
+The shape is published as the JSON Schema `pnp_trt/bench/schema.json`. Tables, pages and images are drawn from this
 document and from nothing else.
 """
 
@@ -56,12 +56,12 @@ def document(
         engines: a row a network of each engine: bytes, layers, reformats.
         device: the measured peaks of the device: name, peak_macs_per_s, peak_bytes_per_s, how.
         latency: `LatencyRow`s or their dicts, times in milliseconds, raw observations included.
-        cold_start: seconds from a process's start to its first picture, a row an engine.
+        cold_start: seconds from a process's start to its first image, a row an engine.
         fidelity: a row a method, number of steps and w; a measured value is {"value", "low", "high", "count"}.
         pictures: {"columns", "rows" as of `encode_pictures`, "caption"}.
-        settings: what the run was asked for; "suite" and "quick" are None and False where it does not say.
-        left_out: {"what", "why"} of everything that was asked for and not measured.
-        task_quality_evaluated: whether `fidelity` says how good the pictures are, not only how close to the teacher's;
+        settings: the options of the run; "suite" and "quick" are None and False where it does not state.
+        left_out: {"what", "why"} of everything that was requested and not measured.
+        task_quality_evaluated: whether `fidelity` states how good the images are, not only how close to the teacher's;
             None means that some row has a KID or an FID.
         task_quality_reason: why it was not evaluated.
         accelerator: the accelerator's name where one was used, for the provenance.
@@ -70,7 +70,7 @@ def document(
     judged = any(row.get("kid") or row.get("fid_inception") for row in rows)
     evaluated = judged if task_quality_evaluated is None else task_quality_evaluated
     if not evaluated and task_quality_reason is None:
-        task_quality_reason = "no picture was compared with real ones in this run"
+        task_quality_reason = "no image was compared with real ones in this run"
     return {
         "schema": SCHEMA,
         "provenance": provenance(command, device=accelerator),
@@ -91,9 +91,9 @@ def document(
 
 
 def encode_pictures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a picture grid as the document holds them: `pixels` becomes `png`, all else stays.
+    """Rows of an image grid as the document holds them: `pixels` becomes `png`, all else stays.
 
-    rows: dicts with "label" and "pixels" (uint8 [N, H, W, 3], one picture a column), and whatever else says what they
+    rows: dicts with "label" and "pixels" (uint8 [N, H, W, 3], one image a column), and whatever else states what they
     show: "engine", "method", "steps", "guidance".  Returns the rows with "png": N PNG files in Base64.
 
     Raises:
@@ -106,11 +106,11 @@ def encode_pictures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         pixels = row["pixels"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise InputError(
-                f"The pictures of '{row['label']}' must be uint8 [N, H, W, 3], got {pixels.dtype} {pixels.shape}."
+                f"The images of '{row['label']}' must be uint8 [N, H, W, 3], got {pixels.dtype} {pixels.shape}."
             )
         if made and len(made[0]["png"]) != len(pixels):
             raise InputError(
-                f"'{row['label']}' has {len(pixels)} pictures for {len(made[0]['png'])} columns; give one a column."
+                f"'{row['label']}' has {len(pixels)} images for {len(made[0]['png'])} columns; give one a column."
             )
         files = []
         for one in pixels:

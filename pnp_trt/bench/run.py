@@ -166,7 +166,7 @@ class _Bench:
         except PnpError as e:
             if not self.pipes:
                 raise
-            self._leave_out("cost", f"the engines' base model is not at hand ({e})")
+            self._leave_out("cost", f"the engines' base model is not available ({e})")
             return
         steps = max(self.plan.loops)
         guided = next((self._guided_steps(pipe, steps) for pipe in self.pipes if INTERVAL in pipe.baselines), None)
@@ -174,11 +174,11 @@ class _Bench:
         self.rows["published"] = cost.published_rows(self.base, self.rows["cost"])
 
     def _guided_steps(self, pipe: Pipeline, steps: int) -> int:
-        """Steps of CFG on an interval that take two passes."""
+        """Steps of CFG on an interval with two evaluations."""
         return int(guided_steps(pipe.schedule(steps, self.plan.schedule), pipe.guided_interval()).sum())
 
     def _say(self, what: str) -> None:
-        """What goes on before the estimate is known."""
+        """Progress before the estimate is known."""
         if self._progress is not None:
             self._progress(what, 0, 1)
 
@@ -198,7 +198,7 @@ class _Bench:
         self.cells = cells_of(self.wanted)
 
     def _quality_of_pictures(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
-        """Whether quality was measured, why not, and the pictures."""
+        """Whether quality was measured, why not, and the images."""
         if "fidelity" not in self.plan.parts:
             self.rows["fidelity"] = []
             return False, f"the fidelity part was not run (--only {self.plan.only})", None
@@ -207,17 +207,17 @@ class _Bench:
         studio = self.studio
         for cell in self.cells:
             kept = studio.has(cell)
-            self.meter.begin(cell.label, f"drawing {cell.label}")
+            self.meter.begin(cell.label, f"generating {cell.label}")
             studio.pictures(cell, self.meter.within)
             self.meter.end(cell.label, kept=kept)
         if self._progress is not None:
-            self._progress("measuring the pictures", round(self.meter.total), round(self.meter.total))
+            self._progress("measuring the images", round(self.meter.total), round(self.meter.total))
         rows = [studio.measure(row, self.rows.get("cost", ())) for row in self.wanted]
         # CFG at the largest number of steps is what the others are compared with: it stays, for its KID
         self.rows["fidelity"] = [r for r in rows if r["method"] != "cfg" or set(r) - _BARE]
         evaluated, reason = verdict(self.rows["fidelity"], studio.task, studio.eyes)
         if reason is not None:
-            self._leave_out("quality of the pictures", reason)
+            self._leave_out("quality of the images", reason)
         real = studio.task.real
         self._drawn = {"drawn": {
             "prompts": studio.task.source, "pictures": len(studio.task.prompts), "first_seed": studio.task.seeds[0],
@@ -226,7 +226,7 @@ class _Bench:
         return evaluated, reason, studio.grid(self.wanted) if self.wanted else None
 
 
-#: what a row says without having measured anything
+#: what a row states without having measured anything
 _BARE = {"engine", "method", "steps", "guidance", "passes", "pictures", "macs_per_picture", "reference_steps"}
 
 

@@ -35,7 +35,7 @@ def load(suite: str) -> dict[str, Any]:
     """The fields of a plan that a suite sets, by name or file.
 
     Raises:
-        InputError: for an unknown suite, a file that is no TOML, an unknown key, or a value of another kind; the
+        InputError: for an unknown suite, a file that is not TOML, an unknown key, or a value of another kind; the
             message has the known ones.
     """
     path = Path(suite)
@@ -66,7 +66,7 @@ def make_plan(suite: str | None, quick: bool, given: Mapping[str, Any]) -> Plan:
     quick = quick or named.get("quick", False)
     held = {k: v for k, v in given.items() if v is not None and v != ()}
     if "steps" in held and "timed_steps" not in held:
-        held["timed_steps"] = ()  # what the command line says of steps holds for both
+        held["timed_steps"] = ()  # what the command line states of steps holds for both
     return Plan(**{**(QUICK if quick else {}), **named, **held, "quick": quick})
 
 

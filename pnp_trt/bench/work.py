@@ -30,7 +30,7 @@ class Work:
         settings: what the whole run is of: see :func:`~pnp_trt.bundle.runs.claim`.
         resume: whether to continue the run that ``folder`` holds.
 
-    Use it in a ``with`` block: an error keeps the folder if anything is finished; ``done`` says that the results are
+    Use it in a ``with`` block: an error keeps the folder if anything is finished; ``done`` states that the results are
     written and the folder can go.
 
     Raises:

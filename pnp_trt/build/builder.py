@@ -1,7 +1,7 @@
 """`pnp-trt build`: base and guide in, a checked bundle out.
 
 One network after the other is loaded, run for its reference, converted, exported and compared, and let go again;
-then each is compiled, where the backend compiles at all, in a process of its own.  Nothing heavy is imported until a
+then each is compiled, where the backend compiles at all, in a separate process.  Nothing heavy is imported until a
 bundle must really be built, so that finding it up to date costs a fraction of a second.
 """
 
@@ -32,7 +32,7 @@ from .work import Work
 
 @dataclass(frozen=True)
 class Built:
-    """What `build` did."""
+    """Result of `build`."""
 
     folder: Path
     manifest: Manifest
@@ -44,7 +44,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
 
     Args:
         force: build even so, and replace what is there.
-        progress: called with (stage, hundredths done, hundredths in all) as the work goes on.
+        progress: called with (stage, hundredths done, hundredths in all) as the work proceeds.
 
     Raises:
         InputError: for an unknown base, guide, backend, precision, target or profile, a guide that does not fit, too
@@ -62,7 +62,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     plan = plan if backend.profiles else plan.for_any_batch()
     if spec.image_to_image and plan.open_axes:
         raise InputError(
-            f"image to image wants one size, and the profiles {', '.join(spec.profiles)} have several; name one"
+            f"image to image needs one size, and the profiles {', '.join(spec.profiles)} have several; name one"
         )
     identity: dict[str, Any] = {
         "pnp-trt": __version__,
@@ -119,7 +119,7 @@ def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> M
     Call it under ``lock(folder)``.
 
     Raises:
-        InputError: if something else is there, and ``force`` does not say that it may be replaced.
+        InputError: if something else is there, and ``force`` does not state that it may be replaced.
     """
     if not folder.is_dir() or all(is_temporary(path.name) for path in folder.iterdir()):
         return None
@@ -164,7 +164,7 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
 
 
 def _record(spec: BuildSpec, recipe: Recipe, base: str, guide: dict[str, Any] | None) -> Record | None:
-    """The calibration record that the recipe wants, made for this guide and, unless it was named, for this base."""
+    """The calibration record that the recipe needs, made for this guide and, unless it was named, for this base."""
     if not (isinstance(recipe, Int8) and recipe.calibrated):
         return None
     path = spec.calibration or find_record(spec.base, "teacher" if guide is None else str(guide["name"]))

@@ -36,7 +36,7 @@ class Layer:
     Attributes:
         place: of its node, in the order of running.
         node: name of the node that makes it, and ``op`` its type.
-        near: the weight that was read last up to it, which says where in the model it is; empty before the first.
+        near: the weight that was read last up to it, which states where in the model it is; empty before the first.
         error: ‖as written − float32‖ / ‖float32‖; NaN where either is not finite.
         largest: largest magnitude in float32; NaN where it is not finite.
         finite: whether it is finite as written, and ``finite_in_float32`` whether it is there.
@@ -139,7 +139,7 @@ def graphs(bundle: Bundle, networks: list[str]) -> dict[str, tuple[Path, dict[st
 
 
 def verdict(layers: list[Layer], limit: float) -> tuple[str, bool]:
-    """One sentence on a graph, and whether it says that something is wrong.
+    """One sentence on a graph, and whether something is wrong.
 
     Intermediate tensors may be further off than the output may be, and often are where terms cancel; the last one,
     which is the output, may not.

@@ -1,4 +1,4 @@
-"""One network of a bundle: run for its reference, converted, exported, quantised where the recipe says so, compared."""
+"""One network of a bundle: run for its reference, converted, exported, quantised by some recipes, compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NetworkExport:
     """How the networks of one bundle are written.
 
     Attributes:
-        record: what INT8 was calibrated to; None where the recipe wants none.
+        record: what INT8 was calibrated to; None where the recipe needs none.
     """
 
     backend: Backend

@@ -25,7 +25,7 @@ def golden_inputs(
     """Seeded torch inputs per network, batch 2, with different timesteps and scales in the batch.
 
     Args:
-        pixels: height and width of the pictures that a VAE encoder takes; None where there is none.
+        pixels: height and width of the images that a VAE encoder takes; None where there is none.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Which picture sizes a bundle is for: what the profiles ask of the graphs, and where parity is checked."""
+"""Which image sizes a bundle is for: what the profiles ask of the graphs, and where parity is checked."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class SizePlan:
     """The sizes of one bundle, in image pixels.
 
     Attributes:
-        profiles: those asked for; where one says sizes, all do.
-        default: what is drawn where nobody asks for a size: the model's own, if it is legal.
+        profiles: those requested; where one states sizes, all do.
+        default: the size where none is requested: the model's own, if it is legal.
         second: another legal size, at which parity is checked too; None where there is only one.
         factor: image pixels to a latent's.
         channels: of a latent.
@@ -59,7 +59,7 @@ class SizePlan:
         return replace(self, profiles=profiles)
 
     def latent(self, size: Size) -> tuple[int, int, int]:
-        """Shape of a latent ``(C, H, W)`` for pictures of ``size``."""
+        """Shape of a latent ``(C, H, W)`` for images of ``size``."""
         return self.channels, size[0] // self.factor, size[1] // self.factor
 
     def named(self, shape: Sequence[int]) -> list[int | str]:
@@ -87,7 +87,7 @@ def plan_sizes(profiles: Sequence[Profile], sizes: Sizes) -> SizePlan:
     """Fit ``profiles`` to a model.
 
     Raises:
-        InputError: for a size that the model cannot draw, with the legal range.
+        InputError: for a size that the model cannot generate, with the legal range.
     """
     own = (sizes.latent[1] * sizes.factor, sizes.latent[2] * sizes.factor)
     if not any(p.sized for p in profiles):
@@ -105,7 +105,7 @@ def plan_sizes(profiles: Sequence[Profile], sizes: Sizes) -> SizePlan:
 
 
 def _fitted(profile: Profile, own: Size, multiple: int) -> Profile:
-    """The profile with sizes that the model can draw, best at the model's own where that is inside."""
+    """The profile with sizes that the model can generate, best at the model's own where that is inside."""
     height = profile.height or (own[0],) * 3
     width = profile.width or (own[1],) * 3
 

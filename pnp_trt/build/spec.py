@@ -1,4 +1,4 @@
-"""What to build: the request, its names, and the guide that it means.  Nothing heavy is imported."""
+"""A build request: its names and its guide.  Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """What to build.
+    """A build request.
 
     Attributes:
         base: a base model's name, see ``pnp_trt.models.bases.resolve``.
         guide: a guide's name or folder; ``none`` builds the plain teacher; ``auto`` takes the bundled one that fits.
         out: the bundle's folder; None derives a name from the rest under ``engines_home()``.
         target: GPU to compile for; None takes the backend's default.
-        profiles: batches and picture sizes to compile for, as ``Profile.parse`` reads them; empty takes the backend's
+        profiles: batches and image sizes to compile for, as ``Profile.parse`` reads them; empty takes the backend's
             default.
         options: for the backend's compiler.
         calibration: the record for ``int8``; None looks for the one of this base and guide.
-        image_to_image: whether the bundle gets the VAE's encoder too, for pictures to begin with.
+        image_to_image: whether the bundle gets the VAE's encoder too, for images to begin with.
         unet_only: of a base that is a single file, take the U-Net alone.
-        noise: what the user says about the base's prediction type and terminal SNR.
+        noise: what the user states about the base's prediction type and terminal SNR.
     """
 
     base: str = "emoji"

@@ -70,7 +70,7 @@ class Work:
             tokens = copy_tokenizer(self.base, work / "tokenizer.json")
             sizes = self.base.sizes()
             negative = bool((identity["guide"] or {}).get("negative_prompts"))
-            # by picture size: the default's, then another one where there is more than one
+            # by image size: the default's, then another one where there is more than one
             golden = {
                 size: golden_inputs(
                     self.plan.latent(size), tokens["length"], sizes.text_width, sizes.vocabulary, self._guided,
@@ -175,7 +175,7 @@ class Work:
 
     @property
     def _conditioned(self) -> bool:
-        """Whether what the guide makes of w alone is a network of its own, which runs once a picture.
+        """Whether the part of the guide that depends on w alone is a separate network, which runs once per image.
 
         It is made for one size of latents, so a graph of several keeps it inside.
         """

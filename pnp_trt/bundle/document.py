@@ -44,7 +44,7 @@ def parse_file(path: Path, raw: bytes, advice: str, *, members: int = MAX_MEMBER
 
 
 def read_regular(path: Path, advice: str, *, limit: int) -> bytes:
-    """The bytes of a regular file that is no link.
+    """The bytes of a regular file that is not a link.
 
     Raises:
         InputError: if it is missing, a link, a device or a pipe, cannot be read, or has more than ``limit`` bytes.
@@ -75,7 +75,7 @@ def parse(raw: bytes, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> An
 
 
 def check_bounds(value: Any, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> None:
-    """Raise ``ValueError`` for a JSON value that is nested too deep, too long, or has text that is no Unicode."""
+    """Raise ``ValueError`` for a JSON value that is nested too deep, too long, or has text that is not Unicode."""
     level = [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []

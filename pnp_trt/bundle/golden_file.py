@@ -22,7 +22,7 @@ def read_golden(path: Path, networks: Mapping[str, NetworkRecord]) -> Golden:
     """The golden inputs and outputs of every network.
 
     Raises:
-        InputError: if the file is no uncompressed .npz of plain arrays, or names, shapes or types are not those of the
+        InputError: if it is not an uncompressed .npz of plain arrays, or names, shapes or types are not those of the
             networks, or a value is not finite.
     """
     golden = load_golden(path)
@@ -50,7 +50,7 @@ def load_golden(path: Path) -> Golden:
     """The arrays of a golden file; nothing is unpickled, and nothing is longer than the file itself.
 
     Raises:
-        InputError: if it is no uncompressed .npz of plain arrays.
+        InputError: if it is not an uncompressed .npz of plain arrays.
     """
     out: Golden = {}
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def peak() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the system does not say."""
+    """Largest resident memory of this process so far, in bytes; None where the system does not report it."""
     with suppress(OSError):
         # not getrusage: Linux carries that figure over from the process that started this one
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
@@ -28,7 +28,7 @@ def free() -> float:
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / n).read_text(encoding="utf-8").strip() for n in ("memory.max", "memory.current"))
-        left = float(limit) - float(used)  # "max" is no number
+        left = float(limit) - float(used)  # "max" is not a number
     except (OSError, ValueError):
         left = float("inf")
     return min(float(psutil.virtual_memory().available), left)

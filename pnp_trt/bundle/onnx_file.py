@@ -1,4 +1,4 @@
-"""What an ONNX file names, read without running it: tensors, operators, and the files of its external weights.
+"""Contents of an ONNX file, read without running it: tensors, operators, and the files of its external weights.
 
 ONNX Runtime opens the files that a graph names and runs whatever it holds, so both are looked at first.  Only the parts
 of the protocol buffers that matter here are read; field numbers are those of ``onnx.proto``.
@@ -66,7 +66,7 @@ def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
     """Refuse a network's graph that reads other files, has other tensors or runs other operators than it may.
 
     Raises:
-        InputError: naming the file, and what in it is not as the manifest says.
+        InputError: naming the file, and what in it is not as the manifest states.
     """
     record = manifest.networks[network]
     where = f"engine '{manifest.name}': {record.graph}"
@@ -92,7 +92,7 @@ def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
     ):  # fmt: skip
         if not _same(tensors, expected):
             raise BundleCorrupt(
-                f"{where} has the {side} {_listed(tensors)}, its manifest says {_listed(expected)}; {advice}"
+                f"{where} has the {side} {_listed(tensors)}, its manifest states {_listed(expected)}; {advice}"
             )
 
 

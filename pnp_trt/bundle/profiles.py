@@ -1,6 +1,6 @@
-"""Profiles: the batch and picture sizes that an engine is made for.
+"""Profiles: the batch and image sizes that an engine is made for.
 
-A picture's size is written ``HEIGHTxWIDTH`` in image pixels; inside a network the same profile measures latents.
+An image's size is written ``HEIGHTxWIDTH`` in image pixels; inside a network the same profile measures latents.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from ..errors import InputError
 
-#: most pictures at once
+#: most images at once
 MAX_BATCH = 32
-#: largest side of a picture in pixels; attention's work grows with its fourth power
+#: largest side of an image in pixels; attention's work grows with its fourth power
 MAX_SIDE = 4096
 #: height and width
 Size = tuple[int, int]
@@ -29,11 +29,11 @@ _FORM = re.compile(f"b{_RANGE}(?:@{_RANGE}(?:x{_RANGE})?)?")
 
 @dataclass(frozen=True)
 class Profile:
-    """A named range of batch sizes, and of picture sizes where there is more than the model's own.
+    """A named range of batch sizes, and of image sizes where there is more than the model's own.
 
     Attributes:
         name: ``b1``, ``b2-8``, ``b1@512x768`` …
-        minimum, optimum, maximum: pictures at once; kernels are chosen for the optimum.
+        minimum, optimum, maximum: images at once; kernels are chosen for the optimum.
         height, width: smallest, best and largest; image pixels, or latents' inside a network (``in_latents``).
             None where the engine has one size, its model's own.
         step: height and width are multiples of it.
@@ -84,7 +84,7 @@ class Profile:
 
     @property
     def sized(self) -> bool:
-        """Whether it says sizes."""
+        """Whether it states sizes."""
         return self.height is not None
 
     def extent(self, dimension: str) -> Extent:
@@ -94,7 +94,7 @@ class Profile:
         return found
 
     def doubled(self) -> Profile:
-        """The same for a network that sees every picture twice: with its prompt and without."""
+        """The same for a network that sees every image twice: with its prompt and without."""
         return replace(self, optimum=2 * self.optimum, maximum=2 * self.maximum)
 
     def in_latents(self, factor: int) -> Profile:
@@ -136,7 +136,7 @@ class Profile:
 
 def _malformed(text: str) -> InputError:
     return InputError(
-        f"profile is '{text}'; write b1 for one picture at once, b2-8 for two to eight, at most {MAX_BATCH}; "
+        f"profile is '{text}'; write b1 for one image at once, b2-8 for two to eight, at most {MAX_BATCH}; "
         "then, where wanted, @512x768 for a height and width in pixels, or @256-768 for a range of both, "
         f"at most {MAX_SIDE}"
     )
@@ -169,5 +169,5 @@ def legal_sizes(profiles: Sequence[Profile]) -> str:
 
 
 def size_of(inputs: dict[str, np.ndarray]) -> Size | None:
-    """Height and width of what is shaped like a picture, ``[B, C, H, W]``, among a network's inputs."""
+    """Height and width of what is shaped like an image, ``[B, C, H, W]``, among a network's inputs."""
     return next(((v.shape[2], v.shape[3]) for v in inputs.values() if v.ndim == 4), None)

@@ -98,10 +98,10 @@ def find_bundle(name: str) -> Path:
     """
     try:
         for candidate in (engines_home() / name, Path(name)):
-            if os.path.lexists(candidate / MANIFEST):  # a link that leads nowhere too: reading it says so
+            if os.path.lexists(candidate / MANIFEST):  # a dangling link too: reading it reports that
                 return candidate
         if unfinished := (engines_home() / name).is_dir():
-            os.scandir(engines_home() / name).close()  # a folder that cannot be read is no unfinished engine
+            os.scandir(engines_home() / name).close()  # a folder that cannot be read is not an unfinished engine
     except (OSError, ValueError) as e:  # a name that no file can have
         raise BundleNotFound(
             f"engine '{printable(name, limit=80)}' cannot be looked for ({getattr(e, 'strerror', None) or e}); "

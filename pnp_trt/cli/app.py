@@ -15,7 +15,8 @@ from ..io.text import printable
 from . import bench, calibrate, compare, distill, doctor, engines, plug, sample, state, visualize
 
 app = typer.Typer(
-    help="Serve Stable-Diffusion-family models with one U-Net pass a step.\n\nStart with: pnp-trt sample 'a red apple'",
+    help="Serve Stable-Diffusion-family models with one U-Net evaluation per step.\n\n"
+    "Start with: pnp-trt sample 'a red apple'",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
@@ -32,7 +33,7 @@ app.command()(doctor.doctor)
 
 
 def main() -> None:
-    """Entry point: library errors become one sentence and an exit code; the rest is a bug and says so."""
+    """Entry point: library errors become one sentence and an exit code; anything else is a bug."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     for stream in (sys.stdout, sys.stderr):  # a terminal or PYTHONIOENCODING that lacks a character must not end a run
         if hasattr(stream, "reconfigure"):

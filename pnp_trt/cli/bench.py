@@ -1,4 +1,4 @@
-"""``pnp-trt bench``: the command line becomes a plan; the results become a table, a JSON file, a page and a picture."""
+"""``pnp-trt bench``: options to a plan; results to tables, a JSON file, a page and an image."""
 
 from __future__ import annotations
 
@@ -20,56 +20,57 @@ def bench(
         str | None, typer.Option(help="Base model, default emoji; random:sd15, sd21 and sdxl with --only cost.")
     ] = None,
     only: Annotated[str | None, typer.Option(help="cost, latency or fidelity; default: all three.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer of everything: under two minutes.")] = False,
-    suite: Annotated[
-        str | None, typer.Option(help="A suite's name or .toml file; what else is given here overrides it.")
-    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Reduced settings; finishes in under two minutes.")] = False,
+    suite: Annotated[str | None, typer.Option(help="A suite's name or .toml file; other options override it.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to time; default 1, 4 and 8.")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Sampling steps; default 8 and 20.")] = None,
     timed_steps: Annotated[
         list[int] | None, typer.Option(help="Sampling steps of the timed loop alone; default: those of --steps.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds, default 12; more is steadier.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Interleaved rounds, default 12; more rounds narrow the intervals.")
+    ] = None,
     guidance: Annotated[
         list[float] | None, typer.Option(help="Guidance scales w, default 3, 2 and 5; the first is timed.")
     ] = None,
     pictures: Annotated[
-        int | None, typer.Option(help="Pictures of each fidelity cell; default 256, or 32 that nothing can judge.")
+        int | None, typer.Option(help="Images per fidelity cell; default 256, or 32 where only similarity is measured.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file of prompts to draw, one a line.")] = None,
-    real: Annotated[Path | None, typer.Option(help="Folder of real pictures to compare with.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with the prompts, one per line.")] = None,
+    real: Annotated[Path | None, typer.Option(help="Folder of real images to compare with.")] = None,
     inception: Annotated[
         Path | None, typer.Option(help="Inception weights (.safetensors): FID in place of EfficientNet-KID.")
     ] = None,
     clip: Annotated[Path | None, typer.Option(help="A transformers CLIP folder: CLIP score for alignment.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; not for the cost.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; not with the cost part.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="ddim, dpm++, euler or teacher; default: what the engines agree on, or ddim.")
+        str | None, typer.Option(help="ddim, dpm++, euler or teacher; default: the engines' common schedule, or ddim.")
     ] = None,
     peers: Annotated[
-        bool | None, typer.Option("--peers/--no-peers", help="Time other toolkits where they are installed.")
+        bool | None, typer.Option("--peers/--no-peers", help="Time other toolkits that are installed.")
     ] = None,
     memory: Annotated[
-        bool | None, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for every row.")
+        bool | None,
+        typer.Option("--memory/--no-memory", help="Measure peak memory, in a separate process for each row."),
     ] = None,
-    cold_starts: Annotated[int | None, typer.Option(help="Cold starts of every engine, default 5; 0 for none.")] = None,
+    cold_starts: Annotated[int | None, typer.Option(help="Cold starts of each engine, default 5; 0 for none.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     grid_file: Annotated[
-        Path | None, typer.Option("--grid", help="Write the picture grid (teacher above, guided below) here.")
+        Path | None, typer.Option("--grid", help="Write the image grid (teacher above, guided below) here.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="Results of an earlier run; say what changed beyond the noise.")
+        Path | None, typer.Option(help="Results of an earlier run; report what changed significantly.")
     ] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Where finished pieces are kept until all is; default JSON.partial.")
+        Path | None, typer.Option(help="Folder for finished parts of the run; default JSON.partial.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     provider: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
 ) -> None:
     """Cost, latency and fidelity of guided sampling against its teacher's classifier-free guidance.
 
-    A run that is interrupted keeps what it finished beside the --json file; the same command with --resume goes on.
+    An interrupted run keeps its finished parts beside the --json file; resume with the same command and --resume.
     """
     from ..bench import plan as plans
     from ..bench import results, run, suites
@@ -115,7 +116,7 @@ def bench(
         except KeyboardInterrupt:
             if kept.kept:
                 print(
-                    f"pnp-trt: what is finished is kept in {kept.folder}; the same command with --resume goes on",
+                    f"pnp-trt: finished parts are kept in {kept.folder}; resume with the same command and --resume",
                     file=sys.stderr,
                 )
             raise

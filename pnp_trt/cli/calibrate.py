@@ -1,4 +1,4 @@
-"""``pnp-trt calibrate``: the ranges and the choice of layers that ``build --precision int8`` wants."""
+"""``pnp-trt calibrate``: the ranges and the choice of layers that ``build --precision int8`` needs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..io.text import printable
 
 def calibrate(
     base: Annotated[str, typer.Option(help="As for build.")] = "emoji",
-    guide: Annotated[str, typer.Option(help="As for build; 'none' observes classifier-free guidance.")] = "auto",
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")] = Path(
+    guide: Annotated[str, typer.Option(help="As for build; 'none' records classifier-free guidance.")] = "auto",
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")] = Path(
         "calibration/emoji-prompts.txt"
     ),
     out: Annotated[Path | None, typer.Option(help="The record; default calibration/BASE-GUIDE.int8.json.")] = None,
-    pictures: Annotated[int, typer.Option(help="Pictures to sample while watching.")] = 64,
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 8,
+    pictures: Annotated[int, typer.Option(help="Images to generate for the ranges.")] = 64,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 8,
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; default 20, or what the guide was distilled for.")
+        int | None, typer.Option(help="Sampling steps; default 20, or the number that the guide was distilled for.")
     ] = None,
     w_min: Annotated[float, typer.Option(help="Smallest guidance scale.")] = 1.0,
     w_max: Annotated[float, typer.Option(help="Largest guidance scale.")] = 9.0,
@@ -30,21 +30,19 @@ def calibrate(
     probes: Annotated[
         int,
         typer.Option(
-            help="Steps of a run of 4 pictures that the sweep measures on; 0 sweeps not, and leaves shortcuts in FP16."
+            help="Sampling steps of the 4 images that the sweep measures on; 0 skips it, shortcuts stay in FP16."
         ),
     ] = 10,
     limit: Annotated[
         float, typer.Option(help="Relative error of the prediction that decides how many layers stay in FP16.")
     ] = 0.02,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     force: Annotated[
         bool,
-        typer.Option(
-            "--force", help="Replace a record that is there; the same run with another --limit takes seconds."
-        ),
+        typer.Option("--force", help="Replace an existing record; the same run with another --limit takes seconds."),
     ] = False,
 ) -> None:
-    """Watch the sampler, record every layer's range, and find which layers take INT8 at what cost."""
+    """Record the range of every layer's input while sampling, and choose the layers that take INT8."""
     from .console import stdout_console
     from .progress import ProgressBar
     from .requirements import require_packages

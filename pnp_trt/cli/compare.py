@@ -11,14 +11,14 @@ from ..io.text import printable
 
 
 def compare(
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="Results that pnp-trt bench --json wrote before.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Results to hold against them.")],
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Results of an earlier pnp-trt bench --json.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Results to compare with it.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here.")] = None,
     fail_on_regression: Annotated[
-        bool, typer.Option("--fail-on-regression", help="Exit with 1 where anything got worse beyond the noise.")
+        bool, typer.Option("--fail-on-regression", help="Exit with 1 if anything got significantly worse.")
     ] = False,
 ) -> None:
-    """What changed between two runs of bench beyond the noise. `pnp-trt bench --compare OLD` runs and compares."""
+    """Report what changed significantly between two runs of bench. `pnp-trt bench --compare OLD` runs and compares."""
     from ..bench import results
     from ..bench.compare import compare as module
     from ..io.files import check_writable_file

@@ -14,33 +14,35 @@ distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
 
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
 Batch = Annotated[int, typer.Option(min=1, help="States per optimiser step, over all processes.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Parts that a batch is computed in, to save memory.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per batch, to save memory.")]
 Lr = Annotated[float, typer.Option(help="Peak learning rate.")]
-Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, or constant.")]
+Schedule = Annotated[str, typer.Option(help="Learning-rate schedule: cosine or constant.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
-Ema = Annotated[float, typer.Option(min=0, max=1, help="Decay of the averaged weights, which are the result.")]
-Precision = Annotated[str, typer.Option(help="no, bf16, fp16, or auto: what the device has.")]
-Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")]
+Ema = Annotated[float, typer.Option(min=0, max=1, help="Decay of the EMA weights, which are the result.")]
+Precision = Annotated[str, typer.Option(help="no, bf16, fp16, or auto: by the device.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, slower.")
+]
 Every = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
-Keep = Annotated[int, typer.Option(min=1, help="Checkpoints kept, the newest.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Pictures = Annotated[int, typer.Option(help="Sampling steps of the picture grid; 0 draws none.")]
+Keep = Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")]
+Pictures = Annotated[int, typer.Option(help="Sampling steps of the image grid; 0 writes none.")]
 
 
 @distill_app.command("guidance")
 def guidance(
     out: Annotated[Path, typer.Option(help="Folder for the guide.")],
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures with captions in metadata.jsonl, or NAME.txt beside each.")
+        Path | None, typer.Option(help="Folder of images with captions in metadata.jsonl, or NAME.txt beside each.")
     ] = None,
     base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
-    guide: Annotated[str, typer.Option(help="Which guide to make: tiny, or full.")] = "tiny",
+    guide: Annotated[str, typer.Option(help="Guide design: tiny or full.")] = "tiny",
     states: Annotated[
         str | None,
         typer.Option(
-            help="forward: noised pictures of --images, the default with --images; trajectory: the teacher's own "
+            help="forward: noised images of --images, the default with --images; trajectory: the teacher's own "
             "guided runs, the default without."
         ),
     ] = None,
@@ -51,7 +53,7 @@ def guidance(
     ] = 0.0,
     rank: Annotated[int | None, typer.Option(min=1, help="Tiny guide: inner channels; default 48.")] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE of the guide's design, such as trunk_kind=attention.")
+        list[str] | None, typer.Option(help="Design option of the guide, NAME=VALUE, such as trunk_kind=attention.")
     ] = None,
     steps: Steps = 1500,
     batch: Batch = 48,
@@ -65,15 +67,15 @@ def guidance(
     w_min: Annotated[float, typer.Option(help="Smallest guidance scale to learn.")] = 1.0,
     w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn.")] = 9.0,
     w_distribution: Annotated[str, typer.Option(help="uniform, or log-uniform.")] = "uniform",
-    weighting: Annotated[str, typer.Option(help="Of the error: x0, guidance, w, or none.")] = "x0",
-    feature_matching: Annotated[float, typer.Option(help="Weight of the feature error; runs the teacher too.")] = 0.0,
+    weighting: Annotated[str, typer.Option(help="Weighting of the error: x0, guidance, w or none.")] = "x0",
+    feature_matching: Annotated[float, typer.Option(help="Weight of the feature error; also runs the teacher.")] = 0.0,
     checkpoint_every: Every = 250,
     keep: Keep = 2,
     pictures: Pictures = 20,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
-    """Stage 1: teach a guide to do in one U-Net pass what classifier-free guidance does in two.
+    """Stage 1: train a guide to replace the two U-Net evaluations of classifier-free guidance by one.
 
     Several processes or machines: accelerate launch -m pnp_trt distill guidance ...
     """
@@ -90,7 +92,7 @@ def guidance(
         feature_matching, states_dir, pictures,
         # a small collection need not fill a shard of 32 trajectories
         StateConfig(
-            # forward was measured the better where there are pictures (docs/ablation.md)
+            # forward was measured the better where there are images (docs/ablation.md)
             states or ("trajectory" if images is None else "forward"), num_states, w_min=w_min, w_max=w_max,
             negative=negative, batch=min(32, -(-num_states // 20)), seed=seed,
         ),
@@ -104,9 +106,9 @@ def guidance(
     if not report:  # another process of several reports
         return
     _print_size(out, report)
-    print(f"guidance left unexplained on held-out states: {report['held_out']['residual']:.1%}")
+    print(f"relative error on held-out states: {report['held_out']['residual']:.1%}")
     if pictures:
-        print(printable(f"pictures beside the teacher's: {out / 'pictures.png'}"))
+        print(printable(f"images and the teacher's: {out / 'pictures.png'}"))
     print(printable(f"next: pnp-trt build --base {base} --guide {out}"))
 
 
@@ -117,9 +119,11 @@ def steps_command(
     to: Annotated[int, typer.Option(help="Sampling steps of the last guide, such as 16, 8 or 4.")] = 8,
     start: Annotated[int, typer.Option("--from", help="Sampling steps of the first teacher.")] = 32,
     base: Annotated[str | None, typer.Option(help="The teacher; default: the guide's own.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="One prompt a line; default: the guide's own.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt per line; default: the guide's own.")
+    ] = None,
     trajectories: Annotated[int, typer.Option(min=1, help="Sampling runs that each halving learns from.")] = 640,
-    weighting: Annotated[str, typer.Option(help="Of the error: landing, or none.")] = "landing",
+    weighting: Annotated[str, typer.Option(help="Weighting of the error: landing or none.")] = "landing",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each halving.")] = 600,
     batch: Batch = 32,
     accumulate: Accumulate = 1,
@@ -133,7 +137,7 @@ def steps_command(
     w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn.")] = 9.0,
     checkpoint_every: Every = 200,
     keep: Keep = 2,
-    pictures: Annotated[bool, typer.Option(help="Draw a picture grid after each halving.")] = True,
+    pictures: Annotated[bool, typer.Option(help="Write an image grid after each halving.")] = True,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
@@ -158,7 +162,7 @@ def steps_command(
         held = report["held_out"]
         print(
             f"{out / ('steps-' + str(report['to']))}: {report['from']} to {report['to']} steps in "
-            f"{report['seconds']:.0f} s; {held['residual']:.1%} of the error that was there without training is left"
+            f"{report['seconds']:.0f} s; {held['residual']:.1%} of the error before training remains"
         )
     print(printable(f"next: pnp-trt build --base {reports[-1]['settings']['base']} --guide {out / f'steps-{to}'}"))
 
@@ -171,7 +175,7 @@ def _options(given: list[str] | None, rank: int | None) -> dict[str, Any]:
     for word in given or []:
         name, equals, value = word.partition("=")
         if not equals or not name:
-            raise InputError(f"--option wants NAME=VALUE, got '{word}'")
+            raise InputError(f"--option takes NAME=VALUE, got '{word}'")
         try:
             found[name] = json.loads(value)
         except (ValueError, RecursionError):

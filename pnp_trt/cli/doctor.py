@@ -85,19 +85,19 @@ _RTX, _TENSORRT = "--backend tensorrt-rtx", "--backend tensorrt"
 _TORCH, _ENERGY = "--backend torch", "bench, energy column"
 #: Command or option -> the extras that it needs, and what it is for.
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
-    ("command", "sample", ("",), "pictures from a built engine"),
-    ("command", "build", ("", "build"), "make an engine"),
+    ("command", "sample", ("",), "generate images with a built engine"),
+    ("command", "build", ("", "build"), "build an engine"),
     ("command", "calibrate", ("", "build", "int8"), "record ranges for build --precision int8"),
     ("command", "bench", ("", "build"), "cost and latency; --only latency needs no extra"),
     ("command", "distill", ("", "build", "train"), "train a guide"),
-    ("command", "visualize", ("", "build", "bench"), "figures of what a guide adds"),
+    ("command", "visualize", ("", "build", "bench"), "figures of a guide's residuals"),
     ("option", "bench --html", ("", "bench"), "the results as one page"),
-    ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
-    ("option", _ENERGY, ("", "build", "energy"), "joules per picture on a GPU"),
+    ("option", "bench --only fidelity", ("", "build", "fidelity"), "similarity to the teacher's images"),
+    ("option", _ENERGY, ("", "build", "energy"), "joules per image on a GPU"),
     ("option", "--backend onnxruntime", ("",), "fp32 and fp16, on the CPU or a GPU"),
     ("option", _RTX, ("", "build", "rtx"), "compiles for any RTX GPU on any machine"),
-    ("option", _TENSORRT, ("", "build", "tensorrt"), "compiles on the GPU that it is for"),
-    ("option", _TORCH, ("", "build"), "PyTorch itself, for reference and for GPUs without TensorRT"),
+    ("option", _TENSORRT, ("", "build", "tensorrt"), "compiles on the GPU that runs it"),
+    ("option", _TORCH, ("", "build"), "PyTorch, as a reference and for GPUs without TensorRT"),
 )
 
 
@@ -136,7 +136,7 @@ def diagnose(engines: Path | None = None) -> list[Check]:
 
 
 def ok(checks: Iterable[Check]) -> bool:
-    """Whether `pnp-trt sample` works: what the exit code of `pnp-trt doctor` says."""
+    """Whether `pnp-trt sample` works: what the exit code of `pnp-trt doctor` states."""
     return all(check.state in ("ok", "warning") for check in checks if check.name in ("sample", "python"))
 
 
@@ -168,14 +168,14 @@ def render(checks: Sequence[Check]) -> RenderableType:
         parts += [table, Text()]
     fixes: dict[str, list[str]] = {}
     for check in checks:
-        if check.fix and (check.kind != "package" or check.state == "warning"):  # the rest mends with its command
+        if check.fix and (check.kind != "package" or check.state == "warning"):  # the rest is fixed with its command
             fixes.setdefault(check.fix, []).append(check.name)
     if fixes:
-        parts.append(Text("To mend it", style="bold"))
+        parts.append(Text("To fix it", style="bold"))
         for fix, names in fixes.items():
             parts += [Text(f"for {', '.join(names)}:", style="dim"), Text(f"  {fix}", overflow="fold")]
     else:
-        parts.append(Text("Everything is in place."))
+        parts.append(Text("Everything is installed."))
     return Group(*parts)
 
 
@@ -198,7 +198,7 @@ def _wanted_versions() -> dict[str, Any]:
 
 
 def _package(alternatives: tuple[str, ...], wanted: dict[str, Any]) -> Check:
-    """A package's version, whether it is one that was asked for, and whether its module is really there."""
+    """A package's version, whether it is one that was requested, and whether its module is really there."""
     name = alternatives[0]
     extra = next(extra for extra, groups in EXTRAS.items() if alternatives in groups)
     needed_by = tuple(use for _, use, extras, _ in _USES if extra in extras)
@@ -220,7 +220,7 @@ def _package(alternatives: tuple[str, ...], wanted: dict[str, Any]) -> Check:
     module = _MODULES.get(installed, installed.replace("-", "_"))
     if not _module_exists(module):
         again = shlex.join([*_pip(), "install", "--force-reinstall", "--no-deps", f"{installed}=={version}"])
-        detail = f"{version} is registered, but its module {module} is not there"
+        detail = f"{version} is installed, but its module {module} is missing"
         return Check(name, "package", "broken", detail, again, needed_by)
     versions = wanted.get(installed)
     if versions is not None and not versions.contains(version, prereleases=True):
@@ -283,7 +283,7 @@ def _use(use: tuple[Kind, str, tuple[str, ...], str], packages: dict[str, Check]
         name,
         kind,
         state,
-        f"{purpose}; lacks {', '.join(check.name for check in bad)}",
+        f"{purpose}; missing: {', '.join(check.name for check in bad)}",
         " && ".join(dict.fromkeys(fixes)),
     )
 
@@ -299,7 +299,7 @@ def _with_engines(sample: Check, uses: Sequence[Check], engines: Path) -> Check:
     if build.state == "ok":
         return Check(sample.name, sample.kind, "ok", f"{sample.detail}; none yet, the first call builds one")
     return Check(
-        sample.name, sample.kind, "missing", f"no engine in {engines}, and building one lacks packages", build.fix
+        sample.name, sample.kind, "missing", f"no engine in {engines}, and packages to build one are missing", build.fix
     )
 
 
@@ -308,9 +308,9 @@ def _with_gpu(backend: Check, gpu: Check) -> Check:
     if gpu.state == "ok":
         return backend
     if backend.name in (_TENSORRT, _ENERGY):  # nothing that could be installed would help
-        return replace(backend, state="absent", detail=f"{backend.detail}; no GPU is here", fix=None)
+        return replace(backend, state="absent", detail=f"{backend.detail}; no GPU was found", fix=None)
     if backend.state == "ok":
-        return replace(backend, detail=f"{backend.detail}; no GPU is here, so its engines run elsewhere")
+        return replace(backend, detail=f"{backend.detail}; no GPU was found, so its engines run on another machine")
     return backend
 
 
@@ -322,19 +322,19 @@ def _cuda_provider(gpu: Check) -> Check:
         spec = importlib.util.find_spec("onnxruntime")
     if _version("onnxruntime-gpu") is None or spec is None or spec.origin is None:
         if not _HAS_CUDA_BUILD:
-            return Check(name, "option", "absent", f"not installed on {sys.platform} {platform.machine()}")
+            return Check(name, "option", "absent", f"not available on {sys.platform} {platform.machine()}")
         return Check(name, "option", "missing", "needs onnxruntime-gpu", install(""))
     library = "onnxruntime_providers_cuda.dll" if sys.platform == "win32" else "libonnxruntime_providers_cuda.so"
     if not (Path(spec.origin).parent / "capi" / library).is_file():
         again = shlex.join([*_pip(), "install", "--force-reinstall", "--no-deps", "onnxruntime-gpu"])
         return Check(name, "option", "broken", f"{library} is not in the package", again)
     if gpu.state != "ok":
-        return Check(name, "option", "absent", "the library is there, a GPU is not; the CPU is used")
+        return Check(name, "option", "absent", "installed, but no GPU was found; the CPU is used")
     absent = [each for each in ("cudnn", "cublas", "cudart") if not _cuda_library(each)]
     if absent:
         fix = shlex.join([*_pip(), "install", "onnxruntime-gpu[cuda,cudnn]"])
         return Check(name, "option", "missing", f"CUDA's {', '.join(absent)} not found", fix)
-    return Check(name, "option", "ok", "the library, CUDA and a GPU are there")
+    return Check(name, "option", "ok", "library, CUDA and GPU found")
 
 
 def _cuda_library(name: str) -> bool:
@@ -377,14 +377,14 @@ def _memory() -> Check:
         return Check("memory", "machine", "warning", "unknown without psutil", install(""))
     free = psutil.virtual_memory().available
     if free < LITTLE_MEMORY:
-        return Check("memory", "machine", "warning", f"{_size(free)} free; builds may want {_size(LITTLE_MEMORY)}")
+        return Check("memory", "machine", "warning", f"{_size(free)} free; builds may need {_size(LITTLE_MEMORY)}")
     return Check("memory", "machine", "ok", f"{_size(free)} free")
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     if free < LITTLE_DISK:
-        return Check("disk", "machine", "warning", f"{_size(free)} free here; a build may want {_size(LITTLE_DISK)}")
+        return Check("disk", "machine", "warning", f"{_size(free)} free here; a build may need {_size(LITTLE_DISK)}")
     return Check("disk", "machine", "ok", f"{_size(free)} free here")
 
 
@@ -397,7 +397,7 @@ def _gpu() -> Check:
             break
     if driver is None:
         if shutil.which("nvidia-smi"):
-            return Check("gpu", "machine", "warning", "nvidia-smi is there, the CUDA driver library is not")
+            return Check("gpu", "machine", "warning", "nvidia-smi was found, the CUDA driver library was not")
         return Check("gpu", "machine", "absent", "no NVIDIA driver; everything runs on the CPU")
     try:
         names = _gpu_names(driver)

@@ -23,7 +23,7 @@ def build(
         ),
     ] = "emoji",
     guide: Annotated[
-        str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the plain teacher.")
+        str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the teacher alone.")
     ] = "auto",
     backend: Annotated[
         str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx, tensorrt or torch.")
@@ -37,46 +37,46 @@ def build(
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="For int8, a record of pnp-trt calibrate; default the one of base and guide.")
+        Path | None, typer.Option(help="For int8, a record of pnp-trt calibrate; default: that of base and guide.")
     ] = None,
     profile: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Batches, and sizes in pixels, to build for: b1, b2-8, b1@512x768, b1-4@256-768; may be repeated."
-        ),
+        typer.Option(help="Batch sizes and image sizes in pixels: b1, b2-8, b1@512x768, b1-4@256-768; repeatable."),
     ] = None,
     workspace: Annotated[
-        float | None, typer.Option(min=0, help="GiB of GPU scratch memory that the compiler may plan.")
+        float | None, typer.Option(min=0, help="Limit of the compiler's GPU workspace, in GiB.")
     ] = None,
-    refittable: Annotated[bool, typer.Option("--refittable", help="Weights can be replaced in the engine.")] = False,
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="Allow replacing the weights in the engine.")
+    ] = False,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Later TensorRT versions may load it (tensorrt).")
+        bool, typer.Option("--version-compatible", help="Let later TensorRT versions load it (tensorrt).")
     ] = False,
     hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="Other GPUs from Ampere on may run it (tensorrt).")
+        bool, typer.Option("--hardware-compatible", help="Let other GPUs from Ampere on run it (tensorrt).")
     ] = False,
     image_to_image: Annotated[
-        bool, typer.Option("--image-to-image", help="Put the VAE encoder in too, for pnp-trt sample --init.")
+        bool, typer.Option("--image-to-image", help="Include the VAE encoder, for pnp-trt sample --init.")
     ] = False,
     unet_only: Annotated[
-        bool, typer.Option("--unet-only", help="Of a base that is a single .safetensors file, take the U-Net alone.")
+        bool, typer.Option("--unet-only", help="Use only the U-Net of a base that is a single .safetensors file.")
     ] = False,
     prediction_type: Annotated[
         str | None,
-        typer.Option(help="What the base's U-Net predicts, epsilon or v_prediction; default: what it states."),
+        typer.Option(help="Prediction type of the base, epsilon or v_prediction; default: as its files state."),
     ] = None,
     zero_terminal_snr: Annotated[
         bool | None,
         typer.Option(
             "--zero-terminal-snr/--no-zero-terminal-snr",
-            help="Whether the base's last training timestep is pure noise; default: what it states.",
+            help="Whether the base's last training timestep is pure noise; default: as its files state.",
         ),
     ] = None,
-    memory_check: Annotated[bool, typer.Option(help="Refuse to start where the host's memory will not do.")] = True,
-    out: Annotated[Path | None, typer.Option(help="The bundle's folder; default engines/BASE-GUIDE…")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    memory_check: Annotated[bool, typer.Option(help="Refuse to start if the host has too little memory.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder of the bundle; default engines/BASE-GUIDE…")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Fuse guide and U-Net into one graph, export the rest, check it against PyTorch, compile it, write a bundle."""
+    """Fuse guide and U-Net into one graph, export all networks, compare them with PyTorch, compile, write a bundle."""
     from .. import backends
     from ..build.builder import build as run
     from ..build.spec import BuildSpec
@@ -116,7 +116,7 @@ def build(
             print(printable(f"{name} stays in {network.precision}: {network.fallback}"))
     if m.backend == "onnxruntime" and m.precision.startswith("int8"):
         # measured in benchmarks/results/emoji-precision.json
-        print("ONNX Runtime is slower with INT8 than with fp32 on a CPU; it is there to compare pictures and sizes")
+        print("on a CPU, ONNX Runtime is slower with INT8 than with fp32; use it to compare images and sizes")
     if isinstance(m.parity.engine, str) and m.compiler:
         print(printable(f"parity of the engines: {m.parity.engine}"))
     if reason := backends.get(m.backend).cannot_run(m.target, m.options):
@@ -129,7 +129,7 @@ def inspect(
     engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
-    """What a bundle is made of, what it is for, and how exact it is; says so if it cannot run here."""
+    """Show a bundle's contents, target, profiles and parity, and whether it can run here."""
     from .. import backends
     from ..bundle.store import find_bundle, read_manifest
     from .console import stdout_console
@@ -151,7 +151,7 @@ def inspect(
 def list_engines(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The bundles in the engines' folder, with sizes."""
+    """List the bundles in the engines folder, with sizes."""
     from ..bundle.store import engines_home
     from .console import stdout_console
     from .tables import rows, table
@@ -169,12 +169,17 @@ def verify(
     engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda, for onnxruntime and torch.")] = "auto",
     layers: Annotated[
-        bool, typer.Option("--layers", help="Look into the graphs: which tensors are off, and the first not finite.")
+        bool,
+        typer.Option(
+            "--layers", help="Compare every tensor of the graphs: the largest errors, and the first that is not finite."
+        ),
     ] = False,
-    network: Annotated[list[str] | None, typer.Option(help="With --layers, of which networks; default: all.")] = None,
-    worst: Annotated[int, typer.Option(min=1, help="With --layers, how many tensors of each network to show.")] = 8,
+    network: Annotated[
+        list[str] | None, typer.Option(help="With --layers, the networks to compare; default: all.")
+    ] = None,
+    worst: Annotated[int, typer.Option(min=1, help="With --layers, tensors to show per network.")] = 8,
 ) -> None:
-    """Run a bundle's engines here on its golden inputs and compare them with what PyTorch gave."""
+    """Run a bundle's engines on its golden inputs and compare the outputs with PyTorch's."""
     from ..backends.base import LoadOptions
     from ..bundle.store import open_bundle
     from ..runtime import verify as module
@@ -191,12 +196,12 @@ def verify(
     for name, error in errors.items():
         entry = networks[name.partition("@")[0]]
         limit, kind = entry.parity.limit, entry.precision
-        print(f"{printable(name)}: off by {error:.1e} (limit {limit:.0e}, {kind})")
+        print(f"{printable(name)}: relative error {error:.1e} (limit {limit:.0e}, {kind})")
     try:
         module.gate(errors, networks, bundle.name)
     except PnpError as e:
         if any(n.graph.endswith(".onnx") for n in networks.values()):
-            raise PnpError(f"{e}; look closer with: pnp-trt verify {engine} --layers") from e
+            raise PnpError(f"{e}; compare layers with: pnp-trt verify {engine} --layers") from e
         raise
 
 

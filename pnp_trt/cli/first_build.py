@@ -13,7 +13,7 @@ from .requirements import missing_packages
 
 
 def build_if_missing(engine: str, quiet: bool) -> None:
-    """Build a bundled model's engine on first use, in a process of its own: this one never loads torch.
+    """Build a bundled model's engine on first use, in a separate process: this one never loads torch.
 
     Raises:
         MissingDependency: if the engine is not built and the packages that build it are not installed.

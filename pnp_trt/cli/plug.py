@@ -23,23 +23,21 @@ def plug(
             metavar="FILE[:SCALE]", help="A LoRA to merge, such as sepia or mine.safetensors:0.8; repeatable."
         ),
     ] = None,
-    unet_only: Annotated[
-        bool, typer.Option("--unet-only", help="Take the fine-tune's U-Net alone, whatever else it holds.")
-    ] = False,
+    unet_only: Annotated[bool, typer.Option("--unet-only", help="Use only the fine-tune's U-Net.")] = False,
     prediction_type: Annotated[
         str | None,
-        typer.Option(help="What the fine-tune's U-Net predicts, epsilon or v_prediction; default: what it states."),
+        typer.Option(help="Prediction type of the fine-tune, epsilon or v_prediction; default: as its files state."),
     ] = None,
     zero_terminal_snr: Annotated[
         bool | None,
         typer.Option(
             "--zero-terminal-snr/--no-zero-terminal-snr",
-            help="Whether the fine-tune's last training timestep is pure noise; default: what it states.",
+            help="Whether the fine-tune's last training timestep is pure noise; default: as its files state.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The new bundle's folder; default engines/FINE_TUNE-GUIDE…")] = None,
-    memory_check: Annotated[bool, typer.Option(help="Refuse to compile where the host's memory will not do.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new bundle; default engines/FINE_TUNE-GUIDE…")] = None,
+    memory_check: Annotated[bool, typer.Option(help="Refuse to compile if the host has too little memory.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Put a fine-tune's weights, LoRAs merged, into a built engine without exporting again; check against PyTorch."""
     from .. import backends

@@ -1,4 +1,4 @@
-"""What `pnp-trt sample` reads and writes: prompts from standard input, pictures, their parameters, a grid."""
+"""``pnp-trt sample``: prompts from arguments or standard input; images, their parameters and a grid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..runtime.pipeline import Picture
 
 METADATA = ("embedded", "json")
-#: a picture's side in a grid, in pixels, at most
+#: an image's side in a grid, in pixels, at most
 _CELL = 512
 #: bytes of a prompt that a JPEG file has room for, beside the other parameters
 _JPEG_PROMPT = 60_000
@@ -46,13 +46,13 @@ def read_prompts(given: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Files:
-    """Where pictures go, and what goes with them.
+    """Where images go, and what goes with them.
 
     Attributes:
         out: the folder.
         kind: ``png``, ``webp`` or ``jpeg``.
-        metadata: ``embedded``, or ``json`` for a file beside each picture too.
-        grid: a PNG with all pictures, or None.
+        metadata: ``embedded``, or ``json`` for a file beside each image too.
+        grid: a PNG with all images, or None.
     """
 
     out: Path
@@ -124,40 +124,42 @@ class Files:
 def sample(
     prompts: Annotated[
         list[str],
-        typer.Argument(metavar="PROMPT...", help="What to draw; several are drawn as one batch; - reads a line each."),
+        typer.Argument(
+            metavar="PROMPT...",
+            help="Prompts; several are generated as one batch; - reads one per line from standard input.",
+        ),
     ],
     engine: Annotated[str, typer.Option(help="A bundle's name or folder.")] = "emoji-tiny",
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; default: what the guide was distilled for, or 20.")
+        int | None, typer.Option(help="Sampling steps; default: the number that the guide was distilled for, or 20.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale w, 1 to 9.")] = 3.0,
-    negative: Annotated[str | None, typer.Option(help="Negative prompt, where the engine takes one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures per prompt.")] = 1,
-    method: Annotated[str | None, typer.Option(help="guided, or on a bundle without guide: cfg, unguided.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt, if the engine takes one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; each next image adds 1.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Images per prompt.")] = 1,
+    method: Annotated[str | None, typer.Option(help="guided, or on a bundle without a guide: cfg, unguided.")] = None,
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH in pixels, where the engine has several; default its own.")
+        str | None,
+        typer.Option(help="HEIGHTxWIDTH in pixels, if the engine has several sizes; default: the model's own."),
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="ddim, dpm++, euler or teacher; default: the teacher's own where it is one of these."),
+        typer.Option(help="ddim, dpm++, euler or teacher; default: the teacher's own if it is one of these."),
     ] = None,
-    init: Annotated[
-        Path | None, typer.Option(help="Picture to begin with, where the engine has a VAE encoder.")
-    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Starting image, if the engine has a VAE encoder.")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="With --init: the share of the steps that are made; default 0.8.")
+        float | None, typer.Option(help="Denoising strength with --init: the share of the steps to run; default 0.8.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     kind: Annotated[str, typer.Option("--format", help="png, webp (lossless) or jpeg.")] = "png",
     metadata: Annotated[
-        str, typer.Option(help="embedded: parameters inside the pictures; json: in a file beside each, too.")
+        str, typer.Option(help="embedded: parameters inside the images; json: also in a file beside each.")
     ] = "embedded",
-    grid: Annotated[Path | None, typer.Option(help="Write all pictures as one, a row a prompt, to this PNG.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Also write all images as one PNG, one row per prompt.")] = None,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths.")] = False,
 ) -> None:
-    """Draw pictures; the parameters are stored in each. No file is ever overwritten."""
+    """Generate images; each stores its parameters. No file is overwritten."""
     from ..bundle.profiles import parse_size
     from ..runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
 
@@ -172,7 +174,7 @@ def sample(
     build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
     steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
-    with ProgressBar(f"{len(asked)} pictures, {steps} steps, w = {guidance:g}", None, quiet) as bar:
+    with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", None, quiet) as bar:
         pictures = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
             init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,

@@ -1,4 +1,4 @@
-"""``pnp-trt visualize``: look inside a guide."""
+"""``pnp-trt visualize``: figures of a guide's residuals."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from ..io.text import printable
 
 def visualize(
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="The maps show the first; strengths are over all of them.")
+        list[str],
+        typer.Argument(metavar="PROMPT...", help="Prompts; the maps show the first, strengths are means over all."),
     ],
     guide: Annotated[str, typer.Option(help="A guide's folder, or a bundled one's name.")] = "emoji-tiny",
     guidance: Annotated[str, typer.Option(help="Guidance scales w, 1 to 9, separated by commas.")] = "2,4,6,8",
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     base: Annotated[str, typer.Option(help="The teacher, or a fine-tune of it.")] = "emoji",
-    seed: Annotated[int, typer.Option(help="Seed of the noise that all runs start from.")] = 0,
-    show: Annotated[int, typer.Option(help="Steps that the picture of the maps shows.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise of all runs.")] = 0,
+    show: Annotated[int, typer.Option(help="Number of steps in the figure of the maps.")] = 5,
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers that it shows: skip-0, skip-1 ..., mid, their indices, or all; separated by commas. "
+            help="Layers in the figure: skip-0, skip-1 ..., mid, their indices, or all; separated by commas. "
             "Default: the shallowest and the deepest skip, and mid."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the two PNGs and the JSON.")] = Path("visualize"),
+    out: Annotated[Path, typer.Option(help="Folder for two PNGs and a JSON file.")] = Path("visualize"),
 ) -> None:
-    """Draw what a guide adds to the U-Net: its feature maps over steps and w, and how strong they are."""
+    """Plot what a guide adds to the U-Net: feature maps over steps and w, and their strength."""
     from .progress import ProgressBar
     from .requirements import require_packages
 
@@ -66,4 +67,4 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in _words(text))
     except ValueError:
-        raise InputError(f"--guidance wants numbers separated by commas, such as 2,4,6,8; got '{text}'") from None
+        raise InputError(f"--guidance takes numbers separated by commas, such as 2,4,6,8; got '{text}'") from None

@@ -1,4 +1,4 @@
-"""Stage 1: teach a guide to predict in one pass what classifier-free guidance predicts in two."""
+"""Stage 1: train a guide to predict in one evaluation what classifier-free guidance predicts in two."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .train import TrainConfig, make_accelerator, newest_step, train
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
 W_DISTRIBUTIONS = ("uniform", "log-uniform")
-#: states that the error is watched on while training goes on
+#: states that the error is watched on while training continues
 WATCHED = 256
 
 
@@ -39,7 +39,7 @@ class GuidanceConfig:
     Attributes:
         base: the teacher's name.
         prompts: text file, one prompt a line; or None, and ``images`` is given.
-        images: folder of captioned pictures; needed for forward states.
+        images: folder of captioned images; needed for forward states.
         out: the guide's folder.
         guide: which guide to make, a key of ``pnp_trt.models.guides.GUIDES``.
         options: of the guide's ``from_unet`` (the tiny guide's ``rank``, ``trunk_kind`` …).
@@ -50,7 +50,7 @@ class GuidanceConfig:
         feature_matching: weight of the error of the last decoder block's features; above 0 it runs the teacher in
             every step.
         states_dir: where states are cached; None puts them into ``out``.
-        pictures: sampling steps of the picture grid; 0 draws none.
+        pictures: sampling steps of the image grid; 0 writes none.
     """
 
     base: str
@@ -83,9 +83,9 @@ class GuidanceConfig:
                 f"the range of w is {self.w_min:g} to {self.w_max:g}; it must start at 1 or above and not be empty"
             )
         if self.prompts is None and self.images is None:
-            raise InputError("nothing to distil from; pass --prompts FILE, or --images DIR with captioned pictures")
+            raise InputError("nothing to distil from; pass --prompts FILE, or --images DIR with captioned images")
         if self.states.kind == "forward" and self.images is None:
-            raise InputError("forward states are noised pictures; pass a folder of captioned pictures with --images")
+            raise InputError("forward states are noised images; pass a folder of captioned images with --images")
         if not (math.isfinite(self.feature_matching) and self.feature_matching >= 0):
             raise InputError(f"feature matching is {self.feature_matching:g}; it must be 0 or above")
         if not 0 <= self.pictures <= 1000:
@@ -113,7 +113,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
         The report.
 
     Raises:
-        InputError: for unknown names, unreadable prompts or pictures, or an ``out`` that holds another run.
+        InputError: for unknown names, unreadable prompts or images, or an ``out`` that holds another run.
         PnpError: if the loss or the teacher is not finite.
     """
     config.check()
@@ -274,7 +274,7 @@ def _captions(shots: CaptionedPictures | None) -> list[str]:
 
 
 def _latents(teacher: TeacherModel, shots: CaptionedPictures | None) -> Latents:
-    """Latents of the pictures; their captions are looked up among, or added to, the run's prompts."""
+    """Latents of the images; their captions are looked up among, or added to, the run's prompts."""
     assert shots is not None
     vae = teacher.base.vae()
     side = teacher.sample_shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
@@ -283,7 +283,7 @@ def _latents(teacher: TeacherModel, shots: CaptionedPictures | None) -> Latents:
     missing = [c for c in shots.captions if c not in index]
     if missing:
         raise InputError(
-            f"{len(missing)} captions of the pictures are not in the prompts file (the first: '{missing[0][:60]}'); "
+            f"{len(missing)} captions of the images are not in the prompts file (the first: '{missing[0][:60]}'); "
             "leave --prompts out to use the captions alone"
         )
     return Latents(latents, torch.tensor([index[c] for c in shots.captions]))

@@ -1,4 +1,4 @@
-"""How a run is watched: held-out error by (t, w), a grid of pictures, TensorBoard."""
+"""How a run is watched: held-out error by (t, w), a grid of images, TensorBoard."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def averaged(guide: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
 
 
 class PictureGrid:
-    """A labelled grid: the teacher's guided pictures, the student's and the unguided ones, of the same noise."""
+    """A labelled grid: the teacher's guided images, the student's and the unguided ones, of the same noise."""
 
     def __init__(self, teacher: TeacherModel, steps: int, w: float = 3.0, seed: int = 0) -> None:
         self._teacher, self._w = teacher, w
@@ -196,7 +196,7 @@ class Board:
                 self.numbers(step, **{f"held_out/t_from_{t}": sum(mine) / len(mine)})
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture, uint8 ``[H, W, 3]``."""
+        """An image, uint8 ``[H, W, 3]``."""
         self._call("add_image", name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -211,4 +211,4 @@ class Board:
             getattr(self._writer, method)(*arguments, **options)
         except OSError as e:
             self._writer = None
-            warnings.warn(f"no more TensorBoard logs are written ({e.strerror or e})", stacklevel=3)
+            warnings.warn(f"TensorBoard logging stopped ({e.strerror or e})", stacklevel=3)

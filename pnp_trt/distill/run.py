@@ -99,7 +99,7 @@ def guide_weights(folder: Path) -> Path:
 
 
 def report_head(teacher: TeacherModel, guide: Any, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The part of a report that says what was made, of what, on what."""
+    """The part of a report that states what was made, of what, on what."""
     return {
         "settings": json.loads(json.dumps(settings, default=str)),
         "teacher": teacher.hashes,

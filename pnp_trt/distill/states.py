@@ -2,7 +2,7 @@
 
 ``trajectory`` states lie on the teacher's own guided sampling runs, which need prompts alone and are what
 a sampler visits (Jensen et al., *Adapter Guidance Distillation*, TMLR 2025, §3.2); ``forward`` states are
-pictures' latents with noise added, as in the paper.  Both teacher passes are kept for every state, so that
+images' latents with noise added, as in the paper.  Both teacher predictions are kept for every state, so that
 any guidance scale can be its target and training never runs the teacher.
 """
 
@@ -39,7 +39,7 @@ class StateConfig:
         count: how many states; trajectories give ``steps`` each, so that it is rounded up to whole ones.
         steps: steps of a trajectory; every one gives a state.
         w_min, w_max: the scale of a trajectory is uniform in this range.
-        negative: share of the states whose unconditional pass sees another prompt instead of the empty one.
+        negative: share of the states whose unconditional prediction is for another prompt than the empty one.
         batch: trajectories at a time; a shard of the cache holds ``batch * steps`` states.
     """
 
@@ -99,7 +99,7 @@ class States:
 
 @dataclass(frozen=True)
 class Latents:
-    """Clean latents of the pictures for forward states: ``latents [M, C, H, W]`` and the prompt of each, ``[M]``."""
+    """Clean latents of the images for forward states: ``latents [M, C, H, W]`` and the prompt of each, ``[M]``."""
 
     latents: Tensor
     prompt: Tensor
@@ -141,7 +141,7 @@ def collect(
     """
     config.check()
     if config.kind == "forward" and pictures is None:
-        raise InputError("forward states are made of pictures; pass a folder of them with --images")
+        raise InputError("forward states are made of images; pass a folder of them with --images")
     size = unet.config.sample_size
     needed = size_in_bytes(config, (unet.config.in_channels, size, size))
     note = f"{config.shards * config.per_shard:,} states, {needed / 2**20:,.0f} MiB"
@@ -190,7 +190,7 @@ def _claim_cache(folder: Path, config: StateConfig, identity: dict[str, Any], ne
                 f"{folder} holds the states of another run; choose another --out or --states-dir, or delete that folder"
             )
     elif any(folder.glob("shard-*.safetensors")):
-        raise InputError(f"{folder} holds states and no states.json that says of what; choose another --states-dir")
+        raise InputError(f"{folder} holds states without their states.json; choose another --states-dir")
     make_folder(folder)
     have = sum(p.stat().st_size for p in folder.glob("shard-*.safetensors"))
     free = shutil.disk_usage(folder).free
@@ -317,7 +317,7 @@ def _noised(
     device = next(unet.parameters()).device
     abar = torch.from_numpy(alphas_cumprod(scheduler)).float().to(device)
     _is_v_prediction(scheduler)
-    # held-out shards take the last pictures, which no other shard sees
+    # held-out shards take the last images, which no other shard sees
     held, count = held_out_shards(config), len(given.latents)
     edge = count - max(1, round(count * 0.05)) if held and count > 1 else count
     low, high = (edge, count) if shard >= config.shards - held and edge < count else (0, edge)

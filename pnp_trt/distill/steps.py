@@ -53,7 +53,7 @@ class StepsConfig:
             has steps.
         weighting: ``landing`` weighs each step's error by its effect on where the step lands; ``none`` does not.
         batch_runs: trajectories at a time.
-        pictures: whether a picture grid is drawn after each halving.
+        pictures: whether an image grid is written after each halving.
     """
 
     guide: str
@@ -128,7 +128,7 @@ class Landings:
 def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | None = None) -> list[dict[str, Any]]:
     """Halve the steps down to ``config.to``; returns the report of every halving.
 
-    Each halving's guide is a folder of its own with ``distill.json``; one that is whole is not made again.
+    Each halving's guide has a separate folder with ``distill.json``; one that is whole is not made again.
 
     Args:
         resume: continue the run that ``config.out`` holds.
@@ -189,9 +189,9 @@ def _origin(config: StepsConfig, folder: Path) -> tuple[str, list[str]]:
     base = config.base or known.get("base")
     prompts = config.prompts or (Path(known["prompts"]) if known.get("prompts") else None)
     if base is None:
-        raise InputError(f"{folder} does not say which base it was distilled for; pass --base")
+        raise InputError(f"{folder} does not state which base it was distilled for; pass --base")
     if prompts is None or (config.prompts is None and not prompts.is_file()):
-        raise InputError(f"the prompts that {folder} was distilled with are not at hand; pass --prompts FILE")
+        raise InputError(f"the prompts that {folder} was distilled with are not available; pass --prompts FILE")
     return base, read_prompts(prompts)
 
 

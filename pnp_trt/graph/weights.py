@@ -66,10 +66,10 @@ class WeightMap:
 
 
 def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
-    """A checkpoint's tensor as the graph wants it.
+    """A checkpoint's tensor as the graph stores it.
 
     Raises:
-        PnpError: for a step that this version does not know.
+        PnpError: for a step that this version does not support.
     """
     import torch
 
@@ -88,7 +88,7 @@ def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
             case "quantization_scale":
                 tensor = quantization_scale(tensor, step["axis"]).to(getattr(torch, step["to"]))
             case other:
-                raise PnpError(f"{FILE} has a transform '{other}', which this version does not know; build again")
+                raise PnpError(f"{FILE} has a transform '{other}', which this version does not support; build again")
     return tensor.contiguous()
 
 

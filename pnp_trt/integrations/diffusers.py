@@ -1,7 +1,7 @@
-"""A guide in an ordinary diffusers pipeline: ``apply_guide(pipe, "emoji-tiny")``, and its CFG is one pass a step.
+"""A guide in a diffusers pipeline: after ``apply_guide(pipe, "emoji-tiny")``, CFG takes one evaluation per step.
 
 Pipelines of diffusers leave guidance to a U-Net whose config has ``time_cond_proj_dim``, and hand it an embedding of
-w − 1 as ``timestep_cond`` (made for latent consistency models, arXiv 2310.04378).  A guided U-Net says that it is one,
+w − 1 as ``timestep_cond`` (made for latent consistency models, arXiv 2310.04378).  A guided U-Net is declared as one,
 and reads w back from the embedding: so w is that of whichever pipeline calls, and of each call.
 """
 
@@ -26,15 +26,15 @@ _RATES = (1000.0, 100.0, 10.0, 1.0, 0.1)
 
 
 def apply_guide(pipe: Any, guide: str | Path | Guide, *, negative: str | None = None) -> Any:
-    """Put a guide into a pipeline of diffusers; from then on ``pipe(prompt, guidance_scale=w)`` makes one pass a step.
+    """Put a guide into a pipeline of diffusers; then ``pipe(prompt, guidance_scale=w)`` takes one evaluation per step.
 
     Everything else stays as it was: schedulers, callbacks, other pipelines of the same components.  diffusers ignores
-    ``negative_prompt`` and ``guidance_rescale`` where it makes no second pass.
+    ``negative_prompt`` and ``guidance_rescale`` where it makes no second evaluation.
 
     Args:
         pipe: ``StableDiffusionPipeline``, ``StableDiffusionXLPipeline``, or another that makes its CFG from ``unet``.
         guide: the name of a bundled guide, a folder, or a guide.
-        negative: what to keep out of all pictures, for a guide that was distilled with negative prompts; None stands
+        negative: what to keep out of all images, for a guide that was distilled with negative prompts; None stands
             for the empty prompt.
 
     Returns:
@@ -67,7 +67,7 @@ def apply_guide(pipe: Any, guide: str | Path | Guide, *, negative: str | None = 
 
 
 def remove_guide(pipe: Any) -> Any:
-    """Give a pipeline its own U-Net, and CFG in two passes, back; nothing happens where no guide is in.
+    """Give a pipeline its own U-Net, and sequential CFG, back; nothing happens where no guide is in.
 
     Returns:
         The pipeline.
@@ -98,7 +98,7 @@ class GuidedUNet(nn.Module):
         super().__init__()
         self.student = Student(unet, guide)
         self.register_buffer("negative", negative, persistent=False)
-        # of one call: its embedding of w, w, and what the guide makes of w alone
+        # of one call: its embedding of w, w, and the part of the guide that depends on w alone
         self._call: tuple[Tensor, tuple[int, ...], Tensor, Tensor | None] | None = None
 
     @property

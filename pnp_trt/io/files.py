@@ -260,7 +260,7 @@ def _in_one_sentence(target: Path) -> Iterator[None]:
             f"{target} could not be written ({e.strerror or e}); what was there before is untouched{hint}."
         ) from e
     except Exception as e:
-        if type(e).__name__ != "SafetensorError":  # which is no OSError, and is not imported for this
+        if type(e).__name__ != "SafetensorError":  # which is not an OSError, and is not imported for this
             raise
         raise PnpError(f"{target} could not be written ({e}); what was there before is untouched.") from e
 
@@ -336,7 +336,7 @@ def _link_new(work: Path, target: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path, timeout: float = 3600.0) -> Iterator[None]:
-    """Exclusive right to write ``folder``; another process waits for it, and says so after a second.
+    """Exclusive right to write ``folder``; another process waits for it, with a note after a second.
 
     Raises:
         InputError: if no lock can be made beside ``folder``.

@@ -144,7 +144,7 @@ def parse_json(text: str, name: str, advice: str) -> Any:
         ) from None
     except RecursionError:
         raise InputError(f"{name} is nested too deeply; {advice}") from None
-    except ValueError as e:  # a constant that is no JSON, a number of thousands of digits
+    except ValueError as e:  # a constant that is not JSON, a number of thousands of digits
         raise InputError(f"{name} is not usable JSON ({e}); {advice}") from None
 
 

@@ -9,11 +9,11 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def reason(error: OSError) -> str:
-    """What the system said, with the file if it is known."""
+    """The system's error message, with the file if it is known."""
     said = error.strerror or str(error)
     return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, str | bytes) else said
 
 
 def advice(error: OSError, otherwise: str = "name another place") -> str:
-    """What to do about an error of the file system."""
+    """Advice on an error of the file system."""
     return "free some space" if error.errno in FULL_DISK else otherwise

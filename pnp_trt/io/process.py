@@ -110,7 +110,7 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
-    """Standard output whose errors are told in a sentence, and standard error whose errors are ignored."""
+    """Standard output whose errors are reported in one sentence, and standard error whose errors are ignored."""
     streams = sys.stdout, sys.stderr
     for stream in streams:
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):

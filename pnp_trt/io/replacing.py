@@ -1,4 +1,4 @@
-"""What `--force` may remove: what is certainly this program's own. Everything else is refused, with its name."""
+"""`--force` removes only what is certainly this program's own. Anything else is refused by name."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Conditions:
         return self.states[rows].to(device)
 
     def added(self, rows: Tensor, device: torch.device) -> dict[str, Tensor] | None:
-        """``added_cond_kwargs`` of the U-Net for these prompts; None where it wants none."""
+        """``added_cond_kwargs`` of the U-Net for these prompts; None where it needs none."""
         if self.pooled is None or self.time_ids is None:
             return None
         return {"text_embeds": self.pooled[rows].to(device), "time_ids": self.time_ids.to(device).expand(len(rows), -1)}

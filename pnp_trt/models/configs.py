@@ -57,10 +57,10 @@ def check_same_network(kind: Any, own: Mapping[str, Any], given: Mapping[str, An
     for key in keys:
         if _computation(kind, _with(given, key, own)) != wanted:
             raise InputError(
-                f"{name} is no fine-tune of {what}: its config has {key} = {own.get(key)!r}, not {given.get(key)!r}; "
+                f"{name} is not a fine-tune of {what}: config entry {key} is {own.get(key)!r}, not {given.get(key)!r}; "
                 "build it instead"
             )
-    raise InputError(f"{name} is no fine-tune of {what}: they differ in {', '.join(keys)}; build it instead")
+    raise InputError(f"{name} is not a fine-tune of {what}: they differ in {', '.join(keys)}; build it instead")
 
 
 def _computation(kind: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:

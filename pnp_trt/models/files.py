@@ -180,11 +180,11 @@ def _shards(index: Path) -> list[str]:
     """The files that an index names, all of them present."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map and is no index of weights; {_FETCH}")
+        raise InputError(f"{index} has no weight_map and is not an index of weights; {_FETCH}")
     names = sorted({str(v) for v in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{index} names '{name}', which is no safetensors file beside it; {_FETCH}")
+            raise InputError(f"{index} names '{name}', which is not a safetensors file beside it; {_FETCH}")
         if not (index.parent / name).is_file():
             raise InputError(f"{index.parent / name} is missing, a shard that {index.name} names; {_FETCH}")
     return names

@@ -1,4 +1,4 @@
-"""What a diffusers folder is, told from its small files: the pipeline's class, its parts, its U-Net's inputs."""
+"""A diffusers folder as its small files describe it: the pipeline's class, its parts, its U-Net's inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _READ = "Stable Diffusion 1, 2 and XL are read (StableDiffusionPipeline, StableD
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no Stable Diffusion model with all of its files.
+    """Refuse a folder that is not a Stable Diffusion model with all of its files.
 
     Raises:
         InputError: naming the model it is, or the part or file that is missing, and how to get it.

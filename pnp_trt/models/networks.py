@@ -60,7 +60,7 @@ def empty(kind: Any, config: Mapping[str, Any], name: str) -> Any:
     """A network of this config without memory for its weights.
 
     Raises:
-        InputError: if the class makes nothing of the config; ``name`` says whose it is.
+        InputError: if the class cannot be made from the config; ``name`` states whose it is.
     """
     import torch
 

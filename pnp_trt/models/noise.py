@@ -29,7 +29,7 @@ _ZERO_SNR = ("ss_zero_terminal_snr", "zero_terminal_snr", "modelspec.zero_termin
 
 @dataclass(frozen=True)
 class Noise:
-    """What a user or a file says about a U-Net's noise; None where nothing is said.
+    """What a user or a file states about a U-Net's noise; None where nothing is said.
 
     Attributes:
         prediction_type: ``epsilon``, ``v_prediction``, or another word of diffusers.

@@ -1,4 +1,4 @@
-"""What a user hands to distillation: a file of prompts, or a folder of captioned pictures."""
+"""Input of distillation: a file of prompts, or a folder of captioned images."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def warn_of_long_prompts(tokenizer: Any, prompts: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class CaptionedPictures:
-    """Pictures that can be read and have a caption.
+    """Images that can be read and have a caption.
 
     Attributes:
         files, captions: of the same length.
@@ -72,12 +72,12 @@ class CaptionedPictures:
 
 
 def find_pictures(folder: Path) -> CaptionedPictures:
-    """Pictures of a folder with captions from ``metadata.jsonl`` (``file_name``, ``text``) or ``NAME.txt`` beside each.
+    """Images of a folder with captions from ``metadata.jsonl`` (``file_name``, ``text``) or ``NAME.txt`` beside each.
 
-    Pictures that are empty, cannot be decoded or have no caption are skipped, with a warning that lists them.
+    Images that are empty, cannot be decoded or have no caption are skipped, with a warning that lists them.
 
     Raises:
-        InputError: if there is no folder, no usable picture, or ``metadata.jsonl`` is not JSON lines of that form.
+        InputError: if there is no folder, no usable image, or ``metadata.jsonl`` is not JSON lines of that form.
     """
     if not is_folder(folder):
         raise InputError(f"the image folder {folder} does not exist; pass a folder of captioned images")
@@ -102,10 +102,10 @@ def find_pictures(folder: Path) -> CaptionedPictures:
     if skipped:
         some = "; ".join(f"{name} ({why})" for name, why in skipped[:LISTED])
         more = f" and {len(skipped) - LISTED} more" if len(skipped) > LISTED else ""
-        warnings.warn(f"{len(skipped)} pictures of {folder} are skipped: {some}{more}", stacklevel=2)
+        warnings.warn(f"{len(skipped)} images of {folder} are skipped: {some}{more}", stacklevel=2)
     if not files:
         raise InputError(
-            f"{folder} holds no usable picture; it wants {', '.join(SUFFIXES)} files with captions in metadata.jsonl "
+            f"{folder} holds no usable image; it needs {', '.join(SUFFIXES)} files with captions in metadata.jsonl "
             "(file_name, text) or in NAME.txt beside each"
         )
     return CaptionedPictures(files, captions, skipped)
@@ -138,7 +138,7 @@ def _metadata(folder: Path) -> dict[str, str]:
 
 
 def encode_pictures(vae: Any, files: list[Path], side: int, device: torch.device, batch: int = 16) -> Tensor:
-    """Latents ``[N, C, h, w]`` float32, scaled as the U-Net wants them, of pictures cropped to a square of ``side``."""
+    """Latents ``[N, C, h, w]`` float32, scaled for the U-Net, of images cropped to a square of ``side``."""
     import torch
     from PIL import Image, ImageOps
 

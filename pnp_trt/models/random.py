@@ -1,4 +1,4 @@
-"""Stable Diffusion's architectures with seeded random weights: for work that needs the size and not the pictures.
+"""Stable Diffusion's architectures with seeded random weights: for work that needs the size and not the images.
 
 Weights are made in float16 and one tensor after the other, so that SD 1.5 takes 1.7 GB and not twice 3.4.
 """
@@ -109,11 +109,11 @@ def random_base(name: str) -> RandomBase:
     unet = random_unet_config(name)
     name, hash_, seed = name.partition("#")
     if hash_ and not seed.isdecimal():
-        raise InputError(f"the seed of '{name}#{seed}' is no whole number; write {name}#2")
+        raise InputError(f"the seed of '{name}#{seed}' is not a whole number; write {name}#2")
     folder = PRESETS / name.removeprefix("random:")
     if not folder.is_dir():
         raise InputError(
-            f"{name} cannot be built: it wants two text encoders; it serves `pnp-trt bench --only cost --base {name}`"
+            f"{name} cannot be built: it needs two text encoders; it serves `pnp-trt bench --only cost --base {name}`"
         )
     configs = {"unet": unet} | {n: _read(folder / f"{n}.json") for n in ("text_encoder", "vae")}
     # tokenizer and noise schedule are Stable Diffusion's own in the bundled model too

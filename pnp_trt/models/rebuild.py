@@ -1,6 +1,6 @@
 """Modules as JSON and safetensors: what a bundle of backend ``torch`` holds instead of graphs.
 
-``unet.json`` says which classes a network is made of, with their configs, and ``unet.safetensors`` has its weights
+``unet.json`` states which classes a network is made of, with their configs, and ``unet.safetensors`` has its weights
 in the precision that they run in.  Only classes that are named here are made, and nothing is unpickled: a bundle can
 hold numbers and no code.
 """
@@ -41,7 +41,7 @@ def rebuild(description: Path, weights: Path) -> nn.Module:
     """The module that ``describe`` saw, with the weights of a safetensors file in the types that they have there.
 
     Raises:
-        InputError: if the description is of another schema or names a class that this version does not know, or the
+        InputError: if the description is of another schema or names a class that this version does not support, or the
             weights are not just the module's.
     """
     from safetensors import SafetensorError

@@ -119,7 +119,7 @@ def _end(path: Path, key: str, entry: Any) -> int:
     for name in ("shape", "data_offsets"):
         values = entry.get(name)
         if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
-            raise InputError(f"{path} is not a safetensors file: the {name} of {shown!r} is no list of whole numbers")
+            raise InputError(f"{path} is not a safetensors file: the {name} of {shown!r} is not a list of integers")
     if len(entry["data_offsets"]) != 2:
         raise InputError(f"{path} is not a safetensors file: the data_offsets of {shown!r} are not two")
     return int(entry["data_offsets"][1])

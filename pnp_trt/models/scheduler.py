@@ -44,7 +44,7 @@ def scheduler_record(config: Mapping[str, Any], stated: Noise, chosen: Noise) ->
 
     Args:
         config: the scheduler config with ``_class_name``: the fine-tune's own, or that of the engine it goes into.
-        stated: what a single file says about itself.
+        stated: what a single file states about itself.
         chosen: the user's options, which win.
     """
     kept = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}

@@ -22,7 +22,7 @@ class SingleFileBase(BaseModel):
 
     Attributes:
         single: the file's sorted keys.
-        unet_only: whether everything but the U-Net is left out, as the user wants it.
+        unet_only: whether everything but the U-Net is left out, as the user requests.
     """
 
     single: SingleFile | None = None
@@ -33,7 +33,7 @@ class SingleFileBase(BaseModel):
         """The base model of a file, its header read.
 
         Raises:
-            InputError: if it is no safetensors file, or holds no U-Net.
+            InputError: if it is not a safetensors file, or holds no U-Net.
         """
         return cls(name, ASSETS / "emoji", path, single=read_single_file(path))
 

@@ -1,4 +1,4 @@
-"""Checkpoints in one file: which networks it holds, under which names, and what it says about its noise schedule.
+"""Checkpoints in one file: which networks it holds, under which names, and what it states about its noise schedule.
 
 A key is assigned to the U-Net, the text encoder, the VAE, or to what no engine uses.  Nothing is dropped in silence:
 what is not used is either a training leftover of an explicit list or named and refused.  Only the header is read.
@@ -67,7 +67,7 @@ _UNUSED = (
     (r"(?:encoder|decoder|quant_conv|post_quant_conv)\.", "a VAE"),
     (r"image_encoder\.|ip_adapter\.|image_proj\.|embedder\.", "an image encoder"),
 )  # fmt: skip
-#: empty tensors by which a file says what its U-Net predicts
+#: empty tensors by which a file states what its U-Net predicts
 MARKERS = ("v_pred", "ztsnr")
 
 
@@ -92,7 +92,7 @@ class SingleFile:
         parts: networks that an engine may take, by name; always the ``unet``.
         unused: keys of what no engine takes, by what it is.
         leftovers: keys that training left, by what they are; they are ignored.
-        noise: what the file says about prediction type and terminal SNR.
+        noise: what the file states about prediction type and terminal SNR.
         prefix: what stands before the U-Net's keys.
     """
 
@@ -165,7 +165,7 @@ def read_single_file(path: Path) -> SingleFile:
     """Sort the keys of a checkpoint.
 
     Raises:
-        InputError: if it is no safetensors file, holds no U-Net or several, or contradicts itself about its noise.
+        InputError: if it is not a safetensors file, holds no U-Net or several, or contradicts itself about its noise.
     """
     header = read_header(path)
     sorter = _Sorter()
@@ -211,7 +211,7 @@ def _contents(keys: list[str], parts: Mapping[str, Part]) -> str:
     if not keys:
         return "it has no weights"
     if match := next((m for k in keys if (m := _ANY_UNET.match(k))), None):
-        return f"its keys begin with '{match[1]}', which is no known prefix; rename them"
+        return f"its keys begin with '{match[1]}', which is not a known prefix; rename them"
     return f"its keys are {', '.join(keys[:3])} …; rename them as diffusers or the original code does"
 
 

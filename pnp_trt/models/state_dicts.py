@@ -12,10 +12,10 @@ def check_fits(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what
     """Hold the weights of a checkpoint against those of a network; arguments as of ``differences``.
 
     Raises:
-        InputError: if they differ; the message says in what.
+        InputError: if they differ; the message states in what.
     """
     if (found := differences(own, given)) is not None:
-        raise InputError(f"{name} is no fine-tune of {what}: {found}; use a checkpoint of the same architecture")
+        raise InputError(f"{name} is not a fine-tune of {what}: {found}; use a checkpoint of the same architecture")
 
 
 def differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:

@@ -69,7 +69,7 @@ def decode(unet: UNet2DConditionModel, emb: Tensor, features: Features, encoder_
 
 
 class Student(nn.Module):
-    """Teacher U-Net with a guide plugged in: one pass predicts eps_w (or v_w).
+    """Teacher U-Net with a guide plugged in: one evaluation predicts eps_w (or v_w).
 
     Args:
         unet: the frozen teacher, or a fine-tune of it.
@@ -138,7 +138,7 @@ def cfg(
     Args:
         text, empty: states of the prompt and of the empty (or negative) prompt, ``[B, tokens, D]`` each.
         w: ``[B]``.
-        added_cond_kwargs: SDXL's, for both passes: ``[2B, …]``, those of ``empty`` first.
+        added_cond_kwargs: SDXL's, for both evaluations: ``[2B, …]``, those of ``empty`` first.
     """
     unconditional, conditional = both_passes(unet, sample, timestep, text, empty, added_cond_kwargs)
     return unconditional + w[:, None, None, None] * (conditional - unconditional)

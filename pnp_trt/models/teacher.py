@@ -26,7 +26,7 @@ class Sizes:
         text_width: width of a text state.
         vocabulary: number of token ids.
         factor: image pixels to a latent's.
-        multiple: what a picture's height and width are multiples of, so that the U-Net halves them without rest.
+        multiple: what an image's height and width are multiples of, so that the U-Net halves them without rest.
     """
 
     latent: tuple[int, int, int]
@@ -173,7 +173,7 @@ class BaseModel:
         except KeyError as e:
             raise InputError(f"{self.name}: a config.json lacks {e}; download the model again") from None
         except (TypeError, ValueError) as e:
-            raise InputError(f"{self.name}: a config.json holds a size that is no number ({e})") from None
+            raise InputError(f"{self.name}: a config.json holds a size that is not a number ({e})") from None
 
     def random_guide(self, name: str) -> dict[str, str] | None:
         """Name and hash of the guide that ``make_guide`` makes; None where guides are read from files."""

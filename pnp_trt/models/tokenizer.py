@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..io.inputs import read_text
 from .files import read_json
 
-#: a length above this means that the tokenizer's files give none; transformers then says 10³⁰
+#: a length above this means that the tokenizer's files give none; transformers then gives 10³⁰
 _NO_LENGTH = 10**6
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any]) -> Any:
 
 
 def _length(config: Mapping[str, Any], tokenizer: Any, folder: Path, positions: int) -> int:
-    """Tokens of a prompt: what the tokenizer says, all of the text encoder's positions where it says nothing."""
+    """Tokens of a prompt: what the tokenizer states, all of the text encoder's positions where it states nothing."""
     length = tokenizer.model_max_length
     if isinstance(length, int | float) and length > _NO_LENGTH:
         return positions

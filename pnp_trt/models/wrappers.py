@@ -33,7 +33,7 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """Pixels ``[B, 3, H·f, W·f]`` in [-1, 1] → latents as the U-Net takes them ``[B, C, H, W]``.
 
-    Of a variational encoder the mean of its distribution, so that a picture has one latent.
+    Of a variational encoder the mean of its distribution, so that an image has one latent.
     """
 
     def __init__(self, vae: Any) -> None:

@@ -33,7 +33,7 @@ class Recipe:
             show on its golden inputs.
         islands: patterns (``fnmatch``) of module names that compute in float32 all the same.
         fallback: networks that are exported in float32 when this recipe gives them values that are not finite or
-            too far off; the manifest says so.
+            too far off; the manifest records it.
     """
 
     name: str
@@ -120,7 +120,7 @@ def recipe(name: str) -> Recipe:
 
 
 def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
-    """Make ``module`` compute as ``recipe`` says; its inputs and output stay float32, as the sampler has them.
+    """Make ``module`` compute as ``recipe`` states; its inputs and output stay float32, as the sampler has them.
 
     The boundary costs one cast of a latent a step, and spares every caller from knowing the recipe.  The module's
     weights are rounded in place: take the reference before.

@@ -1,4 +1,4 @@
-"""Pictures in and out: files with the parameters inside, grids, and names that never overwrite."""
+"""Images in and out: files with the parameters inside, grids, and names that never overwrite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..io.files import write_new
 from ..io.image_files import FORMATS as READABLE
 from ..io.image_files import read_rgb
 
-#: formats that pictures are written in → (suffix, Pillow's name, its options)
+#: formats that images are written in → (suffix, Pillow's name, its options)
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "png": (".png", "PNG", {}),
     "webp": (".webp", "WEBP", {"lossless": True}),
@@ -88,7 +88,7 @@ def read_image(source: str | Path | np.ndarray, size: tuple[int, int]) -> tuple[
     """The starting image of image-to-image, uint8 ``[H, W, 3]`` of ``size``, and its name.
 
     Files are read as by :func:`~pnp_trt.io.image_files.read_rgb`.  An image of another size is resized (Lanczos),
-    and a warning says so.
+    with a warning.
 
     Args:
         source: a file, or pixels uint8 ``[h, w, 3]``.
@@ -138,8 +138,8 @@ def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name
     """The bytes of an image file with ``parameters`` inside.
 
     Raises:
-        InputError: for an unknown kind, or parameters whose text is no Unicode (a pair of surrogates).
-        PnpError: if the parameters are too long for the format; ``name`` says of which image.
+        InputError: for an unknown kind, or parameters whose text is not Unicode (a pair of surrogates).
+        PnpError: if the parameters are too long for the format; ``name`` states of which image.
     """
     from PIL import Image, PngImagePlugin
 
@@ -175,7 +175,7 @@ def _json_text(parameters: dict[str, Any], name: Path) -> str:
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """What made a picture that :func:`save_picture` wrote.
+    """What made an image that :func:`save_picture` wrote.
 
     Raises:
         InputError: if it cannot be read, or holds nothing of the kind.
@@ -210,12 +210,12 @@ def _write_new(data: bytes, path: Path) -> None:
 def grid(
     rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str], title: str = "", cell: int = 128
 ) -> np.ndarray:
-    """A labelled picture grid, uint8 ``[H, W, 3]``.
+    """A labelled image grid, uint8 ``[H, W, 3]``.
 
     Args:
-        rows: (label, pictures) from top to bottom.
-        columns: labels above the pictures.
-        cell: side that each picture is shown at.
+        rows: (label, images) from top to bottom.
+        columns: labels above the images.
+        cell: side that each image is shown at.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -1,4 +1,4 @@
-"""The sampler: prompts in, pictures out, one engine call a step when the bundle is guided."""
+"""The sampler: prompts in, images out, one engine call a step when the bundle is guided."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .tokenizer import Tokenizer
 
 STEPS = (1, 1000)
 DEFAULT_STEPS = 20
-#: scales that guides are trained for; outside it their pictures mean nothing
+#: scales that guides are trained for; outside it their images mean nothing
 GUIDANCE = (1.0, 9.0)
-#: of the steps, for a picture to begin with; diffusers' default
+#: of the steps, for an image to begin with; diffusers' default
 DEFAULT_STRENGTH = 0.8
 #: schedules that are kept by a pipeline
 TABLES = 16
-#: a picture to begin with: a file, or pixels uint8 ``[H, W, 3]``
+#: an image to begin with: a file, or pixels uint8 ``[H, W, 3]``
 Init = str | Path | np.ndarray
 
 
@@ -55,7 +55,7 @@ class Pipeline:
         baselines: ``cfg-two-passes`` and ``cfg-interval`` for a plain bundle on the host's loop, to compare with.
         negative_prompts: whether its guide was distilled with negative prompts; CFG takes them in any case.
         sampling_steps: the only number of steps that its guide was distilled for (stage 2), or None.
-        size: height and width in pixels of what it draws where no size is asked for.
+        size: height and width in pixels of its images where no size is requested.
         profiles: batches and sizes that it was built for; empty where any batch of the one size will do.
         default_schedule: the teacher's own where it is one of ``SCHEDULES`` and the guide
             was not distilled for a number of DDIM steps, else DDIM.
@@ -97,13 +97,13 @@ class Pipeline:
             if "vae_encoder" in manifest.networks
             else None
         )
-        # what the guide makes of w alone, where it is a network of its own
+        # the part of the guide that depends on w alone, where it is a separate network
         self._condition = (
             backend.load(bundle.file("condition"), manifest.networks["condition"], options)
             if "condition" in manifest.networks
             else None
         )
-        #: what runs whole pictures on a GPU, captured into CUDA graphs; None where the host runs the loop
+        #: what runs whole images on a GPU, captured into CUDA graphs; None where the host runs the loop
         self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
         self.baselines: tuple[str, ...] = () if bundle.guided or self.loops is not None else BASELINES
         self._empty: np.ndarray | None = None
@@ -152,7 +152,7 @@ class Pipeline:
         return self.loops is not None or "cuda" in self._unet.describe().device.lower()
 
     def facts(self) -> dict[str, dict[str, int]]:
-        """What the runtime tells of each network, by its name in the manifest; see ``Network.facts``."""
+        """The runtime's figures of each network, by its name in the manifest; see ``Network.facts``."""
         held = {
             "text_encoder": self._text, "unet": self._unet, "vae_decoder": self._vae, "vae_encoder": self._encoder,
             "condition": self._condition,
@@ -160,13 +160,13 @@ class Pipeline:
         return {name: network.facts() for name, network in held.items() if network is not None}
 
     def guided_interval(self) -> Interval:
-        """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is asked for."""
+        """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is requested."""
         return baselines.default_interval(self._scheduler)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Text states ``[N, tokens, D]`` float32."""
         ids = self._tokenizer(list(prompts))
-        # one row at a time: a prompt's states must not depend on what else is asked for
+        # one row at a time: a prompt's states must not depend on what else is requested
         states = [self._text(input_ids=row[None]) for row in ids]
         return states[0] if len(states) == 1 else np.concatenate(states)
 
@@ -187,7 +187,7 @@ class Pipeline:
         return size[0], size[1]
 
     def largest_batch(self, size: Size | None = None) -> int:
-        """Most pictures of ``size`` (pixels) at once."""
+        """Most images of ``size`` (pixels) at once."""
         wanted = self.check_size(size)
         return max((p.maximum for p in self.profiles if p.holds_size(wanted)), default=self.max_batch)
 
@@ -195,7 +195,7 @@ class Pipeline:
         """Unit Gaussian latents ``[N, C, H, W]`` float32; each depends on its own seed and the size alone.
 
         Args:
-            size: height and width of the pictures in pixels; None takes the default.
+            size: height and width of the images in pixels; None takes the default.
         """
         channels, height, width = self._latent
         wanted = self.check_size(size)
@@ -223,7 +223,7 @@ class Pipeline:
 
         Args:
             context: text states ``[N, tokens, D]``.
-            noise: ``[N, C, H, W]``; its height and width decide the picture's.
+            noise: ``[N, C, H, W]``; its height and width decide the image's.
             guidance: w, one for all or ``[N]``.
             method: one of ``methods`` or ``baselines``; ``None`` takes the first.
             callback: called with (steps done, steps) after each step; False from it stops the work.
@@ -309,14 +309,14 @@ class Pipeline:
         return f"it can do: {', '.join(self.methods)}"
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        """Clean latents ``[N, C, H, W]`` float32 of pictures, uint8 ``[N, H, W, 3]`` of the engine's size.
+        """Clean latents ``[N, C, H, W]`` float32 of images, uint8 ``[N, H, W, 3]`` of the engine's size.
 
         Raises:
             InputError: if the engine has no VAE encoder.
         """
         if self._encoder is None:
             raise InputError(
-                f"engine '{self.name}' has no VAE encoder, which a picture to begin with needs; "
+                f"engine '{self.name}' has no VAE encoder, which a starting image needs; "
                 + rebuild_advice(self.bundle.folder, self.bundle.manifest.rebuild, "--image-to-image")
             )
         scaled = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
@@ -331,7 +331,7 @@ class Pipeline:
         """Pixels uint8 ``[N, H, W, 3]``.
 
         Raises:
-            PnpError: if the latents or the pixels are not finite; a black picture is never returned for NaN.
+            PnpError: if the latents or the pixels are not finite; a black image is never returned for NaN.
         """
         with self._vae.bind(len(latents), (latents.shape[-2], latents.shape[-1])) as vae:
             vae.write(latents=latents)
@@ -348,10 +348,10 @@ class Pipeline:
             return pixels.transpose(0, 2, 3, 1).astype(np.uint8, order="C")
 
     def _check_finite(self, what: str, bad: np.ndarray) -> None:
-        """Refuse to return pictures of which any is bad, ``[N]`` bool."""
+        """Refuse to return images of which any is bad, ``[N]`` bool."""
         if bad.any():
             raise PnpError(
-                f"engine '{self.name}': the {what} of picture {np.flatnonzero(bad)[0]} are not finite; "
+                f"engine '{self.name}': the {what} of image {np.flatnonzero(bad)[0]} are not finite; "
                 "check the weights it was built from, or rebuild with --precision fp32"
             )
 
@@ -371,7 +371,7 @@ class Pipeline:
         size: Size | None = None,
         guided_interval: Interval | None = None,
     ) -> list[Picture]:
-        """Pictures for prompts.
+        """Images for prompts.
 
         Args:
             prompts: one or several.
@@ -381,14 +381,14 @@ class Pipeline:
             method: one of ``methods`` or ``baselines``; None takes the first.
             negative: negative prompt, one for all or one each.
             schedule: one of ``SCHEDULES``, or ``teacher``; None takes ``default_schedule``.
-            init: a picture to begin with; of another size than the engine's, it is resized and a warning says so.
+            init: an image to begin with; of another size than the engine's, it is resized with a warning.
             strength: with ``init``, the share of the steps that are made, above 0 to 1; None stands for 0.8.
-            callback: called with (steps done, steps in all) as the work goes on; False from it stops the work.
+            callback: called with (steps done, steps in all) as the work proceeds; False from it stops the work.
             size: height and width in pixels, one of those that the engine was built for; None takes its default.
             guided_interval: lowest and highest timestep with CFG, for method ``cfg-interval``.
 
         Raises:
-            InputError: for values out of range, lists whose lengths differ, or a picture that cannot be read.
+            InputError: for values out of range, lists whose lengths differ, or an image that cannot be read.
             Cancelled: if the callback returned False.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -409,13 +409,13 @@ class Pipeline:
         if self.sampling_steps not in (None, steps):
             warnings.warn(
                 f"the guide of engine '{self.name}' was distilled for {self.sampling_steps} steps and is run with "
-                f"{steps}; its pictures may be off",
+                f"{steps}; its images may be wrong",
                 stacklevel=2,
             )
         if self.sampling_steps is not None and table.name != ddim.name:
             warnings.warn(
                 f"the guide of engine '{self.name}' was distilled under DDIM and is run with {table.name}; its "
-                "pictures may be off",
+                "images may be off",
                 stacklevel=2,
             )
         out: list[Picture] = []
@@ -441,16 +441,16 @@ class Pipeline:
         return out
 
     def _start(self, init: Init | None, strength: float | None) -> tuple[np.ndarray, float, str] | None:
-        """Latents ``[1, C, H, W]``, strength and name of the picture to begin with; None where there is none."""
+        """Latents ``[1, C, H, W]``, strength and name of the image to begin with; None where there is none."""
         if init is None:
             if strength is not None:
-                raise InputError(f"strength is {strength:g} and no picture to begin with was given; give --init too")
+                raise InputError(f"strength is {strength:g} and no starting image was given; give --init too")
             return None
         pixels, name = read_image(init, self.size)
         return self.encode_image(pixels[None]), DEFAULT_STRENGTH if strength is None else float(strength), name
 
     def _avoided(self, negative: str | Sequence[str] | None, count: int, method: str) -> list[str] | None:
-        """The negative prompt of each picture; None where there is none."""
+        """The negative prompt of each image; None where there is none."""
         if negative is None:
             return None
         if not self.negative_prompts or method == "unguided":

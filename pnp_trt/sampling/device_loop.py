@@ -29,10 +29,10 @@ MOST_STEPS = 200
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does, whatever it draws.
+    """The shape of a run, independent of its inputs.
 
     Attributes:
-        batch: pictures.
+        batch: images.
         size: height and width of the latents.
         table: the schedule.
         twice: whether the network sees every latent twice (CFG).
@@ -59,7 +59,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Feeds:
-    """What changes from picture to picture, all that goes to the GPU.
+    """The inputs of one run, all that is copied to the GPU.
 
     Attributes:
         latents: the first ones, ``[N, C, H, W]`` float32.
@@ -74,7 +74,7 @@ class Feeds:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What comes back.
+    """The outputs of one run.
 
     Attributes:
         values: pixels uint8 ``[N, H, W, 3]``, or the last latents ``[N, C, H, W]`` float32.
@@ -99,7 +99,7 @@ class Lane(ABC):
 
     @abstractmethod
     def load(self, feeds: Feeds) -> None:
-        """Copy in what the next run draws."""
+        """Copy in the inputs of the next run."""
 
     @abstractmethod
     def begin(self, prepared: Any) -> None:
@@ -164,7 +164,7 @@ class DeviceLoops:
     """Runs plans on lanes; those used last are kept.  Threads take turns.
 
     The first run of a kind goes step by step, which warms everything up; the second one is captured.  Where that
-    fails, one warning says why, and runs of that kind go on step by step: the same work on the same buffers, so that
+    fails, one warning gives the reason, and such runs continue step by step: the same work on the same buffers, so that
     both give equal results.  With a callback a run always goes step by step, for there to be something to report.
 
     Args:
@@ -189,7 +189,7 @@ class DeviceLoops:
         self._lock = threading.Lock()
 
     def run(self, plan: Plan, feeds: Feeds, callback: StepCallback | None = None) -> Drawn:
-        """One batch of pictures.
+        """One batch of images.
 
         Args:
             callback: called with (steps done, steps) after each step; False stops the work.
@@ -264,7 +264,7 @@ class DeviceLoops:
                     lane.step(run.prepared, i)
                 lane.end(run.prepared)
 
-            lane.wait()  # a capture wants nothing on the way
+            lane.wait()  # a capture needs nothing on the way
             try:
                 run.graph = lane.capture(work)
             except Exception as e:  # whatever it is, the same work still runs uncaptured

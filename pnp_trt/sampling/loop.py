@@ -25,7 +25,7 @@ class HostLoop:
         table: the schedule.
         shape: of the latents, ``[N, C, H, W]``.
         w: ``[N]`` for CFG, whose network sees every latent twice, unconditional first (Ho & Salimans 2022, one batch
-            of two); None where one pass is made.
+            of two); None where one evaluation is made.
     """
 
     def __init__(self, unet: Bound, table: Schedule, shape: tuple[int, ...], w: np.ndarray | None = None) -> None:
@@ -68,12 +68,12 @@ class HostLoop:
         return self._x.copy()
 
     def predict(self, i: int, x: np.ndarray) -> np.ndarray:
-        """What the network makes of latents of another's at step ``i``; it may change with the next run."""
+        """The network's output for other latents at step ``i``; it may change with the next run."""
         np.copyto(self._x, x)
         return self._predict(i)
 
     def _predict(self, i: int) -> np.ndarray:
-        """What the network makes of the latents at step ``i``."""
+        """The network's output for the latents at step ``i``."""
         if not self._same:
             for half in self._halves:
                 np.multiply(self._x, self._rows[i][0], out=half)

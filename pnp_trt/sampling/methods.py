@@ -1,4 +1,4 @@
-"""What a guide is compared with besides CFG itself: CFG in two passes, and CFG on a part of the timesteps.
+"""Baselines besides CFG itself: sequential CFG, and CFG on a part of the timesteps.
 
 They exist to be measured, and run on the host's loop alone; to sample with there are ``cfg``, ``unguided``, ``guided``.
 """
@@ -88,7 +88,7 @@ def run(
 
 
 class _TwoPasses(HostLoop):
-    """CFG with a pass for each text, of batch N, in place of one pass of batch 2N."""
+    """CFG with one evaluation for each text, of batch N, in place of one of batch 2N."""
 
     def __init__(self, unet: Bound, table: Schedule, shape: tuple[int, ...], w: np.ndarray, texts: np.ndarray) -> None:
         super().__init__(unet, table, shape)
@@ -99,7 +99,7 @@ class _TwoPasses(HostLoop):
     def _predict(self, i: int) -> np.ndarray:
         unconditional, conditional = self._texts
         self._unet.write(encoder_hidden_states=unconditional)
-        np.copyto(self._unconditional, super()._predict(i))  # the second pass may write over it
+        np.copyto(self._unconditional, super()._predict(i))  # the second evaluation may write over it
         self._unet.write(encoder_hidden_states=conditional)
         np.subtract(super()._predict(i), self._unconditional, out=self._combined)
         np.multiply(self._scale, self._combined, out=self._combined)
@@ -107,7 +107,7 @@ class _TwoPasses(HostLoop):
 
 
 class _OnInterval(HostLoop):
-    """CFG by ``both`` in the steps that are ``guided``, one conditional pass in the others."""
+    """CFG by ``both`` in the steps that are ``guided``, one conditional evaluation in the others."""
 
     def __init__(
         self, unet: Bound, table: Schedule, shape: tuple[int, ...], both: HostLoop, guided: np.ndarray

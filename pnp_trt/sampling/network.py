@@ -1,4 +1,4 @@
-"""What a sampler needs of a loaded network: its tensors, buffers to run on, and one call."""
+"""A loaded network as a sampler uses it: its tensors, buffers to run on, and one call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Description:
 
 
 class Bound(ABC):
-    """Buffers for one batch and picture size, and the call that runs on them; for one thread at a time."""
+    """Buffers for one batch and image size, and the call that runs on them; for one thread at a time."""
 
     @abstractmethod
     def write(self, **inputs: np.ndarray) -> None:
@@ -64,8 +64,8 @@ class Network(ABC):
         """
 
     def facts(self) -> dict[str, int]:
-        """What the runtime tells of the compiled network: ``layers``, ``reformats`` (layers that only change a tensor's
-        layout or type) and ``device_memory_bytes`` (that it works in, weights apart); what it does not tell is missing.
+        """The runtime's figures of the compiled network: ``layers``, ``reformats`` (layers that only change a tensor's
+        layout or type) and ``device_memory_bytes`` (working memory without weights); unreported ones are missing.
         """
         return {}
 

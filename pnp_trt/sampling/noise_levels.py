@@ -142,7 +142,7 @@ def respaced(config: Config, highest: float, lowest: float, steps: int) -> np.nd
     """The noise levels that the config spaces by themselves and not by timesteps, ``[steps]``; None where it has none.
 
     Raises:
-        InputError: for a config that wants two ways at once.
+        InputError: for a config that needs two ways at once.
     """
     ways = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential}
     wanted = [key for key in ways if config.get(key)]

@@ -27,7 +27,7 @@ class Schedule:
 
     Attributes:
         name: of the schedule, as ``SCHEDULES`` has it.
-        timesteps: ``[steps]`` int64, falling; what the network is told.
+        timesteps: ``[steps]`` int64, falling; the network's input.
         x_scale, output_scale, previous_scale: ``[steps]`` float32, the update.
         data_x, data_output: ``[steps]`` float32, the data prediction.
         input_scale: ``[steps]`` float32, multiplies the latent that the network sees.
@@ -53,7 +53,7 @@ class Schedule:
 
     @property
     def multistep(self) -> bool:
-        """Whether any step looks at the one before."""
+        """Whether any step uses the previous one."""
         return bool(self.previous_scale.any())
 
     def table(self) -> np.ndarray:
@@ -67,12 +67,12 @@ class Schedule:
         return rows
 
     def scaled(self, i: int, x: Any) -> Any:
-        """What the network is shown at step ``i``."""
+        """The network's input at step ``i``."""
         scale = float(self.input_scale[i])
         return x if scale == 1.0 else scale * x
 
     def step(self, i: int, x: Any, output: Any, previous: Any = None) -> tuple[Any, Any]:
-        """The latent after step ``i`` and the data prediction that the next step wants; for arrays and tensors.
+        """The latent after step ``i`` and the data prediction that the next step needs; for arrays and tensors.
 
         Args:
             x: the latent, not scaled, ``[N, C, H, W]``.
@@ -87,7 +87,7 @@ class Schedule:
         return after, float(self.data_x[i]) * x + float(self.data_output[i]) * output
 
     def start(self, strength: float) -> Schedule:
-        """The last part of the run, for a picture to begin with (image to image).
+        """The last part of the run, for an image to begin with (image to image).
 
         Args:
             strength: share of the steps that are made, rounded down; 1 makes all of them.

@@ -1,1 +1,1 @@
-"""What a guide does inside: its feature maps and their strength over steps and guidance scales."""
+"""Inside a guide: its feature maps and their strength over steps and guidance scales."""

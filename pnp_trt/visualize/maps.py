@@ -1,4 +1,4 @@
-"""The paper's figure: a guide's injections as maps, over steps and guidance scales, and the pictures they lead to."""
+"""The paper's figure: a guide's injections as maps, over steps and guidance scales, and the images they lead to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shown_steps(steps: int, show: int) -> list[int]:
 
 @plain_text()
 def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.ndarray:
-    """The labelled picture, uint8 ``[H, W, 3]``: rows are scales, blocks are layers, columns are steps.
+    """The labelled image, uint8 ``[H, W, 3]``: rows are scales, blocks are layers, columns are steps.
 
     A cell shows, for each position, the RMS over channels of what the guide adds, relative to the RMS of the feature
     map that it is added to; all cells share one colour scale, so that strengths can be compared anywhere.
@@ -88,7 +88,7 @@ def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.nda
             text(LEFT - 0.1, y + CELL / 2, f"w = {w:g}", 11, ha="right", va="center")
             axis = cell(end, y)
             axis.imshow(recording.pictures[r], interpolation="antialiased")
-            for side in axis.spines.values():  # white pictures need an edge
+            for side in axis.spines.values():  # white images need an edge
                 side.set(visible=True, color="#cccccc", linewidth=0.8)
 
     bar_width = min(5.0, width - LEFT - EDGE)

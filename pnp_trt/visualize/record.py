@@ -95,7 +95,7 @@ def record(
 ) -> Recording:
     """Sample every prompt at every scale from the same noise, and measure the guide's residuals on the way.
 
-    The noise is that of :meth:`pnp_trt.runtime.pipeline.Pipeline.noise`, so that the pictures are those of
+    The noise is that of :meth:`pnp_trt.runtime.pipeline.Pipeline.noise`, so that the images are those of
     ``pnp-trt sample`` with this seed.
 
     Args:
@@ -104,7 +104,7 @@ def record(
         shown: indices of the steps to keep maps of, ascending.
 
     Raises:
-        PnpError: if a residual or a picture is not finite; it says where.
+        PnpError: if a residual or an image is not finite; it states where.
     """
     unet, guide = student.unet, student.guide
     device = next(guide.parameters()).device
@@ -214,9 +214,9 @@ def _high_frequencies(height: int, width: int) -> Tensor:
 
 
 def _pixels(vae: Any, latents: Tensor, w: float) -> np.ndarray:
-    """The picture of latents ``[1, C, H, W]``, uint8 ``[H, W, 3]``."""
+    """The image of latents ``[1, C, H, W]``, uint8 ``[H, W, 3]``."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     out = vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0][0]
     if not out.isfinite().all():
-        raise PnpError(f"the picture at w = {w:g} is not finite; check the guide's and the base's weights")
+        raise PnpError(f"the image at w = {w:g} is not finite; check the guide's and the base's weights")
     return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()

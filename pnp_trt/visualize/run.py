@@ -31,14 +31,14 @@ from .strength import draw_strength
 from .summary import describe, summarise
 
 SCHEMA = "pnp-trt/visualize/1"
-#: what one picture can hold
+#: what one image can hold
 MOST_SCALES, MOST_STEPS = 16, 32
 _FILES = (("feature-maps", ".png"), ("strength", ".png"), ("strength", ".json"))
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at.
+    """A visualisation request.
 
     Attributes:
         guide: a guide's name or folder.
@@ -47,7 +47,7 @@ class Request:
         steps: sampling steps.
         base: the teacher, or a fine-tune of it.
         seed: of the noise that every run starts from.
-        show: how many steps the picture of the maps shows.
+        show: how many steps the image of the maps shows.
         layers: names (``skip-0`` …, ``mid``) or indices of the layers it shows, or ``all``; empty takes the shallowest
             and the deepest skip that the guide adds to, and mid.
         out: folder for the files.
@@ -66,7 +66,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was written, the numbers (the JSON file's content), and a paragraph about them."""
+    """Written files, the numbers (the JSON file's content), and a paragraph about them."""
 
     files: list[Path]
     document: dict[str, Any]
@@ -162,14 +162,14 @@ def _check(request: Request, scales: list[float]) -> None:
     for w in scales or [1.0]:  # an empty list of prompts is refused there too
         check_request(prompts, [request.seed] * len(prompts), [w] * len(prompts), request.steps)
     if len(scales) > MOST_SCALES:
-        raise InputError(f"{len(scales)} guidance scales were given; one picture holds at most {MOST_SCALES}")
+        raise InputError(f"{len(scales)} guidance scales were given; one image holds at most {MOST_SCALES}")
     if not 1 <= request.show <= MOST_STEPS:
         raise InputError(f"show is {request.show}; it must be between 1 and {MOST_STEPS}")
     check_writable_folder(request.out)
 
 
 def _wanted(given: Sequence[str], names: list[str]) -> list[int]:
-    """Indices of the layers asked for, in that order and each once; empty for the usual ones."""
+    """Indices of the layers requested, in that order and each once; empty for the usual ones."""
     if list(given) == ["all"]:
         return list(range(len(names)))
     found: list[int] = []

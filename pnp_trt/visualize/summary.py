@@ -1,6 +1,6 @@
 """Does the paper's description of the feature maps hold for this guide?  Computed from a recording, never assumed.
 
-*Plug-and-Play Diffusion Distillation* (Hsiao et al., CVPR 2024) says of its guide's feature maps: strong injection in
+*Plug-and-Play Diffusion Distillation* (Hsiao et al., CVPR 2024) describes its guide's feature maps: strong injection in
 the early, noisy steps; later mostly high-frequency detail with low strength; the larger w, the stronger.
 """
 
@@ -72,7 +72,7 @@ def describe(summary: dict[str, Any], what: str) -> str:
     """One paragraph for people; ``what`` names the guide and the run."""
     strongest = summary["strongest"]
     if strongest is None:
-        return f"{what}: nothing is injected anywhere; w = 1 alone was asked for, or the guide is untrained."
+        return f"{what}: nothing is injected anywhere; only w = 1 was requested, or the guide is untrained."
     parts = [
         f"{what}: the injection is strongest at timestep {strongest['timestep']} (step {strongest['step']}), "
         f"on average {strongest['strength']:.1%} of the features it is added to."
@@ -114,6 +114,6 @@ def _verdict(holds: dict[str, bool]) -> str:
     no = [text for name, text in _CLAIMS.items() if holds.get(name) is False]
     open_ones = [text for name, text in _CLAIMS.items() if name not in holds]
     word = "does not hold" if not yes else "holds in full" if not no and not open_ones else "holds in part"
-    lists = [("true here", yes), ("not true here", no), ("not to be told from this run", open_ones)]
+    lists = [("true here", yes), ("not true here", no), ("undecided in this run", open_ones)]
     details = "; ".join(f"{name}: {', '.join(words)}" for name, words in lists if words)
     return f"The paper's description {word} ({details})."

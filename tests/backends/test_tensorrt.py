@@ -161,7 +161,7 @@ def test_releases_that_cannot_work_are_refused_before_the_export(
 
 
 def test_a_graph_that_cannot_be_compiled_is_one_sentence(jobs: dict[str, CompileJob], tmp_path: Path) -> None:
-    (tmp_path / "bad.onnx").write_bytes(b"this is no graph")
+    (tmp_path / "bad.onnx").write_bytes(b"this is not a graph")
     with pytest.raises(PnpError, match=r"bad.onnx cannot be parsed by tensorrt_rtx 1\."):
         rtx().compile(replace(jobs["fp16"], graph=tmp_path / "bad.onnx"), lambda *_: None)
 
@@ -199,7 +199,7 @@ def test_too_little_memory_is_said_before_it_starts(
 ) -> None:
     monkeypatch.setattr(memory, "free", lambda: 100 << 20)
     monkeypatch.setattr(module, "_in_own_process", lambda *_: pytest.fail("it was started"))
-    with pytest.raises(InputError, match="wants about 0.6 GiB of memory and 0.1 GiB are free; .*--no-memory-check"):
+    with pytest.raises(InputError, match="needs about 0.6 GiB of memory and 0.1 GiB are free; .*--no-memory-check"):
         rtx().compile(jobs["fp16"], lambda *_: None)
     monkeypatch.setattr(module, "_in_own_process", lambda *_: {"seconds": 1.0, "peak_memory": None})
     rtx().compile(replace(jobs["fp16"], options=CompileOptions(check_memory=False)), lambda *_: None)
@@ -211,7 +211,7 @@ def test_too_little_memory_is_said_before_it_starts(
         ("tensorrt-rtx", "sm_90", "fp16", {}, "target is 'sm_90'; tensorrt-rtx compiles for: portable, sm_75"),
         ("tensorrt-rtx", "sm_75", "bf16", {}, "sm_75 has no bfloat16"),
         ("tensorrt-rtx", None, "fp16", {"version_compatible": True}, "--version-compatible is for backend 'tensorrt'"),
-        ("tensorrt-rtx", None, "fp16", {"refittable": True}, "--refittable was asked for and no GPU is here"),
+        ("tensorrt-rtx", None, "fp16", {"refittable": True}, "--refittable was requested and no GPU is here"),
         ("tensorrt", None, "fp16", {}, "compiles on the GPU that it is for, and no NVIDIA driver or GPU was found"),
         ("onnxruntime", "sm_89", "fp32", {}, "an onnxruntime bundle runs on any"),
     ],
@@ -336,7 +336,7 @@ def test_later_releases_may_load_version_compatible_engines() -> None:
     assert not module._later("11.1.0.5", "11.4.0.106") and not module._later("12.0.0.1", "11.4.0.106")
 
 
-@pytest.mark.skipif(bool(present_gpus()), reason="says what is said where no GPU is")
+@pytest.mark.skipif(bool(present_gpus()), reason="states what is said where no GPU is")
 def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
     opened = open_bundle(bundle)
     with pytest.raises(InputError, match="needs an NVIDIA GPU, and CUDA finds none .*onnxruntime"):

@@ -144,7 +144,7 @@ def test_a_server_without_torch_is_told_what_to_install(eager: Path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "sm_89"], "target is 'sm_89'; backend 'torch' knows: eager, compile"),
+        (["--target", "sm_89"], "target is 'sm_89'; backend 'torch' takes: eager, compile"),
         (["--refittable"], "--refittable is for TensorRT"),
         (["--profile", "b4"], "takes any batch up to 32; leave --profile out"),
     ],
@@ -170,7 +170,7 @@ def test_wrong_inputs_name_the_right_ones(eager: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_cuda_without_a_gpu_is_refused(eager: Path) -> None:
-    with pytest.raises(InputError, match="provider 'cuda' was asked for and torch .* finds no GPU"):
+    with pytest.raises(InputError, match="provider 'cuda' was requested and torch .* finds no GPU"):
         verify(open_bundle(eager), LoadOptions("cuda"))
 
 

@@ -58,7 +58,7 @@ def test_not_finite_is_never_a_picture(bundles: Path) -> None:
     vae: Any = lane._vae
     with torch.no_grad():
         list(vae._call.parameters())[-1].fill_(torch.nan)
-    with pytest.raises(PnpError, match="the decoded pixels of picture 0 are not finite"):
+    with pytest.raises(PnpError, match="the decoded pixels of image 0 are not finite"):
         lane("a cat", steps=2)
 
 

@@ -315,8 +315,8 @@ def test_rejected_kernels_are_told_of(network: TrtNetwork, monkeypatch: pytest.M
 def test_an_engine_that_is_not_the_manifests_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(TrtNetwork, "_deserialize", lambda self, host_code: Engine())
     for entry, message in (
-        (replace(ENTRY, inputs={"x": ("float32", ("batch", 4))}), "its manifest says"),
-        (replace(ENTRY, profiles=ENTRY.profiles[:1]), "has 2 profiles, its manifest says 1"),
+        (replace(ENTRY, inputs={"x": ("float32", ("batch", 4))}), "its manifest states"),
+        (replace(ENTRY, profiles=ENTRY.profiles[:1]), "has 2 profiles, its manifest states 1"),
     ):
         with pytest.raises(InputError, match=message):
             TrtNetwork(RTX, tmp_path / "x.engine", entry, HostCuda())

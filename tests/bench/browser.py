@@ -1,4 +1,4 @@
-"""A page in headless Chromium: what its console says, and what a probe measures of its layout."""
+"""A page in headless Chromium: what its console states, and what a probe measures of its layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-#: Runs in a copy of the page: sizes, what sticks out, texts that leave their chart or overlap, blind pictures.
+#: Runs in a copy of the page: sizes, what sticks out, texts that leave their chart or overlap, blind images.
 PROBE = """
 const wide = innerWidth, found = {width: wide, scroll: document.documentElement.scrollWidth,
   background: getComputedStyle(document.body).backgroundColor, sticksOut: [], figures: {}, clipped: [], overlaps: [],

@@ -1,4 +1,4 @@
-"""A results document as a long run would leave it: several engines, methods, batches, steps and w, with pictures.
+"""A results document as a long run would leave it: several engines, methods, batches, steps and w, with images.
 
 Figures are invented from a seed and hang together: rounds share the machine's slow moments, and ratios come
 from the rounds.
@@ -31,7 +31,7 @@ ENGINES = (
     ("emoji-tiny", "onnxruntime", "fp32", 1.0),
     ("emoji-tiny-fp16-rtx-sm_89", "tensorrt-rtx", "fp16", 0.45),
 )
-#: method, U-Net passes a step, its own work beside the passes
+#: method, U-Net evaluations a step, its own work beside the passes
 METHODS = {
     "emoji-teacher": (("cfg", 2, 0.0), ("cfg-two-passes", 2, 0.06), ("cfg-interval", 1.6, 0.0),
                       ("cfg-fewer-steps", 1, 0.0), ("unguided", 1, 0.0), ("diffusers", 2, 0.35),
@@ -74,9 +74,9 @@ def make(
         "cold_start": cold_start(np.random.default_rng(seed)),
         "fidelity": fidelity(quality, kid_worse),
         "pictures": pictures(),
-        "left_out": [{"what": "energy per picture", "why": "no NVIDIA GPU is here"},
+        "left_out": [{"what": "energy per image", "why": "no NVIDIA GPU is here"},
                      {"what": "optimum-onnx", "why": "optimum is not installed; pip install optimum[onnxruntime]"}],
-        "task_quality_reason": None if quality else "--quick skips the pictures that KID needs",
+        "task_quality_reason": None if quality else "--quick skips the images that KID needs",
     }  # fmt: skip
     return results.document(["pnp-trt", "bench", "--suite", "full", "--json", "my bench.json"], **(values | change))
 
@@ -205,7 +205,7 @@ def cold_start(rng: np.random.Generator) -> list[dict[str, Any]]:
     for engine, _, _, speed in ENGINES:
         seconds = sorted(0.7 + (1 - speed) + 0.05 * rng.random(4))
         rows.append({"engine": engine, "seconds": seconds, "p50_s": float(np.median(seconds)), "imports_s": 0.21,
-                     "boundary": "process start to the first picture's pixels, files in the page cache"})  # fmt: skip
+                     "boundary": "process start to the first image's pixels, files in the page cache"})  # fmt: skip
     return rows
 
 

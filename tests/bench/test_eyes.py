@@ -110,7 +110,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_and_never_below_0(clip_fol
         seen = scorer._model(input_ids=ids, pixel_values=x)
     cosine = float((seen.image_embeds * seen.text_embeds).sum())
     assert scores[0] == pytest.approx(max(100 * cosine, 0), abs=1e-2)
-    with pytest.raises(InputError, match="20 pictures do not match 1 prompts"):
+    with pytest.raises(InputError, match="20 images do not match 1 prompts"):
         scorer(pictures, ["a"])
 
 

@@ -47,7 +47,7 @@ def shifted_mmd(d: int, shift: float) -> float:
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 1.0])
 def test_kid_is_unbiased(shift: float) -> None:
-    """The mean over many tiny samples is the closed form: a biased estimate of 6 pictures would be far off."""
+    """The mean over many tiny samples is the closed form: a biased estimate of 6 images would be far off."""
     d, repeats = 4, 1500
     rng = np.random.default_rng(1)
     values = [
@@ -120,7 +120,7 @@ def test_paired_gain_is_sharper_than_its_parts() -> None:
 @pytest.mark.parametrize(
     ("real", "generated", "words"),
     [
-        (gaussian(1), gaussian(5), "at least 2 rows (pictures), got 1"),
+        (gaussian(1), gaussian(5), "at least 2 rows (images), got 1"),
         (gaussian(5), gaussian(0), "got 0"),
         (gaussian(5), np.full((3, 8), np.nan, np.float32), "row 0 of 3 holds NaN"),
         (gaussian(5), gaussian(5, 7), r"[N, 8], got [5, 7]"),
@@ -196,7 +196,7 @@ def test_head_refuses(head_file: Path, tmp_path: Path) -> None:
     head = AlignmentHead.load(head_file)
     with pytest.raises(InputError, match="does not know 'kiwi'"):
         head.ranks(np.ones((1, 3), np.float32), ["kiwi"])
-    with pytest.raises(InputError, match="2 pictures do not match 1 concepts"):
+    with pytest.raises(InputError, match="2 images do not match 1 concepts"):
         head.ranks(np.ones((2, 3), np.float32), ["pear"])
     with pytest.raises(InputError, match="there is no alignment head"):
         AlignmentHead.load(tmp_path / "absent.safetensors")

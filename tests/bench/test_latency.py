@@ -33,7 +33,7 @@ class World:
 
 
 class Fake:
-    """A pipeline whose loop takes a fixed time per step and picture, times a drift shared by a whole round."""
+    """A pipeline whose loop takes a fixed time per step and image, times a drift shared by a whole round."""
 
     methods: tuple[str, ...] = ("cfg", "unguided", "guided")
 

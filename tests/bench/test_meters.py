@@ -77,7 +77,10 @@ def test_what_has_no_memory_figure_is_listed(micro_bundles: Path, monkeypatch: p
     fake = SimpleNamespace(name="fake", methods=("cfg",))
     assert meter(Case(fake, "cfg"), batch=2, steps=3) is None  # type: ignore[arg-type]
     assert meter.left_out == [
-        {"what": "peak memory of fake/cfg, batch 2", "why": "it is no bundle and cannot be loaded by another process"}
+        {
+            "what": "peak memory of fake/cfg, batch 2",
+            "why": "it is not a bundle and cannot be loaded by another process",
+        }
     ]
     plain = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
     monkeypatch.setattr(footprint, "in_own_process", lambda wanted: {"peak_bytes": None, "why": "nobody knows"})

@@ -21,7 +21,7 @@ class Clock:
 
 @dataclass
 class Pipe:
-    """Takes 0.1 s a step and 0.05 s a picture and step."""
+    """Takes 0.1 s a step and 0.05 s an image and step."""
 
     clock: Clock
     name: str = "p"

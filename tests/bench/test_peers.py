@@ -44,7 +44,7 @@ def test_diffusers_draws_the_same_pictures(eager: peers.Peer, micro_bundles: Pat
     assert eager.base == ours.base and eager.size == ours.size
     mine, theirs = drawn(ours, "cfg", schedule), drawn(eager, "diffusers", schedule)
     assert mine.shape == theirs.shape and np.abs(mine - theirs).max() <= 2
-    assert np.abs(mine - drawn(ours, "unguided", schedule)).max() > 8  # the test can tell pictures apart
+    assert np.abs(mine - drawn(ours, "unguided", schedule)).max() > 8  # the test can tell images apart
 
 
 def test_it_is_timed_beside_the_engine_and_compared_with_its_cfg(eager: peers.Peer, micro_bundles: Path) -> None:

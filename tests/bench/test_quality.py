@@ -48,7 +48,7 @@ class Pipe:
 
 
 class Eyes:
-    """Sees two figures of every picture."""
+    """Sees two figures of every image."""
 
     key = "eyes"
     efficientnet = None

@@ -104,9 +104,9 @@ def test_terminal_tables_and_closing_sentences() -> None:
     assert re.search(
         r"teacher \+ full guide, per step +GMACs without attention +455\.2 +TFLOPs +455\.03 +−0\.04 %", text
     )
-    assert "emoji-tiny: guided costs 0.52 of CFG's time per loop at batch 8" in text
+    assert "emoji-tiny: guided takes 0.52 of CFG's time per loop at batch 8" in text
     assert "guide-tiny: one guided step computes 51.0 % of CFG's MACs." in text
-    assert re.search(r"energy per picture +no NVIDIA GPU is here", text)
+    assert re.search(r"energy per image +no NVIDIA GPU is here", text)
     assert "not evaluated" not in text
     assert "not evaluated in this run: --quick skips" in text_of(fake_document.make(quality=False)).replace("\n", " ")
 
@@ -130,7 +130,7 @@ def test_doubtful_results_are_called_so() -> None:
     row = next(row for row in make()["latency"] if row["method"] == "guided")
     row |= {"ratio_to_cfg": 0.98, "ratio_to_cfg_interval": [0.9, 1.05], "spread": 0.3}
     (sentence,) = report.sentences(make(latency=[row], methods_cost=[]))
-    assert "no difference that this run can tell" in sentence
+    assert "not a statistically significant difference" in sentence
     assert "the timing was noisy (interquartile range 30.0 % of the median)" in sentence
 
 
@@ -241,8 +241,8 @@ def test_page_is_self_contained(drawn: tuple[Page, str]) -> None:
 
 def test_page_shows_everything(drawn: tuple[Page, str]) -> None:
     page, html = drawn
-    headings = ("In short", "Fidelity for its price", "The pictures", "Fidelity", "Latency", "Cold start", "Compute",
-                "Engines", "Left out", "Reproduce it")  # fmt: skip
+    headings = ("Summary", "Fidelity against cost", "Images", "Fidelity", "Latency", "Cold start", "Compute",
+                "Engines", "Left out", "Reproduce")  # fmt: skip
     assert (len(page.all("h1")), len(page.all("h2"))) == (1, len(headings))
     for wanted in (
         *headings, "0.52 ×", "51.0 %", "task_quality_evaluated: true", BOUNDARY, "pnp-trt bench --suite full",
@@ -260,7 +260,7 @@ def test_page_says_that_quality_was_not_evaluated(tmp_path: Path) -> None:
     doc["settings"]["quick"] = True
     page, _ = draw(doc, tmp_path)
     assert "task_quality_evaluated: false" in page.text
-    assert "--quick skips the pictures that KID needs" in page.text
+    assert "--quick skips the images that KID needs" in page.text
     assert "A quick run" in page.text
 
 

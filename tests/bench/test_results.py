@@ -61,7 +61,7 @@ def test_documents_match_their_published_schema() -> None:
 
 @given(data=st.data())
 def test_the_reader_agrees_with_jsonschema(data: st.DataObject) -> None:
-    """Any one value replaced or taken away: the reader's own check says what jsonschema says."""
+    """Any one value replaced or taken away: the reader's own check states what jsonschema states."""
     jsonschema = pytest.importorskip("jsonschema")
     doc = whole()
     *parents, key = data.draw(st.sampled_from(places(doc)))
@@ -96,7 +96,7 @@ def test_provenance_says_who_measured() -> None:
 def test_quality_is_only_evaluated_when_it_was() -> None:
     skipped = fake_document.make(quality=False)
     assert (skipped["task_quality_evaluated"], skipped["task_quality_reason"]) == (
-        False, "--quick skips the pictures that KID needs",
+        False, "--quick skips the images that KID needs",
     )  # fmt: skip
     close = [{"engine": "a", "method": "guided", "steps": 8, "guidance": 3.0, "psnr_to_cfg_db": None}]
     doc = results.document("x", fidelity=close)
@@ -181,5 +181,5 @@ def test_wrong_pictures_are_refused() -> None:
     good = {"label": "cfg", "pixels": np.zeros((1, 8, 8, 3), np.uint8)}
     with pytest.raises(InputError, match="must be uint8"):
         results.encode_pictures([{"label": "guided", "pixels": np.zeros((1, 8, 8, 3))}])
-    with pytest.raises(InputError, match="'guided' has 2 pictures for 1 columns"):
+    with pytest.raises(InputError, match="'guided' has 2 images for 1 columns"):
         results.encode_pictures([good, {"label": "guided", "pixels": np.zeros((2, 8, 8, 3), np.uint8)}])

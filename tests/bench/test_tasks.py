@@ -1,4 +1,4 @@
-"""What is drawn and judged: the bundled captions with their real pictures' features, and the user's own."""
+"""What is drawn and judged: the bundled captions with their real images' features, and the user's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_bundled_features_are_those_of_the_captions_that_the_tables_measure(
     assert np.isfinite(features).all() and (features >= 0).any(1).all() and features.std() > 0.1
     assert {v["licence"] for v in json.loads(about["pictures"]).values()} == {"Apache-2.0", "CC-BY-4.0"}
     assert abs(float(about["kid_changed_by_float16"])) < 1e-4
-    # the judge sees in real pictures what their captions say; with another jitter the tables have 42.6 [38.4, 46.9] %
+    # the judge sees in real images what their captions say; with another jitter the tables have 42.6 [38.4, 46.9] %
     ranks = fidelity.AlignmentHead.load(JUDGE).ranks(features, [c for c, _, _ in rows])
     assert 0.384 < fidelity.recall(ranks, 1).value < 0.469
 
@@ -34,16 +34,16 @@ def test_the_bundled_task_draws_the_captions_of_its_real_pictures() -> None:
     assert task.concepts is not None and task.real is not None and len(task.real) == len(task.concepts) == 5
     assert task.reason is None and task.columns[0] == "red apple" and task.shown[0] == "red apple, noto style"
     assert len(make_task(Plan(), "emoji").prompts) == PICTURES
-    with pytest.raises(InputError, match="pictures is 513, and the bundled captions with real pictures are 512"):
+    with pytest.raises(InputError, match="pictures is 513, and the bundled captions with real images are 512"):
         make_task(Plan(pictures=513), "emoji")
 
 
 def test_another_base_is_drawn_and_not_judged_and_says_why() -> None:
     task = make_task(Plan(), "emoji-3d")
     assert task.real is None and task.concepts is None and len(task.prompts) == PICTURES_UNJUDGED
-    assert task.reason is not None and "base model 'emoji-3d'; name prompts and real pictures with" in task.reason
+    assert task.reason is not None and "base model 'emoji-3d'; name prompts and real images with" in task.reason
     assert len(set(task.seeds)) == len(task.seeds)
-    assert make_task(Plan(clip="folder"), "emoji-3d").reason is None  # CLIP needs no real pictures
+    assert make_task(Plan(clip="folder"), "emoji-3d").reason is None  # CLIP needs no real images
 
 
 def test_named_prompts_are_repeated_with_seeds_of_their_own(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_named_prompts_are_repeated_with_seeds_of_their_own(tmp_path: Path) -> N
 
 
 def colour(pictures: np.ndarray) -> np.ndarray:
-    """A stand-in for features: each picture's mean colour and its size."""
+    """A stand-in for features: each image's mean colour and its size."""
     return np.array([[*p.mean((0, 1)), p.shape[0]] for p in pictures], np.float32)
 
 
@@ -66,8 +66,8 @@ def test_real_pictures_of_any_size_are_read_and_broken_ones_are_named(tmp_path: 
     for i, (name, size) in enumerate((("a.png", (4, 4)), ("b.jpg", (8, 6)), ("sub/c.webp", (5, 5)))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", size, (10 * i, 0, 0)).save(tmp_path / name)
-    (tmp_path / "d.png").write_bytes(b"no picture")
-    (tmp_path / "notes.txt").write_text("no picture either")
+    (tmp_path / "d.png").write_bytes(b"no image")
+    (tmp_path / "notes.txt").write_text("no image either")
     assert [p.name for p in find_real(tmp_path)] == ["a.png", "b.jpg", "d.png", "c.webp"]
     with pytest.warns(UserWarning, match=r"1 files of .* cannot be read and are left out: d.png"):
         found = real_features(tmp_path, colour)
@@ -81,7 +81,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("a cat\n")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"holds 0 pictures \(.png, .jpg, .*\); at least 2 are needed"):
+    with pytest.raises(InputError, match=r"holds 0 images \(.png, .jpg, .*\); at least 2 are needed"):
         make_task(Plan(prompts=str(words), real=str(tmp_path / "empty")), "emoji")
 
 
@@ -93,5 +93,5 @@ def test_features_of_another_extractor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="made with another extractor"):
         read_features(file)
     file.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="holds no real pictures' features"):
+    with pytest.raises(InputError, match="holds no real images' features"):
         read_features(file)

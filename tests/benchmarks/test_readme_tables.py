@@ -43,13 +43,13 @@ def test_tables_of_a_document() -> None:
         "| guide-full | 361.279 | 137.90 | 116.42 |",
     ]
     lines = readme_tables.latency(doc).splitlines()
-    assert lines[0] == "| method | passes | batch 1 | batch 4 | batch 8 |"
+    assert lines[0] == "| method | NFE | batch 1 | batch 4 | batch 8 |"
     assert lines[2].startswith("| teacher, CFG | 40 | 413 | 310 | 303 |")
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines[2:11]]
     assert names[3] == "teacher, CFG, half the steps"
     assert names[5:7] == ["teacher + guide (emoji-tiny)", "teacher + guide (emoji-tiny-fp16-rtx-sm_89)"]
     assert re.search(r"\| 222 · 0\.53 \[0\.52, 0\.53\] \|", lines[7])
-    assert "a picture of 20 steps" in " ".join(lines)
+    assert "an image of 20 steps" in " ".join(lines)
     kid = readme_tables.kid(doc).splitlines()
     assert kid[0] == "| | 50 steps | 25 steps | 20 steps | 10 steps | 8 steps | 4 steps |"
     assert "| teacher + guide | 0.104 [0.098, 0.110] | | 0.108 [0.102, 0.115] | | 0.120 [0.114, 0.127] | |" in kid

@@ -219,9 +219,9 @@ def test_the_document_names_the_rivals_that_win() -> None:
         return compare.free_verdict(guide, rival, {k: estimate(value) for k in ("kid", "R@1", "R@5")})
 
     said = tables_report.verdict_c({"verdicts": {"C": [duel(16, -0.1), duel(8, 0.1), duel(32, -0.2)]}})
-    fair, dearer = said.split("at more passes")
-    assert "**better by KID: teacher CFG at 8 steps (16 passes;" in fair and "(1 of 2 shown worse)" in fair
-    assert "teacher CFG at 16 steps (32 passes;" in dearer
+    fair, dearer = said.split("at more NFE")
+    assert "**better by KID: teacher CFG at 8 steps (16 NFE;" in fair and "(1 of 2 shown worse)" in fair
+    assert "teacher CFG at 16 steps (32 NFE;" in dearer
     said = tables_report.verdict_c({"verdicts": {"C": [duel(16, 0.0)]}})
     assert "none is shown better by KID (0 of 1 shown worse)" in said
 
@@ -234,7 +234,7 @@ def test_means_over_noises_resample_captions() -> None:
     assert fidelity.mean_kid(real, [a, b]).value == pytest.approx(
         (fidelity.kid(real, a).value + fidelity.kid(real, b).value) / 2
     )
-    # the same pictures twice are no more evidence than once
+    # the same images twice are no more evidence than once
     assert fidelity.mean_kid(real, [a, a]) == fidelity.kid(real, a)
     with pytest.raises(InputError, match="equal counts, got 20, 19"):
         fidelity.mean_kid(real, [a, b[1:]])
@@ -349,7 +349,7 @@ def test_what_is_not_sampled_is_left_out_when_asked(
         picture.write_bytes(kept)
     assert found is not None
     unsampled = [c for c in found["left_out"] if c["reason"] == "not sampled yet"]
-    # in this run the same guide plays both stages, so that they share the picture
+    # in this run the same guide plays both stages, so that they share the image
     assert {(c["method"], c["steps"]) for c in unsampled} == {("tiny", 8), ("tiny-stage2", 8)}
     assert gone["cache"] not in {c["cache"] for c in found["cells"]}
 
@@ -388,7 +388,7 @@ def test_guides_are_found_or_named(micro_guide: Path, tmp_path: Path) -> None:
     assert list(found) == ["tiny"] and set(missing) == {"full", "tiny-16", "tiny-8", "tiny-4"}
     bundled, _ = tables.find_guides(None)
     assert "tiny" in bundled
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         tables.find_guides(tmp_path / "nothing")
 
 

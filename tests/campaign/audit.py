@@ -122,7 +122,7 @@ def _callers() -> str:
 
 
 def watch_if_asked() -> None:
-    """``watch`` as the environment says; for processes that a case starts."""
+    """``watch`` as the environment states; for processes that a case starts."""
     if log := os.environ.get(LOG):
         at = os.environ.get(KILL_AT)
         watch(log, int(at) if at else None)

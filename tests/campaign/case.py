@@ -115,7 +115,7 @@ class Case:
         allowed: exit codes that are right; 0 among them where the input may be taken as well.
         prepare: makes the hostile input in ``place.here``.
         check: a sentence about what does not hold, or None.
-        says: a pattern that the output must match.
+        states: a pattern that the output must match.
         slow: only in the full campaign.
         disk: whether the message may speak of space on the disk.
         network: whether another machine may be asked for.
@@ -188,7 +188,7 @@ def _fault(case: Case, outcome: Outcome, place: Place) -> str | None:
     if len(outcome.err) > LONGEST:
         return f"{len(outcome.err):,} characters on standard error"
     if not case.network and (hosts := outcome.of("lookup")):
-        return f"the network was asked for {', '.join(sorted(set(hosts)))}"
+        return f"the network was requested {', '.join(sorted(set(hosts)))}"
     if outside := _outside(outcome, place):
         return f"written outside: {', '.join(outside[:3])}"
     if re.search("free some space|disk is full", outcome.err) and not (case.disk or "No space" in outcome.err):

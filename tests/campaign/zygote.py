@@ -1,7 +1,7 @@
 """A process that has paid for the imports once and runs cases in forked children.
 
 ``python -m tests.campaign.zygote SCRATCH`` serves requests on ``SCRATCH/socket``: a case's area and name, as JSON;
-the answer is its row of the report.  Every request has a process of its own, so several run at once.
+the answer is its row of the report.  Every request has a separate process, so several run at once.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def execute(case: Case, place: Place) -> dict[str, Any]:
 
 
 def _answer(line: socket.socket, scratch: Path) -> None:
-    """One request, in a process of its own."""
+    """One request, in a separate process."""
     from .areas import find
 
     with line.makefile("rb") as request:

@@ -121,7 +121,7 @@ def test_a_disk_without_room_for_logs_ends_the_logs_alone(tmp_path: Path) -> Non
     board = Board(tmp_path)
     board.close()
     board._writer = Full()
-    with pytest.warns(UserWarning, match=r"no more TensorBoard logs are written \(No space left on device\)"):
+    with pytest.warns(UserWarning, match=r"TensorBoard logging stopped \(No space left on device\)"):
         board.numbers(1, loss=0.5)
     board.numbers(2, loss=0.5)
     board.close()

@@ -91,7 +91,7 @@ def test_forward_states_are_noised_pictures_and_hold_out_whole_pictures(micro_ba
 
     abar = torch.from_numpy(alphas_cumprod(teacher.scheduler)).float()[states.timestep]
     clean = (states.sample.float().mean((1, 2, 3)) / abar.sqrt()).round()
-    sure = states.timestep < 150  # there the mean of the noise is small beside the picture's step of one
+    sure = states.timestep < 150  # there the mean of the noise is small beside the image's step of one
     train, held = split(config)
     shown = {int(clean[i]) for i in train if sure[i]}
     kept = {int(clean[i]) for i in held if sure[i]}
@@ -174,21 +174,21 @@ def test_pictures_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> 
     picture(tmp_path / "b.jpg")
     picture(tmp_path / "no-caption.png")
     (tmp_path / "empty.png").touch()
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     picture(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
     lines = [{"file_name": n, "text": f"caption of {n}"} for n in ("a.png", "cut.png", "empty.png", "text.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (tmp_path / "b.txt").write_text("  a b\n picture ")
-    with pytest.warns(UserWarning, match=r"4 pictures .* are skipped: .*empty.png \(is empty\)"):
+    (tmp_path / "b.txt").write_text("  a b\n image ")
+    with pytest.warns(UserWarning, match=r"4 images .* are skipped: .*empty.png \(is empty\)"):
         found = find_pictures(tmp_path)
     assert [f.name for f in found.files] == ["a.png", "b.jpg"]
-    assert found.captions == ["caption of a.png", "a b picture"]
+    assert found.captions == ["caption of a.png", "a b image"]
     assert {name for name, _ in found.skipped} == {"cut.png", "empty.png", "no-caption.png", "text.png"}
     with pytest.raises(InputError, match="does not exist"):
         find_pictures(tmp_path / "none")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(InputError, match="holds no usable picture"):
+    with pytest.raises(InputError, match="holds no usable image"):
         find_pictures(tmp_path / "bare")
     (tmp_path / "metadata.jsonl").write_text("{")
     with pytest.raises(InputError, match="metadata.jsonl, line 1 is not complete JSON"):

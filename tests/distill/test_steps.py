@@ -78,7 +78,7 @@ def test_the_target_lands_where_two_steps_of_the_last_student_do(
         once = float(schedule.x_scale[k]) * x + float(schedule.output_scale[k]) * kept["target"][pick].float()
         # half precision, of latents that an untrained teacher lets grow
         assert (once - landed).norm() < 3e-3 * landed.norm(), k
-        if k < 3:  # the run goes on from there
+        if k < 3:  # the run continues from there
             assert (kept["sample"][4 * k + 4 : 4 * k + 8].float() - landed).norm() < 3e-3 * landed.norm()
 
 
@@ -139,7 +139,7 @@ def test_the_command(
 ) -> None:
     arguments = ["distill", "steps", "--guide", micro_guide, "--out", tmp_path / "o", "--to", 2, "--from", 4]
     refused = cli(*arguments)
-    assert refused.code == 2 and "does not say which base it was distilled for; pass --base" in refused.err
+    assert refused.code == 2 and "does not state which base it was distilled for; pass --base" in refused.err
     arguments += ["--base", micro_base, "--prompts", prompts, "--steps", 4, "--batch", 4, "--trajectories", 4]
     done = cli(*arguments, "--no-pictures")
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""Options of stage 1: each changes what it says, and nothing breaks."""
+"""Options of stage 1: each changes what it states, and nothing breaks."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_precisions_after_each_other(micro_base: Path, tmp_path: Path) -> None:
         )  # fmt: skip
         losses[precision, len(losses)] = distill(given)["final_loss"]
     assert losses["no", 0] == losses["no", 2] != losses["bf16", 1]
-    assert losses["bf16", 1] == pytest.approx(losses["no", 0], rel=0.5)  # bf16 rounds what this teacher says
+    assert losses["bf16", 1] == pytest.approx(losses["no", 0], rel=0.5)  # bf16 rounds what this teacher states
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
@@ -202,5 +202,5 @@ def test_forward_states_from_a_folder_of_pictures(micro_base: Path, tmp_path: Pa
     report = distill(given)
     assert report["states"] == 20 and "pictures" in report["identity"]
     (tmp_path / "q.txt").write_text("something else")
-    with pytest.raises(InputError, match="4 captions of the pictures are not in the prompts file"):
+    with pytest.raises(InputError, match="4 captions of the images are not in the prompts file"):
         distill(GuidanceConfig(str(micro_base), tmp_path / "q.txt", tmp_path / "h", tmp_path, states=given.states))

@@ -1,4 +1,4 @@
-"""A guide in diffusers' pipelines: the engine's pictures, one pass a step, and the pipeline as it was afterwards."""
+"""A guide in diffusers' pipelines: the engine's images, one evaluation per step, the pipeline unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_pictures_are_the_engines(pipe: Any, micro_guide: Path, micro_bundles: P
     for w in (1.0, 3.0, 7.25):  # each call its own
         ours = engine.denoise(engine.encode(PROMPTS), noise, steps=5, guidance=w)
         np.testing.assert_allclose(latents(pipe, noise, w), ours, rtol=0, atol=1e-4 * np.abs(ours).max())
-    assert seen == [2] * 15  # one pass a step
+    assert seen == [2] * 15  # one evaluation per step
 
 
 def test_the_bundled_guide_does_what_cfg_does() -> None:

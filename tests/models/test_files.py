@@ -157,7 +157,7 @@ def test_a_missing_shard_is_named(micro_base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.bin"])
 def test_an_index_names_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{PLAIN}.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(InputError, match="which is no safetensors file beside it"):
+    with pytest.raises(InputError, match="which is not a safetensors file beside it"):
         weight_files(tmp_path)
 
 

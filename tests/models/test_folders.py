@@ -207,7 +207,7 @@ def extra_channels(count: int) -> Callable[[dict[str, torch.Tensor]], dict[str, 
     return lambda w: w | {"conv_in.weight": torch.cat([w["conv_in.weight"]] * 4, 1)[:, :count].contiguous()}
 
 
-#: what is wrong with a model → how it is made of the micro teacher, and what `build` says before it exports
+#: what is wrong with a model → how it is made of the micro teacher, and what `build` states before it exports
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "inpainting": (
         lambda f: [edit(f / "unet/config.json", in_channels=9), reweight(f, "unet", extra_channels(9))],

@@ -51,7 +51,7 @@ def test_sizes_on_stable_diffusion_1_5() -> None:
     assert full.macs_without_attention / 1e9 == pytest.approx(116.42, abs=0.01)
     tiny = count(*found["guide-tiny"])
     assert tiny.parameters <= 8.27e6 and tiny.macs_without_attention <= 7.79e9
-    # the hint depends on w alone; computed once per picture, as bundles do, it leaves the cheaper step
+    # the hint depends on w alone; computed once per image, as bundles do, it leaves the cheaper step
     step = count(module, inputs)
     assert step.macs_without_attention / 1e9 == pytest.approx(109.06, abs=0.01)
     assert full.macs - step.macs == count(*found["condition-full"]).macs

@@ -58,7 +58,7 @@ def test_names() -> None:
     sizes = resolve("random:sd15").sizes()
     assert (sizes.latent, sizes.text_width, sizes.factor) == ((4, 64, 64), 768, 8)
     assert resolve("random:sd21").sizes().latent == (4, 96, 96)
-    with pytest.raises(InputError, match="random:sdxl cannot be built: it wants two text encoders"):
+    with pytest.raises(InputError, match="random:sdxl cannot be built: it needs two text encoders"):
         resolve("random:sdxl")
     with pytest.raises(InputError, match="no base model 'random:sd9'; known: emoji"):
         resolve("random:sd9")

@@ -75,7 +75,7 @@ def test_a_unet_under_any_known_prefix(
 
 
 def test_an_unknown_prefix_is_told_as_such(tmp_path: Path, unet: dict[str, Tensor]) -> None:
-    with pytest.raises(InputError, match="holds no U-Net: its keys begin with 'foo.', which is no known prefix"):
+    with pytest.raises(InputError, match="holds no U-Net: its keys begin with 'foo.', which is not a known prefix"):
         written(tmp_path, {f"foo.{k}": v for k, v in unet.items()})
     with pytest.raises(InputError, match="holds more than one U-Net: .* under 'unet.' and .* under ''"):
         written(tmp_path, {f"unet.{k}": v for k, v in unet.items()} | {"conv_in.weight": unet["conv_in.weight"]})
@@ -193,7 +193,7 @@ def test_what_differs_is_told() -> None:
     given = {"a": torch.zeros(2, 4), "b": torch.zeros(3), "d": torch.zeros(1)}
     with pytest.raises(
         InputError,
-        match=r"x is no fine-tune of y: a has shape \[2, 4\], not \[2, 3\], and 1 more differ in shape and "
+        match=r"x is not a fine-tune of y: a has shape \[2, 4\], not \[2, 3\], and 1 more differ in shape and "
         r"1 weight \(c\) missing and 1 weight \(d\) left over",
     ):
         check_fits(own, given, "x", "y")

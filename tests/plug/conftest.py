@@ -64,7 +64,7 @@ def lora_factors(tuned: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def diffusers_lora(lora_factors: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """diffusers' format, of the U-Net alone; alpha is the rank, as where a file does not say."""
+    """diffusers' format, of the U-Net alone; alpha is the rank, as where a file does not state."""
     path = tmp_path_factory.mktemp("lora") / "plain.safetensors"
     weights = {}
     for name in LAYERS:

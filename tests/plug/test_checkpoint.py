@@ -76,7 +76,7 @@ def test_another_seed_is_a_fine_tune_of_random_weights() -> None:
     """The U-Net alone differs, so that plugging it costs what plugging a fine-tuned U-Net costs."""
     one, other = find("random:sd15").fingerprint(), find("random:sd15#2").fingerprint()
     assert {k for k in one if one[k] != other[k]} == {"unet"}
-    with pytest.raises(InputError, match="the seed of 'random:sd15#x' is no whole number; write random:sd15#2"):
+    with pytest.raises(InputError, match="the seed of 'random:sd15#x' is not a whole number; write random:sd15#2"):
         find("random:sd15#x")
 
 

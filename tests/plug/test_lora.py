@@ -123,7 +123,7 @@ def test_loras_that_do_not_fit_are_one_sentence(
 def test_what_is_no_lora_is_refused(tmp_path: Path, diffusers_lora: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"pickle")
     for text, message in (
-        ("nope", "no LoRA 'nope'; --lora wants FILE.safetensors or FILE.safetensors:scale, or: sepia"),
+        ("nope", "no LoRA 'nope'; --lora takes FILE.safetensors or FILE.safetensors:scale, or: sepia"),
         (f"{tmp_path}/x.bin", "is not a .safetensors; pickled weights are not read"),
         (f"{diffusers_lora}:strong", "is 'strong'; write a number"),
         (f"{diffusers_lora}:nan", "is 'nan'; write a number"),

@@ -137,7 +137,7 @@ def test_attention_processors_of_old_diffusers(networks: Networks, tmp_path: Pat
 
 
 def test_original_names_are_those_of_diffusers_converter(networks: Networks) -> None:
-    """Second opinion: diffusers' own conversion of checkpoints puts each original name where ours says it is."""
+    """Second opinion: diffusers' own conversion of checkpoints puts each original name where ours states it is."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     unet = networks.modules["unet"]
@@ -231,9 +231,9 @@ def test_pefts_own_folder_has_its_scale_in_a_file_of_its_own(networks: Networks,
     ("metadata", "message"),
     [
         ({"unet.r": 8}, r"gives unet\.\S+ the rank 8, its factors have rank 4"),
-        ({"unet.use_dora": True}, "says use_dora = True, which is not a plain LoRA"),
-        ({"unet.peft_type": "ADALORA"}, "says peft_type = 'ADALORA'"),
-        ({"unet.init_lora_weights": "pissa_niter_4"}, "says init_lora_weights = 'pissa_niter_4'"),
+        ({"unet.use_dora": True}, "states use_dora = True, which is not a plain LoRA"),
+        ({"unet.peft_type": "ADALORA"}, "states peft_type = 'ADALORA'"),
+        ({"unet.init_lora_weights": "pissa_niter_4"}, "states init_lora_weights = 'pissa_niter_4'"),
         ({"unet.lora_alpha": "four"}, "has lora_alpha = 'four', not a number"),
         ({"unet.alpha_pattern": {"(": 3}}, r"has a pattern '\(' that is not readable"),
         ({"unet.alpha_pattern": [3]}, r"has alpha_pattern = \[3\], not an object"),

@@ -108,7 +108,7 @@ def test_a_single_files_own_words(micro_bundles: Path, tuned_unet: Path, tmp_pat
     made = plug(PlugSpec(str(micro_bundles / "plain"), str(keys), out=tmp_path / "v"))
     own = stored(micro_bundles / "plain")
     assert stored(made.folder) == own | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    # what the user says wins, and the command that the manifest keeps says it again
+    # what the user states wins, and the command that the manifest keeps states it again
     epsilon = Noise("epsilon", False)
     made = plug(PlugSpec(str(micro_bundles / "guided"), str(keys), out=tmp_path / "e", noise=epsilon))
     assert stored(made.folder) == stored(micro_bundles / "guided")

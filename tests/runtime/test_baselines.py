@@ -1,4 +1,4 @@
-"""CFG in two passes and on an interval: equal to CFG and to no guidance where they must be."""
+"""sequential CFG and on an interval: equal to CFG and to no guidance where they must be."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_is_refused(plain: Pipeline, micro_bundles: Path) -> None:
 
 
 def test_a_loop_on_the_gpu_refuses_them(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "baselines", ())  # as it is where `loops` runs whole pictures
+    monkeypatch.setattr(plain, "baselines", ())  # as it is where `loops` runs whole images
     with pytest.raises(InputError, match="cannot do 'cfg-two-passes'; it is run step by step on the host"):
         drawn(plain, "cfg-two-passes")
 

@@ -1,4 +1,4 @@
-"""The loop on a GPU, on one made of host memory: equal pictures, what is captured, what crosses the bus, what fails."""
+"""The loop on a GPU, on one made of host memory: equal images, what is captured, what crosses the bus, what fails."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_not_finite_is_never_a_picture(gpu: Gpu, guided: Both) -> None:
             return out
 
         which.engine.function = broken
-        with pytest.raises(PnpError, match=rf"the {what} of picture 1 are not finite"):
+        with pytest.raises(PnpError, match=rf"the {what} of image 1 are not finite"):
             guided.device(["a cat", "a dog"], steps=2, seed=[1, 2])
         which.engine.function = whole
     equal(guided, ["a cat", "a dog"], steps=2, seed=[1, 2])

@@ -128,7 +128,7 @@ def test_onnx_runtime_reads_and_writes_the_hosts_own_memory(micro_bundles: Path)
         shown = bound.host_input("sample")
         assert shown is not None
         address, out = shown.ctypes.data, bound.output().ctypes.data
-    with pipeline._unet.bind(2, (4, 4)) as again:  # the same buffers, picture after picture
+    with pipeline._unet.bind(2, (4, 4)) as again:  # the same buffers, image after image
         held = again.host_input("sample")
         assert held is not None and held.ctypes.data == address and again.output().ctypes.data == out
         with pipeline._unet.bind(2, (4, 4)) as second:  # and others for whoever comes at the same time

@@ -86,7 +86,7 @@ def test_bad_requests_are_refused_with_the_range(plain: Pipeline, arguments: dic
 def test_not_finite_is_never_a_picture(plain: Pipeline) -> None:
     latents = plain.noise([0, 1])
     latents[1, 0, 0, 0] = np.nan
-    with pytest.raises(PnpError, match="latents of picture 1 are not finite"):
+    with pytest.raises(PnpError, match="latents of image 1 are not finite"):
         plain.decode(latents)
 
 

@@ -1,4 +1,4 @@
-"""Bundles sampled by every schedule and from pictures, against diffusers' own pipelines; threads and cancelling."""
+"""Bundles sampled by every schedule and from images, against diffusers' own pipelines; threads and cancelling."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_picture_of_another_size_is_resized_with_a_note(plain: Pipeline, tmp_p
 
 
 def test_bad_pictures_are_refused(plain: Pipeline, guided: Pipeline, picture: np.ndarray, tmp_path: Path) -> None:
-    (tmp_path / "no.png").write_text("not a picture")
+    (tmp_path / "no.png").write_text("not an image")
     Image.fromarray(picture).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
     for init, message in (
@@ -162,7 +162,7 @@ def test_bad_pictures_are_refused(plain: Pipeline, guided: Pipeline, picture: np
             plain("a cat", steps=4, init=init)
     with pytest.raises(InputError, match=r"'guided' has no VAE encoder.*pnp-trt build .* --image-to-image --force"):
         guided("a cat", steps=4, init=picture)
-    with pytest.raises(InputError, match="no picture to begin with was given"):
+    with pytest.raises(InputError, match="no image to begin with was given"):
         plain("a cat", steps=4, strength=0.5)
     with pytest.raises(InputError, match="strength is 1.5; it must be above 0 and at most 1"):
         plain("a cat", steps=4, init=picture, strength=1.5)

@@ -40,7 +40,7 @@ def providers(wanted: str = "auto") -> list[str]:
         raise InputError(f"provider is '{wanted}'; known: auto, cpu, cuda")
     if not usable:
         raise InputError(
-            "provider 'cuda' was asked for and no NVIDIA driver was found; use --provider cpu, see pnp-trt doctor"
+            "provider 'cuda' was requested and no NVIDIA driver was found; use --provider cpu, see pnp-trt doctor"
         )
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -94,7 +94,7 @@ class OnnxRuntime(Backend):
 
 
 class OrtNetwork(Network):
-    """One ONNX graph, run by one session per batch and picture size.
+    """One ONNX graph, run by one session per batch and image size.
 
     Fixing them lets ONNX Runtime fold every shape computation away, which is a tenth of a small
     network's time.  Sessions are made when a shape is first seen, and those used last are kept.

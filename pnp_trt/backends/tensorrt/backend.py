@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX: engines compiled ahead, checked against version and GPU, run on bound device buffers.
 
-One code path for both; what differs is in ``flavour``.  Compiling is ``compile``, in a process of its own;
+One code path for both; what differs is in ``flavour``.  Compiling is ``compile``, in a separate process;
 running is ``network``.
 """
 
@@ -81,7 +81,7 @@ class TensorRtBackend(Backend):
         return gpu.sm
 
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-        return {}  # Attention and GroupNormalization become layers of their own
+        return {}  # Attention and GroupNormalization become separate layers
 
     def compile(self, job: CompileJob, progress: Progress) -> Compiled:
         return self._run(job, progress)
@@ -103,7 +103,7 @@ class TensorRtBackend(Backend):
         return replace(made, notes={**made.notes, "weights": how})
 
     def _run(self, job: CompileJob, progress: Progress, refit: Path | None = None) -> Compiled:
-        """Compile ``job``, or put its graph's weights into the engine ``refit``; in a process of its own."""
+        """Compile ``job``, or put its graph's weights into the engine ``refit``; in a separate process."""
         self.versions()
         if job.options.check_memory:
             check_memory(job)
@@ -240,7 +240,7 @@ def _without(words: list[str], option: str) -> list[str]:
 
 
 def _compute_capability(target: str) -> int:
-    """89 for ``sm_89``; 0 for what is no single GPU."""
+    """89 for ``sm_89``; 0 for what is not a single GPU."""
     return int(target[3:]) if re.fullmatch(r"sm_[0-9]{2,3}", target) else 0
 
 
@@ -255,15 +255,15 @@ def check_memory(job: CompileJob) -> None:
     free = memory.free()
     if free < wanted:
         raise InputError(
-            f"compiling the {job.network} wants about {wanted / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
+            f"compiling the {job.network} needs about {wanted / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
             "are free; close what uses it, or pass --no-memory-check to try"
         )
 
 
 def _compilable(profile: Profile, target: str) -> Profile:
-    """The profile that the compiler is given; the engine promises no more than the one asked for.
+    """The profile that the compiler is given; the engine promises no more than the one requested.
 
-    For sm_75 TensorRT-RTX 1.x cannot fuse the matrix products of a single picture (``empty runtime-fusion MVMF for
+    For sm_75 TensorRT-RTX 1.x cannot fuse the matrix products of a single image (``empty runtime-fusion MVMF for
     '__myl_Fc'``) where no larger batch is allowed; the same graph compiles for one to two, with kernels for one.
     """
     return replace(profile, maximum=2) if target == "sm_75" and profile.maximum == 1 else profile

@@ -1,8 +1,8 @@
-"""One network, compiled in a process of its own: ``python -m pnp_trt.backends.tensorrt.compile``.
+"""One network, compiled in a separate process: ``python -m pnp_trt.backends.tensorrt.compile``.
 
 A failed build can spoil the next one in the same process, and a compiler that runs out of memory takes its process
 with it; so the caller starts this module, writes one JSON object to its standard input and keeps that open, and
-reads JSON lines from its standard output: ``{"progress": …}`` as it goes on, and in the end ``{"done": …}`` or
+reads JSON lines from its standard output: ``{"progress": …}`` during the work, and in the end ``{"done": …}`` or
 ``{"error": …}``.  When the caller dies its end of the pipe closes, and so does this.
 """
 
@@ -105,12 +105,12 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
 
 def _parse(trt: Any, network: Any, logger: Any, graph: str) -> None:
     parser = trt.OnnxParser(network, logger)
-    # a file that is no graph at all is parsed without complaint, into nothing
+    # a file that is not a graph at all is parsed without complaint, into nothing
     if not parser.parse_from_file(graph) or not network.num_outputs:
         said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise PnpError(
             f"{Path(graph).name} cannot be parsed by {trt.__name__} {trt.__version__}: "
-            f"{'; '.join(said) or 'no reason given'}; a newer version may know its operators of opset 23"
+            f"{'; '.join(said) or 'no reason given'}; a newer version may support its operators of opset 23"
         )
 
 

@@ -32,7 +32,7 @@ class Flavour:
     Attributes:
         name: of the backend.
         module: to import.
-        distributions: names under which it is installed; the first one's version is asked for.
+        distributions: names under which it is installed; the first one's version is requested.
         extra: of pnp-trt that installs it.
         targets: that it compiles for on any machine; empty where it compiles for the GPU that is present.
         oldest: version that can be used.
@@ -104,7 +104,7 @@ class Flavour:
                 )
         if options.refittable and not gpu:
             raise InputError(
-                "--refittable was asked for and no GPU is here: TensorRT-RTX 1.7 makes refittable engines only where "
+                "--refittable was requested and no GPU is here: TensorRT-RTX 1.7 makes refittable engines only where "
                 "one is; leave it out, new weights are then compiled in"
             )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 def compiler_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
-        """Keeps what the compiler says, for the one sentence of an error."""
+        """Keeps what the compiler states, for the one sentence of an error."""
 
         def __init__(self) -> None:
             super().__init__()

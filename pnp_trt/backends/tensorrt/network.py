@@ -28,7 +28,7 @@ class TrtNetwork(Network):
     Buffers and execution contexts are kept for the batches and sizes seen last: making them costs more than a step.
 
     Args:
-        entry: the network's part of the manifest; what the engine says of itself is held against it.
+        entry: the network's part of the manifest; what the engine states of itself is held against it.
 
     Raises:
         InputError: where no GPU is, or the engine is not the one that the manifest describes.
@@ -82,10 +82,10 @@ class TrtNetwork(Network):
         for side, held in found.items():
             wanted = dict(sides[side])
             if held != wanted:
-                raise InputError(f"{self.path} has {side} {held}, its manifest says {wanted}; build it again")
+                raise InputError(f"{self.path} has {side} {held}, its manifest states {wanted}; build it again")
         if engine.num_optimization_profiles != len(self.profiles):
             raise InputError(
-                f"{self.path} has {engine.num_optimization_profiles} profiles, its manifest says {len(self.profiles)}; "
+                f"{self.path} has {engine.num_optimization_profiles} profiles, its manifest {len(self.profiles)}; "
                 "build it again"
             )
         return Description(found["inputs"], found["outputs"], "cuda:0", self.profiles)
@@ -152,7 +152,7 @@ class TrtNetwork(Network):
 
 
 class TrtBound(Bound):
-    """One execution context with a stream of its own, and device buffers whose addresses never change.
+    """One execution context with a separate stream, and device buffers whose addresses never change.
 
     ``addresses`` and ``stream`` are for who captures the run into a CUDA graph.
     """
@@ -193,11 +193,11 @@ class TrtBound(Bound):
             _must(self._context.set_input_shape(name, full), f"set {name} to {full}")
         missing = self._context.infer_shapes()
         if missing:
-            raise PnpError(f"the engine wants more than its inputs: {', '.join(missing)}")
+            raise PnpError(f"the engine needs more than its inputs: {', '.join(missing)}")
         for name, (dtype, shape) in (*description.inputs.items(), *description.outputs.items()):
             if all(d in known for d in shape if isinstance(d, str)):
                 full = tuple(known[d] if isinstance(d, str) else d for d in shape)
-            else:  # what follows from the inputs, such as a picture's size from its latents'
+            else:  # what follows from the inputs, such as an image's size from its latents'
                 full = tuple(int(d) for d in self._context.get_tensor_shape(name))
             self._host[name] = self._cuda.pinned(full, dtype)
             self.addresses[name] = self._cuda.allocate(self._host[name][0].nbytes)

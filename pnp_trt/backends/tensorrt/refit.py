@@ -41,7 +41,7 @@ def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     if engine is None:
         raise PnpError(logger.summary(f"{flavour.name} cannot load {name} to refit it"))
     if not engine.refittable:
-        raise PnpError(f"{name} is not refittable, though its manifest says so; build it again with --refittable")
+        raise PnpError(f"{name} is not refittable, although its manifest states it; build it again with --refittable")
     report("refit", 0.3)
     refitter = trt.Refitter(engine, logger)
     parser = trt.OnnxParserRefitter(refitter, logger)

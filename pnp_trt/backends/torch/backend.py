@@ -38,7 +38,7 @@ class Torch(Backend):
 
     def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
         if target not in (None, *TARGETS):
-            raise InputError(f"target is '{target}'; backend 'torch' knows: {', '.join(TARGETS)}")
+            raise InputError(f"target is '{target}'; backend 'torch' takes: {', '.join(TARGETS)}")
         for name in ("refittable", "version_compatible", "hardware_compatible"):
             if getattr(options, name):
                 raise InputError(f"--{name.replace('_', '-')} is for TensorRT; a torch bundle needs no such care")

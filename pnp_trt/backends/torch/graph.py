@@ -25,7 +25,7 @@ def device_loops(unet: TorchNetwork, vae: TorchNetwork, condition: TorchNetwork 
     """Loops over modules of one device.
 
     Args:
-        condition: what the guide makes of w alone, where it is a network of its own.
+        condition: the part of the guide that depends on w alone, where it is a separate network.
         name: of the bundle.
     """
     return DeviceLoops(lambda batch, size, twice: TorchLane(unet, vae, condition, batch, size, twice), name)

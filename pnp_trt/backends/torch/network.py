@@ -38,7 +38,7 @@ def device(wanted: str = "auto") -> str:
     usable = torch.cuda.is_available()
     if wanted == "cuda" and not usable:
         raise InputError(
-            f"provider 'cuda' was asked for and torch {torch.__version__} finds no GPU; use --provider cpu, "
+            f"provider 'cuda' was requested and torch {torch.__version__} finds no GPU; use --provider cpu, "
             "see pnp-trt doctor"
         )
     return "cuda" if usable and wanted != "cpu" else "cpu"
@@ -150,7 +150,7 @@ class TorchNetwork(Network):
                     torch.compiler.cudagraph_mark_step_begin()  # what the last run returned may be written again
                 return self._call(**inputs)
         except torch.OutOfMemoryError as e:
-            raise PnpError(f"{self.path.name} does not fit into the GPU's memory; draw fewer pictures at once") from e
+            raise PnpError(f"{self.path.name} does not fit into the GPU's memory; generate fewer images at once") from e
         except Exception as e:  # the compiler's errors have many types
             if not self.compiled:
                 raise

@@ -46,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two documents say together.
+    """The comparison of two documents.
 
     Attributes:
         old: command, date and commit of the old document.

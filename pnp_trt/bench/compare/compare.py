@@ -2,7 +2,7 @@
 
 Evidence is called by its strength. Counts are exact. A ratio to CFG was paired by round within one run, a fidelity
 figure comes with its 95 % interval: they changed where the old and the new interval do not overlap, and a time ratio
-also has to move by more than `FLOOR`, since an interval over one run's rounds does not know how two runs of the same
+also has to move by more than `FLOOR`, since an interval over one run's rounds does not include how two runs of the same
 thing differ. Absolute times are compared only between runs on the same device with the same versions, and even then
 are a hint: what else the machine did is in them. No torch here.
 """
@@ -34,7 +34,7 @@ _FIDELITY = {
 }  # fmt: skip
 _COST = ("parameters", "macs", "macs_without_attention")
 _METHOD_COST = ("macs_per_picture", "macs_per_picture_without_attention")
-#: What tells the rows of a part from each other.
+#: Keys that identify a row of a part.
 _KEYS: dict[str, tuple[str, ...]] = {
     "cost": ("network",),
     "methods_cost": ("method", "guide", "steps"),
@@ -197,13 +197,13 @@ _PLACES: dict[str, Callable[[Document], Any]] = {
 
 
 def _otherwise(old: Document, new: Document) -> list[str]:
-    """Commit and settings: what one compares, or should know of."""
+    """Commit and settings: what one compares, or should note."""
     found = []
     commits = [doc["provenance"].get("commit") for doc in (old, new)]
     if commits[0] != commits[1]:
         found.append(f"commit: {(commits[0] or 'none')[:12]} → {(commits[1] or 'none')[:12]}")
     if any(doc["provenance"].get("uncommitted_changes") for doc in (old, new)):
-        found.append("a run had uncommitted changes: its commit does not say all of its code")
+        found.append("a run had uncommitted changes: its commit does not contain all of its code")
     settings = [doc["settings"] for doc in (old, new)]
     for name in sorted(settings[0].keys() | settings[1].keys()):
         before, after = settings[0].get(name), settings[1].get(name)

@@ -14,8 +14,8 @@ _NAMES = {
     "ratio_to_cfg": "of CFG's time", "p50_ms": "loop, ms", "p50_s": "cold start, s", "kid": "KID",
     "kid_gain_over_cfg": "KID gain over CFG", "r_at_1": "R@1", "r_at_5": "R@5", "psnr_to_cfg_db": "PSNR to CFG, dB",
     "feature_cosine_to_cfg": "cosine to CFG", "fid_inception": "FID", "clip_score": "CLIP score",
-    "macs_per_picture": "MACs per picture", "macs_without_attention": "MACs without attention", "macs": "MACs",
-    "macs_per_picture_without_attention": "MACs per picture without attention",
+    "macs_per_picture": "MACs per image", "macs_without_attention": "MACs without attention", "macs": "MACs",
+    "macs_per_picture_without_attention": "MACs per image without attention",
 }  # fmt: skip
 _MOST = 12  # rows of one document alone that are named
 
@@ -80,7 +80,7 @@ def _cell(value: float, interval: Sequence[float] | None, decimals: int) -> str:
 
 
 def _common(found: Comparison) -> str | None:
-    """That all times moved together, which says machine rather than code."""
+    """That all times moved together, which points to the machine rather than the code."""
     moves = [math.log(one.new / one.old) for one in found.figures if one.figure == "p50_ms" and one.old and one.new]
     if len(moves) < 3 or max(moves) - min(moves) > 2 * FLOOR:
         return None

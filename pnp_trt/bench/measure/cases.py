@@ -11,7 +11,7 @@ import numpy as np
 #: methods of a pipeline itself; peers (see `peers`) bring one each of their own
 METHODS = ("cfg", "cfg-two-passes", "cfg-interval", "cfg-fewer-steps", "unguided", "guided")
 FEWER_STEPS, INTERVAL = "cfg-fewer-steps", "cfg-interval"
-#: methods that call the network once a step, on every picture once
+#: methods that call the network once a step, on every image once
 _ONE_PASS = ("unguided", "guided")
 
 
@@ -35,7 +35,7 @@ class Pipeline(Protocol):
         """Text encodings, [N, 77, D] float32."""
 
     def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> np.ndarray:
-        """Starting latents, [N, C, h, w] float32, one picture a seed; of `size` in pixels, None for the default."""
+        """Starting latents, [N, C, h, w] float32, one image a seed; of `size` in pixels, None for the default."""
 
     def denoise(
         self,
@@ -75,7 +75,7 @@ class Case:
         return ("cfg" if self.method == FEWER_STEPS else self.method) in own
 
     def steps(self, steps: int) -> int:
-        """The steps that it makes where `steps` are asked for: half, at least one, for CFG at a guide's compute."""
+        """The steps that it makes where `steps` are requested: half, at least one, for CFG at a guide's compute."""
         return max(1, steps // 2) if self.method == FEWER_STEPS else steps
 
     @property
@@ -87,7 +87,7 @@ class Case:
         return self.guided_interval or pipe.guided_interval()
 
     def calls(self, steps: int, schedule: str | None = None) -> list[tuple[int, int]]:
-        """How a loop of `steps` calls the network, as (calls, rows of the batch a picture)."""
+        """How a loop of `steps` calls the network, as (calls, rows of the batch an image)."""
         made = self.steps(steps)
         if self.method in _ONE_PASS:
             return [(made, 1)]
@@ -101,13 +101,13 @@ class Case:
         return [(made, 2)]
 
     def passes(self, steps: int, schedule: str | None = None) -> int:
-        """U-Net passes a picture where `steps` are asked for."""
+        """U-Net evaluations per image where `steps` are requested."""
         return sum(count * rows for count, rows in self.calls(steps, schedule))
 
     def denoise(
         self, context: np.ndarray, noise: np.ndarray, *, steps: int, guidance: float, schedule: str | None
     ) -> np.ndarray:
-        """The loop of this case, [N, C, h, w]; `steps` as asked for."""
+        """The loop of this case, [N, C, h, w]; `steps` as requested."""
         more: dict[str, Any] = {} if schedule is None else {"schedule": schedule}
         if self.guided_interval is not None:
             more["guided_interval"] = self.guided_interval

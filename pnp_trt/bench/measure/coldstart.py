@@ -1,4 +1,4 @@
-"""Cold start: one picture by `pnp-trt sample` in a process of its own, from the process's start to its end."""
+"""Cold start: one image by `pnp-trt sample` in a separate process, from the process's start to its end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ...io.process import run_child
 
 PROMPT = "a red apple"
 BOUNDARY = (
-    "one pnp-trt sample of one picture in a new process, from its start to its end: Python, imports, checking and "
-    "loading the engine, drawing, writing the PNG; the files' pages were in memory already"
+    "one pnp-trt sample of one image in a new process, from its start to its end: Python, imports, checking and "
+    "loading the engine, sampling, writing the PNG; the files' pages were in memory already"
 )
 
 

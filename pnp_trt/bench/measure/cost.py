@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher"
 GUIDE_PREFIX = "guide"
-#: Networks that run once a picture, not once a step.
+#: Networks that run once per image, not once a step.
 PICTURE_NETWORKS = ("text-encoder", "vae-decoder")
-#: What a guide makes of w alone; it runs once a picture as well, with that guide only.
+#: The part of the guide that depends on w alone; it runs once per image as well, with that guide only.
 CONDITION_PREFIX = "condition-"
 
 
@@ -98,7 +98,7 @@ def cost_rows(
     """One row per network: `network`, `parameters`, `macs`, `macs_without_attention` and `per`, at batch 1.
 
     `networks` maps a name (`teacher`, `guide-tiny`, `guide-full`, `text-encoder`, `vae-decoder`) to a module and the
-    inputs of one forward at batch 1. `per` says how often the network runs: "step" or "picture".
+    inputs of one forward at batch 1. `per` states how often the network runs: "step" or "image".
     """
     if not networks:
         raise InputError("There is no network to count; give at least the teacher.")
@@ -113,7 +113,7 @@ def cost_rows(
 def method_rows(
     rows: Iterable[Mapping[str, Any]], *, steps: int, guided_steps: int | None = None
 ) -> list[dict[str, Any]]:
-    """Totals per method from the rows of `cost_rows`, for one picture of `steps` steps at batch 1.
+    """Totals per method from the rows of `cost_rows`, for one image of `steps` steps at batch 1.
 
     CFG runs the teacher twice a step (`cfg` in one batch of two, `cfg-two-passes` one after the other), `cfg-interval`
     twice in `guided_steps` of the steps and once in the others (left out for None), `cfg-fewer-steps` is CFG in half
@@ -122,12 +122,12 @@ def method_rows(
     run in one step; where steps differ, in the costliest), `passes_per_picture` (of the teacher), `steps`,
     `macs_per_step` and `macs_per_step_without_attention` (mean over the steps), `macs_per_picture`,
     `macs_per_picture_without_attention`, and `ratio_to_cfg` and `ratio_to_cfg_without_attention` (of the MACs of all
-    steps to those of CFG in `steps` steps, with attention products and without). A picture includes one run of the text
+    steps to those of CFG in `steps` steps, with attention products and without). An image includes one run of the text
     encoder (CFG's empty prompt is encoded once and kept), of the VAE decoder and of the guide's condition where they
     were counted; `picture_includes` names them.
     """
     if steps < 1:
-        raise InputError(f"steps must be at least 1 to count a picture, got {steps}.")
+        raise InputError(f"steps must be at least 1 to count an image, got {steps}.")
     if guided_steps is not None and not 0 <= guided_steps <= steps:
         raise InputError(f"guided_steps must be from 0 to the {steps} steps, got {guided_steps}.")
     by_name = {row["network"]: row for row in rows}
@@ -148,7 +148,7 @@ def method_rows(
 
 @dataclass(frozen=True)
 class _Run:
-    """How often a method runs the teacher in a picture, and in how many steps; a guide runs once a step."""
+    """How often a method runs the teacher in an image, and in how many steps; a guide runs once a step."""
 
     method: str
     guide: str | None

@@ -1,7 +1,7 @@
-"""Energy per picture by the GPU's own counter, through NVML; none where there is no such counter.
+"""Energy per image by the GPU's own counter, through NVML; none where there is no such counter.
 
 The counter is the whole GPU's since its driver was loaded, whoever used it, and is updated some tens of times a second,
-so that single pictures cannot be told apart: a case is repeated for seconds and the difference is divided.
+so that single images cannot be told apart: a case is repeated for seconds and the difference is divided.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def nvml_counter(index: int = 0, nvml: Any = None) -> tuple[Counter | None, str 
 def joules_per_picture(
     draw: Callable[[], object], pictures: int, counter: Counter, clock: Callable[[], float], seconds: float = SECONDS
 ) -> float | None:
-    """Joules a picture, of `draw` repeated for at least `seconds`; None where the counter did not move.
+    """Joules an image, of `draw` repeated for at least `seconds`; None where the counter did not move.
 
     pictures: how many one call of `draw` makes.  clock: returns seconds.
     """

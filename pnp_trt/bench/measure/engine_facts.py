@@ -1,7 +1,7 @@
 """The engines' side of the cost: bytes on disk, memory on the device, layers and reformats, network by network.
 
 Bytes come from the manifest, which is checked against the files. Layers come from the runtime's own inspector where the
-engine is loaded, and for graphs that ONNX Runtime loads, from the graph. What nobody tells is None, and the note says
+engine is loaded, and for graphs that ONNX Runtime loads, from the graph. What nothing reports is None, and a note gives
 why.
 """
 

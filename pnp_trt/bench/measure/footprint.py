@@ -1,10 +1,10 @@
-"""Peak memory of a case, in a process of its own: in a shared one nobody could say whose memory it is.
+"""Peak memory of a case, in a separate process: in a shared one the memory of the cases could not be separated.
 
-The process loads the engine, draws one batch and ends. On a CPU the figure is its largest resident memory, the
-interpreter and its libraries included; on a GPU it is what the driver says the process holds there once the batch is
-drawn (runtimes keep what they took), or nothing where the driver does not say.
+The process loads the engine, generates one batch and ends. On a CPU the figure is its largest resident memory, the
+interpreter and its libraries included; on a GPU it is what the driver reports for the process once the batch is
+generated (runtimes keep what they allocated), or nothing where the driver does not report it.
 
-`python -m pnp_trt.bench.measure.footprint` is that process; it reads what to do from its standard input, as JSON.
+`python -m pnp_trt.bench.measure.footprint` is that process; it reads its task from standard input, as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...io.process import run_child
 from .cases import Case
 
 BOUNDARY = (
-    "largest resident memory of a process that loads the engine and draws one batch, interpreter and libraries "
+    "largest resident memory of a process that loads the engine and generates one batch, interpreter and libraries "
     "included; on a GPU, the device memory that the process holds after it"
 )
 _PROMPT = "a red apple"
@@ -50,7 +50,7 @@ class Meter:
         peer = getattr(pipe, "peer", None)
         what = f"peak memory of {case.label}, batch {batch}"
         if bundle is None and peer is None:
-            self._without(what, "it is no bundle and cannot be loaded by another process")
+            self._without(what, "it is not a bundle and cannot be loaded by another process")
             return None
         wanted = {
             "engine": None if bundle is None else str(bundle.folder), "peer": peer, "method": case.method,
@@ -72,7 +72,7 @@ class Meter:
 
 
 def in_own_process(wanted: dict[str, Any]) -> dict[str, Any]:
-    """`peak_bytes` (int, or None and `why`) of what `main` is told to draw.
+    """`peak_bytes` (int, or None and `why`) of the batch that `main` generates.
 
     Raises PnpError with the last line that the process said, if it fails.
     """
@@ -88,7 +88,7 @@ def in_own_process(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Draw what standard input asks for, and print what it took."""
+    """Generate the batch that standard input describes, and print what it took."""
     wanted = json.load(sys.stdin)
     if wanted["peer"] is not None:
         from .peers import load
@@ -111,7 +111,7 @@ def main() -> None:
 def _host_bytes() -> dict[str, Any]:
     from ...bundle.memory import peak
 
-    return {"peak_bytes": peak(), "why": "this system does not say how much memory a process took"}
+    return {"peak_bytes": peak(), "why": "this system does not report how much memory a process took"}
 
 
 def _device_bytes(nvml: Any = None) -> dict[str, Any]:
@@ -126,9 +126,9 @@ def _device_bytes(nvml: Any = None) -> dict[str, Any]:
             if process.pid == os.getpid()
         ]
     except Exception as e:  # no package, no driver, or no right to ask
-        return {"peak_bytes": None, "why": f"the GPU's memory cannot be asked for ({e})"}
+        return {"peak_bytes": None, "why": f"the GPU's memory cannot be read ({e})"}
     known = [bytes_ for bytes_ in held if bytes_ is not None]
-    why = "the driver does not say what this process holds, as in most containers"
+    why = "the driver does not report what this process holds, as in most containers"
     return {"peak_bytes": sum(known) or None, "why": why}
 
 

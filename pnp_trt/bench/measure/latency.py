@@ -33,7 +33,7 @@ BOUNDARY = (
 )
 _RESAMPLES = 2000
 
-#: Called as progress(done, total, what) after each timed or warm-up pass.
+#: Called as progress(done, total, what) after each timed or warm-up run.
 Progress = Callable[[int, int, str], None]
 
 
@@ -49,7 +49,7 @@ class LatencyRow:
     spread: interquartile range of the loop divided by its median.
     ratio_to_cfg: median over rounds of (this loop / the CFG loop of `ratio_reference` in the same round), with its
     bootstrap interval [low, high] at 95 %; None where no CFG was timed to compare with.
-    passes: U-Net passes a picture.  pictures_per_s: of the whole batch, text, loop and decode.
+    passes: U-Net evaluations per image.  pictures_per_s: of the whole batch, text, loop and decode.
     peak_memory_bytes: see `footprint`.  energy_j_per_picture: see `energy`.
     least_ms: the least time of the loop on this device, see `roofline`; share_of_least: least_ms / p50_ms.
     guided_interval: lowest and highest timestep with CFG, for `cfg-interval`.  What was not measured is None.
@@ -110,12 +110,12 @@ def measure(
 ) -> list[LatencyRow]:
     """Time every case at every batch size, one row each, batch by batch in the order of `cases`.
 
-    `prompts` are repeated to fill a batch; the noise of picture i has seed i for every case. Warm-up passes of every
+    `prompts` are repeated to fill a batch; the noise of image i has seed i for every case. Warm-up runs of every
     case come before the first round and are not recorded. `schedule` names the sampling schedule; None leaves it to
-    each pipeline. `clock` returns seconds; `seed` fixes the bootstrap; `size` is the pictures' height and width in
+    each pipeline. `clock` returns seconds; `seed` fixes the bootstrap; `size` is the images' height and width in
     pixels, None every engine's default.
 
-    `meters` says what is measured besides times, once a row, after its batch size was timed.
+    `meters` is what is measured besides times, once a row, after its batch size was timed.
 
     Raises InputError for no cases, a case given twice, a method its engine lacks, or numbers out of range.
     """
@@ -174,7 +174,7 @@ def _once(
     schedule: str | None,
     size: tuple[int, int] | None,
 ) -> dict[str, float]:
-    """One picture batch from prompt to pixels; the noise is drawn before the clock starts."""
+    """One image batch from prompt to pixels; the noise is drawn before the clock starts."""
     noise = case.pipe.noise(seeds) if size is None else case.pipe.noise(seeds, size)
     with _collector_paused():
         start = clock()

@@ -1,4 +1,4 @@
-"""What a latency row says besides times: passes, memory, energy, and the least time that the device allows."""
+"""Fields of a latency row besides times: evaluations, memory, energy, and the least time that the device allows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Meters:
     memory: asked once for every row, after the times.
     counter: the GPU's energy counter (`energy.nvml_counter`), read around `energy.SECONDS` of every case on a GPU.
     device: the measured peaks (`roofline.measure_device`).
-    work: what a network call asks of the device (`roofline.work_of`), at the model's own picture size.
+    work: what a network call asks of the device (`roofline.work_of`), at the model's own image size.
     """
 
     memory: Memory | None = None
@@ -46,9 +46,9 @@ class Meters:
         draw: Callable[[], object],
         clock: Callable[[], float],
     ) -> dict[str, Any]:
-        """The fields of a latency row that are no times, see `latency.LatencyRow`.
+        """The fields of a latency row that are not times, see `latency.LatencyRow`.
 
-        steps: as asked for.  draw: makes one batch of pictures.  clock: returns seconds.
+        steps: as requested.  draw: makes one batch of images.  clock: returns seconds.
         """
         calls = case.calls(steps, schedule)
         own_size = size is None or tuple(size) == getattr(case.pipe, "size", None)

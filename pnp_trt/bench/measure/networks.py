@@ -12,7 +12,7 @@ from .cost import CONDITION_PREFIX
 def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     """``{name: (module, inputs of one forward at batch 1)}`` on the meta device.
 
-    A guide whose condition runs once a picture is fed with it, and its condition is one more network; the guide's
+    A guide whose condition runs once per image is fed with it, and its condition is one more network; the guide's
     parameters are all of its own.
 
     Args:
@@ -73,7 +73,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         found: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs)}
         for name, guide in guides.items():
             fed = {}
-            if guide.constant_parts:  # as bundles run it: a network of its own, once a picture
+            if guide.constant_parts:  # as bundles run it: a separate network, once per image
                 found[f"{CONDITION_PREFIX}{name}"] = (
                     Condition(GUIDES[name].from_unet(unet, **sizes[name]), (size, size)),
                     {"guidance": torch.empty(1)},

@@ -10,7 +10,7 @@ import numpy as np
 
 from .cases import Case
 
-#: pictures of the trial's larger batch, and the steps that it times
+#: images of the trial's larger batch, and the steps that it times
 _TRIAL_BATCH, _TRIAL_STEPS = 4, 2
 #: share of the run's estimate that the measured pace is averaged with
 _TRUST = 0.05
@@ -77,7 +77,7 @@ class Meter:
 
     @property
     def left(self) -> float:
-        """Seconds that the rest takes if it goes on at the pace so far."""
+        """Seconds that the rest takes at the pace so far."""
         rest, worked = self.total - self._done, self._done - self._skipped
         elapsed = self._clock() - self._start
         # the first pieces are small and say little: the estimate counts as if part of the run had kept to it
@@ -95,7 +95,7 @@ class Meter:
         self._say(self._text, round(self._done + part), round(self.total))
 
     def end(self, job: str, *, kept: bool = False) -> None:
-        """A job is finished; ``kept`` if an earlier process did it, which says nothing of the pace."""
+        """A job is finished; ``kept`` if an earlier process did it, which is no measure of the pace."""
         self._done += self._jobs[job]
         self._skipped += self._jobs[job] if kept else 0.0
         self._say(self._text, round(self._done), round(self.total))

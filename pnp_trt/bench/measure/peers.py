@@ -1,6 +1,6 @@
 """What users have elsewhere, timed under the same rules: diffusers eager and compiled, and optimum-onnx.
 
-A peer draws what the teacher's CFG engine draws (same prompts, noise, steps, scale, schedule and number of threads),
+A peer does the work of the teacher's CFG engine (same prompts, noise, steps, scale, schedule and number of threads),
 one batch of two a step, through its own pipeline's `__call__`: latents in, latents out, text states given. Text and
 decoder are called apart, and the empty prompt is encoded once and kept, as engines do. Compiling and exporting are no
 part of any time. Nothing heavy is imported before `load` is called.
@@ -83,7 +83,7 @@ def load(kind: str, base: str, *, threads: int | None = None, provider: str = "c
     if threads:
         torch.set_num_threads(threads)
     if provider == "cuda" and not torch.cuda.is_available():
-        raise PnpError("provider 'cuda' was asked for and PyTorch finds no GPU; take --provider cpu")
+        raise PnpError("provider 'cuda' was requested and PyTorch finds no GPU; take --provider cpu")
     device = "cuda" if provider != "cpu" and torch.cuda.is_available() else "cpu"
     model = resolve(base)
     asked = {"kind": kind, "base": base, "threads": threads, "provider": provider, "precision": precision}
@@ -173,7 +173,7 @@ class Peer:
             raise InputError(f"peer '{self.methods[0]}' cannot do '{method}'")
         scale = np.unique(np.asarray(guidance, np.float64))
         if len(scale) != 1 or scale[0] <= 1:
-            raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all pictures")
+            raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all images")
         self._pipe.scheduler = self._schedulers[resolve(schedule, self._config)]
         if self._empty is None:
             self._empty = self.encode([""])
@@ -232,7 +232,7 @@ def _optimum(folder: Path, device: str, threads: int | None) -> Any:
     """optimum-onnx's pipeline, exported when it is loaded.
 
     Tried with optimum-onnx 0.1.0, transformers 4.57.6 and diffusers 0.35.2 on a random Stable Diffusion of a few
-    hundred thousand weights: its pictures were those of diffusers to one level of 255.
+    hundred thousand weights: its images were those of diffusers to one level of 255.
     """
     import onnxruntime as ort
 
@@ -271,13 +271,13 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
     if kind == OPTIMUM:
         if not _optimum_installed():
             return (
-                "it is not installed; pip install optimum-onnx (release 0.1 wants transformers below 4.58, "
-                "so in an environment of its own)"
+                "it is not installed; pip install optimum-onnx (release 0.1 needs transformers below 4.58, "
+                "so in a separate environment)"
             )
         if (vae := model.config("vae").get("_class_name")) == "AutoencoderTiny":
-            return f"the decoder of base '{base}' is an {vae}, which its export does not know"
+            return f"the decoder of base '{base}' is an {vae}, which its export does not support"
         if model.unet_file is not None:
-            return f"base '{base}' keeps its U-Net in a file of its own, and it loads whole folders"
+            return f"base '{base}' keeps its U-Net in a separate file, and it loads whole folders"
     return None
 
 

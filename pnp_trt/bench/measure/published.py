@@ -22,7 +22,7 @@ def published_rows(base: str, cost_rows: Iterable[Mapping[str, Any]]) -> list[di
 
     base: the name of what was counted, for the notes.  Each row has `what`, `published` with
     `published_unit_printed`, `counted` in `unit` (GMACs without attention, or M parameters), `relative_difference`
-    (counted / published - 1; None where the two are not the same thing, and the note says "not comparable") and `note`.
+    (counted / published - 1; None where the two are not comparable, as the note then states) and `note`.
     Rows of a network that was not counted are left out.
     """
     rows = {str(row["network"]): row for row in cost_rows}
@@ -39,7 +39,7 @@ def published_rows(base: str, cost_rows: Iterable[Mapping[str, Any]]) -> list[di
         bundled = _giga(full)
         hint = _giga(rows["condition-full"]) if "condition-full" in rows else 0.0
         said = (
-            f"the guide with its hint computed each step, as printed; bundles compute it once a picture: {bundled:.2f}"
+            f"the guide with its hint computed each step, as printed; bundles compute it once per image: {bundled:.2f}"
         )
         found += [
             _row("full guide, per step", 116.5, bundled + hint, COMPUTE, f"{_UNITS}; {said}"),

@@ -73,7 +73,7 @@ def least_ms(macs: float, bytes_: float, device: Device) -> float:
 
 
 def least_loop_ms(work: Work, calls: Iterable[tuple[int, int]], batch: int, device: Device) -> float:
-    """The least milliseconds of a loop of `calls` (see `Case.calls`) for `batch` pictures."""
+    """The least milliseconds of a loop of `calls` (see `Case.calls`) for `batch` images."""
     return sum(count * least_ms(batch * rows * work.macs, work.weight_bytes, device) for count, rows in calls)
 
 
@@ -81,7 +81,7 @@ def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], Work | N
     """What a call of a case's network asks, from the rows of `cost.cost_rows` of its base.
 
     The work is None for pipelines of which too little is known: no bundle, and no `weight_bytes` of their own.
-    A guide counts as `guide-full` where the bundle has a network for what it makes of w alone, else as `guide-tiny`.
+    A guide counts as `guide-full` where a network of the bundle computes its part from w alone, else as `guide-tiny`.
     """
     macs = {str(row["network"]): int(row["macs"]) for row in cost_rows}
 
@@ -224,13 +224,13 @@ def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float, clo
     if precision not in kinds:
         raise InputError(f"precision is '{precision}'; a GPU's peak is measured in {', '.join(kinds)}")
     if not torch.cuda.is_available():
-        raise InputError("provider 'cuda' was asked for and torch finds no GPU; measure the device 'cpu'")
+        raise InputError("provider 'cuda' was requested and torch finds no GPU; measure the device 'cpu'")
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means float32, as on every backend
     dtype = kinds[precision]
 
     def waited(work: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
-            for _ in range(10):  # many a wait, so that launching is no part of it
+            for _ in range(10):  # many a wait, so that launching is not part of it
                 work()
             torch.cuda.synchronize()
 

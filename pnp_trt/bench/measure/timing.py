@@ -20,7 +20,7 @@ from .pace import Meter, Pace, trial
 
 #: prompts of the timed loop
 TIMED = [f"{p}, {STYLES[0]} style" for p in PROMPTS]
-#: guesses for the estimate, in seconds: a process that loads an engine and draws, and the device's peaks
+#: guesses for the estimate, in seconds: a process that loads an engine and generates an image, and the device's peaks
 _PROCESS, _PEAKS = 3.0, 3.0
 
 
@@ -46,7 +46,7 @@ class Timing:
         if "latency" not in self.plan.parts or not self.pipes:
             return []
         if not self.plan.peers:
-            self._leave_out("peers (diffusers, optimum-onnx)", "this run was asked to leave them out")
+            self._leave_out("peers (diffusers, optimum-onnx)", "excluded by this run's settings")
             return []
         if not any("cfg" in pipe.methods for pipe in self.pipes):
             self._leave_out("peers (diffusers, optimum-onnx)", "there is no CFG of ours to compare them with")
@@ -60,7 +60,7 @@ class Timing:
                 base, kinds=kinds, provider=provider, precision=precision, weights=plain.base
             )
         except PnpError as e:
-            self._leave_out("peers (diffusers, optimum-onnx)", f"the engines' base model is not at hand ({e})")
+            self._leave_out("peers (diffusers, optimum-onnx)", f"the engines' base model is not available ({e})")
             return []
         self.left_out += left_out
         return found
@@ -131,7 +131,7 @@ class Timing:
         """Rows of the document's ``cold_start``."""
         rows = []
         if not self.plan.cold_starts:
-            self._leave_out("cold start", "this run was asked to leave it out")
+            self._leave_out("cold start", "excluded by this run's settings")
             return []
         for pipe in self.pipes:
             meter.begin(_start(pipe), f"starting {pipe.name} cold")
@@ -182,14 +182,14 @@ class Timing:
     def _meters(self, meter: Meter, cost: Sequence[Mapping[str, Any]]) -> Meters:
         """What is measured besides times; what cannot be is left out with the reason."""
         if not self.plan.memory:
-            self._leave_out("peak memory", "this run was asked to leave it out")
+            self._leave_out("peak memory", "excluded by this run's settings")
         counter = None
         if any(getattr(c.pipe, "on_gpu", False) for c in self.cases):
             counter, why = nvml_counter()
             if why is not None:
-                self._leave_out("energy per picture", why)
+                self._leave_out("energy per image", why)
         else:
-            self._leave_out("energy per picture", "it is read from a GPU's counter, and nothing ran on a GPU")
+            self._leave_out("energy per image", "it is read from a GPU's counter, and nothing ran on a GPU")
         if not cost:
             self._leave_out("least time on this device", "the networks' cost was not counted in this run")
         return Meters(None, counter, self._peaks(meter), roofline.work_of(cost) if cost else None)

@@ -11,13 +11,13 @@ import numpy as np
 from ...errors import InputError, MissingDependency
 from .fidelity import check_pictures
 
-#: of OpenAI's CLIP, where the folder says nothing else
+#: of OpenAI's CLIP, where the folder states nothing else
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipScorer:
-    """CLIP score (Hessel et al. 2021, without their factor 2.5): 100 · max(cos(picture, prompt), 0).
+    """CLIP score (Hessel et al. 2021, without their factor 2.5): 100 · max(cos(image, prompt), 0).
 
     Args:
         folder: as transformers' ``CLIPModel.save_pretrained`` writes it, with its tokenizer; mean and spread of the
@@ -55,9 +55,9 @@ class ClipScorer:
         self._mean, self._std = found.get("image_mean", _MEAN), found.get("image_std", _STD)
 
     def __call__(self, pictures: np.ndarray, prompts: Sequence[str], batch: int = 16) -> np.ndarray:
-        """The score of each picture with its own prompt, float32 ``[N]``; higher is better aligned.
+        """The score of each image with its own prompt, float32 ``[N]``; higher is better aligned.
 
-        Pictures, uint8 ``[N, H, W, 3]``, are resized (bicubic, antialiased) and cropped to CLIP's square.
+        Images, uint8 ``[N, H, W, 3]``, are resized (bicubic, antialiased) and cropped to CLIP's square.
 
         Raises:
             InputError: if the counts differ.
@@ -67,7 +67,7 @@ class ClipScorer:
 
         pictures = check_pictures(pictures)
         if len(pictures) != len(prompts):
-            raise InputError(f"{len(pictures)} pictures do not match {len(prompts)} prompts")
+            raise InputError(f"{len(pictures)} images do not match {len(prompts)} prompts")
         mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (self._mean, self._std))
         side, out = self._side, []
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What looks at pictures: EfficientNet and the alignment judge, or the user's own Inception and CLIP weights."""
+"""Feature extractors: EfficientNet and the alignment judge, or the user's own Inception and CLIP weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..plan import Plan
 from .fidelity import EXTRACTOR_SHA256, AlignmentHead, Estimate
 from .tasks import JUDGE
 
-#: pictures of the trial for the estimate
+#: images of the trial for the estimate
 _TRIAL = 4
 
 
@@ -54,14 +54,14 @@ class Eyes:
         return AlignmentHead.load(JUDGE)
 
     def pace(self, size: tuple[int, int]) -> float:
-        """Seconds that looking at one picture of ``size`` takes, by trying a few."""
+        """Seconds that looking at one image of ``size`` takes, by trying a few."""
         trial = np.zeros((_TRIAL, *size, 3), np.uint8)
         start = time.perf_counter()
         self.look(trial, [""] * _TRIAL)
         return (time.perf_counter() - start) / _TRIAL
 
     def look(self, pixels: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """What is seen of pictures ``[N, H, W, 3]``: ``features``, ``inception``, ``clip`` (scores), as there is."""
+        """Features of images ``[N, H, W, 3]``: ``features``, ``inception``, ``clip`` (scores), as there is."""
         found = {}
         if self.efficientnet is not None:
             found["features"] = self.efficientnet(pixels)

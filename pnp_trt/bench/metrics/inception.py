@@ -30,9 +30,9 @@ def frechet(real: np.ndarray, generated: np.ndarray, *, seed: int = 0, draws: in
 
     .. math:: |\mu_1 - \mu_2|^2 + \mathrm{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
 
-    It is biased upwards where pictures are few.  The 95 % interval is normal, with the standard deviation of a seeded
-    bootstrap over both sets: its percentiles would lie too high, a resample being of fewer different pictures.
-    Raises :class:`InputError` for fewer than 2 pictures, values that are not finite, or widths that differ.
+    It is biased upwards where images are few.  The 95 % interval is normal, with the standard deviation of a seeded
+    bootstrap over both sets: its percentiles would lie too high, a resample being of fewer different images.
+    Raises :class:`InputError` for fewer than 2 images, values that are not finite, or widths that differ.
     """
     x = check_features(real, "real features", least=2)
     y = check_features(generated, "generated features", least=2, width=x.shape[1])
@@ -65,7 +65,7 @@ class Inception:
         path: a ``.safetensors`` of the state dict; its names are torchvision's, which the others kept.
 
     Raises:
-        InputError: if the file is no safetensors, or lacks weights of the network.
+        InputError: if the file is not a safetensors file, or lacks weights of the network.
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
@@ -92,7 +92,7 @@ class Inception:
         wanted = network.state_dict()
         bad = [k for k, v in wanted.items() if k not in state or state[k].shape != v.shape]
         if bad := [k for k in bad if not k.endswith("num_batches_tracked")]:
-            raise InputError(f"--inception {path.name} is no Inception v3: '{bad[0]}' is missing or of another shape")
+            raise InputError(f"--inception {path.name} is not Inception v3: '{bad[0]}' is missing or of another shape")
         network.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
         self._network = network.eval().requires_grad_(False).to(device, torch.float32)
         self._device = device

@@ -1,4 +1,4 @@
-"""What is drawn for the fidelity part, and what it is judged by: captions, seeds, real pictures' features, concepts."""
+"""Inputs of the fidelity part: captions and seeds, and the real images' features and concepts to judge by."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from ...errors import InputError
 from ...io.image_files import SUFFIXES, ImageError, read_rgb
 from ..plan import PICTURES, PICTURES_UNJUDGED, Plan
 
-#: prompts of the picture grid and of the timed loop, for any base
+#: prompts of the image grid and of the timed loop, for any base
 PROMPTS = (
     "red apple", "red heart", "automobile", "tulip", "house", "cactus", "ghost", "mushroom",
     "grinning face", "crown", "banana", "strawberry", "tangerine", "balloon", "tomato", "star",
 )  # fmt: skip
 STYLES = ("noto", "twemoji")
-#: columns of the picture grid
+#: columns of the image grid
 COLUMNS = 8
-#: the base model whose real pictures' features are shipped
+#: the base model whose real images' features are shipped
 BUNDLED = "emoji"
 FEATURES = ROOT / "emoji" / "real-features.safetensors"
 JUDGE = ROOT / "judge.safetensors"
 
-#: features ``[N, D]`` of uint8 pictures ``[N, H, W, 3]``
+#: features ``[N, D]`` of uint8 images ``[N, H, W, 3]``
 Extract = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to draw.
+    """What to generate.
 
     Attributes:
-        prompts, seeds: of the measured pictures, N each.
-        columns: short names of the grid's pictures.
-        shown, shown_seeds: prompts and seeds of the grid's pictures; they are not measured.
+        prompts, seeds: of the measured images, N each.
+        columns: short names of the grid's images.
+        shown, shown_seeds: prompts and seeds of the grid's images; they are not measured.
         source: where the prompts come from, in words.
         concepts: what each prompt names, for the alignment judge; None where it does not know them.
-        real: float32 ``[M, 1280]``, EfficientNet features of real pictures; None where there are none.
-        real_folder: real pictures whose features are still to be taken; None where there are none.
-        reason: why the quality of the pictures cannot be measured; None where it can.
+        real: float32 ``[M, 1280]``, EfficientNet features of real images; None where there are none.
+        real_folder: real images whose features are still to be taken; None where there are none.
+        reason: why the quality of the images cannot be measured; None where it can.
     """
 
     prompts: tuple[str, ...]
@@ -62,7 +62,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        """A digest of what is drawn."""
+        """A digest of the images to generate."""
         return digest([self.prompts, self.seeds, self.shown, self.shown_seeds])
 
 
@@ -70,7 +70,7 @@ def make_task(plan: Plan, base: str) -> Task:
     """The task of a plan, for engines of the base model named ``base``.
 
     Raises:
-        InputError: for a prompts file without prompts, a folder without pictures, or more pictures than the bundled
+        InputError: for a prompts file without prompts, a folder without images, or more images than the bundled
             captions are.
     """
     if plan.prompts is not None:
@@ -81,7 +81,7 @@ def make_task(plan: Plan, base: str) -> Task:
     texts = [f"{p}, {style} style" for style in STYLES for p in PROMPTS]
     prompts, seeds = _repeat(texts, plan.pictures or PICTURES_UNJUDGED)
     reason = (
-        f"no real pictures are bundled for the base model '{base}'; name prompts and real pictures with "
+        f"no real images are bundled for the base model '{base}'; name prompts and real images with "
         "--prompts FILE --real DIR"
     )
     if plan.clip is not None:
@@ -95,7 +95,7 @@ def _bundled(plan: Plan, grid: tuple[str, ...]) -> Task:
     count = plan.pictures or PICTURES
     if count > len(rows):
         raise InputError(
-            f"pictures is {count}, and the bundled captions with real pictures are {len(rows)}; ask for fewer"
+            f"pictures is {count}, and the bundled captions with real images are {len(rows)}; ask for fewer"
         )
     concepts, styles, seeds = (tuple(column) for column in zip(*rows[:count], strict=True))
     prompts = tuple(f"{c.replace('-', ' ')}, {s} style" for c, s in zip(concepts, styles, strict=True))
@@ -111,7 +111,7 @@ def _named(plan: Plan, file: Path) -> Task:
     shown = tuple(prompts[:COLUMNS])
     reason = None
     if plan.real is None and plan.clip is None:
-        reason = f"no real pictures were named for the prompts of {file.name}; name them with --real DIR"
+        reason = f"no real images were named for the prompts of {file.name}; name them with --real DIR"
     folder = None if plan.real is None else Path(plan.real)
     if folder is not None:
         find_real(folder)
@@ -119,12 +119,12 @@ def _named(plan: Plan, file: Path) -> Task:
 
 
 def _repeat(texts: Sequence[str], count: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """``count`` prompts, round and round, each picture with a seed of its own."""
+    """``count`` prompts, round and round, each image with a seed of its own."""
     return tuple(texts[i % len(texts)] for i in range(count)), tuple(range(count))
 
 
 def read_features(path: Path) -> tuple[np.ndarray, list[tuple[str, str, int]], dict[str, Any]]:
-    """Real pictures' features float32 ``[N, 1280]``, their (concept, style, seed), and what the file says of itself.
+    """Real images' features float32 ``[N, 1280]``, their (concept, style, seed), and what the file states of itself.
 
     Raises:
         InputError: if it cannot be read, or was made with another extractor.
@@ -141,31 +141,31 @@ def read_features(path: Path) -> tuple[np.ndarray, list[tuple[str, str, int]], d
             features = file.get_tensor("features").astype(np.float32)
         rows = [(str(c), str(s), int(seed)) for c, s, seed in json.loads(about["captions"])]
     except (OSError, SafetensorError, KeyError, ValueError) as e:
-        raise InputError(f"{path} holds no real pictures' features ({e}); reinstall pnp-trt") from e
+        raise InputError(f"{path} holds no real images' features ({e}); reinstall pnp-trt") from e
     if about.get("extractor_sha256") != EXTRACTOR_SHA256 or len(rows) != len(features):
         raise InputError(f"{path} was made with another extractor; make it: python -m benchmarks.emoji.real_features")
     return features, rows, about
 
 
 def find_real(folder: Path) -> list[Path]:
-    """The pictures under a folder, sorted.
+    """The images under a folder, sorted.
 
     Raises:
         InputError: if there are fewer than two.
     """
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if len(found) < 2:
-        raise InputError(f"--real {folder} holds {len(found)} pictures ({', '.join(SUFFIXES)}); at least 2 are needed")
+        raise InputError(f"--real {folder} holds {len(found)} images ({', '.join(SUFFIXES)}); at least 2 are needed")
     return found
 
 
 def real_key(folder: Path) -> str:
-    """A digest of a folder's pictures."""
+    """A digest of a folder's images."""
     return digest([sha256(p) for p in find_real(folder)])
 
 
 def real_features(folder: Path, extract: Extract) -> np.ndarray:
-    """Features ``[M, D]`` of a folder's pictures, each at its own size; unreadable ones are left out with a warning.
+    """Features ``[M, D]`` of a folder's images, each at its own size; unreadable ones are left out with a warning.
 
     Raises:
         InputError: if fewer than two can be read.
@@ -183,5 +183,5 @@ def real_features(folder: Path, extract: Extract) -> np.ndarray:
             f"{len(bad)} files of {folder} cannot be read and are left out: {', '.join(bad[:5])}", stacklevel=2
         )
     if len(rows) < 2:
-        raise InputError(f"--real {folder} holds {len(rows)} pictures that can be read; at least 2 are needed")
+        raise InputError(f"--real {folder} holds {len(rows)} images that can be read; at least 2 are needed")
     return np.stack(rows)

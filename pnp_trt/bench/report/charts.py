@@ -149,6 +149,6 @@ def svg(made: Any, name: str, title: str) -> Chart:
 
 
 def engine_names(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
-    """What each row's label says of its engine: nothing where all rows have the same."""
+    """What each row's label states of its engine: nothing where all rows have the same."""
     many = len({row["engine"] for row in rows}) > 1
     return [row["engine"] if many else None for row in rows]

@@ -64,7 +64,7 @@ def _usual_steps(rows: Sequence[Mapping[str, Any]]) -> int:
 
 @plain_text()
 def compute_chart(doc: Mapping[str, Any]) -> Chart | None:
-    """A bar per method: MACs of one picture, the attention products set off at its end."""
+    """A bar per method: MACs of one image, the attention products set off at its end."""
     rows = [row for row in doc["methods_cost"] if "macs_per_picture_without_attention" in row]
     if not rows:
         return None
@@ -82,9 +82,9 @@ def compute_chart(doc: Mapping[str, Any]) -> Chart | None:
         texts.append(said + ("" if row["steps"] == usual else f" · {plural(row['steps'], 'step')}"))
         ends.append(total)
     axis.set_yticks(range(len(rows)), [label(row["method"], row.get("guide")) for row in rows])
-    titled(axis, f"one picture, {plural(usual, 'step')}", f"MACs per picture, {prefix}")
+    titled(axis, f"one image, {plural(usual, 'step')}", f"MACs per image, {prefix}")
     write_at_ends(made, axis, ends, texts)
-    return svg(made, "compute", "Multiply-accumulates of one picture by method, attention products set off")
+    return svg(made, "compute", "Multiply-accumulates of one image by method, attention products set off")
 
 
 @plain_text()
@@ -115,4 +115,4 @@ def _roofline_chart(rows: Sequence[Mapping[str, Any]], steps: int) -> Chart:
     axis.set_yticks(range(len(rows)), names)
     titled(axis, f"batch {batch}, {plural(steps, 'step')}", "ms per denoising loop, whole batch")
     write_at_ends(made, axis, ends, texts)
-    return svg(made, f"roofline-{batch}", f"Least time that this device allows and median measured at batch {batch}")
+    return svg(made, f"roofline-{batch}", f"Lower bound of the time here and median measured at batch {batch}")

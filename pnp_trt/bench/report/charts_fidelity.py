@@ -21,7 +21,7 @@ _PANELS = 4  # numbers of steps whose curves over w are drawn
 
 @plain_text()
 def pareto_charts(doc: Mapping[str, Any]) -> list[Chart]:
-    """Fidelity against MACs per picture and against measured time per picture; each where there are two points."""
+    """Fidelity against MACs per image and against measured time per image; each where there are two points."""
     measure = measure_of(doc)
     if measure is None:
         return []
@@ -31,12 +31,12 @@ def pareto_charts(doc: Mapping[str, Any]) -> list[Chart]:
     points = compute_points(doc, measure)
     if len(points) > 1:
         prefix, scale, _ = unit_of([point.x for point in points])
-        name = f"MACs per picture, {prefix} (log scale)"
+        name = f"MACs per image, {prefix} (log scale)"
         charts.append(_pareto(points, measure, scale, ("pareto-compute", f"Against compute{at}", name)))
     points = latency_points(doc, measure)
     if len(points) > 1:
         batch = min(row["batch"] for row in doc["latency"])
-        name = f"ms per picture, batch {batch} (log scale)"
+        name = f"ms per image, batch {batch} (log scale)"
         charts.append(_pareto(points, measure, 1, ("pareto-latency", f"Against time{at}", name)))
     return charts
 

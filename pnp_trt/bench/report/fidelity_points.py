@@ -43,7 +43,7 @@ class Point:
 
 
 def measure_of(doc: Document) -> Measure | None:
-    """How good the pictures are where that was measured, else how close to CFG's; None where neither was."""
+    """How good the images are where that was measured, else how close to CFG's; None where neither was."""
     return next((one for one in MEASURES if any(row.get(one.key) for row in doc["fidelity"])), None)
 
 
@@ -56,12 +56,12 @@ def headline_w(doc: Document) -> float | None:
 
 
 def compute_points(doc: Document, measure: Measure) -> list[Point]:
-    """Fidelity against MACs of one picture, at the headline w."""
+    """Fidelity against MACs of one image, at the headline w."""
     return _points(doc, measure, lambda row: row.get("macs_per_picture"))
 
 
 def latency_points(doc: Document, measure: Measure) -> list[Point]:
-    """Fidelity against milliseconds per picture as measured: same engine, method and steps, at the smallest batch."""
+    """Fidelity against milliseconds per image as measured: same engine, method and steps, at the smallest batch."""
     timed: dict[tuple[str, str, int], Mapping[str, Any]] = {}
     for row in doc["latency"]:
         key = (row["engine"], row["method"], row["steps"])

@@ -1,4 +1,4 @@
-"""What a results document says in plain words: sentences, and the headline figures of the page."""
+"""A results document as sentences, and the headline figures of the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOISY = 0.1
 
 
 def sentences(doc: Mapping[str, Any]) -> list[str]:
-    """What was found: time, compute, and whether quality was evaluated."""
+    """Findings as sentences: time, compute, and whether quality was evaluated."""
     found = time_sentences(doc)
     for row in doc["methods_cost"]:
         if row["method"] == "guided" and row.get("ratio_to_cfg"):
@@ -24,22 +24,22 @@ def sentences(doc: Mapping[str, Any]) -> list[str]:
 
 
 def quality_sentence(doc: Mapping[str, Any]) -> str:
-    """That the pictures' quality was not evaluated, and why."""
+    """That the images' quality was not evaluated, and why."""
     reason = doc["task_quality_reason"]
-    return f"The quality of the pictures was not evaluated in this run{f': {reason}' if reason else ''}."
+    return f"The quality of the images was not evaluated in this run{f': {reason}' if reason else ''}."
 
 
 def time_sentences(doc: Mapping[str, Any]) -> list[str]:
-    """One per engine, at its largest batch; says where a difference is inside its interval or the timing was noisy."""
+    """One per engine, at its largest batch; marks a difference that is not significant and noisy timing."""
     found = []
     for row in largest_batches(doc):
-        text = f"{row['engine']}: guided costs {row['ratio_to_cfg']:.2f} of CFG's time per loop at batch {row['batch']}"
+        text = f"{row['engine']}: guided takes {row['ratio_to_cfg']:.2f} of CFG's time per loop at batch {row['batch']}"
         text += f", {plural(row['steps'], 'step')}"
         bounds = row.get("ratio_to_cfg_interval")
         if bounds:
             text += f" (95 % interval {interval(row, 2)}{_rounds(row)})"
             if bounds[0] <= 1 <= bounds[1]:
-                text += ", which is no difference that this run can tell"
+                text += ", not a statistically significant difference"
         if (row.get("spread") or 0) > NOISY:
             text += f"; the timing was noisy (interquartile range {percent(row['spread'])} of the median)"
         found.append(text + ".")
@@ -80,7 +80,7 @@ def headlines(doc: Mapping[str, Any]) -> list[dict[str, str]]:
                 {
                     "value": percent(sizes[row["guide"]] / sizes["teacher"]),
                     "name": "of the teacher's parameters",
-                    "detail": f"{row['guide']}, {sizes[row['guide']]:,} trained; the teacher stays as it is",
+                    "detail": f"{row['guide']}, {sizes[row['guide']]:,} trained; the teacher is unchanged",
                 }
             )
     return found + _kid_headline(doc)
@@ -97,7 +97,7 @@ def _kid_headline(doc: Mapping[str, Any]) -> list[dict[str, str]]:
     row = kid["guided", steps, w]
     guided, cfg = row["kid"], kid["cfg", steps, w]["kid"]
     sure = " and ".join(estimate(one, 3).partition(" ")[2] for one in (guided, cfg))
-    made = f"{row['engine']}, lower is better; {plural(steps, 'step')}, w = {w:g}, {guided['count']} pictures"
+    made = f"{row['engine']}, lower is better; {plural(steps, 'step')}, w = {w:g}, {guided['count']} images"
     return [
         {
             "value": f"{guided['value']:.3f}",

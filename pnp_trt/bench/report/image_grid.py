@@ -1,4 +1,4 @@
-"""The picture grid of a results document as one PNG."""
+"""The image grid of a results document as one PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRID_MARK = b"pnp-trt bench grid"
 
 
 def headline(pictures: Mapping[str, Any]) -> dict[str, Any]:
-    """The document's pictures at the most steps and the first w alone: teacher, guided, no guidance."""
+    """The document's images at the most steps and the first w alone: teacher, guided, no guidance."""
     first = pictures["rows"][0]
     rows = [r for r in pictures["rows"] if r["steps"] == first["steps"] and r["guidance"] in (None, first["guidance"])]
     style = pictures["caption"].rpartition(", ")[0]
@@ -24,7 +24,7 @@ def headline(pictures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_grid(pictures: Mapping[str, Any], path: Path) -> None:
-    """The rows of a document's pictures as a PNG; an existing file is replaced only once the new one is whole."""
+    """The rows of a document's images as a PNG; an existing file is replaced only once the new one is whole."""
     from PIL import Image, PngImagePlugin
 
     from ...runtime.images import grid

@@ -1,7 +1,7 @@
 """Draw a results document: compact tables for a terminal, one self-contained HTML page for a reviewer.
 
 Both are drawn from the document of `pnp_trt.bench.results` alone. The page needs no network and runs no script: its
-charts are inline SVG whose colours are CSS variables, its pictures are data URIs, its raw numbers a download.
+charts are inline SVG whose colours are CSS variables, its images are data URIs, its raw numbers a download.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ UNIT_NOTE = (
 )
 PAPER_NOTE = (
     "The paper (Hsiao et al., CVPR 2024) prints 338.7 for the teacher, + 116.5 for its full and + 7.79 for its tiny "
-    "guide, and 677.5 for CFG, labelled “FLOPs, trillion”. Counted again on the SD 1.x U-Net, those are giga-MACs per "
+    "guide, and 677.5 for CFG, labelled “FLOPs, trillion”. Counted on the SD 1.x U-Net, those are giga-MACs per "
     "step without the attention products: 338.61 without them, 401.64 with. Compare them with the column “without "
     "attention”. The paper does not publish its tiny guide's architecture; the tiny guide here is this project's own."
 )
@@ -102,9 +102,9 @@ def _unbroken(text: str) -> str:
 
 
 def _pictures(pictures: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The grid by w, the first row's w on top; each row with a data URI and a description of every picture.
+    """The grid by w, the first row's w on top; each row with a data URI and a description of every image.
 
-    Pictures without guidance have no w: they stand with the first.
+    Images without guidance have no w: they stand with the first.
     """
     if pictures is None:
         return None
@@ -134,7 +134,7 @@ def _timing(doc: Mapping[str, Any]) -> str | None:
     if not rounds:
         return None
     return (
-        f"{' or '.join(map(str, rounds))} rounds after {' or '.join(map(str, warmup)) or 'no'} warm-up passes of each "
+        f"{' or '.join(map(str, rounds))} rounds after {' or '.join(map(str, warmup)) or 'no'} warm-up runs of each "
         "case; every round runs each case once, in an order that rotates. The ratio to CFG is taken within each round, "
         "then the median over rounds; its interval is a seeded bootstrap over rounds."
     )

@@ -41,7 +41,7 @@ def cost_table(doc: Document) -> Table | None:
     rows = doc["cost"]
     if not rows:
         return None
-    # the teacher's prefix: a decoder that computes more once a picture does not decide it
+    # the teacher's prefix: a decoder that computes more once per image does not decide it
     unit, scale, _ = unit_of([next((r["macs"] for r in rows if r["network"] == "teacher"), rows[0]["macs"])])
     decimals = max(1, decimals_of([row[key] / scale for row in rows for key in ("macs", "macs_without_attention")]))
     size, size_scale, size_decimals = unit_of([row["parameters"] for row in rows])
@@ -56,7 +56,7 @@ def cost_table(doc: Document) -> Table | None:
 
 
 def method_table(doc: Document) -> Table | None:
-    """MACs of every method, per step and per picture."""
+    """MACs of every method, per step and per image."""
     rows = doc["methods_cost"]
     if not rows:
         return None
@@ -67,14 +67,14 @@ def method_table(doc: Document) -> Table | None:
     columns: dict[str, list[str] | None] = {
         "method": [method_name(row) for row in rows],
         "steps": [str(row["steps"]) for row in rows],
-        "passes": [_passes(row) for row in rows],
+        "NFE": [_passes(row) for row in rows],
         f"per step, {unit}": [number(row["macs_per_step"], decimals, scale) for row in rows],
         "without attention": [number(value, decimals, scale) for value in plain],
-        f"per picture, {large}": [number(row["macs_per_picture"], large_decimals, large_scale) for row in rows],
+        f"per image, {large}": [number(row["macs_per_picture"], large_decimals, large_scale) for row in rows],
         "of CFG": [percent(row.get("ratio_to_cfg")) for row in rows],
     }
     included = rows[0].get("picture_includes") or []
-    note = f"Of CFG: all steps together. Passes: U-Net passes a picture. A picture includes {' and '.join(included)}."
+    note = f"Of CFG: all steps together. NFE: model evaluations per image. An image includes {' and '.join(included)}."
     return _table("MACs per method at batch 1", columns, 1, [note] if included else [])
 
 
@@ -109,7 +109,7 @@ def _as_printed(value: float) -> str:
 
 
 def engine_table(doc: Document) -> Table | None:
-    """What the engines' files weigh and, where the inspector tells, what they are made of."""
+    """What the engines' files weigh and, where the inspector reports it, what they are made of."""
     rows = doc["engines"]
     if not rows:
         return None
@@ -159,8 +159,8 @@ def _latency_columns(rows: Sequence[Mapping[str, Any]], ratio_decimals: int = 3)
         "steps": [str(row["steps"]) for row in rows],
         "of CFG's time": [ratio(row, ratio_decimals) for row in rows],
         "ms / step": [number(row.get("p50_ms_per_step"), decimals) for row in rows],
-        "ms / picture": [number(row.get("p50_ms_per_picture"), 0 if decimals < 2 else 1) for row in rows],
-        "pictures / s": [_rate(row) for row in rows],
+        "ms / image": [number(row.get("p50_ms_per_picture"), 0 if decimals < 2 else 1) for row in rows],
+        "images / s": [_rate(row) for row in rows],
         "least / p50": [percent(row.get("share_of_least"), 0) for row in rows],
         "least, ms": [number(row.get("least_ms"), decimals) for row in rows],
         "loop p50, ms": [number(row["p50_ms"], decimals) for row in rows],
@@ -168,7 +168,7 @@ def _latency_columns(rows: Sequence[Mapping[str, Any]], ratio_decimals: int = 3)
         "p99": [number(row.get("p99_ms"), decimals) for row in rows],
         "spread": [percent(row.get("spread")) for row in rows],
         "peak memory": [file_size(row.get("peak_memory_bytes")) for row in rows],
-        "J / picture": [DASH if value is None else three_digits(value) for value in energy],
+        "J / image": [DASH if value is None else three_digits(value) for value in energy],
     }
 
 
@@ -178,7 +178,7 @@ def _rate(row: Mapping[str, Any]) -> str:
 
 
 def cold_table(doc: Document) -> Table | None:
-    """Seconds from nothing to the first picture."""
+    """Seconds from nothing to the first image."""
     rows = doc["cold_start"]
     if not rows:
         return None
@@ -206,7 +206,7 @@ _FIDELITY = (
 
 
 def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
-    """What was measured on the pictures, with 95 % intervals in brackets."""
+    """What was measured on the images, with 95 % intervals in brackets."""
     rows = doc["fidelity"]
     if not rows:
         return None
@@ -216,7 +216,7 @@ def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
         "method": [row["method"] for row in rows],
         "steps": [str(row["steps"]) for row in rows],
         "w": [number(row["guidance"], 1).removesuffix(".0") for row in rows],
-        "passes": [DASH if row.get("passes") is None else f"{row['passes']:g}" for row in rows],
+        "NFE": [DASH if row.get("passes") is None else f"{row['passes']:g}" for row in rows],
     }
     for place, (key, head, decimals, scale) in enumerate(_FIDELITY):
         if short and place > 2 and key not in ("fid_inception", "clip_score"):
@@ -224,12 +224,12 @@ def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
         cells = [estimate(row.get(key), decimals, scale, sign=key.endswith("gain_over_cfg")) for row in rows]
         columns[head] = cells
     counts = sorted({row["pictures"] for row in rows if "pictures" in row})
-    said = f", {' or '.join(map(str, counts))} pictures a row" if counts else ""
+    said = f", {' or '.join(map(str, counts))} images a row" if counts else ""
     return _table(f"Fidelity, 95 % intervals in brackets{said}", columns, 2)
 
 
 def left_out_table(doc: Document) -> Table | None:
-    """What was asked for and not measured, and why."""
+    """What was requested and not measured, and why."""
     rows = doc["left_out"]
     if not rows:
         return None
@@ -256,7 +256,7 @@ def terminal_tables(doc: Document) -> list[Table]:
 
 
 def loops(doc: Document) -> dict[int, list[Mapping[str, Any]]]:
-    """The latency rows by the number of steps that was asked for, the largest first.
+    """The latency rows by the number of steps that was requested, the largest first.
 
     CFG at equal compute makes half the steps: it belongs to the loops that it is compared with.
     """

@@ -1,4 +1,4 @@
-"""Numbers and names as a reader wants them: units, decimals, intervals, what a method is called."""
+"""Numbers and names for a reader: units, decimals, intervals, what a method is called."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 DASH = "–"
 METHOD_NAMES = {
     "cfg": "teacher, CFG",
-    "cfg-two-passes": "teacher, CFG in two passes",
+    "cfg-two-passes": "teacher, sequential CFG",
     "cfg-interval": "teacher, CFG on an interval",
     "cfg-fewer-steps": "teacher, CFG, half the steps",
     "unguided": "teacher, no guidance",
@@ -20,12 +20,12 @@ METHOD_NAMES = {
 }
 #: What each method does, for the legend of a table that shows its short name.
 METHOD_LEGEND = {
-    "cfg": "the teacher's classifier-free guidance, one batch of two a step",
-    "cfg-two-passes": "the same as two passes, one after the other",
-    "cfg-interval": "CFG in a part of the timesteps, one pass in the others",
-    "cfg-fewer-steps": "CFG in half the steps: as many passes as the guide makes",
-    "unguided": "the teacher's plain prediction, one pass a step",
-    "guided": "teacher and guide, one pass a step",
+    "cfg": "the teacher's classifier-free guidance, one batch of two per step",
+    "cfg-two-passes": "the same as two evaluations, one after the other",
+    "cfg-interval": "CFG in a part of the timesteps, one evaluation in the others",
+    "cfg-fewer-steps": "CFG in half the steps: as many model evaluations as the guide",
+    "unguided": "the teacher's plain prediction, one evaluation per step",
+    "guided": "teacher and guide, one evaluation per step",
     "diffusers": "diffusers' StableDiffusionPipeline, eager, CFG",
     "diffusers-compile": "the same with torch.compile",
     "optimum-onnx": "optimum's ONNX Runtime pipeline, CFG",
@@ -107,7 +107,7 @@ def decimals_of(values: Sequence[float | None]) -> int:
 
 
 def unit_of(values: Sequence[float]) -> tuple[str, float, int]:
-    """The prefix that the largest value wants, its factor, and the decimals that the smallest one wants."""
+    """The prefix that the largest value needs, its factor, and the decimals that the smallest one needs."""
     largest = max(values, default=0)
     prefix, scale = next(((name, size) for name, size in (("T", 1e12), ("G", 1e9)) if largest >= size), ("M", 1e6))
     return prefix, scale, max(1, decimals_of([value / scale for value in values]))

@@ -39,7 +39,7 @@ class FineTune:
         folders: where a network's own ``config.json`` is, by network.
         base: the whole model where the fine-tune is one; else None.
         single: the sorted keys where the fine-tune is one file; else None.
-        unet_only: whether everything but the U-Net is left out, as the user wants it.
+        unet_only: whether everything but the U-Net is left out, as the user requests.
     """
 
     name: str
@@ -176,7 +176,7 @@ def find(name: str, unet_only: bool = False) -> FineTune:
         unet_only: leave out everything but the U-Net.
 
     Raises:
-        InputError: if there is none, or a file is no safetensors or holds no U-Net.
+        InputError: if there is none, or a file is not a safetensors file or holds no U-Net.
     """
     path = Path(name)
     if path.suffix == ".safetensors" or path.is_file():

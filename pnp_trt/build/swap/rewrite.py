@@ -1,7 +1,7 @@
 """A graph's data file written again with other weights: same places, same lengths, what is not swapped byte by byte.
 
 The graph's own entries say where each initialiser lies (ONNX external data: location, offset, length) and what it
-measures; ``weights.json`` says which checkpoint key it is made of and how.
+measures; ``weights.json`` states which checkpoint key it is made of and how.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`pnp-trt plug`: a bundle and a fine-tune in, a bundle of the fine-tune out.
 
 The graphs stay as they are, so nothing is traced, optimised or, on ONNX Runtime, compiled: a network's new weights go
-where ``weights.json`` says, one by one, and what is not swapped is copied.  The new networks are then compared with
+where ``weights.json`` states, one by one, and what is not swapped is copied.  The new networks are then compared with
 PyTorch running the fine-tune, on the bundle's own golden inputs; past the limit nothing is left behind.
 """
 
@@ -78,7 +78,7 @@ class PlugSpec:
         out: the new bundle's folder; None derives a name from the rest under ``engines_home()``.
         check_memory: refuse to compile where the host's memory will not do.
         unet_only: take the fine-tune's U-Net alone, whatever else it holds.
-        noise: what the user says about the fine-tune's prediction type and terminal SNR.
+        noise: what the user states about the fine-tune's prediction type and terminal SNR.
     """
 
     engine: str
@@ -115,7 +115,7 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
 
     Args:
         force: plug even so, and replace what is there.
-        progress: called with (stage, hundredths done, hundredths in all) as the work goes on.
+        progress: called with (stage, hundredths done, hundredths in all) as the work proceeds.
 
     Raises:
         InputError: for an unknown or damaged engine, fine-tune or LoRA, weights that are missing, left over, of another
@@ -361,7 +361,7 @@ class _Work:
             return Teacher(unet), unet, None
         graph = self.manifest.networks["unet"].graph
         guide, where = guide_of(self.manifest, work / graph, work / _OLD / f"{graph}.data", weights, unet)
-        # what the guide makes of w alone stays as it is, in a network of its own
+        # the part of the guide that depends on w alone stays as it is, in a separate network
         return Student(unet, guide, conditioned="condition" in self.manifest.networks), unet, where
 
     def _text_encoder(self, config: dict[str, Any], what: str) -> Any:

@@ -46,9 +46,9 @@ class CalibrationConfig:
         prompts: text file, one a line.
         out: the record; None takes ``record.default_path``.
         pictures: sampled while watching.
-        batch: pictures at once.
+        batch: images at once.
         steps: of a run; None takes the number that the guide was distilled for, or 20.
-        w_min, w_max: guidance scales, drawn for each picture.
+        w_min, w_max: guidance scales, drawn for each image.
         layers: patterns (``fnmatch``) of the layers that may take INT8; None takes the U-Net's, and a full guide's.
         probes: states that the sweep measures on, in batches of 4; 0 leaves the sweep out, and the layers that see
             what no norm has evened out (``UNEVEN``) in floating point.
@@ -194,7 +194,7 @@ def _decide(
 ) -> None:  # fmt: skip
     kinds = {layer.kind for layer in record.layers.values()}
     if not config.probes:
-        record.sweep = {"left out": "no probes were asked for"}
+        record.sweep = {"left out": "no probes were requested"}
         uneven = [name for name in record.layers if any(part in name for part in UNEVEN)]
         record.decision = {**dict.fromkeys(sorted(kinds), "percentile-99.999"), "float": uneven}
         return

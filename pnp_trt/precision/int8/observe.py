@@ -34,7 +34,7 @@ TENTHS = 10
 
 @dataclass
 class Loop:
-    """The sampler, in PyTorch: DDIM, one pass a step with a guide, classifier-free guidance without.
+    """The sampler, in PyTorch: DDIM, one evaluation per step with a guide, classifier-free guidance without.
 
     Attributes:
         network: ``Student`` or ``Teacher``.
@@ -73,7 +73,7 @@ class Loop:
 
     @torch.no_grad()
     def run(self, seed: int, pictures: int, at: Callable[[Tensor, int, Tensor, Tensor], None] | None = None) -> Tensor:
-        """Latents ``[pictures, C, H, W]`` of one batch; ``at`` is called with (x, t, rows, w) before each pass."""
+        """Latents ``[pictures, C, H, W]`` of one batch; ``at(x, t, rows, w)`` is called before each evaluation."""
         rng = random.Random(f"calibrate/{seed}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         rows = torch.tensor([rng.randrange(max(self.conditions.empty, 1)) for _ in range(pictures)])
@@ -106,7 +106,7 @@ def candidates(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modu
     Raises:
         InputError: if no layer has such a name.
     """
-    # what a guide makes of w alone runs once a picture, in a network of its own
+    # the part of the guide that depends on w alone runs once per image, in a separate network
     once = tuple(f"guide.{part}." for part in getattr(getattr(network, "guide", None), "constant_parts", ()))
     found: dict[str, nn.Module] = {
         name: layer
@@ -133,7 +133,7 @@ class Observer:
         self._seen = {name: _Seen(layer) for name, layer in layers.items()}
 
     def at(self, x: Tensor, t: int, *_: Any) -> None:
-        """Note the timestep of the next pass."""
+        """Note the timestep of the next evaluation."""
         self._t = t
 
     @contextmanager
@@ -174,7 +174,7 @@ class _Seen:
         magnitude = x.detach().abs().float()
         largest = float(magnitude.max())
         self._by_timestep[tenth] = max(self._by_timestep[tenth], largest)
-        # positions of one picture that the layer is applied at
+        # positions of one image that the layer is applied at
         self._macs = self._weights * (x[0].numel() // x.shape[-1 if self._linear else 1]) // self._stride
         if self._linear:
             channels = magnitude.flatten(0, -2).amax(0)

@@ -1,6 +1,6 @@
 """INT8 in an exported graph: QuantizeLinear and DequantizeLinear around the layers that take it.
 
-Explicit and symmetric, as TensorRT wants them: one scale for an input, one for each output channel of a weight, zero
+Explicit and symmetric, as TensorRT requires: one scale for an input, one for each output channel of a weight, zero
 points of zero.  Weights are stored as int8, half or a quarter of their size.  Types stay what the graph had: a float16
 graph has float16 scales, so what is not quantised computes as before.
 """

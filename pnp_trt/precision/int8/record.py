@@ -72,7 +72,7 @@ class Layer:
 
     Attributes:
         kind: ``conv`` or ``linear``.
-        macs: multiply-accumulates of one pass of one picture.
+        macs: multiply-accumulates of one evaluation for one image.
         amax: largest magnitude of its input by method: ``max``, ``percentile-99.99`` …
         by_timestep: largest magnitude in each tenth of the timesteps, the noisiest last.
         channels: largest magnitude of each input channel, ``[in]``; of linear layers, for SmoothQuant.
@@ -110,7 +110,7 @@ class Record:
 
     Attributes:
         base, guide: what was observed, as the build's identity has them: ``{"name", "sha256"}``; guide may be None.
-        settings: of the run: prompts, pictures, steps, scales, seed.
+        settings: of the run: prompts, images, steps, scales, seed.
         layers: by name, ``unet.…`` or ``guide.…`` as in the student.
         sweep: ``methods``, ``layers`` and ``kept``: errors of the prediction; see ``sweep.py``.
         decision: ``{"conv": method, "linear": method, "float": [layers]}``.
@@ -212,7 +212,7 @@ def find(base: str, guide: str) -> Path:
         if (home / name).is_file():
             return home / name
     raise InputError(
-        f"int8 wants recorded ranges and there is no {HOMES[0] / name}; make it with: "
+        f"int8 needs recorded ranges and there is no {HOMES[0] / name}; make it with: "
         f"pnp-trt calibrate --base {base} --guide {guide}, or name one with --calibration"
     )
 

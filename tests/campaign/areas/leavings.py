@@ -95,7 +95,7 @@ HARM: dict[str, Callable[[Path], object]] = {
     ),
     "distill.json is cut": lambda d: (d / "distill.json").write_text("{"),
     "the guide is cut": lambda d: _cut(d / "diffusion_pytorch_model.safetensors"),
-    "a file of its own beside": lambda d: (d / "precious.txt").write_text("mine"),
+    "a separate file beside": lambda d: (d / "precious.txt").write_text("mine"),
     "a leaving of a kill": lambda d: (d / ".run.json.abcdefgh").write_text("{"),
 }
 
@@ -242,7 +242,7 @@ def _result(child: int, place: Place) -> Outcome:
 
 
 def _whole(place: Place) -> str | None:
-    """The bundle at ``--out`` is whole: every file has the digest that its manifest says."""
+    """The bundle at ``--out`` is whole: every file has the digest that its manifest states."""
     from .common import files_of, manifest_of
 
     folder = place.path(OUT)
@@ -293,7 +293,7 @@ def _together() -> Iterator[Case]:
 
 
 def _replaced(place: Place) -> tuple[Outcome, str | None]:
-    """The engine changes under ``sample`` again and again: every run has a whole engine or says that it has none."""
+    """The engine changes under ``sample`` again and again: every run has a whole engine or states that it has none."""
     copy(place, GUIDED, HERE / "live")
     swapper = os.fork()
     if swapper == 0:

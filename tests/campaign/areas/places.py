@@ -193,7 +193,7 @@ def _standing() -> Iterator[Case]:
         area, "plug --out the engine itself", plug(HERE / "engine", "--force", out=HERE / "engine"), ANY, _linked
     )
     yield Case(area, "plug --out the engine by a link", plug(HERE / "engine", "--force", out=WHERE), ANY, _linked)
-    yield Case(area, "sample into a folder with a picture of that name", sample(), (0,), _taken, _all_there)
+    yield Case(area, "sample into a folder with an image of that name", sample(), (0,), _taken, _all_there)
 
 
 def _taken(place: Place) -> None:
@@ -206,7 +206,7 @@ def _taken(place: Place) -> None:
 def _all_there(outcome: Outcome, place: Place) -> str | None:
     old = (place.here / "out/a-cat-0.png").read_bytes() == b"mine"
     return (
-        None if old and len(list((place.here / "out").glob("*.png"))) == 3 else "a picture was replaced or not written"
+        None if old and len(list((place.here / "out").glob("*.png"))) == 3 else "an image was replaced or not written"
     )
 
 

@@ -54,10 +54,10 @@ TWICE = ("a byte that is no UTF-8", "a lone surrogate", "an escape", "markup", "
 
 
 def _below_out(outcome: Outcome, place: Place) -> str | None:
-    """Pictures lie in ``--out`` itself, under names that a shell and a terminal can take."""
+    """Images lie in ``--out`` itself, under names that a shell and a terminal can take."""
     for path in place.path(OUT).rglob("*"):
         if path.parent != place.path(OUT) or not path.name.isascii() or len(path.name) > 100:
-            return f"a picture is called {path.name[:80]!r}"
+            return f"an image is called {path.name[:80]!r}"
     return None
 
 
@@ -130,7 +130,7 @@ def _file(content: bytes) -> Callable[[Place], None]:
 
 
 def _no_mark(outcome: Outcome, place: Place) -> str | None:
-    """A byte order mark is no part of a prompt."""
+    """A byte order mark is not part of a prompt."""
     import json
 
     from PIL import Image

@@ -120,7 +120,7 @@ BROKEN: dict[str, Spoil] = {
     "with bytes behind": lambda good: good + b"x" * 64,
     "of a header of 2^63 bytes": lambda good: struct.pack("<Q", 2**63) + good[8:],
     "of a header of 99 MB": lambda good: struct.pack("<Q", 99 << 20) + b"{" * 1000,
-    "of a header that is no JSON": lambda good: packed(b"x" * 64, unpacked(good)[1]),
+    "of a header that is not JSON": lambda good: packed(b"x" * 64, unpacked(good)[1]),
     "of a header that is a list": lambda good: packed(b"[1,2]", unpacked(good)[1]),
     "of a header that is a number": lambda good: packed(b"1  ", unpacked(good)[1]),
     "of a header that is no UTF-8": lambda good: packed(b'{"\xff\xfe": 1}', unpacked(good)[1]),

@@ -1,4 +1,4 @@
-"""Python loads this at the start of every process whose PYTHONPATH has this folder: the audit, as ``audit.py`` says."""
+"""Python loads this at the start of every process whose PYTHONPATH has this folder: the audit of ``audit.py``."""
 
 import importlib.util
 from pathlib import Path

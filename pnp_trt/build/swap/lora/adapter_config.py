@@ -90,7 +90,7 @@ class AdapterConfig:
             odd.append(f"init_lora_weights = {start!r}")
         if odd:
             raise InputError(
-                f"{self.where} says {odd[0]}, which is not a plain LoRA and not supported; merge it into the "
+                f"{self.where} states {odd[0]}, which is not a plain LoRA and not supported; merge it into the "
                 "checkpoint with peft, and plug the result with --base"
             )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ....errors import InputError
 from .names import Layer, LayerNames
 
-#: prefixes of keys → the network that they name; None where they do not say
+#: prefixes of keys → the network that they name; None where they do not state
 _PREFIXES: dict[str, str | None] = {
     "base_model.model.": None,  # peft
     "lora_unet_": "unet",  # kohya

@@ -45,7 +45,7 @@ class Lora:
         path = _find(name)
         if path is None:
             known = ", ".join(bundled_loras()) or "none bundled"
-            raise InputError(f"no LoRA '{name}'; --lora wants FILE.safetensors or FILE.safetensors:scale, or: {known}")
+            raise InputError(f"no LoRA '{name}'; --lora takes FILE.safetensors or FILE.safetensors:scale, or: {known}")
         if path.suffix != ".safetensors":
             raise InputError(f"the LoRA {path} is not a .safetensors; pickled weights are not read")
         try:

@@ -4,15 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 GUIDES ?= build/emoji/guides
-# of bench: set to --resume to go on with an interrupted run
+# of bench: set to --resume to resume an interrupted run
 RESUME ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-portability campaign soak lint bench tables ablation train-speed faults realsize precision gpu emoji clean
+.PHONY: help demo test test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision gpu emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
 	@echo "make test   install the development extra, then lint, type-check and test"
+	@echo "make docs   the documentation site with an API reference, in build/site (under a minute)"
+	@echo "make coverage   the tests with a floor on line coverage (as long as make test)"
 	@echo "make test-portability  the numerics under other vector widths, kernels and thread counts (an hour)"
 	@echo "make campaign    over 2,200 hostile inputs and faults; report in build/campaign/ (about an hour)"
 	@echo "make soak   5,000 images in one process: memory, descriptors, equality with one thread (minutes)"
@@ -22,9 +24,9 @@ help:
 	@echo "make train-speed steps per second and memory of training at Stable Diffusion 1.5's size"
 	@echo "make faults    kill a build at twenty random moments (minutes)"
 	@echo "make realsize  SD 1.5's size with random weights: export and an RTX engine (minutes, 6 GB of memory)"
-	@echo "make precision what FP16 and INT8 cost: parity, sizes and pictures of the bundled model (half an hour)"
-	@echo "make gpu    tests and benchmarks that need a GPU (minutes; without one it says so)"
-	@echo "make emoji  train the bundled model again from nothing (hours on a CPU; resumable)"
+	@echo "make precision what FP16 and INT8 cost: parity, sizes and images of the bundled model (half an hour)"
+	@echo "make gpu    tests and benchmarks that need a GPU (minutes; skipped without one)"
+	@echo "make emoji  train the bundled model from scratch (hours on a CPU; resumable)"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -74,6 +76,14 @@ test-portability: $(VENV)/.dev-installed
 	  env OMP_NUM_THREADS=1 $$setting $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(NUMERICS) || exit 1; \
 	done
 
+coverage: $(VENV)/.dev-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
+
+docs: $(BIN)/python
+	$(PIP_INSTALL) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "done: open build/site/index.html"
+
 campaign: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --jobs 2 --record benchmarks/results/campaign.json
 
@@ -84,6 +94,7 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs pnp_trt benchmarks/*.md
+	$(BIN)/python -m pytest tests/test_words.py
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 

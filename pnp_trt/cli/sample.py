@@ -84,7 +84,7 @@ class Files:
             )
 
     def write(self, pictures: Sequence[Picture], prompts: Sequence[str], count: int) -> list[Path]:
-        """Write everything, whatever signal arrives meanwhile; returns the images' paths, the grid's last.
+        """Write everything, signals are deferred; returns the paths of the images and, last, of the grid.
 
         Args:
             pictures: ``count`` of each prompt, in the prompts' order.

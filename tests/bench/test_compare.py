@@ -67,7 +67,7 @@ def test_a_slowed_method_is_reported_slower() -> None:
     assert all(one.new > one.old and one.evidence == "interval" for one in worse)
     assert found.regressed
     text = terminal(found)
-    assert "Worse beyond the noise" in text
+    assert "Significantly worse" in text
     assert "emoji-tiny guided, batch 4" in " ".join(text.split())
     assert compare.compare(slowed(1, guided=1.12), make(0)).of("better")
 
@@ -173,7 +173,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     run = CliRunner().invoke
     done = run(app, ["compare", str(old), str(slow), "--json", str(tmp_path / "found.json")])
     assert done.exit_code == 0
-    assert "Worse beyond the noise" in done.output
+    assert "Significantly worse" in done.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["schema"], found["regressed"]) == (changes.SCHEMA, True)
     assert {one["evidence"] for one in found["figures"]} >= {"exact", "interval"}

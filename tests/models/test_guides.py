@@ -139,7 +139,7 @@ def test_a_parted_guide_is_the_whole_one() -> None:
     assert torch.equal(parted(x, t, text, w, condition=made_once(w)), whole)
     ours = [{k for k, _ in m.guide.named_parameters()} for m in (made_once, parted)]
     assert ours[0] | ours[1] == {k for k, _ in made.named_parameters()} and not ours[0] & ours[1]
-    with pytest.raises(InputError, match="was parted from what it makes of w and was given no condition"):
+    with pytest.raises(InputError, match="computes its condition separately and was given none"):
         parted(x, t, text, w)
 
 

@@ -24,7 +24,7 @@ class Change:
         new: value of the new one.
         old_interval: 95 % interval of the old value; None where it is exact.
         new_interval: that of the new one.
-        verdict: "better", "worse" or "same"; beyond the noise or not.
+        verdict: "better", "worse" or "same", by significance.
         evidence: "exact", "interval", or "weak" for absolute times, which are no more than a hint.
     """
 
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def regressed(self) -> bool:
-        """Whether anything got worse beyond the noise; hints of absolute times do not count."""
+        """Whether anything got significantly worse; absolute times do not count."""
         return bool(self.of("worse"))
 
     def as_dict(self) -> dict[str, Any]:

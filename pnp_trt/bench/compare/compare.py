@@ -1,4 +1,4 @@
-"""Two results documents side by side: what changed beyond the noise, what did not, and what cannot be compared.
+"""Two results documents side by side: significant changes, what did not, and what cannot be compared.
 
 Evidence is called by its strength. Counts are exact. A ratio to CFG was paired by round within one run, a fidelity
 figure comes with its 95 % interval: they changed where the old and the new interval do not overlap, and a time ratio
@@ -54,7 +54,7 @@ def compare_files(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> C
 
 
 def compare(old: Document, new: Document) -> Comparison:
-    """What changed from `old` to `new` beyond the noise; both are documents of `pnp-trt/bench/2`.
+    """The significant changes from `old` to `new`; both are documents of `pnp-trt/bench/2`.
 
     Raises:
         InputError: where they measured different base models.

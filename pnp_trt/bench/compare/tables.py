@@ -1,4 +1,4 @@
-"""The tables of a comparison: what differs around it, what changed beyond the noise, what one document alone has."""
+"""The tables of a comparison: what differs around it, significant changes, what one document alone has."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def comparison_tables(found: Comparison) -> list[Table]:
         note = () if found.absolute else ("Absolute times were not compared: device or versions differ.",)
         tables.append(Table("The runs differ in", ["what"], [[one] for one in found.differences], 1, note))
     for title, verdict, weak in (
-        ("Worse beyond the noise", "worse", False),
-        ("Better beyond the noise", "better", False),
+        ("Significantly worse", "worse", False),
+        ("Significantly better", "better", False),
         ("Slower by absolute times: a hint, not a proof", "worse", True),
         ("Faster by absolute times: a hint, not a proof", "better", True),
     ):

@@ -89,7 +89,7 @@ class FullGuide(ModelMixin, ConfigMixin):
         height, width = given.sample.shape[-2:]
         hint = given.condition
         if hint is None and self.hint is None:
-            raise InputError("this guide was parted from what it makes of w and was given no condition; pass it")
+            raise InputError("this guide computes its condition separately and was given none; pass condition")
         hint = self.condition(given.guidance, (height, width)) if hint is None else hint
         text = given.encoder_hidden_states
         if self.negative_mark is not None:

@@ -36,7 +36,7 @@ _NOT_LINEAR = {
 _FEW = 15
 
 
-@schedule("dpm++", "DPM-Solver++(2M), Lu et al. 2022; order 1 where the config says so", "DPMSolverMultistepScheduler")
+@schedule("dpm++", "DPM-Solver++(2M), Lu et al. 2022; order 1 if the config requires it", "DPMSolverMultistepScheduler")
 def dpm_solver(config: Config, steps: int) -> Schedule:
     """DPM-Solver++ of order 1 or 2 for a teacher's scheduler config, as diffusers' ``DPMSolverMultistepScheduler``.
 

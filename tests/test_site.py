@@ -1,0 +1,56 @@
+"""The documentation site's parts are there: pages of the navigation, and the objects that the reference names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+#: written by docs/site_hooks.py
+GENERATED = {"reference/cli.md", "contributing.md", "changelog.md", "model-card.md"}
+
+
+def pages(nav: Any) -> Iterator[str]:
+    """The files that a navigation names."""
+    if isinstance(nav, str):
+        yield nav
+    for each in nav if isinstance(nav, list) else nav.values() if isinstance(nav, dict) else ():
+        yield from pages(each)
+
+
+def test_every_page_of_the_navigation_is_there() -> None:
+    yaml = pytest.importorskip("yaml")
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    named = list(pages(nav))
+    assert len(named) == len(set(named)) > 20
+    assert [page for page in named if page not in GENERATED and not (ROOT / "docs" / page).is_file()] == []
+    hooks = (ROOT / "docs/site_hooks.py").read_text(encoding="utf-8")
+    assert [page for page in GENERATED if f'"{page}"' not in hooks] == []
+
+
+def definitions(dotted: str) -> set[str] | None:
+    """The names that a module defines; None where there is no such module."""
+    path = ROOT.joinpath(*dotted.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_file():
+        return None
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/reference").glob("*.md")), ids=lambda page: page.stem)
+def test_the_reference_names_what_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", text, re.MULTILINE)
+    assert found
+    for dotted, members in found:
+        module, _, name = dotted.rpartition(".")
+        names = definitions(dotted)
+        if names is None:  # a class or a function of a module
+            assert name in (definitions(module) or ()), dotted
+        assert {member.strip() for member in members.split(",") if member} <= (names or set()), dotted

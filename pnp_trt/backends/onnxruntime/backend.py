@@ -6,7 +6,10 @@ import contextlib
 import ctypes
 import os
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,32 @@ def providers(wanted: str = "auto") -> list[str]:
             "provider 'cuda' was requested and no NVIDIA driver was found; use --provider cpu, see pnp-trt doctor"
         )
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+#: of the CUDA provider; its own defaults are TensorFloat-32 and a search of all convolution algorithms for each shape
+_CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+#: operators that compute shapes, which ONNX Runtime leaves on the CPU on purpose
+_SHAPES = frozenset(
+    (
+        "Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Gather", "Identity", "Range", "Reshape", "Shape",
+        "Size", "Slice", "Split", "Squeeze", "Unsqueeze",
+    )
+)  # fmt: skip
+
+
+def with_options(names: list[str]) -> list[Any]:
+    """Execution providers as a session takes them, CUDA's with its options."""
+    return [(name, dict(_CUDA_OPTIONS)) if name == "CUDAExecutionProvider" else name for name in names]
+
+
+@cache
+def _preload() -> None:
+    """Load CUDA's and cuDNN's libraries where packages of PyPI brought them, which is on no loader's path."""
+    import onnxruntime as ort
+
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.suppress(Exception):  # what is missing is told of when the session lacks its provider
+            ort.preload_dlls()
 
 
 class OnnxRuntime(Backend):
@@ -120,6 +149,8 @@ class OrtNetwork(Network):
         self.profiles = profiles
         self.sessions_kept = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
         self._providers = providers(provider)
+        self._asked = provider
+        self._told = False
         self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
         self._sessions: dict[tuple[int, Size | None], Any] = {}
         # bound buffers that nobody uses, with their session; they go when it goes
@@ -141,14 +172,45 @@ class OrtNetwork(Network):
                 options.add_session_config_entry("session.qdqisint8allowed", "1")
                 for name, value in zip(("height", "width"), size or (), strict=False):
                     options.add_free_dimension_override_by_name(name, value)
+                cuda = self._providers[0] == "CUDAExecutionProvider"
+                if cuda:
+                    _preload()
+                    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
                 try:
-                    made = ort.InferenceSession(str(self.path), options, providers=self._providers)
+                    made = ort.InferenceSession(str(self.path), options, providers=with_options(self._providers))
                 except Exception as e:  # ONNX Runtime raises several types of its own
                     raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
+                if cuda:
+                    self._check_cuda(made)
                 self._drop_oldest()
                 self._sessions[key] = made
             self._sessions[key] = found = self._sessions.pop(key)  # the last to go
             return found
+
+    def _check_cuda(self, session: Any) -> None:
+        """Refuse a session that fell back to the CPU, and tell of nodes that did.
+
+        Raises:
+            InputError: if ``cuda`` was asked for and ONNX Runtime could not load its CUDA provider.
+        """
+        if session.get_providers()[0] != "CUDAExecutionProvider":
+            said = (
+                "ONNX Runtime could not load its CUDA provider, most likely for lack of CUDA's or cuDNN's libraries; "
+                "install with: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+            if self._asked == "cuda":
+                raise InputError(f"provider 'cuda' was asked for and {said}; or use --provider cpu")
+            self._providers = ["CPUExecutionProvider"]
+            warnings.warn(f"{said}; {self.path.name} runs on the CPU", stacklevel=4)
+            return
+        if not self._told and (on_cpu := _nodes_on_cpu(session)):
+            self._told = True
+            kinds = ", ".join(f"{count} {kind}" for kind, count in on_cpu.most_common(4))
+            warnings.warn(
+                f"{on_cpu.total()} nodes of {self.path.name} run on the CPU for lack of a CUDA kernel ({kinds}), with "
+                "copies to it and back in every call; engines of backend tensorrt or torch have none of these",
+                stacklevel=4,
+            )
 
     def _drop_oldest(self) -> None:
         """Make room for another session; call it under the lock."""
@@ -188,6 +250,16 @@ class OrtNetwork(Network):
             kept = self._idle.setdefault((batch, size), [])
             if self._sessions.get((batch, size)) is session and len(kept) < self.KEEP:
                 kept.append(bound)
+
+
+def _nodes_on_cpu(session: Any) -> Counter[str]:
+    """Operators that a session runs on the CPU, shape computations apart; empty where ONNX Runtime cannot tell."""
+    asked = getattr(session, "get_provider_graph_assignment_info", None)  # since 1.25
+    found: Counter[str] = Counter()
+    for part in [] if asked is None else asked():
+        if part.ep_name == "CPUExecutionProvider":
+            found.update(node.op_type for node in part.get_nodes() if node.op_type not in _SHAPES)
+    return found
 
 
 def _weight_bytes(path: Path) -> int:

@@ -1,0 +1,121 @@
+"""ONNX Runtime's CUDA provider where there is none: what is asked of it, and what is said when it does not come."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from pnp_trt.backends.onnxruntime import backend as module
+from pnp_trt.backends.onnxruntime.backend import OrtNetwork
+from pnp_trt.errors import InputError
+
+CUDA = "CUDAExecutionProvider"
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    """An instance normalisation after a shape computation and a cast, by ONNX alone."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Reshape", ["x", "shape"], ["same"]),
+        helper.make_node("InstanceNormalization", ["same", "one", "zero"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 2, "n"]) for n in "xy"]
+    weights = [helper.make_tensor(n, TensorProto.FLOAT, [2], [v, v]) for n, v in (("one", 1.0), ("zero", 0.0))]
+    made = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    path = tmp_path / "unet.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+class Session(ort.InferenceSession):
+    """ONNX Runtime's own on the CPU, which says that it has CUDA; it keeps what it was asked for."""
+
+    asked: list[Any]
+
+    def __init__(self, model: Any, options: Any, providers: list[Any]) -> None:
+        type(self).asked = providers
+        super().__init__(model, options, providers=["CPUExecutionProvider"])
+
+    def get_providers(self) -> list[str]:
+        return [CUDA, "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver is claimed to be here."""
+    monkeypatch.setattr(module, "driver_present", lambda: True)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+    module._preload.cache_clear()
+
+
+@pytest.mark.skipif(module.driver_present(), reason="a driver is here")
+def test_a_provider_that_does_not_load_is_told_of(graph: Path, usable: None) -> None:
+    """By the real library: it gives a session on the CPU, and no error."""
+    with pytest.raises(
+        InputError, match="'cuda' was asked for and ONNX Runtime could not load .*or use --provider cpu"
+    ):
+        OrtNetwork(graph, "cuda").session(1, None)
+    network = OrtNetwork(graph, "auto")
+    with pytest.warns(UserWarning, match="could not load its CUDA provider.*; unet.onnx runs on the CPU"):
+        network.session(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert network.session(2).get_providers() == ["CPUExecutionProvider"]  # it is told of once
+        OrtNetwork(graph, "cpu").session(1)
+
+
+def test_tensorfloat_is_off_and_nodes_on_the_cpu_are_counted(
+    graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    network = OrtNetwork(graph, "cuda")
+    with pytest.warns(UserWarning, match=r"1 nodes of unet.onnx run on the CPU .*\(1 InstanceNormalization\)"):
+        network.session(1)
+    (name, options), second = Session.asked
+    assert (name, second) == (CUDA, "CPUExecutionProvider")
+    assert options == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network.session(2)  # it is told of once
+
+
+def test_libraries_of_packages_are_loaded_first(graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Watched(Session):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            order.append("session")
+            super().__init__(*arguments, **options)
+
+    def preload() -> None:
+        order.append("libraries")
+        raise OSError("there are none")
+
+    monkeypatch.setattr(ort, "preload_dlls", preload, raising=False)
+    monkeypatch.setattr(ort, "InferenceSession", Watched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = OrtNetwork(graph, "cuda")
+        network.session(1)
+        network.session(2)
+    assert order == ["libraries", "session", "session"]
+
+
+def test_a_release_that_cannot_tell_is_not_asked() -> None:
+    assert not module._nodes_on_cpu(object())
+
+
+def test_the_cpu_provider_is_as_it_was(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_preload", lambda: pytest.fail("it has no use for CUDA's libraries"))
+    x = np.array([[[1.0, 3.0], [2.0, 2.0]]], np.float32)
+    (out,) = OrtNetwork(graph, "cpu").session(1).run(None, {"x": x})
+    assert np.allclose(out, [[[-1, 1], [0, 0]]], atol=1e-3)

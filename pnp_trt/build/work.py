@@ -15,6 +15,7 @@ from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
 from ..bundle import memory
 from ..bundle.manifest import Base, Compiled, Given, Guide, ImageSize, Latents, Manifest, NetworkRecord, Tokens
 from ..bundle.parts import Parts, RunResult, assemble
+from ..bundle.profiles import once_and_twice
 from ..bundle.store import list_files, whole_folder, write_json, write_manifest
 from ..io.replacing import check_removable_bundle
 from ..models.identity import guide_name
@@ -210,7 +211,7 @@ class Work:
             return (Profile("b1", 1, 1, 1),)  # both are run one by one, so that no row depends on another
         profiles = tuple(p.in_latents(self.plan.factor) for p in self.plan.profiles)
         if network == "unet" and not self._guided:
-            return tuple(p.doubled() for p in profiles)  # classifier-free guidance is a batch of two
+            return once_and_twice(profiles)  # classifier-free guidance is a batch of two
         return profiles
 
     def _configs(self) -> dict[str, dict[str, Any]]:

@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnp_trt.bundle.profiles import MAX_SIDE, Profile, legal_sizes, parse_size, tightest
+from pnp_trt import backends
+from pnp_trt.build.sizes import plan_sizes
+from pnp_trt.build.spec import BuildSpec
+from pnp_trt.build.work import Work
+from pnp_trt.bundle.profiles import MAX_SIDE, Profile, legal_sizes, once_and_twice, parse_size, tightest
 from pnp_trt.errors import InputError
+from pnp_trt.models.bases import resolve
+from pnp_trt.precision.recipes import recipe
 
 
 @pytest.mark.parametrize(
@@ -92,3 +98,29 @@ def test_legal_sizes_are_said_once() -> None:
     square = Profile("s", 1, 1, 1, (96, 96, 96), (96, 96, 96), 8)
     assert legal_sizes([Profile.parse("b1"), ranged, square, square]) == "64-128x64 in steps of 8, 96x96"
     assert MAX_SIDE >= 1024  # SDXL's own
+
+
+def test_guidance_by_two_passes_has_static_profiles_of_its_own() -> None:
+    def batches(*texts: str) -> list[tuple[int, int, int]]:
+        return [p.extent("batch") for p in once_and_twice([Profile.parse(t) for t in texts])]
+
+    assert batches("b1") == [(1, 1, 1), (2, 2, 2)]
+    assert batches("b1", "b4") == [(1, 1, 1), (4, 4, 4), (2, 2, 2), (8, 8, 8)]
+    assert batches("b1", "b2", "b4") == [(1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8)]  # none twice
+    assert batches("b2-8") == [(2, 8, 8), (4, 16, 16)]
+    sized = once_and_twice([Profile.parse("b1@512x768")])
+    assert [(p.minimum, p.height, p.width) for p in sized] == [(n, (512,) * 3, (768,) * 3) for n in (1, 2)]
+    assert len({p.name for p in sized}) == 2
+    mixed = once_and_twice([Profile.parse(t) for t in ("b1", "b4", "b2-8")])
+    for batch in (1, 2, 4, 8):  # a static one runs where there is one
+        index = tightest(mixed, lambda p, batch=batch: p.holds(batch))
+        assert index is not None and mixed[index].extent("batch") == (batch,) * 3
+
+
+@pytest.mark.parametrize(("guide", "wanted"), [("none", [(1, 1, 1), (2, 2, 2)]), ("tiny", [(1, 1, 1)])])
+def test_only_a_teachers_network_is_run_twice(guide: str, wanted: list[tuple[int, int, int]]) -> None:
+    plan = plan_sizes([Profile.parse("b1")], resolve("random:sd15").sizes())
+    spec = BuildSpec("random:sd15", guide, backend="tensorrt", precision="fp16")
+    work = Work(spec, None, {}, backends.get("tensorrt"), recipe("fp16"), "sm_90", plan, lambda *_: None)
+    assert [p.extent("batch") for p in work._profiles("unet")] == wanted
+    assert [p.extent("batch") for p in work._profiles("vae_decoder")] == [(1, 1, 1)]

@@ -85,8 +85,8 @@ class TrtNetwork(Network):
                 raise InputError(f"{self.path} has {side} {held}, its manifest states {wanted}; build it again")
         if engine.num_optimization_profiles != len(self.profiles):
             raise InputError(
-                f"{self.path} has {engine.num_optimization_profiles} profiles, its manifest {len(self.profiles)}; "
-                "build it again"
+                f"{self.path} has {engine.num_optimization_profiles} profiles, "
+                f"its manifest states {len(self.profiles)}; build it again"
             )
         return Description(found["inputs"], found["outputs"], "cuda:0", self.profiles)
 

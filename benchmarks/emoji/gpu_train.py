@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CAPTION_FORMS = 6
+#: optimizer steps of each part where there is no GPU: enough to see that everything runs
+CPU_STEPS = 3
 #: shares of the forms of :func:`caption_forms`: with and without style; plain, "a", "the"
 FORM_SHARES = (0.595, 0.105, 0.13, 0.02, 0.125, 0.025)
 
@@ -531,6 +533,96 @@ def sample_grid(
     Image.fromarray(np.concatenate(list(sheet), 1)).save(path)
 
 
+# ----------------------------------------------------------------------------------------------------- assets
+
+
+def unpack(source: Path, assets: Path, results: Path) -> None:
+    """Put the weights of ``train`` into the package's assets; formats and names stay.
+
+    The untrained parts (token table, encoder of the VAE) are kept from the files that are there.
+
+    Raises:
+        RuntimeError: if a tensor does not fit the shipped file's.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    def replace(path: Path, state: dict[str, Tensor], partly: bool = False) -> None:
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata()
+            own = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        state = {k: v for k, v in state.items() if k in own or not partly}
+        if not partly and set(state) != set(own):
+            raise RuntimeError(f"{path}: other tensors: {sorted(set(state) ^ set(own))[:3]}")
+        for k, v in state.items():
+            if v.shape != own[k].shape:
+                raise RuntimeError(f"{path}: {k} is {tuple(own[k].shape)} and not {tuple(v.shape)}")
+        held = own | {k: v.to(own[k].dtype) for k, v in state.items()}
+        beside = path.with_suffix(".part")
+        save_file(held, beside, metadata=metadata)
+        beside.chmod(0o644)
+        beside.replace(path)
+
+    def text_name(key: str, own: set[str]) -> str:
+        """The shipped file's name of a tensor; versions of transformers differ in a leading ``text_model.``."""
+        plain = key.removeprefix("text_model.")
+        return plain if plain in own else f"text_model.{plain}"
+
+    replace(assets / "emoji/unet/diffusion_pytorch_model.safetensors", load_file(source / "unet.safetensors"))
+    small = load_file(source / "small.safetensors")
+    path = assets / "emoji/text_encoder/model.safetensors"
+    with safe_open(path, "pt") as f:
+        own = set(f.keys())
+    text = {text_name(k[5:], own): v for k, v in small.items() if k.startswith("text.")}
+    text = {k: v for k, v in text.items() if "position_ids" not in k}
+    replace(path, {**load_file(path), **text})
+    vae = {k[4:]: v for k, v in small.items() if k.startswith("vae.")}
+    replace(assets / "emoji/vae/diffusion_pytorch_model.safetensors", vae)
+    for name in ("flat", "3d"):
+        replace(assets / f"fine-tunes/emoji-{name}.safetensors", load_file(source / f"{name}.safetensors"))
+    report = json.loads((source / "train.json").read_text())
+    results.write_text(json.dumps(report, indent=1) + "\n")
+    if (source / "guide-tiny.safetensors").exists():
+        install_guide(source, assets / "guides/emoji-tiny", report)
+
+
+#: of the tiny guide: what the ablation found best, and the prompt's own text states
+TINY_OPTIONS = {"text": True, "trunk_kind": "depthwise"}
+
+
+def install_guide(source: Path, folder: Path, report: dict[str, Any]) -> None:
+    """The tiny guide as ``pnp-trt distill guidance`` would leave it, its record with it."""
+    from safetensors.torch import load_file
+
+    from pnp_trt.bundle.store import digest, write_json
+    from pnp_trt.distill.run import TeacherModel, report_head, save_guide
+    from pnp_trt.models.guides import GUIDES
+
+    part = report["parts"]["guide tiny"]
+    prompts = Path("calibration/emoji-prompts.txt")
+    teacher = TeacherModel.load("emoji", prompts.read_text().splitlines(), torch.device("cpu"))
+    guide = GUIDES["tiny"].from_unet(teacher.unet, **TINY_OPTIONS)
+    guide.load_state_dict(load_file(source / "guide-tiny.safetensors"))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_guide(guide.float(), folder)
+    settings = {
+        "base": "emoji", "prompts": prompts.as_posix(), "guide": "tiny", "options": TINY_OPTIONS, "w_min": 1.0,
+        "w_max": 9.0, "w_distribution": "uniform", "weighting": "x0",
+        "states": {"kind": "forward, and trajectories of CFG and of the student itself", "renewed": "every step"},
+        "train": {k: part[k] for k in ("steps", "lr", "optimizer", "ema")} | {"batch": report["batch"]},
+        "command": "python -m benchmarks.emoji.gpu_train train",
+    }  # fmt: skip
+    head = report_head(teacher, guide, settings, part["seconds"])
+    head |= {"device": report["device"], "date": report["date"]}
+    head["versions"] |= {"torch": report["torch"]}
+    write_json(folder / "distill.json", {
+        "schema": "pnp-trt/distill/2", "stage": "guidance", **head,
+        "identity": {"teacher": teacher.hashes, "prompts": digest(teacher.prompts)},
+        "processes": 1, "states": part["steps"] * report["batch"], "final_loss": part["log"][-1]["loss"],
+        "fresh_states": part["error"],
+    })  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 
@@ -546,7 +638,7 @@ def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = None if device.type == "cuda" else 3
+    steps = None if device.type == "cuda" else CPU_STEPS
     out: Path = a.out
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
@@ -649,7 +741,7 @@ def train(a: argparse.Namespace) -> None:
 
     # ---- guides, before the fine-tunes: they need the base alone
     for name, kind, options, seconds, lr in (
-        ("tiny", "tiny", {"text": True, "trunk_kind": "depthwise"}, a.tiny, 3e-3),
+        ("tiny", "tiny", TINY_OPTIONS, a.tiny, 3e-3),
         ("full", "full", {}, a.full, 3e-4),
     ):
         if not seconds:
@@ -691,7 +783,7 @@ def train(a: argparse.Namespace) -> None:
     print(f"all parts: {report['seconds']} s", flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     one = what.add_parser("pack")
@@ -708,9 +800,15 @@ def main() -> None:
     two.add_argument("--seed", type=int, default=0)
     for name, seconds in (("base", 240), ("decoder", 45), ("tiny", 100), ("full", 0), ("fine-tunes", 35)):
         two.add_argument(f"--{name}", type=float, default=seconds, help="seconds; 0 leaves the part out")
-    a = parser.parse_args()
+    three = what.add_parser("unpack")
+    three.add_argument("--from", dest="source", type=Path, default=Path("build/emoji/gpu"))
+    three.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"))
+    three.add_argument("--results", type=Path, default=Path("benchmarks/results/emoji-gpu-train.json"))
+    a = parser.parse_args(arguments)
     if a.what == "pack":
         pack(a.out, a.cache)
+    elif a.what == "unpack":
+        unpack(a.source, a.assets, a.results)
     else:
         train(a)
 

@@ -8,11 +8,12 @@ GUIDES ?= build/emoji/guides
 RESUME ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision gpu emoji clean
+.PHONY: help demo test test-fast test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision gpu emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
 	@echo "make test   install the development extra, then lint, type-check and test"
+	@echo "make test-fast   the tests that need no model and little time (a minute and a half)"
 	@echo "make docs   the documentation site with an API reference, in build/site (under a minute)"
 	@echo "make coverage   the tests with a floor on line coverage (as long as make test)"
 	@echo "make test-portability  the numerics under other vector widths, kernels and thread counts (an hour)"
@@ -57,7 +58,10 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+test-fast: $(VENV)/.dev-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast -n logical --maxprocesses 4 --dist loadfile
 
 # The tests whose results are floating-point numbers of a model, a schedule or an optimiser; the others depend on no
 # processor.  PyTorch and oneDNN can be told to use less than the processor has.  ONNX Runtime's release builds honour no
@@ -73,11 +77,11 @@ PORTABILITY := "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41" "ATEN_CPU_
 test-portability: $(VENV)/.dev-installed
 	for setting in $(PORTABILITY); do \
 	  echo "== $$setting"; \
-	  env OMP_NUM_THREADS=1 $$setting $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(NUMERICS) || exit 1; \
+	  env OMP_NUM_THREADS=1 $$setting $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(NUMERICS) || exit 1; \
 	done
 
 coverage: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 
 docs: $(BIN)/python
 	$(PIP_INSTALL) -e '.[docs]'

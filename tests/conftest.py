@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
+
+from . import exports
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,6 +27,50 @@ _SLOW = [HealthCheck.too_slow]
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=_SLOW)
 settings.register_profile("campaign", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=_SLOW)
 settings.load_profile("campaign" if os.environ.get("PNP_TRT_CAMPAIGN") else "ci")
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder ``name`` that ``make`` fills, one for all of xdist's workers: the first to ask makes it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the run's, of which each worker has a folder
+    folder, state = root / "shared" / name, root / "shared-state"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    state.mkdir(exist_ok=True)
+    done = state / f"{name.replace('/', '-')}.done"
+    with FileLock(done.with_suffix(".lock")):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
+#: fixtures that load, train or export a model
+HEAVY = {"micro_base", "micro_sdxl", "clip_folder", "bundle", "bundles", "compiled", "jobs", "smoke", "parts", "folder",
+         "forker", "weights", "browser"}  # fmt: skip
+#: folders and files whose tests take more than a few tenths of a second each: they compute U-Nets or draw figures
+SLOW = ("campaign", "distill", "export", "integrations", "plug", "quantize", "test_guides.py", "test_report.py",
+        "test_figures.py", "test_cost.py", "test_replacing.py", "test_fidelity.py", "test_eyes.py")  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark ``fast`` what needs no model and no process of its own, and is not marked slow (``make test-fast``)."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not item.get_closest_marker("slow"):
+            source = inspect.getsource(item.function)
+            builds = re.search(r"subprocess|getfixturevalue|build\(|export\(|\"build\"", source)
+            heavy = builds or HEAVY & set(item.fixturenames)
+            if not heavy and not set(SLOW) & set(item.path.parts):
+                item.add_marker("fast")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every test draws the same random numbers, whichever ran before it in its process."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -112,12 +163,19 @@ def make_micro_base(folder: Path, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def micro_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A micro teacher's folder; do not write into it."""
-    return make_micro_base(tmp_path_factory.mktemp("base") / "micro")
+    exports.share(partial(once, tmp_path_factory))
+    return once(tmp_path_factory, "base/micro", make_micro_base)
 
 
 @pytest.fixture(scope="session")
 def micro_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A micro SDXL: two text encoders, pooled text and sizes; do not write into it."""
+    exports.share(partial(once, tmp_path_factory))
+    return once(tmp_path_factory, "sdxl/micro-sdxl", make_micro_sdxl)
+
+
+def make_micro_sdxl(folder: Path) -> None:
+    """Save it."""
     import torch
     from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -144,9 +202,7 @@ def micro_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         unet=unet, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), vae=vae,
         tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=DDIMScheduler.from_pretrained(ROOT / "emoji/scheduler"),
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("sdxl") / "micro-sdxl"
     pipeline.save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 def make_micro_guide(base: Path, folder: Path) -> Path:
@@ -165,26 +221,39 @@ def make_micro_guide(base: Path, folder: Path) -> Path:
     return folder
 
 
-def make_micro_bundles(base: Path, guide: Path, home: Path) -> Path:
-    """The bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher, below ``home``."""
+def make_micro_bundle(base: Path, guide: Path | None, folder: Path) -> None:
+    """A bundle of the micro teacher: with ``guide``, or with a VAE encoder and none."""
     from pnp_trt.build.builder import build
     from pnp_trt.build.spec import BuildSpec
 
-    build(BuildSpec(str(base), "none", out=home / "plain", image_to_image=True))
-    build(BuildSpec(str(base), str(guide), out=home / "guided"))
+    if guide is None:
+        build(BuildSpec(str(base), "none", out=folder, image_to_image=True))
+    else:
+        build(BuildSpec(str(base), str(guide), out=folder))
+
+
+def make_micro_bundles(base: Path, guide: Path, home: Path) -> Path:
+    """The bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher, below ``home``."""
+    make_micro_bundle(base, None, home / "plain")
+    make_micro_bundle(base, guide, home / "guided")
     return home
 
 
 @pytest.fixture(scope="session")
 def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A guide for the micro teacher whose residuals are not zero."""
-    return make_micro_guide(micro_base, tmp_path_factory.mktemp("guide") / "micro-guide")
+    """A guide for the micro teacher whose residuals are not zero; do not write into it."""
+    return once(tmp_path_factory, "guide/micro-guide", partial(make_micro_guide, micro_base))
 
 
 @pytest.fixture(scope="session")
 def micro_bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher; read it only."""
-    return make_micro_bundles(micro_base, micro_guide, tmp_path_factory.mktemp("engines"))
+    guides = {"guided": micro_guide, "plain": None}
+    # two workers that ask at the same time build one each
+    swap = os.environ.get("PYTEST_XDIST_WORKER", "").endswith(("1", "3"))
+    for name in sorted(guides, reverse=swap):
+        once(tmp_path_factory, f"engines/{name}", partial(make_micro_bundle, micro_base, guides[name]))
+    return once(tmp_path_factory, "engines", lambda _: None)
 
 
 @pytest.fixture
@@ -197,6 +266,11 @@ def engines(micro_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP of random weights with its tokenizer, as transformers saves it; do not write into it."""
+    return once(tmp_path_factory, "clip/tiny", make_clip)
+
+
+def make_clip(folder: Path) -> None:
+    """Save it."""
     import shutil
 
     import torch
@@ -209,11 +283,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
              "projection_dim": 8}  # fmt: skip
     text = small | {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
     config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=8)
-    folder = tmp_path_factory.mktemp("clip") / "tiny"
     model = CLIPModel(config)
     with torch.no_grad():  # initialised as CLIP is, prompts of an untrained one hardly differ
         model.text_model.embeddings.token_embedding.weight.normal_(std=1.0)
     model.save_pretrained(folder)
     for file in (ROOT / "emoji" / "tokenizer").iterdir():
         shutil.copy(file, folder)
-    return folder

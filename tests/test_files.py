@@ -323,7 +323,7 @@ def test_a_signal_removes_what_is_half_done(tmp_path: Path, number: signal.Signa
     child.send_signal(number)
     if number == signal.SIGTERM:
         child.send_signal(number)  # as timeout(1) does
-    said = child.communicate(timeout=120)[1]
+    said = child.communicate(timeout=600)[1]
     assert child.returncode == 128 + number and names(tmp_path) == []
     assert said.startswith("pnp-trt: interrupted" if number == signal.SIGINT else "pnp-trt: terminated")
     assert "Traceback" not in said

@@ -133,15 +133,18 @@ def test_a_size_is_timed_where_the_engine_has_it(guided: Path, cli: Cli, tmp_pat
     assert "add --only latency" in cli(*run, "--size", "32x48").err
 
 
-def test_an_rtx_engine_has_a_profile_for_each_size(tmp_path: Path, cli: Cli) -> None:
+def test_an_rtx_engine_has_a_profile_for_each_size(
+    micro_base: Path, micro_guide: Path, tmp_path: Path, cli: Cli
+) -> None:
     pytest.importorskip("tensorrt_rtx")
-    done = cli("build", "--backend", "tensorrt-rtx", "--precision", "fp16", "--target", "sm_89", "--profile", "b1",
-               "--profile", "b1-2@64-128", "--out", tmp_path / "rtx")  # fmt: skip
+    done = cli("build", "--base", micro_base, "--guide", micro_guide, "--backend", "tensorrt-rtx", "--precision",
+               "fp16", "--target", "sm_89", "--profile", "b1", "--profile", "b1-2@32-64",
+               "--out", tmp_path / "rtx")  # fmt: skip
     assert done.code == 0, done.err
     m = document(tmp_path / "rtx")
-    assert [(p["name"], p["height"]) for p in m["profiles"]] == [("b1", [64, 64, 64]), ("b1-2@64-128", [64, 64, 128])]
+    assert [(p["name"], p["height"]) for p in m["profiles"]] == [("b1", [32, 32, 32]), ("b1-2@32-64", [32, 32, 64])]
     unet = m["networks"]["unet"]
-    assert [p["width"] for p in unet["profiles"]] == [[16, 16, 16], [16, 16, 32]] and unet["file"] == "unet.engine"
+    assert [p["width"] for p in unet["profiles"]] == [[8, 8, 8], [8, 8, 16]] and unet["file"] == "unet.engine"
     assert m["networks"]["text_encoder"]["profiles"] == [{"name": "b1", "minimum": 1, "optimum": 1, "maximum": 1}]
     assert max(unet["parity"]["sizes"].values()) < unet["parity"]["limit"] and len(unet["parity"]["sizes"]) == 2
-    assert "b1-2@64-128" in cli("inspect", tmp_path / "rtx").out
+    assert "b1-2@32-64" in cli("inspect", tmp_path / "rtx").out

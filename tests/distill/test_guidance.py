@@ -180,7 +180,7 @@ def test_the_command(cli: Callable[..., Result], micro_base: Path, prompts: Path
     done = cli(*arguments, "--steps", 5, "--batch", 4, "--rank", 4)
     assert done.code == 0, done.err
     assert "% of the U-Net's" in done.out and "left unexplained" in done.out
-    built = cli("build", "--base", micro_base, "--guide", out, "--out", tmp_path / "bundle")
+    built = cli("build", "--base", micro_base, "--guide", out, "--backend", "torch", "--out", tmp_path / "b")
     assert built.code == 0, built.err
     for bad, message in (
         (["--guide", "huge"], "guide is 'huge'; known: tiny, full"),

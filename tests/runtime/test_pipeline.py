@@ -31,17 +31,28 @@ def guided(micro_bundles: Path) -> Pipeline:
     return Pipeline.load(micro_bundles / "guided", provider="cpu")
 
 
+def same_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether bytes of two images differ by no more than float32 can tip over.
+
+    Another batch size may run other kernels, which add up in another order: a thousandth of a level, which moves a
+    byte by one level where a value lies that near the middle of two.
+    """
+    off = np.abs(a.astype(int) - b.astype(int))
+    return bool(off.max() <= 1 and (off > 0).mean() < 0.01)
+
+
 def test_a_picture_does_not_depend_on_its_batch(plain: Pipeline, guided: Pipeline) -> None:
     for pipe in (plain, guided):
         alone = pipe("a cat", steps=4, seed=7)[0].pixels
         among = pipe(["a dog", "a cat", "a house"], steps=4, seed=[1, 7, 2], guidance=[2.0, 3.0, 8.0])[1].pixels
-        assert np.array_equal(alone, among)
+        assert same_but_for_rounding(alone, among)
 
 
 def test_a_large_request_is_split(plain: Pipeline) -> None:
     many = plain(["a cat"] * 40, steps=1, seed=list(range(40)))
     assert len(many) == 40
-    assert np.array_equal(many[35].pixels, plain("a cat", steps=1, seed=35)[0].pixels)
+    assert same_but_for_rounding(many[35].pixels, plain("a cat", steps=1, seed=35)[0].pixels)
+    assert not same_but_for_rounding(many[34].pixels, many[35].pixels)
 
 
 def test_seed_prompt_and_scale_each_matter(guided: Pipeline) -> None:

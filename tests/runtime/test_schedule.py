@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -73,21 +75,32 @@ def in_float64(scheduler: Any) -> Any:
     return scheduler
 
 
-def coefficient_errors(table: Schedule, sigmas: np.ndarray | None) -> np.ndarray:
-    """``[steps]``: bound of the error of a step's coefficients of the data predictions, from float32's roundoff.
+def level_error(table: Schedule, sigmas: np.ndarray) -> float:
+    """Bound of the relative error of a noise level: Euler's in diffusers are made in float32, from their logarithms."""
+    if table.name != "euler":
+        return 4 * U
+    return 4 * U * (1 + float(np.abs(np.log(sigmas[sigmas > 0])).max()))
 
-    DDIM's are computed in float64 and rounded once.  So are Euler's, but diffusers spaces logarithms of noise levels
-    in float32, which leaves each level off by some roundoffs of its logarithm.  DPM-Solver++ takes differences of
-    λ = log α − log σ in float32, as diffusers does: each λ is off by some roundoffs of its size, h = λ' − λ by δ,
-    1 − e^−h by δ too, and the slope, which is divided by the step before, by δ·(1 + h)/h_before.
+
+def coefficient_errors(table: Schedule, sigmas: np.ndarray) -> np.ndarray:
+    """``[steps]``: bound of the error of a step's coefficients, from float32's roundoff of noise levels.
+
+    It is relative to the step's data predictions; for Euler to the step's length |σ' − σ|·|dx/dσ|.
+
+    DDIM's coefficients are computed in float64 and rounded once.  So are Euler's, of levels that are off by ε each,
+    which moves σ' − σ by ε(σ + σ') and the derivative by 2ε.  DPM-Solver++ takes differences of λ = log α − log σ in
+    float32, as diffusers does: each λ is off by some roundoffs of its size, h = λ' − λ by δ, 1 − e^−h by δ too, and
+    the slope, which is divided by the step before, by δ·(1 + h)/h_before.
     """
-    if sigmas is None:
+    if table.name == "ddim":
         return np.full(len(table), 4 * U)
-    with np.errstate(divide="ignore"):
-        level = -np.log(sigmas.astype(np.float64))
-    size = np.where(np.isfinite(level), np.abs(level), 0)
     if table.name == "euler":
-        return np.full(len(table), 4 * U * (1 + size.max()))
+        length = sigmas[:-1] - sigmas[1:]
+        ends = (sigmas[:-1] + sigmas[1:]) / np.where(length > 0, length, np.inf)
+        return np.asarray(level_error(table, sigmas) * (ends + 2))
+    with np.errstate(divide="ignore"):
+        level = -np.log(sigmas)
+    size = np.where(np.isfinite(level), np.abs(level), 0)
     delta = U * (2 + 3 * np.maximum(size[:-1], size[1:]))
     h = np.minimum(np.diff(level), 50.0)
     before = np.concatenate([[np.inf], h[:-1]])
@@ -95,67 +108,53 @@ def coefficient_errors(table: Schedule, sigmas: np.ndarray | None) -> np.ndarray
     return np.asarray(delta * (1 + np.where(multistep, (1 + h) / np.where(before > 0, before, np.inf), 0)))
 
 
-class Errors:
-    """Running error analysis of (latent, data prediction before): how far roundoff can have moved both.
-
-    Each roundoff is carried on by the steps' own linear map with its signs, which is far narrower than by absolute
-    values, and the sizes of what remains of them are added up.
-    """
-
-    def __init__(self, first: np.ndarray) -> None:
-        self.carried = np.array([[1.0], [0.0]])
-        self.sizes = [first]
-
-    def step(self, row: dict[str, float], latent: np.ndarray, data: np.ndarray) -> None:
-        """One step; ``latent`` and ``data`` bound the roundoff that it adds to either."""
-        through = np.array([[row["x_scale"], row["previous_scale"]], [row["data_x"], 0.0]])
-        self.carried = np.concatenate([through @ self.carried, np.eye(2)], 1)
-        self.sizes += [latent, data]
-
-    @property
-    def latent(self) -> np.ndarray:
-        return np.tensordot(np.abs(self.carried[0]), np.stack(self.sizes), 1)
-
-
 def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
-    """Run both loops on the same network outputs, diffusers' in float64, and compare every latent."""
+    """Make every step with both, diffusers' in float64, from the same latent and the same data prediction before.
+
+    What one step returns is what both start the next one with, so roundoff does not add up along the run: a step's
+    allowance is its own roundoff, and equal steps make equal runs.
+    """
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((1, 4, 4, 4), np.float32)
     assert table.timesteps.tolist() == [round(t) for t in scheduler.timesteps[begin:].tolist()]
     in_float64(scheduler)
     if hasattr(scheduler, "set_begin_index"):  # else it looks for its place by timestep, and two may round to one
         scheduler.set_begin_index(begin)
-    coefficient = coefficient_errors(table, scheduler.sigmas[begin:].numpy() if table.name != "ddim" else None)
+    sigmas = scheduler.sigmas[begin:].numpy() if table.name != "ddim" else np.ones(len(table) + 1)
+    coefficient, level = coefficient_errors(table, sigmas), 4 * U + level_error(table, sigmas)
     wide = torch.from_numpy(noise).double()
     if begin:
         image = rng.standard_normal(noise.shape, np.float32)
-        x = float(table.image_scale[0]) * image + float(table.noise_scale[0]) * noise
+        x = table.image_scale[0] * image + table.noise_scale[0] * noise
         theirs = scheduler.add_noise(torch.from_numpy(image).double(), wide, scheduler.timesteps[begin : begin + 1])
         size = np.abs(table.image_scale[0] * image) + np.abs(table.noise_scale[0] * noise)
     else:
-        x = float(table.init_scale) * noise
+        x = np.float32(table.init_scale) * noise
         theirs = wide * scheduler.init_noise_sigma
         size = np.abs(x)
-    errors = Errors((4 * U + coefficient[0]) * size)
+    assert (np.abs(x - theirs.numpy()) <= level * size).all()
     previous, data_before = None, np.zeros(noise.shape)
     for i, t in enumerate(scheduler.timesteps[begin:]):
         row = dict(zip(COLUMNS, table.table()[i].astype(np.float64), strict=True))
-        shown = scheduler.scale_model_input(theirs, t)
-        allowed = row["input_scale"] * errors.latent + 4 * U * np.abs(shown.numpy())
-        assert (np.abs(table.scaled(i, x) - shown.numpy()) <= allowed).all()
-        output = (torch.tanh(shown) + torch.from_numpy(rng.standard_normal(noise.shape, np.float32))).float().double()
-        size, out = np.abs(theirs.numpy()), np.abs(output.numpy())
+        same = torch.from_numpy(x).double()
+        shown = scheduler.scale_model_input(same, t)
+        assert (np.abs(table.scaled(i, x) - shown.numpy()) <= level * np.abs(shown.numpy())).all()
+        output = (torch.tanh(shown) + torch.from_numpy(rng.standard_normal(noise.shape, np.float32))).float()
+        size, out = np.abs(x), np.abs(output.numpy())
         data = abs(row["data_x"]) * size + abs(row["data_output"]) * out
-        x, previous = table.step(i, x, output.float().numpy(), previous)
-        theirs = scheduler.step(output, t, theirs).prev_sample
         added = abs(row["x_scale"]) * size + abs(row["output_scale"]) * out + abs(row["previous_scale"]) * data_before
-        # diffusers' own loop rounds latent and data prediction to float32 too, once a step
-        rounded = 4 * U * (added + size + np.abs(theirs.numpy())) + coefficient[i] * (data + data_before)
-        errors.step(row, rounded, 4 * U * data)
-        error, data_before = errors.latent, data
-        assert (np.abs(x - theirs.numpy()) <= error).all(), f"step {i}"
-        # a bound that a wrong coefficient could hide in would test nothing
-        assert error.max() <= 0.2 * max(1.0, size.max(), np.abs(x).max())
+        moved = data + data_before
+        if table.name == "euler":
+            moved = abs(row["x_scale"] - 1) * size + abs(row["output_scale"]) * out
+        x, previous = table.step(i, x, output.numpy(), previous)
+        theirs = scheduler.step(output.double(), t, same).prev_sample
+        # diffusers rounds the latent to float32 once a step, too
+        allowed = 4 * U * (added + np.abs(theirs.numpy())) + coefficient[i] * moved
+        assert (np.abs(x - theirs.numpy()) <= allowed).all(), f"step {i}"
+        if previous is not None:  # α of σ has 4 roundoffs, σ_t = σα one more, and so have product and sum
+            assert (np.abs(previous - scheduler.model_outputs[-1].numpy()) <= 7 * U * data).all(), f"step {i}"
+            scheduler.model_outputs[-1] = torch.from_numpy(previous).double()
+        data_before = data
     assert x.dtype == np.float32
 
 
@@ -208,6 +207,41 @@ def check(name: str, scheduler: Any, config: dict[str, Any], steps: int, begin: 
     table = make(name, config, steps)
     begin %= len(table)
     follow(table.start((len(table) - begin) / len(table) + 1e-9) if begin else table, scheduler, seed, begin)
+
+
+MUTANTS: dict[str, dict[str, Any]] = {
+    "ddim": {},
+    "dpm++": {"solver_type": "midpoint", "final_sigmas_type": "zero"},
+    "dpm++ heun": {"solver_type": "heun", "final_sigmas_type": "zero"},
+    "dpm++ karras": {"solver_type": "midpoint", "final_sigmas_type": "zero", "use_karras_sigmas": True},
+    "euler": {},
+}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", MUTANTS)
+def test_a_coefficient_that_is_off_by_a_thousandth_is_noticed(kind: str, prediction: str) -> None:
+    """Each coefficient of each step, with the noise of Stable Diffusion: the allowances above hide none of them."""
+    name = kind.split()[0]
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": prediction}
+    config |= MUTANTS[kind]
+    table, classes = make(name, config, 6), {v: k for k, v in CLASSES.items()}
+    used = COLUMNS if table.multistep else COLUMNS[:3]
+
+    def run(altered: Schedule) -> None:
+        own = {"clip_sample": False} if name == "ddim" else {}
+        scheduler = getattr(diffusers, classes[name])(**config, **own)
+        with_noise_levels(scheduler, config).set_timesteps(6)
+        follow(altered, scheduler, 0)
+
+    run(table)
+    for column in used:
+        values = getattr(table, column)
+        for i in np.flatnonzero(values):
+            altered = values.copy()
+            altered[i] *= 1.001
+            with pytest.raises(AssertionError):
+                run(dataclasses.replace(table, **{column: altered}))
 
 
 @settings(max_examples=40)

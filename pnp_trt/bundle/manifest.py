@@ -16,6 +16,7 @@ from ..errors import BundleCorrupt
 from .compile_options import CompileOptions
 from .document import Value, check_bounds, check_sizes
 from .profiles import MAX_BATCH, MAX_SIDE, Extent, Profile
+from .scheduler_config import scheduler_entries
 
 SCHEMA = 2
 FILE = "manifest.json"
@@ -28,7 +29,7 @@ DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 #: names of dimensions that a graph leaves open
 OPEN = ("batch", "height", "width", "image_height", "image_width")
 #: most tokens of a prompt, channels of a latent, training timesteps and sampling steps
-MAX_TOKENS, MAX_CHANNELS, MAX_TRAINING_STEPS, MAX_STEPS = 4096, 256, 100_000, 1000
+MAX_TOKENS, MAX_CHANNELS, MAX_STEPS = 4096, 256, 1000
 _REQUIRED = (
     "schema", "name", "key", "built_from", "base", "guide", "backend", "precision", "target", "profiles", "compiler",
     "networks", "sample", "image", "tokens", "scheduler", "parity", "files", "versions", "built", "build_seconds",
@@ -532,7 +533,7 @@ class Manifest:
             sample=Latents.read(m["sample"]),
             image=ImageSize.read(m["image"]),
             tokens=Tokens.read(m["tokens"]),
-            scheduler=_scheduler(m["scheduler"]),
+            scheduler=scheduler_entries(m["scheduler"]),
             parity=Parity.read(m["parity"]),
             files=_files(m["files"]),
             versions={k: _label(v) for k, v in m["versions"].entries(100).items()},
@@ -702,46 +703,6 @@ def _configs(value: Value) -> dict[str, Mapping[str, Any]]:
     if kind is not None and not re.search("Autoencoder|VAE|VQ", str(kind.raw)):
         raise kind.refuse("must be the class of an autoencoder")
     return out
-
-
-#: entries of a scheduler's config that hold a number, with its bounds; null stands for the scheduler's default
-_NUMBERS = {
-    "beta_start": (0, 1), "beta_end": (0, 1), "sigma_min": (0, 1e6), "sigma_max": (0, 1e6), "rho": (0, 1e3),
-    "clip_sample_range": (0, 1e6), "dynamic_thresholding_ratio": (0, 1), "sample_max_value": (0, 1e6),
-    "lambda_min_clipped": (-1e9, 1e9), "flow_shift": (0, 1e6), "shift": (0, 1e6),
-}  # fmt: skip
-_WORDS = (
-    "_class_name", "beta_schedule", "prediction_type", "timestep_spacing", "final_sigmas_type", "algorithm_type",
-    "solver_type", "interpolation_type", "timestep_type", "variance_type",
-)  # fmt: skip
-_FLAGS = (
-    "clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr", "use_karras_sigmas",
-    "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas", "lower_order_final",
-    "euler_at_final", "use_dynamic_shifting", "invert_sigmas", "skip_prk_steps", "stochastic_sampling",
-)  # fmt: skip
-
-
-def _scheduler(value: Value) -> Mapping[str, Any]:
-    """A scheduler's config; what is unknown here is kept, and nothing reads it."""
-    for key, entry in value.entries(200).items():
-        if entry.is_null:
-            continue
-        if key == "num_train_timesteps":
-            entry.whole(1, MAX_TRAINING_STEPS)
-        elif key == "steps_offset":
-            entry.whole(0, MAX_TRAINING_STEPS)
-        elif key == "solver_order":
-            entry.whole(1, 3)
-        elif key == "trained_betas":
-            for beta in entry.items(1, MAX_TRAINING_STEPS):
-                beta.number(0, 1)
-        elif key in _NUMBERS:
-            entry.number(*_NUMBERS[key])
-        elif key in _WORDS:
-            entry.text(longest=100)
-        elif key in _FLAGS:
-            entry.flag()
-    return dict(value.raw)
 
 
 def _check_kinds(made: Manifest, m: Mapping[str, Value]) -> None:

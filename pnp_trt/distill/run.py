@@ -47,8 +47,13 @@ class TeacherModel:
 
     @classmethod
     def load(cls, name: str, prompts: list[str], device: torch.device) -> TeacherModel:
-        """Load a base model and encode ``prompts``; prompts that are too long are cut, with a warning."""
+        """Load a base model and encode ``prompts``; prompts that are too long are cut, with a warning.
+
+        Raises:
+            InputError: if the model cannot be read, or its images are not square.
+        """
         base = resolve(name)
+        base.side()
         warn_of_long_prompts(base.tokenizer(), prompts)
         hashes = {k: v for k, v in base.fingerprint().items() if k in ("unet", "text_encoder", "text_encoder_2")}
         return cls(

@@ -121,23 +121,28 @@ def lines(text: str) -> list[str]:
     return [line.strip().strip(BYTE_ORDER_MARK).strip() for line in _NEWLINE.split(text)]
 
 
-def read_json(path: Path, what: str = "", advice: str = "give a complete JSON file") -> Any:
+def read_json(
+    path: Path, what: str = "", advice: str = "give a complete JSON file", *, constants: bool = False
+) -> Any:  # fmt: skip
     """The value of a JSON file; NaN and Infinity are refused.
+
+    Args:
+        constants: take NaN and Infinity, which are no JSON and which Python writes, as the numbers that they name.
 
     Raises:
         InputError: as :func:`read_text` does, or if it is not JSON, with line and column.
     """
-    return parse_json(read_text(path, what, advice), f"{what} {path}".strip(), advice)
+    return parse_json(read_text(path, what, advice), f"{what} {path}".strip(), advice, constants=constants)
 
 
-def parse_json(text: str, name: str, advice: str) -> Any:
-    """The value of a JSON text; ``name`` and ``advice`` are for the message.
+def parse_json(text: str, name: str, advice: str, *, constants: bool = False) -> Any:
+    """The value of a JSON text; ``name`` and ``advice`` are for the message, ``constants`` as for ``read_json``.
 
     Raises:
         InputError: if it is not JSON, is nested too deeply, or holds NaN or Infinity.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=float if constants else _no_constant)
     except json.JSONDecodeError as e:
         raise InputError(
             f"{name} is not complete JSON (line {e.lineno}, column {e.colno}: {e.msg}); {advice}"

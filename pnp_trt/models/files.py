@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 #: names of weight files by the library that writes them
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
-_FETCH = "download it again, or save the model with pipeline.save_pretrained"
+#: what to do about a file of a model that is missing or damaged
+FETCH = "download it again, or save the model with pipeline.save_pretrained"
 _PICKLED = "pickled weights are not read; save the model with safe_serialization=True"
 #: suffixes of files that hold pickled weights
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -37,11 +38,12 @@ _COUNTS = ("position_ids", "num_batches_tracked")
 _VARIANT = r"[A-Za-z0-9_]+"
 
 
-def read_json(path: Path, how: str = _FETCH) -> dict[str, Any]:
+def read_json(path: Path, how: str = FETCH, *, constants: bool = False) -> dict[str, Any]:
     """The object in a JSON file of a model; a byte order mark and any line ends are accepted.
 
     Args:
         how: what to do where the file is missing or damaged, for the message.
+        constants: take NaN and Infinity as well.
 
     Raises:
         InputError: naming the file and what is wrong with it.
@@ -49,7 +51,7 @@ def read_json(path: Path, how: str = _FETCH) -> dict[str, Any]:
     with suppress(OSError), path.open("rb") as f:
         if (reason := _disguise(f.read(64))) is not None:
             raise InputError(f"{path} {reason}; {how}")
-    value = inputs.read_json(path, advice=how)
+    value = inputs.read_json(path, advice=how, constants=constants)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object; {how}")
     return value
@@ -141,7 +143,7 @@ def _only(present: Sequence[str], where: str) -> Choice:
     shards = [n for n in weights if re.search(r"-\d{5}-of-\d{5}", n)]
     if shards:
         raise InputError(
-            f"{where} holds shards of weights ({shards[0]} …) without their index, *.safetensors.index.json; {_FETCH}"
+            f"{where} holds shards of weights ({shards[0]} …) without their index, *.safetensors.index.json; {FETCH}"
         )
     if len(weights) == 1:
         return Choice(weights[0])
@@ -152,7 +154,7 @@ def _only(present: Sequence[str], where: str) -> Choice:
         )
     if pickles := [n for n in present if n.endswith(PICKLES)]:
         raise InputError(f"{where} holds {pickles[0]} and no .safetensors; {_PICKLED}")
-    raise InputError(f"{where} holds no .safetensors; {_FETCH}")
+    raise InputError(f"{where} holds no .safetensors; {FETCH}")
 
 
 def stem_of(folder: str) -> str:
@@ -169,7 +171,7 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = [p.name for p in folder.iterdir()]
     except OSError as e:
-        raise InputError(f"{folder} cannot be read ({e.strerror or e}); {_FETCH}") from None
+        raise InputError(f"{folder} cannot be read ({e.strerror or e}); {FETCH}") from None
     choice = choose(names, stem_of(folder.name), str(folder))
     if not choice.sharded:
         return [folder / choice.name]
@@ -180,13 +182,13 @@ def _shards(index: Path) -> list[str]:
     """The files that an index names, all of them present."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map and is not an index of weights; {_FETCH}")
+        raise InputError(f"{index} has no weight_map and is not an index of weights; {FETCH}")
     names = sorted({str(v) for v in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{index} names '{name}', which is not a safetensors file beside it; {_FETCH}")
+            raise InputError(f"{index} names '{name}', which is not a safetensors file beside it; {FETCH}")
         if not (index.parent / name).is_file():
-            raise InputError(f"{index.parent / name} is missing, a shard that {index.name} names; {_FETCH}")
+            raise InputError(f"{index.parent / name} is missing, a shard that {index.name} names; {FETCH}")
     return names
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..bundle.profiles import MAX_SIDE
 from ..errors import InputError
+from ..io.text import printable
 from .files import read_json, weight_files
 
 _SAVE = "download it again, or save the model with pipeline.save_pretrained"
@@ -112,6 +115,24 @@ def check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> N
         )
     if unet.get("center_input_sample"):
         raise InputError(f"{where}: the U-Net shifts its input (center_input_sample), which is not read")
+
+
+def latent_size(unet: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """Height and width of the latents that a U-Net was trained on, from its config's ``sample_size``.
+
+    Raises:
+        InputError: if it is missing, or no size from 1 to 4096.
+    """
+    size = unet.get("sample_size")
+    if size is None:
+        raise InputError(f"{where}: a config.json lacks 'sample_size'; download the model again")
+    sides = [s for s in (size if isinstance(size, list | tuple) else (size, size)) if type(s) is int]
+    if len(sides) != 2 or not all(1 <= s <= MAX_SIDE for s in sides):
+        raise InputError(
+            f"{where}: the U-Net's sample_size is {printable(json.dumps(size), limit=80)}; it must be one or two whole "
+            f"numbers from 1 to {MAX_SIDE}; download the model again"
+        )
+    return sides[0], sides[1]
 
 
 def _channels(taken: Any, given: Any, latent: Any) -> str:

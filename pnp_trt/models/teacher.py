@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bundle.document import Value, check_bounds
+from ..bundle.scheduler_config import scheduler_entries
 from ..bundle.store import cached_sha256, digest
 from ..errors import InputError
 from .catalog import PRESETS, bundled_bases, random_bases
 from .configs import identity
-from .files import files_sha256, read_json, weight_files
-from .folders import check_unet, left_out
+from .files import FETCH, files_sha256, read_json, weight_files
+from .folders import check_unet, latent_size, left_out
 from .networks import check_finite, load_network, load_unet_weights, network_config
 from .tokenizer import load_tokenizer
 
@@ -52,7 +55,11 @@ class BaseModel:
     _hashes: dict[str, str] = field(default_factory=dict)
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The scheduler's config without diffusers' private keys."""
+        """The scheduler's config without diffusers' private keys, and without nulls, which stand for defaults.
+
+        Raises:
+            InputError: if an entry is of another type or out of bounds.
+        """
         return {k: v for k, v in self._scheduler().items() if not k.startswith("_")}
 
     def scheduler_class(self) -> str | None:
@@ -61,7 +68,27 @@ class BaseModel:
         return None if name is None else str(name)
 
     def _scheduler(self) -> dict[str, Any]:
-        return read_json(self.folder / "scheduler" / "scheduler_config.json")
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        config = read_json(path, constants=True)
+        # diffusers writes the default of DPM-Solver++, which clips nothing, as -Infinity
+        if config.get("lambda_min_clipped") == -math.inf:
+            del config["lambda_min_clipped"]
+        try:
+            check_bounds(config)
+        except ValueError as e:
+            raise InputError(f"{path} is not usable JSON ({e}); {FETCH}") from None
+        return scheduler_entries(Value(config, "", str(path), FETCH))
+
+    def side(self) -> int:
+        """Side of a square latent, ``sample_size`` of the U-Net.
+
+        Raises:
+            InputError: if it is not one number.
+        """
+        size = self.config("unet").get("sample_size")
+        if isinstance(size, list):
+            raise InputError(f"{self.name}: the U-Net's sample_size is {size}; this command takes square images alone")
+        return latent_size(self.config("unet"), self.name)[0]
 
     def unet(self) -> Any:
         """``UNet2DConditionModel`` in float32, frozen.
@@ -72,6 +99,7 @@ class BaseModel:
         from diffusers import UNet2DConditionModel
 
         check_unet(self.config("unet"), self.config("vae"), self.name)
+        latent_size(self.config("unet"), self.name)
         unet = load_network(UNet2DConditionModel, self.folder / "unet")
         if self.unet_file is not None:
             load_unet_weights(unet, self.unet_file)
@@ -163,12 +191,11 @@ class BaseModel:
         """
         unet, text, vae = (self.config(n) for n in ("unet", "text_encoder", "vae"))
         try:
-            size = unet["sample_size"]
-            height, width = size if isinstance(size, list) else (size, size)
+            height, width = latent_size(unet, self.name)
             blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
             factor = 2 ** (len(blocks) - 1)
             multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-            latent = (int(unet["in_channels"]), int(height), int(width))
+            latent = (int(unet["in_channels"]), height, width)
             return Sizes(latent, int(unet["cross_attention_dim"]), int(text["vocab_size"]), factor, multiple)
         except KeyError as e:
             raise InputError(f"{self.name}: a config.json lacks {e}; download the model again") from None

@@ -104,12 +104,13 @@ def record(
         shown: indices of the steps to keep maps of, ascending.
 
     Raises:
+        InputError: if the base's images are not square.
         PnpError: if a residual or an image is not finite; it states where.
     """
     unet, guide = student.unet, student.guide
     device = next(guide.parameters()).device
     schedule = ddim(base.scheduler_config(), steps)
-    size = int(unet.config.sample_size)
+    size = base.side()
     noise = np.random.Generator(np.random.Philox(seed)).standard_normal((unet.config.in_channels, size, size), "f4")
     start = torch.from_numpy(noise).to(device).expand(len(prompts), -1, -1, -1) * schedule.init_scale
     conditions = encode_prompts(base, list(prompts), device)

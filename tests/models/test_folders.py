@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.distill.run import TeacherModel
 from pnp_trt.errors import InputError
 from pnp_trt.models.bases import resolve
+from pnp_trt.models.scheduler import base_scheduler, check_samples
 from pnp_trt.models.teacher import BaseModel
 from pnp_trt.models.tokenizer import copy_tokenizer
 from pnp_trt.runtime.tokenizer import Tokenizer
+from pnp_trt.sampling.schedules import make
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderTiny, "text_encoder": CLIPTextModel}
@@ -274,6 +277,26 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f / "vae/config.json", _class_name="AutoencoderDC"), "the VAE is of class AutoencoderDC; known",
     ),
     "no sample size": (lambda f: edit(f / "unet/config.json", sample_size=...), "a config.json lacks 'sample_size'"),
+    "a sample of 0": (
+        lambda f: edit(f / "unet/config.json", sample_size=0),
+        "sample_size is 0; it must be one or two whole numbers from 1 to 4096",
+    ),
+    "a sample of three sides": (
+        lambda f: edit(f / "unet/config.json", sample_size=[8, 8, 8]), r"sample_size is \[8, 8, 8\]; it must be one or",
+    ),
+    "a sample of text": (lambda f: edit(f / "unet/config.json", sample_size="x"), "sample_size is .x.; it must be"),
+    "text training steps": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", num_train_timesteps="x"),
+        r"scheduler_config.json: num_train_timesteps is 'x'; it must be a whole number from 1 to 100000; download",
+    ),
+    "too many training steps": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", num_train_timesteps=1e300),
+        "num_train_timesteps is 1e.300; it must be a whole number",
+    ),
+    "a beta that is no number": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", beta_start=float("nan")),
+        "scheduler_config.json is not usable JSON .nan is not a JSON number",
+    ),
 }  # fmt: skip
 
 
@@ -287,6 +310,31 @@ def test_what_cannot_be_built_is_refused_before_any_export(
     with pytest.raises(InputError, match=said):
         build(BuildSpec(str(folder), "none", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_config_as_diffusers_saves_it_is_read(folder: Path) -> None:
+    """DPM-Solver++'s has -Infinity and nulls; both stand for defaults."""
+    DPMSolverMultistepScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+    path = folder / "scheduler" / "scheduler_config.json"
+    assert '"lambda_min_clipped": -Infinity' in path.read_text() and '"variance_type": null' in path.read_text()
+    edit(path, num_train_timesteps=None)
+    record = base_scheduler(resolve(str(folder)))
+    assert record["_class_name"] == "DPMSolverMultistepScheduler" and None not in record.values()
+    assert "lambda_min_clipped" not in record
+    check_samples(record, "it")
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
+    scheduler.set_timesteps(5)
+    assert make("teacher", record, 5).timesteps.tolist() == scheduler.timesteps.tolist()
+
+
+def test_a_model_for_images_that_are_not_square(folder: Path) -> None:
+    edit(folder / "unet" / "config.json", sample_size=[8, 16])
+    base = resolve(str(folder))
+    assert base.sizes().latent == (4, 8, 16)
+    with pytest.raises(InputError, match=r"sample_size is \[8, 16\]; this command takes square images alone"):
+        base.side()
+    with pytest.raises(InputError, match="square images alone"):
+        TeacherModel.load(str(folder), ["a cat"], torch.device("cpu"))
 
 
 def test_sdxl_is_refused_by_build_and_taken_by_distillation(micro_sdxl: Path, tmp_path: Path) -> None:

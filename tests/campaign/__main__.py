@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -36,11 +37,41 @@ def run_all(zygote: Zygote, cases: list[Case], jobs: int) -> Iterator[dict[str, 
         yield from pool.map(zygote.run, cases)
 
 
+def digest_of(*folders: str) -> str:
+    """Short digest of the Python files below these folders of the repository and of what builds the fixtures."""
+    sources = sorted([*(p for f in folders for p in (ROOT / f).rglob("*.py")), ROOT / "tests" / "conftest.py"])
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]
+
+
+class Rows:
+    """The rows of these sources, appended to a file of the report's folder as they are made.
+
+    Args:
+        folder: of the report.
+        resume: keep the rows that are there.
+    """
+
+    def __init__(self, folder: Path, resume: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"rows-{digest_of('pnp_trt', 'tests/campaign')}.jsonl"
+        if not resume:
+            self._path.unlink(missing_ok=True)
+        text = self._path.read_text() if self._path.exists() else ""
+        self._kept = {(r["area"], r["name"]): r for r in map(json.loads, text.splitlines()) if r["class"] == "OK"}
+
+    def of(self, case: Case) -> dict[str, Any] | None:
+        """The row of a case that held in an earlier run."""
+        return self._kept.get((case.area, case.name))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        with self._path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
 def fixtures() -> Path:
     """The fixtures of these sources, built on first use."""
-    sources = sorted([*(ROOT / "pnp_trt").rglob("*.py"), ROOT / "tests" / "conftest.py"])
-    key = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]
-    folder = report.FOLDER / f"fixtures-{key}"
+    folder = report.FOLDER / f"fixtures-{digest_of('pnp_trt')}"
     if not (folder / "engines" / "guided" / "manifest.json").exists():
         print("building the fixtures (once for these sources)", file=sys.stderr)
         for old in report.FOLDER.glob("fixtures-*"):
@@ -56,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name has this in it; * and ? are wild")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--quick", action="store_true", help="the fifth that make test runs")
+    parser.add_argument("--resume", action="store_true", help="skip cases that held before with the same sources")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     parser.add_argument("--out", type=Path, default=report.FOLDER, help="folder of the report")
     parser.add_argument("--record", type=Path, help="also write counts and provenance here, without rows and paths")
@@ -65,12 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
     if given.list:
         print("\n".join(f"{c.area}: {c.name}" for c in cases), f"{len(cases)} cases", sep="\n")
         return 0
-    begun = time.monotonic()
+    begun, made = time.monotonic(), Rows(given.out, given.resume)
+    kept = [row for case in cases if (row := made.of(case)) is not None]
+    left = [case for case in cases if made.of(case) is None]
     with tempfile.TemporaryDirectory(prefix="campaign-") as scratch:
         shutil.copytree(given.fixtures or fixtures(), Path(scratch) / "fixtures")
         zygote = Zygote(Path(scratch))
         try:
-            rows = list(_printed(run_all(zygote, cases, given.jobs), len(cases)))
+            rows = kept + list(_printed(run_all(zygote, left, given.jobs), len(left), made))
         finally:
             zygote.stop()
     from pnp_trt.bundle.provenance import provenance
@@ -78,7 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
     command = ["python", "-m", "tests.campaign", *(["--quick"] if given.quick else [])]
     command += [word for area in given.area for word in ("--area", area)]
     command += ["--only", given.only] if given.only else []
-    facts = {"provenance": provenance(command), "seconds": round(time.monotonic() - begun), "jobs": given.jobs}
+    facts = {
+        "provenance": provenance(command), "seconds": round(time.monotonic() - begun), "jobs": given.jobs,
+        "resumed": len(kept), "cpu_seconds": round(sum(r["cpu_seconds"] for r in rows)),
+    }  # fmt: skip
     path = report.write(rows, given.out, **facts)
     if given.record is not None:
         report.record(rows, given.record, **facts)
@@ -86,9 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(r["class"] != "OK" for r in rows))
 
 
-def _printed(rows: Iterator[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
-    """Tell of every case that did not hold, and of every hundredth."""
+def _printed(rows: Iterator[dict[str, Any]], total: int, made: Rows) -> Iterator[dict[str, Any]]:
+    """Tell of every case that did not hold, and of every hundredth; keep every row."""
     for number, row in enumerate(rows, 1):
+        made.add(row)
         if row["class"] != "OK":
             print(report.describe(row), flush=True)
         if number % 100 == 0:

@@ -16,8 +16,8 @@ CLASSES = ("OK", "UNEXPECTED", "TRACEBACK", "WRONG-CODE", "HANG", "CRASH", "SILE
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 #: What rich sends to a terminal by itself: colours, cursor movements, erased lines, and a hidden cursor.
 RICH = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhlmnsu]")
-#: Folders beside the fixtures that stand for the system's and the user's own.
-SYSTEM = ("tmp", "home", "cache")
+#: Folders beside the fixtures that stand for the system's and the user's own, and the exports that cases share.
+SYSTEM = ("tmp", "home", "cache", "exports")
 LONGEST = 20_000  # characters on standard error; a hostile input must not flood the screen
 
 

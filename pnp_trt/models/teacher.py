@@ -136,12 +136,21 @@ class BaseModel:
         return load_tokenizer(self.folder / "tokenizer", self.config("text_encoder"))
 
     def vae(self) -> Any:
-        """``AutoencoderTiny`` or ``AutoencoderKL`` in float32, frozen."""
+        """``AutoencoderTiny`` or ``AutoencoderKL`` in float32, frozen.
+
+        Raises:
+            InputError: if its files are damaged, it is of another class, or latents cannot be divided by its factor.
+        """
         import diffusers
 
-        kind = self.config("vae").get("_class_name", "AutoencoderKL")
+        config = self.config("vae")
+        kind = config.get("_class_name", "AutoencoderKL")
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise InputError(f"{self.folder}: the VAE is of class {kind}; known: AutoencoderKL, AutoencoderTiny")
+        entries = Value(config, "", str(self.folder / "vae" / "config.json"), FETCH)
+        for key, low in (("scaling_factor", 1e-6), ("shift_factor", -1e6)):
+            if config.get(key) is not None:
+                entries.member(key).number(low, 1e6)
         return self._frozen(load_network(getattr(diffusers, kind), self.folder / "vae"))
 
     def _frozen(self, network: Any) -> Any:

@@ -285,6 +285,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f / "unet/config.json", sample_size=[8, 8, 8]), r"sample_size is \[8, 8, 8\]; it must be one or",
     ),
     "a sample of text": (lambda f: edit(f / "unet/config.json", sample_size="x"), "sample_size is .x.; it must be"),
+    "a factor of 0": (
+        lambda f: edit(f / "vae/config.json", scaling_factor=0.0),
+        "vae/config.json: scaling_factor is 0.0; it must be a number from 1e-06 to 1e.06; download",
+    ),
+    "a shift of text": (lambda f: edit(f / "vae/config.json", shift_factor="x"), "shift_factor is 'x'; it must be"),
     "text training steps": (
         lambda f: edit(f / "scheduler/scheduler_config.json", num_train_timesteps="x"),
         r"scheduler_config.json: num_train_timesteps is 'x'; it must be a whole number from 1 to 100000; download",

@@ -249,7 +249,7 @@ def _session(model: Any, folder: Path, names: list[str]) -> Any:
         node.attribute.add(name="to", type=2, i=int(ir.DataType.FLOAT))
         proto.graph.output.add(name=name + _SEEN).type.tensor_type.elem_type = int(ir.DataType.FLOAT)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # the exception says it, without colours on standard error
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     try:

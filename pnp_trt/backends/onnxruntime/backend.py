@@ -166,7 +166,7 @@ class OrtNetwork(Network):
             if key not in self._sessions:
                 options = ort.SessionOptions()
                 options.intra_op_num_threads = self._threads
-                options.log_severity_level = 3
+                options.log_severity_level = 4  # the exception says it, without colours on standard error
                 options.add_free_dimension_override_by_name("batch", batch)
                 # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
                 options.add_session_config_entry("session.qdqisint8allowed", "1")

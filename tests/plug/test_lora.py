@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from pnp_trt.assets import ROOT as ASSETS
 from pnp_trt.build.swap.lora import LayerNames, Lora, bundled_loras, load, merge
+from pnp_trt.build.swap.lora.read import LayerChange
 from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.bundle.store import open_bundle
-from pnp_trt.errors import InputError
+from pnp_trt.errors import InputError, PnpError
 from pnp_trt.models.bases import resolve
 
 from ..conftest import Result
@@ -78,6 +80,25 @@ def test_a_lora_is_plugged_in_with_its_text_encoder(micro_bundles: Path, kohya_l
     assert {k for k in before if before[k] != m.base.sha256[k]} == {"unet", "text_encoder", "all"}
     with pytest.raises(InputError, match="holds another bundle"):  # another scale is another bundle
         plug(PlugSpec(str(micro_bundles / "guided"), loras=(f"{kohya_lora}:0.6",), out=tmp_path / "x"))
+
+
+@pytest.mark.parametrize(("network", "layer"), [("unet", "attn"), ("text_encoder", "self_attn")])
+def test_a_merge_that_is_wrong_is_noticed_in_what_was_written(
+    network: str, layer: str, micro_bundles: Path, kohya_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch runs the merged weights, so that comparison passes; the formula's does not."""
+    arithmetic = import_module("pnp_trt.build.swap.lora.merge")  # the package has a function of this name
+
+    def off(change: LayerChange) -> torch.Tensor | None:
+        found = weight_change(change)
+        wrong = change.layer.network == network and layer in change.layer.name
+        return found * 1.001 if found is not None and wrong else found
+
+    weight_change = arithmetic.weight_change
+    monkeypatch.setattr(arithmetic, "weight_change", off)
+    with pytest.raises(PnpError, match=rf"the weight {network}\..*{layer}.* was written as .* where its LoRAs give"):
+        plug(PlugSpec(str(micro_bundles / "guided"), loras=(str(kohya_lora),), out=tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_unet_file_and_a_lora_for_the_text_encoder(

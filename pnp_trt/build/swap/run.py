@@ -339,30 +339,36 @@ class _Work:
             )
         return tokens
 
-    def _module(self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path) -> tuple[Any, Any, str | None]:
-        """A network as PyTorch runs it, the module whose weights are swapped, and where the guide came from."""
+    def _module(
+        self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path
+    ) -> tuple[Any, Any, str | None, list[Any]]:  # fmt: skip
+        """A network as PyTorch runs it, the module whose weights are swapped, where the guide came from, and rows of
+        weights as the LoRAs' formula gives them.
+        """
         from ...models.student import Student, Teacher
         from ...models.wrappers import TextEncoder, VaeDecoder, VaeEncoder
         from .guides import guide_of
-        from .lora import merge
+        from .lora import merge, written
 
         what = f"engine '{self.manifest.name}'"
         configs = {part: dict(config) for part, config in (self.manifest.configs or {}).items()}
         if name in ("vae_decoder", "vae_encoder"):
             vae = self.fine_tune.vae(configs["vae"], what)
-            return (VaeDecoder if name == "vae_decoder" else VaeEncoder)(vae), vae, None
+            return (VaeDecoder if name == "vae_decoder" else VaeEncoder)(vae), vae, None, []
         if name == "text_encoder":
             text = self._text_encoder(configs["text_encoder"], what)
+            formula = written.rows(text, "text_encoder", loaded)
             text = merge(text, "text_encoder", loaded)
-            return TextEncoder(text), text, None
+            return TextEncoder(text), text, None, formula
         unet = self.fine_tune.unet(configs["unet"], what)
+        formula = written.rows(unet, "unet", loaded)
         unet = merge(unet, "unet", loaded)
         if self.manifest.guide is None:
-            return Teacher(unet), unet, None
+            return Teacher(unet), unet, None, formula
         graph = self.manifest.networks["unet"].graph
         guide, where = guide_of(self.manifest, work / graph, work / _OLD / f"{graph}.data", weights, unet)
         # the part of the guide that depends on w alone stays as it is, in a separate network
-        return Student(unet, guide, conditioned="condition" in self.manifest.networks), unet, where
+        return Student(unet, guide, conditioned="condition" in self.manifest.networks), unet, where, formula
 
     def _text_encoder(self, config: dict[str, Any], what: str) -> Any:
         """The fine-tune's; the engine's own base's where the fine-tune has none and a LoRA changes it."""
@@ -393,6 +399,7 @@ class _Work:
 
         from ...precision.recipes import reference
         from ..parity import relative_error
+        from .lora import written as written_weights
         from .rewrite import check_keys, rewrite
 
         self._report(f"swap {TITLES[name]}", stages)
@@ -400,10 +407,11 @@ class _Work:
         graph, data = work / entry.graph, entry.data
         inputs = {case: {k: torch.from_numpy(v) for k, v in held[0].items()} for case, held in golden.items()}
         with _described_wrongly(f"engine '{self.manifest.name}'", name):
-            module, swapped, guide = self._module(name, weights, loaded, work)
+            module, swapped, guide, formula = self._module(name, weights, loaded, work)
             new = {source: dict(swapped.state_dict())}
             check_keys(weights, new, whole)
             written = rewrite(graph, work / _OLD / data, work / data, weights, new)
+            written_weights.check(graph, weights, source, formula)
             wanted = {case: reference(module, given).numpy() for case, given in inputs.items()}
         self.files[data] = FileRecord(written.sha256, (work / data).stat().st_size)
         del module, swapped, new

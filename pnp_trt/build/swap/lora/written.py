@@ -1,0 +1,130 @@
+"""Weights as they were written, compared with the formula of a LoRA: W + Σ scale · alpha/rank · B·A.
+
+The comparison with PyTorch runs the very weights that were merged, so a wrong merge would pass it.  Here a row of a few
+layers is computed anew, in NumPy and from the factors alone, and held against the bytes of the data file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ....errors import PnpError
+from ....graph.weights import apply
+from .read import LayerChange, LoraWeights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: layers of a network of which a row is computed
+_LAYERS = 6
+#: unit roundoff and smallest step by type of the data file
+_ROUNDING = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of a layer's weight must be.
+
+    Attributes:
+        key: of the weight in the network's state dict.
+        shape: of the weight.
+        index: of the row.
+        values: ``[inputs · kernel]`` float64.
+        size: sum of the terms' absolute values, of the same shape; roundoff is relative to it.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    index: int
+    values: np.ndarray
+    size: np.ndarray
+
+
+def rows(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> list[Row]:
+    """Rows of some layers that the LoRAs change; to be called before they are merged.
+
+    Args:
+        module, network, loras: as of :func:`~pnp_trt.build.swap.lora.merge.merge`.
+    """
+    layers = dict(module.named_modules())
+    changes: dict[str, list[LayerChange]] = {}
+    for lora in loras:
+        for name, change in lora.changes.get(network, {}).items():
+            changes.setdefault(name, []).append(change)
+    # Tucker factors take three products; the layers beside them have two
+    plain = [n for n in sorted(changes) if all("mid" not in c.parts for c in changes[n])]
+    out = []
+    for name in plain[:: max(1, len(plain) // _LAYERS)][:_LAYERS]:
+        weight = layers[name].weight
+        index = len(weight) // 2
+        terms = [_numbers(weight[index]).ravel(), *(_added(c, index) for c in changes[name])]
+        size = np.sum(np.abs(terms), 0)
+        out.append(Row(f"{name}.weight", tuple(weight.shape), index, np.sum(terms, 0), size))
+    return out
+
+
+def check(graph: Path, weights: Mapping[str, Any], source: str, wanted: Sequence[Row]) -> None:
+    """Compare rows with the data file of a graph; quantised weights are left out.
+
+    Args:
+        graph: an ONNX graph whose external data was written.
+        weights: of ``weights.json``, initialiser → ``{"source", "key", "transform"}``.
+        source: the network's name there.
+        wanted: of :func:`rows`.
+
+    Raises:
+        PnpError: naming a weight that is not what the formula gives, within the roundoff of its type.
+    """
+    import onnx_ir as ir
+    import torch
+
+    held = ir.load(graph).graph.initializers
+    by_key = {row.key: row for row in wanted}
+    for name, w in weights.items():
+        row = by_key.get(w["key"]) if w["source"] == source else None
+        if row is None or any(step["op"] not in ("cast", "transpose", "reshape") for step in w["transform"]):
+            continue
+        tensor = held[name].const_value
+        assert tensor is not None
+        found = tensor.numpy()
+        if str(found.dtype) not in _ROUNDING:
+            continue
+        # where the row went: the same moves, made with the numbers of the elements
+        moves = [step for step in w["transform"] if step["op"] != "cast"]
+        places = apply(moves, torch.arange(int(np.prod(row.shape))).reshape(row.shape)).numpy().ravel()
+        length = len(row.values)
+        mine = places // length == row.index
+        got = np.empty(length)
+        got[places[mine] % length] = found.ravel()[mine]
+        unit, least = _ROUNDING[str(found.dtype)]
+        off = np.abs(got - row.values)
+        # the sum is rounded to float32 and then to the file's type
+        if not (off <= 2 * unit * row.size + least).all():
+            worst = int(np.argmax(off))
+            raise PnpError(
+                f"the weight {source}.{row.key} was written as {got[worst]:.6g} where its LoRAs give "
+                f"{row.values[worst]:.6g}; nothing was kept; report it"
+            )
+
+
+def _added(change: LayerChange, index: int) -> np.ndarray:
+    """What a LoRA adds to a row, ``[inputs · kernel]``."""
+    parts = change.parts
+    length = int(np.prod(change.layer.shape[1:]))
+    out = np.zeros(length)
+    if "diff" in parts:
+        return out + change.scale * _numbers(parts["diff"]).reshape(change.layer.shape)[index].ravel()
+    if "down" in parts:
+        rank = len(parts["down"])
+        up, down = _numbers(parts["up"]).reshape(-1, rank), _numbers(parts["down"]).reshape(rank, -1)
+        out += change.factor * (up @ down[:, index] if change.layer.embedding else up[index] @ down)
+    return out
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.detach().double().numpy())

@@ -55,29 +55,38 @@ def edited(micro_bundles: Path, tmp_path: Path) -> Callable[[str, Edit], Path]:
     return make
 
 
-def theirs(kind: str, base: Path, schedule: str, spacing: str) -> Any:
-    """A pipeline of diffusers with its own class of scheduler, made from the teacher's config."""
+def theirs(kind: str, base: Path, schedule: str, **changes: Any) -> Any:
+    """A pipeline of diffusers with its own class of scheduler, made from the teacher's config with changes."""
     import diffusers
 
     pipeline = getattr(diffusers, kind).from_pretrained(base, safety_checker=None, local_files_only=True)
     name = SCHEDULES.get(schedule).diffusers_class
     config = pipeline.scheduler.config
-    pipeline.scheduler = getattr(diffusers, name).from_config(config, timestep_spacing=spacing)
+    pipeline.scheduler = getattr(diffusers, name).from_config(config, **changes)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "leading"},
+        {"timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        {"timestep_spacing": "leading", "prediction_type": "v_prediction"},
+        {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    ],
+    ids=["trailing", "leading", "v-trailing", "v-leading", "v-zero-snr"],
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_pictures_are_those_of_diffusers(
-    schedule: str, spacing: str, micro_base: Path, edited: Callable[[str, Edit], Path]
+    schedule: str, changes: dict[str, Any], micro_base: Path, edited: Callable[[str, Edit], Path]
 ) -> None:
-    ours = Pipeline.load(
-        edited("plain", lambda m: m["scheduler"].update(timestep_spacing=spacing)), provider="cpu", schedule=schedule
-    )
+    folder = edited("plain", lambda m: m["scheduler"].update(changes))
+    ours = Pipeline.load(folder, provider="cpu", schedule=schedule)
     noise = ours.noise([4, 5])
     latents = ours.denoise(ours.encode(PROMPTS), noise, steps=7, guidance=3.0, method="cfg")
-    reference = theirs("StableDiffusionPipeline", micro_base, schedule, spacing)(
+    reference = theirs("StableDiffusionPipeline", micro_base, schedule, **changes)(
         PROMPTS, num_inference_steps=7, guidance_scale=3.0, latents=torch.from_numpy(noise), output_type="latent"
     ).images.numpy()
     np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
@@ -98,7 +107,7 @@ def test_image_to_image_is_that_of_diffusers(
         plain.encode(PROMPTS), noise, steps=10, guidance=3.0, method="cfg", schedule=table, image=image
     )
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
-    reference = theirs("StableDiffusionImg2ImgPipeline", micro_base, schedule, "trailing")(
+    reference = theirs("StableDiffusionImg2ImgPipeline", micro_base, schedule, timestep_spacing="trailing")(
         PROMPTS, image=[Image.fromarray(picture)] * 2, strength=strength, num_inference_steps=10, guidance_scale=3.0,
         output_type="latent",
     ).images.numpy()  # fmt: skip

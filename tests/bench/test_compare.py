@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
@@ -164,6 +164,71 @@ def test_a_document_equals_itself_and_order_flips_the_verdict(seed: int, slow: d
     there, back = compare.compare(doc, other), compare.compare(other, doc)
     flipped = {"same": "same", "better": "worse", "worse": "better"}
     assert [flipped[one.verdict] for one in there.figures] == [one.verdict for one in back.figures]
+
+
+#: any JSON value, as another program may have left it
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**25), 10**25) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12) | st.sampled_from(["\x1b[31mred", "cfg", "interval", "2026-01-01"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def spoil(data: st.DataObject, doc: dict[str, Any]) -> None:
+    """Change one value of a document, wherever it lies: another, none, or a row twice."""
+    at: Any = doc
+    while True:
+        inside = sorted(at) if isinstance(at, dict) else list(range(len(at)))
+        key = data.draw(st.sampled_from(inside))
+        if isinstance(at[key], dict | list) and at[key] and data.draw(st.integers(0, 9)):
+            at = at[key]
+            continue
+        match data.draw(st.integers(0, 5)):
+            case 0 if isinstance(at, dict):
+                del at[key]
+            case 1 if isinstance(at, list):
+                at.append(copy.deepcopy(at[key]))
+            case 2 if isinstance(at, dict):
+                at[data.draw(st.text(max_size=8))] = data.draw(VALUES)
+            case 3 if isinstance(at[key], int | float) and not isinstance(at[key], bool):
+                at[key] = data.draw(st.sampled_from([0, -1, 1e-320, 1e308, -1e308, 10**25, at[key] * 1.1]))
+            case _:
+                at[key] = data.draw(VALUES)
+        return
+
+
+def short() -> dict[str, Any]:
+    """A document of few rows, so that a change hits every part."""
+    doc = make(0)
+    for part, rows in doc.items():
+        if isinstance(rows, list):
+            doc[part] = rows[:2]
+    return doc
+
+
+def test_a_ratio_that_json_cannot_hold_is_none() -> None:
+    change = changes.Change("cost", {}, "macs", 1e-320, 1e308, None, None, "worse", "exact")
+    assert change.relative is None and changes.Change(**{**vars(change), "old": 2.0, "new": 3.0}).relative == 0.5
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_any_document_is_compared_or_refused_in_a_sentence(data: st.DataObject) -> None:
+    """Beyond the schema: whatever passes it is compared, drawn and written as its own schema says."""
+    documents = [short(), short()]
+    for _ in range(data.draw(st.integers(1, 4))):
+        spoil(data, data.draw(st.sampled_from(documents)))
+    try:
+        for doc in documents:
+            results.check(doc, "FILE")
+        found = compare.compare(*documents)
+    except InputError as e:
+        assert len(str(e)) < 2000 and "\x1b" not in str(e)
+        return
+    assert "\x1b" not in terminal(found)
+    written = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    pytest.importorskip("jsonschema").Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).validate(written)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,8 +41,9 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """new / old - 1; None where the old value is 0."""
-        return self.new / self.old - 1 if self.old else None
+        """new / old - 1; None where the old value is 0, or so near it that the ratio is no number of JSON."""
+        ratio = self.new / self.old - 1 if self.old else math.inf
+        return ratio if math.isfinite(ratio) else None
 
 
 @dataclass(frozen=True)

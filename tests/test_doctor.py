@@ -225,3 +225,10 @@ def test_this_installation_is_read_without_failing() -> None:
     found = by_name(doctor.diagnose())
     assert found["numpy"].detail.startswith(importlib.metadata.version("numpy"))
     assert show(list(found.values()))
+
+
+def test_advice_does_not_stop_setuptools_from_loading() -> None:
+    """A search for pip through setuptools' own finder does, in Python 3.11: later imports of it fail."""
+    code = "from pnp_trt.cli import doctor; doctor._pip(); import setuptools; print(setuptools.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "setuptools\n", done.stderr

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -260,7 +261,9 @@ def _pip() -> list[str]:
     """How to reach the pip of this very interpreter, written short where it lies below the current folder."""
     python = os.path.relpath(sys.executable) if sys.executable else "python"
     python = sys.executable if python.startswith("..") else python
-    if importlib.util.find_spec("pip") is None and shutil.which("uv"):
+    # importlib.util would ask setuptools' finder, which takes a search for pip for an import of it, and from then on
+    # setuptools, and with it torch.compile, could not be imported into this process (Python 3.11)
+    if PathFinder.find_spec("pip") is None and shutil.which("uv"):
         return ["uv", "pip"]
     return [python, "-m", "pip"]
 

@@ -199,7 +199,7 @@ class OrtNetwork(Network):
                 "install with: pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
             if self._asked == "cuda":
-                raise InputError(f"provider 'cuda' was asked for and {said}; or use --provider cpu")
+                raise InputError(f"provider 'cuda' was requested and {said}; or use --provider cpu")
             self._providers = ["CPUExecutionProvider"]
             warnings.warn(f"{said}; {self.path.name} runs on the CPU", stacklevel=4)
             return

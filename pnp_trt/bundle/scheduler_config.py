@@ -25,16 +25,14 @@ _FLAGS = (
 
 
 def scheduler_entries(value: Value) -> dict[str, Any]:
-    """A scheduler's config without its nulls, which stand for defaults; what is unknown is kept, and nothing reads it.
+    """A scheduler's config, checked; nulls stand for defaults.  What is unknown is kept, and nothing reads it.
 
     Raises:
         InputError: naming the first entry that is of another type or out of bounds.
     """
-    out = {}
     for key, entry in value.entries(200).items():
         if entry.is_null:
             continue
-        out[key] = entry.raw
         if key == "num_train_timesteps":
             entry.whole(1, MAX_TRAINING_STEPS)
         elif key == "steps_offset":
@@ -50,4 +48,4 @@ def scheduler_entries(value: Value) -> dict[str, Any]:
             entry.text(longest=100)
         elif key in _FLAGS:
             entry.flag()
-    return out
+    return dict(value.raw)

@@ -77,7 +77,8 @@ class BaseModel:
             check_bounds(config)
         except ValueError as e:
             raise InputError(f"{path} is not usable JSON ({e}); {FETCH}") from None
-        return scheduler_entries(Value(config, "", str(path), FETCH))
+        entries = scheduler_entries(Value(config, "", str(path), FETCH))
+        return {k: v for k, v in entries.items() if v is not None}
 
     def side(self) -> int:
         """Side of a square latent, ``sample_size`` of the U-Net.

@@ -29,7 +29,7 @@ def choice(config: Config, key: str, default: str, known: tuple[str, ...]) -> st
     Raises:
         InputError: for one that is not known; the message lists those that are.
     """
-    value = config.get(key, default)
+    value = default if config.get(key) is None else config[key]
     if value not in known:
         raise InputError(f"the scheduler config's {key} is '{value}'; known: {', '.join(known)}")
     return str(value)
@@ -47,7 +47,8 @@ def refuse(config: Config, why: Mapping[str, str]) -> None:
 
 def training_steps(config: Config) -> int:
     """``num_train_timesteps``."""
-    return int(config.get("num_train_timesteps", 1000))
+    value = config.get("num_train_timesteps")
+    return 1000 if value is None else int(value)
 
 
 def check_steps(config: Config, steps: int) -> None:
@@ -63,7 +64,8 @@ def betas(config: Config) -> np.ndarray:
         InputError: for a beta schedule that is not known, or trained betas of another number.
     """
     n = training_steps(config)
-    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    ends = (config.get("beta_start"), config.get("beta_end"))
+    start, end = (default if v is None else v for v, default in zip(ends, (0.0001, 0.02), strict=True))
     if (trained := config.get("trained_betas")) is not None:
         found = np.asarray(trained, np.float32)
         if found.shape != (n,):

@@ -315,6 +315,15 @@ def test_alphas_are_the_formulas_to_float32s_rounding(start: float, end: float, 
     assert np.median(bound) < 1e-3  # a wrong formula is off by far more
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+def test_nulls_stand_for_defaults(name: str) -> None:
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
+            "solver_order", "lambda_min_clipped", "trained_betas", "final_sigmas_type")  # fmt: skip
+    nulls = dict.fromkeys(keys)
+    assert np.array_equal(make(name, nulls, 7).table(), make(name, {}, 7).table())
+    assert np.array_equal(alphas_cumprod(nulls), alphas_cumprod({}))
+
+
 def test_trained_betas_are_taken_and_counted() -> None:
     trained = np.linspace(0.001, 0.02, 100).tolist()
     config = {"num_train_timesteps": 100, "trained_betas": trained, "prediction_type": "epsilon"}

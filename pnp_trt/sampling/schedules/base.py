@@ -30,14 +30,15 @@ class ScheduleRule:
         """The table, named after this schedule.
 
         Args:
-            config: a diffusers scheduler's, of any class.
+            config: a diffusers scheduler's, of any class; null stands for the default.
             steps: model evaluations.
 
         Raises:
             InputError: if ``steps`` is outside 1 … num_train_timesteps, or an option of the config is unknown,
                 stochastic or not linear.
         """
-        return replace(self.table(config, steps), name=self.name)
+        given = {k: v for k, v in config.items() if v is not None}
+        return replace(self.table(given, steps), name=self.name)
 
 
 #: schedules by name; the modules of this package and those of other packages add to it

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pnp_trt.bench import results
-from pnp_trt.bench.report.words import DASH, METHOD_NAMES, is_reference, plural, three_digits
+from pnp_trt.bench.report.words import DASH, is_reference, method_labels, plural, three_digits
 from pnp_trt.bundle.store import write_text
 from pnp_trt.errors import InputError, PnpError
 
@@ -25,7 +25,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE_W = 3.0
 _REGION = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- /bench -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:bench:[\w-]+|/bench) -->")
-_ORDER = tuple(METHOD_NAMES)
+_LABELS = method_labels()
+_ORDER = tuple(_LABELS)
 
 Document = Mapping[str, Any]
 
@@ -59,7 +60,7 @@ def latency(doc: Document) -> str:
     several = {method for method, _ in cases if sum(one[0] == method for one in cases) > 1}
     cells = []
     for method, engine in cases:
-        name = METHOD_NAMES.get(method, method) + (f" ({engine})" if method in several else "")
+        name = _LABELS.get(method, method) + (f" ({engine})" if method in several else "")
         found = [kept.get((method, engine, batch)) for batch in batches]
         passes = next((row["passes"] for row in found if row and row.get("passes") is not None), None)
         cells.append([name, DASH if passes is None else f"{passes:g}", *map(_time, found)])
@@ -97,7 +98,7 @@ def kid(doc: Document) -> str:
     found = {(row["method"], row["engine"], row["steps"]): row["kid"] for row in rows}
     cells = []
     for method, engine in cases:
-        name = METHOD_NAMES.get(method, method) + (f" ({engine})" if method in several else "")
+        name = _LABELS.get(method, method) + (f" ({engine})" if method in several else "")
         values = [found.get((method, engine, one)) for one in steps]
         cells.append(
             [name, *("" if v is None else f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in values)]

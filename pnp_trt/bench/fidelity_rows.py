@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..runtime.pipeline import Pipeline
-from ..sampling.methods import INTERVAL, guided_steps
+from ..sampling.methods import CFG, GUIDED, METHODS, UNGUIDED, guided_steps
+from .metric import METRICS, Images, judges_quality
 from .metrics import fidelity
 from .metrics.extractors import Eyes
 from .metrics.tasks import Task, real_features, real_key
@@ -18,11 +19,9 @@ from .plan import Plan
 from .results import encode_pictures
 from .work import Work
 
-#: in the order of the tables; ``cfg-two-passes`` generates the images of ``cfg``
-METHODS = ("cfg", "guided", "unguided", INTERVAL, "cfg-fewer-steps")
-#: the grid's rows
-_SHOWN = ("cfg", "guided", "unguided")
-#: an image's side in the document, in pixels, at most
+#: the grid's rows, with their labels
+_SHOWN = {CFG.name: "teacher, CFG", GUIDED.name: "guided", UNGUIDED.name: "no guidance"}
+#: a picture's side in the document, in pixels, at most
 _SIDE = 160
 
 
@@ -63,29 +62,29 @@ class Row:
 def plan_rows(pipes: Sequence[Pipeline], plan: Plan) -> tuple[list[Row], list[dict[str, str]]]:
     """The rows that the engines can give, in the order of the tables, and what is left out and why."""
     left_out: list[dict[str, str]] = []
-    teacher = next((pipe for pipe in pipes if "cfg" in pipe.methods), None)
+    teacher = next((pipe for pipe in pipes if CFG.name in pipe.methods), None)
+    # the order of the tables; a method with the images of another has no row
+    methods = sorted((m for m in METHODS.values() if m.images_of is None), key=lambda method: method.baseline)
     rows = []
 
     def cfg(steps: int, w: float) -> Cell | None:
-        return None if teacher is None else Cell(teacher.name, "cfg", steps, w)
+        return None if teacher is None else Cell(teacher.name, CFG.name, steps, w)
 
     for w in plan.guidance:
         best = cfg(max(plan.steps), w)
         for steps in plan.steps:
-            for method in METHODS:
+            for method in methods:
                 for pipe in pipes:
-                    drawn, taken = method, steps
-                    if method == "cfg-fewer-steps":
-                        drawn, taken = "cfg", max(steps // 2, 1)
+                    drawn, taken = method.of_pipeline, method.steps(steps)
                     if drawn not in pipe.methods + pipe.baselines:
                         continue
                     if pipe.sampling_steps not in (None, taken):
                         why = f"its guide was distilled for {pipe.sampling_steps} steps alone"
                         left_out.append({"what": f"fidelity of {pipe.name} at {steps} steps", "why": why})
                         continue
-                    cell = Cell(pipe.name, drawn, taken, None if drawn == "unguided" else w)
+                    cell = Cell(pipe.name, drawn, taken, w if method.uses_guidance else None)
                     beside = [None if c == cell else c for c in (cfg(steps, w), best)]
-                    rows.append(Row(method, w, cell, *beside))
+                    rows.append(Row(method.name, w, cell, *beside))
     return rows, [dict(item) for item in {tuple(sorted(i.items())): i for i in left_out}.values()]
 
 
@@ -150,34 +149,25 @@ class Studio:
             "passes": passes, "pictures": len(mine["pixels"]),
             "macs_per_picture": macs_per_picture(cost, passes, cell.steps, self._guide(cell)),
         }  # fmt: skip
-        found |= self._quality(row, mine)
+        images = self._images(cell, row)
+        for metric in METRICS.values():
+            if (value := metric.compute(images)) is not None:
+                found[metric.key] = value.as_dict()
         if row.teacher is not None:
-            theirs = self.pictures(row.teacher)
             found["reference_steps"] = row.teacher.steps
-            found["psnr_to_cfg_db"] = fidelity.mean(fidelity.psnr(mine["pixels"], theirs["pixels"])).as_dict()
-            if "features" in mine:
-                alike = fidelity.cosine(mine["features"], theirs["features"])
-                found["feature_cosine_to_cfg"] = fidelity.mean(alike).as_dict()
         return found
 
-    def _quality(self, row: Row, mine: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """KID and alignment, or what the user's own weights see in their place."""
-        found: dict[str, Any] = {}
-        if "clip" in mine:
-            found["clip_score"] = fidelity.mean(mine["clip"]).as_dict()
-        if "inception" in mine:
-            found["fid_inception"] = self.eyes.fid(self._real_inception(), mine["inception"]).as_dict()
-        if found or "features" not in mine:
-            return found
-        if self.task.real is not None:
-            found["kid"] = fidelity.kid(self.task.real, mine["features"]).as_dict()
-            if row.best is not None:
-                before = self.pictures(row.best)["features"]
-                found["kid_gain_over_cfg"] = fidelity.kid_gain(self.task.real, before, mine["features"]).as_dict()
-        if self.task.concepts is not None:
-            ranks = self.eyes.judge.ranks(mine["features"], self.task.concepts)
-            found |= {f"r_at_{k}": fidelity.recall(ranks, k).as_dict() for k in (1, 5)}
-        return found
+    def _images(self, cell: Cell, row: Row | None = None) -> Images:
+        """A cell as metrics read it; with a row, beside those that it is compared with."""
+        mine, folder = self.pictures(cell), self.task.real_folder
+        return Images(
+            mine["pixels"], self.task.prompts, {k: v for k, v in mine.items() if k not in ("pixels", "shown")},
+            self.task.concepts,
+            cfg=None if row is None or row.teacher is None else self._images(row.teacher),
+            best_cfg=None if row is None or row.best is None else self._images(row.best),
+            real=self.task.real, real_inception=None if folder is None else self._real_inception,
+            judge=lambda: self.eyes.judge,
+        )  # fmt: skip
 
     def _real_inception(self) -> np.ndarray:
         folder, extract = self.task.real_folder, self.eyes.inception
@@ -187,13 +177,12 @@ class Studio:
 
     def _passes(self, cell: Cell) -> int:
         """U-Net evaluations of an image."""
-        if cell.method == "cfg":
-            return 2 * cell.steps
-        if cell.method != INTERVAL:
-            return cell.steps
-        pipe = self.pipes[cell.engine]
-        table = pipe.schedule(cell.steps, self.plan.schedule)
-        return cell.steps + int(guided_steps(table, pipe.guided_interval()).sum())
+        method, inside = METHODS.get(cell.method), None
+        if method.has_interval:
+            pipe = self.pipes[cell.engine]
+            table = pipe.schedule(cell.steps, self.plan.schedule)
+            inside = int(guided_steps(table, pipe.guided_interval()).sum())
+        return method.evaluations(cell.steps, inside)
 
     def _guide(self, cell: Cell) -> str | None:
         """The counted network that stands for the engine's guide; "" where there is no guide, None where unknown."""
@@ -205,8 +194,9 @@ class Studio:
 
     def grid(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The document's images: teacher, guided and unguided, by steps and w; the headline's rows come first."""
+        shown_first = list(_SHOWN)
         order = sorted((r for r in rows if r.method in _SHOWN), key=lambda r: (
-            r.guidance != self.plan.guidance[0], -r.cell.steps, _SHOWN.index(r.method)))  # fmt: skip
+            r.guidance != self.plan.guidance[0], -r.cell.steps, shown_first.index(r.method)))  # fmt: skip
         shown = {row.cell: row for row in reversed(order)}
         made = [
             {
@@ -227,7 +217,7 @@ class Studio:
 
 
 def _label(row: Row, passes: int) -> str:
-    name = {"cfg": "teacher, CFG", "guided": "guided", "unguided": "no guidance"}[row.method]
+    name = _SHOWN[row.method]
     w = "" if row.cell.guidance is None else f", w = {row.cell.guidance:g}"
     return f"{name}\n{row.cell.steps} steps, {passes} NFE{w}"
 
@@ -265,7 +255,7 @@ def macs_per_picture(cost: Sequence[Mapping[str, Any]], passes: int, steps: int,
 
 def verdict(rows: Sequence[Mapping[str, Any]], task: Task | None, eyes: Eyes | None) -> tuple[bool, str | None]:
     """Whether rows say how good the images are; if not, why."""
-    if any(key in row for row in rows for key in ("kid", "r_at_1", "clip_score", "fid_inception")):
+    if any(judges_quality(row) for row in rows):
         return True, None
     if task is None or eyes is None:
         return False, "the fidelity part was not run"

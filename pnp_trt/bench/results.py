@@ -21,6 +21,7 @@ from ..bundle.store import write_text
 from ..errors import InputError
 from ..io.inputs import read_json
 from ..io.json_schema import problem
+from .metric import judges_quality
 
 SCHEMA = "pnp-trt/bench/2"
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -59,15 +60,15 @@ def document(
         cold_start: seconds from a process's start to its first image, a row an engine.
         fidelity: a row a method, number of steps and w; a measured value is {"value", "low", "high", "count"}.
         pictures: {"columns", "rows" as of `encode_pictures`, "caption"}.
-        settings: the options of the run; "suite" and "quick" are None and False where it does not state.
+        settings: what the run was requested; "suite" and "quick" are None and False where it does not say.
         left_out: {"what", "why"} of everything that was requested and not measured.
-        task_quality_evaluated: whether `fidelity` states how good the images are, not only how close to the teacher's;
-            None means that some row has a KID or an FID.
+        task_quality_evaluated: whether `fidelity` says how good the images are, not only how close to the teacher's;
+            None means that some row has a metric of quality.
         task_quality_reason: why it was not evaluated.
         accelerator: the accelerator's name where one was used, for the provenance.
     """
     rows = [_row(row) for row in fidelity]
-    judged = any(row.get("kid") or row.get("fid_inception") for row in rows)
+    judged = any(judges_quality(row) for row in rows)
     evaluated = judged if task_quality_evaluated is None else task_quality_evaluated
     if not evaluated and task_quality_reason is None:
         task_quality_reason = "no image was compared with real ones in this run"

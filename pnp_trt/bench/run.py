@@ -12,7 +12,7 @@ from ..bundle.manifest import Manifest
 from ..bundle.store import cached_sha256, find_bundle, read_manifest
 from ..errors import InputError, PnpError
 from ..runtime.pipeline import Pipeline
-from ..sampling.methods import INTERVAL, guided_steps
+from ..sampling.methods import CFG, INTERVAL, guided_steps
 from ..sampling.schedules import ddim
 from ..version import __version__
 from . import results
@@ -169,7 +169,7 @@ class _Bench:
             self._leave_out("cost", f"the engines' base model is not available ({e})")
             return
         steps = max(self.plan.loops)
-        guided = next((self._guided_steps(pipe, steps) for pipe in self.pipes if INTERVAL in pipe.baselines), None)
+        guided = next((self._guided_steps(pipe, steps) for pipe in self.pipes if INTERVAL.name in pipe.baselines), None)
         self.rows["methods_cost"] = cost.method_rows(self.rows["cost"], steps=steps, guided_steps=guided)
         self.rows["published"] = cost.published_rows(self.base, self.rows["cost"])
 
@@ -214,7 +214,7 @@ class _Bench:
             self._progress("measuring the images", round(self.meter.total), round(self.meter.total))
         rows = [studio.measure(row, self.rows.get("cost", ())) for row in self.wanted]
         # CFG at the largest number of steps is what the others are compared with: it stays, for its KID
-        self.rows["fidelity"] = [r for r in rows if r["method"] != "cfg" or set(r) - _BARE]
+        self.rows["fidelity"] = [r for r in rows if r["method"] != CFG.name or set(r) - _BARE]
         evaluated, reason = verdict(self.rows["fidelity"], studio.task, studio.eyes)
         if reason is not None:
             self._leave_out("quality of the images", reason)

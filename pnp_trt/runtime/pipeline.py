@@ -17,10 +17,19 @@ from ..bundle.profiles import legal_sizes
 from ..bundle.store import Bundle, open_bundle, rebuild_advice
 from ..errors import InputError, PnpError
 from ..io.inputs import check_prompts, warn_of_syntax
-from ..sampling import methods as baselines
 from ..sampling.device_loop import Feeds, Plan
 from ..sampling.loop import Callback, HostLoop
-from ..sampling.methods import BASELINES, Interval
+from ..sampling.methods import (
+    INTERVAL,
+    METHODS,
+    HostRun,
+    Interval,
+    baselines_of,
+    check_interval,
+    default_interval,
+    methods_of,
+    uses_guidance,
+)
 from ..sampling.schedules import Schedule, ddim, make, resolve
 from .images import read_image
 from .tokenizer import Tokenizer
@@ -73,7 +82,7 @@ class Pipeline:
         self.bundle = bundle
         self.name: str = bundle.name
         self.base: str = manifest.base.sha256["all"]
-        self.methods: tuple[str, ...] = ("guided",) if bundle.guided else ("cfg", "unguided")
+        self.methods: tuple[str, ...] = methods_of(bundle.guided)
         self.max_batch: int = manifest.sample.max_batch
         guide = manifest.guide
         self.negative_prompts: bool = guide is None or bool(guide.negative_prompts)
@@ -105,7 +114,7 @@ class Pipeline:
         )
         #: what runs whole images on a GPU, captured into CUDA graphs; None where the host runs the loop
         self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
-        self.baselines: tuple[str, ...] = () if bundle.guided or self.loops is not None else BASELINES
+        self.baselines: tuple[str, ...] = baselines_of(bundle.guided) if self.loops is None else ()
         self._empty: np.ndarray | None = None
         self._tables: dict[tuple[str, int], Schedule] = {}
 
@@ -161,7 +170,7 @@ class Pipeline:
 
     def guided_interval(self) -> Interval:
         """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is requested."""
-        return baselines.default_interval(self._scheduler)
+        return default_interval(self._scheduler)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Text states ``[N, tokens, D]`` float32."""
@@ -261,10 +270,11 @@ class Pipeline:
         method = method or self.methods[0]
         if method not in self.methods + self.baselines:
             raise InputError(f"engine '{self.name}' cannot do '{method}'; {self._can_do(method)}")
+        kind = METHODS.get(method)
         if interval is not None:
-            if method != baselines.INTERVAL:
-                raise InputError(f"guided_interval goes with method '{baselines.INTERVAL}', not with '{method}'")
-            baselines.check_interval(interval, self._scheduler)
+            if not kind.has_interval:
+                raise InputError(f"guided_interval goes with method '{INTERVAL.name}', not with '{method}'")
+            check_interval(interval, self._scheduler)
         n = len(noise)
         w = np.asarray(guidance, np.float32)
         if w.shape != (n,):
@@ -273,13 +283,13 @@ class Pipeline:
             x = table.image_scale[0] * image + table.noise_scale[0] * noise
         else:
             x = noise if table.init_scale == 1.0 else noise * np.float32(table.init_scale)
-        twice = method == "cfg" or method in BASELINES
+        twice = kind.reads_both_texts
         reads = self.bundle.guided and self.negative_prompts
         other = negative
         if other is None and (twice or reads):
             other = np.broadcast_to(self._unconditional(), context.shape)
         inputs = {"encoder_hidden_states": np.concatenate([np.asarray(other), context]) if twice else context}
-        if method == "guided":
+        if kind.guided:
             inputs["guidance"] = w
         if reads:
             inputs["negative"] = np.asarray(other)
@@ -290,10 +300,9 @@ class Pipeline:
                 self._check_finite("latents", drawn.bad_latents)
                 self._check_finite("decoded pixels", drawn.bad_pixels)
             return drawn.values
-        if method in BASELINES:
-            where = interval or (self.guided_interval() if method == baselines.INTERVAL else (0, 0))
-            texts = inputs["encoder_hidden_states"]
-            latents = baselines.run(method, self._unet, table, x, w, texts, where, callback)
+        if kind.sample is not None:
+            where = interval or (self.guided_interval() if kind.has_interval else (0, 0))
+            latents = kind.sample(HostRun(self._unet, table, x, w, inputs["encoder_hidden_states"], where), callback)
         else:
             with self._unet.bind(2 * n if twice else n, size) as unet:
                 unet.write(**inputs)
@@ -304,8 +313,11 @@ class Pipeline:
 
     def _can_do(self, method: str) -> str:
         """What to say beside a method that is refused."""
-        if method in BASELINES and "cfg" in self.methods:
-            return "it is run step by step on the host, and this engine's loop runs on the GPU; take cfg or unguided"
+        if method in baselines_of(self.bundle.guided):
+            return (
+                "it is run step by step on the host, and this engine's loop runs on the GPU; "
+                f"take {' or '.join(self.methods)}"
+            )
         return f"it can do: {', '.join(self.methods)}"
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
@@ -453,7 +465,7 @@ class Pipeline:
         """The negative prompt of each image; None where there is none."""
         if negative is None:
             return None
-        if not self.negative_prompts or method == "unguided":
+        if not self.negative_prompts or not uses_guidance(method):
             raise InputError(
                 f"engine '{self.name}' takes no negative prompt with method '{method}': its guide was distilled "
                 "without; leave it out, use CFG on a plain engine, or distil with --negative 0.3"

@@ -1,22 +1,130 @@
-"""Baselines besides CFG itself: sequential CFG, and CFG on a part of the timesteps.
+"""Sampling methods: how often and on what a step evaluates the U-Net.
 
-They exist to be measured, and run on the host's loop alone; to sample with there are ``cfg``, ``unguided``, ``guided``.
+Six values of :class:`Method`.  ``cfg``, ``unguided`` and ``guided`` sample; the others are what a guide is compared
+with: CFG in two evaluations, CFG on a part of the timesteps, CFG in half the steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..errors import InputError
+from ..registry import Registry
 from .loop import Callback, HostLoop
 from .network import Bound, Network
 from .noise_levels import Config, alphas_cumprod, training_steps
 from .table import Schedule
 
-TWO_PASSES, INTERVAL = "cfg-two-passes", "cfg-interval"
-BASELINES = (TWO_PASSES, INTERVAL)
 #: lowest and highest training timestep, both included, at which CFG is applied
 Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class HostRun:
+    """A batch of N latents to sample on the host, step by step.
+
+    Attributes:
+        unet: the network.
+        table: the schedule.
+        start: first latents, ``[N, C, H, W]`` float32.
+        w: guidance scales, ``[N]`` float32.
+        texts: text states, ``[N, tokens, D]``, or ``[2N, tokens, D]``, unconditional first, where the method reads
+            both.
+        interval: timesteps with guidance, for methods that have an interval.
+    """
+
+    unet: Network
+    table: Schedule
+    start: np.ndarray
+    w: np.ndarray
+    texts: np.ndarray
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sampling method by name.
+
+    Attributes:
+        name: as ``--method``, the parameters of images and the results spell it.
+        label: in tables.
+        description: one clause for legends.
+        colour: CSS colours on a light and on a dark page.
+        marker: matplotlib's marker; colour is never the only difference.
+        batches: the U-Net evaluations of one step, each as rows of its batch per image: ``(2,)`` is one batch of two,
+            ``(1, 1)`` two batches of one.
+        batches_outside: those of a step outside the interval; None for methods without an interval.
+        step_divisor: the steps that are run are those that are asked for divided by this, at least one.
+        guided: whether bundles with a guide run it; else those without.
+        uses_guidance: whether w and, on bundles without a guide, a negative prompt change the result.
+        runs_as: the pipeline's method that it is, where only the number of steps differs.
+        images_of: the method that gives the same images, where there is one.
+        baseline: whether it exists to be compared with and is not offered by default.
+        sample: returns the last latents ``[N, C, H, W]`` of a run on the host; None for the plain loop, which devices
+            run as well.
+    """
+
+    name: str
+    label: str
+    description: str
+    colour: tuple[str, str]
+    marker: str = "P"
+    batches: tuple[int, ...] = (1,)
+    batches_outside: tuple[int, ...] | None = None
+    step_divisor: int = 1
+    guided: bool = False
+    uses_guidance: bool = True
+    runs_as: str | None = None
+    images_of: str | None = None
+    baseline: bool = False
+    sample: Callable[[HostRun, Callback | None], np.ndarray] | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether guidance is applied at a part of the timesteps."""
+        return self.batches_outside is not None
+
+    @property
+    def reads_both_texts(self) -> bool:
+        """Whether the unconditional text states are read beside the conditional ones."""
+        return sum(self.batches) > 1
+
+    @property
+    def of_pipeline(self) -> str:
+        """The pipeline's method that runs it."""
+        return self.runs_as or self.name
+
+    def steps(self, steps: int) -> int:
+        """Steps that are run where ``steps`` are asked for."""
+        return max(1, steps // self.step_divisor)
+
+    def calls(self, steps: int, inside: int | None = None) -> list[tuple[int, int]]:
+        """The U-Net's calls in ``steps`` steps that are run, as (calls, rows of the batch per image).
+
+        Args:
+            inside: steps inside the interval, for methods that have one; None for all.
+        """
+        if self.batches_outside is None or inside is None:
+            inside = steps
+        parts = ((inside, self.batches), (steps - inside, self.batches_outside or ()))
+        counts: dict[tuple[int, int], int] = {}
+        for place, (number, batches) in enumerate(parts):
+            for rows in batches:
+                counts[place, rows] = counts.get((place, rows), 0) + number
+        return [(count, rows) for (_, rows), count in counts.items()]
+
+    def evaluations(self, steps: int, inside: int | None = None) -> int:
+        """U-Net evaluations of one image in ``steps`` steps that are run; arguments as of :meth:`calls`."""
+        return sum(count * rows for count, rows in self.calls(steps, inside))
+
+
+#: methods by name, in the order of reports
+METHODS: Registry[Method] = Registry("methods", "method")
+
+
 #: noise levels, above the first and up to the second, at which guidance helps (Kynkäänniemi et al. 2024, for SDXL)
 GUIDED_SIGMAS = (0.28, 5.42)
 
@@ -53,38 +161,20 @@ def guided_steps(table: Schedule, interval: Interval) -> np.ndarray:
     return np.asarray((table.timesteps >= interval[0]) & (table.timesteps <= interval[1]))
 
 
-def run(
-    method: str,
-    unet: Network,
-    table: Schedule,
-    start: np.ndarray,
-    w: np.ndarray,
-    texts: np.ndarray,
-    interval: Interval,
-    callback: Callback | None = None,
-) -> np.ndarray:
-    """The last latents ``[N, C, H, W]`` of a baseline.
+def _two_passes(run: HostRun, callback: Callback | None) -> np.ndarray:
+    n, size = len(run.start), (run.start.shape[-2], run.start.shape[-1])
+    with run.unet.bind(n, size) as single:
+        return _TwoPasses(single, run.table, run.start.shape, run.w, run.texts).run(run.start, callback)
 
-    Args:
-        method: one of ``BASELINES``.
-        start: the first latents, ``[N, C, H, W]``.
-        w: ``[N]``.
-        texts: text states ``[2N, tokens, D]``, unconditional first.
-        interval: for ``cfg-interval``.
 
-    Raises:
-        InputError: for a batch that the engine was not built for.
-        Cancelled: if the callback returned False.
-    """
-    n, size = len(start), (start.shape[-2], start.shape[-1])
-    with unet.bind(n, size) as single:
-        if method == TWO_PASSES:
-            return _TwoPasses(single, table, start.shape, w, texts).run(start, callback)
-        with unet.bind(2 * n, size) as double:
-            single.write(encoder_hidden_states=texts[n:])
-            double.write(encoder_hidden_states=texts)
-            both = HostLoop(double, table, start.shape, w)
-            return _OnInterval(single, table, start.shape, both, guided_steps(table, interval)).run(start, callback)
+def _on_interval(run: HostRun, callback: Callback | None) -> np.ndarray:
+    n, size = len(run.start), (run.start.shape[-2], run.start.shape[-1])
+    with run.unet.bind(n, size) as single, run.unet.bind(2 * n, size) as double:
+        single.write(encoder_hidden_states=run.texts[n:])
+        double.write(encoder_hidden_states=run.texts)
+        both = HostLoop(double, run.table, run.start.shape, run.w)
+        where = guided_steps(run.table, run.interval)
+        return _OnInterval(single, run.table, run.start.shape, both, where).run(run.start, callback)
 
 
 class _TwoPasses(HostLoop):
@@ -118,3 +208,63 @@ class _OnInterval(HostLoop):
 
     def _predict(self, i: int) -> np.ndarray:
         return self._both.predict(i, self._x) if self._where[i] else super()._predict(i)
+
+
+_CFG_COLOUR = ("#c2570c", "#f0954a")
+CFG = METHODS.register(
+    "cfg",
+    Method(
+        "cfg", "teacher, CFG", "the teacher's classifier-free guidance, one batch of two a step",
+        _CFG_COLOUR, "o", batches=(2,),
+    ),
+)  # fmt: skip
+TWO_PASSES = METHODS.register(
+    "cfg-two-passes",
+    Method(
+        "cfg-two-passes", "teacher, CFG in two passes", "the same as two passes, one after the other",
+        _CFG_COLOUR, batches=(1, 1), images_of="cfg", baseline=True, sample=_two_passes,
+    ),
+)  # fmt: skip
+INTERVAL = METHODS.register(
+    "cfg-interval",
+    Method(
+        "cfg-interval", "teacher, CFG on an interval", "CFG in a part of the timesteps, one pass in the others",
+        ("#0d7d6c", "#41c2ab"), "D", batches=(2,), batches_outside=(1,), baseline=True, sample=_on_interval,
+    ),
+)  # fmt: skip
+FEWER_STEPS = METHODS.register(
+    "cfg-fewer-steps",
+    Method(
+        "cfg-fewer-steps", "teacher, CFG, half the steps", "CFG in half the steps: as many passes as the guide makes",
+        ("#9a7b00", "#d6b53c"), "v", batches=(2,), step_divisor=2, runs_as="cfg", baseline=True,
+    ),
+)  # fmt: skip
+GUIDED = METHODS.register(
+    "guided",
+    Method(
+        "guided", "teacher + guide", "teacher and guide, one pass a step",
+        ("#0f6fb8", "#58aef0"), "s", guided=True,
+    ),
+)  # fmt: skip
+UNGUIDED = METHODS.register(
+    "unguided",
+    Method(
+        "unguided", "teacher, no guidance", "the teacher's plain prediction, one pass a step",
+        ("#8a8d96", "#8f939e"), "^", uses_guidance=False,
+    ),
+)  # fmt: skip
+
+
+def methods_of(guided: bool) -> tuple[str, ...]:
+    """What bundles with a guide, or without, sample with, by name; the first is the default."""
+    return tuple(m.name for m in METHODS.values() if m.guided == guided and not m.baseline and m.runs_as is None)
+
+
+def baselines_of(guided: bool) -> tuple[str, ...]:
+    """What the host's loop runs besides, to be compared with, by name."""
+    return tuple(m.name for m in METHODS.values() if m.guided == guided and m.baseline and m.runs_as is None)
+
+
+def uses_guidance(method: str) -> bool:
+    """Whether w changes what a method gives; methods that are not registered, as of other toolkits, do use it."""
+    return METHODS.get(method).uses_guidance if method in METHODS else True

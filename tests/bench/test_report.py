@@ -17,10 +17,11 @@ from rich.console import Console
 
 from pnp_trt.bench import results
 from pnp_trt.bench.measure.latency import BOUNDARY
+from pnp_trt.bench.metrics.definitions import KID, PSNR_TO_CFG_DB
 from pnp_trt.bench.report import charts_bars, tables
 from pnp_trt.bench.report import page as report
 from pnp_trt.bench.report.charts_fidelity import pareto_charts, scale_charts
-from pnp_trt.bench.report.fidelity_points import MEASURES, Point, compute_points, front, headline_w, latency_points
+from pnp_trt.bench.report.fidelity_points import Point, compute_points, front, headline_w, latency_points
 from pnp_trt.bench.report.words import estimate, interval, three_digits
 
 from . import fake_document
@@ -186,14 +187,14 @@ def test_the_front_is_what_nothing_beats() -> None:
         return Point("e", "cfg", 1, x, y, y, y)
 
     points = [point(1, 5), point(2, 6), point(2, 4), point(3, 4), point(4, 1)]
-    assert [(p.x, p.y) for p in front(points, MEASURES[0])] == [(1, 5), (2, 4), (4, 1)]
-    assert [(p.x, p.y) for p in front(points, MEASURES[-1])] == [(1, 5), (2, 6)]
+    assert [(p.x, p.y) for p in front(points, KID)] == [(1, 5), (2, 4), (4, 1)]
+    assert [(p.x, p.y) for p in front(points, PSNR_TO_CFG_DB)] == [(1, 5), (2, 6)]
 
 
 def test_time_is_matched_and_never_guessed() -> None:
     doc = make()
     assert headline_w(doc) == 3.0
-    found = {(p.method, p.steps): p.x for p in latency_points(doc, MEASURES[0])}
+    found = {(p.method, p.steps): p.x for p in latency_points(doc, KID)}
     assert set(found) == {
         ("cfg", 20), ("unguided", 20), ("guided", 20), ("cfg-interval", 20), ("cfg-fewer-steps", 10),
         ("cfg", 8), ("unguided", 8), ("guided", 8), ("cfg-interval", 8), ("cfg-fewer-steps", 4),
@@ -202,8 +203,8 @@ def test_time_is_matched_and_never_guessed() -> None:
     assert found["guided", 20] == timed["p50_ms_per_picture"]
     ten = next(row for row in doc["fidelity"] if row["method"] == "cfg" and row["guidance"] == 3.0) | {"steps": 10}
     halved = make(fidelity=[*doc["fidelity"], ten])  # CFG in ten steps was timed as "half the steps"
-    assert ("cfg", 10) in {(p.method, p.steps) for p in latency_points(halved, MEASURES[0])}
-    assert len(compute_points(doc, MEASURES[0])) == 15
+    assert ("cfg", 10) in {(p.method, p.steps) for p in latency_points(halved, KID)}
+    assert len(compute_points(doc, KID)) == 15
 
 
 def test_two_methods_with_one_point_share_its_label() -> None:

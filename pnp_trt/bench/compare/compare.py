@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import InputError
+from ...sampling.methods import uses_guidance
 from .. import results
+from ..metric import METRICS
 from ..report.words import plural
 from .changes import FLOOR, Change, Comparison
 
@@ -27,11 +29,6 @@ _RESAMPLES = 2000
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
 
-#: Figures of a fidelity row and whether a larger one is better.
-_FIDELITY = {
-    "kid": False, "kid_gain_over_cfg": True, "r_at_1": True, "r_at_5": True, "psnr_to_cfg_db": True,
-    "feature_cosine_to_cfg": True, "fid_inception": False, "clip_score": True,
-}  # fmt: skip
 _COST = ("parameters", "macs", "macs_without_attention")
 _METHOD_COST = ("macs_per_picture", "macs_per_picture_without_attention")
 #: Keys that identify a row of a part.
@@ -95,7 +92,7 @@ def _by_key(doc: Document, part: str) -> dict[tuple[Any, ...], Row]:
     rows = {}
     for row in doc[part]:
         key = [row.get(name) for name in _KEYS[part]]
-        if row.get("method") == "unguided" and "guidance" in _KEYS[part]:
+        if "guidance" in _KEYS[part] and not uses_guidance(row["method"]):
             key[_KEYS[part].index("guidance")] = None  # w changes nothing there
         rows[tuple(tuple(one) if isinstance(one, list) else one for one in key)] = row
     return rows
@@ -109,11 +106,12 @@ def _figures(part: str, key: dict[str, Any], old: Row, new: Row, absolute: bool)
                 verdict = "same" if old[name] == new[name] else "worse" if new[name] > old[name] else "better"
                 yield Change(part, key, name, old[name], new[name], None, None, verdict, "exact")
     elif part == "fidelity":
-        for name, larger_is_better in _FIDELITY.items():
+        for metric in METRICS.values():
+            name = metric.key
             before, after = old.get(name), new.get(name)
             if before and after:
                 was, now = (before["low"], before["high"]), (after["low"], after["high"])
-                verdict = _verdict(was, now, larger_is_better)
+                verdict = _verdict(was, now, metric.higher_is_better)
                 yield Change(part, key, name, before["value"], after["value"], was, now, verdict, "interval")
     elif part == "latency":
         yield from _ratio(key, old, new)

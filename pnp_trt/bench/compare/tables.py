@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..metric import METRICS
 from ..report.tables import Table
 from ..report.words import decimals_of, percent
 from .changes import FLOOR, Change, Comparison
 
 _NAMES = {
-    "ratio_to_cfg": "of CFG's time", "p50_ms": "loop, ms", "p50_s": "cold start, s", "kid": "KID",
-    "kid_gain_over_cfg": "KID gain over CFG", "r_at_1": "R@1", "r_at_5": "R@5", "psnr_to_cfg_db": "PSNR to CFG, dB",
-    "feature_cosine_to_cfg": "cosine to CFG", "fid_inception": "FID", "clip_score": "CLIP score",
+    "ratio_to_cfg": "of CFG's time", "p50_ms": "loop, ms", "p50_s": "cold start, s",
     "macs_per_picture": "MACs per image", "macs_without_attention": "MACs without attention", "macs": "MACs",
     "macs_per_picture_without_attention": "MACs per image without attention",
 }  # fmt: skip
@@ -69,7 +68,15 @@ def _row(one: Change) -> list[str]:
         change = f"{one.new - one.old:+,.{decimals}f}"
     else:
         change = f"{'+' if one.relative > 0 else ''}{percent(one.relative)}"
-    return [said(one.key), _NAMES.get(one.figure, one.figure.replace("_", " ")), *cells, change.replace("-", "−")]
+    return [said(one.key), _name(one.figure), *cells, change.replace("-", "−")]
+
+
+def _name(figure: str) -> str:
+    """A figure's name, in the unit that the document has it in."""
+    if figure in METRICS:
+        metric = METRICS[figure]
+        return metric.name if metric.scale == 1 else metric.label
+    return _NAMES.get(figure, figure.replace("_", " "))
 
 
 def _cell(value: float, interval: Sequence[float] | None, decimals: int) -> str:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-#: methods of a pipeline itself; peers (see `peers`) bring one each of their own
-METHODS = ("cfg", "cfg-two-passes", "cfg-interval", "cfg-fewer-steps", "unguided", "guided")
-FEWER_STEPS, INTERVAL = "cfg-fewer-steps", "cfg-interval"
-#: methods that call the network once a step, on every image once
-_ONE_PASS = ("unguided", "guided")
+from ...sampling.methods import CFG, METHODS, Method
 
 
 class Pipeline(Protocol):
@@ -69,36 +65,40 @@ class Case:
         return f"{self.pipe.name}/{self.method}"
 
     @property
+    def kind(self) -> Method:
+        """The method; a peer's own is CFG in another toolkit."""
+        return METHODS.get(self.method) if self.method in METHODS else CFG
+
+    @property
+    def _of_pipeline(self) -> str:
+        """The method as the pipeline knows it."""
+        return self.kind.of_pipeline if self.method in METHODS else self.method
+
+    @property
     def possible(self) -> bool:
         """Whether the pipeline can run it."""
-        own = (*self.pipe.methods, *getattr(self.pipe, "baselines", ()))
-        return ("cfg" if self.method == FEWER_STEPS else self.method) in own
+        return self._of_pipeline in (*self.pipe.methods, *getattr(self.pipe, "baselines", ()))
 
     def steps(self, steps: int) -> int:
         """The steps that it makes where `steps` are requested: half, at least one, for CFG at a guide's compute."""
-        return max(1, steps // 2) if self.method == FEWER_STEPS else steps
+        return self.kind.steps(steps)
 
     @property
     def interval(self) -> tuple[int, int] | None:
         """Lowest and highest timestep with CFG; None for methods without an interval."""
-        if self.method != INTERVAL:
+        if not self.kind.has_interval:
             return None
         pipe: Any = self.pipe
         return self.guided_interval or pipe.guided_interval()
 
     def calls(self, steps: int, schedule: str | None = None) -> list[tuple[int, int]]:
         """How a loop of `steps` calls the network, as (calls, rows of the batch an image)."""
-        made = self.steps(steps)
-        if self.method in _ONE_PASS:
-            return [(made, 1)]
-        if self.method == "cfg-two-passes":
-            return [(2 * made, 1)]
+        made, inside = self.steps(steps), None
         if self.interval is not None:
             pipe: Any = self.pipe
             low, high = self.interval
-            guided = sum(low <= t <= high for t in pipe.schedule(made, schedule).timesteps.tolist())
-            return [(guided, 2), (made - guided, 1)]
-        return [(made, 2)]
+            inside = sum(low <= t <= high for t in pipe.schedule(made, schedule).timesteps.tolist())
+        return self.kind.calls(made, inside)
 
     def passes(self, steps: int, schedule: str | None = None) -> int:
         """U-Net evaluations per image where `steps` are requested."""
@@ -111,8 +111,9 @@ class Case:
         more: dict[str, Any] = {} if schedule is None else {"schedule": schedule}
         if self.guided_interval is not None:
             more["guided_interval"] = self.guided_interval
-        method = "cfg" if self.method == FEWER_STEPS else self.method
-        return self.pipe.denoise(context, noise, steps=self.steps(steps), guidance=guidance, method=method, **more)
+        return self.pipe.denoise(
+            context, noise, steps=self.steps(steps), guidance=guidance, method=self._of_pipeline, **more
+        )
 
 
 def cases_of(pipes: Sequence[Pipeline], *, guided_interval: tuple[int, int] | None = None) -> list[Case]:
@@ -120,7 +121,7 @@ def cases_of(pipes: Sequence[Pipeline], *, guided_interval: tuple[int, int] | No
     found = []
     for pipe in pipes:
         for method in (*METHODS, *(m for m in pipe.methods if m not in METHODS)):
-            case = Case(pipe, method, guided_interval if method == INTERVAL else None)
+            case = Case(pipe, method)
             if case.possible:
-                found.append(case)
+                found.append(replace(case, guided_interval=guided_interval) if case.kind.has_interval else case)
     return found

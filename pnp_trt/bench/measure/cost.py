@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
+from ...sampling.methods import CFG, METHODS
 from .published import published_rows as published_rows  # the paper's table is part of the cost
 
 if TYPE_CHECKING:
@@ -115,10 +116,9 @@ def method_rows(
 ) -> list[dict[str, Any]]:
     """Totals per method from the rows of `cost_rows`, for one image of `steps` steps at batch 1.
 
-    CFG runs the teacher twice a step (`cfg` in one batch of two, `cfg-two-passes` one after the other), `cfg-interval`
-    twice in `guided_steps` of the steps and once in the others (left out for None), `cfg-fewer-steps` is CFG in half
-    the steps, at least one; `unguided` runs it once, `guided` the teacher and one guide once each (one row per
-    guide). Each row carries `method`, `guide`, `parameters` (of the networks that run each step), `passes` (networks
+    How often a method runs the teacher is in `METHODS`; `guided_steps` are those inside the interval of the methods
+    that have one, which None leaves out. Methods of bundles with a guide have one row per guide, which runs once a
+    step. Each row carries `method`, `guide`, `parameters` (of the networks that run each step), `passes` (networks
     run in one step; where steps differ, in the costliest), `passes_per_picture` (of the teacher), `steps`,
     `macs_per_step` and `macs_per_step_without_attention` (mean over the steps), `macs_per_picture`,
     `macs_per_picture_without_attention`, and `ratio_to_cfg` and `ratio_to_cfg_without_attention` (of the MACs of all
@@ -134,15 +134,14 @@ def method_rows(
     teacher = by_name.get(TEACHER)
     if teacher is None:
         raise InputError(f"The cost per method needs the network '{TEACHER}', got {', '.join(by_name) or 'none'}.")
-    fewer = max(1, steps // 2)
-    runs = [
-        _Run("cfg", None, steps, 2 * steps),
-        _Run("cfg-two-passes", None, steps, 2 * steps),
-        *([] if guided_steps is None else [_Run("cfg-interval", None, steps, steps + guided_steps)]),
-        _Run("cfg-fewer-steps", None, fewer, 2 * fewer),
-        _Run("unguided", None, steps, steps),
-    ]
-    runs += [_Run("guided", name, steps, steps) for name in by_name if name.startswith(GUIDE_PREFIX)]
+    guides = [name for name in by_name if name.startswith(GUIDE_PREFIX)]
+    runs = []
+    for method in sorted(METHODS.values(), key=lambda method: method.guided):
+        if method.has_interval and guided_steps is None:
+            continue
+        made = method.steps(steps)
+        passes = method.evaluations(made, guided_steps)
+        runs += [_Run(method.name, guide, made, passes) for guide in (guides if method.guided else [None])]
     return [_method_row(run, by_name, steps) for run in runs]
 
 
@@ -175,7 +174,7 @@ def _method_row(run: _Run, by_name: Mapping[str, Mapping[str, Any]], cfg_steps: 
         loop = run.passes * int(teacher[key]) + run.steps * sum(int(network[key]) for network in beside)
         row[f"macs_per_step{suffix}"] = loop // run.steps
         row[f"macs_per_picture{suffix}"] = loop + sum(int(by_name[name][key]) for name in once)
-        row[f"ratio_to_cfg{suffix}"] = loop / (2 * cfg_steps * teacher[key]) if teacher[key] else None
+        row[f"ratio_to_cfg{suffix}"] = loop / (CFG.evaluations(cfg_steps) * teacher[key]) if teacher[key] else None
     return row
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from .cases import METHODS, Case, Pipeline
+from ...sampling.methods import CFG, METHODS
+from .cases import Case, Pipeline
 from .meters import Meters
 
 __all__ = ["BOUNDARY", "METHODS", "Case", "LatencyRow", "Pipeline", "measure"]
@@ -209,7 +210,7 @@ def _reference(cases: Sequence[Case], index: int) -> int | None:
     A pipeline may say its base model in an attribute `base`; engines of different bases are never compared.
     """
     pipe = cases[index].pipe
-    cfg = [number for number, case in enumerate(cases) if case.method == "cfg"]
+    cfg = [number for number, case in enumerate(cases) if case.method == CFG.name]
     own = [number for number in cfg if cases[number].pipe is pipe]
     base = getattr(pipe, "base", None)
     alike = [number for number in cfg if getattr(cases[number].pipe, "base", None) == base]

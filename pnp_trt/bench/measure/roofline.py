@@ -93,7 +93,7 @@ def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], Work | N
             return None if weight is None or "teacher" not in macs else Work(macs["teacher"], weight)
         networks = bundle.manifest.networks
         needed = ["teacher"]
-        if case.method == "guided":
+        if case.kind.guided:
             needed.append("guide-full" if "condition" in networks else "guide-tiny")
         if any(name not in macs for name in needed):
             return None

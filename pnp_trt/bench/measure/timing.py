@@ -9,6 +9,7 @@ from typing import Any
 from ...bundle.store import find_bundle
 from ...errors import PnpError
 from ...runtime.pipeline import Pipeline
+from ...sampling.methods import CFG
 from ..metrics.tasks import PROMPTS, STYLES
 from ..plan import Plan
 from ..work import Work
@@ -48,10 +49,10 @@ class Timing:
         if not self.plan.peers:
             self._leave_out("peers (diffusers, optimum-onnx)", "excluded by this run's settings")
             return []
-        if not any("cfg" in pipe.methods for pipe in self.pipes):
+        if not any(CFG.name in pipe.methods for pipe in self.pipes):
             self._leave_out("peers (diffusers, optimum-onnx)", "there is no CFG of ours to compare them with")
             return []
-        plain = next(pipe for pipe in self.pipes if "cfg" in pipe.methods)
+        plain = next(pipe for pipe in self.pipes if CFG.name in pipe.methods)
         provider = "cuda" if plain.on_gpu else "cpu"
         precision = plain.bundle.manifest.precision if plain.on_gpu else "fp32"
         kinds = [k for k in peers.KINDS if precision in ("fp32", "fp16", "bf16")]
@@ -78,7 +79,7 @@ class Timing:
         say("trying every method, for an estimate")
         for case in self.own:
             self.paces[case.label] = trial(case, TIMED, self.plan.guidance[0], self._largest(case))
-        cfg = next((self.paces[c.label] for c in self.own if c.method == "cfg"), Pace(0.0, 0.0))
+        cfg = next((self.paces[c.label] for c in self.own if c.method == CFG.name), Pace(0.0, 0.0))
         for case in self._others:
             say(f"trying {case.method}, which may compile first")
             try:

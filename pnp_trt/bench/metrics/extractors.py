@@ -13,7 +13,7 @@ import numpy as np
 
 from ...bundle.store import cached_sha256
 from ..plan import Plan
-from .fidelity import EXTRACTOR_SHA256, AlignmentHead, Estimate
+from .fidelity import EXTRACTOR_SHA256, AlignmentHead
 from .tasks import JUDGE
 
 #: images of the trial for the estimate
@@ -70,9 +70,3 @@ class Eyes:
         if self.clip is not None:
             found["clip"] = self.clip(pixels, prompts)
         return found
-
-    def fid(self, real: np.ndarray, generated: np.ndarray) -> Estimate:
-        """Fréchet Inception distance between features ``[M, D]`` and ``[N, D]``."""
-        from .inception import frechet
-
-        return frechet(real, generated)

@@ -9,32 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...sampling.methods import METHODS
+
 #: Colours that are drawn and then replaced by the page's variables, so that a chart follows light and dark.
 INK = "#010101"
 FAINT = "#020202"
 PANEL = "#020203"
-_VARIABLES = {
-    INK: "currentColor",
-    FAINT: "var(--rule)",
-    PANEL: "var(--paper)",
-    "#030301": "var(--cfg)",
-    "#030302": "var(--unguided)",
-    "#030303": "var(--guided)",
-    "#030304": "var(--interval)",
-    "#030305": "var(--fewer)",
-    "#030306": "var(--peer)",
-}
-_COLOURS = {
-    "cfg": "#030301",
-    "cfg-two-passes": "#030301",
-    "unguided": "#030302",
-    "guided": "#030303",
-    "cfg-interval": "#030304",
-    "cfg-fewer-steps": "#030305",
-}
-_PEER = "#030306"
-#: A shape of its own for each method: colour is never the only difference.
-_MARKERS = {"cfg": "o", "guided": "s", "unguided": "^", "cfg-interval": "D", "cfg-fewer-steps": "v"}
+_VARIABLES = {INK: "currentColor", FAINT: "var(--rule)", PANEL: "var(--paper)"}
+#: the method of all peers on the page, with its colours in light and dark
+_PEER, _PEER_COLOUR = "peer", ("#7a4fa3", "#b695dd")
 WIDTH = 4.5  # inches at 72 to the inch: 324 px, what a phone of 360 px shows without scaling
 FONT = 9.5
 _NAME = 19  # characters of an engine's name beside a bar
@@ -48,14 +31,25 @@ class Chart:
     title: str
 
 
+def page_colours() -> dict[str, tuple[str, str]]:
+    """CSS colours of every method on a light and on a dark page, by the name of the page's variable."""
+    return {m.name: m.colour for m in METHODS.values()} | {_PEER: _PEER_COLOUR}
+
+
+def _stand_ins() -> dict[str, str]:
+    """Colours that are drawn and then replaced by the page's variables, by method."""
+    return {name: f"#0303{place:02x}" for place, name in enumerate(page_colours(), 1)}
+
+
 def colour(method: str) -> str:
     """The stand-in colour of a method; peers share one."""
-    return _COLOURS.get(method, _PEER)
+    found = _stand_ins()
+    return found.get(method, found[_PEER])
 
 
 def marker(method: str) -> str:
     """matplotlib's name of a method's shape."""
-    return _MARKERS.get(method, "P")
+    return METHODS.get(method).marker if method in METHODS else "P"
 
 
 def label(method: str, engine: str | None) -> str:
@@ -141,7 +135,8 @@ def svg(made: Any, name: str, title: str) -> Chart:
     # matplotlib numbers its groups from one in every figure; two charts on a page need names of their own
     text = re.sub(r'id="(?!chart-)', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    for drawn, variable in _VARIABLES.items():
+    variables = _VARIABLES | {drawn: f"var(--{name})" for name, drawn in _stand_ins().items()}
+    for drawn, variable in variables.items():
         text = text.replace(drawn, variable)
     head, body = text.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ...sampling.methods import FEWER_STEPS, uses_guidance
 from ...visualize.figures import plain_text
+from ..metric import Metric
 from .charts import FAINT, FONT, INK, PANEL, Chart, colour, figure, log_ticks, marker, svg, titled
-from .fidelity_points import Measure, Point, compute_points, front, headline_w, latency_points, measure_of, series
+from .fidelity_points import Point, compute_points, front, headline_w, latency_points, measure_of, series
 from .words import plural, unit_of
 
 _LINES = ("-", "--", ":", "-.")
@@ -41,7 +43,7 @@ def pareto_charts(doc: Mapping[str, Any]) -> list[Chart]:
     return charts
 
 
-def _pareto(points: Sequence[Point], measure: Measure, scale: float, words: tuple[str, str, str]) -> Chart:
+def _pareto(points: Sequence[Point], measure: Metric, scale: float, words: tuple[str, str, str]) -> Chart:
     name, title, x_name = words
     names = series(points)
     made, axis = figure(3.7)
@@ -69,10 +71,12 @@ def _pareto(points: Sequence[Point], measure: Measure, scale: float, words: tupl
     axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.locator_params(axis="y", nbins=6)
-    titled(axis, title, x_name, measure.name)
+    titled(axis, title, x_name, measure.axis_title)
     _legend(made, len(names) + 1)
     _label_steps(made, axis, points, scale)
-    said = f"{measure.name}, {title.lower()}: {plural(len(points), 'point')}, labelled by steps, with 95 % intervals"
+    said = (
+        f"{measure.axis_title}, {title.lower()}: {plural(len(points), 'point')}, labelled by steps, with 95 % intervals"
+    )
     return svg(made, name, said)
 
 
@@ -137,31 +141,31 @@ def scale_charts(doc: Mapping[str, Any]) -> list[Chart]:
     if measure is None:
         return []
     judged = [row for row in doc["fidelity"] if row.get(measure.key)]
-    rows = [row for row in judged if row["guidance"] is not None or row["method"] == "unguided"]
-    curved = [row for row in rows if row["method"] != "unguided"]
+    rows = [row for row in judged if row["guidance"] is not None or not uses_guidance(row["method"])]
+    curved = [row for row in rows if uses_guidance(row["method"])]
     if len({row["guidance"] for row in curved}) < 2:
         return []
     ends = [row[measure.key][end] for row in rows for end in ("low", "high")]
     margin = 0.06 * (max(ends) - min(ends))
     limits = (min(ends) - margin, max(ends) + margin)
     # CFG in half the steps has numbers of steps of its own, which nothing else stands beside
-    shared = {row["steps"] for row in curved if row["method"] != "cfg-fewer-steps"}
+    shared = {row["steps"] for row in curved if row["method"] != FEWER_STEPS.name}
     panels = sorted(shared, reverse=True)[:_PANELS]
     rows = [row for row in rows if row["steps"] in panels]
     return [_over_w(rows, steps, measure, limits) for steps in panels]
 
 
-def _over_w(rows: Sequence[Mapping[str, Any]], steps: int, measure: Measure, limits: tuple[float, float]) -> Chart:
+def _over_w(rows: Sequence[Mapping[str, Any]], steps: int, measure: Metric, limits: tuple[float, float]) -> Chart:
     names = series(rows)  # of all panels, so that their legends and axes are the same
     made, axis = figure(3.4)
     axis.grid(axis="y", color=FAINT, linewidth=0.7)
-    scales = sorted({float(row["guidance"]) for row in rows if row["method"] != "unguided"})
+    scales = sorted({float(row["guidance"]) for row in rows if uses_guidance(row["method"])})
     for key, said in names.items():
         alike = [r for r in rows if (r["engine"], r["method"], r["steps"]) == (*key, steps)]
         own = sorted(alike, key=lambda r: r["guidance"] or 0.0)
         values = [row[measure.key] for row in own]
         paint, line = colour(key[1]), _LINES[_rank(names, key)]
-        if key[1] == "unguided" and values:  # does not depend on w
+        if values and not uses_guidance(key[1]):  # does not depend on w
             axis.axhspan(values[0]["low"], values[0]["high"], color=paint, alpha=0.18, linewidth=0)
             axis.axhline(values[0]["value"], color=paint, linewidth=1.4, linestyle="--", label=said)
             continue
@@ -176,6 +180,6 @@ def _over_w(rows: Sequence[Mapping[str, Any]], steps: int, measure: Measure, lim
     axis.set_ylim(*limits)
     axis.set_xticks(scales, [f"{w:g}" for w in scales])
     axis.locator_params(axis="y", nbins=6)
-    titled(axis, plural(steps, "step"), "guidance scale w", measure.name)
+    titled(axis, plural(steps, "step"), "guidance scale w", measure.axis_title)
     _legend(made, len(names))
-    return svg(made, f"scale-{steps}", f"{measure.name} over the guidance scale w at {plural(steps, 'step')}")
+    return svg(made, f"scale-{steps}", f"{measure.axis_title} over the guidance scale w at {plural(steps, 'step')}")

@@ -7,26 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...sampling.methods import METHODS, uses_guidance
+from ..metric import Metric, axis_metrics
+
 Document = Mapping[str, Any]
 HEADLINE_W = 3.0
-#: Methods of the latency part that are the same loop as a method of the fidelity part, at the same number of steps.
-_SAME_LOOP = {"cfg": ("cfg", "cfg-fewer-steps"), "cfg-fewer-steps": ("cfg-fewer-steps", "cfg")}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A fidelity figure as a chart's axis: its key in the rows, its name with unit, and which way is better."""
-
-    key: str
-    name: str
-    lower_is_better: bool
-
-
-MEASURES = (
-    Measure("kid", "KID, ↓ is better", True),
-    Measure("fid_inception", "FID, ↓ is better", True),
-    Measure("psnr_to_cfg_db", "PSNR to CFG, dB, ↑ is better", False),
-)
 
 
 @dataclass(frozen=True)
@@ -42,25 +27,35 @@ class Point:
     high: float
 
 
-def measure_of(doc: Document) -> Measure | None:
+def measure_of(doc: Document) -> Metric | None:
     """How good the images are where that was measured, else how close to CFG's; None where neither was."""
-    return next((one for one in MEASURES if any(row.get(one.key) for row in doc["fidelity"])), None)
+    return next((one for one in axis_metrics() if any(row.get(one.key) for row in doc["fidelity"])), None)
 
 
 def headline_w(doc: Document) -> float | None:
     """The w that most rows have; of equals, the one nearest to 3. Unguided rows count for none."""
     counts = Counter(
-        float(row["guidance"]) for row in doc["fidelity"] if row["method"] != "unguided" and row["guidance"] is not None
+        float(row["guidance"])
+        for row in doc["fidelity"]
+        if uses_guidance(row["method"]) and row["guidance"] is not None
     )
     return max(counts, key=lambda w: (counts[w], -abs(w - HEADLINE_W)), default=None)
 
 
-def compute_points(doc: Document, measure: Measure) -> list[Point]:
+def _same_loop(method: str) -> list[str]:
+    """Methods that are the same loop as this one at the same number of steps, itself first."""
+    if method not in METHODS:
+        return [method]
+    loop = METHODS.get(method).of_pipeline
+    return [method, *(m.name for m in METHODS.values() if m.of_pipeline == loop and m.name != method)]
+
+
+def compute_points(doc: Document, measure: Metric) -> list[Point]:
     """Fidelity against MACs of one image, at the headline w."""
     return _points(doc, measure, lambda row: row.get("macs_per_picture"))
 
 
-def latency_points(doc: Document, measure: Measure) -> list[Point]:
+def latency_points(doc: Document, measure: Metric) -> list[Point]:
     """Fidelity against milliseconds per image as measured: same engine, method and steps, at the smallest batch."""
     timed: dict[tuple[str, str, int], Mapping[str, Any]] = {}
     for row in doc["latency"]:
@@ -69,27 +64,27 @@ def latency_points(doc: Document, measure: Measure) -> list[Point]:
             timed[key] = row
 
     def time_of(row: Mapping[str, Any]) -> float | None:
-        names = _SAME_LOOP.get(row["method"], (row["method"],))
+        names = _same_loop(row["method"])
         found = next((timed[k] for name in names if (k := (row["engine"], name, row["steps"])) in timed), None)
         return None if found is None else found.get("p50_ms_per_picture")
 
     return _points(doc, measure, time_of)
 
 
-def _points(doc: Document, measure: Measure, place: Any) -> list[Point]:
+def _points(doc: Document, measure: Metric, place: Any) -> list[Point]:
     w = headline_w(doc)
     found: dict[tuple[str, str, int], Point] = {}
     for row in doc["fidelity"]:
         value, x = row.get(measure.key), place(row)
-        if value and x and (row["guidance"] == w or row["method"] == "unguided"):  # which stands beside every w
+        if value and x and (row["guidance"] == w or not uses_guidance(row["method"])):  # which stands beside every w
             key = (row["engine"], row["method"], row["steps"])
             found.setdefault(key, Point(*key, x, value["value"], value["low"], value["high"]))
     return list(found.values())
 
 
-def front(points: Iterable[Point], measure: Measure) -> list[Point]:
+def front(points: Iterable[Point], measure: Metric) -> list[Point]:
     """The points that no other beats in both, from the cheapest on."""
-    sign = 1 if measure.lower_is_better else -1
+    sign = -1 if measure.higher_is_better else 1
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.x, sign * p.y)):
         if not best or sign * point.y < sign * best[-1].y:

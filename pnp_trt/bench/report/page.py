@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle.store import write_text
+from ...sampling.methods import uses_guidance
 from . import tables
-from .charts import Chart
+from .charts import Chart, page_colours
 from .charts_bars import compute_chart, latency_charts, roofline_charts
 from .charts_fidelity import pareto_charts, scale_charts
 from .findings import headlines, sentences, time_sentences
 from .terminal import render_terminal
-from .words import METHOD_LEGEND, three_digits
+from .words import method_legend, three_digits
 
 __all__ = ["render_html", "render_terminal", "sentences"]
 
@@ -73,6 +74,7 @@ def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         engines=tables.engine_table(doc),
         cold=tables.cold_table(doc),
         left_out=tables.left_out_table(doc),
+        method_colours=list(page_colours().items()),
         method_legend=_legend(doc),
         unit_note=UNIT_NOTE,
         paper_note=PAPER_NOTE,
@@ -116,7 +118,7 @@ def _pictures(pictures: Mapping[str, Any] | None) -> dict[str, Any] | None:
             {"uri": f"data:image/png;base64,{png}", "alt": f"{said}: {column}"}
             for png, column in zip(row["png"], pictures["columns"], strict=False)
         ]
-        w = first if row.get("guidance") is None or row.get("method") == "unguided" else row["guidance"]
+        w = first if row.get("guidance") is None or not uses_guidance(row.get("method", "")) else row["guidance"]
         groups.setdefault(w, []).append({"label": row["label"], "pictures": shown})
     titled = [("" if w is None else f"w = {w:g}", rows) for w, rows in groups.items()]
     return {"columns": pictures["columns"], "groups": titled, "caption": pictures["caption"]}
@@ -125,7 +127,7 @@ def _pictures(pictures: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _legend(doc: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the methods' short names mean, of those that the document has."""
     found = {row["method"] for part in ("latency", "fidelity", "methods_cost") for row in doc[part]}
-    return [(name, said) for name, said in METHOD_LEGEND.items() if name in found]
+    return [(name, said) for name, said in method_legend().items() if name in found]
 
 
 def _timing(doc: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...sampling.methods import GUIDED, METHODS
+from ..metric import METRICS
 from .words import DASH, decimals_of, estimate, file_size, method_name, number, percent, ratio, three_digits, unit_of
 
 Document = Mapping[str, Any]
@@ -192,19 +194,6 @@ def cold_table(doc: Document) -> Table | None:
     return _table("Cold start", columns, 1, notes)
 
 
-#: Key, head, decimals, scale of every measured value of a fidelity row; the first ones fit a terminal.
-_FIDELITY = (
-    ("kid", "KID ↓", 3, 1),
-    ("r_at_1", "R@1, % ↑", 0, 100),
-    ("psnr_to_cfg_db", "PSNR to CFG, dB ↑", 1, 1),
-    ("fid_inception", "FID ↓", 2, 1),
-    ("clip_score", "CLIP score ↑", 2, 1),
-    ("kid_gain_over_cfg", "KID gain over CFG ↑", 3, 1),
-    ("r_at_5", "R@5, % ↑", 0, 100),
-    ("feature_cosine_to_cfg", "feature cosine to CFG ↑", 3, 1),
-)
-
-
 def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
     """What was measured on the images, with 95 % intervals in brackets."""
     rows = doc["fidelity"]
@@ -218,11 +207,11 @@ def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
         "w": [number(row["guidance"], 1).removesuffix(".0") for row in rows],
         "NFE": [DASH if row.get("passes") is None else f"{row['passes']:g}" for row in rows],
     }
-    for place, (key, head, decimals, scale) in enumerate(_FIDELITY):
-        if short and place > 2 and key not in ("fid_inception", "clip_score"):
-            continue
-        cells = [estimate(row.get(key), decimals, scale, sign=key.endswith("gain_over_cfg")) for row in rows]
-        columns[head] = cells
+    for metric in METRICS.values():
+        if metric.short or not short:
+            columns[metric.head] = [
+                estimate(row.get(metric.key), metric.decimals, metric.scale, sign=metric.signed) for row in rows
+            ]
     counts = sorted({row["pictures"] for row in rows if "pictures" in row})
     said = f", {' or '.join(map(str, counts))} images a row" if counts else ""
     return _table(f"Fidelity, 95 % intervals in brackets{said}", columns, 2)
@@ -261,21 +250,26 @@ def loops(doc: Document) -> dict[int, list[Mapping[str, Any]]]:
     CFG at equal compute makes half the steps: it belongs to the loops that it is compared with.
     """
     rows = doc["latency"]
-    asked = sorted({row["steps"] for row in rows if row["method"] != "cfg-fewer-steps"}, reverse=True)
+    asked = sorted({row["steps"] for row in rows if _divisor(row) == 1}, reverse=True)
     found: dict[int, list[Mapping[str, Any]]] = {steps: [] for steps in asked}
     for row in rows:
         steps = row["steps"]
-        if row["method"] == "cfg-fewer-steps":
-            steps = next((one for one in asked if max(one // 2, 1) == steps), steps)
+        if (divisor := _divisor(row)) > 1:
+            steps = next((one for one in asked if max(one // divisor, 1) == steps), steps)
         found.setdefault(steps, []).append(row)
     return found
+
+
+def _divisor(row: Mapping[str, Any]) -> int:
+    """How many times fewer steps a row's method makes than are asked for."""
+    return METHODS.get(row["method"]).step_divisor if row["method"] in METHODS else 1
 
 
 def largest_batches(doc: Document) -> list[Mapping[str, Any]]:
     """Per engine, the guided row with a ratio at the largest batch, of the longest loop."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in doc["latency"]:
-        if row["method"] != "guided" or row["ratio_to_cfg"] is None:
+        if row["method"] != GUIDED.name or row["ratio_to_cfg"] is None:
             continue
         held = best.get(row["engine"])
         if held is None or (row["batch"], row["steps"]) > (held["batch"], held["steps"]):

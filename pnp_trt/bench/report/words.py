@@ -6,30 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...sampling.methods import GUIDED, METHODS
+
 DASH = "–"
-METHOD_NAMES = {
-    "cfg": "teacher, CFG",
-    "cfg-two-passes": "teacher, sequential CFG",
-    "cfg-interval": "teacher, CFG on an interval",
-    "cfg-fewer-steps": "teacher, CFG, half the steps",
-    "unguided": "teacher, no guidance",
-    "guided": "teacher + guide",
-    "diffusers": "diffusers, eager",
-    "diffusers-compile": "diffusers, torch.compile",
-    "optimum-onnx": "optimum-onnx",
+#: what other toolkits are called, and what each does
+_PEERS = {
+    "diffusers": ("diffusers, eager", "diffusers' StableDiffusionPipeline, eager, CFG"),
+    "diffusers-compile": ("diffusers, torch.compile", "the same with torch.compile"),
+    "optimum-onnx": ("optimum-onnx", "optimum's ONNX Runtime pipeline, CFG"),
 }
-#: What each method does, for the legend of a table that shows its short name.
-METHOD_LEGEND = {
-    "cfg": "the teacher's classifier-free guidance, one batch of two per step",
-    "cfg-two-passes": "the same as two evaluations, one after the other",
-    "cfg-interval": "CFG in a part of the timesteps, one evaluation in the others",
-    "cfg-fewer-steps": "CFG in half the steps: as many model evaluations as the guide",
-    "unguided": "the teacher's plain prediction, one evaluation per step",
-    "guided": "teacher and guide, one evaluation per step",
-    "diffusers": "diffusers' StableDiffusionPipeline, eager, CFG",
-    "diffusers-compile": "the same with torch.compile",
-    "optimum-onnx": "optimum's ONNX Runtime pipeline, CFG",
-}
+
+
+def method_labels() -> dict[str, str]:
+    """Every method's label in tables, peers last."""
+    return {m.name: m.label for m in METHODS.values()} | {name: label for name, (label, _) in _PEERS.items()}
+
+
+def method_legend() -> dict[str, str]:
+    """What each method does, for the legend of a table that shows its short name."""
+    return {m.name: m.description for m in METHODS.values()} | {name: text for name, (_, text) in _PEERS.items()}
 
 
 def number(value: float | None, decimals: int, scale: float = 1) -> str:
@@ -116,6 +111,6 @@ def unit_of(values: Sequence[float]) -> tuple[str, float, int]:
 def method_name(row: Mapping[str, Any], guides: bool = True) -> str:
     """What a row's method is called, with its guide where the row names one: "teacher + guide-tiny"."""
     guide = row.get("guide")
-    if guides and row["method"] == "guided" and guide:
+    if guides and row["method"] == GUIDED.name and guide:
         return f"teacher + {guide}"
-    return METHOD_NAMES.get(row["method"], row["method"])
+    return method_labels().get(row["method"], row["method"])

@@ -8,6 +8,7 @@ names imports nothing.  Help texts, checks, tables and schemas read registries; 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar, overload
@@ -30,6 +31,7 @@ class Registry(Generic[T]):
         self.kind, self.noun = kind, noun
         self._values: dict[str, T] = {}
         self._references: dict[str, str] = dict(builtin or {})
+        self._builtin = frozenset(self._references)
         self._order: list[str] = list(self._references)
         self._discovered = False
 
@@ -68,6 +70,9 @@ class Registry(Generic[T]):
             raise InputError(f"the {self.noun} is '{name}'; known: {', '.join(self.names())}")
         return self._load(name)
 
+    def __getitem__(self, name: str) -> T:
+        return self.get(name)
+
     def names(self) -> tuple[str, ...]:
         """All names, built-in ones first, then in the order of registration."""
         self._discover()
@@ -83,8 +88,20 @@ class Registry(Generic[T]):
         return len(self.names())
 
     def items(self) -> list[tuple[str, T]]:
-        """Names and values, every value imported."""
-        return [(name, self.get(name)) for name in self.names()]
+        """Names and values, every value imported.
+
+        A value of another package that cannot be imported is left out with a warning: one broken package must not
+        stop what does not use it.
+        """
+        found = []
+        for name in self.names():
+            try:
+                found.append((name, self.get(name)))
+            except InputError as e:
+                if name in self._builtin:
+                    raise
+                warnings.warn(f"{e}; it is left out", stacklevel=2)
+        return found
 
     def values(self) -> list[T]:
         """All values, imported."""

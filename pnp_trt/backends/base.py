@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.compile_options import CompileOptions
 from ..bundle.profiles import MAX_BATCH, Profile, Size
+from ..precision.recipes import RECIPES
 from ..sampling.network import Bound, Description, Network
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Backend(ABC):
     Attributes:
         name: as the command line and the manifest spell it.
         label: a short form of the name for the folders of bundles; empty for the default backend.
-        precisions: names of the recipes that it can run.
+        elements: element types that it runs, by their names in torch.
         profiles: what an engine is made for where the user names nothing; empty where any batch will do.
         beside_int8: the recipe of what is not quantised in an INT8 bundle.
         takes_modules: whether it is given PyTorch modules and no ONNX graphs.
@@ -94,10 +95,15 @@ class Backend(ABC):
 
     name: str
     label: str
-    precisions: tuple[str, ...]
+    elements: frozenset[str]
     profiles: tuple[str, ...]
     beside_int8: str = "fp16"
     takes_modules: bool = False
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Names of the recipes that it runs: those whose element types are all its own."""
+        return tuple(name for name, recipe in RECIPES.items() if recipe.elements <= self.elements)
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 from ..bundle.manifest import Manifest
@@ -34,25 +35,30 @@ def default_build(engine: str) -> list[str] | None:
 
 
 def counted_guide(manifest: Manifest) -> str | None:
-    """The counted network that is a bundle's guide, ``guide-tiny`` or ``guide-full``.
+    """The counted network that is a bundle's guide, ``guide-`` and its name in ``GUIDES``.
 
-    "" where the bundle has none; None where its guide is not available, or of another size than the counted one.
+    "" where the bundle has none; None where its guide is not at hand, or of another size than the counted one, or
+    nothing is counted because there is no torch.
     """
     from ..errors import InputError
     from ..models.catalog import guide_folder
+    from ..models.guides import GUIDES, name_of_class
 
     if manifest.guide is None:
         return ""
+    if importlib.util.find_spec("torch") is None:
+        return None
     try:
-        config = json.loads((guide_folder(manifest.guide.name) / "config.json").read_text(encoding="utf-8"))
+        folder = guide_folder(manifest.guide.name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = name_of_class(str(config.get("_class_name", "")), folder)
+        if not (options := GUIDES[kind].size_options):
+            return f"guide-{kind}"
+        counted = json.loads((guide_folder(f"emoji-{kind}") / "config.json").read_text(encoding="utf-8"))
     except (InputError, OSError, ValueError):
         return None
-    kind = str(config.get("_class_name", "")).removesuffix("Guide").lower()
-    if kind == "full":
-        return "guide-full"
-    counted = json.loads((guide_folder("emoji-tiny") / "config.json").read_text(encoding="utf-8"))
-    alike = all(config.get(k) == counted.get(k) for k in ("rank", "embed_dim"))
-    return "guide-tiny" if kind == "tiny" and alike and manifest.base.name in _bundled() else None
+    alike = all(config.get(k) == counted.get(k) for k in options)
+    return f"guide-{kind}" if alike and manifest.base.name in _bundled() else None
 
 
 def _bundled() -> list[str]:

@@ -8,7 +8,7 @@ bundle must really be built, so that finding it up to date costs a fraction of a
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..io.replacing import check_removable_bundle
 from ..models.identity import guide_identity
 from ..precision.int8.record import Record
 from ..precision.int8.record import find as find_record
-from ..precision.recipes import Int8, Recipe
+from ..precision.recipes import Recipe
 from ..precision.recipes import recipe as find_recipe
 from ..version import __version__
 from .sizes import plan_sizes
@@ -150,10 +150,8 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
         )
     target = backend.resolve_target(spec.target, recipe.name, spec.options)
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
-    if isinstance(recipe, Int8):  # what is not quantised is in the type that the backend is quick in
-        beside = find_recipe(backend.beside_int8)
-        recipe = replace(recipe, beside=beside.name, dtype=beside.dtype)
-    if spec.calibration is not None and not (isinstance(recipe, Int8) and recipe.calibrated):
+    recipe = recipe.on_backend(find_recipe(backend.beside_int8))
+    if spec.calibration is not None and not recipe.needs_record:
         raise InputError(f"--calibration is for --precision int8, not {recipe.name}; leave it out")
     if profiles and not backend.profiles and not any(p.sized for p in profiles):
         raise InputError(
@@ -164,8 +162,8 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
 
 
 def _record(spec: BuildSpec, recipe: Recipe, base: str, guide: dict[str, Any] | None) -> Record | None:
-    """The calibration record that the recipe needs, made for this guide and, unless it was named, for this base."""
-    if not (isinstance(recipe, Int8) and recipe.calibrated):
+    """The calibration record that the recipe wants, made for this guide and, unless it was named, for this base."""
+    if not recipe.needs_record:
         return None
     path = spec.calibration or find_record(spec.base, "teacher" if guide is None else str(guide["name"]))
     record = Record.read(path)

@@ -16,8 +16,7 @@ from ..backends.base import Backend, Size
 from ..bundle.manifest import Int8Record, NetworkParity, NetworkRecord
 from ..errors import PnpError
 from ..precision.int8.record import Record
-from ..precision.recipes import Int8, Recipe
-from ..precision.recipes import recipe as find_recipe
+from ..precision.recipes import FP32, Recipe
 from .sizes import SizePlan
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class NetworkExport:
     ) -> tuple[NetworkRecord, dict[str, tuple[dict[str, Any], Any]], dict[str, Any]]:
         """One network written: its record, not compiled yet, its golden inputs and outputs, and its weights' map."""
         from ..graph.weights import check_complete
-        from ..precision.recipes import convert, reference
+        from ..precision.recipes import reference
         from . import modules
         from .onnx_export import export
         from .parity import LARGE, relative_error
@@ -71,10 +70,10 @@ class NetworkExport:
             quantised = None
             if self.backend.takes_modules:
                 path = work / f"{name}.json"
-                weights = modules.save(convert(module, recipe), path)
+                weights = modules.save(recipe.convert(module), path)
                 measure = partial(modules.relative_error, module)
             else:
-                weights = export(convert(module, recipe), traced, OUTPUTS[name], path, self.plan.open_axes)
+                weights = export(recipe.convert(module), traced, OUTPUTS[name], path, self.plan.open_axes)
                 module = None  # rounded in place, and large
                 gc.collect()
                 quantised = self._quantize(recipe, path, weights)
@@ -116,22 +115,13 @@ class NetworkExport:
 
     def _recipes(self, name: str) -> list[Recipe]:
         """What a network is exported in, and what is tried when that is too far off."""
-        first = self.recipe
-        if isinstance(first, Int8) and name not in first.networks:
-            first = find_recipe(first.beside)
-        return [first, *([find_recipe("fp32")] if name in first.fallback else [])]
+        first = self.recipe.of_network(name)
+        return [first, *([FP32] if name in first.fallback else [])]
 
     def _quantize(self, recipe: Recipe, path: Path, weights: WeightMap) -> WeightMap | None:
-        """Bring the INT8 into a graph; its new map, or None where the recipe has none."""
-        from ..precision.int8.qdq import matrix_layers, quantize_graph, quantize_weights
-
-        if not isinstance(recipe, Int8):
-            return None
-        if self.record is not None:
-            derived = quantize_graph(path, weights, self.record.choices())
-        else:
-            derived = quantize_weights(path, weights, matrix_layers(path, weights))
-        return weights.derive(derived, _initializers(path))
+        """Apply the recipe's graph pass; the new map, or None where the recipe has none."""
+        derived = recipe.quantize(path, weights, self.record)
+        return None if derived is None else weights.derive(derived, _initializers(path))
 
     def _int8_record(self, weights: WeightMap) -> Int8Record:
         """What the manifest records of a quantised network."""

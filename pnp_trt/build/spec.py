@@ -15,6 +15,7 @@ from ..models.files import read_json
 from ..models.identity import guide_name
 from ..models.noise import Noise
 from ..models.scheduler import base_scheduler, check_distilled, check_samples, scheduler_record
+from ..precision.recipes import DEFAULT
 
 if TYPE_CHECKING:
     from ..models.teacher import BaseModel
@@ -41,7 +42,7 @@ class BuildSpec:
     base: str = "emoji"
     guide: str = "auto"
     backend: str = "onnxruntime"
-    precision: str = "fp32"
+    precision: str = DEFAULT
     out: Path | None = None
     target: str | None = None
     profiles: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ class BuildSpec:
             else Path(self.guide).name.removeprefix(f"{stem}-")
         )
         backend = backends.get(self.backend)
-        words = [stem, role, "" if self.precision == "fp32" else self.precision, backend.label]
+        words = [stem, role, "" if self.precision == DEFAULT else self.precision, backend.label]
         if backend.label:
             words.append(backend.resolve_target(self.target, self.precision, self.options))
         return engines_home() / "-".join(w for w in words if w)

@@ -7,7 +7,7 @@ import random
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -205,8 +205,7 @@ def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:
         raise InputError(f"the {config.guide} guide does not take these options: {reason}") from e
     if config.train.gradient_checkpointing:
         teacher.unet.enable_gradient_checkpointing()
-        if isinstance(guide, GUIDES["full"]):
-            cast(Any, guide).net.enable_gradient_checkpointing()
+        guide.checkpoint_gradients()
     return Student(teacher.unet, guide.to(teacher.device))
 
 

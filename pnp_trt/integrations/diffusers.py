@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.guides import FullGuide, Guide, TinyGuide
+from ..models.guides import Guide
 from ..models.guides.load import load_guide
 from ..models.student import Student
 from ..runtime.pipeline import GUIDANCE
@@ -53,7 +53,7 @@ def apply_guide(pipe: Any, guide: str | Path | Guide, *, negative: str | None = 
         unet = unet.unet
     if unet.config.time_cond_proj_dim is not None:
         raise InputError("this U-Net was distilled to take w itself (time_cond_proj_dim is set); it needs no guide")
-    loaded = guide if isinstance(guide, TinyGuide | FullGuide) else load_guide(str(guide))
+    loaded = load_guide(str(guide)) if isinstance(guide, str | Path) else guide
     if negative is not None and not loaded.negative_prompts:
         raise InputError(
             f"negative is '{negative}' and the guide was distilled without negative prompts; leave it out, or distil "

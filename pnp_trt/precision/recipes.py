@@ -14,17 +14,24 @@ import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..graph.weights import WeightMap
+    from .int8.record import Record
+
+    #: new initialiser → (initialiser that it is made of, steps)
+    Derived = dict[str, tuple[str, list[dict[str, Any]]]]
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to compute.
+    """One way to compute.  Its fields are part of a bundle's key; what it does is in its methods.
 
     Attributes:
         name: as the command line spells it.
@@ -41,6 +48,41 @@ class Recipe:
     limit: float
     islands: tuple[str, ...] = ()
     fallback: tuple[str, ...] = ()
+
+    @property
+    def elements(self) -> frozenset[str]:
+        """Element types that a backend must run for this recipe, by their names in torch."""
+        return frozenset({self.dtype})
+
+    @property
+    def needs_record(self) -> bool:
+        """Whether it wants a calibration record (``pnp-trt calibrate``)."""
+        return False
+
+    def on_backend(self, beside: Recipe) -> Recipe:
+        """This recipe where ``beside`` is the backend's for what is not quantised."""
+        return self
+
+    def of_network(self, network: str) -> Recipe:
+        """The recipe of one network of a bundle."""
+        return self
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """Make ``module`` compute as this recipe says, in place, before it is exported; see :func:`convert`."""
+        return convert(module, self)
+
+    def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
+        """Rewrite the exported graph in place; None where the recipe leaves graphs as they are exported.
+
+        Args:
+            graph: the ONNX file.
+            weights: its weight map.
+            record: the calibration record, where ``needs_record``.
+
+        Returns:
+            New initialiser → (what it was made of, the steps), as ``WeightMap.derive`` takes it.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -76,36 +118,22 @@ class Bf16(Recipe):
     fallback: tuple[str, ...] = ("vae_decoder", "vae_encoder")
 
 
-@dataclass(frozen=True)
-class Int8(Recipe):
-    """W8A8: the inputs and weights of chosen U-Net layers in INT8, everything else in float16.
+FP32, FP16, BF16 = Fp32(), Fp16(), Bf16()
 
-    Which layers, and the ranges of their inputs, are a calibration record's (``pnp-trt calibrate``).  Weights have a
-    scale for each output channel, inputs one for all, both symmetric.  Text encoder and decoder stay in ``beside``.
-    The limit is on golden inputs, which are noise at any timestep and beyond the ranges of real ones.
-    """
-
-    name: str = "int8"
-    dtype: str = "float16"
-    limit: float = 0.1
-    networks: tuple[str, ...] = ("unet",)
-    beside: str = "fp16"
-    calibrated: bool = True
-
-
-@dataclass(frozen=True)
-class Int8Weights(Int8):
-    """Weight-only: stored in INT8, computed in float16; for memory and disk.
-
-    The rounding error of a weight is at most 1/254 of its channel's largest, 0.4 %, and no record is wanted.
-    """
-
-    name: str = "int8-weights"
-    limit: float = 0.05
-    calibrated: bool = False
-
-
-RECIPES: dict[str, Recipe] = {r.name: r for r in (Fp32(), Fp16(), Bf16(), Int8(), Int8Weights())}
+#: recipes by name
+RECIPES: Registry[Recipe] = Registry(
+    "recipes",
+    "precision",
+    {
+        "fp32": "pnp_trt.precision.recipes:FP32",
+        "fp16": "pnp_trt.precision.recipes:FP16",
+        "bf16": "pnp_trt.precision.recipes:BF16",
+        "int8": "pnp_trt.precision.int8.recipes:INT8",
+        "int8-weights": "pnp_trt.precision.int8.recipes:INT8_WEIGHTS",
+    },
+)
+#: what is built where nothing is asked for; names of bundles leave it out
+DEFAULT = FP32.name
 
 
 def recipe(name: str) -> Recipe:
@@ -114,9 +142,7 @@ def recipe(name: str) -> Recipe:
     Raises:
         InputError: listing the known ones.
     """
-    if name not in RECIPES:
-        raise InputError(f"precision is '{name}'; known: {', '.join(RECIPES)}")
-    return RECIPES[name]
+    return RECIPES.get(name)
 
 
 def convert(module: nn.Module, recipe: Recipe) -> nn.Module:

@@ -82,7 +82,7 @@ class OnnxRuntime(Backend):
 
     name = "onnxruntime"
     label = ""
-    precisions = ("fp32", "fp16", "int8", "int8-weights")
+    elements = frozenset({"float32", "float16", "int8"})
     profiles = ()
     beside_int8 = "fp32"  # its CPU provider has no float16 kernels and would cast around every node
 

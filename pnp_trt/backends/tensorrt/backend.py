@@ -41,7 +41,7 @@ class TensorRtBackend(Backend):
     """Both flavours."""
 
     flavour: Flavour
-    precisions = ("fp32", "fp16", "bf16", "int8", "int8-weights")
+    elements = frozenset({"float32", "float16", "bfloat16", "int8"})
     profiles = ("b1", "b2-8")
 
     def versions(self) -> dict[str, str]:

@@ -29,7 +29,7 @@ class Torch(Backend):
 
     name = "torch"
     label = "torch"
-    precisions = ("fp32", "fp16", "bf16")
+    elements = frozenset({"float32", "float16", "bfloat16"})
     profiles = ()
     takes_modules = True
 

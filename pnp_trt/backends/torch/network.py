@@ -82,7 +82,7 @@ class TorchNetwork(Network):
         import torch
 
         from ...models.rebuild import rebuild
-        from ...precision.recipes import convert, recipe
+        from ...precision.recipes import recipe
         from ...precision.wide_products import emulated
 
         self.path = path
@@ -94,7 +94,7 @@ class TorchNetwork(Network):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         if module is None:
             module = rebuild(path.with_suffix(".json"), path)
-        module = convert(module, recipe(entry.precision)).to(self.device)
+        module = recipe(entry.precision).convert(module).to(self.device)
         self._search, self._seen = False, set[tuple[Any, ...]]()
         if self.device == "cuda" and entry.precision in ("fp16", "bf16") and not self.compiled:
             convolutions = convolutions or Convolutions()

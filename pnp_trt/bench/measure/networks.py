@@ -89,14 +89,16 @@ def guide_size(base: str, guide: str) -> dict[str, int]:
     """The bundled guide's own size for the bundled bases, the default elsewhere."""
     from ...errors import InputError
     from ...models.catalog import guide_folder
+    from ...models.guides import GUIDES
 
-    if base.startswith("random:") or guide != "tiny":
+    options = GUIDES[guide].size_options
+    if base.startswith("random:") or not options:
         return {}
     try:
-        config = json.loads((guide_folder("emoji-tiny") / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((guide_folder(f"emoji-{guide}") / "config.json").read_text(encoding="utf-8"))
     except InputError:
         return {}
-    return {k: config[k] for k in ("rank", "embed_dim")}
+    return {k: config[k] for k in options}
 
 
 def _picture_networks(folder: Path, sample: Any) -> dict[str, tuple[Any, dict[str, Any]]]:

@@ -53,15 +53,14 @@ def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, 
     import numpy as np
     import torch
 
-    from ...models.guides import GUIDES
+    from ...models.guides import GUIDES, name_of_class
     from ...models.guides.condition import without_constant_parts
 
     assert manifest.guide is not None and manifest.configs is not None, "an engine that is plugged has both"
     name, config = manifest.guide.name, manifest.configs.get("guide")
-    classes = {c.__name__: c for c in GUIDES.values()}
-    if config is None or config.get("_class_name") not in classes:
+    if config is None or "_class_name" not in config:
         raise InputError(f"guide '{name}' is not where the engine was built from, and its config is not in the bundle")
-    guide = classes[config["_class_name"]].from_config(config)
+    guide = GUIDES[name_of_class(config["_class_name"], f"the engine's config of guide '{name}'")].from_config(config)
     if "condition" in manifest.networks:
         guide = without_constant_parts(guide)
     own = guide.state_dict()

@@ -48,6 +48,7 @@ from ...io.text import printable
 from ...models.bases import is_hub_id
 from ...models.noise import Noise
 from ...models.scheduler import check_distilled, check_samples
+from ...precision.recipes import DEFAULT
 from ...runtime.verify import Golden
 from ...version import __version__
 from ..builder import Built, check_before_work, standing
@@ -95,7 +96,7 @@ class PlugSpec:
             return self.out
         old, guide, backend = manifest.base.name, manifest.guide, backends.get(manifest.backend)
         role = "teacher" if guide is None else guide.name.removeprefix(f"{short_name(old)}-").removeprefix("emoji-")
-        precision = "" if manifest.precision == "fp32" else manifest.precision
+        precision = "" if manifest.precision == DEFAULT else manifest.precision
         words = [short_name(base), *(lora.name for lora in loras), role, precision, backend.label]
         words += [manifest.target] if backend.label else []
         return engines_home() / "-".join(w for w in words if w)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import ConfigMixin, ControlNetModel, ModelMixin
+from diffusers import ControlNetModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...errors import InputError
+from .base import Guide
 from .parts import GuideInput, GuideOutput, signature, sinusoid, strength
 
 #: channels of Stable Diffusion's ControlNet hint encoder, whose U-Net is 320 wide
@@ -17,7 +18,7 @@ HINT_CHANNELS = (16, 32, 96, 256)
 W_FEATURES = 64
 
 
-class FullGuide(ModelMixin, ConfigMixin):
+class FullGuide(Guide):
     """The full guide: a trainable copy of the teacher's encoder and mid block with zero convolutions.
 
     The paper shows w to its ControlNet as the "control image" and counts the hint encoder that reads it
@@ -38,6 +39,8 @@ class FullGuide(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     #: parts that ``condition`` runs; a bundle holds them as a network of its own, which runs once a picture
     constant_parts: tuple[str, ...] = ("w_features", "hint")
+    #: a tiny guide is a fiftieth of the arithmetic and all of the guidance; a full one is a third of the arithmetic
+    quantised_layers: ClassVar[tuple[str, ...]] = ("*",)
 
     @register_to_config
     def __init__(
@@ -59,7 +62,7 @@ class FullGuide(ModelMixin, ConfigMixin):
         self.negative_mark = nn.Parameter(torch.zeros(cross_attention_dim)) if negative_prompts else None
 
     @classmethod
-    def from_unet(cls, unet: Any, *, negative_prompts: bool = False) -> FullGuide:
+    def from_unet(cls, unet: Any, *, negative_prompts: bool = False) -> FullGuide:  # type: ignore[override]
         """A new guide for ``unet`` with its encoder's weights; its residuals are zero until it is trained.
 
         The hint encoder's channels are Stable Diffusion's, scaled with the U-Net's width.
@@ -77,6 +80,10 @@ class FullGuide(ModelMixin, ConfigMixin):
     def negative_prompts(self) -> bool:
         """Whether ``GuideInput.negative`` is read."""
         return self.negative_mark is not None
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute the ControlNet's activations in the backward pass."""
+        self.net.enable_gradient_checkpointing()
 
     def condition(self, guidance: Tensor, latent_size: tuple[int, int]) -> Tensor:
         """The hint ``[B, C_0, H, W]`` of scales ``guidance [B]`` for latents of size (H, W); it depends on w alone."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from ...errors import InputError
-from ...io.inputs import shortened
 from ..catalog import guide_config, guide_folder, guide_weights
 from ..networks import check_finite, load_network
-from . import GUIDES, Guide
+from . import GUIDES, Guide, name_of_class
 
 
 def load_guide(name: str) -> Guide:
@@ -27,8 +25,4 @@ def guide_class(name: str) -> type[Guide]:
         InputError: if there is no guide of this name, or it is of a class that this version does not know.
     """
     folder = guide_folder(name)
-    kind = guide_config(folder)["_class_name"]
-    classes = {c.__name__: c for c in GUIDES.values()}
-    if kind not in classes:
-        raise InputError(f"{folder} holds a {shortened(kind)}; known guides: {', '.join(classes)}")
-    return classes[kind]
+    return GUIDES[name_of_class(guide_config(folder)["_class_name"], folder)]

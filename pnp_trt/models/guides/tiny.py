@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...errors import InputError
+from .base import Guide
 from .parts import GuideInput, GuideOutput, signature, sinusoid, strength
 
 READS = ("features", "latent")
@@ -100,7 +100,7 @@ class LatentStem(nn.Module):
         return x
 
 
-class TinyGuide(ModelMixin, ConfigMixin):
+class TinyGuide(Guide):
     """The tiny guide: one low-rank adapter per skip, which sees the teacher's own encoder features.
 
     It looks at the frozen encoder's skips and mid-block output rather than at the raw latent.  They already
@@ -134,8 +134,8 @@ class TinyGuide(ModelMixin, ConfigMixin):
         sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
     """
 
-    #: none: all that it makes of w is one small vector, and mixed with the timestep
-    constant_parts: tuple[str, ...] = ()
+    # constant_parts stays empty: all that it computes of w is one small vector, and mixed with the timestep
+    size_options: ClassVar[tuple[str, ...]] = ("rank", "embed_dim")
 
     @register_to_config
     def __init__(
@@ -202,15 +202,6 @@ class TinyGuide(ModelMixin, ConfigMixin):
         for depth, block in enumerate(unet.down_blocks):
             halvings += [depth] * len(block.resnets) + [depth + 1] * (1 if block.downsamplers else 0)
         return cls(**signature(unet), skip_halvings=tuple(halvings), **options)
-
-    @property
-    def negative_prompts(self) -> bool:
-        """Whether ``GuideInput.negative`` is read."""
-        return bool(self.config.negative_prompts)
-
-    def condition(self, guidance: Tensor, latent_size: tuple[int, int]) -> Tensor | None:
-        """None: what this guide makes of w alone is too small to be worth computing apart."""
-        return None
 
     def forward(self, given: GuideInput) -> GuideOutput:
         """Residuals for one step; see :class:`GuideInput`."""

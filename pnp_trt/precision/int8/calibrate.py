@@ -213,11 +213,8 @@ def _decide(
 
 
 def _default_layers(network: Any) -> tuple[str, ...]:
-    from ...models.guides import FullGuide
-
-    # a tiny guide is a fiftieth of the arithmetic and all of the guidance
-    full = isinstance(network, Student) and isinstance(network.guide, FullGuide)
-    return ("unet.*", "guide.*") if full else ("unet.*",)
+    guide = network.guide.quantised_layers if isinstance(network, Student) else ()
+    return ("unet.*", *(f"guide.{pattern}" for pattern in guide))
 
 
 def _guide_name(config: CalibrationConfig) -> str:

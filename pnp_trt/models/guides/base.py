@@ -1,0 +1,61 @@
+"""What every guide is: the base class that the exporter, the trainer and the reports read."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor
+
+from .parts import GuideInput, GuideOutput
+
+
+class Guide(ModelMixin, ConfigMixin):
+    """A network that adds guidance to a frozen U-Net's skips and mid block.
+
+    A guide is a subclass registered in ``GUIDES``.  Its ``__init__`` is decorated with diffusers'
+    ``register_to_config`` and takes at least the members of ``parts.signature``, which tie it to its U-Nets; with
+    ``negative_prompts`` and ``sampling_steps`` among its arguments, it can be distilled with negative prompts and for
+    a number of steps (stage 2).  Its residuals vanish at w = 1 (``parts.strength``).
+
+    Attributes:
+        constant_parts: names of its modules and parameters that :meth:`condition` runs; a bundle holds them as a
+            network of its own, which runs once per image.
+        quantised_layers: patterns (``fnmatch``) of its layers that ``pnp-trt calibrate`` considers for INT8.
+        size_options: options of :meth:`from_unet` that decide its size; a bundled guide's values are those that
+            ``pnp-trt bench`` counts.
+    """
+
+    constant_parts: tuple[str, ...] = ()
+    quantised_layers: ClassVar[tuple[str, ...]] = ()
+    size_options: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_unet(cls, unet: Any, **options: Any) -> Guide:
+        """A new guide that fits ``unet``, a ``UNet2DConditionModel``; its residuals are zero until it is trained."""
+        raise NotImplementedError(f"{cls.__name__} defines no from_unet")
+
+    @property
+    def negative_prompts(self) -> bool:
+        """Whether ``GuideInput.negative`` is read."""
+        return bool(self.config.get("negative_prompts"))
+
+    @property
+    def sampling_steps(self) -> int | None:
+        """The only number of sampling steps that it was distilled for (stage 2); None for any."""
+        steps: int | None = self.config.get("sampling_steps")
+        return steps
+
+    def condition(self, guidance: Tensor, latent_size: tuple[int, int]) -> Tensor | None:
+        """What depends on the scales ``guidance [B]`` alone, ``[B, C_0, H, W]`` for latents of size (H, W).
+
+        None for guides without ``constant_parts``.
+        """
+        return None
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass where the guide is large enough for that to matter."""
+
+    def forward(self, given: GuideInput) -> GuideOutput:
+        """Residuals for one step; see :class:`GuideInput`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")

@@ -1,0 +1,72 @@
+"""The INT8 recipes: quantise/dequantise pairs in the U-Net, everything else in the backend's quick float type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..recipes import Recipe, recipe
+
+if TYPE_CHECKING:
+    from ...graph.weights import WeightMap
+    from ..recipes import Derived
+    from .record import Record
+
+
+@dataclass(frozen=True)
+class Int8(Recipe):
+    """W8A8: the inputs and weights of chosen U-Net layers in INT8, everything else in float16.
+
+    Which layers, and the ranges of their inputs, are a calibration record's (``pnp-trt calibrate``).  Weights have a
+    scale for each output channel, inputs one for all, both symmetric.  Text encoder and decoder stay in ``beside``.
+    The limit is on golden inputs, which are noise at any timestep and beyond the ranges of real ones.
+    """
+
+    name: str = "int8"
+    dtype: str = "float16"
+    limit: float = 0.1
+    networks: tuple[str, ...] = ("unet",)
+    beside: str = "fp16"
+    calibrated: bool = True
+
+    @property
+    def elements(self) -> frozenset[str]:
+        """The quantised type; the float type beside it is the backend's choice."""
+        return frozenset({"int8"})
+
+    @property
+    def needs_record(self) -> bool:
+        """Whether ranges of activations are wanted."""
+        return self.calibrated
+
+    def on_backend(self, beside: Recipe) -> Recipe:
+        """What is not quantised is in the type that the backend is quick in."""
+        return replace(self, beside=beside.name, dtype=beside.dtype)
+
+    def of_network(self, network: str) -> Recipe:
+        """``beside`` for networks that are not quantised."""
+        return self if network in self.networks else recipe(self.beside)
+
+    def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
+        """Insert quantise/dequantise pairs: of the record's layers, or of all weights where there is none."""
+        from .qdq import matrix_layers, quantize_graph, quantize_weights
+
+        if record is not None:
+            return quantize_graph(graph, weights, record.choices())
+        return quantize_weights(graph, weights, matrix_layers(graph, weights))
+
+
+@dataclass(frozen=True)
+class Int8Weights(Int8):
+    """Weight-only: stored in INT8, computed in float16; for memory and disk.
+
+    The rounding error of a weight is at most 1/254 of its channel's largest, 0.4 %, and no record is wanted.
+    """
+
+    name: str = "int8-weights"
+    limit: float = 0.05
+    calibrated: bool = False
+
+
+INT8, INT8_WEIGHTS = Int8(), Int8Weights()

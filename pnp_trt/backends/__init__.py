@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
 from ..registry import Registry
-from .base import Backend
+
+if TYPE_CHECKING:
+    from ..bundle.manifest import Manifest
+    from .base import Backend
+    from .needs import Needs
 
 #: backend classes by name
 BACKENDS: Registry[type[Backend]] = Registry(
@@ -16,6 +24,45 @@ BACKENDS: Registry[type[Backend]] = Registry(
         "torch": "pnp_trt.backends.torch.backend:Torch",
     },
 )
+
+#: what built-in backends need of a machine; those of other packages say it in their class
+_NEEDS: Registry[Needs] = Registry(
+    "backend_needs",
+    "backend",
+    {
+        "onnxruntime": "pnp_trt.backends.onnxruntime:NEEDS",
+        "tensorrt-rtx": "pnp_trt.backends.tensorrt:NEEDS_RTX",
+        "tensorrt": "pnp_trt.backends.tensorrt:NEEDS",
+        "torch": "pnp_trt.backends.torch:NEEDS",
+    },
+)
+
+
+def needs() -> dict[str, Needs]:
+    """What each registered backend needs, by name; built-in runtimes are not imported for it.
+
+    A backend of another package that cannot be imported is left out with a warning.
+    """
+    found = {name: _NEEDS.get(name) for name in _NEEDS}
+    for name in BACKENDS:
+        if name not in found:
+            try:
+                found[name] = BACKENDS.get(name).needs
+            except InputError as e:
+                warnings.warn(f"{e}; it is left out", stacklevel=2)
+    return found
+
+
+def of(manifest: Manifest) -> Backend:
+    """The backend of a bundle; its files are of the kind that it loads.
+
+    Raises:
+        InputError: if this installation has no such backend.
+        BundleCorrupt: for a file of another kind.
+    """
+    backend = get(manifest.backend)
+    backend.check_files(manifest)
+    return backend
 
 
 def get(name: str) -> Backend:

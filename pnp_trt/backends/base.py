@@ -6,15 +6,17 @@ Nothing here imports an inference runtime, so that command lines and checks stay
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.compile_options import CompileOptions
 from ..bundle.profiles import MAX_BATCH, Profile, Size
+from ..io.progress import Progress
 from ..precision.recipes import RECIPES
 from ..sampling.network import Bound, Description, Network
+from .needs import Needs
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest, NetworkRecord
@@ -24,9 +26,6 @@ __all__ = [
     "MAX_BATCH", "Backend", "Bound", "CompileJob", "CompileOptions", "Compiled", "Description", "LoadOptions",
     "Network", "Profile", "Progress", "Size",
 ]  # fmt: skip
-
-#: called with (what is being done, steps done, steps in all) while a network is compiled
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ class Backend(ABC):
         profiles: what an engine is made for where the user names nothing; empty where any batch will do.
         beside_int8: the recipe of what is not quantised in an INT8 bundle.
         takes_modules: whether it is given PyTorch modules and no ONNX graphs.
+        needs: what it needs of a machine, for ``pnp-trt doctor``.
     """
 
     name: str
@@ -99,6 +99,7 @@ class Backend(ABC):
     profiles: tuple[str, ...]
     beside_int8: str = "fp16"
     takes_modules: bool = False
+    needs: Needs = Needs()
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -152,6 +153,32 @@ class Backend(ABC):
         """
         made = self.compile(job, progress)
         return replace(made, notes={**made.notes, "weights": "compiled again"})
+
+    def check_files(self, manifest: Manifest) -> None:
+        """Refuse a bundle whose networks' files are not of the kind that this backend loads.
+
+        A backend that opens other files beside the one that it is given must refuse names that lead to files which no
+        hash covers.
+
+        Raises:
+            BundleCorrupt: naming the network and its file.
+        """
+        return None
+
+    def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
+        """What reports tell of one network's layers, and a note on what is not known.
+
+        Args:
+            graph: the file that it was compiled from.
+            facts: ``Network.facts`` of the loaded engine; None where it is not loaded here.
+        """
+        if facts is None:
+            return {}, "the engine is not loaded here, so that its inspector could not be asked"
+        return dict(facts), None if "layers" in facts else "the engine keeps nothing of its layers"
+
+    def remark(self, precision: str) -> str | None:
+        """What a user should know of bundles of this backend in a precision, as a sentence; None for nothing."""
+        return None
 
     @abstractmethod
     def check(self, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ..bundle.manifest import Manifest
 from ..bundle.store import cached_sha256, find_bundle, read_manifest
 from ..errors import InputError, PnpError
+from ..io.progress import Progress
 from ..runtime.pipeline import Pipeline
 from ..sampling.methods import CFG, INTERVAL, guided_steps
 from ..sampling.schedules import ddim
@@ -19,7 +20,7 @@ from . import results
 from .fidelity_rows import Cell, Studio, cells_of, plan_rows, verdict
 from .measure import cost
 from .measure.engine_facts import engine_rows
-from .measure.pace import Meter, Progress, about
+from .measure.pace import Meter, about
 from .measure.timing import Timing
 from .metrics.tasks import make_task, real_key
 from .plan import Plan, check, wanted_engines

@@ -188,7 +188,7 @@ class Work:
         return bool(kind.constant_parts)
 
     def _compile(self, name: str, record: NetworkRecord, work: Path, at: tuple[int, int]) -> NetworkRecord:
-        def report(phase: str, done: int, total: int) -> None:
+        def report(phase: str, done: int, total: int, note: str = "", /) -> None:
             self._stage(f"compile {TITLES[name]}", *at, share=min(1.0, done / max(total, 1)))
 
         job = CompileJob(

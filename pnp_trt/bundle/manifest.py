@@ -24,7 +24,6 @@ FILE = "manifest.json"
 TOKENIZER, GOLDEN, WEIGHTS = "tokenizer.json", "golden.npz", "weights.json"
 NETWORKS = ("unet", "text_encoder", "vae_decoder")
 OPTIONAL_NETWORKS = ("condition", "vae_encoder")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 #: names of dimensions that a graph leaves open
 OPEN = ("batch", "height", "width", "image_height", "image_width")
@@ -283,7 +282,7 @@ class NetworkRecord:
         m = value.members(required, ("fallback", "int8"))
         return cls(
             graph=file_name(m["graph"]),
-            precision=m["precision"].text(known=PRECISIONS),
+            precision=m["precision"].text(longest=50, pattern=_WORD, form="a recipe's name"),
             inputs={k: _tensor(v) for k, v in m["inputs"].entries(20, longest_key=100).items()},
             outputs={k: _tensor(v) for k, v in m["outputs"].entries(20, longest_key=100).items()},
             parity=NetworkParity.read(m["parity"]),
@@ -525,7 +524,7 @@ class Manifest:
             given=Given.read(m["given"]) if "given" in m else None,
             configs=_configs(m["configs"]) if "configs" in m else None,
             backend=m["backend"].text(longest=50, pattern=_WORD, form="a backend's name"),
-            precision=m["precision"].text(known=PRECISIONS),
+            precision=m["precision"].text(longest=50, pattern=_WORD, form="a recipe's name"),
             target=m["target"].text(longest=100, shortest=1),
             profiles=tuple(_profile(v) for v in m["profiles"].items(0, 64)),
             compiler={k: _label(v) for k, v in m["compiler"].entries(50).items()},
@@ -544,7 +543,6 @@ class Manifest:
             plugged=Plugged.read(m["plugged"]) if "plugged" in m else None,
             seal=_hash(m["seal"]) if "seal" in m else "",
         )
-        _check_kinds(made, m)
         _check_covered(made, m)
         _check_shapes(made, m)
         return made
@@ -703,16 +701,6 @@ def _configs(value: Value) -> dict[str, Mapping[str, Any]]:
     if kind is not None and not re.search("Autoencoder|VAE|VQ", str(kind.raw)):
         raise kind.refuse("must be the class of an autoencoder")
     return out
-
-
-def _check_kinds(made: Manifest, m: Mapping[str, Value]) -> None:
-    """The files are of the kind that the backend loads, so that it opens no other file beside them."""
-    for name, network in made.networks.items():
-        entry = m["networks"].member(name)
-        if made.backend == "onnxruntime" and not (network.file == network.graph and network.graph.endswith(".onnx")):
-            raise entry.member("file").refuse("must be the graph itself, an .onnx file, for backend onnxruntime")
-        if made.backend == "torch" and network.graph != f"{network.file.removesuffix('.safetensors')}.json":
-            raise entry.member("graph").refuse("must be the .json file beside the .safetensors file, for backend torch")
 
 
 def _check_covered(made: Manifest, m: Mapping[str, Value]) -> None:

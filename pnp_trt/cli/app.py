@@ -13,6 +13,7 @@ from ..errors import PnpError
 from ..io import process
 from ..io.text import printable
 from . import bench, calibrate, compare, distill, doctor, engines, plug, sample, state, visualize
+from .registry_help import RegistryCommand
 
 app = typer.Typer(
     help="Serve Stable-Diffusion-family models with one U-Net evaluation per step.\n\n"
@@ -23,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (sample.sample, engines.build, plug.plug, bench.bench, compare.compare, visualize.visualize):
-    app.command()(command)
+    app.command(cls=RegistryCommand)(command)
 app.add_typer(distill.distill_app, name="distill")
 app.command()(calibrate.calibrate)
 app.command()(engines.inspect)

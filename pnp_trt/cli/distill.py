@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from ..io.text import printable
+from .registry_help import RegistryCommand
 
 distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
 
@@ -30,7 +31,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out.
 Pictures = Annotated[int, typer.Option(help="Sampling steps of the image grid; 0 writes none.")]
 
 
-@distill_app.command("guidance")
+@distill_app.command("guidance", cls=RegistryCommand)
 def guidance(
     out: Annotated[Path, typer.Option(help="Folder for the guide.")],
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
@@ -38,7 +39,7 @@ def guidance(
         Path | None, typer.Option(help="Folder of images with captions in metadata.jsonl, or NAME.txt beside each.")
     ] = None,
     base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
-    guide: Annotated[str, typer.Option(help="Guide design: tiny or full.")] = "tiny",
+    guide: Annotated[str, typer.Option(help="Which guide to make: {guides}.")] = "tiny",
     states: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +113,7 @@ def guidance(
     print(printable(f"next: pnp-trt build --base {base} --guide {out}"))
 
 
-@distill_app.command("steps")
+@distill_app.command("steps", cls=RegistryCommand)
 def steps_command(
     guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or a bundled one's name.")],
     out: Annotated[Path, typer.Option(help="Folder; the guide of each halving goes to OUT/steps-N.")],

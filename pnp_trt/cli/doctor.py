@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .. import backends
 from .console import stdout_console
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "tensorrt": (("tensorrt",), ("cuda-python",)),
     "rtx": (("tensorrt-rtx",), ("cuda-python",)),
 }
-_RTX, _TENSORRT = "--backend tensorrt-rtx", "--backend tensorrt"
-_TORCH, _ENERGY = "--backend torch", "bench, energy column"
+_ENERGY = "bench, energy column"
 #: Command or option -> the extras that it needs, and what it is for.
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "sample", ("",), "generate images with a built engine"),
@@ -91,15 +91,19 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "calibrate", ("", "build", "int8"), "record ranges for build --precision int8"),
     ("command", "bench", ("", "build"), "cost and latency; --only latency needs no extra"),
     ("command", "distill", ("", "build", "train"), "train a guide"),
-    ("command", "visualize", ("", "build", "bench"), "figures of a guide's residuals"),
-    ("option", "bench --html", ("", "bench"), "the results as one page"),
-    ("option", "bench --only fidelity", ("", "build", "fidelity"), "similarity to the teacher's images"),
+    ("command", "visualize", ("", "build"), "draw what a guide adds"),
+    ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
     ("option", _ENERGY, ("", "build", "energy"), "joules per image on a GPU"),
-    ("option", "--backend onnxruntime", ("",), "fp32 and fp16, on the CPU or a GPU"),
-    ("option", _RTX, ("", "build", "rtx"), "compiles for any RTX GPU on any machine"),
-    ("option", _TENSORRT, ("", "build", "tensorrt"), "compiles on the GPU that runs it"),
-    ("option", _TORCH, ("", "build"), "PyTorch, as a reference and for GPUs without TensorRT"),
 )
+
+
+def _uses() -> list[tuple[Kind, str, tuple[str, ...], str]]:
+    """Every command and option, those of the registered backends last."""
+    found = list(_USES)
+    for name, needs in backends.needs().items():
+        extras = ("", *dict.fromkeys(("build", needs.extra))) if needs.extra else ("",)
+        found.append(("option", f"--backend {name}", extras, needs.summary))
+    return found
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,13 @@ def diagnose(engines: Path | None = None) -> list[Check]:
     """
     wanted = _wanted_versions()
     packages = {name: _package(alternatives, wanted) for name, alternatives in _all_packages()}
-    checks = [_use(use, packages) for use in _USES]
+    checks = [_use(use, packages) for use in _uses()]
     if engines is not None:
         checks = [_with_engines(check, checks, engines) if check.name == "sample" else check for check in checks]
     gpu = _gpu()
-    checks = [_with_gpu(check, gpu) if check.name in (_RTX, _TENSORRT, _ENERGY) else check for check in checks]
+    without_gpu = {f"--backend {name}": needs.without_gpu for name, needs in backends.needs().items()}
+    without_gpu[_ENERGY] = "nothing"
+    checks = [_with_gpu(check, gpu, without_gpu.get(check.name, "runs")) for check in checks]
     return [*checks, _cuda_provider(gpu), *packages.values(), *_machine(gpu)]
 
 
@@ -202,7 +208,7 @@ def _package(alternatives: tuple[str, ...], wanted: dict[str, Any]) -> Check:
     """A package's version, whether it is one that was requested, and whether its module is really there."""
     name = alternatives[0]
     extra = next(extra for extra, groups in EXTRAS.items() if alternatives in groups)
-    needed_by = tuple(use for _, use, extras, _ in _USES if extra in extras)
+    needed_by = tuple(use for _, use, extras, _ in _uses() if extra in extras)
     found = {each: version for each in alternatives if (version := _version(each)) is not None}
     if not found:
         return Check(name, "package", "missing", "not installed", install(extra), needed_by)
@@ -306,12 +312,12 @@ def _with_engines(sample: Check, uses: Sequence[Check], engines: Path) -> Check:
     )
 
 
-def _with_gpu(backend: Check, gpu: Check) -> Check:
-    """TensorRT-RTX compiles without a GPU and runs with one; TensorRT and a GPU's energy want one."""
-    if gpu.state == "ok":
+def _with_gpu(backend: Check, gpu: Check, without_gpu: str) -> Check:
+    """A backend, or the energy column, on this machine: some do nothing without a GPU, some compile for others."""
+    if gpu.state == "ok" or without_gpu == "runs":
         return backend
-    if backend.name in (_TENSORRT, _ENERGY):  # nothing that could be installed would help
-        return replace(backend, state="absent", detail=f"{backend.detail}; no GPU was found", fix=None)
+    if without_gpu == "nothing":  # nothing that could be installed would help
+        return replace(backend, state="absent", detail=f"{backend.detail}; no GPU is here", fix=None)
     if backend.state == "ok":
         return replace(backend, detail=f"{backend.detail}; no GPU was found, so its engines run on another machine")
     return backend

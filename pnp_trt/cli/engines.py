@@ -25,10 +25,8 @@ def build(
     guide: Annotated[
         str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the teacher alone.")
     ] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="What runs the networks: onnxruntime, tensorrt-rtx, tensorrt or torch.")
-    ] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-weights.")] = "fp32",
+    backend: Annotated[str, typer.Option(help="What runs the networks: {backends}.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="{recipes}.")] = "fp32",
     target: Annotated[
         str | None,
         typer.Option(
@@ -114,9 +112,8 @@ def build(
     for name, network in m.networks.items():
         if network.fallback is not None:
             print(printable(f"{name} stays in {network.precision}: {network.fallback}"))
-    if m.backend == "onnxruntime" and m.precision.startswith("int8"):
-        # measured in benchmarks/results/emoji-precision.json
-        print("on a CPU, ONNX Runtime is slower with INT8 than with fp32; use it to compare images and sizes")
+    if remark := backends.get(m.backend).remark(m.precision):
+        print(remark)
     if isinstance(m.parity.engine, str) and m.compiler:
         print(printable(f"parity of the engines: {m.parity.engine}"))
     if reason := backends.get(m.backend).cannot_run(m.target, m.options):
@@ -142,7 +139,7 @@ def inspect(
         return
     problem = None
     try:
-        backends.get(manifest.backend).check(manifest)
+        backends.of(manifest).check(manifest)
     except InputError as e:
         problem = str(e)
     stdout_console().print(render(folder, manifest, problem))

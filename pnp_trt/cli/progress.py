@@ -57,16 +57,16 @@ class ProgressBar:
         """Steps done and steps in all."""
         self._progress.update(self._task, completed=done, total=total)
 
-    def note(self, text: str, done: int, total: int) -> None:
+    def note(self, text: str, done: int, total: int, note: str = "", /) -> None:
         """Steps done, steps in all, and the current stage."""
-        text = printable(text)
+        text = printable(f"{text} {note}" if note else text)
         self._progress.update(self._task, description=text, completed=done, total=total)
         if self._plain and text != self._last:
             print(text, file=sys.stderr)
         self._last = text
 
-    def stages(self, name: str, done: int, total: int, note: str) -> None:
-        """Counted stages after each other; prints a line at each tenth where standard error is not a terminal."""
+    def stages(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        """Counted stages after each other; prints a line at each tenth where standard error is no terminal."""
         name, note = printable(name), printable(note)
         self._progress.update(self._task, description=f"{name} {note}", completed=done, total=total)
         mark = f"{name} {10 * done // max(total, 1)}"

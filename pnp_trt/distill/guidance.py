@@ -17,12 +17,13 @@ from ..bundle.store import digest, sha256, write_json
 from ..errors import InputError
 from ..io.files import check_writable_folder
 from ..io.inputs import shortened
+from ..io.progress import Progress
 from ..models.guides import GUIDES, Guide
 from ..models.prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
 from ..models.student import Student
 from .features import feature_error
 from .monitor import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
-from .run import Progress, TeacherModel, report_head, save_guide
+from .run import TeacherModel, report_head, save_guide
 from .states import Latents, StateConfig, States, collect, split
 from .train import TrainConfig, make_accelerator, newest_step, train
 
@@ -125,7 +126,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     config = replace(config, train=replace(config.train, mixed_precision=accelerator.mixed_precision))
     config.train.check(accelerator.num_processes)
     main = accelerator.is_main_process
-    say = progress if progress is not None and main else (lambda stage, done, total, note: None)
+    say = progress if progress is not None and main else (lambda *_: None)
     started = time.monotonic()
     shots = find_pictures(config.images) if config.images is not None else None
     prompts = read_prompts(config.prompts) if config.prompts is not None else _captions(shots)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +20,6 @@ from ..models.prompts import warn_of_long_prompts
 from ..models.scheduler import base_scheduler
 from ..models.teacher import BaseModel
 from ..version import __version__
-
-#: called with (stage, done, in all, note)
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ..bundle.store import digest, sha256, write_json
 from ..errors import InputError, PnpError
 from ..io.files import check_writable_folder
 from ..io.json_schema import problem
+from ..io.progress import Progress
 from ..models.catalog import guide_folder
 from ..models.conditioning import Conditions
 from ..models.guides.load import load_guide
@@ -31,7 +32,7 @@ from ..models.prompts import read_prompts
 from ..models.student import Student
 from ..sampling.schedules import ddim, ddim_step
 from .monitor import Board, PictureGrid, averaged, save_picture
-from .run import Progress, TeacherModel, guide_weights, report_head, save_guide
+from .run import TeacherModel, guide_weights, report_head, save_guide
 from .states import read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
 
@@ -144,7 +145,7 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
     config = replace(config, train=replace(config.train, mixed_precision=accelerator.mixed_precision))
     config.train.check(accelerator.num_processes)
     main = accelerator.is_main_process
-    say = progress if progress is not None and main else (lambda stage, done, total, note: None)
+    say = progress if progress is not None and main else (lambda *_: None)
     check_writable_folder(config.out)
     origin = guide_folder(config.guide)
     weights = guide_weights(origin)

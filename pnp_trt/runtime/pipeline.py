@@ -95,7 +95,7 @@ class Pipeline:
         self._tokenizer = Tokenizer(
             bundle.folder / TOKENIZER, manifest.tokens.length, manifest.tokens.pad, manifest.vocabulary
         )
-        backend = backends.get(manifest.backend)
+        backend = backends.of(manifest)
         backend.check(manifest)
         options = LoadOptions(provider, threads)
         self._text, self._unet, self._vae = (

@@ -82,7 +82,7 @@ def verify(bundle: Bundle, options: LoadOptions | None = None) -> dict[str, floa
     Raises:
         InputError: if the bundle is not for this machine.
     """
-    backend = backends.get(bundle.manifest.backend)
+    backend = backends.of(bundle.manifest)
     backend.check(bundle.manifest)
     networks = bundle.manifest.networks
     return compare(backend, bundle.folder, networks, read_golden(bundle.folder / FILE, networks), options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..distill.monitor import run_schedule
 from ..errors import PnpError
+from ..io.progress import Progress
 from ..models.conditioning import encode_prompts
 from ..models.guides import GuideInput, GuideOutput
 from ..models.student import Student
@@ -19,8 +20,6 @@ from ..sampling.schedules import ddim
 
 #: cycles per position; the Nyquist frequency is one half
 HALF_NYQUIST = 0.25
-#: called with (what is going on, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pnp_trt import backends
 from pnp_trt.bundle.manifest import Manifest
 from pnp_trt.bundle.store import MANIFEST, find_bundle, open_bundle, read_manifest
 from pnp_trt.errors import InputError
@@ -200,7 +201,21 @@ def test_what_is_loaded_must_be_hashed(name: str) -> None:
 def test_a_backend_loads_its_own_kind_of_file_alone() -> None:
     """PyTorch opens a .json beside the weights, which no hash would cover."""
     with pytest.raises(InputError, match="for backend torch"):
-        Manifest.from_json(put(valid(), ("backend",), "torch"))
+        backends.of(Manifest.from_json(put(valid(), ("backend",), "torch")))
+    changed = put(valid(), ("networks", "unet", "file"), "unet.onnx.engine")
+    changed["files"]["unet.onnx.engine"] = {"sha256": HASH, "bytes": 1}
+    with pytest.raises(InputError, match="networks.unet.file is 'unet.onnx.engine'; it must be the graph itself"):
+        backends.of(Manifest.from_json(changed))
+    assert backends.of(Manifest.from_json(valid())).name == "onnxruntime"
+
+
+def test_a_recipe_is_a_name_and_a_backend_one_that_is_installed() -> None:
+    """Packages add recipes and backends, so that the manifest checks their form and `backends.of` what is there."""
+    assert Manifest.from_json(put(valid(), ("precision",), "a-recipe-of-others")).precision == "a-recipe-of-others"
+    with pytest.raises(InputError, match="recipe's name"):
+        Manifest.from_json(put(valid(), ("precision",), "../fp32"))
+    with pytest.raises(InputError, match="the backend is 'other'; known: onnxruntime, "):
+        backends.of(Manifest.from_json(put(valid(), ("backend",), "other")))
 
 
 @pytest.mark.parametrize(

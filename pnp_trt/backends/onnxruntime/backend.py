@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import numpy as np
 from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
 from ...bundle.profiles import legal_sizes
-from ...errors import InputError, PnpError
+from ...errors import BundleCorrupt, InputError, PnpError
 from ...io.text import printable
+from ...precision.recipes import RECIPES
 from ...sampling.network import Bound, Description, Network
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress, Size
 from ..gpus import driver_present
+from . import NEEDS
 
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
@@ -84,6 +86,7 @@ class OnnxRuntime(Backend):
     label = ""
     elements = frozenset({"float32", "float16", "int8"})
     profiles = ()
+    needs = NEEDS
     beside_int8 = "fp32"  # its CPU provider has no float16 kernels and would cast around every node
 
     def versions(self) -> dict[str, str]:
@@ -112,6 +115,26 @@ class OnnxRuntime(Backend):
         progress(job.network, 1, 1)
         return Compiled(job.graph.name, 0.0, None, {"weights": "external weights"})  # its data file is what runs
 
+    def check_files(self, manifest: Manifest) -> None:
+        for name, network in manifest.networks.items():
+            if not (network.file == network.graph and network.graph.endswith(".onnx")):
+                raise BundleCorrupt(
+                    f"engine '{manifest.name}': networks.{name}.file is '{network.file}'; it must be the graph itself, "
+                    f"an .onnx file, for backend {self.name}; build the bundle again"
+                )
+
+    def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
+        if (nodes := _nodes(graph)) is None:
+            return dict(facts or {}), "layers are counted with the package onnx, which is not installed"
+        note = "layers are the graph's nodes, before ONNX Runtime fuses any; it reports no reformats"
+        return dict(facts or {}) | {"layers": nodes}, note
+
+    def remark(self, precision: str) -> str | None:
+        if "int8" not in RECIPES[precision].elements:
+            return None
+        # measured in benchmarks/results/emoji-precision.json
+        return "ONNX Runtime is slower with INT8 than with fp32 on a CPU; it is there to compare images and sizes"
+
     def check(self, manifest: Manifest) -> None:
         pass
 
@@ -120,6 +143,20 @@ class OnnxRuntime(Backend):
 
     def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> OrtNetwork:
         return OrtNetwork(path, options.provider, options.threads, network.profiles)
+
+
+def _nodes(graph: Path) -> int | None:
+    """Nodes of an ONNX graph, those of subgraphs too; None without the package onnx."""
+    try:
+        import onnx
+    except ImportError:
+        return None
+
+    def count(held: Any) -> int:
+        inner = (a.g for node in held.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+        return len(held.node) + sum(count(g) for g in inner)
+
+    return count(onnx.load(graph, load_external_data=False).graph)
 
 
 class OrtNetwork(Network):

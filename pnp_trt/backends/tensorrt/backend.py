@@ -26,6 +26,7 @@ from ...errors import IncompatibleDevice, InputError, PnpError
 from ...sampling.network import Network
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress
 from ..gpus import Gpu, present_gpus
+from . import NEEDS, NEEDS_RTX
 from .flavour import RTX, TENSORRT, Flavour
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ class TensorRt(TensorRtBackend):
     name = "tensorrt"
     label = "trt"
     flavour = TENSORRT
+    needs = NEEDS
 
 
 class TensorRtRtx(TensorRtBackend):
@@ -218,6 +220,7 @@ class TensorRtRtx(TensorRtBackend):
     name = "tensorrt-rtx"
     label = "rtx"
     flavour = RTX
+    needs = NEEDS_RTX
 
 
 def _own_words(claim: str) -> list[str] | None:

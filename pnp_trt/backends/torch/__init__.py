@@ -1,1 +1,7 @@
 """PyTorch modules, eager or compiled."""
+
+from __future__ import annotations
+
+from ..needs import Needs
+
+NEEDS = Needs("PyTorch itself, for reference and for GPUs without TensorRT", "build")

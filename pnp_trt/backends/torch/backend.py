@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
-from ...errors import IncompatibleDevice, InputError
+from ...errors import BundleCorrupt, IncompatibleDevice, InputError
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Progress
+from . import NEEDS
 from .network import TorchNetwork
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class Torch(Backend):
 
     name = "torch"
     label = "torch"
+    needs = NEEDS
     elements = frozenset({"float32", "float16", "bfloat16"})
     profiles = ()
     takes_modules = True
@@ -51,6 +54,17 @@ class Torch(Backend):
         # torch.compile works when a batch size first runs; what it makes is this machine's and in no bundle
         progress(job.network, 1, 1)
         return Compiled(job.graph.with_suffix(".safetensors").name, 0.0, notes={"mode": job.target})
+
+    def check_files(self, manifest: Manifest) -> None:
+        for name, network in manifest.networks.items():
+            if network.graph != f"{network.file.removesuffix('.safetensors')}.json":
+                raise BundleCorrupt(
+                    f"engine '{manifest.name}': networks.{name}.graph is '{network.graph}'; it must be the .json file "
+                    f"beside the .safetensors file, for backend {self.name}; build the bundle again"
+                )
+
+    def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
+        return dict(facts or {}), "PyTorch runs modules; there are no layers to count"
 
     def check(self, manifest: Manifest) -> None:
         if (reason := self.cannot_run(manifest.target)) is not None:

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ... import backends
 from ...bundle.manifest import Manifest, NetworkRecord
 from ...bundle.store import find_bundle, read_manifest
+from ...errors import InputError
 
 
 class Loaded(Protocol):
@@ -55,21 +57,10 @@ def _row(
     entry: NetworkRecord,
     told: Mapping[str, Mapping[str, int]] | None,
 ) -> dict[str, Any]:
-    own = dict((told or {}).get(network, {}))
-    notes = []
-    if manifest.backend == "onnxruntime":
-        nodes = _nodes(folder / entry.graph)
-        if nodes is None:
-            notes.append("layers are counted with the package onnx, which is not installed")
-        else:
-            own["layers"] = nodes
-            notes.append("layers are the graph's nodes, before ONNX Runtime fuses any; it reports no reformats")
-    elif manifest.backend == "torch":
-        notes.append("PyTorch runs modules; there are no layers to count")
-    elif told is None:
-        notes.append("the engine is not loaded here, so that its inspector could not be asked")
-    elif "layers" not in own:
-        notes.append("the engine keeps nothing of its layers")
+    try:
+        own, note = backends.of(manifest).layers(folder / entry.graph, None if told is None else told.get(network, {}))
+    except InputError as e:  # a backend of a package that is not installed here
+        own, note = {}, str(e)
     return {
         "engine": manifest.name,
         "backend": manifest.backend,
@@ -81,19 +72,5 @@ def _row(
         "device_memory_bytes": own.get("device_memory_bytes"),
         "layers": own.get("layers"),
         "reformats": own.get("reformats"),
-        "note": "; ".join(notes) or None,
+        "note": note,
     }
-
-
-def _nodes(graph: Path) -> int | None:
-    """Nodes of an ONNX graph, those of subgraphs too; None without the package onnx."""
-    try:
-        import onnx
-    except ImportError:
-        return None
-
-    def count(held: Any) -> int:
-        inner = (a.g for node in held.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
-        return len(held.node) + sum(count(g) for g in inner)
-
-    return count(onnx.load(graph, load_external_data=False).graph)

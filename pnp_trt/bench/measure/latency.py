@@ -34,9 +34,6 @@ BOUNDARY = (
 )
 _RESAMPLES = 2000
 
-#: Called as progress(done, total, what) after each timed or warm-up run.
-Progress = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True)
 class LatencyRow:
@@ -103,7 +100,7 @@ def measure(
     guidance: float = 3.0,
     prompts: Sequence[str],
     schedule: str | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
     size: tuple[int, int] | None = None,

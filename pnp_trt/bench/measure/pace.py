@@ -8,15 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...io.progress import Progress
 from .cases import Case
 
 #: images of the trial's larger batch, and the steps that it times
 _TRIAL_BATCH, _TRIAL_STEPS = 4, 2
 #: share of the run's estimate that the measured pace is averaged with
 _TRUST = 0.05
-
-#: called with what is going on, seconds of the estimate that are done, and its seconds in all
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, PnpError
+from ...sampling.schedules import SCHEDULES, resolve
 from .cases import Case
 
 EAGER, COMPILED, OPTIMUM = "diffusers", "diffusers-compile", "optimum-onnx"
 KINDS = (EAGER, COMPILED, OPTIMUM)
-#: our names of schedules → diffusers' classes
-_SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
 
 
 def available(
@@ -131,7 +126,9 @@ class Peer:
         self._pipe, self._device = pipe, device
         self._config = model.scheduler_config() | {"_class_name": model.scheduler_class()}
         self._schedulers = {
-            name: getattr(diffusers, kind_).from_config(self._config) for name, kind_ in _SCHEDULERS.items()
+            name: getattr(diffusers, rule.diffusers_class).from_config(self._config)
+            for name, rule in SCHEDULES.items()
+            if rule.diffusers_class is not None
         }
         self._empty: Any = None
 
@@ -167,14 +164,14 @@ class Peer:
         """
         import torch
 
-        from ...sampling.schedules import resolve
-
         if method not in self.methods:
             raise InputError(f"peer '{self.methods[0]}' cannot do '{method}'")
         scale = np.unique(np.asarray(guidance, np.float64))
         if len(scale) != 1 or scale[0] <= 1:
-            raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all images")
-        self._pipe.scheduler = self._schedulers[resolve(schedule, self._config)]
+            raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all pictures")
+        if (name := resolve(schedule, self._config)) not in self._schedulers:
+            raise InputError(f"diffusers has no scheduler that equals '{name}'; take: {', '.join(self._schedulers)}")
+        self._pipe.scheduler = self._schedulers[name]
         if self._empty is None:
             self._empty = self.encode([""])
         dtype = self._pipe.unet.dtype

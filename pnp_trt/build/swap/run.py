@@ -132,7 +132,7 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     advice = rebuild_advice(source, manifest.rebuild)
     if manifest.configs is None or manifest.given is None:
         raise InputError(f"engine '{manifest.name}' was built before engines could be plugged; {advice}")
-    backend = backends.get(manifest.backend)
+    backend = backends.of(manifest)
     if backend.takes_modules:
         raise InputError(
             f"engine '{manifest.name}' holds PyTorch modules and no graph, so there is nothing to save by plugging; "

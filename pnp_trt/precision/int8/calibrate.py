@@ -16,6 +16,7 @@ from ...bundle.store import digest, lock, write_text
 from ...errors import InputError
 from ...io.files import check_writable_file, remove_temporaries_of
 from ...io.inputs import check_seed
+from ...io.progress import Progress
 from ...io.replacing import check_removable_file
 from ...models.bases import resolve
 from ...models.conditioning import encode_prompts
@@ -30,8 +31,6 @@ from .sweep import Probes, Sweep, latent_error
 #: evened out, the residual stream or its join with a skip of quite another scale.  In SD 1.5's form with random
 #: weights the 14 shortcuts alone bring a prediction 89 % off and the six samplers 60 %, all linear layers 3 %.
 UNEVEN = ("conv_shortcut", "samplers.")
-#: called with (stage, done, in all, note)
-Progress = Callable[[str, int, int, str], None]
 PROMPTS = Path("calibration/emoji-prompts.txt")
 #: seeds of runs that nothing was observed on
 PROBE, CHECK = 1_000_001, (1_000_002, 1_000_003)

@@ -68,3 +68,46 @@ def test_entry_points_add_values(codecs: Registry[object], monkeypatch: pytest.M
     assert codecs.get("json") is not base64.b64decode
     with pytest.raises(InputError, match="'broken' is registered as this_module_does_not_exist:x"):
         codecs.get("broken")
+
+
+def test_a_broken_package_is_left_out_with_a_warning(codecs: Registry[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [EntryPoint("broken", "this_module_does_not_exist:x", "pnp_trt.codecs")]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    with pytest.warns(UserWarning, match="'broken' is registered as .* it is left out"):
+        assert [name for name, _ in codecs.items()] == ["json"]
+    import json
+
+    assert codecs["json"] is json.dumps
+
+
+def test_a_broken_builtin_value_is_an_error() -> None:
+    broken: Registry[object] = Registry("codecs", "codec", {"x": "this_module_does_not_exist:x"})
+    with pytest.raises(InputError, match="'x' is registered as"):
+        broken.values()
+
+
+def test_metrics_are_in_the_schema_of_results() -> None:
+    """The schema is published; what is registered by the package itself must be described there."""
+    import json
+    from pathlib import Path
+
+    from pnp_trt.bench import results
+    from pnp_trt.bench.metric import METRICS
+
+    schema = json.loads(Path(results.SCHEMA_FILE).read_text(encoding="utf-8"))
+    fidelity = schema["$defs"]["fidelity"]["properties"]
+    builtin = [m for m in METRICS.values() if m.compute.__module__.startswith("pnp_trt.")]
+    assert [m.key for m in builtin] == list(METRICS)[: len(builtin)]
+    assert {m.key for m in builtin} == {
+        name for name, value in fidelity.items() if {"$ref": "#/$defs/estimate"} in value.get("anyOf", [])
+    }
+
+
+def test_backends_run_the_recipes_of_their_element_types() -> None:
+    from pnp_trt import backends
+
+    assert {name: backends.get(name).precisions for name in ("onnxruntime", "tensorrt", "torch")} == {
+        "onnxruntime": ("fp32", "fp16", "int8", "int8-weights"),
+        "tensorrt": ("fp32", "fp16", "bf16", "int8", "int8-weights"),
+        "torch": ("fp32", "fp16", "bf16"),
+    }

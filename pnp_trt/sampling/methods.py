@@ -235,7 +235,8 @@ INTERVAL = METHODS.register(
 FEWER_STEPS = METHODS.register(
     "cfg-fewer-steps",
     Method(
-        "cfg-fewer-steps", "teacher, CFG, half the steps", "CFG in half the steps: as many passes as the guide makes",
+        "cfg-fewer-steps", "teacher, CFG, half the steps",
+        "CFG in half the steps: as many model evaluations as the guide",
         ("#9a7b00", "#d6b53c"), "v", batches=(2,), step_divisor=2, runs_as="cfg", baseline=True,
     ),
 )  # fmt: skip

@@ -1,0 +1,59 @@
+"""The example package installed beside pnp-trt: its modules on the path, and metadata with its entry points."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..conftest import Result
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "extending"
+
+
+def entry_points() -> dict[str, dict[str, str]]:
+    """Group → name → value, as ``examples/extending/pyproject.toml`` declares them."""
+    project = tomllib.loads((EXAMPLES / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups: dict[str, dict[str, str]] = project["entry-points"]
+    return groups
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A ``PYTHONPATH`` on which the example package is installed."""
+    site = tmp_path_factory.mktemp("site")
+    metadata = site / "pnp_trt_extending-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: pnp-trt-extending\nVersion: 0.1.0\n")
+    lines = []
+    for group, points in entry_points().items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return os.pathsep.join([str(site), str(EXAMPLES), str(ROOT)])
+
+
+@pytest.fixture(scope="session")
+def pnp_trt(installed: str) -> Callable[..., Result]:
+    """Run ``pnp-trt ARGS`` in a process of its own that has the example package, as its user would."""
+
+    def run(*arguments: object, cwd: Path | None = None) -> Result:
+        done = subprocess.run(
+            [sys.executable, "-m", "pnp_trt", *map(str, arguments)],
+            env=os.environ | {"PYTHONPATH": installed, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            cwd=cwd, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For oracles in this process: the examples' modules can be imported."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))

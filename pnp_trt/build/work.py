@@ -144,26 +144,25 @@ class Work:
     def _modules(self) -> dict[str, Callable[[], Any]]:
         """What makes each network's module; calling it loads the weights."""
         from ..models.guides.condition import Condition
-        from ..models.wrappers import TextEncoder, VaeDecoder, VaeEncoder
 
         size = self.plan.latent(self.plan.default)[1:]
         found: dict[str, Callable[[], Any]] = {
             # before the U-Net, which takes what it gives
             **({"condition": lambda: Condition(self._guide(), size)} if self._conditioned else {}),
             "unet": self._student,
-            "text_encoder": lambda: TextEncoder(self.base.text_encoder()),
-            "vae_decoder": lambda: VaeDecoder(self.base.vae()),
+            "text_encoder": self.base.text_module,
+            "vae_decoder": self.base.decoder_module,
         }
         if self.spec.image_to_image:
-            found["vae_encoder"] = lambda: VaeEncoder(self.base.vae())
+            found["vae_encoder"] = self.base.encoder_module
         return found
 
     def _student(self) -> Any:
-        from ..models.student import Student, Teacher
+        from ..models.student import Student
 
-        unet = self.base.unet()
         if not self._guided:
-            return Teacher(unet)
+            return self.base.denoiser()
+        unet = self.base.unet()
         return Student(unet, self._guide(unet), self._conditioned)
 
     def _guide(self, unet: Any = None) -> Any:

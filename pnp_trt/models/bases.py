@@ -9,8 +9,8 @@ from pathlib import Path
 from ..assets import ROOT as ASSETS
 from ..errors import InputError
 from .catalog import bundled_bases, random_bases
+from .families import open_folder
 from .files import PICKLES, choose, stem_of
-from .folders import check_folder
 from .teacher import BaseModel
 
 
@@ -39,8 +39,7 @@ def resolve(name: str) -> BaseModel:
     if bundled.is_file():
         return BaseModel(name, ASSETS / "emoji", bundled)
     if path.is_dir():
-        check_folder(path)
-        return BaseModel(name, path)
+        return open_folder(name, path)
     if path.suffix == ".safetensors" and path.is_file():
         from .single_base import SingleFileBase
 
@@ -52,7 +51,7 @@ def resolve(name: str) -> BaseModel:
 
         return random_base(name)
     if is_hub_id(name):
-        return BaseModel(name, _from_hub(name))
+        return open_folder(name, _from_hub(name))
     known = ", ".join([*bundled_bases(), *random_bases()])
     raise InputError(f"no base model '{name}'; known: {known}, a diffusers folder, a U-Net .safetensors, or a hub id")
 
@@ -73,7 +72,6 @@ def _from_hub(name: str) -> Path:
             f"the hub model '{name}' cannot be had: {type(e).__name__}; check the name and the network, or download it "
             f"and pass its folder (bundled models: {', '.join(bundled_bases())})"
         ) from e
-    check_folder(folder)
     return folder
 
 

@@ -154,6 +154,34 @@ class BaseModel:
                 entries.member(key).number(low, 1e6)
         return self._frozen(load_network(getattr(diffusers, kind), self.folder / "vae"))
 
+    def denoiser(self) -> Any:
+        """The plain denoiser as it is exported.
+
+        A module of ``sample [B, C, H, W]``, ``timestep [B]`` and ``encoder_hidden_states [B, tokens, D]`` that returns
+        the prediction ``[B, C, H, W]``.
+        """
+        from .student import Teacher
+
+        return Teacher(self.unet())
+
+    def text_module(self) -> Any:
+        """The text encoder as it is exported: ``input_ids [B, tokens]`` → states ``[B, tokens, D]``."""
+        from .wrappers import TextEncoder
+
+        return TextEncoder(self.text_encoder())
+
+    def decoder_module(self) -> Any:
+        """The decoder as it is exported: ``latents [B, C, H, W]`` → pixels ``[B, 3, H·f, W·f]`` in [-1, 1]."""
+        from .wrappers import VaeDecoder
+
+        return VaeDecoder(self.vae())
+
+    def encoder_module(self) -> Any:
+        """The encoder as it is exported: pixels ``[B, 3, H·f, W·f]`` in [-1, 1] → latents ``[B, C, H, W]``."""
+        from .wrappers import VaeEncoder
+
+        return VaeEncoder(self.vae())
+
     def _frozen(self, network: Any) -> Any:
         return check_finite(network, self.name).eval().requires_grad_(False)
 

@@ -1,0 +1,38 @@
+"""A family of base models: how its folders are recognised, and the class that opens them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from ..teacher import BaseModel
+
+
+class Family(ABC):
+    """Base models whose folders have the same parts and networks.
+
+    What a bundle is built of is the opened model's: ``BaseModel.denoiser``, ``text_module``, ``decoder_module`` and
+    ``encoder_module`` give the modules that are exported, ``sizes`` their tensors, ``scheduler_config`` the noise,
+    ``check`` what is refused, ``fingerprint`` and ``configs_sha256`` the identity.  A family
+    overrides those that differ from Stable Diffusion's.
+
+    Attributes:
+        name: as ``FAMILIES`` has it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def reads(self, folder: Path) -> bool:
+        """Whether a folder is a model of this family; from its small files, no weights are read."""
+
+    @abstractmethod
+    def open(self, name: str, folder: Path) -> BaseModel:
+        """The model in a folder that :meth:`reads`.
+
+        Args:
+            name: as the user gave it.
+
+        Raises:
+            InputError: for a part or file that is missing.
+        """

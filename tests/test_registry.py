@@ -103,6 +103,18 @@ def test_metrics_are_in_the_schema_of_results() -> None:
     }
 
 
+def test_methods_are_in_the_schema_of_results() -> None:
+    import json
+    from pathlib import Path
+
+    from pnp_trt.bench import results
+    from pnp_trt.sampling.methods import METHODS
+
+    text = json.loads(Path(results.SCHEMA_FILE).read_text(encoding="utf-8"))["$defs"]["method"]["description"]
+    described = [word.split(" (")[0].strip() for word in text.partition(";")[0].split(",")]
+    assert set(described) == set(METHODS)
+
+
 def test_backends_run_the_recipes_of_their_element_types() -> None:
     from pnp_trt import backends
 

@@ -23,6 +23,7 @@ from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
 from ...bundle.store import cache_home, engines_home, rebuild_advice
 from ...errors import IncompatibleDevice, InputError, PnpError
+from ...precision.recipes import RECIPES
 from ...sampling.network import Network
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress
 from ..gpus import Gpu, present_gpus
@@ -52,7 +53,7 @@ class TensorRtBackend(Backend):
         gpus = present_gpus()
         self.flavour.check_options(options, bool(gpus))
         found = self._target(target, gpus[0] if gpus else None)
-        if precision == "bf16" and found == "sm_75":
+        if "bfloat16" in RECIPES[precision].elements and found == "sm_75":
             raise InputError("target sm_75 has no bfloat16; choose --precision fp16")
         return found
 

@@ -82,7 +82,6 @@ class Pipeline:
         self.bundle = bundle
         self.name: str = bundle.name
         self.base: str = manifest.base.sha256["all"]
-        self.methods: tuple[str, ...] = methods_of(bundle.guided)
         self.max_batch: int = manifest.sample.max_batch
         guide = manifest.guide
         self.negative_prompts: bool = guide is None or bool(guide.negative_prompts)
@@ -114,6 +113,7 @@ class Pipeline:
         )
         #: what runs whole images on a GPU, captured into CUDA graphs; None where the host runs the loop
         self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
+        self.methods: tuple[str, ...] = methods_of(bundle.guided, on_host=self.loops is None)
         self.baselines: tuple[str, ...] = baselines_of(bundle.guided) if self.loops is None else ()
         self._empty: np.ndarray | None = None
         self._tables: dict[tuple[str, int], Schedule] = {}
@@ -313,7 +313,7 @@ class Pipeline:
 
     def _can_do(self, method: str) -> str:
         """What to say beside a method that is refused."""
-        if method in baselines_of(self.bundle.guided):
+        if method in methods_of(self.bundle.guided) + baselines_of(self.bundle.guided):
             return (
                 "it is run step by step on the host, and this engine's loop runs on the GPU; "
                 f"take {' or '.join(self.methods)}"

@@ -256,9 +256,14 @@ UNGUIDED = METHODS.register(
 )  # fmt: skip
 
 
-def methods_of(guided: bool) -> tuple[str, ...]:
-    """What bundles with a guide, or without, sample with, by name; the first is the default."""
-    return tuple(m.name for m in METHODS.values() if m.guided == guided and not m.baseline and m.runs_as is None)
+def methods_of(guided: bool, on_host: bool = True) -> tuple[str, ...]:
+    """What bundles with a guide, or without, sample with, by name; the first is the default.
+
+    Args:
+        on_host: whether the host runs the loop; methods with a loop of their own need that.
+    """
+    own = [m for m in METHODS.values() if m.guided == guided and not m.baseline and m.runs_as is None]
+    return tuple(m.name for m in own if on_host or m.sample is None)
 
 
 def baselines_of(guided: bool) -> tuple[str, ...]:

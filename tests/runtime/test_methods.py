@@ -114,3 +114,4 @@ def test_a_method_from_outside_is_run_counted_and_shown(own: Method, micro_bundl
     assert rows["own"]["macs_per_step"] == rows["cfg"]["macs_per_step"] == 200
     assert method_labels()["own"] == "own label" and method_legend()["own"] == "own words"
     assert page_colours()["own"] == ("#111111", "#eeeeee")
+    assert methods_of(False, on_host=False) == ("cfg", "unguided")  # a device's loop does not run it

@@ -54,13 +54,17 @@ def needs() -> dict[str, Needs]:
 
 
 def of(manifest: Manifest) -> Backend:
-    """The backend of a bundle; its files are of the kind that it loads.
+    """The backend of a bundle; its recipes are known, and its files are of the kind that the backend loads.
 
     Raises:
-        InputError: if this installation has no such backend.
+        InputError: if this installation has no such backend or recipe.
         BundleCorrupt: for a file of another kind.
     """
+    from ..precision.recipes import RECIPES
+
     backend = get(manifest.backend)
+    for name in (manifest.precision, *(network.precision for network in manifest.networks.values())):
+        RECIPES.get(name)
     backend.check_files(manifest)
     return backend
 

@@ -149,7 +149,7 @@ def test_any_key_that_is_gone_gives_a_manifest_or_one_sentence(at: tuple[Any, ..
         (("guide", "name"), "../guide"), (("name",), ".."), (("name",), "a/b"), (("key",), "x"),
         (("profiles",), [{"x": 1}]), (("profiles", 0, "step"), 0), (("profiles", 0, "minimum"), 3),
         (("profiles", 0, "height"), [64, 32, 8]), (("networks", "unet", "profiles"), None),
-        (("networks", "unet", "precision"), "fp12"), (("networks", "unet", "parity", "limit"), "1"),
+        (("networks", "unet", "precision"), "fp 12"), (("networks", "unet", "parity", "limit"), "1"),
         (("networks", "unet", "inputs", "sample"), tensor("float32", 4, 8, 9)),
         (("networks", "unet", "inputs", "timestep"), tensor("float32")),
         (("networks", "unet", "outputs", "more"), tensor("float32", 1)),
@@ -211,7 +211,10 @@ def test_a_backend_loads_its_own_kind_of_file_alone() -> None:
 
 def test_a_recipe_is_a_name_and_a_backend_one_that_is_installed() -> None:
     """Packages add recipes and backends, so that the manifest checks their form and `backends.of` what is there."""
-    assert Manifest.from_json(put(valid(), ("precision",), "a-recipe-of-others")).precision == "a-recipe-of-others"
+    made = Manifest.from_json(put(valid(), ("networks", "unet", "precision"), "of-others"))
+    assert made.networks["unet"].precision == "of-others"
+    with pytest.raises(InputError, match="the precision is 'of-others'; known: fp32, "):
+        backends.of(made)
     with pytest.raises(InputError, match="recipe's name"):
         Manifest.from_json(put(valid(), ("precision",), "../fp32"))
     with pytest.raises(InputError, match="the backend is 'other'; known: onnxruntime, "):

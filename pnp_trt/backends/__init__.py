@@ -38,7 +38,7 @@ _NEEDS: Registry[Needs] = Registry(
 )
 
 
-def needs() -> dict[str, Needs]:
+def all_needs() -> dict[str, Needs]:
     """What each registered backend needs, by name; built-in runtimes are not imported for it.
 
     A backend of another package that cannot be imported is left out with a warning.

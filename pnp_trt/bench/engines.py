@@ -37,7 +37,7 @@ def default_build(engine: str) -> list[str] | None:
 def counted_guide(manifest: Manifest) -> str | None:
     """The counted network that is a bundle's guide, ``guide-`` and its name in ``GUIDES``.
 
-    "" where the bundle has none; None where its guide is not at hand, or of another size than the counted one, or
+    "" where the bundle has none; None where its guide is not available, or of another size than the counted one, or
     nothing is counted because there is no torch.
     """
     from ..errors import InputError

@@ -60,9 +60,9 @@ def document(
         cold_start: seconds from a process's start to its first image, a row an engine.
         fidelity: a row a method, number of steps and w; a measured value is {"value", "low", "high", "count"}.
         pictures: {"columns", "rows" as of `encode_pictures`, "caption"}.
-        settings: what the run was requested; "suite" and "quick" are None and False where it does not say.
+        settings: the options of the run; "suite" and "quick" are None and False where it does not state.
         left_out: {"what", "why"} of everything that was requested and not measured.
-        task_quality_evaluated: whether `fidelity` says how good the images are, not only how close to the teacher's;
+        task_quality_evaluated: whether `fidelity` states how good the images are, not only how close to the teacher's;
             None means that some row has a metric of quality.
         task_quality_reason: why it was not evaluated.
         accelerator: the accelerator's name where one was used, for the provenance.

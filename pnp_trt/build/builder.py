@@ -162,7 +162,7 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
 
 
 def _record(spec: BuildSpec, recipe: Recipe, base: str, guide: dict[str, Any] | None) -> Record | None:
-    """The calibration record that the recipe wants, made for this guide and, unless it was named, for this base."""
+    """The calibration record that the recipe needs, made for this guide and, unless it was named, for this base."""
     if not recipe.needs_record:
         return None
     path = spec.calibration or find_record(spec.base, "teacher" if guide is None else str(guide["name"]))

@@ -44,7 +44,7 @@ def bench(
     clip: Annotated[Path | None, typer.Option(help="A transformers CLIP folder: CLIP score for alignment.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; not with the cost part.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="{schedules} or teacher; default: what the engines agree on, or ddim.")
+        str | None, typer.Option(help="{schedules} or teacher; default: the engines' common schedule, or ddim.")
     ] = None,
     peers: Annotated[
         bool | None, typer.Option("--peers/--no-peers", help="Time other toolkits that are installed.")

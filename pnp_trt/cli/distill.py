@@ -39,7 +39,7 @@ def guidance(
         Path | None, typer.Option(help="Folder of images with captions in metadata.jsonl, or NAME.txt beside each.")
     ] = None,
     base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
-    guide: Annotated[str, typer.Option(help="Which guide to make: {guides}.")] = "tiny",
+    guide: Annotated[str, typer.Option(help="Guide design: {guides}.")] = "tiny",
     states: Annotated[
         str | None,
         typer.Option(

@@ -91,8 +91,9 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "calibrate", ("", "build", "int8"), "record ranges for build --precision int8"),
     ("command", "bench", ("", "build"), "cost and latency; --only latency needs no extra"),
     ("command", "distill", ("", "build", "train"), "train a guide"),
-    ("command", "visualize", ("", "build"), "draw what a guide adds"),
-    ("option", "bench --only fidelity", ("", "build", "fidelity"), "closeness to the teacher's pictures"),
+    ("command", "visualize", ("", "build", "bench"), "figures of a guide's residuals"),
+    ("option", "bench --html", ("", "bench"), "the results as one page"),
+    ("option", "bench --only fidelity", ("", "build", "fidelity"), "similarity to the teacher's images"),
     ("option", _ENERGY, ("", "build", "energy"), "joules per image on a GPU"),
 )
 
@@ -100,7 +101,7 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
 def _uses() -> list[tuple[Kind, str, tuple[str, ...], str]]:
     """Every command and option, those of the registered backends last."""
     found = list(_USES)
-    for name, needs in backends.needs().items():
+    for name, needs in backends.all_needs().items():
         extras = ("", *dict.fromkeys(("build", needs.extra))) if needs.extra else ("",)
         found.append(("option", f"--backend {name}", extras, needs.summary))
     return found
@@ -136,7 +137,7 @@ def diagnose(engines: Path | None = None) -> list[Check]:
     if engines is not None:
         checks = [_with_engines(check, checks, engines) if check.name == "sample" else check for check in checks]
     gpu = _gpu()
-    without_gpu = {f"--backend {name}": needs.without_gpu for name, needs in backends.needs().items()}
+    without_gpu = {f"--backend {name}": needs.without_gpu for name, needs in backends.all_needs().items()}
     without_gpu[_ENERGY] = "nothing"
     checks = [_with_gpu(check, gpu, without_gpu.get(check.name, "runs")) for check in checks]
     return [*checks, _cuda_provider(gpu), *packages.values(), *_machine(gpu)]
@@ -317,7 +318,7 @@ def _with_gpu(backend: Check, gpu: Check, without_gpu: str) -> Check:
     if gpu.state == "ok" or without_gpu == "runs":
         return backend
     if without_gpu == "nothing":  # nothing that could be installed would help
-        return replace(backend, state="absent", detail=f"{backend.detail}; no GPU is here", fix=None)
+        return replace(backend, state="absent", detail=f"{backend.detail}; no GPU was found", fix=None)
     if backend.state == "ok":
         return replace(backend, detail=f"{backend.detail}; no GPU was found, so its engines run on another machine")
     return backend

@@ -66,7 +66,7 @@ class ProgressBar:
         self._last = text
 
     def stages(self, name: str, done: int, total: int, note: str = "", /) -> None:
-        """Counted stages after each other; prints a line at each tenth where standard error is no terminal."""
+        """Counted stages after each other; prints a line at each tenth where standard error is not a terminal."""
         name, note = printable(name), printable(note)
         self._progress.update(self._task, description=f"{name} {note}", completed=done, total=total)
         mark = f"{name} {10 * done // max(total, 1)}"

@@ -41,6 +41,6 @@ def _names(word: str) -> str:
     if word == "methods":
         from ..sampling.methods import methods_of
 
-        return f"{', '.join(methods_of(True))}, or on a bundle without guide: {', '.join(methods_of(False))}"
+        return f"{', '.join(methods_of(True))}, or on a bundle without a guide: {', '.join(methods_of(False))}"
     module, _, attribute = _REGISTRIES[word].partition(":")
     return ", ".join(getattr(importlib.import_module(module), attribute).names())

@@ -134,9 +134,9 @@ def sample(
         int | None, typer.Option(help="Sampling steps; default: the number that the guide was distilled for, or 20.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale w, 1 to 9.")] = 3.0,
-    negative: Annotated[str | None, typer.Option(help="Negative prompt, where the engine takes one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.")] = 0,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures per prompt.")] = 1,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt, if the engine takes one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; each next image adds 1.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Images per prompt.")] = 1,
     method: Annotated[str | None, typer.Option(help="{methods}.")] = None,
     size: Annotated[
         str | None,
@@ -144,10 +144,7 @@ def sample(
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="{schedules} or teacher; default: the teacher's own where it is one of these."),
-    ] = None,
-    init: Annotated[
-        Path | None, typer.Option(help="Picture to begin with, where the engine has a VAE encoder.")
+        typer.Option(help="{schedules} or teacher; default: the teacher's own if it is one of these."),
     ] = None,
     init: Annotated[Path | None, typer.Option(help="Starting image, if the engine has a VAE encoder.")] = None,
     strength: Annotated[

@@ -57,7 +57,7 @@ class Method:
         batches: the U-Net evaluations of one step, each as rows of its batch per image: ``(2,)`` is one batch of two,
             ``(1, 1)`` two batches of one.
         batches_outside: those of a step outside the interval; None for methods without an interval.
-        step_divisor: the steps that are run are those that are asked for divided by this, at least one.
+        step_divisor: the steps that are run are those that are requested divided by this, at least one.
         guided: whether bundles with a guide run it; else those without.
         uses_guidance: whether w and, on bundles without a guide, a negative prompt change the result.
         runs_as: the pipeline's method that it is, where only the number of steps differs.
@@ -98,7 +98,7 @@ class Method:
         return self.runs_as or self.name
 
     def steps(self, steps: int) -> int:
-        """Steps that are run where ``steps`` are asked for."""
+        """Steps that are run where ``steps`` are requested."""
         return max(1, steps // self.step_divisor)
 
     def calls(self, steps: int, inside: int | None = None) -> list[tuple[int, int]]:
@@ -214,21 +214,21 @@ _CFG_COLOUR = ("#c2570c", "#f0954a")
 CFG = METHODS.register(
     "cfg",
     Method(
-        "cfg", "teacher, CFG", "the teacher's classifier-free guidance, one batch of two a step",
+        "cfg", "teacher, CFG", "the teacher's classifier-free guidance, one batch of two per step",
         _CFG_COLOUR, "o", batches=(2,),
     ),
 )  # fmt: skip
 TWO_PASSES = METHODS.register(
     "cfg-two-passes",
     Method(
-        "cfg-two-passes", "teacher, CFG in two passes", "the same as two passes, one after the other",
+        "cfg-two-passes", "teacher, sequential CFG", "the same as two evaluations, one after the other",
         _CFG_COLOUR, batches=(1, 1), images_of="cfg", baseline=True, sample=_two_passes,
     ),
 )  # fmt: skip
 INTERVAL = METHODS.register(
     "cfg-interval",
     Method(
-        "cfg-interval", "teacher, CFG on an interval", "CFG in a part of the timesteps, one pass in the others",
+        "cfg-interval", "teacher, CFG on an interval", "CFG in a part of the timesteps, one evaluation in the others",
         ("#0d7d6c", "#41c2ab"), "D", batches=(2,), batches_outside=(1,), baseline=True, sample=_on_interval,
     ),
 )  # fmt: skip
@@ -243,14 +243,14 @@ FEWER_STEPS = METHODS.register(
 GUIDED = METHODS.register(
     "guided",
     Method(
-        "guided", "teacher + guide", "teacher and guide, one pass a step",
+        "guided", "teacher + guide", "teacher and guide, one evaluation per step",
         ("#0f6fb8", "#58aef0"), "s", guided=True,
     ),
 )  # fmt: skip
 UNGUIDED = METHODS.register(
     "unguided",
     Method(
-        "unguided", "teacher, no guidance", "the teacher's plain prediction, one pass a step",
+        "unguided", "teacher, no guidance", "the teacher's plain prediction, one evaluation per step",
         ("#8a8d96", "#8f939e"), "^", uses_guidance=False,
     ),
 )  # fmt: skip

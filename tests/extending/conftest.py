@@ -46,7 +46,7 @@ def pnp_trt(installed: str) -> Callable[..., Result]:
         done = subprocess.run(
             [sys.executable, "-m", "pnp_trt", *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": installed, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            cwd=cwd, capture_output=True, text=True, timeout=600,
+            cwd=cwd, capture_output=True, text=True, timeout=3600,
         )  # fmt: skip
         return Result(done.returncode, done.stdout, done.stderr)
 

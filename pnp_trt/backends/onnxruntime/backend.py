@@ -133,7 +133,7 @@ class OnnxRuntime(Backend):
         if "int8" not in RECIPES[precision].elements:
             return None
         # measured in benchmarks/results/emoji-precision.json
-        return "ONNX Runtime is slower with INT8 than with fp32 on a CPU; it is there to compare images and sizes"
+        return "on a CPU, ONNX Runtime is slower with INT8 than with fp32; use it to compare images and sizes"
 
     def check(self, manifest: Manifest) -> None:
         pass

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from ..needs import Needs
 
-NEEDS = Needs("compiles on the GPU that it is for", "tensorrt", "nothing")
+NEEDS = Needs("compiles on the GPU that runs it", "tensorrt", "nothing")
 NEEDS_RTX = Needs("compiles for any RTX GPU on any machine", "rtx", "compiles")

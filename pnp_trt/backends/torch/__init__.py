@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from ..needs import Needs
 
-NEEDS = Needs("PyTorch itself, for reference and for GPUs without TensorRT", "build")
+NEEDS = Needs("PyTorch, as a reference and for GPUs without TensorRT", "build")

@@ -168,7 +168,7 @@ class Peer:
             raise InputError(f"peer '{self.methods[0]}' cannot do '{method}'")
         scale = np.unique(np.asarray(guidance, np.float64))
         if len(scale) != 1 or scale[0] <= 1:
-            raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all pictures")
+            raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all images")
         if (name := resolve(schedule, self._config)) not in self._schedulers:
             raise InputError(f"diffusers has no scheduler that equals '{name}'; take: {', '.join(self._schedulers)}")
         self._pipe.scheduler = self._schedulers[name]

@@ -15,7 +15,7 @@ help:
 	@echo "make test   install the development extra, then lint, type-check and test"
 	@echo "make test-fast   the tests that need no model and little time (a minute and a half)"
 	@echo "make docs   the documentation site with an API reference, in build/site (under a minute)"
-	@echo "make coverage   the tests with a floor on line coverage (as long as make test)"
+	@echo "make coverage   the tests, with line coverage by module (longer than make test)"
 	@echo "make test-portability  the numerics under other vector widths, kernels and thread counts (an hour)"
 	@echo "make campaign    over 2,200 hostile inputs and faults; report in build/campaign/ (about an hour)"
 	@echo "make soak   5,000 images in one process: memory, descriptors, equality with one thread (minutes)"

@@ -49,7 +49,7 @@ def test_tables_of_a_document() -> None:
     assert names[3] == "teacher, CFG, half the steps"
     assert names[5:7] == ["teacher + guide (emoji-tiny)", "teacher + guide (emoji-tiny-fp16-rtx-sm_89)"]
     assert re.search(r"\| 222 · 0\.53 \[0\.52, 0\.53\] \|", lines[7])
-    assert "an image of 20 steps" in " ".join(lines)
+    assert "per image of 20 steps" in " ".join(lines)
     kid = readme_tables.kid(doc).splitlines()
     assert kid[0] == "| | 50 steps | 25 steps | 20 steps | 10 steps | 8 steps | 4 steps |"
     assert "| teacher + guide | 0.104 [0.098, 0.110] | | 0.108 [0.102, 0.115] | | 0.120 [0.114, 0.127] | |" in kid

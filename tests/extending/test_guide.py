@@ -52,7 +52,11 @@ def test_it_is_distilled_built_and_sampled_with(
         plain = unet(*inputs).sample.numpy()
         size = (2, unet.config.block_out_channels[-1], 4, 4)
         added = torch.from_numpy(np.broadcast_to(residual[:, :, None, None], size).copy())
-        expected = unet(*inputs, mid_block_additional_residual=added).sample.numpy()
+        # diffusers adds the mid block's residual only beside residuals of all four skips
+        skips = (torch.zeros(1),) * 4
+        expected = unet(
+            *inputs, down_block_additional_residuals=skips, mid_block_additional_residual=added
+        ).sample.numpy()
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     change = np.abs(expected - plain).max(axis=(1, 2, 3))
     assert change[0] == 0 and change[1] > 0.01  # no guidance at w = 1, and a guide that has learnt something above

@@ -97,7 +97,7 @@ def test_prompts_come_from_standard_input(
         (["--init", "none.png"], "--init none.png does not exist; name an image file"),
         (["--init", "START", "--strength", "1.2"], "strength is 1.2; it must be above 0 and at most 1"),
         (["--init", "START", "--strength", "0.1"], "strength 0.1 of 2 steps is less than one step"),
-        (["--strength", "0.5"], "no image to begin with was given"),
+        (["--strength", "0.5"], "no starting image was given"),
         (["--init", "START", "--engine", "guided"], "engine 'guided' has no VAE encoder"),
         (["-"], "standard input has no prompt"),
     ],

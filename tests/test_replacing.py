@@ -86,7 +86,7 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, name: str) -> None:
 def test_links_in_a_bundle_are_not_followed(tmp_path: Path) -> None:
     bundle = make(tmp_path / "x", BUNDLE)
     (bundle / "pictures").symlink_to(make(tmp_path / "y", {"a.jpg": "x"}))
-    with pytest.raises(InputError, match="holds images"):
+    with pytest.raises(InputError, match="holds pictures"):
         check_removable_bundle(bundle)
     (bundle / "pictures").unlink()
     (bundle / "empty").mkdir()

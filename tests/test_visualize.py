@@ -223,6 +223,7 @@ def test_sdxl_conditions_v_prediction_and_a_full_guide_with_negative_prompts(mic
         scheduler_config=lambda: micro.scheduler_config() | {"prediction_type": "v_prediction"},
         text_encoders=lambda: [(micro.tokenizer(), micro.text_encoder()), (micro.tokenizer(), second)],
         zero_empty_prompt=lambda: True, config=lambda _: dict(unet.config), vae=micro.vae,
+        side=lambda: unet.config.sample_size,
     )  # fmt: skip
     guide = FullGuide.from_unet(unet, negative_prompts=True).eval()
     with torch.no_grad():

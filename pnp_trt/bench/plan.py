@@ -137,7 +137,7 @@ def _check_files(plan: Plan) -> None:
         folder = name in ("real", "clip")
         path = Path(value)
         if not (is_folder(path) if folder else is_file(path)):
-            raise InputError(f"--{name} {value} is no {'folder' if folder else 'file'}; name one that exists")
+            raise InputError(f"--{name} {value} is not a {'folder' if folder else 'file'}; name one that exists")
     if plan.inception is not None and plan.real is None:
         raise InputError("--inception gives a distance to real images and none are named; add --real DIR")
     if plan.real is not None and plan.prompts is None:

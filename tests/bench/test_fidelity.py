@@ -194,7 +194,7 @@ def test_garbage_with_a_matching_record_is_refused(tmp_path: Path, content: byte
 
 def test_head_refuses(head_file: Path, tmp_path: Path) -> None:
     head = AlignmentHead.load(head_file)
-    with pytest.raises(InputError, match="does not know 'kiwi'"):
+    with pytest.raises(InputError, match="has no concept 'kiwi'"):
         head.ranks(np.ones((1, 3), np.float32), ["kiwi"])
     with pytest.raises(InputError, match="2 images do not match 1 concepts"):
         head.ranks(np.ones((2, 3), np.float32), ["pear"])

@@ -109,7 +109,7 @@ def test_a_damaged_record_of_states_is_told_in_a_sentence(tmp_path: Path, text: 
 
 def test_states_of_unknown_origin_are_not_used(tmp_path: Path) -> None:
     (tmp_path / "shard-0000.safetensors").write_text("dear")
-    with pytest.raises(InputError, match=r"holds states and no states\.json"):
+    with pytest.raises(InputError, match=r"holds states without their states\.json"):
         _claim_cache(tmp_path, StateConfig(count=1), {}, 0)
 
 

@@ -179,7 +179,7 @@ def test_the_command(cli: Callable[..., Result], micro_base: Path, prompts: Path
     arguments = ["distill", "guidance", "--base", micro_base, "--prompts", prompts, "--out", out, "--num-states", 64]
     done = cli(*arguments, "--steps", 5, "--batch", 4, "--rank", 4)
     assert done.code == 0, done.err
-    assert "% of the U-Net's" in done.out and "left unexplained" in done.out
+    assert "% of the U-Net's" in done.out and "relative error on held-out" in done.out
     built = cli("build", "--base", micro_base, "--guide", out, "--backend", "torch", "--out", tmp_path / "b")
     assert built.code == 0, built.err
     for bad, message in (

@@ -151,7 +151,7 @@ def test_verify_looks_into_a_bundle(cli: Cli, engines: Path, tmp_path: Path) -> 
     (copy / "unet.onnx.data").write_bytes(data)
     reseal(copy)
     done = cli("verify", copy)
-    assert done.code == 1 and f"look closer with: pnp-trt verify {copy} --layers" in done.err
+    assert done.code == 1 and f"compare layers with: pnp-trt verify {copy} --layers" in done.err
     done = cli("verify", copy, "--layers", "--network", "unet")
     assert done.code == 1 and "the first tensor that is not finite is" in done.err
     assert "Conv, near unet.mid_block.resnets.0.conv1.weight); in float32 too: look at the weights" in done.err

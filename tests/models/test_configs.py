@@ -109,7 +109,7 @@ def check(kind: Any, run: Any, config: dict[str, Any], weights: Inputs, change: 
         check_same_network(kind, other, config, "tuned", "this engine")
     else:
         with pytest.raises(
-            InputError, match=rf"tuned is not a fine-tune of this engine: its config has {next(iter(change))} ="
+            InputError, match=rf"tuned is not a fine-tune of this engine: config entry {next(iter(change))} is"
         ):
             check_same_network(kind, other, config, "tuned", "this engine")
 

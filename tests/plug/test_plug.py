@@ -183,7 +183,7 @@ def _whole_numbers(w: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_rename, r"no fine-tune of engine 'half': 1 weight \(conv_out.weight\) missing and 2 weights "
+        (_rename, r"is not a fine-tune of engine 'half': 1 weight \(conv_out.weight\) missing and 2 weights "
                   r"\(conv_out.wait, mid_block.extra.bias\) left over"),
         (_nan, "the weight unet.mid_block.resnets.0.conv1.bias holds values that are not finite"),
         (_huge, r"the weight unet.conv_in.bias reaches 1.0e\+06, too large for torch.float16"),
@@ -225,7 +225,7 @@ def test_another_architecture_is_told_by_its_config(micro_bundles: Path, tuned: 
     other = Path(shutil.copytree(tuned / "unet", tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"attention_head_dim": 4}))
-    with pytest.raises(InputError, match="its config has attention_head_dim = 4, not 2; build it instead"):
+    with pytest.raises(InputError, match="config entry attention_head_dim is 4, not 2; build it instead"):
         plug(PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x"))
     (other / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "freq_shift"}))
     made = plug(

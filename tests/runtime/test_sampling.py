@@ -171,7 +171,7 @@ def test_bad_pictures_are_refused(plain: Pipeline, guided: Pipeline, picture: np
             plain("a cat", steps=4, init=init)
     with pytest.raises(InputError, match=r"'guided' has no VAE encoder.*pnp-trt build .* --image-to-image --force"):
         guided("a cat", steps=4, init=picture)
-    with pytest.raises(InputError, match="no image to begin with was given"):
+    with pytest.raises(InputError, match="no starting image was given"):
         plain("a cat", steps=4, strength=0.5)
     with pytest.raises(InputError, match="strength is 1.5; it must be above 0 and at most 1"):
         plain("a cat", steps=4, init=picture, strength=1.5)

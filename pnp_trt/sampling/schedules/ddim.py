@@ -38,7 +38,7 @@ def within_training(config: Config, timesteps: np.ndarray, steps: int) -> np.nda
     return timesteps
 
 
-@schedule("ddim", "Song et al. 2021, η = 0; the paper's, and what guides are distilled under", "DDIMScheduler")
+@schedule("ddim", "Song et al. 2021, η = 0; used in the paper and for distillation", "DDIMScheduler")
 def ddim(config: Config, steps: int) -> Schedule:
     """Deterministic DDIM for a teacher's scheduler config, as diffusers' ``DDIMScheduler`` makes it.
 

@@ -114,7 +114,7 @@ def test_images_through_the_command_line(name: str, pnp_trt: PNP, micro_bundles:
     pixels = np.asarray(Image.open(file).convert("RGB"))
     assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
     plain = pipe("a red cat", steps=6, seed=5, method="unguided")[0].pixels
-    assert np.abs(pixels.astype(int) - plain.astype(int)).max() > 1  # another schedule, by more than the oracle may be off
+    assert np.abs(pixels.astype(int) - plain.astype(int)).max() > 1  # more than the oracle may be off
 
 
 def test_help_names_them(pnp_trt: PNP) -> None:

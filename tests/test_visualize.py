@@ -240,4 +240,4 @@ def test_sdxl_conditions_v_prediction_and_a_full_guide_with_negative_prompts(mic
     assert [len(of_layer) for of_layer in recording.maps[1]] == [1] * 5
     # an early step of two is half of the run
     summary = summarise(recording)
-    assert summary["growth"] is None and "not to be told from this run" in describe(summary, "it")
+    assert summary["growth"] is None and "undecided in this run" in describe(summary, "it")

@@ -6,10 +6,17 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from pnp_trt.backends import BACKENDS
+from pnp_trt.bench.metric import METRICS
+from pnp_trt.models.families import FAMILIES
+from pnp_trt.models.guides import GUIDES
+from pnp_trt.precision.recipes import RECIPES
+from pnp_trt.sampling.schedules import SCHEDULES
 
 from ..conftest import Result
 
@@ -54,6 +61,11 @@ def pnp_trt(installed: str) -> Callable[..., Result]:
 
 
 @pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For oracles in this process: the examples' modules can be imported."""
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For oracles in this process: the examples' modules can be imported; their values leave the registries after."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield
+    for registry in (SCHEDULES, GUIDES, RECIPES, METRICS, BACKENDS, FAMILIES):
+        for name, value in entry_points().get(f"pnp_trt.{registry.kind}", {}).items():
+            registry.unregister(name)
+            sys.modules.pop(value.partition(":")[0], None)

@@ -421,7 +421,7 @@ def test_the_teachers_own_schedule_is_taken_where_it_is_one() -> None:
         resolve("teacher", {"_class_name": "PNDMScheduler"})
     with pytest.raises(InputError, match="is not recorded in this engine"):
         resolve("teacher", {})
-    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, .*teacher"):
+    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, teacher"):
         resolve("plms", {})
 
 

@@ -20,10 +20,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="downloads and rendered images")
     parser.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"), help="where the shipped files go")
     parser.add_argument("--only", choices=list(stages.STAGES), action="append")
-    parser.add_argument("--continue-from", type=Path, help="start the base from the weights of this pipeline folder")
     args = parser.parse_args()
     out = args.out or args.cache / args.preset
-    context = stages.Context(PRESETS[args.preset], out, args.cache, args.assets, args.continue_from)
+    context = stages.Context(PRESETS[args.preset], out, args.cache, args.assets)
     for name in args.only or stages.STAGES:
         stages.STAGES[name](context)
 

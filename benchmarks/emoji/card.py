@@ -1,9 +1,12 @@
-"""The model card of the bundled model, drawn from the results of ``figures.py`` and from nothing else."""
+"""The model card of the bundled model, written from the results of ``figures.py`` and the training record."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+TRAINED = Path(__file__).parents[1] / "results" / "emoji-gpu-train.json"
 
 ARTISTS = {
     "noto": ("Noto Emoji, Google", "base"),
@@ -36,10 +39,10 @@ Two fine-tuned U-Nets generate styles that the base was not trained on: *flat* a
 ## How it was trained
 In two parts. First from scratch, by the recipe in `benchmarks/emoji/` (one command, resumable, seeded), in about two
 hours on two CPU cores; its first 1,750 of 3,200 steps ran with beta_end 0.012, before its fault was understood. Then
-all weights were trained on by `python -m benchmarks.emoji.gpu_train` on an NVIDIA H200: the base for 7,400 steps of
-batch 256, the decoder and the fine-tunes for less (`benchmarks/results/emoji-gpu-train.json`). Captions are dropped
-at 10 %, so that the model also predicts without text, as classifier-free guidance requires. A rerun gives a similar
-model, not the same bits.
+all weights were trained on by `python -m benchmarks.emoji.gpu_train` on an {gpu}: the base for {gpu_steps:,} steps of
+batch {gpu_batch}, the decoder and the fine-tunes for less (`benchmarks/results/emoji-gpu-train.json`).
+Captions are dropped at 10 %, so that the model also predicts without text, as classifier-free guidance requires.
+A rerun gives a similar model, not the same bits.
 The base learned {train} concepts in two styles; the fine-tunes the same concepts in one style each.
 
 **Held out**, from every training: {held_out} concepts, and {held_out_colour_shape} colour × shape captions whose
@@ -137,7 +140,7 @@ def _helps(result: dict[str, Any], what: str) -> str:
 
 
 def write_card(figures: dict[str, Any], path: Path) -> None:
-    """Write the model card (Markdown, beside ``grid.png``); every number in it is from ``figures``."""
+    """Write the model card (Markdown, beside ``grid.png``): numbers of ``figures`` and of the training record."""
     sets, told, settings = figures["sets"], figures["provenance"], figures["settings"]
     real, code = sets["train"]["real"], figures["autoencoder"]
     by_w = sets["train"]["by_w"]
@@ -151,7 +154,11 @@ def write_card(figures: dict[str, Any], path: Path) -> None:
     )
     tuned = (f"**{word}**\n\n{_table(result)}" for word, result in figures["fine_tunes"].items())
     hashes = {**told["weights_sha256"], "the judge": told["judge_sha256"]}
+    trained = json.loads(TRAINED.read_text(encoding="utf-8"))
     text = CARD.format(
+        gpu=trained["device"],
+        gpu_steps=trained["parts"]["base"]["steps"],
+        gpu_batch=trained["batch"],
         **figures["split"],
         steps=settings["steps"],
         precision=settings["precision"],

@@ -1,11 +1,11 @@
-"""Minutes of a data-center GPU instead of hours of a CPU: the bundled model, its fine-tunes, decoder and guides.
+"""Training of the bundled model on a GPU, within minutes: base, decoder, fine-tunes and guides.
 
 ``python -m benchmarks.emoji.gpu_train pack`` renders the data and tokenizes the captions into one file (no GPU).
-``python -m benchmarks.emoji.gpu_train train --data FILE --out FOLDER`` trains for the given seconds a part, each
-optimizer step one CUDA graph: random numbers, forward, backward, clipping, optimizer and weight average.
+``python -m benchmarks.emoji.gpu_train train --data FILE --out FOLDER`` trains each part for a number of seconds. An
+optimizer step is one CUDA graph: random numbers, forward, backward, clipping, optimizer and weight average.
 ``python -m benchmarks.emoji.gpu_train unpack --from FOLDER`` puts the weights into the package's assets.
 
-The step is small (a 6.9 M parameter U-Net on 16 × 16 latents), so an eager step waits for some 2,000 launches.
+The U-Net is small (6.9 M parameters, 16 × 16 latents), so the time of an eager step is that of its kernel launches.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .train import alphas_cumprod, min_snr_error, reconstruction_error
 
 CAPTION_FORMS = 6
 #: optimizer steps of each part where there is no GPU: enough to see that everything runs
@@ -311,8 +313,6 @@ class Data:
 
 def alphas(device: torch.device) -> Tensor:
     """ᾱ of the schedule that the bundled model has."""
-    from .train import alphas_cumprod
-
     return alphas_cumprod().to(device)
 
 
@@ -341,9 +341,7 @@ def diffusion_loss(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             context = states_of(pair, form, dropped)
             prediction = unet(noisy, t, context, return_dict=False)[0]
-        snr = a / (1 - a)
-        weight = snr.clamp(max=5.0) / snr
-        return (weight * (prediction.float() - noise) ** 2).mean() / weight.mean()
+        return min_snr_error(prediction, noise, a)
 
     return loss_of
 
@@ -361,9 +359,7 @@ def decoder_loss(vae: Any, sets: list[Data], batch: int) -> Callable[[], Tensor]
         target = pixels[rows].permute(0, 3, 1, 2).float().div(127.5).sub(1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             made = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
-        made = made.float()
-        edges = F.l1_loss(made.diff(dim=2), target.diff(dim=2)) + F.l1_loss(made.diff(dim=3), target.diff(dim=3))
-        return F.l1_loss(made, target) + edges + 2 * F.mse_loss(made, target)
+        return reconstruction_error(made, target)
 
     return loss_of
 
@@ -372,12 +368,12 @@ def decoder_loss(vae: Any, sets: list[Data], batch: int) -> Callable[[], Tensor]
 
 
 class GuideStates:
-    """States to distil on, renewed in every step: noised images, and rows of trajectories that move on by one step.
+    """States to distil on, new in every optimizer step: noised images, and trajectories that advance by one step.
 
-    Half of a batch are images of the training set, noised (forward states).  The other half are DDIM trajectories of
-    8, 16, 20 or 50 steps; half of those follow classifier-free guidance and half the student's own predictions
-    (Ross et al. 2011, "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning").
-    The predictions that move them are the ones that the loss needs anyway.
+    Half of a batch are noised training images (forward states).  The other half are DDIM trajectories of 8, 16, 20 or
+    50 steps; half of those follow classifier-free guidance and half the student's own predictions (Ross et al. 2011,
+    "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning").  The predictions of the
+    loss advance them, so that they cost no further evaluation.
     """
 
     COUNTS = (8, 16, 20, 50)
@@ -418,7 +414,7 @@ class GuideStates:
 
     @torch.no_grad()
     def advance(self, target: Tensor, prediction: Tensor) -> None:
-        """Move every trajectory by one DDIM step; those at their end begin anew."""
+        """Advance every trajectory by one DDIM step; finished ones are replaced by new ones."""
         n, device = self.half, self.x.device
         own = self.student[:, None, None, None]
         e = torch.where(own, prediction[n:].float(), target[n:].float())
@@ -591,7 +587,7 @@ TINY_OPTIONS = {"text": True, "trunk_kind": "depthwise"}
 
 
 def install_guide(source: Path, folder: Path, report: dict[str, Any]) -> None:
-    """The tiny guide as ``pnp-trt distill guidance`` would leave it, its record with it."""
+    """The tiny guide as ``pnp-trt distill guidance`` writes it, with its record."""
     from safetensors.torch import load_file
 
     from pnp_trt.bundle.store import digest, write_json
@@ -600,7 +596,8 @@ def install_guide(source: Path, folder: Path, report: dict[str, Any]) -> None:
 
     part = report["parts"]["guide tiny"]
     prompts = Path("calibration/emoji-prompts.txt")
-    teacher = TeacherModel.load("emoji", prompts.read_text().splitlines(), torch.device("cpu"))
+    base = folder.parents[1] / "emoji"
+    teacher = TeacherModel.load(str(base), prompts.read_text().splitlines(), torch.device("cpu"))
     guide = GUIDES["tiny"].from_unet(teacher.unet, **TINY_OPTIONS)
     guide.load_state_dict(load_file(source / "guide-tiny.safetensors"))
     folder.mkdir(parents=True, exist_ok=True)

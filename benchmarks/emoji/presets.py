@@ -28,10 +28,6 @@ class Preset:
     decoder_steps: int = 1300
     decoder_batch: int = 16
     warmup: int = 200
-    #: ``adamw``, or ``muon`` for the hidden matrices
-    optimizer: str = "adamw"
-    #: share of the steps before the learning rate decays
-    constant: float = 0.0
     ema: float = 0.999
     caption_drop: float = 0.1
     checkpoint_every: int = 250
@@ -63,19 +59,6 @@ PRESETS = {
         steps_options=("--to", "4", "--from", "8", "--trajectories", "4", "--steps", "4", "--batch", "4"),
     ),
     "cpu": Preset("cpu"),
-    # continues the shipped teacher: run with --continue-from pnp_trt/assets/emoji
-    "continue": Preset(
-        "continue",
-        jittered=0.0,
-        steps=8000,
-        batch=32,
-        lr=6e-4,
-        warmup=50,
-        optimizer="muon",
-        constant=0.8,
-        ema=0.998,
-        checkpoint_every=100,
-    ),
     "gpu": Preset(
         "gpu",
         (192, 384),

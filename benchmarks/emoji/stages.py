@@ -30,8 +30,6 @@ class Context:
     out: Path
     cache: Path
     assets: Path
-    #: a pipeline folder whose U-Net and text encoder the base starts from; None starts from random weights
-    initial: Path | None = None
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -156,11 +154,6 @@ def stage_base(context: Context) -> None:
         return
     shots = context.pictures(BASE_STYLES)
     model = Model(context.unet(), context.text_encoder()).to(context.device)
-    if context.initial is not None:
-        from safetensors.torch import load_file
-
-        model.unet.load_state_dict(load_file(context.initial / "unet/diffusion_pytorch_model.safetensors"))
-        model.text_encoder.load_state_dict(load_file(context.initial / "text_encoder/model.safetensors"))
     loss = train.denoising_loss(
         model.unet, model.text_encoder, context.tokenizer, context.latents(shots), shots.concepts, shots.styles,
         context.preset, "base", jittered_until=round(context.preset.jittered * context.preset.steps),

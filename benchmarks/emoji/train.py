@@ -86,64 +86,6 @@ class Ema:
                     params[k].copy_(v)
 
 
-def decay(done: float, constant: float) -> float:
-    """Learning-rate factor after a share ``done`` of the steps: 1 for ``constant`` of them, then a cosine to 0.02.
-
-    A long constant part (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
-    Durations") leaves the number of steps open until the decay begins.
-    """
-    tail = max(0.0, done - constant) / (1 - constant)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(tail, 1.0)))
-
-
-class MuonAdamW:
-    """``torch.optim.Muon`` for the hidden matrices, AdamW for everything else, behind one optimizer's interface.
-
-    Convolution kernels count as matrices ``[out, in · height · width]``, as in Jordan et al. 2024; torch's class takes
-    two-dimensional parameters only, so it is given views that share their memory.
-    """
-
-    def __init__(self, module: nn.Module, lr: float) -> None:
-        hidden, other = [], []
-        for name, p in module.named_parameters():
-            if p.requires_grad:
-                outer = p.ndim < 2 or "embedding" in name or name.endswith(("conv_in.weight", "conv_out.weight"))
-                (other if outer else hidden).append(p)
-        self._pairs = [(p, nn.Parameter(p.data.view(p.shape[0], -1))) for p in hidden]
-        self._muon = torch.optim.Muon(
-            [v for _, v in self._pairs], lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        )
-        self._adamw = torch.optim.AdamW(other, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-        self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
-
-    def step(self) -> None:
-        for p, view in self._pairs:
-            view.grad = None if p.grad is None else p.grad.view_as(view)
-        self._muon.step()
-        self._adamw.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for p, view in self._pairs:
-            p.grad = view.grad = None
-        self._adamw.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict:
-        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self._muon.load_state_dict(state["muon"])
-        self._adamw.load_state_dict(state["adamw"])
-        self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
-
-
-def make_optimizer(module: nn.Module, lr: float, kind: str) -> torch.optim.Optimizer | MuonAdamW:
-    """``adamw`` or ``muon`` over the trainable parameters."""
-    if kind == "muon":
-        return MuonAdamW(module, lr)
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-
-
 def run_loop(
     name: str,
     module: nn.Module,
@@ -157,11 +99,11 @@ def run_loop(
     """Optimise ``module`` for ``steps``; checkpoints and resumes in ``out/NAME.ckpt``; returns the EMA."""
     device = next(module.parameters()).device
     trainable = [p for p in module.parameters() if p.requires_grad]
-    optimiser = make_optimizer(module, lr, preset.optimizer)
+    optimiser = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     warmup = min(preset.warmup, max(1, steps // 10))
 
     def rate(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * decay(step / steps, preset.constant)
+        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
     ema = Ema(module, preset.ema)
     checkpoint = out / f"{name}.ckpt"
@@ -213,6 +155,20 @@ def run_loop(
     return ema
 
 
+def min_snr_error(prediction: torch.Tensor, noise: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Min-SNR-5 weighted squared error (Hang et al. 2023, eq. 8) of ε for ᾱ ``a`` ``[B, 1, 1, 1]``, mean weight one."""
+    snr = a / (1 - a)
+    weight = snr.clamp(max=5.0) / snr
+    return (weight * (prediction.float() - noise) ** 2).mean() / weight.mean().clamp(min=1e-3)
+
+
+def reconstruction_error(decoded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 of pixels and of their differences along both axes, plus twice the squared error; both ``[B, 3, H, W]``."""
+    decoded = decoded.float()
+    edges = sum(F.l1_loss(decoded.diff(dim=d), target.diff(dim=d)) for d in (2, 3))
+    return F.l1_loss(decoded, target) + edges + 2 * F.mse_loss(decoded, target)
+
+
 def denoising_loss(
     unet: nn.Module,
     text_encoder: nn.Module,
@@ -247,9 +203,7 @@ def denoising_loss(
         t = (u * 1000).long().clamp(0, 999)[torch.randperm(len(rows), generator=generator)].to(x.device)
         a = abar[t][:, None, None, None]
         prediction = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, context).sample
-        snr = a / (1 - a)
-        weight = snr.clamp(max=5.0) / snr
-        return (weight * (prediction.float() - noise) ** 2).mean() / weight.mean().clamp(min=1e-3)
+        return min_snr_error(prediction, noise, a)
 
     return loss_of
 
@@ -267,8 +221,6 @@ def decoder_loss(
         level = 0.06 * torch.rand(len(rows), 1, 1, 1, generator=generator)
         z = z + (level * torch.randn(z.shape, generator=generator)).to(z)
         target = pixels[rows].permute(0, 3, 1, 2).float().div(127.5).sub(1).to(z)
-        out = vae.decode(z).sample.float()
-        edges = sum(F.l1_loss(out.diff(dim=d), target.diff(dim=d)) for d in (2, 3))
-        return F.l1_loss(out, target) + edges + 2 * F.mse_loss(out, target)
+        return reconstruction_error(vae.decode(z).sample, target)
 
     return loss_of

@@ -210,49 +210,48 @@ class _OnInterval(HostLoop):
         return self._both.predict(i, self._x) if self._where[i] else super()._predict(i)
 
 
+def _add(method: Method) -> Method:
+    """Register a method under its own name."""
+    return METHODS.register(method.name, method)
+
+
 _CFG_COLOUR = ("#c2570c", "#f0954a")
-CFG = METHODS.register(
-    "cfg",
+CFG = _add(
     Method(
         "cfg", "teacher, CFG", "the teacher's classifier-free guidance, one batch of two per step",
         _CFG_COLOUR, "o", batches=(2,),
-    ),
+    )
 )  # fmt: skip
-TWO_PASSES = METHODS.register(
-    "cfg-two-passes",
+TWO_PASSES = _add(
     Method(
         "cfg-two-passes", "teacher, sequential CFG", "the same as two evaluations, one after the other",
         _CFG_COLOUR, batches=(1, 1), images_of="cfg", baseline=True, sample=_two_passes,
-    ),
+    )
 )  # fmt: skip
-INTERVAL = METHODS.register(
-    "cfg-interval",
+INTERVAL = _add(
     Method(
         "cfg-interval", "teacher, CFG on an interval", "CFG in a part of the timesteps, one evaluation in the others",
         ("#0d7d6c", "#41c2ab"), "D", batches=(2,), batches_outside=(1,), baseline=True, sample=_on_interval,
-    ),
+    )
 )  # fmt: skip
-FEWER_STEPS = METHODS.register(
-    "cfg-fewer-steps",
+FEWER_STEPS = _add(
     Method(
         "cfg-fewer-steps", "teacher, CFG, half the steps",
         "CFG in half the steps: as many model evaluations as the guide",
         ("#9a7b00", "#d6b53c"), "v", batches=(2,), step_divisor=2, runs_as="cfg", baseline=True,
-    ),
+    )
 )  # fmt: skip
-GUIDED = METHODS.register(
-    "guided",
+GUIDED = _add(
     Method(
         "guided", "teacher + guide", "teacher and guide, one evaluation per step",
         ("#0f6fb8", "#58aef0"), "s", guided=True,
-    ),
+    )
 )  # fmt: skip
-UNGUIDED = METHODS.register(
-    "unguided",
+UNGUIDED = _add(
     Method(
         "unguided", "teacher, no guidance", "the teacher's plain prediction, one evaluation per step",
         ("#8a8d96", "#8f939e"), "^", uses_guidance=False,
-    ),
+    )
 )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from benchmarks.emoji import gpu_train
 from benchmarks.emoji.train import scheduler_config
 from pnp_trt.assets import ROOT as ASSETS
+from pnp_trt.models.guides.tiny import TinyGuide
 
 
 def test_text_states_are_those_of_transformers() -> None:
@@ -108,6 +111,25 @@ def test_a_whole_run_writes_what_unpack_reads(tmp_path: Path, monkeypatch: pytes
     wanted = set(load_file(ASSETS / "emoji/unet/diffusion_pytorch_model.safetensors"))
     made = load_file(tmp_path / "out/unet.safetensors")
     assert set(made) == wanted and all(v.dtype == torch.float16 and v.isfinite().all() for v in made.values())
+
+    assets = tmp_path / "assets"
+    for name in ("emoji", "fine-tunes"):
+        shutil.copytree(ASSETS / name, assets / name)
+    gpu_train.main(
+        ["unpack", "--from", str(tmp_path / "out"), "--assets", str(assets), "--results", str(tmp_path / "r.json")]
+    )
+    for path, trained in (
+        ("emoji/unet/diffusion_pytorch_model.safetensors", "unet"), ("fine-tunes/emoji-flat.safetensors", "flat"),
+    ):  # fmt: skip
+        placed, source = load_file(assets / path), load_file(tmp_path / f"out/{trained}.safetensors")
+        assert all(torch.equal(placed[k], source[k]) for k in source) and set(placed) == set(source)
+    folder = assets / "guides/emoji-tiny"
+    record = json.loads((folder / "distill.json").read_text())
+    unet = hashlib.sha256((assets / "emoji/unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert record["teacher"]["unet"] == unet
+    guide = TinyGuide.from_pretrained(folder)
+    source = load_file(tmp_path / "out/guide-tiny.safetensors")
+    assert guide.config.text and all(torch.equal(v, source[k]) for k, v in guide.state_dict().items())
 
 
 def test_caption_forms_name_the_image_in_each_way() -> None:

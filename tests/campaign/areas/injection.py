@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ..case import GUIDED, HERE, PLAIN, Case, Outcome, Place, Surroundings
 from .common import PROMPTS, bench, engine_named, plug, sample, share, visualize, with_prompts
@@ -42,6 +42,17 @@ def _ignore(_: object) -> None:
     return None
 
 
+def _on_engine(
+    command: str, words: Sequence[object], label: str, text: str,
+    check: Callable[[Outcome, Place], str | None] | None = None, slow: bool = False,
+) -> Case:  # fmt: skip
+    """A command on an engine whose name is ``text``."""
+    return Case(
+        AREA, f"{command}, an engine called {label}", words, (0,), with_prompts(engine_named(text)), check,
+        surroundings=Surroundings(environment={"PNP_TRT_ENGINES": "engines"}), slow=slow,
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     """All cases."""
     everything = ("--json", HERE / "x.json", "--html", PAGE, "--grid", HERE / "x.png", "--prompts", PROMPTS)
@@ -53,18 +64,10 @@ def cases() -> Iterator[Case]:
             AREA, f"sample --grid, a prompt of {label}", sample(GUIDED, "--grid", HERE / "g.png", prompt=text), (0,)
         )
         name = text.replace("/", "∕")
-        home = Surroundings(environment={"PNP_TRT_ENGINES": "engines"})
         engine = HERE / "engines" / name
         quick = {"inspect": ("inspect", engine), "sample": sample(engine), "verify": ("verify", engine)}
         for command, words in share({**quick, "list": ("list",)}, turn, 1).items():
-            yield Case(
-                AREA,
-                f"{command}, an engine called {label}",
-                words,
-                (0,),
-                with_prompts(engine_named(text)),
-                surroundings=home,
-            )
+            yield _on_engine(command, words, label, text)
         engines = (PLAIN, engine)
         pages = {
             "plug": plug(engine),
@@ -74,13 +77,4 @@ def cases() -> Iterator[Case]:
         }  # fmt: skip
         for command, words in share(pages, turn, 1).items():
             check = None if command == "plug" else _escaped
-            yield Case(
-                AREA,
-                f"{command}, an engine called {label}",
-                words,
-                (0,),
-                with_prompts(engine_named(text)),
-                check,
-                surroundings=home,
-                slow=True,
-            )
+            yield _on_engine(command, words, label, text, check, slow=True)

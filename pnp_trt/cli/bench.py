@@ -133,7 +133,7 @@ def bench(
     stdout_console().print(report.render_terminal(document))
     if old is not None:
         stdout_console().print(comparison.render_terminal(comparison.compare(old, document)))
-    for name, path in (("pictures:", grid_file), ("results: ", json_file), ("page:    ", html_file)):
+    for name, path in (("images: ", grid_file), ("results:", json_file), ("page:   ", html_file)):
         if path is not None:
             print(printable(f"{name} {path}"))
 

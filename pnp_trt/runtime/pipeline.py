@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ from ..sampling.methods import (
     METHODS,
     HostRun,
     Interval,
+    Method,
     baselines_of,
     check_interval,
     default_interval,
     methods_of,
+    step_methods_of,
     uses_guidance,
 )
+from ..sampling.network import Network
 from ..sampling.schedules import Schedule, ddim, make, resolve
+from ..sampling.step_loop import Run, StepLoop
 from .images import read_image
 from .tokenizer import Tokenizer
 
@@ -54,6 +58,48 @@ class Picture:
     parameters: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Images that were asked for, every value checked; lists have one value an image.
+
+    Attributes:
+        steps: requested ones; ``table`` has those that are made.
+        size: height and width in pixels.
+        method: its name.
+        negatives: negative prompts, or None.
+        init: pixels uint8 ``[H, W, 3]`` of ``size`` to begin with, the strength, and the image's name; or None.
+    """
+
+    engine: str
+    prompts: list[str]
+    seeds: list[int]
+    scales: list[float]
+    steps: int
+    size: Size
+    method: str
+    table: Schedule
+    negatives: list[str] | None = None
+    init: tuple[np.ndarray, float, str] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the U-Net's batch that an image takes."""
+        return sum(METHODS.get(self.method).batches)
+
+    def parameters(self, i: int) -> dict[str, Any]:
+        """What made image ``i``, as it is stored in it."""
+        held: dict[str, Any] = {
+            "prompt": self.prompts[i], "seed": self.seeds[i], "steps": self.steps, "guidance": self.scales[i],
+            "method": self.method, "engine": self.engine, "schedule": self.table.name,
+            "size": f"{self.size[0]}x{self.size[1]}",
+        }  # fmt: skip
+        if self.negatives is not None:
+            held["negative"] = self.negatives[i]
+        if self.init is not None:
+            held |= {"init": self.init[2], "strength": self.init[1]}
+        return held
+
+
 class Pipeline:
     """A loaded bundle.
 
@@ -62,6 +108,8 @@ class Pipeline:
         base: what identifies the teacher's weights; pipelines of one base can be compared.
         methods: what it can do: ``guided`` for a bundle with a guide; ``cfg`` and ``unguided`` for a plain one.
         baselines: ``cfg-two-passes`` and ``cfg-interval`` for a plain bundle on the host's loop, to compare with.
+        step_methods: what it can do for images that share calls step by step (:meth:`run`): ``methods``, and on a
+            bundle with a guide ``cfg`` and ``unguided`` too, for the guide's residuals vanish at w = 1.
         negative_prompts: whether its guide was distilled with negative prompts; CFG takes them in any case.
         sampling_steps: the only number of steps that its guide was distilled for (stage 2), or None.
         size: height and width in pixels of its images where no size is requested.
@@ -114,6 +162,7 @@ class Pipeline:
         #: what runs whole images on a GPU, captured into CUDA graphs; None where the host runs the loop
         self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
         self.methods: tuple[str, ...] = methods_of(bundle.guided, on_host=self.loops is None)
+        self.step_methods: tuple[str, ...] = step_methods_of(bundle.guided)
         self.baselines: tuple[str, ...] = baselines_of(bundle.guided) if self.loops is None else ()
         self._empty: np.ndarray | None = None
         self._tables: dict[tuple[str, int], Schedule] = {}
@@ -279,20 +328,9 @@ class Pipeline:
         w = np.asarray(guidance, np.float32)
         if w.shape != (n,):
             w = np.broadcast_to(w, (n,))
-        if image is not None:
-            x = table.image_scale[0] * image + table.noise_scale[0] * noise
-        else:
-            x = noise if table.init_scale == 1.0 else noise * np.float32(table.init_scale)
+        x = _first(table, noise, image)
         twice = kind.reads_both_texts
-        reads = self.bundle.guided and self.negative_prompts
-        other = negative
-        if other is None and (twice or reads):
-            other = np.broadcast_to(self._unconditional(), context.shape)
-        inputs = {"encoder_hidden_states": np.concatenate([np.asarray(other), context]) if twice else context}
-        if kind.guided:
-            inputs["guidance"] = w
-        if reads:
-            inputs["negative"] = np.asarray(other)
+        inputs = self._inputs(kind, context, w, negative)
         size = (noise.shape[-2], noise.shape[-1])
         if self.loops is not None:
             drawn = self.loops.run(Plan(n, size, table, twice, decode), Feeds(x, w, inputs), callback)
@@ -307,9 +345,78 @@ class Pipeline:
             with self._unet.bind(2 * n if twice else n, size) as unet:
                 unet.write(**inputs)
                 if self._condition is not None:
-                    unet.write(condition=self._condition(guidance=w))
+                    unet.write(condition=self._condition(guidance=inputs["guidance"]))
                 latents = HostLoop(unet, table, noise.shape, w if twice else None).run(x, callback)
         return self.decode(latents) if decode else latents
+
+    def _inputs(
+        self, kind: Method, context: np.ndarray, w: np.ndarray, negative: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """The U-Net's inputs beside latents, timestep and ``condition``, for a batch of N images or twice as many.
+
+        Args:
+            context, negative: text states ``[N, tokens, D]``; None stands for the empty prompt.
+            w: ``[N]``.
+        """
+        twice, guided = kind.reads_both_texts, self.bundle.guided
+        reads = guided and self.negative_prompts
+        other = negative
+        if other is None and (twice or reads):
+            other = np.broadcast_to(self._unconditional(), context.shape)
+        inputs = {"encoder_hidden_states": np.concatenate([np.asarray(other), context]) if twice else context}
+        if guided:  # a plain prediction is that of w = 1, where the guide adds nothing
+            inputs["guidance"] = w if kind.guided else np.ones(len(inputs["encoder_hidden_states"]), np.float32)
+        if reads:
+            inputs["negative"] = np.concatenate([np.asarray(other)] * 2) if twice else np.asarray(other)
+        return inputs
+
+    def run(self, prepared: Prepared, i: int) -> Run:
+        """Image ``i`` as a :class:`~pnp_trt.sampling.step_loop.StepLoop` takes it, its text and start encoded.
+
+        Raises:
+            InputError: for a method that is none of ``step_methods``.
+        """
+        self.check_step_method(prepared.method)
+        kind, table = METHODS.get(prepared.method), prepared.table
+        scale = np.array([prepared.scales[i]], np.float32)
+        negative = None if prepared.negatives is None else self.encode([prepared.negatives[i]])
+        inputs = self._inputs(kind, self.encode([prepared.prompts[i]]), scale, negative)
+        if self._condition is not None:
+            inputs["condition"] = np.concatenate([self._condition(guidance=g[None]) for g in inputs["guidance"]])
+        image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
+        start = _first(table, self.noise([prepared.seeds[i]], prepared.size), image)
+        rows = tuple({name: value[row] for name, value in inputs.items()} for row in range(prepared.rows))
+        return Run(table, start[0], rows, float(scale[0]))
+
+    def check_step_method(self, method: str) -> None:
+        """Raise ``InputError`` for a method that is none of ``step_methods``."""
+        if method not in self.step_methods:
+            raise InputError(
+                f"engine '{self.name}' cannot do '{method}' step by step; it can do: {', '.join(self.step_methods)}"
+            )
+
+    def step_loop(self, slots: int = 8, buckets: Iterable[int] | None = None) -> StepLoop:
+        """A loop on this pipeline's U-Net for images of :meth:`run`.
+
+        Args:
+            slots: rows of a call, at most; fewer where the engine was built for fewer.
+            buckets: batches that calls are padded to; None takes any that the engine was built for.
+
+        Raises:
+            InputError: for a number of slots below 1, or batches that the engine was not built for.
+        """
+        legal = [b for b in range(1, self.largest_batch() + 1) if self._holds_batch(b)]
+        slots = min(slots, self.largest_batch())
+        chosen = [b for b in legal if b <= slots] if buckets is None else list(buckets)
+        if wrong := [b for b in chosen if b not in legal]:
+            raise InputError(
+                f"a bucket is {wrong[0]}; engine '{self.name}' takes batches of {', '.join(map(str, legal))}"
+            )
+        return StepLoop(self._unet, slots, chosen)
+
+    def _holds_batch(self, batch: int) -> bool:
+        sized = [p for p in self.profiles if p.holds_size(self.size)]
+        return not sized or any(p.minimum <= batch <= p.maximum for p in sized)
 
     def _can_do(self, method: str) -> str:
         """What to say beside a method that is refused."""
@@ -326,13 +433,17 @@ class Pipeline:
         Raises:
             InputError: if the engine has no VAE encoder.
         """
+        encoder = self._check_encoder()
+        scaled = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+        return np.concatenate([encoder(pixels=row[None]) for row in scaled])
+
+    def _check_encoder(self) -> Network:
         if self._encoder is None:
             raise InputError(
                 f"engine '{self.name}' has no VAE encoder, which a starting image needs; "
                 + rebuild_advice(self.bundle.folder, self.bundle.manifest.rebuild, "--image-to-image")
             )
-        scaled = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
-        return np.concatenate([self._encoder(pixels=row[None]) for row in scaled])
+        return self._encoder
 
     def _unconditional(self) -> np.ndarray:
         if self._empty is None:
@@ -403,6 +514,42 @@ class Pipeline:
             InputError: for values out of range, lists whose lengths differ, or an image that cannot be read.
             Cancelled: if the callback returned False.
         """
+        prepared = self.prepare(
+            prompts, steps=steps, guidance=guidance, seed=seed, method=method, negative=negative, schedule=schedule,
+            init=init, strength=strength, size=size,
+        )  # fmt: skip
+        most, count, made = self.largest_batch(prepared.size), len(prepared.prompts), len(prepared.table)
+        image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
+        out: list[Picture] = []
+        total = made * -(-count // most)
+        for first in range(0, count, most):
+            part = slice(first, first + most)
+            done = made * (first // most)
+            report = (lambda i, _, done=done: callback(done + i, total)) if callback else None
+            drawn = self._run(
+                self.encode(prepared.prompts[part]), self.noise(prepared.seeds[part], prepared.size), prepared.table,
+                np.array(prepared.scales[part], np.float32), prepared.method, report,
+                None if prepared.negatives is None else self.encode(prepared.negatives[part]),
+                image, guided_interval, decode=True,
+            )  # fmt: skip
+            out += [Picture(pixels, prepared.parameters(first + i)) for i, pixels in enumerate(drawn)]
+        return out
+
+    def prepare(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        steps: int | None = None,
+        guidance: float | Sequence[float] = 3.0,
+        seed: int | Sequence[int] = 0,
+        method: str | None = None,
+        negative: str | Sequence[str] | None = None,
+        schedule: str | None = None,
+        init: Init | None = None,
+        strength: float | None = None,
+        size: Size | None = None,
+    ) -> Prepared:
+        """The same request checked, and nothing of it computed; arguments and errors as of a call."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [int(s) for s in ([seed] * len(prompts) if isinstance(seed, int | np.integer) else seed)]
         given: Any = guidance
@@ -411,7 +558,6 @@ class Pipeline:
         check_request(prompts, seeds, scales, steps)
         warn_of_syntax([*prompts, *([negative] if isinstance(negative, str) else negative or [])])
         wanted = self.check_size(size)
-        most = self.largest_batch(wanted)
         method = method or self.methods[0]
         avoided = self._avoided(negative, len(prompts), method)
         table = self.schedule(steps, schedule)
@@ -422,50 +568,32 @@ class Pipeline:
             warnings.warn(
                 f"the guide of engine '{self.name}' was distilled for {self.sampling_steps} steps and is run with "
                 f"{steps}; its images may be wrong",
-                stacklevel=2,
+                stacklevel=3,
             )
         if self.sampling_steps is not None and table.name != ddim.name:
             warnings.warn(
                 f"the guide of engine '{self.name}' was distilled under DDIM and is run with {table.name}; its "
                 "images may be off",
-                stacklevel=2,
+                stacklevel=3,
             )
-        out: list[Picture] = []
-        total = len(table) * -(-len(prompts) // most)
-        for first in range(0, len(prompts), most):
-            part = slice(first, first + most)
-            done = len(table) * (first // most)
-            report = (lambda i, _, done=done: callback(done + i, total)) if callback else None
-            drawn = self._run(
-                self.encode(prompts[part]), self.noise(seeds[part], wanted), table, np.array(scales[part], np.float32),
-                method, report, None if avoided is None else self.encode(avoided[part]),
-                None if start is None else start[0], guided_interval, decode=True,
-            )  # fmt: skip
-            for i, pixels in enumerate(drawn):
-                parameters = {
-                    "prompt": prompts[first + i], "seed": seeds[first + i], "steps": steps,
-                    "guidance": scales[first + i],
-                    "method": method, "engine": self.name, "schedule": table.name, "size": f"{wanted[0]}x{wanted[1]}",
-                } | ({} if avoided is None else {"negative": avoided[first + i]})  # fmt: skip
-                if start is not None:
-                    parameters |= {"init": start[2], "strength": start[1]}
-                out.append(Picture(pixels, parameters))
-        return out
+        return Prepared(self.name, prompts, seeds, scales, steps, wanted, method, table, avoided, start)
 
     def _start(self, init: Init | None, strength: float | None) -> tuple[np.ndarray, float, str] | None:
-        """Latents ``[1, C, H, W]``, strength and name of the image to begin with; None where there is none."""
+        """Pixels, strength and name of the image to begin with; None where there is none."""
         if init is None:
             if strength is not None:
                 raise InputError(f"strength is {strength:g} and no starting image was given; give --init too")
             return None
         pixels, name = read_image(init, self.size)
-        return self.encode_image(pixels[None]), DEFAULT_STRENGTH if strength is None else float(strength), name
+        self._check_encoder()
+        return pixels, DEFAULT_STRENGTH if strength is None else float(strength), name
 
     def _avoided(self, negative: str | Sequence[str] | None, count: int, method: str) -> list[str] | None:
         """The negative prompt of each image; None where there is none."""
         if negative is None:
             return None
-        if not self.negative_prompts or not uses_guidance(method):
+        distilled = self.negative_prompts or (method in METHODS and not METHODS.get(method).guided)
+        if not distilled or not uses_guidance(method):
             raise InputError(
                 f"engine '{self.name}' takes no negative prompt with method '{method}': its guide was distilled "
                 "without; leave it out, use CFG on a plain engine, or distil with --negative 0.3"
@@ -475,6 +603,14 @@ class Pipeline:
         if len(found) != count:
             raise InputError(f"{count} prompts and {len(found)} negative prompts were given; give one, or one each")
         return found
+
+
+def _first(table: Schedule, noise: np.ndarray, image: np.ndarray | None) -> np.ndarray:
+    """A run's first latents ``[N, C, H, W]``, of unit noise and, for image-to-image, of clean latents."""
+    if image is not None:
+        start: np.ndarray = table.image_scale[0] * image + table.noise_scale[0] * noise
+        return start
+    return noise if table.init_scale == 1.0 else noise * np.float32(table.init_scale)
 
 
 def check_request(prompts: Sequence[str], seeds: Sequence[int], scales: Sequence[float], steps: int) -> None:

@@ -14,11 +14,62 @@ from .table import Schedule
 Callback = Callable[[int, int], object]
 
 
+class Trajectory:
+    """Latents from their first value to their last, by a schedule's rows: every step is written in place.
+
+    The updates are those of :meth:`Schedule.step`, product by product and sum by sum, so that both give the same bits;
+    but nothing is allocated in a step.
+
+    Args:
+        table: the schedule.
+        shape: of the latents, ``[…]``.
+        x: memory to hold the latents in, float32 of ``shape``; None takes new memory.
+    """
+
+    def __init__(self, table: Schedule, shape: tuple[int, ...], x: np.ndarray | None = None) -> None:
+        self.table = table
+        self.x = np.empty(shape, np.float32) if x is None else x
+        self._scratch = np.empty(shape, np.float32)
+        # this step's data prediction and the one before; they change places
+        self._data, self._previous = (np.empty(shape, np.float32) if table.multistep else None for _ in range(2))
+        # between two runs of a network everything is out of the caches, so that each Python object touched costs
+        self._rows = table.rows
+
+    def show(self, i: int, out: np.ndarray) -> None:
+        """Write the network's input of step ``i``."""
+        np.multiply(self.x, self._rows[i][0], out=out)
+
+    def update(self, i: int, output: np.ndarray) -> None:
+        """The update of step ``i``, in place; ``output`` is left as it is."""
+        _, x_scale, output_scale, previous_scale, data_x, data_output = self._rows[i]
+        x, scratch = self.x, self._scratch
+        if self._data is not None:
+            np.multiply(x, data_x, out=self._data)
+            np.multiply(output, data_output, out=scratch)
+            np.add(self._data, scratch, out=self._data)
+        np.multiply(x, x_scale, out=x)
+        np.multiply(output, output_scale, out=scratch)
+        np.add(x, scratch, out=x)
+        if self._data is not None and self._previous is not None:
+            if i > 0:
+                np.multiply(self._previous, previous_scale, out=scratch)
+                np.add(x, scratch, out=x)
+            self._data, self._previous = self._previous, self._data
+
+
+def classifier_free(
+    unconditional: np.ndarray, conditional: np.ndarray, w: np.ndarray | float, out: np.ndarray
+) -> np.ndarray:
+    """CFG's prediction, u + w·(c − u), written to ``out``; the inputs are left as they are."""
+    np.subtract(conditional, unconditional, out=out)
+    np.multiply(w, out, out=out)
+    return np.add(unconditional, out, out=out)
+
+
 class HostLoop:
     """All steps of a run on a network whose other inputs are written already.
 
-    The updates are those of :meth:`Schedule.step`, product by product and sum by sum, so that both give the same bits;
-    but nothing is allocated in a step, and where the network reads the host's memory, its input is written in place.
+    Nothing is allocated in a step, and where the network reads the host's memory, its input is written in place.
 
     Args:
         unet: bound to the batch, or to twice the batch for CFG.
@@ -31,23 +82,19 @@ class HostLoop:
     def __init__(self, unet: Bound, table: Schedule, shape: tuple[int, ...], w: np.ndarray | None = None) -> None:
         self.table = table
         self._unet = unet
-        self._scratch = np.empty(shape, np.float32)
-        # this step's data prediction and the one before; they change places
-        self._data, self._previous = (np.empty(shape, np.float32) if table.multistep else None for _ in range(2))
         self._w: np.ndarray | float = 1.0 if w is None else np.asarray(w, np.float32)[:, None, None, None]
         passes = 1 if w is None else 2
         self._guided = None if w is None else np.empty(shape, np.float32)
         self._shown = _buffer(unet, "sample", (passes * shape[0], *shape[1:]), np.float32)
         # what is shown unscaled and once is the latent itself, in the network's own memory
         self._same = passes == 1 and bool((table.input_scale == 1).all())
-        self._x = self._shown if self._same else np.empty(shape, np.float32)
+        self._trajectory = Trajectory(table, shape, self._shown if self._same else None)
+        self._x = self._trajectory.x
         self._halves = [self._shown[: shape[0]], self._shown[shape[0] :]][:passes]
         self._timestep = _buffer(unet, "timestep", (passes * shape[0],), np.int64)
         # what the network does not read where it is written
         wanted = {"sample": self._shown, "timestep": self._timestep}
         self._copied = {name: held for name, held in wanted.items() if unet.host_input(name) is not held}
-        # between two runs of a network everything is out of the caches, so that each Python object touched costs
-        self._rows = table.rows
 
     def run(self, start: np.ndarray, callback: Callback | None = None) -> np.ndarray:
         """The last latents ``[N, C, H, W]`` float32; a new array.
@@ -62,7 +109,7 @@ class HostLoop:
         np.copyto(self._x, start)
         steps = len(self.table)
         for i in range(steps):
-            self._update(i, self._predict(i))
+            self._trajectory.update(i, self._predict(i))
             if callback is not None and callback(i + 1, steps) is False:
                 raise Cancelled(f"sampling was cancelled after {i + 1} of {steps} steps")
         return self._x.copy()
@@ -76,7 +123,7 @@ class HostLoop:
         """The network's output for the latents at step ``i``."""
         if not self._same:
             for half in self._halves:
-                np.multiply(self._x, self._rows[i][0], out=half)
+                self._trajectory.show(i, half)
         self._timestep.fill(self.table.timesteps[i])
         if self._copied:
             self._unet.write(**self._copied)
@@ -85,26 +132,7 @@ class HostLoop:
         if self._guided is None:
             return output
         unconditional, conditional = np.split(output, 2)
-        np.subtract(conditional, unconditional, out=self._guided)
-        np.multiply(self._w, self._guided, out=self._guided)
-        return np.add(unconditional, self._guided, out=self._guided)
-
-    def _update(self, i: int, output: np.ndarray) -> None:
-        """The update of step ``i``, in place; ``output`` is left as it is."""
-        _, x_scale, output_scale, previous_scale, data_x, data_output = self._rows[i]
-        x, scratch = self._x, self._scratch
-        if self._data is not None:
-            np.multiply(x, data_x, out=self._data)
-            np.multiply(output, data_output, out=scratch)
-            np.add(self._data, scratch, out=self._data)
-        np.multiply(x, x_scale, out=x)
-        np.multiply(output, output_scale, out=scratch)
-        np.add(x, scratch, out=x)
-        if self._data is not None and self._previous is not None:
-            if i > 0:
-                np.multiply(self._previous, previous_scale, out=scratch)
-                np.add(x, scratch, out=x)
-            self._data, self._previous = self._previous, self._data
+        return classifier_free(unconditional, conditional, self._w, self._guided)
 
 
 def _buffer(unet: Bound, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:

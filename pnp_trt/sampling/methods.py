@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..registry import Registry
-from .loop import Callback, HostLoop
+from .loop import Callback, HostLoop, classifier_free
 from .network import Bound, Network
 from .noise_levels import Config, alphas_cumprod, training_steps
 from .table import Schedule
@@ -191,9 +191,7 @@ class _TwoPasses(HostLoop):
         self._unet.write(encoder_hidden_states=unconditional)
         np.copyto(self._unconditional, super()._predict(i))  # the second evaluation may write over it
         self._unet.write(encoder_hidden_states=conditional)
-        np.subtract(super()._predict(i), self._unconditional, out=self._combined)
-        np.multiply(self._scale, self._combined, out=self._combined)
-        return np.add(self._unconditional, self._combined, out=self._combined)
+        return classifier_free(self._unconditional, super()._predict(i), self._scale, self._combined)
 
 
 class _OnInterval(HostLoop):
@@ -268,6 +266,15 @@ def methods_of(guided: bool, on_host: bool = True) -> tuple[str, ...]:
 def baselines_of(guided: bool) -> tuple[str, ...]:
     """What the host's loop runs besides, to be compared with, by name."""
     return tuple(m.name for m in METHODS.values() if m.guided == guided and m.baseline and m.runs_as is None)
+
+
+def step_methods_of(guided: bool) -> tuple[str, ...]:
+    """What a step-level loop makes of bundles with a guide, or without, by name; the first is the default.
+
+    A guide adds nothing at w = 1, so that a bundle with one gives plain predictions as well.
+    """
+    plain = [m for m in METHODS.values() if not m.guided and not m.baseline and m.runs_as is None and m.sample is None]
+    return methods_of(guided, on_host=False) + (tuple(m.name for m in plain) if guided else ())
 
 
 def uses_guidance(method: str) -> bool:

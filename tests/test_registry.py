@@ -119,7 +119,7 @@ def test_backends_run_the_recipes_of_their_element_types() -> None:
     from pnp_trt import backends
 
     assert {name: backends.get(name).precisions for name in ("onnxruntime", "tensorrt", "torch")} == {
-        "onnxruntime": ("fp32", "fp16", "int8", "int8-weights"),
-        "tensorrt": ("fp32", "fp16", "bf16", "int8", "int8-weights"),
+        "onnxruntime": ("fp32", "fp16", "int8", "int8-weights", "fp8"),
+        "tensorrt": ("fp32", "fp16", "bf16", "int8", "int8-weights", "fp8"),
         "torch": ("fp32", "fp16", "bf16"),
     }

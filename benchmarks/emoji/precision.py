@@ -2,7 +2,7 @@
 
 Three parts, each kept as soon as it is there, so that a killed run continues:
 
-- bundles: fp32, fp16, int8 and int8-weights for ONNX Runtime; fp16, int8 and int8-weights engines of TensorRT-RTX for
+- bundles: fp32, fp16, int8, int8-weights and fp8 for ONNX Runtime; the same but fp32 as TensorRT-RTX engines for
   four GPUs, compiled here, not run.
 - images: 512 of each precision from the same noise; EfficientNet-KID and alignment, and what is lost against fp32,
   paired, with intervals.  float16 is run with every result rounded to float16, as a GPU rounds it; ONNX Runtime's CPU
@@ -51,8 +51,9 @@ TOLD = ("layers", "share_of_macs", "latent_error", "decision", "kept")
 
 def specs(home: Path, guide: str) -> list[BuildSpec]:
     """All bundles; the recipe and the backend name the folder."""
-    ort = [("onnxruntime", p, None) for p in ("fp32", "fp16", "int8", "int8-weights")]
+    ort = [("onnxruntime", p, None) for p in ("fp32", "fp16", "int8", "int8-weights", "fp8")]
     rtx = [("tensorrt-rtx", p, t) for p in ("fp16", "int8", "int8-weights") for t in TARGETS]
+    rtx += [("tensorrt-rtx", "fp8", t) for t in TARGETS if int(t.removeprefix("sm_")) >= 89]
     return [
         BuildSpec("emoji", guide, b, p, home / "-".join(filter(None, [b, p, t])), t, () if t is None else ("b1",))
         for b, p, t in (*ort, *rtx)
@@ -69,7 +70,7 @@ def bundle_row(folder: Path) -> dict[str, Any]:
         "parity": dict(m.parity.relative_error),
         "parity_limits": {k: n.parity.limit for k, n in m.networks.items()},
         "unet_graph_bytes": size["unet.onnx"], "unet_engine_bytes": size["unet.engine"] or None,
-        "int8": {k: v for k, v in (unet.int8.to_json() if unet.int8 else {}).items() if k in TOLD} or None,
+        "int8": {k: v for k, v in (unet.quantised.to_json() if unet.quantised else {}).items() if k in TOLD} or None,
         "build_seconds": m.build_seconds, "unet_compile_seconds": unet.compiled.seconds,
         "peak_memory_bytes": m.peak_memory.to_json(),
     }  # fmt: skip
@@ -133,7 +134,7 @@ def sample(folder: Path, rows: Any, steps: int | None, w: float, as_written: boo
 
 def speed(home: Path, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of one pass, interleaved round by round, and the ratio to fp32 of the same round."""
-    names = ("fp32", "fp16", "int8", "int8-weights")
+    names = ("fp32", "fp16", "int8", "int8-weights", "fp8")
     rows = []
     for batch in (1, 4):
         nets, times = {}, {n: [] for n in names}
@@ -205,7 +206,7 @@ def judged(a: argparse.Namespace, home: Path) -> dict[str, Any]:
     extract, head = FeatureExtractor(), AlignmentHead.load(a.judge)
     real = Shots.cached(home / f"real-{a.pictures}.npz", lambda: real_pictures(rows, a.cache), extract)
     sets: dict[str, Ranked] = {}
-    for name in ("fp32", "fp16", "int8", "int8-weights"):
+    for name in ("fp32", "fp16", "int8", "int8-weights", "fp8"):
         folder = home / f"onnxruntime-{name}"
         key = read_manifest(folder).key[:12]
 

@@ -21,11 +21,13 @@ same on every backend. Every network is compared with PyTorch in float32 before 
 | `bf16` | bfloat16, likewise (TensorRT) | 4e-2 |
 | `int8` | W8A8 in the U-Net layers that the calibration record chooses: symmetric, a scale for each output channel of a weight and one for an input, explicit Q/DQ; the rest in float16 (float32 on ONNX Runtime, whose CPU provider has no float16 kernels) | 1e-1 |
 | `int8-weights` | the U-Net's and the guide's weights stored in INT8 and computed in float16; needs no record | 5e-2 |
+| `fp8` | W8A8 in E4M3 in the U-Net's convolutions that the same record allows: one scale for an input and one for a weight, which TensorRT-RTX fuses with bias and residual; for sm_89 and newer; ONNX Runtime rounds and computes in float32; its images are not measured yet | 1e-1 |
 
 ## Calibration
 
     pnp-trt calibrate --base emoji                 # writes calibration/emoji-tiny.int8.json
     pnp-trt build --base emoji --precision int8    # finds it there
+    pnp-trt build --base emoji --precision fp8 --backend tensorrt-rtx --target sm_89    # the same record
 
 `calibrate` generates images of `calibration/emoji-prompts.txt` (or of your `--prompts`) in PyTorch with the guide, at all
 timesteps and at guidance scales from 1 to 9. It records the inputs of every convolution and linear layer: the largest

@@ -22,7 +22,7 @@ from ..io.replacing import check_removable_bundle
 from ..models.identity import guide_identity
 from ..precision.int8.record import Record
 from ..precision.int8.record import find as find_record
-from ..precision.recipes import Recipe
+from ..precision.recipes import RECIPES, Recipe
 from ..precision.recipes import recipe as find_recipe
 from ..version import __version__
 from .sizes import plan_sizes
@@ -152,7 +152,8 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
     recipe = recipe.on_backend(find_recipe(backend.beside_int8))
     if spec.calibration is not None and not recipe.needs_record:
-        raise InputError(f"--calibration is for --precision int8, not {recipe.name}; leave it out")
+        takers = " or ".join(name for name, other in RECIPES.items() if other.needs_record)
+        raise InputError(f"--calibration is for --precision {takers}, not {recipe.name}; leave it out")
     if profiles and not backend.profiles and not any(p.sized for p in profiles):
         raise InputError(
             f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out, "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import Backend, Size
-from ..bundle.manifest import Int8Record, NetworkParity, NetworkRecord
+from ..bundle.manifest import NetworkParity, NetworkRecord, QuantisedRecord
 from ..errors import PnpError
 from ..precision.int8.record import Record
 from ..precision.recipes import FP32, Recipe
@@ -102,7 +102,7 @@ class NetworkExport:
             outputs={OUTPUTS[name]: ("float32", tuple(self.plan.named(wanted[self.plan.default].shape)))},
             parity=NetworkParity(error, recipe.limit, rows, errors if len(errors) > 1 else {}),
             fallback=f"off by {tried[0]}" if tried else None,
-            int8=None if quantised is None else self._int8_record(weights),
+            quantised=None if quantised is None else self._quantised_record(recipe, weights),
         )
         references = {
             name if size == self.plan.default else f"{name}@{size[0]}x{size[1]}": (
@@ -123,18 +123,23 @@ class NetworkExport:
         derived = recipe.quantize(path, weights, self.record)
         return None if derived is None else weights.derive(derived, _initializers(path))
 
-    def _int8_record(self, weights: WeightMap) -> Int8Record:
+    def _quantised_record(self, recipe: Recipe, weights: WeightMap) -> QuantisedRecord:
         """What the manifest records of a quantised network."""
-        layers = sum(w["transform"][-1]["op"] == "quantize" for w in weights.weights.values())
+        steps = [w["transform"][-1]["op"] for w in weights.weights.values() if w["transform"]]
+        kind = "fp8" if "float8" in steps else "int8"
+        layers = sum(step in ("quantize", "float8") for step in steps)
         if self.record is None:
-            return Int8Record(layers, activations=False)
-        sweep = self.record.sweep
+            return QuantisedRecord(kind, layers, activations=False)
+        sweep, chosen = self.record.sweep, recipe.choices(self.record)
+        decision = self.record.decision
+        if kind == "fp8":  # its layers follow from the decision for INT8; the sweep's figures are INT8's own
+            sweep, decision = {}, {"float": [n for n in self.record.layers if n not in chosen]}
         details = {
-            "share_of_macs": round(self.record.share(), 4), "decision": self.record.decision,
+            "share_of_macs": round(self.record.share(chosen), 4), "decision": decision,
             "kept": sweep.get("kept"), "latent_error": sweep.get("latent_error"),
             "recorded_on": self.record.settings, "base_sha256": self.record.base["sha256"],
         }  # fmt: skip
-        return Int8Record(layers, activations=True, details=details)
+        return QuantisedRecord(kind, layers, activations=True, details=details)
 
 
 def _what_is_off(path: Path, inputs: dict[str, Any], limit: float) -> str:

@@ -218,27 +218,36 @@ class Compiled:
         return {"seconds": self.seconds, "peak_memory": self.peak_memory, **self.notes}
 
 
-@dataclass(frozen=True)
-class Int8Record:
-    """What is quantised in a network: how many layers, whether their inputs are too, and how that was decided."""
+#: 8-bit types of a quantised network, by the name of their member in the manifest
+QUANTISED_TYPES = ("int8", "fp8")
 
+
+@dataclass(frozen=True)
+class QuantisedRecord:
+    """What is quantised in a network: how many layers, whether their inputs are too, and how that was decided.
+
+    Attributes:
+        type: ``int8`` or ``fp8``, the member of ``networks.*`` that holds it.
+    """
+
+    type: str
     layers: int
     activations: bool
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, value: Value) -> Int8Record:
-        """From ``networks.*.int8``."""
+    def read(cls, kind: str, value: Value) -> QuantisedRecord:
+        """From ``networks.*.int8`` or ``networks.*.fp8``."""
         m = value.entries(50)
         layers, activations = value.member("layers").whole(0, 100_000), value.member("activations").flag()
         if activations:
             value.member("share_of_macs").number(0, 1)
             value.member("decision").member("float").items(0, 50_000)
-        return cls(layers, activations, {k: v.raw for k, v in m.items() if k not in ("layers", "activations")})
+        return cls(kind, layers, activations, {k: v.raw for k, v in m.items() if k not in ("layers", "activations")})
 
     @property
     def share_of_macs(self) -> float:
-        """Share of the arithmetic that is in INT8; only where inputs are quantised too."""
+        """Share of the arithmetic that is in 8 bits; only where inputs are quantised too."""
         return float(self.details["share_of_macs"])
 
     @property
@@ -259,7 +268,7 @@ class NetworkRecord:
         graph: the ONNX file that it was exported to, or the description of its PyTorch module.
         inputs, outputs: tensors by name.
         fallback: why it is not in the recipe's precision; None where it is.
-        int8: what is quantised; None where nothing is.
+        quantised: what is in 8 bits; None where nothing is.
         file: the file that is loaded, the graph itself or what was compiled from it.
         profiles: batch sizes, and sizes in latents.
     """
@@ -270,7 +279,7 @@ class NetworkRecord:
     outputs: Mapping[str, Tensor]
     parity: NetworkParity
     fallback: str | None = None
-    int8: Int8Record | None = None
+    quantised: QuantisedRecord | None = None
     file: str = ""
     profiles: tuple[Profile, ...] = ()
     compiled: Compiled = Compiled()
@@ -279,7 +288,7 @@ class NetworkRecord:
     def read(cls, value: Value) -> NetworkRecord:
         """From a member of ``networks``."""
         required = ("graph", "precision", "inputs", "outputs", "parity", "file", "profiles", "compiled")
-        m = value.members(required, ("fallback", "int8"))
+        m = value.members(required, ("fallback", *QUANTISED_TYPES))
         return cls(
             graph=file_name(m["graph"]),
             precision=m["precision"].text(longest=50, pattern=_WORD, form="a recipe's name"),
@@ -287,7 +296,7 @@ class NetworkRecord:
             outputs={k: _tensor(v) for k, v in m["outputs"].entries(20, longest_key=100).items()},
             parity=NetworkParity.read(m["parity"]),
             fallback=m["fallback"].text(longest=2000) if "fallback" in m else None,
-            int8=Int8Record.read(m["int8"]) if "int8" in m else None,
+            quantised=next((QuantisedRecord.read(k, m[k]) for k in QUANTISED_TYPES if k in m), None),
             file=file_name(m["file"]),
             profiles=tuple(_profile(v) for v in m["profiles"].items(0, 64)),
             compiled=Compiled.read(m["compiled"]),
@@ -312,7 +321,7 @@ class NetworkRecord:
             "outputs": _tensors_json(self.outputs),
             "parity": self.parity.to_json(),
             **({} if self.fallback is None else {"fallback": self.fallback}),
-            **({} if self.int8 is None else {"int8": self.int8.to_json()}),
+            **({} if self.quantised is None else {self.quantised.type: self.quantised.to_json()}),
             "file": self.file,
             "profiles": [p.as_dict() for p in self.profiles],
             "compiled": self.compiled.to_json(),

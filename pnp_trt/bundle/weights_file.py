@@ -45,9 +45,9 @@ def _check_weight(weight: Value) -> None:
 
 def _check_step(step: Value) -> None:
     operation = step.member("op").text(
-        known=("cast", "transpose", "reshape", "shift", "quantize", "quantization_scale")
+        known=("cast", "transpose", "reshape", "shift", "quantize", "quantization_scale", "float8", "float8_scale")
     )
-    if operation in ("cast", "quantization_scale"):
+    if operation in ("cast", "quantization_scale", "float8_scale"):
         step.member("to").text(known=_TYPES)
     if operation in ("shift", "quantize", "quantization_scale"):
         step.member("axis").whole(-8, 7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle.manifest import Int8Record, Manifest, Plugged
+from ..bundle.manifest import Manifest, Plugged, QuantisedRecord
 from ..bundle.profiles import legal_sizes
 from ..bundle.store import known_bundles, read_manifest
 from ..errors import InputError
@@ -93,7 +93,7 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
     guide, engine = m.guide, m.parity.engine
     peaks = {"export": m.peak_memory.export, "compile": m.peak_memory.compile}
     built = [f"{m.built} in {m.build_seconds:g} s", *(f"peak memory {_size(v)} ({k})" for k, v in peaks.items() if v)]
-    int8 = "".join(f"; {k}: {_int8(n.int8)}" for k, n in m.networks.items() if n.int8 is not None)
+    quantised = "".join(f"; {k}: {_quantised(n.quantised)}" for k, n in m.networks.items() if n.quantised is not None)
     measured = engine if isinstance(engine, str) else ", ".join(f"{k} {v:.1e}" for k, v in engine.items())
     return [
         ("engine", f"{folder}, {_size(sum(f.size for f in m.files.values()))}"),
@@ -102,7 +102,7 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
         ("guide", f"{guide.name} ({guide.sha256[:12]}…)" if guide else "none: the plain teacher"),
         ("backend", m.backend + "".join(f", {k} {v}" for k, v in m.compiler.items())),
         ("target", m.target),
-        ("precision", m.precision + int8),
+        ("precision", m.precision + quantised),
         ("profiles", ", ".join(p.name for p in m.profiles) or f"any batch up to {m.sample.max_batch}"),
         ("images", _images(m)),
         ("parity", f"limit {m.parity.limit:.0e} against {m.parity.against}"),
@@ -112,7 +112,7 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _int8(record: Int8Record) -> str:
+def _quantised(record: QuantisedRecord) -> str:
     """What is quantised in a network."""
     if not record.activations:
         return f"the weights of {record.layers} layers"

@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PnpError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
 SCHEMA = 1
 FILE = "weights.json"
 #: largest magnitude of a quantised weight
 LEVELS = 127
+#: largest finite magnitude of E4M3 without infinities (Micikevicius et al. 2022, table 1)
+FLOAT8_LARGEST = 448.0
 #: new initialiser → (the one that it was made of, what was done to it)
 Derived = dict[str, tuple[str, list[dict[str, Any]]]]
 
@@ -87,6 +90,10 @@ def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
                 tensor = quantize(tensor, step["axis"])
             case "quantization_scale":
                 tensor = quantization_scale(tensor, step["axis"]).to(getattr(torch, step["to"]))
+            case "float8":
+                tensor = float8(tensor)
+            case "float8_scale":
+                tensor = float8_scale(tensor).to(getattr(torch, step["to"]))
             case other:
                 raise PnpError(f"{FILE} has a transform '{other}', which this version does not support; build again")
     return tensor.contiguous()
@@ -112,6 +119,35 @@ def quantize(tensor: Tensor, axis: int) -> Tensor:
     shape = [-1 if i == axis % tensor.ndim else 1 for i in range(tensor.ndim)]
     scale = quantization_scale(tensor, axis).reshape(shape)
     return (tensor.float() / scale).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+
+
+def float8_scale(tensor: Tensor) -> Tensor:
+    """The step of a weight in E4M3: max|W| / 448, float32, a scalar; a number of float16, as ``quantization_scale``."""
+    import torch
+
+    largest = tensor.float().abs().amax() / FLOAT8_LARGEST
+    return largest.clamp_min(torch.finfo(torch.float16).smallest_normal).half().float()
+
+
+def float8(tensor: Tensor) -> Tensor:
+    """A weight in E4M3 with one step for all of it, float8_e4m3fn, of ``tensor``'s shape: W / scale, half to even.
+
+    The step is rounded to float16, so W / scale may pass 448 by its rounding error; it saturates.
+    """
+    import torch
+
+    return (tensor.float() / float8_scale(tensor)).clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST).to(torch.float8_e4m3fn)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """A tensor as numpy has it; float8 as ``ml_dtypes`` has it, which torch cannot convert to."""
+    import torch
+
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
 
 
 def _shifted(tensor: Tensor, axis: int, exponents: list[int]) -> Tensor:
@@ -259,6 +295,6 @@ def onnx_type(dtype: Any) -> Any:
     """ONNX's name of a torch type."""
     import onnx_ir as ir
 
-    names = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
+    names = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "float8_e4m3fn": "FLOAT8E4M3FN"}
     name = str(dtype).removeprefix("torch.")
     return ir.DataType[names.get(name, name.upper())]

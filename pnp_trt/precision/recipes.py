@@ -11,7 +11,7 @@ layer norms (``stash_type`` 1 on nodes that read and write half precision, which
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..graph.weights import WeightMap
-    from .int8.record import Record
+    from .int8.record import Choice, Record
 
     #: new initialiser → (initialiser that it is made of, steps)
     Derived = dict[str, tuple[str, list[dict[str, Any]]]]
@@ -70,6 +70,10 @@ class Recipe:
     def convert(self, module: nn.Module) -> nn.Module:
         """Make ``module`` compute as this recipe says, in place, before it is exported; see :func:`convert`."""
         return convert(module, self)
+
+    def choices(self, record: Record) -> Mapping[str, Choice]:
+        """The layers with 8-bit inputs and weights, and their ranges, by a calibration record; none by default."""
+        return {}
 
     def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
         """Rewrite the exported graph in place; None where the recipe leaves graphs as they are exported.
@@ -130,6 +134,7 @@ RECIPES: Registry[Recipe] = Registry(
         "bf16": "pnp_trt.precision.recipes:BF16",
         "int8": "pnp_trt.precision.int8.recipes:INT8",
         "int8-weights": "pnp_trt.precision.int8.recipes:INT8_WEIGHTS",
+        "fp8": "pnp_trt.precision.fp8:FP8",
     },
 )
 #: what is built where nothing is asked for; names of bundles leave it out

@@ -157,12 +157,25 @@ def test_int8_from_calibration_to_picture(cli: Cli, micro_base: Path, micro_guid
         done = cli("sample", "a cat", "--engine", engine, "--steps", "2", "--size", size, "--out", out)
         assert done.code == 0, done.err
         assert list(out.glob("*.png"))
+    # the same record serves FP8, whose layers are its convolutions
+    eight = tmp_path / "fp8"
+    done = cli("build", *source, "--precision", "fp8", "--calibration", record, "--out", eight)
+    assert done.code == 0, done.err
+    convolutions = [name for name, layer in held.layers.items() if layer.kind == "conv" and name in held.choices()]
+    manifest = json.loads((eight / "manifest.json").read_text())
+    assert manifest["networks"]["unet"]["fp8"]["layers"] == len(convolutions) > 5
+    assert "int8" not in manifest["networks"]["unet"] and manifest["networks"]["unet"]["precision"] == "fp8"
+    share = sum(held.layers[name].macs for name in convolutions) / sum(layer.macs for layer in held.layers.values())
+    assert f"layers with {share:.1%} of the arithmetic" in " ".join(cli("inspect", eight).out.split())
+    assert cli("verify", eight).code == 0
+    done = cli("sample", "a cat", "--engine", eight, "--steps", "2", "--out", tmp_path / "eight")
+    assert done.code == 0 and list((tmp_path / "eight").glob("*.png")), done.err
     # another guide's record is refused, and a record without INT8 too
     done = cli("build", "--base", micro_base, "--guide", "none", "--precision", "int8", "--calibration", record,
                "--out", tmp_path / "other")  # fmt: skip
     assert done.code == 2 and "was recorded with another guide" in done.err
     done = cli("build", *source, "--calibration", record, "--out", tmp_path / "other")
-    assert done.code == 2 and "--calibration is for --precision int8, not fp32" in done.err
+    assert done.code == 2 and "--calibration is for --precision int8 or fp8, not fp32" in done.err
 
 
 def test_int8_of_a_full_guide(cli: Cli, micro_base: Path, prompts: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class OnnxRuntime(Backend):
 
     name = "onnxruntime"
     label = ""
-    elements = frozenset({"float32", "float16", "int8"})
+    elements = frozenset({"float32", "float16", "int8", "float8_e4m3fn"})
     profiles = ()
     needs = NEEDS
     beside_int8 = "fp32"  # its CPU provider has no float16 kernels and would cast around every node
@@ -130,6 +130,8 @@ class OnnxRuntime(Backend):
         return dict(facts or {}) | {"layers": nodes}, note
 
     def remark(self, precision: str) -> str | None:
+        if "float8_e4m3fn" in RECIPES[precision].elements:
+            return "ONNX Runtime computes FP8 in fp32 after rounding; use it to compare images and sizes"
         if "int8" not in RECIPES[precision].elements:
             return None
         # measured in benchmarks/results/emoji-precision.json

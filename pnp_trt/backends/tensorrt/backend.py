@@ -39,11 +39,17 @@ _MEMORY_FLOOR, _MEMORY_FACTOR = 600 << 20, 3.4
 _PORTABLE = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 
 
+def _has_float8(target: str) -> bool:
+    """Whether a target has FP8 tensor cores: Ada (sm_89), Hopper (sm_90) and newer; portable engines run on older."""
+    number = target.removeprefix("sm_")
+    return number.isdigit() and int(number) >= 89
+
+
 class TensorRtBackend(Backend):
     """Both flavours."""
 
     flavour: Flavour
-    elements = frozenset({"float32", "float16", "bfloat16", "int8"})
+    elements = frozenset({"float32", "float16", "bfloat16", "int8", "float8_e4m3fn"})
     profiles = ("b1", "b2-8")
 
     def versions(self) -> dict[str, str]:
@@ -55,6 +61,10 @@ class TensorRtBackend(Backend):
         found = self._target(target, gpus[0] if gpus else None)
         if "bfloat16" in RECIPES[precision].elements and found == "sm_75":
             raise InputError("target sm_75 has no bfloat16; choose --precision fp16")
+        if "float8_e4m3fn" in RECIPES[precision].elements and not _has_float8(found):
+            raise InputError(
+                f"target {found} has no FP8, which needs sm_89 or newer; choose --target sm_89, or --precision fp16"
+            )
         return found
 
     def _target(self, target: str | None, gpu: Gpu | None) -> str:

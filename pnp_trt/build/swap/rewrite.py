@@ -147,6 +147,7 @@ def _bytes(tensor: Tensor, weight: Mapping[str, Any], place: Place) -> Any:
 
 def _finite(tensor: Tensor) -> bool:
     # the extremes are not finite where any value is not; several times as fast as looking at each
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no comparison
     return not tensor.numel() or all(bool(v.isfinite()) for v in tensor.aminmax())
 
 

@@ -1,23 +1,59 @@
-"""INT8 in an exported graph: QuantizeLinear and DequantizeLinear around the layers that take it.
+"""Eight bits in an exported graph: QuantizeLinear and DequantizeLinear around the layers that take them.
 
-Explicit and symmetric, as TensorRT requires: one scale for an input, one for each output channel of a weight, zero
-points of zero.  Weights are stored as int8, half or a quarter of their size.  Types stay what the graph had: a float16
-graph has float16 scales, so what is not quantised computes as before.
+Explicit and symmetric, as TensorRT requires, with zero points of zero.  An input has one scale; a weight has one for
+each output channel in INT8, and one for all in FP8 (``Format``).  Weights are stored in 8 bits, half or a quarter of
+their size.  Types stay what the graph had: a float16 graph has float16 scales, so what is not quantised computes as
+before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import PnpError
-from ...graph.weights import Derived, WeightMap, apply, save_with_weights
+from ...graph.weights import FLOAT8_LARGEST, LEVELS, Derived, WeightMap, apply, as_array, save_with_weights
 
 if TYPE_CHECKING:
     from .record import Choice
+
+
+@dataclass(frozen=True)
+class Format:
+    """An 8-bit type of a graph.
+
+    Attributes:
+        name: in names of initialisers.
+        onnx: ONNX's name of the type.
+        largest: magnitude that an input's range is scaled to.
+        by_channel: whether a weight has a scale for each output channel, or one for all of it.
+    """
+
+    name: str
+    onnx: str
+    largest: float
+    by_channel: bool
+
+    def steps(self, axis: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Transforms of a weight into its 8-bit values and into its scale of type ``dtype``."""
+        if self.by_channel:
+            return {"op": "quantize", "axis": axis}, {"op": "quantization_scale", "axis": axis, "to": dtype}
+        return {"op": "float8"}, {"op": "float8_scale", "to": dtype}
+
+    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Zero points."""
+        import onnx_ir as ir
+
+        return np.zeros(shape, ir.DataType[self.onnx].numpy())
+
+
+INT8 = Format("int8", "INT8", LEVELS, by_channel=True)
+#: E4M3; one scale a weight keeps TensorRT-RTX's fusion of bias and residual, and costs FP8 hardly any precision
+FLOAT8 = Format("float8", "FLOAT8E4M3FN", FLOAT8_LARGEST, by_channel=False)
 
 
 def layer_of(entry: Mapping[str, Any]) -> str:
@@ -26,13 +62,14 @@ def layer_of(entry: Mapping[str, Any]) -> str:
     return name.removesuffix(".weight") if name.endswith(".weight") else ""
 
 
-def quantize_graph(path: Path, weights: WeightMap, choices: Mapping[str, Choice]) -> Derived:
-    """Give the named layers INT8 inputs and weights (W8A8), in place.
+def quantize_graph(path: Path, weights: WeightMap, choices: Mapping[str, Choice], form: Format = INT8) -> Derived:
+    """Give the named layers 8-bit inputs and weights (W8A8), in place.
 
     Args:
         path: the ONNX file.
         weights: its map.
         choices: how each layer is quantised, by name.
+        form: the type; SmoothQuant's exponents are for INT8.
 
     Returns:
         What the new initialisers are made of, for ``WeightMap.derive``.
@@ -40,12 +77,12 @@ def quantize_graph(path: Path, weights: WeightMap, choices: Mapping[str, Choice]
     Raises:
         PnpError: if the graph has no such layer, or one is computed otherwise than by Conv, MatMul or Gemm.
     """
-    return _rewrite(path, weights, choices, choices.keys())
+    return _rewrite(path, weights, choices, choices.keys(), form)
 
 
 def quantize_weights(path: Path, weights: WeightMap, layers: Collection[str]) -> Derived:
     """Store the named layers' weights as INT8 and compute as before (weight-only), in place; otherwise as above."""
-    return _rewrite(path, weights, {}, layers)
+    return _rewrite(path, weights, {}, layers, INT8)
 
 
 def matrix_layers(path: Path, weights: WeightMap) -> list[str]:
@@ -61,11 +98,13 @@ def matrix_layers(path: Path, weights: WeightMap) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _rewrite(path: Path, weights: WeightMap, choices: Mapping[str, Choice], layers: Collection[str]) -> Derived:
+def _rewrite(
+    path: Path, weights: WeightMap, choices: Mapping[str, Choice], layers: Collection[str], form: Format
+) -> Derived:
     import onnx_ir as ir
 
     model = ir.load(path)
-    inserted = _Inserted(model.graph)
+    inserted = _Inserted(model.graph, form)
     derived: Derived = {}
     done = set()
     for name, entry in weights.weights.items():
@@ -78,7 +117,8 @@ def _rewrite(path: Path, weights: WeightMap, choices: Mapping[str, Choice], laye
             axis = _axis(use.node, use.idx)
             if axis is None:
                 raise PnpError(
-                    f"{layer} is read by {use.node.op_type} and cannot take INT8; leave it out, or report it"
+                    f"{layer} is read by {use.node.op_type} and cannot take {form.name.upper()}; "
+                    "leave it out, or report it"
                 )
             if choice is not None:
                 use.node.replace_input_with(0, inserted.activation(use.node.inputs[0], choice, use.node))
@@ -110,12 +150,13 @@ def _axis(node: Any, index: int) -> int | None:
 class _Inserted:
     """Nodes that were inserted; what is the same is inserted once."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, form: Format) -> None:
         self.graph = graph
+        self.form = form
         self._made: dict[Any, Any] = {}
 
     def activation(self, x: Any, choice: Choice, before: Any) -> Any:
-        """``x`` rounded to INT8 and back; with SmoothQuant, divided by the factors first."""
+        """``x`` rounded to 8 bits and back; with SmoothQuant, divided by the factors first."""
         kind = x.dtype.numpy()
         key = (x.name, choice)
         if key not in self._made:
@@ -123,11 +164,11 @@ class _Inserted:
             if choice.exponents is not None:
                 factors = np.exp2(-np.array(choice.exponents, np.float64)).astype(kind)
                 y = self._node("Mul", [x, self._constant(f"{x.name}.smooth{len(self._made)}", factors)], before)
-            self._made[key] = self._pair(y, choice.scale, kind, before)
+            self._made[key] = self._pair(y, choice.step(self.form.largest), kind, before)
         return self._made[key]
 
     def weight(self, value: Any, axis: int, choice: Choice | None, before: Any, derived: Derived) -> Any:
-        """The weight, stored as INT8."""
+        """The weight, stored in 8 bits."""
         import torch
 
         key = (value.name, axis, choice)
@@ -139,16 +180,19 @@ class _Inserted:
         smooth: list[dict[str, Any]] = []
         if choice is not None and choice.exponents is not None:
             smooth = [{"op": "shift", "axis": 1 - axis, "exponents": list(choice.exponents)}]
-        steps = {
-            f"{base}.int8": [*smooth, {"op": "quantize", "axis": axis}],
-            f"{base}.scale": [*smooth, {"op": "quantization_scale", "axis": axis, "to": dtype}],
-        }
+        values, scale = self.form.steps(axis, dtype)
+        steps = {f"{base}.{self.form.name}": [*smooth, values], f"{base}.scale": [*smooth, scale]}
         made = []
         for name, more in steps.items():
             derived[name] = (value.name, more)
-            made.append(self._constant(name, apply(more, tensor).numpy()))
-        zero = self._constant(f"quantize.zeros_{len(made[1].const_value.numpy())}", np.zeros(made[1].shape[0], np.int8))
-        self._made[key] = self._node("DequantizeLinear", [*made, zero], before, axis=axis, like=value)
+            made.append(self._constant(name, as_array(apply(more, tensor))))
+        if self.form.by_channel:
+            channels = len(made[1].const_value.numpy())
+            zero = self._constant(f"quantize.zeros_{channels}", self.form.zeros((channels,)))
+        else:
+            zero = self._constant("quantize.zero", self.form.zeros(()))
+        along = axis if self.form.by_channel else None
+        self._made[key] = self._node("DequantizeLinear", [*made, zero], before, axis=along, like=value)
         return self._made[key]
 
     def _pair(self, x: Any, scale: float, kind: Any, before: Any) -> Any:
@@ -156,7 +200,7 @@ class _Inserted:
         if not np.isfinite(step) or step < np.finfo(kind).smallest_normal:
             step = np.asarray(np.finfo(kind).smallest_normal, kind)
         step_value = self._constant(f"{x.name}.scale{len(self._made)}", step)
-        zero = self._constant("quantize.zero", np.zeros((), np.int8))
+        zero = self._constant("quantize.zero", self.form.zeros(()))
         rounded = self._node("QuantizeLinear", [x, step_value, zero], before)
         return self._node("DequantizeLinear", [rounded, step_value, zero], before, like=x)
 
@@ -179,7 +223,7 @@ class _Inserted:
         source = like if like is not None else inputs[0]
         out = node.outputs[0]
         out.name = f"{inputs[0].name}.{op}.{len(self._made)}"
-        int8 = op == "QuantizeLinear"
-        out.shape, out.type = source.shape, ir.TensorType(ir.DataType.INT8 if int8 else source.dtype)
+        quantised = op == "QuantizeLinear"
+        out.shape, out.type = source.shape, ir.TensorType(ir.DataType[self.form.onnx] if quantised else source.dtype)
         self.graph.insert_before(before, node)
         return out

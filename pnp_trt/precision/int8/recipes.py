@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from ..recipes import Recipe, recipe
 if TYPE_CHECKING:
     from ...graph.weights import WeightMap
     from ..recipes import Derived
-    from .record import Record
+    from .record import Choice, Record
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,16 @@ class Int8(Recipe):
         """``beside`` for networks that are not quantised."""
         return self if network in self.networks else recipe(self.beside)
 
+    def choices(self, record: Record) -> Mapping[str, Choice]:
+        """The layers with 8-bit inputs and weights, and their ranges, by a record."""
+        return record.choices()
+
     def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
         """Insert quantise/dequantise pairs: of the record's layers, or of all weights where there is none."""
         from .qdq import matrix_layers, quantize_graph, quantize_weights
 
         if record is not None:
-            return quantize_graph(graph, weights, record.choices())
+            return quantize_graph(graph, weights, self.choices(record))
         return quantize_weights(graph, weights, matrix_layers(graph, weights))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,12 @@ class Choice:
 
     @property
     def scale(self) -> float:
-        """The input's step."""
-        return max(self.amax, 1e-6) / LEVELS
+        """The input's step in INT8."""
+        return self.step(LEVELS)
+
+    def step(self, largest: float) -> float:
+        """The input's step in a type whose largest magnitude is ``largest``."""
+        return max(self.amax, 1e-6) / largest
 
 
 @dataclass
@@ -130,11 +135,15 @@ class Record:
         kept = set(self.decision["float"])
         return {n: choose(layer, self.decision[layer.kind]) for n, layer in self.layers.items() if n not in kept}
 
-    def share(self) -> float:
-        """Share of the observed layers' multiply-accumulates that are done in INT8."""
-        kept = set(self.decision["float"])
+    def convolutions(self) -> dict[str, Choice]:
+        """The convolutions among them with their whole range: FP8 keeps small values where the range is wide."""
+        return {n: Choice(self.layers[n].amax["max"]) for n in self.choices() if self.layers[n].kind == "conv"}
+
+    def share(self, layers: Collection[str] | None = None) -> float:
+        """Share of the observed layers' multiply-accumulates that ``layers`` do; those that take INT8 by default."""
+        layers = self.choices().keys() if layers is None else layers
         whole = sum(layer.macs for layer in self.layers.values())
-        return sum(layer.macs for n, layer in self.layers.items() if n not in kept) / max(whole, 1)
+        return sum(layer.macs for n, layer in self.layers.items() if n in layers) / max(whole, 1)
 
     def identity(self) -> str:
         """Digest of what a build depends on."""
@@ -212,7 +221,7 @@ def find(base: str, guide: str) -> Path:
         if (home / name).is_file():
             return home / name
     raise InputError(
-        f"int8 needs recorded ranges and there is no {HOMES[0] / name}; make it with: "
+        f"8-bit inputs need recorded ranges and there is no {HOMES[0] / name}; make it with: "
         f"pnp-trt calibrate --base {base} --guide {guide}, or name one with --calibration"
     )
 

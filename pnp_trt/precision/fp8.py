@@ -1,0 +1,46 @@
+"""The FP8 recipe: convolutions of the U-Net in E4M3, everything else in the backend's fast float type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .int8.recipes import Int8
+
+if TYPE_CHECKING:
+    from ..graph.weights import WeightMap
+    from .int8.record import Choice, Record
+    from .recipes import Derived
+
+
+@dataclass(frozen=True)
+class Fp8(Int8):
+    """W8A8 in E4M3 (Micikevicius et al. 2022) with one scale for an input and one for a weight.
+
+    Ranges are those of the same record that INT8 takes, their whole ``max``: E4M3 has four bits of exponent, so a wide
+    range costs its small values no precision.  Linear layers stay in float: on TensorRT-RTX their products lose the
+    fused bias, GELU and residual in 8 bits, and convolutions keep theirs with one scale a weight only.
+    """
+
+    name: str = "fp8"
+
+    @property
+    def elements(self) -> frozenset[str]:
+        """The quantised type; the float type beside it is the backend's choice."""
+        return frozenset({"float8_e4m3fn"})
+
+    def choices(self, record: Record) -> Mapping[str, Choice]:
+        """The convolutions among the layers that the record's decision allows 8 bits."""
+        return record.convolutions()
+
+    def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
+        """Insert quantise/dequantise pairs around the record's convolutions."""
+        from .int8.qdq import FLOAT8, quantize_graph
+
+        assert record is not None  # `needs_record`
+        return quantize_graph(graph, weights, self.choices(record), FLOAT8)
+
+
+FP8 = Fp8()

@@ -178,11 +178,11 @@ class Studio:
     def _passes(self, cell: Cell) -> int:
         """U-Net evaluations of an image."""
         method, inside = METHODS.get(cell.method), None
+        pipe = self.pipes[cell.engine]
         if method.has_interval:
-            pipe = self.pipes[cell.engine]
             table = pipe.schedule(cell.steps, self.plan.schedule)
             inside = int(guided_steps(table, pipe.guided_interval()).sum())
-        return method.evaluations(cell.steps, inside)
+        return method.evaluations(pipe.evaluations(cell.steps, self.plan.schedule), inside)
 
     def _guide(self, cell: Cell) -> str | None:
         """The counted network that stands for the engine's guide; "" where there is no guide, None where unknown."""

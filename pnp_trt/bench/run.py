@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -171,7 +172,10 @@ class _Bench:
             return
         steps = max(self.plan.loops)
         guided = next((self._guided_steps(pipe, steps) for pipe in self.pipes if INTERVAL.name in pipe.baselines), None)
-        self.rows["methods_cost"] = cost.method_rows(self.rows["cost"], steps=steps, guided_steps=guided)
+        evaluations = functools.partial(self.pipes[0].evaluations, schedule=self.plan.schedule) if self.pipes else int
+        self.rows["methods_cost"] = cost.method_rows(
+            self.rows["cost"], steps=steps, guided_steps=guided, evaluations=evaluations
+        )
         self.rows["published"] = cost.published_rows(self.base, self.rows["cost"])
 
     def _guided_steps(self, pipe: Pipeline, steps: int) -> int:

@@ -144,7 +144,10 @@ def sample(
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="{schedules} or teacher; default: the teacher's own if it is one of these."),
+        typer.Option(
+            help="{schedules} or teacher, also with a spacing as in dpm++:karras, or a name of other programs such as "
+            "'DPM++ 2M Karras'; default: the teacher's own if it is one of these."
+        ),
     ] = None,
     init: Annotated[Path | None, typer.Option(help="Starting image, if the engine has a VAE encoder.")] = None,
     strength: Annotated[

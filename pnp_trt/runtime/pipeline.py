@@ -33,7 +33,7 @@ from ..sampling.methods import (
     uses_guidance,
 )
 from ..sampling.network import Network
-from ..sampling.schedules import Schedule, ddim, make, resolve
+from ..sampling.schedules import Schedule, ddim, evaluations, make, resolve
 from ..sampling.step_loop import Run, StepLoop
 from .images import read_image
 from .tokenizer import Tokenizer
@@ -179,7 +179,7 @@ class Pipeline:
         """Open a bundle by name or path, every file checked against its manifest.
 
         Args:
-            schedule: one of ``SCHEDULES``, or ``teacher``, for all calls that name none.
+            schedule: a name, as for :meth:`schedule`, for all calls that name none.
 
         Raises:
             InputError: if there is no such bundle, or it is damaged, or for an unknown schedule.
@@ -190,7 +190,8 @@ class Pipeline:
         """The table of a sampling run; it is shared between calls, and not to be written to.
 
         Args:
-            name: one of ``SCHEDULES``, or ``teacher``; None takes ``default_schedule``.
+            name: one of ``SCHEDULES`` or ``teacher``, alone or with a spacing (``dpm++:karras``), or a name that other
+                programs have for it (``DPM++ 2M Karras``); None takes ``default_schedule``.
 
         Raises:
             InputError: for an unknown name, too many steps, or options of the teacher's that no table can hold.
@@ -203,6 +204,14 @@ class Pipeline:
                 self._tables.clear()
             self._tables[key] = table
         return table
+
+    def evaluations(self, steps: int, schedule: str | None = None) -> int:
+        """Model evaluations of ``steps`` steps where each is made once: 2·steps − 1 of ``heun``, else ``steps``.
+
+        Raises:
+            InputError: for an unknown schedule.
+        """
+        return evaluations(schedule or self.default_schedule, self._scheduler, steps)
 
     @property
     def on_gpu(self) -> bool:
@@ -503,10 +512,11 @@ class Pipeline:
             seed: one for all prompts, or one each.
             method: one of ``methods`` or ``baselines``; None takes the first.
             negative: negative prompt, one for all or one each.
-            schedule: one of ``SCHEDULES``, or ``teacher``; None takes ``default_schedule``.
+            schedule: a name, as for :meth:`schedule`; None takes ``default_schedule``.
             init: an image to begin with; of another size than the engine's, it is resized with a warning.
             strength: with ``init``, the share of the steps that are made, above 0 to 1; None stands for 0.8.
-            callback: called with (steps done, steps in all) as the work proceeds; False from it stops the work.
+            callback: called with (steps done, steps in all) as the work proceeds, where each evaluation counts as a
+                step; False from it stops the work.
             size: height and width in pixels, one of those that the engine was built for; None takes its default.
             guided_interval: lowest and highest timestep with CFG, for method ``cfg-interval``.
 

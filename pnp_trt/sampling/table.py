@@ -25,15 +25,19 @@ class Schedule:
     ``previous`` is the data prediction (of the clean latent) of the step before, and zero at first.  Schedules that
     look at one step alone have no need of it, and of no more buffers than x and output.
 
+    A row is one evaluation of the network, and a step of most schedules.  Where a step is ``rows_per_step`` rows, the
+    last one may have fewer, and ``[steps]`` below counts rows.
+
     Attributes:
-        name: of the schedule, as ``SCHEDULES`` has it.
-        timesteps: ``[steps]`` int64, falling; the network's input.
+        name: of the schedule, as ``--schedule`` spells it.
+        timesteps: ``[steps]`` int64, never rising; the network's input.
         x_scale, output_scale, previous_scale: ``[steps]`` float32, the update.
         data_x, data_output: ``[steps]`` float32, the data prediction.
         input_scale: ``[steps]`` float32, multiplies the latent that the network sees.
         image_scale, noise_scale: ``[steps]`` float32; their sum over a clean latent and unit noise is the latent that
             a run from that row starts with.
         init_scale: multiplies unit noise to give the first latent.
+        rows_per_step: rows of a sampling step.
     """
 
     name: str
@@ -47,9 +51,16 @@ class Schedule:
     image_scale: np.ndarray
     noise_scale: np.ndarray
     init_scale: float = 1.0
+    rows_per_step: int = 1
 
     def __len__(self) -> int:
+        """Rows, which are evaluations of the network."""
         return len(self.timesteps)
+
+    @property
+    def steps(self) -> int:
+        """Sampling steps."""
+        return -(-len(self) // self.rows_per_step)
 
     @property
     def multistep(self) -> bool:
@@ -97,13 +108,14 @@ class Schedule:
         """
         if not 0 < strength <= 1:  # also refuses NaN
             raise InputError(f"strength is {strength:g}; it must be above 0 and at most 1")
-        made = min(int(len(self) * strength), len(self))
+        steps = self.steps
+        made = min(int(steps * strength), steps)
         if made == 0:
             raise InputError(
-                f"strength {strength:g} of {len(self)} steps is less than one step; take at least "
-                f"{1 / len(self):.2g}, or more steps"
+                f"strength {strength:g} of {steps} steps is less than one step; take at least "
+                f"{1 / steps:.2g}, or more steps"
             )
-        rows = slice(len(self) - made, None)
+        rows = slice((steps - made) * self.rows_per_step, None)
         names = [n for n, v in vars(self).items() if isinstance(v, np.ndarray)]
         part: dict[str, Any] = {n: getattr(self, n)[rows].copy() for n in names}
         # a first step has none before it: with its own data prediction in that place, a multistep rule is first order
@@ -113,7 +125,9 @@ class Schedule:
         return replace(self, **part)
 
 
-def make_table(name: str, timesteps: np.ndarray, *, init_scale: float = 1.0, **columns: np.ndarray) -> Schedule:
+def make_table(
+    name: str, timesteps: np.ndarray, *, init_scale: float = 1.0, rows_per_step: int = 1, **columns: np.ndarray
+) -> Schedule:
     """A schedule from its columns; those left out are neutral.
 
     Raises:
@@ -129,4 +143,4 @@ def make_table(name: str, timesteps: np.ndarray, *, init_scale: float = 1.0, **c
                 f"the {name} schedule of {n} steps has a {key} that is not finite at timestep "
                 f"{timesteps[~np.isfinite(values)][0]}; take fewer steps, or another --schedule"
             )
-    return Schedule(name, np.asarray(timesteps, np.int64), init_scale=init_scale, **held)
+    return Schedule(name, np.asarray(timesteps, np.int64), init_scale=init_scale, rows_per_step=rows_per_step, **held)

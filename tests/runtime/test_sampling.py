@@ -82,6 +82,8 @@ def theirs(kind: str, base: Path, schedule: str, **changes: Any) -> Any:
 def test_pictures_are_those_of_diffusers(
     schedule: str, changes: dict[str, Any], micro_base: Path, edited: Callable[[str, Edit], Path]
 ) -> None:
+    if schedule == "heun" and "rescale_betas_zero_snr" in changes:
+        pytest.skip("diffusers' class does not read the option")
     folder = edited("plain", lambda m: m["scheduler"].update(changes))
     ours = Pipeline.load(folder, provider="cpu", schedule=schedule)
     noise = ours.noise([4, 5])
@@ -184,7 +186,7 @@ def test_the_teachers_schedule_is_the_default(edited: Callable[[str, Edit], Path
     assert euler("a cat", steps=3)[0].parameters["schedule"] == "euler"
     assert np.array_equal(euler("a cat", steps=3)[0].pixels, plain("a cat", steps=3, schedule="euler")[0].pixels)
     assert Pipeline.load(folder, provider="cpu", schedule="ddim").default_schedule == "ddim"
-    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, teacher"):
+    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, heun, teacher"):
         Pipeline.load(folder, provider="cpu", schedule="plms")
 
 

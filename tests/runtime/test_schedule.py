@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
 from pnp_trt.sampling.noise_levels import Config
-from pnp_trt.sampling.schedules import COLUMNS, SCHEDULES, Schedule, alphas_cumprod, ddim, make, resolve, schedule
+from pnp_trt.sampling.schedules import (
+    COLUMNS,
+    SCHEDULES,
+    SPACINGS,
+    Schedule,
+    a1111_names,
+    alphas_cumprod,
+    chosen,
+    ddim,
+    evaluations,
+    from_a1111,
+    make,
+    resolve,
+    schedule,
+)
 from pnp_trt.sampling.table import make_table
 
 #: Stable Diffusion's noise, the bundled model's, and diffusers' own default
@@ -77,7 +93,7 @@ def in_float64(scheduler: Any) -> Any:
 
 def level_error(table: Schedule, sigmas: np.ndarray) -> float:
     """Bound of the relative error of a noise level: Euler's in diffusers are made in float32, from their logarithms."""
-    if table.name != "euler":
+    if table.name not in ("euler", "heun"):
         return 4 * U
     return 4 * U * (1 + float(np.abs(np.log(sigmas[sigmas > 0])).max()))
 
@@ -94,6 +110,10 @@ def coefficient_errors(table: Schedule, sigmas: np.ndarray) -> np.ndarray:
     """
     if table.name == "ddim":
         return np.full(len(table), 4 * U)
+    if table.name == "heun":  # each of its noise levels is there twice, and a second row goes back to its step's begin
+        whole = np.concatenate([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])
+        errors = coefficient_errors(dataclasses.replace(table, name="euler"), whole)
+        return np.repeat(errors, 2)[: len(table)]
     if table.name == "euler":
         length = sigmas[:-1] - sigmas[1:]
         ends = (sigmas[:-1] + sigmas[1:]) / np.where(length > 0, length, np.inf)
@@ -106,6 +126,13 @@ def coefficient_errors(table: Schedule, sigmas: np.ndarray) -> np.ndarray:
     before = np.concatenate([[np.inf], h[:-1]])
     multistep = table.previous_scale != 0
     return np.asarray(delta * (1 + np.where(multistep, (1 + h) / np.where(before > 0, before, np.inf), 0)))
+
+
+def data_of(scheduler: Any, x: torch.Tensor, output: torch.Tensor, sigma: torch.Tensor) -> np.ndarray:
+    """The clean latent that a network predicts in σ's space."""
+    if scheduler.config.prediction_type == "epsilon":
+        return (x - sigma * output.double()).numpy()
+    return (x / (sigma**2 + 1) - sigma / (sigma**2 + 1) ** 0.5 * output.double()).numpy()
 
 
 def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
@@ -144,14 +171,24 @@ def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
         data = abs(row["data_x"]) * size + abs(row["data_output"]) * out
         added = abs(row["x_scale"]) * size + abs(row["output_scale"]) * out + abs(row["previous_scale"]) * data_before
         moved = data + data_before
-        if table.name == "euler":
+        if table.name in ("euler", "heun"):
             moved = abs(row["x_scale"] - 1) * size + abs(row["output_scale"]) * out
+            moved = moved + abs(row["previous_scale"]) * data_before
         x, previous = table.step(i, x, output.numpy(), previous)
         theirs = scheduler.step(output.double(), t, same).prev_sample
         # diffusers rounds the latent to float32 once a step, too
         allowed = 4 * U * (added + np.abs(theirs.numpy())) + coefficient[i] * moved
         assert (np.abs(x - theirs.numpy()) <= allowed).all(), f"step {i}"
-        if previous is not None:  # α of σ has 4 roundoffs, σ_t = σα one more, and so have product and sum
+        if table.name == "heun":
+            sigma, after = scheduler.sigmas[begin + i], scheduler.sigmas[begin + i + 1]
+            if previous is None:  # one step, which is Euler's
+                return
+            assert (np.abs(previous - data_of(scheduler, same, output, sigma)) <= 7 * U * data).all(), f"step {i}"
+            if not i % 2 and after > 0:  # the slope and the latent that diffusers keeps, from our x̂ and D
+                there, clean = torch.from_numpy(x).double(), torch.from_numpy(previous).double()
+                scheduler.prev_derivative = (there - clean) / after
+                scheduler.sample = there - (after - sigma) * scheduler.prev_derivative
+        elif previous is not None:  # α of σ has 4 roundoffs, σ_t = σα one more, and so have product and sum
             assert (np.abs(previous - scheduler.model_outputs[-1].numpy()) <= 7 * U * data).all(), f"step {i}"
             scheduler.model_outputs[-1] = torch.from_numpy(previous).double()
         data_before = data
@@ -202,11 +239,25 @@ def test_euler_equals_diffusers(config: dict[str, Any], steps: int, begin: int, 
     check("euler", EulerDiscreteScheduler(**config), config, steps, begin, seed)
 
 
+@settings(max_examples=50)
+@given(
+    config=configs(spacing=st.sampled_from([None, None, "use_karras_sigmas", "use_exponential_sigmas"])),
+    steps=st.integers(4, 50), begin=st.integers(0, 49), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_heun_equals_diffusers(config: dict[str, Any], steps: int, begin: int, seed: int) -> None:
+    if (own := config.pop("spacing")) is not None:
+        config[own] = True
+    theirs = {k: v for k, v in config.items() if k != "rescale_betas_zero_snr"}  # an option that its class lacks
+    check("heun", HeunDiscreteScheduler(**theirs), config, steps, begin, seed)
+
+
 def check(name: str, scheduler: Any, config: dict[str, Any], steps: int, begin: int, seed: int) -> None:
     with_noise_levels(scheduler, config).set_timesteps(steps)
     table = make(name, config, steps)
-    begin %= len(table)
-    follow(table.start((len(table) - begin) / len(table) + 1e-9) if begin else table, scheduler, seed, begin)
+    assert len(table) == evaluations(name, config, steps) and table.steps == steps
+    begin %= steps
+    part = table.start((steps - begin) / steps + 1e-9) if begin else table
+    follow(part, scheduler, seed, begin * table.rows_per_step)
 
 
 MUTANTS: dict[str, dict[str, Any]] = {
@@ -215,6 +266,7 @@ MUTANTS: dict[str, dict[str, Any]] = {
     "dpm++ heun": {"solver_type": "heun", "final_sigmas_type": "zero"},
     "dpm++ karras": {"solver_type": "midpoint", "final_sigmas_type": "zero", "use_karras_sigmas": True},
     "euler": {},
+    "heun": {},
 }
 
 
@@ -249,7 +301,7 @@ def test_a_coefficient_that_is_off_by_a_thousandth_is_noticed(kind: str, predict
     a=st.floats(-20, 20),
     b=st.floats(-20, 20),
     steps=st.sampled_from([2, 4, 5, 8, 10, 20, 25, 40, 50]),
-    name=st.sampled_from(["ddim", "dpm++", "euler"]),
+    name=st.sampled_from(["ddim", "dpm++", "euler", "heun"]),
 )
 def test_a_true_prediction_leads_to_the_picture_from_any_start(a: float, b: float, steps: int, name: str) -> None:
     """With the noise that was really added as output, every schedule lands on the clean latent.
@@ -315,7 +367,7 @@ def test_alphas_are_the_formulas_to_float32s_rounding(start: float, end: float, 
     assert np.median(bound) < 1e-3  # a wrong formula is off by far more
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun"])
 def test_nulls_stand_for_defaults(name: str) -> None:
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
             "solver_order", "lambda_min_clipped", "trained_betas", "final_sigmas_type")  # fmt: skip
@@ -333,11 +385,11 @@ def test_trained_betas_are_taken_and_counted() -> None:
 
 
 @pytest.mark.parametrize("steps", [61, 103, 999, 1000])
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun"])
 def test_trailing_has_as_many_steps_as_were_asked_for(name: str, steps: int) -> None:
     # 1000 / 61 leaves a rest of 1e-13 that diffusers makes a timestep of its own, -1
     table = make(name, {"timestep_spacing": "trailing"}, steps)
-    assert len(table) == steps and table.timesteps.min() >= 0
+    assert table.steps == steps and table.timesteps.min() >= 0
 
 
 def test_the_table_is_data_that_a_plain_loop_can_run() -> None:
@@ -356,7 +408,7 @@ def test_the_table_is_data_that_a_plain_loop_can_run() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun"])
 def test_steps_out_of_range_are_refused_with_the_range(name: str, steps: int) -> None:
     with pytest.raises(InputError, match=f"steps is {steps}; it must be between 1 and 1000"):
         make(name, {"num_train_timesteps": 1000}, steps)
@@ -417,12 +469,98 @@ def test_the_teachers_own_schedule_is_taken_where_it_is_one() -> None:
         assert resolve(None, {"_class_name": kind}) == resolve("teacher", {"_class_name": kind}) == name
         assert resolve(None, {"_class_name": kind}, distilled_steps=8) == "ddim"
     assert resolve(None, {"_class_name": "PNDMScheduler"}) == resolve(None, {}) == "ddim"
-    with pytest.raises(InputError, match=r"scheduler is PNDMScheduler; name one of: ddim, dpm\+\+, euler"):
+    with pytest.raises(InputError, match=r"scheduler is PNDMScheduler; name one of: ddim, dpm\+\+, euler, heun"):
         resolve("teacher", {"_class_name": "PNDMScheduler"})
     with pytest.raises(InputError, match="is not recorded in this engine"):
         resolve("teacher", {})
-    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, teacher"):
+    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, heun, teacher"):
         resolve("plms", {})
+
+
+#: names of samplers in AUTOMATIC1111, ComfyUI, k-diffusion and diffusers -> ours, as diffusers' own list has them
+KNOWN = {
+    "DDIM": "ddim", "DDIMScheduler": "ddim", "Euler": "euler", "k_euler": "euler", "EulerDiscreteScheduler": "euler",
+    "DPM++ 2M": "dpm++", "dpmpp_2m": "dpm++", "k_dpmpp_2m": "dpm++", "DPMSolverMultistepScheduler": "dpm++",
+    "DPM++ 2M Karras": "dpm++:karras", "k_dpmpp_2m_ka": "dpm++:karras", "Euler Karras": "euler:karras",
+    "Heun": "heun", "heun": "heun", "HeunDiscreteScheduler": "heun", "Heun Exponential": "heun:exponential",
+    "DPM++ 2M SGM Uniform": "dpm++:trailing", "dpmpp_2m sgm_uniform": "dpm++:trailing", "DDIM simple": "ddim:trailing",
+    "dpm++:karras": "dpm++:karras", "euler:linspace": "euler:linspace", "teacher:karras": "euler:karras",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_names_of_other_programs_are_known(name: str) -> None:
+    config = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    ours = resolve(name, config)
+    assert ours == KNOWN[name] and resolve(ours, config) == ours and make(name, config, 5).name == ours
+    assert from_a1111(*a1111_names(ours)) in (ours, ours.removesuffix(":linspace"))
+
+
+def test_samplers_and_schedule_types_of_a1111() -> None:
+    assert from_a1111("DPM++ 2M", "Karras") == from_a1111("DPM++ 2M Karras", "karras") == "dpm++:karras"
+    assert from_a1111("DPM++ 2M", "SGM Uniform") == from_a1111("DPM++ 2M Karras", "sgm_uniform") == "dpm++:trailing"
+    assert from_a1111("Euler", "Automatic") == from_a1111("Euler", "") == from_a1111("Euler") == "euler"
+    assert from_a1111("DPM++ 2M Karras", "Automatic") == "dpm++:karras"
+    assert a1111_names("dpm++:trailing") == ("DPM++ 2M", "SGM Uniform")
+    for kind in ("Align Your Steps", "Beta Karras", "\ud800"):
+        with pytest.raises(
+            InputError, match="the spacing of schedule euler is '.*'; known: karras, exponential, trail"
+        ):
+            from_a1111("Euler", kind)
+
+
+def test_the_page_has_every_name() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text(encoding="utf-8")
+    for name, rule in SCHEDULES.items():
+        assert f"| `{name}` | {rule.description} | `{rule.diffusers_class}` |" in page
+        assert f"| `{name}` | {rule.aliases[0]} | `{(rule.aliases[1:2] or (name,))[0].removeprefix('k_')}` |" in page
+    for name, spacing in SPACINGS.items():
+        (option,) = spacing.options
+        row = f"| `{name}` | {spacing.description} | `{option}` | {', '.join(spacing.aliases)} |"
+        assert row.replace("  ", " ") in page
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Euler a", "k_euler_a", "EulerAncestralDiscreteScheduler", "DPM++ SDE", "DPM++ SDE Karras", "dpmpp_2m_sde",
+     "DPM++ 3M SDE Exponential", "DPM2 a", "LCM", "LCMScheduler", "Restart"],
+)  # fmt: skip
+def test_samplers_that_add_noise_are_refused_by_name(name: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"^the sampler '{re.escape(name)}' adds noise at every step, .* take one of: "
+    ):
+        resolve(name, {})
+
+
+def test_a_spacing_replaces_the_teachers_own() -> None:
+    config = {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "use_exponential_sigmas": True}
+    for name, rule in SCHEDULES.items():
+        for spacing in rule.spacings:
+            table, plain = make(f"{name}:{spacing}", config, 7), {"beta_schedule": "scaled_linear"}
+            alone = make(name, {**plain, "timestep_spacing": "leading", **SPACINGS[spacing].options}, 7)
+            assert table.name == f"{name}:{spacing}" and np.array_equal(table.table(), alone.table())
+            assert np.array_equal(table.timesteps, alone.timesteps) and table.init_scale == alone.init_scale
+            options = chosen(f"{name}:{spacing}", config)[1]
+            scheduler = getattr(diffusers, str(rule.diffusers_class)).from_config(options)
+            with_noise_levels(scheduler, dict(options)).set_timesteps(7)
+            assert [round(float(t)) for t in scheduler.timesteps] == table.timesteps.tolist()
+    with pytest.raises(
+        InputError, match=r"spacing of schedule ddim is 'karras'; known: trailing, .*dpm\+\+:karras, euler:"
+    ):
+        make("ddim:karras", {}, 7)
+    with pytest.raises(
+        InputError, match="spacing of schedule euler is 'wide'; known: karras, exponential, trailing, l"
+    ):
+        make("euler:wide", {}, 7)
+
+
+def test_heun_counts_its_evaluations() -> None:
+    table = make("heun", {}, 7)
+    assert len(table) == evaluations("Heun", {}, 7) == 13 and table.steps == 7
+    assert len(table.start(0.5)) == 5 and table.start(0.5).steps == 3  # two evaluations a step, and one in the last
+    assert evaluations("dpm++:karras", {}, 7) == 7
+    with pytest.raises(InputError, match="strength 0.1 of 7 steps is less than one step"):
+        table.start(0.1)
 
 
 def test_a_registered_schedule_is_known_by_name_class_and_message() -> None:
@@ -437,7 +575,7 @@ def test_a_registered_schedule_is_known_by_name_class_and_message() -> None:
         table = make("half", {}, 3)
         assert table.name == "half"  # whatever its function calls it: the parameters of images have the registered name
         assert table.step(0, 8.0, 1.0)[0] == 4.0
-        with pytest.raises(InputError, match=r"known: ddim, dpm\+\+, euler, half, teacher"):
+        with pytest.raises(InputError, match=r"known: ddim, dpm\+\+, euler, heun, half, teacher"):
             resolve("plms", {})
         with pytest.raises(InputError, match="the schedule 'half' is registered already"):
             schedule("half", "")(lambda config, steps: table)

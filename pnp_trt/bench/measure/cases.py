@@ -94,11 +94,12 @@ class Case:
     def calls(self, steps: int, schedule: str | None = None) -> list[tuple[int, int]]:
         """How a loop of `steps` calls the network, as (calls, rows of the batch an image)."""
         made, inside = self.steps(steps), None
+        pipe: Any = self.pipe
+        rows = pipe.evaluations(made, schedule) if hasattr(pipe, "evaluations") else made
         if self.interval is not None:
-            pipe: Any = self.pipe
             low, high = self.interval
             inside = sum(low <= t <= high for t in pipe.schedule(made, schedule).timesteps.tolist())
-        return self.kind.calls(made, inside)
+        return self.kind.calls(rows, inside)
 
     def passes(self, steps: int, schedule: str | None = None) -> int:
         """U-Net evaluations per image where `steps` are requested."""

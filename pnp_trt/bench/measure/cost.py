@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -112,14 +112,19 @@ def cost_rows(
 
 
 def method_rows(
-    rows: Iterable[Mapping[str, Any]], *, steps: int, guided_steps: int | None = None
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    steps: int,
+    guided_steps: int | None = None,
+    evaluations: Callable[[int], int] = int,
 ) -> list[dict[str, Any]]:
     """Totals per method from the rows of `cost_rows`, for one image of `steps` steps at batch 1.
 
-    How often a method runs the teacher is in `METHODS`; `guided_steps` are those inside the interval of the methods
-    that have one, which None leaves out. Methods of bundles with a guide have one row per guide, which runs once a
-    step. Each row carries `method`, `guide`, `parameters` (of the networks that run each step), `passes` (networks
-    run in one step; where steps differ, in the costliest), `passes_per_picture` (of the teacher), `steps`,
+    How often a method runs the teacher is in `METHODS`; `guided_steps` are the evaluations inside the interval of the
+    methods that have one, which None leaves out; `evaluations` gives those of a number of steps under the schedule.
+    Methods of bundles with a guide have one row per guide, which runs once an evaluation. Each row carries `method`,
+    `guide`, `parameters` (of the networks that run each step), `passes` (networks run for one evaluation; where steps
+    differ, in the costliest), `passes_per_picture` (of the teacher), `steps`,
     `macs_per_step` and `macs_per_step_without_attention` (mean over the steps), `macs_per_picture`,
     `macs_per_picture_without_attention`, and `ratio_to_cfg` and `ratio_to_cfg_without_attention` (of the MACs of all
     steps to those of CFG in `steps` steps, with attention products and without). An image includes one run of the text
@@ -128,8 +133,8 @@ def method_rows(
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1 to count an image, got {steps}.")
-    if guided_steps is not None and not 0 <= guided_steps <= steps:
-        raise InputError(f"guided_steps must be from 0 to the {steps} steps, got {guided_steps}.")
+    if guided_steps is not None and not 0 <= guided_steps <= evaluations(steps):
+        raise InputError(f"guided_steps must be from 0 to the {evaluations(steps)} steps, got {guided_steps}.")
     by_name = {row["network"]: row for row in rows}
     teacher = by_name.get(TEACHER)
     if teacher is None:
@@ -140,27 +145,30 @@ def method_rows(
         if method.has_interval and guided_steps is None:
             continue
         made = method.steps(steps)
-        passes = method.evaluations(made, guided_steps)
-        runs += [_Run(method.name, guide, made, passes) for guide in (guides if method.guided else [None])]
-    return [_method_row(run, by_name, steps) for run in runs]
+        passes = method.evaluations(evaluations(made), guided_steps)
+        runs += [
+            _Run(method.name, guide, made, evaluations(made), passes) for guide in (guides if method.guided else [None])
+        ]
+    return [_method_row(run, by_name, evaluations(steps)) for run in runs]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """How often a method runs the teacher in an image, and in how many steps; a guide runs once a step."""
+    """How often a method runs the teacher in an image, and in how many steps; a guide runs once an evaluation."""
 
     method: str
     guide: str | None
     steps: int
+    evaluations: int
     passes: int
 
 
-def _method_row(run: _Run, by_name: Mapping[str, Mapping[str, Any]], cfg_steps: int) -> dict[str, Any]:
+def _method_row(run: _Run, by_name: Mapping[str, Mapping[str, Any]], cfg_evaluations: int) -> dict[str, Any]:
     teacher = by_name[TEACHER]
     beside = [by_name[run.guide]] if run.guide else []
     condition = CONDITION_PREFIX + (run.guide or "").removeprefix(f"{GUIDE_PREFIX}-")
     once = [name for name in (*PICTURE_NETWORKS, condition) if name in by_name]
-    most = 2 if run.passes > run.steps else 1
+    most = 2 if run.passes > run.evaluations else 1
     row: dict[str, Any] = {
         "method": run.method,
         "guide": run.guide,
@@ -171,10 +179,12 @@ def _method_row(run: _Run, by_name: Mapping[str, Mapping[str, Any]], cfg_steps: 
         "picture_includes": once,
     }
     for suffix, key in (("", "macs"), ("_without_attention", "macs_without_attention")):
-        loop = run.passes * int(teacher[key]) + run.steps * sum(int(network[key]) for network in beside)
+        loop = run.passes * int(teacher[key]) + run.evaluations * sum(int(n[key]) for n in beside)
         row[f"macs_per_step{suffix}"] = loop // run.steps
         row[f"macs_per_picture{suffix}"] = loop + sum(int(by_name[name][key]) for name in once)
-        row[f"ratio_to_cfg{suffix}"] = loop / (CFG.evaluations(cfg_steps) * teacher[key]) if teacher[key] else None
+        row[f"ratio_to_cfg{suffix}"] = (
+            loop / (CFG.evaluations(cfg_evaluations) * teacher[key]) if teacher[key] else None
+        )
     return row
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, PnpError
-from ...sampling.schedules import SCHEDULES, resolve
+from ...sampling.schedules import chosen, evaluations, resolve
 from .cases import Case
 
 EAGER, COMPILED, OPTIMUM = "diffusers", "diffusers-compile", "optimum-onnx"
@@ -111,8 +111,6 @@ class Peer:
     def __init__(
         self, kind: str, base: str, pipe: Any, model: Any, device: str, weight_bytes: int, peer: dict[str, Any]
     ) -> None:
-        import diffusers
-
         self.name = Path(base).resolve().name if Path(base).is_dir() else base
         self.base: str = model.fingerprint()["all"]
         self.methods: tuple[str, ...] = (kind,)
@@ -125,11 +123,6 @@ class Peer:
         self.peer = peer
         self._pipe, self._device = pipe, device
         self._config = model.scheduler_config() | {"_class_name": model.scheduler_class()}
-        self._schedulers = {
-            name: getattr(diffusers, rule.diffusers_class).from_config(self._config)
-            for name, rule in SCHEDULES.items()
-            if rule.diffusers_class is not None
-        }
         self._empty: Any = None
 
     def encode(self, prompts: list[str]) -> np.ndarray:
@@ -148,6 +141,10 @@ class Peer:
             [np.random.Generator(np.random.Philox(s)).standard_normal((channels, *shape), np.float32) for s in seeds]
         )
 
+    def evaluations(self, steps: int, schedule: str | None = None) -> int:
+        """Model evaluations of `steps` steps where each is made once, as of an engine."""
+        return evaluations(schedule, self._config, steps)
+
     def denoise(
         self,
         context: np.ndarray,
@@ -162,6 +159,7 @@ class Peer:
 
         Raises InputError for an unknown schedule, another's method, or a scale at which the pipeline would not guide.
         """
+        import diffusers
         import torch
 
         if method not in self.methods:
@@ -169,9 +167,10 @@ class Peer:
         scale = np.unique(np.asarray(guidance, np.float64))
         if len(scale) != 1 or scale[0] <= 1:
             raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all images")
-        if (name := resolve(schedule, self._config)) not in self._schedulers:
-            raise InputError(f"diffusers has no scheduler that equals '{name}'; take: {', '.join(self._schedulers)}")
-        self._pipe.scheduler = self._schedulers[name]
+        rule, config = chosen(resolve(schedule, self._config), self._config)
+        if rule.diffusers_class is None:
+            raise InputError(f"diffusers has no scheduler that equals '{rule.name}'; take ddim")
+        self._pipe.scheduler = getattr(diffusers, rule.diffusers_class).from_config(config)
         if self._empty is None:
             self._empty = self.encode([""])
         dtype = self._pipe.unet.dtype

@@ -19,19 +19,25 @@ class ScheduleRule:
         description: one clause for tables of schedules.
         diffusers_class: diffusers' scheduler class with the same steps, or None.
         table: computes the table; raises ``InputError`` for options of the config that no table can hold.
+        aliases: names that other programs have for it, AUTOMATIC1111's first; case, spaces and ``_`` do not count.
+        spacings: of ``SPACINGS``, those that its table applies.
+        evaluations: model evaluations of a number of steps, which is the length of the table.
     """
 
     name: str
     description: str
     diffusers_class: str | None
     table: Callable[[Config, int], Schedule]
+    aliases: tuple[str, ...] = ()
+    spacings: tuple[str, ...] = ()
+    evaluations: Callable[[int], int] = int
 
     def __call__(self, config: Config, steps: int) -> Schedule:
         """The table, named after this schedule.
 
         Args:
             config: a diffusers scheduler's, of any class; null stands for the default.
-            steps: model evaluations.
+            steps: sampling steps.
 
         Raises:
             InputError: if ``steps`` is outside 1 … num_train_timesteps, or an option of the config is unknown,
@@ -46,7 +52,13 @@ SCHEDULES: Registry[ScheduleRule] = Registry("schedules", "schedule")
 
 
 def schedule(
-    name: str, description: str, diffusers_class: str | None = None
+    name: str,
+    description: str,
+    diffusers_class: str | None = None,
+    *,
+    aliases: tuple[str, ...] = (),
+    spacings: tuple[str, ...] = (),
+    evaluations: Callable[[int], int] = int,
 ) -> Callable[[Callable[[Config, int], Schedule]], ScheduleRule]:
     """Decorate a function ``(config, steps) -> Schedule`` and register it; arguments as of :class:`ScheduleRule`.
 
@@ -55,6 +67,8 @@ def schedule(
     """
 
     def rule(table: Callable[[Config, int], Schedule]) -> ScheduleRule:
-        return SCHEDULES.register(name, ScheduleRule(name, description, diffusers_class, table))
+        return SCHEDULES.register(
+            name, ScheduleRule(name, description, diffusers_class, table, aliases, spacings, evaluations)
+        )
 
     return rule

@@ -8,6 +8,7 @@ from ...errors import InputError
 from ..noise_levels import PREDICTIONS, SPACINGS, Config, alphas_cumprod, check_steps, choice, refuse, training_steps
 from ..table import Schedule, make_table
 from .base import schedule
+from .spacing import BY_TIMESTEP
 
 
 def spaced_timesteps(config: Config, steps: int) -> np.ndarray:
@@ -38,7 +39,10 @@ def within_training(config: Config, timesteps: np.ndarray, steps: int) -> np.nda
     return timesteps
 
 
-@schedule("ddim", "Song et al. 2021, η = 0; used in the paper and for distillation", "DDIMScheduler")
+@schedule(
+    "ddim", "Song et al. 2021, η = 0; used in the paper and for distillation", "DDIMScheduler",
+    aliases=("DDIM",), spacings=BY_TIMESTEP,
+)  # fmt: skip
 def ddim(config: Config, steps: int) -> Schedule:
     """Deterministic DDIM for a teacher's scheduler config, as diffusers' ``DDIMScheduler`` makes it.
 

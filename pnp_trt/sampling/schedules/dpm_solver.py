@@ -21,6 +21,7 @@ from ..noise_levels import (
 from ..table import Schedule, make_table
 from .base import schedule
 from .ddim import within_training
+from .spacing import ALL_SPACINGS
 
 #: diffusers' names that come to the same: it takes the solver types of UniPC and DEIS for midpoint, and deis for dpm++
 SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "bh1": "midpoint", "bh2": "midpoint", "logrho": "midpoint"}
@@ -36,7 +37,10 @@ _NOT_LINEAR = {
 _FEW = 15
 
 
-@schedule("dpm++", "DPM-Solver++(2M), Lu et al. 2022; order 1 if the config requires it", "DPMSolverMultistepScheduler")
+@schedule(
+    "dpm++", "DPM-Solver++(2M), Lu et al. 2022; order 1 if the config requires it", "DPMSolverMultistepScheduler",
+    aliases=("DPM++ 2M", "dpmpp_2m", "k_dpmpp_2m"), spacings=ALL_SPACINGS,
+)  # fmt: skip
 def dpm_solver(config: Config, steps: int) -> Schedule:
     """DPM-Solver++ of order 1 or 2 for a teacher's scheduler config, as diffusers' ``DPMSolverMultistepScheduler``.
 

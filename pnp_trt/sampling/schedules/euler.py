@@ -21,12 +21,16 @@ from ..noise_levels import (
 from ..table import Schedule, make_table
 from .base import schedule
 from .ddim import within_training
+from .spacing import ALL_SPACINGS
 
 INTERPOLATIONS = ("linear", "log_linear")
 TIMESTEP_TYPES = ("discrete", "continuous")
 
 
-@schedule("euler", "Karras et al. 2022, algorithm 1 without churn", "EulerDiscreteScheduler")
+@schedule(
+    "euler", "Karras et al. 2022, algorithm 1 without churn", "EulerDiscreteScheduler",
+    aliases=("Euler", "k_euler"), spacings=ALL_SPACINGS,
+)  # fmt: skip
 def euler(config: Config, steps: int) -> Schedule:
     """Euler's method for a teacher's scheduler config, as diffusers' ``EulerDiscreteScheduler`` makes it.
 
@@ -47,7 +51,7 @@ def euler(config: Config, steps: int) -> Schedule:
             "the scheduler config's timestep_type is 'continuous' with v_prediction, where the network is told a "
             "logarithm of the noise and not a timestep, which engines take; known: discrete"
         )
-    timesteps, sigmas = _levels(config, steps)
+    timesteps, sigmas = levels(config, steps)
     now, dt = sigmas[:-1].astype(np.float64), np.diff(sigmas).astype(np.float64)
     root = np.sqrt(now**2 + 1)
     if prediction == "epsilon":
@@ -56,18 +60,25 @@ def euler(config: Config, steps: int) -> Schedule:
     else:
         x_scale, output_scale = 1 + dt * now / root**2, dt / root
         data_x, data_output = 1 / root**2, -now / root
-    spacing = choice(config, "timestep_spacing", "linspace", SPACINGS)
-    top = float(sigmas.max())
     return make_table(
-        euler.name, np.rint(timesteps).astype(np.int64),
-        init_scale=top if spacing != "leading" else (top**2 + 1) ** 0.5,
+        euler.name, np.rint(timesteps).astype(np.int64), init_scale=first_deviation(config, sigmas),
         x_scale=x_scale, output_scale=output_scale, data_x=data_x, data_output=data_output, input_scale=1 / root,
         image_scale=np.ones(len(now)), noise_scale=now,
     )  # fmt: skip
 
 
-def _levels(config: Config, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps ``[steps]``, with fractions, and noise levels ``[steps + 1]`` float32."""
+def first_deviation(config: Config, sigmas: np.ndarray) -> float:
+    """Standard deviation of the first latent in σ's space, as diffusers starts: √(σ² + 1) with leading timesteps."""
+    top = float(sigmas.max())
+    return (top**2 + 1) ** 0.5 if choice(config, "timestep_spacing", "linspace", SPACINGS) == "leading" else top
+
+
+def levels(config: Config, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps ``[steps]``, with fractions, and noise levels ``[steps + 1]`` float32, falling, the end's included.
+
+    Raises:
+        InputError: if an option of the config is unknown, or a timestep is past the last one of training.
+    """
     training = training_sigmas(config)
     n = training_steps(config)
     spacing = choice(config, "timestep_spacing", "linspace", SPACINGS)
@@ -87,5 +98,5 @@ def _levels(config: Config, steps: int) -> tuple[np.ndarray, np.ndarray]:
     lowest = float(sigmas[-1]) if lowest is None else float(lowest)
     if (chosen := respaced(config, highest, lowest, steps)) is not None:
         sigmas, t = chosen, timesteps_of(chosen, training)
-    levels = np.append(sigmas, final_sigma(config, training)).astype(np.float32)
-    return t, levels[: steps + 1]
+    with_end = np.append(sigmas, final_sigma(config, training)).astype(np.float32)
+    return t, with_end[: steps + 1]

@@ -17,6 +17,7 @@ from ..errors import InputError, PnpError
 from ..io.files import write_new
 from ..io.image_files import FORMATS as READABLE
 from ..io.image_files import read_rgb
+from . import a1111
 
 #: formats that images are written in → (suffix, Pillow's name, its options)
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -26,6 +27,8 @@ FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 #: width of the labels beside a grid's rows, and height of a line, in pixels; letters of a label that are looked at
 _LABEL, _LINE, _LETTERS = 360, 19, 1000
+#: bytes of text that a JPEG file has room for, beside EXIF's own
+_JPEG_ROOM = 65_000
 _IMAGE_DESCRIPTION = 0x010E  # the one text tag of EXIF that every viewer shows
 
 
@@ -135,7 +138,9 @@ def save_picture(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kin
 
 
 def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name: Path) -> bytes:
-    """The bytes of an image file with ``parameters`` inside.
+    """The bytes of an image file with ``parameters`` inside, as JSON and in AUTOMATIC1111's words (``a1111``).
+
+    A JPEG file holds 64 KiB of both; where they are longer it has the JSON alone.
 
     Raises:
         InputError: for an unknown kind, or parameters whose text is not Unicode (a pair of surrogates).
@@ -146,21 +151,29 @@ def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name
     if kind not in FORMATS:
         raise InputError(f"the format is '{kind}'; known: {', '.join(FORMATS)}")
     _, format_name, options = FORMATS[kind]
-    text = _json_text(parameters, name)
+    text, words = _json_text(parameters, name), a1111.text_of(parameters)
+    image = Image.fromarray(pixels)
+
+    def saved(**more: Any) -> bytes:
+        stream = io.BytesIO()
+        image.save(stream, format=format_name, **options, **more)
+        return stream.getvalue()
+
     if kind == "png":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("pnp-trt", text)
-        options = {"pnginfo": info}
-    else:
-        exif = Image.Exif()
-        exif[_IMAGE_DESCRIPTION] = text
-        options = {**options, "exif": exif}
-    stream = io.BytesIO()
+        if words is not None:
+            info.add_text(a1111.CHUNK, words)
+        return saved(pnginfo=info)
+    exif = Image.Exif()
+    exif[_IMAGE_DESCRIPTION] = text
     try:
-        Image.fromarray(pixels).save(stream, format=format_name, **options)
+        comment = b"" if words is None else a1111.user_comment(words)
+        if comment and (kind != "jpeg" or len(text) + len(comment) < _JPEG_ROOM):
+            exif[a1111.EXIF_DIRECTORY] = {a1111.USER_COMMENT: comment}
+        return saved(exif=exif)
     except ValueError as e:  # JPEG holds 64 KiB of parameters
         raise PnpError(f"{name} cannot be written ({e}); choose another --format") from e
-    return stream.getvalue()
 
 
 def _json_text(parameters: dict[str, Any], name: Path) -> str:

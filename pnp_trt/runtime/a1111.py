@@ -1,0 +1,130 @@
+"""How an image was made, in the words of AUTOMATIC1111's web UI, which other programs and image hosts read.
+
+The text is the prompt, the negative prompt after ``Negative prompt:``, and one line of ``key: value`` pairs.  PNG has
+it in a text chunk ``parameters``; JPEG and WebP in EXIF's UserComment, as UTF-16 with the larger byte first after
+``UNICODE\\0``, as the web UI (piexif) writes it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..io.image_files import FORMATS as READABLE
+from ..sampling.schedules import a1111_names
+from ..version import __version__
+
+#: PNG's text chunk
+CHUNK = "parameters"
+#: EXIF's tag, and the directory that it is in
+EXIF_DIRECTORY, USER_COMMENT = 0x8769, 0x9286
+#: key of a pair that counts as the last line's → key of this package's record
+_PLAIN = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed"}
+_NEGATIVE = "Negative prompt:"
+#: pairs that a last line has at least; with fewer it belongs to the prompt
+_PAIRS = 3
+_PAIR = re.compile(r'\s*(?P<key>\w[\w /-]+):\s*(?P<value>"(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+_CODE = b"UNICODE\0"
+
+
+def text_of(parameters: Mapping[str, Any]) -> str | None:
+    """A record of this package, as ``Picture.parameters`` has it, in A1111's words; None for one without a prompt.
+
+    ``Size`` is width x height, as A1111 has it, and ``Model`` the engine.
+    """
+    if not isinstance(parameters.get("prompt"), str):
+        return None
+    pairs = {ours: parameters[key] for ours, key in _PLAIN.items() if key in parameters}
+    if "schedule" in parameters:
+        try:
+            sampler, kind = a1111_names(str(parameters["schedule"]))
+        except InputError:  # of a package that is not here
+            sampler, kind = str(parameters["schedule"]), ""
+        pairs |= {"Sampler": sampler} | ({"Schedule type": kind} if kind else {})
+    if (size := re.fullmatch(r"(\d+)x(\d+)", str(parameters.get("size")))) is not None:
+        pairs["Size"] = f"{size[2]}x{size[1]}"
+    more = {"Model": "engine", "Denoising strength": "strength", "Guidance method": "method"}
+    pairs |= {theirs: parameters[key] for theirs, key in more.items() if key in parameters}
+    pairs["Version"] = f"pnp-trt {__version__}"
+    lines = [str(parameters["prompt"])]
+    if parameters.get("negative"):
+        lines.append(f"{_NEGATIVE} {parameters['negative']}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
+    # no encoding has surrogates alone
+    return "\n".join(lines).encode("utf-8", "replace").decode()
+
+
+def _quoted(value: Any) -> str:
+    """A value of a pair; in quotes, as JSON, where it would not end at the next comma."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search('[,:\n"]', text) else text
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """What A1111's text states: ``Prompt``, ``Negative prompt`` and the pairs of its last line, by their keys.
+
+    ``Size`` is also given as ``Size-1``, the width, and ``Size-2``, the height.  A last line of fewer than three pairs
+    belongs to the prompt.  Nothing is refused: people write such texts by hand.
+    """
+    lines = [line.strip() for line in text.strip().split("\n")]
+    pairs = {m["key"]: _unquoted(m["value"]) for m in _PAIR.finditer(lines[-1])}
+    if len(pairs) < _PAIRS:
+        pairs = {}
+    else:
+        lines.pop()
+    negative = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    avoided = [line.removeprefix(_NEGATIVE).strip() for line in lines[negative : negative + 1]] + lines[negative + 1 :]
+    found = {"Prompt": "\n".join(lines[:negative]), "Negative prompt": "\n".join(avoided), **pairs}
+    if (size := re.fullmatch(r"(\d+)x(\d+)", pairs.get("Size", ""))) is not None:
+        found |= {"Size-1": size[1], "Size-2": size[2]}
+    return found
+
+
+def _unquoted(value: str) -> str:
+    if len(value) < 2 or value[0] != '"' or value[-1] != '"':
+        return value.strip()
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value
+
+
+def user_comment(text: str) -> bytes:
+    """The value of EXIF's UserComment."""
+    return _CODE + text.encode("utf-16-be")
+
+
+def read_text(source: Path | bytes) -> str:
+    """A1111's text in an image, a file or its bytes; empty where there is none.
+
+    Raises:
+        InputError: if it is not an image of a format that is read here.
+    """
+    from PIL import Image
+
+    name = "the image" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=READABLE) as image:
+            if isinstance(held := image.info.get(CHUNK), str):
+                return held
+            return _comment(image.getexif().get_ifd(EXIF_DIRECTORY).get(USER_COMMENT))
+    except (OSError, ValueError, SyntaxError) as e:
+        raise InputError(f"{name} cannot be read ({e}); give a PNG, JPEG or WebP image") from None
+
+
+def _comment(value: Any) -> str:
+    """EXIF's UserComment as text; UTF-16 of either byte order, since writers differ."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        return ""
+    code, data = value[:8], value[8:]
+    if code != _CODE:
+        return data.rstrip(b"\0").decode("utf-8", "replace") if code in (b"ASCII\0\0\0", b"\0" * 8) else ""
+    ways = [data.decode(order, "replace") for order in ("utf-16-be", "utf-16-le")]
+    return max(ways, key=lambda way: sum(c < "\u0250" for c in way)).lstrip("\ufeff")

@@ -149,6 +149,9 @@ def sample(
             "'DPM++ 2M Karras'; default: the teacher's own if it is one of these."
         ),
     ] = None,
+    prompt_syntax: Annotated[
+        str, typer.Option(help="plain, or a1111 for weights as in (red:1.3), ((red)) and [red].")
+    ] = "plain",
     init: Annotated[Path | None, typer.Option(help="Starting image, if the engine has a VAE encoder.")] = None,
     strength: Annotated[
         float | None, typer.Option(help="Denoising strength with --init: the share of the steps to run; default 0.8.")
@@ -165,8 +168,10 @@ def sample(
     """Generate images; each stores its parameters. No file is overwritten."""
     from ..bundle.profiles import parse_size
     from ..runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
+    from ..runtime.prompt_syntax import check_syntax
 
     prompts = read_prompts(prompts)
+    check_syntax(prompt_syntax)
     files = Files(out, kind, metadata, grid)
     files.check()
     files.check_prompts(prompts)
@@ -181,6 +186,7 @@ def sample(
         pictures = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
             init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,
+            prompt_syntax=prompt_syntax,
         )  # fmt: skip
     for path in files.write(pictures, prompts, count):
         print(printable(path))

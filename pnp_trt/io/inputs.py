@@ -36,16 +36,17 @@ _MARKS = (
 BYTE_ORDER_MARK = "\ufeff"
 _NEWLINE = re.compile(r"\r\n|\r|\n")
 #: syntax of other programs that is not interpreted here
-_SYNTAX = re.compile(
-    r"""
+_WEIGHTS = r"""
       \( [^()]+ : \s* [0-9]*\.?[0-9]+ \s* \)            # (red:1.5)
     | \(\( [^()]+ \)\)                                  # ((red))
-    | < (?: lora | lyco | hypernet ) : [^<>]+ >         # <lora:sepia:1>
+"""
+_OTHERS = r"""
+      < (?: lora | lyco | hypernet ) : [^<>]+ >         # <lora:sepia:1>
     | \[ [^\[\]]* : [^\[\]]* : \s* [0-9]*\.?[0-9]+ \s* \]  # [cat:dog:0.5]
     | \b BREAK \b
-    """,
-    re.VERBOSE,
-)
+"""
+_SYNTAX = re.compile(f"{_WEIGHTS}|{_OTHERS}", re.VERBOSE)
+_OTHER_SYNTAX = re.compile(_OTHERS, re.VERBOSE)
 
 
 def read_text(path: Path, what: str = "", advice: str = "give a text file") -> str:
@@ -209,10 +210,22 @@ def check_seed(seed: int) -> None:
         raise InputError(f"the seed is {seed}; it must be between 0 and {MAX_SEED}")
 
 
-def warn_of_syntax(prompts: Sequence[str]) -> None:
-    """Warn once of weights, LoRA tags and keywords of other programs, which are read as plain words here."""
-    matches = (m for p in prompts if not p.isupper() for m in [_SYNTAX.search(p[:10_000])] if m is not None)
+def warn_of_syntax(prompts: Sequence[str], *, weighted: bool = False) -> None:
+    """Warn once of weights, LoRA tags and keywords of other programs, which are read as plain words here.
+
+    Args:
+        weighted: whether weights in parentheses are read as such.
+    """
+    syntax = _OTHER_SYNTAX if weighted else _SYNTAX
+    matches = (m for p in prompts if not p.isupper() for m in [syntax.search(p[:10_000])] if m is not None)
     if (match := next(matches, None)) is None:
+        return
+    if weighted:
+        warnings.warn(
+            f"{excerpt(match[0])} in a prompt is not interpreted: prompt editing, <lora:…> tags and BREAK are not; "
+            "merge a LoRA with: pnp-trt plug ENGINE --lora FILE",
+            stacklevel=3,
+        )
         return
     advice = "; merge a LoRA with: pnp-trt plug ENGINE --lora FILE" if match[0].startswith("<") else ""
     warnings.warn(

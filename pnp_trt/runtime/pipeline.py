@@ -36,6 +36,7 @@ from ..sampling.network import Network
 from ..sampling.schedules import Schedule, ddim, evaluations, make, resolve
 from ..sampling.step_loop import Run, StepLoop
 from .images import read_image
+from .prompt_syntax import PLAIN, apply_weights, check_syntax, weighted_parts
 from .tokenizer import Tokenizer
 
 STEPS = (1, 1000)
@@ -68,6 +69,8 @@ class Prepared:
         method: its name.
         negatives: negative prompts, or None.
         init: pixels uint8 ``[H, W, 3]`` of ``size`` to begin with, the strength, and the image's name; or None.
+        syntax: of prompts and negative prompts.
+        context: text states that were given, ``[N, tokens, D]`` float32, or None.
     """
 
     engine: str
@@ -80,6 +83,8 @@ class Prepared:
     table: Schedule
     negatives: list[str] | None = None
     init: tuple[np.ndarray, float, str] | None = None
+    syntax: str = PLAIN
+    context: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -95,6 +100,10 @@ class Prepared:
         }  # fmt: skip
         if self.negatives is not None:
             held["negative"] = self.negatives[i]
+        if self.syntax != PLAIN:
+            held["prompt_syntax"] = self.syntax
+        if self.context is not None:
+            held["context"] = "given"
         if self.init is not None:
             held |= {"init": self.init[2], "strength": self.init[1]}
         return held
@@ -230,11 +239,23 @@ class Pipeline:
         """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is requested."""
         return default_interval(self._scheduler)
 
-    def encode(self, prompts: Sequence[str]) -> np.ndarray:
-        """Text states ``[N, tokens, D]`` float32."""
-        ids = self._tokenizer(list(prompts))
+    def encode(self, prompts: Sequence[str], syntax: str = PLAIN) -> np.ndarray:
+        """Text states ``[N, tokens, D]`` float32.
+
+        Args:
+            syntax: of ``SYNTAXES``: ``plain``, or ``a1111`` for weights such as ``(x:1.3)``.
+
+        Raises:
+            InputError: for an unknown syntax, or a prompt or weight that cannot be taken.
+        """
+        check_syntax(syntax)
+        check_prompts(prompts)
+        parts = [[(prompt, 1.0)] if syntax == PLAIN else weighted_parts(prompt) for prompt in prompts]
+        tokens = [self._tokenizer.weighted(each) for each in parts]
         # one row at a time: a prompt's states must not depend on what else is requested
-        states = [self._text(input_ids=row[None]) for row in ids]
+        states = [self._text(input_ids=ids[None]) for ids, _ in tokens]
+        if syntax != PLAIN:
+            states = [apply_weights(found[0], w)[None] for found, (_, w) in zip(states, tokens, strict=True)]
         return states[0] if len(states) == 1 else np.concatenate(states)
 
     def check_size(self, size: Size | None) -> Size:
@@ -388,8 +409,8 @@ class Pipeline:
         self.check_step_method(prepared.method)
         kind, table = METHODS.get(prepared.method), prepared.table
         scale = np.array([prepared.scales[i]], np.float32)
-        negative = None if prepared.negatives is None else self.encode([prepared.negatives[i]])
-        inputs = self._inputs(kind, self.encode([prepared.prompts[i]]), scale, negative)
+        states, negative = self._texts(prepared, slice(i, i + 1))
+        inputs = self._inputs(kind, states, scale, negative)
         if self._condition is not None:
             inputs["condition"] = np.concatenate([self._condition(guidance=g[None]) for g in inputs["guidance"]])
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
@@ -502,6 +523,8 @@ class Pipeline:
         callback: Callback | None = None,
         size: Size | None = None,
         guided_interval: Interval | None = None,
+        prompt_syntax: str = PLAIN,
+        context: np.ndarray | None = None,
     ) -> list[Picture]:
         """Images for prompts.
 
@@ -519,14 +542,18 @@ class Pipeline:
                 step; False from it stops the work.
             size: height and width in pixels, one of those that the engine was built for; None takes its default.
             guided_interval: lowest and highest timestep with CFG, for method ``cfg-interval``.
+            prompt_syntax: ``plain``, or ``a1111`` for weights such as ``(x:1.3)`` in prompts and negative prompts.
+            context: text states of the prompts, ``[N, tokens, D]``, in place of those that the engine's text encoder
+                gives; the prompts are then recorded alone.
 
         Raises:
-            InputError: for values out of range, lists whose lengths differ, or an image that cannot be read.
+            InputError: for values out of range, lists whose lengths differ, text states of another shape, or an image
+                that cannot be read.
             Cancelled: if the callback returned False.
         """
         prepared = self.prepare(
             prompts, steps=steps, guidance=guidance, seed=seed, method=method, negative=negative, schedule=schedule,
-            init=init, strength=strength, size=size,
+            init=init, strength=strength, size=size, prompt_syntax=prompt_syntax, context=context,
         )  # fmt: skip
         most, count, made = self.largest_batch(prepared.size), len(prepared.prompts), len(prepared.table)
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
@@ -536,14 +563,20 @@ class Pipeline:
             part = slice(first, first + most)
             done = made * (first // most)
             report = (lambda i, _, done=done: callback(done + i, total)) if callback else None
+            states, others = self._texts(prepared, part)
             drawn = self._run(
-                self.encode(prepared.prompts[part]), self.noise(prepared.seeds[part], prepared.size), prepared.table,
-                np.array(prepared.scales[part], np.float32), prepared.method, report,
-                None if prepared.negatives is None else self.encode(prepared.negatives[part]),
-                image, guided_interval, decode=True,
+                states, self.noise(prepared.seeds[part], prepared.size), prepared.table,
+                np.array(prepared.scales[part], np.float32), prepared.method, report, others, image, guided_interval,
+                decode=True,
             )  # fmt: skip
             out += [Picture(pixels, prepared.parameters(first + i)) for i, pixels in enumerate(drawn)]
         return out
+
+    def _texts(self, prepared: Prepared, part: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        """Text states of some of the images, and those of their negative prompts or None."""
+        given, syntax = prepared.context, prepared.syntax
+        states = self.encode(prepared.prompts[part], syntax) if given is None else given[part]
+        return states, None if prepared.negatives is None else self.encode(prepared.negatives[part], syntax)
 
     def prepare(
         self,
@@ -558,6 +591,8 @@ class Pipeline:
         init: Init | None = None,
         strength: float | None = None,
         size: Size | None = None,
+        prompt_syntax: str = PLAIN,
+        context: np.ndarray | None = None,
     ) -> Prepared:
         """The same request checked, and nothing of it computed; arguments and errors as of a call."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -566,7 +601,13 @@ class Pipeline:
         scales = [float(g) for g in ([given] * len(prompts) if np.ndim(given) == 0 else given)]
         steps = steps if steps is not None else self.sampling_steps or DEFAULT_STEPS
         check_request(prompts, seeds, scales, steps)
-        warn_of_syntax([*prompts, *([negative] if isinstance(negative, str) else negative or [])])
+        check_syntax(prompt_syntax)
+        warn_of_syntax(
+            [*prompts, *([negative] if isinstance(negative, str) else negative or [])],
+            weighted=prompt_syntax != PLAIN,
+        )
+        if context is not None:
+            context = self._check_context(context, len(prompts))
         wanted = self.check_size(size)
         method = method or self.methods[0]
         avoided = self._avoided(negative, len(prompts), method)
@@ -586,7 +627,19 @@ class Pipeline:
                 "images may be off",
                 stacklevel=3,
             )
-        return Prepared(self.name, prompts, seeds, scales, steps, wanted, method, table, avoided, start)
+        return Prepared(
+            self.name, prompts, seeds, scales, steps, wanted, method, table, avoided, start, prompt_syntax, context
+        )
+
+    def _check_context(self, context: np.ndarray, count: int) -> np.ndarray:
+        """Text states that were given, float32; ``InputError`` unless they are the prompts'."""
+        found, (tokens, width) = np.asarray(context), self._unet.describe().inputs["encoder_hidden_states"][1][1:]
+        if found.shape != (count, tokens, width) or found.dtype.kind != "f" or not np.isfinite(found).all():
+            raise InputError(
+                f"context is {found.dtype} of shape {list(found.shape)}; pass finite text states of shape "
+                f"{[count, tokens, width]}"
+            )
+        return found.astype(np.float32)
 
     def _start(self, init: Init | None, strength: float | None) -> tuple[np.ndarray, float, str] | None:
         """Pixels, strength and name of the image to begin with; None where there is none."""

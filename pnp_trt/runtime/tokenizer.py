@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +51,37 @@ class Tokenizer:
         out = np.full((len(prompts), self.length), self.pad, np.int64)
         check_prompts(prompts)
         for row, prompt in enumerate(prompts):
-            encoding = self._backend.encode(prompt)
-            ids = encoding.ids
-            if len(ids) > self.length:
-                dropped = _excerpt(prompt[encoding.offsets[self.length - 1][0] :].strip())
-                warnings.warn(
-                    f"the prompt has {len(ids)} tokens and was cut to {self.length}; dropped: {excerpt(dropped, 200)}",
-                    stacklevel=2,
-                )
-                ids = [*ids[: self.length - 1], ids[-1]]
-            out[row, : len(ids)] = ids
+            out[row] = self.weighted([(prompt, 1.0)])[0]
         return out
+
+    def weighted(self, parts: Sequence[tuple[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids ``[length]`` int64 of a prompt in parts, and the weight of each, ``[length]`` float32.
+
+        Each part is tokenised by itself, as AUTOMATIC1111 does.  Start, end and padding have weight 1.  What is too
+        long is cut with a warning that shows what was dropped.
+        """
+        ids, weights, places = [], [], []
+        start = end = self.pad
+        for number, (text, weight) in enumerate(parts):
+            encoding = self._backend.encode(text)
+            start, *inner, end = encoding.ids
+            ids += inner
+            weights += [weight] * len(inner)
+            places += [(number, offset[0]) for offset in encoding.offsets[1:-1]]
+        if (most := self.length - 2) < len(ids):
+            number, offset = places[most]
+            rest = parts[number][0][offset:] + "".join(text for text, _ in parts[number + 1 :])
+            warnings.warn(
+                f"the prompt has {len(ids) + 2} tokens and was cut to {self.length}; dropped: "
+                f"{excerpt(_excerpt(rest.strip()), 200)}",
+                stacklevel=3,
+            )
+        out = np.full(self.length, self.pad, np.int64)
+        held = [start, *ids[:most], end]
+        out[: len(held)] = held
+        scales = np.ones(self.length, np.float32)
+        scales[1 : 1 + len(weights[:most])] = weights[:most]
+        return out, scales
 
 
 def _excerpt(text: str, ends: int = 60) -> str:

@@ -1,0 +1,127 @@
+"""AUTOMATIC1111's prompt syntax: its documented table, weights on text states, and states given by the caller."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pnp_trt.errors import InputError
+from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.runtime.prompt_syntax import apply_weights, weighted_parts
+
+#: the examples in the web UI's documentation and their parts
+TABLE: dict[str, list[tuple[str, float]]] = {
+    "normal text": [("normal text", 1.0)],
+    "an (important) word": [("an ", 1.0), ("important", 1.1), (" word", 1.0)],
+    "(unbalanced": [("unbalanced", 1.1)],
+    r"\(literal\]": [("(literal]", 1.0)],
+    "(unnecessary)(parens)": [("unnecessaryparens", 1.1)],
+    "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).": [
+        ("a ", 1.0), ("house", 1.573), (" ", 1.1), ("on", 1.0), (" a ", 1.1), ("hill", 0.55), (", sun, ", 1.1),
+        ("sky", 1.4641), (".", 1.1),
+    ],
+    "": [],
+    "((x))": [("x", 1.21)],
+    "[[x]]": [("x", 1 / 1.21)],
+    "[x": [("x", 1 / 1.1)],
+    "a) b] :": [("a) b] :", 1.0)],
+    "(a: 1.5 )": [("a", 1.5)],
+    "(a:-1)": [("a", -1.0)],
+    "(a:b:0.5)": [("a:b", 0.5)],
+    "x:1.3)": [("x:1.3)", 1.0)],
+    r"a \\ (b\))": [("a \\ ", 1.0), ("b)", 1.1)],
+    "a BREAK b": [("a b", 1.0)],
+    "(a:1.2.3)": [("a:1.2.3", 1.1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", TABLE)
+def test_parts_and_weights_are_those_of_the_table(prompt: str) -> None:
+    found = weighted_parts(prompt)
+    assert [text for text, _ in found] == [text for text, _ in TABLE[prompt]]
+    assert [w for _, w in found] == pytest.approx([w for _, w in TABLE[prompt]], rel=1e-12)
+
+
+@given(st.text(alphabet="ab ()[]\\:.1", max_size=30))
+def test_no_text_is_lost_but_syntax(prompt: str) -> None:
+    kept = "".join(text for text, _ in weighted_parts(prompt))
+    assert [c for c in kept if c in "ab"] == [c for c in prompt if c in "ab"]
+    assert weighted_parts("") == [] and all(np.isfinite(w) for _, w in weighted_parts(prompt))
+
+
+def test_a_weight_that_says_nothing_is_refused() -> None:
+    for weight in ("101", "-200", "9" * 400):
+        with pytest.raises(InputError, match=r"the weight of “\(a:.*” is .*; give at most 100"):
+            weighted_parts(f"(a:{weight})")
+
+
+def test_weights_multiply_states_and_keep_their_mean() -> None:
+    states = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32) + np.float32(1)
+    weights = np.array([1, 1.3, 0.5, 1, 1], np.float32)
+    found = apply_weights(states, weights)
+    assert found.dtype == np.float32 and found.mean() == pytest.approx(states.mean(), rel=1e-5)
+    ratio = found / (states * weights[:, None])
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
+    assert apply_weights(states, np.ones(5)) is states
+    assert (apply_weights(states, np.zeros(5)) == 0).all()
+    centred = states - states.mean()  # a mean of zero says nothing of the size
+    assert np.array_equal(apply_weights(centred, weights), centred * weights[:, None])
+
+
+@pytest.fixture(scope="module")
+def plain(micro_bundles: Path) -> Pipeline:
+    return Pipeline.load(micro_bundles / "plain", provider="cpu")
+
+
+def test_states_of_a_weighted_prompt(plain: Pipeline) -> None:
+    bare = plain.encode(["a red apple"])
+    assert np.array_equal(plain.encode(["a red apple"], "a1111"), bare)
+    assert not np.array_equal(plain.encode(["a (red:1.5) apple"]), bare)  # plain reads the brackets
+    ids = [plain.encode(["a"]), plain.encode(["a red"])]
+    first, last = (int(np.flatnonzero((a != b).any(-1)[0])[0]) for a, b in ((ids[0], bare), (ids[1], bare)))
+    weights = np.ones(bare.shape[1], np.float32)
+    weights[first:last] = 1.5  # the tokens of "red": those before it are what causal attention leaves alone
+    np.testing.assert_allclose(
+        plain.encode(["a (red:1.5) apple"], "a1111")[0], apply_weights(bare[0], weights), rtol=1e-6, atol=1e-7
+    )
+    assert np.array_equal(plain.encode([r"a \(red\) apple"], "a1111"), plain.encode(["a (red) apple"]))
+
+
+def test_long_weighted_prompts_are_cut_with_a_warning(plain: Pipeline) -> None:
+    with pytest.warns(UserWarning, match="tokens and was cut to 77; dropped: “.*the end”"):
+        cut = plain.encode(["(red apple) " * 60 + "the end"], "a1111")
+    assert cut.shape == plain.encode(["a"]).shape
+
+
+def test_images_of_both_syntaxes(plain: Pipeline) -> None:
+    common: dict[str, Any] = {"steps": 2, "seed": 3, "negative": "(blurred:1.2)"}
+    weighted = plain("a (red:1.4) apple", prompt_syntax="a1111", **common)[0]
+    assert weighted.parameters["prompt_syntax"] == "a1111" and weighted.parameters["prompt"] == "a (red:1.4) apple"
+    with pytest.warns(UserWarning, match="is taken as words"):
+        words = plain("a (red:1.4) apple", **common)[0]
+    assert "prompt_syntax" not in words.parameters and not np.array_equal(words.pixels, weighted.pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="“<lora:x:1>” in a prompt is not interpreted"):
+            plain("a (red:1.4) <lora:x:1>", prompt_syntax="a1111", steps=1)
+    with pytest.raises(InputError, match="the prompt syntax is 'compel'; known: plain, a1111"):
+        plain("a", prompt_syntax="compel", steps=1)
+
+
+def test_given_states_stand_for_the_prompts(plain: Pipeline) -> None:
+    prompts = ["a red apple", "a cat"]
+    states = plain.encode(prompts)
+    usual, given_ = plain(prompts, steps=2), plain(["x", "y"], steps=2, context=states.astype(np.float64))
+    for a, b in zip(usual, given_, strict=True):
+        assert (
+            np.array_equal(a.pixels, b.pixels) and b.parameters["context"] == "given" and "context" not in a.parameters
+        )
+    for wrong in (states[:1], states[:, :-1], states[..., :-1], np.full_like(states, np.nan), states.astype(int), "a"):
+        with pytest.raises(InputError, match=r"^context is .*; pass finite text states of shape \[2, 77, \d+\]$"):
+            plain(prompts, steps=2, context=wrong)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ BACKENDS: Registry[type[Backend]] = Registry(
         "tensorrt-rtx": "pnp_trt.backends.tensorrt.backend:TensorRtRtx",
         "tensorrt": "pnp_trt.backends.tensorrt.backend:TensorRt",
         "torch": "pnp_trt.backends.torch.backend:Torch",
+        "openvino": "pnp_trt.backends.openvino.backend:OpenVino",
     },
 )
 
@@ -34,6 +35,7 @@ _NEEDS: Registry[Needs] = Registry(
         "tensorrt-rtx": "pnp_trt.backends.tensorrt:NEEDS_RTX",
         "tensorrt": "pnp_trt.backends.tensorrt:NEEDS",
         "torch": "pnp_trt.backends.torch:NEEDS",
+        "openvino": "pnp_trt.backends.openvino:NEEDS",
     },
 )
 

@@ -82,6 +82,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "energy": (("nvidia-ml-py",),),
     "tensorrt": (("tensorrt",), ("cuda-python",)),
     "rtx": (("tensorrt-rtx",), ("cuda-python",)),
+    "openvino": (("openvino",),),
 }
 _ENERGY = "bench, energy column"
 #: Command or option -> the extras that it needs, and what it is for.

@@ -143,7 +143,7 @@ class OnnxRuntime(Backend):
     def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
         return None
 
-    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> OrtNetwork:
+    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> Network:
         return OrtNetwork(path, options.provider, options.threads, network.profiles)
 
 

@@ -1,0 +1,114 @@
+"""ONNX Runtime against OpenVINO on the CPU: the same graphs of one bundle, rounds interleaved.
+
+Of each batch the U-Net's call, the decoder's, and the whole loop are timed, each once a round in both runtimes, which
+take turns to be first.  The ratio is taken within its round; the results have every time.
+
+    python -m benchmarks.openvino                        # the bundled model, one thread
+    python -m benchmarks.openvino --engine sd15 --threads 2 --rounds 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pnp_trt.backends.onnxruntime.backend import OrtNetwork
+from pnp_trt.backends.openvino.backend import OpenVinoNetwork
+from pnp_trt.bundle.provenance import provenance
+from pnp_trt.bundle.store import Bundle, open_bundle, write_json
+from pnp_trt.sampling.loop import HostLoop
+from pnp_trt.sampling.network import Network
+from pnp_trt.sampling.schedules import make
+
+SCHEMA = "pnp-trt/openvino/1"
+RESULTS = Path(__file__).parent / "results"
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+def networks(bundle: Bundle, threads: int) -> dict[str, dict[str, Network]]:
+    """U-Net and VAE decoder in each runtime."""
+    names = ("unet", "vae_decoder")
+    return {
+        "onnxruntime": {n: OrtNetwork(bundle.file(n), "cpu", threads) for n in names},
+        "openvino": {n: OpenVinoNetwork(bundle.file(n), threads) for n in names},
+    }
+
+
+def inputs_of(network: Network, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random inputs; whole numbers are timesteps."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name, (dtype, shape) in network.describe().inputs.items():
+        full = [batch, *(int(side) for side in shape[1:])]
+        found[name] = np.full(full, 500, dtype) if dtype == "int64" else rng.standard_normal(full).astype(dtype)
+    return found | ({"guidance": np.full(batch, 3, np.float32)} if "guidance" in found else {})
+
+
+def jobs(held: dict[str, Network], bundle: Bundle, batch: int, steps: int) -> dict[str, Callable[[], np.ndarray]]:
+    """What is timed, by name; each returns what both runtimes must agree on."""
+    unet, inputs = held["unet"], inputs_of(held["unet"], batch)
+    latents = inputs_of(held["vae_decoder"], batch)
+    table = make("ddim", bundle.manifest.scheduler, steps)
+
+    def loop() -> np.ndarray:
+        with unet.bind(batch) as bound:
+            bound.write(**inputs)
+            return HostLoop(bound, table, inputs["sample"].shape).run(inputs["sample"])
+
+    return {"unet": lambda: unet(**inputs), "loop": loop, "vae_decoder": lambda: held["vae_decoder"](**latents)}
+
+
+def measure(engine: str, batches: Sequence[int], rounds: int, threads: int, steps: int) -> dict[str, Any]:
+    """The results' document."""
+    bundle = open_bundle(engine)
+    held = networks(bundle, threads)
+    rows = []
+    for batch in batches:
+        work = {runtime: jobs(held[runtime], bundle, batch, steps) for runtime in RUNTIMES}
+        for job in work[RUNTIMES[0]]:
+            values = {runtime: work[runtime][job]() for runtime in RUNTIMES}  # warms up, and is compared
+            seconds: dict[str, list[float]] = {runtime: [] for runtime in RUNTIMES}
+            for number in range(rounds):
+                for runtime in RUNTIMES if number % 2 else RUNTIMES[::-1]:
+                    start = time.perf_counter()
+                    work[runtime][job]()
+                    seconds[runtime].append(time.perf_counter() - start)
+            ours, theirs = (values[runtime] for runtime in RUNTIMES)
+            ratios = [a / b for a, b in zip(seconds["onnxruntime"], seconds["openvino"], strict=True)]
+            rows.append(
+                {"job": job, "batch": batch, "seconds": seconds, "ratio": statistics.median(ratios),
+                 "difference": float(np.abs(ours - theirs).max() / np.abs(ours).max())}
+            )  # fmt: skip
+    asked = {"engine": bundle.name, "threads": threads, "rounds": rounds, "steps": steps}
+    return {"schema": SCHEMA, **asked, "provenance": provenance(sys.argv), "rows": rows}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", default="emoji-tiny")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--json", type=Path, default=RESULTS / "openvino-emoji.json")
+    given = parser.parse_args()
+    found = measure(given.engine, given.batches, given.rounds, given.threads, given.steps)
+    for row in found["rows"]:
+        middle = {name: 1000 * statistics.median(values) for name, values in row["seconds"].items()}
+        print(
+            f"{row['job']:12} batch {row['batch']}: onnxruntime {middle['onnxruntime']:8.2f} ms, openvino "
+            f"{middle['openvino']:8.2f} ms, ratio {row['ratio']:.2f}, difference {row['difference']:.1e}"
+        )
+    write_json(given.json, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""OpenVINO: the graphs of ONNX Runtime's bundles, unchanged, on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle.compile_options import CompileOptions
+from ...bundle.manifest import Manifest, NetworkRecord
+from ...bundle.profiles import legal_sizes
+from ...errors import InputError, MissingDependency, PnpError
+from ...io.text import printable
+from ...sampling.network import Bound, Description, Network
+from ..base import Backend, LoadOptions, Profile, Size
+from ..onnxruntime.backend import OnnxRuntime
+from . import NEEDS
+
+_MISSING = "OpenVINO is not installed; install with: pip install 'pnp-trt[openvino]'"
+
+
+@cache
+def _core() -> Any:
+    """OpenVINO's entry point, one a process.
+
+    Raises:
+        MissingDependency: with the command that installs it.
+    """
+    try:
+        import openvino
+    except ImportError:
+        raise MissingDependency(_MISSING) from None
+    return openvino.Core()
+
+
+class OpenVino(OnnxRuntime):
+    """Builds what ONNX Runtime builds, and runs it with OpenVINO's CPU plugin in float32."""
+
+    name = "openvino"
+    label = "openvino"
+    elements = frozenset({"float32"})
+    needs = NEEDS
+
+    def versions(self) -> dict[str, str]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("openvino")
+            return {}  # an engine is the graph, and tied to no version
+        raise MissingDependency(_MISSING)
+
+    def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
+        return Backend.layers(self, graph, facts)
+
+    def check(self, manifest: Manifest) -> None:
+        self.versions()
+
+    def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
+        try:
+            self.versions()
+        except MissingDependency as e:
+            return str(e)
+        return None
+
+    def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> Network:
+        if options.provider not in ("auto", "cpu"):
+            raise InputError(f"provider is '{options.provider}'; backend {self.name} runs on: auto, cpu")
+        return OpenVinoNetwork(path, options.threads, network.profiles)
+
+
+class OpenVinoNetwork(Network):
+    """One ONNX graph, compiled once per batch and image size; those used last are kept.
+
+    Args:
+        threads: of the CPU; None leaves it to OpenVINO.
+        profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
+    """
+
+    #: compiled shapes that are kept
+    KEEP = 8
+
+    def __init__(self, path: Path, threads: int | None = None, profiles: tuple[Profile, ...] = ()) -> None:
+        self.path, self.profiles, self._threads = path, profiles, threads
+        self._compiled: OrderedDict[tuple[int, Size | None], Any] = OrderedDict()
+        # bound requests that nobody uses; they go with their model
+        self._idle: dict[tuple[int, Size | None], list[OpenVinoBound]] = {}
+        self._lock = threading.Lock()
+
+    def compiled(self, batch: int, size: Size | None = None) -> Any:
+        """The model for ``batch`` and latents of ``size``; None leaves open what the graph leaves open."""
+        key = batch, size
+        with self._lock:
+            if key not in self._compiled:
+                core = _core()
+                # its own default is bfloat16 where the processor has it
+                options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+                if self._threads:
+                    options["INFERENCE_NUM_THREADS"] = self._threads
+                try:
+                    model = core.read_model(self.path)
+                    model.reshape({i.any_name: _fixed(i.partial_shape, batch, size) for i in model.inputs})
+                    made = core.compile_model(model, "CPU", options)
+                except Exception as e:  # OpenVINO raises RuntimeError and others
+                    raise PnpError(f"OpenVINO cannot load {self.path}: {printable(e, limit=500)}") from e
+                while len(self._compiled) >= self.KEEP:
+                    self._idle.pop(self._compiled.popitem(last=False)[0], None)
+                self._compiled[key] = made
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
+
+    def describe(self) -> Description:
+        model = _core().read_model(self.path)
+
+        def tensors(ports: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+            return {p.any_name: (_dtype(p).name, ("batch", *_sides(p.partial_shape)[1:])) for p in ports}
+
+        return Description(tensors(model.inputs), tensors(model.outputs), "CPU", self.profiles)
+
+    def facts(self) -> dict[str, int]:
+        if not self._compiled:
+            return {}
+        layers = [op.get_rt_info()["layerType"].astype(str) for op in self.compiled(*_last(self._compiled))
+                  .get_runtime_model().get_ops()]  # fmt: skip
+        moved = ("Reorder", "Convert", "Reinterpret")
+        return {
+            "layers": sum(kind not in ("Input", "Output", "Const") for kind in layers),
+            "reformats": sum(kind in moved for kind in layers),
+        }
+
+    @contextlib.contextmanager
+    def bind(self, batch: int, size: Size | None = None) -> Iterator[OpenVinoBound]:
+        if batch < 1:
+            raise InputError(f"the batch is {batch}; it must be at least 1")
+        if size is not None and self.profiles and not any(p.holds_size(size) for p in self.profiles):
+            raise InputError(
+                f"the latents are {size[0]}x{size[1]}; {self.path.name} takes {legal_sizes(self.profiles)}; "
+                "build with --profile b1@HEIGHTxWIDTH in pixels"
+            )
+        compiled, key = self.compiled(batch, size), (batch, size)
+        with self._lock:
+            idle = self._idle.get(key, [])
+            bound = idle.pop() if idle and idle[-1].compiled is compiled else None
+        bound = bound or OpenVinoBound(compiled)  # making one takes as long as several runs of a small network
+        yield bound  # after an error it is not used again
+        with self._lock:
+            kept = self._idle.setdefault(key, [])
+            if self._compiled.get(key) is compiled and len(kept) < self.KEEP:
+                kept.append(bound)
+
+
+def _last(held: OrderedDict[tuple[int, Size | None], Any]) -> tuple[int, Size | None]:
+    return next(reversed(held))
+
+
+def _sides(shape: Any) -> list[int | str]:
+    """A shape of a graph's boundary; open ones by their place."""
+    names = ["batch", "channels", "height", "width"]
+    return [d.get_length() if d.is_static else names[i] for i, d in enumerate(shape)]
+
+
+def _fixed(shape: Any, batch: int, size: Size | None) -> list[int]:
+    """An input's shape with the batch and the latents' size put in; −1 for what stays open."""
+    sides = [d.get_length() if d.is_static else -1 for d in shape]
+    sides[0] = batch
+    if len(sides) == 4 and size is not None:
+        sides[2:] = size
+    return sides
+
+
+def _dtype(port: Any) -> np.dtype[Any]:
+    return np.dtype(port.element_type.to_dtype())
+
+
+class OpenVinoBound(Bound):
+    """A request over numpy's memory, which the caller may write and read in place."""
+
+    def __init__(self, compiled: Any) -> None:
+        import openvino
+
+        self.compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._host: dict[str, np.ndarray] = {}
+        for port in compiled.inputs:
+            if port.partial_shape.is_dynamic:
+                raise InputError(f"{port.any_name} has an open size; bind it with the latents' size")
+            self._host[port.any_name] = np.zeros(list(port.shape), _dtype(port))
+            self._request.set_tensor(port, openvino.Tensor(self._host[port.any_name], shared_memory=True))
+
+    def write(self, **inputs: np.ndarray) -> None:
+        for name, array in inputs.items():
+            held = self._host.get(name)
+            if held is None:
+                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._host)}")
+            if array.shape != held.shape:
+                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {list(held.shape)}")
+            np.copyto(held, array)
+
+    def run(self) -> None:
+        try:
+            self._request.infer(share_outputs=True)
+        except Exception as e:  # OpenVINO raises RuntimeError and others
+            raise PnpError(f"OpenVINO cannot run a network: {printable(e, limit=500)}") from e
+
+    def host_input(self, name: str) -> np.ndarray | None:
+        return self._host.get(name)
+
+    def output(self) -> np.ndarray:
+        data: np.ndarray = self._request.get_output_tensor(0).data
+        return data
+
+    def read(self) -> np.ndarray:
+        return np.array(self.output())

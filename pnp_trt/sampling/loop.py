@@ -35,6 +35,11 @@ class Trajectory:
         # between two runs of a network everything is out of the caches, so that each Python object touched costs
         self._rows = table.rows
 
+    @property
+    def data(self) -> np.ndarray | None:
+        """The clean latents that the last step predicted; None where no step needs those of the one before."""
+        return self._previous
+
     def show(self, i: int, out: np.ndarray) -> None:
         """Write the network's input of step ``i``."""
         np.multiply(self.x, self._rows[i][0], out=out)

@@ -117,6 +117,8 @@ class _Slot:
             return None
         if made == len(table):
             return self.trajectory.x.copy()
+        if self.trajectory.data is not None:
+            return self.trajectory.data.copy()
         (a, b), (s, t) = table.image_scale[made - 1 : made + 1], table.noise_scale[made - 1 : made + 1]
         found: np.ndarray = (t * self._before - s * self.trajectory.x) / (a * t - b * s)
         return found

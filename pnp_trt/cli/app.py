@@ -12,7 +12,7 @@ import typer
 from ..errors import PnpError
 from ..io import process
 from ..io.text import printable
-from . import bench, calibrate, compare, distill, doctor, engines, plug, sample, state, visualize
+from . import bench, calibrate, compare, distill, doctor, engines, plug, sample, serve, state, visualize
 from .registry_help import RegistryCommand
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 for command in (sample.sample, engines.build, plug.plug, bench.bench, compare.compare, visualize.visualize):
     app.command(cls=RegistryCommand)(command)
+app.command()(serve.serve)
 app.add_typer(distill.distill_app, name="distill")
 app.command()(calibrate.calibrate)
 app.command()(engines.inspect)

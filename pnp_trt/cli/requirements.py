@@ -15,6 +15,7 @@ _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "calibrate": {"int8": (*_BUILD, "modelopt")},
     "distill": {"train": (*_BUILD, "accelerate")},  # TensorBoard logs are left out where it is not installed
     "visualize": {"build": _BUILD, "bench": ("matplotlib",)},
+    "serve": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart")},
     "bench --html": {"bench": ("jinja2", "matplotlib")},
 }
 

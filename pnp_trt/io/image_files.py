@@ -60,8 +60,10 @@ def read_rgb(path: Path, name: str = "") -> np.ndarray:
         raise ImageError(name, f"cannot be read ({getattr(e, 'strerror', None) or e})", "name an image file") from None
 
 
-def decode_rgb(file: BinaryIO, name: str, formats: tuple[str, ...] = FORMATS) -> np.ndarray:
-    """As :func:`read_rgb`, of an open file.
+def decode_rgb(
+    file: BinaryIO, name: str, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """As :func:`read_rgb`, of an open file, with at most ``max_pixels``.
 
     Raises:
         ImageError: as :func:`read_rgb` does.
@@ -70,9 +72,9 @@ def decode_rgb(file: BinaryIO, name: str, formats: tuple[str, ...] = FORMATS) ->
 
     try:
         with Image.open(file, formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 size = f"{image.width} × {image.height}"
-                raise ImageError(name, f"is {size}, more than {MAX_PIXELS:,} pixels", "give a smaller image")
+                raise ImageError(name, f"is {size}, more than {max_pixels:,} pixels", "give a smaller image")
             depth = _raw_mode(image)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image), image, depth, name)

@@ -1,0 +1,61 @@
+"""``pnp-trt serve``: bundles behind OpenAI's and A1111's interfaces, with a page."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .first_build import build_if_missing
+from .requirements import require_packages
+
+
+def serve(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="ENGINE...", help="Names or folders of bundles; default: emoji-tiny.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine's own need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
+    slots: Annotated[int, typer.Option(min=1, max=64, help="Images that share an engine call, at most.")] = 8,
+    queue: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Images that may wait; more are refused with 429.")
+    ] = 64,
+    api: Annotated[str, typer.Option(help="Interfaces: openai, a1111, or both with a comma.")] = "openai,a1111",
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must send; default: PNP_TRT_API_KEY, if it is set.")
+    ] = None,
+    no_key: Annotated[bool, typer.Option("--no-key", help="Serve other machines without a key.")] = False,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds after which a request is dropped.")] = 300.0,
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine; default: all.")] = None,
+) -> None:
+    """Serve images over HTTP: OpenAI's and A1111's interfaces, a page, health and metrics."""
+    require_packages("serve")
+    from ..serve.http.server import LOCAL, Server, check
+    from ..serve.http.settings import APIS, Settings
+
+    names = names or ["emoji-tiny"]
+    apis = tuple(part.strip() for part in api.split(",") if part.strip())
+    if not apis or any(part not in APIS for part in apis):
+        raise InputError(f"--api is '{api}'; known: {', '.join(APIS)}")
+    key = api_key or os.environ.get("PNP_TRT_API_KEY") or None
+    settings = Settings(apis, key, deadline, host in LOCAL)
+    if not no_key:
+        check(settings, host)
+    for name in names:
+        build_if_missing(name, quiet=False)
+    # a request's remarks would fill the terminal; its parameters state what was done
+    warnings.filterwarnings("ignore", category=UserWarning)
+    server = Server(names, host, port, slots, queue, provider, threads, settings, _ready)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished what ran before it passes the signal on
+        server.run()
+
+
+def _ready(address: str) -> None:
+    print(f"serving at {address} (stop with Ctrl-C)", flush=True)

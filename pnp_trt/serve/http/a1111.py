@@ -1,0 +1,287 @@
+"""The interface of the Stable Diffusion web UI (A1111), ``/sdapi/v1``, as far as front-ends use it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from ...errors import Cancelled, InputError
+from ...io.image_files import FORMATS
+from ...io.inputs import excerpt
+from ...runtime.pipeline import DEFAULT_STEPS, Picture
+from ...sampling.schedules import SCHEDULES
+from .service import Asked, Service, from_base64
+from .settings import MAX_BODY, MAX_IMAGES, MAX_PROMPT, MAX_TEXT
+
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Base64 = Annotated[str, StringConstraints(max_length=MAX_BODY)]
+#: of the web UI, where a request has none
+CFG_SCALE, DENOISING = 7.0, 0.75
+#: addresses whose chosen model is remembered
+MAX_CLIENTS = 1000
+#: what changes an image and is not offered, by its field: refused where it is set, never silently left out
+_REFUSED = ("enable_hr", "restore_faces", "tiling", "script_name", "mask", "refiner_checkpoint", "subseed_strength")
+
+
+class Txt2Img(BaseModel):
+    """What a request may state; fields that change nothing here are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: Prompt = ""
+    negative_prompt: Prompt | None = None
+    seed: int | None = -1
+    steps: int | None = None
+    cfg_scale: Number | None = None
+    width: int | None = None
+    height: int | None = None
+    sampler_name: Text | None = None
+    sampler_index: Text | None = None
+    scheduler: Text | None = None
+    batch_size: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
+    n_iter: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
+    override_settings: Annotated[dict[Text, Any], Field(max_length=100)] | None = None
+    send_images: bool = True
+    force_task_id: Text | None = None
+    enable_hr: bool | None = None
+    restore_faces: bool | None = None
+    tiling: bool | None = None
+    script_name: Text | None = None
+    refiner_checkpoint: Text | None = None
+    subseed_strength: Number | None = None
+    mask: Base64 | None = None
+    method: Text | None = None
+
+
+class Img2Img(Txt2Img):
+    """The same with an image to begin with."""
+
+    init_images: Annotated[list[Base64], Field(max_length=MAX_IMAGES)] = []
+    denoising_strength: Number | None = None
+
+
+class Options(BaseModel):
+    """Settings of the web UI; one is heeded, the model."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    sd_model_checkpoint: Text | None = None
+
+
+class PngInfo(BaseModel):
+    """An image whose parameters are asked for."""
+
+    image: Base64
+
+
+def schedule_of(sampler: str | None, scheduler: str | None) -> str | None:
+    """The schedule that a sampler's name stands for; None for the engine's own.
+
+    Raises:
+        InputError: with the names that are known.
+    """
+    if sampler is None or not sampler.strip():
+        return None
+    found = next((name for name in SCHEDULES if name == sampler.strip().lower()), None)
+    if found is None:
+        raise InputError(f"sampler_name is {excerpt(sampler)}; known: {', '.join(SCHEDULES)}")
+    if scheduler and scheduler.lower() not in ("automatic", "normal"):
+        raise InputError(f"scheduler is {excerpt(scheduler)}; known: Automatic")
+    return found
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(prefix="/sdapi/v1")
+    chosen: dict[str, str] = {}  # the model that a client's address set in its options
+    interrupted: dict[str, Picture] = {}  # by the job's id
+
+    def client(request: Request) -> str:
+        return request.client.host if request.client else ""
+
+    def name_of(checkpoint: str | None) -> str | None:
+        """An engine's name of a checkpoint's title, such as ``emoji-tiny [0123456789]``."""
+        return None if not checkpoint else checkpoint.partition(" [")[0].strip()
+
+    async def made(request: Request, given: Txt2Img, init: str | None, strength: float | None) -> dict[str, Any]:
+        for field in _REFUSED:
+            if getattr(given, field):
+                raise InputError(f"{field} is set and not offered here; leave it out")
+        count = given.batch_size * given.n_iter
+        if count > MAX_IMAGES:
+            raise InputError(f"batch_size times n_iter is {count}; at most {MAX_IMAGES} images are taken at once")
+        if (given.width is None) != (given.height is None):
+            raise InputError("one of width and height is missing; give both, or none for the engine's own size")
+        override = (given.override_settings or {}).get("sd_model_checkpoint")
+        engine = name_of(str(override) if override else chosen.get(client(request)))
+        asked = Asked(
+            given.prompt, engine, count, (given.negative_prompt or "").strip() or None, given.steps or DEFAULT_STEPS,
+            CFG_SCALE if given.cfg_scale is None else given.cfg_scale,
+            None if given.seed is None or given.seed < 0 else given.seed, given.method,
+            schedule_of(given.sampler_name or given.sampler_index, given.scheduler),
+            None if given.height is None or given.width is None else (given.height, given.width),
+            None if init is None else await service.pixels(from_base64(init, "init_images[0]"), "init_images[0]"),
+            strength,
+        )  # fmt: skip
+        job = await service.submit(request, "a1111", asked)
+        try:
+            pictures = await service.wait(request, job)
+        except Cancelled:
+            if job.id not in interrupted:
+                raise
+            pictures = [interrupted[job.id]]  # the web UI answers with the image as far as it came
+        finally:
+            interrupted.pop(job.id, None)
+        files = await service.files(pictures, "png") if given.send_images else []
+        parameters = [picture.parameters for picture in pictures]
+        first = parameters[0]
+        height, width = pictures[0].pixels.shape[:2]
+        texts = [infotext(each, width, height) for each in parameters]
+        info = {
+            "prompt": first["prompt"], "all_prompts": [p["prompt"] for p in parameters],
+            "negative_prompt": first.get("negative", ""),
+            "all_negative_prompts": [p.get("negative", "") for p in parameters],
+            "seed": first["seed"], "all_seeds": [p["seed"] for p in parameters], "subseed": -1, "subseed_strength": 0,
+            "width": width, "height": height, "sampler_name": first["schedule"], "cfg_scale": first["guidance"],
+            "steps": first["steps"], "batch_size": given.batch_size, "restore_faces": False,
+            "sd_model_name": first["engine"], "denoising_strength": first.get("strength"), "infotexts": texts,
+            "index_of_first_image": 0, "method": first["method"],
+        }  # fmt: skip
+        echoed = given.model_dump(exclude={"init_images", "mask"})
+        return {
+            "images": [base64.b64encode(data).decode() for data in files],
+            "parameters": echoed,
+            "info": json.dumps(info),
+        }
+
+    @routes.post("/txt2img")
+    async def txt2img(request: Request, given: Txt2Img) -> dict[str, Any]:
+        return await made(request, given, None, None)
+
+    @routes.post("/img2img")
+    async def img2img(request: Request, given: Img2Img) -> dict[str, Any]:
+        if len(given.init_images) != 1:
+            raise InputError(f"{len(given.init_images)} init_images were sent; send one")
+        strength = DENOISING if given.denoising_strength is None else given.denoising_strength
+        return await made(request, given, given.init_images[0], strength)
+
+    @routes.get("/progress")
+    async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
+        """Of the oldest request from the same address: the interface has no other name for it."""
+        jobs = service.jobs_of("a1111", request)
+        state: dict[str, Any] = {
+            "skipped": False, "interrupted": False, "stopping_generation": False, "job": "", "job_count": len(jobs),
+            "job_timestamp": "0", "job_no": 0, "sampling_step": 0, "sampling_steps": 0,
+        }  # fmt: skip
+        held: dict[str, Any] = {
+            "progress": 0.0,
+            "eta_relative": 0.0,
+            "state": state,
+            "current_image": None,
+            "textinfo": None,
+        }
+        if not jobs:
+            return held
+        engine, job = jobs[0]
+        found = job.progress()
+        held["progress"] = found.made / max(1, found.steps)
+        held["eta_relative"] = found.left or 0.0
+        state |= {"job": job.id, "sampling_step": found.made // job.count, "sampling_steps": len(job.prepared.table)}
+        if not skip_current_image and (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
+            (data,) = await service.files([Picture(pixels, {})], "png")
+            held["current_image"] = base64.b64encode(data).decode()
+        return held
+
+    @routes.post("/interrupt")
+    @routes.post("/skip")
+    async def interrupt(request: Request) -> dict[str, Any]:
+        """Ends the requests from the same address; of each, the image so far is its answer."""
+        for engine, job in service.jobs_of("a1111", request):
+            if (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
+                parameters = job.prepared.parameters(0) | {"interrupted_after": job.progress().made // job.count}
+                interrupted[job.id] = Picture(pixels, parameters)
+            engine.cancel(job)
+        return {}
+
+    @routes.get("/samplers")
+    async def samplers() -> list[dict[str, Any]]:
+        return [{"name": name, "aliases": [], "options": {}} for name in SCHEDULES]
+
+    @routes.get("/schedulers")
+    async def schedulers() -> list[dict[str, Any]]:
+        return [
+            {"name": "automatic", "label": "Automatic", "aliases": None, "default_rho": -1, "need_inner_model": False}
+        ]
+
+    @routes.get("/sd-models")
+    async def models() -> list[dict[str, Any]]:
+        found = []
+        for name, engine in service.engines.items():
+            digest = engine.pipeline.base
+            found.append(
+                {"title": f"{name} [{digest[:10]}]", "model_name": name, "hash": digest[:10], "sha256": digest,
+                 "filename": name, "config": None}
+            )  # fmt: skip
+        return found
+
+    @routes.get("/loras")
+    @routes.get("/sd-vae")
+    @routes.get("/upscalers")
+    @routes.get("/hypernetworks")
+    @routes.get("/prompt-styles")
+    async def none() -> list[dict[str, Any]]:
+        """There are none; front-ends ask for them at their start."""
+        return []
+
+    @routes.get("/embeddings")
+    async def embeddings() -> dict[str, Any]:
+        return {"loaded": {}, "skipped": {}}
+
+    @routes.get("/options")
+    async def options(request: Request) -> dict[str, Any]:
+        name = chosen.get(client(request)) or next(iter(service.engines))
+        return {"sd_model_checkpoint": name, "samples_format": "png"}
+
+    @routes.post("/options")
+    async def set_options(request: Request, given: Options) -> dict[str, Any]:
+        """The model of later requests from the same address; the others are not touched."""
+        if (name := name_of(given.sd_model_checkpoint)) is not None:
+            service.engine(name)
+            if len(chosen) >= MAX_CLIENTS:
+                chosen.clear()
+            chosen[client(request)] = name
+        return {}
+
+    @routes.post("/png-info")
+    async def png_info(given: PngInfo) -> dict[str, Any]:
+        data = from_base64(given.image, "image")
+        await service.pixels(data, "image")  # refuses what is no image, or too large a one
+        items = await asyncio.to_thread(parameters_in, data)
+        return {"info": items.get("parameters", items.get("pnp-trt", "")), "items": items, "parameters": {}}
+
+    return routes
+
+
+def parameters_in(data: bytes) -> dict[str, str]:
+    """The texts that an image file has beside its pixels."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+
+
+def infotext(parameters: dict[str, Any], width: int, height: int) -> str:
+    """Parameters as the web UI writes them."""
+    negative = f"\nNegative prompt: {parameters['negative']}" if parameters.get("negative") else ""
+    return (
+        f"{parameters['prompt']}{negative}\nSteps: {parameters['steps']}, Sampler: {parameters['schedule']}, "
+        f"CFG scale: {parameters['guidance']:g}, Seed: {parameters['seed']}, Size: {width}x{height}, "
+        f"Model: {parameters['engine']}"
+    )

@@ -1,0 +1,137 @@
+"""The application: engines behind their interfaces, with health, metrics and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from ...errors import InputError, PnpError
+from ...io.text import printable
+from ...version import __version__
+from ..engine import Engine
+from . import a1111, jobs, openai
+from .errors import as_json, reply, sentence
+from .guard import Guard
+from .metrics import Metrics
+from .service import Service
+from .settings import APIS, Settings
+
+_ROUTERS = {"openai": openai.router, "a1111": a1111.router}
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+#: nothing is loaded from elsewhere, nothing of the page runs but its own script
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def create(engines: Mapping[str, Engine], metrics: Metrics, settings: Settings | None = None) -> FastAPI:
+    """The application around engines that run; when it is shut down, they finish what they have and stop.
+
+    Args:
+        engines: by name, at least one.
+        metrics: those that the engines' watchers tell.
+
+    Raises:
+        InputError: for no engine, or an unknown interface.
+    """
+    settings = settings or Settings()
+    if not engines:
+        raise InputError("no engine was named; name one or more")
+    if unknown := [api for api in settings.apis if api not in APIS]:
+        raise InputError(f"the interface is '{unknown[0]}'; known: {', '.join(APIS)}")
+    service = Service(dict(engines), metrics, settings)
+    for engine in engines.values():
+        metrics.of(engine)
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in engines.values()))
+
+    app = FastAPI(title="pnp-trt", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, settings=settings)
+
+    @app.exception_handler(PnpError)
+    async def _(request: Request, error: PnpError) -> Response:
+        return reply(request.url.path, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _(request: Request, error: RequestValidationError) -> Response:
+        return as_json(
+            request.url.path, 422 if request.url.path.startswith("/sdapi/") else 400, sentence(list(error.errors()))
+        )
+
+    @app.exception_handler(ValidationError)
+    async def _(request: Request, error: ValidationError) -> Response:
+        return as_json(request.url.path, 400, sentence(list(error.errors())))
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, error: HTTPException) -> Response:
+        detail = printable(str(error.detail), limit=500)
+        words = {404: "there is nothing at this address; see the documentation of the interface",
+                 405: "this address takes another method; see the documentation of the interface"}  # fmt: skip
+        return as_json(request.url.path, error.status_code, words.get(error.status_code, detail))
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, error: Exception) -> Response:
+        return as_json(request.url.path, 500, f"unexpected {type(error).__name__}; the server's output has the details")
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def ready() -> JSONResponse:
+        """Whether every engine takes requests."""
+        dead = [name for name, engine in engines.items() if not engine.alive]
+        body: dict[str, Any] = {"status": "stopping" if dead else "ready", "engines": list(engines)}
+        return JSONResponse(body, 503 if dead else 200)
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        return Response(metrics.text(), media_type=metrics.content_type)
+
+    @app.get("/")
+    async def page() -> Response:
+        if "openai" not in settings.apis:  # by which the page generates
+            raise HTTPException(404)
+        return _file("index.html")
+
+    @app.get("/page/{name}")
+    async def part(name: str) -> Response:
+        return _file(name)
+
+    @app.get("/favicon.ico")
+    async def icon() -> Response:
+        return _file("icon.svg")
+
+    app.include_router(jobs.router(service))
+    for api in settings.apis:
+        app.include_router(_ROUTERS[api](service))
+    return app
+
+
+def _file(name: str) -> Response:
+    """A file of the page; the names are those in the package."""
+    folder = resources.files(__package__) / "page"
+    found = next((file for file in folder.iterdir() if file.name == name), None)
+    suffix = name[name.rfind(".") :]
+    if found is None or suffix not in _TYPES:
+        raise HTTPException(404)
+    headers = {
+        "Content-Security-Policy": _POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return Response(found.read_bytes(), media_type=_TYPES[suffix], headers=headers)

@@ -1,0 +1,153 @@
+"""What every request passes first: its host, its origin, its key, and how much it sends in what time."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from .errors import as_json
+from .settings import BODY_SECONDS, MAX_BODIES, MAX_BODY, Settings
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: served without a key: they tell nothing of what is made
+OPEN = ("/", "/healthz", "/readyz", "/favicon.ico")
+OPEN_BELOW = ("/page/",)
+_LOCAL = frozenset(("127.0.0.1", "localhost", "::1", "testserver"))
+
+
+class _TooMuch(Exception):
+    """More is sent than is held."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Guard:
+    """ASGI middleware; see the module.
+
+    Args:
+        app: what requests are passed on to.
+        body_seconds: in which a body must have come.
+    """
+
+    def __init__(self, app: App, settings: Settings, body_seconds: float = BODY_SECONDS) -> None:
+        self._app, self._settings, self._seconds = app, settings, body_seconds
+        self._held = 0  # bytes of bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if (refusal := self._refusal(path, headers)) is not None:
+            await as_json(path, *refusal)(scope, receive, send)
+            return
+        mine = [0]
+        try:
+            try:
+                body = await asyncio.wait_for(self._read(receive, mine), self._seconds)
+            except TimeoutError:
+                await _close(path, 408, f"the body had not come after {self._seconds:g} s; send it faster", scope, send)
+                return
+            except _TooMuch as e:
+                await _close(path, e.status, str(e), scope, send)
+                return
+            if body is None:
+                return  # the client has gone
+            await self._app(scope, _replayed(body, receive), send)
+        finally:
+            self._held -= mine[0]
+
+    async def _read(self, receive: Receive, mine: list[int]) -> bytes | None:
+        """The whole body; None where the client went away.
+
+        Args:
+            mine: one number, to which the bytes that are held are added.
+        """
+        parts: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            parts.append(message.get("body", b""))
+            mine[0] += len(parts[-1])
+            self._held += len(parts[-1])
+            if mine[0] > MAX_BODY:
+                raise _TooMuch(413, f"the body has more than {MAX_BODY >> 20} MiB; send less")
+            if self._held > MAX_BODIES:
+                raise _TooMuch(503, "the server holds too many large requests; try again later")
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        """The status and the sentence that a request is refused with."""
+        settings = self._settings
+        host = _name(headers.get("host", ""))
+        if settings.local and host not in _LOCAL:
+            return 403, "the request names another host; this server listens on this machine alone: use 127.0.0.1"
+        origin = headers.get("origin", "")
+        if origin and (urlsplit(origin).hostname or "") != host:
+            return 403, "a page of another site sent the request; use the server's own page, or no browser"
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length[:20]) > MAX_BODY:
+            return 413, f"the body has more than {MAX_BODY >> 20} MiB; send less"
+        if settings.api_key is None or path in OPEN or path.startswith(OPEN_BELOW):
+            return None
+        if not _has_key(headers.get("authorization", ""), settings.api_key):
+            return 401, "the API key is missing or wrong; send it as a bearer token, or as a basic password"
+        return None
+
+
+def _name(host: str) -> str:
+    """The host of a ``Host`` header without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _has_key(authorization: str, key: str) -> bool:
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return False
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(given.strip().encode(), key.encode())
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read, and then waits until the client goes."""
+    given = False
+
+    async def replay() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def _close(path: str, status: int, message: str, scope: Scope, send: Send) -> None:
+    response = as_json(path, status, message)
+    response.headers["Connection"] = "close"
+
+    async def nothing() -> MutableMapping[str, Any]:
+        return {"type": "http.disconnect"}
+
+    await response(scope, nothing, send)

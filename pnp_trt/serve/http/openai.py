@@ -1,0 +1,130 @@
+"""OpenAI's images interface: ``/v1/images/generations``, ``/v1/images/edits``, ``/v1/models``.
+
+Steps, seed and guidance scale are no fields of OpenAI's; they are taken under the names that other servers gave them.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from ...bundle.profiles import Size
+from ...errors import InputError
+from ...io.inputs import excerpt
+from .service import Asked, Service
+from .settings import MAX_IMAGES, MAX_PROMPT, MAX_TEXT
+
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT)]
+#: what a client may name a request, to ask for its progress and to cancel it
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
+#: how OpenAI writes a size that is the model's own
+_OWN = ("", "auto")
+
+
+class Images(BaseModel):
+    """The body of both; fields that change nothing here (quality, style, user, …) are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: Prompt
+    model: Text | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
+    size: Text | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "webp", "jpeg"] = "png"
+    stream: bool | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    seed: int | None = None
+    negative_prompt: Prompt | None = None
+    method: Text | None = None
+    schedule: Text | None = None
+    strength: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    request_id: Name | None = None
+
+    @field_validator("n", "output_format", mode="before")
+    @classmethod
+    def _default(cls, value: Any, info: Any) -> Any:
+        """A null stands for the default, as OpenAI's clients send it."""
+        return cls.model_fields[info.field_name].default if value is None else value
+
+
+def parse(size: str | None) -> Size | None:
+    """Height and width of OpenAI's WIDTHxHEIGHT; None for the engine's own.
+
+    Raises:
+        InputError: if it is of another form.
+    """
+    if size is None or size in _OWN:
+        return None
+    width, x, height = size.partition("x")
+    if not (x and width.isascii() and height.isascii() and width.isdigit() and height.isdigit() and len(size) < 12):
+        raise InputError(f"size is {excerpt(size)}; write WIDTHxHEIGHT in pixels, or auto")
+    return int(height), int(width)
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(prefix="/v1")
+
+    async def made(request: Request, given: Images, init: bytes | None = None) -> dict[str, Any]:
+        if given.stream:
+            raise InputError("stream is true; this server sends images whole: leave it out")
+        asked = Asked(
+            given.prompt, given.model, given.n, given.negative_prompt, given.num_inference_steps, given.guidance_scale,
+            given.seed, given.method, given.schedule, parse(given.size),
+            None if init is None else await service.pixels(init, "image"), given.strength, given.request_id,
+        )  # fmt: skip
+        job = await service.submit(request, "openai", asked)
+        pictures = await service.wait(request, job)
+        files = [base64.b64encode(data).decode() for data in await service.files(pictures, given.output_format)]
+        url = given.response_format == "url"  # nothing is stored, so that the image itself is the address
+        height, width = job.prepared.size
+        return {
+            "created": int(time.time()),
+            "data": [
+                {"url": f"data:image/{given.output_format};base64,{data}"} if url else {"b64_json": data}
+                for data in files
+            ],
+            "output_format": given.output_format,
+            "size": f"{width}x{height}",
+            "pnp_trt": {
+                "id": job.id,
+                "images": [picture.parameters for picture in pictures],
+                "evaluations": job.evaluations,
+                "seconds": round((job.ended or job.submitted) - job.submitted, 3),
+                "waited": round((job.admitted or job.submitted) - job.submitted, 3),
+            },
+        }
+
+    @routes.post("/images/generations")
+    async def generations(request: Request, given: Images) -> dict[str, Any]:
+        return await made(request, given)
+
+    @routes.post("/images/edits")
+    async def edits(request: Request) -> dict[str, Any]:
+        """A form, as OpenAI's clients send it; the image is the one to begin with."""
+        async with request.form(max_files=2, max_fields=32, max_part_size=1 << 20) as form:
+            files = {name: value for name, value in form.multi_items() if not isinstance(value, str)}
+            image = next((files[name] for name in ("image", "image[]") if name in files), None)
+            if "mask" in files:
+                raise InputError("a mask was sent; inpainting is not offered: leave it out")
+            if image is None:
+                raise InputError("no file named image was sent; send the image to begin with")
+            data = await image.read()
+            fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+        return await made(request, Images.model_validate(fields), data)
+
+    @routes.get("/models")
+    async def models() -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [{"id": name, "object": "model", "created": 0, "owned_by": "pnp-trt"} for name in service.engines],
+        }
+
+    return routes

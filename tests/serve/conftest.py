@@ -1,0 +1,114 @@
+"""A server of the micro bundles on a free port of this machine, in a thread of the tests' process."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.serve.engine import Engine, Job, Watcher
+
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+
+
+@dataclass
+class Held(Watcher):
+    """Passes on to the metrics; while ``gate`` is closed, the engine stands after a call."""
+
+    inner: Watcher
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def stepped(self, rows: int, padded: int, calls: int, seconds: float) -> None:
+        self.inner.stepped(rows, padded, calls, seconds)
+        self.gate.wait(30)
+
+    def ended(self, job: Job, error: Exception | None) -> None:
+        self.inner.ended(job, error)  # type: ignore[arg-type]
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    url: str
+    port: int
+    engines: dict[str, Engine]
+
+    @property
+    def gate(self) -> threading.Event:
+        watcher = self.engines["guided"].watcher
+        assert isinstance(watcher, Held)
+        return watcher.gate
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """The guided engine stands after its next call, for the length of the block."""
+        self.gate.clear()
+        try:
+            yield
+        finally:
+            self.gate.set()
+
+    def wait_for(self, jobs: int) -> None:
+        """Until the guided engine has so many jobs, and one of them has made a step where there are any."""
+        deadline = time.monotonic() + 60
+        engine = self.engines["guided"]
+        while len(engine.jobs()) != jobs or (jobs and not any(job.progress().made for job in engine.jobs())):
+            assert time.monotonic() < deadline, [job.progress() for job in engine.jobs()]
+            time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def serving(pipelines: dict[str, Pipeline], body_seconds: float = 30.0, **options: object) -> Iterator[Running]:
+    """A server of pipelines with two slots and room for four more images."""
+    from pnp_trt.serve.http import guard
+    from pnp_trt.serve.http.app import create
+    from pnp_trt.serve.http.metrics import Metrics
+    from pnp_trt.serve.http.settings import Settings
+
+    metrics = Metrics()
+    engines: dict[str, Engine] = {}
+    for name, pipeline in pipelines.items():
+        watcher = Held(metrics.watch(name))
+        watcher.gate.set()
+        engines[name] = Engine(pipeline, slots=2, queue_size=4, watcher=watcher)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard.Guard.__init__, "__defaults__", (body_seconds,))
+        app = create(engines, metrics, Settings(**options))  # type: ignore[arg-type]
+        app.middleware_stack = app.build_middleware_stack()
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, ws="none", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not server.started:
+        assert thread.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+    try:
+        yield Running(f"http://127.0.0.1:{port}", port, engines)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        listener.close()
+        assert not thread.is_alive() and not any(engine.alive for engine in engines.values())
+
+
+@pytest.fixture(scope="session")
+def pipelines(micro_bundles: Path) -> dict[str, Pipeline]:
+    return {name: Pipeline.load(micro_bundles / name, provider="cpu", threads=1) for name in ("guided", "plain")}
+
+
+@pytest.fixture(scope="session")
+def server(pipelines: dict[str, Pipeline]) -> Iterator[Running]:
+    with serving(pipelines) as running:
+        yield running

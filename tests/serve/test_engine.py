@@ -154,7 +154,7 @@ def test_a_failure_ends_the_jobs_that_it_touches_and_the_engine_serves_on(
         with pytest.raises(PnpError, match="unexpected ZeroDivisionError"):
             engine.submit(pipeline.prepare("a cat", steps=2)).future.result(60)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "encode", lambda prompts: (_ for _ in ()).throw(RuntimeError("out of everything")))
+        patch.setattr(pipeline, "encode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of everything")))
         with pytest.raises(PnpError, match="unexpected RuntimeError: out of everything"):
             engine.submit(pipeline.prepare(["a cat"] * 3, steps=2, seed=[0, 1, 2])).future.result(60)
     assert len(engine.submit(pipeline.prepare("a cat", steps=2)).future.result(60)) == 1

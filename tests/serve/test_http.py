@@ -162,9 +162,9 @@ def test_progress_preview_and_cancel_by_the_clients_own_id(server: Running) -> N
 # -- A1111's front-ends ------------------------------------------------------------------------------------------------
 #: as their sources send them
 OPEN_WEBUI = {"prompt": "a red apple", "batch_size": 1, "width": 32, "height": 32, "steps": 3, "negative_prompt": "",
-              "sampler_name": "ddim", "scheduler": "Automatic", "cfg_scale": 3.0}  # fmt: skip
+              "sampler_name": "DPM++ 2M", "scheduler": "Karras", "cfg_scale": 3.0}  # fmt: skip
 SILLY_TAVERN = {
-    "prompt": "a red apple", "negative_prompt": "", "sampler_name": "ddim", "scheduler": "Automatic", "steps": 3,
+    "prompt": "a red apple", "negative_prompt": "", "sampler_name": "Euler", "scheduler": "Automatic", "steps": 3,
     "cfg_scale": 3, "width": 32, "height": 32, "restore_faces": False, "enable_hr": False, "hr_upscaler": "Latent",
     "hr_scale": 1, "hr_additional_modules": [], "denoising_strength": 0.7, "hr_second_pass_steps": 0, "seed": 11,
     "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic", "forge_additional_modules": []},
@@ -180,12 +180,16 @@ LIBRE_CHAT = {"prompt": "a red apple", "negative_prompt": "", "cfg_scale": 4.5, 
 def test_a1111_bodies_of_public_clients(server: Running, pipelines: dict[str, Pipeline], body: dict[str, Any]) -> None:
     made = post(server, "/sdapi/v1/txt2img", body)
     info = json.loads(made["info"])
-    (alone,) = pipelines["guided"](body["prompt"], steps=body["steps"], guidance=body["cfg_scale"], seed=info["seed"])
+    (alone,) = pipelines["guided"](
+        body["prompt"], steps=body["steps"], guidance=body["cfg_scale"], seed=info["seed"],
+        schedule=f"{body.get('sampler_name', 'DDIM')} {body.get('scheduler', 'Automatic')}", prompt_syntax="a1111",
+    )  # fmt: skip
     np.testing.assert_array_equal(pixels(made["images"][0]), alone.pixels)
     assert info["seed"] == body.get("seed", info["seed"]) and info["all_seeds"] == [info["seed"]]
     assert f"Steps: {body['steps']}, " in info["infotexts"][0] and made["parameters"]["prompt"] == body["prompt"]
     found = post(server, "/sdapi/v1/png-info", {"image": f"data:image/png;base64,{made['images'][0]}"})
-    assert "a red apple" in found["info"] and found["items"]
+    assert found["info"] == info["infotexts"][0] == found["items"]["parameters"]
+    assert found["parameters"]["Prompt"] == "a red apple" and found["parameters"]["Seed"] == str(info["seed"])
 
 
 def test_a1111_image_to_image_and_the_model_of_a_request(server: Running, pipelines: dict[str, Pipeline]) -> None:
@@ -209,7 +213,9 @@ def test_a1111_options_choose_the_model_and_lists_are_there(server: Running) -> 
     finally:
         post(server, "/sdapi/v1/options", {"sd_model_checkpoint": "guided"})
     names = [sampler["name"] for sampler in get(server, "/sdapi/v1/samplers")]
-    assert names and all({"name", "aliases", "options"} == set(each) for each in get(server, "/sdapi/v1/samplers"))
+    assert {"DDIM", "Euler", "DPM++ 2M"} <= set(names) and all(
+        {"name", "aliases", "options"} == set(each) for each in get(server, "/sdapi/v1/samplers")
+    )
     for path in ("loras", "schedulers", "upscalers", "sd-vae", "embeddings", "prompt-styles", "hypernetworks"):
         get(server, f"/sdapi/v1/{path}")
 
@@ -218,7 +224,7 @@ def test_a1111_options_choose_the_model_and_lists_are_there(server: Running) -> 
     ("more", "message"),
     [
         ({"enable_hr": True}, "enable_hr is set and not offered here"),
-        ({"sampler_name": "Euler a"}, "Euler a"),
+        ({"sampler_name": "Euler a"}, "the sampler 'Euler a' adds noise at every step"),
         ({"batch_size": 5, "n_iter": 5}, "batch_size times n_iter is 25"),
         ({"height": None}, "one of width and height is missing"),
         ({"cfg_scale": 30}, "guidance is 30"),

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ...errors import Cancelled, InputError
-from ...io.image_files import FORMATS
-from ...io.inputs import excerpt
+from ...runtime.a1111 import CHUNK, parse_parameters, read_text, text_of
 from ...runtime.pipeline import DEFAULT_STEPS, Picture
-from ...sampling.schedules import SCHEDULES
+from ...runtime.prompt_syntax import A1111
+from ...sampling.schedules import SCHEDULES, SPACINGS, a1111_names, from_a1111
+from ...sampling.schedules.spacing import OWN_SPACING
 from .service import Asked, Service, from_base64
 from .settings import MAX_BODY, MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
@@ -83,22 +82,6 @@ class PngInfo(BaseModel):
     image: Base64
 
 
-def schedule_of(sampler: str | None, scheduler: str | None) -> str | None:
-    """The schedule that a sampler's name stands for; None for the engine's own.
-
-    Raises:
-        InputError: with the names that are known.
-    """
-    if sampler is None or not sampler.strip():
-        return None
-    found = next((name for name in SCHEDULES if name == sampler.strip().lower()), None)
-    if found is None:
-        raise InputError(f"sampler_name is {excerpt(sampler)}; known: {', '.join(SCHEDULES)}")
-    if scheduler and scheduler.lower() not in ("automatic", "normal"):
-        raise InputError(f"scheduler is {excerpt(scheduler)}; known: Automatic")
-    return found
-
-
 def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/sdapi/v1")
@@ -123,14 +106,15 @@ def router(service: Service) -> APIRouter:
             raise InputError("one of width and height is missing; give both, or none for the engine's own size")
         override = (given.override_settings or {}).get("sd_model_checkpoint")
         engine = name_of(str(override) if override else chosen.get(client(request)))
+        sampler = (given.sampler_name or given.sampler_index or "").strip()
         asked = Asked(
             given.prompt, engine, count, (given.negative_prompt or "").strip() or None, given.steps or DEFAULT_STEPS,
             CFG_SCALE if given.cfg_scale is None else given.cfg_scale,
             None if given.seed is None or given.seed < 0 else given.seed, given.method,
-            schedule_of(given.sampler_name or given.sampler_index, given.scheduler),
+            from_a1111(sampler, given.scheduler) if sampler else None,
             None if given.height is None or given.width is None else (given.height, given.width),
             None if init is None else await service.pixels(from_base64(init, "init_images[0]"), "init_images[0]"),
-            strength,
+            strength, syntax=A1111,
         )  # fmt: skip
         job = await service.submit(request, "a1111", asked)
         try:
@@ -145,16 +129,16 @@ def router(service: Service) -> APIRouter:
         parameters = [picture.parameters for picture in pictures]
         first = parameters[0]
         height, width = pictures[0].pixels.shape[:2]
-        texts = [infotext(each, width, height) for each in parameters]
+        texts = [text_of(each) or "" for each in parameters]
         info = {
             "prompt": first["prompt"], "all_prompts": [p["prompt"] for p in parameters],
             "negative_prompt": first.get("negative", ""),
             "all_negative_prompts": [p.get("negative", "") for p in parameters],
             "seed": first["seed"], "all_seeds": [p["seed"] for p in parameters], "subseed": -1, "subseed_strength": 0,
-            "width": width, "height": height, "sampler_name": first["schedule"], "cfg_scale": first["guidance"],
-            "steps": first["steps"], "batch_size": given.batch_size, "restore_faces": False,
-            "sd_model_name": first["engine"], "denoising_strength": first.get("strength"), "infotexts": texts,
-            "index_of_first_image": 0, "method": first["method"],
+            "width": width, "height": height, "sampler_name": a1111_names(first["schedule"])[0],
+            "cfg_scale": first["guidance"], "steps": first["steps"], "batch_size": given.batch_size,
+            "restore_faces": False, "sd_model_name": first["engine"], "denoising_strength": first.get("strength"),
+            "infotexts": texts, "index_of_first_image": 0, "method": first["method"],
         }  # fmt: skip
         echoed = given.model_dump(exclude={"init_images", "mask"})
         return {
@@ -214,12 +198,18 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/samplers")
     async def samplers() -> list[dict[str, Any]]:
-        return [{"name": name, "aliases": [], "options": {}} for name in SCHEDULES]
+        found = []
+        for name, rule in SCHEDULES.items():
+            words = rule.aliases or (name,)
+            found.append({"name": words[0], "aliases": [*words[1:], name], "options": {}})
+        return found
 
     @routes.get("/schedulers")
     async def schedulers() -> list[dict[str, Any]]:
+        named = {name: (spacing.aliases or (name,))[0] for name, spacing in SPACINGS.items()}
         return [
-            {"name": "automatic", "label": "Automatic", "aliases": None, "default_rho": -1, "need_inner_model": False}
+            {"name": name, "label": label, "aliases": None, "default_rho": -1, "need_inner_model": False}
+            for name, label in {"automatic": OWN_SPACING[0], **named}.items()
         ]
 
     @routes.get("/sd-models")
@@ -265,23 +255,7 @@ def router(service: Service) -> APIRouter:
     async def png_info(given: PngInfo) -> dict[str, Any]:
         data = from_base64(given.image, "image")
         await service.pixels(data, "image")  # refuses what is no image, or too large a one
-        items = await asyncio.to_thread(parameters_in, data)
-        return {"info": items.get("parameters", items.get("pnp-trt", "")), "items": items, "parameters": {}}
+        text = await asyncio.to_thread(read_text, data)
+        return {"info": text, "items": {CHUNK: text} if text else {}, "parameters": parse_parameters(text)}
 
     return routes
-
-
-def parameters_in(data: bytes) -> dict[str, str]:
-    """The texts that an image file has beside its pixels."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-
-
-def infotext(parameters: dict[str, Any], width: int, height: int) -> str:
-    """Parameters as the web UI writes them."""
-    negative = f"\nNegative prompt: {parameters['negative']}" if parameters.get("negative") else ""
-    return (
-        f"{parameters['prompt']}{negative}\nSteps: {parameters['steps']}, Sampler: {parameters['schedule']}, "
-        f"CFG scale: {parameters['guidance']:g}, Seed: {parameters['seed']}, Size: {width}x{height}, "
-        f"Model: {parameters['engine']}"
-    )

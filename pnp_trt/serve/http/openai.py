@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from ...bundle.profiles import Size
 from ...errors import InputError
 from ...io.inputs import excerpt
+from ...runtime.prompt_syntax import PLAIN
 from .service import Asked, Service
 from .settings import MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
@@ -43,6 +44,7 @@ class Images(BaseModel):
     seed: int | None = None
     negative_prompt: Prompt | None = None
     method: Text | None = None
+    prompt_syntax: Text | None = None
     schedule: Text | None = None
     strength: Annotated[float, Field(allow_inf_nan=False)] | None = None
     request_id: Name | None = None
@@ -78,7 +80,8 @@ def router(service: Service) -> APIRouter:
         asked = Asked(
             given.prompt, given.model, given.n, given.negative_prompt, given.num_inference_steps, given.guidance_scale,
             given.seed, given.method, given.schedule, parse(given.size),
-            None if init is None else await service.pixels(init, "image"), given.strength, given.request_id,
+            None if init is None else await service.pixels(init, "image"), given.strength,
+            given.prompt_syntax or PLAIN, given.request_id,
         )  # fmt: skip
         job = await service.submit(request, "openai", asked)
         pictures = await service.wait(request, job)

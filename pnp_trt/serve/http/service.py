@@ -21,6 +21,7 @@ from ...io.image_files import FORMATS, decode_rgb
 from ...io.inputs import excerpt
 from ...runtime.images import encode_image
 from ...runtime.pipeline import Picture
+from ...runtime.prompt_syntax import PLAIN
 from ..engine import Busy, Engine, Job
 from .errors import Refused
 from .metrics import Metrics
@@ -40,6 +41,7 @@ class Asked:
         seed: of the first image, each next adds 1; None takes a random one.
         size: height and width in pixels; None takes the engine's own.
         init: pixels uint8 ``[H, W, 3]`` to begin with.
+        syntax: of the prompts, one of ``SYNTAXES``.
     """
 
     prompt: str
@@ -54,6 +56,7 @@ class Asked:
     size: tuple[int, int] | None = None
     init: np.ndarray | None = None
     strength: float | None = None
+    syntax: str = PLAIN
     name: str | None = None
 
 
@@ -104,7 +107,7 @@ class Service:
         prepared = await asyncio.to_thread(
             pipeline.prepare, [asked.prompt] * asked.count, steps=asked.steps, method=method,
             seed=[first + i for i in range(asked.count)], negative=asked.negative or None, schedule=asked.schedule,
-            init=asked.init, strength=asked.strength, size=asked.size, **given,
+            init=asked.init, strength=asked.strength, size=asked.size, prompt_syntax=asked.syntax, **given,
         )  # fmt: skip
         job = Job(prepared)
         if asked.name is not None:

@@ -138,14 +138,14 @@ def kernels(
     vae = Scaling(cuda, loaded, "latents", 0.5, channels)
     start = np.random.default_rng(0).standard_normal((batch, channels, *size), np.float32)
     feeds = Feeds(start, np.full(batch, 3, np.float32), {})
-    for name in ("ddim", "dpm++", "euler"):
+    for name in ("ddim", "dpm++", "euler", "heun", "unipc"):
         for steps in all_steps:
             loops = device_loops(cuda, unet, vae, None, "kernels")
             table = make(name, scheduler(), steps)
             plan = Plan(batch, size, table, False, True)
             x: Any = start
             previous: Any = None
-            for i in range(steps):
+            for i in range(len(table)):
                 x, previous = table.step(i, x, np.float32(0.3) * table.scaled(i, x), previous)
             wanted = np.clip(np.rint((np.float32(0.5) * x + np.float32(1)) * np.float32(127.5)), 0, 255)
             wanted = wanted.astype(np.uint8).transpose(0, 2, 3, 1)

@@ -53,10 +53,10 @@ def check_kernels(cuda: Cuda, kernels: dict[str, Any]) -> dict[str, bool]:
     d = Device(cuda)
     batch, channels, plane = 3, 4, 100
     per, count = channels * plane, batch * channels * plane
-    x, previous = (draw.standard_normal(count, np.float32) for _ in range(2))
+    x, previous, older = (draw.standard_normal(count, np.float32) for _ in range(3))
     both = draw.standard_normal(2 * count, np.float32)
     w = np.array([1.5, 3.0, 7.5], np.float32)
-    table = draw.standard_normal((4, 6), np.float32)
+    table = draw.standard_normal((4, 7), np.float32)
     times = np.array([900, 600, 300, 1], np.int64)
     found: dict[str, bool] = {}
 
@@ -72,13 +72,14 @@ def check_kernels(cuda: Cuda, kernels: dict[str, Any]) -> dict[str, bool]:
     found["show"] = bool(np.array_equal(d.down(at_shown, shown), np.stack([scaled, scaled])))
     found["show"] &= bool((d.down(at_stamps, stamps) == 300).all())
 
-    at_previous, at_both, at_w = d.up(previous), d.up(both), d.up(w)
-    launch("update", count, (at_x, _P), (at_previous, _P), (at_both, _P), (at_w, _P), (at_table, _P), (3, _I),
-           (count, _I), (per, _I))  # fmt: skip
+    at_previous, at_older, at_both, at_w = d.up(previous), d.up(older), d.up(both), d.up(w)
+    launch("update", count, (at_x, _P), (at_previous, _P), (at_older, _P), (at_both, _P), (at_w, _P), (at_table, _P),
+           (3, _I), (count, _I), (per, _I))  # fmt: skip
     u, c = both[:count], both[count:]
     out = u + np.repeat(w, per) * (c - u)
-    _, a, b, p, dx, do = table[3]
-    found["update"] = bool(np.array_equal(d.down(at_x, x), a * x + b * out + p * previous))
+    _, a, b, p, dx, do, e = table[3]
+    found["update"] = bool(np.array_equal(d.down(at_x, x), a * x + b * out + p * previous + e * older))
+    found["update"] &= bool(np.array_equal(d.down(at_older, older), previous))
     found["update"] &= bool(np.array_equal(d.down(at_previous, previous), dx * x + do * out))
 
     bad = x.copy()

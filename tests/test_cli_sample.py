@@ -91,7 +91,7 @@ def test_prompts_come_from_standard_input(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--schedule", "plms"], "the schedule is 'plms'; known: ddim, dpm++, euler, heun, teacher"),
+        (["--schedule", "plms"], "the schedule is 'plms'; known: ddim, dpm++, euler, heun, unipc, teacher"),
         (["--format", "gif"], "--format is 'gif'; known: png, webp, jpeg"),
         (["--metadata", "xml"], "--metadata is 'xml'; known: embedded, json"),
         (["--init", "none.png"], "--init none.png does not exist; name an image file"),

@@ -77,12 +77,13 @@ def device_loops(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A plan with its table on the device: coefficients ``[steps, 6]`` float32 and timesteps ``[steps]`` int64."""
+    """A plan with its table on the device: coefficients ``[steps, 7]`` float32 and timesteps ``[steps]`` int64."""
 
     plan: Plan
     coefficients: int
     timesteps: int
     previous: int
+    older: int
 
 
 class CudaLane(Lane):
@@ -132,7 +133,7 @@ class CudaLane(Lane):
         n, channels, height, width = pixels.shape
         self._x, self._count, self._latents = self._vae.addresses["latents"], latents.size, latents.shape
         self._image = n, channels, height * width
-        self._previous = self._device(latents.nbytes)
+        self._previous, self._older = (self._device(latents.nbytes) for _ in range(2))
         self._w = self._device(4 * self._batch)
         self._bytes = self._device(pixels.size)
         self._bad = self._device(8 * self._batch)
@@ -158,7 +159,10 @@ class CudaLane(Lane):
             held.append(self._device(rows.nbytes))
             self._cuda.to_device(held[-1], rows.ctypes.data, rows.nbytes, self.stream)
             self._cuda.synchronize(self.stream)  # before the rows' memory goes
-        return _Prepared(plan, held[0], held[1], self._previous if plan.table.multistep else 0)
+        history = plan.table.history
+        return _Prepared(
+            plan, held[0], held[1], self._previous if history else 0, self._older if history == 2 else 0
+        )  # fmt: skip
 
     def release(self, prepared: _Prepared) -> None:
         for address in (prepared.coefficients, prepared.timesteps):
@@ -194,7 +198,8 @@ class CudaLane(Lane):
         )  # fmt: skip
         self._unet.enqueue(self.stream)
         self._launch(
-            "update", self._count, (self._x, _P), (prepared.previous, _P), (unet[self._unet.output_name], _P),
+            "update", self._count, (self._x, _P), (prepared.previous, _P), (prepared.older, _P),
+            (unet[self._unet.output_name], _P),
             (self._w if self._passes == 2 else 0, _P), (prepared.coefficients, _P), (i, _I), (self._count, _I),
             (per_picture, _I),
         )  # fmt: skip

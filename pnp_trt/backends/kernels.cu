@@ -3,7 +3,7 @@
 // those of the host's loop for equal network outputs.  kernels.ptx is made of this file by benchmarks/kernels.py.
 
 #define AT (blockIdx.x * blockDim.x + threadIdx.x)
-#define COLUMNS 6  // input_scale, x_scale, output_scale, previous_scale, data_x, data_output
+#define COLUMNS 7  // input_scale, x_scale, output_scale, previous_scale, data_x, data_output, older_scale
 
 // shown[passes, count] = input_scale * x[count];  timestep[rows] = timesteps[step]
 extern "C" __global__ void show(float* shown, long long* timestep, const float* x, const float* table,
@@ -15,11 +15,12 @@ extern "C" __global__ void show(float* shown, long long* timestep, const float* 
   for (int pass = 0; pass < passes; ++pass) shown[pass * count + i] = value;
 }
 
-// data = data_x*x + data_output*out;  x = x_scale*x + output_scale*out (+ previous_scale*previous);  previous = data
-// w: null for one pass, else [pictures], and output is [2, count], unconditional first.  previous: null where no step
-// looks at the one before; it holds nothing yet at the first step of a run.
-extern "C" __global__ void update(float* x, float* previous, const float* output, const float* w, const float* table,
-                                  int step, int count, int per_picture) {
+// data = data_x*x + data_output*out;  x = x_scale*x + output_scale*out (+ previous_scale*previous + older_scale*older);
+// older = previous;  previous = data
+// w: null for one pass, else [pictures], and output is [2, count], unconditional first.  previous, older: null where no
+// step looks at the one before, or at the one before that; they hold nothing yet at the first one or two steps of a run.
+extern "C" __global__ void update(float* x, float* previous, float* older, const float* output, const float* w,
+                                  const float* table, int step, int count, int per_picture) {
   int i = AT;
   if (i >= count) return;
   const float* c = table + step * COLUMNS;
@@ -29,6 +30,10 @@ extern "C" __global__ void update(float* x, float* previous, const float* output
   float after = __fadd_rn(__fmul_rn(c[1], before), __fmul_rn(c[2], out));
   if (previous) {
     if (step > 0) after = __fadd_rn(after, __fmul_rn(c[3], previous[i]));
+    if (older) {
+      if (step > 1) after = __fadd_rn(after, __fmul_rn(c[6], older[i]));
+      older[i] = previous[i];
+    }
     previous[i] = __fadd_rn(__fmul_rn(c[4], before), __fmul_rn(c[5], out));
   }
   x[i] = after;

@@ -30,8 +30,10 @@ class Trajectory:
         self.table = table
         self.x = np.empty(shape, np.float32) if x is None else x
         self._scratch = np.empty(shape, np.float32)
-        # this step's data prediction and the one before; they change places
-        self._data, self._previous = (np.empty(shape, np.float32) if table.multistep else None for _ in range(2))
+        # this step's data prediction and those before; they change places
+        history = table.history
+        self._data, self._previous = (np.empty(shape, np.float32) if history else None for _ in range(2))
+        self._older = np.empty(shape, np.float32) if history == 2 else None
         # between two runs of a network everything is out of the caches, so that each Python object touched costs
         self._rows = table.rows
 
@@ -46,7 +48,7 @@ class Trajectory:
 
     def update(self, i: int, output: np.ndarray) -> None:
         """The update of step ``i``, in place; ``output`` is left as it is."""
-        _, x_scale, output_scale, previous_scale, data_x, data_output = self._rows[i]
+        _, x_scale, output_scale, previous_scale, data_x, data_output, older_scale = self._rows[i]
         x, scratch = self.x, self._scratch
         if self._data is not None:
             np.multiply(x, data_x, out=self._data)
@@ -59,7 +61,13 @@ class Trajectory:
             if i > 0:
                 np.multiply(self._previous, previous_scale, out=scratch)
                 np.add(x, scratch, out=x)
-            self._data, self._previous = self._previous, self._data
+            if self._older is None:
+                self._data, self._previous = self._previous, self._data
+                return
+            if i > 1:
+                np.multiply(self._older, older_scale, out=scratch)
+                np.add(x, scratch, out=x)
+            self._data, self._previous, self._older = self._older, self._data, self._previous
 
 
 def classifier_free(

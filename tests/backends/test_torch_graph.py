@@ -38,7 +38,7 @@ def with_lane(folder: Path) -> Pipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun"])
+@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc"])
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
 def test_the_lane_draws_what_the_host_draws(bundles: Path, schedule: str, name: str, method: str | None) -> None:
     host, lane = Pipeline.load(bundles / name, provider="cpu"), with_lane(bundles / name)
@@ -73,7 +73,7 @@ def test_without_cuda_graphs_it_says_so_and_goes_on(bundles: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun"])
+@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc"])
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
 def test_captured_pictures_are_the_eager_ones(bundles: Path, schedule: str, name: str, method: str | None) -> None:
     eager, captured = (Pipeline.load(bundles / name, provider="cuda") for _ in range(2))

@@ -38,7 +38,7 @@ def drawn(pipe: Any, method: str, schedule: str | None) -> np.ndarray:
     return np.asarray(pipe.decode(latents)).astype(int)
 
 
-@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "dpm++:trailing", None])
+@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc", "dpm++:trailing", None])
 def test_diffusers_draws_the_same_pictures(eager: peers.Peer, micro_bundles: Path, schedule: str | None) -> None:
     ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
     assert eager.base == ours.base and eager.size == ours.size

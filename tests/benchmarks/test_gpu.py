@@ -123,7 +123,7 @@ def test_the_kernels_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for row in found.values():
         assert row["equal_to_numpy"] == {"eager": True, "captured": True} and row["captures"] == 1
         assert row["memory_growth_bytes"] == 0 and row["host_launch_us"]["captured"] > 0
-    assert set(found) == {f"{name}, 3 steps" for name in ("ddim", "dpm++", "euler")}
+    assert set(found) == {f"{name}, 3 steps" for name in ("ddim", "dpm++", "euler", "heun", "unipc")}
 
 
 def test_the_engines_part(micro_base: Path, micro_guide: Path, monkeypatch: pytest.MonkeyPatch) -> None:

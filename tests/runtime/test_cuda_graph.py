@@ -53,7 +53,7 @@ def equal(both: Both, prompts: Any = "a cat", **asked: Any) -> None:
         assert one.parameters == other.parameters
 
 
-@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun"])
+@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc"])
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg"), ("plain", "unguided")])
 def test_eager_and_captured_pictures_are_the_hosts(
     gpu: Gpu, micro_bundles: Path, schedule: str, name: str, method: str | None

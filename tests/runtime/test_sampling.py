@@ -186,7 +186,7 @@ def test_the_teachers_schedule_is_the_default(edited: Callable[[str, Edit], Path
     assert euler("a cat", steps=3)[0].parameters["schedule"] == "euler"
     assert np.array_equal(euler("a cat", steps=3)[0].pixels, plain("a cat", steps=3, schedule="euler")[0].pixels)
     assert Pipeline.load(folder, provider="cpu", schedule="ddim").default_schedule == "ddim"
-    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, heun, teacher"):
+    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, heun, unipc, teacher"):
         Pipeline.load(folder, provider="cpu", schedule="plms")
 
 

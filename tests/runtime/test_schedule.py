@@ -12,7 +12,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,12 +109,12 @@ def coefficient_errors(table: Schedule, sigmas: np.ndarray) -> np.ndarray:
 
     It is relative to the step's data predictions; for Euler to the step's length |σ' − σ|·|dx/dσ|.
 
-    DDIM's coefficients are computed in float64 and rounded once.  So are Euler's, of levels that are off by ε each,
-    which moves σ' − σ by ε(σ + σ') and the derivative by 2ε.  DPM-Solver++ takes differences of λ = log α − log σ in
+    The coefficients of DDIM and UniPC are computed in float64 and rounded once.  So are Euler's, of levels that are off
+    by ε each, which moves σ' − σ by ε(σ + σ') and the derivative by 2ε.  DPM-Solver++ takes differences of λ in
     float32, as diffusers does: each λ is off by some roundoffs of its size, h = λ' − λ by δ, 1 − e^−h by δ too, and
     the slope, which is divided by the step before, by δ·(1 + h)/h_before.
     """
-    if table.name == "ddim":
+    if table.name in ("ddim", "unipc"):
         return np.full(len(table), 4 * U)
     if table.name == "heun":  # each of its noise levels is there twice, and a second row goes back to its step's begin
         whole = np.concatenate([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])
@@ -133,6 +139,23 @@ def data_of(scheduler: Any, x: torch.Tensor, output: torch.Tensor, sigma: torch.
     if scheduler.config.prediction_type == "epsilon":
         return (x - sigma * output.double()).numpy()
     return (x / (sigma**2 + 1) - sigma / (sigma**2 + 1) ** 0.5 * output.double()).numpy()
+
+
+def go_on_from(scheduler: Any, x: np.ndarray, kept: tuple[Any, ...]) -> None:
+    """Make UniPC's own state that which leads to our latent: its predictions, and the latent that it corrected."""
+    for place, data in enumerate(kept[: len(scheduler.model_outputs)], 1):
+        if data is not None:
+            scheduler.model_outputs[-place] = torch.from_numpy(data).double()
+    if (after := scheduler.sigmas[scheduler.step_index]) == 0:
+        return  # the end
+    sigma = scheduler.sigmas[scheduler.step_index - 1]
+    scheduler._step_index -= 1
+    found = scheduler.multistep_uni_p_bh_update(
+        model_output=None, sample=scheduler.last_sample, order=scheduler.this_order
+    )  # fmt: skip
+    scheduler._step_index += 1
+    ratio = after / sigma * ((1 + sigma**2) / (1 + after**2)) ** 0.5
+    scheduler.last_sample = scheduler.last_sample + (torch.from_numpy(x).double() - found) / ratio
 
 
 def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
@@ -160,7 +183,7 @@ def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
         theirs = wide * scheduler.init_noise_sigma
         size = np.abs(x)
     assert (np.abs(x - theirs.numpy()) <= level * size).all()
-    previous, data_before = None, np.zeros(noise.shape)
+    previous, data_before, data_older = None, np.zeros(noise.shape), np.zeros(noise.shape)
     for i, t in enumerate(scheduler.timesteps[begin:]):
         row = dict(zip(COLUMNS, table.table()[i].astype(np.float64), strict=True))
         same = torch.from_numpy(x).double()
@@ -174,6 +197,7 @@ def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
         if table.name in ("euler", "heun"):
             moved = abs(row["x_scale"] - 1) * size + abs(row["output_scale"]) * out
             moved = moved + abs(row["previous_scale"]) * data_before
+        added = added + abs(row["older_scale"]) * data_older
         x, previous = table.step(i, x, output.numpy(), previous)
         theirs = scheduler.step(output.double(), t, same).prev_sample
         # diffusers rounds the latent to float32 once a step, too
@@ -188,10 +212,14 @@ def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
                 there, clean = torch.from_numpy(x).double(), torch.from_numpy(previous).double()
                 scheduler.prev_derivative = (there - clean) / after
                 scheduler.sample = there - (after - sigma) * scheduler.prev_derivative
+        elif table.name == "unipc" and previous is not None:
+            kept = previous if isinstance(previous, tuple) else (previous,)
+            assert (np.abs(kept[0] - scheduler.model_outputs[-1].numpy()) <= 7 * U * data).all(), f"step {i}"
+            go_on_from(scheduler, x, kept)
         elif previous is not None:  # α of σ has 4 roundoffs, σ_t = σα one more, and so have product and sum
             assert (np.abs(previous - scheduler.model_outputs[-1].numpy()) <= 7 * U * data).all(), f"step {i}"
             scheduler.model_outputs[-1] = torch.from_numpy(previous).double()
-        data_before = data
+        data_before, data_older = data, data_before
     assert x.dtype == np.float32
 
 
@@ -251,6 +279,24 @@ def test_heun_equals_diffusers(config: dict[str, Any], steps: int, begin: int, s
     check("heun", HeunDiscreteScheduler(**theirs), config, steps, begin, seed)
 
 
+@settings(max_examples=80)
+@given(
+    config=configs(
+        solver_order=st.integers(1, 2), solver_type=st.sampled_from(["bh1", "bh2", "midpoint"]),
+        lower_order_final=st.booleans(), final_sigmas_type=st.sampled_from(["zero", "sigma_min"]),
+        disable_corrector=st.sampled_from([[], [0], [0, 2]]),
+        spacing=st.sampled_from([None, None, "use_karras_sigmas", "use_exponential_sigmas"]),
+    ),
+    steps=st.integers(4, 50), begin=st.integers(0, 49), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_unipc_equals_diffusers(config: dict[str, Any], steps: int, begin: int, seed: int) -> None:
+    if (own := config.pop("spacing")) is not None:
+        config[own] = True
+    if config["solver_type"] == "bh1" or not config["lower_order_final"]:
+        config["final_sigmas_type"] = "sigma_min"  # a last step to no noise is not finite in diffusers
+    check("unipc", UniPCMultistepScheduler(**config), config, steps, begin, seed)
+
+
 def check(name: str, scheduler: Any, config: dict[str, Any], steps: int, begin: int, seed: int) -> None:
     with_noise_levels(scheduler, config).set_timesteps(steps)
     table = make(name, config, steps)
@@ -267,6 +313,8 @@ MUTANTS: dict[str, dict[str, Any]] = {
     "dpm++ karras": {"solver_type": "midpoint", "final_sigmas_type": "zero", "use_karras_sigmas": True},
     "euler": {},
     "heun": {},
+    "unipc": {},
+    "unipc karras": {"use_karras_sigmas": True},
 }
 
 
@@ -301,7 +349,7 @@ def test_a_coefficient_that_is_off_by_a_thousandth_is_noticed(kind: str, predict
     a=st.floats(-20, 20),
     b=st.floats(-20, 20),
     steps=st.sampled_from([2, 4, 5, 8, 10, 20, 25, 40, 50]),
-    name=st.sampled_from(["ddim", "dpm++", "euler", "heun"]),
+    name=st.sampled_from(["ddim", "dpm++", "euler", "heun", "unipc"]),
 )
 def test_a_true_prediction_leads_to_the_picture_from_any_start(a: float, b: float, steps: int, name: str) -> None:
     """With the noise that was really added as output, every schedule lands on the clean latent.
@@ -367,7 +415,7 @@ def test_alphas_are_the_formulas_to_float32s_rounding(start: float, end: float, 
     assert np.median(bound) < 1e-3  # a wrong formula is off by far more
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun", "unipc"])
 def test_nulls_stand_for_defaults(name: str) -> None:
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
             "solver_order", "lambda_min_clipped", "trained_betas", "final_sigmas_type")  # fmt: skip
@@ -385,7 +433,7 @@ def test_trained_betas_are_taken_and_counted() -> None:
 
 
 @pytest.mark.parametrize("steps", [61, 103, 999, 1000])
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun", "unipc"])
 def test_trailing_has_as_many_steps_as_were_asked_for(name: str, steps: int) -> None:
     # 1000 / 61 leaves a rest of 1e-13 that diffusers makes a timestep of its own, -1
     table = make(name, {"timestep_spacing": "trailing"}, steps)
@@ -393,13 +441,13 @@ def test_trailing_has_as_many_steps_as_were_asked_for(name: str, steps: int) -> 
 
 
 def test_the_table_is_data_that_a_plain_loop_can_run() -> None:
-    """What a captured graph holds: six numbers a step, two latents and one network output."""
+    """What a captured graph holds: seven numbers a step, two latents and one network output."""
     table = make("dpm++", {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}, 12)
     rows = table.table()
     assert rows.dtype == np.float32 and rows.shape == (12, len(COLUMNS))
     x = other = np.random.default_rng(0).standard_normal((2, 4, 3, 3), np.float32)
     previous, held = np.zeros_like(x), None
-    for i, (into, a, b, c, p, q) in enumerate(rows):
+    for i, (into, a, b, c, p, q, _) in enumerate(rows):
         output = np.tanh(into * x)
         x, previous = a * x + b * output + c * previous, p * x + q * output
         other, held = table.step(i, other, np.tanh(table.scaled(i, other)), held)
@@ -408,7 +456,7 @@ def test_the_table_is_data_that_a_plain_loop_can_run() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun", "unipc"])
 def test_steps_out_of_range_are_refused_with_the_range(name: str, steps: int) -> None:
     with pytest.raises(InputError, match=f"steps is {steps}; it must be between 1 and 1000"):
         make(name, {"num_train_timesteps": 1000}, steps)
@@ -442,6 +490,10 @@ def test_timesteps_past_training_and_equal_noise_are_refused() -> None:
         ("dpm++", "algorithm_type", "dpmsolver", r"known: dpmsolver\+\+"),
         ("dpm++", "final_sigmas_type", "one", "zero, sigma_min"),
         ("dpm++", "use_flow_sigmas", True, "flow matching"),
+        ("unipc", "solver_order", 3, "known: 1, 2"),
+        ("unipc", "solver_type", "rk4", "bh1, bh2"),
+        ("unipc", "predict_x0", False, "known: True"),
+        ("unipc", "use_flow_sigmas", True, "flow matching"),
         ("euler", "timestep_spacing", "karras", "leading, trailing, linspace"),
         ("euler", "interpolation_type", "cubic", "linear, log_linear"),
         ("euler", "timestep_type", "integer", "discrete, continuous"),
@@ -469,11 +521,11 @@ def test_the_teachers_own_schedule_is_taken_where_it_is_one() -> None:
         assert resolve(None, {"_class_name": kind}) == resolve("teacher", {"_class_name": kind}) == name
         assert resolve(None, {"_class_name": kind}, distilled_steps=8) == "ddim"
     assert resolve(None, {"_class_name": "PNDMScheduler"}) == resolve(None, {}) == "ddim"
-    with pytest.raises(InputError, match=r"scheduler is PNDMScheduler; name one of: ddim, dpm\+\+, euler, heun"):
+    with pytest.raises(InputError, match=r"scheduler is PNDMScheduler; name one of: ddim, dpm\+\+, euler, heun, unipc"):
         resolve("teacher", {"_class_name": "PNDMScheduler"})
     with pytest.raises(InputError, match="is not recorded in this engine"):
         resolve("teacher", {})
-    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, heun, teacher"):
+    with pytest.raises(InputError, match=r"schedule is 'plms'; known: ddim, dpm\+\+, euler, heun, unipc, teacher"):
         resolve("plms", {})
 
 
@@ -482,6 +534,7 @@ KNOWN = {
     "DDIM": "ddim", "DDIMScheduler": "ddim", "Euler": "euler", "k_euler": "euler", "EulerDiscreteScheduler": "euler",
     "DPM++ 2M": "dpm++", "dpmpp_2m": "dpm++", "k_dpmpp_2m": "dpm++", "DPMSolverMultistepScheduler": "dpm++",
     "DPM++ 2M Karras": "dpm++:karras", "k_dpmpp_2m_ka": "dpm++:karras", "Euler Karras": "euler:karras",
+    "UniPC": "unipc", "uni_pc": "unipc", "UniPCMultistepScheduler": "unipc", "uni_pc_bh2 karras": "unipc:karras",
     "Heun": "heun", "heun": "heun", "HeunDiscreteScheduler": "heun", "Heun Exponential": "heun:exponential",
     "DPM++ 2M SGM Uniform": "dpm++:trailing", "dpmpp_2m sgm_uniform": "dpm++:trailing", "DDIM simple": "ddim:trailing",
     "dpm++:karras": "dpm++:karras", "euler:linspace": "euler:linspace", "teacher:karras": "euler:karras",
@@ -575,7 +628,7 @@ def test_a_registered_schedule_is_known_by_name_class_and_message() -> None:
         table = make("half", {}, 3)
         assert table.name == "half"  # whatever its function calls it: the parameters of images have the registered name
         assert table.step(0, 8.0, 1.0)[0] == 4.0
-        with pytest.raises(InputError, match=r"known: ddim, dpm\+\+, euler, heun, half, teacher"):
+        with pytest.raises(InputError, match=r"known: ddim, dpm\+\+, euler, heun, unipc, half, teacher"):
             resolve("plms", {})
         with pytest.raises(InputError, match="the schedule 'half' is registered already"):
             schedule("half", "")(lambda config, steps: table)

@@ -33,7 +33,7 @@ def device_loops(unet: TorchNetwork, vae: TorchNetwork, condition: TorchNetwork 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A plan with its table on the device: coefficients ``[steps, 6]`` and timesteps ``[steps]``."""
+    """A plan with its table on the device: coefficients ``[steps, 7]`` and timesteps ``[steps]``."""
 
     plan: Plan
     coefficients: Tensor
@@ -58,8 +58,8 @@ class TorchLane(Lane):
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         shape = (batch, int(vae.describe().inputs["latents"][1][1]), *size)
         with self._on_stream():
-            self._x, self._scratch, self._data, self._previous = (
-                torch.zeros(shape, device=self._device) for _ in range(4)
+            self._x, self._scratch, self._data, self._previous, self._older = (
+                torch.zeros(shape, device=self._device) for _ in range(5)
             )
             self._w = torch.zeros(batch, device=self._device)
             self._inputs: dict[str, Tensor] = {
@@ -97,7 +97,9 @@ class TorchLane(Lane):
 
     def step(self, prepared: _Prepared, i: int) -> None:
         with self._on_stream():
-            input_scale, x_scale, output_scale, previous_scale, data_x, data_output = prepared.coefficients[i]
+            (input_scale, x_scale, output_scale, previous_scale, data_x, data_output, older_scale) = (
+                prepared.coefficients[i]
+            )
             x, scratch = self._x, self._scratch
             shown = self._inputs["sample"].view(self._passes, *x.shape)
             shown.copy_(torch.mul(x, input_scale, out=scratch))
@@ -113,6 +115,10 @@ class TorchLane(Lane):
             if prepared.plan.table.multistep:
                 if i > 0:
                     x.add_(torch.mul(self._previous, previous_scale, out=scratch))
+                if prepared.plan.table.history == 2:
+                    if i > 1:
+                        x.add_(torch.mul(self._older, older_scale, out=scratch))
+                    self._older.copy_(self._previous)
                 self._previous.copy_(self._data)
 
     def end(self, prepared: _Prepared) -> None:

@@ -17,6 +17,7 @@ from .euler import euler
 from .heun import heun
 from .names import a1111_names, find, from_a1111
 from .spacing import SPACINGS
+from .unipc import unipc
 
 __all__ = [
     "COLUMNS",
@@ -41,6 +42,7 @@ __all__ = [
     "resolve",
     "schedule",
     "spaced_timesteps",
+    "unipc",
 ]
 
 #: the word for what the teacher's own config says

@@ -58,7 +58,8 @@ def dpm_solver(config: Config, steps: int) -> Schedule:
     if (order := config.get("solver_order", 2)) not in (1, 2):
         raise InputError(f"the scheduler config's solver_order is {order}; known: 1, 2")
     solver = SOLVER_TYPES[choice(config, "solver_type", "midpoint", tuple(SOLVER_TYPES))]
-    timesteps, sigmas = _levels(config, steps)
+    rounded = bool(config.get("use_karras_sigmas")) and config.get("beta_schedule") != "squaredcos_cap_v2"
+    timesteps, sigmas = levels(config, steps, "DPM-Solver++", rounded=rounded, clipped=_clipped(config))
     # every rounding as diffusers': λ is some units large, and its differences are what the coefficients are made of
     alpha = np.float32(1) / np.sqrt(np.square(sigmas) + np.float32(1))
     sigma = sigmas * alpha
@@ -99,32 +100,51 @@ def _first_order(config: Config, steps: int, order: int) -> np.ndarray:
     return first
 
 
-def _levels(config: Config, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps ``[N]`` int64 and noise levels ``[N + 1]`` float32."""
+def levels(
+    config: Config,
+    steps: int,
+    name: str,
+    *,
+    rounded: bool,
+    clipped: int = 0,
+    ends: tuple[float | None, ...] = (None, None),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps ``[steps]`` int64 and noise levels ``[steps + 1]`` float32 of a multistep method, the end's included.
+
+    Args:
+        name: of the method, for messages.
+        rounded: whether timesteps between whole ones are rounded; else they are cut.
+        clipped: how many of the last training timesteps are left out.
+        ends: highest and lowest noise level where they are spaced by themselves; None takes those of training.
+
+    Raises:
+        InputError: if an option of the config is unknown, or a timestep is past the last one of training.
+    """
     training = training_sigmas(config)
     n = training_steps(config)
-    last = n - _clipped(config, training)
+    last = n - clipped
     spacing = choice(config, "timestep_spacing", "linspace", SPACINGS)
     if spacing == "linspace":
         t = np.linspace(0, last - 1, steps + 1).round()[::-1][:-1]
     elif spacing == "leading":
         if steps >= last:
-            raise InputError(f"steps is {steps}; DPM-Solver++ with leading timesteps takes at most {last - 1}")
+            raise InputError(f"steps is {steps}; {name} with leading timesteps takes at most {last - 1}")
         t = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + config.get("steps_offset", 0)
     else:
         t = np.arange(last, 0, -n / steps).round()[:steps] - 1
-    sigmas = respaced(config, float(training[-1]), float(training[0]), steps)
+    highest, lowest = (float(own if end is None else end) for own, end in zip(training[[-1, 0]], ends, strict=True))
+    sigmas = respaced(config, highest, lowest, steps)
     if sigmas is None:
         t = within_training(config, t, steps)
         sigmas = np.interp(t, np.arange(n), training)
     else:
         t = timesteps_of(sigmas, training)
-        if config.get("use_karras_sigmas") and config.get("beta_schedule") != "squaredcos_cap_v2":
+        if rounded:
             t = t.round()
     return t.astype(np.int64), np.append(sigmas, final_sigma(config, training)).astype(np.float32)
 
 
-def _clipped(config: Config, training: np.ndarray) -> int:
+def _clipped(config: Config) -> int:
     """How many of the last timesteps have a λ below ``lambda_min_clipped``."""
     lowest = float(config.get("lambda_min_clipped", -np.inf))
-    return int(np.searchsorted(-np.log(training)[::-1], lowest))
+    return int(np.searchsorted(-np.log(training_sigmas(config))[::-1], lowest))

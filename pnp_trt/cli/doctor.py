@@ -27,7 +27,6 @@ import typer
 from packaging.requirements import Requirement
 
 from .. import backends
-from ..bundle.store import known_bundles
 from .console import stdout_console
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def _requirements() -> list[Requirement]:
 def _extras() -> dict[str, tuple[tuple[str, ...], ...]]:
     requirements = [each for each in _requirements() if each.name != "pnp-trt"]
     names = importlib.metadata.metadata("pnp-trt").get_all("Provides-Extra") if requirements else []
-    out = {}
+    out: dict[str, tuple[tuple[str, ...], ...]] = {}
     for extra in ("", *(names or [])):
         # a requirement of the base install holds for every extra too, and is listed once
         own = [r.name for r in requirements if (r.marker is None and not extra) or _asks(r, extra)]
@@ -84,7 +83,7 @@ def _asks(requirement: Requirement, extra: str) -> bool:
 
 #: Extra -> the packages that it adds, of pnp-trt's own metadata; "" is the base install.  An extra that the metadata of
 #: an older installation lacks adds none.
-EXTRAS = defaultdict(tuple, _extras())
+EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = defaultdict(tuple, _extras())
 _ENERGY = "bench, energy column"
 #: Command or option -> the extras that it needs, and what it is for.
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
@@ -299,7 +298,9 @@ def _with_engines(sample: Check, engines: Path) -> Check:
     """`sample` with the engines that are there; the bundled model's is assembled at the first call."""
     if sample.state != "ok":
         return sample
-    built = ", ".join(known_bundles(engines)) or "none yet, the first call assembles the bundled model's"
+    # `known_bundles` would load numpy
+    names = sorted(manifest.parent.name for manifest in engines.glob("*/manifest.json"))
+    built = ", ".join(names) or "none yet, the first call assembles the bundled model's"
     return replace(sample, detail=f"{sample.detail}: {built}")
 
 

@@ -116,13 +116,15 @@ async function one(method, body, card) {
 function remember(request, results) {
   const best = results[0], item = document.createElement('li'), button = document.createElement('button');
   const image = new Image(), words = document.createElement('span'), numbers = document.createElement('span');
+  const seed = document.createElement('span');
   image.src = best.source;
   image.alt = '';
   words.textContent = request.prompt;
-  numbers.textContent = `w ${request.w}, ${request.steps} steps, seed ${request.seed}`;
+  numbers.textContent = `w ${request.w}, ${request.steps} steps`;
+  seed.textContent = `seed ${request.seed}`;
   button.type = 'button';
   button.title = `${request.prompt}: use these settings again`;
-  button.append(image, words, numbers);
+  button.append(image, words, numbers, seed);
   button.addEventListener('click', () => {
     for (const name of ['prompt', 'w', 'steps', 'seed', 'negative', 'engine', 'schedule']) fields[name].value = request[name];
     showValues();

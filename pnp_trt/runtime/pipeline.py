@@ -430,14 +430,19 @@ class Pipeline:
 
         Args:
             slots: rows of a call, at most; fewer where the engine was built for fewer.
-            buckets: batches that calls are padded to; None takes any that the engine was built for.
+            buckets: batches that calls are padded to; None takes those that the runtime keeps ready
+                (``Network.batches``) of those that the engine was built for.
 
         Raises:
             InputError: for a number of slots below 1, or batches that the engine was not built for.
         """
         legal = [b for b in range(1, self.largest_batch() + 1) if self._holds_batch(b)]
-        slots = min(slots, self.largest_batch())
-        chosen = [b for b in legal if b <= slots] if buckets is None else list(buckets)
+        slots = max((b for b in legal if b <= slots), default=slots)
+        if buckets is None:
+            ready = self._unet.batches(slots) if slots > 0 else ()
+            chosen = [b for b in ready if b in legal] or legal[:1]
+        else:
+            chosen = list(buckets)
         if wrong := [b for b in chosen if b not in legal]:
             raise InputError(
                 f"a bucket is {wrong[0]}; engine '{self.name}' takes batches of {', '.join(map(str, legal))}"

@@ -63,6 +63,13 @@ class Network(ABC):
             InputError: if the network was not made for this batch or size; the message has the legal ones.
         """
 
+    def batches(self, most: int) -> tuple[int, ...]:
+        """Batches up to ``most`` that a caller should keep to whose batch changes from call to call.
+
+        All of them, where a network is as ready for one as for another.
+        """
+        return tuple(range(1, most + 1))
+
     def facts(self) -> dict[str, int]:
         """The runtime's figures of the compiled network: ``layers``, ``reformats`` (layers that only change a tensor's
         layout or type) and ``device_memory_bytes`` (working memory without weights); unreported ones are missing.

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pnp_trt.backends.onnxruntime.backend import OrtNetwork
 from pnp_trt.errors import Cancelled, InputError, PnpError
 from pnp_trt.runtime.pipeline import Pipeline, Prepared
 from pnp_trt.sampling.loop import HostLoop
@@ -340,3 +341,31 @@ def test_buckets_are_batches_of_the_engine(guided: Pipeline) -> None:
     assert guided.step_loop(3).buckets == (1, 2, 3) and guided.step_loop(99).slots == guided.max_batch
     with pytest.raises(InputError, match="a bucket is 64"):
         guided.step_loop(4, (1, 64))
+
+
+@pytest.mark.parametrize(
+    ("kept", "slots", "buckets"),
+    [(8, 8, tuple(range(1, 9))), (4, 8, (1, 2, 4, 8)), (4, 16, (2, 4, 8, 16)), (3, 5, (2, 3, 5))],
+)
+def test_buckets_are_as_many_as_sessions_are_kept(kept: int, slots: int, buckets: tuple[int, ...]) -> None:
+    network = OrtNetwork(Path("none.onnx"), "cpu", 1)
+    network.sessions_kept = kept
+    assert network.batches(slots) == buckets
+
+
+def test_a_batch_that_changes_makes_no_session_anew(guided: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    network = guided._unet
+    assert isinstance(network, OrtNetwork)
+    monkeypatch.setattr(network, "sessions_kept", 3)
+    monkeypatch.setattr(network, "_sessions", {})
+    drop = network._drop_oldest
+    monkeypatch.setattr(network, "_drop_oldest", lambda: (made.append(1), drop()))
+    loop = guided.step_loop(8)
+    assert loop.buckets == (2, 4, 8)
+    for seed in range(9):
+        prepared = guided.prepare("a cat", steps=1 + seed % 4, seed=seed)
+        loop.submit(lambda p=prepared: guided.run(p, 0), len(prepared.table))  # type: ignore[misc]
+        loop.step()
+    finish(loop)
+    assert len(made) <= 3 and loop.calls > 9

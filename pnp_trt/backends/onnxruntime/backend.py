@@ -226,6 +226,12 @@ class OrtNetwork(Network):
             self._sessions[key] = found = self._sessions.pop(key)  # the last to go
             return found
 
+    def batches(self, most: int) -> tuple[int, ...]:
+        """As many as there are sessions kept, ``most`` halved again and again: making one costs more than padding."""
+        if most <= self.sessions_kept:
+            return super().batches(most)
+        return tuple(sorted({-(-most // 2**k) for k in range(self.sessions_kept)}))
+
     def _check_cuda(self, session: Any) -> None:
         """Refuse a session that fell back to the CPU, and tell of nodes that did.
 

@@ -1,0 +1,93 @@
+"""What sessions of several batches cost on ONNX Runtime's CPU provider, and what sharing their weights would save.
+
+A server's batch changes from call to call, and each batch has a session of its own. For batches 1 … 8 of one U-Net in
+one process each: resident memory after each session, CPU seconds to make it, and of one call, with
+
+- `own`: weights that each session loads;
+- `shared`: one copy given to all (`SessionOptions.add_initializer`);
+- `shared, not packed`: the same, and no kernel makes a packed copy of them.
+
+    python -m benchmarks.serving_sessions       # two minutes on one core
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from pnp_trt.bundle.provenance import provenance
+from pnp_trt.bundle.store import open_bundle, write_json
+
+RESULTS = Path(__file__).parent / "results"
+MODES = ("own", "shared", "shared, not packed")
+BATCHES = 8
+#: one mode in a process of its own
+PROGRAM = """
+import gc, json, sys, time
+from pathlib import Path
+import numpy as np, onnx, onnxruntime as ort, psutil
+from onnx import external_data_helper, numpy_helper
+graph, mode, most = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+shared = {}
+if mode != "own":
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        if external_data_helper.uses_external_data(tensor):
+            shared[tensor.name] = ort.OrtValue.ortvalue_from_numpy(numpy_helper.to_array(tensor, str(graph.parent)))
+gc.collect()
+process, kept, seen = psutil.Process(), [], []
+base = process.memory_info().rss
+for batch in range(1, most + 1):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    options.add_free_dimension_override_by_name("batch", batch)
+    if mode.endswith("not packed"):
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    for name, value in shared.items():
+        options.add_initializer(name, value)
+    started = time.process_time()
+    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    made = time.process_time() - started
+    kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+    feed = {i.name: np.ones([d if isinstance(d, int) else batch for d in i.shape], kinds[i.type])
+            for i in session.get_inputs()}
+    calls = []
+    for _ in range(4):
+        started = time.process_time()
+        session.run(None, feed)
+        calls.append(time.process_time() - started)
+    kept.append(session)
+    seen.append({"batch": batch, "resident_bytes": process.memory_info().rss - base, "made_s": made,
+                 "call_s": sorted(calls[1:])[1]})
+print(json.dumps(seen))
+"""
+
+
+def main() -> None:
+    """Measure, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", default="emoji-tiny")
+    parser.add_argument("--out", type=Path, default=RESULTS / "serving-sessions-emoji.json")
+    given = parser.parse_args()
+    graph = open_bundle(given.engine).file("unet")
+    found = {}
+    for mode in MODES:
+        command = [sys.executable, "-c", PROGRAM, str(graph), mode, str(BATCHES)]
+        found[mode] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        print(mode, [round(each["resident_bytes"] / 2**20) for each in found[mode]], "MiB", flush=True)
+    write_json(
+        given.out,
+        {
+            "schema": "pnp-trt/serving-sessions/1",
+            "provenance": provenance(["python", "-m", "benchmarks.serving_sessions", *sys.argv[1:]]),
+            "engine": given.engine,
+            "weight_bytes": sum(p.stat().st_size for p in graph.parent.glob(graph.name + "*")),
+            "modes": found,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

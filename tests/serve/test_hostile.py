@@ -1,0 +1,110 @@
+"""A server among hostile clients: nothing that they do keeps it from the others, and nothing stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from pnp_trt.runtime.pipeline import Pipeline
+
+from .conftest import Running, serving
+from .test_http import pixels
+
+PATH = "/v1/images/generations"
+GOOD = {"prompt": "a red apple", "num_inference_steps": 2, "seed": 3}
+#: bodies that are wrong in one way each
+WRONG: list[bytes] = [
+    b"", b"{", b"null", b"[]", b'"a"', b"\xff\xfe", b'{"prompt": 5}', b'{"prompt": "a", "n": 0}', b"[" * 5000,
+    b'{"prompt": "a", "n": 1e99}', b'{"prompt": "a", "seed": "x"}', b'{"prompt": "a", "guidance_scale": NaN}',
+    b'{"prompt": "a", "num_inference_steps": 1' + b"0" * 5000 + b"}", b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a", "size": "-1x-1"}', b'{"prompt": "a", "size": "99999x99999"}',
+    b'{"prompt": "a", "method": "__init__"}',
+    json.dumps({"prompt": "x" * 200_000}).encode(), json.dumps({"prompt": "a", "strength": 0.5}).encode(),
+]  # fmt: skip
+
+
+def raw(port: int, data: bytes, wait: float = 0) -> bytes:
+    """What a server answers to bytes, after a while; the connection is then dropped."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection, contextlib.suppress(OSError):
+        connection.sendall(data)
+        time.sleep(wait)
+        connection.setblocking(False)
+        return connection.recv(1 << 16)
+    return b""
+
+
+def request(body: bytes, length: int | None = None) -> bytes:
+    """A POST of OpenAI's interface."""
+    head = f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body
+
+
+def hostile(server: Running, kind: int, draw: random.Random) -> None:
+    """One client of a kind."""
+    slow = json.dumps(GOOD | {"num_inference_steps": 500}).encode()
+    if kind == 0:
+        answer = httpx.post(server.url + PATH, content=draw.choice(WRONG), headers={"Content-Type": "application/json"})
+        assert 400 <= answer.status_code < 500, answer.text
+        assert "\n" not in answer.json()["error"]["message"]
+    elif kind == 1:  # asks for a long image and goes
+        raw(server.port, request(slow), 0.01)
+    elif kind == 2:  # promises more than it sends
+        raw(server.port, request(b'{"prompt": "a', 5000), 0.01)
+    elif kind == 3:  # no HTTP at all
+        raw(server.port, draw.randbytes(300))
+    elif kind == 4:  # a header without end
+        raw(server.port, b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000, 0.01)
+    elif kind == 5:  # cancels what it asked for, by its own id
+        name = f"hostile-{draw.randrange(10**9)}"
+        body = json.loads(slow) | {"request_id": name}
+        sent = threading.Thread(target=lambda: httpx.post(server.url + PATH, json=body, timeout=60))
+        sent.start()
+        while sent.is_alive():
+            httpx.delete(f"{server.url}/v1/jobs/{name}")
+        sent.join()
+    else:  # names a length that it does not send
+        raw(server.port, request(b"{}", 10**12))
+
+
+def test_hostile_clients_do_not_keep_the_others_from_their_images(pipelines: dict[str, Pipeline]) -> None:
+    draw, seen, wrong = random.Random(5), Counter[int](), []
+    (alone,) = pipelines["guided"]("a red apple", steps=2, seed=3)
+    with serving({"guided": pipelines["guided"]}, body_seconds=1.0) as server:
+        over = threading.Event()
+
+        def good() -> None:
+            with httpx.Client(timeout=60) as client:
+                while not over.is_set():
+                    answer = client.post(server.url + PATH, json=GOOD)
+                    seen[answer.status_code] += 1
+                    if answer.status_code == 200:
+                        found: Any = answer.json()["data"][0]["b64_json"]
+                        wrong.extend([] if np.array_equal(pixels(found), alone.pixels) else [found])
+                    time.sleep(0.01)
+
+        client = threading.Thread(target=good)
+        client.start()
+        for i in range(70):
+            hostile(server, i % 7, draw)
+            if i == 20:
+                gc.collect()
+                before = psutil.Process().memory_info().rss
+        over.set()
+        client.join(60)
+        server.wait_for(0)
+        engine = server.engines["guided"]
+        assert engine.images == 0 and engine.alive and httpx.get(f"{server.url}/readyz").status_code == 200
+        gc.collect()
+        assert psutil.Process().memory_info().rss - before < 64 << 20
+    assert not wrong and set(seen) <= {200, 429} and seen[200] >= 3, seen

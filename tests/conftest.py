@@ -169,12 +169,12 @@ def micro_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def micro_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A micro SDXL: two text encoders, pooled text and sizes; do not write into it."""
+    """A micro SDXL: two text encoders, the second with pad ``!``, pooled text and sizes; do not write into it."""
     exports.share(partial(once, tmp_path_factory))
     return once(tmp_path_factory, "sdxl/micro-sdxl", make_micro_sdxl)
 
 
-def make_micro_sdxl(folder: Path) -> None:
+def make_micro_sdxl(folder: Path, seed: int = 3) -> None:
     """Save it."""
     import torch
     from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -182,25 +182,37 @@ def make_micro_sdxl(folder: Path) -> None:
 
     from pnp_trt.assets import ROOT
 
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24,
     )  # fmt: skip
-    text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2,
-        num_attention_heads=2, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
+    first, second = (
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=width, intermediate_size=32, projection_dim=24, num_hidden_layers=2,
+            num_attention_heads=2, bos_token_id=49406, eos_token_id=49407, pad_token_id=pad, hidden_act=activation,
+        )
+        for width, pad, activation in ((12, 49407, "quick_gelu"), (20, 0, "gelu"))
     )  # fmt: skip
+    text, text_2 = CLIPTextModel(first), CLIPTextModelWithProjection(second)
+    with torch.no_grad():  # initialised as CLIP is, prompts of an untrained one hardly differ
+        text.get_input_embeddings().weight.normal_(std=1.0)
+        text_2.get_input_embeddings().weight.normal_(std=1.0)
     vae = AutoencoderTiny(
         latent_channels=4, encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
         num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
     )  # fmt: skip
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "emoji" / "tokenizer")
+    with torch.no_grad():  # pixels in the middle of their range, which are not clipped
+        vae.decoder.layers[-1].weight.mul_(4)
+        vae.decoder.layers[-1].bias.fill_(0.5)
+    tokenizer, tokenizer_2 = (
+        CLIPTokenizer.from_pretrained(ROOT / "emoji" / "tokenizer", **pad) for pad in ({}, {"pad_token": "!"})
+    )
     pipeline = StableDiffusionXLPipeline(
-        unet=unet, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), vae=vae,
-        tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=DDIMScheduler.from_pretrained(ROOT / "emoji/scheduler"),
+        unet=unet, text_encoder=text, text_encoder_2=text_2, vae=vae,
+        tokenizer=tokenizer, tokenizer_2=tokenizer_2, scheduler=DDIMScheduler.from_pretrained(ROOT / "emoji/scheduler"),
     )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
 

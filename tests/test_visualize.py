@@ -15,6 +15,7 @@ from PIL import Image
 
 from pnp_trt.models.bases import resolve
 from pnp_trt.models.conditioning import encode_prompts
+from pnp_trt.models.families.sdxl.base import TEXT_ENCODERS
 from pnp_trt.models.guides import FullGuide, GuideInput, TinyGuide
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student, encode
@@ -223,7 +224,7 @@ def test_sdxl_conditions_v_prediction_and_a_full_guide_with_negative_prompts(mic
         scheduler_config=lambda: micro.scheduler_config() | {"prediction_type": "v_prediction"},
         text_encoders=lambda: [(micro.tokenizer(), micro.text_encoder()), (micro.tokenizer(), second)],
         zero_empty_prompt=lambda: True, config=lambda _: dict(unet.config), vae=micro.vae,
-        side=lambda: unet.config.sample_size,
+        side=lambda: unet.config.sample_size, sizes=micro.sizes, text_specs=TEXT_ENCODERS,
     )  # fmt: skip
     guide = FullGuide.from_unet(unet, negative_prompts=True).eval()
     with torch.no_grad():

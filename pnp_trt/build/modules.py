@@ -6,14 +6,14 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle.golden_file import difference
+from ..bundle.golden_file import Outputs, difference
 from ..bundle.store import write_json
 from ..graph.weights import WeightMap
 from ..models.rebuild import describe
+from ..precision.recipes import as_arrays
 from ..precision.wide_products import emulated, wide_products
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor, nn
 
 
@@ -52,7 +52,7 @@ def save(module: nn.Module, path: Path) -> WeightMap:
     return out
 
 
-def relative_error(module: nn.Module, inputs: dict[str, Tensor], reference: np.ndarray) -> float:
+def relative_error(module: nn.Module, inputs: dict[str, Tensor], reference: Outputs) -> float:
     """‖out − reference‖ / ‖reference‖ of a module in its own precision; NaN when either is not finite.
 
     Measured on the GPU where there is one with enough memory, as that is what serves it, and without TensorFloat-32;
@@ -70,10 +70,10 @@ def relative_error(module: nn.Module, inputs: dict[str, Tensor], reference: np.n
         except torch.OutOfMemoryError:
             pass  # the CPU has more
     with torch.no_grad(), wide_products() if emulated(module) else contextlib.nullcontext():
-        return difference(module(**inputs).float().numpy(), reference)
+        return difference(as_arrays(module(**inputs)), reference)
 
 
-def _on_gpu(module: nn.Module, inputs: dict[str, Tensor]) -> np.ndarray:
+def _on_gpu(module: nn.Module, inputs: dict[str, Tensor]) -> Outputs:
     import torch
 
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -81,8 +81,7 @@ def _on_gpu(module: nn.Module, inputs: dict[str, Tensor]) -> np.ndarray:
     try:
         with torch.no_grad():
             module.to(_GPU)
-            out: np.ndarray = module(**{k: v.to(_GPU) for k, v in inputs.items()}).float().cpu().numpy()
-            return out
+            return as_arrays(module(**{k: v.to(_GPU) for k, v in inputs.items()}))
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
         module.to("cpu")

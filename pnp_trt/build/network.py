@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,22 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import Backend, Size
+from ..bundle.golden_file import Golden, as_tuple
 from ..bundle.manifest import NetworkParity, NetworkRecord, QuantisedRecord
 from ..errors import PnpError
+from ..models.specs import NetworkSpec
 from ..precision.int8.record import Record
-from ..precision.recipes import FP32, Recipe
+from ..precision.recipes import BF16, FP32, Recipe
 from .sizes import SizePlan
 
 if TYPE_CHECKING:
     from ..graph.weights import WeightMap
-
-OUTPUTS = {
-    "condition": "condition",
-    "unet": "prediction",
-    "text_encoder": "last_hidden_state",
-    "vae_decoder": "sample",
-    "vae_encoder": "latents",
-}
 
 
 @dataclass
@@ -45,35 +38,36 @@ class NetworkExport:
     record: Record | None = None
 
     def write(
-        self, name: str, make: Callable[[], Any], cases: dict[Size, dict[str, Any]], work: Path
-    ) -> tuple[NetworkRecord, dict[str, tuple[dict[str, Any], Any]], dict[str, Any]]:
+        self, name: str, spec: NetworkSpec, cases: dict[Size, dict[str, Any]], work: Path
+    ) -> tuple[NetworkRecord, Golden, dict[str, Any]]:
         """One network written: its record, not compiled yet, its golden inputs and outputs, and its weights' map."""
         from ..graph.weights import check_complete
-        from ..precision.recipes import reference
+        from ..precision.recipes import as_arrays, reference
         from . import modules
         from .onnx_export import export
         from .parity import LARGE, relative_error
 
         path = work / f"{name}.onnx"
-        module = make()
+        module = spec.module()
         rows = 1 if sum(p.numel() for p in module.parameters()) > LARGE else 2
         inputs = next(iter(cases.values()))
-        if name == "text_encoder":
-            cases = {self.plan.default: inputs}  # prompts have no size
+        if not spec.sized:
+            cases = {self.plan.default: inputs}
         compared = {size: {k: v[:rows] for k, v in case.items()} for size, case in cases.items()}
-        wanted = {size: reference(module, case).numpy() for size, case in compared.items()}
-        traced = {k: self.plan.traced(v) for k, v in inputs.items()}
+        wanted = {size: as_arrays(reference(module, case)) for size, case in compared.items()}
         recipes = self._recipes(name)
+        hard = self._hard_case(spec, module, next(iter(compared.values())), recipes[0])
+        traced = {k: self.plan.traced(v) for k, v in inputs.items()}
         tried: list[str] = []
         for recipe in recipes:
-            module = make() if module is None else module
+            module = spec.module() if module is None else module
             quantised = None
             if self.backend.takes_modules:
                 path = work / f"{name}.json"
                 weights = modules.save(recipe.convert(module), path)
                 measure = partial(modules.relative_error, module)
             else:
-                weights = export(recipe.convert(module), traced, OUTPUTS[name], path, self.plan.open_axes)
+                weights = export(recipe.convert(module), traced, spec.outputs, path, self.plan.open_axes)
                 module = None  # rounded in place, and large
                 gc.collect()
                 quantised = self._quantize(recipe, path, weights)
@@ -82,15 +76,16 @@ class NetworkExport:
                 check_complete(path, weights)
                 measure = partial(relative_error, path)
             errors = {f"{h}x{w}": measure(compared[h, w], wanted[h, w]) for h, w in cases}
-            error = float(np.max(list(errors.values())))  # NaN if any is
+            found = [*errors.values(), *(measure(*case) for case in hard if recipe.dtype != FP32.dtype)]
+            error = float(np.max(found))  # NaN if any is
             module = None
             if error <= recipe.limit:  # also refuses NaN
                 break
             tried.append(f"{error:.2e} in {recipe.name}, where {recipe.limit:.0e} is allowed")
         else:
-            found = _what_is_off(path, next(iter(compared.values())), recipe.limit)
+            off = _what_is_off(path, next(iter(compared.values())), recipe.limit)
             raise PnpError(
-                f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); {found}"
+                f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); {off}"
                 "nothing was written; choose another --precision, or report it"
             )
         record = NetworkRecord(
@@ -99,7 +94,10 @@ class NetworkExport:
             inputs={
                 n: (str(v.dtype).removeprefix("torch."), tuple(self.plan.named(v.shape))) for n, v in inputs.items()
             },
-            outputs={OUTPUTS[name]: ("float32", tuple(self.plan.named(wanted[self.plan.default].shape)))},
+            outputs={
+                n: ("float32", tuple(self.plan.named(v.shape)))
+                for n, v in zip(spec.outputs, as_tuple(wanted[self.plan.default]), strict=True)
+            },
             parity=NetworkParity(error, recipe.limit, rows, errors if len(errors) > 1 else {}),
             fallback=f"off by {tried[0]}" if tried else None,
             quantised=None if quantised is None else self._quantised_record(recipe, weights),
@@ -116,7 +114,23 @@ class NetworkExport:
     def _recipes(self, name: str) -> list[Recipe]:
         """What a network is exported in, and what is tried when that is too far off."""
         first = self.recipe.of_network(name)
-        return [first, *([FP32] if name in first.fallback else [])]
+        if name not in first.fallback:
+            return [first]
+        # bfloat16 has the range of float32
+        between = [BF16] if first.dtype == "float16" and BF16.elements <= self.backend.elements else []
+        return [first, *between, FP32]
+
+    def _hard_case(
+        self, spec: NetworkSpec, module: Any, inputs: dict[str, Any], recipe: Recipe
+    ) -> list[tuple[dict[str, Any], Any]]:
+        """Inputs of realistic scale with PyTorch's outputs, for half precision; none where nothing can overflow."""
+        from ..precision.recipes import as_arrays, reference
+        from .parity import latents_of_images
+
+        if not spec.decodes or recipe.dtype == FP32.dtype:
+            return []
+        made = {**inputs, "latents": latents_of_images(module.vae, inputs["latents"], self.plan.factor)}
+        return [(made, as_arrays(reference(module, made)))]
 
     def _quantize(self, recipe: Recipe, path: Path, weights: WeightMap) -> WeightMap | None:
         """Apply the recipe's graph pass; the new map, or None where the recipe has none."""

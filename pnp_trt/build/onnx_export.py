@@ -20,7 +20,11 @@ OPSET = 23
 
 
 def export(
-    module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, open_axes: Sequence[OpenAxis] = ()
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    outputs: str | Sequence[str],
+    path: Path,
+    open_axes: Sequence[OpenAxis] = (),
 ) -> WeightMap:
     """Write ``path`` and ``path.data``; the first dimension of every input becomes the dynamic ``batch``.
 
@@ -28,7 +32,7 @@ def export(
 
     Args:
         inputs: example tensors by the names of ``module.forward``'s arguments; batch at least 2.
-        output: name of the single output.
+        outputs: names of the outputs, or that of the only one.
         open_axes: what else stays dynamic in every input of four dimensions, by its name; the example's sizes are
             legal, and more than one step.
 
@@ -40,10 +44,11 @@ def export(
     units = {a: torch.export.Dim(f"{a.name}_steps" if a.step > 1 else a.name, min=a.low, max=a.high) for a in open_axes}
     sized = {a.axis: a.step * unit if a.step > 1 else unit for a, unit in units.items()}
     shapes = {name: {0: batch} | (sized if x.ndim == 4 else {}) for name, x in inputs.items()}
+    names = [outputs] if isinstance(outputs, str) else list(outputs)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
-            input_names=list(inputs), output_names=[output], verbose=False, optimize=False,
+            input_names=list(inputs), output_names=names, verbose=False, optimize=False,
         )  # fmt: skip
         assert program is not None
         hidden = hide(program.model.graph, {name for name, _ in module.named_parameters()})

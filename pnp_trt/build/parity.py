@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bundle.golden_file import difference
+from ..bundle.golden_file import Outputs, difference
+
+if TYPE_CHECKING:
+    from ..models.teacher import BaseModel
 
 #: above this many weights one golden row is compared instead of two: attention on the CPU needs memory by the row
 LARGE = 200_000_000
 
 
 def golden_inputs(
+    base: BaseModel,
     sample: tuple[int, int, int],
+    size: tuple[int, int],
     tokens: int,
-    width: int,
-    vocabulary: int,
+    *,
     guided: bool,
     negative: bool = False,
-    pixels: tuple[int, int] | None = None,
+    image_to_image: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Seeded torch inputs per network, batch 2, with different timesteps and scales in the batch.
 
     Args:
-        pixels: height and width of the images that a VAE encoder takes; None where there is none.
+        base: whose networks they are for.
+        sample: shape of a latent, ``(C, H, W)``.
+        size: height and width of the image in pixels.
+        tokens: of a prompt.
+        guided: whether a guide is fused, which reads w.
+        negative: whether the guide reads negative prompts.
+        image_to_image: whether there is a VAE encoder.
     """
     import torch
 
     g = torch.Generator().manual_seed(20240)
+    width = base.sizes().text_width
+    first, *others = base.text_specs
     unet = {
         "sample": torch.randn(2, *sample, generator=g),
         "timestep": torch.tensor([801, 41]),
@@ -39,20 +52,63 @@ def golden_inputs(
         unet["guidance"] = torch.tensor([2.0, 7.5])
     found = {
         "unet": unet,
-        "text_encoder": {"input_ids": torch.randint(0, vocabulary, (2, tokens), generator=g)},
+        first.name: {"input_ids": torch.randint(0, base.sizes().vocabulary, (2, tokens), generator=g)},
         "vae_decoder": {"latents": torch.randn(2, *sample, generator=g)},
     }
     if guided:
         found["condition"] = {"guidance": unet["guidance"]}
     if negative:
         unet["negative"] = torch.randn(2, tokens, width, generator=g)
-    if pixels is not None:
-        found["vae_encoder"] = {"pixels": torch.rand(2, 3, *pixels, generator=g) * 2 - 1}
+    if image_to_image:
+        found["vae_encoder"] = {"pixels": torch.rand(2, 3, *size, generator=g) * 2 - 1}
+    for spec in others:
+        config = base.config(spec.name)
+        ids = torch.randint(0, int(config["vocab_size"]), (2, tokens), generator=g)
+        ids[:, tokens // 2] = _end_of_text(config)  # where the projected text is read
+        found[spec.name] = {"input_ids": ids}
+    unet |= base.golden_added(g, 2, size)
     return found
 
 
-def relative_error(path: Path, inputs: dict[str, Any], reference: np.ndarray) -> float:
+#: side in latents of the images that are encoded; larger latents are tiled with them
+_TILE = 16
+
+
+def latents_of_images(vae: Any, like: Any, factor: int) -> Any:
+    """What an autoencoder's own encoder makes of images, in the shape of the latents ``like [B, C, H, W]``.
+
+    Noise of unit variance has no large areas of one colour, in which a decoder's activations are largest.  The images
+    are a gradient between saturated colours and a black and white chequerboard, in turn.
+
+    Args:
+        factor: image pixels to a latent's.
+    """
+    import torch
+
+    from ..models.wrappers import VaeEncoder
+    from ..precision.recipes import reference
+
+    side = _TILE * factor
+    ramp = torch.linspace(-1, 1, side)
+    gradient = torch.stack([ramp.expand(side, side), ramp.flip(0).expand(side, side).T, -torch.ones(side, side)])
+    half = torch.arange(side) // max(1, side // 2) % 2
+    board = (2.0 * (half[:, None] ^ half[None]) - 1).expand(3, side, side)
+    encoded = torch.cat([reference(VaeEncoder(vae), {"pixels": one[None]}) for one in (gradient, board)])
+    height, width = like.shape[-2:]
+    tiled = encoded.repeat(1, 1, -(-height // _TILE), -(-width // _TILE))[..., :height, :width]
+    return tiled[torch.arange(len(like)) % 2]
+
+
+def _end_of_text(config: Mapping[str, Any]) -> int:
+    """The token at which a text encoder reads a whole prompt: the largest one where the config says 2."""
+    end = int(config.get("eos_token_id", 2))
+    return int(config["vocab_size"]) - 1 if end == 2 else end  # transformers takes 2 for the largest token
+
+
+def relative_error(path: Path, inputs: dict[str, Any], reference: Outputs) -> float:
     """‖out − reference‖ / ‖reference‖ of ONNX Runtime (CPU) on ``path``; NaN when either is not finite.
+
+    The largest of them where the network has several outputs.
 
     A graph in half precision is run with every result rounded to its type.  Left alone, ONNX Runtime's CPU provider
     computes it in float32 from end to end and shows none of the error; it has no bfloat16 kernels at all.
@@ -63,7 +119,7 @@ def relative_error(path: Path, inputs: dict[str, Any], reference: np.ndarray) ->
         if stepwise is None:
             from ..backends.onnxruntime.backend import OrtNetwork
 
-            out = OrtNetwork(path, "cpu")(**arrays)
+            out = OrtNetwork(path, "cpu").outputs(**arrays)
         else:
             out = run_as_written(stepwise, arrays)
     finally:
@@ -72,7 +128,8 @@ def relative_error(path: Path, inputs: dict[str, Any], reference: np.ndarray) ->
     return difference(out, reference)
 
 
-def run_as_written(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def run_as_written(path: Path, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """A graph's outputs, its nodes run one by one as they are."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -80,8 +137,7 @@ def run_as_written(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     # no folding: it would widen all weights at once and keep them
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    out: np.ndarray = session.run(None, inputs)[0]
-    return out
+    return tuple(session.run(None, inputs))
 
 
 def rounded_at_every_node(path: Path) -> Path | None:

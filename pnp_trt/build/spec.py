@@ -37,6 +37,7 @@ class BuildSpec:
         image_to_image: whether the bundle gets the VAE's encoder too, for images to begin with.
         unet_only: of a base that is a single file, take the U-Net alone.
         noise: what the user states about the base's prediction type and terminal SNR.
+        vae: folder or file of an autoencoder in the place of the base's; None keeps its own.
     """
 
     base: str = "emoji"
@@ -51,6 +52,7 @@ class BuildSpec:
     image_to_image: bool = False
     unet_only: bool = False
     noise: Noise = field(default_factory=Noise)
+    vae: Path | None = None
 
     def base_model(self) -> BaseModel:
         """The base, its parts checked; no weights are read.
@@ -59,14 +61,19 @@ class BuildSpec:
             InputError: if there is none, or a part of a single file would not be used.
         """
         from ..models.bases import resolve
+        from ..models.other_vae import OtherVae
         from ..models.single_base import SingleFileBase
 
         base = resolve(self.base)
         if isinstance(base, SingleFileBase):
             base.unet_only = self.unet_only
             base.check_parts()
+            base.check_noise(self.noise)
         elif self.unet_only:
             raise InputError(f"--unet-only is for a base that is a single .safetensors file, not {self.base}")
+        if self.vae is not None:
+            base.other_vae = OtherVae.find(self.vae)
+        base.check_configs()
         return base
 
     def folder(self) -> Path:
@@ -102,6 +109,7 @@ class BuildSpec:
         words += ["--image-to-image"] if self.image_to_image else []
         words += ["--unet-only"] if self.unet_only else []
         words += self.noise.arguments()
+        words += ["--vae", str(self.vae)] if self.vae is not None else []
         return shlex.join([*words, "--out", str(self.folder())])
 
 

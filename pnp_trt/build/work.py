@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
 from ..bundle import memory
-from ..bundle.manifest import Base, Compiled, Given, Guide, ImageSize, Latents, Manifest, NetworkRecord, Tokens
+from ..bundle.golden_file import Golden
+from ..bundle.manifest import (
+    Base,
+    Compiled,
+    FurtherText,
+    Given,
+    Guide,
+    ImageSize,
+    Latents,
+    Manifest,
+    NetworkRecord,
+    Tokens,
+    tokenizer_file,
+)
 from ..bundle.parts import Parts, RunResult, assemble
 from ..bundle.profiles import once_and_twice
 from ..bundle.store import list_files, whole_folder, write_json, write_manifest
 from ..io.replacing import check_removable_bundle
 from ..models.identity import guide_name
+from ..models.specs import TITLES, NetworkSpec
 from ..precision.int8.record import Record
 from ..precision.recipes import Recipe
 from ..version import __version__
@@ -28,13 +43,6 @@ from .spec import BuildSpec
 
 #: distributions that a manifest remembers, for the reader alone
 _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
-TITLES = {
-    "condition": "guide's condition",
-    "unet": "U-Net",
-    "text_encoder": "text encoder",
-    "vae_decoder": "VAE decoder",
-    "vae_encoder": "VAE encoder",
-}
 
 
 @dataclass
@@ -62,31 +70,34 @@ class Work:
         from .parity import golden_inputs
 
         started = time.monotonic()
-        modules = self._modules()
+        modules = self._networks
         export = NetworkExport(self.backend, self.recipe, self.plan, self.record)
         stages = len(modules) * 2 + 2
         with whole_folder(folder, check_removable_bundle) as work:
             self._stage("load", 0, stages)
             self._check_inputs()
-            tokens = copy_tokenizer(self.base, work / "tokenizer.json")
-            sizes = self.base.sizes()
+            tokens = {
+                spec.name: Tokens(**copy_tokenizer(self.base, spec, work / tokenizer_file(spec.name)))
+                for spec in self.base.text_specs
+            }
+            first = next(iter(tokens))
             negative = bool((identity["guide"] or {}).get("negative_prompts"))
             # by image size: the default's, then another one where there is more than one
             golden = {
                 size: golden_inputs(
-                    self.plan.latent(size), tokens["length"], sizes.text_width, sizes.vocabulary, self._guided,
-                    negative, size if self.spec.image_to_image else None,
+                    self.base, self.plan.latent(size), size, tokens[first].length, guided=self._guided,
+                    negative=negative, image_to_image=self.spec.image_to_image,
                 )
                 for size in (self.plan.default, self.plan.second)
                 if size is not None
             }  # fmt: skip
             networks: dict[str, NetworkRecord] = {}
-            kept: dict[str, tuple[dict[str, Any], Any]] = {}
+            kept: Golden = {}
             maps: dict[str, Any] = {}
-            for i, (name, make) in enumerate(modules.items()):
-                self._stage(f"export {TITLES[name]}", 1 + i, stages)
+            for i, (name, spec) in enumerate(modules.items()):
+                self._stage(f"export {spec.title}", 1 + i, stages)
                 cases = {size: found[name] for size, found in golden.items()}
-                networks[name], references, maps[name] = export.write(name, make, cases, work)
+                networks[name], references, maps[name] = export.write(name, spec, cases, work)
                 kept |= references
                 if name == "condition":
                     golden[self.plan.default]["unet"]["condition"] = torch.from_numpy(kept[name][1])
@@ -114,10 +125,12 @@ class Work:
                     max_batch=max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
                 ),
                 image=ImageSize(*self.plan.default),
-                tokens=Tokens(**tokens),
+                tokens=tokens[first],
                 scheduler=self.scheduler,
                 limit=self.recipe.limit,
                 against="PyTorch float32, seeded golden inputs",
+                family=self.base.family,
+                text=FurtherText({k: v for k, v in tokens.items() if k != first}, self.base.zero_empty_prompt()),
             )
             result = RunResult(
                 name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
@@ -137,25 +150,24 @@ class Work:
         """Load what is exported after the U-Net once, so that a damaged file is reported before minutes of work."""
         if self.spec.base.startswith("random:"):
             return
-        for load in (self.base.text_encoder, self.base.vae):
-            load()
+        for text in self.base.text_specs:
+            self.base.text_encoder(text)
             gc.collect()
+        self.base.vae()
+        gc.collect()
 
-    def _modules(self) -> dict[str, Callable[[], Any]]:
-        """What makes each network's module; calling it loads the weights."""
+    @cached_property
+    def _networks(self) -> dict[str, NetworkSpec]:
+        """The bundle's networks in the order of their export."""
         from ..models.guides.condition import Condition
 
         size = self.plan.latent(self.plan.default)[1:]
-        found: dict[str, Callable[[], Any]] = {
-            # before the U-Net, which takes what it gives
-            **({"condition": lambda: Condition(self._guide(), size)} if self._conditioned else {}),
-            "unet": self._student,
-            "text_encoder": self.base.text_module,
-            "vae_decoder": self.base.decoder_module,
-        }
-        if self.spec.image_to_image:
-            found["vae_encoder"] = self.base.encoder_module
-        return found
+        found: dict[str, NetworkSpec] = self.base.networks(self.spec.image_to_image)
+        found["unet"] = replace(found["unet"], module=self._student)
+        if not self._conditioned:
+            return found
+        condition = NetworkSpec(TITLES["condition"], lambda: Condition(self._guide(), size), ("condition",))
+        return {"condition": condition, **found}  # before the U-Net, which takes what it gives
 
     def _student(self) -> Any:
         from ..models.student import Student
@@ -188,7 +200,7 @@ class Work:
 
     def _compile(self, name: str, record: NetworkRecord, work: Path, at: tuple[int, int]) -> NetworkRecord:
         def report(phase: str, done: int, total: int, note: str = "", /) -> None:
-            self._stage(f"compile {TITLES[name]}", *at, share=min(1.0, done / max(total, 1)))
+            self._stage(f"compile {self._networks[name].title}", *at, share=min(1.0, done / max(total, 1)))
 
         job = CompileJob(
             network=name,
@@ -206,15 +218,16 @@ class Work:
     def _profiles(self, network: str) -> tuple[Profile, ...]:
         if not self.plan.profiles:
             return ()
-        if network in ("text_encoder", "vae_encoder"):
-            return (Profile("b1", 1, 1, 1),)  # both are run one by one, so that no row depends on another
+        if self._networks[network].one_by_one:
+            return (Profile("b1", 1, 1, 1),)  # so that no row depends on another
         profiles = tuple(p.in_latents(self.plan.factor) for p in self.plan.profiles)
         if network == "unet" and not self._guided:
             return once_and_twice(profiles)  # classifier-free guidance is a batch of two
         return profiles
 
     def _configs(self) -> dict[str, dict[str, Any]]:
-        found = {n: self.base.config(n) for n in ("unet", "text_encoder", "vae")}
+        first, *others = (spec.name for spec in self.base.text_specs)
+        found = {n: self.base.config(n) for n in ("unet", first, "vae", *others)}
         if self._guided and self.base.random_guide(self.spec.guide) is None:
             from ..models.catalog import guide_folder
             from ..models.files import read_json
@@ -228,7 +241,7 @@ def engine_parity(
     target: str,
     folder: Path,
     networks: Mapping[str, NetworkRecord],
-    golden: dict[str, tuple[dict[str, Any], Any]],
+    golden: Golden,
     name: str,
 ) -> dict[str, float] | str:
     """Errors of compiled engines on their golden inputs, or why there are none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,10 @@ from ..errors import BundleCorrupt
 from ..io.text import printable
 from .manifest import NetworkRecord, Tensor
 
-#: {network: (inputs by name, float32 output of PyTorch)}; ``network@HEIGHTxWIDTH`` for other sizes than the default
-Golden = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
+#: float32 outputs of one network: an array, or a tuple of them where the network has several
+Outputs = np.ndarray | tuple[np.ndarray, ...]
+#: {network: (inputs by name, outputs of PyTorch)}; ``network@HEIGHTxWIDTH`` for other sizes than the default
+Golden = dict[str, tuple[dict[str, np.ndarray], Outputs]]
 _MOST_ROWS = 64
 _ADVICE = "build the bundle again, or use one that pnp-trt build made"
 
@@ -39,11 +42,36 @@ def read_golden(path: Path, networks: Mapping[str, NetworkRecord]) -> Golden:
             raise BundleCorrupt(
                 f"{path}: {_name(case)} has the inputs {shown}, not {', '.join(record.inputs)}; {_ADVICE}"
             )
-        rows = len(reference) if reference.ndim else 0
+        outputs = as_tuple(reference)
+        if len(outputs) != len(record.outputs):
+            raise BundleCorrupt(
+                f"{path}: {_name(case)} has {len(outputs)} outputs, not {len(record.outputs)}; {_ADVICE}"
+            )
+        rows = len(outputs[0]) if outputs[0].ndim else 0
         for name, array in inputs.items():
             _check(path, f"{case}/{name}", array, record.inputs[name], rows)
-        _check(path, f"{case}/=", reference, next(iter(record.outputs.values())), rows)
+        for number, (array, tensor) in enumerate(zip(outputs, record.outputs.values(), strict=True), 1):
+            _check(path, f"{case}/{OUTPUT * number}", array, tensor, rows)
     return golden
+
+
+#: name of a network's first output in the file, after ``network/``; the second one's has two of it, and so on
+OUTPUT = "="
+
+
+def as_tuple(outputs: Outputs) -> tuple[np.ndarray, ...]:
+    """The outputs of a network, of which there may be one."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def save_golden(path: Path, golden: Golden) -> None:
+    """Write inputs and references, so that a machine without PyTorch can compare its engine with them."""
+    arrays: dict[str, Any] = {}
+    for network, (inputs, reference) in golden.items():
+        arrays |= {f"{network}/{name}": value for name, value in inputs.items()}
+        arrays |= {f"{network}/{OUTPUT * i}": value for i, value in enumerate(as_tuple(reference), 1)}
+    with path.open("wb") as f:
+        np.savez(f, **arrays)
 
 
 def load_golden(path: Path) -> Golden:
@@ -60,7 +88,11 @@ def load_golden(path: Path) -> Golden:
         with np.load(path, allow_pickle=False) as arrays:
             for network in dict.fromkeys(key.partition("/")[0] for key in arrays.files):
                 names = [k.partition("/")[2] for k in arrays.files if k.startswith(f"{network}/")]
-                out[network] = ({n: arrays[f"{network}/{n}"] for n in names if n != "="}, arrays[f"{network}/="])
+                last = [arrays[f"{network}/{OUTPUT}"]]
+                while (more := f"{OUTPUT * (len(last) + 1)}") in names:
+                    last.append(arrays[f"{network}/{more}"])
+                inputs = {n: arrays[f"{network}/{n}"] for n in names if n.strip(OUTPUT)}
+                out[network] = inputs, last[0] if len(last) == 1 else tuple(last)
     except FileNotFoundError:
         raise BundleCorrupt(f"{path} is missing; {_ADVICE}") from None
     except KeyError as e:
@@ -89,11 +121,15 @@ def _name(text: str) -> str:
     return printable(text, limit=100)
 
 
-def difference(out: np.ndarray, reference: np.ndarray) -> float:
+def difference(out: Outputs, reference: Outputs) -> float:
     """‖out − reference‖ / ‖reference‖; NaN for another shape, and where either is not finite.
 
-    0 where both are nothing but zeros, as what an untrained guide makes of w is.
+    The largest of them where a network has several outputs.  0 where both are nothing but zeros, as what an untrained
+    guide makes of w is.
     """
+    if isinstance(out, tuple) or isinstance(reference, tuple):
+        pairs = zip(as_tuple(out), as_tuple(reference), strict=True)
+        return float(np.max([difference(a, b) for a, b in pairs]))  # NaN if any is
     if out.shape != reference.shape:
         return float("nan")
     if not (out.any() or reference.any()):

@@ -22,8 +22,14 @@ SCHEMA = 2
 FILE = "manifest.json"
 #: files of a bundle beside its networks; ``weights.json`` is read by `pnp-trt plug`, ``golden.npz`` also by `verify`
 TOKENIZER, GOLDEN, WEIGHTS = "tokenizer.json", "golden.npz", "weights.json"
+#: the first text encoder; names of others begin with it
+TEXT_ENCODER = "text_encoder"
 NETWORKS = ("unet", "text_encoder", "vae_decoder")
-OPTIONAL_NETWORKS = ("condition", "vae_encoder")
+OPTIONAL_NETWORKS = ("condition", "vae_encoder", "text_encoder_2")
+#: family of bundles that state none
+FAMILY = "sd"
+#: the U-Net's input of image sizes that SDXL has (``runtime.text.time_ids``)
+TIME_IDS = "time_ids"
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 #: names of dimensions that a graph leaves open
 OPEN = ("batch", "height", "width", "image_height", "image_width")
@@ -34,7 +40,7 @@ _REQUIRED = (
     "networks", "sample", "image", "tokens", "scheduler", "parity", "files", "versions", "built", "build_seconds",
     "peak_memory", "rebuild",
 )  # fmt: skip
-_OPTIONAL = ("given", "configs", "plugged", "seal")
+_OPTIONAL = ("given", "configs", "plugged", "seal", "family", "text")
 _MOST_BYTES = 1 << 40
 _HASH, _WORD = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -386,6 +392,32 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class FurtherText:
+    """What bundles with several text encoders state besides ``tokens``, which is the first one's.
+
+    Attributes:
+        tokens: of the other encoders, by network.
+        zero_empty_prompt: whether CFG without a negative prompt reads zeros, and not the empty prompt's text.
+    """
+
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)
+    zero_empty_prompt: bool = False
+
+    @classmethod
+    def read(cls, value: Value) -> FurtherText:
+        """From ``text``."""
+        m = value.members(("tokens", "zero_empty_prompt"))
+        others = tuple(n for n in OPTIONAL_NETWORKS if n.startswith(TEXT_ENCODER))
+        tokens = {k: Tokens.read(v) for k, v in m["tokens"].members((), others).items()}
+        return cls(tokens, m["zero_empty_prompt"].flag())
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        tokens = {k: t.to_json() for k, t in self.tokens.items()}
+        return {"tokens": tokens, "zero_empty_prompt": self.zero_empty_prompt}
+
+
+@dataclass(frozen=True)
 class Parity:
     """Errors against PyTorch by network: of the graphs, and of the engines or why these were not measured."""
 
@@ -476,6 +508,8 @@ class Manifest:
         files: every file of the bundle but the manifest, by name.
         built: date and time, ISO 8601.
         rebuild: the command line that makes it, as the manifest claims.
+        family: of the base model, by its name in ``FAMILIES``.
+        text: of bundles with several text encoders.
         seal: digest of everything else; empty until it is written.
     """
 
@@ -504,6 +538,8 @@ class Manifest:
     peak_memory: PeakMemory
     rebuild: str
     plugged: Plugged | None = None
+    family: str = FAMILY
+    text: FurtherText = FurtherText()
     seal: str = ""
 
     @classmethod
@@ -550,6 +586,8 @@ class Manifest:
             peak_memory=PeakMemory.read(m["peak_memory"]),
             rebuild=m["rebuild"].text(longest=16_000),
             plugged=Plugged.read(m["plugged"]) if "plugged" in m else None,
+            family=m["family"].text(longest=50, pattern=_WORD, form="a family's name") if "family" in m else FAMILY,
+            text=FurtherText.read(m["text"]) if "text" in m else FurtherText(),
             seal=_hash(m["seal"]) if "seal" in m else "",
         )
         _check_covered(made, m)
@@ -585,6 +623,8 @@ class Manifest:
             "peak_memory": self.peak_memory.to_json(),
             "rebuild": self.rebuild,
             **({} if self.plugged is None else {"plugged": self.plugged.to_json()}),
+            **({} if self.family == FAMILY else {"family": self.family}),
+            **({} if self.text == FurtherText() else {"text": self.text.to_json()}),
             **({"seal": self.seal} if self.seal else {}),
         }
 
@@ -594,14 +634,27 @@ class Manifest:
         return CompileOptions(**self.built_from["options"])
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the text encoder's embedding table, by its config; CLIP's where that is not recorded."""
-        size = (self.configs or {}).get("text_encoder", {}).get("vocab_size", 49408)
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of the networks that encode text, in the order in which their states are joined."""
+        return tuple(sorted(name for name in self.networks if name.startswith(TEXT_ENCODER)))
+
+    def tokens_of(self, encoder: str) -> Tokens:
+        """Length and padding of a text encoder's prompts."""
+        return self.tokens if encoder == TEXT_ENCODER else self.text.tokens[encoder]
+
+    def vocabulary_of(self, encoder: str) -> int:
+        """Rows of a text encoder's embedding table, by its config; CLIP's where that is not recorded."""
+        size = (self.configs or {}).get(encoder, {}).get("vocab_size", 49408)
         return size if isinstance(size, int) and size > 0 else 49408
 
     def size_of(self, file: str) -> int:
         """Bytes of a file of the bundle, with the external weights of a graph."""
         return sum(f.size for name, f in self.files.items() if name in (file, f"{file}.data"))
+
+
+def tokenizer_file(encoder: str) -> str:
+    """The file of a text encoder's tokenizer: ``tokenizer.json``, ``tokenizer_2.json``."""
+    return f"tokenizer{encoder.removeprefix(TEXT_ENCODER)}.json"
 
 
 def file_name(value: Value) -> str:
@@ -700,7 +753,7 @@ def _built_from(value: Value) -> Mapping[str, Any]:
 
 def _configs(value: Value) -> dict[str, Mapping[str, Any]]:
     out: dict[str, Mapping[str, Any]] = {}
-    for name, config in value.members(("unet", "text_encoder", "vae"), ("guide",)).items():
+    for name, config in value.members(("unet", "text_encoder", "vae"), ("guide", "text_encoder_2")).items():
         for key, entry in config.entries(500).items():
             check_sizes(entry)
             if key == "_class_name":
@@ -721,7 +774,7 @@ def _check_covered(made: Manifest, m: Mapping[str, Value]) -> None:
                 raise entry.member(key).refuse("must be listed in files, so that a hash covers it")
         if missing := [f for f in network.loaded() if f not in made.files]:
             raise entry.member("file").refuse(f"needs {missing[0]}, which must be listed in files")
-    for file in (TOKENIZER, GOLDEN, WEIGHTS):
+    for file in (*map(tokenizer_file, made.text_encoders), GOLDEN, WEIGHTS):
         if file not in made.files:
             raise m["files"].member(file).refuse("must be listed")
 
@@ -730,7 +783,8 @@ def _check_shapes(made: Manifest, m: Mapping[str, Value]) -> None:
     """The networks' tensors are those that a sampler feeds and reads."""
     for name, network in made.networks.items():
         entry = m["networks"].member(name)
-        if len(network.outputs) != 1:
+        several = name in made.text_encoders and len(network.outputs) > 1
+        if len(network.outputs) != 1 and not several:
             raise entry.member("outputs").refuse("must name one output")
         expected = _expected_inputs(made, name)
         if unknown := sorted(network.inputs.keys() - expected.keys()):
@@ -740,6 +794,7 @@ def _check_shapes(made: Manifest, m: Mapping[str, Value]) -> None:
         output = next(iter(network.outputs))
         kind, shape = _expected_output(made, name)
         _check_tensor(entry.member("outputs").member(output), network.outputs[output], kind, shape)
+    _check_text(made, m)
     if made.image.height % made.sample.height or made.image.width % made.sample.width:
         raise m["image"].refuse(f"must be a multiple of the latent's size, {made.sample.height}x{made.sample.width}")
     steps = made.scheduler.get("num_train_timesteps") or 1000
@@ -753,7 +808,7 @@ _Expected = tuple[str, tuple[int | str, ...] | None]
 
 def _expected_inputs(made: Manifest, network: str) -> dict[str, _Expected]:
     latent = (made.sample.channels, made.sample.height, made.sample.width)
-    if network == "text_encoder":
+    if network in made.text_encoders:
         return {"input_ids": ("int", (made.tokens.length,))}
     if network == "vae_decoder":
         return {"latents": ("float", latent)}
@@ -761,10 +816,14 @@ def _expected_inputs(made: Manifest, network: str) -> dict[str, _Expected]:
         return {"pixels": ("float", (3, made.image.height, made.image.width))}
     if network == "condition":
         return {"guidance": ("float", ())}
-    text = _output_shape(made, "text_encoder")
+    text = _text_shape(made)
     out: dict[str, _Expected] = {
         "sample": ("float", latent), "timestep": ("int", ()), "encoder_hidden_states": ("float", text),
     }  # fmt: skip
+    for encoder in made.text_encoders:  # outputs after the states are the U-Net's inputs of the same name
+        out |= {k: ("float", shape[1:]) for k, (_, shape) in list(made.networks[encoder].outputs.items())[1:]}
+    if TIME_IDS in made.networks["unet"].inputs:
+        out[TIME_IDS] = ("float", (6,))
     if made.guide is not None:
         out["guidance"] = ("float", ())
         if made.guide.negative_prompts:
@@ -780,6 +839,27 @@ def _expected_output(made: Manifest, network: str) -> _Expected:
     if network == "vae_decoder":
         return "float", (3, made.image.height, made.image.width)
     return "float", None
+
+
+def _check_text(made: Manifest, m: Mapping[str, Value]) -> None:
+    """Every text encoder but the first has its tokens, of the same number, and names its outputs alone."""
+    names: list[str] = []
+    for encoder in made.text_encoders:
+        if encoder != TEXT_ENCODER and encoder not in made.text.tokens:
+            raise m["networks"].member(encoder).refuse("must have its tokens in text.tokens")
+        if (count := made.tokens_of(encoder).length) != made.tokens.length:
+            raise m["text"].member("tokens").member(encoder).refuse(f"must be {made.tokens.length} tokens, not {count}")
+        names += list(made.networks[encoder].outputs)[1:]
+    if len(set(names)) < len(names):
+        raise m["networks"].refuse("must name each output of a text encoder once")
+
+
+def _text_shape(made: Manifest) -> tuple[int | str, ...]:
+    """Tokens and width of the text states: those of all encoders, one beside the other."""
+    shapes = [_output_shape(made, encoder) for encoder in made.text_encoders]
+    if len(shapes) == 1:
+        return shapes[0]
+    return (*shapes[0][:-1], sum(int(shape[-1]) for shape in shapes if shape and isinstance(shape[-1], int)))
 
 
 def _output_shape(made: Manifest, network: str) -> tuple[int | str, ...]:

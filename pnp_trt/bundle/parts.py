@@ -10,6 +10,7 @@ from typing import Any
 from .manifest import (
     Base,
     FileRecord,
+    FurtherText,
     Given,
     Guide,
     ImageSize,
@@ -48,6 +49,8 @@ class Parts:
     scheduler: Mapping[str, Any]
     limit: float
     against: str
+    family: str
+    text: FurtherText
 
     @classmethod
     def of(cls, manifest: Manifest) -> Parts:

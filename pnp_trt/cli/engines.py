@@ -70,6 +70,10 @@ def build(
             help="Whether the base's last training timestep is pure noise; default: as its files state.",
         ),
     ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder or .safetensors of an autoencoder to use in place of the base's own."),
+    ] = None,
     memory_check: Annotated[bool, typer.Option(help="Refuse to start if the host has too little memory.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder of the bundle; default engines/BASE-GUIDE…")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
@@ -95,7 +99,7 @@ def build(
     )
     spec = BuildSpec(
         base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration, image_to_image,
-        unet_only, Noise(prediction_type, zero_terminal_snr),
+        unet_only, Noise(prediction_type, zero_terminal_snr), vae,
     )  # fmt: skip
     with ProgressBar(f"build {spec.folder().name}", None) as bar:
         built = run(spec, force=force, progress=bar.note)

@@ -156,6 +156,14 @@ def sample(
     strength: Annotated[
         float | None, typer.Option(help="Denoising strength with --init: the share of the steps to run; default 0.8.")
     ] = None,
+    original_size: Annotated[
+        str | None,
+        typer.Option(help="SDXL: HEIGHTxWIDTH of the image before cropping, in pixels; default: the image's size."),
+    ] = None,
+    crop: Annotated[str | None, typer.Option(help="SDXL: TOPxLEFT of the crop in pixels; default: 0x0.")] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="SDXL: HEIGHTxWIDTH after cropping, in pixels; default: the image's size.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     kind: Annotated[str, typer.Option("--format", help="png, webp (lossless) or jpeg.")] = "png",
     metadata: Annotated[
@@ -169,6 +177,7 @@ def sample(
     from ..bundle.profiles import parse_size
     from ..runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
     from ..runtime.prompt_syntax import check_syntax
+    from ..runtime.text import ImageSizes
 
     prompts = read_prompts(prompts)
     check_syntax(prompt_syntax)
@@ -179,6 +188,7 @@ def sample(
     seeds = [seed + i for _ in prompts for i in range(count)]
     check_request(asked, seeds, [guidance] * len(asked), DEFAULT_STEPS if steps is None else steps)
     wanted = None if size is None else parse_size(size)
+    sizes = ImageSizes.parse(original_size, crop, target_size)
     build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
     steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
@@ -186,7 +196,7 @@ def sample(
         pictures = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
             init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,
-            prompt_syntax=prompt_syntax,
+            prompt_syntax=prompt_syntax, image_sizes=sizes,
         )  # fmt: skip
     for path in files.write(pictures, prompts, count):
         print(printable(path))

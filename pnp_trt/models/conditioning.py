@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import wrappers
+
 
 @dataclass
 class Conditions:
@@ -46,13 +48,12 @@ def encode_prompts(base: Any, prompts: list[str], device: torch.device, batch: i
     Args:
         base: a :class:`~pnp_trt.models.teacher.BaseModel`.
     """
-    encoders = base.text_encoders()
-    both = len(encoders) == 2
     parts: list[Tensor] = []
     pooled: list[Tensor] = []
     rows = [*prompts, ""]
-    for _, encoder in encoders:
-        encoder.to(device)
+    encoders = []
+    for spec, (tokenizer, encoder) in zip(base.text_specs, base.text_encoders(), strict=True):
+        encoders.append((tokenizer, getattr(wrappers, spec.wrapper)(encoder.to(device))))
     for i in range(0, len(rows), batch):
         states = []
         for tokenizer, encoder in encoders:
@@ -60,18 +61,19 @@ def encode_prompts(base: Any, prompts: list[str], device: torch.device, batch: i
                 rows[i : i + batch], padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                 return_tensors="pt",
             ).input_ids  # fmt: skip
-            out = encoder(ids.to(device), output_hidden_states=both)
-            # SDXL takes the last but one layer of both encoders, and the second one's projected text
-            states.append(out.hidden_states[-2] if both else out.last_hidden_state)
+            out = encoder(ids.to(device))
+            if isinstance(out, tuple):
+                out, projected = out
+                pooled.append(projected.float().cpu())
+            states.append(out)
         parts.append(torch.cat(states, -1).float().cpu())
-        if both:
-            pooled.append(out.text_embeds.float().cpu())
     states_of = torch.cat(parts)
-    if not both:
+    if not pooled:
         return Conditions(states_of)
     pooled_of = torch.cat(pooled)
     if base.zero_empty_prompt():
         states_of[-1].zero_()
         pooled_of[-1].zero_()
-    side = 8.0 * base.config("unet")["sample_size"]
-    return Conditions(states_of, pooled_of, torch.tensor([side, side, 0.0, 0.0, side, side]))
+    sizes = base.sizes()
+    height, width = (float(sizes.factor * side) for side in sizes.latent[1:])
+    return Conditions(states_of, pooled_of, torch.tensor([height, width, 0.0, 0.0, height, width]))

@@ -109,8 +109,10 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in _NAMES_AND_VERSIONS}
 
 
-def check_same_text(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
-    """``check_same_network`` for text encoders."""
-    from transformers import CLIPTextModel
+def check_same_text(
+    own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str, kind: str = "CLIPTextModel"
+) -> None:
+    """``check_same_network`` for text encoders; ``kind`` is their class in transformers."""
+    import transformers
 
-    check_same_network(CLIPTextModel, own, given, name, what)
+    check_same_network(getattr(transformers, kind), own, given, name, what)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from .files import check_types, computable
 from .safetensors_header import read_header
-from .single_file import SingleFile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from .single_file import SingleFile
 
 #: the prefixes that diffusers' converters look for
 _UNET, _OPEN_CLIP, _VAE = "model.diffusion_model.", "cond_stage_model.model.", "first_stage_model."
@@ -36,23 +37,24 @@ def unet_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tenso
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     names = _checked(
-        file, _UNET, lambda: convert_ldm_unet_checkpoint({_UNET + k: k for k in part.keys}, config=dict(config))
+        file.path, _UNET, lambda: convert_ldm_unet_checkpoint({_UNET + k: k for k in part.keys}, config=dict(config))
     )  # the converter only renames, so it can be run on the names alone
     unknown = part.keys.keys() - set(names.values())
     renamed = {new: part.keys[old] for new, old in names.items()}
     return _read(file.path, renamed | {part.keys[k]: part.keys[k] for k in unknown})
 
 
-def text_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The text encoder's weights under the names of transformers' ``CLIPTextModel``, without ``text_model.``.
+def text_weights(file: SingleFile, config: Mapping[str, Any], name: str = "text_encoder") -> dict[str, Tensor]:
+    """A text encoder's weights under the names of transformers' ``CLIPTextModel``, without ``text_model.``.
 
     Args:
-        config: of the ``CLIPTextModel``; a layer that an OpenCLIP encoder has on top of it is left out, as SD 2 does.
+        config: of the text encoder; a layer that an OpenCLIP encoder has on top of it is left out, as SD 2 does.
+        name: of the part of the file.
 
     Raises:
         InputError: as of ``unet_weights``.
     """
-    part = file.parts["text_encoder"]
+    part = file.parts[name]
     weights = _read(file.path, part.keys)
     if part.layout == "clip":
         return weights
@@ -63,14 +65,29 @@ def text_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tenso
     above = f"transformer.resblocks.{config['num_hidden_layers']}."
     given = {_OPEN_CLIP + k: v for k, v in weights.items() if not k.startswith(above)}
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-    converted = _checked(file, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, given))
+    converted = _checked(file.path, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, given))
     return {k.removeprefix("text_model."): v for k, v in converted.items()}
 
 
 def vae_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The VAE's weights under diffusers' names; arguments and errors as of ``unet_weights``."""
     part = file.parts["vae"]
-    weights = _read(file.path, part.keys)
+    return converted_vae(_read(file.path, part.keys), config, file.path, part.keys)
+
+
+def converted_vae(
+    weights: dict[str, Tensor], config: Mapping[str, Any], path: Path, names: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """A VAE's weights, without prefix, under diffusers' names.
+
+    Args:
+        weights: under diffusers' or the original names.
+        path: the file, for messages.
+        names: the file's key of each, for those that are left over; None where they are the same.
+
+    Raises:
+        InputError: if the file lacks what the converter needs.
+    """
     if config.get("_class_name") == "AutoencoderTiny" or any(
         k.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for k in weights
     ):
@@ -78,17 +95,17 @@ def vae_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     given = {_VAE + k: v for k, v in weights.items()}
-    converted = _checked(file, _VAE, lambda: convert_ldm_vae_checkpoint(given, config=dict(config)))
+    converted = _checked(path, _VAE, lambda: convert_ldm_vae_checkpoint(given, config=dict(config)))
     taken = {v.data_ptr() for v in converted.values()}  # matrices are views of the file's 1×1 convolutions
-    return converted | {part.keys[k]: v for k, v in weights.items() if v.data_ptr() not in taken}
+    return converted | {(names or {}).get(k, k): v for k, v in weights.items() if v.data_ptr() not in taken}
 
 
-def _checked(file: SingleFile, prefix: str, convert: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _checked(path: Path, prefix: str, convert: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return convert()
     except (KeyError, IndexError, ValueError, AttributeError) as e:
         raise InputError(
-            f"{file.path} cannot be converted: {prefix}… lacks {e}; save the model as a diffusers folder"
+            f"{path} cannot be converted: {prefix}… lacks {e}; save the model as a diffusers folder"
         ) from None
 
 

@@ -82,13 +82,16 @@ def _check_tokenizer(folder: Path) -> None:
         raise InputError(f"{folder / lacks[0]} is missing, and there is no tokenizer.json in its place; {_SAVE}")
 
 
-def check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> None:
+def check_unet(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], where: str, additions: tuple[str | None, ...] = (None,)
+) -> None:
     """Refuse a U-Net that takes inputs besides noisy latents, timestep and text, from its config.
 
     Args:
         unet: its config.
         vae: the autoencoder's.
         where: the model, for messages.
+        additions: values of ``addition_embed_type`` that the model's family has.
 
     Raises:
         InputError: saying what the U-Net is for.
@@ -109,10 +112,14 @@ def check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> N
                 f"{where}: the U-Net takes more than latents, timestep and text ({key} = {unet[key]}); "
                 "use a text-to-image model"
             )
-    if unet.get("addition_embed_type") not in (None, "text_time"):
-        raise InputError(
-            f"{where}: the U-Net's addition_embed_type is {unet['addition_embed_type']}; known: text_time (SDXL)"
-        )
+    if (addition := unet.get("addition_embed_type")) not in additions:
+        if addition in (None, "text_time"):
+            has, lacks = ("no", "two text encoders") if addition is None else ("SDXL's", "no second text encoder")
+            raise InputError(
+                f"{where}: the U-Net has {has} pooled text and image sizes (addition_embed_type = {addition}), and the "
+                f"model has {lacks}; use the parts of one model"
+            )
+        raise InputError(f"{where}: the U-Net's addition_embed_type is {addition}; known: text_time (SDXL)")
     if unet.get("center_input_sample"):
         raise InputError(f"{where}: the U-Net shifts its input (center_input_sample), which is not read")
 

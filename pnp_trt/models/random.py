@@ -6,16 +6,15 @@ Weights are made in float16 and one tensor after the other, so that SD 1.5 takes
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..assets import ROOT as ASSETS
 from ..bundle.store import digest
 from ..errors import InputError
-from .catalog import PRESETS
+from .architectures import architectures, of_family
 from .networks import quiet_libraries
+from .specs import TextEncoderSpec
 from .teacher import BaseModel, random_unet_config
 
 #: changes when the same seed gives other weights
@@ -29,24 +28,20 @@ class RandomBase(BaseModel):
     """A teacher without files.
 
     Attributes:
-        configs: of ``unet``, ``text_encoder`` and ``vae``.
+        configs: of ``unet``, the text encoders and ``vae``.
         seed: of the U-Net's weights; those of the rest are the same for all, so another seed is a fine-tune.
     """
 
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     seed: int = SEED
 
-    def config(self, network: str) -> dict[str, Any]:
+    def own_config(self, network: str) -> dict[str, Any]:
         return self.configs[network]
-
-    @property
-    def two_text_encoders(self) -> bool:
-        return False
 
     def check(self) -> None:
         """Nothing to check: no weight is read from a file."""
 
-    def fingerprint(self) -> dict[str, str]:
+    def own_fingerprint(self) -> dict[str, str]:
         parts = {n: digest([RECIPE, self._seed(n), config]) for n, config in self.configs.items()}
         return {**parts, "all": digest(parts)}
 
@@ -56,14 +51,16 @@ class RandomBase(BaseModel):
 
         return self._made(UNet2DConditionModel, "unet")
 
-    def text_encoder(self) -> Any:
-        """``CLIPTextModel`` in float16, frozen."""
-        from transformers import CLIPTextConfig, CLIPTextModel
+    def text_encoder(self, spec: TextEncoderSpec | None = None) -> Any:
+        """A text encoder in float16, frozen."""
+        import transformers
 
+        spec = spec or self.text_specs[0]
         # made for real, as it holds its position ids in a buffer
-        return _fill(CLIPTextModel(CLIPTextConfig(**self.config("text_encoder"))).half(), "text_encoder")
+        config = transformers.CLIPTextConfig(**self.config(spec.name))
+        return _fill(getattr(transformers, spec.kind)(config).half(), spec.name)
 
-    def vae(self) -> Any:
+    def own_vae(self) -> Any:
         """The autoencoder in float16, frozen."""
         import diffusers
 
@@ -101,28 +98,21 @@ class RandomBase(BaseModel):
 
 
 def random_base(name: str) -> RandomBase:
-    """``random:sd15`` or ``random:sd21``; ``random:sd15#2`` has the U-Net of seed 2.
+    """``random:sd15``, ``random:sd21`` or ``random:sdxl``; ``random:sd15#2`` has the U-Net of seed 2.
 
     Raises:
-        InputError: for another name, or one that this version cannot build.
+        InputError: for another name.
     """
-    unet = random_unet_config(name)
+    random_unet_config(name)
     name, hash_, seed = name.partition("#")
     if hash_ and not seed.isdecimal():
         raise InputError(f"the seed of '{name}#{seed}' is not a whole number; write {name}#2")
-    folder = PRESETS / name.removeprefix("random:")
-    if not folder.is_dir():
-        raise InputError(
-            f"{name} cannot be built: it needs two text encoders; it serves `pnp-trt bench --only cost --base {name}`"
-        )
-    configs = {"unet": unet} | {n: _read(folder / f"{n}.json") for n in ("text_encoder", "vae")}
-    # tokenizer and noise schedule are Stable Diffusion's own in the bundled model too
-    return RandomBase(name + hash_ + seed, ASSETS / "emoji", configs=configs, seed=int(seed or SEED))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return held
+    known = next(a for a in architectures() if a.name == name.removeprefix("random:"))
+    # the tokenizer is Stable Diffusion's own in the bundled model too
+    made: RandomBase = of_family(RandomBase, known.family)(
+        name + hash_ + seed, ASSETS / "emoji", configs=known.configs, seed=int(seed or SEED)
+    )
+    return made
 
 
 def _guide_kind(name: str) -> str:

@@ -25,8 +25,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     """What ``rebuild`` needs to make a module again: its class, and class and config of each of its parts.
 
     Args:
-        module: one of a bundle's networks: ``Student``, ``Teacher``, ``Condition``, ``TextEncoder``, ``VaeDecoder`` or
-            ``VaeEncoder``.
+        module: one of a bundle's networks: ``Student``, ``Teacher``, ``Condition``, or a class of ``wrappers``.
     """
     options: dict[str, Any] = {}
     if isinstance(size := getattr(module, "latent_size", None), tuple):
@@ -90,20 +89,20 @@ def _part(name: str, config: dict[str, Any], description: Path) -> Any:
 def _networks() -> dict[str, Any]:
     from .guides.condition import Condition
     from .student import Student, Teacher
-    from .wrappers import TextEncoder, VaeDecoder, VaeEncoder
+    from .wrappers import HiddenStates, ProjectedStates, TextEncoder, VaeDecoder, VaeEncoder
 
-    return {c.__name__: c for c in (Student, Teacher, Condition, TextEncoder, VaeDecoder, VaeEncoder)}
+    text = (TextEncoder, HiddenStates, ProjectedStates)
+    return {c.__name__: c for c in (Student, Teacher, Condition, *text, VaeDecoder, VaeEncoder)}
 
 
 def _parts() -> dict[str, Any]:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from .guides import GUIDES
 
-    return {
-        c.__name__: c for c in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, *GUIDES.values())
-    }
+    text = (CLIPTextModel, CLIPTextModelWithProjection)
+    return {c.__name__: c for c in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, *text, *GUIDES.values())}
 
 
 def _known(classes: dict[str, Any], name: str, description: Path) -> Any:

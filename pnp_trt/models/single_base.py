@@ -1,51 +1,101 @@
-"""A base model that is one checkpoint file; what the file lacks is the bundled model's."""
+"""A base model that is one checkpoint file.
+
+Its U-Net's shapes say which architecture it is of.  A file of the bundled model's lacks what it lacks, and the bundled
+model has it; of the others (Stable Diffusion 1, 2 and XL) every network is in the file, and only configs, tokenizers
+and the noise schedule are this program's own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..assets import ROOT as ASSETS
 from ..bundle.store import digest
+from ..errors import InputError
+from .architectures import Architecture, architectures, of_family
 from .convert import text_weights, unet_weights, vae_weights
 from .files import files_sha256
-from .networks import check_finite, load_network
+from .folders import check_unet
+from .networks import check_finite, empty, filled, module_keys
+from .noise import Noise
 from .single_file import SingleFile, read_single_file
+from .specs import TextEncoderSpec
 from .state_dicts import check_fits
 from .teacher import BaseModel
 
 
 @dataclass
 class SingleFileBase(BaseModel):
-    """A teacher whose U-Net, and text encoder and VAE where it has them, are in one file.
+    """A teacher whose U-Net, and text encoders and VAE where it has them, are in one file.
 
     Attributes:
         single: the file's sorted keys.
         unet_only: whether everything but the U-Net is left out, as the user requests.
+        architecture: of the file; None for the bundled model's.
     """
 
     single: SingleFile | None = None
     unet_only: bool = False
+    architecture: Architecture | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, path: Path, name: str) -> SingleFileBase:
         """The base model of a file, its header read.
 
         Raises:
-            InputError: if it is not a safetensors file, or holds no U-Net.
+            InputError: if it is not a safetensors file, holds no U-Net, or one that is not supported.
         """
-        return cls(name, ASSETS / "emoji", path, single=read_single_file(path))
+        single = read_single_file(path)
+        known = _architecture(single)
+        kind = cls if known is None else of_family(cls, known.family)
+        made: SingleFileBase = kind(name, ASSETS / "emoji", path, single=single, architecture=known)
+        return made
 
     @property
     def _file(self) -> SingleFile:
         assert self.single is not None
         return self.single
 
+    def own_config(self, network: str) -> dict[str, Any]:
+        return super().own_config(network) if self.architecture is None else self.architecture.configs[network]
+
+    def scheduler_file(self) -> Path:
+        return super().scheduler_file() if self.architecture is None else self.architecture.scheduler
+
     def check_parts(self) -> None:
-        """Raise ``InputError`` that names what of the file would not be used, unless only the U-Net is wanted."""
+        """Raise ``InputError`` that names what of the file would not be used, unless only the U-Net is wanted, and
+        what it lacks.
+        """
+        names = [*(spec.name for spec in self.text_specs), "vae"]
+        lacking = [n for n in names if self.unet_only or n not in self._file.parts]
+        if self.architecture is not None and lacking:
+            what = "with --unet-only is taken without" if self.unet_only else "holds no"
+            raise InputError(
+                f"{self.name} is a checkpoint of {self.architecture.name} and {what} {', '.join(lacking)}; give the "
+                "whole checkpoint, or plug its U-Net into an engine of its base: pnp-trt plug ENGINE --base FILE"
+            )
         if not self.unet_only:
-            self._file.refuse_unused({n: self.config(n) for n in ("text_encoder", "vae")}, "the bundled model")
+            what = "the bundled model" if self.architecture is None else f"a model of {self.architecture.name}"
+            self._file.refuse_unused({n: self.config(n) for n in names}, what)
+
+    def check_noise(self, chosen: Noise) -> None:
+        """Refuse a file that does not state what its U-Net predicts where its architecture has both kinds.
+
+        Args:
+            chosen: what the user states.
+
+        Raises:
+            InputError: asking for ``--prediction-type``.
+        """
+        stated = self._file.noise.prediction_type or chosen.prediction_type
+        if self.architecture is not None and stated is None and "prediction_type" not in self.scheduler_config():
+            raise InputError(
+                f"{self.name} is a checkpoint of {self.architecture.name} and does not state what its U-Net predicts; "
+                "pass --prediction-type v_prediction (Stable Diffusion 2 and 2.1 of 768 pixels) or epsilon (of 512)"
+            )
 
     def _uses(self, part: str) -> bool:
         return part in self._file.parts and not self.unet_only
@@ -57,33 +107,97 @@ class SingleFileBase(BaseModel):
         from diffusers import UNet2DConditionModel
 
         self.check_parts()
-        unet = load_network(UNet2DConditionModel, self.folder / "unet")
-        return self._filled(unet, unet_weights(self._file, self.config("unet")), "U-Net")
+        self.check_configs()
+        return self._filled(UNet2DConditionModel, "unet", unet_weights(self._file, self.config("unet")), "U-Net")
 
-    def text_encoder(self) -> Any:
+    def text_encoder(self, spec: TextEncoderSpec | None = None) -> Any:
+        import transformers
+
         self.check_parts()
-        module = super().text_encoder()
-        if not self._uses("text_encoder"):
-            return module
-        prefix = "text_model." if any(k.startswith("text_model.") for k in module.state_dict()) else ""
-        weights = text_weights(self._file, self.config("text_encoder"))
-        return self._filled(module, {prefix + k: v for k, v in weights.items()}, "text encoder")
+        spec = spec or self.text_specs[0]
+        if not self._uses(spec.name):
+            return super().text_encoder(spec)
+        weights = text_weights(self._file, self.config(spec.name), spec.name)
+        return self._filled(getattr(transformers, spec.kind), spec.name, weights, spec.title)
 
-    def vae(self) -> Any:
+    def own_vae(self) -> Any:
+        import diffusers
+
         self.check_parts()
-        module = super().vae()
-        return self._filled(module, vae_weights(self._file, self.config("vae")), "VAE") if self._uses("vae") else module
+        if not self._uses("vae"):
+            return super().own_vae()
+        config = self.config("vae")
+        return self._filled(getattr(diffusers, config["_class_name"]), "vae", vae_weights(self._file, config), "VAE")
 
-    def _filled(self, module: Any, weights: dict[str, Any], what: str) -> Any:
-        own = module.state_dict()
-        check_fits(own, weights, f"the {what} in {self.name}", "the bundled model's")
-        module.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
-        return check_finite(module, self.name).eval().requires_grad_(False)
+    def _filled(self, kind: Any, part: str, weights: dict[str, Any], what: str) -> Any:
+        config = self.config(part)
+        module = empty(kind, config, self.name)
+        weights = module_keys(weights, module)
+        whose = "the bundled model's" if self.architecture is None else f"that of {self.architecture.name}"
+        check_fits(module.state_dict(), weights, f"the {what} in {self.name}", whose)
+        single = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        return check_finite(filled(module, config, single), self.name).eval().requires_grad_(False)
 
-    def fingerprint(self) -> dict[str, str]:
+    def own_fingerprint(self) -> dict[str, str]:
         if not self._hashes:
             own = files_sha256([self._file.path])
-            parts = {k: v for k, v in super().fingerprint().items() if k != "all"}
-            parts |= {n: own for n in ("text_encoder", "vae") if self._uses(n)}
+            names = ["unet", *(spec.name for spec in self.text_specs), "vae"]
+            if self.architecture is None:
+                parts = {k: v for k, v in super().own_fingerprint().items() if k != "all"}
+                parts |= {n: own for n in names if self._uses(n)}
+            else:
+                parts = dict.fromkeys(names, own)
             self._hashes = parts | {"all": digest(parts)}
         return self._hashes
+
+
+def _architecture(file: SingleFile) -> Architecture | None:
+    """The known architecture of a file's U-Net; None for the bundled model's, and for one that none of them is.
+
+    Raises:
+        InputError: for a U-Net of other inputs, such as for inpainting, or a refiner.
+    """
+    marks = _marks_of(file)
+    check_unet(
+        {"in_channels": marks["in"], "out_channels": marks["out"],
+         "time_cond_proj_dim": marks["guided"]},
+        {"latent_channels": marks["out"]}, str(file.path),
+    )  # fmt: skip
+    if "text_encoder_2" in file.parts and "text_encoder" not in file.parts:
+        raise InputError(
+            f"{file.path} is SDXL's refiner: it has the second text encoder alone and finishes the base model's "
+            "images; give the base model's file"
+        )
+    return next((a for a in architectures() if _marks(a.configs["unet"]) == _shapes(marks)), None)
+
+
+def _shapes(marks: Mapping[str, Any]) -> tuple[Any, ...]:
+    return marks["in"], marks["width"], marks["text"], marks["added"]
+
+
+def _marks(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a config's U-Net from others: channels, first width, width of text, width of added conditions."""
+    return (
+        config["in_channels"], config["block_out_channels"][0], config["cross_attention_dim"],
+        config.get("projection_class_embeddings_input_dim"),
+    )  # fmt: skip
+
+
+def _marks_of(file: SingleFile) -> dict[str, Any]:
+    """The same of a file, from its shapes."""
+    keys = file.parts["unet"].keys
+
+    def shape(*names: str) -> tuple[int, ...]:
+        return next((file.shapes[keys[n]] for n in names if n in keys), ())
+
+    first = shape("conv_in.weight", "input_blocks.0.0.weight")
+    last = shape("conv_out.weight", "out.2.weight")
+    guided = shape("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight")
+    added = shape("add_embedding.linear_1.weight", "label_emb.0.0.weight")
+    text = next((file.shapes[old] for new, old in keys.items() if new.endswith("attn2.to_k.weight")), ())
+    if len(first) != 4 or not last:
+        return {"in": 4, "out": 4, "width": None, "text": None, "added": None, "guided": None}
+    return {
+        "in": first[1], "out": last[0], "width": first[0], "text": text[-1] if text else None,
+        "added": added[-1] if added else None, "guided": guided[-1] if guided else None,
+    }  # fmt: skip

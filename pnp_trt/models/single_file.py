@@ -10,10 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .families import FAMILIES
 from .noise import Noise
 from .safetensors_header import read_header
 
@@ -32,14 +34,8 @@ _MODULES = {
     ),
 }
 _OUTER = r"(?:(?:module|state_dict|model_state_dict|_orig_mod)\.)*"
-#: (part, layout, prefix) of networks that stand beside a U-Net
-_BESIDE = (
-    ("text_encoder", "clip", rf"{_OUTER}cond_stage_model\.transformer\.(?:text_model\.)?"),
-    ("text_encoder", "open_clip", rf"{_OUTER}cond_stage_model\.model\."),
-    ("text_encoder", "clip", rf"{_OUTER}text_encoder\.(?:module\.)?(?:text_model\.)?"),
-    ("vae", "original", rf"{_OUTER}first_stage_model\."),
-    ("vae", "original", rf"{_OUTER}vae\."),
-)
+#: prefixes of an autoencoder that stands beside a U-Net; those of text encoders are in the families' layouts
+_VAE = (r"first_stage_model\.", r"vae\.")
 #: what training leaves in a file and no inference uses: (pattern, what it is)
 LEFTOVERS = (
     (r"model_ema\.|ema_model\.|unet_ema\.|(?:\w+\.)*model_ema\.", "EMA copy"),
@@ -106,9 +102,15 @@ class SingleFile:
 
     def misfits(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """Why a text encoder or VAE of the file cannot replace that of these configs, by network."""
-        tests = {"text_encoder": _text_misfit, "vae": _vae_misfit}
-        reasons = {n: tests[n](self, p, configs[n]) for n, p in self.parts.items() if n != "unet" and n in configs}
-        return {name: reason for name, reason in reasons.items() if reason}
+        reasons = {}
+        for name, part in self.parts.items():
+            if name == "unet":
+                continue
+            if name not in configs:
+                reasons[name] = "it has none"
+            elif found := (_vae_misfit if name == "vae" else _text_misfit)(self, part, configs[name]):
+                reasons[name] = found
+        return reasons
 
     def refuse_unused(self, configs: Mapping[str, Mapping[str, Any]], what: str) -> None:
         """Raise ``InputError`` that names every part of the file that an engine of these configs does not use.
@@ -128,7 +130,21 @@ class SingleFile:
             )
 
 
-_TITLES = {"text_encoder": "text encoder", "vae": "VAE"}
+_TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE"}
+
+
+@cache
+def _beside() -> tuple[tuple[str, str, str], ...]:
+    """(part, layout, prefix) of networks that stand beside a U-Net."""
+    text = [(own.network, own.names, own.prefix) for family in FAMILIES.values() for own in family.layouts]
+    vae = [("vae", "original", prefix) for prefix in _VAE]
+    return tuple((part, names, _OUTER + prefix) for part, names, prefix in (*text, *vae))
+
+
+@cache
+def _leftovers() -> tuple[tuple[str, str], ...]:
+    """``LEFTOVERS`` and those of the families."""
+    return (*LEFTOVERS, *(own for family in FAMILIES.values() for own in family.leftovers))
 
 
 @dataclass
@@ -143,14 +159,14 @@ class _Sorter:
         """Assign what stands beside a U-Net; returns the rest."""
         rest = []
         for key in keys:
-            if (kind := _match(LEFTOVERS, key)) is not None:
+            if (kind := _match(_leftovers(), key)) is not None:
                 self.leftovers.setdefault(kind, []).append(key)
             elif key not in MARKERS and not self._beside(key):
                 rest.append(key)
         return rest
 
     def _beside(self, key: str) -> bool:
-        for part, layout, prefix in _BESIDE:
+        for part, layout, prefix in _beside():
             if (match := re.match(prefix, key)) is not None:
                 entry = self.parts.setdefault(part, Part(layout, {}))
                 if entry.layout != layout:

@@ -96,8 +96,14 @@ class Student(nn.Module):
         negative: Tensor | None = None,
         condition: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
     ) -> Tensor:
-        """The guided prediction, ``[B, C, H, W]``; arguments as in :class:`~pnp_trt.models.guides.GuideInput`."""
+        """The guided prediction, ``[B, C, H, W]``; arguments as in :class:`~pnp_trt.models.guides.GuideInput`.
+
+        ``text_embeds`` and ``time_ids`` are those of ``added_cond_kwargs`` one by one, as graphs have them.
+        """
+        added_cond_kwargs = _added(added_cond_kwargs, text_embeds, time_ids)
         emb, features = encode(self.unet, sample, timestep, encoder_hidden_states, added_cond_kwargs)
         given = GuideInput(
             sample, timestep, encoder_hidden_states, guidance, features, negative, condition, added_cond_kwargs
@@ -118,10 +124,27 @@ class Teacher(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """One unguided prediction ``[B, C, H, W]``."""
-        emb, features = encode(self.unet, sample, timestep, encoder_hidden_states)
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """One unguided prediction ``[B, C, H, W]``; ``text_embeds [B, D2]`` and ``time_ids [B, 6]`` are SDXL's."""
+        added = _added(None, text_embeds, time_ids)
+        emb, features = encode(self.unet, sample, timestep, encoder_hidden_states, added)
         return decode(self.unet, emb, features, encoder_hidden_states)
+
+
+def _added(
+    given: dict[str, Tensor] | None, text_embeds: Tensor | None, time_ids: Tensor | None
+) -> dict[str, Tensor] | None:
+    """SDXL's further conditions as diffusers takes them; None where there are none."""
+    if text_embeds is None or time_ids is None:
+        return given
+    return {"text_embeds": text_embeds, "time_ids": time_ids}
 
 
 def cfg(

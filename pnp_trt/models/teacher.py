@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..bundle.document import Value, check_bounds
 from ..bundle.scheduler_config import scheduler_entries
@@ -17,6 +18,8 @@ from .configs import identity
 from .files import FETCH, files_sha256, read_json, weight_files
 from .folders import check_unet, latent_size, left_out
 from .networks import check_finite, load_network, load_unet_weights, network_config
+from .other_vae import OtherVae
+from .specs import TITLES, NetworkSpec, TextEncoderSpec
 from .tokenizer import load_tokenizer
 
 
@@ -47,12 +50,23 @@ class BaseModel:
         name: as the user gave it.
         folder: a diffusers folder that holds everything but, possibly, the U-Net's weights.
         unet_file: weights that replace the folder's own U-Net (a fine-tune), or None.
+        other_vae: what replaces the model's own autoencoder, or None.
+        family: its family's name.
+        text_specs: its text encoders, in the order in which their states are joined.
+        unet_additions: values of the U-Net's ``addition_embed_type`` that the family has.
+        pipeline: class of diffusers' pipeline.
     """
+
+    family: ClassVar[str] = "sd"
+    text_specs: ClassVar[tuple[TextEncoderSpec, ...]] = (TextEncoderSpec(),)
+    unet_additions: ClassVar[tuple[str | None, ...]] = (None,)
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"
 
     name: str
     folder: Path
     unet_file: Path | None = None
     _hashes: dict[str, str] = field(default_factory=dict)
+    other_vae: OtherVae | None = field(default=None, kw_only=True)
 
     def scheduler_config(self) -> dict[str, Any]:
         """The scheduler's config without diffusers' private keys, and without nulls, which stand for defaults.
@@ -67,8 +81,12 @@ class BaseModel:
         name = self._scheduler().get("_class_name")
         return None if name is None else str(name)
 
+    def scheduler_file(self) -> Path:
+        """Where the noise schedule's config is."""
+        return self.folder / "scheduler" / "scheduler_config.json"
+
     def _scheduler(self) -> dict[str, Any]:
-        path = self.folder / "scheduler" / "scheduler_config.json"
+        path = self.scheduler_file()
         config = read_json(path, constants=True)
         # diffusers writes the default of DPM-Solver++, which clips nothing, as -Infinity
         if config.get("lambda_min_clipped") == -math.inf:
@@ -99,44 +117,83 @@ class BaseModel:
         """
         from diffusers import UNet2DConditionModel
 
-        check_unet(self.config("unet"), self.config("vae"), self.name)
-        latent_size(self.config("unet"), self.name)
+        self.check_configs()
         unet = load_network(UNet2DConditionModel, self.folder / "unet")
         if self.unet_file is not None:
             load_unet_weights(unet, self.unet_file)
-        return self._frozen(unet)
+        return self.frozen(unet)
 
-    def text_encoder(self) -> Any:
-        """``CLIPTextModel`` in float32, frozen."""
-        from transformers import CLIPTextModel
+    def check_configs(self) -> None:
+        """Refuse what cannot be built, from the configs alone.
 
-        return self._frozen(load_network(CLIPTextModel, self.folder / "text_encoder"))
+        Raises:
+            InputError: saying what the model is, or which entry is out of bounds.
+        """
+        check_unet(self.config("unet"), self.config("vae"), self.name, self.unet_additions)
+        latent_size(self.config("unet"), self.name)
+
+    def text_encoder(self, spec: TextEncoderSpec | None = None) -> Any:
+        """A text encoder in float32, frozen: the first one where none is named."""
+        import transformers
+
+        spec = spec or self.text_specs[0]
+        return self.frozen(load_network(getattr(transformers, spec.kind), self.folder / spec.name))
 
     def text_encoders(self) -> list[tuple[Any, Any]]:
         """``(tokenizer, text encoder)`` once for Stable Diffusion 1 and 2, twice for SDXL; float32, frozen."""
-        out = [(self.tokenizer(), self.text_encoder())]
-        if self.two_text_encoders:
-            from transformers import CLIPTextModelWithProjection
-
-            second = self._frozen(load_network(CLIPTextModelWithProjection, self.folder / "text_encoder_2"))
-            out.append((load_tokenizer(self.folder / "tokenizer_2", self.config("text_encoder_2")), second))
-        return out
-
-    @property
-    def two_text_encoders(self) -> bool:
-        """Whether text goes through two encoders, as in SDXL."""
-        return (self.folder / "text_encoder_2").is_dir()
+        return [(self.tokenizer(spec), self.text_encoder(spec)) for spec in self.text_specs]
 
     def zero_empty_prompt(self) -> bool:
-        """Whether the pipeline replaces the empty prompt's states by zeros, as SDXL's does."""
-        index = self.folder / "model_index.json"
-        return index.is_file() and bool(read_json(index).get("force_zeros_for_empty_prompt", False))
+        """Whether CFG without a negative prompt reads zeros and not the empty prompt's text, as SDXL's does."""
+        return False
 
-    def tokenizer(self) -> Any:
-        """``CLIPTokenizer`` whose ``model_max_length`` fits the text encoder."""
-        return load_tokenizer(self.folder / "tokenizer", self.config("text_encoder"))
+    def tokenizer(self, spec: TextEncoderSpec | None = None) -> Any:
+        """``CLIPTokenizer`` whose ``model_max_length`` fits the text encoder: of the first where none is named."""
+        spec = spec or self.text_specs[0]
+        return load_tokenizer(self.tokenizer_folder(spec), self.config(spec.name))
+
+    def tokenizer_folder(self, spec: TextEncoderSpec) -> Path:
+        """Where a text encoder's tokenizer is."""
+        return self.folder / spec.tokenizer
+
+    def networks(self, image_to_image: bool = False) -> dict[str, NetworkSpec]:
+        """The networks of a bundle by name, less those of a guide.
+
+        Args:
+            image_to_image: whether the VAE's encoder is one of them.
+        """
+        found = {"unet": NetworkSpec(TITLES["unet"], self.denoiser, ("prediction",))}
+        for spec in self.text_specs:
+            found[spec.name] = NetworkSpec(
+                spec.title, partial(self.text_module, spec), spec.outputs, sized=False, one_by_one=True
+            )
+        found["vae_decoder"] = NetworkSpec(TITLES["vae_decoder"], self.decoder_module, ("sample",), decodes=True)
+        if image_to_image:
+            found["vae_encoder"] = NetworkSpec(
+                TITLES["vae_encoder"], self.encoder_module, ("latents",), one_by_one=True
+            )
+        return found
+
+    def golden_added(self, generator: Any, rows: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Seeded values of the U-Net's inputs besides latents, timestep and text states, ``[rows, …]`` each by name.
+
+        Args:
+            generator: torch's.
+            size: height and width of the image in pixels.
+        """
+        return {}
 
     def vae(self) -> Any:
+        """The autoencoder in float32 (float16 of random bases), frozen: ``other_vae`` where there is one.
+
+        Raises:
+            InputError: as of :meth:`own_vae`.
+        """
+        if self.other_vae is None:
+            return self.own_vae()
+        return self.frozen(self.other_vae.load(self.own_config("vae")))
+
+    def own_vae(self) -> Any:
         """``AutoencoderTiny`` or ``AutoencoderKL`` in float32, frozen.
 
         Raises:
@@ -152,7 +209,7 @@ class BaseModel:
         for key, low in (("scaling_factor", 1e-6), ("shift_factor", -1e6)):
             if config.get(key) is not None:
                 entries.member(key).number(low, 1e6)
-        return self._frozen(load_network(getattr(diffusers, kind), self.folder / "vae"))
+        return self.frozen(load_network(getattr(diffusers, kind), self.folder / "vae"))
 
     def denoiser(self) -> Any:
         """The plain denoiser as it is exported.
@@ -164,11 +221,14 @@ class BaseModel:
 
         return Teacher(self.unet())
 
-    def text_module(self) -> Any:
-        """The text encoder as it is exported: ``input_ids [B, tokens]`` → states ``[B, tokens, D]``."""
-        from .wrappers import TextEncoder
+    def text_module(self, spec: TextEncoderSpec | None = None) -> Any:
+        """A text encoder as it is exported: ``input_ids [B, tokens]`` → states ``[B, tokens, D]``, and what the
+        spec's outputs name besides.
+        """
+        from . import wrappers
 
-        return TextEncoder(self.text_encoder())
+        spec = spec or self.text_specs[0]
+        return getattr(wrappers, spec.wrapper)(self.text_encoder(spec))
 
     def decoder_module(self) -> Any:
         """The decoder as it is exported: ``latents [B, C, H, W]`` → pixels ``[B, 3, H·f, W·f]`` in [-1, 1]."""
@@ -182,11 +242,17 @@ class BaseModel:
 
         return VaeEncoder(self.vae())
 
-    def _frozen(self, network: Any) -> Any:
+    def frozen(self, network: Any) -> Any:
+        """A network for inference, its weights checked to be finite."""
         return check_finite(network, self.name).eval().requires_grad_(False)
 
     def config(self, network: str) -> dict[str, Any]:
-        """A network's config as it is on disk: ``unet``, ``text_encoder`` or ``vae``."""
+        """A network's config: ``unet``, ``text_encoder`` or ``vae``; of ``other_vae`` where there is one."""
+        own = self.own_config(network)
+        return own if network != "vae" or self.other_vae is None else self.other_vae.config(own)
+
+    def own_config(self, network: str) -> dict[str, Any]:
+        """A network's config as the model has it on disk."""
         return network_config(self.folder / network)
 
     def check(self) -> None:
@@ -195,18 +261,16 @@ class BaseModel:
         Raises:
             InputError: for files that are damaged, and for models that cannot be built.
         """
-        if self.two_text_encoders:
-            raise InputError(
-                f"{self.name} has two text encoders (Stable Diffusion XL), which bundles do not hold yet; "
-                "pnp-trt distill and pnp-trt visualize take it"
-            )
-        self.tokenizer()
-        for load in (self.text_encoder, self.vae, self.unet):
+        for spec in self.text_specs:
+            self.tokenizer(spec)
+            self.text_encoder(spec)
+        for load in (self.vae, self.unet):
             load()
 
     def configs_sha256(self) -> str:
         """Hash of what is not a weight and changes images: configs, tokenizer and noise schedule."""
-        names = ["unet", "text_encoder", "vae", *(["text_encoder_2"] if self.two_text_encoders else [])]
+        first, *others = (spec.name for spec in self.text_specs)
+        names = ["unet", first, "vae", *others]
         tokenizers = sorted(p for p in self.folder.glob("tokenizer*/*") if p.suffix in (".json", ".txt"))
         return digest(
             [
@@ -227,7 +291,7 @@ class BaseModel:
         Raises:
             InputError: if a config lacks an entry that this takes.
         """
-        unet, text, vae = (self.config(n) for n in ("unet", "text_encoder", "vae"))
+        unet, text, vae = (self.config(n) for n in ("unet", self.text_specs[0].name, "vae"))
         try:
             height, width = latent_size(unet, self.name)
             blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
@@ -253,10 +317,18 @@ class BaseModel:
         return None
 
     def fingerprint(self) -> dict[str, str]:
-        """sha256 of every weight file, and of the whole; what a manifest records."""
+        """sha256 of every network's weights, and of the whole; what a manifest records."""
+        own = self.own_fingerprint()
+        if self.other_vae is None:
+            return own
+        parts = {k: v for k, v in own.items() if k != "all"} | {"vae": self.other_vae.sha256()}
+        return {**parts, "all": digest(parts)}
+
+    def own_fingerprint(self) -> dict[str, str]:
+        """As :meth:`fingerprint`, of the model's own weights."""
         if not self._hashes:
-            parts = ["unet", "text_encoder", "vae"]
-            parts += ["text_encoder_2"] if self.two_text_encoders else []
+            first, *others = (spec.name for spec in self.text_specs)
+            parts = ["unet", first, "vae", *others]
             files = {p: weight_files(self.folder / p) for p in parts}
             if self.unet_file is not None:
                 files["unet"] = [self.unet_file]

@@ -96,14 +96,15 @@ def _starts_with_mark(path: Path) -> bool:
         return f.read(3).startswith(_MARKS)
 
 
-def copy_tokenizer(base: Any, target: Path) -> dict[str, int]:
-    """Write a base model's tokenizer as one ``tokenizer.json``; returns ``{"length", "pad"}``.
+def copy_tokenizer(base: Any, spec: Any, target: Path) -> dict[str, int]:
+    """Write a tokenizer of a base model as one JSON file; returns ``{"length", "pad"}``.
 
     Args:
         base: a :class:`~pnp_trt.models.teacher.BaseModel`.
+        spec: a :class:`~pnp_trt.models.specs.TextEncoderSpec`: whose tokenizer.
     """
-    tokenizer = base.tokenizer()
-    source = base.folder / "tokenizer" / "tokenizer.json"
+    tokenizer = base.tokenizer(spec)
+    source = base.tokenizer_folder(spec) / "tokenizer.json"
     if source.is_file():
         target.write_text(read_text(source), encoding="utf-8")
     else:

@@ -1,4 +1,4 @@
-"""Modules with plain tensors as inputs and one tensor as output, in the form that is exported."""
+"""Modules with plain tensors as inputs and outputs, in the form that is exported."""
 
 from __future__ import annotations
 
@@ -16,6 +16,32 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.text_encoder(input_ids=input_ids).last_hidden_state
+
+
+class HiddenStates(nn.Module):
+    """``input_ids [B, tokens]`` → states before the last layer ``[B, tokens, D]``, as SDXL reads its first encoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.text_encoder = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids=input_ids, output_hidden_states=True).hidden_states[-2]
+
+
+class ProjectedStates(nn.Module):
+    """``input_ids [B, tokens]`` → states before the last layer ``[B, tokens, D]`` and projected text ``[B, D2]``.
+
+    SDXL reads its second encoder so; the projection is of the last layer's state at the end of the prompt.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.text_encoder_2 = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.text_encoder_2(input_ids=input_ids, output_hidden_states=True)
+        return out.hidden_states[-2], out.text_embeds
 
 
 class VaeDecoder(nn.Module):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..registry import Registry
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from ..graph.weights import WeightMap
@@ -193,15 +194,23 @@ def cast(tree: Any, dtype: Any) -> Any:
     return pytree.tree_map(one, tree)
 
 
-def reference(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The module's output in float32, whatever type its weights are kept in.
+def reference(module: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """The module's output in float32, whatever type its weights are kept in; a tuple where it has several.
 
     Weights in half precision are widened one layer at a time, so that a large model needs no second copy.
     """
     import torch
 
     with torch.no_grad(), _widened(module):
-        return module(**inputs).float()
+        return cast(module(**inputs), torch.float32)
+
+
+def as_arrays(outputs: Any) -> np.ndarray | tuple[np.ndarray, ...]:
+    """A module's output, or its outputs, as float32 of numpy."""
+    if isinstance(outputs, tuple):
+        return tuple(value.float().cpu().numpy() for value in outputs)
+    only: np.ndarray = outputs.float().cpu().numpy()
+    return only
 
 
 @contextmanager

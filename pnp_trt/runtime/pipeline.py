@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import backends
 from ..backends.base import LoadOptions, Size
-from ..bundle.manifest import TOKENIZER
+from ..bundle.manifest import TIME_IDS
 from ..bundle.profiles import legal_sizes
 from ..bundle.store import Bundle, open_bundle, rebuild_advice
 from ..errors import InputError, PnpError
@@ -36,8 +36,8 @@ from ..sampling.network import Network
 from ..sampling.schedules import Schedule, ddim, evaluations, make, resolve
 from ..sampling.step_loop import Run, StepLoop
 from .images import read_image
-from .prompt_syntax import PLAIN, apply_weights, check_syntax, weighted_parts
-from .tokenizer import Tokenizer
+from .prompt_syntax import PLAIN, check_syntax
+from .text import STATES, ImageSizes, Text, TextEncoders, takes_sizes
 
 STEPS = (1, 1000)
 DEFAULT_STEPS = 20
@@ -70,7 +70,8 @@ class Prepared:
         negatives: negative prompts, or None.
         init: pixels uint8 ``[H, W, 3]`` of ``size`` to begin with, the strength, and the image's name; or None.
         syntax: of prompts and negative prompts.
-        context: text states that were given, ``[N, tokens, D]`` float32, or None.
+        context: text states that were given, N rows, or None.
+        image_sizes: SDXL's micro-conditioning; None takes the image's size, not cropped.
     """
 
     engine: str
@@ -84,7 +85,8 @@ class Prepared:
     negatives: list[str] | None = None
     init: tuple[np.ndarray, float, str] | None = None
     syntax: str = PLAIN
-    context: np.ndarray | None = None
+    context: Text | None = None
+    image_sizes: ImageSizes | None = None
 
     @property
     def rows(self) -> int:
@@ -106,6 +108,8 @@ class Prepared:
             held["context"] = "given"
         if self.init is not None:
             held |= {"init": self.init[2], "strength": self.init[1]}
+        if self.image_sizes is not None:
+            held |= self.image_sizes.parameters()
         return held
 
 
@@ -148,32 +152,26 @@ class Pipeline:
         self.profiles = manifest.profiles
         self._scheduler = manifest.scheduler
         self.default_schedule = resolve(schedule, self._scheduler, self.sampling_steps)
-        self._tokenizer = Tokenizer(
-            bundle.folder / TOKENIZER, manifest.tokens.length, manifest.tokens.pad, manifest.vocabulary
-        )
         backend = backends.of(manifest)
         backend.check(manifest)
         options = LoadOptions(provider, threads)
-        self._text, self._unet, self._vae = (
-            backend.load(bundle.file(n), manifest.networks[n], options) for n in ("text_encoder", "unet", "vae_decoder")
-        )
-        self._encoder = (
-            backend.load(bundle.file("vae_encoder"), manifest.networks["vae_encoder"], options)
-            if "vae_encoder" in manifest.networks
-            else None
-        )
+
+        def load(name: str) -> Any:
+            held = manifest.networks
+            return backend.load(bundle.file(name), held[name], options) if name in held else None
+
+        self._text = TextEncoders(bundle, load)
+        self._unet, self._vae = load("unet"), load("vae_decoder")
+        self._encoder = load("vae_encoder")
         # the part of the guide that depends on w alone, where it is a separate network
-        self._condition = (
-            backend.load(bundle.file("condition"), manifest.networks["condition"], options)
-            if "condition" in manifest.networks
-            else None
-        )
+        self._condition = load("condition")
+        #: whether the U-Net reads an original size, a crop and a target size (SDXL)
+        self.takes_sizes: bool = takes_sizes(manifest)
         #: what runs whole images on a GPU, captured into CUDA graphs; None where the host runs the loop
         self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
         self.methods: tuple[str, ...] = methods_of(bundle.guided, on_host=self.loops is None)
         self.step_methods: tuple[str, ...] = step_methods_of(bundle.guided)
         self.baselines: tuple[str, ...] = baselines_of(bundle.guided) if self.loops is None else ()
-        self._empty: np.ndarray | None = None
         self._tables: dict[tuple[str, int], Schedule] = {}
 
     @classmethod
@@ -230,7 +228,7 @@ class Pipeline:
     def facts(self) -> dict[str, dict[str, int]]:
         """The runtime's figures of each network, by its name in the manifest; see ``Network.facts``."""
         held = {
-            "text_encoder": self._text, "unet": self._unet, "vae_decoder": self._vae, "vae_encoder": self._encoder,
+            **self._text.networks, "unet": self._unet, "vae_decoder": self._vae, "vae_encoder": self._encoder,
             "condition": self._condition,
         }  # fmt: skip
         return {name: network.facts() for name, network in held.items() if network is not None}
@@ -239,8 +237,8 @@ class Pipeline:
         """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is requested."""
         return default_interval(self._scheduler)
 
-    def encode(self, prompts: Sequence[str], syntax: str = PLAIN) -> np.ndarray:
-        """Text states ``[N, tokens, D]`` float32.
+    def encode(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
+        """Text states ``[N, tokens, D]`` float32, with SDXL's pooled text; ``np.asarray`` gives the states alone.
 
         Args:
             syntax: of ``SYNTAXES``: ``plain``, or ``a1111`` for weights such as ``(x:1.3)``.
@@ -250,13 +248,7 @@ class Pipeline:
         """
         check_syntax(syntax)
         check_prompts(prompts)
-        parts = [[(prompt, 1.0)] if syntax == PLAIN else weighted_parts(prompt) for prompt in prompts]
-        tokens = [self._tokenizer.weighted(each) for each in parts]
-        # one row at a time: a prompt's states must not depend on what else is requested
-        states = [self._text(input_ids=ids[None]) for ids, _ in tokens]
-        if syntax != PLAIN:
-            states = [apply_weights(found[0], w)[None] for found, (_, w) in zip(states, tokens, strict=True)]
-        return states[0] if len(states) == 1 else np.concatenate(states)
+        return self._text(prompts, syntax)
 
     def check_size(self, size: Size | None) -> Size:
         """``size`` in pixels, or the default for None.
@@ -295,53 +287,57 @@ class Pipeline:
 
     def denoise(
         self,
-        context: np.ndarray,
+        context: Text | np.ndarray,
         noise: np.ndarray,
         *,
         steps: int,
         guidance: np.ndarray | float,
         method: str | None = None,
         callback: Callback | None = None,
-        negative: np.ndarray | None = None,
+        negative: Text | np.ndarray | None = None,
         schedule: str | Schedule | None = None,
         image: np.ndarray | None = None,
         guided_interval: Interval | None = None,
+        image_sizes: ImageSizes | None = None,
     ) -> np.ndarray:
         """The whole loop, from unit noise to final latents ``[N, C, H, W]``.
 
         Args:
-            context: text states ``[N, tokens, D]``.
+            context: of :meth:`encode`, N rows; text states ``[N, tokens, D]`` alone where the U-Net reads no more.
             noise: ``[N, C, H, W]``; its height and width decide the image's.
             guidance: w, one for all or ``[N]``.
             method: one of ``methods`` or ``baselines``; ``None`` takes the first.
             callback: called with (steps done, steps) after each step; False from it stops the work.
-            negative: text states of negative prompts, ``[N, tokens, D]``; None stands for the empty prompt.
+            negative: those of negative prompts; None stands for the empty prompt, which SDXL has as zeros.
             schedule: a name, as for :meth:`schedule`, or a table, whose length then stands for ``steps``.
             image: clean latents to begin with, ``[N, C, H, W]`` or one for all ``[1, C, H, W]``.
             guided_interval: lowest and highest timestep with CFG, for ``cfg-interval``; None as for
                 :meth:`guided_interval`.
+            image_sizes: SDXL's micro-conditioning; None takes the image's size, not cropped.
 
         Raises:
-            InputError: for a method or schedule that is unknown, an interval out of range, or a batch size
-                that the engine lacks.
+            InputError: for a method or schedule that is unknown, an interval out of range, a batch size
+                that the engine lacks, or ``image_sizes`` of an engine that takes none.
             Cancelled: if the callback returned False.
         """
         table = schedule if isinstance(schedule, Schedule) else self.schedule(steps, schedule)
         return self._run(
-            context, noise, table, guidance, method, callback, negative, image, guided_interval, decode=False
-        )
+            context, noise, table, guidance, method, callback, negative, image, guided_interval, image_sizes,
+            decode=False,
+        )  # fmt: skip
 
     def _run(
         self,
-        context: np.ndarray,
+        context: Text | np.ndarray,
         noise: np.ndarray,
         table: Schedule,
         guidance: np.ndarray | float,
         method: str | None,
         callback: Callback | None,
-        negative: np.ndarray | None,
+        negative: Text | np.ndarray | None,
         image: np.ndarray | None,
         interval: Interval | None,
+        image_sizes: ImageSizes | None,
         *,
         decode: bool,
     ) -> np.ndarray:
@@ -360,8 +356,8 @@ class Pipeline:
             w = np.broadcast_to(w, (n,))
         x = _first(table, noise, image)
         twice = kind.reads_both_texts
-        inputs = self._inputs(kind, context, w, negative)
         size = (noise.shape[-2], noise.shape[-1])
+        inputs = self._inputs(kind, Text.of(context), w, negative, size, image_sizes)
         if self.loops is not None:
             drawn = self.loops.run(Plan(n, size, table, twice, decode), Feeds(x, w, inputs), callback)
             if decode:
@@ -370,7 +366,7 @@ class Pipeline:
             return drawn.values
         if kind.sample is not None:
             where = interval or (self.guided_interval() if kind.has_interval else (0, 0))
-            latents = kind.sample(HostRun(self._unet, table, x, w, inputs["encoder_hidden_states"], where), callback)
+            latents = kind.sample(HostRun(self._unet, table, x, w, inputs, where), callback)
         else:
             with self._unet.bind(2 * n if twice else n, size) as unet:
                 unet.write(**inputs)
@@ -380,24 +376,37 @@ class Pipeline:
         return self.decode(latents) if decode else latents
 
     def _inputs(
-        self, kind: Method, context: np.ndarray, w: np.ndarray, negative: np.ndarray | None
-    ) -> dict[str, np.ndarray]:
+        self, kind: Method, text: Text, w: np.ndarray, negative: Text | np.ndarray | None, size: Size,
+        image_sizes: ImageSizes | None,
+    ) -> dict[str, np.ndarray]:  # fmt: skip
         """The U-Net's inputs beside latents, timestep and ``condition``, for a batch of N images or twice as many.
 
         Args:
-            context, negative: text states ``[N, tokens, D]``; None stands for the empty prompt.
+            text, negative: of the prompts, N rows; None stands for the empty prompt.
             w: ``[N]``.
+            size: of the latents.
         """
+        if lacking := [name for name in self._text.added if name not in text.added]:
+            raise InputError(
+                f"engine '{self.name}' reads {', '.join(lacking)} of prompts and got text states alone; "
+                "pass what encode returns"
+            )
         twice, guided = kind.reads_both_texts, self.bundle.guided
         reads = guided and self.negative_prompts
-        other = negative
-        if other is None and (twice or reads):
-            other = np.broadcast_to(self._unconditional(), context.shape)
-        inputs = {"encoder_hidden_states": np.concatenate([np.asarray(other), context]) if twice else context}
+        other = self._text.empty().repeated(len(text)) if negative is None and (twice or reads) else negative
+        avoided = text if other is None else Text.of(other)
+        inputs = (Text.joined([avoided, text]) if twice else text).inputs()
+        rows = len(inputs[STATES])
+        self._check_image_sizes(image_sizes)
+        if self.takes_sizes:
+            height, width = (
+                side * own // latent for side, own, latent in zip(size, self.size, self._latent[1:], strict=True)
+            )
+            inputs[TIME_IDS] = (image_sizes or ImageSizes()).time_ids((height, width), rows)
         if guided:  # a plain prediction is that of w = 1, where the guide adds nothing
-            inputs["guidance"] = w if kind.guided else np.ones(len(inputs["encoder_hidden_states"]), np.float32)
+            inputs["guidance"] = w if kind.guided else np.ones(rows, np.float32)
         if reads:
-            inputs["negative"] = np.concatenate([np.asarray(other)] * 2) if twice else np.asarray(other)
+            inputs["negative"] = np.concatenate([avoided.states] * 2) if twice else avoided.states
         return inputs
 
     def run(self, prepared: Prepared, i: int) -> Run:
@@ -410,11 +419,13 @@ class Pipeline:
         kind, table = METHODS.get(prepared.method), prepared.table
         scale = np.array([prepared.scales[i]], np.float32)
         states, negative = self._texts(prepared, slice(i, i + 1))
-        inputs = self._inputs(kind, states, scale, negative)
+        noise = self.noise([prepared.seeds[i]], prepared.size)
+        size = (noise.shape[-2], noise.shape[-1])
+        inputs = self._inputs(kind, states, scale, negative, size, prepared.image_sizes)
         if self._condition is not None:
             inputs["condition"] = np.concatenate([self._condition(guidance=g[None]) for g in inputs["guidance"]])
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
-        start = _first(table, self.noise([prepared.seeds[i]], prepared.size), image)
+        start = _first(table, noise, image)
         rows = tuple({name: value[row] for name, value in inputs.items()} for row in range(prepared.rows))
         return Run(table, start[0], rows, float(scale[0]))
 
@@ -480,11 +491,6 @@ class Pipeline:
             )
         return self._encoder
 
-    def _unconditional(self) -> np.ndarray:
-        if self._empty is None:
-            self._empty = self.encode([""])
-        return self._empty
-
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Pixels uint8 ``[N, H, W, 3]``.
 
@@ -529,7 +535,8 @@ class Pipeline:
         size: Size | None = None,
         guided_interval: Interval | None = None,
         prompt_syntax: str = PLAIN,
-        context: np.ndarray | None = None,
+        context: Text | np.ndarray | None = None,
+        image_sizes: ImageSizes | None = None,
     ) -> list[Picture]:
         """Images for prompts.
 
@@ -548,8 +555,9 @@ class Pipeline:
             size: height and width in pixels, one of those that the engine was built for; None takes its default.
             guided_interval: lowest and highest timestep with CFG, for method ``cfg-interval``.
             prompt_syntax: ``plain``, or ``a1111`` for weights such as ``(x:1.3)`` in prompts and negative prompts.
-            context: text states of the prompts, ``[N, tokens, D]``, in place of those that the engine's text encoder
-                gives; the prompts are then recorded alone.
+            context: text of the prompts, as :meth:`encode` returns it, or states ``[N, tokens, D]`` alone where the
+                U-Net reads no more, in place of what the engine gives; the prompts are then recorded alone.
+            image_sizes: SDXL's original size, crop and target size; None takes the image's size, not cropped.
 
         Raises:
             InputError: for values out of range, lists whose lengths differ, text states of another shape, or an image
@@ -559,6 +567,7 @@ class Pipeline:
         prepared = self.prepare(
             prompts, steps=steps, guidance=guidance, seed=seed, method=method, negative=negative, schedule=schedule,
             init=init, strength=strength, size=size, prompt_syntax=prompt_syntax, context=context,
+            image_sizes=image_sizes,
         )  # fmt: skip
         most, count, made = self.largest_batch(prepared.size), len(prepared.prompts), len(prepared.table)
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
@@ -572,12 +581,12 @@ class Pipeline:
             drawn = self._run(
                 states, self.noise(prepared.seeds[part], prepared.size), prepared.table,
                 np.array(prepared.scales[part], np.float32), prepared.method, report, others, image, guided_interval,
-                decode=True,
+                image_sizes, decode=True,
             )  # fmt: skip
             out += [Picture(pixels, prepared.parameters(first + i)) for i, pixels in enumerate(drawn)]
         return out
 
-    def _texts(self, prepared: Prepared, part: slice) -> tuple[np.ndarray, np.ndarray | None]:
+    def _texts(self, prepared: Prepared, part: slice) -> tuple[Text, Text | None]:
         """Text states of some of the images, and those of their negative prompts or None."""
         given, syntax = prepared.context, prepared.syntax
         states = self.encode(prepared.prompts[part], syntax) if given is None else given[part]
@@ -597,7 +606,8 @@ class Pipeline:
         strength: float | None = None,
         size: Size | None = None,
         prompt_syntax: str = PLAIN,
-        context: np.ndarray | None = None,
+        context: Text | np.ndarray | None = None,
+        image_sizes: ImageSizes | None = None,
     ) -> Prepared:
         """The same request checked, and nothing of it computed; arguments and errors as of a call."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -611,9 +621,9 @@ class Pipeline:
             [*prompts, *([negative] if isinstance(negative, str) else negative or [])],
             weighted=prompt_syntax != PLAIN,
         )
-        if context is not None:
-            context = self._check_context(context, len(prompts))
+        given_text = None if context is None else self._check_context(context, len(prompts))
         wanted = self.check_size(size)
+        self._check_image_sizes(image_sizes)
         method = method or self.methods[0]
         avoided = self._avoided(negative, len(prompts), method)
         table = self.schedule(steps, schedule)
@@ -633,18 +643,26 @@ class Pipeline:
                 stacklevel=3,
             )
         return Prepared(
-            self.name, prompts, seeds, scales, steps, wanted, method, table, avoided, start, prompt_syntax, context
-        )
+            self.name, prompts, seeds, scales, steps, wanted, method, table, avoided, start, prompt_syntax,
+            given_text, image_sizes,
+        )  # fmt: skip
 
-    def _check_context(self, context: np.ndarray, count: int) -> np.ndarray:
-        """Text states that were given, float32; ``InputError`` unless they are the prompts'."""
-        found, (tokens, width) = np.asarray(context), self._unet.describe().inputs["encoder_hidden_states"][1][1:]
+    def _check_context(self, context: Text | np.ndarray, count: int) -> Text:
+        """Text that was given, float32; ``InputError`` unless it is the prompts'."""
+        given = Text.of(context)
+        found, (tokens, width) = given.states, self._unet.describe().inputs["encoder_hidden_states"][1][1:]
         if found.shape != (count, tokens, width) or found.dtype.kind != "f" or not np.isfinite(found).all():
             raise InputError(
                 f"context is {found.dtype} of shape {list(found.shape)}; pass finite text states of shape "
                 f"{[count, tokens, width]}"
             )
-        return found.astype(np.float32)
+        return Text(found.astype(np.float32), given.added)
+
+    def _check_image_sizes(self, image_sizes: ImageSizes | None) -> None:
+        if image_sizes is not None and not self.takes_sizes:
+            raise InputError(
+                f"engine '{self.name}' reads no original size, crop or target size; leave them out (SDXL reads them)"
+            )
 
     def _start(self, init: Init | None, strength: float | None) -> tuple[np.ndarray, float, str] | None:
         """Pixels, strength and name of the image to begin with; None where there is none."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .. import backends
 from ..backends.base import Backend, LoadOptions
-from ..bundle.golden_file import Golden, difference, load_golden, read_golden
+from ..bundle.golden_file import Golden, Outputs, as_tuple, difference, load_golden, read_golden, save_golden
 from ..bundle.manifest import GOLDEN as FILE
 from ..bundle.manifest import NetworkRecord
 from ..bundle.profiles import size_of
@@ -19,16 +18,6 @@ from ..errors import PnpError
 from ..sampling.network import Network
 
 __all__ = ["FILE", "Golden", "compare", "difference", "gate", "load_golden", "save_golden", "verify"]
-
-
-def save_golden(path: Path, golden: Golden) -> None:
-    """Write inputs and references, so that a machine without PyTorch can compare its engine with them."""
-    arrays: dict[str, Any] = {}
-    for network, (inputs, reference) in golden.items():
-        arrays |= {f"{network}/{name}": value for name, value in inputs.items()}
-        arrays[f"{network}/="] = reference
-    with path.open("wb") as f:
-        np.savez(f, **arrays)
 
 
 def compare(
@@ -51,11 +40,19 @@ def compare(
         network = loaded[key]
         least = _smallest_batch(networks[key], inputs)
         rows = [
-            network(**{k: v[i : i + 1].repeat(least, axis=0) for k, v in inputs.items()})[:1]
-            for i in range(len(reference))
+            _first_row(network, {k: v[i : i + 1].repeat(least, axis=0) for k, v in inputs.items()}, reference)
+            for i in range(len(as_tuple(reference)[0]))
         ]
-        errors[name] = difference(np.concatenate(rows), reference)
+        found = tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
+        errors[name] = difference(found, reference)
     return errors
+
+
+def _first_row(network: Network, inputs: dict[str, np.ndarray], reference: Outputs) -> tuple[np.ndarray, ...]:
+    """The first row of every output that there is a reference of."""
+    if isinstance(reference, tuple):
+        return tuple(value[:1] for value in network.outputs(**inputs))
+    return (network(**inputs)[:1],)
 
 
 def _smallest_batch(entry: NetworkRecord, inputs: dict[str, np.ndarray]) -> int:

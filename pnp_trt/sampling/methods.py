@@ -6,7 +6,7 @@ with: CFG in two evaluations, CFG on a part of the timesteps, CFG in half the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,8 @@ class HostRun:
         table: the schedule.
         start: first latents, ``[N, C, H, W]`` float32.
         w: guidance scales, ``[N]`` float32.
-        texts: text states, ``[N, tokens, D]``, or ``[2N, tokens, D]``, unconditional first, where the method reads
-            both.
+        inputs: the U-Net's other inputs by name, text states and such, of N rows, or of 2N, unconditional first,
+            where the method reads both texts.
         interval: timesteps with guidance, for methods that have an interval.
     """
 
@@ -40,8 +40,13 @@ class HostRun:
     table: Schedule
     start: np.ndarray
     w: np.ndarray
-    texts: np.ndarray
+    inputs: Mapping[str, np.ndarray]
     interval: Interval
+
+    def half(self, unconditional: bool) -> dict[str, np.ndarray]:
+        """The inputs of one of both texts, N rows."""
+        n = len(self.start)
+        return {name: rows[:n] if unconditional else rows[n:] for name, rows in self.inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -164,14 +169,14 @@ def guided_steps(table: Schedule, interval: Interval) -> np.ndarray:
 def _two_passes(run: HostRun, callback: Callback | None) -> np.ndarray:
     n, size = len(run.start), (run.start.shape[-2], run.start.shape[-1])
     with run.unet.bind(n, size) as single:
-        return _TwoPasses(single, run.table, run.start.shape, run.w, run.texts).run(run.start, callback)
+        return _TwoPasses(single, run).run(run.start, callback)
 
 
 def _on_interval(run: HostRun, callback: Callback | None) -> np.ndarray:
     n, size = len(run.start), (run.start.shape[-2], run.start.shape[-1])
     with run.unet.bind(n, size) as single, run.unet.bind(2 * n, size) as double:
-        single.write(encoder_hidden_states=run.texts[n:])
-        double.write(encoder_hidden_states=run.texts)
+        single.write(**run.half(unconditional=False))
+        double.write(**run.inputs)
         both = HostLoop(double, run.table, run.start.shape, run.w)
         where = guided_steps(run.table, run.interval)
         return _OnInterval(single, run.table, run.start.shape, both, where).run(run.start, callback)
@@ -180,17 +185,18 @@ def _on_interval(run: HostRun, callback: Callback | None) -> np.ndarray:
 class _TwoPasses(HostLoop):
     """CFG with one evaluation for each text, of batch N, in place of one of batch 2N."""
 
-    def __init__(self, unet: Bound, table: Schedule, shape: tuple[int, ...], w: np.ndarray, texts: np.ndarray) -> None:
-        super().__init__(unet, table, shape)
-        self._scale = np.asarray(w, np.float32)[:, None, None, None]
-        self._texts = texts[: shape[0]], texts[shape[0] :]
+    def __init__(self, unet: Bound, run: HostRun) -> None:
+        shape = run.start.shape
+        super().__init__(unet, run.table, shape)
+        self._scale = np.asarray(run.w, np.float32)[:, None, None, None]
+        self._texts = run.half(unconditional=True), run.half(unconditional=False)
         self._unconditional, self._combined = (np.empty(shape, np.float32) for _ in range(2))
 
     def _predict(self, i: int) -> np.ndarray:
         unconditional, conditional = self._texts
-        self._unet.write(encoder_hidden_states=unconditional)
+        self._unet.write(**unconditional)
         np.copyto(self._unconditional, super()._predict(i))  # the second evaluation may write over it
-        self._unet.write(encoder_hidden_states=conditional)
+        self._unet.write(**conditional)
         return classifier_free(self._unconditional, super()._predict(i), self._scale, self._combined)
 
 

@@ -36,6 +36,10 @@ class Bound(ABC):
     def read(self) -> np.ndarray:
         """A copy of the first output, once the run has ended."""
 
+    def read_all(self) -> tuple[np.ndarray, ...]:
+        """Copies of all outputs in their order, once the run has ended; of the first alone where there is one."""
+        return (self.read(),)
+
     def host_input(self, name: str) -> np.ndarray | None:
         """The memory that ``run`` reads an input from, to be written in place; None where that is on a device."""
         return None
@@ -82,3 +86,10 @@ class Network(ABC):
             bound.write(**inputs)
             bound.run()
             return bound.read()
+
+    def outputs(self, **inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All outputs in their order, for named inputs that share their first dimension."""
+        with self.bind(len(next(iter(inputs.values()))), size_of(inputs)) as bound:
+            bound.write(**inputs)
+            bound.run()
+            return bound.read_all()

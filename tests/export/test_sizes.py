@@ -22,6 +22,7 @@ from pnp_trt.errors import InputError
 from pnp_trt.graph.lower import for_onnxruntime_cpu
 from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides import GUIDES
+from pnp_trt.models.random import RandomBase
 from pnp_trt.models.student import Student
 from pnp_trt.models.teacher import Sizes
 from pnp_trt.models.wrappers import VaeDecoder
@@ -136,7 +137,9 @@ def test_guides_are_exact_at_sizes_that_were_not_traced(deep: Any, kind: str, tm
         for p in guide.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     student = Student(deep, guide).eval()
-    inputs = golden_inputs((4, 16, 16), 7, 16, 100, True, True)["unet"]
+    vae = {"block_out_channels": [8, 8]}
+    base = RandomBase("", tmp_path, configs={"unet": dict(deep.config), "vae": vae, "text_encoder": {"vocab_size": 9}})
+    inputs = golden_inputs(base, (4, 16, 16), (32, 32), 7, guided=True, negative=True)["unet"]
     assert parity(student, inputs, tmp_path / "unet.onnx", [(16, 16), (4, 24), (20, 8)]) < 1e-5
 
 

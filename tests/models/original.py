@@ -11,6 +11,7 @@ RESNET = {
 }  # fmt: skip
 OUTER = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",  # SDXL
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
 }  # fmt: skip
 OPEN_CLIP = {
@@ -44,15 +45,15 @@ def original_key(key: str, layers: int = 1) -> str:
     return ".".join([place, *rest])
 
 
-def open_clip(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A ``CLIPTextModel``'s weights under OpenCLIP's names, with what SD 2's files have beyond them."""
+def open_clip(weights: dict[str, Tensor], layers: int, top: bool = True) -> dict[str, Tensor]:
+    """A ``CLIPTextModel``'s weights under OpenCLIP's names; with ``top`` the layer more that SD 2's files have."""
     weights = {k.removeprefix("text_model."): v for k, v in weights.items()}
     out = {
         "token_embedding.weight": weights["embeddings.token_embedding.weight"],
         "positional_embedding": weights["embeddings.position_embedding.weight"],
         "ln_final.weight": weights["final_layer_norm.weight"],
         "ln_final.bias": weights["final_layer_norm.bias"],
-        "text_projection": torch.eye(weights["final_layer_norm.bias"].shape[0]),
+        "text_projection": weights.get("text_projection.weight", torch.eye(len(weights["final_layer_norm.bias"]))).T,
         "logit_scale": torch.tensor(4.6),
     }
     for i in range(layers):
@@ -60,9 +61,11 @@ def open_clip(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             out |= {f"{new}{b}.{kind}": weights[f"{old}{a}.{kind}"] for a, b in OPEN_CLIP.items()}
             out[f"{new}attn.in_proj_{kind}"] = torch.cat([weights[f"{old}self_attn.{p}_proj.{kind}"] for p in "qkv"])
+    if not top:
+        return out
     # the layer on top, which Stable Diffusion 2 leaves out
-    top = {k: v + 1 for k, v in out.items() if k.startswith(f"transformer.resblocks.{layers - 1}.")}
-    return out | {k.replace(f"resblocks.{layers - 1}.", f"resblocks.{layers}."): v for k, v in top.items()}
+    more = {k: v + 1 for k, v in out.items() if k.startswith(f"transformer.resblocks.{layers - 1}.")}
+    return out | {k.replace(f"resblocks.{layers - 1}.", f"resblocks.{layers}."): v for k, v in more.items()}
 
 
 def original_vae(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ def test_byte_order_marks_and_windows_line_ends(encoding: str, folder: Path, tmp
     assert after.sizes() == before.sizes()
     assert after.tokenizer()(["a red apple"]).input_ids == before_ids
     assert all(torch.equal(v, before_unet[k]) for k, v in load(after, "unet").items())
-    copy_tokenizer(after, tmp_path / "tokenizer.json")
+    copy_tokenizer(after, after.text_specs[0], tmp_path / "tokenizer.json")
     assert Tokenizer(tmp_path / "tokenizer.json")(["a red apple"])[0, : len(before_ids[0])].tolist() == before_ids[0]
 
 
@@ -342,10 +342,13 @@ def test_a_model_for_images_that_are_not_square(folder: Path) -> None:
         TeacherModel.load(str(folder), ["a cat"], torch.device("cpu"))
 
 
-def test_sdxl_is_refused_by_build_and_taken_by_distillation(micro_sdxl: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has two text encoders .Stable Diffusion XL., which bundles do not hold yet"):
-        build(BuildSpec(str(micro_sdxl), "none", out=tmp_path / "out"))
-    assert len(resolve(str(micro_sdxl)).text_encoders()) == 2
+def test_sdxl_is_known_by_its_second_text_encoder(micro_sdxl: Path, tmp_path: Path) -> None:
+    base = resolve(str(micro_sdxl))
+    assert base.family == "sdxl" and list(base.networks()) == ["unet", "text_encoder", "text_encoder_2", "vae_decoder"]
+    folder = Path(shutil.copytree(micro_sdxl, tmp_path / "half"))
+    shutil.rmtree(folder / "text_encoder_2")
+    with pytest.raises(InputError, match="has SDXL's pooled text .* and the model has no second text encoder"):
+        resolve(str(folder)).check_configs()
 
 
 def test_sdxls_refiner_is_named(micro_sdxl: Path, tmp_path: Path) -> None:

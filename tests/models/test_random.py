@@ -58,8 +58,10 @@ def test_names() -> None:
     sizes = resolve("random:sd15").sizes()
     assert (sizes.latent, sizes.text_width, sizes.factor) == ((4, 64, 64), 768, 8)
     assert resolve("random:sd21").sizes().latent == (4, 96, 96)
-    with pytest.raises(InputError, match="random:sdxl cannot be built: it needs two text encoders"):
-        resolve("random:sdxl")
+    xl = resolve("random:sdxl")
+    assert (xl.family, xl.sizes().latent, xl.sizes().text_width, len(xl.text_specs)) == ("sdxl", (4, 128, 128), 2048, 2)
+    assert [xl.tokenizer(spec).pad_token_id for spec in xl.text_specs] == [49407, 0]
+    assert set(xl.fingerprint()) == {"unet", "text_encoder", "text_encoder_2", "vae", "all"}
     with pytest.raises(InputError, match="no base model 'random:sd9'; known: emoji"):
         resolve("random:sd9")
     with pytest.raises(InputError, match="guide 'huge' is not known for random:sd15; known: tiny"):

@@ -141,10 +141,8 @@ def test_a_kl_vae(tmp_path: Path, unet: dict[str, Tensor], layout: str) -> None:
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", "text encoders of SDXL"),
-        ("conditioner.embedders.1.model.ln_final.weight", "text encoders of SDXL"),
-        ("state_dict.conditioner.embedders.0.model.ln_final.weight", "text encoders of SDXL"),
-        ("text_encoder_2.text_model.final_layer_norm.weight", "further text encoders"),
+        ("conditioner.embedders.2.encoder.weight", "text encoders of SDXL"),
+        ("text_encoder_3.shared.weight", "further text encoders"),
         ("cond_stage_model.roberta.weight", "a text encoder of another kind"),
         ("control_model.zero_convs.0.0.weight", "a ControlNet"),
         ("lora_unet_mid_block_x.lora_up.weight", "a LoRA"),
@@ -163,11 +161,31 @@ def test_what_no_engine_uses_is_named_and_refused(tmp_path: Path, unet: dict[str
 
 
 @pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", "text_encoder"),
+        ("conditioner.embedders.1.model.ln_final.weight", "text_encoder_2"),
+        ("state_dict.conditioner.embedders.0.model.ln_final.weight", "text_encoder_2"),
+        ("text_encoder_2.text_model.final_layer_norm.weight", "text_encoder_2"),
+    ],
+)
+def test_sdxls_text_encoders_are_parts_that_other_engines_refuse(
+    tmp_path: Path, unet: dict[str, Tensor], key: str, part: str
+) -> None:
+    file = written(tmp_path, unet | {key: torch.zeros(2)})
+    assert file.parts.keys() == {"unet", part} and not file.unused
+    with pytest.raises(InputError, match=r"text encoder that the engine cannot take \(it .*--unet-only"):
+        file.refuse_unused({"text_encoder": CLIP, "vae": TINY}, "the engine")
+
+
+@pytest.mark.parametrize(
     "key",
     ["model_ema.decay", "model_ema.num_updates", "model_ema.diffusion_modelout2bias", "betas", "alphas_cumprod",
      "alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod", "posterior_variance", "logvar", "denoiser.sigmas",
      "optimizer.state.0.exp_avg", "global_step", "cond_stage_model.transformer.text_model.embeddings.position_ids",
-     "first_stage_model.loss.logvar", "cond_stage_model.model.logit_scale", "state_dict.model_ema.decay"],
+     "first_stage_model.loss.logvar", "cond_stage_model.model.logit_scale", "state_dict.model_ema.decay",
+     "conditioner.embedders.1.model.logit_scale",
+     "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"],
 )  # fmt: skip
 def test_training_leftovers_are_ignored(tmp_path: Path, unet: dict[str, Tensor], key: str) -> None:
     file = written(tmp_path, unet | {key: torch.zeros(1, dtype=torch.int64)})

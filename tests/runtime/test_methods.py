@@ -68,7 +68,7 @@ def test_evaluations_are_those_that_are_run(name: str) -> None:
     start, w = np.zeros((n, 4, 2, 2), np.float32), np.full(n, 3, np.float32)
     texts = np.zeros((2 * n if method.reads_both_texts else n, 7, 5), np.float32)
     if method.sample is not None:
-        method.sample(HostRun(network, table, start, w, texts, interval), None)
+        method.sample(HostRun(network, table, start, w, {"encoder_hidden_states": texts}, interval), None)
     else:
         rows = max(method.batches)
         with network.bind(rows * n) as bound:
@@ -90,7 +90,7 @@ def _as_cfg(run: HostRun, callback: Callback | None) -> np.ndarray:
     """CFG by the host's loop, as one batch of two."""
     n, size = len(run.start), (run.start.shape[-2], run.start.shape[-1])
     with run.unet.bind(2 * n, size) as unet:
-        unet.write(encoder_hidden_states=run.texts)
+        unet.write(**run.inputs)
         return HostLoop(unet, run.table, run.start.shape, run.w).run(run.start, callback)
 
 

@@ -348,7 +348,7 @@ class OrtBound(Bound):
                 value = ort.OrtValue.ortvalue_from_shape_and_type(full, _dtype(node.type), device, 0)
             self._binding.bind_ortvalue_input(node.name, value)
             self._inputs[node.name] = value
-        (first, *_) = session.get_outputs()
+        first, *self._others = session.get_outputs()
         shape = [batch, *first.shape[1:]]
         self._seen: np.ndarray | None = None
         if all(isinstance(d, int) for d in shape) and device == "cpu":
@@ -361,6 +361,8 @@ class OrtBound(Bound):
         else:  # a size that is known only when the graph has run
             self._output = None
             self._binding.bind_output(first.name, device)
+        for other in self._others:
+            self._binding.bind_output(other.name, device)
 
     def write(self, **inputs: np.ndarray) -> None:
         for name, array in inputs.items():
@@ -391,6 +393,9 @@ class OrtBound(Bound):
             return self._seen.copy()
         value = self._output if self._output is not None else self._binding.get_outputs()[0]
         return np.array(value.numpy())  # a copy: the buffer is written again by the next run
+
+    def read_all(self) -> tuple[np.ndarray, ...]:
+        return (self.read(), *(np.array(value.numpy()) for value in self._binding.get_outputs()[1:]))
 
 
 def _dtype(name: str) -> Any:

@@ -215,3 +215,7 @@ class OpenVinoBound(Bound):
 
     def read(self) -> np.ndarray:
         return np.array(self.output())
+
+    def read_all(self) -> tuple[np.ndarray, ...]:
+        count = len(self.compiled.outputs)
+        return tuple(np.array(self._request.get_output_tensor(i).data) for i in range(count))

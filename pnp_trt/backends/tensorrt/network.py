@@ -173,7 +173,8 @@ class TrtBound(Bound):
         self._cuda, self._context, self._keep = cuda, context, keep_kernels
         self._host: dict[str, tuple[np.ndarray, int]] = {}
         self._inputs = dict(description.inputs)
-        self._output = self.output_name = next(iter(description.outputs))
+        self._outputs = tuple(description.outputs)
+        self.output_name = self._outputs[0]
         self._on_the_way: set[str] = set()
         self._ran = False
         try:
@@ -242,10 +243,17 @@ class TrtBound(Bound):
         return self._host[name][0]
 
     def read(self) -> np.ndarray:
-        host, address = self._host[self._output]
-        self._cuda.to_host(address, self.addresses[self._output], host.nbytes, self.stream)
+        return self._read((self.output_name,))[0]
+
+    def read_all(self) -> tuple[np.ndarray, ...]:
+        return self._read(self._outputs)
+
+    def _read(self, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+        for name in names:
+            host, address = self._host[name]
+            self._cuda.to_host(address, self.addresses[name], host.nbytes, self.stream)
         self._wait()
-        return host.copy()
+        return tuple(self._host[name][0].copy() for name in names)
 
     def _wait(self) -> None:
         self._cuda.synchronize(self.stream)

@@ -126,7 +126,7 @@ class TorchNetwork(Network):
         yield TorchBound(self, batch, size)
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
-        """The output for tensors on the device.
+        """The output for tensors on the device; a tuple where the module has several.
 
         Raises:
             PnpError: if memory runs out, or torch.compile fails.
@@ -205,8 +205,11 @@ class TorchBound(Bound):
         self._output = self._network.run(self._inputs)
 
     def read(self) -> np.ndarray:
-        copy: np.ndarray = self._output.cpu().numpy().copy()  # the buffer may be written again by the next run
-        return copy
+        return self.read_all()[0]
+
+    def read_all(self) -> tuple[np.ndarray, ...]:
+        found = self._output if isinstance(self._output, tuple) else (self._output,)
+        return tuple(value.cpu().numpy().copy() for value in found)  # the buffers may be written again by the next run
 
 
 def _compile(module: Any, device: str) -> Any:

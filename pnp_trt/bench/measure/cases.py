@@ -27,15 +27,15 @@ class Pipeline(Protocol):
     def methods(self) -> tuple[str, ...]:
         """Which of 'cfg', 'unguided' and 'guided' this engine can run; a peer's own method for a peer."""
 
-    def encode(self, prompts: list[str]) -> np.ndarray:
-        """Text encodings, [N, 77, D] float32."""
+    def encode(self, prompts: list[str]) -> Any:
+        """Text encodings of N prompts, as `denoise` takes them."""
 
     def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> np.ndarray:
         """Starting latents, [N, C, h, w] float32, one image a seed; of `size` in pixels, None for the default."""
 
     def denoise(
         self,
-        context: np.ndarray,
+        context: Any,
         noise: np.ndarray,
         *,
         steps: int,
@@ -106,7 +106,7 @@ class Case:
         return sum(count * rows for count, rows in self.calls(steps, schedule))
 
     def denoise(
-        self, context: np.ndarray, noise: np.ndarray, *, steps: int, guidance: float, schedule: str | None
+        self, context: Any, noise: np.ndarray, *, steps: int, guidance: float, schedule: str | None
     ) -> np.ndarray:
         """The loop of this case, [N, C, h, w]; `steps` as requested."""
         more: dict[str, Any] = {} if schedule is None else {"schedule": schedule}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 GUIDE_PREFIX = "guide"
 #: Networks that run once per image, not once a step.
-PICTURE_NETWORKS = ("text-encoder", "vae-decoder")
+PICTURE_NETWORKS = ("text-encoder", "text-encoder-2", "vae-decoder")
 #: The part of the guide that depends on w alone; it runs once per image as well, with that guide only.
 CONDITION_PREFIX = "condition-"
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cost import CONDITION_PREFIX
+
+if TYPE_CHECKING:
+    from ...models.teacher import BaseModel
 
 
 def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -32,12 +34,12 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     from ...models.teacher import random_unet_config
 
     quiet_libraries()
-    folder: Path | None = None
+    model: BaseModel | None = None
     if base.startswith("random:"):
         config = random_unet_config(base)
     else:
-        folder = resolve(base).folder
-        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        model = resolve(base)
+        config = model.config("unet")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
         sizes: dict[str, Any] = {name: guide_size(base, name) for name in GUIDES}
@@ -80,8 +82,8 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
                 )
                 fed = {"condition": guide.condition(torch.empty(1), (size, size))}
             found[f"guide-{name}"] = (GuideAlone(guide), alone | fed)
-        if folder is not None:
-            found |= _picture_networks(folder, inputs["sample"])
+        if model is not None:
+            found |= _picture_networks(model, inputs["sample"])
     return found
 
 
@@ -101,17 +103,18 @@ def guide_size(base: str, guide: str) -> dict[str, int]:
     return {k: config[k] for k in options}
 
 
-def _picture_networks(folder: Path, sample: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+def _picture_networks(model: BaseModel, sample: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     import diffusers
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
+    import transformers
 
-    from ...models.wrappers import TextEncoder, VaeDecoder
+    from ...models import wrappers
 
-    text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True))
-    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    ids = {"input_ids": torch.empty(1, 77, dtype=torch.long)}
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for spec in model.text_specs:
+        encoder = getattr(transformers, spec.kind)(transformers.CLIPTextConfig(**model.config(spec.name)))
+        found[spec.name.replace("_", "-")] = getattr(wrappers, spec.wrapper)(encoder), ids
+    config = model.config("vae")
     vae = getattr(diffusers, config["_class_name"]).from_config(config)
-    return {
-        "text-encoder": (TextEncoder(text), {"input_ids": torch.empty(1, 77, dtype=torch.long)}),
-        "vae-decoder": (VaeDecoder(vae), {"latents": sample}),
-    }
+    return found | {"vae-decoder": (wrappers.VaeDecoder(vae), {"latents": sample})}

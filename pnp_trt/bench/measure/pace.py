@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def trial(
         texts = [prompts[i % len(prompts)] for i in range(batch)]
         context, noise = case.pipe.encode(texts), case.pipe.noise(list(range(batch)))
 
-        def loop(steps: int, context: np.ndarray = context, noise: np.ndarray = noise) -> float:
+        def loop(steps: int, context: Any = context, noise: np.ndarray = noise) -> float:
             start = clock()
             case.denoise(context, noise, steps=steps, guidance=guidance, schedule=None)
             return clock() - start

@@ -20,11 +20,14 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, PnpError
+from ...runtime.text import Text
 from ...sampling.schedules import chosen, evaluations, resolve
 from .cases import Case
 
 EAGER, COMPILED, OPTIMUM = "diffusers", "diffusers-compile", "optimum-onnx"
 KINDS = (EAGER, COMPILED, OPTIMUM)
+#: the U-Net's name of SDXL's pooled text
+_POOLED = "text_embeds"
 
 
 def available(
@@ -123,15 +126,19 @@ class Peer:
         self.peer = peer
         self._pipe, self._device = pipe, device
         self._config = model.scheduler_config() | {"_class_name": model.scheduler_class()}
-        self._empty: Any = None
+        self._empty: Text | None = None
+        self._zeros = model.zero_empty_prompt()
 
-    def encode(self, prompts: list[str]) -> np.ndarray:
-        """Text states, [N, tokens, D] float32."""
+    def encode(self, prompts: list[str]) -> Text:
+        """Text states, [N, tokens, D] float32, and SDXL's pooled text."""
         import torch
 
         with torch.inference_mode():
-            states, _ = self._pipe.encode_prompt(prompts, self._device, 1, False)
-        return np.asarray(states.float().cpu().numpy())
+            states, _, *pooled = self._pipe.encode_prompt(
+                prompts, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        added = {_POOLED: pooled[0].float().cpu().numpy()} if pooled else {}
+        return Text(states.float().cpu().numpy(), added)
 
     def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> np.ndarray:
         """Starting latents, [N, C, h, w] float32: the bits of the engines' own."""
@@ -147,7 +154,7 @@ class Peer:
 
     def denoise(
         self,
-        context: np.ndarray,
+        context: Text | np.ndarray,
         noise: np.ndarray,
         *,
         steps: int,
@@ -171,17 +178,19 @@ class Peer:
         if rule.diffusers_class is None:
             raise InputError(f"diffusers has no scheduler that equals '{rule.name}'; take ddim")
         self._pipe.scheduler = getattr(diffusers, rule.diffusers_class).from_config(config)
+        text = Text.of(context)
         if self._empty is None:
-            self._empty = self.encode([""])
+            empty = self.encode([""])
+            self._empty = empty.zeros() if self._zeros else empty
         dtype = self._pipe.unet.dtype
-        text, empty = (
-            torch.from_numpy(np.array(a)).to(self._device, dtype)
-            for a in (context, np.broadcast_to(self._empty, context.shape))
-        )
+        given = {}
+        for prefix, one in (("", text), ("negative_", self._empty.repeated(len(text)))):
+            arrays = {"prompt_embeds": one.states}
+            arrays |= {"pooled_prompt_embeds": one.added[_POOLED]} if _POOLED in one.added else {}
+            given |= {f"{prefix}{n}": torch.from_numpy(np.array(a)).to(self._device, dtype) for n, a in arrays.items()}
         height, width = (side * self._factor for side in noise.shape[-2:])
         made = self._pipe(
-            prompt_embeds=text,
-            negative_prompt_embeds=empty,
+            **given,
             latents=torch.from_numpy(noise).to(self._device, dtype),
             height=height,
             width=width,
@@ -204,21 +213,22 @@ class Peer:
 
 def _diffusers(model: Any, device: str, precision: str) -> Any:
     """diffusers' own pipeline of a base model; the decoder stays in float32, where it cannot overflow."""
+    import diffusers
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if precision not in kinds:
         raise InputError(f"precision is '{precision}'; peers run in {', '.join(kinds)}")
-    pipe = StableDiffusionPipeline(
+    parts: dict[str, Any] = {}
+    for spec, (tokenizer, encoder) in zip(model.text_specs, model.text_encoders(), strict=True):
+        parts |= {spec.tokenizer: tokenizer, spec.name: encoder.to(device, kinds[precision])}
+    if model.family == "sd":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = getattr(diffusers, model.pipeline)(
         vae=model.vae().to(device),
-        text_encoder=model.text_encoder().to(device, kinds[precision]),
-        tokenizer=model.tokenizer(),
         unet=model.unet().to(device, kinds[precision]),
-        scheduler=DDIMScheduler.from_config(model.scheduler_config()),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=diffusers.DDIMScheduler.from_config(model.scheduler_config()),
+        **parts,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -260,11 +270,13 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
         return f"the weights of base '{base}' are not those in the engines (LoRAs merged, or files changed since)"
     index = model.folder / "model_index.json"
     named = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
-    if (model.folder / "text_encoder_2").is_dir() or named not in (None, "StableDiffusionPipeline"):
-        return f"base '{base}' is a {named or 'pipeline with two text encoders'}; peers run StableDiffusionPipeline"
+    if named not in (None, model.pipeline):
+        return f"base '{base}' is a {named}; peers run {model.pipeline}"
     if kind == COMPILED and provider == "cpu" and sys.platform != "win32" and not _compiler():
         return "torch.compile needs a C++ compiler on a CPU and none was found; install g++"
     if kind == OPTIMUM:
+        if len(model.text_specs) > 1:
+            return f"base '{base}' has {len(model.text_specs)} text encoders, which it was not tried with"
         if not _optimum_installed():
             return (
                 "it is not installed; pip install optimum-onnx (release 0.1 needs transformers below 4.58, "

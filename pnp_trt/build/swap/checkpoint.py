@@ -7,7 +7,7 @@ of Stable Diffusion's size costs no memory of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,11 @@ from ...models.configs import check_same_network, check_same_text
 from ...models.convert import text_weights, unet_weights, vae_weights
 from ...models.files import files_sha256, read_json, read_weights, weight_files
 from ...models.folders import check_unet
-from ...models.networks import quiet_libraries
+from ...models.networks import module_keys, quiet_libraries
 from ...models.noise import Noise
 from ...models.scheduler import base_scheduler, scheduler_record
 from ...models.single_file import SingleFile, read_single_file
+from ...models.specs import TextEncoderSpec
 from ...models.state_dicts import check_fits
 from ...models.teacher import BaseModel
 
@@ -83,11 +84,14 @@ class FineTune:
         stated = self.single.noise if self.single is not None else Noise()
         return scheduler_record(own, stated, chosen)
 
-    def check_parts(self, configs: Mapping[str, Mapping[str, Any]], what: str) -> None:
+    def check_parts(
+        self, configs: Mapping[str, Mapping[str, Any]], specs: Sequence[TextEncoderSpec], what: str
+    ) -> None:
         """Refuse a part that the engine cannot use, and a config that means something else with the same weights.
 
         Args:
             configs: of the engine's networks.
+            specs: the engine's text encoders.
             what: the engine, for messages.
 
         Raises:
@@ -96,7 +100,13 @@ class FineTune:
         if self.single is not None and not self.unet_only:
             self.single.refuse_unused(configs, what)
         if self.base is not None and not self.unet_only:
-            check_same_text(self.base.config("text_encoder"), configs["text_encoder"], self.name, what)
+            if self.base.text_specs != tuple(specs):
+                raise InputError(
+                    f"{self.name} has {_encoders(self.base.text_specs)} and {what} has {_encoders(specs)}; build it "
+                    "instead"
+                )
+            for spec in specs:
+                check_same_text(self.base.config(spec.name), configs[spec.name], self.name, what, spec.kind)
             self._check_vae(configs["vae"], what)
 
     def unet(self, config: dict[str, Any], what: str) -> Any:
@@ -113,7 +123,7 @@ class FineTune:
         from diffusers import UNet2DConditionModel
 
         own = self.config("unet") or config
-        check_unet(own, {"latent_channels": config["in_channels"]}, self.name)
+        check_unet(own, {"latent_channels": config["in_channels"]}, self.name, (None, "text_time"))
         check_same_network(UNet2DConditionModel, own, config, self.name, what)
         if self.single is not None:
             weights = unet_weights(self.single, config)
@@ -124,20 +134,23 @@ class FineTune:
             return self.base.unet()
         return _filled(UNet2DConditionModel, own, weights, self.name, what)
 
-    def text_encoder(self, config: dict[str, Any], what: str) -> Any:
-        """``CLIPTextModel``, frozen; arguments and errors as of ``unet``."""
+    def text_encoder(self, spec: TextEncoderSpec, config: dict[str, Any], what: str) -> Any:
+        """A text encoder, frozen; arguments and errors as of ``unet``.
+
+        Args:
+            spec: which of the engine's.
+        """
         if self.single is None:
             assert self.base is not None
-            check_same_text(self.base.config("text_encoder"), config, self.name, what)
-            return self.base.text_encoder()
-        from transformers import CLIPTextConfig, CLIPTextModel
+            check_same_text(self.base.config(spec.name), config, self.name, what, spec.kind)
+            return self.base.text_encoder(spec)
+        import transformers
 
         quiet_libraries()
-        module = CLIPTextModel(CLIPTextConfig(**config))
+        module = getattr(transformers, spec.kind)(transformers.CLIPTextConfig(**config))
         own = module.state_dict()
-        prefix = "text_model." if any(k.startswith("text_model.") for k in own) else ""
-        weights = {prefix + k: v for k, v in text_weights(self.single, config).items()}
-        check_fits(own, weights, f"the text encoder in {self.name}", f"that of {what}")
+        weights = module_keys(text_weights(self.single, config, spec.name), module)
+        check_fits(own, weights, f"the {spec.title} in {self.name}", f"that of {what}")
         module.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
         return module.eval().requires_grad_(False)
 
@@ -166,6 +179,10 @@ class FineTune:
                 "engine's, or build it instead"
             )
         check_same_network(getattr(diffusers, kinds[0]), own, config, self.name, what)
+
+
+def _encoders(specs: Sequence[TextEncoderSpec]) -> str:
+    return "one text encoder" if len(specs) == 1 else f"{len(specs)} text encoders"
 
 
 def find(name: str, unet_only: bool = False) -> FineTune:

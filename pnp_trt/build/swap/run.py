@@ -12,9 +12,10 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,20 @@ from ... import backends
 from ...backends.base import CompileJob, Progress
 from ...bundle import memory
 from ...bundle.golden_file import read_golden
-from ...bundle.manifest import WEIGHTS, Base, Compiled, FileRecord, LoraRecord, Manifest, NetworkRecord, Plugged, Tokens
+from ...bundle.manifest import (
+    TEXT_ENCODER,
+    WEIGHTS,
+    Base,
+    Compiled,
+    FileRecord,
+    FurtherText,
+    LoraRecord,
+    Manifest,
+    NetworkRecord,
+    Plugged,
+    Tokens,
+    tokenizer_file,
+)
 from ...bundle.onnx_file import check_graph
 from ...bundle.parts import Parts, RunResult, assemble
 from ...bundle.store import (
@@ -46,24 +60,21 @@ from ...io.files import check_replaceable_folder, failure
 from ...io.replacing import check_removable_bundle
 from ...io.text import printable
 from ...models.bases import is_hub_id
+from ...models.families import FAMILIES
 from ...models.noise import Noise
 from ...models.scheduler import check_distilled, check_samples
+from ...models.specs import TITLES, TextEncoderSpec
 from ...precision.recipes import DEFAULT
 from ...runtime.verify import Golden
 from ...version import __version__
 from ..builder import Built, check_before_work, standing
 from ..spec import short_name
-from ..work import TITLES, engine_parity, library_versions
+from ..work import engine_parity, library_versions
 from .checkpoint import FineTune, find
 from .lora import Lora
 
-#: network of the bundle → (its source in weights.json, whether the graph uses all of it)
-SOURCES = {
-    "unet": ("unet", True),
-    "text_encoder": ("text_encoder", True),
-    "vae_decoder": ("vae", False),
-    "vae_encoder": ("vae", False),
-}
+#: network of the bundle → (its source in weights.json, whether the graph uses all of it); text encoders are their own
+SOURCES = {"unet": ("unet", True), "vae_decoder": ("vae", False), "vae_encoder": ("vae", False)}
 #: where files of the engine that are about to be replaced are kept while it is worked on
 _OLD = ".old"
 
@@ -181,7 +192,8 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
         with _described_wrongly(f"engine '{manifest.name}'", "networks"):
-            fine_tune.check_parts(manifest.configs, f"engine '{manifest.name}'")
+            specs = FAMILIES[manifest.family].model.text_specs
+            fine_tune.check_parts(manifest.configs, specs, f"engine '{manifest.name}'")
         work = _Work(spec, source, manifest, backend, fine_tune, scheduler, loras, progress or (lambda *_: None))
         try:
             made = work.run(folder, key, identity)
@@ -219,6 +231,15 @@ class _Work:
     files: dict[str, FileRecord] = field(default_factory=dict)
     stage: int = 0
 
+    @cached_property
+    def specs(self) -> dict[str, TextEncoderSpec]:
+        """The engine's text encoders, by network."""
+        return {spec.name: spec for spec in FAMILIES[self.manifest.family].model.text_specs}
+
+    def title(self, network: str) -> str:
+        """A network's name in messages."""
+        return self.specs[network].title if network in self.specs else TITLES[network]
+
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
         from ...runtime.verify import FILE as GOLDEN
         from ...runtime.verify import save_golden
@@ -226,14 +247,14 @@ class _Work:
 
         started = time.monotonic()
         m = self.manifest
-        names = architecture(m.configs or {}) if self.loras else None
+        names = architecture(m.configs or {}, self.specs.values()) if self.loras else None
         loaded = [load(lora, names) for lora in self.loras] if names is not None else []
-        swapped = self._swapped(any("text_encoder" in one.changes for one in loaded))
+        swapped = self._swapped({network for one in loaded for network in one.changes})
         stages = 2 + 3 * len(swapped)
         with whole_folder(folder, check_removable_bundle) as work:
             self._report("check the engine", stages)
             self._take(work, swapped)
-            tokens = self._tokenizer(work)
+            tokens = {name: self._tokenizer(name, work) for name in self.specs}
             maps = read_weights(work / WEIGHTS, m.networks, rebuild_advice(self.source, m.rebuild))
             golden = read_golden(work / _OLD / GOLDEN, m.networks)
             networks = dict(m.networks)
@@ -248,7 +269,7 @@ class _Work:
                 gc.collect()
             checked = memory.peak()
             for name in swapped:
-                self._report(f"compile {TITLES[name]}", stages)
+                self._report(f"compile {self.title(name)}", stages)
                 networks[name] = self._compile(networks[name], name, work)
             self._report("write", stages)
             save_golden(work / GOLDEN, golden)
@@ -270,7 +291,8 @@ class _Work:
             parts = replace(
                 Parts.of(m),
                 base=Base(base, hashes, tuple(LoraRecord(x.name, x.sha256, x.scale) for x in self.loras)),
-                tokens=tokens,
+                tokens=tokens[TEXT_ENCODER],
+                text=self._text(tokens),
                 scheduler=self.scheduler,
             )
             result = RunResult(
@@ -284,12 +306,13 @@ class _Work:
         self.progress(what, 100 * self.stage, 100 * stages)
         self.stage += 1
 
-    def _swapped(self, text_lora: bool) -> list[str]:
+    def _swapped(self, by_loras: Collection[str] = ()) -> list[str]:
         """Networks of the bundle whose weights the fine-tune or a LoRA changes."""
         own, held = self.fine_tune.fingerprint(), self.manifest.base.sha256
         out = ["unet"]
-        if own.get("text_encoder", held.get("text_encoder")) != held.get("text_encoder") or text_lora:
-            out.append("text_encoder")
+        for name in self.specs:
+            if own.get(name, held.get(name)) != held.get(name) or name in by_loras:
+                out.append(name)
         if own.get("vae", held.get("vae")) != held.get("vae"):
             out += [n for n in ("vae_decoder", "vae_encoder") if n in self.manifest.networks]
         return out
@@ -324,15 +347,16 @@ class _Work:
         for name in swapped:
             check_graph(work, self.manifest, name)
 
-    def _tokenizer(self, work: Path) -> Tokens:
-        """A whole model brings its own tokenizer."""
-        held = self.manifest.tokens
-        if self.fine_tune.base is None or self.fine_tune.unet_only or "text_encoder" not in self._swapped(False):
+    def _tokenizer(self, encoder: str, work: Path) -> Tokens:
+        """A whole model brings its own tokenizers."""
+        held = self.manifest.tokens_of(encoder)
+        if self.fine_tune.base is None or self.fine_tune.unet_only or encoder not in self._swapped():
             return held
         from ...models.tokenizer import copy_tokenizer
 
-        tokens = Tokens(**copy_tokenizer(self.fine_tune.base, work / "tokenizer.json"))
-        self.files.pop("tokenizer.json", None)
+        file = tokenizer_file(encoder)
+        tokens = Tokens(**copy_tokenizer(self.fine_tune.base, self.specs[encoder], work / file))
+        self.files.pop(file, None)
         if tokens.length != held.length:
             raise InputError(
                 f"the tokenizer of {self.fine_tune.name} pads to {tokens.length} tokens, the engine takes "
@@ -340,14 +364,20 @@ class _Work:
             )
         return tokens
 
+    def _text(self, tokens: dict[str, Tokens]) -> FurtherText:
+        """What the bundle states of text besides the first encoder's tokens; a whole model has a word on it."""
+        whole = self.fine_tune.base if not self.fine_tune.unet_only and self.spec.base is not None else None
+        zeros = self.manifest.text.zero_empty_prompt if whole is None else whole.zero_empty_prompt()
+        return FurtherText({k: v for k, v in tokens.items() if k != TEXT_ENCODER}, zeros)
+
     def _module(
         self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path
     ) -> tuple[Any, Any, str | None, list[Any]]:  # fmt: skip
         """A network as PyTorch runs it, the module whose weights are swapped, where the guide came from, and rows of
         weights as the LoRAs' formula gives them.
         """
+        from ...models import wrappers
         from ...models.student import Student, Teacher
-        from ...models.wrappers import TextEncoder, VaeDecoder, VaeEncoder
         from .guides import guide_of
         from .lora import merge, written
 
@@ -355,12 +385,12 @@ class _Work:
         configs = {part: dict(config) for part, config in (self.manifest.configs or {}).items()}
         if name in ("vae_decoder", "vae_encoder"):
             vae = self.fine_tune.vae(configs["vae"], what)
-            return (VaeDecoder if name == "vae_decoder" else VaeEncoder)(vae), vae, None, []
-        if name == "text_encoder":
-            text = self._text_encoder(configs["text_encoder"], what)
-            formula = written.rows(text, "text_encoder", loaded)
-            text = merge(text, "text_encoder", loaded)
-            return TextEncoder(text), text, None, formula
+            return (wrappers.VaeDecoder if name == "vae_decoder" else wrappers.VaeEncoder)(vae), vae, None, []
+        if name in self.specs:
+            text = self._text_encoder(self.specs[name], configs[name], what)
+            formula = written.rows(text, name, loaded)
+            text = merge(text, name, loaded)
+            return getattr(wrappers, self.specs[name].wrapper)(text), text, None, formula
         unet = self.fine_tune.unet(configs["unet"], what)
         formula = written.rows(unet, "unet", loaded)
         unet = merge(unet, "unet", loaded)
@@ -371,10 +401,10 @@ class _Work:
         # the part of the guide that depends on w alone stays as it is, in a separate network
         return Student(unet, guide, conditioned="condition" in self.manifest.networks), unet, where, formula
 
-    def _text_encoder(self, config: dict[str, Any], what: str) -> Any:
+    def _text_encoder(self, spec: TextEncoderSpec, config: dict[str, Any], what: str) -> Any:
         """The fine-tune's; the engine's own base's where the fine-tune has none and a LoRA changes it."""
-        if "text_encoder" in self.fine_tune.fingerprint():
-            return self.fine_tune.text_encoder(config, what)
+        if spec.name in self.fine_tune.fingerprint():
+            return self.fine_tune.text_encoder(spec, config, what)
         assert self.manifest.given is not None, "an engine that is plugged has it"
         names = (self.manifest.base.name, self.manifest.given.base)
         for name in names:
@@ -382,10 +412,10 @@ class _Work:
                 continue
             with suppress(InputError, OSError):
                 own = find(name)
-                if own.fingerprint().get("text_encoder") == self.manifest.base.sha256.get("text_encoder"):
-                    return own.text_encoder(config, what)
+                if own.fingerprint().get(spec.name) == self.manifest.base.sha256.get(spec.name):
+                    return own.text_encoder(spec, config, what)
         raise InputError(
-            f"a LoRA changes the text encoder, {self.fine_tune.name} has none, and that of {what} is not to be found "
+            f"a LoRA changes the {spec.title}, {self.fine_tune.name} has none, and that of {what} is not to be found "
             f"at {' or '.join(dict.fromkeys(names))}; give the fine-tune as a diffusers folder"
         )
 
@@ -398,13 +428,13 @@ class _Work:
         """
         import torch
 
-        from ...precision.recipes import reference
+        from ...precision.recipes import as_arrays, reference
         from ..parity import relative_error
         from .lora import written as written_weights
         from .rewrite import check_keys, rewrite
 
-        self._report(f"swap {TITLES[name]}", stages)
-        source, whole = SOURCES[name]
+        self._report(f"swap {self.title(name)}", stages)
+        source, whole = (name, self.specs[name].whole) if name in self.specs else SOURCES[name]
         graph, data = work / entry.graph, entry.data
         inputs = {case: {k: torch.from_numpy(v) for k, v in held[0].items()} for case, held in golden.items()}
         with _described_wrongly(f"engine '{self.manifest.name}'", name):
@@ -413,11 +443,11 @@ class _Work:
             check_keys(weights, new, whole)
             written = rewrite(graph, work / _OLD / data, work / data, weights, new)
             written_weights.check(graph, weights, source, formula)
-            wanted = {case: reference(module, given).numpy() for case, given in inputs.items()}
+            wanted = {case: as_arrays(reference(module, given)) for case, given in inputs.items()}
         self.files[data] = FileRecord(written.sha256, (work / data).stat().st_size)
         del module, swapped, new
         gc.collect()
-        self._report(f"compare {TITLES[name]}", stages)
+        self._report(f"compare {self.title(name)}", stages)
         errors = {case: relative_error(graph, inputs[case], wanted[case]) for case in inputs}
         error, limit = float(np.max(list(errors.values()))), entry.parity.limit  # NaN if any is
         if not error <= limit:  # also refuses NaN
@@ -447,7 +477,7 @@ class _Work:
         """What the new bundle's base is made of, by network."""
         own = self.manifest.base.sha256
         out = {k: v for k, v in own.items() if k != "all"} | self.fine_tune.fingerprint()
-        for network in ("unet", "text_encoder"):
+        for network in ("unet", *self.specs):
             if changed := [one.lora.identity() for one in loaded if network in one.changes]:
                 changes = [{k: v for k, v in c.items() if k != "name"} for c in changed]
                 out[network] = digest([out[network], changes])

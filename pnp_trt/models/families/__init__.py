@@ -9,7 +9,9 @@ from ..teacher import BaseModel
 from .base import Family
 
 #: families by name; Stable Diffusion takes every folder that no other reads
-FAMILIES: Registry[Family] = Registry("families", "family", {"sd": "pnp_trt.models.families.sd:SD"})
+FAMILIES: Registry[Family] = Registry(
+    "families", "family", {"sdxl": "pnp_trt.models.families.sdxl:SDXL", "sd": "pnp_trt.models.families.sd:SD"}
+)
 _LAST = "sd"
 
 
@@ -19,6 +21,6 @@ def open_folder(name: str, folder: Path) -> BaseModel:
     Raises:
         InputError: if no family reads it, or a part or file is missing.
     """
-    families = FAMILIES.items()
-    others = [family for key, family in families if key != _LAST and family.reads(folder)]
-    return (others[0] if others else FAMILIES[_LAST]).open(name, folder)
+    # those of other packages before the package's own
+    others = (family for key, family in reversed(FAMILIES.items()) if key != _LAST and family.reads(folder))
+    return next(others, FAMILIES[_LAST]).open(name, folder)

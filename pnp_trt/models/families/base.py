@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from ..specs import Layout
 from ..teacher import BaseModel
 
 
@@ -18,9 +19,15 @@ class Family(ABC):
 
     Attributes:
         name: as ``FAMILIES`` has it.
+        model: class of its models.
+        layouts: of its text encoders in checkpoints of one file.
+        leftovers: (pattern, what it is) of keys that training leaves beside them and no inference uses.
     """
 
     name: str
+    model: type[BaseModel] = BaseModel
+    layouts: tuple[Layout, ...] = ()
+    leftovers: tuple[tuple[str, str], ...] = ()
 
     @abstractmethod
     def reads(self, folder: Path) -> bool:

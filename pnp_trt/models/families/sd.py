@@ -1,10 +1,11 @@
-"""Stable Diffusion 1 and 2 and their fine-tunes; XL for training guides."""
+"""Stable Diffusion 1 and 2 and their fine-tunes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..folders import check_folder
+from ..specs import Layout
 from ..teacher import BaseModel
 from .base import Family
 
@@ -13,6 +14,11 @@ class StableDiffusion(Family):
     """diffusers folders of Stable Diffusion; asked last, so that it names what is missing in folders of no family."""
 
     name = "sd"
+    layouts = (
+        Layout("text_encoder", "clip", r"cond_stage_model\.transformer\.(?:text_model\.)?"),
+        Layout("text_encoder", "open_clip", r"cond_stage_model\.model\."),
+        Layout("text_encoder", "clip", r"text_encoder\.(?:module\.)?(?:text_model\.)?"),
+    )
 
     def reads(self, folder: Path) -> bool:
         return True

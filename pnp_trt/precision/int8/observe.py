@@ -59,14 +59,17 @@ class Loop:
         """The guided prediction ``[N, C, H, W]`` at one timestep."""
         times = torch.full((len(x),), t)
         text = self.conditions.text(rows, x.device)
+        nothing = torch.full_like(rows, self.conditions.empty)
         if isinstance(self.network, Student):
             negative = {}
             if getattr(self.network.guide.config, "negative_prompts", False):
-                negative["negative"] = self.conditions.text(torch.full_like(rows, self.conditions.empty), x.device)
-            out = self.network(x, times, text, w, **negative)
+                negative["negative"] = self.conditions.text(nothing, x.device)
+            added = self.conditions.added(rows, x.device)
+            out = self.network(x, times, text, w, **negative, added_cond_kwargs=added)
         else:
-            empty = self.conditions.text(torch.full_like(rows, self.conditions.empty), x.device)
-            out = cfg(self.network.unet, x, times, text, empty, w)
+            empty = self.conditions.text(nothing, x.device)
+            added = self.conditions.added(torch.cat([nothing, rows]), x.device)
+            out = cfg(self.network.unet, x, times, text, empty, w, added)
         if not out.isfinite().all():
             raise PnpError(f"the prediction is not finite at timestep {t}; check the weights of base and guide")
         return out

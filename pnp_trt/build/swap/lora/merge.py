@@ -24,7 +24,7 @@ def merge(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> nn.M
 
     Args:
         module: a network of the architecture that the LoRAs were loaded for.
-        network: ``unet`` or ``text_encoder``.
+        network: ``unet`` or a text encoder's name.
 
     Raises:
         InputError: if a merged weight is too large for float32.

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ....models.specs import TextEncoderSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +58,7 @@ class Layer:
     """A layer that a LoRA can change.
 
     Attributes:
-        network: ``unet`` or ``text_encoder``.
+        network: ``unet`` or a text encoder's name.
         name: path of the module in its network.
         shape: of its weight.
         bias: shape of its bias; None without one.
@@ -100,16 +102,20 @@ class LayerNames:
         return next(iter(layers)) if len(layers) == 1 else None
 
 
-def architecture(configs: Mapping[str, Any]) -> LayerNames:
+def architecture(
+    configs: Mapping[str, Any], text_encoders: Iterable[TextEncoderSpec] = (TextEncoderSpec(),)
+) -> LayerNames:
     """The layers of a bundle's networks from its configs, without weights."""
     import torch
+    import transformers
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {"unet": UNet2DConditionModel.from_config(dict(configs["unet"]))}
-        if "text_encoder" in configs:
-            modules["text_encoder"] = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
+        for spec in text_encoders:
+            if spec.name in configs:
+                config = transformers.CLIPTextConfig(**configs[spec.name])
+                modules[spec.name] = getattr(transformers, spec.kind)(config)
     return LayerNames(modules)
 
 

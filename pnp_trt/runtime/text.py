@@ -1,0 +1,200 @@
+"""Prompts to what the U-Net reads of them: text states, pooled text, and SDXL's image sizes (micro-conditioning)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..bundle.manifest import TIME_IDS, Manifest, tokenizer_file
+from ..bundle.profiles import Size
+from ..bundle.store import Bundle
+from ..errors import InputError
+from ..io.text import printable
+from ..sampling.network import Network
+from .prompt_syntax import PLAIN, apply_weights, weighted_parts
+from .tokenizer import Tokenizer
+
+#: the U-Net's name of the text states
+STATES = "encoder_hidden_states"
+#: pixels that an original size, a crop or a target size may have
+MAX_PIXELS = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Prompts as text encoders give them; ``np.asarray`` gives the states alone.
+
+    Attributes:
+        states: ``[N, tokens, D]`` float32, of several encoders one beside the other.
+        added: the U-Net's other inputs that come from prompts, by name: ``text_embeds [N, D2]`` for SDXL.
+    """
+
+    states: np.ndarray
+    added: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Text | np.ndarray) -> Text:
+        """Text as it is; states alone where an array is given."""
+        return given if isinstance(given, Text) else cls(np.asarray(given))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Text]) -> Text:
+        """The rows of several, one after the other."""
+        names = parts[0].added
+        return cls(
+            np.concatenate([p.states for p in parts]), {n: np.concatenate([p.added[n] for p in parts]) for n in names}
+        )
+
+    def repeated(self, count: int) -> Text:
+        """One row as ``count`` rows, without copies."""
+        return self._each(lambda value: np.broadcast_to(value, (count, *value.shape[1:])))
+
+    def zeros(self) -> Text:
+        """Zeros of the same shapes."""
+        return self._each(np.zeros_like)
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """By the U-Net's names."""
+        return {STATES: self.states, **self.added}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the states."""
+        return self.states.shape
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: Any) -> Text:
+        """Some of the rows, by a slice or a list."""
+        return self._each(lambda value: value[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.states, dtype=dtype, copy=copy) if copy else np.asarray(self.states, dtype=dtype)
+
+    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> Text:
+        return Text(change(self.states), {name: change(value) for name, value in self.added.items()})
+
+
+class TextEncoders:
+    """The tokenizers and text encoders of a bundle.
+
+    Args:
+        load: loads a network of the bundle by its name.
+    """
+
+    def __init__(self, bundle: Bundle, load: Callable[[str], Network]) -> None:
+        manifest = bundle.manifest
+        names = manifest.text_encoders
+        self.networks: dict[str, Network] = {name: load(name) for name in names}
+        self._tokenizers = [_tokenizer(bundle, name) for name in names]
+        self._outputs = [tuple(manifest.networks[name].outputs)[1:] for name in names]
+        #: the U-Net's inputs besides the states that come from prompts, by name
+        self.added: tuple[str, ...] = tuple(name for own in self._outputs for name in own)
+        self._zeros = manifest.text.zero_empty_prompt
+        self._empty: Text | None = None
+
+    def __call__(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
+        """Text of N prompts; each is encoded alone, so that it does not depend on the others.
+
+        Args:
+            syntax: of ``SYNTAXES``; weights scale the states of each encoder by itself.
+        """
+        rows = [self._row([(p, 1.0)] if syntax == PLAIN else weighted_parts(p), syntax) for p in prompts]
+        return rows[0] if len(rows) == 1 else Text.joined(rows)
+
+    def empty(self) -> Text:
+        """One row: what CFG reads where no negative prompt is given."""
+        if self._empty is None:
+            text = self([""])
+            self._empty = text.zeros() if self._zeros else text
+        return self._empty
+
+    def _row(self, parts: Sequence[tuple[str, float]], syntax: str) -> Text:
+        states: list[np.ndarray] = []
+        added: dict[str, np.ndarray] = {}
+        for network, tokenizer, names in zip(self.networks.values(), self._tokenizers, self._outputs, strict=True):
+            ids, weights = tokenizer.weighted(parts)
+            if names:
+                found, *others = network.outputs(input_ids=ids[None])
+                added |= dict(zip(names, others, strict=True))
+            else:
+                found = network(input_ids=ids[None])
+            states.append(found if syntax == PLAIN else apply_weights(found[0], weights)[None])
+        return Text(states[0] if len(states) == 1 else np.concatenate(states, axis=-1), added)
+
+
+def _tokenizer(bundle: Bundle, encoder: str) -> Tokenizer:
+    tokens = bundle.manifest.tokens_of(encoder)
+    return Tokenizer(
+        bundle.folder / tokenizer_file(encoder), tokens.length, tokens.pad, bundle.manifest.vocabulary_of(encoder)
+    )
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """SDXL's micro-conditioning (Podell et al. 2023, section 2.2), heights before widths, in pixels.
+
+    Attributes:
+        original: size of the training image before it was cropped; None stands for the image's size.
+        crop: top and left edge of the crop.
+        target: size after the crop; None stands for the image's size.
+
+    Raises:
+        InputError: for a size or an edge out of bounds.
+    """
+
+    original: Size | None = None
+    crop: Size = (0, 0)
+    target: Size | None = None
+
+    def __post_init__(self) -> None:
+        for name, pair, low in (("original size", self.original, 1), ("crop", self.crop, 0),
+                                ("target size", self.target, 1)):  # fmt: skip
+            if pair is not None and not (len(pair) == 2 and all(low <= int(p) <= MAX_PIXELS for p in pair)):
+                raise InputError(
+                    f"the {name} is {'x'.join(map(str, pair))}; give two whole numbers from {low} to {MAX_PIXELS}"
+                )
+
+    @classmethod
+    def parse(cls, original: str | None, crop: str | None, target: str | None) -> ImageSizes | None:
+        """From texts such as ``1024x768``; None where none is given.
+
+        Raises:
+            InputError: for a text of another form, or a number out of bounds.
+        """
+        if original is None and crop is None and target is None:
+            return None
+        pairs = [
+            None if text is None else _pair(option, text)
+            for option, text in (("--original-size", original), ("--crop", crop), ("--target-size", target))
+        ]
+        return cls(pairs[0], pairs[1] or (0, 0), pairs[2])
+
+    def time_ids(self, size: Size, count: int) -> np.ndarray:
+        """The U-Net's input ``time_ids [count, 6]`` float32, for images of ``size``."""
+        row = [*(self.original or size), *self.crop, *(self.target or size)]
+        return np.tile(np.array(row, np.float32), (count, 1))
+
+    def parameters(self) -> dict[str, str]:
+        """What an image records of them: those that are not the default."""
+        crop = self.crop if any(self.crop) else None
+        given = {"original_size": self.original, "crop": crop, "target_size": self.target}
+        return {name: f"{pair[0]}x{pair[1]}" for name, pair in given.items() if pair is not None}
+
+
+def _pair(option: str, text: str) -> Size:
+    if (match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)) is None:
+        raise InputError(
+            f"{option} is '{printable(text, limit=80)}'; give two whole numbers of pixels, such as 1024x768"
+        )
+    return int(match[1]), int(match[2])
+
+
+def takes_sizes(manifest: Manifest) -> bool:
+    """Whether the U-Net reads image sizes."""
+    return TIME_IDS in manifest.networks["unet"].inputs

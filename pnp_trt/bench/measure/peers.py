@@ -183,7 +183,7 @@ class Peer:
             empty = self.encode([""])
             self._empty = empty.zeros() if self._zeros else empty
         dtype = self._pipe.unet.dtype
-        given = {}
+        given: dict[str, Any] = {}
         for prefix, one in (("", text), ("negative_", self._empty.repeated(len(text)))):
             arrays = {"prompt_embeds": one.states}
             arrays |= {"pooled_prompt_embeds": one.added[_POOLED]} if _POOLED in one.added else {}

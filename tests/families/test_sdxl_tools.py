@@ -1,0 +1,80 @@
+"""Training, calibration, figures, costs and peers on SDXL's form, a few steps of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pnp_trt.bench.measure.peers import load
+from pnp_trt.distill.guidance import GuidanceConfig, distill
+from pnp_trt.distill.states import StateConfig
+from pnp_trt.distill.steps import StepsConfig
+from pnp_trt.distill.steps import distill as distill_steps
+from pnp_trt.distill.train import TrainConfig
+from pnp_trt.models.bases import resolve
+from pnp_trt.precision.int8.calibrate import CalibrationConfig, calibrate
+from pnp_trt.precision.int8.record import Record
+from pnp_trt.runtime.pipeline import Pipeline
+
+from ..conftest import Result
+
+TRAIN = TrainConfig(steps=6, batch=4, lr=5e-3, warmup=2, checkpoint_every=3)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red apple\na blue car\nthe yellow house on a hill\n")
+    return path
+
+
+def test_both_stages_of_distillation(micro_sdxl: Path, prompts: Path, tmp_path: Path) -> None:
+    guide = tmp_path / "guide"
+    report = distill(
+        GuidanceConfig(
+            str(micro_sdxl), prompts, guide, options={"rank": 4, "embed_dim": 8}, pictures=4,
+            states=StateConfig(count=16, steps=4, batch=4), train=TRAIN,
+        )
+    )  # fmt: skip
+    assert 0 < report["held_out"]["residual"] < 2
+    (second,) = distill_steps(
+        StepsConfig(str(guide), tmp_path / "steps", base=str(micro_sdxl), prompts=prompts, start=4, to=2,
+                    trajectories=8, batch_runs=4, pictures=False, train=TRAIN)
+    )  # fmt: skip
+    assert (second["from"], second["to"]) == (4, 2)
+    assert (tmp_path / "steps" / "steps-2" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_calibration(micro_sdxl: Path, sdxl_guide: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    calibrate(CalibrationConfig(str(micro_sdxl), str(sdxl_guide), prompts, out, pictures=1, batch=1, steps=2, probes=0))
+    record = Record.read(out)
+    assert record.base["sha256"] == resolve(str(micro_sdxl)).fingerprint()["all"]
+    assert all(layer.amax["max"] > 0 for layer in record.layers.values())
+
+
+def test_visualize(cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, tmp_path: Path) -> None:
+    done = cli("visualize", "a cat", "--guide", sdxl_guide, "--base", micro_sdxl, "--steps", 2, "--out", tmp_path)
+    assert done.code == 0 and list(tmp_path.glob("*.png")), done.err
+
+
+def test_cost_counts_both_text_encoders(cli: Callable[..., Result], micro_sdxl: Path, tmp_path: Path) -> None:
+    done = cli("bench", "--only", "cost", "--base", micro_sdxl, "--json", tmp_path / "cost.json")
+    assert done.code == 0, done.err
+    rows = {row["network"]: row for row in json.loads((tmp_path / "cost.json").read_text())["cost"]["networks"]}
+    base = resolve(str(micro_sdxl))
+    for name, module in zip(("text-encoder", "text-encoder-2"), map(base.text_encoder, base.text_specs), strict=True):
+        assert rows[name]["parameters"] == sum(p.numel() for p in module.parameters())
+
+
+def test_a_peer_generates_the_engines_latents(micro_sdxl: Path, sdxl_plain: Path) -> None:
+    """diffusers' pipeline behind the same protocol, with pooled text and zeros for the empty prompt."""
+    pipe, peer = Pipeline.load(sdxl_plain, provider="cpu", threads=1), load("diffusers", str(micro_sdxl))
+    noise, prompts = pipe.noise([1, 2]), ["a cat", "a red house"]
+    ours = pipe.denoise(pipe.encode(prompts), noise, steps=3, guidance=4.0, method="cfg", schedule="ddim")
+    wanted = peer.denoise(peer.encode(prompts), noise, steps=3, guidance=4.0, method="diffusers", schedule="ddim")
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())

@@ -24,7 +24,7 @@ help:
 	@echo "make ablation    designs, terms and states of guides on a short budget (an hour on a CPU; resumable)"
 	@echo "make train-speed steps per second and memory of training at Stable Diffusion 1.5's size"
 	@echo "make faults    kill a build at twenty random moments (minutes)"
-	@echo "make realsize  SD 1.5's size with random weights: export and an RTX engine (minutes, 6 GB of memory)"
+	@echo "make realsize  sizes of SD 1.5, 2.1 and XL with random weights: engines, plug, a step (an hour, 24 GB; resumes)"
 	@echo "make precision what FP16 and INT8 cost: parity, sizes and images of the bundled model (half an hour)"
 	@echo "make gpu    tests and benchmarks that need a GPU (minutes; skipped without one)"
 	@echo "make emoji  train the bundled model from scratch (hours on a CPU; resumable)"
@@ -127,6 +127,10 @@ faults: $(VENV)/.dev-installed
 	PNP_TRT_FAULTS=20 $(BIN)/python -m pytest tests/test_faults.py
 
 realsize: $(VENV)/.dev-installed
+	for base in sd15 sd21 sdxl; do \
+	  $(BIN)/python -m benchmarks.realsize --base random:$$base --guide tiny --precision fp16 --target sm_89 || exit 1; \
+	  $(BIN)/python -m benchmarks.realsize --base random:$$base --guide tiny --part run || exit 1; \
+	done
 	for guide in tiny full; do for precision in fp16 int8; do \
 	  $(BIN)/python -m benchmarks.realsize --base random:sd15 --guide $$guide --precision $$precision --target sm_89 || exit 1; \
 	done; done

@@ -1,18 +1,24 @@
-"""Export and compile a model of real size, and record what it took: ``make realsize``.
+"""Export, compile, plug and run a model of real size, and record what it took: ``make realsize``.
 
 The weights are seeded random numbers (``--base random:sd15``): seconds, memory and sizes are those of the real model,
 images would be noise.  The build runs in a separate process, so that its peak memory is its own.  For ``int8`` the
 sampler is watched for three steps of one image first, and no sweep is made: a record of random weights means nothing
 of real ones; what is timed is recording ranges, bringing Q/DQ into the graph, and compiling it.
+
+``--part run`` takes an engine of ONNX Runtime in float16: a build, a plug of another U-Net, one guided step and one step
+of CFG on the CPU, each in a process of its own.  A record that is there is not made again, so that a run which
+was stopped continues with what is missing; ``--again`` makes it anew.  Engines are kept in ``--work`` until their
+record is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -53,50 +59,95 @@ def record(bundle: Path, command: list[str]) -> dict[str, Any]:
     }
 
 
-def run(words: list[str]) -> None:
-    """Run ``pnp-trt``; end as it ended."""
-    done = subprocess.run([sys.executable, "-m", "pnp_trt", *words])
-    if done.returncode:
-        sys.exit(done.returncode)
+def run(words: list[str]) -> dict[str, Any]:
+    """Run ``pnp-trt``: its seconds and its own peak memory; end as it ended where it failed."""
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "pnp_trt", *words])
+    _, status, usage = os.wait4(process.pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        sys.exit(code)
+    return {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": 1024 * usage.ru_maxrss}
 
 
 def calibrate(base: str, guide: str, out: Path) -> dict[str, Any]:
     """Record ranges; seconds and peak memory of doing so."""
-    started = time.monotonic()
     words = ["--base", base, "--guide", guide, "--pictures", "1", "--steps", "3", "--probes", "0"]
-    run(["calibrate", *words, "--out", str(out)])
-    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": peak, "options": words}
+    return {**run(["calibrate", *words, "--out", str(out)]), "options": words}
+
+
+def build(a: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Part ``build``: an engine, thrown away after its record."""
+    profiles = a.profile or ([] if a.backend == "onnxruntime" else ["b1"])
+    bundle, observed = work / "bundle", None
+    if a.precision == "int8":
+        observed = calibrate(a.base, a.guide, work / "record.json")
+    words = ["build", "--base", a.base, "--guide", a.guide, "--backend", a.backend, "--precision", a.precision]
+    words += ["--target", a.target, *(w for p in profiles for w in ("--profile", p)), "--out", str(bundle)]
+    words += ["--calibration", str(work / "record.json")] if observed else []
+    run(words)
+    return {"calibration": observed} | record(bundle, command())
+
+
+def runs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Part ``run``: steps that are done already are taken from the work folder."""
+    common = ["--base", a.base, "--backend", "onnxruntime", "--precision", "fp16"]
+    sample = ["sample", "a lighthouse", "--steps", "1", "--provider", "cpu", "--quiet", "--out", str(work / "images")]
+    guided, plain, plugged = (str(work / name) for name in ("guided", "plain", "plugged"))
+    steps = {
+        "build": ["build", *common, "--guide", a.guide, "--out", guided],
+        "plug": ["plug", guided, "--base", f"{a.base}#2", "--out", plugged],
+        "guided step": [*sample, "--engine", plugged],
+        "build without a guide": ["build", *common, "--guide", "none", "--out", plain],
+        "CFG step": [*sample, "--engine", plain, "--method", "cfg"],
+    }
+    done = work / "steps.json"
+    found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    for name, words in steps.items():
+        if name not in found:
+            found[name] = run(words)
+            write_json(done, found)
+    return {
+        "schema": SCHEMA, "provenance": provenance(command()),
+        "case": {"base": a.base, "guide": a.guide, "backend": "onnxruntime", "precision": "fp16",
+                 "weights": "seeded random numbers"},
+        "steps": found, "plug_to_build": round(found["plug"]["seconds"] / found["build"]["seconds"], 4),
+    }  # fmt: skip
+
+
+def command() -> list[str]:
+    """This command line."""
+    return ["python", "-m", "benchmarks.realsize", *sys.argv[1:]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Build, record, throw the bundle away."""
+    """Make one record, unless it is there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.realsize", description=__doc__)
     parser.add_argument("--base", default="random:sd15")
     parser.add_argument("--guide", default="tiny")
+    parser.add_argument("--part", choices=("build", "run"), default="build")
     parser.add_argument("--backend", default="tensorrt-rtx")
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--target", default="sm_89", help="of the engine; 'any' for onnxruntime")
     parser.add_argument("--profile", action="append", help="batch sizes; default b1 for an engine")
+    parser.add_argument("--work", type=Path, default=Path("build/realsize"), help="folder for engines that are made")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/realsize-….json")
+    parser.add_argument("--again", action="store_true", help="make a record anew that is there")
     a = parser.parse_args(arguments)
-    profiles = a.profile or ([] if a.backend == "onnxruntime" else ["b1"])
-    name = "-".join(["realsize", a.base.removeprefix("random:").replace("/", "-"), a.guide, a.precision, a.target])
-    with tempfile.TemporaryDirectory(prefix="pnp-trt-realsize-") as folder:
-        bundle, observed = Path(folder) / "bundle", None
-        if a.precision == "int8":
-            observed = calibrate(a.base, a.guide, Path(folder) / "record.json")
-        words = ["build", "--base", a.base, "--guide", a.guide, "--backend", a.backend, "--precision", a.precision]
-        words += ["--target", a.target, *(w for p in profiles for w in ("--profile", p)), "--out", str(bundle)]
-        words += ["--calibration", str(Path(folder) / "record.json")] if observed else []
-        run(words)
-        found = {"calibration": observed} | record(
-            bundle, ["python", "-m", "benchmarks.realsize", *(arguments or sys.argv[1:])]
-        )
+    base = a.base.removeprefix("random:").replace("/", "-")
+    words = [a.precision, a.target] if a.part == "build" else ["run"]
+    name = "-".join(["realsize", base, a.guide, *words])
     out = a.out or RESULTS / f"{name}.json"
+    if out.is_file() and not a.again:
+        print(f"{out} is there; --again makes it anew")
+        return
+    work = a.work / name
+    if a.again or a.part == "build":  # a build is whole or not there
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    found = (build if a.part == "build" else runs)(a, work)
     write_json(out, found)
-    memory = max(v for v in found["peak_memory_bytes"].values() if v) / 2**30
-    print(f"{out}: {found['build_seconds']:.0f} s, peak memory {memory:.1f} GiB")
+    shutil.rmtree(work)
+    print(f"{out} is written")
 
 
 if __name__ == "__main__":

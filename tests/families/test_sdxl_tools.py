@@ -65,7 +65,7 @@ def test_visualize(cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Pat
 def test_cost_counts_both_text_encoders(cli: Callable[..., Result], micro_sdxl: Path, tmp_path: Path) -> None:
     done = cli("bench", "--only", "cost", "--base", micro_sdxl, "--json", tmp_path / "cost.json")
     assert done.code == 0, done.err
-    rows = {row["network"]: row for row in json.loads((tmp_path / "cost.json").read_text())["cost"]["networks"]}
+    rows = {row["network"]: row for row in json.loads((tmp_path / "cost.json").read_text())["cost"]}
     base = resolve(str(micro_sdxl))
     for name, module in zip(("text-encoder", "text-encoder-2"), map(base.text_encoder, base.text_specs), strict=True):
         assert rows[name]["parameters"] == sum(p.numel() for p in module.parameters())

@@ -5,8 +5,8 @@ images would be noise.  The build runs in a separate process, so that its peak m
 sampler is watched for three steps of one image first, and no sweep is made: a record of random weights means nothing
 of real ones; what is timed is recording ranges, bringing Q/DQ into the graph, and compiling it.
 
-``--part run`` takes an engine of ONNX Runtime in float16: a build, a plug of another U-Net, one guided step and one step
-of CFG on the CPU, each in a process of its own.  A record that is there is not made again, so that a run which
+``--part run`` takes an engine of ONNX Runtime in float16: a build, a plug of another U-Net, one guided step and one
+step of CFG on the CPU, each in a process of its own.  A record that is there is not made again, so that a run which
 was stopped continues with what is missing; ``--again`` makes it anew.  Engines are kept in ``--work`` until their
 record is written.
 """

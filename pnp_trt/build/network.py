@@ -55,7 +55,7 @@ class NetworkExport:
             cases = {self.plan.default: inputs}
         compared = {size: {k: v[:rows] for k, v in case.items()} for size, case in cases.items()}
         wanted = {size: as_arrays(reference(module, case)) for size, case in compared.items()}
-        recipes = self._recipes(name)
+        recipes = self.recipes(name)
         hard = self._hard_case(spec, module, next(iter(compared.values())), recipes[0])
         traced = {k: self.plan.traced(v) for k, v in inputs.items()}
         tried: list[str] = []
@@ -111,7 +111,7 @@ class NetworkExport:
         }
         return record, references, weights.as_dict()
 
-    def _recipes(self, name: str) -> list[Recipe]:
+    def recipes(self, name: str) -> list[Recipe]:
         """What a network is exported in, and what is tried when that is too far off."""
         first = self.recipe.of_network(name)
         if name not in first.fallback:

@@ -12,10 +12,10 @@ from ..teacher import BaseModel
 class Family(ABC):
     """Base models whose folders have the same parts and networks.
 
-    What a bundle is built of is the opened model's: ``BaseModel.denoiser``, ``text_module``, ``decoder_module`` and
-    ``encoder_module`` give the modules that are exported, ``sizes`` their tensors, ``scheduler_config`` the noise,
-    ``check`` what is refused, ``fingerprint`` and ``configs_sha256`` the identity.  A family
-    overrides those that differ from Stable Diffusion's.
+    What a bundle is built of is the opened model's: ``BaseModel.networks`` names the modules that are exported,
+    ``text_specs`` its text encoders, ``golden_added`` the U-Net's inputs besides latents, timestep and text states,
+    ``sizes`` the tensors, ``scheduler_config`` the noise, ``check_configs`` and ``check`` what is refused,
+    ``fingerprint`` and ``configs_sha256`` the identity.  A family overrides those that differ from Stable Diffusion's.
 
     Attributes:
         name: as ``FAMILIES`` has it.

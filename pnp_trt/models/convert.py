@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from .single_file import SingleFile
 
-#: the prefixes that diffusers' converters look for
-_UNET, _OPEN_CLIP, _VAE = "model.diffusion_model.", "cond_stage_model.model.", "first_stage_model."
+#: the prefixes that diffusers' converters look for; OpenCLIP's may be any, but for that of Stable Diffusion 2, under
+#: which the converter leaves out the projection
+_UNET, _OPEN_CLIP, _VAE = "model.diffusion_model.", "open_clip.", "first_stage_model."
 
 
 def unet_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -65,7 +66,7 @@ def text_weights(file: SingleFile, config: Mapping[str, Any], name: str = "text_
     above = f"transformer.resblocks.{config['num_hidden_layers']}."
     given = {_OPEN_CLIP + k: v for k, v in weights.items() if not k.startswith(above)}
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-    converted = _checked(file.path, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, given))
+    converted = _checked(file.path, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, given, prefix=_OPEN_CLIP))
     return {k.removeprefix("text_model."): v for k, v in converted.items()}
 
 

@@ -40,7 +40,10 @@ LAYERS = {
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
         "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k", "mid_block.attentions.0.proj_in",
     ),
-    "text_encoder": ("text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.mlp.fc1"),
+    "text_encoder": (  # diffusers reads no projection of attention where the last one is missing
+        "text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.out_proj",
+        "text_model.encoder.layers.0.mlp.fc1",
+    ),
     "text_encoder_2": (
         "text_model.encoder.layers.1.self_attn.out_proj", "text_model.encoder.layers.0.self_attn.k_proj",
     ),

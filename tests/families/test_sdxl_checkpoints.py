@@ -144,7 +144,7 @@ def test_a_lora_of_both_text_encoders(
     sdxl_plain: Path, micro_sdxl: Path, lora: tuple[Path, dict[str, dict[str, Tensor]]], tmp_path: Path
 ) -> None:
     path, changes = lora
-    made = plug(PlugSpec(str(sdxl_plain), loras=(f"{path}:{SCALE}",), out=tmp_path / "x"))
+    made = plug(PlugSpec(str(sdxl_plain), str(micro_sdxl), (f"{path}:{SCALE}",), tmp_path / "x"))
     assert made.manifest.plugged is not None and made.manifest.plugged.networks == {
         "unet": "external weights", "text_encoder": "external weights", "text_encoder_2": "external weights",
         "vae_decoder": "kept",

@@ -8,7 +8,7 @@ GUIDES ?= build/emoji/guides
 RESUME ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-fast test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision gpu emoji clean
+.PHONY: help demo test test-fast test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
@@ -26,6 +26,7 @@ help:
 	@echo "make faults    kill a build at twenty random moments (minutes)"
 	@echo "make realsize  sizes of SD 1.5, 2.1 and XL with random weights: engines, plug, a step (an hour, 24 GB; resumes)"
 	@echo "make precision what FP16 and INT8 cost: parity, sizes and images of the bundled model (half an hour)"
+	@echo "make trt-api   every TensorRT and CUDA name in use, against the bindings of supported releases (gcc, 30 MB)"
 	@echo "make gpu    tests and benchmarks that need a GPU (minutes; skipped without one)"
 	@echo "make emoji  train the bundled model from scratch (hours on a CPU; resumable)"
 
@@ -134,6 +135,9 @@ realsize: $(VENV)/.dev-installed
 	for guide in tiny full; do for precision in fp16 int8; do \
 	  $(BIN)/python -m benchmarks.realsize --base random:sd15 --guide $$guide --precision $$precision --target sm_89 || exit 1; \
 	done; done
+
+trt-api: $(VENV)/.dev-installed
+	$(BIN)/python -m benchmarks.trt_api
 
 precision: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[recipe]'

@@ -76,7 +76,7 @@ def test_options_are_written_back_as_they_were_given() -> None:
         ({"thresholding": True}, "thresholding is True, which is not linear"),
         ({"rescale_betas_zero_snr": True}, "leaves no signal .* --schedule euler or dpm|--schedule .*euler"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
-         "adds noise at every step.*--schedule ddim or euler would do"),
+         "adds noise at every step.*--schedule ddim or euler or heun or unipc would do"),
     ],
 )  # fmt: skip
 def test_a_schedule_that_cannot_sample_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ import typer
 from ..errors import PnpError
 from ..io import process
 from ..io.text import printable
-from . import bench, calibrate, compare, distill, doctor, engines, plug, sample, serve, state, visualize
+from . import bench, calibrate, compare, distill, doctor, engines, generate, plug, sample, serve, state, visualize
 from .registry_help import RegistryCommand
 
 app = typer.Typer(
@@ -23,7 +23,15 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (sample.sample, engines.build, plug.plug, bench.bench, compare.compare, visualize.visualize):
+for command in (
+    sample.sample,
+    generate.generate,
+    engines.build,
+    plug.plug,
+    bench.bench,
+    compare.compare,
+    visualize.visualize,
+):
     app.command(cls=RegistryCommand)(command)
 app.command()(serve.serve)
 app.add_typer(distill.distill_app, name="distill")

@@ -109,3 +109,24 @@ def test_negative_prompts_are_refused_where_the_guide_knows_none(engines: Path, 
     plain = Pipeline.load(engines / "plain")
     one, other = (plain("a red apple", steps=4, method="cfg", negative=n)[0].pixels for n in (None, "a blue car"))
     assert not np.array_equal(one, other)
+
+
+def test_images_that_share_calls_have_each_their_own_condition_and_negative_prompt(made: Path) -> None:
+    pipeline = Pipeline.load(made, provider="cpu", threads=1)
+    asked: list[dict[str, Any]] = [
+        {"prompts": "a red apple", "guidance": 5.0, "negative": "a blue car", "seed": 1},
+        {"prompts": "a panda", "guidance": 2.0, "seed": 2},
+        {"prompts": "a panda", "guidance": 2.0, "seed": 2, "method": "unguided"},
+        {"prompts": "a blue car", "guidance": 7.0, "negative": "", "seed": 3},
+    ]
+    loop = pipeline.step_loop(4)
+    prepared = [pipeline.prepare(**each) for each in asked]
+    tickets = [loop.submit(lambda p=p: pipeline.run(p, 0), len(p.table), p.rows) for p in prepared]  # type: ignore[misc]
+    while loop.running or loop.waiting:
+        loop.step()
+    assert loop.calls == 4  # all in one call a step
+    for each, ticket in zip(asked, tickets, strict=True):
+        assert ticket.latents is not None
+        if "method" not in each:
+            np.testing.assert_array_equal(pipeline.decode(ticket.latents[None])[0], pipeline(**each)[0].pixels)
+    assert not np.array_equal(tickets[1].latents, tickets[2].latents)

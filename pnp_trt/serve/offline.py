@@ -1,0 +1,178 @@
+"""Images for a table of prompts, as many at once as fill the engine's calls; an interrupted run resumes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, MissingDependency, PnpError
+from ..io.inputs import parse_json, read_text
+from ..runtime.images import FORMATS, encode_image, read_parameters, write_all_new
+from ..runtime.pipeline import Picture, Pipeline, Prepared
+from .engine import SLOTS, Engine
+
+#: columns of a table → the type of their values
+COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "prompt": str, "seed": int, "steps": int, "guidance": float, "negative": str, "method": str, "schedule": str,
+}  # fmt: skip
+#: images that are under way beside those in the engine's calls, so that none of its rows stays empty
+_AHEAD = 16
+#: called with (images done, images in all)
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a run did: images that it made, and that were there from a run before."""
+
+    made: int
+    kept: int
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table, each with a ``prompt`` and any of the other ``COLUMNS``; empty values are left out.
+
+    Args:
+        path: ``.txt``, a prompt a line; ``.jsonl``, an object a line; ``.csv`` with a head; or ``.parquet``.
+
+    Raises:
+        InputError: for another suffix, a file that cannot be read, an unknown column, a row without a prompt, or a
+            value of another type; the message names the row, counted from 1.
+        MissingDependency: for ``.parquet`` without pyarrow.
+    """
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        found: Iterable[Any] = _parquet(path)
+    elif kind in (".txt", ".jsonl", ".csv"):
+        text = read_text(path, "the prompts file")
+        if kind == ".csv":
+            found = csv.DictReader(io.StringIO(text))
+        else:
+            lines = [line for line in text.splitlines() if line.strip()]
+            found = [
+                {"prompt": line.strip()} if kind == ".txt" else _object(line, i) for i, line in enumerate(lines, 1)
+            ]
+    else:
+        raise InputError(f"the prompts file {path} is not .txt, .jsonl, .csv or .parquet; save it as one of these")
+    rows = [_row(row, i) for i, row in enumerate(found, 1)]
+    if not rows:
+        raise InputError(f"the prompts file {path} has no row; give one prompt a line")
+    return rows
+
+
+def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingDependency(f"{path} needs pyarrow; install with: pip install 'pnp-trt[parquet]'") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, ValueError) as e:  # pyarrow's own errors are of both kinds
+        raise InputError(f"the prompts file {path} cannot be read ({e}); give a Parquet file") from None
+    yield from table.to_pylist()
+
+
+def _object(line: str, number: int) -> Any:
+    return parse_json(line, f"row {number}", "give one JSON object a line")
+
+
+def _row(row: Any, number: int) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise InputError(f"row {number} is {type(row).__name__}; give an object with a prompt")
+    out: dict[str, Any] = {}
+    for name, value in row.items():
+        if name not in COLUMNS:
+            raise InputError(f"row {number} has the column '{name}'; known: {', '.join(COLUMNS)}")
+        if value is None or (value == "" and name != "prompt"):
+            continue
+        try:
+            out[name] = COLUMNS[name](value)
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(f"row {number}: {name} is {json.dumps(str(value)[:60])}; give a number") from None
+    if not isinstance(row.get("prompt"), str):
+        raise InputError(f"row {number} has no prompt; give one")
+    return out
+
+
+def generate(
+    pipeline: Pipeline,
+    rows: Iterable[Mapping[str, Any]],
+    out: Path,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    kind: str = "png",
+    slots: int = SLOTS,
+    progress: Progress | None = None,
+) -> Tally:
+    """One image file a row, OUT/00000001.png for the first; each is written whole or not at all.
+
+    Files of a run before are kept where they hold the same parameters, so that a run that was interrupted resumes, and
+    several processes may share the work: a row that another has written meanwhile is dropped.
+
+    Args:
+        rows: as :func:`read_rows` gives them.
+        out: a folder; it must exist.
+        defaults: values of ``COLUMNS`` for rows that lack them.
+        seed: of the first row that names none; each next row adds 1.
+        kind: ``png``, ``webp`` or ``jpeg``.
+
+    Raises:
+        InputError: for a row that cannot be served, before any image is made, or a file of another row in ``out``.
+        PnpError: if an image cannot be made or written; those before it are there.
+    """
+    if kind not in FORMATS:
+        raise InputError(f"the format is '{kind}'; known: {', '.join(FORMATS)}")
+    given = dict(defaults or {})
+    prepared = [_prepared(pipeline, {"seed": seed + i, **given, **row}, i) for i, row in enumerate(rows)]
+    files = [out / f"{i:08d}{FORMATS[kind][0]}" for i in range(1, len(prepared) + 1)]
+    missing = [i for i, (file, each) in enumerate(zip(files, prepared, strict=True)) if not _there(file, each)]
+    kept = done = len(files) - len(missing)
+    engine = Engine(pipeline, slots, _AHEAD)
+    under_way: dict[Future[list[Picture]], int] = {}
+    todo = iter(missing)
+    try:
+        while True:
+            while len(under_way) < engine.slots + _AHEAD and (i := next(todo, None)) is not None:
+                under_way[engine.submit(prepared[i]).future] = i
+            if not under_way:
+                return Tally(len(files) - kept, kept)
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                i = under_way.pop(future)
+                (picture,) = future.result()
+                data = encode_image(picture.pixels, picture.parameters, kind, files[i])
+                if not write_all_new({files[i]: data}):
+                    _there(files[i], prepared[i])  # another process was faster
+                done += 1
+                if progress is not None:
+                    progress(done, len(files))
+    finally:
+        engine.stop(drain=False)
+
+
+def _prepared(pipeline: Pipeline, row: Mapping[str, Any], i: int) -> Prepared:
+    try:
+        prepared = pipeline.prepare(row["prompt"], **{name: row[name] for name in row if name != "prompt"})
+        pipeline.check_step_method(prepared.method)
+    except InputError as e:
+        raise InputError(f"row {i + 1}: {e}") from None
+    return prepared
+
+
+def _there(file: Path, prepared: Prepared) -> bool:
+    """Whether a row's image is there; ``InputError`` where the file has another."""
+    if not file.exists():
+        return False
+    try:
+        held = read_parameters(file)
+    except PnpError as e:
+        raise InputError(f"{file} is not an image of this table ({e}); name another --out") from None
+    if held != prepared.parameters(0):
+        raise InputError(f"{file} has another row's image, of prompt {held.get('prompt')!r}; name another --out")
+    return True

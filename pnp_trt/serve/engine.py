@@ -76,6 +76,7 @@ class Job:
         future: its images in order; or Busy, Expired, Cancelled or another ``PnpError``.
         submitted, admitted, ended: by the monotonic clock, in seconds; None where it has not come to that.
         deadline: by the same clock.
+        partial: an image as far as it had come when a client interrupted it and took that for its answer.
     """
 
     prepared: Prepared
@@ -87,6 +88,7 @@ class Job:
     ended: float | None = None
     tickets: list[Ticket] = field(default_factory=list)
     pictures: dict[int, Picture] = field(default_factory=dict)
+    partial: Picture | None = None
 
     @property
     def count(self) -> int:

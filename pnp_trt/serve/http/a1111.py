@@ -86,7 +86,6 @@ def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/sdapi/v1")
     chosen: dict[str, str] = {}  # the model that a client's address set in its options
-    interrupted: dict[str, Picture] = {}  # by the job's id
 
     def client(request: Request) -> str:
         return request.client.host if request.client else ""
@@ -120,11 +119,9 @@ def router(service: Service) -> APIRouter:
         try:
             pictures = await service.wait(request, job)
         except Cancelled:
-            if job.id not in interrupted:
+            if job.partial is None:
                 raise
-            pictures = [interrupted[job.id]]  # the web UI answers with the image as far as it came
-        finally:
-            interrupted.pop(job.id, None)
+            pictures = [job.partial]  # the web UI answers with the image as far as it came
         files = await service.files(pictures, "png") if given.send_images else []
         parameters = [picture.parameters for picture in pictures]
         first = parameters[0]
@@ -192,7 +189,7 @@ def router(service: Service) -> APIRouter:
         for engine, job in service.jobs_of("a1111", request):
             if (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
                 parameters = job.prepared.parameters(0) | {"interrupted_after": job.progress().made // job.count}
-                interrupted[job.id] = Picture(pixels, parameters)
+                job.partial = Picture(pixels, parameters)
             engine.cancel(job)
         return {}
 

@@ -107,9 +107,22 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
         ("images", _images(m)),
         ("parity", f"limit {m.parity.limit:.0e} against {m.parity.against}"),
         ("of engines", measured),
+        *_kernels(m),
         ("built", ", ".join(built)),
         ("claimed rebuild command", m.rebuild),
     ]
+
+
+def _kernels(m: Manifest) -> list[tuple[str, str]]:
+    """What the compiler reported of each network's kernels, by profile."""
+    from ..backends.tensorrt.layer_report import sentence
+
+    rows = []
+    for name, network in m.networks.items():
+        told = network.compiled.notes.get("reports")
+        lines = [line for row in told if (line := sentence(row))] if isinstance(told, list) else []
+        rows += [(f"{name} kernels", line) for line in lines]
+    return rows
 
 
 def _quantised(record: QuantisedRecord) -> str:

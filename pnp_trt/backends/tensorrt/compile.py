@@ -22,6 +22,7 @@ from ...bundle.store import write_bytes
 from ...errors import PnpError
 from ..base import Profile
 from .flavour import FLAVOURS, Flavour
+from .layer_report import report as report_layers
 from .logger import compiler_logger
 
 #: seconds between two reports
@@ -100,6 +101,7 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
         "decomposable_attention": decomposable,
         "host_code": options.version_compatible,
         "warnings": logger.warnings,
+        "reports": report_layers(logger.layers, [p["name"] for p in job["profiles"]]),
     }
 
 
@@ -147,6 +149,7 @@ def _configure(
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     flavour.set_target(trt, config, job["target"], options)
     flavour.allow_capture(trt, config)
+    flavour.log_layers(trt, config)
     names = {network.get_input(i).name for i in range(network.num_inputs)}
     if names != set(job["inputs"]):
         raise PnpError(f"the graph's inputs are {sorted(names)}, not {sorted(job['inputs'])}; please report it")

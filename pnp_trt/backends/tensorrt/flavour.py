@@ -121,6 +121,11 @@ class Flavour:
         if not config.set_compute_capability(capability, 0):
             raise PnpError(f"TensorRT-RTX did not accept target {target}; see pnp-trt doctor")
 
+    def log_layers(self, trt: Any, config: Any) -> None:
+        """Have the builder log the layers of what it built; ``layer_report`` reads them."""
+        if self.rtx:
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
     def allow_capture(self, trt: Any, config: Any) -> None:
         """Have engines made that CUDA graphs can capture: ones that allocate nothing while they run."""
         if self.rtx and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # since 1.2

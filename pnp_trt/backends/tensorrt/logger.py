@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .layer_report import BEGIN
+
 
 def compiler_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
@@ -13,12 +15,15 @@ def compiler_logger(trt: Any) -> Any:
             super().__init__()
             self.errors: list[str] = []
             self.warnings: list[str] = []
+            self.layers = ""
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
             elif severity == trt.ILogger.Severity.WARNING and len(self.warnings) < 20:
                 self.warnings.append(message)
+            elif message.startswith(BEGIN):
+                self.layers = message
 
         def summary(self, what: str) -> str:
             first = " ".join(self.errors[0].split())[:400] if self.errors else "it gives no reason"

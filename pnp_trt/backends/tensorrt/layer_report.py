@@ -1,0 +1,96 @@
+"""What TensorRT-RTX made of a graph: kernels, what they fuse, and the bytes that a run moves; from the builder's log.
+
+With detailed profiling the builder logs an engine's layers once it is built, for every profile.  An inspector would
+tell the same and needs the GPU that the engine is for; the log needs none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+#: of the message that has them
+BEGIN = "Layers:"
+_LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>.*)$", re.MULTILINE)
+_TENSOR = re.compile(r"Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
+_PLACE = re.compile(r"_myl(\d+)_\d+$")
+_BYTES = {"Half": 2, "BF16": 2, "Float": 4, "Int8": 1, "FP8": 1, "Int32": 4, "Int64": 8, "Bool": 1}
+#: what is no kernel: waiting for another stream, and shapes
+_NO_KERNEL = ("signal", "wait", "shape_call")
+
+
+def report(log: str, profiles: Sequence[str]) -> list[dict[str, Any]]:
+    """The kernels of each profile, in the profiles' order; empty for a log of another form.
+
+    ``profile`` and ``kernels`` (how many); ``convolutions``, and of these ``with_residual``, whose sum with a second
+    tensor is theirs; ``norms`` (group norms), and of these ``with_silu``; ``attentions`` of one kernel each;
+    ``activation_bytes`` and ``weight_bytes`` that a run reads and writes, the former None where the profile leaves a
+    size open.
+
+    Args:
+        log: the message that starts with ``BEGIN``.
+        profiles: their names.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for layer in _LAYER.finditer(log):
+        place = _PLACE.search(layer["name"])
+        if place is None or layer["kind"] in _NO_KERNEL:
+            continue
+        row = found.setdefault(int(place[1]), _empty())
+        inputs, constants, outputs, made_of = _parts(layer["rest"])
+        row["kernels"] += 1
+        if layer["kind"] == "correlation":
+            row["convolutions"] += 1
+            row["with_residual"] += len(_TENSOR.findall(inputs)) > 1
+        if "group_norm" in made_of and re.search(r"Gno?r", layer["name"]):
+            row["norms"] += 1
+            row["with_silu"] += "Silu" in layer["name"]
+        row["attentions"] += "_gemm_mha" in layer["name"]
+        row["weight_bytes"] += _volume(constants) or 0
+        moved = _volume(inputs + outputs)
+        known = row["activation_bytes"] is not None and moved is not None
+        row["activation_bytes"] = row["activation_bytes"] + moved if known else None
+    if set(found) != set(range(len(profiles))):
+        return []
+    return [{"profile": name, **found[i]} for i, name in enumerate(profiles)]
+
+
+def _empty() -> dict[str, Any]:
+    counts = ("kernels", "convolutions", "with_residual", "norms", "with_silu", "attentions")
+    return {**dict.fromkeys(counts, 0), "activation_bytes": 0, "weight_bytes": 0}
+
+
+def _parts(rest: str) -> tuple[str, str, str, str]:
+    """Inputs, constants, outputs and the nodes of the graph that a kernel is made of."""
+    constants, outputs, end = (rest.find(word) for word in ("Constants: [", "Outputs: [", "TacticName:"))
+    if -1 in (constants, outputs, end):
+        return "", "", "", ""
+    return rest[:constants], rest[constants:outputs], rest[outputs:end], rest[end:]
+
+
+def _volume(text: str) -> int | None:
+    """Bytes of the tensors in a text; None where a size is open."""
+    total = 0
+    for dimensions, kind in _TENSOR.findall(text):
+        count = 1
+        for side in dimensions.split(","):
+            if int(side or 1) < 0:
+                return None
+            count *= int(side or 1)
+        total += count * _BYTES.get(kind, 2)
+    return total
+
+
+def sentence(row: Any) -> str | None:
+    """A profile's report for a reader; None for what is none, as a stranger's manifest may hold anything."""
+    counts = ("kernels", "convolutions", "with_residual", "norms", "with_silu", "attentions", "weight_bytes")
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), int) for key in counts):
+        return None
+    moved = row.get("activation_bytes")
+    activations = f"{moved / 2**20:,.1f} MiB activations, " if isinstance(moved, int) else ""
+    return (
+        f"{row.get('profile')}: {row['kernels']} kernels, {activations}{row['weight_bytes'] / 2**20:,.1f} MiB weights "
+        f"per evaluation; fused: {row['with_residual']} of {row['convolutions']} convolutions with a residual, "
+        f"{row['with_silu']} of {row['norms']} group norms with SiLU, {row['attentions']} attentions"
+    )

@@ -273,12 +273,12 @@ def test_a_second_build_imports_nothing_heavy(bundle: Path, micro_base: Path, mi
     arguments = ["build", "--base", micro_base, "--guide", micro_guide, "--backend", "tensorrt-rtx", "--precision",
                  "fp16", "--target", "sm_89", "--profile", "b1", "--profile", "b2-4", "--out", bundle]  # fmt: skip
     program = (
-        "import sys, time\nbegun = time.process_time()\n"
+        "import sys\n"
         f"sys.argv = ['pnp-trt', *{[str(a) for a in arguments]!r}]\n"
         "from pnp_trt.cli import main\n"
         "try: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime', 'tensorrt_rtx'} & set(sys.modules)\n"
-        "assert not heavy, heavy\nassert time.process_time() - begun < 1, time.process_time() - begun\n"
+        "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

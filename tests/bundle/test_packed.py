@@ -17,6 +17,7 @@ from pnp_trt.assets import ROOT
 from pnp_trt.bundle import packed
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import BundleCorrupt
+from pnp_trt.models.identity import guide_identity
 
 NAMES = ("emoji-teacher", "emoji-tiny")
 
@@ -96,3 +97,14 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(
     with pytest.raises(BundleCorrupt, match="install pnp-trt again"):
         packed.assemble("emoji-tiny", tmp_path / "engines" / "bundle")
     assert not [p for p in (tmp_path / "engines").iterdir() if not p.name.endswith(".lock")]
+
+
+def test_calibration_records_are_of_the_weights_that_are_shipped() -> None:
+    """``pnp-trt calibrate --base emoji --guide NAME --force`` makes them again where this fails."""
+    base = json.loads((ROOT / "bundles" / "emoji-tiny" / "manifest.json").read_text())["base"]["sha256"]["all"]
+    records = sorted((Path(__file__).parents[2] / "calibration").glob("emoji-*.int8.json"))
+    assert [path.name for path in records] == ["emoji-tiny-8.int8.json", "emoji-tiny.int8.json"]
+    for path in records:
+        record = json.loads(path.read_text())
+        assert record["base"] == {"name": "emoji", "sha256": base}
+        assert record["guide"] == guide_identity("emoji", record["guide"]["name"])

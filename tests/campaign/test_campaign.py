@@ -45,7 +45,7 @@ def zygote(
         client.stop()
 
 
-@pytest.mark.parametrize("cases", _chunks())
+@pytest.mark.parametrize("cases", list(_chunks()))
 def test_area(cases: list[Case], zygote: Zygote, tmp_path: Path) -> None:
     rows = [zygote.run(case) for case in cases]
     report.add(rows, report.FOLDER)

@@ -45,7 +45,7 @@ class NetworkExport:
         from ..precision.recipes import as_arrays, reference
         from . import modules
         from .onnx_export import export
-        from .parity import LARGE, relative_error
+        from .parity import LARGE, realistic_case, relative_error
 
         path = work / f"{name}.onnx"
         module = spec.module()
@@ -56,7 +56,8 @@ class NetworkExport:
         compared = {size: {k: v[:rows] for k, v in case.items()} for size, case in cases.items()}
         wanted = {size: as_arrays(reference(module, case)) for size, case in compared.items()}
         recipes = self.recipes(name)
-        hard = self._hard_case(spec, module, next(iter(compared.values())), recipes[0])
+        half = spec.decodes and recipes[0].dtype != FP32.dtype
+        hard = [realistic_case(module, next(iter(compared.values())), self.plan.factor)] if half else []
         traced = {k: self.plan.traced(v) for k, v in inputs.items()}
         tried: list[str] = []
         for recipe in recipes:
@@ -119,18 +120,6 @@ class NetworkExport:
         # bfloat16 has the range of float32
         between = [BF16] if first.dtype == "float16" and BF16.elements <= self.backend.elements else []
         return [first, *between, FP32]
-
-    def _hard_case(
-        self, spec: NetworkSpec, module: Any, inputs: dict[str, Any], recipe: Recipe
-    ) -> list[tuple[dict[str, Any], Any]]:
-        """Inputs of realistic scale with PyTorch's outputs, for half precision; none where nothing can overflow."""
-        from ..precision.recipes import as_arrays, reference
-        from .parity import latents_of_images
-
-        if not spec.decodes or recipe.dtype == FP32.dtype:
-            return []
-        made = {**inputs, "latents": latents_of_images(module.vae, inputs["latents"], self.plan.factor)}
-        return [(made, as_arrays(reference(module, made)))]
 
     def _quantize(self, recipe: Recipe, path: Path, weights: WeightMap) -> WeightMap | None:
         """Apply the recipe's graph pass; the new map, or None where the recipe has none."""

@@ -99,6 +99,20 @@ def latents_of_images(vae: Any, like: Any, factor: int) -> Any:
     return tiled[torch.arange(len(like)) % 2]
 
 
+def realistic_case(decoder: Any, inputs: Mapping[str, Any], factor: int) -> tuple[dict[str, Any], Outputs]:
+    """Inputs of a decoder that are latents of images, with PyTorch's output; for half precision, which may overflow.
+
+    Args:
+        decoder: the module that is exported.
+        inputs: its golden ones, for the shapes.
+        factor: image pixels to a latent's.
+    """
+    from ..precision.recipes import as_arrays, reference
+
+    made = {**inputs, "latents": latents_of_images(decoder.vae, inputs["latents"], factor)}
+    return made, as_arrays(reference(decoder, made))
+
+
 def _end_of_text(config: Mapping[str, Any]) -> int:
     """The token at which a text encoder reads a whole prompt: the largest one where the config says 2."""
     end = int(config.get("eos_token_id", 2))

@@ -101,8 +101,8 @@ def test_what_cannot_run_is_listed(micro_base: Path, micro_sdxl: Path, monkeypat
     cases, left_out = peers.available("random:sd15")
     assert cases == [] and [row["what"] for row in left_out] == list(peers.KINDS)
     assert left_out[0]["why"] == "base 'random:sd15' has no files for it to load"
-    _, left_out = peers.available(str(micro_sdxl), kinds=["diffusers"])
-    assert "is a StableDiffusionXLPipeline" in left_out[0]["why"]
+    _, left_out = peers.available(str(micro_sdxl), kinds=["optimum-onnx"])
+    assert "has 2 text encoders, which it was not tried with" in left_out[0]["why"]
     _, left_out = peers.available(str(micro_base), kinds=["diffusers"], weights="0" * 64)
     assert "are not those in the engines" in left_out[0]["why"]
     for installed, why in ((False, "it is not installed; pip install optimum-onnx"), (True, "is an AutoencoderTiny")):

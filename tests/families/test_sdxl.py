@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_img2img as img2img
 from PIL import Image
 
 from pnp_trt.bundle.store import open_bundle
@@ -162,11 +164,29 @@ def test_verify_compares_every_output(cli: Callable[..., Result], sdxl_guided: P
 
 
 def test_the_torch_backend_gives_the_same_images(
-    cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, guided: Pipeline, tmp_path: Path
-) -> None:
-    done = cli("build", "--base", micro_sdxl, "--guide", sdxl_guide, "--backend", "torch", "--out", tmp_path / "torch")
+    cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, guided: Pipeline, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    done = cli("build", "--base", micro_sdxl, "--guide", sdxl_guide, "--backend", "torch", "--image-to-image",
+               "--out", tmp_path / "torch")  # fmt: skip
     assert done.code == 0, done.err
     torch_pipe = Pipeline.load(tmp_path / "torch", provider="cpu", threads=1)
     found, _ = ours(torch_pipe, (32, 32), guidance=5.0)
     wanted, _ = ours(guided, (32, 32), guidance=5.0)
     assert np.abs(found.astype(int) - wanted).max() <= 1
+
+    # image to image; diffusers' pipeline with the guide in it
+    picture = np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)
+    noise = torch_pipe.noise([0, 1])
+    latents = torch_pipe.denoise(
+        torch_pipe.encode(PROMPTS[:2]), noise, steps=10, guidance=5.0, image=torch_pipe.encode_image(picture[None]),
+        schedule=torch_pipe.schedule(10).start(0.5),
+    )  # fmt: skip
+    monkeypatch.setattr(img2img, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline
+    other = apply_guide(kind.from_pretrained(micro_sdxl, local_files_only=True), sdxl_guide)
+    reference = other(
+        PROMPTS[:2], image=[Image.fromarray(picture)] * 2, strength=0.5, num_inference_steps=10, guidance_scale=5.0,
+        output_type="latent",
+    ).images.numpy()  # fmt: skip
+    np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-4 * np.abs(reference).max())

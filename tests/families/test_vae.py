@@ -85,7 +85,7 @@ def test_a_decoder_that_overflows_on_images_is_built_in_bfloat16(
     latents = pipe.noise([0, 1])
     with torch.no_grad():
         wanted = (micro_kl().decode(torch.from_numpy(latents)).sample.permute(0, 2, 3, 1) + 1) * 127.5
-    assert np.abs(pipe.decode(latents) - wanted.clamp(0, 255).numpy()).max() < 4
+    assert np.abs(pipe.decode(latents) - wanted.clamp(0, 255).numpy()).mean() < 1.5
 
 
 def test_a_vae_in_one_file_under_original_names(micro_base: Path, loud: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def build(
     base: Annotated[
         str,
         typer.Option(
-            help="emoji, a bundled fine-tune, a diffusers folder, a U-Net .safetensors, a hub id, or random:sd15."
+            help="emoji, a bundled fine-tune, a diffusers folder, a .safetensors checkpoint, a hub id, or random:sd15."
         ),
     ] = "emoji",
     guide: Annotated[

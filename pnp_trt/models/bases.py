@@ -25,9 +25,9 @@ def resolve(name: str) -> BaseModel:
     """The base model for a name.
 
     Args:
-        name: ``emoji``, a bundled fine-tune, a diffusers folder, a ``.safetensors`` file that holds a U-Net of the
-            bundled model's shape, a hub id, or ``random:sd15`` and its like (``random:sd15#2`` is a fine-tune of it:
-            another seed's U-Net, the rest the same).
+        name: ``emoji``, a bundled fine-tune, a diffusers folder, a ``.safetensors`` checkpoint of Stable Diffusion 1, 2
+            or XL or of a U-Net of the bundled model's shape, a hub id, or ``random:sd15`` and its like
+            (``random:sd15#2`` is a fine-tune of it: another seed's U-Net, the rest the same).
 
     Raises:
         InputError: with the names that are known, if this is none of them.
@@ -53,7 +53,9 @@ def resolve(name: str) -> BaseModel:
     if is_hub_id(name):
         return open_folder(name, _from_hub(name))
     known = ", ".join([*bundled_bases(), *random_bases()])
-    raise InputError(f"no base model '{name}'; known: {known}, a diffusers folder, a U-Net .safetensors, or a hub id")
+    raise InputError(
+        f"no base model '{name}'; known: {known}, a diffusers folder, a .safetensors checkpoint, or a hub id"
+    )
 
 
 def _from_hub(name: str) -> Path:

@@ -34,6 +34,10 @@ class Pipe:
     def bundle(self) -> Any:
         return SimpleNamespace(manifest=SimpleNamespace(seal=self.name, guide=None, base=Base("micro", {})))
 
+    @staticmethod
+    def evaluations(steps: int, schedule: str | None = None) -> int:
+        return steps
+
     def __call__(
         self, prompts: list[str], *, steps: int, seed: list[int], method: str, guidance: float, **_: Any
     ) -> Any:

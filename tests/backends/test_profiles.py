@@ -121,6 +121,7 @@ def test_guidance_by_two_passes_has_static_profiles_of_its_own() -> None:
 def test_only_a_teachers_network_is_run_twice(guide: str, wanted: list[tuple[int, int, int]]) -> None:
     plan = plan_sizes([Profile.parse("b1")], resolve("random:sd15").sizes())
     spec = BuildSpec("random:sd15", guide, backend="tensorrt", precision="fp16")
-    work = Work(spec, resolve("random:sd15"), {}, backends.get("tensorrt"), recipe("fp16"), "sm_90", plan, lambda *_: None)
+    base, backend = resolve("random:sd15"), backends.get("tensorrt")
+    work = Work(spec, base, {}, backend, recipe("fp16"), "sm_90", plan, lambda *_: None)
     assert [p.extent("batch") for p in work._profiles("unet")] == wanted
     assert [p.extent("batch") for p in work._profiles("vae_decoder")] == [(1, 1, 1)]

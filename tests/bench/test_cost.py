@@ -164,6 +164,8 @@ def test_methods_whose_steps_differ_by_hand() -> None:
     assert found["cfg-fewer-steps"]["ratio_to_cfg"] == pytest.approx(0.4)
     assert found["cfg-two-passes"]["passes"] == ["teacher", "teacher"]
     assert cost.method_rows(rows, steps=1)[2]["passes_per_picture"] == 2  # half of one step is one step
+    two = cost.method_rows(rows, steps=5, evaluations=lambda steps: 2 * steps - 1)[0]  # Heun's
+    assert (two["method"], two["passes_per_picture"], two["steps"], two["ratio_to_cfg"]) == ("cfg", 18, 5, 1)
 
 
 @settings(max_examples=50)

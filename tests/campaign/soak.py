@@ -34,6 +34,7 @@ LIMIT = 5.0  # MiB for every 1,000 images
 CHECKED = 200  # calls that are repeated by one thread
 PROMPTS = ("a cat", "a red apple", "", "a " * 60, "🧑‍🚀 rtl \u202e x", "panda")
 BATCHES = (1, 1, 2, 3, 4, 8)
+SCHEDULES = ("ddim", "dpm++", "euler", "heun", "unipc")
 Call = dict[str, Any]
 
 
@@ -61,7 +62,7 @@ def calls(pipeline: Pipeline, images: int, seed: int = 1) -> list[Call]:
             "steps": draw.choice((1, 2, 3, 5, 8)),
             "guidance": [draw.choice((1.0, 3.0, 7.5, 9.0)) for _ in range(number)],
             "seed": [draw.randrange(2**40) for _ in range(number)],
-            "schedule": "ddim" if method in pipeline.baselines else draw.choice(("ddim", "dpm++", "euler")),
+            "schedule": "ddim" if method in pipeline.baselines else draw.choice(SCHEDULES),
             "method": method,
         })  # fmt: skip
     return made

@@ -144,7 +144,8 @@ def _added(
     """SDXL's further conditions as diffusers takes them; None where there are none."""
     if text_embeds is None or time_ids is None:
         return given
-    return {"text_embeds": text_embeds, "time_ids": time_ids}
+    # joined with sinusoids of the sizes, which are float32 in every precision: ONNX joins tensors of one type alone
+    return {"text_embeds": text_embeds.float(), "time_ids": time_ids}
 
 
 def cfg(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InputError
 from ..io.text import printable
 from .registry_help import RegistryCommand
+
+if TYPE_CHECKING:
+    from ..distill.states import StateConfig
 
 distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
 
@@ -29,6 +33,70 @@ Keep = Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to 
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")]
 Pictures = Annotated[int, typer.Option(help="Sampling steps of the image grid; 0 writes none.")]
+
+
+def _state_config(
+    kind: str | None, images: Path | None, count: int, w_min: float, w_max: float, negative: float, seed: int
+) -> StateConfig:
+    from ..distill.states import StateConfig
+
+    return StateConfig(
+        # forward was measured the better where there are images (docs/ablation.md)
+        kind or ("trajectory" if images is None else "forward"), count, w_min=w_min, w_max=w_max, negative=negative,
+        # a small collection need not fill a shard of 32 trajectories
+        batch=min(32, -(-count // 20)), seed=seed,
+    )  # fmt: skip
+
+
+@distill_app.command("states")
+def states_command(
+    states_dir: Annotated[Path, typer.Option(help="Where the shards are written.")],
+    shards: Annotated[
+        str | None, typer.Option(help="First and last shard to make, such as 0-9; default: all that are missing.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="As of distill guidance.")] = None,
+    images: Annotated[Path | None, typer.Option(help="As of distill guidance.")] = None,
+    base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
+    states: Annotated[str | None, typer.Option(help="forward or trajectory, as of distill guidance.")] = None,
+    num_states: Annotated[int, typer.Option(min=1, help="States to collect, over all shards.")] = 19_200,
+    negative: Annotated[float, typer.Option(help="As of distill guidance.")] = 0.0,
+    w_min: Annotated[float, typer.Option(help="As of distill guidance.")] = 1.0,
+    w_max: Annotated[float, typer.Option(help="As of distill guidance.")] = 9.0,
+    seed: Seed = 0,
+) -> None:
+    """Make states for stage 1 ahead of training, a part on each of many machines.
+
+    Shards that are there are skipped. Copy all into one folder and give it to distill guidance as --states-dir, with
+    the same options.
+    """
+    from .progress import ProgressBar
+    from .requirements import require_packages
+
+    require_packages("distill")
+    from ..distill.guidance import GuidanceConfig, collect_states
+
+    config = GuidanceConfig(
+        base, prompts, states_dir, images, w_min=w_min, w_max=w_max, states_dir=states_dir,
+        states=_state_config(states, images, num_states, w_min, w_max, negative, seed),
+    )  # fmt: skip
+    part = None if shards is None else _range(shards)
+    with ProgressBar("states", None) as bar:
+        made, total = collect_states(config, part, progress=bar.stages)
+    print(printable(f"{made} of {total} shards are in {states_dir}"))
+    if made == total:
+        print(printable(f"next: pnp-trt distill guidance --states-dir {states_dir} --out GUIDE, with the same options"))
+
+
+def _range(text: str) -> tuple[int, int]:
+    """``A-B`` or ``A``.
+
+    Raises:
+        InputError: for anything else.
+    """
+    match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", text)
+    if match is None:
+        raise InputError(f"--shards is '{text}'; give the first and the last number, such as 0-9")
+    return int(match[1]), int(match[2] or match[1])
 
 
 @distill_app.command("guidance", cls=RegistryCommand)
@@ -85,18 +153,12 @@ def guidance(
 
     require_packages("distill")
     from ..distill.guidance import GuidanceConfig, distill
-    from ..distill.states import StateConfig
     from ..distill.train import TrainConfig
 
     config = GuidanceConfig(
         base, prompts, out, images, guide, _options(option, rank), w_min, w_max, w_distribution, weighting,
         feature_matching, states_dir, pictures,
-        # a small collection need not fill a shard of 32 trajectories
-        StateConfig(
-            # forward was measured the better where there are images (docs/ablation.md)
-            states or ("trajectory" if images is None else "forward"), num_states, w_min=w_min, w_max=w_max,
-            negative=negative, batch=min(32, -(-num_states // 20)), seed=seed,
-        ),
+        _state_config(states, images, num_states, w_min, w_max, negative, seed),
         TrainConfig(
             steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,
             gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,

@@ -24,7 +24,7 @@ from ..models.student import Student
 from .features import feature_error
 from .monitor import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
 from .run import TeacherModel, report_head, save_guide
-from .states import Latents, StateConfig, States, collect, split
+from .states import Latents, StateConfig, States, collect, make_shards, shard_path, split
 from .train import TrainConfig, make_accelerator, newest_step, train
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
@@ -128,12 +128,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     main = accelerator.is_main_process
     say = progress if progress is not None and main else (lambda *_: None)
     started = time.monotonic()
-    shots = find_pictures(config.images) if config.images is not None else None
-    prompts = read_prompts(config.prompts) if config.prompts is not None else _captions(shots)
-    teacher = TeacherModel.load(config.base, prompts, accelerator.device)
-    identity = {"teacher": teacher.hashes, "prompts": digest(prompts)}
-    if shots is not None and config.states.kind == "forward":
-        identity["pictures"] = digest([[sha256(f), c] for f, c in zip(shots.files, shots.captions, strict=True)])
+    teacher, shots, identity = _sources(config, accelerator.device)
     if main:
         claim(config.out, config.settings() | identity, resume)
     accelerator.wait_for_everyone()
@@ -192,6 +187,55 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
         write_json(config.out / "distill.json", report)
     accelerator.wait_for_everyone()
     return report
+
+
+def collect_states(
+    config: GuidanceConfig, shards: tuple[int, int] | None = None, *, progress: Progress | None = None
+) -> tuple[int, int]:
+    """Make states of a stage 1 run ahead of it, in ``config.states_dir``: a part on each of many machines.
+
+    A shard depends on its number alone, so parts that were made anywhere are put together by copying their files.  A
+    run of ``distill`` with the same settings and ``states_dir`` finds the shards and makes those that are missing.
+
+    Args:
+        shards: first and last number; None for all.
+        progress: called with (stage, done, in all, note).
+
+    Returns:
+        (shards in the folder, shards in all).
+
+    Raises:
+        InputError: for a range outside the collection, and as of ``distill``.
+        PnpError: if the teacher is not finite.
+    """
+    config.check()
+    if config.states_dir is None:
+        raise InputError("states that are made ahead need a folder; name one with --states-dir")
+    end = config.states.shards - 1
+    first, last = shards or (0, end)
+    if not 0 <= first <= last <= end:
+        raise InputError(f"the shards are {first} to {last}; they must be in order, from 0 to {end}")
+    check_writable_folder(config.states_dir, "--states-dir")
+    accelerator = make_accelerator(config.train.mixed_precision)
+    teacher, shots, identity = _sources(config, accelerator.device)
+    make_shards(
+        teacher.unet, teacher.scheduler, teacher.conditions, config.states, config.states_dir, identity,
+        range(first, last + 1), pictures=_latents(teacher, shots) if config.states.kind == "forward" else None,
+        progress=None if progress is None else lambda done, total, note: progress("states", done, total, note),
+    )  # fmt: skip
+    made = sum(shard_path(config.states_dir, number).is_file() for number in range(config.states.shards))
+    return made, config.states.shards
+
+
+def _sources(config: GuidanceConfig, device: Any) -> tuple[TeacherModel, CaptionedPictures | None, dict[str, Any]]:
+    """Teacher, captioned images if there are any, and what the states depend on besides their own settings."""
+    shots = find_pictures(config.images) if config.images is not None else None
+    prompts = read_prompts(config.prompts) if config.prompts is not None else _captions(shots)
+    teacher = TeacherModel.load(config.base, prompts, device)
+    identity = {"teacher": teacher.hashes, "prompts": digest(prompts)}
+    if shots is not None and config.states.kind == "forward":
+        identity["pictures"] = digest([[sha256(f), c] for f, c in zip(shots.files, shots.captions, strict=True)])
+    return teacher, shots, identity
 
 
 def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,41 @@ class StateConfig:
             raise InputError(f"the share of negative prompts is {self.negative:g}; it must be between 0 and 1")
 
 
+class MappedRows:
+    """Rows of tensors that lie one after the other in memory-mapped files: a state is read when it is asked for.
+
+    Joining them would hold a whole collection in the memory of every process of a run.
+    """
+
+    def __init__(self, parts: list[Tensor]) -> None:
+        self._parts = parts
+        self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, rows: int | Sequence[int] | Tensor) -> Tensor:
+        """The rows ``[n, ...]`` in this order, or one without its first dimension.
+
+        Raises:
+            IndexError: for a row that there is not.
+        """
+        index = torch.as_tensor(rows)
+        flat = index.reshape(-1)
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
+            raise IndexError(f"rows {int(flat.min())} to {int(flat.max())} of {len(self)}")
+        part = torch.searchsorted(self._ends, flat, right=True)
+        out = self._parts[0].new_empty((len(flat), *self._parts[0].shape[1:]))
+        for number in part.unique().tolist():
+            here = part == number
+            begin = int(self._ends[number]) - len(self._parts[number])
+            out[here] = self._parts[number][flat[here] - begin]
+        return out.reshape(*index.shape, *out.shape[1:])
+
+
 @dataclass
 class States:
-    """Collected states; all tensors share their first dimension.
+    """Collected states; all have the same number of rows.
 
     Attributes:
         sample: noisy latents x_t, float16 ``[N, C, H, W]``.
@@ -85,12 +117,12 @@ class States:
         conditions: of the prompts.
     """
 
-    sample: Tensor
+    sample: MappedRows
     timestep: Tensor
     prompt: Tensor
     negative: Tensor
-    conditional: Tensor
-    unconditional: Tensor
+    conditional: MappedRows
+    unconditional: MappedRows
     conditions: Conditions
 
     def __len__(self) -> int:
@@ -127,16 +159,45 @@ def collect(
     """Collect states into one safetensors shard a batch, so that a killed run resumes, and read them.
 
     Args:
+        unet, scheduler, conditions, config, folder, identity, pictures, progress: of ``make_shards``.
+        share: (rank, processes): this process makes every such shard; ``wait`` returns when all have theirs.
+
+    Raises:
+        InputError: as of ``make_shards``, and if a shard is damaged.
+        PnpError: if the teacher's prediction is not finite.
+    """
+    rank, processes = share
+    mine = range(rank, config.shards, processes)
+    make_shards(unet, scheduler, conditions, config, folder, identity, mine, pictures=pictures, progress=progress)
+    if wait is not None:
+        wait()
+    return States(**read_shards(folder, config.shards), conditions=conditions)
+
+
+def make_shards(
+    unet: Any,
+    scheduler: dict[str, Any],
+    conditions: Conditions,
+    config: StateConfig,
+    folder: Path,
+    identity: dict[str, Any],
+    shards: range,
+    *,
+    pictures: Latents | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Make those of ``shards`` that ``folder`` lacks.  A shard depends on its number alone, not on who makes it.
+
+    Args:
         unet: the frozen teacher.
         scheduler: its scheduler config.
         folder: where shards are cached; runs of equal settings may share it.
         identity: what the shards depend on besides ``config`` (hashes of teacher and prompts).
         pictures: latents for forward states.
         progress: called with (shards done, shards in all, a note on the size).
-        share: (rank, processes): this process makes every such shard; ``wait`` returns when all have theirs.
 
     Raises:
-        InputError: if ``folder`` holds the states of something else, a shard is damaged, or the disk is too small.
+        InputError: if ``folder`` holds the states of something else, or the disk is too small.
         PnpError: if the teacher's prediction is not finite.
     """
     config.check()
@@ -147,19 +208,15 @@ def collect(
     note = f"{config.shards * config.per_shard:,} states, {needed / 2**20:,.0f} MiB"
     _claim_cache(folder, config, identity, needed)
     if progress is not None:
-        progress(0, config.shards, note)
-    rank, processes = share
-    for shard in range(config.shards):
+        progress(0, len(shards), note)
+    for done, shard in enumerate(shards, 1):
         path = shard_path(folder, shard)
-        if shard % processes == rank and not path.exists():
+        if not path.exists():
             make = _trajectories if pictures is None or config.kind == "trajectory" else _noised
             tensors = make(unet, scheduler, conditions, config, shard, pictures)
             write_shard(tensors, path)
         if progress is not None:
-            progress(shard + 1, config.shards, note)
-    if wait is not None:
-        wait()
-    return States(**read_shards(folder, config.shards), conditions=conditions)
+            progress(done, len(shards), note)
 
 
 def split(config: StateConfig, share: float = 0.05) -> tuple[list[int], list[int]]:
@@ -242,8 +299,8 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_shards(folder: Path, count: int) -> dict[str, Tensor]:
-    """The tensors of shards 0 … ``count`` - 1, joined.
+def read_shards(folder: Path, count: int) -> dict[str, Any]:
+    """The tensors of shards 0 … ``count`` - 1 by name: joined where a row is one number, else ``MappedRows``.
 
     Raises:
         InputError: if a single bit of one has changed, or one is missing; it is named.
@@ -257,7 +314,10 @@ def read_shards(folder: Path, count: int) -> dict[str, Tensor]:
             parts.append(_read_shard(path))
         except (SafetensorError, OSError, ValueError) as e:
             raise InputError(f"the shard {path} is damaged ({e}); delete it, it is then made again") from e
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    return {
+        name: torch.cat([p[name] for p in parts]) if first.ndim == 1 else MappedRows([p[name] for p in parts])
+        for name, first in parts[0].items()
+    }
 
 
 class _Draws:

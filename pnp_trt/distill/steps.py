@@ -33,7 +33,7 @@ from ..models.student import Student
 from ..sampling.schedules import ddim, ddim_step
 from .monitor import Board, PictureGrid, averaged, save_picture
 from .run import TeacherModel, guide_weights, report_head, save_guide
-from .states import read_shards, shard_path, write_shard
+from .states import MappedRows, read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
 
 WEIGHTINGS = ("landing", "none")
@@ -104,7 +104,7 @@ class StepsConfig:
 
 @dataclass
 class Landings:
-    """What one halving learns from; all tensors share their first dimension.
+    """What one halving learns from; all have the same number of rows.
 
     Attributes:
         sample: latents on the new student's step grid, float16 ``[N, C, H, W]``.
@@ -115,11 +115,11 @@ class Landings:
         conditions: of the prompts.
     """
 
-    sample: Tensor
+    sample: MappedRows
     timestep: Tensor
     prompt: Tensor
     w: Tensor
-    target: Tensor
+    target: MappedRows
     conditions: Conditions
 
     def __len__(self) -> int:

@@ -166,7 +166,7 @@ def test_sampling_runs_with_the_runtime_dependencies_alone(engines: Path, tmp_pa
     installed = runtime_packages()
     owners = importlib.metadata.packages_distributions()
     hidden = {m for m, d in owners.items() if not any(canonicalize_name(name) in installed for name in d)} - {"pnp_trt"}
-    assert {"torch", "diffusers", "transformers", "onnx", "accelerate", "safetensors"} <= hidden
+    assert {"torch", "diffusers", "transformers", "onnx", "accelerate", "peft"} <= hidden
     assert not {"numpy", "onnxruntime", "typer", "PIL"} & hidden
     program = (
         "import sys\n"

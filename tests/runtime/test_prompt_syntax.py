@@ -79,24 +79,29 @@ def plain(micro_bundles: Path) -> Pipeline:
     return Pipeline.load(micro_bundles / "plain", provider="cpu")
 
 
+def states_of(pipe: Pipeline, prompts: list[str], syntax: str = "plain") -> np.ndarray:
+    """Text states ``[n, 77, D]``."""
+    return np.asarray(pipe.encode(prompts, syntax))
+
+
 def test_states_of_a_weighted_prompt(plain: Pipeline) -> None:
-    bare = plain.encode(["a red apple"])
-    assert np.array_equal(plain.encode(["a red apple"], "a1111"), bare)
-    assert not np.array_equal(plain.encode(["a (red:1.5) apple"]), bare)  # plain reads the brackets
-    ids = [plain.encode(["a"]), plain.encode(["a red"])]
+    bare = states_of(plain, ["a red apple"])
+    assert np.array_equal(states_of(plain, ["a red apple"], "a1111"), bare)
+    assert not np.array_equal(states_of(plain, ["a (red:1.5) apple"]), bare)  # plain reads the brackets
+    ids = [states_of(plain, ["a"]), states_of(plain, ["a red"])]
     first, last = (int(np.flatnonzero((a != b).any(-1)[0])[0]) for a, b in ((ids[0], bare), (ids[1], bare)))
     weights = np.ones(bare.shape[1], np.float32)
     weights[first:last] = 1.5  # the tokens of "red": those before it are what causal attention leaves alone
     np.testing.assert_allclose(
-        plain.encode(["a (red:1.5) apple"], "a1111")[0], apply_weights(bare[0], weights), rtol=1e-6, atol=1e-7
+        states_of(plain, ["a (red:1.5) apple"], "a1111")[0], apply_weights(bare[0], weights), rtol=1e-6, atol=1e-7
     )
-    assert np.array_equal(plain.encode([r"a \(red\) apple"], "a1111"), plain.encode(["a (red) apple"]))
+    assert np.array_equal(states_of(plain, [r"a \(red\) apple"], "a1111"), states_of(plain, ["a (red) apple"]))
 
 
 def test_long_weighted_prompts_are_cut_with_a_warning(plain: Pipeline) -> None:
     with pytest.warns(UserWarning, match="tokens and was cut to 77; dropped: “.*the end”"):
-        cut = plain.encode(["(red apple) " * 60 + "the end"], "a1111")
-    assert cut.shape == plain.encode(["a"]).shape
+        cut = states_of(plain, ["(red apple) " * 60 + "the end"], "a1111")
+    assert cut.shape == states_of(plain, ["a"]).shape
 
 
 def test_images_of_both_syntaxes(plain: Pipeline) -> None:
@@ -116,7 +121,7 @@ def test_images_of_both_syntaxes(plain: Pipeline) -> None:
 
 def test_given_states_stand_for_the_prompts(plain: Pipeline) -> None:
     prompts = ["a red apple", "a cat"]
-    states = plain.encode(prompts)
+    states = states_of(plain, prompts)
     usual, given_ = plain(prompts, steps=2), plain(["x", "y"], steps=2, context=states.astype(np.float64))
     for a, b in zip(usual, given_, strict=True):
         assert (

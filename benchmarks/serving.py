@@ -244,7 +244,7 @@ def measure(pipeline: Pipeline, rounds: int) -> Costs:
             started = clock()
             held[n].step()
             step[n].append(clock() - started)
-            states, noise = pipeline.encode(["a panda"]).repeat(n, 0), pipeline.noise(range(n))
+            states, noise = np.asarray(pipeline.encode(["a panda"])).repeat(n, 0), pipeline.noise(range(n))
             started = clock()
             latents = pipeline.denoise(states, noise, steps=4, guidance=3.0)
             whole[n].append((clock() - started) / 4)

@@ -43,4 +43,4 @@ def test_it_is_built_and_sampled_with(pnp_trt: Callable[..., Result], micro_base
     done = pnp_trt("sample", "a cat", "--engine", bundle, "--steps", 2, "--quiet", "--out", tmp_path / "images")
     assert done.code == 0 and Path(done.out.strip()).is_file(), done.err
     refused = pnp_trt("build", "--base", micro_base, "--precision", "bf17", "--out", tmp_path / "no")
-    assert refused.code == 2 and "fp32, fp16, bf16, int8, int8-weights, bf16-rounded" in refused.err
+    assert refused.code == 2 and "fp32, fp16, bf16, int8, int8-weights, fp8, bf16-rounded" in refused.err

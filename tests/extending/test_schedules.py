@@ -99,7 +99,7 @@ def test_images_through_the_command_line(name: str, pnp_trt: PNP, micro_bundles:
     file = Path(done.out.strip())
     assert read_parameters(file)["schedule"] == name
     pipe = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
-    text = pipe.encode(["a red cat"])
+    text = np.asarray(pipe.encode(["a red cat"]))
     session = ort.InferenceSession(micro_bundles / "plain" / "unet.onnx", providers=["CPUExecutionProvider"])
 
     def network(x: np.ndarray, t: int) -> np.ndarray:

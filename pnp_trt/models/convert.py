@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
@@ -13,50 +14,59 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-
-    from .single_file import SingleFile
-
 #: the prefixes that diffusers' converters look for; OpenCLIP's may be any, but for that of Stable Diffusion 2, under
 #: which the converter leaves out the projection
 _UNET, _OPEN_CLIP, _VAE = "model.diffusion_model.", "open_clip.", "first_stage_model."
 
 
-def unet_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Part:
+    """A network of a checkpoint.
+
+    Attributes:
+        layout: ``diffusers``, ``original``, ``clip`` or ``open_clip``: whose names it has.
+        keys: the file's key by the key without its prefix.
+    """
+
+    layout: str
+    keys: dict[str, str]
+
+
+def unet_weights(path: Path, part: Part, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The U-Net's weights under diffusers' names, in the types that the file stores.
 
     Weights that the converter does not know keep the file's names, so that they are seen to be left over.
 
     Args:
+        path, part: the file, and the U-Net in it.
         config: of the ``UNet2DConditionModel`` that they are for.
 
     Raises:
         InputError: if the file is damaged, or lacks what the converter needs.
     """
-    part = file.parts["unet"]
     if part.layout == "diffusers":
-        return _read(file.path, part.keys)
+        return _read(path, part.keys)
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     names = _checked(
-        file.path, _UNET, lambda: convert_ldm_unet_checkpoint({_UNET + k: k for k in part.keys}, config=dict(config))
+        path, _UNET, lambda: convert_ldm_unet_checkpoint({_UNET + k: k for k in part.keys}, config=dict(config))
     )  # the converter only renames, so it can be run on the names alone
     unknown = part.keys.keys() - set(names.values())
     renamed = {new: part.keys[old] for new, old in names.items()}
-    return _read(file.path, renamed | {part.keys[k]: part.keys[k] for k in unknown})
+    return _read(path, renamed | {part.keys[k]: part.keys[k] for k in unknown})
 
 
-def text_weights(file: SingleFile, config: Mapping[str, Any], name: str = "text_encoder") -> dict[str, Tensor]:
+def text_weights(path: Path, part: Part, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """A text encoder's weights under the names of transformers' ``CLIPTextModel``, without ``text_model.``.
 
     Args:
+        path, part: the file, and the text encoder in it.
         config: of the text encoder; a layer that an OpenCLIP encoder has on top of it is left out, as SD 2 does.
-        name: of the part of the file.
 
     Raises:
         InputError: as of ``unet_weights``.
     """
-    part = file.parts[name]
-    weights = _read(file.path, part.keys)
+    weights = _read(path, part.keys)
     if part.layout == "clip":
         return weights
     from types import SimpleNamespace
@@ -66,14 +76,13 @@ def text_weights(file: SingleFile, config: Mapping[str, Any], name: str = "text_
     above = f"transformer.resblocks.{config['num_hidden_layers']}."
     given = {_OPEN_CLIP + k: v for k, v in weights.items() if not k.startswith(above)}
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-    converted = _checked(file.path, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, given, prefix=_OPEN_CLIP))
+    converted = _checked(path, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, given, prefix=_OPEN_CLIP))
     return {k.removeprefix("text_model."): v for k, v in converted.items()}
 
 
-def vae_weights(file: SingleFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def vae_weights(path: Path, part: Part, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The VAE's weights under diffusers' names; arguments and errors as of ``unet_weights``."""
-    part = file.parts["vae"]
-    return converted_vae(_read(file.path, part.keys), config, file.path, part.keys)
+    return converted_vae(_read(path, part.keys), config, path, part.keys)
 
 
 def converted_vae(

@@ -16,7 +16,6 @@ from ..assets import ROOT as ASSETS
 from ..bundle.store import digest
 from ..errors import InputError
 from .architectures import Architecture, architectures, of_family
-from .convert import text_weights, unet_weights, vae_weights
 from .files import files_sha256
 from .folders import check_unet
 from .networks import check_finite, empty, filled, module_keys
@@ -108,7 +107,7 @@ class SingleFileBase(BaseModel):
 
         self.check_parts()
         self.check_configs()
-        return self._filled(UNet2DConditionModel, "unet", unet_weights(self._file, self.config("unet")), "U-Net")
+        return self._filled(UNet2DConditionModel, "unet", self._file.weights("unet", self.config("unet")), "U-Net")
 
     def text_encoder(self, spec: TextEncoderSpec | None = None) -> Any:
         import transformers
@@ -117,7 +116,7 @@ class SingleFileBase(BaseModel):
         spec = spec or self.text_specs[0]
         if not self._uses(spec.name):
             return super().text_encoder(spec)
-        weights = text_weights(self._file, self.config(spec.name), spec.name)
+        weights = self._file.weights(spec.name, self.config(spec.name))
         return self._filled(getattr(transformers, spec.kind), spec.name, weights, spec.title)
 
     def own_vae(self) -> Any:
@@ -127,7 +126,7 @@ class SingleFileBase(BaseModel):
         if not self._uses("vae"):
             return super().own_vae()
         config = self.config("vae")
-        return self._filled(getattr(diffusers, config["_class_name"]), "vae", vae_weights(self._file, config), "VAE")
+        return self._filled(getattr(diffusers, config["_class_name"]), "vae", self._file.weights("vae", config), "VAE")
 
     def _filled(self, kind: Any, part: str, weights: dict[str, Any], what: str) -> Any:
         config = self.config(part)

@@ -12,12 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .convert import Part, text_weights, unet_weights, vae_weights
 from .families import FAMILIES
 from .noise import Noise
 from .safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: names that training code and exporters put before a network's own keys; they may be nested
 _WRAPPERS = r"(?:(?:module|state_dict|model_state_dict|model|_orig_mod|unet|diffusion_model)\.)*"
@@ -68,19 +72,6 @@ MARKERS = ("v_pred", "ztsnr")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A network of a checkpoint.
-
-    Attributes:
-        layout: ``diffusers``, ``original``, ``clip`` or ``open_clip``: whose names it has.
-        keys: the file's key by the key without its prefix.
-    """
-
-    layout: str
-    keys: dict[str, str]
-
-
-@dataclass(frozen=True)
 class SingleFile:
     """A checkpoint in one file, of which only the header was read.
 
@@ -99,6 +90,18 @@ class SingleFile:
     shapes: dict[str, tuple[int, ...]]
     noise: Noise
     prefix: str
+
+    def weights(self, network: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Weights of one of ``parts`` under diffusers' and transformers' names.
+
+        Args:
+            config: of the network that they are for.
+
+        Raises:
+            InputError: if the file is damaged, or lacks what the converter needs.
+        """
+        convert = {"unet": unet_weights, "vae": vae_weights}.get(network, text_weights)
+        return convert(self.path, self.parts[network], config)
 
     def misfits(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """Why a text encoder or VAE of the file cannot replace that of these configs, by network."""

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pnp_trt.errors import InputError
-from pnp_trt.models.convert import text_weights, unet_weights, vae_weights
 from pnp_trt.models.single_file import SingleFile, read_single_file
 from pnp_trt.models.state_dicts import check_fits
 
@@ -71,7 +70,7 @@ def test_a_unet_under_any_known_prefix(
     names = {k: original_key(k) if layout == "original" else k for k in unet}
     file = written(tmp_path, {prefix + names[k]: v for k, v in unet.items()})
     assert file.prefix == prefix and file.parts.keys() == {"unet"} and not file.unused
-    assert same(unet_weights(file, config), unet)
+    assert same(file.weights("unet", config), unet)
 
 
 def test_an_unknown_prefix_is_told_as_such(tmp_path: Path, unet: dict[str, Tensor]) -> None:
@@ -92,7 +91,7 @@ def test_a_text_encoder_of_clips_names(
     ids = {f"{prefix}embeddings.position_ids": torch.arange(12)[None]}
     file = written(tmp_path, unet | {prefix + k: v for k, v in text.items()} | ids)
     assert file.misfits({"text_encoder": CLIP, "vae": TINY}) == {}
-    assert same(text_weights(file, CLIP), text)
+    assert same(file.weights("text_encoder", CLIP), text)
 
 
 @pytest.mark.parametrize("prefix", ["cond_stage_model.model.", "module.cond_stage_model.model."])
@@ -102,7 +101,7 @@ def test_an_open_clip_text_encoder_is_converted(
     file = written(tmp_path, unet | {prefix + k: v for k, v in open_clip(text, 2).items()})
     config = CLIP | {"hidden_act": "gelu"}
     file.refuse_unused({"text_encoder": config, "vae": TINY}, "the engine")
-    assert same(text_weights(file, config), text)
+    assert same(file.weights("text_encoder", config), text)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_a_kl_vae(tmp_path: Path, unet: dict[str, Tensor], layout: str) -> None:
     prefix = "first_stage_model." if layout == "original" else "vae."
     file = written(tmp_path, unet | {prefix + k: v for k, v in given.items()})
     file.refuse_unused({"text_encoder": CLIP, "vae": KL}, "the engine")
-    assert same(vae_weights(file, KL), vae)
+    assert same(file.weights("vae", KL), vae)
     with pytest.raises(InputError, match=r"a VAE that the engine cannot take \(it is an AutoencoderKL, the engine has"):
         file.refuse_unused({"text_encoder": CLIP, "vae": TINY}, "the engine")
 
@@ -222,11 +221,11 @@ def test_original_names_that_the_converter_does_not_know_are_left_over(
 ) -> None:
     prefix = "model.diffusion_model."
     file = written(tmp_path, {prefix + original_key(k): v for k, v in unet.items()} | {f"{prefix}x.y": torch.ones(1)})
-    assert unet_weights(file, config).keys() - unet.keys() == {f"{prefix}x.y"}
+    assert file.weights("unet", config).keys() - unet.keys() == {f"{prefix}x.y"}
     assert read_single_file(file.path).noise.prediction_type is None
 
 
 def test_other_types_become_float32(tmp_path: Path, unet: dict[str, Tensor], config: dict[str, Any]) -> None:
     for dtype in (torch.float64, torch.float8_e4m3fn):
-        weights = unet_weights(written(tmp_path, {k: v.to(dtype) for k, v in unet.items()}), config)
+        weights = written(tmp_path, {k: v.to(dtype) for k, v in unet.items()}).weights("unet", config)
         assert all(torch.equal(weights[k], v.to(dtype).float()) for k, v in unet.items())

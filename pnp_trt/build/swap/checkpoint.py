@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError
 from ...models.bases import resolve
 from ...models.configs import check_same_network, check_same_text
-from ...models.convert import text_weights, unet_weights, vae_weights
 from ...models.files import files_sha256, read_json, read_weights, weight_files
 from ...models.folders import check_unet
 from ...models.networks import module_keys, quiet_libraries
@@ -126,7 +125,7 @@ class FineTune:
         check_unet(own, {"latent_channels": config["in_channels"]}, self.name, (None, "text_time"))
         check_same_network(UNet2DConditionModel, own, config, self.name, what)
         if self.single is not None:
-            weights = unet_weights(self.single, config)
+            weights = self.single.weights("unet", config)
         elif "unet" in self.files:
             weights = read_weights(self.files["unet"])
         else:  # without files: random weights
@@ -149,7 +148,7 @@ class FineTune:
         quiet_libraries()
         module = getattr(transformers, spec.kind)(transformers.CLIPTextConfig(**config))
         own = module.state_dict()
-        weights = module_keys(text_weights(self.single, config, spec.name), module)
+        weights = module_keys(self.single.weights(spec.name, config), module)
         check_fits(own, weights, f"the {spec.title} in {self.name}", f"that of {what}")
         module.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
         return module.eval().requires_grad_(False)
@@ -163,7 +162,7 @@ class FineTune:
         import diffusers
 
         kind = getattr(diffusers, config.get("_class_name", "AutoencoderKL"))
-        return _filled(kind, config, vae_weights(self.single, config), f"the VAE in {self.name}", what)
+        return _filled(kind, config, self.single.weights("vae", config), f"the VAE in {self.name}", what)
 
     def _check_vae(self, config: Mapping[str, Any], what: str) -> None:
         assert self.base is not None

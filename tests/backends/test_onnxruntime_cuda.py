@@ -63,14 +63,14 @@ def test_a_provider_that_does_not_load_is_told_of(graph: Path, usable: None) -> 
     with pytest.raises(
         InputError, match="'cuda' was requested and ONNX Runtime could not load .*or use --provider cpu"
     ):
-        OrtNetwork(graph, "cuda").session(1, None)
+        OrtNetwork(graph, "cuda").loaded(1, None)
     network = OrtNetwork(graph, "auto")
     with pytest.warns(UserWarning, match="could not load its CUDA provider.*; unet.onnx runs on the CPU"):
-        network.session(1)
+        network.loaded(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert network.session(2).get_providers() == ["CPUExecutionProvider"]  # it is told of once
-        OrtNetwork(graph, "cpu").session(1)
+        assert network.loaded(2).get_providers() == ["CPUExecutionProvider"]  # it is told of once
+        OrtNetwork(graph, "cpu").loaded(1)
 
 
 def test_tensorfloat_is_off_and_nodes_on_the_cpu_are_counted(
@@ -79,13 +79,13 @@ def test_tensorfloat_is_off_and_nodes_on_the_cpu_are_counted(
     monkeypatch.setattr(ort, "InferenceSession", Session)
     network = OrtNetwork(graph, "cuda")
     with pytest.warns(UserWarning, match=r"1 nodes of unet.onnx run on the CPU .*\(1 InstanceNormalization\)"):
-        network.session(1)
+        network.loaded(1)
     (name, options), second = Session.asked
     assert (name, second) == (CUDA, "CPUExecutionProvider")
     assert options == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        network.session(2)  # it is told of once
+        network.loaded(2)  # it is told of once
 
 
 def test_libraries_of_packages_are_loaded_first(graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,8 @@ def test_libraries_of_packages_are_loaded_first(graph: Path, usable: None, monke
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = OrtNetwork(graph, "cuda")
-        network.session(1)
-        network.session(2)
+        network.loaded(1)
+        network.loaded(2)
     assert order == ["libraries", "session", "session"]
 
 
@@ -117,5 +117,5 @@ def test_a_release_that_cannot_tell_is_not_asked() -> None:
 def test_the_cpu_provider_is_as_it_was(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_preload", lambda: pytest.fail("it has no use for CUDA's libraries"))
     x = np.array([[[1.0, 3.0], [2.0, 2.0]]], np.float32)
-    (out,) = OrtNetwork(graph, "cpu").session(1).run(None, {"x": x})
+    (out,) = OrtNetwork(graph, "cpu").loaded(1).run(None, {"x": x})
     assert np.allclose(out, [[[-1, 1], [0, 0]]], atol=1e-3)

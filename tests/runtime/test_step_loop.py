@@ -349,7 +349,7 @@ def test_buckets_are_batches_of_the_engine(guided: Pipeline) -> None:
 )
 def test_buckets_are_as_many_as_sessions_are_kept(kept: int, slots: int, buckets: tuple[int, ...]) -> None:
     network = OrtNetwork(Path("none.onnx"), "cpu", 1)
-    network.sessions_kept = kept
+    network.kept = kept
     assert network.batches(slots) == buckets
 
 
@@ -357,10 +357,10 @@ def test_a_batch_that_changes_makes_no_session_anew(guided: Pipeline, monkeypatc
     made: list[int] = []
     network = guided._unet
     assert isinstance(network, OrtNetwork)
-    monkeypatch.setattr(network, "sessions_kept", 3)
-    monkeypatch.setattr(network, "_sessions", {})
-    drop = network._drop_oldest
-    monkeypatch.setattr(network, "_drop_oldest", lambda: (made.append(1), drop()))
+    monkeypatch.setattr(network, "kept", 3)
+    monkeypatch.setattr(network, "_loaded", {})
+    load = network._load
+    monkeypatch.setattr(network, "_load", lambda batch, size: (made.append(batch), load(batch, size))[1])
     loop = guided.step_loop(8)
     assert loop.buckets == (2, 4, 8)
     for seed in range(9):
@@ -368,4 +368,4 @@ def test_a_batch_that_changes_makes_no_session_anew(guided: Pipeline, monkeypatc
         loop.submit(lambda p=prepared: guided.run(p, 0), len(prepared.table))  # type: ignore[misc]
         loop.step()
     finish(loop)
-    assert len(made) <= 3 and loop.calls > 9
+    assert sorted(made) == sorted(set(made)) and len(made) <= 3 and loop.calls > 9

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ import numpy as np
 
 from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
-from ...bundle.profiles import legal_sizes
 from ...errors import BundleCorrupt, InputError, PnpError
 from ...io.text import printable
 from ...precision.recipes import RECIPES
 from ...sampling.network import Bound, Description, Network
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress, Size
 from ..gpus import driver_present
+from ..per_shape import PerShapeNetwork
 from . import NEEDS
 
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
@@ -161,7 +160,7 @@ def _nodes(graph: Path) -> int | None:
     return count(onnx.load(graph, load_external_data=False).graph)
 
 
-class OrtNetwork(Network):
+class OrtNetwork(PerShapeNetwork):
     """One ONNX graph, run by one session per batch and image size.
 
     Fixing them lets ONNX Runtime fold every shape computation away, which is a tenth of a small
@@ -184,53 +183,41 @@ class OrtNetwork(Network):
         threads: int | None = None,
         profiles: tuple[Profile, ...] = (),
     ) -> None:
-        self.path = path
-        self.profiles = profiles
-        self.sessions_kept = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
+        kept = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
+        super().__init__(path, profiles, kept, buffers_kept=self.KEEP)
         self._providers = providers(provider)
         self._asked = provider
         self._told = False
         self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
-        self._sessions: dict[tuple[int, Size | None], Any] = {}
-        # bound buffers that nobody uses, with their session; they go when it goes
-        self._idle: dict[tuple[int, Size | None], list[OrtBound]] = {}
-        self._lock = threading.Lock()
 
-    def session(self, batch: int, size: Size | None = None) -> Any:
-        """The session for ``batch`` and latents of ``size``; None leaves open what the graph leaves open."""
+    def _load(self, batch: int, size: Size | None) -> Any:
         import onnxruntime as ort
 
-        key = batch, size
-        with self._lock:
-            if key not in self._sessions:
-                options = ort.SessionOptions()
-                options.intra_op_num_threads = self._threads
-                options.log_severity_level = 4  # the exception says it, without colours on standard error
-                options.add_free_dimension_override_by_name("batch", batch)
-                # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
-                options.add_session_config_entry("session.qdqisint8allowed", "1")
-                for name, value in zip(("height", "width"), size or (), strict=False):
-                    options.add_free_dimension_override_by_name(name, value)
-                cuda = self._providers[0] == "CUDAExecutionProvider"
-                if cuda:
-                    _preload()
-                    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-                try:
-                    made = ort.InferenceSession(str(self.path), options, providers=with_options(self._providers))
-                except Exception as e:  # ONNX Runtime raises several types of its own
-                    raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
-                if cuda:
-                    self._check_cuda(made)
-                self._drop_oldest()
-                self._sessions[key] = made
-            self._sessions[key] = found = self._sessions.pop(key)  # the last to go
-            return found
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 4  # the exception says it, without colours on standard error
+        options.add_free_dimension_override_by_name("batch", batch)
+        # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        for name, value in zip(("height", "width"), size or (), strict=False):
+            options.add_free_dimension_override_by_name(name, value)
+        cuda = self._providers[0] == "CUDAExecutionProvider"
+        if cuda:
+            _preload()
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        try:
+            session = ort.InferenceSession(str(self.path), options, providers=with_options(self._providers))
+        except Exception as e:  # ONNX Runtime raises several types of its own
+            raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
+        if cuda:
+            self._check_cuda(session)
+        return session
 
-    def batches(self, most: int) -> tuple[int, ...]:
-        """As many as there are sessions kept, ``most`` halved again and again: making one costs more than padding."""
-        if most <= self.sessions_kept:
-            return super().batches(most)
-        return tuple(sorted({-(-most // 2**k) for k in range(self.sessions_kept)}))
+    def _buffers(self, loaded: Any, batch: int) -> OrtBound:
+        return OrtBound(loaded, batch)
+
+    def _dropped(self) -> None:
+        release_memory()
 
     def _check_cuda(self, session: Any) -> None:
         """Refuse a session that fell back to the CPU, and tell of nodes that did.
@@ -257,44 +244,14 @@ class OrtNetwork(Network):
                 stacklevel=4,
             )
 
-    def _drop_oldest(self) -> None:
-        """Make room for another session; call it under the lock."""
-        if len(self._sessions) < self.sessions_kept:
-            return
-        while len(self._sessions) >= self.sessions_kept:
-            oldest = next(iter(self._sessions))
-            self._sessions.pop(oldest)
-            self._idle.pop(oldest, None)
-        release_memory()
-
     def describe(self) -> Description:
-        session = self.session(1)
+        session = self.loaded(1)
 
         def tensors(nodes: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
             return {n.name: (DTYPES.get(n.type, n.type), ("batch", *n.shape[1:])) for n in nodes}
 
         device = session.get_providers()[0]
         return Description(tensors(session.get_inputs()), tensors(session.get_outputs()), device, self.profiles)
-
-    @contextlib.contextmanager
-    def bind(self, batch: int, size: Size | None = None) -> Iterator[OrtBound]:
-        if batch < 1:
-            raise InputError(f"the batch is {batch}; it must be at least 1")
-        if size is not None and self.profiles and not any(p.holds_size(size) for p in self.profiles):
-            raise InputError(
-                f"the latents are {size[0]}x{size[1]}; {self.path.name} takes {legal_sizes(self.profiles)}; "
-                "build with --profile b1@HEIGHTxWIDTH in pixels"
-            )
-        session = self.session(batch, size)
-        with self._lock:
-            idle = self._idle.get((batch, size), [])
-            bound = idle.pop() if idle and idle[-1].session is session else None
-        bound = bound or OrtBound(session, batch)
-        yield bound  # after an error its buffers are not used again
-        with self._lock:
-            kept = self._idle.setdefault((batch, size), [])
-            if self._sessions.get((batch, size)) is session and len(kept) < self.KEEP:
-                kept.append(bound)
 
 
 def _nodes_on_cpu(session: Any) -> Counter[str]:

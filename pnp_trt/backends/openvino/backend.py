@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ import numpy as np
 
 from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
-from ...bundle.profiles import legal_sizes
 from ...errors import InputError, MissingDependency, PnpError
 from ...io.text import printable
 from ...sampling.network import Bound, Description, Network
 from ..base import Backend, LoadOptions, Profile, Size
 from ..onnxruntime.backend import OnnxRuntime
+from ..per_shape import PerShapeNetwork
 from . import NEEDS
 
 _MISSING = "OpenVINO is not installed; install with: pip install 'pnp-trt[openvino]'"
@@ -73,7 +71,7 @@ class OpenVino(OnnxRuntime):
         return OpenVinoNetwork(path, options.threads, network.profiles)
 
 
-class OpenVinoNetwork(Network):
+class OpenVinoNetwork(PerShapeNetwork):
     """One ONNX graph, compiled once per batch and image size; those used last are kept.
 
     Args:
@@ -85,33 +83,24 @@ class OpenVinoNetwork(Network):
     KEEP = 8
 
     def __init__(self, path: Path, threads: int | None = None, profiles: tuple[Profile, ...] = ()) -> None:
-        self.path, self.profiles, self._threads = path, profiles, threads
-        self._compiled: OrderedDict[tuple[int, Size | None], Any] = OrderedDict()
-        # bound requests that nobody uses; they go with their model
-        self._idle: dict[tuple[int, Size | None], list[OpenVinoBound]] = {}
-        self._lock = threading.Lock()
+        super().__init__(path, profiles, self.KEEP, buffers_kept=self.KEEP)
+        self._threads = threads
 
-    def compiled(self, batch: int, size: Size | None = None) -> Any:
-        """The model for ``batch`` and latents of ``size``; None leaves open what the graph leaves open."""
-        key = batch, size
-        with self._lock:
-            if key not in self._compiled:
-                core = _core()
-                # its own default is bfloat16 where the processor has it
-                options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-                if self._threads:
-                    options["INFERENCE_NUM_THREADS"] = self._threads
-                try:
-                    model = core.read_model(self.path)
-                    model.reshape({i.any_name: _fixed(i.partial_shape, batch, size) for i in model.inputs})
-                    made = core.compile_model(model, "CPU", options)
-                except Exception as e:  # OpenVINO raises RuntimeError and others
-                    raise PnpError(f"OpenVINO cannot load {self.path}: {printable(e, limit=500)}") from e
-                while len(self._compiled) >= self.KEEP:
-                    self._idle.pop(self._compiled.popitem(last=False)[0], None)
-                self._compiled[key] = made
-            self._compiled.move_to_end(key)
-            return self._compiled[key]
+    def _load(self, batch: int, size: Size | None) -> Any:
+        core = _core()
+        # its own default is bfloat16 where the processor has it
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if self._threads:
+            options["INFERENCE_NUM_THREADS"] = self._threads
+        try:
+            model = core.read_model(self.path)
+            model.reshape({i.any_name: _fixed(i.partial_shape, batch, size) for i in model.inputs})
+            return core.compile_model(model, "CPU", options)
+        except Exception as e:  # OpenVINO raises RuntimeError and others
+            raise PnpError(f"OpenVINO cannot load {self.path}: {printable(e, limit=500)}") from e
+
+    def _buffers(self, loaded: Any, batch: int) -> OpenVinoBound:
+        return OpenVinoBound(loaded)
 
     def describe(self) -> Description:
         model = _core().read_model(self.path)
@@ -122,39 +111,15 @@ class OpenVinoNetwork(Network):
         return Description(tensors(model.inputs), tensors(model.outputs), "CPU", self.profiles)
 
     def facts(self) -> dict[str, int]:
-        if not self._compiled:
+        if not self._loaded:
             return {}
-        layers = [op.get_rt_info()["layerType"].astype(str) for op in self.compiled(*_last(self._compiled))
-                  .get_runtime_model().get_ops()]  # fmt: skip
+        operations = next(reversed(self._loaded.values())).get_runtime_model().get_ops()
+        layers = [op.get_rt_info()["layerType"].astype(str) for op in operations]
         moved = ("Reorder", "Convert", "Reinterpret")
         return {
             "layers": sum(kind not in ("Input", "Output", "Const") for kind in layers),
             "reformats": sum(kind in moved for kind in layers),
         }
-
-    @contextlib.contextmanager
-    def bind(self, batch: int, size: Size | None = None) -> Iterator[OpenVinoBound]:
-        if batch < 1:
-            raise InputError(f"the batch is {batch}; it must be at least 1")
-        if size is not None and self.profiles and not any(p.holds_size(size) for p in self.profiles):
-            raise InputError(
-                f"the latents are {size[0]}x{size[1]}; {self.path.name} takes {legal_sizes(self.profiles)}; "
-                "build with --profile b1@HEIGHTxWIDTH in pixels"
-            )
-        compiled, key = self.compiled(batch, size), (batch, size)
-        with self._lock:
-            idle = self._idle.get(key, [])
-            bound = idle.pop() if idle and idle[-1].compiled is compiled else None
-        bound = bound or OpenVinoBound(compiled)  # making one takes as long as several runs of a small network
-        yield bound  # after an error it is not used again
-        with self._lock:
-            kept = self._idle.setdefault(key, [])
-            if self._compiled.get(key) is compiled and len(kept) < self.KEEP:
-                kept.append(bound)
-
-
-def _last(held: OrderedDict[tuple[int, Size | None], Any]) -> tuple[int, Size | None]:
-    return next(reversed(held))
 
 
 def _sides(shape: Any) -> list[int | str]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...bundle.manifest import NetworkRecord
-from ...bundle.profiles import Size, legal_sizes
+from ...bundle.profiles import Size
 from ...errors import InputError, PnpError
 from ...sampling.network import Bound, Description, Network
 from ..base import LoadOptions
+from ..per_shape import check_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,14 +116,7 @@ class TorchNetwork(Network):
 
     @contextlib.contextmanager
     def bind(self, batch: int, size: Size | None = None) -> Iterator[TorchBound]:
-        if batch < 1:
-            raise InputError(f"the batch is {batch}; it must be at least 1")
-        profiles = self._described.profiles
-        if size is not None and profiles and not any(p.holds_size(size) for p in profiles):
-            raise InputError(
-                f"the latents are {size[0]}x{size[1]}; {self.path.name} takes {legal_sizes(profiles)}; "
-                "build with --profile b1@HEIGHTxWIDTH in pixels"
-            )
+        check_shape(self.path, self._described.profiles, batch, size)
         yield TorchBound(self, batch, size)
 
     def run(self, inputs: Mapping[str, Any]) -> Any:

@@ -106,7 +106,7 @@ lint: $(VENV)/.dev-installed
 bench: $(VENV)/.dev-installed
 	@mkdir -p build
 	$(BIN)/pnp-trt bench --suite readme-emoji $(RESUME) --json benchmarks/results/emoji-bench.json --html build/emoji-bench.html --grid docs/demo-grid.png
-	for base in sd15 sd21 sdxl; do \
+	for base in emoji sd15 sd21 sdxl; do \
 	  $(BIN)/pnp-trt bench --suite cost-$$base --json benchmarks/results/cost-$$base.json || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.readme_tables

@@ -133,7 +133,7 @@ def guides(record: Document) -> str:
 
 #: Name of a region: its record, and what draws it. Records of `pnp-trt bench` are checked against their schema.
 TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
-    "cost": ("emoji-bench.json", cost),
+    "cost": ("cost-emoji.json", cost),
     "latency": ("emoji-bench.json", latency),
     "kid": ("emoji-bench.json", kid),
     "guides": ("emoji-tables.json", guides),
@@ -161,7 +161,7 @@ def fill(text: str, read: Callable[[str], Document]) -> str:
 
 def read_record(file: str, folder: Path = RESULTS) -> Document:
     """A record of ``benchmarks/results``; one of `pnp-trt bench` is checked."""
-    if file.endswith("-bench.json"):
+    if file.endswith("-bench.json") or file.startswith("cost-"):
         return results.read(folder / file)
     return dict(json.loads((folder / file).read_text(encoding="utf-8")))
 

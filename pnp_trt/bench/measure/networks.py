@@ -87,7 +87,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     return found
 
 
-def guide_size(base: str, guide: str) -> dict[str, int]:
+def guide_size(base: str, guide: str) -> dict[str, Any]:
     """The bundled guide's own size for the bundled bases, the default elsewhere."""
     from ...errors import InputError
     from ...models.catalog import guide_folder

@@ -135,7 +135,9 @@ class TinyGuide(Guide):
     """
 
     # constant_parts stays empty: all that it computes of w is one small vector, and mixed with the timestep
-    size_options: ClassVar[tuple[str, ...]] = ("rank", "embed_dim")
+    size_options: ClassVar[tuple[str, ...]] = (
+        "rank", "embed_dim", "trunk_blocks", "trunk_kind", "reads", "emits", "text", "negative_prompts", "norm"
+    )  # fmt: skip
 
     @register_to_config
     def __init__(

@@ -65,7 +65,7 @@ def test_regions_are_filled_once_and_for_all() -> None:
         return doc
 
     filled = readme_tables.fill(text, read)
-    assert asked == ["emoji-bench.json"] * 2
+    assert asked == ["cost-emoji.json", "emoji-bench.json"]
     assert filled.startswith("before\n<!-- bench:cost -->\n| network |")
     assert filled.endswith("<!-- /bench -->\nafter\n")
     assert readme_tables.fill(filled, read) == filled
@@ -90,13 +90,13 @@ def test_what_was_not_measured_is_refused() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:cost -->\n<!-- /bench -->\n")
-    results.write(fake_document.make(), tmp_path / "emoji-bench.json")
+    results.write(fake_document.make(), tmp_path / "cost-emoji.json")
     arguments = ["--readme", str(readme), "--results", str(tmp_path)]
     assert readme_tables.main([*arguments, "--check"]) == 1
     assert readme.read_text() == "<!-- bench:cost -->\n<!-- /bench -->\n"
     assert readme_tables.main(arguments) == 0
     assert "| guide-tiny | 1.377 |" in readme.read_text()
     assert readme_tables.main([*arguments, "--check"]) == 0
-    (tmp_path / "emoji-bench.json").write_text('{"schema": "pnp-trt/bench/1"}')
+    (tmp_path / "cost-emoji.json").write_text('{"schema": "pnp-trt/bench/1"}')
     assert readme_tables.main(arguments) == 2
     assert "make a new one" in capsys.readouterr().err

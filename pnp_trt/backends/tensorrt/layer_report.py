@@ -89,8 +89,12 @@ def sentence(row: Any) -> str | None:
         return None
     moved = row.get("activation_bytes")
     activations = f"{moved / 2**20:,.1f} MiB activations, " if isinstance(moved, int) else ""
+    fused = [
+        f"{row['with_residual']} of {row['convolutions']} convolutions with a residual" if row["convolutions"] else "",
+        f"{row['with_silu']} of {row['norms']} group norms with SiLU" if row["norms"] else "",
+        f"{row['attentions']} attentions" if row["attentions"] else "",
+    ]
     return (
         f"{row.get('profile')}: {row['kernels']} kernels, {activations}{row['weight_bytes'] / 2**20:,.1f} MiB weights "
-        f"per evaluation; fused: {row['with_residual']} of {row['convolutions']} convolutions with a residual, "
-        f"{row['with_silu']} of {row['norms']} group norms with SiLU, {row['attentions']} attentions"
+        f"per evaluation; fused: {', '.join(filter(None, fused)) or 'nothing'}"
     )

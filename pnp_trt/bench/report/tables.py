@@ -49,7 +49,7 @@ def cost_table(doc: Document) -> Table | None:
     size, size_scale, size_decimals = unit_of([row["parameters"] for row in rows])
     columns: dict[str, list[str] | None] = {
         "network": [row["network"] for row in rows],
-        "runs per": [row.get("per", "step") for row in rows],
+        "runs per": ["image" if row.get("per") == "picture" else "step" for row in rows],
         f"parameters, {size}": [number(row["parameters"], size_decimals, size_scale) for row in rows],
         f"MACs, {unit}": [number(row["macs"], decimals, scale) for row in rows],
         f"MACs without attention, {unit}": [number(row["macs_without_attention"], decimals, scale) for row in rows],

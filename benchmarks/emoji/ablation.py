@@ -26,7 +26,7 @@ from pnp_trt.bundle.store import digest, write_json, write_text
 from pnp_trt.distill.guidance import GuidanceConfig, distill
 from pnp_trt.distill.monitor import held_out_error, run_schedule
 from pnp_trt.distill.run import TeacherModel
-from pnp_trt.distill.states import StateConfig, States, collect, split
+from pnp_trt.distill.states import Collection, StateConfig, States, split
 from pnp_trt.distill.train import TrainConfig
 from pnp_trt.models.guides import GuideInput
 from pnp_trt.models.guides.load import load_guide
@@ -129,9 +129,11 @@ class Judge:
         self.teacher = TeacherModel.load("emoji", read_prompts(PROMPTS), torch.device("cpu"))
         config = StateConfig(count=STATES)
         identity = {"teacher": self.teacher.hashes, "prompts": digest(self.teacher.prompts)}
-        self.states: States = collect(
+        collection = Collection(
             self.teacher.unet, self.teacher.scheduler, self.teacher.conditions, config, states_dir, identity
         )
+        collection.make(range(config.shards))
+        self.states: States = collection.read()
         self.held_out = split(config)[1]
         c = self.teacher.conditions
         rows = torch.arange(0, c.empty, c.empty // PICTURES)[:PICTURES]

@@ -24,7 +24,7 @@ from ..models.student import Student
 from .features import feature_error
 from .monitor import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
 from .run import TeacherModel, report_head, save_guide
-from .states import Latents, StateConfig, States, collect, make_shards, shard_path, split
+from .states import Collection, Latents, StateConfig, States, split
 from .train import TrainConfig, make_accelerator, newest_step, train
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
@@ -128,18 +128,16 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     main = accelerator.is_main_process
     say = progress if progress is not None and main else (lambda *_: None)
     started = time.monotonic()
-    teacher, shots, identity = _sources(config, accelerator.device)
+    teacher, collection = _collection(config, accelerator.device)
+    identity = collection.identity
     if main:
         claim(config.out, config.settings() | identity, resume)
     accelerator.wait_for_everyone()
 
-    states = collect(
-        teacher.unet, teacher.scheduler, teacher.conditions, config.states,
-        config.states_dir or config.out / "states", identity,
-        pictures=_latents(teacher, shots) if config.states.kind == "forward" else None,
-        progress=lambda done, total, note: say("states", done, total, note),
-        share=(accelerator.process_index, accelerator.num_processes), wait=accelerator.wait_for_everyone,
-    )  # fmt: skip
+    share = range(accelerator.process_index, config.states.shards, accelerator.num_processes)
+    collection.make(share, lambda done, total, note: say("states", done, total, note))
+    accelerator.wait_for_everyone()
+    states = collection.read()
     torch.manual_seed(config.train.seed)
     student = make_student(teacher, config)
     guide = student.guide
@@ -217,25 +215,25 @@ def collect_states(
         raise InputError(f"the shards are {first} to {last}; they must be in order, from 0 to {end}")
     check_writable_folder(config.states_dir, "--states-dir")
     accelerator = make_accelerator(config.train.mixed_precision)
-    teacher, shots, identity = _sources(config, accelerator.device)
-    make_shards(
-        teacher.unet, teacher.scheduler, teacher.conditions, config.states, config.states_dir, identity,
-        range(first, last + 1), pictures=_latents(teacher, shots) if config.states.kind == "forward" else None,
-        progress=None if progress is None else lambda done, total, note: progress("states", done, total, note),
-    )  # fmt: skip
-    made = sum(shard_path(config.states_dir, number).is_file() for number in range(config.states.shards))
-    return made, config.states.shards
+    _, collection = _collection(config, accelerator.device)
+    say = progress or (lambda *_: None)
+    collection.make(range(first, last + 1), lambda done, total, note: say("states", done, total, note))
+    return collection.made(), config.states.shards
 
 
-def _sources(config: GuidanceConfig, device: Any) -> tuple[TeacherModel, CaptionedPictures | None, dict[str, Any]]:
-    """Teacher, captioned images if there are any, and what the states depend on besides their own settings."""
+def _collection(config: GuidanceConfig, device: Any) -> tuple[TeacherModel, Collection]:
+    """The teacher, and the states of a run."""
     shots = find_pictures(config.images) if config.images is not None else None
     prompts = read_prompts(config.prompts) if config.prompts is not None else _captions(shots)
     teacher = TeacherModel.load(config.base, prompts, device)
     identity = {"teacher": teacher.hashes, "prompts": digest(prompts)}
     if shots is not None and config.states.kind == "forward":
         identity["pictures"] = digest([[sha256(f), c] for f, c in zip(shots.files, shots.captions, strict=True)])
-    return teacher, shots, identity
+    pictures = _latents(teacher, shots) if config.states.kind == "forward" else None
+    folder = config.states_dir or config.out / "states"
+    return teacher, Collection(
+        teacher.unet, teacher.scheduler, teacher.conditions, config.states, folder, identity, pictures
+    )
 
 
 def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:

@@ -143,80 +143,65 @@ def size_in_bytes(config: StateConfig, sample: tuple[int, ...]) -> int:
     return config.shards * config.per_shard * per_state
 
 
-def collect(
-    unet: Any,
-    scheduler: dict[str, Any],
-    conditions: Conditions,
-    config: StateConfig,
-    folder: Path,
-    identity: dict[str, Any],
-    *,
-    pictures: Latents | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-    share: tuple[int, int] = (0, 1),
-    wait: Callable[[], None] | None = None,
-) -> States:
-    """Collect states into one safetensors shard a batch, so that a killed run resumes, and read them.
+@dataclass(frozen=True)
+class Collection:
+    """States in a folder, one safetensors shard a batch: a killed run resumes, and parts can be made anywhere.
 
-    Args:
-        unet, scheduler, conditions, config, folder, identity, pictures, progress: of ``make_shards``.
-        share: (rank, processes): this process makes every such shard; ``wait`` returns when all have theirs.
-
-    Raises:
-        InputError: as of ``make_shards``, and if a shard is damaged.
-        PnpError: if the teacher's prediction is not finite.
-    """
-    rank, processes = share
-    mine = range(rank, config.shards, processes)
-    make_shards(unet, scheduler, conditions, config, folder, identity, mine, pictures=pictures, progress=progress)
-    if wait is not None:
-        wait()
-    return States(**read_shards(folder, config.shards), conditions=conditions)
-
-
-def make_shards(
-    unet: Any,
-    scheduler: dict[str, Any],
-    conditions: Conditions,
-    config: StateConfig,
-    folder: Path,
-    identity: dict[str, Any],
-    shards: range,
-    *,
-    pictures: Latents | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> None:
-    """Make those of ``shards`` that ``folder`` lacks.  A shard depends on its number alone, not on who makes it.
-
-    Args:
+    Attributes:
         unet: the frozen teacher.
         scheduler: its scheduler config.
+        conditions: of the prompts.
+        config: how states are collected.
         folder: where shards are cached; runs of equal settings may share it.
         identity: what the shards depend on besides ``config`` (hashes of teacher and prompts).
         pictures: latents for forward states.
-        progress: called with (shards done, shards in all, a note on the size).
-
-    Raises:
-        InputError: if ``folder`` holds the states of something else, or the disk is too small.
-        PnpError: if the teacher's prediction is not finite.
     """
-    config.check()
-    if config.kind == "forward" and pictures is None:
-        raise InputError("forward states are made of images; pass a folder of them with --images")
-    size = unet.config.sample_size
-    needed = size_in_bytes(config, (unet.config.in_channels, size, size))
-    note = f"{config.shards * config.per_shard:,} states, {needed / 2**20:,.0f} MiB"
-    _claim_cache(folder, config, identity, needed)
-    if progress is not None:
-        progress(0, len(shards), note)
-    for done, shard in enumerate(shards, 1):
-        path = shard_path(folder, shard)
-        if not path.exists():
-            make = _trajectories if pictures is None or config.kind == "trajectory" else _noised
-            tensors = make(unet, scheduler, conditions, config, shard, pictures)
-            write_shard(tensors, path)
+
+    unet: Any
+    scheduler: dict[str, Any]
+    conditions: Conditions
+    config: StateConfig
+    folder: Path
+    identity: dict[str, Any]
+    pictures: Latents | None = None
+
+    def make(self, shards: range, progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Make those of ``shards`` that the folder lacks.  A shard depends on its number alone, not on who makes it.
+
+        Args:
+            progress: called with (shards done, shards in all, a note on the size).
+
+        Raises:
+            InputError: if the folder holds the states of something else, or the disk is too small.
+            PnpError: if the teacher's prediction is not finite.
+        """
+        self.config.check()
+        if self.config.kind == "forward" and self.pictures is None:
+            raise InputError("forward states are made of images; pass a folder of them with --images")
+        size = self.unet.config.sample_size
+        needed = size_in_bytes(self.config, (self.unet.config.in_channels, size, size))
+        note = f"{self.config.shards * self.config.per_shard:,} states, {needed / 2**20:,.0f} MiB"
+        _claim_cache(self.folder, self.config, self.identity, needed)
+        make = _trajectories if self.config.kind == "trajectory" else _noised
         if progress is not None:
-            progress(done, len(shards), note)
+            progress(0, len(shards), note)
+        for done, shard in enumerate(shards, 1):
+            if not (path := shard_path(self.folder, shard)).exists():
+                write_shard(make(self.unet, self.scheduler, self.conditions, self.config, shard, self.pictures), path)
+            if progress is not None:
+                progress(done, len(shards), note)
+
+    def made(self) -> int:
+        """How many shards are in the folder."""
+        return sum(shard_path(self.folder, number).is_file() for number in range(self.config.shards))
+
+    def read(self) -> States:
+        """All states.
+
+        Raises:
+            InputError: if a shard is missing or damaged.
+        """
+        return States(**read_shards(self.folder, self.config.shards), conditions=self.conditions)
 
 
 def split(config: StateConfig, share: float = 0.05) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pnp_trt.distill.run import TeacherModel
-from pnp_trt.distill.states import Latents, MappedRows, StateConfig, collect, size_in_bytes, split
+from pnp_trt.distill.states import Collection, Latents, MappedRows, StateConfig, size_in_bytes, split
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.models.prompts import encode_pictures, find_pictures, warn_of_long_prompts
 from pnp_trt.models.student import both_passes
@@ -26,7 +26,13 @@ def load(base: Path) -> TeacherModel:
 
 
 def gather(teacher: TeacherModel, config: StateConfig, folder: Path, **rest: Any) -> Any:
-    return collect(teacher.unet, teacher.scheduler, teacher.conditions, config, folder, {"for": "test"}, **rest)
+    found = collection(teacher, config, folder, **rest)
+    found.make(range(config.shards))
+    return found.read()
+
+
+def collection(teacher: TeacherModel, config: StateConfig, folder: Path, **rest: Any) -> Collection:
+    return Collection(teacher.unet, teacher.scheduler, teacher.conditions, config, folder, {"for": "test"}, **rest)
 
 
 @pytest.fixture
@@ -129,12 +135,13 @@ def test_a_share_of_the_processes_makes_a_share_of_the_shards(micro_base: Path, 
     whole = gather(teacher, config, tmp_path / "whole")
     folder = tmp_path / "shared"
 
-    def others() -> None:  # what the second process does meanwhile
-        assert sorted(p.name for p in folder.glob("shard-*")) == ["shard-0000.safetensors", "shard-0002.safetensors"]
-        gather(teacher, config, folder, share=(1, 2))
-
-    shared = gather(teacher, config, folder, share=(0, 2), wait=others)
-    assert torch.equal(rows(shared.sample), rows(whole.sample))
+    shared = collection(teacher, config, folder)
+    shared.make(range(0, 3, 2))
+    assert sorted(p.name for p in folder.glob("shard-*")) == ["shard-0000.safetensors", "shard-0002.safetensors"]
+    with pytest.raises(InputError, match="shard-0001"):
+        shared.read()
+    shared.make(range(1, 3, 2))
+    assert torch.equal(rows(shared.read().sample), rows(whole.sample))
 
 
 def test_damaged_shards_and_full_disks_are_said(

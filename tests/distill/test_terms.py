@@ -13,7 +13,7 @@ import torch
 from pnp_trt.distill.guidance import GuidanceConfig, GuidanceObjective, distill, make_student
 from pnp_trt.distill.monitor import held_out_error
 from pnp_trt.distill.run import TeacherModel
-from pnp_trt.distill.states import StateConfig, States, collect
+from pnp_trt.distill.states import Collection, StateConfig, States
 from pnp_trt.distill.train import TrainConfig, make_accelerator, training_attention
 from pnp_trt.errors import InputError
 from pnp_trt.models.guides import Guide
@@ -31,7 +31,10 @@ def teacher(micro_base: Path) -> TeacherModel:
 @pytest.fixture(scope="module")
 def states(teacher: TeacherModel, tmp_path_factory: pytest.TempPathFactory) -> States:
     config = StateConfig(count=60, steps=5, batch=4)
-    return collect(teacher.unet, teacher.scheduler, teacher.conditions, config, tmp_path_factory.mktemp("s"), {})
+    folder = tmp_path_factory.mktemp("s")
+    collection = Collection(teacher.unet, teacher.scheduler, teacher.conditions, config, folder, {})
+    collection.make(range(config.shards))
+    return collection.read()
 
 
 def config(**changes: Any) -> GuidanceConfig:

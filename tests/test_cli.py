@@ -113,7 +113,6 @@ def test_build_is_a_cache_hit_the_second_time_and_refuses_to_replace(
         (["--guide", "nope"], "no guide 'nope'; known: "),
         (["--precision", "int3"], "precision is 'int3'; known: fp32"),
         (["--backend", "abacus"], "the backend is 'abacus'; known: onnxruntime"),
-        (["--base", "random:sdxl"], "random:sdxl cannot be built: it needs two text encoders"),
     ],
 )
 def test_unknown_names_list_the_known_ones(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -96,6 +96,13 @@ def other_kernels() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One trace of an architecture for the whole run, where this process can trace at all."""
+    if "pnp_trt.build.onnx_export" in sys.modules:
+        exports.share(partial(once, tmp_path_factory))
+
+
 @dataclass
 class Result:
     """What a command did."""

@@ -1,25 +1,25 @@
-"""Builds of the test suite export each module once: tracing a U-Net takes half a minute, even a tiny one's.
+"""Builds of the test suite trace each architecture once: tracing a U-Net takes a quarter of a minute, even a tiny one's.
 
-What is exported is decided by the module alone, so a second build of the same module takes the first one's files.
-Tests of the export itself import ``export`` before :func:`share` replaces it, and so always run it.
+A graph is decided by the architecture alone (``tests/export/test_weights.py``), so a second build of another module
+of the same architecture takes the first one's trace, and its own weights are written into it.
+Tests of that very promise run under :func:`unshared`, and so always trace.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import pickle
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def identity(module: Any, inputs: dict[str, Any], output: str, path: Path, open_axes: Sequence[Any]) -> str:
-    """Digest of all that an export depends on: structure, configs, hooks, every tensor, and the arguments."""
+def identity(module: Any, inputs: dict[str, Any], outputs: Sequence[str], open_axes: Sequence[Any] = ()) -> str:
+    """Digest of all that a graph depends on: structure, configs, hooks, buffers, types of weights, and arguments."""
     import torch
 
-    sha = hashlib.sha256(repr((type(module), module, output, path.name, list(open_axes))).encode())
+    sha = hashlib.sha256(repr((type(module), module, list(outputs), list(open_axes))).encode())
     sha.update(repr([(n, x.dtype, tuple(x.shape)) for n, x in inputs.items()]).encode())
     plain = str | int | float | bool | tuple | list | None
     for name, part in module.named_modules():
@@ -27,7 +27,9 @@ def identity(module: Any, inputs: dict[str, Any], output: str, path: Path, open_
         own = {k: v for k, v in vars(part).items() if isinstance(v, plain)}
         hooks = [hook_of(h) for h in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())]
         sha.update(repr((name, type(part), config, own, hooks)).encode())
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in module.named_parameters():
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    for name, tensor in module.named_buffers():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
@@ -46,27 +48,39 @@ def hook_of(hook: Any) -> list[str]:
 
 
 def share(once: Callable[[str, Callable[[Path], object]], Path]) -> None:
-    """Let builds in this process take exports from ``once``, which fills a folder for all workers."""
+    """Let builds in this process take traces from ``once``, which fills a folder for all workers."""
+    import onnx
+    import onnx_ir as ir
+
     from pnp_trt.build import onnx_export
 
-    real = onnx_export.export
+    real = onnx_export.trace
     if hasattr(real, "shared"):
         return
 
-    def export(
-        module: Any, inputs: dict[str, Any], output: str, path: Path, open_axes: Sequence[Any] = ()
-    ) -> Any:  # fmt: skip
+    def trace(module: Any, inputs: dict[str, Any], outputs: list[str], open_axes: Sequence[Any] = ()) -> Any:
         def fill(folder: Path) -> None:
             folder.mkdir(parents=True)
-            weights = real(module, inputs, output, folder / path.name, open_axes)
-            (folder / "weights.pickle").write_bytes(pickle.dumps(weights))
+            model, hidden = real(module, inputs, outputs, open_axes)
+            (folder / "graph.onnx").write_bytes(ir.serde.serialize_model(model).SerializeToString())
+            (folder / "hidden.json").write_text(json.dumps(hidden))
 
-        folder = once(f"exports/{identity(module, inputs, output, path, open_axes)}", fill)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file in folder.iterdir():
-            if file.name != "weights.pickle":
-                shutil.copy(file, path.parent)
-        return pickle.loads((folder / "weights.pickle").read_bytes())
+        folder = once(f"traces/{identity(module, inputs, outputs, open_axes)}", fill)
+        model = ir.serde.deserialize_model(onnx.ModelProto.FromString((folder / "graph.onnx").read_bytes()))
+        return model, json.loads((folder / "hidden.json").read_text())
 
-    export.shared = True  # type: ignore[attr-defined]
-    onnx_export.export = export
+    trace.shared = real  # type: ignore[attr-defined]
+    onnx_export.trace = trace
+
+
+@contextlib.contextmanager
+def unshared() -> Iterator[None]:
+    """Every export traces its own module."""
+    from pnp_trt.build import onnx_export
+
+    found = onnx_export.trace
+    onnx_export.trace = getattr(found, "shared", found)
+    try:
+        yield
+    finally:
+        onnx_export.trace = found

@@ -1,8 +1,9 @@
-"""The suite's own sharing of exports: equal modules share, and whatever changes a graph or its weights does not."""
+"""The suite's own sharing of traces: one architecture is traced once, and whatever changes a graph is another."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ import pytest
 import torch
 from torch import nn
 
+from pnp_trt.build.onnx_export import export
 from pnp_trt.models.bases import resolve
 from pnp_trt.models.student import Teacher
 from pnp_trt.precision.recipes import RECIPES, convert
 
-from .exports import identity
+from .conftest import once
+from .exports import identity, share, unshared
 
 INPUTS = {"x": torch.zeros(2, 4)}
 
 
-def of(module: Any, inputs: Any = INPUTS, output: str = "y", path: str = "a.onnx") -> str:
-    return identity(module, inputs, output, Path(path), ())
+def of(module: Any, inputs: Any = INPUTS, output: str = "y") -> str:
+    return identity(module, inputs, [output])
 
 
 def net() -> nn.Module:
@@ -33,13 +36,10 @@ def test_equal_modules_are_one() -> None:
     assert of(net(), {"x": torch.ones(2, 4)}) == of(net())  # shapes are traced, not values
 
 
-@pytest.mark.parametrize("change", ["weight", "layer", "eps", "dtype", "island", "input", "output", "file", "buffer"])
-def test_whatever_changes_the_files_is_another(change: str) -> None:
-    one, inputs, output, path = net(), INPUTS, "y", "a.onnx"
-    if change == "weight":
-        with torch.no_grad():
-            one[0].weight[0, 0] += 1e-6
-    elif change == "layer":
+@pytest.mark.parametrize("change", ["layer", "eps", "dtype", "island", "input", "output", "buffer"])
+def test_whatever_changes_a_graph_is_another(change: str) -> None:
+    one, inputs, output = net(), INPUTS, "y"
+    if change == "layer":
         one[1] = nn.ReLU()
     elif change == "eps":
         one[2].eps = 1e-3
@@ -53,8 +53,25 @@ def test_whatever_changes_the_files_is_another(change: str) -> None:
     elif change == "buffer":
         one.register_buffer("unused", torch.ones(1))
     inputs = {"x": torch.zeros(3, 4)} if change == "input" else inputs
-    output, path = "z" if change == "output" else output, "b.onnx" if change == "file" else path
-    assert of(one, inputs, output, path) != of(net())
+    output = "z" if change == "output" else output
+    assert of(one, inputs, output) != of(net())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_shared_trace_gives_the_bytes_of_an_own_one(
+    precision: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    share(partial(once, tmp_path_factory))
+    inputs = {"input": torch.zeros(2, 4)}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        one = convert(nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.LayerNorm(4)), RECIPES[precision])
+        nn.init.normal_(one[2].bias)
+        weights = export(one, inputs, "y", tmp_path / "shared" / "net.onnx")
+        with unshared():
+            assert export(one, inputs, "y", tmp_path / "own" / "net.onnx") == weights
+        for file in ("net.onnx", "net.onnx.data"):
+            assert (tmp_path / "shared" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
 
 
 def test_a_config_counts(micro_base: Path) -> None:

@@ -39,27 +39,35 @@ def export(
     Returns:
         Where each initialiser comes from; the first part of a module's weight names is the source.
     """
-    batch = torch.export.Dim("batch", min=1, max=64)
+    with _quiet(), torch.no_grad():
+        model, hidden = trace(module, inputs, [outputs] if isinstance(outputs, str) else list(outputs), open_axes)
+    weights = restore(model.graph, module, hidden)
+    for axis in open_axes:
+        _name_open(model, axis)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_with_weights(model, path, list(weights.weights))
+    return weights
+
+
+def trace(
+    module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], open_axes: Sequence[OpenAxis] = ()
+) -> tuple[Any, list[str]]:
+    """The optimised graph of ``module``'s architecture, an ``onnx_ir.Model``, and the weights that are inputs of it."""
+    # 63, since diffusers' upsampling takes another path from batch 64 on, and the tracer would start again
+    batch = torch.export.Dim("batch", min=1, max=63)
     # multiples of a step, so that the tracer can tell that what the U-Net halves comes out even
     units = {a: torch.export.Dim(f"{a.name}_steps" if a.step > 1 else a.name, min=a.low, max=a.high) for a in open_axes}
     sized = {a.axis: a.step * unit if a.step > 1 else unit for a, unit in units.items()}
     shapes = {name: {0: batch} | (sized if x.ndim == 4 else {}) for name, x in inputs.items()}
-    names = [outputs] if isinstance(outputs, str) else list(outputs)
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
-            input_names=list(inputs), output_names=names, verbose=False, optimize=False,
-        )  # fmt: skip
-        assert program is not None
-        hidden = hide(program.model.graph, {name for name, _ in module.named_parameters()})
-        _optimize(program.model)
-    weights = restore(program.model.graph, module, hidden)
-    for axis in open_axes:
-        _name_open(program.model, axis)
+    program = torch.onnx.export(
+        module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
+        input_names=list(inputs), output_names=outputs, verbose=False, optimize=False,
+    )  # fmt: skip
+    assert program is not None
+    hidden = hide(program.model.graph, {name for name, _ in module.named_parameters()})
+    _optimize(program.model)
     _strip_source_locations(program.model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_with_weights(program.model, path, list(weights.weights))
-    return weights
+    return program.model, hidden
 
 
 def _optimize(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from pnp_trt.graph.weights import WeightMap, apply, check_complete
 from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.precision.recipes import RECIPES, convert
+
+from ..exports import unshared
+
+
+@pytest.fixture(autouse=True)
+def own_traces() -> Iterator[None]:
+    with unshared():
+        yield
 
 
 class Net(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import random
@@ -69,8 +70,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Every test draws the same random numbers, whichever ran before it in its process."""
     random.seed(0)
+    _freeze_libraries()
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+_FROZEN: set[str] = set()
+
+
+def _freeze_libraries() -> None:
+    """Leave what large libraries hold out of garbage collection, which looks at a million of their objects each time.
+
+    Tracing and timing collect often; the suite takes a fifth less time.
+    """
+    loaded = {"torch", "diffusers", "transformers", "onnxscript", "torch.onnx._internal.exporter", "matplotlib"}
+    if new := (loaded & sys.modules.keys()) - _FROZEN:
+        _FROZEN.update(new)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Builds of the test suite trace each architecture once: tracing a U-Net takes a quarter of a minute, even a tiny one's.
+"""Builds of the test suite trace each architecture once: tracing even a tiny U-Net takes a quarter of a minute.
 
 A graph is decided by the architecture alone (``tests/export/test_weights.py``), so a second build of another module
 of the same architecture takes the first one's trace, and its own weights are written into it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pnp_trt.bench.fidelity_rows import Studio
+from pnp_trt.bench.measure import roofline
 
 from .bundles import reseal
 from .conftest import Result
@@ -22,6 +24,13 @@ BOTH = ("bench", "--engine", "plain", "--engine", "guided")
 #: without what takes processes of its own
 ALONE = ("--no-peers", "--no-memory", "--cold-starts", 0)
 SMALL = ("--rounds", 2, "--steps", 2, "--batch", 1, "--guidance", 3, "--pictures", 4, *ALONE)
+
+
+@pytest.fixture(autouse=True)
+def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's peaks from small products; tests/bench/test_roofline.py is about them."""
+    small = partial(roofline.measure_device, sides=(64,), bytes_=1 << 20, seconds=0.01)
+    monkeypatch.setattr(roofline, "measure_device", small)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -104,13 +104,13 @@ def _name_open(model: Any, axis: OpenAxis) -> None:
     written = {str(v.shape[axis.axis].value) for v in inputs}
     for value in (*model.graph.inputs, *(o for node in model.graph.all_nodes() for o in node.outputs)):
         if value.shape is not None:
-            for i, d in enumerate(value.shape):
-                if isinstance(d, ir.SymbolicDim) and str(d.value) in written:
-                    value.shape[i] = axis.name
+            written_here = [isinstance(d, ir.SymbolicDim) and str(d.value) in written for d in value.shape]
+            sizes = zip(value.shape, written_here, strict=True)
+            value.shape = ir.Shape([axis.name if found else d for d, found in sizes])
     for value in model.graph.outputs:
         d = value.shape[axis.axis] if len(value.shape) == 4 else axis.name
         if isinstance(d, ir.SymbolicDim) and d.value != axis.name:
-            value.shape[axis.axis] = f"image_{axis.name}"
+            value.shape = ir.Shape([f"image_{axis.name}" if i == axis.axis else d for i, d in enumerate(value.shape)])
 
 
 def _strip_source_locations(model: Any) -> None:

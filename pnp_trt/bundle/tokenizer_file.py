@@ -24,17 +24,26 @@ _TOP = ("version", "truncation", "padding", "added_tokens", "normalizer", "pre_t
         "model")  # fmt: skip
 
 
-def read_tokenizer(path: Path, vocabulary: int, advice: str) -> str:
+def read_tokenizer(path: Path, advice: str) -> bytes:
+    """The bytes of a ``tokenizer.json``, not checked.
+
+    Raises:
+        InputError: if it is no regular file, or too large.
+    """
+    return read_regular(path, advice, limit=_LIMIT)
+
+
+def check_tokenizer(path: Path, raw: bytes, vocabulary: int, advice: str) -> str:
     """The text of a ``tokenizer.json``, checked.
 
     Args:
+        path: for messages.
         vocabulary: rows of the text encoder's embedding table.
         advice: what to do about a file that is refused; closes the sentence.
 
     Raises:
         InputError: if it has other components than CLIP's tokenizer, or ids outside the embedding table.
     """
-    raw = read_regular(path, advice, limit=_LIMIT)
     document = Value(parse_file(path, raw, advice, members=_MEMBERS), "", str(path), advice)
     m = document.members((), _TOP)
     _check_model(document.member("model"), vocabulary)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..bundle.tokenizer_file import read_tokenizer
+from ..bundle.tokenizer_file import check_tokenizer, read_tokenizer
 from ..errors import InputError, PnpError
 from ..io.inputs import check_prompts, excerpt
 from ..io.text import printable
 
 _ADVICE = "build the bundle again, or use one that pnp-trt build made"
+# Parsing and checking 49,000 words takes half a second, and most bundles have CLIP's.  A backend is only read.
+_BACKENDS: dict[tuple[bytes, int], Any] = {}
+_KEPT = 4
+_LOCK = threading.Lock()
 
 
 class Tokenizer:
@@ -30,20 +37,9 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path, length: int = 77, pad: int = 49407, vocabulary: int = 49408) -> None:
-        from tokenizers import Tokenizer as Backend
-
         if not 0 <= pad < vocabulary:
             raise InputError(f"{path.parent}: tokens.pad is {pad}; it must be from 0 to {vocabulary - 1}; {_ADVICE}")
-        try:
-            self._backend = Backend.from_str(read_tokenizer(path, vocabulary, _ADVICE))
-        except PnpError:
-            raise
-        except Exception as e:  # the library raises plain exceptions
-            raise InputError(f"{path} is not a tokenizer ({printable(e, limit=200)}); {_ADVICE}") from None
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        if (count := len(self._backend.encode("").ids)) != 2:
-            raise InputError(f"{path} puts {count} tokens around a prompt, not a start and an end; {_ADVICE}")
+        self._backend = _backend(path, vocabulary)
         self.length, self.pad = length, pad
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
@@ -82,6 +78,35 @@ class Tokenizer:
         scales = np.ones(self.length, np.float32)
         scales[1 : 1 + len(weights[:most])] = weights[:most]
         return out, scales
+
+
+def _backend(path: Path, vocabulary: int) -> Any:
+    """The library's tokenizer of a file; equal files share one."""
+    raw = read_tokenizer(path, _ADVICE)
+    key = hashlib.sha256(raw).digest(), vocabulary
+    with _LOCK:
+        if key not in _BACKENDS:
+            made = _load(path, raw, vocabulary)
+            while len(_BACKENDS) >= _KEPT:
+                _BACKENDS.pop(next(iter(_BACKENDS)))
+            _BACKENDS[key] = made
+        return _BACKENDS[key]
+
+
+def _load(path: Path, raw: bytes, vocabulary: int) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_str(check_tokenizer(path, raw, vocabulary, _ADVICE))
+    except PnpError:
+        raise
+    except Exception as e:  # the library raises plain exceptions
+        raise InputError(f"{path} is not a tokenizer ({printable(e, limit=200)}); {_ADVICE}") from None
+    backend.no_padding()
+    backend.no_truncation()
+    if (count := len(backend.encode("").ids)) != 2:
+        raise InputError(f"{path} puts {count} tokens around a prompt, not a start and an end; {_ADVICE}")
+    return backend
 
 
 def _excerpt(text: str, ends: int = 60) -> str:

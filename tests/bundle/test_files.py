@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pnp_trt.assets import ROOT
 from pnp_trt.bundle.onnx_file import read_graph
-from pnp_trt.bundle.tokenizer_file import read_tokenizer
+from pnp_trt.bundle.tokenizer_file import check_tokenizer, read_tokenizer
 from pnp_trt.bundle.weights_file import read_weights
 from pnp_trt.errors import InputError
 from pnp_trt.io.text import printable
@@ -113,6 +113,10 @@ def test_graphs_that_are_not_the_manifests(copied: Path, cli: Cli, micro_base: P
     assert not (tmp_path / "x").exists()
 
 
+def read_and_check(path: Path, vocabulary: int, advice: str) -> str:
+    return check_tokenizer(path, read_tokenizer(path, advice), vocabulary, advice)
+
+
 TOKENIZER = json.loads((ROOT / "emoji" / "tokenizer" / "tokenizer.json").read_text())
 
 
@@ -146,14 +150,14 @@ def vocabulary(change: Callable[[dict[str, int]], Any]) -> dict[str, Any]:
 def test_tokenizers_of_other_components_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER | change))
     with pytest.raises(InputError, match=r"tokenizer.json.*; build again"):
-        read_tokenizer(tmp_path / "tokenizer.json", 49408, "build again")
+        read_and_check(tmp_path / "tokenizer.json", 49408, "build again")
 
 
 def test_clips_own_tokenizer_is_taken(tmp_path: Path) -> None:
     path = ROOT / "emoji" / "tokenizer" / "tokenizer.json"
-    assert read_tokenizer(path, 49408, "") == path.read_text()
+    assert read_and_check(path, 49408, "") == path.read_text()
     with pytest.raises(InputError, match="it must be a whole number from 0 to 49406"):
-        read_tokenizer(path, 49407, "")
+        read_and_check(path, 49407, "")
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,10 @@ SLOW = ("campaign", "distill", "export", "integrations", "plug", "quantize", "te
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark ``fast`` what needs no model and no process of its own, and is not marked slow (``make test-fast``)."""
+    if "fast" not in config.option.markexpr:
+        return  # reading the source of every test takes a while
     for item in items:
         if isinstance(item, pytest.Function) and not item.get_closest_marker("slow"):
             source = inspect.getsource(item.function)

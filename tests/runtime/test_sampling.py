@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import shutil
@@ -60,12 +61,19 @@ def theirs(kind: str, base: Path, schedule: str, **changes: Any) -> Any:
     """A pipeline of diffusers with its own class of scheduler, made from the teacher's config with changes."""
     import diffusers
 
-    pipeline = getattr(diffusers, kind).from_pretrained(base, safety_checker=None, local_files_only=True)
-    name = SCHEDULES.get(schedule).diffusers_class
-    config = pipeline.scheduler.config
-    pipeline.scheduler = getattr(diffusers, name).from_config(config, **changes)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, config = opened(kind, base)
+    pipeline.scheduler = getattr(diffusers, SCHEDULES.get(schedule).diffusers_class).from_config(config, **changes)
     return pipeline
+
+
+@functools.cache
+def opened(kind: str, base: Path) -> tuple[Any, Any]:
+    """A pipeline of diffusers and the config of its scheduler."""
+    import diffusers
+
+    pipeline = getattr(diffusers, kind).from_pretrained(base, safety_checker=None, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, pipeline.scheduler.config
 
 
 #: what users change in a scheduler's config

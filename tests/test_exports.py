@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pnp_trt.build.onnx_export import export
+from pnp_trt.build.sizes import OpenAxis
 from pnp_trt.models.bases import resolve
 from pnp_trt.models.student import Teacher
 from pnp_trt.precision.recipes import RECIPES, convert
@@ -70,6 +71,21 @@ def test_a_shared_trace_gives_the_bytes_of_an_own_one(
         weights = export(one, inputs, "y", tmp_path / "shared" / "net.onnx")
         with unshared():
             assert export(one, inputs, "y", tmp_path / "own" / "net.onnx") == weights
+        for file in ("net.onnx", "net.onnx.data"):
+            assert (tmp_path / "shared" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
+
+
+def test_a_shared_trace_with_open_sizes_gives_the_bytes_of_an_own_one(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    share(partial(once, tmp_path_factory))
+    axes = (OpenAxis("height", 2, 1, 6, 4), OpenAxis("width", 3, 1, 6, 4))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        one = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 1))
+        export(one, {"input": torch.zeros(2, 4, 24, 24)}, "y", tmp_path / "shared" / "net.onnx", axes)
+        with unshared():
+            export(one, {"input": torch.zeros(2, 4, 24, 24)}, "y", tmp_path / "own" / "net.onnx", axes)
         for file in ("net.onnx", "net.onnx.data"):
             assert (tmp_path / "shared" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
 

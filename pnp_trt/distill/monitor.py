@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.store import write_bytes
+from ..models.latents import to_vae
 from ..models.student import Student, cfg
 from ..sampling.schedules import Schedule, ddim
 from .run import TeacherModel
@@ -154,9 +155,7 @@ class PictureGrid:
 
     @torch.no_grad()
     def _pixels(self, latents: Tensor) -> np.ndarray:
-        config = self._vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        out = self._vae.decode(latents / config.scaling_factor + shift, return_dict=False)[0]
+        out = self._vae.decode(to_vae(latents, self._vae), return_dict=False)[0]
         return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

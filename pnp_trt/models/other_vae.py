@@ -63,6 +63,12 @@ class OtherVae:
                     f"--vae {self.path} has {key} = {given} and the base's autoencoder {own[key]}; use one of the same "
                     "latents"
                 )
+        for key in ("latents_mean", "latents_std"):
+            if config.get(key) != own.get(key):
+                raise InputError(
+                    f"--vae {self.path} has {key} = {config.get(key)} and the base's autoencoder {own.get(key)}; use "
+                    "one of the same latents"
+                )
         return config
 
     def load(self, own: Mapping[str, Any]) -> Any:

@@ -142,6 +142,8 @@ def encode_pictures(vae: Any, files: list[Path], side: int, device: torch.device
     import torch
     from PIL import Image, ImageOps
 
+    from .latents import from_vae
+
     vae.to(device)
     out = []
     for start in range(0, len(files), batch):
@@ -154,6 +156,5 @@ def encode_pictures(vae: Any, files: list[Path], side: int, device: torch.device
             code = vae.encode(x)
         # the mean of the posterior: the noise of a draw would be noise on the teacher's input
         z = code.latents if hasattr(code, "latents") else code.latent_dist.mode()
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        out.append(((z - shift) * vae.config.scaling_factor).float().cpu())
+        out.append(from_vae(z, vae).float().cpu())
     return torch.cat(out)

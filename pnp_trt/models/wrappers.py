@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .latents import from_vae, to_vae
+
 
 class TextEncoder(nn.Module):
     """``input_ids [B, tokens]`` → last hidden state ``[B, tokens, D]``."""
@@ -52,8 +54,7 @@ class VaeDecoder(nn.Module):
         self.vae = vae
 
     def forward(self, latents: Tensor) -> Tensor:
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return self.vae.decode(latents / self.vae.config.scaling_factor + shift, return_dict=False)[0]
+        return self.vae.decode(to_vae(latents, self.vae), return_dict=False)[0]
 
 
 class VaeEncoder(nn.Module):
@@ -69,5 +70,4 @@ class VaeEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         encoded = self.vae.encode(pixels)
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (latents - shift) * self.vae.config.scaling_factor
+        return from_vae(latents, self.vae)

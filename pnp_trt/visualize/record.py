@@ -15,6 +15,7 @@ from ..errors import PnpError
 from ..io.progress import Progress
 from ..models.conditioning import encode_prompts
 from ..models.guides import GuideInput, GuideOutput
+from ..models.latents import to_vae
 from ..models.student import Student
 from ..sampling.schedules import ddim
 
@@ -215,8 +216,7 @@ def _high_frequencies(height: int, width: int) -> Tensor:
 
 def _pixels(vae: Any, latents: Tensor, w: float) -> np.ndarray:
     """The image of latents ``[1, C, H, W]``, uint8 ``[H, W, 3]``."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    out = vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0][0]
+    out = vae.decode(to_vae(latents, vae), return_dict=False)[0][0]
     if not out.isfinite().all():
         raise PnpError(f"the image at w = {w:g} is not finite; check the guide's and the base's weights")
     return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()

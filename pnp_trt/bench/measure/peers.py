@@ -204,8 +204,10 @@ class Peer:
         """Pictures, [N, H, W, 3] uint8."""
         import torch
 
+        from ...models.latents import to_vae
+
         with torch.inference_mode():
-            given = torch.from_numpy(latents).to(self._device) / self._pipe.vae.config.scaling_factor
+            given = to_vae(torch.from_numpy(latents).to(self._device), self._pipe.vae)
             pixels = self._pipe.vae.decode(given, return_dict=False)[0]
             pictures = self._pipe.image_processor.postprocess(pixels, output_type="np")
         return np.asarray(np.rint(pictures * 255).astype(np.uint8))

@@ -87,7 +87,10 @@ def serving(pipelines: dict[str, Pipeline], body_seconds: float = 30.0, **option
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, ws="none", lifespan="on"))
+    config = uvicorn.Config(
+        app, log_level="critical", access_log=False, ws="none", lifespan="on", http="h11", loop="asyncio"
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     deadline = time.monotonic() + 60

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import uvicorn
 
@@ -12,6 +14,7 @@ from ...errors import InputError
 from ...runtime.pipeline import Pipeline
 from ..engine import QUEUE, SLOTS, Engine
 from .app import create
+from .guard import App
 from .metrics import Metrics
 from .settings import MAX_CONNECTIONS, Settings
 
@@ -46,44 +49,85 @@ class Server:
         Raises:
             InputError: if a bundle cannot be loaded, two have one name, or the address cannot be listened at.
         """
-        listener = self._listen()
+        listener = listen(self.host, self.port)
         engines: dict[str, Engine] = {}
         metrics = Metrics()
         try:
-            for name in self.names:
-                pipeline = Pipeline.load(name, provider=self.provider, threads=self.threads)
-                if pipeline.name in engines:
-                    raise InputError(f"two engines have the name '{pipeline.name}'; name each once")
-                engines[pipeline.name] = Engine(
-                    pipeline, self.slots, self.queue_size, watcher=metrics.watch(pipeline.name)
-                )
-            app = create(engines, metrics, self.settings)
-            config = uvicorn.Config(
-                app, log_level="warning", access_log=False, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=30,
-                h11_max_incomplete_event_size=64 << 10, server_header=False, lifespan="on", ws="none",
-            )  # fmt: skip
-            server = uvicorn.Server(config)
-            host = f"[{self.host}]" if ":" in self.host else self.host
-            self.ready(f"http://{host}:{listener.getsockname()[1]}")
-            server.run(sockets=[listener])
+            engines = load_engines(self.names, self.slots, self.queue_size, self.provider, self.threads, metrics)
+            serve_app(create(engines, metrics, self.settings), listener, self.host, self.ready)
         finally:
             for engine in engines.values():
                 engine.stop(drain=False)
             listener.close()
 
-    def _listen(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((self.host, self.port))
-        except (OSError, OverflowError) as e:
-            listener.close()
-            raise InputError(
-                f"cannot listen at {self.host}, port {self.port} ({getattr(e, 'strerror', None) or e}); name another "
-                "--port, or an address of this machine"
-            ) from None
-        return listener
+
+def load_engines(
+    names: Sequence[str | Path], slots: int, queue_size: int, provider: str, threads: int | None, metrics: Metrics
+) -> dict[str, Engine]:
+    """An engine of each bundle, by its name; ``metrics`` watches them.
+
+    Raises:
+        InputError: if a bundle cannot be loaded, or two have one name; the engines before it are stopped.
+    """
+    engines: dict[str, Engine] = {}
+    try:
+        for name in names:
+            pipeline = Pipeline.load(name, provider=provider, threads=threads)
+            if pipeline.name in engines:
+                raise InputError(f"two engines have the name '{pipeline.name}'; name each once")
+            engines[pipeline.name] = Engine(pipeline, slots, queue_size, watcher=metrics.watch(pipeline.name))
+    except BaseException:
+        for engine in engines.values():
+            engine.stop(drain=False)
+        raise
+    return engines
+
+
+def serve_app(
+    app: App,
+    listener: socket.socket,
+    host: str,
+    ready: Callable[[str], object],
+    lifespan: Literal["on", "off"] = "on",
+    connections: int = MAX_CONNECTIONS,
+) -> None:
+    """Serve an ASGI application until a signal.
+
+    Args:
+        listener: bound to ``host``.
+        ready: called with the server's address.
+        lifespan: whether the application takes ASGI's events of a server's start and end.
+        connections: at once; more are refused with 503.
+    """
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, limit_concurrency=connections, timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10, server_header=False, lifespan=lifespan, ws="none",
+        http="h11", loop="asyncio",  # whatever else is installed: its limits are h11's
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    host = f"[{host}]" if ":" in host else host
+    ready(f"http://{host}:{listener.getsockname()[1]}")
+    server.run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 takes a free one.
+
+    Raises:
+        InputError: if it cannot be listened at.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as e:
+        listener.close()
+        raise InputError(
+            f"cannot listen at {host}, port {port} ({getattr(e, 'strerror', None) or e}); name another "
+            "--port, or an address of this machine"
+        ) from None
+    return listener
 
 
 def check(settings: Settings, host: str) -> None:

@@ -8,12 +8,13 @@ GUIDES ?= build/emoji/guides
 RESUME ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-fast test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji clean
+.PHONY: help demo test test-fast test-ray test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
 	@echo "make test   install the development extra, then lint, type-check and test"
 	@echo "make test-fast   the tests that need no model and little time (a minute and a half)"
+	@echo "make test-ray    replicas and workers by Ray, and the death of one (two processes on a CPU; minutes)"
 	@echo "make docs   the documentation site with an API reference, in build/site (under a minute)"
 	@echo "make coverage   the tests, with line coverage by module (longer than make test)"
 	@echo "make test-portability  the numerics under other vector widths, kernels and thread counts (an hour)"
@@ -63,6 +64,10 @@ test: $(VENV)/.dev-installed
 
 test-fast: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast -n logical --maxprocesses 4 --dist loadfile
+
+test-ray: $(VENV)/.dev-installed
+	$(PIP_INSTALL) -e '.[dev,ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/serve/test_ray.py
 
 # The tests whose results are floating-point numbers of a model, a schedule or an optimiser; the others depend on no
 # processor.  PyTorch and oneDNN can be told to use less than the processor has.  ONNX Runtime's release builds honour no

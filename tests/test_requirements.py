@@ -107,6 +107,7 @@ def test_the_first_command_generates_an_image(tmp_path: Path) -> None:
         (("visualize", "a red apple", "--out", "OUT/figures"), "build,bench"),
         (("bench", "--html", "OUT/page.html"), "bench"),
         (("serve", "guided"), "serve"),
+        (("serve", "guided", "--ray"), "serve,ray"),
         (("bench", "--only", "cost"), "build"),
     ],
     ids=lambda value: "-".join(v for v in value[:2] if v[:2] != "--") if isinstance(value, tuple) else None,

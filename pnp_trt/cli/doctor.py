@@ -94,6 +94,7 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "distill", ("", "build", "train"), "train a guide"),
     ("command", "visualize", ("", "build", "bench"), "figures of a guide's residuals"),
     ("command", "serve", ("", "serve"), "serve images over HTTP"),
+    ("option", "serve --ray", ("", "serve", "ray"), "serve and generate over many GPUs"),
     ("option", "bench --html", ("", "bench"), "the results as one page"),
     ("option", "bench --only fidelity", ("", "build", "fidelity"), "similarity to the teacher's images"),
     ("option", _ENERGY, ("", "build", "energy"), "joules per image on a GPU"),

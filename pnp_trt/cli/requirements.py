@@ -16,6 +16,7 @@ _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "distill": {"train": (*_BUILD, "accelerate")},  # TensorBoard logs are left out where it is not installed
     "visualize": {"build": _BUILD, "bench": ("matplotlib",)},
     "serve": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart")},
+    "serve --ray": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"), "ray": ("ray",)},
     "bench --html": {"bench": ("jinja2", "matplotlib")},
 }
 

@@ -34,9 +34,20 @@ def serve(
     deadline: Annotated[float, typer.Option(min=1, help="Seconds after which a request is dropped.")] = 300.0,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine; default: all.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Replicas by Ray Serve: one per GPU, replaced when they end.")
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Replicas, at most; default: one per GPU. Only with --ray.")
+    ] = None,
+    min_replicas: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Replicas without load; default: --replicas. Only with --ray.")
+    ] = None,
 ) -> None:
     """Serve images over HTTP: OpenAI's and A1111's interfaces, a page, health and metrics."""
-    require_packages("serve")
+    require_packages("serve --ray" if ray else "serve")
+    if not ray and (replicas or min_replicas):
+        raise InputError(f"{'--replicas' if replicas else '--min-replicas'} is given without --ray; add --ray")
     from ..serve.http.server import LOCAL, Server, check
     from ..serve.http.settings import APIS, Settings
 
@@ -52,9 +63,14 @@ def serve(
         build_if_missing(name, quiet=False)
     # a request's remarks would fill the terminal; its parameters state what was done
     warnings.filterwarnings("ignore", category=UserWarning)
-    server = Server(names, host, port, slots, queue, provider, threads, settings, _ready)
+    common = (names, host, port, slots, queue, provider, threads, settings)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished what ran before it passes the signal on
-        server.run()
+        if ray:
+            from ..serve.ray.server import Server as RayServer
+
+            RayServer(*common, replicas, min_replicas, ready=_ready).run()
+        else:
+            Server(*common, ready=_ready).run()
 
 
 def _ready(address: str) -> None:

@@ -1,0 +1,154 @@
+"""A replica: the engines of one GPU and the application of :mod:`pnp_trt.serve.http` around them, in a Ray actor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import PnpError
+from ..engine import QUEUE, SLOTS
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+    from ..http.settings import Settings
+
+#: name of the deployment, with which the application's begins
+NAME = "pnp-trt"
+#: seconds between two questions whether a replica is well; a dead one is replaced after the next
+_HEALTH_PERIOD = 2.0
+#: seconds of load above, and below, what the replicas have slots for, before one is added or removed
+_UPSCALE, _DOWNSCALE = 10.0, 300.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every replica serves.
+
+    Attributes:
+        bundles: folders, which every node of the cluster has at the same place.
+        slots, queue_size: of an engine of one replica, as of :class:`~pnp_trt.serve.engine.Engine`.
+        provider, threads: as of ``Pipeline.load``.
+        resources: that Ray reserves for a replica, by Ray's names.
+        replicas: fewest and most; between them their number follows the load.
+    """
+
+    bundles: Sequence[Path]
+    settings: Settings
+    slots: int = SLOTS
+    queue_size: int = QUEUE
+    provider: str = "auto"
+    threads: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    replicas: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response of HTTP, as a replica passes it on."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body: bytes = b""
+
+
+class Replica:
+    """The class of the Ray actor.
+
+    Raises:
+        InputError: if a bundle cannot be loaded.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        import warnings
+
+        from ..http.app import create
+        from ..http.metrics import Metrics
+        from ..http.server import load_engines
+
+        warnings.filterwarnings("ignore", category=UserWarning)
+        self._metrics = Metrics()
+        self._engines = load_engines(
+            spec.bundles, spec.slots, spec.queue_size, spec.provider, spec.threads, self._metrics
+        )
+        self._app = create(self._engines, self._metrics, spec.settings)
+
+    async def respond(self, scope: dict[str, Any], body: bytes) -> Answer:
+        """The application's response to a request.
+
+        A request whose caller cancels it leaves its engine.
+
+        Args:
+            scope: of ASGI.
+            body: the request's, whole.
+        """
+        start: dict[str, Any] = {}
+        parts: list[bytes] = []
+        unread = [body]
+
+        async def receive() -> MutableMapping[str, Any]:
+            if not unread:
+                await asyncio.Event().wait()  # a client that leaves is noticed by the front, which cancels this call
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+            else:
+                parts.append(message.get("body", b""))
+
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            if not start:  # else the application has answered with 500, and raised the error for a server's log
+                raise
+        return Answer(start["status"], [(bytes(k), bytes(v)) for k, v in start["headers"]], b"".join(parts))
+
+    async def figures(self) -> tuple[str, bytes]:
+        """The replica's id and its metrics in Prometheus' format."""
+        from ray import serve
+
+        return str(serve.get_replica_context().replica_id.unique_id), self._metrics.text()
+
+    def check_health(self) -> None:
+        """Called by Ray Serve.
+
+        Raises:
+            PnpError: if an engine's thread has ended; the replica is replaced then.
+        """
+        for name, engine in self._engines.items():
+            if not engine.alive:
+                raise PnpError(f"engine '{name}' has ended; the replica must be replaced")
+
+    def __del__(self) -> None:  # by Ray Serve too, once the replica has no request left
+        for engine in getattr(self, "_engines", {}).values():
+            engine.stop(drain=False)
+
+
+def application(spec: Spec) -> Application:
+    """The Ray Serve application; its handle has the methods of :class:`Replica`.
+
+    A replica takes as many requests as its engines have slots and places in their queues.  Replicas are added while
+    they have more requests than slots.
+    """
+    from ray import serve
+
+    fewest, most = spec.replicas
+    deployment = serve.deployment(
+        Replica,
+        name=NAME,
+        ray_actor_options=dict(spec.resources),
+        max_ongoing_requests=spec.slots + spec.queue_size,
+        max_queued_requests=spec.slots + spec.queue_size,
+        autoscaling_config={
+            "min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": spec.slots,
+            "upscale_delay_s": _UPSCALE, "downscale_delay_s": _DOWNSCALE,
+        },
+        health_check_period_s=_HEALTH_PERIOD,
+        graceful_shutdown_timeout_s=spec.settings.deadline + 10,
+        graceful_shutdown_wait_loop_s=0.5,
+    )  # fmt: skip
+    return deployment.bind(spec)

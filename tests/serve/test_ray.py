@@ -1,0 +1,264 @@
+"""Replicas and workers by Ray, each a process: whose images they are, and what the death of one costs."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from pnp_trt.runtime.pipeline import Pipeline
+
+from ..conftest import Result
+
+#: seconds in which a busy machine starts two replicas
+START = 300
+needs_ray = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (make test-ray)"),
+]
+
+
+@contextlib.contextmanager
+def command(engines: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """``pnp-trt`` with Ray as a process; all that it started is gone afterwards."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets are in it: a path must be short
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PNP_TRT_ENGINES": str(engines), "RAY_TMPDIR": folder, "HOME": folder,
+    }  # fmt: skip
+    environment.pop("RAY_ADDRESS", None)
+    line = [sys.executable, "-m", "pnp_trt", *map(str, arguments)]
+    child = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        yield child
+        assert not (Path(folder) / ".ray").exists()  # nothing in the home folder
+    finally:
+        started = family(child)
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(90)
+        left = psutil.wait_procs(started, timeout=30)[1]
+        for process in left:
+            process.kill()
+        child.kill()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        assert not left, left
+
+
+def family(child: subprocess.Popen[str], title: str = "") -> list[psutil.Process]:
+    """The processes that ``child`` started whose title begins with ``title``, the oldest first."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [p for p in psutil.Process(child.pid).children(recursive=True) if titled(p).startswith(title)]
+    return []
+
+
+def titled(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """The first true value of ``condition``."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+@dataclass
+class Served:
+    child: subprocess.Popen[str]
+    url: str
+
+    def post(self, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=180)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60)
+
+    def replicas(self) -> list[psutil.Process]:
+        return family(self.child, "ray::ServeReplica")
+
+    def labels(self) -> set[str]:
+        """The replicas that have figures."""
+        return set(re.findall(r'replica="(\w+)"', self.get("/metrics").text))
+
+
+@contextlib.contextmanager
+def serving(engines: Path, *options: object) -> Iterator[Served]:
+    arguments = ("--port", 0, "--provider", "cpu", "--threads", 1, "--slots", 2, "--queue", 30, *options)
+    with command(engines, "serve", "guided", "--ray", *arguments) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        found = re.search(r"serving at (http://127\.0\.0\.1:\d+) ", line)
+        assert found, line
+        yield Served(child, found[1])
+
+
+@pytest.fixture(scope="module")
+def served(micro_bundles: Path) -> Iterator[Served]:
+    with serving(micro_bundles, "--replicas", 2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def alone(micro_bundles: Path) -> Pipeline:
+    return Pipeline.load(micro_bundles / "guided", provider="cpu", threads=1)
+
+
+def pixels(response: httpx.Response) -> np.ndarray:
+    (image,) = response.json()["data"]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_json"]))))
+
+
+def request(i: int, steps: int) -> dict[str, Any]:
+    return {"prompt": f"a red apple {i}", "num_inference_steps": steps, "guidance_scale": 1.0 + i % 4, "seed": i}
+
+
+def is_the_pipelines(response: httpx.Response, alone: Pipeline, i: int, steps: int) -> None:
+    assert response.status_code == 200, response.text
+    (other,) = alone(f"a red apple {i}", steps=steps, guidance=1.0 + i % 4, seed=i)
+    np.testing.assert_array_equal(pixels(response), other.pixels)
+
+
+class TestServe:
+    pytestmark = needs_ray
+
+    def test_two_replicas_give_the_images_of_the_pipeline_alone(self, served: Served, alone: Pipeline) -> None:
+        with ThreadPoolExecutor(12) as pool:
+            steps = [5 + 7 * (i % 5) for i in range(24)]
+            for i, answer in enumerate(pool.map(lambda i: served.post(**request(i, steps[i])), range(24))):
+                is_the_pipelines(answer, alone, i, steps[i])
+        assert len(served.labels()) == 2
+        text = served.get("/metrics").text
+        assert sum(map(float, re.findall(r"^pnp_trt_images_total{.*} (.*)$", text, re.M))) == 24
+        assert text.count("# TYPE pnp_trt_images_total") == 1
+
+    def test_what_is_wrong_is_answered_as_without_ray(self, served: Served) -> None:
+        assert served.get("/healthz").json() == {"status": "ok"}
+        assert served.get("/readyz").json() == {"status": "ready", "engines": ["guided"]}
+        assert "<html" in served.get("/").text and served.get("/nothing").status_code == 404
+        wrong = served.post(prompt="a", num_inference_steps=0)
+        assert wrong.status_code == 400 and "steps" in wrong.json()["error"]["message"]
+        other = httpx.get(f"{served.url}/healthz", headers={"Host": "example.org"})
+        assert other.status_code == 403
+
+    def test_ports_that_other_machines_reach_refuse_calls_without_the_token(self, served: Served) -> None:
+        import grpc
+
+        listening = [
+            c.laddr for process in family(served.child) for c in process.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN and not c.laddr.ip.endswith("127.0.0.1")
+        ]  # fmt: skip
+        assert len(listening) == 2  # one port of each replica
+        for address in listening:
+            with grpc.insecure_channel(f"127.0.0.1:{address.port}") as channel:
+                for kind in ("HandleRequest", "HandleRequestWithRejection"):
+                    with pytest.raises(grpc.RpcError) as refused:
+                        channel.unary_unary(f"/ray.serve.ASGIService/{kind}")(b"", timeout=30)
+                    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+    def test_a_job_is_found_and_cancelled_on_whichever_replica_it_is(self, served: Served) -> None:
+        for name in ("the-first-one", "the-second-one", "the-third-one"):
+            with ThreadPoolExecutor(1) as pool:
+                sent = pool.submit(served.post, prompt="a", num_inference_steps=1000, n=16, request_id=name)
+                until(lambda name=name: served.get(f"/v1/jobs/{name}").json().get("steps_done"))
+                assert httpx.delete(f"{served.url}/v1/jobs/{name}").status_code == 204
+                assert sent.result().status_code == 409
+
+    def test_a_client_that_leaves_cancels_its_request(self, served: Served) -> None:
+        body = {"prompt": "a", "num_inference_steps": 1000, "n": 16, "request_id": "the-left-one"}
+
+        def leave() -> None:
+            with contextlib.suppress(httpx.TimeoutException):
+                httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=3)
+
+        with ThreadPoolExecutor(1) as pool:
+            left = pool.submit(leave)
+            until(lambda: served.get("/v1/jobs/the-left-one").status_code == 200)
+            left.result()
+        until(lambda: served.get("/v1/jobs/the-left-one").status_code == 404, 5)
+
+    def test_a_replica_that_is_killed_loses_its_running_requests_alone(self, served: Served, alone: Pipeline) -> None:
+        until(lambda: len(served.labels()) == 2)
+        answers: dict[int, httpx.Response] = {}
+
+        def client(mine: range) -> None:
+            for i in mine:
+                answers[i] = served.post(**request(i, 150))
+
+        threads = [threading.Thread(target=client, args=(range(k, 48, 8),)) for k in range(8)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(answers) >= 8)
+        killed = served.replicas()[0]
+        killed.send_signal(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        lost = [i for i, answer in answers.items() if answer.status_code != 200]
+        assert 1 <= len(lost) <= 8 and len(answers) == 48  # at most what its clients had sent
+        for i in lost:
+            assert answers[i].status_code == 503 and int(answers[i].headers["Retry-After"]) <= 10
+            assert "has ended; try again" in answers[i].json()["error"]["message"]
+            answers[i] = served.post(**request(i, 150))
+        for i, answer in answers.items():
+            is_the_pipelines(answer, alone, i, 150)
+        until(lambda: len(served.labels()) == 2 and killed.pid not in {p.pid for p in served.replicas()})
+
+    def test_sigterm_finishes_what_runs_and_leaves_no_process(self, served: Served) -> None:
+        started = family(served.child)
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(served.post, prompt="a", num_inference_steps=600, n=4, request_id="the-last-one")
+            until(lambda: served.get("/v1/jobs/the-last-one").json().get("steps_done"))
+            served.child.send_signal(signal.SIGTERM)
+            answer = sent.result()
+        assert answer.status_code == 200 and len(answer.json()["data"]) == 4
+        assert served.child.wait(90) == 0
+        assert not psutil.wait_procs(started, timeout=30)[1]
+
+
+def test_replicas_without_ray_are_refused(engines: Path, cli: Callable[..., Result]) -> None:
+    done = cli("serve", "--replicas", 2)
+    assert done.code == 2 and "--replicas is given without --ray; add --ray" in done.err
+
+
+def test_figures_of_replicas_are_told_apart() -> None:
+    from pnp_trt.serve.http.metrics import Metrics
+    from pnp_trt.serve.ray.figures import merge
+
+    texts = []
+    for replica, count in (("a", 2), ("b", 3)):
+        metrics = Metrics()
+        metrics.images.labels("guided", "cfg").inc(count)
+        texts.append((replica, metrics.text()))
+    lines = merge(texts).decode().splitlines()
+    for replica, count in (("a", 2), ("b", 3)):
+        assert f'pnp_trt_images_total{{engine="guided",method="cfg",replica="{replica}"}} {count}.0' in lines
+    assert lines.count("# TYPE pnp_trt_images_total counter") == 1

@@ -108,6 +108,7 @@ def test_the_first_command_generates_an_image(tmp_path: Path) -> None:
         (("bench", "--html", "OUT/page.html"), "bench"),
         (("serve", "guided"), "serve"),
         (("serve", "guided", "--ray"), "serve,ray"),
+        (("generate", "OUT/prompts.txt", "--out", "OUT/images", "--ray"), "ray"),
         (("bench", "--only", "cost"), "build"),
     ],
     ids=lambda value: "-".join(v for v in value[:2] if v[:2] != "--") if isinstance(value, tuple) else None,

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from ..io.text import printable
 from .first_build import build_if_missing
 from .progress import ProgressBar
+from .requirements import require_packages
 
 
 def generate(
@@ -27,24 +29,43 @@ def generate(
     kind: Annotated[str, typer.Option("--format", help="png, webp (lossless) or jpeg.")] = "png",
     slots: Annotated[int, typer.Option(min=1, max=64, help="Images that share an engine call, at most.")] = 8,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    ray: Annotated[bool, typer.Option("--ray", help="Workers by Ray Data, replaced when they end.")] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Workers; default: one per GPU. Only with --ray.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the sum.")] = False,
 ) -> None:
     """Generate one image per row; run it again to resume."""
     from ..io.files import check_writable_folder, make_folder
-    from ..runtime.pipeline import Pipeline
     from ..serve import offline
 
+    if ray:
+        require_packages("generate --ray")
+    elif replicas:
+        raise InputError("--replicas is given without --ray; add --ray")
     rows = offline.read_rows(table)
     check_writable_folder(out)
     build_if_missing(engine, quiet)
-    pipeline = Pipeline.load(engine, provider=provider)
-    make_folder(out)
     named = {"steps": steps, "guidance": guidance, "method": method, "schedule": schedule}
     defaults = {name: value for name, value in named.items() if value is not None}
     with ProgressBar(f"{len(rows)} images", None, quiet) as bar:
-        tally = offline.generate(
-            pipeline, rows, out, defaults=defaults, seed=seed, kind=kind, slots=slots,
-            progress=bar.count if bar.watched else None,
-        )  # fmt: skip
+        progress = bar.count if bar.watched else None
+        if ray:
+            from ..bundle.store import open_bundle
+            from ..serve.ray.offline import Task
+            from ..serve.ray.offline import generate as generate_by_ray
+
+            folder = open_bundle(engine).folder.resolve()
+            make_folder(out)
+            task = Task(folder, out.resolve(), defaults, seed, kind, slots, provider)
+            tally = generate_by_ray(task, rows, replicas, progress)
+        else:
+            from ..runtime.pipeline import Pipeline
+
+            pipeline = Pipeline.load(engine, provider=provider)
+            make_folder(out)
+            tally = offline.generate(
+                pipeline, rows, out, defaults=defaults, seed=seed, kind=kind, slots=slots, progress=progress
+            )
     kept = f", {tally.kept} were there" if tally.kept else ""
     print(printable(f"{tally.made} images generated in {out}{kept}"))

@@ -17,6 +17,7 @@ _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "visualize": {"build": _BUILD, "bench": ("matplotlib",)},
     "serve": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart")},
     "serve --ray": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"), "ray": ("ray",)},
+    "generate --ray": {"ray": ("ray",)},
     "bench --html": {"bench": ("jinja2", "matplotlib")},
 }
 

@@ -127,31 +127,90 @@ def generate(
         InputError: for a row that cannot be served, before any image is made, or a file of another row in ``out``.
         PnpError: if an image cannot be made or written; those before it are there.
     """
-    if kind not in FORMATS:
-        raise InputError(f"the format is '{kind}'; known: {', '.join(FORMATS)}")
-    given = dict(defaults or {})
-    prepared = [_prepared(pipeline, {"seed": seed + i, **given, **row}, i) for i, row in enumerate(rows)]
-    files = [out / f"{i:08d}{FORMATS[kind][0]}" for i in range(1, len(prepared) + 1)]
-    missing = [i for i, (file, each) in enumerate(zip(files, prepared, strict=True)) if not _there(file, each)]
-    kept = done = len(files) - len(missing)
+    plan = Plan.of(pipeline, rows, out, defaults=defaults, seed=seed, kind=kind)
+    kept = len(plan.files) - len(plan.missing)
+    report = None if progress is None else lambda made: progress(kept + made, len(plan.files))
+    make(pipeline, plan, slots, report)
+    return Tally(len(plan.missing), kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows checked, and those of them that have no image yet.
+
+    Attributes:
+        rows: with their defaults and seeds.
+        files: of all rows.
+        missing: indices of the rows without one.
+    """
+
+    rows: list[dict[str, Any]]
+    files: list[Path]
+    prepared: list[Prepared]
+    missing: list[int]
+    kind: str
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: Pipeline,
+        rows: Iterable[Mapping[str, Any]],
+        out: Path,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        kind: str = "png",
+    ) -> Plan:
+        """Arguments and errors as of :func:`generate`."""
+        if kind not in FORMATS:
+            raise InputError(f"the format is '{kind}'; known: {', '.join(FORMATS)}")
+        given = dict(defaults or {})
+        full = [{"seed": seed + i, **given, **row} for i, row in enumerate(rows)]
+        files = [out / f"{i:08d}{FORMATS[kind][0]}" for i in range(1, len(full) + 1)]
+        return cls.part(pipeline, range(len(full)), full, files, kind)
+
+    @classmethod
+    def part(
+        cls, pipeline: Pipeline, indices: Iterable[int], rows: list[dict[str, Any]], files: list[Path], kind: str
+    ) -> Plan:
+        """Of some rows of a table, with their defaults and seeds; ``indices`` are theirs in the table, for messages.
+
+        Raises:
+            InputError: as :func:`generate` does.
+        """
+        prepared = [_prepared(pipeline, row, i) for i, row in zip(indices, rows, strict=True)]
+        missing = [i for i, (file, each) in enumerate(zip(files, prepared, strict=True)) if not _there(file, each)]
+        return cls(rows, files, prepared, missing, kind)
+
+
+def make(pipeline: Pipeline, plan: Plan, slots: int = SLOTS, report: Callable[[int], object] | None = None) -> None:
+    """Generate and write the missing images of a plan.
+
+    Args:
+        report: called with the images done.
+
+    Raises:
+        PnpError: if an image cannot be made or written; those before it are there.
+    """
     engine = Engine(pipeline, slots, _AHEAD)
     under_way: dict[Future[list[Picture]], int] = {}
-    todo = iter(missing)
+    todo = iter(plan.missing)
+    done = 0
     try:
         while True:
             while len(under_way) < engine.slots + _AHEAD and (i := next(todo, None)) is not None:
-                under_way[engine.submit(prepared[i]).future] = i
+                under_way[engine.submit(plan.prepared[i]).future] = i
             if not under_way:
-                return Tally(len(files) - kept, kept)
+                return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 i = under_way.pop(future)
                 (picture,) = future.result()
-                data = encode_image(picture.pixels, picture.parameters, kind, files[i])
-                if not write_all_new({files[i]: data}):
-                    _there(files[i], prepared[i])  # another process was faster
+                data = encode_image(picture.pixels, picture.parameters, plan.kind, plan.files[i])
+                if not write_all_new({plan.files[i]: data}):
+                    _there(plan.files[i], plan.prepared[i])  # another process was faster
                 done += 1
-                if progress is not None:
-                    progress(done, len(files))
+                if report is not None:
+                    report(done)
     finally:
         engine.stop(drain=False)
 

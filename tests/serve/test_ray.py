@@ -27,9 +27,11 @@ import psutil
 import pytest
 from PIL import Image
 
+from pnp_trt.runtime.images import read_parameters
 from pnp_trt.runtime.pipeline import Pipeline
 
 from ..conftest import Result
+from .test_offline import written
 
 #: seconds in which a busy machine starts two replicas
 START = 300
@@ -244,9 +246,55 @@ class TestServe:
         assert not psutil.wait_procs(started, timeout=30)[1]
 
 
-def test_replicas_without_ray_are_refused(engines: Path, cli: Callable[..., Result]) -> None:
-    done = cli("serve", "--replicas", 2)
-    assert done.code == 2 and "--replicas is given without --ray; add --ray" in done.err
+class TestGenerate:
+    pytestmark = needs_ray
+
+    def test_rows_are_made_once_over_a_killed_worker_and_a_killed_run(
+        self, micro_bundles: Path, alone: Pipeline, tmp_path: Path
+    ) -> None:
+        rows = [{"prompt": f"apple {i}", "steps": 400, "seed": i} for i in range(64)]
+        table, out = written(tmp_path, "rows.parquet", rows), tmp_path / "out"
+        arguments = ("generate", table, "--out", out, "--engine", "guided", "--provider", "cpu", "--slots", 2,
+                     "--ray", "--replicas", 2)  # fmt: skip
+
+        def there() -> dict[str, int]:
+            return {f.name: f.stat().st_mtime_ns for f in out.glob("*.png")} if out.is_dir() else {}
+
+        with command(micro_bundles, *arguments) as first:  # killed as a whole, at a few images
+            until(lambda: len(there()) >= 4, START)
+        kept = there()
+        assert 4 <= len(kept) < 64
+        with command(micro_bundles, *arguments) as second:
+            until(lambda: len(there()) >= len(kept) + 4, START)
+            worker = family(second, "ray::MapWorker")[0]
+            worker.send_signal(signal.SIGKILL)
+            before = there()
+            output = second.communicate(timeout=START)[0]
+            assert second.returncode == 0 and output.startswith(f"{64 - len(kept)} images generated"), output
+        assert first.returncode != 0
+        after = there()
+        assert sorted(after) == [f"{i:08d}.png" for i in range(1, 65)]
+        assert before.items() <= after.items()  # no file was written again
+        assert sorted(out.iterdir()) == sorted(out / name for name in after)  # and none is half written
+        for i in (0, 31, 63):
+            (one,) = alone(f"apple {i}", steps=400, seed=i)
+            file = out / f"{i + 1:08d}.png"
+            np.testing.assert_array_equal(np.asarray(Image.open(file)), one.pixels)
+            assert read_parameters(file) == one.parameters
+
+    def test_a_row_that_cannot_be_served_is_refused_before_the_work(self, micro_bundles: Path, tmp_path: Path) -> None:
+        table = written(tmp_path, "rows.jsonl", [{"prompt": "a"}, {"prompt": "b", "guidance": 30.0}])
+        arguments = ("generate", table, "--out", tmp_path / "out", "--engine", "guided", "--provider", "cpu", "--ray")
+        with command(micro_bundles, *arguments) as child:
+            child.communicate(timeout=START)
+        assert child.returncode == 2 and not list((tmp_path / "out").iterdir())
+
+
+def test_replicas_without_ray_are_refused(engines: Path, cli: Callable[..., Result], tmp_path: Path) -> None:
+    table = written(tmp_path, "rows.jsonl", [{"prompt": "a"}])
+    for arguments in (("serve", "--replicas", 2), ("generate", table, "--out", tmp_path / "out", "--replicas", 2)):
+        done = cli(*arguments)
+        assert done.code == 2 and "--replicas is given without --ray; add --ray" in done.err
 
 
 def test_figures_of_replicas_are_told_apart() -> None:

@@ -38,6 +38,7 @@ START = 300
 needs_ray = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.timeout(1500),  # two starts of Ray on a busy machine
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (make test-ray)"),
 ]
 
@@ -194,6 +195,18 @@ class TestServe:
                 until(lambda name=name: served.get(f"/v1/jobs/{name}").json().get("steps_done"))
                 assert httpx.delete(f"{served.url}/v1/jobs/{name}").status_code == 204
                 assert sent.result().status_code == 409
+
+    def test_progress_and_interrupting_of_the_web_ui_reach_the_replica_that_has_the_request(
+        self, served: Served
+    ) -> None:
+        api = f"{served.url}/sdapi/v1"
+        body = {"prompt": "a", "steps": 1000, "batch_size": 16}
+        for _ in range(3):
+            with ThreadPoolExecutor(1) as pool:
+                sent = pool.submit(httpx.post, f"{api}/txt2img", json=body, timeout=180)
+                until(lambda: httpx.get(f"{api}/progress", timeout=60).json()["progress"])
+                assert httpx.post(f"{api}/interrupt", timeout=60).status_code == 200
+                assert sent.result().status_code == 200 and len(sent.result().json()["images"]) == 1
 
     def test_a_client_that_leaves_cancels_its_request(self, served: Served) -> None:
         body = {"prompt": "a", "num_inference_steps": 1000, "n": 16, "request_id": "the-left-one"}

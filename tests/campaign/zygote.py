@@ -112,6 +112,9 @@ def _preload() -> None:
         ["plug", "nope", "--base", "nope"],
     ):
         _silently(words)
+    for engine in Path(os.environ["PNP_TRT_ENGINES"]).glob("*/tokenizer.json"):
+        sys.modules["pnp_trt.runtime.tokenizer"].Tokenizer(engine)  # equal files share the one that is loaded here
+        break
     gc.collect()
     gc.freeze()  # children need not copy what the collector would touch
 

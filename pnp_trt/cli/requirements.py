@@ -18,6 +18,7 @@ _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "serve": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart")},
     "serve --ray": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"), "ray": ("ray",)},
     "generate --ray": {"ray": ("ray",)},
+    "serve --loras": {"build": _BUILD},
     "bench --html": {"bench": ("jinja2", "matplotlib")},
 }
 

@@ -141,17 +141,7 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
         raise InputError("nothing to plug: give --base FINE_TUNE, --lora FILE, or both")
     source = find_bundle(spec.engine)
     manifest = read_manifest(source)
-    advice = rebuild_advice(source, manifest.rebuild)
-    if manifest.configs is None or manifest.given is None:
-        raise InputError(f"engine '{manifest.name}' was built before engines could be plugged; {advice}")
-    backend = backends.of(manifest)
-    if backend.takes_modules:
-        raise InputError(
-            f"engine '{manifest.name}' holds PyTorch modules and no graph, so there is nothing to save by plugging; "
-            f"build it of the fine-tune: pnp-trt build --backend {backend.name} --base FINE_TUNE"
-        )
-    if (here := backend.versions()) != manifest.compiler:
-        raise InputError(f"engine '{manifest.name}': its compiler is {manifest.compiler}, here is {here}; {advice}")
+    backend = check_engine(manifest, source)
     base = spec.base or manifest.base.name
     # LoRAs alone stay with what the engine took of its own base
     unet_only = spec.unet_only or (spec.base is None and bool(manifest.built_from.get("unet_only")))
@@ -192,6 +182,7 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     with lock(folder):
         if (found := standing(folder, key, identity, force)) is not None:
             return Built(folder, found, cached=True)
+        assert manifest.configs is not None, "check_engine"
         with _described_wrongly(f"engine '{manifest.name}'", "networks"):
             specs = FAMILIES[manifest.family].model.text_specs
             fine_tune.check_parts(manifest.configs, specs, f"engine '{manifest.name}'")
@@ -201,6 +192,29 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
         except OSError as e:
             raise PnpError(failure(folder, e)) from e
     return Built(folder, made, cached=False)
+
+
+def check_engine(manifest: Manifest, folder: Path) -> backends.Backend:
+    """The backend of a bundle whose weights can be replaced here.
+
+    Args:
+        folder: of the bundle, for the message.
+
+    Raises:
+        InputError: if the bundle is older than plugging, holds no graph, or was compiled by another version.
+    """
+    advice = rebuild_advice(folder, manifest.rebuild)
+    if manifest.configs is None or manifest.given is None:
+        raise InputError(f"engine '{manifest.name}' was built before engines could be plugged; {advice}")
+    backend = backends.of(manifest)
+    if backend.takes_modules:
+        raise InputError(
+            f"engine '{manifest.name}' holds PyTorch modules and no graph, so there is nothing to save by plugging; "
+            f"build it of the fine-tune: pnp-trt build --backend {backend.name} --base FINE_TUNE"
+        )
+    if (here := backend.versions()) != manifest.compiler:
+        raise InputError(f"engine '{manifest.name}': its compiler is {manifest.compiler}, here is {here}; {advice}")
+    return backend
 
 
 def _checked_scheduler(spec: PlugSpec, manifest: Manifest, fine_tune: FineTune) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""Bundles with LoRAs merged, kept in a folder and made once: what a server plugs for a request.
+
+A bundle's folder is named by the digest of what it is made of: the seal of the engine's manifest, every LoRA's hash
+and scale, and the package's version.  It appears whole or not at all.  A bundle that a process uses is locked and
+stays; of the others the least recently used are removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...bundle.manifest import FILE as MANIFEST
+from ...bundle.manifest import Manifest
+from ...bundle.store import Bundle, cache_home, digest, lock, open_bundle, read_manifest
+from ...errors import InputError, PnpError
+from ...io.files import check_writable_folder, failure
+from ...io.replacing import check_removable_bundle
+from ...models.bases import is_hub_id
+from ...version import __version__
+from .lora import Lora
+from .run import PlugSpec, check_engine, plug
+
+#: bundles on disk, at most, beside those in use
+KEPT = 16
+_NAME = re.compile(r"[0-9a-f]{40}")
+
+
+def default_home() -> Path:
+    """Where plugged bundles are kept where no folder is named: ``loras`` below the user's cache."""
+    return cache_home() / "loras"
+
+
+@dataclass(frozen=True)
+class InUse:
+    """A bundle that no process removes until :meth:`close`.
+
+    Attributes:
+        bundle: checked, every file against its manifest.
+    """
+
+    bundle: Bundle
+    _descriptor: int
+
+    def close(self) -> None:
+        """Let it be removed; its networks must not be used after that."""
+        os.close(self._descriptor)
+
+
+@dataclass(frozen=True)
+class PlugCache:
+    """Plugged bundles in a folder.
+
+    Attributes:
+        home: the folder; it is made where it is missing.
+        fetch_base: fetch the base of an engine from the hub where it is not on this machine.
+        kept: bundles on disk, at most, beside those in use.
+    """
+
+    home: Path
+    fetch_base: bool = False
+    kept: int = KEPT
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise ``InputError`` for a bundle that no LoRA can be merged into, or a folder that cannot be written."""
+        manifest = bundle.manifest
+        check_engine(manifest, bundle.folder)
+        if is_hub_id(manifest.base.name) and not self.fetch_base:
+            raise InputError(
+                f"engine '{manifest.name}' names its base '{manifest.base.name}', which is not on this machine and "
+                "which LoRAs need; add --fetch-base to fetch it from the hub"
+            )
+        check_writable_folder(self.home, "--lora-cache")
+
+    def take(self, bundle: Bundle, loras: Sequence[tuple[Path, float]]) -> InUse:
+        """The bundle with LoRAs merged, made by :func:`~pnp_trt.build.swap.run.plug` where it is not there.
+
+        Args:
+            loras: .safetensors files and their scales, merged in this order.
+
+        Raises:
+            InputError, PnpError: as ``plug`` does; or if the engine on disk is no longer ``bundle``.
+        """
+        texts = [f"{path}:{scale!r}" for path, scale in loras]
+        key = digest([bundle.manifest.seal, [Lora.parse(text).identity() for text in texts], __version__])[:40]
+        folder = self.home / key
+        try:
+            descriptor = _shared(folder)
+        except OSError as e:
+            raise PnpError(failure(folder, e)) from e
+        try:
+            found = _opened(folder) or self._make(bundle, texts, folder)
+            with contextlib.suppress(OSError):  # of another user
+                os.utime(folder / MANIFEST)
+            self._prune()
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return InUse(found, descriptor)
+
+    def _make(self, bundle: Bundle, texts: Sequence[str], folder: Path) -> Bundle:
+        if read_manifest(bundle.folder).seal != bundle.manifest.seal:
+            raise InputError(f"engine '{bundle.name}' was replaced on disk after it was loaded; restart the server")
+        plug(PlugSpec(str(bundle.folder.resolve()), self._base(bundle.manifest), tuple(texts), folder), force=True)
+        return open_bundle(folder)
+
+    def _base(self, manifest: Manifest) -> str | None:
+        name = manifest.base.name
+        return name if self.fetch_base and is_hub_id(name) else None
+
+    def _prune(self) -> None:
+        """Remove the least recently used bundles beyond ``kept`` that no process uses."""
+        ages = []
+        for folder in sorted(self.home.iterdir()):
+            if _NAME.fullmatch(folder.name):
+                with contextlib.suppress(OSError):
+                    ages.append(((folder / MANIFEST).stat().st_mtime_ns, folder))
+        for _, folder in sorted(ages)[: max(0, len(ages) - self.kept)]:
+            with contextlib.suppress(OSError, PnpError), lock(folder, timeout=1), _alone(folder):
+                check_removable_bundle(folder)
+                shutil.rmtree(folder)
+
+
+def _opened(folder: Path) -> Bundle | None:
+    """The bundle in a folder, if it is whole."""
+    try:
+        return open_bundle(folder)
+    except InputError:
+        return None
+
+
+def _mark(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.use.lock")
+
+
+def _shared(folder: Path) -> int:
+    """A descriptor that keeps :func:`_alone` from a folder while it is open."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(_mark(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A block in which no process has the folder in use; ``BlockingIOError`` where one has."""
+    descriptor = os.open(_mark(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

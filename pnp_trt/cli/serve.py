@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
 from .first_build import build_if_missing
 from .requirements import require_packages
+
+if TYPE_CHECKING:
+    from ..serve.http.server import LoraOffer
 
 
 def serve(
@@ -43,11 +47,25 @@ def serve(
     min_replicas: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Replicas without load; default: --replicas. Only with --ray.")
     ] = None,
+    loras: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of LoRAs (.safetensors) that requests may name.")
+    ] = None,
+    max_loras: Annotated[
+        int, typer.Option(min=1, max=64, help="Engines with LoRAs that are loaded at once, beside the others.")
+    ] = 4,
+    lora_cache: Annotated[
+        Path | None, typer.Option(help="Folder for engines with LoRAs; default: loras in the user's cache.")
+    ] = None,
+    fetch_base: Annotated[
+        bool, typer.Option("--fetch-base", help="Fetch an engine's base from the hub where LoRAs need it.")
+    ] = False,
 ) -> None:
     """Serve images over HTTP: OpenAI's and A1111's interfaces, a page, health and metrics."""
     require_packages("serve --ray" if ray else "serve")
     if not ray and (replicas or min_replicas):
         raise InputError(f"{'--replicas' if replicas else '--min-replicas'} is given without --ray; add --ray")
+    if ray and loras is not None:
+        raise InputError("--loras is given with --ray, whose replicas merge no LoRAs; leave one of both out")
     from ..serve.http.server import LOCAL, Server, check
     from ..serve.http.settings import APIS, Settings
 
@@ -59,6 +77,7 @@ def serve(
     settings = Settings(apis, key, deadline, host in LOCAL)
     if not no_key:
         check(settings, host)
+    offer = None if loras is None else _offer(loras, max_loras, lora_cache, fetch_base)
     for name in names:
         build_if_missing(name, quiet=False)
     # a request's remarks would fill the terminal; its parameters state what was done
@@ -70,7 +89,17 @@ def serve(
 
             RayServer(*common, replicas, min_replicas, ready=_ready).run()
         else:
-            Server(*common, ready=_ready).run()
+            Server(*common, ready=_ready, loras=offer).run()
+
+
+def _offer(folder: Path, most_loaded: int, cache: Path | None, fetch_base: bool) -> LoraOffer:
+    require_packages("serve --loras")
+    from ..build.swap.cache import PlugCache, default_home
+    from ..serve.http.server import LoraOffer
+    from ..serve.loras import read_loras
+
+    plugged = PlugCache(cache or default_home(), fetch_base)
+    return LoraOffer(read_loras(folder), plugged.take, plugged.check, most_loaded)
 
 
 def _ready(address: str) -> None:

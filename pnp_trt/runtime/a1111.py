@@ -35,7 +35,7 @@ _CODE = b"UNICODE\0"
 def text_of(parameters: Mapping[str, Any]) -> str | None:
     """A record of this package, as ``Picture.parameters`` has it, in A1111's words; None for one without a prompt.
 
-    ``Size`` is width x height, as A1111 has it, and ``Model`` the engine.
+    ``Size`` is width x height, as A1111 has it, and ``Model`` the engine.  Tags of LoRAs follow the prompt.
     """
     if not isinstance(parameters.get("prompt"), str):
         return None
@@ -51,7 +51,7 @@ def text_of(parameters: Mapping[str, Any]) -> str | None:
     more = {"Model": "engine", "Denoising strength": "strength", "Guidance method": "method"}
     pairs |= {theirs: parameters[key] for theirs, key in more.items() if key in parameters}
     pairs["Version"] = f"pnp-trt {__version__}"
-    lines = [str(parameters["prompt"])]
+    lines = [" ".join(str(parameters[key]) for key in ("prompt", "loras") if key in parameters)]
     if parameters.get("negative"):
         lines.append(f"{_NEGATIVE} {parameters['negative']}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))

@@ -36,7 +36,7 @@ from ..sampling.network import Network
 from ..sampling.schedules import Schedule, ddim, evaluations, make, resolve
 from ..sampling.step_loop import Run, StepLoop
 from .images import read_image
-from .prompt_syntax import PLAIN, check_syntax
+from .prompt_syntax import PLAIN, check_syntax, lora_tags
 from .text import STATES, ImageSizes, Text, TextEncoders, takes_sizes
 
 STEPS = (1, 1000)
@@ -72,6 +72,7 @@ class Prepared:
         syntax: of prompts and negative prompts.
         context: text states that were given, N rows, or None.
         image_sizes: SDXL's micro-conditioning; None takes the image's size, not cropped.
+        loras: names and scales of LoRAs that a server merged into the engine for this request.
     """
 
     engine: str
@@ -87,6 +88,7 @@ class Prepared:
     syntax: str = PLAIN
     context: Text | None = None
     image_sizes: ImageSizes | None = None
+    loras: tuple[tuple[str, float], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -110,6 +112,8 @@ class Prepared:
             held |= {"init": self.init[2], "strength": self.init[1]}
         if self.image_sizes is not None:
             held |= self.image_sizes.parameters()
+        if self.loras:
+            held["loras"] = lora_tags(self.loras)
         return held
 
 

@@ -8,6 +8,8 @@
 ``(x`` unclosed    counts to the end of the prompt
 =================  =========================================================
 
+``<lora:x:0.8>`` names a LoRA and its scale, 1 where none is stated (:func:`take_lora_tags`); servers take it.
+
 A token's weight multiplies its text state; the prompt's states are then scaled back to the mean that they had, which is
 A1111's emphasis "Original".  Prompt editing (``[a:b:0.5]``) and ``BREAK`` are not interpreted: an engine's text states
 are one chunk of 77 tokens.
@@ -16,6 +18,7 @@ are one chunk of 77 tokens.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -33,6 +36,7 @@ LARGEST = 100.0
 NO_MEAN = 0.01
 _TOKEN = re.compile(r"\\[\\()\[\]]|[(\[)\]]|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|[\\:]")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_LORA = re.compile(r"<lora:([^<>]*)>")
 
 
 def check_syntax(syntax: str) -> None:
@@ -81,6 +85,29 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
         else:
             parts.append((text, weight))
     return parts
+
+
+def take_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """A prompt without its ``<lora:NAME:SCALE>`` tags, and the names and scales that they state, in order.
+
+    Raises:
+        InputError: for a tag without a name, or whose scale is not one number.
+    """
+    found = []
+    for match in _LORA.finditer(prompt):
+        name, _, scale = match[1].partition(":")
+        try:
+            found.append((name.strip(), float(scale) if scale.strip() else 1.0))
+        except ValueError:
+            raise InputError(f"the scale in {excerpt(match[0])} is not one number; write <lora:NAME:0.8>") from None
+        if not name.strip():
+            raise InputError(f"{excerpt(match[0])} names no LoRA; write <lora:NAME:0.8>")
+    return (_LORA.sub("", prompt).strip() if found else prompt), tuple(found)
+
+
+def lora_tags(loras: Iterable[tuple[str, float]]) -> str:
+    """The tags that name LoRAs, as :func:`take_lora_tags` reads them."""
+    return " ".join(f"<lora:{name}:{repr(scale).removesuffix('.0')}>" for name, scale in loras)
 
 
 def apply_weights(states: np.ndarray, weights: np.ndarray) -> np.ndarray:

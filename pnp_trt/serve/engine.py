@@ -209,8 +209,11 @@ class Engine:
         self.submit_job(job, deadline)
         return job
 
-    def submit_job(self, job: Job, deadline: float | None = None) -> None:
+    def submit_job(self, job: Job, deadline: float | None = None, since: float | None = None) -> None:
         """As :meth:`submit`, for a job that nobody has submitted.
+
+        Args:
+            since: when the request came, by the monotonic clock, in seconds; None for now.
 
         Raises:
             InputError: if it can never be served: its method is none of ``step_methods``, or it has more images or rows
@@ -227,7 +230,7 @@ class Engine:
             )
         if count > self._room:
             raise InputError(f"{count} images were requested at once; at most {self._room} are taken")
-        job.submitted = time.monotonic()
+        job.submitted = time.monotonic() if since is None else since
         job.deadline = None if deadline is None else job.submitted + deadline
         job.future.set_running_or_notify_cancel()  # from here on the future ends by this engine alone
         with self._lock:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
-from pnp_trt.runtime.prompt_syntax import apply_weights, weighted_parts
+from pnp_trt.runtime.prompt_syntax import apply_weights, lora_tags, take_lora_tags, weighted_parts
 
 #: the examples in the web UI's documentation and their parts
 TABLE: dict[str, list[tuple[str, float]]] = {
@@ -130,3 +130,24 @@ def test_given_states_stand_for_the_prompts(plain: Pipeline) -> None:
     for wrong in (states[:1], states[:, :-1], states[..., :-1], np.full_like(states, np.nan), states.astype(int), "a"):
         with pytest.raises(InputError, match=r"^context is .*; pass finite text states of shape \[2, 77, \d+\]$"):
             plain(prompts, steps=2, context=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rest", "loras"),
+    [
+        ("a cat", "a cat", ()),
+        (" a cat ", " a cat ", ()),
+        ("a cat <lora:sepia:0.8>", "a cat", (("sepia", 0.8),)),
+        ("<lora:b v1.5>a (cat:1.2)<lora: a :-.5>", "a (cat:1.2)", (("b v1.5", 1.0), ("a", -0.5))),
+        ("<lora:a:0.123456789> <lyco:a:1> <lora:a", "<lyco:a:1> <lora:a", (("a", 0.123456789),)),
+    ],
+)
+def test_lora_tags_are_taken_out_of_a_prompt(prompt: str, rest: str, loras: tuple[tuple[str, float], ...]) -> None:
+    assert take_lora_tags(prompt) == (rest, loras)
+    assert take_lora_tags(lora_tags(loras)) == ("", loras)
+
+
+@pytest.mark.parametrize("tag", ["<lora:>", "<lora::0.5>", "<lora:a:b>", "<lora:a:1:2>", "<lora:a:unet=1>"])
+def test_a_lora_tag_that_cannot_be_read_is_refused(tag: str) -> None:
+    with pytest.raises(InputError, match=r"write <lora:NAME:0\.8>"):
+        take_lora_tags(f"a cat {tag}")

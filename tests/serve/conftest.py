@@ -6,14 +6,21 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from pnp_trt.bundle.store import Bundle
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.serve.engine import Engine, Job, Watcher
+from pnp_trt.serve.loras import LoraEngines
+
+if TYPE_CHECKING:
+    from pnp_trt.serve.http.metrics import Metrics
 
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
@@ -67,8 +74,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(pipelines: dict[str, Pipeline], body_seconds: float = 30.0, **options: object) -> Iterator[Running]:
-    """A server of pipelines with two slots and room for four more images."""
+def serving(
+    pipelines: dict[str, Pipeline],
+    body_seconds: float = 30.0,
+    loras: Callable[[Callable[[Bundle], Engine]], LoraEngines] | None = None,
+    **options: object,
+) -> Iterator[Running]:
+    """A server of pipelines with two slots and room for four more images.
+
+    Args:
+        loras: makes the engines with LoRAs, given what makes the engine of a bundle.
+    """
     from pnp_trt.serve.http import guard
     from pnp_trt.serve.http.app import create
     from pnp_trt.serve.http.metrics import Metrics
@@ -82,7 +98,8 @@ def serving(pipelines: dict[str, Pipeline], body_seconds: float = 30.0, **option
         engines[name] = Engine(pipeline, slots=2, queue_size=4, watcher=watcher)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guard.Guard.__init__, "__defaults__", (body_seconds,))
-        app = create(engines, metrics, Settings(**options))  # type: ignore[arg-type]
+        with_loras = None if loras is None else loras(partial(_started, metrics))
+        app = create(engines, metrics, Settings(**options), with_loras)  # type: ignore[arg-type]
         app.middleware_stack = app.build_middleware_stack()
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -104,6 +121,11 @@ def serving(pipelines: dict[str, Pipeline], body_seconds: float = 30.0, **option
         thread.join(60)
         listener.close()
         assert not thread.is_alive() and not any(engine.alive for engine in engines.values())
+
+
+def _started(metrics: Metrics, bundle: Bundle) -> Engine:
+    pipeline = Pipeline(bundle, provider="cpu", threads=1)
+    return Engine(pipeline, slots=2, queue_size=4, watcher=metrics.watch(bundle.name))
 
 
 @pytest.fixture(scope="session")

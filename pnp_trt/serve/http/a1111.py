@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from ...errors import Cancelled, InputError
 from ...runtime.a1111 import CHUNK, parse_parameters, read_text, text_of
 from ...runtime.pipeline import DEFAULT_STEPS, Picture
-from ...runtime.prompt_syntax import A1111
+from ...runtime.prompt_syntax import A1111, take_lora_tags
 from ...sampling.schedules import SCHEDULES, SPACINGS, a1111_names, from_a1111
 from ...sampling.schedules.spacing import OWN_SPACING
 from .service import Asked, Service, from_base64
@@ -106,14 +106,15 @@ def router(service: Service) -> APIRouter:
         override = (given.override_settings or {}).get("sd_model_checkpoint")
         engine = name_of(str(override) if override else chosen.get(client(request)))
         sampler = (given.sampler_name or given.sampler_index or "").strip()
+        prompt, loras = take_lora_tags(given.prompt)
         asked = Asked(
-            given.prompt, engine, count, (given.negative_prompt or "").strip() or None, given.steps or DEFAULT_STEPS,
+            prompt, engine, count, (given.negative_prompt or "").strip() or None, given.steps or DEFAULT_STEPS,
             CFG_SCALE if given.cfg_scale is None else given.cfg_scale,
             None if given.seed is None or given.seed < 0 else given.seed, given.method,
             from_a1111(sampler, given.scheduler) if sampler else None,
             None if given.height is None or given.width is None else (given.height, given.width),
             None if init is None else await service.pixels(from_base64(init, "init_images[0]"), "init_images[0]"),
-            strength, syntax=A1111,
+            strength, syntax=A1111, loras=loras,
         )  # fmt: skip
         job = await service.submit(request, "a1111", asked)
         try:
@@ -221,6 +222,11 @@ def router(service: Service) -> APIRouter:
         return found
 
     @routes.get("/loras")
+    async def loras() -> list[dict[str, Any]]:
+        """Those that a prompt may name; the place of a file is not told."""
+        names = () if service.loras is None else service.loras.files
+        return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
+
     @routes.get("/sd-vae")
     @routes.get("/upscalers")
     @routes.get("/hypernetworks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -18,6 +19,7 @@ from ...errors import InputError, PnpError
 from ...io.text import printable
 from ...version import __version__
 from ..engine import Engine
+from ..loras import LoraEngines
 from . import a1111, jobs, openai
 from .errors import as_json, reply, sentence
 from .guard import Guard
@@ -34,12 +36,15 @@ _POLICY = (
 )
 
 
-def create(engines: Mapping[str, Engine], metrics: Metrics, settings: Settings | None = None) -> FastAPI:
+def create(
+    engines: Mapping[str, Engine], metrics: Metrics, settings: Settings | None = None, loras: LoraEngines | None = None
+) -> FastAPI:
     """The application around engines that run; when it is shut down, they finish what they have and stop.
 
     Args:
         engines: by name, at least one.
         metrics: those that the engines' watchers tell.
+        loras: of these engines; None offers none.
 
     Raises:
         InputError: for no engine, or an unknown interface.
@@ -49,13 +54,15 @@ def create(engines: Mapping[str, Engine], metrics: Metrics, settings: Settings |
         raise InputError("no engine was named; name one or more")
     if unknown := [api for api in settings.apis if api not in APIS]:
         raise InputError(f"the interface is '{unknown[0]}'; known: {', '.join(APIS)}")
-    service = Service(dict(engines), metrics, settings)
-    for engine in engines.values():
-        metrics.of(engine)
+    service = Service(dict(engines), metrics, settings, loras)
+    for name, engine in engines.items():
+        metrics.of(name, partial(_with_loras, engine, loras))
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
+        if loras is not None:
+            await asyncio.to_thread(loras.stop)
         await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in engines.values()))
 
     app = FastAPI(title="pnp-trt", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
@@ -120,6 +127,12 @@ def create(engines: Mapping[str, Engine], metrics: Metrics, settings: Settings |
     for api in settings.apis:
         app.include_router(_ROUTERS[api](service))
     return app
+
+
+def _with_loras(engine: Engine, loras: LoraEngines | None) -> list[Engine]:
+    """An engine, and those of the same bundle with LoRAs."""
+    held = () if loras is None else loras.engines()
+    return [engine, *(other for name, other in held if name == engine.pipeline.name)]
 
 
 def _file(name: str) -> Response:

@@ -52,6 +52,7 @@ def router(service: Service) -> APIRouter:
                 for name, engine in service.engines.items()
             ],
             "schedules": list(SCHEDULES),
+            "loras": [] if service.loras is None else list(service.loras.files),
         }  # fmt: skip
 
     return routes

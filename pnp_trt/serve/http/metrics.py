@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -45,6 +45,7 @@ class Metrics:
                 ("images_waiting", "Images in the queue"),
                 ("rows_running", "Rows of a call in use"),
                 ("slots", "Rows of a call, at most"),
+                ("lora_engines", "Engines with LoRAs that are loaded"),
             )
         }
 
@@ -52,13 +53,17 @@ class Metrics:
         """What tells these figures of an engine."""
         return _Watcher(self, engine)
 
-    def of(self, engine: Engine) -> None:
-        """Read the gauges of an engine whenever the metrics are read."""
-        name = engine.pipeline.name
+    def of(self, name: str, engines: Callable[[], Sequence[Engine]]) -> None:
+        """Read the gauges of an engine, and of those with LoRAs beside it, whenever the metrics are read.
+
+        Args:
+            engines: the engine itself first.
+        """
         read: dict[str, Callable[[], float]] = {
-            "images_waiting": lambda: engine.waiting,
-            "rows_running": lambda: engine.rows_running,
-            "slots": lambda: engine.slots,
+            "images_waiting": lambda: sum(engine.waiting for engine in engines()),
+            "rows_running": lambda: sum(engine.rows_running for engine in engines()),
+            "slots": lambda: sum(engine.slots for engine in engines()),
+            "lora_engines": lambda: len(engines()) - 1,
         }
         for kind, value in read.items():
             self.gauges[kind].labels(name).set_function(value)

@@ -16,6 +16,7 @@ from ...bundle.profiles import Size
 from ...errors import InputError
 from ...io.inputs import excerpt
 from ...runtime.prompt_syntax import PLAIN
+from ..loras import Loras
 from .service import Asked, Service
 from .settings import MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
@@ -25,6 +26,15 @@ Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
 #: how OpenAI writes a size that is the model's own
 _OWN = ("", "auto")
+
+
+class LoraOf(BaseModel):
+    """A LoRA that a request names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Text
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
 
 class Images(BaseModel):
@@ -48,6 +58,7 @@ class Images(BaseModel):
     schedule: Text | None = None
     strength: Annotated[float, Field(allow_inf_nan=False)] | None = None
     request_id: Name | None = None
+    lora: LoraOf | list[LoraOf] | None = None
 
     @field_validator("n", "output_format", mode="before")
     @classmethod
@@ -70,6 +81,11 @@ def parse(size: str | None) -> Size | None:
     return int(height), int(width)
 
 
+def _loras(given: LoraOf | list[LoraOf] | None) -> Loras:
+    each = [] if given is None else [given] if isinstance(given, LoraOf) else given
+    return tuple((lora.name, lora.scale) for lora in each)
+
+
 def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/v1")
@@ -81,7 +97,7 @@ def router(service: Service) -> APIRouter:
             given.prompt, given.model, given.n, given.negative_prompt, given.num_inference_steps, given.guidance_scale,
             given.seed, given.method, given.schedule, parse(given.size),
             None if init is None else await service.pixels(init, "image"), given.strength,
-            given.prompt_syntax or PLAIN, given.request_id,
+            given.prompt_syntax or PLAIN, given.request_id, _loras(given.lora),
         )  # fmt: skip
         job = await service.submit(request, "openai", asked)
         pictures = await service.wait(request, job)
@@ -120,8 +136,10 @@ def router(service: Service) -> APIRouter:
             if image is None:
                 raise InputError("no file named image was sent; send the image to begin with")
             data = await image.read()
-            fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
-        return await made(request, Images.model_validate(fields), data)
+            fields: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+        # the client's library writes an object's members so
+        lora = {key: fields.pop(f"lora[{key}]") for key in ("name", "scale") if f"lora[{key}]" in fields}
+        return await made(request, Images.model_validate(fields | ({"lora": lora} if lora else {})), data)
 
     @routes.get("/models")
     async def models() -> dict[str, Any]:

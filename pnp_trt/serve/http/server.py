@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import uvicorn
 
+from ...bundle.store import Bundle, open_bundle
 from ...errors import InputError
 from ...runtime.pipeline import Pipeline
 from ..engine import QUEUE, SLOTS, Engine
+from ..loras import MOST_LOADED, LoraEngines, LoraFile, Plug
 from .app import create
 from .guard import App
 from .metrics import Metrics
@@ -20,6 +22,23 @@ from .settings import MAX_CONNECTIONS, Settings
 
 #: addresses that only this machine reaches
 LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class LoraOffer:
+    """LoRAs that requests may name.
+
+    Attributes:
+        files: as of ``read_loras``.
+        plug: merges them into a bundle.
+        check: raises ``InputError`` for a bundle that none can be merged into.
+        most_loaded: engines with LoRAs, at most.
+    """
+
+    files: Mapping[str, LoraFile]
+    plug: Plug
+    check: Callable[[Bundle], None]
+    most_loaded: int = MOST_LOADED
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,7 @@ class Server:
         port: 0 takes a free one.
         provider, threads: as of ``Pipeline.load``.
         ready: called with the server's address when it takes requests.
+        loras: that requests may name; None offers none.
     """
 
     names: Sequence[str]
@@ -42,6 +62,7 @@ class Server:
     threads: int | None = None
     settings: Settings = field(default_factory=Settings)
     ready: Callable[[str], object] = print
+    loras: LoraOffer | None = None
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM; what runs or waits then is finished, and a second signal ends it at once.
@@ -52,19 +73,49 @@ class Server:
         listener = listen(self.host, self.port)
         engines: dict[str, Engine] = {}
         metrics = Metrics()
+        loras = self._loras(metrics)
         try:
-            engines = load_engines(self.names, self.slots, self.queue_size, self.provider, self.threads, metrics)
-            serve_app(create(engines, metrics, self.settings), listener, self.host, self.ready)
+            check = None if self.loras is None else self.loras.check
+            engines = load_engines(self.names, self.slots, self.queue_size, self.provider, self.threads, metrics, check)
+            serve_app(create(engines, metrics, self.settings, loras), listener, self.host, self.ready)
         finally:
+            if loras is not None:
+                loras.stop(drain=False)
             for engine in engines.values():
                 engine.stop(drain=False)
             listener.close()
 
+    def _loras(self, metrics: Metrics) -> LoraEngines | None:
+        if self.loras is None:
+            return None
+
+        def start(bundle: Bundle) -> Engine:
+            return start_engine(bundle, self.slots, self.queue_size, self.provider, self.threads, metrics)
+
+        return LoraEngines(self.loras.files, self.loras.plug, start, self.loras.most_loaded, self.queue_size + 1)
+
+
+def start_engine(
+    bundle: Bundle, slots: int, queue_size: int, provider: str, threads: int | None, metrics: Metrics
+) -> Engine:
+    """The engine of a bundle; ``metrics`` watches it under the bundle's name."""
+    pipeline = Pipeline(bundle, provider=provider, threads=threads)
+    return Engine(pipeline, slots, queue_size, watcher=metrics.watch(bundle.name))
+
 
 def load_engines(
-    names: Sequence[str | Path], slots: int, queue_size: int, provider: str, threads: int | None, metrics: Metrics
+    names: Sequence[str | Path],
+    slots: int,
+    queue_size: int,
+    provider: str,
+    threads: int | None,
+    metrics: Metrics,
+    check: Callable[[Bundle], None] | None = None,
 ) -> dict[str, Engine]:
     """An engine of each bundle, by its name; ``metrics`` watches them.
+
+    Args:
+        check: raises ``InputError`` for a bundle that is not to be served.
 
     Raises:
         InputError: if a bundle cannot be loaded, or two have one name; the engines before it are stopped.
@@ -72,10 +123,12 @@ def load_engines(
     engines: dict[str, Engine] = {}
     try:
         for name in names:
-            pipeline = Pipeline.load(name, provider=provider, threads=threads)
-            if pipeline.name in engines:
-                raise InputError(f"two engines have the name '{pipeline.name}'; name each once")
-            engines[pipeline.name] = Engine(pipeline, slots, queue_size, watcher=metrics.watch(pipeline.name))
+            bundle = open_bundle(name)
+            if bundle.name in engines:
+                raise InputError(f"two engines have the name '{bundle.name}'; name each once")
+            if check is not None:
+                check(bundle)
+            engines[bundle.name] = start_engine(bundle, slots, queue_size, provider, threads, metrics)
     except BaseException:
         for engine in engines.values():
             engine.stop(drain=False)

@@ -8,21 +8,23 @@ import binascii
 import contextlib
 import io
 import secrets
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastapi import Request
 
-from ...errors import BundleNotFound, InputError
+from ...errors import BundleNotFound, Cancelled, InputError
 from ...io.image_files import FORMATS, decode_rgb
 from ...io.inputs import excerpt
 from ...runtime.images import encode_image
 from ...runtime.pipeline import Picture
 from ...runtime.prompt_syntax import PLAIN
-from ..engine import Busy, Engine, Job
+from ..engine import Busy, Engine, Expired, Job
+from ..loras import Lease, LoraEngines, Loras
 from .errors import Refused
 from .metrics import Metrics
 from .settings import DECODERS, MAX_PIXELS, Settings
@@ -42,6 +44,7 @@ class Asked:
         size: height and width in pixels; None takes the engine's own.
         init: pixels uint8 ``[H, W, 3]`` to begin with.
         syntax: of the prompts, one of ``SYNTAXES``.
+        loras: names and scales, as the client stated them.
     """
 
     prompt: str
@@ -58,6 +61,22 @@ class Asked:
     strength: float | None = None
     syntax: str = PLAIN
     name: str | None = None
+    loras: Loras = ()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who sent a job, and what serves it.
+
+    Attributes:
+        api, address: the interface and the client's address.
+        lease: of an engine with LoRAs.
+    """
+
+    api: str
+    address: str
+    engine: Engine
+    lease: Lease | None
 
 
 @dataclass
@@ -66,15 +85,17 @@ class Service:
 
     Attributes:
         engines: at least one; the first serves requests that name none.
-        owners: who sent a job that runs: the interface and the client's address.
+        loras: engines with LoRAs, or None where the server offers none.
+        owners: by job that runs.
     """
 
     engines: dict[str, Engine]
     metrics: Metrics
     settings: Settings
+    loras: LoraEngines | None = None
 
     def __post_init__(self) -> None:
-        self.owners: dict[Job, tuple[str, str]] = {}
+        self.owners: dict[Job, Owner] = {}
         self._decoders = asyncio.Semaphore(DECODERS)
 
     def engine(self, name: str | None) -> Engine:
@@ -92,12 +113,15 @@ class Service:
     async def submit(self, request: Request, api: str, asked: Asked) -> Job:
         """A request checked and in its engine's queue; :meth:`wait` must follow.
 
-        A negative prompt that an engine's guide cannot take is served by CFG on the same engine.
+        A negative prompt that an engine's guide cannot take is served by CFG on the same engine.  A request with LoRAs
+        waits here until their engine is loaded.
 
         Raises:
-            PnpError: as ``Pipeline.prepare`` and ``Engine.submit`` do.
+            PnpError: as ``Pipeline.prepare``, ``LoraEngines`` and ``Engine.submit`` do; or Expired, Cancelled.
         """
+        since = time.monotonic()
         engine = self.engine(asked.engine)
+        loras = self._checked(asked.loras)
         pipeline = engine.pipeline
         method = asked.method
         if method is None and asked.negative and not pipeline.negative_prompts and "cfg" in pipeline.step_methods:
@@ -109,18 +133,55 @@ class Service:
             seed=[first + i for i in range(asked.count)], negative=asked.negative or None, schedule=asked.schedule,
             init=asked.init, strength=asked.strength, size=asked.size, prompt_syntax=asked.syntax, **given,
         )  # fmt: skip
-        job = Job(prepared)
-        if asked.name is not None:
-            if any(held.id == asked.name for held in self.owners):
-                raise Refused(409, f"a request with the id {excerpt(asked.name)} is running; choose another")
-            job.id = asked.name
+        job = Job(replace(prepared, loras=loras))
+        lease = None
         try:
-            engine.submit_job(job, self.settings.deadline)
-        except Busy:
-            self.metrics.requests.labels(pipeline.name, "429").inc()
+            if self.loras is not None and loras:
+                lease = self.loras.acquire(engine, loras)
+                engine = await self._loaded(request, lease, since)
+            if asked.name is not None:
+                if any(held.id == asked.name for held in self.owners):
+                    raise Refused(409, f"a request with the id {excerpt(asked.name)} is running; choose another")
+                job.id = asked.name
+            engine.submit_job(job, self.settings.deadline, since)
+        except BaseException as e:
+            if lease is not None:
+                lease.release()
+            if isinstance(e, Busy):
+                self.metrics.requests.labels(pipeline.name, "429").inc()
             raise
-        self.owners[job] = api, request.client.host if request.client else ""
+        self.owners[job] = Owner(api, _address(request), engine, lease)
         return job
+
+    def _checked(self, loras: Loras) -> Loras:
+        if self.loras is not None:
+            return self.loras.check(loras)
+        if loras:
+            raise InputError(
+                f"the LoRA {excerpt(loras[0][0])} is named and this server offers none; leave it out, or start the "
+                "server with --loras DIR"
+            )
+        return ()
+
+    async def _loaded(self, request: Request, lease: Lease, since: float) -> Engine:
+        """The engine of a lease; ``Expired`` or ``Cancelled`` where it comes too late for the client."""
+        ready = asyncio.shield(asyncio.wrap_future(lease.future))  # others wait for it too
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            left = max(0.0, since + self.settings.deadline - time.monotonic())
+            await asyncio.wait((ready, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                return await ready
+            if gone.done():
+                raise Cancelled("the client disconnected while its LoRA was loaded")
+            raise Expired(
+                f"the engine with the LoRA was not loaded within {self.settings.deadline:g} s; try again later"
+            )
+        finally:
+            ready.cancel()
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gone
 
     async def wait(self, request: Request, job: Job) -> list[Picture]:
         """The images of a job; it is cancelled when its client goes.
@@ -128,7 +189,8 @@ class Service:
         Raises:
             PnpError: for what happened on the way.
         """
-        engine = self.engines[job.prepared.engine]
+        owner = self.owners[job]
+        engine = owner.engine
         done = asyncio.ensure_future(asyncio.wrap_future(job.future))
         gone = asyncio.ensure_future(_gone(request))
         try:
@@ -140,6 +202,8 @@ class Service:
             self.owners.pop(job, None)
             if not done.done():  # the server ends the request
                 engine.cancel(job)
+            if owner.lease is not None:
+                owner.lease.release()
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await gone
@@ -165,18 +229,24 @@ class Service:
         Raises:
             Refused: 404 if there is none.
         """
-        for engine in self.engines.values():
+        for engine in self.running():
             if (job := engine.job(name)) is not None:
                 return engine, job
         raise Refused(404, f"no request with the id {excerpt(name)} waits or runs; ask for one that does")
 
     def jobs_of(self, api: str, request: Request) -> list[tuple[Engine, Job]]:
         """The jobs that wait or run and that came by one interface from the same address, the oldest first."""
-        mine = api, request.client.host if request.client else ""
-        found = [
-            (engine, job) for engine in self.engines.values() for job in engine.jobs() if self.owners.get(job) == mine
-        ]
+        mine = api, _address(request)
+        found = [(o.engine, job) for job, o in self.owners.items() if (o.api, o.address) == mine and job.ended is None]
         return sorted(found, key=lambda pair: pair[1].submitted)
+
+    def running(self) -> list[Engine]:
+        """All engines, those with LoRAs that are loaded among them."""
+        return [*self.engines.values(), *(engine for _, engine in (self.loras.engines() if self.loras else ()))]
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 async def _gone(request: Request) -> None:

@@ -277,7 +277,7 @@ def test_cost_of_a_public_architecture(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "beauty"], "--only is 'beauty'; known: cost, latency, fidelity"),
+        (["--only", "beauty"], "--only is 'beauty'; known: cost, latency, fidelity, serving"),
         (["--base", "random:sd15"], "add --only cost"),
         (["--base", "random:sd9", "--only", "cost"], "known: emoji"),
         (["--batch", "0"], "each must be between 1 and 32"),

@@ -13,15 +13,18 @@ from ..io.inputs import is_file, is_folder
 from ..runtime.pipeline import GUIDANCE, STEPS
 from .engines import engine_names
 
-PARTS = ("cost", "latency", "fidelity")
+#: what a run has where nothing else is requested, and what runs where it is requested alone
+PARTS, ALONE = ("cost", "latency", "fidelity"), ("serving",)
 #: images of a fidelity cell where nothing else is requested: with something to judge them by, and without
 PICTURES, PICTURES_UNJUDGED = 256, 32
 #: what ``--quick`` asks for instead of the defaults
 QUICK: dict[str, Any] = {
     "batches": (1, 4), "steps": (4, 8), "timed_steps": (4,), "rounds": 5, "warmup": 1, "guidance": (3.0,),
     "pictures": 32, "peers": False, "memory": False, "cold_starts": 1,
+    "requests": 200,
 }  # fmt: skip
 _PICTURES = (2, 50_000)
+_REQUESTS = (20, 100_000)
 _BATCHES = (1, 32)
 MOST_ROUNDS = 10_000
 
@@ -33,7 +36,7 @@ class Plan:
     Attributes:
         engines: bundles to compare; empty stands for the base's plain and guided ones.
         base: whose networks are counted, and whose engines are the default.
-        only: one of :data:`PARTS`, or None for all.
+        only: one of :data:`PARTS` or :data:`ALONE`, or None for all of ``PARTS``.
         quick: whether :data:`QUICK` took the place of the defaults.
         batches: batch sizes to time.
         steps: sampling steps of the images, and of the timed loop where ``timed_steps`` is empty.
@@ -52,6 +55,7 @@ class Plan:
         peers: whether other toolkits are timed where they are installed.
         memory: whether peak memory is measured, in a separate process for every row.
         cold_starts: starts of a new process that are timed for every engine; 0 for none.
+        requests: of each queue of the serving part.
     """
 
     engines: tuple[str, ...] = ()
@@ -75,6 +79,7 @@ class Plan:
     peers: bool = True
     memory: bool = True
     cold_starts: int = 5
+    requests: int = 1000
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -93,8 +98,8 @@ class Plan:
 
 def check(plan: Plan) -> None:
     """Raise ``InputError`` for values out of range, before anything is built."""
-    if plan.only is not None and plan.only not in PARTS:
-        raise InputError(f"--only is '{plan.only}'; known: {', '.join(PARTS)}")
+    if plan.only is not None and plan.only not in PARTS + ALONE:
+        raise InputError(f"--only is '{plan.only}'; known: {', '.join(PARTS + ALONE)}")
     if plan.base.startswith("random:") and plan.only != "cost":
         raise InputError(f"base '{plan.base}' has no weights to run; add --only cost")
     for name, values, (low, high) in (
@@ -120,8 +125,14 @@ def check(plan: Plan) -> None:
         )
     if not 0 <= plan.cold_starts <= 1000:
         raise InputError(f"cold-starts is {plan.cold_starts}; it must be between 0 and 1000")
+    if not _REQUESTS[0] <= plan.requests <= _REQUESTS[1]:
+        raise InputError(
+            f"requests is {plan.requests}; it must be between {_REQUESTS[0]} and {_REQUESTS[1]:,} for each queue"
+        )
     if plan.pictures is not None and not _PICTURES[0] <= plan.pictures <= _PICTURES[1]:
         raise InputError(f"pictures is {plan.pictures}; it must be between {_PICTURES[0]} and {_PICTURES[1]:,}")
+    if plan.size is not None and plan.only == "serving":
+        raise InputError("serving is measured at the engine's own size; leave --size out")
     if plan.size is not None and "cost" in plan.parts:
         raise InputError("cost is counted at the model's own size; with --size add --only latency or --only fidelity")
     if "cost" in plan.parts and plan.only == "cost" and importlib.util.find_spec("torch") is None:
@@ -145,7 +156,8 @@ def _check_files(plan: Plan) -> None:
 
 
 def wanted_engines(plan: Plan) -> tuple[str, ...]:
-    """The engines to open: those named, or the base's plain and guided ones."""
+    """The engines to open: those named, or the base's plain and guided ones, of which serving needs the guided."""
     if plan.only == "cost":
         return ()
-    return plan.engines or engine_names(plan.base)
+    plain, guided = engine_names(plan.base)
+    return plan.engines or ((guided,) if plan.only == "serving" else (plain, guided))

@@ -37,6 +37,7 @@ def document(
     device: Mapping[str, Any] | None = None,
     latency: Sequence[Any] = (),
     cold_start: Sequence[Mapping[str, Any]] = (),
+    serving: Sequence[Mapping[str, Any]] = (),
     fidelity: Sequence[Mapping[str, Any]] = (),
     pictures: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -58,6 +59,7 @@ def document(
         device: the measured peaks of the device: name, peak_macs_per_s, peak_bytes_per_s, how.
         latency: `LatencyRow`s or their dicts, times in milliseconds, raw observations included.
         cold_start: seconds from a process's start to its first image, a row an engine.
+        serving: queues of requests, a row an engine, as of `measure.serving.measure`.
         fidelity: a row a method, number of steps and w; a measured value is {"value", "low", "high", "count"}.
         pictures: {"columns", "rows" as of `encode_pictures`, "caption"}.
         settings: the options of the run; "suite" and "quick" are None and False where it does not state.
@@ -86,6 +88,7 @@ def document(
         "device": None if device is None else _row(device),
         "latency": [_row(row) for row in latency],
         "cold_start": [_row(row) for row in cold_start],
+        "serving": [_row(row) for row in serving],
         "fidelity": rows,
         "pictures": None if pictures is None else dict(pictures),
     }

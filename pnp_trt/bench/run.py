@@ -14,12 +14,12 @@ from ..bundle.store import cached_sha256, find_bundle, read_manifest
 from ..errors import InputError, PnpError
 from ..io.progress import Progress
 from ..runtime.pipeline import Pipeline
-from ..sampling.methods import CFG, INTERVAL, guided_steps
+from ..sampling.methods import CFG, GUIDED, INTERVAL, guided_steps
 from ..sampling.schedules import ddim
 from ..version import __version__
 from . import results
 from .fidelity_rows import Cell, Studio, cells_of, plan_rows, verdict
-from .measure import cost
+from .measure import cost, serving
 from .measure.engine_facts import engine_rows
 from .measure.pace import Meter, about
 from .measure.timing import Timing
@@ -115,10 +115,12 @@ class _Bench:
             self.rows["cold_start"] = self.timing.cold_starts(self.meter)
             self.rows["latency"] = self.timing.measure(self.meter, self.rows.get("cost", ()))
         self.left_out += self.timing.left_out
+        if "serving" in plan.parts:
+            self.rows["serving"] = self._serving()
         evaluated, reason, pictures = self._quality_of_pictures()
         names = [pipe.name for pipe in self.pipes]
         settings = {**plan.as_dict(), "suite": suite, "base": self.base, "engines": names, **self._drawn}
-        parts = ("cost", "methods_cost", "published", "engines", "latency", "cold_start", "fidelity")
+        parts = ("cost", "methods_cost", "published", "engines", "latency", "cold_start", "serving", "fidelity")
         tables: dict[str, Any] = {name: self.rows.get(name, []) for name in parts}
         return results.document(
             command, settings=settings, task_quality_evaluated=evaluated, task_quality_reason=reason,
@@ -129,7 +131,7 @@ class _Bench:
 
     def _prepare(self) -> None:
         """Say how long it will take, from a short trial of every method."""
-        parts = [p for p in ("latency", "fidelity") if p in self.plan.parts]
+        parts = [p for p in ("latency", "serving", "fidelity") if p in self.plan.parts]
         jobs: dict[str, float] = {}
         kept = 0
         if parts:
@@ -137,6 +139,9 @@ class _Bench:
         if "latency" in parts:
             jobs |= self.timing.jobs()
             kept += self.timing.kept()
+        if "serving" in parts:
+            jobs |= {_queues(pipe): self._serving_seconds(pipe) for pipe in self._servers()}
+            kept += sum(self.work.has("serving", self._serving_key(pipe)) for pipe in self._servers())
         if "fidelity" in parts:
             self._plan_fidelity()
             jobs |= {cell.label: self._drawing_seconds(cell) for cell in self.cells}
@@ -153,6 +158,49 @@ class _Bench:
         pace = self.timing.paces[f"{cell.engine}/{cell.method}"]
         batches = [most] * (count // most) + ([count % most] if count % most else [])
         return sum(pace.seconds(b, cell.steps) for b in batches) + count * self.looking
+
+    # ------------------------------------------------------------------------------------------------- serving
+
+    def _servers(self) -> list[Pipeline]:
+        """Engines that serve guided and CFG images in the same calls."""
+        found = [pipe for pipe in self.pipes if pipe.bundle.guided]
+        if not found:
+            raise InputError(
+                f"no guide is in {', '.join(pipe.name for pipe in self.pipes)}; --only serving compares a guide's "
+                "images with CFG's on one engine: name an engine with a guide"
+            )
+        return found
+
+    def _serving_seconds(self, pipe: Pipeline) -> float:
+        pace = self.timing.paces[f"{pipe.name}/{GUIDED.name}"]
+        calls = sum(pace.seconds(n, 2 * serving.TIMED_STEPS) for n in range(1, serving.SLOTS + 1))
+        return self.plan.rounds * calls + _QUEUED * self.plan.requests * sum(self.plan.steps) / len(self.plan.steps)
+
+    def _serving_key(self, pipe: Pipeline) -> list[Any]:
+        plan = self.plan
+        return [pipe.bundle.manifest.seal, plan.rounds, plan.requests, plan.steps, plan.guidance, plan.provider]
+
+    def _serving(self) -> list[dict[str, Any]]:
+        """Rows of the document's ``serving``."""
+        rows = []
+        for pipe in self.pipes:
+            if not pipe.bundle.guided:
+                self._leave_out(f"serving of {pipe.name}", "it has no guide, whose images would be compared with CFG's")
+        for pipe in self._servers():
+            job = _queues(pipe)
+            self.meter.begin(job, job)
+
+            def make(pipe: Pipeline = pipe) -> dict[str, Any]:
+                held = self.plan
+                return serving.measure(
+                    pipe, rounds=held.rounds, requests=held.requests, steps=held.steps, guidance=held.guidance,
+                    progress=self.meter.within,
+                )  # fmt: skip
+
+            row, earlier = self.work.table("serving", self._serving_key(pipe), make)
+            rows.append(row)
+            self.meter.end(job, kept=earlier)
+        return rows
 
     # --------------------------------------------------------------------------------------------------- cost
 
@@ -229,6 +277,14 @@ class _Bench:
             "real_pictures": None if real is None else len(real), "extractor": EXTRACTOR,
         }}  # fmt: skip
         return evaluated, reason, studio.grid(self.wanted) if self.wanted else None
+
+
+#: guess for the estimate: seconds that all queues take for each step of a request
+_QUEUED = 1e-3
+
+
+def _queues(pipe: Pipeline) -> str:
+    return f"queues of requests, {pipe.name}"
 
 
 #: what a row states without having measured anything

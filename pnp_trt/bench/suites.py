@@ -14,7 +14,7 @@ from ..io.inputs import is_file, read_text
 from .plan import QUICK, Plan
 
 _LISTS = {"engines": str, "batches": int, "steps": int, "timed_steps": int, "guidance": float}
-_NUMBERS = {"rounds": int, "warmup": int, "pictures": int, "cold_starts": int}
+_NUMBERS = {"rounds": int, "warmup": int, "pictures": int, "cold_starts": int, "requests": int}
 _SWITCHES = ("quick", "peers", "memory")
 #: paths are looked up beside the suite's file
 _PATHS = ("prompts", "real", "inception", "clip")

@@ -19,7 +19,9 @@ def bench(
     base: Annotated[
         str | None, typer.Option(help="Base model, default emoji; random:sd15, sd21 and sdxl with --only cost.")
     ] = None,
-    only: Annotated[str | None, typer.Option(help="cost, latency or fidelity; default: all three.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="cost, latency, fidelity or serving; default: the first three.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Reduced settings; finishes in under two minutes.")] = False,
     suite: Annotated[str | None, typer.Option(help="A suite's name or .toml file; other options override it.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to time; default 1, 4 and 8.")] = None,
@@ -54,6 +56,9 @@ def bench(
         typer.Option("--memory/--no-memory", help="Measure peak memory, in a separate process for each row."),
     ] = None,
     cold_starts: Annotated[int | None, typer.Option(help="Cold starts of each engine, default 5; 0 for none.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Requests of each queue of the serving part, default 1000.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
     grid_file: Annotated[
@@ -92,7 +97,7 @@ def bench(
         "guidance": tuple(guidance or ()), "pictures": pictures, "prompts": _text(prompts), "real": _text(real),
         "inception": _text(inception), "clip": _text(clip), "size": None if size is None else parse_size(size),
         "schedule": schedule, "provider": provider, "peers": peers,
-        "memory": memory, "cold_starts": cold_starts,
+        "memory": memory, "cold_starts": cold_starts, "requests": requests,
     }  # fmt: skip
     plan = suites.make_plan(suite, quick, given)
     plans.check(plan)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pnp_trt.bench import results
+from pnp_trt.bench.measure import queues
 from pnp_trt.bench.measure.latency import BOUNDARY
 
 COST: list[dict[str, Any]] = [
@@ -72,6 +73,7 @@ def make(
             *latency(np.random.default_rng(seed + 1000), slow or {}, batches, rounds, timed=8),
         ],
         "cold_start": cold_start(np.random.default_rng(seed)),
+        "serving": [serving()],
         "fidelity": fidelity(quality, kid_worse),
         "pictures": pictures(),
         "left_out": [{"what": "energy per image", "why": "no NVIDIA GPU is here"},
@@ -207,6 +209,20 @@ def cold_start(rng: np.random.Generator) -> list[dict[str, Any]]:
         rows.append({"engine": engine, "seconds": seconds, "p50_s": float(np.median(seconds)), "imports_s": 0.21,
                      "boundary": "process start to the first image's pixels, files in the page cache"})  # fmt: skip
     return rows
+
+
+def serving() -> dict[str, Any]:
+    """Queues on a device that a batch of one leaves idle by two thirds."""
+    calls = {n: 0.008 + 0.004 * n for n in (1, 2, 4, 8)}
+    costs = queues.Costs(calls, calls, 0.003, 0.01)
+    steps = (8, 20, 50)
+    rates = queues.capacity(costs, 60, steps, queues.WAYS)
+    return {
+        "engine": "emoji-tiny", "slots": 8, "rounds": 12, "requests": 60, "burst": queues.BURST, "steps": list(steps),
+        "guidance": [3.0, 2.0, 5.0], "boundary": BOUNDARY, "text_s": 0.003, "decode_s": 0.01,
+        "calls": [{"batch": n, "whole_s": s, "step_s": s} for n, s in calls.items()], "capacity_per_s": rates,
+        "queues": queues.rows(costs, 60, steps, queues.WAYS, rates),
+    }  # fmt: skip
 
 
 def pictures() -> dict[str, Any]:

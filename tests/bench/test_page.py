@@ -12,6 +12,7 @@ from . import browser, fake_document
 
 FIGURES = {
     "figure-pareto": 2, "figure-scales": 3, "figure-latency": 6, "figure-roofline": 2, "figure-compute": 1,
+    "figure-serving": 6,
 }  # fmt: skip
 
 

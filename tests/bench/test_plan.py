@@ -17,7 +17,7 @@ from pnp_trt.errors import InputError
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"only": "beauty"}, "--only is 'beauty'; known: cost, latency, fidelity"),
+        ({"only": "beauty"}, "--only is 'beauty'; known: cost, latency, fidelity, serving"),
         ({"base": "random:sd15"}, "has no weights to run; add --only cost"),
         ({"steps": (8, 1001)}, "steps is 1001; it must be between 1 and 1,000"),
         ({"timed_steps": (0,)}, "timed-steps is 0; it must be between 1 and"),

@@ -37,8 +37,8 @@ def make(**change: Any) -> dict[str, Any]:
     return json.loads(_made()) | change
 
 
-EMPTY = {key: [] for key in ("cost", "methods_cost", "published", "engines", "latency", "cold_start", "fidelity",
-                             "left_out")} | {"pictures": None, "device": None}  # fmt: skip
+EMPTY = {key: [] for key in ("cost", "methods_cost", "published", "engines", "latency", "cold_start", "serving",
+                             "fidelity", "left_out")} | {"pictures": None, "device": None}  # fmt: skip
 
 
 def text_of(doc: dict[str, Any], width: int = 100) -> str:
@@ -130,7 +130,7 @@ def test_narrow_terminal_drops_no_figure() -> None:
 def test_doubtful_results_are_called_so() -> None:
     row = next(row for row in make()["latency"] if row["method"] == "guided")
     row |= {"ratio_to_cfg": 0.98, "ratio_to_cfg_interval": [0.9, 1.05], "spread": 0.3}
-    (sentence,) = report.sentences(make(latency=[row], methods_cost=[]))
+    (sentence,) = report.sentences(make(latency=[row], methods_cost=[], serving=[]))
     assert "not a statistically significant difference" in sentence
     assert "the timing was noisy (interquartile range 30.0 % of the median)" in sentence
 
@@ -242,7 +242,7 @@ def test_page_is_self_contained(drawn: tuple[Page, str]) -> None:
 
 def test_page_shows_everything(drawn: tuple[Page, str]) -> None:
     page, html = drawn
-    headings = ("Summary", "Fidelity against cost", "Images", "Fidelity", "Latency", "Cold start", "Compute",
+    headings = ("Summary", "Fidelity against cost", "Images", "Fidelity", "Latency", "Cold start", "Serving", "Compute",
                 "Engines", "Left out", "Reproduce")  # fmt: skip
     assert (len(page.all("h1")), len(page.all("h2"))) == (1, len(headings))
     for wanted in (
@@ -284,7 +284,7 @@ def test_raw_results_can_be_downloaded_from_the_page(tmp_path: Path) -> None:
 def test_names_are_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>&\"'"
     doc = make()
-    for part in ("latency", "engines", "cold_start", "fidelity"):
+    for part in ("latency", "engines", "cold_start", "serving", "fidelity"):
         for row in doc[part]:
             row["engine"] = evil + row["engine"]
     doc["cost"][0]["network"] = doc["left_out"][0]["why"] = doc["published"][0]["note"] = evil

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from .tables import largest_batches
-from .words import estimate, interval, percent, plural
+from .words import WAYS, estimate, interval, percent, plural, three_digits
 
 #: Interquartile range over median above which a latency is called noisy.
 NOISY = 0.1
+#: arrivals and load of the sentence about serving, and what step by step is compared with
+_STATED, _OTHERS = ("poisson", 0.8), ("whole", "one")
 
 
 def sentences(doc: Mapping[str, Any]) -> list[str]:
     """Findings as sentences: time, compute, and whether quality was evaluated."""
-    found = time_sentences(doc)
+    found = time_sentences(doc) + serving_sentences(doc)
     for row in doc["methods_cost"]:
         if row["method"] == "guided" and row.get("ratio_to_cfg"):
             found.append(f"{row['guide']}: one guided step computes {percent(row['ratio_to_cfg'])} of CFG's MACs.")
@@ -44,6 +46,31 @@ def time_sentences(doc: Mapping[str, Any]) -> list[str]:
             text += f"; the timing was noisy (interquartile range {percent(row['spread'])} of the median)"
         found.append(text + ".")
     return found
+
+
+def serving_sentences(doc: Mapping[str, Any]) -> list[str]:
+    """One per engine: how latencies compare at 80 % load, and how many images a guide serves of CFG's."""
+    found = []
+    for held in doc.get("serving") or ():
+        rows = {r["way"]: r["latency_s"] for r in held["queues"] if (r["arrivals"], r["load"]) == _STATED}
+        if step := rows.get("step"):
+            others = [f"{_seconds(each)} for {WAYS[way]}" for way, each in rows.items() if each and way in _OTHERS]
+            against = f", against {' and '.join(others)}" if others else ""
+            load = f"{held['engine']}: at {percent(_STATED[1], 0)} load (Poisson)"
+            found.append(f"{load} an image takes {_seconds(step)} step by step{against} (p50 / p95).")
+        if (more := _of_cfg(held)) is not None:
+            found.append(f"{held['engine']}: step by step, guided serves {more:.2f} times as many images as CFG.")
+    return found
+
+
+def _seconds(held: Mapping[str, float]) -> str:
+    return f"{three_digits(held['p50'])} / {three_digits(held['p95'])} s"
+
+
+def _of_cfg(held: Mapping[str, Any]) -> float | None:
+    """Images per second with the guide over those with CFG, both step by step."""
+    rates = held["capacity_per_s"]
+    return rates["step"] / rates["cfg"] if rates.get("cfg") else None
 
 
 def _rounds(row: Mapping[str, Any]) -> str:
@@ -83,7 +110,20 @@ def headlines(doc: Mapping[str, Any]) -> list[dict[str, str]]:
                     "detail": f"{row['guide']}, {sizes[row['guide']]:,} trained; the teacher is unchanged",
                 }
             )
-    return found + _kid_headline(doc)
+    return found + _serving_headlines(doc) + _kid_headline(doc)
+
+
+def _serving_headlines(doc: Mapping[str, Any]) -> list[dict[str, str]]:
+    """How many images a server makes with the guide, of those with CFG."""
+    return [
+        {
+            "value": f"{more:.2f} ×",
+            "name": "CFG's images per second",
+            "detail": f"{held['engine']}, step by step, {plural(held['slots'], 'slot')}",
+        }
+        for held in doc.get("serving") or ()
+        if (more := _of_cfg(held)) is not None
+    ]
 
 
 def _kid_headline(doc: Mapping[str, Any]) -> list[dict[str, str]]:

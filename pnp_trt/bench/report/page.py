@@ -20,7 +20,8 @@ from . import tables
 from .charts import Chart, page_colours
 from .charts_bars import compute_chart, latency_charts, roofline_charts
 from .charts_fidelity import pareto_charts, scale_charts
-from .findings import headlines, sentences, time_sentences
+from .charts_serving import serving_charts
+from .findings import headlines, sentences, serving_sentences, time_sentences
 from .terminal import render_terminal
 from .words import method_legend, three_digits
 
@@ -59,7 +60,7 @@ def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     page = environment.get_template(TEMPLATE).render(
         doc=doc,
         headlines=headlines(doc),
-        sentences=time_sentences(doc),
+        sentences=[*time_sentences(doc), *serving_sentences(doc)],
         pictures=_pictures(doc["pictures"]),
         pareto=pareto_charts(doc),
         scales=scale_charts(doc),
@@ -73,6 +74,9 @@ def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         methods=tables.method_table(doc),
         engines=tables.engine_table(doc),
         cold=tables.cold_table(doc),
+        serving=tables.serving_table(doc),
+        serving_charts=serving_charts(doc),
+        serving_setting=_serving(doc),
         left_out=tables.left_out_table(doc),
         method_colours=list(page_colours().items()),
         method_legend=_legend(doc),
@@ -139,6 +143,19 @@ def _timing(doc: Mapping[str, Any]) -> str | None:
         f"{' or '.join(map(str, rounds))} rounds after {' or '.join(map(str, warmup)) or 'no'} warm-up runs of each "
         "case; every round runs each case once, in an order that rotates. The ratio to CFG is taken within each round, "
         "then the median over rounds; its interval is a seeded bootstrap over rounds."
+    )
+
+
+def _serving(doc: Mapping[str, Any]) -> str | None:
+    """What was timed and which requests there were, in sentences."""
+    held = next(iter(doc.get("serving") or ()), None)
+    if held is None:
+        return None
+    steps, w = (", ".join(f"{one:g}" for one in held[key]) for key in ("steps", "guidance"))
+    return (
+        f"{held['boundary']}. Each queue has {held['requests']:,} requests of {steps} steps and w {w}, which arrive "
+        f"one by one (Poisson) or {held['burst']} at the same moment (bursts), at shares of the capacity of step-level "
+        f"batching; a network call has up to {held['slots']} rows."
     )
 
 

@@ -11,9 +11,24 @@ from typing import Any
 
 from ...sampling.methods import GUIDED, METHODS
 from ..metric import METRICS
-from .words import DASH, decimals_of, estimate, file_size, method_name, number, percent, ratio, three_digits, unit_of
+from .words import (
+    ARRIVALS,
+    DASH,
+    WAYS,
+    decimals_of,
+    estimate,
+    file_size,
+    method_name,
+    number,
+    percent,
+    ratio,
+    three_digits,
+    unit_of,
+)
 
 Document = Mapping[str, Any]
+#: of a queue's latencies
+_PERCENTILES = ("p50", "p95", "p99")
 
 
 @dataclass(frozen=True)
@@ -194,6 +209,43 @@ def cold_table(doc: Document) -> Table | None:
     return _table("Cold start", columns, 1, notes)
 
 
+def serving_table(doc: Document) -> Table | None:
+    """Every queue of requests, by arrivals, load and way of batching."""
+    held = doc.get("serving") or ()
+    rows = [(one, row) for one in held for row in one["queues"]]
+    if not rows:
+        return None
+    least = min(min(one["steps"]) for one in held)
+    columns: dict[str, list[str] | None] = {
+        "engine": [one["engine"] for one, _ in rows] if len(held) > 1 else None,
+        "arrivals": [ARRIVALS.get(row["arrivals"], row["arrivals"]) for _, row in rows],
+        "batching": [WAYS.get(row["way"], row["way"]) for _, row in rows],
+        "load": [percent(row["load"], 0) for _, row in rows],
+        "images / s": [_queue_figure(row["images_per_s"]) for _, row in rows],
+        **{f"{p}, s": [_queue_figure((row["latency_s"] or {}).get(p)) for _, row in rows] for p in _PERCENTILES},
+        **{
+            f"admitted {p}": [_queue_figure((row["admission_s"] or {}).get(p)) for _, row in rows]
+            for p in _PERCENTILES[:2]
+        },
+        f"{least} steps p95": [
+            _queue_figure(next((n["p95"] for n in row["latency_s_by_steps"] if n["steps"] == least), None))
+            for _, row in rows
+        ],
+        "padding": [percent(row["padding_share"], 0) for _, row in rows],
+    }
+    notes = [
+        f"{one['engine']}: {', '.join(f'{WAYS.get(way, way)} {three_digits(rate)}' for way, rate in rates.items())} "
+        "images per second at most; the load is a share of step by step's. – : above the way's capacity."
+        for one in held
+        for rates in [one["capacity_per_s"]]
+    ]
+    return _table("Serving, seconds from arrival to image and to the first step", columns, 3, notes)
+
+
+def _queue_figure(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f}"
+
+
 def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
     """What was measured on the images, with 95 % intervals in brackets."""
     rows = doc["fidelity"]
@@ -238,6 +290,7 @@ def terminal_tables(doc: Document) -> list[Table]:
         engine_table(doc),
         *short_latency_tables(doc),
         cold_table(doc),
+        serving_table(doc),
         fidelity_table(doc, short=True),
         left_out_table(doc),
     )

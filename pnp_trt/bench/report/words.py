@@ -17,6 +17,12 @@ _PEERS = {
 }
 
 
+#: a queue's way of batching in tables and charts
+WAYS = {"one": "one at a time", "whole": "whole requests", "step": "step by step", "cfg": "CFG, step by step"}
+#: a queue's arrivals
+ARRIVALS = {"poisson": "Poisson", "bursts": "Bursts"}
+
+
 def method_labels() -> dict[str, str]:
     """Every method's label in tables, peers last."""
     return {m.name: m.label for m in METHODS.values()} | {name: label for name, (label, _) in _PEERS.items()}

@@ -1,0 +1,226 @@
+"""Queues of image requests, served in several ways on a clock that measured costs drive; nothing is computed.
+
+Ways of batching: ``one`` request at a time; ``whole`` requests of equal steps as one batch, w mixed (what ``Pipeline``
+does); ``step``, step-level batching by the server's own loop; ``cfg``, the same with CFG's two rows an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...sampling.network import Bound, Description, Network
+from ...sampling.step_loop import AGEING, Run, StepLoop, Ticket
+from ...sampling.table import Schedule, make_table
+
+#: load as a share of the capacity of ``step``
+SHARES = (0.5, 0.8, 0.95)
+#: requests of a burst, which come at the same moment
+BURST = 12
+#: kinds of arrivals, and how many requests come at the same moment
+ARRIVALS = {"poisson": 1, "bursts": BURST}
+_PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds.
+
+    Attributes:
+        whole, step: one network call by batch, with all that the loop does around it; the batches are those that calls
+            are padded to, the largest one is the number of slots.
+        text, decode: of one image.
+    """
+
+    whole: Mapping[int, float]
+    step: Mapping[int, float]
+    text: float
+    decode: float
+
+    @property
+    def slots(self) -> int:
+        """Rows of a call, at most."""
+        return max(self.step)
+
+
+@dataclass
+class Request:
+    """One image; times in seconds: its arrival, its first step, its end."""
+
+    at: float
+    steps: int
+    began: float = float("nan")
+    done: float = float("nan")
+
+
+@dataclass
+class Served:
+    """How a queue was served.
+
+    Attributes:
+        rows, padded: of network calls.
+    """
+
+    requests: list[Request]
+    rows: int = 0
+    padded: int = 0
+
+
+class Clocked(Network):
+    """A network whose calls take the time of ``costs`` and compute nothing."""
+
+    def __init__(self, costs: Mapping[int, float]) -> None:
+        self.costs, self.now = costs, 0.0
+
+    def describe(self) -> Description:
+        return Description({}, {}, "clock")
+
+    @contextlib.contextmanager
+    def bind(self, batch: int, size: tuple[int, int] | None = None) -> Iterator[Bound]:
+        yield _Call(self, batch)
+
+
+class _Call(Bound):
+    def __init__(self, network: Clocked, batch: int) -> None:
+        self._network, self._batch = network, batch
+
+    def write(self, **inputs: np.ndarray) -> None:
+        pass
+
+    def run(self) -> None:
+        self._network.now += self._network.costs[self._batch]
+
+    def read(self) -> np.ndarray:
+        return np.zeros((self._batch, 1, 1, 1), np.float32)
+
+
+def arrivals(count: int, rate: float, seed: int, steps: Sequence[int], burst: int = 1) -> list[Request]:
+    """Requests at ``rate`` a second, Poisson, ``burst`` at the same moment; all at once for a rate of 0."""
+    draw = np.random.default_rng(seed)
+    moments = draw.exponential(burst / rate, -(-count // burst)).cumsum() if rate else np.zeros(-(-count // burst))
+    return [Request(float(moments[i // burst]), int(draw.choice(steps))) for i in range(count)]
+
+
+def by_whole_requests(costs: Costs, requests: list[Request], most: int | None = None) -> Served:
+    """Whenever the engine is free: the oldest request, and those that wait with equal steps, at most ``most``."""
+    most = costs.slots if most is None else most
+    served, now, k = Served(requests), 0.0, 0
+    waiting: list[Request] = []
+    while k < len(requests) or waiting:
+        if not waiting:
+            now = max(now, requests[k].at)
+        while k < len(requests) and requests[k].at <= now:
+            waiting.append(requests[k])
+            k += 1
+        group = [r for r in waiting if r.steps == waiting[0].steps][:most]
+        taken = {id(r) for r in group}
+        waiting = [r for r in waiting if id(r) not in taken]
+        n, steps = len(group), group[0].steps
+        batch = min(b for b in costs.whole if b >= n)
+        for request in group:
+            request.began = now + n * costs.text
+        now += steps * costs.whole[batch] + n * (costs.text + costs.decode)
+        served.rows += steps * n
+        served.padded += steps * (batch - n)
+        for request in group:
+            request.done = now
+    return served
+
+
+def _table(steps: int) -> Schedule:
+    one = np.ones(steps)
+    return make_table("clock", np.arange(steps), x_scale=one, output_scale=one, image_scale=one, noise_scale=one)
+
+
+def by_steps(
+    costs: Costs, requests: list[Request], rows: int = 1, buckets: Sequence[int] | None = None, ageing: float = AGEING
+) -> Served:
+    """The server's own loop; ``rows`` an image, ``buckets`` and ``ageing`` as of ``StepLoop``."""
+    network = Clocked(costs.step)
+    loop = StepLoop(network, costs.slots, tuple(costs.step) if buckets is None else buckets, ageing)
+    tables = {steps: _table(steps) for steps in {request.steps for request in requests}}
+    owners: dict[Ticket, Request] = {}
+    start, k = np.zeros((1, 1, 1), np.float32), 0
+    inputs: tuple[dict[str, np.ndarray], ...] = tuple({} for _ in range(rows))
+
+    def beginning(request: Request) -> Callable[[], Run]:
+        def begin() -> Run:
+            network.now += costs.text
+            request.began = network.now
+            return Run(tables[request.steps], start, inputs)
+
+        return begin
+
+    while k < len(requests) or loop.waiting or loop.running:
+        if not loop.waiting and not loop.running:
+            network.now = max(network.now, requests[k].at)
+        while k < len(requests) and requests[k].at <= network.now:
+            owners[loop.submit(beginning(requests[k]), requests[k].steps, rows)] = requests[k]
+            k += 1
+        for ticket in loop.step():
+            network.now += costs.decode
+            owners.pop(ticket).done = network.now
+    return Served(requests, loop.rows_used, loop.rows_padded)
+
+
+Way = Callable[[Costs, list[Request]], Served]
+#: by their names in the results document
+WAYS: dict[str, Way] = {
+    "one": lambda costs, requests: by_whole_requests(costs, requests, 1),
+    "whole": by_whole_requests,
+    "step": by_steps,
+    "cfg": lambda costs, requests: by_steps(costs, requests, rows=2),
+}
+
+
+def figures(served: Served) -> dict[str, Any]:
+    """Throughput in images per second, latency and time to admission in seconds, and the share of padded rows.
+
+    Latency is also stated of the requests with the fewest steps and of those with the most.
+    """
+    late = np.array([r.done - r.at for r in served.requests])
+    wait = np.array([r.began - r.at for r in served.requests])
+    steps = np.array([r.steps for r in served.requests])
+    span = max(r.done for r in served.requests) - served.requests[0].at
+    return {
+        "images_per_s": round(len(late) / span, 4),
+        "latency_s": _percentiles(late),
+        "admission_s": _percentiles(wait),
+        "latency_s_by_steps": [
+            {"steps": int(n), **_percentiles(late[steps == n])} for n in np.unique([steps.min(), steps.max()])
+        ],
+        "padding_share": round(served.padded / max(1, served.rows + served.padded), 4),
+    }
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in _PERCENTILES}
+
+
+def capacity(costs: Costs, count: int, steps: Sequence[int], ways: Mapping[str, Way]) -> dict[str, float]:
+    """Images per second of each way with every request there from the start."""
+    return {name: figures(way(costs, arrivals(count, 0, 1, steps)))["images_per_s"] for name, way in ways.items()}
+
+
+def rows(
+    costs: Costs, count: int, steps: Sequence[int], ways: Mapping[str, Way], capacities: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """A row for each kind of arrivals, load and way; figures are None where the load is above the way's capacity."""
+    found = []
+    for kind, burst in ARRIVALS.items():
+        for share in SHARES:
+            rate = share * capacities["step"]
+            for name, way in ways.items():
+                fits = rate < capacities[name]  # else its queue grows without end
+                made = figures(way(costs, arrivals(count, rate, 7, steps, burst))) if fits else _NONE
+                found.append({"arrivals": kind, "load": share, "way": name, "rate_per_s": round(rate, 4), **made})
+    return found
+
+
+_NONE: dict[str, Any] = {
+    "images_per_s": None, "latency_s": None, "admission_s": None, "latency_s_by_steps": [], "padding_share": None,
+}  # fmt: skip

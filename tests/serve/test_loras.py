@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -146,35 +147,44 @@ def test_a_restarted_server_plugs_nothing_again(
 def test_requests_wait_for_their_lora_while_the_others_go_on(
     offering: Running, pipelines: dict[str, Pipeline], folder: Path, home: Path
 ) -> None:
-    gate, got = threading.Event(), []
+    gate, got, made = threading.Event(), list[Any](), list[LoraEngines]()
 
     class Slow(PlugCache):
         def take(self, *arguments: Any) -> Any:
             assert gate.wait(60)
             return super().take(*arguments)
 
-    def made(start: Callable[[Bundle], Engine]) -> LoraEngines:
-        return LoraEngines(read_loras(folder), Slow(home).take, start, most=1, waiting=2)
+    def make(start: Callable[[Bundle], Engine]) -> LoraEngines:
+        made.append(LoraEngines(read_loras(folder), Slow(home).take, start, most=1, waiting=2))
+        return made[-1]
+
+    def until_waiting(count: int) -> None:
+        deadline = time.monotonic() + 15
+        while sum(entry.users for entry in made[-1]._entries.values()) != count:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
     body = TXT2IMG | {"prompt": "a red apple <lora:sepia:0.8>"}
-    with serving({"guided": pipelines["guided"]}, loras=made, deadline=20.0) as server:
+    with serving({"guided": pipelines["guided"]}, loras=make, deadline=20.0) as server:
         send = lambda: got.append(HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=body))  # noqa: E731
         sent = [threading.Thread(target=send) for _ in range(2)]
         with pytest.raises(httpx.ReadTimeout):  # a client that goes does not take the place of another
             httpx.post(f"{server.url}/sdapi/v1/txt2img", json=body, timeout=0.2)
+        until_waiting(0)
         for each in sent:
             each.start()
+        until_waiting(2)
         answer = post(server, "/sdapi/v1/txt2img", TXT2IMG)
         assert answer["images"] and not got
-        while (full := HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=body)).status_code != 429:
-            assert full.status_code == 200, full.text
-        assert "too many requests wait" in full.json()["detail"] and int(full.headers["retry-after"]) > 0
+        full = HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=body)
+        assert full.status_code == 429 and int(full.headers["retry-after"]) > 0
+        assert "too many requests wait" in full.json()["detail"]
         gate.set()
         for each in sent:
             each.join(60)
     assert [each.status_code for each in got] == [200, 200]
     gate.clear()
-    with serving({"guided": pipelines["guided"]}, loras=made, deadline=0.2) as server:
+    with serving({"guided": pipelines["guided"]}, loras=make, deadline=0.2) as server:
         late = HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=body)
         assert late.status_code == 504 and "was not loaded within 0.2 s" in late.json()["detail"]
         gate.set()

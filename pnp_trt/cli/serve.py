@@ -61,11 +61,11 @@ def serve(
     ] = False,
 ) -> None:
     """Serve images over HTTP: OpenAI's and A1111's interfaces, a page, health and metrics."""
+    if ray and loras is not None:
+        raise InputError("--loras is given with --ray, whose replicas merge no LoRAs; leave one of the two out")
     require_packages("serve --ray" if ray else "serve")
     if not ray and (replicas or min_replicas):
         raise InputError(f"{'--replicas' if replicas else '--min-replicas'} is given without --ray; add --ray")
-    if ray and loras is not None:
-        raise InputError("--loras is given with --ray, whose replicas merge no LoRAs; leave one of both out")
     from ..serve.http.server import LOCAL, Server, check
     from ..serve.http.settings import APIS, Settings
 

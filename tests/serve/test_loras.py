@@ -282,6 +282,7 @@ def test_a_bundle_that_was_replaced_or_whose_base_is_elsewhere_is_refused(
     ("arguments", "message"),
     [
         (("--loras", "OUT/nothing"), "--loras OUT/nothing cannot be read"),
+        (("--loras", "LORAS", "--ray"), "--loras is given with --ray, whose replicas merge no LoRAs"),
         (("--loras", "OUT"), "has no .safetensors file; name a folder of LoRAs"),
         (("--loras", "LORAS", "--max-loras", 0), "--max-loras"),
         (("--loras", "LORAS", "--lora-cache", "LORAS/sepia.safetensors"), "--lora-cache"),

@@ -17,7 +17,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u
 #: What rich sends to a terminal by itself: colours, cursor movements, erased lines, and a hidden cursor.
 RICH = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhlmnsu]")
 #: Folders beside the fixtures that stand for the system's and the user's own, and the exports that cases share.
-SYSTEM = ("tmp", "home", "cache", "exports")
+SYSTEM = ("tmp", "home", "cache", "traces")
 LONGEST = 20_000  # characters on standard error; a hostile input must not flood the screen
 
 

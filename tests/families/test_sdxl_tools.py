@@ -20,6 +20,7 @@ from pnp_trt.precision.int8.calibrate import CalibrationConfig, calibrate
 from pnp_trt.precision.int8.record import Record
 from pnp_trt.runtime.pipeline import Pipeline
 
+from ..bundles import document
 from ..conftest import Result
 
 TRAIN = TrainConfig(steps=6, batch=4, lr=5e-3, warmup=2, checkpoint_every=3)
@@ -49,12 +50,38 @@ def test_both_stages_of_distillation(micro_sdxl: Path, prompts: Path, tmp_path: 
     assert (tmp_path / "steps" / "steps-2" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-def test_calibration(micro_sdxl: Path, sdxl_guide: Path, prompts: Path, tmp_path: Path) -> None:
-    out = tmp_path / "record.json"
+def test_calibration_and_an_int8_engine(
+    cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out, engine = tmp_path / "record.json", tmp_path / "engine"
     calibrate(CalibrationConfig(str(micro_sdxl), str(sdxl_guide), prompts, out, pictures=1, batch=1, steps=2, probes=0))
     record = Record.read(out)
     assert record.base["sha256"] == resolve(str(micro_sdxl)).fingerprint()["all"]
     assert all(layer.amax["max"] > 0 for layer in record.layers.values())
+    done = cli("build", "--base", micro_sdxl, "--guide", sdxl_guide, "--precision", "int8", "--calibration", out,
+               "--out", engine)  # fmt: skip
+    assert done.code == 0, done.err
+    networks = document(engine)["networks"]
+    assert networks["unet"]["int8"]["layers"] == len(record.choices()) > 5 and "int8" not in networks["text_encoder_2"]
+    assert cli("verify", engine).code == 0
+    done = cli("sample", "a red apple", "--engine", engine, "--steps", 2, "--out", tmp_path / "s")
+    assert done.code == 0 and len(list((tmp_path / "s").glob("*.png"))) == 1, done.err
+
+
+def test_an_rtx_engine_is_compiled(
+    cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    done = cli("build", "--base", micro_sdxl, "--guide", sdxl_guide, "--backend", "tensorrt-rtx", "--precision", "fp16",
+               "--target", "sm_89", "--profile", "b1", "--out", tmp_path / "rtx")  # fmt: skip
+    assert done.code == 0, done.err
+    networks = document(tmp_path / "rtx")["networks"]
+    assert {n: networks[n]["file"] for n in ("unet", "text_encoder", "text_encoder_2", "vae_decoder")} == {
+        n: f"{n}.engine" for n in ("unet", "text_encoder", "text_encoder_2", "vae_decoder")
+    }
+    assert set(networks["unet"]["inputs"]) >= {"text_embeds", "time_ids", "guidance"}
+    assert all((tmp_path / "rtx" / f"{n}.engine").stat().st_size > 10_000 for n in networks)
+    assert networks["unet"]["parity"]["graph"] < networks["unet"]["parity"]["limit"]
 
 
 def test_visualize(cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, tmp_path: Path) -> None:
@@ -77,6 +104,23 @@ def test_latency(cli: Callable[..., Result], sdxl_plain: Path, tmp_path: Path) -
     assert done.code == 0, done.err
     rows = json.loads((tmp_path / "bench.json").read_text())["latency"]
     assert {row["method"] for row in rows} >= {"cfg", "unguided"}
+
+
+def test_fidelity(
+    cli: Callable[..., Result], sdxl_plain: Path, sdxl_guided: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """PSNR is that of the images which the bundles generate."""
+    done = cli("bench", "--engine", sdxl_plain, "--engine", sdxl_guided, "--only", "fidelity", "--steps", 2,
+               "--guidance", 3, "--pictures", 3, "--prompts", prompts, "--json", tmp_path / "bench.json")  # fmt: skip
+    assert done.code == 0, done.err
+    found = {row["method"]: row for row in json.loads((tmp_path / "bench.json").read_text())["fidelity"]}
+    texts, made = prompts.read_text().splitlines(), {}
+    for folder, method in ((sdxl_plain, "cfg"), (sdxl_guided, "guided")):
+        pipe = Pipeline.load(folder, provider="cpu", threads=1)
+        images = pipe(texts, steps=2, guidance=3.0, seed=[0, 1, 2], method=method)
+        made[method] = np.stack([image.pixels for image in images]).astype(float)
+    psnr = 10 * np.log10(255**2 / ((made["cfg"] - made["guided"]) ** 2).mean((1, 2, 3)))
+    assert found["guided"]["psnr_to_cfg_db"]["value"] == pytest.approx(psnr.mean(), abs=0.2)
 
 
 def test_a_peer_generates_the_engines_latents(micro_sdxl: Path, sdxl_plain: Path) -> None:

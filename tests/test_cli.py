@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pnp_trt.errors import PnpError
+from pnp_trt.io import process
+
 from .conftest import Result
 
 Cli = Callable[..., Result]
@@ -153,3 +156,28 @@ def test_doctor(cli: Cli) -> None:
     assert done.code == 0
     assert json.loads(done.out)
     assert cli("doctor").code == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    ],
+)
+def test_lack_of_memory_is_one_sentence(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(PnpError, match="there is not enough memory for this command; .* smaller batch"):
+        process.run(fail)
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
+    def fail() -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        process.run(fail)

@@ -202,12 +202,15 @@ def test_a_killed_run_goes_on_and_gives_the_same_rows(
         return draw(self, cell, callback)
 
     monkeypatch.setattr(Studio, "_draw", counted)
+    (tmp_path / ".killed.json.partial-0a1b2c3d").write_text("what a process that was killed left")
+    (tmp_path / ".whole.json.partial-0a1b2c3d").write_text("another run's")
     done = cli(*BOTH, *SMALL, "--json", killed, "--resume")
     assert done.code == 0 and "pieces are there already" in done.err, done.err
     assert len(drawn) == len(set(drawn))  # nothing twice
     assert read(killed)["fidelity"] == read(whole)["fidelity"] and read(killed)["pictures"] == read(whole)["pictures"]
     assert all(r["resumed"] for r in read(killed)["latency"])
     assert not Path(f"{killed}.partial").exists()
+    assert [p.name for p in tmp_path.glob(".*.partial-*")] == [".whole.json.partial-0a1b2c3d"]
 
 
 def test_an_engine_that_was_built_anew_is_not_mixed_with_the_old_one(

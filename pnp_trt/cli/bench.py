@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..io.files import remove_temporaries_of
 from ..io.text import printable
 
 
@@ -112,6 +113,9 @@ def bench(
     if work is None and json_file is not None and plan.only != "cost":
         work = json_file.with_name(json_file.name + ".partial")
     with Work(work, run.identity(plan), resume) as kept:
+        if resume:  # the run that is continued may have been killed while it wrote its results
+            for output in filter(None, (json_file, html_file, grid_file)):
+                remove_temporaries_of(output)
         try:
             with ProgressBar("bench", None) as bar:
                 document = run.run(

@@ -80,7 +80,8 @@ def run(command: Callable[[], None]) -> None:
 
     Raises:
         SystemExit: with its exit code.
-        PnpError: if standard output cannot be written, or for an error of the file system that nothing else explains.
+        PnpError: if standard output cannot be written, memory is short, or for an error of the file system that nothing
+            else explains.
     """
     with _streams(), _handlers():
         try:
@@ -96,11 +97,26 @@ def run(command: Callable[[], None]) -> None:
             number = signal.Signals(_State.received or signal.SIGINT)
             print(f"pnp-trt: {_WORDS[number.name]}", file=sys.stderr)
             raise SystemExit(128 + number) from None
+        except (MemoryError, RuntimeError) as e:
+            if not _out_of_memory(e):
+                raise
+            raise PnpError(
+                "there is not enough memory for this command; close other programs, or ask for a smaller batch, fewer "
+                "images or a smaller size"
+            ) from e
         except OSError as e:
             from .os_errors import advice, reason
 
             lines = reason(e).splitlines() or [type(e).__name__]
             raise PnpError(f"{lines[0]}; {advice(e, 'check that it exists and that you may use it')}") from e
+
+
+#: how PyTorch, ONNX Runtime and C++ say that an allocation failed, in a ``RuntimeError``
+_ALLOCATION = ("can't allocate memory", "bad_alloc", "bad allocation", "failed to allocate", "out of memory")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in _ALLOCATION)
 
 
 def _flush() -> None:

@@ -32,7 +32,7 @@ def claim(out: Path, settings: dict[str, Any], resume: bool, other: str = "choos
     names = _names(out)
     if names:
         if not record.is_file():
-            raise InputError(f"{out} is not empty and holds no run of this kind ({shown(names)}); {other}")
+            raise InputError(f"{out} is not empty and holds no run of this kind ({shown(names)}); name another folder")
         found = read_record(record, other)
         if found.get("key") != digest(settings):
             differs = _difference(found.get("settings", {}), settings)

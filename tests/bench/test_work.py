@@ -62,7 +62,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         Work(folder, {"rounds": 4, "seals": {"a": "2"}}, resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    with pytest.raises(InputError, match="not empty and holds no run of this kind"):
+    with pytest.raises(
+        InputError, match=r"not empty and holds no run of this kind \(thesis.txt\); name another folder$"
+    ):
         Work(tmp_path / "mine", {}, resume=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
 

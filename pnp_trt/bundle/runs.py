@@ -41,7 +41,8 @@ def claim(out: Path, settings: dict[str, Any], resume: bool, other: str = "choos
             raise InputError(f"{out} holds this run already; continue it with --resume, or {other}")
     make_folder(out)
     for folder in (out, *(path for path in out.rglob("*") if path.is_dir() and not path.is_symlink())):
-        remove_temporaries(folder)
+        if folder.is_dir():  # a temporary folder was removed with the one that holds it
+            remove_temporaries(folder)
     write_json(record, {"key": digest(settings), "settings": settings})
 
 

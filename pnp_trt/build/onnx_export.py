@@ -100,13 +100,14 @@ def _name_open(model: Any, axis: OpenAxis) -> None:
     """
     import onnx_ir as ir
 
+    def named(size: Any) -> Any:
+        return axis.name if isinstance(size, ir.SymbolicDim) and str(size.value) in written else size
+
     inputs = [v for v in model.graph.inputs if len(v.shape) == 4]
     written = {str(v.shape[axis.axis].value) for v in inputs}
     for value in (*model.graph.inputs, *(o for node in model.graph.all_nodes() for o in node.outputs)):
         if value.shape is not None:
-            written_here = [isinstance(d, ir.SymbolicDim) and str(d.value) in written for d in value.shape]
-            sizes = zip(value.shape, written_here, strict=True)
-            value.shape = ir.Shape([axis.name if found else d for d, found in sizes])
+            value.shape = ir.Shape([named(d) for d in value.shape])
     for value in model.graph.outputs:
         d = value.shape[axis.axis] if len(value.shape) == 4 else axis.name
         if isinstance(d, ir.SymbolicDim) and d.value != axis.name:

@@ -64,8 +64,7 @@ def generate(
 
             pipeline = Pipeline.load(engine, provider=provider)
             make_folder(out)
-            tally = offline.generate(
-                pipeline, rows, out, defaults=defaults, seed=seed, kind=kind, slots=slots, progress=progress
-            )
+            plan = offline.Plan.of(pipeline, rows, out, defaults=defaults, seed=seed, kind=kind)
+            tally = offline.generate(pipeline, plan, slots, progress)
     kept = f", {tally.kept} were there" if tally.kept else ""
     print(printable(f"{tally.made} images generated in {out}{kept}"))

@@ -66,7 +66,9 @@ def serve(
     require_packages("serve --ray" if ray else "serve")
     if not ray and (replicas or min_replicas):
         raise InputError(f"{'--replicas' if replicas else '--min-replicas'} is given without --ray; add --ray")
-    from ..serve.http.server import LOCAL, Server, check
+    from ..serve.engine import EngineOptions
+    from ..serve.http.server import LOCAL, Site, check
+    from ..serve.http.server import serve as serve_here
     from ..serve.http.settings import APIS, Settings
 
     names = names or ["emoji-tiny"]
@@ -82,14 +84,14 @@ def serve(
         build_if_missing(name, quiet=False)
     # a request's remarks would fill the terminal; its parameters state what was done
     warnings.filterwarnings("ignore", category=UserWarning)
-    common = (names, host, port, slots, queue, provider, threads, settings)
+    site = Site(names, host, port, EngineOptions(slots, queue, provider, threads), settings, _ready)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished what ran before it passes the signal on
         if ray:
-            from ..serve.ray.server import Server as RayServer
+            from ..serve.ray.server import serve as serve_by_ray
 
-            RayServer(*common, replicas, min_replicas, ready=_ready).run()
+            serve_by_ray(site, replicas, min_replicas)
         else:
-            Server(*common, ready=_ready, loras=offer).run()
+            serve_here(site, offer)
 
 
 def _offer(folder: Path, most_loaded: int, cache: Path | None, fetch_base: bool) -> LoraOffer:

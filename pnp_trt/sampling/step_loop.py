@@ -24,6 +24,8 @@ from .table import Schedule
 #: steps by which a waiting request's length counts less with every network call.  At 1, a request of S steps is
 #: overtaken by shorter ones that come in the S calls after it, and by none that come later.
 AGEING = 1.0
+#: rows of a server's network calls, unless its user says otherwise
+SLOTS = 8
 
 
 @dataclass(frozen=True)

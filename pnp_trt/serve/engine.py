@@ -17,9 +17,8 @@ import numpy as np
 from ..errors import InputError, PnpError
 from ..io.text import printable
 from ..runtime.pipeline import Picture, Pipeline, Prepared
-from ..sampling.step_loop import Run, Ticket
+from ..sampling.step_loop import SLOTS, Run, Ticket
 
-SLOTS = 8
 #: images that wait, at most, beside those that run
 QUEUE = 64
 #: shortest and longest time that a refused client is told to wait, in seconds
@@ -120,6 +119,21 @@ class Watcher:
 
     def ended(self, job: Job, error: PnpError | None) -> None:
         """A job has ended."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine of a bundle is loaded.
+
+    Attributes:
+        slots, queue_size: as of :class:`Engine`.
+        provider, threads: as of ``Pipeline.load``.
+    """
+
+    slots: int = SLOTS
+    queue_size: int = QUEUE
+    provider: str = "auto"
+    threads: int | None = None
 
 
 class Engine:

@@ -15,7 +15,8 @@ from ..errors import InputError, MissingDependency, PnpError
 from ..io.inputs import parse_json, read_text
 from ..runtime.images import FORMATS, encode_image, read_parameters, write_all_new
 from ..runtime.pipeline import Picture, Pipeline, Prepared
-from .engine import SLOTS, Engine
+from ..sampling.step_loop import SLOTS
+from .engine import Engine
 
 #: columns of a table → the type of their values
 COLUMNS: dict[str, Callable[[Any], Any]] = {
@@ -100,40 +101,6 @@ def _row(row: Any, number: int) -> dict[str, Any]:
     return out
 
 
-def generate(
-    pipeline: Pipeline,
-    rows: Iterable[Mapping[str, Any]],
-    out: Path,
-    *,
-    defaults: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    kind: str = "png",
-    slots: int = SLOTS,
-    progress: Progress | None = None,
-) -> Tally:
-    """One image file a row, OUT/00000001.png for the first; each is written whole or not at all.
-
-    Files of a run before are kept where they hold the same parameters, so that a run that was interrupted resumes, and
-    several processes may share the work: a row that another has written meanwhile is dropped.
-
-    Args:
-        rows: as :func:`read_rows` gives them.
-        out: a folder; it must exist.
-        defaults: values of ``COLUMNS`` for rows that lack them.
-        seed: of the first row that names none; each next row adds 1.
-        kind: ``png``, ``webp`` or ``jpeg``.
-
-    Raises:
-        InputError: for a row that cannot be served, before any image is made, or a file of another row in ``out``.
-        PnpError: if an image cannot be made or written; those before it are there.
-    """
-    plan = Plan.of(pipeline, rows, out, defaults=defaults, seed=seed, kind=kind)
-    kept = len(plan.files) - len(plan.missing)
-    report = None if progress is None else lambda made: progress(kept + made, len(plan.files))
-    make(pipeline, plan, slots, report)
-    return Tally(len(plan.missing), kept)
-
-
 @dataclass(frozen=True)
 class Plan:
     """Rows checked, and those of them that have no image yet.
@@ -161,7 +128,21 @@ class Plan:
         seed: int = 0,
         kind: str = "png",
     ) -> Plan:
-        """Arguments and errors as of :func:`generate`."""
+        """One image file a row, OUT/00000001.png for the first.
+
+        Files of a run before are kept where they hold the same parameters, so that a run that was interrupted resumes,
+        and several processes may share the work.
+
+        Args:
+            rows: as :func:`read_rows` gives them.
+            out: a folder; it must exist.
+            defaults: values of ``COLUMNS`` for rows that lack them.
+            seed: of the first row that names none; each next row adds 1.
+            kind: ``png``, ``webp`` or ``jpeg``.
+
+        Raises:
+            InputError: for a row that cannot be served, or a file of another row in ``out``.
+        """
         if kind not in FORMATS:
             raise InputError(f"the format is '{kind}'; known: {', '.join(FORMATS)}")
         given = dict(defaults or {})
@@ -176,32 +157,32 @@ class Plan:
         """Of some rows of a table, with their defaults and seeds; ``indices`` are theirs in the table, for messages.
 
         Raises:
-            InputError: as :func:`generate` does.
+            InputError: as of :meth:`of`.
         """
         prepared = [_prepared(pipeline, row, i) for i, row in zip(indices, rows, strict=True)]
         missing = [i for i, (file, each) in enumerate(zip(files, prepared, strict=True)) if not _there(file, each)]
         return cls(rows, files, prepared, missing, kind)
 
 
-def make(pipeline: Pipeline, plan: Plan, slots: int = SLOTS, report: Callable[[int], object] | None = None) -> None:
-    """Generate and write the missing images of a plan.
+def generate(pipeline: Pipeline, plan: Plan, slots: int = SLOTS, progress: Progress | None = None) -> Tally:
+    """Generate the missing images of a plan; each file is written whole or not at all.
 
-    Args:
-        report: called with the images done.
+    A row that another process has written meanwhile is dropped.
 
     Raises:
+        InputError: if another process has written another row's image in the place of one.
         PnpError: if an image cannot be made or written; those before it are there.
     """
     engine = Engine(pipeline, slots, _AHEAD)
     under_way: dict[Future[list[Picture]], int] = {}
     todo = iter(plan.missing)
-    done = 0
+    done = kept = len(plan.files) - len(plan.missing)
     try:
         while True:
             while len(under_way) < engine.slots + _AHEAD and (i := next(todo, None)) is not None:
                 under_way[engine.submit(plan.prepared[i]).future] = i
             if not under_way:
-                return
+                return Tally(len(plan.missing), kept)
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 i = under_way.pop(future)
                 (picture,) = future.result()
@@ -209,8 +190,8 @@ def make(pipeline: Pipeline, plan: Plan, slots: int = SLOTS, report: Callable[[i
                 if not write_all_new({plan.files[i]: data}):
                     _there(plan.files[i], plan.prepared[i])  # another process was faster
                 done += 1
-                if report is not None:
-                    report(done)
+                if progress is not None:
+                    progress(done, len(plan.files))
     finally:
         engine.stop(drain=False)
 

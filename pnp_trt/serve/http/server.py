@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ import uvicorn
 from ...bundle.store import Bundle, open_bundle
 from ...errors import InputError
 from ...runtime.pipeline import Pipeline
-from ..engine import QUEUE, SLOTS, Engine
+from ..engine import Engine, EngineOptions
 from ..loras import MOST_LOADED, LoraEngines, LoraFile, Plug
 from .app import create
 from .guard import App
@@ -42,93 +43,84 @@ class LoraOffer:
 
 
 @dataclass(frozen=True)
-class Server:
+class Site:
     """What is served, and where.
 
     Attributes:
         names: bundles, by name or folder.
         port: 0 takes a free one.
-        provider, threads: as of ``Pipeline.load``.
+        options: of every engine.
         ready: called with the server's address when it takes requests.
-        loras: that requests may name; None offers none.
     """
 
     names: Sequence[str]
     host: str = "127.0.0.1"
     port: int = 7860
-    slots: int = SLOTS
-    queue_size: int = QUEUE
-    provider: str = "auto"
-    threads: int | None = None
+    options: EngineOptions = field(default_factory=EngineOptions)
     settings: Settings = field(default_factory=Settings)
     ready: Callable[[str], object] = print
-    loras: LoraOffer | None = None
-
-    def run(self) -> None:
-        """Serve until SIGINT or SIGTERM; what runs or waits then is finished, and a second signal ends it at once.
-
-        Raises:
-            InputError: if a bundle cannot be loaded, two have one name, or the address cannot be listened at.
-        """
-        listener = listen(self.host, self.port)
-        engines: dict[str, Engine] = {}
-        metrics = Metrics()
-        loras = self._loras(metrics)
-        try:
-            check = None if self.loras is None else self.loras.check
-            engines = load_engines(self.names, self.slots, self.queue_size, self.provider, self.threads, metrics, check)
-            serve_app(create(engines, metrics, self.settings, loras), listener, self.host, self.ready)
-        finally:
-            if loras is not None:
-                loras.stop(drain=False)
-            for engine in engines.values():
-                engine.stop(drain=False)
-            listener.close()
-
-    def _loras(self, metrics: Metrics) -> LoraEngines | None:
-        if self.loras is None:
-            return None
-
-        def start(bundle: Bundle) -> Engine:
-            return start_engine(bundle, self.slots, self.queue_size, self.provider, self.threads, metrics)
-
-        return LoraEngines(self.loras.files, self.loras.plug, start, self.loras.most_loaded, self.queue_size + 1)
 
 
-def start_engine(
-    bundle: Bundle, slots: int, queue_size: int, provider: str, threads: int | None, metrics: Metrics
-) -> Engine:
-    """The engine of a bundle; ``metrics`` watches it under the bundle's name."""
-    pipeline = Pipeline(bundle, provider=provider, threads=threads)
-    return Engine(pipeline, slots, queue_size, watcher=metrics.watch(bundle.name))
-
-
-def load_engines(
-    names: Sequence[str | Path],
-    slots: int,
-    queue_size: int,
-    provider: str,
-    threads: int | None,
-    metrics: Metrics,
-    check: Callable[[Bundle], None] | None = None,
-) -> dict[str, Engine]:
-    """An engine of each bundle, by its name; ``metrics`` watches them.
+def serve(site: Site, loras: LoraOffer | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; what runs or waits then is finished, and a second signal ends it at once.
 
     Args:
-        check: raises ``InputError`` for a bundle that is not to be served.
+        loras: that requests may name; None offers none.
 
     Raises:
-        InputError: if a bundle cannot be loaded, or two have one name; the engines before it are stopped.
+        InputError: if a bundle cannot be loaded, two have one name, or the address cannot be listened at.
+    """
+    listener = listen(site.host, site.port)
+    metrics = Metrics()
+    engines: dict[str, Engine] = {}
+    with_loras = None
+    try:
+        if loras is not None:
+            start = partial(start_engine, options=site.options, metrics=metrics)
+            with_loras = LoraEngines(loras.files, loras.plug, start, loras.most_loaded, site.options.queue_size + 1)
+        bundles = open_bundles(site.names)
+        if loras is not None:
+            for bundle in bundles:
+                loras.check(bundle)
+        engines = load_engines(bundles, site.options, metrics)
+        serve_app(create(engines, metrics, site.settings, with_loras), listener, site.host, site.ready)
+    finally:
+        if with_loras is not None:
+            with_loras.stop(drain=False)
+        for engine in engines.values():
+            engine.stop(drain=False)
+        listener.close()
+
+
+def open_bundles(names: Sequence[str | Path]) -> list[Bundle]:
+    """Bundles, every file checked, before anything is loaded.
+
+    Raises:
+        InputError: if one cannot be opened, or two have one name.
+    """
+    bundles = [open_bundle(name) for name in names]
+    called = [bundle.name for bundle in bundles]
+    if twice := next((name for name in called if called.count(name) > 1), None):
+        raise InputError(f"two engines have the name '{twice}'; name each once")
+    return bundles
+
+
+def start_engine(bundle: Bundle, options: EngineOptions, metrics: Metrics) -> Engine:
+    """The engine of a bundle; ``metrics`` watches it under the bundle's name."""
+    pipeline = Pipeline(bundle, provider=options.provider, threads=options.threads)
+    return Engine(pipeline, options.slots, options.queue_size, watcher=metrics.watch(bundle.name))
+
+
+def load_engines(bundles: Sequence[Bundle], options: EngineOptions, metrics: Metrics) -> dict[str, Engine]:
+    """An engine of each bundle, by its name; ``metrics`` watches them.
+
+    Raises:
+        InputError: if a bundle cannot be loaded; the engines before it are stopped.
     """
     engines: dict[str, Engine] = {}
     try:
-        for name in names:
-            bundle = open_bundle(name)
-            if bundle.name in engines:
-                raise InputError(f"two engines have the name '{bundle.name}'; name each once")
-            if check is not None:
-                check(bundle)
-            engines[bundle.name] = start_engine(bundle, slots, queue_size, provider, threads, metrics)
+        for bundle in bundles:
+            engines[bundle.name] = start_engine(bundle, options, metrics)
     except BaseException:
         for engine in engines.values():
             engine.stop(drain=False)

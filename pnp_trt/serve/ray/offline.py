@@ -17,8 +17,9 @@ from typing import Any
 from ...errors import PnpError
 from ...io.text import printable
 from ...runtime.pipeline import Pipeline
-from ..engine import SLOTS
-from ..offline import Plan, Progress, Tally, make
+from ...sampling.step_loop import SLOTS
+from ..offline import Plan, Progress, Tally
+from ..offline import generate as generate_here
 from .cluster import cluster, placed
 
 #: rows of a batch, in the rows of an engine's call: at its end the calls are not full
@@ -31,7 +32,8 @@ class Task:
 
     Attributes:
         bundle, out: folders, which every node of the cluster has at the same place.
-        defaults, seed, kind, slots: as of :func:`pnp_trt.serve.offline.generate`.
+        defaults, seed, kind: as of :meth:`pnp_trt.serve.offline.Plan.of`.
+        slots: of a worker's engine.
         provider: as of ``Pipeline.load``.
     """
 
@@ -128,7 +130,7 @@ class Worker:
 
         rows, files = [json.loads(row) for row in batch["row"]], [Path(file) for file in batch["file"]]
         part = Plan.part(self._pipeline, map(int, batch["index"]), rows, files, self._task.kind)
-        make(self._pipeline, part, self._task.slots)
+        generate_here(self._pipeline, part, self._task.slots)
         return {"done": np.array([len(rows)])}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import PnpError
-from ..engine import QUEUE, SLOTS
+from ..engine import EngineOptions
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -30,18 +30,14 @@ class Spec:
 
     Attributes:
         bundles: folders, which every node of the cluster has at the same place.
-        slots, queue_size: of an engine of one replica, as of :class:`~pnp_trt.serve.engine.Engine`.
-        provider, threads: as of ``Pipeline.load``.
+        options: of every engine of a replica.
         resources: that Ray reserves for a replica, by Ray's names.
         replicas: fewest and most; between them their number follows the load.
     """
 
     bundles: Sequence[Path]
     settings: Settings
-    slots: int = SLOTS
-    queue_size: int = QUEUE
-    provider: str = "auto"
-    threads: int | None = None
+    options: EngineOptions
     resources: Mapping[str, float] = field(default_factory=dict)
     replicas: tuple[int, int] = (1, 1)
 
@@ -67,13 +63,11 @@ class Replica:
 
         from ..http.app import create
         from ..http.metrics import Metrics
-        from ..http.server import load_engines
+        from ..http.server import load_engines, open_bundles
 
         warnings.filterwarnings("ignore", category=UserWarning)
         self._metrics = Metrics()
-        self._engines = load_engines(
-            spec.bundles, spec.slots, spec.queue_size, spec.provider, spec.threads, self._metrics
-        )
+        self._engines = load_engines(open_bundles(spec.bundles), spec.options, self._metrics)
         self._app = create(self._engines, self._metrics, spec.settings)
 
     async def respond(self, scope: dict[str, Any], body: bytes) -> Answer:
@@ -137,14 +131,15 @@ def application(spec: Spec) -> Application:
     from ray import serve
 
     fewest, most = spec.replicas
+    slots, room = spec.options.slots, spec.options.slots + spec.options.queue_size
     deployment = serve.deployment(
         Replica,
         name=NAME,
         ray_actor_options=dict(spec.resources),
-        max_ongoing_requests=spec.slots + spec.queue_size,
-        max_queued_requests=spec.slots + spec.queue_size,
+        max_ongoing_requests=room,
+        max_queued_requests=room,
         autoscaling_config={
-            "min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": spec.slots,
+            "min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": slots,
             "upscale_delay_s": _UPSCALE, "downscale_delay_s": _DOWNSCALE,
         },
         health_check_period_s=_HEALTH_PERIOD,

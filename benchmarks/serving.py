@@ -2,7 +2,7 @@
 
 Two measurements, in CPU seconds of one thread, so that other programs of the machine count little:
 
-- **queues**: as `pnp-trt bench --only serving` measures them, for two mixes of steps and with two further ways of
+- **queues**: as `pnp-trt bench --only serving` measures them, for two mixes of steps and with two further policies of
   batching: `step-buckets` with batches padded to 1, 2, 4, 8, and `step-fifo`, first come first served;
 - **a burst** of mixed requests served by real calls, with the images compared with those that the pipeline gives alone.
 
@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 
 from pnp_trt.bench.measure import queues, serving
-from pnp_trt.bench.measure.serving import PROMPTS, SLOTS
+from pnp_trt.bench.measure.serving import PROMPTS
 from pnp_trt.bundle.provenance import provenance
 from pnp_trt.bundle.store import write_json
 from pnp_trt.runtime.pipeline import Pipeline, Prepared
-from pnp_trt.sampling.step_loop import Run, Ticket
+from pnp_trt.sampling.step_loop import SLOTS, Run, Ticket
 
 SCHEMA = "pnp-trt/serving/2"
 RESULTS = Path(__file__).parent / "results"
 MIXES: dict[str, tuple[int, ...]] = {"8, 20 or 50 steps": (8, 20, 50), "4 to 50 steps": tuple(range(4, 51))}
 SCALES = (2.0, 3.0, 5.0, 7.0)
-WAYS: dict[str, queues.Way] = queues.WAYS | {
+POLICIES: dict[str, queues.Policy] = queues.POLICIES | {
     "step-buckets": lambda costs, requests: queues.by_steps(costs, requests, buckets=(1, 2, 4, 8)),
     "step-fifo": lambda costs, requests: queues.by_steps(costs, requests, ageing=1e9),
 }
@@ -43,13 +43,13 @@ def mixes(costs: queues.Costs, count: int) -> dict[str, Any]:
     """Capacities and queues of each mix of steps."""
     found: dict[str, Any] = {}
     for mix, steps in MIXES.items():
-        capacity = queues.capacity(costs, count, steps, WAYS)
-        found[mix] = {"capacity_per_s": capacity, "queues": queues.rows(costs, count, steps, WAYS, capacity)}
+        capacity = queues.capacity(costs, count, steps, POLICIES)
+        found[mix] = {"capacity_per_s": capacity, "queues": queues.rows(costs, count, steps, POLICIES, capacity)}
     return found
 
 
 def burst(pipeline: Pipeline, count: int) -> dict[str, Any]:
-    """Requests that wait from the start, by real calls: CPU seconds of each way, and whether the images are equal."""
+    """Requests that all wait from the start, by real calls: CPU seconds by policy, and whether the images are equal."""
     draw = np.random.default_rng(3)
     asked = [
         {"prompts": str(draw.choice(PROMPTS)), "steps": int(draw.choice((8, 20, 50))), "seed": i,
@@ -119,7 +119,7 @@ def main() -> None:
     for mix, held in found["mixes"].items():
         print(mix, held["capacity_per_s"])
         for row in held["queues"]:
-            print(f"  {row['arrivals']:8} {row['load']:.0%} {row['way']:13} {row['latency_s']}")
+            print(f"  {row['arrivals']:8} {row['load']:.0%} {row['policy']:13} {row['latency_s']}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ..io.progress import Progress
 from ..runtime.pipeline import Pipeline
 from ..sampling.methods import CFG, GUIDED, INTERVAL, guided_steps
 from ..sampling.schedules import ddim
+from ..sampling.step_loop import SLOTS
 from ..version import __version__
 from . import results
 from .fidelity_rows import Cell, Studio, cells_of, plan_rows, verdict
@@ -173,7 +174,7 @@ class _Bench:
 
     def _serving_seconds(self, pipe: Pipeline) -> float:
         pace = self.timing.paces[f"{pipe.name}/{GUIDED.name}"]
-        calls = sum(pace.seconds(n, 2 * serving.TIMED_STEPS) for n in range(1, serving.SLOTS + 1))
+        calls = sum(pace.seconds(n, 2 * serving.TIMED_STEPS) for n in range(1, SLOTS + 1))
         return self.plan.rounds * calls + _QUEUED * self.plan.requests * sum(self.plan.steps) / len(self.plan.steps)
 
     def _serving_key(self, pipe: Pipeline) -> list[Any]:

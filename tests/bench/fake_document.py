@@ -216,12 +216,12 @@ def serving() -> dict[str, Any]:
     calls = {n: 0.008 + 0.004 * n for n in (1, 2, 4, 8)}
     costs = queues.Costs(calls, calls, 0.003, 0.01)
     steps = (8, 20, 50)
-    rates = queues.capacity(costs, 60, steps, queues.WAYS)
+    rates = queues.capacity(costs, 60, steps, queues.POLICIES)
     return {
         "engine": "emoji-tiny", "slots": 8, "rounds": 12, "requests": 60, "burst": queues.BURST, "steps": list(steps),
         "guidance": [3.0, 2.0, 5.0], "boundary": BOUNDARY, "text_s": 0.003, "decode_s": 0.01,
         "calls": [{"batch": n, "whole_s": s, "step_s": s} for n, s in calls.items()], "capacity_per_s": rates,
-        "queues": queues.rows(costs, 60, steps, queues.WAYS, rates),
+        "queues": queues.rows(costs, 60, steps, queues.POLICIES, rates),
     }  # fmt: skip
 
 

@@ -25,11 +25,11 @@ COSTS = queues.Costs(CALLS, CALLS, 0.003, 0.01)
 PADDED = queues.Costs({n: CALLS[n] for n in (1, 8)}, {n: CALLS[n] for n in (1, 8)}, 0.003, 0.01)
 
 
-@pytest.mark.parametrize("name", sorted(script.WAYS))
+@pytest.mark.parametrize("name", sorted(script.POLICIES))
 @pytest.mark.parametrize("burst", [1, 5])
 def test_every_request_is_served_once_and_in_order(name: str, burst: int) -> None:
     requests = queues.arrivals(120, 2.0, 3, (4, 9, 30), burst)
-    served = script.WAYS[name](COSTS, requests)
+    served = script.POLICIES[name](COSTS, requests)
     assert [r.steps for r in served.requests] == [r.steps for r in requests]
     for request in served.requests:
         assert request.at <= request.began < request.done < math.inf
@@ -41,22 +41,22 @@ def test_every_request_is_served_once_and_in_order(name: str, burst: int) -> Non
     assert (found["padding_share"] > 0) == (name == "step-buckets")
 
 
-@pytest.mark.parametrize("way", ["whole", "step", "cfg"])
-def test_rows_that_are_no_images_are_counted(way: str) -> None:
+@pytest.mark.parametrize("policy", ["whole", "step", "cfg"])
+def test_rows_that_are_no_images_are_counted(policy: str) -> None:
     """Three images in calls of eight rows: five are padded, or two with CFG's rows."""
-    found = queues.figures(queues.WAYS[way](PADDED, [queues.Request(0.0, 10) for _ in range(3)]))
-    assert found["padding_share"] == (0.25 if way == "cfg" else 0.625)
-    alone = queues.figures(queues.WAYS["one"](PADDED, [queues.Request(0.0, 10)]))
+    found = queues.figures(queues.POLICIES[policy](PADDED, [queues.Request(0.0, 10) for _ in range(3)]))
+    assert found["padding_share"] == (0.25 if policy == "cfg" else 0.625)
+    alone = queues.figures(queues.POLICIES["one"](PADDED, [queues.Request(0.0, 10)]))
     assert alone["latency_s"]["p99"] == pytest.approx(0.003 + 10 * CALLS[1] + 0.01) and alone["padding_share"] == 0
 
 
 def test_short_requests_pass_long_ones_and_cfg_takes_twice_the_rows() -> None:
     steps = (8, 20, 50)
-    capacity = queues.capacity(COSTS, 80, steps, queues.WAYS)
-    rows = queues.rows(COSTS, 80, steps, queues.WAYS, capacity)
+    capacity = queues.capacity(COSTS, 80, steps, queues.POLICIES)
+    rows = queues.rows(COSTS, 80, steps, queues.POLICIES, capacity)
     assert len(rows) == 2 * 3 * 4
-    cell = {row["way"]: row for row in rows if (row["arrivals"], row["load"]) == ("poisson", 0.8)}
-    short = {way: row["latency_s_by_steps"][0]["p95"] for way, row in cell.items() if row["latency_s"]}
+    cell = {row["policy"]: row for row in rows if (row["arrivals"], row["load"]) == ("poisson", 0.8)}
+    short = {policy: row["latency_s_by_steps"][0]["p95"] for policy, row in cell.items() if row["latency_s"]}
     assert short["step"] < short["whole"]
     assert capacity["step"] > 1.5 * capacity["cfg"] and capacity["step"] > 1.5 * capacity["one"]
     assert cell["cfg"]["latency_s"] is cell["one"]["latency_s"] is None  # above their capacity
@@ -77,7 +77,7 @@ def test_only_serving_measures_an_engine_with_a_guide(
     assert (held["engine"], held["slots"], held["steps"], held["guidance"]) == ("guided", 8, [3, 7], [2.0, 5.0])
     assert [call["batch"] for call in held["calls"]] == list(range(1, 9))
     assert all(call["whole_s"] > 0 < call["step_s"] for call in held["calls"]) and held["text_s"] > 0
-    assert {row["way"] for row in held["queues"]} == {"one", "whole", "step", "cfg"} == set(held["capacity_per_s"])
+    assert {row["policy"] for row in held["queues"]} == {"one", "whole", "step", "cfg"} == set(held["capacity_per_s"])
     assert {"what": "serving of plain", "why": "it has no guide, whose images would be compared with CFG's"} in doc[
         "left_out"
     ]

@@ -1,6 +1,6 @@
-"""Queues of image requests, served in several ways on a clock that measured costs drive; nothing is computed.
+"""Queues of image requests under several batching policies, on a clock of measured costs; nothing is computed.
 
-Ways of batching: ``one`` request at a time; ``whole`` requests of equal steps as one batch, w mixed (what ``Pipeline``
+Batching policies: ``one`` request at a time; ``whole`` requests of equal steps as one batch, w mixed (what ``Pipeline``
 does); ``step``, step-level batching by the server's own loop; ``cfg``, the same with CFG's two rows an image.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,9 +168,9 @@ def by_steps(
     return Served(requests, loop.rows_used, loop.rows_padded)
 
 
-Way = Callable[[Costs, list[Request]], Served]
+Policy = Callable[[Costs, list[Request]], Served]
 #: by their names in the results document
-WAYS: dict[str, Way] = {
+POLICIES: dict[str, Policy] = {
     "one": lambda costs, requests: by_whole_requests(costs, requests, 1),
     "whole": by_whole_requests,
     "step": by_steps,
@@ -201,23 +202,24 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
     return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in _PERCENTILES}
 
 
-def capacity(costs: Costs, count: int, steps: Sequence[int], ways: Mapping[str, Way]) -> dict[str, float]:
-    """Images per second of each way with every request there from the start."""
-    return {name: figures(way(costs, arrivals(count, 0, 1, steps)))["images_per_s"] for name, way in ways.items()}
+def capacity(costs: Costs, count: int, steps: Sequence[int], policies: Mapping[str, Policy]) -> dict[str, float]:
+    """Images per second of each policy with every request there from the start."""
+    waiting = partial(arrivals, count, 0, 1, steps)
+    return {name: figures(policy(costs, waiting()))["images_per_s"] for name, policy in policies.items()}
 
 
 def rows(
-    costs: Costs, count: int, steps: Sequence[int], ways: Mapping[str, Way], capacities: Mapping[str, float]
+    costs: Costs, count: int, steps: Sequence[int], policies: Mapping[str, Policy], capacities: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """A row for each kind of arrivals, load and way; figures are None where the load is above the way's capacity."""
+    """A row for each kind of arrivals, load and policy; figures are None above the policy's capacity."""
     found = []
     for kind, burst in ARRIVALS.items():
         for share in SHARES:
             rate = share * capacities["step"]
-            for name, way in ways.items():
+            for name, policy in policies.items():
                 fits = rate < capacities[name]  # else its queue grows without end
-                made = figures(way(costs, arrivals(count, rate, 7, steps, burst))) if fits else _NONE
-                found.append({"arrivals": kind, "load": share, "way": name, "rate_per_s": round(rate, 4), **made})
+                made = figures(policy(costs, arrivals(count, rate, 7, steps, burst))) if fits else _NONE
+                found.append({"arrivals": kind, "load": share, "policy": name, "rate_per_s": round(rate, 4), **made})
     return found
 
 

@@ -14,15 +14,14 @@ from ...runtime.pipeline import Pipeline
 from ...runtime.text import Text
 from ...sampling.methods import GUIDED
 from ...sampling.schedules import ddim
-from ...sampling.step_loop import StepLoop
+from ...sampling.step_loop import SLOTS, StepLoop
 from . import queues
 
-SLOTS = 8
 PROMPTS = ("a red apple", "a panda", "a red heart, noto style", "a lighthouse", "a blue car", "a green tree")
-#: steps that are timed in a row, by both ways of batching alike, and of the requests whose steps are timed
+#: steps that are timed in a row, by both batching policies alike, and of the requests whose steps are timed
 TIMED_STEPS, LONGEST = 4, 1000
 BOUNDARY = (
-    "a network call by each batch and each way of batching, a text encoding and a decoding were timed; the queues were "
+    "a network call by each batch and each batching policy, a text encoding and a decoding were timed; the queues were "
     "then served by the server's own loop on a clock that these medians drive, HTTP and image files not included"
 )
 
@@ -46,14 +45,14 @@ def measure(
         progress: called as progress(rounds done, rounds in all).
     """
     found = costs(pipeline, rounds, guidance, progress=progress)
-    ways = {name: way for name, way in queues.WAYS.items() if name != "cfg" or found.slots > 1}
-    capacities = queues.capacity(found, requests, steps, ways)
+    policies = {name: policy for name, policy in queues.POLICIES.items() if name != "cfg" or found.slots > 1}
+    capacities = queues.capacity(found, requests, steps, policies)
     return {
         "engine": pipeline.name, "slots": found.slots, "rounds": rounds, "requests": requests, "burst": queues.BURST,
         "steps": list(steps), "guidance": list(guidance), "boundary": BOUNDARY,
         "calls": [{"batch": n, "whole_s": found.whole[n], "step_s": found.step[n]} for n in found.step],
         "text_s": found.text, "decode_s": found.decode, "capacity_per_s": capacities,
-        "queues": queues.rows(found, requests, steps, ways, capacities),
+        "queues": queues.rows(found, requests, steps, policies, capacities),
     }  # fmt: skip
 
 
@@ -64,7 +63,7 @@ def costs(
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int, int], None] | None = None,
 ) -> queues.Costs:
-    """Medians of ``rounds``, at most 199; batches and ways alternate, so that other load falls on all alike.
+    """Medians of ``rounds``, at most 199; batches and policies alternate, so that other load falls on all alike.
 
     Args:
         guidance: scales w, mixed in every batch.
@@ -81,8 +80,8 @@ def costs(
         for n, loop in loops.items():
             loop.step()  # the network of this batch has not run for a while
             given = states.repeated(n), pipeline.noise(range(n)), guidance
-            for way in ("step", "whole") if done % 2 else ("whole", "step"):
-                if way == "step":
+            for policy in ("step", "whole") if done % 2 else ("whole", "step"):
+                if policy == "step":
                     step[n].append(_seconds(partial(_steps, loop), clock) / TIMED_STEPS)
                 else:
                     whole[n].append(_seconds(partial(_denoise, pipeline, *given), clock) / TIMED_STEPS)

@@ -1,4 +1,4 @@
-"""Queues of requests: latency by way of batching, a chart for each kind of arrivals and load."""
+"""Queues of requests: latency by batching policy, a chart for each kind of arrivals and load."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from ...visualize.figures import plain_text
 from .charts import Chart, bars, colour, pale_bar, svg, titled, write_at_ends
-from .words import ARRIVALS, WAYS, percent, three_digits
+from .words import ARRIVALS, POLICIES, percent, three_digits
 
-#: colours by way of batching: those of the methods whose images it makes, and a third for what other servers do
+#: colours by batching policy: those of the methods whose images it makes, and a third for what other servers do
 _COLOURS = {"step": "guided", "cfg": "cfg"}
 
 
@@ -35,12 +35,12 @@ def _chart(rows: Sequence[Mapping[str, Any]], name: str, engine: str) -> Chart:
             ends.append(0.0)
             texts.append("above its capacity")
             continue
-        paint = colour(_COLOURS.get(row["way"], ""))
+        paint = colour(_COLOURS.get(row["policy"], ""))
         pale_bar(axis, place, held["p95"], paint)
         axis.barh(place, held["p50"], height=0.5, color=paint, linewidth=0)
         ends.append(held["p95"])
         texts.append(f"{three_digits(held['p50'])} / {three_digits(held['p95'])} s")
-    axis.set_yticks(range(len(rows)), [WAYS.get(row["way"], row["way"]) for row in rows])
+    axis.set_yticks(range(len(rows)), [POLICIES.get(row["policy"], row["policy"]) for row in rows])
     arrivals, load = ARRIVALS.get(rows[0]["arrivals"], rows[0]["arrivals"]), percent(rows[0]["load"], 0)
     titled(axis, f"{arrivals}, {load} load{engine}", "s from arrival to image")
     write_at_ends(made, axis, ends, texts)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .tables import largest_batches
-from .words import WAYS, estimate, interval, percent, plural, three_digits
+from .words import POLICIES, estimate, interval, percent, plural, three_digits
 
 #: Interquartile range over median above which a latency is called noisy.
 NOISY = 0.1
@@ -52,9 +52,9 @@ def serving_sentences(doc: Mapping[str, Any]) -> list[str]:
     """One per engine: how latencies compare at 80 % load, and how many images a guide serves of CFG's."""
     found = []
     for held in doc.get("serving") or ():
-        rows = {r["way"]: r["latency_s"] for r in held["queues"] if (r["arrivals"], r["load"]) == _STATED}
+        rows = {r["policy"]: r["latency_s"] for r in held["queues"] if (r["arrivals"], r["load"]) == _STATED}
         if step := rows.get("step"):
-            others = [f"{_seconds(each)} for {WAYS[way]}" for way, each in rows.items() if each and way in _OTHERS]
+            others = [f"{_seconds(rows[other])} for {POLICIES[other]}" for other in _OTHERS if rows.get(other)]
             against = f", against {' and '.join(others)}" if others else ""
             load = f"{held['engine']}: at {percent(_STATED[1], 0)} load (Poisson)"
             found.append(f"{load} an image takes {_seconds(step)} step by step{against} (p50 / p95).")

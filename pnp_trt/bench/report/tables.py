@@ -14,7 +14,7 @@ from ..metric import METRICS
 from .words import (
     ARRIVALS,
     DASH,
-    WAYS,
+    POLICIES,
     decimals_of,
     estimate,
     file_size,
@@ -210,7 +210,7 @@ def cold_table(doc: Document) -> Table | None:
 
 
 def serving_table(doc: Document) -> Table | None:
-    """Every queue of requests, by arrivals, load and way of batching."""
+    """Every queue of requests, by arrivals, load and batching policy."""
     held = doc.get("serving") or ()
     rows = [(one, row) for one in held for row in one["queues"]]
     if not rows:
@@ -219,7 +219,7 @@ def serving_table(doc: Document) -> Table | None:
     columns: dict[str, list[str] | None] = {
         "engine": [one["engine"] for one, _ in rows] if len(held) > 1 else None,
         "arrivals": [ARRIVALS.get(row["arrivals"], row["arrivals"]) for _, row in rows],
-        "batching": [WAYS.get(row["way"], row["way"]) for _, row in rows],
+        "batching": [POLICIES.get(row["policy"], row["policy"]) for _, row in rows],
         "load": [percent(row["load"], 0) for _, row in rows],
         "images / s": [_queue_figure(row["images_per_s"]) for _, row in rows],
         **{f"{p}, s": [_queue_figure((row["latency_s"] or {}).get(p)) for _, row in rows] for p in _PERCENTILES},
@@ -234,8 +234,8 @@ def serving_table(doc: Document) -> Table | None:
         "padding": [percent(row["padding_share"], 0) for _, row in rows],
     }
     notes = [
-        f"{one['engine']}: {', '.join(f'{WAYS.get(way, way)} {three_digits(rate)}' for way, rate in rates.items())} "
-        "images per second at most; the load is a share of step by step's. – : above the way's capacity."
+        f"{one['engine']}: {', '.join(f'{POLICIES.get(p, p)} {three_digits(rate)}' for p, rate in rates.items())} "
+        "images per second at most; the load is a share of step by step's. – : above the policy's capacity."
         for one in held
         for rates in [one["capacity_per_s"]]
     ]

@@ -17,8 +17,8 @@ _PEERS = {
 }
 
 
-#: a queue's way of batching in tables and charts
-WAYS = {"one": "one at a time", "whole": "whole requests", "step": "step by step", "cfg": "CFG, step by step"}
+#: a queue's batching policy in tables and charts
+POLICIES = {"one": "one at a time", "whole": "whole requests", "step": "step by step", "cfg": "CFG, step by step"}
 #: a queue's arrivals
 ARRIVALS = {"poisson": "Poisson", "bursts": "Bursts"}
 

@@ -35,8 +35,8 @@ def load(suite: str) -> dict[str, Any]:
     """The fields of a plan that a suite sets, by name or file.
 
     Raises:
-        InputError: for an unknown suite, a file that is not TOML, an unknown key, or a value of another kind; the
-            message has the known ones.
+        InputError: for an unknown suite, a file that is not TOML or is empty, an unknown key, or a value of another
+            kind; the message has the known ones.
     """
     path = Path(suite)
     if not is_file(path):
@@ -49,6 +49,8 @@ def load(suite: str) -> dict[str, Any]:
         table = tomllib.loads(read_text(path, "suite"))
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as e:  # ValueError: a number of thousands of digits
         raise InputError(f"suite {path} is not readable as TOML ({e}); correct it") from e
+    if not table:
+        raise InputError(f"suite {path} sets nothing; give it a setting such as steps = 50, or leave --suite out")
     return {key: _value(path, key, value) for key, value in table.items()}
 
 

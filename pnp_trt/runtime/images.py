@@ -132,7 +132,8 @@ def save_picture(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kin
 
     Raises:
         InputError: for another kind.
-        PnpError: if the file cannot be written, or exists.
+        InputError: if the file exists.
+        PnpError: if it cannot be written.
     """
     _write_new(encode_image(pixels, parameters, kind, path), path)
 
@@ -217,7 +218,7 @@ def _write_new(data: bytes, path: Path) -> None:
     try:
         write_new(data, path)
     except FileExistsError as e:
-        raise PnpError(f"{path} cannot be written (File exists); choose another name") from e
+        raise InputError(f"{path} exists and is not overwritten; name another file") from e
 
 
 def grid(

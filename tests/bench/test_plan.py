@@ -83,6 +83,8 @@ def test_the_command_line_overrides_the_suite_and_the_suite_overrides_quick(tmp_
         ("base = 3\n", "'base' is 3; it must be a text"),
         ("size = '64by64'\n", "size is '64by64'"),
         ("steps = [8\n", "is not readable as TOML"),
+        ("", "sets nothing; give it a setting"),
+        ("# steps = [8]\n", "sets nothing; give it a setting"),
     ],
 )
 def test_bad_suites_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -74,8 +74,8 @@ def _changed(event: str, arguments: tuple[Any, ...]) -> list[str]:
         path, _, flags = arguments
         if _busy or not isinstance(flags, int) or not flags & WRITING:
             return []
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            return []  # a file without a name, by which a folder is probed: nothing is seen to change
+        if not isinstance(path, int) and os.path.isdir(path):  # noqa: PTH112
+            return []  # a file without a name (O_TMPFILE), by which a folder is probed: nothing is seen to change
         return _write_lines([path], None)
     if event not in CHANGES:
         return []

@@ -106,6 +106,7 @@ def _device_stays(outcome: Outcome, place: Place) -> str | None:
 
 #: The fixtures are shared by all cases: none may replace an engine of them, as ``--force`` rightly would.
 UNSAFE = {("an engine", "plug --force --out"), ("an engine", "build --force --out"), ("an engine", "bench --json"),
+          ("the root", "sample --out"),  # root may write there, and does
           ("an engine", "sample --out"), ("an engine", "visualize --out"), ("an engine", "bench --work")}  # fmt: skip
 
 

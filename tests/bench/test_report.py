@@ -135,6 +135,13 @@ def test_doubtful_results_are_called_so() -> None:
     assert "the timing was noisy (interquartile range 30.0 % of the median)" in sentence
 
 
+@pytest.mark.parametrize(("share", "said"), [(0.6, False), (1.0, False), (3.95, True), (None, False)])
+def test_a_loop_that_is_faster_than_possible_is_explained(share: float | None, said: bool) -> None:
+    row = make()["latency"][0] | {"share_of_least": share}
+    found = report.sentences(make(latency=[row], methods_cost=[], serving=[]))
+    assert any("the device was busy while its peaks were measured" in sentence for sentence in found) is said
+
+
 def test_each_part_may_be_missing(tmp_path: Path) -> None:
     whole = make()
     for part in ({}, *({key: whole[key]} for key in EMPTY)):

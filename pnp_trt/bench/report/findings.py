@@ -10,6 +10,8 @@ from .words import POLICIES, estimate, interval, percent, plural, three_digits
 
 #: Interquartile range over median above which a latency is called noisy.
 NOISY = 0.1
+#: share of the least time in the measured one from which on the device's peaks were measured too low
+_FASTER_THAN_POSSIBLE = 1.05
 #: arrivals and load of the sentence about serving, and what step by step is compared with
 _STATED, _OTHERS = ("poisson", 0.8), ("whole", "one")
 
@@ -32,7 +34,9 @@ def quality_sentence(doc: Mapping[str, Any]) -> str:
 
 
 def time_sentences(doc: Mapping[str, Any]) -> list[str]:
-    """One per engine, at its largest batch; marks a difference that is not significant and noisy timing."""
+    """One per engine, at its largest batch; marks a difference that is not significant, noisy timing, and peaks that
+    were measured too low.
+    """
     found = []
     for row in largest_batches(doc):
         text = f"{row['engine']}: guided takes {row['ratio_to_cfg']:.2f} of CFG's time per loop at batch {row['batch']}"
@@ -45,6 +49,11 @@ def time_sentences(doc: Mapping[str, Any]) -> list[str]:
         if (row.get("spread") or 0) > NOISY:
             text += f"; the timing was noisy (interquartile range {percent(row['spread'])} of the median)"
         found.append(text + ".")
+    if any((row.get("share_of_least") or 0) > _FASTER_THAN_POSSIBLE for row in doc["latency"]):
+        found.append(
+            "Some loops were faster than their least time: the device was busy while its peaks were measured. "
+            "Run again on an idle machine."
+        )
     return found
 
 

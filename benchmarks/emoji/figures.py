@@ -38,12 +38,13 @@ GRID = (
 )  # fmt: skip
 
 
-def _command(model_dir: Path, fine_tunes: dict[str, Path], judge: Path, pictures: int, steps: int) -> str:
+def _command(model_dir: Path, fine_tunes: dict[str, Path], judge: Path, pictures: int, steps: int, device: str) -> str:
     """The command line that measures the same, also when ``evaluate`` was called from elsewhere."""
     words = ["python", "-m", "benchmarks.emoji.figures", "--model", relative(model_dir), "--judge", relative(judge)]
     for word, path in fine_tunes.items():
         words += ["--fine-tune", f"{word}={relative(path)}"]
-    return shlex.join([*words, "--pictures", str(pictures), "--steps", str(steps)])
+    words += ["--pictures", str(pictures), "--steps", str(steps)]
+    return shlex.join(words if device == "cpu" else [*words, "--device", device])
 
 
 def evaluate(
@@ -58,6 +59,7 @@ def evaluate(
     grid: Path = Path("pnp_trt/assets/emoji/grid.png"),
     scales: Sequence[float] = SCALES,
     batch: int = BATCH,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Sample and measure ``model_dir`` (a StableDiffusionPipeline folder) and its fine-tuned U-Nets.
 
@@ -72,9 +74,9 @@ def evaluate(
         raise InputError(f"scales must hold 1, which the others are compared with; got {list(scales)}")
     if unknown := sorted(set(fine_tunes) - {s.word for s in FINE_TUNE_STYLES}):
         raise InputError(f"unknown fine-tune {unknown[0]!r}; known: {', '.join(s.word for s in FINE_TUNE_STYLES)}")
-    head, extract = AlignmentHead.load(judge), FeatureExtractor()
-    told = provenance(model_dir, fine_tunes, head, _command(model_dir, fine_tunes, judge, pictures, steps))
-    sampler = Sampler(model_dir)
+    head, extract = AlignmentHead.load(judge), FeatureExtractor(device)
+    told = provenance(model_dir, fine_tunes, head, _command(model_dir, fine_tunes, judge, pictures, steps, device))
+    sampler = Sampler(model_dir, device=device)
     parts = split()
     sets = {
         "train": asks(parts["train"], BASE_STYLES, pictures),
@@ -87,6 +89,7 @@ def evaluate(
     def work(sampler: Sampler, weights: Any, name: str, rows: Sequence[Ask], over: Sequence[float]) -> dict[str, Any]:
         """Sample and measure one set at each w; images already made by the same weights are taken up."""
         key = [weights, told["versions"]["torch"], precision["precision"], steps, batch, [astuple(a) for a in rows]]
+        key += [] if device == "cpu" else [device]
         folder = cache / "figures" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         real = Shots.cached(folder / "real.npz", lambda: real_pictures(rows, cache), extract)
         again = Shots.cached(folder / "real-again.npz", lambda: real_pictures(rows, cache, 1), extract)
@@ -132,7 +135,7 @@ def evaluate(
 
     found["fine_tunes"] = {}
     for word, path in fine_tunes.items():
-        tuned = Sampler(model_dir, path)
+        tuned = Sampler(model_dir, path, device)
         tuned.bfloat16 = sampler.bfloat16
         rows = asks(parts["train"], [STYLES[word]], max(4, pictures // 4))
         over = [w for w in FINE_TUNE_SCALES if w in scales]
@@ -160,6 +163,8 @@ def main() -> None:
     add("--card-only", action="store_true", help="only draw the card, from the results that are there")
     add("--pictures", type=int, default=512, help="of trained captions, for each w")
     add("--steps", type=int, default=20)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="images of the two differ in the last bits")
+    add("--batch", type=int, default=BATCH, help="images sampled at once")
     args = parser.parse_args()
     try:
         if args.card_only:
@@ -172,7 +177,16 @@ def main() -> None:
                     raise InputError(f"--fine-tune needs STYLE=FILE with a file that is there, got {given!r}")
                 fine_tunes[word] = Path(file)
             figures = evaluate(
-                args.model, fine_tunes, args.judge, args.cache, args.results, args.pictures, args.steps, grid=args.grid
+                args.model,
+                fine_tunes,
+                args.judge,
+                args.cache,
+                args.results,
+                args.pictures,
+                args.steps,
+                grid=args.grid,
+                batch=args.batch,
+                device=args.device,
             )
         write_card(figures, args.card)
     except (InputError, FileNotFoundError) as error:

@@ -131,7 +131,7 @@ def settle(
         compiled: False keeps to eager.
     """
     record: dict[str, Any] = {"precision": FLOAT32, "compiled": False, "psnr_db": {}, "trouble": None}
-    if not multiplies("bfloat16"):
+    if next(unet.parameters()).device.type != "cpu" or not multiplies("bfloat16"):
         return Network(unet, guide, FLOAT32, False, batch), record
     exact = draw(Network(unet, guide, FLOAT32, False, batch))
     for precision in (BFLOAT16,) if guide is None else (BFLOAT16, MIXED):

@@ -76,17 +76,19 @@ class Runner:
         bases: U-Nets by name; the one named ``emoji`` gives text encoder, decoder and schedule to all.
         guides: guides' folders by name.
         compiled: False keeps to eager networks.
+        device: ``cpu`` or ``cuda``, where networks are float32 and eager.
     """
 
     def __init__(
         self, bases: dict[str, BaseModel], guides: dict[str, Path], extract: FeatureExtractor, cache: Path,
-        pictures: int, batch: int = BATCH, compiled: bool = True,
+        pictures: int, batch: int = BATCH, compiled: bool = True, device: str = "cpu",
     ) -> None:  # fmt: skip
         quiet_libraries()
-        self.bases, self.pictures, self.batch, self.compiled = bases, pictures, batch, compiled
+        self.bases, self.pictures, self.batch = bases, pictures, batch
+        self.device, self.compiled = device, compiled and device == "cpu"
         self.cache, self.folder, self.extract = cache, cache / "tables", extract
-        self.sampler = Sampler(bases[TEACHER].folder)
-        self.guides = {name: load_guide(str(path)) for name, path in guides.items()}
+        self.sampler = Sampler(bases[TEACHER].folder, device=device)
+        self.guides = {name: load_guide(str(path)).to(device) for name, path in guides.items()}
         for guide in self.guides.values():
             Student(self.sampler.unet, guide)  # refuses a guide of another shape before hours are spent
         self.guide_hashes = {
@@ -130,6 +132,7 @@ class Runner:
             self.batch,
             multiplies("bfloat16"),
             self.compiled,
+            *([] if self.device == "cpu" else [self.device]),
         ]
         return digest([self._weights(cell), settings, torch.__version__, rows])[:16]
 
@@ -144,7 +147,7 @@ class Runner:
         # compiled code of the network before; dynamo gives up compiling one class after eight instances
         torch._dynamo.reset()
         gc.collect()
-        unet = self.bases[cell.base].unet()
+        unet = self.bases[cell.base].unet().to(self.device)
         guide = self.guides[cell.guide] if cell.guide else None
         record = self.record(cell)
         if record is not None:
@@ -165,6 +168,7 @@ class Runner:
 
     def _record_file(self, cell: Cell) -> Path:
         what = [self._weights(cell), self.batch, multiplies("bfloat16"), self.compiled, torch.__version__]
+        what += [] if self.device == "cpu" else [self.device]
         return self.folder / f"network-{digest(what)[:16]}.json"
 
     def record(self, cell: Cell) -> dict[str, Any] | None:

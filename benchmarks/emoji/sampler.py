@@ -102,9 +102,9 @@ def denoise(
     """
     n = len(x)
     x = x * schedule.init_scale
-    w = torch.full((n,), float(how.w))
+    w = torch.full((n,), float(how.w), device=x.device)
     for i, twice in enumerate(how.twice(schedule)):
-        t = torch.full((n,), int(schedule.timesteps[i]))
+        t = torch.full((n,), int(schedule.timesteps[i]), device=x.device)
         if twice:
             both = predict(torch.cat([x, x]), t.repeat(2), torch.cat([empty.expand_as(text), text]), w.repeat(2))
             without, with_text = both.chunk(2)
@@ -118,9 +118,16 @@ def denoise(
 
 
 class Sampler:
-    """A Stable-Diffusion folder with its own batched loop, which skips what figures do not need."""
+    """A Stable-Diffusion folder with its own batched loop, which skips what figures do not need.
 
-    def __init__(self, folder: Path, unet: Path | None = None) -> None:
+    Noise is drawn on the CPU, so that an image starts from the same noise on every device.
+
+    Args:
+        unet: safetensors of a fine-tuned U-Net.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, folder: Path, unet: Path | None = None, device: str = "cpu") -> None:
         from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -130,10 +137,13 @@ class Sampler:
         vae_class = AutoencoderTiny if index["vae"][1] == "AutoencoderTiny" else AutoencoderKL
 
         def load(kind: Any, part: str) -> Any:
-            return kind.from_pretrained(folder / part).float().eval().requires_grad_(False)
+            return kind.from_pretrained(folder / part).float().eval().requires_grad_(False).to(device)
 
         self.unet, self.vae = load(UNet2DConditionModel, "unet"), load(vae_class, "vae")
         self.text_encoder = load(CLIPTextModel, "text_encoder")
+        self.device = device
+        if device != "cpu":  # as exact as on a CPU: PyTorch's convolutions are TensorFloat-32 by default
+            torch.backends.cudnn.allow_tf32 = False
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.schedule_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         if unet is not None:
@@ -153,7 +163,7 @@ class Sampler:
             some = new[i : i + BATCH]
             longest = self.tokenizer.model_max_length
             ids = self.tokenizer(some, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-            self._states.update(zip(some, self.text_encoder(ids.input_ids)[0], strict=True))
+            self._states.update(zip(some, self.text_encoder(ids.input_ids.to(self.device))[0], strict=True))
         return torch.stack([self._states[p] for p in prompts])
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
@@ -173,7 +183,7 @@ class Sampler:
         for i in range(0, len(rows), batch):
             some = rows[i : i + batch]
             x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(a.seed)) for a in some])
-            text = self.text([a.prompt for a in some])
+            x, text = x.to(self.device), self.text([a.prompt for a in some])
             done.append(self.decode(denoise(predict, schedule, x, text, self.text([""]), how, tick)))
         return np.concatenate(done)
 
@@ -191,22 +201,25 @@ class Sampler:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         out = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+        return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     @torch.no_grad()
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
         """Images through the autoencoder and back: the best that any U-Net could draw."""
         out = []
         for i in range(0, len(pixels), BATCH):
-            x = torch.from_numpy(pixels[i : i + BATCH]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+            x = torch.from_numpy(pixels[i : i + BATCH]).permute(0, 3, 1, 2).to(self.device).float().div(127.5).sub(1)
             code = self.vae.encode(x)
             z = code.latents if hasattr(code, "latents") else code.latent_dist.mode()
             out.append(self.decode(z * self.vae.config.scaling_factor))
         return np.concatenate(out)
 
     def choose_precision(self, rows: Sequence[Ask], steps: int) -> dict[str, Any]:
-        """Use bfloat16 if the processor has it and the images show no difference, at the strongest guidance."""
-        if not multiplies("bfloat16"):
+        """Use bfloat16 if the processor has it and the images show no difference, at the strongest guidance.
+
+        A GPU computes the bundled model in float32 within seconds.
+        """
+        if self.device != "cpu" or not multiplies("bfloat16"):
             return {"precision": "float32", "bfloat16_psnr_db": None}
         self.bfloat16 = False
         exact = self(rows[:8], max(SCALES), steps)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple
 from functools import lru_cache
 from pathlib import Path
@@ -106,32 +107,67 @@ class Measurer:
             out["interval_chosen"] = self.runner.best.get((cell.steps, cell.w)) if cell.interval == BEST else None
         return out
 
-    def __call__(self) -> dict[str, Any]:
+    def group(self, group: Sequence[Cell]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What is said of a group, and of each of its cells."""
+        whole = self.about(group)
+        about = {**self.told(group[0]), "seeds": [c.seed for c in group], **whole}
+        cells = []
+        for c in group:
+            mine = whole if len(group) == 1 else self.about([c])
+            ranks = " ".join(str(r) for r in self.at(c).ranks)
+            cells.append({**self.told(c), "cache": self.runner.key(c), **mine, "ranks": ranks})
+        return about, cells
+
+    def duel(self, pair: tuple[Cell, Cell]) -> dict[str, Any]:
+        """What a guide gains over what costs no training."""
+        rival, guide = pair
+        return compare.gain(self.runner.real("train"), [self.at(rival)], [self.at(guide)])
+
+    def __call__(self, processes: int = 1) -> dict[str, Any]:
         members: dict[tuple[Any, ...], list[Cell]] = {}
         for c in self.cells:
             members.setdefault(c.group, []).append(c)
-        one_by_one, groups = [], []
-        for group in tqdm(members.values(), desc="measuring", mininterval=5):
-            whole = self.about(group)
-            groups.append({**self.told(group[0]), "seeds": [c.seed for c in group], **whole})
-            for c in group:
-                mine = whole if len(group) == 1 else self.about([c])
-                ranks = " ".join(str(r) for r in self.at(c).ranks)
-                one_by_one.append({**self.told(c), "cache": self.runner.key(c), **mine, "ranks": ranks})
+        sets = list(members.values())
+        for name in dict.fromkeys(c.captions for c in self.cells):
+            self.runner.real(name)  # once, and not in every process
+        measured = spread(self.group, sets, processes, "measuring")
+        groups = [about for about, _ in measured]
+        one_by_one = [cell for _, cells in measured for cell in cells]
         free = [
-            (cells[0], g) for cells, g in zip(members.values(), groups, strict=True)
+            (cells[0], g) for cells, g in zip(sets, groups, strict=True)
             if g["table"] == "C" and g["captions"] == "train"
         ]  # fmt: skip
-        duels = [
-            compare.free_verdict(
-                g, r, compare.gain(self.runner.real("train"), [self.at(rival)], [self.at(guide)])
-            )
+        pairs = [
+            ((rival, guide), (g, r))
             for guide, g in free if g["guide"] for rival, r in free if not r["guide"] and r["w"] == g["w"]
         ]  # fmt: skip
+        gains = spread(self.duel, [cells for cells, _ in pairs], processes, "comparing")
+        duels = [compare.free_verdict(g, r, gain) for (_, (g, r)), gain in zip(pairs, gains, strict=True)]
         verdicts = {
             "A": compare.goal_verdicts(groups, HEADLINE_W), "B": compare.transfer_verdicts(groups), "C": duels,
         }  # fmt: skip
         return {"costs": self.costs, "cells": one_by_one, "groups": groups, "verdicts": verdicts}
+
+
+_WORK: Callable[[Any], Any]
+
+
+def spread(work: Callable[[Any], Any], items: Sequence[Any], processes: int, name: str) -> list[Any]:
+    """``[work(item) for item in items]``, by forked processes where more than one is asked for.
+
+    What ``work`` holds is inherited by the fork and never pickled; it must not use a GPU.
+    """
+    global _WORK
+    bar = {"desc": name, "total": len(items), "mininterval": 5}
+    if processes == 1:
+        return [work(item) for item in tqdm(items, **bar)]
+    _WORK = work
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return list(tqdm(pool.imap(_forked, items), **bar))
+
+
+def _forked(item: Any) -> Any:
+    return _WORK(item)
 
 
 def choose_cells(
@@ -171,7 +207,8 @@ def evaluate(
     missing: dict[str, str] | None = None, pictures: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
     only_teacher: bool = False, only_guided: bool = False, light: bool = False, sampled_only: bool = False,
     scales: Sequence[float] = SCALES, most_steps: int = 1000, command: str = "",
-    batch: int = BATCH, compiled: bool = True,
+    batch: int = BATCH, compiled: bool = True, device: str = "cpu",
+    processes: int = 1,
     cells: Sequence[Cell] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Sample and measure the tables; writes the JSON ``results`` and returns what it holds.
@@ -182,6 +219,8 @@ def evaluate(
         only_guided: the same of what needs one; both at once are two processes' work.
         sampled_only: measure what is sampled, and name the rest as left out.
         light: leave out what :func:`~.cells.spared` names.
+        processes: that measure what is sampled.
+        device: ``cpu`` or ``cuda``; images of the two differ in the last bits.
         cells: instead of all of the tables'.
 
     Raises:
@@ -195,7 +234,7 @@ def evaluate(
         cells or all_cells(seeds), only, bases, guides, missing or {}, light, scales, most_steps
     )
     head = AlignmentHead.load(judge)
-    runner = Runner(bases, guides, FeatureExtractor(), cache, pictures, batch, compiled)
+    runner = Runner(bases, guides, FeatureExtractor(device), cache, pictures, batch, compiled, device)
     if only_teacher:
         runner.sample([c for c in wanted if c.guide is None])
         return None
@@ -211,7 +250,7 @@ def evaluate(
     runner.decide(wanted)
     tuned = {n: b.unet_file for n, b in bases.items() if b.unet_file is not None}
     names = list(dict.fromkeys(c.captions for c in wanted))
-    found = Measurer(runner, wanted, head)()
+    found = Measurer(runner, wanted, head)(processes)
     ceilings = {}
     for name in names:
         rows = captions(name, pictures)
@@ -255,6 +294,9 @@ def main() -> None:
     add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
     add("--cache", type=Path, default=Path("build/emoji"), help="pictures, features and work in progress")
     add("--eager", action="store_true", help="compile nothing")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--batch", type=int, default=BATCH, help="images sampled at once")
+    add("--processes", type=int, default=1, help="that measure what is sampled")
     args = parser.parse_args()
     try:
         guides, missing = find_guides(args.guides)
@@ -263,6 +305,7 @@ def main() -> None:
         words += ["--seeds", str(args.seeds), *(["--guides", relative(args.guides)] if args.guides else [])]
         words += ["--scales", args.scales] if args.scales != parser.get_default("scales") else []
         words += ["--light"] if args.light else []
+        words += ["--device", args.device, "--batch", str(args.batch)] if args.device != "cpu" else []
         words += ["--sampled-only"] if args.sampled_only else []
         found = evaluate(
             bases, guides, args.judge, args.cache, args.json, missing=missing, pictures=args.pictures,
@@ -270,6 +313,7 @@ def main() -> None:
             only_teacher=args.only_teacher, only_guided=args.only_guided, light=args.light,
             sampled_only=args.sampled_only, scales=[float(w) for w in args.scales.split(",")],
             most_steps=args.most_steps, command=shlex.join(words), compiled=not args.eager,
+            device=args.device, batch=args.batch, processes=args.processes,
         )  # fmt: skip
     except InputError as error:
         parser.error(str(error))

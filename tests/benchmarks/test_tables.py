@@ -282,17 +282,22 @@ def smoke(
         cells=some_cells(),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "FeatureExtractor", Eyes)
+        patch.setattr(tables, "FeatureExtractor", lambda _device: Eyes())
         patch.setattr(runner, "real_pictures", lambda rows, *_: np.random.default_rng(0).integers(
             0, 256, (len(rows), 32, 32, 3), dtype=np.uint8))  # fmt: skip
         assert tables.evaluate(**given, only_teacher=True) is None
         assert not (home / "tables.json").exists()
         document = tables.evaluate(**given)
         assert document is not None
-        # a second run samples nothing
+        # a second run samples nothing, and two processes measure the same
         patch.setattr(Sampler, "draw", lambda *_: pytest.fail("sampled again"))
-        again = tables.evaluate(**given)
-    assert again is not None and again["groups"] == document["groups"] and again["networks"] == document["networks"]
+        again = tables.evaluate(**given, processes=2)
+    assert (
+        again is not None
+        and again["groups"] == document["groups"]
+        and again["verdicts"] == document["verdicts"]
+        and again["networks"] == document["networks"]
+    )
     return document, home, given
 
 
@@ -337,7 +342,7 @@ def test_what_is_not_sampled_is_left_out_when_asked(
     smoke: tuple[dict[str, Any], Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document, _, given = smoke
-    monkeypatch.setattr(tables, "FeatureExtractor", Eyes)
+    monkeypatch.setattr(tables, "FeatureExtractor", lambda _device: Eyes())
     monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("sampled"))
     gone = next(c for c in document["cells"] if (c["method"], c["steps"], c["captions"]) == ("tiny", 8, "train"))
     picture = given["cache"] / "tables" / f"{gone['cache']}.npz"

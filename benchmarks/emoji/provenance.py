@@ -18,8 +18,18 @@ from pnp_trt.bundle.store import sha256
 
 
 def _git(*args: str) -> str | None:
-    done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    try:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except FileNotFoundError:  # a machine without git; a record must not fail after minutes of work
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # on the path without its metadata
+        return None
 
 
 def _processor() -> str:
@@ -49,7 +59,7 @@ def machine(command: str) -> dict[str, Any]:
         "device": {
             "processor": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "gpu": gpu,
         },
-        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
+        "versions": {"python": platform.python_version(), **{n: _version(n) for n in names}},
     }  # fmt: skip
 
 

@@ -150,6 +150,8 @@ class Trainer:
     Attributes:
         loss_of: loss of fresh random data, without arguments; it must not wait for the device.
         lr: peak rate; it stays for ``constant`` of the seconds and falls to zero along a cosine after that.
+        max_steps: ends the training if it comes before the seconds are over; the rate then follows the steps.
+        warmup: steps in which the rate rises to its peak.
     """
 
     name: str
@@ -161,6 +163,7 @@ class Trainer:
     ema: float = 0.9995
     muon: bool = True
     max_steps: int | None = None
+    warmup: int = 200
     graph: Any = None
     log: list[dict[str, float]] = field(default_factory=list)
 
@@ -207,7 +210,7 @@ class Trainer:
             self._capture()
         started = reported = saved = time.monotonic()
         step, trouble, lr = 0, 0, self.lr
-        averaged_from = 0.25 * self.seconds
+        averaged = False
         snapshot = [p.detach().clone() for p in self.live]
         while True:
             spent = time.monotonic() - started
@@ -216,12 +219,12 @@ class Trainer:
                 done = max(done, step / self.max_steps)
             if done >= 1:
                 break
-            if averaged_from is not None and spent > averaged_from:
+            if not averaged and done > 0.25:
                 torch._foreach_copy_(self.shadow, self.live)
-                averaged_from = None
+                averaged = True
             tail = max(0.0, done - self.constant) / (1 - self.constant)
-            self.rate.fill_(lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * tail)))
-            for _ in range(20 if self.max_steps is None else 1):
+            self.rate.fill_(lr * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * tail)))
+            for _ in range(20 if self.max_steps is None else min(20, self.max_steps - step)):
                 if self.graph is not None:
                     self.graph.replay()
                 else:
@@ -231,7 +234,7 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.monotonic()
-            if now - reported > 5 or self.max_steps is not None:
+            if now - reported > 5 or step == self.max_steps:
                 value = float(self.smooth) / (1 - 0.98**step)
                 if not math.isfinite(value):
                     trouble += 1
@@ -262,7 +265,8 @@ class Trainer:
         return {
             "steps": step, "seconds": round(time.monotonic() - started, 1),
             "preparation_seconds": round(started - begun, 1), "lr": self.lr, "optimizer": "muon" if self.muon else
-            "adamw", "ema": self.ema, "captured": self.graph is not None, "restarts": trouble, "log": self.log[::6],
+            "adamw", "ema": self.ema, "captured": self.graph is not None, "restarts": trouble,
+            "log": self.log[:-1:6] + self.log[-1:],
         }  # fmt: skip
 
 
@@ -431,9 +435,30 @@ class GuideStates:
         self.student.copy_(torch.where(over, torch.rand(n, device=device) < self.own, self.student))
 
 
-def guide_loss(unet: Any, guide: Any, states: GuideStates, empty: Tensor) -> Callable[[], Tensor]:
-    """Weighted squared error to eps_w (the paper's formula I), x0 weighting over w; no cached states."""
+#: (x_t, t, text, w, time embedding and features of the frozen encoder for them) → prediction
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Any]], Tensor]
+
+
+def guided(unet: Any, guide: Any) -> Predict:
+    """The prediction with a guide, from features that the frozen encoder has computed already."""
     from pnp_trt.models.guides import Features, GuideInput
+    from pnp_trt.models.student import decode
+
+    def predict(x: Tensor, t: Tensor, text: Tensor, w: Tensor, encoded: tuple[Tensor, Features]) -> Tensor:
+        emb, features = encoded
+        added = guide(GuideInput(x, t, text, w, features))
+        skips = tuple(
+            s if r is None else s + r
+            for s, r in zip(features.down_block_res_samples, added.down_block_res_samples, strict=True)
+        )
+        whole = Features(skips, features.mid_block_res_sample + added.mid_block_res_sample)
+        return decode(unet, emb, whole, text)
+
+    return predict
+
+
+def distillation_loss(unet: Any, predict: Predict, states: GuideStates, empty: Tensor) -> Callable[[], Tensor]:
+    """Weighted squared error of ``predict`` to eps_w (the paper's formula I), x0 weighting over w; no cached states."""
     from pnp_trt.models.student import decode, encode
 
     abar = alphas(empty.device)
@@ -449,13 +474,7 @@ def guide_loss(unet: Any, guide: Any, states: GuideStates, empty: Tensor) -> Cal
             conditional = decode(unet, emb, features, text)
             unconditional = unet(x, t, empty.expand(n, -1, -1), return_dict=False)[0]
             target = unconditional + w[:, None, None, None] * (conditional - unconditional)
-        added = guide(GuideInput(x, t, text, w, features))
-        skips = tuple(
-            s if r is None else s + r
-            for s, r in zip(features.down_block_res_samples, added.down_block_res_samples, strict=True)
-        )
-        guided = Features(skips, features.mid_block_res_sample + added.mid_block_res_sample)
-        prediction = decode(unet, emb, guided, text)
+        prediction = predict(x, t, text, w, (emb, features))
         weight = by_time[t] / w
         loss = ((prediction - target) ** 2 * weight[:, None, None, None]).mean()
         states.advance(target, prediction.detach())
@@ -464,12 +483,29 @@ def guide_loss(unet: Any, guide: Any, states: GuideStates, empty: Tensor) -> Cal
     return loss_of
 
 
-@torch.no_grad()
+def guide_loss(unet: Any, guide: Any, states: GuideStates, empty: Tensor) -> Callable[[], Tensor]:
+    """:func:`distillation_loss` of a guide."""
+    return distillation_loss(unet, guided(unet, guide), states, empty)
+
+
 def guide_error(unet: Any, guide: Any, states: GuideStates, empty: Tensor, rounds: int) -> dict[str, Any]:
-    """Share of the guidance left unexplained, length and cosine of the guide's change, over five bins of time."""
+    """:func:`prediction_error` of a guide."""
     from pnp_trt.models.student import Student
 
-    student = Student(unet, guide)
+    return prediction_error(unet, Student(unet, guide), states, empty, rounds)
+
+
+@torch.no_grad()
+def prediction_error(
+    unet: Any, predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], states: GuideStates, empty: Tensor,
+    rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Share of the guidance left unexplained, length and cosine of the change, over five bins of time.
+
+    Args:
+        predict: (x_t, t, text, w) → prediction; it is compared with the teacher's eps_w, both less eps(c), over w − 1.
+        rounds: batches of ``states``.
+    """
     sums = torch.zeros(5, 4, device=empty.device, dtype=torch.float64)
     for _ in range(rounds):
         x, t, text, w = states.batch()
@@ -478,7 +514,7 @@ def guide_error(unet: Any, guide: Any, states: GuideStates, empty: Tensor, round
         c = unet(x, t, text, return_dict=False)[0]
         u = unet(x, t, empty.expand(n, -1, -1), return_dict=False)[0]
         target = u + w[:, None, None, None] * (c - u)
-        prediction = student(x, t, text, w)
+        prediction = predict(x, t, text, w)
         scale = (w - 1).clamp(min=1e-3)[:, None, None, None]
         a, b = ((target - c) / scale).double().flatten(1), ((prediction - c) / scale).double().flatten(1)
         rows = torch.stack([(a * a).sum(1), (b * b).sum(1), (a * b).sum(1), ((a - b) ** 2).sum(1)], 1)

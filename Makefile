@@ -8,7 +8,7 @@ GUIDES ?= build/emoji/guides
 RESUME ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-fast test-ray test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji clean
+.PHONY: help demo test test-fast test-ray test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji rivals clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
@@ -29,6 +29,7 @@ help:
 	@echo "make precision what FP16 and INT8 cost: parity, sizes and images of the bundled model (half an hour)"
 	@echo "make trt-api   every TensorRT and CUDA name in use, against the bindings of supported releases (gcc, 30 MB)"
 	@echo "make gpu    tests and benchmarks that need a GPU (minutes; skipped without one)"
+	@echo "make rivals other ways to distil guidance at an equal budget, measured (minutes on a GPU; resumable)"
 	@echo "make emoji  train the bundled model from scratch (hours on a CPU; resumable)"
 
 $(BIN)/python:
@@ -152,6 +153,13 @@ precision: $(VENV)/.dev-installed
 # installs nothing: it takes the environment that is there, so that a GPU's own torch and TensorRT are used
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+
+rivals: $(VENV)/.dev-installed
+	$(PIP_INSTALL) -e '.[recipe]'
+	test -f build/emoji/pack.npz || $(BIN)/python -m benchmarks.emoji.gpu_train pack
+	$(BIN)/python -m benchmarks.emoji.rivals train
+	$(BIN)/python -m benchmarks.emoji.rivals measure --device cuda --batch 512 --processes $$(nproc)
+	$(BIN)/python -m benchmarks.emoji.rivals report
 
 emoji: $(BIN)/python
 	$(PIP_INSTALL) -e '.[recipe]'

@@ -1,0 +1,27 @@
+"""Rivals of the guides at an equal budget: other ways to put classifier-free guidance into one evaluation.
+
+All of them learn from the same states, with the same number of optimizer steps, and none changes the base's weights;
+each is then used in the fine-tunes as it is.  ``python -m benchmarks.emoji.rivals train`` (minutes on a GPU),
+``measure``, ``report``.  A further rival is a subclass of :class:`~.base.Rival`, registered here.
+"""
+
+from __future__ import annotations
+
+from pnp_trt.registry import Registry
+
+from .base import Rival
+
+_HERE = __name__
+RIVALS: Registry[type[Rival]] = Registry(
+    "emoji_rivals",
+    "rival",
+    {
+        "tiny": f"{_HERE}.guides:TinyRival",
+        "w-embedding": f"{_HERE}.embedding:WEmbedding",
+        "sharpener": f"{_HERE}.sharpener:Sharpened",
+        "adapters": f"{_HERE}.adapters:AttentionAdapters",
+        "additive": f"{_HERE}.adapters:AdditiveAdapters",
+        "tiny+sharpener": f"{_HERE}.guides:TinyAndSharpener",
+        "full": f"{_HERE}.guides:FullRival",
+    },
+)

@@ -1,0 +1,88 @@
+"""Rivals of the guides on the bundled model: train, measure, and draw the page.
+
+``python -m benchmarks.emoji.rivals train`` trains every rival for the same number of optimizer steps; one that is there
+is kept.  ``measure`` samples and measures all that are trained.  ``report`` draws ``docs/rivals.md`` from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from pnp_trt.errors import InputError
+
+from . import RIVALS
+
+RESULTS = Path("benchmarks/results/emoji-rivals.json")
+
+
+def _rate(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME=RATE, got {text!r}") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.emoji.rivals", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_subparsers(dest="what", required=True)
+    one, two = what.add_parser("train"), what.add_parser("measure")
+    for each in (one, two):
+        each.add_argument("--data", type=Path, default=Path("build/emoji/pack.npz"))
+        each.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"))
+        each.add_argument("--out", type=Path, default=Path("build/emoji/rivals"), help="folder of the trained rivals")
+    one.add_argument("--steps", type=int, default=1500, help="optimizer steps of each rival")
+    one.add_argument("--batch", type=int, default=256)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--only", default="", help=f"names, separated by commas; default: all of {', '.join(RIVALS)}")
+    one.add_argument(
+        "--lr", type=_rate, action="append", default=[], metavar="NAME=RATE", help="a peak learning rate; repeatable"
+    )
+    one.add_argument(
+        "--pilot", type=int, default=0, metavar="STEPS",
+        help="choose each rival's learning rate among three by trainings of so many steps; 0 takes its own",
+    )  # fmt: skip
+    two.add_argument("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
+    two.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered images, and the samples")
+    two.add_argument("--json", type=Path, default=RESULTS)
+    two.add_argument("--pictures", type=int, default=512, help="images of a cell")
+    two.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    two.add_argument("--batch", type=int, default=64, help="images sampled at once")
+    two.add_argument("--processes", type=int, default=1, help="that measure what is sampled")
+    three = what.add_parser("report")
+    three.add_argument("--json", type=Path, default=RESULTS)
+    three.add_argument("--document", type=Path, default=Path("docs/rivals.md"))
+    a = parser.parse_args(arguments)
+    try:
+        if a.what == "report":
+            from .report import write_report
+
+            if not a.json.is_file():
+                raise InputError(f"there is no {a.json}; make it with: python -m benchmarks.emoji.rivals measure")
+            write_report(json.loads(a.json.read_text()), a.document)
+        elif a.what == "measure":
+            from .measure import measure
+
+            words = ["python", "-m", "benchmarks.emoji.rivals", "measure", "--pictures", str(a.pictures)]
+            words += ["--device", a.device, "--batch", str(a.batch)]
+            measure(
+                a.assets, a.data, a.out, a.judge, a.cache, a.json, pictures=a.pictures, device=a.device, batch=a.batch,
+                processes=a.processes, command=shlex.join(words),
+            )  # fmt: skip
+        else:
+            from .train import train
+
+            only = [name.strip() for name in a.only.split(",") if name.strip()]
+            train(a.assets, a.data, a.out, a.steps, a.batch, a.seed, only or None, dict(a.lr), a.pilot)
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What every rival is: a module beside a frozen U-Net whose single evaluation predicts eps_w."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from pnp_trt.errors import InputError
+from pnp_trt.models.guides.parts import Features, signature
+
+#: time embedding ``[B, E]`` and features of the frozen encoder
+Encoded = tuple[Tensor, Features]
+#: a forward hook: (module, its positional arguments, its output) → the output to use
+Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
+
+
+class Rival(nn.Module):
+    """One way to fold guidance into one evaluation; the U-Net is an argument, so that fine-tunes take its place.
+
+    What a rival adds is multiplied by (w − 1), as the guides' residuals are: at w = 1 the prediction is exactly the
+    U-Net's.  Its last projections start at zero, so that an untrained rival changes nothing at any w.
+
+    Attributes:
+        title: for tables.
+        source: the paper whose form it has, and what differs from it.
+        lr: peak learning rate of AdamW.
+        once: name of the submodule that runs once per image on (text, empty), instead of in every evaluation.
+    """
+
+    title: ClassVar[str]
+    source: ClassVar[str]
+    lr: ClassVar[float] = 1e-3
+    once: ClassVar[str | None] = None
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.shape = signature(unet)
+
+    @classmethod
+    def from_unet(cls, unet: Any) -> Self:
+        """An untrained rival that fits ``unet``, a ``UNet2DConditionModel``, and others of its shape."""
+        return cls(unet)
+
+    def check(self, unet: Any) -> None:
+        """Raise ``InputError`` if ``unet`` has another shape than the one that the rival was made for."""
+        found = signature(unet)
+        for name, value in self.shape.items():
+            if found[name] != value:
+                raise InputError(
+                    f"the rival was made for a U-Net whose {name} is {value}, and this one's is {found[name]}; "
+                    "use a fine-tune of the same base"
+                )
+
+    def forward(
+        self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
+    ) -> Tensor:
+        """The guided prediction ``[B, C, H, W]`` by one evaluation of ``unet``.
+
+        Args:
+            unet: the frozen base or a fine-tune of it; its weights stay as they are.
+            x: noisy latents ``[B, C, H, W]``.
+            t: timesteps ``[B]``.
+            text: states of the prompt, ``[B, tokens, D]``.
+            empty: states of the negative or empty prompt, ``[B, tokens, D]``.
+            w: the scale, ``[B]``.
+            encoded: ``student.encode(unet, x, t, text)``, where the caller has it; only guides can use it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+
+@contextmanager
+def hooked(unet: Any, hooks: Iterable[tuple[str, Hook]]) -> Iterator[None]:
+    """Inside the block, the outputs of the named submodules of ``unet`` are what the hooks return."""
+    handles = [unet.get_submodule(name).register_forward_hook(hook) for name, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cross_attentions(unet: Any) -> list[tuple[str, int]]:
+    """Name and channels of every cross-attention, in the order of ``named_modules``."""
+    return [(name, m.to_q.in_features) for name, m in unet.named_modules() if name.endswith(".attn2")]
+
+
+def time_width(unet: Any) -> int:
+    """Width E of the time embedding."""
+    width: int = unet.time_embedding.linear_2.out_features
+    return width

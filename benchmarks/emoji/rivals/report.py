@@ -1,0 +1,219 @@
+"""``docs/rivals.md``, drawn from the JSON of ``measure`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.bundle.store import write_text
+from pnp_trt.errors import InputError
+
+from ..cells import TEACHER
+from ..compare import outcome
+from ..tables_report import DASH, number, recall_of, table
+from .measure import CFG, NONE, SCHEMA
+from .world import BASES
+
+Row = dict[str, Any]
+#: parameters within this factor of the tiny guide's count as the same budget
+SAME_BUDGET = 1.1
+#: the rival that the others are held against
+OURS = "tiny"
+
+TEXT = """# Rivals at an equal budget
+
+Written by `python -m benchmarks.emoji.rivals report` from `benchmarks/results/emoji-rivals.json`, which was made by
+`{command}` ({date}, {where}, torch {torch}).
+
+Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one, beside a U-Net
+whose weights stay as they are. All were trained on the bundled base from their first weights: {steps:,} optimizer steps
+of {batch} states, new in every step and drawn alike for all ({states}); loss: {loss}. AdamW, weights averaged; one
+training seed. Each is then used in both fine-tunes as it is. Every rival's change is multiplied by (w − 1), so that
+w = 1 is exactly the conditional prediction; the other papers' forms have no such factor.
+
+**Read the tables with these limits in mind.** The papers train for longer, on larger models, with their own losses and
+states. {rates} What is compared is the form, at a short and equal budget.
+
+## What each is, and what it costs
+
+{forms}
+
+Parameters are the trained ones. MACs are with attention products, at batch 1: what is added to an evaluation of the
+U-Net ({macs_of_unet:.1f} MMACs), and what runs once per image.{unequal}
+
+{cost}
+
+## How it is measured
+
+**KID** (EfficientNet-KID) is not FID; compare it only with itself. **R@1, R@5**: a frozen judge, trained on two other
+artists' styles, finds an image's caption among all. **PSNR** and **cosine** are to the image of the same U-Net with
+CFG, at the same number of steps, from the same caption, noise and w. **Gain** is paired by caption and noise, in KID;
+above 0 is better. **Chroma** is the mean strength of colour. Brackets are 95 % intervals over images; ▲ marks a gain
+and ▼ a loss whose interval excludes 0. Each row has {pictures} images of trained captions and one set of noise.
+{ceiling}
+
+{verdicts}
+
+## On the base
+{base}
+
+## In the fine-tunes, untrained
+{tuned}
+
+## Error on fresh states
+The share of the squared guidance, eps_w − eps(c), that is left unexplained (1 = nothing is explained), over timesteps
+(0 = clean): noised images and trajectories of CFG, {error_states:,} states, the same for all. Then the change's length
+over the teacher's and its cosine to the teacher's, over all timesteps.
+
+{error}
+"""
+
+
+def _titles(document: Row) -> dict[str, str]:
+    return {NONE: "no guidance", CFG: "CFG", **{n: r["title"] for n, r in document["rivals"].items()}}
+
+
+def forms(document: Row) -> str:
+    return "\n".join(f"- **{r['title']}**: {r['source']}" for r in document["rivals"].values())
+
+
+def cost(document: Row) -> str:
+    whole = document["settings"]["training"]["parameters_of_unet"]
+    rows = [
+        [r["title"], f"{r['parameters']:,}", f"{r['parameters'] / whole:.1%}",
+         f"{r['macs_per_evaluation'] / 1e6:.2f} ({r['macs_per_evaluation'] / r['macs_of_unet']:.1%})",
+         f"{r['macs_per_image'] / 1e6:.2f}" if r["macs_per_image"] else DASH, f"{r['lr']:.2g}",
+         f"{r['milliseconds_per_step']:.0f}"]
+        for r in document["rivals"].values()
+    ]  # fmt: skip
+    head = ["rival", "parameters", "of the U-Net", "MMACs added per evaluation", "MMACs once per image",
+            "learning rate", "ms per training step"]  # fmt: skip
+    return table(head, rows)
+
+
+def unequal(document: Row) -> str:
+    """The rivals whose parameters are not the budget's, named."""
+    own = document["rivals"].get(OURS)
+    if own is None:
+        return ""
+    off = [
+        f"{r['title']} ({r['parameters'] / own['parameters']:.1f} ×)" for r in document["rivals"].values()
+        if not 1 / SAME_BUDGET <= r["parameters"] / own["parameters"] <= SAME_BUDGET
+    ]  # fmt: skip
+    return f" Not of the same budget in parameters as the tiny guide: {'; '.join(off)}." if off else ""
+
+
+def _gain(found: Row | None) -> str:
+    if not found:
+        return DASH
+    return number(found["kid"]) + {"better": " ▲", "worse": " ▼"}.get(outcome(found["kid"]), "")
+
+
+def rates(rivals: Sequence[Row]) -> str:
+    """How the learning rates were found."""
+    pilots = {r["pilot_steps"] for r in rivals}
+    if pilots == {0}:
+        return "Learning rates were set by rule and not searched."
+    if len(pilots) > 1:
+        raise InputError(f"the rivals had different pilots: {sorted(pilots)} steps; train them again")
+    return (
+        f"Each rival's learning rate is the best of three, a factor of three apart, by the loss on fresh states after "
+        f"{pilots.pop()} steps."
+    )
+
+
+HEAD = ("method", "evaluations", "KID ↓", "R@1, % ↑", "R@5, % ↑", "PSNR, dB ↑", "cosine ↑", "chroma",
+        "KID gain over CFG ↑", "KID gain over no guidance ↑")  # fmt: skip
+
+
+def _row(cell: Row, titles: dict[str, str]) -> list[str]:
+    distance = cell.get("distance_to_cfg", {})
+    return [
+        titles[cell["method"]], str(cell["evaluations"]), number(cell["kid"]), recall_of(cell, 1), recall_of(cell, 5),
+        number(distance.get("psnr_db"), 1), number(distance.get("feature_cosine"), 3), f"{cell['chroma']:.3f}",
+        _gain(cell.get("gain_over_cfg")), _gain(cell.get("gain_over_none")),
+    ]  # fmt: skip
+
+
+def cells(document: Row, bases: Sequence[str]) -> str:
+    """A table for each base, number of steps and w, the methods in the registry's order."""
+    titles, out = _titles(document), []
+    for base in bases:
+        mine = [c for c in document["cells"] if c["base"] == base]
+        for steps, w in dict.fromkeys((c["steps"], c["w"]) for c in mine if c["method"] != NONE):
+            at = [c for c in mine if c["steps"] == steps and (c["w"] == w or c["method"] == NONE)]
+            title = f"{base}, {steps} steps, w = {w:g}"
+            out.append(f"\n### {title}\n\n{table(HEAD, [_row(c, titles) for c in at])}")
+    return "\n".join(out)
+
+
+def error(document: Row) -> str:
+    out = []
+    for base in BASES:
+        found = {n: r["error"][base] for n, r in document["rivals"].items() if base in r["error"]}
+        if not found:
+            continue
+        bins = [k for k in next(iter(found.values())) if k != "all"]
+        rows = [
+            [document["rivals"][n]["title"], f"{e['all']['residual']:.3f}", *(f"{e[k]['residual']:.3f}" for k in bins),
+             f"{e['all']['length']:.2f}", f"{e['all']['cosine']:.2f}"]
+            for n, e in found.items()
+        ]  # fmt: skip
+        head = ["rival", "all", *(k.replace("-", "–") for k in bins), "length", "cosine"]
+        out.append(f"**{base}**\n\n{table(head, rows)}")
+    return "\n\n".join(out) or "Not measured in this run."
+
+
+def _best(rows: Sequence[Row], key: str) -> Row:
+    return max(rows, key=lambda c: c["distance_to_cfg"]["psnr_db"]["value"] if key == "psnr" else -c["kid"]["value"])
+
+
+def verdicts(document: Row) -> str:
+    """For each table: the rival nearest to CFG by PSNR, that of the lowest KID, and which are worse than CFG."""
+    titles, lines = _titles(document), []
+    for base, steps, w in dict.fromkeys(
+        (c["base"], c["steps"], c["w"]) for c in document["cells"] if c["method"] != NONE
+    ):
+        at = [c for c in document["cells"]
+              if (c["base"], c["steps"], c["w"]) == (base, steps, w) and "gain_over_cfg" in c]  # fmt: skip
+        if not at:
+            continue
+        near, low = _best(at, "psnr"), _best(at, "kid")
+        worse = [titles[c["method"]] for c in at if outcome(c["gain_over_cfg"]["kid"]) == "worse"]
+        helps = [titles[c["method"]] for c in at if outcome(c["gain_over_none"]["kid"]) == "better"]
+        lines.append(
+            f"- {base}, {steps} steps, w = {w:g}: nearest to CFG's images: {titles[near['method']]} "
+            f"({number(near['distance_to_cfg']['psnr_db'], 1)} dB); lowest KID: {titles[low['method']]} "
+            f"({number(low['kid'])}). Shown worse than CFG by KID: {', '.join(worse) or 'none'}. Shown better than no "
+            f"guidance: {', '.join(helps) or 'none'}."
+        )
+    return "\n".join(lines) or "No rival was measured in this run."
+
+
+def write_report(document: Row, path: Path) -> None:
+    """Write the page.
+
+    Raises:
+        InputError: if the JSON is not one of ``measure``.
+    """
+    if document.get("schema") != SCHEMA:
+        raise InputError("this JSON holds no rivals; make it with: python -m benchmarks.emoji.rivals measure")
+    told, settings = document["provenance"], document["settings"]
+    training, rivals = settings["training"], list(document["rivals"].values())
+    counts = sorted({(r["steps"], r["batch"]) for r in rivals})
+    if len(counts) > 1:
+        raise InputError(f"the rivals were trained with different steps or batches: {counts}; train them again")
+    device = told["device"]
+    ceilings = [f"{base} {recall_of(r, 1)} %, chroma {r['chroma']:.3f}" for base, r in document["real"].items()]
+    text = TEXT.format(
+        command=told["command"], date=told["date"][:10], where=device["gpu"] or device["processor"],
+        torch=told["versions"]["torch"], steps=counts[0][0], batch=counts[0][1], states=training["states"],
+        loss=training["loss"], forms=forms(document), macs_of_unet=rivals[0]["macs_of_unet"] / 1e6,
+        unequal=unequal(document), cost=cost(document), pictures=settings["pictures"],
+        rates=rates(rivals), ceiling=f"The artists' own images reach R@1: {'; '.join(ceilings)}.",
+        verdicts=verdicts(document),
+        base=cells(document, [TEACHER]), tuned=cells(document, BASES[1:]),
+        error_states=settings["error_batch"] * settings["error_rounds"], error=error(document),
+    )  # fmt: skip
+    write_text(text, path)

@@ -1,0 +1,160 @@
+"""Trains every rival for the same number of optimizer steps on the same states; a finished rival is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnp_trt.bundle.store import sha256, write_json
+from pnp_trt.errors import InputError
+
+from ..cells import TEACHER
+from ..gpu_train import Trainer, distillation_loss
+from . import RIVALS
+from .base import Rival
+from .world import World, beside_of, choose_device, unet_file
+
+SCHEMA = "pnp-trt/emoji-rivals-train/1"
+RECORD = "train.json"
+#: share of the steps at the peak rate, as the guides of ``gpu_train`` have it, and that the weights' average remembers
+CONSTANT, AVERAGED = 0.3, 0.1
+#: batches that the rates of a pilot are compared on
+PILOT_BATCHES = 16
+
+
+def make(name: str, unet: Any, seed: int) -> Rival:
+    """An untrained rival on the U-Net's device; its first weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    rival = RIVALS[name].from_unet(unet)
+    return rival.to(unet.device).to(memory_format=torch.channels_last)
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """What ``train`` wrote into ``out``; without rivals if it has not run."""
+    path = out / RECORD
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"schema": SCHEMA, "rivals": {}}
+    return found
+
+
+def load(name: str, unet: Any, out: Path) -> Rival:
+    """A trained rival.
+
+    Raises:
+        InputError: if it is not in ``out``, or was made for a U-Net of another shape.
+    """
+    from safetensors.torch import load_file
+
+    path = out / f"{name}.safetensors"
+    if not path.is_file():
+        raise InputError(f"there is no {path}; make it with: python -m benchmarks.emoji.rivals train --only {name}")
+    rival = make(name, unet, 0)
+    rival.load_state_dict(load_file(path))
+    return rival.requires_grad_(False).eval()
+
+
+@dataclass
+class Course:
+    """How one rival is trained: on the states of ``seed + 1``, from first weights of ``seed``."""
+
+    world: World
+    batch: int
+    seed: int
+
+    def run(self, name: str, lr: float, steps: int, warmup: int = 200) -> tuple[Rival, dict[str, Any]]:
+        """The trained rival, frozen, and the trainer's report."""
+        unet, empty = self.world.unet(TEACHER), self.world.empty
+        rival = make(name, unet, self.seed).train()
+        # after the weights, so that the states do not depend on how many random numbers those took
+        torch.manual_seed(self.seed + 1)
+        loss = distillation_loss(unet, beside_of(rival, unet, empty), self.world.states(TEACHER, self.batch), empty)
+        ema = max(0.0, 1 - 1 / (AVERAGED * steps))
+        trainer = Trainer(
+            name, rival, loss, lr, math.inf, constant=CONSTANT, ema=ema, muon=False, max_steps=steps, warmup=warmup
+        )
+        found = trainer.run()
+        return rival.requires_grad_(False).eval(), found
+
+    @torch.no_grad()
+    def loss(self, rival: Rival) -> float:
+        """Mean loss on fresh states, the same for every rival."""
+        unet, empty = self.world.unet(TEACHER), self.world.empty
+        torch.manual_seed(self.seed + 2)
+        states = self.world.states(TEACHER, self.batch, own=0.0)
+        loss = distillation_loss(unet, beside_of(rival, unet, empty), states, empty)
+        return float(torch.stack([loss() for _ in range(PILOT_BATCHES)]).mean())
+
+    def pilot(self, name: str, steps: int) -> dict[float, float]:
+        """Loss after ``steps`` steps at each peak rate: a third of the rival's own, its own, and three times that."""
+        own = RIVALS[name].lr
+        return {lr: self.loss(self.run(name, lr, steps, max(1, steps // 10))[0]) for lr in (own / 3, own, own * 3)}
+
+
+def train(
+    assets: Path, data: Path, out: Path, steps: int, batch: int = 256, seed: int = 0,
+    only: Sequence[str] | None = None, rates: dict[str, float] | None = None, pilot: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the rivals into ``out``: ``NAME.safetensors`` each, and the record ``train.json`` after each.
+
+    A rival that is there, trained with the same settings on the same base, is not trained again.  Random numbers begin
+    anew for each: all rivals see the same noised images, prompts, scales and trajectories of CFG in the same order; the
+    quarter of the states that follow the student is each student's own.
+
+    Args:
+        steps: optimizer steps of each.
+        rates: peak learning rates that differ from the rivals' own, by name.
+        pilot: optimizer steps of a pilot at each of three rates, which chooses the rate of the others; 0 for none.
+
+    Raises:
+        InputError: for unknown names, or fewer than one step.
+    """
+    from safetensors.torch import save_file
+
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
+    names = list(only or RIVALS.names())
+    for name in (*names, *(rates or {})):
+        RIVALS[name]
+    device = choose_device()
+    course = Course(World(assets, data, device), batch, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    record = read_record(out)
+    record |= {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
+        "python": platform.python_version(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "states": "half noised images, a quarter trajectories of CFG, a quarter of the student itself",
+        "loss": "squared error to eps_w, x0 weighting over w, w uniform in 1 to 9",
+        "parameters_of_unet": sum(p.numel() for p in course.world.unet(TEACHER).parameters()),
+    }  # fmt: skip
+    base = sha256(unet_file(assets, TEACHER))
+    for name in names:
+        settings = {"steps": steps, "batch": batch, "seed": seed, "base_sha256": base, "pilot_steps": pilot}
+        # None: the pilot's choice
+        lr = (rates or {}).get(name, None if pilot else RIVALS[name].lr)
+        path = out / f"{name}.safetensors"
+        before = record["rivals"].get(name, {})
+        same = all(before.get(k) == v for k, v in settings.items()) and lr in (None, before.get("lr"))
+        if path.is_file() and same:
+            print(f"{name}: trained already", flush=True)
+            continue
+        tried = course.pilot(name, pilot) if lr is None else {}
+        lr = lr or min(tried, key=lambda rate: tried[rate])
+        rival, found = course.run(name, lr, steps)
+        held = {k: v.detach().float().cpu().contiguous() for k, v in rival.state_dict().items()}
+        save_file(held, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+        record["rivals"][name] = {
+            **found, **settings, "lr": lr, "pilot_loss": {f"{k:.2g}": v for k, v in tried.items()},
+            "parameters": sum(v.numel() for v in held.values()), "sha256": sha256(path),
+            "milliseconds_per_step": round(1000 * found["seconds"] / steps, 2),
+        }  # fmt: skip
+        write_json(out / RECORD, record)
+        print(f"{name}: {record['rivals'][name]['parameters']:,} parameters, {found['seconds']} s", flush=True)
+    return record

@@ -1,0 +1,384 @@
+"""The rivals of the guides: what each is beside a U-Net, training them in a few steps, and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from diffusers import UNet2DConditionModel  # noqa: E402  (needs torch)
+from safetensors.torch import load_file  # noqa: E402
+
+from benchmarks.emoji import gpu_train  # noqa: E402
+from benchmarks.emoji.rivals import RIVALS, measure, report  # noqa: E402
+from benchmarks.emoji.rivals.__main__ import main  # noqa: E402
+from benchmarks.emoji.rivals.base import Rival  # noqa: E402
+from benchmarks.emoji.rivals.sharpener import Sharpener  # noqa: E402
+from benchmarks.emoji.rivals.train import load, train  # noqa: E402
+from pnp_trt.assets import ROOT as ASSETS  # noqa: E402
+from pnp_trt.errors import InputError  # noqa: E402
+from tests.test_words import findings, prose  # noqa: E402
+
+NAMES = RIVALS.names()
+#: of the same budget as the tiny guide's 198,416 parameters
+EQUAL = ("tiny", "w-embedding", "sharpener", "adapters", "additive")
+
+
+def bundled_unet(base: str = "emoji") -> Any:
+    unet = UNet2DConditionModel.from_pretrained(ASSETS / "emoji/unet").float().requires_grad_(False).eval()
+    if base != "emoji":
+        unet.load_state_dict(load_file(ASSETS / f"fine-tunes/{base}.safetensors"))
+    return unet
+
+
+@pytest.fixture(scope="module")
+def unet() -> Any:
+    return bundled_unet()
+
+
+def inputs(count: int = 2) -> tuple[Any, ...]:
+    """x, t, text, empty."""
+    g = torch.Generator().manual_seed(0)
+    x, text = torch.randn(count, 8, 16, 16, generator=g), torch.randn(count, 77, 128, generator=g)
+    t = torch.linspace(900, 40, count).long()
+    return x, t, text, torch.randn(1, 77, 128, generator=g).expand(count, -1, -1)
+
+
+def awake(name: str, unet: Any) -> Rival:
+    """A rival whose last projections are not zero, so that it changes something."""
+    torch.manual_seed(1)
+    rival = RIVALS[name].from_unet(unet)
+    with torch.no_grad():
+        for p in rival.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return rival
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rival_is_the_unet_at_w_1_and_before_training(name: str, unet: Any) -> None:
+    x, t, text, empty = inputs()
+    with torch.no_grad():
+        plain = unet(x, t, text).sample
+        assert torch.equal(RIVALS[name].from_unet(unet)(unet, x, t, text, empty, torch.tensor([3.0, 5.0])), plain)
+        rival = awake(name, unet)
+        made = rival(unet, x, t, text, empty, torch.tensor([1.0, 5.0]))
+    assert torch.allclose(made[0], plain[0], atol=1e-6)
+    assert (made[1] - plain[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_w_belongs_to_its_sample(name: str, unet: Any) -> None:
+    x, t, text, empty = inputs()
+    rival = awake(name, unet)
+    w = torch.tensor([2.0, 7.0])
+    with torch.no_grad():
+        both = rival(unet, x, t, text, empty, w)
+        second = rival(unet, x[1:], t[1:], text[1:], empty[1:], w[1:])
+    assert torch.allclose(both[1:], second, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_all_of_a_rival_and_nothing_of_the_unet(name: str, unet: Any) -> None:
+    x, t, text, empty = inputs()
+    rival = awake(name, unet)
+    rival(unet, x, t, text, empty, torch.tensor([3.0, 5.0])).square().sum().backward()
+    without = [n for n, p in rival.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    # in attention, one number added to all keys of a query changes nothing
+    assert [n for n in without if not n.endswith("k.bias")] == []
+    assert all(p.grad is None for p in unet.parameters())
+    assert not any(m._forward_hooks for m in unet.modules())
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_the_budget_is_equal(name: str, unet: Any) -> None:
+    assert sum(p.numel() for p in RIVALS[name].from_unet(unet).parameters()) == pytest.approx(198_416, rel=0.02)
+
+
+def test_a_low_rank_change_is_a_change_of_the_weights(unet: Any) -> None:
+    """At one w, LoRA and the added embedding are a U-Net with other weights and another bias."""
+    x, t, text, empty = inputs()
+    w = torch.full((2,), 3.0)
+    rival: Any = awake("w-embedding", unet)
+    other = bundled_unet()
+    gate = (3.0 - 1) / 4
+    with torch.no_grad():
+        for name, change in zip(rival.names, rival.changes, strict=True):
+            up, down = change.up.weight, change.down.weight
+            weight = other.get_submodule(name).weight
+            weight += gate * torch.einsum("or,r...->o...", up.flatten(1), down)
+        angles = 3.0 * 4 * 100.0 ** (-torch.arange(16) / 16)
+        features = torch.cat([angles.sin(), angles.cos()])
+        other.time_embedding.linear_2.bias += gate * rival.embed(features)
+        wanted = other(x, t, text).sample
+        made = rival(unet, x, t, text, empty, w)
+    assert torch.allclose(made, wanted, atol=2e-5)
+
+
+def test_the_sharpener_is_its_formula() -> None:
+    """Two linear layers and an attention, in plain loops; the start token stays."""
+    torch.manual_seed(0)
+    part = Sharpener(8, inner=6, heads=2).double()
+    torch.nn.init.normal_(part.leave.weight)
+    text, negative = torch.randn(1, 4, 8).double(), torch.randn(1, 5, 8).double()
+    a, b = part.enter(text[0]).clamp(min=0), part.enter(negative[0]).clamp(min=0)
+    rows = []
+    for i in range(4):
+        heads = []
+        for h in (slice(0, 3), slice(3, 6)):
+            q = part.q(a[i])[h]
+            weights = torch.stack([torch.exp(q @ part.k(b[j])[h] / 3**0.5) for j in range(5)])
+            heads.append(sum(weights[j] / weights.sum() * part.v(b[j])[h] for j in range(5)))
+        rows.append(part.leave(part.out(torch.cat(heads)).clamp(min=0)))
+    assert torch.allclose(part(text, negative)[0], torch.stack(rows))
+
+
+def test_sharpened_text_reaches_the_unet_but_for_the_start_token(unet: Any) -> None:
+    x, t, text, empty = inputs()
+    rival: Any = awake("sharpener", unet)
+    with torch.no_grad():
+        states = text + rival.sharpener(text, empty) * torch.tensor([0.5, 1.5])[:, None, None]
+        states[:, 0] = text[:, 0]
+        wanted = unet(x, t, states).sample
+        assert torch.allclose(rival(unet, x, t, text, empty, torch.tensor([3.0, 7.0])), wanted, atol=1e-5)
+
+
+def test_additive_adapters_add_one_vector_to_all_positions(unet: Any) -> None:
+    x, t, text, empty = inputs()
+    rival: Any = awake("additive", unet)
+    seen: list[Any] = []
+    name = rival.names[-1]
+    plain = unet.get_submodule(name).register_forward_hook(lambda _, i, o: seen.append(o))
+    with torch.no_grad():
+        rival(unet, x, t, text, empty, torch.tensor([3.0, 3.0]))
+        added = rival.adapters[-1](None, torch.tensor([3.0, 3.0]), unet.time_embedding(unet.time_proj(t)), text)
+    plain.remove()
+    assert added.shape == (2, 1, 128) and len(seen) == 1 and seen[0].shape == (2, 64, 128)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rival_moves_to_a_fine_tune(name: str, unet: Any) -> None:
+    x, t, text, empty = inputs(1)
+    rival, tuned = awake(name, unet), bundled_unet("emoji-flat")
+    rival.check(tuned)
+    with torch.no_grad():
+        made = rival(tuned, x, t, text, empty, torch.tensor([3.0]))
+        assert (made - tuned(x, t, text).sample).abs().max() > 1e-3
+        assert (made - rival(unet, x, t, text, empty, torch.tensor([3.0]))).abs().max() > 1e-3
+
+
+def test_a_rival_of_another_shape_is_refused(unet: Any) -> None:
+    other = UNet2DConditionModel.from_config({**unet.config, "cross_attention_dim": 64})
+    with pytest.raises(InputError, match="cross_attention_dim is 128, and this one's is 64"):
+        RIVALS["sharpener"].from_unet(unet).check(other)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    held = {"empty": rng.integers(0, 49_000, (1, 77)), "prompts": rng.integers(0, 49_000, (4, 77))}
+    for name in ("base", "flat", "3d"):
+        held[f"{name}.pixels"] = rng.integers(0, 255, (2, 2, 64, 64, 3)).astype(np.uint8)
+        held[f"{name}.ids"] = rng.integers(0, 49_000, (2, gpu_train.CAPTION_FORMS, 77))
+    path = tmp_path_factory.mktemp("rivals") / "pack.npz"
+    np.savez(path, **held)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(pack: Path) -> Path:
+    out = pack.parent / "out"
+    main(["train", "--data", str(pack), "--out", str(out), "--steps", "3", "--batch", "4"])
+    return out
+
+
+def test_training_writes_every_rival_and_its_record(trained: Path, unet: Any) -> None:
+    record = json.loads((trained / "train.json").read_text())
+    assert set(record["rivals"]) == set(NAMES) and record["parameters_of_unet"] == 6_852_552
+    for name in NAMES:
+        held = record["rivals"][name]
+        assert (held["steps"], held["batch"], len(held["log"])) == (3, 4, 1) and held["log"][0]["loss"] < 1.0
+        rival = load(name, unet, trained)
+        assert not any(p.requires_grad for p in rival.parameters())
+        fresh = RIVALS[name].from_unet(unet).state_dict()
+        moved = {k for k, v in rival.state_dict().items() if not torch.equal(v, fresh[k])}
+        assert moved and all(v.isfinite().all() for v in rival.state_dict().values())
+
+
+def test_training_takes_up_what_is_there(
+    trained: Path, pack: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in trained.glob("*.safetensors")}
+    monkeypatch.setattr(gpu_train.Trainer, "run", lambda *_: pytest.fail("trained again"))
+    train(ASSETS, pack, trained, 3, 4)
+    assert capsys.readouterr().out.count("trained already") == len(NAMES)
+    assert {p.name: p.stat().st_mtime_ns for p in trained.glob("*.safetensors")} == before
+
+
+def test_other_settings_train_again(trained: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_train.Trainer, "run", lambda *_: pytest.fail("trained again"))
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        train(ASSETS, pack, trained, 3, 4, only=["sharpener"], rates={"sharpener": 2e-3})
+
+
+def test_a_pilot_chooses_the_rate(pack: Path, tmp_path: Path) -> None:
+    """Weights after two steps at a senseless rate are worse than at a usual one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RIVALS["additive"], "lr", 3.0)
+        patch.setattr("benchmarks.emoji.rivals.train.PILOT_BATCHES", 1)
+        record = train(ASSETS, pack, tmp_path, 2, 4, only=["additive"], pilot=2)["rivals"]["additive"]
+        assert set(record["pilot_loss"]) == {"1", "3", "9"}
+        assert f"{record['lr']:.2g}" == min(record["pilot_loss"], key=record["pilot_loss"].get) == "1"
+        patch.setattr(gpu_train.Trainer, "run", lambda *_: pytest.fail("trained again"))
+        train(ASSETS, pack, tmp_path, 2, 4, only=["additive"], pilot=2)
+
+
+def test_all_rivals_learn_from_the_same_states(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(self: Any) -> dict[str, Any]:
+        x, t, text, w = next(c.cell_contents for c in self.loss_of.__closure__ if isinstance(
+            c.cell_contents, gpu_train.GuideStates)).batch()  # fmt: skip
+        seen[self.name] = torch.cat([v.flatten().float() for v in (x, t, text, w)])
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(gpu_train.Trainer, "run", spy)
+    train(ASSETS, pack, tmp_path, 3, 4, only=["sharpener", "additive"])
+    assert torch.equal(seen["sharpener"], seen["additive"])
+
+
+def test_training_lowers_the_loss_on_its_own_states(unet: Any) -> None:
+    """Ten steps on one batch of states: the sharpener's loss falls, and the base's weights stay as they are."""
+    torch.manual_seed(0)
+    x, t, text, empty = inputs(4)
+    rival = RIVALS["sharpener"].from_unet(unet)
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    w = torch.full((4,), 5.0)
+    with torch.no_grad():
+        c, u = unet(x, t, text).sample, unet(x, t, empty).sample
+        target = u + w[:, None, None, None] * (c - u)
+
+    def loss() -> Any:
+        return ((rival(unet, x, t, text, empty, w) - target) ** 2).mean()
+
+    first = loss().item()
+    # the rate of the first of 200 steps of warm-up
+    trainer = gpu_train.Trainer("x", rival, loss, 0.6, float("inf"), ema=0.0, muon=False, max_steps=10)
+    assert trainer.run()["steps"] == 10
+    assert loss().item() < 0.9 * first
+    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- measuring, the page
+
+
+class Eyes:
+    """Mean colours of a grid, as features."""
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        cells = pixels.reshape(len(pixels), 8, 8, 8, 8, 3).mean((2, 4)).reshape(len(pixels), -1)
+        rng = np.random.default_rng(0)
+        return (cells @ rng.normal(0, 1e-4, (cells.shape[1], 1280))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Path, pack: Path) -> dict[str, Any]:
+    results = pack.parent / "rivals.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "FeatureExtractor", lambda _device: Eyes())
+        patch.setattr(measure, "SCALES", (3.0,))
+        patch.setattr(measure, "ERROR_BATCH", 4)
+        patch.setattr(measure, "real_pictures", lambda rows, _cache: np.random.default_rng(0).integers(
+            0, 256, (len(rows), 64, 64, 3), dtype=np.uint8))  # fmt: skip
+        given: dict[str, Any] = dict(
+            assets=ASSETS, data=pack, out=trained, judge=ASSETS / "judge.safetensors", cache=pack.parent / "cache",
+            results=results, pictures=4, rounds=1, steps=(2,), tuned=(2,), command="a test",
+        )  # fmt: skip
+        document = measure.measure(**given)
+        patch.setattr(measure.Sampler, "draw", lambda *_: pytest.fail("sampled again"))
+        again = measure.measure(**given, processes=2)
+    assert again["cells"] == document["cells"] == json.loads(results.read_text())["cells"]
+    return document
+
+
+def test_every_rival_is_measured_on_every_base(measured: dict[str, Any]) -> None:
+    found = {(c["method"], c["base"]) for c in measured["cells"]}
+    assert found == {(m, b) for m in ("none", "cfg", *NAMES) for b in ("emoji", "emoji-flat", "emoji-3d")}
+    at = {(c["method"], c["base"]): c for c in measured["cells"]}
+    assert at["cfg", "emoji"]["evaluations"] == 4 and at["tiny", "emoji"]["evaluations"] == 2
+    assert "gain_over_cfg" not in at["cfg", "emoji"] and "gain_over_none" not in at["none", "emoji"]
+    near = at["additive", "emoji-flat"]["distance_to_cfg"]["psnr_db"]
+    assert 0 < near["value"] < 100 and near["count"] == 4
+    assert set(measured["rivals"]["tiny"]["error"]["emoji-3d"]) >= {"all", "0-199", "800-999"}
+
+
+def test_costs_are_those_of_the_parts(measured: dict[str, Any]) -> None:
+    rivals = measured["rivals"]
+    tokens, inner, width = 77, 192, 128
+    # two texts through the first layer; q of one, k and v of the other; products; two layers on one
+    products = 2 * tokens * width * inner + 3 * tokens * inner**2 + 2 * tokens**2 * inner
+    products += tokens * inner**2 + tokens * inner * width
+    assert rivals["sharpener"]["macs_per_image"] == products and rivals["sharpener"]["macs_per_evaluation"] == 0
+    assert rivals["tiny+sharpener"]["macs_per_image"] == products
+    assert rivals["tiny+sharpener"]["macs_per_evaluation"] == rivals["tiny"]["macs_per_evaluation"] > 0
+    assert rivals["adapters"]["macs_per_image"] == 0
+    assert rivals["additive"]["macs_per_evaluation"] < rivals["adapters"]["macs_per_evaluation"]
+
+
+def test_an_untrained_rival_leaves_all_of_the_guidance(unet: Any) -> None:
+    torch.manual_seed(0)
+    data = type("Fake", (), {"latents": torch.randn(3, 2, 8, 16, 16)})
+    _, _, text, empty = inputs(4)
+    states = gpu_train.GuideStates(data, text, text[:3], 4, own=0.0)
+    found = gpu_train.prediction_error(
+        unet, lambda x, t, text, w: unet(x, t, text).sample, states, empty[:1], 1
+    )["all"]  # fmt: skip
+    assert found == {"residual": 1.0, "length": 0.0, "cosine": 0.0}
+
+
+def test_the_page_is_drawn_from_the_json(measured: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(measured))
+    main(["report", "--json", str(path), "--document", str(tmp_path / "rivals.md")])
+    page = (tmp_path / "rivals.md").read_text()
+    assert "### emoji-3d, 2 steps, w = 3" in page and "3 optimizer steps" in page
+    for rival in measured["rivals"].values():
+        assert page.count(f"| {rival['title']} |") == 1 + 3 + 3  # cost, images, errors
+    kid = next(c for c in measured["cells"] if (c["method"], c["base"]) == ("cfg", "emoji-flat"))["kid"]["value"]
+    assert f"{kid:.3f} [" in page
+    assert findings(prose(page)) == []
+    assert "full guide (16.7 ×)" in page and "tiny guide + sharpener (ours) (2.0 ×)" in page
+
+
+def test_unequal_training_is_not_drawn(measured: dict[str, Any], tmp_path: Path) -> None:
+    other = json.loads(json.dumps(measured))
+    other["rivals"]["full"]["steps"] = 5
+    with pytest.raises(InputError, match="different steps"):
+        report.write_report(other, tmp_path / "rivals.md")
+    other["rivals"]["full"] |= {"steps": 3, "pilot_steps": 9}
+    with pytest.raises(InputError, match=r"different pilots: \[0, 9\] steps"):
+        report.write_report(other, tmp_path / "rivals.md")
+    with pytest.raises(InputError, match="holds no rivals"):
+        report.write_report({"schema": "pnp-trt/emoji-tables/1"}, tmp_path / "rivals.md")
+
+
+def test_what_is_missing_is_named(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["measure", "--data", str(pack), "--out", str(tmp_path)], "no rival is trained"),
+        (["train", "--data", str(tmp_path / "none.npz")], "gpu_train pack"),
+        (["train", "--data", str(pack), "--only", "smaller"], "the rival is 'smaller'; known: tiny, w-embedding"),
+        (["train", "--data", str(pack), "--steps", "0"], "steps must be at least 1, got 0"),
+        (["train", "--data", str(pack), "--lr", "tiny"], "must be NAME=RATE, got 'tiny'"),
+        (["report", "--json", str(tmp_path / "none.json")], "rivals measure"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert said in " ".join(capsys.readouterr().err.split())

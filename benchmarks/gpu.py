@@ -7,12 +7,20 @@ what a part had found when its time was up is kept:
 - **roof**: products of fp16 and bf16 matrices, and a copy in the GPU's memory: what the rest is compared with;
 - **kernels**: the sampler's own kernels against numpy, bit for bit; a loop of them captured against uncaptured; the
   host's time to launch either; device memory over 300 replays.  Needs cuda-python alone;
-- **torch-sd15**: SD 1.5's size in float16 (``gpu_sd15``): guided, unguided and CFG at batch 1 and 4;
+- **torch-sd15**: SD 1.5's size in float16 (``gpu_unet``), eager: guided, unguided and CFG at batch 1 and 4;
+- **torch-sd15-compiled**: the same through ``torch.compile``, with the seconds that each case's compilation took.
+  PyTorch keeps what it makes in ``TORCHINDUCTOR_CACHE_DIR`` (without it in a folder of the user's beside temporary
+  files), so a second run on the same machine compiles nothing; set it to a folder that is kept, to use it again;
+- **torch-sdxl**: SDXL's size in float16, 1024², eager: guided, unguided and CFG at batch 1.  Latents only: SDXL's
+  decoder overflows float16;
 - **torch-bundled-fp16**, **torch-bundled-fp32**: engines of backend ``torch`` of the bundled model: images captured
   against step by step, time a step and an image of both, of the host's loop, and of CFG on the teacher's engine;
 - **trt-bundled**, **trt-sd15**, **rtx-bundled**, **rtx-sd15**: the same on TensorRT and TensorRT-RTX (float16), where
   the package is installed and the GPU is one that it compiles for;
-- **tests**: those marked ``gpu``.
+- **tests**: those marked ``gpu``;
+- **torch-sdxl-compiled**: SDXL's size through ``torch.compile``, which takes minutes a case.
+
+The parts are in the order of what they say for their time, and ``--budget`` ends the last ones first.
 
 Without a GPU it reports that, writes nothing and claims nothing.  Results: ``benchmarks/results/gpu-NAME.json``.
 """
@@ -40,11 +48,18 @@ SCHEMA = "pnp-trt/gpu/2"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PARTS = (
-    "roof", "kernels", "torch-sd15", "torch-bundled-fp16", "torch-bundled-fp32", "trt-bundled", "trt-sd15",
-    "rtx-bundled", "rtx-sd15", "tests",
+    "roof", "kernels", "torch-sd15", "torch-sd15-compiled", "torch-sdxl", "torch-bundled-fp16", "torch-bundled-fp32",
+    "trt-bundled", "trt-sd15", "rtx-bundled", "rtx-sd15", "tests", "torch-sdxl-compiled",
 )  # fmt: skip
 #: seconds below which a part is not begun
-LEAST = {"torch-sd15": 25.0, "trt-sd15": 60.0, "rtx-sd15": 60.0}
+LEAST = {
+    "torch-sd15": 25.0, "torch-sd15-compiled": 40.0, "torch-sdxl": 25.0, "trt-sd15": 60.0, "rtx-sd15": 60.0,
+    "torch-sdxl-compiled": 90.0,
+}  # fmt: skip
+#: seconds of a budget that a part may take at most, so that a part that is slow leaves time for the next ones
+MOST = {"torch-sd15-compiled": 130.0, "torch-sdxl": 75.0}
+#: the same for the tests of one module, first those without compiled code, then those with it; budget or none
+TEST_SECONDS = {"not compiled": 60.0, "compiled": 180.0}
 STEPS = (8, 50)
 #: what a part's process prints before its JSON, as often as it knows more; the last one counts
 MARK = "RESULT "
@@ -69,34 +84,23 @@ def gpu_present() -> bool:
 def tests(say: Say = print, limit: float = 600.0) -> dict[str, Any]:
     """The tests marked ``gpu``, one module after the other; a module that cannot be imported stops no other.
 
-    What torch.compile makes takes minutes, so tests of it come last.
+    What torch.compile makes takes minutes, so tests of it come last.  No module takes more than ``TEST_SECONDS``.
     """
     started = time.monotonic()
-    marked = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "@pytest.mark.gpu" in p.read_text("utf-8")]
+    texts = {path: path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    marked = {path: text for path, text in texts.items() if re.search(r"^@pytest\.mark\.gpu$", text, re.M)}
     found: dict[str, Any] = {"modules": {}}
-    for words in (["-k", "not compiled"], ["-k", "compiled"]):
-        for path in marked:
-            name = f"{path.relative_to(ROOT)} ({words[1]})"
-            left = limit - (time.monotonic() - started)
+    for words, most in TEST_SECONDS.items():
+        for path in (path for path, text in marked.items() if words != "compiled" or "compiled" in text):
+            name = f"{path.relative_to(ROOT)} ({words})"
+            left = min(limit - (time.monotonic() - started), most)
             if left < 5:
                 found["modules"][name] = "not run: no time was left"
                 continue
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-p",
-                "no:cacheprovider",
-                "-m",
-                "gpu",
-                "-q",
-                "-rs",
-                "--no-header",
-            ]
+            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-q", "-rs",
+                       "--no-header", "-k", words, str(path)]  # fmt: skip
             try:
-                done = subprocess.run(
-                    [*command, *words, str(path)], capture_output=True, text=True, cwd=ROOT, timeout=left
-                )
+                done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=left)
             except subprocess.TimeoutExpired:
                 found["modules"][name] = f"stopped after {left:.0f} s"
             else:
@@ -293,16 +297,24 @@ def _median(values: list[float], scale: float) -> float:
 
 def run_part(name: str, rounds: int, limit: float, say: Say) -> dict[str, Any]:
     """One part, in this process."""
-    from benchmarks.gpu_sd15 import measure, roof
+    from benchmarks.gpu_unet import LAYOUTS, SINGLE, measure, roof
 
     def built(backend: str, base: str, precision: str) -> Callable[[], dict[str, Any]]:
         guide = "emoji-tiny" if base == "emoji" else "tiny"
         return lambda: engines(backend, base, precision, rounds, guide, say)
 
+    def sdxl(target: str) -> dict[str, Any]:
+        return measure(
+            say, min(rounds, 3), base="random:sdxl", target=target, cases=SINGLE, steps=10, energy_seconds=1.0
+        )
+
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "roof": lambda: roof(say),
         "kernels": lambda: kernels(say=say),
-        "torch-sd15": lambda: measure(say, rounds),
+        "torch-sd15": lambda: measure(say, rounds, layouts=tuple(LAYOUTS), decode=True),
+        "torch-sd15-compiled": lambda: measure(say, rounds, target="compile", energy_seconds=1.0),
+        "torch-sdxl": lambda: sdxl("eager"),
+        "torch-sdxl-compiled": lambda: sdxl("compile"),
         "torch-bundled-fp16": built("torch", "emoji", "fp16"),
         "torch-bundled-fp32": built("torch", "emoji", "fp32"),
         "trt-bundled": built("tensorrt", "emoji", "fp16"),
@@ -324,12 +336,18 @@ def why_not(name: str, sm: str) -> str | None:
         "kernels": ["numpy", "cuda.bindings"],
         "tests": ["pytest", "hypothesis", "torch", "diffusers", "transformers"],
     }.get(name, ["torch", "diffusers", "transformers", "safetensors"])
+    if name.endswith("-compiled"):
+        needed = [*needed, "triton"]
     if flavour is not None:
         needed = [*needed, flavour.module, "cuda.bindings", "onnxscript"]
         if flavour.targets and sm not in flavour.targets:
             return f"the GPU is {sm}, and {flavour.name} makes engines for {', '.join(flavour.targets[1:])}"
     if missing := [package for package in needed if not _installed(package)]:
         return f"missing here: {', '.join(missing)}"
+    if name.endswith("-compiled"):
+        from pnp_trt.backends.torch.backend import Torch
+
+        return Torch().cannot_run("compile")
     return None
 
 
@@ -431,7 +449,8 @@ def main(arguments: list[str] | None = None) -> int:
             found: dict[str, Any] = {"ran": False, "why": reason, "seconds": 0.0}
         else:
             print(f"{name} …", flush=True)
-            found = in_own_process(name, a.rounds, min(a.limit, left))
+            most = a.limit if a.budget is None else min(a.limit, MOST.get(name, a.limit))
+            found = in_own_process(name, a.rounds, min(most, left))
         document["parts"][name] = found
         document["goals"] = goals(document["parts"])
         state = (

@@ -5,32 +5,53 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-PART = "torch-sd15"
+#: SD 1.5's size, by how the modules run
+PARTS = {"eager": "torch-sd15", "compiled": "torch-sd15-compiled"}
+TITLES = {
+    "torch-sd15": "SD 1.5", "torch-sd15-compiled": "SD 1.5, compiled", "torch-sdxl": "SDXL",
+    "torch-sdxl-compiled": "SDXL, compiled",
+}  # fmt: skip
 
 
 def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The goals for SD 1.5's size, 512², float16, on an H100; each ``met``, ``missed`` or ``not measured``."""
-    cases = parts.get(PART, {}).get("cases", {})
+    """The goals for SD 1.5's size, 512², float16, on an H100; each ``met``, ``missed`` or ``not measured``.
+
+    The better figure of eager and compiled modules counts; ``by`` says whose it is, None where there is none.
+    """
+    rows = {how: _figures(parts.get(part, {}).get("cases", {})) for how, part in PARTS.items()}
+
+    def goal(what: str, sign: str, wanted: float, figure: str) -> dict[str, Any]:
+        return _goal(what, sign, wanted, {how: row[figure] for how, row in rows.items()})
+
+    return [
+        goal("guided iterations a second, batch 1", ">=", 200, "rate"),
+        goal("guided step over one conditional pass, batch 1", "<=", 1.03, "ratio"),
+        goal("loop overhead over captured steps, guided, batch 1", "<", 0.01, "overhead"),
+        goal("share of the measured matmul roof, guided, batch 4", ">=", 0.5, "share"),
+    ]
+
+
+def _figures(cases: dict[str, Any]) -> dict[str, float | None]:
     guided, unguided = (cases.get(f"{method}, batch 1", {}) for method in ("guided", "unguided"))
     steps = [case.get("step", {}).get("ms") for case in (guided, unguided)]
-    ratio = None if None in steps else round(steps[0] / steps[1], 4)
-    return [
-        _goal("guided iterations a second, batch 1", ">=", 200, guided.get("iterations_a_second")),
-        _goal("guided step over one conditional pass, batch 1", "<=", 1.03, ratio),
-        _goal("loop overhead over captured steps, guided, batch 1", "<", 0.01, guided.get("loop_overhead")),
-        _goal(
-            "share of the measured matmul roof, guided, batch 4", ">=", 0.5,
-            cases.get("guided, batch 4", {}).get("share_of_roof"),
-        ),
-    ]  # fmt: skip
+    return {
+        "rate": guided.get("iterations_a_second"),
+        "ratio": None if None in steps else round(steps[0] / steps[1], 4),
+        "overhead": guided.get("loop_overhead"),
+        "share": cases.get("guided, batch 4", {}).get("share_of_roof"),
+    }
 
 
-def _goal(what: str, sign: str, wanted: float, found: float | None) -> dict[str, Any]:
-    state = "not measured"
-    if found is not None:
-        held = {">=": found >= wanted, "<=": found <= wanted, "<": found < wanted}[sign]
-        state = "met" if held else "missed"
-    return {"goal": what, "wanted": f"{sign} {wanted:g}", "found": found, "state": state}
+def _goal(what: str, sign: str, wanted: float, figures: dict[str, float | None]) -> dict[str, Any]:
+    known = {how: figure for how, figure in figures.items() if figure is not None}
+    if not known:
+        return {"goal": what, "wanted": f"{sign} {wanted:g}", "found": None, "by": None, "state": "not measured"}
+    by = (max if sign == ">=" else min)(known, key=lambda how: known[how])
+    found = known[by]
+    held = {">=": found >= wanted, "<=": found <= wanted, "<": found < wanted}[sign]
+    return {
+        "goal": what, "wanted": f"{sign} {wanted:g}", "found": found, "by": by, "state": "met" if held else "missed",
+    }  # fmt: skip
 
 
 def table(document: dict[str, Any]) -> str:
@@ -46,25 +67,8 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     if roof.get("ran"):
         figures = {"fp16_matmul_tflops": "fp16 TFLOP/s", "bf16_matmul_tflops": "bf16 TFLOP/s", "copy_gb_per_s": "GB/s"}
         yield "roof: " + ", ".join(f"{roof[k]} {unit}" for k, unit in figures.items() if k in roof)
-    sd15 = parts.get(PART, {})
-    if layouts := sd15.get("unguided_step_ms_by_layout"):
-        yield "layouts, ms a step: " + ", ".join(f"{name} {ms}" for name, ms in layouts.items())
-    if cases := sd15.get("cases"):
-        yield f"{'SD 1.5 size, ' + sd15['precision']:<22}{'ms/step':>9}{'it/s':>8}{'eager':>9}{'overhead':>10}" + (
-            f"{'of roof':>9}{'equal':>7}{'GiB':>7}{'J/image':>9}"
-        )
-        for name, row in cases.items():
-            if "failed" in row:
-                yield f"{name:<22}failed: {row['failed']}"
-                continue
-            eager = row.get("loop_ms_step_by_step")
-            gib = row.get("peak_memory_bytes", {}).get("reserved")
-            yield (
-                f"{name:<22}{_show(row.get('step', {}).get('ms'), 9)}{_show(row.get('iterations_a_second'), 8, 1)}"
-                f"{_show(None if eager is None else eager / sd15['steps'], 9)}{_show(row.get('loop_overhead'), 10, 4)}"
-                f"{_show(row.get('share_of_roof'), 9, 3)}{row.get('captured_equals_step_by_step')!s:>7}"
-                f"{_show(None if gib is None else gib / 2**30, 7, 1)}{_show(row.get('joules_a_picture'), 9, 1)}"
-            )
+    for name, title in TITLES.items():
+        yield from _unet(title, parts.get(name, {}))
     for name, part in parts.items():
         for kind in ("guided", "CFG"):
             if row := part.get(kind):
@@ -78,7 +82,32 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     for name, said in parts.get("tests", {}).get("modules", {}).items():
         yield f"{name}: {said['said'][-1] if isinstance(said, dict) and said['said'] else said}"
     for goal in document["goals"]:
-        yield f"goal: {goal['goal']}: {goal['wanted']}, found {goal['found']}: {goal['state']}"
+        by = f" ({goal['by']})" if goal["by"] else ""
+        yield f"goal: {goal['goal']}: {goal['wanted']}, found {goal['found']}{by}: {goal['state']}"
+
+
+def _unet(title: str, part: dict[str, Any]) -> Iterator[str]:
+    """A table of the cases of one part of ``gpu_unet``."""
+    if layouts := part.get("unguided_step_ms_by_layout"):
+        yield "layouts, ms a step: " + ", ".join(f"{name} {ms}" for name, ms in layouts.items())
+    if not (cases := part.get("cases")):
+        return
+    yield f"{title + ', ' + part['precision']:<24}{'ms/step':>9}{'it/s':>8}{'no graph':>9}{'overhead':>10}" + (
+        f"{'of roof':>9}{'equal':>7}{'GiB':>7}{'J/image':>9}{'compile s':>10}"
+    )
+    for name, row in cases.items():
+        if "failed" in row:
+            yield f"{name:<24}failed: {row['failed']}"
+            continue
+        plain = row.get("loop_ms_step_by_step")
+        gib = row.get("peak_memory_bytes", {}).get("reserved")
+        yield (
+            f"{name:<24}{_show(row.get('step', {}).get('ms'), 9)}{_show(row.get('iterations_a_second'), 8, 1)}"
+            f"{_show(None if plain is None else plain / part['steps'], 9)}{_show(row.get('loop_overhead'), 10, 4)}"
+            f"{_show(row.get('share_of_roof'), 9, 3)}{row.get('captured_equals_step_by_step')!s:>7}"
+            f"{_show(None if gib is None else gib / 2**30, 7, 1)}{_show(row.get('joules_a_picture'), 9, 1)}"
+            f"{_show(row.get('compile', {}).get('seconds'), 10, 1)}"
+        )
 
 
 def _show(value: float | None, width: int, digits: int = 3) -> str:

@@ -81,13 +81,14 @@ def test_what_does_not_fit_the_budget_or_the_machine_is_not_begun(
         "in_own_process",
         lambda name, rounds, limit: ran.append(name) or {"ran": True, "complete": True, "seconds": 1.0},
     )
-    monkeypatch.setattr(gpu, "_installed", lambda package: package != "tensorrt")
+    monkeypatch.setattr(gpu, "_installed", lambda package: package not in ("tensorrt", "triton"))
     out = tmp_path / "new" / "x.json"
     assert gpu.main(["--budget", "20", "--json", str(out)]) == 0
     document = json.loads(out.read_text())
     parts = document["parts"]
     assert ran == ["roof", "kernels", "torch-bundled-fp16", "torch-bundled-fp32", "tests"]
     assert "of the budget of 20 s were left" in parts["torch-sd15"]["why"]
+    assert parts["torch-sd15-compiled"]["why"] == "missing here: triton"
     assert parts["trt-sd15"]["why"] == "missing here: tensorrt"
     assert parts["rtx-bundled"]["why"].startswith("the GPU is sm_90, and tensorrt-rtx makes engines for sm_75")
     assert str(tmp_path) not in out.read_text()  # a record has no paths of the machine
@@ -109,10 +110,45 @@ def test_the_marked_tests_are_found_and_a_module_that_cannot_be_imported_stops_n
     found = gpu.tests(lambda _: None, 300)
     said = {name: m["exit"] for name, m in found["modules"].items()}
     assert said == {
-        "tests/test_a.py (not compiled)": 2, "tests/test_a.py (compiled)": 2, "tests/test_b.py (not compiled)": 0,
-        "tests/test_b.py (compiled)": 5, "tests/test_c.py (not compiled)": 5, "tests/test_c.py (compiled)": 1,
+        "tests/test_a.py (not compiled)": 2, "tests/test_b.py (not compiled)": 0, "tests/test_c.py (not compiled)": 5,
+        "tests/test_c.py (compiled)": 1,
     }  # fmt: skip
-    assert found["failed"] == 3 and "no_such_module" in " ".join(found["modules"]["tests/test_a.py (compiled)"]["said"])
+    said_of_a = " ".join(found["modules"]["tests/test_a.py (not compiled)"]["said"])
+    assert found["failed"] == 2 and "no_such_module" in said_of_a
+
+
+def test_a_module_of_tests_that_does_not_end_leaves_time_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    marked = "import pytest, time\n@pytest.mark.gpu\ndef test_x(): time.sleep({0})\n"
+    (folder / "test_a.py").write_text(marked.format(600))
+    (folder / "test_b.py").write_text(marked.format(0))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "TEST_SECONDS", {"not compiled": 10.0})
+    modules = gpu.tests(lambda _: None, 300)["modules"]
+    assert modules["tests/test_a.py (not compiled)"] == "stopped after 10 s"
+    assert modules["tests/test_b.py (not compiled)"]["exit"] == 0
+
+
+def test_a_slow_part_leaves_time_of_the_budget_for_the_next(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, float] = {}
+    monkeypatch.setattr(
+        gpu, "in_own_process",
+        lambda name, rounds, limit: given.update({name: limit}) or {"ran": True, "complete": True, "seconds": 1.0},
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "why_not", lambda name, sm: None)
+    only = [word for part in ("torch-sd15", "torch-sd15-compiled", "torch-sdxl") for word in ("--only", part)]
+    gpu.main([*only, "--budget", "330"])
+    assert 320 < given["torch-sd15"] <= 330
+    assert (given["torch-sd15-compiled"], given["torch-sdxl"]) == (
+        gpu.MOST["torch-sd15-compiled"],
+        gpu.MOST["torch-sdxl"],
+    )
+    gpu.main([*only, "--limit", "500"])
+    assert set(given.values()) == {500}  # without a budget nothing has to be left
 
 
 def test_the_kernels_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

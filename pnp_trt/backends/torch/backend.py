@@ -81,7 +81,7 @@ class Torch(Backend):
         return TorchNetwork(path, network, options)
 
     def device_loops(self, unet: Any, vae: Any, condition: Any, name: str) -> DeviceLoops | None:
-        if unet.device != "cuda" or unet.compiled:  # compiled code captures its own graphs, one a network
+        if unet.device != "cuda":
             return None
         from .graph import device_loops
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 #: graphs that torch.compile may keep of one function: one for each batch size of each network that is loaded
 _MOST_GRAPHS = 256
+#: held by compiled code on a GPU: while one thread compiles, PyTorch takes what others call for a part of its trace
+_COMPILED = threading.Lock()
 
 
 def device(wanted: str = "auto") -> str:
@@ -47,11 +50,13 @@ def device(wanted: str = "auto") -> str:
 
 @dataclass(frozen=True)
 class Convolutions:
-    """How half-precision convolutions run on a GPU, in eager mode.
+    """How convolutions run on a GPU, in half precision and in compiled code.
 
     Attributes:
         channels_last: weights in the layout that cuDNN's tensor-core kernels read (PyTorch's notes on channels last).
-            Measured on an H200, a step of SD 1.5's U-Net at 512² in float16: 7.3 ms, and 9.5 ms without.
+            Measured on an H200, a step of SD 1.5's U-Net at 512² in float16, eager: 7.3 ms, and 9.5 ms without.
+            Compiled code takes this layout in every precision, and would copy other weights into it in every run
+            (``require_channels_last`` in Inductor's lowering of convolutions).
         search: time cuDNN's algorithms in the first run of each batch and size, and keep the fastest; later runs and
             captures find what was kept.  Which one wins may change between processes, and the last bits with it; in
             the same measurement it gained nothing.
@@ -66,7 +71,7 @@ class TorchNetwork(Network):
 
     Args:
         module: what the file describes, where it is made already; its weights are taken as they are.
-        convolutions: of half-precision modules on a GPU.
+        convolutions: of modules on a GPU that are in half precision or compiled.
 
     ``torch.compile`` makes code for a batch size when it first runs: one to two minutes for the bundled U-Net on one
     CPU core, and ten seconds in later processes, since PyTorch keeps what it made (``TORCHINDUCTOR_CACHE_DIR``).
@@ -97,7 +102,7 @@ class TorchNetwork(Network):
             module = rebuild(path.with_suffix(".json"), path)
         module = recipe(entry.precision).convert(module).to(self.device)
         self._search, self._seen = False, set[tuple[Any, ...]]()
-        if self.device == "cuda" and entry.precision in ("fp16", "bf16") and not self.compiled:
+        if self.device == "cuda" and (entry.precision in ("fp16", "bf16") or self.compiled):
             convolutions = convolutions or Convolutions()
             if convolutions.channels_last:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -125,7 +130,12 @@ class TorchNetwork(Network):
         Raises:
             PnpError: if memory runs out, or torch.compile fails.
         """
-        return _one_thread().submit(self._run, inputs).result() if self.compiled else self._run(inputs)
+        if not self.compiled:
+            return self._run(inputs)
+        if self.device == "cuda":  # in the caller's thread, whose stream is current and may be capturing
+            with _COMPILED:
+                return self._run(inputs)
+        return _one_thread().submit(self._run, inputs).result()
 
     def _run(self, inputs: Mapping[str, Any]) -> Any:
         import torch
@@ -140,8 +150,6 @@ class TorchNetwork(Network):
                     stack.enter_context(wide_products())
                 if self._search:
                     stack.enter_context(self._searching(inputs))
-                if self.compiled:
-                    torch.compiler.cudagraph_mark_step_begin()  # what the last run returned may be written again
                 return self._call(**inputs)
         except torch.OutOfMemoryError as e:
             raise PnpError(f"{self.path.name} does not fit into the GPU's memory; generate fewer images at once") from e
@@ -169,7 +177,7 @@ class TorchNetwork(Network):
 
 
 class TorchBound(Bound):
-    """Input tensors that stay where they are, so that CUDA graphs and compiled code see one address a batch size."""
+    """Input tensors that stay where they are, for one batch and size."""
 
     def __init__(self, network: TorchNetwork, batch: int, size: Size | None) -> None:
         import torch
@@ -212,13 +220,14 @@ def _compile(module: Any, device: str) -> Any:
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * _MOST_GRAPHS)
-    # reduce-overhead captures CUDA graphs, which static shapes allow; on the CPU there is nothing to capture.  The
-    # whole module or an error: what is left out would run eagerly and unseen
-    mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+    # the sampler captures whole loops, and Inductor's own CUDA graphs (mode "reduce-overhead", or set from outside)
+    # could not be captured into one
+    options: Any = {"triton.cudagraphs": False} if device == "cuda" else None
+    # the whole module or an error: what is left out would run eagerly and unseen
+    return torch.compile(module, fullgraph=True, dynamic=False, options=options)
 
 
 @cache
 def _one_thread() -> ThreadPoolExecutor:
-    """Where all compiled code is made and run: its CUDA graphs belong to the thread that captured them."""
+    """Where all compiled code for the CPU is made and run, with one pool of OpenMP's threads."""
     return ThreadPoolExecutor(1, "torch-compile")

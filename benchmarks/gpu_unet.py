@@ -1,12 +1,13 @@
-"""SD 1.5's size on a GPU through the product's own loop, without a bundle: seconds a step, memory, energy, the roof.
+"""SD 1.5's and SDXL's size on a GPU through the product's own loop, without a bundle: time, memory, energy, the roof.
 
-The modules are made on the GPU with seeded random weights: initialising, hashing, writing and reading 1.7 GB twice, and
-parity on the CPU, would take longer than all that is measured here.  What runs is what a bundle of backend ``torch``
-runs: ``TorchNetwork``, ``TorchLane`` and ``DeviceLoops``.
+The modules are made on the GPU with seeded random weights: initialising, hashing, writing and reading gigabytes twice,
+and parity on the CPU, would take longer than all that is measured here.  What runs is what a bundle of backend
+``torch`` runs: ``TorchNetwork``, ``TorchLane`` and ``DeviceLoops``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,29 +20,39 @@ MADE = "modules made on the GPU with seeded random weights, and run by the loop 
 STEPS = 20
 TOKENS = 77
 Say = Callable[[dict[str, Any]], object]
+#: method and batch, those first that say most
+CASES = (("guided", 1), ("unguided", 1), ("CFG", 1), ("guided", 4), ("CFG", 4), ("unguided", 4))
+SINGLE = CASES[:3]
 #: by name: whether weights are channels-last, and whether cuDNN's algorithms are timed in the first run
-LAYOUTS = {
-    "NCHW": (False, False), "NHWC": (True, False), "NHWC, searched": (True, True), "NCHW, searched": (False, True),
-}  # fmt: skip
+LAYOUTS = {"NCHW": (False, False), "NHWC": (True, False), "NHWC, searched": (True, True)}
 
 
 def measure(
     say: Say,
     rounds: int = 5,
     *,
+    base: str = "random:sd15",
+    target: str = "eager",
+    cases: tuple[tuple[str, int], ...] = CASES,
+    steps: int = STEPS,
+    layouts: tuple[str, ...] = (),
+    decode: bool = False,
     precision: str = "fp16",
     provider: str = "cuda",
-    batches: tuple[int, ...] = (1, 4),
-    steps: int = STEPS,
     energy_seconds: float = 1.5,
     configs: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Guided, unguided and CFG (one batch of two) at each batch.
+    """Guided, unguided and CFG (one batch of two) at several batches.
 
     Args:
         say: called with all that is known, after each figure.
         rounds: timed runs of each kind; medians are kept.
-        configs: of ``unet`` and ``vae``; None takes SD 1.5's.
+        base: ``random:sd15`` or ``random:sdxl``.
+        target: of the backend, ``eager`` or ``compile``.
+        layouts: of ``LAYOUTS``, to be compared; the fastest is used.  Without any it is ``NHWC``.
+        decode: whether a loop that ends with pixels is measured too, in random weights' half precision.
+        energy_seconds: for which loops of each case of the first batch are repeated.
+        configs: of the networks, in place of the base's own.
 
     Returns:
         Seconds are of the GPU's own clock for steps, and of the host's for whole loops.
@@ -52,69 +63,74 @@ def measure(
     from pnp_trt.models.random import random_base
 
     started = time.perf_counter()
-    found: dict[str, Any] = {"made": MADE, "precision": precision, "steps": steps, "cases": {}}
-    base = random_base("random:sd15")
-    models = Models(configs or base.configs, precision, provider)
+    found: dict[str, Any] = {
+        "made": MADE, "base": base, "target": target, "precision": precision, "steps": steps, "cases": {},
+    }  # fmt: skip
+    made = random_base(base)
+    models = Models(dataclasses.replace(made, configs=configs) if configs else made, precision, provider)
+    found["latents"] = [models.channels, *models.size]
     found["make_seconds"] = round(time.perf_counter() - started, 1)
     if models.cuda:
         found["roof_fp16_tflops"] = round(matmul_tflops(torch.float16), 1)
     say(found)
-
-    schedule = base.scheduler_config()
-    layouts: dict[str, float] = {}
-    for name, (last, search) in LAYOUTS.items() if models.cuda else ():
-        try:
-            case = Case(models, "unguided", 1, steps, schedule, Convolutions(last, search))
-            layouts[name] = case.step(min(rounds, 2))["ms"]
-            case.close()
-        except Exception as e:  # the other layouts may still run
-            found.setdefault("layouts_failed", {})[name] = _said(e)
-        found["unguided_step_ms_by_layout"] = layouts
-        say(found)
-    chosen = min(layouts, key=lambda name: layouts[name]) if layouts else "NCHW"
-    found["layout"] = chosen
-    how = Convolutions(*LAYOUTS[chosen])
-
-    counter, no_counter = _counter()
-    found["energy"] = no_counter or "GPU's own counter (NVML) over repeated loops, idle share included"
-    for batch in batches:
-        for method in ("guided", "unguided", "CFG"):
-            row: dict[str, Any] = {}
-            found["cases"][f"{method}, batch {batch}"] = row
-            if models.cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                case = Case(models, method, batch, steps, schedule, how)
-                row |= case.loop(rounds)
-                row["step"] = case.step(rounds)
-                row |= rates(row, steps)
-                if models.cuda:
-                    row["peak_memory_bytes"] = {
-                        "tensors": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
-                    }  # fmt: skip
-                say(found)
-                if counter is not None and batch == batches[0]:
-                    row["joules_a_picture"] = case.joules(counter, energy_seconds)
-                case.close()
-            except Exception as e:  # the next case may still run
-                row["failed"] = _said(e)
-            say(found)
     try:
         found["macs_a_row"] = models.macs()
     except Exception as e:  # the times need no count
         found["macs_failed"] = _said(e)
-    else:
-        for name, row in found["cases"].items():
-            method, batch = name.split(", batch ")
-            row |= shares(row, int(batch) * found["macs_a_row"][method], found.get("roof_fp16_tflops"))
     say(found)
-    try:
-        case = Case(models, "guided", 1, steps, schedule, how, decode=True)
-        found["picture"] = case.loop(rounds)
-        case.close()
-    except Exception as e:
-        found["picture"] = {"failed": _said(e)}
+
+    schedule = made.scheduler_config()
+    times: dict[str, float] = {}
+    for name in layouts:
+        try:
+            case = Case(models, "unguided", 1, steps, schedule, Convolutions(*LAYOUTS[name]), target)
+            times[name] = case.step(min(rounds, 2))["ms"]
+            case.close()
+        except Exception as e:  # the other layouts may still run
+            found.setdefault("layouts_failed", {})[name] = _said(e)
+        found["unguided_step_ms_by_layout"] = times
+        say(found)
+    found["layout"] = min(times, key=lambda name: times[name]) if times else "NHWC"
+    how = Convolutions(*LAYOUTS[found["layout"]])
+
+    counter, no_counter = _counter()
+    found["energy"] = no_counter or "GPU's own counter (NVML) over repeated loops, idle share included"
+    for method, batch in cases:
+        row: dict[str, Any] = {}
+        found["cases"][f"{method}, batch {batch}"] = row
+        if models.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            case = Case(models, method, batch, steps, schedule, how, target)
+            if target == "compile":
+                row["compile"] = case.compile()
+                say(found)
+            row["step"] = case.step(rounds)
+            row |= rates(row)
+            if "macs_a_row" in found:
+                row |= shares(row, batch * found["macs_a_row"][method], found.get("roof_fp16_tflops"))
+            say(found)
+            row |= case.loop(rounds)
+            row |= overhead(row, steps)
+            if models.cuda:
+                row["peak_memory_bytes"] = {
+                    "tensors": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
+                }  # fmt: skip
+            say(found)
+            if counter is not None and batch == cases[0][1]:
+                row["joules_a_picture"] = case.joules(counter, energy_seconds)
+            case.close()
+        except Exception as e:  # the next case may still run
+            row["failed"] = _said(e)
+        say(found)
+    if decode:
+        try:
+            case = Case(models, "guided", 1, steps, schedule, how, target, decode=True)
+            found["picture"] = case.loop(rounds)
+            case.close()
+        except Exception as e:
+            found["picture"] = {"failed": _said(e)}
     found["seconds_inside"] = round(time.perf_counter() - started, 1)
     say(found)
     return found
@@ -123,7 +139,7 @@ def measure(
 class Models:
     """The modules on their device: ``student`` and ``teacher`` share one U-Net."""
 
-    def __init__(self, configs: dict[str, dict[str, Any]], precision: str, provider: str) -> None:
+    def __init__(self, base: Any, precision: str, provider: str) -> None:
         import diffusers
         import torch
 
@@ -135,6 +151,7 @@ class Models:
         from pnp_trt.precision.recipes import recipe
 
         quiet_libraries()
+        configs = base.configs
         self.precision, self.provider, self.device = precision, provider, device(provider)
         self.cuda = self.device == "cuda"
         dtype = getattr(torch, recipe(precision).dtype)
@@ -150,6 +167,12 @@ class Models:
         self.channels, side = int(configs["unet"]["in_channels"]), int(configs["unet"]["sample_size"])
         self.size = (side, side)
         self.width = int(configs["unet"]["cross_attention_dim"])
+        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        #: of one image, ``[1, …]`` each: what the family's U-Net takes besides latents, timestep and text states
+        self.added: dict[str, np.ndarray] = {
+            name: values.numpy()
+            for name, values in base.golden_added(torch.Generator().manual_seed(0), 1, (side * factor,) * 2).items()
+        }
 
     def inputs(self, method: str) -> dict[str, tuple[str, tuple[int | str, ...]]]:
         """Of the U-Net, as a manifest has them."""
@@ -158,6 +181,7 @@ class Models:
             "timestep": ("int64", ("batch",)),
             "encoder_hidden_states": ("float32", ("batch", TOKENS, self.width)),
         }
+        found |= {name: ("float32", ("batch", *values.shape[1:])) for name, values in self.added.items()}
         return found | ({"guidance": ("float32", ("batch",))} if method == "guided" else {})
 
     def macs(self) -> dict[str, int]:
@@ -189,6 +213,7 @@ class Case:
         steps: int,
         scheduler: dict[str, Any],
         convolutions: Any,
+        target: str = "eager",
         decode: bool = False,
     ) -> None:
         import torch
@@ -196,11 +221,11 @@ class Case:
         from pnp_trt.backends.base import LoadOptions
         from pnp_trt.backends.torch.graph import device_loops
         from pnp_trt.backends.torch.network import TorchNetwork
-        from pnp_trt.bundle.manifest import NetworkParity, NetworkRecord
+        from pnp_trt.bundle.manifest import Compiled, NetworkParity, NetworkRecord
         from pnp_trt.sampling.device_loop import Feeds, Plan
         from pnp_trt.sampling.schedules import make
 
-        self.method, self.batch, self.models = method, batch, models
+        self.target = target
         if models.cuda:  # a layout that was tried before is undone
             last = convolutions.channels_last
             models.unet.to(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -212,6 +237,7 @@ class Case:
             record = NetworkRecord(
                 graph=f"{name}.json", precision=models.precision, inputs=inputs,
                 outputs={output: ("float32", ("batch",))}, parity=NetworkParity(0.0, 0.0, 0),
+                compiled=Compiled(notes={"mode": target}),
             )  # fmt: skip
             return TorchNetwork(Path(record.graph), record, LoadOptions(models.provider), module, convolutions)
 
@@ -230,9 +256,29 @@ class Case:
         start = random.standard_normal((batch, models.channels, *models.size), np.float32)
         rows = 2 * batch if twice else batch
         inputs = {"encoder_hidden_states": random.standard_normal((rows, TOKENS, models.width), np.float32)}
+        inputs |= {name: np.repeat(values, rows, 0) for name, values in models.added.items()}
         w = np.full(batch, 3, np.float32)
         self.feeds = Feeds(start, w, inputs | ({"guidance": w} if method == "guided" else {}))
+        self.batch = batch
         self.plan = Plan(batch, models.size, make("ddim", scheduler, steps), twice, decode)
+
+    def compile(self) -> dict[str, Any]:
+        """The first step, in which PyTorch compiles: seconds, and how many graphs its cache on disk had and had not."""
+        from torch._dynamo.utils import counters
+
+        counters.clear()
+        lane: Any = self.loops._lane(self.plan).lane
+        prepared = lane.prepare(self.plan)
+        lane.load(self.feeds)
+        lane.begin(prepared)
+        begun = time.perf_counter()
+        lane.step(prepared, 0)
+        lane.wait()
+        return {
+            "seconds": round(time.perf_counter() - begun, 2),
+            "graphs_from_cache": counters["inductor"]["fxgraph_cache_hit"],
+            "graphs_made": counters["inductor"]["fxgraph_cache_miss"],
+        }  # fmt: skip
 
     def loop(self, rounds: int) -> dict[str, Any]:
         """Whole loops, by the host's clock: captured, and step by step; and whether both give equal results."""
@@ -314,23 +360,26 @@ class Case:
         return None if used is None else round(used, 2)
 
     def close(self) -> None:
-        """Give buffers and graphs back."""
+        """Give buffers, graphs and compiled code back."""
         self.loops.clear()
+        if self.target == "compile":
+            import torch
+
+            torch._dynamo.reset()
 
 
-def rates(row: dict[str, Any], steps: int) -> dict[str, Any]:
-    """What a case's times say: iterations a second, and the whole loop over its captured steps, less one."""
-    ms = row["step"]["ms"]
-    return {
-        "iterations_a_second": round(1e3 / ms, 1),
-        "loop_overhead": round(row["loop_ms_captured"] / (steps * ms) - 1, 4),
-    }
+def rates(row: dict[str, Any]) -> dict[str, Any]:
+    """Iterations a second."""
+    return {"iterations_a_second": round(1e3 / row["step"]["ms"], 1)}
+
+
+def overhead(row: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The whole loop over its captured steps, less one."""
+    return {"loop_overhead": round(row["loop_ms_captured"] / (steps * row["step"]["ms"]) - 1, 4)}
 
 
 def shares(row: dict[str, Any], macs: int, roof_tflops: float | None) -> dict[str, Any]:
     """TFLOP/s of a step of ``macs`` multiply-accumulates, and their share of the measured roof."""
-    if "step" not in row:
-        return {}
     tflops = 2 * macs / row["step"]["ms"] / 1e9
     return {"tflops": round(tflops, 1)} | ({"share_of_roof": round(tflops / roof_tflops, 3)} if roof_tflops else {})
 

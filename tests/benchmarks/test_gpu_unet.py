@@ -1,0 +1,162 @@
+"""The U-Nets' parts of ``benchmarks.gpu``, in small and on the CPU; its record's figures, goals and table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import gpu_report, gpu_unet
+from pnp_trt.models.random import random_base
+
+MICRO: dict[str, dict[str, Any]] = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 4, "out_channels": 4,
+        "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 32,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL", "block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "sample_size": 16,
+    },
+}  # fmt: skip
+
+
+#: the same with SDXL's further conditions
+MICRO_XL = MICRO | {
+    "unet": MICRO["unet"] | {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 68,
+        "transformer_layers_per_block": [1, 2],
+    },
+    "text_encoder_2": {"projection_dim": 20},
+}  # fmt: skip
+
+
+def check(found: dict[str, Any], cases: tuple[tuple[str, int], ...]) -> None:
+    assert set(found["cases"]) == {f"{m}, batch {b}" for m, b in cases}
+    for row in found["cases"].values():
+        assert "failed" not in row and row["finite"] and row["captured_equals_step_by_step"], row
+        assert not row["captured"] and "no CUDA graphs on cpu" in row["why_not_captured"]
+        assert row["step"]["ms"] > 0 and row["iterations_a_second"] > 0 and row["tflops"] >= 0
+    macs = found["macs_a_row"]
+    assert macs["CFG"] == 2 * macs["unguided"] < 2 * macs["guided"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_case_is_measured() -> None:
+    said: list[str] = []
+    found = gpu_unet.measure(
+        lambda f: said.append(json.dumps(f)), 1, precision="fp32", provider="cpu", steps=3, configs=MICRO,
+        layouts=("NCHW",), decode=True,
+    )  # fmt: skip
+    assert len(said) > 6  # what is known is told as it becomes known
+    assert {(m, b) for m in ("guided", "unguided", "CFG") for b in (1, 4)} == set(gpu_unet.CASES)
+    check(found, gpu_unet.CASES)
+    assert "failed" not in found["picture"] and found["picture"]["finite"]
+    assert found["layout"] == "NCHW" and "compile" not in found["cases"]["guided, batch 1"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sdxl_has_its_further_conditions() -> None:
+    found = gpu_unet.measure(
+        lambda _: None, 1, base="random:sdxl", precision="fp32", provider="cpu", cases=gpu_unet.SINGLE, steps=3,
+        configs=MICRO_XL,
+    )  # fmt: skip
+    check(found, gpu_unet.SINGLE)
+    assert found["layout"] == "NHWC" and "picture" not in found and found["base"] == "random:sdxl"
+    plain = gpu_unet.Models(replace(random_base("random:sd15"), configs=MICRO), "fp32", "cpu")
+    wide = gpu_unet.Models(replace(random_base("random:sdxl"), configs=MICRO_XL), "fp32", "cpu")
+    more = wide.inputs("guided").keys() - plain.inputs("guided").keys()
+    assert more == {"text_embeds", "time_ids"} and wide.inputs("CFG")["text_embeds"][1] == ("batch", 20)
+    assert wide.added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]  # the whole of an image of 16 pixels
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_modules_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured by Dynamo and AOTAutograd; no C++ is compiled."""
+    opened = torch.compile
+    broken: list[bool] = []
+
+    def compile(module: Any, **options: Any) -> Any:
+        if broken:
+            raise RuntimeError("no such instruction\nand more")
+        broken.extend([True] * (type(module).__name__ == "Teacher"))  # what is compiled after it fails
+        return opened(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    said: list[dict[str, Any]] = []
+    found = gpu_unet.measure(
+        lambda f: said.append(json.loads(json.dumps(f))), 1, target="compile", precision="fp32", provider="cpu",
+        cases=(("guided", 1), ("CFG", 1), ("unguided", 1)), steps=3, configs=MICRO,
+    )  # fmt: skip
+    guided, cfg, unguided = found["cases"].values()
+    assert guided["compile"]["seconds"] > 0 and guided["captured_equals_step_by_step"] and "failed" not in guided
+    assert cfg["failed"].startswith("RuntimeError: no such instruction") and "step" not in cfg
+    assert unguided["failed"] == cfg["failed"]  # a case that fails stops no other
+    (told,) = [f for f in said if f["cases"].keys() == {"guided, batch 1"} and "loop_overhead" in f["cases"][
+        "guided, batch 1"]][:1]  # fmt: skip
+    assert told["cases"]["guided, batch 1"]["tflops"] >= 0  # all of a case is told before the next one begins
+
+
+def case(ms: float, loop: float, macs: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": {"ms": ms}, "loop_ms_captured": loop, "loop_ms_step_by_step": 2 * loop}
+    return row | gpu_unet.rates(row) | gpu_unet.overhead(row, 20) | gpu_unet.shares(row, macs, 800.0)
+
+
+def test_figures_and_goals() -> None:
+    cases = {
+        "guided, batch 1": case(4.0, 80.4, 400 * 10**9), "unguided, batch 1": case(3.9, 79.0, 400 * 10**9),
+        "guided, batch 4": case(8.0, 161.0, 1600 * 10**9),
+    }  # fmt: skip
+    assert cases["guided, batch 1"]["iterations_a_second"] == 250 and cases["guided, batch 1"]["tflops"] == 200
+    assert cases["guided, batch 1"]["loop_overhead"] == 0.005 and cases["guided, batch 4"]["share_of_roof"] == 0.5
+    part = {"ran": True, "complete": True, "precision": "fp16", "steps": 20, "cases": cases}
+    assert [(g["state"], g["by"]) for g in gpu_report.goals({"torch-sd15": part})] == [("met", "eager")] * 4
+    # of both kinds the better one counts, goal by goal
+    slow = {name: case(row["step"]["ms"] + 2, row["loop_ms_captured"] + 60, 10**11) for name, row in cases.items()}
+    both = {"torch-sd15": part | {"cases": slow}, "torch-sd15-compiled": part}
+    assert [(g["state"], g["by"]) for g in gpu_report.goals(both)] == [
+        ("met", "compiled"), ("met", "eager"), ("met", "compiled"), ("met", "compiled"),
+    ]  # fmt: skip
+    assert gpu_report.goals(both)[1]["found"] == round(6.0 / 5.9, 4)
+    cases["unguided, batch 1"]["step"]["ms"] = 3.5
+    cases["guided, batch 1"] |= {"iterations_a_second": 199.9, "loop_overhead": 0.01}
+    del cases["guided, batch 4"]
+    states = [g["state"] for g in gpu_report.goals({"torch-sd15": part})]
+    assert states == ["missed"] * 3 + ["not measured"]
+    assert [(g["state"], g["by"]) for g in gpu_report.goals({})] == [("not measured", None)] * 4
+
+
+def test_the_table_shows_what_there_is() -> None:
+    cases = {"guided, batch 1": case(4.0, 80.4, 400 * 10**9), "CFG, batch 1": {"failed": "OutOfMemoryError: no"}}
+    document = {
+        "gpu": {"name": "NVIDIA Test 9", "sm": "sm_99"}, "goals": gpu_report.goals({}),
+        "parts": {
+            "roof": {"ran": True, "complete": False, "why": "it took more than 5 s", "fp16_matmul_tflops": 790.0},
+            "torch-sd15": {"ran": True, "complete": True, "precision": "fp16", "steps": 20, "cases": cases},
+            "torch-sdxl": {
+                "ran": True, "complete": False, "why": "it took more than 75 s", "precision": "fp16", "steps": 10,
+                "cases": {"CFG, batch 1": {"step": {"ms": 34.5}, "compile": {"seconds": 61.25}}},
+            },
+            "trt-sd15": {"ran": False, "why": "missing here: tensorrt"},
+            "tests": {"ran": True, "complete": True, "modules": {
+                "a.py": {"exit": 0, "said": ["3 passed"]}, "b.py": "stopped after 9 s",
+            }},
+        },
+    }  # fmt: skip
+    shown = gpu_report.table(document)
+    for wanted in (
+        "790.0 fp16 TFLOP/s", "roof: stopped: it took more than 5 s", "250.0", "0.0050", "failed: OutOfMemoryError",
+        "trt-sd15: not run: missing here: tensorrt", "a.py: 3 passed", "SDXL, fp16", "34.500", "61.2",
+        "it took more than 75 s", "b.py: stopped", "not measured",
+    ):  # fmt: skip
+        assert wanted in shown

@@ -344,10 +344,6 @@ def why_not(name: str, sm: str) -> str | None:
             return f"the GPU is {sm}, and {flavour.name} makes engines for {', '.join(flavour.targets[1:])}"
     if missing := [package for package in needed if not _installed(package)]:
         return f"missing here: {', '.join(missing)}"
-    if name.endswith("-compiled"):
-        from pnp_trt.backends.torch.backend import Torch
-
-        return Torch().cannot_run("compile")
     return None
 
 

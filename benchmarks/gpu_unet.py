@@ -161,8 +161,9 @@ class Models:
             guide = TinyGuide.from_unet(self.unet)
         for module in (self.unet, vae, guide):
             fill(module, dtype, self.device)
-        for adapter in guide.adapters:  # what a trained guide adds is small; at unit gain half precision overflows
-            adapter.expand.weight.mul_(0.01)
+        # layers that are trained up from zero stay small, and at unit gain their products overflow half precision
+        for layer in (guide.film, *(adapter.expand for adapter in guide.adapters)):
+            layer.weight.mul_(0.01)
         self.student, self.teacher, self.vae = Student(self.unet, guide), Teacher(self.unet), VaeDecoder(vae)
         self.channels, side = int(configs["unet"]["in_channels"]), int(configs["unet"]["sample_size"])
         self.size = (side, side)

@@ -80,6 +80,24 @@ def test_sdxl_has_its_further_conditions() -> None:
     assert wide.added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]  # the whole of an image of 16 pixels
 
 
+@pytest.mark.parametrize(("base", "configs"), [("random:sd15", MICRO), ("random:sdxl", MICRO_XL)])
+def test_random_weights_stay_finite_in_half_precision(base: str, configs: dict[str, Any]) -> None:
+    made = replace(random_base(base), configs=configs)
+    models = gpu_unet.Models(made, "fp16", "cpu")
+    largest: list[float] = []
+    for part in models.student.modules():
+        part.register_forward_hook(
+            lambda _, a, out: largest.append(float(out.abs().max())) if isinstance(out, torch.Tensor) else None
+        )
+    rows = {
+        name: torch.full((1, *shape[1:]), 500) if dtype == "int64" else torch.randn(1, *shape[1:])
+        for name, (dtype, shape) in models.inputs("guided").items()
+    }
+    with torch.no_grad():
+        models.student(**{k: v if k == "timestep" else v.half() for k, v in rows.items()})
+    assert all(value < 6e4 / 8 for value in largest)  # half precision ends at 65,504, and latents grow over the steps
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_modules_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured by Dynamo and AOTAutograd; no C++ is compiled."""

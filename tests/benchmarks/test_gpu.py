@@ -122,15 +122,23 @@ def test_a_module_of_tests_that_does_not_end_leaves_time_for_the_next(
 ) -> None:
     folder = tmp_path / "tests"
     folder.mkdir()
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
-    marked = "import pytest, time\n@pytest.mark.gpu\ndef test_x(): time.sleep({0})\n"
-    (folder / "test_a.py").write_text(marked.format(600))
-    (folder / "test_b.py").write_text(marked.format(0))
+    for name in ("test_a.py", "test_b.py"):
+        (folder / name).write_text("import pytest\n@pytest.mark.gpu\ndef test_compiled(): pass\n")
+    ran: list[tuple[str, str, float]] = []
+
+    def run(command: list[str], timeout: float, **_: Any) -> Any:
+        ran.append((Path(command[-1]).name, command[-2], timeout))
+        if command[-1].endswith("test_a.py"):
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 0, "1 passed\n", "")
+
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "TEST_SECONDS", {"not compiled": 10.0})
-    modules = gpu.tests(lambda _: None, 300)["modules"]
-    assert modules["tests/test_a.py (not compiled)"] == "stopped after 10 s"
-    assert modules["tests/test_b.py (not compiled)"]["exit"] == 0
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    found = gpu.tests(lambda _: None, 500)
+    names = ["test_a.py", "test_b.py"]
+    assert ran == [(n, words, most) for words, most in gpu.TEST_SECONDS.items() for n in names]
+    assert found["failed"] == 2 and found["modules"]["tests/test_a.py (compiled)"] == "stopped after 180 s"
+    assert found["modules"]["tests/test_b.py (compiled)"] == {"exit": 0, "said": ["1 passed"]}
 
 
 def test_a_slow_part_leaves_time_of_the_budget_for_the_next(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

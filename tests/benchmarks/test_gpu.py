@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_unet
 from pnp_trt.backends import gpus as device
 from pnp_trt.backends.torch import graph as torch_graph
 from pnp_trt.runtime.pipeline import Pipeline
@@ -157,6 +158,27 @@ def test_a_slow_part_leaves_time_of_the_budget_for_the_next(here: Path, monkeypa
     )
     gpu.main([*only, "--limit", "500"])
     assert set(given.values()) == {500}  # without a budget nothing has to be left
+
+
+def test_the_parts_on_known_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    signature = inspect.signature(gpu_unet.measure)
+
+    def measure(*words: Any, **named: Any) -> dict[str, Any]:
+        bound = signature.bind(*words, **named)
+        bound.apply_defaults()
+        asked.append(bound.arguments)
+        return {}
+
+    monkeypatch.setattr(gpu_unet, "measure", measure)
+    for name in ("torch-sd15", "torch-sd15-compiled", "torch-sdxl", "torch-sdxl-compiled"):
+        gpu.run_part(name, 5, 60, lambda _: None)
+    assert [(a["base"], a["target"]) for a in asked] == [
+        (base, target) for base in ("random:sd15", "random:sdxl") for target in ("eager", "compile")
+    ]
+    assert [len(a["cases"]) for a in asked] == [6, 6, 3, 3] and all(a["cases"][0] == ("guided", 1) for a in asked)
+    assert [a["decode"] for a in asked] == [True, False, False, False]  # SDXL's decoder overflows half precision
+    assert all(a["precision"] == "fp16" and a["provider"] == "cuda" for a in asked)
 
 
 def test_the_kernels_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

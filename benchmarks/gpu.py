@@ -10,7 +10,7 @@ what a part had found when its time was up is kept:
 - **torch-sd15**: SD 1.5's size in float16 (``gpu_unet``), eager: guided, unguided and CFG at batch 1 and 4;
 - **torch-sd15-compiled**: the same through ``torch.compile``, with the seconds that each case's compilation took.
   PyTorch keeps what it makes in ``TORCHINDUCTOR_CACHE_DIR`` (without it in a folder of the user's beside temporary
-  files), so a second run on the same machine compiles nothing; set it to a folder that is kept, to use it again;
+  files): a second run on the same machine traces the modules and finds the code there (``graphs_from_cache``);
 - **torch-sdxl**: SDXL's size in float16, 1024², eager: guided, unguided and CFG at batch 1.  Latents only: SDXL's
   decoder overflows float16;
 - **torch-bundled-fp16**, **torch-bundled-fp32**: engines of backend ``torch`` of the bundled model: images captured

@@ -15,6 +15,8 @@ what a part had found when its time was up is kept:
   decoder overflows float16;
 - **torch-bundled-fp16**, **torch-bundled-fp32**: engines of backend ``torch`` of the bundled model: images captured
   against step by step, time a step and an image of both, of the host's loop, and of CFG on the teacher's engine;
+- **ort-bundled**: ONNX Runtime's CUDA provider on the bundled model (``gpu_ort``): its images against the CPU's, time,
+  and nodes that run on the CPU;
 - **trt-bundled**, **trt-sd15**, **rtx-bundled**, **rtx-sd15**: the same on TensorRT and TensorRT-RTX (float16), where
   the package is installed and the GPU is one that it compiles for;
 - **tests**: those marked ``gpu``;
@@ -49,10 +51,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PARTS = (
     "roof", "kernels", "torch-sd15", "torch-sd15-compiled", "torch-sdxl", "torch-bundled-fp16", "torch-bundled-fp32",
-    "trt-bundled", "trt-sd15", "rtx-bundled", "rtx-sd15", "tests", "torch-sdxl-compiled",
+    "ort-bundled", "trt-bundled", "trt-sd15", "rtx-bundled", "rtx-sd15", "tests", "torch-sdxl-compiled",
 )  # fmt: skip
 #: seconds below which a part is not begun
-LEAST = {
+LEAST = {"ort-bundled": 40.0,
     "torch-sd15": 25.0, "torch-sd15-compiled": 40.0, "torch-sdxl": 25.0, "trt-sd15": 60.0, "rtx-sd15": 60.0,
     "torch-sdxl-compiled": 90.0,
 }  # fmt: skip
@@ -297,6 +299,7 @@ def _median(values: list[float], scale: float) -> float:
 
 def run_part(name: str, rounds: int, limit: float, say: Say) -> dict[str, Any]:
     """One part, in this process."""
+    from benchmarks import gpu_ort
     from benchmarks.gpu_unet import LAYOUTS, SINGLE, measure, roof
 
     def built(backend: str, base: str, precision: str) -> Callable[[], dict[str, Any]]:
@@ -317,6 +320,7 @@ def run_part(name: str, rounds: int, limit: float, say: Say) -> dict[str, Any]:
         "torch-sdxl-compiled": lambda: sdxl("compile"),
         "torch-bundled-fp16": built("torch", "emoji", "fp16"),
         "torch-bundled-fp32": built("torch", "emoji", "fp32"),
+        "ort-bundled": lambda: gpu_ort.measure(say, rounds),
         "trt-bundled": built("tensorrt", "emoji", "fp16"),
         "trt-sd15": built("tensorrt", "random:sd15", "fp16"),
         "rtx-bundled": built("tensorrt-rtx", "emoji", "fp16"),
@@ -338,12 +342,19 @@ def why_not(name: str, sm: str) -> str | None:
     }.get(name, ["torch", "diffusers", "transformers", "safetensors"])
     if name.endswith("-compiled"):
         needed = [*needed, "triton"]
+    if name.startswith("ort-"):
+        needed = [*needed, "onnxruntime", "onnxscript"]
     if flavour is not None:
         needed = [*needed, flavour.module, "cuda.bindings", "onnxscript"]
         if flavour.targets and sm not in flavour.targets:
             return f"the GPU is {sm}, and {flavour.name} makes engines for {', '.join(flavour.targets[1:])}"
     if missing := [package for package in needed if not _installed(package)]:
         return f"missing here: {', '.join(missing)}"
+    if name.startswith("ort-"):
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; onnxruntime-gpu has it"
     return None
 
 

@@ -79,6 +79,12 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
                 )
         if not part.get("ran") or not part.get("complete", True):
             yield f"{name}: {'stopped' if part.get('ran') else 'not run'}: {part['why'][:160]}"
+    for precision in ("fp32", "fp16"):
+        for kind, row in parts.get("ort-bundled", {}).get(precision, {}).items():
+            yield (
+                f"ONNX Runtime, {precision}, {kind}: {row.get('step_ms')} ms a step, levels from the CPU's images "
+                f"{row.get('levels_from_cpu')}, warned of: {row.get('warned') or 'nothing'}"
+            )
     for name, said in parts.get("tests", {}).get("modules", {}).items():
         yield f"{name}: {said['said'][-1] if isinstance(said, dict) and said['said'] else said}"
     for goal in document["goals"]:

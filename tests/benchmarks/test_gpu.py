@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import gpu, gpu_unet
+from benchmarks import gpu, gpu_ort, gpu_unet
 from pnp_trt.backends import gpus as device
 from pnp_trt.backends.torch import graph as torch_graph
 from pnp_trt.runtime.pipeline import Pipeline
@@ -190,6 +190,24 @@ def test_the_kernels_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert row["equal_to_numpy"] == {"eager": True, "captured": True} and row["captures"] == 1
         assert row["memory_growth_bytes"] == 0 and row["host_launch_us"]["captured"] > 0
     assert set(found) == {f"{name}, 3 steps" for name in ("ddim", "dpm++", "euler", "heun", "unipc")}
+
+
+def test_onnxruntimes_part_compares_providers(micro_base: Path, micro_guide: Path) -> None:
+    told: list[Any] = []
+    found = gpu_ort.measure(told.append, 1, provider="cpu", base=str(micro_base), guide=str(micro_guide))
+    assert told and set(found["fp32"]) == set(found["fp16"]) == {"guided", "CFG"}
+    for row in (*found["fp32"].values(), *found["fp16"].values()):  # one provider against itself
+        assert row["levels_from_cpu"] == {"largest": 0, "mean": 0.0} and row["warned"] == []
+        assert row["image_ms"]["batch 4"][50] > row["image_ms"]["batch 1"][8] > 0
+
+
+def test_an_onnxruntime_without_cuda_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "has no CUDA provider; onnxruntime-gpu has it" in str(gpu.why_not("ort-bundled", "sm_90"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert gpu.why_not("ort-bundled", "sm_90") is None
 
 
 def test_the_engines_part(micro_base: Path, micro_guide: Path, monkeypatch: pytest.MonkeyPatch) -> None:

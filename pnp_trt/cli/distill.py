@@ -230,6 +230,40 @@ def steps_command(
     print(printable(f"next: pnp-trt build --base {reports[-1]['settings']['base']} --guide {out / f'steps-{to}'}"))
 
 
+@distill_app.command("gain")
+def gain_command(
+    guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or a bundled one's name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new guide; the given one stays as it is.")],
+    values: Annotated[
+        int, typer.Option(min=1, help="Values of the table over the timesteps; 1 fits a constant factor.")
+    ] = 9,
+    factor: Annotated[float | None, typer.Option(help="A constant factor to use; nothing is fitted.")] = None,
+    base: Annotated[str | None, typer.Option(help="The teacher; default: the guide's own.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt per line; default: the guide's own.")
+    ] = None,
+    num_states: Annotated[int, typer.Option(min=1, help="States to compare lengths on.")] = 640,
+    seed: Annotated[int, typer.Option(help="Random seed of the states; other than the guide's, to hold them out.")] = 1,
+    resume: Resume = False,
+) -> None:
+    """Scale a guide's residuals over the timesteps until its guidance is as strong as the teacher's; no training."""
+    from .progress import ProgressBar
+    from .requirements import require_packages
+
+    require_packages("distill")
+    from ..distill.gain import GainConfig, fit
+
+    config = GainConfig(guide, out, values, factor, base, prompts, num_states, seed)
+    with ProgressBar("distill", None) as bar:
+        report = fit(config, resume=resume, progress=bar.stages)
+    length = report["length"]
+    print("timestep   length before   after, as a share of the teacher's")
+    for t, before, after in zip(length["timestep"], length["before"], length["after"], strict=True):
+        print(f"{t:8.0f}   {before:13.2f}   {after:5.2f}")
+    print(f"gain: {', '.join(f'{g:.3g}' for g in report['gain'])}")
+    print(printable(f"next: pnp-trt build --base {report['settings']['base']} --guide {out}"))
+
+
 def _options(given: list[str] | None, rank: int | None) -> dict[str, Any]:
     """The guide's options from NAME=VALUE words; numbers and true/false are read as such."""
     import json

@@ -99,7 +99,7 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
         ("engine", f"{folder}, {_size(sum(f.size for f in m.files.values()))}"),
         ("base", f"{base_name(m)} ({m.base.sha256['all'][:12]}…)"),
         *([("plugged into", _plugged(m.plugged))] if m.plugged is not None else []),
-        ("guide", f"{guide.name} ({guide.sha256[:12]}…)" if guide else "none: the plain teacher"),
+        ("guide", f"{guide.name} ({guide.sha256[:12]}…){_gain(m)}" if guide else "none: the plain teacher"),
         ("backend", m.backend + "".join(f", {k} {v}" for k, v in m.compiler.items())),
         ("target", m.target),
         ("precision", m.precision + quantised),
@@ -111,6 +111,14 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
         ("built", ", ".join(built)),
         ("claimed rebuild command", m.rebuild),
     ]
+
+
+def _gain(m: Manifest) -> str:
+    """What the guide's residuals are multiplied by, where that is not one."""
+    gain = ((m.configs or {}).get("guide") or {}).get("gain")
+    if not isinstance(gain, list):
+        return ""
+    return f"; gain from t = 0 to 999: {', '.join(f'{g:.3g}' if isinstance(g, int | float) else '?' for g in gain)}"
 
 
 def _kernels(m: Manifest) -> list[tuple[str, str]]:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from ..bundle.runs import read_record
 from ..errors import InputError, PnpError
 from ..io.files import make_temporary_folder, whole_file
+from ..io.json_schema import problem
 from ..models.bases import resolve
 from ..models.conditioning import Conditions, encode_prompts
-from ..models.prompts import warn_of_long_prompts
+from ..models.prompts import read_prompts, warn_of_long_prompts
 from ..models.scheduler import base_scheduler
 from ..models.teacher import BaseModel
 from ..version import __version__
@@ -97,6 +99,39 @@ def guide_weights(folder: Path) -> Path:
     if not files:
         raise InputError(f"the guide {folder} holds no .safetensors; name a folder made by pnp-trt distill guidance")
     return files[0]
+
+
+def origin_record(folder: Path) -> dict[str, Any] | None:
+    """The report of the run that made a guide; None where its folder has none.
+
+    Raises:
+        InputError: if it is damaged or is no such report.
+    """
+    report = folder / "distill.json"
+    if not report.is_file():
+        return None
+    document = read_record(report, "pass --base and --prompts, and remove that file")
+    shape = {"type": "object", "properties": {"settings": {"type": "object", "properties": {
+        "base": {"type": "string"}, "prompts": {"type": ["string", "null"]}}}}}  # fmt: skip
+    if wrong := problem(document, shape):
+        raise InputError(f"{report} is not a report of pnp-trt distill: {wrong}; remove that file")
+    return document
+
+
+def origin(folder: Path, base: str | None, prompts: Path | None) -> tuple[str, list[str], Path]:
+    """Base, prompts and the prompts' file: the given ones, else those of the guide's own report.
+
+    Raises:
+        InputError: if they are neither given nor known, or cannot be read.
+    """
+    known = (origin_record(folder) or {}).get("settings", {})
+    name = base or known.get("base")
+    file = prompts or (Path(known["prompts"]) if known.get("prompts") else None)
+    if name is None:
+        raise InputError(f"{folder} does not state which base it was distilled for; pass --base")
+    if file is None or (prompts is None and not file.is_file()):
+        raise InputError(f"the prompts that {folder} was distilled with are not available; pass --prompts FILE")
+    return name, read_prompts(file), file
 
 
 def report_head(teacher: TeacherModel, guide: Any, settings: dict[str, Any], seconds: float) -> dict[str, Any]:

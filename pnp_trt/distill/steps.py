@@ -23,16 +23,14 @@ from ..bundle.runs import claim, read_record
 from ..bundle.store import digest, sha256, write_json
 from ..errors import InputError, PnpError
 from ..io.files import check_writable_folder
-from ..io.json_schema import problem
 from ..io.progress import Progress
 from ..models.catalog import guide_folder
 from ..models.conditioning import Conditions
 from ..models.guides.load import load_guide
-from ..models.prompts import read_prompts
 from ..models.student import Student
 from ..sampling.schedules import ddim, ddim_step
 from .monitor import Board, PictureGrid, averaged, save_picture
-from .run import TeacherModel, guide_weights, report_head, save_guide
+from .run import TeacherModel, guide_weights, origin, report_head, save_guide
 from .states import MappedRows, read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
 
@@ -147,53 +145,32 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
     main = accelerator.is_main_process
     say = progress if progress is not None and main else (lambda *_: None)
     check_writable_folder(config.out)
-    origin = guide_folder(config.guide)
-    weights = guide_weights(origin)
-    base, prompts = _origin(config, origin)
+    folder = guide_folder(config.guide)
+    weights = guide_weights(folder)
+    first = load_guide(str(folder))
+    base, prompts, _ = origin(folder, config.base, config.prompts)
     teacher = TeacherModel.load(base, prompts, accelerator.device)
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "pictures")}
     settings |= {
         "base": base, "prompts": digest(prompts), "teacher": teacher.hashes,
         "guide": sha256(weights),
     }  # fmt: skip
+    if first.config.get("gain") is not None:  # which is in no weight
+        settings["gain"] = list(first.config.gain)
     if main:
         claim(config.out, settings, resume)
     accelerator.wait_for_everyone()
     grid = PictureGrid(teacher, config.start) if main and config.pictures else None
     reports = []
-    before, last = config.start, load_guide(str(origin))
+    before, last = config.start, first
     for steps in config.chain():
-        folder = config.out / f"steps-{steps}"
-        if not (folder / "distill.json").is_file():
-            _halve(config, teacher, last, before, steps, folder, settings, accelerator, say, grid)
+        made = config.out / f"steps-{steps}"
+        if not (made / "distill.json").is_file():
+            _halve(config, teacher, last, before, steps, made, settings, accelerator, say, grid)
         accelerator.wait_for_everyone()
-        reports.append(read_record(folder / "distill.json", f"delete {folder}, it is then made again"))
-        before, last = steps, load_guide(str(folder))
+        reports.append(read_record(made / "distill.json", f"delete {made}, it is then made again"))
+        before, last = steps, load_guide(str(made))
     return reports
-
-
-def _settings(report: Path) -> dict[str, Any]:
-    """The settings of the run that made a guide."""
-    document = read_record(report, "pass --base and --prompts, and remove that file")
-    shape = {"type": "object", "properties": {"settings": {"type": "object", "properties": {
-        "base": {"type": "string"}, "prompts": {"type": ["string", "null"]}}}}}  # fmt: skip
-    if wrong := problem(document, shape):
-        raise InputError(f"{report} is not a report of pnp-trt distill: {wrong}; remove that file")
-    settings: dict[str, Any] = document.get("settings", {})
-    return settings
-
-
-def _origin(config: StepsConfig, folder: Path) -> tuple[str, list[str]]:
-    """Base and prompts: the given ones, else those of the guide's own report."""
-    report = folder / "distill.json"
-    known = _settings(report) if report.is_file() else {}
-    base = config.base or known.get("base")
-    prompts = config.prompts or (Path(known["prompts"]) if known.get("prompts") else None)
-    if base is None:
-        raise InputError(f"{folder} does not state which base it was distilled for; pass --base")
-    if prompts is None or (config.prompts is None and not prompts.is_file()):
-        raise InputError(f"the prompts that {folder} was distilled with are not available; pass --prompts FILE")
-    return base, read_prompts(prompts)
 
 
 def _halve(

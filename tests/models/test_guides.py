@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +19,7 @@ from pnp_trt.errors import InputError
 from pnp_trt.models.guides import GUIDES, FullGuide, Guide, GuideInput, TinyGuide
 from pnp_trt.models.guides.condition import Condition
 from pnp_trt.models.guides.load import load_guide
+from pnp_trt.models.guides.parts import GainTable
 from pnp_trt.models.student import Student, encode
 from pnp_trt.models.teacher import random_unet_config
 
@@ -208,3 +210,54 @@ def test_a_guide_input_holds_what_the_encoder_made() -> None:
         out = TinyGuide.from_unet(unet, emits="mid")(GuideInput(x, t, text, torch.full((3,), 2.0), features))
     assert out.down_block_res_samples == (None,) * len(features.down_block_res_samples)
     assert out.mid_block_res_sample.shape == features.mid_block_res_sample.shape
+
+
+@pytest.mark.parametrize("values", [[1.6], [2.0, 0.5], [2.0, 1.7, 1.2, 1.3, 0.9]], ids=str)
+def test_a_gains_table_is_linear_between_equally_spaced_timesteps(values: list[float]) -> None:
+    t = np.array([0, 1, 124, 333, 499, 500, 749, 998, 999])
+    wanted = np.interp(t, np.linspace(0, 999, len(values)), values)
+    for given_t in (torch.from_numpy(t), torch.from_numpy(t).float()):
+        assert np.allclose(GainTable(values)(given_t).numpy(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+@torch.no_grad()
+def test_a_gain_scales_the_residuals_and_nothing_else(kind: str) -> None:
+    unet = small_unet()
+    x, _, text = example()
+    t, w = torch.tensor([0, 400, 999]), torch.tensor([2.0, 3.0, 7.0])
+    guide = stirred(make(kind, unet))
+    _, features = encode(unet, x, t, text)
+    before = guide(GuideInput(x, t, text, w, features))
+    own, weights = dict(guide.config), set(guide.state_dict())
+    guide.use_gain([2.0, 1.0])
+    after = guide(GuideInput(x, t, text, w, features))
+    assert set(guide.state_dict()) == weights and guide.config["gain"] == [2.0, 1.0]
+    factor = np.interp(t.numpy(), [0, 999], [2.0, 1.0])
+    pairs = zip((*before.down_block_res_samples, before.mid_block_res_sample),
+                (*after.down_block_res_samples, after.mid_block_res_sample), strict=True)  # fmt: skip
+    for one, other in pairs:
+        assert one is not None and other is not None and one.abs().max() > 1e-4
+        assert torch.allclose(other, one * torch.from_numpy(factor).float()[:, None, None, None], rtol=1e-4, atol=1e-7)
+    assert torch.equal(Student(unet, guide)(x, t, text, torch.ones(3)), unet(x, t, text).sample)
+    guide.use_gain(None)
+    again = guide(GuideInput(x, t, text, w, features))
+    assert torch.equal(again.mid_block_res_sample, before.mid_block_res_sample) and dict(guide.config) == own
+
+
+@torch.no_grad()
+def test_a_gain_is_saved_with_the_guide(tmp_path: Path) -> None:
+    unet = small_unet()
+    guide = stirred(make("tiny", unet))
+    guide.use_gain([1.5, 1.25, 1.125])
+    guide.save_pretrained(tmp_path)
+    x, t, text = example()
+    w = torch.full((3,), 4.0)
+    loaded = load_guide(str(tmp_path))
+    assert torch.equal(Student(unet, loaded)(x, t, text, w), Student(unet, guide)(x, t, text, w))
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [-1.0], [float("nan")], [1.0] * 101, ["1"], [True, None]], ids=repr)
+def test_a_gain_that_is_none_is_refused(values: list[Any]) -> None:
+    with pytest.raises(InputError, match="a guide's gain is 1 to 100 numbers above 0"):
+        TinyGuide.from_unet(small_unet(), gain=values)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
 
-from .parts import GuideInput, GuideOutput
+from ...errors import InputError
+from .parts import GainTable, GuideInput, GuideOutput, strength
 
 
 class Guide(ModelMixin, ConfigMixin):
@@ -16,9 +19,11 @@ class Guide(ModelMixin, ConfigMixin):
     A guide is a subclass registered in ``GUIDES``.  Its ``__init__`` is decorated with diffusers'
     ``register_to_config`` and takes at least the members of ``parts.signature``, which tie it to its U-Nets; with
     ``negative_prompts`` and ``sampling_steps`` among its arguments, it can be distilled with negative prompts and for
-    a number of steps (stage 2).  Its residuals vanish at w = 1 (``parts.strength``).
+    a number of steps (stage 2).  Its residuals vanish at w = 1 (``parts.strength``).  One that takes ``gain`` makes its
+    ``gain_table`` of it and multiplies its residuals by :meth:`gate`; ``pnp-trt distill gain`` then serves it too.
 
     Attributes:
+        gain_table: g(t), or None for a factor of one.
         constant_parts: names of its modules and parameters that :meth:`condition` runs; a bundle holds them as a
             network of its own, which runs once per image.
         quantised_layers: patterns (``fnmatch``) of its layers that ``pnp-trt calibrate`` considers for INT8.
@@ -29,6 +34,11 @@ class Guide(ModelMixin, ConfigMixin):
     constant_parts: tuple[str, ...] = ()
     quantised_layers: ClassVar[tuple[str, ...]] = ()
     size_options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        # the config's entry is called gain, and diffusers answers a module's name from the config first
+        self.gain_table: GainTable | None = None
 
     @classmethod
     def from_unet(cls, unet: Any, **options: Any) -> Guide:
@@ -45,6 +55,22 @@ class Guide(ModelMixin, ConfigMixin):
         """The only number of sampling steps that it was distilled for (stage 2); None for any."""
         steps: int | None = self.config.get("sampling_steps")
         return steps
+
+    def use_gain(self, values: Sequence[float] | None) -> None:
+        """Multiply the residuals by the table ``values`` (:class:`GainTable`) and no former one; None: by one.
+
+        Raises:
+            InputError: for a table that is not one, or a guide whose class takes no ``gain``.
+        """
+        if "gain" not in self.config:
+            raise InputError(f"a {type(self).__name__} takes no gain; see Guide.use_gain")
+        table = None if values is None else GainTable(list(values))
+        self.register_to_config(gain=None if values is None else list(values))
+        self.gain_table = None if table is None else table.to(next(self.parameters()).device)
+
+    def gate(self, given: GuideInput, dtype: torch.dtype) -> Tensor:
+        """What the residuals are multiplied by, ``[B, 1, 1, 1]``: (w − 1) / 4 · g(t)."""
+        return strength(given.guidance, dtype, None if self.gain_table is None else self.gain_table(given.timestep))
 
     def condition(self, guidance: Tensor, latent_size: tuple[int, int]) -> Tensor | None:
         """What depends on the scales ``guidance [B]`` alone, ``[B, C_0, H, W]`` for latents of size (H, W).

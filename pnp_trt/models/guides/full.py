@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from .base import Guide
-from .parts import GuideInput, GuideOutput, signature, sinusoid, strength
+from .parts import GainTable, GuideInput, GuideOutput, signature, sinusoid
 
 #: channels of Stable Diffusion's ControlNet hint encoder, whose U-Net is 320 wide
 HINT_CHANNELS = (16, 32, 96, 256)
@@ -34,6 +34,7 @@ class FullGuide(Guide):
         negative_prompts: whether it also attends to a negative prompt's text states, marked by a learned vector,
             so that negative prompts survive distillation.
         sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
+        gain: factors of the residuals at equally spaced timesteps (``parts.GainTable``); None for one.
     """
 
     _supports_gradient_checkpointing = True
@@ -52,6 +53,7 @@ class FullGuide(Guide):
         controlnet: dict[str, Any],
         negative_prompts: bool = False,
         sampling_steps: int | None = None,
+        gain: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
         self.net = ControlNetModel.from_config(controlnet)
@@ -60,6 +62,8 @@ class FullGuide(Guide):
         self.net.controlnet_cond_embedding = nn.Identity()
         self.w_features = nn.Linear(W_FEATURES, 3)
         self.negative_mark = nn.Parameter(torch.zeros(cross_attention_dim)) if negative_prompts else None
+        if gain is not None:
+            self.gain_table = GainTable(gain)
 
     @classmethod
     def from_unet(cls, unet: Any, *, negative_prompts: bool = False) -> FullGuide:  # type: ignore[override]
@@ -105,5 +109,5 @@ class FullGuide(Guide):
             given.sample, given.timestep, text, controlnet_cond=hint,
             added_cond_kwargs=given.added_cond_kwargs, return_dict=False,
         )  # fmt: skip
-        gate = strength(given.guidance, mid.dtype)
+        gate = self.gate(given, mid.dtype)
         return GuideOutput(tuple(s * gate for s in skips), mid * gate)

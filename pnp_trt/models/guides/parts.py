@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import InputError
+from ...io.inputs import shortened
 
 
 @dataclass
@@ -81,13 +83,55 @@ def sinusoid(values: Tensor, width: int, max_period: float) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def strength(guidance: Tensor, dtype: torch.dtype) -> Tensor:
-    """What every residual is multiplied by, ``[B, 1, 1, 1]``: (w − 1) / 4.
+#: last timestep of training of all supported models
+LAST_TIMESTEP = 999
+#: most values of a gain's table
+MAX_GAINS = 100
+
+
+class GainTable(nn.Module):
+    """A factor g(t) for a guide's residuals: ``values`` at equally spaced timesteps, linear in between.
+
+    The first value is that of t = 0 and the last that of t = 999; a single one is a constant factor.  The table is a
+    constant of exported graphs, and no weight.
+
+    Args:
+        values: 1 to 100 finite numbers above 0.
+
+    Raises:
+        InputError: if they are none.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        super().__init__()
+        known = isinstance(values, list | tuple) and 0 < len(values) <= MAX_GAINS
+        if not known or not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values):
+            raise InputError(f"a guide's gain is 1 to {MAX_GAINS} numbers above 0, got {shortened(repr(values))}")
+        # on the CPU even where modules are made without memory for their weights, as no file holds these values
+        table = torch.tensor(values, dtype=torch.float32, device="cpu")
+        self.register_buffer("first", table[:1], persistent=False)
+        self.register_buffer("rises", table.diff(), persistent=False)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """g of ``timestep [B]``: ``[B]`` float32; constant outside 0 … 999."""
+        first, rises = cast(Tensor, self.first).float(), cast(Tensor, self.rises).float()
+        count = rises.shape[0]
+        if count == 0:
+            return first.expand(timestep.shape)
+        place = timestep.float()[:, None] * (count / LAST_TIMESTEP) - torch.arange(count, device=timestep.device)
+        return first + (place.clamp(0.0, 1.0) * rises).sum(1)
+
+
+def strength(guidance: Tensor, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
+    """What every residual is multiplied by, ``[B, 1, 1, 1]``: (w − 1) / 4, times ``gain [B]`` where there is one.
 
     It is zero exactly at w = 1, where guidance is the plain conditional prediction, and near one for the usual
     w = 2 … 9.
     """
-    return ((guidance.float() - 1.0) * 0.25).to(dtype)[:, None, None, None]
+    factor = (guidance.float() - 1.0) * 0.25
+    if gain is not None:
+        factor = factor * gain
+    return factor.to(dtype)[:, None, None, None]
 
 
 def skip_channels(unet: Any) -> tuple[tuple[int, ...], int]:

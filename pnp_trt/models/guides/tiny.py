@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from .base import Guide
-from .parts import GuideInput, GuideOutput, signature, sinusoid, strength
+from .parts import GainTable, GuideInput, GuideOutput, signature, sinusoid
 
 READS = ("features", "latent")
 EMITS = ("all", "deep", "mid")
@@ -132,6 +132,7 @@ class TinyGuide(Guide):
         norm: whether features are normalised before the guide reads them.
         skip_halvings: how often each skip's resolution is halved; None where it is not needed.
         sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
+        gain: factors of the residuals at equally spaced timesteps (``parts.GainTable``); None for one.
     """
 
     # constant_parts stays empty: all that it computes of w is one small vector, and mixed with the timestep
@@ -157,6 +158,7 @@ class TinyGuide(Guide):
         norm: bool = False,
         skip_halvings: tuple[int, ...] | None = None,
         sampling_steps: int | None = None,
+        gain: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -191,6 +193,8 @@ class TinyGuide(Guide):
         self.film = nn.Linear(embed_dim, 2 * rank * (len(self.trunk) + len(self.adapters)))
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
+        if gain is not None:
+            self.gain_table = GainTable(gain)
 
     @classmethod
     def from_unet(cls, unet: Any, **options: Any) -> TinyGuide:
@@ -233,7 +237,7 @@ class TinyGuide(Guide):
 
     def _residuals(self, given: GuideInput, context: Tensor, film: tuple[Tensor, ...]) -> GuideOutput:
         mid = given.features.mid_block_res_sample
-        gate = strength(given.guidance, mid.dtype)
+        gate = self.gate(given, mid.dtype)
         # a list, as sizes that the exporter leaves open can be compared and not hashed
         shared = [(mid.shape[-2:], context)]
         residuals: list[Tensor | None] = []

@@ -4,6 +4,8 @@
 ``python -m benchmarks.emoji.gpu_train train --data FILE --out FOLDER`` trains each part for a number of seconds. An
 optimizer step is one CUDA graph: random numbers, forward, backward, clipping, optimizer and weight average.
 ``python -m benchmarks.emoji.gpu_train unpack --from FOLDER`` puts the weights into the package's assets.
+``python -m benchmarks.emoji.gpu_train guides --from FOLDER`` makes a folder of guides for the tables, the full one and
+the step LoRA's among them, which are not shipped.
 
 The U-Net is small (6.9 M parameters, 16 × 16 latents), so the time of an eager step is that of its kernel launches.
 """
@@ -11,9 +13,11 @@ The U-Net is small (6.9 M parameters, 16 × 16 latents), so the time of an eager
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gpu_steps import (
+    CHAIN,
+    FIRST,
+    LORA_CHAIN,
+    LORA_RANK,
+    HalvedStates,
+    add_lora,
+    halving_loss,
+    landing_error,
+    lora_state,
+    merge_lora,
+    with_cfg,
+)  # fmt: skip
 from .train import alphas_cumprod, min_snr_error, reconstruction_error
 
 CAPTION_FORMS = 6
@@ -382,25 +399,35 @@ class GuideStates:
 
     COUNTS = (8, 16, 20, 50)
 
-    def __init__(self, data: Data, prompts: Tensor, captions: Tensor, batch: int, own: float = 0.5) -> None:
+    def __init__(
+        self, data: Data, prompts: Tensor, captions: Tensor, batch: int, own: float = 0.5,
+        counts: tuple[int, ...] = COUNTS,
+    ) -> None:  # fmt: skip
         device = data.latents.device
         self.data, self.prompts, self.captions, self.own = data, prompts, captions, own
         self.half = batch // 2
         self.abar = torch.cat([alphas(device), torch.ones(1, device=device)])
-        self.times = torch.full((len(self.COUNTS), max(self.COUNTS) + 1), 1000, device=device)
-        for row, count in enumerate(self.COUNTS):
+        self.times = torch.full((len(counts), max(counts) + 1), 1000, device=device)
+        for row, count in enumerate(counts):
             # trailing steps, as the bundled scheduler spaces them; the last one ends at ᾱ_0 (set_alpha_to_one is off)
             steps = np.round(np.arange(1000, 0, -1000 / count)).astype(np.int64) - 1
             self.times[row, :count] = torch.from_numpy(steps)
             self.times[row, count] = 0
-        self.counts = torch.tensor(self.COUNTS, device=device)
+        self.counts = torch.tensor(counts, device=device)
         n = self.half
         self.x = torch.randn(n, *data.latents.shape[2:], device=device)
-        self.row = torch.randint(len(self.COUNTS), (n,), device=device)
+        self.row = torch.randint(len(self.counts), (n,), device=device)
         self.k = torch.zeros(n, dtype=torch.long, device=device)
         self.prompt = torch.randint(len(prompts), (n,), device=device)
         self.w = 1 + 8 * torch.rand(n, device=device)
         self.student = torch.rand(n, device=device) < own
+
+    def stagger(self) -> None:
+        """Begin the trajectories at different steps, on noised images: of one count they would else go in step."""
+        self.k.copy_(torch.arange(self.half, device=self.k.device) % self.counts[self.row])
+        a = self.abar[self.times[self.row, self.k]][:, None, None, None]
+        pair = torch.randint(len(self.data.latents), (self.half,), device=self.k.device)
+        self.x.copy_(a.sqrt() * self.data.latents[pair, 0] + (1 - a).sqrt() * torch.randn_like(self.x))
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x_t, t, text, w) of a step; the trajectories are the second half."""
@@ -429,7 +456,7 @@ class GuideStates:
         over = (k >= self.counts[self.row]) | ~torch.isfinite(x).flatten(1).all(1)
         self.x.copy_(torch.where(over[:, None, None, None], torch.randn_like(x), x))
         self.k.copy_(torch.where(over, torch.zeros_like(k), k))
-        self.row.copy_(torch.where(over, torch.randint(len(self.COUNTS), (n,), device=device), self.row))
+        self.row.copy_(torch.where(over, torch.randint(len(self.counts), (n,), device=device), self.row))
         self.prompt.copy_(torch.where(over, torch.randint(len(self.prompts), (n,), device=device), self.prompt))
         self.w.copy_(torch.where(over, 1 + 8 * torch.rand(n, device=device), self.w))
         self.student.copy_(torch.where(over, torch.rand(n, device=device) < self.own, self.student))
@@ -532,6 +559,38 @@ def prediction_error(
     return {"all": figures(sums.sum(0)), **{k: figures(v) for k, v in zip(names, sums, strict=True)}}
 
 
+@torch.no_grad()
+def fitted_gain(unet: Any, guide: Any, states: GuideStates, empty: Tensor, count: int, rounds: int) -> dict[str, Any]:
+    """Give the guide a gain of ``count`` values by ``pnp_trt.distill.gain``'s fit, on CFG's trajectories of ``states``.
+
+    Returns:
+        The table and the lengths before and after, as a report has them.
+    """
+    from pnp_trt.distill.gain import SCALES, fit_table, length_sums, nodes
+    from pnp_trt.models.student import Student
+
+    student, n = Student(unet, guide), states.half
+    w = torch.tensor(SCALES, device=empty.device)[torch.arange(n, device=empty.device) % len(SCALES)]
+
+    def measured() -> list[float]:
+        sums = torch.zeros(2, count, dtype=torch.float64)
+        for _ in range(rounds):
+            x, t, text, own = (v[n:] for v in states.batch())
+            c = unet(x, t, text, return_dict=False)[0]
+            u = unet(x, t, empty.expand(n, -1, -1), return_dict=False)[0]
+            made = (student(x, t, text, w) - c) / (w - 1)[:, None, None, None]
+            sums += length_sums(made, c - u, t, count)
+            followed = u + own[:, None, None, None] * (c - u)
+            states.advance(torch.cat([followed, followed]), torch.cat([followed, followed]))
+        return (sums[0] / sums[1]).sqrt().tolist()
+
+    lengths = fit_table(guide, measured, count)
+    return {
+        "gain": list(guide.config.gain), "states": rounds * n,
+        "length": {"timestep": nodes(count), "before": lengths[0], "after": lengths[-1]},
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------- grid
 
 
@@ -600,60 +659,150 @@ def unpack(source: Path, assets: Path, results: Path) -> None:
         plain = key.removeprefix("text_model.")
         return plain if plain in own else f"text_model.{plain}"
 
-    replace(assets / "emoji/unet/diffusion_pytorch_model.safetensors", load_file(source / "unet.safetensors"))
-    small = load_file(source / "small.safetensors")
-    path = assets / "emoji/text_encoder/model.safetensors"
-    with safe_open(path, "pt") as f:
-        own = set(f.keys())
-    text = {text_name(k[5:], own): v for k, v in small.items() if k.startswith("text.")}
-    text = {k: v for k, v in text.items() if "position_ids" not in k}
-    replace(path, {**load_file(path), **text})
-    vae = {k[4:]: v for k, v in small.items() if k.startswith("vae.")}
-    replace(assets / "emoji/vae/diffusion_pytorch_model.safetensors", vae)
+    if (source / "unet.safetensors").exists():
+        replace(assets / "emoji/unet/diffusion_pytorch_model.safetensors", load_file(source / "unet.safetensors"))
+    if (source / "small.safetensors").exists():
+        small = load_file(source / "small.safetensors")
+        path = assets / "emoji/text_encoder/model.safetensors"
+        with safe_open(path, "pt") as f:
+            own = set(f.keys())
+        text = {text_name(k[5:], own): v for k, v in small.items() if k.startswith("text.")}
+        text = {k: v for k, v in text.items() if "position_ids" not in k}
+        replace(path, {**load_file(path), **text})
+        vae = {k[4:]: v for k, v in small.items() if k.startswith("vae.")}
+        replace(assets / "emoji/vae/diffusion_pytorch_model.safetensors", vae)
     for name in ("flat", "3d"):
-        replace(assets / f"fine-tunes/emoji-{name}.safetensors", load_file(source / f"{name}.safetensors"))
+        if (source / f"{name}.safetensors").exists():
+            replace(assets / f"fine-tunes/emoji-{name}.safetensors", load_file(source / f"{name}.safetensors"))
     report = json.loads((source / "train.json").read_text())
-    results.write_text(json.dumps(report, indent=1) + "\n")
+    former = json.loads(results.read_text()) if results.exists() and "base" not in report["parts"] else None
+    results.write_text(json.dumps(with_former(report, former), indent=1) + "\n")
+    installer = Installer(source, assets, report)
     if (source / "guide-tiny.safetensors").exists():
-        install_guide(source, assets / "guides/emoji-tiny", report)
+        installer.install(assets / "guides/emoji-tiny", "guide tiny", "guide-tiny")
+    for count in CHAIN:
+        if (source / f"guide-tiny-{count}.safetensors").exists():
+            installer.install_steps(assets / f"guides/emoji-tiny-{count}", count)
+
+
+def with_former(report: dict[str, Any], former: dict[str, Any] | None) -> dict[str, Any]:
+    """A run's report with the parts of the record before it that this run did not train again."""
+    if former is None:
+        return report
+    aged = {k: former[k] for k in ("device", "date", "batch")}
+    parts = {name: aged | part for name, part in former["parts"].items()}
+    commands = [former["command"], report["command"]]
+    lines = [line for c in commands for line in (c if c and isinstance(c[0], list) else [c])]
+    return report | {
+        "parts": parts | report["parts"], "command": lines, "seconds": round(former["seconds"] + report["seconds"], 1)
+    }  # fmt: skip
 
 
 #: of the tiny guide: what the ablation found best, and the prompt's own text states
 TINY_OPTIONS = {"text": True, "trunk_kind": "depthwise"}
+#: how ``train`` was called, without its seconds
+COMMAND = "python -m benchmarks.emoji.gpu_train train"
 
 
-def install_guide(source: Path, folder: Path, report: dict[str, Any]) -> None:
-    """The tiny guide as ``pnp-trt distill guidance`` writes it, with its record."""
-    from safetensors.torch import load_file
+class Installer:
+    """Turns weights of ``train`` into folders as ``pnp-trt distill`` writes them, with their records."""
 
-    from pnp_trt.bundle.store import digest, write_json
-    from pnp_trt.distill.run import TeacherModel, report_head, save_guide
-    from pnp_trt.models.guides import GUIDES
+    def __init__(self, source: Path, assets: Path, report: dict[str, Any]) -> None:
+        self.source, self.assets, self.report = source, assets, report
+        self.prompts = Path("calibration/emoji-prompts.txt")
+        self._teacher: Any = None
 
-    part = report["parts"]["guide tiny"]
-    prompts = Path("calibration/emoji-prompts.txt")
-    base = folder.parents[1] / "emoji"
-    teacher = TeacherModel.load(str(base), prompts.read_text().splitlines(), torch.device("cpu"))
-    guide = GUIDES["tiny"].from_unet(teacher.unet, **TINY_OPTIONS)
-    guide.load_state_dict(load_file(source / "guide-tiny.safetensors"))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_guide(guide.float(), folder)
-    settings = {
-        "base": "emoji", "prompts": prompts.as_posix(), "guide": "tiny", "options": TINY_OPTIONS, "w_min": 1.0,
-        "w_max": 9.0, "w_distribution": "uniform", "weighting": "x0",
-        "states": {"kind": "forward, and trajectories of CFG and of the student itself", "renewed": "every step"},
-        "train": {k: part[k] for k in ("steps", "lr", "optimizer", "ema")} | {"batch": report["batch"]},
-        "command": "python -m benchmarks.emoji.gpu_train train",
-    }  # fmt: skip
-    head = report_head(teacher, guide, settings, part["seconds"])
-    head |= {"device": report["device"], "date": report["date"]}
-    head["versions"] |= {"torch": report["torch"]}
-    write_json(folder / "distill.json", {
-        "schema": "pnp-trt/distill/2", "stage": "guidance", **head,
-        "identity": {"teacher": teacher.hashes, "prompts": digest(teacher.prompts)},
-        "processes": 1, "states": part["steps"] * report["batch"], "final_loss": part["log"][-1]["loss"],
-        "fresh_states": part["error"],
-    })  # fmt: skip
+    @property
+    def teacher(self) -> Any:
+        """The bundled model as it is in the assets, loaded by the first guide that needs it."""
+        from pnp_trt.distill.run import TeacherModel
+
+        if self._teacher is None:
+            lines = self.prompts.read_text().splitlines()
+            self._teacher = TeacherModel.load(str(self.assets / "emoji"), lines, torch.device("cpu"))
+        return self._teacher
+
+    def _save(self, folder: Path, file: str, kind: str, gain: list[float] | None, steps: int | None) -> Any:
+        from safetensors.torch import load_file
+
+        from pnp_trt.distill.run import save_guide
+        from pnp_trt.models.guides import GUIDES
+
+        options = TINY_OPTIONS if kind == "tiny" else {}
+        guide = GUIDES[kind].from_unet(self.teacher.unet, **options)
+        guide.load_state_dict({k: v.float() for k, v in load_file(self.source / f"{file}.safetensors").items()})
+        guide.register_to_config(sampling_steps=steps)
+        if gain is not None:
+            guide.use_gain(gain)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_guide(guide.float(), folder)
+        return guide
+
+    def _record(self, folder: Path, guide: Any, part: dict[str, Any], settings: dict[str, Any], **facts: Any) -> None:
+        from pnp_trt.bundle.store import digest, write_json
+        from pnp_trt.distill.run import report_head
+
+        settings = settings | {
+            "base": "emoji", "prompts": self.prompts.as_posix(), "w_min": 1.0, "w_max": 9.0,
+            "train": {k: part[k] for k in ("steps", "lr", "optimizer", "ema")} | {"batch": self.report["batch"]},
+            "command": COMMAND,
+        }  # fmt: skip
+        head = report_head(self.teacher, guide, settings, part["seconds"])
+        head |= {"device": self.report["device"], "date": self.report["date"]}
+        head["versions"] |= {"torch": self.report["torch"]}
+        identity = {"teacher": self.teacher.hashes, "prompts": digest(self.teacher.prompts)}
+        record = {"schema": "pnp-trt/distill/2", **head, "identity": identity, "processes": 1}
+        record |= {"states": part["steps"] * self.report["batch"], "final_loss": part["log"][-1]["loss"], **facts}
+        write_json(folder / "distill.json", record)
+
+    def install(self, folder: Path, name: str, file: str, kind: str = "tiny") -> None:
+        """A guide of stage 1."""
+        part = self.report["parts"][name]
+        fitted = part.get("gain")
+        guide = self._save(folder, file, kind, fitted and fitted["gain"], part.get("steps_of"))
+        settings = {
+            "guide": kind, "options": TINY_OPTIONS if kind == "tiny" else {}, "w_distribution": "uniform",
+            "weighting": "x0",
+            "states": {"kind": "forward, and trajectories of CFG and of the student itself", "renewed": "every step"},
+        }  # fmt: skip
+        facts = {k: part[k] for k in ("continued_from",) if k in part} | ({"gain": fitted} if fitted else {})
+        if "steps_of" in part:
+            facts["teacher_lora"] = f"step-lora-{part['steps_of']}.safetensors"
+        self._record(folder, guide, part, settings, stage="guidance", fresh_states=part["error"], **facts)
+
+    def install_steps(self, folder: Path, steps: int) -> None:
+        """A guide of stage 2."""
+        from pnp_trt.bundle.store import sha256
+
+        part = self.report["parts"][f"halve {steps}"]
+        guide = self._save(folder, f"guide-tiny-{steps}", "tiny", part["gain"], steps)
+        weights = self.assets / "guides/emoji-tiny/diffusion_pytorch_model.safetensors"
+        settings = {
+            "guide": sha256(weights) if part["of"] == "this run" else part["of"], "to": CHAIN[-1], "start": FIRST,
+            "weighting": "landing",
+            "states": {"kind": "trajectories of the last student and of the new one", "renewed": "every step"},
+        }  # fmt: skip
+        ends = {"from": part["from"], "to": part["to"]}
+        self._record(folder, guide, part, settings, stage="steps", fresh_states=part["error"], **ends)
+
+
+def guide_folders(source: Path, assets: Path, out: Path) -> None:
+    """Fill ``out`` with the guides that the tables sample: copies of the bundled ones, and those that are not shipped.
+
+    ``full`` is made of ``guide-full.safetensors``, ``step-lora-N`` of ``guide-step-lora.safetensors``; both as far as
+    the run trained them.
+    """
+    for count in (None, *CHAIN):
+        name = "tiny" if count is None else f"tiny-{count}"
+        shutil.copytree(assets / f"guides/emoji-{name}", out / name, dirs_exist_ok=True)
+    report = json.loads((source / "train.json").read_text())
+    installer = Installer(source, assets, report)
+    if (source / "guide-full.safetensors").exists():
+        installer.install(out / "full", "guide full", "guide-full", "full")
+    if (source / "guide-step-lora.safetensors").exists():
+        steps = report["parts"]["guide step lora"]["steps_of"]
+        installer.install(out / f"step-lora-{steps}", "guide step lora", "guide-step-lora")
+    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -665,7 +814,9 @@ def train(a: argparse.Namespace) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import CLIPTextModel
 
+    from pnp_trt.bundle.store import sha256
     from pnp_trt.models.guides import GUIDES
+    from pnp_trt.models.student import Student
 
     begun = time.monotonic()
     torch.manual_seed(a.seed)
@@ -681,7 +832,7 @@ def train(a: argparse.Namespace) -> None:
     }  # fmt: skip
 
     def tell(name: str, found: dict[str, Any]) -> None:
-        report["parts"][name] = found
+        report["parts"][name] = found | {k: report[k] for k in ("device", "date", "batch")}
         (out / "train.json").write_text(json.dumps(report, indent=1))
 
     def save(state: dict[str, Tensor], name: str, dtype: torch.dtype = torch.float16) -> None:
@@ -745,7 +896,7 @@ def train(a: argparse.Namespace) -> None:
         state = load_file(small)
         load_half(encoder, {k[5:]: v for k, v in state.items() if k.startswith("text.")})
         load_half(vae, {k[4:]: v for k, v in state.items() if k.startswith("vae.")})
-    else:
+    elif a.base:
         save(small_state(), "small")
 
     rounded(encoder)
@@ -773,25 +924,105 @@ def train(a: argparse.Namespace) -> None:
     shown = everything["base"][:: max(1, len(everything["base"]) // 16), 0][:16]
 
     # ---- guides, before the fine-tunes: they need the base alone
-    for name, kind, options, seconds, lr in (
-        ("tiny", "tiny", TINY_OPTIONS, a.tiny, 3e-3),
-        ("full", "full", {}, a.full, 3e-4),
-    ):
-        if not seconds:
-            continue
+    checked = 60 if steps is None else 2
+
+    def train_guide(
+        part: str, file: str, network: Any, guide: Any, seconds: float, lr: float,
+        counts: tuple[int, ...] | None = None, **facts: Any,
+    ) -> Any:  # fmt: skip
+        """Stage 1 on ``network``; of the states of one step count alone where ``counts`` names it."""
         torch.manual_seed(a.seed + 1)
-        guide = GUIDES[kind].from_unet(unet, **options).to(device).to(memory_format=torch.channels_last).train()
-        states = GuideStates(sets["base"], prompts, everything["base"][:, 0], a.batch)
-        trainer = Trainer(name, guide, guide_loss(unet, guide, states, empty), lr, seconds, constant=0.3, ema=0.998,
+        guide = guide.to(device).to(memory_format=torch.channels_last).requires_grad_(True).train()
+        given = (sets["base"], prompts, everything["base"][:, 0], a.batch)
+        states = GuideStates(*given) if counts is None else GuideStates(*given, counts=counts)
+        if counts is not None:
+            states.stagger()
+        trainer = Trainer(file, guide, guide_loss(network, guide, states, empty), lr, seconds, constant=0.3, ema=0.998,
                           muon=False, max_steps=steps)  # fmt: skip
-        found = trainer.run()
+        found = trainer.run() | facts
         guide.requires_grad_(False).eval()
-        found["error"] = guide_error(unet, guide, states, empty, 60 if steps is None else 2)
-        print(name, found["error"], flush=True)
-        tell(f"guide {name}", found)
-        dtype = torch.float32 if name == "tiny" else torch.float16
-        save(guide.state_dict(), f"guide-{name}", dtype)
-        sample_grid(unet, vae, shown, empty, 3.0, out / f"grid-{name}.png", guide)
+        found["error"] = guide_error(network, guide, states, empty, checked)
+        print(file, found["error"], flush=True)
+        tell(part, found)
+        save(guide.state_dict(), file, torch.float16 if part == "guide full" else torch.float32)
+        return guide
+
+    tiny_folder: Path = a.guide or assets / "guides/emoji-tiny"
+    weights = tiny_folder / "diffusion_pytorch_model.safetensors"
+    tiny: Any = None
+    if a.continue_guide:
+        tiny = GUIDES["tiny"].from_pretrained(tiny_folder)
+        tiny.use_gain(None)  # the weights were trained without one
+        known = {k: tiny.config[k] for k in TINY_OPTIONS}
+        if known != TINY_OPTIONS:
+            raise RuntimeError(f"{tiny_folder} was made with {known} and not with {TINY_OPTIONS}")
+        tiny = train_guide(
+            "guide tiny", "guide-tiny", unet, tiny, a.continue_guide, 1.5e-3, continued_from=sha256(weights)
+        )  # fmt: skip
+    elif a.tiny:
+        new = GUIDES["tiny"].from_unet(unet, **TINY_OPTIONS)
+        tiny = train_guide("guide tiny", "guide-tiny", unet, new, a.tiny, 3e-3)
+    if tiny is not None and a.gain:
+        states = GuideStates(sets["base"], prompts, everything["base"][:, 0], a.batch, own=0.0)
+        states.stagger()
+        found = fitted_gain(unet, tiny, states, empty, a.gain, checked // 2)
+        print("gain", found, flush=True)
+        tell("guide tiny", report["parts"]["guide tiny"] | {"gain": found})
+    if tiny is not None:
+        sample_grid(unet, vae, shown, empty, 3.0, out / "grid-tiny.png", tiny)
+    if a.full:
+        full = train_guide("guide full", "guide-full", unet, GUIDES["full"].from_unet(unet), a.full, 3e-4)
+        sample_grid(unet, vae, shown, empty, 3.0, out / "grid-full.png", full)
+
+    # ---- fewer steps: each student from the one before, the first from the tiny guide of this run or of the assets
+    if a.halve:
+        origin = {"of": "this run" if tiny is not None else sha256(weights)}
+        last = tiny if tiny is not None else GUIDES["tiny"].from_pretrained(tiny_folder)
+        last = last.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()
+        before = FIRST
+        for count in CHAIN:
+            torch.manual_seed(a.seed + count)
+            guide = copy.deepcopy(last).requires_grad_(True).train()
+            guide.register_to_config(sampling_steps=count)
+            made, taught = Student(unet, guide), Student(unet, last)
+            halved = HalvedStates(sets["base"].latents, prompts, a.batch, count)
+            trainer = Trainer(f"halve {count}", guide, halving_loss(made, taught, halved), 1e-3, a.halve / len(CHAIN),
+                              constant=0.3, ema=0.995, muon=False, max_steps=steps)  # fmt: skip
+            found = trainer.run() | origin | {"from": before, "to": count, "gain": guide.config.get("gain")}
+            guide.requires_grad_(False).eval()
+            found["error"] = landing_error(made, taught, halved, checked)
+            print(f"halve {count}", found["error"], flush=True)
+            tell(f"halve {count}", found)
+            save(guide.state_dict(), f"guide-tiny-{count}", torch.float32)
+            sample_grid(unet, vae, shown, empty, 3.0, out / f"grid-tiny-{count}.png", guide, steps=count)
+            before, last = count, guide
+
+    # ---- a LoRA with which CFG takes fewer steps, and a tiny guide for the U-Net with it
+    if a.step_lora:
+        share, before, lora = a.step_lora / (len(LORA_CHAIN) + 1), FIRST, None
+        for count in LORA_CHAIN:
+            torch.manual_seed(a.seed + count)
+            taught = with_cfg(unet if lora is None else copy.deepcopy(lora).requires_grad_(False), empty)
+            if lora is None:
+                lora = add_lora(copy.deepcopy(unet))
+            halved = HalvedStates(sets["base"].latents, prompts, max(1, a.batch // 2), count)
+            made = with_cfg(lora, empty)
+            trainer = Trainer(f"step lora {count}", lora, halving_loss(made, taught, halved), 1e-3, share,
+                              constant=0.3, ema=0.995, muon=False, max_steps=steps)  # fmt: skip
+            found = trainer.run() | {"from": before, "to": count, "rank": LORA_RANK, "states": len(halved.x)}
+            found["error"] = landing_error(made, taught, halved, checked)
+            print(f"step lora {count}", found["error"], flush=True)
+            tell(f"step lora {count}", found)
+            save(lora_state(lora), f"step-lora-{count}")
+            before = count
+        merged = merge_lora(lora)
+        sample_grid(merged, vae, shown, empty, 3.0, out / f"grid-step-lora-{before}.png", steps=before)
+        guide = GUIDES["tiny"].from_unet(merged, **TINY_OPTIONS)
+        guide.register_to_config(sampling_steps=before)
+        guide = train_guide(
+            "guide step lora", "guide-step-lora", merged, guide, share, 3e-3, (before,), steps_of=before
+        )  # fmt: skip
+        sample_grid(merged, vae, shown, empty, 3.0, out / "grid-guide-step-lora.png", guide, steps=before)
 
     # ---- fine-tunes
     for name in ("flat", "3d"):
@@ -831,15 +1062,26 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--lr", type=float, default=1e-3)
     two.add_argument("--centred", type=float, default=0.4)
     two.add_argument("--seed", type=int, default=0)
-    for name, seconds in (("base", 240), ("decoder", 45), ("tiny", 100), ("full", 0), ("fine-tunes", 35)):
+    for name, seconds in (
+        ("base", 240), ("decoder", 45), ("tiny", 100), ("full", 0), ("fine-tunes", 35), ("continue-guide", 0),
+        ("halve", 0), ("step-lora", 0),
+    ):  # fmt: skip
         two.add_argument(f"--{name}", type=float, default=seconds, help="seconds; 0 leaves the part out")
+    two.add_argument("--guide", type=Path, help="the tiny guide to continue or to halve; default: the assets'")
+    two.add_argument("--gain", type=int, default=0, help="values of a gain to fit to the tiny guide; 0: none")
     three = what.add_parser("unpack")
     three.add_argument("--from", dest="source", type=Path, default=Path("build/emoji/gpu"))
     three.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"))
     three.add_argument("--results", type=Path, default=Path("benchmarks/results/emoji-gpu-train.json"))
+    four = what.add_parser("guides")
+    four.add_argument("--from", dest="source", type=Path, default=Path("build/emoji/gpu"))
+    four.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"))
+    four.add_argument("--out", type=Path, default=Path("build/emoji/guides"))
     a = parser.parse_args(arguments)
     if a.what == "pack":
         pack(a.out, a.cache)
+    elif a.what == "guides":
+        guide_folders(a.source, a.assets, a.out)
     elif a.what == "unpack":
         unpack(a.source, a.assets, a.results)
     else:

@@ -85,7 +85,7 @@ def fit(config: GainConfig, *, resume: bool = False, progress: Progress | None =
     Raises:
         InputError: for a guide of stage 2 or of a class without ``gain``, unreadable prompts, or an ``out`` that holds
             another run.
-        PnpError: if the guide changes nothing somewhere, so that no factor makes its change as long as the teacher's.
+        PnpError: if the states leave a part of the table out, or the guide changes nothing there.
     """
     config.check()
     check_writable_folder(config.out)
@@ -151,13 +151,17 @@ def fit_table(
         The lengths without a gain, and after each of the rounds.
 
     Raises:
-        PnpError: if the guide changes nothing at one of the timesteps.
+        PnpError: if there is no state near one of the timesteps, or the guide changes nothing there.
     """
     guide.use_gain(None)
     found, gain = [measured()], [1.0] * count
     for number in range(1, ROUNDS + 1):
-        if not all(math.isfinite(length) and length > 0 for length in found[-1]):
-            raise PnpError("the guide adds nothing at some timesteps, which no gain can change; distil it first")
+        for t, length in zip(nodes(count), found[-1], strict=True):
+            if not (math.isfinite(length) and length > 0):
+                raise PnpError(
+                    f"near timestep {t:.0f} there is no state, or the guide adds nothing, which no gain can change; "
+                    "take more states or fewer values, or distil the guide first"
+                )
         gain = [round(g / length, 4) for g, length in zip(gain, found[-1], strict=True)]
         guide.use_gain(gain)
         found.append(measured())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -11,11 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from benchmarks.emoji import gpu_train
+from benchmarks.emoji import gpu_steps, gpu_train
 from benchmarks.emoji.train import scheduler_config
 from pnp_trt.assets import ROOT as ASSETS
+from pnp_trt.build.swap.lora import LayerNames, Lora, load, merge
+from pnp_trt.models.bases import resolve
+from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.guides.tiny import TinyGuide
 
 
@@ -90,7 +94,9 @@ def test_own_trajectories_follow_the_student() -> None:
     assert torch.allclose(states.x, (b / a).sqrt()[:, None, None, None] * begun, rtol=1e-5)
 
 
-def test_a_whole_run_writes_what_unpack_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's data, of noise; one optimizer step a part, and no images."""
     rng = np.random.default_rng(0)
     held = {"empty": rng.integers(0, 49_000, (1, 77)).astype(np.uint16)}
     held["prompts"] = rng.integers(0, 49_000, (4, 77)).astype(np.uint16)
@@ -101,8 +107,12 @@ def test_a_whole_run_writes_what_unpack_reads(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(gpu_train, "sample_grid", lambda *a, **k: None)
     monkeypatch.setattr(gpu_train, "CPU_STEPS", 1)
     monkeypatch.setattr("sys.argv", ["gpu_train", "train"])
+    return tmp_path / "pack.npz"
+
+
+def test_a_whole_run_writes_what_unpack_reads(packed: Path, tmp_path: Path) -> None:
     gpu_train.main(
-        ["train", "--data", str(tmp_path / "pack.npz"), "--out", str(tmp_path / "out"), "--batch", "2",
+        ["train", "--data", str(packed), "--out", str(tmp_path / "out"), "--batch", "2",
          "--assets", str(ASSETS)]
     )  # fmt: skip
     report = json.loads((tmp_path / "out/train.json").read_text())
@@ -132,8 +142,142 @@ def test_a_whole_run_writes_what_unpack_reads(tmp_path: Path, monkeypatch: pytes
     assert guide.config.text and all(torch.equal(v, source[k]) for k, v in guide.state_dict().items())
 
 
-def test_caption_forms_name_the_image_in_each_way() -> None:
-    assert gpu_train.caption_forms("alien", "noto") == [
-        "alien, noto style", "alien", "an alien, noto style", "an alien", "the alien, noto style", "the alien",
+SMALL = ["--base", "0", "--decoder", "0", "--tiny", "0", "--fine-tunes", "0", "--batch", "4"]
+
+
+def test_guides_alone_are_continued_halved_and_installed(packed: Path, tmp_path: Path) -> None:
+    assets, out, results = tmp_path / "assets", tmp_path / "out", tmp_path / "r.json"
+    for name in ("emoji", "fine-tunes", "guides"):
+        shutil.copytree(ASSETS / name, assets / name)
+    former = {"device": "one", "date": "then", "batch": 7, "command": ["a"], "seconds": 1.0, "parts": {
+        "base": {"steps": 5}, "guide tiny": {"steps": 9}}}  # fmt: skip
+    results.write_text(json.dumps(former))
+    before = {p: p.read_bytes() for p in assets.rglob("*.safetensors") if "guides" not in p.parts}
+    gpu_train.main(["train", "--data", str(packed), "--out", str(out), "--assets", str(assets), *SMALL,
+                    "--continue-guide", "9", "--gain", "1", "--halve", "9", "--full", "9"])  # fmt: skip
+    parts = json.loads((out / "train.json").read_text())["parts"]
+    assert list(parts) == ["guide tiny", "guide full", "halve 16", "halve 8", "halve 4"]
+    bundled = load_file(ASSETS / "guides/emoji-tiny/diffusion_pytorch_model.safetensors")
+    continued = load_file(out / "guide-tiny.safetensors")
+    # one step at the warm-up's rate: from the bundled weights, and not from new ones
+    assert all((continued[k] - v).abs().max() < 1e-3 for k, v in bundled.items())
+    assert any(not torch.equal(continued[k], v) for k, v in bundled.items())
+
+    gpu_train.main(["unpack", "--from", str(out), "--assets", str(assets), "--results", str(results)])
+    assert {p: p.read_bytes() for p in before} == before  # the base and the fine-tunes are not of this run
+    kept = json.loads(results.read_text())
+    assert kept["parts"]["base"] == {"steps": 5, "device": "one", "date": "then", "batch": 7}
+    assert kept["parts"]["guide tiny"]["steps"] == 1 and kept["command"][0] == ["a"] and len(kept["command"]) == 2
+    gain = parts["guide tiny"]["gain"]["gain"]
+    record = json.loads((assets / "guides/emoji-tiny/distill.json").read_text())
+    assert record["gain"]["gain"] == gain == list(load_guide(str(assets / "guides/emoji-tiny")).config.gain)
+    origin = hashlib.sha256((ASSETS / "guides/emoji-tiny/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert record["continued_from"] == origin
+    stage1 = hashlib.sha256((assets / "guides/emoji-tiny/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    for last, steps in ((32, 16), (16, 8), (8, 4)):
+        folder = assets / f"guides/emoji-tiny-{steps}"
+        guide = load_guide(str(folder))
+        assert guide.sampling_steps == steps and list(guide.config.gain) == gain
+        source = load_file(out / f"guide-tiny-{steps}.safetensors")
+        assert all(torch.equal(v, source[k]) for k, v in guide.state_dict().items())
+        record = json.loads((folder / "distill.json").read_text())
+        assert (record["stage"], record["from"], record["to"]) == ("steps", last, steps)
+        assert record["settings"]["guide"] == stage1 and record["fresh_states"]["residual"] > 0
+
+    gpu_train.main(["guides", "--from", str(out), "--assets", str(assets), "--out", str(tmp_path / "guides")])
+    assert {p.name for p in (tmp_path / "guides").iterdir()} == {"tiny", "tiny-16", "tiny-8", "tiny-4", "full"}
+    full, source = load_guide(str(tmp_path / "guides/full")), load_file(out / "guide-full.safetensors")
+    assert all(torch.equal(v, source[k].float()) for k, v in full.state_dict().items())
+    assert json.loads((tmp_path / "guides/full/distill.json").read_text())["settings"]["guide"] == "full"
+
+
+def test_the_step_lora_is_one_that_plug_merges(packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    gpu_train.main(["train", "--data", str(packed), "--out", str(out), *SMALL, "--step-lora", "9"])
+    assert list(json.loads((out / "train.json").read_text())["parts"]) == [
+        "step lora 16", "step lora 8", "guide step lora",
     ]  # fmt: skip
-    assert sum(gpu_train.FORM_SHARES) == pytest.approx(1.0) and len(gpu_train.FORM_SHARES) == gpu_train.CAPTION_FORMS
+    unet = resolve("emoji").unet()
+    lora = load(Lora.parse(str(out / "step-lora-8.safetensors")), LayerNames({"unet": unet}))
+    assert set(lora.changes["unet"]) == set(gpu_steps.lora_layers(unet))
+    gpu_train.main(["guides", "--from", str(out), "--out", str(tmp_path / "guides")])
+    guide, source = load_guide(str(tmp_path / "guides/step-lora-8")), load_file(out / "guide-step-lora.safetensors")
+    assert guide.sampling_steps == 8 and all(torch.equal(v, source[k]) for k, v in guide.state_dict().items())
+    record = json.loads((tmp_path / "guides/step-lora-8/distill.json").read_text())
+    assert record["teacher_lora"] == "step-lora-8.safetensors"
+
+
+def test_a_lora_starts_silent_and_is_merged_as_plug_merges_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = resolve("emoji").unet()
+    unet = gpu_steps.add_lora(copy.deepcopy(plain))
+    x, t, text = torch.randn(2, 8, 16, 16), torch.tensor([10, 900]), torch.randn(2, 77, 128)
+    with torch.no_grad():
+        assert torch.allclose(unet(x, t, text).sample, plain(x, t, text).sample, atol=1e-5)
+        trained = {n: p for n, p in unet.named_parameters() if p.requires_grad}
+        for p in trained.values():
+            p.add_(torch.randn_like(p) * 0.05)
+    assert all(n.endswith((".a", ".b")) for n in trained)
+    state = {k: v.half().contiguous() for k, v in gpu_steps.lora_state(unet).items()}
+    assert any("time_emb_proj" in k for k in state) and any("attn2.to_k" in k for k in state)
+    save_file(state, tmp_path / "lora.safetensors")
+    merged = gpu_steps.merge_lora(unet).state_dict()
+    assert merged.keys() == plain.state_dict().keys()
+    wanted = copy.deepcopy(plain)
+    lora = load(Lora.parse(str(tmp_path / "lora.safetensors")), LayerNames({"unet": wanted}))
+    merge(wanted, "unet", [lora])
+    changed = {n for n, weight in plain.state_dict().items() if not torch.equal(merged[n], weight)}
+    assert {n.removesuffix(".weight") for n in changed} == set(gpu_steps.lora_layers(plain))
+    for name, weight in wanted.state_dict().items():
+        assert torch.allclose(merged[name], weight, atol=1e-6), name
+
+
+@pytest.mark.parametrize("steps", [16, 8, 4])
+def test_two_steps_land_where_diffusers_lands(steps: int) -> None:
+    from diffusers import DDIMScheduler
+
+    torch.manual_seed(0)
+    states = gpu_steps.HalvedStates(fake_data().latents, torch.zeros(4, 77, 8), 32, steps, own=0.0)
+    assert set(states.k.tolist()) == set(range(steps))  # every batch holds all steps
+
+    def last(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.sin(3 * x) + t[:, None, None, None] / 1000 + w[:, None, None, None] / 9
+
+    landed, target = states.landing(last)
+    twice, once = DDIMScheduler(**scheduler_config()), DDIMScheduler(**scheduler_config())
+    twice.set_timesteps(2 * steps)
+    once.set_timesteps(steps)
+    x, t, text, w = states.batch()
+    for i in range(len(x)):
+        one, row = x[i : i + 1], slice(i, i + 1)
+        k = int(states.k[i])
+        # diffusers spaces both grids itself, and rounds: its grid of twice as many steps differs by one timestep
+        for now in (int(t[i]), int(states.times[1, k])):
+            assert min(abs(now - twice.timesteps)) <= 1
+            one = twice.step(last(one, torch.tensor([now]), text[row], w[row]), now, one).prev_sample
+        assert (one - landed[row]).norm() < 0.02 * landed[row].norm()
+        assert int(t[i]) == int(once.timesteps[k])
+        alone = once.step(target[row], int(t[i]), x[row]).prev_sample
+        assert torch.allclose(alone, landed[row], atol=1e-3 * landed[row].abs().max().item())
+
+
+def test_halved_trajectories_follow_the_last_student_or_the_new_one() -> None:
+    torch.manual_seed(0)
+    states = gpu_steps.HalvedStates(fake_data().latents, torch.zeros(4, 77, 8), 8, 4)
+    states.student.copy_(torch.arange(8) < 4)
+    x, k, w = states.x.clone(), states.k.clone(), states.w.clone()
+    landed, prediction = torch.full_like(x, 5.0), torch.randn_like(x)
+    states.advance(landed, prediction)
+    going = k < 3
+    assert torch.equal(states.x[going & ~states.student], landed[going & ~states.student])
+    scale, out = states.scales[2, k].unbind(-1)
+    own = scale[:, None, None, None] * x + out[:, None, None, None] * prediction
+    assert torch.allclose(states.x[:4][going[:4]], own[:4][going[:4]])
+    assert torch.equal(states.k, torch.where(going, k + 1, 0)) and torch.equal(states.w == w, going)
+
+
+def test_one_counts_trajectories_are_not_in_step() -> None:
+    states = gpu_train.GuideStates(fake_data(), torch.zeros(4, 77, 8), torch.zeros(3, 77, 8), batch=32, counts=(8,))
+    states.stagger()
+    assert states.k.tolist() == 2 * list(range(8))
+    assert len(set(states.batch()[1][16:].tolist())) == 8

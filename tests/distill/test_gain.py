@@ -181,5 +181,7 @@ def test_the_command(
     for wrong, said in ((("--factor", "-1"), "factor is -1; it must be above 0"), (("--values", 101), "values is 101")):
         found = cli(*arguments[:4], "--out", tmp_path / "other", *wrong)
         assert found.code == 2 and said in found.err and not (tmp_path / "other").exists()
+    few = cli(*arguments[:4], "--out", tmp_path / "few", "--values", 100, *arguments[-6:])
+    assert few.code == 1 and "there is no state, or the guide adds nothing" in few.err
     same = cli("distill", "gain", "--guide", micro_guide, "--out", micro_guide, *arguments[-4:])
     assert same.code == 2 and "is not empty" in same.err

@@ -1,0 +1,259 @@
+"""What a gain of the guide's residuals is worth: a table g(t), its square root and constants, against CFG's images.
+
+``python -m benchmarks.emoji.gains measure`` samples the bundled tiny guide with each gain and CFG, from the same
+captions and noise, and measures them; ``report`` draws ``docs/gain.md`` from the JSON alone.  A gain is reported at
+equal w, and at equal strength: beside each row stands the w of CFG whose images have the same strength of colour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shlex
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
+from pnp_trt.bundle.store import sha256, write_json
+from pnp_trt.errors import InputError
+from pnp_trt.models.bases import resolve
+from pnp_trt.models.catalog import guide_folder
+from pnp_trt.models.guides.load import load_guide
+
+from . import compare
+from .cells import TEACHER
+from .compare import Ranked
+from .measures import Shots, chroma, real_pictures, recalls
+from .network import FLOAT32, Network
+from .provenance import machine
+from .runner import SEED_STRIDE, captions
+from .sampler import Ask, Guidance, Sampler
+from .tables import spread
+
+SCHEMA = "pnp-trt/emoji-gains/1"
+RESULTS = Path("benchmarks/results/emoji-gains.json")
+CONSTANTS = (1.3, 1.6)
+SCALES = (2.0, 3.0, 5.0, 8.0)
+#: steps, by w: all scales at 16 steps, w = 3 at the others too
+STEPS = {w: (50, 16, 8) if w == 3.0 else (16,) for w in SCALES}
+CFG, PLAIN = "cfg", "none"
+
+
+def gains(table: Sequence[float]) -> dict[str, list[float] | None]:
+    """By name; ``table`` is the one that matches lengths."""
+    constants: dict[str, list[float] | None] = {f"{c:g}": [c] for c in CONSTANTS}
+    return {
+        PLAIN: None,
+        **constants,
+        "root of the table": [round(math.sqrt(g), 4) for g in table],
+        "table": list(table),
+    }
+
+
+def equal_strength(curve: dict[float, float], value: float) -> float | None:
+    """The w at which ``curve`` (chroma by w) reaches ``value``, linear in between; None outside of it."""
+    points = sorted(curve.items())
+    for (w, low), (v, high) in itertools.pairwise(points):
+        if min(low, high) <= value <= max(low, high) and high != low:
+            return round(w + (v - w) * (value - low) / (high - low), 2)
+    return None
+
+
+class Measurer:
+    """Samples every (gain or CFG, steps, w, noise) once, and measures it.
+
+    Args:
+        guide: folder of the guide; its own gain is replaced.
+        table: of the gain that matches lengths.
+        pictures: images of one noise.
+        seeds: sets of noise.
+        device: ``cpu`` or ``cuda``, float32 on both.
+    """
+
+    def __init__(
+        self, guide: Path, table: Sequence[float], cache: Path, judge: Path, pictures: int, seeds: int, device: str,
+        batch: int, extract: Any = None,
+    ) -> None:  # fmt: skip
+        base = resolve(TEACHER)
+        self.batch, self.seeds, self.pictures = batch, seeds, pictures
+        self.head, self.extract = AlignmentHead.load(judge), extract or FeatureExtractor(device)
+        self.sampler = Sampler(base.folder, device=device)
+        self.unet = base.unet().to(device)
+        self.guide, self.gains = load_guide(str(guide)).to(device), gains(table)
+        self.rows = captions("train", pictures)
+        pixels = real_pictures(self.rows, cache)
+        self.real = Shots(pixels, self.extract(pixels))
+        self._shots: dict[tuple[str, int, float], list[Shots]] = {}
+
+    def cells(self) -> list[tuple[str, int, float]]:
+        return [(name, steps, w) for name in (CFG, *self.gains) for w in SCALES for steps in STEPS[w]]
+
+    def sample(self) -> None:
+        for name in (CFG, *self.gains):
+            if name != CFG:
+                self.guide.use_gain(self.gains[name])
+            network = Network(self.unet, None if name == CFG else self.guide, FLOAT32, False, self.batch)
+            for _, steps, w in (cell for cell in self.cells() if cell[0] == name):
+                how, schedule = Guidance(CFG if name == CFG else "guided", w), self.sampler.schedule(steps)
+                made = []
+                for seed in range(self.seeds if w == 3.0 else 1):
+                    rows = [Ask(a.concept, a.style, a.seed + SEED_STRIDE * seed) for a in self.rows]
+                    pixels = self.sampler.draw(rows, network, how, schedule, self.batch)
+                    made.append(Shots(pixels, self.extract(pixels)))
+                self._shots[name, steps, w] = made
+
+    def ranked(self, cell: tuple[str, int, float]) -> list[Ranked]:
+        return [Ranked.of(s, [a.concept for a in self.rows], self.head) for s in self._shots[cell]]
+
+    def about(self, cell: tuple[str, int, float]) -> dict[str, Any]:
+        """Measures of a cell; with a guide also against CFG of the same steps, w, captions and noise."""
+        name, steps, w = cell
+        mine = self.ranked(cell)
+        found = {"gain": name, "steps": steps, "w": w, "seeds": len(mine), **compare.quality(self.real, mine)}
+        found["chroma"] = round(float(np.mean([chroma(s.shots.pixels) for s in mine])), 4)
+        if name != CFG:
+            teacher = self.ranked((CFG, steps, w))
+            found |= {
+                "gain_over_cfg": compare.gain(self.real, teacher, mine),
+                "distance_to_cfg": compare.distance(mine, teacher),
+            }
+        return found
+
+
+def measure(
+    guide: Path, table: Sequence[float], cache: Path, judge: Path, results: Path, *, pictures: int = 512,
+    seeds: int = 3, device: str = "cpu", batch: int = 64, processes: int = 1, command: str = "", extract: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Sample and measure all gains; writes ``results`` and returns what it holds."""
+    told, begun = machine(command), time.monotonic()
+    measurer = Measurer(guide, table, cache, judge, pictures, seeds, device, batch, extract)
+    measurer.sample()
+    rows = spread(measurer.about, measurer.cells(), processes, "measuring")
+    strength = {
+        steps: {r["w"]: r["chroma"] for r in rows if (r["gain"], r["steps"]) == (CFG, steps)} for steps in (16,)
+    }
+    for row in rows:
+        if row["gain"] != CFG and row["steps"] in strength:
+            row["w_of_equal_chroma"] = equal_strength(strength[row["steps"]], row["chroma"])
+    document = {
+        "schema": SCHEMA,
+        "provenance": told | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},
+        "settings": {
+            "pictures": pictures, "seeds": seeds, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
+            "gains": measurer.gains, "seconds": round(time.monotonic() - begun, 1),
+        },
+        "real": recalls(measurer.head.ranks(measurer.real.features, [a.concept for a in measurer.rows]))
+        | {"chroma": chroma(measurer.real.pixels)},
+        "cells": rows,
+    }  # fmt: skip
+    write_json(results, document)
+    return document
+
+
+# ------------------------------------------------------------------------------------------------------- page
+
+
+def page(document: dict[str, Any]) -> str:
+    """``docs/gain.md`` from the JSON."""
+    settings, told = document["settings"], document["provenance"]
+    device = told["device"]["gpu"] or told["device"]["processor"]
+    intro = (
+        "Least squares makes a guide's change of the prediction right in direction and too short. A gain g(t) in the "
+        "guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that makes the change "
+        "as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with the table, and "
+        f"with its square root. {settings['pictures']} trained captions; w = 3 has {settings['seeds']} sets of noise, the "
+        "others one. Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions and noise, and "
+        "above 0 is better than CFG. The last column is the w of CFG whose images are as strong in colour."
+    )
+    lines = [
+        "# The gain of a guide's residuals",
+        "",
+        "Written by `python -m benchmarks.emoji.gains report` from `benchmarks/results/emoji-gains.json`, which was made "
+        f"by `{told['command']}` ({told['date'][:10]}, {device}, torch {told['versions']['torch']}).",
+        "",
+        intro,
+        "",
+        "Table, from t = 0 to 999: " + ", ".join(f"{g:.2f}" for g in settings["gains"]["table"]) + ".",
+        "",
+    ]
+    for steps in sorted({r["steps"] for r in document["cells"]}, reverse=True):
+        lines += [
+            f"## {steps} steps",
+            "",
+            "| gain | w | KID ↓ | KID gain over CFG ↑ | R@1, % ↑ | PSNR to CFG's image, dB ↑ | chroma "
+            "| CFG's w of equal chroma |",
+            "|---|---:|---|---|---|---:|---:|---:|",
+        ]
+        for r in (r for r in document["cells"] if r["steps"] == steps):
+            kid, recall = r["kid"], r["R@1"]
+            over, psnr, equal = "–", "–", "–"
+            if r["gain"] != CFG:
+                g = r["gain_over_cfg"]["kid"]
+                over = f"{g['value']:+.4f} [{g['low']:+.4f}, {g['high']:+.4f}]"
+                psnr = f"{r['distance_to_cfg']['psnr_db']['value']:.1f}"
+                found = r.get("w_of_equal_chroma")
+                equal = "–" if found is None else f"{found:g}"
+            name = "CFG" if r["gain"] == CFG else "no gain" if r["gain"] == PLAIN else r["gain"]
+            lines.append(
+                f"| {name} | {r['w']:g} | {kid['value']:.4f} [{kid['low']:.4f}, {kid['high']:.4f}] | {over} |"
+                f" {100 * recall['value']:.1f} | {psnr} | {r['chroma']:.4f} | {equal} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.emoji.gains", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_subparsers(dest="what", required=True)
+    one = what.add_parser("measure")
+    one.add_argument("--guide", default="emoji-tiny", help="name or folder")
+    one.add_argument("--table", help="values from t = 0 to 999, separated by commas; default: fitted first")
+    one.add_argument("--cache", type=Path, default=Path("build/emoji"))
+    one.add_argument("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
+    one.add_argument("--json", type=Path, default=RESULTS)
+    one.add_argument("--pictures", type=int, default=512)
+    one.add_argument("--seeds", type=int, default=3)
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    one.add_argument("--batch", type=int, default=64)
+    one.add_argument("--processes", type=int, default=1)
+    two = what.add_parser("report")
+    two.add_argument("--json", type=Path, default=RESULTS)
+    two.add_argument("--document", type=Path, default=Path("docs/gain.md"))
+    a = parser.parse_args(arguments)
+    if a.what == "report":
+        a.document.write_text(page(json.loads(a.json.read_text())))
+        return
+    try:
+        folder = guide_folder(a.guide)
+        table = fitted(a.guide) if a.table is None else [float(v) for v in a.table.split(",")]
+        words = ["python", "-m", "benchmarks.emoji.gains", "measure", "--guide", folder.name]
+        words += ["--table", ",".join(f"{g:g}" for g in table), "--pictures", str(a.pictures), "--seeds", str(a.seeds)]
+        words += ["--device", a.device, "--batch", str(a.batch)] if a.device != "cpu" else []
+        measure(
+            folder, table, a.cache, a.judge, a.json, pictures=a.pictures, seeds=a.seeds, device=a.device, batch=a.batch,
+            processes=a.processes, command=shlex.join(words),
+        )  # fmt: skip
+    except (InputError, ValueError) as error:
+        parser.error(str(error))
+
+
+def fitted(guide: str) -> list[float]:
+    """The table that ``pnp-trt distill gain`` finds for a guide."""
+    from pnp_trt.distill.gain import GainConfig, fit
+
+    with tempfile.TemporaryDirectory(prefix="pnp-trt-gain-") as folder:
+        return list(fit(GainConfig(guide, Path(folder) / "guide"))["gain"])
+
+
+if __name__ == "__main__":
+    main()

@@ -166,17 +166,18 @@ def page(document: dict[str, Any]) -> str:
     device = told["device"]["gpu"] or told["device"]["processor"]
     intro = (
         "Least squares makes a guide's change of the prediction right in direction and too short. A gain g(t) in the "
-        "guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that makes the change "
-        "as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with the table, and "
-        f"with its square root. {settings['pictures']} trained captions; w = 3 has {settings['seeds']} sets of noise, the "
-        "others one. Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions and noise, and "
-        "above 0 is better than CFG. The last column is the w of CFG whose images are as strong in colour."
+        "guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that makes the "
+        "change as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with the table "
+        f"and its square root. {settings['pictures']} trained captions; w = 3 has {settings['seeds']} sets of "
+        "noise, the others one. Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions "
+        "and noise, and above 0 is better than CFG. The last column is the w of CFG whose images are as strong in "
+        "colour."
     )
     lines = [
         "# The gain of a guide's residuals",
         "",
-        "Written by `python -m benchmarks.emoji.gains report` from `benchmarks/results/emoji-gains.json`, which was made "
-        f"by `{told['command']}` ({told['date'][:10]}, {device}, torch {told['versions']['torch']}).",
+        "Written by `python -m benchmarks.emoji.gains report` from `benchmarks/results/emoji-gains.json`, which was "
+        f"made by `{told['command']}` ({told['date'][:10]}, {device}, torch {told['versions']['torch']}).",
         "",
         intro,
         "",

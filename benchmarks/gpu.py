@@ -144,9 +144,9 @@ def kernels(
     vae = Scaling(cuda, loaded, "latents", 0.5, channels)
     start = np.random.default_rng(0).standard_normal((batch, channels, *size), np.float32)
     feeds = Feeds(start, np.full(batch, 3, np.float32), {})
+    loops = device_loops(cuda, unet, vae, None, "kernels")  # one capture serves all
     for name in ("ddim", "dpm++", "euler", "heun", "unipc"):
         for steps in all_steps:
-            loops = device_loops(cuda, unet, vae, None, "kernels")
             table = make(name, scheduler(), steps)
             plan = Plan(batch, size, table, False, True)
             x: Any = start
@@ -179,8 +179,8 @@ def kernels(
             for _ in range(steady):
                 loops.run(plan, feeds)
             row["memory_growth_bytes"] = before - cuda.free_memory()
-            loops.clear()
             say(found)
+    loops.clear()
     return found
 
 

@@ -64,23 +64,27 @@ def check_kernels(cuda: Cuda, kernels: dict[str, Any]) -> dict[str, bool]:
         cuda.launch(kernels[name], size, d.stream, *arguments)
 
     at_x, at_table, at_times = d.up(x), d.up(table), d.up(times)
+    row = np.array([2, -1], np.int32)
+    at_row = d.up(row)
     shown, stamps = np.zeros((2, count), np.float32), np.zeros(6, np.int64)
     at_shown, at_stamps = d.up(shown), d.up(stamps)
-    launch("show", count, (at_shown, _P), (at_stamps, _P), (at_x, _P), (at_table, _P), (at_times, _P), (2, _I),
+    launch("show", count, (at_shown, _P), (at_stamps, _P), (at_x, _P), (at_table, _P), (at_times, _P), (at_row, _P),
            (count, _I), (2, _I), (6, _I))  # fmt: skip
     scaled = table[2, 0] * x
     found["show"] = bool(np.array_equal(d.down(at_shown, shown), np.stack([scaled, scaled])))
     found["show"] &= bool((d.down(at_stamps, stamps) == 300).all())
+    found["show"] &= d.down(at_row, row).tolist() == [2, 2]
 
     at_previous, at_older, at_both, at_w = d.up(previous), d.up(older), d.up(both), d.up(w)
     launch("update", count, (at_x, _P), (at_previous, _P), (at_older, _P), (at_both, _P), (at_w, _P), (at_table, _P),
-           (3, _I), (count, _I), (per, _I))  # fmt: skip
+           (at_row, _P), (count, _I), (per, _I))  # fmt: skip
     u, c = both[:count], both[count:]
     out = u + np.repeat(w, per) * (c - u)
-    _, a, b, p, dx, do, e = table[3]
+    _, a, b, p, dx, do, e = table[2]
     found["update"] = bool(np.array_equal(d.down(at_x, x), a * x + b * out + p * previous + e * older))
     found["update"] &= bool(np.array_equal(d.down(at_older, older), previous))
     found["update"] &= bool(np.array_equal(d.down(at_previous, previous), dx * x + do * out))
+    found["update"] &= d.down(at_row, row).tolist() == [3, 2]
 
     bad = x.copy()
     bad[per + 5], bad[2 * per] = np.nan, np.inf
@@ -133,7 +137,8 @@ class ScalingBound:
             "timestep": np.zeros(shape[0], np.int64),
         }
         self.addresses = {name: self._device.up(values) for name, values in self._like.items()}
-        self._table = self._device.up(np.array([[factor, 0, 0, 0, 0, 0]], np.float32))
+        self._table = self._device.up(np.array([[factor, 0, 0, 0, 0, 0, 0]], np.float32))
+        self._row = self._device.up(np.zeros(2, np.int32))
 
     def write(self, **inputs: np.ndarray) -> None:
         """It has no inputs that the host writes."""
@@ -144,7 +149,7 @@ class ScalingBound:
         at, count = self.addresses, self._like["out"].size
         self._cuda.launch(
             self._kernel, count, stream, (at["out"], _P), (0, _P), (at[self._reads], _P), (self._table, _P), (0, _P),
-            (0, _I), (count, _I), (1, _I), (0, _I),
+            (self._row, _P), (count, _I), (1, _I), (0, _I),
         )  # fmt: skip
 
     def capturable(self, stream: int) -> bool:

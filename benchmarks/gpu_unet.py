@@ -309,25 +309,26 @@ class Case:
         import torch
 
         lane: Any = self.loops._lane(self.plan).lane
-        prepared, steps = lane.prepare(self.plan), len(self.plan.table)
-        lane.load(self.feeds)
-        lane.begin(prepared)
+        steps = len(self.plan.table)
+        lane.load(self.plan.table, self.feeds)
+        lane.begin()
         for _ in range(2):
-            lane.step(prepared, 1)
+            lane.step()
         lane.wait()
         why = None
         try:
-            graph = lane.capture(lambda: lane.step(prepared, 1))
+            graph = lane.capture(lane.step)
         except Exception as e:  # on a CPU, or what a capture does not take
             graph, why = None, _said(e)
         on_gpu, on_host = [], []
         for number in range(-1, rounds):
-            lane.load(self.feeds)  # the same step over and over does not stay finite for ever
+            lane.load(self.plan.table, self.feeds)
+            lane.begin()
             lane.wait()
             if graph is None:
                 begun = time.perf_counter()
                 for _ in range(steps):
-                    lane.step(prepared, 1)
+                    lane.step()
                 put = time.perf_counter() - begun
                 lane.wait()
                 spent = time.perf_counter() - begun

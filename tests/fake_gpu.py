@@ -1,7 +1,8 @@
 """A GPU made of host memory: CUDA's runtime and driver as far as pnp_trt calls them, and engines that are functions.
 
 Fakes answer only to names that the real bindings have.  Streams run at once, unless they are captured: then what is put
-on them is recorded, and replayed later.  The sampler's kernels are ``kernels.cu`` itself, compiled by the host's g++.
+on them is recorded, and replayed later.  The sampler's kernels are ``kernels.cu`` itself, compiled by the host's g++;
+their threads run one after another.
 """
 
 from __future__ import annotations
@@ -163,9 +164,14 @@ assert [n for n in vars(Runtime) if n.startswith("cuda") and not hasattr(real, n
 
 
 class Gpu(Cuda):
-    """Cuda's own code on the fakes."""
+    """Cuda's own code on the fakes.
+
+    Attributes:
+        backwards: whether a kernel's last thread runs first.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.backwards = False
         self._rt = self.runtime = Runtime()
         self._lib = host_kernels(folder)
 
@@ -182,10 +188,9 @@ class Gpu(Cuda):
         kernel.argtypes, kernel.restype = types, None
 
         def work() -> None:
-            for block in range(blocks):
-                for thread in range(size):
-                    self._lib.place(block, size, thread)
-                    kernel(*values)
+            for at in reversed(range(blocks * size)) if self.backwards else range(blocks * size):
+                self._lib.place(at // size, size, at % size)
+                kernel(*values)
 
         self.runtime.put(stream, kernel.__name__, work)
         return None

@@ -1,9 +1,9 @@
 """TensorRT's engines and the sampler's own kernels on one stream: what :class:`DeviceLoops` runs and captures.
 
-Only latents, text states and w go to the GPU, only pixels (or latents) and a flag an image come back; both copies out
-are part of the graph, into pinned memory.  Coefficients and timesteps lie in a table on the device, so that w, prompts
-and noise change without a new capture.  Sources: CUDA's programming guide on stream capture; TensorRT's on
-``enqueueV3`` and CUDA graphs (enqueue once before the capture; addresses and shapes are captured).
+Only latents, text states, w and the schedule's table go to the GPU, only pixels (or latents) and a flag an image come
+back; both copies out are part of a graph, into pinned memory.  The kernels read the current row of the table, so that
+schedule, w, prompts and noise change without a new capture.  Sources: CUDA's programming guide on stream capture;
+TensorRT's on ``enqueueV3`` and CUDA graphs (enqueue once before the capture; addresses and shapes are captured).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import PnpError
-from ..sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Plan
+from ..sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Shape
+from ..sampling.table import COLUMNS, Schedule
 from .base import Size
 from .cuda import Cuda
 
@@ -66,28 +66,17 @@ def device_loops(
     """
     loaded: dict[str, Any] = {}
 
-    def open_lane(batch: int, size: Size, twice: bool) -> CudaLane:
+    def open_lane(shape: Shape) -> CudaLane:
         cuda.attach()
         if not loaded:
             loaded.update(cuda.kernels(ptx(), KERNELS))
-        return CudaLane(cuda, loaded, unet, vae, condition, batch, size, twice)
+        return CudaLane(cuda, loaded, unet, vae, condition, shape)
 
     return DeviceLoops(open_lane, name)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A plan with its table on the device: coefficients ``[steps, 7]`` float32 and timesteps ``[steps]`` int64."""
-
-    plan: Plan
-    coefficients: int
-    timesteps: int
-    previous: int
-    older: int
-
-
 class CudaLane(Lane):
-    """Engines bound for one batch and size, and what the kernels work on.
+    """Engines bound for one shape, and what the kernels work on.
 
     The latents live in the VAE's input buffer, so that nothing is copied between the last step and the decoder.
     """
@@ -99,30 +88,28 @@ class CudaLane(Lane):
         unet: DeviceNetwork,
         vae: DeviceNetwork,
         condition: DeviceNetwork | None,
-        batch: int,
-        size: Size,
-        twice: bool,
+        shape: Shape,
     ) -> None:
         self._cuda, self._kernels = cuda, kernels
-        self._batch, self._passes = batch, 2 if twice else 1
+        self._batch, self._passes = shape.batch, 2 if shape.twice else 1
         self._devices: list[int] = []
         self._hosts: list[int] = []
         self._stack = contextlib.ExitStack()
         try:
-            self._unet: DeviceBound = self._stack.enter_context(unet.bind(self._passes * batch, size))
-            self._vae: DeviceBound = self._stack.enter_context(vae.bind(batch, size))
+            self._unet: DeviceBound = self._stack.enter_context(unet.bind(self._passes * shape.batch, shape.size))
+            self._vae: DeviceBound = self._stack.enter_context(vae.bind(shape.batch, shape.size))
             self._condition: DeviceBound | None = (
-                self._stack.enter_context(condition.bind(batch, None)) if condition is not None else None
+                self._stack.enter_context(condition.bind(shape.batch, None)) if condition is not None else None
             )
             self._named = [(unet, self._unet), (vae, self._vae)]
             self._named += [(condition, self._condition)] if condition is not None and self._condition else []
             self.stream = self._unet.stream  # its copies in are then in order with the run
-            self._prepare_buffers()
+            self._prepare_buffers(shape.rows)
         except BaseException:
             self.close()
             raise
 
-    def _prepare_buffers(self) -> None:
+    def _prepare_buffers(self, rows: int) -> None:
         latents, pixels = self._vae.staged("latents"), self._vae.staged(self._vae.output_name)
         output = self._unet.staged(self._unet.output_name)
         for name, found in (("latents", latents), ("prediction", output), ("pixels", pixels)):
@@ -135,6 +122,7 @@ class CudaLane(Lane):
         self._image = n, channels, height * width
         self._previous, self._older = (self._device(latents.nbytes) for _ in range(2))
         self._w = self._device(4 * self._batch)
+        self._row = self._device(8)  # two int32; see kernels.cu
         self._bytes = self._device(pixels.size)
         self._bad = self._device(8 * self._batch)
         self._start_host, self._start_at = self._pinned(latents.shape, np.float32)
@@ -142,6 +130,9 @@ class CudaLane(Lane):
         self._w_host, self._w_at = self._pinned((self._batch,), np.float32)
         self._bytes_host, self._bytes_at = self._pinned((n, height, width, channels), np.uint8)
         self._bad_host, self._bad_at = self._pinned((2, self._batch), np.int32)
+        self._table_host, self._table_at = self._pinned((rows, len(COLUMNS)), np.float32)
+        self._timesteps_host, self._timesteps_at = self._pinned((rows,), np.int64)
+        self._table, self._timesteps = (self._device(host.nbytes) for host in (self._table_host, self._timesteps_host))
 
     def _device(self, size: int) -> int:
         self._devices.append(self._cuda.allocate(size))
@@ -152,34 +143,21 @@ class CudaLane(Lane):
         self._hosts.append(address)
         return array, address
 
-    def prepare(self, plan: Plan) -> _Prepared:
-        held = []
-        for rows in (plan.table.table(), plan.table.timesteps):
-            rows = np.ascontiguousarray(rows)
-            held.append(self._device(rows.nbytes))
-            self._cuda.to_device(held[-1], rows.ctypes.data, rows.nbytes, self.stream)
-            self._cuda.synchronize(self.stream)  # before the rows' memory goes
-        history = plan.table.history
-        return _Prepared(
-            plan, held[0], held[1], self._previous if history else 0, self._older if history == 2 else 0
-        )  # fmt: skip
-
-    def release(self, prepared: _Prepared) -> None:
-        for address in (prepared.coefficients, prepared.timesteps):
-            self._devices.remove(address)
-            self._cuda.free_device(address)
-
-    def load(self, feeds: Feeds) -> None:
+    def load(self, table: Schedule, feeds: Feeds) -> None:
         self._cuda.attach()
         self._unet.write(**feeds.inputs)
+        steps = len(table)
         for host, at, to, values in (
             (self._start_host, self._start_at, self._x, feeds.latents),
             (self._w_host, self._w_at, self._w, feeds.guidance),
+            (self._table_host[:steps], self._table_at, self._table, table.table()),
+            (self._timesteps_host[:steps], self._timesteps_at, self._timesteps, table.timesteps),
         ):
             np.copyto(host, values)
             self._cuda.to_device(to, at, host.nbytes, self.stream)
 
-    def begin(self, prepared: _Prepared) -> None:
+    def begin(self) -> None:
+        self._cuda.fill(self._row, 8, self.stream)
         self._cuda.fill(self._bad, self._bad_host.nbytes, self.stream)
         if self._condition is not None:
             made = self._condition.output_name
@@ -188,25 +166,24 @@ class CudaLane(Lane):
             self._condition.enqueue(self.stream)
             self._cuda.copy(self._unet.addresses["condition"], self._condition.addresses[made], size, self.stream)
 
-    def step(self, prepared: _Prepared, i: int) -> None:
+    def step(self) -> None:
         unet, rows = self._unet.addresses, self._passes * self._batch
         per_picture = self._count // self._batch
         self._launch(
             "show", max(self._count, rows), (unet["sample"], _P), (unet["timestep"], _P), (self._x, _P),
-            (prepared.coefficients, _P), (prepared.timesteps, _P), (i, _I), (self._count, _I), (self._passes, _I),
+            (self._table, _P), (self._timesteps, _P), (self._row, _P), (self._count, _I), (self._passes, _I),
             (rows, _I),
         )  # fmt: skip
         self._unet.enqueue(self.stream)
         self._launch(
-            "update", self._count, (self._x, _P), (prepared.previous, _P), (prepared.older, _P),
-            (unet[self._unet.output_name], _P),
-            (self._w if self._passes == 2 else 0, _P), (prepared.coefficients, _P), (i, _I), (self._count, _I),
-            (per_picture, _I),
+            "update", self._count, (self._x, _P), (self._previous, _P), (self._older, _P),
+            (unet[self._unet.output_name], _P), (self._w if self._passes == 2 else 0, _P), (self._table, _P),
+            (self._row, _P), (self._count, _I), (per_picture, _I),
         )  # fmt: skip
 
-    def end(self, prepared: _Prepared) -> None:
+    def end(self, decode: bool) -> None:
         self._check(self._bad, self._x, self._count)
-        if prepared.plan.decode:
+        if decode:
             n, channels, plane = self._image
             count, pixels = n * channels * plane, self._vae.addresses[self._vae.output_name]
             self._vae.enqueue(self.stream)
@@ -222,13 +199,13 @@ class CudaLane(Lane):
     def wait(self) -> None:
         self._cuda.synchronize(self.stream)
 
-    def read(self, prepared: _Prepared) -> Drawn:
+    def read(self, decode: bool) -> Drawn:
         self.wait()
         for _, bound in self._named:
-            if bound is not self._vae or prepared.plan.decode:
+            if bound is not self._vae or decode:
                 bound.keep_kernels()
         latents, pixels = self._bad_host.astype(bool)
-        return Drawn((self._bytes_host if prepared.plan.decode else self._end_host).copy(), latents, pixels)
+        return Drawn((self._bytes_host if decode else self._end_host).copy(), latents, pixels)
 
     def capture(self, work: Callable[[], None]) -> Any:
         for network, bound in self._named:

@@ -1,19 +1,21 @@
-"""The sampling loop on a GPU: captured into one graph where that works, else put on the stream step by step.
+"""The sampling loop on a GPU: captured into graphs where that works, else put on the stream step by step.
 
-Here is what every kind of GPU buffers shares: which runs share buffers and graphs, when a run is captured, and what
-happens where that fails.  ``backends.cuda_graph`` (TensorRT) and ``backends.torch_graph`` (PyTorch) have the buffers.
+What is captured is one step.  Which row of the table it reads is a number in the GPU's memory, which the step itself
+raises, so that one graph, replayed, is a run of any number of steps and of any schedule.  What comes before the first
+step and after the last one are two more graphs.
+
+Here is what every kind of GPU buffers shares: which runs share buffers and graphs, when something is captured, and what
+happens where that fails.  ``backends.cuda_graph`` (TensorRT) and ``backends.torch.graph`` (PyTorch) have the buffers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,30 @@ from ..errors import Cancelled
 from .loop import Callback as StepCallback
 from .table import Schedule
 
-#: a graph has every kernel of every step; beyond this many steps it would take more memory than it saves time
-MOST_STEPS = 200
+#: buffers hold tables of a multiple of this many rows; Stable Diffusion's training timesteps are as many
+ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Runs of equal shape share buffers and graphs.
+
+    Attributes:
+        batch: images.
+        size: height and width of the latents.
+        twice: whether the network sees every latent twice (CFG).
+        rows: of the longest table that the buffers hold.
+    """
+
+    batch: int
+    size: Size
+    twice: bool
+    rows: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The shape of a run, independent of its inputs.
+    """A run, independent of its inputs.
 
     Attributes:
         batch: images.
@@ -45,16 +64,10 @@ class Plan:
     twice: bool
     decode: bool
 
-    @cached_property
-    def buffers(self) -> tuple[Any, ...]:
-        """Equal for runs that share buffers."""
-        return self.batch, self.size, self.twice
-
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for runs that share a graph: batch, size, steps, schedule (and method, and end)."""
-        table = hashlib.sha256(self.table.table().tobytes() + self.table.timesteps.tobytes()).hexdigest()
-        return *self.buffers, self.decode, self.table.name, len(self.table), table
+    @property
+    def shape(self) -> Shape:
+        """Of the buffers that it runs on."""
+        return Shape(self.batch, self.size, self.twice, ROWS * max(1, -(-len(self.table) // ROWS)))
 
 
 @dataclass(frozen=True)
@@ -87,39 +100,35 @@ class Drawn:
 
 
 class Lane(ABC):
-    """Buffers of one batch and size on one stream, and the parts of a run; for one thread at a time."""
+    """Buffers of one shape on one stream, and the parts of a run; for one thread at a time.
+
+    Everything that differs between two runs of one shape is data in the buffers, so that each part can be captured once
+    and replayed for all of them.
+    """
 
     @abstractmethod
-    def prepare(self, plan: Plan) -> Any:
-        """The plan's table on the device, in the form that the other methods take."""
+    def load(self, table: Schedule, feeds: Feeds) -> None:
+        """Copy in a table, of no more rows than the buffers hold, and the inputs of the next run."""
 
     @abstractmethod
-    def release(self, prepared: Any) -> None:
-        """Give a table back."""
+    def begin(self) -> None:
+        """Put what comes before the first step on the stream; the first row of the table becomes the current one."""
 
     @abstractmethod
-    def load(self, feeds: Feeds) -> None:
-        """Copy in the inputs of the next run."""
+    def step(self) -> None:
+        """Put a step by the current row on the stream; the next row becomes the current one."""
 
     @abstractmethod
-    def begin(self, prepared: Any) -> None:
-        """Put what comes before the first step on the stream."""
-
-    @abstractmethod
-    def step(self, prepared: Any, i: int) -> None:
-        """Put step ``i`` on the stream."""
-
-    @abstractmethod
-    def end(self, prepared: Any) -> None:
-        """Put what comes after the last step on the stream: the decoder, checks, the copy out."""
+    def end(self, decode: bool) -> None:
+        """Put what comes after the last step on the stream: the decoder if asked for, checks, the copy out."""
 
     @abstractmethod
     def wait(self) -> None:
         """Wait for all that is on the stream."""
 
     @abstractmethod
-    def read(self, prepared: Any) -> Drawn:
-        """Wait, and copy the results."""
+    def read(self, decode: bool) -> Drawn:
+        """Wait, and copy the results; ``decode`` as of :meth:`end`."""
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Any:
@@ -138,58 +147,85 @@ class Lane(ABC):
         """Give the buffers back."""
 
 
-@dataclass
-class _Run:
-    """A plan that a lane has seen.
+@dataclass(eq=False)
+class _Part:
+    """A part of a run.
 
     Attributes:
+        work: puts it on the stream.
         seen: whether it ran, which warms everything up that a capture must not meet for the first time.
         graph: captured, or None.
-        failed: whether capturing was tried and failed.
     """
 
-    prepared: Any
+    work: Callable[[], None]
     seen: bool = False
     graph: Any = None
-    failed: bool = False
 
 
-@dataclass
 class _Held:
-    lane: Lane
-    runs: OrderedDict[tuple[Any, ...], _Run] = field(default_factory=OrderedDict)
+    """A lane and its parts.
+
+    Attributes:
+        ends: by whether they decode.
+        failed: whether a capture failed.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        # methods are looked up at each call, for who watches a lane
+        self.begin, self.step = _Part(lambda: lane.begin()), _Part(lambda: lane.step())
+        self.ends = {False: _Part(lambda: lane.end(False)), True: _Part(lambda: lane.end(True))}
+        self.failed = False
+
+    def drop(self) -> None:
+        """Give all graphs back; none is running."""
+        for part in (self.begin, self.step, *self.ends.values()):
+            if part.graph is not None:
+                graph, part.graph = part.graph, None
+                self.lane.drop(graph)
+
+    def close(self) -> None:
+        """Graphs first: they have the buffers' addresses."""
+        try:
+            self.lane.wait()
+            self.drop()
+        finally:
+            self.lane.close()
 
 
 class DeviceLoops:
     """Runs plans on lanes; those used last are kept.  Threads take turns.
 
-    The first run of a kind goes step by step, which warms everything up; the second one is captured.  Where that
-    fails, one warning gives the reason, and such runs continue step by step: the same work on the same buffers, so that
-    both give equal results.  With a callback a run always goes step by step, for there to be something to report.
+    The first run of a shape is put on the stream as it is, which warms everything up; in the second one begin, step and
+    end are captured, and from then on replayed, whatever the number of steps and the schedule.  Where a capture fails,
+    one warning gives the reason, and runs of that shape continue uncaptured: the same work on the same buffers, so that
+    both give equal results.
 
     Args:
-        open_lane: makes the buffers for (batch, latents' size, whether for CFG).
+        open_lane: makes the buffers for a shape.
         name: of the engine, for warnings.
 
     Attributes:
-        capture: switch it off, and all runs go step by step.
+        capture: switch it off, and all runs are put on the stream uncaptured.
         why_not: why the last capture failed, or None.
-        replays, captures: how many there were.
+        captures: how often a step was captured.
+        replays: runs whose steps were replayed.
     """
 
     LANES = 2
-    GRAPHS = 4
 
-    def __init__(self, open_lane: Callable[[int, Size, bool], Lane], name: str) -> None:
+    def __init__(self, open_lane: Callable[[Shape], Lane], name: str) -> None:
         self.capture = True
         self.why_not: str | None = None
         self.replays = self.captures = 0
         self._open, self._name = open_lane, name
-        self._lanes: OrderedDict[tuple[Any, ...], _Held] = OrderedDict()
+        self._lanes: OrderedDict[Shape, _Held] = OrderedDict()
         self._lock = threading.Lock()
 
     def run(self, plan: Plan, feeds: Feeds, callback: StepCallback | None = None) -> Drawn:
         """One batch of images.
+
+        The host waits once, at the end; with a callback after each step.
 
         Args:
             callback: called with (steps done, steps) after each step; False stops the work.
@@ -205,92 +241,69 @@ class DeviceLoops:
             except Cancelled:
                 raise  # between two steps, nothing is on the way
             except BaseException:
-                self._lanes.pop(plan.buffers, None)
-                _close(held)  # work may be on the way, and buffers in any state
+                self._lanes.pop(plan.shape, None)
+                held.close()  # work may be on the way, and buffers in any state
                 raise
 
     def clear(self) -> None:
         """Forget all graphs and buffers: for who changed weights in place.  The next runs capture again."""
         with self._lock:
             while self._lanes:
-                _close(self._lanes.popitem()[1])
+                self._lanes.popitem()[1].close()
 
     def _lane(self, plan: Plan) -> _Held:
-        if plan.buffers not in self._lanes:
+        shape = plan.shape
+        if shape not in self._lanes:
             while len(self._lanes) >= self.LANES:  # before the new one: there may be memory for no more
-                _close(self._lanes.popitem(last=False)[1])
-            self._lanes[plan.buffers] = _Held(self._open(plan.batch, plan.size, plan.twice))
-        self._lanes.move_to_end(plan.buffers)
-        return self._lanes[plan.buffers]
+                self._lanes.popitem(last=False)[1].close()
+            self._lanes[shape] = _Held(self._open(shape))
+        self._lanes.move_to_end(shape)
+        return self._lanes[shape]
 
     def _on(self, held: _Held, plan: Plan, feeds: Feeds, callback: StepCallback | None) -> Drawn:
-        lane = held.lane
-        run = self._find(held, plan)
-        lane.load(feeds)
-        if callback is None and self._captured(lane, run, plan):
-            lane.replay(run.graph)
+        lane, end, steps = held.lane, held.ends[plan.decode], len(plan.table)
+        lane.load(plan.table, feeds)
+        if self.capture and not held.failed:
+            self._capture(held, end)
+        self._put(lane, held.begin)
+        for i in range(steps):
+            self._put(lane, held.step)
+            if callback is not None:
+                lane.wait()
+                if callback(i + 1, steps) is False:
+                    raise Cancelled(f"sampling was cancelled after {i + 1} of {steps} steps")
+        self._put(lane, end)
+        drawn = lane.read(plan.decode)
+        for part in (held.begin, held.step, end):
+            part.seen = True
+        if self.capture and held.step.graph is not None:
             self.replays += 1
-        else:
-            steps = len(plan.table)
-            lane.begin(run.prepared)
-            for i in range(steps):
-                lane.step(run.prepared, i)
-                if callback is not None:
-                    lane.wait()
-                    if callback(i + 1, steps) is False:
-                        raise Cancelled(f"sampling was cancelled after {i + 1} of {steps} steps")
-            lane.end(run.prepared)
-        drawn = lane.read(run.prepared)
-        run.seen = True
         return drawn
 
-    def _find(self, held: _Held, plan: Plan) -> _Run:
-        if plan.key not in held.runs:
-            while len(held.runs) >= self.GRAPHS:
-                _release(held.lane, held.runs.popitem(last=False)[1])
-            held.runs[plan.key] = _Run(held.lane.prepare(plan))
-        held.runs.move_to_end(plan.key)
-        return held.runs[plan.key]
+    def _put(self, lane: Lane, part: _Part) -> None:
+        """Put a part on the stream, by its graph if there is one."""
+        if self.capture and part.graph is not None:
+            lane.replay(part.graph)
+        else:
+            part.work()
 
-    def _captured(self, lane: Lane, run: _Run, plan: Plan) -> bool:
-        """Whether there is a graph for it, which is made if it can be."""
-        if not self.capture or run.failed or not run.seen or len(plan.table) > MOST_STEPS:
-            return False
-        if run.graph is None:
-
-            def work() -> None:
-                lane.begin(run.prepared)
-                for i in range(len(plan.table)):
-                    lane.step(run.prepared, i)
-                lane.end(run.prepared)
-
-            lane.wait()  # a capture needs nothing on the way
-            try:
-                run.graph = lane.capture(work)
-            except Exception as e:  # whatever it is, the same work still runs uncaptured
-                run.failed = True
-                self.why_not = str(e) or type(e).__name__
-                warnings.warn(
-                    f"engine '{self._name}': the sampling loop could not be captured into a CUDA graph "
-                    f"({self.why_not}); it runs step by step, with equal results",
-                    stacklevel=2,
-                )
-                return False
-            self.captures += 1
-        return True
-
-
-def _release(lane: Lane, run: _Run) -> None:
-    if run.graph is not None:
-        lane.drop(run.graph)
-    lane.release(run.prepared)
-
-
-def _close(held: _Held) -> None:
-    """Graphs first: they have the buffers' addresses."""
-    try:
-        held.lane.wait()
-        while held.runs:
-            _release(held.lane, held.runs.popitem()[1])
-    finally:
-        held.lane.close()
+    def _capture(self, held: _Held, end: _Part) -> None:
+        """Make the graphs that are missing of parts that ran before."""
+        missing = [part for part in (held.begin, held.step, end) if part.seen and part.graph is None]
+        if not missing:
+            return
+        held.lane.wait()  # a capture needs nothing on the way
+        try:
+            for part in missing:
+                part.graph = held.lane.capture(part.work)
+        except Exception as e:  # whatever it is, the same work still runs uncaptured
+            held.failed = True
+            held.drop()
+            self.why_not = str(e) or type(e).__name__
+            warnings.warn(
+                f"engine '{self._name}': the sampling loop could not be captured into a CUDA graph "
+                f"({self.why_not}); it runs step by step, with equal results",
+                stacklevel=2,
+            )
+            return
+        self.captures += held.step in missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pnp_trt import backends
 from pnp_trt.backends.base import LoadOptions
@@ -18,10 +21,14 @@ from pnp_trt.backends.torch import network
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.bundle.manifest import Compiled, NetworkParity, NetworkRecord
-from pnp_trt.errors import PnpError
+from pnp_trt.errors import Cancelled, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.sampling.device_loop import DeviceLoops
 
 PROMPTS = ["a cat", "a red house"]
+SCHEDULES = ["ddim", "dpm++", "euler", "heun", "unipc"]
+#: steps and schedules of runs that share a graph
+RUNS = [(schedule, steps) for steps in (3, 1) for schedule in SCHEDULES]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def with_lane(folder: Path) -> Pipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
 def test_the_lane_draws_what_the_host_draws(bundles: Path, schedule: str, name: str, method: str | None) -> None:
     host, lane = Pipeline.load(bundles / name, provider="cpu"), with_lane(bundles / name)
@@ -124,22 +131,99 @@ def test_without_cuda_graphs_it_says_so_and_goes_on(bundles: Path) -> None:
         assert np.array_equal(lane("a cat", steps=2)[0].pixels, first)
 
 
+class Recorder(TorchDispatchMode):
+    """A CUDA graph on the CPU: operations with the tensors that they were called with, to be made again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.item, torch.ops.aten._local_scalar_dense):
+            raise RuntimeError("a value was read back in a capture")
+        made = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, made))
+        return made
+
+    def again(self) -> None:
+        """Each result goes where the first one went."""
+        for func, args, kwargs, made in self.calls:
+            for to, found in zip(pytree.tree_leaves(made), pytree.tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(to, torch.Tensor) and to.data_ptr() != found.data_ptr():
+                    to.copy_(found)
+
+
+class RecordedLane(torch_graph.TorchLane):
+    """Captures and replays without a GPU."""
+
+    def capture(self, work: Callable[[], None]) -> Recorder:
+        held = [value for value in pytree.tree_leaves(vars(self)) if isinstance(value, torch.Tensor)]
+        before = [value.clone() for value in held]
+        with torch.inference_mode():
+            try:
+                with Recorder() as graph:
+                    work()
+            finally:
+                for value, was in zip(held, before, strict=True):
+                    value.copy_(was)  # a capture runs nothing
+        return graph
+
+    def replay(self, graph: Recorder) -> None:
+        with torch.inference_mode():
+            graph.again()
+
+    def drop(self, graph: Recorder) -> None:
+        graph.calls.clear()
+
+
+def recorded(folder: Path) -> tuple[Pipeline, DeviceLoops]:
+    pipeline = with_lane(folder)
+    unet: Any = pipeline._unet
+    vae: Any = pipeline._vae
+    pipeline.loops = loops = DeviceLoops(lambda shape: RecordedLane(unet, vae, None, shape), pipeline.name)
+    return pipeline, loops
+
+
+@pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
+def test_one_capture_draws_every_schedule_in_any_number_of_steps(bundles: Path, name: str, method: str | None) -> None:
+    host = Pipeline.load(bundles / name, provider="cpu")
+    lane, loops = recorded(bundles / name)
+    for number, (schedule, steps) in enumerate(RUNS):
+        asked: dict[str, Any] = {
+            "steps": steps, "seed": [number, 9], "guidance": [2.0, 1.0 + number / 2], "schedule": schedule,
+            "method": method,
+        }  # fmt: skip
+        for one, other in zip(host(PROMPTS, **asked), lane(PROMPTS, **asked), strict=True):
+            assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 1
+    assert (loops.captures, loops.replays, loops.why_not) == (1, len(RUNS) - 1, None)
+
+
+def test_a_step_that_reads_a_value_back_is_not_captured(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lane, loops = recorded(bundles / "guided")
+    step = RecordedLane.step
+    monkeypatch.setattr(RecordedLane, "step", lambda self: (step(self), self._row[0].item()))
+    first = lane("a cat", steps=2)[0].pixels
+    with pytest.warns(UserWarning, match=r"could not be captured .*a value was read back"):
+        assert np.array_equal(lane("a cat", steps=2)[0].pixels, first)
+    assert loops.captures == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc"])
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
-def test_captured_pictures_are_the_eager_ones(bundles: Path, schedule: str, name: str, method: str | None) -> None:
+def test_captured_pictures_are_the_eager_ones(bundles: Path, name: str, method: str | None) -> None:
     eager, captured = (Pipeline.load(bundles / name, provider="cuda") for _ in range(2))
     assert eager.loops is not None and captured.loops is not None
     eager.loops.capture = False
-    for seed in range(4):
-        asked: dict[str, Any] = {"steps": 5, "seed": [seed, 9], "guidance": [2.0, 3.0 + seed], "schedule": schedule}
-        prompts = [f"a cat {seed}", "a house"]
-        for one, other in zip(
-            eager(prompts, method=method, **asked), captured(prompts, method=method, **asked), strict=True
-        ):
+    for number, (schedule, steps) in enumerate(RUNS):
+        asked: dict[str, Any] = {
+            "steps": steps, "seed": [number, 9], "guidance": [2.0, 1.0 + number / 2], "schedule": schedule,
+            "method": method,
+        }  # fmt: skip
+        prompts = [f"a cat {number}", "a house"]
+        for one, other in zip(eager(prompts, **asked), captured(prompts, **asked), strict=True):
             assert np.array_equal(one.pixels, other.pixels)
-    assert (captured.loops.captures, captured.loops.replays) == (1, 3), captured.loops.why_not
+    assert (captured.loops.captures, captured.loops.replays) == (1, len(RUNS) - 1), captured.loops.why_not
     assert eager.loops.captures == 0
 
 
@@ -156,3 +240,31 @@ def test_captured_pictures_are_those_of_compiled_code(bundles: Path, compiled: P
         assert np.array_equal(pixels[1], pixels[2])
         assert np.abs(np.array(pixels[0], int) - np.array(pixels[1])).max() <= 2
     assert (captured.loops.captures, captured.loops.replays) == (1, 2), captured.loops.why_not
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_steps_are_reported_and_captured_again_after_clear(bundles: Path) -> None:
+    pipeline = Pipeline.load(bundles / "guided", provider="cuda")
+    loops = pipeline.loops
+    assert loops is not None
+    asked: dict[str, Any] = {"steps": 4, "seed": 3}
+    first = pipeline("a cat", **asked)[0].pixels
+    seen: list[int] = []
+    for _ in range(2):
+        again = pipeline("a cat", **asked, callback=lambda done, _: seen.append(done))[0].pixels
+        assert np.array_equal(again, first)
+    assert seen == [1, 2, 3, 4] * 2 and (loops.captures, loops.replays) == (1, 2), loops.why_not
+    with pytest.raises(Cancelled, match="after 2 of 4"):
+        pipeline("a cat", **asked, callback=lambda done, _: done < 2)
+    assert np.array_equal(pipeline("a cat", **asked)[0].pixels, first)
+    latents = [pipeline.denoise(pipeline.encode(["a cat"]), pipeline.noise([3]), steps=4, guidance=3.0)
+               for _ in range(3)]  # fmt: skip
+    assert np.array_equal(latents[0], latents[2]) and loops.captures == 1
+    unet: Any = pipeline._unet
+    with torch.no_grad():
+        list(unet._call.parameters())[-1].add_(0.5)
+    loops.clear()
+    changed = [pipeline("a cat", **asked)[0].pixels for _ in range(2)]
+    assert np.array_equal(*changed) and not np.array_equal(changed[0], first)
+    assert loops.captures == 2, loops.why_not

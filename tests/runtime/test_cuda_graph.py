@@ -17,7 +17,9 @@ from pnp_trt.backends import cuda_graph
 from pnp_trt.bundle.manifest import Tensor
 from pnp_trt.errors import Cancelled, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
-from pnp_trt.sampling.device_loop import DeviceLoops
+from pnp_trt.sampling import device_loop
+from pnp_trt.sampling.device_loop import Feeds, Plan
+from pnp_trt.sampling.table import make_table
 
 from .. import fake_gpu
 from ..fake_gpu import SOURCE, Gpu
@@ -53,16 +55,60 @@ def equal(both: Both, prompts: Any = "a cat", **asked: Any) -> None:
         assert one.parameters == other.parameters
 
 
-@pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc"])
-@pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg"), ("plain", "unguided")])
-def test_eager_and_captured_pictures_are_the_hosts(
+SCHEDULES = ["ddim", "dpm++", "euler", "heun", "unipc"]
+METHODS = [("guided", None), ("plain", "cfg"), ("plain", "unguided")]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("name", "method"), METHODS)
+def test_eager_pictures_are_the_hosts(
     gpu: Gpu, micro_bundles: Path, schedule: str, name: str, method: str | None
 ) -> None:
     both = Both(gpu, micro_bundles / name)
-    for seed in (0, 4, 9):  # eager; captured and replayed; replayed
-        equal(both, ["a cat", "a red house"], seed=[seed, 5], guidance=[2.0, 1.0 + seed / 2], schedule=schedule,
-              method=method)  # fmt: skip
-    assert (both.loops.captures, both.loops.replays, both.loops.why_not) == (1, 2, None)
+    both.loops.capture = False
+    gpu.backwards = schedule != "ddim"  # nothing depends on the order of a kernel's threads
+    equal(both, ["a cat", "a red house"], seed=[4, 5], guidance=[2.0, 3.0], schedule=schedule, method=method)
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS)
+def test_one_capture_draws_every_schedule_in_any_number_of_steps(
+    gpu: Gpu, micro_bundles: Path, name: str, method: str | None
+) -> None:
+    both = Both(gpu, micro_bundles / name)
+    runs = [(schedule, steps) for steps in (2, 4, 1) for schedule in SCHEDULES]
+    for number, (schedule, steps) in enumerate(runs):
+        equal(both, ["a cat", "a red house"], seed=[number, 5], guidance=[2.0, 1.0 + number / 2], schedule=schedule,
+              steps=steps, method=method)  # fmt: skip
+    assert (both.loops.captures, both.loops.replays, both.loops.why_not) == (1, len(runs) - 1, None)
+    assert len(gpu.runtime.graphs) == 3
+
+
+def test_an_image_to_begin_with_is_another_table_of_the_same_graph(guided: Both) -> None:
+    image = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+    for schedule, strength in (("dpm++", 0.5), ("unipc", 0.75), ("dpm++", 0.75)):
+        table = guided.host.schedule(4, schedule).start(strength)
+        a, b = (
+            p.denoise(p.encode(["x"]), p.noise([3]), steps=4, guidance=3.0, schedule=table, image=image)
+            for p in (guided.host, guided.device)
+        )
+        np.testing.assert_array_equal(a, b)
+    assert (guided.loops.captures, guided.loops.replays) == (1, 2)
+
+
+def test_a_run_reads_nothing_of_the_run_before(guided: Both) -> None:
+    """The first rows have no step before them, whatever their scales are and the buffers hold."""
+    ones = np.ones(4, np.float32)
+    table = make_table(
+        "test", np.array([900, 600, 300, 1]), x_scale=0.9 * ones, output_scale=-0.1 * ones, previous_scale=0.5 * ones,
+        older_scale=0.25 * ones, data_x=ones, data_output=-ones, image_scale=ones, noise_scale=ones,
+    )  # fmt: skip
+    for seed in (1, 2, 3):
+        a, b = (
+            p.denoise(p.encode(["x"]), p.noise([seed]), steps=4, guidance=3.0, schedule=table)
+            for p in (guided.host, guided.device)
+        )
+        np.testing.assert_array_equal(a, b)
+    assert guided.loops.replays == 2
 
 
 def test_a_replay_copies_in_latents_text_and_w_and_copies_out_pixels(gpu: Gpu, guided: Both) -> None:
@@ -72,44 +118,65 @@ def test_a_replay_copies_in_latents_text_and_w_and_copies_out_pixels(gpu: Gpu, g
     log = gpu.runtime.log
     del log[:]
     guided.device("another", steps=5, seed=8, guidance=6.0)
-    # text, guidance for the network, latents, w; then one wait.  The copies out are the graph's own
-    assert [n for n in log if n != "wait"] == ["HostToDevice"] * 4 + ["replay"]
-    assert log.index("replay") == len(log) - 2 and log[-1] == "wait"
+    # text, guidance for the network, latents, w, coefficients, timesteps; begin, five steps, end; then one wait.  The
+    # copies out are the last graph's own
+    assert [n for n in log if n != "wait"] == ["HostToDevice"] * 6 + ["replay"] * 7
+    assert log[log.index("replay") :] == ["replay"] * 7 + ["wait"]
     assert gpu.runtime.memory.keys() == before.keys()
-    (captured,) = gpu.runtime.graphs.values()
+    begin, step, end = gpu.runtime.graphs.values()
     del log[:]
     guided.loops.capture = False
     guided.device("another", steps=5, seed=8, guidance=6.0)
-    work = Counter(log[4 + log.count("wait") - 1 : -1])
+    work = Counter(log[6 + log.count("wait") - 1 : -1])
     assert work["unet"] == work["show"] == work["update"] == 5 and work["vae"] == work["to_bytes"] == 1
     assert work["DeviceToHost"] == 2 and work["wait"] == 0
-    assert len(captured) == sum(work.values())
+    assert len(step) == 3 and len(begin) + 5 * len(step) + len(end) == sum(work.values())
 
 
-def test_graphs_are_kept_by_batch_steps_and_schedule(gpu: Gpu, guided: Both) -> None:
-    asked: list[dict[str, Any]] = [{"steps": 2}, {"steps": 3}, {"steps": 2, "schedule": "dpm++"}]
-    for one in asked * 2:
-        guided.device("a cat", **one)
-    assert (guided.loops.captures, guided.loops.replays) == (3, 3) and len(gpu.runtime.graphs) == 3
-    for one in asked:
-        guided.device("a cat", **one)
-    assert (guided.loops.captures, guided.loops.replays) == (3, 6)
+def test_graphs_are_kept_by_batch(gpu: Gpu, guided: Both) -> None:
     for count in (2, 3, 2, 3):  # as many sizes of batch as are kept
         guided.device(["a cat"] * count, steps=2, seed=list(range(count)))
-    assert len(gpu.runtime.graphs) == 2 and guided.loops.captures == 5
-    for steps in range(1, 9):
-        for _ in range(2):
-            guided.device("a cat", steps=steps)
-    assert len(gpu.runtime.graphs) == DeviceLoops.GRAPHS + 1
+    assert (guided.loops.captures, guided.loops.replays) == (2, 2) and len(gpu.runtime.graphs) == 6
+    for _ in range(2):
+        guided.device("a cat", steps=2)
+    assert (guided.loops.captures, guided.loops.replays) == (3, 3) and len(gpu.runtime.graphs) == 6
+    guided.device(["a cat"] * 3, steps=2)  # the one that was used last of the two before
+    assert (guided.loops.captures, guided.loops.replays) == (3, 4)
     guided.loops.clear()
     assert not gpu.runtime.graphs
 
 
-def test_latents_alone_are_a_graph_of_their_own(guided: Both) -> None:
-    for _ in range(3):
-        a, b = (p.denoise(p.encode(["x"]), p.noise([3]), steps=3, guidance=3.0) for p in (guided.host, guided.device))
+def test_a_table_of_more_rows_than_the_buffers_hold_has_larger_ones(
+    gpu: Gpu, guided: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_loop, "ROWS", 4)
+    for steps in (4, 5, 9, 8, 7, 4):  # 4 rows eagerly; 8; 12, which takes the place of 4; 8 twice; 4 anew
+        equal(guided, steps=steps, seed=steps)
+    assert (guided.loops.captures, guided.loops.replays) == (1, 2)
+    assert Plan(1, (8, 8), guided.host.schedule(1000), False, True).shape.rows == 1000
+    monkeypatch.undo()
+    assert [Plan(1, (8, 8), guided.host.schedule(n, "heun"), False, True).shape.rows for n in (500, 501)] == [
+        1000,
+        2000,
+    ]
+
+
+def test_latents_alone_are_another_end_of_the_same_steps(gpu: Gpu, guided: Both) -> None:
+    def latents(seed: int) -> None:
+        a, b = (
+            p.denoise(p.encode(["x"]), p.noise([seed]), steps=3, guidance=3.0) for p in (guided.host, guided.device)
+        )
         np.testing.assert_array_equal(a, b)
-    assert guided.loops.captures == 1
+
+    for seed in range(3):
+        latents(seed)
+    assert len(gpu.runtime.graphs) == 3
+    equal(guided, seed=3)  # the decoder's first run
+    assert len(gpu.runtime.graphs) == 3
+    equal(guided, seed=4)
+    latents(5)
+    assert len(gpu.runtime.graphs) == 4
+    assert (guided.loops.captures, guided.loops.replays) == (1, 5)
 
 
 def test_memory_is_flat_and_all_is_given_back(gpu: Gpu, guided: Both) -> None:
@@ -155,6 +222,11 @@ def allocate(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     both.vae.engine.capturable = False
 
 
+def late(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin and step are captured, and the end is not."""
+    both.vae.engine.fails = lambda stream: stream in gpu.runtime.capturing
+
+
 def no_memory(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     error = fake_gpu.real.cudaError_t.cudaErrorMemoryAllocation
     monkeypatch.setattr(gpu.runtime, "cudaGraphInstantiate", lambda *_: (error, None))
@@ -164,6 +236,7 @@ def no_memory(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     ("harm", "reason"),
     [
         (refuse, "TensorRT could not run"),
+        (late, "TensorRT could not run"),
         (allocate, "vae.engine cannot be captured; build it again"),
         (no_memory, "cudaGraphInstantiate failed: cudaErrorMemoryAllocation"),
     ],
@@ -182,16 +255,21 @@ def test_a_capture_that_fails_says_why_and_draws_the_same(
     assert guided.loops.captures == guided.loops.replays == 0
 
 
-def test_a_callback_hears_of_every_step_and_may_stop(gpu: Gpu, guided: Both) -> None:
-    for _ in range(2):
-        guided.device("a cat", steps=4)
+def test_a_callback_hears_of_every_captured_step_and_may_stop(gpu: Gpu, guided: Both) -> None:
     seen: list[int] = []
-    equal(guided, steps=4, callback=lambda done, _: seen.append(done))
-    assert seen == [1, 2, 3, 4] * 2
+    for seed in range(2):
+        equal(guided, steps=4, seed=seed, callback=lambda done, _: seen.append(done))
+    assert seen == [1, 2, 3, 4] * 4
+    log = gpu.runtime.log
+    del log[:]
+    guided.device("a cat", steps=4, callback=lambda *_: log.append("callback"))
+    # each step was waited for when it is reported
+    reported = ["replay", "wait", "callback"]
+    assert log[log.index("replay") :] == ["replay", *reported * 4, "replay", "wait"]
     with pytest.raises(Cancelled, match="after 2 of 4"):
         guided.device("a cat", steps=4, callback=lambda done, _: done < 2)
     equal(guided, steps=4, seed=6)
-    assert (guided.loops.captures, guided.loops.replays) == (1, 2)
+    assert (guided.loops.captures, guided.loops.replays) == (1, 3)
 
 
 def test_not_finite_is_never_a_picture(gpu: Gpu, guided: Both) -> None:
@@ -241,8 +319,7 @@ def test_what_the_guide_makes_of_w_is_part_of_the_graph(gpu: Gpu, guided: Both) 
     start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
     for w in ([1.0, 2.0], [3.0, 5.0], [2.0, 7.0]):
         scale = np.array(w, np.float32)
-        plan = cuda_graph.Plan(2, (8, 8), table, False, False)
-        drawn = loops.run(plan, cuda_graph.Feeds(start, scale, {}))
+        drawn = loops.run(Plan(2, (8, 8), table, False, False), Feeds(start, scale, {}))
         x, previous = start, None
         for i in range(4):
             output = 0.1 * table.scaled(i, x) + scale[:, None, None, None]

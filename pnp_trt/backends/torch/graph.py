@@ -1,14 +1,15 @@
 """PyTorch modules and the sampler's arithmetic on one stream: the torch form of ``backends.cuda_graph``.
 
 Graphs are ``torch.cuda.CUDAGraph``, whose memory is of PyTorch's own allocator.  On a CPU the same lane runs step by
-step.  Source: PyTorch's notes on CUDA semantics, "CUDA Graphs" (side stream, static inputs, thread-local capture).
+step.  The row of the table that a step reads is a tensor, which the step itself raises; nothing is read back in a step.
+Source: PyTorch's notes on CUDA semantics, "CUDA Graphs" (side stream, static inputs, thread-local capture, one memory
+pool for graphs that are replayed in turn).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...errors import PnpError
-from ...sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Plan
-from ..base import Size
+from ...sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Shape
+from ...sampling.table import COLUMNS, Schedule
 from .network import TorchNetwork
 
 
@@ -28,103 +29,91 @@ def device_loops(unet: TorchNetwork, vae: TorchNetwork, condition: TorchNetwork 
         condition: the part of the guide that depends on w alone, where it is a separate network.
         name: of the bundle.
     """
-    return DeviceLoops(lambda batch, size, twice: TorchLane(unet, vae, condition, batch, size, twice), name)
+    return DeviceLoops(lambda shape: TorchLane(unet, vae, condition, shape), name)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A plan with its table on the device: coefficients ``[steps, 7]`` and timesteps ``[steps]``."""
-
-    plan: Plan
-    coefficients: Tensor
-    timesteps: Tensor
+#: the table's columns in the lane's order: those of the data prediction, and those of x, stand side by side
+_COLUMNS = [
+    COLUMNS.index(name)
+    for name in (
+        "input_scale", "data_x", "data_output", "x_scale", "output_scale", "previous_scale", "older_scale",
+    )
+]  # fmt: skip
 
 
 class TorchLane(Lane):
-    """Tensors that stay where they are for one batch and size."""
+    """Tensors that stay where they are for one shape."""
 
-    def __init__(
-        self,
-        unet: TorchNetwork,
-        vae: TorchNetwork,
-        condition: TorchNetwork | None,
-        batch: int,
-        size: Size,
-        twice: bool,
-    ) -> None:
+    def __init__(self, unet: TorchNetwork, vae: TorchNetwork, condition: TorchNetwork | None, shape: Shape) -> None:
         self._device = torch.device(unet.device)
         self._unet, self._vae, self._condition = unet, vae, condition
-        self._passes = 2 if twice else 1
+        batch, self._passes = shape.batch, 2 if shape.twice else 1
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        shape = (batch, int(vae.describe().inputs["latents"][1][1]), *size)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        latents = (batch, int(vae.describe().inputs["latents"][1][1]), *shape.size)
         with self._on_stream():
-            self._x, self._scratch, self._data, self._previous, self._older = (
-                torch.zeros(shape, device=self._device) for _ in range(5)
-            )
+            # x, the network's output, and the data predictions of the step before and of the one before that
+            self._state, self._products = (torch.zeros((4, *latents), device=self._device) for _ in range(2))
+            self._x, self._output, self._previous, self._older = self._state
             self._w = torch.zeros(batch, device=self._device)
+            self._table = torch.zeros((shape.rows, len(_COLUMNS)), device=self._device)
+            self._timesteps = torch.zeros(shape.rows, dtype=torch.int64, device=self._device)
+            self._row = torch.zeros(self._passes * batch, dtype=torch.int64, device=self._device)  # the same for all
             self._inputs: dict[str, Tensor] = {
-                "sample": torch.zeros((self._passes * batch, *shape[1:]), device=self._device),
+                "sample": torch.zeros((self._passes * batch, *latents[1:]), device=self._device),
                 "timestep": torch.zeros(self._passes * batch, dtype=torch.int64, device=self._device),
             }
             self._bad = torch.zeros((2, batch), dtype=torch.bool, device=self._device)
         # by whether it was decoded; made by the first run, and in one place from then on
         self._results: dict[bool, Tensor] = {}
 
-    def prepare(self, plan: Plan) -> _Prepared:
-        table, timesteps = plan.table.table(), plan.table.timesteps
+    def load(self, table: Schedule, feeds: Feeds) -> None:
+        steps = len(table)
+        held = (
+            (self._x, feeds.latents),
+            (self._w, feeds.guidance),
+            (self._table[:steps], table.table()[:, _COLUMNS]),
+            (self._timesteps[:steps], table.timesteps),
+        )
         with self._on_stream():
-            return _Prepared(
-                plan, torch.from_numpy(table).to(self._device), torch.from_numpy(timesteps.copy()).to(self._device)
-            )
+            for to, array in held:
+                to.copy_(_tensor(array))
+            for name, array in feeds.inputs.items():
+                _keep(self._inputs, name, _tensor(array).to(self._device))
 
-    def release(self, prepared: _Prepared) -> None:
-        pass  # its tensors go with it
-
-    def load(self, feeds: Feeds) -> None:
+    def begin(self) -> None:
         with self._on_stream():
-            for name, array in (("", feeds.latents), ("w", feeds.guidance), *feeds.inputs.items()):
-                values = torch.from_numpy(np.array(array))  # a copy: arrays that are broadcast cannot be wrapped
-                if name in ("", "w"):
-                    (self._w if name else self._x).copy_(values)
-                else:
-                    _keep(self._inputs, name, values.to(self._device))
-
-    def begin(self, prepared: _Prepared) -> None:
-        with self._on_stream():
+            self._row.zero_()
+            self._state[2:].zero_()
             self._bad.zero_()
             if self._condition is not None:
                 _keep(self._inputs, "condition", self._condition.run({"guidance": self._w}))
 
-    def step(self, prepared: _Prepared, i: int) -> None:
+    def step(self) -> None:
         with self._on_stream():
-            (input_scale, x_scale, output_scale, previous_scale, data_x, data_output, older_scale) = (
-                prepared.coefficients[i]
-            )
-            x, scratch = self._x, self._scratch
-            shown = self._inputs["sample"].view(self._passes, *x.shape)
-            shown.copy_(torch.mul(x, input_scale, out=scratch))
-            self._inputs["timestep"].copy_(prepared.timesteps[i])
+            scales = self._table.index_select(0, self._row[:1]).view(len(_COLUMNS), 1, 1, 1, 1)
+            shown = self._inputs["sample"].view(self._passes, *self._x.shape)
+            torch.mul(self._x.expand_as(shown), scales[0], out=shown)
+            torch.index_select(self._timesteps, 0, self._row, out=self._inputs["timestep"])
             output = self._unet.run(self._inputs)
             if self._passes == 2:  # Ho & Salimans 2022
                 unconditional, conditional = output.chunk(2)
-                output = unconditional + self._w[:, None, None, None] * (conditional - unconditional)
-            # products are rounded before they are added, as in the host's loop
-            if prepared.plan.table.multistep:
-                torch.mul(x, data_x, out=self._data).add_(torch.mul(output, data_output, out=scratch))
-            x.mul_(x_scale).add_(torch.mul(output, output_scale, out=scratch))
-            if prepared.plan.table.multistep:
-                if i > 0:
-                    x.add_(torch.mul(self._previous, previous_scale, out=scratch))
-                if prepared.plan.table.history == 2:
-                    if i > 1:
-                        x.add_(torch.mul(self._older, older_scale, out=scratch))
-                    self._older.copy_(self._previous)
-                self._previous.copy_(self._data)
+                change = self._w[:, None, None, None] * (conditional - unconditional)
+                torch.add(unconditional, change, out=self._output)
+            else:
+                self._output.copy_(output)
+            # products are rounded before they are added, as in the host's loop; a scale of 0 adds nothing
+            of_x, of_output, of_previous, of_older = torch.mul(self._state, scales[3:], out=self._products)
+            data_x, data_output = self._state[:2] * scales[1:3]
+            self._older.copy_(self._previous)
+            torch.add(data_x, data_output, out=self._previous)
+            torch.add(of_x, of_output, out=self._x).add_(of_previous).add_(of_older)
+            self._row.add_(1)
 
-    def end(self, prepared: _Prepared) -> None:
+    def end(self, decode: bool) -> None:
         with self._on_stream():
             self._bad[0].copy_(_not_finite(self._x))
-            if prepared.plan.decode:
+            if decode:
                 pixels = self._vae.run({"latents": self._x})
                 self._bad[1].copy_(_not_finite(pixels))
                 scaled = pixels.permute(0, 2, 3, 1).add(1).mul_(127.5).round_().nan_to_num_(0).clamp_(0, 255)
@@ -136,17 +125,21 @@ class TorchLane(Lane):
         if self._stream is not None:
             self._stream.synchronize()
 
-    def read(self, prepared: _Prepared) -> Drawn:
+    def read(self, decode: bool) -> Drawn:
         with self._on_stream():
-            values, bad = self._results[prepared.plan.decode].cpu(), self._bad.cpu()
+            values, bad = self._results[decode].cpu(), self._bad.cpu()
         return Drawn(values.numpy().copy(), bad[0].numpy().copy(), bad[1].numpy().copy())
 
     def capture(self, work: Callable[[], None]) -> Any:
         if self._stream is None:
             raise PnpError(f"there are no CUDA graphs on {self._device}")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        # one pool for all: the lane's graphs never run at once, and what outlives them is in tensors of the lane.
+        # A pool whose graphs are all gone must not be named again
+        pool = self._graphs[0].pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
+        self._graphs.append(graph)
         return graph
 
     def replay(self, graph: Any) -> None:
@@ -154,6 +147,7 @@ class TorchLane(Lane):
             graph.replay()
 
     def drop(self, graph: Any) -> None:
+        self._graphs.remove(graph)
         graph.reset()
 
     def close(self) -> None:
@@ -164,6 +158,10 @@ class TorchLane(Lane):
     def _on_stream(self) -> Any:
         with torch.inference_mode(), torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             yield
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array))  # a copy: arrays that are broadcast cannot be wrapped
 
 
 def _keep(held: dict[Any, Tensor], name: Any, values: Tensor) -> None:

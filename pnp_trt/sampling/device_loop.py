@@ -1,4 +1,4 @@
-"""The sampling loop on a GPU: captured into graphs where that works, else put on the stream step by step.
+"""The sampling loop on a GPU: captured into graphs where that works, else put on the stream as it is.
 
 What is captured is one step.  Which row of the table it reads is a number in the GPU's memory, which the step itself
 raises, so that one graph, replayed, is a run of any number of steps and of any schedule.  What comes before the first
@@ -302,7 +302,7 @@ class DeviceLoops:
             self.why_not = str(e) or type(e).__name__
             warnings.warn(
                 f"engine '{self._name}': the sampling loop could not be captured into a CUDA graph "
-                f"({self.why_not}); it runs step by step, with equal results",
+                f"({self.why_not}); it runs uncaptured, with equal results",
                 stacklevel=2,
             )
             return

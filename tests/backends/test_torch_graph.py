@@ -24,6 +24,7 @@ from pnp_trt.bundle.manifest import Compiled, NetworkParity, NetworkRecord
 from pnp_trt.errors import Cancelled, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.sampling.device_loop import DeviceLoops
+from pnp_trt.sampling.table import make_table
 
 PROMPTS = ["a cat", "a red house"]
 SCHEDULES = ["ddim", "dpm++", "euler", "heun", "unipc"]
@@ -111,6 +112,20 @@ def test_on_a_gpu_compiled_code_runs_where_the_loop_captures(monkeypatch: pytest
     assert threads == [threading.current_thread()] and given == [{"triton.cudagraphs": False}]
     loops: Any = backends.get("torch")
     assert loops.device_loops(vae, vae, None, "compiled") is not None
+
+
+def test_a_run_reads_nothing_of_the_run_before(bundles: Path) -> None:
+    """Its first rows have no step before them, whatever their scales are; and what was not finite is forgotten."""
+    host, lane = Pipeline.load(bundles / "guided", provider="cpu"), with_lane(bundles / "guided")
+    ones = np.ones(4, np.float32)
+    table = make_table(
+        "test", np.array([900, 600, 300, 1]), x_scale=0.9 * ones, output_scale=-0.1 * ones, previous_scale=0.5 * ones,
+        older_scale=0.25 * ones, data_x=ones, data_output=-ones, image_scale=ones, noise_scale=ones,
+    )  # fmt: skip
+    text, noise = host.encode(["a cat"]), host.noise([1])
+    for start in (noise, np.full_like(noise, np.nan), noise):
+        a, b = (p.denoise(text, start, steps=4, guidance=3.0, schedule=table) for p in (host, lane))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
 def test_not_finite_is_never_a_picture(bundles: Path) -> None:

@@ -1,7 +1,7 @@
 """PyTorch modules and the sampler's arithmetic on one stream: the torch form of ``backends.cuda_graph``.
 
-Graphs are ``torch.cuda.CUDAGraph``, whose memory is of PyTorch's own allocator.  On a CPU the same lane runs step by
-step.  The row of the table that a step reads is a tensor, which the step itself raises; nothing is read back in a step.
+Graphs are ``torch.cuda.CUDAGraph``, with memory of PyTorch's own allocator.  On a CPU the same lane runs uncaptured.
+The row of the table that a step reads is a tensor, which the step itself raises; nothing is read back in a step.
 Source: PyTorch's notes on CUDA semantics, "CUDA Graphs" (side stream, static inputs, thread-local capture, one memory
 pool for graphs that are replayed in turn).
 """

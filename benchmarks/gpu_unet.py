@@ -269,11 +269,10 @@ class Case:
 
         counters.clear()
         lane: Any = self.loops._lane(self.plan).lane
-        prepared = lane.prepare(self.plan)
-        lane.load(self.feeds)
-        lane.begin(prepared)
+        lane.load(self.plan.table, self.feeds)
+        lane.begin()
         begun = time.perf_counter()
-        lane.step(prepared, 0)
+        lane.step()
         lane.wait()
         return {
             "seconds": round(time.perf_counter() - begun, 2),

@@ -237,6 +237,11 @@ class LoraEngines:
             entries = [e for e in (*self._entries.values(), *self._leaving) if e.loaded and not e.future.exception()]
         return [(entry.key[0], entry.future.result()) for entry in entries]
 
+    def loading(self, name: str) -> int:
+        """Requests for the engine ``name`` that wait for its LoRAs to be merged."""
+        with self._changed:
+            return sum(entry.users for entry in self._entries.values() if entry.key[0] == name and not entry.loaded)
+
     def stop(self, drain: bool = True) -> None:
         """Make no more engines, and stop those that are loaded; see ``Engine.stop``."""
         with self._changed:

@@ -190,6 +190,73 @@ def test_requests_wait_for_their_lora_while_the_others_go_on(
         gate.set()
 
 
+def test_a_request_that_waits_for_its_lora_is_seen_and_can_be_cancelled(
+    pipelines: dict[str, Pipeline], folder: Path, tmp_path: Path
+) -> None:
+    gate, got, plugs = threading.Event(), dict[str, httpx.Response](), list[float]()
+
+    class Slow(PlugCache):
+        def take(self, bundle: Bundle, loras: Any) -> Any:
+            plugs.append(loras[0][1])
+            assert gate.wait(60)
+            return super().take(bundle, loras)
+
+    def make(start: Callable[[Bundle], Engine]) -> LoraEngines:
+        return LoraEngines(read_loras(folder), Slow(tmp_path).take, start, most=2, waiting=9)
+
+    def figure(server: Running) -> str:
+        lines = HTTP.get(f"{server.url}/metrics").text.splitlines()
+        return next(line for line in lines if line.startswith('pnp_trt_lora_requests_waiting{engine="guided"}'))
+
+    def until(server: Running, waiting: int) -> None:
+        deadline = time.monotonic() + 15
+        while get(server, "/readyz")["lora_requests_waiting"] != waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    with serving({"guided": pipelines["guided"]}, loras=make, deadline=60.0) as server:
+
+        def send(name: str, path: str, body: dict[str, Any]) -> threading.Thread:
+            post_it = lambda: got.update({name: HTTP.post(f"{server.url}{path}", json=body, timeout=60)})  # noqa: E731
+            thread = threading.Thread(target=post_it)
+            thread.start()
+            return thread
+
+        lora = {"name": "sepia", "scale": 0.7}
+        generate = partial(send, path="/v1/images/generations")
+        sent = [generate("kept", body=GENERATE | {"lora": lora, "request_id": "kept-1234"})]
+        until(server, 1)
+        sent.append(generate("ended", body=GENERATE | {"lora": lora | {"scale": 0.6}, "request_id": "ended-1234"}))
+        until(server, 2)
+        assert figure(server).endswith(" 2.0")
+        held = get(server, "/v1/jobs/kept-1234?preview=true")
+        assert (held["state"], held["running"], held["steps_done"], held["steps"]) == ("loading", False, 0, 3)
+        assert held["seconds"] > 0 and held["preview"] is None
+        taken = HTTP.post(f"{server.url}/v1/images/generations", json=GENERATE | {"request_id": "kept-1234"})
+        assert taken.status_code == 409
+        assert post(server, "/v1/images/generations", GENERATE)["data"]  # the others go on
+
+        assert HTTP.delete(f"{server.url}/v1/jobs/ended-1234").status_code == 204
+        sent[1].join(60)
+        assert got["ended"].status_code == 409 and "while its LoRA was loaded" in got["ended"].text
+        assert HTTP.get(f"{server.url}/v1/jobs/ended-1234").status_code == 404
+        until(server, 1)
+
+        sent.append(send("web", "/sdapi/v1/txt2img", TXT2IMG | {"prompt": "a <lora:sepia:0.5>"}))
+        until(server, 2)
+        seen = get(server, "/sdapi/v1/progress")
+        assert seen["textinfo"] == "loading <lora:sepia:0.5>" and seen["state"]["job_count"] == 1
+        assert seen["progress"] == 0 and seen["current_image"] is None and seen["state"]["sampling_steps"] == 3
+        assert post(server, "/sdapi/v1/interrupt", {}) == {}
+        sent[2].join(60)
+        assert got["web"].status_code == 409
+        gate.set()
+        sent[0].join(60)
+        assert got["kept"].status_code == 200 and got["kept"].json()["pnp_trt"]["waited"] > 0
+        assert figure(server).endswith(" 0.0")
+    assert plugs == [0.7]  # nothing is made for those that were cancelled
+
+
 @pytest.mark.parametrize(
     ("tag", "message"),
     [

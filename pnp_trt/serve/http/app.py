@@ -56,7 +56,7 @@ def create(
         raise InputError(f"the interface is '{unknown[0]}'; known: {', '.join(APIS)}")
     service = Service(dict(engines), metrics, settings, loras)
     for name, engine in engines.items():
-        metrics.of(name, partial(_with_loras, engine, loras))
+        metrics.of(name, partial(_with_loras, engine, loras), None if loras is None else partial(loras.loading, name))
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -103,6 +103,8 @@ def create(
         """Whether every engine takes requests."""
         dead = [name for name, engine in engines.items() if not engine.alive]
         body: dict[str, Any] = {"status": "stopping" if dead else "ready", "engines": list(engines)}
+        if loras is not None:
+            body["lora_requests_waiting"] = sum(loras.loading(name) for name in engines)
         return JSONResponse(body, 503 if dead else 200)
 
     @app.get("/metrics")

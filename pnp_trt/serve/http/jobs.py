@@ -24,6 +24,7 @@ def router(service: Service) -> APIRouter:
         found = job.progress()
         held: dict[str, Any] = {
             "id": job.id, "steps_done": found.made, "steps": found.steps, "running": found.running > 0,
+            "state": service.state(job),
             "seconds": round(found.seconds, 3), "seconds_left": None if found.left is None else round(found.left, 3),
             "preview": None,
         }  # fmt: skip
@@ -34,8 +35,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.delete("/jobs/{name}", status_code=204)
     async def cancel(name: str) -> Response:
-        engine, job = service.job(name)
-        engine.cancel(job)
+        service.cancel(service.job(name)[1])
         return Response(status_code=204)
 
     @routes.get("/engines")

@@ -46,6 +46,7 @@ class Metrics:
                 ("rows_running", "Rows of a call in use"),
                 ("slots", "Rows of a call, at most"),
                 ("lora_engines", "Engines with LoRAs that are loaded"),
+                ("lora_requests_waiting", "Requests whose engine with LoRAs is being made"),
             )
         }
 
@@ -53,17 +54,19 @@ class Metrics:
         """What tells these figures of an engine."""
         return _Watcher(self, engine)
 
-    def of(self, name: str, engines: Callable[[], Sequence[Engine]]) -> None:
+    def of(self, name: str, engines: Callable[[], Sequence[Engine]], loading: Callable[[], int] | None = None) -> None:
         """Read the gauges of an engine, and of those with LoRAs beside it, whenever the metrics are read.
 
         Args:
             engines: the engine itself first.
+            loading: requests that wait for an engine with LoRAs; None where there are none.
         """
         read: dict[str, Callable[[], float]] = {
             "images_waiting": lambda: sum(engine.waiting for engine in engines()),
             "rows_running": lambda: sum(engine.rows_running for engine in engines()),
             "slots": lambda: sum(engine.slots for engine in engines()),
             "lora_engines": lambda: len(engines()) - 1,
+            "lora_requests_waiting": loading or (lambda: 0),
         }
         for kind, value in read.items():
             self.gauges[kind].labels(name).set_function(value)

@@ -70,13 +70,16 @@ class Owner:
 
     Attributes:
         api, address: the interface and the client's address.
+        engine: that has the job; while one with its LoRAs is made, the one without.
         lease: of an engine with LoRAs.
+        loading: set to cancel a job whose engine is being made; None once an engine has the job.
     """
 
     api: str
     address: str
     engine: Engine
     lease: Lease | None
+    loading: asyncio.Event | None = None
 
 
 @dataclass
@@ -86,7 +89,7 @@ class Service:
     Attributes:
         engines: at least one; the first serves requests that name none.
         loras: engines with LoRAs, or None where the server offers none.
-        owners: by job that runs.
+        owners: by job that waits, for its engine or in its queue, or runs.
     """
 
     engines: dict[str, Engine]
@@ -133,18 +136,20 @@ class Service:
             seed=[first + i for i in range(asked.count)], negative=asked.negative or None, schedule=asked.schedule,
             init=asked.init, strength=asked.strength, size=asked.size, prompt_syntax=asked.syntax, **given,
         )  # fmt: skip
-        job = Job(replace(prepared, loras=loras))
+        job = Job(replace(prepared, loras=loras), submitted=since)
+        if asked.name is not None:
+            if any(held.id == asked.name for held in self.owners):
+                raise Refused(409, f"a request with the id {excerpt(asked.name)} is running; choose another")
+            job.id = asked.name
         lease = None
         try:
             if self.loras is not None and loras:
                 lease = self.loras.acquire(engine, loras)
-                engine = await self._loaded(request, lease, since)
-            if asked.name is not None:
-                if any(held.id == asked.name for held in self.owners):
-                    raise Refused(409, f"a request with the id {excerpt(asked.name)} is running; choose another")
-                job.id = asked.name
+                self.owners[job] = waiting = Owner(api, _address(request), engine, lease, asyncio.Event())
+                engine = await self._loaded(request, waiting, since)
             engine.submit_job(job, self.settings.deadline, since)
         except BaseException as e:
+            self.owners.pop(job, None)
             if lease is not None:
                 lease.release()
             if isinstance(e, Busy):
@@ -163,13 +168,17 @@ class Service:
             )
         return ()
 
-    async def _loaded(self, request: Request, lease: Lease, since: float) -> Engine:
+    async def _loaded(self, request: Request, owner: Owner, since: float) -> Engine:
         """The engine of a lease; ``Expired`` or ``Cancelled`` where it comes too late for the client."""
-        ready = asyncio.shield(asyncio.wrap_future(lease.future))  # others wait for it too
+        assert owner.lease is not None and owner.loading is not None
+        ready = asyncio.shield(asyncio.wrap_future(owner.lease.future))  # others wait for it too
         gone = asyncio.ensure_future(_gone(request))
+        stopped = asyncio.ensure_future(owner.loading.wait())
         try:
             left = max(0.0, since + self.settings.deadline - time.monotonic())
-            await asyncio.wait((ready, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ready, gone, stopped), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                raise Cancelled("the request was cancelled while its LoRA was loaded")
             if ready.done():
                 return await ready
             if gone.done():
@@ -178,10 +187,11 @@ class Service:
                 f"the engine with the LoRA was not loaded within {self.settings.deadline:g} s; try again later"
             )
         finally:
-            ready.cancel()
-            gone.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await gone
+            for each in (ready, gone, stopped):
+                each.cancel()
+            for each in (gone, stopped):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await each
 
     async def wait(self, request: Request, job: Job) -> list[Picture]:
         """The images of a job; it is cancelled when its client goes.
@@ -229,20 +239,31 @@ class Service:
         Raises:
             Refused: 404 if there is none.
         """
-        for engine in self.running():
-            if (job := engine.job(name)) is not None:
-                return engine, job
+        for job, owner in self.owners.items():
+            if job.id == name and job.ended is None:
+                return owner.engine, job
         raise Refused(404, f"no request with the id {excerpt(name)} waits or runs; ask for one that does")
+
+    def state(self, job: Job) -> str:
+        """What a job does: ``loading`` (its engine with LoRAs is made), ``waiting`` or ``running``."""
+        if (owner := self.owners.get(job)) is not None and owner.loading is not None:
+            return "loading"
+        return "running" if job.progress().running else "waiting"
+
+    def cancel(self, job: Job) -> None:
+        """End a job with ``Cancelled``, wherever it is; one that has ended stays."""
+        if (owner := self.owners.get(job)) is None:
+            return
+        if owner.loading is not None:
+            owner.loading.set()
+        else:
+            owner.engine.cancel(job)
 
     def jobs_of(self, api: str, request: Request) -> list[tuple[Engine, Job]]:
         """The jobs that wait or run and that came by one interface from the same address, the oldest first."""
         mine = api, _address(request)
         found = [(o.engine, job) for job, o in self.owners.items() if (o.api, o.address) == mine and job.ended is None]
         return sorted(found, key=lambda pair: pair[1].submitted)
-
-    def running(self) -> list[Engine]:
-        """All engines, those with LoRAs that are loaded among them."""
-        return [*self.engines.values(), *(engine for _, engine in (self.loras.engines() if self.loras else ()))]
 
 
 def _address(request: Request) -> str:

@@ -77,7 +77,8 @@ async function follow(job) {
     try { held = await ask(`/v1/jobs/${job.id}?preview=true`); } catch { continue; }
     if (job.over || !held) return;
     job.card.querySelector('progress').value = held.steps_done / held.steps;
-    job.card.querySelector('.numbers').textContent = held.running ? `step ${held.steps_done} of ${held.steps}` : 'waiting';
+    job.card.querySelector('.numbers').textContent = held.running ? `step ${held.steps_done} of ${held.steps}`
+      : held.state === 'loading' ? 'loading the LoRA' : 'waiting';
     if (held.preview) job.card.querySelector('img').src = held.preview;
   }
 }

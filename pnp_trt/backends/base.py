@@ -89,6 +89,7 @@ class Backend(ABC):
         elements: element types that it runs, by their names in torch.
         profiles: what an engine is made for where the user names nothing; empty where any batch will do.
         beside_int8: the recipe of what is not quantised in an INT8 bundle.
+        open_tokens: whether one engine takes text states of several numbers of tokens.
         takes_modules: whether it is given PyTorch modules and no ONNX graphs.
         needs: what it needs of a machine, for ``pnp-trt doctor``.
     """
@@ -98,6 +99,7 @@ class Backend(ABC):
     elements: frozenset[str]
     profiles: tuple[str, ...]
     beside_int8: str = "fp16"
+    open_tokens: bool = False
     takes_modules: bool = False
     needs: Needs = Needs()
 

@@ -1,4 +1,4 @@
-"""Networks that a runtime loads once per batch and image size: those used last are kept, with their buffers."""
+"""Networks that a runtime loads once per batch and shape: those used last are kept, with their buffers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..bundle.manifest import TOKENS, NetworkRecord
 from ..bundle.profiles import Profile, Size, legal_sizes
 from ..errors import InputError
-from ..sampling.network import Bound, Network
+from ..sampling.network import AtTokens, Bound, Network
 
-#: batch, and the size of the latents; None leaves open what the graph leaves open
-Shape = tuple[int, Size | None]
+#: batch, size of the latents, and tokens of the text states; None leaves open what the graph leaves open
+Shape = tuple[int, Size | None, int | None]
 
 
 def check_shape(path: Path, profiles: tuple[Profile, ...], batch: int, size: Size | None) -> None:
@@ -32,6 +33,11 @@ def check_shape(path: Path, profiles: tuple[Profile, ...], batch: int, size: Siz
         )
 
 
+def has_open_tokens(network: NetworkRecord) -> bool:
+    """Whether a network of the manifest leaves the tokens of its text states open."""
+    return any(TOKENS in shape for _, shape in network.inputs.values())
+
+
 class PerShapeNetwork(Network):
     """One graph, loaded for each shape that is asked for.
 
@@ -40,41 +46,55 @@ class PerShapeNetwork(Network):
         profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
         kept: shapes whose loaded form is kept, those used last; each may hold the network's weights.
         buffers_kept: idle buffers that are kept for each shape.
+        open_tokens: whether the graph leaves the tokens of the text states open.
     """
 
-    def __init__(self, path: Path, profiles: tuple[Profile, ...], kept: int, buffers_kept: int) -> None:
+    #: whether what is loaded for a batch and a size runs any number of tokens
+    ANY_TOKENS = False
+
+    def __init__(
+        self, path: Path, profiles: tuple[Profile, ...], kept: int, buffers_kept: int, open_tokens: bool = False
+    ) -> None:
         self.path, self.profiles, self.kept, self._buffers_kept = path, profiles, kept, buffers_kept
+        self.open_tokens = open_tokens
         self._loaded: dict[Shape, Any] = {}  # the one used last stands last
         # they go when what they are bound to goes
         self._idle: dict[Shape, list[Bound]] = {}
         self._lock = threading.Lock()
 
     @abstractmethod
-    def _load(self, batch: int, size: Size | None) -> Any:
-        """The network loaded for a shape."""
+    def _load(self, batch: int, size: Size | None, tokens: int | None) -> Any:
+        """The network loaded for a shape; ``tokens`` is None with ``ANY_TOKENS``."""
 
     @abstractmethod
-    def _buffers(self, loaded: Any, batch: int) -> Bound:
+    def _buffers(self, loaded: Any, batch: int, tokens: int | None) -> Bound:
         """New buffers for what ``_load`` gave."""
 
     def _dropped(self) -> None:
         """Called when a loaded form was dropped."""
 
-    def loaded(self, batch: int, size: Size | None = None) -> Any:
+    def loaded(self, batch: int, size: Size | None = None, tokens: int | None = None) -> Any:
         """The runtime's own object for a shape; None leaves open what the graph leaves open."""
-        key = batch, size
+        key = self._key(batch, size, tokens)
         with self._lock:
             if key not in self._loaded:
-                made = self._load(batch, size)
+                made = self._load(*key)
                 if len(self._loaded) >= self.kept:
                     while len(self._loaded) >= self.kept:
                         oldest = next(iter(self._loaded))
                         self._loaded.pop(oldest)
-                        self._idle.pop(oldest, None)
+                        self._idle = {shape: idle for shape, idle in self._idle.items() if self._key(*shape) != oldest}
                     self._dropped()
                 self._loaded[key] = made
             self._loaded[key] = found = self._loaded.pop(key)
             return found
+
+    def _key(self, batch: int, size: Size | None, tokens: int | None) -> Shape:
+        """The shape that is loaded where another one is asked for."""
+        return batch, size, None if self.ANY_TOKENS else tokens
+
+    def at_tokens(self, tokens: int) -> Network:
+        return AtTokens(self, tokens) if self.open_tokens else self
 
     def batches(self, most: int) -> tuple[int, ...]:
         """As many as are kept, ``most`` halved again and again: loading one costs more than padding."""
@@ -82,16 +102,20 @@ class PerShapeNetwork(Network):
             return super().batches(most)
         return tuple(sorted({-(-most // 2**k) for k in range(self.kept)}))
 
+    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Any]:
+        return self.bind_tokens(batch, size, None)
+
     @contextlib.contextmanager
-    def bind(self, batch: int, size: Size | None = None) -> Iterator[Any]:
+    def bind_tokens(self, batch: int, size: Size | None, tokens: int | None) -> Iterator[Any]:
+        """As :meth:`bind`, for text states of ``tokens`` tokens."""
         check_shape(self.path, self.profiles, batch, size)
-        key, loaded = (batch, size), self.loaded(batch, size)
+        shape, loaded = (batch, size, tokens), self.loaded(batch, size, tokens)
         with self._lock:
-            idle = self._idle.get(key)
+            idle = self._idle.get(shape)
             bound = idle.pop() if idle else None
-        bound = bound or self._buffers(loaded, batch)  # may take as long as several runs of a small network
+        bound = bound or self._buffers(loaded, batch, tokens)  # may take as long as several runs of a small network
         yield bound  # after an error it is not used again
         with self._lock:
-            kept = self._idle.setdefault(key, [])
-            if self._loaded.get(key) is loaded and len(kept) < self._buffers_kept:
+            kept = self._idle.setdefault(shape, [])
+            if self._loaded.get(self._key(*shape)) is loaded and len(kept) < self._buffers_kept:
                 kept.append(bound)

@@ -60,10 +60,6 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     record = _record(spec, recipe, base.fingerprint()["all"], guide)
     plan = plan_sizes(profiles, base.sizes())
     plan = plan if backend.profiles else plan.for_any_batch()
-    if spec.image_to_image and plan.open_axes:
-        raise InputError(
-            f"image to image needs one size, and the profiles {', '.join(spec.profiles)} have several; name one"
-        )
     identity: dict[str, Any] = {
         "pnp-trt": __version__,
         "base": base.fingerprint()["all"],
@@ -80,6 +76,8 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     }
     if spec.image_to_image:
         identity["image_to_image"] = True
+    if spec.tokens is not None:
+        identity["tokens"] = spec.tokens
     if spec.unet_only:
         identity["unet_only"] = True
     key = digest([SCHEMA, identity])
@@ -154,6 +152,11 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
     if spec.calibration is not None and not recipe.needs_record:
         takers = " or ".join(name for name, other in RECIPES.items() if other.needs_record)
         raise InputError(f"--calibration is for --precision {takers}, not {recipe.name}; leave it out")
+    if spec.tokens is not None and not backend.open_tokens:
+        takers = ", ".join(name for name in backends.BACKENDS if backends.get(name).open_tokens)
+        raise InputError(
+            f"backend '{backend.name}' takes prompts of one chunk alone; leave --tokens out, or take --backend {takers}"
+        )
     if profiles and not backend.profiles and not any(p.sized for p in profiles):
         raise InputError(
             f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out, "

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..backends.base import Backend, Size
+from ..backends.base import Backend
 from ..bundle.golden_file import Golden, as_tuple
 from ..bundle.manifest import NetworkParity, NetworkRecord, QuantisedRecord
 from ..errors import PnpError
 from ..models.specs import NetworkSpec
 from ..precision.int8.record import Record
 from ..precision.recipes import BF16, FP32, Recipe
-from .sizes import SizePlan
+from .sizes import SizePlan, output_names
 
 if TYPE_CHECKING:
     from ..graph.weights import WeightMap
@@ -38,9 +38,13 @@ class NetworkExport:
     record: Record | None = None
 
     def write(
-        self, name: str, spec: NetworkSpec, cases: dict[Size, dict[str, Any]], work: Path
+        self, name: str, spec: NetworkSpec, cases: dict[str, dict[str, Any]], work: Path
     ) -> tuple[NetworkRecord, Golden, dict[str, Any]]:
-        """One network written: its record, not compiled yet, its golden inputs and outputs, and its weights' map."""
+        """One network written: its record, not compiled yet, its golden inputs and outputs, and its weights' map.
+
+        Args:
+            cases: golden inputs by what tells them apart (``512x768``), that of the default size first.
+        """
         from ..graph.weights import check_complete
         from ..precision.recipes import as_arrays, reference
         from . import modules
@@ -50,15 +54,15 @@ class NetworkExport:
         path = work / f"{name}.onnx"
         module = spec.module()
         rows = 1 if sum(p.numel() for p in module.parameters()) > LARGE else 2
-        inputs = next(iter(cases.values()))
+        default, inputs = next(iter(cases.items()))
         if not spec.sized:
-            cases = {self.plan.default: inputs}
-        compared = {size: {k: v[:rows] for k, v in case.items()} for size, case in cases.items()}
-        wanted = {size: as_arrays(reference(module, case)) for size, case in compared.items()}
+            cases = {default: inputs}
+        compared = {label: {k: v[:rows] for k, v in case.items()} for label, case in cases.items()}
+        wanted = {label: as_arrays(reference(module, case)) for label, case in compared.items()}
         recipes = self.recipes(name)
         half = spec.decodes and recipes[0].dtype != FP32.dtype
         hard = [realistic_case(module, next(iter(compared.values())), self.plan.factor)] if half else []
-        traced = {k: self.plan.traced(v) for k, v in inputs.items()}
+        traced = {k: self.plan.traced(name, v) for k, v in inputs.items()}
         tried: list[str] = []
         for recipe in recipes:
             module = spec.module() if module is None else module
@@ -68,7 +72,8 @@ class NetworkExport:
                 weights = modules.save(recipe.convert(module), path)
                 measure = partial(modules.relative_error, module)
             else:
-                weights = export(recipe.convert(module), traced, spec.outputs, path, self.plan.open_axes)
+                axes, others = self.plan.axes(name), output_names(name)
+                weights = export(recipe.convert(module), traced, spec.outputs, path, axes, others)
                 module = None  # rounded in place, and large
                 gc.collect()
                 quantised = self._quantize(recipe, path, weights)
@@ -76,7 +81,7 @@ class NetworkExport:
                 weights = weights.derive(self.backend.prepare(path), _initializers(path))
                 check_complete(path, weights)
                 measure = partial(relative_error, path)
-            errors = {f"{h}x{w}": measure(compared[h, w], wanted[h, w]) for h, w in cases}
+            errors = {label: measure(compared[label], wanted[label]) for label in cases}
             found = [*errors.values(), *(measure(*case) for case in hard if recipe.dtype != FP32.dtype)]
             error = float(np.max(found))  # NaN if any is
             module = None
@@ -93,22 +98,20 @@ class NetworkExport:
             graph=path.name,
             precision=recipe.name,
             inputs={
-                n: (str(v.dtype).removeprefix("torch."), tuple(self.plan.named(v.shape))) for n, v in inputs.items()
+                n: (str(v.dtype).removeprefix("torch."), tuple(self.plan.named(name, v.shape)))
+                for n, v in inputs.items()
             },
             outputs={
-                n: ("float32", tuple(self.plan.named(v.shape)))
-                for n, v in zip(spec.outputs, as_tuple(wanted[self.plan.default]), strict=True)
+                n: ("float32", tuple(self.plan.named(name, v.shape, output=True)))
+                for n, v in zip(spec.outputs, as_tuple(wanted[default]), strict=True)
             },
             parity=NetworkParity(error, recipe.limit, rows, errors if len(errors) > 1 else {}),
             fallback=f"off by {tried[0]}" if tried else None,
             quantised=None if quantised is None else self._quantised_record(recipe, weights),
         )
         references = {
-            name if size == self.plan.default else f"{name}@{size[0]}x{size[1]}": (
-                {k: v.numpy() for k, v in case.items()},
-                wanted[size],
-            )
-            for size, case in compared.items()
+            name if label == default else f"{name}@{label}": ({k: v.numpy() for k, v in case.items()}, wanted[label])
+            for label, case in compared.items()
         }
         return record, references, weights.as_dict()
 

@@ -25,6 +25,7 @@ def export(
     outputs: str | Sequence[str],
     path: Path,
     open_axes: Sequence[OpenAxis] = (),
+    output_names: str = "image_{}",
 ) -> WeightMap:
     """Write ``path`` and ``path.data``; the first dimension of every input becomes the dynamic ``batch``.
 
@@ -33,8 +34,9 @@ def export(
     Args:
         inputs: example tensors by the names of ``module.forward``'s arguments; batch at least 2.
         outputs: names of the outputs, or that of the only one.
-        open_axes: what else stays dynamic in every input of four dimensions, by its name; the example's sizes are
+        open_axes: what else stays dynamic in every input of an axis's rank, by its name; the example's sizes are
             legal, and more than one step.
+        output_names: form of the name of an output's open size that is none of the inputs'.
 
     Returns:
         Where each initialiser comes from; the first part of a module's weight names is the source.
@@ -43,7 +45,7 @@ def export(
         model, hidden = trace(module, inputs, [outputs] if isinstance(outputs, str) else list(outputs), open_axes)
     weights = restore(model.graph, module, hidden)
     for axis in open_axes:
-        _name_open(model, axis)
+        _name_open(model, axis, output_names)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_with_weights(model, path, list(weights.weights))
     return weights
@@ -57,8 +59,11 @@ def trace(
     batch = torch.export.Dim("batch", min=1, max=63)
     # multiples of a step, so that the tracer can tell that what the U-Net halves comes out even
     units = {a: torch.export.Dim(f"{a.name}_steps" if a.step > 1 else a.name, min=a.low, max=a.high) for a in open_axes}
-    sized = {a.axis: a.step * unit if a.step > 1 else unit for a, unit in units.items()}
-    shapes = {name: {0: batch} | (sized if x.ndim == 4 else {}) for name, x in inputs.items()}
+    sized = {(a.rank, a.axis): a.step * unit if a.step > 1 else unit for a, unit in units.items()}
+    shapes = {
+        name: {0: batch} | {axis: size for (rank, axis), size in sized.items() if rank == x.ndim}
+        for name, x in inputs.items()
+    }
     program = torch.onnx.export(
         module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
         input_names=list(inputs), output_names=outputs, verbose=False, optimize=False,
@@ -93,7 +98,7 @@ def _optimize(model: Any) -> None:
     onnx_fusions.fuse(model)
 
 
-def _name_open(model: Any, axis: OpenAxis) -> None:
+def _name_open(model: Any, axis: OpenAxis, output_names: str) -> None:
     """Call an open dimension by its name alone wherever the tracer wrote it as a product, and so in the output.
 
     A runtime that is told what ``height`` is (``free dimension override``) then knows all that follows from it.
@@ -103,15 +108,16 @@ def _name_open(model: Any, axis: OpenAxis) -> None:
     def named(size: Any) -> Any:
         return axis.name if isinstance(size, ir.SymbolicDim) and str(size.value) in written else size
 
-    inputs = [v for v in model.graph.inputs if len(v.shape) == 4]
+    inputs = [v for v in model.graph.inputs if len(v.shape) == axis.rank]
     written = {str(v.shape[axis.axis].value) for v in inputs}
     for value in (*model.graph.inputs, *(o for node in model.graph.all_nodes() for o in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([named(d) for d in value.shape])
     for value in model.graph.outputs:
-        d = value.shape[axis.axis] if len(value.shape) == 4 else axis.name
+        d = value.shape[axis.axis] if len(value.shape) == axis.rank else axis.name
         if isinstance(d, ir.SymbolicDim) and d.value != axis.name:
-            value.shape = ir.Shape([f"image_{axis.name}" if i == axis.axis else d for i, d in enumerate(value.shape)])
+            other = output_names.format(axis.name)
+            value.shape = ir.Shape([other if i == axis.axis else d for i, d in enumerate(value.shape)])
 
 
 def _strip_source_locations(model: Any) -> None:

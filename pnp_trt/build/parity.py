@@ -133,7 +133,7 @@ def relative_error(path: Path, inputs: dict[str, Any], reference: Outputs) -> fl
         if stepwise is None:
             from ..backends.onnxruntime.backend import OrtNetwork
 
-            out = OrtNetwork(path, "cpu").outputs(**arrays)
+            out = OrtNetwork(path, "cpu", open_tokens=True).outputs(**arrays)
         else:
             out = run_as_written(stepwise, arrays)
     finally:

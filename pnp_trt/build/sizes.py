@@ -1,4 +1,4 @@
-"""Which image sizes a bundle is for: what the profiles ask of the graphs, and where parity is checked."""
+"""Which image sizes and prompts a bundle is for: what that asks of the graphs, and where parity is checked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class OpenAxis:
     """A dimension that a graph leaves open besides the batch.
 
     Attributes:
-        name: ``height`` or ``width``, as the graph calls it.
-        axis: its place in every input of four dimensions.
+        name: ``height``, ``width`` or ``tokens``, as the graph calls it.
+        axis: its place in every input of ``rank`` dimensions.
         low, high: of its sizes, in units of ``step``.
-        step: its sizes are multiples of this: what the U-Net halves must come out even.
+        step: its sizes are multiples of this: what the U-Net halves must come out even, and prompts are whole chunks.
+        rank: dimensions of the inputs that have it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class OpenAxis:
     low: int
     high: int
     step: int
+    rank: int = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class SizePlan:
         second: another legal size, at which parity is checked too; None where there is only one.
         factor: image pixels to a latent's.
         channels: of a latent.
-        open_axes: what the graphs leave open; empty where there is only one size.
+        open_axes: the sizes of latents that the graphs leave open; empty where there is only one size.
+        tokens: of the U-Net's text states, where prompts may have several chunks; None where they have one.
     """
 
     profiles: tuple[Profile, ...]
@@ -48,6 +51,17 @@ class SizePlan:
     factor: int
     channels: int
     open_axes: tuple[OpenAxis, ...]
+    tokens: OpenAxis | None = None
+
+    def for_chunks(self, length: int, chunks: int) -> SizePlan:
+        """The same for prompts of up to ``chunks`` chunks of ``length`` tokens."""
+        return replace(self, tokens=OpenAxis("tokens", 1, 1, chunks, length, rank=3)) if chunks > 1 else self
+
+    def axes(self, network: str) -> tuple[OpenAxis, ...]:
+        """What the graph of a network leaves open."""
+        if network == "vae_encoder":  # it reads pixels
+            return tuple(replace(a, step=a.step * self.factor) for a in self.open_axes)
+        return self.open_axes + ((self.tokens,) if network == "unet" and self.tokens is not None else ())
 
     def for_any_batch(self) -> SizePlan:
         """The same sizes for a runtime that takes any batch: every profile holds them all."""
@@ -62,25 +76,33 @@ class SizePlan:
         """Shape of a latent ``(C, H, W)`` for images of ``size``."""
         return self.channels, size[0] // self.factor, size[1] // self.factor
 
-    def named(self, shape: Sequence[int]) -> list[int | str]:
-        """A tensor's shape with names in place of what the graph leaves open, as the manifest records it."""
+    def named(self, network: str, shape: Sequence[int], *, output: bool = False) -> list[int | str]:
+        """A tensor's shape with names in place of what the graph leaves open, as the manifest records it.
+
+        ``height`` and ``width`` are of a network's inputs, and of an output of the same size.
+        """
         found: list[int | str] = ["batch", *(int(d) for d in shape[1:])]
-        if len(found) == 4:
-            for a in self.open_axes:
-                latent = self.default[a.axis - 2] // self.factor
-                found[a.axis] = a.name if found[a.axis] == latent else f"image_{a.name}"
+        for a in self.axes(network):
+            if len(found) == a.rank:
+                resized = output and network in ("vae_decoder", "vae_encoder")
+                found[a.axis] = output_names(network).format(a.name) if resized else a.name
         return found
 
-    def traced(self, tensor: Any) -> Any:
+    def traced(self, network: str, tensor: Any) -> Any:
         """An example with the shape to trace a graph with: ``tensor``, its open axes at their largest.
 
         The tracer takes a dimension of one for a constant, and the largest one is never one.
         """
         shape = list(tensor.shape)
-        if len(shape) == 4:
-            for open_axis in self.open_axes:
-                shape[open_axis.axis] = open_axis.high * open_axis.step
+        for a in self.axes(network):
+            if len(shape) == a.rank:
+                shape[a.axis] = a.high * a.step
         return tensor if shape == list(tensor.shape) else tensor.new_zeros(shape)
+
+
+def output_names(network: str) -> str:
+    """Form of the names of an output's open sizes where they are not the input's."""
+    return "latent_{}" if network == "vae_encoder" else "image_{}"
 
 
 def plan_sizes(profiles: Sequence[Profile], sizes: Sizes) -> SizePlan:

@@ -38,6 +38,7 @@ class BuildSpec:
         unet_only: of a base that is a single file, take the U-Net alone.
         noise: what the user states about the base's prediction type and terminal SNR.
         vae: folder or file of an autoencoder in the place of the base's; None keeps its own.
+        tokens: of a prompt, at most: whole chunks of the text encoder's number; None takes one chunk.
     """
 
     base: str = "emoji"
@@ -53,6 +54,7 @@ class BuildSpec:
     unet_only: bool = False
     noise: Noise = field(default_factory=Noise)
     vae: Path | None = None
+    tokens: int | None = None
 
     def base_model(self) -> BaseModel:
         """The base, its parts checked; no weights are read.
@@ -106,6 +108,7 @@ class BuildSpec:
         words += ["--workspace", f"{o.workspace / 2**30:g}"] if o.workspace is not None else []
         for name in ("refittable", "version_compatible", "hardware_compatible"):
             words += [f"--{name.replace('_', '-')}"] if getattr(o, name) else []
+        words += ["--tokens", str(self.tokens)] if self.tokens is not None else []
         words += ["--image-to-image"] if self.image_to_image else []
         words += ["--unet-only"] if self.unet_only else []
         words += self.noise.arguments()

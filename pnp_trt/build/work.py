@@ -12,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress
+from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress, Size
 from ..bundle import memory
 from ..bundle.golden_file import Golden
 from ..bundle.manifest import (
+    MAX_CHUNKS,
     Base,
     Compiled,
     FurtherText,
@@ -31,6 +32,7 @@ from ..bundle.manifest import (
 from ..bundle.parts import Parts, RunResult, assemble
 from ..bundle.profiles import once_and_twice
 from ..bundle.store import list_files, whole_folder, write_json, write_manifest
+from ..errors import InputError
 from ..io.replacing import check_removable_bundle
 from ..models.identity import guide_name
 from ..models.specs import TITLES, NetworkSpec
@@ -71,7 +73,6 @@ class Work:
 
         started = time.monotonic()
         modules = self._networks
-        export = NetworkExport(self.backend, self.recipe, self.plan, self.record)
         stages = len(modules) * 2 + 2
         with whole_folder(folder, check_removable_bundle) as work:
             self._stage("load", 0, stages)
@@ -81,26 +82,33 @@ class Work:
                 for spec in self.base.text_specs
             }
             first = next(iter(tokens))
+            length = tokens[first].length
+            self.plan = self.plan.for_chunks(length, self._chunks(length))
+            export = NetworkExport(self.backend, self.recipe, self.plan, self.record)
             negative = bool((identity["guide"] or {}).get("negative_prompts"))
+
+            def made(size: Size, count: int) -> dict[str, dict[str, Any]]:
+                return golden_inputs(
+                    self.base, self.plan.latent(size), size, count, guided=self._guided, negative=negative,
+                    image_to_image=self.spec.image_to_image,
+                )  # fmt: skip
+
             # by image size: the default's, then another one where there is more than one
-            golden = {
-                size: golden_inputs(
-                    self.base, self.plan.latent(size), size, tokens[first].length, guided=self._guided,
-                    negative=negative, image_to_image=self.spec.image_to_image,
-                )
-                for size in (self.plan.default, self.plan.second)
-                if size is not None
-            }  # fmt: skip
+            sizes = [size for size in (self.plan.default, self.plan.second) if size is not None]
+            golden = {f"{size[0]}x{size[1]}": made(size, length) for size in sizes}
+            if (most := self.spec.tokens or length) > length:
+                golden[f"{most} tokens"] = {"unet": made(self.plan.default, most)["unet"]}
             networks: dict[str, NetworkRecord] = {}
             kept: Golden = {}
             maps: dict[str, Any] = {}
             for i, (name, spec) in enumerate(modules.items()):
                 self._stage(f"export {spec.title}", 1 + i, stages)
-                cases = {size: found[name] for size, found in golden.items()}
+                cases = {label: found[name] for label, found in golden.items() if name in found}
                 networks[name], references, maps[name] = export.write(name, spec, cases, work)
                 kept |= references
                 if name == "condition":
-                    golden[self.plan.default]["unet"]["condition"] = torch.from_numpy(kept[name][1])
+                    for found in golden.values():
+                        found["unet"]["condition"] = torch.from_numpy(kept[name][1])
             exported = memory.peak()
             gc.collect()
             for i, name in enumerate(modules):
@@ -130,7 +138,9 @@ class Work:
                 limit=self.recipe.limit,
                 against="PyTorch float32, seeded golden inputs",
                 family=self.base.family,
-                text=FurtherText({k: v for k, v in tokens.items() if k != first}, self.base.zero_empty_prompt()),
+                text=FurtherText(
+                    {k: v for k, v in tokens.items() if k != first}, self.base.zero_empty_prompt(), most // length
+                ),
             )
             result = RunResult(
                 name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
@@ -142,6 +152,20 @@ class Work:
     @property
     def _guided(self) -> bool:
         return self.spec.guide != "none"
+
+    def _chunks(self, length: int) -> int:
+        """Chunks of ``length`` tokens that a prompt may have.
+
+        Raises:
+            InputError: if the tokens that were asked for are not whole chunks.
+        """
+        wanted = length if self.spec.tokens is None else self.spec.tokens
+        if wanted % length or not 1 <= wanted // length <= MAX_CHUNKS:
+            raise InputError(
+                f"--tokens is {wanted}; prompts of this model have chunks of {length} tokens: give a multiple of it "
+                f"from {length} to {MAX_CHUNKS * length}"
+            )
+        return wanted // length
 
     def _stage(self, name: str, done: int, stages: int, share: float = 0.0) -> None:
         self.progress(name, int(100 * (done + share)), 100 * stages)
@@ -218,8 +242,12 @@ class Work:
     def _profiles(self, network: str) -> tuple[Profile, ...]:
         if not self.plan.profiles:
             return ()
-        if self._networks[network].one_by_one:
-            return (Profile("b1", 1, 1, 1),)  # so that no row depends on another
+        if self._networks[network].one_by_one:  # so that no row depends on another
+            alone = Profile("b1", 1, 1, 1)
+            if network != "vae_encoder" or not self.plan.open_axes:
+                return (alone,)
+            sizes = dict.fromkeys((p.height, p.width, p.step) for p in self.plan.profiles)
+            return tuple(replace(alone, height=h, width=w, step=step) for h, w, step in sizes)  # in pixels
         profiles = tuple(p.in_latents(self.plan.factor) for p in self.plan.profiles)
         if network == "unet" and not self._guided:
             return once_and_twice(profiles)  # classifier-free guidance is a batch of two

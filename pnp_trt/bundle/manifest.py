@@ -32,9 +32,15 @@ FAMILY = "sd"
 TIME_IDS = "time_ids"
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 #: names of dimensions that a graph leaves open
-OPEN = ("batch", "height", "width", "image_height", "image_width")
+OPEN = (
+    "batch", "height", "width", "image_height", "image_width", "latent_height", "latent_width", "tokens",
+)  # fmt: skip
+#: the open dimension of text states, where prompts may have several chunks
+TOKENS = "tokens"
 #: most tokens of a prompt, channels of a latent, training timesteps and sampling steps
 MAX_TOKENS, MAX_CHANNELS, MAX_STEPS = 4096, 256, 1000
+#: most chunks that a prompt may have
+MAX_CHUNKS = 8
 _REQUIRED = (
     "schema", "name", "key", "built_from", "base", "guide", "backend", "precision", "target", "profiles", "compiler",
     "networks", "sample", "image", "tokens", "scheduler", "parity", "files", "versions", "built", "build_seconds",
@@ -398,23 +404,27 @@ class FurtherText:
     Attributes:
         tokens: of the other encoders, by network.
         zero_empty_prompt: whether CFG without a negative prompt reads zeros, and not the empty prompt's text.
+        chunks: of ``tokens.length`` tokens that a prompt may have; the U-Net leaves its tokens open where it is not 1.
     """
 
     tokens: Mapping[str, Tokens] = field(default_factory=dict)
     zero_empty_prompt: bool = False
+    chunks: int = 1
 
     @classmethod
     def read(cls, value: Value) -> FurtherText:
         """From ``text``."""
-        m = value.members(("tokens", "zero_empty_prompt"))
+        m = value.members(("tokens", "zero_empty_prompt"), ("chunks",))
         others = tuple(n for n in OPTIONAL_NETWORKS if n.startswith(TEXT_ENCODER))
         tokens = {k: Tokens.read(v) for k, v in m["tokens"].members((), others).items()}
-        return cls(tokens, m["zero_empty_prompt"].flag())
+        chunks = m["chunks"].whole(1, MAX_CHUNKS) if "chunks" in m else 1
+        return cls(tokens, m["zero_empty_prompt"].flag(), chunks)
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest has it."""
         tokens = {k: t.to_json() for k, t in self.tokens.items()}
-        return {"tokens": tokens, "zero_empty_prompt": self.zero_empty_prompt}
+        more = {"chunks": self.chunks} if self.chunks != 1 else {}
+        return {"tokens": tokens, "zero_empty_prompt": self.zero_empty_prompt, **more}
 
 
 @dataclass(frozen=True)
@@ -844,6 +854,15 @@ def _expected_output(made: Manifest, network: str) -> _Expected:
 def _check_text(made: Manifest, m: Mapping[str, Value]) -> None:
     """Every text encoder but the first has its tokens, of the same number, and names its outputs alone."""
     names: list[str] = []
+    for name, (_, shape) in made.networks["unet"].inputs.items():
+        if (TOKENS in shape) != (made.text.chunks > 1 and name in ("encoder_hidden_states", "negative")):
+            raise (
+                m["networks"]
+                .member("unet")
+                .member("inputs")
+                .member(name)
+                .refuse(f"must leave '{TOKENS}' open where text.chunks is above 1, and nowhere else")
+            )
     for encoder in made.text_encoders:
         if encoder != TEXT_ENCODER and encoder not in made.text.tokens:
             raise m["networks"].member(encoder).refuse("must have its tokens in text.tokens")

@@ -56,6 +56,12 @@ def build(
     image_to_image: Annotated[
         bool, typer.Option("--image-to-image", help="Include the VAE encoder, for pnp-trt sample --init.")
     ] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a prompt, at most, in chunks of 77: 154 for two, 231 for three; default one chunk."
+        ),
+    ] = None,
     unet_only: Annotated[
         bool, typer.Option("--unet-only", help="Use only the U-Net of a base that is a single .safetensors file.")
     ] = False,
@@ -99,7 +105,7 @@ def build(
     )
     spec = BuildSpec(
         base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration, image_to_image,
-        unet_only, Noise(prediction_type, zero_terminal_snr), vae,
+        unet_only, Noise(prediction_type, zero_terminal_snr), vae, tokens,
     )  # fmt: skip
     with ProgressBar(f"build {spec.folder().name}", None) as bar:
         built = run(spec, force=force, progress=bar.note)

@@ -40,13 +40,14 @@ _WEIGHTS = r"""
       \( [^()]+ : \s* [0-9]*\.?[0-9]+ \s* \)            # (red:1.5)
     | \(\( [^()]+ \)\)                                  # ((red))
 """
-_OTHERS = r"""
+_TAGS = r"""
       < (?: lora | lyco | hypernet ) : [^<>]+ >         # <lora:sepia:1>
     | \[ [^\[\]]* : [^\[\]]* : \s* [0-9]*\.?[0-9]+ \s* \]  # [cat:dog:0.5]
-    | \b BREAK \b
 """
+_OTHERS = rf"{_TAGS} | \b BREAK \b"
 _SYNTAX = re.compile(f"{_WEIGHTS}|{_OTHERS}", re.VERBOSE)
 _OTHER_SYNTAX = re.compile(_OTHERS, re.VERBOSE)
+_EDITING = re.compile(_TAGS, re.VERBOSE)
 
 
 def read_text(path: Path, what: str = "", advice: str = "give a text file") -> str:
@@ -210,19 +211,27 @@ def check_seed(seed: int) -> None:
         raise InputError(f"the seed is {seed}; it must be between 0 and {MAX_SEED}")
 
 
-def warn_of_syntax(prompts: Sequence[str], *, weighted: bool = False) -> None:
+def warn_of_syntax(prompts: Sequence[str], *, weighted: bool = False, breaks: bool = False) -> None:
     """Warn once of weights, LoRA tags and keywords of other programs, which are read as plain words here.
 
     Args:
         weighted: whether weights in parentheses are read as such.
+        breaks: whether ``BREAK`` is, too.
     """
-    syntax = _OTHER_SYNTAX if weighted else _SYNTAX
+    syntax = _SYNTAX if not weighted else _EDITING if breaks else _OTHER_SYNTAX
     matches = (m for p in prompts if not p.isupper() for m in [syntax.search(p[:10_000])] if m is not None)
     if (match := next(matches, None)) is None:
         return
+    if weighted and match[0] == "BREAK":
+        warnings.warn(
+            "BREAK in a prompt is read as a space: prompts of this engine have one chunk; for more of them, build it "
+            "with --tokens 154 or above",
+            stacklevel=3,
+        )
+        return
     if weighted:
         warnings.warn(
-            f"{excerpt(match[0])} in a prompt is not interpreted: prompt editing, <lora:…> tags and BREAK are not; "
+            f"{excerpt(match[0])} in a prompt is not interpreted: prompt editing and <lora:…> tags are not; "
             "merge a LoRA with: pnp-trt plug ENGINE --lora FILE",
             stacklevel=3,
         )

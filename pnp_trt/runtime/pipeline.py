@@ -32,12 +32,12 @@ from ..sampling.methods import (
     step_methods_of,
     uses_guidance,
 )
-from ..sampling.network import Network
+from ..sampling.network import STATES, Network
 from ..sampling.schedules import Schedule, ddim, evaluations, make, resolve
 from ..sampling.step_loop import Run, StepLoop
 from .images import read_image
 from .prompt_syntax import PLAIN, check_syntax, lora_tags
-from .text import STATES, ImageSizes, Text, TextEncoders, takes_sizes
+from .text import ImageSizes, Text, TextEncoders, takes_sizes
 
 STEPS = (1, 1000)
 DEFAULT_STEPS = 20
@@ -73,6 +73,7 @@ class Prepared:
         context: text states that were given, N rows, or None.
         image_sizes: SDXL's micro-conditioning; None takes the image's size, not cropped.
         loras: names and scales of LoRAs that a server merged into the engine for this request.
+        dropped: the end of each prompt and each negative prompt that no chunk has room for, empty where all is read.
     """
 
     engine: str
@@ -89,6 +90,7 @@ class Prepared:
     context: Text | None = None
     image_sizes: ImageSizes | None = None
     loras: tuple[tuple[str, float], ...] = ()
+    dropped: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @property
     def rows(self) -> int:
@@ -106,6 +108,9 @@ class Prepared:
             held["negative"] = self.negatives[i]
         if self.syntax != PLAIN:
             held["prompt_syntax"] = self.syntax
+        for name, ends in zip(("dropped", "negative_dropped"), self.dropped, strict=True):
+            if ends and ends[i]:
+                held[name] = ends[i]
         if self.context is not None:
             held["context"] = "given"
         if self.init is not None:
@@ -244,6 +249,9 @@ class Pipeline:
     def encode(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
         """Text states ``[N, tokens, D]`` float32, with SDXL's pooled text; ``np.asarray`` gives the states alone.
 
+        With ``a1111``, on an engine for prompts of several chunks, the tokens are those of the prompt with most of
+        them; empty chunks follow the others.
+
         Args:
             syntax: of ``SYNTAXES``: ``plain``, or ``a1111`` for weights such as ``(x:1.3)``.
 
@@ -363,16 +371,18 @@ class Pipeline:
         size = (noise.shape[-2], noise.shape[-1])
         inputs = self._inputs(kind, Text.of(context), w, negative, size, image_sizes)
         if self.loops is not None:
-            drawn = self.loops.run(Plan(n, size, table, twice, decode), Feeds(x, w, inputs), callback)
+            plan = Plan(n, size, table, twice, decode, inputs[STATES].shape[1])
+            drawn = self.loops.run(plan, Feeds(x, w, inputs), callback)
             if decode:
                 self._check_finite("latents", drawn.bad_latents)
                 self._check_finite("decoded pixels", drawn.bad_pixels)
             return drawn.values
+        network = self._unet.for_states(inputs)
         if kind.sample is not None:
             where = interval or (self.guided_interval() if kind.has_interval else (0, 0))
-            latents = kind.sample(HostRun(self._unet, table, x, w, inputs, where), callback)
+            latents = kind.sample(HostRun(network, table, x, w, inputs, where), callback)
         else:
-            with self._unet.bind(2 * n if twice else n, size) as unet:
+            with network.bind(2 * n if twice else n, size) as unet:
                 unet.write(**inputs)
                 if self._condition is not None:
                     unet.write(condition=self._condition(guidance=inputs["guidance"]))
@@ -397,8 +407,10 @@ class Pipeline:
             )
         twice, guided = kind.reads_both_texts, self.bundle.guided
         reads = guided and self.negative_prompts
-        other = self._text.empty().repeated(len(text)) if negative is None and (twice or reads) else negative
-        avoided = text if other is None else Text.of(other)
+        if negative is None and (twice or reads):
+            avoided = self._text.empty(text.shape[1]).repeated(len(text))
+        else:
+            avoided = text if negative is None else Text.of(negative)
         inputs = (Text.joined([avoided, text]) if twice else text).inputs()
         rows = len(inputs[STATES])
         self._check_image_sizes(image_sizes)
@@ -422,7 +434,7 @@ class Pipeline:
         self.check_step_method(prepared.method)
         kind, table = METHODS.get(prepared.method), prepared.table
         scale = np.array([prepared.scales[i]], np.float32)
-        states, negative = self._texts(prepared, slice(i, i + 1))
+        states, negative = self._texts(prepared, [i])
         noise = self.noise([prepared.seeds[i]], prepared.size)
         size = (noise.shape[-2], noise.shape[-1])
         inputs = self._inputs(kind, states, scale, negative, size, prepared.image_sizes)
@@ -478,7 +490,7 @@ class Pipeline:
         return f"it can do: {', '.join(self.methods)}"
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        """Clean latents ``[N, C, H, W]`` float32 of images, uint8 ``[N, H, W, 3]`` of the engine's size.
+        """Clean latents ``[N, C, H, W]`` float32 of images, uint8 ``[N, H, W, 3]`` of a size of the engine's.
 
         Raises:
             InputError: if the engine has no VAE encoder.
@@ -552,7 +564,7 @@ class Pipeline:
             method: one of ``methods`` or ``baselines``; None takes the first.
             negative: negative prompt, one for all or one each.
             schedule: a name, as for :meth:`schedule`; None takes ``default_schedule``.
-            init: an image to begin with; of another size than the engine's, it is resized with a warning.
+            init: an image to begin with; of another size than ``size``, it is resized with a warning.
             strength: with ``init``, the share of the steps that are made, above 0 to 1; None stands for 0.8.
             callback: called with (steps done, steps in all) as the work proceeds, where each evaluation counts as a
                 step; False from it stops the work.
@@ -573,28 +585,47 @@ class Pipeline:
             init=init, strength=strength, size=size, prompt_syntax=prompt_syntax, context=context,
             image_sizes=image_sizes,
         )  # fmt: skip
-        most, count, made = self.largest_batch(prepared.size), len(prepared.prompts), len(prepared.table)
+        batches, made = self._batches(prepared), len(prepared.table)
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
-        out: list[Picture] = []
-        total = made * -(-count // most)
-        for first in range(0, count, most):
-            part = slice(first, first + most)
-            done = made * (first // most)
-            report = (lambda i, _, done=done: callback(done + i, total)) if callback else None
+        out: dict[int, Picture] = {}
+        total = made * len(batches)
+        for number, part in enumerate(batches):
+            report = (lambda i, _, done=made * number: callback(done + i, total)) if callback else None
             states, others = self._texts(prepared, part)
             drawn = self._run(
-                states, self.noise(prepared.seeds[part], prepared.size), prepared.table,
-                np.array(prepared.scales[part], np.float32), prepared.method, report, others, image, guided_interval,
-                image_sizes, decode=True,
+                states, self.noise([prepared.seeds[i] for i in part], prepared.size), prepared.table,
+                np.array([prepared.scales[i] for i in part], np.float32), prepared.method, report, others, image,
+                guided_interval, image_sizes, decode=True,
             )  # fmt: skip
-            out += [Picture(pixels, prepared.parameters(first + i)) for i, pixels in enumerate(drawn)]
-        return out
+            out |= {i: Picture(pixels, prepared.parameters(i)) for i, pixels in zip(part, drawn, strict=True)}
+        return [out[i] for i in range(len(out))]
 
-    def _texts(self, prepared: Prepared, part: slice) -> tuple[Text, Text | None]:
-        """Text states of some of the images, and those of their negative prompts or None."""
-        given, syntax = prepared.context, prepared.syntax
-        states = self.encode(prepared.prompts[part], syntax) if given is None else given[part]
-        return states, None if prepared.negatives is None else self.encode(prepared.negatives[part], syntax)
+    def _batches(self, prepared: Prepared) -> list[list[int]]:
+        """The images of each run: as many as the engine takes, whose text states have equally many tokens.
+
+        So no image depends on the others' prompts.
+        """
+        by_tokens: dict[int, list[int]] = {}
+        for i in range(len(prepared.prompts)):
+            by_tokens.setdefault(self._tokens(prepared, i), []).append(i)
+        most = self.largest_batch(prepared.size)
+        return [places[k : k + most] for places in by_tokens.values() for k in range(0, len(places), most)]
+
+    def _tokens(self, prepared: Prepared, i: int) -> int:
+        """Tokens of image ``i``: those of the longer one of its prompts."""
+        given, negatives, syntax = prepared.context, prepared.negatives, prepared.syntax
+        own = self._text.tokens(prepared.prompts[i], syntax) if given is None else given.shape[1]
+        return own if negatives is None else max(own, self._text.tokens(negatives[i], syntax))
+
+    def _texts(self, prepared: Prepared, part: Sequence[int]) -> tuple[Text, Text | None]:
+        """Text states of images with equally many tokens, and those of their negative prompts or None."""
+        given, negatives, syntax = prepared.context, prepared.negatives, prepared.syntax
+        tokens = self._tokens(prepared, part[0])
+        if given is None:
+            states = self._text([prepared.prompts[i] for i in part], syntax, tokens)
+        else:
+            states = given[list(part)].longer(tokens, self._text.chunk())
+        return states, None if negatives is None else self._text([negatives[i] for i in part], syntax, tokens)
 
     def prepare(
         self,
@@ -624,6 +655,7 @@ class Pipeline:
         warn_of_syntax(
             [*prompts, *([negative] if isinstance(negative, str) else negative or [])],
             weighted=prompt_syntax != PLAIN,
+            breaks=self._text.chunks > 1,
         )
         given_text = None if context is None else self._check_context(context, len(prompts))
         wanted = self.check_size(size)
@@ -631,7 +663,7 @@ class Pipeline:
         method = method or self.methods[0]
         avoided = self._avoided(negative, len(prompts), method)
         table = self.schedule(steps, schedule)
-        start = self._start(init, strength)
+        start = self._start(init, strength, wanted)
         if start is not None:
             table = table.start(start[1])
         if self.sampling_steps not in (None, steps):
@@ -646,19 +678,26 @@ class Pipeline:
                 "images may be off",
                 stacklevel=3,
             )
+        read = [] if given_text is not None else prompts
+        dropped = (
+            tuple(self._text.dropped(p, prompt_syntax) for p in read),
+            tuple(self._text.dropped(p, prompt_syntax) for p in avoided or ()),
+        )
         return Prepared(
             self.name, prompts, seeds, scales, steps, wanted, method, table, avoided, start, prompt_syntax,
-            given_text, image_sizes,
+            given_text, image_sizes, dropped=dropped,
         )  # fmt: skip
 
     def _check_context(self, context: Text | np.ndarray, count: int) -> Text:
         """Text that was given, float32; ``InputError`` unless it is the prompts'."""
         given = Text.of(context)
-        found, (tokens, width) = given.states, self._unet.describe().inputs["encoder_hidden_states"][1][1:]
-        if found.shape != (count, tokens, width) or found.dtype.kind != "f" or not np.isfinite(found).all():
+        found, width = given.states, self.bundle.manifest.networks["unet"].inputs[STATES][1][2]
+        legal = [self._text.length * chunks for chunks in range(1, self._text.chunks + 1)]
+        shapes = [(count, tokens, width) for tokens in legal]
+        if found.shape not in shapes or found.dtype.kind != "f" or not np.isfinite(found).all():
             raise InputError(
                 f"context is {found.dtype} of shape {list(found.shape)}; pass finite text states of shape "
-                f"{[count, tokens, width]}"
+                f"{' or '.join(str(list(shape)) for shape in shapes)}"
             )
         return Text(found.astype(np.float32), given.added)
 
@@ -668,13 +707,13 @@ class Pipeline:
                 f"engine '{self.name}' reads no original size, crop or target size; leave them out (SDXL reads them)"
             )
 
-    def _start(self, init: Init | None, strength: float | None) -> tuple[np.ndarray, float, str] | None:
+    def _start(self, init: Init | None, strength: float | None, size: Size) -> tuple[np.ndarray, float, str] | None:
         """Pixels, strength and name of the image to begin with; None where there is none."""
         if init is None:
             if strength is not None:
                 raise InputError(f"strength is {strength:g} and no starting image was given; give --init too")
             return None
-        pixels, name = read_image(init, self.size)
+        pixels, name = read_image(init, size)
         self._check_encoder()
         return pixels, DEFAULT_STRENGTH if strength is None else float(strength), name
 

@@ -1,4 +1,4 @@
-"""Prompts in AUTOMATIC1111's syntax: parts of more or less weight.
+"""Prompts in AUTOMATIC1111's syntax: parts of more or less weight, and chunks of the text encoder's length.
 
 =================  =========================================================
 ``(x)``            1.1 times the weight; nested ones multiply
@@ -6,19 +6,21 @@
 ``(x:1.3)``        1.3 times the weight
 ``\\(``, ``\\]``     the bracket itself
 ``(x`` unclosed    counts to the end of the prompt
+``BREAK``          what follows begins a new chunk
 =================  =========================================================
 
 ``<lora:x:0.8>`` names a LoRA and its scale, 1 where none is stated (:func:`take_lora_tags`); servers take it.
 
-A token's weight multiplies its text state; the prompt's states are then scaled back to the mean that they had, which is
-A1111's emphasis "Original".  Prompt editing (``[a:b:0.5]``) and ``BREAK`` are not interpreted: an engine's text states
-are one chunk of 77 tokens.
+A token's weight multiplies its text state; a chunk's states are then scaled back to the mean that they had, which is
+A1111's emphasis "Original".  A prompt is cut into chunks of 75 tokens (:func:`cut_chunks`), each is encoded by itself
+between a start and an end, and their states stand one after the other.  Prompt editing (``[a:b:0.5]``) is not
+interpreted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -35,6 +37,8 @@ LARGEST = 100.0
 #: below this share of their deviation a mean of states is chance, and they are not scaled by it
 NO_MEAN = 0.01
 _TOKEN = re.compile(r"\\[\\()\[\]]|[(\[)\]]|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|[\\:]")
+#: tokens before the end of a full chunk among which a comma is where it ends (A1111's "comma padding backtrack")
+BACKTRACK = 20
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _LORA = re.compile(r"<lora:([^<>]*)>")
 
@@ -45,13 +49,19 @@ def check_syntax(syntax: str) -> None:
         raise InputError(f"the prompt syntax is '{syntax}'; known: {', '.join(SYNTAXES)}")
 
 
-def weighted_parts(prompt: str) -> list[tuple[str, float]]:
-    """A prompt's parts with their weights; neighbours of one weight are joined.
+#: texts with their weights
+Parts = list[tuple[str, float]]
+
+
+def weighted_parts(prompt: str) -> list[Parts]:
+    """A prompt's parts with their weights, those between two ``BREAK`` together; neighbours of one weight are joined.
+
+    A ``BREAK`` inside brackets counts too, and the brackets go on behind it.
 
     Raises:
         InputError: for a weight beyond ±100.
     """
-    texts: list[str] = []
+    texts: list[str | None] = []  # None stands for BREAK
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
@@ -59,7 +69,7 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
         for i in range(start, len(weights)):
             weights[i] *= by
 
-    for match in _TOKEN.finditer(_BREAK.sub(" ", prompt)):
+    for match in _TOKEN.finditer(prompt):
         token = match[0]
         if token in opened:
             opened[token].append(len(texts))
@@ -72,19 +82,62 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
         elif token == "]" and opened["["]:
             multiply(opened["["].pop(), 1 / STEP)
         else:
-            texts.append(token[1] if len(token) == 2 and token[0] == "\\" else token)
-            weights.append(1.0)
+            found = [token[1]] if len(token) == 2 and token[0] == "\\" else _BREAK.split(token)
+            for number, text in enumerate(found):
+                texts += [text] if number == 0 else [None, text]
+                weights += [1.0] if number == 0 else [1.0, 1.0]
     for start in opened["("]:
         multiply(start, STEP)
     for start in opened["["]:
         multiply(start, 1 / STEP)
-    parts: list[tuple[str, float]] = []
+    sections: list[Parts] = [[]]
     for text, weight in zip(texts, weights, strict=True):
-        if parts and parts[-1][1] == weight:
+        parts = sections[-1]
+        if text is None:
+            sections.append([])
+        elif parts and parts[-1][1] == weight:
             parts[-1] = parts[-1][0] + text, weight
-        else:
+        elif text:
             parts.append((text, weight))
-    return parts
+    return sections
+
+
+def without_breaks(prompt: str) -> str:
+    """A prompt with a space in the place of each ``BREAK``."""
+    return _BREAK.sub(" ", prompt)
+
+
+def cut_chunks(sections: Sequence[Sequence[int]], length: int, comma: int | None) -> list[list[int]]:
+    """A prompt's tokens in chunks of at most ``length``: the places of each chunk's tokens, counted through.
+
+    A chunk ends at a ``BREAK``, or where it is full: behind its last comma, if at most 20 tokens follow it, else before
+    the next token.  These are AUTOMATIC1111's rules (``modules/sd_hijack_clip.py``, ``tokenize_line``).
+
+    Args:
+        sections: token ids between two ``BREAK``, without start and end.
+        length: of a chunk, 75 for CLIP.
+        comma: the id of a comma that ends a word; None where the vocabulary has none.
+    """
+    chunks: list[list[int]] = []
+    chunk: list[int] = []
+    place = 0
+    for number, ids in enumerate(sections):
+        if number:
+            chunks.append(chunk)
+            chunk = []
+        last_comma = -1
+        for token in ids:
+            if token == comma:
+                last_comma = len(chunk)
+            elif len(chunk) == length and last_comma >= 0 and length - last_comma <= BACKTRACK:
+                chunks.append(chunk[: last_comma + 1])
+                chunk, last_comma = chunk[last_comma + 1 :], -1
+            if len(chunk) == length:
+                chunks.append(chunk)
+                chunk, last_comma = [], -1
+            chunk.append(place)
+            place += 1
+    return [*chunks, chunk] if chunk or not chunks else chunks
 
 
 def take_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:

@@ -14,12 +14,10 @@ from ..bundle.profiles import Size
 from ..bundle.store import Bundle
 from ..errors import InputError
 from ..io.text import printable
-from ..sampling.network import Network
-from .prompt_syntax import PLAIN, apply_weights, weighted_parts
+from ..sampling.network import STATES, Network
+from .prompt_syntax import PLAIN, Parts, apply_weights, weighted_parts, without_breaks
 from .tokenizer import Tokenizer
 
-#: the U-Net's name of the text states
-STATES = "encoder_hidden_states"
 #: pixels that an original size, a crop or a target size may have
 MAX_PIXELS = 1 << 16
 
@@ -52,6 +50,14 @@ class Text:
     def repeated(self, count: int) -> Text:
         """One row as ``count`` rows, without copies."""
         return self._each(lambda value: np.broadcast_to(value, (count, *value.shape[1:])))
+
+    def longer(self, tokens: int, chunk: Text) -> Text:
+        """With the states of ``chunk``, one row, behind it until there are ``tokens``; itself where there are."""
+        lacking = (tokens - self.states.shape[1]) // chunk.states.shape[1]
+        if lacking <= 0:
+            return self
+        more = np.tile(chunk.states, (len(self), lacking, 1))
+        return Text(np.concatenate([self.states, more], axis=1), self.added)
 
     def zeros(self) -> Text:
         """Zeros of the same shapes."""
@@ -96,35 +102,71 @@ class TextEncoders:
         #: the U-Net's inputs besides the states that come from prompts, by name
         self.added: tuple[str, ...] = tuple(name for own in self._outputs for name in own)
         self._zeros = manifest.text.zero_empty_prompt
+        #: tokens of a chunk, and chunks that a prompt may have
+        self.length, self.chunks = manifest.tokens.length, manifest.text.chunks
         self._empty: Text | None = None
 
-    def __call__(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
-        """Text of N prompts; each is encoded alone, so that it does not depend on the others.
+    def __call__(self, prompts: Sequence[str], syntax: str = PLAIN, tokens: int = 0) -> Text:
+        """Text of N prompts, each encoded alone, and followed by empty chunks where another one is longer.
 
         Args:
-            syntax: of ``SYNTAXES``; weights scale the states of each encoder by itself.
+            syntax: of ``SYNTAXES``; weights scale the states of each encoder and chunk by itself.
+            tokens: that there are at least.
         """
-        rows = [self._row([(p, 1.0)] if syntax == PLAIN else weighted_parts(p), syntax) for p in prompts]
+        rows = [self._row(self._sections(p, syntax), syntax) for p in prompts]
+        most = max(tokens, *(row.shape[1] for row in rows))
+        rows = [row if row.shape[1] == most else row.longer(most, self.chunk()) for row in rows]
         return rows[0] if len(rows) == 1 else Text.joined(rows)
 
-    def empty(self) -> Text:
+    def tokens(self, prompt: str, syntax: str = PLAIN) -> int:
+        """Tokens that a prompt's text states have."""
+        if syntax == PLAIN or self.chunks == 1:
+            return self.length
+        sections = weighted_parts(prompt)
+        return self.length * min(self.chunks, max(tokenizer.count(sections) for tokenizer in self._tokenizers))
+
+    def dropped(self, prompt: str, syntax: str = PLAIN) -> str:
+        """The end of a prompt that the first text encoder does not read, as there is no room; empty where it has."""
+        return self._tokenizers[0].dropped(self._sections(prompt, syntax), 1 if syntax == PLAIN else self.chunks)
+
+    def empty(self, tokens: int) -> Text:
         """One row: what CFG reads where no negative prompt is given."""
+        text = self.chunk()
+        text = text.zeros() if self._zeros else text
+        return text.longer(tokens, text)
+
+    def chunk(self) -> Text:
+        """One row: the empty prompt, which stands where a prompt has fewer chunks than another one."""
         if self._empty is None:
-            text = self([""])
-            self._empty = text.zeros() if self._zeros else text
+            self._empty = self._row([[("", 1.0)]], PLAIN)
         return self._empty
 
-    def _row(self, parts: Sequence[tuple[str, float]], syntax: str) -> Text:
+    def _sections(self, prompt: str, syntax: str) -> list[Parts]:
+        """A prompt between its ``BREAK``s, which an engine of one chunk reads as spaces."""
+        if syntax == PLAIN:
+            return [[(prompt, 1.0)]]
+        return weighted_parts(prompt if self.chunks > 1 else without_breaks(prompt))
+
+    def _row(self, sections: Sequence[Parts], syntax: str) -> Text:
         states: list[np.ndarray] = []
         added: dict[str, np.ndarray] = {}
-        for network, tokenizer, names in zip(self.networks.values(), self._tokenizers, self._outputs, strict=True):
-            ids, weights = tokenizer.weighted(parts)
-            if names:
-                found, *others = network.outputs(input_ids=ids[None])
-                added |= dict(zip(names, others, strict=True))
-            else:
-                found = network(input_ids=ids[None])
-            states.append(found if syntax == PLAIN else apply_weights(found[0], weights)[None])
+        one = syntax == PLAIN or self.chunks == 1
+        cut = [[t.weighted(sections[0])] if one else t.chunks(sections, self.chunks) for t in self._tokenizers]
+        most = max(map(len, cut))
+        for network, tokenizer, names, chunks in zip(
+            self.networks.values(), self._tokenizers, self._outputs, cut, strict=True
+        ):
+            chunks += [tokenizer.weighted([])] * (most - len(chunks))  # vocabularies may differ
+            parts = []
+            for number, (ids, weights) in enumerate(chunks):
+                if names:
+                    chunk, *others = network.outputs(input_ids=ids[None])
+                    if number == 0:  # AUTOMATIC1111 takes the pooled text of the first chunk
+                        added |= dict(zip(names, others, strict=True))
+                else:
+                    chunk = network(input_ids=ids[None])
+                parts.append(chunk if syntax == PLAIN else apply_weights(chunk[0], weights)[None])
+            states.append(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
         return Text(states[0] if len(states) == 1 else np.concatenate(states, axis=-1), added)
 
 

@@ -38,12 +38,14 @@ class Shape:
         size: height and width of the latents.
         twice: whether the network sees every latent twice (CFG).
         rows: of the longest table that the buffers hold.
+        tokens: of the text states; None where the network takes one number alone.
     """
 
     batch: int
     size: Size
     twice: bool
     rows: int
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Plan:
         table: the schedule.
         twice: whether the network sees every latent twice (CFG).
         decode: whether it ends with pixels, else with latents.
+        tokens: of the text states; None where the network takes one number alone.
     """
 
     batch: int
@@ -63,11 +66,12 @@ class Plan:
     table: Schedule
     twice: bool
     decode: bool
+    tokens: int | None = None
 
     @property
     def shape(self) -> Shape:
         """Of the buffers that it runs on."""
-        return Shape(self.batch, self.size, self.twice, ROWS * max(1, -(-len(self.table) // ROWS)))
+        return Shape(self.batch, self.size, self.twice, ROWS * max(1, -(-len(self.table) // ROWS)), self.tokens)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from ..bundle.profiles import Profile, Size, size_of
+
+#: the U-Net's name of the text states, ``[B, tokens, D]``
+STATES = "encoder_hidden_states"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,15 @@ class Network(ABC):
             InputError: if the network was not made for this batch or size; the message has the legal ones.
         """
 
+    def at_tokens(self, tokens: int) -> Network:
+        """This network for text states of so many tokens; itself where it was made for one number alone."""
+        return self
+
+    def for_states(self, inputs: Mapping[str, np.ndarray]) -> Network:
+        """This network for inputs by name, whose text states decide the tokens; without the batch or with it."""
+        states = inputs.get(STATES)
+        return self if states is None else self.at_tokens(states.shape[-2])
+
     def batches(self, most: int) -> tuple[int, ...]:
         """Batches up to ``most`` that a caller should keep to whose batch changes from call to call.
 
@@ -82,14 +96,58 @@ class Network(ABC):
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The first output for named inputs that share their first dimension."""
-        with self.bind(len(next(iter(inputs.values()))), size_of(inputs)) as bound:
+        with self.for_states(inputs).bind(len(next(iter(inputs.values()))), size_of(inputs)) as bound:
             bound.write(**inputs)
             bound.run()
             return bound.read()
 
     def outputs(self, **inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """All outputs in their order, for named inputs that share their first dimension."""
-        with self.bind(len(next(iter(inputs.values()))), size_of(inputs)) as bound:
+        with self.for_states(inputs).bind(len(next(iter(inputs.values()))), size_of(inputs)) as bound:
             bound.write(**inputs)
             bound.run()
             return bound.read_all()
+
+
+class TakesTokens(Protocol):
+    """A network whose text states may have several numbers of tokens."""
+
+    def describe(self) -> Description:
+        """As of ``Network``."""
+        ...
+
+    def bind_tokens(
+        self, batch: int, size: Size | None, tokens: int | None
+    ) -> contextlib.AbstractContextManager[Bound]:
+        """As ``Network.bind``, for text states of ``tokens`` tokens."""
+        ...
+
+    def batches(self, most: int) -> tuple[int, ...]:
+        """As of ``Network``."""
+        ...
+
+    def facts(self) -> dict[str, int]:
+        """As of ``Network``."""
+        ...
+
+
+class AtTokens(Network):
+    """A network for text states of one number of tokens."""
+
+    def __init__(self, network: TakesTokens, tokens: int) -> None:
+        self._network, self._tokens = network, tokens
+
+    def describe(self) -> Description:
+        return self._network.describe()
+
+    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Bound]:
+        return self._network.bind_tokens(batch, size, self._tokens)
+
+    def at_tokens(self, tokens: int) -> Network:
+        return AtTokens(self._network, tokens)
+
+    def batches(self, most: int) -> tuple[int, ...]:
+        return self._network.batches(most)
+
+    def facts(self) -> dict[str, int]:
+        return self._network.facts()

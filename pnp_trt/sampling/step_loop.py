@@ -255,7 +255,7 @@ class StepLoop:
         slots = [ticket._slot for ticket in group if ticket._slot is not None]
         used = sum(ticket.rows for ticket in group)
         batch = next(b for b in self.buckets if b >= used)
-        with self._unet.bind(batch, slots[0].size) as bound:
+        with self._unet.for_states(slots[0].run.inputs[0]).bind(batch, slots[0].size) as bound:
             shown = bound.host_input("sample")
             shared = shown is not None
             if shown is None:

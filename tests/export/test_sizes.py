@@ -47,7 +47,7 @@ def test_without_sizes_nothing_is_open() -> None:
     one = plan("b1@512x512", "b2-8")
     assert (one.default, one.second, one.open_axes) == ((512, 512), None, ())
     latents = torch.zeros(2, 4, 64, 64)
-    assert one.traced(latents) is latents  # so that the graph is the fixed one, byte for byte
+    assert one.traced("unet", latents) is latents  # so that the graph is the fixed one, byte for byte
     assert [p.name for p in one.for_any_batch().profiles] == ["b1-32@512x512"]
     assert plan().for_any_batch().profiles == ()
 
@@ -56,11 +56,28 @@ def test_only_what_differs_is_open() -> None:
     found = plan("b1", "b1@512x768")
     assert found.open_axes == (OpenAxis("width", 3, 8, 12, 8),)
     assert (found.default, found.second) == ((512, 512), (512, 768))
-    assert found.named((2, 4, 64, 64)) == ["batch", 4, 64, "width"]
-    assert found.named((2, 3, 512, 512)) == ["batch", 3, 512, "image_width"]
-    assert tuple(found.traced(torch.zeros(2, 4, 64, 64)).shape) == (2, 4, 64, 96)
+    assert found.named("unet", (2, 4, 64, 64)) == ["batch", 4, 64, "width"]
+    assert found.named("unet", (2, 4, 64, 64), output=True) == ["batch", 4, 64, "width"]
+    assert found.named("vae_decoder", (2, 3, 512, 512), output=True) == ["batch", 3, 512, "image_width"]
+    assert tuple(found.traced("unet", torch.zeros(2, 4, 64, 64)).shape) == (2, 4, 64, 96)
     prompt = torch.zeros(2, 77, 768)
-    assert found.traced(prompt) is prompt
+    assert found.traced("unet", prompt) is prompt
+
+
+def test_an_encoder_is_open_in_pixels() -> None:
+    found = plan("b1", "b1@512x768")
+    assert found.named("vae_encoder", (2, 3, 512, 512)) == ["batch", 3, 512, "width"]
+    assert found.named("vae_encoder", (2, 4, 64, 64), output=True) == ["batch", 4, 64, "latent_width"]
+    assert tuple(found.traced("vae_encoder", torch.zeros(2, 3, 512, 512)).shape) == (2, 3, 512, 768)
+
+
+def test_text_states_are_open_in_whole_chunks_for_the_unet_alone() -> None:
+    found = plan("b1").for_chunks(77, 3)
+    assert found.axes("unet") == (OpenAxis("tokens", 1, 1, 3, 77, rank=3),) and found.axes("text_encoder") == ()
+    assert found.named("unet", (2, 77, 768)) == ["batch", "tokens", 768]
+    assert found.named("text_encoder", (2, 77, 768), output=True) == ["batch", 77, 768]
+    assert tuple(found.traced("unet", torch.zeros(2, 77, 768)).shape) == (2, 231, 768)
+    assert plan("b1").for_chunks(77, 1) == plan("b1")
 
 
 def test_the_own_size_is_the_best_and_the_default_where_it_is_legal() -> None:
@@ -170,7 +187,7 @@ def test_sessions_are_kept_by_batch_and_size_those_used_last(tmp_path: Path) -> 
     for size in ((4, 4), (8, 4), (12, 4), (4, 4), (16, 4)):
         x = np.random.default_rng(0).standard_normal((1, 1, *size), np.float32)
         assert np.allclose(network(x=x), Pool()(torch.from_numpy(x)).numpy(), atol=1e-6)
-    assert list(network._loaded) == [(1, (8, 4)), (1, (12, 4)), (1, (4, 4)), (1, (16, 4))]
+    assert [shape[:2] for shape in network._loaded] == [(1, (8, 4)), (1, (12, 4)), (1, (4, 4)), (1, (16, 4))]
     with pytest.raises(InputError, match="the latents are 6x4; pool.onnx takes 4-24x4-24 in steps of 4"):
         network(x=np.zeros((1, 1, 6, 4), np.float32))
     with pytest.raises(InputError, match="x has an open height and width"), network.bind(1):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
-from pnp_trt.runtime.prompt_syntax import apply_weights, lora_tags, take_lora_tags, weighted_parts
+from pnp_trt.runtime.prompt_syntax import apply_weights, lora_tags, take_lora_tags, weighted_parts, without_breaks
 
 #: the examples in the web UI's documentation and their parts
 TABLE: dict[str, list[tuple[str, float]]] = {
@@ -43,16 +43,16 @@ TABLE: dict[str, list[tuple[str, float]]] = {
 
 @pytest.mark.parametrize("prompt", TABLE)
 def test_parts_and_weights_are_those_of_the_table(prompt: str) -> None:
-    found = weighted_parts(prompt)
+    (found,) = weighted_parts(without_breaks(prompt))
     assert [text for text, _ in found] == [text for text, _ in TABLE[prompt]]
     assert [w for _, w in found] == pytest.approx([w for _, w in TABLE[prompt]], rel=1e-12)
 
 
 @given(st.text(alphabet="ab ()[]\\:.1", max_size=30))
 def test_no_text_is_lost_but_syntax(prompt: str) -> None:
-    kept = "".join(text for text, _ in weighted_parts(prompt))
+    kept = "".join(text for part in weighted_parts(prompt) for text, _ in part)
     assert [c for c in kept if c in "ab"] == [c for c in prompt if c in "ab"]
-    assert weighted_parts("") == [] and all(np.isfinite(w) for _, w in weighted_parts(prompt))
+    assert weighted_parts("") == [[]] and all(np.isfinite(w) for part in weighted_parts(prompt) for _, w in part)
 
 
 def test_a_weight_that_says_nothing_is_refused() -> None:

@@ -360,7 +360,7 @@ def test_a_batch_that_changes_makes_no_session_anew(guided: Pipeline, monkeypatc
     monkeypatch.setattr(network, "kept", 3)
     monkeypatch.setattr(network, "_loaded", {})
     load = network._load
-    monkeypatch.setattr(network, "_load", lambda batch, size: (made.append(batch), load(batch, size))[1])
+    monkeypatch.setattr(network, "_load", lambda batch, *rest: (made.append(batch), load(batch, *rest))[1])
     loop = guided.step_loop(8)
     assert loop.buckets == (2, 4, 8)
     for seed in range(9):

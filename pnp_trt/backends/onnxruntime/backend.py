@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from ...bundle.compile_options import CompileOptions
-from ...bundle.manifest import Manifest, NetworkRecord
+from ...bundle.manifest import TOKENS, Manifest, NetworkRecord
 from ...errors import BundleCorrupt, InputError, PnpError
 from ...io.text import printable
 from ...precision.recipes import RECIPES
 from ...sampling.network import Bound, Description, Network
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress, Size
 from ..gpus import driver_present
-from ..per_shape import PerShapeNetwork
+from ..per_shape import PerShapeNetwork, has_open_tokens
 from . import NEEDS
 
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
@@ -85,6 +85,7 @@ class OnnxRuntime(Backend):
     label = ""
     elements = frozenset({"float32", "float16", "int8", "float8_e4m3fn"})
     profiles = ()
+    open_tokens = True
     needs = NEEDS
     beside_int8 = "fp32"  # its CPU provider has no float16 kernels and would cast around every node
 
@@ -143,7 +144,7 @@ class OnnxRuntime(Backend):
         return None
 
     def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> Network:
-        return OrtNetwork(path, options.provider, options.threads, network.profiles)
+        return OrtNetwork(path, options.provider, options.threads, network.profiles, has_open_tokens(network))
 
 
 def _nodes(graph: Path) -> int | None:
@@ -161,15 +162,18 @@ def _nodes(graph: Path) -> int | None:
 
 
 class OrtNetwork(PerShapeNetwork):
-    """One ONNX graph, run by one session per batch and image size.
+    """One ONNX graph, run by one session per batch and image size, for any number of tokens.
 
     Fixing them lets ONNX Runtime fold every shape computation away, which is a tenth of a small
     network's time.  Sessions are made when a shape is first seen, and those used last are kept.
 
     Args:
         profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
+        open_tokens: whether the graph leaves the tokens of the text states open.
     """
 
+    # a session for each would hold the weights again, and making one stalls all requests of a server
+    ANY_TOKENS = True
     #: sessions that are kept; each has the network's weights
     KEEP = 4
     #: more are kept, up to ``KEEP_SMALL``, while their weights together are below so many bytes: making a session costs
@@ -182,15 +186,16 @@ class OrtNetwork(PerShapeNetwork):
         provider: str = "auto",
         threads: int | None = None,
         profiles: tuple[Profile, ...] = (),
+        open_tokens: bool = False,
     ) -> None:
         kept = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
-        super().__init__(path, profiles, kept, buffers_kept=self.KEEP)
+        super().__init__(path, profiles, kept, buffers_kept=self.KEEP, open_tokens=open_tokens)
         self._providers = providers(provider)
         self._asked = provider
         self._told = False
         self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
 
-    def _load(self, batch: int, size: Size | None) -> Any:
+    def _load(self, batch: int, size: Size | None, tokens: int | None) -> Any:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -213,8 +218,8 @@ class OrtNetwork(PerShapeNetwork):
             self._check_cuda(session)
         return session
 
-    def _buffers(self, loaded: Any, batch: int) -> OrtBound:
-        return OrtBound(loaded, batch)
+    def _buffers(self, loaded: Any, batch: int, tokens: int | None) -> OrtBound:
+        return OrtBound(loaded, batch, tokens)
 
     def _dropped(self) -> None:
         release_memory()
@@ -286,7 +291,7 @@ class OrtBound(Bound):
     On the CPU they are numpy's memory, which the caller may write and read in place; on the GPU with the CUDA provider.
     """
 
-    def __init__(self, session: Any, batch: int) -> None:
+    def __init__(self, session: Any, batch: int, tokens: int | None = None) -> None:
         import onnxruntime as ort
 
         self.session = session
@@ -295,9 +300,9 @@ class OrtBound(Bound):
         self._inputs: dict[str, Any] = {}
         self._host: dict[str, np.ndarray] = {}
         for node in session.get_inputs():
-            if unknown := [d for d in node.shape[1:] if not isinstance(d, int)]:
-                raise InputError(f"{node.name} has an open {' and '.join(unknown)}; bind it with the latents' size")
-            full = [batch, *node.shape[1:]]
+            full = [batch, *(tokens if d == TOKENS and tokens else d for d in node.shape[1:])]
+            if unknown := [d for d in full if not isinstance(d, int)]:
+                raise InputError(f"{node.name} has an open {' and '.join(unknown)}; bind it with {_what(unknown)}")
             if device == "cpu":
                 self._host[node.name] = np.zeros(full, _dtype(node.type))
                 value = ort.OrtValue.ortvalue_from_numpy(self._host[node.name])
@@ -353,6 +358,12 @@ class OrtBound(Bound):
 
     def read_all(self) -> tuple[np.ndarray, ...]:
         return (self.read(), *(np.array(value.numpy()) for value in self._binding.get_outputs()[1:]))
+
+
+def _what(unknown: list[str]) -> str:
+    """What open dimensions are decided by."""
+    sized = "the latents' size" if any(d != TOKENS for d in unknown) else ""
+    return " and ".join(part for part in (sized, "the tokens" if TOKENS in unknown else "") if part)
 
 
 def _dtype(name: str) -> Any:

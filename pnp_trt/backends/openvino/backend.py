@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from ...bundle.compile_options import CompileOptions
-from ...bundle.manifest import Manifest, NetworkRecord
+from ...bundle.manifest import TOKENS, Manifest, NetworkRecord
 from ...errors import InputError, MissingDependency, PnpError
 from ...io.text import printable
 from ...sampling.network import Bound, Description, Network
 from ..base import Backend, LoadOptions, Profile, Size
 from ..onnxruntime.backend import OnnxRuntime
-from ..per_shape import PerShapeNetwork
+from ..per_shape import PerShapeNetwork, has_open_tokens
 from . import NEEDS
 
 _MISSING = "OpenVINO is not installed; install with: pip install 'pnp-trt[openvino]'"
@@ -68,25 +68,28 @@ class OpenVino(OnnxRuntime):
     def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> Network:
         if options.provider not in ("auto", "cpu"):
             raise InputError(f"provider is '{options.provider}'; backend {self.name} runs on: auto, cpu")
-        return OpenVinoNetwork(path, options.threads, network.profiles)
+        return OpenVinoNetwork(path, options.threads, network.profiles, has_open_tokens(network))
 
 
 class OpenVinoNetwork(PerShapeNetwork):
-    """One ONNX graph, compiled once per batch and image size; those used last are kept.
+    """One ONNX graph, compiled once per batch, image size and number of tokens; those used last are kept.
 
     Args:
         threads: of the CPU; None leaves it to OpenVINO.
         profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
+        open_tokens: whether the graph leaves the tokens of the text states open.
     """
 
     #: compiled shapes that are kept
     KEEP = 8
 
-    def __init__(self, path: Path, threads: int | None = None, profiles: tuple[Profile, ...] = ()) -> None:
-        super().__init__(path, profiles, self.KEEP, buffers_kept=self.KEEP)
+    def __init__(
+        self, path: Path, threads: int | None = None, profiles: tuple[Profile, ...] = (), open_tokens: bool = False
+    ) -> None:
+        super().__init__(path, profiles, self.KEEP, buffers_kept=self.KEEP, open_tokens=open_tokens)
         self._threads = threads
 
-    def _load(self, batch: int, size: Size | None) -> Any:
+    def _load(self, batch: int, size: Size | None, tokens: int | None) -> Any:
         core = _core()
         # its own default is bfloat16 where the processor has it
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -94,12 +97,12 @@ class OpenVinoNetwork(PerShapeNetwork):
             options["INFERENCE_NUM_THREADS"] = self._threads
         try:
             model = core.read_model(self.path)
-            model.reshape({i.any_name: _fixed(i.partial_shape, batch, size) for i in model.inputs})
+            model.reshape({i.any_name: _fixed(i.partial_shape, batch, size, tokens) for i in model.inputs})
             return core.compile_model(model, "CPU", options)
         except Exception as e:  # OpenVINO raises RuntimeError and others
             raise PnpError(f"OpenVINO cannot load {self.path}: {printable(e, limit=500)}") from e
 
-    def _buffers(self, loaded: Any, batch: int) -> OpenVinoBound:
+    def _buffers(self, loaded: Any, batch: int, tokens: int | None) -> OpenVinoBound:
         return OpenVinoBound(loaded)
 
     def describe(self) -> Description:
@@ -124,16 +127,18 @@ class OpenVinoNetwork(PerShapeNetwork):
 
 def _sides(shape: Any) -> list[int | str]:
     """A shape of a graph's boundary; open ones by their place."""
-    names = ["batch", "channels", "height", "width"]
+    names = ["batch", TOKENS] if len(shape) == 3 else ["batch", "channels", "height", "width"]
     return [d.get_length() if d.is_static else names[i] for i, d in enumerate(shape)]
 
 
-def _fixed(shape: Any, batch: int, size: Size | None) -> list[int]:
-    """An input's shape with the batch and the latents' size put in; −1 for what stays open."""
+def _fixed(shape: Any, batch: int, size: Size | None, tokens: int | None) -> list[int]:
+    """An input's shape with batch, latents' size and tokens put in; −1 for what stays open."""
     sides = [d.get_length() if d.is_static else -1 for d in shape]
     sides[0] = batch
     if len(sides) == 4 and size is not None:
         sides[2:] = size
+    if len(sides) == 3 and sides[1] < 0 and tokens is not None:
+        sides[1] = tokens
     return sides
 
 
@@ -152,7 +157,7 @@ class OpenVinoBound(Bound):
         self._host: dict[str, np.ndarray] = {}
         for port in compiled.inputs:
             if port.partial_shape.is_dynamic:
-                raise InputError(f"{port.any_name} has an open size; bind it with the latents' size")
+                raise InputError(f"{port.any_name} has an open size; bind it with the latents' size and the tokens")
             self._host[port.any_name] = np.zeros(list(port.shape), _dtype(port))
             self._request.set_tensor(port, openvino.Tensor(self._host[port.any_name], shared_memory=True))
 

@@ -34,6 +34,7 @@ class Torch(Backend):
     needs = NEEDS
     elements = frozenset({"float32", "float16", "bfloat16"})
     profiles = ()
+    open_tokens = True
     takes_modules = True
 
     def versions(self) -> dict[str, str]:

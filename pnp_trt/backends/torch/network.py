@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...bundle.manifest import NetworkRecord
+from ...bundle.manifest import TOKENS, NetworkRecord
 from ...bundle.profiles import Size
 from ...errors import InputError, PnpError
-from ...sampling.network import Bound, Description, Network
+from ...sampling.network import AtTokens, Bound, Description, Network
 from ..base import LoadOptions
-from ..per_shape import check_shape
+from ..per_shape import check_shape, has_open_tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,6 +109,7 @@ class TorchNetwork(Network):
             self._search = convolutions.search
         self._wide = self.device == "cpu" and not self.compiled and emulated(module)
         self._call: Any = _compile(module, self.device) if self.compiled else module
+        self._open_tokens = has_open_tokens(entry)
         self._described = Description(
             dict(entry.inputs),
             dict(entry.outputs),
@@ -119,10 +120,17 @@ class TorchNetwork(Network):
     def describe(self) -> Description:
         return self._described
 
+    def at_tokens(self, tokens: int) -> Network:
+        return AtTokens(self, tokens) if self._open_tokens else self
+
+    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[TorchBound]:
+        return self.bind_tokens(batch, size, None)
+
     @contextlib.contextmanager
-    def bind(self, batch: int, size: Size | None = None) -> Iterator[TorchBound]:
+    def bind_tokens(self, batch: int, size: Size | None, tokens: int | None) -> Iterator[TorchBound]:
+        """As :meth:`bind`, for text states of ``tokens`` tokens."""
         check_shape(self.path, self._described.profiles, batch, size)
-        yield TorchBound(self, batch, size)
+        yield TorchBound(self, batch, size, tokens)
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """The output for tensors on the device; a tuple where the module has several.
@@ -179,15 +187,18 @@ class TorchNetwork(Network):
 class TorchBound(Bound):
     """Input tensors that stay where they are, for one batch and size."""
 
-    def __init__(self, network: TorchNetwork, batch: int, size: Size | None) -> None:
+    def __init__(self, network: TorchNetwork, batch: int, size: Size | None, tokens: int | None = None) -> None:
         import torch
 
         self._network = network
         known: dict[Any, int] = {"batch": batch} | dict(zip(("height", "width"), size or (), strict=False))
+        known |= {} if tokens is None else {TOKENS: tokens}
         self._inputs = {}
         for name, (dtype, shape) in network.describe().inputs.items():
             if unknown := [d for d in shape if isinstance(d, str) and d not in known]:
-                raise InputError(f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size")
+                raise InputError(
+                    f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size and the tokens"
+                )
             dims = [int(known.get(d, d)) for d in shape]
             self._inputs[name] = torch.zeros(dims, dtype=getattr(torch, dtype), device=network.device)
         self._output: Any = None

@@ -383,7 +383,8 @@ class _Work:
         """What the bundle states of text besides the first encoder's tokens; a whole model has a word on it."""
         whole = self.fine_tune.base if not self.fine_tune.unet_only and self.spec.base is not None else None
         zeros = self.manifest.text.zero_empty_prompt if whole is None else whole.zero_empty_prompt()
-        return FurtherText({k: v for k, v in tokens.items() if k != TEXT_ENCODER}, zeros)
+        others = {k: v for k, v in tokens.items() if k != TEXT_ENCODER}
+        return FurtherText(others, zeros, self.manifest.text.chunks)
 
     def _module(
         self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from ...errors import Cancelled, InputError
 from ...runtime.a1111 import CHUNK, parse_parameters, read_text, text_of
 from ...runtime.pipeline import DEFAULT_STEPS, Picture
-from ...runtime.prompt_syntax import A1111, take_lora_tags
+from ...runtime.prompt_syntax import A1111, lora_tags, take_lora_tags
 from ...sampling.schedules import SCHEDULES, SPACINGS, a1111_names, from_a1111
 from ...sampling.schedules.spacing import OWN_SPACING
 from .service import Asked, Service, from_base64
@@ -128,7 +128,7 @@ def router(service: Service) -> APIRouter:
         first = parameters[0]
         height, width = pictures[0].pixels.shape[:2]
         texts = [text_of(each) or "" for each in parameters]
-        info = {
+        info: dict[str, Any] = {
             "prompt": first["prompt"], "all_prompts": [p["prompt"] for p in parameters],
             "negative_prompt": first.get("negative", ""),
             "all_negative_prompts": [p.get("negative", "") for p in parameters],
@@ -137,6 +137,7 @@ def router(service: Service) -> APIRouter:
             "cfg_scale": first["guidance"], "steps": first["steps"], "batch_size": given.batch_size,
             "restore_faces": False, "sd_model_name": first["engine"], "denoising_strength": first.get("strength"),
             "infotexts": texts, "index_of_first_image": 0, "method": first["method"],
+            **{key: first[key] for key in ("dropped", "negative_dropped") if key in first},
         }  # fmt: skip
         echoed = given.model_dump(exclude={"init_images", "mask"})
         return {
@@ -175,6 +176,8 @@ def router(service: Service) -> APIRouter:
             return held
         engine, job = jobs[0]
         found = job.progress()
+        if service.state(job) == "loading":
+            held["textinfo"] = f"loading {lora_tags(job.prepared.loras)}"
         held["progress"] = found.made / max(1, found.steps)
         held["eta_relative"] = found.left or 0.0
         state |= {"job": job.id, "sampling_step": found.made // job.count, "sampling_steps": len(job.prepared.table)}
@@ -191,7 +194,7 @@ def router(service: Service) -> APIRouter:
             if (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
                 parameters = job.prepared.parameters(0) | {"interrupted_after": job.progress().made // job.count}
                 job.partial = Picture(pixels, parameters)
-            engine.cancel(job)
+            service.cancel(job)
         return {}
 
     @routes.get("/samplers")

@@ -1,11 +1,16 @@
-"""What sessions of several batches cost on ONNX Runtime's CPU provider, and what sharing their weights would save.
+"""What the batches of a server cost on ONNX Runtime's CPU provider: a session for each, or one for all.
 
-A server's batch changes from call to call, and each batch has a session of its own. For batches 1 … 8 of one U-Net in
-one process each: resident memory after each session, CPU seconds to make it, and of one call, with
+A server's batch changes from call to call. For batches 1 … 8 of one U-Net, in a process for each mode: resident memory
+after each batch was run, CPU seconds to make its session, and of one call, with
 
-- `own`: weights that each session loads;
-- `shared`: one copy given to all (`SessionOptions.add_initializer`);
-- `shared, not packed`: the same, and no kernel makes a packed copy of them.
+- `own`: a session for each batch, with the batch fixed and weights of its own;
+- `shared`: the same with one copy of the weights given to all (`SessionOptions.add_initializer`);
+- `shared, not packed`: the same, and no kernel makes a packed copy of them;
+- `packed once`: a session for each batch of a graph that was saved with its packed weights
+  (`session.save_external_prepacked_constant_initializers`), whose file all of them map;
+- `one`: one session whose batch is open. This is what `OrtNetwork` has.
+
+ONNX Runtime's container of packed weights that sessions share is not in its Python interface.
 
     python -m benchmarks.serving_sessions       # two minutes on one core
 """
@@ -22,33 +27,47 @@ from pnp_trt.bundle.provenance import provenance
 from pnp_trt.bundle.store import open_bundle, write_json
 
 RESULTS = Path(__file__).parent / "results"
-MODES = ("own", "shared", "shared, not packed")
+MODES = ("own", "shared", "shared, not packed", "packed once", "one")
 BATCHES = 8
 #: one mode in a process of its own
 PROGRAM = """
-import gc, json, sys, time
+import gc, json, sys, tempfile, time
 from pathlib import Path
 import numpy as np, onnx, onnxruntime as ort, psutil
 from onnx import external_data_helper, numpy_helper
 graph, mode, most = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 shared = {}
-if mode != "own":
+if mode == "packed once":
+    # in a folder that ends with the process; the sessions that are measured are made of what is saved here
+    held = tempfile.TemporaryDirectory()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    options.optimized_model_filepath = str(Path(held.name) / "saved.onnx")
+    for key, value in (("optimized_model_external_initializers_file_name", "saved.data"),
+                       ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+                       ("save_external_prepacked_constant_initializers", "1")):
+        options.add_session_config_entry(f"session.{key}", value)
+    ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    graph = Path(options.optimized_model_filepath)
+if mode.startswith("shared"):
     for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
         if external_data_helper.uses_external_data(tensor):
             shared[tensor.name] = ort.OrtValue.ortvalue_from_numpy(numpy_helper.to_array(tensor, str(graph.parent)))
 gc.collect()
 process, kept, seen = psutil.Process(), [], []
-base = process.memory_info().rss
+base, session = process.memory_info().rss, None
 for batch in range(1, most + 1):
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
-    options.add_free_dimension_override_by_name("batch", batch)
+    if mode != "one":
+        options.add_free_dimension_override_by_name("batch", batch)
     if mode.endswith("not packed"):
         options.add_session_config_entry("session.disable_prepacking", "1")
     for name, value in shared.items():
         options.add_initializer(name, value)
     started = time.process_time()
-    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    if mode != "one" or session is None:
+        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     made = time.process_time() - started
     kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
     feed = {i.name: np.ones([d if isinstance(d, int) else batch for d in i.shape], kinds[i.type])

@@ -1,4 +1,4 @@
-"""Networks that a runtime loads once per batch and shape: those used last are kept, with their buffers."""
+"""Networks that a runtime loads once per shape, or per part of it: those used last are kept, with their buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..sampling.network import AtTokens, Bound, Network
 
 #: batch, size of the latents, and tokens of the text states; None leaves open what the graph leaves open
-Shape = tuple[int, Size | None, int | None]
+Shape = tuple[int | None, Size | None, int | None]
 
 
 def check_shape(path: Path, profiles: tuple[Profile, ...], batch: int, size: Size | None) -> None:
@@ -49,9 +49,6 @@ class PerShapeNetwork(Network):
         open_tokens: whether the graph leaves the tokens of the text states open.
     """
 
-    #: whether what is loaded for a batch and a size runs any number of tokens
-    ANY_TOKENS = False
-
     def __init__(
         self, path: Path, profiles: tuple[Profile, ...], kept: int, buffers_kept: int, open_tokens: bool = False
     ) -> None:
@@ -63,8 +60,8 @@ class PerShapeNetwork(Network):
         self._lock = threading.Lock()
 
     @abstractmethod
-    def _load(self, batch: int, size: Size | None, tokens: int | None) -> Any:
-        """The network loaded for a shape; ``tokens`` is None with ``ANY_TOKENS``."""
+    def _load(self, batch: int | None, size: Size | None, tokens: int | None) -> Any:
+        """The network loaded for a shape that :meth:`_key` gave."""
 
     @abstractmethod
     def _buffers(self, loaded: Any, batch: int, tokens: int | None) -> Bound:
@@ -89,9 +86,9 @@ class PerShapeNetwork(Network):
             self._loaded[key] = found = self._loaded.pop(key)
             return found
 
-    def _key(self, batch: int, size: Size | None, tokens: int | None) -> Shape:
-        """The shape that is loaded where another one is asked for."""
-        return batch, size, None if self.ANY_TOKENS else tokens
+    def _key(self, batch: int | None, size: Size | None, tokens: int | None) -> Shape:
+        """The shape that is loaded to run another one: None in it stands for what one loaded form runs any of."""
+        return batch, size, tokens
 
     def at_tokens(self, tokens: int) -> Network:
         return AtTokens(self, tokens) if self.open_tokens else self

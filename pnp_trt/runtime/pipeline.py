@@ -246,7 +246,7 @@ class Pipeline:
         """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is requested."""
         return default_interval(self._scheduler)
 
-    def encode(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
+    def encode(self, prompts: Sequence[str], syntax: str = PLAIN, tokens: int = 0) -> Text:
         """Text states ``[N, tokens, D]`` float32, with SDXL's pooled text; ``np.asarray`` gives the states alone.
 
         With ``a1111``, on an engine for prompts of several chunks, the tokens are those of the prompt with most of
@@ -254,13 +254,14 @@ class Pipeline:
 
         Args:
             syntax: of ``SYNTAXES``: ``plain``, or ``a1111`` for weights such as ``(x:1.3)``.
+            tokens: that there are at least, as of another text that these states are used with.
 
         Raises:
             InputError: for an unknown syntax, or a prompt or weight that cannot be taken.
         """
         check_syntax(syntax)
         check_prompts(prompts)
-        return self._text(prompts, syntax)
+        return self._text(prompts, syntax, tokens)
 
     def check_size(self, size: Size | None) -> Size:
         """``size`` in pixels, or the default for None.
@@ -622,10 +623,10 @@ class Pipeline:
         given, negatives, syntax = prepared.context, prepared.negatives, prepared.syntax
         tokens = self._tokens(prepared, part[0])
         if given is None:
-            states = self._text([prepared.prompts[i] for i in part], syntax, tokens)
+            states = self.encode([prepared.prompts[i] for i in part], syntax, tokens)
         else:
             states = given[list(part)].longer(tokens, self._text.chunk())
-        return states, None if negatives is None else self._text([negatives[i] for i in part], syntax, tokens)
+        return states, None if negatives is None else self.encode([negatives[i] for i in part], syntax, tokens)
 
     def prepare(
         self,

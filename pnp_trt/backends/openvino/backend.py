@@ -89,7 +89,7 @@ class OpenVinoNetwork(PerShapeNetwork):
         super().__init__(path, profiles, self.KEEP, buffers_kept=self.KEEP, open_tokens=open_tokens)
         self._threads = threads
 
-    def _load(self, batch: int, size: Size | None, tokens: int | None) -> Any:
+    def _load(self, batch: int | None, size: Size | None, tokens: int | None) -> Any:
         core = _core()
         # its own default is bfloat16 where the processor has it
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -131,10 +131,10 @@ def _sides(shape: Any) -> list[int | str]:
     return [d.get_length() if d.is_static else names[i] for i, d in enumerate(shape)]
 
 
-def _fixed(shape: Any, batch: int, size: Size | None, tokens: int | None) -> list[int]:
+def _fixed(shape: Any, batch: int | None, size: Size | None, tokens: int | None) -> list[int]:
     """An input's shape with batch, latents' size and tokens put in; −1 for what stays open."""
     sides = [d.get_length() if d.is_static else -1 for d in shape]
-    sides[0] = batch
+    sides[0] = -1 if batch is None else batch
     if len(sides) == 4 and size is not None:
         sides[2:] = size
     if len(sides) == 3 and sides[1] < 0 and tokens is not None:

@@ -61,8 +61,6 @@ def serve(
     ] = False,
 ) -> None:
     """Serve images over HTTP: OpenAI's and A1111's interfaces, a page, health and metrics."""
-    if ray and loras is not None:
-        raise InputError("--loras is given with --ray, whose replicas merge no LoRAs; leave one of the two out")
     require_packages("serve --ray" if ray else "serve")
     if not ray and (replicas or min_replicas):
         raise InputError(f"{'--replicas' if replicas else '--min-replicas'} is given without --ray; add --ray")
@@ -89,7 +87,7 @@ def serve(
         if ray:
             from ..serve.ray.server import serve as serve_by_ray
 
-            serve_by_ray(site, replicas, min_replicas)
+            serve_by_ray(site, replicas, min_replicas, offer)
         else:
             serve_here(site, offer)
 
@@ -100,7 +98,7 @@ def _offer(folder: Path, most_loaded: int, cache: Path | None, fetch_base: bool)
     from ..serve.http.server import LoraOffer
     from ..serve.loras import read_loras
 
-    plugged = PlugCache(cache or default_home(), fetch_base)
+    plugged = PlugCache((cache or default_home()).absolute(), fetch_base)  # for the replicas' processes too
     return LoraOffer(read_loras(folder), plugged.take, plugged.check, most_loaded)
 
 

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ GENERATE = {"prompt": "a red apple", "num_inference_steps": 3, "seed": 4, "guida
 @pytest.fixture(scope="module")
 def folder(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LoRAs: of the U-Net, of the text encoder too, of another architecture, and a damaged one."""
-    out = tmp_path_factory.mktemp("loras")
+    return make_loras(micro_base, tmp_path_factory.mktemp("loras"))
+
+
+def make_loras(micro_base: Path, out: Path) -> Path:
+    """Write them to ``out``."""
     weights = load_file(micro_base / "unet" / "diffusion_pytorch_model.safetensors")
     shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in UNET} | {TEXT[0]: (32, 32)}
     layers = list(UNET)
@@ -328,6 +333,26 @@ def test_the_cache_keeps_what_is_used_and_mends_what_is_damaged(
     third.close()
 
 
+def test_servers_that_share_a_cache_make_a_bundle_once(
+    micro_bundles: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks are of open files, so that threads with a cache each stand for processes."""
+    bundle, made, real = open_bundle(micro_bundles / "guided"), [], plug
+
+    def slow(spec: PlugSpec, **options: Any) -> Any:
+        made.append(spec.out)
+        time.sleep(0.5)  # the other one has found nothing by then
+        return real(spec, **options)
+
+    monkeypatch.setattr(cache, "plug", slow)
+    with ThreadPoolExecutor(2) as pool:
+        take = lambda _: PlugCache(tmp_path).take(bundle, [(folder / "sepia.safetensors", 0.8)])  # noqa: E731
+        one, other = pool.map(take, range(2))
+    assert len(made) == 1 and one.bundle.manifest.seal == other.bundle.manifest.seal
+    one.close()
+    other.close()
+
+
 def test_a_bundle_that_was_replaced_or_whose_base_is_elsewhere_is_refused(
     micro_bundles: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -349,7 +374,6 @@ def test_a_bundle_that_was_replaced_or_whose_base_is_elsewhere_is_refused(
     ("arguments", "message"),
     [
         (("--loras", "OUT/nothing"), "--loras OUT/nothing cannot be read"),
-        (("--loras", "LORAS", "--ray"), "--loras is given with --ray, whose replicas merge no LoRAs"),
         (("--loras", "OUT"), "has no .safetensors file; name a folder of LoRAs"),
         (("--loras", "LORAS", "--max-loras", 0), "--max-loras"),
         (("--loras", "LORAS", "--lora-cache", "LORAS/sepia.safetensors"), "--lora-cache"),

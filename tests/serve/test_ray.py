@@ -27,10 +27,12 @@ import psutil
 import pytest
 from PIL import Image
 
+from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.runtime.images import read_parameters
 from pnp_trt.runtime.pipeline import Pipeline
 
 from ..conftest import Result
+from .test_loras import make_loras
 from .test_offline import written
 
 #: seconds in which a busy machine starts two replicas
@@ -126,8 +128,18 @@ def serving(engines: Path, *options: object) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def served(micro_bundles: Path) -> Iterator[Served]:
-    with serving(micro_bundles, "--replicas", 2) as found:
+def loras(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_loras(micro_base, tmp_path_factory.mktemp("loras"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "plugged"
+
+
+@pytest.fixture(scope="module")
+def served(micro_bundles: Path, loras: Path, cache: Path) -> Iterator[Served]:
+    with serving(micro_bundles, "--replicas", 2, "--loras", loras, "--lora-cache", cache) as found:
         yield found
 
 
@@ -166,7 +178,8 @@ class TestServe:
 
     def test_what_is_wrong_is_answered_as_without_ray(self, served: Served) -> None:
         assert served.get("/healthz").json() == {"status": "ok"}
-        assert served.get("/readyz").json() == {"status": "ready", "engines": ["guided"]}
+        ready = {"status": "ready", "engines": ["guided"], "lora_requests_waiting": 0}
+        assert served.get("/readyz").json() == ready
         assert "<html" in served.get("/").text and served.get("/nothing").status_code == 404
         wrong = served.post(prompt="a", num_inference_steps=0)
         assert wrong.status_code == 400 and "steps" in wrong.json()["error"]["message"]
@@ -207,6 +220,32 @@ class TestServe:
                 until(lambda: httpx.get(f"{api}/progress", timeout=60).json()["progress"])
                 assert httpx.post(f"{api}/interrupt", timeout=60).status_code == 200
                 assert sent.result().status_code == 200 and len(sent.result().json()["images"]) == 1
+
+    def test_loras_are_offered_by_every_replica_and_merged_once(
+        self, served: Served, micro_bundles: Path, loras: Path, cache: Path, tmp_path: Path
+    ) -> None:
+        asked = {"lora": {"name": "sepia", "scale": 0.8}}
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(served.post, **request(0, 5), **asked, request_id="the-first-lora")
+            until(lambda: served.get("/v1/jobs/the-first-lora").json().get("state") == "loading")
+            assert first.result().status_code == 200
+        plug(PlugSpec(str(micro_bundles / "guided"), None, (f"{loras / 'sepia.safetensors'}:0.8",), tmp_path / "one"))
+        alone = Pipeline.load(tmp_path / "one", provider="cpu", threads=1)
+        sent = 0
+
+        def loaded() -> bool:
+            return len(re.findall(r"^pnp_trt_lora_engines{.*} 1\.0$", served.get("/metrics").text, re.M)) == 2
+
+        while not loaded():  # until both have had a request for it
+            assert sent < 60
+            with ThreadPoolExecutor(6) as pool:
+                answers = pool.map(lambda i: served.post(**request(i, 12), **asked), range(sent, sent + 6))
+                for i, answer in enumerate(answers, sent):
+                    is_the_pipelines(answer, alone, i, 12)
+            sent += 6
+        assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+        wrong = served.post(prompt="a", lora={"name": "foreign"})
+        assert wrong.status_code == 400 and "cannot use the LoRA" in wrong.json()["error"]["message"]
 
     def test_a_client_that_leaves_cancels_its_request(self, served: Served) -> None:
         body = {"prompt": "a", "num_inference_steps": 1000, "n": 16, "request_id": "the-left-one"}

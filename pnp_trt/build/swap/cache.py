@@ -95,7 +95,10 @@ class PlugCache:
         except OSError as e:
             raise PnpError(failure(folder, e)) from e
         try:
-            found = _opened(folder) or self._make(bundle, texts, folder)
+            found = _opened(folder)
+            if found is None:
+                with _making(folder):  # another process may be making it, or have made it since
+                    found = _opened(folder) or self._make(bundle, texts, folder)
             with contextlib.suppress(OSError):  # of another user
                 os.utime(folder / MANIFEST)
             self._prune()
@@ -149,6 +152,17 @@ def _shared(folder: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def _making(folder: Path) -> Iterator[None]:
+    """A block that one process at a time is in, of those that make a folder."""
+    descriptor = os.open(folder.with_name(f".{folder.name}.make.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -29,9 +29,11 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 class LoraOffer:
     """LoRAs that requests may name.
 
+    It can be pickled where ``plug`` and ``check`` can, as those of a ``PlugCache``.
+
     Attributes:
         files: as of ``read_loras``.
-        plug: merges them into a bundle.
+        plug: merges them into a bundle; may be called by several processes.
         check: raises ``InputError`` for a bundle that none can be merged into.
         most_loaded: engines with LoRAs, at most.
     """
@@ -75,13 +77,8 @@ def serve(site: Site, loras: LoraOffer | None = None) -> None:
     engines: dict[str, Engine] = {}
     with_loras = None
     try:
-        if loras is not None:
-            start = partial(start_engine, options=site.options, metrics=metrics)
-            with_loras = LoraEngines(loras.files, loras.plug, start, loras.most_loaded, site.options.queue_size + 1)
-        bundles = open_bundles(site.names)
-        if loras is not None:
-            for bundle in bundles:
-                loras.check(bundle)
+        bundles = open_bundles(site.names, loras)
+        with_loras = lora_engines(loras, site.options, metrics)
         engines = load_engines(bundles, site.options, metrics)
         serve_app(create(engines, metrics, site.settings, with_loras), listener, site.host, site.ready)
     finally:
@@ -92,16 +89,27 @@ def serve(site: Site, loras: LoraOffer | None = None) -> None:
         listener.close()
 
 
-def open_bundles(names: Sequence[str | Path]) -> list[Bundle]:
+def lora_engines(offer: LoraOffer | None, options: EngineOptions, metrics: Metrics) -> LoraEngines | None:
+    """What makes engines with LoRAs, as those of :func:`load_engines`; None without an offer."""
+    if offer is None:
+        return None
+    start = partial(start_engine, options=options, metrics=metrics)
+    return LoraEngines(offer.files, offer.plug, start, offer.most_loaded, options.queue_size + 1)
+
+
+def open_bundles(names: Sequence[str | Path], loras: LoraOffer | None = None) -> list[Bundle]:
     """Bundles, every file checked, before anything is loaded.
 
     Raises:
-        InputError: if one cannot be opened, or two have one name.
+        InputError: if one cannot be opened, two have one name, or LoRAs are offered and none can be merged into one.
     """
     bundles = [open_bundle(name) for name in names]
     called = [bundle.name for bundle in bundles]
     if twice := next((name for name in called if called.count(name) > 1), None):
         raise InputError(f"two engines have the name '{twice}'; name each once")
+    if loras is not None:
+        for bundle in bundles:
+            loras.check(bundle)
     return bundles
 
 

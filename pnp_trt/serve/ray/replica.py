@@ -14,6 +14,7 @@ from ..engine import EngineOptions
 if TYPE_CHECKING:
     from ray.serve import Application
 
+    from ..http.server import LoraOffer
     from ..http.settings import Settings
 
 #: name of the deployment, with which the application's begins
@@ -33,6 +34,7 @@ class Spec:
         options: of every engine of a replica.
         resources: that Ray reserves for a replica, by Ray's names.
         replicas: fewest and most; between them their number follows the load.
+        loras: that requests may name, each replica with engines of its own; None offers none.
     """
 
     bundles: Sequence[Path]
@@ -40,6 +42,7 @@ class Spec:
     options: EngineOptions
     resources: Mapping[str, float] = field(default_factory=dict)
     replicas: tuple[int, int] = (1, 1)
+    loras: LoraOffer | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,14 @@ class Replica:
 
         from ..http.app import create
         from ..http.metrics import Metrics
-        from ..http.server import load_engines, open_bundles
+        from ..http.server import load_engines, lora_engines, open_bundles
 
         warnings.filterwarnings("ignore", category=UserWarning)
         self._metrics = Metrics()
-        self._engines = load_engines(open_bundles(spec.bundles), spec.options, self._metrics)
-        self._app = create(self._engines, self._metrics, spec.settings)
+        bundles = open_bundles(spec.bundles, spec.loras)
+        self._loras = lora_engines(spec.loras, spec.options, self._metrics)
+        self._engines = load_engines(bundles, spec.options, self._metrics)
+        self._app = create(self._engines, self._metrics, spec.settings, self._loras)
 
     async def respond(self, scope: dict[str, Any], body: bytes) -> Answer:
         """The application's response to a request.
@@ -118,6 +123,8 @@ class Replica:
                 raise PnpError(f"engine '{name}' has ended; the replica must be replaced")
 
     def __del__(self) -> None:  # by Ray Serve too, once the replica has no request left
+        if (loras := getattr(self, "_loras", None)) is not None:
+            loras.stop(drain=False)
         for engine in getattr(self, "_engines", {}).values():
             engine.stop(drain=False)
 

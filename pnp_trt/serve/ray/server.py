@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError, PnpError
 from ...io.text import printable
 from ..http.guard import Guard
-from ..http.server import Site, listen, open_bundles, serve_app
+from ..http.server import LoraOffer, Site, listen, open_bundles, serve_app
 from ..http.settings import MAX_CONNECTIONS
 from .cluster import cluster, placed, quiet
 from .front import Front
@@ -26,27 +26,29 @@ if TYPE_CHECKING:
 _ERROR = re.compile(r"pnp_trt\.errors\.\w+: (.*)")
 
 
-def serve(site: Site, replicas: int | None = None, fewest: int | None = None) -> None:
+def serve(
+    site: Site, replicas: int | None = None, fewest: int | None = None, loras: LoraOffer | None = None
+) -> None:  # fmt: skip
     """Serve until SIGINT or SIGTERM; what runs or waits then is finished, and a second signal ends it at once.
 
     Args:
         site: with the options of each replica's engines.
         replicas: at most; None takes the cluster's GPUs, or 1.
         fewest: replicas that stay without load; None takes ``replicas``.
+        loras: that requests may name; None offers none.
 
     Raises:
-        InputError: if a bundle cannot be opened, two have one name, the address cannot be listened at, or a number
-            of replicas is wrong.
+        InputError: as ``open_bundles`` does, if the address cannot be listened at, or a number of replicas is wrong.
         PnpError: if no replica starts.
     """
-    bundles = [bundle.folder.resolve() for bundle in open_bundles(site.names)]
+    bundles = [bundle.folder.resolve() for bundle in open_bundles(site.names, loras)]
     _check(replicas, fewest)
     listener = listen(site.host, site.port)
     try:
         with cluster(replicas or fewest or 1) as output:
             most, resources = placed(site.options.provider, replicas)
             most = max(most, fewest or 1)
-            spec = Spec(bundles, site.settings, site.options, resources, (fewest or most, most))
+            spec = Spec(bundles, site.settings, site.options, resources, (fewest or most, most), loras)
 
             def ready(address: str) -> None:
                 with contextlib.redirect_stdout(output):

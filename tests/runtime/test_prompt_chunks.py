@@ -14,9 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
+from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
@@ -26,6 +28,7 @@ from pnp_trt.serve.engine import Engine
 
 from ..bundles import document, reseal
 from ..conftest import once
+from ..plug.lora_files import UNET, Pair, write
 
 COMMA = 267
 #: 90 tokens of one chunk and a part of another
@@ -152,7 +155,10 @@ def test_shorter_prompts_have_empty_chunks_behind(wide: Pipeline, reference: Any
 def test_two_text_encoders_and_the_pooled_text_of_the_first_chunk(micro_sdxl: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
-    build(BuildSpec(str(micro_sdxl), "none", "torch", out=tmp_path / "xl", tokens=154))
+    spec = BuildSpec(
+        str(micro_sdxl), "none", "torch", out=tmp_path / "xl", tokens=154, image_to_image=True, profiles=("b1@16-32",)
+    )
+    build(spec)
     ours = Pipeline.load(tmp_path / "xl", provider="cpu")
     theirs = StableDiffusionXLPipeline.from_pretrained(micro_sdxl, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
@@ -173,6 +179,12 @@ def test_two_text_encoders_and_the_pooled_text_of_the_first_chunk(micro_sdxl: Pa
     # without a negative prompt SDXL reads zeros
     latents = ours.denoise(found, noise, steps=3, guidance=3.0)
     np.testing.assert_allclose(latents, image, rtol=0, atol=1e-4 * np.abs(image).max())
+    picture = np.random.default_rng(3).integers(0, 256, (32, 16, 3), np.uint8)
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        clean = theirs.vae.encode(pixels).latents * theirs.vae.config.scaling_factor
+    np.testing.assert_allclose(ours.encode_image(picture[None]), clean.numpy(), rtol=0, atol=1e-4)
+    assert ours("a cat", steps=2, size=(32, 16), init=picture)[0].pixels.shape == (32, 16, 3)
     short = ours.encode(["a red apple", "a BREAK b"], "a1111")[:1]
     np.testing.assert_allclose(short.states[:, 77:], empty[0].numpy(), rtol=0, atol=1e-4)
 
@@ -352,6 +364,18 @@ def test_both_numbers_of_tokens_are_compared_with_pytorch(guided: Pipeline) -> N
     assert "--tokens 154" in manifest.rebuild
     errors = verify(guided.bundle)
     assert errors["unet@154 tokens"] < 1e-5 and errors["unet"] < 1e-5
+
+
+def test_a_lora_leaves_chunks_and_sizes_as_they_are(wide: Pipeline, micro_base: Path, tmp_path: Path) -> None:
+    weights = load_file(micro_base / "unet" / "diffusion_pytorch_model.safetensors")
+    shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in UNET}
+    write(tmp_path / "sepia.safetensors", "diffusers", [Pair(name, 2, 1.0) for name in UNET], shapes, seed=1)
+    plug(PlugSpec(str(wide.bundle.folder), None, (str(tmp_path / "sepia.safetensors"),), tmp_path / "plugged"))
+    found = Pipeline.load(tmp_path / "plugged", provider="cpu")
+    assert found.bundle.manifest.text == wide.bundle.manifest.text and found.bundle.manifest.text.chunks == 3
+    assert list(found.bundle.manifest.networks["unet"].parity.sizes) == ["32x32", "16x48", "231 tokens"]
+    common: dict[str, Any] = {"steps": 2, "prompt_syntax": "a1111", "size": (16, 48)}
+    assert not np.array_equal(found(LONG, **common)[0].pixels, wide(LONG, **common)[0].pixels)
 
 
 @pytest.mark.parametrize("tokens", [100, 76, 77 * 9])

@@ -288,7 +288,7 @@ class LoraEngines:
                 raise Stopping("the server is being stopped; ask another server, or later")
             if not entry.users:
                 self._entries.pop(entry.key, None)  # under the lock: nobody may begin to wait for it
-                raise PnpError("every client of the LoRA disconnected; send the request again")
+                raise PnpError("no request waits for the LoRA any more; send it again")
 
     def _make_room(self, entry: _Entry) -> None:
         """Unload engines until one more may be loaded."""

@@ -171,7 +171,9 @@ class Service:
     async def _loaded(self, request: Request, owner: Owner, since: float) -> Engine:
         """The engine of a lease; ``Expired`` or ``Cancelled`` where it comes too late for the client."""
         assert owner.lease is not None and owner.loading is not None
-        ready = asyncio.shield(asyncio.wrap_future(owner.lease.future))  # others wait for it too
+        made = asyncio.wrap_future(owner.lease.future)
+        made.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may come when nobody waits
+        ready = asyncio.shield(made)  # others wait for it too
         gone = asyncio.ensure_future(_gone(request))
         stopped = asyncio.ensure_future(owner.loading.wait())
         try:

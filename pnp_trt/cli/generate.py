@@ -26,6 +26,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first row; each next row adds 1.")] = 0,
     method: Annotated[str | None, typer.Option(help="{methods}.")] = None,
     schedule: Annotated[str | None, typer.Option(help="{schedules} or teacher.")] = None,
+    prompt_syntax: Annotated[
+        str, typer.Option(help="Of rows that name none: plain, or a1111 for weights and chunks of long prompts.")
+    ] = "plain",
     kind: Annotated[str, typer.Option("--format", help="png, webp (lossless) or jpeg.")] = "png",
     slots: Annotated[int, typer.Option(min=1, max=64, help="Images that share an engine call, at most.")] = 8,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -46,7 +49,9 @@ def generate(
     rows = offline.read_rows(table)
     check_writable_folder(out)
     build_if_missing(engine, quiet)
-    named = {"steps": steps, "guidance": guidance, "method": method, "schedule": schedule}
+    named = {
+        "steps": steps, "guidance": guidance, "method": method, "schedule": schedule, "prompt_syntax": prompt_syntax,
+    }  # fmt: skip
     defaults = {name: value for name, value in named.items() if value is not None}
     with ProgressBar(f"{len(rows)} images", None, quiet) as bar:
         progress = bar.count if bar.watched else None

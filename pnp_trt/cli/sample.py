@@ -150,7 +150,7 @@ def sample(
         ),
     ] = None,
     prompt_syntax: Annotated[
-        str, typer.Option(help="plain, or a1111 for weights as in (red:1.3), ((red)) and [red].")
+        str, typer.Option(help="plain, or a1111 for weights as in (red:1.3), and chunks of long prompts.")
     ] = "plain",
     init: Annotated[Path | None, typer.Option(help="Starting image, if the engine has a VAE encoder.")] = None,
     strength: Annotated[

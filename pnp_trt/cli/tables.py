@@ -105,6 +105,7 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
         ("precision", m.precision + quantised),
         ("profiles", ", ".join(p.name for p in m.profiles) or f"any batch up to {m.sample.max_batch}"),
         ("images", _images(m)),
+        ("prompts", _prompts(m)),
         ("parity", f"limit {m.parity.limit:.0e} against {m.parity.against}"),
         ("of engines", measured),
         *_kernels(m),
@@ -148,6 +149,12 @@ def _images(m: Manifest) -> str:
     default = f"{m.image.height}x{m.image.width}"
     legal = legal_sizes(m.profiles)
     return f"{default} (height x width)" + (f"; legal: {legal}" if legal not in ("", default) else "")
+
+
+def _prompts(m: Manifest) -> str:
+    """The tokens that a prompt may have."""
+    length, chunks = m.tokens.length, m.text.chunks
+    return f"{length} tokens" if chunks == 1 else f"up to {chunks * length} tokens in chunks of {length}"
 
 
 def base_name(m: Manifest) -> str:

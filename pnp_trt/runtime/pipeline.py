@@ -246,7 +246,7 @@ class Pipeline:
         """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is requested."""
         return default_interval(self._scheduler)
 
-    def encode(self, prompts: Sequence[str], syntax: str = PLAIN, tokens: int = 0) -> Text:
+    def encode(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
         """Text states ``[N, tokens, D]`` float32, with SDXL's pooled text; ``np.asarray`` gives the states alone.
 
         With ``a1111``, on an engine for prompts of several chunks, the tokens are those of the prompt with most of
@@ -254,14 +254,13 @@ class Pipeline:
 
         Args:
             syntax: of ``SYNTAXES``: ``plain``, or ``a1111`` for weights such as ``(x:1.3)``.
-            tokens: that there are at least, as of another text that these states are used with.
 
         Raises:
             InputError: for an unknown syntax, or a prompt or weight that cannot be taken.
         """
         check_syntax(syntax)
         check_prompts(prompts)
-        return self._text(prompts, syntax, tokens)
+        return self._text(prompts, syntax)
 
     def check_size(self, size: Size | None) -> Size:
         """``size`` in pixels, or the default for None.
@@ -321,7 +320,8 @@ class Pipeline:
             guidance: w, one for all or ``[N]``.
             method: one of ``methods`` or ``baselines``; ``None`` takes the first.
             callback: called with (steps done, steps) after each step; False from it stops the work.
-            negative: those of negative prompts; None stands for the empty prompt, which SDXL has as zeros.
+            negative: those of negative prompts; None stands for the empty prompt, which SDXL has as zeros.  Empty
+                chunks follow the one of both that has fewer tokens.
             schedule: a name, as for :meth:`schedule`, or a table, whose length then stands for ``steps``.
             image: clean latents to begin with, ``[N, C, H, W]`` or one for all ``[1, C, H, W]``.
             guided_interval: lowest and highest timestep with CFG, for ``cfg-interval``; None as for
@@ -410,8 +410,12 @@ class Pipeline:
         reads = guided and self.negative_prompts
         if negative is None and (twice or reads):
             avoided = self._text.empty(text.shape[1]).repeated(len(text))
+        elif negative is not None:
+            avoided = Text.of(negative)
+            tokens = max(text.shape[1], avoided.shape[1])
+            text, avoided = (each.longer(tokens, self._text.chunk) for each in (text, avoided))
         else:
-            avoided = text if negative is None else Text.of(negative)
+            avoided = text
         inputs = (Text.joined([avoided, text]) if twice else text).inputs()
         rows = len(inputs[STATES])
         self._check_image_sizes(image_sizes)
@@ -619,14 +623,10 @@ class Pipeline:
         return own if negatives is None else max(own, self._text.tokens(negatives[i], syntax))
 
     def _texts(self, prepared: Prepared, part: Sequence[int]) -> tuple[Text, Text | None]:
-        """Text states of images with equally many tokens, and those of their negative prompts or None."""
+        """Text states of some of the images, and those of their negative prompts or None."""
         given, negatives, syntax = prepared.context, prepared.negatives, prepared.syntax
-        tokens = self._tokens(prepared, part[0])
-        if given is None:
-            states = self.encode([prepared.prompts[i] for i in part], syntax, tokens)
-        else:
-            states = given[list(part)].longer(tokens, self._text.chunk())
-        return states, None if negatives is None else self.encode([negatives[i] for i in part], syntax, tokens)
+        states = given[list(part)] if given is not None else self.encode([prepared.prompts[i] for i in part], syntax)
+        return states, None if negatives is None else self.encode([negatives[i] for i in part], syntax)
 
     def prepare(
         self,

@@ -51,12 +51,12 @@ class Text:
         """One row as ``count`` rows, without copies."""
         return self._each(lambda value: np.broadcast_to(value, (count, *value.shape[1:])))
 
-    def longer(self, tokens: int, chunk: Text) -> Text:
+    def longer(self, tokens: int, chunk: Callable[[], Text]) -> Text:
         """With the states of ``chunk``, one row, behind it until there are ``tokens``; itself where there are."""
-        lacking = (tokens - self.states.shape[1]) // chunk.states.shape[1]
-        if lacking <= 0:
+        if tokens <= self.states.shape[1]:
             return self
-        more = np.tile(chunk.states, (len(self), lacking, 1))
+        empty = chunk().states
+        more = np.tile(empty, (len(self), (tokens - self.states.shape[1]) // empty.shape[1], 1))
         return Text(np.concatenate([self.states, more], axis=1), self.added)
 
     def zeros(self) -> Text:
@@ -106,16 +106,15 @@ class TextEncoders:
         self.length, self.chunks = manifest.tokens.length, manifest.text.chunks
         self._empty: Text | None = None
 
-    def __call__(self, prompts: Sequence[str], syntax: str = PLAIN, tokens: int = 0) -> Text:
+    def __call__(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
         """Text of N prompts, each encoded alone, and followed by empty chunks where another one is longer.
 
         Args:
             syntax: of ``SYNTAXES``; weights scale the states of each encoder and chunk by itself.
-            tokens: that there are at least.
         """
         rows = [self._row(self._sections(p, syntax), syntax) for p in prompts]
-        most = max(tokens, *(row.shape[1] for row in rows))
-        rows = [row if row.shape[1] == most else row.longer(most, self.chunk()) for row in rows]
+        most = max(row.shape[1] for row in rows)
+        rows = [row.longer(most, self.chunk) for row in rows]
         return rows[0] if len(rows) == 1 else Text.joined(rows)
 
     def tokens(self, prompt: str, syntax: str = PLAIN) -> int:
@@ -133,7 +132,7 @@ class TextEncoders:
         """One row: what CFG reads where no negative prompt is given."""
         text = self.chunk()
         text = text.zeros() if self._zeros else text
-        return text.longer(tokens, text)
+        return text.longer(tokens, lambda: text)
 
     def chunk(self) -> Text:
         """One row: the empty prompt, which stands where a prompt has fewer chunks than another one."""

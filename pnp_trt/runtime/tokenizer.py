@@ -64,7 +64,8 @@ class Tokenizer:
         if (most := self.length - 2) < len(words.ids):
             warnings.warn(
                 f"the prompt has {len(words.ids) + 2} tokens and was cut to {self.length}; dropped: "
-                f"{_shown(words.rest(most))}",
+                f"{_shown(words.rest(most))}; --prompt-syntax a1111 reads longer ones with an engine that was built "
+                f"with --tokens {2 * self.length} or above",
                 stacklevel=3,
             )
         return self._chunk(words, range(min(most, len(words.ids))))
@@ -79,7 +80,7 @@ class Tokenizer:
         if len(places) > most:
             warnings.warn(
                 f"the prompt has {len(places)} chunks of {self.length} tokens and was cut to {most}; dropped: "
-                f"{_shown(words.rest(_first(places[most:])))}",
+                f"{_shown(words.rest(_first(places[most:])))}; build the engine with more --tokens",
                 stacklevel=3,
             )
         return [self._chunk(words, part) for part in places[:most]]

@@ -21,6 +21,7 @@ from .engine import Engine
 #: columns of a table → the type of their values
 COLUMNS: dict[str, Callable[[Any], Any]] = {
     "prompt": str, "seed": int, "steps": int, "guidance": float, "negative": str, "method": str, "schedule": str,
+    "prompt_syntax": str,
 }  # fmt: skip
 #: images that are under way beside those in the engine's calls, so that none of its rows stays empty
 _AHEAD = 16

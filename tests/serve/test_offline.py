@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
 def test_a_table_has_the_same_rows_in_every_form(tmp_path: Path, suffix: str) -> None:
     rows = [row for row in ROWS if row["prompt"]] if suffix == "csv" else ROWS
     assert read_rows(written(tmp_path, f"rows.{suffix}", rows)) == rows
+
+
+def test_rows_have_a_syntax_of_their_own(engines: Path, cli: Callable[..., Result], tmp_path: Path) -> None:
+    rows = [{"prompt": "a (red:1.5) apple", "prompt_syntax": "plain"}, {"prompt": "a (red:1.5) apple"}]
+    table, out = written(tmp_path, "rows.csv", rows), tmp_path / "out"
+    cli("generate", table, "--out", out, "--engine", "guided", "--steps", 2, "--prompt-syntax", "a1111")
+    pipeline = Pipeline.load(engines / "guided", provider="cpu")
+    for i, syntax in enumerate(("plain", "a1111")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (alone,) = pipeline("a (red:1.5) apple", steps=2, seed=i, prompt_syntax=syntax)
+        np.testing.assert_array_equal(np.asarray(Image.open(out / f"{i + 1:08d}.png")), alone.pixels)
 
 
 def test_files_are_the_pipelines_images_and_a_second_run_keeps_them(

@@ -12,6 +12,9 @@ after each batch was run, CPU seconds to make its session, and of one call, with
 
 ONNX Runtime's container of packed weights that sessions share is not in its Python interface.
 
+Processes that run one after the other meet another load of the machine each, so calls of `one` and `own` are also timed
+in turn in one process: `one_to_own` is the ratio of their median CPU seconds, by batch.
+
     python -m benchmarks.serving_sessions       # two minutes on one core
 """
 
@@ -82,6 +85,30 @@ for batch in range(1, most + 1):
                  "call_s": sorted(calls[1:])[1]})
 print(json.dumps(seen))
 """
+#: both kinds of session in one process, their calls in turn
+RATIO = """
+import json, sys, time
+import numpy as np, onnxruntime as ort
+graph, found = sys.argv[1], {}
+def session(batch):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    if batch:
+        options.add_free_dimension_override_by_name("batch", batch)
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+one, kinds = session(None), {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+for batch in (1, 2, 4, 8):
+    feed = {i.name: np.ones([d if isinstance(d, int) else batch for d in i.shape], kinds[i.type])
+            for i in one.get_inputs()}
+    times, pair = {"one": [], "own": []}, {"one": one, "own": session(batch)}
+    for _ in range(160 // batch):
+        for name, held in pair.items():
+            started = time.thread_time()
+            held.run(None, feed)
+            times[name].append(time.thread_time() - started)
+    found[batch] = float(np.median(times["one"][1:]) / np.median(times["own"][1:]))
+print(json.dumps(found))
+"""
 
 
 def main() -> None:
@@ -96,6 +123,9 @@ def main() -> None:
         command = [sys.executable, "-c", PROGRAM, str(graph), mode, str(BATCHES)]
         found[mode] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         print(mode, [round(each["resident_bytes"] / 2**20) for each in found[mode]], "MiB", flush=True)
+    command = [sys.executable, "-c", RATIO, str(graph)]
+    ratio = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    print("one to own", {batch: round(value, 3) for batch, value in ratio.items()}, flush=True)
     write_json(
         given.out,
         {
@@ -104,6 +134,7 @@ def main() -> None:
             "engine": given.engine,
             "weight_bytes": sum(p.stat().st_size for p in graph.parent.glob(graph.name + "*")),
             "modes": found,
+            "one_to_own": ratio,
         },
     )
 

@@ -8,6 +8,7 @@ Tests of that very promise run under :func:`unshared`, and so always trace.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,9 @@ def identity(module: Any, inputs: dict[str, Any], outputs: Sequence[str], open_a
     """Digest of all that a graph depends on: structure, configs, hooks, buffers, types of weights, and arguments."""
     import torch
 
-    sha = hashlib.sha256(repr((type(module), module, list(outputs), list(open_axes))).encode())
+    # an axis is open in inputs of four dimensions alone
+    axes = list(open_axes) if any(x.ndim == 4 for x in inputs.values()) else []
+    sha = hashlib.sha256(repr((type(module), module, list(outputs), axes)).encode())
     sha.update(repr([(n, x.dtype, tuple(x.shape)) for n, x in inputs.items()]).encode())
     plain = str | int | float | bool | tuple | list | None
     for name, part in module.named_modules():
@@ -51,12 +54,15 @@ def share(once: Callable[[str, Callable[[Path], object]], Path]) -> None:
     """Let builds in this process take traces from ``once``, which fills a folder for all workers."""
     import onnx
     import onnx_ir as ir
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     from pnp_trt.build import onnx_export
 
     real = onnx_export.trace
     if hasattr(real, "shared"):
         return
+    # the exporter reads all operators' signatures anew for every trace, though none changes its table
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
     def trace(module: Any, inputs: dict[str, Any], outputs: list[str], open_axes: Sequence[Any] = ()) -> Any:
         def fill(folder: Path) -> None:

@@ -37,6 +37,13 @@ def test_equal_modules_are_one() -> None:
     assert of(net(), {"x": torch.ones(2, 4)}) == of(net())  # shapes are traced, not values
 
 
+def test_open_axes_count_where_an_input_has_them() -> None:
+    axes = [OpenAxis("height", 2, 1, 6, 4)]
+    pictures = {"x": torch.zeros(2, 4, 8, 8)}
+    assert identity(net(), INPUTS, ["y"], axes) == of(net())
+    assert identity(net(), pictures, ["y"], axes) != of(net(), pictures)
+
+
 @pytest.mark.parametrize("change", ["layer", "eps", "dtype", "island", "input", "output", "buffer"])
 def test_whatever_changes_a_graph_is_another(change: str) -> None:
     one, inputs, output = net(), INPUTS, "y"

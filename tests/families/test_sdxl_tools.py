@@ -22,6 +22,7 @@ from pnp_trt.runtime.pipeline import Pipeline
 
 from ..bundles import document
 from ..conftest import Result
+from .conftest import SIZES
 
 TRAIN = TrainConfig(steps=6, batch=4, lr=5e-3, warmup=2, checkpoint_every=3)
 
@@ -59,7 +60,7 @@ def test_calibration_and_an_int8_engine(
     assert record.base["sha256"] == resolve(str(micro_sdxl)).fingerprint()["all"]
     assert all(layer.amax["max"] > 0 for layer in record.layers.values())
     done = cli("build", "--base", micro_sdxl, "--guide", sdxl_guide, "--precision", "int8", "--calibration", out,
-               "--out", engine)  # fmt: skip
+               "--profile", SIZES, "--out", engine)  # fmt: skip
     assert done.code == 0, done.err
     networks = document(engine)["networks"]
     assert networks["unet"]["int8"]["layers"] == len(record.choices()) > 5 and "int8" not in networks["text_encoder_2"]

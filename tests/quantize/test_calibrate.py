@@ -145,7 +145,7 @@ def test_int8_from_calibration_to_picture(cli: Cli, micro_base: Path, micro_guid
     done = cli(*made)
     assert done.code == 2 and "exists already; pass --force" in done.err
     done = cli("build", *source, "--precision", "int8", "--calibration", record, "--out", engine,
-               "--profile", "b1-4", "--profile", "b1@32-48")  # fmt: skip
+               "--profile", "b1-4", "--profile", "b1@32-64")  # fmt: skip
     assert done.code == 0, done.err
     assert "slower with INT8" in done.out
     text = cli("inspect", engine).out

@@ -19,6 +19,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from . import exports
+from .commands import made_anew, made_once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -32,9 +33,17 @@ settings.load_profile("campaign" if os.environ.get("PNP_TRT_CAMPAIGN") else "ci"
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder ``name`` that ``make`` fills, one for all of xdist's workers: the first to ask makes it."""
+    return once_in(shared_root(factory), name, make)
+
+
+def shared_root(factory: pytest.TempPathFactory) -> Path:
+    """The run's folder, of which each of xdist's workers has one."""
     root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # the run's, of which each worker has a folder
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+def once_in(root: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder ``name`` below ``root`` that ``make`` fills, one for all processes: the first to ask makes it."""
     folder, state = root / "shared" / name, root / "shared-state"
     folder.parent.mkdir(parents=True, exist_ok=True)
     state.mkdir(exist_ok=True)
@@ -44,6 +53,12 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
             make(folder)
             done.touch()
     return folder
+
+
+def finished(root: Path, kind: str) -> list[Path]:
+    """The folders ``kind/NAME`` below ``root`` that are filled."""
+    marks = (root / "shared-state").glob(f"{kind}-*.done")
+    return [root / "shared" / kind / mark.stem.removeprefix(f"{kind}-") for mark in marks]
 
 
 #: fixtures that load, train or export a model
@@ -78,12 +93,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 _FROZEN: set[str] = set()
+gc.set_threshold(50_000, 20, 20)  # seldom: what a test leaves is small, and looking for it takes long
 
 
 def _freeze_libraries() -> None:
     """Leave what large libraries hold out of garbage collection, which looks at a million of their objects each time.
 
-    Tracing and timing collect often; the suite takes a fifth less time.
+    Timing collects often; the suite takes a fifth less time.
     """
     loaded = {"torch", "diffusers", "transformers", "onnxscript", "torch.onnx._internal.exporter", "matplotlib"}
     if new := (loaded & sys.modules.keys()) - _FROZEN:
@@ -138,6 +154,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["pnp-trt", *map(str, arguments)])
+        monkeypatch.setattr("typer.main.get_command", made_anew if "--help" in arguments else made_once)
         capfd.readouterr()
         try:
             main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -18,7 +17,8 @@ from pnp_trt.models.guides import GUIDES
 from pnp_trt.precision.recipes import RECIPES
 from pnp_trt.sampling.schedules import SCHEDULES
 
-from ..conftest import Result
+from ..conftest import Result, shared_root
+from ..forking import Forking
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "extending"
@@ -46,18 +46,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def pnp_trt(installed: str) -> Callable[..., Result]:
+def pnp_trt(installed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Result]]:
     """Run ``pnp-trt ARGS`` in a process of its own that has the example package, as its user would."""
-
-    def run(*arguments: object, cwd: Path | None = None) -> Result:
-        done = subprocess.run(
-            [sys.executable, "-m", "pnp_trt", *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": installed, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            cwd=cwd, capture_output=True, text=True, timeout=3600,
-        )  # fmt: skip
-        return Result(done.returncode, done.stdout, done.stderr)
-
-    return run
+    forking = Forking(shared_root(tmp_path_factory), {"PYTHONPATH": installed})
+    yield lambda *arguments: Result(*forking.run(*arguments))
+    forking.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """What a kill, a flipped bit, a full disk or a second process can do to a bundle: nothing.
 
-``PNP_TRT_FAULTS=20`` (``make faults``) kills a build at twenty random moments; the usual run does at three.
+``PNP_TRT_FAULTS=20`` (``make faults``) kills a build at twenty random moments; the usual run does at three, of builds
+that take their traces from the run (``tests/exports.py``), so that most of their time goes to what they write.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from pnp_trt.errors import InputError, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 
 from .bundles import reseal
+from .conftest import shared_root
 
 KILLS = int(os.environ.get("PNP_TRT_FAULTS", "3"))
 #: one and the same in `make test`; `make faults` tries other moments every time
@@ -34,7 +37,10 @@ SEED = int(os.environ.get("PNP_TRT_FAULTS_SEED", time.time_ns() % 10_000 if "PNP
 #: Imports what is slow once; forks a process for every line that it reads, which then builds and states this.
 FORKER = """
 import os, sys, json
+from functools import partial
 from pathlib import Path
+from tests.conftest import once_in
+from tests.exports import share
 import pnp_trt.build.onnx_export, pnp_trt.build.parity, pnp_trt.graph.weights, pnp_trt.models.student, diffusers
 import onnxruntime, onnxscript.optimizer, onnxscript.rewriter, transformers
 from pnp_trt.models.bases import resolve
@@ -43,10 +49,12 @@ from pnp_trt.build.spec import BuildSpec
 resolve(sys.argv[1]).unet(), resolve(sys.argv[1]).text_encoder(), resolve(sys.argv[1]).vae()
 print("ready", flush=True)
 for line in sys.stdin:
-    base, guide, out = json.loads(line)
+    base, guide, out, traces = json.loads(line)
     child = os.fork()
     if child == 0:
         try:
+            if traces:
+                share(partial(once_in, Path(traces)))
             build(BuildSpec(base, guide, out=Path(out)), force=True)
         finally:
             os._exit(0)
@@ -59,10 +67,11 @@ for line in sys.stdin:
 class Forker:
     """Builds in processes that can be killed, without paying for the imports each time."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, traces: Path) -> None:
+        self._traces = traces
         self.child = subprocess.Popen(
             [sys.executable, "-c", FORKER, str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}, cwd=Path(__file__).parents[1],
         )  # fmt: skip
         assert self._line() == "ready"
 
@@ -70,10 +79,11 @@ class Forker:
         assert self.child.stdout is not None
         return self.child.stdout.readline().strip()
 
-    def start(self, base: Path, guide: str, out: Path) -> int:
-        """Begin a build; its process id."""
+    def start(self, base: Path, guide: str, out: Path, shared: bool = True) -> int:
+        """Begin a build, which takes the run's traces where it is ``shared``; its process id."""
         assert self.child.stdin is not None
-        self.child.stdin.write(json.dumps([str(base), guide, str(out)]) + "\n")
+        traces = str(self._traces) if shared else None
+        self.child.stdin.write(json.dumps([str(base), guide, str(out), traces]) + "\n")
         self.child.stdin.flush()
         return int(self._line())
 
@@ -83,25 +93,28 @@ class Forker:
 
 
 @pytest.fixture(scope="module")
-def forker(micro_base: Path):
-    made = Forker(micro_base)
+def forker(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+    made = Forker(micro_base, shared_root(tmp_path_factory))
     yield made
     made.child.kill()
-    made.child.wait()
+    made.child.communicate()
 
 
 def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     forker: Forker, micro_base: Path, micro_bundles: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(SEED)
+    forker.start(micro_base, "none", tmp_path / "own", shared=False)
+    forker.wait()
+    shared = "PNP_TRT_FAULTS" not in os.environ
     begun = time.monotonic()
-    forker.start(micro_base, "none", tmp_path / "timed")
+    forker.start(micro_base, "none", tmp_path / "timed", shared)
     forker.wait()
     whole = time.monotonic() - begun
     # the bundle that stands has a VAE encoder, which the new one has not: they differ, and each is whole by itself
     old, new = (
         {n: f.sha256 for n, f in open_bundle(folder).manifest.files.items()}
-        for folder in (micro_bundles / "plain", tmp_path / "timed")
+        for folder in (micro_bundles / "plain", tmp_path / "own")
     )
     assert old != new
     shutil.copytree(micro_bundles / "plain", tmp_path / "over")
@@ -109,7 +122,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
         replace = number % 2 == 0  # of a bundle that is there, and of none
         out = tmp_path / ("over" if replace else f"fresh-{number}")
         moment = rng.uniform(0, 1.1 * whole)
-        child = forker.start(micro_base, "none", out)
+        child = forker.start(micro_base, "none", out, shared)
         time.sleep(moment)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)

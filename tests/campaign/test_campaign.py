@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from ..conftest import finished, shared_root
 from . import areas, report
 from .case import Case
 from .fixtures import gather
@@ -31,13 +33,14 @@ def zygote(
     micro_base: Path, micro_guide: Path, micro_bundles: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Zygote]:
     """One zygote for all workers of this session; it ends with the session."""
-    common = tmp_path_factory.getbasetemp()
-    common = common.parent if os.environ.get("PYTEST_XDIST_WORKER") else common
+    common = shared_root(tmp_path_factory)
     scratch = common / "campaign"
     with FileLock(common / "campaign.lock"):
         if not (scratch / "fixtures").exists():
             (scratch / "building").mkdir(parents=True)
             gather(scratch / "building", micro_base, micro_guide, micro_bundles)
+            for trace in finished(common, "traces"):
+                shutil.copytree(trace, scratch / "traces" / trace.name)
             (scratch / "building").rename(scratch / "fixtures")
         client = Zygote(scratch)
     yield client

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..commands import made_once
 from .case import Case, Outcome, Place, classify, precious, row, signature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,7 @@ def _preload() -> None:
             with contextlib.suppress(ImportError):  # a backend's own library may not be installed
                 importlib.import_module(module.name)
     sys.modules["torch"].set_num_threads(1)
+    sys.modules["typer"].main.get_command = made_once
     sys.modules["PIL.Image"].init()
     for words in (
         ["inspect", "guided"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,9 +45,10 @@ def config_of(part: Any) -> Any:
     return config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), default=str)
 
 
-def hook_of(hook: Any) -> list[str]:
-    """A hook's code and what it closes over."""
-    cells = [repr(c.cell_contents) for c in getattr(hook, "__closure__", None) or ()]
+def hook_of(hook: Any) -> list[Any]:
+    """A hook's code and what it closes over; of a function no address, as transformers' hooks call others."""
+    found = [c.cell_contents for c in getattr(hook, "__closure__", None) or ()]
+    cells = [hook_of(value) if inspect.isfunction(value) else repr(value) for value in found]
     return [getattr(hook, "__qualname__", repr(hook)), *cells]
 
 

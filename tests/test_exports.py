@@ -44,6 +44,21 @@ def test_open_axes_count_where_an_input_has_them() -> None:
     assert identity(net(), pictures, ["y"], axes) != of(net(), pictures)
 
 
+def hooked(factor: float) -> nn.Module:
+    """A module with a hook that calls another function, as transformers installs them."""
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return factor * x
+
+    one = net()
+    one.register_forward_hook(lambda module, inputs, output: scaled(output))
+    return one
+
+
+def test_hooks_count_by_what_they_do() -> None:
+    assert of(hooked(2.0)) == of(hooked(2.0)) != of(hooked(3.0)) and of(hooked(2.0)) != of(net())
+
+
 @pytest.mark.parametrize("change", ["layer", "eps", "dtype", "island", "input", "output", "buffer"])
 def test_whatever_changes_a_graph_is_another(change: str) -> None:
     one, inputs, output = net(), INPUTS, "y"

@@ -6,6 +6,8 @@ DEMO ?= demo
 GUIDES ?= build/emoji/guides
 # of bench: set to --resume to resume an interrupted run
 RESUME ?=
+# as many workers as cores, each with whole files, in the order of tests/conftest.py
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test test-fast test-ray test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji rivals clean
@@ -61,10 +63,10 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST)
 
 test-fast: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST) -m fast
 
 test-ray: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[dev,ray]'
@@ -84,11 +86,11 @@ PORTABILITY := "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41" "ATEN_CPU_
 test-portability: $(VENV)/.dev-installed
 	for setting in $(PORTABILITY); do \
 	  echo "== $$setting"; \
-	  env OMP_NUM_THREADS=1 $$setting $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(NUMERICS) || exit 1; \
+	  env OMP_NUM_THREADS=1 $$setting $(PYTEST) $(NUMERICS) || exit 1; \
 	done
 
 coverage: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(PYTEST) --cov --cov-report=term:skip-covered
 
 docs: $(BIN)/python
 	$(PIP_INSTALL) -e '.[docs]'

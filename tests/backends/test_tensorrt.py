@@ -189,6 +189,7 @@ def test_the_compiler_dies_with_its_caller(jobs: dict[str, CompileJob], tmp_path
     assert caller.stdout is not None and caller.stdout.readline() == b"started\n"
     (child,) = psutil.Process(caller.pid).children()
     os.kill(caller.pid, signal.SIGKILL)
+    caller.stdout.close()
     caller.wait()
     _, alive = psutil.wait_procs([child], timeout=600)
     assert not alive

@@ -39,10 +39,12 @@ def identity(module: Any, inputs: dict[str, Any], outputs: Sequence[str], open_a
     return sha.hexdigest()
 
 
-def config_of(part: Any) -> Any:
-    """A diffusers or transformers config as text."""
+def config_of(part: Any) -> str:
+    """A diffusers or transformers config as text, less what a guide says of its training."""
     config = part.config
-    return config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), default=str)
+    if hasattr(config, "to_json_string"):
+        return config.to_json_string()
+    return json.dumps({k: v for k, v in config.items() if k != "sampling_steps"}, default=str)
 
 
 def hook_of(hook: Any) -> list[Any]:

@@ -14,7 +14,8 @@ from torch import nn
 from pnp_trt.build.onnx_export import export
 from pnp_trt.build.sizes import OpenAxis
 from pnp_trt.models.bases import resolve
-from pnp_trt.models.student import Teacher
+from pnp_trt.models.guides import TinyGuide
+from pnp_trt.models.student import Student, Teacher
 from pnp_trt.precision.recipes import RECIPES, convert
 
 from .conftest import once
@@ -117,3 +118,9 @@ def test_a_config_counts(micro_base: Path) -> None:
     other = copy.deepcopy(unet)
     other.register_to_config(sample_size=16)
     assert of(Teacher(unet)) != of(Teacher(other)) and of(Teacher(unet)) == of(Teacher(copy.deepcopy(unet)))
+    guide = TinyGuide.from_unet(unet, rank=4, embed_dim=8)
+    student = of(Student(unet, guide))
+    guide.register_to_config(sampling_steps=4)  # said of its training alone
+    assert of(Student(unet, guide)) == student
+    guide.register_to_config(rank=5)
+    assert of(Student(unet, guide)) != student

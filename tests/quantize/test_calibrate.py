@@ -181,7 +181,8 @@ def test_int8_from_calibration_to_picture(cli: Cli, micro_base: Path, micro_guid
 def test_int8_of_a_full_guide(cli: Cli, micro_base: Path, prompts: Path, tmp_path: Path) -> None:
     """Its hint runs once per image, in a separate network, and stays in floating point."""
     guide, record, engine = tmp_path / "mine", tmp_path / "r.json", tmp_path / "engine"
-    FullGuide.from_unet(UNet2DConditionModel.from_pretrained(micro_base / "unet")).save_pretrained(guide)
+    unet = UNet2DConditionModel.from_pretrained(micro_base / "unet")
+    FullGuide.from_unet(unet, negative_prompts=True).save_pretrained(guide)
     source = ["--base", micro_base, "--guide", guide]
     done = cli("calibrate", *source, "--prompts", prompts, "--pictures", "1", "--steps", "1", "--probes", "0",
                "--out", record)  # fmt: skip

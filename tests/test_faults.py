@@ -97,7 +97,8 @@ def forker(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     made = Forker(micro_base, shared_root(tmp_path_factory))
     yield made
     made.child.kill()
-    made.child.communicate()
+    with made.child:  # closes both pipes, then waits
+        pass
 
 
 def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(

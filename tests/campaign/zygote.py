@@ -59,6 +59,8 @@ class Zygote:
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
+            assert self._child.stdout is not None
+            self._child.stdout.close()
 
     def _alive(self) -> bool:
         with socket.socket(socket.AF_UNIX) as line:

@@ -72,8 +72,9 @@ SLOW = ("campaign", "distill", "export", "integrations", "plug", "quantize", "te
 #: The files of the most CPU time (2026-11-26), longest first.  Workers take whole files in this order, so that none is
 #: left alone with a long one at the end.
 LONGEST = (
-    "campaign/test_campaign.py", "quantize/test_calibrate.py", "test_sizes.py", "families/test_sdxl_tools.py",
-    "export/test_sizes.py", "families/test_sdxl.py", "test_faults.py", "backends/test_tensorrt.py",
+    "campaign/test_campaign.py", "families/test_sdxl_tools.py", "test_sizes.py", "quantize/test_calibrate.py",
+    "export/test_sizes.py", "test_faults.py", "distill/test_processes.py", "plug/test_lora_formula.py",
+    "backends/test_tensorrt.py", "backends/test_torch.py", "distill/test_guidance.py",
 )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def guides(record: Document) -> str:
     cells = []
     for case, name in names.items():
         values = [found.get((*case, one)) for one in steps]
-        cells.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+        cells.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
     return _markdown(["", *(plural(one, "step") for one in steps)], cells, 1)
 
 

@@ -160,18 +160,36 @@ def measure(
 # ------------------------------------------------------------------------------------------------------- page
 
 
+def finding(rows: Sequence[dict[str, Any]]) -> str:
+    """Whether the guide needs a gain: where its KID without one is worse than CFG's."""
+    plain = [r for r in rows if r["gain"] == PLAIN]
+    worse = [r for r in plain if not r["gain_over_cfg"]["no_worse"]]
+    if not worse:
+        return (
+            "Without a gain the guide's KID is shown worse than CFG's in none of the "
+            f"{len(plain)} settings measured: this guide needs none."
+        )
+    return (
+        "Without a gain the guide's KID is worse than CFG's at "
+        + "; ".join(f"w = {r['w']:g}, {r['steps']} steps" for r in worse)
+        + "."
+    )
+
+
 def page(document: dict[str, Any]) -> str:
     """``docs/gain.md`` from the JSON."""
     settings, told = document["settings"], document["provenance"]
     device = told["device"]["gpu"] or told["device"]["processor"]
+    seeds = settings["seeds"]
+    noises = "one set of noise" if seeds == 1 else f"w = 3 has {seeds} sets of noise, the others one"
     intro = (
         "Least squares makes a guide's change of the prediction right in direction and too short. A gain g(t) in the "
         "guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that makes the "
         "change as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with the table "
-        f"and its square root. {settings['pictures']} trained captions; w = 3 has {settings['seeds']} sets of "
-        "noise, the others one. Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions "
-        "and noise, and above 0 is better than CFG. The last column is the w of CFG whose images are as strong in "
-        "colour."
+        f"and its square root. {settings['pictures']} trained captions; {noises}. "
+        "Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions and noise, and above 0 "
+        "is better than CFG. The last column is the w of CFG whose images are as strong in colour; where colour hardly "
+        "depends on w, that figure means little."
     )
     lines = [
         "# The gain of a guide's residuals",
@@ -180,6 +198,8 @@ def page(document: dict[str, Any]) -> str:
         f"made by `{told['command']}` ({told['date'][:10]}, {device}, torch {told['versions']['torch']}).",
         "",
         intro,
+        "",
+        finding(document["cells"]),
         "",
         "Table, from t = 0 to 999: " + ", ".join(f"{g:.2f}" for g in settings["gains"]["table"]) + ".",
         "",

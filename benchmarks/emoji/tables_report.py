@@ -22,7 +22,7 @@ DASH = "–"
 TEXT = """# Distillation on the bundled model, in tables
 
 Written by `python -m benchmarks.emoji.tables_report` from `benchmarks/results/emoji-tables.json`, which was made by
-`{command}` ({date}, {processor}, {threads} threads, torch {torch}).
+`{command}` ({date}, {machine}, torch {torch}).
 
 **EfficientNet-KID** is the unbiased kernel distance (cubic kernel) between EfficientNet-Lite0 features of generated and
 real images of the same captions. It is not FID; compare it only with itself. **R@1, R@5**: a frozen judge, trained on
@@ -98,7 +98,15 @@ interval resamples captions (images of one caption are not independent); the JSO
 have one set (R@k: Wilson's interval)."""
 
 
-def number(e: Row | None, digits: int = 3, scale: float = 1.0) -> str:
+def machine_said(document: Row) -> str:
+    """What sampled the images."""
+    device = document["provenance"]["device"]
+    if "--device cuda" in (document["provenance"]["command"] or ""):
+        return str(device["gpu"])
+    return f"{device['processor']}, {device['threads']} thread{'s' * (device['threads'] != 1)}"
+
+
+def number(e: Row | None, digits: int = 4, scale: float = 1.0) -> str:
     """``value [low, high]``."""
     if e is None:
         return DASH
@@ -245,7 +253,7 @@ def verdict_b(document: Row) -> str:
 
 def _rivals(duels: Sequence[Row], key: str) -> str:
     """The rivals that won, each with its NFE and the guide's (negative) gain over it."""
-    scale, digits = (1, 3) if key == "kid" else (100, 1)
+    scale, digits = (1, 4) if key == "kid" else (100, 1)
     return ", ".join(
         f"{METHODS[d['rival']['method']]} at {d['rival']['steps']} steps ({d['rival']['passes']} NFE; the guide's "
         f"gain over it is {number(d['gain'][key], digits, scale)})" for d in duels
@@ -327,7 +335,7 @@ def write_report(document: Row, cache: Path, docs: Path) -> None:
     ]  # fmt: skip
     text = TEXT.format(
         command=told["command"] or "python -m benchmarks.emoji.tables", date=told["date"][:10],
-        processor=told["device"]["processor"], threads=told["device"]["threads"], torch=told["versions"]["torch"],
+        machine=machine_said(document), torch=told["versions"]["torch"],
         pictures=document["settings"]["pictures"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
         real=f"The ceiling: {'; '.join(ceilings)}.\n" if ceilings else "",
         grid=f"![Images by method](distillation-grid.png)\n\n*{about}*\n",

@@ -46,6 +46,7 @@ def test_a_run_on_the_micro_teacher(
     assert len(set(psnr.values())) == 3
     assert 0 <= by["cfg", 16, 3.0]["chroma"] <= 1 and "gain_over_cfg" not in by["cfg", 16, 3.0]
     text = gains.page(found)
+    assert "guide's KID is " in text and "w = 3 has 2 sets of noise" in text
     assert text.count("\n| table | 3 |") == 2 and "2.00, 1.00" in text and "a command" in text
     assert str(tmp_path) not in text
     assert gains.measure(*where, **given, processes=2)["cells"] == found["cells"]

@@ -7,11 +7,12 @@ of the protocol buffers that matter here are read; field numbers are those of ``
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BundleCorrupt
+from ..io.protobuf import fields, message, text
 from ..io.text import printable
 from .manifest import Manifest, Tensor
 
@@ -19,7 +20,6 @@ from .manifest import Manifest, Tensor
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 #: element types of tensors at a graph's boundary
 DTYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 @dataclass
@@ -50,10 +50,10 @@ def read_graph(data: bytes) -> Graph:
     """
     out = Graph()
     found = False
-    for number, value in _fields(memoryview(data)):
+    for number, value in fields(memoryview(data)):
         if number == 7:  # ModelProto.graph; a second one is merged into the first
             found = True
-            _graph(_message(value), out)
+            _graph(message(value), out)
         elif number in (20, 25):  # training_info, functions
             out.nested = True
     if not found:
@@ -116,31 +116,31 @@ def _listed(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _graph(data: memoryview, out: Graph) -> None:
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1:
-            _node(_message(value), out)
+            _node(message(value), out)
         elif number == 5:
-            out.initializers.add(_tensor(_message(value), out))
+            out.initializers.add(_tensor(message(value), out))
         elif number == 15:  # SparseTensorProto: values and indices
-            for part, tensor in _fields(_message(value)):
+            for part, tensor in fields(message(value)):
                 if part in (1, 2):
-                    _tensor(_message(tensor), out)
+                    _tensor(message(tensor), out)
         elif number in (11, 12):
-            name, described = _value_info(_message(value))
+            name, described = _value_info(message(value))
             (out.inputs if number == 11 else out.outputs)[name] = described
 
 
 def _node(data: memoryview, out: Graph) -> None:
     domain = kind = ""
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 4:
-            kind = _text(value)
+            kind = text(value)
         elif number == 7:
-            domain = _text(value)
+            domain = text(value)
         elif number == 5:
-            for part, content in _fields(_message(value)):
+            for part, content in fields(message(value)):
                 if part in (5, 10):  # t, tensors
-                    _tensor(_message(content), out)
+                    _tensor(message(content), out)
                 elif part in (6, 11, 22, 23):  # g, graphs, sparse_tensor, sparse_tensors
                     out.nested = True
     out.operators.add((domain, kind))
@@ -149,11 +149,11 @@ def _node(data: memoryview, out: Graph) -> None:
 def _tensor(data: memoryview, out: Graph) -> str:
     """Note the external file of a tensor; returns the tensor's name."""
     name = ""
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 8:
-            name = _text(value)
+            name = text(value)
         elif number == 13:  # external_data: a key and its value
-            entry = {part: _text(content) for part, content in _fields(_message(value)) if part in (1, 2)}
+            entry = {part: text(content) for part, content in fields(message(value)) if part in (1, 2)}
             if entry.get(1) == "location":
                 out.locations.add(entry.get(2, ""))
     return name
@@ -162,78 +162,32 @@ def _tensor(data: memoryview, out: Graph) -> str:
 def _value_info(data: memoryview) -> tuple[str, Tensor]:
     name, dtype = "", "no tensor"
     shape: list[int | str] = []
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1:
-            name = _text(value)
+            name = text(value)
         elif number == 2:
-            for kind, content in _fields(_message(value)):
+            for kind, content in fields(message(value)):
                 if kind == 1:  # tensor_type
-                    dtype, shape = _tensor_type(_message(content))
+                    dtype, shape = _tensor_type(message(content))
     return name, (dtype, tuple(shape))
 
 
 def _tensor_type(data: memoryview) -> tuple[str, list[int | str]]:
     dtype = "no type"
     shape: list[int | str] = []
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1 and isinstance(value, int):
             dtype = DTYPES.get(value, f"type {value}")
         elif number == 2:
-            shape += [_dimension(_message(d)) for part, d in _fields(_message(value)) if part == 1]
+            shape += [_dimension(message(d)) for part, d in fields(message(value)) if part == 1]
     return dtype, shape
 
 
 def _dimension(data: memoryview) -> int | str:
     out: int | str = ""
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1 and isinstance(value, int):
             out = value
         elif number == 2:
-            out = _text(value)
+            out = text(value)
     return out
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(number, value) of a message's fields: whole numbers, and the bytes of strings and messages."""
-    at, end = 0, len(data)
-    while at < end:
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == _VARINT:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-            continue
-        if kind == _BYTES:
-            length, at = _varint(data, at)
-        elif kind in (_FIXED64, _FIXED32):
-            length = 8 if kind == _FIXED64 else 4
-        else:
-            raise ValueError("it is not made of protocol buffers")
-        if at + length > end:
-            raise ValueError("it is cut short")
-        if kind == _BYTES:
-            yield tag >> 3, data[at : at + length]
-        at += length
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    out = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise ValueError("it is cut short, or not made of protocol buffers")
-        byte = data[at]
-        at += 1
-        out |= (byte & 127) << shift
-        if byte < 128:
-            return out, at
-        shift += 7
-
-
-def _message(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError("it has a number where a message belongs")
-    return value
-
-
-def _text(value: int | memoryview) -> str:
-    return bytes(_message(value)).decode()  # UnicodeDecodeError is a ValueError

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from pnp_trt.backends.onnxruntime import backend as module
 from pnp_trt.backends.onnxruntime.backend import OrtNetwork
@@ -39,9 +39,11 @@ class Session(ort.InferenceSession):
     """ONNX Runtime's own on the CPU, which says that it has CUDA; it keeps what it was asked for."""
 
     asked: list[Any]
+    given: Any
+    severities: ClassVar[list[int]] = []
 
     def __init__(self, model: Any, options: Any, providers: list[Any]) -> None:
-        type(self).asked = providers
+        type(self).asked, type(self).given = providers, model
         super().__init__(model, options, providers=["CPUExecutionProvider"])
 
     def get_providers(self) -> list[str]:
@@ -54,7 +56,10 @@ def usable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "driver_present", lambda: True)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
-    module._preload.cache_clear()
+    monkeypatch.setattr(ort, "set_default_logger_severity", Session.severities.append)
+    Session.severities.clear()
+    for once in (module._preload, module._silence):
+        once.cache_clear()
 
 
 @pytest.mark.skipif(module.driver_present(), reason="a driver is here")
@@ -64,6 +69,7 @@ def test_a_provider_that_does_not_load_is_told_of(graph: Path, usable: None) -> 
         InputError, match="'cuda' was requested and ONNX Runtime could not load .*or use --provider cpu"
     ):
         OrtNetwork(graph, "cuda").loaded(1, None)
+    assert not Session.severities  # ONNX Runtime's log names the library that is missing
     network = OrtNetwork(graph, "auto")
     with pytest.warns(UserWarning, match="could not load its CUDA provider.*; unet.onnx runs on the CPU"):
         network.loaded(1)
@@ -86,6 +92,48 @@ def test_tensorfloat_is_off_and_nodes_on_the_cpu_are_counted(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         network.loaded(2)  # it is told of once
+
+
+def halves(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph in float16."""
+    for end in (*model.graph.input, *model.graph.output):
+        end.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*run on the CPU")
+def test_half_precision_keeps_its_tensor_cores(graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``use_tf32=0`` forbids cuDNN's plans with tensor cores, which is nearly all that it has for float16."""
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    onnx.save(halves(onnx.load(graph)), graph)
+    OrtNetwork(graph, "cuda").loaded(1)
+    assert Session.asked[0] == (CUDA, {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC"})
+
+
+@pytest.mark.filterwarnings("ignore:.*run on the CPU")
+def test_the_log_is_silent_once_cuda_runs(graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    network = OrtNetwork(graph, "cuda")
+    assert not Session.severities
+    network.loaded(1)
+    network.loaded(2)
+    assert Session.severities == [4]
+
+
+def test_a_session_that_fell_back_has_the_graph_of_the_cpu(
+    graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fallen(Session):
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(ort, "InferenceSession", Fallen)
+    with pytest.warns(UserWarning, match="runs on the CPU"):
+        OrtNetwork(graph, "auto").loaded(1)
+    assert Fallen.given == str(graph)
+    assert Fallen.asked == ["CPUExecutionProvider"]
 
 
 def test_libraries_of_packages_are_loaded_first(graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch) -> None:

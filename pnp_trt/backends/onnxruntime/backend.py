@@ -24,6 +24,7 @@ from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress
 from ..gpus import driver_present
 from ..per_shape import PerShapeNetwork, Shape, has_open_tokens
 from . import NEEDS
+from .for_cuda import for_cuda
 
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
@@ -49,8 +50,6 @@ def providers(wanted: str = "auto") -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-#: of the CUDA provider; its own defaults are TensorFloat-32 and a search of all convolution algorithms for each shape
-_CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 #: operators that compute shapes, which ONNX Runtime leaves on the CPU on purpose
 _SHAPES = frozenset(
     (
@@ -60,9 +59,32 @@ _SHAPES = frozenset(
 )  # fmt: skip
 
 
-def with_options(names: list[str]) -> list[Any]:
-    """Execution providers as a session takes them, CUDA's with its options."""
-    return [(name, dict(_CUDA_OPTIONS)) if name == "CUDAExecutionProvider" else name for name in names]
+def with_options(names: list[str], half: bool) -> list[Any]:
+    """Execution providers as a session takes them, CUDA's with its options.
+
+    ``use_tf32``
+        off for a graph in float32, whose results would differ in the fourth digit.  In half precision it must stay
+        on.  The option is meant for float32 (microsoft/onnxruntime#19426); since convolutions are planned by cuDNN's
+        frontend (#19470), off refuses the plans with tensor cores for every type.  Where no other is left, ONNX Runtime
+        logs "No execution plans support the graph" and tries again with them; elsewhere it keeps a plan without
+        (``core/providers/cuda/nn/conv.cc``, ``CreateCudnnFeExecutionPlan``).  TensorFloat-32 has float16's ten bits of
+        mantissa and float32's exponent, so that what such a graph keeps in float32 for its range is rounded no more
+        coarsely than the nodes around it.
+    ``cudnn_conv_algo_search``
+        cuDNN's heuristic mode A.  The default, EXHAUSTIVE, is mode B since cuDNN 9; DEFAULT is the slow fallback mode.
+    ``prefer_nhwc``
+        is left at its default, off.  It puts transposes at the border of everything that is not written for it, here
+        the reshapes on both sides of each group norm, in place of those that cuDNN makes within a convolution.  ONNX
+        Runtime has kept the default until it is measured on more models (microsoft/onnxruntime#22648).
+
+    What they do to the speed of half precision has not been measured.
+
+    Args:
+        names: the providers' names.
+        half: whether the graph has weights in float16.
+    """
+    options = {"use_tf32": str(int(half)), "cudnn_conv_algo_search": "HEURISTIC"}
+    return [(name, dict(options)) if name == "CUDAExecutionProvider" else name for name in names]
 
 
 @cache
@@ -75,8 +97,23 @@ def _preload() -> None:
             ort.preload_dlls()
 
 
+@cache
+def _silence() -> None:
+    """Keep ONNX Runtime's default logger from standard error, for the whole process.
+
+    The CUDA provider logs there what it tried before a convolution found a plan, as red errors, although the result is
+    right.  What fails is raised by ``run``, with the same text.  Called when a session has its provider: why a
+    provider could not be loaded is said by this logger alone.
+    """
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(4)  # fatal
+
+
 class OnnxRuntime(Backend):
     """Runs the bundle's graphs as they are; what its CPU provider lacks a kernel for is rewritten in them.
+
+    What the CUDA provider lacks one for is rewritten in memory, when a session is made (``for_cuda.py``).
 
     It has no bfloat16 kernels on the CPU, so that recipe is not offered.
     """
@@ -222,11 +259,20 @@ class OrtNetwork(PerShapeNetwork):
             _preload()
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            session = ort.InferenceSession(str(self.path), options, providers=with_options(self._providers))
+            model: str | bytes = str(self.path)
+            half = False
+            if cuda:
+                graph = for_cuda(self.path.read_bytes())
+                model, half = graph.data, graph.half
+                # where a model's bytes have their external weights; they are mapped as for a model from a file
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(self.path.parent)
+                )
+            session = ort.InferenceSession(model, options, providers=with_options(self._providers, half))
         except Exception as e:  # ONNX Runtime raises several types of its own
             raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
-        if cuda:
-            self._check_cuda(session)
+        if cuda and not self._on_cuda(session):
+            return self._load(batch, size)
         return session
 
     def _buffers(self, loaded: Any, batch: int, tokens: int | None) -> OrtBound:
@@ -235,8 +281,8 @@ class OrtNetwork(PerShapeNetwork):
     def _dropped(self) -> None:
         release_memory()
 
-    def _check_cuda(self, session: Any) -> None:
-        """Refuse a session that fell back to the CPU, and tell of nodes that did.
+    def _on_cuda(self, session: Any) -> bool:
+        """Whether a session runs by CUDA: not where ``auto`` found none.  Nodes that it leaves to the CPU are told of.
 
         Raises:
             InputError: if ``cuda`` was asked for and ONNX Runtime could not load its CUDA provider.
@@ -250,7 +296,8 @@ class OrtNetwork(PerShapeNetwork):
                 raise InputError(f"provider 'cuda' was requested and {said}; or use --provider cpu")
             self._providers = ["CPUExecutionProvider"]
             warnings.warn(f"{said}; {self.path.name} runs on the CPU", stacklevel=4)
-            return
+            return False
+        _silence()
         if not self._told and (on_cpu := _nodes_on_cpu(session)):
             self._told = True
             kinds = ", ".join(f"{count} {kind}" for kind, count in on_cpu.most_common(4))
@@ -259,6 +306,7 @@ class OrtNetwork(PerShapeNetwork):
                 "copies to it and back in every call; engines of backend tensorrt or torch have none of these",
                 stacklevel=4,
             )
+        return True
 
     def describe(self) -> Description:
         session = self.loaded(1)

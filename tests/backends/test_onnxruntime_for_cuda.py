@@ -144,7 +144,9 @@ def test_a_bundle_runs_by_its_own_files(micro_bundles: Path, monkeypatch: pytest
     plain = OrtNetwork(path, "cpu").loaded(2)
     random = np.random.default_rng(0)
     feeds = {
-        i.name: random.standard_normal([d if isinstance(d, int) else 8 for d in i.shape]).astype(module._dtype(i.type))
+        i.name: random.standard_normal([2, *(d if isinstance(d, int) else 8 for d in i.shape[1:])]).astype(
+            module._dtype(i.type)
+        )
         for i in plain.get_inputs()
     }
     (wanted,) = plain.run(None, feeds)

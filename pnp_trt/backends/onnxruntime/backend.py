@@ -271,8 +271,8 @@ class OrtNetwork(PerShapeNetwork):
             session = ort.InferenceSession(model, options, providers=with_options(self._providers, half))
         except Exception as e:  # ONNX Runtime raises several types of its own
             raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
-        if cuda and not self._on_cuda(session):
-            return self._load(batch, size)
+        if cuda and not self._has_cuda(session):
+            return self._load(batch, size, tokens)
         return session
 
     def _buffers(self, loaded: Any, batch: int, tokens: int | None) -> OrtBound:
@@ -281,7 +281,7 @@ class OrtNetwork(PerShapeNetwork):
     def _dropped(self) -> None:
         release_memory()
 
-    def _on_cuda(self, session: Any) -> bool:
+    def _has_cuda(self, session: Any) -> bool:
         """Whether a session runs by CUDA: not where ``auto`` found none.  Nodes that it leaves to the CPU are told of.
 
         Raises:

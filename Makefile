@@ -10,7 +10,7 @@ RESUME ?=
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-fast test-ray test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji rivals clean
+.PHONY: help demo test test-fast test-ray test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji gains rivals clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
@@ -31,6 +31,7 @@ help:
 	@echo "make precision what FP16 and INT8 cost: parity, sizes and images of the bundled model (half an hour)"
 	@echo "make trt-api   every TensorRT and CUDA name in use, against the bindings of supported releases (gcc, 30 MB)"
 	@echo "make gpu    tests and benchmarks that need a GPU (minutes; skipped without one)"
+	@echo "make gains  what gains of the bundled guide are worth, against CFG (an hour on a CPU, a minute on a GPU)"
 	@echo "make rivals other ways to distil guidance at an equal budget, measured (minutes on a GPU; resumable)"
 	@echo "make emoji  train the bundled model from scratch (hours on a CPU; resumable)"
 
@@ -155,6 +156,13 @@ precision: $(VENV)/.dev-installed
 # installs nothing: it takes the environment that is there, so that a GPU's own torch and TensorRT are used
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+
+# DEVICE=cuda for a GPU
+DEVICE ?= cpu
+gains: $(VENV)/.dev-installed
+	$(PIP_INSTALL) -e '.[recipe]'
+	$(BIN)/python -m benchmarks.emoji.gains measure --device $(DEVICE)
+	$(BIN)/python -m benchmarks.emoji.gains report
 
 rivals: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[recipe]'

@@ -52,6 +52,7 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
+    child.stdout.close()
     assert not target.exists() and len(list(tmp_path.iterdir())) == 1
     with whole_folder(target) as work:
         (work / "a").write_text("whole")
@@ -67,10 +68,15 @@ def test_two_writers_take_turns(tmp_path: Path) -> None:
     )
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert child.stdout is not None and child.stdin is not None and child.stdout.readline() == b"held\n"
-    with pytest.raises(PnpError, match="another process has been writing"), lock(target, timeout=0.1):
+    with (
+        pytest.warns(UserWarning, match="waiting for another process"),
+        pytest.raises(PnpError, match="another process has been writing"),
+        lock(target, timeout=0.1),
+    ):
         pass
     child.stdin.close()
     child.wait()
+    child.stdout.close()
     with lock(target, timeout=600):  # free now, or this raises
         pass
 

@@ -298,6 +298,7 @@ def test_waiting_is_said_and_an_impossible_lock_is_told_at_once(tmp_path: Path) 
         with lock(tmp_path / "x", timeout=600):
             assert child.stdin.closed
     child.wait()
+    child.stdout.close()
     for place in (Path("/proc/x"), tmp_path / "x" / "y"):
         (tmp_path / "x").touch()
         with pytest.raises(InputError, match="cannot be written"), lock(place):
@@ -362,6 +363,7 @@ def test_a_child_process_ends_with_its_parent(tmp_path: Path) -> None:
     assert running.stdout is not None and running.stdout.readline() == b"ready\n"
     running.send_signal(signal.SIGTERM)
     assert running.wait(120) == 143
+    running.stdout.close()
     assert not (tmp_path / "half").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -17,14 +17,16 @@ Say = Callable[[dict[str, Any]], object]
 
 
 def measure(
-    say: Say, rounds: int = 5, *, provider: str = "cuda", base: str = "emoji", guide: str = "emoji-tiny"
-) -> dict[str, Any]:
-    """The guided engine and the teacher's with CFG, in float32 and float16.
+    say: Say, rounds: int = 5, *, provider: str = "cuda", base: str = "emoji", guide: str = "emoji-tiny",
+    precisions: tuple[str, ...] = ("fp32", "fp16"), steps: tuple[int, int] = STEPS,
+) -> dict[str, Any]:  # fmt: skip
+    """The guided engine and the teacher's with CFG, in each precision.
 
     Args:
         say: called with all that is known, after each figure.
         rounds: timed images of each kind; medians are kept.
         provider: whose images are compared with the CPU's.
+        steps: of images that are timed; those of the first are compared.
 
     Returns:
         By precision and method: seconds of the build, milliseconds of an image and of a step at batch 1 and 4, the
@@ -36,7 +38,7 @@ def measure(
 
     found: dict[str, Any] = {"backend": "onnxruntime", "provider": provider, "base": base}
     with tempfile.TemporaryDirectory(prefix="pnp-trt-gpu-") as folder:
-        for precision in ("fp32", "fp16"):
+        for precision in precisions:
             for kind, name, method in (("guided", guide, None), ("CFG", "none", "cfg")):
                 row: dict[str, Any] = {}
                 found.setdefault(precision, {})[kind] = row
@@ -50,18 +52,18 @@ def measure(
                     warnings.simplefilter("always")
                     pipe = Pipeline.load(built.folder, provider=provider)
                     started = time.perf_counter()
-                    drawn = pipe(PROMPTS, steps=STEPS[0], seed=[0, 1, 2, 3], **ways)
+                    drawn = pipe(PROMPTS, steps=steps[0], seed=[0, 1, 2, 3], **ways)
                     row["first_images_seconds"] = round(time.perf_counter() - started, 2)
                 row["warned"] = sorted({str(w.message) for w in told})
-                wanted = Pipeline.load(built.folder, provider="cpu")(PROMPTS, steps=STEPS[0], seed=[0, 1, 2, 3], **ways)
+                wanted = Pipeline.load(built.folder, provider="cpu")(PROMPTS, steps=steps[0], seed=[0, 1, 2, 3], **ways)
                 far = np.abs(np.stack([i.pixels for i in drawn]).astype(int) - np.stack([i.pixels for i in wanted]))
                 row["levels_from_cpu"] = {"largest": int(far.max()), "mean": round(float(far.mean()), 4)}
                 say(found)
                 row["image_ms"], row["step_ms"] = {}, {}
                 for batch in (1, 4):
-                    ms = {n: _ms(pipe, PROMPTS[:batch], n, ways, rounds) for n in STEPS}
+                    ms = {n: _ms(pipe, PROMPTS[:batch], n, ways, rounds) for n in steps}
                     row["image_ms"][f"batch {batch}"] = {n: round(v, 3) for n, v in ms.items()}
-                    row["step_ms"][f"batch {batch}"] = round((ms[STEPS[1]] - ms[STEPS[0]]) / (STEPS[1] - STEPS[0]), 4)
+                    row["step_ms"][f"batch {batch}"] = round((ms[steps[1]] - ms[steps[0]]) / (steps[1] - steps[0]), 4)
                     say(found)
     return found
 

@@ -194,11 +194,12 @@ def test_the_kernels_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_onnxruntimes_part_compares_providers(micro_base: Path, micro_guide: Path) -> None:
     told: list[Any] = []
-    found = gpu_ort.measure(told.append, 1, provider="cpu", base=str(micro_base), guide=str(micro_guide))
-    assert told and set(found["fp32"]) == set(found["fp16"]) == {"guided", "CFG"}
-    for row in (*found["fp32"].values(), *found["fp16"].values()):  # one provider against itself
+    found = gpu_ort.measure(told.append, 1, provider="cpu", base=str(micro_base), guide=str(micro_guide),
+                            precisions=("fp32",), steps=(2, 20))  # fmt: skip
+    assert told and set(found["fp32"]) == {"guided", "CFG"} and "fp16" not in found
+    for row in found["fp32"].values():  # one provider against itself
         assert row["levels_from_cpu"] == {"largest": 0, "mean": 0.0} and row["warned"] == []
-        assert row["image_ms"]["batch 4"][50] > row["image_ms"]["batch 1"][8] > 0
+        assert row["image_ms"]["batch 4"][20] > row["image_ms"]["batch 1"][2] > 0
 
 
 def test_an_onnxruntime_without_cuda_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,7 +353,7 @@ def test_the_page_is_drawn_from_the_json(measured: dict[str, Any], tmp_path: Pat
     for rival in measured["rivals"].values():
         assert page.count(f"| {rival['title']} |") == 1 + 3 + 3  # cost, images, errors
     kid = next(c for c in measured["cells"] if (c["method"], c["base"]) == ("cfg", "emoji-flat"))["kid"]["value"]
-    assert f"{kid:.3f} [" in page
+    assert f"{kid:.4f} [" in page
     assert findings(prose(page)) == []
     assert "full guide (16.7 ×)" in page and "tiny guide + sharpener (ours) (2.0 ×)" in page
 

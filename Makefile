@@ -19,7 +19,7 @@ help:
 	@echo "make test-ray    replicas and workers by Ray, and the death of one (two processes on a CPU; minutes)"
 	@echo "make docs   the documentation site with an API reference, in build/site (under a minute)"
 	@echo "make coverage   the tests, with line coverage by module (longer than make test)"
-	@echo "make test-portability  the numerics under other vector widths, kernels and thread counts (an hour)"
+	@echo "make test-portability  the numerics under other vector widths, kernels and thread counts (a quarter of an hour)"
 	@echo "make campaign    over 2,200 hostile inputs and faults; report in build/campaign/ (13 minutes on two idle cores)"
 	@echo "make soak   5,000 images in one process: memory, descriptors, equality with one thread (minutes)"
 	@echo "make bench  the README's figures, into benchmarks/results/ (an hour; interrupted, add RESUME=--resume)"

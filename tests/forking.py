@@ -89,17 +89,13 @@ def _serve(root: Path) -> None:
 
 def _become(words: list[str], cwd: str, out: str, err: str) -> int:
     """Run the command in this process; the exit code that an interpreter of its own would end with."""
-    from pnp_trt.cli.app import main
+    from .commands import exit_code
 
     os.chdir(cwd)
     for stream, path in enumerate((os.devnull, out, err)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), stream)
-    sys.argv = ["pnp-trt", *words]
-    code = 0
     try:
-        main()
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        code = exit_code(words)
     except BaseException:
         traceback.print_exc()
         code = 1

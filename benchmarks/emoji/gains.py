@@ -41,8 +41,9 @@ SCHEMA = "pnp-trt/emoji-gains/1"
 RESULTS = Path("benchmarks/results/emoji-gains.json")
 CONSTANTS = (1.3, 1.6)
 SCALES = (2.0, 3.0, 5.0, 8.0)
-#: steps, by w: all scales at 16 steps, w = 3 at the others too
-STEPS = {w: (50, 16, 8) if w == 3.0 else (16,) for w in SCALES}
+#: steps that are sampled at every w
+EVERY_W = 16
+STEPS = {w: (50, EVERY_W, 8) if w == 3.0 else (EVERY_W,) for w in SCALES}
 CFG, PLAIN = "cfg", "none"
 
 
@@ -136,12 +137,10 @@ def measure(
     measurer = Measurer(guide, table, cache, judge, pictures, seeds, device, batch, extract)
     measurer.sample()
     rows = spread(measurer.about, measurer.cells(), processes, "measuring")
-    strength = {
-        steps: {r["w"]: r["chroma"] for r in rows if (r["gain"], r["steps"]) == (CFG, steps)} for steps in (16,)
-    }
+    strength = {r["w"]: r["chroma"] for r in rows if (r["gain"], r["steps"]) == (CFG, EVERY_W)}
     for row in rows:
-        if row["gain"] != CFG and row["steps"] in strength:
-            row["w_of_equal_chroma"] = equal_strength(strength[row["steps"]], row["chroma"])
+        if row["gain"] != CFG and row["steps"] == EVERY_W:
+            row["w_of_equal_chroma"] = equal_strength(strength, row["chroma"])
     document = {
         "schema": SCHEMA,
         "provenance": told | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},

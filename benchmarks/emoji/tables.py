@@ -108,7 +108,7 @@ class Measurer:
         return out
 
     def group(self, group: Sequence[Cell]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What is said of a group, and of each of its cells."""
+        """The measures of a group, and of each of its cells."""
         whole = self.about(group)
         about = {**self.told(group[0]), "seeds": [c.seed for c in group], **whole}
         cells = []

@@ -151,14 +151,9 @@ def _child(
 
 def call(words: list[str]) -> int:
     """``main`` as the interpreter would call it, with its exit code."""
-    from pnp_trt.cli.app import main
+    from ..commands import exit_code
 
-    sys.argv = ["pnp-trt", *words]
-    code = 0
-    try:
-        main()
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    code = exit_code(words)
     for stream, failed in ((sys.stdout, 120), (sys.stderr, 0)):
         try:
             if stream is not None:

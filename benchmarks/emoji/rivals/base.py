@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -17,7 +18,7 @@ Encoded = tuple[Tensor, Features]
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
 
-class Rival(nn.Module):
+class Rival(nn.Module, ABC):
     """One way to fold guidance into one evaluation; the U-Net is an argument, so that fine-tunes take its place.
 
     What a rival adds is multiplied by (w − 1), as the guides' residuals are: at w = 1 the prediction is exactly the
@@ -54,6 +55,7 @@ class Rival(nn.Module):
                     "use a fine-tune of the same base"
                 )
 
+    @abstractmethod
     def forward(
         self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
     ) -> Tensor:
@@ -68,7 +70,6 @@ class Rival(nn.Module):
             w: the scale, ``[B]``.
             encoded: ``student.encode(unet, x, t, text)``, where the caller has it; only guides can use it.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
 
 @contextmanager

@@ -23,6 +23,13 @@ def plug(
             metavar="FILE[:SCALE]", help="A LoRA to merge, such as sepia or mine.safetensors:0.8; repeatable."
         ),
     ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="An autoencoder in the place of the engine's, such as one fixed for half precision: a diffusers "
+            "folder or a .safetensors file; alone, nothing else is swapped."
+        ),
+    ] = None,
     unet_only: Annotated[bool, typer.Option("--unet-only", help="Use only the fine-tune's U-Net.")] = False,
     prediction_type: Annotated[
         str | None,
@@ -50,7 +57,7 @@ def plug(
 
     require_packages("plug")
     spec = PlugSpec(
-        engine, base, tuple(lora or ()), out, memory_check, unet_only, Noise(prediction_type, zero_terminal_snr)
+        engine, base, tuple(lora or ()), out, memory_check, unet_only, Noise(prediction_type, zero_terminal_snr), vae
     )
     with ProgressBar(f"plug into {engine}", None) as bar:
         plugged = run(spec, force=force, progress=bar.note)

@@ -8,7 +8,7 @@ of Stable Diffusion's size costs no memory of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from ...models.bases import resolve
 from ...models.configs import check_same_network, check_same_text
 from ...models.files import files_sha256, read_json, read_weights, weight_files
 from ...models.folders import check_unet
-from ...models.networks import module_keys, quiet_libraries
+from ...models.networks import check_finite, module_keys, quiet_libraries
 from ...models.noise import Noise
+from ...models.other_vae import OtherVae
 from ...models.scheduler import base_scheduler, scheduler_record
 from ...models.single_file import SingleFile, read_single_file
 from ...models.specs import TextEncoderSpec
@@ -40,6 +41,8 @@ class FineTune:
         base: the whole model where the fine-tune is one; else None.
         single: the sorted keys where the fine-tune is one file; else None.
         unet_only: whether everything but the U-Net is left out, as the user requests.
+        takes_vae: whether its autoencoder is taken, if it has one.
+        other_vae: an autoencoder in the place of its own.
     """
 
     name: str
@@ -48,13 +51,25 @@ class FineTune:
     base: BaseModel | None = None
     single: SingleFile | None = None
     unet_only: bool = False
+    takes_vae: bool = True
+    other_vae: OtherVae | None = None
+
+    def with_vae(self, other: OtherVae | None) -> FineTune:
+        """The same with an autoencoder that takes the place of its own; with None it brings no autoencoder."""
+        return replace(self, takes_vae=False, other_vae=other)
+
+    def source_of(self, part: str) -> str:
+        """Where the weights of ``unet``, a text encoder or ``vae`` are from, for messages."""
+        return f"--vae {self.other_vae.path}" if part == "vae" and self.other_vae is not None else self.name
 
     def fingerprint(self) -> dict[str, str]:
         """Hash of each network's weights, as ``BaseModel.fingerprint`` has them."""
         if self.base is None:
-            return {part: files_sha256(files) for part, files in self.files.items()}
-        own = self.base.fingerprint()
-        return {k: v for k, v in own.items() if (k == "unet" if self.unet_only else k != "all")}
+            own = {part: files_sha256(files) for part, files in self.files.items()}
+        else:
+            own = {k: v for k, v in self.base.fingerprint().items() if k == "unet" or not self.unet_only}
+        parts = {k: v for k, v in own.items() if k != "all" and (k != "vae" or self.takes_vae)}
+        return parts | ({} if self.other_vae is None else {"vae": self.other_vae.sha256()})
 
     def configs_sha256(self) -> str | None:
         """Hash of what the configs say of the computation; None where only a U-Net is taken."""
@@ -106,7 +121,7 @@ class FineTune:
                 )
             for spec in specs:
                 check_same_text(self.base.config(spec.name), configs[spec.name], self.name, what, spec.kind)
-            self._check_vae(configs["vae"], what)
+        self._check_vae(configs["vae"], what)
 
     def unet(self, config: dict[str, Any], what: str) -> Any:
         """``UNet2DConditionModel`` of the bundle's architecture with this fine-tune's weights, frozen.
@@ -155,9 +170,11 @@ class FineTune:
 
     def vae(self, config: dict[str, Any], what: str) -> Any:
         """The autoencoder, frozen; arguments and errors as of ``unet``."""
+        self._check_vae(config, what)
+        if self.other_vae is not None:
+            return check_finite(self.other_vae.load(config), str(self.other_vae.path)).eval().requires_grad_(False)
         if self.single is None:
             assert self.base is not None
-            self._check_vae(config, what)
             return self.base.vae()
         import diffusers
 
@@ -165,19 +182,24 @@ class FineTune:
         return _filled(kind, config, self.single.weights("vae", config), f"the VAE in {self.name}", what)
 
     def _check_vae(self, config: Mapping[str, Any], what: str) -> None:
-        assert self.base is not None
-        own = self.base.config("vae")
+        """Refuse an autoencoder that the engine's graphs do not compute; ``config`` is of the engine's."""
+        if self.other_vae is not None:
+            name, own = self.source_of("vae"), self.other_vae.config(config)
+            advice = "build it with this autoencoder instead: pnp-trt build --vae"
+        elif self.base is not None and self.takes_vae and not self.unet_only:
+            name, own = f"the VAE of {self.name}", self.base.config("vae")
+            advice = "pass --unet-only to keep the engine's, or build it instead"
+        else:
+            return
         if own == config:
             return
         import diffusers
 
         kinds = [c.get("_class_name", "AutoencoderKL") for c in (own, config)]
         if kinds[0] != kinds[1]:
-            raise InputError(
-                f"the VAE of {self.name} is an {kinds[0]}, {what} has an {kinds[1]}; pass --unet-only to keep the "
-                "engine's, or build it instead"
-            )
-        check_same_network(getattr(diffusers, kinds[0]), own, config, self.name, what)
+            raise InputError(f"{name} is an {kinds[0]}, {what} has an {kinds[1]}; {advice}")
+        whose = name if self.other_vae is not None else self.name
+        check_same_network(getattr(diffusers, kinds[0]), own, config, whose, what)
 
 
 def _encoders(specs: Sequence[TextEncoderSpec]) -> str:

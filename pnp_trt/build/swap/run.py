@@ -62,6 +62,7 @@ from ...io.text import printable
 from ...models.bases import is_hub_id
 from ...models.families import FAMILIES
 from ...models.noise import Noise
+from ...models.other_vae import OtherVae
 from ...models.scheduler import check_distilled, check_samples
 from ...models.specs import TITLES, TextEncoderSpec
 from ...precision.recipes import DEFAULT, FP32
@@ -92,6 +93,8 @@ class PlugSpec:
         check_memory: refuse to compile where the host's memory will not do.
         unet_only: take the fine-tune's U-Net alone, whatever else it holds.
         noise: what the user states about the fine-tune's prediction type and terminal SNR.
+        vae: folder or file of an autoencoder in the place of the engine's and the fine-tune's; alone, nothing else is
+            swapped.
     """
 
     engine: str
@@ -101,6 +104,30 @@ class PlugSpec:
     check_memory: bool = True
     unet_only: bool = False
     noise: Noise = field(default_factory=Noise)
+    vae: Path | None = None
+
+    def source(self, manifest: Manifest) -> FineTune:
+        """Where the new weights are.
+
+        Raises:
+            InputError: if nothing is to be plugged, or a part of it is not there.
+        """
+        if self.base is None and not self.loras and self.vae is None:
+            raise InputError("nothing to plug: give --base FINE_TUNE, --lora FILE, --vae AUTOENCODER, or several")
+        vae = None if self.vae is None else OtherVae.find(self.vae)
+        if self.base is not None:
+            found = find(self.base, self.unet_only)
+            return found if vae is None else found.with_vae(vae)
+        own = manifest.base.name
+        if not self.loras:
+            return FineTune(own, {}, {}).with_vae(vae)
+        if is_hub_id(own):  # an engine may come from anyone, and its base is fetched only if asked for
+            raise InputError(
+                f"engine '{manifest.name}' names its base '{own}', which is not on this machine; "
+                "name it too, with --base, to fetch it from the hub"
+            )
+        # LoRAs alone stay with what the engine took of its own base, and with the autoencoder that it has
+        return find(own, self.unet_only or bool(manifest.built_from.get("unet_only"))).with_vae(vae)
 
     def folder(self, manifest: Manifest, base: str, loras: list[Lora]) -> Path:
         """Where the new bundle goes; named as `pnp-trt build` names one of that base."""
@@ -109,7 +136,8 @@ class PlugSpec:
         old, guide, backend = manifest.base.name, manifest.guide, backends.get(manifest.backend)
         role = "teacher" if guide is None else guide.name.removeprefix(f"{short_name(old)}-").removeprefix("emoji-")
         precision = "" if manifest.precision == DEFAULT else manifest.precision
-        words = [short_name(base), *(lora.name for lora in loras), role, precision, backend.label]
+        vae = [] if self.vae is None else [short_name(str(self.vae))]
+        words = [short_name(base), *(lora.name for lora in loras), *vae, role, precision, backend.label]
         words += [manifest.target] if backend.label else []
         return engines_home() / "-".join(w for w in words if w)
 
@@ -118,6 +146,7 @@ class PlugSpec:
         words = ["pnp-trt", "plug", self.engine, *(["--base", base] if self.base is not None else [])]
         for lora in self.loras:
             words += ["--lora", lora]
+        words += ["--vae", str(self.vae)] if self.vae is not None else []
         words += ["--unet-only"] if self.unet_only else []
         words += self.noise.arguments()
         return shlex.join([*words, "--out", str(folder)])
@@ -137,22 +166,11 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     """
     if spec.out is not None:
         check_before_work(spec.out)
-    if spec.base is None and not spec.loras:
-        raise InputError("nothing to plug: give --base FINE_TUNE, --lora FILE, or both")
     source = find_bundle(spec.engine)
     manifest = read_manifest(source)
     backend = check_engine(manifest, source)
     base = spec.base or manifest.base.name
-    # LoRAs alone stay with what the engine took of its own base
-    unet_only = spec.unet_only or (spec.base is None and bool(manifest.built_from.get("unet_only")))
-    if spec.base is None and is_hub_id(
-        base
-    ):  # an engine may come from anyone, and its base is fetched only if asked for
-        raise InputError(
-            f"engine '{manifest.name}' names its base '{base}', which is not on this machine; "
-            "name it too, with --base, to fetch it from the hub"
-        )
-    fine_tune = find(base, unet_only)
+    fine_tune = spec.source(manifest)
     scheduler = _checked_scheduler(spec, manifest, fine_tune)
     loras = [Lora.parse(text) for text in spec.loras]
     folder = spec.folder(manifest, base, loras)
@@ -164,7 +182,7 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     merged = [lora.identity() for lora in loras]
     identity = {
         **{k: v for k, v in manifest.built_from.items() if k not in ("plugged", "unet_only")},
-        **({"unet_only": True} if unet_only else {}),
+        **({"unet_only": True} if fine_tune.unet_only else {}),
         "pnp-trt": __version__,
         "base": digest([parts, merged]),
         "scheduler": scheduler,
@@ -299,13 +317,14 @@ class _Work:
             plugged = Plugged(
                 source={"name": m.name, "key": m.key, "base": m.base.name},
                 networks={n: networks[n].compiled.notes["weights"] if n in swapped else "kept" for n in networks},
-                guide_read_from=guide,
+                guide_read_from=guide or (m.plugged.guide_read_from if m.plugged and not self._swaps_unet else None),
                 # the commands that make it from nothing
                 commands=(*(m.plugged.commands if m.plugged else (m.rebuild,)), command),
             )
+            merged = tuple(LoraRecord(x.name, x.sha256, x.scale) for x in self.loras)
             parts = replace(
                 Parts.of(m),
-                base=Base(base, hashes, tuple(LoraRecord(x.name, x.sha256, x.scale) for x in self.loras)),
+                base=Base(base, hashes, merged if self._swaps_unet else m.base.loras),
                 tokens=tokens[TEXT_ENCODER],
                 text=self._text(tokens),
                 scheduler=self.scheduler,
@@ -321,10 +340,15 @@ class _Work:
         self.progress(what, 100 * self.stage, 100 * stages)
         self.stage += 1
 
+    @property
+    def _swaps_unet(self) -> bool:
+        """Whether a fine-tune or a LoRA is plugged, and not an autoencoder alone."""
+        return self.spec.base is not None or bool(self.spec.loras)
+
     def _swapped(self, by_loras: Collection[str] = ()) -> list[str]:
         """Networks of the bundle whose weights the fine-tune or a LoRA changes."""
         own, held = self.fine_tune.fingerprint(), self.manifest.base.sha256
-        out = ["unet"]
+        out = ["unet"] if self._swaps_unet else []
         for name in self.specs:
             if own.get(name, held.get(name)) != held.get(name) or name in by_loras:
                 out.append(name)
@@ -473,9 +497,9 @@ class _Work:
         error, limit = float(np.max(found)), entry.parity.limit  # NaN if any is
         if not error <= limit:  # also refuses NaN
             raise PnpError(
-                f"the {name} with the weights of {self.fine_tune.name} differs from PyTorch by {error:.2e} (relative), "
-                f"where {limit:.0e} is allowed in {entry.precision}; nothing was written; build it with another "
-                "--precision, or report it"
+                f"the {name} with the weights of {self.fine_tune.source_of(source)} differs from PyTorch by "
+                f"{error:.2e} (relative), where {limit:.0e} is allowed in {entry.precision}; nothing was written; "
+                "build it with another --precision, or report it"
             )
         sizes = dict(zip(entry.parity.sizes, errors.values(), strict=True)) if len(errors) > 1 else {}
         entry = replace(entry, parity=replace(entry.parity, graph=error, sizes=sizes))

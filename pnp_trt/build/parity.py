@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 
 #: above this many weights one golden row is compared instead of two: attention on the CPU needs memory by the row
 LARGE = 200_000_000
+#: above this many image pixels likewise, for an autoencoder: a row of 512 x 512 takes a CPU a quarter of a minute
+LARGE_IMAGE = 256 * 256
+
+
+def golden_rows(network: str, weights: int, size: tuple[int, int]) -> int:
+    """How many golden rows of a network are compared with PyTorch.
+
+    Args:
+        weights: of the network.
+        size: height and width of the image in pixels.
+    """
+    large_image = network.startswith("vae_") and size[0] * size[1] > LARGE_IMAGE
+    return 1 if weights > LARGE or large_image else 2
 
 
 def golden_inputs(
@@ -78,7 +91,8 @@ def latents_of_images(vae: Any, like: Any, factor: int) -> Any:
     """What an autoencoder's own encoder makes of images, in the shape of the latents ``like [B, C, H, W]``.
 
     Noise of unit variance has no large areas of one colour, in which a decoder's activations are largest.  The images
-    are a gradient between saturated colours and a black and white chequerboard, in turn.
+    are a gradient between saturated colours and a black and white chequerboard, in turn; a single row has both side by
+    side.
 
     Args:
         factor: image pixels to a latent's.
@@ -95,7 +109,10 @@ def latents_of_images(vae: Any, like: Any, factor: int) -> Any:
     board = (2.0 * (half[:, None] ^ half[None]) - 1).expand(3, side, side)
     encoded = torch.cat([reference(VaeEncoder(vae), {"pixels": one[None]}) for one in (gradient, board)])
     height, width = like.shape[-2:]
-    tiled = encoded.repeat(1, 1, -(-height // _TILE), -(-width // _TILE))[..., :height, :width]
+    if len(like) == 1 and width >= 2 * _TILE:
+        encoded = torch.cat([encoded[:1], encoded[1:]], dim=-1)
+    across = encoded.shape[-1]
+    tiled = encoded.repeat(1, 1, -(-height // _TILE), -(-width // across))[..., :height, :width]
     return tiled[torch.arange(len(like)) % 2]
 
 
@@ -111,6 +128,22 @@ def realistic_case(decoder: Any, inputs: Mapping[str, Any], factor: int) -> tupl
 
     made = {**inputs, "latents": latents_of_images(decoder.vae, inputs["latents"], factor)}
     return made, as_arrays(reference(decoder, made))
+
+
+def with_latents_of_images(decoder: Any, inputs: Mapping[str, Any], factor: int) -> dict[str, Any]:
+    """A decoder's inputs whose right half is latents of images, so that one run checks them and noise.
+
+    Args:
+        decoder: the module that is exported.
+        inputs: its golden ones, of noise.
+        factor: image pixels to a latent's.
+    """
+    import torch
+
+    noise = inputs["latents"]
+    half = noise.shape[-1] // 2
+    images = latents_of_images(decoder.vae, noise[..., half:], factor)
+    return {**inputs, "latents": torch.cat([noise[..., :half], images], dim=-1)}
 
 
 def _end_of_text(config: Mapping[str, Any]) -> int:

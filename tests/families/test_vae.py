@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from pnp_trt import backends
+from pnp_trt.build import parity
 from pnp_trt.build.network import NetworkExport
-from pnp_trt.build.parity import latents_of_images
+from pnp_trt.build.parity import golden_rows, latents_of_images
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import InputError
@@ -60,6 +61,23 @@ def test_latents_of_images_are_the_encoders() -> None:
     torch.testing.assert_close(made[1, :, :, :16], wanted[0, :, :8])
 
 
+def test_one_row_has_both_images() -> None:
+    vae = micro_kl()
+    two, one = (latents_of_images(vae, torch.zeros(rows, 4, 20, 40), 4) for rows in (2, 1))
+    assert one.shape == (1, 4, 20, 40)
+    torch.testing.assert_close(one[0, :, :16, :16], two[0, :, :16, :16])
+    torch.testing.assert_close(one[0, :, 16:, 16:32], two[1, :, :4, :16])
+
+
+@pytest.mark.parametrize(
+    ("network", "weights", "size", "rows"),
+    [("vae_decoder", 50_000_000, (512, 512), 1), ("vae_decoder", 50_000_000, (256, 256), 2),
+     ("unet", 10, (512, 512), 2), ("unet", 860_000_000, (64, 64), 1), ("text_encoder", 123_000_000, (512, 512), 2)],
+)  # fmt: skip
+def test_rows_that_are_compared(network: str, weights: int, size: tuple[int, int], rows: int) -> None:
+    assert golden_rows(network, weights, size) == rows
+
+
 def test_bfloat16_comes_before_float32_where_a_backend_runs_it() -> None:
     def order(backend: str, network: str) -> list[str]:
         plan: Any = SimpleNamespace()
@@ -69,15 +87,20 @@ def test_bfloat16_comes_before_float32_where_a_backend_runs_it() -> None:
     assert order("onnxruntime", "vae_decoder") == ["fp16", "fp32"] and order("torch", "unet") == ["fp16"]
 
 
+@pytest.mark.parametrize("large", [False, True])
 def test_a_decoder_that_overflows_on_images_is_built_in_bfloat16(
-    cli: Callable[..., Result], micro_base: Path, loud: Path, tmp_path: Path
-) -> None:
+    large: bool, cli: Callable[..., Result], micro_base: Path, loud: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if large:  # one golden row has noise and latents of images
+        monkeypatch.setattr(parity, "LARGE_IMAGE", 0)
     out = tmp_path / "engine"
     done = cli("build", "--base", micro_base, "--guide", "none", "--backend", "torch", "--precision", "fp16",
                "--vae", loud, "--out", out)  # fmt: skip
     assert done.code == 0 and "vae_decoder stays in bf16" in done.out, (done.out, done.err)
     manifest = open_bundle(out).manifest
     assert manifest.networks["unet"].precision == "fp16" and manifest.networks["vae_decoder"].precision == "bf16"
+    assert manifest.networks["vae_decoder"].parity.rows == (1 if large else 2)
     assert f"--vae {loud}" in manifest.rebuild
     plain = BuildSpec(str(micro_base)).base_model().fingerprint()
     assert {k for k in plain if plain[k] != manifest.base.sha256[k]} == {"vae", "all"}

@@ -46,7 +46,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "pnp-trt/gpu/2"
+SCHEMA = "pnp-trt/gpu/3"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PARTS = (
@@ -171,7 +171,7 @@ def kernels(
                     equal[mode] &= bool(np.array_equal(drawn.values, wanted))
             row: dict[str, Any] = {
                 "host_launch_us": {k: _median(v, 1e6) for k, v in launch.items()},
-                "picture_us": {k: _median(v, 1e6) for k, v in whole.items()},
+                "image_us": {k: _median(v, 1e6) for k, v in whole.items()},
                 "equal_to_numpy": equal, "captures": loops.captures, "why_not": loops.why_not,
             }  # fmt: skip
             found[f"{name}, {steps} steps"] = row
@@ -234,7 +234,7 @@ def engines(
                 "host_differs_by_levels": max(
                     int(np.abs(pixels["host", n] - pixels["captured", n]).max()) for n in STEPS
                 ),
-                "picture_ms": {m: {n: _median(v, 1e3) for n, v in d.items()} for m, d in observed.items()},
+                "image_ms": {m: {n: _median(v, 1e3) for n, v in d.items()} for m, d in observed.items()},
                 "step_ms": {
                     m: round((_median(d[STEPS[1]], 1e3) - _median(d[STEPS[0]], 1e3)) / (STEPS[1] - STEPS[0]), 4)
                     for m, d in observed.items()
@@ -247,7 +247,7 @@ def engines(
             loops.clear()
             del pipe
             say(out)
-    guided, teacher = (out[kind]["picture_ms"]["captured"] for kind in ("guided", "CFG"))
+    guided, teacher = (out[kind]["image_ms"]["captured"] for kind in ("guided", "CFG"))
     few, many = STEPS
     out["guided_times_faster_than_cfg"] = {f"{few} steps against {many}": round(teacher[many] / guided[few], 2)}
     out["guided_over_cfg_per_step"] = round(out["guided"]["step_ms"]["captured"] / out["CFG"]["step_ms"]["captured"], 3)

@@ -111,7 +111,7 @@ def _unet(title: str, part: dict[str, Any]) -> Iterator[str]:
             f"{name:<24}{_show(row.get('step', {}).get('ms'), 9)}{_show(row.get('iterations_a_second'), 8, 1)}"
             f"{_show(None if plain is None else plain / part['steps'], 9)}{_show(row.get('loop_overhead'), 10, 4)}"
             f"{_show(row.get('share_of_roof'), 9, 3)}{row.get('captured_equals_step_by_step')!s:>7}"
-            f"{_show(None if gib is None else gib / 2**30, 7, 1)}{_show(row.get('joules_a_picture'), 9, 1)}"
+            f"{_show(None if gib is None else gib / 2**30, 7, 1)}{_show(row.get('joules_per_image'), 9, 1)}"
             f"{_show(row.get('compile', {}).get('seconds'), 10, 1)}"
         )
 

@@ -119,7 +119,7 @@ def measure(
                 }  # fmt: skip
             say(found)
             if counter is not None and batch == cases[0][1]:
-                row["joules_a_picture"] = case.joules(counter, energy_seconds)
+                row["joules_per_image"] = case.joules(counter, energy_seconds)
             case.close()
         except Exception as e:  # the next case may still run
             row["failed"] = _said(e)
@@ -127,10 +127,10 @@ def measure(
     if decode:
         try:
             case = Case(models, "guided", 1, steps, schedule, how, target, decode=True)
-            found["picture"] = case.loop(rounds)
+            found["image"] = case.loop(rounds)
             case.close()
         except Exception as e:
-            found["picture"] = {"failed": _said(e)}
+            found["image"] = {"failed": _said(e)}
     found["seconds_inside"] = round(time.perf_counter() - started, 1)
     say(found)
     return found
@@ -353,9 +353,9 @@ class Case:
 
     def joules(self, counter: Callable[[], float], seconds: float) -> float | None:
         """Of one image's loop, latents to latents."""
-        from pnp_trt.bench.measure.energy import joules_per_picture
+        from pnp_trt.bench.measure.energy import joules_per_image
 
-        used = joules_per_picture(
+        used = joules_per_image(
             lambda: self.loops.run(self.plan, self.feeds), self.batch, counter, time.perf_counter, seconds
         )
         return None if used is None else round(used, 2)

@@ -11,7 +11,7 @@ Four measurements, each raw in the results:
 - **memory**: resident memory of a process over 1,000 images.
 
     python -m benchmarks.loop                       # about five minutes on one core
-    python -m benchmarks.loop --rounds 3 --pictures 100
+    python -m benchmarks.loop --rounds 3 --images 100
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.records import add_images_option
 from pnp_trt.backends.onnxruntime.backend import OrtBound
 from pnp_trt.bench.measure import coldstart
 from pnp_trt.bundle.provenance import provenance
 from pnp_trt.bundle.store import write_json
 from pnp_trt.runtime.pipeline import Pipeline
 
-SCHEMA = "pnp-trt/loop/2"
+SCHEMA = "pnp-trt/loop/3"
 RESULTS = Path(__file__).parent / "results"
 PROMPT, GUIDANCE = "a red apple", 3.0
 STEPS = (8, 50)
@@ -77,7 +78,7 @@ def once(pipeline: Pipeline, steps: int, seed: int) -> dict[str, float]:
         started = time.perf_counter()
         pipeline(PROMPT, steps=steps, guidance=GUIDANCE, seed=seed)
         total = time.perf_counter() - started
-    return {"picture_ms": 1e3 * total, "networks_ms": 1e3 * sum(seen)}
+    return {"image_ms": 1e3 * total, "networks_ms": 1e3 * sum(seen)}
 
 
 def diffusers_pipeline(threads: int) -> Any:
@@ -123,28 +124,26 @@ def reference(theirs: Any) -> dict[str, Any]:
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
         theirs(PROMPT, num_inference_steps=50, guidance_scale=GUIDANCE, generator=generator, output_type="np")
-        return {"picture_ms": 1e3 * (time.perf_counter() - started)}
+        return {"image_ms": 1e3 * (time.perf_counter() - started)}
 
     return {"diffusers, CFG, 50 steps": drawn}
 
 
 def overhead(rows: list[dict[str, float]], steps: int) -> dict[str, Any]:
     """Median share of the image's time outside networks, and in milliseconds."""
-    outside = np.array([r["picture_ms"] - r["networks_ms"] for r in rows])
-    share = outside / np.array([r["picture_ms"] for r in rows])
+    outside = np.array([r["image_ms"] - r["networks_ms"] for r in rows])
+    share = outside / np.array([r["image_ms"] for r in rows])
     return {
         "steps": steps,
         "share": round(float(np.median(share)), 5),
         "share_p90": round(float(np.percentile(share, 90)), 5),
-        "ms_per_picture": round(float(np.median(outside)), 3),
+        "ms_per_image": round(float(np.median(outside)), 3),
     }
 
 
 def ratio(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Median of the rounds' ratios and its bootstrap interval at 95 %."""
-    theirs, ours = (
-        np.array([r["picture_ms"] for r in rows[n]]) for n in ("diffusers, CFG, 50 steps", "guided, 8 steps")
-    )
+    theirs, ours = (np.array([r["image_ms"] for r in rows[n]]) for n in ("diffusers, CFG, 50 steps", "guided, 8 steps"))
     ratios = theirs / ours
     drawn = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     return {
@@ -162,13 +161,13 @@ def cold_start(engine: str, rounds: int) -> dict[str, Any]:
     return {"seconds": {"8 steps": few, "20 steps (default)": usual}, "imports_seconds": first + second}
 
 
-def memory(engine: str, pictures: int, threads: int) -> dict[str, Any]:
+def memory(engine: str, images: int, threads: int) -> dict[str, Any]:
     """Resident bytes over a process's images; growth is counted from the tenth part on."""
-    command = [sys.executable, "-c", MEMORY, engine, str(pictures), "2", str(threads)]
+    command = [sys.executable, "-c", MEMORY, engine, str(images), "2", str(threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seen = json.loads(done.stdout)
-    warm = next(rss for n, rss in seen if n >= pictures / 10)
-    return {"pictures": pictures, "steps": 2, "growth_mib": round((seen[-1][1] - warm) / 2**20, 2), "rss_bytes": seen}
+    warm = next(rss for n, rss in seen if n >= images / 10)
+    return {"images": images, "steps": 2, "growth_mib": round((seen[-1][1] - warm) / 2**20, 2), "rss_bytes": seen}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -176,13 +175,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
     parser.add_argument("--engine", default="emoji-tiny", help="a guided bundle of the bundled model")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--pictures", type=int, default=1000)
+    add_images_option(parser, 1000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS / "loop-emoji.json")
     a = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = str(a.threads)
     cold = cold_start(a.engine, max(a.rounds // 2, 2))
-    flat = memory(a.engine, a.pictures, a.threads)
+    flat = memory(a.engine, a.images, a.threads)
     pipeline = Pipeline.load(a.engine, provider="cpu", threads=a.threads)
     alone = rounds_of(guided(pipeline), 4 * a.rounds)
     rows = rounds_of(guided(pipeline) | reference(diffusers_pipeline(a.threads)), a.rounds)
@@ -198,12 +197,12 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(a.json, document)
     for how, found in (("one after the other", outside), ("with cold caches", cold_caches)):
         for row in found:
-            share = f"{row['share']:.2%} of the image, {row['ms_per_picture']} ms"
+            share = f"{row['share']:.2%} of the image, {row['ms_per_image']} ms"
             print(f"overhead, {row['steps']} steps, {how}: {share}")
     print(f"diffusers CFG 50 steps / guided 8 steps: {faster['times_faster']} {faster['interval']}")
     medians = {k: float(np.median(v)) for k, v in cold["seconds"].items()}
     print(f"cold start: {medians} s, imports {np.median(cold['imports_seconds']):.2f} s")
-    print(f"memory over {flat['pictures']} pictures: {flat['growth_mib']:+} MiB")
+    print(f"memory over {flat['images']} images: {flat['growth_mib']:+} MiB")
     print(a.json)
 
 

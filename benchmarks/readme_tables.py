@@ -7,7 +7,6 @@ What stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import textwrap
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import records
 from pnp_trt.bench import results
 from pnp_trt.bench.report.words import DASH, is_reference, method_labels, plural, three_digits
 from pnp_trt.bundle.store import write_text
@@ -64,8 +64,8 @@ def latency(doc: Document) -> str:
     for method, engine in cases:
         name = _LABELS.get(method, method) + (f" ({engine})" if method in several else "")
         found = [kept.get((method, engine, batch)) for batch in batches]
-        passes = next((row["passes"] for row in found if row and row.get("passes") is not None), None)
-        cells.append([name, DASH if passes is None else f"{passes:g}", *map(_time, found)])
+        evaluations = next((row["evaluations"] for row in found if row and row.get("evaluations") is not None), None)
+        cells.append([name, DASH if evaluations is None else f"{evaluations:g}", *map(_time, found)])
     table = _markdown(["method", "NFE", *(f"batch {batch}" for batch in batches)], cells, 1)
     rounds = min(row["rounds"] for row in cfg)
     p = doc["provenance"]
@@ -81,7 +81,7 @@ def latency(doc: Document) -> str:
 def _time(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return DASH
-    text = three_digits(row.get("p50_ms_per_picture", row["p50_ms"] / row["batch"]))
+    text = three_digits(row.get("p50_ms_per_image", row["p50_ms"] / row["batch"]))
     if is_reference(row) or row["ratio_to_cfg"] is None:
         return text
     ratio, bounds = f"{row['ratio_to_cfg']:.2f}", row.get("ratio_to_cfg_interval")
@@ -163,7 +163,7 @@ def read_record(file: str, folder: Path = RESULTS) -> Document:
     """A record of ``benchmarks/results``; one of `pnp-trt bench` is checked."""
     if file.endswith("-bench.json") or file.startswith("cost-"):
         return results.read(folder / file)
-    return dict(json.loads((folder / file).read_text(encoding="utf-8")))
+    return records.read(folder / file)
 
 
 def _rank(method: str) -> int:

@@ -71,7 +71,7 @@ def run(words: list[str]) -> dict[str, Any]:
 
 def calibrate(base: str, guide: str, out: Path) -> dict[str, Any]:
     """Record ranges; seconds and peak memory of doing so."""
-    words = ["--base", base, "--guide", guide, "--pictures", "1", "--steps", "3", "--probes", "0"]
+    words = ["--base", base, "--guide", guide, "--images", "1", "--steps", "3", "--probes", "0"]
     return {**run(["calibrate", *words, "--out", str(out)]), "options": words}
 
 

@@ -1,7 +1,7 @@
 """Steps per second and memory of training at real size: Stable Diffusion 1.5's U-Net with random weights.
 
 ``python -m benchmarks.train_speed`` times optimiser steps of stage 1 (the student alone: the teacher's
-predictions are cached) and of stage 2 (the same step; what differs is the collection, two passes of the last
+predictions are cached) and of stage 2 (the same step; what differs is the collection, two evaluations of the last
 student for each state, timed apart), for both guides, and writes one JSON.  The same command uses a GPU
 where there is one.  Random weights change no time and no memory.
 """

@@ -23,7 +23,7 @@ def main(base: str, prompts: str, out: str) -> None:
             base,
             Path(prompts),
             guide,
-            pictures=0,  # no image grid
+            grid_steps=0,  # no image grid
             states=StateConfig(count=40, steps=5, batch=4),
             train=TrainConfig(steps=30, batch=8, warmup=4),
         ),

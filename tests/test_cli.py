@@ -36,16 +36,16 @@ def test_help_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-def test_sample_writes_pictures_with_their_parameters(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_sample_writes_images_with_their_parameters(cli: Cli, engines: Path, tmp_path: Path) -> None:
     done = cli(
         "sample", "a red apple", "a cat", "-n", 2, "--engine", "guided", "--steps", 3, "--seed", 5, "--out", tmp_path
     )
     assert done.code == 0, done.err
     paths = [Path(line) for line in done.out.split()]
     assert [p.name for p in paths] == ["a-red-apple-5.png", "a-red-apple-6.png", "a-cat-5.png", "a-cat-6.png"]
-    picture = Image.open(paths[1])
-    assert picture.size == (32, 32)
-    parameters = json.loads(picture.text["pnp-trt"])
+    image = Image.open(paths[1])
+    assert image.size == (32, 32)
+    parameters = json.loads(image.text["pnp-trt"])
     assert parameters["prompt"] == "a red apple" and parameters["seed"] == 6 and parameters["method"] == "guided"
 
 

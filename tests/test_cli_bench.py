@@ -23,7 +23,7 @@ Cli = Callable[..., Result]
 BOTH = ("bench", "--engine", "plain", "--engine", "guided")
 #: without what takes processes of its own
 ALONE = ("--no-peers", "--no-memory", "--cold-starts", 0)
-SMALL = ("--rounds", 2, "--steps", 2, "--batch", 1, "--guidance", 3, "--pictures", 4, *ALONE)
+SMALL = ("--rounds", 2, "--steps", 2, "--batch", 1, "--guidance", 3, "--images", 4, *ALONE)
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +52,13 @@ def test_it_writes_the_documents(cli: Cli, engines: Path, tmp_path: Path) -> Non
     assert {r["method"] for r in document["fidelity"]} >= {"cfg-interval", "cfg-fewer-steps", "guided", "unguided"}
     for row in document["fidelity"]:
         near = row["psnr_to_cfg_db"]
-        assert near["low"] <= near["value"] <= near["high"] and near["count"] == row["pictures"] == 4
+        assert near["low"] <= near["value"] <= near["high"] and near["count"] == row["images"] == 4
     # the micro teacher has no real images, and is not taken for the bundled model
     assert document["task_quality_evaluated"] is False
     assert "no real images are bundled for the base model" in document["task_quality_reason"]
     assert document["task_quality_reason"] in [item["why"] for item in document["left_out"]]
     assert document["settings"]["engines"] == ["plain", "guided"] and document["settings"]["suite"] is None
-    assert len(document["pictures"]["rows"]) == 3 and len(document["pictures"]["rows"][0]["png"]) == 8
+    assert len(document["images"]["rows"]) == 3 and len(document["images"]["rows"][0]["png"]) == 8
     assert files[1].read_text().startswith("<!doctype html>") or "<html" in files[1].read_text()[:200]
     assert Image.open(files[2]).width > 300
     assert "this run takes about" in done.err and not (tmp_path / "b.json.partial").exists()
@@ -126,7 +126,7 @@ def test_peers_are_timed_and_one_that_fails_is_left_out(
     assert "diffusers-compile" not in {r["method"] for r in document["latency"]}
 
 
-def test_prompts_and_real_pictures_of_the_users_own(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_prompts_and_real_images_of_the_users_own(cli: Cli, engines: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("a cat\na dog\na cow\n")
     (tmp_path / "real").mkdir()
     rng = np.random.default_rng(0)
@@ -137,15 +137,13 @@ def test_prompts_and_real_pictures_of_the_users_own(cli: Cli, engines: Path, tmp
     assert done.code == 0, done.err
     document = read(tmp_path / "b.json")
     assert document["task_quality_evaluated"] is True and document["task_quality_reason"] is None
-    assert (
-        document["settings"]["drawn"]["prompts"] == "words.txt" and document["settings"]["drawn"]["real_pictures"] == 5
-    )
+    assert document["settings"]["drawn"]["prompts"] == "words.txt" and document["settings"]["drawn"]["real_images"] == 5
     by = {(r["method"], r["steps"]): r for r in document["fidelity"]}
     assert {"kid", "kid_gain_over_cfg", "feature_cosine_to_cfg"} <= set(by["guided", 2]) and "r_at_1" not in by[
         "guided", 2
     ]
     assert "kid" in by["cfg", 3] and "kid_gain_over_cfg" not in by["cfg", 3]  # it is what the others are compared with
-    assert document["pictures"]["columns"] == ["a cat", "a dog", "a cow", "a cat"]
+    assert document["images"]["columns"] == ["a cat", "a dog", "a cow", "a cat"]
 
 
 def test_weights_of_the_users_own_take_the_place_of_kid_and_alignment(
@@ -163,7 +161,7 @@ def test_weights_of_the_users_own_take_the_place_of_kid_and_alignment(
     for i in range(2):
         Image.new("RGB", (9, 9), (100 * i, 0, 50)).save(tmp_path / "real" / f"{i}.png")
     done = cli(
-        "bench", "--engine", "guided", "--only", "fidelity", "--steps", 1, "--guidance", 3, "--pictures", 2,
+        "bench", "--engine", "guided", "--only", "fidelity", "--steps", 1, "--guidance", 3, "--images", 2,
         "--prompts", tmp_path / "words.txt", "--real", tmp_path / "real", "--inception", tmp_path / "i.safetensors",
         "--clip", clip_folder, "--json", tmp_path / "b.json",
     )  # fmt: skip
@@ -207,7 +205,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_rows(
     done = cli(*BOTH, *SMALL, "--json", killed, "--resume")
     assert done.code == 0 and "pieces are there already" in done.err, done.err
     assert len(drawn) == len(set(drawn))  # nothing twice
-    assert read(killed)["fidelity"] == read(whole)["fidelity"] and read(killed)["pictures"] == read(whole)["pictures"]
+    assert read(killed)["fidelity"] == read(whole)["fidelity"] and read(killed)["images"] == read(whole)["images"]
     assert all(r["resumed"] for r in read(killed)["latency"])
     assert not Path(f"{killed}.partial").exists()
     assert [p.name for p in tmp_path.glob(".*.partial-*")] == [".whole.json.partial-0a1b2c3d"]
@@ -289,7 +287,7 @@ def test_cost_of_a_public_architecture(cli: Cli, tmp_path: Path) -> None:
         (["--real", ".", "--prompts", "none.txt"], "--prompts none.txt is not a file"),
         (["--resume"], "--resume needs the place of the run"),
         (["--engine", "plain", "--engine", "plain"], "engines names plain twice"),
-        (["--engine", "guided", "--only", "fidelity", "--pictures", "2", "--steps", "1", "--guidance", "2", "--grid",
+        (["--engine", "guided", "--only", "fidelity", "--images", "2", "--steps", "1", "--guidance", "2", "--grid",
           "g.png"], "--grid needs the fidelity part and both a teacher's and a guided engine"),
     ],
 )  # fmt: skip
@@ -303,7 +301,7 @@ def test_bad_arguments(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_real_pictures_without_any_is_refused(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_a_folder_of_real_images_without_any_is_refused(cli: Cli, engines: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("a cat\n")
     (tmp_path / "real").mkdir()
     done = cli(*BOTH, "--prompts", tmp_path / "words.txt", "--real", tmp_path / "real", "--json", tmp_path / "b.json")

@@ -20,7 +20,7 @@ Cli = Callable[..., Result]
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     path = tmp_path / "start.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
     return path
@@ -29,27 +29,27 @@ def picture(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("asked", "made"), [("dpm++", "dpm++"), ("euler", "euler"), ("teacher", "ddim"), (None, "ddim")]
 )
-def test_a_picture_says_its_schedule(cli: Cli, engines: Path, tmp_path: Path, asked: str | None, made: str) -> None:
+def test_a_image_says_its_schedule(cli: Cli, engines: Path, tmp_path: Path, asked: str | None, made: str) -> None:
     chosen = ["--schedule", asked] if asked else []
     done = cli("sample", "a cat", "--engine", "guided", "--steps", 3, "--out", tmp_path, *chosen)
     assert done.code == 0, done.err
     assert read_parameters(tmp_path / "a-cat-0.png")["schedule"] == made
 
 
-def test_init_begins_with_a_picture(cli: Cli, engines: Path, picture: Path, tmp_path: Path) -> None:
-    arguments = ["sample", "a cat", "--engine", "plain", "--steps", 8, "--init", picture, "--out", tmp_path / "s"]
+def test_init_begins_with_a_image(cli: Cli, engines: Path, image: Path, tmp_path: Path) -> None:
+    arguments = ["sample", "a cat", "--engine", "plain", "--steps", 8, "--init", image, "--out", tmp_path / "s"]
     assert cli(*arguments, "--strength", 0.25, "--schedule", "dpm++").code == 0
     made = read_parameters(tmp_path / "s" / "a-cat-0.png")
-    assert made["init"] == str(picture) and made["strength"] == 0.25 and made["steps"] == 8
-    Image.open(picture).resize((40, 20)).save(picture.with_name("wide.png"))
-    done = cli(*arguments, "--init", picture.with_name("wide.png"))
+    assert made["init"] == str(image) and made["strength"] == 0.25 and made["steps"] == 8
+    Image.open(image).resize((40, 20)).save(image.with_name("wide.png"))
+    done = cli(*arguments, "--init", image.with_name("wide.png"))
     assert done.code == 0 and "pnp-trt: the starting image is 40 × 20 and was resized" in done.err
 
 
 @pytest.mark.parametrize(
     ("kind", "suffix", "exact"), [("png", "png", True), ("webp", "webp", True), ("jpeg", "jpg", False)]
 )
-def test_every_format_holds_picture_and_parameters(
+def test_every_format_holds_image_and_parameters(
     cli: Cli, engines: Path, tmp_path: Path, kind: str, suffix: str, exact: bool
 ) -> None:
     arguments = ["sample", "a café, “quoted”", "--engine", "guided", "--steps", 2, "--out", tmp_path]
@@ -82,7 +82,7 @@ def test_prompts_come_from_standard_input(
     names = [Path(line).name for line in done.out.split()]
     assert names == ["a-cat-0.png", "a-cat-1.png", "a-red-apple-0.png", "a-red-apple-1.png", "a-dog-0.png",
                      "a-dog-1.png", "all.png"]  # fmt: skip
-    assert [p["prompt"] for p in read_parameters(grid)["pictures"]][::2] == ["a cat", "a red apple", "a dog"]
+    assert [p["prompt"] for p in read_parameters(grid)["images"]][::2] == ["a cat", "a red apple", "a dog"]
     assert Image.open(grid).width > 2 * 64 and Image.open(grid).height > 3 * 64
     again = cli("sample", "a cat", "--engine", "guided", "--steps", 2, "--out", tmp_path / "t", "--grid", grid)
     assert again.code == 2 and "exists and is not overwritten" in again.err and not (tmp_path / "t").exists()
@@ -103,11 +103,11 @@ def test_prompts_come_from_standard_input(
     ],
 )
 def test_bad_wishes_are_one_sentence_and_exit_2(
-    cli: Cli, engines: Path, picture: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, engines: Path, image: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
-    out = picture.parent / "out"
-    given = [str(picture) if a == "START" else a for a in arguments]
+    out = image.parent / "out"
+    given = [str(image) if a == "START" else a for a in arguments]
     done = cli("sample", "a cat", "--engine", "plain", "--steps", 2, "--out", out, *given)
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
     assert not out.exists()

@@ -40,9 +40,9 @@ def test_equal_modules_are_one() -> None:
 
 def test_open_axes_count_where_an_input_has_them() -> None:
     axes = [OpenAxis("height", 2, 1, 6, 4)]
-    pictures = {"x": torch.zeros(2, 4, 8, 8)}
+    images = {"x": torch.zeros(2, 4, 8, 8)}
     assert identity(net(), INPUTS, ["y"], axes) == of(net())
-    assert identity(net(), pictures, ["y"], axes) != of(net(), pictures)
+    assert identity(net(), images, ["y"], axes) != of(net(), images)
 
 
 def hooked(factor: float) -> nn.Module:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from pnp_trt.errors import InputError
-from pnp_trt.runtime.images import FORMATS, read_parameters, save_picture
+from pnp_trt.runtime.images import FORMATS, read_parameters, save_image
 
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 #: every Unicode character, NUL, line ends and private ones included; surrogates are no characters
@@ -26,14 +26,14 @@ def test_parameters_come_back_as_written(kind: str, prompt: str, name: str) -> N
     parameters = {"prompt": prompt, "negative": name, "seed": 2**63, "guidance": 7.5, "nested": {name: [prompt, None]}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"x{FORMATS[kind][0]}"
-        save_picture(PIXELS, parameters, path, kind)
+        save_image(PIXELS, parameters, path, kind)
         assert read_parameters(path) == parameters
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_name_of_a_file_that_is_not_utf8_comes_back(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x"
-    save_picture(PIXELS, {"init": b"caf\xe9.png".decode("utf-8", "surrogateescape")}, path, kind)
+    save_image(PIXELS, {"init": b"caf\xe9.png".decode("utf-8", "surrogateescape")}, path, kind)
     assert read_parameters(path) == {"init": "caf\udce9.png"}
 
 
@@ -41,7 +41,7 @@ def test_the_name_of_a_file_that_is_not_utf8_comes_back(kind: str, tmp_path: Pat
 @pytest.mark.parametrize("parameters", [{"prompt": "a \ud83d\ude80"}, {"a": [{"\ud800\udfff": 1}]}])
 def test_surrogate_pairs_which_json_would_join_are_refused(kind: str, parameters: dict, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"surrogates U\+D8.* give the character U\+(1F680|103FF) itself"):
-        save_picture(PIXELS, parameters, tmp_path / "x", kind)
+        save_image(PIXELS, parameters, tmp_path / "x", kind)
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from pnp_trt.bench import results, suites
 from pnp_trt.cli.sample import read_prompts as read_arguments
 from pnp_trt.errors import InputError
 from pnp_trt.io import inputs
-from pnp_trt.models.prompts import find_pictures, read_prompts
+from pnp_trt.models.prompts import find_images, read_prompts
 from pnp_trt.precision.int8.record import Record
 
 PROMPTS = ["a red apple", "déjà vu 日本"]
@@ -135,7 +135,7 @@ def test_captions_are_read_like_prompts(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     (tmp_path / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "c.png", "text": "a cat"}\r\n')
     with pytest.warns(UserWarning, match=r"b.png \(its caption .*b.txt is not UTF-8 text \(line 1, byte 3 is 0xe9\)"):
-        captioned = find_pictures(tmp_path)
+        captioned = find_images(tmp_path)
     assert captioned.captions == ["a red apple", "a cat"]
 
 
@@ -152,7 +152,7 @@ def test_captions_are_read_like_prompts(tmp_path: Path) -> None:
 def test_rows_of_metadata_are_checked(row: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + row)
     with pytest.raises(InputError, match=message):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 @pytest.mark.parametrize(

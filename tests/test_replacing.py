@@ -85,10 +85,10 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, name: str) -> None:
 
 def test_links_in_a_bundle_are_not_followed(tmp_path: Path) -> None:
     bundle = make(tmp_path / "x", BUNDLE)
-    (bundle / "pictures").symlink_to(make(tmp_path / "y", {"a.jpg": "x"}))
-    with pytest.raises(InputError, match="holds pictures"):
+    (bundle / "images").symlink_to(make(tmp_path / "y", {"a.jpg": "x"}))
+    with pytest.raises(InputError, match="holds images"):
         check_removable_bundle(bundle)
-    (bundle / "pictures").unlink()
+    (bundle / "images").unlink()
     (bundle / "empty").mkdir()
     with pytest.raises(InputError, match="holds empty/"):
         check_removable_bundle(bundle)

@@ -43,9 +43,9 @@ def test_one_bundle_draws_several_sizes(guided: Path, cli: Cli, tmp_path: Path) 
                    *(["--size", size] if size else []))  # fmt: skip
         assert done.code == 0, done.err
         height, _, width = (size or "32").partition("x")
-        with Image.open(done.out.strip()) as picture:
-            assert picture.size == (int(width or height), int(height))
-            said = json.loads(picture.info["pnp-trt"])
+        with Image.open(done.out.strip()) as image:
+            assert image.size == (int(width or height), int(height))
+            said = json.loads(image.info["pnp-trt"])
         assert said["size"] == f"{height}x{width or height}"
 
 

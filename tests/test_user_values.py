@@ -111,7 +111,7 @@ def test_values_of_distill_out_of_range(
 ) -> None:
     (tmp_path / "p.txt").write_text("a cat\n")
     given = ("--base", micro_base, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "d", "--num-states", 4)
-    refused(cli("distill", "guidance", *given, "--steps", 1, "--batch", 2, "--pictures", 0, option, value), word)
+    refused(cli("distill", "guidance", *given, "--steps", 1, "--batch", 2, "--grid-steps", 0, option, value), word)
 
 
 def test_averages_are_checked() -> None:

@@ -44,10 +44,10 @@ def rows(document: dict[str, Any]) -> dict[tuple[float, str, int], dict[str, Any
 def test_the_files_open_and_hold_their_parameters(drawn: Any) -> None:
     assert [p.name for p in drawn.files] == ["feature-maps.png", "strength.png", "strength.json"]
     for path in drawn.files[:2]:
-        with Image.open(path) as picture:
-            picture.load()
-            assert picture.width > 600 and picture.height > 400
-            assert json.loads(picture.text["pnp-trt"])["seed"] == 3  # type: ignore[attr-defined]
+        with Image.open(path) as image:
+            image.load()
+            assert image.width > 600 and image.height > 400
+            assert json.loads(image.text["pnp-trt"])["seed"] == 3  # type: ignore[attr-defined]
     document = json.loads(drawn.files[2].read_text())
     assert document["schema"] == "pnp-trt/visualize/1"
     assert document["parameters"]["prompts"] == ["a red apple"] and document["parameters"]["steps"] == STEPS
@@ -102,14 +102,14 @@ def test_the_numbers_are_those_of_a_direct_computation(drawn: Any, micro_base: P
 
 
 @pytest.mark.slow  # run alone, it has to build the bundles first
-def test_the_pictures_are_those_of_sample(micro_base: Path, micro_guide: Path, engines: Path) -> None:
+def test_the_images_are_those_of_sample(micro_base: Path, micro_guide: Path, engines: Path) -> None:
     from pnp_trt.runtime.pipeline import Pipeline
 
     base = resolve(str(micro_base))
     student = Student(base.unet(), load_guide(str(micro_guide)))
-    (mine,) = record(base, student, ["a red apple"], [3.0], 3, 5, [0]).pictures
-    (picture,) = Pipeline.load("guided", provider="cpu")("a red apple", steps=3, guidance=3.0, seed=5)
-    assert np.abs(mine.astype(int) - picture.pixels.astype(int)).max() <= 1  # rounding
+    (mine,) = record(base, student, ["a red apple"], [3.0], 3, 5, [0]).images
+    (image,) = Pipeline.load("guided", provider="cpu")("a red apple", steps=3, guidance=3.0, seed=5)
+    assert np.abs(mine.astype(int) - image.pixels.astype(int)).max() <= 1  # rounding
 
 
 def test_high_frequency_share_of_known_maps() -> None:

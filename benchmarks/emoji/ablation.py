@@ -40,7 +40,7 @@ PROMPTS = Path("calibration/emoji-prompts.txt")
 STATES = 25_600
 #: a row sees fewer states than this; what only one or two rows use is collected no larger
 FEWER_STATES = 4_800
-PICTURES = 64
+IMAGES = 64
 SAMPLING_STEPS = 20
 W = 3.0
 
@@ -101,16 +101,16 @@ ROWS = (
 )
 
 
-def write_pictures(folder: Path, cache: Path) -> Path:
+def write_images(folder: Path, cache: Path) -> Path:
     """The training images with captions, as users would hand them to ``--images``; once."""
     from PIL import Image
 
-    from .data import BASE_STYLES, caption, pictures, split
+    from .data import BASE_STYLES, caption, images, split
 
     if (folder / "metadata.jsonl").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    shots = pictures(BASE_STYLES, split()["train"], cache, 5)
+    shots = images(BASE_STYLES, split()["train"], cache, 5)
     lines = []
     for i, (pixels, concept, style) in enumerate(zip(shots.pixels, shots.concepts, shots.styles, strict=True)):
         name = f"{i:05d}.png"
@@ -136,17 +136,17 @@ class Judge:
         self.states: States = collection.read()
         self.held_out = split(config)[1]
         c = self.teacher.conditions
-        rows = torch.arange(0, c.empty, c.empty // PICTURES)[:PICTURES]
+        rows = torch.arange(0, c.empty, c.empty // IMAGES)[:IMAGES]
         self.text = c.text(rows, torch.device("cpu"))
         self.empty = c.text(torch.full((len(rows),), c.empty), torch.device("cpu"))
         self.noise = torch.randn(len(rows), *self.teacher.sample_shape, generator=torch.Generator().manual_seed(77))
         self.w = torch.full((len(rows),), W)
         self.vae = self.teacher.base.vae()
         unet = self.teacher.unet
-        self.pictures = self.sample(lambda x, t: cfg(unet, x, t, self.text, self.empty, self.w))
+        self.images = self.sample(lambda x, t: cfg(unet, x, t, self.text, self.empty, self.w))
         self.plain = self.sample(lambda x, t: unet(x, t, self.text).sample)
         self.extract = fidelity.FeatureExtractor()
-        self.features = self.extract(self.pictures)
+        self.features = self.extract(self.images)
 
     @torch.no_grad()
     def sample(self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> np.ndarray:
@@ -156,7 +156,7 @@ class Judge:
 
     def distance(self, pixels: np.ndarray) -> dict[str, Any]:
         return {
-            "psnr_db": fidelity.mean(fidelity.psnr(pixels, self.pictures)).as_dict(),
+            "psnr_db": fidelity.mean(fidelity.psnr(pixels, self.images)).as_dict(),
             "cosine": fidelity.mean(fidelity.cosine(self.extract(pixels), self.features)).as_dict(),
         }
 
@@ -218,7 +218,7 @@ def render(found: dict[str, Any]) -> str:
         "no guide (1 = the guide does nothing); *bins* is the mean over (t, w) bins, *t ≥ 800* the noisiest of them. "
         "*PSNR* and "
         f"*cosine*: similarity to CFG's images from the same noise (w = {s['w']:g}, "
-        f"{s['sampling_steps']} steps, {s['pictures']} images; no guidance: {plain['psnr_db']['value']:.2f} dB, "
+        f"{s['sampling_steps']} steps, {s['images']} images; no guidance: {plain['psnr_db']['value']:.2f} dB, "
         f"{plain['cosine']['value']:.3f}). "
         "Intervals are 95 % over images; one training seed, so differences of a tenth of a dB are not meaningful.\n",
     ]
@@ -289,8 +289,8 @@ def main() -> None:
         distill(
             GuidanceConfig(
                 "emoji", None if forward else PROMPTS, out,
-                write_pictures(args.work / "pictures", args.cache) if forward else None,
-                options=BASELINE_OPTIONS | row.options, pictures=0,
+                write_images(args.work / "images", args.cache) if forward else None,
+                options=BASELINE_OPTIONS | row.options, grid_steps=0,
                 states_dir=states if row.cache == "states" else args.work / row.cache,
                 states=StateConfig(row.kind, FEWER_STATES if row.group in ("states", "negative") else STATES,
                                    negative=row.negative),
@@ -307,12 +307,12 @@ def main() -> None:
         return
     judge = Judge(states)
     settings = {
-        "steps": args.steps, "batch": args.batch, "states": STATES, "pictures": PICTURES,
+        "steps": args.steps, "batch": args.batch, "states": STATES, "images": IMAGES,
         "fewer_states": FEWER_STATES, "sampling_steps": SAMPLING_STEPS, "w": W,
     }  # fmt: skip
     command = " ".join(["python", "-m", "benchmarks.emoji.ablation", *sys.argv[1:]])
     found: dict[str, Any] = {
-        "schema": "pnp-trt/emoji-ablation/1", "provenance": machine(command), "settings": settings,
+        "schema": "pnp-trt/emoji-ablation/2", "provenance": machine(command), "settings": settings,
         "no_guidance": judge.distance(judge.plain), "rows": [],
     }  # fmt: skip
     for row in ROWS:

@@ -23,7 +23,7 @@ HEADLINE_STEPS = (50, 16, 8)
 STAGE2_STEPS = (16, 8, 4)
 FREE_SCALES = (3.0, 5.0)
 HELD_OUT = ("held_out", "held_out_colour_shape")
-SWEEP, SWEEP_PICTURES = "sweep", 128
+SWEEP, SWEEP_IMAGES = "sweep", 128
 #: the sweep's noise is none of the reported cells', so that the best interval is not picked on its own figures
 SWEEP_SEED = 9
 METHODS = {
@@ -117,7 +117,7 @@ def table_b() -> list[Cell]:
 
 
 def table_c() -> list[Cell]:
-    """No guidance, CFG with fewer steps (25, 8, 4 steps are 50, 16, 8 passes), CFG on intervals; and the tiny guide."""
+    """No guidance, CFG with fewer steps (25, 8, 4 steps: 50, 16, 8 evaluations), CFG on intervals; the tiny guide."""
     out = []
     for w in FREE_SCALES:
         for method, steps in (
@@ -148,7 +148,7 @@ def all_cells(seeds: int = 3) -> list[Cell]:
 
 
 def spared(cell: Cell) -> bool:
-    """Whether ``--light`` leaves the cell out: about a third of the passes, none of them a headline row's."""
+    """Whether ``--light`` leaves the cell out: about a third of the evaluations, none of them a headline row's."""
     return (
         (cell.table == "B" and cell.steps == 50)
         or (cell.method == "interval" and cell.w != HEADLINE_W)

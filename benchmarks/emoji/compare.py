@@ -117,16 +117,16 @@ def transfer_verdicts(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def free_verdict(guide: dict[str, Any], rival: dict[str, Any], guide_gains: dict[str, Any]) -> dict[str, Any]:
-    """One duel of Table C: who wins on KID and on R@1, and whether the rival costs at most as many passes.
+    """One duel of Table C: who wins on KID and on R@1, and whether the rival costs at most as many evaluations.
 
     ``guide_gains`` is what the guide gains over the rival, paired.
     """
     won = {"better": "guide", "worse": "rival", "no difference shown": None}
     return {
         "w": guide["w"],
-        "guide": {k: guide[k] for k in ("method", "steps", "passes")},
-        "rival": {k: rival[k] for k in ("method", "steps", "passes", "interval")},
-        "rival_costs_no_more": rival["passes"] <= guide["passes"],
+        "guide": {k: guide[k] for k in ("method", "steps", "evaluations")},
+        "rival": {k: rival[k] for k in ("method", "steps", "evaluations", "interval")},
+        "rival_costs_no_more": rival["evaluations"] <= guide["evaluations"],
         "gain": guide_gains,
         "wins": {name: won[outcome(guide_gains[name])] for name in ("kid", "R@1")},
     }

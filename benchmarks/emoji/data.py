@@ -106,7 +106,7 @@ def render(svg: str, jitter: random.Random | None = None) -> np.ndarray:
 
 
 @dataclass
-class Pictures:
+class Images:
     """Rendered images with their concept and style; ``pixels`` is uint8 ``[N, 64, 64, 3]``."""
 
     pixels: np.ndarray
@@ -117,12 +117,12 @@ class Pictures:
         return len(self.concepts)
 
 
-def pictures(styles: tuple[Style, ...], concepts: list[str], cache: Path, variants: int = 1) -> Pictures:
+def images(styles: tuple[Style, ...], concepts: list[str], cache: Path, variants: int = 1) -> Images:
     """Render ``concepts`` in ``styles``; variant 0 is centred, the others jittered (seeded).  Cached as ``.npz``."""
     import hashlib
 
     key = hashlib.sha256(json.dumps([[s.package for s in styles], concepts, variants, SIZE]).encode()).hexdigest()[:16]
-    path = cache / f"pictures-{key}.npz"
+    path = cache / f"images-{key}.npz"
     if not path.exists():
         pixels, names, words = [], [], []
         for style in styles:
@@ -140,4 +140,4 @@ def pictures(styles: tuple[Style, ...], concepts: list[str], cache: Path, varian
         np.savez_compressed(partial, pixels=np.stack(pixels), concepts=np.array(names), styles=np.array(words))
         partial.replace(path)
     with np.load(path) as z:
-        return Pictures(z["pixels"], [str(s) for s in z["concepts"]], [str(s) for s in z["styles"]])
+        return Images(z["pixels"], [str(s) for s in z["concepts"]], [str(s) for s in z["styles"]])

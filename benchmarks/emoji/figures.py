@@ -22,10 +22,11 @@ from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
 from pnp_trt.bundle.store import write_json
 from pnp_trt.errors import InputError
 
+from ..records import add_images_option, read
 from .card import write_card
 from .data import BASE_STYLES, FINE_TUNE_STYLES, STYLES, split
 from .grid import draw_grid
-from .measures import Shots, add_gains, measure, real_ceiling, real_pictures, verdict
+from .measures import Shots, add_gains, measure, real_ceiling, real_images, verdict
 from .provenance import provenance, relative
 from .sampler import BATCH, SCALES, Ask, Sampler, asks
 
@@ -38,12 +39,12 @@ GRID = (
 )  # fmt: skip
 
 
-def _command(model_dir: Path, fine_tunes: dict[str, Path], judge: Path, pictures: int, steps: int, device: str) -> str:
+def _command(model_dir: Path, fine_tunes: dict[str, Path], judge: Path, images: int, steps: int, device: str) -> str:
     """The command line that measures the same, also when ``evaluate`` was called from elsewhere."""
     words = ["python", "-m", "benchmarks.emoji.figures", "--model", relative(model_dir), "--judge", relative(judge)]
     for word, path in fine_tunes.items():
         words += ["--fine-tune", f"{word}={relative(path)}"]
-    words += ["--pictures", str(pictures), "--steps", str(steps)]
+    words += ["--images", str(images), "--steps", str(steps)]
     return shlex.join(words if device == "cpu" else [*words, "--device", device])
 
 
@@ -53,7 +54,7 @@ def evaluate(
     judge: Path,
     cache: Path,
     results: Path,
-    pictures: int = 512,
+    images: int = 512,
     steps: int = 20,
     *,
     grid: Path = Path("pnp_trt/assets/emoji/grid.png"),
@@ -63,25 +64,25 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample and measure ``model_dir`` (a StableDiffusionPipeline folder) and its fine-tuned U-Nets.
 
-    ``fine_tunes`` maps a style's word ("flat") to U-Net safetensors.  ``pictures`` are made of trained
+    ``fine_tunes`` maps a style's word ("flat") to U-Net safetensors.  ``images`` are made of trained
     captions for each w; of held-out concepts and of each fine-tune a quarter, of held-out colour × shape
     captions a sixteenth.  Writes the JSON ``results`` and the PNG ``grid``; returns what the JSON holds.
     Work in progress is kept in ``cache/figures``.  Raises :class:`InputError` on values out of range.
     """
-    if pictures < 4 or not 1 <= steps <= 1000:
-        raise InputError(f"images must be at least 4 and steps 1 to 1000, got {pictures} and {steps}")
+    if images < 4 or not 1 <= steps <= 1000:
+        raise InputError(f"images must be at least 4 and steps 1 to 1000, got {images} and {steps}")
     if 1.0 not in scales:
         raise InputError(f"scales must hold 1, which the others are compared with; got {list(scales)}")
     if unknown := sorted(set(fine_tunes) - {s.word for s in FINE_TUNE_STYLES}):
         raise InputError(f"unknown fine-tune {unknown[0]!r}; known: {', '.join(s.word for s in FINE_TUNE_STYLES)}")
     head, extract = AlignmentHead.load(judge), FeatureExtractor(device)
-    told = provenance(model_dir, fine_tunes, head, _command(model_dir, fine_tunes, judge, pictures, steps, device))
+    told = provenance(model_dir, fine_tunes, head, _command(model_dir, fine_tunes, judge, images, steps, device))
     sampler = Sampler(model_dir, device=device)
     parts = split()
     sets = {
-        "train": asks(parts["train"], BASE_STYLES, pictures),
-        "held_out": asks(parts["held_out"], BASE_STYLES, min(2 * len(parts["held_out"]), max(2, pictures // 4))),
-        "held_out_colour_shape": asks(parts["held_out_colour_shape"], BASE_STYLES, max(2, pictures // 16)),
+        "train": asks(parts["train"], BASE_STYLES, images),
+        "held_out": asks(parts["held_out"], BASE_STYLES, min(2 * len(parts["held_out"]), max(2, images // 4))),
+        "held_out_colour_shape": asks(parts["held_out_colour_shape"], BASE_STYLES, max(2, images // 16)),
     }
     precision = sampler.choose_precision(sets["train"], steps)
     print(precision, flush=True)
@@ -91,8 +92,8 @@ def evaluate(
         key = [weights, told["versions"]["torch"], precision["precision"], steps, batch, [astuple(a) for a in rows]]
         key += [] if device == "cpu" else [device]
         folder = cache / "figures" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        real = Shots.cached(folder / "real.npz", lambda: real_pictures(rows, cache), extract)
-        again = Shots.cached(folder / "real-again.npz", lambda: real_pictures(rows, cache, 1), extract)
+        real = Shots.cached(folder / "real.npz", lambda: real_images(rows, cache), extract)
+        again = Shots.cached(folder / "real-again.npz", lambda: real_images(rows, cache, 1), extract)
         at, by_w = {}, {}
         for w in over:
             note = f"{name}, w = {w:g}"
@@ -108,9 +109,9 @@ def evaluate(
         }
 
     found: dict[str, Any] = {
-        "schema": "pnp-trt/emoji-figures/1",
+        "schema": "pnp-trt/emoji-figures/2",
         "provenance": told,
-        "settings": {"pictures": pictures, "steps": steps, "sampler": "DDIM, eta 0", "batch": batch, **precision},
+        "settings": {"images": images, "steps": steps, "sampler": "DDIM, eta 0", "batch": batch, **precision},
         "candidates": len(head.concepts),
         "split": {k: len(v) for k, v in parts.items()},
         "styles": {s.word: {"package": s.package, "licence": s.licence} for s in STYLES.values()},
@@ -118,7 +119,7 @@ def evaluate(
     mine = told["weights_sha256"]
     found["sets"] = {name: work(sampler, mine, name, rows, scales) for name, rows in sets.items()}
 
-    real = real_pictures(sets["train"], cache)
+    real = real_images(sets["train"], cache)
     through = sampler.reconstruct(real)
     level = fidelity.psnr(through, real)
     shots = Shots(through, extract(through))
@@ -129,7 +130,7 @@ def evaluate(
     }
 
     columns = [Ask(c, s, 7 + i) for i, (c, s) in enumerate(GRID)]
-    strips = [("real", real_pictures(columns, cache, turn=None))]
+    strips = [("real", real_images(columns, cache, turn=None))]
     strips += [(f"w = {w:g}", sampler(columns, w, steps, batch)) for w in scales]
     draw_grid(columns, strips, grid)
 
@@ -137,7 +138,7 @@ def evaluate(
     for word, path in fine_tunes.items():
         tuned = Sampler(model_dir, path, device)
         tuned.bfloat16 = sampler.bfloat16
-        rows = asks(parts["train"], [STYLES[word]], max(4, pictures // 4))
+        rows = asks(parts["train"], [STYLES[word]], max(4, images // 4))
         over = [w for w in FINE_TUNE_SCALES if w in scales]
         weights = [mine, told["fine_tunes_sha256"][word]]
         found["fine_tunes"][word] = work(tuned, weights, f"fine-tune {word}", rows, over)
@@ -156,19 +157,19 @@ def main() -> None:
     add("--model", type=Path, default=assets / "emoji", help="a diffusers StableDiffusionPipeline folder")
     add("--fine-tune", action="append", default=[], metavar="STYLE=FILE", help="flat=FILE or 3d=FILE; may repeat")
     add("--judge", type=Path, default=assets / "judge.safetensors")
-    add("--cache", type=Path, default=Path("build/emoji"), help="pictures, features and work in progress")
+    add("--cache", type=Path, default=Path("build/emoji"), help="images, features and work in progress")
     add("--results", type=Path, default=Path("benchmarks/results/emoji-figures.json"))
     add("--grid", type=Path, default=assets / "emoji" / "grid.png")
     add("--card", type=Path, default=assets / "emoji" / "README.md")
     add("--card-only", action="store_true", help="only draw the card, from the results that are there")
-    add("--pictures", type=int, default=512, help="of trained captions, for each w")
+    add_images_option(parser, 512, "of trained captions, for each w")
     add("--steps", type=int, default=20)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="images of the two differ in the last bits")
     add("--batch", type=int, default=BATCH, help="images sampled at once")
     args = parser.parse_args()
     try:
         if args.card_only:
-            figures = json.loads(args.results.read_text())
+            figures = read(args.results)
         else:
             fine_tunes = {}
             for given in args.fine_tune:
@@ -182,7 +183,7 @@ def main() -> None:
                 args.judge,
                 args.cache,
                 args.results,
-                args.pictures,
+                args.images,
                 args.steps,
                 grid=args.grid,
                 batch=args.batch,

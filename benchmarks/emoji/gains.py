@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import shlex
 import tempfile
@@ -27,17 +26,18 @@ from pnp_trt.models.bases import resolve
 from pnp_trt.models.catalog import guide_folder
 from pnp_trt.models.guides.load import load_guide
 
+from ..records import add_images_option, read
 from . import compare
 from .cells import TEACHER
 from .compare import Ranked
-from .measures import Shots, chroma, real_pictures, recalls
+from .measures import Shots, chroma, real_images, recalls
 from .network import FLOAT32, Network
 from .provenance import machine
 from .runner import SEED_STRIDE, captions
 from .sampler import Ask, Guidance, Sampler
 from .tables import spread
 
-SCHEMA = "pnp-trt/emoji-gains/1"
+SCHEMA = "pnp-trt/emoji-gains/2"
 RESULTS = Path("benchmarks/results/emoji-gains.json")
 CONSTANTS = (1.3, 1.6)
 SCALES = (2.0, 3.0, 5.0, 8.0)
@@ -73,23 +73,23 @@ class Measurer:
     Args:
         guide: folder of the guide; its own gain is replaced.
         table: of the gain that matches lengths.
-        pictures: images of one noise.
+        images: images of one noise.
         seeds: sets of noise.
         device: ``cpu`` or ``cuda``, float32 on both.
     """
 
     def __init__(
-        self, guide: Path, table: Sequence[float], cache: Path, judge: Path, pictures: int, seeds: int, device: str,
+        self, guide: Path, table: Sequence[float], cache: Path, judge: Path, images: int, seeds: int, device: str,
         batch: int, extract: Any = None,
     ) -> None:  # fmt: skip
         base = resolve(TEACHER)
-        self.batch, self.seeds, self.pictures = batch, seeds, pictures
+        self.batch, self.seeds, self.images = batch, seeds, images
         self.head, self.extract = AlignmentHead.load(judge), extract or FeatureExtractor(device)
         self.sampler = Sampler(base.folder, device=device)
         self.unet = base.unet().to(device)
         self.guide, self.gains = load_guide(str(guide)).to(device), gains(table)
-        self.rows = captions("train", pictures)
-        pixels = real_pictures(self.rows, cache)
+        self.rows = captions("train", images)
+        pixels = real_images(self.rows, cache)
         self.real = Shots(pixels, self.extract(pixels))
         self._shots: dict[tuple[str, int, float], list[Shots]] = {}
 
@@ -129,12 +129,12 @@ class Measurer:
 
 
 def measure(
-    guide: Path, table: Sequence[float], cache: Path, judge: Path, results: Path, *, pictures: int = 512,
+    guide: Path, table: Sequence[float], cache: Path, judge: Path, results: Path, *, images: int = 512,
     seeds: int = 3, device: str = "cpu", batch: int = 64, processes: int = 1, command: str = "", extract: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Sample and measure all gains; writes ``results`` and returns what it holds."""
     told, begun = machine(command), time.monotonic()
-    measurer = Measurer(guide, table, cache, judge, pictures, seeds, device, batch, extract)
+    measurer = Measurer(guide, table, cache, judge, images, seeds, device, batch, extract)
     measurer.sample()
     rows = spread(measurer.about, measurer.cells(), processes, "measuring")
     strength = {r["w"]: r["chroma"] for r in rows if (r["gain"], r["steps"]) == (CFG, EVERY_W)}
@@ -145,7 +145,7 @@ def measure(
         "schema": SCHEMA,
         "provenance": told | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},
         "settings": {
-            "pictures": pictures, "seeds": seeds, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
+            "images": images, "seeds": seeds, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
             "gains": measurer.gains, "seconds": round(time.monotonic() - begun, 1),
         },
         "real": recalls(measurer.head.ranks(measurer.real.features, [a.concept for a in measurer.rows]))
@@ -185,7 +185,7 @@ def page(document: dict[str, Any]) -> str:
         "Least squares makes a guide's change of the prediction right in direction and too short. A gain g(t) in the "
         "guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that makes the "
         "change as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with the table "
-        f"and its square root. {settings['pictures']} trained captions; {noises}. "
+        f"and its square root. {settings['images']} trained captions; {noises}. "
         "Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions and noise, and above 0 "
         "is better than CFG. The last column is the w of CFG whose images are as strong in colour; where colour hardly "
         "depends on w, that figure means little."
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--cache", type=Path, default=Path("build/emoji"))
     one.add_argument("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
     one.add_argument("--json", type=Path, default=RESULTS)
-    one.add_argument("--pictures", type=int, default=512)
+    add_images_option(one, 512)
     one.add_argument("--seeds", type=int, default=3)
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     one.add_argument("--batch", type=int, default=64)
@@ -251,16 +251,16 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--document", type=Path, default=Path("docs/gain.md"))
     a = parser.parse_args(arguments)
     if a.what == "report":
-        a.document.write_text(page(json.loads(a.json.read_text())))
+        a.document.write_text(page(read(a.json)))
         return
     try:
         folder = guide_folder(a.guide)
         table = fitted(a.guide) if a.table is None else [float(v) for v in a.table.split(",")]
         words = ["python", "-m", "benchmarks.emoji.gains", "measure", "--guide", folder.name]
-        words += ["--table", ",".join(f"{g:g}" for g in table), "--pictures", str(a.pictures), "--seeds", str(a.seeds)]
+        words += ["--table", ",".join(f"{g:g}" for g in table), "--images", str(a.images), "--seeds", str(a.seeds)]
         words += ["--device", a.device, "--batch", str(a.batch)] if a.device != "cpu" else []
         measure(
-            folder, table, a.cache, a.judge, a.json, pictures=a.pictures, seeds=a.seeds, device=a.device, batch=a.batch,
+            folder, table, a.cache, a.judge, a.json, images=a.images, seeds=a.seeds, device=a.device, batch=a.batch,
             processes=a.processes, command=shlex.join(words),
         )  # fmt: skip
     except (InputError, ValueError) as error:

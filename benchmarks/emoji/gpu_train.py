@@ -75,7 +75,7 @@ def pack(out: Path, cache: Path) -> None:
     """Pixels of the trained concepts in all four styles, and the token ids of every caption form."""
     from pnp_trt.models.bases import resolve
 
-    from .data import BASE_STYLES, FINE_TUNE_STYLES, pictures, split
+    from .data import BASE_STYLES, FINE_TUNE_STYLES, images, split
 
     tokenizer = resolve("emoji").tokenizer()
 
@@ -88,7 +88,7 @@ def pack(out: Path, cache: Path) -> None:
     for name, styles, variants, keep in (
         ("base", BASE_STYLES, 5, 5), ("flat", FINE_TUNE_STYLES[:1], 5, 2), ("3d", FINE_TUNE_STYLES[1:], 5, 2),
     ):  # fmt: skip
-        shots = pictures(styles, concepts, cache, variants)
+        shots = images(styles, concepts, cache, variants)
         pixels = shots.pixels.reshape(-1, variants, *shots.pixels.shape[1:])[:, :keep]
         pairs = list(zip(shots.concepts[::variants], shots.styles[::variants], strict=True))
         held[f"{name}.pixels"] = np.ascontiguousarray(pixels)

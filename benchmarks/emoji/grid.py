@@ -29,8 +29,8 @@ def draw_grid(
             draw.text(at, line, fill="black" if y == 0 else "#666666", font=small, anchor="mm")
     for y, (name, pixels) in enumerate(strips):
         draw.text((left // 2, top + y * side + side // 2), name, fill="black", font=font, anchor="mm")
-        for x, picture in enumerate(pixels):
-            big = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
+        for x, image in enumerate(pixels):
+            big = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
             page.paste(big, (left + x * side, top + y * side))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")

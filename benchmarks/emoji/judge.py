@@ -30,7 +30,7 @@ from pnp_trt.bench.metrics.fidelity import (
     write_head,
 )
 
-from .data import BASE_STYLES, JUDGE_STYLES, Pictures, Style, caption, icons, pictures, split
+from .data import BASE_STYLES, JUDGE_STYLES, Images, Style, caption, icons, images, split
 from .text import MINILM, MiniLM
 
 #: drawings that say nothing about things: flags and signs, and copies that differ in skin or trade
@@ -65,7 +65,7 @@ def concepts() -> list[str]:
     return [c for part in ("train", "held_out", "held_out_colour_shape") for c in parts[part]]
 
 
-def features(shots: Pictures, cache: Path, extract: FeatureExtractor | None = None) -> np.ndarray:
+def features(shots: Images, cache: Path, extract: FeatureExtractor | None = None) -> np.ndarray:
     """EfficientNet features ``[N, 1280]``, computed once per set of images."""
     key = hashlib.sha256(shots.pixels.tobytes() + EXTRACTOR_SHA256.encode()).hexdigest()[:16]
     path = cache / f"features-{key}.npy"
@@ -85,10 +85,10 @@ def _modern(name: str, known: set[str]) -> str:
 
 def _copies(style: Style, names: list[str], cache: Path) -> set[str]:
     """Names whose drawing is (nearly) that of a base style, which the judge must not see."""
-    own = pictures((style,), names, cache)
+    own = images((style,), names, cache)
     found = set()
     for base in BASE_STYLES:
-        theirs = pictures((base,), names, cache)
+        theirs = images((base,), names, cache)
         at = {c: i for i, c in enumerate(theirs.concepts)}
         for i, c in enumerate(own.concepts):
             if c in at:
@@ -98,13 +98,13 @@ def _copies(style: Style, names: list[str], cache: Path) -> set[str]:
     return found
 
 
-def training_pictures(style: Style, cache: Path) -> Pictures:
+def training_images(style: Style, cache: Path) -> Images:
     """The drawings of a judge style, jittered, named by today's concepts."""
     known = set(concepts())
     names = sorted(n for n in icons(style, cache) if not SKIP.search(n))
     copies = _copies(style, names, cache)
-    shots = pictures((style,), [n for n in names if n not in copies], cache, VARIANTS)
-    return Pictures(shots.pixels, [_modern(c, known) for c in shots.concepts], shots.styles)
+    shots = images((style,), [n for n in names if n not in copies], cache, VARIANTS)
+    return Images(shots.pixels, [_modern(c, known) for c in shots.concepts], shots.styles)
 
 
 def _tower(sizes: tuple[int, ...], dropout: float) -> nn.Sequential:
@@ -166,7 +166,7 @@ def train_judge(cache: Path, out: Path, recipe: Recipe | None = None) -> Path:
     """Train the judge on all ``JUDGE_STYLES``, store it in ``out`` (safetensors, FP16) and its sha256 beside it."""
     recipe = recipe or Recipe()
     extract = FeatureExtractor()
-    sets = [training_pictures(style, cache) for style in JUDGE_STYLES]
+    sets = [training_images(style, cache) for style in JUDGE_STYLES]
     x = np.concatenate([features(shots, cache, extract) for shots in sets])
     names = [c for shots in sets for c in shots.concepts]
     candidates = concepts()
@@ -191,7 +191,7 @@ def ceiling(judge: Path, cache: Path) -> dict[str, dict[str, object]]:
     head = AlignmentHead.load(judge)
     out: dict[str, dict[str, object]] = {}
     for style in BASE_STYLES:
-        shots = pictures((style,), concepts(), cache)
+        shots = images((style,), concepts(), cache)
         ranks = head.ranks(features(shots, cache), shots.concepts)
         out[style.word] = {f"R@{k}": recall(ranks, k).as_dict() for k in (1, 5)}
     return out

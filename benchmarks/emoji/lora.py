@@ -23,7 +23,7 @@ from pnp_trt.models.bases import resolve
 from pnp_trt.models.networks import quiet_libraries
 
 from . import autoencoder, train
-from .data import BASE_STYLES, pictures, split
+from .data import BASE_STYLES, images, split
 from .presets import PRESETS
 from .provenance import machine
 
@@ -48,7 +48,7 @@ def train_lora(out: Path, cache: Path, steps: int, batch: int, rank: int, lr: fl
     started = time.monotonic()
     base = resolve("emoji")
     unet, vae = base.unet(), base.vae()
-    shots = pictures(BASE_STYLES, split()["train"], cache, 1)
+    shots = images(BASE_STYLES, split()["train"], cache, 1)
     latents = autoencoder.encode(vae, sepia(shots.pixels)) * vae.config.scaling_factor
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights="gaussian"))
     preset = replace(PRESETS["cpu"], batch=batch, variants=1, warmup=20, ema=0.98)
@@ -77,11 +77,11 @@ def train_lora(out: Path, cache: Path, steps: int, batch: int, rank: int, lr: fl
     )
     out.chmod(0o644)
     report = {
-        "schema": "pnp-trt/lora/1",
+        "schema": "pnp-trt/lora/2",
         "base": {"name": base.name, "unet_sha256": base.fingerprint()["unet"]},
         "sha256": sha256(out), "rank": rank, "alpha": rank, "targets": list(TARGETS),
         "parameters": sum(v.numel() for v in weights.values()),
-        "data": [s.package for s in BASE_STYLES], "pictures": len(shots), "captions": "as the base model's",
+        "data": [s.package for s in BASE_STYLES], "images": len(shots), "captions": "as the base model's",
         "steps": steps, "batch": batch, "lr": lr, "seconds": round(time.monotonic() - started),
         "loss": {"first_25": float(np.mean(losses[:25])), "last_25": float(np.mean(losses[-25:]))},
         "provenance": machine(command),

@@ -13,7 +13,7 @@ import numpy as np
 from pnp_trt.bench.metrics import fidelity
 from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
 
-from .data import BASE_STYLES, FINE_TUNE_STYLES, pictures, split
+from .data import BASE_STYLES, FINE_TUNE_STYLES, images, split
 from .sampler import Ask
 
 #: as the ``cpu`` preset renders them, so that its cache serves
@@ -39,7 +39,7 @@ class Shots:
             return cls(z["pixels"], z["features"])
 
 
-def real_pictures(rows: Sequence[Ask], cache: Path, turn: int | None = 0) -> np.ndarray:
+def real_images(rows: Sequence[Ask], cache: Path, turn: int | None = 0) -> np.ndarray:
     """The artists' images of the captions, jittered as training saw them; another ``turn``, another jitter.
 
     With ``turn=None`` they are centred.
@@ -51,7 +51,7 @@ def real_pictures(rows: Sequence[Ask], cache: Path, turn: int | None = 0) -> np.
             words = {s.word for s in group}
             if not any(a.style in words and a.concept in part for a in rows):
                 continue
-            shots = pictures(group, part, cache, VARIANTS)
+            shots = images(group, part, cache, VARIANTS)
             for i in range(0, len(shots), VARIANTS):
                 at[shots.concepts[i], shots.styles[i]] = shots.pixels[i : i + VARIANTS]
     which = [0 if turn is None else 1 + (i + turn) % (VARIANTS - 1) for i in range(len(rows))]

@@ -1,4 +1,4 @@
-"""A U-Net, alone or with a guide, made fast for thousands of passes: bfloat16 and compiled, where it may be.
+"""A U-Net, alone or with a guide, made fast for thousands of evaluations: bfloat16 and compiled, where it may be.
 
 On a processor that multiplies bfloat16 itself, a frozen compiled bfloat16 U-Net is several times faster than the
 float32 one.  It is used only if its images cannot be told from float32's; the record states what was measured.

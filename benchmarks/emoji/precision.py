@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shlex
 import sys
 import time
@@ -36,13 +35,14 @@ from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.verify import load_golden
 from pnp_trt.sampling.network import Bound, Description, Network
 
+from ..records import add_images_option, read
 from . import compare
 from .compare import Ranked
-from .measures import Shots, real_pictures
+from .measures import Shots, real_images
 from .provenance import machine
 from .runner import captions
 
-SCHEMA = "pnp-trt/emoji-precision/1"
+SCHEMA = "pnp-trt/emoji-precision/2"
 TARGETS = ("sm_75", "sm_86", "sm_89", "sm_120")
 BATCH = 16
 #: of a manifest's words on INT8
@@ -168,17 +168,17 @@ def main() -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("--guide", default="emoji-tiny")
-    add("--pictures", type=int, default=512)
+    add_images_option(parser, 512)
     add("--steps", type=int, default=16)
     add("--guidance", type=float, default=3.0)
     add("--rounds", type=int, default=30)
-    add("--parts", default="bundles,pictures,speed")
+    add("--parts", default="bundles,images,speed")
     add("--cache", type=Path, default=Path("build/emoji"))
     add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
     add("--json", type=Path, default=Path("benchmarks/results/emoji-precision.json"))
     a = parser.parse_args()
     home = a.cache / "precision"
-    held: dict[str, Any] = json.loads(a.json.read_text()) if a.json.is_file() else {}
+    held: dict[str, Any] = read(a.json) if a.json.is_file() else {}
     held |= {
         "schema": SCHEMA,
         "provenance": machine(shlex.join(["python", "-m", "benchmarks.emoji.precision", *sys.argv[1:]])),
@@ -191,8 +191,8 @@ def main() -> None:
     if "bundles" in parts:
         held["bundles"] = [bundle_row(s.folder()) for s in specs(home, a.guide)]
         write_json(a.json, held)
-    if "pictures" in parts:
-        held["pictures"] = judged(a, home)
+    if "images" in parts:
+        held["images"] = judged(a, home)
         write_json(a.json, held)
     if "speed" in parts:
         held["speed"] = {"device": "ONNX Runtime's CPU provider", "rows": speed(home, a.rounds)}
@@ -201,20 +201,20 @@ def main() -> None:
 
 def judged(a: argparse.Namespace, home: Path) -> dict[str, Any]:
     """KID, alignment and distance of every precision's images, and what each gains or loses against fp32's."""
-    rows = captions("train", a.pictures)
+    rows = captions("train", a.images)
     concepts = [r.concept for r in rows]
     extract, head = FeatureExtractor(), AlignmentHead.load(a.judge)
-    real = Shots.cached(home / f"real-{a.pictures}.npz", lambda: real_pictures(rows, a.cache), extract)
+    real = Shots.cached(home / f"real-{a.images}.npz", lambda: real_images(rows, a.cache), extract)
     sets: dict[str, Ranked] = {}
     for name in ("fp32", "fp16", "int8", "int8-weights", "fp8"):
         folder = home / f"onnxruntime-{name}"
         key = read_manifest(folder).key[:12]
 
         def tell(done: int, name: str = name) -> None:
-            print(f"{name}: {done} of {a.pictures} images", file=sys.stderr)
+            print(f"{name}: {done} of {a.images} images", file=sys.stderr)
 
         shots = Shots.cached(
-            home / f"pictures-{key}-{a.steps}-{a.guidance:g}-{a.pictures}.npz",
+            home / f"images-{key}-{a.steps}-{a.guidance:g}-{a.images}.npz",
             lambda folder=folder, name=name, tell=tell: sample(  # type: ignore[misc]
                 folder, rows, a.steps, a.guidance, name == "fp16", tell
             ),
@@ -222,7 +222,7 @@ def judged(a: argparse.Namespace, home: Path) -> dict[str, Any]:
         )
         sets[name] = Ranked.of(shots, concepts, head)
     return {
-        "guide": a.guide, "steps": a.steps, "w": a.guidance, "count": a.pictures,
+        "guide": a.guide, "steps": a.steps, "w": a.guidance, "count": a.images,
         "fp16_is": "every result rounded to float16, on the CPU",
         "rows": [_row(real, n, s, sets["fp32"]) for n, s in sets.items()],
     }  # fmt: skip

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..records import read
+
 RESULTS = Path("benchmarks/results/emoji-precision.json")
 OUT = Path("docs/precision.md")
 HEAD = """# Precision: FP32, FP16, BF16, INT8
@@ -90,7 +92,7 @@ def bundles(rows: list[dict[str, Any]]) -> list[str]:
     return out
 
 
-def pictures(p: dict[str, Any]) -> list[str]:
+def images(p: dict[str, Any]) -> list[str]:
     out = ["", "## Images", ""]
     out += [
         f"{p['count']} images of `{p['guide']}` at {p['steps']} steps, w = {p['w']:g}, from the same noise; 95 % intervals. "
@@ -162,9 +164,9 @@ def real_size() -> list[str]:
 
 
 def main() -> None:
-    held = json.loads(RESULTS.read_text())
+    held = read(RESULTS)
     lines = [HEAD.rstrip()]
-    for name, part in (("bundles", bundles), ("pictures", pictures), ("speed", speed)):
+    for name, part in (("bundles", bundles), ("images", images), ("speed", speed)):
         lines += part(held[name]) if name in held else []
     lines += real_size()
     p = held["provenance"]

@@ -19,22 +19,23 @@ from pnp_trt.assets import ROOT
 from pnp_trt.bench.metrics import fidelity
 from pnp_trt.bundle.store import write_bytes
 
+from ..records import add_images_option
 from .data import BASE_STYLES
-from .measures import real_pictures
+from .measures import real_images
 from .runner import captions
 
-PICTURES = 512
+IMAGES = 512
 TARGET = ROOT / "emoji" / "real-features.safetensors"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered images and npm packages")
-    parser.add_argument("--pictures", type=int, default=PICTURES)
+    add_images_option(parser, IMAGES)
     parser.add_argument("--out", type=Path, default=TARGET)
     args = parser.parse_args()
-    rows = captions("train", args.pictures)
-    features = fidelity.FeatureExtractor()(real_pictures(rows, args.cache, 0))
+    rows = captions("train", args.images)
+    features = fidelity.FeatureExtractor()(real_images(rows, args.cache, 0))
     half = features.astype(np.float16)
     # what the rounding does to the measure, at the bundled model's own distances: real halves against each other
     first, second = slice(0, None, 2), slice(1, None, 2)

@@ -24,9 +24,9 @@ from pnp_trt.models.student import Student
 from pnp_trt.models.teacher import BaseModel
 from pnp_trt.processor import multiplies
 
-from .cells import BEST, FINE_TUNES, INTERVALS, STAGE2_STEPS, SWEEP, SWEEP_PICTURES, TEACHER, Cell
+from .cells import BEST, FINE_TUNES, INTERVALS, STAGE2_STEPS, SWEEP, SWEEP_IMAGES, TEACHER, Cell
 from .data import BASE_STYLES, STYLES, split
-from .measures import Shots, real_pictures
+from .measures import Shots, real_images
 from .network import Network, settle
 from .sampler import BATCH, SCALES, Ask, Guidance, Sampler, asks
 
@@ -59,14 +59,14 @@ def find_guides(folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:
     return found, missing
 
 
-def captions(name: str, pictures: int) -> list[Ask]:
-    """The asks of a captions set, first noise: ``pictures`` trained captions; of held-out ones all there are."""
+def captions(name: str, images: int) -> list[Ask]:
+    """The asks of a captions set, first noise: ``images`` trained captions; of held-out ones all there are."""
     parts = split()
     if name in FINE_TUNES:
-        return asks(parts["train"], [STYLES[name.removeprefix("emoji-")]], pictures)
+        return asks(parts["train"], [STYLES[name.removeprefix("emoji-")]], images)
     if name in ("train", SWEEP):
-        return asks(parts["train"], BASE_STYLES, min(SWEEP_PICTURES, pictures) if name == SWEEP else pictures)
-    return asks(parts[name], BASE_STYLES, min(len(BASE_STYLES) * len(parts[name]), pictures))
+        return asks(parts["train"], BASE_STYLES, min(SWEEP_IMAGES, images) if name == SWEEP else images)
+    return asks(parts[name], BASE_STYLES, min(len(BASE_STYLES) * len(parts[name]), images))
 
 
 class Runner:
@@ -81,10 +81,10 @@ class Runner:
 
     def __init__(
         self, bases: dict[str, BaseModel], guides: dict[str, Path], extract: FeatureExtractor, cache: Path,
-        pictures: int, batch: int = BATCH, compiled: bool = True, device: str = "cpu",
+        images: int, batch: int = BATCH, compiled: bool = True, device: str = "cpu",
     ) -> None:  # fmt: skip
         quiet_libraries()
-        self.bases, self.pictures, self.batch = bases, pictures, batch
+        self.bases, self.images, self.batch = bases, images, batch
         self.device, self.compiled = device, compiled and device == "cpu"
         self.cache, self.folder, self.extract = cache, cache / "tables", extract
         self.sampler = Sampler(bases[TEACHER].folder, device=device)
@@ -102,7 +102,7 @@ class Runner:
     # ------------------------------------------------------------------------------------------- what a cell is
 
     def rows(self, cell: Cell) -> list[Ask]:
-        return [replace(a, seed=a.seed + SEED_STRIDE * cell.seed) for a in captions(cell.captions, self.pictures)]
+        return [replace(a, seed=a.seed + SEED_STRIDE * cell.seed) for a in captions(cell.captions, self.images)]
 
     def guidance(self, cell: Cell) -> Guidance:
         return cell.guidance(self.best.get((cell.steps, cell.w)))
@@ -111,12 +111,12 @@ class Runner:
         """Whether the sweep still has to decide the cell's interval."""
         return cell.interval == BEST and (cell.steps, cell.w) not in self.best
 
-    def passes(self, cell: Cell) -> int:
+    def evaluations(self, cell: Cell) -> int:
         """U-Net evaluations per image; before the sweep is done, of the longest interval."""
         schedule = self.sampler.schedule(cell.steps)
         if self.guidance_open(cell):
-            return max(cell.guidance(name).passes(schedule) for name in INTERVALS)
-        return self.guidance(cell).passes(schedule)
+            return max(cell.guidance(name).evaluations(schedule) for name in INTERVALS)
+        return self.guidance(cell).evaluations(schedule)
 
     def _weights(self, cell: Cell) -> list[Any]:
         return [self.bases[cell.base].fingerprint(), self.guide_hashes[cell.guide] if cell.guide else None]
@@ -155,12 +155,12 @@ class Runner:
         else:
             how = Guidance("guided" if guide else "cfg", max(SCALES))
             steps = cell.steps if cell.method == "tiny-stage2" else TRIAL_STEPS
-            trial = captions(cell.captions, self.pictures)[:8]
+            trial = captions(cell.captions, self.images)[:8]
             schedule = self.sampler.schedule(steps)
             network, record = settle(
                 unet, guide, lambda p: self.sampler.draw(trial, p, how, schedule), self.batch, self.compiled
             )
-            record |= {"trial": {"pictures": len(trial), "w": how.w, "steps": steps}}
+            record |= {"trial": {"images": len(trial), "w": how.w, "steps": steps}}
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._record_file(cell), record)
         self._network = (name, network)
@@ -194,11 +194,11 @@ class Runner:
 
     def real(self, name: str, turn: int = 0) -> Shots:
         """The artists' images of a captions set; they are the same for all noises."""
-        rows = captions(name, self.pictures)
+        rows = captions(name, self.images)
         key = digest(["real", turn, [astuple(a) for a in rows]])[:16]
         if key not in self._real:
             path = self.folder / f"real-{key}.npz"
-            self._real[key] = Shots.cached(path, lambda: real_pictures(rows, self.cache, turn), self.extract)
+            self._real[key] = Shots.cached(path, lambda: real_images(rows, self.cache, turn), self.extract)
         return self._real[key]
 
     def decide(self, cells: Sequence[Cell]) -> None:
@@ -218,7 +218,7 @@ class Runner:
         for cell in cells:
             # the best interval has no name before the sweep; by then it may turn out to be there
             jobs.setdefault(str(astuple(cell)) if self.guidance_open(cell) else self.key(cell), cell)
-        work = {name: len(self.rows(c)) * self.passes(c) for name, c in jobs.items()}
+        work = {name: len(self.rows(c)) * self.evaluations(c) for name, c in jobs.items()}
         done = {name for name in jobs if (self.folder / f"{name}.npz").is_file()}
         bar = tqdm(
             total=sum(work.values()), initial=sum(work[n] for n in done), unit="pass", unit_scale=True, mininterval=5

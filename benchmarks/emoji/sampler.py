@@ -60,7 +60,7 @@ class Guidance:
     """How a step is guided.
 
     Attributes:
-        kind: ``none`` (the conditional prediction), ``cfg`` (two passes), ``interval`` (two passes inside an
+        kind: ``none`` (the conditional prediction), ``cfg`` (two evaluations), ``interval`` (two evaluations inside an
             interval of timesteps, the conditional prediction outside: Kynkäänniemi et al. 2024, "Applying guidance
             in a limited interval improves sample and distribution quality", eq. 5), ``guided`` (a guide, one pass).
         w: the scale; ``none`` has none.
@@ -78,7 +78,7 @@ class Guidance:
             raise InputError(f"guidance {self.kind!r} with interval {self.interval}: 'interval' alone takes one")
 
     def twice(self, schedule: Schedule) -> np.ndarray:
-        """bool ``[steps]``: which steps take two passes.  At w = 1 the unguided pass has no weight: none does."""
+        """bool ``[steps]``: which steps take two evaluations.  At w = 1 the unguided pass has no weight: none does."""
         t = schedule.timesteps
         if self.w == 1.0 or self.kind in ("none", "guided"):
             return np.zeros(len(t), bool)
@@ -86,7 +86,7 @@ class Guidance:
             return np.ones(len(t), bool)
         return (t >= self.interval[0]) & (t <= self.interval[1])
 
-    def passes(self, schedule: Schedule) -> int:
+    def evaluations(self, schedule: Schedule) -> int:
         """U-Net evaluations for one image."""
         return len(schedule) + int(self.twice(schedule).sum())
 
@@ -98,7 +98,7 @@ def denoise(
 ) -> Tensor:  # fmt: skip
     """Latents ``[B, C, H, W]`` float32 from unit noise ``x``; text ``[B, tokens, D]``, empty ``[1, tokens, D]``.
 
-    ``tick`` is told the passes of each step, for all images together.
+    ``tick`` is told the evaluations of each step, for all images together.
     """
     n = len(x)
     x = x * schedule.init_scale
@@ -194,7 +194,7 @@ class Sampler:
     def __call__(self, rows: Sequence[Ask], w: float, steps: int, batch: int = BATCH, note: str = "") -> np.ndarray:
         """uint8 ``[N, H, W, 3]`` by CFG with the folder's own U-Net; at w = 1 the unguided pass is left out."""
         how, schedule = Guidance("cfg", w), self.schedule(steps)
-        total = len(rows) * how.passes(schedule)
+        total = len(rows) * how.evaluations(schedule)
         with tqdm(total=total, desc=note or f"w = {w:g}", mininterval=5, disable=not note) as bar:
             return self.draw(rows, self.predict, how, schedule, batch, bar.update)
 

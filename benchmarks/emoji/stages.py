@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import autoencoder, text, train
-from .data import BASE_STYLES, FINE_TUNE_STYLES, Pictures, Style, pictures, split
+from .data import BASE_STYLES, FINE_TUNE_STYLES, Images, Style, images, split
 from .presets import Preset
 
 #: the latents that the U-Net sees are the autoencoder's times this; the decoder squashes with tanh(z / 3),
@@ -39,8 +39,8 @@ class Context:
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def pictures(self, styles: tuple[Style, ...]) -> Pictures:
-        return pictures(styles, split()["train"], self.cache, self.preset.variants)
+    def images(self, styles: tuple[Style, ...]) -> Images:
+        return images(styles, split()["train"], self.cache, self.preset.variants)
 
     @cached_property
     def tokenizer(self):
@@ -53,7 +53,7 @@ class Context:
 
     def vae(self) -> nn.Module:
         """The autoencoder with its closed-form encoder; the decoder is trained or not."""
-        weight, bias = autoencoder.principal_code(self.pictures(BASE_STYLES).pixels, self.preset.latent_channels)
+        weight, bias = autoencoder.principal_code(self.images(BASE_STYLES).pixels, self.preset.latent_channels)
         vae = autoencoder.build(weight / SCALING_FACTOR, bias / SCALING_FACTOR)
         vae.register_to_config(scaling_factor=SCALING_FACTOR)
         return vae
@@ -78,7 +78,7 @@ class Context:
             text.token_table(self.out / "tokenizer", self.preset.text_width, self.cache), self.preset.text_layers
         )
 
-    def latents(self, shots: Pictures) -> torch.Tensor:
+    def latents(self, shots: Images) -> torch.Tensor:
         return (autoencoder.encode(self.vae(), shots.pixels) * SCALING_FACTOR).to(self.device)
 
 
@@ -110,7 +110,7 @@ def previewer(context: Context, model: Model, styles: tuple[str, ...], path: Pat
 
     from .data import caption
 
-    shots = pictures(BASE_STYLES, split()["train"], context.cache, context.preset.variants)
+    shots = images(BASE_STYLES, split()["train"], context.cache, context.preset.variants)
     weight, bias = autoencoder.principal_code(shots.pixels, context.preset.latent_channels)
     inverse = torch.linalg.pinv(weight.flatten(1))
     abar = train.alphas_cumprod()
@@ -152,7 +152,7 @@ def stage_base(context: Context) -> None:
     final = context.out / "base.safetensors"
     if final.exists():
         return
-    shots = context.pictures(BASE_STYLES)
+    shots = context.images(BASE_STYLES)
     model = Model(context.unet(), context.text_encoder()).to(context.device)
     loss = train.denoising_loss(
         model.unet, model.text_encoder, context.tokenizer, context.latents(shots), shots.concepts, shots.styles,
@@ -170,7 +170,7 @@ def stage_decoder(context: Context) -> None:
     final = context.out / "vae.safetensors"
     if final.exists():
         return
-    shots = pictures((*BASE_STYLES, *FINE_TUNE_STYLES), split()["train"], context.cache, 2)
+    shots = images((*BASE_STYLES, *FINE_TUNE_STYLES), split()["train"], context.cache, 2)
     vae = context.vae().to(context.device)
     latents = autoencoder.encode(vae.cpu(), shots.pixels)
     vae.to(context.device)
@@ -187,7 +187,7 @@ def stage_fine_tunes(context: Context) -> None:
         final = context.out / f"fine-tune-{style.word}.safetensors"
         if final.exists():
             continue
-        shots = context.pictures((style,))
+        shots = context.images((style,))
         model = Model(context.unet(), context.text_encoder())
         model.load_state_dict(load_file(context.out / "base.safetensors"))
         model.text_encoder.requires_grad_(False)
@@ -295,7 +295,7 @@ def stage_figures(context: Context) -> None:
     tunes = {s.word: context.assets / "fine-tunes" / f"emoji-{s.word}.safetensors" for s in FINE_TUNE_STYLES}
     results = Path("benchmarks/results/emoji-figures.json")
     found = evaluate(
-        context.assets / "emoji", tunes, context.assets / "judge.safetensors", context.cache, results, pictures=384
+        context.assets / "emoji", tunes, context.assets / "judge.safetensors", context.cache, results, images=384
     )
     write_card(found, context.assets / "emoji" / "README.md")
 

@@ -29,6 +29,7 @@ from pnp_trt.models.bases import resolve
 from pnp_trt.models.student import Student
 from pnp_trt.models.teacher import BaseModel
 
+from ..records import add_images_option
 from . import compare
 from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, SCALES, TEACHER, Cell, all_cells, spared
 from .compare import Ranked
@@ -37,7 +38,7 @@ from .provenance import provenance, relative
 from .runner import GUIDES, SEED_STRIDE, Runner, captions, find_guides
 from .sampler import BATCH
 
-SCHEMA = "pnp-trt/emoji-tables/1"
+SCHEMA = "pnp-trt/emoji-tables/2"
 
 
 def costs(runner: Runner) -> dict[str, Any]:
@@ -51,15 +52,15 @@ def costs(runner: Runner) -> dict[str, Any]:
     return {name: asdict(c) for name, c in found.items()}
 
 
-def macs_per_picture(cell: Cell, passes: int, found: dict[str, Any]) -> dict[str, int]:
+def macs_per_image(cell: Cell, evaluations: int, found: dict[str, Any]) -> dict[str, int]:
     """Loop, text encoder and decoder, with attention products and without."""
     step = found[cell.guide or "teacher"]
-    parts = [found[n] for n in cost.PICTURE_NETWORKS if n in found]
+    parts = [found[n] for n in cost.IMAGE_NETWORKS if n in found]
     return {
-        name: passes * step[key] + sum(p[key] for p in parts)
+        name: evaluations * step[key] + sum(p[key] for p in parts)
         for name, key in (
-            ("macs_per_picture", "macs"),
-            ("macs_per_picture_without_attention", "macs_without_attention"),
+            ("macs_per_image", "macs"),
+            ("macs_per_image_without_attention", "macs_without_attention"),
         )
     }
 
@@ -100,8 +101,9 @@ class Measurer:
 
     def told(self, cell: Cell) -> dict[str, Any]:
         """What a cell is and what it costs."""
-        passes = self.runner.passes(cell)
-        out = {**asdict(cell), "guide": cell.guide, "passes": passes, **macs_per_picture(cell, passes, self.costs)}
+        evaluations = self.runner.evaluations(cell)
+        macs = macs_per_image(cell, evaluations, self.costs)
+        out = {**asdict(cell), "guide": cell.guide, "evaluations": evaluations, **macs}
         if cell.method == "interval":
             out["timesteps"] = list(self.runner.guidance(cell).interval or ())
             out["interval_chosen"] = self.runner.best.get((cell.steps, cell.w)) if cell.interval == BEST else None
@@ -204,7 +206,7 @@ def choose_cells(
 
 def evaluate(
     bases: dict[str, BaseModel], guides: dict[str, Path], judge: Path, cache: Path, results: Path, *,
-    missing: dict[str, str] | None = None, pictures: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
+    missing: dict[str, str] | None = None, images: int = 512, only: Sequence[str] = ("A", "B", "C"), seeds: int = 3,
     only_teacher: bool = False, only_guided: bool = False, light: bool = False, sampled_only: bool = False,
     scales: Sequence[float] = SCALES, most_steps: int = 1000, command: str = "",
     batch: int = BATCH, compiled: bool = True, device: str = "cpu",
@@ -226,15 +228,15 @@ def evaluate(
     Raises:
         InputError: on values out of range.
     """
-    if pictures < 4:
-        raise InputError(f"images must be at least 4, got {pictures}")
+    if images < 4:
+        raise InputError(f"images must be at least 4, got {images}")
     if unknown := sorted(set(only) - {"A", "B", "C"}):
         raise InputError(f"there is no table {unknown[0]!r}; known: A, B, C")
     wanted, left = choose_cells(
         cells or all_cells(seeds), only, bases, guides, missing or {}, light, scales, most_steps
     )
     head = AlignmentHead.load(judge)
-    runner = Runner(bases, guides, FeatureExtractor(device), cache, pictures, batch, compiled, device)
+    runner = Runner(bases, guides, FeatureExtractor(device), cache, images, batch, compiled, device)
     if only_teacher:
         runner.sample([c for c in wanted if c.guide is None])
         return None
@@ -253,18 +255,18 @@ def evaluate(
     found = Measurer(runner, wanted, head)(processes)
     ceilings = {}
     for name in names:
-        rows = captions(name, pictures)
+        rows = captions(name, images)
         ceilings[name] = real_ceiling(rows, runner.real(name), runner.real(name, 1), head)
         ceilings[name].pop("ranks")
     document = {
         "schema": SCHEMA,
         "provenance": provenance(bases[TEACHER].folder, tuned, head, command) | {"guides_sha256": runner.guide_hashes},
         "settings": {
-            "pictures": pictures, "seeds": seeds, "only": list(only), "sampler": "DDIM, eta 0", "batch": batch,
+            "images": images, "seeds": seeds, "only": list(only), "sampler": "DDIM, eta 0", "batch": batch,
             "seed_stride": SEED_STRIDE, "intervals": {k: list(v) for k, v in INTERVALS.items()},
         },
         "networks": {c.network: runner.record(c) for c in wanted},
-        "captions": {n: [" ".join(map(str, astuple(a))) for a in captions(n, pictures)] for n in names},
+        "captions": {n: [" ".join(map(str, astuple(a))) for a in captions(n, images)] for n in names},
         "real": ceilings,
         **found,
         "left_out": left,
@@ -281,18 +283,18 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--guides", type=Path, help=f"a folder that holds guides named {', '.join(GUIDES)}; default: the bundled ones")
-    add("--pictures", type=int, default=512, help="of trained captions, for each cell")
+    add_images_option(parser, 512, "of trained captions, for each cell")
     add("--only", default="A,B,C", help="tables, separated by commas")
     add("--seeds", type=int, default=3, help="noise sets of the headline rows")
     add("--only-teacher", action="store_true", help="sample the cells that need no guide, and stop")
     add("--only-guided", action="store_true", help="sample the cells that need a guide, and stop")
-    add("--light", action="store_true", help="leave out (and name) a third of the passes, none of a headline row")
+    add("--light", action="store_true", help="leave out (and name) a third of the evaluations, none of a headline row")
     add("--scales", default=",".join(f"{w:g}" for w in SCALES), help="guidance scales, separated by commas")
     add("--most-steps", type=int, default=1000, help="leave out cells with more steps")
     add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
     add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
-    add("--cache", type=Path, default=Path("build/emoji"), help="pictures, features and work in progress")
+    add("--cache", type=Path, default=Path("build/emoji"), help="images, features and work in progress")
     add("--eager", action="store_true", help="compile nothing")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--batch", type=int, default=BATCH, help="images sampled at once")
@@ -301,14 +303,14 @@ def main() -> None:
     try:
         guides, missing = find_guides(args.guides)
         bases = {name: resolve(name) for name in (TEACHER, *FINE_TUNES)}
-        words = ["python", "-m", "benchmarks.emoji.tables", "--pictures", str(args.pictures), "--only", args.only]
+        words = ["python", "-m", "benchmarks.emoji.tables", "--images", str(args.images), "--only", args.only]
         words += ["--seeds", str(args.seeds), *(["--guides", relative(args.guides)] if args.guides else [])]
         words += ["--scales", args.scales] if args.scales != parser.get_default("scales") else []
         words += ["--light"] if args.light else []
         words += ["--device", args.device, "--batch", str(args.batch)] if args.device != "cpu" else []
         words += ["--sampled-only"] if args.sampled_only else []
         found = evaluate(
-            bases, guides, args.judge, args.cache, args.json, missing=missing, pictures=args.pictures,
+            bases, guides, args.judge, args.cache, args.json, missing=missing, images=args.images,
             only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
             only_teacher=args.only_teacher, only_guided=args.only_guided, light=args.light,
             sampled_only=args.sampled_only, scales=[float(w) for w in args.scales.split(",")],

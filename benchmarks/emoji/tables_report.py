@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 from pnp_trt.bundle.store import write_text
 from pnp_trt.errors import InputError
 
+from ..records import read
 from .cells import FINE_TUNES, FREE_SCALES, HEADLINE_W, METHODS, SCALES
 from .compare import outcome
-from .tables_pictures import grid, plot
+from .tables_figures import grid, plot
 
 Row = dict[str, Any]
 DASH = "–"
@@ -29,7 +29,7 @@ real images of the same captions. It is not FID; compare it only with itself. **
 two other artists' styles, finds an image's caption among all. **Distance** is to the image that the same U-Net
 generates with CFG at 50 steps from the same caption, noise and w: PSNR in dB and cosine of EfficientNet features.
 **Gain** is paired by caption and noise; above 0 is better than the method compared with.
-Brackets are 95 % intervals; ▲ marks a gain and ▼ a loss whose interval excludes 0. Each cell has n = {pictures}
+Brackets are 95 % intervals; ▲ marks a gain and ▼ a loss whose interval excludes 0. Each cell has n = {images}
 images of trained captions. {seeds}
 **NFE** is the number of model evaluations (forward passes of the U-Net) per image. **GMACs** are per image, with text
 encoder and decoder: of convolutions and linear layers alone (as the paper counts), then with attention products.
@@ -140,7 +140,7 @@ def name(row: Row) -> str:
 
 
 def work(row: Row) -> str:
-    return f"{row['macs_per_picture_without_attention'] / 1e9:.1f} / {row['macs_per_picture'] / 1e9:.1f}"
+    return f"{row['macs_per_image_without_attention'] / 1e9:.1f} / {row['macs_per_image'] / 1e9:.1f}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -163,7 +163,7 @@ def by_w(groups: Sequence[Row], show: Callable[[Row], str]) -> str:
         cells = [show(at[w]) + (f" ({len(at[w]['seeds'])} noises)" if len(at[w]["seeds"]) > 1 else "")
                  if w in at and show(at[w]) != DASH else DASH for w in SCALES]  # fmt: skip
         if set(cells) != {DASH}:
-            rows.append([METHODS[method], str(steps), str(first["passes"]), work(first), *cells])
+            rows.append([METHODS[method], str(steps), str(first["evaluations"]), work(first), *cells])
     return table(["method", "steps", "NFE", "GMACs", *(f"w = {w:g}" for w in SCALES)], rows)
 
 
@@ -172,7 +172,7 @@ WIDE = ("method", "steps", "NFE", "GMACs", "KID ↓", "R@1, % ↑", "R@5, % ↑"
 
 def wide(row: Row) -> list[str]:
     return [
-        name(row), str(row["steps"]), str(row["passes"]), work(row), number(row["kid"]), recall_of(row, 1),
+        name(row), str(row["steps"]), str(row["evaluations"]), work(row), number(row["kid"]), recall_of(row, 1),
         recall_of(row, 5), distances(row, 50),
     ]  # fmt: skip
 
@@ -205,7 +205,7 @@ def table_c(groups: Sequence[Row]) -> str:
     out = []
     for w in FREE_SCALES:
         mine = [g for g in groups if g["table"] == "C" and g["w"] == w and g["captions"] == "train"]
-        mine.sort(key=lambda g: (-g["passes"], list(METHODS).index(g["method"])))
+        mine.sort(key=lambda g: (-g["evaluations"], list(METHODS).index(g["method"])))
         rows = [[*wide(g), kid_gain(g, 50)] for g in mine]
         out.append(f"**w = {w:g}**\n\n{table([*WIDE, 'KID gain over CFG 50 ↑'], rows)}")
     return "\n\n".join(out)
@@ -215,8 +215,8 @@ def sweep(groups: Sequence[Row]) -> str:
     mine = [g for g in groups if g["captions"] == "sweep"]
     mine.sort(key=lambda g: (g["w"], -g["steps"], g["kid"]["value"]))
     rows = [
-        [f"{g['w']:g}", str(g["steps"]), f"{g['timesteps'][0]}–{g['timesteps'][1]} ({g['interval']})", str(g["passes"]),
-         number(g["kid"]), recall_of(g, 1)] for g in mine
+        [f"{g['w']:g}", str(g["steps"]), f"{g['timesteps'][0]}–{g['timesteps'][1]} ({g['interval']})",
+         str(g["evaluations"]), number(g["kid"]), recall_of(g, 1)] for g in mine
     ]  # fmt: skip
     return table(["w", "steps", "guided timesteps", "NFE", "KID ↓", "R@1, % ↑"], rows)
 
@@ -255,7 +255,7 @@ def _rivals(duels: Sequence[Row], key: str) -> str:
     """The rivals that won, each with its NFE and the guide's (negative) gain over it."""
     scale, digits = (1, 4) if key == "kid" else (100, 1)
     return ", ".join(
-        f"{METHODS[d['rival']['method']]} at {d['rival']['steps']} steps ({d['rival']['passes']} NFE; the guide's "
+        f"{METHODS[d['rival']['method']]} at {d['rival']['steps']} steps ({d['rival']['evaluations']} NFE; the guide's "
         f"gain over it is {number(d['gain'][key], digits, scale)})" for d in duels
     )  # fmt: skip
 
@@ -273,7 +273,7 @@ def verdict_c(document: Row) -> str:
             lost = sum(d["wins"][key] == "guide" for d in fair)
             better = f"**better by {label}: {_rivals(won, key)}**" if won else f"none is shown better by {label}"
             said.append(f"{better} ({lost} of {len(fair)} shown worse)")
-        line = f"- Against {METHODS[method]} at {mine[0]['guide']['passes']} NFE, w = {w:g}: at no more NFE, "
+        line = f"- Against {METHODS[method]} at {mine[0]['guide']['evaluations']} NFE, w = {w:g}: at no more NFE, "
         line += "; ".join(said)
         dearer = [d for d in mine if not d["rival_costs_no_more"] and d["wins"]["kid"] == "rival"]
         lines.append(line + (f"; at more NFE, better by KID: {_rivals(dearer, 'kid')}." if dearer else "."))
@@ -336,7 +336,7 @@ def write_report(document: Row, cache: Path, docs: Path) -> None:
     text = TEXT.format(
         command=told["command"] or "python -m benchmarks.emoji.tables", date=told["date"][:10],
         machine=machine_said(document), torch=told["versions"]["torch"],
-        pictures=document["settings"]["pictures"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
+        images=document["settings"]["images"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
         real=f"The ceiling: {'; '.join(ceilings)}.\n" if ceilings else "",
         grid=f"![Images by method](distillation-grid.png)\n\n*{about}*\n",
         verdict_a=verdict_a(document), verdict_b=verdict_b(document), verdict_c=verdict_c(document),
@@ -361,7 +361,7 @@ def main() -> None:
     try:
         if not args.json.is_file():
             raise InputError(f"there is no {args.json}; make it with: python -m benchmarks.emoji.tables")
-        write_report(json.loads(args.json.read_text()), args.cache, args.docs)
+        write_report(read(args.json), args.cache, args.docs)
     except InputError as error:
         parser.error(str(error))
 

@@ -91,12 +91,12 @@ class CudaLane(Lane):
         shape: Shape,
     ) -> None:
         self._cuda, self._kernels = cuda, kernels
-        self._batch, self._passes = shape.batch, 2 if shape.twice else 1
+        self._batch, self._evaluations = shape.batch, 2 if shape.twice else 1
         self._devices: list[int] = []
         self._hosts: list[int] = []
         self._stack = contextlib.ExitStack()
         try:
-            self._unet: DeviceBound = self._stack.enter_context(unet.bind(self._passes * shape.batch, shape.size))
+            self._unet: DeviceBound = self._stack.enter_context(unet.bind(self._evaluations * shape.batch, shape.size))
             self._vae: DeviceBound = self._stack.enter_context(vae.bind(shape.batch, shape.size))
             self._condition: DeviceBound | None = (
                 self._stack.enter_context(condition.bind(shape.batch, None)) if condition is not None else None
@@ -167,18 +167,18 @@ class CudaLane(Lane):
             self._cuda.copy(self._unet.addresses["condition"], self._condition.addresses[made], size, self.stream)
 
     def step(self) -> None:
-        unet, rows = self._unet.addresses, self._passes * self._batch
-        per_picture = self._count // self._batch
+        unet, rows = self._unet.addresses, self._evaluations * self._batch
+        per_image = self._count // self._batch
         self._launch(
             "show", max(self._count, rows), (unet["sample"], _P), (unet["timestep"], _P), (self._x, _P),
-            (self._table, _P), (self._timesteps, _P), (self._row, _P), (self._count, _I), (self._passes, _I),
+            (self._table, _P), (self._timesteps, _P), (self._row, _P), (self._count, _I), (self._evaluations, _I),
             (rows, _I),
         )  # fmt: skip
         self._unet.enqueue(self.stream)
         self._launch(
             "update", self._count, (self._x, _P), (self._previous, _P), (self._older, _P),
-            (unet[self._unet.output_name], _P), (self._w if self._passes == 2 else 0, _P), (self._table, _P),
-            (self._row, _P), (self._count, _I), (per_picture, _I),
+            (unet[self._unet.output_name], _P), (self._w if self._evaluations == 2 else 0, _P), (self._table, _P),
+            (self._row, _P), (self._count, _I), (per_image, _I),
         )  # fmt: skip
 
     def end(self, decode: bool) -> None:

@@ -16,12 +16,12 @@ from .metrics import fidelity
 from .metrics.extractors import Eyes
 from .metrics.tasks import Task, real_features, real_key
 from .plan import Plan
-from .results import encode_pictures
+from .results import encode_images
 from .work import Work
 
 #: the grid's rows, with their labels
 _SHOWN = {CFG.name: "teacher, CFG", GUIDED.name: "guided", UNGUIDED.name: "no guidance"}
-#: a picture's side in the document, in pixels, at most
+#: an image's side in the document, in pixels, at most
 _SIDE = 160
 
 
@@ -123,7 +123,7 @@ class Studio:
         """Whether the cell's images are generated."""
         return self.work.has("cell", self._key(cell), ".npz")
 
-    def pictures(self, cell: Cell, callback: Callable[[int, int], Any] | None = None) -> dict[str, np.ndarray]:
+    def images(self, cell: Cell, callback: Callable[[int, int], Any] | None = None) -> dict[str, np.ndarray]:
         """``pixels`` uint8 ``[N, H, W, 3]``, ``shown`` (the grid's), and what the eyes see of them, ``[N, …]`` each."""
         return self.work.arrays("cell", self._key(cell), lambda: self._draw(cell, callback))
 
@@ -142,12 +142,12 @@ class Studio:
 
     def measure(self, row: Row, cost: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """A row of the document."""
-        cell, mine = row.cell, self.pictures(row.cell)
-        passes = self._passes(cell)
+        cell, mine = row.cell, self.images(row.cell)
+        evaluations = self._evaluations(cell)
         found: dict[str, Any] = {
             "engine": cell.engine, "method": row.method, "steps": cell.steps, "guidance": row.guidance,
-            "passes": passes, "pictures": len(mine["pixels"]),
-            "macs_per_picture": macs_per_picture(cost, passes, cell.steps, self._guide(cell)),
+            "evaluations": evaluations, "images": len(mine["pixels"]),
+            "macs_per_image": macs_per_image(cost, evaluations, cell.steps, self._guide(cell)),
         }  # fmt: skip
         images = self._images(cell, row)
         for metric in METRICS.values():
@@ -159,7 +159,7 @@ class Studio:
 
     def _images(self, cell: Cell, row: Row | None = None) -> Images:
         """A cell as metrics read it; with a row, beside those that it is compared with."""
-        mine, folder = self.pictures(cell), self.task.real_folder
+        mine, folder = self.images(cell), self.task.real_folder
         return Images(
             mine["pixels"], self.task.prompts, {k: v for k, v in mine.items() if k not in ("pixels", "shown")},
             self.task.concepts,
@@ -175,7 +175,7 @@ class Studio:
         key = [real_key(folder), self.eyes.key]
         return self.work.arrays("real-inception", key, lambda: {"features": real_features(folder, extract)})["features"]
 
-    def _passes(self, cell: Cell) -> int:
+    def _evaluations(self, cell: Cell) -> int:
         """U-Net evaluations of an image."""
         method, inside = METHODS.get(cell.method), None
         pipe = self.pipes[cell.engine]
@@ -200,15 +200,15 @@ class Studio:
         shown = {row.cell: row for row in reversed(order)}
         made = [
             {
-                "label": _label(row, self._passes(row.cell)), "engine": row.cell.engine, "method": row.method,
+                "label": _label(row, self._evaluations(row.cell)), "engine": row.cell.engine, "method": row.method,
                 "steps": row.cell.steps, "guidance": row.cell.guidance,
-                "pixels": _small(self.pictures(row.cell)["shown"]),
+                "pixels": _small(self.images(row.cell)["shown"]),
             }
             for row in order if shown[row.cell] is row
         ]  # fmt: skip
         steps = " and ".join(map(str, sorted({row.cell.steps for row in order})))
         caption = f"{self.task.shown[0].rpartition(', ')[2]}, {steps} steps" if self.bundled else f"{steps} steps"
-        return {"columns": list(self.task.columns), "rows": encode_pictures(made), "caption": caption}
+        return {"columns": list(self.task.columns), "rows": encode_images(made), "caption": caption}
 
     @property
     def bundled(self) -> bool:
@@ -216,10 +216,10 @@ class Studio:
         return self.task.columns != self.task.shown
 
 
-def _label(row: Row, passes: int) -> str:
+def _label(row: Row, evaluations: int) -> str:
     name = _SHOWN[row.method]
     w = "" if row.cell.guidance is None else f", w = {row.cell.guidance:g}"
-    return f"{name}\n{row.cell.steps} steps, {passes} NFE{w}"
+    return f"{name}\n{row.cell.steps} steps, {evaluations} NFE{w}"
 
 
 def _small(pixels: np.ndarray) -> np.ndarray:
@@ -234,23 +234,23 @@ def _small(pixels: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.LANCZOS)) for p in pixels])
 
 
-def macs_per_picture(cost: Sequence[Mapping[str, Any]], passes: int, steps: int, guide: str | None) -> int | None:
+def macs_per_image(cost: Sequence[Mapping[str, Any]], evaluations: int, steps: int, guide: str | None) -> int | None:
     """MACs of a whole image, attention products included; None where its networks were not counted.
 
     Args:
         cost: rows of ``cost.cost_rows``.
-        passes: of the U-Net.
+        evaluations: of the U-Net.
         guide: the counted guide that runs once a step, "" for none, None where it is unknown.
     """
-    from .measure.cost import CONDITION_PREFIX, PICTURE_NETWORKS
+    from .measure.cost import CONDITION_PREFIX, IMAGE_NETWORKS
 
     macs = {row["network"]: int(row["macs"]) for row in cost}
     if "teacher" not in macs or guide is None or (guide and guide not in macs):
         return None
-    once = sum(macs.get(name, 0) for name in PICTURE_NETWORKS)
+    once = sum(macs.get(name, 0) for name in IMAGE_NETWORKS)
     if guide:
         once += macs.get(CONDITION_PREFIX + guide.removeprefix("guide-"), 0)
-    return passes * macs["teacher"] + (steps * macs[guide] if guide else 0) + once
+    return evaluations * macs["teacher"] + (steps * macs[guide] if guide else 0) + once
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], task: Task | None, eyes: Eyes | None) -> tuple[bool, str | None]:

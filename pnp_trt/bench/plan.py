@@ -16,14 +16,14 @@ from .engines import engine_names
 #: what a run has where nothing else is requested, and what runs where it is requested alone
 PARTS, ALONE = ("cost", "latency", "fidelity"), ("serving",)
 #: images of a fidelity cell where nothing else is requested: with something to judge them by, and without
-PICTURES, PICTURES_UNJUDGED = 256, 32
+IMAGES, IMAGES_UNJUDGED = 256, 32
 #: what ``--quick`` asks for instead of the defaults
 QUICK: dict[str, Any] = {
     "batches": (1, 4), "steps": (4, 8), "timed_steps": (4,), "rounds": 5, "warmup": 1, "guidance": (3.0,),
-    "pictures": 32, "peers": False, "memory": False, "cold_starts": 1,
+    "images": 32, "peers": False, "memory": False, "cold_starts": 1,
     "requests": 200,
 }  # fmt: skip
-_PICTURES = (2, 50_000)
+_IMAGES = (2, 50_000)
 _REQUESTS = (20, 100_000)
 _BATCHES = (1, 32)
 MOST_ROUNDS = 10_000
@@ -42,9 +42,9 @@ class Plan:
         steps: sampling steps of the images, and of the timed loop where ``timed_steps`` is empty.
         timed_steps: sampling steps of the timed loop.
         rounds: interleaved rounds of a timed block.
-        warmup: passes of every case before the first round.
+        warmup: runs of every case before the first round.
         guidance: scales w of the images; the first is the timed loop's.
-        pictures: per fidelity cell; None takes 256 where they can be judged, 32 elsewhere.
+        images: per fidelity cell; None takes 256 where they can be judged, 32 elsewhere.
         provider: ``auto``, ``cpu`` or ``cuda``.
         size: height and width in pixels, None the engines' default.
         schedule: one of ``SCHEDULES``, or ``teacher``; None what the engines agree on, or DDIM.
@@ -68,7 +68,7 @@ class Plan:
     rounds: int = 12
     warmup: int = 2
     guidance: tuple[float, ...] = (3.0, 2.0, 5.0)
-    pictures: int | None = None
+    images: int | None = None
     provider: str = "auto"
     size: Size | None = None
     schedule: str | None = None
@@ -129,8 +129,8 @@ def check(plan: Plan) -> None:
         raise InputError(
             f"requests is {plan.requests}; it must be between {_REQUESTS[0]} and {_REQUESTS[1]:,} for each queue"
         )
-    if plan.pictures is not None and not _PICTURES[0] <= plan.pictures <= _PICTURES[1]:
-        raise InputError(f"pictures is {plan.pictures}; it must be between {_PICTURES[0]} and {_PICTURES[1]:,}")
+    if plan.images is not None and not _IMAGES[0] <= plan.images <= _IMAGES[1]:
+        raise InputError(f"images is {plan.images}; it must be between {_IMAGES[0]} and {_IMAGES[1]:,}")
     if plan.size is not None and plan.only == "serving":
         raise InputError("serving is measured at the engine's own size; leave --size out")
     if plan.size is not None and "cost" in plan.parts:

@@ -22,8 +22,11 @@ from ..errors import InputError
 from ..io.inputs import read_json
 from ..io.json_schema import problem
 from .metric import judges_quality
+from .renames import current_names
 
-SCHEMA = "pnp-trt/bench/2"
+SCHEMA = "pnp-trt/bench/3"
+#: differs from the current one in names alone
+_FORMER = "pnp-trt/bench/2"
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
 
@@ -39,14 +42,14 @@ def document(
     cold_start: Sequence[Mapping[str, Any]] = (),
     serving: Sequence[Mapping[str, Any]] = (),
     fidelity: Sequence[Mapping[str, Any]] = (),
-    pictures: Mapping[str, Any] | None = None,
+    images: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     left_out: Sequence[Mapping[str, str]] = (),
     task_quality_evaluated: bool | None = None,
     task_quality_reason: str | None = None,
     accelerator: str | None = None,
 ) -> dict[str, Any]:
-    """Put measurements and their provenance into one document of schema `pnp-trt/bench/2`.
+    """Put measurements and their provenance into one document of schema `pnp-trt/bench/3`.
 
     What was not measured is left out or null, and named in `left_out`; rows may be dicts or have a method `as_dict`.
 
@@ -61,7 +64,7 @@ def document(
         cold_start: seconds from a process's start to its first image, a row an engine.
         serving: queues of requests, a row an engine, as of `measure.serving.measure`.
         fidelity: a row a method, number of steps and w; a measured value is {"value", "low", "high", "count"}.
-        pictures: {"columns", "rows" as of `encode_pictures`, "caption"}.
+        images: {"columns", "rows" as of `encode_images`, "caption"}.
         settings: the options of the run; "suite" and "quick" are None and False where it does not state.
         left_out: {"what", "why"} of everything that was requested and not measured.
         task_quality_evaluated: whether `fidelity` states how good the images are, not only how close to the teacher's;
@@ -90,11 +93,11 @@ def document(
         "cold_start": [_row(row) for row in cold_start],
         "serving": [_row(row) for row in serving],
         "fidelity": rows,
-        "pictures": None if pictures is None else dict(pictures),
+        "images": None if images is None else dict(images),
     }
 
 
-def encode_pictures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def encode_images(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of an image grid as the document holds them: `pixels` becomes `png`, all else stays.
 
     rows: dicts with "label" and "pixels" (uint8 [N, H, W, 3], one image a column), and whatever else states what they
@@ -125,8 +128,8 @@ def encode_pictures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def decode_pictures(pictures: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """(label, uint8 [N, H, W, 3]) for every row of a document's `pictures`: the inverse of `encode_pictures`.
+def decode_images(images: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
+    """(label, uint8 [N, H, W, 3]) for every row of a document's `images`: the inverse of `encode_images`.
 
     Raises:
         InputError: for what is not a PNG in Base64.
@@ -134,7 +137,7 @@ def decode_pictures(pictures: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]
     from ..io.image_files import ImageError, decode_rgb
 
     found = []
-    for row in pictures["rows"]:
+    for row in images["rows"]:
         try:
             files = [io.BytesIO(base64.b64decode(one, validate=True)) for one in row["png"]]
             stack = np.stack([decode_rgb(one, "a PNG", ("PNG",)) for one in files])
@@ -155,9 +158,15 @@ def write(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a results document; InputError with the reason for a file that is missing, cut short or of another kind."""
+    """Read a results document, also one of `pnp-trt/bench/2`, whose fields get their current names.
+
+    Raises:
+        InputError: with the reason, for a file that is missing, cut short or of another kind.
+    """
     source = Path(path)
     doc = read_json(source, "the results file", "it may have been cut short: run the benchmark again")
+    if isinstance(doc, dict) and doc.get("schema") == _FORMER:
+        doc = current_names(doc) | {"schema": SCHEMA}
     check(doc, source)
     return doc
 

@@ -118,14 +118,14 @@ class _Bench:
         self.left_out += self.timing.left_out
         if "serving" in plan.parts:
             self.rows["serving"] = self._serving()
-        evaluated, reason, pictures = self._quality_of_pictures()
+        evaluated, reason, images = self._quality_of_images()
         names = [pipe.name for pipe in self.pipes]
         settings = {**plan.as_dict(), "suite": suite, "base": self.base, "engines": names, **self._drawn}
         parts = ("cost", "methods_cost", "published", "engines", "latency", "cold_start", "serving", "fidelity")
         tables: dict[str, Any] = {name: self.rows.get(name, []) for name in parts}
         return results.document(
             command, settings=settings, task_quality_evaluated=evaluated, task_quality_reason=reason,
-            pictures=pictures, left_out=self.left_out, device=self.timing.device, **tables,
+            images=images, left_out=self.left_out, device=self.timing.device, **tables,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- estimate
@@ -251,7 +251,7 @@ class _Bench:
         self.left_out += left_out
         self.cells = cells_of(self.wanted)
 
-    def _quality_of_pictures(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
+    def _quality_of_images(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
         """Whether quality was measured, why not, and the images."""
         if "fidelity" not in self.plan.parts:
             self.rows["fidelity"] = []
@@ -262,7 +262,7 @@ class _Bench:
         for cell in self.cells:
             kept = studio.has(cell)
             self.meter.begin(cell.label, f"generating {cell.label}")
-            studio.pictures(cell, self.meter.within)
+            studio.images(cell, self.meter.within)
             self.meter.end(cell.label, kept=kept)
         if self._progress is not None:
             self._progress("measuring the images", round(self.meter.total), round(self.meter.total))
@@ -274,8 +274,8 @@ class _Bench:
             self._leave_out("quality of the images", reason)
         real = studio.task.real
         self._drawn = {"drawn": {
-            "prompts": studio.task.source, "pictures": len(studio.task.prompts), "first_seed": studio.task.seeds[0],
-            "real_pictures": None if real is None else len(real), "extractor": EXTRACTOR,
+            "prompts": studio.task.source, "images": len(studio.task.prompts), "first_seed": studio.task.seeds[0],
+            "real_images": None if real is None else len(real), "extractor": EXTRACTOR,
         }}  # fmt: skip
         return evaluated, reason, studio.grid(self.wanted) if self.wanted else None
 
@@ -289,7 +289,7 @@ def _queues(pipe: Pipeline) -> str:
 
 
 #: what a row states without having measured anything
-_BARE = {"engine", "method", "steps", "guidance", "passes", "pictures", "macs_per_picture", "reference_steps"}
+_BARE = {"engine", "method", "steps", "guidance", "evaluations", "images", "macs_per_image", "reference_steps"}
 
 
 def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | None:

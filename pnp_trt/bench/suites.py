@@ -14,7 +14,9 @@ from ..io.inputs import is_file, read_text
 from .plan import QUICK, Plan
 
 _LISTS = {"engines": str, "batches": int, "steps": int, "timed_steps": int, "guidance": float}
-_NUMBERS = {"rounds": int, "warmup": int, "pictures": int, "cold_starts": int, "requests": int}
+_NUMBERS = {"rounds": int, "warmup": int, "images": int, "cold_starts": int, "requests": int}
+#: keys of earlier suites → the fields they set
+_RENAMED = {"pictures": "images"}
 _SWITCHES = ("quick", "peers", "memory")
 #: paths are looked up beside the suite's file
 _PATHS = ("prompts", "real", "inception", "clip")
@@ -51,7 +53,12 @@ def load(suite: str) -> dict[str, Any]:
         raise InputError(f"suite {path} is not readable as TOML ({e}); correct it") from e
     if not table:
         raise InputError(f"suite {path} sets nothing; give it a setting such as steps = 50, or leave --suite out")
-    return {key: _value(path, key, value) for key, value in table.items()}
+    named: dict[str, Any] = {}
+    for key, value in table.items():
+        if (field := _RENAMED.get(key, key)) in named:
+            raise InputError(f"suite {path} sets '{field}' twice, also as '{key}'; name it once")
+        named[field] = _value(path, field, value)
+    return named
 
 
 def make_plan(suite: str | None, quick: bool, given: Mapping[str, Any]) -> Plan:

@@ -165,7 +165,7 @@ def tightest(profiles: Sequence[Profile], holds: Callable[[Profile], bool]) -> i
 
 
 def once_and_twice(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
-    """``profiles`` for a network that sees every picture once, and doubled for one that sees it twice.
+    """``profiles`` for a network that sees every image once, and doubled for one that sees it twice.
 
     A range from one to the other would be no static profile, and TensorRT fuses less where a batch is open: a small
     U-Net of Stable Diffusion's kind has 240 kernels for one to two rows, 210 for two and 192 for one (TensorRT-RTX

@@ -13,7 +13,7 @@ from ..errors import PnpError
 from ..io import process
 from ..io.text import printable
 from . import bench, calibrate, compare, distill, doctor, engines, generate, plug, sample, serve, state, visualize
-from .registry_help import RegistryCommand
+from .registry_help import RegistryCommand, with_former_names
 
 app = typer.Typer(
     help="Serve Stable-Diffusion-family models with one U-Net evaluation per step.\n\n"
@@ -23,19 +23,16 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    sample.sample,
-    generate.generate,
-    engines.build,
-    plug.plug,
-    bench.bench,
-    compare.compare,
-    visualize.visualize,
-):
-    app.command(cls=RegistryCommand)(command)
+app.command(cls=RegistryCommand)(sample.sample)
+app.command(cls=RegistryCommand)(generate.generate)
+app.command(cls=RegistryCommand)(engines.build)
+app.command(cls=RegistryCommand)(plug.plug)
+app.command(cls=with_former_names({"--pictures": "--images"}))(bench.bench)
+app.command(cls=RegistryCommand)(compare.compare)
+app.command(cls=RegistryCommand)(visualize.visualize)
 app.command()(serve.serve)
 app.add_typer(distill.distill_app, name="distill")
-app.command()(calibrate.calibrate)
+app.command(cls=with_former_names({"--pictures": "--images"}))(calibrate.calibrate)
 app.command()(engines.inspect)
 app.command("list")(engines.list_engines)
 app.command()(engines.verify)

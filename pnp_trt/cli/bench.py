@@ -36,7 +36,7 @@ def bench(
     guidance: Annotated[
         list[float] | None, typer.Option(help="Guidance scales w, default 3, 2 and 5; the first is timed.")
     ] = None,
-    pictures: Annotated[
+    images: Annotated[
         int | None, typer.Option(help="Images per fidelity cell; default 256, or 32 where only similarity is measured.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with the prompts, one per line.")] = None,
@@ -95,7 +95,7 @@ def bench(
     given = {
         "engines": tuple(engine or ()), "base": base, "only": only, "batches": tuple(batch or ()),
         "steps": tuple(steps or ()), "timed_steps": tuple(timed_steps or ()), "rounds": rounds,
-        "guidance": tuple(guidance or ()), "pictures": pictures, "prompts": _text(prompts), "real": _text(real),
+        "guidance": tuple(guidance or ()), "images": images, "prompts": _text(prompts), "real": _text(real),
         "inception": _text(inception), "clip": _text(clip), "size": None if size is None else parse_size(size),
         "schedule": schedule, "provider": provider, "peers": peers,
         "memory": memory, "cold_starts": cold_starts, "requests": requests,
@@ -131,11 +131,11 @@ def bench(
             raise
         if json_file is not None:  # before anything else can fail
             results.write(document, json_file)
-        pictures_shown = document.get("pictures")
+        images_shown = document.get("images")
         if grid_file is not None:
-            if pictures_shown is None or len({row["method"] for row in pictures_shown["rows"]}) < 2:
+            if images_shown is None or len({row["method"] for row in images_shown["rows"]}) < 2:
                 raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
-            write_grid(headline(pictures_shown), grid_file)
+            write_grid(headline(images_shown), grid_file)
         if html_file is not None:
             report.render_html(document, html_file)
         kept.done()

@@ -17,7 +17,7 @@ def calibrate(
         "calibration/emoji-prompts.txt"
     ),
     out: Annotated[Path | None, typer.Option(help="The record; default calibration/BASE-GUIDE.int8.json.")] = None,
-    pictures: Annotated[int, typer.Option(help="Images to generate for the ranges.")] = 64,
+    images: Annotated[int, typer.Option(help="Images to generate for the ranges.")] = 64,
     batch: Annotated[int, typer.Option(help="Batch size.")] = 8,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps; default 20, or the number that the guide was distilled for.")
@@ -53,7 +53,7 @@ def calibrate(
     from ..precision.int8.show import render
 
     config = CalibrationConfig(
-        base, guide, prompts, out, pictures, batch, steps, w_min, w_max, tuple(layer) if layer else None, probes,
+        base, guide, prompts, out, images, batch, steps, w_min, w_max, tuple(layer) if layer else None, probes,
         limit, seed,
     )  # fmt: skip
     with ProgressBar("calibrate", None) as bar:

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import InputError
 from ..io.text import printable
-from .registry_help import RegistryCommand
+from .registry_help import with_former_names
 
 if TYPE_CHECKING:
     from ..distill.states import StateConfig
@@ -32,7 +32,7 @@ Every = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 Keep = Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")]
-Pictures = Annotated[int, typer.Option(help="Sampling steps of the image grid; 0 writes none.")]
+GridSteps = Annotated[int, typer.Option(help="Sampling steps of the image grid; 0 writes none.")]
 
 
 def _state_config(
@@ -99,7 +99,7 @@ def _range(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-@distill_app.command("guidance", cls=RegistryCommand)
+@distill_app.command("guidance", cls=with_former_names({"--pictures": "--grid-steps"}))
 def guidance(
     out: Annotated[Path, typer.Option(help="Folder for the guide.")],
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
@@ -140,7 +140,7 @@ def guidance(
     feature_matching: Annotated[float, typer.Option(help="Weight of the feature error; also runs the teacher.")] = 0.0,
     checkpoint_every: Every = 250,
     keep: Keep = 2,
-    pictures: Pictures = 20,
+    grid_steps: GridSteps = 20,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
@@ -157,7 +157,7 @@ def guidance(
 
     config = GuidanceConfig(
         base, prompts, out, images, guide, _options(option, rank), w_min, w_max, w_distribution, weighting,
-        feature_matching, states_dir, pictures,
+        feature_matching, states_dir, grid_steps,
         _state_config(states, images, num_states, w_min, w_max, negative, seed),
         TrainConfig(
             steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,
@@ -170,12 +170,12 @@ def guidance(
         return
     _print_size(out, report)
     print(f"relative error on held-out states: {report['held_out']['residual']:.1%}")
-    if pictures:
-        print(printable(f"images and the teacher's: {out / 'pictures.png'}"))
+    if grid_steps:
+        print(printable(f"images and the teacher's: {out / 'grid.png'}"))
     print(printable(f"next: pnp-trt build --base {base} --guide {out}"))
 
 
-@distill_app.command("steps", cls=RegistryCommand)
+@distill_app.command("steps", cls=with_former_names({"--pictures": "--grid", "--no-pictures": "--no-grid"}))
 def steps_command(
     guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or a bundled one's name.")],
     out: Annotated[Path, typer.Option(help="Folder; the guide of each halving goes to OUT/steps-N.")],
@@ -200,7 +200,7 @@ def steps_command(
     w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn.")] = 9.0,
     checkpoint_every: Every = 200,
     keep: Keep = 2,
-    pictures: Annotated[bool, typer.Option(help="Write an image grid after each halving.")] = True,
+    grid: Annotated[bool, typer.Option(help="Write an image grid after each halving.")] = True,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
@@ -213,7 +213,7 @@ def steps_command(
     from ..distill.train import TrainConfig
 
     config = StepsConfig(
-        guide, out, to, start, base, prompts, w_min, w_max, trajectories, weighting, pictures=pictures,
+        guide, out, to, start, base, prompts, w_min, w_max, trajectories, weighting, grid=grid,
         train=TrainConfig(
             steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,
             gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,

@@ -1,10 +1,12 @@
-"""Help texts that name the values of registries, read when help is shown."""
+"""Commands whose help names the values of registries, and which take the former names of options."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
@@ -22,7 +24,24 @@ class RegistryCommand(TyperCommand):
 
     Names are looked up when help is shown, so that no other use of the command line imports the registries, or reads
     the entry points of installed packages.
+
+    Attributes:
+        former: former name of an option → its name now. The former name works, and help does not show it.
     """
+
+    former: ClassVar[Mapping[str, str]] = {}
+
+    def make_parser(self, ctx: Any) -> Any:
+        """The command's parser, which also takes the former names."""
+        parser = super().make_parser(ctx)
+        for old, new in self.former.items():
+            for option in self.params:
+                if new in (*option.opts, *option.secondary_opts):
+                    alias = copy.copy(option)
+                    alias.opts = [old if name == new else name for name in option.opts]
+                    alias.secondary_opts = [old if name == new else name for name in option.secondary_opts]
+                    alias.add_to_parser(parser, ctx)
+        return parser
 
     def format_help(self, *arguments: Any) -> None:
         """Write the help with the names filled in."""
@@ -30,6 +49,11 @@ class RegistryCommand(TyperCommand):
             if text := getattr(parameter, "help", None):
                 parameter.help = filled(text)  # type: ignore[attr-defined]
         super().format_help(*arguments)
+
+
+def with_former_names(former: Mapping[str, str]) -> type[RegistryCommand]:
+    """A class of commands that also take options by ``former`` names (former → current)."""
+    return type("CommandWithFormerNames", (RegistryCommand,), {"former": former})
 
 
 def filled(text: str) -> str:

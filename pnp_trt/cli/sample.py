@@ -20,7 +20,7 @@ from .first_build import build_if_missing
 from .progress import ProgressBar
 
 if TYPE_CHECKING:
-    from ..runtime.pipeline import Picture
+    from ..runtime.pipeline import GeneratedImage
 
 METADATA = ("embedded", "json")
 #: an image's side in a grid, in pixels, at most
@@ -83,11 +83,11 @@ class Files:
                 f"a prompt takes {longest:,} bytes and a JPEG file holds {_JPEG_PROMPT:,}; use --format png or webp"
             )
 
-    def write(self, pictures: Sequence[Picture], prompts: Sequence[str], count: int) -> list[Path]:
+    def write(self, images: Sequence[GeneratedImage], prompts: Sequence[str], count: int) -> list[Path]:
         """Write everything, signals are deferred; returns the paths of the images and, last, of the grid.
 
         Args:
-            pictures: ``count`` of each prompt, in the prompts' order.
+            images: ``count`` of each prompt, in the prompts' order.
 
         Raises:
             PnpError: if a file cannot be written; those before it are there, and are named.
@@ -95,29 +95,27 @@ class Files:
         paths: list[Path] = []
         with deferred():
             try:
-                self._write(pictures, prompts, count, paths)
+                self._write(images, prompts, count, paths)
             except PnpError as e:
-                raise type(e)(f"{e}; {len(paths)} of {len(pictures)} images are written to {self.out}") from e
+                raise type(e)(f"{e}; {len(paths)} of {len(images)} images are written to {self.out}") from e
         return paths
 
-    def _write(self, pictures: Sequence[Picture], prompts: Sequence[str], count: int, paths: list[Path]) -> None:
-        from ..runtime.images import grid, save_new, save_picture, slug
+    def _write(self, images: Sequence[GeneratedImage], prompts: Sequence[str], count: int, paths: list[Path]) -> None:
+        from ..runtime.images import grid, save_image, save_new, slug
 
         make_folder(self.out)
         beside = ".json" if self.metadata == "json" else None
-        for picture in pictures:
-            stem = f"{slug(picture.parameters['prompt'])}-{picture.parameters['seed']}"
-            paths.append(save_new(picture.pixels, picture.parameters, self.out, stem, self.kind, beside=beside))
+        for image in images:
+            stem = f"{slug(image.parameters['prompt'])}-{image.parameters['seed']}"
+            paths.append(save_new(image.pixels, image.parameters, self.out, stem, self.kind, beside=beside))
         if self.grid is not None:
             rows = [
-                (prompt, [p.pixels for p in pictures[i * count : (i + 1) * count]]) for i, prompt in enumerate(prompts)
+                (prompt, [p.pixels for p in images[i * count : (i + 1) * count]]) for i, prompt in enumerate(prompts)
             ]
-            seeds = [f"seed {p.parameters['seed']}" for p in pictures[:count]]
+            seeds = [f"seed {p.parameters['seed']}" for p in images[:count]]
             make_folder(self.grid.parent)
-            cell = min(max(pictures[0].pixels.shape[:2]), _CELL)
-            save_picture(
-                grid(rows, seeds, cell=max(cell, 64)), {"pictures": [p.parameters for p in pictures]}, self.grid
-            )
+            cell = min(max(images[0].pixels.shape[:2]), _CELL)
+            save_image(grid(rows, seeds, cell=max(cell, 64)), {"images": [p.parameters for p in images]}, self.grid)
             paths.append(self.grid)
 
 
@@ -193,10 +191,10 @@ def sample(
     pipeline = Pipeline.load(engine, provider=provider)
     steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
     with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", None, quiet) as bar:
-        pictures = pipeline(
+        images = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
             init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,
             prompt_syntax=prompt_syntax, image_sizes=sizes,
         )  # fmt: skip
-    for path in files.write(pictures, prompts, count):
+    for path in files.write(images, prompts, count):
         print(printable(path))

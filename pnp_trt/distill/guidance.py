@@ -19,10 +19,10 @@ from ..io.files import check_writable_folder
 from ..io.inputs import shortened
 from ..io.progress import Progress
 from ..models.guides import GUIDES, Guide
-from ..models.prompts import CaptionedPictures, encode_pictures, find_pictures, read_prompts
+from ..models.prompts import CaptionedImages, find_images, image_latents, read_prompts
 from ..models.student import Student
 from .features import feature_error
-from .monitor import Board, PictureGrid, averaged, held_out_error, predict_states, save_picture, target_of
+from .monitor import Board, ImageGrid, averaged, held_out_error, predict_states, save_grid, target_of
 from .run import TeacherModel, report_head, save_guide
 from .states import Collection, Latents, StateConfig, States, split
 from .train import TrainConfig, make_accelerator, newest_step, train
@@ -51,7 +51,7 @@ class GuidanceConfig:
         feature_matching: weight of the error of the last decoder block's features; above 0 it runs the teacher in
             every step.
         states_dir: where states are cached; None puts them into ``out``.
-        pictures: sampling steps of the image grid; 0 writes none.
+        grid_steps: sampling steps of the image grid; 0 writes none.
     """
 
     base: str
@@ -66,7 +66,7 @@ class GuidanceConfig:
     weighting: str = "x0"
     feature_matching: float = 0.0
     states_dir: Path | None = None
-    pictures: int = 20
+    grid_steps: int = 20
     states: StateConfig = field(default_factory=StateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -89,14 +89,14 @@ class GuidanceConfig:
             raise InputError("forward states are noised images; pass a folder of captioned images with --images")
         if not (math.isfinite(self.feature_matching) and self.feature_matching >= 0):
             raise InputError(f"feature matching is {self.feature_matching:g}; it must be 0 or above")
-        if not 0 <= self.pictures <= 1000:
-            raise InputError(f"pictures is {self.pictures}; it must be 0 (none) to 1000 sampling steps")
+        if not 0 <= self.grid_steps <= 1000:
+            raise InputError(f"grid-steps is {self.grid_steps}; it must be 0 (none) to 1000 sampling steps")
         self.states.check()
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on."""
         found = asdict(self)
-        for name in ("out", "states_dir", "pictures"):
+        for name in ("out", "states_dir", "grid_steps"):
             found.pop(name)
         return found
 
@@ -144,7 +144,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     rows, held_out = split(config.states)
     objective = GuidanceObjective(states, rows, teacher, config)
     board = Board(config.out / "logs", newest_step(config.out)) if main else None
-    grid = PictureGrid(teacher, config.pictures) if main and config.pictures else None
+    grid = ImageGrid(teacher, config.grid_steps) if main and config.grid_steps else None
     smooth: list[float] = []
 
     def report_step(step: int, steps: int, value: float, rate: float) -> None:
@@ -159,7 +159,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
             found = held_out_error(student, states, held_out, limit=WATCHED)
             board.error(step, found)
             if grid is not None:
-                board.picture(step, "pictures", grid.draw(student))
+                board.image(step, "grid", grid.draw(student))
         say("guide", step, config.train.steps, f"held-out residual {found['residual']:.1%}")
 
     train(student, guide, objective, config.train, config.out, accelerator, report_step, watch if main else None)
@@ -170,7 +170,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
         error = held_out_error(student, states, held_out, lambda done, total: say("check", done, total, ""))
         board.close()
         if grid is not None:
-            save_picture(grid.draw(student), config.out / "pictures.png")
+            save_grid(grid.draw(student), config.out / "grid.png")
         save_guide(guide, config.out)
         report = {
             "schema": "pnp-trt/distill/2",
@@ -223,16 +223,16 @@ def collect_states(
 
 def _collection(config: GuidanceConfig, device: Any) -> tuple[TeacherModel, Collection]:
     """The teacher, and the states of a run."""
-    shots = find_pictures(config.images) if config.images is not None else None
+    shots = find_images(config.images) if config.images is not None else None
     prompts = read_prompts(config.prompts) if config.prompts is not None else _captions(shots)
     teacher = TeacherModel.load(config.base, prompts, device)
     identity = {"teacher": teacher.hashes, "prompts": digest(prompts)}
     if shots is not None and config.states.kind == "forward":
         identity["pictures"] = digest([[sha256(f), c] for f, c in zip(shots.files, shots.captions, strict=True)])
-    pictures = _latents(teacher, shots) if config.states.kind == "forward" else None
+    images = _latents(teacher, shots) if config.states.kind == "forward" else None
     folder = config.states_dir or config.out / "states"
     return teacher, Collection(
-        teacher.unet, teacher.scheduler, teacher.conditions, config.states, folder, identity, pictures
+        teacher.unet, teacher.scheduler, teacher.conditions, config.states, folder, identity, images
     )
 
 
@@ -310,17 +310,17 @@ def _time_weights(states: States, rows: list[int], scheduler: dict[str, Any], we
     return weight / weight.mean()
 
 
-def _captions(shots: CaptionedPictures | None) -> list[str]:
+def _captions(shots: CaptionedImages | None) -> list[str]:
     assert shots is not None
     return list(dict.fromkeys(shots.captions))
 
 
-def _latents(teacher: TeacherModel, shots: CaptionedPictures | None) -> Latents:
+def _latents(teacher: TeacherModel, shots: CaptionedImages | None) -> Latents:
     """Latents of the images; their captions are looked up among, or added to, the run's prompts."""
     assert shots is not None
     vae = teacher.base.vae()
     side = teacher.sample_shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = encode_pictures(vae, shots.files, side, teacher.device)
+    latents = image_latents(vae, shots.files, side, teacher.device)
     index = {p: i for i, p in enumerate(teacher.prompts)}
     missing = [c for c in shots.captions if c not in index]
     if missing:

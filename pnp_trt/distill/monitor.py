@@ -113,7 +113,7 @@ def averaged(guide: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
                 parameters[k].copy_(v)
 
 
-class PictureGrid:
+class ImageGrid:
     """A labelled grid: the teacher's guided images, the student's and the unguided ones, of the same noise."""
 
     def __init__(self, teacher: TeacherModel, steps: int, w: float = 3.0, seed: int = 0) -> None:
@@ -159,7 +159,7 @@ class PictureGrid:
         return out.div(2).add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_picture(pixels: np.ndarray, path: Path) -> None:
+def save_grid(pixels: np.ndarray, path: Path) -> None:
     """Write a PNG of uint8 ``[H, W, 3]``, whole or not at all."""
     from PIL import Image
 
@@ -194,7 +194,7 @@ class Board:
             if mine:
                 self.numbers(step, **{f"held_out/t_from_{t}": sum(mine) / len(mine)})
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """An image, uint8 ``[H, W, 3]``."""
         self._call("add_image", name, pixels, step, dataformats="HWC")
 

@@ -24,7 +24,7 @@ from ..bundle.store import digest, write_json
 from ..errors import InputError, PnpError
 from ..io.files import make_folder, whole_file
 from ..models.conditioning import Conditions
-from ..models.student import both_passes
+from ..models.student import both_predictions
 from ..sampling.schedules import alphas_cumprod
 
 KINDS = ("trajectory", "forward")
@@ -154,7 +154,7 @@ class Collection:
         config: how states are collected.
         folder: where shards are cached; runs of equal settings may share it.
         identity: what the shards depend on besides ``config`` (hashes of teacher and prompts).
-        pictures: latents for forward states.
+        images: latents for forward states.
     """
 
     unet: Any
@@ -163,7 +163,7 @@ class Collection:
     config: StateConfig
     folder: Path
     identity: dict[str, Any]
-    pictures: Latents | None = None
+    images: Latents | None = None
 
     def make(self, shards: range, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Make those of ``shards`` that the folder lacks.  A shard depends on its number alone, not on who makes it.
@@ -176,7 +176,7 @@ class Collection:
             PnpError: if the teacher's prediction is not finite.
         """
         self.config.check()
-        if self.config.kind == "forward" and self.pictures is None:
+        if self.config.kind == "forward" and self.images is None:
             raise InputError("forward states are made of images; pass a folder of them with --images")
         size = self.unet.config.sample_size
         needed = size_in_bytes(self.config, (self.unet.config.in_channels, size, size))
@@ -187,7 +187,7 @@ class Collection:
             progress(0, len(shards), note)
         for done, shard in enumerate(shards, 1):
             if not (path := shard_path(self.folder, shard)).exists():
-                write_shard(make(self.unet, self.scheduler, self.conditions, self.config, shard, self.pictures), path)
+                write_shard(make(self.unet, self.scheduler, self.conditions, self.config, shard, self.images), path)
             if progress is not None:
                 progress(done, len(shards), note)
 
@@ -337,9 +337,9 @@ def _trajectories(
     # a random offset of the step grid: the guide must serve every timestep, not the twenty of one schedule
     times = [stride * i + draws.rng.randrange(stride) for i in reversed(range(config.steps))]
     kept: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "conditional", "unconditional")}
-    passes = _teacher(unet, conditions, draws.rows, draws.negative)
+    predict_both = _teacher(unet, conditions, draws.rows, draws.negative)
     for i, t in enumerate(times):
-        e_u, e_c = passes(x, torch.full((n,), t, device=device))
+        e_u, e_c = predict_both(x, torch.full((n,), t, device=device))
         kept["sample"].append(x.half().cpu())
         kept["timestep"].append(torch.full((n,), t))
         kept["conditional"].append(e_c.half().cpu())
@@ -389,15 +389,15 @@ def _teacher(unet: Any, conditions: Conditions, rows: Tensor, negative: Tensor) 
     text, empty = conditions.text(rows, device), conditions.text(negative, device)
     added = conditions.added(torch.cat([negative, rows]), device)
 
-    def passes(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        e_u, e_c = both_passes(unet, x, t, text, empty, added)
+    def predict_both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        e_u, e_c = both_predictions(unet, x, t, text, empty, added)
         if not (e_u.isfinite().all() and e_c.isfinite().all()):
             raise PnpError(
                 f"the teacher's prediction is not finite at timestep {int(t[0])}; check the base model's weights"
             )
         return e_u, e_c
 
-    return passes
+    return predict_both
 
 
 def _is_v_prediction(scheduler: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from ..models.conditioning import Conditions
 from ..models.guides.load import load_guide
 from ..models.student import Student
 from ..sampling.schedules import ddim, ddim_step
-from .monitor import Board, PictureGrid, averaged, save_picture
+from .monitor import Board, ImageGrid, averaged, save_grid
 from .run import TeacherModel, guide_weights, origin, report_head, save_guide
 from .states import MappedRows, read_shards, shard_path, write_shard
 from .train import TrainConfig, make_accelerator, newest_step, train
@@ -52,7 +52,7 @@ class StepsConfig:
             has steps.
         weighting: ``landing`` weighs each step's error by its effect on where the step lands; ``none`` does not.
         batch_runs: trajectories at a time.
-        pictures: whether an image grid is written after each halving.
+        grid: whether an image grid is written after each halving.
     """
 
     guide: str
@@ -66,7 +66,7 @@ class StepsConfig:
     trajectories: int = 640
     weighting: str = "landing"
     batch_runs: int = 32
-    pictures: bool = True
+    grid: bool = True
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=600, lr=5e-4, batch=32))
 
     def chain(self) -> list[int]:
@@ -150,7 +150,7 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
     first = load_guide(str(folder))
     base, prompts, _ = origin(folder, config.base, config.prompts)
     teacher = TeacherModel.load(base, prompts, accelerator.device)
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "pictures")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "grid")}
     settings |= {
         "base": base, "prompts": digest(prompts), "teacher": teacher.hashes,
         "guide": sha256(weights),
@@ -160,7 +160,7 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
     if main:
         claim(config.out, settings, resume)
     accelerator.wait_for_everyone()
-    grid = PictureGrid(teacher, config.start) if main and config.pictures else None
+    grid = ImageGrid(teacher, config.start) if main and config.grid else None
     reports = []
     before, last = config.start, first
     for steps in config.chain():
@@ -175,7 +175,7 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
 
 def _halve(
     config: StepsConfig, teacher: TeacherModel, last: Any, before: int, steps: int, folder: Path,
-    settings: dict[str, Any], accelerator: Any, say: Progress, grid: PictureGrid | None,
+    settings: dict[str, Any], accelerator: Any, say: Progress, grid: ImageGrid | None,
 ) -> None:  # fmt: skip
     started = time.monotonic()
     stage = f"{before} to {steps} steps"
@@ -226,8 +226,8 @@ def _halve(
     }
     if grid is not None:
         pixels = grid.draw(student, ddim(teacher.scheduler, steps))
-        board.picture(config.train.steps, "pictures", pixels)
-        save_picture(pixels, folder / "pictures.png")
+        board.image(config.train.steps, "grid", pixels)
+        save_grid(pixels, folder / "grid.png")
     board.close()
     save_guide(guide, folder)
     report = {

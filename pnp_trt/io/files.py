@@ -30,7 +30,9 @@ from .process import deferred
 #: bytes in the longest file name that common file systems take
 _LONGEST_NAME = 255
 #: ``.NAME.partial-XXXXXXXX``, and the names that earlier versions left behind
-_TEMPORARY = re.compile(r"\.(.+\.partial-[a-z0-9_]{8}|(run|states)\.json\.[a-z0-9_]{8}|pictures\.png\.part)", re.DOTALL)
+_TEMPORARY = re.compile(
+    r"\.(.+\.partial-[a-z0-9_]{8}|(run|states)\.json\.[a-z0-9_]{8}|(pictures|grid)\.png\.part)", re.DOTALL
+)
 #: seconds of waiting for another process before the user is told
 _PATIENCE = 1.0
 

@@ -58,7 +58,7 @@ def warn_of_long_prompts(tokenizer: Any, prompts: list[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class CaptionedPictures:
+class CaptionedImages:
     """Images that can be read and have a caption.
 
     Attributes:
@@ -71,7 +71,7 @@ class CaptionedPictures:
     skipped: list[tuple[str, str]]
 
 
-def find_pictures(folder: Path) -> CaptionedPictures:
+def find_images(folder: Path) -> CaptionedImages:
     """Images of a folder with captions from ``metadata.jsonl`` (``file_name``, ``text``) or ``NAME.txt`` beside each.
 
     Images that are empty, cannot be decoded or have no caption are skipped, with a warning that lists them.
@@ -108,7 +108,7 @@ def find_pictures(folder: Path) -> CaptionedPictures:
             f"{folder} holds no usable image; it needs {', '.join(SUFFIXES)} files with captions in metadata.jsonl "
             "(file_name, text) or in NAME.txt beside each"
         )
-    return CaptionedPictures(files, captions, skipped)
+    return CaptionedImages(files, captions, skipped)
 
 
 def _caption_beside(image: Path) -> str:
@@ -137,7 +137,7 @@ def _metadata(folder: Path) -> dict[str, str]:
     return captions
 
 
-def encode_pictures(vae: Any, files: list[Path], side: int, device: torch.device, batch: int = 16) -> Tensor:
+def image_latents(vae: Any, files: list[Path], side: int, device: torch.device, batch: int = 16) -> Tensor:
     """Latents ``[N, C, h, w]`` float32, scaled for the U-Net, of images cropped to a square of ``side``."""
     import torch
     from PIL import Image, ImageOps

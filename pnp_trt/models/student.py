@@ -164,11 +164,11 @@ def cfg(
         w: ``[B]``.
         added_cond_kwargs: SDXL's, for both evaluations: ``[2B, …]``, those of ``empty`` first.
     """
-    unconditional, conditional = both_passes(unet, sample, timestep, text, empty, added_cond_kwargs)
+    unconditional, conditional = both_predictions(unet, sample, timestep, text, empty, added_cond_kwargs)
     return unconditional + w[:, None, None, None] * (conditional - unconditional)
 
 
-def both_passes(
+def both_predictions(
     unet: UNet2DConditionModel,
     sample: Tensor,
     timestep: Tensor,

@@ -33,7 +33,7 @@ _CODE = b"UNICODE\0"
 
 
 def text_of(parameters: Mapping[str, Any]) -> str | None:
-    """A record of this package, as ``Picture.parameters`` has it, in A1111's words; None for one without a prompt.
+    """A record of this package (``GeneratedImage.parameters``) in A1111's words; None for one without a prompt.
 
     ``Size`` is width x height, as A1111 has it, and ``Model`` the engine.  Tags of LoRAs follow the prompt.
     """

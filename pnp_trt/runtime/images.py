@@ -84,7 +84,7 @@ def write_all_new(files: Mapping[Path, bytes]) -> bool:
 
 def slug(prompt: str, length: int = 40) -> str:
     """A file name's worth of a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].strip("-") or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].strip("-") or "image"
 
 
 def read_image(source: str | Path | np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
@@ -124,7 +124,7 @@ def read_image(source: str | Path | np.ndarray, size: tuple[int, int]) -> tuple[
     return np.array(image), name
 
 
-def save_picture(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kind: str = "png") -> None:
+def save_image(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kind: str = "png") -> None:
     """Write uint8 ``[H, W, 3]`` with ``parameters`` inside, as JSON: see :func:`read_parameters`.
 
     Args:
@@ -189,7 +189,7 @@ def _json_text(parameters: dict[str, Any], name: Path) -> str:
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """What made an image that :func:`save_picture` wrote.
+    """What made an image that :func:`save_image` wrote.
 
     Raises:
         InputError: if it cannot be read, or holds nothing of the kind.
@@ -197,8 +197,8 @@ def read_parameters(path: Path) -> dict[str, Any]:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=READABLE) as picture:
-            held = picture.info.get("pnp-trt") or picture.getexif().get(_IMAGE_DESCRIPTION)
+        with Image.open(path, formats=READABLE) as image:
+            held = image.info.get("pnp-trt") or image.getexif().get(_IMAGE_DESCRIPTION)
         found: dict[str, Any] = json.loads(held or "")
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path} holds no parameters of pnp-trt ({e}); name an image that it wrote") from e
@@ -210,8 +210,8 @@ def _as_json(parameters: dict[str, Any]) -> bytes:
 
 
 def save_png(pixels: np.ndarray, parameters: dict[str, Any], path: Path) -> None:
-    """:func:`save_picture` as PNG."""
-    save_picture(pixels, parameters, path)
+    """:func:`save_image` as PNG."""
+    save_image(pixels, parameters, path)
 
 
 def _write_new(data: bytes, path: Path) -> None:
@@ -247,10 +247,10 @@ def grid(
     for c, label in enumerate(columns):
         label = _ellipsis(label, cell, small.getlength)
         draw.text((left + c * (cell + gap) + cell / 2, top - 5), label, "#444", font=small, anchor="ms")
-    for r, (label, (_, pictures)) in enumerate(zip(labels, rows, strict=True)):
+    for r, (label, (_, images)) in enumerate(zip(labels, rows, strict=True)):
         y = top + r * (cell + gap)
         draw.multiline_text((left - 10, y + cell / 2), label, "black", font=font, anchor="rm", align="right")
-        for c, pixels in enumerate(pictures):
+        for c, pixels in enumerate(images):
             shown = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
             page.paste(shown, (left + c * (cell + gap), y))
     return np.asarray(page)

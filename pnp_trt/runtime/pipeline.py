@@ -52,7 +52,7 @@ Init = str | Path | np.ndarray
 
 
 @dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """One result: ``pixels`` uint8 ``[H, W, 3]`` and the parameters that made it."""
 
     pixels: np.ndarray
@@ -558,7 +558,7 @@ class Pipeline:
         prompt_syntax: str = PLAIN,
         context: Text | np.ndarray | None = None,
         image_sizes: ImageSizes | None = None,
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         """Images for prompts.
 
         Args:
@@ -592,7 +592,7 @@ class Pipeline:
         )  # fmt: skip
         batches, made = self._batches(prepared), len(prepared.table)
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
-        out: dict[int, Picture] = {}
+        out: dict[int, GeneratedImage] = {}
         total = made * len(batches)
         for number, part in enumerate(batches):
             report = (lambda i, _, done=made * number: callback(done + i, total)) if callback else None
@@ -602,7 +602,7 @@ class Pipeline:
                 np.array([prepared.scales[i] for i in part], np.float32), prepared.method, report, others, image,
                 guided_interval, image_sizes, decode=True,
             )  # fmt: skip
-            out |= {i: Picture(pixels, prepared.parameters(i)) for i, pixels in zip(part, drawn, strict=True)}
+            out |= {i: GeneratedImage(pixels, prepared.parameters(i)) for i, pixels in zip(part, drawn, strict=True)}
         return [out[i] for i in range(len(out))]
 
     def _batches(self, prepared: Prepared) -> list[list[int]]:

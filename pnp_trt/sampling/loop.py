@@ -96,15 +96,15 @@ class HostLoop:
         self.table = table
         self._unet = unet
         self._w: np.ndarray | float = 1.0 if w is None else np.asarray(w, np.float32)[:, None, None, None]
-        passes = 1 if w is None else 2
+        evaluations = 1 if w is None else 2
         self._guided = None if w is None else np.empty(shape, np.float32)
-        self._shown = _buffer(unet, "sample", (passes * shape[0], *shape[1:]), np.float32)
+        self._shown = _buffer(unet, "sample", (evaluations * shape[0], *shape[1:]), np.float32)
         # what is shown unscaled and once is the latent itself, in the network's own memory
-        self._same = passes == 1 and bool((table.input_scale == 1).all())
+        self._same = evaluations == 1 and bool((table.input_scale == 1).all())
         self._trajectory = Trajectory(table, shape, self._shown if self._same else None)
         self._x = self._trajectory.x
-        self._halves = [self._shown[: shape[0]], self._shown[shape[0] :]][:passes]
-        self._timestep = _buffer(unet, "timestep", (passes * shape[0],), np.int64)
+        self._halves = [self._shown[: shape[0]], self._shown[shape[0] :]][:evaluations]
+        self._timestep = _buffer(unet, "timestep", (evaluations * shape[0],), np.int64)
         # what the network does not read where it is written
         wanted = {"sample": self._shown, "timestep": self._timestep}
         self._copied = {name: held for name, held in wanted.items() if unet.host_input(name) is not held}

@@ -166,10 +166,10 @@ def guided_steps(table: Schedule, interval: Interval) -> np.ndarray:
     return np.asarray((table.timesteps >= interval[0]) & (table.timesteps <= interval[1]))
 
 
-def _two_passes(run: HostRun, callback: Callback | None) -> np.ndarray:
+def _sequential_cfg(run: HostRun, callback: Callback | None) -> np.ndarray:
     n, size = len(run.start), (run.start.shape[-2], run.start.shape[-1])
     with run.unet.bind(n, size) as single:
-        return _TwoPasses(single, run).run(run.start, callback)
+        return _SequentialCFG(single, run).run(run.start, callback)
 
 
 def _on_interval(run: HostRun, callback: Callback | None) -> np.ndarray:
@@ -182,7 +182,7 @@ def _on_interval(run: HostRun, callback: Callback | None) -> np.ndarray:
         return _OnInterval(single, run.table, run.start.shape, both, where).run(run.start, callback)
 
 
-class _TwoPasses(HostLoop):
+class _SequentialCFG(HostLoop):
     """CFG with one evaluation for each text, of batch N, in place of one of batch 2N."""
 
     def __init__(self, unet: Bound, run: HostRun) -> None:
@@ -226,10 +226,10 @@ CFG = _add(
         _CFG_COLOUR, "o", batches=(2,),
     )
 )  # fmt: skip
-TWO_PASSES = _add(
+SEQUENTIAL_CFG = _add(
     Method(
         "cfg-two-passes", "teacher, sequential CFG", "the same as two evaluations, one after the other",
-        _CFG_COLOUR, batches=(1, 1), images_of="cfg", baseline=True, sample=_two_passes,
+        _CFG_COLOUR, batches=(1, 1), images_of="cfg", baseline=True, sample=_sequential_cfg,
     )
 )  # fmt: skip
 INTERVAL = _add(

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError, PnpError
 from ..io.text import printable
-from ..runtime.pipeline import Picture, Pipeline, Prepared
+from ..runtime.pipeline import GeneratedImage, Pipeline, Prepared
 from ..sampling.step_loop import SLOTS, Run, Ticket
 
 #: images that wait, at most, beside those that run
@@ -81,13 +81,13 @@ class Job:
     prepared: Prepared
     deadline: float | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    future: Future[list[Picture]] = field(default_factory=Future)
+    future: Future[list[GeneratedImage]] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     ended: float | None = None
     tickets: list[Ticket] = field(default_factory=list)
-    pictures: dict[int, Picture] = field(default_factory=dict)
-    partial: Picture | None = None
+    images: dict[int, GeneratedImage] = field(default_factory=dict)
+    partial: GeneratedImage | None = None
 
     @property
     def count(self) -> int:
@@ -390,8 +390,8 @@ class Engine:
         except PnpError as e:
             self._drop(job, e)
             return
-        job.pictures[i] = Picture(pixels, job.prepared.parameters(i))
-        if len(job.pictures) == job.count:
+        job.images[i] = GeneratedImage(pixels, job.prepared.parameters(i))
+        if len(job.images) == job.count:
             self._end(job, None)
 
     def _drop(self, job: Job, error: PnpError | None) -> None:
@@ -412,7 +412,7 @@ class Engine:
         with contextlib.suppress(Exception):  # a figure that is lost must not lose the images
             self.watcher.ended(job, error)
         if error is None:
-            job.future.set_result([job.pictures[i] for i in range(job.count)])
+            job.future.set_result([job.images[i] for i in range(job.count)])
         else:
             job.future.set_exception(error)
 

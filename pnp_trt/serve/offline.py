@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import InputError, MissingDependency, PnpError
 from ..io.inputs import parse_json, read_text
 from ..runtime.images import FORMATS, encode_image, read_parameters, write_all_new
-from ..runtime.pipeline import Picture, Pipeline, Prepared
+from ..runtime.pipeline import GeneratedImage, Pipeline, Prepared
 from ..sampling.step_loop import SLOTS
 from .engine import Engine
 
@@ -175,7 +175,7 @@ def generate(pipeline: Pipeline, plan: Plan, slots: int = SLOTS, progress: Progr
         PnpError: if an image cannot be made or written; those before it are there.
     """
     engine = Engine(pipeline, slots, _AHEAD)
-    under_way: dict[Future[list[Picture]], int] = {}
+    under_way: dict[Future[list[GeneratedImage]], int] = {}
     todo = iter(plan.missing)
     done = kept = len(plan.files) - len(plan.missing)
     try:
@@ -186,8 +186,8 @@ def generate(pipeline: Pipeline, plan: Plan, slots: int = SLOTS, progress: Progr
                 return Tally(len(plan.missing), kept)
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 i = under_way.pop(future)
-                (picture,) = future.result()
-                data = encode_image(picture.pixels, picture.parameters, plan.kind, plan.files[i])
+                (image,) = future.result()
+                data = encode_image(image.pixels, image.parameters, plan.kind, plan.files[i])
                 if not write_all_new({plan.files[i]: data}):
                     _there(plan.files[i], plan.prepared[i])  # another process was faster
                 done += 1

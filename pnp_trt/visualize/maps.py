@@ -82,12 +82,12 @@ def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.nda
                 for r in range(len(recording.guidance)):
                     axis = cell(x, upper + HEAD + r * (CELL + GAP))
                     axis.imshow(recording.maps[r][i][c], cmap=colours, norm=norm, interpolation="nearest")
-        text(end + CELL / 2, upper + HEAD - 0.04, "picture", 9, FAINT, ha="center", va="bottom")
+        text(end + CELL / 2, upper + HEAD - 0.04, "image", 9, FAINT, ha="center", va="bottom")
         for r, w in enumerate(recording.guidance):
             y = upper + HEAD + r * (CELL + GAP)
             text(LEFT - 0.1, y + CELL / 2, f"w = {w:g}", 11, ha="right", va="center")
             axis = cell(end, y)
-            axis.imshow(recording.pictures[r], interpolation="antialiased")
+            axis.imshow(recording.images[r], interpolation="antialiased")
             for side in axis.spines.values():  # white images need an edge
                 side.set(visible=True, color="#cccccc", linewidth=0.8)
 

@@ -53,7 +53,7 @@ class Recording:
         shown: indices of the steps that maps are kept of, ascending.
         maps: the first prompt's residual, RMS over channels relative to the feature's RMS; ``maps[w][layer][k]`` is
             that of step ``shown[k]``, ``[H, W]`` float32.
-        pictures: the first prompt's result for each scale, uint8 ``[H, W, 3]``.
+        images: the first prompt's result for each scale, uint8 ``[H, W, 3]``.
     """
 
     guidance: list[float]
@@ -64,7 +64,7 @@ class Recording:
     high: np.ndarray
     shown: list[int]
     maps: list[list[list[np.ndarray]]]
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
 
     @property
     def relative(self) -> np.ndarray:
@@ -122,7 +122,7 @@ def record(
 
     layers: list[Layer] = []
     seen: list[list[Measured]] = []  # of the present scale, a list per step
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     measured: list[list[list[Measured]]] = []  # [W][S][L]
 
     def keep(_: Any, arguments: tuple[GuideInput], output: GuideOutput) -> None:
@@ -154,7 +154,7 @@ def record(
 
             seen = []
             latents = run_schedule(predict, start, schedule)
-            pictures.append(_pixels(vae, latents[:1], w_value))
+            images.append(_pixels(vae, latents[:1], w_value))
             measured.append(seen)
     finally:
         hook.remove()
@@ -165,7 +165,7 @@ def record(
     maps = [[[run[s][i].map for s in shown] for i in range(len(layers))] for run in measured]
     return Recording(
         list(guidance), schedule.timesteps.tolist(), layers,
-        table("residual"), table("feature"), table("high"), list(shown), maps, pictures,
+        table("residual"), table("feature"), table("high"), list(shown), maps, images,
     )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_legal_sizes_are_said_once() -> None:
     assert MAX_SIDE >= 1024  # SDXL's own
 
 
-def test_guidance_by_two_passes_has_static_profiles_of_its_own() -> None:
+def test_sequential_guidance_has_static_profiles_of_its_own() -> None:
     def batches(*texts: str) -> list[tuple[int, int, int]]:
         return [p.extent("batch") for p in once_and_twice([Profile.parse(t) for t in texts])]
 

@@ -524,7 +524,7 @@ def test_a_refit_that_fails_is_compiled_again(jobs: dict[str, CompileJob], monke
     assert len(orders) == 2
 
 
-def test_turing_is_never_compiled_for_one_picture_alone() -> None:
+def test_turing_is_never_compiled_for_one_image_alone() -> None:
     one, several = Profile("b1", 1, 1, 1), Profile.parse("b2-8")
     assert module._compilable(one, "sm_75") == Profile("b1", 1, 1, 2) and module._compilable(one, "sm_89") == one
     assert module._compilable(several, "sm_75") == several

@@ -58,7 +58,7 @@ def compiled(eager: Path, micro_base: Path, micro_guide: Path) -> Path:
     return out
 
 
-def test_from_build_to_pictures(cli: Cli, micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
+def test_from_build_to_images(cli: Cli, micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
     out = tmp_path / "e"
     words = ("--base", micro_base, "--guide", micro_guide, "--backend", "torch", "--precision", "fp16", "--out", out)
     done = cli("build", *words)
@@ -68,8 +68,8 @@ def test_from_build_to_pictures(cli: Cli, micro_base: Path, micro_guide: Path, t
     assert "unet.safetensors" in shown and "eager" in shown and "cannot run here" not in shown
     done = cli("verify", out, "--provider", "cpu")
     assert done.code == 0 and done.out.count("limit 5e-03, fp16") == 3, done.err
-    done = cli("sample", "a cat", "--engine", out, "--steps", 2, "--provider", "cpu", "--out", tmp_path / "pictures")
-    assert done.code == 0 and (tmp_path / "pictures" / "a-cat-0.png").is_file(), done.err
+    done = cli("sample", "a cat", "--engine", out, "--steps", 2, "--provider", "cpu", "--out", tmp_path / "images")
+    assert done.code == 0 and (tmp_path / "images" / "a-cat-0.png").is_file(), done.err
     done = cli("bench", "--engine", out, "--only", "latency", "--batch", 1, "--steps", 1, "--rounds", 1, "--no-memory",
                "--cold-starts", 0, "--json", tmp_path / "bench.json")  # fmt: skip
     assert done.code == 0, done.err

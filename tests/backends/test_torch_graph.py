@@ -128,7 +128,7 @@ def test_a_run_reads_nothing_of_the_run_before(bundles: Path) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
-def test_not_finite_is_never_a_picture(bundles: Path) -> None:
+def test_not_finite_is_never_a_image(bundles: Path) -> None:
     lane = with_lane(bundles / "guided")
     vae: Any = lane._vae
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_a_step_that_reads_a_value_back_is_not_captured(bundles: Path, monkeypat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
-def test_captured_pictures_are_the_eager_ones(bundles: Path, name: str, method: str | None) -> None:
+def test_captured_images_are_the_eager_ones(bundles: Path, name: str, method: str | None) -> None:
     eager, captured = (Pipeline.load(bundles / name, provider="cuda") for _ in range(2))
     assert eager.loops is not None and captured.loops is not None
     eager.loops.capture = False
@@ -244,7 +244,7 @@ def test_captured_pictures_are_the_eager_ones(bundles: Path, name: str, method: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_captured_pictures_are_those_of_compiled_code(bundles: Path, compiled: Path) -> None:
+def test_captured_images_are_those_of_compiled_code(bundles: Path, compiled: Path) -> None:
     eager = Pipeline.load(bundles / "guided", provider="cuda")
     plain, captured = (Pipeline.load(compiled, provider="cuda") for _ in range(2))
     assert plain.loops is not None and captured.loops is not None

@@ -21,9 +21,9 @@ COST: list[dict[str, Any]] = [
          macs_without_attention=7_500_000_000),
     dict(network="guide-full", per="step", parameters=361_279_120, macs=137_900_000_000,
          macs_without_attention=116_420_000_000),
-    dict(network="text-encoder", per="picture", parameters=123_060_480, macs=6_785_000_000,
+    dict(network="text-encoder", per="image", parameters=123_060_480, macs=6_785_000_000,
          macs_without_attention=6_545_000_000),
-    dict(network="vae-decoder", per="picture", parameters=49_490_199, macs=1_242_000_000_000,
+    dict(network="vae-decoder", per="image", parameters=49_490_199, macs=1_242_000_000_000,
          macs_without_attention=1_240_000_000_000),
 ]  # fmt: skip
 #: engine, backend, precision, and the speed of its U-Net pass
@@ -32,7 +32,7 @@ ENGINES = (
     ("emoji-tiny", "onnxruntime", "fp32", 1.0),
     ("emoji-tiny-fp16-rtx-sm_89", "tensorrt-rtx", "fp16", 0.45),
 )
-#: method, U-Net evaluations a step, its own work beside the passes
+#: method, U-Net evaluations a step, its own work beside the evaluations
 METHODS = {
     "emoji-teacher": (("cfg", 2, 0.0), ("cfg-two-passes", 2, 0.06), ("cfg-interval", 1.6, 0.0),
                       ("cfg-fewer-steps", 1, 0.0), ("unguided", 1, 0.0), ("diffusers", 2, 0.35),
@@ -75,7 +75,7 @@ def make(
         "cold_start": cold_start(np.random.default_rng(seed)),
         "serving": [serving()],
         "fidelity": fidelity(quality, kid_worse),
-        "pictures": pictures(),
+        "images": images(),
         "left_out": [{"what": "energy per image", "why": "no NVIDIA GPU is here"},
                      {"what": "optimum-onnx", "why": "optimum is not installed; pip install optimum[onnxruntime]"}],
         "task_quality_reason": None if quality else "--quick skips the images that KID needs",
@@ -86,22 +86,22 @@ def make(
 def methods_cost() -> list[dict[str, Any]]:
     teacher, once = COST[0], COST[3]["macs"] + COST[4]["macs"]
     rows = []
-    for method, guide, steps, passes in (
+    for method, guide, steps, evaluations in (
         ("cfg", None, 20, 40), ("cfg-two-passes", None, 20, 40), ("cfg-interval", None, 20, 32),
         ("cfg-fewer-steps", None, 10, 20), ("unguided", None, 20, 20),
         ("guided", "guide-tiny", 20, 20), ("guided", "guide-full", 20, 20),
     ):  # fmt: skip
         row: dict[str, Any] = {
-            "method": method, "guide": guide, "steps": steps, "passes_per_picture": passes,
-            "passes": ["teacher"] * (2 if passes > steps else 1) + ([guide] if guide else []),
-            "picture_includes": ["text-encoder", "vae-decoder"],
+            "method": method, "guide": guide, "steps": steps, "evaluations": evaluations,
+            "networks": ["teacher"] * (2 if evaluations > steps else 1) + ([guide] if guide else []),
+            "image_includes": ["text-encoder", "vae-decoder"],
         }  # fmt: skip
         beside = next((one for one in COST if one["network"] == guide), None)
         for suffix in ("", "_without_attention"):
             key = "macs" + suffix
-            loop = passes * teacher[key] + steps * (beside[key] if beside else 0)
+            loop = evaluations * teacher[key] + steps * (beside[key] if beside else 0)
             row["macs_per_step" + suffix] = loop // steps
-            row["macs_per_picture" + suffix] = loop + once
+            row["macs_per_image" + suffix] = loop + once
             row["ratio_to_cfg" + suffix] = loop / (40 * teacher[key])
         rows.append(row)
     return rows
@@ -115,29 +115,29 @@ def latency(
         moments = 1 + 0.25 * rng.random(rounds) ** 4  # what the machine does beside, the same for all of one round
         cfg: np.ndarray | None = None
         for engine, _, _, speed in ENGINES:
-            for method, passes, extra in METHODS[engine]:
+            for method, evaluations, extra in METHODS[engine]:
                 per_pass = speed * (3.0 + 6.6 * batch)
                 steps = timed // 2 if method == "cfg-fewer-steps" else timed
-                median = steps * (per_pass * passes * (0.5 + 0.5 * min(passes, 1)) + per_pass * extra)
+                median = steps * (per_pass * evaluations * (0.5 + 0.5 * min(evaluations, 1)) + per_pass * extra)
                 loops = slow.get(method, 1.0) * median * moments * (1 + 0.01 * rng.random(rounds))
                 cfg = loops if method == "cfg" else cfg
                 assert cfg is not None
-                rows.append(latency_row(engine, method, batch, steps, loops, cfg, passes))
+                rows.append(latency_row(engine, method, batch, steps, loops, cfg, evaluations))
     return rows
 
 
-def latency_row(engine, method, batch, steps, loops, cfg, passes) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+def latency_row(engine, method, batch, steps, loops, cfg, evaluations) -> dict[str, Any]:  # type: ignore[no-untyped-def]
     ratios = np.sort(loops / cfg)
     p25, p50, p75, p90, p99 = (float(one) for one in np.percentile(loops, [25, 50, 75, 90, 99]))
     peer = method.startswith("diffusers")
     least = None if peer else 0.55 * p50 if batch > 1 else 0.4 * p50
     return {
         "engine": engine, "method": method, "batch": batch, "steps": steps, "guidance": 3.0,
-        "guided_interval": [67, 628] if method == "cfg-interval" else None, "passes": passes * steps,
+        "guided_interval": [67, 628] if method == "cfg-interval" else None, "evaluations": evaluations * steps,
         "p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "p50_ms_per_step": p50 / steps,
-        "p50_ms_per_picture": (p50 + 12 * batch) / batch, "pictures_per_s": 1e3 * batch / (p50 + 12 * batch),
+        "p50_ms_per_image": (p50 + 12 * batch) / batch, "images_per_s": 1e3 * batch / (p50 + 12 * batch),
         "spread": (p75 - p25) / p50, "encode_p50_ms": 2.6 * batch, "decode_p50_ms": 9.1 * batch,
-        "peak_memory_bytes": 512 * 2**20 + batch * 2**25, "energy_j_per_picture": None,
+        "peak_memory_bytes": 512 * 2**20 + batch * 2**25, "energy_j_per_image": None,
         "least_ms": least, "share_of_least": None if least is None else least / p50,
         "ratio_to_cfg": float(np.median(ratios)),
         "ratio_to_cfg_interval": [float(ratios[len(ratios) // 5]), float(ratios[-1 - len(ratios) // 5])],
@@ -149,7 +149,7 @@ def latency_row(engine, method, batch, steps, loops, cfg, passes) -> dict[str, A
 
 def fidelity(quality: bool = True, kid_worse: float = 0.0) -> list[dict[str, Any]]:
     rows = []
-    for engine, method, passes in (
+    for engine, method, evaluations in (
         ("emoji-teacher", "cfg", 2), ("emoji-teacher", "cfg-interval", 1.6), ("emoji-teacher", "cfg-fewer-steps", 2),
         ("emoji-teacher", "unguided", 1), ("emoji-tiny", "guided", 1),
     ):  # fmt: skip
@@ -160,8 +160,9 @@ def fidelity(quality: bool = True, kid_worse: float = 0.0) -> list[dict[str, Any
                 kid = 0.06 + 0.1 / (1 if plain else w) + 0.16 / steps + (0.007 + kid_worse) * (method == "guided")
                 kid += 0.004 * (method == "cfg-interval")
                 row: dict[str, Any] = {
-                    "engine": engine, "method": method, "steps": steps, "guidance": w, "passes": passes * steps,
-                    "pictures": 512, "macs_per_picture": int(passes * steps * 662_724_608) + 592_313_088,
+                    "engine": engine, "method": method, "steps": steps, "guidance": w,
+                    "evaluations": evaluations * steps, "images": 512,
+                    "macs_per_image": int(evaluations * steps * 662_724_608) + 592_313_088,
                 }  # fmt: skip
                 if quality:
                     row |= {"kid": estimate(kid, 0.006, 512), "r_at_1": estimate(0.28 - kid, 0.03, 512),
@@ -225,7 +226,7 @@ def serving() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pictures() -> dict[str, Any]:
+def images() -> dict[str, Any]:
     """Two plain discs a prompt: small files that differ."""
     y, x = np.mgrid[:64, :64]
     rows = []
@@ -237,4 +238,4 @@ def pictures() -> dict[str, Any]:
         label = f"{'teacher, CFG' if method == 'cfg' else 'guided'}\n{steps} steps, w = {w:g}"
         rows.append({"label": label, "engine": "emoji-tiny", "method": method, "steps": steps, "guidance": w,
                      "pixels": stack})  # fmt: skip
-    return {"columns": list(PROMPTS), "rows": results.encode_pictures(rows), "caption": "noto style, DDIM."}
+    return {"columns": list(PROMPTS), "rows": results.encode_images(rows), "caption": "noto style, DDIM."}

@@ -100,7 +100,7 @@ def test_absolute_times_need_the_same_device_and_versions() -> None:
     assert "accelerator: none → NVIDIA L4" in found.differences
 
 
-def test_worse_pictures_are_reported_and_better_ones_too() -> None:
+def test_worse_images_are_reported_and_better_ones_too() -> None:
     worse = json.loads(json.dumps(fake_document.make(kid_worse=0.03)))
     found = compare.compare(make(0), worse)
     assert {(one.figure, one.key["method"]) for one in found.of("worse")} >= {("kid", "guided")}
@@ -111,10 +111,10 @@ def test_worse_pictures_are_reported_and_better_ones_too() -> None:
 def test_cost_is_compared_exactly() -> None:
     new = make(0)
     new["cost"][1]["macs"] += 1
-    new["methods_cost"][0]["macs_per_picture"] -= 1
+    new["methods_cost"][0]["macs_per_image"] -= 1
     found = compare.compare(make(0), new)
     assert [(one.figure, one.key["network"]) for one in found.of("worse")] == [("macs", "guide-tiny")]
-    assert [(one.figure, one.key["method"]) for one in found.of("better")] == [("macs_per_picture", "cfg")]
+    assert [(one.figure, one.key["method"]) for one in found.of("better")] == [("macs_per_image", "cfg")]
 
 
 def test_rows_of_one_document_alone_are_listed() -> None:

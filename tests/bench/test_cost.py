@@ -140,32 +140,32 @@ def test_rows_and_methods() -> None:
         "macs_without_attention": 400,
         "per": "step",
     }
-    assert [row["per"] for row in rows] == ["step", "step", "picture", "step", "picture", "picture"]
+    assert [row["per"] for row in rows] == ["step", "step", "image", "step", "image", "image"]
     cfg, _, fewer, unguided, guided, full = cost.method_rows(rows, steps=10)
-    assert (cfg["method"], cfg["macs_per_step"], cfg["macs_per_picture"]) == ("cfg", 800, 8000 + 8 + 12)
-    assert (unguided["macs_per_step"], unguided["macs_per_picture"]) == (400, 4000 + 8 + 12)
+    assert (cfg["method"], cfg["macs_per_step"], cfg["macs_per_image"]) == ("cfg", 800, 8000 + 8 + 12)
+    assert (unguided["macs_per_step"], unguided["macs_per_image"]) == (400, 4000 + 8 + 12)
     assert (guided["guide"], guided["macs_per_step"], guided["parameters"]) == ("guide-tiny", 420, 525)
     assert (cfg["ratio_to_cfg"], unguided["ratio_to_cfg"], guided["ratio_to_cfg"]) == (1.0, 0.5, 0.525)
-    assert guided["picture_includes"] == ["text-encoder", "vae-decoder"]
-    assert (full["macs_per_step"], full["macs_per_picture"]) == (600, 6000 + 8 + 12 + 100)  # its condition runs once
-    assert full["picture_includes"] == ["text-encoder", "vae-decoder", "condition-full"]
+    assert guided["image_includes"] == ["text-encoder", "vae-decoder"]
+    assert (full["macs_per_step"], full["macs_per_image"]) == (600, 6000 + 8 + 12 + 100)  # its condition runs once
+    assert full["image_includes"] == ["text-encoder", "vae-decoder", "condition-full"]
     assert (fewer["steps"], fewer["macs_per_step"], fewer["ratio_to_cfg"]) == (5, 800, 0.5)
 
 
 def test_methods_whose_steps_differ_by_hand() -> None:
     rows = cost.cost_rows({"teacher": (torch.nn.Linear(4, 100), (torch.zeros(1, 4),))})
     found = {row["method"]: row for row in cost.method_rows(rows, steps=5, guided_steps=2)}
-    assert {name: row["passes_per_picture"] for name, row in found.items()} == {
+    assert {name: row["evaluations"] for name, row in found.items()} == {
         "cfg": 10, "cfg-two-passes": 10, "cfg-interval": 7, "cfg-fewer-steps": 4, "unguided": 5,
     }  # fmt: skip
-    assert found["cfg-interval"]["macs_per_picture"] == 7 * 400
+    assert found["cfg-interval"]["macs_per_image"] == 7 * 400
     assert found["cfg-interval"]["macs_per_step"] == 560
     assert found["cfg-interval"]["ratio_to_cfg"] == pytest.approx(0.7)
     assert found["cfg-fewer-steps"]["ratio_to_cfg"] == pytest.approx(0.4)
-    assert found["cfg-two-passes"]["passes"] == ["teacher", "teacher"]
-    assert cost.method_rows(rows, steps=1)[2]["passes_per_picture"] == 2  # half of one step is one step
+    assert found["cfg-two-passes"]["networks"] == ["teacher", "teacher"]
+    assert cost.method_rows(rows, steps=1)[2]["evaluations"] == 2  # half of one step is one step
     two = cost.method_rows(rows, steps=5, evaluations=lambda steps: 2 * steps - 1)[0]  # Heun's
-    assert (two["method"], two["passes_per_picture"], two["steps"], two["ratio_to_cfg"]) == ("cfg", 18, 5, 1)
+    assert (two["method"], two["evaluations"], two["steps"], two["ratio_to_cfg"]) == ("cfg", 18, 5, 1)
 
 
 @settings(max_examples=50)
@@ -174,7 +174,7 @@ def test_the_interval_lies_between_unguided_and_cfg(steps: int, share: float) ->
     rows = [{"network": "teacher", "parameters": 7, "macs": 1000, "macs_without_attention": 900}]
     found = {r["method"]: r for r in cost.method_rows(rows, steps=steps, guided_steps=int(share * steps))}
     assert found["unguided"]["ratio_to_cfg"] <= found["cfg-interval"]["ratio_to_cfg"] <= found["cfg"]["ratio_to_cfg"]
-    assert found["cfg-interval"]["macs_per_picture"] == 1000 * found["cfg-interval"]["passes_per_picture"]
+    assert found["cfg-interval"]["macs_per_image"] == 1000 * found["cfg-interval"]["evaluations"]
 
 
 def test_the_published_table_within_two_thousandths() -> None:

@@ -27,7 +27,7 @@ def direct(x: np.ndarray, y: np.ndarray) -> float:
 
 @settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.integers(2, 40), st.integers(2, 40))
-def test_the_distance_is_that_of_the_definition_for_few_pictures_and_for_many(
+def test_the_distance_is_that_of_the_definition_for_few_images_and_for_many(
     seed: int, width: int, m: int, n: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -71,12 +71,12 @@ def test_inception_has_the_published_size_and_names(weights: dict[str, torch.Ten
         assert tuple(weights[name].shape) == shape
 
 
-def test_inception_sees_pictures_and_the_two_kinds_pool_differently(
+def test_inception_sees_images_and_the_two_kinds_pool_differently(
     tmp_path: Path, weights: dict[str, torch.Tensor]
 ) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    fid = Inception(saved(tmp_path, weights, 1008))(pictures)
-    other = Inception(saved(tmp_path, weights, 1000))(pictures)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    fid = Inception(saved(tmp_path, weights, 1008))(images)
+    other = Inception(saved(tmp_path, weights, 1000))(images)
     assert fid.shape == (2, WIDTH) and fid.dtype == np.float32 and np.isfinite(fid).all()
     assert not np.allclose(fid[0], fid[1]) and not np.allclose(fid, other)
 
@@ -97,13 +97,13 @@ def test_other_weights_are_refused(tmp_path: Path, weights: dict[str, torch.Tens
 
 def test_the_clip_score_is_a_hundred_times_the_cosine_and_never_below_0(clip_folder: Path) -> None:
     scorer = ClipScorer(clip_folder)
-    pictures = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     prompts = [f"a {word} thing number {i}" for i, word in enumerate(["red", "blue"] * 10)]
-    scores = scorer(pictures, prompts)
+    scores = scorer(images, prompts)
     assert scores.shape == (20,) and (scores >= 0).all() and (scores <= 100).all() and scores.std() > 0
-    assert scorer(pictures[::-1].copy(), prompts[::-1]) == pytest.approx(scores[::-1], abs=1e-3)
+    assert scorer(images[::-1].copy(), prompts[::-1]) == pytest.approx(scores[::-1], abs=1e-3)
     # by hand, at the size of the model: no resizing, OpenAI's mean and spread
-    x = torch.from_numpy(pictures[:1]).permute(0, 3, 1, 2).float() / 255
+    x = torch.from_numpy(images[:1]).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(scorer._mean).view(3, 1, 1)) / torch.tensor(scorer._std).view(3, 1, 1)
     ids = scorer._tokenizer(prompts[:1], return_tensors="pt").input_ids
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_and_never_below_0(clip_fol
     cosine = float((seen.image_embeds * seen.text_embeds).sum())
     assert scores[0] == pytest.approx(max(100 * cosine, 0), abs=1e-2)
     with pytest.raises(InputError, match="20 images do not match 1 prompts"):
-        scorer(pictures, ["a"])
+        scorer(images, ["a"])
 
 
 def test_folders_that_are_no_clip_are_refused(tmp_path: Path, clip_folder: Path) -> None:

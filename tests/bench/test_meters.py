@@ -10,7 +10,7 @@ import pytest
 
 from pnp_trt.bench.measure import footprint
 from pnp_trt.bench.measure.cases import Case
-from pnp_trt.bench.measure.energy import joules_per_picture, nvml_counter
+from pnp_trt.bench.measure.energy import joules_per_image, nvml_counter
 from pnp_trt.bench.measure.footprint import Meter
 from pnp_trt.errors import PnpError
 from pnp_trt.runtime.pipeline import Pipeline
@@ -41,7 +41,7 @@ class Nvml:
         return [SimpleNamespace(pid=1, usedGpuMemory=7), SimpleNamespace(pid=os.getpid(), usedGpuMemory=1234)]
 
 
-def test_joules_a_picture() -> None:
+def test_joules_per_image() -> None:
     nvml, now = Nvml(), [0.0]
     counter, why = nvml_counter(0, nvml)
     assert counter is not None and why is None and counter() == pytest.approx(5.0)
@@ -50,9 +50,9 @@ def test_joules_a_picture() -> None:
         now[0] += 0.3
         nvml.millijoules += 90_000
 
-    assert joules_per_picture(draw, 4, counter, lambda: now[0], seconds=2.0) == pytest.approx(90 / 4)
+    assert joules_per_image(draw, 4, counter, lambda: now[0], seconds=2.0) == pytest.approx(90 / 4)
     assert now[0] == pytest.approx(2.1)  # repeated until two seconds were full
-    assert joules_per_picture(lambda: now.__setitem__(0, now[0] + 3), 1, counter, lambda: now[0]) is None
+    assert joules_per_image(lambda: now.__setitem__(0, now[0] + 3), 1, counter, lambda: now[0]) is None
 
 
 def test_without_a_counter_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,15 +44,15 @@ class Pipe:
 
 
 @pytest.mark.parametrize("largest", [2, 4, 32])
-def test_a_trial_finds_the_fixed_part_and_the_part_a_picture(largest: int) -> None:
+def test_a_trial_finds_the_fixed_part_and_the_part_a_image(largest: int) -> None:
     clock = Clock()
     pipe = Pipe(clock)
     pace = trial(Case(pipe, "cfg"), ["a cat"], 3.0, largest, clock)
-    assert pace.seconds(pictures=8, steps=10) == pytest.approx(10 * (0.1 + 0.05 * 8))
+    assert pace.seconds(images=8, steps=10) == pytest.approx(10 * (0.1 + 0.05 * 8))
     assert {batch for batch, _ in pipe.loops} == {1, min(4, largest)}
 
 
-def test_an_engine_of_one_picture_is_tried_at_one() -> None:
+def test_an_engine_of_one_image_is_tried_at_one() -> None:
     clock = Clock()
     assert trial(Case(Pipe(clock), "cfg"), ["a"], 3.0, 1, clock).seconds(1, 4) == pytest.approx(0.6)
 

@@ -39,7 +39,7 @@ def drawn(pipe: Any, method: str, schedule: str | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc", "dpm++:trailing", None])
-def test_diffusers_draws_the_same_pictures(eager: peers.Peer, micro_bundles: Path, schedule: str | None) -> None:
+def test_diffusers_draws_the_same_images(eager: peers.Peer, micro_bundles: Path, schedule: str | None) -> None:
     ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
     assert eager.base == ours.base and eager.size == ours.size
     mine, theirs = drawn(ours, "cfg", schedule), drawn(eager, "diffusers", schedule)
@@ -54,16 +54,16 @@ def test_it_is_timed_beside_the_engine_and_compared_with_its_cfg(eager: peers.Pe
         schedule="ddim",
     )  # fmt: skip
     assert rows[1].ratio_reference == "plain/cfg" and rows[1].ratio_to_cfg is not None
-    assert rows[0].passes == rows[1].passes == 4
+    assert rows[0].evaluations == rows[1].evaluations == 4
 
 
 def test_a_step_of_two_evaluations_counts_as_two(eager: peers.Peer, micro_bundles: Path) -> None:
     ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
     counted = [Case(ours, "cfg"), Case(eager, "diffusers"), Case(ours, "unguided"), Case(ours, "cfg-fewer-steps")]
-    assert [case.passes(5, "heun:trailing") for case in counted] == [18, 18, 9, 6]
-    assert [case.passes(5, "unipc") for case in counted] == [10, 10, 5, 4]
+    assert [case.evaluations(5, "heun:trailing") for case in counted] == [18, 18, 9, 6]
+    assert [case.evaluations(5, "unipc") for case in counted] == [10, 10, 5, 4]
     inside = sum(t < 500 for t in ours.schedule(5, "heun").timesteps)  # rows, and not steps
-    assert Case(ours, "cfg-interval", (0, 499)).passes(5, "heun") == 9 + inside
+    assert Case(ours, "cfg-interval", (0, 499)).evaluations(5, "heun") == 9 + inside
 
 
 def test_compiled_runs_the_whole_network(

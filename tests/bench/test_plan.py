@@ -28,7 +28,7 @@ from pnp_trt.errors import InputError
         ({"steps": (8, 8)}, "steps names 8 twice"),
         ({"engines": ("a", "a")}, "engines names a twice"),
         ({"rounds": 0}, "rounds is 0"),
-        ({"pictures": 1}, "pictures is 1; it must be between 2 and"),
+        ({"images": 1}, "images is 1; it must be between 2 and"),
         ({"size": (64, 64)}, "with --size add --only latency"),
         ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt is not a file"),
         ({"clip": "nowhere"}, "--clip nowhere is not a folder"),

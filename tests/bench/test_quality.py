@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from pnp_trt.bench.engines import counted_guide
-from pnp_trt.bench.fidelity_rows import Cell, Studio, cells_of, macs_per_picture, plan_rows, verdict
+from pnp_trt.bench.fidelity_rows import Cell, Studio, cells_of, macs_per_image, plan_rows, verdict
 from pnp_trt.bench.metrics import fidelity
 from pnp_trt.bench.metrics.tasks import Task
 from pnp_trt.bench.plan import Plan
 from pnp_trt.bench.report.image_grid import headline
-from pnp_trt.bench.results import decode_pictures
+from pnp_trt.bench.results import decode_images
 from pnp_trt.bench.work import Work
 from pnp_trt.bundle.manifest import Base, Guide
 
@@ -67,7 +67,7 @@ TEACHER = Pipe("plain", ("cfg", "unguided"), ("cfg-two-passes",))
 GUIDED = Pipe("guided", ("guided",))
 
 
-def test_rows_are_over_methods_steps_and_w_and_pictures_without_w_are_drawn_once() -> None:
+def test_rows_are_over_methods_steps_and_w_and_images_without_w_are_drawn_once() -> None:
     plan = Plan(steps=(4, 8), guidance=(3.0, 2.0))
     rows, left_out = plan_rows([TEACHER, GUIDED], plan)  # type: ignore[list-item]
     assert not left_out and len(rows) == 2 * 2 * 4
@@ -113,17 +113,17 @@ def test_measures_are_those_of_the_fidelity_module(studio: Studio) -> None:
     cost = [{"network": "teacher", "macs": 100}, {"network": "text-encoder", "macs": 7}]
     row = next(r for r in rows if r.method == "guided" and r.cell.steps == 4)
     found = studio.measure(row, cost)
-    mine = studio.pictures(row.cell)
-    best = studio.pictures(Cell("plain", "cfg", 8, 3.0))
+    mine = studio.images(row.cell)
+    best = studio.images(Cell("plain", "cfg", 8, 3.0))
     real = studio.task.real
     assert real is not None
     assert found["kid"] == fidelity.kid(real, mine["features"]).as_dict()
     assert found["kid_gain_over_cfg"] == fidelity.kid_gain(real, best["features"], mine["features"]).as_dict()
     assert found["psnr_to_cfg_db"]["value"] == pytest.approx(20 * np.log10(255 / 3))  # off by 3 everywhere
-    assert found["feature_cosine_to_cfg"]["count"] == found["pictures"] == 6
-    assert (found["passes"], found["macs_per_picture"], found["reference_steps"]) == (4, 407, 4)
+    assert found["feature_cosine_to_cfg"]["count"] == found["images"] == 6
+    assert (found["evaluations"], found["macs_per_image"], found["reference_steps"]) == (4, 407, 4)
     teacher = studio.measure(next(r for r in rows if r.method == "cfg" and r.cell.steps == 8), cost)
-    assert teacher["passes"] == 16 and "psnr_to_cfg_db" not in teacher and "kid_gain_over_cfg" not in teacher
+    assert teacher["evaluations"] == 16 and "psnr_to_cfg_db" not in teacher and "kid_gain_over_cfg" not in teacher
     assert verdict([teacher], studio.task, studio.eyes) == (True, None)
 
 
@@ -135,14 +135,14 @@ def test_each_cell_is_drawn_once(studio: Studio) -> None:
     assert len(TEACHER.drawn) == len(set(TEACHER.drawn)) == len([c for c in cells_of(rows) if c.engine == "plain"])
 
 
-def test_the_grid_has_the_headline_first_and_each_set_of_pictures_once(studio: Studio) -> None:
+def test_the_grid_has_the_headline_first_and_each_set_of_images_once(studio: Studio) -> None:
     rows, _ = plan_rows(list(studio.pipes.values()), studio.plan)
     grid = studio.grid(rows)
     labels = [(r["method"], r["steps"], r["guidance"]) for r in grid["rows"]]
     assert labels[:3] == [("cfg", 8, 3.0), ("guided", 8, 3.0), ("unguided", 8, None)]
     assert len(labels) == len(set(labels)) == 10 and grid["columns"] == ["x", "y"]
-    shown = studio.pictures(Cell("plain", "cfg", 8, 3.0))["shown"]
-    assert (decode_pictures(grid)[0][1] == shown).all()  # PNG loses nothing
+    shown = studio.images(Cell("plain", "cfg", 8, 3.0))["shown"]
+    assert (decode_images(grid)[0][1] == shown).all()  # PNG loses nothing
     assert [(r["method"], r["steps"]) for r in headline(grid)["rows"]] == [("cfg", 8), ("guided", 8), ("unguided", 8)]
     assert headline(grid)["caption"] == "xx, 8 steps" and grid["caption"] == "xx, 4 and 8 steps"
 
@@ -153,11 +153,11 @@ def test_macs_by_hand_and_null_where_they_are_not_known() -> None:
         (("teacher", 1000), ("guide-tiny", 10), ("guide-full", 300), ("condition-full", 50), ("vae-decoder", 5),
          ("text-encoder", 2))
     ]  # fmt: skip
-    assert macs_per_picture(cost, 8, 4, "") == 8 * 1000 + 7
-    assert macs_per_picture(cost, 4, 4, "guide-tiny") == 4 * 1010 + 7
-    assert macs_per_picture(cost, 4, 4, "guide-full") == 4 * 1300 + 50 + 7
-    assert macs_per_picture(cost, 4, 4, None) is macs_per_picture([], 4, 4, "") is None
-    assert macs_per_picture(cost[:1], 4, 4, "guide-tiny") is None
+    assert macs_per_image(cost, 8, 4, "") == 8 * 1000 + 7
+    assert macs_per_image(cost, 4, 4, "guide-tiny") == 4 * 1010 + 7
+    assert macs_per_image(cost, 4, 4, "guide-full") == 4 * 1300 + 50 + 7
+    assert macs_per_image(cost, 4, 4, None) is macs_per_image([], 4, 4, "") is None
+    assert macs_per_image(cost[:1], 4, 4, "guide-tiny") is None
 
 
 def test_a_guide_counts_as_the_network_that_was_counted_or_as_none() -> None:

@@ -38,7 +38,7 @@ def make(**change: Any) -> dict[str, Any]:
 
 
 EMPTY = {key: [] for key in ("cost", "methods_cost", "published", "engines", "latency", "cold_start", "serving",
-                             "fidelity", "left_out")} | {"pictures": None, "device": None}  # fmt: skip
+                             "fidelity", "left_out")} | {"images": None, "device": None}  # fmt: skip
 
 
 def text_of(doc: dict[str, Any], width: int = 100) -> str:
@@ -207,7 +207,7 @@ def test_time_is_matched_and_never_guessed() -> None:
         ("cfg", 8), ("unguided", 8), ("guided", 8), ("cfg-interval", 8), ("cfg-fewer-steps", 4),
     }  # fmt: skip  # the others were drawn and not timed
     timed = next(row for row in doc["latency"] if row["method"] == "guided")
-    assert found["guided", 20] == timed["p50_ms_per_picture"]
+    assert found["guided", 20] == timed["p50_ms_per_image"]
     ten = next(row for row in doc["fidelity"] if row["method"] == "cfg" and row["guidance"] == 3.0) | {"steps": 10}
     halved = make(fidelity=[*doc["fidelity"], ten])  # CFG in ten steps was timed as "half the steps"
     assert ("cfg", 10) in {(p.method, p.steps) for p in latency_points(halved, KID)}
@@ -217,7 +217,7 @@ def test_time_is_matched_and_never_guessed() -> None:
 def test_two_methods_with_one_point_share_its_label() -> None:
     doc = make()
     row = next(row for row in doc["fidelity"] if row["method"] == "cfg" and row["guidance"] == 3.0)
-    alone = [row | {"steps": 31}, row | {"steps": 33, "macs_per_picture": 10**9}]
+    alone = [row | {"steps": 31}, row | {"steps": 33, "macs_per_image": 10**9}]
     both = [*alone, row | {"steps": 31, "method": "cfg-fewer-steps"}]
     for rows in (alone, both):
         (chart,) = pareto_charts(make(fidelity=rows, latency=[]))
@@ -295,7 +295,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         for row in doc[part]:
             row["engine"] = evil + row["engine"]
     doc["cost"][0]["network"] = doc["left_out"][0]["why"] = doc["published"][0]["note"] = evil
-    doc["pictures"]["columns"][0] = doc["pictures"]["rows"][0]["label"] = doc["pictures"]["caption"] = evil
+    doc["images"]["columns"][0] = doc["images"]["rows"][0]["label"] = doc["images"]["caption"] = evil
     doc["provenance"]["command"] = doc["task_quality_reason"] = evil
     doc["settings"][evil] = evil
     page, html = draw(doc, tmp_path)
@@ -304,7 +304,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert evil in page.text
 
 
-def test_pictures_of_other_scales_are_folded_away(drawn: tuple[Page, str]) -> None:
+def test_images_of_other_scales_are_folded_away(drawn: tuple[Page, str]) -> None:
     page, html = drawn
     assert len(page.all("details")) == 1
     assert len(page.all("img")) == 4 * 8
@@ -313,15 +313,15 @@ def test_pictures_of_other_scales_are_folded_away(drawn: tuple[Page, str]) -> No
     assert folded.count("<img") == 8
 
 
-def test_pictures_are_embedded_side_by_side(tmp_path: Path) -> None:
+def test_images_are_embedded_side_by_side(tmp_path: Path) -> None:
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    rows = results.encode_pictures(
+    rows = results.encode_images(
         [{"label": "teacher,\nCFG", "pixels": pixels}, {"label": "guided", "pixels": pixels[::-1]}]
     )
-    pictures = {"columns": ["red apple", "cat"], "rows": rows, "caption": "8 steps."}
-    page, _ = draw(make(**(EMPTY | {"pictures": pictures})), tmp_path)
+    strips = {"columns": ["red apple", "cat"], "rows": rows, "caption": "8 steps."}
+    page, _ = draw(make(**(EMPTY | {"images": strips})), tmp_path)
     images = page.all("img")
     assert [one["alt"] for one in images] == [
         "teacher, CFG: red apple", "teacher, CFG: cat", "guided: red apple", "guided: cat",

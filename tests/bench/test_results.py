@@ -165,21 +165,21 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         results.read(tmp_path / "absent.json")
 
 
-def test_pictures_go_in_and_come_out() -> None:
+def test_images_go_in_and_come_out() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
-    (row,) = results.encode_pictures([{"label": "guided", "steps": 8, "pixels": pixels}])
+    (row,) = results.encode_images([{"label": "guided", "steps": 8, "pixels": pixels}])
     assert (row["label"], row["steps"], len(row["png"])) == ("guided", 8, 2)
-    ((label, found),) = results.decode_pictures({"columns": ["a", "b"], "rows": [row], "caption": ""})
+    ((label, found),) = results.decode_images({"columns": ["a", "b"], "rows": [row], "caption": ""})
     assert label == "guided"
     assert np.array_equal(found, pixels)
     row["png"][1] = row["png"][1][:40]
     with pytest.raises(InputError, match="images of 'guided' are damaged"):
-        results.decode_pictures({"columns": ["a", "b"], "rows": [row], "caption": ""})
+        results.decode_images({"columns": ["a", "b"], "rows": [row], "caption": ""})
 
 
-def test_wrong_pictures_are_refused() -> None:
+def test_wrong_images_are_refused() -> None:
     good = {"label": "cfg", "pixels": np.zeros((1, 8, 8, 3), np.uint8)}
     with pytest.raises(InputError, match="must be uint8"):
-        results.encode_pictures([{"label": "guided", "pixels": np.zeros((1, 8, 8, 3))}])
+        results.encode_images([{"label": "guided", "pixels": np.zeros((1, 8, 8, 3))}])
     with pytest.raises(InputError, match="'guided' has 2 images for 1 columns"):
-        results.encode_pictures([good, {"label": "guided", "pixels": np.zeros((2, 8, 8, 3), np.uint8)}])
+        results.encode_images([good, {"label": "guided", "pixels": np.zeros((2, 8, 8, 3), np.uint8)}])

@@ -38,7 +38,7 @@ def test_least_time_by_hand() -> None:
 @given(
     macs=st.integers(1, 10**12), weights=st.integers(1, 10**10), steps=st.integers(1, 50), batch=st.integers(1, 16)
 )  # fmt: skip
-def test_guidance_costs_at_most_twice_and_two_passes_are_no_cheaper(
+def test_guidance_costs_at_most_twice_and_sequential_cfg_is_no_cheaper(
     macs: int, weights: int, steps: int, batch: int
 ) -> None:
     work = Work(macs, weights)

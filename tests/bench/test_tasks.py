@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.emoji.runner import captions
 from pnp_trt.bench.metrics import fidelity
 from pnp_trt.bench.metrics.tasks import FEATURES, JUDGE, find_real, make_task, read_features, real_features, real_key
-from pnp_trt.bench.plan import PICTURES, PICTURES_UNJUDGED, Plan
+from pnp_trt.bench.plan import IMAGES, IMAGES_UNJUDGED, Plan
 from pnp_trt.errors import InputError
 
 
@@ -28,19 +28,19 @@ def test_the_bundled_features_are_those_of_the_captions_that_the_tables_measure(
     assert 0.384 < fidelity.recall(ranks, 1).value < 0.469
 
 
-def test_the_bundled_task_draws_the_captions_of_its_real_pictures() -> None:
-    task = make_task(Plan(pictures=5), "emoji")
+def test_the_bundled_task_draws_the_captions_of_its_real_images() -> None:
+    task = make_task(Plan(images=5), "emoji")
     assert task.prompts[0] == captions("train", 5)[0].prompt and task.seeds == (1000, 1001, 1002, 1003, 1004)
     assert task.concepts is not None and task.real is not None and len(task.real) == len(task.concepts) == 5
     assert task.reason is None and task.columns[0] == "red apple" and task.shown[0] == "red apple, noto style"
-    assert len(make_task(Plan(), "emoji").prompts) == PICTURES
-    with pytest.raises(InputError, match="pictures is 513, and the bundled captions with real images are 512"):
-        make_task(Plan(pictures=513), "emoji")
+    assert len(make_task(Plan(), "emoji").prompts) == IMAGES
+    with pytest.raises(InputError, match="images is 513, and the bundled captions with real images are 512"):
+        make_task(Plan(images=513), "emoji")
 
 
 def test_another_base_is_drawn_and_not_judged_and_says_why() -> None:
     task = make_task(Plan(), "emoji-3d")
-    assert task.real is None and task.concepts is None and len(task.prompts) == PICTURES_UNJUDGED
+    assert task.real is None and task.concepts is None and len(task.prompts) == IMAGES_UNJUDGED
     assert task.reason is not None and "base model 'emoji-3d'; name prompts and real images with" in task.reason
     assert len(set(task.seeds)) == len(task.seeds)
     assert make_task(Plan(clip="folder"), "emoji-3d").reason is None  # CLIP needs no real images
@@ -49,7 +49,7 @@ def test_another_base_is_drawn_and_not_judged_and_says_why() -> None:
 def test_named_prompts_are_repeated_with_seeds_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
     file.write_text("a cat\n\na dog\n")
-    task = make_task(Plan(prompts=str(file), pictures=5), "emoji")
+    task = make_task(Plan(prompts=str(file), images=5), "emoji")
     assert task.prompts == ("a cat", "a dog", "a cat", "a dog", "a cat") and task.seeds == (0, 1, 2, 3, 4)
     assert task.columns == task.shown and task.real is None and "name them with --real DIR" in str(task.reason)
     file.write_text("\n")
@@ -57,12 +57,12 @@ def test_named_prompts_are_repeated_with_seeds_of_their_own(tmp_path: Path) -> N
         make_task(Plan(prompts=str(file)), "emoji")
 
 
-def colour(pictures: np.ndarray) -> np.ndarray:
+def colour(images: np.ndarray) -> np.ndarray:
     """A stand-in for features: each image's mean colour and its size."""
-    return np.array([[*p.mean((0, 1)), p.shape[0]] for p in pictures], np.float32)
+    return np.array([[*p.mean((0, 1)), p.shape[0]] for p in images], np.float32)
 
 
-def test_real_pictures_of_any_size_are_read_and_broken_ones_are_named(tmp_path: Path) -> None:
+def test_real_images_of_any_size_are_read_and_broken_ones_are_named(tmp_path: Path) -> None:
     for i, (name, size) in enumerate((("a.png", (4, 4)), ("b.jpg", (8, 6)), ("sub/c.webp", (5, 5)))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", size, (10 * i, 0, 0)).save(tmp_path / name)
@@ -77,7 +77,7 @@ def test_real_pictures_of_any_size_are_read_and_broken_ones_are_named(tmp_path: 
     assert real_key(tmp_path) != before
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("a cat\n")
     (tmp_path / "empty").mkdir()

@@ -70,7 +70,7 @@ def test_the_loop_is_diffusers_pipeline(folder: Path, w: float) -> None:
     assert np.abs(ours / 255.0 - theirs).max() < 0.02
 
 
-def test_a_picture_does_not_depend_on_its_batch(folder: Path) -> None:
+def test_a_image_does_not_depend_on_its_batch(folder: Path) -> None:
     rows = figures.asks(["red-apple", "panda", "fish"], BASE_STYLES, 3)
     sampler = Sampler(folder)
     apart = np.concatenate([sampler([a], 2.0, 2) for a in rows])
@@ -134,7 +134,7 @@ def test_verdict_and_card_say_what_the_intervals_say(
 def test_evaluate_refuses(folder: Path, tmp_path: Path) -> None:
     where = (tmp_path / "judge.safetensors", tmp_path, tmp_path / "out.json")
     with pytest.raises(InputError, match="got 2 and 20"):
-        figures.evaluate(folder, {}, *where, pictures=2)
+        figures.evaluate(folder, {}, *where, images=2)
     with pytest.raises(InputError, match="unknown fine-tune 'oil'; known: flat, 3d"):
         figures.evaluate(folder, {"oil": tmp_path}, *where)
     with pytest.raises(InputError, match="no alignment head"):

@@ -33,9 +33,9 @@ def test_a_run_on_the_micro_teacher(
     monkeypatch.setattr(gains, "resolve", lambda _: resolve(str(micro_base)))
     monkeypatch.setattr(gains, "SCALES", (2.0, 3.0))
     monkeypatch.setattr(gains, "STEPS", {2.0: (16,), 3.0: (16, 4)})
-    monkeypatch.setattr(gains, "real_pictures", lambda rows, _: np.random.default_rng(0).integers(
+    monkeypatch.setattr(gains, "real_images", lambda rows, _: np.random.default_rng(0).integers(
         0, 256, (len(rows), 32, 32, 3), dtype=np.uint8))  # fmt: skip
-    given: dict[str, Any] = dict(pictures=4, seeds=2, extract=Eyes(), command="a command")
+    given: dict[str, Any] = dict(images=4, seeds=2, extract=Eyes(), command="a command")
     where = (micro_guide, [2.0, 1.0], tmp_path, ROOT / "judge.safetensors", tmp_path / "gains.json")
     found = gains.measure(*where, **given)
     assert len(found["cells"]) == 6 * 3  # CFG and five gains

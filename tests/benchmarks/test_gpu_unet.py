@@ -61,7 +61,7 @@ def test_every_case_is_measured() -> None:
     assert len(said) > 6  # what is known is told as it becomes known
     assert {(m, b) for m in ("guided", "unguided", "CFG") for b in (1, 4)} == set(gpu_unet.CASES)
     check(found, gpu_unet.CASES)
-    assert "failed" not in found["picture"] and found["picture"]["finite"]
+    assert "failed" not in found["image"] and found["image"]["finite"]
     assert found["layout"] == "NCHW" and "compile" not in found["cases"]["guided, batch 1"]
 
 
@@ -72,7 +72,7 @@ def test_sdxl_has_its_further_conditions() -> None:
         configs=MICRO_XL,
     )  # fmt: skip
     check(found, gpu_unet.SINGLE)
-    assert found["layout"] == "NHWC" and "picture" not in found and found["base"] == "random:sdxl"
+    assert found["layout"] == "NHWC" and "image" not in found and found["base"] == "random:sdxl"
     plain = gpu_unet.Models(replace(random_base("random:sd15"), configs=MICRO), "fp32", "cpu")
     wide = gpu_unet.Models(replace(random_base("random:sdxl"), configs=MICRO_XL), "fp32", "cpu")
     more = wide.inputs("guided").keys() - plain.inputs("guided").keys()

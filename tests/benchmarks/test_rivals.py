@@ -296,11 +296,11 @@ def measured(trained: Path, pack: Path) -> dict[str, Any]:
         patch.setattr(measure, "FeatureExtractor", lambda _device: Eyes())
         patch.setattr(measure, "SCALES", (3.0,))
         patch.setattr(measure, "ERROR_BATCH", 4)
-        patch.setattr(measure, "real_pictures", lambda rows, _cache: np.random.default_rng(0).integers(
+        patch.setattr(measure, "real_images", lambda rows, _cache: np.random.default_rng(0).integers(
             0, 256, (len(rows), 64, 64, 3), dtype=np.uint8))  # fmt: skip
         given: dict[str, Any] = dict(
             assets=ASSETS, data=pack, out=trained, judge=ASSETS / "judge.safetensors", cache=pack.parent / "cache",
-            results=results, pictures=4, rounds=1, steps=(2,), tuned=(2,), command="a test",
+            results=results, images=4, rounds=1, steps=(2,), tuned=(2,), command="a test",
         )  # fmt: skip
         document = measure.measure(**given)
         patch.setattr(measure.Sampler, "draw", lambda *_: pytest.fail("sampled again"))

@@ -62,7 +62,7 @@ def test_the_loop_is_diffusers_ddim(parts: tuple[Sampler, Any], how: Guidance, m
     one = network.Network(unet, guide if how.kind == "guided" else None, "float32", compiled=False)
     ticks: list[int] = []
     ours = denoise(one, sampler.schedule(5), noise, text, empty, how, ticks.append)
-    assert sum(ticks) == 2 * how.passes(sampler.schedule(5))
+    assert sum(ticks) == 2 * how.evaluations(sampler.schedule(5))
     # the first step multiplies latents, and their rounding, a hundredfold
     assert (ours - x).norm() < 5e-5 * x.norm()
 
@@ -170,8 +170,8 @@ def test_cells_are_complete_and_unique() -> None:
 
 def test_equal_compute_and_unknown_best() -> None:
     schedule = Sampler.schedule(type("S", (), {"schedule_config": {}})(), 25)  # type: ignore[arg-type]
-    assert Cell("C", "cfg", "emoji", 25, 3.0).guidance().passes(schedule) == 50
-    assert Cell("C", "none", "emoji", 25, 3.0).guidance().passes(schedule) == 25
+    assert Cell("C", "cfg", "emoji", 25, 3.0).guidance().evaluations(schedule) == 50
+    assert Cell("C", "none", "emoji", 25, 3.0).guidance().evaluations(schedule) == 25
     best = Cell("C", "interval", "emoji", 25, 3.0, interval=BEST)
     assert best.guidance("sdxl").interval == INTERVALS["sdxl"]
     with pytest.raises(InputError, match="best interval at 25 steps and w = 3 is not known yet"):
@@ -204,18 +204,18 @@ def test_goals_are_judged_from_intervals_and_named_where_not_measured() -> None:
 
 
 def test_duels_say_who_wins_and_at_what_cost() -> None:
-    guide = {"method": "tiny", "steps": 16, "passes": 16, "w": 3.0, "interval": None}
-    rival = {"method": "cfg", "steps": 8, "passes": 16, "interval": None}
+    guide = {"method": "tiny", "steps": 16, "evaluations": 16, "w": 3.0, "interval": None}
+    rival = {"method": "cfg", "steps": 8, "evaluations": 16, "interval": None}
     gains = {"kid": estimate(-0.1), "R@1": estimate(0.1), "R@5": estimate(0.0)}
     duel = compare.free_verdict(guide, rival, gains)
     assert duel["wins"] == {"kid": "rival", "R@1": "guide"} and duel["rival_costs_no_more"]
-    assert not compare.free_verdict(guide, rival | {"passes": 17}, gains)["rival_costs_no_more"]
+    assert not compare.free_verdict(guide, rival | {"evaluations": 17}, gains)["rival_costs_no_more"]
 
 
 def test_the_document_names_the_rivals_that_win() -> None:
-    def duel(passes: int, value: float) -> dict[str, Any]:
-        guide = {"method": "tiny", "steps": 16, "passes": 16, "w": 3.0, "interval": None}
-        rival = {"method": "cfg", "steps": passes // 2, "passes": passes, "interval": None}
+    def duel(evaluations: int, value: float) -> dict[str, Any]:
+        guide = {"method": "tiny", "steps": 16, "evaluations": 16, "w": 3.0, "interval": None}
+        rival = {"method": "cfg", "steps": evaluations // 2, "evaluations": evaluations, "interval": None}
         return compare.free_verdict(guide, rival, {k: estimate(value) for k in ("kid", "R@1", "R@5")})
 
     said = tables_report.verdict_c({"verdicts": {"C": [duel(16, -0.1), duel(8, 0.1), duel(32, -0.2)]}})
@@ -248,8 +248,8 @@ def test_means_over_noises_resample_captions() -> None:
 class Eyes:
     """Features of the extractor's width without its network."""
 
-    def __call__(self, pictures: np.ndarray) -> np.ndarray:
-        flat = pictures.reshape(len(pictures), -1)[:, :: pictures[0].size // 640][:, :640] / 255.0
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        flat = images.reshape(len(images), -1)[:, :: images[0].size // 640][:, :640] / 255.0
         return np.concatenate([flat, np.cos(3 * flat)], 1).astype(np.float32)
 
 
@@ -278,12 +278,12 @@ def smoke(
         bases={"emoji": resolve(str(micro_base)), "emoji-flat": tuned},
         guides={"tiny": micro_guide, "tiny-8": micro_guide},
         judge=ROOT / "judge.safetensors", cache=home / "build", results=home / "tables.json",
-        missing={"full": "the guides' folder holds no 'full'"}, pictures=4, seeds=2, compiled=False,
+        missing={"full": "the guides' folder holds no 'full'"}, images=4, seeds=2, compiled=False,
         cells=some_cells(),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "FeatureExtractor", lambda _device: Eyes())
-        patch.setattr(runner, "real_pictures", lambda rows, *_: np.random.default_rng(0).integers(
+        patch.setattr(runner, "real_images", lambda rows, *_: np.random.default_rng(0).integers(
             0, 256, (len(rows), 32, 32, 3), dtype=np.uint8))  # fmt: skip
         assert tables.evaluate(**given, only_teacher=True) is None
         assert not (home / "tables.json").exists()
@@ -317,7 +317,7 @@ def test_a_run_measures_every_cell_and_names_what_is_missing(smoke: tuple[dict[s
     group = next(g for g in document["groups"] if (g["method"], g["steps"], g["captions"]) == ("tiny", 8, "train"))
     assert group["seeds"] == [0, 1]
     best = next(g for g in document["groups"] if g["interval"] == BEST)
-    assert best["interval_chosen"] in INTERVALS and 16 < best["passes"] < 32
+    assert best["interval_chosen"] in INTERVALS and 16 < best["evaluations"] < 32
     assert {d["rival"]["method"] for d in document["verdicts"]["C"]} == {"none", "cfg", "interval"}
     assert {v["method"] for v in document["verdicts"]["B"]} == {"tiny"}
     assert str(home) not in json.dumps(document)
@@ -345,13 +345,13 @@ def test_what_is_not_sampled_is_left_out_when_asked(
     monkeypatch.setattr(tables, "FeatureExtractor", lambda _device: Eyes())
     monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("sampled"))
     gone = next(c for c in document["cells"] if (c["method"], c["steps"], c["captions"]) == ("tiny", 8, "train"))
-    picture = given["cache"] / "tables" / f"{gone['cache']}.npz"
-    kept = picture.read_bytes()
-    picture.unlink()
+    image = given["cache"] / "tables" / f"{gone['cache']}.npz"
+    kept = image.read_bytes()
+    image.unlink()
     try:
         found = tables.evaluate(**(given | {"results": tmp_path / "t.json"}), sampled_only=True)
     finally:
-        picture.write_bytes(kept)
+        image.write_bytes(kept)
     assert found is not None
     unsampled = [c for c in found["left_out"] if c["reason"] == "not sampled yet"]
     # in this run the same guide plays both stages, so that they share the image
@@ -373,10 +373,10 @@ def test_cost_is_that_of_unet_and_guide(smoke: tuple[dict[str, Any], Path, Any],
         next(g for g in document["groups"] if (g["table"], g["method"], g["steps"]) == ("C", m, s))
         for m, s in (("none", 16), ("cfg", 8))
     )
-    assert none["passes"] == cfg["passes"] == 16 and none["macs_per_picture"] == cfg["macs_per_picture"]
+    assert none["evaluations"] == cfg["evaluations"] == 16 and none["macs_per_image"] == cfg["macs_per_image"]
 
 
-def test_the_document_is_drawn_from_json_and_pictures(smoke: tuple[dict[str, Any], Path, Any]) -> None:
+def test_the_document_is_drawn_from_json_and_images(smoke: tuple[dict[str, Any], Path, Any]) -> None:
     _, home, _ = smoke
     tables_report.write_report(json.loads((home / "tables.json").read_text()), home / "build", home / "docs")
     text = (home / "docs" / "distillation-tables.md").read_text()
@@ -400,6 +400,6 @@ def test_guides_are_found_or_named(micro_guide: Path, tmp_path: Path) -> None:
 def test_evaluate_refuses(tmp_path: Path) -> None:
     where = (tmp_path / "judge.safetensors", tmp_path, tmp_path / "out.json")
     with pytest.raises(InputError, match="at least 4, got 2"):
-        tables.evaluate({}, {}, *where, pictures=2)
+        tables.evaluate({}, {}, *where, images=2)
     with pytest.raises(InputError, match="no table 'D'; known: A, B, C"):
         tables.evaluate({}, {}, *where, only=["A", "D"])

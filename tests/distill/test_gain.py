@@ -109,7 +109,7 @@ def test_a_gain_is_replaced_and_not_multiplied(
 def test_stage_two_inherits_it(micro_base: Path, gained: Path, prompts: Path, tmp_path: Path) -> None:
     train = TrainConfig(steps=2, batch=4, warmup=1, checkpoint_every=2)
     halved = StepsConfig(
-        str(gained), tmp_path / "o", 2, 4, str(micro_base), prompts, trajectories=4, pictures=False, train=train
+        str(gained), tmp_path / "o", 2, 4, str(micro_base), prompts, trajectories=4, grid=False, train=train
     )  # fmt: skip
     distill(halved)
     guide = load_guide(str(tmp_path / "o" / "steps-2"))
@@ -122,7 +122,7 @@ def test_stage_two_inherits_it(micro_base: Path, gained: Path, prompts: Path, tm
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="other settings"):
         distill(StepsConfig(
-            str(tmp_path / "other"), tmp_path / "o", 2, 4, str(micro_base), prompts, trajectories=4, pictures=False,
+            str(tmp_path / "other"), tmp_path / "o", 2, 4, str(micro_base), prompts, trajectories=4, grid=False,
             train=train,
         ), resume=True)  # fmt: skip
 

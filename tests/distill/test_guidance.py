@@ -29,7 +29,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def config(base: Path, prompts: Path, out: Path, steps: int = 30, **settings: Any) -> GuidanceConfig:
     return GuidanceConfig(
-        str(base), prompts, out, options={"rank": 8, "embed_dim": 8}, pictures=4,
+        str(base), prompts, out, options={"rank": 8, "embed_dim": 8}, grid_steps=4,
         states=StateConfig(count=40, steps=5, batch=4),
         train=TrainConfig(steps=steps, batch=8, lr=5e-3, warmup=5, checkpoint_every=10, **settings),
     )  # fmt: skip

@@ -17,7 +17,7 @@ def test_two_processes_give_the_result_of_one(micro_base: Path, tmp_path: Path) 
     prompts.write_text("a red apple\na blue car\nthe yellow house on a hill\n")
     arguments = [
         "-m", "pnp_trt", "distill", "guidance", "--base", str(micro_base), "--prompts", str(prompts), "--rank", "4",
-        "--num-states", "160", "--steps", "12", "--batch", "8", "--lr", "1e-3", "--pictures", "0",
+        "--num-states", "160", "--steps", "12", "--batch", "8", "--lr", "1e-3", "--grid-steps", "0",
     ]  # fmt: skip
     launch = [
         sys.executable,

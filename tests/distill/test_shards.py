@@ -52,7 +52,7 @@ def test_parts_made_apart_are_the_states_of_one_run(cli: Cli, micro_base: Path, 
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     # training finds them all, and makes none
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("*.safetensors")}
-    small = ["--steps", 2, "--batch", 4, "--warmup", 1, "--rank", 8, "--pictures", 0]
+    small = ["--steps", 2, "--batch", 4, "--warmup", 1, "--rank", 8, "--grid-steps", 0]
     done = cli("distill", "guidance", *source, "--states-dir", tmp_path / "a", "--out", tmp_path / "guide", *small)
     assert done.code == 0, done.err
     assert {p: p.stat().st_mtime_ns for p in before} == before

@@ -15,8 +15,8 @@ from PIL import Image
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import Collection, Latents, MappedRows, StateConfig, size_in_bytes, split
 from pnp_trt.errors import InputError, PnpError
-from pnp_trt.models.prompts import encode_pictures, find_pictures, warn_of_long_prompts
-from pnp_trt.models.student import both_passes
+from pnp_trt.models.prompts import find_images, image_latents, warn_of_long_prompts
+from pnp_trt.models.student import both_predictions
 
 PROMPTS = ["a red apple", "a blue car", "the yellow house on a hill"]
 
@@ -51,7 +51,7 @@ def recompute(teacher: TeacherModel, states: Any, row: int) -> tuple[torch.Tenso
     prompt, negative = states.prompt[pick], states.negative[pick]
     cpu = torch.device("cpu")
     with torch.no_grad():
-        return both_passes(
+        return both_predictions(
             teacher.unet, states.sample[pick].float(), states.timestep[pick], c.text(prompt, cpu),
             c.text(negative, cpu), c.added(torch.cat([negative, prompt]), cpu),
         )  # fmt: skip
@@ -86,12 +86,12 @@ def test_a_trajectory_follows_guidance(micro_base: Path, tmp_path: Path) -> None
         assert torch.allclose(states.sample[2 * step + 2].float(), expected, rtol=1e-2, atol=5e-2)
 
 
-def test_forward_states_are_noised_pictures_and_hold_out_whole_pictures(micro_base: Path, tmp_path: Path) -> None:
+def test_forward_states_are_noised_images_and_hold_out_whole_images(micro_base: Path, tmp_path: Path) -> None:
     teacher = load(micro_base)
     latents = torch.stack([torch.full((4, 8, 8), float(i)) for i in range(20)])
     given = Latents(latents, torch.arange(20) % 3)
     config = StateConfig("forward", count=96, steps=4, batch=6)
-    states = gather(teacher, config, tmp_path / "s", pictures=given)
+    states = gather(teacher, config, tmp_path / "s", images=given)
     assert len(states) == 96
     from pnp_trt.sampling.schedules import alphas_cumprod
 
@@ -178,44 +178,44 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
         StateConfig(**changes).check()
 
 
-def picture(path: Path, size: tuple[int, int] = (20, 12)) -> None:
+def image(path: Path, size: tuple[int, int] = (20, 12)) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
 
 
-def test_pictures_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.jpg")
-    picture(tmp_path / "no-caption.png")
+def test_images_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
+    image(tmp_path / "b.jpg")
+    image(tmp_path / "no-caption.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
-    picture(tmp_path / "cut.png")
+    image(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
     lines = [{"file_name": n, "text": f"caption of {n}"} for n in ("a.png", "cut.png", "empty.png", "text.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "b.txt").write_text("  a b\n image ")
     with pytest.warns(UserWarning, match=r"4 images .* are skipped: .*empty.png \(is empty\)"):
-        found = find_pictures(tmp_path)
+        found = find_images(tmp_path)
     assert [f.name for f in found.files] == ["a.png", "b.jpg"]
     assert found.captions == ["caption of a.png", "a b image"]
     assert {name for name, _ in found.skipped} == {"cut.png", "empty.png", "no-caption.png", "text.png"}
     with pytest.raises(InputError, match="does not exist"):
-        find_pictures(tmp_path / "none")
+        find_images(tmp_path / "none")
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="holds no usable image"):
-        find_pictures(tmp_path / "bare")
+        find_images(tmp_path / "bare")
     (tmp_path / "metadata.jsonl").write_text("{")
     with pytest.raises(InputError, match="metadata.jsonl, line 1 is not complete JSON"):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
-def test_pictures_become_scaled_latents(micro_base: Path, tmp_path: Path) -> None:
+def test_images_become_scaled_latents(micro_base: Path, tmp_path: Path) -> None:
     """Each image's latent is the float64 encoder's times the scaling factor, wherever in a batch the image is."""
-    picture(tmp_path / "a.png", (64, 64))
-    picture(tmp_path / "b.png", (100, 64))
+    image(tmp_path / "a.png", (64, 64))
+    image(tmp_path / "b.png", (100, 64))
     vae = load(micro_base).base.vae()
     side = 8 * 2 ** (len(vae.config.block_out_channels) - 1)
     files = [tmp_path / name for name in ("a.png", "b.png", "a.png")]
-    z = encode_pictures(vae, files, side, torch.device("cpu"), batch=2)
+    z = image_latents(vae, files, side, torch.device("cpu"), batch=2)
     assert z.shape == (3, 4, 8, 8) and z.dtype == torch.float32
     square = Image.open(tmp_path / "a.png").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     x = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)[None].double() / 127.5 - 1

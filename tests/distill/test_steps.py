@@ -34,20 +34,20 @@ def prompts(tmp_path: Path) -> Path:
 
 def config(base: Path, guide: Path, prompts: Path, out: Path, **changes: Any) -> StepsConfig:
     settings: dict[str, Any] = dict(
-        to=2, start=8, base=str(base), prompts=prompts, trajectories=16, batch_runs=4, pictures=False,
+        to=2, start=8, base=str(base), prompts=prompts, trajectories=16, batch_runs=4, grid=False,
         train=TrainConfig(steps=60, batch=8, lr=1e-3, warmup=5, ema=0.9, checkpoint_every=20),
     )  # fmt: skip
     return StepsConfig(str(guide), out, **(settings | changes))
 
 
 def test_halvings_are_kept_and_land_nearer(micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path) -> None:
-    reports = distill(config(micro_base, micro_guide, prompts, tmp_path / "out", pictures=True))
+    reports = distill(config(micro_base, micro_guide, prompts, tmp_path / "out", grid=True))
     assert [(r["from"], r["to"]) for r in reports] == [(8, 4), (4, 2)]
     for r in reports:
         folder = tmp_path / "out" / f"steps-{r['to']}"
         assert r["held_out"]["after"] < r["held_out"]["before"]
         assert load_guide(str(folder)).config.sampling_steps == r["to"]
-        assert (folder / "pictures.png").exists()
+        assert (folder / "grid.png").exists()
         assert r["states"] == 16 * r["to"]
 
 
@@ -119,7 +119,7 @@ def test_steps_that_do_not_halve_are_refused(start: int, to: int) -> None:
 
 @settings(max_examples=30)
 @given(t=st.integers(1, 999), after=st.integers(-1, 998), kind=st.sampled_from(["epsilon", "v_prediction"]))
-def test_a_ddim_step_on_the_true_prediction_keeps_picture_and_noise(t: int, after: int, kind: str) -> None:
+def test_a_ddim_step_on_the_true_prediction_keeps_image_and_noise(t: int, after: int, kind: str) -> None:
     if after >= t:
         return
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": kind}
@@ -141,9 +141,9 @@ def test_the_command(
     refused = cli(*arguments)
     assert refused.code == 2 and "does not state which base it was distilled for; pass --base" in refused.err
     arguments += ["--base", micro_base, "--prompts", prompts, "--steps", 4, "--batch", 4, "--trajectories", 4]
-    done = cli(*arguments, "--no-pictures")
+    done = cli(*arguments, "--no-grid")
     assert done.code == 0, done.err
     assert "4 to 2 steps" in done.out and "pnp-trt build" in done.out
     assert json.loads((tmp_path / "o" / "steps-2" / "distill.json").read_text())["stage"] == "steps"
-    again = cli(*arguments, "--no-pictures")
+    again = cli(*arguments, "--no-grid")
     assert again.code == 2 and "--resume" in again.err

@@ -122,7 +122,7 @@ def test_rates() -> None:
     [({"guide": "huge"}, "known: tiny, full"), ({"weighting": "x"}, "known: x0, guidance, w, none"),
      ({"w_distribution": "x"}, "known: uniform, log-uniform"), ({"w_min": 0.5}, "must start at 1"),
      ({"prompts": None}, "pass --prompts FILE, or --images DIR"), ({"feature_matching": -1.0}, "must be 0 or above"),
-     ({"states": StateConfig("forward")}, "with --images"), ({"pictures": -1}, r"0 \(none\) to 1000")],
+     ({"states": StateConfig("forward")}, "with --images"), ({"grid_steps": -1}, r"0 \(none\) to 1000")],
 )  # fmt: skip
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     prompts = changes.pop("prompts", Path("p"))
@@ -136,7 +136,7 @@ def test_precisions_after_each_other(micro_base: Path, tmp_path: Path) -> None:
     losses = {}
     for precision in ("no", "bf16", "no"):
         given = GuidanceConfig(
-            str(micro_base), prompts, tmp_path / f"{precision}-{len(losses)}", options={"rank": 4}, pictures=0,
+            str(micro_base), prompts, tmp_path / f"{precision}-{len(losses)}", options={"rank": 4}, grid_steps=0,
             states_dir=tmp_path / "states", states=StateConfig(count=20, steps=5, batch=2),
             train=TrainConfig(steps=3, batch=4, mixed_precision=precision),
         )  # fmt: skip
@@ -164,16 +164,16 @@ def test_sdxl_from_end_to_end(base: str, guide: str, request: pytest.FixtureRequ
     prompts.write_text("\n".join(PROMPTS))
     report = distill(
         GuidanceConfig(
-            str(request.getfixturevalue(base)), prompts, tmp_path / "g", guide=guide, pictures=2,
+            str(request.getfixturevalue(base)), prompts, tmp_path / "g", guide=guide, grid_steps=2,
             options={"rank": 4} if guide == "tiny" else {},
             states=StateConfig(count=20, steps=5, batch=2, negative=0.5), train=TrainConfig(steps=3, batch=4),
         )
     )  # fmt: skip
-    assert report["parameters"]["guide"] > 0 and (tmp_path / "g" / "pictures.png").stat().st_size > 1000
+    assert report["parameters"]["guide"] > 0 and (tmp_path / "g" / "grid.png").stat().st_size > 1000
     assert any((tmp_path / "g" / "logs").iterdir())
 
 
-def _write_pictures(folder: Path) -> None:
+def _write_images(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
@@ -184,22 +184,22 @@ def _write_pictures(folder: Path) -> None:
     )
 
 
-def test_pictures_are_noised_unless_trajectories_are_asked_for(
+def test_images_are_noised_unless_trajectories_are_asked_for(
     cli: Callable[..., Result], micro_base: Path, tmp_path: Path
 ) -> None:
-    _write_pictures(tmp_path)
+    _write_images(tmp_path)
     run = ["distill", "guidance", "--base", micro_base, "--images", tmp_path, "--num-states", "20", "--rank", "4",
-           "--steps", "1", "--batch", "4", "--pictures", "0"]  # fmt: skip
+           "--steps", "1", "--batch", "4", "--grid-steps", "0"]  # fmt: skip
     for words, kind in (([], "forward"), (["--states", "trajectory"], "trajectory")):
         done = cli(*run, *words, "--out", tmp_path / kind)
         assert done.code == 0, done.err
         assert json.loads((tmp_path / kind / "run.json").read_text())["settings"]["states"]["kind"] == kind
 
 
-def test_forward_states_from_a_folder_of_pictures(micro_base: Path, tmp_path: Path) -> None:
-    _write_pictures(tmp_path)
+def test_forward_states_from_a_folder_of_images(micro_base: Path, tmp_path: Path) -> None:
+    _write_images(tmp_path)
     given = GuidanceConfig(
-        str(micro_base), None, tmp_path / "g", tmp_path, options={"rank": 4}, pictures=0,
+        str(micro_base), None, tmp_path / "g", tmp_path, options={"rank": 4}, grid_steps=0,
         states=StateConfig("forward", count=20, steps=5, batch=2), train=TrainConfig(steps=3, batch=4),
     )  # fmt: skip
     report = distill(given)

@@ -26,7 +26,7 @@ def test_it_is_distilled_built_and_sampled_with(
     prompts.write_text("a red apple\na blue car\nthe yellow house on a hill\n")
     done = pnp_trt(
         "distill", "guidance", "--guide", "channel", "--base", micro_base, "--prompts", prompts, "--out", guide,
-        "--num-states", 40, "--steps", 20, "--batch", 8, "--warmup", 1, "--lr", 0.05, "--ema", 0.5, "--pictures", 0,
+        "--num-states", 40, "--steps", 20, "--batch", 8, "--warmup", 1, "--lr", 0.05, "--ema", 0.5, "--grid-steps", 0,
     )  # fmt: skip
     assert done.code == 0, done.err
     done = pnp_trt("build", "--base", micro_base, "--guide", guide, "--out", bundle)

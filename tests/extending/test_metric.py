@@ -33,7 +33,7 @@ def test_it_is_measured_shown_and_compared(pnp_trt: Callable[..., Result], micro
     prompts.write_text("a red apple\na blue car\n")
     done = pnp_trt(
         "bench", "--only", "fidelity", "--engine", micro_bundles / "guided", "--steps", 2, "--guidance", 3,
-        "--pictures", 3, "--prompts", prompts, "--json", results, "--provider", "cpu",
+        "--images", 3, "--prompts", prompts, "--json", results, "--provider", "cpu",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "colourfulness ↑" in " ".join(done.out.split())

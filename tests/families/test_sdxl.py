@@ -176,17 +176,17 @@ def test_the_torch_backend_gives_the_same_images(
     assert np.abs(found.astype(int) - wanted).max() <= 1
 
     # image to image; diffusers' pipeline with the guide in it
-    picture = np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)
+    image = np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)
     noise = torch_pipe.noise([0, 1])
     latents = torch_pipe.denoise(
-        torch_pipe.encode(PROMPTS[:2]), noise, steps=10, guidance=5.0, image=torch_pipe.encode_image(picture[None]),
+        torch_pipe.encode(PROMPTS[:2]), noise, steps=10, guidance=5.0, image=torch_pipe.encode_image(image[None]),
         schedule=torch_pipe.schedule(10).start(0.5),
     )  # fmt: skip
     monkeypatch.setattr(img2img, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
     kind = diffusers.StableDiffusionXLImg2ImgPipeline
     other = apply_guide(kind.from_pretrained(micro_sdxl, local_files_only=True), sdxl_guide)
     reference = other(
-        PROMPTS[:2], image=[Image.fromarray(picture)] * 2, strength=0.5, num_inference_steps=10, guidance_scale=5.0,
+        PROMPTS[:2], image=[Image.fromarray(image)] * 2, strength=0.5, num_inference_steps=10, guidance_scale=5.0,
         output_type="latent",
     ).images.numpy()  # fmt: skip
     np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-4 * np.abs(reference).max())

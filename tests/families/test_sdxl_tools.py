@@ -38,14 +38,14 @@ def test_both_stages_of_distillation(micro_sdxl: Path, prompts: Path, tmp_path: 
     guide = tmp_path / "guide"
     report = distill(
         GuidanceConfig(
-            str(micro_sdxl), prompts, guide, options={"rank": 4, "embed_dim": 8}, pictures=4,
+            str(micro_sdxl), prompts, guide, options={"rank": 4, "embed_dim": 8}, grid_steps=4,
             states=StateConfig(count=16, steps=4, batch=4), train=TRAIN,
         )
     )  # fmt: skip
     assert 0 < report["held_out"]["residual"] < 2
     (second,) = distill_steps(
         StepsConfig(str(guide), tmp_path / "steps", base=str(micro_sdxl), prompts=prompts, start=4, to=2,
-                    trajectories=8, batch_runs=4, pictures=False, train=TRAIN)
+                    trajectories=8, batch_runs=4, grid=False, train=TRAIN)
     )  # fmt: skip
     assert (second["from"], second["to"]) == (4, 2)
     assert (tmp_path / "steps" / "steps-2" / "diffusion_pytorch_model.safetensors").is_file()
@@ -55,7 +55,7 @@ def test_calibration_and_an_int8_engine(
     cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, prompts: Path, tmp_path: Path
 ) -> None:
     out, engine = tmp_path / "record.json", tmp_path / "engine"
-    calibrate(CalibrationConfig(str(micro_sdxl), str(sdxl_guide), prompts, out, pictures=1, batch=1, steps=2, probes=0))
+    calibrate(CalibrationConfig(str(micro_sdxl), str(sdxl_guide), prompts, out, images=1, batch=1, steps=2, probes=0))
     record = Record.read(out)
     assert record.base["sha256"] == resolve(str(micro_sdxl)).fingerprint()["all"]
     assert all(layer.amax["max"] > 0 for layer in record.layers.values())
@@ -112,7 +112,7 @@ def test_fidelity(
 ) -> None:
     """PSNR is that of the images which the bundles generate."""
     done = cli("bench", "--engine", sdxl_plain, "--engine", sdxl_guided, "--only", "fidelity", "--steps", 2,
-               "--guidance", 3, "--pictures", 3, "--prompts", prompts, "--json", tmp_path / "bench.json")  # fmt: skip
+               "--guidance", 3, "--images", 3, "--prompts", prompts, "--json", tmp_path / "bench.json")  # fmt: skip
     assert done.code == 0, done.err
     found = {row["method"]: row for row in json.loads((tmp_path / "bench.json").read_text())["fidelity"]}
     texts, made = prompts.read_text().splitlines(), {}

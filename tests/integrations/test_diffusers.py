@@ -57,7 +57,7 @@ def count(pipe: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("schedule", ["ddim", "dpm++"])
-def test_pictures_are_the_engines(pipe: Any, micro_guide: Path, micro_bundles: Path, schedule: str) -> None:
+def test_images_are_the_engines(pipe: Any, micro_guide: Path, micro_bundles: Path, schedule: str) -> None:
     engine = Pipeline.load(micro_bundles / "guided", provider="cpu", schedule=schedule)
     if schedule == "dpm++":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)

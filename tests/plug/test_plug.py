@@ -97,7 +97,7 @@ def test_the_engine_stays_as_it_was(whole: Built, micro_bundles: Path) -> None:
     assert list_files(micro_bundles / "guided") == open_bundle(micro_bundles / "guided").manifest.files
 
 
-def test_pictures_are_the_fine_tunes(unet_only: Built, micro_bundles: Path) -> None:
+def test_images_are_the_fine_tunes(unet_only: Built, micro_bundles: Path) -> None:
     one, other = (Pipeline.load(f, provider="cpu")("a cat", steps=2)[0].pixels
                   for f in (unet_only.folder, micro_bundles / "guided"))  # fmt: skip
     assert not np.array_equal(one, other)

@@ -22,7 +22,7 @@ def micro_record(micro_base: Path, micro_guide: Path, prompts: Path, tmp_path_fa
     out = tmp_path_factory.mktemp("records") / "micro.int8.json"
     calibrate(
         CalibrationConfig(
-            str(micro_base), str(micro_guide), prompts, out, pictures=3, batch=2, steps=4, probes=2, limit=0.01
+            str(micro_base), str(micro_guide), prompts, out, images=3, batch=2, steps=4, probes=2, limit=0.01
         )
     )
     return out

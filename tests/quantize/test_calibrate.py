@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_continues(micro_base: Path, micro_guide: Path, p
         str(micro_guide),
         prompts,
         tmp_path / "r.json",
-        pictures=3,
+        images=3,
         batch=2,
         steps=4,
         probes=2,
@@ -100,7 +100,7 @@ def test_another_limit_is_another_decision_and_no_work(
     out.write_bytes(micro_record.read_bytes())
     stages: list[str] = []
     config = CalibrationConfig(
-        str(micro_base), str(micro_guide), prompts, out, pictures=3, batch=2, steps=4, probes=2, limit=0.5
+        str(micro_base), str(micro_guide), prompts, out, images=3, batch=2, steps=4, probes=2, limit=0.5
     )
     _, record = calibrate(config, force=True, progress=lambda stage, *_: stages.append(stage))
     assert "observe" not in stages and record.decision["float"] == [] and record.sweep["limit"] == 0.5
@@ -111,7 +111,7 @@ def test_another_limit_is_another_decision_and_no_work(
     ("arguments", "message"),
     [
         (["--prompts", "none.txt"], "the prompts file none.txt does not exist"),
-        (["--pictures", "0"], "pictures is 0; it must be at least 1"),
+        (["--images", "0"], "images is 0; it must be at least 1"),
         (["--w-min", "5", "--w-max", "2"], "the guidance scales are 5 to 2"),
         (["--limit", "0"], "the limit is 0; it must be above 0"),
         (["--layer", "unet.nothing.*"], "no convolution or linear layer is named unet.nothing.*"),
@@ -128,12 +128,12 @@ def test_bad_orders_are_refused(cli: Cli, micro_base: Path, micro_guide: Path, p
     assert not (tmp_path / "r.json").exists()
 
 
-def test_int8_from_calibration_to_picture(cli: Cli, micro_base: Path, micro_guide: Path, prompts: Path,
+def test_int8_from_calibration_to_image(cli: Cli, micro_base: Path, micro_guide: Path, prompts: Path,
                                           tmp_path: Path) -> None:  # fmt: skip
     record, engine = tmp_path / "r.json", tmp_path / "engine"
     source = ["--base", str(micro_base), "--guide", str(micro_guide)]
     # the latents of an untrained network grow with every step, and golden inputs are as large as noise
-    made = ["calibrate", *source, "--prompts", prompts, "--pictures", "8", "--steps", "1", "--out", record]
+    made = ["calibrate", *source, "--prompts", prompts, "--images", "8", "--steps", "1", "--out", record]
     done = cli(*made, "--probes", "0")
     assert done.code == 0, done.err
     assert "--precision int8" in done.out and f"--calibration {record}" in done.out
@@ -184,7 +184,7 @@ def test_int8_of_a_full_guide(cli: Cli, micro_base: Path, prompts: Path, tmp_pat
     unet = UNet2DConditionModel.from_pretrained(micro_base / "unet")
     FullGuide.from_unet(unet, negative_prompts=True).save_pretrained(guide)
     source = ["--base", micro_base, "--guide", guide]
-    done = cli("calibrate", *source, "--prompts", prompts, "--pictures", "1", "--steps", "1", "--probes", "0",
+    done = cli("calibrate", *source, "--prompts", prompts, "--images", "1", "--steps", "1", "--probes", "0",
                "--out", record)  # fmt: skip
     assert done.code == 0, done.err
     layers = list(Record.read(record).layers)

@@ -64,8 +64,8 @@ def test_both_records_are_read_back(kind: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(data)
     assert read_parameters(tmp_path / "x")["prompt"] == parse_parameters(read_text(data))["Prompt"] == "🍎 b\\ö"
     assert read_text(tmp_path / "x") == read_text(data)
-    without = encode_image(PIXELS, {"pictures": []}, kind, Path("x"))  # a grid's
-    assert read_text(without) == "" and text_of({"pictures": []}) is None
+    without = encode_image(PIXELS, {"images": []}, kind, Path("x"))  # a grid's
+    assert read_text(without) == "" and text_of({"images": []}) is None
 
 
 def test_a_long_jpeg_keeps_our_own_record(tmp_path: Path) -> None:

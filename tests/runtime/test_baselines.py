@@ -33,7 +33,7 @@ def drawn(pipe: Pipeline, method: str, schedule: str = "ddim", **more: object) -
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-def test_two_passes_draw_what_one_batch_of_two_draws(plain: Pipeline, schedule: str) -> None:
+def test_sequential_cfg_generates_what_one_batch_of_two_generates(plain: Pipeline, schedule: str) -> None:
     cfg, two = drawn(plain, "cfg", schedule), drawn(plain, "cfg-two-passes", schedule)
     assert np.abs(cfg - two).max() <= 1e-4 * np.abs(cfg).max()
     assert np.abs(cfg - drawn(plain, "unguided", schedule)).max() > 0.01 * np.abs(cfg).max()
@@ -49,7 +49,7 @@ def test_an_interval_of_everything_is_cfg_and_of_nothing_is_unguided(plain: Pipe
     assert not np.array_equal(part, cfg) and not np.array_equal(part, unguided)
 
 
-def test_pictures_are_drawn_by_name_and_say_so(plain: Pipeline) -> None:
+def test_images_are_drawn_by_name_and_say_so(plain: Pipeline) -> None:
     (made,) = plain("a cat", steps=3, method="cfg-interval", guided_interval=ALL)
     (cfg,) = plain("a cat", steps=3, method="cfg")
     assert np.array_equal(made.pixels, cfg.pixels) and made.parameters["method"] == "cfg-interval"

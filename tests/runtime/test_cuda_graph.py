@@ -61,7 +61,7 @@ METHODS = [("guided", None), ("plain", "cfg"), ("plain", "unguided")]
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("name", "method"), METHODS)
-def test_eager_pictures_are_the_hosts(
+def test_eager_images_are_the_hosts(
     gpu: Gpu, micro_bundles: Path, schedule: str, name: str, method: str | None
 ) -> None:
     both = Both(gpu, micro_bundles / name)
@@ -272,7 +272,7 @@ def test_a_callback_hears_of_every_captured_step_and_may_stop(gpu: Gpu, guided: 
     assert (guided.loops.captures, guided.loops.replays) == (1, 3)
 
 
-def test_not_finite_is_never_a_picture(gpu: Gpu, guided: Both) -> None:
+def test_not_finite_is_never_a_image(gpu: Gpu, guided: Both) -> None:
     for what, which in (("latents", guided.unet), ("decoded pixels", guided.vae)):
         whole = which.engine.function
 

@@ -68,7 +68,7 @@ def test_what_depends_on_w_alone_is_a_network_of_its_own(made: Path, micro_base:
         assert difference(unet(**inputs), wanted) < 1e-5
 
 
-def test_the_same_pictures_as_in_one_piece(made: Path, micro_base: Path, tmp_path: Path,
+def test_the_same_images_as_in_one_piece(made: Path, micro_base: Path, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     spec = BuildSpec(str(micro_base), str(made.parent / "guide"), backend="torch", out=tmp_path / "parted")
     build(spec)
@@ -78,8 +78,8 @@ def test_the_same_pictures_as_in_one_piece(made: Path, micro_base: Path, tmp_pat
     parted, whole = (Pipeline.load(tmp_path / n, provider="cpu") for n in ("parted", "whole"))
     assert "condition" in parted.bundle.manifest.networks and "condition" not in whole.bundle.manifest.networks
     request: dict[str, Any] = {"guidance": [1.5, 6.0], "seed": [1, 2]}
-    pictures = [p(["a red apple", "a blue car"], **request) for p in (parted, whole, Pipeline.load(made))]
-    for a, b, c in zip(*pictures, strict=True):
+    images = [p(["a red apple", "a blue car"], **request) for p in (parted, whole, Pipeline.load(made))]
+    for a, b, c in zip(*images, strict=True):
         assert np.abs(a.pixels.astype(int) - b.pixels).max() <= 1 and np.abs(a.pixels.astype(int) - c.pixels).max() <= 1
 
 
@@ -90,7 +90,7 @@ def test_the_step_count_is_the_default_and_another_is_remarked(made: Path) -> No
         assert pipeline("a red apple", steps=6)[0].parameters["steps"] == 6
 
 
-def test_negative_prompts_change_the_picture_and_the_empty_one_is_none(made: Path) -> None:
+def test_negative_prompts_change_the_image_and_the_empty_one_is_none(made: Path) -> None:
     pipeline = Pipeline.load(made)
     plain = pipeline("a red apple", guidance=5.0)[0]
     empty = pipeline("a red apple", guidance=5.0, negative="")[0]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pnp_trt.errors import InputError
 from pnp_trt.io.image_files import MAX_PIXELS, ImageError, decode_rgb, read_rgb
-from pnp_trt.runtime.images import read_image, save_picture
+from pnp_trt.runtime.images import read_image, save_image
 
 GREY = 0
 RGB = 2
@@ -263,5 +263,5 @@ def test_the_starting_image_is_scaled_too(tmp_path: Path) -> None:
 def test_a_file_that_another_process_made_meanwhile_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "g.png").write_text("another process's")
     with pytest.raises(InputError, match="g.png exists and is not overwritten; name another file"):
-        save_picture(np.zeros((8, 8, 3), np.uint8), {}, tmp_path / "g.png")
+        save_image(np.zeros((8, 8, 3), np.uint8), {}, tmp_path / "g.png")
     assert (tmp_path / "g.png").read_text() == "another process's"

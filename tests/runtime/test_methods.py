@@ -108,7 +108,7 @@ def test_a_method_from_outside_is_run_counted_and_shown(own: Method, micro_bundl
     images = [pipe("a cat", steps=3, method=name, negative="a dog")[0] for name in ("own", "cfg")]
     np.testing.assert_array_equal(images[0].pixels, images[1].pixels)
     assert images[0].parameters["method"] == "own"
-    assert "own" in [case.method for case in cases_of([pipe])] and Case(pipe, "own").passes(5) == 10
+    assert "own" in [case.method for case in cases_of([pipe])] and Case(pipe, "own").evaluations(5) == 10
     counted = [{"network": "teacher", "parameters": 1, "macs": 100, "macs_without_attention": 90}]
     rows = {row["method"]: row for row in method_rows(counted, steps=4)}
     assert rows["own"]["macs_per_step"] == rows["cfg"]["macs_per_step"] == 200

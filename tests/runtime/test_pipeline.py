@@ -41,7 +41,7 @@ def same_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(off.max() <= 1 and (off > 0).mean() < 0.01)
 
 
-def test_a_picture_does_not_depend_on_its_batch(plain: Pipeline, guided: Pipeline) -> None:
+def test_a_image_does_not_depend_on_its_batch(plain: Pipeline, guided: Pipeline) -> None:
     for pipe in (plain, guided):
         alone = pipe("a cat", steps=4, seed=7)[0].pixels
         among = pipe(["a dog", "a cat", "a house"], steps=4, seed=[1, 7, 2], guidance=[2.0, 3.0, 8.0])[1].pixels
@@ -94,7 +94,7 @@ def test_bad_requests_are_refused_with_the_range(plain: Pipeline, arguments: dic
         plain("a cat", **{"steps": 2} | arguments)
 
 
-def test_not_finite_is_never_a_picture(plain: Pipeline) -> None:
+def test_not_finite_is_never_a_image(plain: Pipeline) -> None:
     latents = plain.noise([0, 1])
     latents[1, 0, 0, 0] = np.nan
     with pytest.raises(PnpError, match="latents of image 1 are not finite"):

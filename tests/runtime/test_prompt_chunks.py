@@ -179,12 +179,12 @@ def test_two_text_encoders_and_the_pooled_text_of_the_first_chunk(micro_sdxl: Pa
     # without a negative prompt SDXL reads zeros
     latents = ours.denoise(found, noise, steps=3, guidance=3.0)
     np.testing.assert_allclose(latents, image, rtol=0, atol=1e-4 * np.abs(image).max())
-    picture = np.random.default_rng(3).integers(0, 256, (32, 16, 3), np.uint8)
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    given = np.random.default_rng(3).integers(0, 256, (32, 16, 3), np.uint8)
+    pixels = torch.from_numpy(given).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         clean = theirs.vae.encode(pixels).latents * theirs.vae.config.scaling_factor
-    np.testing.assert_allclose(ours.encode_image(picture[None]), clean.numpy(), rtol=0, atol=1e-4)
-    assert ours("a cat", steps=2, size=(32, 16), init=picture)[0].pixels.shape == (32, 16, 3)
+    np.testing.assert_allclose(ours.encode_image(given[None]), clean.numpy(), rtol=0, atol=1e-4)
+    assert ours("a cat", steps=2, size=(32, 16), init=given)[0].pixels.shape == (32, 16, 3)
     short = ours.encode(["a red apple", "a BREAK b"], "a1111")[:1]
     np.testing.assert_allclose(short.states[:, 77:], empty[0].numpy(), rtol=0, atol=1e-4)
 
@@ -302,11 +302,11 @@ def test_image_to_image_at_several_sizes_is_that_of_diffusers(
     from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as module
 
-    picture = np.random.default_rng(3).integers(0, 256, (*size, 3), np.uint8)
+    given = np.random.default_rng(3).integers(0, 256, (*size, 3), np.uint8)
     noise = wide.noise([4], size)
     table = wide.schedule(10, "ddim").start(0.6)
     latents = wide.denoise(
-        wide.encode(["a cat"]), noise, steps=10, guidance=3.0, schedule=table, image=wide.encode_image(picture[None])
+        wide.encode(["a cat"]), noise, steps=10, guidance=3.0, schedule=table, image=wide.encode_image(given[None])
     )
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
     parts = {name: part for name, part in reference.components.items() if name != "scheduler"}
@@ -314,11 +314,11 @@ def test_image_to_image_at_several_sizes_is_that_of_diffusers(
     pipe = StableDiffusionImg2ImgPipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
-        "a cat", image=Image.fromarray(picture), strength=0.6, num_inference_steps=10, guidance_scale=3.0,
+        "a cat", image=Image.fromarray(given), strength=0.6, num_inference_steps=10, guidance_scale=3.0,
         output_type="latent",
     ).images.numpy()  # fmt: skip
     np.testing.assert_allclose(latents, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
-    drawn = wide("a cat", steps=10, guidance=3.0, schedule="ddim", seed=4, size=size, init=picture, strength=0.6)[0]
+    drawn = wide("a cat", steps=10, guidance=3.0, schedule="ddim", seed=4, size=size, init=given, strength=0.6)[0]
     assert np.array_equal(drawn.pixels, wide.decode(latents)[0]) and drawn.pixels.shape[:2] == size
 
 

@@ -38,7 +38,7 @@ def guided(micro_bundles: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def start_image() -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)
 
 
@@ -91,7 +91,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     # diffusers' Heun does not read rescale_betas_zero_snr
     [pair for pair in itertools.product(SCHEDULES, CHANGES) if pair != ("heun", "v-zero-snr")],
 )
-def test_pictures_are_those_of_diffusers(
+def test_images_are_those_of_diffusers(
     schedule: str, changes: str, micro_base: Path, edited: Callable[[str, Edit], Path]
 ) -> None:
     options = CHANGES[changes]
@@ -108,21 +108,21 @@ def test_pictures_are_those_of_diffusers(
 @pytest.mark.parametrize("strength", [0.35, 0.8, 1.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_image_to_image_is_that_of_diffusers(
-    schedule: str, strength: float, plain: Pipeline, picture: np.ndarray, micro_base: Path,
+    schedule: str, strength: float, plain: Pipeline, start_image: np.ndarray, micro_base: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as module
 
     noise = plain.noise([4, 5])
-    image = plain.encode_image(picture[None])
+    image = plain.encode_image(start_image[None])
     table = plain.schedule(10, schedule).start(strength)
     latents = plain.denoise(
         plain.encode(PROMPTS), noise, steps=10, guidance=3.0, method="cfg", schedule=table, image=image
     )
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
     reference = theirs("StableDiffusionImg2ImgPipeline", micro_base, schedule, timestep_spacing="trailing")(
-        PROMPTS, image=[Image.fromarray(picture)] * 2, strength=strength, num_inference_steps=10, guidance_scale=3.0,
-        output_type="latent",
+        PROMPTS, image=[Image.fromarray(start_image)] * 2, strength=strength, num_inference_steps=10,
+        guidance_scale=3.0, output_type="latent",
     ).images.numpy()  # fmt: skip
     np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
 
@@ -139,8 +139,8 @@ def test_a_variational_encoder_gives_its_mean() -> None:
         torch.testing.assert_close(VaeEncoder(vae)(x), vae.encode(x).latent_dist.mean * 0.18)
 
 
-def test_a_low_strength_stays_near_the_picture(plain: Pipeline, picture: np.ndarray) -> None:
-    start = plain.encode_image(picture[None])
+def test_a_low_strength_stays_near_the_image(plain: Pipeline, start_image: np.ndarray) -> None:
+    start = plain.encode_image(start_image[None])
     gone = []
     for strength in (0.1, 0.5, 1.0):
         table = plain.schedule(20).start(strength)
@@ -151,17 +151,17 @@ def test_a_low_strength_stays_near_the_picture(plain: Pipeline, picture: np.ndar
     assert gone[0] < gone[1] < gone[2]
 
 
-def test_parameters_say_how_a_picture_was_made(plain: Pipeline, picture: np.ndarray, tmp_path: Path) -> None:
+def test_parameters_say_how_a_image_was_made(plain: Pipeline, start_image: np.ndarray, tmp_path: Path) -> None:
     made = plain("a cat", steps=4, schedule="dpm++")[0].parameters
     assert made["schedule"] == "dpm++" and "init" not in made
-    Image.fromarray(picture).save(tmp_path / "start.png")
+    Image.fromarray(start_image).save(tmp_path / "start.png")
     from_file = plain("a cat", steps=4, schedule="euler", init=tmp_path / "start.png", strength=0.5)[0]
     assert from_file.parameters["init"] == str(tmp_path / "start.png") and from_file.parameters["strength"] == 0.5
-    from_array = plain("a cat", steps=4, schedule="euler", init=picture, strength=0.5)[0]
+    from_array = plain("a cat", steps=4, schedule="euler", init=start_image, strength=0.5)[0]
     assert np.array_equal(from_file.pixels, from_array.pixels)
 
 
-def test_a_picture_of_another_size_is_resized_with_a_note(plain: Pipeline, tmp_path: Path) -> None:
+def test_a_image_of_another_size_is_resized_with_a_note(plain: Pipeline, tmp_path: Path) -> None:
     Image.new("RGBA", (64, 48), (255, 0, 0, 0)).save(tmp_path / "large.png")
     with pytest.warns(UserWarning, match="is 64 × 48 and was resized to the engine's 32 × 32"):
         clear = plain("a cat", steps=4, init=tmp_path / "large.png", strength=0.25)[0]
@@ -169,25 +169,25 @@ def test_a_picture_of_another_size_is_resized_with_a_note(plain: Pipeline, tmp_p
     assert np.array_equal(clear.pixels, plain("a cat", steps=4, init=white, strength=0.25)[0].pixels)
 
 
-def test_bad_pictures_are_refused(plain: Pipeline, guided: Pipeline, picture: np.ndarray, tmp_path: Path) -> None:
+def test_bad_images_are_refused(plain: Pipeline, guided: Pipeline, start_image: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("not an image")
-    Image.fromarray(picture).save(tmp_path / "cut.png")
+    Image.fromarray(start_image).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
     for init, message in (
         (tmp_path / "none.png", "none.png does not exist"),
         (tmp_path / "no.png", "no.png is not an image that can be read; give a PNG"),
         (tmp_path / "cut.png", "cut.png cannot be read"),
         (tmp_path, "is not a file"),
-        (picture.astype(np.float32), r"is float32 of shape \[32, 32, 3\]; pass uint8"),
+        (start_image.astype(np.float32), r"is float32 of shape \[32, 32, 3\]; pass uint8"),
     ):
         with pytest.raises(InputError, match=message):
             plain("a cat", steps=4, init=init)
     with pytest.raises(InputError, match=r"'guided' has no VAE encoder.*pnp-trt build .* --image-to-image --force"):
-        guided("a cat", steps=4, init=picture)
+        guided("a cat", steps=4, init=start_image)
     with pytest.raises(InputError, match="no starting image was given"):
         plain("a cat", steps=4, strength=0.5)
     with pytest.raises(InputError, match="strength is 1.5; it must be above 0 and at most 1"):
-        plain("a cat", steps=4, init=picture, strength=1.5)
+        plain("a cat", steps=4, init=start_image, strength=1.5)
 
 
 def test_the_teachers_schedule_is_the_default(edited: Callable[[str, Edit], Path], plain: Pipeline) -> None:

@@ -351,7 +351,7 @@ def test_a_coefficient_that_is_off_by_a_thousandth_is_noticed(kind: str, predict
     steps=st.sampled_from([2, 4, 5, 8, 10, 20, 25, 40, 50]),
     name=st.sampled_from(["ddim", "dpm++", "euler", "heun", "unipc"]),
 )
-def test_a_true_prediction_leads_to_the_picture_from_any_start(a: float, b: float, steps: int, name: str) -> None:
+def test_a_true_prediction_leads_to_the_image_from_any_start(a: float, b: float, steps: int, name: str) -> None:
     """With the noise that was really added as output, every schedule lands on the clean latent.
 
     DDIM does so where the steps divide the training timesteps: else diffusers' stride misses the next timestep.

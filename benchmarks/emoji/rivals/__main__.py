@@ -7,12 +7,12 @@ is kept.  ``measure`` samples and measures all that are trained.  ``report`` dra
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 
 from pnp_trt.errors import InputError
 
+from ...records import add_images_option, read
 from . import RIVALS
 
 RESULTS = Path("benchmarks/results/emoji-rivals.json")
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
     two.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered images, and the samples")
     two.add_argument("--json", type=Path, default=RESULTS)
-    two.add_argument("--pictures", type=int, default=512, help="images of a cell")
+    add_images_option(two, 512, "images of a cell")
     two.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     two.add_argument("--batch", type=int, default=64, help="images sampled at once")
     two.add_argument("--processes", type=int, default=1, help="that measure what is sampled")
@@ -65,14 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
 
             if not a.json.is_file():
                 raise InputError(f"there is no {a.json}; make it with: python -m benchmarks.emoji.rivals measure")
-            write_report(json.loads(a.json.read_text()), a.document)
+            write_report(read(a.json), a.document)
         elif a.what == "measure":
             from .measure import measure
 
-            words = ["python", "-m", "benchmarks.emoji.rivals", "measure", "--pictures", str(a.pictures)]
+            words = ["python", "-m", "benchmarks.emoji.rivals", "measure", "--images", str(a.images)]
             words += ["--device", a.device, "--batch", str(a.batch)]
             measure(
-                a.assets, a.data, a.out, a.judge, a.cache, a.json, pictures=a.pictures, device=a.device, batch=a.batch,
+                a.assets, a.data, a.out, a.judge, a.cache, a.json, images=a.images, device=a.device, batch=a.batch,
                 processes=a.processes, command=shlex.join(words),
             )  # fmt: skip
         else:

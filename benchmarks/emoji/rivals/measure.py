@@ -20,7 +20,7 @@ from .. import compare
 from ..cells import TEACHER
 from ..compare import Ranked
 from ..gpu_train import prediction_error
-from ..measures import Shots, chroma, real_pictures, recalls
+from ..measures import Shots, chroma, real_images, recalls
 from ..provenance import machine
 from ..runner import captions
 from ..sampler import Ask, Guidance, Predict, Sampler
@@ -30,7 +30,7 @@ from .base import Rival
 from .train import load, read_record
 from .world import BASES, World, beside_of, unet_file
 
-SCHEMA = "pnp-trt/emoji-rivals/1"
+SCHEMA = "pnp-trt/emoji-rivals/2"
 SCALES = (3.0, 5.0)
 #: steps on the base, and in the fine-tunes
 STEPS, TUNED_STEPS = (50, 16, 8), (16,)
@@ -104,9 +104,9 @@ class Measurer:
     """
 
     def __init__(
-        self, world: World, out: Path, judge: Path, cache: Path, pictures: int, device: str, batch: int
+        self, world: World, out: Path, judge: Path, cache: Path, images: int, device: str, batch: int
     ) -> None:  # fmt: skip
-        self.world, self.out, self.cache, self.pictures, self.batch = world, out, cache, pictures, batch
+        self.world, self.out, self.cache, self.images, self.batch = world, out, cache, images, batch
         self.head, self.extract = AlignmentHead.load(judge), FeatureExtractor(device)
         self.sampler = Sampler(world.assets / "emoji", device=device)
         self.folder = cache / "rivals"
@@ -122,7 +122,7 @@ class Measurer:
 
     def rows(self, base: str) -> list[Ask]:
         """Trained captions: the base's, or those of the fine-tune's style."""
-        return captions("train" if base == TEACHER else base, self.pictures)
+        return captions("train" if base == TEACHER else base, self.images)
 
     def predict(self, cell: Cell) -> Predict:
         unet = self.world.unet(cell.base)
@@ -138,7 +138,7 @@ class Measurer:
         if kind == "guided" and cell.method not in self._weights:
             self._weights[cell.method] = sha256(self.out / f"{cell.method}.safetensors")
         weights = [self.hashes[cell.base], self._weights.get(cell.method)]
-        key = digest([asdict(cell), weights, self.pictures, self.sampler.device, self.batch])
+        key = digest([asdict(cell), weights, self.images, self.sampler.device, self.batch])
 
         def make() -> Any:
             return self.sampler.draw(
@@ -151,9 +151,9 @@ class Measurer:
     def real(self, base: str) -> Shots:
         """The artists' images of the captions."""
         if base not in self._real:
-            key = digest([base, self.pictures, [asdict(a) for a in self.rows(base)]])[:12]
+            key = digest([base, self.images, [asdict(a) for a in self.rows(base)]])[:12]
             self._real[base] = Shots.cached(
-                self.folder / f"real-{base}-{key}.npz", lambda: real_pictures(self.rows(base), self.cache), self.extract
+                self.folder / f"real-{base}-{key}.npz", lambda: real_images(self.rows(base), self.cache), self.extract
             )
         return self._real[base]
 
@@ -170,8 +170,8 @@ class Measurer:
         """Measures of one cell, paired with CFG and with no guidance at the same steps, captions and noise."""
         mine, real = self.at(cell), self.real(cell.base)
         how = Guidance("cfg" if cell.method == CFG else "none", cell.w)
-        passes = how.passes(self.sampler.schedule(cell.steps))
-        found = {**asdict(cell), "evaluations": passes, **compare.quality(real, [mine])}
+        evaluations = how.evaluations(self.sampler.schedule(cell.steps))
+        found = {**asdict(cell), "evaluations": evaluations, **compare.quality(real, [mine])}
         found["chroma"] = chroma(mine.shots.pixels)
         if cell.method not in (NONE, CFG):
             teacher = [self.at(cell.against(CFG))]
@@ -191,7 +191,7 @@ class Measurer:
 
 
 def measure(
-    assets: Path, data: Path, out: Path, judge: Path, cache: Path, results: Path, *, pictures: int = 512,
+    assets: Path, data: Path, out: Path, judge: Path, cache: Path, results: Path, *, images: int = 512,
     device: str = "cpu", batch: int = 64, processes: int = 1, rounds: int = ERROR_ROUNDS, command: str = "",
     steps: Sequence[int] = STEPS, tuned: Sequence[int] = TUNED_STEPS,
 ) -> dict[str, Any]:  # fmt: skip
@@ -200,7 +200,7 @@ def measure(
     Args:
         assets, data: see :class:`~.world.World`.
         judge: the frozen alignment head.
-        pictures: images of a cell.
+        images: images of a cell.
         processes: that measure what is sampled.
         rounds: batches of the held-out error; 0 leaves it out.
         steps, tuned: numbers of steps on the base and in the fine-tunes.
@@ -208,15 +208,15 @@ def measure(
     Raises:
         InputError: if no rival is trained, or for fewer than 4 images.
     """
-    if pictures < 4:
-        raise InputError(f"images must be at least 4, got {pictures}")
+    if images < 4:
+        raise InputError(f"images must be at least 4, got {images}")
     trained = read_record(out)["rivals"]
     names = [n for n in RIVALS.names() if n in trained]
     if not names:
         raise InputError(f"no rival is trained in {out}; run: python -m benchmarks.emoji.rivals train")
     told = machine(command)  # first: what it needs is missing at the start, and not after minutes
     begun = time.monotonic()
-    measurer = Measurer(World(assets, data, torch.device(device)), out, judge, cache, pictures, device, batch)
+    measurer = Measurer(World(assets, data, torch.device(device)), out, judge, cache, images, device, batch)
     unet = measurer.world.unet(TEACHER)
     cells = all_cells(names, steps, tuned)
     for base in BASES:
@@ -237,7 +237,7 @@ def measure(
         "schema": SCHEMA,
         "provenance": {**told, "bases_sha256": measurer.hashes, "judge_sha256": measurer.head.sha256},
         "settings": {
-            "pictures": pictures, "device": device, "batch": batch, "sampler": "DDIM, eta 0", "scales": list(SCALES),
+            "images": images, "device": device, "batch": batch, "sampler": "DDIM, eta 0", "scales": list(SCALES),
             "error_batch": ERROR_BATCH, "error_rounds": rounds,
             "training": {k: v for k, v in read_record(out).items() if k not in ("schema", "rivals")},
         },

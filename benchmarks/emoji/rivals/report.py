@@ -50,7 +50,7 @@ U-Net ({macs_of_unet:.1f} MMACs), and what runs once per image.{unequal}
 artists' styles, finds an image's caption among all. **PSNR** and **cosine** are to the image of the same U-Net with
 CFG, at the same number of steps, from the same caption, noise and w. **Gain** is paired by caption and noise, in KID;
 above 0 is better. **Chroma** is the mean strength of colour. Brackets are 95 % intervals over images; ▲ marks a gain
-and ▼ a loss whose interval excludes 0. Each row has {pictures} images of trained captions and one set of noise.
+and ▼ a loss whose interval excludes 0. Each row has {images} images of trained captions and one set of noise.
 {ceiling}
 
 {verdicts}
@@ -197,7 +197,7 @@ def write_report(document: Row, path: Path) -> None:
     Raises:
         InputError: if the JSON is not one of ``measure``.
     """
-    if document.get("schema") != SCHEMA:
+    if not str(document.get("schema", "")).startswith(SCHEMA.rpartition("/")[0]):
         raise InputError("this JSON holds no rivals; make it with: python -m benchmarks.emoji.rivals measure")
     told, settings = document["provenance"], document["settings"]
     training, rivals = settings["training"], list(document["rivals"].values())
@@ -210,7 +210,7 @@ def write_report(document: Row, path: Path) -> None:
         command=told["command"], date=told["date"][:10], where=device["gpu"] or device["processor"],
         torch=told["versions"]["torch"], steps=counts[0][0], batch=counts[0][1], states=training["states"],
         loss=training["loss"], forms=forms(document), macs_of_unet=rivals[0]["macs_of_unet"] / 1e6,
-        unequal=unequal(document), cost=cost(document), pictures=settings["pictures"],
+        unequal=unequal(document), cost=cost(document), images=settings["images"],
         rates=rates(rivals), ceiling=f"The artists' own images reach R@1: {'; '.join(ceilings)}.",
         verdicts=verdicts(document),
         base=cells(document, [TEACHER]), tuned=cells(document, BASES[1:]),

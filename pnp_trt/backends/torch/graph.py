@@ -47,7 +47,7 @@ class TorchLane(Lane):
     def __init__(self, unet: TorchNetwork, vae: TorchNetwork, condition: TorchNetwork | None, shape: Shape) -> None:
         self._device = torch.device(unet.device)
         self._unet, self._vae, self._condition = unet, vae, condition
-        batch, self._passes = shape.batch, 2 if shape.twice else 1
+        batch, self._evaluations = shape.batch, 2 if shape.twice else 1
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._graphs: list[torch.cuda.CUDAGraph] = []
         latents = (batch, int(vae.describe().inputs["latents"][1][1]), *shape.size)
@@ -58,10 +58,11 @@ class TorchLane(Lane):
             self._w = torch.zeros(batch, device=self._device)
             self._table = torch.zeros((shape.rows, len(_COLUMNS)), device=self._device)
             self._timesteps = torch.zeros(shape.rows, dtype=torch.int64, device=self._device)
-            self._row = torch.zeros(self._passes * batch, dtype=torch.int64, device=self._device)  # the same for all
+            # one table row for all: every image is at the same step
+            self._row = torch.zeros(self._evaluations * batch, dtype=torch.int64, device=self._device)
             self._inputs: dict[str, Tensor] = {
-                "sample": torch.zeros((self._passes * batch, *latents[1:]), device=self._device),
-                "timestep": torch.zeros(self._passes * batch, dtype=torch.int64, device=self._device),
+                "sample": torch.zeros((self._evaluations * batch, *latents[1:]), device=self._device),
+                "timestep": torch.zeros(self._evaluations * batch, dtype=torch.int64, device=self._device),
             }
             self._bad = torch.zeros((2, batch), dtype=torch.bool, device=self._device)
         # by whether it was decoded; made by the first run, and in one place from then on
@@ -92,11 +93,11 @@ class TorchLane(Lane):
     def step(self) -> None:
         with self._on_stream():
             scales = self._table.index_select(0, self._row[:1]).view(len(_COLUMNS), 1, 1, 1, 1)
-            shown = self._inputs["sample"].view(self._passes, *self._x.shape)
+            shown = self._inputs["sample"].view(self._evaluations, *self._x.shape)
             torch.mul(self._x.expand_as(shown), scales[0], out=shown)
             torch.index_select(self._timesteps, 0, self._row, out=self._inputs["timestep"])
             output = self._unet.run(self._inputs)
-            if self._passes == 2:  # Ho & Salimans 2022
+            if self._evaluations == 2:  # Ho & Salimans 2022
                 unconditional, conditional = output.chunk(2)
                 change = self._w[:, None, None, None] * (conditional - unconditional)
                 torch.add(unconditional, change, out=self._output)

@@ -30,7 +30,7 @@ Document = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 _COST = ("parameters", "macs", "macs_without_attention")
-_METHOD_COST = ("macs_per_picture", "macs_per_picture_without_attention")
+_METHOD_COST = ("macs_per_image", "macs_per_image_without_attention")
 #: Keys that identify a row of a part.
 _KEYS: dict[str, tuple[str, ...]] = {
     "cost": ("network",),
@@ -51,7 +51,7 @@ def compare_files(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> C
 
 
 def compare(old: Document, new: Document) -> Comparison:
-    """The significant changes from `old` to `new`; both are documents of `pnp-trt/bench/2`.
+    """The significant changes from `old` to `new`; both are documents of `pnp-trt/bench/3`.
 
     Raises:
         InputError: where they measured different base models.

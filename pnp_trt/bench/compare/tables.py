@@ -13,8 +13,8 @@ from .changes import FLOOR, Change, Comparison
 
 _NAMES = {
     "ratio_to_cfg": "of CFG's time", "p50_ms": "loop, ms", "p50_s": "cold start, s",
-    "macs_per_picture": "MACs per image", "macs_without_attention": "MACs without attention", "macs": "MACs",
-    "macs_per_picture_without_attention": "MACs per image without attention",
+    "macs_per_image": "MACs per image", "macs_without_attention": "MACs without attention", "macs": "MACs",
+    "macs_per_image_without_attention": "MACs per image without attention",
 }  # fmt: skip
 _MOST = 12  # rows of one document alone that are named
 

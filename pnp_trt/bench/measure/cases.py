@@ -46,7 +46,7 @@ class Pipeline(Protocol):
         """Final latents after the whole loop, [N, C, h, w]."""
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pictures, [N, H, W, 3] uint8."""
+        """Images, [N, H, W, 3] uint8."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Case:
             inside = sum(low <= t <= high for t in pipe.schedule(made, schedule).timesteps.tolist())
         return self.kind.calls(rows, inside)
 
-    def passes(self, steps: int, schedule: str | None = None) -> int:
+    def evaluations(self, steps: int, schedule: str | None = None) -> int:
         """U-Net evaluations per image where `steps` are requested."""
         return sum(count * rows for count, rows in self.calls(steps, schedule))
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 GUIDE_PREFIX = "guide"
 #: Networks that run once per image, not once a step.
-PICTURE_NETWORKS = ("text-encoder", "text-encoder-2", "vae-decoder")
+IMAGE_NETWORKS = ("text-encoder", "text-encoder-2", "vae-decoder")
 #: The part of the guide that depends on w alone; it runs once per image as well, with that guide only.
 CONDITION_PREFIX = "condition-"
 
@@ -106,8 +106,8 @@ def cost_rows(
     rows = []
     for name, (module, inputs) in networks.items():
         cost = count(module, inputs)
-        once = name in PICTURE_NETWORKS or name.startswith(CONDITION_PREFIX)
-        rows.append({"network": name, **asdict(cost), "per": "picture" if once else "step"})
+        once = name in IMAGE_NETWORKS or name.startswith(CONDITION_PREFIX)
+        rows.append({"network": name, **asdict(cost), "per": "image" if once else "step"})
     return rows
 
 
@@ -123,13 +123,12 @@ def method_rows(
     How often a method runs the teacher is in `METHODS`; `guided_steps` are the evaluations inside the interval of the
     methods that have one, which None leaves out; `evaluations` gives those of a number of steps under the schedule.
     Methods of bundles with a guide have one row per guide, which runs once an evaluation. Each row carries `method`,
-    `guide`, `parameters` (of the networks that run each step), `passes` (networks run for one evaluation; where steps
-    differ, in the costliest), `passes_per_picture` (of the teacher), `steps`,
-    `macs_per_step` and `macs_per_step_without_attention` (mean over the steps), `macs_per_picture`,
-    `macs_per_picture_without_attention`, and `ratio_to_cfg` and `ratio_to_cfg_without_attention` (of the MACs of all
-    steps to those of CFG in `steps` steps, with attention products and without). An image includes one run of the text
-    encoder (CFG's empty prompt is encoded once and kept), of the VAE decoder and of the guide's condition where they
-    were counted; `picture_includes` names them.
+    `guide`, `parameters` (of the networks that run each step), `networks` (those that run for one prediction; where
+    steps differ, for the costliest), `evaluations` (of the teacher), `steps`, `macs_per_step` and
+    `macs_per_step_without_attention` (mean over the steps), `macs_per_image`, `macs_per_image_without_attention`, and
+    `ratio_to_cfg` and `ratio_to_cfg_without_attention` (of the MACs of all steps to those of CFG in `steps` steps, with
+    attention products and without). An image includes one run of the text encoder (CFG's empty prompt is encoded once
+    and kept), of the VAE decoder and of the guide's condition where they were counted; `image_includes` names them.
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1 to count an image, got {steps}.")
@@ -145,43 +144,43 @@ def method_rows(
         if method.has_interval and guided_steps is None:
             continue
         made = method.steps(steps)
-        passes = method.evaluations(evaluations(made), guided_steps)
+        in_all = method.evaluations(evaluations(made), guided_steps)
         runs += [
-            _Run(method.name, guide, made, evaluations(made), passes) for guide in (guides if method.guided else [None])
+            _Run(method.name, guide, made, evaluations(made), in_all) for guide in (guides if method.guided else [None])
         ]
     return [_method_row(run, by_name, evaluations(steps)) for run in runs]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """How often a method runs the teacher in an image, and in how many steps; a guide runs once an evaluation."""
+    """How often a method runs the teacher in an image, and in how many steps; a guide runs once a prediction."""
 
     method: str
     guide: str | None
     steps: int
+    predictions: int
     evaluations: int
-    passes: int
 
 
 def _method_row(run: _Run, by_name: Mapping[str, Mapping[str, Any]], cfg_evaluations: int) -> dict[str, Any]:
     teacher = by_name[TEACHER]
     beside = [by_name[run.guide]] if run.guide else []
     condition = CONDITION_PREFIX + (run.guide or "").removeprefix(f"{GUIDE_PREFIX}-")
-    once = [name for name in (*PICTURE_NETWORKS, condition) if name in by_name]
-    most = 2 if run.passes > run.evaluations else 1
+    once = [name for name in (*IMAGE_NETWORKS, condition) if name in by_name]
+    most = 2 if run.evaluations > run.predictions else 1
     row: dict[str, Any] = {
         "method": run.method,
         "guide": run.guide,
-        "passes": [network["network"] for network in (*[teacher] * most, *beside)],
-        "passes_per_picture": run.passes,
+        "networks": [network["network"] for network in (*[teacher] * most, *beside)],
+        "evaluations": run.evaluations,
         "parameters": sum(network["parameters"] for network in (teacher, *beside)),
         "steps": run.steps,
-        "picture_includes": once,
+        "image_includes": once,
     }
     for suffix, key in (("", "macs"), ("_without_attention", "macs_without_attention")):
-        loop = run.passes * int(teacher[key]) + run.evaluations * sum(int(n[key]) for n in beside)
+        loop = run.evaluations * int(teacher[key]) + run.predictions * sum(int(n[key]) for n in beside)
         row[f"macs_per_step{suffix}"] = loop // run.steps
-        row[f"macs_per_picture{suffix}"] = loop + sum(int(by_name[name][key]) for name in once)
+        row[f"macs_per_image{suffix}"] = loop + sum(int(by_name[name][key]) for name in once)
         row[f"ratio_to_cfg{suffix}"] = (
             loop / (CFG.evaluations(cfg_evaluations) * teacher[key]) if teacher[key] else None
         )

@@ -36,16 +36,16 @@ def nvml_counter(index: int = 0, nvml: Any = None) -> tuple[Counter | None, str 
     return (lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1e3), None  # millijoules
 
 
-def joules_per_picture(
-    draw: Callable[[], object], pictures: int, counter: Counter, clock: Callable[[], float], seconds: float = SECONDS
+def joules_per_image(
+    draw: Callable[[], object], images: int, counter: Counter, clock: Callable[[], float], seconds: float = SECONDS
 ) -> float | None:
     """Joules an image, of `draw` repeated for at least `seconds`; None where the counter did not move.
 
-    pictures: how many one call of `draw` makes.  clock: returns seconds.
+    images: how many one call of `draw` makes.  clock: returns seconds.
     """
     before, start, calls = counter(), clock(), 0
     while calls == 0 or clock() - start < seconds:
         draw()
         calls += 1
     used = counter() - before
-    return used / (calls * pictures) if used > 0 else None
+    return used / (calls * images) if used > 0 else None

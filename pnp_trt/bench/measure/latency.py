@@ -42,13 +42,13 @@ class LatencyRow:
     steps: those that were made; `cfg-fewer-steps` makes half of what the other rows make.
 
     p50_ms, p90_ms, p99_ms: the loop for the whole batch, over rounds (with few rounds p99 is close to the slowest).
-    p50_ms_per_step: the loop divided by its steps.  p50_ms_per_picture: text, loop and decode, divided by the batch.
+    p50_ms_per_step: the loop divided by its steps.  p50_ms_per_image: text, loop and decode, divided by the batch.
     encode_p50_ms, decode_p50_ms: text encoding and VAE decode of the whole batch.
     spread: interquartile range of the loop divided by its median.
     ratio_to_cfg: median over rounds of (this loop / the CFG loop of `ratio_reference` in the same round), with its
     bootstrap interval [low, high] at 95 %; None where no CFG was timed to compare with.
-    passes: U-Net evaluations per image.  pictures_per_s: of the whole batch, text, loop and decode.
-    peak_memory_bytes: see `footprint`.  energy_j_per_picture: see `energy`.
+    evaluations: U-Net evaluations per image.  images_per_s: of the whole batch, text, loop and decode.
+    peak_memory_bytes: see `footprint`.  energy_j_per_image: see `energy`.
     least_ms: the least time of the loop on this device, see `roofline`; share_of_least: least_ms / p50_ms.
     guided_interval: lowest and highest timestep with CFG, for `cfg-interval`.  What was not measured is None.
     raw: one entry a round, `round`, `position` (place in the round's order), `encode_ms`, `loop_ms`, `decode_ms`.
@@ -63,7 +63,7 @@ class LatencyRow:
     p90_ms: float
     p99_ms: float
     p50_ms_per_step: float
-    p50_ms_per_picture: float
+    p50_ms_per_image: float
     spread: float
     encode_p50_ms: float
     decode_p50_ms: float
@@ -74,10 +74,10 @@ class LatencyRow:
     warmup: int
     boundary: str
     raw: list[dict[str, Any]] = field(default_factory=list)
-    passes: int | None = None
-    pictures_per_s: float | None = None
+    evaluations: int | None = None
+    images_per_s: float | None = None
     peak_memory_bytes: int | None = None
-    energy_j_per_picture: float | None = None
+    energy_j_per_image: float | None = None
     least_ms: float | None = None
     share_of_least: float | None = None
     guided_interval: tuple[int, int] | None = None
@@ -236,7 +236,7 @@ def _row(
 ) -> LatencyRow:
     encode, loop, decode = (np.array([one[key] for one in raw]) for key in ("encode_ms", "loop_ms", "decode_ms"))
     p25, p50, p75, p90, p99 = (float(value) for value in np.percentile(loop, [25, 50, 75, 90, 99]))
-    per_picture = float(np.median(encode + loop + decode)) / settings["batch"]
+    per_image = float(np.median(encode + loop + decode)) / settings["batch"]
     least = settings["least_ms"]
     return LatencyRow(
         engine=case.pipe.name,
@@ -245,8 +245,8 @@ def _row(
         p90_ms=p90,
         p99_ms=p99,
         p50_ms_per_step=p50 / settings["steps"],
-        p50_ms_per_picture=per_picture,
-        pictures_per_s=1e3 / per_picture if per_picture else None,
+        p50_ms_per_image=per_image,
+        images_per_s=1e3 / per_image if per_image else None,
         share_of_least=least / p50 if least is not None and p50 else None,
         spread=(p75 - p25) / p50 if p50 else 0.0,
         encode_p50_ms=float(np.median(encode)),

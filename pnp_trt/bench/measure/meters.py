@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .cases import Case
-from .energy import Counter, joules_per_picture
+from .energy import Counter, joules_per_image
 from .roofline import Device, Work, least_loop_ms
 
 
@@ -56,12 +56,12 @@ class Meters:
         bounded = work is not None and self.device is not None and work.precision == self.device.precision
         energy = self.counter is not None and getattr(case.pipe, "on_gpu", False)
         return {
-            "passes": sum(count * rows for count, rows in calls),
+            "evaluations": sum(count * rows for count, rows in calls),
             "guided_interval": case.interval,
             "peak_memory_bytes": self.memory(case, batch=batch, steps=steps, schedule=schedule, size=size)
             if self.memory is not None
             else None,
-            "energy_j_per_picture": joules_per_picture(draw, batch, self.counter, clock)
+            "energy_j_per_image": joules_per_image(draw, batch, self.counter, clock)
             if energy and self.counter is not None
             else None,
             "least_ms": least_loop_ms(work, calls, batch, self.device)

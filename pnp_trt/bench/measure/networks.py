@@ -83,7 +83,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
                 fed = {"condition": guide.condition(torch.empty(1), (size, size))}
             found[f"guide-{name}"] = (GuideAlone(guide), alone | fed)
         if model is not None:
-            found |= _picture_networks(model, inputs["sample"])
+            found |= _image_networks(model, inputs["sample"])
     return found
 
 
@@ -103,7 +103,7 @@ def guide_size(base: str, guide: str) -> dict[str, Any]:
     return {k: config[k] for k in options}
 
 
-def _picture_networks(model: BaseModel, sample: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+def _image_networks(model: BaseModel, sample: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     import diffusers
     import torch
     import transformers

@@ -20,14 +20,14 @@ _TRUST = 0.05
 
 @dataclass(frozen=True)
 class Pace:
-    """What one step of a method takes: ``fixed + each · pictures`` seconds."""
+    """What one step of a method takes: ``fixed + each · images`` seconds."""
 
     fixed: float
     each: float
 
-    def seconds(self, pictures: int, steps: int) -> float:
-        """Estimate of a loop over ``steps``, for a batch of ``pictures``."""
-        return steps * (self.fixed + self.each * pictures)
+    def seconds(self, images: int, steps: int) -> float:
+        """Estimate of a loop over ``steps``, for a batch of ``images``."""
+        return steps * (self.fixed + self.each * images)
 
 
 def trial(

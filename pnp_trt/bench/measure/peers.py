@@ -201,7 +201,7 @@ class Peer:
         return np.asarray(made.float().cpu().numpy() if isinstance(made, torch.Tensor) else made, np.float32)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pictures, [N, H, W, 3] uint8."""
+        """Images, [N, H, W, 3] uint8."""
         import torch
 
         from ...models.latents import to_vae
@@ -209,8 +209,8 @@ class Peer:
         with torch.inference_mode():
             given = to_vae(torch.from_numpy(latents).to(self._device), self._pipe.vae)
             pixels = self._pipe.vae.decode(given, return_dict=False)[0]
-            pictures = self._pipe.image_processor.postprocess(pixels, output_type="np")
-        return np.asarray(np.rint(pictures * 255).astype(np.uint8))
+            images = self._pipe.image_processor.postprocess(pixels, output_type="np")
+        return np.asarray(np.rint(images * 255).astype(np.uint8))
 
 
 def _diffusers(model: Any, device: str, precision: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError, MissingDependency
-from .fidelity import check_pictures
+from .fidelity import check_images
 
 #: of OpenAI's CLIP, where the folder states nothing else
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -54,7 +54,7 @@ class ClipScorer:
         found = _config(folder / "preprocessor_config.json")
         self._mean, self._std = found.get("image_mean", _MEAN), found.get("image_std", _STD)
 
-    def __call__(self, pictures: np.ndarray, prompts: Sequence[str], batch: int = 16) -> np.ndarray:
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], batch: int = 16) -> np.ndarray:
         """The score of each image with its own prompt, float32 ``[N]``; higher is better aligned.
 
         Images, uint8 ``[N, H, W, 3]``, are resized (bicubic, antialiased) and cropped to CLIP's square.
@@ -65,14 +65,14 @@ class ClipScorer:
         import torch
         import torch.nn.functional as F
 
-        pictures = check_pictures(pictures)
-        if len(pictures) != len(prompts):
-            raise InputError(f"{len(pictures)} images do not match {len(prompts)} prompts")
+        images = check_images(images)
+        if len(images) != len(prompts):
+            raise InputError(f"{len(images)} images do not match {len(prompts)} prompts")
         mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (self._mean, self._std))
         side, out = self._side, []
         with torch.inference_mode():
-            for i in range(0, len(pictures), batch):
-                x = torch.from_numpy(np.ascontiguousarray(pictures[i : i + batch])).to(self._device)
+            for i in range(0, len(images), batch):
+                x = torch.from_numpy(np.ascontiguousarray(images[i : i + batch])).to(self._device)
                 x = x.permute(0, 3, 1, 2).float()
                 scale = side / min(x.shape[-2:])
                 size = [max(round(n * scale), side) for n in x.shape[-2:]]

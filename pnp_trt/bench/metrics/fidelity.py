@@ -54,15 +54,15 @@ class Estimate:
 # ---------------------------------------------------------------------------------------------- checks
 
 
-def check_pictures(pictures: np.ndarray, name: str = "pictures", least: int = 1) -> np.ndarray:
-    pictures = np.asarray(pictures)
-    if pictures.dtype != np.uint8:
-        raise InputError(f"{name} must be uint8 [N, H, W, 3], got dtype {pictures.dtype}")
-    if pictures.ndim != 4 or pictures.shape[-1] != 3 or 0 in pictures.shape[1:]:
-        raise InputError(f"{name} must be uint8 [N, H, W, 3], got shape {list(pictures.shape)}")
-    if len(pictures) < least:
-        raise InputError(f"{name} must hold at least {least} image{'s' * (least > 1)}, got {len(pictures)}")
-    return pictures
+def check_images(images: np.ndarray, name: str = "images", least: int = 1) -> np.ndarray:
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        raise InputError(f"{name} must be uint8 [N, H, W, 3], got dtype {images.dtype}")
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
+        raise InputError(f"{name} must be uint8 [N, H, W, 3], got shape {list(images.shape)}")
+    if len(images) < least:
+        raise InputError(f"{name} must hold at least {least} image{'s' * (least > 1)}, got {len(images)}")
+    return images
 
 
 def check_features(features: np.ndarray, name: str, least: int = 1, width: int | None = None) -> NDArray[np.float64]:
@@ -126,7 +126,7 @@ class FeatureExtractor:
         self._network = network.to(device, memory_format=torch.channels_last)
         self._device = device
 
-    def __call__(self, pictures: np.ndarray, batch: int = 32) -> NDArray[np.float32]:
+    def __call__(self, images: np.ndarray, batch: int = 32) -> NDArray[np.float32]:
         """Features float32 ``[N, 1280]`` of uint8 images ``[N, H, W, 3]`` of any size.
 
         Images are resized to 224 × 224 (bicubic, antialiased) and scaled to ``(x - 127) / 128``, the
@@ -135,13 +135,13 @@ class FeatureExtractor:
         import torch
         import torch.nn.functional as F
 
-        pictures = check_pictures(pictures)
+        images = check_images(images)
         if batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
         out = []
         with torch.inference_mode():
-            for i in range(0, len(pictures), batch):
-                x = torch.from_numpy(np.ascontiguousarray(pictures[i : i + batch])).to(self._device)
+            for i in range(0, len(images), batch):
+                x = torch.from_numpy(np.ascontiguousarray(images[i : i + batch])).to(self._device)
                 x = x.permute(0, 3, 1, 2).float()
                 x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
                 x = ((x - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
@@ -424,7 +424,7 @@ def recall_gain(before: np.ndarray, after: np.ndarray, k: int, *, seed: int = 0,
 
 
 def mean(values: np.ndarray, *, seed: int = 0, draws: int = 1000) -> Estimate:
-    """Mean of per-picture values ``[N]`` with its percentile-bootstrap 95 % interval (``draws`` resamples, seeded).
+    """Mean of per-image values ``[N]`` with its percentile-bootstrap 95 % interval (``draws`` resamples, seeded).
 
     Raises :class:`InputError` for fewer than 2 values or values that are not finite.
     """
@@ -438,16 +438,16 @@ def mean(values: np.ndarray, *, seed: int = 0, draws: int = 1000) -> Estimate:
     return _interval(_counts(n, draws, seed) @ values / n, n)
 
 
-def psnr(pictures: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
+def psnr(images: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
     """Peak signal-to-noise ratio of each image to the teacher's, in dB, ``[N]``; higher is closer.
 
     Both are uint8 ``[N, H, W, 3]``; the peak is 255.  Equal images are given :data:`PSNR_CAP`.
     Raises :class:`InputError` on another dtype or shapes that differ.
     """
-    pictures, teacher = check_pictures(pictures), check_pictures(teacher, "the teacher's images")
-    if pictures.shape != teacher.shape:
-        raise InputError(f"images {list(pictures.shape)} do not match the teacher's {list(teacher.shape)}")
-    error = ((pictures.astype(np.float64) - teacher.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
+    images, teacher = check_images(images), check_images(teacher, "the teacher's images")
+    if images.shape != teacher.shape:
+        raise InputError(f"images {list(images.shape)} do not match the teacher's {list(teacher.shape)}")
+    error = ((images.astype(np.float64) - teacher.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
     floor = 255.0**2 / 10 ** (PSNR_CAP / 10)
     return 10.0 * np.log10(255.0**2 / np.maximum(error, floor))
 
@@ -467,7 +467,7 @@ def cosine(features: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class TeacherDistance:
-    """How far images are from their teacher's: means with intervals, and the per-picture observations."""
+    """How far images are from their teacher's: means with intervals, and the per-image observations."""
 
     psnr_db: Estimate
     feature_cosine: Estimate
@@ -476,15 +476,15 @@ class TeacherDistance:
 
 
 def teacher_distance(
-    pictures: np.ndarray, teacher: np.ndarray, extract: FeatureExtractor, *, seed: int = 0, draws: int = 1000
+    images: np.ndarray, teacher: np.ndarray, extract: FeatureExtractor, *, seed: int = 0, draws: int = 1000
 ) -> TeacherDistance:
     """PSNR (dB) and EfficientNet-feature cosine of images to the teacher's from the same captions and noise.
 
     Both are uint8 ``[N, H, W, 3]`` with N ≥ 2.  Raises :class:`InputError` on anything else.
     """
-    check_pictures(pictures, least=2)
-    decibels = psnr(pictures, teacher)
-    cosines = cosine(extract(pictures), extract(teacher))
+    check_images(images, least=2)
+    decibels = psnr(images, teacher)
+    cosines = cosine(extract(images), extract(teacher))
     return TeacherDistance(
         mean(decibels, seed=seed, draws=draws), mean(cosines, seed=seed, draws=draws),
         [round(float(v), 3) for v in decibels], [round(float(v), 5) for v in cosines],

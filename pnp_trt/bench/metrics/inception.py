@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import InputError
-from .fidelity import Z95, Estimate, check_features, check_pictures
+from .fidelity import Z95, Estimate, check_features, check_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,16 +97,16 @@ class Inception:
         self._network = network.eval().requires_grad_(False).to(device, torch.float32)
         self._device = device
 
-    def __call__(self, pictures: np.ndarray, batch: int = 16) -> np.ndarray:
+    def __call__(self, images: np.ndarray, batch: int = 16) -> np.ndarray:
         """Features float32 ``[N, 2048]`` of uint8 ``[N, H, W, 3]``: resized to 299 × 299 (bilinear), in [-1, 1]."""
         import torch
         import torch.nn.functional as F
 
-        pictures = check_pictures(pictures)
+        images = check_images(images)
         out = []
         with torch.inference_mode():
-            for i in range(0, len(pictures), batch):
-                x = torch.from_numpy(np.ascontiguousarray(pictures[i : i + batch])).to(self._device)
+            for i in range(0, len(images), batch):
+                x = torch.from_numpy(np.ascontiguousarray(images[i : i + batch])).to(self._device)
                 x = F.interpolate(x.permute(0, 3, 1, 2).float(), (SIDE, SIDE), mode="bilinear", align_corners=False)
                 out.append(self._network(x / 127.5 - 1).mean((2, 3)).cpu().numpy())
         return np.concatenate(out)

@@ -15,7 +15,7 @@ from ...assets import ROOT
 from ...bundle.store import digest, sha256
 from ...errors import InputError
 from ...io.image_files import SUFFIXES, ImageError, read_rgb
-from ..plan import PICTURES, PICTURES_UNJUDGED, Plan
+from ..plan import IMAGES, IMAGES_UNJUDGED, Plan
 
 #: prompts of the image grid and of the timed loop, for any base
 PROMPTS = (
@@ -79,7 +79,7 @@ def make_task(plan: Plan, base: str) -> Task:
     if base == BUNDLED:
         return _bundled(plan, grid)
     texts = [f"{p}, {style} style" for style in STYLES for p in PROMPTS]
-    prompts, seeds = _repeat(texts, plan.pictures or PICTURES_UNJUDGED)
+    prompts, seeds = _repeat(texts, plan.images or IMAGES_UNJUDGED)
     reason = (
         f"no real images are bundled for the base model '{base}'; name prompts and real images with "
         "--prompts FILE --real DIR"
@@ -92,11 +92,9 @@ def make_task(plan: Plan, base: str) -> Task:
 
 def _bundled(plan: Plan, grid: tuple[str, ...]) -> Task:
     features, rows, _ = read_features(FEATURES)
-    count = plan.pictures or PICTURES
+    count = plan.images or IMAGES
     if count > len(rows):
-        raise InputError(
-            f"pictures is {count}, and the bundled captions with real images are {len(rows)}; ask for fewer"
-        )
+        raise InputError(f"images is {count}, and the bundled captions with real images are {len(rows)}; ask for fewer")
     concepts, styles, seeds = (tuple(column) for column in zip(*rows[:count], strict=True))
     prompts = tuple(f"{c.replace('-', ' ')}, {s} style" for c, s in zip(concepts, styles, strict=True))
     return Task(prompts, seeds, PROMPTS[:COLUMNS], grid, tuple(range(COLUMNS)), "captions that the base was trained on",
@@ -107,7 +105,7 @@ def _named(plan: Plan, file: Path) -> Task:
     from ...models.prompts import read_prompts
 
     texts = read_prompts(file)
-    prompts, seeds = _repeat(texts, plan.pictures or (PICTURES if plan.real else PICTURES_UNJUDGED))
+    prompts, seeds = _repeat(texts, plan.images or (IMAGES if plan.real else IMAGES_UNJUDGED))
     shown = tuple(prompts[:COLUMNS])
     reason = None
     if plan.real is None and plan.clip is None:

@@ -65,19 +65,19 @@ def _usual_steps(rows: Sequence[Mapping[str, Any]]) -> int:
 @plain_text()
 def compute_chart(doc: Mapping[str, Any]) -> Chart | None:
     """A bar per method: MACs of one image, the attention products set off at its end."""
-    rows = [row for row in doc["methods_cost"] if "macs_per_picture_without_attention" in row]
+    rows = [row for row in doc["methods_cost"] if "macs_per_image_without_attention" in row]
     if not rows:
         return None
-    prefix, scale, _ = unit_of([row["macs_per_picture"] for row in rows])
+    prefix, scale, _ = unit_of([row["macs_per_image"] for row in rows])
     made, axis = bars(len(rows))
     usual = _usual_steps(rows)
     ends, texts = [], []
     for place, row in enumerate(rows):
         paint = colour(row["method"])
-        base, total = row["macs_per_picture_without_attention"] / scale, row["macs_per_picture"] / scale
+        base, total = row["macs_per_image_without_attention"] / scale, row["macs_per_image"] / scale
         pale_bar(axis, place, total, paint)
         axis.barh(place, base, height=0.5, color=paint, linewidth=0)
-        of_cfg = row["macs_per_picture"] / rows[0]["macs_per_picture"] if rows[0]["method"] == "cfg" else None
+        of_cfg = row["macs_per_image"] / rows[0]["macs_per_image"] if rows[0]["method"] == "cfg" else None
         said = f"{three_digits(total)} {prefix}" + ("" if of_cfg is None or place == 0 else f" · {of_cfg:.2f}×")
         texts.append(said + ("" if row["steps"] == usual else f" · {plural(row['steps'], 'step')}"))
         ends.append(total)

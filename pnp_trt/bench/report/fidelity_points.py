@@ -52,7 +52,7 @@ def _same_loop(method: str) -> list[str]:
 
 def compute_points(doc: Document, measure: Metric) -> list[Point]:
     """Fidelity against MACs of one image, at the headline w."""
-    return _points(doc, measure, lambda row: row.get("macs_per_picture"))
+    return _points(doc, measure, lambda row: row.get("macs_per_image"))
 
 
 def latency_points(doc: Document, measure: Metric) -> list[Point]:
@@ -66,7 +66,7 @@ def latency_points(doc: Document, measure: Metric) -> list[Point]:
     def time_of(row: Mapping[str, Any]) -> float | None:
         names = _same_loop(row["method"])
         found = next((timed[k] for name in names if (k := (row["engine"], name, row["steps"])) in timed), None)
-        return None if found is None else found.get("p50_ms_per_picture")
+        return None if found is None else found.get("p50_ms_per_image")
 
     return _points(doc, measure, time_of)
 

@@ -8,29 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle.store import write_bytes
-from ..results import decode_pictures
+from ..results import decode_images
 
 #: what a grid's file holds, and no other PNG
 GRID_MARK = b"pnp-trt bench grid"
 
 
-def headline(pictures: Mapping[str, Any]) -> dict[str, Any]:
+def headline(images: Mapping[str, Any]) -> dict[str, Any]:
     """The document's images at the most steps and the first w alone: teacher, guided, no guidance."""
-    first = pictures["rows"][0]
-    rows = [r for r in pictures["rows"] if r["steps"] == first["steps"] and r["guidance"] in (None, first["guidance"])]
-    style = pictures["caption"].rpartition(", ")[0]
+    first = images["rows"][0]
+    rows = [r for r in images["rows"] if r["steps"] == first["steps"] and r["guidance"] in (None, first["guidance"])]
+    style = images["caption"].rpartition(", ")[0]
     steps = f"{first['steps']} steps"
-    return {**pictures, "rows": rows, "caption": f"{style}, {steps}" if style else steps}
+    return {**images, "rows": rows, "caption": f"{style}, {steps}" if style else steps}
 
 
-def write_grid(pictures: Mapping[str, Any], path: Path) -> None:
+def write_grid(images: Mapping[str, Any], path: Path) -> None:
     """The rows of a document's images as a PNG; an existing file is replaced only once the new one is whole."""
     from PIL import Image, PngImagePlugin
 
     from ...runtime.images import grid
 
-    rows = [(label, list(pixels)) for label, pixels in decode_pictures(pictures)]
-    pixels = grid(rows, pictures["columns"], f"{pictures['caption']}, the same seed down each column")
+    rows = [(label, list(pixels)) for label, pixels in decode_images(images)]
+    pixels = grid(rows, images["columns"], f"{images['caption']}, the same seed down each column")
     info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_text("Software", GRID_MARK.decode())
     Image.fromarray(pixels).save(stream, "PNG", pnginfo=info)

@@ -61,7 +61,7 @@ def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         doc=doc,
         headlines=headlines(doc),
         sentences=[*time_sentences(doc), *serving_sentences(doc)],
-        pictures=_pictures(doc["pictures"]),
+        images=_images(doc["images"]),
         pareto=pareto_charts(doc),
         scales=scale_charts(doc),
         fidelity=tables.fidelity_table(doc),
@@ -82,7 +82,7 @@ def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         method_legend=_legend(doc),
         unit_note=UNIT_NOTE,
         paper_note=PAPER_NOTE,
-        picture_includes=[name for row in doc["methods_cost"][:1] for name in row.get("picture_includes", [])],
+        image_includes=[name for row in doc["methods_cost"][:1] for name in row.get("image_includes", [])],
         boundary=next((row["boundary"] for row in doc["latency"] if row.get("boundary")), None),
         timing=_timing(doc),
         peaks=_peaks(doc["device"]),
@@ -107,25 +107,25 @@ def _unbroken(text: str) -> str:
     return re.sub(r"(?<=\d)–(?=\d)", "\N{WORD JOINER}–\N{WORD JOINER}", text)
 
 
-def _pictures(pictures: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _images(images: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The grid by w, the first row's w on top; each row with a data URI and a description of every image.
 
     Images without guidance have no w: they stand with the first.
     """
-    if pictures is None:
+    if images is None:
         return None
-    first = next((row["guidance"] for row in pictures["rows"] if row.get("guidance") is not None), None)
+    first = next((row["guidance"] for row in images["rows"] if row.get("guidance") is not None), None)
     groups: dict[Any, list[dict[str, Any]]] = {first: []}
-    for row in pictures["rows"]:
+    for row in images["rows"]:
         said = " ".join(row["label"].split())
         shown = [
             {"uri": f"data:image/png;base64,{png}", "alt": f"{said}: {column}"}
-            for png, column in zip(row["png"], pictures["columns"], strict=False)
+            for png, column in zip(row["png"], images["columns"], strict=False)
         ]
         w = first if row.get("guidance") is None or not uses_guidance(row.get("method", "")) else row["guidance"]
-        groups.setdefault(w, []).append({"label": row["label"], "pictures": shown})
+        groups.setdefault(w, []).append({"label": row["label"], "images": shown})
     titled = [("" if w is None else f"w = {w:g}", rows) for w, rows in groups.items()]
-    return {"columns": pictures["columns"], "groups": titled, "caption": pictures["caption"]}
+    return {"columns": images["columns"], "groups": titled, "caption": images["caption"]}
 
 
 def _legend(doc: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -64,7 +64,7 @@ def cost_table(doc: Document) -> Table | None:
     size, size_scale, size_decimals = unit_of([row["parameters"] for row in rows])
     columns: dict[str, list[str] | None] = {
         "network": [row["network"] for row in rows],
-        "runs per": ["image" if row.get("per") == "picture" else "step" for row in rows],
+        "runs per": ["image" if row.get("per") == "image" else "step" for row in rows],
         f"parameters, {size}": [number(row["parameters"], size_decimals, size_scale) for row in rows],
         f"MACs, {unit}": [number(row["macs"], decimals, scale) for row in rows],
         f"MACs without attention, {unit}": [number(row["macs_without_attention"], decimals, scale) for row in rows],
@@ -79,25 +79,25 @@ def method_table(doc: Document) -> Table | None:
         return None
     keys = ("macs_per_step", "macs_per_step_without_attention")
     unit, scale, decimals = unit_of([row[key] for row in rows for key in keys if key in row])
-    large, large_scale, large_decimals = unit_of([row["macs_per_picture"] for row in rows])
+    large, large_scale, large_decimals = unit_of([row["macs_per_image"] for row in rows])
     plain = [row.get("macs_per_step_without_attention") for row in rows]
     columns: dict[str, list[str] | None] = {
         "method": [method_name(row) for row in rows],
         "steps": [str(row["steps"]) for row in rows],
-        "NFE": [_passes(row) for row in rows],
+        "NFE": [_evaluations(row) for row in rows],
         f"per step, {unit}": [number(row["macs_per_step"], decimals, scale) for row in rows],
         "without attention": [number(value, decimals, scale) for value in plain],
-        f"per image, {large}": [number(row["macs_per_picture"], large_decimals, large_scale) for row in rows],
+        f"per image, {large}": [number(row["macs_per_image"], large_decimals, large_scale) for row in rows],
         "of CFG": [percent(row.get("ratio_to_cfg")) for row in rows],
     }
-    included = rows[0].get("picture_includes") or []
+    included = rows[0].get("image_includes") or []
     note = f"Of CFG: all steps together. NFE: model evaluations per image. An image includes {' and '.join(included)}."
     return _table("MACs per method at batch 1", columns, 1, [note] if included else [])
 
 
-def _passes(row: Mapping[str, Any]) -> str:
-    found = row.get("passes_per_picture", row.get("passes"))
-    return f"{found:g}" if isinstance(found, (int, float)) else DASH
+def _evaluations(row: Mapping[str, Any]) -> str:
+    found = row.get("evaluations")
+    return DASH if found is None else f"{found:g}"
 
 
 def published_table(doc: Document) -> Table | None:
@@ -168,7 +168,7 @@ def short_latency_tables(doc: Document) -> list[Table]:
 
 def _latency_columns(rows: Sequence[Mapping[str, Any]], ratio_decimals: int = 3) -> dict[str, list[str] | None]:
     decimals = decimals_of([row.get("p50_ms_per_step", row["p50_ms"]) for row in rows])
-    energy = [row.get("energy_j_per_picture") for row in rows]
+    energy = [row.get("energy_j_per_image") for row in rows]
     return {
         "engine": [row["engine"] for row in rows],
         "method": [row["method"] for row in rows],
@@ -176,7 +176,7 @@ def _latency_columns(rows: Sequence[Mapping[str, Any]], ratio_decimals: int = 3)
         "steps": [str(row["steps"]) for row in rows],
         "of CFG's time": [ratio(row, ratio_decimals) for row in rows],
         "ms / step": [number(row.get("p50_ms_per_step"), decimals) for row in rows],
-        "ms / image": [number(row.get("p50_ms_per_picture"), 0 if decimals < 2 else 1) for row in rows],
+        "ms / image": [number(row.get("p50_ms_per_image"), 0 if decimals < 2 else 1) for row in rows],
         "images / s": [_rate(row) for row in rows],
         "least / p50": [percent(row.get("share_of_least"), 0) for row in rows],
         "least, ms": [number(row.get("least_ms"), decimals) for row in rows],
@@ -190,7 +190,7 @@ def _latency_columns(rows: Sequence[Mapping[str, Any]], ratio_decimals: int = 3)
 
 
 def _rate(row: Mapping[str, Any]) -> str:
-    rate = row.get("pictures_per_s")
+    rate = row.get("images_per_s")
     return DASH if rate is None else three_digits(rate)
 
 
@@ -257,14 +257,14 @@ def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
         "method": [row["method"] for row in rows],
         "steps": [str(row["steps"]) for row in rows],
         "w": [number(row["guidance"], 1).removesuffix(".0") for row in rows],
-        "NFE": [DASH if row.get("passes") is None else f"{row['passes']:g}" for row in rows],
+        "NFE": [_evaluations(row) for row in rows],
     }
     for metric in METRICS.values():
         if metric.short or not short:
             columns[metric.head] = [
                 estimate(row.get(metric.key), metric.decimals, metric.scale, sign=metric.signed) for row in rows
             ]
-    counts = sorted({row["pictures"] for row in rows if "pictures" in row})
+    counts = sorted({row["images"] for row in rows if "images" in row})
     said = f", {' or '.join(map(str, counts))} images a row" if counts else ""
     return _table(f"Fidelity, 95 % intervals in brackets{said}", columns, 2)
 

@@ -1,4 +1,4 @@
-"""What a guide makes of w alone, as a network of its own: it runs once a picture and is fed to every step."""
+"""The part of a guide that depends on w alone, as a separate network, computed once per image."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class FullGuide(Guide):
     The paper shows w to its ControlNet as the "control image" and counts the hint encoder that reads it
     (361.28 M parameters on SD 1.5).  We keep that form, but feed it three learned features of w's sinusoids
     instead of the raw number, one w per sample.  The hint depends on w alone: :meth:`condition` makes it
-    once per picture, and a step then costs 109.06 instead of 116.42 GMACs on SD 1.5.
+    once per image, and a step then costs 109.06 instead of 116.42 GMACs on SD 1.5.
 
     Residuals are multiplied by (w − 1): they vanish exactly at w = 1, and everywhere before training.
 
@@ -38,7 +38,7 @@ class FullGuide(Guide):
     """
 
     _supports_gradient_checkpointing = True
-    #: parts that ``condition`` runs; a bundle holds them as a network of its own, which runs once a picture
+    #: parts that ``condition`` runs; a bundle holds them as a separate network, computed once per image
     constant_parts: tuple[str, ...] = ("w_features", "hint")
     #: a tiny guide is a fiftieth of the arithmetic and all of the guidance; a full one is a third of the arithmetic
     quantised_layers: ClassVar[tuple[str, ...]] = ("*",)
@@ -57,7 +57,7 @@ class FullGuide(Guide):
     ) -> None:
         super().__init__()
         self.net = ControlNetModel.from_config(controlnet)
-        # apart, so that it can run once per picture
+        # apart, so that it can run once per image
         self.hint = self.net.controlnet_cond_embedding
         self.net.controlnet_cond_embedding = nn.Identity()
         self.w_features = nn.Linear(W_FEATURES, 3)

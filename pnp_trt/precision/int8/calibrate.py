@@ -44,7 +44,7 @@ class CalibrationConfig:
         base, guide: as in ``BuildSpec``; guide ``none`` observes classifier-free guidance.
         prompts: text file, one a line.
         out: the record; None takes ``record.default_path``.
-        pictures: sampled while watching.
+        images: sampled while watching.
         batch: images at once.
         steps: of a run; None takes the number that the guide was distilled for, or 20.
         w_min, w_max: guidance scales, drawn for each image.
@@ -59,7 +59,7 @@ class CalibrationConfig:
     guide: str = "auto"
     prompts: Path = PROMPTS
     out: Path | None = None
-    pictures: int = 64
+    images: int = 64
     batch: int = 8
     steps: int | None = None
     w_min: float = 1.0
@@ -71,7 +71,7 @@ class CalibrationConfig:
 
     def check(self) -> None:
         """Raise ``InputError`` for a value out of range."""
-        for name, least in (("pictures", 1), ("batch", 1), ("probes", 0), ("steps", 1)):
+        for name, least in (("images", 1), ("batch", 1), ("probes", 0), ("steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; it must be at least {least}")
@@ -148,7 +148,7 @@ def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
     else:
         network = Student(unet, (base.make_guide(config.guide, unet) or load_guide(name)).float())
     fixed = None if guide_of is None else guide_of.get("sampling_steps")
-    chosen = [prompts[i] for i in _spread(len(prompts), 4 * config.pictures)]
+    chosen = [prompts[i] for i in _spread(len(prompts), 4 * config.images)]
     loop = Loop(
         network.eval().requires_grad_(False), base.scheduler_config(),
         encode_prompts(base, chosen, torch.device("cpu")), base.sizes().latent,
@@ -158,7 +158,7 @@ def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
         raise InputError(f"steps is {loop.steps}; it must be between 1 and {n}")
     settings = {
         "prompts": {"file": config.prompts.name, "lines": len(prompts), "used": len(chosen), "sha256": digest(prompts)},
-        "pictures": config.pictures, "batch": config.batch, "steps": loop.steps, "w": [config.w_min, config.w_max],
+        "images": config.images, "batch": config.batch, "steps": loop.steps, "w": [config.w_min, config.w_max],
         "probes": config.probes, "seed": config.seed,
         "sampler": "DDIM" if loop.exact else "DDIM, each run shifted by a random part of a step",
     }  # fmt: skip
@@ -169,21 +169,21 @@ def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
 
 def _observe(config: CalibrationConfig, loop: Loop, modules: dict[str, Any], say: Progress) -> dict[str, Layer]:
     observer = Observer(modules, loop.scheduler.get("num_train_timesteps", 1000))
-    runs = -(-config.pictures // config.batch)
+    runs = -(-config.images // config.batch)
     with observer.watching(histogram=False):  # how wide the histograms have to be
         say("observe", 0, runs * loop.steps, "largest values")
         loop.run(config.seed, 1, observer.at)
-    passes = 0
+    evaluations = 0
 
     def at(x: Any, t: int, *_: Any) -> None:
-        nonlocal passes
+        nonlocal evaluations
         observer.at(x, t)
-        say("observe", passes, runs * loop.steps, f"timestep {t}")
-        passes += 1
+        say("observe", evaluations, runs * loop.steps, f"timestep {t}")
+        evaluations += 1
 
     with observer.watching(histogram=True):
         for run in range(runs):
-            loop.run(config.seed + 1 + run, min(config.batch, config.pictures - run * config.batch), at)
+            loop.run(config.seed + 1 + run, min(config.batch, config.images - run * config.batch), at)
     return observer.result()
 
 

@@ -75,13 +75,13 @@ class Loop:
         return out
 
     @torch.no_grad()
-    def run(self, seed: int, pictures: int, at: Callable[[Tensor, int, Tensor, Tensor], None] | None = None) -> Tensor:
-        """Latents ``[pictures, C, H, W]`` of one batch; ``at(x, t, rows, w)`` is called before each evaluation."""
+    def run(self, seed: int, images: int, at: Callable[[Tensor, int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """Latents ``[images, C, H, W]`` of one batch; ``at(x, t, rows, w)`` is called before each evaluation."""
         rng = random.Random(f"calibrate/{seed}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        rows = torch.tensor([rng.randrange(max(self.conditions.empty, 1)) for _ in range(pictures)])
-        w = torch.tensor([rng.uniform(*self.w) for _ in range(pictures)])
-        x = torch.randn(pictures, *self.shape, generator=generator)
+        rows = torch.tensor([rng.randrange(max(self.conditions.empty, 1)) for _ in range(images)])
+        w = torch.tensor([rng.uniform(*self.w) for _ in range(images)])
+        x = torch.randn(images, *self.shape, generator=generator)
         times, after = self._times(rng)
         a, b = ddim_coefficients(self.scheduler, times, after)
         for i, t in enumerate(times.tolist()):

@@ -18,7 +18,9 @@ from ...errors import InputError
 from ...io.inputs import read_json
 from ...io.json_schema import problem
 
-SCHEMA = "pnp-trt/calibration/1"
+SCHEMA = "pnp-trt/calibration/2"
+#: has the number of images as ``pictures`` in its settings
+_FORMER = "pnp-trt/calibration/1"
 #: where records live: the user's own folder first, then the one that comes with a checkout
 HOMES = (Path("calibration"), Path(__file__).resolve().parents[3] / "calibration")
 #: largest magnitude of a signed 8-bit number that is used; −128 is left out, so that the range is symmetric
@@ -166,11 +168,13 @@ class Record:
         advice = "make it again with pnp-trt calibrate"
         document = read_json(path, "the calibration record", advice)
         schema = document.get("schema") if isinstance(document, dict) else None
-        if schema != SCHEMA:
+        if schema not in (SCHEMA, _FORMER):
             raise InputError(f"{path} has schema {schema}, not {SCHEMA}; {advice}")
         if wrong := problem(document, _SHAPE):
             raise InputError(f"in the calibration record {path} {wrong}; {advice}")
         values = {f.name: document[f.name] for f in fields(cls) if f.name in document}
+        if schema == _FORMER and "pictures" in values["settings"]:
+            values["settings"] = {"images" if k == "pictures" else k: v for k, v in values["settings"].items()}
         values["layers"] = {n: Layer(**layer) for n, layer in document["layers"].items()}
         record = cls(**values)
         try:

@@ -17,7 +17,7 @@ def render(record: Record) -> Any:
     s, d = record.sweep, record.decision
     kept = d["float"]
     head = (
-        f"{len(record.layers)} layers observed on {record.settings['pictures']} images × {record.settings['steps']} "
+        f"{len(record.layers)} layers observed on {record.settings['images']} images × {record.settings['steps']} "
         f"steps; {len(record.layers) - len(kept)} take INT8, {record.share():.1%} of their arithmetic"
     )
     if "methods" not in s:

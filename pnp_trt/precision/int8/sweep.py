@@ -35,10 +35,10 @@ class Probes:
 
     @classmethod
     @torch.no_grad()
-    def collect(cls, loop: Loop, seed: int, pictures: int, most: int) -> Probes:
+    def collect(cls, loop: Loop, seed: int, images: int, most: int) -> Probes:
         """One run's states, ``most`` of them, evenly spaced."""
         states: list[tuple[Tensor, int, Tensor, Tensor]] = []
-        loop.run(seed, pictures, lambda *state: states.append(state))
+        loop.run(seed, images, lambda *state: states.append(state))
         step = max(1, len(states) // most)
         states = states[step // 2 :: step]
         return cls(states, [loop.predict(*s) for s in states])

@@ -37,7 +37,7 @@ def euler(config: Config, steps: int) -> Schedule:
     The latent lives in σ's space: it starts with a deviation of σ_max and is divided by √(σ² + 1) for the network.
     Noise levels are diffusers' own.  Timesteps that fall between two whole ones (linspace, Karras) are rounded to the
     nearer one for the network, which was trained with whole ones and is exported to take them; diffusers would pass
-    the fraction.  On the bundled model the pictures are alike to 50 to 75 dB (PSNR).
+    the fraction.  On the bundled model the images are alike to 50 to 75 dB (PSNR).
 
     Raises:
         InputError: if ``steps`` is outside 1 … num_train_timesteps, or an option is unknown or needs timesteps that

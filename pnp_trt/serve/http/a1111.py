@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ...errors import Cancelled, InputError
 from ...runtime.a1111 import CHUNK, parse_parameters, read_text, text_of
-from ...runtime.pipeline import DEFAULT_STEPS, Picture
+from ...runtime.pipeline import DEFAULT_STEPS, GeneratedImage
 from ...runtime.prompt_syntax import A1111, lora_tags, take_lora_tags
 from ...sampling.schedules import SCHEDULES, SPACINGS, a1111_names, from_a1111
 from ...sampling.schedules.spacing import OWN_SPACING
@@ -118,15 +118,15 @@ def router(service: Service) -> APIRouter:
         )  # fmt: skip
         job = await service.submit(request, "a1111", asked)
         try:
-            pictures = await service.wait(request, job)
+            images = await service.wait(request, job)
         except Cancelled:
             if job.partial is None:
                 raise
-            pictures = [job.partial]  # the web UI answers with the image as far as it came
-        files = await service.files(pictures, "png") if given.send_images else []
-        parameters = [picture.parameters for picture in pictures]
+            images = [job.partial]  # the web UI answers with the image as far as it came
+        files = await service.files(images, "png") if given.send_images else []
+        parameters = [image.parameters for image in images]
         first = parameters[0]
-        height, width = pictures[0].pixels.shape[:2]
+        height, width = images[0].pixels.shape[:2]
         texts = [text_of(each) or "" for each in parameters]
         info: dict[str, Any] = {
             "prompt": first["prompt"], "all_prompts": [p["prompt"] for p in parameters],
@@ -182,7 +182,7 @@ def router(service: Service) -> APIRouter:
         held["eta_relative"] = found.left or 0.0
         state |= {"job": job.id, "sampling_step": found.made // job.count, "sampling_steps": len(job.prepared.table)}
         if not skip_current_image and (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
-            (data,) = await service.files([Picture(pixels, {})], "png")
+            (data,) = await service.files([GeneratedImage(pixels, {})], "png")
             held["current_image"] = base64.b64encode(data).decode()
         return held
 
@@ -193,7 +193,7 @@ def router(service: Service) -> APIRouter:
         for engine, job in service.jobs_of("a1111", request):
             if (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
                 parameters = job.prepared.parameters(0) | {"interrupted_after": job.progress().made // job.count}
-                job.partial = Picture(pixels, parameters)
+                job.partial = GeneratedImage(pixels, parameters)
             service.cancel(job)
         return {}
 

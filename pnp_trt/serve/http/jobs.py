@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from ...runtime.pipeline import Picture
+from ...runtime.pipeline import GeneratedImage
 from ...sampling.schedules import SCHEDULES
 from .service import Service
 
@@ -29,7 +29,7 @@ def router(service: Service) -> APIRouter:
             "preview": None,
         }  # fmt: skip
         if preview and (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
-            (data,) = await service.files([Picture(pixels, {})], "webp")
+            (data,) = await service.files([GeneratedImage(pixels, {})], "webp")
             held["preview"] = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
         return held
 

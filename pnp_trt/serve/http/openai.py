@@ -100,8 +100,8 @@ def router(service: Service) -> APIRouter:
             given.prompt_syntax or PLAIN, given.request_id, _loras(given.lora),
         )  # fmt: skip
         job = await service.submit(request, "openai", asked)
-        pictures = await service.wait(request, job)
-        files = [base64.b64encode(data).decode() for data in await service.files(pictures, given.output_format)]
+        images = await service.wait(request, job)
+        files = [base64.b64encode(data).decode() for data in await service.files(images, given.output_format)]
         url = given.response_format == "url"  # nothing is stored, so that the image itself is the address
         height, width = job.prepared.size
         return {
@@ -114,7 +114,7 @@ def router(service: Service) -> APIRouter:
             "size": f"{width}x{height}",
             "pnp_trt": {
                 "id": job.id,
-                "images": [picture.parameters for picture in pictures],
+                "images": [image.parameters for image in images],
                 "evaluations": job.evaluations,
                 "seconds": round((job.ended or job.submitted) - job.submitted, 3),
                 "waited": round((job.admitted or job.submitted) - job.submitted, 3),

@@ -21,7 +21,7 @@ from ...errors import BundleNotFound, Cancelled, InputError
 from ...io.image_files import FORMATS, decode_rgb
 from ...io.inputs import excerpt
 from ...runtime.images import encode_image
-from ...runtime.pipeline import Picture
+from ...runtime.pipeline import GeneratedImage
 from ...runtime.prompt_syntax import PLAIN
 from ..engine import Busy, Engine, Expired, Job
 from ..loras import Lease, LoraEngines, Loras
@@ -195,7 +195,7 @@ class Service:
                 with contextlib.suppress(asyncio.CancelledError):
                     await each
 
-    async def wait(self, request: Request, job: Job) -> list[Picture]:
+    async def wait(self, request: Request, job: Job) -> list[GeneratedImage]:
         """The images of a job; it is cancelled when its client goes.
 
         Raises:
@@ -220,10 +220,10 @@ class Service:
             with contextlib.suppress(asyncio.CancelledError):
                 await gone
 
-    async def files(self, pictures: Sequence[Picture], kind: str) -> list[bytes]:
+    async def files(self, images: Sequence[GeneratedImage], kind: str) -> list[bytes]:
         """The images as files of ``png``, ``webp`` or ``jpeg``, their parameters inside."""
         return await asyncio.to_thread(
-            lambda: [encode_image(p.pixels, p.parameters, kind, Path(f"image {i}")) for i, p in enumerate(pictures)]
+            lambda: [encode_image(p.pixels, p.parameters, kind, Path(f"image {i}")) for i, p in enumerate(images)]
         )
 
     async def pixels(self, data: bytes, name: str) -> np.ndarray:

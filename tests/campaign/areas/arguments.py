@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...], tuple[str, ...]]]
             "--feature-matching",
             "--checkpoint-every",
             "--keep",
-            "--pictures",
+            "--images",
             "--seed",
         ),
         FEWER,
@@ -71,7 +71,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...], tuple[str, ...]]]
     ),
     "bench": (
         bench(),
-        ("--batch", "--steps", "--timed-steps", "--rounds", "--guidance", "--pictures", "--cold-starts"),
+        ("--batch", "--steps", "--timed-steps", "--rounds", "--guidance", "--images", "--cold-starts"),
         FEWER,
     ),
     "verify": (("verify", GUIDED, "--layers"), ("--worst",), FEWER),

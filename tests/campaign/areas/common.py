@@ -37,7 +37,7 @@ def guidance(*more: object, prompts: object = PROMPTS, out: object = OUT) -> tup
     """``distill guidance`` of one step."""
     return (
         "distill", "guidance", "--base", BASE, "--prompts", prompts, "--out", out, "--steps", 1, "--num-states", 20,
-        "--batch", 2, "--pictures", 0, "--rank", 4, *more,
+        "--batch", 2, "--grid-steps", 0, "--rank", 4, *more,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def steps(*more: object, guide: object = GUIDE, prompts: object = PROMPTS, out: 
         1,
         "--batch",
         2,
-        "--no-pictures",
+        "--no-grid",
         *more,
     )
 
@@ -73,7 +73,7 @@ def bench(*more: object, engines: tuple[object, ...] = (PLAIN, GUIDED), only: st
     """The smallest ``bench``."""
     names = [word for engine in engines for word in ("--engine", engine)]
     return (
-        "bench", *names, "--quick", "--only", only, "--pictures", 2, "--steps", 2, "--no-peers", "--no-memory", *more,
+        "bench", *names, "--quick", "--only", only, "--images", 2, "--steps", 2, "--no-peers", "--no-memory", *more,
     )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def _calibrate(out: object) -> tuple[object, ...]:
         GUIDE,
         "--prompts",
         PROMPTS,
-        "--pictures",
+        "--images",
         2,
         "--batch",
         2,

@@ -184,7 +184,7 @@ def _calibrate(path: At) -> tuple[object, ...]:
     from .common import GUIDE
 
     return (
-        "calibrate", "--base", BASE, "--guide", GUIDE, "--prompts", path, "--pictures", 2, "--batch", 2, "--steps", 2,
+        "calibrate", "--base", BASE, "--guide", GUIDE, "--prompts", path, "--images", 2, "--batch", 2, "--steps", 2,
         "--probes", 0, "--out", HERE / "record.json",
     )  # fmt: skip
 

@@ -1,0 +1,24 @@
+"""Records under ``benchmarks/results``, also those with the field names of earlier versions; and their options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.bench.renames import current_names
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record with its fields under their current names."""
+    document: dict[str, Any] = current_names(json.loads(path.read_text(encoding="utf-8")))
+    return document
+
+
+def add_images_option(parser: argparse.ArgumentParser, default: int, help: str | None = None) -> None:
+    """``--images N``, and the spelling in commands of earlier records, which help does not show."""
+    parser.add_argument("--images", type=int, default=default, help=help)
+    parser.add_argument(
+        "--pictures", dest="images", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )  # fmt: skip

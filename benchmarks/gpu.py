@@ -133,7 +133,7 @@ def kernels(
     from benchmarks.gpu_kernels import Scaling, check_kernels, scheduler
     from pnp_trt.backends.cuda import Cuda
     from pnp_trt.backends.cuda_graph import KERNELS, device_loops, ptx
-    from pnp_trt.sampling.device_loop import Feeds, Plan
+    from pnp_trt.sampling.device_loop import Feeds, LoopPlan
     from pnp_trt.sampling.schedules import make
 
     cuda = Cuda()
@@ -148,7 +148,7 @@ def kernels(
     for name in ("ddim", "dpm++", "euler", "heun", "unipc"):
         for steps in all_steps:
             table = make(name, scheduler(), steps)
-            plan = Plan(batch, size, table, False, True)
+            plan = LoopPlan(batch, size, table, False, True)
             x: Any = start
             previous: Any = None
             for i in range(len(table)):

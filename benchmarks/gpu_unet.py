@@ -222,8 +222,8 @@ class Case:
         from pnp_trt.backends.base import LoadOptions
         from pnp_trt.backends.torch.graph import device_loops
         from pnp_trt.backends.torch.network import TorchNetwork
-        from pnp_trt.bundle.manifest import Compiled, NetworkParity, NetworkRecord
-        from pnp_trt.sampling.device_loop import Feeds, Plan
+        from pnp_trt.bundle.manifest import CompileRecord, NetworkParity, NetworkRecord
+        from pnp_trt.sampling.device_loop import Feeds, LoopPlan
         from pnp_trt.sampling.schedules import make
 
         self.target = target
@@ -238,7 +238,7 @@ class Case:
             record = NetworkRecord(
                 graph=f"{name}.json", precision=models.precision, inputs=inputs,
                 outputs={output: ("float32", ("batch",))}, parity=NetworkParity(0.0, 0.0, 0),
-                compiled=Compiled(notes={"mode": target}),
+                compiled=CompileRecord(notes={"mode": target}),
             )  # fmt: skip
             return TorchNetwork(Path(record.graph), record, LoadOptions(models.provider), module, convolutions)
 
@@ -261,7 +261,7 @@ class Case:
         w = np.full(batch, 3, np.float32)
         self.feeds = Feeds(start, w, inputs | ({"guidance": w} if method == "guided" else {}))
         self.batch = batch
-        self.plan = Plan(batch, models.size, make("ddim", scheduler, steps), twice, decode)
+        self.plan = LoopPlan(batch, models.size, make("ddim", scheduler, steps), twice, decode)
 
     def compile(self) -> dict[str, Any]:
         """The first step, in which PyTorch compiles: seconds, and how many graphs its cache on disk had and had not."""

@@ -23,7 +23,7 @@ from pnp_trt.backends.base import Profile
 from pnp_trt.backends.cuda import Cuda
 from pnp_trt.backends.tensorrt.flavour import Flavour
 from pnp_trt.backends.tensorrt.network import TrtNetwork
-from pnp_trt.bundle.manifest import Compiled, NetworkRecord
+from pnp_trt.bundle.manifest import CompileRecord, NetworkRecord
 
 trt = pytest.importorskip("tensorrt_rtx")
 real = pytest.importorskip("cuda.bindings.runtime")
@@ -290,7 +290,7 @@ def network(gpu: Gpu, name: str, entry: NetworkRecord, function: Callable[..., n
         def _kernels_file(self) -> Path:
             return Path("/nowhere")
 
-    record = replace(entry, profiles=(Profile("b1-8", 1, 1, 8),), compiled=Compiled())
+    record = replace(entry, profiles=(Profile("b1-8", 1, 1, 8),), compiled=CompileRecord())
     return Faked(
         _Plain("tensorrt", "tensorrt_rtx", (), "rtx"),
         Path(f"{name}.engine"),

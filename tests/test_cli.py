@@ -181,3 +181,25 @@ def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         process.run(fail)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("calibrate", "--pictures", 0), "images is 0"),
+        (("bench", "--pictures=1"), "images is 1"),
+        (("distill", "guidance", "--out", "o", "--prompts", "p", "--pictures", -1), "grid-steps is -1"),
+        # the value is taken: the next error is the steps'
+        (("distill", "steps", "--guide", "g", "--out", "o", "--no-pictures", "--to", 3), "cannot be halved to 3"),
+        (("distill", "steps", "--guide", "g", "--out", "o", "--pictures", "--to", 3), "cannot be halved to 3"),
+    ],
+)
+def test_former_names_of_options_work(cli: Cli, tmp_path: Path, words: tuple[object, ...], message: str) -> None:
+    done = cli(*words)
+    assert done.code == 2 and message in done.err, done.err
+
+
+@pytest.mark.parametrize("command", [("calibrate",), ("bench",), ("distill", "guidance"), ("distill", "steps")])
+def test_help_does_not_show_former_names(cli: Cli, command: tuple[str, ...]) -> None:
+    shown = cli(*command, "--help").out
+    assert "--steps" in shown and "pictures" not in shown

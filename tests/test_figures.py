@@ -15,8 +15,8 @@ import pytest
 from pnp_trt.bench.report.charts_bars import compute_chart, latency_charts, roofline_charts
 from pnp_trt.bench.report.charts_fidelity import pareto_charts, scale_charts
 from pnp_trt.visualize.maps import draw_maps
-from pnp_trt.visualize.record import Layer, Recording
-from pnp_trt.visualize.run import Request, visualize
+from pnp_trt.visualize.record import FeatureMap, Recording
+from pnp_trt.visualize.run import VisualizeRequest, visualize
 from pnp_trt.visualize.strength import draw_strength
 
 from .bench import fake_document
@@ -32,7 +32,7 @@ HOSTILE = [
 
 
 def recording() -> Recording:
-    layers = [Layer("skip-0", 4, 8, 8, True), Layer("mid", 4, 4, 4, True)]
+    layers = [FeatureMap("skip-0", 4, 8, 8, True), FeatureMap("mid", 4, 4, 4, True)]
     values = np.ones((1, 2, 2))
     maps = [[[np.ones((layer.height, layer.width), np.float32)] * 2 for layer in layers]]
     return Recording(
@@ -79,6 +79,6 @@ def test_users_settings_of_matplotlib_do_not_matter(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("prompt", ["x" * 100_000, "a " * 50_000, r"$\frac$"], ids=["word", "words", "formula"])
 def test_prompts_of_any_length_are_visualized(prompt: str, micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
-    drawn = visualize(Request(str(micro_guide), (prompt,), (2.0,), 2, str(micro_base), out=tmp_path))
+    drawn = visualize(VisualizeRequest(str(micro_guide), (prompt,), (2.0,), 2, str(micro_base), out=tmp_path))
     assert len(drawn.text) < 1500
     assert json.loads(drawn.files[2].read_text())["parameters"]["prompts"] == [prompt]

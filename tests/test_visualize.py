@@ -21,7 +21,7 @@ from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student, encode
 from pnp_trt.sampling.schedules import ddim
 from pnp_trt.visualize.record import high_frequency_share, record, white_noise_share
-from pnp_trt.visualize.run import Request, visualize
+from pnp_trt.visualize.run import VisualizeRequest, visualize
 from pnp_trt.visualize.summary import describe, summarise
 
 from .conftest import Result
@@ -34,7 +34,9 @@ SCALES, STEPS = (1.0, 2.0, 5.0, 9.0), 4
 def drawn(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One run, looked at by several tests."""
     out = tmp_path_factory.mktemp("visualize")
-    return visualize(Request(str(micro_guide), ("a red apple",), SCALES, STEPS, str(micro_base), seed=3, out=out))
+    return visualize(
+        VisualizeRequest(str(micro_guide), ("a red apple",), SCALES, STEPS, str(micro_base), seed=3, out=out)
+    )
 
 
 def rows(document: dict[str, Any]) -> dict[tuple[float, str, int], dict[str, Any]]:
@@ -184,7 +186,7 @@ def test_a_file_as_folder_and_no_prompt_are_refused(
 def test_a_guide_for_other_sampling_steps_is_said(micro_base: Path, tmp_path: Path) -> None:
     guide = TinyGuide.from_unet(resolve(str(micro_base)).unet(), rank=2, embed_dim=8, emits="mid", sampling_steps=8)
     guide.save_pretrained(tmp_path / "guide")
-    request = Request(str(tmp_path / "guide"), ("a cat",), (2.0,), 1, str(micro_base), out=tmp_path / "out")
+    request = VisualizeRequest(str(tmp_path / "guide"), ("a cat",), (2.0,), 1, str(micro_base), out=tmp_path / "out")
     with pytest.warns(UserWarning, match="distilled for 8 sampling steps, not 1"):
         drawn = visualize(request)
     # it is untrained, and emits for one layer alone: both must be drawn and said

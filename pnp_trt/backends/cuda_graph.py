@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import PnpError
-from ..sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Shape
+from ..sampling.device_loop import DeviceLoops, Feeds, Lane, LoopOutput, Shape
 from ..sampling.table import COLUMNS, Schedule
 from .base import Size
 from .cuda import Cuda
@@ -199,13 +199,13 @@ class CudaLane(Lane):
     def wait(self) -> None:
         self._cuda.synchronize(self.stream)
 
-    def read(self, decode: bool) -> Drawn:
+    def read(self, decode: bool) -> LoopOutput:
         self.wait()
         for _, bound in self._named:
             if bound is not self._vae or decode:
                 bound.keep_kernels()
         latents, pixels = self._bad_host.astype(bool)
-        return Drawn((self._bytes_host if decode else self._end_host).copy(), latents, pixels)
+        return LoopOutput((self._bytes_host if decode else self._end_host).copy(), latents, pixels)
 
     def capture(self, work: Callable[[], None]) -> Any:
         for network, bound in self._named:

@@ -44,15 +44,15 @@ class PerShapeNetwork(Network):
     Args:
         path: the graph.
         profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
-        kept: shapes whose loaded form is kept, those used last; each may hold the network's weights.
-        buffers_kept: idle buffers that are kept for each shape.
+        max_loaded: shapes whose loaded form is kept, those used last; each may hold the network's weights.
+        max_idle: idle buffers that are kept for each shape.
         open_tokens: whether the graph leaves the tokens of the text states open.
     """
 
     def __init__(
-        self, path: Path, profiles: tuple[Profile, ...], kept: int, buffers_kept: int, open_tokens: bool = False
+        self, path: Path, profiles: tuple[Profile, ...], max_loaded: int, max_idle: int, open_tokens: bool = False
     ) -> None:
-        self.path, self.profiles, self.kept, self._buffers_kept = path, profiles, kept, buffers_kept
+        self.path, self.profiles, self.max_loaded, self._max_idle = path, profiles, max_loaded, max_idle
         self.open_tokens = open_tokens
         self._loaded: dict[Shape, Any] = {}  # the one used last stands last
         # they go when what they are bound to goes
@@ -76,8 +76,8 @@ class PerShapeNetwork(Network):
         with self._lock:
             if key not in self._loaded:
                 made = self._load(*key)
-                if len(self._loaded) >= self.kept:
-                    while len(self._loaded) >= self.kept:
+                if len(self._loaded) >= self.max_loaded:
+                    while len(self._loaded) >= self.max_loaded:
                         oldest = next(iter(self._loaded))
                         self._loaded.pop(oldest)
                         self._idle = {shape: idle for shape, idle in self._idle.items() if self._key(*shape) != oldest}
@@ -95,9 +95,9 @@ class PerShapeNetwork(Network):
 
     def batches(self, most: int) -> tuple[int, ...]:
         """As many as are kept, ``most`` halved again and again: loading one costs more than padding."""
-        if most <= self.kept:
+        if most <= self.max_loaded:
             return super().batches(most)
-        return tuple(sorted({-(-most // 2**k) for k in range(self.kept)}))
+        return tuple(sorted({-(-most // 2**k) for k in range(self.max_loaded)}))
 
     def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Any]:
         return self.bind_tokens(batch, size, None)
@@ -114,5 +114,5 @@ class PerShapeNetwork(Network):
         yield bound  # after an error it is not used again
         with self._lock:
             kept = self._idle.setdefault(shape, [])
-            if self._loaded.get(self._key(*shape)) is loaded and len(kept) < self._buffers_kept:
+            if self._loaded.get(self._key(*shape)) is loaded and len(kept) < self._max_idle:
                 kept.append(bound)

@@ -42,7 +42,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class FidelityRow:
     """One row of the table: its images, and those that they are compared with.
 
     Attributes:
@@ -59,7 +59,7 @@ class Row:
     best: Cell | None
 
 
-def plan_rows(pipes: Sequence[Pipeline], plan: Plan) -> tuple[list[Row], list[dict[str, str]]]:
+def plan_rows(pipes: Sequence[Pipeline], plan: Plan) -> tuple[list[FidelityRow], list[dict[str, str]]]:
     """The rows that the engines can give, in the order of the tables, and what is left out and why."""
     left_out: list[dict[str, str]] = []
     teacher = next((pipe for pipe in pipes if CFG.name in pipe.methods), None)
@@ -84,11 +84,11 @@ def plan_rows(pipes: Sequence[Pipeline], plan: Plan) -> tuple[list[Row], list[di
                         continue
                     cell = Cell(pipe.name, drawn, taken, w if method.uses_guidance else None)
                     beside = [None if c == cell else c for c in (cfg(steps, w), best)]
-                    rows.append(Row(method.name, w, cell, *beside))
+                    rows.append(FidelityRow(method.name, w, cell, *beside))
     return rows, [dict(item) for item in {tuple(sorted(i.items())): i for i in left_out}.values()]
 
 
-def cells_of(rows: Sequence[Row]) -> list[Cell]:
+def cells_of(rows: Sequence[FidelityRow]) -> list[Cell]:
     """The sets of images that rows need, each once."""
     return list(dict.fromkeys(c for row in rows for c in (row.cell, row.teacher, row.best) if c is not None))
 
@@ -140,7 +140,7 @@ class Studio:
 
     # ------------------------------------------------------------------------------------------------- measures
 
-    def measure(self, row: Row, cost: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    def measure(self, row: FidelityRow, cost: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """A row of the document."""
         cell, mine = row.cell, self.images(row.cell)
         evaluations = self._evaluations(cell)
@@ -157,7 +157,7 @@ class Studio:
             found["reference_steps"] = row.teacher.steps
         return found
 
-    def _images(self, cell: Cell, row: Row | None = None) -> Images:
+    def _images(self, cell: Cell, row: FidelityRow | None = None) -> Images:
         """A cell as metrics read it; with a row, beside those that it is compared with."""
         mine, folder = self.images(cell), self.task.real_folder
         return Images(
@@ -192,7 +192,7 @@ class Studio:
 
     # -------------------------------------------------------------------------------------------------- images
 
-    def grid(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def grid(self, rows: Sequence[FidelityRow]) -> dict[str, Any]:
         """The document's images: teacher, guided and unguided, by steps and w; the headline's rows come first."""
         shown_first = list(_SHOWN)
         order = sorted((r for r in rows if r.method in _SHOWN), key=lambda r: (
@@ -216,7 +216,7 @@ class Studio:
         return self.task.columns != self.task.shown
 
 
-def _label(row: Row, evaluations: int) -> str:
+def _label(row: FidelityRow, evaluations: int) -> str:
     name = _SHOWN[row.method]
     w = "" if row.cell.guidance is None else f", w = {row.cell.guidance:g}"
     return f"{name}\n{row.cell.steps} steps, {evaluations} NFE{w}"

@@ -155,7 +155,7 @@ def _check_files(plan: Plan) -> None:
         raise InputError("--real needs the prompts that such images show; add --prompts FILE")
 
 
-def wanted_engines(plan: Plan) -> tuple[str, ...]:
+def engines_of(plan: Plan) -> tuple[str, ...]:
     """The engines to open: those named, or the base's plain and guided ones, of which serving needs the guided."""
     if plan.only == "cost":
         return ()

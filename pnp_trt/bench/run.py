@@ -22,10 +22,10 @@ from . import results
 from .fidelity_rows import Cell, Studio, cells_of, plan_rows, verdict
 from .measure import cost, serving
 from .measure.engine_facts import engine_rows
-from .measure.pace import Meter, about
+from .measure.pace import ProgressMeter, about
 from .measure.timing import Timing
 from .metrics.tasks import make_task, real_key
-from .plan import Plan, check, wanted_engines
+from .plan import Plan, check, engines_of
 from .work import Work
 
 
@@ -39,7 +39,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     found = {
         **plan.as_dict(),
         "package": __version__,
-        "seals": {name: read_manifest(find_bundle(name)).seal for name in wanted_engines(plan)},
+        "seals": {name: read_manifest(find_bundle(name)).seal for name in engines_of(plan)},
     }
     for name in ("prompts", "inception"):
         if (value := getattr(plan, name)) is not None:
@@ -57,7 +57,7 @@ def base_of(plan: Plan) -> str:
     Raises:
         InputError: as :func:`identity` does.
     """
-    engines = wanted_engines(plan)
+    engines = engines_of(plan)
     return _same_base(engines).base.name if engines else plan.base
 
 
@@ -95,7 +95,7 @@ class _Bench:
 
     def __init__(self, plan: Plan, work: Work, progress: Progress | None, tell: Callable[[str], None]) -> None:
         self.base = base_of(plan)
-        self.pipes = [Pipeline.load(name, provider=plan.provider) for name in wanted_engines(plan)]
+        self.pipes = [Pipeline.load(name, provider=plan.provider) for name in engines_of(plan)]
         for pipe in self.pipes:
             pipe.check_size(plan.size)
         self.plan = replace(plan, schedule=_common_schedule(self.pipes, plan.schedule))
@@ -139,7 +139,7 @@ class _Bench:
             self.timing.try_out(self._say)
         if "latency" in parts:
             jobs |= self.timing.jobs()
-            kept += self.timing.kept()
+            kept += self.timing.resumed()
         if "serving" in parts:
             jobs |= {_queues(pipe): self._serving_seconds(pipe) for pipe in self._servers()}
             kept += sum(self.work.has("serving", self._serving_key(pipe)) for pipe in self._servers())
@@ -147,7 +147,7 @@ class _Bench:
             self._plan_fidelity()
             jobs |= {cell.label: self._drawing_seconds(cell) for cell in self.cells}
             kept += sum(self.studio.has(c) for c in self.cells)
-        self.meter = Meter(jobs, self._progress)
+        self.meter = ProgressMeter(jobs, self._progress)
         if parts:
             known = f"; {kept} of its {len(jobs)} pieces are there already" if kept else ""
             self._tell(f"this run takes {about(self.meter.total)} in all{known}")
@@ -200,7 +200,7 @@ class _Bench:
 
             row, earlier = self.work.table("serving", self._serving_key(pipe), make)
             rows.append(row)
-            self.meter.end(job, kept=earlier)
+            self.meter.end(job, resumed=earlier)
         return rows
 
     # --------------------------------------------------------------------------------------------------- cost
@@ -260,10 +260,10 @@ class _Bench:
 
         studio = self.studio
         for cell in self.cells:
-            kept = studio.has(cell)
+            resumed = studio.has(cell)
             self.meter.begin(cell.label, f"generating {cell.label}")
             studio.images(cell, self.meter.within)
-            self.meter.end(cell.label, kept=kept)
+            self.meter.end(cell.label, resumed=resumed)
         if self._progress is not None:
             self._progress("measuring the images", round(self.meter.total), round(self.meter.total))
         rows = [studio.measure(row, self.rows.get("cost", ())) for row in self.wanted]

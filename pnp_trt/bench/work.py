@@ -41,10 +41,10 @@ class Work:
         if folder is None:
             if resume:
                 raise InputError("--resume needs the place of the run; name it with the same --json or --work")
-            self.folder, self.kept = Path(tempfile.mkdtemp(prefix="pnp-trt-bench-")), False
+            self.folder, self.persistent = Path(tempfile.mkdtemp(prefix="pnp-trt-bench-")), False
         else:
             claim(folder, dict(settings), resume, other=f"remove {folder} or choose another --json or --work")
-            self.folder, self.kept = folder, True
+            self.folder, self.persistent = folder, True
         self._mine: set[Path] = set()
 
     def __enter__(self) -> Work:
@@ -52,7 +52,7 @@ class Work:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         nothing = all(path.name == RECORD or is_temporary(path.name) for path in self.folder.glob("*"))
-        if not self.kept or (error is not None and nothing):
+        if not self.persistent or (error is not None and nothing):
             self.done()
 
     def done(self) -> None:

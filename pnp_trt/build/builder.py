@@ -27,7 +27,7 @@ from ..precision.recipes import recipe as find_recipe
 from ..version import __version__
 from .sizes import plan_sizes
 from .spec import BuildSpec, build_scheduler
-from .work import Work
+from .work import Build
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
         base.check()
         if parts := base.left_out():
             warnings.warn(f"{spec.base} has {', '.join(parts)}, which a bundle does not hold: left out", stacklevel=2)
-        work = Work(spec, base, scheduler, backend, recipe, target, plan, progress or (lambda *_: None), record)
+        work = Build(spec, base, scheduler, backend, recipe, target, plan, progress or (lambda *_: None), record)
         try:
             manifest = work.run(folder, key, identity)
         except OSError as e:

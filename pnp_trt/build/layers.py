@@ -30,7 +30,7 @@ _SEEN = ".seen"
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerParity:
     """One tensor of a graph.
 
     Attributes:
@@ -60,7 +60,7 @@ def layerwise(
     *,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Layer]:
+) -> list[LayerParity]:
     """All intermediate tensors of a graph that are numbers, in the order of running.
 
     The graph is run several times where its tensors would not fit into memory together.
@@ -94,7 +94,7 @@ def layerwise(
     present = {v.name for node in widened.graph for v in node.outputs}
     wanted = {name: found for name, found in wanted.items() if name in present}
     budget = budget or max(64 << 20, int(memory.free() * _SHARE))
-    layers: list[Layer] = []
+    layers: list[LayerParity] = []
     for names in _batches({n: size for n, (*_, size) in wanted.items()}, budget // 2):
         for name, (a, b) in zip(names, _run_both(written, widened, graph.parent, names, inputs), strict=True):
             place, node, near, _ = wanted[name]
@@ -102,7 +102,7 @@ def layerwise(
             error = 0.0 if np.array_equal(a, b) else difference(a, b)
             largest = float(np.abs(b).max()) if reference_finite and b.size else float("nan")
             layers.append(
-                Layer(
+                LayerParity(
                     place, name, node.name or "", node.op_type, near, a.shape,
                     error if finite and reference_finite else float("nan"), largest, finite, reference_finite,
                 )
@@ -138,7 +138,7 @@ def graphs(bundle: Bundle, networks: list[str]) -> dict[str, tuple[Path, dict[st
     return found
 
 
-def verdict(layers: list[Layer], limit: float) -> tuple[str, bool]:
+def verdict(layers: list[LayerParity], limit: float) -> tuple[str, bool]:
     """One sentence on a graph, and whether something is wrong.
 
     Intermediate tensors may be further off than the output may be, and often are where terms cancel; the last one,
@@ -160,21 +160,21 @@ def verdict(layers: list[Layer], limit: float) -> tuple[str, bool]:
     ), False
 
 
-def _where(layer: Layer) -> str:
+def _where(layer: LayerParity) -> str:
     return f"node {layer.place}, {layer.op}" + (f", near {layer.near}" if layer.near else "")
 
 
-def first_not_finite(layers: list[Layer]) -> Layer | None:
+def first_not_finite(layers: list[LayerParity]) -> LayerParity | None:
     """The first tensor in the order of running that holds an infinity or a NaN."""
     return next((layer for layer in layers if not layer.finite), None)
 
 
-def first_past(layers: list[Layer], limit: float) -> Layer | None:
+def first_past(layers: list[LayerParity], limit: float) -> LayerParity | None:
     """The first tensor whose error is past ``limit``, or that is not finite."""
     return next((layer for layer in layers if not layer.error <= limit), None)
 
 
-def worst(layers: list[Layer], count: int) -> list[Layer]:
+def worst(layers: list[LayerParity], count: int) -> list[LayerParity]:
     """The ``count`` tensors that are furthest off, in the order of running; those that are not finite come first."""
     ranked = sorted(layers, key=lambda layer: (layer.error == layer.error, -layer.error, layer.place))
     return sorted(ranked[:count], key=lambda layer: layer.place)

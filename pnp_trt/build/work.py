@@ -18,12 +18,12 @@ from ..bundle.golden_file import Golden
 from ..bundle.manifest import (
     MAX_CHUNKS,
     Base,
-    Compiled,
+    CompileRecord,
     FurtherText,
     Given,
-    Guide,
+    GuideRecord,
     ImageSize,
-    Latents,
+    LatentShape,
     Manifest,
     NetworkRecord,
     Tokens,
@@ -48,7 +48,7 @@ _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx
 
 
 @dataclass
-class Work:
+class Build:
     """One build under way."""
 
     spec: BuildSpec
@@ -119,7 +119,7 @@ class Work:
             engines = engine_parity(self.backend, self.target, work, networks, kept, self.spec.folder().name)
             parts = Parts(
                 base=Base(self.spec.base, self.base.fingerprint()),
-                guide=Guide.of(identity["guide"]),
+                guide=GuideRecord.of(identity["guide"]),
                 # what a fine-tune has to be like, and where the guide came from: `pnp-trt plug` needs both
                 given=Given(self.spec.base, self.spec.guide),
                 configs=self._configs(),
@@ -128,7 +128,7 @@ class Work:
                 target=self.target,
                 profiles=self.plan.profiles,
                 compiler=identity["compiler"],
-                sample=Latents(
+                sample=LatentShape(
                     *self.plan.latent(self.plan.default),
                     max_batch=max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
                 ),
@@ -236,7 +236,7 @@ class Work:
             options=self.spec.options,
         )
         made = self.backend.compile(job, report)
-        compiled = Compiled(round(made.seconds, 1), made.peak_memory, made.notes)
+        compiled = CompileRecord(round(made.seconds, 1), made.peak_memory, made.notes)
         return replace(record, file=made.file, profiles=job.profiles, compiled=compiled)
 
     def _profiles(self, network: str) -> tuple[Profile, ...]:

@@ -118,7 +118,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Guide:
+class GuideRecord:
     """The guide that is fused into the U-Net.
 
     Attributes:
@@ -133,7 +133,7 @@ class Guide:
     sampling_steps: int | None = None
 
     @classmethod
-    def read(cls, value: Value) -> Guide:
+    def read(cls, value: Value) -> GuideRecord:
         """From ``guide``."""
         m = value.members(("name", "sha256"), ("negative_prompts", "sampling_steps"))
         if ("negative_prompts" in m) != ("sampling_steps" in m):
@@ -145,7 +145,7 @@ class Guide:
         return cls(name, _hash(m["sha256"]), m["negative_prompts"].flag(), steps)
 
     @classmethod
-    def of(cls, identity: Mapping[str, Any] | None) -> Guide | None:
+    def of(cls, identity: Mapping[str, Any] | None) -> GuideRecord | None:
         """From what identifies a guide (``models.identity.guide_identity``)."""
         return None if identity is None else cls(**identity)
 
@@ -204,7 +204,7 @@ class NetworkParity:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompileRecord:
     """How a network was compiled: seconds, peak memory in bytes, and the backend's notes."""
 
     seconds: float = 0.0
@@ -212,7 +212,7 @@ class Compiled:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, value: Value) -> Compiled:
+    def read(cls, value: Value) -> CompileRecord:
         """From ``networks.*.compiled``."""
         m = value.entries(50)
         seconds, peak = value.member("seconds").number(0, 1e7), value.member("peak_memory")
@@ -294,7 +294,7 @@ class NetworkRecord:
     quantised: QuantisedRecord | None = None
     file: str = ""
     profiles: tuple[Profile, ...] = ()
-    compiled: Compiled = Compiled()
+    compiled: CompileRecord = CompileRecord()
 
     @classmethod
     def read(cls, value: Value) -> NetworkRecord:
@@ -311,7 +311,7 @@ class NetworkRecord:
             quantised=next((QuantisedRecord.read(k, m[k]) for k in QUANTISED_TYPES if k in m), None),
             file=file_name(m["file"]),
             profiles=tuple(_profile(v) for v in m["profiles"].items(0, 64)),
-            compiled=Compiled.read(m["compiled"]),
+            compiled=CompileRecord.read(m["compiled"]),
         )
 
     @property
@@ -341,7 +341,7 @@ class NetworkRecord:
 
 
 @dataclass(frozen=True)
-class Latents:
+class LatentShape:
     """The default latent's shape, and the most images at once."""
 
     channels: int
@@ -350,7 +350,7 @@ class Latents:
     max_batch: int
 
     @classmethod
-    def read(cls, value: Value) -> Latents:
+    def read(cls, value: Value) -> LatentShape:
         """From ``sample``."""
         m = value.members(("channels", "height", "width", "max_batch"))
         height, width = m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE)
@@ -470,7 +470,7 @@ class PeakMemory:
 
 
 @dataclass(frozen=True)
-class Plugged:
+class PlugRecord:
     """How a plugged bundle came about.
 
     Attributes:
@@ -486,7 +486,7 @@ class Plugged:
     commands: tuple[str, ...]
 
     @classmethod
-    def read(cls, value: Value) -> Plugged:
+    def read(cls, value: Value) -> PlugRecord:
         """From ``plugged``."""
         m = value.members(("from", "networks", "guide_read_from", "commands"))
         source = {k: _label(v) for k, v in m["from"].members(("name", "key", "base")).items()}
@@ -527,7 +527,7 @@ class Manifest:
     key: str
     built_from: Mapping[str, Any]
     base: Base
-    guide: Guide | None
+    guide: GuideRecord | None
     given: Given | None
     configs: Mapping[str, Mapping[str, Any]] | None
     backend: str
@@ -536,7 +536,7 @@ class Manifest:
     profiles: tuple[Profile, ...]
     compiler: Mapping[str, str]
     networks: Mapping[str, NetworkRecord]
-    sample: Latents
+    sample: LatentShape
     image: ImageSize
     tokens: Tokens
     scheduler: Mapping[str, Any]
@@ -547,7 +547,7 @@ class Manifest:
     build_seconds: float
     peak_memory: PeakMemory
     rebuild: str
-    plugged: Plugged | None = None
+    plugged: PlugRecord | None = None
     family: str = FAMILY
     text: FurtherText = FurtherText()
     seal: str = ""
@@ -575,7 +575,7 @@ class Manifest:
             key=_hash(m["key"]),
             built_from=_built_from(m["built_from"]),
             base=Base.read(m["base"]),
-            guide=m["guide"].nullable(Guide.read),
+            guide=m["guide"].nullable(GuideRecord.read),
             given=Given.read(m["given"]) if "given" in m else None,
             configs=_configs(m["configs"]) if "configs" in m else None,
             backend=m["backend"].text(longest=50, pattern=_WORD, form="a backend's name"),
@@ -584,7 +584,7 @@ class Manifest:
             profiles=tuple(_profile(v) for v in m["profiles"].items(0, 64)),
             compiler={k: _label(v) for k, v in m["compiler"].entries(50).items()},
             networks=_networks(m["networks"]),
-            sample=Latents.read(m["sample"]),
+            sample=LatentShape.read(m["sample"]),
             image=ImageSize.read(m["image"]),
             tokens=Tokens.read(m["tokens"]),
             scheduler=scheduler_entries(m["scheduler"]),
@@ -595,7 +595,7 @@ class Manifest:
             build_seconds=m["build_seconds"].number(0, 1e7),
             peak_memory=PeakMemory.read(m["peak_memory"]),
             rebuild=m["rebuild"].text(longest=16_000),
-            plugged=Plugged.read(m["plugged"]) if "plugged" in m else None,
+            plugged=PlugRecord.read(m["plugged"]) if "plugged" in m else None,
             family=m["family"].text(longest=50, pattern=_WORD, form="a family's name") if "family" in m else FAMILY,
             text=FurtherText.read(m["text"]) if "text" in m else FurtherText(),
             seal=_hash(m["seal"]) if "seal" in m else "",

@@ -12,14 +12,14 @@ from .manifest import (
     FileRecord,
     FurtherText,
     Given,
-    Guide,
+    GuideRecord,
     ImageSize,
-    Latents,
+    LatentShape,
     Manifest,
     NetworkRecord,
     Parity,
     PeakMemory,
-    Plugged,
+    PlugRecord,
     Tokens,
 )
 from .profiles import Profile
@@ -35,7 +35,7 @@ class Parts:
     """
 
     base: Base
-    guide: Guide | None
+    guide: GuideRecord | None
     given: Given | None
     configs: Mapping[str, Mapping[str, Any]] | None
     backend: str
@@ -43,7 +43,7 @@ class Parts:
     target: str
     profiles: tuple[Profile, ...]
     compiler: Mapping[str, str]
-    sample: Latents
+    sample: LatentShape
     image: ImageSize
     tokens: Tokens
     scheduler: Mapping[str, Any]
@@ -79,7 +79,7 @@ class RunResult:
     seconds: float
     export_memory: int | None
     rebuild: str
-    plugged: Plugged | None = None
+    plugged: PlugRecord | None = None
     compiled: Iterable[str] | None = None
 
 

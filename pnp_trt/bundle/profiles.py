@@ -70,9 +70,9 @@ class Profile:
         return cls(text, low, high, high, height, width)
 
     @classmethod
-    def from_dict(cls, held: dict[str, Any]) -> Profile:
+    def from_dict(cls, document: dict[str, Any]) -> Profile:
         """What ``as_dict`` gave, also by way of JSON."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
         return cls(**fields)
 
     def as_dict(self) -> dict[str, Any]:

@@ -106,13 +106,13 @@ def bench(
         raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
     _check_outputs(json_file, html_file, grid_file, work)
     old = None if compare is None else results.read(compare)  # refused now, not after the measurement
-    for name in plans.wanted_engines(plan):
+    for name in plans.engines_of(plan):
         build_if_missing(name, quiet=False)
     if old is not None:
         comparison.check_base(old, {"settings": {"base": run.base_of(plan)}})
     if work is None and json_file is not None and plan.only != "cost":
         work = json_file.with_name(json_file.name + ".partial")
-    with Work(work, run.identity(plan), resume) as kept:
+    with Work(work, run.identity(plan), resume) as parts:
         if resume:  # the run that is continued may have been killed while it wrote its results
             for output in filter(None, (json_file, html_file, grid_file)):
                 remove_temporaries_of(output)
@@ -120,12 +120,12 @@ def bench(
             with ProgressBar("bench", None) as bar:
                 document = run.run(
                     plan, command=sys.argv[1:], suite=None if suite is None else Path(suite).stem, progress=bar.note,
-                    tell=lambda sentence: print(printable(f"bench: {sentence}"), file=sys.stderr), work=kept,
+                    tell=lambda sentence: print(printable(f"bench: {sentence}"), file=sys.stderr), work=parts,
                 )  # fmt: skip
         except KeyboardInterrupt:
-            if kept.kept:
+            if parts.persistent:
                 print(
-                    f"pnp-trt: finished parts are kept in {kept.folder}; resume with the same command and --resume",
+                    f"pnp-trt: finished parts are kept in {parts.folder}; resume with the same command and --resume",
                     file=sys.stderr,
                 )
             raise
@@ -138,7 +138,7 @@ def bench(
             write_grid(headline(images_shown), grid_file)
         if html_file is not None:
             report.render_html(document, html_file)
-        kept.done()
+        parts.done()
     stdout_console().print(report.render_terminal(document))
     if old is not None:
         stdout_console().print(comparison.render_terminal(comparison.compare(old, document)))

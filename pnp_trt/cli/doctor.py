@@ -133,7 +133,7 @@ def diagnose(engines: Path | None = None) -> list[Check]:
 
     engines: the folder of built engines, whose names are listed with `sample`.
     """
-    wanted = _wanted_versions()
+    wanted = _required_versions()
     packages = {name: _package(alternatives, wanted) for name, alternatives in _all_packages()}
     checks = [_use(use, packages) for use in _uses()]
     if engines is not None:
@@ -197,7 +197,7 @@ def _all_packages() -> list[tuple[str, tuple[str, ...]]]:
     return list({group[0]: (group[0], group) for extra in extras for group in EXTRAS[extra]}.values())
 
 
-def _wanted_versions() -> dict[str, Any]:
+def _required_versions() -> dict[str, Any]:
     """Distribution name -> the versions that pnp-trt's metadata asks for; empty where that cannot be read."""
     return {each.name: each.specifier for each in _requirements() if each.specifier}
 

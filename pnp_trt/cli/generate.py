@@ -57,19 +57,19 @@ def generate(
         progress = bar.count if bar.watched else None
         if ray:
             from ..bundle.store import open_bundle
-            from ..serve.ray.offline import Task
+            from ..serve.ray.offline import WorkerTask
             from ..serve.ray.offline import generate as generate_by_ray
 
             folder = open_bundle(engine).folder.resolve()
             make_folder(out)
-            task = Task(folder, out.resolve(), defaults, seed, kind, slots, provider)
+            task = WorkerTask(folder, out.resolve(), defaults, seed, kind, slots, provider)
             tally = generate_by_ray(task, rows, replicas, progress)
         else:
             from ..runtime.pipeline import Pipeline
 
             pipeline = Pipeline.load(engine, provider=provider)
             make_folder(out)
-            plan = offline.Plan.of(pipeline, rows, out, defaults=defaults, seed=seed, kind=kind)
+            plan = offline.OfflinePlan.of(pipeline, rows, out, defaults=defaults, seed=seed, kind=kind)
             tally = offline.generate(pipeline, plan, slots, progress)
-    kept = f", {tally.kept} were there" if tally.kept else ""
-    print(printable(f"{tally.made} images generated in {out}{kept}"))
+    kept = f", {tally.existing} were there" if tally.existing else ""
+    print(printable(f"{tally.generated} images generated in {out}{kept}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle.manifest import Manifest, Plugged, QuantisedRecord
+from ..bundle.manifest import Manifest, PlugRecord, QuantisedRecord
 from ..bundle.profiles import legal_sizes
 from ..bundle.store import known_bundles, read_manifest
 from ..errors import InputError
@@ -14,7 +14,7 @@ from ..io.text import printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..build.layers import Layer
+    from ..build.layers import LayerParity
 
 
 def rows(home: Path) -> list[dict[str, Any]]:
@@ -163,11 +163,11 @@ def base_name(m: Manifest) -> str:
     return " + ".join([m.base.name, *loras])
 
 
-def _plugged(p: Plugged) -> str:
+def _plugged(p: PlugRecord) -> str:
     return f"{p.source['name']} ({'; '.join(f'{k}: {v}' for k, v in p.networks.items())})"
 
 
-def layer_table(layers: list[Layer]) -> RenderableType:
+def layer_table(layers: list[LayerParity]) -> RenderableType:
     """Tensors of a graph for a terminal, see ``export.layers``."""
     from rich.table import Table
     from rich.text import Text

@@ -37,11 +37,11 @@ def visualize(
     from .requirements import require_packages
 
     require_packages("visualize")
-    from ..visualize.run import Request
+    from ..visualize.run import VisualizeRequest
     from ..visualize.run import visualize as run
     from .sample import read_prompts
 
-    request = Request(
+    request = VisualizeRequest(
         guide,
         tuple(read_prompts(prompts)),
         _numbers(guidance),

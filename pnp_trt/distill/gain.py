@@ -187,18 +187,18 @@ def lengths(student: Student, states: States, count: int) -> list[float]:
         w = scales[pick % len(scales)].to(device)
         target, conditional = target_of(states, pick, w)
         over = (w - 1)[:, None, None, None]
-        made = (predict_states(student, states, pick, w) - conditional) / over
+        predicted = (predict_states(student, states, pick, w) - conditional) / over
         true = (target - conditional) / over
-        sums += length_sums(made, true, states.timestep[pick], count)
+        sums += length_sums(predicted, true, states.timestep[pick], count)
     return (sums[0] / sums[1]).sqrt().tolist()
 
 
-def length_sums(made: Tensor, true: Tensor, timestep: Tensor, count: int) -> Tensor:
+def length_sums(predicted: Tensor, true: Tensor, timestep: Tensor, count: int) -> Tensor:
     """Sums of squares of both changes ``[N, …]`` near each of ``count`` timesteps, ``[2, count]``, on the CPU.
 
     A state belongs to the two timesteps beside it by its distance, as in the table's interpolation.
     """
-    squares = torch.stack([change.double().square().flatten(1).sum(1) for change in (made, true)])
+    squares = torch.stack([change.double().square().flatten(1).sum(1) for change in (predicted, true)])
     return squares.cpu() @ _shares(timestep.cpu(), count)
 
 

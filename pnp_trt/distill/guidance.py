@@ -218,7 +218,7 @@ def collect_states(
     _, collection = _collection(config, accelerator.device)
     say = progress or (lambda *_: None)
     collection.make(range(first, last + 1), lambda done, total, note: say("states", done, total, note))
-    return collection.made(), config.states.shards
+    return collection.shard_count(), config.states.shards
 
 
 def _collection(config: GuidanceConfig, device: Any) -> tuple[TeacherModel, Collection]:

@@ -191,7 +191,7 @@ class Collection:
             if progress is not None:
                 progress(done, len(shards), note)
 
-    def made(self) -> int:
+    def shard_count(self) -> int:
         """How many shards are in the folder."""
         return sum(shard_path(self.folder, number).is_file() for number in range(self.config.shards))
 

@@ -157,8 +157,8 @@ def _shifted(tensor: Tensor, axis: int, exponents: list[int]) -> Tensor:
     return tensor.float() * torch.exp2(torch.tensor(exponents).float()).reshape(shape)
 
 
-def invert(transform: list[dict[str, Any]], made: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The checkpoint's tensor of ``shape``, float32, from what ``apply`` made of it.
+def invert(transform: list[dict[str, Any]], stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The checkpoint's tensor of ``shape``, float32, from the output of ``apply``.
 
     Raises:
         PnpError: for a step that cannot be undone.
@@ -173,10 +173,10 @@ def invert(transform: list[dict[str, Any]], made: Tensor, shape: tuple[int, ...]
         probe = apply([step], probe)
     for step, before in zip(reversed(transform), reversed(shapes), strict=True):
         if step["op"] == "transpose":
-            made = made.permute([step["perm"].index(i) for i in range(made.ndim)])
+            stored = stored.permute([step["perm"].index(i) for i in range(stored.ndim)])
         elif step["op"] == "reshape":
-            made = made.reshape(before)
-    return made.float().contiguous()
+            stored = stored.reshape(before)
+    return stored.float().contiguous()
 
 
 def hide(graph: Any, names: set[str]) -> list[str]:

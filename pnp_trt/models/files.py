@@ -68,7 +68,7 @@ def _disguise(start: bytes) -> str | None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class WeightsFile:
     """Which of a folder's names hold a network's weights.
 
     Attributes:
@@ -91,7 +91,7 @@ class Choice:
         return [n for n in sorted(names) if re.fullmatch(pattern, n)]
 
 
-def choose(names: Iterable[str], stem: str, where: str) -> Choice:
+def choose(names: Iterable[str], stem: str, where: str) -> WeightsFile:
     """The weights that diffusers or transformers would load of a folder's files; of only one variant, that.
 
     Args:
@@ -108,7 +108,7 @@ def choose(names: Iterable[str], stem: str, where: str) -> Choice:
         if stem == TRANSFORMERS:
             plain.reverse()  # transformers prefers the whole file, diffusers the index
         if name := next((n for n in plain if n in present), None):
-            return Choice(name)
+            return WeightsFile(name)
         variants = _variants(present, s)
         if len(variants) == 1:
             return next(iter(variants.values()))
@@ -120,7 +120,7 @@ def choose(names: Iterable[str], stem: str, where: str) -> Choice:
     return _only(present, where)
 
 
-def _variants(present: Sequence[str], stem: str) -> dict[str, Choice]:
+def _variants(present: Sequence[str], stem: str) -> dict[str, WeightsFile]:
     """The variants of a network's weights; an index counts before a file of its variant, as in diffusers."""
     s, v = re.escape(stem), rf"(?P<v>{_VARIANT})"
     patterns = (
@@ -129,15 +129,15 @@ def _variants(present: Sequence[str], stem: str) -> dict[str, Choice]:
         rf"{s}\.{v}\.safetensors\.index\.json",
         rf"{s}\.{v}\.safetensors",
     )
-    out: dict[str, Choice] = {}
+    out: dict[str, WeightsFile] = {}
     for pattern in patterns:
         for name in present:
             if (m := re.fullmatch(pattern, name)) and m["v"] != "index":
-                out.setdefault(m["v"], Choice(name, m["v"]))
+                out.setdefault(m["v"], WeightsFile(name, m["v"]))
     return dict(sorted(out.items()))
 
 
-def _only(present: Sequence[str], where: str) -> Choice:
+def _only(present: Sequence[str], where: str) -> WeightsFile:
     """The only safetensors file of a folder, whatever its name."""
     weights = [n for n in present if n.endswith(".safetensors")]
     shards = [n for n in weights if re.search(r"-\d{5}-of-\d{5}", n)]
@@ -146,7 +146,7 @@ def _only(present: Sequence[str], where: str) -> Choice:
             f"{where} holds shards of weights ({shards[0]} …) without their index, *.safetensors.index.json; {FETCH}"
         )
     if len(weights) == 1:
-        return Choice(weights[0])
+        return WeightsFile(weights[0])
     if weights:
         raise InputError(
             f"{where} holds {len(weights)} files of weights ({', '.join(weights[:4])}) under names that are not "

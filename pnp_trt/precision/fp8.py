@@ -11,7 +11,7 @@ from .int8.recipes import Int8
 
 if TYPE_CHECKING:
     from ..graph.weights import WeightMap
-    from .int8.record import Choice, Record
+    from .int8.record import LayerRange, Record
     from .recipes import Derived
 
 
@@ -31,7 +31,7 @@ class Fp8(Int8):
         """The quantised type; the float type beside it is the backend's choice."""
         return frozenset({"float8_e4m3fn"})
 
-    def choices(self, record: Record) -> Mapping[str, Choice]:
+    def choices(self, record: Record) -> Mapping[str, LayerRange]:
         """The convolutions among the layers that the record's decision allows 8 bits."""
         return record.convolutions()
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..graph.weights import WeightMap
-    from .int8.record import Choice, Record
+    from .int8.record import LayerRange, Record
 
     #: new initialiser → (initialiser that it is made of, steps)
     Derived = dict[str, tuple[str, list[dict[str, Any]]]]
@@ -72,7 +72,7 @@ class Recipe:
         """Make ``module`` compute as this recipe says, in place, before it is exported; see :func:`convert`."""
         return convert(module, self)
 
-    def choices(self, record: Record) -> Mapping[str, Choice]:
+    def choices(self, record: Record) -> Mapping[str, LayerRange]:
         """The layers with 8-bit inputs and weights, and their ranges, by a calibration record; none by default."""
         return {}
 

@@ -17,7 +17,7 @@ from ..bundle.profiles import legal_sizes
 from ..bundle.store import Bundle, open_bundle, rebuild_advice
 from ..errors import InputError, PnpError
 from ..io.inputs import check_prompts, warn_of_syntax
-from ..sampling.device_loop import Feeds, Plan
+from ..sampling.device_loop import Feeds, LoopPlan
 from ..sampling.loop import Callback, HostLoop
 from ..sampling.methods import (
     INTERVAL,
@@ -372,7 +372,7 @@ class Pipeline:
         size = (noise.shape[-2], noise.shape[-1])
         inputs = self._inputs(kind, Text.of(context), w, negative, size, image_sizes)
         if self.loops is not None:
-            plan = Plan(n, size, table, twice, decode, inputs[STATES].shape[1])
+            plan = LoopPlan(n, size, table, twice, decode, inputs[STATES].shape[1])
             drawn = self.loops.run(plan, Feeds(x, w, inputs), callback)
             if decode:
                 self._check_finite("latents", drawn.bad_latents)

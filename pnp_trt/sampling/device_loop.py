@@ -49,7 +49,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopPlan:
     """A run, independent of its inputs.
 
     Attributes:
@@ -90,7 +90,7 @@ class Feeds:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class LoopOutput:
     """The outputs of one run.
 
     Attributes:
@@ -131,7 +131,7 @@ class Lane(ABC):
         """Wait for all that is on the stream."""
 
     @abstractmethod
-    def read(self, decode: bool) -> Drawn:
+    def read(self, decode: bool) -> LoopOutput:
         """Wait, and copy the results; ``decode`` as of :meth:`end`."""
 
     @abstractmethod
@@ -226,7 +226,7 @@ class DeviceLoops:
         self._lanes: OrderedDict[Shape, _Held] = OrderedDict()
         self._lock = threading.Lock()
 
-    def run(self, plan: Plan, feeds: Feeds, callback: StepCallback | None = None) -> Drawn:
+    def run(self, plan: LoopPlan, feeds: Feeds, callback: StepCallback | None = None) -> LoopOutput:
         """One batch of images.
 
         The host waits once, at the end; with a callback after each step.
@@ -255,7 +255,7 @@ class DeviceLoops:
             while self._lanes:
                 self._lanes.popitem()[1].close()
 
-    def _lane(self, plan: Plan) -> _Held:
+    def _lane(self, plan: LoopPlan) -> _Held:
         shape = plan.shape
         if shape not in self._lanes:
             while len(self._lanes) >= self.LANES:  # before the new one: there may be memory for no more
@@ -264,7 +264,7 @@ class DeviceLoops:
         self._lanes.move_to_end(shape)
         return self._lanes[shape]
 
-    def _on(self, held: _Held, plan: Plan, feeds: Feeds, callback: StepCallback | None) -> Drawn:
+    def _on(self, held: _Held, plan: LoopPlan, feeds: Feeds, callback: StepCallback | None) -> LoopOutput:
         lane, end, steps = held.lane, held.ends[plan.decode], len(plan.table)
         lane.load(plan.table, feeds)
         if self.capture and not held.failed:

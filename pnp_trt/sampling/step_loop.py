@@ -52,7 +52,7 @@ class Ticket:
     Attributes:
         steps: that it takes.
         rows: that it takes of a call's batch.
-        made: steps done.
+        steps_done: of ``steps``.
         began, ended: the number of network calls before it was admitted and when it left; None before.
         latents: the last ones, ``[C, H, W]`` float32, once it is done.
         error: why it has none; ``Cancelled`` where :meth:`StepLoop.cancel` took it out.
@@ -60,7 +60,7 @@ class Ticket:
 
     steps: int
     rows: int
-    made: int = 0
+    steps_done: int = 0
     began: int | None = None
     ended: int | None = None
     latents: np.ndarray | None = None
@@ -83,7 +83,7 @@ class Ticket:
 
         What the last step left behind and what it made of it are two sums of the same clean latents and noise.
         """
-        return self.latents if self.latents is not None or self._slot is None else self._slot.estimate(self.made)
+        return self.latents if self.latents is not None or self._slot is None else self._slot.estimate(self.steps_done)
 
 
 class _Slot:
@@ -113,15 +113,15 @@ class _Slot:
             output = classifier_free(outputs[0], outputs[1], self.run.w, self._guided)
             self.trajectory.update(i, output)
 
-    def estimate(self, made: int) -> np.ndarray | None:
+    def estimate(self, done: int) -> np.ndarray | None:
         table = self.run.table
-        if made == 0:
+        if done == 0:
             return None
-        if made == len(table):
+        if done == len(table):
             return self.trajectory.x.copy()
         if self.trajectory.data is not None:
             return self.trajectory.data.copy()
-        (a, b), (s, t) = table.image_scale[made - 1 : made + 1], table.noise_scale[made - 1 : made + 1]
+        (a, b), (s, t) = table.image_scale[done - 1 : done + 1], table.noise_scale[done - 1 : done + 1]
         found: np.ndarray = (t * self._before - s * self.trajectory.x) / (a * t - b * s)
         return found
 
@@ -184,7 +184,7 @@ class StepLoop:
         """Take a request out, waiting or running; False where it had left already.  Its place is free at once."""
         if ticket.over:
             return False
-        self._leave(ticket, Cancelled(f"sampling was cancelled after {ticket.made} of {ticket.steps} steps"))
+        self._leave(ticket, Cancelled(f"sampling was cancelled after {ticket.steps_done} of {ticket.steps} steps"))
         self._waiting = [entry for entry in self._waiting if entry[2] is not ticket]
         heapq.heapify(self._waiting)
         return True
@@ -208,7 +208,7 @@ class StepLoop:
     def steps_left(self) -> int:
         """Rows times steps of all that wait and run."""
         everyone = itertools.chain(self._running, (entry[2] for entry in self._waiting))
-        return sum((ticket.steps - ticket.made) * ticket.rows for ticket in everyone)
+        return sum((ticket.steps - ticket.steps_done) * ticket.rows for ticket in everyone)
 
     def step(self) -> list[Ticket]:
         """Admit, call the network, and return the requests that have left: done, or with an ``error``."""
@@ -264,8 +264,8 @@ class StepLoop:
             rows: list[Mapping[str, np.ndarray]] = []
             for ticket, slot in zip(group, slots, strict=True):
                 for inputs in slot.run.inputs:
-                    slot.trajectory.show(ticket.made, shown[len(rows)])
-                    timesteps[len(rows)] = slot.run.table.timesteps[ticket.made]
+                    slot.trajectory.show(ticket.steps_done, shown[len(rows)])
+                    timesteps[len(rows)] = slot.run.table.timesteps[ticket.steps_done]
                     rows.append(inputs)
             # rows that nobody reads repeat the first one, whose values are sound
             shown[used:], timesteps[used:] = shown[0], timesteps[0]
@@ -280,11 +280,11 @@ class StepLoop:
             self.rows_used += used
             self.rows_padded += batch - used
             for ticket, slot in zip(group, slots, strict=True):
-                slot.update(ticket.made, output[first : first + ticket.rows])
+                slot.update(ticket.steps_done, output[first : first + ticket.rows])
                 first += ticket.rows
-                ticket.made += 1
+                ticket.steps_done += 1
         for ticket, slot in zip(group, slots, strict=True):
-            if ticket.made == ticket.steps:
+            if ticket.steps_done == ticket.steps:
                 ticket.latents = slot.trajectory.x
                 self._leave(ticket, None)
 

@@ -46,18 +46,18 @@ class Stopping(PnpError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """Where a job is.
 
     Attributes:
-        made, steps: of all its images.
+        steps_done, steps: of all its images.
         running: images that have a place in the engine's calls.
         over: whether it has ended.
         seconds: since it was submitted.
         left: seconds to its end as far as is known; None before the first step.
     """
 
-    made: int
+    steps_done: int
     steps: int
     running: int
     over: bool
@@ -99,16 +99,16 @@ class Job:
         """Model evaluations of one image."""
         return len(self.prepared.table) * self.prepared.rows
 
-    def progress(self) -> Progress:
+    def progress(self) -> JobProgress:
         """Where it is; for any thread."""
         now = time.monotonic()
         steps = len(self.prepared.table) * self.count
-        made = sum(ticket.made for ticket in tuple(self.tickets))
+        made = sum(ticket.steps_done for ticket in tuple(self.tickets))
         left = None
         if made and self.admitted is not None:
             left = max(0.0, (now - self.admitted) / made * (steps - made))
         running = sum(ticket.running for ticket in tuple(self.tickets))
-        return Progress(made, steps, running, self.ended is not None, (self.ended or now) - self.submitted, left)
+        return JobProgress(made, steps, running, self.ended is not None, (self.ended or now) - self.submitted, left)
 
 
 class Watcher:
@@ -356,12 +356,12 @@ class Engine:
         for job in self.jobs():
             if job.deadline is not None and now > job.deadline:
                 after = job.deadline - job.submitted
-                made = job.progress()
+                progress = job.progress()
                 self._drop(
                     job,
                     Expired(
-                        f"the request was not done within {after:g} s: {made.made} of {made.steps} steps; take fewer "
-                        "steps or images, or try again later"
+                        f"the request was not done within {after:g} s: {progress.steps_done} of {progress.steps} "
+                        "steps; take fewer steps or images, or try again later"
                     ),
                 )
 
@@ -418,7 +418,7 @@ class Engine:
 
     def _retry_after(self, count: int) -> int:
         """Seconds until ``count`` images have left, as far as is known."""
-        work = sum(p.steps - p.made for p in (job.progress() for job in self._jobs.values()))
+        work = sum(p.steps - p.steps_done for p in (job.progress() for job in self._jobs.values()))
         seconds = work * (self._row_seconds or 0) * count / max(1, self._images)
         return min(max(RETRY[0], math.ceil(seconds)), RETRY[1])
 

@@ -31,10 +31,10 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Tally:
-    """What a run did: images that it made, and that were there from a run before."""
+    """Images that a run generated, and those that an earlier run had written."""
 
-    made: int
-    kept: int
+    generated: int
+    existing: int
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def _row(row: Any, number: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class OfflinePlan:
     """Rows checked, and those of them that have no image yet.
 
     Attributes:
@@ -128,7 +128,7 @@ class Plan:
         defaults: Mapping[str, Any] | None = None,
         seed: int = 0,
         kind: str = "png",
-    ) -> Plan:
+    ) -> OfflinePlan:
         """One image file a row, OUT/00000001.png for the first.
 
         Files of a run before are kept where they hold the same parameters, so that a run that was interrupted resumes,
@@ -154,7 +154,7 @@ class Plan:
     @classmethod
     def part(
         cls, pipeline: Pipeline, indices: Iterable[int], rows: list[dict[str, Any]], files: list[Path], kind: str
-    ) -> Plan:
+    ) -> OfflinePlan:
         """Of some rows of a table, with their defaults and seeds; ``indices`` are theirs in the table, for messages.
 
         Raises:
@@ -165,7 +165,7 @@ class Plan:
         return cls(rows, files, prepared, missing, kind)
 
 
-def generate(pipeline: Pipeline, plan: Plan, slots: int = SLOTS, progress: Progress | None = None) -> Tally:
+def generate(pipeline: Pipeline, plan: OfflinePlan, slots: int = SLOTS, progress: Progress | None = None) -> Tally:
     """Generate the missing images of a plan; each file is written whole or not at all.
 
     A row that another process has written meanwhile is dropped.

@@ -24,7 +24,7 @@ HALF_NYQUIST = 0.25
 
 
 @dataclass(frozen=True)
-class Layer:
+class FeatureMap:
     """A feature map of the U-Net that guides add to.
 
     Attributes:
@@ -58,7 +58,7 @@ class Recording:
 
     guidance: list[float]
     timesteps: list[int]
-    layers: list[Layer]
+    layers: list[FeatureMap]
     residual: np.ndarray
     feature: np.ndarray
     high: np.ndarray
@@ -120,7 +120,7 @@ def record(
     vae = base.vae().to(device)
     names = layer_names(len(guide.config["skip_channels"]))
 
-    layers: list[Layer] = []
+    layers: list[FeatureMap] = []
     seen: list[list[Measured]] = []  # of the present scale, a list per step
     images: list[np.ndarray] = []
     measured: list[list[list[Measured]]] = []  # [W][S][L]
@@ -131,7 +131,7 @@ def record(
         whole = (*features.down_block_res_samples, features.mid_block_res_sample)
         if not layers:
             for name, x, r in zip(names, whole, residuals, strict=True):
-                layers.append(Layer(name, x.shape[1], x.shape[2], x.shape[3], r is not None))
+                layers.append(FeatureMap(name, x.shape[1], x.shape[2], x.shape[3], r is not None))
         seen.append([measure(r, x) for r, x in zip(residuals, whole, strict=True)])
         for layer, m in zip(layers, seen[-1], strict=True):
             if not np.isfinite(m.residual):

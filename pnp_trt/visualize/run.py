@@ -37,7 +37,7 @@ _FILES = (("feature-maps", ".png"), ("strength", ".png"), ("strength", ".json"))
 
 
 @dataclass(frozen=True)
-class Request:
+class VisualizeRequest:
     """A visualisation request.
 
     Attributes:
@@ -65,7 +65,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Visualization:
     """Written files, the numbers (the JSON file's content), and a paragraph about them."""
 
     files: list[Path]
@@ -73,7 +73,9 @@ class Drawn:
     text: str
 
 
-def visualize(request: Request, command: Sequence[str] = (), progress: Progress | None = None) -> Drawn:
+def visualize(
+    request: VisualizeRequest, command: Sequence[str] = (), progress: Progress | None = None
+) -> Visualization:
     """Sample with the guide at every scale from the same noise; draw its feature maps and their strength.
 
     Writes ``feature-maps.png``, ``strength.png`` and ``strength.json`` to ``request.out``, numbered where those exist.
@@ -134,7 +136,7 @@ def visualize(request: Request, command: Sequence[str] = (), progress: Progress 
     with deferred():
         files = _write(request.out, maps, chart, parameters, document)
     text = describe(summary, f"{run}, {whose}, {request.steps} steps")
-    return Drawn(files, document, text)
+    return Visualization(files, document, text)
 
 
 def _rows(recording: Recording) -> list[dict[str, Any]]:
@@ -155,7 +157,7 @@ def _rows(recording: Recording) -> list[dict[str, Any]]:
     return out
 
 
-def _check(request: Request, scales: list[float]) -> None:
+def _check(request: VisualizeRequest, scales: list[float]) -> None:
     prompts = list(request.prompts)
     if prompts and not scales:
         raise InputError("no guidance scale was given; pass at least one")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pnp_trt import backends
 from pnp_trt.build.sizes import plan_sizes
 from pnp_trt.build.spec import BuildSpec
-from pnp_trt.build.work import Work
+from pnp_trt.build.work import Build
 from pnp_trt.bundle.profiles import MAX_SIDE, Profile, legal_sizes, once_and_twice, parse_size, tightest
 from pnp_trt.errors import InputError
 from pnp_trt.models.bases import resolve
@@ -122,6 +122,6 @@ def test_only_a_teachers_network_is_run_twice(guide: str, wanted: list[tuple[int
     plan = plan_sizes([Profile.parse("b1")], resolve("random:sd15").sizes())
     spec = BuildSpec("random:sd15", guide, backend="tensorrt", precision="fp16")
     base, backend = resolve("random:sd15"), backends.get("tensorrt")
-    work = Work(spec, base, {}, backend, recipe("fp16"), "sm_90", plan, lambda *_: None)
+    work = Build(spec, base, {}, backend, recipe("fp16"), "sm_90", plan, lambda *_: None)
     assert [p.extent("batch") for p in work._profiles("unet")] == wanted
     assert [p.extent("batch") for p in work._profiles("vae_decoder")] == [(1, 1, 1)]

@@ -151,7 +151,7 @@ def test_releases_that_cannot_work_are_refused_before_the_export(
 ) -> None:
     monkeypatch.setattr(flavours.importlib.metadata, "version", lambda name: found)
     monkeypatch.setattr(module, "present_gpus", lambda: [ADA])
-    monkeypatch.setattr("pnp_trt.build.builder.Work.run", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("pnp_trt.build.builder.Build.run", lambda *_: pytest.fail("the work began"))
     if accepted:
         assert set(backends.get(backend).versions().values()) == {found}
         return

@@ -20,7 +20,7 @@ from pnp_trt.backends.torch import graph as torch_graph
 from pnp_trt.backends.torch import network
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
-from pnp_trt.bundle.manifest import Compiled, NetworkParity, NetworkRecord
+from pnp_trt.bundle.manifest import CompileRecord, NetworkParity, NetworkRecord
 from pnp_trt.errors import Cancelled, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.sampling.device_loop import DeviceLoops
@@ -105,7 +105,7 @@ def test_on_a_gpu_compiled_code_runs_where_the_loop_captures(monkeypatch: pytest
     record = NetworkRecord(
         graph="vae.json", precision="fp32", inputs={"latents": ("float32", ("batch", 4, 8, 8))},
         outputs={"sample": ("float32", ("batch",))}, parity=NetworkParity(0.0, 0.0, 0),
-        compiled=Compiled(notes={"mode": "compile"}),
+        compiled=CompileRecord(notes={"mode": "compile"}),
     )  # fmt: skip
     vae = network.TorchNetwork(Path("vae.json"), record, LoadOptions("cuda"), Watched())
     assert vae.run({"latents": torch.ones(1, 4, 8, 8)}).sum() == 2 * 4 * 8 * 8

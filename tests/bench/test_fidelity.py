@@ -147,7 +147,7 @@ def head_file(tmp_path: Path) -> Path:
     """A head whose towers are the identity on 3 of the inputs: caption i is unit vector i."""
     three = np.eye(3, dtype=np.float32)
     tensors = {
-        f"{side}.{i}.{part}": value for side in ("image", "text") for i in (0, 1) for part, value in
+        f"{side}.{i}.{part}": value for side in ("picture", "text") for i in (0, 1) for part, value in
         (("weight", three), ("bias", np.zeros(3, np.float32)))
     }  # fmt: skip
     zero = np.zeros(3, np.float32)

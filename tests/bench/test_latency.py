@@ -15,7 +15,7 @@ from pnp_trt.bench.measure import latency
 from pnp_trt.bench.measure.cases import cases_of
 from pnp_trt.bench.measure.latency import BOUNDARY, Case, measure
 from pnp_trt.bench.measure.meters import Meters
-from pnp_trt.bench.measure.roofline import Device, Work
+from pnp_trt.bench.measure.roofline import CallCost, Device
 from pnp_trt.errors import InputError
 
 COST_MS = {"cfg": 20.0, "cfg-two-passes": 24.0, "unguided": 10.0, "guided": 11.0}
@@ -210,7 +210,9 @@ def test_meters_fill_their_fields() -> None:
         return 1000 * batch
 
     peaks = Device("fake", peak_macs_per_s=1e9, peak_bytes_per_s=1e9, how="it is a fake")
-    meters = Meters(memory, lambda: 50 * world.now, peaks, lambda case: Work(macs=4_000_000, weight_bytes=1_000_000))
+    meters = Meters(
+        memory, lambda: 50 * world.now, peaks, lambda case: CallCost(macs=4_000_000, weight_bytes=1_000_000)
+    )
     rows = measure(
         cases_of([Plain(world)]), batches=(1, 2), steps=5, rounds=1, warmup=0, prompts=["a"], clock=world.clock,
         meters=meters,
@@ -231,7 +233,7 @@ def test_what_does_not_apply_stays_empty() -> None:
     world = World()
     host = Fake(world)  # runs on no GPU: the GPU's energy is not its own
     peaks = Device("fake", 1e9, 1e9, "it is a fake")
-    for work in (lambda case: None, lambda case: Work(1, 1, "int8")):  # a peak of fp32 does not bound int8
+    for work in (lambda case: None, lambda case: CallCost(1, 1, "int8")):  # a peak of fp32 does not bound int8
         meters = Meters(None, lambda: world.now, peaks, work)
         (row,) = measure(
             [Case(host, "guided")], batches=(1,), rounds=1, prompts=["a"], clock=world.clock, meters=meters

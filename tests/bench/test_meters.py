@@ -11,7 +11,7 @@ import pytest
 from pnp_trt.bench.measure import footprint
 from pnp_trt.bench.measure.cases import Case
 from pnp_trt.bench.measure.energy import joules_per_image, nvml_counter
-from pnp_trt.bench.measure.footprint import Meter
+from pnp_trt.bench.measure.footprint import MemoryMeter
 from pnp_trt.errors import PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 
@@ -65,7 +65,7 @@ def test_without_a_counter_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peak_memory_is_of_a_process_of_its_own(micro_bundles: Path) -> None:
     plain = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
-    meter = Meter("cpu", 1)
+    meter = MemoryMeter("cpu", 1)
     one = meter(Case(plain, "cfg-interval", (0, 999)), batch=1, steps=2, schedule="ddim")
     many = meter(Case(plain, "cfg-fewer-steps"), batch=32, steps=2)
     assert one is not None and many is not None and meter.left_out == []
@@ -73,7 +73,7 @@ def test_peak_memory_is_of_a_process_of_its_own(micro_bundles: Path) -> None:
 
 
 def test_what_has_no_memory_figure_is_listed(micro_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = Meter()
+    meter = MemoryMeter()
     fake = SimpleNamespace(name="fake", methods=("cfg",))
     assert meter(Case(fake, "cfg"), batch=2, steps=3) is None  # type: ignore[arg-type]
     assert meter.left_out == [

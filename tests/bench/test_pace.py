@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pnp_trt.bench.measure.latency import Case
-from pnp_trt.bench.measure.pace import Meter, about, trial
+from pnp_trt.bench.measure.pace import ProgressMeter, about, trial
 
 
 @dataclass
@@ -59,7 +59,7 @@ def test_an_engine_of_one_image_is_tried_at_one() -> None:
 
 def test_the_time_left_follows_the_measured_pace() -> None:
     clock, told = Clock(), []
-    meter = Meter({"a": 10.0, "b": 30.0}, lambda *what: told.append(what), clock)
+    meter = ProgressMeter({"a": 10.0, "b": 30.0}, lambda *what: told.append(what), clock)
     assert meter.total == meter.left == 40
     meter.begin("a", "timing a")
     assert told[-1] == ("timing a (about 40 s left)", 0, 40)
@@ -77,8 +77,8 @@ def test_the_time_left_follows_the_measured_pace() -> None:
 
 def test_pieces_of_an_earlier_process_say_nothing_of_the_pace() -> None:
     clock = Clock()
-    meter = Meter({"a": 100.0, "b": 10.0, "c": 10.0}, None, clock)
-    meter.end("a", kept=True)
+    meter = ProgressMeter({"a": 100.0, "b": 10.0, "c": 10.0}, None, clock)
+    meter.end("a", resumed=True)
     assert meter.left == 20
     clock.now = 30.0
     meter.end("b")

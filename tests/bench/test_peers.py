@@ -13,7 +13,7 @@ import pytest
 
 from pnp_trt.bench.measure import latency, peers
 from pnp_trt.bench.measure.cases import Case
-from pnp_trt.bench.measure.footprint import Meter
+from pnp_trt.bench.measure.footprint import MemoryMeter
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 
@@ -101,7 +101,7 @@ def test_optimum_by_its_documented_interface(
 
 
 def test_memory_of_a_peer_is_of_a_process_of_its_own(eager: peers.Peer) -> None:
-    meter = Meter("cpu", 1)
+    meter = MemoryMeter("cpu", 1)
     found = meter(Case(eager, "diffusers"), batch=1, steps=1)
     assert meter.left_out == [] and found is not None and found > 100 * 2**20  # torch alone takes more
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnp_trt.bench.plan import QUICK, Plan, check, wanted_engines
+from pnp_trt.bench.plan import QUICK, Plan, check, engines_of
 from pnp_trt.bench.suites import known, load, make_plan
 from pnp_trt.errors import InputError
 
@@ -47,8 +47,8 @@ def test_default_and_quick_plans_are_sound() -> None:
     check(Plan())
     check(Plan(**QUICK, quick=True))
     assert Plan().loops == Plan().steps and replace(Plan(), timed_steps=(4,)).loops == (4,)
-    assert wanted_engines(Plan()) == ("emoji-teacher", "emoji-tiny")
-    assert wanted_engines(Plan(only="cost")) == () and Plan(only="cost").parts == ("cost",)
+    assert engines_of(Plan()) == ("emoji-teacher", "emoji-tiny")
+    assert engines_of(Plan(only="cost")) == () and Plan(only="cost").parts == ("cost",)
 
 
 def test_every_suite_of_the_repository_is_a_sound_plan() -> None:
@@ -107,3 +107,11 @@ def test_no_key_but_a_field_of_the_plan_is_taken(tmp_path_factory: pytest.TempPa
     names = {f.name for f in fields(Plan)}
     with pytest.raises(InputError, match="must be" if key in names else f"unknown key '{key}'"):
         load(str(file))
+
+
+def test_a_suite_may_name_the_images_as_earlier_versions_did(tmp_path: Path) -> None:
+    (tmp_path / "old.toml").write_text("pictures = 12\n")
+    assert make_plan(str(tmp_path / "old.toml"), False, {}).images == 12
+    (tmp_path / "both.toml").write_text("pictures = 12\nimages = 13\n")
+    with pytest.raises(InputError, match="sets 'images' twice"):
+        load(str(tmp_path / "both.toml"))

@@ -17,7 +17,7 @@ from pnp_trt.bench.plan import Plan
 from pnp_trt.bench.report.image_grid import headline
 from pnp_trt.bench.results import decode_images
 from pnp_trt.bench.work import Work
-from pnp_trt.bundle.manifest import Base, Guide
+from pnp_trt.bundle.manifest import Base, GuideRecord
 
 
 @dataclass
@@ -162,7 +162,7 @@ def test_macs_by_hand_and_null_where_they_are_not_known() -> None:
 
 def test_a_guide_counts_as_the_network_that_was_counted_or_as_none() -> None:
     def manifest(guide: str | None, base: str = "emoji") -> Any:
-        return SimpleNamespace(guide=None if guide is None else Guide(guide, "0" * 64), base=Base(base, {}))
+        return SimpleNamespace(guide=None if guide is None else GuideRecord(guide, "0" * 64), base=Base(base, {}))
 
     assert counted_guide(manifest(None)) == ""
     assert counted_guide(manifest("emoji-tiny")) == counted_guide(manifest("emoji-tiny-8", "emoji-3d")) == "guide-tiny"

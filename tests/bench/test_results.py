@@ -145,7 +145,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         "": "not complete JSON",
         "[]": "names no schema",
         "[" * 100_000: "nested too deeply",
-        '{"schema": "pnp-trt/bench/2", "cost": NaN}': "holds NaN",
+        '{"schema": "pnp-trt/bench/3", "cost": NaN}': "holds NaN",
         json.dumps({"schema": "pnp-trt/emoji-tables/1"}): "'pnp-trt/emoji-tables/1', this version reads",
         json.dumps(doc | {"schema": "pnp-trt/bench/1"}): "'pnp-trt/bench/1'.*make a new one: pnp-trt bench --json",
         json.dumps({key: value for key, value in doc.items() if key != "latency"}): "the document lacks 'latency'",
@@ -183,3 +183,41 @@ def test_wrong_images_are_refused() -> None:
         results.encode_images([{"label": "guided", "pixels": np.zeros((1, 8, 8, 3))}])
     with pytest.raises(InputError, match="'guided' has 2 images for 1 columns"):
         results.encode_images([good, {"label": "guided", "pixels": np.zeros((2, 8, 8, 3), np.uint8)}])
+
+
+#: one row of each part that has other names now
+FORMER = {
+    "schema": "pnp-trt/bench/2", "settings": {"suite": None, "quick": True, "pictures": 32,
+                                              "drawn": {"pictures": 32, "real_pictures": None}},
+    "task_quality_evaluated": False, "task_quality_reason": "no weights", "left_out": [], "published": [],
+    "engines": [], "device": None, "cold_start": [],
+    "cost": [{"network": "vae-decoder", "per": "picture", "parameters": 7, "macs": 5, "macs_without_attention": 4},
+             {"network": "teacher", "per": "step", "parameters": 7, "macs": 5, "macs_without_attention": 4}],
+    "methods_cost": [{"method": "cfg", "guide": None, "passes": ["teacher", "teacher"], "passes_per_picture": 16,
+                      "parameters": 7, "steps": 8, "picture_includes": ["vae-decoder"], "macs_per_step": 10,
+                      "macs_per_picture": 85, "macs_per_picture_without_attention": 68}],
+    "latency": [{"engine": "plain", "method": "cfg", "batch": 1, "steps": 8, "guidance": 3.0, "passes": 16,
+                 "p50_ms": 4.0, "p50_ms_per_step": 0.5, "p50_ms_per_picture": 6.0, "pictures_per_s": 166.0,
+                 "energy_j_per_picture": None, "observations_ms": {"encode": [1.0], "loop": [4.0], "decode": [1.0]}}],
+    "fidelity": [{"engine": "plain", "method": "cfg", "steps": 8, "guidance": 3.0, "passes": 16, "pictures": 32,
+                  "macs_per_picture": 85}],
+    "pictures": {"columns": ["a cat"], "caption": "", "rows": [{"label": "teacher", "png": []}]},
+}  # fmt: skip
+
+
+def test_a_document_of_the_former_schema_is_read_under_the_current_names(tmp_path: Path) -> None:
+    former = FORMER | {"provenance": whole()["provenance"]}
+    doc = read(tmp_path, json.dumps(former))
+    assert doc["schema"] == results.SCHEMA and doc["images"] == former["pictures"] and "pictures" not in doc
+    assert doc["settings"]["images"] == 32 and doc["settings"]["drawn"] == {"images": 32, "real_images": None}
+    assert [row["per"] for row in doc["cost"]] == ["image", "step"]
+    cost, latency, fidelity = doc["methods_cost"][0], doc["latency"][0], doc["fidelity"][0]
+    assert (cost["networks"], cost["evaluations"]) == (["teacher", "teacher"], 16)
+    assert (cost["macs_per_image"], cost["macs_per_image_without_attention"]) == (85, 68)
+    assert cost["image_includes"] == ["vae-decoder"]
+    assert (latency["evaluations"], latency["p50_ms_per_image"], latency["images_per_s"]) == (16, 6.0, 166.0)
+    assert latency["energy_j_per_image"] is None and latency["observations_ms"] == {
+        "encode": [1.0], "loop": [4.0], "decode": [1.0],
+    }  # fmt: skip
+    assert (fidelity["evaluations"], fidelity["images"], fidelity["macs_per_image"]) == (16, 32, 85)
+    assert not any(word in json.dumps(doc) for word in ("picture", "passes"))

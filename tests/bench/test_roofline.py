@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pnp_trt.bench.measure import roofline
 from pnp_trt.bench.measure.cases import Case
-from pnp_trt.bench.measure.roofline import Device, Work, least_loop_ms, least_ms, measure_device, work_of
+from pnp_trt.bench.measure.roofline import CallCost, Device, least_loop_ms, least_ms, measure_device, work_of
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 
@@ -28,7 +28,7 @@ ROWS = [
 def test_least_time_by_hand() -> None:
     assert least_ms(4e9, 1e9, DEVICE) == pytest.approx(2000)  # arithmetic
     assert least_ms(1e9, 3e9, DEVICE) == pytest.approx(3000)  # bytes
-    work = Work(macs=1_000_000, weight_bytes=1_000_000)
+    work = CallCost(macs=1_000_000, weight_bytes=1_000_000)
     # a call of one row takes 1 ms for its bytes, of two rows at batch 3 it takes 3 ms for its MACs
     assert least_loop_ms(work, [(4, 1)], 1, DEVICE) == pytest.approx(4)
     assert least_loop_ms(work, [(2, 2), (4, 1)], 3, DEVICE) == pytest.approx(2 * 3 + 4 * 1.5)
@@ -41,7 +41,7 @@ def test_least_time_by_hand() -> None:
 def test_guidance_costs_at_most_twice_and_sequential_cfg_is_no_cheaper(
     macs: int, weights: int, steps: int, batch: int
 ) -> None:
-    work = Work(macs, weights)
+    work = CallCost(macs, weights)
     once, twice, both = (least_loop_ms(work, c, batch, DEVICE) for c in ([(steps, 1)], [(2 * steps, 1)], [(steps, 2)]))
     assert once <= both * (1 + 1e-9) and both <= twice * (1 + 1e-9)
     assert twice == pytest.approx(2 * once)
@@ -62,7 +62,7 @@ def test_work_of_bundles(micro_bundles: Path) -> None:
     assert full is not None and full.macs == 1400
     assert work_of(ROWS[:1])(Case(guided, "guided")) is None
     peer = SimpleNamespace(name="micro", methods=("diffusers",), weight_bytes=77)
-    assert find(Case(peer, "diffusers")) == Work(1000, 77)  # type: ignore[arg-type]
+    assert find(Case(peer, "diffusers")) == CallCost(1000, 77)  # type: ignore[arg-type]
     del peer.weight_bytes
     assert find(Case(peer, "diffusers")) is None  # type: ignore[arg-type]
 

@@ -44,9 +44,9 @@ def test_every_request_is_served_once_and_in_order(name: str, burst: int) -> Non
 @pytest.mark.parametrize("policy", ["whole", "step", "cfg"])
 def test_rows_that_are_no_images_are_counted(policy: str) -> None:
     """Three images in calls of eight rows: five are padded, or two with CFG's rows."""
-    found = queues.figures(queues.POLICIES[policy](PADDED, [queues.Request(0.0, 10) for _ in range(3)]))
+    found = queues.figures(queues.POLICIES[policy](PADDED, [queues.QueuedRequest(0.0, 10) for _ in range(3)]))
     assert found["padding_share"] == (0.25 if policy == "cfg" else 0.625)
-    alone = queues.figures(queues.POLICIES["one"](PADDED, [queues.Request(0.0, 10)]))
+    alone = queues.figures(queues.POLICIES["one"](PADDED, [queues.QueuedRequest(0.0, 10)]))
     assert alone["latency_s"]["p99"] == pytest.approx(0.003 + 10 * CALLS[1] + 0.01) and alone["padding_share"] == 0
 
 

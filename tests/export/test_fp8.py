@@ -17,11 +17,11 @@ from onnx import numpy_helper
 from pnp_trt.backends.onnxruntime.backend import OrtNetwork
 from pnp_trt.graph.weights import apply, as_array, check_complete
 from pnp_trt.precision.int8.qdq import FLOAT8, quantize_graph
-from pnp_trt.precision.int8.record import Choice
+from pnp_trt.precision.int8.record import LayerRange
 
 from .test_quantize import Net, exported, initializers
 
-CHOICES = {"unet.conv": Choice(3.0)}
+CHOICES = {"unet.conv": LayerRange(3.0)}
 
 
 def e4m3(values: np.ndarray, scale: np.ndarray) -> np.ndarray:

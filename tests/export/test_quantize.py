@@ -17,14 +17,14 @@ from pnp_trt.build.onnx_export import export
 from pnp_trt.errors import PnpError
 from pnp_trt.graph.weights import WeightMap, apply, check_complete, quantization_scale, quantize
 from pnp_trt.precision.int8.qdq import matrix_layers, quantize_graph, quantize_weights
-from pnp_trt.precision.int8.record import Choice
+from pnp_trt.precision.int8.record import LayerRange
 from pnp_trt.precision.int8.simulate import quantised
 from pnp_trt.precision.recipes import RECIPES, convert
 
 CHOICES = {
-    "unet.conv": Choice(3.0),
-    "unet.plain": Choice(2.0),
-    "unet.smooth": Choice(2.5, (1, 0, -1, 0, 2, 0, 0, -2)),
+    "unet.conv": LayerRange(3.0),
+    "unet.plain": LayerRange(2.0),
+    "unet.smooth": LayerRange(2.5, (1, 0, -1, 0, 2, 0, 0, -2)),
 }
 
 
@@ -96,9 +96,9 @@ def test_weight_only_leaves_inputs_alone(tmp_path: Path) -> None:
 def test_layers_that_the_graph_lacks_are_named(tmp_path: Path) -> None:
     weights, path = exported(tmp_path)
     with pytest.raises(PnpError, match=r"2 layers that net.onnx does not have, for example guide.a"):
-        quantize_graph(path, weights, {**CHOICES, "unet.b": Choice(1.0), "guide.a": Choice(1.0)})
+        quantize_graph(path, weights, {**CHOICES, "unet.b": LayerRange(1.0), "guide.a": LayerRange(1.0)})
     with pytest.raises(PnpError, match=r"unet.deep is read by Conv and cannot take INT8"):
-        quantize_graph(path, weights, {"unet.deep": Choice(1.0)})
+        quantize_graph(path, weights, {"unet.deep": LayerRange(1.0)})
 
 
 @settings(max_examples=50)

@@ -182,7 +182,7 @@ def test_sessions_are_kept_by_size_those_used_last(tmp_path: Path) -> None:
     export(Pool(), {"x": torch.zeros(2, 1, 24, 24)}, "y", tmp_path / "pool.onnx", OPEN)
     legal = Profile("any", 1, 1, 32, (4, 4, 24), (4, 4, 24), 4)
     network = OrtNetwork(tmp_path / "pool.onnx", "cpu", profiles=(legal,))
-    network.kept = 4
+    network.max_loaded = 4
     assert network.describe().inputs == {"x": ("float32", ("batch", 1, "height", "width"))}
     for size in ((4, 4), (8, 4), (12, 4), (4, 4), (16, 4)):
         x = np.random.default_rng(0).standard_normal((1, 1, *size), np.float32)

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
-from pnp_trt.precision.int8.record import Choice, Layer, Record, choose, find
+from pnp_trt.precision.int8.record import LayerRange, ObservedLayer, Record, choose, find
 
 MAGNITUDES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=16)
 
 
-def layer(channels: list[float], kind: str = "linear") -> Layer:
-    return Layer(kind, 100, {"max": max(channels, default=1.0), "percentile-99.9": 0.5}, [1.0], channels)
+def layer(channels: list[float], kind: str = "linear") -> ObservedLayer:
+    return ObservedLayer(kind, 100, {"max": max(channels, default=1.0), "percentile-99.9": 0.5}, [1.0], channels)
 
 
 @given(MAGNITUDES, st.sampled_from(["0.5", "0.8"]))
@@ -36,9 +36,9 @@ def test_smoothing_evens_out_channels() -> None:
     choice = choose(layer([100.0, 1.0, 1.0, 1.0]), "smoothquant-0.5")
     assert choice.exponents is not None and choice.exponents[0] > choice.exponents[1]
     assert choice.amax < 100.0
-    assert choose(layer([2.0, 2.0]), "smoothquant-0.5") == Choice(2.0)  # even already: nothing to multiply by
-    assert choose(layer([], "conv"), "smoothquant-0.5") == Choice(1.0)  # convolutions have no channels' record
-    assert choose(layer([3.0]), "percentile-99.9") == Choice(0.5)
+    assert choose(layer([2.0, 2.0]), "smoothquant-0.5") == LayerRange(2.0)  # even already: nothing to multiply by
+    assert choose(layer([], "conv"), "smoothquant-0.5") == LayerRange(1.0)  # convolutions have no channels' record
+    assert choose(layer([3.0]), "percentile-99.9") == LayerRange(0.5)
 
 
 def test_records_survive_a_round_trip(micro_record: Path, tmp_path: Path) -> None:
@@ -50,11 +50,20 @@ def test_records_survive_a_round_trip(micro_record: Path, tmp_path: Path) -> Non
     assert sum(line.startswith('  "unet.') for line in lines) == len(record.layers)
 
 
+def test_a_record_of_the_former_schema_has_its_number_of_images(micro_record: Path, tmp_path: Path) -> None:
+    record = json.loads(micro_record.read_text())
+    record["schema"] = "pnp-trt/calibration/1"
+    record["settings"]["pictures"] = record["settings"].pop("images")
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    old, new = Record.read(tmp_path / "old.json"), Record.read(micro_record)
+    assert old == new and old.settings["images"] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda text: text[: len(text) // 2], "is not complete JSON"),
-        (lambda text: text.replace("calibration/1", "calibration/9"), "has schema pnp-trt/calibration/9"),
+        (lambda text: text.replace("calibration/2", "calibration/9"), "has schema pnp-trt/calibration/9"),
         (lambda text: "[1]", "has schema None"),
         (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "max"}}), "'decision' lacks 'float'"),
         (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "magic", "linear": "max", "float": []}}),

@@ -18,7 +18,7 @@ from pnp_trt.bundle.manifest import Tensor
 from pnp_trt.errors import Cancelled, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.sampling import device_loop
-from pnp_trt.sampling.device_loop import Feeds, Plan
+from pnp_trt.sampling.device_loop import Feeds, LoopPlan
 from pnp_trt.sampling.table import make_table
 
 from .. import fake_gpu
@@ -153,9 +153,9 @@ def test_a_table_of_more_rows_than_the_buffers_hold_has_larger_ones(
     for steps in (4, 5, 9, 8, 7, 4):  # 4 rows eagerly; 8; 12, which takes the place of 4; 8 twice; 4 anew
         equal(guided, steps=steps, seed=steps)
     assert (guided.loops.captures, guided.loops.replays) == (1, 2)
-    assert Plan(1, (8, 8), guided.host.schedule(1000), False, True).shape.rows == 1000
+    assert LoopPlan(1, (8, 8), guided.host.schedule(1000), False, True).shape.rows == 1000
     monkeypatch.undo()
-    assert [Plan(1, (8, 8), guided.host.schedule(n, "heun"), False, True).shape.rows for n in (500, 501)] == [
+    assert [LoopPlan(1, (8, 8), guided.host.schedule(n, "heun"), False, True).shape.rows for n in (500, 501)] == [
         1000,
         2000,
     ]
@@ -319,7 +319,7 @@ def test_what_the_guide_makes_of_w_is_part_of_the_graph(gpu: Gpu, guided: Both) 
     start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
     for w in ([1.0, 2.0], [3.0, 5.0], [2.0, 7.0]):
         scale = np.array(w, np.float32)
-        drawn = loops.run(Plan(2, (8, 8), table, False, False), Feeds(start, scale, {}))
+        drawn = loops.run(LoopPlan(2, (8, 8), table, False, False), Feeds(start, scale, {}))
         x, previous = start, None
         for i in range(4):
             output = 0.1 * table.scaled(i, x) + scale[:, None, None, None]

@@ -134,7 +134,7 @@ def test_every_run_has_the_bits_that_it_has_alone(
         if ticket.error is not None:
             assert number in cancelled and isinstance(ticket.error, Cancelled) and ticket.latents is None
         else:
-            assert ticket.latents is not None and ticket.made == ticket.steps
+            assert ticket.latents is not None and ticket.steps_done == ticket.steps
             np.testing.assert_array_equal(ticket.latents, alone(run))
     assert loop.calls == len(toy.batches) and sum(toy.batches) == loop.rows_used + loop.rows_padded
     assert set(toy.batches) <= set(loop.buckets) and loop.steps_left == 0
@@ -202,7 +202,7 @@ def test_cancel_frees_the_place_for_who_waits() -> None:
     assert loop.cancel(running) and "cancelled after 3 of 9 steps" in str(running.error)
     assert not running.running and running.estimate() is None
     loop.step()
-    assert waiting.running and waiting.began == 3 and waiting.made == 1
+    assert waiting.running and waiting.began == 3 and waiting.steps_done == 1
     assert loop.cancel(waiting) and not loop.running and loop.step() == [] and loop.calls == 4
 
 
@@ -230,7 +230,7 @@ def test_the_estimate_is_the_clean_latents_where_the_network_knows_the_noise(nam
         loop.step()
         found = ticket.estimate()
         assert found is not None
-        last = ticket.made == len(table)
+        last = ticket.steps_done == len(table)
         np.testing.assert_allclose(found, clean, atol=0.1 if last else 2e-3)  # the last level has some noise left
 
 

@@ -68,7 +68,7 @@ class Running:
         """Until the guided engine has so many jobs, and one of them has made a step where there are any."""
         deadline = time.monotonic() + 60
         engine = self.engines["guided"]
-        while len(engine.jobs()) != jobs or (jobs and not any(job.progress().made for job in engine.jobs())):
+        while len(engine.jobs()) != jobs or (jobs and not any(job.progress().steps_done for job in engine.jobs())):
             assert time.monotonic() < deadline, [job.progress() for job in engine.jobs()]
             time.sleep(0.002)
 

@@ -71,7 +71,7 @@ def test_what_many_threads_submit_is_what_the_pipeline_gives_alone(pipeline: Pip
         for one, other in zip(served, alone, strict=True):
             np.testing.assert_array_equal(one.pixels, other.pixels)
         progress = jobs[i].progress()
-        assert progress.over and progress.made == progress.steps == asked[i]["steps"] * len(alone)
+        assert progress.over and progress.steps_done == progress.steps == asked[i]["steps"] * len(alone)
     assert engine.images == 0 and not engine.jobs()
     assert engine.stop() and not engine.alive
     with pytest.raises(Stopping, match="is being stopped"):
@@ -102,7 +102,7 @@ def test_cancel_and_deadline_free_the_place_and_end_the_future(pipeline: Pipelin
     engine, gate = held
     running, waiting = (engine.submit(pipeline.prepare(["a cat"] * 2, steps=50, seed=[0, 1])) for _ in range(2))
     assert gate.arrived.wait(60)
-    assert running.progress().running == 2 and waiting.progress().made == 0 and engine.waiting == 2
+    assert running.progress().running == 2 and waiting.progress().steps_done == 0 and engine.waiting == 2
     assert engine.job(running.id) is running and engine.jobs() == [running, waiting]
     preview = engine.preview(running)
     engine.cancel(running)

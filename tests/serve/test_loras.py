@@ -323,7 +323,7 @@ def test_the_cache_keeps_what_is_used_and_mends_what_is_damaged(
     offering: Running, micro_bundles: Path, folder: Path, home: Path, tmp_path: Path
 ) -> None:
     bundle, sepia = open_bundle(micro_bundles / "guided"), folder / "sepia.safetensors"
-    small = PlugCache(tmp_path / "small", kept=1)
+    small = PlugCache(tmp_path / "small", max_bundles=1)
     first = small.take(bundle, [(sepia, 0.8)])
     second = small.take(bundle, [(sepia, 0.9)])
     assert first.bundle.folder.is_dir() and second.bundle.folder.is_dir()  # both in use

@@ -20,7 +20,7 @@ from PIL import Image
 from pnp_trt.errors import InputError
 from pnp_trt.runtime.images import read_parameters
 from pnp_trt.runtime.pipeline import Pipeline
-from pnp_trt.serve.offline import Plan, generate, read_rows
+from pnp_trt.serve.offline import OfflinePlan, generate, read_rows
 
 from ..conftest import Result
 
@@ -110,7 +110,7 @@ def test_a_wrong_table_is_told_of_by_its_row(tmp_path: Path, name: str, text: st
 def test_a_row_that_cannot_be_served_is_refused_before_the_work(engines: Path, tmp_path: Path) -> None:
     pipeline = Pipeline.load(engines / "guided", provider="cpu", threads=1)
     with pytest.raises(InputError, match="row 2: guidance is 30"):
-        Plan.of(pipeline, [{"prompt": "a"}, {"prompt": "b", "guidance": 30.0}], tmp_path)
+        OfflinePlan.of(pipeline, [{"prompt": "a"}, {"prompt": "b", "guidance": 30.0}], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -128,8 +128,8 @@ def test_a_run_that_is_killed_resumes_and_makes_every_row_once(engines: Path, tm
     there = {file.name: file.stat().st_mtime_ns for file in out.glob("*.png")}
     assert len(there) >= 2
     pipeline = Pipeline.load(engines / "guided", provider="cpu", threads=1)
-    tally = generate(pipeline, Plan.of(pipeline, rows, out, defaults={"guidance": 3.0}), slots=4)
-    assert tally.kept == len(there) and tally.made == len(rows) - len(there)
+    tally = generate(pipeline, OfflinePlan.of(pipeline, rows, out, defaults={"guidance": 3.0}), slots=4)
+    assert tally.existing == len(there) and tally.generated == len(rows) - len(there)
     files = sorted(out.glob("*.png"))
     assert [read_parameters(file)["prompt"] for file in files] == [row["prompt"] for row in rows]
     assert all(file.stat().st_mtime_ns == there[file.name] for file in files if file.name in there)

@@ -30,7 +30,7 @@ from .for_cuda import for_cuda
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
 
-def providers(wanted: str = "auto") -> list[str]:
+def providers(provider: str = "auto") -> list[str]:
     """Execution providers for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
@@ -39,10 +39,10 @@ def providers(wanted: str = "auto") -> list[str]:
     import onnxruntime as ort
 
     usable = "CUDAExecutionProvider" in ort.get_available_providers() and driver_present()
-    if wanted == "cpu" or (wanted == "auto" and not usable):
+    if provider == "cpu" or (provider == "auto" and not usable):
         return ["CPUExecutionProvider"]
-    if wanted not in ("auto", "cuda"):
-        raise InputError(f"provider is '{wanted}'; known: auto, cpu, cuda")
+    if provider not in ("auto", "cuda"):
+        raise InputError(f"provider is '{provider}'; known: auto, cpu, cuda")
     if not usable:
         raise InputError(
             "provider 'cuda' was requested and no NVIDIA driver was found; use --provider cpu, see pnp-trt doctor"
@@ -226,7 +226,7 @@ class OrtNetwork(PerShapeNetwork):
         open_tokens: bool = False,
     ) -> None:
         kept = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
-        super().__init__(path, profiles, kept, buffers_kept=self.KEEP, open_tokens=open_tokens)
+        super().__init__(path, profiles, kept, max_idle=self.KEEP, open_tokens=open_tokens)
         self._providers = providers(provider)
         self._asked = provider
         self._told = False

@@ -86,7 +86,7 @@ class OpenVinoNetwork(PerShapeNetwork):
     def __init__(
         self, path: Path, threads: int | None = None, profiles: tuple[Profile, ...] = (), open_tokens: bool = False
     ) -> None:
-        super().__init__(path, profiles, self.KEEP, buffers_kept=self.KEEP, open_tokens=open_tokens)
+        super().__init__(path, profiles, self.KEEP, max_idle=self.KEEP, open_tokens=open_tokens)
         self._threads = threads
 
     def _load(self, batch: int | None, size: Size | None, tokens: int | None) -> Any:

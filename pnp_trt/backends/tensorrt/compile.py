@@ -23,7 +23,7 @@ from ...errors import PnpError
 from ..base import Profile
 from .flavour import FLAVOURS, Flavour
 from .layer_report import report as report_layers
-from .logger import compiler_logger
+from .logger import message_logger
 
 #: seconds between two reports
 EVERY = 0.2
@@ -75,7 +75,7 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     flavour = FLAVOURS[job["flavour"]]
     trt = flavour.load()
     options = CompileOptions(**job["options"])
-    logger = compiler_logger(trt)
+    logger = message_logger(trt)
     builder = trt.Builder(logger)
     if hasattr(os, "sched_getaffinity"):
         builder.max_threads = len(os.sched_getaffinity(0))

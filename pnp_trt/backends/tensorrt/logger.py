@@ -1,4 +1,4 @@
-"""The compiler's messages, collected for one sentence."""
+"""Messages of the compiler and of the runtime, collected for one sentence."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 from .layer_report import BEGIN
 
 
-def compiler_logger(trt: Any) -> Any:
+def message_logger(trt: Any) -> Any:
+    """A ``trt.ILogger`` that collects messages; the class can only be defined once the package is loaded."""
+
     class Logger(trt.ILogger):
-        """Keeps what the compiler states, for the one sentence of an error."""
+        """Errors, the first 20 warnings, and the report of the layers."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -20,6 +20,7 @@ from ..base import Size
 from ..cuda import Cuda
 from .facts import facts
 from .flavour import Flavour
+from .logger import message_logger
 
 
 class TrtNetwork(Network):
@@ -43,7 +44,7 @@ class TrtNetwork(Network):
         self._flavour = flavour
         self._cuda = cuda or Cuda()
         self._trt = flavour.load()
-        self._log = _Log(self._trt).made
+        self._log = message_logger(self._trt)
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._deserialize(bool(entry.compiled.notes.get("host_code", False)))
         self._described = self._check(entry)
@@ -62,7 +63,7 @@ class TrtNetwork(Network):
             self._flavour.check_plan(self._trt, self._runtime, plan, self.path.name)
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise PnpError(f"{self._flavour.name} cannot load {self.path}: {self._log.first()}")
+            raise PnpError(self._log.summary(f"{self._flavour.name} cannot load {self.path}"))
         return engine
 
     def _check(self, entry: NetworkRecord) -> Description:
@@ -135,7 +136,7 @@ class TrtNetwork(Network):
         held = file.read_bytes() if file.is_file() else None
         context, kernels = self._flavour.context(self._engine, held)
         if context is None:
-            raise PnpError(f"{self.path.name}: no execution context for a batch of {batch}: {self._log.first()}")
+            raise PnpError(self._log.summary(f"{self.path.name}: no execution context for a batch of {batch}"))
 
         def keep() -> None:
             """Kernels are made when a shape first runs; the next process finds them."""
@@ -270,22 +271,3 @@ class TrtBound(Bound):
 def _must(worked: bool, what: str) -> None:
     if not worked:
         raise PnpError(f"TensorRT could not {what}; see pnp-trt doctor, and pnp-trt inspect for what the engine takes")
-
-
-class _Log:
-    """A logger of the runtime's that keeps the first error."""
-
-    def __init__(self, trt: Any) -> None:
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                super().__init__()
-                self.errors: list[str] = []
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    self.errors.append(message)
-
-            def first(self) -> str:
-                return " ".join(self.errors[0].split())[:400] if self.errors else "it gives no reason"
-
-        self.made: Any = Logger()

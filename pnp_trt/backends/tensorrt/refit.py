@@ -14,7 +14,7 @@ from typing import Any
 from ...bundle import memory
 from ...errors import PnpError
 from .flavour import FLAVOURS
-from .logger import compiler_logger
+from .logger import message_logger
 
 
 def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     started = time.monotonic()
     flavour = FLAVOURS[job["flavour"]]
     trt = flavour.load()
-    logger = compiler_logger(trt)
+    logger = message_logger(trt)
     runtime = trt.Runtime(logger)
     host_code = bool(job["options"]["version_compatible"])
     if host_code:  # a version-compatible plan carries a lean runtime of its own

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PnpError
-from ...sampling.device_loop import DeviceLoops, Drawn, Feeds, Lane, Shape
+from ...sampling.device_loop import DeviceLoops, Feeds, Lane, LoopOutput, Shape
 from ...sampling.table import COLUMNS, Schedule
 from .network import TorchNetwork
 
@@ -126,10 +126,10 @@ class TorchLane(Lane):
         if self._stream is not None:
             self._stream.synchronize()
 
-    def read(self, decode: bool) -> Drawn:
+    def read(self, decode: bool) -> LoopOutput:
         with self._on_stream():
             values, bad = self._results[decode].cpu(), self._bad.cpu()
-        return Drawn(values.numpy().copy(), bad[0].numpy().copy(), bad[1].numpy().copy())
+        return LoopOutput(values.numpy().copy(), bad[0].numpy().copy(), bad[1].numpy().copy())
 
     def capture(self, work: Callable[[], None]) -> Any:
         if self._stream is None:

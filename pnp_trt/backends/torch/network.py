@@ -29,7 +29,7 @@ _MOST_GRAPHS = 256
 _COMPILED = threading.Lock()
 
 
-def device(wanted: str = "auto") -> str:
+def device(provider: str = "auto") -> str:
     """``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
@@ -37,15 +37,15 @@ def device(wanted: str = "auto") -> str:
     """
     import torch
 
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise InputError(f"provider is '{wanted}'; known: auto, cpu, cuda")
+    if provider not in ("auto", "cpu", "cuda"):
+        raise InputError(f"provider is '{provider}'; known: auto, cpu, cuda")
     usable = torch.cuda.is_available()
-    if wanted == "cuda" and not usable:
+    if provider == "cuda" and not usable:
         raise InputError(
             f"provider 'cuda' was requested and torch {torch.__version__} finds no GPU; use --provider cpu, "
             "see pnp-trt doctor"
         )
-    return "cuda" if usable and wanted != "cpu" else "cpu"
+    return "cuda" if usable and provider != "cpu" else "cpu"
 
 
 @dataclass(frozen=True)

@@ -210,22 +210,22 @@ def _otherwise(old: Document, new: Document) -> list[str]:
     return found
 
 
-def summary(found: Comparison) -> str:
+def summary(comparison: Comparison) -> str:
     """The outcome in a sentence or two."""
-    firm = [one for one in found.figures if one.evidence != "weak"]
-    worse, better = len(found.of("worse")), len(found.of("better"))
-    if not found.figures:
+    firm = [one for one in comparison.figures if one.evidence != "weak"]
+    worse, better = len(comparison.of("worse")), len(comparison.of("better"))
+    if not comparison.figures:
         return "The two have no figure in common."
     said = f"{plural(len(firm), 'figure')} compared: {worse} worse, {better} better, the others within the noise."
-    hints = len(found.of("worse", weak=True)), len(found.of("better", weak=True))
+    hints = len(comparison.of("worse", weak=True)), len(comparison.of("better", weak=True))
     if any(hints):
         said += f" Absolute times hint at {hints[0]} slower and {hints[1]} faster."
     return said
 
 
-def render_terminal(found: Comparison) -> RenderableType:
+def render_terminal(comparison: Comparison) -> RenderableType:
     """The comparison as one rich renderable: what differs around it, what changed, what stands in one alone."""
     from ..report.terminal import Tables
     from .tables import comparison_tables
 
-    return Tables(comparison_tables(found), [summary(found)])
+    return Tables(comparison_tables(comparison), [summary(comparison)])

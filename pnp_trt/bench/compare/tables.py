@@ -19,24 +19,27 @@ _NAMES = {
 _MOST = 12  # rows of one document alone that are named
 
 
-def comparison_tables(found: Comparison) -> list[Table]:
+def comparison_tables(comparison: Comparison) -> list[Table]:
     """Tables in reading order; those that would be empty are left out."""
     tables = []
-    if found.differences:
-        note = () if found.absolute else ("Absolute times were not compared: device or versions differ.",)
-        tables.append(Table("The runs differ in", ["what"], [[one] for one in found.differences], 1, note))
+    if comparison.differences:
+        note = () if comparison.absolute else ("Absolute times were not compared: device or versions differ.",)
+        tables.append(Table("The runs differ in", ["what"], [[one] for one in comparison.differences], 1, note))
     for title, verdict, weak in (
         ("Significantly worse", "worse", False),
         ("Significantly better", "better", False),
         ("Slower by absolute times: a hint, not a proof", "worse", True),
         ("Faster by absolute times: a hint, not a proof", "better", True),
     ):
-        if changes := found.of(verdict, weak=weak):
-            together = _common(found) if weak and verdict == "worse" else None
+        if changes := comparison.of(verdict, weak=weak):
+            together = _common(comparison) if weak and verdict == "worse" else None
             notes = () if together is None else (together,)
             head = ["what", "figure", "old", "new", "change"]
             tables.append(Table(title, head, [_row(one) for one in changes], 2, notes))
-    for title, rows in (("In the old results only", found.only_old), ("In the new results only", found.only_new)):
+    for title, rows in (
+        ("In the old results only", comparison.only_old),
+        ("In the new results only", comparison.only_new),
+    ):
         if rows:
             more = len(rows) - _MOST
             notes = (f"and {more} more; the JSON has them all",) if more > 0 else ()
@@ -86,9 +89,11 @@ def _cell(value: float, interval: Sequence[float] | None, decimals: int) -> str:
     return text.replace("-", "−")
 
 
-def _common(found: Comparison) -> str | None:
+def _common(comparison: Comparison) -> str | None:
     """That all times moved together, which points to the machine rather than the code."""
-    moves = [math.log(one.new / one.old) for one in found.figures if one.figure == "p50_ms" and one.old and one.new]
+    moves = [
+        math.log(one.new / one.old) for one in comparison.figures if one.figure == "p50_ms" and one.old and one.new
+    ]
     if len(moves) < 3 or max(moves) - min(moves) > 2 * FLOOR:
         return None
     middle = math.exp(sorted(moves)[len(moves) // 2])

@@ -11,7 +11,7 @@ import numpy as np
 from ...sampling.methods import CFG, METHODS, Method
 
 
-class Pipeline(Protocol):
+class TimedPipeline(Protocol):
     """What is timed: a text-to-image pipeline on one engine. Every call returns when its result is on the host.
 
     A pipeline may further have `base` (what identifies the teacher's weights; pipelines of different bases are not
@@ -56,7 +56,7 @@ class Case:
     guided_interval: for `cfg-interval`, the lowest and the highest timestep with CFG; None takes the pipeline's own.
     """
 
-    pipe: Pipeline
+    pipe: TimedPipeline
     method: str
     guided_interval: tuple[int, int] | None = None
 
@@ -117,7 +117,7 @@ class Case:
         )
 
 
-def cases_of(pipes: Sequence[Pipeline], *, guided_interval: tuple[int, int] | None = None) -> list[Case]:
+def cases_of(pipes: Sequence[TimedPipeline], *, guided_interval: tuple[int, int] | None = None) -> list[Case]:
     """Every method of every pipeline, baselines too, in the order of `METHODS`; a peer's own method last."""
     found = []
     for pipe in pipes:

@@ -30,7 +30,7 @@ _SECONDS = 1800
 
 
 @dataclass
-class Meter:
+class MemoryMeter:
     """Measures the peak memory of cases; `meters.Meters` takes one as `memory`.
 
     provider, threads: how the engines are loaded, as for `Pipeline.load`.
@@ -52,13 +52,13 @@ class Meter:
         if bundle is None and peer is None:
             self._without(what, "it is not a bundle and cannot be loaded by another process")
             return None
-        wanted = {
+        settings = {
             "engine": None if bundle is None else str(bundle.folder), "peer": peer, "method": case.method,
             "guided_interval": case.guided_interval, "batch": batch, "steps": steps, "schedule": schedule,
             "size": size, "provider": self.provider, "threads": self.threads,
         }  # fmt: skip
         try:
-            found = in_own_process(wanted)
+            found = in_own_process(settings)
         except PnpError as e:
             self._without(what, str(e))
             return None
@@ -71,13 +71,13 @@ class Meter:
         self.left_out.append({"what": what, "why": why})
 
 
-def in_own_process(wanted: dict[str, Any]) -> dict[str, Any]:
+def in_own_process(settings: dict[str, Any]) -> dict[str, Any]:
     """`peak_bytes` (int, or None and `why`) of the batch that `main` generates.
 
     Raises PnpError with the last line that the process said, if it fails.
     """
     done = run_child(
-        [sys.executable, "-m", __name__], input=json.dumps(wanted), timeout=_SECONDS,
+        [sys.executable, "-m", __name__], input=json.dumps(settings), timeout=_SECONDS,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     if done.returncode != 0:
@@ -89,21 +89,21 @@ def in_own_process(wanted: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Generate the batch that standard input describes, and print what it took."""
-    wanted = json.load(sys.stdin)
-    if wanted["peer"] is not None:
+    settings = json.load(sys.stdin)
+    if settings["peer"] is not None:
         from .peers import load
 
-        pipe: Any = load(**wanted["peer"])
+        pipe: Any = load(**settings["peer"])
     else:
         from ...runtime.pipeline import Pipeline
 
-        pipe = Pipeline.load(wanted["engine"], provider=wanted["provider"], threads=wanted["threads"])
-    batch, size = wanted["batch"], wanted["size"]
+        pipe = Pipeline.load(settings["engine"], provider=settings["provider"], threads=settings["threads"])
+    batch, size = settings["batch"], settings["size"]
     noise = pipe.noise(list(range(batch)), *([] if size is None else [tuple(size)]))
-    interval = wanted["guided_interval"]
-    case = Case(pipe, wanted["method"], None if interval is None else tuple(interval))
+    interval = settings["guided_interval"]
+    case = Case(pipe, settings["method"], None if interval is None else tuple(interval))
     context = pipe.encode([_PROMPT] * batch)
-    latents = case.denoise(context, noise, steps=wanted["steps"], guidance=3.0, schedule=wanted["schedule"])
+    latents = case.denoise(context, noise, steps=settings["steps"], guidance=3.0, schedule=settings["schedule"])
     pipe.decode(latents)
     print(json.dumps(_device_bytes() if getattr(pipe, "on_gpu", False) else _host_bytes()))
 

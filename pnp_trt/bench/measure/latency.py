@@ -2,7 +2,7 @@
 
 A shared machine drifts (frequency, neighbours, memory), so no method is ever timed in one block: every round runs
 each case once, in an order that rotates, and the ratio to CFG is taken within the round before the median is.
-This module imports no torch; it times whatever fulfils `cases.Pipeline`.
+This module imports no torch; it times whatever fulfils `cases.TimedPipeline`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 
 from ...errors import InputError
 from ...sampling.methods import CFG, METHODS
-from .cases import Case, Pipeline
+from .cases import Case, TimedPipeline
 from .meters import Meters
 
-__all__ = ["BOUNDARY", "METHODS", "Case", "LatencyRow", "Pipeline", "measure"]
+__all__ = ["BOUNDARY", "METHODS", "Case", "LatencyRow", "TimedPipeline", "measure"]
 
 MIN_STEPS, MAX_STEPS = 1, 1000  # the teacher's schedule has 1,000 training timesteps
 DEFAULT_ROUNDS = 15

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from .cases import Case
 from .energy import Counter, joules_per_image
-from .roofline import Device, Work, least_loop_ms
+from .roofline import CallCost, Device, least_loop_ms
 
 
 class Memory(Protocol):
-    """What measures the peak memory of a case; `footprint.Meter` does."""
+    """What measures the peak memory of a case; `footprint.MemoryMeter` does."""
 
     def __call__(
         self, case: Case, *, batch: int, steps: int, schedule: str | None = None, size: tuple[int, int] | None = None
@@ -33,7 +33,7 @@ class Meters:
     memory: Memory | None = None
     counter: Counter | None = None
     device: Device | None = None
-    work: Callable[[Case], Work | None] | None = None
+    work: Callable[[Case], CallCost | None] | None = None
 
     def read(
         self,

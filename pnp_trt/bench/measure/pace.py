@@ -53,7 +53,7 @@ def trial(
     return Pace(max(low - small * each, 0.0), each)
 
 
-class Meter:
+class ProgressMeter:
     """Progress of a run in seconds of its estimate; the time left follows the measured pace.
 
     Args:
@@ -93,10 +93,10 @@ class Meter:
         part = self._jobs[self._job] * done / max(total, 1)
         self._say(self._text, round(self._done + part), round(self.total))
 
-    def end(self, job: str, *, kept: bool = False) -> None:
-        """A job is finished; ``kept`` if an earlier process did it, which is no measure of the pace."""
+    def end(self, job: str, *, resumed: bool = False) -> None:
+        """A job is finished; ``resumed`` if an earlier process did it, which is no measure of the pace."""
         self._done += self._jobs[job]
-        self._skipped += self._jobs[job] if kept else 0.0
+        self._skipped += self._jobs[job] if resumed else 0.0
         self._say(self._text, round(self._done), round(self.total))
 
 

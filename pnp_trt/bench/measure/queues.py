@@ -49,7 +49,7 @@ class Costs:
 
 
 @dataclass
-class Request:
+class QueuedRequest:
     """One image; times in seconds: its arrival, its first step, its end."""
 
     at: float
@@ -66,7 +66,7 @@ class Served:
         rows, padded: of network calls.
     """
 
-    requests: list[Request]
+    requests: list[QueuedRequest]
     rows: int = 0
     padded: int = 0
 
@@ -99,18 +99,18 @@ class _Call(Bound):
         return np.zeros((self._batch, 1, 1, 1), np.float32)
 
 
-def arrivals(count: int, rate: float, seed: int, steps: Sequence[int], burst: int = 1) -> list[Request]:
+def arrivals(count: int, rate: float, seed: int, steps: Sequence[int], burst: int = 1) -> list[QueuedRequest]:
     """Requests at ``rate`` a second, Poisson, ``burst`` at the same moment; all at once for a rate of 0."""
     draw = np.random.default_rng(seed)
     moments = draw.exponential(burst / rate, -(-count // burst)).cumsum() if rate else np.zeros(-(-count // burst))
-    return [Request(float(moments[i // burst]), int(draw.choice(steps))) for i in range(count)]
+    return [QueuedRequest(float(moments[i // burst]), int(draw.choice(steps))) for i in range(count)]
 
 
-def by_whole_requests(costs: Costs, requests: list[Request], most: int | None = None) -> Served:
+def by_whole_requests(costs: Costs, requests: list[QueuedRequest], most: int | None = None) -> Served:
     """Whenever the engine is free: the oldest request, and those that wait with equal steps, at most ``most``."""
     most = costs.slots if most is None else most
     served, now, k = Served(requests), 0.0, 0
-    waiting: list[Request] = []
+    waiting: list[QueuedRequest] = []
     while k < len(requests) or waiting:
         if not waiting:
             now = max(now, requests[k].at)
@@ -138,17 +138,21 @@ def _table(steps: int) -> Schedule:
 
 
 def by_steps(
-    costs: Costs, requests: list[Request], rows: int = 1, buckets: Sequence[int] | None = None, ageing: float = AGEING
-) -> Served:
+    costs: Costs,
+    requests: list[QueuedRequest],
+    rows: int = 1,
+    buckets: Sequence[int] | None = None,
+    ageing: float = AGEING,
+) -> Served:  # fmt: skip
     """The server's own loop; ``rows`` an image, ``buckets`` and ``ageing`` as of ``StepLoop``."""
     network = Clocked(costs.step)
     loop = StepLoop(network, costs.slots, tuple(costs.step) if buckets is None else buckets, ageing)
     tables = {steps: _table(steps) for steps in {request.steps for request in requests}}
-    owners: dict[Ticket, Request] = {}
+    owners: dict[Ticket, QueuedRequest] = {}
     start, k = np.zeros((1, 1, 1), np.float32), 0
     inputs: tuple[dict[str, np.ndarray], ...] = tuple({} for _ in range(rows))
 
-    def beginning(request: Request) -> Callable[[], Run]:
+    def beginning(request: QueuedRequest) -> Callable[[], Run]:
         def begin() -> Run:
             network.now += costs.text
             request.began = network.now
@@ -168,7 +172,7 @@ def by_steps(
     return Served(requests, loop.rows_used, loop.rows_padded)
 
 
-Policy = Callable[[Costs, list[Request]], Served]
+Policy = Callable[[Costs, list[QueuedRequest]], Served]
 #: by their names in the results document
 POLICIES: dict[str, Policy] = {
     "one": lambda costs, requests: by_whole_requests(costs, requests, 1),

@@ -54,7 +54,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Work:
+class CallCost:
     """What one network call asks of a device.
 
     macs: multiply-accumulates of one row of the batch, attention products included.
@@ -72,12 +72,12 @@ def least_ms(macs: float, bytes_: float, device: Device) -> float:
     return 1e3 * max(macs / device.peak_macs_per_s, bytes_ / device.peak_bytes_per_s)
 
 
-def least_loop_ms(work: Work, calls: Iterable[tuple[int, int]], batch: int, device: Device) -> float:
+def least_loop_ms(work: CallCost, calls: Iterable[tuple[int, int]], batch: int, device: Device) -> float:
     """The least milliseconds of a loop of `calls` (see `Case.calls`) for `batch` images."""
     return sum(count * least_ms(batch * rows * work.macs, work.weight_bytes, device) for count, rows in calls)
 
 
-def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], Work | None]:
+def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], CallCost | None]:
     """What a call of a case's network asks, from the rows of `cost.cost_rows` of its base.
 
     The work is None for pipelines of which too little is known: no bundle, and no `weight_bytes` of their own.
@@ -85,19 +85,19 @@ def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], Work | N
     """
     macs = {str(row["network"]): int(row["macs"]) for row in cost_rows}
 
-    def find(case: Case) -> Work | None:
+    def find(case: Case) -> CallCost | None:
         pipe: Any = case.pipe
         bundle = getattr(pipe, "bundle", None)
         if bundle is None:
             weight = getattr(pipe, "weight_bytes", None)
-            return None if weight is None or "teacher" not in macs else Work(macs["teacher"], weight)
+            return None if weight is None or "teacher" not in macs else CallCost(macs["teacher"], weight)
         networks = bundle.manifest.networks
         needed = ["teacher"]
         if case.kind.guided:
             needed.append("guide-full" if "condition" in networks else "guide-tiny")
         if any(name not in macs for name in needed):
             return None
-        return Work(
+        return CallCost(
             sum(macs[name] for name in needed),
             bundle.manifest.size_of(bundle.manifest.networks["unet"].file),
             bundle.manifest.precision,

@@ -17,7 +17,7 @@ from . import coldstart, footprint, latency, peers, roofline
 from .cases import Case, cases_of
 from .energy import nvml_counter
 from .meters import Meters
-from .pace import Meter, Pace, trial
+from .pace import Pace, ProgressMeter, trial
 
 #: prompts of the timed loop
 TIMED = [f"{p}, {STYLES[0]} style" for p in PROMPTS]
@@ -108,7 +108,7 @@ class Timing:
             found[_block(steps, batch)] = (plan.rounds + plan.warmup) * loops + _PROCESS * len(cases) * plan.memory
         return found
 
-    def kept(self) -> int:
+    def resumed(self) -> int:
         """How many jobs an earlier process finished."""
         starts = sum(self.work.has("start", self._start_key(pipe)) for pipe in self.pipes)
         device = self.work.has("device", self._device_key())
@@ -128,7 +128,7 @@ class Timing:
 
     # ------------------------------------------------------------------------------------------------- measuring
 
-    def cold_starts(self, meter: Meter) -> list[dict[str, Any]]:
+    def cold_starts(self, meter: ProgressMeter) -> list[dict[str, Any]]:
         """Rows of the document's ``cold_start``."""
         rows = []
         if not self.plan.cold_starts:
@@ -145,10 +145,10 @@ class Timing:
 
             row, earlier = self.work.table("start", self._start_key(pipe), make)
             rows.append({**row, "engine": pipe.name})
-            meter.end(_start(pipe), kept=earlier)
+            meter.end(_start(pipe), resumed=earlier)
         return rows
 
-    def measure(self, meter: Meter, cost: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def measure(self, meter: ProgressMeter, cost: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Rows of the document's ``latency``, block by block.
 
         A block's rounds are never split between processes, so that its ratios stay paired.
@@ -165,7 +165,7 @@ class Timing:
             meter.begin(job, f"timing, batch {batch}, {steps} steps")
 
             def make(steps: int = steps, batch: int = batch) -> dict[str, Any]:
-                memory = footprint.Meter(plan.provider)
+                memory = footprint.MemoryMeter(plan.provider)
                 made = latency.measure(
                     self._cases(batch), batches=(batch,), steps=steps, rounds=plan.rounds, warmup=plan.warmup,
                     guidance=plan.guidance[0], prompts=TIMED, schedule=plan.schedule, size=plan.size,
@@ -177,10 +177,10 @@ class Timing:
             found, earlier = self.work.table("latency", self._key(steps, batch), make)
             self.left_out += found["left_out"]
             rows += [{**row, "resumed": earlier} for row in found["rows"]]
-            meter.end(job, kept=earlier)
+            meter.end(job, resumed=earlier)
         return rows
 
-    def _meters(self, meter: Meter, cost: Sequence[Mapping[str, Any]]) -> Meters:
+    def _meters(self, meter: ProgressMeter, cost: Sequence[Mapping[str, Any]]) -> Meters:
         """What is measured besides times; what cannot be is left out with the reason."""
         if not self.plan.memory:
             self._leave_out("peak memory", "excluded by this run's settings")
@@ -195,7 +195,7 @@ class Timing:
             self._leave_out("least time on this device", "the networks' cost was not counted in this run")
         return Meters(None, counter, self._peaks(meter), roofline.work_of(cost) if cost else None)
 
-    def _peaks(self, meter: Meter) -> roofline.Device:
+    def _peaks(self, meter: ProgressMeter) -> roofline.Device:
         """The device's peaks, for the precision of the engines where they run on a GPU."""
         meter.begin("device", "measuring the device's peaks")
         provider, precision = self._device_key()
@@ -205,7 +205,7 @@ class Timing:
         )  # fmt: skip
         device = roofline.Device(**found)
         self.device = device.as_dict()
-        meter.end("device", kept=earlier)
+        meter.end("device", resumed=earlier)
         return device
 
     # ------------------------------------------------------------------------------------------------------ keys

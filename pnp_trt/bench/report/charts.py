@@ -64,33 +64,33 @@ def figure(height: float) -> tuple[Any, Any]:
     """A figure of `height` inches and its axes, without pyplot's global state."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(WIDTH, height), layout="constrained")
-    axis = made.subplots()
+    plot = Figure(figsize=(WIDTH, height), layout="constrained")
+    axis = plot.subplots()
     axis.set_axisbelow(True)
     axis.tick_params(length=0, labelsize=FONT, colors=INK, which="both")
     for side in ("top", "right", "bottom", "left"):
         axis.spines[side].set_visible(False)
     axis.title.set_color(INK)
-    return made, axis
+    return plot, axis
 
 
 def bars(count: int) -> tuple[Any, Any]:
     """Figure and axes for `count` horizontal bars, the first on top, with a vertical grid."""
-    made, axis = figure(0.9 + 0.47 * count)
+    plot, axis = figure(0.9 + 0.47 * count)
     axis.grid(axis="x", color=FAINT, linewidth=0.7)
     axis.spines["left"].set_visible(True)
     axis.spines["left"].set_color(INK)
     axis.set_ylim(count - 0.45, -0.55)
     axis.locator_params(axis="x", nbins=4)
     axis.xaxis.set_major_formatter(lambda value, place: f"{value:,g}")
-    return made, axis
+    return plot, axis
 
 
-def write_at_ends(made: Any, axis: Any, ends: Sequence[float], texts: Sequence[str]) -> None:
+def write_at_ends(plot: Any, axis: Any, ends: Sequence[float], texts: Sequence[str]) -> None:
     """A text behind the end of every bar, and an axis long enough that each has room. After the ticks are set."""
     axis.set_xlim(0, max(ends) or 1)
-    made.draw_without_rendering()  # settles the layout, so that the axis has its width
-    width = axis.get_window_extent().width / made.dpi * 72
+    plot.draw_without_rendering()  # settles the layout, so that the axis has its width
+    width = axis.get_window_extent().width / plot.dpi * 72
     widest = 0.75 * width  # a longer text would leave no room for bars
     shares = [min(0.57 * FONT * len(text) + 8, widest) / width for text in texts]
     limit = max(end / (1 - share) for end, share in zip(ends, shares, strict=True)) or 1
@@ -122,13 +122,13 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return found[:: -(-len(found) // most)]
 
 
-def svg(made: Any, name: str, title: str) -> Chart:
+def svg(plot: Any, name: str, title: str) -> Chart:
     """The figure as an inline SVG element: text kept as text, ids of its own, colours that the page sets."""
     import matplotlib as mpl
 
     stream = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": f"chart-{name}"}):
-        made.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plot.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -28,7 +28,7 @@ from .lora import Lora
 from .run import PlugSpec, check_engine, plug
 
 #: bundles on disk, at most, beside those in use
-KEPT = 16
+MAX_BUNDLES = 16
 _NAME = re.compile(r"[0-9a-f]{40}")
 
 
@@ -60,12 +60,12 @@ class PlugCache:
     Attributes:
         home: the folder; it is made where it is missing.
         fetch_base: fetch the base of an engine from the hub where it is not on this machine.
-        kept: bundles on disk, at most, beside those in use.
+        max_bundles: bundles on disk, at most, beside those in use.
     """
 
     home: Path
     fetch_base: bool = False
-    kept: int = KEPT
+    max_bundles: int = MAX_BUNDLES
 
     def check(self, bundle: Bundle) -> None:
         """Raise ``InputError`` for a bundle that no LoRA can be merged into, or a folder that cannot be written."""
@@ -124,7 +124,7 @@ class PlugCache:
             if _NAME.fullmatch(folder.name):
                 with contextlib.suppress(OSError):
                     ages.append(((folder / MANIFEST).stat().st_mtime_ns, folder))
-        for _, folder in sorted(ages)[: max(0, len(ages) - self.kept)]:
+        for _, folder in sorted(ages)[: max(0, len(ages) - self.max_bundles)]:
             with contextlib.suppress(OSError, PnpError), lock(folder, timeout=1), _alone(folder):
                 check_removable_bundle(folder)
                 shutil.rmtree(folder)

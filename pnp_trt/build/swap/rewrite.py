@@ -38,7 +38,7 @@ class Written:
     """A new data file: hash of the whole, and of the parts that were kept."""
 
     sha256: str
-    kept_sha256: str
+    unchanged_sha256: str
 
 
 def places(graph: Path, weights: Mapping[str, Any]) -> list[Place]:

@@ -29,13 +29,13 @@ from ...bundle.manifest import (
     TEXT_ENCODER,
     WEIGHTS,
     Base,
-    Compiled,
+    CompileRecord,
     FileRecord,
     FurtherText,
     LoraRecord,
     Manifest,
     NetworkRecord,
-    Plugged,
+    PlugRecord,
     Tokens,
     tokenizer_file,
 )
@@ -314,7 +314,7 @@ class _Work:
             hashes = self._hashes(loaded)
             base = self.spec.base or m.base.name
             command = self.spec.command(base, folder)
-            plugged = Plugged(
+            plugged = PlugRecord(
                 source={"name": m.name, "key": m.key, "base": m.base.name},
                 networks={n: networks[n].compiled.notes["weights"] if n in swapped else "kept" for n in networks},
                 guide_read_from=guide or (m.plugged.guide_read_from if m.plugged and not self._swaps_unet else None),
@@ -516,7 +516,7 @@ class _Work:
             options=replace(self.manifest.options, check_memory=self.spec.check_memory),
         )
         made = self.backend.replace_weights(job, work / _OLD / entry.file, lambda *_: None)
-        return replace(entry, compiled=Compiled(round(made.seconds, 1), made.peak_memory, made.notes))
+        return replace(entry, compiled=CompileRecord(round(made.seconds, 1), made.peak_memory, made.notes))
 
     def _hashes(self, loaded: list[Any]) -> dict[str, str]:
         """What the new bundle's base is made of, by network."""

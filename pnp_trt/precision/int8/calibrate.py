@@ -24,7 +24,7 @@ from ...models.prompts import read_prompts, warn_of_long_prompts
 from ...models.student import Student, Teacher
 from ...version import __version__
 from .observe import Loop, Observer, candidates
-from .record import Layer, Record, default_path
+from .record import ObservedLayer, Record, default_path
 from .sweep import Probes, Sweep, latent_error
 
 #: Parts of the names of layers that stay in floating point where no sweep looks at them: they see what no norm has
@@ -114,7 +114,7 @@ def calibrate(
         if "layers" not in held:
             held["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, say).items()}
         record = Record(
-            **identity, layers={n: Layer(**layer) for n, layer in held["layers"].items()}, versions=_versions()
+            **identity, layers={n: ObservedLayer(**layer) for n, layer in held["layers"].items()}, versions=_versions()
         )
         _keep(partial, key, held)
         sweep = held.setdefault("sweep", {})
@@ -167,7 +167,7 @@ def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _observe(config: CalibrationConfig, loop: Loop, modules: dict[str, Any], say: Progress) -> dict[str, Layer]:
+def _observe(config: CalibrationConfig, loop: Loop, modules: dict[str, Any], say: Progress) -> dict[str, ObservedLayer]:
     observer = Observer(modules, loop.scheduler.get("num_train_timesteps", 1000))
     runs = -(-config.images // config.batch)
     with observer.watching(histogram=False):  # how wide the histograms have to be
@@ -202,7 +202,7 @@ def _decide(
     sweep = Sweep(loop, probes, modules, record.layers, found, save, say)
     best = sweep.methods()
     order = sweep.each(best)
-    kept = sweep.kept(best, order, config.limit)
+    kept = sweep.float_layers(best, order, config.limit)
     record.decision = {**best, "float": kept}
     say("whole loop", 0, 1, "")
     found["states"] = sum(len(x) for x, *_ in probes.states)

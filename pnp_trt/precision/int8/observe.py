@@ -22,7 +22,7 @@ from ...errors import InputError, PnpError
 from ...models.conditioning import Conditions
 from ...models.student import Student, cfg
 from ...sampling.schedules import ddim_coefficients
-from .record import Layer
+from .record import ObservedLayer
 
 #: small layers that decide about every pixel or every block: a thousandth of the arithmetic
 NEVER = ("*.conv_in", "*.conv_out", "*time_emb*", "*add_embedding*", "*class_embedding*")
@@ -155,7 +155,7 @@ class Observer:
             for handle in handles:
                 handle.remove()
 
-    def result(self) -> dict[str, Layer]:
+    def result(self) -> dict[str, ObservedLayer]:
         """What was seen, by layer."""
         return {name: seen.layer() for name, seen in self._seen.items()}
 
@@ -190,13 +190,13 @@ class _Seen:
             self._histogram.collect(torch.tensor([1.5 * max(*self._by_timestep, 1e-6)]))
         self._histogram.collect(magnitude)
 
-    def layer(self) -> Layer:
+    def layer(self) -> ObservedLayer:
         largest = max(self._by_timestep)
         amax = {"max": largest}
         for p in PERCENTILES:
             amax[f"percentile-{p:g}"] = float(self._histogram.compute_amax("percentile", percentile=p))
         channels = [] if self._channels is None else self._channels.tolist()
-        return Layer(
+        return ObservedLayer(
             "linear" if self._linear else "conv", self._macs,
             # a bin's edge may lie past the largest value that there was
             {name: _short(min(v, largest)) for name, v in amax.items()},

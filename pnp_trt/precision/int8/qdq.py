@@ -19,7 +19,7 @@ from ...errors import PnpError
 from ...graph.weights import FLOAT8_LARGEST, LEVELS, Derived, WeightMap, apply, as_array, save_with_weights
 
 if TYPE_CHECKING:
-    from .record import Choice
+    from .record import LayerRange
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def layer_of(entry: Mapping[str, Any]) -> str:
     return name.removesuffix(".weight") if name.endswith(".weight") else ""
 
 
-def quantize_graph(path: Path, weights: WeightMap, choices: Mapping[str, Choice], form: Format = INT8) -> Derived:
+def quantize_graph(path: Path, weights: WeightMap, choices: Mapping[str, LayerRange], form: Format = INT8) -> Derived:
     """Give the named layers 8-bit inputs and weights (W8A8), in place.
 
     Args:
@@ -99,7 +99,7 @@ def matrix_layers(path: Path, weights: WeightMap) -> list[str]:
 
 
 def _rewrite(
-    path: Path, weights: WeightMap, choices: Mapping[str, Choice], layers: Collection[str], form: Format
+    path: Path, weights: WeightMap, choices: Mapping[str, LayerRange], layers: Collection[str], form: Format
 ) -> Derived:
     import onnx_ir as ir
 
@@ -155,7 +155,7 @@ class _Inserted:
         self.form = form
         self._made: dict[Any, Any] = {}
 
-    def activation(self, x: Any, choice: Choice, before: Any) -> Any:
+    def activation(self, x: Any, choice: LayerRange, before: Any) -> Any:
         """``x`` rounded to 8 bits and back; with SmoothQuant, divided by the factors first."""
         kind = x.dtype.numpy()
         key = (x.name, choice)
@@ -167,7 +167,7 @@ class _Inserted:
             self._made[key] = self._pair(y, choice.step(self.form.largest), kind, before)
         return self._made[key]
 
-    def weight(self, value: Any, axis: int, choice: Choice | None, before: Any, derived: Derived) -> Any:
+    def weight(self, value: Any, axis: int, choice: LayerRange | None, before: Any, derived: Derived) -> Any:
         """The weight, stored in 8 bits."""
         import torch
 

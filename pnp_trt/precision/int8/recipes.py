@@ -12,7 +12,7 @@ from ..recipes import Recipe, recipe
 if TYPE_CHECKING:
     from ...graph.weights import WeightMap
     from ..recipes import Derived
-    from .record import Choice, Record
+    from .record import LayerRange, Record
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Int8(Recipe):
         """``beside`` for networks that are not quantised."""
         return self if network in self.networks else recipe(self.beside)
 
-    def choices(self, record: Record) -> Mapping[str, Choice]:
+    def choices(self, record: Record) -> Mapping[str, LayerRange]:
         """The layers with 8-bit inputs and weights, and their ranges, by a record."""
         return record.choices()
 

@@ -70,7 +70,7 @@ _SHAPE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Layer:
+class ObservedLayer:
     """One convolution or linear layer, as it was observed.
 
     Attributes:
@@ -89,7 +89,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayerRange:
     """How one layer is quantised.
 
     Attributes:
@@ -127,19 +127,19 @@ class Record:
     base: dict[str, Any]
     guide: dict[str, Any] | None
     settings: dict[str, Any]
-    layers: dict[str, Layer]
+    layers: dict[str, ObservedLayer]
     sweep: dict[str, Any] = field(default_factory=dict)
     decision: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
-    def choices(self) -> dict[str, Choice]:
+    def choices(self) -> dict[str, LayerRange]:
         """How each layer that takes INT8 is quantised, by the record's decision."""
         kept = set(self.decision["float"])
         return {n: choose(layer, self.decision[layer.kind]) for n, layer in self.layers.items() if n not in kept}
 
-    def convolutions(self) -> dict[str, Choice]:
+    def convolutions(self) -> dict[str, LayerRange]:
         """The convolutions among them with their whole range: FP8 keeps small values where the range is wide."""
-        return {n: Choice(self.layers[n].amax["max"]) for n in self.choices() if self.layers[n].kind == "conv"}
+        return {n: LayerRange(self.layers[n].amax["max"]) for n in self.choices() if self.layers[n].kind == "conv"}
 
     def share(self, layers: Collection[str] | None = None) -> float:
         """Share of the observed layers' multiply-accumulates that ``layers`` do; those that take INT8 by default."""
@@ -175,7 +175,7 @@ class Record:
         values = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         if schema == _FORMER and "pictures" in values["settings"]:
             values["settings"] = {"images" if k == "pictures" else k: v for k, v in values["settings"].items()}
-        values["layers"] = {n: Layer(**layer) for n, layer in document["layers"].items()}
+        values["layers"] = {n: ObservedLayer(**layer) for n, layer in document["layers"].items()}
         record = cls(**values)
         try:
             choices = record.choices()
@@ -189,14 +189,14 @@ class Record:
         return record
 
 
-def choose(layer: Layer, method: str) -> Choice:
+def choose(layer: ObservedLayer, method: str) -> LayerRange:
     """A layer's range by one method; ``smoothquant-A`` scales a linear layer's channels first.
 
     Raises:
         KeyError: if the record lacks the method.
     """
     if not method.startswith("smoothquant-") or not layer.channels:
-        return Choice(layer.amax["max" if method.startswith("smoothquant-") else method])
+        return LayerRange(layer.amax["max" if method.startswith("smoothquant-") else method])
     # Xiao et al. 2023, eq. 4 with the weights' part left to their own per-channel scales: s = max|X|^α over its mean,
     # rounded to a power of two, so that neither side is rounded again
     alpha = float(method.removeprefix("smoothquant-"))
@@ -206,7 +206,7 @@ def choose(layer: Layer, method: str) -> Choice:
     middle = sum(logs) / len(logs)
     exponents = tuple(round(v - middle) for v in logs)
     amax = max(c * 2.0**-e for c, e in zip(layer.channels, exponents, strict=True))
-    return Choice(amax, exponents if any(exponents) else None)
+    return LayerRange(amax, exponents if any(exponents) else None)
 
 
 def default_path(base: str, guide: str) -> Path:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.weights import quantization_scale, quantize
-from .record import LEVELS, Choice
+from .record import LEVELS, LayerRange
 
 
 @contextmanager
-def quantised(layers: Mapping[str, nn.Module], choices: Mapping[str, Choice]) -> Iterator[None]:
+def quantised(layers: Mapping[str, nn.Module], choices: Mapping[str, LayerRange]) -> Iterator[None]:
     """Inside the block the layers that have a choice compute in INT8.
 
     Args:
@@ -30,7 +30,9 @@ def quantised(layers: Mapping[str, nn.Module], choices: Mapping[str, Choice]) ->
             kept.append((layer, layer.weight.data))
             layer.weight.data = _weight(layer.weight.data, factors)
 
-            def hook(_: nn.Module, args: tuple[Tensor, ...], c: Choice = choice, f: Tensor | None = factors) -> Tensor:
+            def hook(
+                _: nn.Module, args: tuple[Tensor, ...], c: LayerRange = choice, f: Tensor | None = factors
+            ) -> Tensor:
                 return _input(args[0], c.scale, f)
 
             handles.append(layer.register_forward_pre_hook(hook))

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .observe import METHODS, Loop
-from .record import Choice, Layer, choose
+from .record import LayerRange, ObservedLayer, choose
 from .simulate import quantised
 
 SMOOTH = ("smoothquant-0.5", "smoothquant-0.8")
 #: layers that are left out of INT8, most sensitive first, as shares of all
-KEPT = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+FLOAT_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 
 
 @dataclass
@@ -27,11 +27,11 @@ class Probes:
 
     Attributes:
         states: ``(x, t, rows, w)`` of one step of a batch.
-        wanted: the prediction in float32, each.
+        predictions: the prediction in float32, each.
     """
 
     states: list[tuple[Tensor, int, Tensor, Tensor]]
-    wanted: list[Tensor]
+    predictions: list[Tensor]
 
     @classmethod
     @torch.no_grad()
@@ -47,9 +47,9 @@ class Probes:
     def error(self, loop: Loop) -> float:
         """The network's relative error as it is now."""
         off = whole = 0.0
-        for state, wanted in zip(self.states, self.wanted, strict=True):
-            off += float((loop.predict(*state) - wanted).double().square().sum())
-            whole += float(wanted.double().square().sum())
+        for state, exact in zip(self.states, self.predictions, strict=True):
+            off += float((loop.predict(*state) - exact).double().square().sum())
+            whole += float(exact.double().square().sum())
         return (off / whole) ** 0.5
 
 
@@ -59,20 +59,20 @@ class Sweep:
     Args:
         modules: the candidate layers.
         layers: what was observed of them.
-        found: figures of an earlier run; written into.
+        figures: figures of an earlier run; written into.
         save: called after each figure.
     """
 
     def __init__(
-        self, loop: Loop, probes: Probes, modules: dict[str, nn.Module], layers: dict[str, Layer],
-        found: dict[str, Any], save: Callable[[], None], progress: Callable[[str, int, int, str], None],
+        self, loop: Loop, probes: Probes, modules: dict[str, nn.Module], layers: dict[str, ObservedLayer],
+        figures: dict[str, Any], save: Callable[[], None], progress: Callable[[str, int, int, str], None],
     ) -> None:  # fmt: skip
         self.loop, self.probes, self.modules, self.layers = loop, probes, modules, layers
-        self.found, self._save, self._progress = found, save, progress
+        self.figures, self._save, self._progress = figures, save, progress
 
     def methods(self) -> dict[str, str]:
         """The best method for each kind of layer, all layers of the kind in INT8 at once."""
-        table = self.found.setdefault("methods", {})
+        table = self.figures.setdefault("methods", {})
         kinds = sorted({layer.kind for layer in self.layers.values()})
         jobs = [(k, m) for k in kinds for m in (*METHODS, *(SMOOTH if k == "linear" else ()))]
         for i, (kind, method) in enumerate(jobs):
@@ -86,7 +86,7 @@ class Sweep:
 
     def each(self, best: dict[str, str]) -> list[str]:
         """The layers, the one that brings the largest error for its arithmetic first."""
-        table = self.found.setdefault("layers", {})
+        table = self.figures.setdefault("layers", {})
         for i, (name, layer) in enumerate(self.layers.items()):
             self._progress("layers", i, len(self.layers), name)
             if name not in table:
@@ -94,12 +94,12 @@ class Sweep:
                 self._save()
         return sorted(self.layers, key=lambda n: table[n] ** 2 / max(self.layers[n].macs, 1), reverse=True)
 
-    def kept(self, best: dict[str, str], order: list[str], limit: float) -> list[str]:
+    def float_layers(self, best: dict[str, str], order: list[str], limit: float) -> list[str]:
         """The layers that stay, as few as bring the error under ``limit``; if none do, those of the least error."""
-        table = self.found.setdefault("kept", [])
+        table = self.figures.setdefault("kept", [])
         whole = sum(layer.macs for layer in self.layers.values())
-        for i, share in enumerate(KEPT):
-            self._progress("kept", i, len(KEPT), f"{share:.0%} of the layers")
+        for i, share in enumerate(FLOAT_SHARES):
+            self._progress("kept", i, len(FLOAT_SHARES), f"{share:.0%} of the layers")
             count = round(share * len(order))
             if all(row["kept"] != count for row in table):
                 used = order[count:]
@@ -111,18 +111,20 @@ class Sweep:
         row = min(enough, key=lambda r: r["kept"]) if enough else min(table, key=lambda r: r["error"])
         return order[: row["kept"]]
 
-    def _error(self, choices: dict[str, Choice]) -> float:
+    def _error(self, choices: dict[str, LayerRange]) -> float:
         with quantised(self.modules, choices):
             return float(f"{self.probes.error(self.loop):.4g}")
 
 
-def latent_error(loop: Loop, modules: dict[str, nn.Module], choices: dict[str, Choice], seeds: Iterable[int]) -> float:
+def latent_error(
+    loop: Loop, modules: dict[str, nn.Module], choices: dict[str, LayerRange], seeds: Iterable[int]
+) -> float:
     """‖x̂₀ − x₀‖ / ‖x₀‖ of final latents after the whole loop, from the same noise."""
     off = whole = 0.0
     for seed in seeds:
-        wanted = loop.run(seed, 4)
+        exact = loop.run(seed, 4)
         with quantised(modules, choices):
             got = loop.run(seed, 4)
-        off += float((got - wanted).double().square().sum())
-        whole += float(wanted.double().square().sum())
+        off += float((got - exact).double().square().sum())
+        whole += float(exact.double().square().sum())
     return (off / whole) ** 0.5

@@ -178,9 +178,13 @@ def router(service: Service) -> APIRouter:
         found = job.progress()
         if service.state(job) == "loading":
             held["textinfo"] = f"loading {lora_tags(job.prepared.loras)}"
-        held["progress"] = found.made / max(1, found.steps)
+        held["progress"] = found.steps_done / max(1, found.steps)
         held["eta_relative"] = found.left or 0.0
-        state |= {"job": job.id, "sampling_step": found.made // job.count, "sampling_steps": len(job.prepared.table)}
+        state |= {
+            "job": job.id,
+            "sampling_step": found.steps_done // job.count,
+            "sampling_steps": len(job.prepared.table),
+        }
         if not skip_current_image and (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
             (data,) = await service.files([GeneratedImage(pixels, {})], "png")
             held["current_image"] = base64.b64encode(data).decode()
@@ -192,7 +196,7 @@ def router(service: Service) -> APIRouter:
         """Ends the requests from the same address; of each, the image so far is its answer."""
         for engine, job in service.jobs_of("a1111", request):
             if (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
-                parameters = job.prepared.parameters(0) | {"interrupted_after": job.progress().made // job.count}
+                parameters = job.prepared.parameters(0) | {"interrupted_after": job.progress().steps_done // job.count}
                 job.partial = GeneratedImage(pixels, parameters)
             service.cancel(job)
         return {}

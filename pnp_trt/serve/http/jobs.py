@@ -23,7 +23,7 @@ def router(service: Service) -> APIRouter:
         engine, job = service.job(name)
         found = job.progress()
         held: dict[str, Any] = {
-            "id": job.id, "steps_done": found.made, "steps": found.steps, "running": found.running > 0,
+            "id": job.id, "steps_done": found.steps_done, "steps": found.steps, "running": found.running > 0,
             "state": service.state(job),
             "seconds": round(found.seconds, 3), "seconds_left": None if found.left is None else round(found.left, 3),
             "preview": None,

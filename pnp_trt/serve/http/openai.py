@@ -37,7 +37,7 @@ class LoraOf(BaseModel):
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
 
-class Images(BaseModel):
+class ImagesRequest(BaseModel):
     """The body of both; fields that change nothing here (quality, style, user, …) are ignored."""
 
     model_config = ConfigDict(extra="ignore")
@@ -90,7 +90,7 @@ def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/v1")
 
-    async def made(request: Request, given: Images, init: bytes | None = None) -> dict[str, Any]:
+    async def made(request: Request, given: ImagesRequest, init: bytes | None = None) -> dict[str, Any]:
         if given.stream:
             raise InputError("stream is true; this server sends images whole: leave it out")
         asked = Asked(
@@ -122,7 +122,7 @@ def router(service: Service) -> APIRouter:
         }
 
     @routes.post("/images/generations")
-    async def generations(request: Request, given: Images) -> dict[str, Any]:
+    async def generations(request: Request, given: ImagesRequest) -> dict[str, Any]:
         return await made(request, given)
 
     @routes.post("/images/edits")
@@ -139,7 +139,7 @@ def router(service: Service) -> APIRouter:
             fields: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
         # the client's library writes an object's members so
         lora = {key: fields.pop(f"lora[{key}]") for key in ("name", "scale") if f"lora[{key}]" in fields}
-        return await made(request, Images.model_validate(fields | ({"lora": lora} if lora else {})), data)
+        return await made(request, ImagesRequest.model_validate(fields | ({"lora": lora} if lora else {})), data)
 
     @routes.get("/models")
     async def models() -> dict[str, Any]:

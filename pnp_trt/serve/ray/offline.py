@@ -18,7 +18,7 @@ from ...errors import PnpError
 from ...io.text import printable
 from ...runtime.pipeline import Pipeline
 from ...sampling.step_loop import SLOTS
-from ..offline import Plan, Progress, Tally
+from ..offline import OfflinePlan, Progress, Tally
 from ..offline import generate as generate_here
 from .cluster import cluster, placed
 
@@ -27,12 +27,12 @@ _CALLS = 8
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerTask:
     """What every worker does.
 
     Attributes:
         bundle, out: folders, which every node of the cluster has at the same place.
-        defaults, seed, kind: as of :meth:`pnp_trt.serve.offline.Plan.of`.
+        defaults, seed, kind: as of :meth:`pnp_trt.serve.offline.OfflinePlan.of`.
         slots: of a worker's engine.
         provider: as of ``Pipeline.load``.
     """
@@ -47,7 +47,7 @@ class Task:
 
 
 def generate(
-    task: Task, rows: Sequence[Mapping[str, Any]], replicas: int | None = None, progress: Progress | None = None
+    task: WorkerTask, rows: Sequence[Mapping[str, Any]], replicas: int | None = None, progress: Progress | None = None
 ) -> Tally:
     """One image file a row, as :func:`pnp_trt.serve.offline.generate`, by workers that Ray starts again when they die.
 
@@ -71,7 +71,7 @@ def generate(
 
 
 def _planned(
-    task: Task, rows: Sequence[Mapping[str, Any]], resources: Mapping[str, float]
+    task: WorkerTask, rows: Sequence[Mapping[str, Any]], resources: Mapping[str, float]
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows without an image, each as what a worker reads, and the number of all; checked where the engine loads."""
     import ray
@@ -80,15 +80,15 @@ def _planned(
     return found
 
 
-def plan(task: Task, rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+def plan(task: WorkerTask, rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     """Run by Ray: see :func:`_planned`."""
     pipeline = Pipeline.load(task.bundle, provider=task.provider)
-    found = Plan.of(pipeline, rows, task.out, defaults=task.defaults, seed=task.seed, kind=task.kind)
+    found = OfflinePlan.of(pipeline, rows, task.out, defaults=task.defaults, seed=task.seed, kind=task.kind)
     todo = [{"index": i, "file": str(found.files[i]), "row": json.dumps(found.rows[i])} for i in found.missing]
     return todo, len(found.files)
 
 
-def _made(task: Task, todo: list[dict[str, Any]], workers: int, resources: Mapping[str, float]) -> Iterator[int]:
+def _made(task: WorkerTask, todo: list[dict[str, Any]], workers: int, resources: Mapping[str, float]) -> Iterator[int]:
     """Rows done, after each batch."""
     import ray.data
 
@@ -113,7 +113,7 @@ def _made(task: Task, todo: list[dict[str, Any]], workers: int, resources: Mappi
 class Worker:
     """An engine in an actor of Ray Data."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: WorkerTask) -> None:
         import warnings
 
         warnings.filterwarnings("ignore", category=UserWarning)
@@ -129,7 +129,7 @@ class Worker:
         import numpy as np
 
         rows, files = [json.loads(row) for row in batch["row"]], [Path(file) for file in batch["file"]]
-        part = Plan.part(self._pipeline, map(int, batch["index"]), rows, files, self._task.kind)
+        part = OfflinePlan.part(self._pipeline, map(int, batch["index"]), rows, files, self._task.kind)
         generate_here(self._pipeline, part, self._task.slots)
         return {"done": np.array([len(rows)])}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ....errors import InputError
 from ....io.inputs import parse_json
-from .names import Layer
+from .names import LoraTarget
 from .source import Lora
 
 #: diffusers' key of a safetensors file's metadata
@@ -51,7 +51,7 @@ class AdapterConfig:
             return cls(str(lora.adapter_config), _object(str(lora.adapter_config), _text(lora.adapter_config)))
         return cls(str(lora.path), {})
 
-    def factor(self, layer: Layer, rank: int, alpha: float | None) -> float:
+    def factor(self, layer: LoraTarget, rank: int, alpha: float | None) -> float:
         """What the product of a layer's factors is multiplied with: alpha/rank, or alpha/√rank for rsLoRA.
 
         Args:
@@ -94,7 +94,7 @@ class AdapterConfig:
                 "checkpoint with peft, and plug the result with --base"
             )
 
-    def _by_pattern(self, config: Mapping[str, Any], key: str, layer: Layer, default: Any) -> float | None:
+    def _by_pattern(self, config: Mapping[str, Any], key: str, layer: LoraTarget, default: Any) -> float | None:
         """The value of the first pattern that matches the layer's name, as peft looks it up."""
         patterns = config.get(key) or {}
         if not isinstance(patterns, Mapping):

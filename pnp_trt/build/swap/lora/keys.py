@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ....errors import InputError
-from .names import Layer, LayerNames
+from .names import LayerNames, LoraTarget
 
 #: prefixes of keys → the network that they name; None where they do not state
 _PREFIXES: dict[str, str | None] = {
@@ -69,7 +69,7 @@ _ARCHITECTURES = {
 }
 
 
-def by_layer(path: Path, keys: Iterable[str], names: LayerNames) -> dict[Layer, dict[str, str]]:
+def by_layer(path: Path, keys: Iterable[str], names: LayerNames) -> dict[LoraTarget, dict[str, str]]:
     """The file's keys by layer and part (``down``, ``up``, ``mid``, ``up_bias``, ``alpha``, ``diff``, ``diff_b``).
 
     Raises:
@@ -78,7 +78,7 @@ def by_layer(path: Path, keys: Iterable[str], names: LayerNames) -> dict[Layer, 
     """
     keys = list(keys)
     _refuse_other_kinds(path, keys)
-    out: dict[Layer, dict[str, str]] = defaultdict(dict)
+    out: dict[LoraTarget, dict[str, str]] = defaultdict(dict)
     unmatched = []
     for key in keys:
         network, rest = _split_prefix(key)
@@ -153,7 +153,7 @@ def _no_layer(path: Path, keys: list[str], count: int) -> InputError:
     )
 
 
-def _check_complete(path: Path, layer: Layer, parts: dict[str, str]) -> None:
+def _check_complete(path: Path, layer: LoraTarget, parts: dict[str, str]) -> None:
     key = next(iter(parts.values()))
     factors = {"down", "up"} & parts.keys()
     if len(factors) == 1 or (not factors and parts.keys() & {"mid", "up_bias", "alpha"}):

@@ -54,7 +54,7 @@ _TEXT_MODEL = "text_model."
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoraTarget:
     """A layer that a LoRA can change.
 
     Attributes:
@@ -81,9 +81,9 @@ class LayerNames:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         """Args: ``modules``: by network; tensors may be on the meta device."""
         self.networks = tuple(modules)
-        self._by_name: dict[str, dict[str, set[Layer]]] = {}
+        self._by_name: dict[str, dict[str, set[LoraTarget]]] = {}
         for network, module in modules.items():
-            table: dict[str, set[Layer]] = defaultdict(set)
+            table: dict[str, set[LoraTarget]] = defaultdict(set)
             layers = list(_layers(network, module))
             original = _original_names([layer.name for layer in layers])
             for layer in layers:
@@ -91,7 +91,7 @@ class LayerNames:
                     table[name].add(layer)
             self._by_name[network] = table
 
-    def find(self, name: str, network: str | None) -> Layer | None:
+    def find(self, name: str, network: str | None) -> LoraTarget | None:
         """The one layer of that name; None if there is none, or more than one.
 
         Args:
@@ -119,7 +119,7 @@ def architecture(
     return LayerNames(modules)
 
 
-def _layers(network: str, module: nn.Module) -> Iterator[Layer]:
+def _layers(network: str, module: nn.Module) -> Iterator[LoraTarget]:
     from torch import nn
 
     for name, part in module.named_modules():
@@ -127,7 +127,7 @@ def _layers(network: str, module: nn.Module) -> Iterator[Layer]:
         if weight is not None:
             bias = part._parameters.get("bias")
             shapes = tuple(weight.shape), None if bias is None else tuple(bias.shape)
-            yield Layer(network, name, *shapes, isinstance(part, nn.Embedding))
+            yield LoraTarget(network, name, *shapes, isinstance(part, nn.Embedding))
 
 
 def _names(name: str, original: str | None) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ....errors import InputError
 from .adapter_config import AdapterConfig
 from .keys import by_layer
-from .names import Layer, LayerNames
+from .names import LayerNames, LoraTarget
 from .source import Lora
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class LayerChange:
             of the bias, ``diff`` that of the weight.
     """
 
-    layer: Layer
+    layer: LoraTarget
     factor: float
     scale: float
     parts: dict[str, Tensor]
@@ -97,7 +97,7 @@ def _check_values(lora: Lora, part: str, key: str, tensor: Tensor) -> None:
 
 
 def _check_shape(
-    lora: Lora, layer: Layer, part: str, key: str, tensors: dict[str, Tensor], keys: dict[str, str]
+    lora: Lora, layer: LoraTarget, part: str, key: str, tensors: dict[str, Tensor], keys: dict[str, str]
 ) -> None:
     if part == "alpha":
         return
@@ -118,7 +118,7 @@ def _check_shape(
         )
 
 
-def _shapes(layer: Layer, part: str, rank: int, tucker: bool) -> list[tuple[int, ...]]:
+def _shapes(layer: LoraTarget, part: str, rank: int, tucker: bool) -> list[tuple[int, ...]]:
     """The shapes that a part may have, but for axes of length 1 at the end."""
     outputs, inputs, *kernel = (*layer.shape, 1)[: max(len(layer.shape), 2)]
     if layer.embedding:

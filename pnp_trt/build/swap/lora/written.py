@@ -27,7 +27,7 @@ _ROUNDING = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24)}
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightRow:
     """What one row of a layer's weight must be.
 
     Attributes:
@@ -45,7 +45,7 @@ class Row:
     size: np.ndarray
 
 
-def rows(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> list[Row]:
+def rows(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> list[WeightRow]:
     """Rows of some layers that the LoRAs change; to be called before they are merged.
 
     Args:
@@ -64,18 +64,18 @@ def rows(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> list[
         index = len(weight) // 2
         terms = [_numbers(weight[index]).ravel(), *(_added(c, index) for c in changes[name])]
         size = np.sum(np.abs(terms), 0)
-        out.append(Row(f"{name}.weight", tuple(weight.shape), index, np.sum(terms, 0), size))
+        out.append(WeightRow(f"{name}.weight", tuple(weight.shape), index, np.sum(terms, 0), size))
     return out
 
 
-def check(graph: Path, weights: Mapping[str, Any], source: str, wanted: Sequence[Row]) -> None:
+def check(graph: Path, weights: Mapping[str, Any], source: str, expected: Sequence[WeightRow]) -> None:
     """Compare rows with the data file of a graph; quantised weights are left out.
 
     Args:
         graph: an ONNX graph whose external data was written.
         weights: of ``weights.json``, initialiser → ``{"source", "key", "transform"}``.
         source: the network's name there.
-        wanted: of :func:`rows`.
+        expected: of :func:`rows`.
 
     Raises:
         PnpError: naming a weight that is not what the formula gives, within the roundoff of its type.
@@ -84,7 +84,7 @@ def check(graph: Path, weights: Mapping[str, Any], source: str, wanted: Sequence
     import torch
 
     held = ir.load(graph).graph.initializers
-    by_key = {row.key: row for row in wanted}
+    by_key = {row.key: row for row in expected}
     for name, w in weights.items():
         row = by_key.get(w["key"]) if w["source"] == source else None
         if row is None or any(step["op"] not in ("cast", "transpose", "reshape") for step in w["transform"]):

@@ -1,17 +1,14 @@
-"""Golden inputs, and how far a graph's output is from PyTorch's on them."""
+"""The relative error of a graph's output against PyTorch's on golden inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..bundle.golden_file import Outputs, difference
-
-if TYPE_CHECKING:
-    from ..models.teacher import BaseModel
 
 #: above this many weights one golden row is compared instead of two: attention on the CPU needs memory by the row
 LARGE = 200_000_000
@@ -28,59 +25,6 @@ def golden_rows(network: str, weights: int, size: tuple[int, int]) -> int:
     """
     large_image = network.startswith("vae_") and size[0] * size[1] > LARGE_IMAGE
     return 1 if weights > LARGE or large_image else 2
-
-
-def golden_inputs(
-    base: BaseModel,
-    sample: tuple[int, int, int],
-    size: tuple[int, int],
-    tokens: int,
-    *,
-    guided: bool,
-    negative: bool = False,
-    image_to_image: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Seeded torch inputs per network, batch 2, with different timesteps and scales in the batch.
-
-    Args:
-        base: whose networks they are for.
-        sample: shape of a latent, ``(C, H, W)``.
-        size: height and width of the image in pixels.
-        tokens: of a prompt.
-        guided: whether a guide is fused, which reads w.
-        negative: whether the guide reads negative prompts.
-        image_to_image: whether there is a VAE encoder.
-    """
-    import torch
-
-    g = torch.Generator().manual_seed(20240)
-    width = base.sizes().text_width
-    first, *others = base.text_specs
-    unet = {
-        "sample": torch.randn(2, *sample, generator=g),
-        "timestep": torch.tensor([801, 41]),
-        "encoder_hidden_states": torch.randn(2, tokens, width, generator=g),
-    }
-    if guided:
-        unet["guidance"] = torch.tensor([2.0, 7.5])
-    found = {
-        "unet": unet,
-        first.name: {"input_ids": torch.randint(0, base.sizes().vocabulary, (2, tokens), generator=g)},
-        "vae_decoder": {"latents": torch.randn(2, *sample, generator=g)},
-    }
-    if guided:
-        found["condition"] = {"guidance": unet["guidance"]}
-    if negative:
-        unet["negative"] = torch.randn(2, tokens, width, generator=g)
-    if image_to_image:
-        found["vae_encoder"] = {"pixels": torch.rand(2, 3, *size, generator=g) * 2 - 1}
-    for spec in others:
-        config = base.config(spec.name)
-        ids = torch.randint(0, int(config["vocab_size"]), (2, tokens), generator=g)
-        ids[:, tokens // 2] = _end_of_text(config)  # where the projected text is read
-        found[spec.name] = {"input_ids": ids}
-    unet |= base.golden_added(g, 2, size)
-    return found
 
 
 #: side in latents of the images that are encoded; larger latents are tiled with them
@@ -144,12 +88,6 @@ def with_latents_of_images(decoder: Any, inputs: Mapping[str, Any], factor: int)
     half = noise.shape[-1] // 2
     images = latents_of_images(decoder.vae, noise[..., half:], factor)
     return {**inputs, "latents": torch.cat([noise[..., :half], images], dim=-1)}
-
-
-def _end_of_text(config: Mapping[str, Any]) -> int:
-    """The token at which a text encoder reads a whole prompt: the largest one where the config says 2."""
-    end = int(config.get("eos_token_id", 2))
-    return int(config["vocab_size"]) - 1 if end == 2 else end  # transformers takes 2 for the largest token
 
 
 def relative_error(path: Path, inputs: dict[str, Any], reference: Outputs) -> float:

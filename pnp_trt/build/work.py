@@ -69,7 +69,6 @@ class Build:
         from ..models.tokenizer import copy_tokenizer
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import save_golden
-        from .parity import golden_inputs
 
         started = time.monotonic()
         modules = self._networks
@@ -88,8 +87,8 @@ class Build:
             negative = bool((identity["guide"] or {}).get("negative_prompts"))
 
             def made(size: Size, count: int) -> dict[str, dict[str, Any]]:
-                return golden_inputs(
-                    self.base, self.plan.latent(size), size, count, guided=self._guided, negative=negative,
+                return self.base.golden_inputs(
+                    self.plan.latent(size), size, count, guided=self._guided, negative=negative,
                     image_to_image=self.spec.image_to_image,
                 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -174,6 +175,51 @@ class BaseModel:
             )
         return found
 
+    def golden_inputs(
+        self, sample: tuple[int, int, int], size: tuple[int, int], tokens: int, *, guided: bool,
+        negative: bool = False, image_to_image: bool = False,
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """Seeded torch inputs of each network, batch 2, with different timesteps and scales in the batch.
+
+        Args:
+            sample: shape of a latent, ``(C, H, W)``.
+            size: height and width of the image in pixels.
+            tokens: of a prompt.
+            guided: whether a guide is fused, which reads w.
+            negative: whether the guide reads negative prompts.
+            image_to_image: whether there is a VAE encoder.
+        """
+        import torch
+
+        g = torch.Generator().manual_seed(20240)
+        measures = self.sizes()
+        first, *others = self.text_specs
+        unet = {
+            "sample": torch.randn(2, *sample, generator=g),
+            "timestep": torch.tensor([801, 41]),
+            "encoder_hidden_states": torch.randn(2, tokens, measures.text_width, generator=g),
+        }
+        if guided:
+            unet["guidance"] = torch.tensor([2.0, 7.5])
+        inputs = {
+            "unet": unet,
+            first.name: {"input_ids": torch.randint(0, measures.vocabulary, (2, tokens), generator=g)},
+            "vae_decoder": {"latents": torch.randn(2, *sample, generator=g)},
+        }
+        if guided:
+            inputs["condition"] = {"guidance": unet["guidance"]}
+        if negative:
+            unet["negative"] = torch.randn(2, tokens, measures.text_width, generator=g)
+        if image_to_image:
+            inputs["vae_encoder"] = {"pixels": torch.rand(2, 3, *size, generator=g) * 2 - 1}
+        for spec in others:
+            config = self.config(spec.name)
+            ids = torch.randint(0, int(config["vocab_size"]), (2, tokens), generator=g)
+            ids[:, tokens // 2] = _end_of_text(config)  # where the projected text is read
+            inputs[spec.name] = {"input_ids": ids}
+        unet |= self.golden_added(g, 2, size)
+        return inputs
+
     def golden_added(self, generator: Any, rows: int, size: tuple[int, int]) -> dict[str, Any]:
         """Seeded values of the U-Net's inputs besides latents, timestep and text states, ``[rows, …]`` each by name.
 
@@ -340,6 +386,12 @@ class BaseModel:
             self._hashes = {p: files_sha256(f) for p, f in files.items()}
             self._hashes["all"] = digest(self._hashes)
         return self._hashes
+
+
+def _end_of_text(config: Mapping[str, Any]) -> int:
+    """The token at which a text encoder reads a whole prompt: the largest one where the config states 2."""
+    end = int(config.get("eos_token_id", 2))
+    return int(config["vocab_size"]) - 1 if end == 2 else end  # transformers takes 2 for the largest token
 
 
 def random_unet_config(name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pnp_trt.backends.onnxruntime.backend import OrtNetwork
 from pnp_trt.build.onnx_export import export
-from pnp_trt.build.parity import golden_inputs, relative_error
+from pnp_trt.build.parity import relative_error
 from pnp_trt.build.sizes import OpenAxis, plan_sizes
 from pnp_trt.bundle.profiles import Profile
 from pnp_trt.errors import InputError
@@ -156,7 +156,7 @@ def test_guides_are_exact_at_sizes_that_were_not_traced(deep: Any, kind: str, tm
     student = Student(deep, guide).eval()
     vae = {"block_out_channels": [8, 8]}
     base = RandomBase("", tmp_path, configs={"unet": dict(deep.config), "vae": vae, "text_encoder": {"vocab_size": 9}})
-    inputs = golden_inputs(base, (4, 16, 16), (32, 32), 7, guided=True, negative=True)["unet"]
+    inputs = base.golden_inputs((4, 16, 16), (32, 32), 7, guided=True, negative=True)["unet"]
     assert parity(student, inputs, tmp_path / "unet.onnx", [(16, 16), (4, 24), (20, 8)]) < 1e-5
 
 

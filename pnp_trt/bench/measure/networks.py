@@ -27,32 +27,27 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     from diffusers import UNet2DConditionModel
 
     from ...models.bases import resolve
+    from ...models.folders import latent_size
     from ...models.guides import GUIDES, Features, GuideInput
     from ...models.guides.condition import Condition
     from ...models.networks import quiet_libraries
     from ...models.student import encode
-    from ...models.teacher import random_unet_config
 
     quiet_libraries()
-    model: BaseModel | None = None
-    if base.startswith("random:"):
-        config = random_unet_config(base)
-    else:
-        model = resolve(base)
-        config = model.config("unet")
+    model: BaseModel = resolve(base)
+    size = latent_size(model.config("unet"), base)[0]
+    added = model.golden_added(torch.Generator(), 1, (size, size))  # for the shapes
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(model.config("unet"))
         sizes: dict[str, Any] = {name: guide_size(base, name) for name in GUIDES}
         guides = {name: kind.from_unet(unet, **sizes[name]) for name, kind in GUIDES.items()}
-        size = unet.config.sample_size
         inputs: dict[str, Any] = {
             "sample": torch.empty(1, unet.config.in_channels, size, size),
             "timestep": torch.empty(1, dtype=torch.long),
             "encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim),
         }
-        if unet.config.addition_embed_type == "text_time":
-            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        if added:
+            inputs["added_cond_kwargs"] = {name: torch.empty(value.shape) for name, value in added.items()}
 
         class GuideAlone(torch.nn.Module):
             """A guide fed with the features' shapes, so that its cost is counted apart from the teacher's."""
@@ -82,7 +77,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
                 )
                 fed = {"condition": guide.condition(torch.empty(1), (size, size))}
             found[f"guide-{name}"] = (GuideAlone(guide), alone | fed)
-        if model is not None:
+        if not base.startswith("random:"):
             found |= _image_networks(model, inputs["sample"])
     return found
 

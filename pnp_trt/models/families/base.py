@@ -13,9 +13,10 @@ class Family(ABC):
     """Base models whose folders have the same parts and networks.
 
     What a bundle is built of is the opened model's: ``BaseModel.networks`` names the modules that are exported,
-    ``text_specs`` its text encoders, ``golden_added`` the U-Net's inputs besides latents, timestep and text states,
-    ``sizes`` the tensors, ``scheduler_config`` the noise, ``check_configs`` and ``check`` what is refused,
-    ``fingerprint`` and ``configs_sha256`` the identity.  A family overrides those that differ from Stable Diffusion's.
+    ``text_specs`` its text encoders, ``golden_inputs`` what parity is measured on, ``golden_added`` the U-Net's inputs
+    besides latents, timestep and text states, ``sizes`` the tensors, ``scheduler_config`` the noise, ``check_configs``
+    and ``check`` what is refused, ``fingerprint`` and ``configs_sha256`` the identity.  A family overrides those that
+    differ from Stable Diffusion's.
 
     Attributes:
         name: as ``FAMILIES`` has it.

@@ -76,11 +76,12 @@ test-ray: $(VENV)/.dev-installed
 # The tests whose results are floating-point numbers of a model, a schedule or an optimiser; the others depend on no
 # processor.  PyTorch and oneDNN can be told to use less than the processor has.  ONNX Runtime's release builds honour no
 # such variable; its unoptimised graphs run other kernels with other rounding, and stand in for another processor.
-NUMERICS := tests/test_processor.py tests/runtime/test_schedule.py tests/runtime/test_loop.py \
-  tests/runtime/test_pipeline.py tests/runtime/test_sampling.py tests/runtime/test_baselines.py tests/distill \
-  tests/export tests/models/test_student.py tests/models/test_guides.py tests/models/test_random.py \
-  tests/integrations tests/quantize tests/bench/test_fidelity.py tests/bench/test_eyes.py \
-  tests/benchmarks/test_tables.py tests/benchmarks/test_figures.py tests/test_visualize.py
+NUMERICS := tests/sampling/test_schedule.py tests/sampling/test_loop.py tests/sampling/test_baselines.py \
+  tests/runtime/test_pipeline.py tests/runtime/test_sampling.py tests/distill tests/graph tests/precision \
+  tests/build/test_layers.py tests/build/test_module_parity.py tests/build/test_sizes.py \
+  tests/models/test_student.py tests/models/test_guides.py tests/models/test_random.py \
+  tests/integrations tests/bench/test_fidelity.py tests/bench/test_eyes.py \
+  tests/benchmarks/test_tables.py tests/benchmarks/test_figures.py tests/visualize/test_visualize.py
 PORTABILITY := "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41" "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" \
   "PNP_TRT_TEST_KERNELS=plain" "OMP_NUM_THREADS=2"
 
@@ -134,7 +135,7 @@ train-speed: $(VENV)/.dev-installed
 	$(BIN)/python -m benchmarks.train_speed --guide full
 
 faults: $(VENV)/.dev-installed
-	PNP_TRT_FAULTS=20 $(BIN)/python -m pytest tests/test_faults.py
+	PNP_TRT_FAULTS=20 $(BIN)/python -m pytest tests/bundle/test_faults.py
 
 realsize: $(VENV)/.dev-installed
 	for base in sd15 sd21 sdxl; do \

@@ -65,16 +65,18 @@ def finished(root: Path, kind: str) -> list[Path]:
 HEAVY = {"micro_base", "micro_sdxl", "clip_folder", "bundle", "bundles", "compiled", "jobs", "smoke", "parts", "folder",
          "forker", "weights", "browser"}  # fmt: skip
 #: folders and files whose tests take more than a few tenths of a second each: they compute U-Nets or draw figures
-SLOW = ("campaign", "distill", "export", "integrations", "plug", "quantize", "test_guides.py", "test_report.py",
-        "test_figures.py", "test_cost.py", "test_replacing.py", "test_fidelity.py", "test_eyes.py")  # fmt: skip
+SLOW = ("campaign", "distill", "swap", "precision", "integrations", "test_layers.py", "test_module_parity.py",
+        "test_lower.py", "test_weights.py", "test_guides.py", "test_report.py", "test_figures.py", "test_cost.py",
+        "test_replacing.py", "test_fidelity.py", "test_eyes.py")  # fmt: skip
 
 
 #: The files of the most CPU time (2026-11-26), longest first.  Workers take whole files in this order, so that none is
 #: left alone with a long one at the end.
 LONGEST = (
-    "campaign/test_campaign.py", "families/test_sdxl_tools.py", "test_sizes.py", "quantize/test_calibrate.py",
-    "export/test_sizes.py", "test_faults.py", "distill/test_processes.py", "plug/test_lora_formula.py",
-    "backends/test_tensorrt.py", "backends/test_torch.py", "distill/test_guidance.py",
+    "campaign/test_campaign.py", "models/families/test_sdxl_tools.py", "cli/test_sizes.py",
+    "precision/int8/test_calibrate.py", "build/test_sizes.py", "bundle/test_faults.py", "distill/test_processes.py",
+    "build/swap/test_lora_formula.py", "backends/test_tensorrt.py", "backends/test_torch.py",
+    "distill/test_guidance.py",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Builds of the test suite trace each architecture once: tracing even a tiny U-Net takes a quarter of a minute.
 
-A graph is decided by the architecture alone (``tests/export/test_weights.py``), so a second build of another module
+A graph is decided by the architecture alone (``tests/graph/test_weights.py``), so a second build of another module
 of the same architecture takes the first one's trace, and its own weights are written into it.
 Tests of that very promise run under :func:`unshared`, and so always trace.
 """

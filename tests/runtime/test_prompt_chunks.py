@@ -26,9 +26,9 @@ from pnp_trt.runtime.prompt_syntax import apply_weights, cut_chunks, weighted_pa
 from pnp_trt.runtime.verify import verify
 from pnp_trt.serve.engine import Engine
 
+from ..build.swap.lora_files import UNET, Pair, write
 from ..bundles import document, reseal
 from ..conftest import once
-from ..plug.lora_files import UNET, Pair, write
 
 COMMA = 267
 #: 90 tokens of one chunk and a part of another

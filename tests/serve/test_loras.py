@@ -28,8 +28,8 @@ from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.serve.engine import Engine
 from pnp_trt.serve.loras import LoraEngines, read_loras
 
+from ..build.swap.lora_files import TEXT, UNET, Pair, write
 from ..conftest import Result
-from ..plug.lora_files import TEXT, UNET, Pair, write
 from .conftest import Running, serving
 from .test_http import HTTP, INIT, get, pixels, png, post
 

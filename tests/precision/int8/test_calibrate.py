@@ -1,0 +1,197 @@
+"""The sampler is watched, the sweep decides, and a run that was stopped continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from pnp_trt.models.bases import resolve
+from pnp_trt.models.guides import FullGuide
+from pnp_trt.models.guides.load import load_guide
+from pnp_trt.models.student import Student
+from pnp_trt.precision.int8.calibrate import UNEVEN, CalibrationConfig, calibrate
+from pnp_trt.precision.int8.observe import candidates
+from pnp_trt.precision.int8.record import Record
+from pnp_trt.precision.int8.simulate import quantised
+
+from ...conftest import Result
+
+Cli = Callable[..., Result]
+
+
+def test_every_candidate_is_observed_at_all_timesteps(micro_record: Path) -> None:
+    record = Record.read(micro_record)
+    assert not any("conv_in" in n or "time_emb" in n or n.startswith("guide.") for n in record.layers)
+    for name, layer in record.layers.items():
+        assert layer.amax["percentile-99.9"] <= layer.amax["percentile-99.99"] <= layer.amax["max"], name
+        assert max(layer.by_timestep) == layer.amax["max"] > 0
+        assert sum(v > 0 for v in layer.by_timestep) >= 4  # four steps, each shifted by a part of one
+        assert (layer.kind == "linear") == bool(layer.channels)
+        if layer.channels:
+            assert max(layer.channels) == layer.amax["max"]
+
+
+def test_the_sweep_decides_by_its_own_figures(micro_record: Path) -> None:
+    record = Record.read(micro_record)
+    sweep, decision = record.sweep, record.decision
+    for kind, table in sweep["methods"].items():
+        assert table[decision[kind]] == min(table.values())
+    assert set(sweep["layers"]) == set(record.layers)
+    errors = {row["kept"]: row["error"] for row in sweep["kept"]}
+    enough = [k for k, e in errors.items() if e <= sweep["limit"]]
+    assert len(decision["float"]) == (min(enough) if enough else min(errors, key=lambda k: errors[k]))
+    assert len(record.choices()) == len(record.layers) - len(decision["float"])
+    assert 0 < sweep["latent_error"] < 1
+
+
+def test_simulation_quantises_and_restores(micro_base: Path, micro_guide: Path, micro_record: Path) -> None:
+    student = Student(resolve(str(micro_base)).unet(), load_guide(str(micro_guide)))
+    layers, choices = candidates(student, ["unet.*"]), Record.read(micro_record).choices()
+    before = {n: layer.weight.clone() for n, layer in layers.items()}
+    name = next(n for n, c in choices.items() if c.exponents is None)
+    with quantised(layers, choices):
+        weight = layers[name].weight
+        assert len(weight[0].unique()) <= 255 and not torch.equal(weight, before[name])
+    assert all(torch.equal(layers[n].weight, before[n]) for n in layers)
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+def test_a_run_that_was_stopped_continues(micro_base: Path, micro_guide: Path, prompts: Path, micro_record: Path,
+                                          tmp_path: Path) -> None:  # fmt: skip
+    config = CalibrationConfig(
+        str(micro_base),
+        str(micro_guide),
+        prompts,
+        tmp_path / "r.json",
+        images=3,
+        batch=2,
+        steps=4,
+        probes=2,
+        limit=0.01,
+    )
+    stages: list[str] = []
+
+    def stop_in_the_sweep(stage: str, done: int, *_: Any) -> None:
+        stages.append(stage)
+        if stage == "layers" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config, progress=stop_in_the_sweep)
+    assert not config.out.exists() and "observe" in stages  # type: ignore[union-attr]
+    held = json.loads((tmp_path / ".r.json.partial").read_text())["found"]
+    assert len(held["sweep"]["layers"]) == 3
+    stages.clear()
+    _, record = calibrate(config, progress=lambda stage, *_: stages.append(stage))
+    assert "observe" not in stages and not (tmp_path / ".r.json.partial").exists()
+    assert record == Record.read(micro_record)
+
+
+def test_another_limit_is_another_decision_and_no_work(
+    micro_base: Path, micro_guide: Path, prompts: Path, micro_record: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "r.json"
+    out.write_bytes(micro_record.read_bytes())
+    stages: list[str] = []
+    config = CalibrationConfig(
+        str(micro_base), str(micro_guide), prompts, out, images=3, batch=2, steps=4, probes=2, limit=0.5
+    )
+    _, record = calibrate(config, force=True, progress=lambda stage, *_: stages.append(stage))
+    assert "observe" not in stages and record.decision["float"] == [] and record.sweep["limit"] == 0.5
+    assert record.layers == Record.read(micro_record).layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "none.txt"], "the prompts file none.txt does not exist"),
+        (["--images", "0"], "images is 0; it must be at least 1"),
+        (["--w-min", "5", "--w-max", "2"], "the guidance scales are 5 to 2"),
+        (["--limit", "0"], "the limit is 0; it must be above 0"),
+        (["--layer", "unet.nothing.*"], "no convolution or linear layer is named unet.nothing.*"),
+        (["--steps", "2000"], "steps is 2000; it must be between 1 and 1000"),
+        (["--base", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_orders_are_refused(cli: Cli, micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path,
+                                arguments: list[str], message: str) -> None:  # fmt: skip
+    given = {"--base": micro_base, "--guide": micro_guide, "--prompts": prompts, "--out": tmp_path / "r.json"}
+    words = [str(w) for k, v in given.items() if k not in arguments for w in (k, v)]
+    done = cli("calibrate", *words, *arguments)
+    assert done.code == 2 and message in done.err, done.err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_int8_from_calibration_to_image(cli: Cli, micro_base: Path, micro_guide: Path, prompts: Path,
+                                          tmp_path: Path) -> None:  # fmt: skip
+    record, engine = tmp_path / "r.json", tmp_path / "engine"
+    source = ["--base", str(micro_base), "--guide", str(micro_guide)]
+    # the latents of an untrained network grow with every step, and golden inputs are as large as noise
+    made = ["calibrate", *source, "--prompts", prompts, "--images", "8", "--steps", "1", "--out", record]
+    done = cli(*made, "--probes", "0")
+    assert done.code == 0, done.err
+    assert "--precision int8" in done.out and f"--calibration {record}" in done.out
+    # nobody measured which layers are sensitive, so those that see uneven inputs are left alone
+    held = Record.read(record)
+    left = [name for name in held.layers if name not in held.choices()]
+    assert left == held.decision["float"] and all(any(part in name for part in UNEVEN) for name in left)
+    assert all(any(part in name for name in left) for part in UNEVEN)
+    done = cli(*made)
+    assert done.code == 2 and "exists already; pass --force" in done.err
+    done = cli("build", *source, "--precision", "int8", "--calibration", record, "--out", engine,
+               "--profile", "b1-4", "--profile", "b1@32-64")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "slower with INT8" in done.out
+    text = cli("inspect", engine).out
+    assert 0.3 < held.share() < 1
+    assert f"layers with {held.share():.1%} of the arithmetic" in " ".join(text.split())
+    assert cli("verify", engine).code == 0
+    for size in ("32", "40x48"):  # ranges were recorded at one size and serve all
+        out = tmp_path / f"out-{size}"
+        done = cli("sample", "a cat", "--engine", engine, "--steps", "2", "--size", size, "--out", out)
+        assert done.code == 0, done.err
+        assert list(out.glob("*.png"))
+    # the same record serves FP8, whose layers are its convolutions
+    eight = tmp_path / "fp8"
+    done = cli("build", *source, "--precision", "fp8", "--calibration", record, "--out", eight)
+    assert done.code == 0, done.err
+    convolutions = [name for name, layer in held.layers.items() if layer.kind == "conv" and name in held.choices()]
+    manifest = json.loads((eight / "manifest.json").read_text())
+    assert manifest["networks"]["unet"]["fp8"]["layers"] == len(convolutions) > 5
+    assert "int8" not in manifest["networks"]["unet"] and manifest["networks"]["unet"]["precision"] == "fp8"
+    share = sum(held.layers[name].macs for name in convolutions) / sum(layer.macs for layer in held.layers.values())
+    assert f"layers with {share:.1%} of the arithmetic" in " ".join(cli("inspect", eight).out.split())
+    assert cli("verify", eight).code == 0
+    done = cli("sample", "a cat", "--engine", eight, "--steps", "2", "--out", tmp_path / "eight")
+    assert done.code == 0 and list((tmp_path / "eight").glob("*.png")), done.err
+    # another guide's record is refused, and a record without INT8 too
+    done = cli("build", "--base", micro_base, "--guide", "none", "--precision", "int8", "--calibration", record,
+               "--out", tmp_path / "other")  # fmt: skip
+    assert done.code == 2 and "was recorded with another guide" in done.err
+    done = cli("build", *source, "--calibration", record, "--out", tmp_path / "other")
+    assert done.code == 2 and "--calibration is for --precision int8 or fp8, not fp32" in done.err
+
+
+def test_int8_of_a_full_guide(cli: Cli, micro_base: Path, prompts: Path, tmp_path: Path) -> None:
+    """Its hint runs once per image, in a separate network, and stays in floating point."""
+    guide, record, engine = tmp_path / "mine", tmp_path / "r.json", tmp_path / "engine"
+    unet = UNet2DConditionModel.from_pretrained(micro_base / "unet")
+    FullGuide.from_unet(unet, negative_prompts=True).save_pretrained(guide)
+    source = ["--base", micro_base, "--guide", guide]
+    done = cli("calibrate", *source, "--prompts", prompts, "--images", "1", "--steps", "1", "--probes", "0",
+               "--out", record)  # fmt: skip
+    assert done.code == 0, done.err
+    layers = list(Record.read(record).layers)
+    assert any(n.startswith("guide.") for n in layers) and not any(
+        n.startswith(("guide.hint", "guide.w_")) for n in layers
+    )
+    done = cli("build", *source, "--precision", "int8", "--calibration", record, "--out", engine)
+    assert done.code == 0, done.err
+    networks = json.loads((engine / "manifest.json").read_text())["networks"]
+    assert networks["unet"]["int8"]["layers"] > 0 and "int8" not in networks["condition"]

@@ -6,9 +6,11 @@ sampler is watched for three steps of one image first, and no sweep is made: a r
 of real ones; what is timed is recording ranges, bringing Q/DQ into the graph, and compiling it.
 
 ``--part run`` takes an engine of ONNX Runtime in float16: a build, a plug of another U-Net, one guided step and one
-step of CFG on the CPU, each in a process of its own.  A record that is there is not made again, so that a run which
-was stopped continues with what is missing; ``--again`` makes it anew.  Engines are kept in ``--work`` until their
-record is written.
+step of CFG on the CPU, each in a process of its own.  ``--part train`` takes three optimiser steps of stage 1, one
+state each, with gradient checkpointing and the processor's own precision.
+
+A record that is there is not made again, so that a run which was stopped continues with what is missing; ``--again``
+makes it anew.  Engines are kept in ``--work`` until their record is written.
 """
 
 from __future__ import annotations
@@ -114,6 +116,24 @@ def runs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def train(a: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Part ``train``: states from one image and its caption, then three optimiser steps of one state each."""
+    from PIL import Image
+
+    images = work / "images"
+    images.mkdir(exist_ok=True)
+    Image.linear_gradient("L").convert("RGB").save(images / "gradient.png")
+    (images / "gradient.txt").write_text("a gradient\n", encoding="utf-8")
+    options = ["--states", "forward", "--num-states", "1", "--steps", "3", "--batch", "1", "--warmup", "0",
+               "--gradient-checkpointing", "--mixed-precision", "auto", "--pictures", "0"]  # fmt: skip
+    place = ["--base", a.base, "--guide", a.guide, "--images", str(images), "--out", str(work / "guide"), "--resume"]
+    return {
+        "schema": SCHEMA, "provenance": provenance(command()),
+        "case": {"base": a.base, "guide": a.guide, "weights": "seeded random numbers", "options": options},
+        "steps": {"distill guidance": run(["distill", "guidance", *place, *options])},
+    }  # fmt: skip
+
+
 def command() -> list[str]:
     """This command line."""
     return ["python", "-m", "benchmarks.realsize", *sys.argv[1:]]
@@ -124,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.realsize", description=__doc__)
     parser.add_argument("--base", default="random:sd15")
     parser.add_argument("--guide", default="tiny")
-    parser.add_argument("--part", choices=("build", "run"), default="build")
+    parser.add_argument("--part", choices=("build", "run", "train"), default="build")
     parser.add_argument("--backend", default="tensorrt-rtx")
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--target", default="sm_89", help="of the engine; 'any' for onnxruntime")
@@ -134,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="make a record anew that is there")
     a = parser.parse_args(arguments)
     base = a.base.removeprefix("random:").replace("/", "-")
-    words = [a.precision, a.target] if a.part == "build" else ["run"]
+    words = [a.precision, a.target] if a.part == "build" else [a.part]
     name = "-".join(["realsize", base, a.guide, *words])
     out = a.out or RESULTS / f"{name}.json"
     if out.is_file() and not a.again:
@@ -144,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     if a.again or a.part == "build":  # a build is whole or not there
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    found = (build if a.part == "build" else runs)(a, work)
+    found = {"build": build, "run": runs, "train": train}[a.part](a, work)
     write_json(out, found)
     shutil.rmtree(work)
     print(f"{out} is written")

@@ -40,12 +40,12 @@ def _state_config(
 ) -> StateConfig:
     from ..distill.states import StateConfig
 
-    return StateConfig(
-        # forward was measured the better where there are images (docs/ablation.md)
-        kind or ("trajectory" if images is None else "forward"), count, w_min=w_min, w_max=w_max, negative=negative,
-        # a small collection need not fill a shard of 32 trajectories
-        batch=min(32, -(-count // 20)), seed=seed,
-    )  # fmt: skip
+    # forward was measured the better where there are images (docs/ablation.md)
+    kind = kind or ("trajectory" if images is None else "forward")
+    steps = min(StateConfig.steps, count) if kind == "forward" else StateConfig.steps  # noised images are independent
+    # a small collection need not fill a shard of 32 trajectories
+    batch = min(32, -(-count // steps))
+    return StateConfig(kind, count, steps, w_min=w_min, w_max=w_max, negative=negative, batch=batch, seed=seed)
 
 
 @distill_app.command("states")

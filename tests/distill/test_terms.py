@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pnp_trt.distill.guidance import GuidanceConfig, GuidanceObjective, distill, make_student
 from pnp_trt.distill.monitor import held_out_error
@@ -194,6 +195,19 @@ def test_images_are_noised_unless_trajectories_are_asked_for(
         done = cli(*run, *words, "--out", tmp_path / kind)
         assert done.code == 0, done.err
         assert json.loads((tmp_path / kind / "run.json").read_text())["settings"]["states"]["kind"] == kind
+
+
+def test_a_few_noised_images_are_as_many_as_requested(
+    cli: Callable[..., Result], micro_base: Path, tmp_path: Path
+) -> None:
+    """Trajectories are whole, of 20 states each; noised images have nothing to fill up."""
+    _write_images(tmp_path)
+    run = ["distill", "states", "--base", micro_base, "--images", tmp_path, "--num-states", "3"]
+    for kind, count in (("forward", 3), ("trajectory", 20)):
+        done = cli(*run, "--states", kind, "--states-dir", tmp_path / kind)
+        assert done.code == 0, done.err
+        (shard,) = (tmp_path / kind).glob("*.safetensors")
+        assert len(load_file(shard)["timestep"]) == count
 
 
 def test_forward_states_from_a_folder_of_images(micro_base: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ Of each batch the U-Net's call, the decoder's, and the whole loop are timed, eac
 take turns to be first.  The ratio is taken within its round; the results have every time.
 
     python -m benchmarks.openvino                        # the bundled model, one thread
-    python -m benchmarks.openvino --engine sd15 --threads 2 --rounds 7
+    python -m benchmarks.openvino --engine sd15 --threads 2 --rounds 7 --jobs unet --batches 1 2
+
+Both runtimes hold their networks at once: with ``--jobs unet`` an engine of Stable Diffusion 1.5's size takes 12 GB.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,13 @@ from pnp_trt.sampling.schedules import make
 SCHEMA = "pnp-trt/openvino/1"
 RESULTS = Path(__file__).parent / "results"
 RUNTIMES = ("onnxruntime", "openvino")
+#: what is timed, and the network that it takes
+JOBS = {"unet": "unet", "loop": "unet", "vae_decoder": "vae_decoder"}
 
 
-def networks(bundle: Bundle, threads: int) -> dict[str, dict[str, Network]]:
-    """U-Net and VAE decoder in each runtime."""
-    names = ("unet", "vae_decoder")
+def networks(bundle: Bundle, threads: int, names: Iterable[str]) -> dict[str, dict[str, Network]]:
+    """Networks of a bundle in each runtime."""
+    names = tuple(dict.fromkeys(names))
     return {
         "onnxruntime": {n: OrtNetwork(bundle.file(n), "cpu", threads) for n in names},
         "openvino": {n: OpenVinoNetwork(bundle.file(n), threads) for n in names},
@@ -51,34 +55,36 @@ def inputs_of(network: Network, batch: int, seed: int = 0) -> dict[str, np.ndarr
     return found | ({"guidance": np.full(batch, 3, np.float32)} if "guidance" in found else {})
 
 
-def jobs(held: dict[str, Network], bundle: Bundle, batch: int, steps: int) -> dict[str, Callable[[], np.ndarray]]:
-    """What is timed, by name; each returns what both runtimes must agree on."""
-    unet, inputs = held["unet"], inputs_of(held["unet"], batch)
-    latents = inputs_of(held["vae_decoder"], batch)
+def work_of(job: str, loaded: dict[str, Network], bundle: Bundle, batch: int, steps: int) -> Callable[[], np.ndarray]:
+    """What is timed; it returns what both runtimes must agree on."""
+    network = loaded[JOBS[job]]
+    inputs = inputs_of(network, batch)
     table = make("ddim", bundle.manifest.scheduler, steps)
 
     def loop() -> np.ndarray:
-        with unet.bind(batch) as bound:
+        with network.bind(batch) as bound:
             bound.write(**inputs)
             return HostLoop(bound, table, inputs["sample"].shape).run(inputs["sample"])
 
-    return {"unet": lambda: unet(**inputs), "loop": loop, "vae_decoder": lambda: held["vae_decoder"](**latents)}
+    return loop if job == "loop" else lambda: network(**inputs)
 
 
-def measure(engine: str, batches: Sequence[int], rounds: int, threads: int, steps: int) -> dict[str, Any]:
+def measure(
+    engine: str, batches: Sequence[int], rounds: int, threads: int, steps: int, jobs: Sequence[str]
+) -> dict[str, Any]:
     """The results' document."""
     bundle = open_bundle(engine)
-    held = networks(bundle, threads)
+    held = networks(bundle, threads, (JOBS[job] for job in jobs))
     rows = []
     for batch in batches:
-        work = {runtime: jobs(held[runtime], bundle, batch, steps) for runtime in RUNTIMES}
-        for job in work[RUNTIMES[0]]:
-            values = {runtime: work[runtime][job]() for runtime in RUNTIMES}  # warms up, and is compared
+        for job in jobs:
+            work = {runtime: work_of(job, held[runtime], bundle, batch, steps) for runtime in RUNTIMES}
+            values = {runtime: work[runtime]() for runtime in RUNTIMES}  # warms up, and is compared
             seconds: dict[str, list[float]] = {runtime: [] for runtime in RUNTIMES}
             for number in range(rounds):
                 for runtime in RUNTIMES if number % 2 else RUNTIMES[::-1]:
                     start = time.perf_counter()
-                    work[runtime][job]()
+                    work[runtime]()
                     seconds[runtime].append(time.perf_counter() - start)
             ours, theirs = (values[runtime] for runtime in RUNTIMES)
             ratios = [a / b for a, b in zip(seconds["onnxruntime"], seconds["openvino"], strict=True)]
@@ -99,8 +105,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path, default=RESULTS / "openvino-emoji.json")
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     given = parser.parse_args()
-    found = measure(given.engine, given.batches, given.rounds, given.threads, given.steps)
+    found = measure(given.engine, given.batches, given.rounds, given.threads, given.steps, given.jobs)
     for row in found["rows"]:
         middle = {name: 1000 * statistics.median(values) for name, values in row["seconds"].items()}
         print(

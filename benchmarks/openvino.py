@@ -93,7 +93,12 @@ def measure(
                  "difference": float(np.abs(ours - theirs).max() / np.abs(ours).max())}
             )  # fmt: skip
     asked = {"engine": bundle.name, "threads": threads, "rounds": rounds, "steps": steps}
-    return {"schema": SCHEMA, **asked, "provenance": provenance(["python", "-m", "benchmarks.openvino", *sys.argv[1:]]), "rows": rows}
+    return {
+        "schema": SCHEMA,
+        **asked,
+        "provenance": provenance(["python", "-m", "benchmarks.openvino", *sys.argv[1:]]),
+        "rows": rows,
+    }
 
 
 def main() -> None:

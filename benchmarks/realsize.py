@@ -125,7 +125,7 @@ def train(a: argparse.Namespace, work: Path) -> dict[str, Any]:
     Image.linear_gradient("L").convert("RGB").save(images / "gradient.png")
     (images / "gradient.txt").write_text("a gradient\n", encoding="utf-8")
     options = ["--states", "forward", "--num-states", "1", "--steps", "3", "--batch", "1", "--warmup", "0",
-               "--gradient-checkpointing", "--mixed-precision", "auto", "--pictures", "0"]  # fmt: skip
+               "--gradient-checkpointing", "--mixed-precision", "auto", "--grid-steps", "0"]  # fmt: skip
     place = ["--base", a.base, "--guide", a.guide, "--images", str(images), "--out", str(work / "guide"), "--resume"]
     return {
         "schema": SCHEMA, "provenance": provenance(command()),

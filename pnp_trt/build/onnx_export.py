@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import PnpError
 from ..graph.weights import WeightMap, hide, restore, save_with_weights
+from ..io.text import printable
 from .sizes import OpenAxis
 
 OPSET = 23
@@ -41,9 +44,19 @@ def export(
 
     Returns:
         Where each initialiser comes from; the first part of a module's weight names is the source.
+
+    Raises:
+        PnpError: if PyTorch cannot trace the module or has no ONNX operator for a part of it.
     """
-    with _quiet(), _without_collection(), torch.no_grad():
-        model, hidden = trace(module, inputs, [outputs] if isinstance(outputs, str) else list(outputs), open_axes)
+    try:
+        with _quiet(), _without_collection(), torch.no_grad():
+            model, hidden = trace(module, inputs, [outputs] if isinstance(outputs, str) else list(outputs), open_axes)
+    except torch.onnx.OnnxExporterError as e:
+        cause = e.__cause__ or e
+        raise PnpError(
+            f"PyTorch {torch.__version__} cannot export the {path.stem} to ONNX "
+            f"({type(cause).__name__}: {printable(str(cause), limit=200)}); nothing was written; report it"
+        ) from e
     weights = restore(model.graph, module, hidden)
     for axis in open_axes:
         _name_open(model, axis, output_names)
@@ -65,10 +78,11 @@ def trace(
         name: {0: batch} | {axis: size for (rank, axis), size in sized.items() if rank == x.ndim}
         for name, x in inputs.items()
     }
-    program = torch.onnx.export(
-        module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
-        input_names=list(inputs), output_names=outputs, verbose=False, optimize=False,
-    )  # fmt: skip
+    with _upsampling_of_any_size():
+        program = torch.onnx.export(
+            module.eval(), kwargs=inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
+            input_names=list(inputs), output_names=outputs, verbose=False, optimize=False,
+        )  # fmt: skip
     assert program is not None
     hidden = hide(program.model.graph, {name for name, _ in module.named_parameters()})
     _optimize(program.model)
@@ -142,6 +156,23 @@ def _without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _upsampling_of_any_size() -> Iterator[None]:
+    """No limit of elements in diffusers' upsampling, above which it copies its input.
+
+    It compares the number of elements with ``pow(2, 31)``.  A tracer takes that as a limit of the batch, and fails
+    where the limit is not a whole number (28.4 for a decoder of 768 x 768 images).  The copy is for a PyTorch kernel
+    that the graph does not have.
+    """
+    from diffusers.models import upsampling
+
+    upsampling.pow = lambda *_: math.inf  # shadows the builtin
+    try:
+        yield
+    finally:
+        del upsampling.pow
 
 
 @contextlib.contextmanager

@@ -268,7 +268,7 @@ def test_a_damaged_engine_is_not_plugged(micro_bundles: Path, tuned_unet: Path, 
 
 def test_orders_that_cannot_be(cli: Cli, engines: Path, tuned_unet: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (["guided"], "nothing to plug: give --base FINE_TUNE, --lora FILE, or both"),
+        (["guided"], "nothing to plug: give --base FINE_TUNE, --lora FILE, --vae AUTOENCODER, or several"),
         (["nope", "--base", tuned_unet], "no engine named 'nope'"),
         (["guided", "--base", tuned_unet, "--out", engines / "guided", "--force"], "is the engine that is plugged"),
         (["guided", "--base", tuned_unet, "--out", engines / "plain"], "it was built, not plugged"),

@@ -15,7 +15,7 @@ from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.bundle.store import open_bundle, read_manifest
-from pnp_trt.errors import InputError, PnpError
+from pnp_trt.errors import PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 
 from ...conftest import Result
@@ -106,8 +106,3 @@ def test_a_half_precision_decoder_is_judged_on_latents_of_images(micro_base: Pat
     with pytest.raises(PnpError, match=r"vae_decoder with the weights of --vae .*loud differs from PyTorch"):
         plug(PlugSpec(str(tmp_path / "a"), vae=tmp_path / "loud", out=tmp_path / "b"))
     assert not (tmp_path / "b").exists()
-
-
-def test_nothing_to_plug_names_all_options(micro_bundles: Path) -> None:
-    with pytest.raises(InputError, match="--base FINE_TUNE, --lora FILE, --vae AUTOENCODER"):
-        plug(PlugSpec(str(micro_bundles / "guided")))

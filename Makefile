@@ -146,6 +146,7 @@ realsize: $(VENV)/.dev-installed
 	for guide in tiny full; do for precision in fp16 int8; do \
 	  $(BIN)/python -m benchmarks.realsize --base random:sd15 --guide $$guide --precision $$precision --target sm_89 || exit 1; \
 	done; done
+	$(BIN)/python -m benchmarks.realsize_report
 
 trt-api: $(VENV)/.dev-installed
 	$(BIN)/python -m benchmarks.trt_api

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -135,40 +134,11 @@ def speed(s: dict[str, Any]) -> list[str]:
     return out
 
 
-def real_size() -> list[str]:
-    """What ``make realsize`` recorded, where it did."""
-    files = sorted(RESULTS.parent.glob("realsize-sd15-*.json"), reverse=True)
-    if not files:
-        return []
-    out = ["", "## Stable Diffusion 1.5's size", ""]
-    out += ["Seeded random weights, TensorRT-RTX engines compiled on a CPU, not run; `make realsize`. `int8` is without a "
-            "sweep. Export includes loading, PyTorch's reference and the comparison with it.", ""]  # fmt: skip
-    out += [
-        "| guide | recipe | target | export, s | compile, s | peak memory, GiB | U-Net engine, MiB | U-Net parity |"
-    ]
-    out += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    for file in files:
-        r = json.loads(file.read_text())
-        case, unet, peak = r["case"], r["networks"]["unet"], r["peak_memory_bytes"]
-        memory = " / ".join(f"{peak[k] / 2**30:.1f}" for k in ("export", "compile"))
-        out.append(
-            f"| {case['guide'].removeprefix('random-')} | {case['precision']} | {case['target']} | "
-            f"{r['export_and_parity_seconds']:.0f} | {r['compile_seconds']:.0f} | {memory} | "
-            f"{unet['engine_bytes'] / 2**20:,.0f} | {unet['graph_parity']:.1e} |"
-        )
-    return [
-        *out,
-        "",
-        "Peak memory: of the export / of the compiler's process. Each ran while other programs used the same two cores.",
-    ]
-
-
 def main() -> None:
     held = read(RESULTS)
     lines = [HEAD.rstrip()]
     for name, part in (("bundles", bundles), ("images", images), ("speed", speed)):
         lines += part(held[name]) if name in held else []
-    lines += real_size()
     p = held["provenance"]
     lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `make precision`, the last part by "
               f"`{p['command']}`, on {p['date'][:10]} "

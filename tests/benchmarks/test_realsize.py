@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import realsize
+from benchmarks import realsize, realsize_report
 
 
 def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +34,12 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not any((tmp_path / "work").iterdir())
     realsize.main(words)
     assert len(made) == 6  # the record is there
+
+
+def test_the_page_is_of_the_records() -> None:
+    text = realsize_report.PAGE.read_text(encoding="utf-8")
+    assert text == realsize_report.page()
+    record = json.loads((realsize.RESULTS / "realsize-sd15-tiny-run.json").read_text(encoding="utf-8"))
+    step = record["steps"]["plug"]
+    gib = step["peak_memory_bytes"] / 1024**3
+    assert f"| Stable Diffusion 1.5 | plug | {step['seconds']:.0f} | {gib:.1f} |" in text

@@ -1,0 +1,123 @@
+"""docs/real-size.md, written from the records of ``make realsize``: ``python -m benchmarks.realsize_report``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.bundle.store import write_text
+
+from .realsize import RESULTS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "real-size.md"
+#: names of architectures as people know them, in the order of the tables
+TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "SDXL"}
+HEAD = """# Real sizes
+
+Seconds, memory and sizes of models of real size on a CPU with two cores, by `make realsize`. Weights are seeded random
+numbers: they cost what real weights cost, and their images would be noise. Each command is a process of its own, and
+its peak memory is that process's. Engines of TensorRT-RTX are compiled without a GPU and were not run.
+
+"Load" is the machine's load average at the end of a record, over one minute, and "cores" is how many the command could
+use: seconds of a record with a load above 2, or with one core, are longer than an idle machine's.
+"""
+
+
+def rows(part: str) -> list[dict[str, Any]]:
+    """The records of a part, by size and then by name."""
+    found = []
+    for file in sorted(RESULTS.glob("realsize-*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        own = "build" if "networks" in record else "train" if "distill guidance" in record["steps"] else "run"
+        if own == part:
+            found.append(record | {"size": record["case"]["base"].removeprefix("random:"), "file": file.name})
+    return sorted(found, key=lambda r: (list(TITLES).index(r["size"]), r["file"]))
+
+
+def gib(count: int | None) -> str:
+    """Bytes as GiB."""
+    return "–" if count is None else f"{count / 2**30:.1f}"
+
+
+def machine(record: dict[str, Any]) -> list[str]:
+    """Load and cores of a record."""
+    p = record["provenance"]
+    return [f"{p['load_average'][0]:.1f}", str(p["usable_cores"])]
+
+
+def table(head: Sequence[str], cells: Iterable[Sequence[str]], words: int) -> list[str]:
+    """A Markdown table whose first ``words`` columns are text."""
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
+    return ["", *("| " + " | ".join(line) + " |" for line in (head, rule, *cells)), ""]
+
+
+def builds() -> list[str]:
+    """Exports and compilations."""
+    cells = []
+    for r in rows("build"):
+        case, unet, peak = r["case"], r["networks"]["unet"], r["peak_memory_bytes"]
+        engine = unet["engine_bytes"]
+        cells.append([
+            TITLES[r["size"]], case["guide"].removeprefix("random-"), case["backend"], case["precision"],
+            f"{r['export_and_parity_seconds']:.0f}", f"{r['compile_seconds']:.0f}", gib(peak["export"]),
+            gib(peak["compile"]), "–" if engine is None else f"{engine / 2**20:,.0f}", f"{unet['graph_parity']:.1e}",
+            *machine(r),
+        ])  # fmt: skip
+    head = ["model", "guide", "backend", "recipe", "export, s", "compile, s", "export, GiB", "compiler, GiB",
+            "U-Net engine, MiB", "U-Net parity", "load", "cores"]  # fmt: skip
+    text = (
+        "`pnp-trt build`, the target `sm_89`, batch 1. Export includes loading, PyTorch's reference and the comparison "
+        "with it; memory is the peak of the export and of the compiler's process. `int8` is without a sweep."
+    )
+    return ["## Builds", "", text, *table(head, cells, 4)] if cells else []
+
+
+def runs() -> list[str]:
+    """Commands of the part ``run``."""
+    cells = []
+    for r in rows("run"):
+        for name, step in r["steps"].items():
+            cells.append(
+                [TITLES[r["size"]], name, f"{step['seconds']:.0f}", gib(step["peak_memory_bytes"]), *machine(r)]
+            )
+    text = (
+        "ONNX Runtime's CPU provider, float16 graphs, tiny guide. A step is `pnp-trt sample --steps 1`: the whole "
+        "process, with loading, text encoder and decoder. `plug` takes a U-Net of other weights."
+    )
+    head = ["model", "command", "seconds", "peak, GiB", "load", "cores"]
+    return ["## Plug and sample", "", text, *table(head, cells, 2)] if cells else []
+
+
+def training() -> list[str]:
+    """Commands of the part ``train``."""
+    cells = [
+        [TITLES[r["size"]], f"{(step := r['steps']['distill guidance'])['seconds']:.0f}",
+         gib(step["peak_memory_bytes"]), *machine(r)]
+        for r in rows("train")
+    ]  # fmt: skip
+    text = (
+        "`pnp-trt distill guidance`: the teacher's predictions for one noised image, three optimiser steps of one "
+        "state each with gradient checkpointing in the processor's own precision, and the check of the result."
+    )
+    head = ["model", "seconds", "peak, GiB", "load", "cores"]
+    return ["## Three steps of distillation", "", text, *table(head, cells, 1)] if cells else []
+
+
+def page() -> str:
+    """The page's text."""
+    lines = [HEAD.rstrip(), "", *builds(), *runs(), *training()]
+    lines += ["The records are `benchmarks/results/realsize-*.json`; this page is written by "
+              "`python -m benchmarks.realsize_report`."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the page."""
+    write_text(page(), PAGE)
+    print(f"{PAGE.name} is written")
+
+
+if __name__ == "__main__":
+    main()

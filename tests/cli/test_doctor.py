@@ -24,7 +24,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     packages = dict.fromkeys(ALL, "1.0")
     monkeypatch.setattr(doctor, "_version", packages.get)
     monkeypatch.setattr(doctor, "_module_exists", lambda module: True)
-    monkeypatch.setattr(doctor, "_wanted_versions", dict)
+    monkeypatch.setattr(doctor, "_required_versions", dict)
     return packages
 
 
@@ -101,7 +101,7 @@ def test_two_runtimes_in_one_folder(installed: dict[str, str], monkeypatch: pyte
 
 def test_unsupported_version_is_a_warning(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     specifiers = pytest.importorskip("packaging.specifiers")
-    monkeypatch.setattr(doctor, "_wanted_versions", lambda: {"pillow": specifiers.SpecifierSet(">=11,<13")})
+    monkeypatch.setattr(doctor, "_required_versions", lambda: {"pillow": specifiers.SpecifierSet(">=11,<13")})
     installed["pillow"] = "13.0.0"
     found = by_name(doctor.diagnose())["pillow"]
     assert found.state == "warning"

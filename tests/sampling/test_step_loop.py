@@ -351,7 +351,7 @@ def test_buckets_are_as_many_as_sessions_are_kept_where_each_batch_has_one(
     kept: int, slots: int, buckets: tuple[int, ...]
 ) -> None:
     network = OrtNetwork(Path("none.onnx"), "cpu", 1)
-    network.kept = kept
+    network.max_loaded = kept
     assert network.batches(slots) == tuple(range(1, slots + 1))
     network._providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert network.batches(slots) == buckets

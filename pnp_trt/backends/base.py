@@ -39,6 +39,7 @@ class CompileJob:
         inputs: ``{name: (dtype, ("batch", …))}``; ``"height"`` and ``"width"`` where the graph leaves them open.
         precision: the recipe's name; the types themselves are in the graph.
         target: GPU that it is for, as ``Backend.resolve_target`` gives it.
+        tensor_float32: whether its float32 may be computed in TensorFloat-32, as it stands in for half precision.
     """
 
     network: str
@@ -48,6 +49,7 @@ class CompileJob:
     target: str
     profiles: tuple[Profile, ...]
     options: CompileOptions = field(default_factory=CompileOptions)
+    tensor_float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Backend(ABC):
         elements: element types that it runs, by their names in torch.
         profiles: what an engine is made for where the user names nothing; empty where any batch will do.
         beside_int8: the recipe of what is not quantised in an INT8 bundle.
+        int8_one_scale: whether INT8 weights have one scale each, and not one for each output channel.
         open_tokens: whether one engine takes text states of several numbers of tokens.
         takes_modules: whether it is given PyTorch modules and no ONNX graphs.
         needs: what it needs of a machine, for ``pnp-trt doctor``.
@@ -99,6 +102,7 @@ class Backend(ABC):
     elements: frozenset[str]
     profiles: tuple[str, ...]
     beside_int8: str = "fp16"
+    int8_one_scale: bool = False
     open_tokens: bool = False
     takes_modules: bool = False
     needs: Needs = Needs()
@@ -123,6 +127,10 @@ class Backend(ABC):
         Raises:
             InputError: if this machine cannot compile for it, or options or precision do not go with it.
         """
+
+    def elements_of(self, target: str) -> frozenset[str]:
+        """Element types that it runs on a target; all of ``elements`` by default."""
+        return self.elements
 
     @abstractmethod
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:

@@ -148,7 +148,7 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
         )
     target = backend.resolve_target(spec.target, recipe.name, spec.options)
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
-    recipe = recipe.on_backend(find_recipe(backend.beside_int8))
+    recipe = recipe.on_backend(find_recipe(backend.beside_int8), backend.int8_one_scale)
     if spec.calibration is not None and not recipe.needs_record:
         takers = " or ".join(name for name, other in RECIPES.items() if other.needs_record)
         raise InputError(f"--calibration is for --precision {takers}, not {recipe.name}; leave it out")

@@ -30,12 +30,14 @@ class NetworkExport:
 
     Attributes:
         record: what INT8 was calibrated to; None where the recipe needs none.
+        target: GPU that it is for; None stands for one with all of the backend's types.
     """
 
     backend: Backend
     recipe: Recipe
     plan: SizePlan
     record: Record | None = None
+    target: str | None = None
 
     def write(
         self, name: str, spec: NetworkSpec, cases: dict[str, dict[str, Any]], work: Path
@@ -124,7 +126,8 @@ class NetworkExport:
         if name not in first.fallback:
             return [first]
         # bfloat16 has the range of float32
-        between = [BF16] if first.dtype == "float16" and BF16.elements <= self.backend.elements else []
+        types = self.backend.elements if self.target is None else self.backend.elements_of(self.target)
+        between = [BF16] if first.dtype == "float16" and BF16.elements <= types else []
         return [first, *between, FP32]
 
     def _quantize(self, recipe: Recipe, path: Path, weights: WeightMap) -> WeightMap | None:
@@ -141,7 +144,9 @@ class NetworkExport:
             return QuantisedRecord(kind, layers, activations=False)
         sweep, chosen = self.record.sweep, recipe.choices(self.record)
         decision = self.record.decision
-        if kind == "fp8":  # its layers follow from the decision for INT8; the sweep's figures are INT8's own
+        if set(chosen) != set(
+            self.record.choices()
+        ):  # fewer layers than the decision: the sweep's figures are not theirs
             sweep, decision = {}, {"float": [n for n in self.record.layers if n not in chosen]}
         details = {
             "share_of_macs": round(self.record.share(chosen), 4), "decision": decision,

@@ -83,7 +83,7 @@ class Build:
             first = next(iter(tokens))
             length = tokens[first].length
             self.plan = self.plan.for_chunks(length, self._chunks(length))
-            export = NetworkExport(self.backend, self.recipe, self.plan, self.record)
+            export = NetworkExport(self.backend, self.recipe, self.plan, self.record, self.target)
             negative = bool((identity["guide"] or {}).get("negative_prompts"))
 
             def made(size: Size, count: int) -> dict[str, dict[str, Any]]:
@@ -233,6 +233,7 @@ class Build:
             target=self.target,
             profiles=self._profiles(name),
             options=self.spec.options,
+            tensor_float32=record.float32_for_range,
         )
         made = self.backend.compile(job, report)
         compiled = CompileRecord(round(made.seconds, 1), made.peak_memory, made.notes)

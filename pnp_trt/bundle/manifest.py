@@ -315,6 +315,11 @@ class NetworkRecord:
         )
 
     @property
+    def float32_for_range(self) -> bool:
+        """Whether it is in float32 as its values are beyond half precision's range, not for more digits."""
+        return self.fallback is not None and self.precision == "fp32"
+
+    @property
     def data(self) -> str:
         """The file of an ONNX graph's weights."""
         return f"{self.graph}.data"

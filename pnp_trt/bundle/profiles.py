@@ -164,6 +164,31 @@ def tightest(profiles: Sequence[Profile], holds: Callable[[Profile], bool]) -> i
     return min(fitting)[1] if fitting else None
 
 
+def split(count: int, batches: Sequence[int]) -> list[int]:
+    """``count`` images in the fewest batches of the sizes that an engine takes, the largest first.
+
+    Args:
+        batches: legal sizes, each 1 or more.
+
+    Returns:
+        Their sizes.  Where no sum of legal sizes is ``count``, as many of the largest as fit, and the rest.
+    """
+    fewest: list[int | None] = [0]
+    for n in range(1, count + 1):
+        before = [fewest[n - b] for b in batches if b <= n]
+        fewest.append(min((k + 1 for k in before if k is not None), default=None))
+    if fewest[count] is None:
+        most = max(batches, default=count)
+        return [min(most, count - done) for done in range(0, count, most)]
+    found = []
+    while count:
+        steps = fewest[count]
+        assert steps is not None
+        found.append(max(b for b in batches if b <= count and fewest[count - b] == steps - 1))
+        count -= found[-1]
+    return found
+
+
 def once_and_twice(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
     """``profiles`` for a network that sees every image once, and doubled for one that sees it twice.
 

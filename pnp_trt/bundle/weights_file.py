@@ -49,7 +49,8 @@ def _check_step(step: Value) -> None:
     )
     if operation in ("cast", "quantization_scale", "float8_scale"):
         step.member("to").text(known=_TYPES)
-    if operation in ("shift", "quantize", "quantization_scale"):
+    # a weight with one scale has no axis
+    if operation == "shift" or (operation in ("quantize", "quantization_scale") and "axis" in step.entries(10)):
         step.member("axis").whole(-8, 7)
     if operation == "transpose":
         axes = [v.whole(0, 7) for v in step.member("perm").items(1, 8)]

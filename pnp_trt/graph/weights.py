@@ -87,9 +87,9 @@ def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
             case "shift":
                 tensor = _shifted(tensor, step["axis"], step["exponents"])
             case "quantize":
-                tensor = quantize(tensor, step["axis"])
+                tensor = quantize(tensor, step.get("axis"))
             case "quantization_scale":
-                tensor = quantization_scale(tensor, step["axis"]).to(getattr(torch, step["to"]))
+                tensor = quantization_scale(tensor, step.get("axis")).to(getattr(torch, step["to"]))
             case "float8":
                 tensor = float8(tensor)
             case "float8_scale":
@@ -99,25 +99,28 @@ def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def quantization_scale(tensor: Tensor, axis: int) -> Tensor:
+def quantization_scale(tensor: Tensor, axis: int | None) -> Tensor:
     """Steps of symmetric 8-bit weights with a scale for each index of ``axis``: max|W| / 127, float32 ``[n]``.
+
+    Where ``axis`` is None one step for the whole weight, a scalar.
 
     Each is a number of float16, so that the same steps serve graphs of both types; a channel smaller than float16's
     smallest normal number shares its step.
     """
     import torch
 
-    over = [i for i in range(tensor.ndim) if i != axis % tensor.ndim]
+    over = [i for i in range(tensor.ndim) if axis is None or i != axis % tensor.ndim]
     largest = tensor.float().abs().amax(over) / LEVELS
     return largest.clamp_min(torch.finfo(torch.float16).smallest_normal).half().float()
 
 
-def quantize(tensor: Tensor, axis: int) -> Tensor:
+def quantize(tensor: Tensor, axis: int | None) -> Tensor:
     """Symmetric 8-bit weights, int8, of ``tensor``'s shape: round(W / scale), half to even, within ±127."""
     import torch
 
-    shape = [-1 if i == axis % tensor.ndim else 1 for i in range(tensor.ndim)]
-    scale = quantization_scale(tensor, axis).reshape(shape)
+    scale = quantization_scale(tensor, axis)
+    if axis is not None:
+        scale = scale.reshape([-1 if i == axis % tensor.ndim else 1 for i in range(tensor.ndim)])
     return (tensor.float() / scale).round().clamp(-LEVELS, LEVELS).to(torch.int8)
 
 

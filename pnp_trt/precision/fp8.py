@@ -21,7 +21,7 @@ class Fp8(Int8):
 
     Ranges are those of the same record that INT8 takes, their whole ``max``: E4M3 has four bits of exponent, so a wide
     range costs its small values no precision.  Linear layers stay in float: on TensorRT-RTX their products lose the
-    fused bias, GELU and residual in 8 bits, and convolutions keep theirs with one scale a weight only.
+    fused bias, GELU and residual in 8 bits, and convolutions keep their bias with one scale a weight only.
     """
 
     name: str = "fp8"

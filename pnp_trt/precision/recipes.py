@@ -60,8 +60,13 @@ class Recipe:
         """Whether it wants a calibration record (``pnp-trt calibrate``)."""
         return False
 
-    def on_backend(self, beside: Recipe) -> Recipe:
-        """This recipe where ``beside`` is the backend's for what is not quantised."""
+    def on_backend(self, beside: Recipe, one_scale: bool = False) -> Recipe:
+        """This recipe on a backend.
+
+        Args:
+            beside: the backend's recipe for what is not quantised.
+            one_scale: whether the backend's INT8 weights have one scale each (``Backend.int8_one_scale``).
+        """
         return self
 
     def of_network(self, network: str) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from .. import backends
 from ..backends.base import LoadOptions, Size
 from ..bundle.manifest import TIME_IDS
-from ..bundle.profiles import legal_sizes
+from ..bundle.profiles import legal_sizes, split
 from ..bundle.store import Bundle, open_bundle, rebuild_advice
 from ..errors import InputError, PnpError
 from ..io.inputs import check_prompts, warn_of_syntax
@@ -283,6 +284,12 @@ class Pipeline:
         wanted = self.check_size(size)
         return max((p.maximum for p in self.profiles if p.holds_size(wanted)), default=self.max_batch)
 
+    def legal_batches(self, size: Size | None = None) -> list[int]:
+        """The numbers of images of ``size`` (pixels) that the engine takes at once."""
+        wanted, most = self.check_size(size), self.largest_batch(size)
+        sized = [p for p in self.profiles if p.holds_size(wanted)]
+        return [b for b in range(1, most + 1) if not sized or any(p.minimum <= b <= p.maximum for p in sized)]
+
     def noise(self, seeds: Sequence[int], size: Size | None = None) -> np.ndarray:
         """Unit Gaussian latents ``[N, C, H, W]`` float32; each depends on its own seed and the size alone.
 
@@ -468,7 +475,7 @@ class Pipeline:
         Raises:
             InputError: for a number of slots below 1, or batches that the engine was not built for.
         """
-        legal = [b for b in range(1, self.largest_batch() + 1) if self._holds_batch(b)]
+        legal = self.legal_batches()
         slots = max((b for b in legal if b <= slots), default=slots)
         if buckets is None:
             ready = self._unet.batches(slots) if slots > 0 else ()
@@ -480,10 +487,6 @@ class Pipeline:
                 f"a bucket is {wrong[0]}; engine '{self.name}' takes batches of {', '.join(map(str, legal))}"
             )
         return StepLoop(self._unet, slots, chosen)
-
-    def _holds_batch(self, batch: int) -> bool:
-        sized = [p for p in self.profiles if p.holds_size(self.size)]
-        return not sized or any(p.minimum <= batch <= p.maximum for p in sized)
 
     def _can_do(self, method: str) -> str:
         """What to say beside a method that is refused."""
@@ -606,15 +609,19 @@ class Pipeline:
         return [out[i] for i in range(len(out))]
 
     def _batches(self, prepared: Prepared) -> list[list[int]]:
-        """The images of each run: as many as the engine takes, whose text states have equally many tokens.
+        """The images of each run: batches that the engine takes, of text states with equally many tokens.
 
         So no image depends on the others' prompts.
         """
         by_tokens: dict[int, list[int]] = {}
         for i in range(len(prepared.prompts)):
             by_tokens.setdefault(self._tokens(prepared, i), []).append(i)
-        most = self.largest_batch(prepared.size)
-        return [places[k : k + most] for places in by_tokens.values() for k in range(0, len(places), most)]
+        legal = self.legal_batches(prepared.size)
+        found = []
+        for places in by_tokens.values():
+            rest = iter(places)
+            found += [list(itertools.islice(rest, n)) for n in split(len(places), legal)]
+        return found
 
     def _tokens(self, prepared: Prepared, i: int) -> int:
         """Tokens of image ``i``: those of the longer one of its prompts."""

@@ -15,6 +15,7 @@ from ..bundle.manifest import NetworkRecord
 from ..bundle.profiles import size_of
 from ..bundle.store import Bundle
 from ..errors import PnpError
+from ..precision.recipes import FP16
 from ..sampling.network import Network
 
 __all__ = ["FILE", "Golden", "compare", "difference", "gate", "load_golden", "save_golden", "verify"]
@@ -66,6 +67,8 @@ def gate(errors: Mapping[str, float], networks: Mapping[str, NetworkRecord], nam
     for network, error in errors.items():
         entry = networks[network.partition("@")[0]]
         limit = entry.parity.limit
+        if entry.compiled.notes.get("tensor_float32") is True:  # float16's ten bits of mantissa
+            limit = max(limit, FP16.limit)
         if not error <= limit:  # also refuses NaN
             raise PnpError(
                 f"engine '{name}': the {network} differs from PyTorch by {error:.2e} (relative), more than the "

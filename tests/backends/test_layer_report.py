@@ -38,6 +38,53 @@ class Block(nn.Module):
 
 
 @pytest.fixture(scope="module")
+def eight_bits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The reports of FP16, INT8 with one scale a weight and with one a channel, FP8, and weights alone in INT8."""
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    from pnp_trt import backends
+    from pnp_trt.backends.base import CompileJob, Profile
+    from pnp_trt.build.onnx_export import export
+    from pnp_trt.precision.int8.qdq import FLOAT8, INT8, INT8_ONE_SCALE, quantize_graph, quantize_weights
+    from pnp_trt.precision.int8.record import LayerRange
+
+    layers = ("convs.0", "convs.1")
+    choices = {layer: LayerRange(4.0) for layer in layers}
+    rewrites: dict[str, Any] = {
+        "fp16": lambda *_: None,
+        "int8": lambda p, w: quantize_graph(p, w, choices, INT8_ONE_SCALE),
+        "int8 by channel": lambda p, w: quantize_graph(p, w, choices, INT8),
+        "fp8": lambda p, w: quantize_graph(p, w, choices, FLOAT8),
+        "int8-weights": lambda p, w: quantize_weights(p, w, layers),
+    }
+    found = {}
+    for name, rewrite in rewrites.items():
+        path = tmp_path_factory.mktemp("block") / "block.onnx"
+        weights = export(convert(Block(), RECIPES["fp16"]), {"x": torch.zeros(2, 320, 32, 32)}, "y", path)
+        rewrite(path, weights)
+        inputs = {"x": ("float32", ("batch", 320, 32, 32))}
+        job = CompileJob("unet", path, inputs, "fp16", "sm_89", (Profile("b1", 1, 1, 1),))
+        (found[name],) = backends.get("tensorrt-rtx").compile(job, lambda *_: None).notes["reports"]
+    return found
+
+
+def test_eight_bits_keep_the_fused_forms_with_one_scale_a_weight(eight_bits: dict[str, dict[str, Any]]) -> None:
+    """Why ``int8`` has one scale a weight on TensorRT-RTX, and why ``int8-weights`` is no way to speed."""
+    half, int8, by_channel = (eight_bits[name] for name in ("fp16", "int8", "int8 by channel"))
+    counts = ("kernels", "convolutions", "with_residual")
+    assert [int8[c] for c in counts] == [half[c] for c in counts]  # 13 kernels with 1.7.1
+    assert int8["weight_bytes"] < half["weight_bytes"] and int8["activation_bytes"] < half["activation_bytes"]
+    # a convolution then writes float32, and scale, bias and residual are kernels of their own
+    assert by_channel["with_residual"] == 0 and by_channel["kernels"] >= int8["kernels"] + 2
+    assert by_channel["activation_bytes"] > 1.2 * int8["activation_bytes"]
+    fp8, weights = eight_bits["fp8"], eight_bits["int8-weights"]
+    assert fp8["kernels"] <= half["kernels"] + 1  # FP8 keeps the bias, and the residual is a kernel of its own
+    assert fp8["weight_bytes"] < half["weight_bytes"] and fp8["activation_bytes"] < by_channel["activation_bytes"]
+    # each weight is read in 8 bits, written in 16 and read again
+    assert weights["kernels"] >= half["kernels"] + 2
+    assert weights["activation_bytes"] + weights["weight_bytes"] > half["activation_bytes"] + half["weight_bytes"]
+
+
+@pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The reports of an FP16 engine for sm_89 with a static profile and a dynamic one."""
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)

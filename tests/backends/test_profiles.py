@@ -12,7 +12,7 @@ from pnp_trt import backends
 from pnp_trt.build.sizes import plan_sizes
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.build.work import Build
-from pnp_trt.bundle.profiles import MAX_SIDE, Profile, legal_sizes, once_and_twice, parse_size, tightest
+from pnp_trt.bundle.profiles import MAX_SIDE, Profile, legal_sizes, once_and_twice, parse_size, split, tightest
 from pnp_trt.errors import InputError
 from pnp_trt.models.bases import resolve
 from pnp_trt.precision.recipes import recipe
@@ -91,6 +91,25 @@ def test_the_tightest_profile_is_chosen(held: list[Profile], batch: int, h: int,
     assert (index is None) == (not fitting)
     if index is not None:
         assert held[index] in fitting and held[index].shapes == min(p.shapes for p in fitting)
+
+
+@given(st.integers(0, 24), st.sets(st.integers(1, 9), min_size=1, max_size=4))
+def test_images_are_split_into_the_fewest_legal_batches(count: int, batches: set[int]) -> None:
+    """Against all sums of up to ``count`` legal sizes."""
+    reached, parts = {0}, 0
+    while count not in reached and parts < count:
+        reached, parts = {done + b for done in reached for b in batches if done + b <= count}, parts + 1
+    found = split(count, sorted(batches))
+    assert sum(found) == count and found == sorted(found, reverse=True)
+    if count in reached:
+        assert set(found) <= batches and len(found) == parts
+    else:
+        assert all(b == max(batches) for b in found[:-1])
+
+
+def test_batches_of_the_default_profiles() -> None:
+    assert [split(n, [1, 4]) for n in (1, 3, 4, 7, 8)] == [[1], [1] * 3, [4], [4, 1, 1, 1], [4, 4]]
+    assert split(9, range(2, 9)) == [7, 2] and split(40, range(1, 33)) == [32, 8] and split(3, [4]) == [3]
 
 
 def test_legal_sizes_are_said_once() -> None:

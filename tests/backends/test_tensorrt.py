@@ -118,6 +118,12 @@ def test_a_head_of_512_is_taken_apart(tmp_path: Path) -> None:
     assert rtx().compile(job, lambda *_: None).notes["decomposable_attention"] == 1
 
 
+def test_float32_for_its_range_alone_is_compiled_in_tensor_float32(jobs: dict[str, CompileJob]) -> None:
+    for allowed in (True, False):
+        made = rtx().compile(replace(jobs["fp32"], tensor_float32=allowed), lambda *_: None)
+        assert made.notes["tensor_float32"] is allowed
+
+
 @pytest.mark.parametrize("dtype", ["float32", "half", "bfloat16"])
 def test_every_attention_may_be_taken_apart(dtype: str) -> None:
     """Plain TensorRT compiles on its GPU alone; here is what it is told of a parsed graph."""
@@ -457,7 +463,8 @@ def test_a_refit_takes_every_weight_or_writes_nothing(
     monkeypatch.setattr(type(RTX), "load", lambda self: refit_api(said, **api))
     (tmp_path / "old.engine").write_bytes(b"old")
     job = {"flavour": "tensorrt-rtx", "graph": str(tmp_path / "unet.onnx"), "engine": str(tmp_path / "unet.engine"),
-           "refit": str(tmp_path / "old.engine"), "options": {"version_compatible": False}}  # fmt: skip
+           "refit": str(tmp_path / "old.engine"), "options": {"version_compatible": False},
+           "tensor_float32": False}  # fmt: skip
     if message is not None:
         with pytest.raises(PnpError, match=message):
             refit_network(job, lambda *_: None)

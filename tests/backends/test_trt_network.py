@@ -116,7 +116,7 @@ class Cache(Real):
         self._given_in: int | None = None
 
     def serialize(self) -> bytes:
-        return self._data + b"kernel"
+        return self._data or b"kernel"
 
     def deserialize(self, blob: bytes) -> bool:
         self._data = bytes(blob) if self._accepts else b""
@@ -136,6 +136,9 @@ class Config(Real):
     def set_runtime_cache(self, cache: Cache) -> bool:
         return True
 
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self._strategy = strategy
+
 
 class Engine(Real):
     real = trt.ICudaEngine
@@ -143,6 +146,7 @@ class Engine(Real):
     def __init__(self) -> None:
         self._contexts: list[Context] = []
         self._configs: list[Config] = []
+        self._given: list[Any] = []
         self.num_io_tensors, self.num_optimization_profiles = 2, 2
 
     def get_tensor_name(self, i: int) -> str:
@@ -161,7 +165,8 @@ class Engine(Real):
         self._configs.append(Config())
         return self._configs[-1]
 
-    def create_execution_context(self, config: Config | None = None) -> Context:
+    def create_execution_context(self, given: Any = None) -> Context:
+        self._given.append(given)
         self._contexts.append(Context())
         return self._contexts[-1]
 
@@ -288,10 +293,33 @@ def test_kernels_are_kept_for_the_next_process(network: TrtNetwork, tmp_path: Pa
     network(x=np.zeros((1, 3), np.float32))
     (file,) = (tmp_path / "cache" / "kernels").iterdir()
     assert file.read_bytes() == b"kernel"
+    again = TrtNetwork(RTX, network.path, ENTRY, HostCuda())
+    again(x=np.zeros((1, 3), np.float32))
+    assert again._engine._configs[-1]._cache._data == b"kernel"
     network(x=np.zeros((2, 3), np.float32))
-    assert network._engine._configs[-1]._cache._data == b"kernel"  # the second context begins with them
-    context, kernels = TENSORRT.context(Engine(), None)
-    assert kernels is None and isinstance(context, Context)
+    assert network._engine._configs[-1]._cache._data == b"kernel"  # another shape begins with them
+
+
+def test_no_shape_overwrites_another_ones_kernels(network: TrtNetwork, tmp_path: Path) -> None:
+    """Two processes that read nothing at first and write in turn, as did one file for both: the last one won."""
+    other = TrtNetwork(RTX, network.path, ENTRY, HostCuda())
+    with network.bind(1) as a, other.bind(2) as b:
+        for bound, rows in ((a, 1), (b, 2)):
+            bound.write(x=np.zeros((rows, 3), np.float32))
+            bound.run()
+    files = sorted((tmp_path / "cache" / "kernels").iterdir())
+    assert [f.name.rpartition("-")[2] for f in files] == ["1.cache", "2.cache"]
+    assert [f.read_bytes() for f in files] == [b"kernel", b"kernel"]
+
+
+def test_a_context_has_the_memory_of_its_own_profile(network: TrtNetwork) -> None:
+    """And not that of the largest one, which each context would hold by default."""
+    network(x=np.zeros((1, 3), np.float32))
+    wanted = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+    assert network._engine._configs[-1]._strategy == wanted and network._engine._contexts[-1]._profile == 0
+    engine = Engine()
+    context, kernels = TENSORRT.context(trt, engine, None)
+    assert kernels is None and isinstance(context, Context) and engine._given == [wanted]
 
 
 def test_the_gpu_is_current_where_kernels_are_read(network: TrtNetwork) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from pnp_trt.backends.onnxruntime.backend import OrtNetwork
 from pnp_trt.build.onnx_export import export
 from pnp_trt.errors import PnpError
 from pnp_trt.graph.weights import WeightMap, apply, check_complete, quantization_scale, quantize
-from pnp_trt.precision.int8.qdq import matrix_layers, quantize_graph, quantize_weights
+from pnp_trt.precision.int8.qdq import INT8_ONE_SCALE, matrix_layers, quantize_graph, quantize_weights
 from pnp_trt.precision.int8.record import LayerRange
 from pnp_trt.precision.int8.simulate import quantised
 from pnp_trt.precision.recipes import RECIPES, convert
@@ -78,6 +80,36 @@ def test_the_data_file_is_the_transformed_weights_in_order(tmp_path: Path, preci
     data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in made)
     assert data == path.with_name("net.onnx.data").read_bytes()
     assert sum(t.dtype == torch.int8 for t in made) == 3
+
+
+def test_one_scale_a_weight(tmp_path: Path) -> None:
+    """The oracle is the formula: W ≈ round(W / s) · s with s = max|W| / 127 of the whole weight, in float16."""
+    weights, path = exported(tmp_path)
+    choices = {"unet.conv": LayerRange(3.0), "unet.plain": LayerRange(2.0)}
+    weights = weights.derive(quantize_graph(path, weights, choices, INT8_ONE_SCALE), initializers(path))
+    check_complete(path, weights)
+    held = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    net, x = Net(), torch.randn(2, 4, 6, 6)
+    for name, limit in (("conv", 3.0), ("plain", 2.0)):
+        layer = net.unet[name]
+        weight = layer.weight.detach().numpy()
+        step = np.float32(np.float16(np.abs(weight).max() / np.float32(127)))
+        rounded = np.clip(np.rint(weight / step), -127, 127)
+        stored, scale = (
+            held[n]
+            for last in ("quantize", "quantization_scale")
+            for n, entry in weights.weights.items()
+            if entry["key"] == f"{name}.weight" and entry["transform"][-1]["op"] == last
+        )
+        assert scale.shape == () and scale == step
+        assert np.array_equal(stored if name == "conv" else stored.T, rounded)
+        layer.weight.data = torch.from_numpy((rounded * step).astype(np.float32))
+        layer.register_forward_pre_hook(
+            lambda _, a, s=limit / 127: (torch.round(a[0] / s).clamp(-128, 127) * s,)  # type: ignore[misc]
+        )
+    wanted = net(x).detach().numpy()
+    got = OrtNetwork(path, "cpu")(x=x.numpy())
+    assert np.mean(np.abs(got - wanted) > 1e-4) < 0.01  # a value on the edge between two steps may fall to either side
 
 
 def test_weight_only_leaves_inputs_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from pnp_trt.bundle.profiles import Profile
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.errors import InputError, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
@@ -53,6 +54,15 @@ def test_a_large_request_is_split(plain: Pipeline) -> None:
     assert len(many) == 40
     assert same_but_for_rounding(many[35].pixels, plain("a cat", steps=1, seed=35)[0].pixels)
     assert not same_but_for_rounding(many[34].pixels, many[35].pixels)
+
+
+def test_images_are_run_in_batches_that_the_engine_takes(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine for one image and for four has no batch of three."""
+    monkeypatch.setattr(plain, "profiles", (Profile("b1", 1, 1, 1), Profile("b4", 4, 4, 4)))
+    run, batches = plain._run, []
+    monkeypatch.setattr(plain, "_run", lambda *a, **k: (batches.append(len(a[1])), run(*a, **k))[1])
+    images = plain(["a cat"] * 7, steps=1, seed=list(range(7)))
+    assert batches == [4, 1, 1, 1] and [image.parameters["seed"] for image in images] == list(range(7))
 
 
 def test_seed_prompt_and_scale_each_matter(guided: Pipeline) -> None:

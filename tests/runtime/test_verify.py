@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pnp_trt.bundle.golden_file import difference
-from pnp_trt.bundle.manifest import NetworkParity, NetworkRecord
+from pnp_trt.bundle.manifest import CompileRecord, NetworkParity, NetworkRecord
 from pnp_trt.bundle.profiles import Profile
-from pnp_trt.runtime.verify import compare
+from pnp_trt.errors import PnpError
+from pnp_trt.runtime.verify import compare, gate
 
 
 class Doubler:
@@ -59,3 +61,20 @@ def test_zeros_are_equal_to_zeros_alone() -> None:
         assert (
             difference(ones, zeros) == np.inf and np.isnan(difference(bad, zeros)) and np.isnan(difference(zeros, bad))
         )
+
+
+def test_float32_in_tensor_float32_is_allowed_float16s_error() -> None:
+    """A decoder beyond float16's range computes in TensorFloat-32, which has float16's mantissa."""
+
+    def record(**notes: Any) -> dict[str, NetworkRecord]:
+        parity = NetworkParity(0.0, 1e-4, 1)
+        return {"vae_decoder": NetworkRecord("v.onnx", "fp32", {}, {}, parity, "off by nan in fp16",
+                                             compiled=CompileRecord(notes=notes))}  # fmt: skip
+
+    assert record()["vae_decoder"].float32_for_range
+    assert not NetworkRecord("v.onnx", "fp32", {}, {}, NetworkParity(0.0, 1e-4, 1)).float32_for_range
+    gate({"vae_decoder": 1e-3}, record(tensor_float32=True), "x")
+    for errors, notes in (({"vae_decoder": 6e-3}, {"tensor_float32": True}), ({"vae_decoder": 1e-3}, {}),
+                          ({"vae_decoder": float("nan")}, {"tensor_float32": True})):  # fmt: skip
+        with pytest.raises(PnpError, match="the vae_decoder differs from PyTorch"):
+            gate(errors, record(**notes), "x")

@@ -23,6 +23,7 @@ from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import Manifest, NetworkRecord
 from ...bundle.store import cache_home, engines_home, rebuild_advice
 from ...errors import IncompatibleDevice, InputError, PnpError
+from ...precision.int8.recipes import INT8_WEIGHTS
 from ...precision.recipes import RECIPES
 from ...sampling.network import Network
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress
@@ -50,7 +51,8 @@ class TensorRtBackend(Backend):
 
     flavour: Flavour
     elements = frozenset({"float32", "float16", "bfloat16", "int8", "float8_e4m3fn"})
-    profiles = ("b1", "b2-8")
+    #: static ones: a range of batches has more kernels, as fewer are fused (``once_and_twice``)
+    profiles = ("b1", "b4")
 
     def versions(self) -> dict[str, str]:
         return {self.flavour.distributions[0]: self.flavour.version()}
@@ -59,13 +61,19 @@ class TensorRtBackend(Backend):
         gpus = present_gpus()
         self.flavour.check_options(options, bool(gpus))
         found = self._target(target, gpus[0] if gpus else None)
-        if "bfloat16" in RECIPES[precision].elements and found == "sm_75":
-            raise InputError("target sm_75 has no bfloat16; choose --precision fp16")
-        if "float8_e4m3fn" in RECIPES[precision].elements and not _has_float8(found):
+        lacking = RECIPES[precision].elements - self.elements_of(found)
+        if "bfloat16" in lacking:
+            raise InputError(f"target {found} has no bfloat16; choose --precision fp16")
+        if "float8_e4m3fn" in lacking:
             raise InputError(
                 f"target {found} has no FP8, which needs sm_89 or newer; choose --target sm_89, or --precision fp16"
             )
         return found
+
+    def elements_of(self, target: str) -> frozenset[str]:
+        """Turing (sm_75) has no bfloat16, and FP8 begins with Ada (sm_89); portable engines run on Ampere too."""
+        lacking = {"bfloat16"} if target == "sm_75" else set()
+        return self.elements - lacking - (set() if _has_float8(target) else {"float8_e4m3fn"})
 
     def _target(self, target: str | None, gpu: Gpu | None) -> str:
         known = self.flavour.targets
@@ -129,6 +137,7 @@ class TensorRtBackend(Backend):
             "profiles": [_compilable(p, job.target).as_dict() for p in job.profiles],
             "target": job.target,
             "options": asdict(job.options),
+            "tensor_float32": job.tensor_float32,
             "timing_cache": self._timing_cache(),
         }
         done = _in_own_process(order, job.network, progress)
@@ -232,6 +241,15 @@ class TensorRtRtx(TensorRtBackend):
     label = "rtx"
     flavour = RTX
     needs = NEEDS_RTX
+    int8_one_scale = True
+
+    def remark(self, precision: str) -> str | None:
+        if precision != INT8_WEIGHTS.name:
+            return None
+        return (
+            "int8-weights makes smaller files and slower steps: each weight is widened by a kernel of its own in every "
+            "evaluation; for speed take fp16, int8 or fp8"
+        )
 
 
 def _own_words(claim: str) -> list[str] | None:

@@ -65,7 +65,7 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
 
     Args:
         job: ``flavour``, ``graph``, ``engine``, ``inputs``, ``profiles``, ``target``, ``options``, ``timing_cache``,
-            and ``refit``, an engine whose weights alone are to be replaced (see ``refit``).
+            ``tensor_float32``, and ``refit``, an engine whose weights alone are to be replaced (see ``refit``).
         report: called with (phase, share done).
 
     Raises:
@@ -100,6 +100,7 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
         "layers": network.num_layers,
         "decomposable_attention": decomposable,
         "host_code": options.version_compatible,
+        "tensor_float32": job["tensor_float32"],
         "warnings": logger.warnings,
         "reports": report_layers(logger.layers, [p["name"] for p in job["profiles"]]),
     }
@@ -139,8 +140,10 @@ def _allow_decomposition(trt: Any, network: Any) -> int:
 def _configure(
     trt: Any, flavour: Flavour, builder: Any, config: Any, network: Any, job: dict[str, Any], options: CompileOptions
 ) -> None:
-    # float32 in a graph is there because half precision is not enough; ten bits of mantissa would not be either
-    config.clear_flag(trt.BuilderFlag.TF32)
+    if job["tensor_float32"]:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:  # float32 in a graph is there because half precision is not enough; ten bits of mantissa would not be either
+        config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if options.refittable:

@@ -146,15 +146,20 @@ class Flavour:
             reasons = [n.lower().replace("_", " ") for n, flag in flags if int(diagnostics) & int(flag)]
             raise PnpError(f"TensorRT-RTX cannot load {name} here: {', '.join(reasons) or 'it gives no reason'}")
 
-    def context(self, engine: Any, cache: bytes | None) -> tuple[Any, Any]:
+    def context(self, trt: Any, engine: Any, cache: bytes | None) -> tuple[Any, Any]:
         """An execution context, and its runtime cache (None where there is none).
+
+        Its workspace is that of the profile that is set, allocated when it is set.  By default each context would hold
+        the largest of all profiles: a batch of one the workspace of a batch of eight.
 
         Args:
             cache: what ``cache.serialize()`` gave in an earlier run; the runtime rejects one that does not fit.
         """
+        by_profile = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         if not self.rtx:
-            return engine.create_execution_context(), None
+            return engine.create_execution_context(by_profile), None
         config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(by_profile)
         kernels = config.create_runtime_cache()
         if cache:
             taken = kernels.deserialize(cache)
@@ -167,9 +172,7 @@ class Flavour:
         config.set_runtime_cache(kernels)
         # by default kernels of open shapes are made beside the first runs, which use slower ones until then; a capture
         # would keep the slower ones for good
-        config.dynamic_shapes_kernel_specialization_strategy = (
-            self.load().DynamicShapesKernelSpecializationStrategy.EAGER
-        )
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         return engine.create_execution_context(config), kernels
 
 

@@ -132,24 +132,40 @@ class TrtNetwork(Network):
 
     def _bound(self, batch: int, size: Size | None, index: int) -> TrtBound:
         self._cuda.attach()  # the kernels' cache wants the GPU to be current in the thread, which may be a new one
-        file = self._kernels_file()
-        held = file.read_bytes() if file.is_file() else None
-        context, kernels = self._flavour.context(self._engine, held)
+        file = self._kernels_file(batch, size)
+        near = self._kernels_nearby(file)
+        held = near.read_bytes() if near is not None else None
+        context, kernels = self._flavour.context(self._trt, self._engine, held)
         if context is None:
             raise PnpError(self._log.summary(f"{self.path.name}: no execution context for a batch of {batch}"))
 
         def keep() -> None:
             """Kernels are made when a shape first runs; the next process finds them."""
-            if kernels is not None and (made := bytes(kernels.serialize())) != held:
+            if kernels is not None and ((made := bytes(kernels.serialize())) != held or near != file):
                 with contextlib.suppress(PnpError):  # a cache that cannot be written is only slower
                     write_bytes(made, file)
 
         return TrtBound(self._cuda, context, self._described, batch, size, index, keep)
 
-    def _kernels_file(self) -> Path:
+    def _kernels_file(self, batch: int, size: Size | None) -> Path:
+        """Where the kernels of one shape are kept.
+
+        Each shape has a file of its own: two contexts or processes that write the same one write the same kernels, and
+        none overwrites another shape's.
+        """
         # the runtime itself rejects a cache of another GPU, driver or version
         key = digest([self._flavour.name, self._trt.__version__, str(self.path.resolve()), self.path.stat().st_size])
-        return cache_home() / "kernels" / f"{key[:32]}.cache"
+        shape = "x".join(map(str, (batch, *(size or ()))))
+        return cache_home() / "kernels" / f"{key[:32]}-{shape}.cache"
+
+    def _kernels_nearby(self, file: Path) -> Path | None:
+        """``file``, or the newest of another shape of this engine, as shapes have kernels in common; None for none."""
+        if file.is_file():
+            return file
+        others = file.parent.glob(f"{file.name.rpartition('-')[0]}-*.cache")
+        with contextlib.suppress(OSError):  # one was removed meanwhile
+            return max(others, key=lambda other: other.stat().st_mtime, default=None)
+        return None
 
 
 class TrtBound(Bound):

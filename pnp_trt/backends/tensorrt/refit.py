@@ -68,5 +68,6 @@ def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
         "peak_memory": memory.peak(),
         "refitted": len(refitter.get_all_weights()),
         "host_code": host_code,
+        "tensor_float32": job["tensor_float32"],
         "warnings": logger.warnings,
     }

@@ -78,7 +78,7 @@ class Timing:
         """
         say("trying every method, for an estimate")
         for case in self.own:
-            self.paces[case.label] = trial(case, TIMED, self.plan.guidance[0], self._largest(case))
+            self.paces[case.label] = trial(case, TIMED, self.plan.guidance[0], self._largest(case.pipe))
         cfg = next((self.paces[c.label] for c in self.own if c.method == CFG.name), Pace(0.0, 0.0))
         for case in self._others:
             say(f"trying {case.method}, which may compile first")
@@ -119,12 +119,15 @@ class Timing:
         return [(steps, batch) for steps in self.plan.loops for batch in self.plan.batches if self._cases(batch)]
 
     def _cases(self, batch: int) -> list[Case]:
-        return [c for c in self.cases if self._largest(c) >= batch]
+        return [c for c in self.cases if not isinstance(c.pipe, Pipeline) or batch in self._legal(c.pipe)]
 
-    def _largest(self, case: Case) -> int:
-        """The largest batch that a case can be timed at; peers take any."""
-        pipe = case.pipe
+    def _largest(self, pipe: Any) -> int:
+        """The largest batch that can be timed; peers take any."""
         return pipe.largest_batch(self.plan.size) if isinstance(pipe, Pipeline) else max(self.plan.batches)
+
+    def _legal(self, pipe: Pipeline) -> list[int]:
+        """The batches that an engine can be timed at; peers take any."""
+        return pipe.legal_batches(self.plan.size)
 
     # ------------------------------------------------------------------------------------------------- measuring
 
@@ -157,9 +160,10 @@ class Timing:
         meters = self._meters(meter, cost)
         rows = []
         for pipe in self.pipes:
-            if too_many := [b for b in plan.batches if b > pipe.largest_batch(plan.size)]:
-                why = f"the engine takes batches up to {pipe.largest_batch(plan.size)}"
-                self._leave_out(f"latency of {pipe.name} at batch {' and '.join(map(str, too_many))}", why)
+            if lacking := [b for b in plan.batches if b not in self._legal(pipe)]:
+                names = ", ".join(p.name for p in pipe.profiles)
+                why = f"the engine has the profiles {names}" if names else f"it takes batches up to {pipe.max_batch}"
+                self._leave_out(f"latency of {pipe.name} at batch {' and '.join(map(str, lacking))}", why)
         for steps, batch in self.blocks():
             job = _block(steps, batch)
             meter.begin(job, f"timing, batch {batch}, {steps} steps")

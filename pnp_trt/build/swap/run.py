@@ -514,6 +514,7 @@ class _Work:
             target=self.manifest.target,
             profiles=entry.profiles,
             options=replace(self.manifest.options, check_memory=self.spec.check_memory),
+            tensor_float32=entry.float32_for_range,
         )
         made = self.backend.replace_weights(job, work / _OLD / entry.file, lambda *_: None)
         return replace(entry, compiled=CompileRecord(round(made.seconds, 1), made.peak_memory, made.notes))

@@ -1,7 +1,7 @@
 """Eight bits in an exported graph: QuantizeLinear and DequantizeLinear around the layers that take them.
 
 Explicit and symmetric, as TensorRT requires, with zero points of zero.  An input has one scale; a weight has one for
-each output channel in INT8, and one for all in FP8 (``Format``).  Weights are stored in 8 bits, half or a quarter of
+each output channel, or one for all (``Format``).  Weights are stored in 8 bits, half or a quarter of
 their size.  Types stay what the graph had: a float16 graph has float16 scales, so what is not quantised computes as
 before.
 """
@@ -9,7 +9,7 @@ before.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +40,10 @@ class Format:
 
     def steps(self, axis: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Transforms of a weight into its 8-bit values and into its scale of type ``dtype``."""
-        if self.by_channel:
-            return {"op": "quantize", "axis": axis}, {"op": "quantization_scale", "axis": axis, "to": dtype}
-        return {"op": "float8"}, {"op": "float8_scale", "to": dtype}
+        if self.onnx == "FLOAT8E4M3FN":
+            return {"op": "float8"}, {"op": "float8_scale", "to": dtype}
+        along = {"axis": axis} if self.by_channel else {}
+        return {"op": "quantize", **along}, {"op": "quantization_scale", **along, "to": dtype}
 
     def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
         """Zero points."""
@@ -52,7 +53,9 @@ class Format:
 
 
 INT8 = Format("int8", "INT8", LEVELS, by_channel=True)
-#: E4M3; one scale a weight keeps TensorRT-RTX's fusion of bias and residual, and costs FP8 hardly any precision
+#: TensorRT-RTX fuses bias and residual into a convolution whose weight has one scale, and not into others
+INT8_ONE_SCALE = replace(INT8, by_channel=False)
+#: E4M3; one scale keeps the bias fused, and costs FP8 hardly any precision
 FLOAT8 = Format("float8", "FLOAT8E4M3FN", FLOAT8_LARGEST, by_channel=False)
 
 

@@ -22,6 +22,10 @@ class Int8(Recipe):
     Which layers, and the ranges of their inputs, are a calibration record's (``pnp-trt calibrate``).  Weights have a
     scale for each output channel, inputs one for all, both symmetric.  Text encoder and decoder stay in ``beside``.
     The limit is on golden inputs, which are noise at any timestep and beyond the ranges of real ones.
+
+    Attributes:
+        one_scale: one scale for each weight, and convolutions alone: the form in which TensorRT-RTX fuses a
+            convolution with its bias and residual.  Products lose what is fused with them in 8 bits of any form.
     """
 
     name: str = "int8"
@@ -30,6 +34,7 @@ class Int8(Recipe):
     networks: tuple[str, ...] = ("unet",)
     beside: str = "fp16"
     calibrated: bool = True
+    one_scale: bool = False
 
     @property
     def elements(self) -> frozenset[str]:
@@ -41,9 +46,9 @@ class Int8(Recipe):
         """Whether ranges of activations are wanted."""
         return self.calibrated
 
-    def on_backend(self, beside: Recipe) -> Recipe:
+    def on_backend(self, beside: Recipe, one_scale: bool = False) -> Recipe:
         """What is not quantised is in the type that the backend is quick in."""
-        return replace(self, beside=beside.name, dtype=beside.dtype)
+        return replace(self, beside=beside.name, dtype=beside.dtype, one_scale=one_scale)
 
     def of_network(self, network: str) -> Recipe:
         """``beside`` for networks that are not quantised."""
@@ -51,22 +56,24 @@ class Int8(Recipe):
 
     def choices(self, record: Record) -> Mapping[str, LayerRange]:
         """The layers with 8-bit inputs and weights, and their ranges, by a record."""
-        return record.choices()
+        chosen = record.choices()
+        return {n: c for n, c in chosen.items() if not self.one_scale or record.layers[n].kind == "conv"}
 
     def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
         """Insert quantise/dequantise pairs: of the record's layers, or of all weights where there is none."""
-        from .qdq import matrix_layers, quantize_graph, quantize_weights
+        from .qdq import INT8, INT8_ONE_SCALE, matrix_layers, quantize_graph, quantize_weights
 
         if record is not None:
-            return quantize_graph(graph, weights, self.choices(record))
+            return quantize_graph(graph, weights, self.choices(record), INT8_ONE_SCALE if self.one_scale else INT8)
         return quantize_weights(graph, weights, matrix_layers(graph, weights))
 
 
 @dataclass(frozen=True)
 class Int8Weights(Int8):
-    """Weight-only: stored in INT8, computed in float16; for memory and disk.
+    """Weight-only: stored in INT8, computed in float16; for memory and disk, not for speed.
 
     The rounding error of a weight is at most 1/254 of its channel's largest, 0.4 %, and no record is wanted.
+    TensorRT-RTX widens each weight in a kernel of its own before the layer that reads it, 5 bytes moved for 2.
     """
 
     name: str = "int8-weights"

@@ -79,12 +79,14 @@ def test_rows_that_are_compared(network: str, weights: int, size: tuple[int, int
 
 
 def test_bfloat16_comes_before_float32_where_a_backend_runs_it() -> None:
-    def order(backend: str, network: str) -> list[str]:
+    def order(backend: str, network: str, target: str | None = None) -> list[str]:
         plan: Any = SimpleNamespace()
-        return [r.name for r in NetworkExport(backends.get(backend), FP16, plan).recipes(network)]
+        return [r.name for r in NetworkExport(backends.get(backend), FP16, plan, target=target).recipes(network)]
 
     assert order("torch", "vae_decoder") == order("tensorrt-rtx", "vae_decoder") == ["fp16", "bf16", "fp32"]
     assert order("onnxruntime", "vae_decoder") == ["fp16", "fp32"] and order("torch", "unet") == ["fp16"]
+    assert order("tensorrt-rtx", "vae_decoder", "sm_75") == ["fp16", "fp32"]  # Turing has no bfloat16
+    assert order("tensorrt-rtx", "vae_decoder", "sm_80") == ["fp16", "bf16", "fp32"]
 
 
 @pytest.mark.parametrize("large", [False, True])

@@ -45,6 +45,7 @@ def record(bundle: Path, command: list[str]) -> dict[str, Any]:
             "compile_peak_memory_bytes": n.compiled.peak_memory,
             "graph_parity": n.parity.graph,
             "parity_limit": n.parity.limit,
+            "kernels": n.compiled.notes.get("reports"),
         }
     compiled = sum(n["compile_seconds"] for n in networks.values())
     return {

@@ -211,31 +211,60 @@ class TinyGuide(Guide):
 
     def forward(self, given: GuideInput) -> GuideOutput:
         """Residuals for one step; see :class:`GuideInput`."""
-        features = given.features
-        mid = features.mid_block_res_sample
-        dtype = mid.dtype
+        emb = self.embedding(given.timestep, given.guidance, given.features.mid_block_res_sample.dtype)
+        emb = emb + self.summary(given)
+        context = self.deep_context(given)
+        film = self.modulation(emb)
+        context = self.through_trunk(context, film)
+        return self.residuals(given, context, film[2 * len(self.trunk) :])
+
+    def embedding(self, timestep: Tensor, guidance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of (t, w), ``[B, embed_dim]``."""
         width = self.config.embed_dim
-        conditions = [sinusoid(given.timestep, width, 10_000.0), sinusoid(given.guidance.float() * 4, width, 100.0)]
-        emb = self.embed(torch.cat(conditions, -1).to(dtype))
+        conditions = [sinusoid(timestep, width, 10_000.0), sinusoid(guidance.float() * 4, width, 100.0)]
+        embedded: Tensor = self.embed(torch.cat(conditions, -1).to(dtype))
+        return embedded
+
+    def summary(self, given: GuideInput) -> Tensor:
+        """What of the image, or of the text, is added to the embedding, ``[B, embed_dim]``."""
         if self.stem is None:
-            emb = emb + self.pool(mid.mean((2, 3)))
-            deep = torch.cat([features.down_block_res_samples[-1], mid], 1)
-            context = cast(nn.Module, self.context)(deep if self.context_norm is None else self.context_norm(deep))
+            pooled: Tensor = self.pool(given.features.mid_block_res_sample.mean((2, 3)))
         else:
-            emb = emb + self.pool(given.encoder_hidden_states.mean(1))
+            pooled = self.pool(given.encoder_hidden_states.mean(1))
+        return pooled
+
+    def deep_context(self, given: GuideInput) -> Tensor:
+        """What the trunk begins with, ``[B, rank, H, W]`` at the mid block's resolution."""
+        if self.stem is None:
+            deep = torch.cat([given.features.down_block_res_samples[-1], given.features.mid_block_res_sample], 1)
+            context: Tensor = cast(nn.Module, self.context)(
+                deep if self.context_norm is None else self.context_norm(deep)
+            )
+        else:
             context = self.stem(given.sample)
         if self.text_attention is not None:
             context = self.text_attention(context, given.encoder_hidden_states)
         if self.negative_attention is not None:
             context = self.negative_attention(context, given.needs_negative())
-        film = self.film(F.silu(emb))[:, :, None, None].chunk(2 * (len(self.trunk) + len(self.adapters)), dim=1)
+        return context
+
+    def modulation(self, emb: Tensor) -> tuple[Tensor, ...]:
+        """A scale and a shift ``[B, rank, 1, 1]`` for each block of the trunk, then for each adapter; one is added to
+        scales.
+        """
+        film: Tensor = self.film(F.silu(emb))
+        return film[:, :, None, None].chunk(2 * (len(self.trunk) + len(self.adapters)), dim=1)
+
+    def through_trunk(self, context: Tensor, film: tuple[Tensor, ...]) -> Tensor:
+        """What the adapters share, of the same shape."""
         for i, block in enumerate(self.trunk):
             context = block(context, 1 + film[2 * i], film[2 * i + 1])
             if len(self.attention):
                 context = self.attention[i](context)
-        return self._residuals(given, context, film[2 * len(self.trunk) :])
+        return context
 
-    def _residuals(self, given: GuideInput, context: Tensor, film: tuple[Tensor, ...]) -> GuideOutput:
+    def residuals(self, given: GuideInput, context: Tensor, film: tuple[Tensor, ...]) -> GuideOutput:
+        """The adapters' outputs; ``film`` is their part of :meth:`modulation`."""
         mid = given.features.mid_block_res_sample
         gate = self.gate(given, mid.dtype)
         # a list, as sizes that the exporter leaves open can be compared and not hashed

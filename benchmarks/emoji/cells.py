@@ -7,21 +7,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pnp_trt.errors import InputError
 
+from .free import RULES, most_steps
 from .sampler import Guidance
 
 TEACHER = "emoji"
 FINE_TUNES = ("emoji-flat", "emoji-3d")
-STEPS = (50, 16, 8, 4)
+STEPS = (50, 16, 12, 8, 4)
 SCALES = (2.0, 3.0, 5.0, 8.0)
 HEADLINE_W = 3.0
-HEADLINE_STEPS = (50, 16, 8)
+HEADLINE_STEPS = (50, 16, 12, 8)
 #: step counts that stage 2 makes a guide for
 STAGE2_STEPS = (16, 8, 4)
 FREE_SCALES = (3.0, 5.0)
+#: fine-tunes are measured at these
+TUNED_STEPS, TUNED_SCALES = (50, 16, 8), (3.0, 5.0)
 HELD_OUT = ("held_out", "held_out_colour_shape")
 SWEEP, SWEEP_IMAGES = "sweep", 128
 #: the sweep's noise is none of the reported cells', so that the best interval is not picked on its own figures
@@ -33,7 +37,19 @@ METHODS = {
     "full": "full",
     "none": "no guidance",
     "interval": "CFG on an interval",
+    "cached-2": "CFG, difference cached for 2 steps",
+    "cached-3": "CFG, difference cached for 3 steps",
+    "cached-4": "CFG, difference cached for 4 steps",
+    "residual": "R-CFG, one negative evaluation",
+    "rising": "CFG, w rises",
+    "falling": "CFG, w falls",
+    "anchors-4": "tiny, CFG every 4th step",
+    "anchors-8": "tiny, CFG every 8th step",
 }
+#: evaluations that a tiny guide's rows have, at which each rule of :data:`~.free.RULES` makes the most steps it can
+BUDGETS = (50, 16, 8)
+#: intervals at the budgets: the steps of which about half are guided
+INTERVAL_STEPS = {50: 32, 16: 10, 8: 5}
 #: guided timesteps (t_low, t_high).  Kynkäänniemi et al. 2024 advise σ in (0.28, 5.42] for SD-XL and (0.28, 2.9] for
 #: EDM2-XXL, which are these timesteps of the bundled schedule; ``first-half`` drops guidance in the last half
 INTERVALS = {"sdxl": (67, 628), "edm2": (67, 518), "first-half": (500, 999)}
@@ -68,7 +84,14 @@ class Cell:
         """The name of the guide's folder; stage 2 makes one guide a step count."""
         if self.method == "tiny-stage2":
             return f"tiny-{self.steps}"
+        if rule(self.method)[0] == "anchors":
+            return "tiny"
         return self.method if self.method in ("tiny", "full") else None
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is among what costs no training; anchors are, as their guide is the one that they are held to."""
+        return self.guide is None or rule(self.method)[0] in RULES
 
     @property
     def network(self) -> str:
@@ -91,7 +114,14 @@ class Cell:
             if name is None:
                 raise InputError(f"the best interval at {self.steps} steps and w = {self.w:g} is not known yet")
             return Guidance("interval", self.w, INTERVALS[name])
-        return Guidance("guided", self.w)
+        kind, every = rule(self.method)
+        return Guidance(kind if kind in RULES else "guided", self.w, every=every)
+
+
+def rule(method: str) -> tuple[str, int | None]:
+    """Kind and period of a method named after a rule, as ``cached-3``; the method and None of others."""
+    kind, _, every = method.partition("-")
+    return (kind, int(every) if every else None) if kind in RULES else (method, None)
 
 
 def table_a(seeds: int) -> list[Cell]:
@@ -110,23 +140,55 @@ def table_b() -> list[Cell]:
     """Each fine-tune with its own CFG, without guidance, and with the guides of the base, as they are."""
     out = []
     for base in FINE_TUNES:
-        for steps in (50, 16):
+        for steps in TUNED_STEPS:
             methods = ("none", "cfg", "tiny", "full") + (("tiny-stage2",) if steps in STAGE2_STEPS else ())
-            out += [Cell("B", m, base, steps, HEADLINE_W, captions=base) for m in methods]
+            out += [Cell("B", m, base, steps, w, captions=base) for w in TUNED_SCALES for m in methods]
     return out
 
 
 def table_c() -> list[Cell]:
-    """No guidance, CFG with fewer steps (25, 8, 4 steps: 50, 16, 8 evaluations), CFG on intervals; the tiny guide."""
+    """What costs no training, and the tiny guide.
+
+    No guidance; CFG with fewer steps (25, 8, 6, 4: 50, 16, 12, 8 evaluations) and on intervals; all rules.
+    """
     out = []
     for w in FREE_SCALES:
         for method, steps in (
-            ("none", HEADLINE_STEPS), ("cfg", (50, 25, 16, 8, 4)), ("tiny", HEADLINE_STEPS), ("tiny-stage2", (16, 8)),
+            ("none", HEADLINE_STEPS), ("cfg", (50, 25, 16, 12, 8, 6, 4)), ("tiny", HEADLINE_STEPS),
+            ("tiny-stage2", (16, 8)),
         ):  # fmt: skip
             out += [Cell("C", method, TEACHER, s, w) for s in steps]
         for s in (50, 16):
             out += [Cell("C", "interval", TEACHER, s, w, SWEEP_SEED, SWEEP, name) for name in INTERVALS]
             out.append(Cell("C", "interval", TEACHER, s, w, interval=BEST))
+        for budget in BUDGETS:
+            out += free_cells(budget, w)
+    return out
+
+
+def at_budget(budget: int, scales: Sequence[float]) -> list[Cell]:
+    """Table C's rows of one budget, and CFG in 50 and in ``budget`` steps.
+
+    Raises:
+        InputError: for a budget that is none of :data:`BUDGETS`.
+    """
+    if budget not in BUDGETS:
+        raise InputError(f"the budget is {budget}; known: {', '.join(map(str, BUDGETS))}")
+    out = []
+    for w in scales:
+        steps = {"cfg": (50, budget, budget // 2), "none": (budget,), "tiny": (budget,)}
+        out += [Cell("C", m, TEACHER, s, w) for m, counts in steps.items() for s in dict.fromkeys(counts)]
+        out += free_cells(budget, w)
+    return sorted(out, key=lambda c: c.guide or "")
+
+
+def free_cells(budget: int, w: float) -> list[Cell]:
+    """Each rule of :data:`~.free.RULES` in the most steps of a budget, and CFG on an interval."""
+    out = [Cell("C", "interval", TEACHER, INTERVAL_STEPS[budget], w, interval="sdxl")]
+    for method in METHODS:
+        kind, every = rule(method)
+        if kind in RULES:
+            out.append(Cell("C", method, TEACHER, most_steps(kind, budget, every), w))
     return out
 
 

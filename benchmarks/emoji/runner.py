@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ class Runner:
         settings = [
             self.sampler.schedule_config,
             cell.steps,
-            asdict(how),
+            how.settings(),
             self.batch,
             multiplies("bfloat16"),
             self.compiled,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,12 @@ from pnp_trt.processor import multiplies
 from pnp_trt.sampling.schedules import Schedule, ddim
 
 from .data import Style, caption
+from .free import RULES, Evaluate, Predict
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 BATCH = 64
 #: bfloat16 is used only where its images differ from float32's by less than this (mean PSNR, dB)
 SAME_TO_THE_EYE = 30.0
-
-#: (latents ``[B, C, H, W]``, timesteps ``[B]``, text ``[B, tokens, D]``, w ``[B]``) → prediction ``[B, C, H, W]``
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,10 @@ def asks(concepts: Sequence[str], styles: Sequence[Style], count: int) -> list[A
     return [Ask(order[i % n], styles[(i + i // n * (n % s + 1)) % s].word, 1000 + i) for i in range(count)]
 
 
+#: kinds of guidance besides :data:`~.free.RULES`
+KINDS = ("none", "cfg", "interval", "guided")
+
+
 @dataclass(frozen=True)
 class Guidance:
     """How a step is guided.
@@ -62,18 +64,27 @@ class Guidance:
     Attributes:
         kind: ``none`` (the conditional prediction), ``cfg`` (two evaluations), ``interval`` (two evaluations inside an
             interval of timesteps, the conditional prediction outside: Kynkäänniemi et al. 2024, "Applying guidance
-            in a limited interval improves sample and distribution quality", eq. 5), ``guided`` (a guide, one pass).
+            in a limited interval improves sample and distribution quality", eq. 5), ``guided`` (a guide, one pass), or
+            a key of :data:`~.free.RULES`.
         w: the scale; ``none`` has none.
         interval: first and last guided timestep (t_low, t_high), both guided; ``interval`` alone has one.
+        every: period of the rules that have one.
     """
 
     kind: str
     w: float = 1.0
     interval: tuple[int, int] | None = None
+    every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "cfg", "interval", "guided"):
-            raise InputError(f"the guidance kind is {self.kind!r}; known: none, cfg, interval, guided")
+        if self.kind not in (*KINDS, *RULES):
+            raise InputError(f"the guidance kind is {self.kind!r}; known: {', '.join((*KINDS, *RULES))}")
+        periodic = self.kind in RULES and RULES[self.kind].periodic
+        if periodic != (self.every is not None) or (self.every is not None and self.every < 1):
+            raise InputError(
+                f"guidance {self.kind!r} with every {self.every}: cached and anchors take a number of steps from 1, "
+                "the others none"
+            )
         if (self.kind == "interval") != (self.interval is not None):
             raise InputError(f"guidance {self.kind!r} with interval {self.interval}: 'interval' alone takes one")
 
@@ -86,9 +97,20 @@ class Guidance:
             return np.ones(len(t), bool)
         return (t >= self.interval[0]) & (t <= self.interval[1])
 
+    def counts(self, schedule: Schedule) -> list[int]:
+        """U-Net evaluations for one image, step by step."""
+        if self.kind in RULES:
+            return [RULES[self.kind].evaluations(i, self.every) for i in range(len(schedule))]
+        return [1 + int(twice) for twice in self.twice(schedule)]
+
     def evaluations(self, schedule: Schedule) -> int:
         """U-Net evaluations for one image."""
-        return len(schedule) + int(self.twice(schedule).sum())
+        return sum(self.counts(schedule))
+
+    def settings(self) -> dict[str, Any]:
+        """What names cached images."""
+        found = asdict(self)
+        return {k: v for k, v in found.items() if k != "every" or v is not None}
 
 
 @torch.no_grad()
@@ -103,9 +125,14 @@ def denoise(
     n = len(x)
     x = x * schedule.init_scale
     w = torch.full((n,), float(how.w), device=x.device)
-    for i, twice in enumerate(how.twice(schedule)):
+    rule = None
+    if how.kind in RULES:
+        rule = RULES[how.kind](Evaluate(predict, text, empty, how.w), len(schedule), how.every)
+    for i, count in enumerate(how.counts(schedule)):
         t = torch.full((n,), int(schedule.timesteps[i]), device=x.device)
-        if twice:
+        if rule is not None:
+            output = rule(i, x, t, float(schedule.image_scale[i]), float(schedule.noise_scale[i]))
+        elif count == 2:
             both = predict(torch.cat([x, x]), t.repeat(2), torch.cat([empty.expand_as(text), text]), w.repeat(2))
             without, with_text = both.chunk(2)
             output = without + how.w * (with_text - without)
@@ -113,7 +140,7 @@ def denoise(
             output = predict(x, t, text, w)
         x = float(schedule.x_scale[i]) * x + float(schedule.output_scale[i]) * output
         if tick is not None:
-            tick(n * (1 + int(twice)))
+            tick(n * count)
     return x
 
 

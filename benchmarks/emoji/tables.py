@@ -31,7 +31,7 @@ from pnp_trt.models.teacher import BaseModel
 
 from ..records import add_images_option
 from . import compare
-from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, SCALES, TEACHER, Cell, all_cells, spared
+from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, SCALES, TEACHER, Cell, all_cells, at_budget, spared
 from .compare import Ranked
 from .measures import real_ceiling
 from .provenance import provenance, relative
@@ -66,10 +66,16 @@ def macs_per_image(cell: Cell, evaluations: int, found: dict[str, Any]) -> dict[
 
 
 class Measurer:
-    """Cells, groups (means over noises) and verdicts, from images that are all there."""
+    """Cells, groups (means over noises) and verdicts, from images that are all there.
 
-    def __init__(self, runner: Runner, cells: Sequence[Cell], head: AlignmentHead) -> None:
-        self.runner, self.cells = runner, cells
+    Args:
+        targets: steps of CFG whose images every cell is compared with, where they are in the run.
+    """
+
+    def __init__(
+        self, runner: Runner, cells: Sequence[Cell], head: AlignmentHead, targets: Sequence[int] = (50,)
+    ) -> None:
+        self.runner, self.cells, self.targets = runner, cells, targets
         self.costs = costs(runner)
         # the same images may stand in several tables: references are looked up without the table
         self.reference = {
@@ -89,7 +95,7 @@ class Measurer:
         """Measures of cells that differ in their noise alone."""
         first, sets, real = group[0], [self.at(c) for c in group], self.runner.real(group[0].captions)
         out = {**compare.quality(real, sets), "distance_to_cfg": {}, "gain_over_cfg": {}, "gain_over_none": None}
-        for steps in dict.fromkeys((50, first.steps)):
+        for steps in dict.fromkeys((*self.targets, first.steps)):
             teacher = self.referred(group, "cfg", steps)
             if teacher is not None and (first.method, first.steps) != ("cfg", steps):
                 out["distance_to_cfg"][str(steps)] = compare.distance(sets, teacher)
@@ -141,7 +147,7 @@ class Measurer:
         ]  # fmt: skip
         pairs = [
             ((rival, guide), (g, r))
-            for guide, g in free if g["guide"] for rival, r in free if not r["guide"] and r["w"] == g["w"]
+            for guide, g in free if not guide.untrained for rival, r in free if rival.untrained and r["w"] == g["w"]
         ]  # fmt: skip
         gains = spread(self.duel, [cells for cells, _ in pairs], processes, "comparing")
         duels = [compare.free_verdict(g, r, gain) for (_, (g, r)), gain in zip(pairs, gains, strict=True)]
@@ -212,6 +218,7 @@ def evaluate(
     batch: int = BATCH, compiled: bool = True, device: str = "cpu",
     processes: int = 1,
     cells: Sequence[Cell] | None = None,
+    budget: int | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Sample and measure the tables; writes the JSON ``results`` and returns what it holds.
 
@@ -224,6 +231,7 @@ def evaluate(
         processes: that measure what is sampled.
         device: ``cpu`` or ``cuda``; images of the two differ in the last bits.
         cells: instead of all of the tables'.
+        budget: instead of all cells, those of Table C that make this many evaluations, and their references.
 
     Raises:
         InputError: on values out of range.
@@ -232,6 +240,8 @@ def evaluate(
         raise InputError(f"images must be at least 4, got {images}")
     if unknown := sorted(set(only) - {"A", "B", "C"}):
         raise InputError(f"there is no table {unknown[0]!r}; known: A, B, C")
+    if budget is not None:
+        cells = at_budget(budget, scales)
     wanted, left = choose_cells(
         cells or all_cells(seeds), only, bases, guides, missing or {}, light, scales, most_steps
     )
@@ -252,7 +262,8 @@ def evaluate(
     runner.decide(wanted)
     tuned = {n: b.unet_file for n, b in bases.items() if b.unet_file is not None}
     names = list(dict.fromkeys(c.captions for c in wanted))
-    found = Measurer(runner, wanted, head)(processes)
+    targets = (50,) if budget is None else (50, budget)
+    found = Measurer(runner, wanted, head, targets)(processes)
     ceilings = {}
     for name in names:
         rows = captions(name, images)
@@ -264,6 +275,7 @@ def evaluate(
         "settings": {
             "images": images, "seeds": seeds, "only": list(only), "sampler": "DDIM, eta 0", "batch": batch,
             "seed_stride": SEED_STRIDE, "intervals": {k: list(v) for k, v in INTERVALS.items()},
+            **({} if budget is None else {"budget": budget}),
         },
         "networks": {c.network: runner.record(c) for c in wanted},
         "captions": {n: [" ".join(map(str, astuple(a))) for a in captions(n, images)] for n in names},
@@ -290,6 +302,7 @@ def main() -> None:
     add("--only-guided", action="store_true", help="sample the cells that need a guide, and stop")
     add("--light", action="store_true", help="leave out (and name) a third of the evaluations, none of a headline row")
     add("--scales", default=",".join(f"{w:g}" for w in SCALES), help="guidance scales, separated by commas")
+    add("--budget", type=int, help="only what costs no training, at this many evaluations: 50, 16 or 8")
     add("--most-steps", type=int, default=1000, help="leave out cells with more steps")
     add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
@@ -307,6 +320,8 @@ def main() -> None:
         words += ["--seeds", str(args.seeds), *(["--guides", relative(args.guides)] if args.guides else [])]
         words += ["--scales", args.scales] if args.scales != parser.get_default("scales") else []
         words += ["--light"] if args.light else []
+        words += ["--budget", str(args.budget)] if args.budget is not None else []
+        words += ["--most-steps", str(args.most_steps)] if args.most_steps != parser.get_default("most_steps") else []
         words += ["--device", args.device, "--batch", str(args.batch)] if args.device != "cpu" else []
         words += ["--sampled-only"] if args.sampled_only else []
         found = evaluate(
@@ -315,7 +330,7 @@ def main() -> None:
             only_teacher=args.only_teacher, only_guided=args.only_guided, light=args.light,
             sampled_only=args.sampled_only, scales=[float(w) for w in args.scales.split(",")],
             most_steps=args.most_steps, command=shlex.join(words), compiled=not args.eager,
-            device=args.device, batch=args.batch, processes=args.processes,
+            device=args.device, batch=args.batch, processes=args.processes, budget=args.budget,
         )  # fmt: skip
     except InputError as error:
         parser.error(str(error))

@@ -78,7 +78,7 @@ def test_an_interval_that_covers_everything_is_cfg(parts: tuple[Sampler, Any]) -
 
 
 def test_guidance_refuses() -> None:
-    with pytest.raises(InputError, match="known: none, cfg, interval, guided"):
+    with pytest.raises(InputError, match="known: none, cfg, interval, guided, cached, residual"):
         Guidance("magic")
     with pytest.raises(InputError, match="'interval' alone takes one"):
         Guidance("cfg", 3.0, (1, 2))
@@ -146,19 +146,24 @@ def test_cells_are_complete_and_unique() -> None:
     assert len(set(cells)) == len(cells)
     a, b, c = ([x for x in cells if x.table == t] for t in "ABC")
     once = {(x.method, x.steps, x.w) for x in a if x.captions == "train"}
-    grid = {(m, s, w) for m in ("cfg", "tiny", "full") for s in (50, 16, 8, 4) for w in (2.0, 3.0, 5.0, 8.0)}
+    grid = {(m, s, w) for m in ("cfg", "tiny", "full") for s in (50, 16, 12, 8, 4) for w in (2.0, 3.0, 5.0, 8.0)}
     assert once == grid | {("tiny-stage2", s, w) for s in (16, 8, 4) for w in (2.0, 3.0, 5.0, 8.0)}
-    headline = {("cfg", s) for s in (50, 16, 8)} | {("tiny", s) for s in (50, 16, 8)}
+    headline = {("cfg", s) for s in (50, 16, 12, 8)} | {("tiny", s) for s in (50, 16, 12, 8)}
     headline |= {("tiny-stage2", s) for s in (16, 8)}
     for captions in ("train", "held_out", "held_out_colour_shape"):
         seeds = Counter((x.method, x.steps) for x in a if x.captions == captions and x.w == 3.0)
         assert {k for k, n in seeds.items() if n == 3} == headline
-    assert len(a) == 15 * 4 + 8 * 2 + 2 * 8 * 3
+    assert len(a) == 18 * 4 + 10 * 2 + 2 * 10 * 3
     assert Counter((x.base, x.steps) for x in b) == {
-        ("emoji-flat", 50): 4, ("emoji-flat", 16): 5, ("emoji-3d", 50): 4, ("emoji-3d", 16): 5,
+        ("emoji-flat", 50): 8, ("emoji-flat", 16): 10, ("emoji-flat", 8): 10,
+        ("emoji-3d", 50): 8, ("emoji-3d", 16): 10, ("emoji-3d", 8): 10,
     }  # fmt: skip
     assert {x.captions == x.base for x in b} == {True}
-    assert Counter(x.method for x in c) == {"none": 6, "cfg": 10, "tiny": 6, "tiny-stage2": 4, "interval": 16}
+    free = dict.fromkeys(
+        ("cached-2", "cached-3", "cached-4", "residual", "rising", "falling", "anchors-4", "anchors-8"), 6
+    )
+    own = {"none": 8, "cfg": 14, "tiny": 8, "tiny-stage2": 4, "interval": 22}
+    assert Counter(x.method for x in c) == {**own, **free}
     # what needs no guide comes first, and the sweep before what it decides
     assert [x.guide is None for x in cells] == sorted((x.guide is None for x in cells), reverse=True)
     assert max(cells.index(x) for x in c if x.captions == "sweep") < min(
@@ -258,7 +263,7 @@ def some_cells() -> list[Cell]:
         if c.table == "A":
             return c.w == 3.0 and c.steps in (8, 4) and c.captions != "held_out_colour_shape"
         if c.table == "B":
-            return c.base == "emoji-flat" and c.steps == 16
+            return c.base == "emoji-flat" and c.steps == 16 and c.w == 3.0
         return c.w == 3.0 and c.steps in (16, 8)
 
     # and what their distances refer to
@@ -318,7 +323,7 @@ def test_a_run_measures_every_cell_and_names_what_is_missing(smoke: tuple[dict[s
     assert group["seeds"] == [0, 1]
     best = next(g for g in document["groups"] if g["interval"] == BEST)
     assert best["interval_chosen"] in INTERVALS and 16 < best["evaluations"] < 32
-    assert {d["rival"]["method"] for d in document["verdicts"]["C"]} == {"none", "cfg", "interval"}
+    assert {d["rival"]["method"] for d in document["verdicts"]["C"]} == {"none", "cfg", "interval", "rising", "falling"}
     assert {v["method"] for v in document["verdicts"]["B"]} == {"tiny"}
     assert str(home) not in json.dumps(document)
 

@@ -1,0 +1,109 @@
+"""``docs/no-training.md``: what costs no training against the tiny guide, at equal evaluations, from the JSON alone.
+
+The JSON is that of ``python -m benchmarks.emoji.tables --budget 16``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.errors import InputError
+
+from ..records import read
+from .cells import METHODS, rule
+from .compare import outcome
+from .free import RULES
+from .tables_report import distances, machine_said, name, number, recall_of, table
+
+RESULTS = Path("benchmarks/results/emoji-free-16.json")
+DOCUMENT = Path("docs/no-training.md")
+
+TEXT = """# Guidance that costs no training, at equal evaluations
+
+Written by `python -m benchmarks.emoji.free_report` from `{source}`, which was made by
+`{command}` ({date}, {machine}, torch {torch}).
+
+One table at w = {scales}: every row makes the most steps that it can with at most {budget} evaluations of the U-Net per
+image; CFG with more steps stands beside them. {images} images of trained captions and **one set of noise**: a first
+look, of wide intervals. The same rows at 50, 16 and 8 evaluations, w = 3 and 5, are cells
+of Table C of `python -m benchmarks.emoji.tables`; a run of it on 512 images has not been made yet.
+
+KID, R@1 and distance are those of [the tables](distillation-tables.md); distance is to CFG's image at {target} steps.
+*Guide's gain* is what the tiny guide at {budget} steps gains in KID over the row, paired by caption and noise: above 0
+the guide is better. Brackets are 95 % intervals; ▲ marks rows that are shown worse than the guide and ▼ rows that are
+shown better.
+
+{found}
+
+{rows}
+
+## The rules
+{rules}
+"""
+
+
+def page(document: dict[str, Any], source: Path = RESULTS) -> str:
+    """The page.
+
+    Raises:
+        InputError: if the JSON is no tables' JSON at one budget.
+    """
+    budget = document.get("settings", {}).get("budget")
+    if budget is None:
+        raise InputError(f"{source} is of no budget; make it with: python -m benchmarks.emoji.tables --budget 16")
+    told, groups = document["provenance"], document["groups"]
+    target = 50 if any("50" in g["distance_to_cfg"] for g in groups) else budget
+    duels = {(d["w"], d["rival"]["method"], d["rival"]["steps"]): d for d in document["verdicts"]["C"]}
+    blocks = []
+    for w in dict.fromkeys(g["w"] for g in groups):
+        rows = []
+        for g in sorted((g for g in groups if g["w"] == w), key=lambda g: (-g["evaluations"], g["kid"]["value"])):
+            duel = duels.get((w, g["method"], g["steps"]))
+            gain = "–" if duel is None else number(duel["gain"]["kid"])
+            gain += {"better": " ▲", "worse": " ▼"}.get(outcome(duel["gain"]["kid"]), "") if duel else ""
+            rows.append([name(g), str(g["steps"]), str(g["evaluations"]), number(g["kid"]), recall_of(g, 1),
+                         distances(g, target), gain])  # fmt: skip
+        head = ("method", "steps", "evaluations", "KID ↓", "R@1, % ↑", "PSNR, dB / cosine ↑", "guide's gain in KID ↑")
+        blocks.append(f"**w = {w:g}**\n\n{table(head, rows)}")
+    rules = [
+        f"- *{METHODS[m]}*: {' '.join((RULES[rule(m)[0]].__doc__ or '').split())}"
+        for m in METHODS
+        if rule(m)[0] in RULES
+    ]
+    return TEXT.format(
+        source=source.as_posix(), command=told["command"], date=told["date"][:10], machine=machine_said(document),
+        torch=told["versions"]["torch"], budget=budget, target=target, images=document["settings"]["images"],
+        scales=" and ".join(f"{w:g}" for w in dict.fromkeys(g["w"] for g in groups)),
+        found=finding(document), rows="\n\n".join(blocks), rules="\n".join(dict.fromkeys(rules)),
+    )  # fmt: skip
+
+
+def finding(document: dict[str, Any]) -> str:
+    """Which rows of no more evaluations are shown better than the guide, and which worse."""
+    fair = [d for d in document["verdicts"]["C"] if d["rival_costs_no_more"]]
+    lines = []
+    for key, what in (("kid", "KID"), ("R@1", "R@1")):
+        won = [f"{METHODS[d['rival']['method']]} (w = {d['w']:g})" for d in fair if d["wins"][key] == "rival"]
+        lost = sum(d["wins"][key] == "guide" for d in fair)
+        better = f"**shown better than the guide: {', '.join(won)}**" if won else "none is shown better than the guide"
+        lines.append(f"By {what}, of {len(fair)} rows at no more evaluations, {better}; {lost} are shown worse.")
+    return " ".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.free_report", description=__doc__)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    a = parser.parse_args(arguments)
+    try:
+        if not a.json.is_file():
+            raise InputError(f"there is no {a.json}; make it with: python -m benchmarks.emoji.tables --budget 16")
+        a.document.write_text(page(read(a.json), a.json))
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -296,9 +296,14 @@ def left_out(document: Row) -> str:
             kinds.setdefault((c["table"], c["method"], what), Counter())[c["steps"], c["w"]] += 1
         lines.append(f"- {reason} ({len(cells)} cell{'s' * (len(cells) > 1)}):")
         for (letter, method, what), counted in kinds.items():
-            steps = ", ".join(str(s) for s in sorted({s for s, _ in counted}, reverse=True))
-            scales = ", ".join(f"{w:g}" for w in sorted({w for _, w in counted}))
-            lines.append(f"  - Table {letter}, {METHODS[method]}, {what}: {steps} steps, w = {scales}")
+            alike: dict[tuple[int, ...], list[float]] = {}  # scales by the steps that they share
+            for w in sorted({w for _, w in counted}):
+                alike.setdefault(tuple(sorted({s for s, v in counted if v == w}, reverse=True)), []).append(w)
+            said = "; ".join(
+                f"{', '.join(map(str, steps))} steps, w = {', '.join(f'{w:g}' for w in scales)}"
+                for steps, scales in alike.items()
+            )
+            lines.append(f"  - Table {letter}, {METHODS[method]}, {what}: {said}")
     return "\n".join(lines) or "Nothing: every cell was measured."
 
 

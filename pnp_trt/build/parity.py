@@ -27,6 +27,16 @@ def golden_rows(network: str, weights: int, size: tuple[int, int]) -> int:
     return 1 if weights > LARGE or large_image else 2
 
 
+def sharpener_inputs(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """Seeded torch inputs of a guide's sharpener, batch 2, beside the golden ones of its U-Net."""
+    import torch
+
+    g = torch.Generator().manual_seed(20241)
+    text = unet["encoder_hidden_states"]
+    others = {name: torch.randn(text.shape, generator=g) for name in ("negative", "empty")}
+    return {"encoder_hidden_states": text, **others, "guidance": unet["guidance"]}
+
+
 #: side in latents of the images that are encoded; larger latents are tiled with them
 _TILE = 16
 

@@ -69,6 +69,7 @@ class Build:
         from ..models.tokenizer import copy_tokenizer
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import save_golden
+        from .parity import sharpener_inputs
 
         started = time.monotonic()
         modules = self._networks
@@ -84,13 +85,17 @@ class Build:
             length = tokens[first].length
             self.plan = self.plan.for_chunks(length, self._chunks(length))
             export = NetworkExport(self.backend, self.recipe, self.plan, self.record, self.target)
-            negative = bool((identity["guide"] or {}).get("negative_prompts"))
+            # a sharpener reads negative prompts in place of the U-Net
+            negative = bool((identity["guide"] or {}).get("negative_prompts")) and not self._sharpened
 
             def made(size: Size, count: int) -> dict[str, dict[str, Any]]:
-                return self.base.golden_inputs(
+                found = self.base.golden_inputs(
                     self.plan.latent(size), size, count, guided=self._guided, negative=negative,
                     image_to_image=self.spec.image_to_image,
                 )  # fmt: skip
+                if self._sharpened:
+                    found["sharpener"] = sharpener_inputs(found["unet"])
+                return found
 
             # by image size: the default's, then another one where there is more than one
             sizes = [size for size in (self.plan.default, self.plan.second) if size is not None]
@@ -183,22 +188,28 @@ class Build:
     def _networks(self) -> dict[str, NetworkSpec]:
         """The bundle's networks in the order of their export."""
         from ..models.guides.condition import Condition
+        from ..models.guides.sharpener import Sharpen
 
         size = self.plan.latent(self.plan.default)[1:]
         found: dict[str, NetworkSpec] = self.base.networks(self.spec.image_to_image)
         found["unet"] = replace(found["unet"], module=self._student)
+        if self._sharpened:
+            found["sharpener"] = NetworkSpec(
+                TITLES["sharpener"], lambda: Sharpen(self._guide()), ("sharpened",), sized=False, one_by_one=True
+            )
         if not self._conditioned:
             return found
         condition = NetworkSpec(TITLES["condition"], lambda: Condition(self._guide(), size), ("condition",))
         return {"condition": condition, **found}  # before the U-Net, which takes what it gives
 
     def _student(self) -> Any:
+        from ..models.guides.sharpener import without_sharpener
         from ..models.student import Student
 
         if not self._guided:
             return self.base.denoiser()
         unet = self.base.unet()
-        return Student(unet, self._guide(unet), self._conditioned)
+        return Student(unet, without_sharpener(self._guide(unet)), self._conditioned)
 
     def _guide(self, unet: Any = None) -> Any:
         """The guide; ``unet`` saves making it again where the base makes its guides for one."""
@@ -220,6 +231,15 @@ class Build:
             return False
         kind = self.base.guide_class(self.spec.guide) or guide_class(guide_name(self.spec.guide))
         return bool(kind.constant_parts)
+
+    @cached_property
+    def _sharpened(self) -> bool:
+        """Whether the guide has a sharpener, which is a network of its own and reads the negative prompt."""
+        from ..models.catalog import guide_config, guide_folder
+
+        if not self._guided or self.base.random_guide(self.spec.guide) is not None:
+            return False
+        return bool(guide_config(guide_folder(guide_name(self.spec.guide))).get("sharpener_width"))
 
     def _compile(self, name: str, record: NetworkRecord, work: Path, at: tuple[int, int]) -> NetworkRecord:
         def report(phase: str, done: int, total: int, note: str = "", /) -> None:

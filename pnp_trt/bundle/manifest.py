@@ -25,7 +25,7 @@ TOKENIZER, GOLDEN, WEIGHTS = "tokenizer.json", "golden.npz", "weights.json"
 #: the first text encoder; names of others begin with it
 TEXT_ENCODER = "text_encoder"
 NETWORKS = ("unet", "text_encoder", "vae_decoder")
-OPTIONAL_NETWORKS = ("condition", "vae_encoder", "text_encoder_2")
+OPTIONAL_NETWORKS = ("condition", "sharpener", "vae_encoder", "text_encoder_2")
 #: family of bundles that state none
 FAMILY = "sd"
 #: the U-Net's input of image sizes that SDXL has (``runtime.text.time_ids``)
@@ -832,6 +832,9 @@ def _expected_inputs(made: Manifest, network: str) -> dict[str, _Expected]:
     if network == "condition":
         return {"guidance": ("float", ())}
     text = _text_shape(made)
+    if network == "sharpener":
+        states: _Expected = ("float", text)
+        return {"encoder_hidden_states": states, "negative": states, "empty": states, "guidance": ("float", ())}
     out: dict[str, _Expected] = {
         "sample": ("float", latent), "timestep": ("int", ()), "encoder_hidden_states": ("float", text),
     }  # fmt: skip
@@ -841,7 +844,7 @@ def _expected_inputs(made: Manifest, network: str) -> dict[str, _Expected]:
         out[TIME_IDS] = ("float", (6,))
     if made.guide is not None:
         out["guidance"] = ("float", ())
-        if made.guide.negative_prompts:
+        if made.guide.negative_prompts and "sharpener" not in made.networks:
             out["negative"] = ("float", text)
     if "condition" in made.networks:
         out["condition"] = ("float", _output_shape(made, "condition"))
@@ -853,6 +856,8 @@ def _expected_output(made: Manifest, network: str) -> _Expected:
         return "float", (made.sample.channels, made.sample.height, made.sample.width)
     if network == "vae_decoder":
         return "float", (3, made.image.height, made.image.width)
+    if network == "sharpener":
+        return "float", _text_shape(made)
     return "float", None
 
 

@@ -120,6 +120,13 @@ def guidance(
     negative: Annotated[
         float, typer.Option(help="Share of states with a negative prompt; above 0 the guide serves negative prompts.")
     ] = 0.0,
+    sharpen: Annotated[
+        str | None,
+        typer.Option(
+            help="A guide that gets a sharpener for negative prompts; nothing else of it is trained. "
+            "Needs --negative, best 1."
+        ),
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Tiny guide: inner channels; default 48.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Design option of the guide, NAME=VALUE, such as trunk_kind=attention.")
@@ -163,6 +170,7 @@ def guidance(
             steps, batch, accumulate, lr, schedule, warmup, ema=ema, mixed_precision=mixed_precision,
             gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,
         ),
+        sharpen,
     )  # fmt: skip
     with ProgressBar("distill", None) as bar:
         report = distill(config, resume=resume, progress=bar.stages)

@@ -18,12 +18,15 @@ from ..errors import InputError
 from ..io.files import check_writable_folder
 from ..io.inputs import shortened
 from ..io.progress import Progress
+from ..models.catalog import guide_folder
 from ..models.guides import GUIDES, Guide
+from ..models.guides.load import load_guide
+from ..models.guides.sharpener import with_new_sharpener
 from ..models.prompts import CaptionedImages, find_images, image_latents, read_prompts
 from ..models.student import Student
 from .features import feature_error
 from .monitor import Board, ImageGrid, averaged, held_out_error, predict_states, save_grid, target_of
-from .run import TeacherModel, report_head, save_guide
+from .run import TeacherModel, guide_weights, report_head, save_guide
 from .states import Collection, Latents, StateConfig, States, split
 from .train import TrainConfig, make_accelerator, newest_step, train
 
@@ -31,6 +34,8 @@ WEIGHTINGS = ("x0", "guidance", "w", "none")
 W_DISTRIBUTIONS = ("uniform", "log-uniform")
 #: states that the error is watched on while training continues
 WATCHED = 256
+#: inner width of a sharpener where none is given
+SHARPENER_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class GuidanceConfig:
             every step.
         states_dir: where states are cached; None puts them into ``out``.
         grid_steps: sampling steps of the image grid; 0 writes none.
+        sharpen: a guide to start from, a folder or a name: it gets a new sharpener, and nothing else of it is trained.
+            ``guide`` is not read then, and ``options`` has ``sharpener_width`` alone.
     """
 
     base: str
@@ -69,6 +76,7 @@ class GuidanceConfig:
     grid_steps: int = 20
     states: StateConfig = field(default_factory=StateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sharpen: str | None = None
 
     def check(self) -> None:
         """Raise ``InputError`` for unknown names and values out of range."""
@@ -91,13 +99,22 @@ class GuidanceConfig:
             raise InputError(f"feature matching is {self.feature_matching:g}; it must be 0 or above")
         if not 0 <= self.grid_steps <= 1000:
             raise InputError(f"grid-steps is {self.grid_steps}; it must be 0 (none) to 1000 sampling steps")
+        sharpens = self.sharpen is not None or self.options.get("sharpener_width") is not None
+        if sharpens and self.states.negative == 0:
+            raise InputError("a sharpener learns from states with a negative prompt; pass --negative 1")
+        if self.sharpen is not None and self.options.keys() - {"sharpener_width"}:
+            raise InputError(
+                f"the guide {self.sharpen} keeps its design; with --sharpen the only option is sharpener_width"
+            )
         self.states.check()
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on."""
         found = asdict(self)
-        for name in ("out", "states_dir", "grid_steps"):
+        for name in ("out", "states_dir", "grid_steps", *(("sharpen",) if self.sharpen is None else ())):
             found.pop(name)
+        if self.sharpen is not None:
+            found["sharpen_sha256"] = sha256(guide_weights(guide_folder(self.sharpen)))
         return found
 
 
@@ -238,8 +255,11 @@ def _collection(config: GuidanceConfig, device: Any) -> tuple[TeacherModel, Coll
 
 def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:
     """A new guide of the run's kind in a student."""
+    if config.sharpen is not None:
+        width = config.options.get("sharpener_width", SHARPENER_WIDTH)
+        return Student(teacher.unet, with_new_sharpener(load_guide(config.sharpen), width).to(teacher.device))
     options = dict(config.options)
-    if config.states.negative > 0:
+    if config.states.negative > 0 and options.get("sharpener_width") is None:
         options.setdefault("negative_prompts", True)
     try:
         guide: Guide = GUIDES[config.guide].from_unet(teacher.unet, **options)

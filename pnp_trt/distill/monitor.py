@@ -37,11 +37,13 @@ def predict_states(student: nn.Module, states: States, pick: Tensor, w: Tensor) 
     """The student's predictions for some states, ``[N, C, H, W]`` float32."""
     device = w.device
     rows, negative = states.prompt[pick], states.negative[pick]
+    nothing = torch.full_like(negative, states.conditions.empty)
     return student(
         states.sample[pick].float().to(device), states.timestep[pick].to(device),
         states.conditions.text(rows, device), w,
         negative=states.conditions.text(negative, device),
         added_cond_kwargs=states.conditions.added(rows, device),
+        empty=states.conditions.text(nothing, device),
     ).float()  # fmt: skip
 
 

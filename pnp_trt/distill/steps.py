@@ -192,6 +192,8 @@ def _halve(
 
     torch.manual_seed(config.train.seed)
     guide = copy.deepcopy(last).requires_grad_(True)
+    if guide.sharpener is not None:  # the trajectories have no negative prompts
+        guide.sharpener.requires_grad_(False)
     guide.register_to_config(sampling_steps=steps)
     if config.train.gradient_checkpointing:
         teacher.unet.enable_gradient_checkpointing()

@@ -61,7 +61,7 @@ def apply_guide(pipe: Any, guide: str | Path | Guide, *, negative: str | None = 
         )
     loaded.to(unet.device, unet.dtype).eval().requires_grad_(False)
     states = _states(pipe, negative or "") if loaded.negative_prompts else None
-    pipe.unet = GuidedUNet(unet, loaded, states)
+    pipe.unet = GuidedUNet(unet, loaded, states, None if loaded.sharpener is None else _empty(pipe))
     pipe.save_pretrained = _refuse_to_save  # which would leave out the U-Net with no more than a warning
     return pipe
 
@@ -89,15 +89,17 @@ class GuidedUNet(nn.Module):
         unet: the pipeline's.
         guide: on the U-Net's device and in its type.
         negative: text states ``[1, tokens, D]`` of the negative prompt, for a guide that reads them.
+        empty: those of the empty prompt, for a guide with a sharpener.
 
     Raises:
         InputError: if the guide was made for another U-Net.
     """
 
-    def __init__(self, unet: Any, guide: Guide, negative: Tensor | None = None) -> None:
+    def __init__(self, unet: Any, guide: Guide, negative: Tensor | None = None, empty: Tensor | None = None) -> None:
         super().__init__()
         self.student = Student(unet, guide)
         self.register_buffer("negative", negative, persistent=False)
+        self.register_buffer("empty", empty, persistent=False)
         # of one call: its embedding of w, w, and the part of the guide that depends on w alone
         self._call: tuple[Tensor, tuple[int, ...], Tensor, Tensor | None] | None = None
 
@@ -145,10 +147,12 @@ class GuidedUNet(nn.Module):
             raise InputError("the pipeline passed no timestep_cond, from which a guided U-Net reads w")
         w, condition = self._of_call(timestep_cond, sample)
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        negative = self.negative
+        negative, empty = (
+            None if states is None else states.to(sample.dtype).expand(len(sample), -1, -1)
+            for states in (self.negative, self.empty)
+        )
         out = self.student(
-            sample, t, encoder_hidden_states, w,
-            negative=None if negative is None else negative.to(sample.dtype).expand(len(sample), -1, -1),
+            sample, t, encoder_hidden_states, w, negative=negative, empty=empty,
             condition=condition, added_cond_kwargs=added_cond_kwargs or None,
         )  # fmt: skip
         if not return_dict:
@@ -194,3 +198,9 @@ def _states(pipe: Any, prompt: str) -> Tensor:
         prompt, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )[0]
     return states
+
+
+def _empty(pipe: Any) -> Tensor:
+    """Text states ``[1, tokens, D]`` of the empty prompt as CFG reads it: zeros for models that were trained so."""
+    states = _states(pipe, "")
+    return torch.zeros_like(states) if getattr(pipe.config, "force_zeros_for_empty_prompt", False) else states

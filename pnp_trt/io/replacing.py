@@ -14,7 +14,7 @@ from .files import is_temporary
 #: every name that a bundle can hold
 _BUNDLE_FILE = re.compile(
     r"(manifest|weights|tokenizer(_2)?)\.json|golden\.npz"
-    r"|(unet|text_encoder(_2)?|vae_decoder|vae_encoder|condition)\.(onnx(\.data)?|engine|json|safetensors)"
+    r"|(unet|text_encoder(_2)?|vae_decoder|vae_encoder|condition|sharpener)\.(onnx(\.data)?|engine|json|safetensors)"
 )
 #: keys that a manifest of this program has, and no other program's file of that name
 _OWN_KEYS = ("built_from", "networks", "rebuild", "parity", "seal")

@@ -18,6 +18,7 @@ _CONFIG = {
         "_class_name": {"type": "string"},
         "negative_prompts": {"type": ["boolean", "null"]},
         "sampling_steps": {"type": ["integer", "null"], "minimum": 1},
+        "sharpener_width": {"type": ["integer", "null"], "minimum": 1},
         "gain": {"type": ["array", "null"], "items": {"type": "number"}},
     },
 }

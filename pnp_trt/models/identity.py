@@ -32,7 +32,7 @@ def guide_identity(base: str, guide: str) -> dict[str, Any] | None:
         "name": folder.name,
         "sha256": digest([cached_sha256(f) for f in files]),
         # the sampler must know both: whether there is one more input, and the only step count it was distilled for
-        "negative_prompts": bool(config.get("negative_prompts")),
+        "negative_prompts": bool(config.get("negative_prompts") or config.get("sharpener_width")),
         "sampling_steps": config.get("sampling_steps"),
     }
 

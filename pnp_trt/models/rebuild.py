@@ -25,7 +25,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
     """What ``rebuild`` needs to make a module again: its class, and class and config of each of its parts.
 
     Args:
-        module: one of a bundle's networks: ``Student``, ``Teacher``, ``Condition``, or a class of ``wrappers``.
+        module: one of a bundle's networks: ``Student``, ``Teacher``, ``Condition``, ``Sharpen``, or a class of
+            ``wrappers``.
     """
     options: dict[str, Any] = {}
     if isinstance(size := getattr(module, "latent_size", None), tuple):
@@ -88,11 +89,12 @@ def _part(name: str, config: dict[str, Any], description: Path) -> Any:
 
 def _networks() -> dict[str, Any]:
     from .guides.condition import Condition
+    from .guides.sharpener import Sharpen
     from .student import Student, Teacher
     from .wrappers import HiddenStates, ProjectedStates, TextEncoder, VaeDecoder, VaeEncoder
 
     text = (TextEncoder, HiddenStates, ProjectedStates)
-    return {c.__name__: c for c in (Student, Teacher, Condition, *text, VaeDecoder, VaeEncoder)}
+    return {c.__name__: c for c in (Student, Teacher, Condition, Sharpen, *text, VaeDecoder, VaeEncoder)}
 
 
 def _parts() -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Layout:
 
 #: titles of networks that every family has
 TITLES = {
-    "condition": "guide's condition", "unet": "U-Net", "vae_decoder": "VAE decoder", "vae_encoder": "VAE encoder",
+    "condition": "guide's condition", "sharpener": "guide's sharpener",
+    "unet": "U-Net", "vae_decoder": "VAE decoder", "vae_encoder": "VAE encoder",
 }  # fmt: skip
 
 

@@ -98,11 +98,16 @@ class Student(nn.Module):
         added_cond_kwargs: dict[str, Tensor] | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        empty: Tensor | None = None,
     ) -> Tensor:
         """The guided prediction, ``[B, C, H, W]``; arguments as in :class:`~pnp_trt.models.guides.GuideInput`.
 
-        ``text_embeds`` and ``time_ids`` are those of ``added_cond_kwargs`` one by one, as graphs have them.
+        ``text_embeds`` and ``time_ids`` are those of ``added_cond_kwargs`` one by one, as graphs have them.  A guide
+        with a sharpener needs ``empty [B, tokens, D]`` too, the states of the empty prompt, where ``negative`` is
+        another prompt; without either, the text states are read as they are.
         """
+        if self.guide.sharpener is not None and negative is not None and empty is not None:
+            encoder_hidden_states = self.guide.sharpener(encoder_hidden_states, negative, empty, guidance)
         added_cond_kwargs = _added(added_cond_kwargs, text_embeds, time_ids)
         emb, features = encode(self.unet, sample, timestep, encoder_hidden_states, added_cond_kwargs)
         given = GuideInput(

@@ -38,7 +38,7 @@ from ..sampling.schedules import Schedule, ddim, evaluations, make, resolve
 from ..sampling.step_loop import Run, StepLoop
 from .images import read_image
 from .prompt_syntax import PLAIN, check_syntax, lora_tags
-from .text import ImageSizes, Text, TextEncoders, takes_sizes
+from .text import ImageSizes, Text, TextEncoders, sharpened, takes_sizes
 
 STEPS = (1, 1000)
 DEFAULT_STEPS = 20
@@ -175,6 +175,8 @@ class Pipeline:
         self._encoder = load("vae_encoder")
         # the part of the guide that depends on w alone, where it is a separate network
         self._condition = load("condition")
+        # what changes the text states by the negative prompt, where the guide has it
+        self._sharpener = load("sharpener")
         #: whether the U-Net reads an original size, a crop and a target size (SDXL)
         self.takes_sizes: bool = takes_sizes(manifest)
         #: what runs whole images on a GPU, captured into CUDA graphs; None where the host runs the loop
@@ -239,7 +241,7 @@ class Pipeline:
         """The runtime's figures of each network, by its name in the manifest; see ``Network.facts``."""
         held = {
             **self._text.networks, "unet": self._unet, "vae_decoder": self._vae, "vae_encoder": self._encoder,
-            "condition": self._condition,
+            "condition": self._condition, "sharpener": self._sharpener,
         }  # fmt: skip
         return {name: network.facts() for name, network in held.items() if network is not None}
 
@@ -414,7 +416,7 @@ class Pipeline:
                 "pass what encode returns"
             )
         twice, guided = kind.reads_both_texts, self.bundle.guided
-        reads = guided and self.negative_prompts
+        reads = guided and self.negative_prompts and self._sharpener is None
         if negative is None and (twice or reads):
             avoided = self._text.empty(text.shape[1]).repeated(len(text))
         elif negative is not None:
@@ -423,6 +425,8 @@ class Pipeline:
             text, avoided = (each.longer(tokens, self._text.chunk) for each in (text, avoided))
         else:
             avoided = text
+        if kind.guided and self._sharpener is not None and negative is not None:
+            text = sharpened(self._sharpener, text, avoided, self._text.empty(self._text.length), w)
         inputs = (Text.joined([avoided, text]) if twice else text).inputs()
         rows = len(inputs[STATES])
         self._check_image_sizes(image_sizes)

@@ -169,6 +169,32 @@ class TextEncoders:
         return Text(states[0] if len(states) == 1 else np.concatenate(states, axis=-1), added)
 
 
+def sharpened(network: Network, text: Text, negative: Text, empty: Text, w: np.ndarray) -> Text:
+    """Prompts whose states a guide's sharpener has changed by their negative prompts.
+
+    Each row is computed alone.  Where there are several chunks, each chunk of a prompt is changed by each of the
+    negative prompt, and the changes are added; one that is the empty prompt changes nothing and is left out.
+
+    Args:
+        network: the sharpener of a bundle.
+        text, negative: of N prompts, with as many tokens.
+        empty: the empty prompt, one row of one chunk.
+        w: scales, ``[N]``.
+    """
+    length = empty.shape[1]
+    out = np.array(text.states)
+    for row, others, scale in zip(out, negative.states, w, strict=True):
+        for start in range(0, len(row), length):
+            chunk = row[None, start : start + length].copy()
+            for other in others.reshape(-1, 1, length, others.shape[-1]):
+                if not np.array_equal(other, empty.states):
+                    changed = network(
+                        **{STATES: chunk}, negative=other, empty=empty.states, guidance=np.array([scale], np.float32)
+                    )
+                    row[start : start + length] += changed[0] - chunk[0]
+    return Text(out, text.added)
+
+
 def _tokenizer(bundle: Bundle, encoder: str) -> Tokenizer:
     tokens = bundle.manifest.tokens_of(encoder)
     return Tokenizer(

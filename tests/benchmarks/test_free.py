@@ -119,8 +119,8 @@ def test_the_page_says_who_wins() -> None:
         return {"value": value, "low": value - 0.01, "high": value + 0.01, "count": 96}
 
     def group(method: str, steps: int, count: int) -> dict[str, Any]:
-        return {"method": method, "steps": steps, "evaluations": count, "w": 3.0, "interval": None, "kid": estimate(0.1),
-                "R@1": estimate(0.5), "distance_to_cfg": {}}  # fmt: skip
+        return {"method": method, "steps": steps, "evaluations": count, "w": 3.0, "interval": None,
+                "kid": estimate(0.1), "R@1": estimate(0.5), "distance_to_cfg": {}}  # fmt: skip
 
     def duel(method: str, gain: float) -> dict[str, Any]:
         return {"w": 3.0, "rival": {"method": method, "steps": 12, "evaluations": 16}, "rival_costs_no_more": True,

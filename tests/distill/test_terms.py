@@ -15,9 +15,14 @@ from pnp_trt.distill.guidance import GuidanceConfig, GuidanceObjective, distill,
 from pnp_trt.distill.monitor import held_out_error
 from pnp_trt.distill.run import TeacherModel
 from pnp_trt.distill.states import Collection, StateConfig, States
+from pnp_trt.distill.steps import StepsConfig
+from pnp_trt.distill.steps import distill as distill_steps
 from pnp_trt.distill.train import TrainConfig, make_accelerator, training_attention
 from pnp_trt.errors import InputError
-from pnp_trt.models.guides import Guide
+from pnp_trt.models.bases import resolve
+from pnp_trt.models.guides import GUIDES, Guide
+from pnp_trt.models.guides.load import load_guide
+from pnp_trt.models.student import Student
 
 from ..conftest import Result
 
@@ -172,6 +177,48 @@ def test_sdxl_from_end_to_end(base: str, guide: str, request: pytest.FixtureRequ
     )  # fmt: skip
     assert report["parameters"]["guide"] > 0 and (tmp_path / "g" / "grid.png").stat().st_size > 1000
     assert any((tmp_path / "g" / "logs").iterdir())
+
+
+def test_a_guide_gets_a_sharpener_and_stays_as_it_is(micro_base: Path, tmp_path: Path) -> None:
+    """The error with negative prompts falls, the guide's own weights stay, and its gain and stage 2 keep it."""
+    torch.manual_seed(0)
+    own = GUIDES["tiny"].from_unet(resolve(str(micro_base)).unet(), rank=4, embed_dim=8)
+    stirred(own)
+    own.save_pretrained(tmp_path / "own")
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    given = GuidanceConfig(
+        str(micro_base), prompts, tmp_path / "g", grid_steps=0, sharpen=str(tmp_path / "own"),
+        options={"sharpener_width": 8}, states=StateConfig(count=40, steps=5, batch=4, negative=1.0),
+        train=TrainConfig(steps=30, batch=8, lr=0.01, ema=0.5),
+    )  # fmt: skip
+    report = distill(given)
+    made = load_guide(str(tmp_path / "g"))
+    assert all(torch.equal(made.state_dict()[k], v) for k, v in own.state_dict().items()) and made.negative_prompts
+    teacher = TeacherModel.load(str(micro_base), PROMPTS, torch.device("cpu"))
+    kept = Collection(teacher.unet, teacher.scheduler, teacher.conditions, given.states, tmp_path / "g" / "states",
+                      report["identity"]).read()  # fmt: skip
+    rows = list(range(40))
+    before, after = (held_out_error(Student(teacher.unet, g), kept, rows)["residual"] for g in (own.eval(), made))
+    assert after < before
+    assert report["settings"]["sharpen"] == str(tmp_path / "own") and "sharpen_sha256" in report["settings"]
+    steps = StepsConfig(str(tmp_path / "g"), tmp_path / "s", 2, 4, trajectories=4, grid=False,
+                        train=TrainConfig(steps=2, batch=4, checkpoint_every=2))  # fmt: skip
+    distill_steps(steps)
+    halved = load_guide(str(tmp_path / "s" / "steps-2"))
+    assert all(torch.equal(v, made.state_dict()[k]) for k, v in halved.state_dict().items() if "sharpener" in k)
+    assert not all(torch.equal(v, made.state_dict()[k]) for k, v in halved.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"sharpen": "emoji-tiny"}, "a sharpener learns from states with a negative prompt; pass --negative 1"),
+     ({"options": {"sharpener_width": 8}}, "a sharpener learns from states with a negative prompt"),
+     ({"sharpen": "emoji-tiny", "options": {"rank": 4}, "states": StateConfig(negative=1.0)}, "keeps its design")],
+)  # fmt: skip
+def test_sharpeners_are_checked_before_any_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config(**changes).check()
 
 
 def _write_images(folder: Path) -> None:

@@ -22,6 +22,7 @@ from pnp_trt.assets import ROOT
 from pnp_trt.errors import InputError
 from pnp_trt.integrations.diffusers import WIDTH, GuidedUNet, apply_guide, read_guidance, remove_guide
 from pnp_trt.models.guides import FullGuide, TinyGuide
+from pnp_trt.models.guides.sharpener import without_sharpener
 from pnp_trt.runtime.pipeline import Pipeline
 
 from ..models.test_guides import stirred
@@ -144,6 +145,15 @@ def test_a_guide_of_negative_prompts_reads_the_empty_or_the_given_one(pipe: Any)
     b = latents(apply_guide(pipe, guide, negative="a red house, blurred"), noise)
     assert not np.allclose(a, b)
     np.testing.assert_array_equal(latents(apply_guide(pipe, guide, negative=""), noise), a)
+
+
+def test_a_guide_with_a_sharpener_reads_the_given_negative_prompt_and_no_other(pipe: Any) -> None:
+    guide = stirred(TinyGuide.from_unet(pipe.unet, rank=4, embed_dim=8, sharpener_width=8))
+    noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    plain, none = latents(apply_guide(pipe, guide), noise), latents(apply_guide(pipe, guide, negative=""), noise)
+    np.testing.assert_array_equal(plain, none)
+    assert not np.array_equal(latents(apply_guide(pipe, guide, negative="a red house, blurred"), noise), plain)
+    np.testing.assert_array_equal(latents(apply_guide(pipe, without_sharpener(guide)), noise), plain)
 
 
 @settings(max_examples=200)

@@ -95,7 +95,7 @@ def guide_size(base: str, guide: str) -> dict[str, Any]:
         config = json.loads((guide_folder(f"emoji-{guide}") / "config.json").read_text(encoding="utf-8"))
     except InputError:
         return {}
-    return {k: config[k] for k in options}
+    return {k: config[k] for k in options if k in config}
 
 
 def _image_networks(model: BaseModel, sample: Any) -> dict[str, tuple[Any, dict[str, Any]]]:

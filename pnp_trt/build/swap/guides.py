@@ -15,7 +15,7 @@ from .rewrite import places
 
 
 def guide_of(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any], unet: Any) -> tuple[Any, str]:
-    """The guide that is fused into a bundle's U-Net, and where its weights were found.
+    """The guide that is fused into a bundle's U-Net, its sharpener apart, and where its weights were found.
 
     They are taken from where the build took them if that is still the same, else read back from the graph: exact
     where the graph is in float32, rounded as the graph has them in half precision.
@@ -29,13 +29,15 @@ def guide_of(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any
     Raises:
         InputError: if neither can be had.
     """
+    from ...models.guides.sharpener import without_sharpener
+
     given, guide = manifest.given, manifest.guide
     assert given is not None and guide is not None, "an engine that is plugged has both"
     with suppress(InputError, OSError, ValueError):
         # only a base of random weights makes guides of its own; an engine's own word is no reason to fetch another
         spec = BuildSpec(base=given.base if given.base.startswith("random:") else "emoji", guide=given.guide)
         if guide_identity(spec.base, spec.guide) == guide.to_json():
-            return _from_files(spec, unet), given.guide
+            return without_sharpener(_from_files(spec, unet)), given.guide
     return _from_graph(manifest, graph, data, weights), "the graph itself"
 
 
@@ -55,6 +57,7 @@ def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, 
 
     from ...models.guides import GUIDES, name_of_class
     from ...models.guides.condition import without_constant_parts
+    from ...models.guides.sharpener import without_sharpener
 
     assert manifest.guide is not None and manifest.configs is not None, "an engine that is plugged has both"
     name, config = manifest.guide.name, manifest.configs.get("guide")
@@ -63,6 +66,7 @@ def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, 
     guide = GUIDES[name_of_class(config["_class_name"], f"the engine's config of guide '{name}'")].from_config(config)
     if "condition" in manifest.networks:
         guide = without_constant_parts(guide)
+    guide = without_sharpener(guide)
     own = guide.state_dict()
     found = {}
     for place in places(graph, weights):

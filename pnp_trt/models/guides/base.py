@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import InputError
 from .parts import GainTable, GuideInput, GuideOutput, strength
@@ -20,10 +20,13 @@ class Guide(ModelMixin, ConfigMixin):
     ``register_to_config`` and takes at least the members of ``parts.signature``, which tie it to its U-Nets; with
     ``negative_prompts`` and ``sampling_steps`` among its arguments, it can be distilled with negative prompts and for
     a number of steps (stage 2).  Its residuals vanish at w = 1 (``parts.strength``).  One that takes ``gain`` makes its
-    ``gain_table`` of it and multiplies its residuals by :meth:`gate`; ``pnp-trt distill gain`` then serves it too.
+    ``gain_table`` of it and multiplies its residuals by :meth:`gate`; ``pnp-trt distill gain`` then serves it too.  One
+    that takes ``sharpener_width`` makes its ``sharpener`` of it; ``pnp-trt distill guidance --sharpen`` then serves it.
 
     Attributes:
         gain_table: g(t), or None for a factor of one.
+        sharpener: what changes the prompt's text states by a negative prompt (``sharpener.Sharpener``); a bundle holds
+            it as a network of its own, which runs once per image that has a negative prompt.  None without.
         constant_parts: names of its modules and parameters that :meth:`condition` runs; a bundle holds them as a
             network of its own, which runs once per image.
         quantised_layers: patterns (``fnmatch``) of its layers that ``pnp-trt calibrate`` considers for INT8.
@@ -39,6 +42,7 @@ class Guide(ModelMixin, ConfigMixin):
         super().__init__()
         # the config's entry is called gain, and diffusers answers a module's name from the config first
         self.gain_table: GainTable | None = None
+        self.sharpener: nn.Module | None = None
 
     @classmethod
     def from_unet(cls, unet: Any, **options: Any) -> Guide:
@@ -47,8 +51,8 @@ class Guide(ModelMixin, ConfigMixin):
 
     @property
     def negative_prompts(self) -> bool:
-        """Whether ``GuideInput.negative`` is read."""
-        return bool(self.config.get("negative_prompts"))
+        """Whether negative prompts change its guidance: it reads ``GuideInput.negative``, or has a sharpener."""
+        return bool(self.config.get("negative_prompts")) or self.sharpener is not None
 
     @property
     def sampling_steps(self) -> int | None:

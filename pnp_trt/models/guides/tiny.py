@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from .base import Guide
 from .parts import GainTable, GuideInput, GuideOutput, signature, sinusoid
+from .sharpener import Sharpener
 
 READS = ("features", "latent")
 EMITS = ("all", "deep", "mid")
@@ -133,11 +134,14 @@ class TinyGuide(Guide):
         skip_halvings: how often each skip's resolution is halved; None where it is not needed.
         sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
         gain: factors of the residuals at equally spaced timesteps (``parts.GainTable``); None for one.
+        sharpener_width: inner width of its sharpener of text states (``sharpener.Sharpener``), the other way to serve
+            negative prompts; None without.
     """
 
     # constant_parts stays empty: all that it computes of w is one small vector, and mixed with the timestep
     size_options: ClassVar[tuple[str, ...]] = (
-        "rank", "embed_dim", "trunk_blocks", "trunk_kind", "reads", "emits", "text", "negative_prompts", "norm"
+        "rank", "embed_dim", "trunk_blocks", "trunk_kind", "reads", "emits", "text", "negative_prompts", "norm",
+        "sharpener_width",
     )  # fmt: skip
 
     @register_to_config
@@ -159,8 +163,11 @@ class TinyGuide(Guide):
         skip_halvings: tuple[int, ...] | None = None,
         sampling_steps: int | None = None,
         gain: tuple[float, ...] | None = None,
+        sharpener_width: int | None = None,
     ) -> None:
         super().__init__()
+        if negative_prompts and sharpener_width is not None:
+            raise InputError("a tiny guide serves negative prompts by negative_prompts or by a sharpener; choose one")
         for name, value, known in (
             ("trunk_kind", trunk_kind, TRUNKS),
             ("reads", reads, READS),
@@ -195,6 +202,8 @@ class TinyGuide(Guide):
         nn.init.zeros_(self.film.bias)
         if gain is not None:
             self.gain_table = GainTable(gain)
+        if sharpener_width is not None:
+            self.sharpener = Sharpener(cross_attention_dim, sharpener_width)
 
     @classmethod
     def from_unet(cls, unet: Any, **options: Any) -> TinyGuide:

@@ -109,8 +109,9 @@ def candidates(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modu
     Raises:
         InputError: if no layer has such a name.
     """
-    # the part of the guide that depends on w alone runs once per image, in a separate network
-    once = tuple(f"guide.{part}." for part in getattr(getattr(network, "guide", None), "constant_parts", ()))
+    # the parts of the guide that run once per image are separate networks
+    constant = getattr(getattr(network, "guide", None), "constant_parts", ())
+    once = tuple(f"guide.{part}." for part in (*constant, "sharpener"))
     found: dict[str, nn.Module] = {
         name: layer
         for name, layer in network.named_modules()

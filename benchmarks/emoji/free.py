@@ -80,7 +80,7 @@ class Rule(ABC):
 class CachedDifference(Rule):
     """eps(c) + (w − 1)·d with d = eps(c) − eps(∅) of the last step in which both were evaluated, every k-th.
 
-    CFG-Cache (FasterCache: Lv et al., ICLR 2025, arXiv 2410.19355, section 3.3) without its weights for low and high
+    CFG-Cache (FasterCache: Lv et al., ICLR 2025, arXiv 2410.19355) without its weights for low and high
     frequencies, which are tuned by model.
     """
 
@@ -100,10 +100,12 @@ class CachedDifference(Rule):
 
 
 class ResidualGuidance(Rule):
-    """R-CFG with one negative evaluation (StreamDiffusion: Kodaira et al. 2023, arXiv 2312.12491, section 3.2).
+    """R-CFG with one negative evaluation (StreamDiffusion: Kodaira et al. 2023, arXiv 2312.12491).
 
     The unconditional prediction of the first step gives a clean latent x̂0; later steps take the noise between x̂0 and
-    the present latent, (x − √ᾱ·x̂0) / √(1 − ᾱ), in place of eps(∅).  Their factor δ is 1.
+    the present latent, (x − √ᾱ·x̂0) / √(1 − ᾱ), in place of eps(∅).  Their factor δ is 1.  It is made for images that
+    are given and for w below 2; from noise alone, x̂0 is mostly the first prediction's error over √ᾱ, which is near 0
+    there.
     """
 
     @classmethod

@@ -31,6 +31,7 @@ look, of wide intervals. The same rows at 50, 16 and 8 evaluations, w = 3 and 5,
 of Table C of `python -m benchmarks.emoji.tables`; a run of it on 512 images has not been made yet.
 
 KID, R@1 and distance are those of [the tables](distillation-tables.md); distance is to CFG's image at {target} steps.
+KID is unbiased, so that of few images its value may lie below 0; the paired gains are the narrower figures.
 *Guide's gain* is what the tiny guide at {budget} steps gains in KID over the row, paired by caption and noise: above 0
 the guide is better. Brackets are 95 % intervals; ▲ marks rows that are shown worse than the guide and ▼ rows that are
 shown better.
@@ -67,21 +68,27 @@ def page(document: dict[str, Any], source: Path = RESULTS) -> str:
                          distances(g, target), gain])  # fmt: skip
         head = ("method", "steps", "evaluations", "KID ↓", "R@1, % ↑", "PSNR, dB / cosine ↑", "guide's gain in KID ↑")
         blocks.append(f"**w = {w:g}**\n\n{table(head, rows)}")
+    by_kind: dict[str, list[str]] = {}
+    for m in METHODS:
+        if rule(m)[0] in RULES:
+            by_kind.setdefault(rule(m)[0], []).append(METHODS[m])
     rules = [
-        f"- *{METHODS[m]}*: {' '.join((RULES[rule(m)[0]].__doc__ or '').split())}"
-        for m in METHODS
-        if rule(m)[0] in RULES
+        f"- *{'*, *'.join(names)}*: {' '.join((RULES[kind].__doc__ or '').split())}" for kind, names in by_kind.items()
     ]
     return TEXT.format(
         source=source.as_posix(), command=told["command"], date=told["date"][:10], machine=machine_said(document),
         torch=told["versions"]["torch"], budget=budget, target=target, images=document["settings"]["images"],
         scales=" and ".join(f"{w:g}" for w in dict.fromkeys(g["w"] for g in groups)),
-        found=finding(document), rows="\n\n".join(blocks), rules="\n".join(dict.fromkeys(rules)),
+        found=finding(document, target), rows="\n\n".join(blocks), rules="\n".join(rules),
     )  # fmt: skip
 
 
-def finding(document: dict[str, Any]) -> str:
-    """Which rows of no more evaluations are shown better than the guide, and which worse."""
+def finding(document: dict[str, Any], target: int) -> str:
+    """Which rows of no more evaluations are shown better than the guide, which worse, and which are closer to CFG.
+
+    Args:
+        target: steps of the CFG whose images the distances are to.
+    """
     fair = [d for d in document["verdicts"]["C"] if d["rival_costs_no_more"]]
     lines = []
     for key, what in (("kid", "KID"), ("R@1", "R@1")):
@@ -89,6 +96,16 @@ def finding(document: dict[str, Any]) -> str:
         lost = sum(d["wins"][key] == "guide" for d in fair)
         better = f"**shown better than the guide: {', '.join(won)}**" if won else "none is shown better than the guide"
         lines.append(f"By {what}, of {len(fair)} rows at no more evaluations, {better}; {lost} are shown worse.")
+    psnr = {
+        (g["w"], g["method"], g["steps"]): found[str(target)]["psnr_db"]["value"]
+        for g in document["groups"]
+        if str(target) in (found := g["distance_to_cfg"])
+    }
+    closer = 0
+    for d in fair:
+        own = psnr.get((d["w"], d["guide"]["method"], d["guide"]["steps"]), float("inf"))
+        closer += psnr.get((d["w"], d["rival"]["method"], d["rival"]["steps"]), float("-inf")) > own
+    lines.append(f"The mean PSNR to CFG's images is higher than the guide's in {closer} of them.")
     return " ".join(lines)
 
 

@@ -73,7 +73,7 @@ The guides were distilled on the base alone. Captions, real images and CFG are t
 No guidance; CFG with fewer steps (25, 8 and 4 steps cost the 50, 16 and 8 NFE of a guide); CFG on an interval of
 timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep} images of other noise. Cached
 differences, R-CFG, anchors and w over the steps, defined in `benchmarks/emoji/free.py`, make the most steps that 50, 16
-or 8 evaluations allow.
+or 8 evaluations allow; [a first look](no-training.md) has them on few images.
 {verdict_c}
 
 {c}

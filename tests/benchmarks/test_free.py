@@ -124,6 +124,7 @@ def test_the_page_says_who_wins() -> None:
 
     def duel(method: str, gain: float) -> dict[str, Any]:
         return {"w": 3.0, "rival": {"method": method, "steps": 12, "evaluations": 16}, "rival_costs_no_more": True,
+                "guide": {"method": "tiny", "steps": 16},
                 "gain": {"kid": estimate(gain)},
                 "wins": {"kid": "rival" if gain < 0 else "guide", "R@1": None}}  # fmt: skip
 
@@ -138,6 +139,7 @@ def test_the_page_says_who_wins() -> None:
     assert "By KID, of 2 rows at no more evaluations, **shown better than the guide: tiny, CFG every 8th step" in text
     assert "1 are shown worse" in text and "0.0500 [0.0400, 0.0600] ▲" in text
     assert "-0.0500 [-0.0600, -0.0400] ▼" in text
+    assert "higher than the guide's in 0 of them" in text
     assert "FasterCache" in text and "StreamDiffusion" in text
     del document["settings"]["budget"]
     with pytest.raises(InputError, match="is of no budget"):

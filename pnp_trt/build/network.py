@@ -57,8 +57,7 @@ class NetworkExport:
         module = spec.module()
         rows = golden_rows(name, sum(p.numel() for p in module.parameters()), self.plan.default)
         default, inputs = next(iter(cases.items()))
-        if not spec.sized:
-            cases = {default: inputs}
+        cases = cases if spec.sized else {default: inputs}
         compared = {label: {k: v[:rows] for k, v in case.items()} for label, case in cases.items()}
         recipes = self.recipes(name)
         half = spec.decodes and recipes[0].dtype != FP32.dtype
@@ -70,8 +69,7 @@ class NetworkExport:
         traced = {k: self.plan.traced(name, v) for k, v in inputs.items()}
         tried: list[str] = []
         for recipe in recipes:
-            module = spec.module() if module is None else module
-            quantised = None
+            module, quantised = spec.module() if module is None else module, None
             if self.backend.takes_modules:
                 path = work / f"{name}.json"
                 weights = modules.save(recipe.convert(module), path)
@@ -102,14 +100,7 @@ class NetworkExport:
         record = NetworkRecord(
             graph=path.name,
             precision=recipe.name,
-            inputs={
-                n: (str(v.dtype).removeprefix("torch."), tuple(self.plan.named(name, v.shape)))
-                for n, v in inputs.items()
-            },
-            outputs={
-                n: ("float32", tuple(self.plan.named(name, v.shape, output=True)))
-                for n, v in zip(spec.outputs, as_tuple(wanted[default]), strict=True)
-            },
+            **self._tensors(name, inputs, dict(zip(spec.outputs, as_tuple(wanted[default]), strict=True))),
             parity=NetworkParity(error, recipe.limit, rows, errors if len(errors) > 1 else {}),
             fallback=f"off by {tried[0]}" if tried else None,
             quantised=None if quantised is None else self._quantised_record(recipe, weights),
@@ -119,6 +110,16 @@ class NetworkExport:
             for label, case in compared.items()
         }
         return record, references, weights.as_dict()
+
+    def _tensors(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+        """The record's ``inputs`` and ``outputs``: type and shape by name, with the names of open axes."""
+        return {
+            "inputs": {
+                n: (str(v.dtype).removeprefix("torch."), tuple(self.plan.named(name, v.shape)))
+                for n, v in inputs.items()
+            },
+            "outputs": {n: ("float32", tuple(self.plan.named(name, v.shape, output=True))) for n, v in outputs.items()},
+        }
 
     def recipes(self, name: str) -> list[Recipe]:
         """What a network is exported in, and what is tried when that is too far off."""

@@ -87,21 +87,7 @@ class Build:
             export = NetworkExport(self.backend, self.recipe, self.plan, self.record, self.target)
             # a sharpener reads negative prompts in place of the U-Net
             negative = bool((identity["guide"] or {}).get("negative_prompts")) and not self._sharpened
-
-            def made(size: Size, count: int) -> dict[str, dict[str, Any]]:
-                found = self.base.golden_inputs(
-                    self.plan.latent(size), size, count, guided=self._guided, negative=negative,
-                    image_to_image=self.spec.image_to_image,
-                )  # fmt: skip
-                if self._sharpened:
-                    found["sharpener"] = sharpener_inputs(found["unet"])
-                return found
-
-            # by image size: the default's, then another one where there is more than one
-            sizes = [size for size in (self.plan.default, self.plan.second) if size is not None]
-            golden = {f"{size[0]}x{size[1]}": made(size, length) for size in sizes}
-            if (most := self.spec.tokens or length) > length:
-                golden[f"{most} tokens"] = {"unet": made(self.plan.default, most)["unet"]}
+            golden = self._golden_inputs(length, negative)
             networks: dict[str, NetworkRecord] = {}
             kept: Golden = {}
             maps: dict[str, Any] = {}
@@ -121,37 +107,61 @@ class Build:
             save_golden(work / GOLDEN, kept)
             write_json(work / WEIGHTS, {"schema": WEIGHTS_SCHEMA, "networks": maps})
             engines = engine_parity(self.backend, self.target, work, networks, kept, self.spec.folder().name)
-            parts = Parts(
-                base=Base(self.spec.base, self.base.fingerprint()),
-                guide=GuideRecord.of(identity["guide"]),
-                # what a fine-tune has to be like, and where the guide came from: `pnp-trt plug` needs both
-                given=Given(self.spec.base, self.spec.guide),
-                configs=self._configs(),
-                backend=self.backend.name,
-                precision=self.recipe.name,
-                target=self.target,
-                profiles=self.plan.profiles,
-                compiler=identity["compiler"],
-                sample=LatentShape(
-                    *self.plan.latent(self.plan.default),
-                    max_batch=max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
-                ),
-                image=ImageSize(*self.plan.default),
-                tokens=tokens[first],
-                scheduler=self.scheduler,
-                limit=self.recipe.limit,
-                against="PyTorch float32, seeded golden inputs",
-                family=self.base.family,
-                text=FurtherText(
-                    {k: v for k, v in tokens.items() if k != first}, self.base.zero_empty_prompt(), most // length
-                ),
-            )
             result = RunResult(
                 name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
                 files=list_files(work), versions=library_versions(), seconds=time.monotonic() - started,
                 export_memory=exported, rebuild=self.spec.command(),
             )  # fmt: skip
-            return write_manifest(work, assemble(parts, result))
+            return write_manifest(work, assemble(self._parts(identity, tokens), result))
+
+    def _golden_inputs(self, length: int, negative: bool) -> dict[str, dict[str, dict[str, Any]]]:
+        """Golden inputs of the networks by case: the default size's, another size's and more tokens where there are."""
+
+        def of(size: Size, tokens: int) -> dict[str, dict[str, Any]]:
+            inputs = self.base.golden_inputs(
+                self.plan.latent(size), size, tokens, guided=self._guided, negative=negative,
+                image_to_image=self.spec.image_to_image,
+            )  # fmt: skip
+            if self._sharpened:
+                inputs["sharpener"] = sharpener_inputs(inputs["unet"])
+            return inputs
+
+        sizes = [size for size in (self.plan.default, self.plan.second) if size is not None]
+        golden = {f"{size[0]}x{size[1]}": of(size, length) for size in sizes}
+        if (most := self.spec.tokens or length) > length:
+            golden[f"{most} tokens"] = {"unet": of(self.plan.default, most)["unet"]}
+        return golden
+
+    def _parts(self, identity: dict[str, Any], tokens: dict[str, Tokens]) -> Parts:
+        """What the manifest states of the build and not of its run."""
+        first = next(iter(tokens))
+        length = tokens[first].length
+        most = self.spec.tokens or length
+        return Parts(
+            base=Base(self.spec.base, self.base.fingerprint()),
+            guide=GuideRecord.of(identity["guide"]),
+            # what a fine-tune has to be like, and where the guide came from: `pnp-trt plug` needs both
+            given=Given(self.spec.base, self.spec.guide),
+            configs=self._configs(),
+            backend=self.backend.name,
+            precision=self.recipe.name,
+            target=self.target,
+            profiles=self.plan.profiles,
+            compiler=identity["compiler"],
+            sample=LatentShape(
+                *self.plan.latent(self.plan.default),
+                max_batch=max((p.maximum for p in self.plan.profiles), default=MAX_BATCH),
+            ),
+            image=ImageSize(*self.plan.default),
+            tokens=tokens[first],
+            scheduler=self.scheduler,
+            limit=self.recipe.limit,
+            against="PyTorch float32, seeded golden inputs",
+            family=self.base.family,
+            text=FurtherText(
+                {k: v for k, v in tokens.items() if k != first}, self.base.zero_empty_prompt(), most // length
+            ),
+        )
 
     @property
     def _guided(self) -> bool:

@@ -21,7 +21,7 @@ from .scheduler_config import scheduler_entries
 SCHEMA = 2
 FILE = "manifest.json"
 #: files of a bundle beside its networks; ``weights.json`` is read by `pnp-trt plug`, ``golden.npz`` also by `verify`
-TOKENIZER, GOLDEN, WEIGHTS = "tokenizer.json", "golden.npz", "weights.json"
+GOLDEN, WEIGHTS = "golden.npz", "weights.json"
 #: the first text encoder; names of others begin with it
 TEXT_ENCODER = "text_encoder"
 NETWORKS = ("unet", "text_encoder", "vae_decoder")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,7 +82,6 @@ def bench(
     from ..bench import results, run, suites
     from ..bench.compare import compare as comparison
     from ..bench.report import page as report
-    from ..bench.report.image_grid import headline, write_grid
     from ..bench.work import Work
     from ..bundle.profiles import parse_size
     from .console import stdout_console
@@ -129,15 +128,7 @@ def bench(
                     file=sys.stderr,
                 )
             raise
-        if json_file is not None:  # before anything else can fail
-            results.write(document, json_file)
-        images_shown = document.get("images")
-        if grid_file is not None:
-            if images_shown is None or len({row["method"] for row in images_shown["rows"]}) < 2:
-                raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
-            write_grid(headline(images_shown), grid_file)
-        if html_file is not None:
-            report.render_html(document, html_file)
+        _write(document, json_file, html_file, grid_file)
         parts.done()
     stdout_console().print(report.render_terminal(document))
     if old is not None:
@@ -145,6 +136,24 @@ def bench(
     for name, path in (("images: ", grid_file), ("results:", json_file), ("page:   ", html_file)):
         if path is not None:
             print(printable(f"{name} {path}"))
+
+
+def _write(
+    document: dict[str, Any], json_file: Path | None, html_file: Path | None, grid_file: Path | None
+) -> None:  # fmt: skip
+    from ..bench import results
+    from ..bench.report import page
+    from ..bench.report.image_grid import headline, write_grid
+
+    if json_file is not None:  # before anything else can fail
+        results.write(document, json_file)
+    images_shown = document.get("images")
+    if grid_file is not None:
+        if images_shown is None or len({row["method"] for row in images_shown["rows"]}) < 2:
+            raise InputError("--grid needs the fidelity part and both a teacher's and a guided engine")
+        write_grid(headline(images_shown), grid_file)
+    if html_file is not None:
+        page.render_html(document, html_file)
 
 
 def _check_outputs(json_file: Path | None, html_file: Path | None, grid_file: Path | None, work: Path | None) -> None:

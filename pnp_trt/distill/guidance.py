@@ -6,6 +6,7 @@ import math
 import random
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from ..models.guides.sharpener import with_new_sharpener
 from ..models.prompts import CaptionedImages, find_images, image_latents, read_prompts
 from ..models.student import Student
 from .features import feature_error
-from .monitor import Board, ImageGrid, averaged, held_out_error, predict_states, save_grid, target_of
+from .monitor import Board, ImageGrid, LossLog, averaged, held_out_error, predict_states, save_grid, target_of
 from .run import TeacherModel, guide_weights, report_head, save_guide
 from .states import Collection, Latents, StateConfig, States, split
-from .train import TrainConfig, make_accelerator, newest_step, train
+from .train import TrainConfig, begin, make_accelerator, newest_step, train
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
 W_DISTRIBUTIONS = ("uniform", "log-uniform")
@@ -138,12 +139,8 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     check_writable_folder(config.out)
     if config.states_dir is not None:
         check_writable_folder(config.states_dir, "--states-dir")
-    accelerator = make_accelerator(config.train.mixed_precision)
-    # the run is the resolved type's, so that it resumes in no other
-    config = replace(config, train=replace(config.train, mixed_precision=accelerator.mixed_precision))
-    config.train.check(accelerator.num_processes)
-    main = accelerator.is_main_process
-    say = progress if progress is not None and main else (lambda *_: None)
+    accelerator, resolved, say = begin(config.train, progress)
+    config, main = replace(config, train=resolved), accelerator.is_main_process
     started = time.monotonic()
     teacher, collection = _collection(config, accelerator.device)
     identity = collection.identity
@@ -162,13 +159,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     objective = GuidanceObjective(states, rows, teacher, config)
     board = Board(config.out / "logs", newest_step(config.out)) if main else None
     grid = ImageGrid(teacher, config.grid_steps) if main and config.grid_steps else None
-    smooth: list[float] = []
-
-    def report_step(step: int, steps: int, value: float, rate: float) -> None:
-        smooth[:] = [value if not smooth else 0.98 * smooth[0] + 0.02 * value]
-        if board is not None:
-            board.numbers(step, loss=value, learning_rate=rate)
-        say("guide", step, steps, f"loss {smooth[0]:.4f}")
+    loss = LossLog(board, partial(say, "guide"))
 
     def watch(step: int, weights: dict[str, Tensor]) -> None:
         assert board is not None
@@ -179,7 +170,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
                 board.image(step, "grid", grid.draw(student))
         say("guide", step, config.train.steps, f"held-out residual {found['residual']:.1%}")
 
-    train(student, guide, objective, config.train, config.out, accelerator, report_step, watch if main else None)
+    train(student, guide, objective, config.train, config.out, accelerator, loss, watch if main else None)
     report: dict[str, Any] = {}
     if main:
         assert board is not None
@@ -196,7 +187,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
             "identity": identity,
             "processes": accelerator.num_processes,
             "states": len(states),
-            "final_loss": smooth[0] if smooth else None,
+            "final_loss": loss.smooth,
             "held_out": error,
         }
         write_json(config.out / "distill.json", report)

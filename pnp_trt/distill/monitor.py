@@ -170,6 +170,26 @@ def save_grid(pixels: np.ndarray, path: Path) -> None:
     write_bytes(stream.getvalue(), path)
 
 
+class LossLog:
+    """The loss of a run, logged and reported at every step.
+
+    Attributes:
+        smooth: its exponential mean; None before the first step.
+    """
+
+    smooth: float | None = None
+
+    def __init__(self, board: Board | None, report: Callable[[int, int, str], object]) -> None:
+        self._board, self._report = board, report
+
+    def __call__(self, step: int, steps: int, value: float, rate: float) -> None:
+        """Log the loss ``value`` and the learning rate of a step."""
+        self.smooth = value if self.smooth is None else 0.98 * self.smooth + 0.02 * value
+        if self._board is not None:
+            self._board.numbers(step, loss=value, learning_rate=rate)
+        self._report(step, steps, f"loss {self.smooth:.4f}")
+
+
 class Board:
     """TensorBoard logs in ``folder``; does nothing where TensorBoard is not installed."""
 

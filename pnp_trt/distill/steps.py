@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from ..models.conditioning import Conditions
 from ..models.guides.load import load_guide
 from ..models.student import Student
 from ..sampling.schedules import ddim, ddim_step
-from .monitor import Board, ImageGrid, averaged, save_grid
+from .monitor import Board, ImageGrid, LossLog, averaged, save_grid
 from .run import TeacherModel, guide_weights, origin, report_head, save_guide
 from .states import MappedRows, read_shards, shard_path, write_shard
-from .train import TrainConfig, make_accelerator, newest_step, train
+from .train import TrainConfig, begin, newest_step, train
 
 WEIGHTINGS = ("landing", "none")
 HELD_OUT = 0.06
@@ -138,12 +139,8 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
         PnpError: if a prediction or the loss is not finite.
     """
     config.check()
-    accelerator = make_accelerator(config.train.mixed_precision)
-    # the run is the resolved type's, so that it resumes in no other
-    config = replace(config, train=replace(config.train, mixed_precision=accelerator.mixed_precision))
-    config.train.check(accelerator.num_processes)
-    main = accelerator.is_main_process
-    say = progress if progress is not None and main else (lambda *_: None)
+    accelerator, resolved, say = begin(config.train, progress)
+    config, main = replace(config, train=resolved), accelerator.is_main_process
     check_writable_folder(config.out)
     folder = guide_folder(config.guide)
     weights = guide_weights(folder)
@@ -181,14 +178,7 @@ def _halve(
     stage = f"{before} to {steps} steps"
     main = accelerator.is_main_process
     old = Student(teacher.unet, last.to(teacher.device).eval().requires_grad_(False))
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for shard in range(_shards(config)):
-        path = shard_path(folder / "states", shard)
-        if shard % world == rank and not path.exists():
-            _collect(old, teacher, config, steps, shard, path)
-        say(f"{stage}, states", shard + 1, _shards(config), "")
-    accelerator.wait_for_everyone()
-    landings = Landings(**read_shards(folder / "states", _shards(config)), conditions=teacher.conditions)
+    landings = _landings(old, config, teacher, steps, folder / "states", accelerator, partial(say, f"{stage}, states"))
 
     torch.manual_seed(config.train.seed)
     guide = copy.deepcopy(last).requires_grad_(True)
@@ -203,13 +193,7 @@ def _halve(
     held_out = list(range(edge, len(landings))) if held else list(range(len(landings)))
     objective = StepsObjective(landings, list(range(edge)), teacher, config, steps)
     board = Board(folder / "logs", newest_step(folder)) if main else None
-    smooth: list[float] = []
-
-    def report_step(step: int, count: int, value: float, rate: float) -> None:
-        smooth[:] = [value if not smooth else 0.98 * smooth[0] + 0.02 * value]
-        if board is not None:
-            board.numbers(step, loss=value, learning_rate=rate)
-        say(stage, step, count, f"loss {smooth[0]:.4f}")
+    loss = LossLog(board, partial(say, stage))
 
     def watch(step: int, weights: dict[str, Tensor]) -> None:
         assert board is not None
@@ -217,7 +201,7 @@ def _halve(
             error = landing_error(student, objective, landings, held_out[:: max(1, len(held_out) // 256)])
         board.numbers(step, held_out_landing_error=error)
 
-    train(student, guide, objective, config.train, folder, accelerator, report_step, watch if main else None)
+    train(student, guide, objective, config.train, folder, accelerator, loss, watch if main else None)
     if not main:
         return
     assert board is not None
@@ -239,11 +223,26 @@ def _halve(
         "to": steps,
         **report_head(teacher, guide, settings, time.monotonic() - started),
         "states": len(landings),
-        "final_loss": smooth[0] if smooth else None,
+        "final_loss": loss.smooth,
         # of the single step's landing point, before and after: 1 would be no gain at all
         "held_out": {"states": len(some), **errors, "residual": errors["after"] / errors["before"]},
     }
     write_json(folder / "distill.json", report)
+
+
+def _landings(
+    old: Student, config: StepsConfig, teacher: TeacherModel, steps: int, folder: Path, accelerator: Any,
+    say: Callable[[int, int, str], object],
+) -> Landings:  # fmt: skip
+    """The states of a halving, those that ``folder`` lacks collected by all processes."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for shard in range(_shards(config)):
+        path = shard_path(folder, shard)
+        if shard % world == rank and not path.exists():
+            _collect(old, teacher, config, steps, shard, path)
+        say(shard + 1, _shards(config), "")
+    accelerator.wait_for_everyone()
+    return Landings(**read_shards(folder, _shards(config)), conditions=teacher.conditions)
 
 
 def _shards(config: StepsConfig) -> int:

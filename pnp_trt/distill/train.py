@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from .. import processor
 from ..errors import InputError, PnpError
 from ..io.files import whole_file
 from ..io.inputs import check_seed
+from ..io.progress import Progress
 
 PRECISIONS = ("no", "bf16", "fp16", "auto")
 SCHEDULES = ("cosine", "constant")
@@ -112,6 +113,21 @@ def make_accelerator(mixed_precision: str = "no") -> Any:
     # the library keeps one precision a process; runs after each other may want different ones
     AcceleratorState._reset_state()
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
+
+
+def begin(config: TrainConfig, progress: Progress | None) -> tuple[Any, TrainConfig, Progress]:
+    """The accelerator of a run, its config with the resolved precision, and progress, which the main process reports.
+
+    A run resumes in no other precision than the resolved one.
+
+    Raises:
+        InputError: as of :func:`make_accelerator` and ``TrainConfig.check``.
+    """
+    accelerator = make_accelerator(config.mixed_precision)
+    config = replace(config, mixed_precision=accelerator.mixed_precision)
+    config.check(accelerator.num_processes)
+    report = progress if progress is not None and accelerator.is_main_process else (lambda *_: None)
+    return accelerator, config, report
 
 
 def newest_step(folder: Path) -> int:

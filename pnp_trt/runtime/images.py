@@ -209,11 +209,6 @@ def _as_json(parameters: dict[str, Any]) -> bytes:
     return (json.dumps(parameters, indent=2) + "\n").encode()
 
 
-def save_png(pixels: np.ndarray, parameters: dict[str, Any], path: Path) -> None:
-    """:func:`save_image` as PNG."""
-    save_image(pixels, parameters, path)
-
-
 def _write_new(data: bytes, path: Path) -> None:
     try:
         write_new(data, path)

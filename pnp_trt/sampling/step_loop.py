@@ -204,12 +204,6 @@ class StepLoop:
         """Rows that a call has now."""
         return sum(ticket.rows for ticket in self._running)
 
-    @property
-    def steps_left(self) -> int:
-        """Rows times steps of all that wait and run."""
-        everyone = itertools.chain(self._running, (entry[2] for entry in self._waiting))
-        return sum((ticket.steps - ticket.steps_done) * ticket.rows for ticket in everyone)
-
     def step(self) -> list[Ticket]:
         """Admit, call the network, and return the requests that have left: done, or with an ``error``."""
         ended = self._admit()

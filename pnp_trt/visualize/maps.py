@@ -91,15 +91,19 @@ def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.nda
             for side in axis.spines.values():  # white images need an edge
                 side.set(visible=True, color="#cccccc", linewidth=0.8)
 
+    _colour_bar(figure, width, height, ScalarMappable(norm, colours), top or 1.0)
+    return pixels_of(figure)
+
+
+def _colour_bar(figure: Any, width: float, height: float, mappable: Any, top: float) -> None:
+    """The scale of all cells up to ``top``, at the foot of a figure of ``width`` and ``height`` inches."""
     bar_width = min(5.0, width - LEFT - EDGE)
     bar_y = height - FOOT + 0.16
     bar = figure.add_axes((LEFT / width, 1 - (bar_y + 0.14) / height, bar_width / width, 0.14 / height))
-    mappable = ScalarMappable(norm, colours)
     figure.colorbar(mappable, cax=bar, orientation="horizontal", format=lambda v, _: f"{v:.0%}" if v else "0")
-    bar.set_xticks(_ticks(top or 1.0))
+    bar.set_xticks(_ticks(top))
     bar.tick_params(labelsize=9, colors=FAINT, length=3)
     bar.set_xlabel("what the guide adds, relative to the feature it is added to", fontsize=9, color=FAINT, labelpad=2)
-    return pixels_of(figure)
 
 
 def pixels_of(figure: Any) -> np.ndarray:

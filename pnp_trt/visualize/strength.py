@@ -73,27 +73,33 @@ def draw_strength(recording: Recording, title: str) -> np.ndarray:
         _style(axis, name, recording)
     shares[0].set_ylabel("energy above half Nyquist, %", fontsize=9, color=INK)
 
-    heats = lower.subplots(heat_rows, heat_columns, squeeze=False, sharey=True).ravel()
+    _heat_maps(lower, (heat_rows, heat_columns), recording)
+    return pixels_of(figure)
+
+
+def _heat_maps(part: Any, shape: tuple[int, int], recording: Recording) -> None:
+    """Strength of every layer over the steps, a map for each scale, in ``shape`` rows and columns of a subfigure."""
+    relative = recording.relative
+    heats = part.subplots(*shape, squeeze=False, sharey=True).ravel()
     names = [layer.name for layer in recording.layers]
     top = float(100 * relative.max()) or 1.0
     image: Any = None
     for place, axis in enumerate(heats):
-        if place >= len(scales):
+        if place >= len(recording.guidance):
             axis.set_visible(False)
             continue
         image = axis.imshow(
             100 * relative[place], cmap="inferno", vmin=0, vmax=top, aspect="auto", interpolation="nearest"
         )
-        axis.set_title(f"w = {scales[place]:g}", loc="left", fontsize=10, color=INK)
+        axis.set_title(f"w = {recording.guidance[place]:g}", loc="left", fontsize=10, color=INK)
         ticks = sorted({round(float(i)) for i in np.linspace(0, len(recording.timesteps) - 1, 4)})
         axis.set_xticks(ticks, [str(recording.timesteps[i]) for i in ticks])
         axis.set_yticks(range(len(names)), names)
         axis.tick_params(labelsize=8, colors=INK, length=2)
         axis.set_xlabel("timestep", fontsize=9, color=INK)
-    bar = lower.colorbar(image, ax=list(heats), pad=0.01, fraction=0.05)
+    bar = part.colorbar(image, ax=list(heats), pad=0.01, fraction=0.05)
     bar.set_label("strength, %", fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)
-    return pixels_of(figure)
 
 
 def _style(axis: Any, title: str, recording: Recording) -> None:

@@ -137,7 +137,7 @@ def test_every_run_has_the_bits_that_it_has_alone(
             assert ticket.latents is not None and ticket.steps_done == ticket.steps
             np.testing.assert_array_equal(ticket.latents, alone(run))
     assert loop.calls == len(toy.batches) and sum(toy.batches) == loop.rows_used + loop.rows_padded
-    assert set(toy.batches) <= set(loop.buckets) and loop.steps_left == 0
+    assert set(toy.batches) <= set(loop.buckets)
 
 
 @settings(max_examples=12)

@@ -28,7 +28,7 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
 
     from ...models.bases import resolve
     from ...models.folders import latent_size
-    from ...models.guides import GUIDES, Features, GuideInput
+    from ...models.guides import GUIDES
     from ...models.guides.condition import Condition
     from ...models.networks import quiet_libraries
     from ...models.student import encode
@@ -49,18 +49,6 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         if added:
             inputs["added_cond_kwargs"] = {name: torch.empty(value.shape) for name, value in added.items()}
 
-        class GuideAlone(torch.nn.Module):
-            """A guide fed with the features' shapes, so that its cost is counted apart from the teacher's."""
-
-            def __init__(self, guide: Any) -> None:
-                super().__init__()
-                self.guide = guide
-
-            def forward(self, guidance: Any, skips: Any, mid: Any, **given: Any) -> Any:
-                return self.guide(
-                    GuideInput(**given, guidance=guidance, features=Features(tuple(skips), mid))
-                ).mid_block_res_sample
-
         _, features = encode(unet, **inputs)
         alone = inputs | {
             "guidance": torch.empty(1),
@@ -76,10 +64,28 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
                     {"guidance": torch.empty(1)},
                 )
                 fed = {"condition": guide.condition(torch.empty(1), (size, size))}
-            found[f"guide-{name}"] = (GuideAlone(guide), alone | fed)
+            found[f"guide-{name}"] = (_alone(guide), alone | fed)
         if not base.startswith("random:"):
             found |= _image_networks(model, inputs["sample"])
     return found
+
+
+def _alone(guide: Any) -> Any:
+    """A guide fed with the features' shapes, so that its cost is counted apart from the teacher's."""
+    import torch
+
+    from ...models.guides import Features, GuideInput
+
+    class GuideAlone(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.guide = guide
+
+        def forward(self, guidance: Any, skips: Any, mid: Any, **given: Any) -> Any:
+            features = Features(tuple(skips), mid)
+            return self.guide(GuideInput(**given, guidance=guidance, features=features)).mid_block_res_sample
+
+    return GuideAlone()
 
 
 def guide_size(base: str, guide: str) -> dict[str, Any]:

@@ -25,11 +25,6 @@ SIDES = (1024, 2048)
 #: of the weights of the matrix-vector product that bandwidth is measured with
 BYTES = 256 * 2**20
 SECONDS = 0.5
-BOUND = (
-    "the loop's MACs with attention products at the measured peak, or its weights read once a network call at the "
-    "measured bandwidth, whichever takes longer, call by call; a lower bound: activations, softmax, normalisation and "
-    "the text encoder and decoder are not in it"
-)
 
 Clock = Callable[[], float]
 

@@ -463,29 +463,3 @@ def cosine(features: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
         raise InputError(f"{len(x)} images do not match the teacher's {len(y)}")
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     return np.clip((x * y).sum(1) / np.maximum(lengths, 1e-12), -1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class TeacherDistance:
-    """How far images are from their teacher's: means with intervals, and the per-image observations."""
-
-    psnr_db: Estimate
-    feature_cosine: Estimate
-    psnr_each: list[float]
-    cosine_each: list[float]
-
-
-def teacher_distance(
-    images: np.ndarray, teacher: np.ndarray, extract: FeatureExtractor, *, seed: int = 0, draws: int = 1000
-) -> TeacherDistance:
-    """PSNR (dB) and EfficientNet-feature cosine of images to the teacher's from the same captions and noise.
-
-    Both are uint8 ``[N, H, W, 3]`` with N ≥ 2.  Raises :class:`InputError` on anything else.
-    """
-    check_images(images, least=2)
-    decibels = psnr(images, teacher)
-    cosines = cosine(extract(images), extract(teacher))
-    return TeacherDistance(
-        mean(decibels, seed=seed, draws=draws), mean(cosines, seed=seed, draws=draws),
-        [round(float(v), 3) for v in decibels], [round(float(v), 5) for v in cosines],
-    )  # fmt: skip

@@ -153,6 +153,8 @@ def _branches(kind: str, width: int) -> list[list[_Conv]]:
 def build(fid: bool) -> nn.Module:
     """Inception v3 (Szegedy et al. 2016) without classifier, weights random; torchvision's names.
 
+    Long: its blocks are defined here, as the module imports torch only where the network is built.
+
     Args:
         fid: pool as FID's network does: no padding in averages, a maximum in the last block.
     """

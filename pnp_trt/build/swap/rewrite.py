@@ -33,14 +33,6 @@ class Place:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Written:
-    """A new data file: hash of the whole, and of the parts that were kept."""
-
-    sha256: str
-    unchanged_sha256: str
-
-
 def places(graph: Path, weights: Mapping[str, Any]) -> list[Place]:
     """The external initialisers of a graph in the order of the file.
 
@@ -88,8 +80,8 @@ def check_keys(weights: Mapping[str, Any], given: Mapping[str, Mapping[str, Tens
 
 def rewrite(
     graph: Path, old: Path, new: Path, weights: Mapping[str, Any], given: Mapping[str, Mapping[str, Tensor]]
-) -> Written:
-    """Write ``new``, the data file of ``graph`` with the weights of some sources replaced.
+) -> str:
+    """Write ``new``, the data file of ``graph`` with the weights of some sources replaced; return its sha256.
 
     One weight at a time is held in the graph's type.
 
@@ -124,7 +116,7 @@ def rewrite(
     before, after = _hash(old, kept), _hash(new, kept)
     if before != after:
         raise PnpError(f"{new.name}: what was to be kept has changed (sha256 {after[:12]}…, not {before[:12]}…)")
-    return Written(whole.hexdigest(), after)
+    return whole.hexdigest()
 
 
 def _bytes(tensor: Tensor, weight: Mapping[str, Any], place: Place) -> Any:

@@ -481,14 +481,14 @@ class _Work:
             module, swapped, guide, formula = self._module(name, weights, loaded, work)
             new = {source: dict(swapped.state_dict())}
             check_keys(weights, new, whole)
-            written = rewrite(graph, work / _OLD / data, work / data, weights, new)
+            written_sha256 = rewrite(graph, work / _OLD / data, work / data, weights, new)
             written_weights.check(graph, weights, source, formula)
             wanted = {case: as_arrays(reference(module, given)) for case, given in inputs.items()}
             hard = []
             if name == "vae_decoder" and find_recipe(entry.precision).dtype != FP32.dtype:
                 factor = self.manifest.image.height // self.manifest.sample.height
                 hard = [realistic_case(module, next(iter(inputs.values())), factor)]
-        self.files[data] = FileRecord(written.sha256, (work / data).stat().st_size)
+        self.files[data] = FileRecord(written_sha256, (work / data).stat().st_size)
         del module, swapped, new
         gc.collect()
         self._report(f"compare {self.title(name)}", stages)

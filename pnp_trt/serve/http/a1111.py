@@ -83,7 +83,10 @@ class PngInfo(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
-    """The routes."""
+    """The routes.
+
+    Long: each route is a closure over ``service``, from whose signature FastAPI reads what a request holds.
+    """
     routes = APIRouter(prefix="/sdapi/v1")
     chosen: dict[str, str] = {}  # the model that a client's address set in its options
 

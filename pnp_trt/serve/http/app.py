@@ -41,6 +41,8 @@ def create(
 ) -> FastAPI:
     """The application around engines that run; when it is shut down, they finish what they have and stop.
 
+    Long: routes, handlers and the life of the service are closures over it.
+
     Args:
         engines: by name, at least one.
         metrics: those that the engines' watchers tell.

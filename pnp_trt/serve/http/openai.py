@@ -87,7 +87,10 @@ def _loras(given: LoraOf | list[LoraOf] | None) -> Loras:
 
 
 def router(service: Service) -> APIRouter:
-    """The routes."""
+    """The routes.
+
+    Long: each route is a closure over ``service``, from whose signature FastAPI reads what a request holds.
+    """
     routes = APIRouter(prefix="/v1")
 
     async def made(request: Request, given: ImagesRequest, init: bytes | None = None) -> dict[str, Any]:

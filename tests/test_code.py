@@ -1,0 +1,59 @@
+"""Limits on the code: functions are short or state why not, and the wheel stays small."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "pnp_trt"
+#: lines of a body; more need a sentence ``Long: …`` in the docstring
+MOST = 60
+#: PyPI takes 100 MB a file; a wheel of code alone would be below 2 MB
+WHEEL, CODE = 80e6, 2e6
+
+
+def functions(source: str) -> Iterator[tuple[str, int, int, str]]:
+    """Name, lines, lines of the body without docstring, and docstring of every function."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node) or ""
+            body = node.body[1:] if text else node.body
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            yield node.name, (node.end_lineno or 0) - node.lineno + 1, lines, text
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_long_functions_state_why() -> None:
+    long = {
+        f"{path.relative_to(PACKAGE)}: {name} has {lines} lines": "Long: " in text
+        for path in modules()
+        for name, _, lines, text in functions(path.read_text(encoding="utf-8"))
+        if lines > MOST
+    }
+    assert [where for where, stated in long.items() if not stated] == []
+
+
+def test_functions_are_short() -> None:
+    lengths = [lines for path in modules() for _, lines, _, _ in functions(path.read_text(encoding="utf-8"))]
+    assert statistics.median(lengths) <= 8
+
+
+def test_lengths_are_counted_without_the_docstring() -> None:
+    source = 'def f(\n    a,\n):\n    """One.\n\n    Two.\n    """\n    b = a\n    return b\n\n\ndef g(): ...\n'
+    assert list(functions(source)) == [("f", 9, 2, "One.\n\nTwo."), ("g", 1, 1, "")]
+
+
+def test_the_wheel_is_small() -> None:
+    """Files as a wheel compresses them; weights hardly shrink, so that their own size bounds theirs."""
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assets = sum(path.stat().st_size for path in files if path.is_relative_to(PACKAGE / "assets"))
+    code = [path.read_bytes() for path in files if not path.is_relative_to(PACKAGE / "assets")]
+    compressed = sum(len(zlib.compress(data)) for data in code)
+    assert compressed < CODE and sum(map(len, code)) > compressed
+    assert compressed + assets < WHEEL

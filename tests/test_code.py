@@ -1,4 +1,4 @@
-"""Limits on the code: functions are short or state why not, and the wheel stays small."""
+"""Limits on the code: short functions or a reason, a small wheel, and tests where their subject is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pnp_trt"
 #: lines of a body; more need a sentence ``Long: …`` in the docstring
 MOST = 60
+#: folders of tests of what is not in the package: benchmarks, hostile inputs, and examples of extensions
+ELSEWHERE = {"benchmarks", "campaign", "extending"}
 #: PyPI takes 100 MB a file; a wheel of code alone would be below 2 MB
 WHEEL, CODE = 80e6, 2e6
 
@@ -47,6 +49,12 @@ def test_functions_are_short() -> None:
 def test_lengths_are_counted_without_the_docstring() -> None:
     source = 'def f(\n    a,\n):\n    """One.\n\n    Two.\n    """\n    b = a\n    return b\n\n\ndef g(): ...\n'
     assert list(functions(source)) == [("f", 9, 2, "One.\n\nTwo."), ("g", 1, 1, "")]
+
+
+def test_tests_lie_in_the_folders_of_what_they_test() -> None:
+    here = Path(__file__).parent
+    folders = {path.parent.relative_to(here) for path in here.rglob("test_*.py")} - {Path()}
+    assert [f for f in sorted(folders) if f.parts[0] not in ELSEWHERE and not (PACKAGE / f).is_dir()] == []
 
 
 def test_the_wheel_is_small() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import Backend
-from ..bundle.golden_file import Golden, as_tuple
+from ..bundle.golden_file import Golden, Outputs, as_tuple
 from ..bundle.manifest import NetworkParity, NetworkRecord, QuantisedRecord
 from ..errors import PnpError
 from ..models.specs import NetworkSpec
@@ -51,7 +51,7 @@ class NetworkExport:
         from ..precision.recipes import as_arrays, reference
         from . import modules
         from .onnx_export import export
-        from .parity import golden_rows, realistic_case, relative_error, with_latents_of_images
+        from .parity import golden_rows, relative_error
 
         path = work / f"{name}.onnx"
         module = spec.module()
@@ -61,11 +61,8 @@ class NetworkExport:
         compared = {label: {k: v[:rows] for k, v in case.items()} for label, case in cases.items()}
         recipes = self.recipes(name)
         half = spec.decodes and recipes[0].dtype != FP32.dtype
-        if half and rows == 1:  # large: one run instead of two
-            compared = {k: with_latents_of_images(module, case, self.plan.factor) for k, case in compared.items()}
+        compared, hard = self._with_images(module, compared, rows) if half else (compared, [])
         wanted = {label: as_arrays(reference(module, case)) for label, case in compared.items()}
-        separate = half and rows > 1
-        hard = [realistic_case(module, next(iter(compared.values())), self.plan.factor)] if separate else []
         traced = {k: self.plan.traced(name, v) for k, v in inputs.items()}
         tried: list[str] = []
         for recipe in recipes:
@@ -110,6 +107,16 @@ class NetworkExport:
             for label, case in compared.items()
         }
         return record, references, weights.as_dict()
+
+    def _with_images(
+        self, decoder: Any, cases: dict[str, dict[str, Any]], rows: int
+    ) -> tuple[dict[str, dict[str, Any]], list[tuple[dict[str, Any], Outputs]]]:
+        """Cases of a decoder in half precision and, beside them, latents of images; of one row the case has both."""
+        from .parity import realistic_case, with_latents_of_images
+
+        if rows == 1:  # large: one run instead of two
+            return {label: with_latents_of_images(decoder, case, self.plan.factor) for label, case in cases.items()}, []
+        return cases, [realistic_case(decoder, next(iter(cases.values())), self.plan.factor)]
 
     def _tensors(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
         """The record's ``inputs`` and ``outputs``: type and shape by name, with the names of open axes."""

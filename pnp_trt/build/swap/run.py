@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -314,13 +314,7 @@ class _Work:
             hashes = self._hashes(loaded)
             base = self.spec.base or m.base.name
             command = self.spec.command(base, folder)
-            plugged = PlugRecord(
-                source={"name": m.name, "key": m.key, "base": m.base.name},
-                networks={n: networks[n].compiled.notes["weights"] if n in swapped else "kept" for n in networks},
-                guide_read_from=guide or (m.plugged.guide_read_from if m.plugged and not self._swaps_unet else None),
-                # the commands that make it from nothing
-                commands=(*(m.plugged.commands if m.plugged else (m.rebuild,)), command),
-            )
+            plugged = self._plug_record(networks, swapped, guide, command)
             merged = tuple(LoraRecord(x.name, x.sha256, x.scale) for x in self.loras)
             parts = replace(
                 Parts.of(m),
@@ -335,6 +329,18 @@ class _Work:
                 export_memory=checked, rebuild=command, plugged=plugged, compiled=swapped,
             )  # fmt: skip
             return write_manifest(work, assemble(parts, result))
+
+    def _plug_record(
+        self, networks: Mapping[str, NetworkRecord], swapped: Collection[str], guide: str | None, command: str
+    ) -> PlugRecord:
+        m = self.manifest
+        return PlugRecord(
+            source={"name": m.name, "key": m.key, "base": m.base.name},
+            networks={n: networks[n].compiled.notes["weights"] if n in swapped else "kept" for n in networks},
+            guide_read_from=guide or (m.plugged.guide_read_from if m.plugged and not self._swaps_unet else None),
+            # the commands that make it from nothing
+            commands=(*(m.plugged.commands if m.plugged else (m.rebuild,)), command),
+        )
 
     def _report(self, what: str, stages: int) -> None:
         self.progress(what, 100 * self.stage, 100 * stages)

@@ -69,7 +69,6 @@ class Build:
         from ..models.tokenizer import copy_tokenizer
         from ..runtime.verify import FILE as GOLDEN
         from ..runtime.verify import save_golden
-        from .parity import sharpener_inputs
 
         started = time.monotonic()
         modules = self._networks
@@ -116,6 +115,7 @@ class Build:
 
     def _golden_inputs(self, length: int, negative: bool) -> dict[str, dict[str, dict[str, Any]]]:
         """Golden inputs of the networks by case: the default size's, another size's and more tokens where there are."""
+        from .parity import sharpener_inputs
 
         def of(size: Size, tokens: int) -> dict[str, dict[str, Any]]:
             inputs = self.base.golden_inputs(

@@ -329,7 +329,7 @@ def _captions(shots: CaptionedImages | None) -> list[str]:
 def _latents(teacher: TeacherModel, shots: CaptionedImages | None) -> Latents:
     """Latents of the images; their captions are looked up among, or added to, the run's prompts."""
     assert shots is not None
-    vae = teacher.base.vae()
+    vae = teacher.base.vae().float()
     side = teacher.sample_shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
     latents = image_latents(vae, shots.files, side, teacher.device)
     index = {p: i for i, p in enumerate(teacher.prompts)}

@@ -125,7 +125,7 @@ class ImageGrid:
         self._rows = torch.arange(0, len(teacher.prompts), stride)[:GRID_PROMPTS]
         generator = torch.Generator().manual_seed(seed)
         self._noise = torch.randn(len(self._rows), *teacher.sample_shape, generator=generator).to(teacher.device)
-        self._vae = teacher.base.vae().to(teacher.device)
+        self._vae = teacher.base.vae().float().to(teacher.device)
         self._fixed: list[tuple[str, np.ndarray]] = []
 
     @torch.no_grad()

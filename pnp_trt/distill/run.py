@@ -54,8 +54,8 @@ class TeacherModel:
         base.side()
         warn_of_long_prompts(base.tokenizer(), prompts)
         hashes = {k: v for k, v in base.fingerprint().items() if k in ("unet", "text_encoder", "text_encoder_2")}
-        return cls(
-            base, base.unet().to(device), base.scheduler_config(), prompts,
+        return cls(  # random bases are in float16
+            base, base.unet().float().to(device), base.scheduler_config(), prompts,
             encode_prompts(base, prompts, device), hashes, device,
         )  # fmt: skip
 

@@ -117,7 +117,7 @@ def record(
     rows = torch.arange(len(prompts))
     text, added = conditions.text(rows, device), conditions.added(rows, device)
     empty = conditions.text(torch.full_like(rows, conditions.empty), device) if guide.negative_prompts else None
-    vae = base.vae().to(device)
+    vae = base.vae().float().to(device)
     names = layer_names(len(guide.config["skip_channels"]))
 
     layers: list[FeatureMap] = []

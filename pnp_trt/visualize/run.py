@@ -91,7 +91,7 @@ def visualize(
     _check(request, scales)
     base = resolve(request.base)
     guide = load_guide(request.guide)
-    student = Student(base.unet(), guide)
+    student = Student(base.unet().float(), guide)
     names = layer_names(len(guide.config["skip_channels"]))
     wanted = _wanted(request.layers, names)
     distilled = guide.config.get("sampling_steps")

@@ -23,6 +23,7 @@ from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides import GUIDES, Guide
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.student import Student
+from pnp_trt.models.teacher import BaseModel
 
 from ..conftest import Result
 
@@ -255,6 +256,22 @@ def test_a_few_noised_images_are_as_many_as_requested(
         assert done.code == 0, done.err
         (shard,) = (tmp_path / kind).glob("*.safetensors")
         assert len(load_file(shard)["timestep"]) == count
+
+
+def test_bases_in_half_precision_are_trained_in_float32(
+    cli: Callable[..., Result], micro_base: Path, micro_guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random bases of real size come in float16; the layers of the networks are given nothing but float32."""
+    for name in ("unet", "vae", "text_encoder"):
+        own = getattr(BaseModel, name)
+        monkeypatch.setattr(BaseModel, name, lambda self, *spec, own=own: own(self, *spec).half())
+    _write_images(tmp_path)
+    done = cli("distill", "guidance", "--base", micro_base, "--images", tmp_path, "--num-states", 1, "--rank", 4,
+               "--steps", 1, "--batch", 1, "--grid-steps", 1, "--out", tmp_path / "guide")  # fmt: skip
+    assert done.code == 0, done.err
+    done = cli("visualize", "a red apple", "--base", micro_base, "--guide", micro_guide, "--steps", 1,
+               "--out", tmp_path / "look")  # fmt: skip
+    assert done.code == 0, done.err
 
 
 def test_forward_states_from_a_folder_of_images(micro_base: Path, tmp_path: Path) -> None:

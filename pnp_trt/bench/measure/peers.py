@@ -227,7 +227,7 @@ def _diffusers(model: Any, device: str, precision: str) -> Any:
     if model.family == "sd":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = getattr(diffusers, model.pipeline)(
-        vae=model.vae().to(device),
+        vae=model.vae().float().to(device),
         unet=model.unet().to(device, kinds[precision]),
         scheduler=diffusers.DDIMScheduler.from_config(model.scheduler_config()),
         **parts,

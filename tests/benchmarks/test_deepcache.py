@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.emoji.deepcache import CFG, GUIDED, Cached, Cell, Shallow, Whole, arguments_of, cells, cost, page
+from benchmarks.emoji.deepcache import (
+    CFG,
+    GUIDED,
+    Cached,
+    Cell,
+    Shallow,
+    Whole,
+    arguments_of,
+    cells,
+    cost,
+    finding,
+    page,
+)
 from pnp_trt.models.guides import TinyGuide
 from pnp_trt.models.student import Student, Teacher
 
@@ -89,3 +101,13 @@ def test_the_page_has_a_row_for_each_cell() -> None:
     text = page(document)
     assert "| guide | 50 | 2, 3 | 0.500 | 100 |" in text and "| CFG | 50 | – | 1.000 | 100 |" in text
     assert text.count("| 50 |") == 4
+
+
+def test_fewer_steps_are_the_rival() -> None:
+    def row(steps: int, every: int, macs: int, psnr: float, method: str = GUIDED) -> dict[str, Any]:
+        return {"method": method, "steps": steps, "every": every, "macs": macs,
+                "to_cfg_whole": {"psnr_db": {"value": psnr}}}  # fmt: skip
+
+    cached = [row(50, 2, 60, 30.0), row(50, 5, 30, 31.0), row(50, 3, 60, 29.0, CFG)]
+    fewer = [row(25, 1, 50, 29.9), row(16, 1, 20, 29.0), row(50, 1, 100, 99.0)]
+    assert finding(cached + fewer).startswith("Of the 3 rows with DeepCache, 1 have one")

@@ -21,9 +21,11 @@ import pytest
 from pnp_trt.backends import cuda_graph
 from pnp_trt.backends.base import Profile
 from pnp_trt.backends.cuda import Cuda
+from pnp_trt.backends.per_shape import has_open_tokens
 from pnp_trt.backends.tensorrt.flavour import Flavour
 from pnp_trt.backends.tensorrt.network import TrtNetwork
 from pnp_trt.bundle.manifest import CompileRecord, NetworkRecord
+from pnp_trt.bundle.profiles import by_chunks
 
 trt = pytest.importorskip("tensorrt_rtx")
 real = pytest.importorskip("cuda.bindings.runtime")
@@ -203,11 +205,19 @@ class Context:
         self._engine = engine
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._at: dict[str, int] = {}
+        self._profile: Profile | None = None
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self._profile = self._engine.entry.profiles[index]
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        """As TensorRT, none outside the profile that was chosen."""
+        assert self._profile is not None
+        for size, held in zip(shape, self._engine.entry.inputs[name][1], strict=True):
+            least, _, most = self._profile.extent(held) if isinstance(held, str) else (held, held, held)
+            if not least <= size <= most:
+                return False
         self._shapes[name] = shape
         return True
 
@@ -262,7 +272,7 @@ class Engine:
         return {"float32": trt.float32, "int64": trt.int64}[self._tensors[name][0]]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, *self._tensors[name][1][1:])
+        return tuple(-1 if isinstance(size, str) else size for size in self._tensors[name][1])
 
     def create_execution_context(self) -> Context:
         return Context(self)
@@ -290,7 +300,10 @@ def network(gpu: Gpu, name: str, entry: NetworkRecord, function: Callable[..., n
         def _kernels_file(self) -> Path:
             return Path("/nowhere")
 
-    record = replace(entry, profiles=(Profile("b1-8", 1, 1, 8),), compiled=CompileRecord())
+    profiles: tuple[Profile, ...] = (Profile("b1-8", 1, 1, 8),)
+    if has_open_tokens(entry):
+        profiles = by_chunks(profiles, 77, 2)
+    record = replace(entry, profiles=profiles, compiled=CompileRecord())
     return Faked(
         _Plain("tensorrt", "tensorrt_rtx", (), "rtx"),
         Path(f"{name}.engine"),

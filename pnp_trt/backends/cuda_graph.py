@@ -47,6 +47,9 @@ class DeviceNetwork(Protocol):
     path: Path
 
     def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Any]: ...
+    def bind_tokens(
+        self, batch: int, size: Size | None, tokens: int | None
+    ) -> contextlib.AbstractContextManager[Any]: ...
 
 
 @cache
@@ -96,7 +99,9 @@ class CudaLane(Lane):
         self._hosts: list[int] = []
         self._stack = contextlib.ExitStack()
         try:
-            self._unet: DeviceBound = self._stack.enter_context(unet.bind(self._evaluations * shape.batch, shape.size))
+            self._unet: DeviceBound = self._stack.enter_context(
+                unet.bind_tokens(self._evaluations * shape.batch, shape.size, shape.tokens)
+            )
             self._vae: DeviceBound = self._stack.enter_context(vae.bind(shape.batch, shape.size))
             self._condition: DeviceBound | None = (
                 self._stack.enter_context(condition.bind(shape.batch, None)) if condition is not None else None

@@ -30,7 +30,7 @@ from ..bundle.manifest import (
     tokenizer_file,
 )
 from ..bundle.parts import Parts, RunResult, assemble
-from ..bundle.profiles import once_and_twice
+from ..bundle.profiles import by_chunks, once_and_twice
 from ..bundle.store import list_files, whole_folder, write_json, write_manifest
 from ..errors import InputError
 from ..io.replacing import check_removable_bundle
@@ -280,7 +280,9 @@ class Build:
             return tuple(replace(alone, height=h, width=w, step=step) for h, w, step in sizes)  # in pixels
         profiles = tuple(p.in_latents(self.plan.factor) for p in self.plan.profiles)
         if network == "unet" and not self._guided:
-            return once_and_twice(profiles)  # classifier-free guidance is a batch of two
+            profiles = once_and_twice(profiles)  # classifier-free guidance is a batch of two
+        if network == "unet" and (tokens := self.plan.tokens) is not None and self.backend.profiles:
+            profiles = by_chunks(profiles, tokens.step, tokens.high)
         return profiles
 
     def _configs(self) -> dict[str, dict[str, Any]]:

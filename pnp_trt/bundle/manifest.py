@@ -713,20 +713,21 @@ def _bytes(value: Value) -> int:
 def _extent(value: Value) -> Extent:
     low, best, high = (v.whole(1, MAX_SIDE) for v in value.items(3, 3))
     if not low <= best <= high:
-        raise value.refuse("must be the smallest, the best and the largest side, in this order")
+        raise value.refuse("must be the smallest, the best and the largest, in this order")
     return low, best, high
 
 
 def _profile(value: Value) -> Profile:
-    m = value.members(("name", "minimum", "optimum", "maximum"), ("height", "width", "step"))
+    m = value.members(("name", "minimum", "optimum", "maximum"), ("height", "width", "step", "tokens"))
     name = m["name"].text(longest=100, shortest=1)
     least, best, most = (m[k].whole(1, 2 * MAX_BATCH) for k in ("minimum", "optimum", "maximum"))
     if not least <= best <= most:
         raise value.refuse("must have minimum, optimum and maximum in this order")
+    tokens = _extent(m["tokens"]) if "tokens" in m else None
     if "height" not in m and "width" not in m and "step" not in m:
-        return Profile(name, least, best, most)
+        return Profile(name, least, best, most, tokens=tokens)
     height, width = (_extent(value.member(k)) for k in ("height", "width"))
-    return Profile(name, least, best, most, height, width, value.member("step").whole(1, MAX_SIDE))
+    return Profile(name, least, best, most, height, width, value.member("step").whole(1, MAX_SIDE), tokens)
 
 
 def _tensor(value: Value) -> Tensor:

@@ -37,6 +37,8 @@ class Profile:
         height, width: smallest, best and largest; image pixels, or latents' inside a network (``in_latents``).
             None where the engine has one size, its model's own.
         step: height and width are multiples of it.
+        tokens: smallest, best and largest number of a U-Net's text states, where prompts may have several chunks; None
+            where the network takes one number alone, or any.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Profile:
     height: Extent | None = None
     width: Extent | None = None
     step: int = 1
+    tokens: Extent | None = None
 
     @classmethod
     def parse(cls, text: str) -> Profile:
@@ -76,11 +79,11 @@ class Profile:
         return cls(**fields)
 
     def as_dict(self) -> dict[str, Any]:
-        """As a manifest records it; sizes only where there are any."""
+        """As a manifest records it; sizes and tokens only where there are any."""
         found: dict[str, Any] = {k: getattr(self, k) for k in ("name", "minimum", "optimum", "maximum")}
         if self.height is not None and self.width is not None:
             found |= {"height": list(self.height), "width": list(self.width), "step": self.step}
-        return found
+        return found if self.tokens is None else found | {"tokens": list(self.tokens)}
 
     @property
     def sized(self) -> bool:
@@ -88,7 +91,7 @@ class Profile:
         return self.height is not None
 
     def extent(self, dimension: str) -> Extent:
-        """Smallest, best and largest ``batch``, ``height`` or ``width``."""
+        """Smallest, best and largest ``batch``, ``height``, ``width`` or ``tokens``."""
         found = (self.minimum, self.optimum, self.maximum) if dimension == "batch" else getattr(self, dimension)
         assert found is not None, f"profile {self.name} has no {dimension}"
         return found
@@ -105,8 +108,15 @@ class Profile:
         h, w = ((low // factor, best // factor, high // factor) for low, best, high in (self.height, self.width))
         return replace(self, height=h, width=w, step=self.step // factor)
 
-    def holds(self, batch: int, size: Size | None = None) -> bool:
-        """Whether ``batch`` and ``size`` are inside."""
+    def for_tokens(self, least: int, most: int) -> Profile:
+        """The same for text states of ``least`` to ``most`` tokens, fastest at the least: prompts are mostly short."""
+        count = f"{least}" if least == most else f"{least}-{most}"
+        return replace(self, name=f"{self.name} of {count} tokens", tokens=(least, least, most))
+
+    def holds(self, batch: int, size: Size | None = None, tokens: int | None = None) -> bool:
+        """Whether ``batch``, ``size`` and ``tokens`` are inside."""
+        if tokens is not None and self.tokens is not None and not self.tokens[0] <= tokens <= self.tokens[2]:
+            return False
         return self.minimum <= batch <= self.maximum and (size is None or self.holds_size(size))
 
     def holds_size(self, size: Size) -> bool:
@@ -200,6 +210,14 @@ def once_and_twice(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
     for profile in (*profiles, *(p.doubled() for p in profiles)):
         found.setdefault(replace(profile, name=""), profile)
     return tuple(found.values())
+
+
+def by_chunks(profiles: Sequence[Profile], length: int, chunks: int) -> tuple[Profile, ...]:
+    """``profiles`` for prompts of one chunk of ``length`` tokens, and for those of two to ``chunks``.
+
+    Prompts of one chunk keep static profiles, as on an engine for these alone; see :func:`once_and_twice`.
+    """
+    return tuple(p.for_tokens(*ends) for ends in ((length, length), (2 * length, chunks * length)) for p in profiles)
 
 
 def legal_sizes(profiles: Sequence[Profile]) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import pytest
 
 from pnp_trt.backends import cuda_graph
 from pnp_trt.bundle.manifest import Tensor
-from pnp_trt.errors import Cancelled, PnpError
+from pnp_trt.errors import Cancelled, InputError, PnpError
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.sampling import device_loop
 from pnp_trt.sampling.device_loop import Feeds, LoopPlan
 from pnp_trt.sampling.table import make_table
 
 from .. import fake_gpu
+from ..conftest import once
 from ..fake_gpu import SOURCE, Gpu
+from ..runtime.test_prompt_chunks import LONG, make_guided
 
 
 @pytest.fixture
@@ -296,6 +299,22 @@ def test_after_a_failure_the_buffers_are_made_anew(gpu: Gpu, guided: Both) -> No
         guided.device("a cat", steps=2)
     guided.unet.engine.fails = lambda stream: False
     equal(guided, steps=2)
+
+
+def test_prompts_of_one_chunk_and_of_two_have_captures_of_their_own(
+    gpu: Gpu, micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = once(tmp_path_factory, "chunks/guided", partial(make_guided, micro_base, micro_guide))
+    both = Both(gpu, folder)
+    for seed in (1, 2, 3):  # calls of two prompts of one chunk, and of two prompts of two
+        equal(both, ["a cat", LONG, "a panda", LONG], seed=[seed + i for i in range(4)], prompt_syntax="a1111")
+    assert (both.loops.captures, both.loops.replays, both.loops.why_not) == (2, 4, None)
+    index = [both.unet.profile_for(1, (8, 8), tokens) for tokens in (77, 154)]
+    assert [both.unet.profiles[i].name for i in index] == ["b1-8 of 77 tokens", "b1-8 of 154 tokens"]
+    with pytest.raises(InputError, match=r"have 231 tokens; .* for up to 154; build with --tokens 231"):
+        both.unet.profile_for(1, (8, 8), 231)
+    with pytest.raises(InputError, match="open tokens; bind it with"), both.unet.bind(1, (8, 8)):
+        pass
 
 
 def test_what_the_guide_makes_of_w_is_part_of_the_graph(gpu: Gpu, guided: Both) -> None:

@@ -12,7 +12,9 @@ from pnp_trt import backends
 from pnp_trt.build.sizes import plan_sizes
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.build.work import Build
-from pnp_trt.bundle.profiles import MAX_SIDE, Profile, legal_sizes, once_and_twice, parse_size, split, tightest
+from pnp_trt.bundle.profiles import (
+    MAX_SIDE, Profile, by_chunks, legal_sizes, once_and_twice, parse_size, split, tightest,
+)  # fmt: skip
 from pnp_trt.errors import InputError
 from pnp_trt.models.bases import resolve
 from pnp_trt.precision.recipes import recipe
@@ -134,6 +136,19 @@ def test_sequential_guidance_has_static_profiles_of_its_own() -> None:
     for batch in (1, 2, 4, 8):  # a static one runs where there is one
         index = tightest(mixed, lambda p, batch=batch: p.holds(batch))
         assert index is not None and mixed[index].extent("batch") == (batch,) * 3
+
+
+def test_prompts_of_one_chunk_keep_static_profiles() -> None:
+    held = by_chunks([Profile.parse("b1"), Profile.parse("b2-8")], 77, 3)
+    assert [(p.extent("batch"), p.extent("tokens")) for p in held] == [
+        ((1, 1, 1), (77, 77, 77)), ((2, 8, 8), (77, 77, 77)),
+        ((1, 1, 1), (154, 154, 231)), ((2, 8, 8), (154, 154, 231)),
+    ]  # fmt: skip
+    assert [p.tokens for p in by_chunks([Profile.parse("b1")], 77, 2)] == [(77, 77, 77), (154, 154, 154)]
+    assert len({p.name for p in held}) == 4
+    for tokens, batch, index in ((77, 1, 0), (77, 3, 1), (154, 1, 2), (231, 8, 3), (308, 1, None)):
+        assert tightest(held, lambda p, batch=batch, tokens=tokens: p.holds(batch, None, tokens)) == index
+    assert Profile.from_dict(json.loads(json.dumps(held[3].as_dict()))) == held[3]
 
 
 @pytest.mark.parametrize(("guide", "wanted"), [("none", [(1, 1, 1), (2, 2, 2)]), ("tiny", [(1, 1, 1)])])

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import psutil
 import pytest
 import torch
@@ -265,6 +266,29 @@ def test_the_manifest_says_what_it_is_for(bundle: Path) -> None:
     assert m.peak_memory.compile > 0 and m.build_seconds > 0
     assert str(m.parity.engine).startswith("not measured: no NVIDIA driver") or present_gpus()
     assert "--target sm_89 --profile b1 --profile b2-4" in m.rebuild
+
+
+@pytest.mark.slow
+def test_longer_prompts_have_profiles_of_their_own(micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
+    """What the compiler says of each profile: a second chunk adds states to read, and projections of them to move."""
+    spec = BuildSpec(
+        str(micro_base), str(micro_guide), "tensorrt-rtx", "fp16", tmp_path / "long", "sm_89", ("b1",), tokens=231
+    )
+    m = build(spec).manifest
+    unet, text = m.networks["unet"], m.networks["text_encoder"]
+    assert [(p.name, p.tokens) for p in unet.profiles] == [
+        ("b1 of 77 tokens", (77, 77, 77)), ("b1 of 154-231 tokens", (154, 154, 231)),
+    ]  # fmt: skip
+    assert [p.name for p in m.profiles] == [p.name for p in text.profiles] == ["b1"] and m.text.chunks == 3
+    assert unet.inputs["encoder_hidden_states"][1] == ("batch", "tokens", 32)
+    graph = onnx.load(tmp_path / "long" / unet.graph, load_external_data=False)
+    states = next(i for i in graph.graph.input if i.name == "encoder_hidden_states").type.tensor_type.shape.dim
+    assert states[1].dim_param == "tokens" and states[2].dim_value == 32
+    one, more = unet.compiled.notes["reports"]
+    assert one["activation_bytes"] > 0 and more["activation_bytes"] is None  # its tokens are open
+    assert list(unet.parity.sizes) == ["32x32", "231 tokens"] and max(unet.parity.sizes.values()) < unet.parity.limit
+    assert open_bundle(tmp_path / "long").manifest.networks["unet"].profiles == unet.profiles
+    assert build(spec).cached and "--tokens 231" in m.rebuild
 
 
 def test_a_build_is_recorded_for_the_results(bundle: Path) -> None:

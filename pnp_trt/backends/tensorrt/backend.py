@@ -53,6 +53,7 @@ class TensorRtBackend(Backend):
     elements = frozenset({"float32", "float16", "bfloat16", "int8", "float8_e4m3fn"})
     #: static ones: a range of batches has more kernels, as fewer are fused (``once_and_twice``)
     profiles = ("b1", "b4")
+    open_tokens = True
 
     def versions(self) -> dict[str, str]:
         return {self.flavour.distributions[0]: self.flavour.version()}

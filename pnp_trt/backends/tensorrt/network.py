@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.manifest import NetworkRecord
+from ...bundle.manifest import TOKENS, NetworkRecord
 from ...bundle.profiles import tightest
 from ...bundle.store import cache_home, digest, write_bytes
 from ...errors import InputError, PnpError
-from ...sampling.network import Bound, Description, Network
+from ...sampling.network import AtTokens, Bound, Description, Network
 from ..base import Size
 from ..cuda import Cuda
+from ..per_shape import has_open_tokens
 from .facts import facts
 from .flavour import Flavour
 from .logger import message_logger
@@ -41,6 +42,7 @@ class TrtNetwork(Network):
     def __init__(self, flavour: Flavour, path: Path, entry: NetworkRecord, cuda: Cuda | None = None) -> None:
         self.path = path
         self.profiles = entry.profiles
+        self._open_tokens = has_open_tokens(entry)
         self._flavour = flavour
         self._cuda = cuda or Cuda()
         self._trt = flavour.load()
@@ -97,9 +99,9 @@ class TrtNetwork(Network):
     def facts(self) -> dict[str, int]:
         return facts(self._trt, self._engine)
 
-    def profile_for(self, batch: int, size: Size | None = None) -> int:
-        """Index of the tightest profile that holds ``batch`` and ``size``, in latents."""
-        index = tightest(self.profiles, lambda p: p.holds(batch, size))
+    def profile_for(self, batch: int, size: Size | None = None, tokens: int | None = None) -> int:
+        """Index of the tightest profile that holds ``batch``, ``size``, in latents, and ``tokens``."""
+        index = tightest(self.profiles, lambda p: p.holds(batch, size, tokens))
         if index is None:
             sized = any(p.sized for p in self.profiles)
             asked = f"{batch}" + (f" of {size[0]}x{size[1]} latents" if sized and size else "")
@@ -107,17 +109,31 @@ class TrtNetwork(Network):
                 f"{p.minimum} to {p.maximum}{' of ' if p.sized else ''}{p.sizes()}" for p in self.profiles
             )
             advice = f"--profile b{batch}" + ("@HEIGHTxWIDTH in pixels" if sized else "")
+            if any(p.holds(batch, size) for p in self.profiles):
+                longest = max(p.tokens[2] for p in self.profiles if p.tokens is not None)
+                raise InputError(
+                    f"the text states have {tokens} tokens; {self.path.name} was compiled for up to {longest}; build "
+                    f"with --tokens {tokens}"
+                )
             raise InputError(f"the batch is {asked}; {self.path.name} was compiled for {legal}; build with {advice}")
         return index
 
+    def at_tokens(self, tokens: int) -> Network:
+        return AtTokens(self, tokens) if self._open_tokens else self
+
+    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[TrtBound]:
+        return self.bind_tokens(batch, size, None)
+
     @contextlib.contextmanager
-    def bind(self, batch: int, size: Size | None = None) -> Iterator[TrtBound]:
-        index = self.profile_for(batch, size)
+    def bind_tokens(self, batch: int, size: Size | None, tokens: int | None) -> Iterator[TrtBound]:
+        """As :meth:`bind`, for text states of ``tokens`` tokens."""
+        tokens = tokens if self._open_tokens else None
+        index = self.profile_for(batch, size, tokens)
         with self._lock:
-            bound = next((b for b in self._idle if (b.batch, b.size) == (batch, size)), None)
+            bound = next((b for b in self._idle if (b.batch, b.size, b.tokens) == (batch, size, tokens)), None)
             if bound is not None:
                 self._idle.remove(bound)
-        bound = bound or self._bound(batch, size, index)
+        bound = bound or self._bound(batch, size, tokens, index)
         try:
             yield bound
         except BaseException:
@@ -130,7 +146,7 @@ class TrtNetwork(Network):
         for old in spare:
             old.close()
 
-    def _bound(self, batch: int, size: Size | None, index: int) -> TrtBound:
+    def _bound(self, batch: int, size: Size | None, tokens: int | None, index: int) -> TrtBound:
         self._cuda.attach()  # the kernels' cache wants the GPU to be current in the thread, which may be a new one
         file = self._kernels_file(batch, size)
         near = self._kernels_nearby(file)
@@ -145,7 +161,7 @@ class TrtNetwork(Network):
                 with contextlib.suppress(PnpError):  # a cache that cannot be written is only slower
                     write_bytes(made, file)
 
-        return TrtBound(self._cuda, context, self._described, batch, size, index, keep)
+        return TrtBound(self._cuda, context, self._described, batch, size, index, keep, tokens)
 
     def _kernels_file(self, batch: int, size: Size | None) -> Path:
         """Where the kernels of one shape are kept.
@@ -183,8 +199,9 @@ class TrtBound(Bound):
         size: Size | None,
         profile: int,
         keep_kernels: Any,
+        tokens: int | None = None,
     ) -> None:
-        self.batch, self.size = batch, size
+        self.batch, self.size, self.tokens = batch, size, tokens
         self.stream = cuda.stream()
         self.addresses: dict[str, int] = {}
         self._cuda, self._context, self._keep = cuda, context, keep_kernels
@@ -204,9 +221,12 @@ class TrtBound(Bound):
         _must(self._context.set_optimization_profile_async(profile, self.stream), f"choose profile {profile}")
         self._cuda.synchronize(self.stream)
         known = {"batch": self.batch} | (dict(zip(("height", "width"), self.size, strict=True)) if self.size else {})
+        known |= {} if self.tokens is None else {TOKENS: self.tokens}
         for name, (_, shape) in description.inputs.items():
             if unknown := [d for d in shape if isinstance(d, str) and d not in known]:
-                raise InputError(f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size")
+                raise InputError(
+                    f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size and the tokens"
+                )
             full = tuple(known[d] if isinstance(d, str) else d for d in shape)
             _must(self._context.set_input_shape(name, full), f"set {name} to {full}")
         missing = self._context.infer_shapes()

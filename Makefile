@@ -21,7 +21,7 @@ help:
 	@echo "make coverage   the tests, with line coverage by module (longer than make test)"
 	@echo "make test-portability  the numerics under other vector widths, kernels and thread counts (a quarter of an hour)"
 	@echo "make campaign    over 2,200 hostile inputs and faults; report in build/campaign/ (13 minutes on two idle cores)"
-	@echo "make soak   5,000 images in one process: memory, descriptors, equality with one thread (minutes)"
+	@echo "make soak   5,000 images in one process, 10,000 requests at a server: memory, descriptors, equality (minutes)"
 	@echo "make bench  the README's figures, into benchmarks/results/ (an hour; interrupted, add RESUME=--resume)"
 	@echo "make tables      the distillation's tables A, B and C (hours on a CPU; resumable)"
 	@echo "make ablation    designs, terms and states of guides on a short budget (an hour on a CPU; resumable)"
@@ -104,6 +104,7 @@ campaign: $(VENV)/.dev-installed
 
 soak: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.soak --out benchmarks/results/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.soak --json benchmarks/results/serving-soak.json
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """Thousands of requests at one server, one in five hostile: memory, and that every image asked for comes.
 
-python -m tests.serve.soak ENGINE --requests 10000     # ENGINE: a bundle with a guide; minutes for a small one
+python -m tests.serve.soak                             # a micro bundle, made for it; minutes
+python -m tests.serve.soak --engine ENGINE --requests 1000      # another one, with a guide
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import gc
 import json
 import random
+import sys
+import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -19,8 +22,9 @@ import psutil
 from pnp_trt.bundle.provenance import provenance
 from pnp_trt.runtime.pipeline import Pipeline
 
+from ..conftest import make_micro_base, make_micro_bundle, make_micro_guide
 from .conftest import serving
-from .test_hostile import PATH, hostile
+from .test_hostile import KINDS, PATH, hostile
 
 CLIENTS = 6
 
@@ -28,13 +32,27 @@ CLIENTS = 6
 def main() -> None:
     """Run it, print a line a tenth, and fail where a good request was not answered with its image or 429."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine")
+    parser.add_argument("--engine", help="a bundle with a guide; default: a micro one, made for this")
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file of the record")
     given = parser.parse_args()
-    pipeline = Pipeline.load(given.engine, provider="cpu", threads=1)
+    with tempfile.TemporaryDirectory() as home:
+        engine = Path(given.engine) if given.engine else _micro(Path(home))
+        pipeline = Pipeline.load(engine, provider="cpu", threads=1)
+        run(pipeline, given.requests, given.json)
+
+
+def _micro(home: Path) -> Path:
+    """The tests' micro bundle with a guide, below ``home``."""
+    base = make_micro_base(home / "base")
+    make_micro_bundle(base, make_micro_guide(base, home / "guide"), home / "guided")
+    return home / "guided"
+
+
+def run(pipeline: Pipeline, requests: int, record: Path | None) -> None:
+    """Serve ``requests`` and write the record, where a file is named."""
     process, seen, memory = psutil.Process(), Counter[str](), []
-    numbers, lock = iter(range(given.requests)), threading.Lock()
+    numbers, lock = iter(range(requests)), threading.Lock()
 
     def client(seed: int) -> None:
         draw = random.Random(seed)
@@ -45,7 +63,7 @@ def main() -> None:
                 if i is None:
                     return
                 if i % 5 == 0:
-                    hostile(server, (i // 5) % 7, draw)
+                    hostile(server, (i // 5) % KINDS, draw)
                     what = "hostile"
                 else:
                     body = {"prompt": f"a panda {i % 50}", "num_inference_steps": 1 + i % 4, "seed": i,
@@ -57,7 +75,7 @@ def main() -> None:
                 with lock:
                     seen[what] += 1
                     done = seen.total()
-                    if done % max(1, given.requests // 10) == 0:
+                    if done % max(1, requests // 10) == 0:
                         gc.collect()
                         row = {"requests": done, "resident_mib": process.memory_info().rss / 2**20,
                                "threads": process.num_threads(), "descriptors": process.num_fds()}  # fmt: skip
@@ -72,11 +90,12 @@ def main() -> None:
             thread.join()
         engine = server.engines[pipeline.name]
         assert httpx.get(f"{server.url}/healthz").status_code == 200
-    assert engine.images == 0 and seen.total() == given.requests and set(seen) <= {"200", "429", "hostile"}, seen
+    assert engine.images == 0 and seen.total() == requests and set(seen) <= {"200", "429", "hostile"}, seen
     print("every request was answered:", dict(seen))
-    if given.json is not None:
-        record = {"provenance": provenance(["python", "-m", "tests.serve.soak"]), "seen": dict(seen), "memory": memory}
-        given.json.write_text(json.dumps(record, indent=2) + "\n")
+    if record is not None:
+        found = {"provenance": provenance(["python", "-m", "tests.serve.soak", *sys.argv[1:]]), "seen": dict(seen),
+                 "memory": memory}  # fmt: skip
+        record.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

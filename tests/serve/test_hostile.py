@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import random
+import select
 import socket
 import threading
 import time
@@ -22,6 +23,8 @@ from .conftest import Running, serving
 from .test_http import pixels
 
 PATH = "/v1/images/generations"
+#: kinds of hostile clients, and of these that take no second
+KINDS, QUICK_KINDS = 9, 7
 GOOD = {"prompt": "a red apple", "num_inference_steps": 2, "seed": 3}
 #: bodies that are wrong in one way each
 WRONG: list[bytes] = [
@@ -73,8 +76,20 @@ def hostile(server: Running, kind: int, draw: random.Random) -> None:
         while sent.is_alive():
             httpx.delete(f"{server.url}/v1/jobs/{name}")
         sent.join()
-    else:  # names a length that it does not send
+    elif kind == 6:  # names a length that it does not send
         raw(server.port, request(b"{}", 10**12))
+    elif kind == 7:  # sends a byte in a while, until it is refused
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(request(slow[:1], len(slow)))
+            for byte in slow[1:]:
+                if select.select([connection], [], [], 0.2)[0]:
+                    break
+                connection.sendall(bytes([byte]))
+            assert b" 408 " in connection.recv(1 << 16)
+    else:  # sends more than is taken
+        with contextlib.suppress(httpx.TransportError):  # it may be cut off before it has sent all
+            answer = httpx.post(server.url + PATH, content=b"x" * (13 << 20), timeout=60)
+            assert answer.status_code == 413, answer.text
 
 
 def test_hostile_clients_do_not_keep_the_others_from_their_images(pipelines: dict[str, Pipeline]) -> None:
@@ -96,7 +111,7 @@ def test_hostile_clients_do_not_keep_the_others_from_their_images(pipelines: dic
         client = threading.Thread(target=good)
         client.start()
         for i in range(70):
-            hostile(server, i % 7, draw)
+            hostile(server, i % QUICK_KINDS, draw)
             if i == 20:
                 gc.collect()
                 before = psutil.Process().memory_info().rss

@@ -35,7 +35,7 @@ class Held(Watcher):
 
     def stepped(self, rows: int, padded: int, calls: int, seconds: float) -> None:
         self.inner.stepped(rows, padded, calls, seconds)
-        self.gate.wait(30)
+        self.gate.wait(600)
 
     def ended(self, job: Job, error: Exception | None) -> None:
         self.inner.ended(job, error)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ class Running:
 
     def wait_for(self, jobs: int) -> None:
         """Until the guided engine has so many jobs, and one of them has made a step where there are any."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         engine = self.engines["guided"]
         while len(engine.jobs()) != jobs or (jobs and not any(job.progress().steps_done for job in engine.jobs())):
             assert time.monotonic() < deadline, [job.progress() for job in engine.jobs()]
@@ -110,7 +110,7 @@ def serving(
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not server.started:
         assert thread.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)

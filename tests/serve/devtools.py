@@ -40,7 +40,7 @@ class Page:
             self._note(answer)
 
     def _next(self) -> dict[str, Any]:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], deadline - time.monotonic())
             assert ready, "Chromium does not answer"
@@ -67,7 +67,7 @@ class Page:
 
     def wait(self, condition: str) -> None:
         """Until an expression is true."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not self.run(f"Boolean({condition})"):
             assert time.monotonic() < deadline, (condition, self.run("document.body.innerText"), self.console)
             time.sleep(0.02)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pnp_trt.runtime.images import read_parameters
 from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.serve.http.openai import ImagesRequest
 
 from .conftest import Running, serving
 
@@ -72,6 +73,33 @@ def test_openai_images_are_the_pipelines(client: openai.OpenAI, pipelines: dict[
     assert address is not None and (address[0].url or "").startswith("data:image/webp;base64,")
     np.testing.assert_array_equal(pixels((address[0].url or "").partition(",")[2]), alone[0].pixels)
     assert [model.id for model in client.models.list()] == ["guided", "plain"]
+
+
+def test_what_a_request_states_in_vain_is_in_the_answer(server: Running) -> None:
+    body = {"prompt": "a cat", "num_inference_steps": 1, "quality": "hd", "num_inference_step": 3, "user": None}
+    made = post(server, "/v1/images/generations", body)["pnp_trt"]
+    assert made["ignored"] == ["num_inference_step", "quality", "user"] and made["evaluations"] == 1
+    assert post(server, "/v1/images/generations", {"prompt": "a cat", "n": 1})["pnp_trt"]["ignored"] == []
+    many = {f"\x1b{i:03}{'x' * 300}": i for i in range(100)}
+    listed = post(server, "/v1/images/generations", body | many)["pnp_trt"]["ignored"]
+    assert len(listed) == 32 and all(len(name) <= 200 and name.isprintable() for name in listed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("application/x-www-form-urlencoded", "sent as “application/x-www-form-urlencoded”; send JSON"),
+     ("", "sent without a type; send JSON"), ("application/json", "prompt: Field required")],
+)  # fmt: skip
+def test_a_body_of_another_type_is_told_so(server: Running, kind: str, message: str) -> None:
+    body = b'{"prompt": "a cat"}' if "json" not in kind else b"{}"  # as curl's -d sends it without a header
+    answer = HTTP.post(f"{server.url}/v1/images/generations", content=body, headers={"Content-Type": kind})
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
+def test_a_lora_by_its_name_is_at_scale_one() -> None:
+    given = ImagesRequest.model_validate({"prompt": "a cat", "lora": ["one", {"name": "two", "scale": 0.5}]})
+    assert [(lora.name, lora.scale) for lora in given.lora or ()] == [("one", 1.0), ("two", 0.5)]
+    assert ImagesRequest.model_validate({"prompt": "a cat", "lora": "one"}).lora == (given.lora or [])[:1]
 
 
 def test_openai_edits_are_image_to_image(client: openai.OpenAI, pipelines: dict[str, Pipeline]) -> None:
@@ -150,6 +178,8 @@ def test_progress_preview_and_cancel_by_the_clients_own_id(server: Running) -> N
         held = get(server, "/v1/jobs/mine-0001")
         assert held["running"] and 1 <= held["steps_done"] < held["steps"] == 400 and held["preview"] is None
         server.gate.set()
+        (listed,) = get(server, "/v1/jobs?id=mine-0001")["jobs"]
+        assert (listed["id"], listed["steps"], listed["state"]) == ("mine-0001", 400, "running")
         seen = get(server, "/v1/jobs/mine-0001?preview=true")["preview"]
         assert pixels(seen.partition(",")[2]).shape == (32, 32, 3)
         assert HTTP.delete(f"{server.url}/v1/jobs/mine-0001").status_code == 204
@@ -157,6 +187,8 @@ def test_progress_preview_and_cancel_by_the_clients_own_id(server: Running) -> N
     assert got[0].status_code == 409 and "cancelled after" in got[0].json()["error"]["message"]
     server.wait_for(0)
     assert HTTP.get(f"{server.url}/v1/jobs/mine-0001").status_code == 404
+    assert get(server, "/v1/jobs?id=mine-0001") == {"jobs": []}
+    assert HTTP.get(f"{server.url}/v1/jobs").status_code == 400  # whose requests these are is nobody else's business
 
 
 # -- A1111's front-ends ------------------------------------------------------------------------------------------------
@@ -186,6 +218,8 @@ def test_a1111_bodies_of_public_clients(server: Running, pipelines: dict[str, Pi
     )  # fmt: skip
     np.testing.assert_array_equal(pixels(made["images"][0]), alone.pixels)
     assert info["seed"] == body.get("seed", info["seed"]) and info["all_seeds"] == [info["seed"]]
+    assert ("clip_skip" in body) == ("clip_skip" in info["ignored"]) == ("sd_vae" in info["ignored"])
+    assert "steps" not in info["ignored"] and "clip_skip" not in made["parameters"]
     assert f"Steps: {body['steps']}, " in info["infotexts"][0] and made["parameters"]["prompt"] == body["prompt"]
     found = post(server, "/sdapi/v1/png-info", {"image": f"data:image/png;base64,{made['images'][0]}"})
     assert found["info"] == info["infotexts"][0] == found["items"]["parameters"]
@@ -216,8 +250,10 @@ def test_a1111_options_choose_the_model_and_lists_are_there(server: Running) -> 
     assert {"DDIM", "Euler", "DPM++ 2M"} <= set(names) and all(
         {"name", "aliases", "options"} == set(each) for each in get(server, "/sdapi/v1/samplers")
     )
-    for path in ("loras", "schedulers", "upscalers", "sd-vae", "embeddings", "prompt-styles", "hypernetworks"):
+    for path in ("loras", "schedulers", "upscalers", "sd-vae", "embeddings", "prompt-styles", "hypernetworks",
+                 "latent-upscale-modes", "face-restorers", "scripts", "script-info", "cmd-flags"):  # fmt: skip
         get(server, f"/sdapi/v1/{path}")
+    assert post(server, "/sdapi/v1/refresh-checkpoints", {}) == {}
 
 
 @pytest.mark.parametrize(

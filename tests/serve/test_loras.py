@@ -296,7 +296,7 @@ def test_a_lora_that_cannot_be_used_is_one_sentence(
 @pytest.mark.parametrize(
     "lora",
     [
-        {"name": "../sepia"}, {"name": "x" * 300}, {"name": 5}, {"scale": 1}, "sepia", 5, {"name": "b", "path": "/"},
+        {"name": "../sepia"}, {"name": "x" * 300}, {"name": 5}, {"scale": 1}, "seppia", 5, {"name": "b", "path": "/"},
         {"name": "sepia", "scale": "high"}, {"name": "sepia", "scale": 1e9}, [{"name": "sepia"}] * 2, {"name": "a\0"},
     ],
 )  # fmt: skip

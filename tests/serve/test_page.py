@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .conftest import Running
+from pnp_trt.bundle.store import Bundle, cached_sha256
+from pnp_trt.errors import InputError
+from pnp_trt.runtime.pipeline import Pipeline
+from pnp_trt.serve.engine import Engine
+from pnp_trt.serve.loras import LoraEngines, LoraFile
+
+from .conftest import Running, serving
 from .devtools import Page, opened
+from .test_http import get
 
 #: contrast of every text with what is behind it (WCAG 2.2), what sticks out, controls without a name or too small
 PROBE = """(() => {
@@ -76,6 +86,105 @@ def test_generate_compare_and_history(browser: Page, server: Running) -> None:
         "a red apple", "3",
     ]  # fmt: skip
     assert browser.run("document.activeElement.id") == "prompt"
+    assert browser.console == []
+
+
+@pytest.mark.slow
+def test_progress_is_shown_while_an_image_is_generated(browser: Page, server: Running) -> None:
+    """A step, its share of the bar, and a preview; from the server's own count while the engine stands."""
+    fill(browser, prompt="a panda", steps="400", seed="1")
+    browser.run("""(() => { window.shown = []; document.querySelector('#compare').checked = false;
+        new MutationObserver(changes => shown.push(...changes.map(c => c.target.src.slice(0, 15))))
+          .observe(document.querySelector('#cards'), {subtree: true, attributes: true, attributeFilter: ['src']});
+        })()""")
+    with server.standing():
+        browser.run("document.querySelector('#go').click()")
+        server.wait_for(1)
+        browser.wait("document.querySelector('.numbers').textContent.startsWith('step ')")
+        assert browser.run("[document.querySelector('#go').disabled, document.querySelector('#stop').disabled]") == [
+            True, False,
+        ]  # fmt: skip
+        (job,) = server.engines["guided"].jobs()
+        made = job.progress().made
+        assert browser.run("document.querySelector('.numbers').textContent") == f"step {made} of 400"
+        assert browser.run("document.querySelector('progress').value") == pytest.approx(made / 400)
+    browser.wait("document.querySelector('#status').textContent === 'Done: one image.'")
+    *previews, last = browser.run("shown")
+    assert last == "data:image/png;" and previews and set(previews) == {"data:image/webp"}
+    assert browser.run("document.querySelector('.frame').classList.contains('done')")
+    browser.run("document.querySelector('#compare').checked = true")
+    assert browser.console == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "negative", "label", "cards"),
+    [
+        ("guided", "", "Also generate with CFG, two evaluations per step", ["guided", "CFG"]),
+        ("guided", "blue", "Nothing to compare with", ["CFG"]),
+        ("plain", "", "Also generate without guidance, one evaluation per step", ["CFG", "no guidance"]),
+        ("plain", "blue", "Also generate without guidance, one evaluation per step", ["CFG", "no guidance"]),
+    ],
+)
+def test_what_is_compared_follows_the_engine_and_the_negative_prompt(
+    browser: Page, engine: str, negative: str, label: str, cards: list[str]
+) -> None:
+    fill(browser, engine=engine, negative=negative, prompt="a cat", steps="2")
+    try:
+        assert browser.run("document.querySelector('#compare-text').textContent") == label
+        browser.run("document.querySelector('#go').click()")
+        browser.wait("document.querySelector('#status').textContent.startsWith('Done')")
+        assert browser.run("[...document.querySelectorAll('.card strong')].map(e => e.textContent)") == cards
+        assert browser.console == []
+    finally:
+        fill(browser, engine="guided", negative="")
+
+
+def _blocked(gate: threading.Event) -> Callable[[Callable[[Bundle], Engine]], LoraEngines]:
+    """Engines with one LoRA, ``sepia``, which is merged when ``gate`` is set, and then cannot be."""
+
+    def plug(bundle: Bundle, loras: Sequence[tuple[Path, float]]) -> Any:
+        assert gate.wait(600)
+        raise InputError("it is for another architecture; leave it out")
+
+    def make(start: Callable[[Bundle], Engine]) -> LoraEngines:
+        return LoraEngines({"sepia": LoraFile(Path(__file__), cached_sha256(Path(__file__)))}, plug, start)
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_request_that_waits_for_its_lora_is_seen_and_cancelled(
+    pipelines: dict[str, Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = threading.Event()
+
+    def waiting(count: int) -> None:
+        deadline = time.monotonic() + 600
+        while get(server, "/readyz")["lora_requests_waiting"] != count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with serving({"guided": pipelines["guided"]}, loras=_blocked(gate)) as server, opened(server.url, tmp_path) as page:
+        page.wait("document.querySelector('#status').textContent === 'Ready.'")
+        assert page.run("[...document.querySelectorAll('#lora option')].map(o => o.value)") == ["", "sepia"]
+        fill(page, lora="sepia", scale="0.5", steps="3")
+        try:
+            page.run("document.querySelector('#go').click()")
+            page.wait("document.querySelector('.numbers').textContent === 'loading the LoRA'")
+            assert get(server, "/readyz")["lora_requests_waiting"] == 1
+            page.run("document.querySelector('#stop').click()")
+            page.wait("document.querySelector('#status').textContent === 'Cancelled.'")
+            assert page.run("[...document.querySelectorAll('.numbers')].map(e => e.textContent)") == ["cancelled"]
+            waiting(0)
+            assert page.console == []
+            page.run("document.querySelector('#go').click()")  # a LoRA that cannot be merged is told
+            waiting(1)
+        finally:
+            gate.set()
+        page.wait("document.querySelector('#status').classList.contains('wrong')")
+        assert "cannot use the LoRA" in page.run("document.querySelector('#status').textContent")
+    assert "another architecture" in capsys.readouterr().err  # what the server prints for its operator
 
 
 @pytest.mark.slow
@@ -93,8 +202,9 @@ def test_cancel_by_escape_and_an_error_are_told(browser: Page, server: Running) 
     browser.wait("document.querySelector('#status').classList.contains('wrong')")
     assert "prompt: String should have at most 10000" in browser.run("document.querySelector('#status').textContent")
     fill(browser, prompt="a panda")
-    # the browser itself notes answers that are errors, such as those to the two requests above
-    assert [line for line in browser.console if "Failed to load resource" not in line] == []
+    # the browser itself notes an answer that is an error, such as that to the second request
+    assert ["status of 400" in line for line in browser.console] == [True], browser.console
+    browser.console.clear()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from ...runtime.pipeline import DEFAULT_STEPS, GeneratedImage
 from ...runtime.prompt_syntax import A1111, lora_tags, take_lora_tags
 from ...sampling.schedules import SCHEDULES, SPACINGS, a1111_names, from_a1111
 from ...sampling.schedules.spacing import OWN_SPACING
-from .service import Asked, Service, from_base64
+from .service import Asked, Service, from_base64, ignored
 from .settings import MAX_BODY, MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
@@ -32,9 +32,9 @@ _REFUSED = ("enable_hr", "restore_faces", "tiling", "script_name", "mask", "refi
 
 
 class Txt2Img(BaseModel):
-    """What a request may state; fields that change nothing here are ignored."""
+    """What a request may state; other fields change nothing, and the answer's ``info`` lists them."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     prompt: Prompt = ""
     negative_prompt: Prompt | None = None
@@ -106,7 +106,8 @@ def router(service: Service) -> APIRouter:
             raise InputError(f"batch_size times n_iter is {count}; at most {MAX_IMAGES} images are taken at once")
         if (given.width is None) != (given.height is None):
             raise InputError("one of width and height is missing; give both, or none for the engine's own size")
-        override = (given.override_settings or {}).get("sd_model_checkpoint")
+        settings = dict(given.override_settings or {})
+        override = settings.pop("sd_model_checkpoint", None)
         engine = name_of(str(override) if override else chosen.get(client(request)))
         sampler = (given.sampler_name or given.sampler_index or "").strip()
         prompt, loras = take_lora_tags(given.prompt)
@@ -140,9 +141,10 @@ def router(service: Service) -> APIRouter:
             "cfg_scale": first["guidance"], "steps": first["steps"], "batch_size": given.batch_size,
             "restore_faces": False, "sd_model_name": first["engine"], "denoising_strength": first.get("strength"),
             "infotexts": texts, "index_of_first_image": 0, "method": first["method"],
+            "ignored": ignored({*(given.model_extra or ()), *settings}),
             **{key: first[key] for key in ("dropped", "negative_dropped") if key in first},
         }  # fmt: skip
-        echoed = given.model_dump(exclude={"init_images", "mask"})
+        echoed = given.model_dump(exclude={"init_images", "mask", *(given.model_extra or ())})
         return {
             "images": [base64.b64encode(data).decode() for data in files],
             "parameters": echoed,
@@ -241,6 +243,11 @@ def router(service: Service) -> APIRouter:
     @routes.get("/upscalers")
     @routes.get("/hypernetworks")
     @routes.get("/prompt-styles")
+    @routes.get("/latent-upscale-modes")
+    @routes.get("/face-restorers")
+    @routes.get("/realesrgan-models")
+    @routes.get("/script-info")
+    @routes.get("/extensions")
     async def none() -> list[dict[str, Any]]:
         """There are none; front-ends ask for them at their start."""
         return []
@@ -248,6 +255,18 @@ def router(service: Service) -> APIRouter:
     @routes.get("/embeddings")
     async def embeddings() -> dict[str, Any]:
         return {"loaded": {}, "skipped": {}}
+
+    @routes.get("/scripts")
+    async def scripts() -> dict[str, Any]:
+        return {"txt2img": [], "img2img": []}
+
+    @routes.get("/cmd-flags")
+    @routes.post("/refresh-checkpoints")
+    @routes.post("/refresh-loras")
+    @routes.post("/refresh-vae")
+    async def nothing() -> dict[str, Any]:
+        """No flag is offered, and the lists do not change while the server runs."""
+        return {}
 
     @routes.get("/options")
     async def options(request: Request) -> dict[str, Any]:

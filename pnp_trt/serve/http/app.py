@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ...errors import InputError, PnpError
+from ...io.inputs import excerpt
 from ...io.text import printable
 from ...version import __version__
 from ..engine import Engine
@@ -76,9 +77,9 @@ def create(
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> Response:
-        return as_json(
-            request.url.path, 422 if request.url.path.startswith("/sdapi/") else 400, sentence(list(error.errors()))
-        )
+        kind = request.headers.get("content-type", "") if request.method == "POST" else "application/json"
+        message = _not_json(kind) or sentence(list(error.errors()))
+        return as_json(request.url.path, 422 if request.url.path.startswith("/sdapi/") else 400, message)
 
     @app.exception_handler(ValidationError)
     async def _(request: Request, error: ValidationError) -> Response:
@@ -131,6 +132,15 @@ def create(
     for api in settings.apis:
         app.include_router(_ROUTERS[api](service))
     return app
+
+
+def _not_json(kind: str) -> str | None:
+    """What to say of a body that was not read, as its type is none of JSON's; None where it was."""
+    kind = kind.partition(";")[0].strip().lower()
+    if kind == "application/json" or kind.endswith("+json"):
+        return None
+    sent = f"as {excerpt(kind)}" if kind else "without a type"
+    return f"the body was sent {sent}; send JSON, with the header Content-Type: application/json"
 
 
 def _with_loras(engine: Engine, loras: LoraEngines | None) -> list[Engine]:

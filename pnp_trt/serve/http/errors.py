@@ -64,5 +64,6 @@ def sentence(errors: list[Any]) -> str:
     """The first of pydantic's errors in one sentence."""
     first = errors[0] if errors else {"msg": "it cannot be read", "loc": ()}
     place = ".".join(str(part) for part in first.get("loc", ()) if part != "body") or "the body"
-    more = f" ({len(errors) - 1} more fields are wrong)" if len(errors) > 1 else ""
+    others = len(errors) - 1
+    more = f" ({others} more field{' is' if others == 1 else 's are'} wrong)" if others > 0 else ""
     return printable(f"{place}: {first.get('msg', 'wrong')}{more}; correct it and send it again", limit=500)

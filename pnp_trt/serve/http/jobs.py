@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from ...runtime.pipeline import GeneratedImage
 from ...sampling.schedules import SCHEDULES
+from ..engine import Engine, Job
 from .service import Service
 
 
@@ -18,9 +19,7 @@ def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/v1")
 
-    @routes.get("/jobs/{name}")
-    async def progress(name: str, preview: bool = False) -> dict[str, Any]:
-        engine, job = service.job(name)
+    async def told(engine: Engine, job: Job, preview: bool) -> dict[str, Any]:
         found = job.progress()
         held: dict[str, Any] = {
             "id": job.id, "steps_done": found.steps_done, "steps": found.steps, "running": found.running > 0,
@@ -32,6 +31,16 @@ def router(service: Service) -> APIRouter:
             (data,) = await service.files([GeneratedImage(pixels, {})], "webp")
             held["preview"] = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
         return held
+
+    @routes.get("/jobs/{name}")
+    async def progress(name: str, preview: bool = False) -> dict[str, Any]:
+        return await told(*service.job(name), preview)
+
+    @routes.get("/jobs")
+    async def listed(id: str, preview: bool = False) -> dict[str, Any]:
+        """As above for one that may have ended, or not have come yet: a list, which is empty then."""
+        found = service.held(id)
+        return {"jobs": [] if found is None else [await told(*found, preview)]}
 
     @routes.delete("/jobs/{name}", status_code=204)
     async def cancel(name: str) -> Response:

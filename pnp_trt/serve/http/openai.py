@@ -17,7 +17,7 @@ from ...errors import InputError
 from ...io.inputs import excerpt
 from ...runtime.prompt_syntax import PLAIN
 from ..loras import Loras
-from .service import Asked, Service
+from .service import Asked, Service, ignored
 from .settings import MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
@@ -38,9 +38,9 @@ class LoraOf(BaseModel):
 
 
 class ImagesRequest(BaseModel):
-    """The body of both; fields that change nothing here (quality, style, user, …) are ignored."""
+    """The body of both; other fields (quality, style, user, …) change nothing, and the answer lists them."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     prompt: Prompt
     model: Text | None = None
@@ -58,13 +58,20 @@ class ImagesRequest(BaseModel):
     schedule: Text | None = None
     strength: Annotated[float, Field(allow_inf_nan=False)] | None = None
     request_id: Name | None = None
-    lora: LoraOf | list[LoraOf] | None = None
+    lora: list[LoraOf] | None = None
 
     @field_validator("n", "output_format", mode="before")
     @classmethod
     def _default(cls, value: Any, info: Any) -> Any:
         """A null stands for the default, as OpenAI's clients send it."""
         return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """One stands for a list of one, and a name for a LoRA at scale 1."""
+        each = value if isinstance(value, list) else [] if value is None else [value]
+        return [{"name": one} if isinstance(one, str) else one for one in each]
 
 
 def parse(size: str | None) -> Size | None:
@@ -81,9 +88,8 @@ def parse(size: str | None) -> Size | None:
     return int(height), int(width)
 
 
-def _loras(given: LoraOf | list[LoraOf] | None) -> Loras:
-    each = [] if given is None else [given] if isinstance(given, LoraOf) else given
-    return tuple((lora.name, lora.scale) for lora in each)
+def _loras(given: list[LoraOf] | None) -> Loras:
+    return tuple((lora.name, lora.scale) for lora in given or ())
 
 
 def router(service: Service) -> APIRouter:
@@ -121,6 +127,7 @@ def router(service: Service) -> APIRouter:
                 "evaluations": job.evaluations,
                 "seconds": round((job.ended or job.submitted) - job.submitted, 3),
                 "waited": round((job.admitted or job.submitted) - job.submitted, 3),
+                "ignored": ignored(given.model_extra or ()),
             },
         }
 

@@ -9,7 +9,7 @@ import contextlib
 import io
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fastapi import Request
 from ...errors import BundleNotFound, Cancelled, InputError
 from ...io.image_files import FORMATS, decode_rgb
 from ...io.inputs import excerpt
+from ...io.text import printable
 from ...runtime.images import encode_image
 from ...runtime.pipeline import GeneratedImage
 from ...runtime.prompt_syntax import PLAIN
@@ -27,7 +28,7 @@ from ..engine import Busy, Engine, Expired, Job
 from ..loras import Lease, LoraEngines, Loras
 from .errors import Refused
 from .metrics import Metrics
-from .settings import DECODERS, MAX_PIXELS, Settings
+from .settings import DECODERS, MAX_IGNORED, MAX_PIXELS, MAX_TEXT, Settings
 
 #: seeds that a client that names none is given; those below are exact in JavaScript and in 32 bits
 _SEEDS = 2**31
@@ -235,16 +236,20 @@ class Service:
         async with self._decoders:
             return await asyncio.to_thread(decode_rgb, io.BytesIO(data), name, FORMATS, MAX_PIXELS)
 
+    def held(self, name: str) -> tuple[Engine, Job] | None:
+        """A job that waits or runs, and its engine; None if there is none of that id."""
+        found = ((owner.engine, job) for job, owner in self.owners.items() if job.id == name and job.ended is None)
+        return next(found, None)
+
     def job(self, name: str) -> tuple[Engine, Job]:
-        """A job that waits or runs, and its engine.
+        """As :meth:`held`.
 
         Raises:
             Refused: 404 if there is none.
         """
-        for job, owner in self.owners.items():
-            if job.id == name and job.ended is None:
-                return owner.engine, job
-        raise Refused(404, f"no request with the id {excerpt(name)} waits or runs; ask for one that does")
+        if (found := self.held(name)) is None:
+            raise Refused(404, f"no request with the id {excerpt(name)} waits or runs; ask for one that does")
+        return found
 
     def state(self, job: Job) -> str:
         """What a job does: ``loading`` (its engine with LoRAs is made), ``waiting`` or ``running``."""
@@ -276,6 +281,11 @@ async def _gone(request: Request) -> None:
     """Wait until the client goes; its body was read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def ignored(names: Iterable[str]) -> list[str]:
+    """Fields of a request that were not applied, as its answer lists them: at most ``MAX_IGNORED``."""
+    return [printable(name, limit=MAX_TEXT) for name in sorted(names)[:MAX_IGNORED]]
 
 
 def from_base64(text: str, name: str) -> bytes:

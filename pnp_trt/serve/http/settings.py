@@ -20,6 +20,8 @@ MAX_PIXELS = 4096 * 4096
 DECODERS = 2
 #: characters of any other text field
 MAX_TEXT = 200
+#: fields that an answer lists as not applied
+MAX_IGNORED = 32
 #: connections at once; more are refused with 503
 MAX_CONNECTIONS = 256
 

@@ -26,7 +26,7 @@ _SCOPE = (
     "client", "server",
 )  # fmt: skip
 #: requests about jobs, which any replica may have: all are asked
-_ALL = ("/v1/jobs/", "/sdapi/v1/progress", "/sdapi/v1/interrupt", "/sdapi/v1/skip", "/readyz")
+_ALL = ("/v1/jobs", "/sdapi/v1/progress", "/sdapi/v1/interrupt", "/sdapi/v1/skip", "/readyz")
 _ALL_POST = ("/sdapi/v1/options",)
 #: seconds after a request's deadline, by which its replica has answered, and in which all replicas answer for a job
 _GRACE, _ASK = 10.0, 20.0
@@ -116,6 +116,8 @@ def _knows(path: str, answer: Answer) -> tuple[bool, int]:
     jobs = 0
     if path.startswith("/sdapi/v1/progress") and answer.status == 200:
         jobs = json.loads(answer.body)["state"]["job_count"]
+    if path == "/v1/jobs" and answer.status == 200:
+        jobs = len(json.loads(answer.body)["jobs"])
     return answer.status < 400, jobs
 
 

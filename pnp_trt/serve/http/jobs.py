@@ -39,7 +39,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/jobs")
     async def listed(id: str, preview: bool = False) -> dict[str, Any]:
         """As above for one that may have ended, or not have come yet: a list, which is empty then."""
-        found = service.held(id)
+        found = service.job_or_none(id)
         return {"jobs": [] if found is None else [await told(*found, preview)]}
 
     @routes.delete("/jobs/{name}", status_code=204)

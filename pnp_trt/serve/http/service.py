@@ -236,18 +236,18 @@ class Service:
         async with self._decoders:
             return await asyncio.to_thread(decode_rgb, io.BytesIO(data), name, FORMATS, MAX_PIXELS)
 
-    def held(self, name: str) -> tuple[Engine, Job] | None:
+    def job_or_none(self, name: str) -> tuple[Engine, Job] | None:
         """A job that waits or runs, and its engine; None if there is none of that id."""
         found = ((owner.engine, job) for job, owner in self.owners.items() if job.id == name and job.ended is None)
         return next(found, None)
 
     def job(self, name: str) -> tuple[Engine, Job]:
-        """As :meth:`held`.
+        """As :meth:`job_or_none`.
 
         Raises:
             Refused: 404 if there is none.
         """
-        if (found := self.held(name)) is None:
+        if (found := self.job_or_none(name)) is None:
             raise Refused(404, f"no request with the id {excerpt(name)} waits or runs; ask for one that does")
         return found
 

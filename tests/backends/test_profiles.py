@@ -13,7 +13,14 @@ from pnp_trt.build.sizes import plan_sizes
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.build.work import Build
 from pnp_trt.bundle.profiles import (
-    MAX_SIDE, Profile, by_chunks, legal_sizes, once_and_twice, parse_size, split, tightest,
+    MAX_SIDE,
+    Profile,
+    by_chunks,
+    legal_sizes,
+    once_and_twice,
+    parse_size,
+    split,
+    tightest,
 )  # fmt: skip
 from pnp_trt.errors import InputError
 from pnp_trt.models.bases import resolve

@@ -203,7 +203,7 @@ def test_cancel_by_escape_and_an_error_are_told(browser: Page, server: Running) 
     assert "prompt: String should have at most 10000" in browser.run("document.querySelector('#status').textContent")
     fill(browser, prompt="a panda")
     # the browser itself notes an answer that is an error, such as that to the second request
-    assert ["status of 50" in line for line in browser.console] == [True], browser.console
+    assert ["status of 400" in line for line in browser.console] == [True], browser.console
     browser.console.clear()
 
 

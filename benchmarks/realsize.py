@@ -103,6 +103,8 @@ def runs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
         "build without a guide": ["build", *common, "--guide", "none", "--out", plain],
         "CFG step": [*sample, "--engine", plain, "--method", "cfg"],
     }
+    if a.guided_only:
+        steps = {name: steps[name] for name in ("build", "plug", "guided step")}
     done = work / "steps.json"
     found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     for name, words in steps.items():
@@ -150,6 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--target", default="sm_89", help="of the engine; 'any' for onnxruntime")
     parser.add_argument("--profile", action="append", help="batch sizes; default b1 for an engine")
+    parser.add_argument("--guided-only", action="store_true", help="of --part run: no engine without a guide, no CFG")
     parser.add_argument("--work", type=Path, default=Path("build/realsize"), help="folder for engines that are made")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/realsize-….json")
     parser.add_argument("--again", action="store_true", help="make a record anew that is there")

@@ -121,6 +121,12 @@ class Scaling:
         finally:
             bound.close()
 
+    def bind_tokens(
+        self, batch: int, size: tuple[int, int] | None, tokens: int | None
+    ) -> contextlib.AbstractContextManager[ScalingBound]:
+        """As :meth:`bind`; it reads no text."""
+        return self.bind(batch, size)
+
 
 class ScalingBound:
     """Its buffers."""

@@ -274,7 +274,8 @@ class Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(-1 if isinstance(size, str) else size for size in self._tensors[name][1])
 
-    def create_execution_context(self) -> Context:
+    def create_execution_context(self, strategy: Any) -> Context:
+        """``strategy`` is how its memory is allocated; there is none here."""
         return Context(self)
 
 
@@ -297,7 +298,7 @@ def network(gpu: Gpu, name: str, entry: NetworkRecord, function: Callable[..., n
         def engine(self) -> Engine:
             return self._engine
 
-        def _kernels_file(self) -> Path:
+        def _kernels_file(self, batch: int, size: tuple[int, int] | None, tokens: int | None) -> Path:
             return Path("/nowhere")
 
     profiles: tuple[Profile, ...] = (Profile("b1-8", 1, 1, 8),)

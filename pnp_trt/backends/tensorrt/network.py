@@ -148,7 +148,7 @@ class TrtNetwork(Network):
 
     def _bound(self, batch: int, size: Size | None, tokens: int | None, index: int) -> TrtBound:
         self._cuda.attach()  # the kernels' cache wants the GPU to be current in the thread, which may be a new one
-        file = self._kernels_file(batch, size)
+        file = self._kernels_file(batch, size, tokens)
         near = self._kernels_nearby(file)
         held = near.read_bytes() if near is not None else None
         context, kernels = self._flavour.context(self._trt, self._engine, held)
@@ -163,7 +163,7 @@ class TrtNetwork(Network):
 
         return TrtBound(self._cuda, context, self._described, batch, size, index, keep, tokens)
 
-    def _kernels_file(self, batch: int, size: Size | None) -> Path:
+    def _kernels_file(self, batch: int, size: Size | None, tokens: int | None) -> Path:
         """Where the kernels of one shape are kept.
 
         Each shape has a file of its own: two contexts or processes that write the same one write the same kernels, and
@@ -171,7 +171,7 @@ class TrtNetwork(Network):
         """
         # the runtime itself rejects a cache of another GPU, driver or version
         key = digest([self._flavour.name, self._trt.__version__, str(self.path.resolve()), self.path.stat().st_size])
-        shape = "x".join(map(str, (batch, *(size or ()))))
+        shape = "x".join(map(str, (batch, *(size or ()), *(() if tokens is None else (f"{tokens}t",)))))
         return cache_home() / "kernels" / f"{key[:32]}-{shape}.cache"
 
     def _kernels_nearby(self, file: Path) -> Path | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...bundle import memory
 from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import TOKENS, Manifest, NetworkRecord
 from ...errors import BundleCorrupt, InputError, PnpError
@@ -27,6 +28,8 @@ from . import NEEDS
 from .for_cuda import for_cuda
 
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
+#: bytes of weights below which free memory is not looked at
+_LARGE = 2**30
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
 
@@ -261,6 +264,8 @@ class OrtNetwork(PerShapeNetwork):
         try:
             model: str | bytes = str(self.path)
             half = False
+            if not cuda and not self._fits_packed():
+                options.add_session_config_entry("session.disable_prepacking", "1")
             if cuda:
                 graph = for_cuda(self.path.read_bytes())
                 model, half = graph.data, graph.half
@@ -274,6 +279,18 @@ class OrtNetwork(PerShapeNetwork):
         if cuda and not self._has_cuda(session):
             return self._load(batch, size, tokens)
         return session
+
+    def _fits_packed(self) -> bool:
+        """Whether free memory holds the weights and the copies of them that ONNX Runtime packs for its kernels.
+
+        On the CPU weights in half precision are widened as well: SDXL's U-Net takes 23 GiB with packed copies.
+        """
+        data = self.path.with_name(f"{self.path.name}.data")
+        size = data.stat().st_size if data.is_file() else 0
+        if size < _LARGE:
+            return True
+        wide = 2 * size if for_cuda(self.path.read_bytes()).half else 0
+        return size + wide + (wide or size) < 0.9 * memory.free()
 
     def _buffers(self, loaded: Any, batch: int, tokens: int | None) -> OrtBound:
         return OrtBound(loaded, batch, tokens)

@@ -27,9 +27,9 @@ from ..per_shape import PerShapeNetwork, Shape, has_open_tokens
 from . import NEEDS
 from .for_cuda import for_cuda
 
-#: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
 #: bytes of weights below which free memory is not looked at
 _LARGE = 2**30
+#: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
 

@@ -101,6 +101,11 @@ def forker(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         pass
 
 
+def exact(hashes: dict[str, str]) -> dict[str, str]:
+    """Without PyTorch's outputs, whose last bits may differ between processes; ``open_bundle`` holds their hash."""
+    return {name: digest for name, digest in hashes.items() if name != "golden.npz"}
+
+
 def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     forker: Forker, micro_base: Path, micro_bundles: Path, tmp_path: Path
 ) -> None:
@@ -114,7 +119,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     whole = time.monotonic() - begun
     # the bundle that stands has a VAE encoder, which the new one has not: they differ, and each is whole by itself
     old, new = (
-        {n: f.sha256 for n, f in open_bundle(folder).manifest.files.items()}
+        exact({n: f.sha256 for n, f in open_bundle(folder).manifest.files.items()})
         for folder in (micro_bundles / "plain", tmp_path / "own")
     )
     assert old != new
@@ -131,7 +136,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
         said = f"seed {SEED}, kill {number} after {moment:.2f} of {whole:.2f} s"
         if out.exists() or replace:
             bundle = open_bundle(out)  # every hash is right
-            found = {n: sha256(out / n) for n in bundle.manifest.files}
+            found = exact({n: sha256(out / n) for n in bundle.manifest.files})
             assert found == new or (replace and found == old), said
         else:
             with pytest.raises(InputError, match="no engine named"):
@@ -139,7 +144,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     assert len(Pipeline.load(tmp_path / "over", provider="cpu")("a cat", steps=1)) == 1
     build(BuildSpec(str(micro_base), "none", out=tmp_path / "over"), force=True)
     # an export of another process, with other hashes of text, has the same bytes
-    assert {n: f.sha256 for n, f in open_bundle(tmp_path / "over").manifest.files.items()} == new
+    assert exact({n: f.sha256 for n, f in open_bundle(tmp_path / "over").manifest.files.items()}) == new
     assert [p.name for p in tmp_path.glob(".over.partial-*")] == []
 
 

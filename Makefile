@@ -141,7 +141,7 @@ faults: $(VENV)/.dev-installed
 realsize: $(VENV)/.dev-installed
 	for base in sd15 sd21 sdxl; do \
 	  $(BIN)/python -m benchmarks.realsize --base random:$$base --guide tiny --precision fp16 --target sm_89 || exit 1; \
-	  $(BIN)/python -m benchmarks.realsize --base random:$$base --guide tiny --part run || exit 1; \
+	  $(BIN)/python -m benchmarks.realsize --base random:$$base --guide tiny --part run $$([ $$base = sdxl ] && echo --guided-only) || exit 1; \
 	  $(BIN)/python -m benchmarks.realsize --base random:$$base --guide tiny --part train || exit 1; \
 	done
 	for guide in tiny full; do for precision in fp16 int8; do \

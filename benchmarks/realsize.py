@@ -6,8 +6,11 @@ sampler is watched for three steps of one image first, and no sweep is made: a r
 of real ones; what is timed is recording ranges, bringing Q/DQ into the graph, and compiling it.
 
 ``--part run`` takes an engine of ONNX Runtime in float16: a build, a plug of another U-Net, one guided step and one
-step of CFG on the CPU, each in a process of its own.  ``--part train`` takes three optimiser steps of stage 1, one
-state each, with gradient checkpointing and the processor's own precision.
+step of CFG on the CPU, each in a process of its own.  With ``--guided-only``, for SDXL, ``verify`` takes the place of
+both: one guided evaluation of the engine on its golden inputs, compared with PyTorch, in less memory than a sample.
+
+``--part train`` takes three optimiser steps of stage 1, one state each, with gradient checkpointing and the processor's
+own precision.
 
 A record that is there is not made again, so that a run which was stopped continues with what is missing; ``--again``
 makes it anew.  Engines are kept in ``--work`` until their record is written.
@@ -94,7 +97,7 @@ def build(a: argparse.Namespace, work: Path) -> dict[str, Any]:
 def runs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Part ``run``: steps that are done already are taken from the work folder."""
     common = ["--base", a.base, "--backend", "onnxruntime", "--precision", "fp16"]
-    # w is that of the build's parity: residuals of random weights grow with it, in float16 beyond its range
+    # w is that of the build's parity
     sample = ["sample", "a lighthouse", "--steps", "1", "--guidance", "2", "--provider", "cpu", "--quiet",
               "--out", str(work / "images")]  # fmt: skip
     guided, plain, plugged = (str(work / name) for name in ("guided", "plain", "plugged"))
@@ -106,7 +109,7 @@ def runs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
         "CFG step": [*sample, "--engine", plain, "--method", "cfg"],
     }
     if a.guided_only:
-        steps = {name: steps[name] for name in ("build", "plug", "guided step")}
+        steps = {"build": steps["build"], "plug": steps["plug"], "verify": ["verify", plugged, "--provider", "cpu"]}
     done = work / "steps.json"
     found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     for name, words in steps.items():
@@ -154,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--target", default="sm_89", help="of the engine; 'any' for onnxruntime")
     parser.add_argument("--profile", action="append", help="batch sizes; default b1 for an engine")
-    parser.add_argument("--guided-only", action="store_true", help="of --part run: no engine without a guide, no CFG")
+    parser.add_argument("--guided-only", action="store_true", help="of --part run: verify and no images, no CFG")
     parser.add_argument("--work", type=Path, default=Path("build/realsize"), help="folder for engines that are made")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/realsize-….json")
     parser.add_argument("--again", action="store_true", help="make a record anew that is there")

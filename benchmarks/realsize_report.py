@@ -84,7 +84,8 @@ def runs() -> list[str]:
             )
     text = (
         "ONNX Runtime's CPU provider, float16 graphs, tiny guide. A step is `pnp-trt sample --steps 1`: the whole "
-        "process, with loading, text encoder and decoder. `plug` takes a U-Net of other weights."
+        "process, with loading, text encoder and decoder. `plug` takes a U-Net of other weights. `verify` runs the "
+        "plugged engine's networks on golden inputs."
     )
     head = ["model", "command", "seconds", "peak, GiB", "load", "cores"]
     return ["## Plug and sample", "", text, *table(head, cells, 2)] if cells else []

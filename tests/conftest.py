@@ -314,6 +314,27 @@ def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def sharpened_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny guide with a sharpener of the text states, no weight zero; do not write into it."""
+    return once(tmp_path_factory, "guide/sharpened", partial(make_sharpened_guide, micro_base))
+
+
+def make_sharpened_guide(base: Path, folder: Path) -> None:
+    """Save it."""
+    import torch
+
+    from pnp_trt.models.bases import resolve
+    from pnp_trt.models.guides import TinyGuide
+
+    torch.manual_seed(4)
+    guide = TinyGuide.from_unet(resolve(str(base)).unet(), rank=4, embed_dim=8, sharpener_width=8)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    guide.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
 def micro_bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher; read it only."""
     guides = {"guided": micro_guide, "plain": None}

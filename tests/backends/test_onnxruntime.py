@@ -13,9 +13,7 @@ from pnp_trt.backends.onnxruntime import backend
 from pnp_trt.backends.onnxruntime.backend import OrtNetwork
 
 
-@pytest.mark.parametrize(
-    ("free", "packed"), [(0.0, False), (float("inf"), True)], ids=["short", "enough"]
-)  # bytes, and whether there are packed copies
+@pytest.mark.parametrize(("free", "packed"), [(0.0, False), (float("inf"), True)], ids=["short", "enough"])
 def test_weights_are_packed_where_memory_holds_copies(
     free: float, packed: bool, micro_bundles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,7 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     realsize.main(words)
     assert len(made) == 6  # the record is there
     realsize.main([*words, "--again", "--guided-only"])
-    assert made[6:] == ["build", "plug", "sample"]
+    assert made[6:] == ["build", "plug", "verify"]
 
 
 def test_the_page_is_of_the_records() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.bundle.store import open_bundle
 from pnp_trt.models.bases import resolve
-from pnp_trt.models.guides import TinyGuide
 from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.guides.sharpener import without_sharpener
 from pnp_trt.models.student import Student
@@ -23,16 +23,11 @@ PROMPTS, NEGATIVE = ["a red apple", "a blue car"], ["red", "wheels, a panda"]
 
 
 @pytest.fixture(scope="module")
-def home(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(micro_base: Path, sharpened_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Guides ``with`` and ``without`` a sharpener, otherwise the same, and a bundle of each."""
     home = tmp_path_factory.mktemp("sharpener")
-    torch.manual_seed(4)
-    guide = TinyGuide.from_unet(resolve(str(micro_base)).unet(), rank=4, embed_dim=8, sharpener_width=8)
-    with torch.no_grad():
-        for p in guide.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    guide.save_pretrained(home / "guide-with")
-    without_sharpener(guide).save_pretrained(home / "guide-without")
+    shutil.copytree(sharpened_guide, home / "guide-with")
+    without_sharpener(load_guide(str(sharpened_guide))).save_pretrained(home / "guide-without")
     for name in ("with", "without"):
         build(BuildSpec(str(micro_base), str(home / f"guide-{name}"), out=home / name))
     return home

@@ -6,23 +6,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.build.swap.run import PlugSpec, plug
-from pnp_trt.models.bases import resolve
-from pnp_trt.models.guides import TinyGuide
 from pnp_trt.runtime.pipeline import Pipeline
 
 
-def test_the_sharpener_stays(micro_base: Path, tuned_unet: Path, tmp_path: Path) -> None:
-    torch.manual_seed(4)
-    guide = TinyGuide.from_unet(resolve(str(micro_base)).unet(), rank=4, embed_dim=8, sharpener_width=8)
-    with torch.no_grad():
-        for p in guide.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    guide.save_pretrained(tmp_path / "guide")
+def test_the_sharpener_stays(micro_base: Path, sharpened_guide: Path, tuned_unet: Path, tmp_path: Path) -> None:
+    shutil.copytree(sharpened_guide, tmp_path / "guide")
     engine = build(BuildSpec(str(micro_base), str(tmp_path / "guide"), precision="fp16", out=tmp_path / "engine"))
     plugged = [plug(PlugSpec(str(engine.folder), str(tuned_unet), out=tmp_path / "with"))]
     shutil.rmtree(tmp_path / "guide")

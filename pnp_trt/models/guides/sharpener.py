@@ -19,7 +19,7 @@ class Sharpener(nn.Module):
     ``text + (w − 1) / 4 · (s(text, negative) − s(text, empty))``, where s is the form of DICE (Zhou et al., AAAI 2026,
     "Distilling Classifier-Free Guidance into Text Embeddings", arXiv 2502.03726): one linear layer and a ReLU for both
     texts, attention from the prompt's tokens to the negative prompt's, a ReLU and a linear layer.  Here the first layer
-    also sees w on the prompt's side.  So it is trained over all w, changes nothing at w = 1, and changes nothing for
+    also reads w on the prompt's side.  So it is trained over all w, changes nothing at w = 1, and changes nothing for
     the empty negative prompt: images without a negative prompt are those of the guide without a sharpener.
 
     Args:

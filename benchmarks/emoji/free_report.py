@@ -95,7 +95,8 @@ def finding(document: dict[str, Any], target: int) -> str:
         won = [f"{METHODS[d['rival']['method']]} (w = {d['w']:g})" for d in fair if d["wins"][key] == "rival"]
         lost = sum(d["wins"][key] == "guide" for d in fair)
         better = f"**shown better than the guide: {', '.join(won)}**" if won else "none is shown better than the guide"
-        lines.append(f"By {what}, of {len(fair)} rows at no more evaluations, {better}; {lost} {'is' if lost == 1 else 'are'} shown worse.")
+        worse = f"{lost} {'is' if lost == 1 else 'are'} shown worse"
+        lines.append(f"By {what}, of {len(fair)} rows at no more evaluations, {better}; {worse}.")
     psnr = {
         (g["w"], g["method"], g["steps"]): found[str(target)]["psnr_db"]["value"]
         for g in document["groups"]

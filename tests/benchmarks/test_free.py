@@ -137,7 +137,7 @@ def test_the_page_says_who_wins() -> None:
     }  # fmt: skip
     text = free_report.page(document)
     assert "By KID, of 2 rows at no more evaluations, **shown better than the guide: tiny, CFG every 8th step" in text
-    assert "1 are shown worse" in text and "0.0500 [0.0400, 0.0600] ▲" in text
+    assert "1 is shown worse" in text and "0.0500 [0.0400, 0.0600] ▲" in text
     assert "-0.0500 [-0.0600, -0.0400] ▼" in text
     assert "higher than the guide's in 0 of them" in text
     assert "FasterCache" in text and "StreamDiffusion" in text

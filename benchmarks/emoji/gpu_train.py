@@ -462,6 +462,26 @@ class GuideStates:
         self.student.copy_(torch.where(over, torch.rand(n, device=device) < self.own, self.student))
 
 
+class NegativeStates(GuideStates):
+    """States with a negative prompt each, drawn as the prompts are; the trajectories of CFG follow it too."""
+
+    def __init__(self, data: Data, prompts: Tensor, captions: Tensor, batch: int) -> None:
+        super().__init__(data, prompts, captions, batch)
+        self.negative = torch.randint(len(prompts), (self.half,), device=self.x.device)
+
+    def negatives(self) -> Tensor:
+        """Text states of the negative prompts of a batch, ``[B, tokens, D]``; the trajectories' are the second half."""
+        fresh = torch.randint(len(self.prompts), (self.half,), device=self.x.device)
+        return self.prompts[torch.cat([fresh, self.negative])]
+
+    @torch.no_grad()
+    def advance(self, target: Tensor, prediction: Tensor) -> None:
+        super().advance(target, prediction)
+        begun = self.k == 0
+        fresh = torch.randint(len(self.prompts), (self.half,), device=self.x.device)
+        self.negative.copy_(torch.where(begun, fresh, self.negative))
+
+
 #: (x_t, t, text, w, time embedding and features of the frozen encoder for them) → prediction
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Any]], Tensor]
 
@@ -488,9 +508,7 @@ def distillation_loss(unet: Any, predict: Predict, states: GuideStates, empty: T
     """Weighted squared error of ``predict`` to eps_w (the paper's formula I), x0 weighting over w; no cached states."""
     from pnp_trt.models.student import decode, encode
 
-    abar = alphas(empty.device)
-    by_time = ((1 - abar) / abar).clamp(max=5.0)
-    by_time = by_time / by_time.mean()
+    by_time = x0_weights(empty.device)
 
     def loss_of() -> Tensor:
         with torch.no_grad():
@@ -504,6 +522,35 @@ def distillation_loss(unet: Any, predict: Predict, states: GuideStates, empty: T
         prediction = predict(x, t, text, w, (emb, features))
         weight = by_time[t] / w
         loss = ((prediction - target) ** 2 * weight[:, None, None, None]).mean()
+        states.advance(target, prediction.detach())
+        return loss
+
+    return loss_of
+
+
+def x0_weights(device: torch.device) -> Tensor:
+    """Weight of each timestep's error, ``[1000]``, of mean 1: the error's square in x0, (1 − ᾱ)/ᾱ, at most 5."""
+    abar = alphas(device)
+    weights = ((1 - abar) / abar).clamp(max=5.0)
+    return weights / weights.mean()
+
+
+def sharpening_loss(unet: Any, guide: Any, states: NegativeStates, empty: Tensor) -> Callable[[], Tensor]:
+    """:func:`distillation_loss` with negative prompts, which the guide's sharpener reads."""
+    from pnp_trt.models.student import Student
+
+    student, by_time = Student(unet, guide), x0_weights(empty.device)
+
+    def loss_of() -> Tensor:
+        x, t, text, w = states.batch()
+        negative = states.negatives()
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            conditional = unet(x, t, text, return_dict=False)[0]
+            unconditional = unet(x, t, negative, return_dict=False)[0]
+            target = unconditional + w[:, None, None, None] * (conditional - unconditional)
+        prediction = student(x, t, text, w, negative=negative, empty=empty.expand_as(text))
+        loss = ((prediction - target) ** 2 * (by_time[t] / w)[:, None, None, None]).mean()
         states.advance(target, prediction.detach())
         return loss
 
@@ -816,6 +863,7 @@ def train(a: argparse.Namespace) -> None:
 
     from pnp_trt.bundle.store import sha256
     from pnp_trt.models.guides import GUIDES
+    from pnp_trt.models.guides.sharpener import with_new_sharpener, without_sharpener
     from pnp_trt.models.student import Student
 
     begun = time.monotonic()
@@ -970,6 +1018,24 @@ def train(a: argparse.Namespace) -> None:
         tell("guide tiny", report["parts"]["guide tiny"] | {"gain": found})
     if tiny is not None:
         sample_grid(unet, vae, shown, empty, 3.0, out / "grid-tiny.png", tiny)
+    if a.sharpen:
+        known = tiny if tiny is not None else GUIDES["tiny"].from_pretrained(tiny_folder)
+        torch.manual_seed(a.seed + 2)
+        sharp = with_new_sharpener(without_sharpener(copy.deepcopy(known)).cpu(), a.sharpener_width).to(device).train()
+        negatives = NegativeStates(sets["base"], prompts, everything["base"][:, 0], a.batch)
+        loss = sharpening_loss(unet, sharp, negatives, empty)
+        trainer = Trainer("sharpener", sharp, loss, 1e-3, a.sharpen, constant=0.3, ema=0.998, muon=False,
+                          max_steps=steps)  # fmt: skip
+        found = trainer.run() | {"of": "this run" if tiny is not None else sha256(weights)}
+        with torch.no_grad():
+            losses = {
+                name: float(torch.stack([sharpening_loss(unet, g, negatives, empty)() for _ in range(checked)]).mean())
+                for name, g in (("with", sharp.eval()), ("without", without_sharpener(copy.deepcopy(sharp))))
+            }
+        found["loss_on_fresh_states"] = losses
+        print("sharpener", losses, flush=True)
+        tell("sharpener", found)
+        save(sharp.sharpener.state_dict(), "sharpener", torch.float32)
     if a.full:
         full = train_guide("guide full", "guide-full", unet, GUIDES["full"].from_unet(unet), a.full, 3e-4)
         sample_grid(unet, vae, shown, empty, 3.0, out / "grid-full.png", full)
@@ -1064,10 +1130,11 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--seed", type=int, default=0)
     for name, seconds in (
         ("base", 240), ("decoder", 45), ("tiny", 100), ("full", 0), ("fine-tunes", 35), ("continue-guide", 0),
-        ("halve", 0), ("step-lora", 0),
+        ("sharpen", 0), ("halve", 0), ("step-lora", 0),
     ):  # fmt: skip
         two.add_argument(f"--{name}", type=float, default=seconds, help="seconds; 0 leaves the part out")
     two.add_argument("--guide", type=Path, help="the tiny guide to continue or to halve; default: the assets'")
+    two.add_argument("--sharpener-width", type=int, default=256)
     two.add_argument("--gain", type=int, default=0, help="values of a gain to fit to the tiny guide; 0: none")
     three = what.add_parser("unpack")
     three.add_argument("--from", dest="source", type=Path, default=Path("build/emoji/gpu"))

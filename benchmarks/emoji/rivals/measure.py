@@ -36,7 +36,7 @@ SCALES = (3.0, 5.0)
 STEPS, TUNED_STEPS = (50, 16, 8), (16,)
 NONE, CFG = "none", "cfg"
 #: batches of 256 states of the held-out error
-ERROR_BATCH, ERROR_ROUNDS = 256, 32
+ERROR_BATCH, ERROR_ROUNDS = 256, 12
 
 
 @dataclass(frozen=True)

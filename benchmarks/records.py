@@ -22,3 +22,11 @@ def add_images_option(parser: argparse.ArgumentParser, default: int, help: str |
     parser.add_argument(
         "--pictures", dest="images", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )  # fmt: skip
+
+
+def machine_said(document: dict[str, Any]) -> str:
+    """What sampled the images."""
+    device = document["provenance"]["device"]
+    if "--device cuda" in (document["provenance"]["command"] or ""):
+        return str(device["gpu"])
+    return f"{device['processor']}, {device['threads']} thread{'s' * (device['threads'] != 1)}"

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..records import machine_said
+
 TRAINED = Path(__file__).parents[1] / "results" / "emoji-gpu-train.json"
 
 ARTISTS = {
@@ -77,7 +79,7 @@ the loss of the autoencoder alone.
 ### Fine-tunes
 {fine_tunes}
 
-Sampled with DDIM, {steps} steps, {precision}, on {processor} ({threads} threads), {date};
+Sampled with DDIM, {steps} steps, {precision}, on {machine}, {date};
 torch {torch}, diffusers {diffusers}. Raw observations: `benchmarks/results/emoji-figures.json`.
 
 ## Limits
@@ -175,8 +177,7 @@ def write_card(figures: dict[str, Any], path: Path) -> None:
         code_kid=_cell(code["kid"]),
         code_r1=_cell(code["R@1"], True),
         fine_tunes="\n\n".join(tuned) or "Not measured in this run.",
-        processor=told["device"]["processor"],
-        threads=told["device"]["threads"],
+        machine=machine_said(figures),
         date=told["date"][:10],
         torch=told["versions"]["torch"],
         diffusers=told["versions"]["diffusers"],

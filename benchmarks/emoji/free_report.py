@@ -1,56 +1,70 @@
 """``docs/no-training.md``: what costs no training against the tiny guide, at equal evaluations, from the JSON alone.
 
-The JSON is that of ``python -m benchmarks.emoji.tables --budget 16``.
+Each JSON is one of ``python -m benchmarks.emoji.tables --budget N``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pnp_trt.errors import InputError
 
-from ..records import read
-from .cells import METHODS, rule
+from ..records import machine_said, read
+from .cells import BUDGETS, METHODS, rule
 from .compare import outcome
 from .free import RULES
-from .tables_report import distances, machine_said, name, number, recall_of, table
+from .tables_report import distances, name, number, recall_of, table
 
-RESULTS = Path("benchmarks/results/emoji-free-16.json")
+RESULTS = tuple(Path(f"benchmarks/results/emoji-free-{budget}.json") for budget in BUDGETS)
 DOCUMENT = Path("docs/no-training.md")
 
 TEXT = """# Guidance that costs no training, at equal evaluations
 
-Written by `python -m benchmarks.emoji.free_report` from `{source}`, which was made by
-`{command}` ({date}, {machine}, torch {torch}).
+Written by `python -m benchmarks.emoji.free_report`. At each budget, every row makes the most steps that it can with at
+most so many evaluations of the U-Net per image; CFG with more steps stands beside them.
 
-One table at w = {scales}: every row makes the most steps that it can with at most {budget} evaluations of the U-Net per
-image; CFG with more steps stands beside them. {images} images of trained captions and **one set of noise**: a first
-look, of wide intervals. The same rows at 50, 16 and 8 evaluations, w = 3 and 5, are cells
-of Table C of `python -m benchmarks.emoji.tables`; a run of it on 512 images has not been made yet.
-
-KID, R@1 and distance are those of [the tables](distillation-tables.md); distance is to CFG's image at {target} steps.
-KID is unbiased, so that of few images its value may lie below 0; the paired gains are the narrower figures.
-*Guide's gain* is what the tiny guide at {budget} steps gains in KID over the row, paired by caption and noise: above 0
-the guide is better. Brackets are 95 % intervals; ▲ marks rows that are shown worse than the guide and ▼ rows that are
-shown better.
-
-{found}
-
-{rows}
+KID, R@1 and distance are those of [the tables](distillation-tables.md). KID is unbiased, so that of few images its
+value may lie below 0; the paired gains are the narrower figures. *Guide's gain* is what the tiny guide in as many steps
+as the budget gains in KID over the row, paired by caption and noise: above 0 the guide is better. Brackets are 95 %
+intervals; ▲ marks rows that are shown worse than the guide and ▼ rows that are shown better.
+{budgets}
 
 ## The rules
 {rules}
 """
 
+BUDGET = """
+## {budget} evaluations
+{images} images of trained captions, one set of noise, w = {scales}; distance is to CFG's image at {target} steps. From
+`{source}`, made by
+`{command}` ({date}, {machine}, torch {torch}).
 
-def page(document: dict[str, Any], source: Path = RESULTS) -> str:
-    """The page.
+{found}
+
+{rows}"""
+
+
+def page(documents: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """The page, from (file, its JSON) of each budget.
 
     Raises:
-        InputError: if the JSON is no tables' JSON at one budget.
+        InputError: if a JSON is no tables' JSON at one budget.
     """
+    by_kind: dict[str, list[str]] = {}
+    for m in METHODS:
+        if rule(m)[0] in RULES:
+            by_kind.setdefault(rule(m)[0], []).append(METHODS[m])
+    rules = [
+        f"- *{'*, *'.join(names)}*: {' '.join((RULES[kind].__doc__ or '').split())}" for kind, names in by_kind.items()
+    ]
+    return TEXT.format(budgets="\n".join(one_budget(d, file) for file, d in documents), rules="\n".join(rules))
+
+
+def one_budget(document: dict[str, Any], source: Path) -> str:
+    """The part of one JSON."""
     budget = document.get("settings", {}).get("budget")
     if budget is None:
         raise InputError(f"{source} is of no budget; make it with: python -m benchmarks.emoji.tables --budget 16")
@@ -68,18 +82,11 @@ def page(document: dict[str, Any], source: Path = RESULTS) -> str:
                          distances(g, target), gain])  # fmt: skip
         head = ("method", "steps", "evaluations", "KID ↓", "R@1, % ↑", "PSNR, dB / cosine ↑", "guide's gain in KID ↑")
         blocks.append(f"**w = {w:g}**\n\n{table(head, rows)}")
-    by_kind: dict[str, list[str]] = {}
-    for m in METHODS:
-        if rule(m)[0] in RULES:
-            by_kind.setdefault(rule(m)[0], []).append(METHODS[m])
-    rules = [
-        f"- *{'*, *'.join(names)}*: {' '.join((RULES[kind].__doc__ or '').split())}" for kind, names in by_kind.items()
-    ]
-    return TEXT.format(
+    return BUDGET.format(
         source=source.as_posix(), command=told["command"], date=told["date"][:10], machine=machine_said(document),
         torch=told["versions"]["torch"], budget=budget, target=target, images=document["settings"]["images"],
-        scales=" and ".join(f"{w:g}" for w in dict.fromkeys(g["w"] for g in groups)),
-        found=finding(document, target), rows="\n\n".join(blocks), rules="\n".join(rules),
+        scales=", ".join(f"{w:g}" for w in dict.fromkeys(g["w"] for g in groups)),
+        found=finding(document, target), rows="\n\n".join(blocks),
     )  # fmt: skip
 
 
@@ -112,13 +119,14 @@ def finding(document: dict[str, Any], target: int) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.free_report", description=__doc__)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, nargs="+", default=RESULTS, help="one of each budget")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     a = parser.parse_args(arguments)
     try:
-        if not a.json.is_file():
-            raise InputError(f"there is no {a.json}; make it with: python -m benchmarks.emoji.tables --budget 16")
-        a.document.write_text(page(read(a.json), a.json))
+        for file in a.json:
+            if not file.is_file():
+                raise InputError(f"there is no {file}; make it with: python -m benchmarks.emoji.tables --budget 16")
+        a.document.write_text(page([(file, read(file)) for file in a.json]))
     except InputError as error:
         parser.error(str(error))
 

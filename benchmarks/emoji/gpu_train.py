@@ -832,12 +832,38 @@ class Installer:
         ends = {"from": part["from"], "to": part["to"]}
         self._record(folder, guide, part, settings, stage="steps", fresh_states=part["error"], **ends)
 
+    def install_sharpener(self, folder: Path) -> None:
+        """The bundled tiny guide with the run's sharpener.
+
+        Raises:
+            RuntimeError: if the sharpener was trained beside another guide.
+        """
+        from safetensors.torch import load_file
+
+        from pnp_trt.bundle.store import sha256, write_json
+        from pnp_trt.distill.run import save_guide
+        from pnp_trt.models.guides.load import load_guide
+        from pnp_trt.models.guides.sharpener import with_new_sharpener, without_sharpener
+
+        part, bundled = self.report["parts"]["sharpener"], self.assets / "guides/emoji-tiny"
+        if part["of"] not in ("this run", sha256(bundled / "diffusion_pytorch_model.safetensors")):
+            raise RuntimeError(f"the sharpener was trained beside another guide than {bundled}")
+        state = load_file(self.source / "sharpener.safetensors")
+        guide = with_new_sharpener(without_sharpener(load_guide(str(bundled))), len(state["enter.bias"]))
+        assert guide.sharpener is not None
+        guide.sharpener.load_state_dict(state)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_guide(guide.float(), folder)
+        record = json.loads((bundled / "distill.json").read_text())
+        told = {k: self.report[k] for k in ("device", "date", "torch", "batch")}
+        write_json(folder / "distill.json", record | {"sharpener": {"command": COMMAND, **told, **part}})
+
 
 def guide_folders(source: Path, assets: Path, out: Path) -> None:
     """Fill ``out`` with the guides that the tables sample: copies of the bundled ones, and those that are not shipped.
 
-    ``full`` is made of ``guide-full.safetensors``, ``step-lora-N`` of ``guide-step-lora.safetensors``; both as far as
-    the run trained them.
+    ``full`` is made of ``guide-full.safetensors``, ``tiny-sharpened`` of the bundled guide and
+    ``sharpener.safetensors``, ``step-lora-N`` of ``guide-step-lora.safetensors``; each as far as the run trained it.
     """
     for count in (None, *CHAIN):
         name = "tiny" if count is None else f"tiny-{count}"
@@ -846,6 +872,8 @@ def guide_folders(source: Path, assets: Path, out: Path) -> None:
     installer = Installer(source, assets, report)
     if (source / "guide-full.safetensors").exists():
         installer.install(out / "full", "guide full", "guide-full", "full")
+    if (source / "sharpener.safetensors").exists():
+        installer.install_sharpener(out / "tiny-sharpened")
     if (source / "guide-step-lora.safetensors").exists():
         steps = report["parts"]["guide step lora"]["steps_of"]
         installer.install(out / f"step-lora-{steps}", "guide step lora", "guide-step-lora")

@@ -12,7 +12,7 @@ from typing import Any
 from pnp_trt.bundle.store import write_text
 from pnp_trt.errors import InputError
 
-from ..records import read
+from ..records import machine_said, read
 from .cells import FINE_TUNES, FREE_SCALES, HEADLINE_W, METHODS, SCALES, Cell, all_cells
 from .compare import outcome
 from .tables_figures import grid, plot
@@ -73,7 +73,7 @@ The guides were distilled on the base alone. Captions, real images and CFG are t
 No guidance; CFG with fewer steps (25, 8 and 4 steps cost the 50, 16 and 8 NFE of a guide); CFG on an interval of
 timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep} images of other noise. Cached
 differences, R-CFG, anchors and w over the steps, defined in `benchmarks/emoji/free.py`, make the most steps that 50, 16
-or 8 evaluations allow; [a first look](no-training.md) has them on few images.
+or 8 evaluations allow; [a page of their own](no-training.md) has them.
 {verdict_c}
 
 {c}
@@ -99,14 +99,6 @@ def seeds_said(seeds: int) -> str:
     return f"""The headline rows have {seeds} sets of noise: their figure is the mean of the {seeds}, its
 interval resamples captions (images of one caption are not independent); the JSON has each set by itself. The others
 have one set (R@k: Wilson's interval)."""
-
-
-def machine_said(document: Row) -> str:
-    """What sampled the images."""
-    device = document["provenance"]["device"]
-    if "--device cuda" in (document["provenance"]["command"] or ""):
-        return str(device["gpu"])
-    return f"{device['processor']}, {device['threads']} thread{'s' * (device['threads'] != 1)}"
 
 
 def number(e: Row | None, digits: int = 4, scale: float = 1.0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_the_page_says_who_wins() -> None:
                        "device": {"processor": "p", "threads": 1}},
         "groups": [group("tiny", 16, 16), group("cached-3", 12, 16), group("anchors-8", 12, 16)],
     }  # fmt: skip
-    text = free_report.page(document)
+    text = free_report.page([(Path("made.json"), document)])
     assert "By KID, of 2 rows at no more evaluations, **shown better than the guide: tiny, CFG every 8th step" in text
     assert "1 is shown worse" in text and "0.0500 [0.0400, 0.0600] ▲" in text
     assert "-0.0500 [-0.0600, -0.0400] ▼" in text
@@ -143,4 +144,4 @@ def test_the_page_says_who_wins() -> None:
     assert "FasterCache" in text and "StreamDiffusion" in text
     del document["settings"]["budget"]
     with pytest.raises(InputError, match="is of no budget"):
-        free_report.page(document)
+        free_report.page([(Path("made.json"), document)])

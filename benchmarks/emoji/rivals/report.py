@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,20 @@ def rates(rivals: Sequence[Row]) -> str:
         return "Learning rates were set by rule and not searched."
     if len(pilots) > 1:
         raise InputError(f"the rivals had different pilots: {sorted(pilots)} steps; train them again")
-    return (
+    said = (
         f"Each rival's learning rate is the best of three, a factor of three apart, by the loss on fresh states after "
         f"{pilots.pop()} steps."
     )
+    ends = [r["title"] for r in rivals if r["lr"] in (min(tried := _tried(r)), max(tried))]
+    if ends:
+        which = "every rival" if len(ends) == len(rivals) else "; ".join(ends)
+        said += f" It is the highest or the lowest of the three for {which}: better rates may lie beyond."
+    return said
+
+
+def _tried(rival: Row) -> list[float]:
+    """The rates of a rival's pilot; the chosen one as it was recorded, the others to two digits."""
+    return [rival["lr"] if math.isclose(float(k), rival["lr"], rel_tol=0.05) else float(k) for k in rival["pilot_loss"]]
 
 
 HEAD = ("method", "evaluations", "KID ↓", "R@1, % ↑", "R@5, % ↑", "PSNR, dB ↑", "cosine ↑", "chroma",

@@ -1,0 +1,253 @@
+"""A LoRA with which CFG takes 8 steps, and a guide for the U-Net with it, against the guide of stage 2.
+
+``python -m benchmarks.emoji.step_lora measure --from FOLDER`` takes what ``gpu_train train --step-lora`` and
+``gpu_train guides`` wrote; ``report`` draws ``docs/step-lora.md`` from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
+from pnp_trt.build.swap.lora import LayerNames, Lora, load, merge
+from pnp_trt.bundle.store import digest, sha256, write_json, write_text
+from pnp_trt.errors import InputError
+from pnp_trt.models.bases import resolve
+from pnp_trt.models.catalog import guide_folder
+from pnp_trt.models.guides.load import load_guide
+
+from ..records import add_images_option, machine_said, read
+from . import compare
+from .cells import TEACHER
+from .compare import Ranked, outcome
+from .measures import Shots, real_images
+from .network import FLOAT32, Network
+from .provenance import machine, relative
+from .runner import captions
+from .sampler import Guidance, Sampler
+from .tables_report import DASH, number, recall_of, table
+
+SCHEMA = "pnp-trt/emoji-step-lora/1"
+RESULTS = Path("benchmarks/results/emoji-step-lora.json")
+DOCUMENT = Path("docs/step-lora.md")
+STEPS, MANY = 8, 50
+SCALES = (3.0, 5.0)
+CFG, CFG_MANY, NONE = "cfg", "cfg-50", "none"
+#: method → (its name in the table, kind of guidance, steps)
+METHODS = {
+    CFG_MANY: ("CFG", "cfg", MANY),
+    CFG: ("CFG", "cfg", STEPS),
+    "cfg+lora": ("CFG, step LoRA", "cfg", STEPS),
+    NONE: ("no guidance", "none", STEPS),
+    "tiny": ("tiny guide of stage 1", "guided", STEPS),
+    "tiny-8": ("tiny guide of stage 2", "guided", STEPS),
+    "tiny+lora": ("step LoRA and a tiny guide for it", "guided", STEPS),
+}
+
+TEXT = """# A LoRA for few steps, and a guide for it
+
+Written by `python -m benchmarks.emoji.step_lora report` from `{source}`, which was made by
+`{command}` ({date}, {machine}, torch {torch}).
+
+Stage 2 halves the steps of a *guide*. Here its loss (Salimans & Ho 2022, algorithm 2) trains a *LoRA* of the U-Net
+instead, with classifier-free guidance in both the teacher's steps and the student's: 32 → 16 → 8 steps, rank {rank},
+{lora_steps} optimizer steps of {lora_batch} trajectories for the last halving. CFG is kept: the U-Net with the LoRA still
+takes w and negative prompts. The LoRA is then merged and a tiny guide is trained for the merged U-Net on states of
+8-step trajectories ({guide_steps} optimizer steps of {batch} states). The budgets are not equal: the bundled guide of
+stage 1 had {tiny_steps} such steps, and the one of stage 2 for 8 steps was made of it by {stage2_steps} more for each
+halving. The LoRA has PEFT's keys, so `pnp-trt plug --lora` merges it.
+
+{images} images of trained captions, one set of noise, one training seed. KID, R@1 and distance are those of
+[the tables](distillation-tables.md); distance is to CFG's images in {many} steps; gains are paired by caption and
+noise, above 0 better. Brackets are 95 % intervals; ▲ and ▼ mark gains and losses whose interval excludes 0.
+
+{found}
+
+{rows}
+"""
+
+
+class Measurer:
+    """Samples each method at each w once, keeps the images under ``cache``, and measures them.
+
+    Args:
+        source: folder of ``step-lora-8.safetensors``.
+        guides: folder of the guide ``step-lora-8``.
+    """
+
+    def __init__(
+        self, source: Path, guides: Path, judge: Path, cache: Path, images: int, device: str, batch: int
+    ) -> None:  # fmt: skip
+        self.cache, self.images, self.batch = cache / "step-lora", images, batch
+        self.head, self.extract = AlignmentHead.load(judge), FeatureExtractor(device)
+        self.sampler = Sampler(resolve(TEACHER).folder, device=device)
+        self.rows = captions("train", images)
+        self.lora_file = source / f"step-lora-{STEPS}.safetensors"
+        if not self.lora_file.is_file():
+            raise InputError(f"there is no {self.lora_file}; make it with: gpu_train train --step-lora 105")
+        folders = {
+            "tiny": guide_folder("emoji-tiny"), "tiny-8": guide_folder("emoji-tiny-8"),
+            "tiny+lora": guides / f"step-lora-{STEPS}",
+        }  # fmt: skip
+        self.guides = {name: load_guide(str(path)).to(device) for name, path in folders.items()}
+        weights = {n: sha256(path / "diffusion_pytorch_model.safetensors") for n, path in folders.items()}
+        self.hashes = {"lora": sha256(self.lora_file), **weights}
+        self.with_lora = copy.deepcopy(self.sampler.unet)
+        lora = load(Lora.parse(str(self.lora_file)), LayerNames({"unet": self.with_lora}))
+        merge(self.with_lora, "unet", [lora])
+
+    def shots(self, method: str, w: float) -> Shots:
+        """The images of a method, sampled if they are not there."""
+        _, kind, steps = METHODS[method]
+        how = Guidance(kind, 1.0 if kind == "none" else w)
+        unet = self.with_lora if method.endswith("+lora") else self.sampler.unet
+        key = digest([method, how.w, steps, self.hashes, self.images, self.batch, self.sampler.device])
+
+        def make() -> Any:
+            network = Network(unet, self.guides.get(method), FLOAT32, False, self.batch)
+            return self.sampler.draw(self.rows, network, how, self.sampler.schedule(steps), self.batch)
+
+        return Shots.cached(self.cache / f"{method}-{w:g}-{key[:12]}.npz", make, self.extract)
+
+    def measure(self, rendered: Path) -> list[dict[str, Any]]:
+        """All methods at all scales."""
+        real = real_images(self.rows, rendered)
+        artists, concepts = Shots(real, self.extract(real)), [a.concept for a in self.rows]
+        found = []
+        for w in SCALES:
+            at = {m: Ranked.of(self.shots(m, w), concepts, self.head) for m in METHODS}
+            for m, (_, kind, steps) in METHODS.items():
+                row = {"method": m, "w": w, "steps": steps, "evaluations": steps * (2 if kind == "cfg" else 1)}
+                row |= compare.quality(artists, [at[m]])
+                if m != CFG_MANY:
+                    row["distance_to_cfg"] = compare.distance([at[m]], [at[CFG_MANY]])
+                    row["gain_over"] = {
+                        other: compare.gain(artists, [at[other]], [at[m]])
+                        for other in (CFG_MANY, CFG, "tiny-8") if other != m
+                    }  # fmt: skip
+                found.append(row)
+        return found
+
+
+def measure(
+    source: Path, guides: Path, judge: Path, cache: Path, results: Path, images: int, device: str, batch: int,
+    command: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Sample and measure; writes ``results`` and returns what it holds.
+
+    Raises:
+        InputError: if weights are missing, or for fewer than 4 images.
+    """
+    if images < 4:
+        raise InputError(f"images must be at least 4, got {images}")
+    told, begun = machine(command), time.monotonic()
+    measurer = Measurer(source, guides, judge, cache, images, device, batch)
+    rows = measurer.measure(cache)
+    parts = json.loads((source / "train.json").read_text())["parts"]
+    trained = {
+        name: json.loads((guide_folder(name) / "distill.json").read_text())["settings"]["train"]["steps"]
+        for name in ("emoji-tiny", "emoji-tiny-8")
+    }
+    document = {
+        "schema": SCHEMA,
+        "provenance": told | {"weights_sha256": measurer.hashes, "judge_sha256": measurer.head.sha256},
+        "settings": {"images": images, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
+                     "seconds": round(time.monotonic() - begun, 1)},
+        "training": {k: {n: v for n, v in p.items() if n != "log"} for k, p in parts.items() if "step lora" in k},
+        "bundled_steps": trained,
+        "rows": rows,
+    }  # fmt: skip
+    write_json(results, document)
+    return document
+
+
+def _gain(row: dict[str, Any], other: str) -> str:
+    found = row.get("gain_over", {}).get(other)
+    if found is None:
+        return DASH
+    return number(found["kid"]) + {"better": " ▲", "worse": " ▼"}.get(outcome(found["kid"]), "")
+
+
+def finding(rows: list[dict[str, Any]]) -> str:
+    """What the step LoRA's two rows are against stage 2's guide and CFG in as many steps."""
+    names, lines = {m: name for m, (name, _, _) in METHODS.items()}, []
+    said = {
+        "better": "shown better than",
+        "worse": "shown worse than",
+        "no difference shown": "not shown to differ from",
+    }
+    for row in rows:
+        against = {"tiny+lora": (CFG, "tiny-8"), "cfg+lora": (CFG,)}.get(row["method"], ())
+        for other in against:
+            kid = outcome(row["gain_over"][other]["kid"])
+            recall = outcome(row["gain_over"][other]["R@1"])
+            lines.append(
+                f"- w = {row['w']:g}: {names[row['method']]} is {said[kid]} {names[other]} in {STEPS} steps by KID, "
+                f"and {said[recall]} it by R@1."
+            )
+    return "\n".join(lines)
+
+
+def page(document: dict[str, Any], source: Path = RESULTS) -> str:
+    """The page, from the JSON alone."""
+    told, training = document["provenance"], document["training"]
+    lora, guide = training[f"step lora {STEPS}"], training["guide step lora"]
+    bundled, blocks = document["bundled_steps"], []
+    for w in dict.fromkeys(r["w"] for r in document["rows"]):
+        rows = [
+            [METHODS[r["method"]][0], str(r["steps"]), str(r["evaluations"]), number(r["kid"]), recall_of(r, 1),
+             number(r.get("distance_to_cfg", {}).get("psnr_db"), 1), _gain(r, CFG), _gain(r, "tiny-8")]
+            for r in document["rows"] if r["w"] == w
+        ]  # fmt: skip
+        head = ("method", "steps", "evaluations", "KID ↓", "R@1, % ↑", "PSNR, dB ↑",
+                f"KID gain over CFG, {STEPS} steps ↑", "KID gain over stage 2 ↑")  # fmt: skip
+        blocks.append(f"**w = {w:g}**\n\n{table(head, rows)}")
+    return TEXT.format(
+        source=source.as_posix(), command=told["command"], date=told["date"][:10], machine=machine_said(document),
+        torch=told["versions"]["torch"], rank=lora["rank"], lora_steps=lora["steps"], lora_batch=lora["batch"] // 2,
+        guide_steps=guide["steps"], batch=guide["batch"], tiny_steps=f"{bundled['emoji-tiny']:,}",
+        stage2_steps=f"{bundled['emoji-tiny-8']:,}", many=MANY,
+        images=document["settings"]["images"], found=finding(document["rows"]), rows="\n\n".join(blocks),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.emoji.step_lora", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_subparsers(dest="what", required=True)
+    one, two = what.add_parser("measure"), what.add_parser("report")
+    one.add_argument("--from", dest="source", type=Path, default=Path("build/emoji/gpu"), help="of gpu_train train")
+    one.add_argument("--guides", type=Path, default=Path("build/emoji/guides"), help="of gpu_train guides")
+    one.add_argument("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
+    one.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered images, and the samples")
+    add_images_option(one, 512, "of trained captions, for each row")
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    one.add_argument("--batch", type=int, default=32, help="images sampled at once")
+    two.add_argument("--document", type=Path, default=DOCUMENT)
+    for each in (one, two):
+        each.add_argument("--json", type=Path, default=RESULTS)
+    a = parser.parse_args(arguments)
+    try:
+        if a.what == "measure":
+            words = ["python", "-m", "benchmarks.emoji.step_lora", "measure", "--from", relative(a.source)]
+            words += ["--guides", relative(a.guides), "--images", str(a.images)]
+            words += ["--device", a.device] if a.device != "cpu" else []
+            measure(a.source, a.guides, a.judge, a.cache, a.json, a.images, a.device, a.batch, shlex.join(words))
+        elif a.json.is_file():
+            write_text(page(read(a.json), a.json), a.document)
+        else:
+            raise InputError(f"there is no {a.json}; make it with: python -m benchmarks.emoji.step_lora measure")
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -57,11 +57,11 @@ Written by `python -m benchmarks.emoji.step_lora report` from `{source}`, which 
 
 Stage 2 halves the steps of a *guide*. Here its loss (Salimans & Ho 2022, algorithm 2) trains a *LoRA* of the U-Net
 instead, with classifier-free guidance in both the teacher's steps and the student's: 32 → 16 → 8 steps, rank {rank},
-{lora_steps} optimizer steps of {lora_batch} trajectories for the last halving. CFG is kept: the U-Net with the LoRA still
-takes w and negative prompts. The LoRA is then merged and a tiny guide is trained for the merged U-Net on states of
-8-step trajectories ({guide_steps} optimizer steps of {batch} states). The budgets are not equal: the bundled guide of
-stage 1 had {tiny_steps} such steps, and the one of stage 2 for 8 steps was made of it by {stage2_steps} more for each
-halving. The LoRA has PEFT's keys, so `pnp-trt plug --lora` merges it.
+{lora_steps} optimizer steps of {lora_batch} trajectories for the last halving. CFG is kept: the U-Net with the LoRA
+still takes w and negative prompts. The LoRA is then merged and a tiny guide is trained for the merged U-Net on states
+of 8-step trajectories ({guide_steps} optimizer steps of {batch} states). The budgets are not equal: the bundled guide
+of stage 1 had {tiny_steps} such steps, and the one of stage 2 for 8 steps was made of it by {stage2_steps} more of
+{stage2_batch} states for each halving. The LoRA has PEFT's keys, so `pnp-trt plug --lora` merges it.
 
 {images} images of trained captions, one set of noise, one training seed. KID, R@1 and distance are those of
 [the tables](distillation-tables.md); distance is to CFG's images in {many} steps; gains are paired by caption and
@@ -151,7 +151,7 @@ def measure(
     rows = measurer.measure(cache)
     parts = json.loads((source / "train.json").read_text())["parts"]
     trained = {
-        name: json.loads((guide_folder(name) / "distill.json").read_text())["settings"]["train"]["steps"]
+        name: json.loads((guide_folder(name) / "distill.json").read_text())["settings"]["train"]
         for name in ("emoji-tiny", "emoji-tiny-8")
     }
     document = {
@@ -160,7 +160,7 @@ def measure(
         "settings": {"images": images, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
                      "seconds": round(time.monotonic() - begun, 1)},
         "training": {k: {n: v for n, v in p.items() if n != "log"} for k, p in parts.items() if "step lora" in k},
-        "bundled_steps": trained,
+        "bundled": trained,
         "rows": rows,
     }  # fmt: skip
     write_json(results, document)
@@ -198,7 +198,7 @@ def page(document: dict[str, Any], source: Path = RESULTS) -> str:
     """The page, from the JSON alone."""
     told, training = document["provenance"], document["training"]
     lora, guide = training[f"step lora {STEPS}"], training["guide step lora"]
-    bundled, blocks = document["bundled_steps"], []
+    bundled, blocks = document["bundled"], []
     for w in dict.fromkeys(r["w"] for r in document["rows"]):
         rows = [
             [METHODS[r["method"]][0], str(r["steps"]), str(r["evaluations"]), number(r["kid"]), recall_of(r, 1),
@@ -211,8 +211,8 @@ def page(document: dict[str, Any], source: Path = RESULTS) -> str:
     return TEXT.format(
         source=source.as_posix(), command=told["command"], date=told["date"][:10], machine=machine_said(document),
         torch=told["versions"]["torch"], rank=lora["rank"], lora_steps=lora["steps"], lora_batch=lora["batch"] // 2,
-        guide_steps=guide["steps"], batch=guide["batch"], tiny_steps=f"{bundled['emoji-tiny']:,}",
-        stage2_steps=f"{bundled['emoji-tiny-8']:,}", many=MANY,
+        guide_steps=guide["steps"], batch=guide["batch"], tiny_steps=f"{bundled['emoji-tiny']['steps']:,}",
+        stage2_steps=f"{bundled['emoji-tiny-8']['steps']:,}", stage2_batch=bundled["emoji-tiny-8"]["batch"], many=MANY,
         images=document["settings"]["images"], found=finding(document["rows"]), rows="\n\n".join(blocks),
     )  # fmt: skip
 

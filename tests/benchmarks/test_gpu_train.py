@@ -281,3 +281,72 @@ def test_one_counts_trajectories_are_not_in_step() -> None:
     states.stagger()
     assert states.k.tolist() == 2 * list(range(8))
     assert len(set(states.batch()[1][16:].tolist())) == 8
+
+
+def test_negative_prompts_stay_with_their_trajectories() -> None:
+    torch.manual_seed(0)
+    prompts = torch.arange(40.0)[:, None, None].expand(40, 77, 8)
+    states = gpu_train.NegativeStates(fake_data(), prompts, torch.zeros(3, 77, 8), batch=16)
+    states.k.copy_(torch.tensor([0, 0, 0, 0, 7, 7, 7, 7]))
+    states.row.fill_(0)  # of 8 steps: the last four trajectories end
+    before = states.negatives()[8:, 0, 0].clone()
+    whole = torch.zeros(16, 8, 16, 16)
+    states.advance(whole, whole)
+    after = states.negatives()[8:, 0, 0]
+    assert torch.equal(after[:4], before[:4]) and (after[4:] != before[4:]).any()
+    first = {float(v) for _ in range(20) for v in states.negatives()[:8, 0, 0]}
+    assert len(first) > 20  # those of noised images are new in every batch
+
+
+def test_the_sharpener_is_trained_alone_and_put_into_the_bundled_guide(packed: Path, tmp_path: Path) -> None:
+    out, guides = tmp_path / "out", tmp_path / "guides"
+    gpu_train.main(["train", "--data", str(packed), "--out", str(out), *SMALL, "--sharpen", "9",
+                    "--sharpener-width", "8"])  # fmt: skip
+    report = json.loads((out / "train.json").read_text())["parts"]["sharpener"]
+    assert report["loss_on_fresh_states"].keys() == {"with", "without"}
+    gpu_train.main(["guides", "--from", str(out), "--out", str(guides)])
+    guide, bundled = load_guide(str(guides / "tiny-sharpened")), load_guide("emoji-tiny")
+    trained, own = load_file(out / "sharpener.safetensors"), dict(guide.state_dict())
+    assert guide.config.sharpener_width == 8 and all(torch.equal(own[f"sharpener.{k}"], v) for k, v in trained.items())
+    assert all(torch.equal(own[k], v) for k, v in bundled.state_dict().items())
+    record = json.loads((guides / "tiny-sharpened/distill.json").read_text())
+    assert record["stage"] == "guidance" and record["sharpener"]["steps"] == 1
+    changed = json.loads((out / "train.json").read_text())
+    changed["parts"]["sharpener"]["of"] = "0" * 64
+    (out / "train.json").write_text(json.dumps(changed))
+    with pytest.raises(RuntimeError, match="beside another guide"):
+        gpu_train.main(["guides", "--from", str(out), "--out", str(guides)])
+
+
+def test_the_sharpeners_loss_is_the_formula() -> None:
+    """Weighted squared error to eps(neg) + w (eps(c) − eps(neg)), with x0 weighting over w."""
+    from diffusers import DDIMScheduler
+
+    from pnp_trt.models.guides.sharpener import with_new_sharpener
+
+    torch.manual_seed(3)
+    unet, text = resolve("emoji").unet(), torch.randn(5, 77, 128)
+    guide = with_new_sharpener(load_guide("emoji-tiny"), 8)
+    torch.nn.init.normal_(guide.sharpener.leave.weight, std=0.2)
+    states, empty = gpu_train.NegativeStates(fake_data(), text, text[:3], batch=4), torch.randn(1, 77, 128)
+    given = {}
+    for name in ("batch", "negatives"):  # what the loss draws, seen from outside
+        own = getattr(states, name)
+        setattr(states, name, lambda own=own, name=name: given.setdefault(name, own()))
+    with torch.no_grad():
+        loss = float(gpu_train.sharpening_loss(unet, guide, states, empty)())
+        x, t, prompt, w = given["batch"]
+        negative = given["negatives"]
+        c, n = unet(x, t, prompt).sample, unet(x, t, negative).sample
+        target = n + w[:, None, None, None] * (c - n)
+        sharp = guide.sharpener(prompt, negative, empty.expand_as(prompt), w)
+        assert not torch.equal(sharp, prompt)
+        # the bundled guide on the sharpened text, by the public way of using a guide
+        from pnp_trt.models.student import Student
+
+        prediction = Student(unet, load_guide("emoji-tiny"))(x, t, sharp, w)
+    abar = DDIMScheduler(**scheduler_config()).alphas_cumprod
+    by_time = ((1 - abar) / abar).clamp(max=5)
+    weight = by_time[t] / by_time.mean() / w
+    wanted = float((((prediction - target) ** 2).mean((1, 2, 3)) * weight).mean())
+    assert loss == pytest.approx(wanted, rel=1e-4)

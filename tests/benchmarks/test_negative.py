@@ -1,0 +1,64 @@
+"""Negative prompts by a sharpener: the measurement on few images, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("efficientnet_lite_pytorch")
+
+from benchmarks.emoji import negative  # noqa: E402  (needs torch)
+from pnp_trt.models.guides.load import load_guide  # noqa: E402
+from pnp_trt.models.guides.sharpener import with_new_sharpener  # noqa: E402
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The bundled guide with a sharpener that changes something."""
+    torch.manual_seed(0)
+    guide = with_new_sharpener(load_guide("emoji-tiny"), 8)
+    torch.nn.init.normal_(guide.sharpener.leave.weight, std=0.05)
+    guide.save_pretrained(tmp_path / "guide")
+    return tmp_path / "guide"
+
+
+def test_rows_are_paired_with_cfg_of_the_same_negative_prompts(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    negative.main(["--guide", str(folder), "--images", "4", "--steps", "2", "--json", str(out)])
+    document = json.loads(out.read_text())
+    assert [row["w"] for row in document["rows"]] == list(negative.SCALES)
+    for row in document["rows"]:
+        gained = row["sharpener"]["psnr_db"]["value"] - row["without"]["psnr_db"]["value"]
+        assert row["gain"]["psnr_db"]["value"] == pytest.approx(gained, abs=1e-6) and gained != 0
+
+
+def test_cfg_is_diffusers_own_with_the_negative_prompt(folder: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from benchmarks.emoji.cells import TEACHER
+    from benchmarks.emoji.runner import captions
+    from benchmarks.emoji.sampler import Sampler
+    from pnp_trt.models.bases import resolve
+
+    base, steps, w = resolve(TEACHER).folder, 3, 3.0
+    found = negative.sample(Sampler(base), load_guide(str(folder)), 4, steps, w)[negative.CFG]
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    rows = captions("train", 4)
+    noise = torch.stack([torch.randn((8, 16, 16), generator=torch.Generator().manual_seed(a.seed)) for a in rows])
+    made = pipe(
+        prompt=[a.prompt for a in rows], negative_prompt=[a.prompt for a in rows[2:] + rows[:2]], latents=noise,
+        num_inference_steps=steps, guidance_scale=w, output_type="np",
+    ).images  # fmt: skip
+    assert np.abs(found.astype(float) - np.round(made * 255)).max() <= 1
+
+
+def test_a_guide_without_a_sharpener_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        negative.main(["--guide", "emoji-tiny", "--images", "4"])
+    assert "has no sharpener; make one with: pnp-trt distill guidance --sharpen" in capsys.readouterr().err

@@ -65,3 +65,11 @@ def test_the_wheel_is_small() -> None:
     compressed = sum(len(zlib.compress(data)) for data in code)
     assert compressed < CODE and sum(map(len, code)) > compressed
     assert compressed + assets < WHEEL
+
+
+def test_no_folder_of_tests_is_left_out(request: pytest.FixtureRequest) -> None:
+    """pytest leaves out folders of some names in silence, ``build`` among them."""
+    patterns = request.config.getini("norecursedirs")
+    folders = {f.parent for f in TESTS.rglob("test_*.py")}
+    names = {part for f in folders for part in f.relative_to(TESTS).parts}
+    assert "build" in names and not [n for n in names for p in patterns if fnmatch(n, p)]

@@ -118,6 +118,7 @@ def test_verdict_and_card_say_what_the_intervals_say(
         "autoencoder": row(0.8) | {"psnr_db": {"value": 24.0, "low": 23.0, "high": 25.0, "count": 9}},
         "provenance": {
             "weights_sha256": {"unet/x.safetensors": "abc"}, "judge_sha256": "def", "date": "2026-11-21T00:00:00",
+            "command": "python -m benchmarks.emoji.figures",
             "device": {"processor": "a processor", "threads": 2}, "versions": {"torch": "2", "diffusers": "0"},
         },
         "settings": {"steps": 20, "precision": "float32"},

@@ -6,8 +6,12 @@ import ast
 import statistics
 import zlib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+
+TESTS = Path(__file__).parent
 PACKAGE = Path(__file__).parents[1] / "pnp_trt"
 #: lines of a body; more need a sentence ``Long: …`` in the docstring
 MOST = 60

@@ -47,7 +47,7 @@ METHODS = {
     NONE: ("no guidance", "none", STEPS),
     "tiny": ("tiny guide of stage 1", "guided", STEPS),
     "tiny-8": ("tiny guide of stage 2", "guided", STEPS),
-    "tiny+lora": ("step LoRA and a tiny guide for it", "guided", STEPS),
+    "tiny+lora": ("tiny guide, step LoRA", "guided", STEPS),
 }
 
 TEXT = """# A LoRA for few steps, and a guide for it

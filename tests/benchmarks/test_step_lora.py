@@ -60,7 +60,7 @@ def test_rows_are_measured_and_the_page_is_drawn(
     assert set(document["training"]) == {"step lora 16", "step lora 8", "guide step lora"}
     step_lora.main(["report", "--json", str(out), "--document", str(page)])
     text = page.read_text()
-    assert text.count("| step LoRA and a tiny guide for it | 2 | 2 |") == 2 and "rank 8" in text
+    assert text.count("| tiny guide, step LoRA | 2 | 2 |") == 2 and "rank 8" in text
     assert not findings(prose(text))
 
     with pytest.raises(SystemExit):
@@ -86,5 +86,5 @@ def test_findings_follow_the_intervals() -> None:
         row("tiny+lora", {"cfg": (-0.2, -0.1), "tiny-8": (-0.1, 0.1)}),
     ])  # fmt: skip
     assert "CFG, step LoRA is shown better than CFG in 8 steps by KID" in text
-    assert "for it is shown worse than CFG in 8 steps" in text
-    assert "for it is not shown to differ from tiny guide of stage 2 in 8 steps" in text
+    assert "tiny guide, step LoRA is shown worse than CFG in 8 steps" in text
+    assert "tiny guide, step LoRA is not shown to differ from tiny guide of stage 2 in 8 steps" in text

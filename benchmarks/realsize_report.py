@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from .realsize import RESULTS
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "real-size.md"
 #: names of architectures as people know them, in the order of the tables
 TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "SDXL"}
+STEPS = ("guided", "unguided", "CFG", "diffusers CFG")
+STEP_RATIOS = ("guided / unguided", "guided / CFG", "CFG / diffusers CFG")
 HEAD = """# Real sizes
 
 Seconds, memory and sizes of models of real size on a CPU with two cores, by `make realsize`. Weights are seeded random
@@ -106,10 +109,31 @@ def training() -> list[str]:
     return ["## Three steps of distillation", "", text, *table(head, cells, 1)] if cells else []
 
 
+def steps() -> list[str]:
+    """Records of ``cpu_steps``, the bundled model's first."""
+    cells = []
+    for name, title in {"emoji": "emoji (bundled)", **TITLES}.items():
+        file = RESULTS / f"cpu-steps-{name}.json"
+        if not file.is_file():
+            continue
+        record = json.loads(file.read_text(encoding="utf-8"))
+        for row in record["rows"]:
+            seconds = [f"{1000 * statistics.median(row['seconds'][n]):,.0f}" for n in STEPS]
+            ratios = [row["ratios"][n]["wall"] for n in STEP_RATIOS]
+            said = [f"{r['time_ratio']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]" for r in ratios]
+            cells.append([title, str(row["batch"]), *seconds, *said, str(record["threads"])])
+    text = (
+        "`python -m benchmarks.cpu_steps`: one evaluation of the U-Net at its own size in float32, ONNX Runtime and "
+        "diffusers' eager PyTorch, rounds interleaved; medians, and ratios within a round with 95 % intervals."
+    )
+    head = ["model", "batch", *(f"{n}, ms" for n in STEPS), *STEP_RATIOS, "threads"]
+    return ["## One step on a CPU", "", text, *table(head, cells, 1)] if cells else []
+
+
 def page() -> str:
     """The page's text."""
-    lines = [HEAD.rstrip(), "", *builds(), *runs(), *training()]
-    lines += ["The records are `benchmarks/results/realsize-*.json`; this page is written by "
+    lines = [HEAD.rstrip(), "", *builds(), *runs(), *steps(), *training()]
+    lines += ["The records are `benchmarks/results/realsize-*.json` and `cpu-steps-*.json`; this page is written by "
               "`python -m benchmarks.realsize_report`."]  # fmt: skip
     return "\n".join(lines) + "\n"
 

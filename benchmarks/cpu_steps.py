@@ -75,7 +75,7 @@ def in_diffusers(base: str, threads: int) -> Callable[[int], Step]:
 
     quiet_libraries()
     torch.set_num_threads(threads)
-    unet = resolve(base).unet().eval().requires_grad_(False)
+    unet = resolve(base).unet().float().eval().requires_grad_(False)  # random weights are float16
     config = unet.config
 
     def for_rows(rows: int) -> Step:

@@ -44,3 +44,20 @@ def test_an_engine_of_the_other_kind_is_refused(micro_bundles: Path, tmp_path: P
     with pytest.raises(SystemExit, match=r"plain has no guide; name another engine"):
         cpu_steps.main(["--guided", str(micro_bundles / "plain"), "--json", str(tmp_path / "x.json")])
     assert not (tmp_path / "x.json").exists()
+
+
+def test_diffusers_runs_in_float32_where_weights_are_half(micro_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pnp_trt.models import bases
+
+    unet = bases.resolve(str(micro_base)).unet()
+
+    class Half:
+        def unet(self) -> torch.nn.Module:
+            return unet.half()
+
+    monkeypatch.setattr(bases, "resolve", lambda name: Half())
+    threads = torch.get_num_threads()
+    try:
+        assert cpu_steps.in_diffusers("random:micro", 1)(2)().dtype == np.float32
+    finally:
+        torch.set_num_threads(threads)

@@ -101,7 +101,7 @@ def measure(
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="emoji-tiny")
@@ -109,9 +109,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--json", type=Path, default=RESULTS / "openvino-emoji.json")
+    parser.add_argument("--json", type=Path, help="default benchmarks/results/openvino-BASE.json")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     found = measure(given.engine, given.batches, given.rounds, given.threads, given.steps, given.jobs)
     for row in found["rows"]:
         middle = {name: 1000 * statistics.median(values) for name, values in row["seconds"].items()}
@@ -119,7 +119,8 @@ def main() -> None:
             f"{row['job']:12} batch {row['batch']}: onnxruntime {middle['onnxruntime']:8.2f} ms, openvino "
             f"{middle['openvino']:8.2f} ms, ratio {row['ratio']:.2f}, difference {row['difference']:.1e}"
         )
-    write_json(given.json, found)
+    base = found["engine"].partition("-")[0]
+    write_json(given.json or RESULTS / f"openvino-{base}.json", found)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,21 @@ def add_images_option(parser: argparse.ArgumentParser, default: int, help: str |
     )  # fmt: skip
 
 
+def add_sampling_options(parser: argparse.ArgumentParser, images: str, batch: int) -> None:
+    """What every command takes that samples images of the bundled model and measures them.
+
+    Args:
+        images: help of ``--images``.
+        batch: default of ``--batch``.
+    """
+    add = parser.add_argument
+    add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
+    add("--cache", type=Path, default=Path("build/emoji"), help="rendered images, samples, features, work in progress")
+    add_images_option(parser, 512, images)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="images of the two differ in the last bits")
+    add("--batch", type=int, default=batch, help="images sampled at once")
+
+
 def machine_said(document: dict[str, Any]) -> str:
     """What sampled the images."""
     device = document["provenance"]["device"]

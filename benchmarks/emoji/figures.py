@@ -22,7 +22,7 @@ from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
 from pnp_trt.bundle.store import write_json
 from pnp_trt.errors import InputError
 
-from ..records import add_images_option, read
+from ..records import add_sampling_options, read
 from .card import write_card
 from .data import BASE_STYLES, FINE_TUNE_STYLES, STYLES, split
 from .grid import draw_grid
@@ -156,16 +156,12 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=Path, default=assets / "emoji", help="a diffusers StableDiffusionPipeline folder")
     add("--fine-tune", action="append", default=[], metavar="STYLE=FILE", help="flat=FILE or 3d=FILE; may repeat")
-    add("--judge", type=Path, default=assets / "judge.safetensors")
-    add("--cache", type=Path, default=Path("build/emoji"), help="images, features and work in progress")
     add("--results", type=Path, default=Path("benchmarks/results/emoji-figures.json"))
     add("--grid", type=Path, default=assets / "emoji" / "grid.png")
     add("--card", type=Path, default=assets / "emoji" / "README.md")
     add("--card-only", action="store_true", help="only draw the card, from the results that are there")
-    add_images_option(parser, 512, "of trained captions, for each w")
+    add_sampling_options(parser, "of trained captions, for each w", BATCH)
     add("--steps", type=int, default=20)
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="images of the two differ in the last bits")
-    add("--batch", type=int, default=BATCH, help="images sampled at once")
     args = parser.parse_args()
     try:
         if args.card_only:

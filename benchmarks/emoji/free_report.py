@@ -14,9 +14,8 @@ from pnp_trt.errors import InputError
 
 from ..records import machine_said, read
 from .cells import BUDGETS, METHODS, rule
-from .compare import outcome
 from .free import RULES
-from .tables_report import distances, name, number, recall_of, table
+from .tables_report import DASH, distances, marked, name, number, recall_of, table
 
 RESULTS = tuple(Path(f"benchmarks/results/emoji-free-{budget}.json") for budget in BUDGETS)
 DOCUMENT = Path("docs/no-training.md")
@@ -76,8 +75,7 @@ def one_budget(document: dict[str, Any], source: Path) -> str:
         rows = []
         for g in sorted((g for g in groups if g["w"] == w), key=lambda g: (-g["evaluations"], g["kid"]["value"])):
             duel = duels.get((w, g["method"], g["steps"]))
-            gain = "–" if duel is None else number(duel["gain"]["kid"])
-            gain += {"better": " ▲", "worse": " ▼"}.get(outcome(duel["gain"]["kid"]), "") if duel else ""
+            gain = DASH if duel is None else marked(duel["gain"]["kid"])
             rows.append([name(g), str(g["steps"]), str(g["evaluations"]), number(g["kid"]), recall_of(g, 1),
                          distances(g, target), gain])  # fmt: skip
         head = ("method", "steps", "evaluations", "KID ↓", "R@1, % ↑", "PSNR, dB / cosine ↑", "guide's gain in KID ↑")
@@ -125,7 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for file in a.json:
             if not file.is_file():
-                raise InputError(f"there is no {file}; make it with: python -m benchmarks.emoji.tables --budget 16")
+                raise InputError(
+                    f"there is no {file}; make it with: python -m benchmarks.emoji.tables --budget N --json {file}, "
+                    f"where N is one of {', '.join(map(str, BUDGETS))}"
+                )
         a.document.write_text(page([(file, read(file)) for file in a.json]))
     except InputError as error:
         parser.error(str(error))

@@ -26,7 +26,7 @@ from pnp_trt.models.bases import resolve
 from pnp_trt.models.catalog import guide_folder
 from pnp_trt.models.guides.load import load_guide
 
-from ..records import add_images_option, read
+from ..records import add_sampling_options, read
 from . import compare
 from .cells import TEACHER
 from .compare import Ranked
@@ -238,13 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
     one = what.add_parser("measure")
     one.add_argument("--guide", default="emoji-tiny", help="name or folder")
     one.add_argument("--table", help="values from t = 0 to 999, separated by commas; default: fitted first")
-    one.add_argument("--cache", type=Path, default=Path("build/emoji"))
-    one.add_argument("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
+    add_sampling_options(one, "of trained captions, for each row", 64)
     one.add_argument("--json", type=Path, default=RESULTS)
-    add_images_option(one, 512)
     one.add_argument("--seeds", type=int, default=3)
-    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    one.add_argument("--batch", type=int, default=64)
     one.add_argument("--processes", type=int, default=1)
     two = what.add_parser("report")
     two.add_argument("--json", type=Path, default=RESULTS)

@@ -1047,9 +1047,9 @@ def train(a: argparse.Namespace) -> None:
     if tiny is not None:
         sample_grid(unet, vae, shown, empty, 3.0, out / "grid-tiny.png", tiny)
     if a.sharpen:
-        known = tiny if tiny is not None else GUIDES["tiny"].from_pretrained(tiny_folder)
+        beside = tiny if tiny is not None else GUIDES["tiny"].from_pretrained(tiny_folder)
         torch.manual_seed(a.seed + 2)
-        sharp = with_new_sharpener(without_sharpener(copy.deepcopy(known)).cpu(), a.sharpener_width).to(device).train()
+        sharp = with_new_sharpener(without_sharpener(copy.deepcopy(beside)).cpu(), a.sharpener_width).to(device).train()
         negatives = NegativeStates(sets["base"], prompts, everything["base"][:, 0], a.batch)
         loss = sharpening_loss(unet, sharp, negatives, empty)
         trainer = Trainer("sharpener", sharp, loss, 1e-3, a.sharpen, constant=0.3, ema=0.998, muon=False,

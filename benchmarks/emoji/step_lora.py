@@ -22,7 +22,7 @@ from pnp_trt.models.bases import resolve
 from pnp_trt.models.catalog import guide_folder
 from pnp_trt.models.guides.load import load_guide
 
-from ..records import add_images_option, machine_said, read
+from ..records import add_sampling_options, machine_said, read
 from . import compare
 from .cells import TEACHER
 from .compare import Ranked, outcome
@@ -31,7 +31,7 @@ from .network import FLOAT32, Network
 from .provenance import machine, relative
 from .runner import captions
 from .sampler import Guidance, Sampler
-from .tables_report import DASH, number, recall_of, table
+from .tables_report import DASH, marked, number, recall_of, table
 
 SCHEMA = "pnp-trt/emoji-step-lora/1"
 RESULTS = Path("benchmarks/results/emoji-step-lora.json")
@@ -169,9 +169,7 @@ def measure(
 
 def _gain(row: dict[str, Any], other: str) -> str:
     found = row.get("gain_over", {}).get(other)
-    if found is None:
-        return DASH
-    return number(found["kid"]) + {"better": " ▲", "worse": " ▼"}.get(outcome(found["kid"]), "")
+    return DASH if found is None else marked(found["kid"])
 
 
 def finding(rows: list[dict[str, Any]]) -> str:
@@ -226,11 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     one, two = what.add_parser("measure"), what.add_parser("report")
     one.add_argument("--from", dest="source", type=Path, default=Path("build/emoji/gpu"), help="of gpu_train train")
     one.add_argument("--guides", type=Path, default=Path("build/emoji/guides"), help="of gpu_train guides")
-    one.add_argument("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
-    one.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered images, and the samples")
-    add_images_option(one, 512, "of trained captions, for each row")
-    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    one.add_argument("--batch", type=int, default=32, help="images sampled at once")
+    add_sampling_options(one, "of trained captions, for each row", 32)
     two.add_argument("--document", type=Path, default=DOCUMENT)
     for each in (one, two):
         each.add_argument("--json", type=Path, default=RESULTS)

@@ -29,7 +29,7 @@ from pnp_trt.models.bases import resolve
 from pnp_trt.models.student import Student
 from pnp_trt.models.teacher import BaseModel
 
-from ..records import add_images_option
+from ..records import add_sampling_options
 from . import compare
 from .cells import BEST, FINE_TUNES, HEADLINE_W, INTERVALS, SCALES, TEACHER, Cell, all_cells, at_budget, spared
 from .compare import Ranked
@@ -295,7 +295,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--guides", type=Path, help=f"a folder that holds guides named {', '.join(GUIDES)}; default: the bundled ones")
-    add_images_option(parser, 512, "of trained captions, for each cell")
+    add_sampling_options(parser, "of trained captions, for each cell", BATCH)
     add("--only", default="A,B,C", help="tables, separated by commas")
     add("--seeds", type=int, default=3, help="noise sets of the headline rows")
     add("--only-teacher", action="store_true", help="sample the cells that need no guide, and stop")
@@ -306,11 +306,7 @@ def main() -> None:
     add("--most-steps", type=int, default=1000, help="leave out cells with more steps")
     add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
-    add("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
-    add("--cache", type=Path, default=Path("build/emoji"), help="images, features and work in progress")
     add("--eager", action="store_true", help="compile nothing")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--batch", type=int, default=BATCH, help="images sampled at once")
     add("--processes", type=int, default=1, help="that measure what is sampled")
     args = parser.parse_args()
     try:

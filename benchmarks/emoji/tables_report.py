@@ -113,12 +113,15 @@ def recall_of(row: Row, k: int) -> str:
     return number(row[f"R@{k}"], 1, 100)
 
 
+def marked(gain: Row) -> str:
+    """A gain with its interval, and ▲ or ▼ where that excludes 0."""
+    return number(gain) + {"better": " ▲", "worse": " ▼"}.get(outcome(gain), "")
+
+
 def kid_gain(row: Row, against: int | None) -> str:
     """Paired KID gain over CFG at ``against`` steps, or over no guidance."""
     found = row["gain_over_none"] if against is None else row["gain_over_cfg"].get(str(against))
-    if not found:
-        return DASH
-    return number(found["kid"]) + {"better": " ▲", "worse": " ▼"}.get(outcome(found["kid"]), "")
+    return marked(found["kid"]) if found else DASH
 
 
 def distances(row: Row, steps: int) -> str:

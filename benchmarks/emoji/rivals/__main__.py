@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pnp_trt.errors import InputError
 
-from ...records import add_images_option, read
+from ...records import add_sampling_options, read
 from . import RIVALS
 
 RESULTS = Path("benchmarks/results/emoji-rivals.json")
@@ -48,12 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--pilot", type=int, default=0, metavar="STEPS",
         help="choose each rival's learning rate among three by trainings of so many steps; 0 takes its own",
     )  # fmt: skip
-    two.add_argument("--judge", type=Path, default=Path("pnp_trt/assets/judge.safetensors"))
-    two.add_argument("--cache", type=Path, default=Path("build/emoji"), help="rendered images, and the samples")
     two.add_argument("--json", type=Path, default=RESULTS)
-    add_images_option(two, 512, "images of a cell")
-    two.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    two.add_argument("--batch", type=int, default=64, help="images sampled at once")
+    add_sampling_options(two, "images of a cell", 64)
     two.add_argument("--processes", type=int, default=1, help="that measure what is sampled")
     three = what.add_parser("report")
     three.add_argument("--json", type=Path, default=RESULTS)

@@ -12,7 +12,7 @@ from pnp_trt.errors import InputError
 
 from ..cells import TEACHER
 from ..compare import outcome
-from ..tables_report import DASH, number, recall_of, table
+from ..tables_report import DASH, marked, number, recall_of, table
 from .measure import CFG, NONE, SCHEMA
 from .world import BASES
 
@@ -106,9 +106,7 @@ def unequal(document: Row) -> str:
 
 
 def _gain(found: Row | None) -> str:
-    if not found:
-        return DASH
-    return number(found["kid"]) + {"better": " ▲", "worse": " ▼"}.get(outcome(found["kid"]), "")
+    return marked(found["kid"]) if found else DASH
 
 
 def rates(rivals: Sequence[Row]) -> str:

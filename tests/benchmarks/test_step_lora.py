@@ -43,7 +43,7 @@ def test_rows_are_measured_and_the_page_is_drawn(
 ) -> None:
     fewer = {m: (name, kind, 2) for m, (name, kind, _) in step_lora.METHODS.items()}
     monkeypatch.setattr(step_lora, "METHODS", fewer)
-    monkeypatch.setattr(step_lora, "real_images", lambda rows, cache: gpu_noise(len(rows)))
+    monkeypatch.setattr(step_lora, "real_images", lambda rows, cache: noise(len(rows)))
     out, page = trained / "r.json", trained / "page.md"
     step_lora.main(
         ["measure", "--from", str(trained / "gpu"), "--guides", str(trained / "guides"), "--images", "4",
@@ -68,7 +68,7 @@ def test_rows_are_measured_and_the_page_is_drawn(
     assert "step-lora-8.safetensors; make it with: gpu_train train --step-lora" in capsys.readouterr().err
 
 
-def gpu_noise(count: int) -> Any:
+def noise(count: int) -> Any:
     import numpy as np
 
     return np.random.default_rng(0).integers(0, 255, (count, 64, 64, 3)).astype(np.uint8)

@@ -171,7 +171,7 @@ gains: $(VENV)/.dev-installed
 rivals: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[recipe]'
 	test -f build/emoji/pack.npz || $(BIN)/python -m benchmarks.emoji.gpu_train pack
-	$(BIN)/python -m benchmarks.emoji.rivals train
+	$(BIN)/python -m benchmarks.emoji.rivals train --steps 800 --pilot 40
 	$(BIN)/python -m benchmarks.emoji.rivals measure --device cuda --batch 512 --processes $$(nproc)
 	$(BIN)/python -m benchmarks.emoji.rivals report
 

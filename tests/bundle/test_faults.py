@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pnp_trt.build.builder import build
@@ -145,6 +146,9 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     build(BuildSpec(str(micro_base), "none", out=tmp_path / "over"), force=True)
     # an export of another process, with other hashes of text, has the same bytes
     assert exact({n: f.sha256 for n, f in open_bundle(tmp_path / "over").manifest.files.items()}) == new
+    with np.load(tmp_path / "over/golden.npz") as one, np.load(tmp_path / "own/golden.npz") as other:
+        assert set(one) == set(other)
+        assert all(np.allclose(one[name], other[name], rtol=1e-5, atol=1e-6) for name in one)
     assert [p.name for p in tmp_path.glob(".over.partial-*")] == []
 
 

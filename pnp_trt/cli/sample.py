@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,12 @@ def sample(
         int | None, typer.Option(help="Sampling steps; default: the number that the guide was distilled for, or 20.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale w, 1 to 9.")] = 3.0,
-    negative: Annotated[str | None, typer.Option(help="Negative prompt, if the engine takes one.")] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(
+            help="Negative prompt; where the guide reads none, images are made by CFG, in two evaluations per step."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; each next image adds 1.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Images per prompt.")] = 1,
     method: Annotated[str | None, typer.Option(help="{methods}.")] = None,
@@ -190,6 +196,14 @@ def sample(
     build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
     steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
+    if method is None and negative is not None:
+        method = pipeline.default_method(negative)
+        if not quiet and method not in pipeline.methods:
+            print(
+                f"the guide of engine '{printable(engine)}' reads no negative prompt; the images are made by CFG, in "
+                "two evaluations per step",
+                file=sys.stderr,
+            )
     with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", None, quiet) as bar:
         images = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,

@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from ..backends.base import LoadOptions, Size
 from ..bundle.manifest import TIME_IDS
 from ..bundle.profiles import legal_sizes, split
 from ..bundle.store import Bundle, open_bundle, rebuild_advice
-from ..errors import InputError, PnpError
+from ..errors import Cancelled, InputError, PnpError
 from ..io.inputs import check_prompts, warn_of_syntax
 from ..sampling.device_loop import Feeds, LoopPlan
 from ..sampling.loop import Callback, HostLoop
 from ..sampling.methods import (
+    CFG,
     INTERVAL,
     METHODS,
     HostRun,
@@ -35,7 +37,7 @@ from ..sampling.methods import (
 )
 from ..sampling.network import STATES, Network
 from ..sampling.schedules import Schedule, ddim, evaluations, make, resolve
-from ..sampling.step_loop import Run, StepLoop
+from ..sampling.step_loop import SLOTS, Run, StepLoop
 from .images import read_image
 from .prompt_syntax import PLAIN, check_syntax, lora_tags
 from .text import ImageSizes, Text, TextEncoders, sharpened, takes_sizes
@@ -499,7 +501,7 @@ class Pipeline:
                 "it is run step by step on the host, and this engine's loop runs on the GPU; "
                 f"take {' or '.join(self.methods)}"
             )
-        return f"it can do: {', '.join(self.methods)}"
+        return f"it can do: {', '.join(dict.fromkeys(self.methods + self.step_methods))}"
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Clean latents ``[N, C, H, W]`` float32 of images, uint8 ``[N, H, W, 3]`` of a size of the engine's.
@@ -573,7 +575,7 @@ class Pipeline:
             steps: sampling steps, 1 … 1000; None takes the number that the guide was distilled for, or 20.
             guidance: w, one for all or one per prompt, 1 … 9.
             seed: one for all prompts, or one each.
-            method: one of ``methods`` or ``baselines``; None takes the first.
+            method: one of ``methods``, ``step_methods`` or ``baselines``; None takes :meth:`default_method`.
             negative: negative prompt, one for all or one each.
             schedule: a name, as for :meth:`schedule`; None takes ``default_schedule``.
             init: an image to begin with; of another size than ``size``, it is resized with a warning.
@@ -597,6 +599,8 @@ class Pipeline:
             init=init, strength=strength, size=size, prompt_syntax=prompt_syntax, context=context,
             image_sizes=image_sizes,
         )  # fmt: skip
+        if prepared.method not in self.methods + self.baselines and prepared.method in self.step_methods:
+            return self._step_by_step(prepared, callback)
         batches, made = self._batches(prepared), len(prepared.table)
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
         out: dict[int, GeneratedImage] = {}
@@ -611,6 +615,44 @@ class Pipeline:
             )  # fmt: skip
             out |= {i: GeneratedImage(pixels, prepared.parameters(i)) for i, pixels in zip(part, drawn, strict=True)}
         return [out[i] for i in range(len(out))]
+
+    def default_method(self, negative: str | Sequence[str] | None) -> str:
+        """The method of a request that names none: the first of ``methods``.
+
+        With a negative prompt that the guide does not read, it is CFG: exact, at two model evaluations per step.
+        """
+        asked = any([negative] if isinstance(negative, str) else negative or ())
+        unread = asked and not self.negative_prompts and CFG.name in self.step_methods
+        return CFG.name if unread else self.methods[0]
+
+    def _step_by_step(self, prepared: Prepared, callback: Callback | None) -> list[GeneratedImage]:
+        """Images of a method that is none of the whole loop's; progress and errors as of a call."""
+        loop = self.step_loop(max(SLOTS, prepared.rows))
+        if loop.slots < prepared.rows:
+            raise InputError(
+                f"method '{prepared.method}' takes {prepared.rows} rows of a batch and engine '{self.name}' was built "
+                f"for {loop.slots}; " + rebuild_advice(self.bundle.folder, self.bundle.manifest.rebuild, "--profile b2")
+            )
+        tickets = [
+            loop.submit(partial(self.run, prepared, i), len(prepared.table), prepared.rows)
+            for i in range(len(prepared.prompts))
+        ]
+        total = len(tickets) * len(prepared.table)
+        while not all(ticket.over for ticket in tickets):
+            loop.step()
+            done = sum(ticket.steps_done for ticket in tickets)
+            if callback is not None and callback(done, total) is False:
+                raise Cancelled(f"sampling was cancelled after {done} of {total} steps")
+        latents = []
+        for ticket in tickets:
+            if ticket.error is not None:
+                raise ticket.error
+            assert ticket.latents is not None
+            latents.append(ticket.latents)
+        places, pixels = iter(latents), list[np.ndarray]()
+        for n in split(len(latents), self.legal_batches(prepared.size)):
+            pixels += list(self.decode(np.stack(list(itertools.islice(places, n)))))
+        return [GeneratedImage(image, prepared.parameters(i)) for i, image in enumerate(pixels)]
 
     def _batches(self, prepared: Prepared) -> list[list[int]]:
         """The images of each run: batches that the engine takes, of text states with equally many tokens.
@@ -672,7 +714,7 @@ class Pipeline:
         given_text = None if context is None else self._check_context(context, len(prompts))
         wanted = self.check_size(size)
         self._check_image_sizes(image_sizes)
-        method = method or self.methods[0]
+        method = method or self.default_method(negative)
         avoided = self._avoided(negative, len(prompts), method)
         table = self.schedule(steps, schedule)
         start = self._start(init, strength, wanted)
@@ -733,13 +775,15 @@ class Pipeline:
         """The negative prompt of each image; None where there is none."""
         if negative is None:
             return None
-        distilled = self.negative_prompts or (method in METHODS and not METHODS.get(method).guided)
-        if not distilled or not uses_guidance(method):
-            raise InputError(
-                f"engine '{self.name}' takes no negative prompt with method '{method}': its guide was distilled "
-                "without; leave it out, use CFG on a plain engine, or distil with --negative 0.3"
-            )
         found = [negative] * count if isinstance(negative, str) else list(negative)
+        read = self.negative_prompts or (method in METHODS and not METHODS.get(method).guided)
+        if not read or not uses_guidance(method):
+            if not any(found):
+                return None
+            raise InputError(
+                f"engine '{self.name}' takes no negative prompt with method '{method}': nothing reads it; leave it "
+                "out, or take method 'cfg'"
+            )
         check_prompts(found, "the negative prompt")
         if len(found) != count:
             raise InputError(f"{count} prompts and {len(found)} negative prompts were given; give one, or one each")

@@ -68,7 +68,7 @@ def test_a_long_prompt_is_cut_with_one_clear_line(cli: Cli, engines: Path, tmp_p
         (["--steps", "0"], "steps is 0; it must be between 1 and 1000"),
         (["--guidance", "20"], "guidance is 20; it must be between 1 and 9"),
         (["--engine", "nope"], "no engine named 'nope'; known engines: guided, plain"),
-        (["--method", "cfg"], "engine 'guided' cannot do 'cfg'; it can do: guided"),
+        (["--method", "cfg-interval"], "engine 'guided' cannot do 'cfg-interval'; it can do: guided, cfg, unguided"),
         (["--provider", "tpu"], "provider is 'tpu'; known: auto, cpu, cuda"),
         (["--seed", "-4"], "seed is -4"),
     ],

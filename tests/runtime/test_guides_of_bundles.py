@@ -18,7 +18,7 @@ from pnp_trt.build.builder import build
 from pnp_trt.build.spec import BuildSpec
 from pnp_trt.bundle.golden_file import difference
 from pnp_trt.bundle.store import open_bundle
-from pnp_trt.errors import InputError
+from pnp_trt.errors import Cancelled, InputError
 from pnp_trt.models.bases import resolve
 from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.guides.load import load_guide
@@ -103,9 +103,37 @@ def test_negative_prompts_change_the_image_and_the_empty_one_is_none(made: Path)
         pipeline(["a", "b"], negative=["c", "d", "e"])
 
 
-def test_negative_prompts_are_refused_where_the_guide_knows_none(engines: Path, cli: Callable[..., Result]) -> None:
-    refused = cli("sample", "a red apple", "--engine", "guided", "--negative", "blue", "--out", engines.parent / "s")
-    assert refused.code == 2 and "takes no negative prompt" in refused.err
+def test_negative_prompts_take_cfg_where_the_guide_reads_none(engines: Path, cli: Callable[..., Result]) -> None:
+    asked = ["sample", "a red apple", "--engine", "guided", "--negative", "blue", "--out", engines.parent / "s"]
+    done = cli(*asked, "--steps", 4)
+    assert done.code == 0 and "reads no negative prompt; the images are made by CFG" in done.err
+    assert "CFG" not in cli(*asked, "--steps", 4, "--method", "cfg").err
+    refused = cli(*asked, "--method", "guided")
+    assert refused.code == 2 and "takes no negative prompt with method 'guided'" in refused.err
+    guided, plain = (Pipeline.load(engines / name) for name in ("guided", "plain"))
+    prompts, negatives = ["a red apple", "a panda", "a car"], ["blue", "", "a red apple"]
+    counted: list[tuple[int, int]] = []
+    made = guided(prompts, steps=4, seed=[1, 2, 3], negative=negatives, callback=lambda *at: counted.append(at))
+    wanted = plain(prompts, steps=4, seed=[1, 2, 3], negative=negatives)
+    for image, other in zip(made, wanted, strict=True):
+        assert np.abs(image.pixels.astype(int) - other.pixels).max() <= 1
+        assert image.parameters == other.parameters | {"engine": "guided", "method": "cfg"}
+    assert counted[-1] == (12, 12) and [done for done, _ in counted] == sorted(done for done, _ in counted)
+    with pytest.raises(Cancelled, match="after 3 of 12 steps"):
+        guided(prompts, steps=4, negative=negatives, callback=lambda *_: False)
+    # the empty one is none
+    (image,) = guided("a panda", steps=4, negative="")
+    assert image.parameters["method"] == "guided" and "negative" not in image.parameters
+
+
+def test_a_method_that_needs_more_rows_than_the_engine_takes(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guided = Pipeline.load(engines / "guided")
+    monkeypatch.setattr(guided, "legal_batches", lambda size=None: [1])
+    with pytest.raises(InputError, match="'cfg' takes 2 rows of a batch and engine 'guided' was built for 1; rebuild"):
+        guided("a panda", negative="blue")
+
+
+def test_negative_prompts_change_what_cfg_gives(engines: Path) -> None:
     plain = Pipeline.load(engines / "plain")
     one, other = (plain("a red apple", steps=4, method="cfg", negative=n)[0].pixels for n in (None, "a blue car"))
     assert not np.array_equal(one, other)

@@ -117,8 +117,7 @@ class Service:
     async def submit(self, request: Request, api: str, asked: Asked) -> Job:
         """A request checked and in its engine's queue; :meth:`wait` must follow.
 
-        A negative prompt that an engine's guide cannot take is served by CFG on the same engine.  A request with LoRAs
-        waits here until their engine is loaded.
+        A request with LoRAs waits here until their engine is loaded.
 
         Raises:
             PnpError: as ``Pipeline.prepare``, ``LoraEngines`` and ``Engine.submit`` do; or Expired, Cancelled.
@@ -127,13 +126,10 @@ class Service:
         engine = self.engine(asked.engine)
         loras = self._checked(asked.loras)
         pipeline = engine.pipeline
-        method = asked.method
-        if method is None and asked.negative and not pipeline.negative_prompts and "cfg" in pipeline.step_methods:
-            method = "cfg"
         first = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
         given: dict[str, Any] = {} if asked.guidance is None else {"guidance": asked.guidance}
         prepared = await asyncio.to_thread(
-            pipeline.prepare, [asked.prompt] * asked.count, steps=asked.steps, method=method,
+            pipeline.prepare, [asked.prompt] * asked.count, steps=asked.steps, method=asked.method,
             seed=[first + i for i in range(asked.count)], negative=asked.negative or None, schedule=asked.schedule,
             init=asked.init, strength=asked.strength, size=asked.size, prompt_syntax=asked.syntax, **given,
         )  # fmt: skip

@@ -27,7 +27,8 @@ from pnp_trt.models.guides import TinyGuide
 from pnp_trt.models.networks import quiet_libraries
 from pnp_trt.models.student import Student, Teacher
 from pnp_trt.models.teacher import random_unet_config
-from pnp_trt.precision.recipes import FP16, convert
+from pnp_trt.precision.int8.record import Record
+from pnp_trt.precision.recipes import FP16, Recipe
 
 SCHEMA = "pnp-trt/guide-kernels/1"
 RESULTS = Path(__file__).parent / "results"
@@ -57,8 +58,10 @@ def guide_of(unet: Any) -> TinyGuide:
     return guide
 
 
-def report(module: torch.nn.Module, guided: bool, target: str, folder: Path) -> dict[str, Any]:
-    """The layer report of a batch of one."""
+def report(
+    module: torch.nn.Module, guided: bool, target: str, folder: Path, used: Recipe = FP16, record: Record | None = None
+) -> dict[str, Any]:
+    """The layer report of a batch of one, in a recipe; ``record`` is what a quantised one needs."""
     config = module.unet.config  # type: ignore[union-attr]
     side, width = config.sample_size, config.cross_attention_dim
     inputs = {
@@ -67,9 +70,10 @@ def report(module: torch.nn.Module, guided: bool, target: str, folder: Path) -> 
         "encoder_hidden_states": torch.zeros(2, 77, width),
     } | ({"guidance": torch.full((2,), 3.0)} if guided else {})
     path = folder / "unet.onnx"
-    export(convert(module, FP16), inputs, "prediction", path)
+    weights = export(used.convert(module), inputs, "prediction", path)
+    used.quantize(path, weights, record)
     described = {k: (str(v.dtype).removeprefix("torch."), ("batch", *v.shape[1:])) for k, v in inputs.items()}
-    job = CompileJob("unet", path, described, FP16.name, target, (Profile("b1", 1, 1, 1),))
+    job = CompileJob("unet", path, described, used.name, target, (Profile("b1", 1, 1, 1),))
     made = backends.get("tensorrt-rtx").compile(job, lambda *_: None)
     (row,) = made.notes["reports"]
     return dict(row)

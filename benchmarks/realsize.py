@@ -1,9 +1,9 @@
 """Export, compile, plug and run a model of real size, and record what it took: ``make realsize``.
 
 The weights are seeded random numbers (``--base random:sd15``): seconds, memory and sizes are those of the real model,
-images would be noise.  The build runs in a separate process, so that its peak memory is its own.  For ``int8`` the
-sampler is watched for three steps of one image first, and no sweep is made: a record of random weights means nothing
-of real ones; what is timed is recording ranges, bringing Q/DQ into the graph, and compiling it.
+images would be noise.  The build runs in a separate process, so that its peak memory is its own.  For ``int8`` and
+``fp8`` the sampler is watched for three steps of one image first, and no sweep is made: a record of random weights
+means nothing of real ones; what is timed is recording ranges, bringing Q/DQ into the graph, and compiling it.
 
 ``--part run`` takes an engine of ONNX Runtime in float16: a build, a plug of another U-Net, one guided step and one
 step of CFG on the CPU, each in a process of its own.  With ``--guided-only``, for SDXL, ``verify`` takes the place of
@@ -30,6 +30,7 @@ from typing import Any
 
 from pnp_trt.bundle.provenance import provenance
 from pnp_trt.bundle.store import open_bundle, write_json
+from pnp_trt.precision.recipes import recipe
 
 SCHEMA = "pnp-trt/realsize/1"
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +86,7 @@ def build(a: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Part ``build``: an engine, thrown away after its record."""
     profiles = a.profile or ([] if a.backend == "onnxruntime" else ["b1"])
     bundle, observed = work / "bundle", None
-    if a.precision == "int8":
+    if recipe(a.precision).needs_record:
         observed = calibrate(a.base, a.guide, work / "record.json")
     words = ["build", "--base", a.base, "--guide", a.guide, "--backend", a.backend, "--precision", a.precision]
     words += ["--target", a.target, *(w for p in profiles for w in ("--profile", p)), "--out", str(bundle)]

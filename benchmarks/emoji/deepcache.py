@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from pnp_trt.models.bases import resolve
 from pnp_trt.models.catalog import guide_folder
 from pnp_trt.models.guides import Features, GuideInput, TinyGuide
 from pnp_trt.models.guides.load import load_guide
+from pnp_trt.models.guides.tiny import SkipAdapter, adapt
 from pnp_trt.models.student import encode
 
 from ..cpu_steps import Step
@@ -85,9 +86,10 @@ class Whole(nn.Module):
             guide = self.guide
             given = GuideInput(sample, timestep, encoder_hidden_states, guidance, features, None, None, None)
             summary = guide.summary(given)
-            film = guide.modulation(guide.embedding(timestep, guidance, sample.dtype) + summary)
-            context = guide.through_trunk(guide.deep_context(given), film)
-            added = guide.residuals(given, context, film[2 * len(guide.trunk) :])
+            emb_w = guide.embedding(timestep, guidance, sample.dtype) + summary
+            films = guide.modulation(emb_w, [len(maps) for maps in guide.groups(features)])
+            context = guide.through_trunk(guide.deep_context(given), films[: len(guide.trunk)])
+            added = guide.residuals(given, context, films[len(guide.trunk) :])
             skips = [s if r is None else s + r for s, r in zip(features.down_block_res_samples,
                                                               added.down_block_res_samples, strict=True)]  # fmt: skip
             features = Features(tuple(skips), features.mid_block_res_sample + added.mid_block_res_sample)
@@ -132,14 +134,14 @@ class Shallow(nn.Module):
         if self.guide is not None:
             assert guidance is not None and context is not None and summary is not None
             guide = self.guide
-            film = guide.modulation(guide.embedding(timestep, guidance, sample.dtype) + summary)[2 * len(guide.trunk) :]
+            emb_w = guide.embedding(timestep, guidance, sample.dtype) + summary
+            film = guide.modulation(emb_w, [len(skips), len(guide.adapters) - len(skips)])[len(guide.trunk)]
             # the gate reads w and the timestep alone
             given = GuideInput(sample, timestep, context, guidance, Features(tuple(skips), deep), None, None, None)
             gate = guide.gate(given, sample.dtype)
             near = nn.functional.interpolate(context, size=skips[0].shape[-2:], mode="nearest")
-            added = [
-                guide.adapters[n](skip, near, 1 + film[2 * n], film[2 * n + 1], gate) for n, skip in enumerate(skips)
-            ]
+            adapters = cast(list[SkipAdapter], list(guide.adapters)[: len(skips)])
+            added = adapt(adapters, skips, near, film, gate)
             skips = [s + r for s, r in zip(skips, added, strict=True)]
         last, x = unet.up_blocks[-1], deep
         for number in range(len(last.resnets) - self.branch, len(last.resnets)):

@@ -20,9 +20,9 @@ same on every backend. Every network is compared with PyTorch in float32 before 
 | `fp32` | float32; TF32 is off | 1e-4 |
 | `fp16` | float16; sinusoids and the statistics of norms in float32; the VAE decoder falls back to bfloat16 (sm_80 and newer), then float32, where float16 is too far off, and the manifest records it; that float32 is TensorFloat-32 on TensorRT | 5e-3 |
 | `bf16` | bfloat16, likewise (TensorRT) | 4e-2 |
-| `int8` | W8A8 in the U-Net layers that the calibration record chooses: symmetric, a scale for each output channel of a weight and one for an input, explicit Q/DQ; the rest in float16 (float32 on ONNX Runtime, whose CPU provider has no float16 kernels). On TensorRT-RTX convolutions alone, with one scale for a weight, which it fuses with bias and residual | 1e-1 |
+| `int8` | W8A8 in the U-Net layers that the calibration record chooses: symmetric, a scale for each output channel of a weight and one for an input, explicit Q/DQ; the rest in float16 (float32 on ONNX Runtime, whose CPU provider has no float16 kernels). On TensorRT-RTX one scale for a weight, which it fuses with bias and residual; the projections into and out of transformer blocks and behind attentions stay in float there, as their fused forms are lost in 8 bits | 1e-1 |
 | `int8-weights` | the U-Net's and the guide's weights stored in INT8 and computed in float16; needs no record. Smaller files and slower steps: TensorRT-RTX widens every weight in a kernel of its own | 5e-2 |
-| `fp8` | W8A8 in E4M3 in the U-Net's convolutions that the same record allows: one scale for an input and one for a weight, which TensorRT-RTX fuses with the bias; for sm_89 and newer; ONNX Runtime rounds and computes in float32; its images are not measured yet | 1e-1 |
+| `fp8` | W8A8 in E4M3 in the layers that the same record allows, less those projections: one scale for an input and one for a weight, which TensorRT-RTX fuses with the bias; for sm_89 and newer; ONNX Runtime rounds and computes in float32 | 1e-1 |
 
 ## Calibration
 

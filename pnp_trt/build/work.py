@@ -219,7 +219,9 @@ class Build:
         if not self._guided:
             return self.base.denoiser()
         unet = self.base.unet()
-        return Student(unet, without_sharpener(self._guide(unet)), self._conditioned)
+        guide = without_sharpener(self._guide(unet))
+        guide.side_by_side = self.backend.side_by_side
+        return Student(unet, guide, self._conditioned)
 
     def _guide(self, unet: Any = None) -> Any:
         """The guide; ``unet`` saves making it again where the base makes its guides for one."""

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import silu
 
+from pnp_trt import backends
 from pnp_trt.bench.measure.cost import count
 from pnp_trt.bench.measure.networks import networks
+from pnp_trt.build.onnx_export import export
 from pnp_trt.errors import InputError
 from pnp_trt.models.guides import GUIDES, FullGuide, Guide, GuideInput, TinyGuide
 from pnp_trt.models.guides.condition import Condition
@@ -261,3 +265,62 @@ def test_a_gain_is_saved_with_the_guide(tmp_path: Path) -> None:
 def test_a_gain_that_is_none_is_refused(values: list[Any]) -> None:
     with pytest.raises(InputError, match="a guide's gain is 1 to 100 numbers above 0"):
         TinyGuide.from_unet(small_unet(), gain=values)
+
+
+@pytest.mark.parametrize("size", [8, 9, 12])
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("design", [*DESIGNS, {"norm": True}], ids=lambda d: "-".join(map(str, d.values())))
+@torch.no_grad()
+def test_the_tiny_guides_residuals_are_the_formula_map_by_map(
+    design: dict[str, Any], side_by_side: bool, size: int
+) -> None:
+    """expand(silu(depthwise(silu((reduce(x) + context)(1 + scale) + shift))) (w − 1)/4); scale and shift of map i
+    are chunks 2i and 2i + 1 of the modulation, behind the trunk's.
+    """
+    unet = small_unet(layers_per_block=2)
+    guide = stirred(make("tiny", unet, **design))
+    assert isinstance(guide, TinyGuide)
+    guide.side_by_side = side_by_side
+    x, t, text = example(size)
+    w = torch.tensor([2.0, 5.0, 8.0])
+    _, features = encode(unet, x, t, text)
+    given = GuideInput(x, t, text, w, features, negative=text.flip(0))
+    found = guide(given)
+    film = guide.film(silu(guide.embedding(t, w, x.dtype) + guide.summary(given)))[:, :, None, None]
+    parts = film.chunk(2 * (len(guide.trunk) + len(guide.adapters)), 1)
+    context = guide.deep_context(given)
+    for i, block in enumerate(guide.trunk):
+        modulated = silu(context * (1 + parts[2 * i]) + parts[2 * i + 1])
+        context = context + block.second(silu(block.first(modulated)))
+        if design.get("trunk_kind") == "attention":
+            context = guide.attention[i](context)
+    maps = (*features.down_block_res_samples, features.mid_block_res_sample)
+    adapters, place = iter(guide.adapters), len(guide.trunk)
+    for skip, got, used in zip(
+        maps, (*found.down_block_res_samples, found.mid_block_res_sample), guide.emitting, strict=True
+    ):
+        if not used:
+            assert got is None
+            continue
+        adapter: Any = next(adapters)
+        h = torch.nn.functional.interpolate(context, size=skip.shape[-2:], mode="nearest")
+        if design.get("reads") != "latent":
+            h = h + adapter.reduce(skip if adapter.norm is None else adapter.norm(skip))
+        h = silu(h * (1 + parts[2 * place]) + parts[2 * place + 1])
+        h = silu(adapter.mix(h)) * ((w - 1) / 4)[:, None, None, None]
+        torch.testing.assert_close(got, adapter.expand(h), rtol=1e-5, atol=1e-6)
+        place += 1
+
+
+def test_bundles_of_onnxruntime_hold_the_form_with_fewer_nodes(tmp_path: Path) -> None:
+    nodes = []
+    for side_by_side in (False, True):
+        guide = stirred(make("tiny", unet := small_unet(layers_per_block=2)))
+        guide.side_by_side = side_by_side
+        x, t, text = example()
+        inputs = {"sample": x, "timestep": t, "encoder_hidden_states": text, "guidance": torch.full((3,), 2.0)}
+        export(Student(unet, guide).eval(), inputs, "prediction", tmp_path / "x.onnx")
+        nodes.append(len(onnx.load(tmp_path / "x.onnx", load_external_data=False).graph.node))
+    assert nodes[1] < nodes[0] - 15
+    chosen = {name: backends.get(name).side_by_side for name in ("onnxruntime", "openvino", "tensorrt-rtx", "torch")}
+    assert chosen == {"onnxruntime": True, "openvino": True, "tensorrt-rtx": False, "torch": False}

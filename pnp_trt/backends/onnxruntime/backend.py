@@ -29,6 +29,8 @@ from .for_cuda import for_cuda
 
 #: bytes of weights below which free memory is not looked at
 _LARGE = 2**30
+#: in a graph, the names of its weights in E4M3 (``precision.int8.qdq.FLOAT8``)
+_FLOAT8 = b".float8"
 #: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
@@ -127,6 +129,7 @@ class OnnxRuntime(Backend):
     profiles = ()
     open_tokens = True
     needs = NEEDS
+    side_by_side = True
     beside_int8 = "fp32"  # its CPU provider has no float16 kernels and would cast around every node
 
     def versions(self) -> dict[str, str]:
@@ -255,6 +258,9 @@ class OrtNetwork(PerShapeNetwork):
             options.add_free_dimension_override_by_name("batch", batch)
         # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
         options.add_session_config_entry("session.qdqisint8allowed", "1")
+        if _FLOAT8 in self.path.read_bytes():
+            # 1.31 fuses what is around a product of E4M3 values into one of integers, and refuses its own node
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         for name, value in zip(("height", "width"), size or (), strict=False):
             options.add_free_dimension_override_by_name(name, value)
         cuda = self._on_cuda

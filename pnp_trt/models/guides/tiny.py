@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from .base import Guide
-from .parts import GainTable, GuideInput, GuideOutput, signature, sinusoid
+from .parts import Features, GainTable, GuideInput, GuideOutput, signature, sinusoid
 from .sharpener import Sharpener
 
 READS = ("features", "latent")
@@ -20,10 +21,10 @@ TRUNKS = ("conv", "depthwise", "attention")
 
 
 class SkipAdapter(nn.Module):
-    """A low-rank, spatially aware residual for one feature map; starts at zero.
+    """The weights of a low-rank, spatially aware residual for one feature map; starts at zero.
 
     ``C → rank`` (1×1), plus the shared context, modulated by (t, w), a depthwise 3×3, ``rank → C`` (1×1, no
-    bias, zero-initialised).  The gate multiplies before the last projection: it has fewer channels there.
+    bias, zero-initialised).  :func:`adapt` computes it, for all feature maps of one size at once.
 
     Args:
         channels: of the feature map.
@@ -40,12 +41,48 @@ class SkipAdapter(nn.Module):
         self.expand = nn.Conv2d(rank, channels, 1, bias=False)
         nn.init.zeros_(self.expand.weight)
 
-    def forward(self, x: Tensor, context: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
-        if self.norm is not None:
-            x = self.norm(x)
-        h = context if self.reduce is None else self.reduce(x) + context
-        h = F.silu(h * scale + shift)
-        return self.expand(F.silu(self.mix(h)) * gate)
+    def reduced(self, x: Tensor) -> Tensor:
+        """What is read of the feature map, ``[B, rank, H, W]``."""
+        assert self.reduce is not None
+        out: Tensor = self.reduce(x if self.norm is None else self.norm(x))
+        return out
+
+
+#: a scale and a shift, ``[B, K · rank, 1, 1]`` each
+Film = tuple[Tensor, Tensor]
+
+
+def adapt(
+    adapters: Sequence[SkipAdapter], maps: Sequence[Tensor], context: Tensor, film: Film, gate: Tensor
+) -> list[Tensor]:
+    """Residuals of K feature maps of one size, of their shapes.
+
+    Their inner channels are side by side in one tensor, so that what lies between the first and the last projection is
+    computed once for all K.  Where little is fused, small operations take the time of their number; where a
+    compiler fuses a map's modulation with its projection, one map at a time is better.  The gate multiplies before the
+    last projection, where there are fewer channels.
+
+    Args:
+        adapters: one per map.
+        maps: ``[B, C_k, H, W]``.
+        context: what they share, ``[B, rank, H, W]``.
+        film: of all K.
+        gate: ``[B, 1, 1, 1]``.
+    """
+    count, rank = len(adapters), context.shape[1]
+    if count == 1:
+        ((adapter, x),) = zip(adapters, maps, strict=True)
+        h = context if adapter.reduce is None else adapter.reduced(x) + context
+        h = F.silu(h * film[0] + film[1])
+        return [adapter.expand(F.silu(adapter.mix(h)) * gate)]
+    h = context[:, None].expand(-1, count, -1, -1, -1)
+    if adapters[0].reduce is not None:
+        reduced = torch.cat([a.reduced(x) for a, x in zip(adapters, maps, strict=True)], 1)
+        h = reduced.unflatten(1, (count, rank)) + context[:, None]
+    h = F.silu(h.flatten(1, 2) * film[0] + film[1])
+    weight, bias = (torch.cat([getattr(a.mix, name) for a in adapters]) for name in ("weight", "bias"))
+    h = F.silu(F.conv2d(h, weight, bias, padding=1, groups=count * rank)) * gate
+    return [a.expand(part) for a, part in zip(adapters, h.chunk(count, 1), strict=True)]
 
 
 class TrunkBlock(nn.Module):
@@ -223,9 +260,9 @@ class TinyGuide(Guide):
         emb = self.embedding(given.timestep, given.guidance, given.features.mid_block_res_sample.dtype)
         emb = emb + self.summary(given)
         context = self.deep_context(given)
-        film = self.modulation(emb)
-        context = self.through_trunk(context, film)
-        return self.residuals(given, context, film[2 * len(self.trunk) :])
+        films = self.modulation(emb, [len(maps) for maps in self.groups(given.features)])
+        context = self.through_trunk(context, films[: len(self.trunk)])
+        return self.residuals(given, context, films[len(self.trunk) :])
 
     def embedding(self, timestep: Tensor, guidance: Tensor, dtype: torch.dtype) -> Tensor:
         """Of (t, w), ``[B, embed_dim]``."""
@@ -257,38 +294,50 @@ class TinyGuide(Guide):
             context = self.negative_attention(context, given.needs_negative())
         return context
 
-    def modulation(self, emb: Tensor) -> tuple[Tensor, ...]:
-        """A scale and a shift ``[B, rank, 1, 1]`` for each block of the trunk, then for each adapter; one is added to
-        scales.
-        """
-        film: Tensor = self.film(F.silu(emb))
-        return film[:, :, None, None].chunk(2 * (len(self.trunk) + len(self.adapters)), dim=1)
+    def modulation(self, emb: Tensor, groups: Sequence[int]) -> list[Film]:
+        """Scale and shift for each block of the trunk, then for each group of adapters.
 
-    def through_trunk(self, context: Tensor, film: tuple[Tensor, ...]) -> Tensor:
-        """What the adapters share, of the same shape."""
-        for i, block in enumerate(self.trunk):
-            context = block(context, 1 + film[2 * i], film[2 * i + 1])
+        Args:
+            emb: ``[B, embed_dim]``.
+            groups: how many adapters each group has.
+        """
+        # scales and shifts take turns in the weights; apart, each are one tensor: one sum and one split for all
+        weight, bias = (
+            p.unflatten(0, (-1, 2, self.config.rank)).transpose(0, 1).flatten(0, 2)
+            for p in (self.film.weight, self.film.bias)
+        )
+        scale, shift = F.linear(F.silu(emb), weight, bias)[:, :, None, None].chunk(2, 1)
+        widths = [self.config.rank * count for count in (*[1] * len(self.trunk), *groups)]
+        return list(zip((1 + scale).split(widths, 1), shift.split(widths, 1), strict=True))
+
+    def through_trunk(self, context: Tensor, films: Sequence[Film]) -> Tensor:
+        """What the adapters share, of the same shape; ``films`` are those of the trunk's blocks."""
+        for i, (block, film) in enumerate(zip(self.trunk, films, strict=True)):
+            context = block(context, *film)
             if len(self.attention):
                 context = self.attention[i](context)
         return context
 
-    def residuals(self, given: GuideInput, context: Tensor, film: tuple[Tensor, ...]) -> GuideOutput:
-        """The adapters' outputs; ``film`` is their part of :meth:`modulation`."""
-        mid = given.features.mid_block_res_sample
-        gate = self.gate(given, mid.dtype)
-        # a list, as sizes that the exporter leaves open can be compared and not hashed
-        shared = [(mid.shape[-2:], context)]
-        residuals: list[Tensor | None] = []
-        adapters = iter(enumerate(self.adapters))
-        for x, used in zip((*given.features.down_block_res_samples, mid), self.emitting, strict=True):
-            if not used:
-                residuals.append(None)
-                continue
-            i, adapter = next(adapters)
-            size = x.shape[-2:]
-            resized = next((c for s, c in shared if s == size), None)
-            if resized is None:
-                resized = F.interpolate(context, size=size, mode="nearest")
-                shared.append((size, resized))
-            residuals.append(adapter(x, resized, 1 + film[2 * i], film[2 * i + 1], gate))
+    def groups(self, features: Features) -> list[list[Tensor]]:
+        """The feature maps that get residuals, each a group; ``side_by_side``, neighbours of one size are a group."""
+        groups: list[list[Tensor]] = []
+        maps = (*features.down_block_res_samples, features.mid_block_res_sample)
+        for x in (x for x, used in zip(maps, self.emitting, strict=True) if used):
+            # sizes that the exporter leaves open can be compared and not hashed
+            if self.side_by_side and groups and groups[-1][0].shape[-2:] == x.shape[-2:]:
+                groups[-1].append(x)
+            else:
+                groups.append([x])
+        return groups
+
+    def residuals(self, given: GuideInput, context: Tensor, films: Sequence[Film]) -> GuideOutput:
+        """The adapters' outputs; ``films`` are those of their groups."""
+        gate = self.gate(given, context.dtype)
+        adapters, made = cast(list[SkipAdapter], list(self.adapters)), list[Tensor]()
+        for maps, film in zip(self.groups(given.features), films, strict=True):
+            size = maps[0].shape[-2:]
+            shared = context if context.shape[-2:] == size else F.interpolate(context, size=size, mode="nearest")
+            made += adapt(adapters[len(made) : len(made) + len(maps)], maps, shared, film, gate)
+        rest = iter(made)
+        residuals = [next(rest) if used else None for used in self.emitting]
         return GuideOutput(tuple(residuals[:-1]), cast(Tensor, residuals[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
     from ..recipes import Derived
     from .record import LayerRange, Record
 
+#: layers that stay in float on TensorRT-RTX: the projections into and out of transformer blocks and behind attentions.
+#: It fuses them with a transposition, or with bias and residual, and in 8 bits runs those as kernels of their own;
+#: the other layers take as many kernels as in float (``benchmarks.eight_bit_kernels``)
+FUSED_IN_FLOAT = ("*.proj_in", "*.proj_out", "*.to_out.0")
+
+
+def is_fused_in_float(layer: str) -> bool:
+    """Whether a layer is one of ``FUSED_IN_FLOAT``."""
+    return any(fnmatch.fnmatch(layer, pattern) for pattern in FUSED_IN_FLOAT)
+
 
 @dataclass(frozen=True)
 class Int8(Recipe):
@@ -24,8 +35,8 @@ class Int8(Recipe):
     The limit is on golden inputs, which are noise at any timestep and beyond the ranges of real ones.
 
     Attributes:
-        one_scale: one scale for each weight, and convolutions alone: the form in which TensorRT-RTX fuses a
-            convolution with its bias and residual.  Products lose what is fused with them in 8 bits of any form.
+        one_scale: one scale for each weight, and no layer of ``FUSED_IN_FLOAT``: the form in which TensorRT-RTX fuses a
+            convolution with its bias and residual.
     """
 
     name: str = "int8"
@@ -57,7 +68,7 @@ class Int8(Recipe):
     def choices(self, record: Record) -> Mapping[str, LayerRange]:
         """The layers with 8-bit inputs and weights, and their ranges, by a record."""
         chosen = record.choices()
-        return {n: c for n, c in chosen.items() if not self.one_scale or record.layers[n].kind == "conv"}
+        return {n: c for n, c in chosen.items() if not (self.one_scale and is_fused_in_float(n))}
 
     def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
         """Insert quantise/dequantise pairs: of the record's layers, or of all weights where there is none."""

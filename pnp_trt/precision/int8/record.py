@@ -137,9 +137,9 @@ class Record:
         kept = set(self.decision["float"])
         return {n: choose(layer, self.decision[layer.kind]) for n, layer in self.layers.items() if n not in kept}
 
-    def convolutions(self) -> dict[str, LayerRange]:
-        """The convolutions among them with their whole range: FP8 keeps small values where the range is wide."""
-        return {n: LayerRange(self.layers[n].amax["max"]) for n in self.choices() if self.layers[n].kind == "conv"}
+    def whole_ranges(self) -> dict[str, LayerRange]:
+        """The same layers with their whole range: FP8 keeps small values where the range is wide."""
+        return {n: LayerRange(self.layers[n].amax["max"]) for n in self.choices()}
 
     def share(self, layers: Collection[str] | None = None) -> float:
         """Share of the observed layers' multiply-accumulates that ``layers`` do; those that take INT8 by default."""

@@ -157,15 +157,18 @@ def test_int8_from_calibration_to_image(cli: Cli, micro_base: Path, micro_guide:
         done = cli("sample", "a cat", "--engine", engine, "--steps", "2", "--size", size, "--out", out)
         assert done.code == 0, done.err
         assert list(out.glob("*.png"))
-    # the same record serves FP8, whose layers are its convolutions
+    # the same record serves FP8, whose layers are fewer
     eight = tmp_path / "fp8"
     done = cli("build", *source, "--precision", "fp8", "--calibration", record, "--out", eight)
     assert done.code == 0, done.err
-    convolutions = [name for name, layer in held.layers.items() if layer.kind == "conv" and name in held.choices()]
+    ends = ("proj_in", "proj_out", "to_out.0")
+    chosen = [name for name in held.layers if name in held.choices() and not name.endswith(ends)]
+    assert {held.layers[name].kind for name in chosen} == {"conv", "linear"}
+    assert {name for name in held.choices() if name.endswith(ends)}
     manifest = json.loads((eight / "manifest.json").read_text())
-    assert manifest["networks"]["unet"]["fp8"]["layers"] == len(convolutions) > 5
+    assert manifest["networks"]["unet"]["fp8"]["layers"] == len(chosen) > 5
     assert "int8" not in manifest["networks"]["unet"] and manifest["networks"]["unet"]["precision"] == "fp8"
-    share = sum(held.layers[name].macs for name in convolutions) / sum(layer.macs for layer in held.layers.values())
+    share = sum(held.layers[name].macs for name in chosen) / sum(layer.macs for layer in held.layers.values())
     assert f"layers with {share:.1%} of the arithmetic" in " ".join(cli("inspect", eight).out.split())
     assert cli("verify", eight).code == 0
     done = cli("sample", "a cat", "--engine", eight, "--steps", "2", "--out", tmp_path / "eight")

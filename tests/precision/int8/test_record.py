@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pnp_trt.errors import InputError
 from pnp_trt.precision.int8.record import LayerRange, ObservedLayer, Record, choose, find
+from pnp_trt.precision.recipes import FP16, recipe
 
 MAGNITUDES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=16)
 
@@ -87,3 +88,21 @@ def test_a_record_that_is_not_there_names_the_command(tmp_path: Path, monkeypatc
         find("emoji-3d", "full")
     with pytest.raises(InputError, match="does not exist; make it again"):
         Record.read(tmp_path / "none.json")
+
+
+def test_which_layers_each_recipe_takes() -> None:
+    """TensorRT-RTX keeps in float what it fuses there; FP8 means the same on every backend."""
+    block = "unet.down_blocks.0.attentions.0"
+    fused = [f"{block}.proj_in", f"{block}.proj_out", f"{block}.transformer_blocks.0.attn1.to_out.0"]
+    others = ["unet.down_blocks.0.resnets.0.conv1", f"{block}.transformer_blocks.0.attn1.to_q",
+              f"{block}.transformer_blocks.0.ff.net.0.proj", f"{block}.transformer_blocks.0.ff.net.2"]  # fmt: skip
+    layers = {name: layer([3.0], "conv" if "conv" in name or "proj_" in name else "linear") for name in fused + others}
+    layers["unet.kept"] = layer([1.0])
+    decision = {"conv": "max", "linear": "percentile-99.9", "float": ["unet.kept"]}
+    record = Record({}, None, {}, layers, decision=decision)
+    int8 = recipe("int8")
+    assert set(int8.choices(record)) == {*fused, *others}
+    assert set(int8.on_backend(FP16, one_scale=True).choices(record)) == set(others)
+    assert int8.choices(record)[others[1]] == LayerRange(0.5)
+    for fp8 in (recipe("fp8"), recipe("fp8").on_backend(FP16, one_scale=True)):
+        assert fp8.choices(record) == {name: LayerRange(3.0) for name in others}  # the whole range

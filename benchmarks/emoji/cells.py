@@ -47,9 +47,9 @@ METHODS = {
     "anchors-8": "tiny, CFG every 8th step",
 }
 #: evaluations that a tiny guide's rows have, at which each rule of :data:`~.free.RULES` makes the most steps it can
-BUDGETS = (50, 16, 8)
+BUDGETS = (50, 16, 12, 8)
 #: intervals at the budgets: the steps of which about half are guided
-INTERVAL_STEPS = {50: 32, 16: 10, 8: 5}
+INTERVAL_STEPS = {50: 32, 16: 10, 12: 7, 8: 5}
 #: guided timesteps (t_low, t_high).  Kynkäänniemi et al. 2024 advise σ in (0.28, 5.42] for SD-XL and (0.28, 2.9] for
 #: EDM2-XXL, which are these timesteps of the bundled schedule; ``first-half`` drops guidance in the last half
 INTERVALS = {"sdxl": (67, 628), "edm2": (67, 518), "first-half": (500, 999)}

@@ -302,7 +302,7 @@ def main() -> None:
     add("--only-guided", action="store_true", help="sample the cells that need a guide, and stop")
     add("--light", action="store_true", help="leave out (and name) a third of the evaluations, none of a headline row")
     add("--scales", default=",".join(f"{w:g}" for w in SCALES), help="guidance scales, separated by commas")
-    add("--budget", type=int, help="only what costs no training, at this many evaluations: 50, 16 or 8")
+    add("--budget", type=int, help="only what costs no training, at this many evaluations: 50, 16, 12 or 8")
     add("--most-steps", type=int, default=1000, help="leave out cells with more steps")
     add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))

@@ -171,11 +171,6 @@ class Value:
             f"{self.file}: {printable(self.key, limit=200)} is {_shown(self.raw)}; it {rule}; {self.advice}"
         )
 
-    @property
-    def is_null(self) -> bool:
-        """Whether the value is JSON's null."""
-        return self.raw is None
-
     def text(self, *, longest: int = 4096, shortest: int = 0, pattern: re.Pattern[str] | None = None,
              form: str = "", known: Iterable[str] | None = None) -> str:  # fmt: skip
         """A string of ``shortest`` to ``longest`` characters; of ``pattern``, told as ``form``; one of ``known``."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PnpError
+from ..processor import usable_cores
 
 #: Packages whose versions are recorded where they are installed; looked up, never imported.
 PACKAGES = (
@@ -45,7 +46,7 @@ def provenance(command: str | Sequence[str], *, device: str | None = None) -> di
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "device": device,
         "platform": platform.platform(),

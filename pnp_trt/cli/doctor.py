@@ -27,6 +27,7 @@ import typer
 from packaging.requirements import Requirement
 
 from .. import backends
+from ..processor import usable_cores
 from .console import stdout_console
 
 if TYPE_CHECKING:
@@ -368,8 +369,7 @@ def _python() -> Check:
 
 
 def _cores() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Check("cores", "machine", "ok", f"{cores} usable")
+    return Check("cores", "machine", "ok", f"{usable_cores()} usable")
 
 
 def _memory() -> Check:

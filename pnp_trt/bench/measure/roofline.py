@@ -9,7 +9,6 @@ This module imports no torch where the device is a CPU.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, MissingDependency
+from ...processor import usable_cores
 from .cases import Case
 
 #: of square matrix products; the best one counts
@@ -123,7 +123,7 @@ def measure_device(
         raise InputError(f"provider is '{provider}'; a device can be measured as 'cpu' or 'cuda'")
     if precision != "fp32":
         raise InputError(f"precision is '{precision}'; a CPU's peak is measured in fp32 alone")
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = usable_cores()
     try:
         product = _ort_product(workers)
         with_what = f"ONNX Runtime on {workers} thread{'s' if workers > 1 else ''}"

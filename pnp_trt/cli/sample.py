@@ -190,7 +190,7 @@ def sample(
     build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
     steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
-    with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", None, quiet) as bar:
+    with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", quiet) as bar:
         images = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
             init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,

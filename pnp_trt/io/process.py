@@ -128,9 +128,6 @@ def _flush() -> None:
 def _streams() -> Iterator[None]:
     """Standard output whose errors are reported in one sentence, and standard error whose errors are ignored."""
     streams = sys.stdout, sys.stderr
-    for stream in streams:
-        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that has no “×” is no reason to fail
     if sys.stdout is not None:
         sys.stdout = cast(Any, _Output(sys.stdout, _output_failed))
     if sys.stderr is not None:

@@ -14,9 +14,11 @@ from typing import Any
 
 from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress, Size
 from ..bundle import memory
-from ..bundle.golden_file import Golden
+from ..bundle.golden_file import Golden, save_golden
 from ..bundle.manifest import (
+    GOLDEN,
     MAX_CHUNKS,
+    WEIGHTS,
     Base,
     CompileRecord,
     FurtherText,
@@ -64,11 +66,8 @@ class Build:
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
         import torch
 
-        from ..graph.weights import FILE as WEIGHTS
         from ..graph.weights import SCHEMA as WEIGHTS_SCHEMA
         from ..models.tokenizer import copy_tokenizer
-        from ..runtime.verify import FILE as GOLDEN
-        from ..runtime.verify import save_golden
 
         started = time.monotonic()
         modules = self._networks

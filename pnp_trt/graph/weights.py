@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bundle.manifest import WEIGHTS as FILE
 from ..errors import PnpError
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCHEMA = 1
-FILE = "weights.json"
 #: largest magnitude of a quantised weight
 LEVELS = 127
 #: largest finite magnitude of E4M3 without infinities (Micikevicius et al. 2022, table 1)

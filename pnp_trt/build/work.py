@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ from ..models.identity import guide_name
 from ..models.specs import TITLES, NetworkSpec
 from ..precision.int8.record import Record
 from ..precision.recipes import Recipe
-from ..version import __version__
+from ..version import __version__, installed
 from .network import NetworkExport
 from .sizes import SizePlan
 from .spec import BuildSpec
@@ -325,8 +323,4 @@ def engine_parity(
 
 def library_versions() -> dict[str, str]:
     """What a manifest remembers of the libraries that made it, for the reader alone."""
-    found = {"pnp-trt": __version__}
-    for name in _REMEMBERED:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return {"pnp-trt": __version__, **installed(_REMEMBERED)}

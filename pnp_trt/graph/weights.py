@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCHEMA = 1
-#: largest magnitude of a quantised weight
+#: largest magnitude of a signed 8-bit number that is used; −128 is left out, so that the range is symmetric
 LEVELS = 127
 #: largest finite magnitude of E4M3 without infinities (Micikevicius et al. 2022, table 1)
 FLOAT8_LARGEST = 448.0

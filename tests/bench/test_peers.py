@@ -112,8 +112,8 @@ def test_what_cannot_run_is_listed(micro_base: Path, micro_sdxl: Path, monkeypat
     assert "has 2 text encoders, which it was not tried with" in left_out[0]["why"]
     _, left_out = peers.available(str(micro_base), kinds=["diffusers"], weights="0" * 64)
     assert "are not those in the engines" in left_out[0]["why"]
-    for installed, why in ((False, "it is not installed; pip install optimum-onnx"), (True, "is an AutoencoderTiny")):
-        monkeypatch.setattr(peers, "_optimum_installed", lambda installed=installed: installed)
+    for versions, why in (({}, "it is not installed; pip install optimum-onnx"), ({"": "1"}, "is an AutoencoderTiny")):
+        monkeypatch.setattr(peers, "installed", lambda names, versions=versions: versions)
         _, left_out = peers.available(str(micro_base), kinds=["optimum-onnx"])
         assert why in left_out[0]["why"]
     monkeypatch.setattr(peers, "_compiler", lambda: None)

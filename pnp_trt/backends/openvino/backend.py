@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ from ...bundle.manifest import TOKENS, Manifest, NetworkRecord
 from ...errors import InputError, MissingDependency, PnpError
 from ...io.text import printable
 from ...sampling.network import Bound, Description, Network, check_input
+from ...version import installed
 from ..base import Backend, LoadOptions, Profile, Size
 from ..onnxruntime.backend import OnnxRuntime
 from ..per_shape import PerShapeNetwork, has_open_tokens
@@ -47,10 +46,9 @@ class OpenVino(OnnxRuntime):
     needs = NEEDS
 
     def versions(self) -> dict[str, str]:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version("openvino")
-            return {}  # an engine is the graph, and tied to no version
-        raise MissingDependency(_MISSING)
+        if not installed(["openvino"]):
+            raise MissingDependency(_MISSING)
+        return {}  # an engine is the graph, and tied to no version
 
     def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
         return Backend.layers(self, graph, facts)

@@ -8,7 +8,6 @@ part of any time. Nothing heavy is imported before `load` is called.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -22,6 +21,7 @@ import numpy as np
 from ...errors import InputError, PnpError
 from ...runtime.text import Text
 from ...sampling.schedules import chosen, evaluations, resolve
+from ...version import installed
 from .cases import Case
 
 EAGER, COMPILED, OPTIMUM = "diffusers", "diffusers-compile", "optimum-onnx"
@@ -270,7 +270,7 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
     if kind == OPTIMUM:
         if len(model.text_specs) > 1:
             return f"base '{base}' has {len(model.text_specs)} text encoders, which it was not tried with"
-        if not _optimum_installed():
+        if not installed(["optimum-onnx"]):
             return (
                 "it is not installed; pip install optimum-onnx (release 0.1 needs transformers below 4.58, "
                 "so in a separate environment)"
@@ -280,14 +280,6 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
         if model.unet_file is not None:
             return f"base '{base}' keeps its U-Net in a separate file, and it loads whole folders"
     return None
-
-
-def _optimum_installed() -> bool:
-    try:
-        importlib.metadata.version("optimum-onnx")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _compiler() -> str | None:

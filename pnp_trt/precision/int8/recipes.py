@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from ..recipes import Recipe, recipe
 
 if TYPE_CHECKING:
-    from ...graph.weights import WeightMap
-    from ..recipes import Derived
+    from ...graph.weights import Derived, WeightMap
     from .record import LayerRange, Record
 
 

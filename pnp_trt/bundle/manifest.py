@@ -566,7 +566,7 @@ class Manifest:
             target=m["target"].text(longest=100, shortest=1),
             profiles=tuple(_profile(v) for v in m["profiles"].items(0, 64)),
             compiler={k: v.text() for k, v in m["compiler"].entries(50).items()},
-            networks=_networks(m["networks"]),
+            networks={k: NetworkRecord.read(v) for k, v in m["networks"].members(NETWORKS, OPTIONAL_NETWORKS).items()},
             sample=LatentShape.read(m["sample"]),
             image=ImageSize.read(m["image"]),
             tokens=Tokens.read(m["tokens"]),
@@ -716,10 +716,6 @@ def _tensor(value: Value) -> Tensor:
 
 def _tensors_json(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: [dtype, list(shape)] for name, (dtype, shape) in tensors.items()}
-
-
-def _networks(value: Value) -> dict[str, NetworkRecord]:
-    return {k: NetworkRecord.read(v) for k, v in value.members(NETWORKS, OPTIONAL_NETWORKS).items()}
 
 
 def _files(value: Value) -> dict[str, FileRecord]:

@@ -7,6 +7,7 @@ signal's number.  A reader that closes standard output early ends it with 141, a
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -122,6 +123,18 @@ def _out_of_memory(error: Exception) -> bool:
 def _flush() -> None:
     if sys.stdout is not None:
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection within the block."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -277,12 +277,11 @@ class Engine:
                 found.set_result(None)
         return found
 
-    def stop(self, drain: bool = True, timeout: float | None = None) -> bool:
+    def stop(self, drain: bool = True) -> bool:
         """Take no more requests, and end.
 
         Args:
             drain: finish what waits and runs; else it is cancelled.
-            timeout: seconds to wait for that; what is not done then is cancelled, as it is without ``drain``.
 
         Returns:
             Whether all that was there was finished.
@@ -291,7 +290,7 @@ class Engine:
             self._stopping = True
         self._inbox.put(lambda: None)
         if drain:
-            self._thread.join(timeout)
+            self._thread.join()
         left = self.jobs()
         for job in left:
             self.cancel(job)

@@ -53,7 +53,7 @@ class MemoryMeter:
             return None
         settings = {
             "engine": None if bundle is None else str(bundle.folder), "peer": peer, "method": case.method,
-            "guided_interval": case.guided_interval, "batch": batch, "steps": steps, "schedule": schedule,
+            "batch": batch, "steps": steps, "schedule": schedule,
             "size": size, "provider": self.provider,
         }  # fmt: skip
         try:
@@ -99,8 +99,7 @@ def main() -> None:
         pipe = Pipeline.load(settings["engine"], provider=settings["provider"])
     batch, size = settings["batch"], settings["size"]
     noise = pipe.noise(list(range(batch)), *([] if size is None else [tuple(size)]))
-    interval = settings["guided_interval"]
-    case = Case(pipe, settings["method"], None if interval is None else tuple(interval))
+    case = Case(pipe, settings["method"])
     context = pipe.encode([_PROMPT] * batch)
     latents = case.denoise(context, noise, steps=settings["steps"], guidance=3.0, schedule=settings["schedule"])
     pipe.decode(latents)

@@ -108,17 +108,16 @@ def measure_device(
     sides: Sequence[int] = SIDES,
     bytes_: int = BYTES,
     seconds: float = SECONDS,
-    clock: Clock = time.perf_counter,
 ) -> Device:
     """Measure this device's peaks, in about four times `seconds`.
 
     provider: "cpu" or "cuda" (through torch).  precision: of the arithmetic, "fp32" on the CPU; "fp32", "fp16" or
-    "bf16" on a GPU.  sides: of the square matrices.  bytes_: of the weights that are read.  clock: returns seconds.
+    "bf16" on a GPU.  sides: of the square matrices.  bytes_: of the weights that are read.
 
     Raises InputError for another provider, a precision without a peak here, or "cuda" where torch finds no GPU.
     """
     if provider == "cuda":
-        return _cuda(precision, sides, bytes_, seconds, clock)
+        return _cuda(precision, sides, bytes_, seconds)
     if provider != "cpu":
         raise InputError(f"provider is '{provider}'; a device can be measured as 'cpu' or 'cuda'")
     if precision != "fp32":
@@ -133,7 +132,7 @@ def measure_device(
             return lambda: a @ b
 
         with_what = "numpy with its own threads, as the package onnx is not installed"
-    macs, bandwidth = _peaks(product, sides, bytes_, seconds, clock)
+    macs, bandwidth = _peaks(product, sides, bytes_, seconds)
     from ...bundle.provenance import provenance
 
     how = (
@@ -148,22 +147,21 @@ def _peaks(
     sides: Sequence[int],
     bytes_: int,
     seconds: float,
-    clock: Clock,
 ) -> tuple[float, float]:
     """Multiply-accumulates and bytes a second, in float32."""
     draw = np.random.default_rng(0)
     macs = 0.0
     for side in sides:
         a, b = (draw.random((side, side), np.float32) for _ in range(2))
-        macs = max(macs, side**3 / _best(product(a, b), seconds, clock))
+        macs = max(macs, side**3 / _best(product(a, b), seconds))
     width = 4096
     height = max(1, bytes_ // (width * 4))
     matrix = np.ones((height, width), np.float32)
     row = np.ones((1, height), np.float32)
-    return macs, matrix.nbytes / _best(product(row, matrix), 2 * seconds, clock)
+    return macs, matrix.nbytes / _best(product(row, matrix), 2 * seconds)
 
 
-def _best(run: Callable[[], object], seconds: float, clock: Clock) -> float:
+def _best(run: Callable[[], object], seconds: float, clock: Clock = time.perf_counter) -> float:
     """Seconds of the fastest run, of at least three and at least `seconds` together; the first one is left out."""
     run()
     times: list[float] = []
@@ -202,7 +200,7 @@ def _ort_product(threads: int) -> Callable[[np.ndarray, np.ndarray], Callable[[]
     return product
 
 
-def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float, clock: Clock) -> Device:
+def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float) -> Device:
     """The first GPU's peaks through torch: a product of matrices, and a copy, which reads and writes its bytes."""
     try:
         import torch
@@ -229,10 +227,10 @@ def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float, clo
         a, b = (torch.rand(side, side, device="cuda").to(dtype) for _ in range(2))
         out = torch.empty(side, side, device="cuda", dtype=dtype)
         call = waited(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
-        macs = max(macs, 10 * side**3 / _best(call, seconds, clock))
+        macs = max(macs, 10 * side**3 / _best(call, seconds))
     source = torch.zeros(4 * bytes_, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    bandwidth = 10 * 2 * source.numel() / _best(waited(lambda: target.copy_(source)), seconds, clock)
+    bandwidth = 10 * 2 * source.numel() / _best(waited(lambda: target.copy_(source)), seconds)
     how = (
         f"best of repeated {dtype} runs by torch: products of square matrices of "
         f"{' and '.join(str(4 * s) for s in sides)} for the arithmetic, a copy of {4 * bytes_ / 2**20:.0f} MiB, "

@@ -114,18 +114,13 @@ def published_table(doc: Document) -> Table | None:
     columns: dict[str, list[str] | None] = {
         "figure": [row["what"] + marks.get(row.get("note") or "", "") for row in rows],
         "unit": [row["unit"] for row in rows],
-        "published": [_as_printed(row["published"]) for row in rows],
+        "published": [f"{row['published']:,.6g}" for row in rows],  # no decimals that the paper does not have
         "printed as": [row.get("published_unit_printed") or DASH for row in rows],
         "counted here": [number(row["counted"], 2) for row in rows],
         "difference": [DASH if d is None else f"{100 * d:+.2f} %".replace("-", "−") for d in differences],
     }
     notes = [f"[{i}] {note}." for i, note in enumerate(notes, 1)]
     return _table("Published figures, counted again", columns, 2, notes)
-
-
-def _as_printed(value: float) -> str:
-    """As the paper prints it: no decimals that it does not have."""
-    return f"{value:,.6g}"
 
 
 def engine_table(doc: Document) -> Table | None:

@@ -1,10 +1,11 @@
-"""Which half-precision types this machine's processor multiplies in hardware.
+"""How many cores of this machine may be used, and which half-precision types they multiply in hardware.
 
-Elsewhere they are emulated: each product is widened and each sum rounded, which costs ten times float32 and more.
+Other types are emulated: each product is widened and each sum rounded, which costs ten times float32 and more.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 import warnings
@@ -19,6 +20,11 @@ _FLAGS = {
     "float16": frozenset({"amx_fp16", "avx512_fp16", "asimdhp"}),
 }
 _CPUINFO = Path("/proc/cpuinfo")
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on; all of them where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def flags(cpuinfo: str) -> frozenset[str]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from pnp_trt.assets import ROOT
 from pnp_trt.bench.engines import default_build, engine_names
 from pnp_trt.build.swap.rewrite import places
+from pnp_trt.bundle.manifest import WEIGHTS
 from pnp_trt.bundle.packed import PACKED
 from pnp_trt.bundle.store import read_manifest
-from pnp_trt.graph.weights import FILE as WEIGHTS
 from pnp_trt.io.files import make_folder, whole_folder
 
 BASE = "emoji"

@@ -123,7 +123,7 @@ class CudaLane(Lane):
         if (found := self._unet.staged("timestep")).dtype != np.int64:
             raise PnpError(f"the engine's timesteps are {found.dtype} and must be int64; build it again")
         n, channels, height, width = pixels.shape
-        self._x, self._count, self._latents = self._vae.addresses["latents"], latents.size, latents.shape
+        self._x, self._count = self._vae.addresses["latents"], latents.size
         self._image = n, channels, height * width
         self._previous, self._older = (self._device(latents.nbytes) for _ in range(2))
         self._w = self._device(4 * self._batch)

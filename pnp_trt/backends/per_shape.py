@@ -12,7 +12,7 @@ from typing import Any
 from ..bundle.manifest import TOKENS, NetworkRecord
 from ..bundle.profiles import Profile, Size, legal_sizes
 from ..errors import InputError
-from ..sampling.network import AtTokens, Bound, Network
+from ..sampling.network import Bound, TokenNetwork
 
 #: batch, size of the latents, and tokens of the text states; None leaves open what the graph leaves open
 Shape = tuple[int | None, Size | None, int | None]
@@ -38,7 +38,7 @@ def has_open_tokens(network: NetworkRecord) -> bool:
     return any(TOKENS in shape for _, shape in network.inputs.values())
 
 
-class PerShapeNetwork(Network):
+class PerShapeNetwork(TokenNetwork):
     """One graph, loaded for each shape that is asked for.
 
     Args:
@@ -90,21 +90,14 @@ class PerShapeNetwork(Network):
         """The shape that is loaded to run another one: None in it stands for what one loaded form runs any of."""
         return batch, size, tokens
 
-    def at_tokens(self, tokens: int) -> Network:
-        return AtTokens(self, tokens) if self.open_tokens else self
-
     def batches(self, most: int) -> tuple[int, ...]:
         """As many as are kept, ``most`` halved again and again: loading one costs more than padding."""
         if most <= self.max_loaded:
             return super().batches(most)
         return tuple(sorted({-(-most // 2**k) for k in range(self.max_loaded)}))
 
-    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Any]:
-        return self.bind_tokens(batch, size, None)
-
     @contextlib.contextmanager
     def bind_tokens(self, batch: int, size: Size | None, tokens: int | None) -> Iterator[Any]:
-        """As :meth:`bind`, for text states of ``tokens`` tokens."""
         check_shape(self.path, self.profiles, batch, size)
         shape, loaded = (batch, size, tokens), self.loaded(batch, size, tokens)
         with self._lock:

@@ -41,7 +41,7 @@ def counted_guide(manifest: Manifest) -> str | None:
     nothing is counted because there is no torch.
     """
     from ..errors import InputError
-    from ..models.catalog import guide_folder
+    from ..models.catalog import bundled_bases, guide_folder
     from ..models.guides import GUIDES, name_of_class
 
     if manifest.guide is None:
@@ -58,10 +58,4 @@ def counted_guide(manifest: Manifest) -> str | None:
     except (InputError, OSError, ValueError):
         return None
     alike = all(config.get(k) == counted.get(k) for k in options)
-    return f"guide-{kind}" if alike and manifest.base.name in _bundled() else None
-
-
-def _bundled() -> list[str]:
-    from ..models.catalog import bundled_bases
-
-    return bundled_bases()
+    return f"guide-{kind}" if alike and manifest.base.name in bundled_bases() else None

@@ -207,13 +207,10 @@ class Studio:
             for row in order if shown[row.cell] is row
         ]  # fmt: skip
         steps = " and ".join(map(str, sorted({row.cell.steps for row in order})))
-        caption = f"{self.task.shown[0].rpartition(', ')[2]}, {steps} steps" if self.bundled else f"{steps} steps"
+        caption = f"{steps} steps"
+        if self.task.columns != self.task.shown:  # the bundled prompts, all of one style
+            caption = f"{self.task.shown[0].rpartition(', ')[2]}, {caption}"
         return {"columns": list(self.task.columns), "rows": encode_images(made), "caption": caption}
-
-    @property
-    def bundled(self) -> bool:
-        """Whether the images show the bundled prompts, all of one style."""
-        return self.task.columns != self.task.shown
 
 
 def _label(row: FidelityRow, evaluations: int) -> str:

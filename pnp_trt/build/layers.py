@@ -17,10 +17,10 @@ import numpy as np
 
 from ..bundle import memory
 from ..bundle.golden_file import difference, read_golden
+from ..bundle.manifest import GOLDEN
 from ..bundle.onnx_file import check_graph
 from ..bundle.store import Bundle
 from ..errors import InputError, MissingDependency, PnpError
-from ..runtime.verify import FILE as GOLDEN
 from .parity import round_at_every_node
 
 #: share of the free memory that the outputs of one run may take, both graphs' together

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import logging
 import math
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import PnpError
 from ..graph.weights import WeightMap, hide, restore, save_with_weights
+from ..io.process import collector_paused
 from ..io.text import printable
 from .sizes import OpenAxis
 
@@ -49,7 +49,8 @@ def export(
         PnpError: if PyTorch cannot trace the module or has no ONNX operator for a part of it.
     """
     try:
-        with _quiet(), _without_collection(), torch.no_grad():
+        # the collector would look at a trace's many objects again and again: an eighth of an export's time
+        with _quiet(), collector_paused(), torch.no_grad():
             model, hidden = trace(module, inputs, [outputs] if isinstance(outputs, str) else list(outputs), open_axes)
     except torch.onnx.OnnxExporterError as e:
         cause = e.__cause__ or e
@@ -144,18 +145,6 @@ def _strip_source_locations(model: Any) -> None:
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """No garbage collection, which looks at a trace's many objects again and again; an eighth of an export's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..backends.base import MAX_BATCH, Backend, CompileJob, Profile, Progress, Size
 from ..bundle import memory
-from ..bundle.golden_file import Golden
+from ..bundle.golden_file import Golden, save_golden
 from ..bundle.manifest import (
+    GOLDEN,
     MAX_CHUNKS,
+    WEIGHTS,
     Base,
     CompileRecord,
     FurtherText,
@@ -38,7 +38,7 @@ from ..models.identity import guide_name
 from ..models.specs import TITLES, NetworkSpec
 from ..precision.int8.record import Record
 from ..precision.recipes import Recipe
-from ..version import __version__
+from ..version import __version__, installed
 from .network import NetworkExport
 from .sizes import SizePlan
 from .spec import BuildSpec
@@ -64,11 +64,8 @@ class Build:
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
         import torch
 
-        from ..graph.weights import FILE as WEIGHTS
         from ..graph.weights import SCHEMA as WEIGHTS_SCHEMA
         from ..models.tokenizer import copy_tokenizer
-        from ..runtime.verify import FILE as GOLDEN
-        from ..runtime.verify import save_golden
 
         started = time.monotonic()
         modules = self._networks
@@ -328,8 +325,4 @@ def engine_parity(
 
 def library_versions() -> dict[str, str]:
     """What a manifest remembers of the libraries that made it, for the reader alone."""
-    found = {"pnp-trt": __version__}
-    for name in _REMEMBERED:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return {"pnp-trt": __version__, **installed(_REMEMBERED)}

@@ -19,24 +19,24 @@ MAX_DEPTH, MAX_DIGITS, MAX_TEXT, MAX_MEMBERS = 16, 18, 16_384, 50_000
 MISSING: Any = object()
 
 
-def read_json(path: Path, advice: str, *, limit: int, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> Any:
+def read_json(path: Path, advice: str, *, limit: int, members: int = MAX_MEMBERS) -> Any:
     """A JSON file's value: no duplicate keys, no NaN, and within the bounds of this module.
 
     Args:
         advice: what to do about a file that is refused; closes the sentence.
         limit: most bytes of the file.
-        members, text: most members of one list or object, and characters of one string.
+        members: most of one list or object.
 
     Raises:
         InputError: if it is missing, is not a regular file, is too large, is not JSON, or is out of bounds.
     """
-    return parse_file(path, read_regular(path, advice, limit=limit), advice, members=members, text=text)
+    return parse_file(path, read_regular(path, advice, limit=limit), advice, members=members)
 
 
-def parse_file(path: Path, raw: bytes, advice: str, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> Any:
+def parse_file(path: Path, raw: bytes, advice: str, *, members: int = MAX_MEMBERS) -> Any:
     """As ``read_json``, for the bytes of a file that was read."""
     try:
-        return parse(raw, members=members, text=text)
+        return parse(raw, members=members)
     except UnicodeDecodeError as e:
         raise BundleCorrupt(f"{path} is not readable as JSON (byte {e.start} is not UTF-8); {advice}") from None
     except (ValueError, RecursionError) as e:
@@ -65,23 +65,23 @@ def read_regular(path: Path, advice: str, *, limit: int) -> bytes:
         raise InputError(f"{path} cannot be read ({e.strerror or e}); check its permissions") from None
 
 
-def parse(raw: bytes, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> Any:
+def parse(raw: bytes, *, members: int = MAX_MEMBERS) -> Any:
     """JSON of UTF-8 bytes within bounds; raises ``ValueError`` or ``RecursionError``."""
     value = json.loads(
         raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite
     )
-    check_bounds(value, members=members, text=text)
+    check_bounds(value, members=members)
     return value
 
 
-def check_bounds(value: Any, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT) -> None:
+def check_bounds(value: Any, *, members: int = MAX_MEMBERS) -> None:
     """Raise ``ValueError`` for a JSON value that is nested too deep, too long, or has text that is not Unicode."""
     level = [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for item in level:
             if isinstance(item, str):
-                _check_text(item, text)
+                _check_text(item)
             elif isinstance(item, Mapping | list | tuple):
                 if len(item) > members:
                     raise ValueError(f"a list or object has {len(item)} members, more than {members}")
@@ -98,9 +98,9 @@ def check_bounds(value: Any, *, members: int = MAX_MEMBERS, text: int = MAX_TEXT
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
-def _check_text(text: str, longest: int) -> None:
-    if len(text) > longest:
-        raise ValueError(f"a string has {len(text)} characters, more than {longest}")
+def _check_text(text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"a string has {len(text)} characters, more than {MAX_TEXT}")
     if "\0" in text:
         raise ValueError("a string holds a null character")
     try:
@@ -170,11 +170,6 @@ class Value:
         return InputError(
             f"{self.file}: {printable(self.key, limit=200)} is {_shown(self.raw)}; it {rule}; {self.advice}"
         )
-
-    @property
-    def is_null(self) -> bool:
-        """Whether the value is JSON's null."""
-        return self.raw is None
 
     def text(self, *, longest: int = 4096, shortest: int = 0, pattern: re.Pattern[str] | None = None,
              form: str = "", known: Iterable[str] | None = None) -> str:  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import BundleCorrupt
@@ -57,6 +57,15 @@ Tensor = tuple[str, tuple[int | str, ...]]
 
 
 @dataclass(frozen=True)
+class _Record:
+    """A part of the manifest whose JSON has the names of its fields."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """Hash and size in bytes of one file."""
 
@@ -75,7 +84,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class LoraRecord:
+class LoraRecord(_Record):
     """A LoRA that is merged into the base: its name, the hash of its file, and the scale."""
 
     name: str
@@ -86,11 +95,7 @@ class LoraRecord:
     def read(cls, value: Value) -> LoraRecord:
         """From a member of ``base.loras``."""
         m = value.members(("name", "sha256", "scale"))
-        return cls(_label(m["name"]), _hash(m["sha256"]), m["scale"].number(-1e6, 1e6))
-
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"name": self.name, "sha256": self.sha256, "scale": self.scale}
+        return cls(m["name"].text(), _hash(m["sha256"]), m["scale"].number(-1e6, 1e6))
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Base:
         if "all" not in hashes:
             raise m["sha256"].member("all").refuse("must be a hash")
         loras = tuple(LoraRecord.read(v) for v in m["loras"].items(1, 100)) if "loras" in m else ()
-        return cls(_label(m["name"]), hashes, loras)
+        return cls(m["name"].text(), hashes, loras)
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest has it."""
@@ -158,7 +163,7 @@ class GuideRecord:
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(_Record):
     """Base and guide as they were given to `pnp-trt build`."""
 
     base: str
@@ -168,11 +173,7 @@ class Given:
     def read(cls, value: Value) -> Given:
         """From ``given``."""
         m = value.members(("base", "guide"))
-        return cls(_label(m["base"]), _label(m["guide"]))
-
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"base": self.base, "guide": self.guide}
+        return cls(m["base"].text(), m["guide"].text())
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,7 @@ class NetworkRecord:
 
 
 @dataclass(frozen=True)
-class LatentShape:
+class LatentShape(_Record):
     """The default latent's shape, and the most images at once."""
 
     channels: int
@@ -361,13 +362,9 @@ class LatentShape:
         height, width = m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE)
         return cls(m["channels"].whole(1, MAX_CHANNELS), height, width, m["max_batch"].whole(1, MAX_BATCH))
 
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"channels": self.channels, "height": self.height, "width": self.width, "max_batch": self.max_batch}
-
 
 @dataclass(frozen=True)
-class ImageSize:
+class ImageSize(_Record):
     """The default image's height and width in pixels."""
 
     height: int
@@ -379,13 +376,9 @@ class ImageSize:
         m = value.members(("height", "width"))
         return cls(m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE))
 
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"height": self.height, "width": self.width}
-
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(_Record):
     """Tokens that a prompt is padded and cut to, and the id that pads."""
 
     length: int
@@ -396,10 +389,6 @@ class Tokens:
         """From ``tokens``."""
         m = value.members(("length", "pad"))
         return cls(m["length"].whole(2, MAX_TOKENS), m["pad"].whole(0, 2**31 - 1))
-
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"length": self.length, "pad": self.pad}
 
 
 @dataclass(frozen=True)
@@ -433,7 +422,7 @@ class FurtherText:
 
 
 @dataclass(frozen=True)
-class Parity:
+class Parity(_Record):
     """Errors against PyTorch by network: of the graphs, and of the engines or why these were not measured."""
 
     relative_error: Mapping[str, float]
@@ -448,16 +437,9 @@ class Parity:
         errors = {k: _error(v) for k, v in m["relative_error"].entries(50).items()}
         return cls(errors, _error(m["limit"]), m["against"].text(longest=1000), _engine_parity(m["engine"]))
 
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        engine = self.engine if isinstance(self.engine, str) else dict(self.engine)
-        return {
-            "relative_error": dict(self.relative_error), "limit": self.limit, "against": self.against, "engine": engine,
-        }  # fmt: skip
-
 
 @dataclass(frozen=True)
-class PeakMemory:
+class PeakMemory(_Record):
     """Largest resident memory in bytes while exporting and while compiling; None where not measured."""
 
     export: int | None
@@ -468,10 +450,6 @@ class PeakMemory:
         """From ``peak_memory``."""
         m = value.members(("export", "compile"))
         return cls(m["export"].nullable(_bytes), m["compile"].nullable(_bytes))
-
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"export": self.export, "compile": self.compile}
 
 
 @dataclass(frozen=True)
@@ -494,10 +472,10 @@ class PlugRecord:
     def read(cls, value: Value) -> PlugRecord:
         """From ``plugged``."""
         m = value.members(("from", "networks", "guide_read_from", "commands"))
-        source = {k: _label(v) for k, v in m["from"].members(("name", "key", "base")).items()}
+        source = {k: v.text() for k, v in m["from"].members(("name", "key", "base")).items()}
         networks = {k: v.text(longest=1000) for k, v in m["networks"].entries(20).items()}
         commands = tuple(v.text(longest=16_000) for v in m["commands"].items(1, 100))
-        return cls(source, networks, m["guide_read_from"].nullable(_label), commands)
+        return cls(source, networks, m["guide_read_from"].nullable(Value.text), commands)
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest has it."""
@@ -587,15 +565,15 @@ class Manifest:
             precision=m["precision"].text(longest=50, pattern=_WORD, form="a recipe's name"),
             target=m["target"].text(longest=100, shortest=1),
             profiles=tuple(_profile(v) for v in m["profiles"].items(0, 64)),
-            compiler={k: _label(v) for k, v in m["compiler"].entries(50).items()},
-            networks=_networks(m["networks"]),
+            compiler={k: v.text() for k, v in m["compiler"].entries(50).items()},
+            networks={k: NetworkRecord.read(v) for k, v in m["networks"].members(NETWORKS, OPTIONAL_NETWORKS).items()},
             sample=LatentShape.read(m["sample"]),
             image=ImageSize.read(m["image"]),
             tokens=Tokens.read(m["tokens"]),
             scheduler=scheduler_entries(m["scheduler"]),
             parity=Parity.read(m["parity"]),
             files=_files(m["files"]),
-            versions={k: _label(v) for k, v in m["versions"].entries(100).items()},
+            versions={k: v.text() for k, v in m["versions"].entries(100).items()},
             built=m["built"].text(longest=100),
             build_seconds=m["build_seconds"].number(0, 1e7),
             peak_memory=PeakMemory.read(m["peak_memory"]),
@@ -688,10 +666,6 @@ def _plain_name(value: Value) -> str:
     return name
 
 
-def _label(value: Value) -> str:
-    return value.text(longest=4096)
-
-
 def _hash(value: Value) -> str:
     return value.text(longest=64, pattern=_HASH, form="a SHA-256 hash of 64 hexadecimal digits")
 
@@ -742,10 +716,6 @@ def _tensor(value: Value) -> Tensor:
 
 def _tensors_json(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: [dtype, list(shape)] for name, (dtype, shape) in tensors.items()}
-
-
-def _networks(value: Value) -> dict[str, NetworkRecord]:
-    return {k: NetworkRecord.read(v) for k, v in value.members(NETWORKS, OPTIONAL_NETWORKS).items()}
 
 
 def _files(value: Value) -> dict[str, FileRecord]:

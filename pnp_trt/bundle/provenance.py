@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PnpError
+from ..processor import usable_cores
+from ..version import installed
 
 #: Packages whose versions are recorded where they are installed; looked up, never imported.
 PACKAGES = (
@@ -40,12 +41,12 @@ def provenance(command: str | Sequence[str], *, device: str | None = None) -> di
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": dirty,
-        "package": _version("pnp-trt") or "unknown",
+        "package": installed(["pnp-trt"]).get("pnp-trt", "unknown"),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": installed(PACKAGES),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "device": device,
         "platform": platform.platform(),
@@ -67,13 +68,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"{type(value).__name__} has no place in JSON")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

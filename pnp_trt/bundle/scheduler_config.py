@@ -31,7 +31,7 @@ def scheduler_entries(value: Value) -> dict[str, Any]:
         InputError: naming the first entry that is of another type or out of bounds.
     """
     for key, entry in value.entries(200).items():
-        if entry.is_null:
+        if entry.raw is None:
             continue
         if key == "num_train_timesteps":
             entry.whole(1, MAX_TRAINING_STEPS)

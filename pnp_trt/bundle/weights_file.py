@@ -1,4 +1,4 @@
-"""``weights.json`` of a bundle, checked: where each initialiser of the graphs comes from, see ``export.weights``."""
+"""``weights.json`` of a bundle, checked: where each initialiser of the graphs comes from, see ``graph.weights``."""
 
 from __future__ import annotations
 

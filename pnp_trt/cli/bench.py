@@ -116,7 +116,7 @@ def bench(
             for output in filter(None, (json_file, html_file, grid_file)):
                 remove_temporaries_of(output)
         try:
-            with ProgressBar("bench", None) as bar:
+            with ProgressBar("bench") as bar:
                 document = run.run(
                     plan, command=sys.argv[1:], suite=None if suite is None else Path(suite).stem, progress=bar.note,
                     tell=lambda sentence: print(printable(f"bench: {sentence}"), file=sys.stderr), work=parts,

@@ -56,7 +56,7 @@ def calibrate(
         base, guide, prompts, out, images, batch, steps, w_min, w_max, tuple(layer) if layer else None, probes,
         limit, seed,
     )  # fmt: skip
-    with ProgressBar("calibrate", None) as bar:
+    with ProgressBar("calibrate") as bar:
         path, record = run(config, force=force, progress=bar.stages)
     stdout_console().print(render(record))
     print(printable(f"record: {path}"))

@@ -28,7 +28,7 @@ def compare(
     if json_file is not None:
         check_writable_file(json_file, "--json")
         check_removable_file(json_file, "pnp-trt/bench-compare/", "--json", "a comparison")
-    found = module.compare_files(old, new)
+    found = module.compare(results.read(old), results.read(new))
     stdout_console().print(module.render_terminal(found))
     if json_file is not None:
         results.write(found.as_dict(), json_file)

@@ -80,7 +80,7 @@ def states_command(
         states=_state_config(states, images, num_states, w_min, w_max, negative, seed),
     )  # fmt: skip
     part = None if shards is None else _range(shards)
-    with ProgressBar("states", None) as bar:
+    with ProgressBar("states") as bar:
         made, total = collect_states(config, part, progress=bar.stages)
     print(printable(f"{made} of {total} shards are in {states_dir}"))
     if made == total:
@@ -172,7 +172,7 @@ def guidance(
         ),
         sharpen,
     )  # fmt: skip
-    with ProgressBar("distill", None) as bar:
+    with ProgressBar("distill") as bar:
         report = distill(config, resume=resume, progress=bar.stages)
     if not report:  # another process of several reports
         return
@@ -227,7 +227,7 @@ def steps_command(
             gradient_checkpointing=gradient_checkpointing, checkpoint_every=checkpoint_every, keep=keep, seed=seed,
         ),
     )  # fmt: skip
-    with ProgressBar("distill", None) as bar:
+    with ProgressBar("distill") as bar:
         reports = distill(config, resume=resume, progress=bar.stages)
     for report in reports:
         held = report["held_out"]
@@ -262,7 +262,7 @@ def gain_command(
     from ..distill.gain import GainConfig, fit
 
     config = GainConfig(guide, out, values, factor, base, prompts, num_states, seed)
-    with ProgressBar("distill", None) as bar:
+    with ProgressBar("distill") as bar:
         report = fit(config, resume=resume, progress=bar.stages)
     length = report["length"]
     print("timestep   length before   after, as a share of the teacher's")

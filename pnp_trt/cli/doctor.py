@@ -27,6 +27,8 @@ import typer
 from packaging.requirements import Requirement
 
 from .. import backends
+from ..backends.gpus import driver_present, present_gpus
+from ..processor import usable_cores
 from .console import stdout_console
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ def diagnose(engines: Path | None = None) -> list[Check]:
     without_gpu = {f"--backend {name}": needs.without_gpu for name, needs in backends.all_needs().items()}
     without_gpu[_ENERGY] = "nothing"
     checks = [_with_gpu(check, gpu, without_gpu.get(check.name, "runs")) for check in checks]
-    return [*checks, _cuda_provider(gpu), *packages.values(), *_machine(gpu)]
+    return [*checks, _cuda_provider(gpu), *packages.values(), _python(), _cores(), _memory(), _disk(), gpu]
 
 
 def ok(checks: Iterable[Check]) -> bool:
@@ -236,8 +238,6 @@ def _package(alternatives: tuple[str, ...], wanted: dict[str, Any]) -> Check:
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution) or "unknown version"
-    except importlib.metadata.PackageNotFoundError:
-        return None
     except Exception:  # metadata that cannot be parsed is as good as none
         return None
 
@@ -354,10 +354,6 @@ def _cuda_library(name: str) -> bool:
 # ------------------------------------------------------------------------------------------------------ machine
 
 
-def _machine(gpu: Check) -> list[Check]:
-    return [_python(), _cores(), _memory(), _disk(), gpu]
-
-
 def _python() -> Check:
     found = platform.python_version()
     if sys.version_info[:2] < OLDEST_PYTHON:
@@ -368,8 +364,7 @@ def _python() -> Check:
 
 
 def _cores() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Check("cores", "machine", "ok", f"{cores} usable")
+    return Check("cores", "machine", "ok", f"{usable_cores()} usable")
 
 
 def _memory() -> Check:
@@ -392,36 +387,17 @@ def _disk() -> Check:
 
 def _gpu() -> Check:
     """The GPUs that NVIDIA's driver library names, asked without torch."""
-    driver = None
-    for library in ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so"):
-        with contextlib.suppress(OSError):
-            driver = ctypes.CDLL(library)
-            break
-    if driver is None:
+    if not driver_present():
         if shutil.which("nvidia-smi"):
             return Check("gpu", "machine", "warning", "nvidia-smi was found, the CUDA driver library was not")
         return Check("gpu", "machine", "absent", "no NVIDIA driver; everything runs on the CPU")
     try:
-        names = _gpu_names(driver)
+        names = [found.name for found in present_gpus()]
     except (AttributeError, OSError) as error:
         return Check("gpu", "machine", "warning", f"the CUDA driver does not answer ({error})")
     if not names:
         return Check("gpu", "machine", "absent", "a CUDA driver without a device; everything runs on the CPU")
     return Check("gpu", "machine", "ok", ", ".join(names))
-
-
-def _gpu_names(driver: Any) -> list[str]:
-    """Device names by the CUDA driver's own calls; empty where it cannot start."""
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return []
-    names = []
-    for number in range(count.value):
-        device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
-        if driver.cuDeviceGet(ctypes.byref(device), number) == 0:
-            driver.cuDeviceGetName(name, len(name), device)
-            names.append(name.value.decode(errors="replace"))
-    return names
 
 
 def _size(number: int) -> str:

@@ -107,7 +107,7 @@ def build(
         base, guide, backend, precision, out, target, tuple(profile or ()), options, calibration, image_to_image,
         unet_only, Noise(prediction_type, zero_terminal_snr), vae, tokens,
     )  # fmt: skip
-    with ProgressBar(f"build {spec.folder().name}", None) as bar:
+    with ProgressBar(f"build {spec.folder().name}") as bar:
         built = run(spec, force=force, progress=bar.note)
     m = built.manifest
     size = sum(f.size for f in m.files.values()) / 2**20
@@ -222,7 +222,7 @@ def _verify_layers(bundle: Any, networks: list[str], worst: int) -> None:
     graphs = module.graphs(bundle, networks)
     problems = []
     for name, (path, inputs) in graphs.items():
-        with ProgressBar(f"{name}: layers", None) as bar:
+        with ProgressBar(f"{name}: layers") as bar:
             found = module.layerwise(path, inputs, progress=bar.count)
         limit = bundle.manifest.networks[name].parity.limit
         verdict, problem = module.verdict(found, limit)

@@ -53,7 +53,7 @@ def generate(
         "steps": steps, "guidance": guidance, "method": method, "schedule": schedule, "prompt_syntax": prompt_syntax,
     }  # fmt: skip
     defaults = {name: value for name, value in named.items() if value is not None}
-    with ProgressBar(f"{len(rows)} images", None, quiet) as bar:
+    with ProgressBar(f"{len(rows)} images", quiet) as bar:
         progress = bar.count if bar.watched else None
         if ray:
             from ..bundle.store import open_bundle

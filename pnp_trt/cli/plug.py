@@ -59,7 +59,7 @@ def plug(
     spec = PlugSpec(
         engine, base, tuple(lora or ()), out, memory_check, unet_only, Noise(prediction_type, zero_terminal_snr), vae
     )
-    with ProgressBar(f"plug into {engine}", None) as bar:
+    with ProgressBar(f"plug into {engine}") as bar:
         plugged = run(spec, force=force, progress=bar.note)
     m = plugged.manifest
     made = "is up to date" if plugged.cached else f"plugged in {m.build_seconds:.1f} s"

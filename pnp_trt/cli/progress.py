@@ -10,7 +10,7 @@ from ..io.text import printable
 class ProgressBar:
     """One progress line on standard error; silent when ``quiet`` or when nobody watches."""
 
-    def __init__(self, title: str, total: int | None, quiet: bool = False) -> None:
+    def __init__(self, title: str, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -33,8 +33,7 @@ class ProgressBar:
         #: whether somebody sees it
         self.watched = not self._progress.disable
         self._plain = not quiet and not console.is_terminal
-        self._title = title = printable(title, limit=200)
-        self._task = self._progress.add_task(title, total=total)
+        self._task = self._progress.add_task(printable(title, limit=200), total=None)
         self._last = ""
 
     def __enter__(self) -> ProgressBar:
@@ -43,15 +42,6 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-
-    def stage(self, name: str) -> None:
-        """A named stage begins; stages count one each."""
-        if self._last:
-            self._progress.advance(self._task)
-        self._last = name
-        self._progress.update(self._task, description=f"{self._title}: {printable(name)}")
-        if self._plain:
-            print(f"{self._title}: {printable(name)}", file=sys.stderr)
 
     def count(self, done: int, total: int) -> None:
         """Steps done and steps in all."""

@@ -204,7 +204,7 @@ def sample(
                 "two evaluations per step",
                 file=sys.stderr,
             )
-    with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", None, quiet) as bar:
+    with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", quiet) as bar:
         images = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
             init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,

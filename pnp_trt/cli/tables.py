@@ -168,7 +168,7 @@ def _plugged(p: PlugRecord) -> str:
 
 
 def layer_table(layers: list[LayerParity]) -> RenderableType:
-    """Tensors of a graph for a terminal, see ``export.layers``."""
+    """Tensors of a graph for a terminal, see ``build.layers``."""
     from rich.table import Table
     from rich.text import Text
 

@@ -52,7 +52,7 @@ def visualize(
         tuple(_words(layers or "")),
         out,
     )
-    with ProgressBar("visualize", None) as bar:
+    with ProgressBar("visualize") as bar:
         drawn = run(request, command=sys.argv[1:], progress=bar.note)
     for path in drawn.files:
         print(printable(path))

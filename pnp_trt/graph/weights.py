@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bundle.manifest import WEIGHTS
 from ..errors import PnpError
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCHEMA = 1
-FILE = "weights.json"
-#: largest magnitude of a quantised weight
+#: largest magnitude of a signed 8-bit number that is used; −128 is left out, so that the range is symmetric
 LEVELS = 127
 #: largest finite magnitude of E4M3 without infinities (Micikevicius et al. 2022, table 1)
 FLOAT8_LARGEST = 448.0
@@ -95,7 +95,7 @@ def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
             case "float8_scale":
                 tensor = float8_scale(tensor).to(getattr(torch, step["to"]))
             case other:
-                raise PnpError(f"{FILE} has a transform '{other}', which this version does not support; build again")
+                raise PnpError(f"{WEIGHTS} has a transform '{other}', which this version does not support; build again")
     return tensor.contiguous()
 
 
@@ -171,7 +171,7 @@ def invert(transform: list[dict[str, Any]], stored: Tensor, shape: tuple[int, ..
     shapes, probe = [], torch.empty(shape, device="meta")
     for step in transform:
         if step["op"] not in ("cast", "transpose", "reshape"):
-            raise PnpError(f"the transform '{step['op']}' of {FILE} cannot be undone")
+            raise PnpError(f"the transform '{step['op']}' of {WEIGHTS} cannot be undone")
         shapes.append(probe.shape)
         probe = apply([step], probe)
     for step, before in zip(reversed(transform), reversed(shapes), strict=True):
@@ -269,7 +269,7 @@ def check_complete(path: Path, weights: WeightMap) -> None:
     named = [*weights.weights, *weights.constants]
     if sorted(present) != sorted(named):
         differ = sorted(set(present) ^ set(named))
-        raise PnpError(f"{FILE} and {path.name} differ in {len(differ)} initialisers, for example {differ[:1]}")
+        raise PnpError(f"{WEIGHTS} and {path.name} differ in {len(differ)} initialisers, for example {differ[:1]}")
 
 
 def save_with_weights(model: Any, path: Path, weights: list[str]) -> None:

@@ -138,9 +138,9 @@ def _guarded(target: Path) -> bool:
     return bool(folder.st_mode & stat.S_ISVTX) and getattr(os, "geteuid", lambda: 0)() not in (0, *users)
 
 
-def _short(path: Path, length: int = 200) -> str:
+def _short(path: Path) -> str:
     text = str(path)
-    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 2 :]}"
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-100:]}"
 
 
 def _resolved(path: Path) -> Path:

@@ -7,6 +7,7 @@ signal's number.  A reader that closes standard output early ends it with 141, a
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -125,12 +126,21 @@ def _flush() -> None:
 
 
 @contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection within the block."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def _streams() -> Iterator[None]:
     """Standard output whose errors are reported in one sentence, and standard error whose errors are ignored."""
     streams = sys.stdout, sys.stderr
-    for stream in streams:
-        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that has no “×” is no reason to fail
     if sys.stdout is not None:
         sys.stdout = cast(Any, _Output(sys.stdout, _output_failed))
     if sys.stderr is not None:

@@ -109,9 +109,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in _NAMES_AND_VERSIONS}
 
 
-def check_same_text(
-    own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str, kind: str = "CLIPTextModel"
-) -> None:
+def check_same_text(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str, kind: str) -> None:
     """``check_same_network`` for text encoders; ``kind`` is their class in transformers."""
     import transformers
 

@@ -10,9 +10,8 @@ from typing import Any
 from ..bundle.profiles import MAX_SIDE
 from ..errors import InputError
 from ..io.text import printable
-from .files import read_json, weight_files
+from .files import FETCH, read_json, weight_files
 
-_SAVE = "download it again, or save the model with pipeline.save_pretrained"
 _PARTS = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
 _READ = "Stable Diffusion 1, 2 and XL are read (StableDiffusionPipeline, StableDiffusionXLPipeline)"
 
@@ -37,7 +36,7 @@ def check_folder(folder: Path) -> None:
         if (folder / part).is_dir():
             _check_tokenizer(folder / part)
     if (folder / "text_encoder_2").is_dir() and not (folder / "tokenizer_2").is_dir():
-        raise InputError(f"{folder} has text_encoder_2 and no tokenizer_2; {_SAVE}")
+        raise InputError(f"{folder} has text_encoder_2 and no tokenizer_2; {FETCH}")
 
 
 def _refuse_parts(folder: Path, kind: str, missing: list[str]) -> None:
@@ -53,7 +52,7 @@ def _refuse_parts(folder: Path, kind: str, missing: list[str]) -> None:
             "model's images; give the base model's folder"
         )
     what = f"is a {kind} but has" if kind else "is not a diffusers folder: it has"
-    raise InputError(f"{folder} {what} no {', '.join(missing)}; {_SAVE}")
+    raise InputError(f"{folder} {what} no {', '.join(missing)}; {FETCH}")
 
 
 def _is_stable_diffusion(kind: str) -> bool:
@@ -70,7 +69,7 @@ def _need(path: Path) -> None:
         raise InputError(
             f"{path} is missing; {older}, the name in Flax models and old ones, is there: rename it to {path.name}"
         )
-    raise InputError(f"{path} is missing; {_SAVE}")
+    raise InputError(f"{path} is missing; {FETCH}")
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -79,7 +78,7 @@ def _check_tokenizer(folder: Path) -> None:
         return
     lacks = [n for n in ("vocab.json", "merges.txt") if not (folder / n).is_file()]
     if lacks:
-        raise InputError(f"{folder / lacks[0]} is missing, and there is no tokenizer.json in its place; {_SAVE}")
+        raise InputError(f"{folder / lacks[0]} is missing, and there is no tokenizer.json in its place; {FETCH}")
 
 
 def check_unet(

@@ -167,11 +167,8 @@ def _architecture(file: SingleFile) -> Architecture | None:
             f"{file.path} is SDXL's refiner: it has the second text encoder alone and finishes the base model's "
             "images; give the base model's file"
         )
-    return next((a for a in architectures() if _marks(a.configs["unet"]) == _shapes(marks)), None)
-
-
-def _shapes(marks: Mapping[str, Any]) -> tuple[Any, ...]:
-    return marks["in"], marks["width"], marks["text"], marks["added"]
+    found = marks["in"], marks["width"], marks["text"], marks["added"]
+    return next((a for a in architectures() if _marks(a.configs["unet"]) == found), None)
 
 
 def _marks(config: Mapping[str, Any]) -> tuple[Any, ...]:

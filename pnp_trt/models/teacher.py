@@ -272,13 +272,12 @@ class BaseModel:
 
         return Teacher(self.unet())
 
-    def text_module(self, spec: TextEncoderSpec | None = None) -> Any:
+    def text_module(self, spec: TextEncoderSpec) -> Any:
         """A text encoder as it is exported: ``input_ids [B, tokens]`` → states ``[B, tokens, D]``, and what the
         spec's outputs name besides.
         """
         from . import wrappers
 
-        spec = spec or self.text_specs[0]
         return getattr(wrappers, spec.wrapper)(self.text_encoder(spec))
 
     def decoder_module(self) -> Any:
@@ -315,8 +314,8 @@ class BaseModel:
         for spec in self.text_specs:
             self.tokenizer(spec)
             self.text_encoder(spec)
-        for load in (self.vae, self.unet):
-            load()
+        self.vae()
+        self.unet()
 
     def configs_sha256(self) -> str:
         """Hash of what is not a weight and changes images: configs, tokenizer and noise schedule."""

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from .int8.recipes import Int8, is_fused_in_float
 
 if TYPE_CHECKING:
-    from ..graph.weights import WeightMap
+    from ..graph.weights import Derived, WeightMap
     from .int8.record import LayerRange, Record
-    from .recipes import Derived
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from ..graph.weights import WeightMap
+    from ..graph.weights import Derived, WeightMap
     from .int8.record import LayerRange, Record
-
-    #: new initialiser → (initialiser that it is made of, steps)
-    Derived = dict[str, tuple[str, list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True)

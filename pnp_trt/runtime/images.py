@@ -59,7 +59,9 @@ def save_new(
     while True:
         path = folder / f"{stem}{suffix if number == 1 else f'-{number}{suffix}'}"
         number += 1
-        files = {path: data} | ({} if beside is None else {path.with_suffix(beside): _as_json(parameters)})
+        files = {path: data}
+        if beside is not None:
+            files[path.with_suffix(beside)] = f"{json.dumps(parameters, indent=2)}\n".encode()
         if write_all_new(files):
             return path
 
@@ -82,9 +84,9 @@ def write_all_new(files: Mapping[Path, bytes]) -> bool:
     return True
 
 
-def slug(prompt: str, length: int = 40) -> str:
-    """A file name's worth of a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].strip("-") or "image"
+def slug(prompt: str) -> str:
+    """A file name's worth of a prompt, at most 40 characters."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "image"
 
 
 def read_image(source: str | Path | np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
@@ -131,11 +133,13 @@ def save_image(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kind:
         kind: ``png``, ``webp`` (lossless) or ``jpeg`` (quality 95).
 
     Raises:
-        InputError: for another kind.
-        InputError: if the file exists.
+        InputError: for another kind, or if the file exists.
         PnpError: if it cannot be written.
     """
-    _write_new(encode_image(pixels, parameters, kind, path), path)
+    try:
+        write_new(encode_image(pixels, parameters, kind, path), path)
+    except FileExistsError as e:
+        raise InputError(f"{path} exists and is not overwritten; name another file") from e
 
 
 def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name: Path) -> bytes:
@@ -203,17 +207,6 @@ def read_parameters(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path} holds no parameters of pnp-trt ({e}); name an image that it wrote") from e
     return found
-
-
-def _as_json(parameters: dict[str, Any]) -> bytes:
-    return (json.dumps(parameters, indent=2) + "\n").encode()
-
-
-def _write_new(data: bytes, path: Path) -> None:
-    try:
-        write_new(data, path)
-    except FileExistsError as e:
-        raise InputError(f"{path} exists and is not overwritten; name another file") from e
 
 
 def grid(

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..bundle.tokenizer_file import check_tokenizer, read_tokenizer
 from ..errors import InputError, PnpError
-from ..io.inputs import check_prompts, excerpt
+from ..io.inputs import excerpt
 from ..io.text import printable
 from .prompt_syntax import Parts, cut_chunks
 
@@ -31,7 +31,7 @@ Chunk = tuple[np.ndarray, np.ndarray]
 
 
 class Tokenizer:
-    """Prompts → padded token ids, as ``CLIPTokenizer(padding="max_length", truncation=True)`` gives them.
+    """A prompt → padded token ids, as ``CLIPTokenizer(padding="max_length", truncation=True)`` gives them.
 
     Args:
         path: a ``tokenizer.json``.
@@ -49,14 +49,6 @@ class Tokenizer:
         self._backend = _backend(path, vocabulary)
         self.length, self.pad = length, pad
         self._ends = tuple(self._backend.encode("").ids)
-
-    def __call__(self, prompts: list[str]) -> np.ndarray:
-        """Ids ``[N, length]`` int64.  A prompt that is too long is cut with a warning that shows what was dropped."""
-        out = np.full((len(prompts), self.length), self.pad, np.int64)
-        check_prompts(prompts)
-        for row, prompt in enumerate(prompts):
-            out[row] = self.weighted([(prompt, 1.0)])[0]
-        return out
 
     def weighted(self, parts: Parts) -> Chunk:
         """A prompt in parts as one chunk; what is too long is cut with a warning that shows what was dropped."""
@@ -154,7 +146,8 @@ def _first(chunks: Sequence[Sequence[int]]) -> int:
 
 
 def _shown(text: str) -> str:
-    return excerpt(_excerpt(text), 200)
+    """A text that may be long, as a message shows it: its beginning and its end."""
+    return excerpt(text if len(text) <= 140 else f"{text[:60]} … {text[-60:]}", 200)
 
 
 def _backend(path: Path, vocabulary: int) -> Any:
@@ -184,8 +177,3 @@ def _load(path: Path, raw: bytes, vocabulary: int) -> Any:
     if (count := len(backend.encode("").ids)) != 2:
         raise InputError(f"{path} puts {count} tokens around a prompt, not a start and an end; {_ADVICE}")
     return backend
-
-
-def _excerpt(text: str, ends: int = 60) -> str:
-    """A text that may be long, as a message shows it: its beginning and its end."""
-    return text if len(text) <= 2 * ends + 20 else f"{text[:ends]} … {text[-ends:]}"

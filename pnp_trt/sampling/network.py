@@ -6,11 +6,12 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from ..bundle.profiles import Profile, Size, size_of
+from ..errors import InputError
 
 #: the U-Net's name of the text states, ``[B, tokens, D]``
 STATES = "encoder_hidden_states"
@@ -52,6 +53,21 @@ class Bound(ABC):
     def output(self) -> np.ndarray:
         """The first output, once the run has ended; it may change with the next run."""
         return self.read()
+
+
+def check_input(name: str, array: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an array for an input that the buffers do not have, or have in another shape.
+
+    Args:
+        shapes: of the buffers' inputs by name.
+
+    Raises:
+        InputError: naming the inputs, or both shapes.
+    """
+    if name not in shapes:
+        raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(shapes)}")
+    if array.shape != shapes[name]:
+        raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {list(shapes[name])}")
 
 
 class Network(ABC):
@@ -96,10 +112,7 @@ class Network(ABC):
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The first output for named inputs that share their first dimension."""
-        with self.for_states(inputs).bind(len(next(iter(inputs.values()))), size_of(inputs)) as bound:
-            bound.write(**inputs)
-            bound.run()
-            return bound.read()
+        return self.outputs(**inputs)[0]
 
     def outputs(self, **inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """All outputs in their order, for named inputs that share their first dimension."""
@@ -109,32 +122,30 @@ class Network(ABC):
             return bound.read_all()
 
 
-class TakesTokens(Protocol):
-    """A network whose text states may have several numbers of tokens."""
+class TokenNetwork(Network):
+    """A network whose text states may have several numbers of tokens.
 
-    def describe(self) -> Description:
-        """As of ``Network``."""
-        ...
+    Attributes:
+        open_tokens: whether its graph leaves the tokens of the text states open.
+    """
 
-    def bind_tokens(
-        self, batch: int, size: Size | None, tokens: int | None
-    ) -> contextlib.AbstractContextManager[Bound]:
-        """As ``Network.bind``, for text states of ``tokens`` tokens."""
-        ...
+    open_tokens: bool
 
-    def batches(self, most: int) -> tuple[int, ...]:
-        """As of ``Network``."""
-        ...
+    @abstractmethod
+    def bind_tokens(self, batch: int, size: Size | None, tokens: int | None) -> contextlib.AbstractContextManager[Any]:
+        """As :meth:`bind`, for text states of ``tokens`` tokens."""
 
-    def facts(self) -> dict[str, int]:
-        """As of ``Network``."""
-        ...
+    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Any]:
+        return self.bind_tokens(batch, size, None)
+
+    def at_tokens(self, tokens: int) -> Network:
+        return AtTokens(self, tokens) if self.open_tokens else self
 
 
 class AtTokens(Network):
     """A network for text states of one number of tokens."""
 
-    def __init__(self, network: TakesTokens, tokens: int) -> None:
+    def __init__(self, network: TokenNetwork, tokens: int) -> None:
         self._network, self._tokens = network, tokens
 
     def describe(self) -> Description:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -146,7 +146,6 @@ class Engine:
         pipeline: the bundle; nobody else should use it meanwhile, as both would be slower.
         slots: rows of an engine call, at most; CFG takes two an image, the other methods one.
         queue: images that may wait.
-        buckets: as of ``Pipeline.step_loop``.
         watcher: told of steps and ends.
 
     Raises:
@@ -158,14 +157,13 @@ class Engine:
         pipeline: Pipeline,
         slots: int = SLOTS,
         queue_size: int = QUEUE,
-        buckets: Iterable[int] | None = None,
         watcher: Watcher | None = None,
     ) -> None:
         if queue_size < 0:
             raise InputError(f"the queue is {queue_size}; it must be at least 0")
         self.pipeline = pipeline
         self.watcher = watcher or Watcher()
-        self._loop = pipeline.step_loop(slots, buckets)
+        self._loop = pipeline.step_loop(slots)
         self.slots = self._loop.slots
         self._room = self.slots + queue_size
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -203,11 +201,6 @@ class Engine:
         """Those that wait or run, the oldest first."""
         with self._lock:
             return list(self._jobs.values())
-
-    def job(self, name: str) -> Job | None:
-        """The job of this id, if it waits or runs."""
-        with self._lock:
-            return self._jobs.get(name)
 
     def submit(self, prepared: Prepared, deadline: float | None = None) -> Job:
         """Put a request in the queue.
@@ -284,12 +277,11 @@ class Engine:
                 found.set_result(None)
         return found
 
-    def stop(self, drain: bool = True, timeout: float | None = None) -> bool:
+    def stop(self, drain: bool = True) -> bool:
         """Take no more requests, and end.
 
         Args:
             drain: finish what waits and runs; else it is cancelled.
-            timeout: seconds to wait for that; what is not done then is cancelled, as it is without ``drain``.
 
         Returns:
             Whether all that was there was finished.
@@ -298,7 +290,7 @@ class Engine:
             self._stopping = True
         self._inbox.put(lambda: None)
         if drain:
-            self._thread.join(timeout)
+            self._thread.join()
         left = self.jobs()
         for job in left:
             self.cancel(job)

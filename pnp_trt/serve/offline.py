@@ -57,9 +57,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             found = csv.DictReader(io.StringIO(text))
         else:
             lines = [line for line in text.splitlines() if line.strip()]
-            found = [
-                {"prompt": line.strip()} if kind == ".txt" else _object(line, i) for i, line in enumerate(lines, 1)
-            ]
+            if kind == ".txt":
+                found = [{"prompt": line.strip()} for line in lines]
+            else:
+                found = [parse_json(ln, f"row {i}", "give one JSON object a line") for i, ln in enumerate(lines, 1)]
     else:
         raise InputError(f"the prompts file {path} is not .txt, .jsonl, .csv or .parquet; save it as one of these")
     rows = [_row(row, i) for i, row in enumerate(found, 1)]
@@ -78,10 +79,6 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     except (OSError, ValueError) as e:  # pyarrow's own errors are of both kinds
         raise InputError(f"the prompts file {path} cannot be read ({e}); give a Parquet file") from None
     yield from table.to_pylist()
-
-
-def _object(line: str, number: int) -> Any:
-    return parse_json(line, f"row {number}", "give one JSON object a line")
 
 
 def _row(row: Any, number: int) -> dict[str, Any]:

@@ -292,7 +292,7 @@ def test_extractor() -> None:
     extract = fidelity.FeatureExtractor()
     images = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
     found = extract(images)
-    assert found.shape == (3, fidelity.FEATURE_WIDTH) and found.dtype == np.float32
+    assert found.shape == (3, 1280) and found.dtype == np.float32
     assert np.allclose(extract(images, batch=2), found, atol=1e-4)
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))

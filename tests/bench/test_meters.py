@@ -65,8 +65,8 @@ def test_without_a_counter_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peak_memory_is_of_a_process_of_its_own(micro_bundles: Path) -> None:
     plain = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
-    meter = MemoryMeter("cpu", 1)
-    one = meter(Case(plain, "cfg-interval", (0, 999)), batch=1, steps=2, schedule="ddim")
+    meter = MemoryMeter("cpu")
+    one = meter(Case(plain, "cfg-interval"), batch=1, steps=2, schedule="ddim")
     many = meter(Case(plain, "cfg-fewer-steps"), batch=32, steps=2)
     assert one is not None and many is not None and meter.left_out == []
     assert 20 * 2**20 < one < many  # a batch of 64 for the U-Net takes more than one of 2
@@ -90,7 +90,7 @@ def test_what_has_no_memory_figure_is_listed(micro_bundles: Path, monkeypatch: p
 
 def test_a_process_that_fails_says_its_last_line(tmp_path: Path) -> None:
     wanted = dict.fromkeys(
-        ("peer", "guided_interval", "schedule", "size", "threads"), None
+        ("peer", "schedule", "size"), None
     ) | {"engine": str(tmp_path / "none"), "method": "cfg", "batch": 1, "steps": 1, "provider": "cpu"}  # fmt: skip
     with pytest.raises(PnpError, match="measures memory failed: .*none"):
         footprint.in_own_process(wanted)

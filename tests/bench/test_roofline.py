@@ -68,10 +68,10 @@ def test_work_of_bundles(micro_bundles: Path) -> None:
 
 
 def test_this_device_is_measured() -> None:
-    found = measure_device(threads=1, sides=(48,), bytes_=2**20, seconds=0.0)
+    found = measure_device(sides=(48,), bytes_=2**20, seconds=0.0)
     assert found.name and 1e6 < found.peak_macs_per_s < 1e14
     assert 1e6 < found.peak_bytes_per_s < 1e13
-    assert "ONNX Runtime on 1 thread" in found.how and "48" in found.how and "1 MiB" in found.how
+    assert "ONNX Runtime on " in found.how and "48" in found.how and "1 MiB" in found.how
     assert set(found.as_dict()) == {"name", "peak_macs_per_s", "peak_bytes_per_s", "how"}
 
 

@@ -19,7 +19,7 @@ from pnp_trt.errors import InputError
 def test_the_bundled_features_are_those_of_the_captions_that_the_tables_measure() -> None:
     features, rows, about = read_features(FEATURES)
     assert rows == [(a.concept, a.style, a.seed) for a in captions("train", 512)]
-    assert features.shape == (512, fidelity.FEATURE_WIDTH) and features.dtype == np.float32
+    assert features.shape == (512, 1280) and features.dtype == np.float32
     assert np.isfinite(features).all() and (features >= 0).any(1).all() and features.std() > 0.1
     assert {v["licence"] for v in json.loads(about["pictures"]).values()} == {"Apache-2.0", "CC-BY-4.0"}
     assert abs(float(about["kid_changed_by_float16"])) < 1e-4

@@ -150,6 +150,9 @@ class FakeDriver:
         name.value = f"Fake GPU {device.value}".encode()
         return 0
 
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        return 0
+
 
 def test_cuda_provider_says_what_is_lacking(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = doctor.Check("gpu", "machine", "ok")

@@ -165,14 +165,10 @@ def test_rows_of_metadata_are_checked(row: str, message: str, tmp_path: Path) ->
     ],
 )
 def test_prompts_that_no_tokenizer_takes(prompt: Any, message: str) -> None:
-    from pnp_trt.assets import ROOT
     from pnp_trt.runtime.pipeline import check_request
-    from pnp_trt.runtime.tokenizer import Tokenizer
 
     with pytest.raises(InputError, match=message):
         check_request([prompt], [0], [2.0], 4)
-    with pytest.raises(InputError, match=message):
-        Tokenizer(ROOT / "emoji" / "tokenizer" / "tokenizer.json")([prompt])
 
 
 @pytest.mark.parametrize(

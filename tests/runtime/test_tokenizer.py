@@ -21,7 +21,7 @@ def both() -> tuple[Tokenizer, CLIPTokenizer]:
 
 
 def test_the_vocabulary_is_clips(both: tuple[Tokenizer, CLIPTokenizer]) -> None:
-    ids = both[0](["a photograph of an astronaut riding a horse"])[0]
+    ids = both[0].weighted([("a photograph of an astronaut riding a horse", 1.0)])[0]
     assert ids[:10].tolist() == [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
     assert (ids[10:] == 49407).all() and ids.shape == (77,)
 
@@ -32,18 +32,18 @@ def test_equals_transformers(both: tuple[Tokenizer, CLIPTokenizer], text: str) -
     ours, theirs = both
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got = ours([text])[0].tolist()
+        got = ours.weighted([(text, 1.0)])[0].tolist()
     assert got == theirs(text, padding="max_length", max_length=77, truncation=True).input_ids
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_shows_the_rest(both: tuple[Tokenizer, CLIPTokenizer]) -> None:
     words = " ".join(f"word{i}" for i in range(60))
     with pytest.warns(UserWarning, match=r"cut to 77; dropped: “.*word59”"):
-        ids = both[0]([words])[0]
+        ids = both[0].weighted([(words, 1.0)])[0]
     assert ids[0] == 49406 and ids[-1] == 49407
 
 
 def test_a_prompt_that_just_fits_is_not_cut(both: tuple[Tokenizer, CLIPTokenizer]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (both[0](["apple " * 75])[0] == 49407).sum() == 1
+        assert (both[0].weighted([("apple " * 75, 1.0)])[0] == 49407).sum() == 1

@@ -20,7 +20,7 @@ from ...bundle.manifest import TOKENS, Manifest, NetworkRecord
 from ...errors import BundleCorrupt, InputError, PnpError
 from ...io.text import printable
 from ...precision.recipes import RECIPES
-from ...sampling.network import Bound, Description, Network
+from ...sampling.network import Bound, Description, Network, check_input
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress, Size
 from ..gpus import driver_present
 from ..per_shape import PerShapeNetwork, Shape, has_open_tokens
@@ -380,6 +380,7 @@ class OrtBound(Bound):
         device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         self._binding = session.io_binding()
         self._inputs: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._host: dict[str, np.ndarray] = {}
         for node in session.get_inputs():
             full = [batch, *(tokens if d == TOKENS and tokens else d for d in node.shape[1:])]
@@ -391,7 +392,7 @@ class OrtBound(Bound):
             else:
                 value = ort.OrtValue.ortvalue_from_shape_and_type(full, _dtype(node.type), device, 0)
             self._binding.bind_ortvalue_input(node.name, value)
-            self._inputs[node.name] = value
+            self._inputs[node.name], self._shapes[node.name] = value, tuple(full)
         first, *self._others = session.get_outputs()
         shape = [batch, *first.shape[1:]]
         self._seen: np.ndarray | None = None
@@ -410,15 +411,11 @@ class OrtBound(Bound):
 
     def write(self, **inputs: np.ndarray) -> None:
         for name, array in inputs.items():
-            held = self._inputs.get(name)
-            if held is None:
-                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._inputs)}")
-            if list(array.shape) != list(held.shape()):
-                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {held.shape()}")
+            check_input(name, array, self._shapes)
             if name in self._host:
                 np.copyto(self._host[name], array)
             else:
-                held.update_inplace(np.ascontiguousarray(array))
+                self._inputs[name].update_inplace(np.ascontiguousarray(array))
 
     def run(self) -> None:
         try:

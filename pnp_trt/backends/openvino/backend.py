@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -15,7 +13,8 @@ from ...bundle.compile_options import CompileOptions
 from ...bundle.manifest import TOKENS, Manifest, NetworkRecord
 from ...errors import InputError, MissingDependency, PnpError
 from ...io.text import printable
-from ...sampling.network import Bound, Description, Network
+from ...sampling.network import Bound, Description, Network, check_input
+from ...version import installed
 from ..base import Backend, LoadOptions, Profile, Size
 from ..onnxruntime.backend import OnnxRuntime
 from ..per_shape import PerShapeNetwork, has_open_tokens
@@ -47,10 +46,9 @@ class OpenVino(OnnxRuntime):
     needs = NEEDS
 
     def versions(self) -> dict[str, str]:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version("openvino")
-            return {}  # an engine is the graph, and tied to no version
-        raise MissingDependency(_MISSING)
+        if not installed(["openvino"]):
+            raise MissingDependency(_MISSING)
+        return {}  # an engine is the graph, and tied to no version
 
     def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
         return Backend.layers(self, graph, facts)
@@ -155,20 +153,18 @@ class OpenVinoBound(Bound):
         self.compiled = compiled
         self._request = compiled.create_infer_request()
         self._host: dict[str, np.ndarray] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for port in compiled.inputs:
             if port.partial_shape.is_dynamic:
                 raise InputError(f"{port.any_name} has an open size; bind it with the latents' size and the tokens")
-            self._host[port.any_name] = np.zeros(list(port.shape), _dtype(port))
+            self._shapes[port.any_name] = tuple(port.shape)
+            self._host[port.any_name] = np.zeros(self._shapes[port.any_name], _dtype(port))
             self._request.set_tensor(port, openvino.Tensor(self._host[port.any_name], shared_memory=True))
 
     def write(self, **inputs: np.ndarray) -> None:
         for name, array in inputs.items():
-            held = self._host.get(name)
-            if held is None:
-                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._host)}")
-            if array.shape != held.shape:
-                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {list(held.shape)}")
-            np.copyto(held, array)
+            check_input(name, array, self._shapes)
+            np.copyto(self._host[name], array)
 
     def run(self) -> None:
         try:

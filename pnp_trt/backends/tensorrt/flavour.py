@@ -16,13 +16,13 @@ Sources: the Python API of TensorRT 10.15 to 11.4 and of TensorRT-RTX 1.7.1 (doc
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from ...bundle.compile_options import CompileOptions
 from ...errors import InputError, MissingDependency, PnpError
+from ...version import installed
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,7 @@ class Flavour:
         Raises:
             InputError: if it is not installed, or too old.
         """
-        for name in self.distributions:
-            try:
-                found = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
+        for name, found in installed(self.distributions).items():
             if tuple(int(n) for n in found.split(".")[:2] if n.isdigit()) < self.oldest:
                 raise InputError(
                     f"{name} is {found}, and backend '{self.name}' needs {'.'.join(map(str, self.oldest))} or later: "

@@ -15,7 +15,7 @@ from ...bundle.manifest import TOKENS, NetworkRecord
 from ...bundle.profiles import tightest
 from ...bundle.store import cache_home, digest, write_bytes
 from ...errors import InputError, PnpError
-from ...sampling.network import AtTokens, Bound, Description, Network
+from ...sampling.network import Bound, Description, TokenNetwork, check_input
 from ..base import Size
 from ..cuda import Cuda
 from ..per_shape import has_open_tokens
@@ -24,7 +24,7 @@ from .flavour import Flavour
 from .logger import message_logger
 
 
-class TrtNetwork(Network):
+class TrtNetwork(TokenNetwork):
     """One engine.
 
     Buffers and execution contexts are kept for the batches and sizes seen last: making them costs more than a step.
@@ -42,7 +42,7 @@ class TrtNetwork(Network):
     def __init__(self, flavour: Flavour, path: Path, entry: NetworkRecord, cuda: Cuda | None = None) -> None:
         self.path = path
         self.profiles = entry.profiles
-        self._open_tokens = has_open_tokens(entry)
+        self.open_tokens = has_open_tokens(entry)
         self._flavour = flavour
         self._cuda = cuda or Cuda()
         self._trt = flavour.load()
@@ -118,16 +118,9 @@ class TrtNetwork(Network):
             raise InputError(f"the batch is {asked}; {self.path.name} was compiled for {legal}; build with {advice}")
         return index
 
-    def at_tokens(self, tokens: int) -> Network:
-        return AtTokens(self, tokens) if self._open_tokens else self
-
-    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[TrtBound]:
-        return self.bind_tokens(batch, size, None)
-
     @contextlib.contextmanager
     def bind_tokens(self, batch: int, size: Size | None, tokens: int | None) -> Iterator[TrtBound]:
-        """As :meth:`bind`, for text states of ``tokens`` tokens."""
-        tokens = tokens if self._open_tokens else None
+        tokens = tokens if self.open_tokens else None
         index = self.profile_for(batch, size, tokens)
         with self._lock:
             bound = next((b for b in self._idle if (b.batch, b.size, b.tokens) == (batch, size, tokens)), None)
@@ -206,7 +199,7 @@ class TrtBound(Bound):
         self.addresses: dict[str, int] = {}
         self._cuda, self._context, self._keep = cuda, context, keep_kernels
         self._host: dict[str, tuple[np.ndarray, int]] = {}
-        self._inputs = dict(description.inputs)
+        self._inputs: dict[str, tuple[int, ...]] = {}
         self._outputs = tuple(description.outputs)
         self.output_name = self._outputs[0]
         self._on_the_way: set[str] = set()
@@ -228,6 +221,7 @@ class TrtBound(Bound):
                     f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size and the tokens"
                 )
             full = tuple(known[d] if isinstance(d, str) else d for d in shape)
+            self._inputs[name] = full
             _must(self._context.set_input_shape(name, full), f"set {name} to {full}")
         missing = self._context.infer_shapes()
         if missing:
@@ -243,11 +237,8 @@ class TrtBound(Bound):
 
     def write(self, **inputs: np.ndarray) -> None:
         for name, array in inputs.items():
-            if name not in self._inputs:
-                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._inputs)}")
+            check_input(name, array, self._inputs)
             host, address = self._host[name]
-            if array.shape != host.shape:
-                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {list(host.shape)}")
             if name in self._on_the_way:  # the copy before may still read the staging memory
                 self._wait()
             np.copyto(host, array, casting="same_kind")

@@ -16,7 +16,7 @@ import numpy as np
 from ...bundle.manifest import TOKENS, NetworkRecord
 from ...bundle.profiles import Size
 from ...errors import InputError, PnpError
-from ...sampling.network import AtTokens, Bound, Description, Network
+from ...sampling.network import Bound, Description, TokenNetwork, check_input
 from ..base import LoadOptions
 from ..per_shape import check_shape, has_open_tokens
 
@@ -66,7 +66,7 @@ class Convolutions:
     search: bool = False
 
 
-class TorchNetwork(Network):
+class TorchNetwork(TokenNetwork):
     """One module on one device; may be shared between threads.
 
     Args:
@@ -109,7 +109,7 @@ class TorchNetwork(Network):
             self._search = convolutions.search
         self._wide = self.device == "cpu" and not self.compiled and emulated(module)
         self._call: Any = _compile(module, self.device) if self.compiled else module
-        self._open_tokens = has_open_tokens(entry)
+        self.open_tokens = has_open_tokens(entry)
         self._described = Description(
             dict(entry.inputs),
             dict(entry.outputs),
@@ -120,15 +120,8 @@ class TorchNetwork(Network):
     def describe(self) -> Description:
         return self._described
 
-    def at_tokens(self, tokens: int) -> Network:
-        return AtTokens(self, tokens) if self._open_tokens else self
-
-    def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[TorchBound]:
-        return self.bind_tokens(batch, size, None)
-
     @contextlib.contextmanager
     def bind_tokens(self, batch: int, size: Size | None, tokens: int | None) -> Iterator[TorchBound]:
-        """As :meth:`bind`, for text states of ``tokens`` tokens."""
         check_shape(self.path, self._described.profiles, batch, size)
         yield TorchBound(self, batch, size, tokens)
 
@@ -194,25 +187,24 @@ class TorchBound(Bound):
         known: dict[Any, int] = {"batch": batch} | dict(zip(("height", "width"), size or (), strict=False))
         known |= {} if tokens is None else {TOKENS: tokens}
         self._inputs = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for name, (dtype, shape) in network.describe().inputs.items():
             if unknown := [d for d in shape if isinstance(d, str) and d not in known]:
                 raise InputError(
                     f"{name} has an open {' and '.join(unknown)}; bind it with the latents' size and the tokens"
                 )
-            dims = [int(known.get(d, d)) for d in shape]
-            self._inputs[name] = torch.zeros(dims, dtype=getattr(torch, dtype), device=network.device)
+            self._shapes[name] = tuple(int(known.get(d, d)) for d in shape)
+            self._inputs[name] = torch.zeros(self._shapes[name], dtype=getattr(torch, dtype), device=network.device)
         self._output: Any = None
 
     def write(self, **inputs: np.ndarray) -> None:
         import torch
 
         for name, array in inputs.items():
-            held = self._inputs.get(name)
-            if held is None:
-                raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(self._inputs)}")
-            if array.shape != tuple(held.shape):
-                raise InputError(f"input '{name}' has shape {list(array.shape)}; the network takes {list(held.shape)}")
-            held.copy_(torch.from_numpy(np.array(array)))  # a copy: arrays that are broadcast cannot be wrapped
+            check_input(name, array, self._shapes)
+            self._inputs[name].copy_(
+                torch.from_numpy(np.array(array))
+            )  # a copy: arrays that are broadcast cannot be wrapped
 
     def run(self) -> None:
         self._output = self._network.run(self._inputs)

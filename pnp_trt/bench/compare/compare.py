@@ -9,7 +9,6 @@ are a hint: what else the machine did is in them. No torch here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ import numpy as np
 
 from ...errors import InputError
 from ...sampling.methods import uses_guidance
-from .. import results
 from ..metric import METRICS
 from ..report.words import plural
 from .changes import FLOOR, Change, Comparison
@@ -39,15 +37,6 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "cold_start": ("engine",),
     "fidelity": ("engine", "method", "steps", "guidance"),
 }
-
-
-def compare_files(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Comparison:
-    """`compare` of two results files.
-
-    Raises:
-        InputError: for files that `results.read` refuses, or of different base models.
-    """
-    return compare(results.read(old), results.read(new))
 
 
 def compare(old: Document, new: Document) -> Comparison:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,14 +51,10 @@ class TimedPipeline(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: a method on a pipeline.
-
-    guided_interval: for `cfg-interval`, the lowest and the highest timestep with CFG; None takes the pipeline's own.
-    """
+    """One thing to time: a method on a pipeline."""
 
     pipe: TimedPipeline
     method: str
-    guided_interval: tuple[int, int] | None = None
 
     @property
     def label(self) -> str:
@@ -86,10 +82,8 @@ class Case:
     @property
     def interval(self) -> tuple[int, int] | None:
         """Lowest and highest timestep with CFG; None for methods without an interval."""
-        if not self.kind.has_interval:
-            return None
         pipe: Any = self.pipe
-        return self.guided_interval or pipe.guided_interval()
+        return pipe.guided_interval() if self.kind.has_interval else None
 
     def calls(self, steps: int, schedule: str | None = None) -> list[tuple[int, int]]:
         """How a loop of `steps` calls the network, as (calls, rows of the batch an image)."""
@@ -110,19 +104,12 @@ class Case:
     ) -> np.ndarray:
         """The loop of this case, [N, C, h, w]; `steps` as requested."""
         more: dict[str, Any] = {} if schedule is None else {"schedule": schedule}
-        if self.guided_interval is not None:
-            more["guided_interval"] = self.guided_interval
         return self.pipe.denoise(
             context, noise, steps=self.steps(steps), guidance=guidance, method=self._of_pipeline, **more
         )
 
 
-def cases_of(pipes: Sequence[TimedPipeline], *, guided_interval: tuple[int, int] | None = None) -> list[Case]:
+def cases_of(pipes: Sequence[TimedPipeline]) -> list[Case]:
     """Every method of every pipeline, baselines too, in the order of `METHODS`; a peer's own method last."""
-    found = []
-    for pipe in pipes:
-        for method in (*METHODS, *(m for m in pipe.methods if m not in METHODS)):
-            case = Case(pipe, method)
-            if case.possible:
-                found.append(replace(case, guided_interval=guided_interval) if case.kind.has_interval else case)
-    return found
+    cases = (Case(p, method) for p in pipes for method in (*METHODS, *(m for m in p.methods if m not in METHODS)))
+    return [case for case in cases if case.possible]

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ... import backends
 from ...bundle.manifest import Manifest, NetworkRecord
 from ...bundle.store import find_bundle, read_manifest
 from ...errors import InputError
 
-
-class Loaded(Protocol):
-    """A loaded bundle; `runtime.pipeline.Pipeline` is one."""
-
-    @property
-    def name(self) -> str:
-        """Of the bundle."""
-
-    def facts(self) -> dict[str, dict[str, int]]:
-        """By network, see `backends.base.Network.facts`."""
+if TYPE_CHECKING:
+    from ...runtime.pipeline import Pipeline
 
 
-def engine_rows(engines: Sequence[str | Path], loaded: Sequence[Loaded] = ()) -> list[dict[str, Any]]:
+def engine_rows(engines: Sequence[str | Path], loaded: Sequence[Pipeline] = ()) -> list[dict[str, Any]]:
     """One row a network of each engine, as the document's `engines` holds it.
 
     engines: bundles by name or path; they need not run here.  loaded: those of them that do, as pipelines, whose

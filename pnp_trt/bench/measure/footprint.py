@@ -33,12 +33,11 @@ _SECONDS = 1800
 class MemoryMeter:
     """Measures the peak memory of cases; `meters.Meters` takes one as `memory`.
 
-    provider, threads: how the engines are loaded, as for `Pipeline.load`.
+    provider: how the engines are loaded, as for `Pipeline.load`.
     left_out: what could not be measured, `{"what", "why"}`.
     """
 
     provider: str = "auto"
-    threads: int | None = None
     left_out: list[dict[str, str]] = field(default_factory=list)
 
     def __call__(
@@ -54,8 +53,8 @@ class MemoryMeter:
             return None
         settings = {
             "engine": None if bundle is None else str(bundle.folder), "peer": peer, "method": case.method,
-            "guided_interval": case.guided_interval, "batch": batch, "steps": steps, "schedule": schedule,
-            "size": size, "provider": self.provider, "threads": self.threads,
+            "batch": batch, "steps": steps, "schedule": schedule,
+            "size": size, "provider": self.provider,
         }  # fmt: skip
         try:
             found = in_own_process(settings)
@@ -97,11 +96,10 @@ def main() -> None:
     else:
         from ...runtime.pipeline import Pipeline
 
-        pipe = Pipeline.load(settings["engine"], provider=settings["provider"], threads=settings["threads"])
+        pipe = Pipeline.load(settings["engine"], provider=settings["provider"])
     batch, size = settings["batch"], settings["size"]
     noise = pipe.noise(list(range(batch)), *([] if size is None else [tuple(size)]))
-    interval = settings["guided_interval"]
-    case = Case(pipe, settings["method"], None if interval is None else tuple(interval))
+    case = Case(pipe, settings["method"])
     context = pipe.encode([_PROMPT] * batch)
     latents = case.denoise(context, noise, steps=settings["steps"], guidance=3.0, schedule=settings["schedule"])
     pipe.decode(latents)

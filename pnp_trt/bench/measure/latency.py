@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...errors import InputError
+from ...io.process import collector_paused
 from ...sampling.methods import CFG, METHODS
 from .cases import Case, TimedPipeline
 from .meters import Meters
@@ -174,7 +174,7 @@ def _once(
 ) -> dict[str, float]:
     """One image batch from prompt to pixels; the noise is drawn before the clock starts."""
     noise = case.pipe.noise(seeds) if size is None else case.pipe.noise(seeds, size)
-    with _collector_paused():
+    with collector_paused():  # it would be billed to whoever ran
         start = clock()
         context = case.pipe.encode(prompts)
         encoded = clock()
@@ -187,18 +187,6 @@ def _once(
         "loop_ms": 1e3 * (denoised - encoded),
         "decode_ms": 1e3 * (decoded - denoised),
     }
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection within the block: it would be billed to whoever ran."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _reference(cases: Sequence[Case], index: int) -> int | None:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from .cases import Case
 from .energy import Counter, joules_per_image
+from .footprint import MemoryMeter
 from .roofline import CallCost, Device, least_loop_ms
-
-
-class Memory(Protocol):
-    """What measures the peak memory of a case; `footprint.MemoryMeter` does."""
-
-    def __call__(
-        self, case: Case, *, batch: int, steps: int, schedule: str | None = None, size: tuple[int, int] | None = None
-    ) -> int | None:
-        """Bytes, or None where they cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +22,7 @@ class Meters:
     work: what a network call asks of the device (`roofline.work_of`), at the model's own image size.
     """
 
-    memory: Memory | None = None
+    memory: MemoryMeter | None = None
     counter: Counter | None = None
     device: Device | None = None
     work: Callable[[Case], CallCost | None] | None = None
@@ -56,7 +48,7 @@ class Meters:
         bounded = work is not None and self.device is not None and work.precision == self.device.precision
         energy = self.counter is not None and getattr(case.pipe, "on_gpu", False)
         return {
-            "evaluations": sum(count * rows for count, rows in calls),
+            "evaluations": case.evaluations(steps, schedule),
             "guided_interval": case.interval,
             "peak_memory_bytes": self.memory(case, batch=batch, steps=steps, schedule=schedule, size=size)
             if self.memory is not None

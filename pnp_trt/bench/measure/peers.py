@@ -8,7 +8,6 @@ part of any time. Nothing heavy is imported before `load` is called.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -22,6 +21,7 @@ import numpy as np
 from ...errors import InputError, PnpError
 from ...runtime.text import Text
 from ...sampling.schedules import chosen, evaluations, resolve
+from ...version import installed
 from .cases import Case
 
 EAGER, COMPILED, OPTIMUM = "diffusers", "diffusers-compile", "optimum-onnx"
@@ -34,17 +34,16 @@ def available(
     base: str,
     *,
     kinds: Sequence[str] = KINDS,
-    threads: int | None = None,
     provider: str = "cpu",
     precision: str = "fp32",
     weights: str | None = None,
 ) -> tuple[list[Case], list[dict[str, str]]]:
     """The peers that can run `base` here, loaded, as cases; and those left out, `{"what", "why"}`.
 
-    base: a base model's name; it must have files.  kinds: those wanted.  threads: of the CPU; PyTorch's are the whole
-    process's.  provider: "cpu", "cuda", or "auto" for a GPU where PyTorch finds one.  precision: of U-Net and text
-    encoder, "fp32", "fp16" or "bf16"; take the engines' own, on a CPU "fp32".  weights: the engines' `base`; where the
-    base's files are others (LoRAs merged into the engines, files changed since), all peers are left out.
+    base: a base model's name; it must have files.  kinds: those wanted.  provider: "cpu", "cuda", or "auto" for a GPU
+    where PyTorch finds one.  precision: of U-Net and text encoder, "fp32", "fp16" or "bf16"; take the engines' own, on
+    a CPU "fp32".  weights: the engines' `base`; where the base's files are others (LoRAs merged into the engines, files
+    changed since), all peers are left out.
 
     Raises InputError for an unknown kind or base.
     """
@@ -57,7 +56,7 @@ def available(
         why = _cannot(kind, base, provider, weights)
         if why is None:
             try:
-                cases.append(Case(load(kind, base, threads=threads, provider=provider, precision=precision), kind))
+                cases.append(Case(load(kind, base, provider=provider, precision=precision), kind))
                 continue
             except InputError:
                 raise
@@ -67,7 +66,7 @@ def available(
     return cases, left_out
 
 
-def load(kind: str, base: str, *, threads: int | None = None, provider: str = "cpu", precision: str = "fp32") -> Peer:
+def load(kind: str, base: str, *, provider: str = "cpu", precision: str = "fp32") -> Peer:
     """One peer of `KINDS`, arguments as for `available`.
 
     Raises InputError for an unknown base, PnpError for "cuda" where PyTorch finds no GPU; and whatever the peer raises.
@@ -78,15 +77,13 @@ def load(kind: str, base: str, *, threads: int | None = None, provider: str = "c
     from ...models.networks import quiet_libraries
 
     quiet_libraries()
-    if threads:
-        torch.set_num_threads(threads)
     if provider == "cuda" and not torch.cuda.is_available():
         raise PnpError("provider 'cuda' was requested and PyTorch finds no GPU; take --provider cpu")
     device = "cuda" if provider != "cpu" and torch.cuda.is_available() else "cpu"
     model = resolve(base)
-    asked = {"kind": kind, "base": base, "threads": threads, "provider": provider, "precision": precision}
+    asked = {"kind": kind, "base": base, "provider": provider, "precision": precision}
     if kind == OPTIMUM:
-        pipe = _optimum(model.folder, device, threads)
+        pipe = _optimum(model.folder, device)
         weights = sum(f.stat().st_size for f in (model.folder / "unet").glob("*.safetensors"))
     else:
         pipe = _diffusers(model, device, precision)
@@ -236,23 +233,17 @@ def _diffusers(model: Any, device: str, precision: str) -> Any:
     return pipe
 
 
-def _optimum(folder: Path, device: str, threads: int | None) -> Any:
+def _optimum(folder: Path, device: str) -> Any:
     """optimum-onnx's pipeline, exported when it is loaded.
 
     Tried with optimum-onnx 0.1.0, transformers 4.57.6 and diffusers 0.35.2 on a random Stable Diffusion of a few
     hundred thousand weights: its images were those of diffusers to one level of 255.
     """
-    import onnxruntime as ort
-
     module = importlib.import_module("optimum.onnxruntime")
-    options = ort.SessionOptions()
-    if threads:
-        options.intra_op_num_threads = threads
     pipe = module.ORTStableDiffusionPipeline.from_pretrained(
         str(folder),  # of a Path it cannot tell which library it is of
         export=True,
         provider="CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider",
-        session_options=options,
         local_files_only=True,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -279,7 +270,7 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
     if kind == OPTIMUM:
         if len(model.text_specs) > 1:
             return f"base '{base}' has {len(model.text_specs)} text encoders, which it was not tried with"
-        if not _optimum_installed():
+        if not installed(["optimum-onnx"]):
             return (
                 "it is not installed; pip install optimum-onnx (release 0.1 needs transformers below 4.58, "
                 "so in a separate environment)"
@@ -289,14 +280,6 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
         if model.unet_file is not None:
             return f"base '{base}' keeps its U-Net in a separate file, and it loads whole folders"
     return None
-
-
-def _optimum_installed() -> bool:
-    try:
-        importlib.metadata.version("optimum-onnx")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _compiler() -> str | None:

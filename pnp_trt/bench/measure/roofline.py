@@ -9,7 +9,6 @@ This module imports no torch where the device is a CPU.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, MissingDependency
+from ...processor import usable_cores
 from .cases import Case
 
 #: of square matrix products; the best one counts
@@ -104,29 +104,25 @@ def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], CallCost
 def measure_device(
     *,
     provider: str = "cpu",
-    threads: int | None = None,
     precision: str = "fp32",
     sides: Sequence[int] = SIDES,
     bytes_: int = BYTES,
     seconds: float = SECONDS,
-    clock: Clock = time.perf_counter,
 ) -> Device:
     """Measure this device's peaks, in about four times `seconds`.
 
-    provider: "cpu" or "cuda" (through torch).  threads: of the CPU, None for all that are usable; take what the engines
-    are timed with.  precision: of the arithmetic, "fp32" on the CPU; "fp32", "fp16" or "bf16" on a GPU.
-    sides: of the square matrices.  bytes_: of the weights that are read.  clock: returns seconds.
+    provider: "cpu" or "cuda" (through torch).  precision: of the arithmetic, "fp32" on the CPU; "fp32", "fp16" or
+    "bf16" on a GPU.  sides: of the square matrices.  bytes_: of the weights that are read.
 
     Raises InputError for another provider, a precision without a peak here, or "cuda" where torch finds no GPU.
     """
     if provider == "cuda":
-        return _cuda(precision, sides, bytes_, seconds, clock)
+        return _cuda(precision, sides, bytes_, seconds)
     if provider != "cpu":
         raise InputError(f"provider is '{provider}'; a device can be measured as 'cpu' or 'cuda'")
     if precision != "fp32":
         raise InputError(f"precision is '{precision}'; a CPU's peak is measured in fp32 alone")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = threads or usable
+    workers = usable_cores()
     try:
         product = _ort_product(workers)
         with_what = f"ONNX Runtime on {workers} thread{'s' if workers > 1 else ''}"
@@ -136,41 +132,36 @@ def measure_device(
             return lambda: a @ b
 
         with_what = "numpy with its own threads, as the package onnx is not installed"
-    macs, bandwidth = _peaks(product, np.float32, sides, bytes_, seconds, clock)
+    macs, bandwidth = _peaks(product, sides, bytes_, seconds)
     from ...bundle.provenance import provenance
 
-    return Device(str(provenance("")["cpu"]), macs, bandwidth, _how(with_what, "float32", sides, bytes_))
-
-
-def _how(with_what: str, kind: str, sides: Sequence[int], bytes_: int) -> str:
-    return (
-        f"best of repeated {kind} products by {with_what}: square matrices of {' and '.join(map(str, sides))} for the "
+    how = (
+        f"best of repeated float32 products by {with_what}: square matrices of {' and '.join(map(str, sides))} for the "
         f"arithmetic, a vector times a matrix of {bytes_ / 2**20:.0f} MiB for the bytes"
     )
+    return Device(str(provenance("")["cpu"]), macs, bandwidth, how)
 
 
 def _peaks(
     product: Callable[[np.ndarray, np.ndarray], Callable[[], object]],
-    dtype: Any,
     sides: Sequence[int],
     bytes_: int,
     seconds: float,
-    clock: Clock,
 ) -> tuple[float, float]:
-    """Multiply-accumulates and bytes a second."""
+    """Multiply-accumulates and bytes a second, in float32."""
     draw = np.random.default_rng(0)
     macs = 0.0
     for side in sides:
-        a, b = (draw.random((side, side), np.float32).astype(dtype) for _ in range(2))
-        macs = max(macs, side**3 / _best(product(a, b), seconds, clock))
+        a, b = (draw.random((side, side), np.float32) for _ in range(2))
+        macs = max(macs, side**3 / _best(product(a, b), seconds))
     width = 4096
-    height = max(1, bytes_ // (width * np.dtype(dtype).itemsize))
-    matrix = np.ones((height, width), dtype)
-    row = np.ones((1, height), dtype)
-    return macs, matrix.nbytes / _best(product(row, matrix), 2 * seconds, clock)
+    height = max(1, bytes_ // (width * 4))
+    matrix = np.ones((height, width), np.float32)
+    row = np.ones((1, height), np.float32)
+    return macs, matrix.nbytes / _best(product(row, matrix), 2 * seconds)
 
 
-def _best(run: Callable[[], object], seconds: float, clock: Clock) -> float:
+def _best(run: Callable[[], object], seconds: float, clock: Clock = time.perf_counter) -> float:
     """Seconds of the fastest run, of at least three and at least `seconds` together; the first one is left out."""
     run()
     times: list[float] = []
@@ -209,7 +200,7 @@ def _ort_product(threads: int) -> Callable[[np.ndarray, np.ndarray], Callable[[]
     return product
 
 
-def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float, clock: Clock) -> Device:
+def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float) -> Device:
     """The first GPU's peaks through torch: a product of matrices, and a copy, which reads and writes its bytes."""
     try:
         import torch
@@ -236,10 +227,10 @@ def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float, clo
         a, b = (torch.rand(side, side, device="cuda").to(dtype) for _ in range(2))
         out = torch.empty(side, side, device="cuda", dtype=dtype)
         call = waited(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
-        macs = max(macs, 10 * side**3 / _best(call, seconds, clock))
+        macs = max(macs, 10 * side**3 / _best(call, seconds))
     source = torch.zeros(4 * bytes_, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    bandwidth = 10 * 2 * source.numel() / _best(waited(lambda: target.copy_(source)), seconds, clock)
+    bandwidth = 10 * 2 * source.numel() / _best(waited(lambda: target.copy_(source)), seconds)
     how = (
         f"best of repeated {dtype} runs by torch: products of square matrices of "
         f"{' and '.join(str(4 * s) for s in sides)} for the arithmetic, a copy of {4 * bytes_ / 2**20:.0f} MiB, "

@@ -119,15 +119,12 @@ class Timing:
         return [(steps, batch) for steps in self.plan.loops for batch in self.plan.batches if self._cases(batch)]
 
     def _cases(self, batch: int) -> list[Case]:
-        return [c for c in self.cases if not isinstance(c.pipe, Pipeline) or batch in self._legal(c.pipe)]
+        size = self.plan.size
+        return [c for c in self.cases if not isinstance(c.pipe, Pipeline) or batch in c.pipe.legal_batches(size)]
 
     def _largest(self, pipe: Any) -> int:
         """The largest batch that can be timed; peers take any."""
         return pipe.largest_batch(self.plan.size) if isinstance(pipe, Pipeline) else max(self.plan.batches)
-
-    def _legal(self, pipe: Pipeline) -> list[int]:
-        """The batches that an engine can be timed at; peers take any."""
-        return pipe.legal_batches(self.plan.size)
 
     # ------------------------------------------------------------------------------------------------- measuring
 
@@ -160,7 +157,7 @@ class Timing:
         meters = self._meters(meter, cost)
         rows = []
         for pipe in self.pipes:
-            if lacking := [b for b in plan.batches if b not in self._legal(pipe)]:
+            if lacking := [b for b in plan.batches if b not in pipe.legal_batches(plan.size)]:
                 names = ", ".join(p.name for p in pipe.profiles)
                 why = f"the engine has the profiles {names}" if names else f"it takes batches up to {pipe.max_batch}"
                 self._leave_out(f"latency of {pipe.name} at batch {' and '.join(map(str, lacking))}", why)

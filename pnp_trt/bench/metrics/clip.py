@@ -27,7 +27,7 @@ class ClipScorer:
         InputError: if it holds no CLIP model in safetensors, or no tokenizer.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             from transformers import CLIPModel, CLIPTokenizer
         except ImportError as e:
@@ -47,8 +47,7 @@ class ClipScorer:
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as e:
             raise InputError(f"--clip {folder} does not load as a CLIP model with its tokenizer ({e})") from e
-        self._model = model.float().eval().requires_grad_(False).to(device)
-        self._device = device
+        self._model = model.float().eval().requires_grad_(False)
         self._side = int(model.config.vision_config.image_size)
         self._longest = int(model.config.text_config.max_position_embeddings)
         found = _config(folder / "preprocessor_config.json")
@@ -68,12 +67,11 @@ class ClipScorer:
         images = check_images(images)
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images do not match {len(prompts)} prompts")
-        mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (self._mean, self._std))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self._mean, self._std))
         side, out = self._side, []
         with torch.inference_mode():
             for i in range(0, len(images), batch):
-                x = torch.from_numpy(np.ascontiguousarray(images[i : i + batch])).to(self._device)
-                x = x.permute(0, 3, 1, 2).float()
+                x = torch.from_numpy(np.ascontiguousarray(images[i : i + batch])).permute(0, 3, 1, 2).float()
                 scale = side / min(x.shape[-2:])
                 size = [max(round(n * scale), side) for n in x.shape[-2:]]
                 x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
@@ -82,7 +80,7 @@ class ClipScorer:
                 tokens = self._tokenizer(
                     list(prompts[i : i + batch]), padding=True, truncation=True, max_length=self._longest,
                     return_tensors="pt",
-                ).to(self._device)  # fmt: skip
+                )  # fmt: skip
                 seen = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=x)
                 cosine = F.cosine_similarity(seen.image_embeds, seen.text_embeds)
                 out.append((100 * cosine).clamp(min=0).cpu().numpy())

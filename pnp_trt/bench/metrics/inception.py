@@ -68,8 +68,7 @@ class Inception:
         InputError: if the file is not a safetensors file, or lacks weights of the network.
     """
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
-        import torch
+    def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -94,8 +93,7 @@ class Inception:
         if bad := [k for k in bad if not k.endswith("num_batches_tracked")]:
             raise InputError(f"--inception {path.name} is not Inception v3: '{bad[0]}' is missing or of another shape")
         network.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
-        self._network = network.eval().requires_grad_(False).to(device, torch.float32)
-        self._device = device
+        self._network = network.eval().requires_grad_(False).float()
 
     def __call__(self, images: np.ndarray, batch: int = 16) -> np.ndarray:
         """Features float32 ``[N, 2048]`` of uint8 ``[N, H, W, 3]``: resized to 299 × 299 (bilinear), in [-1, 1]."""
@@ -106,7 +104,7 @@ class Inception:
         out = []
         with torch.inference_mode():
             for i in range(0, len(images), batch):
-                x = torch.from_numpy(np.ascontiguousarray(images[i : i + batch])).to(self._device)
+                x = torch.from_numpy(np.ascontiguousarray(images[i : i + batch]))
                 x = F.interpolate(x.permute(0, 3, 1, 2).float(), (SIDE, SIDE), mode="bilinear", align_corners=False)
                 out.append(self._network(x / 127.5 - 1).mean((2, 3)).cpu().numpy())
         return np.concatenate(out)

@@ -127,12 +127,10 @@ def read_features(path: Path) -> tuple[np.ndarray, list[tuple[str, str, int]], d
     Raises:
         InputError: if it cannot be read, or was made with another extractor.
     """
-    from .fidelity import EXTRACTOR_SHA256, INSTALL
+    from safetensors import SafetensorError, safe_open
 
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as e:
-        raise InputError(f"the fidelity measures need the package 'safetensors': {INSTALL}") from e
+    from .fidelity import EXTRACTOR_SHA256
+
     try:
         with safe_open(path, "numpy") as file:
             about = file.metadata() or {}

@@ -113,13 +113,13 @@ def titled(axis: Any, title: str, x: str, y: str | None = None) -> None:
         axis.set_ylabel(y, color=INK, fontsize=FONT)
 
 
-def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values (1, 2, 5 times a power of ten; fewer of them where the range is wide) within [low, high]."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """At most six values (1, 2, 5 times a power of ten; fewer where the range is wide) within [low, high]."""
     for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         found = [s * 10.0**e for e in range(-12, 19) for s in steps if low <= s * 10.0**e <= high]
-        if len(found) <= most:
+        if len(found) <= 6:
             return found
-    return found[:: -(-len(found) // most)]
+    return found[:: -(-len(found) // 6)]
 
 
 def svg(plot: Any, name: str, title: str) -> Chart:

@@ -42,14 +42,19 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def _table(title: str, columns: Mapping[str, list[str] | None], words: int, notes: Iterable[str] = ()) -> Table:
-    """Columns put side by side; one that is None, or holds nothing but dashes behind the words, is left out."""
+def _table(title: str, columns: Mapping[str, list[str] | None], words: int, notes: Iterable[str] = ()) -> Table | None:
+    """Columns put side by side; one that is None, or holds nothing but dashes behind the words, is left out.
+
+    None where they have no rows.
+    """
     kept = {
         name: cells
         for place, (name, cells) in enumerate(columns.items())
         if cells is not None and (place < words or any(cell != DASH for cell in cells))
     }
     rows = [list(cells) for cells in zip(*kept.values(), strict=True)]
+    if not rows:
+        return None
     return Table(title, list(kept), rows, sum(name in kept for name in list(columns)[:words]), tuple(notes))
 
 
@@ -103,33 +108,24 @@ def _evaluations(row: Mapping[str, Any]) -> str:
 def published_table(doc: Document) -> Table | None:
     """Published figures beside ours; notes that several rows share stand once, below."""
     rows = doc["published"]
-    if not rows:
-        return None
     notes = list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
     marks = {note: f" [{place}]" for place, note in enumerate(notes, 1)}
     differences = [row.get("relative_difference") for row in rows]
     columns: dict[str, list[str] | None] = {
         "figure": [row["what"] + marks.get(row.get("note") or "", "") for row in rows],
         "unit": [row["unit"] for row in rows],
-        "published": [_as_printed(row["published"]) for row in rows],
+        "published": [f"{row['published']:,.6g}" for row in rows],  # no decimals that the paper does not have
         "printed as": [row.get("published_unit_printed") or DASH for row in rows],
         "counted here": [number(row["counted"], 2) for row in rows],
         "difference": [DASH if d is None else f"{100 * d:+.2f} %".replace("-", "−") for d in differences],
     }
-    found = _table("Published figures, counted again", columns, 2)
-    return Table(found.title, found.head, found.rows, 2, tuple(f"[{i}] {note}." for i, note in enumerate(notes, 1)))
-
-
-def _as_printed(value: float) -> str:
-    """As the paper prints it: no decimals that it does not have."""
-    return f"{value:,.6g}"
+    notes = [f"[{i}] {note}." for i, note in enumerate(notes, 1)]
+    return _table("Published figures, counted again", columns, 2, notes)
 
 
 def engine_table(doc: Document) -> Table | None:
     """What the engines' files weigh and, where the inspector reports it, what they are made of."""
     rows = doc["engines"]
-    if not rows:
-        return None
     columns: dict[str, list[str] | None] = {
         "engine": [row["engine"] for row in rows],
         "network": [row.get("network") or DASH for row in rows],
@@ -151,11 +147,10 @@ def engine_table(doc: Document) -> Table | None:
 
 def latency_table(doc: Document) -> Table | None:
     """Every latency figure, the ratio first."""
-    rows = doc["latency"]
-    return _table("Latency, medians", _latency_columns(rows), 2) if rows else None
+    return _table("Latency, medians", _latency_columns(doc["latency"]), 2)
 
 
-def short_latency_tables(doc: Document) -> list[Table]:
+def short_latency_tables(doc: Document) -> list[Table | None]:
     """One table a batch size, with what a terminal of 100 columns has room for."""
     found = []
     for batch in sorted({row["batch"] for row in doc["latency"]}):
@@ -197,8 +192,6 @@ def _rate(row: Mapping[str, Any]) -> str:
 def cold_table(doc: Document) -> Table | None:
     """Seconds from nothing to the first image."""
     rows = doc["cold_start"]
-    if not rows:
-        return None
     columns: dict[str, list[str] | None] = {
         "engine": [row["engine"] for row in rows],
         "median, s": [number(row["p50_s"], 2) for row in rows],
@@ -249,8 +242,6 @@ def _queue_figure(value: float | None) -> str:
 def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
     """What was measured on the images, with 95 % intervals in brackets."""
     rows = doc["fidelity"]
-    if not rows:
-        return None
     several = len({(row["engine"], row["method"]) for row in rows}) > len({row["method"] for row in rows})
     columns: dict[str, list[str] | None] = {
         "engine": [row["engine"] for row in rows] if several or not short else None,
@@ -272,8 +263,6 @@ def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
 def left_out_table(doc: Document) -> Table | None:
     """What was requested and not measured, and why."""
     rows = doc["left_out"]
-    if not rows:
-        return None
     columns: dict[str, list[str] | None] = {
         "what": [row["what"] for row in rows],
         "why": [row["why"] for row in rows],

@@ -114,9 +114,9 @@ def unit_of(values: Sequence[float]) -> tuple[str, float, int]:
     return prefix, scale, max(1, decimals_of([value / scale for value in values]))
 
 
-def method_name(row: Mapping[str, Any], guides: bool = True) -> str:
+def method_name(row: Mapping[str, Any]) -> str:
     """What a row's method is called, with its guide where the row names one: "teacher + guide-tiny"."""
     guide = row.get("guide")
-    if guides and row["method"] == GUIDED.name and guide:
+    if row["method"] == GUIDED.name and guide:
         return f"teacher + {guide}"
     return method_labels().get(row["method"], row["method"])

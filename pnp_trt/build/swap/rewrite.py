@@ -13,8 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...bundle.manifest import WEIGHTS
 from ...errors import InputError, PnpError
-from ...graph.weights import FILE, apply, onnx_type
+from ...graph.weights import apply, onnx_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,9 @@ def places(graph: Path, weights: Mapping[str, Any]) -> list[Place]:
         if isinstance(t, ir.ExternalTensor)
     ]
     if differ := sorted({p.name for p in found} ^ set(weights)):
-        raise PnpError(f"{FILE} and {graph.name} differ in {len(differ)} weights, for example {differ[0]}; build again")
+        raise PnpError(
+            f"{WEIGHTS} and {graph.name} differ in {len(differ)} weights, for example {differ[0]}; build again"
+        )
     found.sort(key=lambda p: p.offset)
     for a, b in pairwise(found):
         if a.offset + a.length > b.offset:

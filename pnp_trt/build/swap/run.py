@@ -24,8 +24,9 @@ import numpy as np
 from ... import backends
 from ...backends.base import CompileJob, Progress
 from ...bundle import memory
-from ...bundle.golden_file import read_golden
+from ...bundle.golden_file import Golden, read_golden, save_golden
 from ...bundle.manifest import (
+    GOLDEN,
     TEXT_ENCODER,
     WEIGHTS,
     Base,
@@ -67,7 +68,6 @@ from ...models.scheduler import check_distilled, check_samples
 from ...models.specs import TITLES, TextEncoderSpec
 from ...precision.recipes import DEFAULT, FP32
 from ...precision.recipes import recipe as find_recipe
-from ...runtime.verify import Golden
 from ...version import __version__
 from ..builder import Built, check_before_work, standing
 from ..spec import short_name
@@ -274,8 +274,6 @@ class _Work:
         return self.specs[network].title if network in self.specs else TITLES[network]
 
     def run(self, folder: Path, key: str, identity: dict[str, Any]) -> Manifest:
-        from ...runtime.verify import FILE as GOLDEN
-        from ...runtime.verify import save_golden
         from .lora import architecture, load
 
         started = time.monotonic()
@@ -367,8 +365,6 @@ class _Work:
 
         What is checked is what was taken, so another process may replace the engine meanwhile.
         """
-        from ...runtime.verify import FILE as GOLDEN
-
         aside = {GOLDEN}
         for name in swapped:
             entry = self.manifest.networks[name]

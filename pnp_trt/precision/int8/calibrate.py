@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ...models.bases import resolve
 from ...models.conditioning import encode_prompts
 from ...models.prompts import read_prompts, warn_of_long_prompts
 from ...models.student import Student, Teacher
-from ...version import __version__
+from ...version import __version__, installed
 from .observe import Loop, Observer, candidates
 from .record import ObservedLayer, Record, default_path
 from .sweep import Probes, Sweep, latent_error
@@ -114,7 +113,9 @@ def calibrate(
         if "layers" not in held:
             held["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, say).items()}
         record = Record(
-            **identity, layers={n: ObservedLayer(**layer) for n, layer in held["layers"].items()}, versions=_versions()
+            **identity,
+            layers={n: ObservedLayer(**layer) for n, layer in held["layers"].items()},
+            versions={"pnp-trt": __version__, **installed(("torch", "nvidia-modelopt", "diffusers"))},
         )
         _keep(partial, key, held)
         sweep = held.setdefault("sweep", {})
@@ -247,13 +248,3 @@ def _again(out: Path, identity: dict[str, Any], layers: set[str]) -> dict[str, A
 
 def _keep(partial: Path, key: str, held: dict[str, Any]) -> None:
     write_text(json.dumps({"key": key, "found": held}), partial)
-
-
-def _versions() -> dict[str, str]:
-    found = {"pnp-trt": __version__}
-    for name in ("torch", "nvidia-modelopt", "diffusers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

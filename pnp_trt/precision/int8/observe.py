@@ -1,7 +1,7 @@
 """Run the sampler in PyTorch and watch what goes into every convolution and linear layer.
 
 The histograms and the ranges that follow from them are NVIDIA Model Optimizer's (``HistogramCalibrator``); its ONNX
-quantiser does not know opset 23, so the graph itself is quantised in ``export/quantize.py``.
+quantiser does not know opset 23, so the graph itself is quantised in ``precision/int8/qdq.py``.
 """
 
 from __future__ import annotations

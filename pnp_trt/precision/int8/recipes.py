@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from ..recipes import Recipe, recipe
 
 if TYPE_CHECKING:
-    from ...graph.weights import WeightMap
-    from ..recipes import Derived
+    from ...graph.weights import Derived, WeightMap
     from .record import LayerRange, Record
 
 #: layers that stay in float on TensorRT-RTX: the projections into and out of transformer blocks and behind attentions.

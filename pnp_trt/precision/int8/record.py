@@ -15,6 +15,7 @@ from typing import Any
 
 from ...bundle.store import digest, write_text
 from ...errors import InputError
+from ...graph.weights import LEVELS
 from ...io.inputs import read_json
 from ...io.json_schema import problem
 
@@ -23,8 +24,6 @@ SCHEMA = "pnp-trt/calibration/2"
 _FORMER = "pnp-trt/calibration/1"
 #: where records live: the user's own folder first, then the one that comes with a checkout
 HOMES = (Path("calibration"), Path(__file__).resolve().parents[3] / "calibration")
-#: largest magnitude of a signed 8-bit number that is used; −128 is left out, so that the range is symmetric
-LEVELS = 127
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
 _LAYER = {
     "type": "object",

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...graph.weights import quantization_scale, quantize
-from .record import LEVELS, LayerRange
+from ...graph.weights import LEVELS, quantization_scale, quantize
+from .record import LayerRange
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ...runtime.pipeline import DEFAULT_STEPS, GeneratedImage
 from ...runtime.prompt_syntax import A1111, lora_tags, take_lora_tags
 from ...sampling.schedules import SCHEDULES, SPACINGS, a1111_names, from_a1111
 from ...sampling.schedules.spacing import OWN_SPACING
-from .service import Asked, Service, from_base64, ignored
+from .service import Asked, Service, address_of, from_base64, ignored
 from .settings import MAX_BODY, MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
@@ -90,9 +90,6 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/sdapi/v1")
     chosen: dict[str, str] = {}  # the model that a client's address set in its options
 
-    def client(request: Request) -> str:
-        return request.client.host if request.client else ""
-
     def name_of(checkpoint: str | None) -> str | None:
         """An engine's name of a checkpoint's title, such as ``emoji-tiny [0123456789]``."""
         return None if not checkpoint else checkpoint.partition(" [")[0].strip()
@@ -108,7 +105,7 @@ def router(service: Service) -> APIRouter:
             raise InputError("one of width and height is missing; give both, or none for the engine's own size")
         settings = dict(given.override_settings or {})
         override = settings.pop("sd_model_checkpoint", None)
-        engine = name_of(str(override) if override else chosen.get(client(request)))
+        engine = name_of(str(override) if override else chosen.get(address_of(request)))
         sampler = (given.sampler_name or given.sampler_index or "").strip()
         prompt, loras = take_lora_tags(given.prompt)
         asked = Asked(
@@ -270,7 +267,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/options")
     async def options(request: Request) -> dict[str, Any]:
-        name = chosen.get(client(request)) or next(iter(service.engines))
+        name = chosen.get(address_of(request)) or next(iter(service.engines))
         return {"sd_model_checkpoint": name, "samples_format": "png"}
 
     @routes.post("/options")
@@ -280,7 +277,7 @@ def router(service: Service) -> APIRouter:
             service.engine(name)
             if len(chosen) >= MAX_CLIENTS:
                 chosen.clear()
-            chosen[client(request)] = name
+            chosen[address_of(request)] = name
         return {}
 
     @routes.post("/png-info")

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import as_json
+from .errors import Refused, as_json
 from .settings import BODY_SECONDS, MAX_BODIES, MAX_BODY, Settings
 
 Scope = MutableMapping[str, Any]
@@ -22,14 +22,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = ("/", "/healthz", "/readyz", "/favicon.ico")
 OPEN_BELOW = ("/page/",)
 _LOCAL = frozenset(("127.0.0.1", "localhost", "::1", "testserver"))
-
-
-class _TooMuch(Exception):
-    """More is sent than is held."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class Guard:
@@ -60,7 +52,7 @@ class Guard:
             except TimeoutError:
                 await _close(path, 408, f"the body had not come after {self._seconds:g} s; send it faster", scope, send)
                 return
-            except _TooMuch as e:
+            except Refused as e:
                 await _close(path, e.status, str(e), scope, send)
                 return
             if body is None:
@@ -84,9 +76,9 @@ class Guard:
             mine[0] += len(parts[-1])
             self._held += len(parts[-1])
             if mine[0] > MAX_BODY:
-                raise _TooMuch(413, f"the body has more than {MAX_BODY >> 20} MiB; send less")
+                raise Refused(413, f"the body has more than {MAX_BODY >> 20} MiB; send less")
             if self._held > MAX_BODIES:
-                raise _TooMuch(503, "the server holds too many large requests; try again later")
+                raise Refused(503, "the server holds too many large requests; try again later")
             if not message.get("more_body", False):
                 return b"".join(parts)
 

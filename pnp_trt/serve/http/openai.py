@@ -16,7 +16,6 @@ from ...bundle.profiles import Size
 from ...errors import InputError
 from ...io.inputs import excerpt
 from ...runtime.prompt_syntax import PLAIN
-from ..loras import Loras
 from .service import Asked, Service, ignored
 from .settings import MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
@@ -88,10 +87,6 @@ def parse(size: str | None) -> Size | None:
     return int(height), int(width)
 
 
-def _loras(given: list[LoraOf] | None) -> Loras:
-    return tuple((lora.name, lora.scale) for lora in given or ())
-
-
 def router(service: Service) -> APIRouter:
     """The routes.
 
@@ -106,7 +101,8 @@ def router(service: Service) -> APIRouter:
             given.prompt, given.model, given.n, given.negative_prompt, given.num_inference_steps, given.guidance_scale,
             given.seed, given.method, given.schedule, parse(given.size),
             None if init is None else await service.pixels(init, "image"), given.strength,
-            given.prompt_syntax or PLAIN, given.request_id, _loras(given.lora),
+            given.prompt_syntax or PLAIN, given.request_id,
+            tuple((lora.name, lora.scale) for lora in given.lora or ()),
         )  # fmt: skip
         job = await service.submit(request, "openai", asked)
         images = await service.wait(request, job)

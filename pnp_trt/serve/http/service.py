@@ -142,7 +142,7 @@ class Service:
         try:
             if self.loras is not None and loras:
                 lease = self.loras.acquire(engine, loras)
-                self.owners[job] = waiting = Owner(api, _address(request), engine, lease, asyncio.Event())
+                self.owners[job] = waiting = Owner(api, address_of(request), engine, lease, asyncio.Event())
                 engine = await self._loaded(request, waiting, since)
             engine.submit_job(job, self.settings.deadline, since)
         except BaseException as e:
@@ -152,7 +152,7 @@ class Service:
             if isinstance(e, Busy):
                 self.metrics.requests.labels(pipeline.name, "429").inc()
             raise
-        self.owners[job] = Owner(api, _address(request), engine, lease)
+        self.owners[job] = Owner(api, address_of(request), engine, lease)
         return job
 
     def _checked(self, loras: Loras) -> Loras:
@@ -264,12 +264,13 @@ class Service:
 
     def jobs_of(self, api: str, request: Request) -> list[tuple[Engine, Job]]:
         """The jobs that wait or run and that came by one interface from the same address, the oldest first."""
-        mine = api, _address(request)
+        mine = api, address_of(request)
         found = [(o.engine, job) for job, o in self.owners.items() if (o.api, o.address) == mine and job.ended is None]
         return sorted(found, key=lambda pair: pair[1].submitted)
 
 
-def _address(request: Request) -> str:
+def address_of(request: Request) -> str:
+    """Whom a request came from; empty where the server does not know."""
     return request.client.host if request.client else ""
 
 

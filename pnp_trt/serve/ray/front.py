@@ -48,7 +48,6 @@ class Front:
 
     def __init__(self, handle: DeploymentHandle[Any], deadline: float) -> None:
         self._handle, self._deadline = handle, deadline
-        self._metrics = Metrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]

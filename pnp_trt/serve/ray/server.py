@@ -42,7 +42,8 @@ def serve(
         PnpError: if no replica starts.
     """
     bundles = [bundle.folder.resolve() for bundle in open_bundles(site.names, loras)]
-    _check(replicas, fewest)
+    if replicas is not None and fewest is not None and fewest > replicas:
+        raise InputError(f"--min-replicas is {fewest} and --replicas is {replicas}; give at most as many")
     listener = listen(site.host, site.port)
     try:
         with cluster(replicas or fewest or 1) as output:
@@ -59,11 +60,6 @@ def serve(
                 serve_app(guard, listener, site.host, ready, "off", MAX_CONNECTIONS * most)
     finally:
         listener.close()
-
-
-def _check(replicas: int | None, fewest: int | None) -> None:
-    if replicas is not None and fewest is not None and fewest > replicas:
-        raise InputError(f"--min-replicas is {fewest} and --replicas is {replicas}; give at most as many")
 
 
 @contextlib.contextmanager

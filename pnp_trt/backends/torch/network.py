@@ -202,9 +202,8 @@ class TorchBound(Bound):
 
         for name, array in inputs.items():
             check_input(name, array, self._shapes)
-            self._inputs[name].copy_(
-                torch.from_numpy(np.array(array))
-            )  # a copy: arrays that are broadcast cannot be wrapped
+            # a copy: arrays that are broadcast cannot be wrapped
+            self._inputs[name].copy_(torch.from_numpy(np.array(array)))
 
     def run(self) -> None:
         self._output = self._network.run(self._inputs)

@@ -20,6 +20,7 @@ from ...bundle.manifest import TOKENS, Manifest, NetworkRecord
 from ...errors import BundleCorrupt, InputError, PnpError
 from ...io.text import printable
 from ...precision.recipes import RECIPES
+from ...processor import usable_cores
 from ...sampling.network import Bound, Description, Network, check_input
 from ..base import Backend, Compiled, CompileJob, LoadOptions, Profile, Progress, Size
 from ..gpus import driver_present
@@ -236,7 +237,7 @@ class OrtNetwork(PerShapeNetwork):
         self._providers = providers(provider)
         self._asked = provider
         self._told = False
-        self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 0
+        self._threads = threads or usable_cores()
 
     @property
     def _on_cuda(self) -> bool:

@@ -20,7 +20,7 @@ from pnp_trt.runtime.pipeline import Pipeline
 from .emoji.grid import draw_grid
 from .emoji.sampler import Ask
 
-CONCEPTS = ("red-heart", "tangerine", "grinning-face", "panda", "rocket", "fish", "house", "red-apple")
+CONCEPTS = ("red-heart", "tangerine", "grinning-face", "panda", "ghost", "fish", "house", "red-apple")
 #: row → (fine-tune, LoRAs)
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "flat": ("emoji-flat", ()),

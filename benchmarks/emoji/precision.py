@@ -120,9 +120,8 @@ def sample(folder: Path, rows: Any, steps: int | None, w: float, as_written: boo
     bundle = open_bundle(folder)
     pipeline = Pipeline(bundle, provider="cpu")
     if as_written:
-        pipeline._text, pipeline._unet, pipeline._vae = (
-            AsWritten(bundle.file(n)) for n in ("text_encoder", "unet", "vae_decoder")
-        )
+        pipeline._unet, pipeline._vae = (AsWritten(bundle.file(n)) for n in ("unet", "vae_decoder"))
+        pipeline._text.networks = {name: AsWritten(bundle.file(name)) for name in pipeline._text.networks}
     out = []
     for i in range(0, len(rows), BATCH):
         part = rows[i : i + BATCH]

@@ -195,8 +195,7 @@ def sample(
     sizes = ImageSizes.parse(original_size, crop, target_size)
     build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
-    steps = steps if steps is not None else pipeline.sampling_steps or DEFAULT_STEPS
-    if method is None and negative is not None:
+    if method is None:
         method = pipeline.default_method(negative)
         if not quiet and method not in pipeline.methods:
             print(
@@ -204,6 +203,7 @@ def sample(
                 "two evaluations per step",
                 file=sys.stderr,
             )
+    steps = pipeline.default_steps(method) if steps is None else steps
     with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", quiet) as bar:
         images = pipeline(
             asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,

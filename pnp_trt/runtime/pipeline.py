@@ -572,7 +572,7 @@ class Pipeline:
 
         Args:
             prompts: one or several.
-            steps: sampling steps, 1 … 1000; None takes the number that the guide was distilled for, or 20.
+            steps: sampling steps, 1 … 1000; None takes :meth:`default_steps`.
             guidance: w, one for all or one per prompt, 1 … 9.
             seed: one for all prompts, or one each.
             method: one of ``methods``, ``step_methods`` or ``baselines``; None takes :meth:`default_method`.
@@ -624,6 +624,14 @@ class Pipeline:
         asked = any([negative] if isinstance(negative, str) else negative or ())
         unread = asked and not self.negative_prompts and CFG.name in self.step_methods
         return CFG.name if unread else self.methods[0]
+
+    def default_steps(self, method: str) -> int:
+        """The steps of a request that names none: those that the guide was distilled for, where it is run, or 20."""
+        return self._distilled_steps(method) or DEFAULT_STEPS
+
+    def _distilled_steps(self, method: str) -> int | None:
+        """The only number of steps that a method's guide was distilled for; None for any."""
+        return self.sampling_steps if method in METHODS and METHODS.get(method).guided else None
 
     def _step_by_step(self, prepared: Prepared, callback: Callback | None) -> list[GeneratedImage]:
         """Images of a method that is none of the whole loop's; progress and errors as of a call."""
@@ -703,7 +711,8 @@ class Pipeline:
         seeds = [int(s) for s in ([seed] * len(prompts) if isinstance(seed, int | np.integer) else seed)]
         given: Any = guidance
         scales = [float(g) for g in ([given] * len(prompts) if np.ndim(given) == 0 else given)]
-        steps = steps if steps is not None else self.sampling_steps or DEFAULT_STEPS
+        method = method or self.default_method(negative)
+        steps = self.default_steps(method) if steps is None else steps
         check_request(prompts, seeds, scales, steps)
         check_syntax(prompt_syntax)
         warn_of_syntax(
@@ -714,19 +723,19 @@ class Pipeline:
         given_text = None if context is None else self._check_context(context, len(prompts))
         wanted = self.check_size(size)
         self._check_image_sizes(image_sizes)
-        method = method or self.default_method(negative)
         avoided = self._avoided(negative, len(prompts), method)
         table = self.schedule(steps, schedule)
         start = self._start(init, strength, wanted)
         if start is not None:
             table = table.start(start[1])
-        if self.sampling_steps not in (None, steps):
+        distilled_for = self._distilled_steps(method)
+        if distilled_for not in (None, steps):
             warnings.warn(
-                f"the guide of engine '{self.name}' was distilled for {self.sampling_steps} steps and is run with "
+                f"the guide of engine '{self.name}' was distilled for {distilled_for} steps and is run with "
                 f"{steps}; its images may be wrong",
                 stacklevel=3,
             )
-        if self.sampling_steps is not None and table.name != ddim.name:
+        if distilled_for is not None and table.name != ddim.name:
             warnings.warn(
                 f"the guide of engine '{self.name}' was distilled under DDIM and is run with {table.name}; its "
                 "images may be off",

@@ -88,6 +88,8 @@ def test_the_step_count_is_the_default_and_another_is_remarked(made: Path) -> No
     assert pipeline("a red apple")[0].parameters["steps"] == 4
     with pytest.warns(UserWarning, match="was distilled for 4 steps and is run with 6; its images may be wrong"):
         assert pipeline("a red apple", steps=6)[0].parameters["steps"] == 6
+    # other methods do not run the guide: any number of steps is theirs
+    assert pipeline("a red apple", method="unguided")[0].parameters["steps"] == 20
 
 
 def test_negative_prompts_change_the_image_and_the_empty_one_is_none(made: Path) -> None:
@@ -144,7 +146,7 @@ def test_images_that_share_calls_have_each_their_own_condition_and_negative_prom
     asked: list[dict[str, Any]] = [
         {"prompts": "a red apple", "guidance": 5.0, "negative": "a blue car", "seed": 1},
         {"prompts": "a panda", "guidance": 2.0, "seed": 2},
-        {"prompts": "a panda", "guidance": 2.0, "seed": 2, "method": "unguided"},
+        {"prompts": "a panda", "guidance": 2.0, "seed": 2, "method": "unguided", "steps": 4},
         {"prompts": "a blue car", "guidance": 7.0, "negative": "", "seed": 3},
     ]
     loop = pipeline.step_loop(4)

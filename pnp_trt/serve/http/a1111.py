@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ...errors import Cancelled, InputError
 from ...runtime.a1111 import CHUNK, parse_parameters, read_text, text_of
-from ...runtime.pipeline import DEFAULT_STEPS, GeneratedImage
+from ...runtime.pipeline import GeneratedImage
 from ...runtime.prompt_syntax import A1111, lora_tags, take_lora_tags
 from ...sampling.schedules import SCHEDULES, SPACINGS, a1111_names, from_a1111
 from ...sampling.schedules.spacing import OWN_SPACING
@@ -109,7 +109,7 @@ def router(service: Service) -> APIRouter:
         sampler = (given.sampler_name or given.sampler_index or "").strip()
         prompt, loras = take_lora_tags(given.prompt)
         asked = Asked(
-            prompt, engine, count, (given.negative_prompt or "").strip() or None, given.steps or DEFAULT_STEPS,
+            prompt, engine, count, (given.negative_prompt or "").strip() or None, given.steps,
             CFG_SCALE if given.cfg_scale is None else given.cfg_scale,
             None if given.seed is None or given.seed < 0 else given.seed, given.method,
             from_a1111(sampler, given.scheduler) if sampler else None,

@@ -89,11 +89,7 @@ class NetworkExport:
                 break
             tried.append(f"{error:.2e} in {recipe.name}, where {recipe.limit:.0e} is allowed")
         else:
-            off = _what_is_off(path, next(iter(compared.values())), recipe.limit)
-            raise PnpError(
-                f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); {off}"
-                "nothing was written; choose another --precision, or report it"
-            )
+            raise _too_far_off(name, tried, path, next(iter(compared.values())), recipe.limit)
         record = NetworkRecord(
             graph=path.name,
             precision=recipe.name,
@@ -162,6 +158,14 @@ class NetworkExport:
             "recorded_on": self.record.settings, "base_sha256": self.record.base["sha256"],
         }  # fmt: skip
         return QuantisedRecord(kind, layers, activations=True, details=details)
+
+
+def _too_far_off(name: str, tried: list[str], path: Path, inputs: dict[str, Any], limit: float) -> PnpError:
+    """The error of a network that no recipe computes well enough; ``path`` is its last graph."""
+    return PnpError(
+        f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); "
+        f"{_what_is_off(path, inputs, limit)}nothing was written; choose another --precision, or report it"
+    )
 
 
 def _what_is_off(path: Path, inputs: dict[str, Any], limit: float) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,17 +182,9 @@ def train(
         rate = config.rate(step)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        total = torch.zeros((), device=accelerator.device)
-        batches = []
-        for part in range(config.accumulate):
-            batches.append(objective.batch(step, part * world + rank, parts))
-            last = part + 1 == config.accumulate
-            with _maybe(accelerator.no_sync, model, not last), training_attention(accelerator.device):
-                with accelerator.autocast():
-                    loss = objective.loss(model, batches[-1]) / config.accumulate
-                accelerator.backward(loss)
-            total += loss.detach()
-        value = float(accelerator.reduce(total, "mean"))
+        shares = [(part * world + rank, parts) for part in range(config.accumulate)]
+        loss, batches = _gradients(objective, model, accelerator, step, shares)
+        value = float(accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
             raise _not_finite(value, step, config, folder, batches, rank)
         if accelerator.scaler is not None:
@@ -220,6 +212,27 @@ def train(
     with torch.no_grad():
         for p, s in zip(live, shadow, strict=True):
             p.copy_(s)
+
+
+def _gradients(
+    objective: Objective, model: nn.Module, accelerator: Any, step: int, shares: Sequence[tuple[int, int]]
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """The mean loss of this process's shares of a step's batch, and these; gradients are added to the parameters'.
+
+    Args:
+        shares: (number, of how many) of each.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    batches: list[dict[str, Tensor]] = []
+    for share in shares:
+        batches.append(objective.batch(step, *share))
+        last = len(batches) == len(shares)
+        with _maybe(accelerator.no_sync, model, not last), training_attention(accelerator.device):
+            with accelerator.autocast():
+                loss = objective.loss(model, batches[-1]) / len(shares)
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total, batches
 
 
 def training_attention(device: torch.device) -> Any:

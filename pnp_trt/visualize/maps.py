@@ -44,9 +44,8 @@ def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.nda
     norm = PowerNorm(0.5, vmin=0.0, vmax=top or 1.0)
     colours = colormaps["inferno"]
 
-    many = -(-len(chosen) // max(1, CELLS_IN_A_ROW // len(steps)))
-    across = -(-len(chosen) // many)
-    bands = [chosen[i : i + across] for i in range(0, len(chosen), across)]
+    bands = _bands(chosen, len(steps))
+    across = len(bands[0])
     block = len(steps) * (CELL + GAP) - GAP
     band = HEAD + len(recording.guidance) * (CELL + GAP) + BAND_GAP
     width = max(LEFT + across * (block + BLOCK_GAP) + CELL + EDGE, 6.4)
@@ -93,6 +92,13 @@ def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.nda
 
     _colour_bar(figure, width, height, ScalarMappable(norm, colours), top or 1.0)
     return pixels_of(figure)
+
+
+def _bands(chosen: Sequence[int], columns: int) -> list[Sequence[int]]:
+    """The layers of each row of blocks, as evenly as may be; a block has ``columns`` cells across."""
+    many = -(-len(chosen) // max(1, CELLS_IN_A_ROW // columns))
+    across = -(-len(chosen) // many)
+    return [chosen[i : i + across] for i in range(0, len(chosen), across)]
 
 
 def _colour_bar(figure: Any, width: float, height: float, mappable: Any, top: float) -> None:

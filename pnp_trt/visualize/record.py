@@ -126,13 +126,11 @@ def record(
     measured: list[list[list[Measured]]] = []  # [W][S][L]
 
     def keep(_: Any, arguments: tuple[GuideInput], output: GuideOutput) -> None:
-        features = arguments[0].features
-        residuals = (*output.down_block_res_samples, output.mid_block_res_sample)
-        whole = (*features.down_block_res_samples, features.mid_block_res_sample)
+        pairs = _maps_and_residuals(arguments[0], output)
         if not layers:
-            for name, x, r in zip(names, whole, residuals, strict=True):
+            for name, (x, r) in zip(names, pairs, strict=True):
                 layers.append(FeatureMap(name, x.shape[1], x.shape[2], x.shape[3], r is not None))
-        seen.append([measure(r, x) for r, x in zip(residuals, whole, strict=True)])
+        seen.append([measure(r, x) for x, r in pairs])
         for layer, m in zip(layers, seen[-1], strict=True):
             if not np.isfinite(m.residual):
                 raise PnpError(
@@ -167,6 +165,12 @@ def record(
         list(guidance), schedule.timesteps.tolist(), layers,
         table("residual"), table("feature"), table("high"), list(shown), maps, images,
     )  # fmt: skip
+
+
+def _maps_and_residuals(given: GuideInput, output: GuideOutput) -> list[tuple[Tensor, Tensor | None]]:
+    """Each feature map ``[B, C, H, W]`` and what a guide adds to it, mid last."""
+    maps = (*given.features.down_block_res_samples, given.features.mid_block_res_sample)
+    return list(zip(maps, (*output.down_block_res_samples, output.mid_block_res_sample), strict=True))
 
 
 @dataclass(frozen=True)

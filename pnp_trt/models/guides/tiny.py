@@ -282,10 +282,7 @@ class TinyGuide(Guide):
     def deep_context(self, given: GuideInput) -> Tensor:
         """What the trunk begins with, ``[B, rank, H, W]`` at the mid block's resolution."""
         if self.stem is None:
-            deep = torch.cat([given.features.down_block_res_samples[-1], given.features.mid_block_res_sample], 1)
-            context: Tensor = cast(nn.Module, self.context)(
-                deep if self.context_norm is None else self.context_norm(deep)
-            )
+            context: Tensor = self._of_deepest(given.features)
         else:
             context = self.stem(given.sample)
         if self.text_attention is not None:
@@ -293,6 +290,17 @@ class TinyGuide(Guide):
         if self.negative_attention is not None:
             context = self.negative_attention(context, given.needs_negative())
         return context
+
+    def _of_deepest(self, features: Features) -> Tensor:
+        """The deepest skip and the mid block's output side by side, projected to ``[B, rank, H, W]``."""
+        skip, mid = features.down_block_res_samples[-1], features.mid_block_res_sample
+        context = cast(nn.Conv2d, self.context)
+        if self.context_norm is not None:
+            out: Tensor = context(self.context_norm(torch.cat([skip, mid], 1)))
+            return out
+        # a sum of two projections, so that the maps are not copied into one tensor
+        first = skip.shape[1]
+        return F.conv2d(skip, context.weight[:, :first]) + F.conv2d(mid, context.weight[:, first:], context.bias)
 
     def modulation(self, emb: Tensor, groups: Sequence[int]) -> list[Film]:
         """Scale and shift for each block of the trunk, then for each group of adapters.

@@ -372,7 +372,7 @@ class Pipeline:
         kind = METHODS.get(method)
         if interval is not None:
             if not kind.has_interval:
-                raise InputError(f"guided_interval goes with method '{INTERVAL.name}', not with '{method}'")
+                raise InputError(_no_interval(method))
             check_interval(interval, self._scheduler)
         n = len(noise)
         w = np.asarray(guidance, np.float32)
@@ -600,6 +600,8 @@ class Pipeline:
             image_sizes=image_sizes,
         )  # fmt: skip
         if prepared.method not in self.methods + self.baselines and prepared.method in self.step_methods:
+            if guided_interval is not None:
+                raise InputError(_no_interval(prepared.method))
             return self._step_by_step(prepared, callback)
         batches, made = self._batches(prepared), len(prepared.table)
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
@@ -797,6 +799,10 @@ class Pipeline:
         if len(found) != count:
             raise InputError(f"{count} prompts and {len(found)} negative prompts were given; give one, or one each")
         return found
+
+
+def _no_interval(method: str) -> str:
+    return f"guided_interval goes with method '{INTERVAL.name}', not with '{method}'"
 
 
 def _first(table: Schedule, noise: np.ndarray, image: np.ndarray | None) -> np.ndarray:

@@ -123,6 +123,8 @@ def test_negative_prompts_take_cfg_where_the_guide_reads_none(engines: Path, cli
     assert counted[-1] == (12, 12) and [done for done, _ in counted] == sorted(done for done, _ in counted)
     with pytest.raises(Cancelled, match="after 3 of 12 steps"):
         guided(prompts, steps=4, negative=negatives, callback=lambda *_: False)
+    with pytest.raises(InputError, match="guided_interval goes with method 'cfg-interval', not with 'cfg'"):
+        guided(prompts, steps=4, negative=negatives, guided_interval=(10, 500))
     # the empty one is none
     (image,) = guided("a panda", steps=4, negative="")
     assert image.parameters["method"] == "guided" and "negative" not in image.parameters

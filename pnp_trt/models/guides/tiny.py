@@ -341,7 +341,8 @@ class TinyGuide(Guide):
     def residuals(self, given: GuideInput, context: Tensor, films: Sequence[Film]) -> GuideOutput:
         """The adapters' outputs; ``films`` are those of their groups."""
         gate = self.gate(given, context.dtype)
-        adapters, made = cast(list[SkipAdapter], list(self.adapters)), list[Tensor]()
+        adapters = cast(list[SkipAdapter], list(self.adapters))
+        made: list[Tensor] = []
         for maps, film in zip(self.groups(given.features), films, strict=True):
             size = maps[0].shape[-2:]
             shared = context if context.shape[-2:] == size else F.interpolate(context, size=size, mode="nearest")

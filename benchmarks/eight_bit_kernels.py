@@ -31,7 +31,7 @@ SCHEMA = "pnp-trt/eight-bit-kernels/1"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compile both, print and write."""
+    """Compile all three, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="random:sd15", help="a random:… base")
     parser.add_argument("--target", default="sm_89")

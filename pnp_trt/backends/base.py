@@ -94,8 +94,8 @@ class Backend(ABC):
         int8_one_scale: whether INT8 weights have one scale each, and not one for each output channel.
         open_tokens: whether one engine takes text states of several numbers of tokens.
         takes_modules: whether it is given PyTorch modules and no ONNX graphs.
-        side_by_side: whether guides are exported in their form with fewer nodes (``Guide.side_by_side``): a node has a
-            cost of its own here, as little is fused.
+        side_by_side: whether guides are exported in their form with fewer nodes (``Guide.side_by_side``), for runtimes
+            that fuse little, where every node adds overhead.
         needs: what it needs of a machine, for ``pnp-trt doctor``.
     """
 

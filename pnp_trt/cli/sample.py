@@ -135,9 +135,7 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Guidance scale w, 1 to 9.")] = 3.0,
     negative: Annotated[
         str | None,
-        typer.Option(
-            help="Negative prompt; where the guide reads none, images are made by CFG, in two evaluations per step."
-        ),
+        typer.Option(help="Negative prompt; if the guide takes none, CFG is used: two model evaluations per step."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; each next image adds 1.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Images per prompt.")] = 1,
@@ -199,8 +197,8 @@ def sample(
         method = pipeline.default_method(negative)
         if not quiet and method not in pipeline.methods:
             print(
-                f"the guide of engine '{printable(engine)}' reads no negative prompt; the images are made by CFG, in "
-                "two evaluations per step",
+                f"the guide of engine '{printable(engine)}' takes no negative prompt; using CFG, two model evaluations "
+                "per step",
                 file=sys.stderr,
             )
     steps = pipeline.default_steps(method) if steps is None else steps

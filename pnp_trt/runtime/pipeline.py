@@ -792,8 +792,8 @@ class Pipeline:
             if not any(found):
                 return None
             raise InputError(
-                f"engine '{self.name}' takes no negative prompt with method '{method}': nothing reads it; leave it "
-                "out, or take method 'cfg'"
+                f"engine '{self.name}' takes no negative prompt with method '{method}'; leave it out, or use "
+                "method 'cfg'"
             )
         check_prompts(found, "the negative prompt")
         if len(found) != count:

@@ -84,6 +84,43 @@ def test_eight_bits_keep_the_fused_forms_with_one_scale_a_weight(eight_bits: dic
     assert weights["activation_bytes"] + weights["weight_bytes"] > half["activation_bytes"] + half["weight_bytes"]
 
 
+class Attention(nn.Module):
+    """Self-attention as in a transformer block: a norm, products without bias, and one with bias and residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(320), nn.Linear(320, 320)
+        self.q, self.k, self.v = (nn.Linear(320, 320, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (each(h).unflatten(2, (5, 64)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_products_keep_their_kernels_in_8_bits_but_for_fused_ones(tmp_path: Path) -> None:
+    """Why 8-bit recipes take queries, keys and values and leave what is behind an attention (``FUSED_IN_FLOAT``)."""
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    from pnp_trt import backends
+    from pnp_trt.backends.base import CompileJob, Profile
+    from pnp_trt.build.onnx_export import export
+    from pnp_trt.precision.int8.qdq import FLOAT8, quantize_graph
+    from pnp_trt.precision.int8.record import LayerRange
+
+    found = {}
+    for name, layers in {"fp16": (), "products": ("q", "k", "v"), "behind": ("q", "k", "v", "out")}.items():
+        path = tmp_path / f"{name}.onnx"
+        weights = export(convert(Attention(), RECIPES["fp16"]), {"x": torch.zeros(2, 1024, 320)}, "y", path)
+        if layers:
+            quantize_graph(path, weights, {layer: LayerRange(4.0) for layer in layers}, FLOAT8)
+        inputs = {"x": ("float32", ("batch", 1024, 320))}
+        job = CompileJob("unet", path, inputs, "fp16", "sm_89", (Profile("b1", 1, 1, 1),))
+        (found[name],) = backends.get("tensorrt-rtx").compile(job, lambda *_: None).notes["reports"]
+    half, products, behind = (found[name] for name in ("fp16", "products", "behind"))
+    assert products["kernels"] <= half["kernels"] < behind["kernels"]
+    assert behind["weight_bytes"] < products["weight_bytes"] < half["weight_bytes"]
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The reports of an FP16 engine for sm_89 with a static profile and a dynamic one."""

@@ -108,7 +108,7 @@ def test_negative_prompts_change_the_image_and_the_empty_one_is_none(made: Path)
 def test_negative_prompts_take_cfg_where_the_guide_reads_none(engines: Path, cli: Callable[..., Result]) -> None:
     asked = ["sample", "a red apple", "--engine", "guided", "--negative", "blue", "--out", engines.parent / "s"]
     done = cli(*asked, "--steps", 4)
-    assert done.code == 0 and "reads no negative prompt; the images are made by CFG" in done.err
+    assert done.code == 0 and "takes no negative prompt; using CFG, two model evaluations per step" in done.err
     assert "CFG" not in cli(*asked, "--steps", 4, "--method", "cfg").err
     refused = cli(*asked, "--method", "guided")
     assert refused.code == 2 and "takes no negative prompt with method 'guided'" in refused.err

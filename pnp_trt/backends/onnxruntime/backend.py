@@ -259,7 +259,7 @@ class OrtNetwork(PerShapeNetwork):
         # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         if _FLOAT8 in self.path.read_bytes():
-            # 1.31 fuses what is around a product of E4M3 values into one of integers, and refuses its own node
+            # ONNX Runtime 1.31 fuses a product of E4M3 values into MatMulIntegerToFloat, which rejects the type
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         for name, value in zip(("height", "width"), size or (), strict=False):
             options.add_free_dimension_override_by_name(name, value)

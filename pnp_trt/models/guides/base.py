@@ -27,8 +27,8 @@ class Guide(ModelMixin, ConfigMixin):
         gain_table: g(t), or None for a factor of one.
         sharpener: what changes the prompt's text states by a negative prompt (``sharpener.Sharpener``); a bundle holds
             it as a network of its own, which runs once per image that has a negative prompt.  None without.
-        side_by_side: whether parts of one shape are computed as one tensor, where the class can do so: the same numbers
-            in fewer operations.
+        side_by_side: whether parts of equal shape are computed as one tensor, where the class supports it: the same
+            values in fewer operations.
         constant_parts: names of its modules and parameters that :meth:`condition` runs; a bundle holds them as a
             network of its own, which runs once per image.
         quantised_layers: patterns (``fnmatch``) of its layers that ``pnp-trt calibrate`` considers for INT8.

@@ -42,7 +42,7 @@ class SkipAdapter(nn.Module):
         nn.init.zeros_(self.expand.weight)
 
     def reduced(self, x: Tensor) -> Tensor:
-        """What is read of the feature map, ``[B, rank, H, W]``."""
+        """The feature map projected to the inner channels, ``[B, rank, H, W]``."""
         assert self.reduce is not None
         out: Tensor = self.reduce(x if self.norm is None else self.norm(x))
         return out
@@ -57,10 +57,10 @@ def adapt(
 ) -> list[Tensor]:
     """Residuals of K feature maps of one size, of their shapes.
 
-    Their inner channels are side by side in one tensor, so that what lies between the first and the last projection is
-    computed once for all K.  Where little is fused, small operations take the time of their number; where a
-    compiler fuses a map's modulation with its projection, one map at a time is better.  The gate multiplies before the
-    last projection, where there are fewer channels.
+    The inner channels of all K maps form one tensor between the first and the last projection.  This suits runtimes
+    that fuse little, where the number of small operations sets the time; a compiler that fuses a map's modulation into
+    its projection needs fewer kernels with one map at a time.  The gate multiplies before the last projection, where
+    there are fewer channels.
 
     Args:
         adapters: one per map.
@@ -292,7 +292,7 @@ class TinyGuide(Guide):
         return context
 
     def _of_deepest(self, features: Features) -> Tensor:
-        """The deepest skip and the mid block's output side by side, projected to ``[B, rank, H, W]``."""
+        """The deepest skip and the mid block's output, concatenated and projected to ``[B, rank, H, W]``."""
         skip, mid = features.down_block_res_samples[-1], features.mid_block_res_sample
         context = cast(nn.Conv2d, self.context)
         if self.context_norm is not None:
@@ -309,7 +309,7 @@ class TinyGuide(Guide):
             emb: ``[B, embed_dim]``.
             groups: how many adapters each group has.
         """
-        # scales and shifts take turns in the weights; apart, each are one tensor: one sum and one split for all
+        # scales and shifts alternate in the weights; separated, one addition and one split serve all of them
         weight, bias = (
             p.unflatten(0, (-1, 2, self.config.rank)).transpose(0, 1).flatten(0, 2)
             for p in (self.film.weight, self.film.bias)
@@ -343,10 +343,12 @@ class TinyGuide(Guide):
         gate = self.gate(given, context.dtype)
         adapters = cast(list[SkipAdapter], list(self.adapters))
         made: list[Tensor] = []
+        resized = context
         for maps, film in zip(self.groups(given.features), films, strict=True):
             size = maps[0].shape[-2:]
-            shared = context if context.shape[-2:] == size else F.interpolate(context, size=size, mode="nearest")
-            made += adapt(adapters[len(made) : len(made) + len(maps)], maps, shared, film, gate)
+            if resized.shape[-2:] != size:  # once for all maps of one size, which are neighbours
+                resized = context if context.shape[-2:] == size else F.interpolate(context, size=size, mode="nearest")
+            made += adapt(adapters[len(made) : len(made) + len(maps)], maps, resized, film, gate)
         rest = iter(made)
         residuals = [next(rest) if used else None for used in self.emitting]
         return GuideOutput(tuple(residuals[:-1]), cast(Tensor, residuals[-1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...bundle.manifest import Manifest
 from ...errors import InputError, PnpError
@@ -14,7 +14,7 @@ from ..spec import BuildSpec
 from .rewrite import places
 
 
-def guide_of(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any], unet: Any) -> tuple[Any, str]:
+def guide_of(manifest: Manifest, graph: Path, data: BinaryIO, weights: dict[str, Any], unet: Any) -> tuple[Any, str]:
     """The guide that is fused into a bundle's U-Net, its sharpener apart, and where its weights were found.
 
     They are taken from where the build took them if that is still the same, else read back from the graph: exact
@@ -22,7 +22,7 @@ def guide_of(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any
 
     Args:
         graph: the U-Net's ONNX file.
-        data: its weights; elsewhere, perhaps.
+        data: its file of weights, open for reading.
         weights: its part of ``weights.json``.
         unet: the U-Net that the guide is for.
 
@@ -51,7 +51,7 @@ def _from_files(spec: BuildSpec, unet: Any) -> Any:
     return load_guide(guide_name(spec.guide))
 
 
-def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, Any]) -> Any:
+def _from_graph(manifest: Manifest, graph: Path, data: BinaryIO, weights: dict[str, Any]) -> Any:
     import numpy as np
     import torch
 
@@ -72,9 +72,9 @@ def _from_graph(manifest: Manifest, graph: Path, data: Path, weights: dict[str, 
     for place in places(graph, weights):
         w = weights[place.name]
         if w["source"] == "guide" and w["key"] not in found:
-            with suppress(PnpError), data.open("rb") as f:  # another initialiser of the same key may be plain
-                f.seek(place.offset)
-                array = np.frombuffer(f.read(place.length), place.dtype.numpy()).reshape(place.shape)
+            with suppress(PnpError):  # another initialiser of the same key may be plain
+                data.seek(place.offset)
+                array = np.frombuffer(data.read(place.length), place.dtype.numpy()).reshape(place.shape)
                 found[w["key"]] = invert(
                     w["transform"], torch.from_numpy(array.astype("float32")), tuple(own[w["key"]].shape)
                 )

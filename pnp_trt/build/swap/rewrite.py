@@ -7,11 +7,12 @@ measures; ``weights.json`` states which checkpoint key it is made of and how.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...bundle.manifest import WEIGHTS
 from ...errors import InputError, PnpError
@@ -82,14 +83,14 @@ def check_keys(weights: Mapping[str, Any], given: Mapping[str, Mapping[str, Tens
 
 
 def rewrite(
-    graph: Path, old: Path, new: Path, weights: Mapping[str, Any], given: Mapping[str, Mapping[str, Tensor]]
+    graph: Path, old: BinaryIO, new: Path, weights: Mapping[str, Any], given: Mapping[str, Mapping[str, Tensor]]
 ) -> str:
     """Write ``new``, the data file of ``graph`` with the weights of some sources replaced; return its sha256.
 
     One weight at a time is held in the graph's type.
 
     Args:
-        old: the data file that the rest is copied from.
+        old: the data file that the rest is copied from, open for reading.
         weights, given: as of ``check_keys``.
 
     Raises:
@@ -97,10 +98,10 @@ def rewrite(
         PnpError: if a kept weight did not come out as it went in.
     """
     found = places(graph, weights)
-    size = old.stat().st_size
+    size = old.seek(0, os.SEEK_END)
     whole = hashlib.sha256()
     kept: list[Place] = []
-    with old.open("rb") as source, new.open("wb") as target:
+    with new.open("wb") as target:
 
         def put(data: Any) -> None:
             target.write(data)
@@ -113,10 +114,11 @@ def rewrite(
                 put(_bytes(given[w["source"]][w["key"]], w, place))
             else:
                 kept.append(place)
-                for chunk in _chunks(source, place):
+                for chunk in _chunks(old, place):
                     put(chunk)
         put(bytes(size - target.tell()))
-    before, after = _hash(old, kept), _hash(new, kept)
+    with new.open("rb") as made:
+        before, after = _hash(old, kept), _hash(made, kept)
     if before != after:
         raise PnpError(f"{new.name}: what was to be kept has changed (sha256 {after[:12]}…, not {before[:12]}…)")
     return whole.hexdigest()
@@ -146,7 +148,7 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(v.isfinite()) for v in tensor.aminmax())
 
 
-def _chunks(file: Any, place: Place) -> Iterator[bytes]:
+def _chunks(file: BinaryIO, place: Place) -> Iterator[bytes]:
     file.seek(place.offset)
     left = place.length
     while left:
@@ -157,10 +159,9 @@ def _chunks(file: Any, place: Place) -> Iterator[bytes]:
         yield data
 
 
-def _hash(path: Path, parts: list[Place]) -> str:
+def _hash(file: BinaryIO, parts: list[Place]) -> str:
     out = hashlib.sha256()
-    with path.open("rb") as f:
-        for place in parts:
-            for chunk in _chunks(f, place):
-                out.update(chunk)
+    for place in parts:
+        for chunk in _chunks(file, place):
+            out.update(chunk)
     return out.hexdigest()

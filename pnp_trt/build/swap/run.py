@@ -8,16 +8,16 @@ PyTorch running the fine-tune, on the bundle's own golden inputs; past the limit
 from __future__ import annotations
 
 import gc
-import os
+import hashlib
 import shlex
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -77,7 +77,7 @@ from .lora import Lora
 
 #: network of the bundle → (its source in weights.json, whether the graph uses all of it); text encoders are their own
 SOURCES = {"unet": ("unet", True), "vae_decoder": ("vae", False), "vae_encoder": ("vae", False)}
-#: where files of the engine that are about to be replaced are kept while it is worked on
+#: where files of the engine that are about to be replaced, and opened by name, are kept while it is worked on
 _OLD = ".old"
 
 
@@ -262,6 +262,8 @@ class _Work:
     progress: Progress
     #: hashes of the new bundle's files, as far as they are known already
     files: dict[str, FileRecord] = field(default_factory=dict)
+    #: the engine's own files of weights that are replaced, open for reading
+    old: dict[str, BinaryIO] = field(default_factory=dict)
     stage: int = 0
 
     @cached_property
@@ -282,9 +284,9 @@ class _Work:
         loaded = [load(lora, names) for lora in self.loras] if names is not None else []
         swapped = self._swapped({network for one in loaded for network in one.changes})
         stages = 2 + 3 * len(swapped)
-        with whole_folder(folder, check_removable_bundle) as work:
+        with whole_folder(folder, check_removable_bundle) as work, ExitStack() as opened:
             self._report("check the engine", stages)
-            self._take(work, swapped)
+            self._take(work, swapped, opened)
             tokens = {name: self._tokenizer(name, work) for name in self.specs}
             maps = read_weights(work / WEIGHTS, m.networks, rebuild_advice(self.source, m.rebuild))
             golden = read_golden(work / _OLD / GOLDEN, m.networks)
@@ -360,22 +362,29 @@ class _Work:
             out += [n for n in ("vae_decoder", "vae_encoder") if n in self.manifest.networks]
         return out
 
-    def _take(self, work: Path, swapped: list[str]) -> None:
-        """Copy the files that stay, link those that are replaced aside, and check every one of them.
+    def _take(self, work: Path, swapped: list[str], opened: ExitStack) -> None:
+        """Copy the files that stay, keep those that are replaced at hand, and check every one of them.
 
-        What is checked is what was taken, so another process may replace the engine meanwhile.
+        What is checked is what is read later, so another process may replace the engine meanwhile: a file of weights is
+        opened once.  A hard link would do too, but ONNX's libraries refuse the engine for as long as it has one.
         """
+        data = {self.manifest.networks[name].data for name in swapped}
         aside = {GOLDEN}
         for name in swapped:
             entry = self.manifest.networks[name]
-            aside |= {entry.data} | ({entry.file} - {entry.graph})
+            aside |= {entry.file} - {entry.graph}
         for relative, record in self.manifest.files.items():
             check_place(self.source, relative, self.manifest.name)
-            target = work / (_OLD if relative in aside else "") / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                (_link if relative in aside else shutil.copyfile)(self.source / relative, target)
-                found = sha256(target)
+                if relative in data:
+                    file = opened.enter_context((self.source / relative).open("rb"))
+                    self.old[relative] = file
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                else:
+                    target = work / (_OLD if relative in aside else "") / relative
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(self.source / relative, target)
+                    found = sha256(target)
             except FileNotFoundError:
                 found = "missing"
             if found != record.sha256:
@@ -383,7 +392,7 @@ class _Work:
                     f"engine '{self.manifest.name}': {relative} is corrupt (sha256 {found[:12]}…, "
                     f"not {record.sha256[:12]}…); {rebuild_advice(self.source, self.manifest.rebuild)}"
                 )
-            if relative not in aside:
+            if relative not in aside | data:
                 self.files[relative] = record
         for name in swapped:
             check_graph(work, self.manifest, name)
@@ -439,7 +448,7 @@ class _Work:
         if self.manifest.guide is None:
             return Teacher(unet), unet, None, formula
         graph = self.manifest.networks["unet"].graph
-        guide, where = guide_of(self.manifest, work / graph, work / _OLD / f"{graph}.data", weights, unet)
+        guide, where = guide_of(self.manifest, work / graph, self.old[f"{graph}.data"], weights, unet)
         # the part of the guide that depends on w alone stays as it is, in a separate network
         return Student(unet, guide, conditioned="condition" in self.manifest.networks), unet, where, formula
 
@@ -483,7 +492,7 @@ class _Work:
             module, swapped, guide, formula = self._module(name, weights, loaded, work)
             new = {source: dict(swapped.state_dict())}
             check_keys(weights, new, whole)
-            written_sha256 = rewrite(graph, work / _OLD / data, work / data, weights, new)
+            written_sha256 = rewrite(graph, self.old[data], work / data, weights, new)
             written_weights.check(graph, weights, source, formula)
             wanted = {case: as_arrays(reference(module, given)) for case, given in inputs.items()}
             hard = []
@@ -554,16 +563,3 @@ def _described_wrongly(what: str, network: str) -> Iterator[None]:
         raise InputError(
             f"{what}: configs or {WEIGHTS} do not describe the {network} ({why}); build it of the fine-tune instead"
         ) from e
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for as long as the work takes; a copy where a link cannot be had.
-
-    Never for a file that stays: ONNX's libraries refuse external data that has several names.
-    """
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copyfile(source, target)

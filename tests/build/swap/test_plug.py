@@ -77,7 +77,7 @@ def test_a_unet_file_changes_the_unet_alone(unet_only: Built, micro_bundles: Pat
         "unet": "external weights", "text_encoder": "kept", "vae_decoder": "kept"
     }  # fmt: skip
     # ONNX's libraries refuse external data that has a second name
-    assert all(p.stat().st_nlink == 1 for f in (old, new) for p in f.iterdir())
+    assert has_single_names(old) and has_single_names(new)
     weights = load_file(tuned_unet)
     maps = json.loads((new / "weights.json").read_text())["networks"]["unet"]["weights"]
     first, second = (ir.load(f / "unet.onnx").graph.initializers for f in (old, new))
@@ -92,9 +92,42 @@ def test_a_unet_file_changes_the_unet_alone(unet_only: Built, micro_bundles: Pat
     assert after.parity.relative_error["unet"] < 1e-4
 
 
+def has_single_names(folder: Path) -> bool:
+    """Whether no file of ``folder`` is a hard link to one elsewhere."""
+    return all(p.stat().st_nlink == 1 for p in folder.iterdir())
+
+
 def test_the_engine_stays_as_it_was(whole: Built, micro_bundles: Path) -> None:
     assert whole.folder.exists()
     assert list_files(micro_bundles / "guided") == open_bundle(micro_bundles / "guided").manifest.files
+
+
+def test_the_engine_can_be_read_meanwhile(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
+    """Its files get no second name while it is plugged, which ONNX's libraries would refuse."""
+    engine, seen = micro_bundles / "guided", set()
+
+    def watch(what: str, *_: int) -> None:
+        assert has_single_names(engine), what
+        seen.add(what.split()[0])
+
+    plug(PlugSpec(str(engine), str(tuned_unet), out=tmp_path / "out"), progress=watch)
+    assert seen == {"check", "swap", "compare", "compile", "write"}
+
+
+def test_an_engine_that_is_replaced_meanwhile(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
+    """The weights that were checked are the ones that are kept."""
+    engine = tmp_path / "engine"
+    shutil.copytree(micro_bundles / "guided", engine)
+
+    def swap_files(what: str, *_: int) -> None:
+        if what.startswith("swap"):
+            engine.rename(tmp_path / "gone")
+            engine.mkdir()
+            (engine / "unet.onnx.data").write_bytes(bytes((tmp_path / "gone" / "unet.onnx.data").stat().st_size))
+
+    made = plug(PlugSpec(str(engine), str(tuned_unet), out=tmp_path / "out"), progress=swap_files)
+    sound = plug(PlugSpec(str(micro_bundles / "guided"), str(tuned_unet), out=tmp_path / "sound"))
+    assert sha256(made.folder / "unet.onnx.data") == sha256(sound.folder / "unet.onnx.data")
 
 
 def test_images_are_the_fine_tunes(unet_only: Built, micro_bundles: Path) -> None:

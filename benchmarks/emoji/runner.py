@@ -221,8 +221,9 @@ class Runner:
         work = {name: len(self.rows(c)) * self.evaluations(c) for name, c in jobs.items()}
         done = {name for name in jobs if (self.folder / f"{name}.npz").is_file()}
         bar = tqdm(
-            total=sum(work.values()), initial=sum(work[n] for n in done), unit="pass", unit_scale=True, mininterval=5
-        )
+            total=sum(work.values()), initial=sum(work[n] for n in done), unit=" evaluations", unit_scale=True,
+            mininterval=5,
+        )  # fmt: skip
         with bar:
             for name, cell in jobs.items():
                 if name in done:

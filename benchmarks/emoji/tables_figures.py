@@ -32,28 +32,26 @@ STRIPS = (
 COLOURS = {"cfg": "#333333", "tiny": "#1f77b4", "tiny-stage2": "#d62728", "full": "#2ca02c"}
 
 
-def grid(document: dict[str, Any], cache: Path, path: Path) -> list[str]:
-    """Write the grid; returns the labels of strips whose cells were left out."""
+def chosen_strips(document: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """The grid's strips with their cells, and the labels of those whose cells were left out."""
+    held = {(c["method"], c["steps"]): c for c in document["cells"]
+            if (c["w"], c["captions"], c["seed"]) == (HEADLINE_W, "train", 0)}  # fmt: skip
+    found = [(label, next((held[m, steps] for m in methods if (m, steps) in held), None))
+             for label, methods, steps in STRIPS]  # fmt: skip
+    return [(label, cell) for label, cell in found if cell is not None], [x for x, cell in found if cell is None]
+
+
+def grid(document: dict[str, Any], cache: Path, path: Path) -> None:
+    """Write the grid."""
     rows = [Ask(*_ask(line)) for line in document["captions"].get("train", [])]
     order = [i for name in PREFERRED for i, a in enumerate(rows) if a.concept == name]
     order = list(dict.fromkeys([*order, *range(len(rows))]))[:COLUMNS]
-    strips, missing = [], []
-    for label, methods, steps in STRIPS:
-        found = None
-        for method in methods:
-            found = found or next((
-                c for c in document["cells"]
-                if (c["method"], c["steps"], c["w"], c["captions"], c["seed"])
-                == (method, steps, HEADLINE_W, "train", 0)
-            ), None)  # fmt: skip
-        if found is None:
-            missing.append(label)
-            continue
-        with np.load(cache / "tables" / f"{found['cache']}.npz") as z:
-            strips.append((label + (" *" if found["method"] == "tiny-stage2" else ""), z["pixels"][order]))
+    strips = []
+    for label, cell in chosen_strips(document)[0]:
+        with np.load(cache / "tables" / f"{cell['cache']}.npz") as z:
+            strips.append((label + (" *" if cell["method"] == "tiny-stage2" else ""), z["pixels"][order]))
     if strips:
         draw_grid([rows[i] for i in order], strips, path, left=150)
-    return missing
 
 
 def _ask(line: str) -> tuple[str, str, int]:

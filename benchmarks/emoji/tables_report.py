@@ -1,4 +1,7 @@
-"""``docs/distillation-tables.md`` with its grid and plot, drawn from the tables' JSON and cached images alone."""
+"""``docs/distillation-tables.md`` with its grid and plot, drawn from the tables' JSON and cached images alone.
+
+Table B is that of the fine-tunes' own record where there is one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from pnp_trt.errors import InputError
 from ..records import machine_said, read
 from .cells import FINE_TUNES, FREE_SCALES, HEADLINE_W, METHODS, SCALES, Cell, all_cells
 from .compare import outcome
-from .tables_figures import grid, plot
+from .tables_figures import chosen_strips, grid, plot
 
 Row = dict[str, Any]
 DASH = "–"
@@ -64,7 +67,7 @@ All held-out captions; neither guides nor U-Net were trained on them.
 {held_out}
 
 ## Table B: the same guides in fine-tuned U-Nets, untrained
-The guides were distilled on the base alone. Captions, real images and CFG are the fine-tune's own.
+The guides were distilled on the base alone. Captions, real images and CFG are the fine-tune's own.{b_made}
 {verdict_b}
 
 {b}
@@ -302,6 +305,19 @@ def left_out(document: Row) -> str:
     return "\n".join(lines) or "Nothing: every cell was measured."
 
 
+def with_fine_tunes(document: Row, fine_tunes: Row) -> Row:
+    """The tables with Table B of another record, which says itself what it left out."""
+
+    def merged(key: str) -> list[Row]:
+        return [c for c in document[key] if c["table"] != "B"] + [c for c in fine_tunes[key] if c["table"] == "B"]
+
+    verdicts = {**document["verdicts"], "B": fine_tunes["verdicts"]["B"]}
+    return {
+        **document, **{key: merged(key) for key in ("cells", "groups", "left_out")}, "verdicts": verdicts,
+        "real": {**document["real"], **fine_tunes["real"]},
+    }  # fmt: skip
+
+
 def newer(document: Row) -> list[Row]:
     """Cells of the tables that the record neither has nor leaves out: they were added after it was made."""
     known = {Cell(**{f.name: c[f.name] for f in fields(Cell)}).group for c in document["cells"] + document["left_out"]}
@@ -321,22 +337,39 @@ def networks(document: Row) -> str:
     return table(["network", "form", "PSNR to float32, dB", "remark"], rows)
 
 
-def write_report(document: Row, cache: Path, docs: Path) -> None:
+def write_report(
+    document: Row, cache: Path, docs: Path, fine_tunes: Row | None = None, text_only: bool = False
+) -> None:
     """Write the document, the grid and the plot into ``docs``.
+
+    Args:
+        fine_tunes: a record of Table B, which replaces the document's own.
+        text_only: leave the grid and the plot as they are.
 
     Raises:
         InputError: if the JSON is no tables' JSON, or images it names are not in ``cache``.
     """
-    if not str(document.get("schema", "")).startswith("pnp-trt/emoji-tables/"):
-        raise InputError("this JSON holds no tables; make it with: python -m benchmarks.emoji.tables")
-    groups, told = document["groups"], document["provenance"]
-    try:
-        missing = grid(document, cache, docs / "distillation-grid.png")
-    except FileNotFoundError as error:
-        raise InputError(
-            f"the cached image set {Path(error.filename).name} is missing; run the tables again"
-        ) from error
-    plot(document, docs / "distillation-kid.png")
+    for given in (document, fine_tunes or document):
+        if not str(given.get("schema", "")).startswith("pnp-trt/emoji-tables/"):
+            raise InputError("this JSON holds no tables; make it with: python -m benchmarks.emoji.tables")
+    if not text_only:
+        try:
+            grid(document, cache, docs / "distillation-grid.png")
+        except FileNotFoundError as error:
+            raise InputError(
+                f"the cached image set {Path(error.filename).name} is missing; run the tables again, or give "
+                "--text-only to keep the grid and the plot"
+            ) from error
+        plot(document, docs / "distillation-kid.png")
+    told, missing = document["provenance"], chosen_strips(document)[1]
+    b_made = ""
+    if fine_tunes is not None:
+        document, apart = with_fine_tunes(document, fine_tunes), fine_tunes["provenance"]
+        b_made = (
+            f"\nMeasured apart: `{apart['command']}` ({apart['date'][:10]}, {machine_said(fine_tunes)}), "
+            "`benchmarks/results/emoji-fine-tunes.json`."
+        )
+    groups = document["groups"]
     about = "Columns are trained captions, w = 3, one noise each; * is the guide after stage 2."
     about += f" Not measured in this run: {'; '.join(missing)}." if missing else ""
     ceilings = [
@@ -349,7 +382,7 @@ def write_report(document: Row, cache: Path, docs: Path) -> None:
         images=document["settings"]["images"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
         real=f"The ceiling: {'; '.join(ceilings)}.\n" if ceilings else "",
         grid=f"![Images by method](distillation-grid.png)\n\n*{about}*\n",
-        verdict_a=verdict_a(document), verdict_b=verdict_b(document), verdict_c=verdict_c(document),
+        verdict_a=verdict_a(document), b_made=b_made, verdict_b=verdict_b(document), verdict_c=verdict_c(document),
         a_kid=by_w(groups, lambda g: number(g["kid"])),
         a_gain=by_w(groups, lambda g: kid_gain(g, 50)),
         a_recall=by_w(groups, lambda g: f"{recall_of(g, 1)} / {recall_of(g, 5)}"),
@@ -365,13 +398,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.tables_report", description=__doc__)
     add = parser.add_argument
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
+    add("--fine-tunes", type=Path, default=Path("benchmarks/results/emoji-fine-tunes.json"), help="Table B's record")
     add("--cache", type=Path, default=Path("build/emoji"), help="where the tables kept their images")
+    add("--text-only", action="store_true", help="leave the grid and the plot as they are")
     add("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
     try:
         if not args.json.is_file():
             raise InputError(f"there is no {args.json}; make it with: python -m benchmarks.emoji.tables")
-        write_report(read(args.json), args.cache, args.docs)
+        fine_tunes = read(args.fine_tunes) if args.fine_tunes.is_file() else None
+        write_report(read(args.json), args.cache, args.docs, fine_tunes, args.text_only)
     except InputError as error:
         parser.error(str(error))
 

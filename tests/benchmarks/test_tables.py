@@ -394,6 +394,26 @@ def test_the_document_is_drawn_from_json_and_images(smoke: tuple[dict[str, Any],
         assert (home / "docs" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_fine_tunes_measured_apart_take_the_place_of_table_b(
+    smoke: tuple[dict[str, Any], Path, Any], tmp_path: Path
+) -> None:
+    """Text alone, as the images of the other tables are on another machine."""
+    _, home, _ = smoke
+    document = json.loads((home / "tables.json").read_text())
+    apart = json.loads((home / "tables.json").read_text())
+    apart["provenance"]["command"] = "measure the fine-tunes"
+    for group in apart["groups"]:
+        group["kid"]["value"] = 0.4321
+    with pytest.raises(InputError, match="image set .* is missing; run the tables again, or give --text-only"):
+        tables_report.write_report(document, tmp_path, tmp_path / "docs", apart)
+    tables_report.write_report(document, tmp_path, tmp_path / "docs", apart, text_only=True)
+    assert [p.name for p in (tmp_path / "docs").iterdir()] == ["distillation-tables.md"]
+    text = (tmp_path / "docs" / "distillation-tables.md").read_text()
+    a, b, c = (part.split("## Table ")[0] for part in text.split("## Table ")[1:])
+    assert "measure the fine-tunes" in b and "0.4321" in b and "0.4321" not in a + c
+    assert "emoji-flat" in b
+
+
 def test_guides_are_found_or_named(micro_guide: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny").symlink_to(micro_guide)
     found, missing = tables.find_guides(tmp_path)

@@ -1,12 +1,12 @@
-# Two commands on a fresh machine: `make demo` shows the whole path, `make test` checks it.
+# On a fresh machine, `make demo` runs the toolkit from build to benchmark, and `make test` checks it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 GUIDES ?= build/emoji/guides
-# of bench: set to --resume to resume an interrupted run
+# for `make bench`: set to --resume to resume an interrupted run
 RESUME ?=
-# as many workers as cores, each with whole files, in the order of tests/conftest.py
+# One worker per core; each takes whole files, in the order set by tests/conftest.py
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
@@ -15,24 +15,24 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
 	@echo "make test   install the development extra, then lint, type-check and test"
-	@echo "make test-fast   the tests that need no model and little time (a minute and a half)"
-	@echo "make test-ray    replicas and workers by Ray, and the death of one (two processes on a CPU; minutes)"
+	@echo "make test-fast   the tests that need no model and little time (90 seconds)"
+	@echo "make test-ray    replicas and workers with Ray, and the failure of one (two processes on a CPU; minutes)"
 	@echo "make docs   the documentation site with an API reference, in build/site (under a minute)"
-	@echo "make coverage   the tests, with line coverage by module (longer than make test)"
-	@echo "make test-portability  the numerics under other vector widths, kernels and thread counts (a quarter of an hour)"
+	@echo "make coverage   the tests, with coverage by module (slower than make test)"
+	@echo "make test-portability  the numerical tests with other vector widths, kernels and thread counts (15 minutes)"
 	@echo "make campaign    over 2,200 hostile inputs and faults; report in build/campaign/ (13 minutes on two idle cores)"
-	@echo "make soak   5,000 images in one process, 10,000 requests at a server: memory, descriptors, equality (minutes)"
-	@echo "make bench  the README's figures, into benchmarks/results/ (an hour; interrupted, add RESUME=--resume)"
+	@echo "make soak   5,000 images in one process, 10,000 requests to a server: memory, descriptors, equality (minutes)"
+	@echo "make bench  the README's figures, into benchmarks/results/ (an hour; to resume, add RESUME=--resume)"
 	@echo "make tables      the distillation's tables A, B and C (hours on a CPU; resumable)"
-	@echo "make ablation    designs, terms and states of guides on a short budget (an hour on a CPU; resumable)"
+	@echo "make ablation    guide designs, loss terms and states on a short budget (an hour on a CPU; resumable)"
 	@echo "make train-speed steps per second and memory of training at Stable Diffusion 1.5's size"
 	@echo "make faults    kill a build at twenty random moments (minutes)"
 	@echo "make realsize  sizes of SD 1.5, 2.1 and XL with random weights: engines, plug, a step (an hour, 24 GB; resumes)"
-	@echo "make precision what FP16 and INT8 cost: parity, sizes and images of the bundled model (half an hour)"
-	@echo "make trt-api   every TensorRT and CUDA name in use, against the bindings of supported releases (gcc, 30 MB)"
+	@echo "make precision cost of FP16 and INT8: parity, sizes and images of the bundled model (half an hour)"
+	@echo "make trt-api   check every TensorRT and CUDA name in use against the bindings of supported releases (gcc, 30 MB)"
 	@echo "make gpu    tests and benchmarks that need a GPU (minutes; skipped without one)"
-	@echo "make gains  what gains of the bundled guide are worth, against CFG (an hour on a CPU, a minute on a GPU)"
-	@echo "make rivals other ways to distil guidance at an equal budget, measured (minutes on a GPU; resumable)"
+	@echo "make gains  effect of gains of the bundled guide, compared with CFG (an hour on a CPU, a minute on a GPU)"
+	@echo "make rivals other ways to distil guidance, measured at an equal budget (minutes on a GPU; resumable)"
 	@echo "make emoji  train the bundled model from scratch (hours on a CPU; resumable)"
 
 $(BIN)/python:
@@ -73,9 +73,9 @@ test-ray: $(VENV)/.dev-installed
 	$(PIP_INSTALL) -e '.[dev,ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/serve/test_ray.py
 
-# The tests whose results are floating-point numbers of a model, a schedule or an optimiser; the others depend on no
-# processor.  PyTorch and oneDNN can be told to use less than the processor has.  ONNX Runtime's release builds honour no
-# such variable; its unoptimised graphs run other kernels with other rounding, and stand in for another processor.
+# The tests whose results are floating-point numbers of a model, a schedule or an optimiser. The others do not depend on
+# the processor. PyTorch and oneDNN can be limited to a subset of the processor's instructions. ONNX Runtime's release
+# builds have no such variable. Its unoptimised graphs run other kernels with other rounding, like another processor.
 NUMERICS := tests/sampling/test_schedule.py tests/sampling/test_loop.py tests/sampling/test_baselines.py \
   tests/runtime/test_pipeline.py tests/runtime/test_sampling.py tests/distill tests/graph tests/precision \
   tests/build/test_layers.py tests/build/test_module_parity.py tests/build/test_sizes.py \
@@ -157,7 +157,7 @@ precision: $(VENV)/.dev-installed
 	$(BIN)/python -m benchmarks.emoji.precision
 	$(BIN)/python -m benchmarks.emoji.precision_report
 
-# installs nothing: it takes the environment that is there, so that a GPU's own torch and TensorRT are used
+# Installs nothing: uses the existing environment, with the torch and TensorRT that match the GPU.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 

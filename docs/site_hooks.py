@@ -1,6 +1,6 @@
 """Hooks of the documentation site (mkdocs.yml): pages and files of the repository that are not in docs/.
 
-- ``contributing.md``, ``changelog.md`` and ``model-card.md`` are the repository's files;
+- ``contributing.md``, ``changelog.md`` and ``model-card.md`` are copies of files of the repository;
 - ``reference/cli.md`` is generated from the commands' help;
 - files that a page links to outside docs/ are copied into the site, so that every link works offline.
 """
@@ -20,7 +20,7 @@ PAGES = {
     "changelog.md": "CHANGELOG.md",
     "model-card.md": "pnp_trt/assets/emoji/README.md",
 }
-#: a link out of docs/, from a page in docs/ itself
+#: a link to a file outside docs/, from a page directly in docs/
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)\)")
 
 
@@ -37,7 +37,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Point links out of docs/ at the copies."""
+    """Point links to files outside docs/ to the copies."""
     return _OUTSIDE.sub(r"](repository/\1)", markdown)
 
 
@@ -63,7 +63,7 @@ def commands() -> str:
 
 
 def _row(parameter: Any) -> str | None:
-    """A parameter as a row of a table; None for those of typer itself."""
+    """Return a parameter as a table row, or None for typer's own parameters."""
     if "completion" in parameter.name:
         return None
     names = [*parameter.opts, *parameter.secondary_opts]

@@ -1,4 +1,4 @@
-"""Bundles edited as a stranger may: their manifest's JSON changed, their files replaced, and sealed anew."""
+"""Edit bundles as an attacker could: change the manifest's JSON, replace files, and seal the manifest again."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pnp_trt.bundle.store import MANIFEST, list_files, write_document
 
 
 def document(folder: Path) -> dict[str, Any]:
-    """The JSON of a bundle's manifest."""
+    """Return the JSON of a bundle's manifest."""
     value: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return value
 
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], Any] | None = None, *, files: bool = True) -> None:
-    """Write the manifest again after a change.
+    """Write the manifest again, with a new seal, after a change.
 
     Args:
         change: edits the document in place.
-        files: hash the folder's files anew before that.
+        files: hash the folder's files again before the change.
     """
     value = document(folder)
     if files:

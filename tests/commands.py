@@ -1,6 +1,6 @@
-"""Commands of the command line that are made once a process, and its exit code without ending the process.
+"""Create typer's commands once per process, and run the command line without ending the process.
 
-Typer makes all commands anew at every call of an app, in a twentieth of a second; a user's process makes one call.
+Typer creates all commands again at every call of an app, which takes 50 ms; a user's process makes one call.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import sys
 
 import typer.main
 
-#: typer's own
+#: typer's own function
 made_anew = typer.main.get_command
-#: Of every app once.  Not for help in a process that goes on: help writes into a command which values are registered.
+#: Creates the command of each app once.  Not for ``--help`` in a process that runs more commands: help stores the
+#: values registered at that time in the command.
 made_once = functools.cache(made_anew)
 
 
 def exit_code(words: list[str]) -> int:
-    """Run ``pnp-trt WORDS`` in this process: the exit code that an interpreter would end with, streams not flushed."""
+    """Run ``pnp-trt WORDS`` in this process and return its exit code; streams are not flushed."""
     from pnp_trt.cli.app import main
 
     sys.argv = ["pnp-trt", *words]

@@ -1,4 +1,4 @@
-"""Shared fixtures: a micro teacher in Stable Diffusion's format, and bundles built once a session."""
+"""Shared fixtures: a micro teacher in Stable Diffusion's format, and bundles built once per session."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .commands import made_anew, made_once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# `ci` tries the same examples everywhere and measures no time: a busy machine is not a failure.
-# `campaign` (make campaign) tries new examples at every run.
+# `ci` uses the same examples everywhere and no deadline, so that a busy machine causes no failure.
+# `campaign` (make campaign) uses new examples in every run.
 _SLOW = [HealthCheck.too_slow]
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=_SLOW)
 settings.register_profile("campaign", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=_SLOW)
@@ -32,18 +32,18 @@ settings.load_profile("campaign" if os.environ.get("PNP_TRT_CAMPAIGN") else "ci"
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder ``name`` that ``make`` fills, one for all of xdist's workers: the first to ask makes it."""
+    """Return the folder ``name``, shared by all xdist workers; the first caller fills it with ``make``."""
     return once_in(shared_root(factory), name, make)
 
 
 def shared_root(factory: pytest.TempPathFactory) -> Path:
-    """The run's folder, of which each of xdist's workers has one."""
+    """Return the temporary folder that all xdist workers of the run share."""
     root = factory.getbasetemp()
     return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
 
 def once_in(root: Path, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder ``name`` below ``root`` that ``make`` fills, one for all processes: the first to ask makes it."""
+    """Return the folder ``name`` below ``root``, shared by all processes; the first caller fills it with ``make``."""
     folder, state = root / "shared" / name, root / "shared-state"
     folder.parent.mkdir(parents=True, exist_ok=True)
     state.mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def once_in(root: Path, name: str, make: Callable[[Path], object]) -> Path:
 
 
 def finished(root: Path, kind: str) -> list[Path]:
-    """The folders ``kind/NAME`` below ``root`` that are filled."""
+    """Return the folders ``kind/NAME`` below ``root`` that are complete."""
     marks = (root / "shared-state").glob(f"{kind}-*.done")
     return [root / "shared" / kind / mark.stem.removeprefix(f"{kind}-") for mark in marks]
 
@@ -64,14 +64,14 @@ def finished(root: Path, kind: str) -> list[Path]:
 #: fixtures that load, train or export a model
 HEAVY = {"micro_base", "micro_sdxl", "clip_folder", "bundle", "bundles", "compiled", "jobs", "smoke", "parts", "folder",
          "forker", "weights", "browser"}  # fmt: skip
-#: folders and files whose tests take more than a few tenths of a second each: they compute U-Nets or draw figures
+#: folders and files whose tests take more than a few tenths of a second each: they run U-Nets or plot figures
 SLOW = ("campaign", "distill", "swap", "precision", "integrations", "test_layers.py", "test_module_parity.py",
         "test_lower.py", "test_weights.py", "test_guides.py", "test_report.py", "test_figures.py", "test_cost.py",
         "test_replacing.py", "test_fidelity.py", "test_eyes.py")  # fmt: skip
 
 
-#: The files of the most CPU time (2026-11-26), longest first.  Workers take whole files in this order, so that none is
-#: left alone with a long one at the end.
+#: The files with the most CPU time (2026-11-26), longest first.  Workers take whole files in this order, so that no
+#: worker runs a long file alone at the end.
 LONGEST = (
     "campaign/test_campaign.py", "models/families/test_sdxl_tools.py", "cli/test_sizes.py",
     "precision/int8/test_calibrate.py", "build/test_sizes.py", "bundle/test_faults.py", "distill/test_processes.py",
@@ -82,7 +82,7 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest files first; mark ``fast`` what needs no model and no process of its own (``make test-fast``)."""
+    """Put the longest files first; mark tests that need no model or separate process ``fast`` (``make test-fast``)."""
     place = {config.rootpath / "tests" / name: n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
     if "fast" not in config.option.markexpr:
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Every test draws the same random numbers, whichever ran before it in its process."""
+    """Seed every test, so that its random numbers do not depend on earlier tests in the process."""
     random.seed(0)
     _freeze_libraries()
     if "torch" in sys.modules:
@@ -106,13 +106,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 _FROZEN: set[str] = set()
-gc.set_threshold(50_000, 20, 20)  # seldom: what a test leaves is small, and looking for it takes long
+gc.set_threshold(50_000, 20, 20)  # collect rarely: tests leave little garbage, and a collection is slow
 
 
 def _freeze_libraries() -> None:
-    """Leave what large libraries hold out of garbage collection, which looks at a million of their objects each time.
+    """Exclude the objects of large libraries, about a million, from garbage collection.
 
-    Timing collects often; the suite takes a fifth less time.
+    Timing code collects often; this makes the suite a fifth faster.
     """
     loaded = {"torch", "diffusers", "transformers", "onnxscript", "torch.onnx._internal.exporter", "matplotlib"}
     if new := (loaded & sys.modules.keys()) - _FROZEN:
@@ -123,10 +123,10 @@ def _freeze_libraries() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def other_kernels() -> Iterator[None]:
-    """ONNX Runtime without graph optimisation, where ``PNP_TRT_TEST_KERNELS=plain`` asks for it.
+    """Disable ONNX Runtime's graph optimisation if ``PNP_TRT_TEST_KERNELS=plain`` is set.
 
-    Its release builds choose kernels by the processor alone and honour no variable; its unoptimised graphs run
-    convolutions and attention by other kernels, with other rounding, as another processor would.
+    Its release builds choose kernels by the processor alone, and no variable changes that.  Unoptimised graphs use
+    other kernels for convolutions and attention, with other rounding, as another processor would.
     """
     if os.environ.get("PNP_TRT_TEST_KERNELS") != "plain":
         yield
@@ -146,14 +146,14 @@ def other_kernels() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One trace of an architecture for the whole run, where this process can trace at all."""
+    """Share one trace per architecture in the whole run, if this process has imported the exporter."""
     if "pnp_trt.build.onnx_export" in sys.modules:
         exports.share(partial(once, tmp_path_factory))
 
 
 @dataclass
 class Result:
-    """What a command did."""
+    """The exit code and output of a command."""
 
     code: int
     out: str
@@ -200,7 +200,7 @@ def make_micro_base(folder: Path, seed: int = 0) -> Path:
             num_attention_heads=2, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
         )
     )  # fmt: skip
-    # initialised as CLIP is, prompts of an untrained encoder hardly differ; the tests need ones that do
+    # with CLIP's initialisation, text states of different prompts hardly differ; the tests need different ones
     with torch.no_grad():
         text.get_input_embeddings().weight.normal_(std=1.0)
     vae = AutoencoderTiny(
@@ -231,7 +231,7 @@ def micro_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_micro_sdxl(folder: Path, seed: int = 3) -> None:
-    """Save it."""
+    """Save a random micro SDXL to ``folder``."""
     import torch
     from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -253,14 +253,14 @@ def make_micro_sdxl(folder: Path, seed: int = 3) -> None:
         for width, pad, activation in ((12, 49407, "quick_gelu"), (20, 0, "gelu"))
     )  # fmt: skip
     text, text_2 = CLIPTextModel(first), CLIPTextModelWithProjection(second)
-    with torch.no_grad():  # initialised as CLIP is, prompts of an untrained one hardly differ
+    with torch.no_grad():  # with CLIP's initialisation, text states of different prompts hardly differ
         text.get_input_embeddings().weight.normal_(std=1.0)
         text_2.get_input_embeddings().weight.normal_(std=1.0)
     vae = AutoencoderTiny(
         latent_channels=4, encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
         num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
     )  # fmt: skip
-    with torch.no_grad():  # pixels in the middle of their range, which are not clipped
+    with torch.no_grad():  # keep pixels in the middle of their range, so that they are not clipped
         vae.decoder.layers[-1].weight.mul_(4)
         vae.decoder.layers[-1].bias.fill_(0.5)
     tokenizer, tokenizer_2 = (
@@ -274,13 +274,13 @@ def make_micro_sdxl(folder: Path, seed: int = 3) -> None:
 
 
 def make_micro_guide(base: Path, folder: Path) -> Path:
-    """A guide for the micro teacher in ``base``, whose residuals are not zero."""
+    """Save a guide with non-zero residuals for the micro teacher in ``base``."""
     import torch
 
     from pnp_trt.models.bases import resolve
     from pnp_trt.models.guides import TinyGuide
 
-    torch.manual_seed(1)  # before the guide draws its own weights: they must not depend on which tests ran first
+    torch.manual_seed(1)  # before the guide initialises its weights, which must not depend on earlier tests
     guide = TinyGuide.from_unet(resolve(str(base)).unet(), rank=4, embed_dim=8)
     with torch.no_grad():
         for adapter in guide.adapters:
@@ -290,7 +290,7 @@ def make_micro_guide(base: Path, folder: Path) -> Path:
 
 
 def make_micro_bundle(base: Path, guide: Path | None, folder: Path) -> None:
-    """A bundle of the micro teacher: with ``guide``, or with a VAE encoder and none."""
+    """Build a bundle of the micro teacher with ``guide``, or without a guide and with a VAE encoder."""
     from pnp_trt.build.builder import build
     from pnp_trt.build.spec import BuildSpec
 
@@ -301,7 +301,7 @@ def make_micro_bundle(base: Path, guide: Path | None, folder: Path) -> None:
 
 
 def make_micro_bundles(base: Path, guide: Path, home: Path) -> Path:
-    """The bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher, below ``home``."""
+    """Build the bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher below ``home``."""
     make_micro_bundle(base, None, home / "plain")
     make_micro_bundle(base, guide, home / "guided")
     return home
@@ -309,18 +309,18 @@ def make_micro_bundles(base: Path, guide: Path, home: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def micro_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A guide for the micro teacher whose residuals are not zero; do not write into it."""
+    """A guide with non-zero residuals for the micro teacher; do not write into it."""
     return once(tmp_path_factory, "guide/micro-guide", partial(make_micro_guide, micro_base))
 
 
 @pytest.fixture(scope="session")
 def sharpened_guide(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny guide with a sharpener of the text states, no weight zero; do not write into it."""
+    """A tiny guide with a sharpener, without zero weights; do not write into it."""
     return once(tmp_path_factory, "guide/sharpened", partial(make_sharpened_guide, micro_base))
 
 
 def make_sharpened_guide(base: Path, folder: Path) -> None:
-    """Save it."""
+    """Save a tiny guide with a sharpener for the micro teacher in ``base``."""
     import torch
 
     from pnp_trt.models.bases import resolve
@@ -336,9 +336,9 @@ def make_sharpened_guide(base: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def micro_bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the bundles ``plain`` (with a VAE encoder) and ``guided`` of the micro teacher; read it only."""
+    """A folder with the micro bundles ``plain`` (with a VAE encoder) and ``guided``; do not write into it."""
     guides = {"guided": micro_guide, "plain": None}
-    # two workers that ask at the same time build one each
+    # workers that need both at the same time start with different ones
     swap = os.environ.get("PYTEST_XDIST_WORKER", "").endswith(("1", "3"))
     for name in sorted(guides, reverse=swap):
         once(tmp_path_factory, f"engines/{name}", partial(make_micro_bundle, micro_base, guides[name]))
@@ -347,19 +347,19 @@ def micro_bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.
 
 @pytest.fixture
 def engines(micro_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``micro_bundles`` as the engines' home."""
+    """``micro_bundles``, with ``PNP_TRT_ENGINES`` set to it."""
     monkeypatch.setenv("PNP_TRT_ENGINES", str(micro_bundles))
     return micro_bundles
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of random weights with its tokenizer, as transformers saves it; do not write into it."""
+    """A CLIP with random weights and its tokenizer, in transformers' format; do not write into it."""
     return once(tmp_path_factory, "clip/tiny", make_clip)
 
 
 def make_clip(folder: Path) -> None:
-    """Save it."""
+    """Save a small random CLIP to ``folder``."""
     import shutil
 
     import torch
@@ -373,7 +373,7 @@ def make_clip(folder: Path) -> None:
     text = small | {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
     config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=8)
     model = CLIPModel(config)
-    with torch.no_grad():  # initialised as CLIP is, prompts of an untrained one hardly differ
+    with torch.no_grad():  # with CLIP's initialisation, text states of different prompts hardly differ
         model.text_model.embeddings.token_embedding.weight.normal_(std=1.0)
     model.save_pretrained(folder)
     for file in (ROOT / "emoji" / "tokenizer").iterdir():

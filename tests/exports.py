@@ -1,8 +1,8 @@
-"""Builds of the test suite trace each architecture once: tracing even a tiny U-Net takes a quarter of a minute.
+"""Share traces between builds of the test suite: tracing even a tiny U-Net takes 15 seconds.
 
-A graph is decided by the architecture alone (``tests/graph/test_weights.py``), so a second build of another module
-of the same architecture takes the first one's trace, and its own weights are written into it.
-Tests of that very promise run under :func:`unshared`, and so always trace.
+A graph depends only on the architecture (``tests/graph/test_weights.py``), so a second build of another module of the
+same architecture reuses the first one's trace, and its own weights are written into it.
+Tests of this property run under :func:`unshared`, and so always trace.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 
 def identity(module: Any, inputs: dict[str, Any], outputs: Sequence[str], open_axes: Sequence[Any] = ()) -> str:
-    """Digest of all that a graph depends on: structure, configs, hooks, buffers, types of weights, and arguments."""
+    """Digest of everything that a graph depends on: structure, configs, hooks, buffers, weight types and arguments."""
     import torch
 
-    # an axis is open in inputs of four dimensions alone
+    # only inputs of four dimensions have open axes
     axes = list(open_axes) if any(x.ndim == 4 for x in inputs.values()) else []
     sha = hashlib.sha256(repr((type(module), module, list(outputs), axes)).encode())
     sha.update(repr([(n, x.dtype, tuple(x.shape)) for n, x in inputs.items()]).encode())
@@ -40,7 +40,7 @@ def identity(module: Any, inputs: dict[str, Any], outputs: Sequence[str], open_a
 
 
 def config_of(part: Any) -> str:
-    """A diffusers or transformers config as text, less what a guide says of its training."""
+    """A diffusers or transformers config as text, without a guide's ``sampling_steps``."""
     config = part.config
     if hasattr(config, "to_json_string"):
         return config.to_json_string()
@@ -48,14 +48,14 @@ def config_of(part: Any) -> str:
 
 
 def hook_of(hook: Any) -> list[Any]:
-    """A hook's code and what it closes over; of a function no address, as transformers' hooks call others."""
-    found = [c.cell_contents for c in getattr(hook, "__closure__", None) or ()]
-    cells = [hook_of(value) if inspect.isfunction(value) else repr(value) for value in found]
+    """A hook's name and closure; functions in the closure are described likewise, because their repr has an address."""
+    contents = [c.cell_contents for c in getattr(hook, "__closure__", None) or ()]
+    cells = [hook_of(value) if inspect.isfunction(value) else repr(value) for value in contents]
     return [getattr(hook, "__qualname__", repr(hook)), *cells]
 
 
 def share(once: Callable[[str, Callable[[Path], object]], Path]) -> None:
-    """Let builds in this process take traces from ``once``, which fills a folder for all workers."""
+    """Make builds in this process reuse traces through ``once``, which fills a folder for all workers."""
     import onnx
     import onnx_ir as ir
     from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -65,7 +65,7 @@ def share(once: Callable[[str, Callable[[Path], object]], Path]) -> None:
     real = onnx_export.trace
     if hasattr(real, "shared"):
         return
-    # the exporter reads all operators' signatures anew for every trace, though none changes its table
+    # the exporter reads all operators' signatures again for every trace, although nothing changes them
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
     def trace(module: Any, inputs: dict[str, Any], outputs: list[str], open_axes: Sequence[Any] = ()) -> Any:
@@ -85,12 +85,12 @@ def share(once: Callable[[str, Callable[[Path], object]], Path]) -> None:
 
 @contextlib.contextmanager
 def unshared() -> Iterator[None]:
-    """Every export traces its own module."""
+    """Make every export trace its own module."""
     from pnp_trt.build import onnx_export
 
-    found = onnx_export.trace
-    onnx_export.trace = getattr(found, "shared", found)
+    previous = onnx_export.trace
+    onnx_export.trace = getattr(previous, "shared", previous)
     try:
         yield
     finally:
-        onnx_export.trace = found
+        onnx_export.trace = previous

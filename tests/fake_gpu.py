@@ -1,8 +1,8 @@
-"""A GPU made of host memory: CUDA's runtime and driver as far as pnp_trt calls them, and engines that are functions.
+"""A fake GPU in host memory: the CUDA runtime and driver calls that pnp_trt makes, and engines that are functions.
 
-Fakes answer only to names that the real bindings have.  Streams run at once, unless they are captured: then what is put
-on them is recorded, and replayed later.  The sampler's kernels are ``kernels.cu`` itself, compiled by the host's g++;
-their threads run one after another.
+The fakes define only names that exist in the real bindings.  Work on a stream runs immediately, unless the stream is
+being captured: then it is recorded and replayed later.  The sampler's kernels are ``kernels.cu`` itself, compiled with
+the host's g++; their threads run one after another.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ extern "C" void place(unsigned block, unsigned size, unsigned thread) {
 
 
 def host_kernels(folder: Path) -> ctypes.CDLL:
-    """``kernels.cu`` for the host."""
+    """Compile ``kernels.cu`` for the host."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++, which runs the kernels' source on the host")
@@ -59,7 +59,7 @@ def host_kernels(folder: Path) -> ctypes.CDLL:
 
 
 class Runtime:
-    """``cuda.bindings.runtime``; ``log`` has the name of every call that puts work somewhere or holds something."""
+    """Fake ``cuda.bindings.runtime``; ``log`` lists the queued work, waits, captures, launches and releases."""
 
     cudaError_t = real.cudaError_t
     cudaMemcpyKind = real.cudaMemcpyKind
@@ -87,8 +87,8 @@ class Runtime:
         return OK, 1
 
     def cudaMemGetInfo(self) -> tuple[Any, ...]:
-        held = sum(ctypes.sizeof(raw) for raw in self.memory.values())
-        return OK, 2**30 - held, 2**30
+        used = sum(ctypes.sizeof(raw) for raw in self.memory.values())
+        return OK, 2**30 - used, 2**30
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         self.streams += 1
@@ -106,7 +106,7 @@ class Runtime:
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         if self.capturing:
             return real.cudaError_t.cudaErrorStreamCaptureUnsupported, None
-        raw = ctypes.create_string_buffer(b"\xff" * size, size)  # not a number, as the real thing may be
+        raw = ctypes.create_string_buffer(b"\xff" * size, size)  # not a number, as uninitialised GPU memory may be
         self.memory[ctypes.addressof(raw)] = raw
         return OK, ctypes.addressof(raw)
 
@@ -166,10 +166,10 @@ assert [n for n in vars(Runtime) if n.startswith("cuda") and not hasattr(real, n
 
 
 class Gpu(Cuda):
-    """Cuda's own code on the fakes.
+    """The real ``Cuda`` class on the fake runtime and driver.
 
     Attributes:
-        backwards: whether a kernel's last thread runs first.
+        backwards: run a kernel's threads in reverse order.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -199,7 +199,7 @@ class Gpu(Cuda):
 
 
 class Context:
-    """An execution context whose engine is a function of arrays; names must be the real one's."""
+    """Fake execution context of an engine that is a function of arrays; its names must exist in the real one."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -212,10 +212,10 @@ class Context:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        """As TensorRT, none outside the profile that was chosen."""
+        """Like TensorRT, refuse shapes outside the selected profile."""
         assert self._profile is not None
-        for size, held in zip(shape, self._engine.entry.inputs[name][1], strict=True):
-            least, _, most = self._profile.extent(held) if isinstance(held, str) else (held, held, held)
+        for size, axis in zip(shape, self._engine.entry.inputs[name][1], strict=True):
+            least, _, most = self._profile.extent(axis) if isinstance(axis, str) else (axis, axis, axis)
             if not least <= size <= most:
                 return False
         self._shapes[name] = shape
@@ -240,9 +240,9 @@ class Context:
 
         def work() -> None:
             entry = self._engine.entry
-            given = {n: view(self._at[n], self._shapes[n], d) for n, (d, _) in entry.inputs.items()}
-            made = np.ascontiguousarray(self._engine.function(**given))
-            ctypes.memmove(self._at[next(iter(entry.outputs))], made.ctypes.data, made.nbytes)
+            inputs = {n: view(self._at[n], self._shapes[n], d) for n, (d, _) in entry.inputs.items()}
+            output = np.ascontiguousarray(self._engine.function(**inputs))
+            ctypes.memmove(self._at[next(iter(entry.outputs))], output.ctypes.data, output.nbytes)
 
         self._engine.gpu.runtime.put(stream, self._engine.name, work)
         return True
@@ -252,7 +252,7 @@ assert [n for n in vars(Context) if not n.startswith("_") and not hasattr(trt.IE
 
 
 class Engine:
-    """What ``ICudaEngine`` tells of itself, from a manifest's entry."""
+    """Fake ``ICudaEngine`` described by a manifest's entry."""
 
     def __init__(self, gpu: Gpu, name: str, entry: NetworkRecord, function: Callable[..., np.ndarray]) -> None:
         self.gpu, self.name, self.entry, self.function = gpu, name, entry, function
@@ -275,12 +275,12 @@ class Engine:
         return tuple(-1 if isinstance(size, str) else size for size in self._tensors[name][1])
 
     def create_execution_context(self, strategy: Any) -> Context:
-        """``strategy`` is how its memory is allocated; there is none here."""
+        """``strategy``, how memory is allocated, is ignored."""
         return Context(self)
 
 
 class _Plain(Flavour):
-    """``tensorrt`` by the bindings that are installed."""
+    """``tensorrt`` with the installed bindings."""
 
     @property
     def rtx(self) -> bool:
@@ -288,7 +288,7 @@ class _Plain(Flavour):
 
 
 def network(gpu: Gpu, name: str, entry: NetworkRecord, function: Callable[..., np.ndarray]) -> Any:
-    """A real ``TrtNetwork`` on a fake engine; the engine is its ``engine``."""
+    """A real ``TrtNetwork`` on a fake engine, which is its attribute ``engine``."""
 
     class Faked(TrtNetwork):
         def _deserialize(self, host_code: bool) -> Engine:
@@ -314,7 +314,7 @@ def network(gpu: Gpu, name: str, entry: NetworkRecord, function: Callable[..., n
 
 
 def view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory as an array."""
+    """Copy memory into an array."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape).copy()
 

@@ -1,8 +1,8 @@
-"""Runs ``pnp-trt`` in processes of their own without importing torch and its like for each of them.
+"""Run ``pnp-trt`` in separate processes that need not import torch and other large packages each time.
 
-``python -m tests.forking ROOT`` imports what the commands import and forks a process for every line that it reads: a
-JSON object of :func:`_become`'s arguments.  It answers with the exit code.  Builds in these processes take traces from
-the folder of the run, ``ROOT``, as those of the tests' own process do (``tests/exports.py``).
+``python -m tests.forking ROOT`` imports everything that the commands import and forks a process for every line that it
+reads, a JSON object of :func:`_become`'s arguments.  It answers with the exit code.  Builds in these processes share
+traces in the run's folder, ``ROOT``, like builds in the tests' own process (``tests/exports.py``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-#: what the commands import; none of it starts threads, which a fork would lose
+#: imports of the commands; none starts threads, which a fork would lose
 IMPORTS = (
     "diffusers.loaders.lora_pipeline", "onnxruntime", "onnxscript.optimizer", "onnxscript.rewriter",
     "pnp_trt.bench.run", "pnp_trt.build.builder", "pnp_trt.build.onnx_export", "pnp_trt.build.parity",
     "pnp_trt.cli.app", "pnp_trt.distill.guidance", "pnp_trt.models.student", "pnp_trt.runtime.pipeline",
 )  # fmt: skip
-#: these packages import their classes on first use
+#: classes that these packages import on first use
 CLASSES = {
     "diffusers": ("AutoencoderTiny", "DDIMScheduler", "StableDiffusionPipeline", "UNet2DConditionModel"),
     "transformers": ("CLIPTextModel", "CLIPTokenizer"),
@@ -33,10 +33,10 @@ CLASSES = {
 
 
 class Forking:
-    """The process that forks; it ends with :meth:`stop`.
+    """The forking process; :meth:`stop` ends it.
 
     Args:
-        root: the folder that all workers share, see ``tests.conftest.once_in``.
+        root: folder shared by all workers, see ``tests.conftest.once_in``.
         change: environment variables to set.
     """
 
@@ -47,7 +47,7 @@ class Forking:
         )  # fmt: skip
 
     def run(self, *words: object) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error of ``pnp-trt WORDS``."""
+        """Return exit code, standard output and standard error of ``pnp-trt WORDS``."""
         assert self._child.stdin is not None and self._child.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
@@ -57,13 +57,13 @@ class Forking:
             return int(self._child.stdout.readline()), out.read_text(), err.read_text()
 
     def stop(self) -> None:
-        """End it."""
+        """End the forking process."""
         with self._child:  # closes both pipes, then waits
             pass
 
 
 def _serve(root: Path) -> None:
-    """Answer until standard input ends."""
+    """Fork a process for each line until standard input ends."""
     import typer.main
 
     from .commands import made_once
@@ -79,7 +79,7 @@ def _serve(root: Path) -> None:
     typer.main.get_command = made_once
     made_once(sys.modules["pnp_trt.cli.app"].app)
     gc.collect()
-    gc.freeze()  # children need not copy what the collector would touch
+    gc.freeze()  # so that collections in the children do not copy shared memory pages
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -88,7 +88,7 @@ def _serve(root: Path) -> None:
 
 
 def _become(words: list[str], cwd: str, out: str, err: str) -> int:
-    """Run the command in this process; the exit code that an interpreter of its own would end with."""
+    """Run the command in this process and return its exit code."""
     from .commands import exit_code
 
     os.chdir(cwd)

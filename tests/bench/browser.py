@@ -1,4 +1,4 @@
-"""A page in headless Chromium: what its console states, and what a probe measures of its layout."""
+"""Load a page in headless Chromium, and read its console output and its layout as measured by a probe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-#: Runs in a copy of the page: sizes, what sticks out, texts that leave their chart or overlap, blind images.
+#: Runs in a copy of the page: measures sizes, and lists elements that stick out, chart texts that are clipped or
+#: overlap, and images that did not load.
 PROBE = """
 const wide = innerWidth, found = {width: wide, scroll: document.documentElement.scrollWidth,
   background: getComputedStyle(document.body).backgroundColor, sticksOut: [], figures: {}, clipped: [], overlaps: [],
@@ -44,7 +45,7 @@ for (const figure of document.querySelectorAll('figure')) {
 for (const img of document.images) if (!img.naturalWidth) found.blind.push(img.alt);
 parent.postMessage(JSON.stringify(found), '*');
 """
-#: Holds the page in a frame: a window of Chromium has at least 500 pixels, a frame as many as a phone.
+#: Shows the page in a frame: a Chromium window is at least 500 pixels wide, a frame can be as narrow as a phone.
 FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><style>
 iframe {{ width: {width}px; height: 900px; border: 0 }}</style><pre id="probe"></pre><script>
 onmessage = event => {{ document.getElementById('probe').textContent = event.data; }};
@@ -53,11 +54,11 @@ onmessage = event => {{ document.getElementById('probe').textContent = event.dat
 
 @functools.cache
 def chromium() -> str:
-    """Path of a Chromium; the test is skipped where there is none."""
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
+    """Return the path of Chromium; without one, skip the test."""
+    executable = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if executable is None:
         pytest.skip("no Chromium is installed; apt install chromium")
-    return found
+    return executable
 
 
 def _run(page: Path, *, dark: bool = False) -> subprocess.CompletedProcess[str]:
@@ -71,17 +72,17 @@ def _run(page: Path, *, dark: bool = False) -> subprocess.CompletedProcess[str]:
 
 
 def console(page: Path) -> list[str]:
-    """Every line that the page writes to the browser's console, errors and refused loads among them."""
+    """Return the lines of the browser's console, including errors and blocked loads."""
     return [line for line in _run(page).stderr.splitlines() if ":CONSOLE" in line]
 
 
 def probe(page: Path, width: int, *, dark: bool = False) -> dict[str, Any]:
-    """What `PROBE` measures at a width of `width` pixels: in a copy whose policy allows its script."""
+    """Return the results of `PROBE` at a width of `width` pixels, in a copy whose policy allows the script."""
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
     copy = page.with_name(f"probe-{page.name}")
     copy.write_text(text.replace("</body>", f"<script>onload = () => {{{PROBE}}}</script></body>"), encoding="utf-8")
     frame = page.with_name(f"frame-{page.name}")
     frame.write_text(FRAME.format(width=width, name=copy.name), encoding="utf-8")
-    found = re.search(r'<pre id="probe">(.+?)</pre>', _run(frame, dark=dark).stdout, re.DOTALL)
-    assert found, "the probe did not run"
-    return dict(json.loads(html.unescape(found[1])))
+    output = re.search(r'<pre id="probe">(.+?)</pre>', _run(frame, dark=dark).stdout, re.DOTALL)
+    assert output, "the probe did not run"
+    return dict(json.loads(html.unescape(output[1])))

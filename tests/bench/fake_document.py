@@ -1,7 +1,7 @@
-"""A results document as a long run would leave it: several engines, methods, batches, steps and w, with images.
+"""A fake results document of a long run: several engines, methods, batch sizes, steps and w, with images.
 
-Figures are invented from a seed and hang together: rounds share the machine's slow moments, and ratios come
-from the rounds.
+The figures are random from a seed but consistent: methods of a round share the machine's slow moments, and ratios are
+computed from the rounds.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COST: list[dict[str, Any]] = [
     dict(network="vae-decoder", per="image", parameters=49_490_199, macs=1_242_000_000_000,
          macs_without_attention=1_240_000_000_000),
 ]  # fmt: skip
-#: engine, backend, precision, and the speed of its U-Net pass
+#: engine, backend, precision, and the relative time of a U-Net evaluation
 ENGINES = (
     ("emoji-teacher", "onnxruntime", "fp32", 1.0),
     ("emoji-tiny", "onnxruntime", "fp32", 1.0),
     ("emoji-tiny-fp16-rtx-sm_89", "tensorrt-rtx", "fp16", 0.45),
 )
-#: method, U-Net evaluations a step, its own work beside the evaluations
+#: method, U-Net evaluations per step, and its additional work
 METHODS = {
     "emoji-teacher": (("cfg", 2, 0.0), ("cfg-two-passes", 2, 0.06), ("cfg-interval", 1.6, 0.0),
                       ("cfg-fewer-steps", 1, 0.0), ("unguided", 1, 0.0), ("diffusers", 2, 0.35),
@@ -55,10 +55,10 @@ def make(
     kid_worse: float = 0.0,
     **change: Any,
 ) -> dict[str, Any]:
-    """The document.
+    """Return the document.
 
-    slow: factor on the time of a method, by its name.  quality: with KID and alignment.  kid_worse: added to the KID of
-    every guided row.  change: arguments of `results.document` instead of the made ones.
+    slow: factor on the time of a method, by its name.  quality: include KID and alignment.  kid_worse: added to the KID
+    of every guided row.  change: arguments of `results.document` to override.
     """  # fmt: skip
     values: dict[str, Any] = {
         "settings": {"suite": "full", "quick": False, "base": "emoji", "steps": 20, "rounds": rounds},
@@ -112,7 +112,7 @@ def latency(
 ) -> list[dict]:
     rows = []
     for batch in batches:
-        moments = 1 + 0.25 * rng.random(rounds) ** 4  # what the machine does beside, the same for all of one round
+        moments = 1 + 0.25 * rng.random(rounds) ** 4  # the machine's other load, the same for all methods of a round
         cfg: np.ndarray | None = None
         for engine, _, _, speed in ENGINES:
             for method, evaluations, extra in METHODS[engine]:
@@ -213,7 +213,7 @@ def cold_start(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def serving() -> dict[str, Any]:
-    """Queues on a device that a batch of one leaves idle by two thirds."""
+    """Queues on a device that is two thirds idle at batch 1."""
     calls = {n: 0.008 + 0.004 * n for n in (1, 2, 4, 8)}
     costs = queues.Costs(calls, calls, 0.003, 0.01)
     steps = (8, 20, 50)
@@ -227,7 +227,7 @@ def serving() -> dict[str, Any]:
 
 
 def images() -> dict[str, Any]:
-    """Two plain discs a prompt: small files that differ."""
+    """Images of two plain discs per prompt: small files that differ."""
     y, x = np.mgrid[:64, :64]
     rows = []
     for method, steps, w in (("cfg", 50, 3.0), ("guided", 50, 3.0), ("guided", 8, 3.0), ("guided", 50, 8.0)):

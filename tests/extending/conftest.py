@@ -1,4 +1,4 @@
-"""The example package installed beside pnp-trt: its modules on the path, and metadata with its entry points."""
+"""Install the example package beside pnp-trt: its modules on the path, and metadata with its entry points."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXAMPLES = ROOT / "examples" / "extending"
 
 
 def entry_points() -> dict[str, dict[str, str]]:
-    """Group → name → value, as ``examples/extending/pyproject.toml`` declares them."""
+    """The entry points of ``examples/extending/pyproject.toml``: group → name → value."""
     project = tomllib.loads((EXAMPLES / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups: dict[str, dict[str, str]] = project["entry-points"]
     return groups
@@ -33,7 +33,7 @@ def entry_points() -> dict[str, dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A ``PYTHONPATH`` on which the example package is installed."""
+    """A ``PYTHONPATH`` with the example package installed."""
     site = tmp_path_factory.mktemp("site")
     metadata = site / "pnp_trt_extending-0.1.0.dist-info"
     metadata.mkdir()
@@ -47,7 +47,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def pnp_trt(installed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Result]]:
-    """Run ``pnp-trt ARGS`` in a process of its own that has the example package, as its user would."""
+    """Run ``pnp-trt ARGS`` in a separate process in which the example package is installed."""
     forking = Forking(shared_root(tmp_path_factory), {"PYTHONPATH": installed})
     yield lambda *arguments: Result(*forking.run(*arguments))
     forking.stop()
@@ -55,7 +55,7 @@ def pnp_trt(installed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(autouse=True)
 def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For oracles in this process: the examples' modules can be imported; their values leave the registries after."""
+    """Make the examples importable for oracles in this process; afterwards remove their values from the registries."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
     for registry in (SCHEDULES, GUIDES, RECIPES, METRICS, BACKENDS, FAMILIES):

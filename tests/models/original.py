@@ -1,4 +1,4 @@
-"""Original (CompVis) and OpenCLIP names of diffusers' and transformers' weights: the oracle of the converters."""
+"""Original (CompVis) and OpenCLIP names of diffusers' and transformers' weights, as the oracle for the converters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPEN_CLIP = {
 
 
 def original_key(key: str, layers: int = 1) -> str:
-    """A diffusers U-Net's key as CompVis' latent diffusion has it, for ``layers_per_block`` of the micro teacher."""
+    """Return the key of a diffusers U-Net in CompVis' latent diffusion; ``layers`` is ``layers_per_block``."""
     for new, old in OUTER.items():
         if key.startswith(f"{new}."):
             return key.replace(new, old, 1)
@@ -46,7 +46,7 @@ def original_key(key: str, layers: int = 1) -> str:
 
 
 def open_clip(weights: dict[str, Tensor], layers: int, top: bool = True) -> dict[str, Tensor]:
-    """A ``CLIPTextModel``'s weights under OpenCLIP's names; with ``top`` the layer more that SD 2's files have."""
+    """Return a ``CLIPTextModel``'s weights under OpenCLIP's names; ``top`` adds the last layer of SD 2's files."""
     weights = {k.removeprefix("text_model."): v for k, v in weights.items()}
     out = {
         "token_embedding.weight": weights["embeddings.token_embedding.weight"],
@@ -63,13 +63,13 @@ def open_clip(weights: dict[str, Tensor], layers: int, top: bool = True) -> dict
             out[f"{new}attn.in_proj_{kind}"] = torch.cat([weights[f"{old}self_attn.{p}_proj.{kind}"] for p in "qkv"])
     if not top:
         return out
-    # the layer on top, which Stable Diffusion 2 leaves out
+    # the last layer, which Stable Diffusion 2 does not use
     more = {k: v + 1 for k, v in out.items() if k.startswith(f"transformer.resblocks.{layers - 1}.")}
     return out | {k.replace(f"resblocks.{layers - 1}.", f"resblocks.{layers}."): v for k, v in more.items()}
 
 
 def original_vae(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """An ``AutoencoderKL``'s weights under the original names; attention's matrices are 1×1 convolutions there."""
+    """Return an ``AutoencoderKL``'s weights under the original names, with attention matrices as 1×1 convolutions."""
     attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     out = {}
     for key, value in weights.items():

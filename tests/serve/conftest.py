@@ -1,4 +1,4 @@
-"""A server of the micro bundles on a free port of this machine, in a thread of the tests' process."""
+"""A server of the micro bundles on a free local port, in a thread of the tests' process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytest.importorskip("fastapi")
 
 @dataclass
 class Held(Watcher):
-    """Passes on to the metrics; while ``gate`` is closed, the engine stands after a call."""
+    """Forward events to the metrics; while ``gate`` is closed, the engine pauses after a call."""
 
     inner: Watcher
     gate: threading.Event = field(default_factory=threading.Event)
@@ -43,7 +43,7 @@ class Held(Watcher):
 
 @dataclass
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     port: int
@@ -57,7 +57,7 @@ class Running:
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
-        """The guided engine stands after its next call, for the length of the block."""
+        """Pause the guided engine after its next call, until the block ends."""
         self.gate.clear()
         try:
             yield
@@ -65,7 +65,7 @@ class Running:
             self.gate.set()
 
     def wait_for(self, jobs: int) -> None:
-        """Until the guided engine has so many jobs, and one of them has made a step where there are any."""
+        """Wait until the guided engine has ``jobs`` jobs and, if there are any, one of them has made a step."""
         deadline = time.monotonic() + 600
         engine = self.engines["guided"]
         while len(engine.jobs()) != jobs or (jobs and not any(job.progress().steps_done for job in engine.jobs())):
@@ -80,10 +80,10 @@ def serving(
     loras: Callable[[Callable[[Bundle], Engine]], LoraEngines] | None = None,
     **options: object,
 ) -> Iterator[Running]:
-    """A server of pipelines with two slots and room for four more images.
+    """Serve pipelines with two slots and a queue for four more images.
 
     Args:
-        loras: makes the engines with LoRAs, given what makes the engine of a bundle.
+        loras: creates the engines with LoRAs from a function that creates the engine of a bundle.
     """
     from pnp_trt.serve.http import guard
     from pnp_trt.serve.http.app import create

@@ -1,4 +1,4 @@
-"""A page in headless Chromium that a test can act on: Chromium's own protocol (CDP), over a pair of pipes."""
+"""Control a page in headless Chromium through Chromium's DevTools protocol (CDP), over a pair of pipes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Page:
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._buffer, self._number = write, read, b"", 0
         self.session: str | None = None
-        #: what the page wrote to its console, and exceptions that nothing caught
+        #: console output of the page, and uncaught exceptions
         self.console: list[str] = []
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -51,56 +51,58 @@ class Page:
         return dict(json.loads(message))
 
     def _note(self, event: dict[str, Any]) -> None:
-        found, kind = event.get("params", {}), event.get("method")
+        parameters, kind = event.get("params", {}), event.get("method")
         if kind == "Runtime.consoleAPICalled":
-            self.console.append(f"{found['type']}: {[a.get('value') for a in found['args']]}")
+            self.console.append(f"{parameters['type']}: {[a.get('value') for a in parameters['args']]}")
         elif kind == "Runtime.exceptionThrown":
-            self.console.append(f"exception: {found['exceptionDetails']}")
+            self.console.append(f"exception: {parameters['exceptionDetails']}")
         elif kind == "Log.entryAdded":
-            self.console.append(f"{found['entry']['level']}: {found['entry']['text']} {found['entry'].get('url', '')}")
+            self.console.append(
+                f"{parameters['entry']['level']}: {parameters['entry']['text']} {parameters['entry'].get('url', '')}"
+            )
 
     def run(self, script: str) -> Any:
-        """The value of an expression; of a promise what it becomes."""
-        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        """Return the value of an expression; a promise is awaited."""
+        answer = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until an expression is true."""
+        """Wait until an expression is true."""
         deadline = time.monotonic() + 600
         while not self.run(f"Boolean({condition})"):
             assert time.monotonic() < deadline, (condition, self.run("document.body.innerText"), self.console)
             time.sleep(0.02)
 
     def press(self, key: str, code: int, text: str = "") -> None:
-        """A key, down and up."""
+        """Press and release a key."""
         more = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         self.send("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **more)
         self.send("Input.dispatchKeyEvent", type="keyUp", **more)
 
     def look(self, width: int, height: int, *, dark: bool = False) -> None:
-        """The size of the window in CSS pixels, and the scheme of its colours."""
+        """Set the window's size in CSS pixels, and its colour scheme."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, file: Path) -> None:
-        """The whole page as PNG."""
+        """Save the whole page as PNG."""
         data = self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         file.write_bytes(base64.b64decode(data))
 
 
 @contextlib.contextmanager
 def opened(url: str, folder: Path) -> Iterator[Page]:
-    """A tab at ``url``; ``folder`` takes Chromium's profile."""
+    """Open a tab at ``url``; ``folder`` is for Chromium's profile."""
     command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                f"--user-data-dir={folder}", "--hide-scrollbars", "about:blank"]  # fmt: skip
     (their_in, write), (read, their_out) = os.pipe(), os.pipe()
 
     def place() -> None:  # Chromium reads from descriptor 3 and writes to 4
-        taken, given = os.dup(their_in), os.dup(their_out)
-        os.dup2(taken, 3)
-        os.dup2(given, 4)
+        reader, writer = os.dup(their_in), os.dup(their_out)
+        os.dup2(reader, 3)
+        os.dup2(writer, 4)
 
     child = subprocess.Popen(command, preexec_fn=place, close_fds=False, stderr=subprocess.DEVNULL)
     os.close(their_in)

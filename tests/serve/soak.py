@@ -1,7 +1,7 @@
-"""Thousands of requests at one server, one in five hostile: memory, and that every image asked for comes.
+"""Send thousands of requests to one server, one in five hostile: record memory, and check that no image is missing.
 
-python -m tests.serve.soak                             # a micro bundle, made for it; minutes
-python -m tests.serve.soak --engine ENGINE --requests 1000      # another one, with a guide
+python -m tests.serve.soak                             # with a micro bundle built for it; minutes
+python -m tests.serve.soak --engine ENGINE --requests 1000      # with another bundle, which needs a guide
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ CLIENTS = 6
 
 
 def main() -> None:
-    """Run it, print a line a tenth, and fail where a good request was not answered with its image or 429."""
+    """Print ten progress lines, and fail if a valid request was not answered with its image or 429."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", help="a bundle with a guide; default: a micro one, made for this")
+    parser.add_argument("--engine", help="a bundle with a guide; default: a micro bundle built for this run")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--json", type=Path, help="file of the record")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        engine = Path(given.engine) if given.engine else _micro(Path(home))
+        engine = Path(options.engine) if options.engine else _micro(Path(home))
         pipeline = Pipeline.load(engine, provider="cpu", threads=1)
-        run(pipeline, given.requests, given.json)
+        run(pipeline, options.requests, options.json)
 
 
 def _micro(home: Path) -> Path:
-    """The tests' micro bundle with a guide, below ``home``."""
+    """Build the tests' micro bundle with a guide below ``home``."""
     base = make_micro_base(home / "base")
     make_micro_bundle(base, make_micro_guide(base, home / "guide"), home / "guided")
     return home / "guided"
 
 
 def run(pipeline: Pipeline, requests: int, record: Path | None) -> None:
-    """Serve ``requests`` and write the record, where a file is named."""
+    """Serve ``requests`` requests, and write the record if a file is named."""
     process, seen, memory = psutil.Process(), Counter[str](), []
     numbers, lock = iter(range(requests)), threading.Lock()
 
@@ -93,9 +93,9 @@ def run(pipeline: Pipeline, requests: int, record: Path | None) -> None:
     assert engine.images == 0 and seen.total() == requests and set(seen) <= {"200", "429", "hostile"}, seen
     print("every request was answered:", dict(seen))
     if record is not None:
-        found = {"provenance": provenance(["python", "-m", "tests.serve.soak", *sys.argv[1:]]), "seen": dict(seen),
-                 "memory": memory}  # fmt: skip
-        record.write_text(json.dumps(found, indent=2) + "\n")
+        document = {"provenance": provenance(["python", "-m", "tests.serve.soak", *sys.argv[1:]]), "seen": dict(seen),
+                    "memory": memory}  # fmt: skip
+        record.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

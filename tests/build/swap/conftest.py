@@ -16,13 +16,13 @@ from ...conftest import make_micro_base
 
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model of the micro teacher's architecture, every weight another; do not write into it."""
+    """A complete model of the micro teacher's architecture with different weights; do not write into it."""
     return make_micro_base(tmp_path_factory.mktemp("tuned") / "tuned", seed=5)
 
 
 @pytest.fixture(scope="session")
 def tuned_unet(tuned: Path) -> Path:
-    """Its U-Net's weights alone."""
+    """The weights file of the U-Net of ``tuned``."""
     return tuned / "unet" / "diffusion_pytorch_model.safetensors"
 
 
@@ -34,19 +34,19 @@ def half_bundle(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.Te
     return out
 
 
-#: layers that the LoRAs below change: square, not square, with a place on every level of the name
+#: layers that the LoRAs below change: square and not square, in the down, mid and up blocks
 LAYERS = (
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0",
 )
-#: diffusers tells formats apart by the last of the projections
+#: diffusers distinguishes formats by the last projection
 TEXT_LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj")
 RANK, ALPHA = 4, 2.0
 
 
 def factors(shapes: dict[str, torch.Size]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Seeded (A, B) by layer."""
+    """Return seeded (A, B) by layer."""
     g = torch.Generator().manual_seed(3)
     return {
         n: (torch.randn(RANK, s[1], generator=g) * 0.2, torch.randn(s[0], RANK, generator=g) * 0.2)
@@ -56,7 +56,7 @@ def factors(shapes: dict[str, torch.Size]) -> dict[str, tuple[torch.Tensor, torc
 
 @pytest.fixture(scope="session")
 def lora_factors(tuned: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(A, B) of each layer, the text encoder's under its own name."""
+    """(A, B) of each layer of the U-Net and the text encoder."""
     unet = load_file(tuned / "unet" / "diffusion_pytorch_model.safetensors")
     shapes = {n: unet[f"{n}.weight"].shape for n in LAYERS}
     return factors({**shapes, **{n: torch.Size([32, 32]) for n in TEXT_LAYERS}})
@@ -64,7 +64,7 @@ def lora_factors(tuned: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def diffusers_lora(lora_factors: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """diffusers' format, of the U-Net alone; alpha is the rank, as where a file does not state."""
+    """A LoRA of the U-Net in diffusers' format, without alpha, so that alpha is the rank."""
     path = tmp_path_factory.mktemp("lora") / "plain.safetensors"
     weights = {}
     for name in LAYERS:
@@ -76,7 +76,7 @@ def diffusers_lora(lora_factors: dict, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def kohya_lora(lora_factors: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """kohya's format with an alpha of its own, of U-Net and text encoder."""
+    """A LoRA of U-Net and text encoder in kohya's format, with an alpha per layer."""
     path = tmp_path_factory.mktemp("lora") / "kohya.safetensors"
     weights = {}
     for name, (a, b) in lora_factors.items():

@@ -1,4 +1,4 @@
-"""LoRA files in the formats that trainers write, and the right change of each layer by the formula, in float64."""
+"""LoRA files in trainers' formats, and the expected change of each layer by the formula, in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 Shapes = Mapping[str, tuple[int, ...]]
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-#: layers of the micro teacher's U-Net → their names in original checkpoints, written down by hand
+#: layers of the micro teacher's U-Net → their names in original checkpoints, written by hand
 UNET = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -47,7 +47,7 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Low-rank factors of one layer; ``alpha`` None is not written."""
+    """Low-rank factors of one layer; an ``alpha`` of None is not written."""
 
     layer: str
     rank: int
@@ -55,12 +55,12 @@ class Pair:
 
 
 def network_of(layer: str) -> str:
-    """The network that a layer of the tables above belongs to."""
+    """Return the network of a layer in the tables above."""
     return "text_encoder" if layer in TEXT else "unet"
 
 
 def stem(layer: str, form: str) -> str:
-    """What a format writes before the part's name."""
+    """Return the key prefix of a layer in a format."""
     if layer in TEXT:
         return {
             "kohya": f"lora_te_text_model_{layer}".replace(".", "_"),
@@ -85,7 +85,7 @@ def stem(layer: str, form: str) -> str:
 
 
 def ends(layer: str, form: str) -> tuple[str, str]:
-    """What a format calls A and B."""
+    """Return the key suffixes of A and B in a format."""
     if form == "diffusers-0.21":
         middle = "lora_linear_layer" if layer in TEXT else "lora"
         return f"{middle}.down.weight", f"{middle}.up.weight"
@@ -105,11 +105,11 @@ def write(
     Args:
         shapes: of the layers' weights.
         dtype: of the factors.
-        as_matrices: convolutions' factors flattened after their first axis.
+        as_matrices: flatten the factors of convolutions after their first axis.
         metadata: peft's configuration.
 
     Returns:
-        alpha/rank · B·A by layer, of the weight's shape, from the factors as they were stored.
+        alpha/rank · B·A by layer, in the weight's shape, from the stored factors.
     """
     rng = np.random.default_rng(seed)
     tensors, out = {}, {}
@@ -134,5 +134,5 @@ def write(
 
 
 def numbers(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor of any floating type in float64."""
+    """Convert a tensor of any floating type to float64."""
     return tensor.to(torch.float64).numpy()

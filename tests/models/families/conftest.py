@@ -1,4 +1,4 @@
-"""SDXL's bundles, made once: all tests of the family share four exports."""
+"""SDXL's bundles, built once: all tests of the family share four exports."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pytest
 
 from ...conftest import make_micro_guide, once
 
-#: the model's own size, and what its bundles draw besides
+#: the sizes of the bundles, which include the model's own
 SIZES = "b1@16-48x16-48"
 
 
 @pytest.fixture(scope="session")
 def sdxl_guide(micro_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny guide for the micro SDXL whose residuals are not zero; do not write into it."""
+    """A tiny guide with non-zero residuals for the micro SDXL; do not write into it."""
     return once(tmp_path_factory, "sdxl/micro-guide", partial(make_micro_guide, micro_sdxl))
 
 
 def make(base: Path, guide: Path | None, folder: Path) -> None:
-    """Build a bundle of several sizes."""
+    """Build a bundle for several sizes."""
     from pnp_trt.build.builder import build
     from pnp_trt.build.spec import BuildSpec
 

@@ -1,4 +1,4 @@
-"""Images of a bundle, and of diffusers' ``StableDiffusionXLPipeline`` on the same noise."""
+"""Images of a bundle and of diffusers' ``StableDiffusionXLPipeline`` from the same noise."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pnp_trt.sampling.schedules import SCHEDULES
 
 PROMPTS = ["a red apple", "a cat on a mat", "the blue sky", "two dogs and a very long street"]
 NEGATIVE = ["ugly", "", "a car", "dark"]
-#: half a level of 255 is what rounding to whole levels costs, and this what computing in float32 adds
+#: in levels of 255: 0.5 for rounding to whole levels, and 0.05 for float32 arithmetic
 TOLERANCE = 0.5 + 0.05
 
 
 def theirs(folder: Path) -> Any:
-    """diffusers' pipeline of a folder."""
+    """Load a folder as diffusers' pipeline."""
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def with_schedule(pipe: Any, schedule: str) -> Any:
-    """The pipeline with diffusers' own scheduler of that name."""
+    """Set diffusers' scheduler for ``schedule`` in the pipeline."""
     pipe.scheduler = getattr(diffusers, SCHEDULES.get(schedule).diffusers_class).from_config(pipe.scheduler.config)
     return pipe
 
 
 def ours(pipe: Pipeline, size: tuple[int, int], **options: Any) -> tuple[np.ndarray, torch.Tensor]:
-    """Images and the noise that they were made from."""
+    """Return images and the noise that they were generated from."""
     count = len(options.get("prompts", PROMPTS))
     noise = pipe.noise(range(count), size)
     negative = options.pop("negative", None)
@@ -43,6 +43,6 @@ def ours(pipe: Pipeline, size: tuple[int, int], **options: Any) -> tuple[np.ndar
     return pipe.decode(latents), torch.from_numpy(noise)
 
 
-def assert_same(found: np.ndarray, reference: np.ndarray) -> None:
-    assert found.shape == reference.shape and found.std() > 5
-    assert np.abs(found - 255 * reference).max() <= TOLERANCE
+def assert_same(images: np.ndarray, reference: np.ndarray) -> None:
+    assert images.shape == reference.shape and images.std() > 5
+    assert np.abs(images - 255 * reference).max() <= TOLERANCE

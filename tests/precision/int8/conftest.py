@@ -1,4 +1,4 @@
-"""A record of the micro student, made once."""
+"""A calibration record of the micro student, made once per session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def micro_record(micro_base: Path, micro_guide: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``calibrate`` writes for the micro base and guide; do not write into it."""
+    """The record that ``calibrate`` writes for the micro base and guide; do not write into it."""
     from pnp_trt.precision.int8.calibrate import CalibrationConfig, calibrate
 
     out = tmp_path_factory.mktemp("records") / "micro.int8.json"

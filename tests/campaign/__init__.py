@@ -1,1 +1,1 @@
-"""The campaign: hostile inputs, faults and odd surroundings, each a case in a table, run through the command line."""
+"""The campaign: hostile inputs, faults and unusual environments, as tables of cases run through the command line."""

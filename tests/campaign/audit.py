@@ -1,7 +1,7 @@
-"""Records what a process does to files, to the network and to other programs, by Python's audit events.
+"""Record a process's file changes, network accesses and started programs with Python's audit events.
 
-It imports nothing of the package: ``site/sitecustomize.py`` loads it by its path in every process that a case starts.
-Code that writes files without Python (safetensors, ONNX) is not seen; ``case.signature`` compares the files themselves.
+It imports nothing from the package: ``site/sitecustomize.py`` loads it by its path in every process that a case starts.
+Files written by native code (safetensors, ONNX) are not recorded; ``case.signature`` compares the files themselves.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import signal
 import sys
 from typing import Any
 
-#: Environment variables: where the events go, and before which file operation the process is killed.
+#: Environment variables: the log file, and the number of the file change before which the process is killed.
 LOG, KILL_AT = "PNP_TRT_CAMPAIGN_LOG", "PNP_TRT_CAMPAIGN_KILL_AT"
-#: Events that change files → the positions of the paths they change and of the folder that these are relative to.
+#: Events that change files → the positions of the changed paths, and of the folder that they are relative to.
 CHANGES = {
     "os.mkdir": ((0,), 2),
     "os.remove": ((0,), 1),
@@ -26,7 +26,7 @@ CHANGES = {
     "os.chmod": ((0,), 2),
     "shutil.rmtree": ((0,), 1),
 }
-#: Events that ask for a name or reach for another machine → the position of the host.
+#: Events that look up a name or connect to another machine → the position of the host.
 LOOKUPS = {"socket.getaddrinfo": 0, "socket.gethostbyname": 0, "socket.gethostbyaddr": 0, "socket.connect": 1}
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -75,13 +75,13 @@ def _changed(event: str, arguments: tuple[Any, ...]) -> list[str]:
         if _busy or not isinstance(flags, int) or not flags & WRITING:
             return []
         if not isinstance(path, int) and os.path.isdir(path):  # noqa: PTH112
-            return []  # a file without a name (O_TMPFILE), by which a folder is probed: nothing is seen to change
+            return []  # an unnamed file (O_TMPFILE), which probes a folder and changes nothing visible
         return _write_lines([path], None)
     if event not in CHANGES:
         return []
     positions, folder = CHANGES[event]
     if event == "os.mkdir" and os.path.isdir(arguments[0]):  # noqa: PTH112
-        return []  # it is there: nothing changes
+        return []  # it exists already, so nothing changes
     where = arguments[folder] if folder is not None and folder < len(arguments) else None
     return _write_lines([arguments[i] for i in positions], where)
 
@@ -109,7 +109,7 @@ def _reached(event: str, arguments: tuple[Any, ...]) -> list[str]:
         return []
     host = arguments[LOOKUPS[event]]
     if event == "socket.connect" and not isinstance(host, tuple):
-        return []  # a socket of this machine's file system
+        return []  # a Unix socket
     return [f"lookup {host} by {_callers()}"]
 
 
@@ -124,7 +124,7 @@ def _callers() -> str:
 
 
 def watch_if_asked() -> None:
-    """``watch`` as the environment states; for processes that a case starts."""
+    """Call ``watch`` if the environment requests it, in processes that a case starts."""
     if log := os.environ.get(LOG):
         at = os.environ.get(KILL_AT)
         watch(log, int(at) if at else None)

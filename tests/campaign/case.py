@@ -1,4 +1,4 @@
-"""A case of the campaign: a command, its surroundings, what must hold, and how its outcome is classed."""
+"""A case of the campaign: a command, its environment, its conditions, and the classification of its outcome."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 from pnp_trt.bundle.store import sha256
 
 CLASSES = ("OK", "UNEXPECTED", "TRACEBACK", "WRONG-CODE", "HANG", "CRASH", "SILENT", "FAULT")
-#: Bytes that a terminal obeys: C0 without tab and line ends, C1, and the marks that turn the direction of text.
+#: Terminal control characters: C0 without tab and line ends, C1, and the marks that change the direction of text.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-#: What rich sends to a terminal by itself: colours, cursor movements, erased lines, and a hidden cursor.
+#: Control sequences that rich itself sends to a terminal: colours, cursor movements, erased lines, a hidden cursor.
 RICH = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhlmnsu]")
-#: Folders beside the fixtures that stand for the system's and the user's own, and the exports that cases share.
+#: Folders beside the fixtures that replace the system's and the user's, and the folder of shared exports.
 SYSTEM = ("tmp", "home", "cache", "traces")
-LONGEST = 20_000  # characters on standard error; a hostile input must not flood the screen
+LONGEST = 20_000  # characters on standard error; hostile input must not flood the screen
 
 
 @dataclass(frozen=True)
 class At:
-    """A path below one of a place's folders, known only when the case runs."""
+    """A path below one of a place's folders, resolved when the case runs."""
 
     root: str
     path: str = ""
@@ -41,32 +41,32 @@ PLAIN, GUIDED = ENGINES / "plain", ENGINES / "guided"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case runs: its own folder, and the fixtures, which it must leave as they are."""
+    """The folders of a case: its own, and the fixtures, which it must not change."""
 
     here: Path
     fixtures: Path
 
     def path(self, at: At) -> Path:
-        """The file that ``at`` names."""
+        """Return the path of ``at``."""
         root = self.here if at.root == "here" else self.fixtures / at.root
         return Path(f"{root}/{at.path}") if at.path else root
 
     def words(self, arguments: tuple[object, ...]) -> list[str]:
-        """A command line's words, with every ``At`` replaced by its path; nothing is normalised."""
+        """Return the words of a command line, with every ``At`` replaced by its path, not normalised."""
         return [str(self.path(a)) if isinstance(a, At) else str(a) for a in arguments]
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Everything about a process that is not on its command line.
+    """The environment of a process, apart from its command line.
 
     Attributes:
-        environment: variables to set, or to remove where the value is None.
-        stdin: bytes, or a file of the place; default /dev/null.
+        environment: variables to set, or to remove if the value is None.
+        stdin: bytes, or a file; default /dev/null.
         limits: pairs of a ``resource.RLIMIT_…`` and its value.
-        before: called in the child, after everything else is set up.
+        before: called in the child process after the rest of the set-up.
         terminal: whether the three standard streams are a pseudo-terminal.
-        fresh: a new interpreter instead of a fork of the zygote.
+        fresh: use a new interpreter instead of a fork of the zygote.
         cpu, wall: seconds after which the case counts as hung.
     """
 
@@ -83,7 +83,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did. ``code`` is negative for a signal."""
+    """The result of a command; ``code`` is negative for a signal."""
 
     code: int
     out: str
@@ -99,7 +99,7 @@ class Outcome:
         return self.out + self.err
 
     def of(self, kind: str) -> list[str]:
-        """The audit's entries of one kind: ``write``, ``lookup`` or ``program``."""
+        """Return the audit's entries of one kind: ``write``, ``lookup`` or ``program``."""
         return [e[len(kind) + 1 :] for e in self.events if e.startswith(f"{kind} ")]
 
 
@@ -112,14 +112,14 @@ class Case:
 
     Attributes:
         arguments: the command line; ``At`` stands for a path.
-        allowed: exit codes that are right; 0 among them where the input may be taken as well.
-        prepare: makes the hostile input in ``place.here``.
-        check: a sentence about what does not hold, or None.
-        states: a pattern that the output must match.
+        allowed: permitted exit codes, including 0 if the input may be accepted.
+        prepare: creates the hostile input in ``place.here``.
+        check: returns a sentence that describes the failure, or None.
+        says: a pattern that the output must match.
         slow: only in the full campaign.
-        disk: whether the message may speak of space on the disk.
-        network: whether another machine may be asked for.
-        scenario: what to do instead of running ``arguments`` once.
+        disk: whether the message may mention disk space.
+        network: whether network access is permitted.
+        scenario: function to call instead of running ``arguments`` once.
     """
 
     area: str
@@ -137,12 +137,12 @@ class Case:
 
     @property
     def light(self) -> bool:
-        """Whether it ends before any network runs: it must be refused, or its command runs none."""
+        """Whether the case ends before any network runs: its input must be refused, or its command runs no network."""
         return self.scenario is None and (0 not in self.allowed or self.arguments[0] in ("inspect", "list", "doctor"))
 
 
 def precious(folder: Path) -> dict[str, str]:
-    """Digests of the files below ``folder`` whose names say that they are the user's."""
+    """Digests of the user's files below ``folder``, which are named ``*precious*``."""
     return {str(p): sha256(p) for p in folder.rglob("*precious*") if p.is_file() and not p.is_symlink()}
 
 
@@ -152,7 +152,7 @@ def signature(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def litter(folder: Path) -> list[str]:
-    """Temporary files that an ended command left; locks stay on purpose."""
+    """Temporary files that a finished command left behind; lock files are meant to stay."""
     marks = (".partial-", ".part")
     return sorted(
         str(p.relative_to(folder))
@@ -162,18 +162,18 @@ def litter(folder: Path) -> list[str]:
 
 
 def classify(case: Case, outcome: Outcome, place: Place) -> tuple[str, str]:
-    """The class of an outcome, and a word on what is wrong."""
-    said, code = outcome.said, outcome.code
+    """Return the class of an outcome, and a description of the fault."""
+    output, code = outcome.said, outcome.code
     if outcome.hung:
         return "HANG", f"{outcome.cpu:.0f} s of CPU, {outcome.wall:.0f} s in all"
-    if "Traceback (most recent call last)" in said:
-        return "TRACEBACK", said.strip().splitlines()[-1]
-    if match := re.search(r"pnp-trt: unexpected \w+.*", said):
+    if "Traceback (most recent call last)" in output:
+        return "TRACEBACK", output.strip().splitlines()[-1]
+    if match := re.search(r"pnp-trt: unexpected \w+.*", output):
         return "UNEXPECTED", match.group()
     if code not in case.allowed:
         return ("CRASH", signal.Signals(-code).name) if code < 0 else ("WRONG-CODE", f"{code}, not {case.allowed}")
-    # on a terminal, rich's own cursor control stands before the sentence
-    plain = RICH.sub("", said).replace("\r", "\n")
+    # on a terminal, rich's cursor control precedes the sentence
+    plain = RICH.sub("", output).replace("\r", "\n")
     if code in (1, 2) and not re.search(r"^pnp-trt: |^Usage: |Error|off by|missing", plain, re.MULTILINE):
         return "SILENT", f"exit code {code} and no sentence"
     if fault := _fault(case, outcome, place):
@@ -182,8 +182,8 @@ def classify(case: Case, outcome: Outcome, place: Place) -> tuple[str, str]:
 
 
 def _fault(case: Case, outcome: Outcome, place: Place) -> str | None:
-    said = RICH.sub("", outcome.said).replace("\r\n", "\n") if case.surroundings.terminal else outcome.said
-    if raw := CONTROL.search(said):
+    output = RICH.sub("", outcome.said).replace("\r\n", "\n") if case.surroundings.terminal else outcome.said
+    if raw := CONTROL.search(output):
         return f"a control character, {raw.group()!r}, is printed"
     if len(outcome.err) > LONGEST:
         return f"{len(outcome.err):,} characters on standard error"
@@ -201,14 +201,14 @@ def _fault(case: Case, outcome: Outcome, place: Place) -> str | None:
 
 
 def _outside(outcome: Outcome, place: Place) -> list[str]:
-    """Files that the command changed and that are not below the case's folder or the system's temporary one."""
+    """Files that the command changed outside the case's folder and the system folders."""
     allowed = [place.here.resolve(), *(place.fixtures.resolve().parent / name for name in SYSTEM)]
     writes = {Path(w) for w in outcome.of("write") if "__pycache__" not in w}
     return sorted(str(w) for w in writes if not any(w.is_relative_to(folder) for folder in allowed))
 
 
 def row(case: Case, outcome: Outcome, kind: str, detail: str, place: Place) -> dict[str, Any]:
-    """A line of the report."""
+    """Return a row of the report."""
     return {
         "area": case.area, "name": case.name, "class": kind, "detail": _printable(detail)[:300], "code": outcome.code,
         "cpu_seconds": round(outcome.cpu, 2), "arguments": [_printable(w)[:160] for w in place.words(case.arguments)],

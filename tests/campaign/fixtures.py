@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def gather(folder: Path, base: Path, guide: Path, engines: Path) -> Path:
-    """Copy the test suite's fixtures into ``folder``, and make the fine-tune ``base2`` beside them."""
+    """Copy the test suite's fixtures into ``folder``, and add the fine-tune ``base2``."""
     for name, source in (("base", base), ("guide", guide), ("engines", engines)):
         shutil.copytree(source, folder / name)
     make_micro_base(folder / "base2", seed=5)
@@ -20,7 +20,7 @@ def gather(folder: Path, base: Path, guide: Path, engines: Path) -> Path:
 
 
 def build(folder: Path) -> Path:
-    """Make all fixtures in ``folder``; half a minute."""
+    """Build all fixtures in ``folder``; takes half a minute."""
     folder.mkdir(parents=True, exist_ok=True)
     base = make_micro_base(folder / "base")
     make_micro_base(folder / "base2", seed=5)

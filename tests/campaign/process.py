@@ -1,4 +1,4 @@
-"""Runs one command line in a forked child, or in a new interpreter, and watches its time."""
+"""Run one command line in a forked child or a new interpreter, with time limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Kill:
-    """A signal after ``cpu`` seconds of the child's CPU time, or SIGKILL before its ``operation``-th file change."""
+    """Send a signal after ``cpu`` seconds of CPU time, or SIGKILL before the ``operation``-th file change."""
 
     signal: int = signal.SIGKILL
     cpu: float | None = None
@@ -36,14 +36,14 @@ class Kill:
 def run(words: list[str], place: Place, surroundings: Surroundings | None = None, kill: Kill | None = None) -> Outcome:
     """Run ``pnp-trt WORDS`` and wait for it.
 
-    Every process that is left of its session afterwards is killed.
+    Remaining processes of its session are killed afterwards.
     """
     surroundings = surroundings or Surroundings()
     scratch = place.fixtures.parent
     log = scratch / f"events.{os.getpid()}"
     log.write_bytes(b"")
     log.chmod(0o666)
-    # pipes, as a limit on the size of files must not reach what the campaign itself records
+    # pipes, so that a limit on file sizes does not affect the campaign's own records
     ends = [pty.openpty()] if surroundings.terminal else [os.pipe(), os.pipe()]
     begun = time.monotonic()
     child = os.fork()
@@ -63,7 +63,7 @@ def run(words: list[str], place: Place, surroundings: Surroundings | None = None
 
 
 class _Reader:
-    """Everything that comes out of a pipe or a pseudo-terminal."""
+    """Collects the output of a pipe or a pseudo-terminal."""
 
     def __init__(self, end: int) -> None:
         os.set_blocking(end, False)
@@ -71,13 +71,13 @@ class _Reader:
         self._parts: list[bytes] = []
 
     def read(self) -> None:
-        """Take what waits."""
-        with contextlib.suppress(OSError):  # nothing waits, or the other end of a pseudo-terminal is closed
+        """Read the available output."""
+        with contextlib.suppress(OSError):  # no output is available, or the other end of a pseudo-terminal is closed
             while part := os.read(self._end, 65536):
                 self._parts.append(part)
 
     def text(self) -> str:
-        """All of it; nothing is read afterwards."""
+        """Return the whole output and close the pipe."""
         self.read()
         os.close(self._end)
         return b"".join(self._parts).decode("utf-8", "replace")
@@ -112,7 +112,7 @@ def _wait(child: int, limits: Surroundings, kill: Kill | None, readers: list[_Re
 
 
 def _cpu(process: int) -> float:
-    """Seconds of CPU time that a process has used."""
+    """CPU seconds that a process has used."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICK
@@ -122,7 +122,7 @@ def _cpu(process: int) -> float:
 def _child(
     words: list[str], place: Place, surroundings: Surroundings, kill: Kill | None, log: Path, ends: list[int]
 ) -> None:
-    """Become the command; never returns."""
+    """Run the command in this child process; never returns."""
     code = 99
     try:
         os.setsid()
@@ -132,7 +132,7 @@ def _child(
         resource.setrlimit(resource.RLIMIT_CPU, (int(surroundings.cpu), int(surroundings.cpu) + 5))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if not surroundings.fresh:  # a new interpreter is watched by sitecustomize
+        if not surroundings.fresh:  # in a new interpreter, sitecustomize starts the audit
             audit.watch(str(log), kill.operation if kill else None)
         if surroundings.before:
             surroundings.before(place)
@@ -150,7 +150,7 @@ def _child(
 
 
 def call(words: list[str]) -> int:
-    """``main`` as the interpreter would call it, with its exit code."""
+    """Call ``main`` and flush the streams as the interpreter does; return the exit code."""
     from ..commands import exit_code
 
     code = exit_code(words)
@@ -173,14 +173,14 @@ def _streams(place: Place, surroundings: Surroundings, ends: list[int]) -> None:
             os.dup2(line, stream)
         _reopen()
         return
-    given = surroundings.stdin
+    content = surroundings.stdin
     source = place.fixtures.parent / f"stdin.{os.getpid()}"
-    if isinstance(given, bytes):
-        source.write_bytes(given)
-        given_path = source
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+        path = source
     else:
-        given_path = Path(os.devnull) if given is None else place.path(given)
-    os.dup2(os.open(given_path, os.O_RDONLY), 0)
+        path = Path(os.devnull) if content is None else place.path(content)
+    os.dup2(os.open(path, os.O_RDONLY), 0)
     for stream, end in enumerate(ends, 1):
         os.dup2(end, stream)
         os.close(end)
@@ -189,7 +189,7 @@ def _streams(place: Place, surroundings: Surroundings, ends: list[int]) -> None:
 
 
 def _reopen() -> None:
-    """Python's own streams anew: those of the zygote remember whether *its* files could be sought in."""
+    """Reopen Python's streams, because those of the zygote remember whether its own files were seekable."""
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         old = getattr(sys, f"__{name}__")
         buffering = 1 if os.isatty(number) or number == 2 else -1
@@ -199,7 +199,7 @@ def _reopen() -> None:
 
 
 def _variables(surroundings: Surroundings, kill: Kill | None, log: Path) -> None:
-    """Set the environment; processes that the command starts are audited as well."""
+    """Set the environment; processes that the command starts are audited too."""
     os.environ[audit.LOG] = str(log)
     if kill is not None and kill.operation is not None and surroundings.fresh:
         os.environ[audit.KILL_AT] = str(kill.operation)
@@ -211,7 +211,7 @@ def _variables(surroundings: Surroundings, kill: Kill | None, log: Path) -> None
 
 
 def unprivileged(place: Place) -> None:
-    """Give up root's right to pass over permissions; without root there is nothing to give up."""
+    """Drop root's right to bypass permissions; does nothing for other users."""
     import ctypes
 
     if os.geteuid() != 0:

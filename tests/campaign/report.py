@@ -14,7 +14,7 @@ FOLDER = ROOT / "build" / "campaign"
 
 
 def counts(rows: list[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """How many cases of each class every area has."""
+    """Count the cases of each class by area."""
     table: dict[str, Counter[str]] = {}
     for row in rows:
         table.setdefault(row["area"], Counter())[row["class"]] += 1
@@ -22,7 +22,7 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, Counter[str]]:
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The table by area, and below it every case that did not hold."""
+    """Render the table by area, followed by every failed case."""
     table = counts(rows)
     total = sum(table.values(), Counter())
     width = max([len(a) for a in table] + [4])
@@ -35,12 +35,12 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One case that did not hold, in one line."""
+    """Describe one failed case in one line."""
     return f"{row['class']} {row['area']}: {row['name']}: {row['detail']}"
 
 
 def write(rows: list[dict[str, Any]], folder: Path = FOLDER, **facts: Any) -> Path:
-    """Write ``report.json``: counts by area, every row, and what was run on what."""
+    """Write ``report.json``: counts by area, every row, and provenance."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
     path.write_text(json.dumps({**_summary(rows, facts), "rows": rows}, indent=1) + "\n")
@@ -48,7 +48,7 @@ def write(rows: list[dict[str, Any]], folder: Path = FOLDER, **facts: Any) -> Pa
 
 
 def record(rows: list[dict[str, Any]], path: Path, **facts: Any) -> None:
-    """Write counts by area, and of the cases that did not hold what and why: a record without paths of a machine."""
+    """Write counts by area, and area, name and class of failed cases: a record without local paths."""
     failed = [{k: r[k] for k in ("area", "name", "class")} for r in rows if r["class"] != "OK"]
     path.write_text(json.dumps({**_summary(rows, facts), "failed": failed}, indent=1) + "\n")
 
@@ -61,7 +61,7 @@ def _summary(rows: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any
 
 
 def add(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Add rows to the report of this session; several processes may do so at once."""
+    """Add rows to the report of this session; safe for concurrent processes."""
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""``python -m tests.campaign.soak``: thousands of images in one process, by threads that share a pipeline.
+"""``python -m tests.campaign.soak``: generate thousands of images in one process, with threads that share a pipeline.
 
 Steps, guidance scales, batch sizes, schedules and methods are mixed; a tenth of the calls are cancelled first, and some
-callbacks raise.  After the first 1,000 images the resident memory may grow by less than 5 MiB for every 1,000; the file
-descriptors stay what they were; and every image sampled is what one thread alone generates.
+callbacks raise.  After the first 1,000 images the resident memory may grow by less than 5 MiB for every 1,000.  The
+number of file descriptors must not grow, and every checked call must give the same images as one thread alone.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pnp_trt.runtime.pipeline import Pipeline
 
 from . import report
 
-WARM = 1000  # images before the memory counts
-LIMIT = 5.0  # MiB for every 1,000 images
-CHECKED = 200  # calls that are repeated by one thread
+WARM = 1000  # images before memory is measured
+LIMIT = 5.0  # MiB per 1,000 images
+CHECKED = 200  # calls that one thread repeats
 PROMPTS = ("a cat", "a red apple", "", "a " * 60, "🧑‍🚀 rtl \u202e x", "panda")
 BATCHES = (1, 1, 2, 3, 4, 8)
 SCHEDULES = ("ddim", "dpm++", "euler", "heun", "unipc")
@@ -39,25 +39,25 @@ Call = dict[str, Any]
 
 
 def resident() -> float:
-    """MiB of this process in memory."""
+    """Resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def descriptors() -> int:
-    """Open file descriptors."""
+    """Number of open file descriptors."""
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
 def calls(pipeline: Pipeline, images: int, seed: int = 1) -> list[Call]:
-    """Mixed calls of ``images`` images in all."""
-    draw, made, total = random.Random(seed), [], 0
+    """Return mixed calls with at least ``images`` images in total."""
+    draw, mixed, total = random.Random(seed), [], 0
     methods = [None, None, *pipeline.methods, *pipeline.baselines]
     while total < images:
         number = draw.choice(BATCHES)
         total += number
         method = draw.choice(methods)
-        made.append({
+        mixed.append({
             "prompts": [draw.choice(PROMPTS) for _ in range(number)],
             "steps": draw.choice((1, 2, 3, 5, 8)),
             "guidance": [draw.choice((1.0, 3.0, 7.5, 9.0)) for _ in range(number)],
@@ -65,20 +65,20 @@ def calls(pipeline: Pipeline, images: int, seed: int = 1) -> list[Call]:
             "schedule": "ddim" if method in pipeline.baselines else draw.choice(SCHEDULES),
             "method": method,
         })  # fmt: skip
-    return made
+    return mixed
 
 
 def generate(pipeline: Pipeline, call: Call) -> list[str]:
     """Digests of a call's images."""
-    given = dict(call)
-    images = pipeline(given.pop("prompts"), **given)
+    arguments = dict(call)
+    images = pipeline(arguments.pop("prompts"), **arguments)
     return [hashlib.sha256(image.pixels.tobytes()).hexdigest() for image in images]
 
 
 def disturb(pipeline: Pipeline, call: Call, number: int) -> None:
-    """Cancel a tenth of the calls half way, and fail in the callback of some."""
-    draw, given = random.Random(number), dict(call)
-    prompts = given.pop("prompts")
+    """Cancel a tenth of the calls, and raise an error in the callback of a few."""
+    draw, arguments = random.Random(number), dict(call)
+    prompts = arguments.pop("prompts")
 
     def fail(done: int, total: int) -> None:
         raise ValueError("the callback's own")
@@ -86,14 +86,14 @@ def disturb(pipeline: Pipeline, call: Call, number: int) -> None:
     if draw.random() < 0.1:
         last = draw.randrange(1, 3)
         with contextlib.suppress(Cancelled):
-            pipeline(prompts, callback=lambda done, total: done < last, **given)
+            pipeline(prompts, callback=lambda done, total: done < last, **arguments)
     if draw.random() < 0.03:
         with contextlib.suppress(ValueError):
-            pipeline(prompts, callback=fail, **given)
+            pipeline(prompts, callback=fail, **arguments)
 
 
 def soak(engine: Path, images: int, threads: int) -> dict[str, Any]:
-    """Generate ``images`` images; what was measured."""
+    """Generate ``images`` images and return the measurements."""
     pipeline = Pipeline.load(engine, provider="cpu", threads=1)
     work = calls(pipeline, images)
     marks: list[tuple[int, float, int]] = []
@@ -125,14 +125,14 @@ def soak(engine: Path, images: int, threads: int) -> dict[str, Any]:
 
 
 def growth(marks: list[tuple[int, float, int]]) -> float:
-    """MiB for every 1,000 images after the first ``WARM``, by least squares."""
+    """Memory growth in MiB per 1,000 images after the first ``WARM``, by least squares."""
     late = [(n, mib) for n, mib, _ in marks if n >= min(WARM, marks[-1][0] // 3)]
     images, mib = np.array(late).T
     return float(np.polyfit(images, mib, 1)[0] * 1000)
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What did not hold."""
+    """Return a sentence for every failed check."""
     first, last = result["descriptors"]
     checks = {
         f"memory grows by {result['mib_per_1000']} MiB for every 1,000 images": result["mib_per_1000"] < LIMIT,
@@ -143,21 +143,29 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """The exit code: 1 where something did not hold."""
+    """Run the soak test; return 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.soak", description=__doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--engine", type=Path, action="append", help="default: the micro bundles")
     parser.add_argument("--out", type=Path, default=report.FOLDER / "soak.json")
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
-    engines = given.engine or [_micro() / name for name in ("guided", "plain")]
-    results = [soak(engine, given.images, given.threads) for engine in engines]
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    engines = options.engine or [_micro() / name for name in ("guided", "plain")]
+    results = [soak(engine, options.images, options.threads) for engine in engines]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     from pnp_trt.bundle.provenance import provenance
 
-    command = ["python", "-m", "tests.campaign.soak", "--images", str(given.images), "--threads", str(given.threads)]
-    given.out.write_text(json.dumps({"provenance": provenance(command), "engines": results}, indent=1) + "\n")
+    command = [
+        "python",
+        "-m",
+        "tests.campaign.soak",
+        "--images",
+        str(options.images),
+        "--threads",
+        str(options.threads),
+    ]
+    options.out.write_text(json.dumps({"provenance": provenance(command), "engines": results}, indent=1) + "\n")
     wrong = [sentence for result in results for sentence in failures(result)]
     for result in results:
         print({k: v for k, v in result.items() if k != "marks"})

@@ -1,7 +1,7 @@
-"""A process that has paid for the imports once and runs cases in forked children.
+"""A process that imports everything once and runs cases in forked children.
 
-``python -m tests.campaign.zygote SCRATCH`` serves requests on ``SCRATCH/socket``: a case's area and name, as JSON;
-the answer is its row of the report.  Every request has a separate process, so several run at once.
+``python -m tests.campaign.zygote SCRATCH`` serves requests on ``SCRATCH/socket``.  A request is a case's area and name
+as JSON; the answer is its row of the report.  Every request runs in a separate process, so several run in parallel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FROM = (("diffusers", ("AutoencoderKL", "AutoencoderTiny", "UNet2DConditionModel
 
 
 class Zygote:
-    """The client: starts the server on first use, or joins one that serves the same scratch folder."""
+    """The client: starts the server, or joins one that already serves the same scratch folder."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -44,7 +44,7 @@ class Zygote:
             self._start()
 
     def run(self, case: Case) -> dict[str, Any]:
-        """Run one case; its row."""
+        """Run one case and return its row."""
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(str(self.scratch / "socket"))
             line.sendall(json.dumps([case.area, case.name]).encode() + b"\n")
@@ -55,7 +55,7 @@ class Zygote:
         return json.loads(text)
 
     def stop(self) -> None:
-        """End the server, where this client started it."""
+        """Stop the server if this client started it."""
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
@@ -73,7 +73,7 @@ class Zygote:
     def _start(self) -> None:
         for name in ("tmp", "home", "cache", "cases"):
             (self.scratch / name).mkdir(parents=True, exist_ok=True)
-        fonts = Path.home() / ".cache" / "matplotlib"  # a list that takes seconds to make
+        fonts = Path.home() / ".cache" / "matplotlib"  # a font cache that takes seconds to build
         if fonts.is_dir():
             shutil.copytree(fonts, self.scratch / "home/.cache/matplotlib", dirs_exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PNP_TRT_", "COV_", "PYTEST_"))}
@@ -91,7 +91,7 @@ class Zygote:
 
 
 def _preload() -> None:
-    """Import what the commands import, and nothing that starts threads which a fork would lose."""
+    """Import everything that the commands import, except modules that start threads, which a fork would lose."""
     import importlib
     import pkgutil
 
@@ -117,14 +117,16 @@ def _preload() -> None:
     ):
         _silently(words)
     for engine in Path(os.environ["PNP_TRT_ENGINES"]).glob("*/tokenizer.json"):
-        sys.modules["pnp_trt.runtime.tokenizer"].Tokenizer(engine)  # equal files share the one that is loaded here
+        sys.modules["pnp_trt.runtime.tokenizer"].Tokenizer(
+            engine
+        )  # commands reuse the tokenizer loaded here for equal files
         break
     gc.collect()
-    gc.freeze()  # children need not copy what the collector would touch
+    gc.freeze()  # so that collections in the children do not copy shared memory pages
 
 
 def _silently(words: list[str]) -> None:
-    """Run a command that starts no threads, for what it imports on first use."""
+    """Run a command that starts no threads, to trigger its imports on first use."""
     from .process import call
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -132,7 +134,7 @@ def _silently(words: list[str]) -> None:
 
 
 def execute(case: Case, place: Place) -> dict[str, Any]:
-    """Prepare a case, run it, judge it."""
+    """Prepare a case, run it, and classify the outcome."""
     from .process import run
 
     before = signature(place.fixtures)
@@ -157,12 +159,12 @@ def execute(case: Case, place: Place) -> dict[str, Any]:
     return row(case, outcome, kind, detail, place)
 
 
-#: areas whose builds export every network themselves, as what befalls the export is what they try
+#: areas whose builds export every network themselves, because they test faults during the export
 EXPORTING = ("full disk", "limits", "network", "clock", "other user")
 
 
 def _share_exports(scratch: Path) -> None:
-    """Let the builds of this process take equal networks' exports from one folder of the campaign."""
+    """Share exports of equal networks between builds through one folder of the campaign."""
     from filelock import FileLock
 
     from ..exports import share
@@ -181,13 +183,13 @@ def _share_exports(scratch: Path) -> None:
 
 
 def _answer(line: socket.socket, scratch: Path) -> None:
-    """One request, in a separate process."""
+    """Answer one request, in a separate process."""
     from .areas import find
 
     with line.makefile("rb") as request:
         text = request.readline()
     if not text:
-        return  # somebody looked whether there is a server
+        return  # a client only checked whether the server is running
     case = find(*json.loads(text))
     if case.scenario is None and case.area not in EXPORTING:
         _share_exports(scratch)
@@ -208,7 +210,7 @@ def _answer(line: socket.socket, scratch: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a case's folder, with those that nobody may write to."""
+    """Remove a case's folder, including write-protected folders in it."""
     for path in [folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())]:
         with contextlib.suppress(OSError):
             path.chmod(0o755)
@@ -216,7 +218,7 @@ def _remove(folder: Path) -> None:
 
 
 def serve(scratch: Path, watched: int) -> None:
-    """Answer requests until the process ``watched`` is gone."""
+    """Answer requests until the process ``watched`` ends."""
     os.umask(0o022)
     _preload()
     from . import areas

@@ -1,4 +1,4 @@
-"""The areas of the campaign: each module makes the cases of one or several."""
+"""The areas of the campaign: each module defines the cases of one or more areas."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..case import Case
 @functools.cache
 def load() -> dict[str, list[Case]]:
     """All cases, by area."""
-    found: dict[str, list[Case]] = {}
+    areas: dict[str, list[Case]] = {}
     for module in pkgutil.iter_modules(__path__):
         if module.name == "common":
             continue
         for case in importlib.import_module(f"{__name__}.{module.name}").cases():
-            found.setdefault(case.area, []).append(case)
-    for area, cases in found.items():
+            areas.setdefault(case.area, []).append(case)
+    for area, cases in areas.items():
         twice = [name for name, n in Counter(c.name for c in cases).items() if n > 1]
         assert not twice, f"{area} has two cases named {twice[0]}"
-    return dict(sorted(found.items()))
+    return dict(sorted(areas.items()))
 
 
 def find(area: str, name: str) -> Case:
-    """The case of that name."""
+    """Return the case with this name."""
     return next(c for c in load()[area] if c.name == name)
 
 
 def quick(cases: list[Case]) -> list[Case]:
-    """The part of an area that the quick campaign runs, spread over it; over all areas it is a fifth.
+    """Return the cases of an area that the quick campaign runs, evenly spaced; a fifth over all areas.
 
-    Nearly all are cases that end before any network runs, of which half is taken; none is slow.
+    Half of the cases that end before any network runs are included, and few others; none is slow.
     """
     light, heavy = ([c for c in cases if not c.slow and c.light is light] for light in (True, False))
     return _spread(light, -(-len(light) // 2)) + _spread(heavy, -(-len(heavy) // 15))

@@ -1,4 +1,4 @@
-"""Numbers, sizes, profiles and words that no option takes, or takes only by chance."""
+"""Numbers, sizes, profiles and words that options refuse, or accept only by chance."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ WORDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "visualize": (visualize()[:-2], ("--guide", "--base", "--layers")),
 }
 STRANGE = ("", "nonsense", "../../etc/passwd", "\x1b[31m")
-#: Options that take any text, or that are checked only after a run of its own.
+#: Options that accept any text, or are checked only later in the run.
 TAKES_TEXT = {"--negative"}
 
 
@@ -141,9 +141,11 @@ def _words() -> Iterator[Case]:
         for option in options:
             turn += 1
             for value in some(STRANGE, turn, 2):
-                given = (*without(words, option), option, value, *prompt)
+                arguments = (*without(words, option), option, value, *prompt)
                 allowed = ANY if option in TAKES_TEXT or value == "" else (2,)
-                yield Case(AREA, f"{command} {option} is {value!r}", given, allowed, with_prompts(), slow=value == "")
+                yield Case(
+                    AREA, f"{command} {option} is {value!r}", arguments, allowed, with_prompts(), slow=value == ""
+                )
 
 
 def _shapes() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Bundles whose names lead out of them, files that no hash covers, and graphs whose weights are elsewhere."""
+"""Bundles with file names that lead outside, files that no hash covers, and graphs with weights elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VICTIM = "precious.txt"
 
 
 def _planted(outcome: Outcome, place: Place) -> str | None:
-    """Whether a file of the bundle was put anywhere outside the plugged one."""
+    """Fail if a file of the bundle was written outside the plugged bundle."""
     planted = list(place.here.glob("planted*"))
     return f"a file outside was written: {planted[0].name}" if planted else None
 
@@ -30,18 +30,18 @@ def _names(name: str, plant: Callable[[Path], object] | None = None) -> Callable
             plant(folder)
         manifest = manifest_of(folder)
         manifest["files"] = files_of(folder)
-        given = name.replace("@", str(place.here))
+        listed = name.replace("@", str(place.here))
         try:
-            manifest["files"][given] = entry(folder / given)
+            manifest["files"][listed] = entry(folder / listed)
         except (OSError, ValueError):
-            manifest["files"][given] = {"sha256": "0" * 64, "bytes": 1}
+            manifest["files"][listed] = {"sha256": "0" * 64, "bytes": 1}
         seal(folder, manifest, files=False)
 
     return prepare
 
 
 def _hop(folder: Path) -> None:
-    """A link inside the bundle, from which ``..`` leads elsewhere than it seems."""
+    """Create a link inside the bundle whose ``..`` leads to an unexpected folder."""
     (folder / "s1/s2").mkdir(parents=True)
     (folder / "hop").symlink_to("s1/s2")
     (folder / "planted.txt").write_text("owned")
@@ -58,22 +58,22 @@ def _network(key: str, name: str, copies: bool = True) -> Callable[[Place], None
     def prepare(place: Place) -> None:
         folder = copy(place, GUIDED, X)
         manifest = manifest_of(folder)
-        given = name.replace("@", str(place.here))
-        target = (folder / given).resolve()
+        file = name.replace("@", str(place.here))
+        target = (folder / file).resolve()
         if copies and not target.exists():
             shutil.copy(folder / "unet.onnx", target)
             for data in folder.glob("unet.onnx.data"):
                 if target.parent != folder:
                     shutil.copy(data, target.parent)
-        manifest["networks"]["unet"][key] = given
-        manifest["files"] = {k: v for k, v in files_of(folder).items() if k != given}
+        manifest["networks"]["unet"][key] = file
+        manifest["files"] = {k: v for k, v in files_of(folder).items() if k != file}
         seal(folder, manifest, files=False)
 
     return prepare
 
 
 def _without(*left_out: str) -> Callable[[Place], None]:
-    """A bundle some of whose own files are not listed."""
+    """A bundle in which some files are not listed."""
 
     def prepare(place: Place) -> None:
         folder = copy(place, GUIDED, X)
@@ -119,7 +119,7 @@ DATA: dict[str, str] = {
 
 
 def _data(where: str) -> Callable[[Place], None]:
-    """A bundle whose U-Net keeps its weights in another file."""
+    """A bundle whose U-Net has its weights in another file."""
 
     def prepare(place: Place) -> None:
         import onnx

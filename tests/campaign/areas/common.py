@@ -1,4 +1,4 @@
-"""What several areas need: command lines, folders to spoil, and a seal of the campaign's own."""
+"""Helpers for several areas: command lines, bundles to corrupt, and the campaign's own implementation of the seal."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..case import BASE, BASE2, GUIDE, GUIDED, HERE, PLAIN, At, Outcome, Place
 
 OUT = HERE / "out"
 PROMPTS = HERE / "prompts.txt"
-X = HERE / "engines/x"  # the bundle that a case spoils
+X = HERE / "engines/x"  # the bundle that a case corrupts
 ANY = (0, 1, 2)
 
 
 def sample(engine: object = GUIDED, *more: object, prompt: str = "a cat", out: object = OUT) -> tuple[object, ...]:
-    """``sample`` of one step."""
+    """``sample`` with one step."""
     return ("sample", "--engine", engine, "--steps", 1, "--out", out, *more, "--", prompt)
 
 
 def plug(engine: object = GUIDED, *more: object, base: object = BASE2, out: object = OUT) -> tuple[object, ...]:
-    """``plug`` of the second micro teacher."""
+    """``plug`` with the second micro teacher."""
     return ("plug", engine, "--base", base, "--out", out, *more)
 
 
@@ -34,7 +34,7 @@ def build(*more: object, base: object = BASE, guide: object = "none", out: objec
 
 
 def guidance(*more: object, prompts: object = PROMPTS, out: object = OUT) -> tuple[object, ...]:
-    """``distill guidance`` of one step."""
+    """``distill guidance`` with one step."""
     return (
         "distill", "guidance", "--base", BASE, "--prompts", prompts, "--out", out, "--steps", 1, "--num-states", 20,
         "--batch", 2, "--grid-steps", 0, "--rank", 4, *more,
@@ -42,7 +42,7 @@ def guidance(*more: object, prompts: object = PROMPTS, out: object = OUT) -> tup
 
 
 def steps(*more: object, guide: object = GUIDE, prompts: object = PROMPTS, out: object = OUT) -> tuple[object, ...]:
-    """``distill steps`` of one halving and one step."""
+    """``distill steps`` with one halving and one step."""
     return (
         "distill",
         "steps",
@@ -78,21 +78,21 @@ def bench(*more: object, engines: tuple[object, ...] = (PLAIN, GUIDED), only: st
 
 
 def visualize(*more: object, guide: object = GUIDE, prompt: str = "a cat", out: object = OUT) -> tuple[object, ...]:
-    """``visualize`` of two steps and one w."""
+    """``visualize`` with two steps and one w."""
     return (
         "visualize", "--base", BASE, "--guide", guide, "--steps", 2, "--guidance", 2, "--out", out, *more, "--", prompt,
     )  # fmt: skip
 
 
 def without(words: tuple[object, ...], option: str) -> tuple[object, ...]:
-    """A command line without an option and its value."""
+    """Return a command line without an option and its value."""
     if option not in words:
         return words
     at = words.index(option)
     return words[:at] + words[at + 2 :]
 
 
-#: What every command does with the bundle ``x``.
+#: Command lines on the bundle ``x``.
 ON_X: dict[str, tuple[object, ...]] = {
     "inspect": ("inspect", X),
     "inspect --json": ("inspect", X, "--json"),
@@ -103,18 +103,18 @@ ON_X: dict[str, tuple[object, ...]] = {
     "plug": plug(X),
     "bench": ("bench", "--engine", X, "--quick", "--only", "cost"),
 }
-AT_X = {"PNP_TRT_ENGINES": "engines"}  # relative to a case's folder, where it runs
+AT_X = {"PNP_TRT_ENGINES": "engines"}  # relative to the case's folder, the working directory
 
 
 def prompts(place: Place, text: str = "a cat\na dog\n") -> Path:
-    """The prompts file."""
+    """Write the prompts file."""
     path = place.path(PROMPTS)
     path.write_text(text)
     return path
 
 
 def with_prompts(prepare: Callable[[Place], object] | None = None) -> Callable[[Place], None]:
-    """``prepare``, with a prompts file beside."""
+    """Return a preparation that writes a prompts file, then calls ``prepare``."""
 
     def both(place: Place) -> None:
         prompts(place)
@@ -125,17 +125,17 @@ def with_prompts(prepare: Callable[[Place], object] | None = None) -> Callable[[
 
 
 def copy(place: Place, of: At, to: At) -> Path:
-    """A copy of a fixture, to be spoiled."""
+    """Copy a fixture, to be corrupted."""
     return Path(shutil.copytree(place.path(of), place.path(to)))
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """A manifest, unchecked."""
+    """Read a manifest without checks."""
     return json.loads((folder / "manifest.json").read_text())
 
 
 def files_of(folder: Path) -> dict[str, Any]:
-    """Digests and sizes of a bundle's files, as its manifest gives them."""
+    """Digests and sizes of a bundle's files, in the manifest's format."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
     return {p.relative_to(folder).as_posix(): entry(p) for p in paths}
 
@@ -156,7 +156,7 @@ def seal(folder: Path, manifest: dict[str, Any], files: bool = True) -> None:
 
 
 def spoil(change: Callable[[Path, dict[str, Any]], object], of: At = GUIDED, files: bool = True) -> Callable:
-    """A preparation: copy a bundle to ``x``, change its files or manifest, seal it again."""
+    """Return a preparation that copies a bundle to ``x``, changes its files or manifest, and seals it again."""
 
     def prepare(place: Place) -> None:
         folder = copy(place, of, X)
@@ -168,35 +168,35 @@ def spoil(change: Callable[[Path, dict[str, Any]], object], of: At = GUIDED, fil
 
 
 def never_zero(sentence: str) -> Callable[[Outcome, Place], str | None]:
-    """A check: exit code 0 would mean ``sentence``."""
+    """Return a check that fails with ``sentence`` if the exit code is 0."""
     return lambda outcome, place: sentence if outcome.code == 0 else None
 
 
 def share(table: Mapping[Any, Any], turn: int, number: int) -> dict[Any, Any]:
-    """``number`` entries of a table, others at every turn: each meets each in the long run, and not all at once."""
+    """Return ``number`` entries of a table, different ones in each turn, to limit the number of combinations."""
     names = list(table)
     return {name: table[name] for name in (names[(turn * number + i) % len(names)] for i in range(number))}
 
 
 def some(values: Sequence[Any], turn: int, number: int) -> list[Any]:
-    """``share`` of values without names."""
+    """``share`` for a sequence of values."""
     return list(share(dict(enumerate(values)), turn, number).values())
 
 
 def packed(header: object, body: bytes) -> bytes:
-    """A safetensors file of any header."""
+    """Return a safetensors file with any header."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + body
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file's header and body."""
+    """Return the header and body of a safetensors file."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
 
 def engine_named(text: str) -> Callable[[Place], None]:
-    """A copy of the guided engine whose folder and manifest have this name."""
+    """Return a preparation that copies the guided engine under this name, in folder and manifest."""
 
     def prepare(place: Place) -> None:
         folder = place.here / "engines" / text.replace("/", "∕")

@@ -1,4 +1,4 @@
-"""Configurations of model folders, of guides and of tokenizers that are nonsense, and LoRAs that are."""
+"""Invalid configurations of model folders, guides and tokenizers, and invalid LoRAs."""
 
 from __future__ import annotations
 

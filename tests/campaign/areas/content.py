@@ -1,4 +1,4 @@
-"""Bundles whose graphs, tokenizer, golden inputs or lists of weights are nonsense, sealed as an attacker would."""
+"""Bundles with invalid graphs, tokenizers, golden inputs or weight maps, sealed as an attacker would seal them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _golden(change: Callable[[Arrays], Arrays]) -> Callable[[Path, dict[str, Any
 
 
 def _npz_of(header: bytes) -> Callable[[Path, dict[str, Any]], None]:
-    """An archive whose arrays claim what they do not hold."""
+    """An archive whose array headers do not match their data."""
 
     def write(folder: Path, manifest: dict[str, Any]) -> None:
         import zipfile
@@ -126,7 +126,7 @@ def _npz_of(header: bytes) -> Callable[[Path, dict[str, Any]], None]:
 
 
 def _model(operator: str, domain: str = "", name: str = "unet.onnx") -> Callable[[Path, dict[str, Any]], None]:
-    """A graph of one node."""
+    """A graph with one node."""
 
     def write(folder: Path, manifest: dict[str, Any]) -> None:
         import onnx

@@ -1,4 +1,4 @@
-"""Image files for ``--init``, ``--images`` and ``--real``: bombs, lies, other formats, damaged and odd ones."""
+"""Image files for ``--init``, ``--images`` and ``--real``: bombs, false headers, other formats, damaged files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _encoded(image: Any, kind: str, **options: Any) -> bytes:
 
 
 def _bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims its size."""
+    """A PNG of a few bytes whose header states a large size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -118,7 +118,7 @@ SLOW = ("20,000 x 20,000", "bomb of 13,000 x 13,000", "20,000 x 8,000 that lies"
 
 
 def _no_program(outcome: Outcome, place: Place) -> str | None:
-    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    """Fail if a program was run: Pillow passes PostScript to Ghostscript, whatever the file's name."""
     programs = [p for p in outcome.of("program") if "gs" in p.split("/")[-1] or "'gs'" in p]
     return f"a program was run: {programs[0][:60]}" if programs or "Ghostscript" in outcome.said else None
 
@@ -127,7 +127,7 @@ def _put(name: str, make: Callable[[], bytes], caption: bool = True) -> Callable
     def prepare(place: Place) -> None:
         from PIL import Image
 
-        Image.MAX_IMAGE_PIXELS = None  # for the image that is made here
+        Image.MAX_IMAGE_PIXELS = None  # for the image that is created here
         folder = place.path(FOLDER)
         folder.mkdir()
         (folder / name).write_bytes(make())
@@ -179,8 +179,10 @@ def cases() -> Iterator[Case]:
             "distill --images": (DISTILL, _put(name, make)),
             "bench --real": (bench("--real", FOLDER, "--prompts", PROMPTS), with_prompts(_put(name, make, False))),
         }
-        for command, (given, prepare) in share(folders, turn, 1 if turn % 3 else 2).items():
-            yield Case(AREA, f"{command}, {label}", given, ANY, prepare, _no_program, surroundings=LIMITS, slow=True)
+        for command, (arguments, prepare) in share(folders, turn, 1 if turn % 3 else 2).items():
+            yield Case(
+                AREA, f"{command}, {label}", arguments, ANY, prepare, _no_program, surroundings=LIMITS, slow=True
+            )
     for label, text in METADATA.items():
         allowed = ANY if label in ("has a lone surrogate", "has a BOM", "names one file twice") else (1, 2)
         yield Case(AREA, f"distill, metadata.jsonl {label}", DISTILL, allowed, _metadata(text), slow="BOM" in label)

@@ -1,4 +1,4 @@
-"""Text that a page, a template or a formula would obey: in prompts and in names of engines."""
+"""Text that a page, template or formula could interpret, in prompts and engine names."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _escaped(outcome: Outcome, place: Place) -> str | None:
     page = place.path(PAGE)
     if not page.exists():
         return "no page was written"
-    found = UNSAFE.search(page.read_text())
-    return f"unescaped in the page: {found.group()}" if found else None
+    match = UNSAFE.search(page.read_text())
+    return f"unescaped in the page: {match.group()}" if match else None
 
 
 def _prompts(text: str) -> Callable[[Place], None]:
@@ -46,7 +46,7 @@ def _on_engine(
     command: str, words: Sequence[object], label: str, text: str,
     check: Callable[[Outcome, Place], str | None] | None = None, slow: bool = False,
 ) -> Case:  # fmt: skip
-    """A command on an engine whose name is ``text``."""
+    """A command on an engine named ``text``."""
     return Case(
         AREA, f"{command}, an engine called {label}", words, (0,), with_prompts(engine_named(text)), check,
         surroundings=Surroundings(environment={"PNP_TRT_ENGINES": "engines"}), slow=slow,

@@ -1,4 +1,4 @@
-"""Commands killed at random moments and at every change of a file; the same command again must reach the same end."""
+"""Commands killed at random moments and at every file change; a rerun must reach the same final state."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Command:
     """A command that is killed.
 
     Attributes:
-        end: what its result is, as a value that two runs can be compared by.
-        kills: how many kills at random moments, at changes of files, and by SIGINT and SIGTERM.
+        end: the final state of its output, as a value that can be compared between runs.
+        kills: numbers of kills at random moments, at file changes, and by SIGINT and SIGTERM.
     """
 
     words: tuple[object, ...]
@@ -55,7 +55,7 @@ def _digest(path: Path) -> str:
 
 
 def _bundle(place: Place) -> Any:
-    """The digests of a whole bundle; None where there is none."""
+    """Return the digests of a complete bundle, or None if there is no bundle."""
     folder = place.path(OUT)
     if not folder.exists():
         return None
@@ -87,7 +87,7 @@ def _timeless(value: Any) -> Any:
 
 
 def _images(place: Place) -> Any:
-    """Every image is whole; ``sample`` continues nothing, so that what a kill left of one image stays."""
+    """Check that every image is complete; ``sample`` does not resume, so an image cut off by a kill stays."""
     from PIL import Image
 
     for path in place.path(OUT).glob("*.png"):
@@ -99,7 +99,7 @@ def _images(place: Place) -> Any:
 
 
 def _standing(place: Place) -> None:
-    """A bundle is there already."""
+    """Put a bundle at ``--out``."""
     copy(place, PLAIN, OUT)
 
 
@@ -120,7 +120,7 @@ OLD = {"plug over an engine", "build over an engine"}
 
 
 def _reference(name: str, place: Place) -> tuple[float, Any, int]:
-    """CPU seconds, end and number of file changes of a run that nothing disturbs; made once a campaign."""
+    """CPU seconds, final state and number of file changes of an undisturbed run; made once per campaign."""
     from filelock import FileLock
 
     command = COMMANDS[name]
@@ -142,7 +142,7 @@ def _clear(place: Place) -> None:
 
 
 def _killed(name: str, moment: Callable[[float, int], Kill]) -> Callable[[Place], tuple[Outcome, str | None]]:
-    """Kill the command once, look at what is there, run it again."""
+    """Kill the command once, check the files, and run it again."""
 
     def scenario(place: Place) -> tuple[Outcome, str | None]:
         command = COMMANDS[name]
@@ -159,7 +159,7 @@ def _killed(name: str, moment: Callable[[float, int], Kill]) -> Callable[[Place]
 
 
 def _after_kill(name: str, outcome: Outcome, kill: Kill, place: Place) -> str | None:
-    """A bundle is whole or not there; a signal that can be handled ends the command without a traceback."""
+    """Check that a bundle is complete or absent, and that handled signals cause no traceback."""
     right = {signal.SIGKILL: (-9, 0), signal.SIGINT: (130, 0), signal.SIGTERM: (143, -15, 0)}[
         signal.Signals(kill.signal)
     ]
@@ -168,7 +168,7 @@ def _after_kill(name: str, outcome: Outcome, kill: Kill, place: Place) -> str | 
     if kill.signal != signal.SIGKILL and (left := litter(place.here)):
         return f"{signal.Signals(kill.signal).name} left {left[0]}"
     if COMMANDS[name].end is _bundle:
-        standing = _bundle(place)  # raises where it is half
+        standing = _bundle(place)  # raises if the bundle is incomplete
         if standing is None and name in OLD:
             return "the old bundle is gone"
     return None
@@ -184,7 +184,7 @@ def _after_rerun(name: str, outcome: Outcome, end: Any, place: Place) -> str | N
 
 
 def _draw(name: str, number: int) -> random.Random:
-    """Its own numbers for every case, whatever else runs."""
+    """Return a separate generator for each case, independent of the other cases."""
     return random.Random(zlib.crc32(f"{name} {number}".encode()))
 
 
@@ -193,7 +193,7 @@ def _random_moment(name: str, number: int) -> Callable[[float, int], Kill]:
 
 
 def _at_change(name: str, number: int, of: int) -> Callable[[float, int], Kill]:
-    """Spread over all changes of files, so that a command that makes more of them is not killed early alone."""
+    """Space the kills evenly over all file changes, so that commands with many changes are not killed only early."""
     return lambda cpu, changes: Kill(operation=1 + number * max(changes - 1, 1) // max(of - 1, 1))
 
 

@@ -1,4 +1,4 @@
-"""What killed, cut and foreign runs leave behind, and what a new run does with it; several processes at once."""
+"""New runs in folders with the remains of killed, truncated and foreign runs; several processes in parallel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _finished(place: Place) -> Path:
 
 
 def _once(place: Place, name: str, words: tuple[object, ...], result: Path) -> Path:
-    """The result of a command, copied from the one that the first case made."""
+    """Return a command's result; the first case makes it, later ones copy it."""
     from filelock import FileLock
 
     prompts(place)
@@ -105,7 +105,7 @@ def _cut(path: Path) -> None:
 
 
 def _harmed(harm: Callable[[Path], object], again: bool) -> Callable[[Place], None]:
-    """A finished run; ``again`` takes its results away, so that it has to continue from a checkpoint."""
+    """A damaged finished run; ``again`` removes its results, so that it continues from a checkpoint."""
 
     def prepare(place: Place) -> None:
         folder = _finished(place)
@@ -208,7 +208,7 @@ def _ignore(_: object) -> None:
 
 
 def _at_once(words: list[tuple[object, ...]], allowed: tuple[int, ...], end: Callable[[Place], str | None]) -> Callable:
-    """Several commands at the same time."""
+    """Return a scenario of several commands at the same time."""
 
     def scenario(place: Place) -> tuple[Outcome, str | None]:
         prompts(place)
@@ -221,7 +221,7 @@ def _at_once(words: list[tuple[object, ...]], allowed: tuple[int, ...], end: Cal
 
 
 def _start(words: tuple[object, ...], place: Place) -> int:
-    """A process of its own that runs a command and writes its outcome to a file named by its id."""
+    """Start a process that runs a command and writes the outcome to a file named after its process id."""
     child = os.fork()
     if child == 0:
         try:
@@ -242,7 +242,7 @@ def _result(child: int, place: Place) -> Outcome:
 
 
 def _whole(place: Place) -> str | None:
-    """The bundle at ``--out`` is whole: every file has the digest that its manifest states."""
+    """Fail unless every file of the bundle at ``--out`` has the digest in the manifest."""
     from .common import files_of, manifest_of
 
     folder = place.path(OUT)
@@ -293,7 +293,7 @@ def _together() -> Iterator[Case]:
 
 
 def _replaced(place: Place) -> tuple[Outcome, str | None]:
-    """The engine changes under ``sample`` again and again: every run has a whole engine or states that it has none."""
+    """Replace the engine repeatedly while ``sample`` runs: each run must use a complete engine or report an error."""
     copy(place, GUIDED, HERE / "live")
     swapper = os.fork()
     if swapper == 0:
@@ -301,7 +301,7 @@ def _replaced(place: Place) -> tuple[Outcome, str | None]:
     outcomes = [run(place.words(sample(HERE / "live")), place) for _ in range(8)]
     os.kill(swapper, 9)
     os.waitpid(swapper, 0)
-    for path in place.here.glob(".live.*"):  # what the swapper's end left is not the command's
+    for path in place.here.glob(".live.*"):  # left by the swapper, not by the command
         shutil.rmtree(path, ignore_errors=True)
     return next((o for o in outcomes if o.code not in ANY or "unexpected" in o.err), outcomes[-1]), None
 

@@ -1,4 +1,4 @@
-"""Manifests that are none, and sealed manifests whose values are of the wrong kind."""
+"""Invalid manifests, and sealed manifests with values of the wrong type."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ RAW: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _set(path: str, value: Any) -> Callable[[Path, dict[str, Any]], None]:
-    """A change of one value; ``path`` is separated by dots, ``-`` as the value removes it."""
+    """Return a change of one value at the dotted ``path``; the value ``-`` removes it."""
 
     def change(folder: Path, manifest: dict[str, Any]) -> None:
         *parents, last = path.split(".")
@@ -74,7 +74,7 @@ def _set(path: str, value: Any) -> Callable[[Path, dict[str, Any]], None]:
     return change
 
 
-#: Each wrong value meets one or two of them.
+#: Commands of which each wrong value is tested with one or two.
 COMMANDS = {name: ON_X[name] for name in ("sample", "inspect", "verify", "list", "plug", "inspect --json", "bench")}
 NESTED: dict[str, tuple[str, Any]] = {
     "a batch limit of 0": ("sample.max_batch", 0),
@@ -154,7 +154,7 @@ def cases() -> Iterator[Case]:
 
 
 def _sealed(label: str, path: str, value: Any, commands: dict[str, tuple[object, ...]]) -> Iterator[Case]:
-    """A manifest with one value changed, and the seal that goes with it."""
+    """A manifest with one changed value and a matching seal."""
     for command, words in commands.items():
         prepare = spoil(_set(path, value), files=path != "files")
         yield Case(AREA, f"{command}, {label}", words, ANY, prepare, surroundings=HOME)

@@ -1,4 +1,4 @@
-"""Places that cannot be written to, full disks, other users' files, and what stands where a result should go."""
+"""Places that cannot be written to, full disks, other users' files, and existing files at the output path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _scene(place: Place) -> None:
     (place.here / "precious.file").write_text("mine")
     (place.here / "loop").symlink_to(place.here / "loop")
     (place.here / "nowhere").symlink_to(place.here / "gone/away")
-    try:  # a null device of the case's own: the system's must not be put at risk
+    try:  # a separate null device, so that the system's is not at risk
         os.mknod(place.here / "device", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     except OSError:
         os.mkfifo(place.here / "device")
@@ -53,7 +53,7 @@ OUTS: dict[str, object] = {
     "below a file of another": "precious.txt/a/b",
     "a name with NUL's look": HERE / "a%00b",
 }
-#: Places where a valid command would run to its end; they are tried with the quick commands alone.
+#: Places where a valid command would run to its end; only quick commands are tested there.
 VALID = {
     "a name with a line end",
     "the folder above",
@@ -104,9 +104,9 @@ def _device_stays(outcome: Outcome, place: Place) -> str | None:
     return None if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) else "a device was replaced"
 
 
-#: The fixtures are shared by all cases: none may replace an engine of them, as ``--force`` rightly would.
+#: Skipped, because all cases share the fixtures: none may replace an engine in them, as ``--force`` would.
 UNSAFE = {("an engine", "plug --force --out"), ("an engine", "build --force --out"), ("an engine", "bench --json"),
-          ("the root", "sample --out"),  # root may write there, and does
+          ("the root", "sample --out"),  # root has permission to write there
           ("an engine", "sample --out"), ("an engine", "visualize --out"), ("an engine", "bench --work")}  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def _calibrate(out: object) -> tuple[object, ...]:
 
 
 def _look_alike(*names: str) -> Callable[[Place], None]:
-    """Somebody's folder with files that a bundle could have, and one that it could not."""
+    """A user's folder with files that a bundle could contain, and one that it could not."""
 
     def prepare(place: Place) -> None:
         folder = place.path(WHERE)
@@ -164,7 +164,7 @@ def _link_stays(outcome: Outcome, place: Place) -> str | None:
 
 
 def _standing() -> Iterator[Case]:
-    """What stands at ``--out`` is not the command's to delete."""
+    """The command must not delete existing files at ``--out``."""
     area = "places"
     for names in (("tokenizer.json",), ("manifest.json",), ("golden.npz",), ("weights.json", "tokenizer.json"),
                   ("unet.onnx",), ("config.json", "tokenizer.json"), ()):  # fmt: skip
@@ -303,12 +303,12 @@ def _ignore_signal(place: Place) -> None:
 
 
 def _full(size: int) -> Surroundings:
-    """No file may grow beyond ``size`` bytes."""
+    """Surroundings in which no file may exceed ``size`` bytes."""
     return Surroundings(before=_ignore_signal, limits=((resource.RLIMIT_FSIZE, size),))
 
 
 def _no_half(outcome: Outcome, place: Place) -> str | None:
-    """After a failure, no result has the name of a whole one and half its bytes."""
+    """After a failure, no incomplete result may have the name of a complete one."""
     from PIL import Image
 
     if outcome.code == 0:

@@ -1,4 +1,4 @@
-"""Prompts and files of prompts: control characters, other scripts, lengths, encodings, and files that are none."""
+"""Prompts and prompt files: control characters, other scripts, lengths, encodings, and invalid files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TWICE = ("a byte that is no UTF-8", "a lone surrogate", "an escape", "markup", "
 
 
 def _below_out(outcome: Outcome, place: Place) -> str | None:
-    """Images lie in ``--out`` itself, under names that a shell and a terminal can take."""
+    """Fail unless images are directly in ``--out``, with names that are safe in a shell and a terminal."""
     for path in place.path(OUT).rglob("*"):
         if path.parent != place.path(OUT) or not path.name.isascii() or len(path.name) > 100:
             return f"an image is called {path.name[:80]!r}"
@@ -130,7 +130,7 @@ def _file(content: bytes) -> Callable[[Place], None]:
 
 
 def _no_mark(outcome: Outcome, place: Place) -> str | None:
-    """A byte order mark is not part of a prompt."""
+    """Fail if a byte order mark became part of a prompt."""
     import json
 
     from PIL import Image
@@ -143,7 +143,7 @@ def _no_mark(outcome: Outcome, place: Place) -> str | None:
     return None
 
 
-#: Not a named pipe: the shell's <(command) is one, and waiting for its writer is right.
+#: Not a named pipe: the shell's <(command) is one, and waiting for its writer is correct.
 ODD_FILES: dict[str, Callable[[Path], object]] = {
     "missing": lambda p: None,
     "a folder": lambda p: p.mkdir(),

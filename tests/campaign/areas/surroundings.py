@@ -1,4 +1,4 @@
-"""Closed and full streams, locales, homes, variables, umasks, vanished folders, clocks, little memory, no network."""
+"""Closed and full streams, locales, homes, variables, umasks, deleted folders, clocks, low memory, no network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _close(stream: int) -> Callable[[Place], None]:
         import sys
 
         os.close(stream)
-        # as the interpreter does where a stream is closed before it starts
+        # as the interpreter does if a stream is closed before it starts
         setattr(sys, ("stdin", "stdout", "stderr")[stream], None)
 
     return close
@@ -119,7 +119,7 @@ VARIABLES: dict[str, dict[str, str | None]] = {
     "HF_HOME is a file": {"HF_HOME": "/etc/passwd"},
     "PYTHONWARNINGS": {"PYTHONWARNINGS": "error::DeprecationWarning"},
 }
-#: Read when the interpreter starts: a fork is too late.
+#: Read when the interpreter starts, so a fork does not apply them.
 AT_START = (
     "LANG=C",
     "Latin-1 streams",
@@ -173,7 +173,7 @@ def _still(place: Place) -> None:
 
 
 def _readable(outcome: Outcome, place: Place) -> str | None:
-    """Files take the modes that the umask leaves: 022 lets everybody read."""
+    """Fail unless file modes follow the umask: 022 lets everybody read."""
     closed = [
         p
         for p in place.path(OUT).rglob("*")
@@ -249,7 +249,7 @@ def _limits() -> Iterator[Case]:
 
 
 def _memory(mebibytes: int) -> Callable[[Place], None]:
-    """So much address space beyond what the process has already."""
+    """Limit the address space to that much more than the process already uses."""
 
     def limit(place: Place) -> None:
         from pathlib import Path
@@ -262,7 +262,7 @@ def _memory(mebibytes: int) -> Callable[[Place], None]:
 
 
 def _offline(place: Place) -> None:
-    """A network namespace with nothing in it, where the system lets us."""
+    """Enter an empty network namespace, if the system permits it."""
     if hasattr(os, "unshare"):
         try:
             os.unshare(os.CLONE_NEWNET)
@@ -271,7 +271,7 @@ def _offline(place: Place) -> None:
 
 
 def _network() -> Iterator[Case]:
-    """New interpreters: no name is looked up, and nothing needs a network."""
+    """New interpreters: no name is looked up, and no command needs the network."""
     offline = Surroundings(fresh=True, before=_offline, cpu=240)
     for command, words in {
         "sample": sample(),

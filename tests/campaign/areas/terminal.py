@@ -1,4 +1,4 @@
-"""Text that a terminal or rich would obey, in manifests, names, prompts and paths; in pipes and on pseudo-terminals."""
+"""Terminal control codes and rich markup in manifests, names, prompts and paths, in pipes and on pseudo-terminals."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def cases() -> Iterator[Case]:
         for command, words in share(looks, turn, 2).items():
             prepare = _key("name", text, command == "sample")
             yield Case(AREA, f"terminal: {command}, name has {label}", words, ANY, prepare, surroundings=PTY)
-        if "\0" not in text:  # which no command line can hold
+        if "\0" not in text:  # a NUL cannot be part of a command line
             yield from _missing(label, text, turn)
             yield from _names(label, text, turn)
     yield Case(AREA, "terminal: build", build(base="nope"), (2,), surroundings=PTY)
@@ -78,7 +78,7 @@ def cases() -> Iterator[Case]:
 
 
 def _missing(label: str, text: str, turn: int) -> Iterator[Case]:
-    """Names of nothing, which the message repeats."""
+    """Names that do not exist, which the error message repeats."""
     commands = {
         "engine": ("sample", "a", "--engine", text), "base": plug(base=text), "LoRA": plug(GUIDED, "--lora", text),
         "base of build": build(base=text), "guide": build(guide=text),
@@ -89,7 +89,7 @@ def _missing(label: str, text: str, turn: int) -> Iterator[Case]:
 
 
 def _names(label: str, text: str, turn: int) -> Iterator[Case]:
-    """Folders of that name."""
+    """Folders with this name."""
     at = HERE / "engines" / text.replace("/", "∕")
     piped = {
         "inspect": ("inspect", at), "list": ("list",), "sample": sample(at), "verify": ("verify", at), "plug": plug(at)

@@ -1,4 +1,4 @@
-"""Weights that are none: safetensors of every kind of damage, pickles, indices that lead elsewhere, special files."""
+"""Invalid weights: damaged safetensors of every kind, pickles, indices that lead elsewhere, special files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .common import (
 FILE = HERE / "given.safetensors"
 MODEL, GUIDE_COPY = HERE / "model", HERE / "guide"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-#: How a file is spoiled: its bytes before, a folder for what is not in them → its bytes after.
+#: Ways to corrupt a file: its bytes and a folder for further files → its new bytes.
 Spoil = Callable[[bytes], bytes]
 
 
@@ -42,7 +42,7 @@ def _first(header: dict[str, dict[str, object]]) -> str:
 
 
 def _entry(**changes: object) -> Spoil:
-    """The first tensor's entry changed, its bytes not."""
+    """Change the first tensor's entry, but not its bytes."""
 
     def spoil(good: bytes) -> bytes:
         header, body = unpacked(good)
@@ -53,7 +53,7 @@ def _entry(**changes: object) -> Spoil:
 
 
 def _tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Spoil:
-    """Other tensors in a file that is as it should be."""
+    """Change the tensors in a valid file."""
 
     def spoil(good: bytes) -> bytes:
         from safetensors.numpy import load, save
@@ -94,7 +94,7 @@ def _torch_zip() -> bytes:
 
 
 class _Payload:
-    """Unpickled, it makes the file UNPICKLED in the current folder."""
+    """Creates the file UNPICKLED in the current folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, ("touch UNPICKLED",)
@@ -106,7 +106,7 @@ def payload() -> bytes:
 
 
 def unpickled(outcome: Outcome, place: Place) -> str | None:
-    """Whether the payload ran."""
+    """Fail if the payload ran."""
     ran = [*place.here.rglob("UNPICKLED"), *(e for e in outcome.of("program") if "UNPICKLED" in e)]
     return "a pickle was run" if ran else None
 
@@ -156,7 +156,7 @@ BROKEN: dict[str, Spoil] = {
         {"\x1b]0;x\x07": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4
     ),
 }
-#: May be taken, or not.
+#: May be accepted or refused.
 ODD: dict[str, Spoil] = {
     "of float64": _set_first(lambda a: a.astype(np.float64)),
     "of float16": _all(lambda a: a.astype(np.float16)),
@@ -179,7 +179,7 @@ def _file(spoil: Spoil) -> Callable[[Place], None]:
 
 
 def _part(spoil: Spoil, part: str = "unet", of: At = BASE) -> Callable[[Place], None]:
-    """A copy of the teacher with one network spoiled."""
+    """A copy of the teacher with one corrupted network."""
 
     def prepare(place: Place) -> None:
         (path,) = (copy(place, of, MODEL) / part).glob("*.safetensors")
@@ -220,7 +220,7 @@ def _weights() -> Iterator[Case]:
 
 
 def _networks(spoil: Spoil) -> dict[str, tuple[tuple[object, ...], Callable[[Place], None]]]:
-    """Commands on a folder one of whose networks is spoiled."""
+    """Commands on a folder with one corrupted network."""
     return {
         "build, the U-Net": (build(base=MODEL), _part(spoil)),
         "plug, the text encoder": (plug(base=MODEL), _part(spoil, "text_encoder", BASE2)),
@@ -284,7 +284,7 @@ def _pickled_file(suffix: str) -> Callable[[Place], None]:
 
 
 def _pickled_folder(suffix: str, of: At, to: At) -> Callable[[Place], None]:
-    """A folder whose weights are all pickles."""
+    """A folder in which all weights are pickles."""
 
     def prepare(place: Place) -> None:
         for path in list(copy(place, of, to).rglob("*.safetensors")):

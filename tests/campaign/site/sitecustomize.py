@@ -1,4 +1,4 @@
-"""Python loads this at the start of every process whose PYTHONPATH has this folder: the audit of ``audit.py``."""
+"""Start the audit of ``audit.py`` in every Python process whose PYTHONPATH contains this folder."""
 
 import importlib.util
 from pathlib import Path

@@ -19,7 +19,7 @@ distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
 
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
 Batch = Annotated[int, typer.Option(min=1, help="States per optimiser step, over all processes.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per batch; more need less memory.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per batch; more of them need less memory.")]
 Lr = Annotated[float, typer.Option(help="Peak learning rate.")]
 Schedule = Annotated[str, typer.Option(help="Learning-rate schedule: cosine or constant.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
@@ -284,7 +284,7 @@ def gain_command(
 
 
 def _options(words: list[str] | None, rank: int | None) -> dict[str, Any]:
-    """Parse the guide's options from NAME=VALUE words; numbers and true/false become JSON values."""
+    """Parse the guide's options from NAME=VALUE words; a value that is not JSON is taken as text."""
     import json
 
     options: dict[str, Any] = {} if rank is None else {"rank": rank}

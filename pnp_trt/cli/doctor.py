@@ -180,9 +180,7 @@ def render(checks: Sequence[Check]) -> RenderableType:
         parts += [table, Text()]
     fixes: dict[str, list[str]] = {}
     for check in checks:
-        if check.fix and (
-            check.kind != "package" or check.state == "warning"
-        ):  # other packages are fixed with the command that needs them
+        if check.fix and (check.kind != "package" or check.state == "warning"):  # others are fixed with their command
             fixes.setdefault(check.fix, []).append(check.name)
     if fixes:
         parts.append(Text("To fix it", style="bold"))

@@ -98,9 +98,7 @@ def _offer(folder: Path, most_loaded: int, cache: Path | None, fetch_base: bool)
     from ..serve.http.server import LoraOffer
     from ..serve.loras import read_loras
 
-    plugged = PlugCache(
-        (cache or default_home()).absolute(), fetch_base
-    )  # absolute, because replicas' processes may have another working directory
+    plugged = PlugCache((cache or default_home()).absolute(), fetch_base)  # replicas may have another working directory
     return LoraOffer(read_loras(folder), plugged.take, plugged.check, most_loaded)
 
 

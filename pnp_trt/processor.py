@@ -79,12 +79,12 @@ def slowdown(dtype: str) -> float:
 def least_seconds(call: Callable[[], Any], repeats: int = 5, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds of the fastest of ``repeats`` calls, after a warm-up call; slower ones were disturbed."""
     call()
-    taken = []
+    durations = []
     for _ in range(repeats):
-        begin = clock()
+        start = clock()
         call()
-        taken.append(clock() - begin)
-    return min(taken)
+        durations.append(clock() - start)
+    return min(durations)
 
 
 def mixed_precision(word: str, gpu: bool) -> str:

@@ -1,4 +1,4 @@
-"""A precision recipe that measures the error of bfloat16 storage: weights rounded to bfloat16, arithmetic in float32."""
+"""A precision recipe to measure the error of bfloat16 storage: weights rounded to bfloat16, arithmetic in float32."""
 
 from dataclasses import dataclass
 

@@ -66,6 +66,6 @@ def calibrate(
         path, record = run(config, force=force, progress=bar.stages)
     stdout_console().print(render(record))
     print(printable(f"record: {path}"))
-    words = ["pnp-trt build", f"--base {base}", f"--guide {guide}", "--precision int8"]
-    words += [f"--calibration {path}"] if out is not None else []
-    print(printable(f"next: {' '.join(words)}"))
+    command = ["pnp-trt build", f"--base {base}", f"--guide {guide}", "--precision int8"]
+    command += [f"--calibration {path}"] if out is not None else []
+    print(printable(f"next: {' '.join(command)}"))

@@ -53,10 +53,10 @@ def visualize(
         out,
     )
     with ProgressBar("visualize") as bar:
-        drawn = run(request, command=sys.argv[1:], progress=bar.note)
-    for path in drawn.files:
+        figures = run(request, command=sys.argv[1:], progress=bar.note)
+    for path in figures.files:
         print(printable(path))
-    print(printable(drawn.text, keep="\n"))
+    print(printable(figures.text, keep="\n"))
 
 
 def _words(text: str) -> list[str]:

@@ -26,7 +26,7 @@ def printable(value: Any, *, limit: int | None = None, keep: str = "") -> str:
 
 
 def printable_json(text: str) -> str:
-    """Return JSON text of ``json.dumps`` with DEL escaped, the only control character that ``dumps`` does not escape."""
+    """Return JSON text of ``json.dumps`` with DEL escaped, the only control character that it does not escape."""
     return text.replace("\x7f", "\\u007f")
 
 

@@ -122,39 +122,41 @@ def record(
     names = layer_names(len(guide.config["skip_channels"]))
 
     layers: list[FeatureMap] = []
-    seen: list[list[Measured]] = []  # of the current scale, a list per step
+    current: list[list[Measured]] = []  # of the current scale, a list per step
     images: list[np.ndarray] = []
     measured: list[list[list[Measured]]] = []  # [W][S][L]
 
-    def keep(_: Any, arguments: tuple[GuideInput], output: GuideOutput) -> None:
+    def record_step(_: Any, arguments: tuple[GuideInput], output: GuideOutput) -> None:
         pairs = _maps_and_residuals(arguments[0], output)
         if not layers:
             for name, (x, r) in zip(names, pairs, strict=True):
                 layers.append(FeatureMap(name, x.shape[1], x.shape[2], x.shape[3], r is not None))
-        seen.append([measure(r, x) for x, r in pairs])
-        for layer, m in zip(layers, seen[-1], strict=True):
+        current.append([measure(r, x) for x, r in pairs])
+        for layer, m in zip(layers, current[-1], strict=True):
             if not np.isfinite(m.residual):
                 raise PnpError(
                     f"the guide's residual for {layer.name} at w = {w_value:g}, timestep "
                     f"{int(arguments[0].timestep[0])} is not finite; check the guide's weights"
                 )
         if progress is not None:
-            progress(f"w = {w_value:g}", len(measured) * steps + len(seen), len(guidance) * steps)
+            progress(f"w = {w_value:g}", len(measured) * steps + len(current), len(guidance) * steps)
 
     # a hook measures the guide's actual inputs and outputs, so that the student's forward pass is not duplicated here
-    hook = guide.register_forward_hook(keep)
+    hook = guide.register_forward_hook(record_step)
     try:
         for w_value in guidance:
             w = torch.full((len(prompts),), w_value, device=device)
-            hint = guide.condition(w, (size, size))
+            guide_condition = guide.condition(w, (size, size))
 
-            def predict(x: Tensor, t: Tensor, w: Tensor = w, hint: Tensor | None = hint) -> Tensor:
-                return student(x, t, text, w, negative=empty, condition=hint, added_cond_kwargs=added)
+            def predict(
+                x: Tensor, t: Tensor, w: Tensor = w, guide_condition: Tensor | None = guide_condition
+            ) -> Tensor:
+                return student(x, t, text, w, negative=empty, condition=guide_condition, added_cond_kwargs=added)
 
-            seen = []
+            current = []
             latents = run_schedule(predict, start, schedule)
             images.append(_pixels(vae, latents[:1], w_value))
-            measured.append(seen)
+            measured.append(current)
     finally:
         hook.remove()
 

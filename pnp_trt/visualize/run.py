@@ -129,14 +129,14 @@ def visualize(
         "provenance": provenance(command, device=torch.cuda.get_device_name() if device.type == "cuda" else None),
     }
     run = f"{shortened(folder.name)} on {shortened(Path(request.base).name)}"
-    many = len(request.prompts) > 1
+    several_prompts = len(request.prompts) > 1
     prompt = excerpt(request.prompts[0])
     maps = draw_maps(recording, chosen, f"{run}, {prompt}, {request.steps} steps, seed {request.seed}")
-    whose = f"mean of {len(request.prompts)} prompts" if many else prompt
-    chart = draw_strength(recording, f"Injected strength: {run}, {whose}, {request.steps} steps")
+    prompt_label = f"mean of {len(request.prompts)} prompts" if several_prompts else prompt
+    chart = draw_strength(recording, f"Injected strength: {run}, {prompt_label}, {request.steps} steps")
     with deferred():
         files = _write(request.out, maps, chart, parameters, document)
-    text = describe(summary, f"{run}, {whose}, {request.steps} steps")
+    text = describe(summary, f"{run}, {prompt_label}, {request.steps} steps")
     return Visualization(files, document, text)
 
 

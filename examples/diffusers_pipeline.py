@@ -1,4 +1,4 @@
-"""A guide in diffusers' own pipeline: ``guidance_scale`` costs one evaluation of the U-Net per step instead of two.
+"""Use a guide in diffusers' own pipeline: CFG then takes one evaluation of the U-Net per step instead of two.
 
 python examples/diffusers_pipeline.py BASE_FOLDER GUIDE_FOLDER image.png
 """
@@ -25,7 +25,7 @@ def main(base: str, guide: str, file: str) -> None:
         image = pipe("a red apple", num_inference_steps=8, guidance_scale=3.0, generator=noise).images[0]
         print("guided:" if guided else "CFG:", sum(evaluated), "evaluations of the U-Net")
     image.save(file)
-    remove_guide(pipe)  # the pipeline is as it was
+    remove_guide(pipe)  # restores the original pipeline
 
 
 if __name__ == "__main__":

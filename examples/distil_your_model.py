@@ -2,7 +2,7 @@
 
     python examples/distil_your_model.py BASE_FOLDER prompts.txt OUT_FOLDER
 
-The settings are small, to show the way; ``pnp-trt distill guidance --help`` lists them all with their defaults.
+The settings are small for demonstration; ``pnp-trt distill guidance --help`` lists all of them with their defaults.
 """
 
 from __future__ import annotations

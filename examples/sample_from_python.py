@@ -2,7 +2,7 @@
 
     python examples/sample_from_python.py engines/emoji-tiny images
 
-``pnp-trt sample "a red apple"`` makes the bundle ``engines/emoji-tiny`` the first time it runs.
+``pnp-trt sample "a red apple"`` creates the bundle ``engines/emoji-tiny`` on its first run.
 """
 
 from __future__ import annotations

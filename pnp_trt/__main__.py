@@ -1,4 +1,4 @@
-"""``python -m pnp_trt`` is ``pnp-trt``."""
+"""Run ``pnp-trt`` as ``python -m pnp_trt``."""
 
 from .cli.app import main
 

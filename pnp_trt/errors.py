@@ -1,11 +1,11 @@
-"""Errors that pnp_trt raises: one clear sentence each, and the exit code of the command line.
+"""Errors that pnp_trt raises, each with a one-sentence message and an exit code for the command line.
 
 ::
 
     PnpError                    exit code 1: the work failed
     ├── InputError              exit code 2: the caller's input was wrong; nothing was changed
     │   ├── BundleNotFound      no bundle of this name
-    │   ├── BundleCorrupt       a bundle that is damaged, or not what its manifest states
+    │   ├── BundleCorrupt       a bundle that is damaged, or differs from its manifest
     │   ├── IncompatibleDevice  a bundle whose engines cannot run on this machine
     │   └── MissingDependency   a package that is not installed
     └── Cancelled               exit code 130: a callback stopped the work
@@ -13,13 +13,13 @@
 
 
 class PnpError(Exception):
-    """Something could not be done; the message states what, the value, and what to do."""
+    """The work failed; the message states what was wrong, the value, and what to do."""
 
     exit_code = 1
 
 
 class InputError(PnpError):
-    """The caller's input was wrong: a name, a range, a file; nothing was changed."""
+    """The caller's input was wrong, such as a name, a value or a file; nothing was changed."""
 
     exit_code = 2
 
@@ -29,7 +29,7 @@ class BundleNotFound(InputError):
 
 
 class BundleCorrupt(InputError):
-    """A bundle's manifest is not valid, or a file is not what the manifest states."""
+    """A bundle's manifest is not valid, or a file differs from what the manifest states."""
 
 
 class IncompatibleDevice(InputError):
@@ -37,7 +37,7 @@ class IncompatibleDevice(InputError):
 
 
 class MissingDependency(InputError):
-    """A package is not installed; the message has the command that installs it."""
+    """A package is not installed; the message includes the command that installs it."""
 
 
 class Cancelled(PnpError):

@@ -1,6 +1,6 @@
-"""How many cores of this machine may be used, and which half-precision types they multiply in hardware.
+"""The usable cores of this machine, and the half-precision types that its processor multiplies in hardware.
 
-Other types are emulated: each product is widened and each sum rounded, which costs ten times float32 and more.
+Other types are emulated: each product is widened and each sum rounded, which is ten or more times slower than float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-#: flags of ``/proc/cpuinfo`` (x86, Arm) of instructions that multiply matrices or vectors of a type
+#: flags in ``/proc/cpuinfo`` (x86, Arm) for instructions that multiply matrices or vectors of a type
 _FLAGS = {
     "bfloat16": frozenset({"amx_bf16", "avx512_bf16", "bf16"}),
     "float16": frozenset({"amx_fp16", "avx512_fp16", "asimdhp"}),
@@ -23,12 +23,12 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on; all of them where the system does not say."""
+    """Return the number of cores on which this process may run, or of all cores if the system does not report that."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def flags(cpuinfo: str) -> frozenset[str]:
-    """The processor's feature flags from the text of ``/proc/cpuinfo``: ``flags`` on x86, ``Features`` on Arm."""
+    """Return the processor's features from the text of ``/proc/cpuinfo``: ``flags`` on x86, ``Features`` on Arm."""
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
@@ -40,7 +40,7 @@ def flags(cpuinfo: str) -> frozenset[str]:
 def multiplies(dtype: str) -> bool:
     """Whether the processor multiplies ``bfloat16`` or ``float16`` in hardware.
 
-    Where neither the system nor PyTorch states this, the answer is no: float32 is then the fast type.
+    If neither the system nor PyTorch reports this, the result is False: float32 is then assumed to be faster.
     """
     try:
         return bool(_FLAGS[dtype] & flags(_CPUINFO.read_text(encoding="utf-8")))
@@ -49,21 +49,21 @@ def multiplies(dtype: str) -> bool:
 
 
 def _torch_knows(dtype: str) -> bool:
-    """What PyTorch detects, on systems without ``/proc/cpuinfo``."""
+    """Whether PyTorch detects the type, for systems without ``/proc/cpuinfo``."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
-        return dtype == "float16"  # every Apple M has it; bfloat16 came with the M2
+        return dtype == "float16"  # all Apple M processors have it; bfloat16 came with the M2
     try:
         import torch
 
-        known = torch.cpu.get_capabilities()
+        capabilities = torch.cpu.get_capabilities()
     except (ImportError, AttributeError):
         return False
-    return any(known.get(name, False) for name in _FLAGS[dtype])
+    return any(capabilities.get(name, False) for name in _FLAGS[dtype])
 
 
 @cache
 def slowdown(dtype: str) -> float:
-    """Time of a convolution in ``bfloat16`` or ``float16`` over its time in float32, measured on this processor."""
+    """Measure the time of a convolution in ``bfloat16`` or ``float16``, relative to float32, on this processor."""
     import torch
 
     x, weight = torch.ones(1, 64, 16, 16), torch.ones(64, 64, 3, 3)
@@ -77,24 +77,24 @@ def slowdown(dtype: str) -> float:
 
 
 def least_seconds(call: Callable[[], Any], repeats: int = 5, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of the fastest of some calls, after one that is not counted; others were interrupted."""
+    """Return the seconds of the fastest of ``repeats`` calls, after a warm-up call; slower ones were disturbed."""
     call()
-    taken = []
+    durations = []
     for _ in range(repeats):
-        begin = clock()
+        start = clock()
         call()
-        taken.append(clock() - begin)
-    return min(taken)
+        durations.append(clock() - start)
+    return min(durations)
 
 
 def mixed_precision(word: str, gpu: bool) -> str:
-    """``no``, ``bf16`` or ``fp16`` for a ``--mixed-precision`` of ``auto``; other words stay as they are.
+    """Resolve a ``--mixed-precision`` of ``auto`` to ``no``, ``bf16`` or ``fp16``; other values are returned unchanged.
 
-    ``auto`` takes bfloat16 where the device that trains multiplies it, float16 on GPUs that only have that, and
-    float32 on other processors.  A bf16 that was requested on a processor without it is warned of and kept.
+    ``auto`` means bfloat16 if the training device multiplies it in hardware, float16 on GPUs without bfloat16, and
+    float32 on other processors.  bf16 requested on a processor that emulates it is used, with a warning.
 
     Args:
-        gpu: whether a GPU trains.
+        gpu: whether training runs on a GPU.
     """
     if word == "bf16" and not gpu:
         warn_if_emulated("bfloat16")
@@ -108,13 +108,13 @@ def mixed_precision(word: str, gpu: bool) -> str:
 
 
 def warn_if_emulated(dtype: str) -> None:
-    """Warn, with the measured factor, where ``dtype`` is slower than float32 because the processor emulates it."""
+    """Warn, with the measured factor, if ``dtype`` is slower than float32 because the processor emulates it."""
     if multiplies(dtype):
         return
     factor = slowdown(dtype)
     if factor >= 1.5:
         warnings.warn(
-            f"this processor does not multiply {dtype}; it is emulated, about {factor:.0f} times slower than float32; "
-            "use --mixed-precision no, or auto",
+            f"this processor emulates {dtype}, which is about {factor:.0f} times slower than float32; "
+            "use --mixed-precision no or auto",
             stacklevel=3,
         )

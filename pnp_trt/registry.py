@@ -1,8 +1,8 @@
-"""Registries: named values that the package defines and that other packages add to.
+"""Registries of named values, which other packages can extend.
 
-A registry is filled where a value is defined, by :meth:`Registry.register`, and by installed packages through entry
-points of the group ``pnp_trt.<kind>``.  Built-in values may be given as ``"module:attribute"``, so that listing the
-names imports nothing.  Help texts, checks, tables and schemas read registries; a name is written once.
+Values are registered where they are defined, with :meth:`Registry.register`, or by installed packages through entry
+points of the group ``pnp_trt.<kind>``.  Built-in values may be references, ``"module:attribute"``, so that listing the
+names imports nothing.  Help texts, checks, tables and schemas read the registries, so that each name is written once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Registry(Generic[T]):
     def register(self, name: str, value: T) -> T: ...
 
     def register(self, name: str, value: T | None = None) -> T | Callable[[T], T]:
-        """Add ``value`` under ``name``; without a value, a decorator that adds what it decorates.
+        """Add ``value`` under ``name``; without a value, return a decorator that adds the decorated object.
 
         Raises:
             InputError: if another value has this name.
@@ -50,17 +50,17 @@ class Registry(Generic[T]):
         if value is None:
             return lambda decorated: self.register(name, decorated)
         if name in self._values and self._values[name] is not value:
-            raise InputError(f"the {self.noun} '{name}' is registered already; choose another name")
+            raise InputError(f"the {self.noun} '{name}' is already registered; choose another name")
         if name not in self._order:
             self._order.append(name)
         self._values[name] = value
         return value
 
     def get(self, name: str) -> T:
-        """The value of this name.
+        """Return the value of this name.
 
         Raises:
-            InputError: for an unknown name, with those that are known, or if its module cannot be imported.
+            InputError: for an unknown name, listing the known names, or if its module cannot be imported.
         """
         if name not in self._values and name not in self._references:
             self._discover()
@@ -74,7 +74,7 @@ class Registry(Generic[T]):
         return self.get(name)
 
     def names(self) -> tuple[str, ...]:
-        """All names, built-in ones first, then in the order of registration."""
+        """Return all names, built-in names first, then the others in the order of registration."""
         self._discover()
         return tuple(self._order)
 
@@ -88,27 +88,27 @@ class Registry(Generic[T]):
         return len(self.names())
 
     def items(self) -> list[tuple[str, T]]:
-        """Names and values, every value imported.
+        """Return all names and values, importing every value.
 
-        A value of another package that cannot be imported is left out with a warning: one broken package must not
-        stop what does not use it.
+        A value of another package that cannot be imported is left out with a warning, so that one broken package does
+        not affect code that does not use it.
         """
-        found = []
+        pairs = []
         for name in self.names():
             try:
-                found.append((name, self.get(name)))
+                pairs.append((name, self.get(name)))
             except InputError as e:
                 if name in self._builtin:
                     raise
                 warnings.warn(f"{e}; it is left out", stacklevel=2)
-        return found
+        return pairs
 
     def values(self) -> list[T]:
-        """All values, imported."""
+        """Return all values, importing each."""
         return [value for _, value in self.items()]
 
     def unregister(self, name: str) -> None:
-        """Remove a value that :meth:`register` added, for tests and interactive use."""
+        """Remove a value that was added by :meth:`register`, for tests and interactive use."""
         self._values.pop(name, None)
         if name not in self._references and name in self._order:
             self._order.remove(name)
@@ -130,6 +130,6 @@ class Registry(Generic[T]):
         except (ImportError, AttributeError) as e:
             raise InputError(
                 f"the {self.noun} '{name}' is registered as {module}:{attribute}, which cannot be imported ({e}); "
-                "install the package that provides it again"
+                "reinstall the package that provides it"
             ) from e
         return self._values.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""The version of the package, and of others that are installed."""
+"""The versions of this package and of other installed packages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
-    """The versions of those distributions that are installed; none of them is imported."""
-    found = {}
+    """Return the versions of the distributions that are installed, without importing them."""
+    versions = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -50,7 +50,7 @@ def test_an_unknown_name_lists_the_known_ones(codecs: Registry[object]) -> None:
 def test_a_name_is_registered_once(codecs: Registry[object]) -> None:
     codecs.register("a", 1)
     codecs.register("a", 1)  # the same value again, as when a module is reloaded
-    with pytest.raises(InputError, match="registered already"):
+    with pytest.raises(InputError, match="already registered"):
         codecs.register("a", 2)
 
 

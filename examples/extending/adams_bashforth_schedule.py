@@ -1,7 +1,7 @@
 """A schedule with history: the Adams–Bashforth method of order 2 on ε (Liu et al. 2022, PNDM, is its order 4).
 
-In y = x/α and r = σ/α the probability-flow ODE is dy/dr = ε.  With h = r′ − r and the step before it, h₋, the method is
-y′ = y + h·((1 + h/2h₋)·ε − h/2h₋·ε₋); the first step, which has none before it, is Euler's, which is DDIM.
+In y = x/α and r = σ/α, the probability-flow ODE is dy/dr = ε.  With the step h = r′ − r and the previous step h₋, the
+method is y′ = y + h·((1 + h/2h₋)·ε − h/2h₋·ε₋). The first step has no previous one and is Euler's, which is DDIM.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from pnp_trt.sampling.table import make_table
 
 @schedule("ab2", "Adams–Bashforth of order 2 on ε")
 def ab2(config: Config, steps: int) -> Schedule:
-    """The table; ε is what a step leaves for the next one."""
+    """Return the table; each step passes its ε on to the next."""
     check_steps(config, steps)
     t = np.round(np.linspace(0, training_steps(config) - 1, steps + 1)).astype(np.int64)[::-1]
     signal = alphas_cumprod(config)[t]

@@ -1,4 +1,4 @@
-"""A guide: one bias per channel of the mid block's output, from the prompt and w."""
+"""A guide that computes one bias per channel of the mid block's output from the prompt and w."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from pnp_trt.models.guides.parts import GuideInput, GuideOutput, signature, stre
 
 
 class ChannelGuide(Guide):
-    """A linear map of the prompt's mean text state; zero until it is trained."""
+    """A linear map of the prompt's mean text state, initialised to zero."""
 
     @register_to_config
     def __init__(
@@ -31,8 +31,8 @@ class ChannelGuide(Guide):
     def from_unet(cls, unet: Any, **options: Any) -> "ChannelGuide":
         return cls(**signature(unet), **options)
 
-    def forward(self, given: GuideInput) -> GuideOutput:
-        mid = given.features.mid_block_res_sample
-        bias = self.bias(given.encoder_hidden_states.mean(1))[:, :, None, None]
-        residual = strength(given.guidance, mid.dtype) * bias * torch.ones_like(mid)
-        return GuideOutput((None,) * len(given.features.down_block_res_samples), residual)
+    def forward(self, inputs: GuideInput) -> GuideOutput:
+        mid = inputs.features.mid_block_res_sample
+        bias = self.bias(inputs.encoder_hidden_states.mean(1))[:, :, None, None]
+        residual = strength(inputs.guidance, mid.dtype) * bias * torch.ones_like(mid)
+        return GuideOutput((None,) * len(inputs.features.down_block_res_samples), residual)

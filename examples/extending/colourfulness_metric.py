@@ -1,4 +1,4 @@
-"""A metric: colourfulness (Hasler and Süsstrunk 2003, equation for M̂⁽³⁾), the mean over the images."""
+"""A metric: mean colourfulness of the images (Hasler and Süsstrunk 2003, equation for M̂⁽³⁾)."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from pnp_trt.bench.metrics.fidelity import Estimate, mean
 
 
 def colourfulness(pixels: np.ndarray) -> np.ndarray:
-    """``[N]`` of images uint8 ``[N, H, W, 3]``."""
+    """Return the colourfulness ``[N]`` of images, uint8 ``[N, H, W, 3]``."""
     red, green, blue = np.moveaxis(pixels.astype(np.float64), -1, 0)
     opponents = np.stack([red - green, (red + green) / 2 - blue])
     spread = np.sqrt(opponents.var(axis=(2, 3)).sum(0))

@@ -1,7 +1,7 @@
-"""A family of base models: a convolutional denoiser in the place of Stable Diffusion's U-Net.
+"""A family of base models: a convolutional denoiser instead of Stable Diffusion's U-Net.
 
-Its folders are diffusers' with ``ConvolutionPipeline`` in ``model_index.json``; text encoder, VAE and scheduler are
-Stable Diffusion's.
+A model is a diffusers folder with ``ConvolutionPipeline`` in ``model_index.json``. Its text encoder, VAE and scheduler
+are Stable Diffusion's.
 """
 
 import json
@@ -19,7 +19,7 @@ from pnp_trt.models.teacher import BaseModel
 
 
 class ConvolutionDenoiser(ModelMixin, ConfigMixin):
-    """Two convolutions, shifted in between by the timestep and the prompt's mean text state."""
+    """Two convolutions, with a shift from the timestep and the prompt's mean text state between them."""
 
     @register_to_config
     def __init__(
@@ -44,7 +44,7 @@ class ConvolutionDenoiser(ModelMixin, ConfigMixin):
 
 
 class ConvolutionBase(BaseModel):
-    """The model in one folder; ``check`` loads what ``unet`` returns."""
+    """A model in one folder; ``check`` loads the network that ``unet`` returns."""
 
     def unet(self) -> Any:
         return load_network(ConvolutionDenoiser, self.folder / "unet").eval().requires_grad_(False)
@@ -54,7 +54,7 @@ class ConvolutionBase(BaseModel):
 
 
 class Convolution(Family):
-    """Known by the pipeline's name."""
+    """The family, recognised by the pipeline's name."""
 
     name = "convolution"
 

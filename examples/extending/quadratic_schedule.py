@@ -1,4 +1,4 @@
-"""A schedule of one evaluation a step: DDIM on quadratically spaced timesteps (Song et al. 2021, appendix D.2)."""
+"""A schedule with one evaluation per step: DDIM on quadratically spaced timesteps (Song et al. 2021, appendix D.2)."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A backend: ONNX's own reference implementation in numpy, which is slow and which all others can be compared with."""
+"""A backend: ONNX's reference implementation in numpy, slow, but a reference for all other backends."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from pnp_trt.sampling.network import Bound, Description, Network
 
 
 class OnnxReference(Backend):
-    """Runs the bundle's graphs as they were exported."""
+    """A backend that runs the bundle's graphs as exported."""
 
     name = "onnx-reference"
     label = "reference"
@@ -30,7 +30,7 @@ class OnnxReference(Backend):
 
     def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
         if target not in (None, "any"):
-            raise InputError(f"target is '{target}'; backend {self.name} runs everywhere; leave --target out")
+            raise InputError(f"target is '{target}', but backend {self.name} runs everywhere; omit --target")
         return "any"
 
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
@@ -51,7 +51,7 @@ class OnnxReference(Backend):
 
 
 class ReferenceNetwork(Network):
-    """One graph."""
+    """A network that runs one graph."""
 
     def __init__(self, path: Path, record: NetworkRecord) -> None:
         from onnx.reference import ReferenceEvaluator
@@ -67,7 +67,7 @@ class ReferenceNetwork(Network):
 
 
 class ReferenceBound(Bound):
-    """The inputs and the output of one batch."""
+    """The network with the inputs and the output of one batch."""
 
     def __init__(self, evaluator: Any) -> None:
         self.evaluator, self.inputs = evaluator, {}

@@ -1,4 +1,4 @@
-"""A precision recipe: weights rounded to bfloat16, arithmetic in float32: what bfloat16 storage costs."""
+"""A precision recipe to measure the error of bfloat16 storage: weights rounded to bfloat16, arithmetic in float32."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from pnp_trt.precision.recipes import Recipe
 
 @dataclass(frozen=True)
 class Bf16Rounded(Recipe):
-    """The limit is ten times bfloat16's rounding error of 2⁻⁹."""
+    """A recipe whose limit is ten times bfloat16's rounding error of 2⁻⁹."""
 
     name: str = "bf16-rounded"
     dtype: str = "float32"

@@ -1,4 +1,4 @@
-"""The command line: parse, call one library function, print."""
+"""The command line: each command parses its options, calls one library function and prints the result."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ app.command()(doctor.doctor)
 
 
 def main() -> None:
-    """Entry point: library errors become one sentence and an exit code; anything else is a bug."""
+    """Run the command line; an error of the library becomes one sentence and an exit code, any other error is a bug."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
-    for stream in (sys.stdout, sys.stderr):  # a terminal or PYTHONIOENCODING that lacks a character must not end a run
+    for stream in (sys.stdout, sys.stderr):  # a character that the encoding lacks must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -1,4 +1,4 @@
-"""A rich console that prints text as text: what comes out of tables and panels steers no terminal."""
+"""A rich console that escapes control characters, so that text in tables and panels cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..io.text import printable
 
 
 class PlainTextConsole(Console):
-    """Escapes control characters in everything that is rendered; rich's own styles are added after that."""
+    """A console that escapes control characters in all rendered text; rich's own styles are added afterwards."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As ``Console.render``, each piece of text printable; control codes are rich's own and stay."""
+        """Render as ``Console.render`` does, with text made printable; rich's own control codes are unchanged."""
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else printable(segment.text, keep="\n")
             yield segment if text == segment.text else Segment(text, segment.style, segment.control)
 
 
 def stdout_console() -> PlainTextConsole:
-    """Standard output; tables that go to a file or a log are not squeezed into eighty columns."""
+    """Return a console on standard output; off a terminal it is 130 columns wide, so that tables are not squeezed."""
     console = PlainTextConsole(markup=False)
     return console if console.is_terminal else PlainTextConsole(width=130, markup=False)

@@ -19,16 +19,16 @@ distill_app = typer.Typer(help="Train guides.", no_args_is_help=True)
 
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
 Batch = Annotated[int, typer.Option(min=1, help="States per optimiser step, over all processes.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per batch, to save memory.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per batch; more of them need less memory.")]
 Lr = Annotated[float, typer.Option(help="Peak learning rate.")]
 Schedule = Annotated[str, typer.Option(help="Learning-rate schedule: cosine or constant.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
-Ema = Annotated[float, typer.Option(min=0, max=1, help="Decay of the EMA weights, which are the result.")]
-Precision = Annotated[str, typer.Option(help="no, bf16, fp16, or auto: by the device.")]
+Ema = Annotated[float, typer.Option(min=0, max=1, help="Decay of the EMA weights, which become the guide.")]
+Precision = Annotated[str, typer.Option(help="no, bf16, fp16, or auto to choose by the device.")]
 Checkpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, slower.")
+    bool, typer.Option("--gradient-checkpointing", help="Recompute activations: uses less memory, but is slower.")
 ]
-Every = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
+Every = Annotated[int, typer.Option(min=1, help="Optimiser steps between checkpoints.")]
 Keep = Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")]
@@ -40,33 +40,35 @@ def _state_config(
 ) -> StateConfig:
     from ..distill.states import StateConfig
 
-    # forward was measured the better where there are images (docs/ablation.md)
+    # forward states were measured to be better if there are images (docs/ablation.md)
     kind = kind or ("trajectory" if images is None else "forward")
     steps = min(StateConfig.steps, count) if kind == "forward" else StateConfig.steps  # noised images are independent
-    # a small collection need not fill a shard of 32 trajectories
+    # a small number of states must not require a full shard of 32 trajectories
     batch = min(32, -(-count // steps))
     return StateConfig(kind, count, steps, w_min=w_min, w_max=w_max, negative=negative, batch=batch, seed=seed)
 
 
 @distill_app.command("states")
 def states_command(
-    states_dir: Annotated[Path, typer.Option(help="Where the shards are written.")],
+    states_dir: Annotated[Path, typer.Option(help="Folder for the shards.")],
     shards: Annotated[
-        str | None, typer.Option(help="First and last shard to make, such as 0-9; default: all that are missing.")
+        str | None, typer.Option(help="First and last shard to make, such as 0-9; default: all missing shards.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="As of distill guidance.")] = None,
-    images: Annotated[Path | None, typer.Option(help="As of distill guidance.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, as in distill guidance.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Images, as in distill guidance.")] = None,
     base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
-    states: Annotated[str | None, typer.Option(help="forward or trajectory, as of distill guidance.")] = None,
+    states: Annotated[str | None, typer.Option(help="forward or trajectory, as in distill guidance.")] = None,
     num_states: Annotated[int, typer.Option(min=1, help="States to collect, over all shards.")] = 19_200,
-    negative: Annotated[float, typer.Option(help="As of distill guidance.")] = 0.0,
-    w_min: Annotated[float, typer.Option(help="As of distill guidance.")] = 1.0,
-    w_max: Annotated[float, typer.Option(help="As of distill guidance.")] = 9.0,
+    negative: Annotated[
+        float, typer.Option(help="Share of states with a negative prompt, as in distill guidance.")
+    ] = 0.0,
+    w_min: Annotated[float, typer.Option(help="Smallest guidance scale, as in distill guidance.")] = 1.0,
+    w_max: Annotated[float, typer.Option(help="Largest guidance scale, as in distill guidance.")] = 9.0,
     seed: Seed = 0,
 ) -> None:
-    """Make states for stage 1 ahead of training, a part on each of many machines.
+    """Make the states for stage 1 before training, for example a range of shards on each of several machines.
 
-    Shards that are there are skipped. Copy all into one folder and give it to distill guidance as --states-dir, with
+    Existing shards are skipped. Copy all shards into one folder and pass it to distill guidance as --states-dir, with
     the same options.
     """
     from .progress import ProgressBar
@@ -81,14 +83,14 @@ def states_command(
     )  # fmt: skip
     part = None if shards is None else _range(shards)
     with ProgressBar("states") as bar:
-        made, total = collect_states(config, part, progress=bar.stages)
-    print(printable(f"{made} of {total} shards are in {states_dir}"))
-    if made == total:
+        finished, total = collect_states(config, part, progress=bar.stages)
+    print(printable(f"{finished} of {total} shards are in {states_dir}"))
+    if finished == total:
         print(printable(f"next: pnp-trt distill guidance --states-dir {states_dir} --out GUIDE, with the same options"))
 
 
 def _range(text: str) -> tuple[int, int]:
-    """``A-B`` or ``A``.
+    """Parse a range of shards, ``A-B`` or ``A``.
 
     Raises:
         InputError: for anything else.
@@ -104,32 +106,37 @@ def guidance(
     out: Annotated[Path, typer.Option(help="Folder for the guide.")],
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of images with captions in metadata.jsonl, or NAME.txt beside each.")
+        Path | None,
+        typer.Option(help="Folder of images, with captions in metadata.jsonl or in a NAME.txt beside each image."),
     ] = None,
     base: Annotated[str, typer.Option(help="The teacher.")] = "emoji",
     guide: Annotated[str, typer.Option(help="Guide design: {guides}.")] = "tiny",
     states: Annotated[
         str | None,
         typer.Option(
-            help="forward: noised images of --images, the default with --images; trajectory: the teacher's own "
-            "guided runs, the default without."
+            help="Kind of states: forward, noised images of --images, the default with --images; or trajectory, from "
+            "the teacher's own guided runs, the default without."
         ),
     ] = None,
     num_states: Annotated[int, typer.Option(min=1, help="States to collect.")] = 19_200,
-    states_dir: Annotated[Path | None, typer.Option(help="Where states are cached; default OUT/states.")] = None,
+    states_dir: Annotated[
+        Path | None, typer.Option(help="Folder where states are cached; default: OUT/states.")
+    ] = None,
     negative: Annotated[
-        float, typer.Option(help="Share of states with a negative prompt; above 0 the guide serves negative prompts.")
+        float,
+        typer.Option(help="Share of states with a negative prompt; above 0, the guide supports negative prompts."),
     ] = 0.0,
     sharpen: Annotated[
         str | None,
         typer.Option(
-            help="A guide that gets a sharpener for negative prompts; nothing else of it is trained. "
-            "Needs --negative, best 1."
+            help="A guide to give a sharpener for negative prompts; only the sharpener is trained. "
+            "Requires --negative, preferably 1."
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Tiny guide: inner channels; default 48.")] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="Design option of the guide, NAME=VALUE, such as trunk_kind=attention.")
+        list[str] | None,
+        typer.Option(help="Option of the guide's design as NAME=VALUE, such as trunk_kind=attention; repeatable."),
     ] = None,
     steps: Steps = 1500,
     batch: Batch = 48,
@@ -142,9 +149,11 @@ def guidance(
     gradient_checkpointing: Checkpointing = False,
     w_min: Annotated[float, typer.Option(help="Smallest guidance scale to learn.")] = 1.0,
     w_max: Annotated[float, typer.Option(help="Largest guidance scale to learn.")] = 9.0,
-    w_distribution: Annotated[str, typer.Option(help="uniform, or log-uniform.")] = "uniform",
+    w_distribution: Annotated[str, typer.Option(help="Distribution of w: uniform or log-uniform.")] = "uniform",
     weighting: Annotated[str, typer.Option(help="Weighting of the error: x0, guidance, w or none.")] = "x0",
-    feature_matching: Annotated[float, typer.Option(help="Weight of the feature error; also runs the teacher.")] = 0.0,
+    feature_matching: Annotated[
+        float, typer.Option(help="Weight of the feature error; above 0, the teacher runs too.")
+    ] = 0.0,
     checkpoint_every: Every = 250,
     keep: Keep = 2,
     grid_steps: GridSteps = 20,
@@ -153,7 +162,7 @@ def guidance(
 ) -> None:
     """Stage 1: train a guide to replace the two U-Net evaluations of classifier-free guidance by one.
 
-    Several processes or machines: accelerate launch -m pnp_trt distill guidance ...
+    On several processes or machines: accelerate launch -m pnp_trt distill guidance ...
     """
     from .progress import ProgressBar
     from .requirements import require_packages
@@ -174,28 +183,28 @@ def guidance(
     )  # fmt: skip
     with ProgressBar("distill") as bar:
         report = distill(config, resume=resume, progress=bar.stages)
-    if not report:  # another process of several reports
+    if not report:  # of several processes, only the first reports
         return
     _print_size(out, report)
     print(f"relative error on held-out states: {report['held_out']['residual']:.1%}")
     if grid_steps:
-        print(printable(f"images and the teacher's: {out / 'grid.png'}"))
+        print(printable(f"images of student and teacher: {out / 'grid.png'}"))
     print(printable(f"next: pnp-trt build --base {base} --guide {out}"))
 
 
 @distill_app.command("steps", cls=with_former_names({"--pictures": "--grid", "--no-pictures": "--no-grid"}))
 def steps_command(
-    guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or a bundled one's name.")],
-    out: Annotated[Path, typer.Option(help="Folder; the guide of each halving goes to OUT/steps-N.")],
+    guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or the name of a bundled guide.")],
+    out: Annotated[Path, typer.Option(help="Folder; the guide of each halving is written to OUT/steps-N.")],
     to: Annotated[int, typer.Option(help="Sampling steps of the last guide, such as 16, 8 or 4.")] = 8,
     start: Annotated[int, typer.Option("--from", help="Sampling steps of the first teacher.")] = 32,
     base: Annotated[str | None, typer.Option(help="The teacher; default: the guide's own.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, one prompt per line; default: the guide's own.")
     ] = None,
-    trajectories: Annotated[int, typer.Option(min=1, help="Sampling runs that each halving learns from.")] = 640,
+    trajectories: Annotated[int, typer.Option(min=1, help="Sampling runs to train on, per halving.")] = 640,
     weighting: Annotated[str, typer.Option(help="Weighting of the error: landing or none.")] = "landing",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each halving.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps per halving.")] = 600,
     batch: Batch = 32,
     accumulate: Accumulate = 1,
     lr: Lr = 5e-4,
@@ -212,7 +221,7 @@ def steps_command(
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
-    """Stage 2: teach a guide to reach in half the sampling steps what it reached before, again and again."""
+    """Stage 2: repeatedly halve a guide's sampling steps, training it to match its own results with twice as many."""
     from .progress import ProgressBar
     from .requirements import require_packages
 
@@ -230,31 +239,33 @@ def steps_command(
     with ProgressBar("distill") as bar:
         reports = distill(config, resume=resume, progress=bar.stages)
     for report in reports:
-        held = report["held_out"]
+        errors = report["held_out"]
         print(
             f"{out / ('steps-' + str(report['to']))}: {report['from']} to {report['to']} steps in "
-            f"{report['seconds']:.0f} s; {held['residual']:.1%} of the error before training remains"
+            f"{report['seconds']:.0f} s; {errors['residual']:.1%} of the initial error remains"
         )
     print(printable(f"next: pnp-trt build --base {reports[-1]['settings']['base']} --guide {out / f'steps-{to}'}"))
 
 
 @distill_app.command("gain")
 def gain_command(
-    guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or a bundled one's name.")],
-    out: Annotated[Path, typer.Option(help="Folder for the new guide; the given one stays as it is.")],
+    guide: Annotated[str, typer.Option(help="A stage 1 guide: a folder, or the name of a bundled guide.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new guide; the original guide is not changed.")],
     values: Annotated[
-        int, typer.Option(min=1, help="Values of the table over the timesteps; 1 fits a constant factor.")
+        int, typer.Option(min=1, help="Number of values in the table over the timesteps; 1 fits a constant factor.")
     ] = 9,
-    factor: Annotated[float | None, typer.Option(help="A constant factor to use; nothing is fitted.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Constant factor to use instead of fitting one.")] = None,
     base: Annotated[str | None, typer.Option(help="The teacher; default: the guide's own.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, one prompt per line; default: the guide's own.")
     ] = None,
-    num_states: Annotated[int, typer.Option(min=1, help="States to compare lengths on.")] = 640,
-    seed: Annotated[int, typer.Option(help="Random seed of the states; other than the guide's, to hold them out.")] = 1,
+    num_states: Annotated[int, typer.Option(min=1, help="Number of states on which lengths are compared.")] = 640,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of the states; use another than the guide's, so that they are held out.")
+    ] = 1,
     resume: Resume = False,
 ) -> None:
-    """Scale a guide's residuals over the timesteps until its guidance is as strong as the teacher's; no training."""
+    """Scale a guide's residuals over the timesteps to make its guidance as strong as the teacher's; no training."""
     from .progress import ProgressBar
     from .requirements import require_packages
 
@@ -265,27 +276,27 @@ def gain_command(
     with ProgressBar("distill") as bar:
         report = fit(config, resume=resume, progress=bar.stages)
     length = report["length"]
-    print("timestep   length before   after, as a share of the teacher's")
+    print("timestep   length before   after (relative to the teacher's)")
     for t, before, after in zip(length["timestep"], length["before"], length["after"], strict=True):
         print(f"{t:8.0f}   {before:13.2f}   {after:5.2f}")
     print(f"gain: {', '.join(f'{g:.3g}' for g in report['gain'])}")
     print(printable(f"next: pnp-trt build --base {report['settings']['base']} --guide {out}"))
 
 
-def _options(given: list[str] | None, rank: int | None) -> dict[str, Any]:
-    """The guide's options from NAME=VALUE words; numbers and true/false are read as such."""
+def _options(words: list[str] | None, rank: int | None) -> dict[str, Any]:
+    """Parse the guide's options from NAME=VALUE words; a value that is not JSON is taken as text."""
     import json
 
-    found: dict[str, Any] = {} if rank is None else {"rank": rank}
-    for word in given or []:
+    options: dict[str, Any] = {} if rank is None else {"rank": rank}
+    for word in words or []:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise InputError(f"--option takes NAME=VALUE, got '{word}'")
         try:
-            found[name] = json.loads(value)
+            options[name] = json.loads(value)
         except (ValueError, RecursionError):
-            found[name] = value
-    return found
+            options[name] = value
+    return options
 
 
 def _print_size(out: Path, report: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""What is installed, what is missing for which command, and the command that fixes it.
+"""``pnp-trt doctor``: check what is installed, which commands lack packages, and how to install them.
 
-Nothing heavy is imported: packages are looked up by their metadata and their module's file, so that a broken install
-is reported instead of raised, and the answer comes in a fraction of a second.
+Nothing heavy is imported: packages are looked up by their metadata and their module's file. A broken installation is
+thus reported instead of raising an error, and the check takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ State = Literal["ok", "missing", "broken", "warning", "absent"]
 Kind = Literal["command", "option", "package", "machine"]
 
 OLDEST_PYTHON = (3, 11)
-LITTLE_MEMORY = 2 << 30  # a build of the bundled model peaks below it
+LITTLE_MEMORY = 2 << 30  # a build of the bundled model peaks below this
 LITTLE_DISK = 1 << 30
 
 #: Distribution name -> top-level module, where they differ.
@@ -52,13 +52,13 @@ _MODULES = {
     "nvidia-modelopt": "modelopt",
     "nvidia-ml-py": "pynvml",
 }
-#: Any of a group's names will do; the first is what pip installs here.
-_HAS_CUDA_BUILD = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere the plain one is installed
+#: Alternative distributions of one package, in order of preference: the first is what pip installs on this platform.
+_HAS_CUDA_BUILD = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere the plain build is installed
 _RUNTIME = ("onnxruntime-gpu", "onnxruntime") if _HAS_CUDA_BUILD else ("onnxruntime", "onnxruntime-gpu")
 
 
 def _requirements() -> list[Requirement]:
-    """What pnp-trt's metadata asks for; nothing where it is not installed or its metadata cannot be parsed."""
+    """The requirements in pnp-trt's metadata; none if it is not installed or its metadata cannot be parsed."""
     try:
         return [Requirement(line) for line in importlib.metadata.requires("pnp-trt") or []]
     except (ValueError, importlib.metadata.PackageNotFoundError):
@@ -70,7 +70,7 @@ def _extras() -> dict[str, tuple[tuple[str, ...], ...]]:
     names = importlib.metadata.metadata("pnp-trt").get_all("Provides-Extra") if requirements else []
     out: dict[str, tuple[tuple[str, ...], ...]] = {}
     for extra in ("", *(names or [])):
-        # a requirement of the base install holds for every extra too, and is listed once
+        # a requirement of the base installation applies to every extra too, but is listed only once
         own = [r.name for r in requirements if (r.marker is None and not extra) or _asks(r, extra)]
         out[extra] = tuple(_RUNTIME if name in _RUNTIME else (name,) for name in own)
     return out
@@ -83,11 +83,11 @@ def _asks(requirement: Requirement, extra: str) -> bool:
     return not extra or not marker.evaluate({"extra": ""})
 
 
-#: Extra -> the packages that it adds, of pnp-trt's own metadata; "" is the base install.  An extra that the metadata of
-#: an older installation lacks adds none.
+#: Extra -> the packages that it adds, from pnp-trt's own metadata; "" is the base installation.  An extra that the
+#: metadata of an older installation lacks adds none.
 EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = defaultdict(tuple, _extras())
 _ENERGY = "bench, energy column"
-#: Command or option -> the extras that it needs, and what it is for.
+#: Commands and options, each with the extras that it needs and its purpose.
 _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
     ("command", "sample", ("",), "generate images with a built engine"),
     ("command", "build", ("", "build"), "build an engine"),
@@ -104,22 +104,22 @@ _USES: tuple[tuple[Kind, str, tuple[str, ...], str], ...] = (
 
 
 def _uses() -> list[tuple[Kind, str, tuple[str, ...], str]]:
-    """Every command and option, those of the registered backends last."""
-    found = list(_USES)
+    """All commands and options, with those of the registered backends last."""
+    uses = list(_USES)
     for name, needs in backends.all_needs().items():
         extras = ("", *dict.fromkeys(("build", needs.extra))) if needs.extra else ("",)
-        found.append(("option", f"--backend {name}", extras, needs.summary))
-    return found
+        uses.append(("option", f"--backend {name}", extras, needs.summary))
+    return uses
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
-    kind: "command" and "option" are what can be run, "package" what is installed, "machine" what it runs on.
-    state: "ok"; "missing" (not installed) or "broken" (installed, but not whole); "warning" (works, but look);
-    "absent" (optional hardware that is not there).  detail: the version or the reason.  fix: the command that fixes
-    it, None where nothing needs mending or no command can.  needed_by: the commands and options that need it.
+    kind: "command" or "option" (something to run), "package" (something to install) or "machine" (hardware or system).
+    state: "ok"; "missing" (not installed); "broken" (incompletely installed); "warning" (works, but deserves a look);
+    "absent" (optional hardware that does not exist here).  detail: the version or the reason.  fix: the command that
+    fixes it, or None if nothing needs fixing or no command can.  needed_by: the commands and options that need it.
     """
 
     name: str
@@ -131,12 +131,12 @@ class Check:
 
 
 def diagnose(engines: Path | None = None) -> list[Check]:
-    """Look at everything, commands first, then options, packages and the machine.
+    """Run all checks, in the order commands, options, packages, machine.
 
     engines: the folder of built engines, whose names are listed with `sample`.
     """
-    wanted = _required_versions()
-    packages = {name: _package(alternatives, wanted) for name, alternatives in _all_packages()}
+    required = _required_versions()
+    packages = {name: _package(alternatives, required) for name, alternatives in _all_packages()}
     checks = [_use(use, packages) for use in _uses()]
     if engines is not None:
         checks = [_with_engines(check, engines) if check.name == "sample" else check for check in checks]
@@ -148,17 +148,17 @@ def diagnose(engines: Path | None = None) -> list[Check]:
 
 
 def ok(checks: Iterable[Check]) -> bool:
-    """Whether `pnp-trt sample` works: what the exit code of `pnp-trt doctor` states."""
+    """Whether `pnp-trt sample` works, which decides the exit code of `pnp-trt doctor`."""
     return all(check.state in ("ok", "warning") for check in checks if check.name in ("sample", "python"))
 
 
 def as_dict(checks: Sequence[Check]) -> dict[str, Any]:
-    """The checks as JSON holds them: `{"ok": bool, "checks": [...]}`."""
+    """Return the checks in JSON form: `{"ok": bool, "checks": [...]}`."""
     return {"ok": ok(checks), "checks": [{**asdict(check), "needed_by": list(check.needed_by)} for check in checks]}
 
 
 def render(checks: Sequence[Check]) -> RenderableType:
-    """The checks as a rich renderable: what runs, what to type for the rest, then the packages and the machine."""
+    """Return the checks for a terminal: commands and options, packages, the machine, then the commands that fix."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -180,7 +180,7 @@ def render(checks: Sequence[Check]) -> RenderableType:
         parts += [table, Text()]
     fixes: dict[str, list[str]] = {}
     for check in checks:
-        if check.fix and (check.kind != "package" or check.state == "warning"):  # the rest is fixed with its command
+        if check.fix and (check.kind != "package" or check.state == "warning"):  # others are fixed with their command
             fixes.setdefault(check.fix, []).append(check.name)
     if fixes:
         parts.append(Text("To fix it", style="bold"))
@@ -200,50 +200,50 @@ def _all_packages() -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _required_versions() -> dict[str, Any]:
-    """Distribution name -> the versions that pnp-trt's metadata asks for; empty where that cannot be read."""
+    """Distribution name -> the versions that pnp-trt's metadata requires; empty if the metadata cannot be read."""
     return {each.name: each.specifier for each in _requirements() if each.specifier}
 
 
-def _package(alternatives: tuple[str, ...], wanted: dict[str, Any]) -> Check:
-    """A package's version, whether it is one that was requested, and whether its module is really there."""
+def _package(alternatives: tuple[str, ...], required: dict[str, Any]) -> Check:
+    """Check a package: whether it is installed, its module exists and its version is supported."""
     name = alternatives[0]
     extra = next(extra for extra, groups in EXTRAS.items() if alternatives in groups)
     needed_by = tuple(use for _, use, extras, _ in _uses() if extra in extras)
-    found = {each: version for each in alternatives if (version := _version(each)) is not None}
-    if not found:
+    versions = {each: version for each in alternatives if (version := _version(each)) is not None}
+    if not versions:
         return Check(name, "package", "missing", "not installed", install(extra), needed_by)
-    if len(found) > 1:
-        # both own the same folder, so that removing either breaks the other and the last one installed wins
-        remove = shlex.join([*_pip(), "uninstall", "-y", *found])
+    if len(versions) > 1:
+        # both own the same folder: the last one installed overwrites the other, and removing either breaks both
+        remove = shlex.join([*_pip(), "uninstall", "-y", *versions])
         return Check(
             name,
             "package",
             "warning",
-            f"{' and '.join(found)} are both installed and overwrite each other",
+            f"{' and '.join(versions)} are both installed and overwrite each other",
             f"{remove} && {install(extra)}",
             needed_by,
         )
-    ((installed, version),) = found.items()
+    ((installed, version),) = versions.items()
     module = _MODULES.get(installed, installed.replace("-", "_"))
     if not _module_exists(module):
-        again = shlex.join([*_pip(), "install", "--force-reinstall", "--no-deps", f"{installed}=={version}"])
+        reinstall = shlex.join([*_pip(), "install", "--force-reinstall", "--no-deps", f"{installed}=={version}"])
         detail = f"{version} is installed, but its module {module} is missing"
-        return Check(name, "package", "broken", detail, again, needed_by)
-    versions = wanted.get(installed)
-    if versions is not None and not versions.contains(version, prereleases=True):
-        return Check(name, "package", "warning", f"{version}; {versions} is supported", install(extra), needed_by)
+        return Check(name, "package", "broken", detail, reinstall, needed_by)
+    supported = required.get(installed)
+    if supported is not None and not supported.contains(version, prereleases=True):
+        return Check(name, "package", "warning", f"{version}; {supported} is supported", install(extra), needed_by)
     return Check(name, "package", "ok", version if installed == name else f"{installed} {version}", None, needed_by)
 
 
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution) or "unknown version"
-    except Exception:  # metadata that cannot be parsed is as good as none
+    except Exception:  # metadata that cannot be parsed counts as missing
         return None
 
 
 def _module_exists(module: str) -> bool:
-    """Whether the module's file is there; a folder left behind without an `__init__` does not count."""
+    """Whether the module's file exists; a leftover folder without an `__init__` does not count."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError, AttributeError):
@@ -252,20 +252,20 @@ def _module_exists(module: str) -> bool:
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra ("" is the base): from the checkout where there is one, else by name."""
+    """Return the command that installs an extra ("" for the base): from the checkout if there is one, else by name."""
     root = Path(__file__).resolve().parents[2]
     bracket = f"[{extra}]" if extra else ""
     if (root / "pyproject.toml").is_file():
-        where = os.path.relpath(root)
-        return shlex.join([*_pip(), "install", "-e", f"{where if not where.startswith('..') else root}{bracket}"])
+        checkout = os.path.relpath(root)
+        return shlex.join([*_pip(), "install", "-e", f"{checkout if not checkout.startswith('..') else root}{bracket}"])
     return shlex.join([*_pip(), "install", f"pnp-trt{bracket}"])
 
 
 def _pip() -> list[str]:
-    """How to reach the pip of this very interpreter, written short where it lies below the current folder."""
+    """The command for this interpreter's pip, with a relative path if the interpreter is below the current folder."""
     python = os.path.relpath(sys.executable) if sys.executable else "python"
     python = sys.executable if python.startswith("..") else python
-    # importlib.util would ask setuptools' finder, which takes a search for pip for an import of it, and from then on
+    # importlib.util would call setuptools' finder, which mistakes a search for pip for an import of it; after that,
     # setuptools, and with it torch.compile, could not be imported into this process (Python 3.11)
     if PathFinder.find_spec("pip") is None and shutil.which("uv"):
         return ["uv", "pip"]
@@ -277,8 +277,8 @@ def _pip() -> list[str]:
 
 def _use(use: tuple[Kind, str, tuple[str, ...], str], packages: dict[str, Check]) -> Check:
     kind, name, extras, purpose = use
-    named = dict.fromkeys(group[0] for extra in extras for group in EXTRAS[extra])  # two extras may name one package
-    bad = [packages[name] for name in named if packages[name].state in ("missing", "broken")]
+    needed = dict.fromkeys(group[0] for extra in extras for group in EXTRAS[extra])  # two extras may share a package
+    bad = [packages[name] for name in needed if packages[name].state in ("missing", "broken")]
     if not bad:
         return Check(name, kind, "ok", purpose)
     lacking = [extra for extra in extras if any(packages[group[0]] in bad for group in EXTRAS[extra])]
@@ -296,20 +296,23 @@ def _use(use: tuple[Kind, str, tuple[str, ...], str], packages: dict[str, Check]
 
 
 def _with_engines(sample: Check, engines: Path) -> Check:
-    """`sample` with the engines that are there; the bundled model's is assembled at the first call."""
+    """Add the built engines to the check of `sample`; the bundled model's engine is assembled at the first call."""
     if sample.state != "ok":
         return sample
     # `known_bundles` would load numpy
     names = sorted(manifest.parent.name for manifest in engines.glob("*/manifest.json"))
-    built = ", ".join(names) or "none yet, the first call assembles the bundled model's"
+    built = ", ".join(names) or "no engine yet; the first call assembles the bundled model's"
     return replace(sample, detail=f"{sample.detail}: {built}")
 
 
 def _with_gpu(backend: Check, gpu: Check, without_gpu: str) -> Check:
-    """A backend, or the energy column, on this machine: some do nothing without a GPU, some compile for others."""
+    """Adapt the check of a backend, or of the energy column, to a machine without a GPU.
+
+    Without one, some backends do nothing and some only compile for other machines.
+    """
     if gpu.state == "ok" or without_gpu == "runs":
         return backend
-    if without_gpu == "nothing":  # nothing that could be installed would help
+    if without_gpu == "nothing":  # installing packages would not help
         return replace(backend, state="absent", detail=f"{backend.detail}; no GPU was found", fix=None)
     if backend.state == "ok":
         return replace(backend, detail=f"{backend.detail}; no GPU was found, so its engines run on another machine")
@@ -317,7 +320,7 @@ def _with_gpu(backend: Check, gpu: Check, without_gpu: str) -> Check:
 
 
 def _cuda_provider(gpu: Check) -> Check:
-    """ONNX Runtime's CUDA provider: the build that has it, its library, a driver."""
+    """Check ONNX Runtime's CUDA provider: the GPU build, its library, a GPU and CUDA's libraries."""
     name = "--provider cuda"
     spec = None
     with contextlib.suppress(ImportError, ValueError, AttributeError):
@@ -328,8 +331,8 @@ def _cuda_provider(gpu: Check) -> Check:
         return Check(name, "option", "missing", "needs onnxruntime-gpu", install(""))
     library = "onnxruntime_providers_cuda.dll" if sys.platform == "win32" else "libonnxruntime_providers_cuda.so"
     if not (Path(spec.origin).parent / "capi" / library).is_file():
-        again = shlex.join([*_pip(), "install", "--force-reinstall", "--no-deps", "onnxruntime-gpu"])
-        return Check(name, "option", "broken", f"{library} is not in the package", again)
+        reinstall = shlex.join([*_pip(), "install", "--force-reinstall", "--no-deps", "onnxruntime-gpu"])
+        return Check(name, "option", "broken", f"{library} is not in the package", reinstall)
     if gpu.state != "ok":
         return Check(name, "option", "absent", "installed, but no GPU was found; the CPU is used")
     absent = [each for each in ("cudnn", "cublas", "cudart") if not _cuda_library(each)]
@@ -340,7 +343,7 @@ def _cuda_provider(gpu: Check) -> Check:
 
 
 def _cuda_library(name: str) -> bool:
-    """Whether a CUDA library is on the loader's path or in one of NVIDIA's wheels."""
+    """Whether a CUDA library is on the loader's path or in an installed NVIDIA wheel."""
     if ctypes.util.find_library(name):
         return True
     with contextlib.suppress(ImportError, ValueError, AttributeError):
@@ -355,12 +358,12 @@ def _cuda_library(name: str) -> bool:
 
 
 def _python() -> Check:
-    found = platform.python_version()
+    version = platform.python_version()
     if sys.version_info[:2] < OLDEST_PYTHON:
-        wanted = ".".join(map(str, OLDEST_PYTHON))
-        fix = f"make a virtual environment with Python {wanted} or newer: python{wanted} -m venv .venv"
-        return Check("python", "machine", "broken", f"{found}; {wanted} or newer is needed", fix)
-    return Check("python", "machine", "ok", f"{found}, {platform.system()} {platform.machine()}")
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        fix = f"make a virtual environment with Python {oldest} or newer: python{oldest} -m venv .venv"
+        return Check("python", "machine", "broken", f"{version}; {oldest} or newer is needed", fix)
+    return Check("python", "machine", "ok", f"{version}, {platform.system()} {platform.machine()}")
 
 
 def _cores() -> Check:
@@ -386,17 +389,17 @@ def _disk() -> Check:
 
 
 def _gpu() -> Check:
-    """The GPUs that NVIDIA's driver library names, asked without torch."""
+    """Check the GPUs that NVIDIA's driver library lists, without torch."""
     if not driver_present():
         if shutil.which("nvidia-smi"):
-            return Check("gpu", "machine", "warning", "nvidia-smi was found, the CUDA driver library was not")
+            return Check("gpu", "machine", "warning", "nvidia-smi was found, but the CUDA driver library was not")
         return Check("gpu", "machine", "absent", "no NVIDIA driver; everything runs on the CPU")
     try:
-        names = [found.name for found in present_gpus()]
+        names = [gpu.name for gpu in present_gpus()]
     except (AttributeError, OSError) as error:
-        return Check("gpu", "machine", "warning", f"the CUDA driver does not answer ({error})")
+        return Check("gpu", "machine", "warning", f"the CUDA driver does not respond ({error})")
     if not names:
-        return Check("gpu", "machine", "absent", "a CUDA driver without a device; everything runs on the CPU")
+        return Check("gpu", "machine", "absent", "a CUDA driver, but no device; everything runs on the CPU")
     return Check("gpu", "machine", "ok", ", ".join(names))
 
 
@@ -407,7 +410,7 @@ def _size(number: int) -> str:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What is installed, what is missing for which command, and the command that fixes it."""
+    """Show what is installed, what is missing for which command, and how to install it."""
     from ..bundle.store import engines_home
 
     checks = diagnose(engines_home())

@@ -1,4 +1,4 @@
-"""The commands that make engines and look at them: build, inspect, list, verify."""
+"""The commands that build and examine engines: build, inspect, list, verify."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from ..errors import InputError, PnpError
 from ..io.text import printable, printable_json
 
-#: GiB; no GPU has as much
+#: in GiB, more than any GPU has
 _MOST_WORKSPACE = 65_536
 
 
@@ -19,39 +19,41 @@ def build(
     base: Annotated[
         str,
         typer.Option(
-            help="emoji, a bundled fine-tune, a diffusers folder, a .safetensors checkpoint, a hub id, or random:sd15."
+            help="Base model: emoji, a bundled fine-tune, a diffusers folder, a .safetensors checkpoint, a hub id, or "
+            "random:sd15."
         ),
     ] = "emoji",
     guide: Annotated[
-        str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the teacher alone.")
+        str, typer.Option(help="A bundled guide, a guide's folder, or 'none' for the teacher without a guide.")
     ] = "auto",
-    backend: Annotated[str, typer.Option(help="What runs the networks: {backends}.")] = "onnxruntime",
+    backend: Annotated[str, typer.Option(help="Backend that runs the networks: {backends}.")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="{recipes}.")] = "fp32",
     target: Annotated[
         str | None,
         typer.Option(
-            help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable for tensorrt-rtx; "
-            "for torch how to run: eager or compile."
+            help="GPU to compile for: sm_75, sm_80, sm_86, sm_89, sm_120 or portable with tensorrt-rtx; with torch, "
+            "eager or compile."
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="For int8, a record of pnp-trt calibrate; default: that of base and guide.")
+        Path | None,
+        typer.Option(help="Record of pnp-trt calibrate, for int8; default: the record for this base and guide."),
     ] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(help="Batch sizes and image sizes in pixels: b1, b2-8, b1@512x768, b1-4@256-768; repeatable."),
     ] = None,
     workspace: Annotated[
-        float | None, typer.Option(min=0, help="Limit of the compiler's GPU workspace, in GiB.")
+        float | None, typer.Option(min=0, help="Limit for the compiler's GPU workspace, in GiB.")
     ] = None,
     refittable: Annotated[
-        bool, typer.Option("--refittable", help="Allow replacing the weights in the engine.")
+        bool, typer.Option("--refittable", help="Allow the engine's weights to be replaced later.")
     ] = False,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Let later TensorRT versions load it (tensorrt).")
+        bool, typer.Option("--version-compatible", help="Let later TensorRT versions load the engine (tensorrt).")
     ] = False,
     hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="Let other GPUs from Ampere on run it (tensorrt).")
+        bool, typer.Option("--hardware-compatible", help="Let other GPUs, Ampere or later, run the engine (tensorrt).")
     ] = False,
     image_to_image: Annotated[
         bool, typer.Option("--image-to-image", help="Include the VAE encoder, for pnp-trt sample --init.")
@@ -59,7 +61,7 @@ def build(
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens of a prompt, at most, in chunks of 77: 154 for two, 231 for three; default one chunk."
+            min=1, help="Maximum tokens of a prompt, in chunks of 77: 154 for two, 231 for three; default: one chunk."
         ),
     ] = None,
     unet_only: Annotated[
@@ -67,24 +69,24 @@ def build(
     ] = False,
     prediction_type: Annotated[
         str | None,
-        typer.Option(help="Prediction type of the base, epsilon or v_prediction; default: as its files state."),
+        typer.Option(help="Prediction type of the base, epsilon or v_prediction; default: from its files."),
     ] = None,
     zero_terminal_snr: Annotated[
         bool | None,
         typer.Option(
             "--zero-terminal-snr/--no-zero-terminal-snr",
-            help="Whether the base's last training timestep is pure noise; default: as its files state.",
+            help="Whether the base's last training timestep is pure noise; default: from its files.",
         ),
     ] = None,
     vae: Annotated[
         Path | None,
-        typer.Option(help="Folder or .safetensors of an autoencoder to use in place of the base's own."),
+        typer.Option(help="Folder or .safetensors file of an autoencoder to use instead of the base's own."),
     ] = None,
     memory_check: Annotated[bool, typer.Option(help="Refuse to start if the host has too little memory.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Folder of the bundle; default engines/BASE-GUIDE…")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the bundle; default: engines/BASE-GUIDE…")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Fuse guide and U-Net into one graph, export all networks, compare them with PyTorch, compile, write a bundle."""
+    """Build a bundle: fuse guide and U-Net into one graph, export all networks, check them against PyTorch, compile."""
     from .. import backends
     from ..build.builder import build as run
     from ..build.spec import BuildSpec
@@ -111,12 +113,12 @@ def build(
         built = run(spec, force=force, progress=bar.note)
     m = built.manifest
     size = sum(f.size for f in m.files.values()) / 2**20
-    made = "is up to date" if built.cached else f"built in {m.build_seconds:.0f} s"
+    status = "is up to date" if built.cached else f"built in {m.build_seconds:.0f} s"
     worst = max(m.parity.relative_error.values())
     where = f", {m.backend} for {printable(m.target)}" if m.target != "any" else ""
     folder = printable(built.folder)
     print(
-        f"{folder} {made}: {size:.0f} MiB, {m.precision}{where}, "
+        f"{folder} {status}: {size:.0f} MiB, {m.precision}{where}, "
         f"parity with PyTorch {worst:.1e} (limit {m.parity.limit:.0e})"
     )
     for name, network in m.networks.items():
@@ -134,7 +136,7 @@ def build(
 
 def inspect(
     engine: Annotated[str, typer.Argument(help="A bundle's name or folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Show a bundle's contents, target, profiles and parity, and whether it can run here."""
     from .. import backends
@@ -158,16 +160,16 @@ def inspect(
 def list_engines(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the bundles in the engines folder, with sizes."""
+    """List the bundles in the engines folder with their sizes."""
     from ..bundle.store import engines_home
     from .console import stdout_console
     from .tables import rows, table
 
-    found = rows(engines_home())
+    bundles = rows(engines_home())
     if as_json:
-        print(printable_json(json.dumps(found, indent=2)))
-    elif found:
-        stdout_console().print(table(found))
+        print(printable_json(json.dumps(bundles, indent=2)))
+    elif bundles:
+        stdout_console().print(table(bundles))
     else:
         print(f"no engine in {printable(engines_home())} yet; make one with: pnp-trt build")
 
@@ -178,13 +180,14 @@ def verify(
     layers: Annotated[
         bool,
         typer.Option(
-            "--layers", help="Compare every tensor of the graphs: the largest errors, and the first that is not finite."
+            "--layers",
+            help="Compare every tensor of the graphs; show the largest errors and the first tensor that is not finite.",
         ),
     ] = False,
     network: Annotated[
-        list[str] | None, typer.Option(help="With --layers, the networks to compare; default: all.")
+        list[str] | None, typer.Option(help="With --layers, a network to compare; repeatable; default: all.")
     ] = None,
-    worst: Annotated[int, typer.Option(min=1, help="With --layers, tensors to show per network.")] = 8,
+    worst: Annotated[int, typer.Option(min=1, help="With --layers, the number of tensors to show per network.")] = 8,
 ) -> None:
     """Run a bundle's engines on its golden inputs and compare the outputs with PyTorch's."""
     from ..backends.base import LoadOptions
@@ -213,7 +216,7 @@ def verify(
 
 
 def _verify_layers(bundle: Any, networks: list[str], worst: int) -> None:
-    """Compare the bundle's graphs with themselves in float32, tensor by tensor; engines are not run."""
+    """Compare every tensor of the bundle's graphs with its value in float32; the engines are not run."""
     from ..build import layers as module
     from .console import stdout_console
     from .progress import ProgressBar
@@ -223,11 +226,11 @@ def _verify_layers(bundle: Any, networks: list[str], worst: int) -> None:
     problems = []
     for name, (path, inputs) in graphs.items():
         with ProgressBar(f"{name}: layers") as bar:
-            found = module.layerwise(path, inputs, progress=bar.count)
+            tensors = module.layerwise(path, inputs, progress=bar.count)
         limit = bundle.manifest.networks[name].parity.limit
-        verdict, problem = module.verdict(found, limit)
+        verdict, problem = module.verdict(tensors, limit)
         print(printable(f"{name}: {verdict}"))
         problems += [f"the {name}: {verdict}"] if problem else []
-        stdout_console().print(layer_table(module.worst(found, worst)))
+        stdout_console().print(layer_table(module.worst(tensors, worst)))
     if problems:
         raise PnpError(f"engine '{bundle.name}': {'; '.join(problems)}")

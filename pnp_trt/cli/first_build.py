@@ -1,4 +1,4 @@
-"""The bundled engines are assembled or built when a command first names them."""
+"""Assemble or build a bundled engine when a command first uses it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .requirements import missing_packages
 
 
 def build_if_missing(engine: str, quiet: bool) -> None:
-    """Make a bundled model's engine on first use.
+    """Assemble or build a bundled model's engine on first use.
 
-    One that the package ships without its weights is assembled in seconds, and needs no torch.  Another is built in a
-    separate process: this one never loads torch.
+    An engine that the package ships without its weights is assembled in seconds, without torch.  Any other is built in
+    a separate process, so that this process never loads torch.
 
     Raises:
         MissingDependency: if the engine is not built and the packages that build it are not installed.
@@ -31,7 +31,7 @@ def build_if_missing(engine: str, quiet: bool) -> None:
         return
     if engine in packed_bundles():
         if not quiet:
-            print(f"assembling engine '{printable(engine)}' from the package (once, seconds)", file=sys.stderr)
+            print(f"assembling engine '{printable(engine)}' from the package (once, takes seconds)", file=sys.stderr)
         assemble(engine, engines_home() / engine)
         return
     if missing := missing_packages("build"):
@@ -42,9 +42,9 @@ def build_if_missing(engine: str, quiet: bool) -> None:
     if not quiet:
         print(f"engine '{printable(engine)}' is not built yet; building it once (about a minute)", file=sys.stderr)
     command = [sys.executable, "-m", "pnp_trt", *(["--debug"] if state.debug else []), "build", *arguments]
-    done = process.run_child(command, stdout=subprocess.DEVNULL)
-    if done.returncode:
+    result = process.run_child(command, stdout=subprocess.DEVNULL)
+    if result.returncode:
         raise PnpError(
-            f"building engine '{engine}' failed (exit code {done.returncode}); "
-            f"run it alone: pnp-trt build {' '.join(arguments)}"
+            f"building engine '{engine}' failed (exit code {result.returncode}); "
+            f"run the build by itself: pnp-trt build {' '.join(arguments)}"
         )

@@ -1,4 +1,4 @@
-"""``pnp-trt plug``: a fine-tune's weights into a built engine."""
+"""``pnp-trt plug``: replace the weights of a built engine with a fine-tune's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def plug(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The fine-tune: a diffusers folder, a U-Net's folder or .safetensors, an original checkpoint, "
-            "emoji-flat, emoji-3d; default, with --lora: the engine's own base."
+            help="The fine-tune: a diffusers folder, a U-Net's folder or .safetensors file, an original checkpoint, "
+            "emoji-flat or emoji-3d; default with --lora: the engine's own base."
         ),
     ] = None,
     lora: Annotated[
@@ -26,27 +26,29 @@ def plug(
     vae: Annotated[
         Path | None,
         typer.Option(
-            help="An autoencoder in the place of the engine's, such as one fixed for half precision: a diffusers "
-            "folder or a .safetensors file; alone, nothing else is swapped."
+            help="Autoencoder to replace the engine's with, such as one fixed for half precision: a diffusers folder "
+            "or a .safetensors file. Without --base and --lora, only the autoencoder is replaced."
         ),
     ] = None,
     unet_only: Annotated[bool, typer.Option("--unet-only", help="Use only the fine-tune's U-Net.")] = False,
     prediction_type: Annotated[
         str | None,
-        typer.Option(help="Prediction type of the fine-tune, epsilon or v_prediction; default: as its files state."),
+        typer.Option(help="Prediction type of the fine-tune, epsilon or v_prediction; default: from its files."),
     ] = None,
     zero_terminal_snr: Annotated[
         bool | None,
         typer.Option(
             "--zero-terminal-snr/--no-zero-terminal-snr",
-            help="Whether the fine-tune's last training timestep is pure noise; default: as its files state.",
+            help="Whether the fine-tune's last training timestep is pure noise; default: from its files.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the new bundle; default engines/FINE_TUNE-GUIDE…")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the new bundle; default: engines/FINE_TUNE-GUIDE…")
+    ] = None,
     memory_check: Annotated[bool, typer.Option(help="Refuse to compile if the host has too little memory.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Put a fine-tune's weights, LoRAs merged, into a built engine without exporting again; check against PyTorch."""
+    """Replace a built engine's weights with a fine-tune's and LoRAs, without exporting again; check against PyTorch."""
     from .. import backends
     from ..build.swap.run import PlugSpec
     from ..build.swap.run import plug as run
@@ -62,10 +64,10 @@ def plug(
     with ProgressBar(f"plug into {engine}") as bar:
         plugged = run(spec, force=force, progress=bar.note)
     m = plugged.manifest
-    made = "is up to date" if plugged.cached else f"plugged in {m.build_seconds:.1f} s"
+    status = "is up to date" if plugged.cached else f"plugged in {m.build_seconds:.1f} s"
     worst = max(m.parity.relative_error.values())
     folder = printable(plugged.folder)
-    print(f"{folder} {made}: {m.precision}, parity with PyTorch {worst:.1e} (limit {m.parity.limit:.0e})")
+    print(f"{folder} {status}: {m.precision}, parity with PyTorch {worst:.1e} (limit {m.parity.limit:.0e})")
     for network, how in (m.plugged.networks if m.plugged else {}).items():
         print(printable(f"{network}: {how}"))
     if isinstance(m.parity.engine, str) and m.profiles:

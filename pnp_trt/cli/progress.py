@@ -1,4 +1,4 @@
-"""Progress of a command on standard error."""
+"""Progress display of a command on standard error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..io.text import printable
 
 
 class ProgressBar:
-    """One progress line on standard error; silent when ``quiet`` or when nobody watches."""
+    """A progress bar on a terminal, plain lines elsewhere; nothing is printed if ``quiet``."""
 
     def __init__(self, title: str, quiet: bool = False) -> None:
         from rich.console import Console
@@ -30,7 +30,7 @@ class ProgressBar:
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
-        #: whether somebody sees it
+        #: whether the bar is displayed
         self.watched = not self._progress.disable
         self._plain = not quiet and not console.is_terminal
         self._task = self._progress.add_task(printable(title, limit=200), total=None)
@@ -44,11 +44,11 @@ class ProgressBar:
         self._progress.stop()
 
     def count(self, done: int, total: int) -> None:
-        """Steps done and steps in all."""
+        """Update the steps done and the total."""
         self._progress.update(self._task, completed=done, total=total)
 
     def note(self, text: str, done: int, total: int, note: str = "", /) -> None:
-        """Steps done, steps in all, and the current stage."""
+        """Update the current stage, the steps done and the total."""
         text = printable(f"{text} {note}" if note else text)
         self._progress.update(self._task, description=text, completed=done, total=total)
         if self._plain and text != self._last:
@@ -56,7 +56,7 @@ class ProgressBar:
         self._last = text
 
     def stages(self, name: str, done: int, total: int, note: str = "", /) -> None:
-        """Counted stages after each other; prints a line at each tenth where standard error is not a terminal."""
+        """Update a stage with its own count; off a terminal, print a line for each tenth of it."""
         name, note = printable(name), printable(note)
         self._progress.update(self._task, description=f"{name} {note}", completed=done, total=total)
         mark = f"{name} {10 * done // max(total, 1)}"

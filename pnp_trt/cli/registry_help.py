@@ -1,4 +1,4 @@
-"""Commands whose help names the values of registries, and which take the former names of options."""
+"""Commands whose help lists registered names, and which accept former names of options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
-#: word in a help text → registry
+#: placeholder in a help text → registry
 _REGISTRIES = {
     "backends": "pnp_trt.backends:BACKENDS",
     "guides": "pnp_trt.models.guides:GUIDES",
@@ -20,19 +20,19 @@ _REGISTRIES = {
 
 
 class RegistryCommand(TyperCommand):
-    """A command in whose help ``{schedules}`` stands for the names of the registered schedules, and so on.
+    """A command whose help replaces ``{schedules}`` by the names of the registered schedules, and so on.
 
-    Names are looked up when help is shown, so that no other use of the command line imports the registries, or reads
-    the entry points of installed packages.
+    The names are looked up only when help is shown, so that other uses of the command line neither import the
+    registries nor read the entry points of installed packages.
 
     Attributes:
-        former: former name of an option → its name now. The former name works, and help does not show it.
+        former: former name of an option → its current name. The former name still works, but help does not show it.
     """
 
     former: ClassVar[Mapping[str, str]] = {}
 
     def make_parser(self, ctx: Any) -> Any:
-        """The command's parser, which also takes the former names."""
+        """Make the command's parser, which also accepts the former names."""
         parser = super().make_parser(ctx)
         for old, new in self.former.items():
             for option in self.params:
@@ -44,7 +44,7 @@ class RegistryCommand(TyperCommand):
         return parser
 
     def format_help(self, *arguments: Any) -> None:
-        """Write the help with the names filled in."""
+        """Write the help with the placeholders replaced."""
         for parameter in self.params:
             if text := getattr(parameter, "help", None):
                 parameter.help = filled(text)  # type: ignore[attr-defined]
@@ -52,12 +52,12 @@ class RegistryCommand(TyperCommand):
 
 
 def with_former_names(former: Mapping[str, str]) -> type[RegistryCommand]:
-    """A class of commands that also take options by ``former`` names (former → current)."""
+    """Return a command class that also accepts options under their ``former`` names (former → current)."""
     return type("CommandWithFormerNames", (RegistryCommand,), {"former": former})
 
 
 def filled(text: str) -> str:
-    """``text`` with every ``{word}`` of a registry, or of ``methods``, replaced by the registered names."""
+    """Return ``text`` with every ``{registry}`` placeholder, and ``{methods}``, replaced by the registered names."""
     return re.sub(r"\{(\w+)\}", lambda match: _names(match[1]), text)
 
 

@@ -1,4 +1,4 @@
-"""Packages that a command needs beyond the base installation."""
+"""Packages that commands need beyond the base installation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import importlib.util
 from ..errors import MissingDependency
 
 _BUILD = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
-#: command -> extra -> the modules of it that the command cannot do without
+#: command -> extra -> the extra's modules that the command requires
 _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "build": {"build": _BUILD},
     "plug": {"build": _BUILD},
     "verify --layers": {"build": ("onnx_ir", "polygraphy")},
     "calibrate": {"int8": (*_BUILD, "modelopt")},
-    "distill": {"train": (*_BUILD, "accelerate")},  # TensorBoard logs are left out where it is not installed
+    "distill": {"train": (*_BUILD, "accelerate")},  # TensorBoard is optional: without it, no logs are written
     "visualize": {"build": _BUILD, "bench": ("matplotlib",)},
     "serve": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart")},
     "serve --ray": {"serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"), "ray": ("ray",)},
@@ -24,7 +24,7 @@ _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def missing_packages(command: str) -> str | None:
-    """The packages that ``command`` lacks and how to install them, or None where it lacks none."""
+    """Return the missing packages of ``command`` and how to install them, or None if all are installed."""
     lacking = {
         extra: missing
         for extra, modules in _NEEDS[command].items()
@@ -40,7 +40,7 @@ def require_packages(command: str) -> None:
     """Check that the packages of ``command`` are installed.
 
     Raises:
-        MissingDependency: with the packages and the extra that installs them.
+        MissingDependency: naming the missing packages and the extra that installs them.
     """
     if missing := missing_packages(command):
         raise MissingDependency(f"pnp-trt {command} needs {missing}")

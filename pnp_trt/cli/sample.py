@@ -1,4 +1,4 @@
-"""``pnp-trt sample``: prompts from arguments or standard input; images, their parameters and a grid."""
+"""``pnp-trt sample``: read prompts from arguments or standard input, write images, their parameters and a grid."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from ..runtime.pipeline import GeneratedImage
 
 METADATA = ("embedded", "json")
-#: an image's side in a grid, in pixels, at most
+#: maximum side of an image in a grid, in pixels
 _CELL = 512
-#: bytes of a prompt that a JPEG file has room for, beside the other parameters
+#: maximum bytes of a prompt in a JPEG file, which also stores the other parameters
 _JPEG_PROMPT = 60_000
 
 
-def read_prompts(given: Sequence[str]) -> list[str]:
-    """The prompts, each ``-`` replaced by the lines of standard input; empty lines are skipped.
+def read_prompts(arguments: Sequence[str]) -> list[str]:
+    """Return the prompts, with each ``-`` replaced by the non-empty lines of standard input.
 
     Raises:
-        InputError: if standard input has no line or is not text.
+        InputError: if standard input has no prompt or is not text.
     """
     out: list[str] = []
-    for prompt in given:
+    for prompt in arguments:
         if prompt != "-":
-            out.append(as_utf8(prompt).lstrip(BYTE_ORDER_MARK))  # of a file read by the shell, as in "$(cat FILE)"
+            out.append(as_utf8(prompt).lstrip(BYTE_ORDER_MARK))  # "$(cat FILE)" keeps the file's byte order mark
             continue
         out += read_stdin_prompts()
     return out
@@ -47,13 +47,13 @@ def read_prompts(given: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Files:
-    """Where images go, and what goes with them.
+    """The output files of a run.
 
     Attributes:
-        out: the folder.
+        out: folder for the images.
         kind: ``png``, ``webp`` or ``jpeg``.
-        metadata: ``embedded``, or ``json`` for a file beside each image too.
-        grid: a PNG with all images, or None.
+        metadata: ``embedded``, or ``json`` to also write a JSON file beside each image.
+        grid: path of a PNG with all images, or None.
     """
 
     out: Path
@@ -62,7 +62,7 @@ class Files:
     grid: Path | None
 
     def check(self) -> None:
-        """Raise ``InputError`` for what would fail once the images are generated."""
+        """Raise ``InputError`` for options that would fail only after the images have been generated."""
         from ..io.files import check_writable_file, check_writable_folder
         from ..runtime.images import FORMATS
 
@@ -77,7 +77,7 @@ class Files:
             check_writable_file(self.grid, "--grid")
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise ``InputError`` for prompts that are too long for the format of the files."""
+        """Raise ``InputError`` if a prompt is too long for the file format."""
         longest = max((len(json.dumps(prompt)) for prompt in prompts), default=0)
         if self.kind == "jpeg" and longest > _JPEG_PROMPT:
             raise InputError(
@@ -85,30 +85,30 @@ class Files:
             )
 
     def write(self, images: Sequence[GeneratedImage], prompts: Sequence[str], count: int) -> list[Path]:
-        """Write everything, signals are deferred; returns the paths of the images and, last, of the grid.
+        """Write all files, with signals deferred; return the paths of the images and then of the grid.
 
         Args:
-            images: ``count`` of each prompt, in the prompts' order.
+            images: ``count`` images per prompt, in the order of the prompts.
 
         Raises:
-            PnpError: if a file cannot be written; those before it are there, and are named.
+            PnpError: if a file cannot be written; the files before it are kept, and the message counts them.
         """
         paths: list[Path] = []
         with deferred():
             try:
                 self._write(images, prompts, count, paths)
             except PnpError as e:
-                raise type(e)(f"{e}; {len(paths)} of {len(images)} images are written to {self.out}") from e
+                raise type(e)(f"{e}; {len(paths)} of {len(images)} images were written to {self.out}") from e
         return paths
 
     def _write(self, images: Sequence[GeneratedImage], prompts: Sequence[str], count: int, paths: list[Path]) -> None:
         from ..runtime.images import grid, save_image, save_new, slug
 
         make_folder(self.out)
-        beside = ".json" if self.metadata == "json" else None
+        sidecar = ".json" if self.metadata == "json" else None
         for image in images:
             stem = f"{slug(image.parameters['prompt'])}-{image.parameters['seed']}"
-            paths.append(save_new(image.pixels, image.parameters, self.out, stem, self.kind, beside=beside))
+            paths.append(save_new(image.pixels, image.parameters, self.out, stem, self.kind, beside=sidecar))
         if self.grid is not None:
             rows = [
                 (prompt, [p.pixels for p in images[i * count : (i + 1) * count]]) for i, prompt in enumerate(prompts)
@@ -125,19 +125,21 @@ def sample(
         list[str],
         typer.Argument(
             metavar="PROMPT...",
-            help="Prompts; several are generated as one batch; - reads one per line from standard input.",
+            help="Prompts, generated as one batch; - reads one prompt per line from standard input.",
         ),
     ],
     engine: Annotated[str, typer.Option(help="A bundle's name or folder.")] = "emoji-tiny",
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; default: the number that the guide was distilled for, or 20.")
+        int | None, typer.Option(help="Sampling steps; default: the number the guide was distilled for, or 20.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale w, 1 to 9.")] = 3.0,
     negative: Annotated[
         str | None,
-        typer.Option(help="Negative prompt; if the guide takes none, CFG is used: two model evaluations per step."),
+        typer.Option(
+            help="Negative prompt; CFG, with two model evaluations per step, is used if the guide does not support one."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; each next image adds 1.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; each further image of a prompt adds 1.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="Images per prompt.")] = 1,
     method: Annotated[str | None, typer.Option(help="{methods}.")] = None,
     size: Annotated[
@@ -147,16 +149,16 @@ def sample(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="{schedules} or teacher, also with a spacing as in dpm++:karras, or a name of other programs such as "
-            "'DPM++ 2M Karras'; default: the teacher's own if it is one of these."
+            help="{schedules} or teacher, optionally with a spacing as in dpm++:karras, or another program's name such "
+            "as 'DPM++ 2M Karras'; default: the teacher's own if it is one of these."
         ),
     ] = None,
     prompt_syntax: Annotated[
-        str, typer.Option(help="plain, or a1111 for weights as in (red:1.3), and chunks of long prompts.")
+        str, typer.Option(help="plain, or a1111 for weights as in (red:1.3) and for long prompts in chunks.")
     ] = "plain",
     init: Annotated[Path | None, typer.Option(help="Starting image, if the engine has a VAE encoder.")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="Denoising strength with --init: the share of the steps to run; default 0.8.")
+        float | None, typer.Option(help="Denoising strength with --init: share of the steps to run; default 0.8.")
     ] = None,
     original_size: Annotated[
         str | None,
@@ -169,13 +171,13 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     kind: Annotated[str, typer.Option("--format", help="png, webp (lossless) or jpeg.")] = "png",
     metadata: Annotated[
-        str, typer.Option(help="embedded: parameters inside the images; json: also in a file beside each.")
+        str, typer.Option(help="embedded: store the parameters in the images; json: also in a file beside each image.")
     ] = "embedded",
     grid: Annotated[Path | None, typer.Option(help="Also write all images as one PNG, one row per prompt.")] = None,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths.")] = False,
 ) -> None:
-    """Generate images; each stores its parameters. No file is overwritten."""
+    """Generate images and store each image's parameters in it. Existing files are never overwritten."""
     from ..bundle.profiles import parse_size
     from ..runtime.pipeline import DEFAULT_STEPS, Pipeline, check_request
     from ..runtime.prompt_syntax import check_syntax
@@ -186,10 +188,12 @@ def sample(
     files = Files(out, kind, metadata, grid)
     files.check()
     files.check_prompts(prompts)
-    asked = [p for p in prompts for _ in range(count)]
+    repeated_prompts = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
-    check_request(asked, seeds, [guidance] * len(asked), DEFAULT_STEPS if steps is None else steps)
-    wanted = None if size is None else parse_size(size)
+    check_request(
+        repeated_prompts, seeds, [guidance] * len(repeated_prompts), DEFAULT_STEPS if steps is None else steps
+    )
+    image_size = None if size is None else parse_size(size)
     sizes = ImageSizes.parse(original_size, crop, target_size)
     build_if_missing(engine, quiet)
     pipeline = Pipeline.load(engine, provider=provider)
@@ -202,11 +206,11 @@ def sample(
                 file=sys.stderr,
             )
     steps = pipeline.default_steps(method) if steps is None else steps
-    with ProgressBar(f"{len(asked)} images, {steps} steps, w = {guidance:g}", quiet) as bar:
+    with ProgressBar(f"{len(repeated_prompts)} images, {steps} steps, w = {guidance:g}", quiet) as bar:
         images = pipeline(
-            asked, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative, schedule=schedule,
-            init=init, strength=strength, callback=bar.count if bar.watched else None, size=wanted,
-            prompt_syntax=prompt_syntax, image_sizes=sizes,
+            repeated_prompts, steps=steps, guidance=guidance, seed=seeds, method=method, negative=negative,
+            schedule=schedule, init=init, strength=strength, callback=bar.count if bar.watched else None,
+            size=image_size, prompt_syntax=prompt_syntax, image_sizes=sizes,
         )  # fmt: skip
     for path in files.write(images, prompts, count):
         print(printable(path))

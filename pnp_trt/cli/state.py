@@ -1,4 +1,4 @@
-"""State of one run of the program."""
+"""State of the running command."""
 
 #: whether errors are shown with their tracebacks (``--debug``)
 debug = False

@@ -1,4 +1,4 @@
-"""Bundles as tables: what `pnp-trt inspect` and `pnp-trt list` print."""
+"""The tables that `pnp-trt inspect`, `pnp-trt list` and `pnp-trt verify --layers` print."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def rows(home: Path) -> list[dict[str, Any]]:
-    """One entry a bundle: name, bytes, backend, precision, target, base, guide, built; or its ``problem``."""
+    """Return one entry per bundle: name, bytes, backend, precision, target, base, guide, built; or its ``problem``."""
     out: list[dict[str, Any]] = []
     for name in known_bundles(home):
         try:
@@ -42,7 +42,7 @@ def rows(home: Path) -> list[dict[str, Any]]:
 
 
 def table(bundles: list[dict[str, Any]]) -> RenderableType:
-    """The entries of ``rows`` for a terminal."""
+    """Return the entries of ``rows`` as a table for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -60,10 +60,10 @@ def table(bundles: list[dict[str, Any]]) -> RenderableType:
 
 
 def render(folder: Path, m: Manifest, problem: str | None) -> RenderableType:
-    """A manifest for a terminal.
+    """Return a manifest as tables for a terminal.
 
     Args:
-        problem: why the bundle cannot run here, if it cannot.
+        problem: why the bundle cannot run on this machine, or None.
     """
     from rich.console import Group
     from rich.table import Table
@@ -89,7 +89,7 @@ def render(folder: Path, m: Manifest, problem: str | None) -> RenderableType:
 
 
 def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
-    """Titles and texts of a bundle's properties; the texts are a stranger's."""
+    """Titles and texts of a bundle's properties; the texts come from the manifest and are untrusted."""
     guide, engine = m.guide, m.parity.engine
     peaks = {"export": m.peak_memory.export, "compile": m.peak_memory.compile}
     built = [f"{m.built} in {m.build_seconds:g} s", *(f"peak memory {_size(v)} ({k})" for k, v in peaks.items() if v)]
@@ -107,7 +107,7 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
         ("images", _images(m)),
         ("prompts", _prompts(m)),
         ("parity", f"limit {m.parity.limit:.0e} against {m.parity.against}"),
-        ("of engines", measured),
+        ("engine parity", measured),
         *_kernels(m),
         ("built", ", ".join(built)),
         ("claimed rebuild command", m.rebuild),
@@ -115,7 +115,7 @@ def _facts(folder: Path, m: Manifest) -> list[tuple[str, str]]:
 
 
 def _gain(m: Manifest) -> str:
-    """What the guide's residuals are multiplied by, where that is not one."""
+    """The factors of the guide's residuals over the timesteps, or an empty string if there are none."""
     gain = ((m.configs or {}).get("guide") or {}).get("gain")
     if not isinstance(gain, list):
         return ""
@@ -123,19 +123,19 @@ def _gain(m: Manifest) -> str:
 
 
 def _kernels(m: Manifest) -> list[tuple[str, str]]:
-    """What the compiler reported of each network's kernels, by profile."""
+    """The compiler's report on each network's kernels, one row per profile."""
     from ..backends.tensorrt.layer_report import sentence
 
     rows = []
     for name, network in m.networks.items():
-        told = network.compiled.notes.get("reports")
-        lines = [line for row in told if (line := sentence(row))] if isinstance(told, list) else []
+        reports = network.compiled.notes.get("reports")
+        lines = [line for row in reports if (line := sentence(row))] if isinstance(reports, list) else []
         rows += [(f"{name} kernels", line) for line in lines]
     return rows
 
 
 def _quantised(record: QuantisedRecord) -> str:
-    """What is quantised in a network."""
+    """One phrase on what is quantised in a network."""
     if not record.activations:
         return f"the weights of {record.layers} layers"
     return (
@@ -145,20 +145,20 @@ def _quantised(record: QuantisedRecord) -> str:
 
 
 def _images(m: Manifest) -> str:
-    """The image sizes of a bundle, the default first."""
+    """The image sizes of a bundle, with the default first."""
     default = f"{m.image.height}x{m.image.width}"
     legal = legal_sizes(m.profiles)
     return f"{default} (height x width)" + (f"; legal: {legal}" if legal not in ("", default) else "")
 
 
 def _prompts(m: Manifest) -> str:
-    """The tokens that a prompt may have."""
+    """The maximum number of tokens of a prompt."""
     length, chunks = m.tokens.length, m.text.chunks
     return f"{length} tokens" if chunks == 1 else f"up to {chunks * length} tokens in chunks of {length}"
 
 
 def base_name(m: Manifest) -> str:
-    """The base model's name, with the LoRAs that are merged into it: ``emoji + sepia:0.8``."""
+    """Return the base model's name with the LoRAs merged into it, such as ``emoji + sepia:0.8``."""
     loras = [lora.name + ("" if lora.scale == 1 else f":{lora.scale:g}") for lora in m.base.loras]
     return " + ".join([m.base.name, *loras])
 
@@ -168,7 +168,7 @@ def _plugged(p: PlugRecord) -> str:
 
 
 def layer_table(layers: list[LayerParity]) -> RenderableType:
-    """Tensors of a graph for a terminal, see ``build.layers``."""
+    """Return the tensors of a graph, from ``build.layers``, as a table for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -176,7 +176,7 @@ def layer_table(layers: list[LayerParity]) -> RenderableType:
     for title in ("node", "op", "tensor", "shape", "off by", "largest", "finite", "near"):
         out.add_column(title, justify="right" if title in ("node", "off by", "largest") else "left")
     for one in layers:
-        finite = "yes" if one.finite else "NO" if one.finite_in_float32 else "NO, nor in float32"
+        finite = "yes" if one.finite else "NO" if one.finite_in_float32 else "NO, not in float32 either"
         shape = "×".join(map(str, one.shape))
         numbers = ("" if v != v else f"{v:.1e}" for v in (one.error, one.largest))
         cells = (str(one.place), one.op, one.tensor, shape, *numbers, finite, one.near)

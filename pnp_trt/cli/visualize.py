@@ -1,4 +1,4 @@
-"""``pnp-trt visualize``: figures of a guide's residuals."""
+"""``pnp-trt visualize``: plot a guide's residuals."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..io.text import printable
 def visualize(
     prompts: Annotated[
         list[str],
-        typer.Argument(metavar="PROMPT...", help="Prompts; the maps show the first, strengths are means over all."),
+        typer.Argument(metavar="PROMPT...", help="Prompts; the maps show the first, the strengths are means over all."),
     ],
-    guide: Annotated[str, typer.Option(help="A guide's folder, or a bundled one's name.")] = "emoji-tiny",
+    guide: Annotated[str, typer.Option(help="A guide's folder, or the name of a bundled guide.")] = "emoji-tiny",
     guidance: Annotated[str, typer.Option(help="Guidance scales w, 1 to 9, separated by commas.")] = "2,4,6,8",
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     base: Annotated[str, typer.Option(help="The teacher, or a fine-tune of it.")] = "emoji",
-    seed: Annotated[int, typer.Option(help="Seed of the initial noise of all runs.")] = 0,
-    show: Annotated[int, typer.Option(help="Number of steps in the figure of the maps.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise, which all runs share.")] = 0,
+    show: Annotated[int, typer.Option(help="Number of steps to show in the figure of feature maps.")] = 5,
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers in the figure: skip-0, skip-1 ..., mid, their indices, or all; separated by commas. "
-            "Default: the shallowest and the deepest skip, and mid."
+            help="Layers to show in the figure, separated by commas: skip-0, skip-1 ..., mid, their indices, or all; "
+            "default: the shallowest skip, the deepest skip and mid."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for two PNGs and a JSON file.")] = Path("visualize"),
 ) -> None:
-    """Plot what a guide adds to the U-Net: feature maps over steps and w, and their strength."""
+    """Plot the residuals that a guide adds to the U-Net: feature maps over steps and w, and their strength."""
     from .progress import ProgressBar
     from .requirements import require_packages
 
@@ -53,10 +53,10 @@ def visualize(
         out,
     )
     with ProgressBar("visualize") as bar:
-        drawn = run(request, command=sys.argv[1:], progress=bar.note)
-    for path in drawn.files:
+        figures = run(request, command=sys.argv[1:], progress=bar.note)
+    for path in figures.files:
         print(printable(path))
-    print(printable(drawn.text, keep="\n"))
+    print(printable(figures.text, keep="\n"))
 
 
 def _words(text: str) -> list[str]:

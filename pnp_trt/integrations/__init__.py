@@ -1,1 +1,1 @@
-"""Guides inside other libraries."""
+"""Guides in other libraries."""

@@ -1,1 +1,1 @@
-"""Files, text, images and JSON of users; signals and child processes."""
+"""Input and output: files, text, images and JSON from users; signals and child processes."""

@@ -1,10 +1,10 @@
-"""Writing files and folders: whole or not at all, under a lock, and checked before the work begins.
+"""Write files and folders atomically, under a lock, and check output paths before the work begins.
 
-Everything that the package writes goes through here. A file or folder is first written beside its final place under a
-temporary name, ``.NAME.partial-XXXXXXXX``, and then renamed. A killed process can leave such a name behind; nothing
-else that it leaves is unfinished, and :func:`is_temporary` recognises it.
+Everything that the package writes goes through this module. A file or folder is first written beside its final path
+under a temporary name, ``.NAME.partial-XXXXXXXX``, and then renamed. A killed process can leave such temporary files
+behind, which :func:`is_temporary` recognises; everything else that it leaves is complete.
 
-A symbolic link is followed: what it leads to is written or replaced, and the link stays.
+Symbolic links are followed: the link's target is written or replaced, and the link is kept.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from ..errors import InputError, PnpError
 from .os_errors import FULL_DISK, advice, reason
 from .process import deferred
 
-#: bytes in the longest file name that common file systems take
+#: bytes in the longest file name that common file systems accept
 _LONGEST_NAME = 255
-#: ``.NAME.partial-XXXXXXXX``, and the names that earlier versions left behind
+#: ``.NAME.partial-XXXXXXXX``, and the temporary names of earlier versions
 _TEMPORARY = re.compile(
     r"\.(.+\.partial-[a-z0-9_]{8}|(run|states)\.json\.[a-z0-9_]{8}|(pictures|grid)\.png\.part)", re.DOTALL
 )
-#: seconds of waiting for another process before the user is told
+#: seconds of waiting for another process before a warning is printed
 _PATIENCE = 1.0
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name was being written by a process that was killed, or is a lock; never a user's file."""
+    """Whether this is the name of a lock or of a killed process's temporary file, and never of a user's file."""
     return bool(_TEMPORARY.fullmatch(name)) or (name.startswith(".") and name.endswith(".lock"))
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left in ``folder``; the caller is the only process that writes there."""
+    """Remove the temporary files of killed processes in ``folder``, to which only the caller may be writing."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             _remove(path)
 
 
 def remove_temporaries_of(target: Path) -> None:
-    """Remove what killed processes left beside ``target`` while they wrote it; the caller holds its lock."""
+    """Remove the temporary files that killed writers of ``target`` left beside it; the caller holds its lock."""
     pattern = re.compile(re.escape(f".{_stem(target.name)}.partial-") + "[a-z0-9_]{8}")
     for path in target.parent.iterdir():
         if pattern.fullmatch(path.name):
@@ -58,8 +58,8 @@ def remove_temporaries_of(target: Path) -> None:
 
 
 def failure(folder: Path, error: OSError) -> str:
-    """The sentence for a folder that could not be made whole."""
-    hint = "free some space" if error.errno in FULL_DISK else "check the file named"
+    """Return the error message for a folder that could not be completed."""
+    hint = "free some space" if error.errno in FULL_DISK else "check the named file"
     return f"{folder} could not be made ({reason(error)}); nothing was written; {hint}, or choose another --out"
 
 
@@ -67,14 +67,14 @@ def failure(folder: Path, error: OSError) -> str:
 
 
 def check_writable_file(path: Path, option: str = "--out") -> None:
-    """Refuse a place where no file can be written, before the work; a temporary file is made there and removed.
+    """Refuse a path where no file can be written, before the work; test it with a temporary file in its folder.
 
     Args:
-        option: what the user gave the path with, for the message.
+        option: the option that set the path, for the message.
 
     Raises:
-        InputError: for a folder, a read-only file or folder, a place below a file, a link loop, a name that is too
-            long, a full disk, and whatever else the system refuses.
+        InputError: for a folder, a read-only file or folder, a path below a file, a loop of links, a name that is too
+            long, a full disk, or any other error of the system.
     """
     with _refusing(path, option, "file"):
         target = _resolved(path)
@@ -92,10 +92,10 @@ def check_writable_file(path: Path, option: str = "--out") -> None:
 
 
 def check_writable_folder(path: Path, option: str = "--out") -> None:
-    """Refuse a folder that files cannot be written into, before the work; it need not exist yet.
+    """Refuse a folder in which files cannot be written, before the work; it need not exist yet.
 
     Raises:
-        InputError: as :func:`check_writable_file`, and if ``path`` is a file.
+        InputError: as in :func:`check_writable_file`, and if ``path`` is a file.
     """
     with _refusing(path, option, "folder"):
         target = _resolved(path)
@@ -105,10 +105,11 @@ def check_writable_folder(path: Path, option: str = "--out") -> None:
 
 
 def check_replaceable_folder(path: Path, option: str = "--out") -> None:
-    """Refuse a folder that :func:`whole_folder` cannot put in place, before the work.
+    """Refuse a folder that :func:`whole_folder` cannot replace, before the work.
 
     Raises:
-        InputError: as :func:`check_writable_folder`, and for the current folder, a folder above it, and a mount point.
+        InputError: as in :func:`check_writable_folder`, and for the current folder, a folder above it, or a mount
+            point.
     """
     check_writable_folder(path, option)
     with _refusing(path, option, "folder"):
@@ -125,14 +126,14 @@ def _refusing(path: Path, option: str, kind: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        said, what = e.strerror or e, advice(e, f"name another {kind}")
-        raise InputError(f"{option} {_short(path)} cannot be written ({said}); {what}") from e
+        cause, hint = e.strerror or e, advice(e, f"name another {kind}")
+        raise InputError(f"{option} {_short(path)} cannot be written ({cause}); {hint}") from e
     except ValueError as e:  # a zero byte
         raise InputError(f"{option} {_short(path)} cannot be written ({e}); name another {kind}") from e
 
 
 def _guarded(target: Path) -> bool:
-    """Whether ``target`` is another user's in a folder, such as /tmp, where only its owner may replace it."""
+    """Whether ``target`` belongs to another user and its folder, such as /tmp, lets only owners replace files."""
     folder = target.parent.stat()
     users = (target.stat().st_uid, folder.st_uid)
     return bool(folder.st_mode & stat.S_ISVTX) and getattr(os, "geteuid", lambda: 0)() not in (0, *users)
@@ -144,7 +145,7 @@ def _short(path: Path) -> str:
 
 
 def _resolved(path: Path) -> Path:
-    """Where a path leads, all links followed; the last part need not exist.
+    """Resolve all links of a path, which need not exist.
 
     Raises:
         OSError: for a loop of links, a name that is too long, or a folder that may not be entered.
@@ -160,14 +161,14 @@ def _resolved(path: Path) -> Path:
 
 
 def _probe(folder: Path) -> None:
-    """Write in ``folder``, or where it would have to be made, and remove what was written."""
+    """Write and remove a temporary file in ``folder``, or in its nearest existing parent if it does not exist."""
     base = folder
     while not base.exists():
         base = base.parent
     if not base.is_dir():
         raise OSError(errno.ENOTDIR, f"{base} is a file")
-    with tempfile.TemporaryFile(dir=base) as f:  # it has no name where the system can, so that no kill leaves it
-        f.write(bytes(4096))  # a file of no bytes can be made on a full disk
+    with tempfile.TemporaryFile(dir=base) as f:  # nameless if the system supports it, so that a kill leaves nothing
+        f.write(bytes(4096))  # an empty file can be created even on a full disk
         f.flush()
 
 
@@ -175,20 +176,20 @@ def _probe(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; where ``folder`` is a link, what it leads to.
+    """Create a folder and its parents; if ``folder`` is a link, create its target.
 
     Raises:
-        InputError: if it cannot be made.
+        InputError: if it cannot be created.
     """
     try:
         _resolved(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e:
-        said = e.strerror if isinstance(e, OSError) else e
-        raise InputError(f"the folder {_short(folder)} cannot be made ({said}); choose another --out") from e
+        cause = e.strerror if isinstance(e, OSError) else e
+        raise InputError(f"the folder {_short(folder)} cannot be created ({cause}); choose another --out") from e
 
 
 def temporary_beside(target: Path) -> Path:
-    """A new empty file beside ``target``, with the permissions that any new file of this user has."""
+    """Create an empty file beside ``target``, with the user's usual permissions, and return its path."""
     while True:
         path = _temporary_name(target)
         with contextlib.suppress(FileExistsError):
@@ -197,7 +198,7 @@ def temporary_beside(target: Path) -> Path:
 
 
 def make_temporary_folder(target: Path) -> Path:
-    """A new empty folder beside ``target``."""
+    """Create an empty folder beside ``target`` and return its path."""
     while True:
         path = _temporary_name(target)
         with contextlib.suppress(FileExistsError):
@@ -210,7 +211,7 @@ def _temporary_name(target: Path) -> Path:
 
 
 def _stem(name: str) -> str:
-    """A name that leaves room for a prefix and a suffix."""
+    """Return the name, shortened if it leaves no room for a prefix and a suffix."""
     if len(os.fsencode(name)) <= _LONGEST_NAME - 20:
         return name
     return f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
@@ -218,25 +219,25 @@ def _stem(name: str) -> str:
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``target`` when the block ends well, and vanishes otherwise.
+    """Yield a temporary path to write to; it replaces ``target`` if the block succeeds, and is removed otherwise.
 
     Raises:
         InputError: if the folder cannot be written to.
-        PnpError: if writing fails midway; what was there before is untouched.
+        PnpError: if writing fails midway; the previous file is untouched.
     """
     place = _where(target)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         work = temporary_beside(place)
     except OSError as e:
-        what = advice(e, "give a place that can.")
-        raise InputError(f"{target} cannot be written ({e.strerror or e}); {what}") from e
+        hint = advice(e, "name another file.")
+        raise InputError(f"{target} cannot be written ({e.strerror or e}); {hint}") from e
     mode = stat.S_IMODE(work.stat().st_mode)
     try:
         with _in_one_sentence(target):
             yield work
             _sync(work)
-            work.chmod(mode)  # safetensors makes files that only their owner can read
+            work.chmod(mode)  # safetensors creates files that only their owner can read
             work.replace(place)
     finally:
         with contextlib.suppress(OSError):
@@ -247,24 +248,24 @@ def _where(target: Path) -> Path:
     try:
         return _resolved(target)
     except (OSError, ValueError) as e:
-        said = e.strerror if isinstance(e, OSError) else e
-        raise InputError(f"{_short(target)} cannot be written ({said}); give a place that can.") from e
+        cause = e.strerror if isinstance(e, OSError) else e
+        raise InputError(f"{_short(target)} cannot be written ({cause}); name another file.") from e
 
 
 @contextlib.contextmanager
 def _in_one_sentence(target: Path) -> Iterator[None]:
-    """Errors of the file system, and safetensors' own, as one sentence."""
+    """Turn errors of the file system, and of safetensors, into a ``PnpError``."""
     try:
         yield
     except OSError as e:
         hint = "; free some space" if e.errno in FULL_DISK else ""
         raise PnpError(
-            f"{target} could not be written ({e.strerror or e}); what was there before is untouched{hint}."
+            f"{target} could not be written ({e.strerror or e}); the previous file, if any, is untouched{hint}."
         ) from e
     except Exception as e:
-        if type(e).__name__ != "SafetensorError":  # which is not an OSError, and is not imported for this
+        if type(e).__name__ != "SafetensorError":  # not an OSError; compared by name to avoid importing safetensors
             raise
-        raise PnpError(f"{target} could not be written ({e}); what was there before is untouched.") from e
+        raise PnpError(f"{target} could not be written ({e}); the previous file, if any, is untouched.") from e
 
 
 def _sync(path: Path) -> None:
@@ -273,33 +274,33 @@ def _sync(path: Path) -> None:
 
 
 def write_text(text: str, target: Path) -> None:
-    """``write_bytes`` in UTF-8."""
+    """Write a text in UTF-8; see :func:`write_bytes`."""
     write_bytes(text.encode(), target)
 
 
 def write_bytes(data: bytes, target: Path) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one.
+    """Write a temporary file, fsync and rename it, so that a reader sees the old or the new file, never a part of one.
 
     A device or a pipe is written to directly.
 
     Raises:
         InputError: if the folder cannot be written to.
-        PnpError: if writing fails midway; what was there before is untouched.
+        PnpError: if writing fails midway; the previous file is untouched.
     """
     place = _where(target)
     if place.exists() and not place.is_file() and not place.is_dir():
         with _in_one_sentence(target), place.open("wb", buffering=0) as f:
             f.write(data)
         return
-    with whole_file(target) as beside:
-        beside.write_bytes(data)
+    with whole_file(target) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_new(data: bytes, target: Path) -> None:
-    """Write a file that does not exist yet, whole or not at all.
+    """Write a file that does not exist yet, completely or not at all.
 
     Raises:
-        FileExistsError: if it exists, even if another process made it a moment ago; it is untouched.
+        FileExistsError: if it exists, even if another process has just created it; it is untouched.
         PnpError: if it cannot be written.
     """
     try:
@@ -317,7 +318,7 @@ def write_new(data: bytes, target: Path) -> None:
 
 
 def _link_new(work: Path, target: Path, data: bytes) -> None:
-    """Give ``work`` the name ``target``; unlike a rename, a hard link never replaces a file."""
+    """Link ``work`` to ``target``; unlike a rename, a hard link never replaces an existing file."""
     try:
         os.link(work, target)
     except FileExistsError:
@@ -338,11 +339,11 @@ def _link_new(work: Path, target: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path, timeout: float = 3600.0) -> Iterator[None]:
-    """Exclusive right to write ``folder``; another process waits for it, with a note after a second.
+    """Lock ``folder`` for writing; if another process holds the lock, wait for it, with a warning after a second.
 
     Raises:
-        InputError: if no lock can be made beside ``folder``.
-        PnpError: if another process has it for ``timeout`` seconds.
+        InputError: if no lock can be created beside ``folder``.
+        PnpError: if another process holds the lock for ``timeout`` seconds.
     """
     from filelock import FileLock, Timeout
 
@@ -371,15 +372,15 @@ def lock(folder: Path, timeout: float = 3600.0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, removable: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """A fresh folder beside ``folder`` that takes its place when the block ends well, and vanishes otherwise.
+    """Yield a new folder beside ``folder``; it replaces ``folder`` if the block succeeds, and is removed otherwise.
 
-    Call it under ``lock(folder)``.  Leftovers of killed runs are removed.  Where ``folder`` is a link, what it leads
-    to is replaced.
+    Call it under ``lock(folder)``.  Leftovers of killed runs are removed.  If ``folder`` is a link, its target is
+    replaced.
 
     Args:
-        removable: called with the folder that was replaced before it is removed; what it raises puts everything back.
+        removable: called with the old folder before it is removed; if it raises, the old folder is restored.
     """
-    given, folder = folder, _where(folder)
+    requested, folder = folder, _where(folder)
     occupied = folder.is_dir() and any(folder.iterdir())
     remove_temporaries_of(folder)
     work = make_temporary_folder(folder)
@@ -391,7 +392,7 @@ def whole_folder(folder: Path, removable: Callable[[Path], None] | None = None) 
 
         def check(old: Path) -> None:
             if not occupied and any(old.iterdir()):
-                raise PnpError(f"{given} was filled by another program and stays as it is; choose another --out")
+                raise PnpError(f"another program wrote to {requested}, which is left unchanged; choose another --out")
             if removable is not None:
                 removable(old)
 
@@ -403,7 +404,7 @@ def whole_folder(folder: Path, removable: Callable[[Path], None] | None = None) 
 
 
 def _swap(work: Path, folder: Path, removable: Callable[[Path], None]) -> None:
-    """Put ``work`` in the place of ``folder`` and remove what was there."""
+    """Replace ``folder`` with ``work`` and remove the old folder, unless ``removable`` raises."""
     if not folder.exists():
         work.rename(folder)
         return
@@ -435,7 +436,7 @@ def _put_back(old: Path, folder: Path, work: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two folders in one step, so that a kill leaves the old or the new one; False where that cannot be done."""
+    """Swap two folders atomically, so that a kill leaves the old or the new one; False if that is not supported."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2  # Linux, since glibc 2.28
     except (AttributeError, OSError, TypeError):
@@ -445,7 +446,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder; what cannot be removed stays."""
+    """Remove a file, a link or a folder, as far as possible, without raising errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

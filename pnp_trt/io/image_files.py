@@ -1,4 +1,4 @@
-"""Image files that users give: one reader, an explicit list of formats, and 8-bit RGB whatever the file holds."""
+"""Read users' image files: an explicit list of formats, all converted to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from ..errors import InputError
 
-#: Pillow's names.  Never EPS: Pillow runs Ghostscript on the file.
+#: Pillow's names.  Never add EPS: Pillow runs Ghostscript on such files.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-#: file names that a folder is searched for
+#: suffixes of the files that a folder is searched for
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-#: pixels of an image, at most: a compressed file of a few kilobytes can ask for gigabytes
+#: maximum pixels of an image: a compressed file of a few kilobytes can expand to gigabytes
 MAX_PIXELS = 89_478_485
 ADVICE = "give a PNG, JPEG, WebP, BMP, GIF or TIFF"
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
@@ -24,7 +24,7 @@ class ImageError(InputError):
     """An image file cannot be used.
 
     Attributes:
-        reason: a clause without the file's name.
+        reason: the reason, a clause without the file's name.
     """
 
     def __init__(self, name: str, reason: str, advice: str = ADVICE) -> None:
@@ -33,13 +33,13 @@ class ImageError(InputError):
 
 
 def read_rgb(path: Path, name: str = "") -> np.ndarray:
-    """An image file as uint8 ``[H, W, 3]``: upright, transparent parts over white, deep images scaled to 8 bits.
+    """Read an image file as uint8 ``[H, W, 3]``: upright, on a white background, and scaled to 8 bits.
 
-    16-bit grey is divided by 257, TIFFs of other depths by their white level; floating-point images must lie in
-    [0, 1]; of an animation the first frame is taken.
+    16-bit grey is divided by 257, and TIFFs of other depths are scaled by their white level.  Floating-point images
+    must lie in [0, 1].  Of an animation, the first frame is read.
 
     Args:
-        name: the file's name for messages; default the path.
+        name: the file's name for messages; default: the path.
 
     Raises:
         ImageError: if it is missing, not an image of ``FORMATS``, damaged, truncated, larger than ``MAX_PIXELS``, or
@@ -48,7 +48,7 @@ def read_rgb(path: Path, name: str = "") -> np.ndarray:
     name = name or str(path)
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe that nobody writes to would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe without a writer would block forever
             raise ImageError(name, "is not a file")
         if not status.st_size:
             raise ImageError(name, "is empty")
@@ -63,10 +63,10 @@ def read_rgb(path: Path, name: str = "") -> np.ndarray:
 def decode_rgb(
     file: BinaryIO, name: str, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """As :func:`read_rgb`, of an open file, with at most ``max_pixels``.
+    """Read an open image file of at most ``max_pixels`` as :func:`read_rgb` does.
 
     Raises:
-        ImageError: as :func:`read_rgb` does.
+        ImageError: as in :func:`read_rgb`.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -87,7 +87,7 @@ def decode_rgb(
 
 
 def _raw_mode(image: Any) -> str:
-    """How the file stores a pixel, such as ``L;4`` or ``RGB;16B``; Pillow forgets it as it loads."""
+    """The file's pixel format, such as ``L;4`` or ``RGB;16B``, which Pillow discards when it loads the image."""
     arguments = image.tile[0].args if image.tile else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or "")
 
@@ -114,7 +114,7 @@ def _to_rgb(upright: Any, source: Any, depth: str, name: str) -> np.ndarray:
 
 
 def _eight_bits(values: np.ndarray, source: Any, name: str) -> np.ndarray:
-    """Grey values of another type as uint8 ``[H, W]``."""
+    """Convert grey values of another type to uint8 ``[H, W]``."""
     tags = getattr(source, "tag_v2", {})
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
@@ -123,20 +123,20 @@ def _eight_bits(values: np.ndarray, source: Any, name: str) -> np.ndarray:
                 name, f"has floating-point pixels from {low:g} to {high:g}", "scale them to 0 to 1, or save 8 bits"
             )
         share = values.astype(np.float64)
-    elif source.mode == "I" and source.format != "PNG":  # Pillow before 12 opens 16-bit PNGs so
+    elif source.mode == "I" and source.format != "PNG":  # Pillow before 12 opens 16-bit PNGs in mode I
         raise ImageError(
             name, "has 32-bit or signed integer pixels, whose white level is unknown", "save it with 8 or 16 bits"
         )
     else:
         bits = tags.get(_BITS, (16,))
         share = values / (2.0 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts those of 8 bits alone
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts only 8-bit images itself
         share = 1 - share
     return np.rint(share * 255).clip(0, 255).astype(np.uint8)
 
 
 def _unlike(pixels: np.ndarray, key: int | tuple[int, ...], depth: str) -> np.ndarray:
-    """Where ``[H, W]`` pixels ``[H, W, 3]`` differ from the transparent colour, which a PNG gives in its own depth."""
+    """Mask ``[H, W]`` of the pixels ``[H, W, 3]`` that differ from the transparent colour, given in the PNG's depth."""
     colour = np.array(key if isinstance(key, tuple) else (key,) * 3)
     scale = {"1": 255, "L;2": 85, "L;4": 17}.get(depth)
     if scale is not None:

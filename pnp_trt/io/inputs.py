@@ -1,7 +1,7 @@
-"""Text that users give: files, standard input and prompts.
+"""Read text from users: files, standard input and prompts.
 
-Every text input goes through here, so that a byte order mark, Windows line ends or another encoding never become part
-of a prompt or of a key.
+Every text input goes through this module, so that a byte order mark, Windows line endings or another encoding never
+become part of a prompt or a key.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 from ..errors import InputError
 
-#: bytes of a text input, at most; a device that never ends must not fill the memory
+#: maximum bytes of a text input; an endless device must not fill the memory
 MAX_BYTES = 256 << 20
-#: characters of a prompt, at most; a text encoder reads 77 tokens, the rest is only tokenised
+#: maximum characters of a prompt; a text encoder reads 77 tokens, the rest is only tokenised
 MAX_PROMPT = 1_000_000
-#: of a run that counts seeds up from it
+#: maximum first seed of a run, which leaves room to count up from it
 MAX_SEED = 2**62
-#: characters of a prompt in a message
+#: maximum characters of a prompt in a message
 EXCERPT = 60
-#: longest marks first: that of UTF-32 begins with that of UTF-16
+#: UTF-32 before UTF-16, because the mark of UTF-32 begins with that of UTF-16
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -35,7 +35,7 @@ _MARKS = (
 )
 BYTE_ORDER_MARK = "\ufeff"
 _NEWLINE = re.compile(r"\r\n|\r|\n")
-#: syntax of other programs that is not interpreted here
+#: prompt syntax of other programs that is not interpreted here
 _WEIGHTS = r"""
       \( [^()]+ : \s* [0-9]*\.?[0-9]+ \s* \)            # (red:1.5)
     | \(\( [^()]+ \)\)                                  # ((red))
@@ -51,11 +51,11 @@ _EDITING = re.compile(_TAGS, re.VERBOSE)
 
 
 def read_text(path: Path, what: str = "", advice: str = "give a text file") -> str:
-    """The text of a file in UTF-8, or in the encoding that its byte order mark names; the mark is removed.
+    """Read a text file in UTF-8, or in the encoding of its byte order mark, and remove the mark.
 
     Args:
-        what: the file's role for messages, such as ``the prompts file``.
-        advice: the end of the message.
+        what: the file's role, for messages, such as ``the prompts file``.
+        advice: advice at the end of the message.
 
     Raises:
         InputError: if it is missing, unreadable, not text, or larger than ``MAX_BYTES``.
@@ -72,15 +72,15 @@ def read_text(path: Path, what: str = "", advice: str = "give a text file") -> s
 
 
 def is_file(path: Path) -> bool:
-    """Whether a name that a user gave leads to a file; False too where the system refuses such a name."""
+    """Whether a user-supplied path is a file; False if the system refuses the path."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # longer than the system allows, in a folder that cannot be searched
+    except (OSError, ValueError):  # too long for the system, or in a folder that cannot be searched
         return False
 
 
 def is_folder(path: Path) -> bool:
-    """As :func:`is_file`, of a folder."""
+    """Whether a user-supplied path is a folder; False if the system refuses the path."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -88,13 +88,13 @@ def is_folder(path: Path) -> bool:
 
 
 def decode(data: bytes, name: str) -> str:
-    """Bytes of a text input as text; the byte order mark is removed.
+    """Decode the bytes of a text input and remove the byte order mark.
 
     Args:
-        name: of the input, for messages.
+        name: the input's name, for messages.
 
     Raises:
-        InputError: naming the line and the byte that are not text.
+        InputError: if it is too large or not text, with the line and the byte.
     """
     if len(data) > MAX_BYTES:
         raise InputError(f"{name} is larger than {MAX_BYTES >> 20} MiB; give a smaller text file")
@@ -116,9 +116,9 @@ def decode(data: bytes, name: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """Lines without blanks and byte order marks at their ends (files that were joined have a mark inside).
+    """Split a text into lines, and strip blanks and byte order marks (concatenated files have marks inside).
 
-    Lines end with LF, CR LF or CR alone, as editors count them.
+    Lines end with LF, CR LF or a single CR, as in editors.
     """
     return [line.strip().strip(BYTE_ORDER_MARK).strip() for line in _NEWLINE.split(text)]
 
@@ -126,22 +126,22 @@ def lines(text: str) -> list[str]:
 def read_json(
     path: Path, what: str = "", advice: str = "give a complete JSON file", *, constants: bool = False
 ) -> Any:  # fmt: skip
-    """The value of a JSON file; NaN and Infinity are refused.
+    """Return the value of a JSON file; NaN and Infinity are refused by default.
 
     Args:
-        constants: take NaN and Infinity, which are no JSON and which Python writes, as the numbers that they name.
+        constants: accept NaN and Infinity, which are not JSON but which Python writes.
 
     Raises:
-        InputError: as :func:`read_text` does, or if it is not JSON, with line and column.
+        InputError: as in :func:`read_text`, or if the file is not JSON, with line and column.
     """
     return parse_json(read_text(path, what, advice), f"{what} {path}".strip(), advice, constants=constants)
 
 
 def parse_json(text: str, name: str, advice: str, *, constants: bool = False) -> Any:
-    """The value of a JSON text; ``name`` and ``advice`` are for the message, ``constants`` as for ``read_json``.
+    """Return the value of a JSON text; ``name`` and ``advice`` are for messages, ``constants`` is as in ``read_json``.
 
     Raises:
-        InputError: if it is not JSON, is nested too deeply, or holds NaN or Infinity.
+        InputError: if it is not JSON, is nested too deeply, or contains NaN or Infinity.
     """
     try:
         return json.loads(text, parse_constant=float if constants else _no_constant)
@@ -151,7 +151,7 @@ def parse_json(text: str, name: str, advice: str, *, constants: bool = False) ->
         ) from None
     except RecursionError:
         raise InputError(f"{name} is nested too deeply; {advice}") from None
-    except ValueError as e:  # a constant that is not JSON, a number of thousands of digits
+    except ValueError as e:  # a constant that is not JSON, or a number of thousands of digits
         raise InputError(f"{name} is not usable JSON ({e}); {advice}") from None
 
 
@@ -160,10 +160,10 @@ def _no_constant(name: str) -> None:
 
 
 def read_stdin_prompts() -> list[str]:
-    """The lines of standard input that are not blank.
+    """Return the non-blank lines of standard input.
 
     Raises:
-        InputError: if standard input is closed, has no line, or is not text.
+        InputError: if standard input is closed, is blank, or is not text.
     """
     stream = sys.stdin
     if stream is None:
@@ -175,22 +175,22 @@ def read_stdin_prompts() -> list[str]:
         raise InputError(f"standard input cannot be read ({e}); give prompts as arguments instead of -") from None
     prompts = [line for line in lines(decode(data, "standard input")) if line]
     if not prompts:
-        raise InputError("standard input has no prompt; give one a line, or name them instead of -")
+        raise InputError("standard input has no prompt; give one per line, or pass prompts as arguments instead of -")
     return prompts
 
 
 def check_prompts(prompts: Iterable[str], what: str = "the prompt") -> None:
-    """Raise ``InputError`` for a prompt that no tokenizer can take: bytes that are not UTF-8, or far too long."""
+    """Raise ``InputError`` for a prompt that a tokenizer cannot read: not a string, not UTF-8, or far too long."""
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise InputError(f"{what} is {type(prompt).__name__}, not text; pass a string")
         if len(prompt) > MAX_PROMPT:
-            raise InputError(f"{what} has {len(prompt):,} characters; at most {MAX_PROMPT:,} are taken")
+            raise InputError(f"{what} has {len(prompt):,} characters; at most {MAX_PROMPT:,} are allowed")
         try:
             prompt.encode()
         except UnicodeEncodeError as e:
             code = ord(prompt[e.start])
-            # Python passes a byte of an argument that is not UTF-8 on as U+DC00 plus the byte
+            # Python represents a byte of an argument that is not UTF-8 as U+DC00 plus the byte
             wrong = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"the code U+{code:04X}"
             raise InputError(
                 f"{what} is not UTF-8 text: {wrong} after {excerpt(prompt[: e.start])}; give it in UTF-8"
@@ -198,7 +198,7 @@ def check_prompts(prompts: Iterable[str], what: str = "the prompt") -> None:
 
 
 def as_utf8(argument: str) -> str:
-    """An argument whose bytes are UTF-8 where the locale's encoding is another, such as ASCII with LC_ALL=C."""
+    """Decode an argument as UTF-8 even if the locale's encoding is another, such as ASCII with LC_ALL=C."""
     try:
         return argument.encode(sys.getfilesystemencoding(), "surrogateescape").decode()
     except UnicodeError:
@@ -206,17 +206,17 @@ def as_utf8(argument: str) -> str:
 
 
 def check_seed(seed: int) -> None:
-    """Raise ``InputError`` for a seed that a generator of torch or numpy does not take."""
+    """Raise ``InputError`` for a seed that the random generators of torch or numpy do not accept."""
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"the seed is {seed}; it must be between 0 and {MAX_SEED}")
 
 
 def warn_of_syntax(prompts: Sequence[str], *, weighted: bool = False, breaks: bool = False) -> None:
-    """Warn once of weights, LoRA tags and keywords of other programs, which are read as plain words here.
+    """Warn once about weights, LoRA tags and keywords of other programs, which are read as plain words here.
 
     Args:
-        weighted: whether weights in parentheses are read as such.
-        breaks: whether ``BREAK`` is, too.
+        weighted: whether weights in parentheses are interpreted.
+        breaks: whether ``BREAK`` is interpreted, too.
     """
     syntax = _SYNTAX if not weighted else _EDITING if breaks else _OTHER_SYNTAX
     matches = (m for p in prompts if not p.isupper() for m in [syntax.search(p[:10_000])] if m is not None)
@@ -224,32 +224,32 @@ def warn_of_syntax(prompts: Sequence[str], *, weighted: bool = False, breaks: bo
         return
     if weighted and match[0] == "BREAK":
         warnings.warn(
-            "BREAK in a prompt is read as a space: prompts of this engine have one chunk; for more of them, build it "
-            "with --tokens 154 or above",
+            "BREAK in a prompt is read as a space: this engine's prompts have one chunk; for several chunks, build it "
+            "with --tokens 154 or more",
             stacklevel=3,
         )
         return
     if weighted:
         warnings.warn(
-            f"{excerpt(match[0])} in a prompt is not interpreted: prompt editing and <lora:…> tags are not; "
+            f"{excerpt(match[0])} in a prompt is not interpreted: prompt editing and <lora:…> tags are not supported; "
             "merge a LoRA with: pnp-trt plug ENGINE --lora FILE",
             stacklevel=3,
         )
         return
     advice = "; merge a LoRA with: pnp-trt plug ENGINE --lora FILE" if match[0].startswith("<") else ""
     warnings.warn(
-        f"{excerpt(match[0])} in a prompt is taken as words: weights in parentheses, <lora:…> tags and BREAK are not "
-        f"interpreted{advice}",
+        f"{excerpt(match[0])} in a prompt is read as plain words: weights in parentheses, <lora:…> tags and BREAK are "
+        f"not interpreted{advice}",
         stacklevel=3,
     )
 
 
 def excerpt(text: str, length: int = EXCERPT) -> str:
-    """A text in quotes for a message, on one line, at most ``length`` characters of it."""
+    """Return at most ``length`` characters of a text, in quotes and on one line, for a message."""
     return f"“{shortened(text, length)}”"
 
 
 def shortened(text: str, length: int = EXCERPT) -> str:
-    """The beginning of a text, at most ``length`` characters, those that cannot be printed as escapes."""
+    """Return at most the first ``length`` characters of a text, with unprintable characters escaped."""
     short = text if len(text) <= length else text[: length - 1] + "…"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)

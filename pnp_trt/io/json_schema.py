@@ -1,7 +1,7 @@
-"""A value held against a JSON Schema, with the part of the language that `schema.json` uses and no library.
+"""Validate a value against a JSON Schema without a library, for the subset of the language that `schema.json` uses.
 
-The reader of results files needs it where only the runtime's dependencies are installed; the tests hold it against
-jsonschema's verdict.
+Results files must be readable where only the runtime's dependencies are installed. The tests compare this validator
+with jsonschema.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def problem(value: Any, schema: Schema) -> str | None:
-    """The first thing about `value` that breaks `schema`, as a clause that begins with its place; None where it holds.
+    """Return the first violation of `schema` in `value`, as a clause that begins with its location, or None.
 
-    value: what `json.loads` made.  schema: a JSON Schema of the keywords type, const, enum, required, properties,
+    value: a value from `json.loads`.  schema: a JSON Schema with the keywords type, const, enum, required, properties,
     additionalProperties (a schema), items, minItems, maxItems, minimum, anyOf and $ref to "#/$defs/NAME".
     """
     return _problem(value, schema, schema.get("$defs", {}), "")
@@ -33,17 +33,17 @@ def problem(value: Any, schema: Schema) -> str | None:
 
 def _problem(value: Any, schema: Schema, defs: Schema, place: str) -> str | None:
     if "$ref" in schema:
-        found = _problem(value, defs[schema["$ref"].removeprefix("#/$defs/")], defs, place)
-        if found:
-            return found
+        violation = _problem(value, defs[schema["$ref"].removeprefix("#/$defs/")], defs, place)
+        if violation:
+            return violation
     where = f"'{place}'" if place else "the document"
     if "const" in schema and value != schema["const"]:
         return f"{where} is {_shown(value)}, not {_shown(schema['const'])}"
     if "enum" in schema and value not in schema["enum"]:
         return f"{where} is {_shown(value)}, not one of {', '.join(map(_shown, schema['enum']))}"
-    wanted = schema.get("type")
-    if wanted is not None:
-        names = [wanted] if isinstance(wanted, str) else list(wanted)
+    types = schema.get("type")
+    if types is not None:
+        names = [types] if isinstance(types, str) else list(types)
         if not any(_is(value, name) for name in names):
             return f"{where} is {_kind(value)}, not {' or '.join(map(_article, names))}"
     if "anyOf" in schema:
@@ -66,8 +66,8 @@ def _in_object(value: dict[str, Any], schema: Schema, defs: Schema, place: str) 
     properties, others = schema.get("properties", {}), schema.get("additionalProperties")
     for key, item in value.items():
         rule = properties.get(key, others)
-        if rule is not None and (found := _problem(item, rule, defs, f"{place}.{key}" if place else key)):
-            return found
+        if rule is not None and (violation := _problem(item, rule, defs, f"{place}.{key}" if place else key)):
+            return violation
     return None
 
 
@@ -77,8 +77,8 @@ def _in_array(value: list[Any], schema: Schema, defs: Schema, place: str) -> str
         return f"'{place}' has {len(value)} items, not {least if least == most else f'{least} to {most}'}"
     if "items" in schema:
         for number, item in enumerate(value):
-            if found := _problem(item, schema["items"], defs, f"{place}[{number}]"):
-                return found
+            if violation := _problem(item, schema["items"], defs, f"{place}[{number}]"):
+                return violation
     return None
 
 

@@ -1,4 +1,4 @@
-"""Operating-system errors in words: what went wrong, and what to do."""
+"""Messages for operating-system errors: the reason, and advice."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def reason(error: OSError) -> str:
-    """The system's error message, with the file if it is known."""
-    said = error.strerror or str(error)
-    return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, str | bytes) else said
+    """Return the system's error message, prefixed with the file's name if it is known."""
+    message = error.strerror or str(error)
+    return f"{os.fsdecode(error.filename)}: {message}" if isinstance(error.filename, str | bytes) else message
 
 
 def advice(error: OSError, otherwise: str = "name another place") -> str:
-    """Advice on an error of the file system."""
+    """Return advice on an error of the file system."""
     return "free some space" if error.errno in FULL_DISK else otherwise

@@ -1,7 +1,7 @@
-"""The process of a command: signals that end it, what it prints, and the processes that it starts.
+"""The process of a command: its signals, its standard streams and its child processes.
 
-SIGTERM and SIGHUP end a command as Ctrl-C does: what is half done is removed, and the exit code is 128 plus the
-signal's number.  A reader that closes standard output early ends it with 141, as SIGPIPE would.
+SIGTERM and SIGHUP end a command as Ctrl-C does: unfinished output is removed, and the exit code is 128 plus the
+signal's number.  If the reader of standard output closes it early, the exit code is 141, as for SIGPIPE.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any, cast
 
 from ..errors import PnpError
 
-#: what a shell reports of a program that SIGPIPE ended
+#: exit code that a shell reports for a program ended by SIGPIPE
 BROKEN_PIPE = 128 + 13
-#: seconds that a process has to clean up after SIGTERM
+#: seconds that a child process has to clean up after SIGTERM
 _GRACE = 15.0
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminated: the terminal was closed"}
 
 
 class _State:
-    """Which signal arrived, and whether it waits for the end of a :func:`deferred` block."""
+    """The signal that arrived, and whether it is pending until the end of a :func:`deferred` block."""
 
     received: int | None = None
     depth = 0
@@ -48,7 +48,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """A block that no signal interrupts; one that arrived meanwhile takes effect at its end."""
+    """Defer signals until the end of the block."""
     _State.depth += 1
     try:
         yield
@@ -61,7 +61,7 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handlers() -> Iterator[None]:
-    """Signals that end a process raise ``KeyboardInterrupt``, unless whoever started it chose to ignore them."""
+    """Raise ``KeyboardInterrupt`` on signals that end a process, unless the parent process had them ignored."""
     before: dict[int, Any] = {}
     _State.received, _State.depth, _State.pending = None, 0, False
     if threading.current_thread() is threading.main_thread():
@@ -77,19 +77,18 @@ def _handlers() -> Iterator[None]:
 
 
 def run(command: Callable[[], None]) -> None:
-    """Run a command under these rules.
+    """Run a command with the signal and stream handling of this module.
 
     Raises:
-        SystemExit: with its exit code.
-        PnpError: if standard output cannot be written, memory is short, or for an error of the file system that nothing
-            else explains.
+        SystemExit: with the command's exit code.
+        PnpError: if standard output cannot be written, memory runs out, or the command raises an ``OSError``.
     """
     with _streams(), _handlers():
         try:
             try:
                 command()
             except SystemExit as e:
-                if e.code == 130 and _State.received is not None:  # typer's own answer to KeyboardInterrupt
+                if e.code == 130 and _State.received is not None:  # typer turns KeyboardInterrupt into this
                     raise KeyboardInterrupt from None
                 _flush()
                 raise
@@ -102,17 +101,17 @@ def run(command: Callable[[], None]) -> None:
             if not _out_of_memory(e):
                 raise
             raise PnpError(
-                "there is not enough memory for this command; close other programs, or ask for a smaller batch, fewer "
+                "there is not enough memory for this command; close other programs, or use a smaller batch, fewer "
                 "images or a smaller size"
             ) from e
         except OSError as e:
             from .os_errors import advice, reason
 
             lines = reason(e).splitlines() or [type(e).__name__]
-            raise PnpError(f"{lines[0]}; {advice(e, 'check that it exists and that you may use it')}") from e
+            raise PnpError(f"{lines[0]}; {advice(e, 'check that it exists and that you have permission')}") from e
 
 
-#: how PyTorch, ONNX Runtime and C++ say that an allocation failed, in a ``RuntimeError``
+#: phrases with which PyTorch, ONNX Runtime and C++ report a failed allocation in a ``RuntimeError``
 _ALLOCATION = ("can't allocate memory", "bad_alloc", "bad allocation", "failed to allocate", "out of memory")
 
 
@@ -127,7 +126,7 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """No garbage collection within the block."""
+    """Disable garbage collection within the block."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -139,7 +138,7 @@ def collector_paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
-    """Standard output whose errors are reported in one sentence, and standard error whose errors are ignored."""
+    """Report errors of standard output in one sentence, and ignore errors of standard error."""
     streams = sys.stdout, sys.stderr
     if sys.stdout is not None:
         sys.stdout = cast(Any, _Output(sys.stdout, _output_failed))
@@ -152,7 +151,7 @@ def _streams() -> Iterator[None]:
 
 
 class _Output:
-    """A text stream that hands the errors of ``write`` and ``flush`` to ``failed``."""
+    """A text stream that passes errors of ``write`` and ``flush`` to the callback ``failed``."""
 
     def __init__(self, stream: Any, failed: Callable[[OSError], None]) -> None:
         self._stream, self._failed = stream, failed
@@ -174,7 +173,7 @@ class _Output:
         try:
             yield
         except OSError as e:
-            with contextlib.suppress(OSError, ValueError):  # nothing more is written, not even at the process's end
+            with contextlib.suppress(OSError, ValueError):  # write nothing more, not even at process exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             self._failed(e)
 
@@ -188,11 +187,11 @@ def _output_failed(error: OSError) -> None:
 def run_child(
     command: Sequence[str], *, input: str | None = None, timeout: float | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """``subprocess.run`` of a process that is ended by SIGTERM, and waited for, where this one is interrupted.
+    """Run a child process as ``subprocess.run`` does; if this process is interrupted, :func:`stop` the child first.
 
     Raises:
-        PnpError: if it cannot be started.
-        subprocess.TimeoutExpired: after ``timeout`` seconds; it has ended.
+        PnpError: if the child cannot be started.
+        subprocess.TimeoutExpired: after ``timeout`` seconds; the child has been stopped.
     """
     if input is not None:
         options["stdin"] = subprocess.PIPE
@@ -210,7 +209,7 @@ def run_child(
 
 
 def stop(child: subprocess.Popen[Any]) -> None:
-    """End a process: SIGTERM first, so that it removes what is half done; SIGKILL if that is not enough."""
+    """End a process and wait for it: SIGTERM first, so that it removes unfinished output, then SIGKILL if needed."""
     child.terminate()
     try:
         child.wait(_GRACE)

@@ -1,4 +1,4 @@
-"""How long work reports its progress: one protocol for builds, training, calibration and benchmarks."""
+"""The protocol by which builds, training, calibration and benchmarks report progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with the stage, units done and units in all, and what else is known of the stage."""
+    """A callback that receives the stage, the units done, the total, and an optional note on the stage."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "", /) -> None: ...

@@ -1,7 +1,7 @@
-"""Protocol buffers without their library: the fields of a message, read and written.
+"""Read and write the fields of protocol buffer messages without the protobuf library.
 
-What is not understood is kept as it stands, so that a message can be changed in one place.  The wire format:
-protobuf.dev/programming-guides/encoding.
+Fields that are not understood are copied unchanged, so that a single field of a message can be edited.  The wire format
+is described at protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(number, value) of a message's fields: whole numbers, and the bytes of strings and messages.
+    """Yield (number, value) of a message's fields: integers, and the bytes of strings and messages.
 
     Raises:
-        ValueError: if the bytes are no message.
+        ValueError: if the bytes are not a message.
     """
     for number, value, _ in split(data):
         if value is not None:
@@ -23,10 +23,10 @@ def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def split(data: memoryview) -> Iterator[tuple[int, int | memoryview | None, memoryview]]:
-    """(number, value, all its bytes) of a message's fields in order; the value is None for floating point numbers.
+    """Yield (number, value, all its bytes) of a message's fields in order; floating-point fields have the value None.
 
     Raises:
-        ValueError: if the bytes are no message.
+        ValueError: if the bytes are not a message.
     """
     at, end = 0, len(data)
     while at < end:
@@ -44,24 +44,24 @@ def split(data: memoryview) -> Iterator[tuple[int, int | memoryview | None, memo
         else:
             raise ValueError("it is not made of protocol buffers")
         if at + length > end:
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         at += length
         yield tag >> 3, data[at - length : at] if kind == _BYTES else None, data[start:at]
 
 
 def message(value: int | memoryview) -> memoryview:
-    """A field's value that must be a message.
+    """Return a field's value, which must be a message.
 
     Raises:
         ValueError: if it is a number.
     """
     if isinstance(value, int):
-        raise ValueError("it has a number where a message belongs")
+        raise ValueError("it has a number where a message is expected")
     return value
 
 
 def text(value: int | memoryview) -> str:
-    """A field's value that must be a string.
+    """Return a field's value as a string.
 
     Raises:
         ValueError: if it is a number, or not UTF-8.
@@ -70,7 +70,7 @@ def text(value: int | memoryview) -> str:
 
 
 def encode(number: int, value: int | bytes | str) -> bytes:
-    """A field: a whole number of at least 0, or a string or message."""
+    """Encode a field whose value is a non-negative integer, a string or a message."""
     if isinstance(value, int):
         return _written(number << 3 | _VARINT) + _written(value)
     content = value.encode() if isinstance(value, str) else value
@@ -81,7 +81,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     out = shift = 0
     while True:
         if at >= len(data) or shift > 63:
-            raise ValueError("it is cut short, or not made of protocol buffers")
+            raise ValueError("it is truncated, or not made of protocol buffers")
         byte = data[at]
         at += 1
         out |= (byte & 127) << shift

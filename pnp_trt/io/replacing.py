@@ -1,4 +1,4 @@
-"""`--force` removes only what is certainly this program's own. Anything else is refused by name."""
+"""Checks that `--force` removes only files that this program certainly wrote; anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _BUNDLE_FILE = re.compile(
     r"(manifest|weights|tokenizer(_2)?)\.json|golden\.npz"
     r"|(unet|text_encoder(_2)?|vae_decoder|vae_encoder|condition|sharpener)\.(onnx(\.data)?|engine|json|safetensors)"
 )
-#: keys that a manifest of this program has, and no other program's file of that name
+#: keys of this program's manifests that no other program's manifest.json has
 _OWN_KEYS = ("built_from", "networks", "rebuild", "parity", "seal")
 _SHOWN = 3
 _MOST_BYTES = 16 << 20
 
 
 def check_removable_bundle(folder: Path) -> None:
-    """Refuse a folder unless it is empty, or certainly a bundle: whole, unfinished or damaged.
+    """Refuse a folder unless it is empty or certainly a bundle: complete, unfinished or damaged.
 
-    It is one if it holds nothing but files that its manifest lists and names that a bundle can hold, and if a manifest
-    or a ``weights.json`` of this program shows whose they are.
+    A folder is a bundle if all its files are listed in its manifest or have names that occur in bundles, and if it has
+    a manifest or a ``weights.json`` of this program.
 
     Raises:
-        InputError: naming what the folder holds.
+        InputError: naming files in the folder.
     """
     names = _names(folder)
     listed, own = _manifest(folder / "manifest.json")
@@ -39,16 +39,16 @@ def check_removable_bundle(folder: Path) -> None:
     )
     if not names or (own and not foreign):
         return
-    held = foreign if own else sorted(names)
-    why = "no bundle holds" if own else "is not a bundle of pnp-trt"
-    listing = shown(held)
+    unexpected = foreign if own else sorted(names)
+    why = "does not belong to a bundle" if own else "is not a bundle of pnp-trt"
+    listing = shown(unexpected)
     if own:
         raise InputError(f"{folder} holds {listing}, which {why}; move it away, or choose another --out")
     raise InputError(f"{folder} holds {listing} and {why}; remove it yourself, or choose another --out")
 
 
 def shown(names: list[str]) -> str:
-    """The first few of some names, and how many more there are; control characters are escaped."""
+    """Return the first few names and the number of the others; control characters are escaped."""
     first = ", ".join(ascii(name)[1:-1] if not name.isprintable() else name for name in names[:_SHOWN])
     more = len(names) - _SHOWN
     return first if more <= 0 else f"{first} and {more} more"
@@ -58,12 +58,12 @@ def check_removable_file(path: Path, schema: str, option: str, what: str) -> Non
     """Refuse to replace a file unless it is empty or a JSON file of this program whose schema begins with ``schema``.
 
     Args:
-        what: the file is expected to be, such as ``a results file``.
+        what: the expected kind of file, such as ``a results file``.
 
     Raises:
         InputError: if it is anything else.
     """
-    if not path.is_file():  # there is none, or it is a device
+    if not path.is_file():  # it does not exist, or is a device
         return
     try:
         with path.open("rb") as f:
@@ -75,7 +75,7 @@ def check_removable_file(path: Path, schema: str, option: str, what: str) -> Non
 
 
 def check_removable_output(path: Path, mark: bytes, option: str, what: str) -> None:
-    """As :func:`check_removable_file`, for a file that holds ``mark`` somewhere."""
+    """Refuse to replace a file, as :func:`check_removable_file` does, unless it is empty or contains ``mark``."""
     if not path.is_file() or not path.stat().st_size:
         return
     try:
@@ -87,7 +87,7 @@ def check_removable_output(path: Path, mark: bytes, option: str, what: str) -> N
 
 
 def _names(folder: Path) -> set[str]:
-    """Relative paths of all files, links and empty folders; links are not followed."""
+    """Relative paths of all files, links and empty folders, without following links."""
     out: set[str] = set()
     for place, folders, files in os.walk(folder):
         inner = Path(place)
@@ -99,25 +99,27 @@ def _names(folder: Path) -> set[str]:
 
 
 def _manifest(path: Path) -> tuple[set[str], bool]:
-    """The files that a manifest lists, and whether it is one of this program's, even if it is damaged."""
+    """The files that a manifest lists, and whether this program wrote it, even if it is damaged."""
     text = _text(path)
     try:
-        found: Any = json.loads(text)
+        manifest: Any = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        own = isinstance(found.get("schema"), int) and sum(key in found for key in _OWN_KEYS) >= 2
-        files = found.get("files")
+        manifest = None
+    if isinstance(manifest, dict):
+        own = isinstance(manifest.get("schema"), int) and sum(key in manifest for key in _OWN_KEYS) >= 2
+        files = manifest.get("files")
         return (set(files) if own and isinstance(files, dict) else set()), own
     return set(), bool(re.match(r'\{\s*"schema": ', text)) and any(f'"{key}":' in text for key in _OWN_KEYS)
 
 
 def _is_weight_map(path: Path) -> bool:
     try:
-        found = json.loads(_text(path))
+        weights = json.loads(_text(path))
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and set(found) == {"schema", "networks"} and isinstance(found["networks"], dict)
+    return (
+        isinstance(weights, dict) and set(weights) == {"schema", "networks"} and isinstance(weights["networks"], dict)
+    )
 
 
 def _text(path: Path) -> str:

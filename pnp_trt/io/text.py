@@ -1,22 +1,22 @@
-"""Foreign text made safe to print: names, prompts and manifests may hold control characters and markup."""
+"""Make untrusted text safe to print: names, prompts and manifests may contain control characters and markup."""
 
 from __future__ import annotations
 
 import unicodedata
 from typing import Any
 
-#: format characters that ordinary words and emoji need: the zero-width non-joiner and joiner
+#: format characters that ordinary words and emoji need: the zero-width non-joiner and the zero-width joiner
 _HARMLESS = "\u200c\u200d"
 #: controls (C0, C1), format characters (bidirectional overrides, tags), surrogates, line and paragraph separators
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def printable(value: Any, *, limit: int | None = None, keep: str = "") -> str:
-    """``str(value)`` with every character that could steer a terminal written as an escape, such as ``\\x1b``.
+    """Return ``str(value)`` with every character that could control a terminal escaped, such as ``\\x1b``.
 
     Args:
-        limit: most characters of the result; a longer one is cut and ends in ``…``.
-        keep: characters that stay as they are, such as a newline.
+        limit: maximum length of the result; a longer result is cut and ends in ``…``.
+        keep: characters that are not escaped, such as a newline.
     """
     text = str(value)
     if limit is None:
@@ -26,7 +26,7 @@ def printable(value: Any, *, limit: int | None = None, keep: str = "") -> str:
 
 
 def printable_json(text: str) -> str:
-    """JSON text of ``json.dumps`` with DEL escaped too, the only control character that it leaves."""
+    """Return JSON text of ``json.dumps`` with DEL escaped, the only control character that it does not escape."""
     return text.replace("\x7f", "\\u007f")
 
 

@@ -1,1 +1,1 @@
-"""Inside a guide: its feature maps and their strength over steps and guidance scales."""
+"""Figures of a guide's feature maps and of their strength over steps and guidance scales."""

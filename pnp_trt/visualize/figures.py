@@ -1,4 +1,4 @@
-"""Figures whose labels are other people's text: names, prompts and paths are drawn as they are written."""
+"""Draw names, prompts and paths literally in matplotlib figures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def plain_text() -> Iterator[None]:
-    """A block, or as a decorator a function, in which matplotlib takes ``$`` for a dollar sign and never runs TeX.
+    """Disable matplotlib's formulas and TeX in a block, or as a decorator in a function.
 
-    Otherwise a prompt such as ``a $5 coin and a $10 note`` would be set as a formula, and ``$\\frac$`` would raise.
-    Characters that the font lacks are drawn as boxes without a warning.
+    Otherwise a prompt such as ``a $5 coin and a $10 note`` would be typeset as a formula, and ``$\\frac$`` would raise
+    an error.  Characters that the font lacks are drawn as boxes, without a warning.
     """
     import matplotlib as mpl
 

@@ -1,4 +1,4 @@
-"""The paper's figure: a guide's injections as maps, over steps and guidance scales, and the images they lead to."""
+"""The paper's figure: maps of what a guide injects, over steps and guidance scales, and the resulting images."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import numpy as np
 from .figures import plain_text
 from .record import Recording
 
-#: inches
+#: sizes in inches
 CELL, GAP, BLOCK_GAP, BAND_GAP, LEFT, TOP, HEAD, FOOT, EDGE = 0.84, 0.04, 0.24, 0.22, 0.72, 0.66, 0.62, 0.86, 0.14
 DPI = 120
-#: cells of maps side by side; more layers go into bands below each other
+#: maximum cells of maps side by side; further layers are drawn in bands below
 CELLS_IN_A_ROW = 16
 INK, FAINT = "#1a1a1a", "#666666"
 
 
 def shown_steps(steps: int, show: int) -> list[int]:
-    """Indices of at most ``show`` steps spread evenly over a run, the first and the last among them."""
+    """Return the indices of at most ``show`` steps, evenly spaced over a run, including the first and the last."""
     return sorted({round(float(i)) for i in np.linspace(0, steps - 1, show)})
 
 
 @plain_text()
 def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.ndarray:
-    """The labelled image, uint8 ``[H, W, 3]``: rows are scales, blocks are layers, columns are steps.
+    """Draw the labelled figure, uint8 ``[H, W, 3]``: rows are scales, blocks are layers, columns are steps.
 
-    A cell shows, for each position, the RMS over channels of what the guide adds, relative to the RMS of the feature
-    map that it is added to; all cells share one colour scale, so that strengths can be compared anywhere.
+    For each position, a cell shows the RMS over channels of what the guide adds, relative to the RMS of the feature map
+    that it is added to. All cells share one colour scale, so that their strengths can be compared.
 
     Args:
         chosen: indices of the layers to show.
@@ -40,7 +40,7 @@ def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.nda
 
     steps = recording.shown
     top = max(float(one.max()) for of_scale in recording.maps for i in chosen for one in of_scale[i])
-    # the square root keeps weak late detail visible beside strong early injections
+    # the square root keeps weak detail in late steps visible beside strong injections in early steps
     norm = PowerNorm(0.5, vmin=0.0, vmax=top or 1.0)
     colours = colormaps["inferno"]
 
@@ -53,7 +53,7 @@ def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.nda
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
 
     def cell(x: float, y: float) -> Any:
-        """Axes of a cell whose upper left corner is at (x, y) inches from the page's."""
+        """Add the axes of a cell, with its upper left corner (x, y) inches from the page's."""
         axis = figure.add_axes((x / width, 1 - (y + CELL) / height, CELL / width, CELL / height))
         axis.set_xticks([])
         axis.set_yticks([])
@@ -95,14 +95,14 @@ def draw_maps(recording: Recording, chosen: Sequence[int], title: str) -> np.nda
 
 
 def _bands(chosen: Sequence[int], columns: int) -> list[Sequence[int]]:
-    """The layers of each row of blocks, as evenly as may be; a block has ``columns`` cells across."""
+    """Distribute the layers evenly over rows of blocks; a block is ``columns`` cells wide."""
     many = -(-len(chosen) // max(1, CELLS_IN_A_ROW // columns))
     across = -(-len(chosen) // many)
     return [chosen[i : i + across] for i in range(0, len(chosen), across)]
 
 
 def _colour_bar(figure: Any, width: float, height: float, mappable: Any, top: float) -> None:
-    """The scale of all cells up to ``top``, at the foot of a figure of ``width`` and ``height`` inches."""
+    """Draw the colour scale, up to ``top``, at the bottom of a figure of ``width`` and ``height`` inches."""
     bar_width = min(5.0, width - LEFT - EDGE)
     bar_y = height - FOOT + 0.16
     bar = figure.add_axes((LEFT / width, 1 - (bar_y + 0.14) / height, bar_width / width, 0.14 / height))
@@ -113,7 +113,7 @@ def _colour_bar(figure: Any, width: float, height: float, mappable: Any, top: fl
 
 
 def pixels_of(figure: Any) -> np.ndarray:
-    """A matplotlib figure as uint8 ``[H, W, 3]``, without pyplot's global state."""
+    """Render a matplotlib figure as uint8 ``[H, W, 3]``, without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -122,7 +122,7 @@ def pixels_of(figure: Any) -> np.ndarray:
 
 
 def _ticks(top: float) -> list[float]:
-    """Ticks of a square-root scale from 0 to ``top``: round numbers, evenly enough spaced to be read."""
+    """Ticks of a square-root scale from 0 to ``top``: round numbers, about evenly spaced."""
     out = [0.0]
     for share in (0.04, 0.16, 0.36, 0.64):
         value = top * share
@@ -134,6 +134,6 @@ def _ticks(top: float) -> list[float]:
 
 
 def _fit(words: str, inches: float, points: float) -> str:
-    """Cut a line that would leave the page; a letter is about 0.62 of its size wide."""
+    """Shorten a line that is wider than ``inches``; a letter's width is about 0.62 of its size."""
     most = int(inches * 72 / (0.62 * points))
     return words if len(words) <= most else words[: most - 1].rstrip() + "…"

@@ -1,4 +1,4 @@
-"""Run the guided sampler and measure what the guide adds to each feature map, at every step and scale."""
+"""Run the guided sampler and measure the residuals that the guide adds to each feature map, at every step and scale."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FeatureMap:
 
     Attributes:
         name: ``skip-0`` (the shallowest decoder skip), ``skip-1`` …, ``mid``.
-        channels, height, width: of the feature map.
+        channels, height, width: the shape of the feature map.
         emits: whether this guide adds anything here.
     """
 
@@ -42,18 +42,19 @@ class FeatureMap:
 
 @dataclass
 class Recording:
-    """What was injected; W scales, L layers (shallow to deep, mid last), S steps.
+    """The measured residuals, for W scales, L layers (shallow to deep, mid last) and S steps.
 
     Attributes:
         guidance: the scales, ascending.
-        timesteps: of the steps, descending.
-        residual: RMS of what the guide adds, over prompts, channels and positions, float64 ``[W, L, S]``.
-        feature: RMS of the U-Net's own feature map that it is added to, ``[W, L, S]``.
-        high: share of the residual's energy above half the Nyquist frequency, ``[W, L, S]``; NaN for no residual.
-        shown: indices of the steps that maps are kept of, ascending.
+        timesteps: the timesteps of the steps, descending.
+        layers: the L feature maps.
+        residual: RMS of the residual over prompts, channels and positions, float64 ``[W, L, S]``.
+        feature: RMS of the U-Net's own feature map to which the residual is added, ``[W, L, S]``.
+        high: share of the residual's energy above half the Nyquist frequency, ``[W, L, S]``; NaN without a residual.
+        shown: indices of the steps whose maps are stored, ascending.
         maps: the first prompt's residual, RMS over channels relative to the feature's RMS; ``maps[w][layer][k]`` is
-            that of step ``shown[k]``, ``[H, W]`` float32.
-        images: the first prompt's result for each scale, uint8 ``[H, W, 3]``.
+            the map of step ``shown[k]``, ``[H, W]`` float32.
+        images: the first prompt's image for each scale, uint8 ``[H, W, 3]``.
     """
 
     guidance: list[float]
@@ -68,7 +69,7 @@ class Recording:
 
     @property
     def relative(self) -> np.ndarray:
-        """The injected strength: RMS of the residual / RMS of the feature it is added to, ``[W, L, S]``."""
+        """The strength: RMS of the residual / RMS of the feature map to which it is added, ``[W, L, S]``."""
         return np.divide(self.residual, self.feature, out=np.zeros_like(self.residual), where=self.feature > 0)
 
     @property
@@ -78,7 +79,7 @@ class Recording:
 
 
 def layer_names(skips: int) -> list[str]:
-    """Names of the layers of a U-Net with so many decoder skips, shallow to deep, mid last."""
+    """Return the layer names of a U-Net with ``skips`` decoder skips, shallow to deep, mid last."""
     return [*(f"skip-{i}" for i in range(skips)), "mid"]
 
 
@@ -93,19 +94,19 @@ def record(
     shown: Sequence[int],
     progress: Progress | None = None,
 ) -> Recording:
-    """Sample every prompt at every scale from the same noise, and measure the guide's residuals on the way.
+    """Sample every prompt at every scale from the same noise, and measure the guide's residuals meanwhile.
 
     The noise is that of :meth:`pnp_trt.runtime.pipeline.Pipeline.noise`, so that the images are those of
     ``pnp-trt sample`` with this seed.
 
     Args:
-        base: a :class:`~pnp_trt.models.teacher.BaseModel`, the student's.
+        base: the student's :class:`~pnp_trt.models.teacher.BaseModel`.
         guidance: scales w, ascending.
-        shown: indices of the steps to keep maps of, ascending.
+        shown: indices of the steps whose maps are stored, ascending.
 
     Raises:
         InputError: if the base's images are not square.
-        PnpError: if a residual or an image is not finite; it states where.
+        PnpError: if a residual or an image is not finite; the message names the layer, w and the timestep.
     """
     unet, guide = student.unet, student.guide
     device = next(guide.parameters()).device
@@ -121,39 +122,41 @@ def record(
     names = layer_names(len(guide.config["skip_channels"]))
 
     layers: list[FeatureMap] = []
-    seen: list[list[Measured]] = []  # of the present scale, a list per step
+    current: list[list[Measured]] = []  # of the current scale, a list per step
     images: list[np.ndarray] = []
     measured: list[list[list[Measured]]] = []  # [W][S][L]
 
-    def keep(_: Any, arguments: tuple[GuideInput], output: GuideOutput) -> None:
+    def record_step(_: Any, arguments: tuple[GuideInput], output: GuideOutput) -> None:
         pairs = _maps_and_residuals(arguments[0], output)
         if not layers:
             for name, (x, r) in zip(names, pairs, strict=True):
                 layers.append(FeatureMap(name, x.shape[1], x.shape[2], x.shape[3], r is not None))
-        seen.append([measure(r, x) for x, r in pairs])
-        for layer, m in zip(layers, seen[-1], strict=True):
+        current.append([measure(r, x) for x, r in pairs])
+        for layer, m in zip(layers, current[-1], strict=True):
             if not np.isfinite(m.residual):
                 raise PnpError(
-                    f"what the guide adds to {layer.name} at w = {w_value:g}, timestep "
+                    f"the guide's residual for {layer.name} at w = {w_value:g}, timestep "
                     f"{int(arguments[0].timestep[0])} is not finite; check the guide's weights"
                 )
         if progress is not None:
-            progress(f"w = {w_value:g}", len(measured) * steps + len(seen), len(guidance) * steps)
+            progress(f"w = {w_value:g}", len(measured) * steps + len(current), len(guidance) * steps)
 
-    # the guide's own inputs and outputs are what is measured: no second copy of the student's forward pass
-    hook = guide.register_forward_hook(keep)
+    # a hook measures the guide's actual inputs and outputs, so that the student's forward pass is not duplicated here
+    hook = guide.register_forward_hook(record_step)
     try:
         for w_value in guidance:
             w = torch.full((len(prompts),), w_value, device=device)
-            hint = guide.condition(w, (size, size))
+            guide_condition = guide.condition(w, (size, size))
 
-            def predict(x: Tensor, t: Tensor, w: Tensor = w, hint: Tensor | None = hint) -> Tensor:
-                return student(x, t, text, w, negative=empty, condition=hint, added_cond_kwargs=added)
+            def predict(
+                x: Tensor, t: Tensor, w: Tensor = w, guide_condition: Tensor | None = guide_condition
+            ) -> Tensor:
+                return student(x, t, text, w, negative=empty, condition=guide_condition, added_cond_kwargs=added)
 
-            seen = []
+            current = []
             latents = run_schedule(predict, start, schedule)
             images.append(_pixels(vae, latents[:1], w_value))
-            measured.append(seen)
+            measured.append(current)
     finally:
         hook.remove()
 
@@ -167,15 +170,15 @@ def record(
     )  # fmt: skip
 
 
-def _maps_and_residuals(given: GuideInput, output: GuideOutput) -> list[tuple[Tensor, Tensor | None]]:
-    """Each feature map ``[B, C, H, W]`` and what a guide adds to it, mid last."""
-    maps = (*given.features.down_block_res_samples, given.features.mid_block_res_sample)
+def _maps_and_residuals(inputs: GuideInput, output: GuideOutput) -> list[tuple[Tensor, Tensor | None]]:
+    """Each feature map ``[B, C, H, W]`` with the guide's residual for it, mid last."""
+    maps = (*inputs.features.down_block_res_samples, inputs.features.mid_block_res_sample)
     return list(zip(maps, (*output.down_block_res_samples, output.mid_block_res_sample), strict=True))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One layer at one step; see :class:`Recording`."""
+    """The measurement of one layer at one step; see :class:`Recording`."""
 
     residual: float
     feature: float
@@ -184,7 +187,7 @@ class Measured:
 
 
 def measure(residual: Tensor | None, feature: Tensor) -> Measured:
-    """Strength, high-frequency share and map of a residual ``[B, C, H, W]`` (None: nothing is added)."""
+    """Measure the strength, high-frequency share and map of a residual ``[B, C, H, W]`` (None: nothing is added)."""
     if residual is None:
         residual = torch.zeros_like(feature)
     r, x = residual.double(), feature.double()
@@ -197,9 +200,9 @@ def measure(residual: Tensor | None, feature: Tensor) -> Measured:
 
 
 def high_frequency_share(maps: Tensor) -> float:
-    """Share of the energy of maps ``[…, H, W]`` above half the Nyquist frequency; NaN where there is no energy.
+    """Return the share of the energy of maps ``[…, H, W]`` above half the Nyquist frequency; NaN for zero maps.
 
-    Energy is that of the 2-D discrete Fourier transform, the mean included; a frequency counts as high when its
+    The energy is that of the 2-D discrete Fourier transform, including the mean. A frequency counts as high if its
     radius exceeds a quarter of a cycle per position.
     """
     energy = torch.fft.fft2(maps).abs().pow(2).flatten(0, -3).sum(0)
@@ -209,7 +212,7 @@ def high_frequency_share(maps: Tensor) -> float:
 
 
 def white_noise_share(height: int, width: int) -> float:
-    """What :func:`high_frequency_share` is for white noise, the same energy in all frequencies: about 0.8."""
+    """Return :func:`high_frequency_share` of white noise, which has equal energy in all frequencies: about 0.8."""
     return float(_high_frequencies(height, width).double().mean())
 
 
@@ -219,7 +222,7 @@ def _high_frequencies(height: int, width: int) -> Tensor:
 
 
 def _pixels(vae: Any, latents: Tensor, w: float) -> np.ndarray:
-    """The image of latents ``[1, C, H, W]``, uint8 ``[H, W, 3]``."""
+    """Decode latents ``[1, C, H, W]`` to an image, uint8 ``[H, W, 3]``."""
     out = vae.decode(to_vae(latents, vae), return_dict=False)[0][0]
     if not out.isfinite().all():
         raise PnpError(f"the image at w = {w:g} is not finite; check the guide's and the base's weights")

@@ -1,4 +1,4 @@
-"""``pnp-trt visualize``: record a guided run, draw it, write the numbers."""
+"""``pnp-trt visualize``: record guided runs, draw the figures and write the numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .strength import draw_strength
 from .summary import describe, summarise
 
 SCHEMA = "pnp-trt/visualize/1"
-#: what one image can hold
+#: limits of one figure
 MOST_SCALES, MOST_STEPS = 16, 32
 _FILES = (("feature-maps", ".png"), ("strength", ".png"), ("strength", ".json"))
 
@@ -42,14 +42,14 @@ class VisualizeRequest:
 
     Attributes:
         guide: a guide's name or folder.
-        prompts: the maps show the first one; strengths are over all of them.
+        prompts: the prompts; the maps show the first, the strengths are means over all.
         guidance: scales w, 1 … 9.
         steps: sampling steps.
         base: the teacher, or a fine-tune of it.
-        seed: of the noise that every run starts from.
-        show: how many steps the image of the maps shows.
-        layers: names (``skip-0`` …, ``mid``) or indices of the layers it shows, or ``all``; empty takes the shallowest
-            and the deepest skip that the guide adds to, and mid.
+        seed: seed of the initial noise, which all runs share.
+        show: number of steps in the figure of feature maps.
+        layers: names (``skip-0`` …, ``mid``) or indices of the layers in that figure, or ``all``; if empty, the
+            shallowest and the deepest skip that the guide adds to, and mid.
         out: folder for the files.
     """
 
@@ -66,7 +66,7 @@ class VisualizeRequest:
 
 @dataclass(frozen=True)
 class Visualization:
-    """Written files, the numbers (the JSON file's content), and a paragraph about them."""
+    """The written files, the numbers (the content of the JSON file) and a paragraph about them."""
 
     files: list[Path]
     document: dict[str, Any]
@@ -76,16 +76,17 @@ class Visualization:
 def visualize(
     request: VisualizeRequest, command: Sequence[str] = (), progress: Progress | None = None
 ) -> Visualization:
-    """Sample with the guide at every scale from the same noise; draw its feature maps and their strength.
+    """Sample with the guide at every scale from the same noise, and draw its feature maps and their strength.
 
-    Writes ``feature-maps.png``, ``strength.png`` and ``strength.json`` to ``request.out``, numbered where those exist.
+    Writes ``feature-maps.png``, ``strength.png`` and ``strength.json`` to ``request.out``, or numbered names if those
+    exist.
 
     Args:
-        command: the command line, for the record.
+        command: the command line, for the provenance in the JSON file.
 
     Raises:
         InputError: for values out of range, an unknown guide, base or layer, or a guide that does not fit the base.
-        PnpError: if something becomes not finite, or a file cannot be written.
+        PnpError: if a residual or an image is not finite, or a file cannot be written.
     """
     scales = sorted(set(request.guidance))
     _check(request, scales)
@@ -93,7 +94,7 @@ def visualize(
     guide = load_guide(request.guide)
     student = Student(base.unet().float(), guide)
     names = layer_names(len(guide.config["skip_channels"]))
-    wanted = _wanted(request.layers, names)
+    requested = _wanted(request.layers, names)
     distilled = guide.config.get("sampling_steps")
     if distilled is not None and distilled != request.steps:
         warnings.warn(f"this guide was distilled for {distilled} sampling steps, not {request.steps}", stacklevel=2)
@@ -104,7 +105,7 @@ def visualize(
     shown = shown_steps(request.steps, request.show)
     recording = record(base, student.to(device), request.prompts, scales, request.steps, request.seed, shown, progress)
 
-    chosen = wanted or _usual(recording)
+    chosen = requested or _usual(recording)
     parameters = {
         "prompts": list(request.prompts), "seed": request.seed, "steps": request.steps, "guidance": scales,
         "guide": request.guide, "base": request.base, "schedule": ddim.name,
@@ -128,19 +129,19 @@ def visualize(
         "provenance": provenance(command, device=torch.cuda.get_device_name() if device.type == "cuda" else None),
     }
     run = f"{shortened(folder.name)} on {shortened(Path(request.base).name)}"
-    many = len(request.prompts) > 1
+    several_prompts = len(request.prompts) > 1
     prompt = excerpt(request.prompts[0])
     maps = draw_maps(recording, chosen, f"{run}, {prompt}, {request.steps} steps, seed {request.seed}")
-    whose = f"mean of {len(request.prompts)} prompts" if many else prompt
-    chart = draw_strength(recording, f"Injected strength: {run}, {whose}, {request.steps} steps")
+    prompt_label = f"mean of {len(request.prompts)} prompts" if several_prompts else prompt
+    chart = draw_strength(recording, f"Injected strength: {run}, {prompt_label}, {request.steps} steps")
     with deferred():
         files = _write(request.out, maps, chart, parameters, document)
-    text = describe(summary, f"{run}, {whose}, {request.steps} steps")
+    text = describe(summary, f"{run}, {prompt_label}, {request.steps} steps")
     return Visualization(files, document, text)
 
 
 def _rows(recording: Recording) -> list[dict[str, Any]]:
-    """A row for every (w, layer, step); the share is None where nothing is added."""
+    """Rows of numbers, one per (w, layer, step); the high-frequency share is None if nothing is added."""
     relative = recording.relative
     out = []
     for r, w in enumerate(recording.guidance):
@@ -161,32 +162,32 @@ def _check(request: VisualizeRequest, scales: list[float]) -> None:
     prompts = list(request.prompts)
     if prompts and not scales:
         raise InputError("no guidance scale was given; pass at least one")
-    for w in scales or [1.0]:  # an empty list of prompts is refused there too
+    for w in scales or [1.0]:  # 1.0 makes check_request also refuse an empty list of prompts
         check_request(prompts, [request.seed] * len(prompts), [w] * len(prompts), request.steps)
     if len(scales) > MOST_SCALES:
-        raise InputError(f"{len(scales)} guidance scales were given; one image holds at most {MOST_SCALES}")
+        raise InputError(f"{len(scales)} guidance scales were given; one figure holds at most {MOST_SCALES}")
     if not 1 <= request.show <= MOST_STEPS:
         raise InputError(f"show is {request.show}; it must be between 1 and {MOST_STEPS}")
     check_writable_folder(request.out)
 
 
-def _wanted(given: Sequence[str], names: list[str]) -> list[int]:
-    """Indices of the layers requested, in that order and each once; empty for the usual ones."""
-    if list(given) == ["all"]:
+def _wanted(words: Sequence[str], names: list[str]) -> list[int]:
+    """Indices of the requested layers, in that order and without duplicates; empty for the default layers."""
+    if list(words) == ["all"]:
         return list(range(len(names)))
-    found: list[int] = []
-    for word in given:
+    indices: list[int] = []
+    for word in words:
         if word in names:
-            found.append(names.index(word))
+            indices.append(names.index(word))
         elif word in map(str, range(len(names))):
-            found.append(int(word))
+            indices.append(int(word))
         else:
             raise InputError(f"no layer '{word}'; known: {', '.join(names)}, the indices 0 to {len(names) - 1}, or all")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(indices))
 
 
 def _usual(recording: Recording) -> list[int]:
-    """The shallowest and the deepest skip that the guide adds to, and mid."""
+    """The default layers: the shallowest and the deepest skip that the guide adds to, and mid."""
     mid = len(recording.layers) - 1
     skips = [i for i in recording.emitting if i != mid]
     return list(dict.fromkeys([*skips[:1], *skips[-1:], mid]))
@@ -195,7 +196,7 @@ def _usual(recording: Recording) -> list[int]:
 def _write(
     folder: Path, maps: np.ndarray, chart: np.ndarray, parameters: dict[str, Any], document: dict[str, Any]
 ) -> list[Path]:
-    """Write a run's files as NAME, or NAME-2 … where any of them exists, so that one run has one number."""
+    """Write a run's files as NAME, or if any of them exists as NAME-2 …, so that all of a run have the same number."""
     text = as_text(document, folder / "strength.json").encode()
     images = [encode_image(pixels, parameters, "png", folder) for pixels in (maps, chart)]
     number = 1

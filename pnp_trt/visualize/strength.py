@@ -1,4 +1,4 @@
-"""The injected strength by layer, step and scale, as a chart."""
+"""A chart of the injected strength by layer, step and scale."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ HEATS_IN_A_ROW = 4
 
 
 def groups(recording: Recording) -> list[tuple[str, list[int]]]:
-    """Emitting layers that belong together, (label, indices): skips of one resolution, then mid."""
-    found: dict[str, list[int]] = {}
+    """Group the emitting layers, as (label, indices): skips of one resolution, then mid."""
+    members: dict[str, list[int]] = {}
     for i in recording.emitting:
         layer = recording.layers[i]
         size = f"{layer.height}×{layer.width}"
-        found.setdefault(f"mid, {size}" if layer.name == "mid" else f"skips, {size}", []).append(i)
-    return [(f"{k} (mean of {len(v)})" if len(v) > 1 else k, v) for k, v in found.items()]
+        members.setdefault(f"mid, {size}" if layer.name == "mid" else f"skips, {size}", []).append(i)
+    return [(f"{k} (mean of {len(v)})" if len(v) > 1 else k, v) for k, v in members.items()]
 
 
 @plain_text()
 def draw_strength(recording: Recording, title: str) -> np.ndarray:
-    """uint8 ``[H, W, 3]``: strength over steps, share of high frequencies over steps, and every layer as a heat map."""
+    """Draw the strength and the high-frequency share over steps, and all layers as heat maps; uint8 ``[H, W, 3]``."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -65,7 +65,7 @@ def draw_strength(recording: Recording, title: str) -> np.ndarray:
             textcoords="offset points", ha="right", va="top", fontsize=8, color=FAINT,
         )  # fmt: skip
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # w = 1 has no energy whose share could be taken
+            warnings.simplefilter("ignore", RuntimeWarning)  # at w = 1 there is no energy: the mean of NaNs
             high = 100 * np.nanmean(recording.high[:, members], axis=1)
         for r, shade in enumerate(shades):
             axis.plot(recording.timesteps, high[r], color=shade, marker=".", markersize=4)
@@ -78,7 +78,7 @@ def draw_strength(recording: Recording, title: str) -> np.ndarray:
 
 
 def _heat_maps(part: Any, shape: tuple[int, int], recording: Recording) -> None:
-    """Strength of every layer over the steps, a map for each scale, in ``shape`` rows and columns of a subfigure."""
+    """Draw every layer's strength over the steps, one map per scale, in a subfigure of ``shape`` (rows, columns)."""
     relative = recording.relative
     heats = part.subplots(*shape, squeeze=False, sharey=True).ravel()
     names = [layer.name for layer in recording.layers]

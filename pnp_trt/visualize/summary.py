@@ -1,7 +1,7 @@
-"""Does the paper's description of the feature maps hold for this guide?  Computed from a recording, never assumed.
+"""Check from a recording whether the paper's description of the feature maps holds for a guide.
 
 *Plug-and-Play Diffusion Distillation* (Hsiao et al., CVPR 2024) describes its guide's feature maps: strong injection in
-the early, noisy steps; later mostly high-frequency detail with low strength; the larger w, the stronger.
+the early, noisy steps; later mostly high-frequency detail of low strength; and stronger injection for larger w.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import numpy as np
 
 from .record import Recording
 
-#: above this share of its energy a map is mostly detail
+#: a map is mostly detail if its high-frequency share of energy exceeds this
 MOSTLY = 0.5
 
 
 def summarise(recording: Recording) -> dict[str, Any]:
-    """The numbers behind the three claims, and whether each holds; None where this run cannot tell.
+    """Return the numbers behind the paper's claims, and whether each holds; None if this run cannot decide.
 
-    Strength is the mean over the layers that the guide adds to, at the scales above 1 (there is none at w = 1).
-    Early is the first third of the steps, late the last third.
+    Strength is the mean over the layers that the guide adds to, at the scales above 1 (at w = 1 it is zero).
+    Early means the first third of the steps, late the last third.
     """
     w = np.array(recording.guidance)
     strength = recording.relative[:, recording.emitting]  # [W, L, S]
@@ -50,7 +50,7 @@ def summarise(recording: Recording) -> dict[str, Any]:
         claims["stronger_early"] = bool(early.mean() > late.mean())
         high = recording.high[guided][:, recording.emitting]
         parts = [part[~np.isnan(part)] for part in (high[:, :, :third], high[:, :, -third:])]
-        if all(len(part) for part in parts):  # there is something at both ends whose share can be taken
+        if all(len(part) for part in parts):  # both thirds have some energy
             first, last = (float(part.mean()) for part in parts)
             out["high_frequency"] = {"early": first, "late": last}
             claims["more_detail_later"] = last > first
@@ -69,10 +69,10 @@ def summarise(recording: Recording) -> dict[str, Any]:
 
 
 def describe(summary: dict[str, Any], what: str) -> str:
-    """One paragraph for people; ``what`` names the guide and the run."""
+    """Describe a summary in one paragraph; ``what`` names the guide and the run."""
     strongest = summary["strongest"]
     if strongest is None:
-        return f"{what}: nothing is injected anywhere; only w = 1 was requested, or the guide is untrained."
+        return f"{what}: nothing is injected anywhere; either only w = 1 was requested, or the guide is untrained."
     parts = [
         f"{what}: the injection is strongest at timestep {strongest['timestep']} (step {strongest['step']}), "
         f"on average {strongest['strength']:.1%} of the features it is added to."
@@ -89,12 +89,12 @@ def describe(summary: dict[str, Any], what: str) -> str:
             "all of the strength" if early["ratio"] is None else f"{early['ratio']:.2f} times the last third's strength"
         )
         parts.append(
-            f"The first third of the steps has {times} (stronger early in {early['layers_stronger_early']} of "
-            f"{early['layers']} layers)."
+            f"The first third of the steps has {times} ({early['layers_stronger_early']} of {early['layers']} layers "
+            "are stronger early)."
         )
     if high is not None:
         parts.append(
-            f"The share of energy above half the Nyquist frequency goes from {high['early']:.0%} there to "
+            f"The share of energy above half the Nyquist frequency changes from {high['early']:.0%} there to "
             f"{high['late']:.0%} in the last third."
         )
     parts.append(_verdict(summary["holds"]))

@@ -78,7 +78,7 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool, word: str) ->
 def test_an_emulated_type_is_warned_of_with_its_factor(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo.write_text(EPYC_1)
     monkeypatch.setattr(processor, "slowdown", lambda dtype: 17.7)
-    with pytest.warns(UserWarning, match="multiply bfloat16.* about 18 times slower than float32; use --mixed"):
+    with pytest.warns(UserWarning, match="emulates bfloat16.* about 18 times slower than float32; use --mixed"):
         assert processor.mixed_precision("bf16", gpu=False) == "bf16"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -168,7 +168,7 @@ def test_what_does_not_go_with_a_guide_is_refused(pipe: Any, micro_guide: Path, 
     for name, message in (("emoji-tiny", "the guide does not fit this U-Net"), ("nope", "nope")):
         with pytest.raises(InputError, match=message):
             apply_guide(pipe, name)
-    with pytest.raises(InputError, match="negative is 'rain' and the guide was distilled without"):
+    with pytest.raises(InputError, match="negative is 'rain', but the guide was distilled without"):
         apply_guide(pipe, micro_guide, negative="rain")
     with pytest.raises(InputError, match="NoneType does not leave guidance to its U-Net"):
         apply_guide(None, micro_guide)

@@ -176,7 +176,7 @@ def test_prompts_that_no_tokenizer_takes(prompt: Any, message: str) -> None:
     ["a (red:1.5) apple", "a <lora:sepia:1>", "a BREAK b", "((red)) apple", "[cat:dog:0.5]", "(a b : .7)"],
 )
 def test_syntax_of_other_programs_is_warned_of_once(prompt: str) -> None:
-    with pytest.warns(UserWarning, match="in a prompt is taken as words") as said:
+    with pytest.warns(UserWarning, match="in a prompt is read as plain words") as said:
         inputs.warn_of_syntax(["plain", prompt, prompt])
     assert len(said) == 1
 

@@ -108,7 +108,7 @@ def test_images_of_both_syntaxes(plain: Pipeline) -> None:
     common: dict[str, Any] = {"steps": 2, "seed": 3, "negative": "(blurred:1.2)"}
     weighted = plain("a (red:1.4) apple", prompt_syntax="a1111", **common)[0]
     assert weighted.parameters["prompt_syntax"] == "a1111" and weighted.parameters["prompt"] == "a (red:1.4) apple"
-    with pytest.warns(UserWarning, match="is taken as words"):
+    with pytest.warns(UserWarning, match="is read as plain words"):
         words = plain("a (red:1.4) apple", **common)[0]
     assert "prompt_syntax" not in words.parameters and not np.array_equal(words.pixels, weighted.pixels)
     with warnings.catch_warnings():

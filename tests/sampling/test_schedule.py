@@ -630,7 +630,7 @@ def test_a_registered_schedule_is_known_by_name_class_and_message() -> None:
         assert table.step(0, 8.0, 1.0)[0] == 4.0
         with pytest.raises(InputError, match=r"known: ddim, dpm\+\+, euler, heun, unipc, half, teacher"):
             resolve("plms", {})
-        with pytest.raises(InputError, match="the schedule 'half' is registered already"):
+        with pytest.raises(InputError, match="the schedule 'half' is already registered"):
             schedule("half", "")(lambda config, steps: table)
     finally:
         SCHEDULES.unregister("half")

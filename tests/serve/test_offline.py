@@ -80,7 +80,7 @@ def test_files_are_the_pipelines_images_and_a_second_run_keeps_them(
         assert read_parameters(file) == alone.parameters
     before = [file.stat().st_mtime_ns for file in files]
     files[2].unlink()
-    assert "1 images generated" in (again := cli(*command)).out and "3 were there" in again.out
+    assert "1 images generated" in (again := cli(*command)).out and "3 existed already" in again.out
     assert [f.stat().st_mtime_ns for f in (*files[:2], files[3])] == [*before[:2], before[3]] and files[2].exists()
     refused = cli(*command, "--guidance", 4)
     assert refused.code == 2 and "has another row's image" in refused.err

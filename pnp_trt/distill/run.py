@@ -99,7 +99,7 @@ def guide_weights(folder: Path) -> Path:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise InputError(f"the guide {folder} contains no .safetensors; name a folder made by pnp-trt distill guidance")
+        raise InputError(f"the guide {folder} holds no .safetensors; name a folder made by pnp-trt distill guidance")
     return files[0]
 
 

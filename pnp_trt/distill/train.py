@@ -108,7 +108,7 @@ def make_accelerator(mixed_precision: str = "no") -> Any:
     if mixed_precision not in PRECISIONS:
         raise InputError(f"mixed precision is '{mixed_precision}'; known: {', '.join(PRECISIONS)}")
     if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("mixed precision 'fp16' needs a GPU, and this machine has none; use no, bf16 or auto")
+        raise InputError("mixed precision 'fp16' needs a GPU and there is none; use no, bf16 or auto")
     mixed_precision = processor.mixed_precision(mixed_precision, gpu=torch.cuda.is_available())
     # accelerate has one precision per process, and consecutive runs may need different ones
     AcceleratorState._reset_state()

@@ -241,7 +241,7 @@ class Engine:
             raise InputError(f"{count} images were requested at once; at most {self._room} are taken")
         job.submitted = time.monotonic() if since is None else since
         job.deadline = None if deadline is None else job.submitted + deadline
-        job.future.set_running_or_notify_cancel()  # from here on, callers cannot cancel the future; only this engine ends it
+        job.future.set_running_or_notify_cancel()  # from here on, only this engine ends the future
         with self._lock:
             if self._stopping or not self._thread.is_alive():
                 raise Stopping(f"engine '{pipeline.name}' is being stopped; use another server, or retry later")

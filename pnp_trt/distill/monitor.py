@@ -162,7 +162,7 @@ class ImageGrid:
 
 
 def save_grid(pixels: np.ndarray, path: Path) -> None:
-    """Write a PNG of uint8 ``[H, W, 3]``, whole or not at all."""
+    """Write pixels, uint8 ``[H, W, 3]``, as a PNG, atomically."""
     from PIL import Image
 
     stream = io.BytesIO()

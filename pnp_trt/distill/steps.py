@@ -135,7 +135,7 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
         progress: called with (stage, done, total, note).
 
     Raises:
-        InputError: for steps that cannot be halved so, unknown names, or an ``out`` that holds another run.
+        InputError: if the steps cannot be halved to ``to``, for unknown names, or an ``out`` that holds another run.
         PnpError: if a prediction or the loss is not finite.
     """
     config.check()

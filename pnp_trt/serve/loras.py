@@ -222,7 +222,7 @@ class LoraEngines:
         return Lease(entry.future, lambda: self._release(entry))
 
     def _pending(self, entry: _Entry | None) -> int:
-        """Number of requests that wait for an engine to be made; ``entry`` is counted besides the table."""
+        """Number of requests that wait for an engine to be made, including ``entry``."""
         entries = [*self._entries.values(), *([] if entry is None else [entry])]
         return sum(each.users for each in entries if not each.loaded)
 

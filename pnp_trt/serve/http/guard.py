@@ -92,10 +92,7 @@ class Guard:
             return 403, "the request names another host; this server listens on this machine alone: use 127.0.0.1"
         origin = headers.get("origin", "")
         if origin and (urlsplit(origin).hostname or "") != host:
-            return (
-                403,
-                "a page of another site sent the request; use the server's own page, or a client outside a browser",
-            )
+            return 403, "a page of another site sent the request; use the server's own page, or another client"
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:20]) > MAX_BODY:
             return 413, f"the body has more than {MAX_BODY >> 20} MiB; send less"

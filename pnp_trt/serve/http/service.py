@@ -170,9 +170,8 @@ class Service:
         """The engine of a lease; raises ``Expired`` or ``Cancelled`` if it is not loaded in time."""
         assert owner.lease is not None and owner.loading is not None
         engine_future = asyncio.wrap_future(owner.lease.future)
-        engine_future.add_done_callback(
-            lambda done: done.cancelled() or done.exception()
-        )  # retrieve an error even if nobody waits any more, to avoid asyncio's warning
+        # retrieve a late error, which asyncio would otherwise log as never retrieved
+        engine_future.add_done_callback(lambda done: done.cancelled() or done.exception())
         ready = asyncio.shield(engine_future)  # other requests wait for it too
         gone = asyncio.ensure_future(_gone(request))
         stopped = asyncio.ensure_future(owner.loading.wait())

@@ -85,8 +85,7 @@ class PngInfo(BaseModel):
 def router(service: Service) -> APIRouter:
     """The routes.
 
-    This function is long because each route is a closure over ``service``; FastAPI reads the request's fields from the
-    route's signature.
+    Long: each route is a closure over ``service``, and FastAPI reads the request's fields from the route's signature.
     """
     routes = APIRouter(prefix="/sdapi/v1")
     chosen: dict[str, str] = {}  # model that was set in the options, by client address

@@ -42,7 +42,7 @@ def create(
 ) -> FastAPI:
     """The application for running engines; on shutdown, they complete their requests and stop.
 
-    This function is long because routes, handlers and the lifespan are closures over the service.
+    Long: routes, handlers and the lifespan are closures over the service.
 
     Args:
         engines: by name, at least one.

@@ -90,8 +90,7 @@ def parse(size: str | None) -> Size | None:
 def router(service: Service) -> APIRouter:
     """The routes.
 
-    This function is long because each route is a closure over ``service``; FastAPI reads the request's fields from the
-    route's signature.
+    Long: each route is a closure over ``service``, and FastAPI reads the request's fields from the route's signature.
     """
     routes = APIRouter(prefix="/v1")
 

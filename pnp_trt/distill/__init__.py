@@ -1,1 +1,1 @@
-"""Trainers that make guides."""
+"""Trainers of guides."""

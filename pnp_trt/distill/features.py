@@ -1,4 +1,4 @@
-"""Feature matching: an extra term on what the decoder made before its last convolution."""
+"""Feature matching: an extra loss term on the decoder's features before its last convolution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .states import States
 
 
 class _Tap:
-    """Inside, keeps what a module was given."""
+    """Context manager that records the input of a module's last call."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -30,10 +30,10 @@ class _Tap:
 
 
 def feature_error(model: nn.Module, teacher: TeacherModel, states: States, rows: Tensor, w: Tensor) -> Tensor:
-    """Mean squared error of the last decoder block's features to the guided teacher's, f_u + w·(f_c − f_u), over w.
+    """Mean squared error of the last decoder block's features against the guided teacher's f_u + w·(f_c − f_u), over w.
 
-    The features are those before the last norm, whose combination is as linear in w as the prediction's target.
-    It runs the teacher twice and the student once more.
+    The features are those before the last norm, where the guided combination is linear in w, like the prediction's
+    target.  This evaluates the teacher twice and the student once more.
     """
     from .monitor import predict_states
 
@@ -52,6 +52,6 @@ def feature_error(model: nn.Module, teacher: TeacherModel, states: States, rows:
     with _Tap(unet.conv_norm_out) as tap:
         predict_states(model, states, rows, w)
         assert tap.seen is not None
-        own = tap.seen.float()
+        features = tap.seen.float()
     scale = w[:, None, None, None]
-    return ((own - plain - scale * (conditional - plain)) ** 2 / scale).mean()
+    return ((features - plain - scale * (conditional - plain)) ** 2 / scale).mean()

@@ -1,7 +1,7 @@
 """Gain: factors g(t) of a guide's residuals, so that its change of the prediction is as long as the teacher's.
 
-Least squares gives the conditional mean of the guidance, which is right in direction and too short.  A table in the
-guide's config multiplies the residuals (``models.guides.parts.GainTable``); it costs nothing at inference.
+Least squares learns the conditional mean of the guidance, which has the right direction but is too short.  A table in
+the guide's config multiplies the residuals (``models.guides.parts.GainTable``).  It costs nothing at inference.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from .monitor import predict_states, target_of
 from .run import TeacherModel, guide_weights, origin, origin_record, report_head, save_guide
 from .states import Collection, StateConfig, States
 
-#: guidance scales at which lengths are compared, in turn over the states
+#: guidance scales at which lengths are compared; the states take them in turn
 SCALES = (2.0, 3.0, 5.0, 8.0)
-#: rounds of the fit; the decoder is not linear in the residuals, so that one is not enough
+#: rounds of the fit; one is not enough, because the decoder is not linear in the residuals
 ROUNDS = 4
 
 
 @dataclass(frozen=True)
 class GainConfig:
-    """A fit of a guide's gain.
+    """Settings of a gain fit.
 
     Attributes:
-        guide: folder or name of a stage 1 guide; a gain that it has is replaced.
+        guide: folder or name of a stage 1 guide; a gain that it already has is replaced.
         out: folder of the new guide.
-        values: number of values of the table; 1 fits a constant factor.
-        factor: a constant factor that is taken as it is; None fits the table.
+        values: number of values in the table; 1 fits a constant factor.
+        factor: a constant factor to use instead of a fit; None fits the table.
         base, prompts: None takes those that the guide was distilled with.
-        states: states to compare lengths on, on the teacher's CFG trajectories.
-        seed: of the states; another than that of the guide's training holds them out.
+        states: number of states, from the teacher's CFG trajectories, to compare lengths on.
+        seed: seed of the states; use another than the guide's training, so that the states are held out.
     """
 
     guide: str
@@ -68,7 +68,7 @@ class GainConfig:
         self.collection().check()
 
     def collection(self) -> StateConfig:
-        """How the states are made."""
+        """Settings of the states to collect."""
         return StateConfig("trajectory", self.states, batch=min(32, -(-self.states // 20)), seed=self.seed)
 
 
@@ -76,8 +76,8 @@ def fit(config: GainConfig, *, resume: bool = False, progress: Progress | None =
     """Write a copy of a guide with a gain, and its report ``distill.json``, to ``config.out``.
 
     Args:
-        resume: continue the run that ``config.out`` holds.
-        progress: called with (stage, done, in all, note).
+        resume: continue the run in ``config.out``.
+        progress: called with (stage, done, total, note).
 
     Returns:
         The report.
@@ -85,11 +85,11 @@ def fit(config: GainConfig, *, resume: bool = False, progress: Progress | None =
     Raises:
         InputError: for a guide of stage 2 or of a class without ``gain``, unreadable prompts, or an ``out`` that holds
             another run.
-        PnpError: if the states leave a part of the table out, or the guide changes nothing there.
+        PnpError: if no state is near one of the table's timesteps, or the guide changes nothing there.
     """
     config.check()
     check_writable_folder(config.out)
-    say = progress or (lambda *_: None)
+    notify = progress or (lambda *_: None)
     started = time.monotonic()
     folder = guide_folder(config.guide)
     guide = load_guide(str(folder))
@@ -98,7 +98,7 @@ def fit(config: GainConfig, *, resume: bool = False, progress: Progress | None =
             f"{folder} was distilled for {guide.sampling_steps} steps, whose targets are not the teacher's; fit the "
             "gain of the stage 1 guide, and run pnp-trt distill steps on the result"
         )
-    guide.use_gain(None)  # refuses a class without gain before anything is made
+    guide.use_gain(None)  # raises early for a class without gain
     base, prompts, prompts_file = origin(folder, config.base, config.prompts)
     teacher = TeacherModel.load(base, prompts, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     source = {"name": folder.name, "weights": sha256(guide_weights(folder)), "distilled": origin_record(folder)}
@@ -109,19 +109,19 @@ def fit(config: GainConfig, *, resume: bool = False, progress: Progress | None =
     collection = Collection(
         teacher.unet, teacher.scheduler, teacher.conditions, config.collection(), config.out / "states", identity
     )
-    collection.make(range(config.collection().shards), lambda done, total, note: say("states", done, total, note))
+    collection.make(range(config.collection().shards), lambda done, total, note: notify("states", done, total, note))
     states = collection.read()
     student = Student(teacher.unet, guide.to(teacher.device))
 
-    def measured() -> list[float]:
+    def measure_lengths() -> list[float]:
         return lengths(student, states, config.values)
 
     if config.factor is None:
-        found = fit_table(guide, measured, config.values, say)
+        rounds = fit_table(guide, measure_lengths, config.values, notify)
     else:
-        found = [measured()]
+        rounds = [measure_lengths()]
         guide.use_gain([config.factor])
-        found.append(measured())
+        rounds.append(measure_lengths())
     guide.to("cpu")
     save_guide(guide, config.out)
     report = {
@@ -131,8 +131,8 @@ def fit(config: GainConfig, *, resume: bool = False, progress: Progress | None =
         "identity": identity,
         "states": len(states),
         "gain": list(guide.config.gain),
-        # of the guide's change over the teacher's, at the timesteps
-        "length": {"timestep": nodes(config.values), "before": found[0], "after": found[-1]},
+        # length of the guide's change over that of the teacher's, at these timesteps
+        "length": {"timestep": nodes(config.values), "before": rounds[0], "after": rounds[-1]},
         "of": source,
     }
     write_json(config.out / "distill.json", report)
@@ -145,32 +145,33 @@ def fit_table(
     """Give ``guide`` the table of ``count`` values with which its change is as long as the teacher's.
 
     Args:
-        measured: lengths of the guide's change, as it is, over the teacher's near the timesteps of the table.
+        measured: returns the length of the guide's present change over that of the teacher's, near each timestep of the
+            table.
 
     Returns:
-        The lengths without a gain, and after each of the rounds.
+        The lengths without a gain and after each round.
 
     Raises:
-        PnpError: if there is no state near one of the timesteps, or the guide changes nothing there.
+        PnpError: if no state is near one of the timesteps, or the guide changes nothing there.
     """
     guide.use_gain(None)
-    found, gain = [measured()], [1.0] * count
+    rounds, gain = [measured()], [1.0] * count
     for number in range(1, ROUNDS + 1):
-        for t, length in zip(nodes(count), found[-1], strict=True):
+        for t, length in zip(nodes(count), rounds[-1], strict=True):
             if not (math.isfinite(length) and length > 0):
                 raise PnpError(
-                    f"near timestep {t:.0f} there is no state, or the guide adds nothing, which no gain can change; "
-                    "take more states or fewer values, or distil the guide first"
+                    f"near timestep {t:.0f} there is no state, or the guide adds nothing that a gain could scale; "
+                    "use more states or fewer values, or distil the guide first"
                 )
-        gain = [round(g / length, 4) for g, length in zip(gain, found[-1], strict=True)]
+        gain = [round(g / length, 4) for g, length in zip(gain, rounds[-1], strict=True)]
         guide.use_gain(gain)
-        found.append(measured())
-        say("gain", number, ROUNDS, f"length {min(found[-1]):.2f} to {max(found[-1]):.2f} of the teacher's")
-    return found
+        rounds.append(measured())
+        say("gain", number, ROUNDS, f"length {min(rounds[-1]):.2f} to {max(rounds[-1]):.2f} of the teacher's")
+    return rounds
 
 
 def nodes(count: int) -> list[float]:
-    """Timesteps of a table's values; that of a single one is in the middle."""
+    """Timesteps of a table's values; a single value is in the middle."""
     return [LAST_TIMESTEP / 2] if count == 1 else [LAST_TIMESTEP * i / (count - 1) for i in range(count)]
 
 
@@ -178,7 +179,7 @@ def nodes(count: int) -> list[float]:
 def lengths(student: Student, states: States, count: int) -> list[float]:
     """Length of the guide's change of the prediction over that of the teacher's, near each of ``count`` timesteps.
 
-    Both changes are those from the conditional prediction, over w − 1.
+    Both are changes of the conditional prediction, divided by w − 1.
     """
     device = next(student.guide.parameters()).device
     scales = torch.tensor(SCALES)
@@ -186,9 +187,9 @@ def lengths(student: Student, states: States, count: int) -> list[float]:
     for pick in torch.arange(len(states)).split(64):
         w = scales[pick % len(scales)].to(device)
         target, conditional = target_of(states, pick, w)
-        over = (w - 1)[:, None, None, None]
-        predicted = (predict_states(student, states, pick, w) - conditional) / over
-        true = (target - conditional) / over
+        strength = (w - 1)[:, None, None, None]
+        predicted = (predict_states(student, states, pick, w) - conditional) / strength
+        true = (target - conditional) / strength
         sums += length_sums(predicted, true, states.timestep[pick], count)
     return (sums[0] / sums[1]).sqrt().tolist()
 
@@ -196,15 +197,15 @@ def lengths(student: Student, states: States, count: int) -> list[float]:
 def length_sums(predicted: Tensor, true: Tensor, timestep: Tensor, count: int) -> Tensor:
     """Sums of squares of both changes ``[N, …]`` near each of ``count`` timesteps, ``[2, count]``, on the CPU.
 
-    A state belongs to the two timesteps beside it by its distance, as in the table's interpolation.
+    A state is shared between its two neighbouring timesteps by distance, as in the table's interpolation.
     """
     squares = torch.stack([change.double().square().flatten(1).sum(1) for change in (predicted, true)])
     return squares.cpu() @ _shares(timestep.cpu(), count)
 
 
 def _shares(timestep: Tensor, count: int) -> Tensor:
-    """How far a state belongs to each of the table's values, ``[N, count]``; a row's sum is one."""
+    """Share of each state in each of the table's values, ``[N, count]``; rows sum to one."""
     if count == 1:
         return torch.ones(len(timestep), 1, dtype=torch.float64)
-    place = timestep.double()[:, None] * ((count - 1) / LAST_TIMESTEP)
-    return (1 - (place - torch.arange(count)).abs()).clamp(min=0)
+    position = timestep.double()[:, None] * ((count - 1) / LAST_TIMESTEP)
+    return (1 - (position - torch.arange(count)).abs()).clamp(min=0)

@@ -33,33 +33,33 @@ from .train import TrainConfig, begin, make_accelerator, newest_step, train
 
 WEIGHTINGS = ("x0", "guidance", "w", "none")
 W_DISTRIBUTIONS = ("uniform", "log-uniform")
-#: states that the error is watched on while training continues
+#: states on which the error is monitored during training
 WATCHED = 256
-#: inner width of a sharpener where none is given
+#: default inner width of a sharpener
 SHARPENER_WIDTH = 128
 
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """A stage 1 run.
+    """Settings of a stage 1 run.
 
     Attributes:
         base: the teacher's name.
-        prompts: text file, one prompt a line; or None, and ``images`` is given.
+        prompts: text file with one prompt a line; None uses the captions of ``images``.
         images: folder of captioned images; needed for forward states.
         out: the guide's folder.
-        guide: which guide to make, a key of ``pnp_trt.models.guides.GUIDES``.
-        options: of the guide's ``from_unet`` (the tiny guide's ``rank``, ``trunk_kind`` …).
+        guide: class of the guide, a key of ``pnp_trt.models.guides.GUIDES``.
+        options: for the guide's ``from_unet`` (the tiny guide's ``rank``, ``trunk_kind`` …).
         w_min, w_max: range of the guidance scale.
-        w_distribution: ``uniform``, or ``log-uniform``, which draws small scales more often.
-        weighting: of the squared error: as one of ``x0`` (times min(1/SNR, 5), over w); over the mean strength of
-            ``guidance`` at the timestep; over ``w``; ``none``, the paper's.
-        feature_matching: weight of the error of the last decoder block's features; above 0 it runs the teacher in
+        w_distribution: ``uniform``, or ``log-uniform``, which samples small scales more often.
+        weighting: of the squared error: ``x0`` (times min(1/SNR, 5), over w); ``guidance`` (over the guidance's mean
+            strength at the timestep); ``w`` (over w); or ``none``, as in the paper.
+        feature_matching: weight of the error of the last decoder block's features; above 0, the teacher is evaluated in
             every step.
-        states_dir: where states are cached; None puts them into ``out``.
+        states_dir: folder of cached states; None puts them into ``out``.
         grid_steps: sampling steps of the image grid; 0 writes none.
-        sharpen: a guide to start from, a folder or a name: it gets a new sharpener, and nothing else of it is trained.
-            ``guide`` is not read then, and ``options`` has ``sharpener_width`` alone.
+        sharpen: folder or name of a guide to start from: it gets a new sharpener, which is all that is trained.
+            ``guide`` is then ignored, and ``options`` may hold ``sharpener_width`` only.
     """
 
     base: str
@@ -110,36 +110,36 @@ class GuidanceConfig:
         self.states.check()
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on."""
-        found = asdict(self)
+        """Settings that affect the result."""
+        settings = asdict(self)
         for name in ("out", "states_dir", "grid_steps", *(("sharpen",) if self.sharpen is None else ())):
-            found.pop(name)
+            settings.pop(name)
         if self.sharpen is not None:
-            found["sharpen_sha256"] = sha256(guide_weights(guide_folder(self.sharpen)))
-        return found
+            settings["sharpen_sha256"] = sha256(guide_weights(guide_folder(self.sharpen)))
+        return settings
 
 
 def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Make a guide and write it, with its report ``distill.json``, to ``config.out``.
+    """Train a guide and write it, with its report ``distill.json``, to ``config.out``.
 
-    Under ``accelerate launch`` the processes share states and batches; the first one writes.
+    Under ``accelerate launch`` the processes share states and batches; the main process writes.
 
     Args:
-        resume: continue the run that ``config.out`` holds.
-        progress: called with (stage, done, in all, note).
+        resume: continue the run in ``config.out``.
+        progress: called with (stage, done, total, note).
 
     Returns:
         The report.
 
     Raises:
         InputError: for unknown names, unreadable prompts or images, or an ``out`` that holds another run.
-        PnpError: if the loss or the teacher is not finite.
+        PnpError: if the loss or the teacher's prediction is not finite.
     """
     config.check()
     check_writable_folder(config.out)
     if config.states_dir is not None:
         check_writable_folder(config.states_dir, "--states-dir")
-    accelerator, resolved, say = begin(config.train, progress)
+    accelerator, resolved, notify = begin(config.train, progress)
     config, main = replace(config, train=resolved), accelerator.is_main_process
     started = time.monotonic()
     teacher, collection = _collection(config, accelerator.device)
@@ -149,7 +149,7 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     accelerator.wait_for_everyone()
 
     share = range(accelerator.process_index, config.states.shards, accelerator.num_processes)
-    collection.make(share, lambda done, total, note: say("states", done, total, note))
+    collection.make(share, lambda done, total, note: notify("states", done, total, note))
     accelerator.wait_for_everyone()
     states = collection.read()
     torch.manual_seed(config.train.seed)
@@ -159,23 +159,23 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
     objective = GuidanceObjective(states, rows, teacher, config)
     board = Board(config.out / "logs", newest_step(config.out)) if main else None
     grid = ImageGrid(teacher, config.grid_steps) if main and config.grid_steps else None
-    loss = LossLog(board, partial(say, "guide"))
+    loss = LossLog(board, partial(notify, "guide"))
 
     def watch(step: int, weights: dict[str, Tensor]) -> None:
         assert board is not None
         with averaged(guide, weights):
-            found = held_out_error(student, states, held_out, limit=WATCHED)
-            board.error(step, found)
+            error_now = held_out_error(student, states, held_out, limit=WATCHED)
+            board.error(step, error_now)
             if grid is not None:
                 board.image(step, "grid", grid.draw(student))
-        say("guide", step, config.train.steps, f"held-out residual {found['residual']:.1%}")
+        notify("guide", step, config.train.steps, f"held-out residual {error_now['residual']:.1%}")
 
     train(student, guide, objective, config.train, config.out, accelerator, loss, watch if main else None)
     report: dict[str, Any] = {}
     if main:
         assert board is not None
         guide.eval()
-        error = held_out_error(student, states, held_out, lambda done, total: say("check", done, total, ""))
+        error = held_out_error(student, states, held_out, lambda done, total: notify("check", done, total, ""))
         board.close()
         if grid is not None:
             save_grid(grid.draw(student), config.out / "grid.png")
@@ -198,25 +198,25 @@ def distill(config: GuidanceConfig, *, resume: bool = False, progress: Progress 
 def collect_states(
     config: GuidanceConfig, shards: tuple[int, int] | None = None, *, progress: Progress | None = None
 ) -> tuple[int, int]:
-    """Make states of a stage 1 run ahead of it, in ``config.states_dir``: a part on each of many machines.
+    """Collect states of a stage 1 run in advance, in ``config.states_dir``, for example in parts on many machines.
 
-    A shard depends on its number alone, so parts that were made anywhere are put together by copying their files.  A
-    run of ``distill`` with the same settings and ``states_dir`` finds the shards and makes those that are missing.
+    A shard depends on its number alone, so parts from several machines are combined by copying their files.  A run of
+    ``distill`` with the same settings and ``states_dir`` uses the existing shards and makes the missing ones.
 
     Args:
         shards: first and last number; None for all.
-        progress: called with (stage, done, in all, note).
+        progress: called with (stage, done, total, note).
 
     Returns:
-        (shards in the folder, shards in all).
+        (shards in the folder, total number of shards).
 
     Raises:
-        InputError: for a range outside the collection, and as of ``distill``.
-        PnpError: if the teacher is not finite.
+        InputError: for a range outside the collection, and as for ``distill``.
+        PnpError: if the teacher's prediction is not finite.
     """
     config.check()
     if config.states_dir is None:
-        raise InputError("states that are made ahead need a folder; name one with --states-dir")
+        raise InputError("states that are collected in advance need a folder; name one with --states-dir")
     end = config.states.shards - 1
     first, last = shards or (0, end)
     if not 0 <= first <= last <= end:
@@ -224,20 +224,22 @@ def collect_states(
     check_writable_folder(config.states_dir, "--states-dir")
     accelerator = make_accelerator(config.train.mixed_precision)
     _, collection = _collection(config, accelerator.device)
-    say = progress or (lambda *_: None)
-    collection.make(range(first, last + 1), lambda done, total, note: say("states", done, total, note))
+    notify = progress or (lambda *_: None)
+    collection.make(range(first, last + 1), lambda done, total, note: notify("states", done, total, note))
     return collection.shard_count(), config.states.shards
 
 
 def _collection(config: GuidanceConfig, device: Any) -> tuple[TeacherModel, Collection]:
-    """The teacher, and the states of a run."""
-    shots = find_images(config.images) if config.images is not None else None
-    prompts = read_prompts(config.prompts) if config.prompts is not None else _captions(shots)
+    """The teacher and the state collection of a run."""
+    captioned = find_images(config.images) if config.images is not None else None
+    prompts = read_prompts(config.prompts) if config.prompts is not None else _captions(captioned)
     teacher = TeacherModel.load(config.base, prompts, device)
     identity = {"teacher": teacher.hashes, "prompts": digest(prompts)}
-    if shots is not None and config.states.kind == "forward":
-        identity["pictures"] = digest([[sha256(f), c] for f, c in zip(shots.files, shots.captions, strict=True)])
-    images = _latents(teacher, shots) if config.states.kind == "forward" else None
+    if captioned is not None and config.states.kind == "forward":
+        identity["pictures"] = digest(
+            [[sha256(f), c] for f, c in zip(captioned.files, captioned.captions, strict=True)]
+        )
+    images = _latents(teacher, captioned) if config.states.kind == "forward" else None
     folder = config.states_dir or config.out / "states"
     return teacher, Collection(
         teacher.unet, teacher.scheduler, teacher.conditions, config.states, folder, identity, images
@@ -245,7 +247,7 @@ def _collection(config: GuidanceConfig, device: Any) -> tuple[TeacherModel, Coll
 
 
 def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:
-    """A new guide of the run's kind in a student."""
+    """A student with a new guide of the configured class."""
     if config.sharpen is not None:
         width = config.options.get("sharpener_width", SHARPENER_WIDTH)
         return Student(teacher.unet, with_new_sharpener(load_guide(config.sharpen), width).to(teacher.device))
@@ -254,7 +256,7 @@ def make_student(teacher: TeacherModel, config: GuidanceConfig) -> Student:
         options.setdefault("negative_prompts", True)
     try:
         guide: Guide = GUIDES[config.guide].from_unet(teacher.unet, **options)
-    except Exception as e:  # torch raises many types for sizes that are negative, huge or not numbers
+    except Exception as e:  # torch raises many types for negative, huge or non-numeric sizes
         reason = shortened((str(e).splitlines() or [type(e).__name__])[0], 200)
         raise InputError(f"the {config.guide} guide does not take these options: {reason}") from e
     if config.train.gradient_checkpointing:
@@ -271,15 +273,17 @@ class GuidanceObjective:
         self._by_time = _time_weights(states, rows, teacher.scheduler, config.weighting)
 
     def batch(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
-        """Rows and scales of a step, and the states themselves, so that a batch kept for looking at is whole."""
-        c = self._config
-        rng = random.Random(f"{c.train.seed}/{step}")
-        pick = [self._rows[rng.randrange(len(self._rows))] for _ in range(c.train.batch)][part::parts]
-        if c.w_distribution == "uniform":
-            w = [rng.uniform(c.w_min, c.w_max) for _ in range(c.train.batch)]
+        """Rows and scales of a step, with the states themselves, so that a saved batch is complete for debugging."""
+        config = self._config
+        rng = random.Random(f"{config.train.seed}/{step}")
+        chosen = [self._rows[rng.randrange(len(self._rows))] for _ in range(config.train.batch)][part::parts]
+        if config.w_distribution == "uniform":
+            w = [rng.uniform(config.w_min, config.w_max) for _ in range(config.train.batch)]
         else:
-            w = [math.exp(rng.uniform(math.log(c.w_min), math.log(c.w_max))) for _ in range(c.train.batch)]
-        rows = torch.tensor(pick)
+            w = [
+                math.exp(rng.uniform(math.log(config.w_min), math.log(config.w_max))) for _ in range(config.train.batch)
+            ]
+        rows = torch.tensor(chosen)
         s = self._states
         return {
             "row": rows, "w": torch.tensor(w[part::parts]), "sample": s.sample[rows], "timestep": s.timestep[rows],
@@ -313,30 +317,30 @@ def _time_weights(states: States, rows: list[int], scheduler: dict[str, Any], we
         return weight / weight.mean()
     if weighting != "guidance":
         return torch.ones_like(abar)
-    some = torch.tensor(rows[:: max(1, len(rows) // 4096)])
-    strength = (states.conditional[some].float() - states.unconditional[some].float()).pow(2).flatten(1).mean(1)
-    bins = torch.div(states.timestep[some] * 20, len(abar), rounding_mode="floor")
+    sampled = torch.tensor(rows[:: max(1, len(rows) // 4096)])
+    strength = (states.conditional[sampled].float() - states.unconditional[sampled].float()).pow(2).flatten(1).mean(1)
+    bins = torch.div(states.timestep[sampled] * 20, len(abar), rounding_mode="floor")
     mean = torch.stack([strength[bins == b].mean() if (bins == b).any() else strength.mean() for b in range(20)])
     weight = (1 / mean.clamp(min=1e-8)).repeat_interleave(-(-len(abar) // 20))[: len(abar)]
     return weight / weight.mean()
 
 
-def _captions(shots: CaptionedImages | None) -> list[str]:
-    assert shots is not None
-    return list(dict.fromkeys(shots.captions))
+def _captions(images: CaptionedImages | None) -> list[str]:
+    assert images is not None
+    return list(dict.fromkeys(images.captions))
 
 
-def _latents(teacher: TeacherModel, shots: CaptionedImages | None) -> Latents:
-    """Latents of the images; their captions are looked up among, or added to, the run's prompts."""
-    assert shots is not None
+def _latents(teacher: TeacherModel, images: CaptionedImages | None) -> Latents:
+    """Latents of the images and the prompt row of each caption; every caption must be one of the run's prompts."""
+    assert images is not None
     vae = teacher.base.vae().float()
     side = teacher.sample_shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = image_latents(vae, shots.files, side, teacher.device)
+    latents = image_latents(vae, images.files, side, teacher.device)
     index = {p: i for i, p in enumerate(teacher.prompts)}
-    missing = [c for c in shots.captions if c not in index]
+    missing = [c for c in images.captions if c not in index]
     if missing:
         raise InputError(
             f"{len(missing)} captions of the images are not in the prompts file (the first: '{missing[0][:60]}'); "
             "leave --prompts out to use the captions alone"
         )
-    return Latents(latents, torch.tensor([index[c] for c in shots.captions]))
+    return Latents(latents, torch.tensor([index[c] for c in images.captions]))

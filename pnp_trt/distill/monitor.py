@@ -1,4 +1,4 @@
-"""How a run is watched: held-out error by (t, w), a grid of images, TensorBoard."""
+"""Monitoring of a run: held-out error by (t, w), a grid of images, TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRID_PROMPTS = 6
 
 @torch.no_grad()
 def run_schedule(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, schedule: Schedule) -> Tensor:
-    """Sample: ``predict(x [B, …], timestep [B])`` once a step, from ``x`` down to the clean latents."""
+    """Sample from ``x`` to the clean latents, with one ``predict(x [B, …], timestep [B])`` per step."""
     for t, scale, out in zip(schedule.timesteps, schedule.x_scale, schedule.output_scale, strict=True):
         x = float(scale) * x + float(out) * predict(x, torch.full((len(x),), int(t), device=x.device))
     return x
@@ -62,10 +62,10 @@ def held_out_error(
     progress: Callable[[int, int], None] | None = None,
     limit: int = 512,
 ) -> dict[str, Any]:
-    """How much of the guidance is left unexplained on held-out states, by (t, w).
+    """Share of the guidance that is left unexplained on held-out states, by (t, w).
 
-    ``residual`` is ‖student − eps_w‖² / ‖eps_c − eps_w‖²: 1 for no guide at all, 0 for a perfect one.
-    ``mean_of_bins`` weighs all (t, w) bins alike; the other is dominated by the timesteps where guidance is strong.
+    ``residual`` is ‖student − eps_w‖² / ‖eps_c − eps_w‖²: 1 without a guide, 0 for a perfect one.  The timesteps where
+    guidance is strong dominate it; ``mean_of_bins`` weighs all (t, w) bins equally.
     """
     device = next(student.guide.parameters()).device
     sums: dict[tuple[int, float], list[float]] = {}
@@ -76,9 +76,9 @@ def held_out_error(
             w = torch.full((len(pick),), w_value, device=device)
             prediction = predict_states(student, states, pick, w)
             target, conditional = target_of(states, pick, w)
-            wrong = (prediction - target).pow(2).flatten(1).sum(1).tolist()
-            plain = (conditional - target).pow(2).flatten(1).sum(1).tolist()
-            for t, a, b in zip(states.timestep[pick].tolist(), wrong, plain, strict=True):
+            student_error = (prediction - target).pow(2).flatten(1).sum(1).tolist()
+            unguided_error = (conditional - target).pow(2).flatten(1).sum(1).tolist()
+            for t, a, b in zip(states.timestep[pick].tolist(), student_error, unguided_error, strict=True):
                 low = max(x for x in T_BINS if x <= t)
                 cell = sums.setdefault((low, w_value), [0.0, 0.0])
                 cell[0] += a
@@ -98,8 +98,8 @@ def held_out_error(
 
 @contextmanager
 def averaged(guide: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, ``guide`` holds ``weights`` and is in evaluation mode; afterwards its own again."""
-    own = {k: p.detach().clone() for k, p in guide.named_parameters() if k in weights}
+    """Within the context, ``guide`` has ``weights`` and is in evaluation mode; afterwards, its own are restored."""
+    originals = {k: p.detach().clone() for k, p in guide.named_parameters() if k in weights}
     parameters = dict(guide.named_parameters())
     training = guide.training
     with torch.no_grad():
@@ -111,12 +111,12 @@ def averaged(guide: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
     finally:
         guide.train(training)
         with torch.no_grad():
-            for k, v in own.items():
+            for k, v in originals.items():
                 parameters[k].copy_(v)
 
 
 class ImageGrid:
-    """A labelled grid: the teacher's guided images, the student's and the unguided ones, of the same noise."""
+    """A labelled grid of the teacher's guided images, the student's and the unguided ones, from the same noise."""
 
     def __init__(self, teacher: TeacherModel, steps: int, w: float = 3.0, seed: int = 0) -> None:
         self._teacher, self._w = teacher, w
@@ -139,19 +139,19 @@ class ImageGrid:
         text, empty = c.text(rows, device), c.text(torch.full((n,), c.empty), device)
         w = torch.full((n,), self._w, device=device)
         if not self._fixed:
-            nothing = torch.full((n,), c.empty)
-            both = c.added(torch.cat([nothing, rows]), device)
-            guided = run_schedule(lambda x, s: cfg(t.unet, x, s, text, empty, w, both), self._noise, self._schedule)
+            empty_rows = torch.full((n,), c.empty)
+            added = c.added(torch.cat([empty_rows, rows]), device)
+            guided = run_schedule(lambda x, s: cfg(t.unet, x, s, text, empty, w, added), self._noise, self._schedule)
             plain = run_schedule(
                 lambda x, s: t.unet(x, s, text, added_cond_kwargs=c.added(rows, device)).sample,
                 self._noise, self._schedule,
             )  # fmt: skip
             self._fixed = [("teacher, CFG", self._pixels(guided)), ("no guidance", self._pixels(plain))]
-        mine = run_schedule(
+        student_latents = run_schedule(
             lambda x, s: student(x, s, text, w, negative=empty, added_cond_kwargs=c.added(rows, device)),
             self._noise, schedule or self._schedule,
         )  # fmt: skip
-        strips = [self._fixed[0], ("guide", self._pixels(mine)), self._fixed[1]]
+        strips = [self._fixed[0], ("guide", self._pixels(student_latents)), self._fixed[1]]
         labels = [t.prompts[i] for i in rows.tolist()]
         return grid([(name, list(pixels)) for name, pixels in strips], labels, f"w = {self._w:g}")
 
@@ -162,7 +162,7 @@ class ImageGrid:
 
 
 def save_grid(pixels: np.ndarray, path: Path) -> None:
-    """Write a PNG of uint8 ``[H, W, 3]``, whole or not at all."""
+    """Write pixels, uint8 ``[H, W, 3]``, as a PNG, atomically."""
     from PIL import Image
 
     stream = io.BytesIO()
@@ -171,10 +171,10 @@ def save_grid(pixels: np.ndarray, path: Path) -> None:
 
 
 class LossLog:
-    """The loss of a run, logged and reported at every step.
+    """Logs and reports the loss of a run at every step.
 
     Attributes:
-        smooth: its exponential mean; None before the first step.
+        smooth: exponential mean of the loss; None before the first step.
     """
 
     smooth: float | None = None
@@ -191,7 +191,7 @@ class LossLog:
 
 
 class Board:
-    """TensorBoard logs in ``folder``; does nothing where TensorBoard is not installed."""
+    """TensorBoard logs in ``folder``; does nothing if TensorBoard is not installed."""
 
     def __init__(self, folder: Path, start: int = 0) -> None:
         try:
@@ -202,22 +202,22 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=start or None)
 
     def numbers(self, step: int, **values: float) -> None:
-        """Scalars of a step."""
+        """Log the scalars of a step."""
         for name, value in values.items():
             self._call("add_scalar", name, value, step)
 
     def error(self, step: int, held_out: dict[str, Any]) -> None:
-        """The held-out error: in all, and for each t over w."""
+        """Log the held-out error: overall, and for each t averaged over w."""
         if held_out["residual"] is None:
             return
         self.numbers(step, held_out_residual=held_out["residual"], held_out_mean_of_bins=held_out["mean_of_bins"])
         for t in T_BINS:
-            mine = [b["residual"] for b in held_out["bins"] if b["t_from"] == t and b["residual"] is not None]
-            if mine:
-                self.numbers(step, **{f"held_out/t_from_{t}": sum(mine) / len(mine)})
+            residuals = [b["residual"] for b in held_out["bins"] if b["t_from"] == t and b["residual"] is not None]
+            if residuals:
+                self.numbers(step, **{f"held_out/t_from_{t}": sum(residuals) / len(residuals)})
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """An image, uint8 ``[H, W, 3]``."""
+        """Log an image, uint8 ``[H, W, 3]``."""
         self._call("add_image", name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -225,7 +225,7 @@ class Board:
         self._call("close")
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> None:
-        """Call the writer; a disk that has no room for logs ends the logs and not the training."""
+        """Call the writer; if the disk has no room for logs, logging stops and training continues."""
         if self._writer is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""What both stages share: the frozen teacher with its conditions, the run's folder, and the head of its report."""
+"""Code shared by both stages: the frozen teacher with its conditions, the guide's folder, and the head of a report."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class TeacherModel:
 
     Attributes:
         unet: ``UNet2DConditionModel``.
-        scheduler: config of its scheduler.
-        conditions: of ``prompts``, the empty prompt last.
+        scheduler: its scheduler config.
+        conditions: conditions of ``prompts``, with the empty prompt last.
         hashes: sha256 of the weights that the states depend on.
     """
 
@@ -45,7 +45,7 @@ class TeacherModel:
 
     @classmethod
     def load(cls, name: str, prompts: list[str], device: torch.device) -> TeacherModel:
-        """Load a base model and encode ``prompts``; prompts that are too long are cut, with a warning.
+        """Load a base model and encode ``prompts``; prompts that are too long are truncated with a warning.
 
         Raises:
             InputError: if the model cannot be read, or its images are not square.
@@ -67,23 +67,25 @@ class TeacherModel:
 
 
 def save_guide(guide: Any, folder: Path) -> None:
-    """Write a guide as diffusers does, each file whole or not at all, with the permissions that other files have.
+    """Write a guide in diffusers' format.  Each file is written atomically, with the usual file permissions.
 
     Raises:
-        PnpError: if the disk is full; nothing half written is left.
+        PnpError: if the disk is full; no partial file is left.
     """
     from safetensors import SafetensorError
 
     work = make_temporary_folder(folder / "guide")
     try:
         guide.save_pretrained(work, safe_serialization=True)
-        for path in sorted(work.iterdir(), reverse=True):  # the weights before config.json, which makes it a guide
-            with whole_file(folder / path.name) as beside:
-                path.replace(beside)
+        for path in sorted(
+            work.iterdir(), reverse=True
+        ):  # weights before config.json, which marks the folder as a guide
+            with whole_file(folder / path.name) as temporary:
+                path.replace(temporary)
     except (OSError, SafetensorError) as e:
-        said = e.strerror if isinstance(e, OSError) and e.strerror else e
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else e
         raise PnpError(
-            f"the guide could not be written to {folder} ({said}); make room and continue with --resume"
+            f"the guide could not be written to {folder} ({reason}); make room and continue with --resume"
         ) from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -102,10 +104,10 @@ def guide_weights(folder: Path) -> Path:
 
 
 def origin_record(folder: Path) -> dict[str, Any] | None:
-    """The report of the run that made a guide; None where its folder has none.
+    """The report of the run that made a guide; None if its folder has none.
 
     Raises:
-        InputError: if it is damaged or is no such report.
+        InputError: if the report is damaged or is not a distillation report.
     """
     report = folder / "distill.json"
     if not report.is_file():
@@ -113,16 +115,16 @@ def origin_record(folder: Path) -> dict[str, Any] | None:
     document = read_record(report, "pass --base and --prompts, and remove that file")
     shape = {"type": "object", "properties": {"settings": {"type": "object", "properties": {
         "base": {"type": "string"}, "prompts": {"type": ["string", "null"]}}}}}  # fmt: skip
-    if wrong := problem(document, shape):
-        raise InputError(f"{report} is not a report of pnp-trt distill: {wrong}; remove that file")
+    if error := problem(document, shape):
+        raise InputError(f"{report} is not a report of pnp-trt distill: {error}; remove that file")
     return document
 
 
 def origin(folder: Path, base: str | None, prompts: Path | None) -> tuple[str, list[str], Path]:
-    """Base, prompts and the prompts' file: the given ones, else those of the guide's own report.
+    """Base, prompts and the prompts' file; None takes those in the guide's report.
 
     Raises:
-        InputError: if they are neither given nor known, or cannot be read.
+        InputError: if they are neither passed nor in the report, or cannot be read.
     """
     known = (origin_record(folder) or {}).get("settings", {})
     name = base or known.get("base")
@@ -135,11 +137,11 @@ def origin(folder: Path, base: str | None, prompts: Path | None) -> tuple[str, l
 
 
 def report_head(teacher: TeacherModel, guide: Any, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The part of a report that states what was made, of what, on what."""
+    """The part of a report that all stages share: settings, teacher, sizes, time, device and versions."""
     return {
         "settings": json.loads(json.dumps(settings, default=str)),
         "teacher": teacher.hashes,
-        # build holds it against that of the base that the guide is fused into
+        # build compares it with the scheduler of the base that the guide is fused into
         "scheduler": base_scheduler(teacher.base),
         "parameters": {
             "guide": sum(p.numel() for p in guide.parameters()),

@@ -1,9 +1,9 @@
-"""Training states: what the student is shown, and the teacher's two predictions for it.
+"""Training states: noisy latents for the student, and the teacher's two predictions for each.
 
-``trajectory`` states lie on the teacher's own guided sampling runs, which need prompts alone and are what
-a sampler visits (Jensen et al., *Adapter Guidance Distillation*, TMLR 2025, §3.2); ``forward`` states are
-images' latents with noise added, as in the paper.  Both teacher predictions are kept for every state, so that
-any guidance scale can be its target and training never runs the teacher.
+``trajectory`` states lie on the teacher's own guided sampling runs.  They need prompts alone and are what a sampler
+visits (Jensen et al., *Adapter Guidance Distillation*, TMLR 2025, §3.2).  ``forward`` states are images' latents with
+noise added, as in the paper.  Both teacher predictions are stored for every state, so that any guidance scale can be
+its target and training never evaluates the teacher.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ KINDS = ("trajectory", "forward")
 
 @dataclass(frozen=True)
 class StateConfig:
-    """How states are collected.
+    """Settings of the collection of states.
 
     Attributes:
         kind: ``trajectory`` or ``forward``.
-        count: how many states; trajectories give ``steps`` each, so that it is rounded up to whole ones.
-        steps: steps of a trajectory; every one gives a state.
-        w_min, w_max: the scale of a trajectory is uniform in this range.
-        negative: share of the states whose unconditional prediction is for another prompt than the empty one.
+        count: number of states, rounded up to full shards.
+        steps: steps of a trajectory; each gives one state.
+        w_min, w_max: the guidance scale of a trajectory is uniform in this range.
+        negative: share of the states whose unconditional prediction is for a negative prompt instead of the empty one.
         batch: trajectories at a time; a shard of the cache holds ``batch * steps`` states.
     """
 
@@ -59,7 +59,7 @@ class StateConfig:
 
     @property
     def shards(self) -> int:
-        """Files of the cache."""
+        """Number of files of the cache."""
         return -(-self.count // self.per_shard)
 
     def check(self) -> None:
@@ -74,9 +74,9 @@ class StateConfig:
 
 
 class MappedRows:
-    """Rows of tensors that lie one after the other in memory-mapped files: a state is read when it is asked for.
+    """Rows of several memory-mapped tensors, as if they were concatenated; a state is read only when it is indexed.
 
-    Joining them would hold a whole collection in the memory of every process of a run.
+    Concatenating them would load the whole collection into the memory of every process.
     """
 
     def __init__(self, parts: list[Tensor]) -> None:
@@ -87,10 +87,10 @@ class MappedRows:
         return int(self._ends[-1])
 
     def __getitem__(self, rows: int | Sequence[int] | Tensor) -> Tensor:
-        """The rows ``[n, ...]`` in this order, or one without its first dimension.
+        """The rows ``[n, ...]`` in the order of the indices; for a single index, the row without its first dimension.
 
         Raises:
-            IndexError: for a row that there is not.
+            IndexError: for an index out of range.
         """
         index = torch.as_tensor(rows)
         flat = index.reshape(-1)
@@ -99,9 +99,9 @@ class MappedRows:
         part = torch.searchsorted(self._ends, flat, right=True)
         out = self._parts[0].new_empty((len(flat), *self._parts[0].shape[1:]))
         for number in part.unique().tolist():
-            here = part == number
-            begin = int(self._ends[number]) - len(self._parts[number])
-            out[here] = self._parts[number][flat[here] - begin]
+            mask = part == number
+            first = int(self._ends[number]) - len(self._parts[number])
+            out[mask] = self._parts[number][flat[mask] - first]
         return out.reshape(*index.shape, *out.shape[1:])
 
 
@@ -114,7 +114,7 @@ class States:
         timestep: int64 ``[N]``.
         prompt, negative: rows of ``conditions``, int64 ``[N]``.
         conditional, unconditional: the teacher's two predictions, float16 ``[N, C, H, W]``.
-        conditions: of the prompts.
+        conditions: conditions of the prompts.
     """
 
     sample: MappedRows
@@ -138,21 +138,21 @@ class Latents:
 
 
 def size_in_bytes(config: StateConfig, sample: tuple[int, ...]) -> int:
-    """Disk that the cached states will take; ``sample`` is the latent's shape ``(C, H, W)``."""
+    """Disk space that the cached states will take; ``sample`` is the latent's shape ``(C, H, W)``."""
     per_state = 3 * 2 * int(torch.tensor(sample).prod()) + 24
     return config.shards * config.per_shard * per_state
 
 
 @dataclass(frozen=True)
 class Collection:
-    """States in a folder, one safetensors shard a batch: a killed run resumes, and parts can be made anywhere.
+    """States in a folder, one safetensors shard per batch: a killed run resumes, and any machine can make any shard.
 
     Attributes:
         unet: the frozen teacher.
         scheduler: its scheduler config.
-        conditions: of the prompts.
-        config: how states are collected.
-        folder: where shards are cached; runs of equal settings may share it.
+        conditions: conditions of the prompts.
+        config: settings of the collection.
+        folder: cache of the shards; runs with equal settings may share it.
         identity: what the shards depend on besides ``config`` (hashes of teacher and prompts).
         images: latents for forward states.
     """
@@ -166,33 +166,33 @@ class Collection:
     images: Latents | None = None
 
     def make(self, shards: range, progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Make those of ``shards`` that the folder lacks.  A shard depends on its number alone, not on who makes it.
+        """Make those of ``shards`` that the folder lacks.  A shard depends on its number alone, not on the process.
 
         Args:
-            progress: called with (shards done, shards in all, a note on the size).
+            progress: called with (shards done, total number of shards, a note on the size).
 
         Raises:
-            InputError: if the folder holds the states of something else, or the disk is too small.
+            InputError: if the folder holds the states of another run, or the disk is too small.
             PnpError: if the teacher's prediction is not finite.
         """
         self.config.check()
         if self.config.kind == "forward" and self.images is None:
-            raise InputError("forward states are made of images; pass a folder of them with --images")
+            raise InputError("forward states are noised images; pass a folder of captioned images with --images")
         size = self.unet.config.sample_size
         needed = size_in_bytes(self.config, (self.unet.config.in_channels, size, size))
         note = f"{self.config.shards * self.config.per_shard:,} states, {needed / 2**20:,.0f} MiB"
         _claim_cache(self.folder, self.config, self.identity, needed)
-        make = _trajectories if self.config.kind == "trajectory" else _noised
+        collect = _trajectories if self.config.kind == "trajectory" else _noised
         if progress is not None:
             progress(0, len(shards), note)
         for done, shard in enumerate(shards, 1):
             if not (path := shard_path(self.folder, shard)).exists():
-                write_shard(make(self.unet, self.scheduler, self.conditions, self.config, shard, self.images), path)
+                write_shard(collect(self.unet, self.scheduler, self.conditions, self.config, shard, self.images), path)
             if progress is not None:
                 progress(done, len(shards), note)
 
     def shard_count(self) -> int:
-        """How many shards are in the folder."""
+        """Number of shards in the folder."""
         return sum(shard_path(self.folder, number).is_file() for number in range(self.config.shards))
 
     def read(self) -> States:
@@ -205,70 +205,70 @@ class Collection:
 
 
 def split(config: StateConfig, share: float = 0.05) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows held out; whole shards, because states of one trajectory resemble each other."""
+    """Rows to train on and rows held out, in whole shards, because states of one trajectory resemble each other."""
     count = config.shards * config.per_shard
-    held = held_out_shards(config, share)
-    edge = count - held * config.per_shard
-    # a run of one shard has nothing to spare: it is checked on what it learned from
-    return list(range(edge)), list(range(edge, count)) if held else list(range(count))
+    shards = held_out_shards(config, share)
+    end = count - shards * config.per_shard
+    # a single shard cannot be split: the run is checked on its training states
+    return list(range(end)), list(range(end, count)) if shards else list(range(count))
 
 
 def held_out_shards(config: StateConfig, share: float = 0.05) -> int:
-    """How many shards, the last ones, are held out."""
+    """Number of shards, at the end of the collection, that are held out."""
     return max(1, round(config.shards * share)) if config.shards > 1 else 0
 
 
 def _claim_cache(folder: Path, config: StateConfig, identity: dict[str, Any], needed: int) -> None:
     settings = asdict(config)
     if config.kind == "trajectory":
-        # a shard is the same in a larger collection, so that one can be grown
+        # shards are the same in a larger collection, so a collection can be extended
         settings.pop("count")
     key = digest([settings, identity])
     record = folder / "states.json"
     if record.exists():
-        other = "choose another --out or --states-dir, or delete that folder"
-        if read_record(record, other).get("key") != key:
+        advice = "choose another --out or --states-dir, or delete that folder"
+        if read_record(record, advice).get("key") != key:
             raise InputError(
                 f"{folder} holds the states of another run; choose another --out or --states-dir, or delete that folder"
             )
     elif any(folder.glob("shard-*.safetensors")):
         raise InputError(f"{folder} holds states without their states.json; choose another --states-dir")
     make_folder(folder)
-    have = sum(p.stat().st_size for p in folder.glob("shard-*.safetensors"))
+    present = sum(p.stat().st_size for p in folder.glob("shard-*.safetensors"))
     free = shutil.disk_usage(folder).free
-    if needed - have > free:
+    if needed - present > free:
         raise InputError(
-            f"the states need {(needed - have) / 2**20:,.0f} MiB more in {folder} and {free / 2**20:,.0f} MiB are "
+            f"the states need {(needed - present) / 2**20:,.0f} MiB more in {folder} and {free / 2**20:,.0f} MiB are "
             "free; collect fewer with --num-states, or choose another --states-dir"
         )
     write_json(record, {"key": key, "config": asdict(config), **identity})
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard of a cache is."""
+    """Path of a shard."""
     return folder / f"shard-{number:04d}.safetensors"
 
 
 def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all; the digest of its tensors is in its metadata.
+    """Write a safetensors file atomically, with the digest of its tensors in its metadata.
 
     Raises:
-        PnpError: if the disk is full; nothing half written is left.
+        PnpError: if the disk is full; no partial file is left.
     """
     from safetensors.torch import save_file
 
-    held = {k: v.contiguous() for k, v in tensors.items()}
-    with whole_file(path) as beside:
-        save_file(held, beside, metadata={"sha256": _digest(held)})
+    contiguous = {k: v.contiguous() for k, v in tensors.items()}
+    with whole_file(path) as temporary:
+        save_file(contiguous, temporary, metadata={"sha256": _digest(contiguous)})
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and values."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha256.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
@@ -278,17 +278,17 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
         recorded = (f.metadata() or {}).get("sha256")
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     if recorded is None:
-        raise ValueError("it has no digest of its values: an earlier version wrote it")
-    if (found := _digest(tensors)) != recorded:
-        raise ValueError(f"sha256 of its values {found[:12]}…, recorded {recorded[:12]}…")
+        raise ValueError("it has no digest of its values, because an earlier version wrote it")
+    if (actual := _digest(tensors)) != recorded:
+        raise ValueError(f"sha256 of its values {actual[:12]}…, recorded {recorded[:12]}…")
     return tensors
 
 
 def read_shards(folder: Path, count: int) -> dict[str, Any]:
-    """The tensors of shards 0 … ``count`` - 1 by name: joined where a row is one number, else ``MappedRows``.
+    """The tensors of shards 0 … ``count`` - 1 by name: concatenated where a row is one number, else as ``MappedRows``.
 
     Raises:
-        InputError: if a single bit of one has changed, or one is missing; it is named.
+        InputError: if a shard is missing or has changed; the message names it.
     """
     from safetensors import SafetensorError
 
@@ -298,7 +298,7 @@ def read_shards(folder: Path, count: int) -> dict[str, Any]:
         try:
             parts.append(_read_shard(path))
         except (SafetensorError, OSError, ValueError) as e:
-            raise InputError(f"the shard {path} is damaged ({e}); delete it, it is then made again") from e
+            raise InputError(f"the shard {path} is damaged ({e}); delete it, and it will be made again") from e
     return {
         name: torch.cat([p[name] for p in parts]) if first.ndim == 1 else MappedRows([p[name] for p in parts])
         for name, first in parts[0].items()
@@ -306,7 +306,7 @@ def read_shards(folder: Path, count: int) -> dict[str, Any]:
 
 
 class _Draws:
-    """Everything random of one shard, drawn from its number alone."""
+    """Random choices of one shard, which depend on its number alone."""
 
     def __init__(self, config: StateConfig, shard: int, conditions: Conditions, rows: Tensor | None) -> None:
         rng = self.rng = random.Random(f"{config.seed}/{shard}")
@@ -314,9 +314,12 @@ class _Draws:
         prompts = conditions.empty
         n = config.batch
         self.rows = torch.tensor([rng.randrange(prompts) for _ in range(n)]) if rows is None else rows
-        apart = random.Random(f"{config.seed}/{shard}/negative")
+        negative_rng = random.Random(f"{config.seed}/{shard}/negative")
         self.negative = torch.tensor(
-            [apart.randrange(prompts) if apart.random() < config.negative else prompts for _ in range(len(self.rows))]
+            [
+                negative_rng.randrange(prompts) if negative_rng.random() < config.negative else prompts
+                for _ in range(len(self.rows))
+            ]
         )
 
 
@@ -334,54 +337,59 @@ def _trajectories(
     w = w.to(device)[:, None, None, None]
     size = unet.config.sample_size
     x = torch.randn(n, unet.config.in_channels, size, size, generator=draws.generator).to(device)
-    # a random offset of the step grid: the guide must serve every timestep, not the twenty of one schedule
+    # random timesteps, one per interval: the guide must work at every timestep, not only at those of one schedule
     times = [stride * i + draws.rng.randrange(stride) for i in reversed(range(config.steps))]
-    kept: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "conditional", "unconditional")}
+    collected: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "conditional", "unconditional")}
     predict_both = _teacher(unet, conditions, draws.rows, draws.negative)
     for i, t in enumerate(times):
         e_u, e_c = predict_both(x, torch.full((n,), t, device=device))
-        kept["sample"].append(x.half().cpu())
-        kept["timestep"].append(torch.full((n,), t))
-        kept["conditional"].append(e_c.half().cpu())
-        kept["unconditional"].append(e_u.half().cpu())
+        collected["sample"].append(x.half().cpu())
+        collected["timestep"].append(torch.full((n,), t))
+        collected["conditional"].append(e_c.half().cpu())
+        collected["unconditional"].append(e_u.half().cpu())
         output = e_u + w * (e_c - e_u)
         a = abar[t]
-        before = abar[times[i + 1]] if i + 1 < len(times) else torch.ones((), device=device)
+        next_abar = abar[times[i + 1]] if i + 1 < len(times) else torch.ones((), device=device)
         x0 = a.sqrt() * x - (1 - a).sqrt() * output if is_v else (x - (1 - a).sqrt() * output) / a.sqrt()
         eps = a.sqrt() * output + (1 - a).sqrt() * x if is_v else output
-        x = before.sqrt() * x0 + (1 - before).sqrt() * eps
-    tensors = {k: torch.cat(v) for k, v in kept.items()}
+        x = next_abar.sqrt() * x0 + (1 - next_abar).sqrt() * eps
+    tensors = {k: torch.cat(v) for k, v in collected.items()}
     return tensors | {"prompt": draws.rows.repeat(config.steps), "negative": draws.negative.repeat(config.steps)}
 
 
 @torch.no_grad()
 def _noised(
-    unet: Any, scheduler: dict[str, Any], conditions: Conditions, config: StateConfig, shard: int, given: Latents | None
+    unet: Any,
+    scheduler: dict[str, Any],
+    conditions: Conditions,
+    config: StateConfig,
+    shard: int,
+    images: Latents | None,
 ) -> dict[str, Tensor]:
-    assert given is not None
+    assert images is not None
     device = next(unet.parameters()).device
     abar = torch.from_numpy(alphas_cumprod(scheduler)).float().to(device)
     _is_v_prediction(scheduler)
-    # held-out shards take the last images, which no other shard sees
-    held, count = held_out_shards(config), len(given.latents)
-    edge = count - max(1, round(count * 0.05)) if held and count > 1 else count
-    low, high = (edge, count) if shard >= config.shards - held and edge < count else (0, edge)
+    # held-out shards take the last images, which no other shard uses
+    held_out, count = held_out_shards(config), len(images.latents)
+    edge = count - max(1, round(count * 0.05)) if held_out and count > 1 else count
+    low, high = (edge, count) if shard >= config.shards - held_out and edge < count else (0, edge)
     rng = random.Random(f"{config.seed}/{shard}/pictures")
     which = torch.tensor([rng.randrange(low, high) for _ in range(config.per_shard)])
-    draws = _Draws(config, shard, conditions, given.prompt[which])
-    kept: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "conditional", "unconditional")}
+    draws = _Draws(config, shard, conditions, images.prompt[which])
+    collected: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "conditional", "unconditional")}
     for start in range(0, len(which), config.batch):
-        some = slice(start, start + config.batch)
-        x0 = given.latents[which[some]].float()
+        part = slice(start, start + config.batch)
+        x0 = images.latents[which[part]].float()
         t = torch.randint(0, len(abar), (len(x0),), generator=draws.generator)
         noise = torch.randn(x0.shape, generator=draws.generator)
         a = abar.cpu()[t][:, None, None, None]
         x = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(device)
-        e_u, e_c = _teacher(unet, conditions, draws.rows[some], draws.negative[some])(x, t.to(device))
+        e_u, e_c = _teacher(unet, conditions, draws.rows[part], draws.negative[part])(x, t.to(device))
         for name, value in (("sample", x), ("conditional", e_c), ("unconditional", e_u)):
-            kept[name].append(value.half().cpu())
-        kept["timestep"].append(t)
-    return {k: torch.cat(v) for k, v in kept.items()} | {"prompt": draws.rows, "negative": draws.negative}
+            collected[name].append(value.half().cpu())
+        collected["timestep"].append(t)
+    return {k: torch.cat(v) for k, v in collected.items()} | {"prompt": draws.rows, "negative": draws.negative}
 
 
 def _teacher(unet: Any, conditions: Conditions, rows: Tensor, negative: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:

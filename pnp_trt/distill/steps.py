@@ -1,7 +1,7 @@
 """Stage 2: progressive distillation of the sampler, guide only (Salimans & Ho 2022, algorithm 2).
 
-One step of the new student lands where two DDIM steps of the last one land; the teacher U-Net stays frozen
-and the guide alone learns.  Halving is repeated, 32 → 16 → 8 → 4, and every guide on the way is kept.
+One step of the new student lands where two DDIM steps of the previous one land.  The teacher U-Net stays frozen and
+only the guide is trained.  Halving is repeated, 32 → 16 → 8 → 4, and every intermediate guide is saved.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ HELD_OUT = 0.06
 
 @dataclass(frozen=True)
 class StepsConfig:
-    """A stage 2 run.
+    """Settings of a stage 2 run.
 
     Attributes:
         guide: folder or name of a stage 1 guide.
         out: folder; each halving's guide goes to ``out/steps-N``.
         to, start: steps of the last student and of the first teacher; ``start`` is ``to`` times a power of two.
-        base, prompts: None takes the ones that the guide was distilled with.
+        base, prompts: None takes those that the guide was distilled with.
         w_min, w_max: range of the guidance scale.
-        trajectories: sampling runs of the last student in each halving; each gives as many states as the new one
-            has steps.
-        weighting: ``landing`` weighs each step's error by its effect on where the step lands; ``none`` does not.
+        trajectories: sampling runs of the previous student in each halving; each gives one state per step of the new
+            student.
+        weighting: ``landing`` weighs each step's error by its effect on the latent after the step; ``none`` does not.
         batch_runs: trajectories at a time.
         grid: whether an image grid is written after each halving.
     """
@@ -71,21 +71,21 @@ class StepsConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=600, lr=5e-4, batch=32))
 
     def chain(self) -> list[int]:
-        """Steps of the students, one a halving.
+        """Number of steps of the student after each halving.
 
         Raises:
             InputError: if ``start`` is not ``to`` times a power of two.
         """
-        steps, found = self.start, []
+        steps, chain = self.start, []
         while steps > self.to and steps % 2 == 0:
             steps //= 2
-            found.append(steps)
-        if not found or found[-1] != self.to or self.to < 1:
+            chain.append(steps)
+        if not chain or chain[-1] != self.to or self.to < 1:
             raise InputError(
                 f"{self.start} steps cannot be halved to {self.to}; --from must be --to times 2, 4, 8 … "
                 f"(for example --from {max(self.to, 1) * 4})"
             )
-        return found
+        return chain
 
     def check(self) -> None:
         """Raise ``InputError`` for values out of range."""
@@ -103,15 +103,15 @@ class StepsConfig:
 
 @dataclass
 class Landings:
-    """What one halving learns from; all have the same number of rows.
+    """Training data of one halving; all fields have the same number of rows.
 
     Attributes:
         sample: latents on the new student's step grid, float16 ``[N, C, H, W]``.
         timestep: int64 ``[N]``.
         prompt: rows of ``conditions``, int64 ``[N]``.
         w: float32 ``[N]``.
-        target: the prediction whose single step lands where two steps of the last student do, float16.
-        conditions: of the prompts.
+        target: the prediction whose single step lands where two steps of the previous student do, float16.
+        conditions: conditions of the prompts.
     """
 
     sample: MappedRows
@@ -128,18 +128,18 @@ class Landings:
 def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | None = None) -> list[dict[str, Any]]:
     """Halve the steps down to ``config.to``; returns the report of every halving.
 
-    Each halving's guide has a separate folder with ``distill.json``; one that is whole is not made again.
+    Each halving's guide has a separate folder with ``distill.json``; a complete one is not made again.
 
     Args:
-        resume: continue the run that ``config.out`` holds.
-        progress: called with (stage, done, in all, note).
+        resume: continue the run in ``config.out``.
+        progress: called with (stage, done, total, note).
 
     Raises:
-        InputError: for steps that do not halve, unknown names, or an ``out`` that holds another run.
+        InputError: if the steps cannot be halved to ``to``, for unknown names, or an ``out`` that holds another run.
         PnpError: if a prediction or the loss is not finite.
     """
     config.check()
-    accelerator, resolved, say = begin(config.train, progress)
+    accelerator, resolved, notify = begin(config.train, progress)
     config, main = replace(config, train=resolved), accelerator.is_main_process
     check_writable_folder(config.out)
     folder = guide_folder(config.guide)
@@ -152,48 +152,50 @@ def distill(config: StepsConfig, *, resume: bool = False, progress: Progress | N
         "base": base, "prompts": digest(prompts), "teacher": teacher.hashes,
         "guide": sha256(weights),
     }  # fmt: skip
-    if first.config.get("gain") is not None:  # which is in no weight
+    if first.config.get("gain") is not None:  # it is in the config, not in the weights
         settings["gain"] = list(first.config.gain)
     if main:
         claim(config.out, settings, resume)
     accelerator.wait_for_everyone()
     grid = ImageGrid(teacher, config.start) if main and config.grid else None
     reports = []
-    before, last = config.start, first
+    previous_steps, previous = config.start, first
     for steps in config.chain():
-        made = config.out / f"steps-{steps}"
-        if not (made / "distill.json").is_file():
-            _halve(config, teacher, last, before, steps, made, settings, accelerator, say, grid)
+        target = config.out / f"steps-{steps}"
+        if not (target / "distill.json").is_file():
+            _halve(config, teacher, previous, previous_steps, steps, target, settings, accelerator, notify, grid)
         accelerator.wait_for_everyone()
-        reports.append(read_record(made / "distill.json", f"delete {made}, it is then made again"))
-        before, last = steps, load_guide(str(made))
+        reports.append(read_record(target / "distill.json", f"delete {target}, and it will be made again"))
+        previous_steps, previous = steps, load_guide(str(target))
     return reports
 
 
 def _halve(
-    config: StepsConfig, teacher: TeacherModel, last: Any, before: int, steps: int, folder: Path,
-    settings: dict[str, Any], accelerator: Any, say: Progress, grid: ImageGrid | None,
+    config: StepsConfig, teacher: TeacherModel, previous: Any, previous_steps: int, steps: int, folder: Path,
+    settings: dict[str, Any], accelerator: Any, notify: Progress, grid: ImageGrid | None,
 ) -> None:  # fmt: skip
     started = time.monotonic()
-    stage = f"{before} to {steps} steps"
+    stage = f"{previous_steps} to {steps} steps"
     main = accelerator.is_main_process
-    old = Student(teacher.unet, last.to(teacher.device).eval().requires_grad_(False))
-    landings = _landings(old, config, teacher, steps, folder / "states", accelerator, partial(say, f"{stage}, states"))
+    previous_student = Student(teacher.unet, previous.to(teacher.device).eval().requires_grad_(False))
+    landings = _landings(
+        previous_student, config, teacher, steps, folder / "states", accelerator, partial(notify, f"{stage}, states")
+    )
 
     torch.manual_seed(config.train.seed)
-    guide = copy.deepcopy(last).requires_grad_(True)
+    guide = copy.deepcopy(previous).requires_grad_(True)
     if guide.sharpener is not None:  # the trajectories have no negative prompts
         guide.sharpener.requires_grad_(False)
     guide.register_to_config(sampling_steps=steps)
     if config.train.gradient_checkpointing:
         teacher.unet.enable_gradient_checkpointing()
     student = Student(teacher.unet, guide)
-    held = max(1, round(_shards(config) * HELD_OUT)) if _shards(config) > 1 else 0
-    edge = len(landings) - held * config.batch_runs * steps
-    held_out = list(range(edge, len(landings))) if held else list(range(len(landings)))
+    held_out_shards = max(1, round(_shards(config) * HELD_OUT)) if _shards(config) > 1 else 0
+    edge = len(landings) - held_out_shards * config.batch_runs * steps
+    held_out = list(range(edge, len(landings))) if held_out_shards else list(range(len(landings)))
     objective = StepsObjective(landings, list(range(edge)), teacher, config, steps)
     board = Board(folder / "logs", newest_step(folder)) if main else None
-    loss = LossLog(board, partial(say, stage))
+    loss = LossLog(board, partial(notify, stage))
 
     def watch(step: int, weights: dict[str, Tensor]) -> None:
         assert board is not None
@@ -206,9 +208,10 @@ def _halve(
         return
     assert board is not None
     guide.eval()
-    some = held_out[:: max(1, len(held_out) // 512)]
+    checked = held_out[:: max(1, len(held_out) // 512)]
     errors = {
-        name: landing_error(who, objective, landings, some) for name, who in (("before", old), ("after", student))
+        name: landing_error(model, objective, landings, checked)
+        for name, model in (("before", previous_student), ("after", student))
     }
     if grid is not None:
         pixels = grid.draw(student, ddim(teacher.scheduler, steps))
@@ -219,28 +222,28 @@ def _halve(
     report = {
         "schema": "pnp-trt/distill/2",
         "stage": "steps",
-        "from": before,
+        "from": previous_steps,
         "to": steps,
         **report_head(teacher, guide, settings, time.monotonic() - started),
         "states": len(landings),
         "final_loss": loss.smooth,
-        # of the single step's landing point, before and after: 1 would be no gain at all
-        "held_out": {"states": len(some), **errors, "residual": errors["after"] / errors["before"]},
+        # error of the single step's result; a residual of 1 means no improvement
+        "held_out": {"states": len(checked), **errors, "residual": errors["after"] / errors["before"]},
     }
     write_json(folder / "distill.json", report)
 
 
 def _landings(
-    old: Student, config: StepsConfig, teacher: TeacherModel, steps: int, folder: Path, accelerator: Any,
-    say: Callable[[int, int, str], object],
+    previous_student: Student, config: StepsConfig, teacher: TeacherModel, steps: int, folder: Path, accelerator: Any,
+    notify: Callable[[int, int, str], object],
 ) -> Landings:  # fmt: skip
-    """The states of a halving, those that ``folder`` lacks collected by all processes."""
+    """The states of a halving; all processes share in collecting those that ``folder`` lacks."""
     rank, world = accelerator.process_index, accelerator.num_processes
     for shard in range(_shards(config)):
         path = shard_path(folder, shard)
         if shard % world == rank and not path.exists():
-            _collect(old, teacher, config, steps, shard, path)
-        say(shard + 1, _shards(config), "")
+            _collect(previous_student, teacher, config, steps, shard, path)
+        notify(shard + 1, _shards(config), "")
     accelerator.wait_for_everyone()
     return Landings(**read_shards(folder, _shards(config)), conditions=teacher.conditions)
 
@@ -251,9 +254,9 @@ def _shards(config: StepsConfig) -> int:
 
 @torch.no_grad()
 def _collect(
-    old: Student, teacher: TeacherModel, config: StepsConfig, steps: int, shard: int, path: Path
+    previous_student: Student, teacher: TeacherModel, config: StepsConfig, steps: int, shard: int, path: Path
 ) -> None:  # fmt: skip
-    """Run the last student, two steps for each of the new one's, and keep where they land."""
+    """Run the previous student, two steps for each step of the new one, and write the states and their targets."""
     device = teacher.device
     rng = random.Random(f"{config.train.seed}/{steps}/{shard}")
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -261,24 +264,26 @@ def _collect(
     rows = torch.tensor([rng.randrange(teacher.conditions.empty) for _ in range(n)])
     w = torch.tensor([rng.uniform(config.w_min, config.w_max) for _ in range(n)])
     x = torch.randn(n, *teacher.sample_shape, generator=generator).to(device)
-    predict = _predictor(old, teacher.conditions, rows, w, device)
-    kept: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "target")}
+    predict = _predictor(previous_student, teacher.conditions, rows, w, device)
+    collected: dict[str, list[Tensor]] = {k: [] for k in ("sample", "timestep", "target")}
     schedule = ddim(teacher.scheduler, steps)
     for k, t in enumerate(schedule.timesteps.tolist()):
         after = t - teacher.scheduler.get("num_train_timesteps", 1000) // steps
         middle = max(0, round((t + after) / 2))
         landed = x
-        for now, then in ((t, middle), (middle, after)):
-            scale, out = ddim_step(teacher.scheduler, now, then)
-            landed = scale * landed + out * predict(landed, torch.full((n,), now, device=device))
+        for current, next_t in ((t, middle), (middle, after)):
+            scale, out = ddim_step(teacher.scheduler, current, next_t)
+            landed = scale * landed + out * predict(landed, torch.full((n,), current, device=device))
         target = (landed - float(schedule.x_scale[k]) * x) / float(schedule.output_scale[k])
         if not target.isfinite().all():
-            raise PnpError(f"the last student's prediction is not finite at timestep {t}; check the guide's weights")
-        kept["sample"].append(x.half().cpu())
-        kept["timestep"].append(torch.full((n,), t))
-        kept["target"].append(target.half().cpu())
+            raise PnpError(
+                f"the previous student's prediction is not finite at timestep {t}; check the guide's weights"
+            )
+        collected["sample"].append(x.half().cpu())
+        collected["timestep"].append(torch.full((n,), t))
+        collected["target"].append(target.half().cpu())
         x = landed
-    tensors = {k: torch.cat(v) for k, v in kept.items()} | {"prompt": rows.repeat(steps), "w": w.repeat(steps)}
+    tensors = {k: torch.cat(v) for k, v in collected.items()} | {"prompt": rows.repeat(steps), "w": w.repeat(steps)}
     write_shard(tensors, path)
 
 
@@ -297,7 +302,7 @@ def _predictor(
 
 
 class StepsObjective:
-    """The new student's error on the prediction whose one step lands where two of the last student's do."""
+    """The new student's error against the prediction whose single step lands where two of the previous student do."""
 
     def __init__(
         self, landings: Landings, rows: list[int], teacher: TeacherModel, config: StepsConfig, steps: int
@@ -309,10 +314,10 @@ class StepsObjective:
         self._by_time = torch.from_numpy(weight / weight[schedule.timesteps].mean())
 
     def batch(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
-        """Rows of a step, and the states themselves, so that a batch kept for looking at is whole."""
+        """Rows of a step, with the states themselves, so that a saved batch is complete for debugging."""
         rng = random.Random(f"{self._config.train.seed}/{step}")
-        pick = [self._rows[rng.randrange(len(self._rows))] for _ in range(self._config.train.batch)][part::parts]
-        rows = torch.tensor(pick)
+        chosen = [self._rows[rng.randrange(len(self._rows))] for _ in range(self._config.train.batch)][part::parts]
+        rows = torch.tensor(chosen)
         s = self._landings
         return {
             "row": rows, "w": s.w[rows], "sample": s.sample[rows], "timestep": s.timestep[rows],

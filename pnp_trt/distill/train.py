@@ -33,13 +33,13 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         batch: states per optimiser step, over all processes and accumulated parts.
-        accumulate: parts that a process's share of a batch is computed in, one after the other.
+        accumulate: number of parts in which a process computes its share of a batch, one after the other.
         lr, schedule, warmup: peak rate; ``cosine`` (to a fiftieth) or ``constant``; linear warm-up steps.
         ema: decay of the averaged weights, which are the result.
-        mixed_precision: ``no``, ``bf16`` or ``fp16`` for autocast in the student's forward; ``auto`` takes the type
-            that the device multiplies in hardware.
-        gradient_checkpointing: recompute activations in the backward pass: slower, in less memory.
-        checkpoint_every, keep: steps between checkpoints; how many of the newest stay.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` for autocast in the student's forward pass; ``auto`` takes the
+            type that the device multiplies in hardware.
+        gradient_checkpointing: recompute activations in the backward pass, which is slower but takes less memory.
+        checkpoint_every, keep: steps between checkpoints; number of newest checkpoints that are kept.
     """
 
     steps: int = 1500
@@ -85,22 +85,22 @@ class TrainConfig:
 
 
 class Objective(Protocol):
-    """What is minimised.  A step's batch follows from the step alone, so that a resumed run repeats an unbroken one."""
+    """The training objective.  The batch depends on the step number alone, so that a resumed run is exact."""
 
     def batch(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
         """Part ``part`` of ``parts`` of the batch of ``step``."""
         ...
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss of a batch under ``model``, the student as the optimiser sees it."""
+        """Mean loss of a batch under ``model``, the student as prepared for the optimiser."""
         ...
 
 
 def make_accelerator(mixed_precision: str = "no") -> Any:
-    """A ``accelerate.Accelerator``: the processes are whatever ``accelerate launch`` started, one without it.
+    """An ``accelerate.Accelerator`` for the processes started by ``accelerate launch``, or for one process without it.
 
     Raises:
-        InputError: if the precision is unknown, or this device does not have it.
+        InputError: if the precision is unknown, or this device does not support it.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -110,18 +110,18 @@ def make_accelerator(mixed_precision: str = "no") -> Any:
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("mixed precision 'fp16' needs a GPU and there is none; use no, bf16 or auto")
     mixed_precision = processor.mixed_precision(mixed_precision, gpu=torch.cuda.is_available())
-    # the library keeps one precision a process; runs after each other may want different ones
+    # accelerate has one precision per process, and consecutive runs may need different ones
     AcceleratorState._reset_state()
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
 
 
 def begin(config: TrainConfig, progress: Progress | None) -> tuple[Any, TrainConfig, Progress]:
-    """The accelerator of a run, its config with the resolved precision, and progress, which the main process reports.
+    """The accelerator of a run, its config with the resolved precision, and a progress callback for the main process.
 
-    A run resumes in no other precision than the resolved one.
+    The config has the resolved precision because a run can be resumed in the same precision only.
 
     Raises:
-        InputError: as of :func:`make_accelerator` and ``TrainConfig.check``.
+        InputError: as for :func:`make_accelerator` and ``TrainConfig.check``.
     """
     accelerator = make_accelerator(config.mixed_precision)
     config = replace(config, mixed_precision=accelerator.mixed_precision)
@@ -131,13 +131,13 @@ def begin(config: TrainConfig, progress: Progress | None) -> tuple[Any, TrainCon
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint of the run in ``folder``; 0 where there is none."""
-    found = _checkpoints(folder / "checkpoints")
-    return found[-1][0] if found else 0
+    """Step of the newest checkpoint of the run in ``folder``; 0 without a checkpoint."""
+    checkpoints = _checkpoints(folder / "checkpoints")
+    return checkpoints[-1][0] if checkpoints else 0
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of a run's checkpoints, the oldest first; other files are not looked at."""
+    """(step, file) of a run's checkpoints, the oldest first; other files are ignored."""
     if not folder.is_dir():
         return []
     matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir())
@@ -154,21 +154,21 @@ def train(
     progress: Callable[[int, int, float, float], None] | None = None,
     watch: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> None:
-    """Optimise ``guide`` inside ``student``; at the end it holds the averaged weights.
+    """Optimise ``guide`` inside ``student``; at the end it has the averaged weights.
 
     Args:
-        folder: checkpoints go to ``folder/checkpoints``; the newest is continued from.
-        accelerator: of :func:`make_accelerator`; several processes share each batch.
+        folder: the run's folder; checkpoints are in ``folder/checkpoints``, and training resumes from the newest.
+        accelerator: from :func:`make_accelerator`; several processes share each batch.
         progress: called with (step, steps, loss, learning rate) on every process.
         watch: called with (step, averaged weights by name) after each checkpoint, on the main process.
 
     Raises:
         InputError: for settings out of range, or a checkpoint that cannot be read.
-        PnpError: if the loss or a gradient is not finite; the step and the file that keeps the batch are named.
+        PnpError: if the loss or a gradient is not finite; the message names the step and the file with the batch.
     """
     accelerator = accelerator or make_accelerator(config.mixed_precision)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    config.check(world)
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    config.check(processes)
     names = [k for k, p in guide.named_parameters() if p.requires_grad]
     parameters = dict(guide.named_parameters())
     live: list[Tensor] = [parameters[k] for k in names]
@@ -177,12 +177,12 @@ def train(
     state = _State(folder / "checkpoints", names, live, shadow, optimiser, accelerator.scaler)
     start = state.load()
     model = accelerator.prepare_model(student)
-    parts = world * config.accumulate
+    parts = processes * config.accumulate
     for step in range(start, config.steps):
         rate = config.rate(step)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        shares = [(part * world + rank, parts) for part in range(config.accumulate)]
+        shares = [(part * processes + rank, parts) for part in range(config.accumulate)]
         loss, batches = _gradients(objective, model, accelerator, step, shares)
         value = float(accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
@@ -194,7 +194,7 @@ def train(
             raise _not_finite(norm, step, config, folder, batches, rank)
         if accelerator.scaler is None:
             optimiser.step()
-        else:  # skips the step, and lowers the scale, where a scaled gradient overflowed
+        else:  # skips the step, and lowers the scale, if a scaled gradient overflowed
             accelerator.scaler.step(optimiser)
             accelerator.scaler.update()
         optimiser.zero_grad(set_to_none=True)
@@ -217,10 +217,10 @@ def train(
 def _gradients(
     objective: Objective, model: nn.Module, accelerator: Any, step: int, shares: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """The mean loss of this process's shares of a step's batch, and these; gradients are added to the parameters'.
+    """Add the gradients of this process's shares of a step's batch; return the mean loss and the shares' batches.
 
     Args:
-        shares: (number, of how many) of each.
+        shares: (number, total number of shares) of each.
     """
     total = torch.zeros((), device=accelerator.device)
     batches: list[dict[str, Tensor]] = []
@@ -236,35 +236,35 @@ def _gradients(
 
 
 def training_attention(device: torch.device) -> Any:
-    """The attention kernels to train with, for forward and backward: what is recomputed must take the same one.
+    """Context with the attention kernels for training; recomputation in the backward pass must use the same kernels.
 
-    The fused CPU attention's backward pass is several times slower than the plain one at these sizes.
+    On the CPU, the fused attention's backward pass is several times slower than the plain one at these sizes.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
-def _maybe(context: Callable[[nn.Module], Any], model: nn.Module, wanted: bool) -> Any:
-    return context(model) if wanted else contextlib.nullcontext()
+def _maybe(context: Callable[[nn.Module], Any], model: nn.Module, condition: bool) -> Any:
+    return context(model) if condition else contextlib.nullcontext()
 
 
 def _not_finite(
     value: float, step: int, config: TrainConfig, folder: Path, batches: list[dict[str, Tensor]], rank: int
 ) -> PnpError:
-    """The error for a step that went wrong; its batch is kept, so that it can be looked at."""
+    """The error for a loss or gradient that is not finite; the batch is saved for debugging."""
     from safetensors.torch import save_file
 
     joined = {k: torch.cat([b[k] for b in batches]).contiguous().cpu() for k in batches[0]}
-    kept = folder / f"not-finite-step-{step}{f'-rank-{rank}' if rank else ''}.safetensors"
-    with whole_file(kept) as beside:
-        save_file(joined, beside)
+    batch_file = folder / f"not-finite-step-{step}{f'-rank-{rank}' if rank else ''}.safetensors"
+    with whole_file(batch_file) as temporary:
+        save_file(joined, temporary)
     return PnpError(
-        f"the loss or its gradient is {value} at step {step}; its batch is kept in {kept}, the last good checkpoint "
-        f"in {folder / 'checkpoints'}. Lower --lr (it is {config.lr:g}) and start again with another --out"
+        f"the loss or its gradient is {value} at step {step}; its batch is kept in {batch_file}, and the last good "
+        f"checkpoint in {folder / 'checkpoints'}. Lower --lr (it is {config.lr:g}) and start again with another --out"
     )
 
 
 class _State:
-    """What a checkpoint holds: weights, averaged weights, the optimiser's moments, and the loss scale."""
+    """The contents of a checkpoint: weights, averaged weights, the optimiser's moments and the loss scale."""
 
     def __init__(
         self, folder: Path, names: list[str], live: list[Tensor], shadow: list[Tensor],
@@ -274,46 +274,46 @@ class _State:
         self.optimiser, self.scaler = optimiser, scaler
 
     def save(self, step: int, keep: int) -> None:
-        """Write the checkpoint of ``step``, whole or not at all, and drop all but the newest ``keep``.
+        """Write the checkpoint of ``step`` atomically, and delete all but the newest ``keep``.
 
         Raises:
-            PnpError: if the disk is full; the older checkpoints stay.
+            PnpError: if the disk is full; the older checkpoints remain.
         """
-        # safetensors, not pickles: a checkpoint may come from somebody else
+        # safetensors, not pickle: a checkpoint may come from an untrusted source
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
         for name, p, s in zip(self.names, self.live, self.shadow, strict=True):
-            state = self.optimiser.state[p]
+            moments = self.optimiser.state[p]
             tensors |= {f"live.{name}": p.detach(), f"ema.{name}": s}
-            tensors |= {f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
-        about = {"step": step, "scaler": self.scaler.state_dict() if self.scaler is not None else None}
+            tensors |= {f"exp_avg.{name}": moments["exp_avg"], f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
+        state_record = {"step": step, "scaler": self.scaler.state_dict() if self.scaler is not None else None}
         path = self.folder / f"step-{step:07d}.safetensors"
-        held, metadata = {k: v.contiguous() for k, v in tensors.items()}, {"state": json.dumps(about)}
+        contiguous, metadata = {k: v.contiguous() for k, v in tensors.items()}, {"state": json.dumps(state_record)}
         try:
-            with whole_file(path) as beside:
-                save_file(held, beside, metadata=metadata)
+            with whole_file(path) as temporary:
+                save_file(contiguous, temporary, metadata=metadata)
         except PnpError as e:
             raise PnpError(
-                f"the checkpoint {path} could not be written ({e.__cause__}); the one before it is whole. "
+                f"the checkpoint {path} could not be written ({e.__cause__}); the previous one is intact. "
                 "Make room and continue with --resume"
             ) from e
         for _, old in _checkpoints(self.folder)[:-keep]:
             old.unlink()
 
     def load(self) -> int:
-        """Continue from the newest checkpoint; returns its step, 0 where there is none."""
+        """Restore the newest checkpoint and return its step; 0 without a checkpoint."""
         from safetensors import SafetensorError, safe_open
 
-        found = _checkpoints(self.folder)
-        if not found:
+        checkpoints = _checkpoints(self.folder)
+        if not checkpoints:
             return 0
-        step, path = found[-1]
+        step, path = checkpoints[-1]
         try:
             with safe_open(path, "pt") as f:
-                about = json.loads(f.metadata()["state"])
-                if about["step"] != step:
-                    raise ValueError(f"it is of step {about['step']}")
+                state_record = json.loads(f.metadata()["state"])
+                if state_record["step"] != step:
+                    raise ValueError(f"it is of step {state_record['step']}")
                 with torch.no_grad():
                     for name, p, s in zip(self.names, self.live, self.shadow, strict=True):
                         p.copy_(f.get_tensor(f"live.{name}"))
@@ -323,8 +323,8 @@ class _State:
                             "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p.device),
                             "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p.device),
                         }
-            if self.scaler is not None and about["scaler"]:
-                self.scaler.load_state_dict(about["scaler"])
+            if self.scaler is not None and state_record["scaler"]:
+                self.scaler.load_state_dict(state_record["scaler"])
         except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise InputError(
                 f"the checkpoint {path} cannot be continued from ({e}); delete it to continue from an older one"

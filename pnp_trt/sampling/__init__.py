@@ -1,1 +1,1 @@
-"""From noise to latents with numpy alone: schedules, methods and loops."""
+"""Sampling latents from noise with numpy alone: schedules, methods and loops."""

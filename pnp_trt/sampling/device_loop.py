@@ -1,11 +1,11 @@
-"""The sampling loop on a GPU: captured into graphs where that works, else put on the stream as it is.
+"""The sampling loop on a GPU: captured into graphs where possible, else put on the stream directly.
 
-What is captured is one step.  Which row of the table it reads is a number in the GPU's memory, which the step itself
-raises, so that one graph, replayed, is a run of any number of steps and of any schedule.  What comes before the first
-step and after the last one are two more graphs.
+One step is captured.  The index of its row in the table is a number in the GPU's memory, which the step itself
+increments, so that one graph, replayed, runs any number of steps of any schedule.  The work before the first step and
+after the last one is two more graphs.
 
-Here is what every kind of GPU buffers shares: which runs share buffers and graphs, when something is captured, and what
-happens where that fails.  ``backends.cuda_graph`` (TensorRT) and ``backends.torch.graph`` (PyTorch) have the buffers.
+This module has what all kinds of GPU buffers share: which runs share buffers and graphs, when a part is captured, and
+what happens if that fails.  ``backends.cuda_graph`` (TensorRT) and ``backends.torch.graph`` (PyTorch) have the buffers.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ..errors import Cancelled
 from .loop import Callback as StepCallback
 from .table import Schedule
 
-#: buffers hold tables of a multiple of this many rows; Stable Diffusion's training timesteps are as many
+#: a buffer's table length is a multiple of this, which is Stable Diffusion's number of training timesteps
 ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Runs of equal shape share buffers and graphs.
+    """Shape of the buffers; runs of equal shape share buffers and graphs.
 
     Attributes:
-        batch: images.
+        batch: number of images.
         size: height and width of the latents.
-        twice: whether the network sees every latent twice (CFG).
-        rows: of the longest table that the buffers hold.
-        tokens: of the text states; None where the network takes one number alone.
+        twice: whether the U-Net evaluates every latent twice (CFG).
+        rows: length of the longest table that the buffers can hold.
+        tokens: number of tokens of the text states; None if the network takes one number only.
     """
 
     batch: int
@@ -53,12 +53,12 @@ class LoopPlan:
     """A run, independent of its inputs.
 
     Attributes:
-        batch: images.
+        batch: number of images.
         size: height and width of the latents.
         table: the schedule.
-        twice: whether the network sees every latent twice (CFG).
-        decode: whether it ends with pixels, else with latents.
-        tokens: of the text states; None where the network takes one number alone.
+        twice: whether the U-Net evaluates every latent twice (CFG).
+        decode: whether the result is pixels, else latents.
+        tokens: number of tokens of the text states; None if the network takes one number only.
     """
 
     batch: int
@@ -70,18 +70,18 @@ class LoopPlan:
 
     @property
     def shape(self) -> Shape:
-        """Of the buffers that it runs on."""
+        """Shape of the buffers for this run."""
         return Shape(self.batch, self.size, self.twice, ROWS * max(1, -(-len(self.table) // ROWS)), self.tokens)
 
 
 @dataclass(frozen=True)
 class Feeds:
-    """The inputs of one run, all that is copied to the GPU.
+    """The inputs of one run, which are all that is copied to the GPU.
 
     Attributes:
-        latents: the first ones, ``[N, C, H, W]`` float32.
+        latents: the initial latents, ``[N, C, H, W]`` float32.
         guidance: w, ``[N]`` float32.
-        inputs: the U-Net's other inputs by name, text states and such, for its whole batch.
+        inputs: the U-Net's other inputs by name, such as text states, for its whole batch.
     """
 
     latents: np.ndarray
@@ -95,7 +95,7 @@ class LoopOutput:
 
     Attributes:
         values: pixels uint8 ``[N, H, W, 3]``, or the last latents ``[N, C, H, W]`` float32.
-        bad_latents, bad_pixels: ``[N]`` bool; where a value is NaN or infinite.
+        bad_latents, bad_pixels: ``[N]`` bool; whether any value is NaN or infinite.
     """
 
     values: np.ndarray
@@ -104,7 +104,7 @@ class LoopOutput:
 
 
 class Lane(ABC):
-    """Buffers of one shape on one stream, and the parts of a run; for one thread at a time.
+    """Buffers of one shape on one stream, and the parts of a run; not thread-safe.
 
     Everything that differs between two runs of one shape is data in the buffers, so that each part can be captured once
     and replayed for all of them.
@@ -112,31 +112,31 @@ class Lane(ABC):
 
     @abstractmethod
     def load(self, table: Schedule, feeds: Feeds) -> None:
-        """Copy in a table, of no more rows than the buffers hold, and the inputs of the next run."""
+        """Copy in the inputs of the next run and its table, which must fit into the buffers."""
 
     @abstractmethod
     def begin(self) -> None:
-        """Put what comes before the first step on the stream; the first row of the table becomes the current one."""
+        """Put the work before the first step on the stream, and make the first row of the table the current one."""
 
     @abstractmethod
     def step(self) -> None:
-        """Put a step by the current row on the stream; the next row becomes the current one."""
+        """Put one step with the current row on the stream, and make the next row the current one."""
 
     @abstractmethod
     def end(self, decode: bool) -> None:
-        """Put what comes after the last step on the stream: the decoder if asked for, checks, the copy out."""
+        """Put the work after the last step on the stream: decoder if ``decode``, checks and the copy to the host."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Wait for all that is on the stream."""
+        """Wait for all work on the stream."""
 
     @abstractmethod
     def read(self, decode: bool) -> LoopOutput:
-        """Wait, and copy the results; ``decode`` as of :meth:`end`."""
+        """Wait, and copy the results; ``decode`` as for :meth:`end`."""
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Any:
-        """A graph of what ``work`` puts on the stream; after a run of the same was waited for."""
+        """Capture what ``work`` puts on the stream into a graph; it must have run, and completed, before."""
 
     @abstractmethod
     def replay(self, graph: Any) -> None:
@@ -144,11 +144,11 @@ class Lane(ABC):
 
     @abstractmethod
     def drop(self, graph: Any) -> None:
-        """Give a graph back; it is not running."""
+        """Free a graph that is not running."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give the buffers back."""
+        """Free the buffers."""
 
 
 @dataclass(eq=False)
@@ -156,9 +156,9 @@ class _Part:
     """A part of a run.
 
     Attributes:
-        work: puts it on the stream.
-        seen: whether it ran, which warms everything up that a capture must not meet for the first time.
-        graph: captured, or None.
+        work: puts the part on the stream.
+        seen: whether it has run, which initialises everything that must not happen inside a capture.
+        graph: the captured graph, or None.
     """
 
     work: Callable[[], None]
@@ -170,26 +170,26 @@ class _Held:
     """A lane and its parts.
 
     Attributes:
-        ends: by whether they decode.
+        ends: the parts after the last step, by whether they decode.
         failed: whether a capture failed.
     """
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        # methods are looked up at each call, for who watches a lane
+        # lambdas look up the methods at each call, so that they can be monkeypatched
         self.begin, self.step = _Part(lambda: lane.begin()), _Part(lambda: lane.step())
         self.ends = {False: _Part(lambda: lane.end(False)), True: _Part(lambda: lane.end(True))}
         self.failed = False
 
     def drop(self) -> None:
-        """Give all graphs back; none is running."""
+        """Free all graphs; none is running."""
         for part in (self.begin, self.step, *self.ends.values()):
             if part.graph is not None:
                 graph, part.graph = part.graph, None
                 self.lane.drop(graph)
 
     def close(self) -> None:
-        """Graphs first: they have the buffers' addresses."""
+        """Free the graphs and then the buffers, whose addresses the graphs contain."""
         try:
             self.lane.wait()
             self.drop()
@@ -198,22 +198,22 @@ class _Held:
 
 
 class DeviceLoops:
-    """Runs plans on lanes; those used last are kept.  Threads take turns.
+    """Runs plans on lanes and keeps the most recently used lanes.  Thread-safe; runs are serialised.
 
-    The first run of a shape is put on the stream as it is, which warms everything up; in the second one begin, step and
-    end are captured, and from then on replayed, whatever the number of steps and the schedule.  Where a capture fails,
-    one warning gives the reason, and runs of that shape continue uncaptured: the same work on the same buffers, so that
-    both give equal results.
+    The first run of a shape puts its work on the stream directly, which initialises everything.  The second run
+    captures begin, step and end, and from then on these graphs are replayed for any number of steps and any schedule.
+    If a capture fails, one warning states the reason, and runs of that shape continue uncaptured: the same work on the
+    same buffers, with equal results.
 
     Args:
-        open_lane: makes the buffers for a shape.
-        name: of the engine, for warnings.
+        open_lane: creates the buffers for a shape.
+        name: name of the engine, for warnings.
 
     Attributes:
-        capture: switch it off, and all runs are put on the stream uncaptured.
-        why_not: why the last capture failed, or None.
-        captures: how often a step was captured.
-        replays: runs whose steps were replayed.
+        capture: if False, all runs are uncaptured.
+        why_not: reason why the last capture failed, or None.
+        captures: number of captures of a step.
+        replays: number of runs whose steps were replayed.
     """
 
     LANES = 2
@@ -227,30 +227,30 @@ class DeviceLoops:
         self._lock = threading.Lock()
 
     def run(self, plan: LoopPlan, feeds: Feeds, callback: StepCallback | None = None) -> LoopOutput:
-        """One batch of images.
+        """Run a plan for one batch of images.
 
-        The host waits once, at the end; with a callback after each step.
+        The host waits once, at the end; with a callback, after each step.
 
         Args:
-            callback: called with (steps done, steps) after each step; False stops the work.
+            callback: called with (steps done, steps) after each step; returning False cancels the run.
 
         Raises:
             Cancelled: if the callback returned False.
-            PnpError: if the GPU fails; the buffers are then made anew by the next run.
+            PnpError: if the GPU fails; the next run then allocates new buffers.
         """
         with self._lock:
-            held = self._lane(plan)
+            entry = self._lane(plan)
             try:
-                return self._on(held, plan, feeds, callback)
+                return self._on(entry, plan, feeds, callback)
             except Cancelled:
-                raise  # between two steps, nothing is on the way
+                raise  # raised between two steps, when the stream is idle
             except BaseException:
                 self._lanes.pop(plan.shape, None)
-                held.close()  # work may be on the way, and buffers in any state
+                entry.close()  # the stream may still be busy, and the buffers in any state
                 raise
 
     def clear(self) -> None:
-        """Forget all graphs and buffers: for who changed weights in place.  The next runs capture again."""
+        """Drop all graphs and buffers, after weights were changed in place.  Later runs capture again."""
         with self._lock:
             while self._lanes:
                 self._lanes.popitem()[1].close()
@@ -258,51 +258,51 @@ class DeviceLoops:
     def _lane(self, plan: LoopPlan) -> _Held:
         shape = plan.shape
         if shape not in self._lanes:
-            while len(self._lanes) >= self.LANES:  # before the new one: there may be memory for no more
+            while len(self._lanes) >= self.LANES:  # before opening another, which may not fit into memory beside them
                 self._lanes.popitem(last=False)[1].close()
             self._lanes[shape] = _Held(self._open(shape))
         self._lanes.move_to_end(shape)
         return self._lanes[shape]
 
-    def _on(self, held: _Held, plan: LoopPlan, feeds: Feeds, callback: StepCallback | None) -> LoopOutput:
-        lane, end, steps = held.lane, held.ends[plan.decode], len(plan.table)
+    def _on(self, entry: _Held, plan: LoopPlan, feeds: Feeds, callback: StepCallback | None) -> LoopOutput:
+        lane, end, steps = entry.lane, entry.ends[plan.decode], len(plan.table)
         lane.load(plan.table, feeds)
-        if self.capture and not held.failed:
-            self._capture(held, end)
-        self._put(lane, held.begin)
+        if self.capture and not entry.failed:
+            self._capture(entry, end)
+        self._put(lane, entry.begin)
         for i in range(steps):
-            self._put(lane, held.step)
+            self._put(lane, entry.step)
             if callback is not None:
                 lane.wait()
                 if callback(i + 1, steps) is False:
                     raise Cancelled(f"sampling was cancelled after {i + 1} of {steps} steps")
         self._put(lane, end)
-        drawn = lane.read(plan.decode)
-        for part in (held.begin, held.step, end):
+        output = lane.read(plan.decode)
+        for part in (entry.begin, entry.step, end):
             part.seen = True
-        if self.capture and held.step.graph is not None:
+        if self.capture and entry.step.graph is not None:
             self.replays += 1
-        return drawn
+        return output
 
     def _put(self, lane: Lane, part: _Part) -> None:
-        """Put a part on the stream, by its graph if there is one."""
+        """Put a part on the stream, as a graph if it has one."""
         if self.capture and part.graph is not None:
             lane.replay(part.graph)
         else:
             part.work()
 
-    def _capture(self, held: _Held, end: _Part) -> None:
-        """Make the graphs that are missing of parts that ran before."""
-        missing = [part for part in (held.begin, held.step, end) if part.seen and part.graph is None]
+    def _capture(self, entry: _Held, end: _Part) -> None:
+        """Capture those parts that have run before and have no graph."""
+        missing = [part for part in (entry.begin, entry.step, end) if part.seen and part.graph is None]
         if not missing:
             return
-        held.lane.wait()  # a capture needs nothing on the way
+        entry.lane.wait()  # a capture needs an idle stream
         try:
             for part in missing:
-                part.graph = held.lane.capture(part.work)
-        except Exception as e:  # whatever it is, the same work still runs uncaptured
-            held.failed = True
-            held.drop()
+                part.graph = entry.lane.capture(part.work)
+        except Exception as e:  # for any reason; the same work still runs uncaptured
+            entry.failed = True
+            entry.drop()
             self.why_not = str(e) or type(e).__name__
             warnings.warn(
                 f"engine '{self._name}': the sampling loop could not be captured into a CUDA graph "
@@ -310,4 +310,4 @@ class DeviceLoops:
                 stacklevel=2,
             )
             return
-        self.captures += held.step in missing
+        self.captures += entry.step in missing

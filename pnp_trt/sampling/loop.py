@@ -1,4 +1,4 @@
-"""The sampling loop on the host: buffers made once a run, every step written in place."""
+"""The sampling loop on the host: buffers are allocated once per run, and every step is computed in place."""
 
 from __future__ import annotations
 
@@ -10,44 +10,43 @@ from ..errors import Cancelled
 from .network import Bound
 from .table import Schedule
 
-#: called with (steps done, steps in all); False stops the work
+#: called with (steps done, steps); returning False cancels the run
 Callback = Callable[[int, int], object]
 
 
 class Trajectory:
-    """Latents from their first value to their last, by a schedule's rows: every step is written in place.
+    """Latents and their update by a schedule's rows, in place and without allocation.
 
-    The updates are those of :meth:`Schedule.step`, product by product and sum by sum, so that both give the same bits;
-    but nothing is allocated in a step.
+    The updates are those of :meth:`Schedule.step`, operation by operation, so that both give the same bits.
 
     Args:
         table: the schedule.
-        shape: of the latents, ``[…]``.
-        x: memory to hold the latents in, float32 of ``shape``; None takes new memory.
+        shape: shape of the latents, ``[…]``.
+        x: memory for the latents, float32 of ``shape``; None allocates it.
     """
 
     def __init__(self, table: Schedule, shape: tuple[int, ...], x: np.ndarray | None = None) -> None:
         self.table = table
         self.x = np.empty(shape, np.float32) if x is None else x
         self._scratch = np.empty(shape, np.float32)
-        # this step's data prediction and those before; they change places
+        # data predictions of this step and of those before, which are swapped after each step
         history = table.history
         self._data, self._previous = (np.empty(shape, np.float32) if history else None for _ in range(2))
         self._older = np.empty(shape, np.float32) if history == 2 else None
-        # between two runs of a network everything is out of the caches, so that each Python object touched costs
+        # cached as an attribute: after a network's run, every access to a Python object misses the CPU's caches
         self._rows = table.rows
 
     @property
     def data(self) -> np.ndarray | None:
-        """The clean latents that the last step predicted; None where no step needs those of the one before."""
+        """The last step's prediction of the clean latents; None if no step uses an earlier prediction."""
         return self._previous
 
     def show(self, i: int, out: np.ndarray) -> None:
-        """Write the network's input of step ``i``."""
+        """Write the network's input for step ``i``."""
         np.multiply(self.x, self._rows[i][0], out=out)
 
     def update(self, i: int, output: np.ndarray) -> None:
-        """The update of step ``i``, in place; ``output`` is left as it is."""
+        """Update the latents by step ``i`` in place; ``output`` is not changed."""
         _, x_scale, output_scale, previous_scale, data_x, data_output, older_scale = self._rows[i]
         x, scratch = self.x, self._scratch
         if self._data is not None:
@@ -73,23 +72,23 @@ class Trajectory:
 def classifier_free(
     unconditional: np.ndarray, conditional: np.ndarray, w: np.ndarray | float, out: np.ndarray
 ) -> np.ndarray:
-    """CFG's prediction, u + w·(c − u), written to ``out``; the inputs are left as they are."""
+    """CFG's prediction, u + w·(c − u), written to ``out``; the inputs are not changed."""
     np.subtract(conditional, unconditional, out=out)
     np.multiply(w, out, out=out)
     return np.add(unconditional, out, out=out)
 
 
 class HostLoop:
-    """All steps of a run on a network whose other inputs are written already.
+    """All steps of a run on a network whose other inputs are already written.
 
-    Nothing is allocated in a step, and where the network reads the host's memory, its input is written in place.
+    A step allocates nothing, and if the network reads host memory, its input is written in place.
 
     Args:
         unet: bound to the batch, or to twice the batch for CFG.
         table: the schedule.
-        shape: of the latents, ``[N, C, H, W]``.
-        w: ``[N]`` for CFG, whose network sees every latent twice, unconditional first (Ho & Salimans 2022, one batch
-            of two); None where one evaluation is made.
+        shape: shape of the latents, ``[N, C, H, W]``.
+        w: ``[N]`` for CFG, which evaluates every latent twice, unconditional first (Ho & Salimans 2022, one batch of
+            two); None for one evaluation.
     """
 
     def __init__(self, unet: Bound, table: Schedule, shape: tuple[int, ...], w: np.ndarray | None = None) -> None:
@@ -99,21 +98,21 @@ class HostLoop:
         evaluations = 1 if w is None else 2
         self._guided = None if w is None else np.empty(shape, np.float32)
         self._shown = _buffer(unet, "sample", (evaluations * shape[0], *shape[1:]), np.float32)
-        # what is shown unscaled and once is the latent itself, in the network's own memory
+        # with one unscaled evaluation, the network's input is the latent itself, in the network's own memory
         self._same = evaluations == 1 and bool((table.input_scale == 1).all())
         self._trajectory = Trajectory(table, shape, self._shown if self._same else None)
         self._x = self._trajectory.x
         self._halves = [self._shown[: shape[0]], self._shown[shape[0] :]][:evaluations]
         self._timestep = _buffer(unet, "timestep", (evaluations * shape[0],), np.int64)
-        # what the network does not read where it is written
-        wanted = {"sample": self._shown, "timestep": self._timestep}
-        self._copied = {name: held for name, held in wanted.items() if unet.host_input(name) is not held}
+        # inputs that must be copied to the network
+        inputs = {"sample": self._shown, "timestep": self._timestep}
+        self._copied = {name: array for name, array in inputs.items() if unet.host_input(name) is not array}
 
     def run(self, start: np.ndarray, callback: Callback | None = None) -> np.ndarray:
-        """The last latents ``[N, C, H, W]`` float32; a new array.
+        """Sample and return the last latents ``[N, C, H, W]`` float32 in a new array.
 
         Args:
-            start: the first latents; they are not written to.
+            start: the initial latents, which are not changed.
             callback: called after each step.
 
         Raises:
@@ -128,7 +127,7 @@ class HostLoop:
         return self._x.copy()
 
     def predict(self, i: int, x: np.ndarray) -> np.ndarray:
-        """The network's output for other latents at step ``i``; it may change with the next run."""
+        """The network's output for other latents at step ``i``; the next run may overwrite it."""
         np.copyto(self._x, x)
         return self._predict(i)
 
@@ -149,6 +148,6 @@ class HostLoop:
 
 
 def _buffer(unet: Bound, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """The network's own memory for an input where the host may write it, else memory to copy from."""
-    held = unet.host_input(name)
-    return held if held is not None and held.shape == shape and held.dtype == dtype else np.empty(shape, dtype)
+    """The network's own memory for an input if the host may write it, else new memory to copy from."""
+    memory = unet.host_input(name)
+    return memory if memory is not None and memory.shape == shape and memory.dtype == dtype else np.empty(shape, dtype)

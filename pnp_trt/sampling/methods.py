@@ -1,7 +1,7 @@
-"""Sampling methods: how often and on what a step evaluates the U-Net.
+"""Sampling methods: how many U-Net evaluations a step takes, and on what inputs.
 
-Six values of :class:`Method`.  ``cfg``, ``unguided`` and ``guided`` sample; the others are what a guide is compared
-with: CFG in two evaluations, CFG on a part of the timesteps, CFG in half the steps.
+``cfg``, ``unguided`` and ``guided`` are for users.  The others are baselines for a guide: CFG in two evaluations, CFG
+on a part of the timesteps, CFG in half the steps.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class HostRun:
     Attributes:
         unet: the network.
         table: the schedule.
-        start: first latents, ``[N, C, H, W]`` float32.
+        start: initial latents, ``[N, C, H, W]`` float32.
         w: guidance scales, ``[N]`` float32.
-        inputs: the U-Net's other inputs by name, text states and such, of N rows, or of 2N, unconditional first,
-            where the method reads both texts.
-        interval: timesteps with guidance, for methods that have an interval.
+        inputs: the U-Net's other inputs by name, such as text states, of N rows, or of 2N, unconditional first, if the
+            method reads both texts.
+        interval: timesteps with guidance, for methods with an interval.
     """
 
     unet: Network
@@ -44,30 +44,30 @@ class HostRun:
     interval: Interval
 
     def half(self, unconditional: bool) -> dict[str, np.ndarray]:
-        """The inputs of one of both texts, N rows."""
+        """The inputs of one of the two texts, N rows."""
         n = len(self.start)
         return {name: rows[:n] if unconditional else rows[n:] for name, rows in self.inputs.items()}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A sampling method by name.
+    """A sampling method.
 
     Attributes:
-        name: as ``--method``, the parameters of images and the results spell it.
-        label: in tables.
+        name: used by ``--method``, the parameters of images and the results.
+        label: label in tables.
         description: one clause for legends.
         colour: CSS colours on a light and on a dark page.
-        marker: matplotlib's marker; colour is never the only difference.
+        marker: matplotlib marker, so that colour is never the only difference.
         batches: the U-Net evaluations of one step, each as rows of its batch per image: ``(2,)`` is one batch of two,
             ``(1, 1)`` two batches of one.
-        batches_outside: those of a step outside the interval; None for methods without an interval.
-        step_divisor: the steps that are run are those that are requested divided by this, at least one.
-        guided: whether bundles with a guide run it; else those without.
+        batches_outside: the same for a step outside the interval; None for methods without an interval.
+        step_divisor: the number of requested steps is divided by this, to at least one.
+        guided: whether bundles with a guide run it; else bundles without one.
         uses_guidance: whether w and, on bundles without a guide, a negative prompt change the result.
-        runs_as: the pipeline's method that it is, where only the number of steps differs.
-        images_of: the method that gives the same images, where there is one.
-        baseline: whether it exists to be compared with and is not offered by default.
+        runs_as: the pipeline's method that runs it, if it differs in the number of steps only.
+        images_of: the method that gives the same images, if any.
+        baseline: whether it exists for comparison only and is not offered by default.
         sample: returns the last latents ``[N, C, H, W]`` of a run on the host; None for the plain loop, which devices
             run as well.
     """
@@ -89,40 +89,40 @@ class Method:
 
     @property
     def has_interval(self) -> bool:
-        """Whether guidance is applied at a part of the timesteps."""
+        """Whether guidance is applied at a part of the timesteps only."""
         return self.batches_outside is not None
 
     @property
     def reads_both_texts(self) -> bool:
-        """Whether the unconditional text states are read beside the conditional ones."""
+        """Whether it reads the unconditional text states as well as the conditional ones."""
         return sum(self.batches) > 1
 
     @property
     def of_pipeline(self) -> str:
-        """The pipeline's method that runs it."""
+        """Name of the pipeline's method that runs it."""
         return self.runs_as or self.name
 
     def steps(self, steps: int) -> int:
-        """Steps that are run where ``steps`` are requested."""
+        """Number of steps that are run if ``steps`` are requested."""
         return max(1, steps // self.step_divisor)
 
     def calls(self, steps: int, inside: int | None = None) -> list[tuple[int, int]]:
-        """The U-Net's calls in ``steps`` steps that are run, as (calls, rows of the batch per image).
+        """The U-Net's calls in ``steps`` actual steps, as (calls, rows of the batch per image).
 
         Args:
-            inside: steps inside the interval, for methods that have one; None for all.
+            inside: number of steps inside the interval, for methods with one; None for all.
         """
         if self.batches_outside is None or inside is None:
             inside = steps
         parts = ((inside, self.batches), (steps - inside, self.batches_outside or ()))
         counts: dict[tuple[int, int], int] = {}
-        for place, (number, batches) in enumerate(parts):
+        for part, (number, batches) in enumerate(parts):
             for rows in batches:
-                counts[place, rows] = counts.get((place, rows), 0) + number
+                counts[part, rows] = counts.get((part, rows), 0) + number
         return [(count, rows) for (_, rows), count in counts.items()]
 
     def evaluations(self, steps: int, inside: int | None = None) -> int:
-        """U-Net evaluations of one image in ``steps`` steps that are run; arguments as of :meth:`calls`."""
+        """U-Net evaluations of one image in ``steps`` actual steps; arguments as for :meth:`calls`."""
         return sum(count * rows for count, rows in self.calls(steps, inside))
 
 
@@ -142,13 +142,13 @@ def default_interval(scheduler: Config) -> Interval:
     """
     alphas = alphas_cumprod(scheduler)
     sigmas = np.sqrt((1 - alphas) / np.maximum(alphas, 1e-12))
-    found = np.flatnonzero((sigmas > GUIDED_SIGMAS[0]) & (sigmas <= GUIDED_SIGMAS[1]))
-    if not len(found):
+    timesteps = np.flatnonzero((sigmas > GUIDED_SIGMAS[0]) & (sigmas <= GUIDED_SIGMAS[1]))
+    if not len(timesteps):
         raise InputError(
             f"no timestep of the teacher has a noise level from {GUIDED_SIGMAS[0]} to {GUIDED_SIGMAS[1]}; "
             "give guided_interval in timesteps"
         )
-    return int(found[0]), int(found[-1])
+    return int(timesteps[0]), int(timesteps[-1])
 
 
 def check_interval(interval: Interval, scheduler: Config) -> None:
@@ -162,7 +162,7 @@ def check_interval(interval: Interval, scheduler: Config) -> None:
 
 
 def guided_steps(table: Schedule, interval: Interval) -> np.ndarray:
-    """Which steps apply CFG, ``[steps]`` bool."""
+    """Whether each step applies CFG, ``[steps]`` bool."""
     return np.asarray((table.timesteps >= interval[0]) & (table.timesteps <= interval[1]))
 
 
@@ -178,12 +178,12 @@ def _on_interval(run: HostRun, callback: Callback | None) -> np.ndarray:
         single.write(**run.half(unconditional=False))
         double.write(**run.inputs)
         both = HostLoop(double, run.table, run.start.shape, run.w)
-        where = guided_steps(run.table, run.interval)
-        return _OnInterval(single, run.table, run.start.shape, both, where).run(run.start, callback)
+        guided = guided_steps(run.table, run.interval)
+        return _OnInterval(single, run.table, run.start.shape, both, guided).run(run.start, callback)
 
 
 class _SequentialCFG(HostLoop):
-    """CFG with one evaluation for each text, of batch N, in place of one of batch 2N."""
+    """CFG with one evaluation of batch N for each text, instead of one of batch 2N."""
 
     def __init__(self, unet: Bound, run: HostRun) -> None:
         shape = run.start.shape
@@ -195,13 +195,13 @@ class _SequentialCFG(HostLoop):
     def _predict(self, i: int) -> np.ndarray:
         unconditional, conditional = self._texts
         self._unet.write(**unconditional)
-        np.copyto(self._unconditional, super()._predict(i))  # the second evaluation may write over it
+        np.copyto(self._unconditional, super()._predict(i))  # the second evaluation may overwrite it
         self._unet.write(**conditional)
         return classifier_free(self._unconditional, super()._predict(i), self._scale, self._combined)
 
 
 class _OnInterval(HostLoop):
-    """CFG by ``both`` in the steps that are ``guided``, one conditional evaluation in the others."""
+    """CFG by ``both`` in the steps where ``guided`` is set, one conditional evaluation in the others."""
 
     def __init__(
         self, unet: Bound, table: Schedule, shape: tuple[int, ...], both: HostLoop, guided: np.ndarray
@@ -260,29 +260,29 @@ UNGUIDED = _add(
 
 
 def methods_of(guided: bool, on_host: bool = True) -> tuple[str, ...]:
-    """What bundles with a guide, or without, sample with, by name; the first is the default.
+    """Methods of bundles with a guide, or without, by name; the first is the default.
 
     Args:
-        on_host: whether the host runs the loop; methods with a loop of their own need that.
+        on_host: whether the host runs the loop, which methods with their own loop need.
     """
-    own = [m for m in METHODS.values() if m.guided == guided and not m.baseline and m.runs_as is None]
-    return tuple(m.name for m in own if on_host or m.sample is None)
+    methods = [m for m in METHODS.values() if m.guided == guided and not m.baseline and m.runs_as is None]
+    return tuple(m.name for m in methods if on_host or m.sample is None)
 
 
 def baselines_of(guided: bool) -> tuple[str, ...]:
-    """What the host's loop runs besides, to be compared with, by name."""
+    """Names of the baselines that the host's loop runs on bundles with a guide, or without."""
     return tuple(m.name for m in METHODS.values() if m.guided == guided and m.baseline and m.runs_as is None)
 
 
 def step_methods_of(guided: bool) -> tuple[str, ...]:
-    """What a step-level loop makes of bundles with a guide, or without, by name; the first is the default.
+    """Methods that a step-level loop runs on bundles with a guide, or without, by name; the first is the default.
 
-    A guide adds nothing at w = 1, so that a bundle with one gives plain predictions as well.
+    A guide adds nothing at w = 1, so a bundle with a guide gives plain predictions as well.
     """
     plain = [m for m in METHODS.values() if not m.guided and not m.baseline and m.runs_as is None and m.sample is None]
     return methods_of(guided, on_host=False) + (tuple(m.name for m in plain) if guided else ())
 
 
 def uses_guidance(method: str) -> bool:
-    """Whether w changes what a method gives; methods that are not registered, as of other toolkits, do use it."""
+    """Whether w changes a method's result; unregistered methods, such as other toolkits', count as using it."""
     return METHODS.get(method).uses_guidance if method in METHODS else True

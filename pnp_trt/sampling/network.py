@@ -1,4 +1,4 @@
-"""A loaded network as a sampler uses it: its tensors, buffers to run on, and one call."""
+"""Interface between a sampler and a loaded network: its tensors, its buffers and one call."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ class Description:
 
 
 class Bound(ABC):
-    """Buffers for one batch and image size, and the call that runs on them; for one thread at a time."""
+    """Buffers for one batch and image size, and the call that runs on them; not thread-safe."""
 
     @abstractmethod
     def write(self, **inputs: np.ndarray) -> None:
-        """Fill inputs by name; what is not named keeps what it held."""
+        """Fill inputs by name; the others keep their values."""
 
     @abstractmethod
     def run(self) -> None:
-        """Run once on what the inputs hold."""
+        """Run once on the present inputs."""
 
     @abstractmethod
     def read(self) -> np.ndarray:
-        """A copy of the first output, once the run has ended."""
+        """Wait for the run and copy the first output."""
 
     def read_all(self) -> tuple[np.ndarray, ...]:
-        """Copies of all outputs in their order, once the run has ended; of the first alone where there is one."""
+        """Wait for the run and copy all outputs in their order; by default, only the first."""
         return (self.read(),)
 
     def host_input(self, name: str) -> np.ndarray | None:
-        """The memory that ``run`` reads an input from, to be written in place; None where that is on a device."""
+        """The memory of an input, to be written in place; None if it is on a device."""
         return None
 
     def output(self) -> np.ndarray:
-        """The first output, once the run has ended; it may change with the next run."""
+        """The first output after the run; the next run may overwrite it."""
         return self.read()
 
 
 def check_input(name: str, array: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse an array for an input that the buffers do not have, or have in another shape.
+    """Refuse an array for an input that does not exist or has another shape.
 
     Args:
-        shapes: of the buffers' inputs by name.
+        shapes: shapes of the buffers' inputs by name.
 
     Raises:
-        InputError: naming the inputs, or both shapes.
+        InputError: with the names of the inputs, or both shapes.
     """
     if name not in shapes:
         raise InputError(f"the network has no input '{name}'; its inputs: {', '.join(shapes)}")
@@ -79,34 +79,36 @@ class Network(ABC):
 
     @abstractmethod
     def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Bound]:
-        """Buffers for ``batch``, for the length of a ``with`` block.
+        """Context manager with buffers for ``batch``.
 
         Args:
-            size: height and width of the latents; None will do where the network has one size, or sees no latents.
+            size: height and width of the latents; may be None if the network has one size only, or no latents as input.
 
         Raises:
-            InputError: if the network was not made for this batch or size; the message has the legal ones.
+            InputError: if the network does not support this batch or size; the message lists the supported ones.
         """
 
     def at_tokens(self, tokens: int) -> Network:
-        """This network for text states of so many tokens; itself where it was made for one number alone."""
+        """This network for text states of ``tokens`` tokens; itself if it supports one number only."""
         return self
 
     def for_states(self, inputs: Mapping[str, np.ndarray]) -> Network:
-        """This network for inputs by name, whose text states decide the tokens; without the batch or with it."""
+        """This network for the number of tokens of the text states in ``inputs``, batched or not."""
         states = inputs.get(STATES)
         return self if states is None else self.at_tokens(states.shape[-2])
 
     def batches(self, most: int) -> tuple[int, ...]:
-        """Batches up to ``most`` that a caller should keep to whose batch changes from call to call.
+        """Batches up to ``most`` to which a caller with varying batches should pad.
 
-        All of them, where a network is as ready for one as for another.
+        By default all of them, for networks that run each equally well.
         """
         return tuple(range(1, most + 1))
 
     def facts(self) -> dict[str, int]:
-        """The runtime's figures of the compiled network: ``layers``, ``reformats`` (layers that only change a tensor's
-        layout or type) and ``device_memory_bytes`` (working memory without weights); unreported ones are missing.
+        """The runtime's figures of the compiled network; figures that it does not report are missing.
+
+        They are ``layers``, ``reformats`` (layers that only change a tensor's layout or type) and
+        ``device_memory_bytes`` (working memory without weights).
         """
         return {}
 
@@ -123,17 +125,17 @@ class Network(ABC):
 
 
 class TokenNetwork(Network):
-    """A network whose text states may have several numbers of tokens.
+    """A network that may support several numbers of tokens of the text states.
 
     Attributes:
-        open_tokens: whether its graph leaves the tokens of the text states open.
+        open_tokens: whether the number of tokens is a dynamic dimension of its graph.
     """
 
     open_tokens: bool
 
     @abstractmethod
     def bind_tokens(self, batch: int, size: Size | None, tokens: int | None) -> contextlib.AbstractContextManager[Any]:
-        """As :meth:`bind`, for text states of ``tokens`` tokens."""
+        """Same as :meth:`bind`, for text states of ``tokens`` tokens."""
 
     def bind(self, batch: int, size: Size | None = None) -> contextlib.AbstractContextManager[Any]:
         return self.bind_tokens(batch, size, None)
@@ -143,7 +145,7 @@ class TokenNetwork(Network):
 
 
 class AtTokens(Network):
-    """A network for text states of one number of tokens."""
+    """A network for text states of a fixed number of tokens."""
 
     def __init__(self, network: TokenNetwork, tokens: int) -> None:
         self._network, self._tokens = network, tokens

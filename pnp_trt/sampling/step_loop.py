@@ -1,8 +1,8 @@
 """Many images in one network call, each at its own step, schedule, w and text.
 
 The network takes timestep, w and text states per sample, and a step's update is a row of its schedule's table.  So the
-images of a call need nothing in common but the latents' size: one enters when a place is free and leaves after its own
-last step, whatever the others do (step-level batching).  Guided, unguided and CFG images share a call as well: the
+images of a call need nothing in common but the latents' size: an image enters when a row is free and leaves after its
+last step, independently of the others (step-level batching).  Guided, unguided and CFG images share a call as well: the
 residuals of a guide vanish at w = 1, and CFG is two rows of w = 1 whose predictions are combined.
 """
 
@@ -21,10 +21,10 @@ from .loop import Trajectory, classifier_free
 from .network import Network
 from .table import Schedule
 
-#: steps by which a waiting request's length counts less with every network call.  At 1, a request of S steps is
-#: overtaken by shorter ones that come in the S calls after it, and by none that come later.
+#: steps that are subtracted from a waiting request's length for every network call.  At 1, a request of S steps can be
+#: overtaken by shorter ones that arrive in the next S calls, and by none that arrive later.
 AGEING = 1.0
-#: rows of a server's network calls, unless its user says otherwise
+#: default rows of a server's network calls
 SLOTS = 8
 
 
@@ -33,10 +33,10 @@ class Run:
     """One image to sample.
 
     Attributes:
-        table: its schedule, of one step or more.
-        start: its first latents, ``[C, H, W]`` float32.
+        table: the schedule, with at least one step.
+        start: initial latents, ``[C, H, W]`` float32.
         inputs: the network's other inputs by name, without the batch: one row, or two for CFG, unconditional first.
-        w: of CFG; of no meaning with one row.
+        w: guidance scale of CFG; unused with one row.
     """
 
     table: Schedule
@@ -47,15 +47,15 @@ class Run:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request and where it is.
+    """A request and its state.
 
     Attributes:
-        steps: that it takes.
-        rows: that it takes of a call's batch.
-        steps_done: of ``steps``.
-        began, ended: the number of network calls before it was admitted and when it left; None before.
-        latents: the last ones, ``[C, H, W]`` float32, once it is done.
-        error: why it has none; ``Cancelled`` where :meth:`StepLoop.cancel` took it out.
+        steps: number of steps.
+        rows: rows that it takes in a call's batch.
+        steps_done: number of completed steps.
+        began, ended: number of network calls before its admission and before it left; None until then.
+        latents: the last latents, ``[C, H, W]`` float32, once it is done.
+        error: why it has no latents; ``Cancelled`` after :meth:`StepLoop.cancel`.
     """
 
     steps: int
@@ -75,19 +75,20 @@ class Ticket:
 
     @property
     def running(self) -> bool:
-        """Whether it has a place in the calls."""
+        """Whether it takes part in the calls."""
         return self._slot is not None
 
     def estimate(self) -> np.ndarray | None:
-        """The clean latents as far as they are known, ``[C, H, W]`` float32; None before the first step.
+        """The current estimate of the clean latents, ``[C, H, W]`` float32; None before the first step.
 
-        What the last step left behind and what it made of it are two sums of the same clean latents and noise.
+        It is solved from the latents before and after the last step, two combinations of the same clean latents and
+            noise.
         """
         return self.latents if self.latents is not None or self._slot is None else self._slot.estimate(self.steps_done)
 
 
 class _Slot:
-    """A running image: its run, its latents, and what a step needs beside."""
+    """A running image: its run, its latents and the buffers of a step."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -102,7 +103,7 @@ class _Slot:
 
     @property
     def shares(self) -> tuple[object, ...]:
-        """Equal for images that can share a call."""
+        """Key that is equal for images that can share a call."""
         return self.run.start.shape, tuple((name, value.shape) for name, value in self.run.inputs[0].items())
 
     def update(self, i: int, outputs: np.ndarray) -> None:
@@ -122,30 +123,30 @@ class _Slot:
         if self.trajectory.data is not None:
             return self.trajectory.data.copy()
         (a, b), (s, t) = table.image_scale[done - 1 : done + 1], table.noise_scale[done - 1 : done + 1]
-        found: np.ndarray = (t * self._before - s * self.trajectory.x) / (a * t - b * s)
-        return found
+        clean: np.ndarray = (t * self._before - s * self.trajectory.x) / (a * t - b * s)
+        return clean
 
 
 class StepLoop:
-    """Runs of any number of steps in the calls of one network; for one thread at a time.
+    """Runs of any number of steps in the calls of one network; not thread-safe.
 
-    Every :meth:`step` admits what waits while there is room, calls the network once on all that run (once for each of
-    their sizes), and lets go what has ended.  Admitted first is whose steps, less the calls that it has waited times
-    ``ageing``, are fewest: short requests pass long ones, and none waits for ever.  Where the first does not fit, as
-    it takes two rows and one is free, none passes it.
+    Every :meth:`step` admits waiting requests while there is room, calls the network once for all running ones (once
+    for each of their sizes), and releases those that have ended.  The request with the fewest steps, less ``ageing``
+    times the calls that it has waited, is admitted first: short requests overtake long ones, and none waits forever.
+    If the first does not fit, because it takes two rows and one is free, no other overtakes it.
 
     Args:
-        unet: the network; its outputs must depend on their own rows alone.
-        slots: rows of a call, at most.
-        buckets: the batches that calls are made with, padded to the next one; None takes any up to ``slots``.
+        unet: the network; each row of its outputs must depend on the same row of its inputs only.
+        slots: maximum rows of a call.
+        buckets: allowed batches of the calls, which are padded to the next one; None allows any up to ``slots``.
         ageing: see above.
 
     Attributes:
-        calls: network calls made.
-        rows_used, rows_padded: the rows of these calls that were images', and that were not.
+        calls: number of network calls.
+        rows_used, rows_padded: rows of these calls that belonged to images, and that were padding.
 
     Raises:
-        InputError: if there is no slot, or no bucket for the slots.
+        InputError: if ``slots`` is below 1, or no bucket is large enough.
     """
 
     def __init__(
@@ -167,9 +168,9 @@ class StepLoop:
         """Put a request in the queue.
 
         Args:
-            begin: makes its run, when it is admitted; a ``PnpError`` that it raises becomes the ticket's ``error``.
-            steps: the length of the run's table.
-            rows: as many as the run has ``inputs``.
+            begin: creates its run when it is admitted; a ``PnpError`` that it raises becomes the ticket's ``error``.
+            steps: length of the run's table.
+            rows: number of the run's ``inputs``.
 
         Raises:
             InputError: if it takes more rows than there are slots.
@@ -181,7 +182,7 @@ class StepLoop:
         return ticket
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Take a request out, waiting or running; False where it had left already.  Its place is free at once."""
+        """Remove a waiting or running request, which frees its rows at once; False if it had already left."""
         if ticket.over:
             return False
         self._leave(ticket, Cancelled(f"sampling was cancelled after {ticket.steps_done} of {ticket.steps} steps"))
@@ -191,21 +192,21 @@ class StepLoop:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def running(self) -> tuple[Ticket, ...]:
-        """Requests that have a place, those admitted first at the beginning."""
+        """The running requests in the order of their admission."""
         return tuple(self._running)
 
     @property
     def rows_running(self) -> int:
-        """Rows that a call has now."""
+        """Rows of the running requests."""
         return sum(ticket.rows for ticket in self._running)
 
     def step(self) -> list[Ticket]:
-        """Admit, call the network, and return the requests that have left: done, or with an ``error``."""
+        """Admit requests, call the network, and return the requests that have left: done, or with an ``error``."""
         ended = self._admit()
         groups: dict[tuple[object, ...], list[Ticket]] = {}
         for ticket in self._running:
@@ -223,7 +224,7 @@ class StepLoop:
         return ended
 
     def _admit(self) -> list[Ticket]:
-        """Start what has room; returns those whose start failed."""
+        """Start requests while there is room; returns those whose start failed."""
         failed: list[Ticket] = []
         while self._waiting and self._waiting[0][2].rows <= self.slots - self.rows_running:
             ticket = heapq.heappop(self._waiting)[2]
@@ -233,7 +234,7 @@ class StepLoop:
                 run = begin()
                 if (len(run.table), len(run.inputs)) != (ticket.steps, ticket.rows):
                     raise InputError(
-                        f"the run has {len(run.table)} steps and {len(run.inputs)} rows, and its request stated "
+                        f"the run has {len(run.table)} steps and {len(run.inputs)} rows, but its request stated "
                         f"{ticket.steps} and {ticket.rows}; state the run's"
                     )
             except PnpError as e:
@@ -245,7 +246,7 @@ class StepLoop:
         return failed
 
     def _call(self, group: Sequence[Ticket]) -> None:
-        """One step of all in ``group``, which share the network's shapes."""
+        """Run one step of all requests in ``group``, which share the network's input shapes."""
         slots = [ticket._slot for ticket in group if ticket._slot is not None]
         used = sum(ticket.rows for ticket in group)
         batch = next(b for b in self.buckets if b >= used)
@@ -261,7 +262,7 @@ class StepLoop:
                     slot.trajectory.show(ticket.steps_done, shown[len(rows)])
                     timesteps[len(rows)] = slot.run.table.timesteps[ticket.steps_done]
                     rows.append(inputs)
-            # rows that nobody reads repeat the first one, whose values are sound
+            # padding repeats the first row, whose values are valid
             shown[used:], timesteps[used:] = shown[0], timesteps[0]
             rows += [rows[0]] * (batch - used)
             written = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

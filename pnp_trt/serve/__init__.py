@@ -1,1 +1,1 @@
-"""Serving: requests of many clients in one engine's calls, and the HTTP interfaces over it."""
+"""Serving: requests of many clients share an engine's calls, over HTTP interfaces."""

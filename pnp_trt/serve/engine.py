@@ -1,4 +1,4 @@
-"""One bundle that serves many: a thread of its own runs the step-level loop, everyone else submits and waits."""
+"""An engine that serves many clients: its own thread runs the step-level loop, and other threads submit and wait."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..io.text import printable
 from ..runtime.pipeline import GeneratedImage, Pipeline, Prepared
 from ..sampling.step_loop import SLOTS, Run, Ticket
 
-#: images that wait, at most, beside those that run
+#: maximum number of waiting images, besides the running ones
 QUEUE = 64
-#: shortest and longest time that a refused client is told to wait, in seconds
+#: shortest and longest Retry-After for a refused client, in seconds
 RETRY = (1, 120)
 
 
@@ -29,7 +29,7 @@ class Busy(PnpError):
     """The queue is full.
 
     Attributes:
-        retry_after: seconds after which there is room, as far as is known.
+        retry_after: estimated seconds until there is room.
     """
 
     def __init__(self, message: str, retry_after: int) -> None:
@@ -38,23 +38,23 @@ class Busy(PnpError):
 
 
 class Expired(PnpError):
-    """The request's deadline passed before its images were done."""
+    """The request's deadline passed before its images were complete."""
 
 
 class Stopping(PnpError):
-    """The server is being stopped and takes no more requests."""
+    """The server is stopping and takes no more requests."""
 
 
 @dataclass(frozen=True)
 class JobProgress:
-    """Where a job is.
+    """Progress of a job.
 
     Attributes:
         steps_done, steps: of all its images.
-        running: images that have a place in the engine's calls.
+        running: number of its images in the engine's calls.
         over: whether it has ended.
         seconds: since it was submitted.
-        left: seconds to its end as far as is known; None before the first step.
+        left: estimated seconds until it ends; None before the first step.
     """
 
     steps_done: int
@@ -67,15 +67,15 @@ class JobProgress:
 
 @dataclass(eq=False)
 class Job:
-    """A request for one image or several.
+    """A request for one or more images.
 
     Attributes:
-        id: unlike that of any other job.
-        prepared: what is to be made.
+        id: unique identifier.
+        prepared: what to generate.
         future: its images in order; or Busy, Expired, Cancelled or another ``PnpError``.
-        submitted, admitted, ended: by the monotonic clock, in seconds; None where it has not come to that.
-        deadline: by the same clock.
-        partial: an image as far as it had come when a client interrupted it and took that for its answer.
+        submitted, admitted, ended: times on the monotonic clock, in seconds; None until then.
+        deadline: on the same clock.
+        partial: the unfinished image that is returned when a client interrupts the job.
     """
 
     prepared: Prepared
@@ -91,7 +91,7 @@ class Job:
 
     @property
     def count(self) -> int:
-        """Images of it."""
+        """Number of images."""
         return len(self.prepared.prompts)
 
     @property
@@ -100,22 +100,24 @@ class Job:
         return len(self.prepared.table) * self.prepared.rows
 
     def progress(self) -> JobProgress:
-        """Where it is; for any thread."""
+        """Current progress; thread-safe."""
         now = time.monotonic()
         steps = len(self.prepared.table) * self.count
-        made = sum(ticket.steps_done for ticket in tuple(self.tickets))
+        steps_done = sum(ticket.steps_done for ticket in tuple(self.tickets))
         left = None
-        if made and self.admitted is not None:
-            left = max(0.0, (now - self.admitted) / made * (steps - made))
+        if steps_done and self.admitted is not None:
+            left = max(0.0, (now - self.admitted) / steps_done * (steps - steps_done))
         running = sum(ticket.running for ticket in tuple(self.tickets))
-        return JobProgress(made, steps, running, self.ended is not None, (self.ended or now) - self.submitted, left)
+        return JobProgress(
+            steps_done, steps, running, self.ended is not None, (self.ended or now) - self.submitted, left
+        )
 
 
 class Watcher:
-    """What an engine tells of itself, from its own thread; the methods must return soon."""
+    """Callbacks for an engine's events, called from the engine's thread; they must return soon."""
 
     def stepped(self, rows: int, padded: int, calls: int, seconds: float) -> None:
-        """The loop made ``calls`` network calls with ``rows`` rows of images and ``padded`` beside."""
+        """The loop made ``calls`` network calls with ``rows`` rows of images and ``padded`` rows of padding."""
 
     def ended(self, job: Job, error: PnpError | None) -> None:
         """A job has ended."""
@@ -123,11 +125,11 @@ class Watcher:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine of a bundle is loaded.
+    """Options for loading a bundle's engine.
 
     Attributes:
-        slots, queue_size: as of :class:`Engine`.
-        provider, threads: as of ``Pipeline.load``.
+        slots, queue_size: as for :class:`Engine`.
+        provider, threads: as for ``Pipeline.load``.
     """
 
     slots: int = SLOTS
@@ -139,17 +141,17 @@ class EngineOptions:
 class Engine:
     """Serves one pipeline.
 
-    Requests of any steps, w, schedule, method and size are taken from any thread; one thread, which this starts, does
-    all of the work.  An image that it makes has the bytes that the pipeline gives it alone.
+    Any thread may submit requests of any number of steps, w, schedule, method and size.  One thread, which this class
+    starts, does all of the work.  Each image is byte-identical to the one that the pipeline generates alone.
 
     Args:
-        pipeline: the bundle; nobody else should use it meanwhile, as both would be slower.
-        slots: rows of an engine call, at most; CFG takes two an image, the other methods one.
-        queue: images that may wait.
-        watcher: told of steps and ends.
+        pipeline: the bundle's pipeline; using it elsewhere at the same time slows both down.
+        slots: maximum rows of an engine call; an image takes two with CFG and one with other methods.
+        queue_size: maximum number of waiting images.
+        watcher: notified of steps and ended jobs.
 
     Raises:
-        InputError: as ``Pipeline.step_loop`` does, or for a queue below 0.
+        InputError: as for ``Pipeline.step_loop``, or for a queue size below 0.
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name=f"pnp-trt {pipeline.name}", daemon=True)
         self._thread.start()
 
-    # -- for any thread ------------------------------------------------------------------------------------------------
+    # -- thread-safe ---------------------------------------------------------------------------------------------------
     @property
     def alive(self) -> bool:
         """Whether it takes requests."""
@@ -184,21 +186,21 @@ class Engine:
 
     @property
     def images(self) -> int:
-        """Images that wait or run."""
+        """Number of waiting and running images."""
         return self._images
 
     @property
     def waiting(self) -> int:
-        """Images that wait."""
+        """Number of waiting images."""
         return max(0, self._images - len(self._loop.running))
 
     @property
     def rows_running(self) -> int:
-        """Rows of a call that are in use."""
+        """Number of rows of a call that are in use."""
         return self._loop.rows_running
 
     def jobs(self) -> list[Job]:
-        """Those that wait or run, the oldest first."""
+        """Waiting and running jobs, the oldest first."""
         with self._lock:
             return list(self._jobs.values())
 
@@ -206,27 +208,27 @@ class Engine:
         """Put a request in the queue.
 
         Args:
-            prepared: as ``Pipeline.prepare`` gives it.
-            deadline: seconds after which it is dropped, wherever it is; None for never.
+            prepared: from ``Pipeline.prepare``.
+            deadline: seconds after which it is dropped, even if it is running; None for never.
 
         Raises:
-            InputError, Busy, Stopping: as :meth:`submit_job` does.
+            InputError, Busy, Stopping: as for :meth:`submit_job`.
         """
         job = Job(prepared)
         self.submit_job(job, deadline)
         return job
 
     def submit_job(self, job: Job, deadline: float | None = None, since: float | None = None) -> None:
-        """As :meth:`submit`, for a job that nobody has submitted.
+        """Same as :meth:`submit`, for an existing job that was not submitted yet.
 
         Args:
-            since: when the request came, by the monotonic clock, in seconds; None for now.
+            since: arrival time of the request on the monotonic clock, in seconds; None for now.
 
         Raises:
-            InputError: if it can never be served: its method is none of ``step_methods``, or it has more images or rows
-                than there is room for.
+            InputError: if it can never be served: its method is not one of ``step_methods``, or it has more images or
+                rows than there is room for.
             Busy: if the queue has no room for all of its images.
-            Stopping: if the engine is being stopped.
+            Stopping: if the engine is stopping.
         """
         pipeline, prepared, count = self.pipeline, job.prepared, job.count
         pipeline.check_step_method(prepared.method)
@@ -239,10 +241,10 @@ class Engine:
             raise InputError(f"{count} images were requested at once; at most {self._room} are taken")
         job.submitted = time.monotonic() if since is None else since
         job.deadline = None if deadline is None else job.submitted + deadline
-        job.future.set_running_or_notify_cancel()  # from here on the future ends by this engine alone
+        job.future.set_running_or_notify_cancel()  # from here on, only this engine ends the future
         with self._lock:
             if self._stopping or not self._thread.is_alive():
-                raise Stopping(f"engine '{pipeline.name}' is being stopped; ask another server, or later")
+                raise Stopping(f"engine '{pipeline.name}' is being stopped; use another server, or retry later")
             if self._images + count > self._room:
                 raise Busy(
                     f"engine '{pipeline.name}' has {self._images} images in its queue and room for {self._room}; try "
@@ -254,37 +256,37 @@ class Engine:
             self._inbox.put(lambda: self._take(job))
 
     def cancel(self, job: Job) -> None:
-        """Take a job out, waiting or running, so that its future ends with ``Cancelled``; one that has ended stays."""
+        """Cancel a waiting or running job, so that its future ends with ``Cancelled``; an ended job is unchanged."""
         self._inbox.put(lambda: self._drop(job, None))
 
     def preview(self, job: Job) -> Future[np.ndarray | None]:
-        """An image of the job as far as it has come, uint8 ``[H, W, 3]``; None where it is not running."""
-        found: Future[np.ndarray | None] = Future()
-        found.set_running_or_notify_cancel()
+        """The current estimate of one of the job's images, uint8 ``[H, W, 3]``; None if the job is not running."""
+        preview: Future[np.ndarray | None] = Future()
+        preview.set_running_or_notify_cancel()
 
         def make() -> None:
             try:
                 estimates = [t.estimate() for t in job.tickets if t.running]
-                known = next((e for e in estimates if e is not None), None)
-                found.set_result(None if known is None else self.pipeline.decode(known[None])[0])
+                estimate = next((e for e in estimates if e is not None), None)
+                preview.set_result(None if estimate is None else self.pipeline.decode(estimate[None])[0])
             except Exception as e:
-                found.set_exception(e)
+                preview.set_exception(e)
 
         with self._lock:
             if self._thread.is_alive() and job.id in self._jobs:
                 self._inbox.put(make)
             else:
-                found.set_result(None)
-        return found
+                preview.set_result(None)
+        return preview
 
     def stop(self, drain: bool = True) -> bool:
-        """Take no more requests, and end.
+        """Stop taking requests, and end.
 
         Args:
-            drain: finish what waits and runs; else it is cancelled.
+            drain: whether waiting and running requests are completed; else they are cancelled.
 
         Returns:
-            Whether all that was there was finished.
+            Whether all requests were completed.
         """
         with self._lock:
             self._stopping = True
@@ -308,13 +310,13 @@ class Engine:
                 self._hear(block=idle)
                 self._expire()
                 self._step()
-            except Exception as e:  # a bug of ours, or of a runtime: those that run have lost their state
+            except Exception as e:  # a bug here or in a runtime: the running jobs have lost their state
                 running = {self._owners[t][0] for t in self._loop.running if t in self._owners}
-                for job in running or self.jobs():  # it must not come again and again
+                for job in running or self.jobs():  # without a running job, drop all, so that the error does not repeat
                     self._drop(job, _unexpected(e))
 
     def _hear(self, block: bool) -> None:
-        """Do what was put into the inbox; ``block`` until there is something."""
+        """Run the commands in the inbox; if ``block``, wait for the first one."""
         while True:
             try:
                 command = self._inbox.get(block=block)
@@ -362,18 +364,20 @@ class Engine:
         before = loop.calls, loop.rows_used, loop.rows_padded
         start = time.perf_counter()
         ended = loop.step()
-        spent = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         calls, rows, padded = loop.calls - before[0], loop.rows_used - before[1], loop.rows_padded - before[2]
         if rows:
-            each = spent / rows
-            self._row_seconds = each if self._row_seconds is None else 0.9 * self._row_seconds + 0.1 * each
-            self.watcher.stepped(rows, padded, calls, spent)
+            row_seconds = seconds / rows
+            self._row_seconds = (
+                row_seconds if self._row_seconds is None else 0.9 * self._row_seconds + 0.1 * row_seconds
+            )
+            self.watcher.stepped(rows, padded, calls, seconds)
         for ticket in ended:
             if (owner := self._owners.pop(ticket, None)) is not None:
                 self._ended(ticket, *owner)
 
     def _ended(self, ticket: Ticket, job: Job, i: int) -> None:
-        """An image has left the loop: decode it, or end its job."""
+        """Handle an image that has left the loop: decode it, or end its job."""
         if ticket.error is not None or ticket.latents is None:
             self._drop(job, ticket.error)
             return
@@ -387,7 +391,7 @@ class Engine:
             self._end(job, None)
 
     def _drop(self, job: Job, error: PnpError | None) -> None:
-        """Take a job's images out of the loop and end it; by ``error``, or as cancelled."""
+        """Remove a job's images from the loop and end it with ``error``, or as cancelled."""
         if job.ended is not None:
             return
         for ticket in job.tickets:
@@ -401,7 +405,7 @@ class Engine:
         with self._lock:
             self._jobs.pop(job.id, None)
             self._images -= job.count
-        with contextlib.suppress(Exception):  # a figure that is lost must not lose the images
+        with contextlib.suppress(Exception):  # an error in the metrics must not lose the images
             self.watcher.ended(job, error)
         if error is None:
             job.future.set_result([job.images[i] for i in range(job.count)])
@@ -409,7 +413,7 @@ class Engine:
             job.future.set_exception(error)
 
     def _retry_after(self, count: int) -> int:
-        """Seconds until ``count`` images have left, as far as is known."""
+        """Estimated seconds until there is room for ``count`` images."""
         work = sum(p.steps - p.steps_done for p in (job.progress() for job in self._jobs.values()))
         seconds = work * (self._row_seconds or 0) * count / max(1, self._images)
         return min(max(RETRY[0], math.ceil(seconds)), RETRY[1])

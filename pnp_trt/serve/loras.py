@@ -1,8 +1,8 @@
-"""LoRAs that requests name: the files that a server offers, and an engine for each set of LoRAs and scales in use.
+"""LoRAs in requests: the files that a server offers, and an engine for each set of LoRAs and scales in use.
 
-An engine with LoRAs is a plugged bundle.  One thread makes them, one after the other, while the other engines go on;
-requests for it wait.  At most ``most`` are loaded: for another one the least recently used is unloaded, one without
-requests before one with requests, which are finished first.
+An engine with LoRAs is a plugged bundle.  A single thread makes these engines one after the other, while other engines
+continue and requests for the new one wait.  At most ``most`` are loaded.  To make room, the least recently used one is
+unloaded, with preference for engines without requests; requests of the unloaded engine are completed first.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ..io.text import printable
 from .engine import Busy, Engine, Stopping
 
 SUFFIX = ".safetensors"
-#: engines with LoRAs that are loaded, at most
+#: maximum number of loaded engines with LoRAs
 MOST_LOADED = 4
-#: LoRAs of a request, at most
+#: maximum number of LoRAs in a request
 MOST_IN_REQUEST = 4
 #: largest magnitude of a scale; trainers intend -2 … 2
 LARGEST_SCALE = 100.0
-#: names in a message
+#: maximum number of names in a message
 _NAMES_SHOWN = 10
-#: what separates the parts of a prompt's tag
+#: characters that delimit a LoRA's tag in a prompt
 _RESERVED = ":<>"
-#: what the system says of a path; ValueError of a NUL in it, RuntimeError of links in a circle
+#: errors for an unreadable path: ValueError for a NUL in it, RuntimeError for a cycle of links
 _UNREADABLE = (OSError, ValueError, RuntimeError)
-#: seconds after which a client that found too many waiting may try again
+#: Retry-After, in seconds, when too many requests wait
 _RETRY_AFTER = 10
 
-#: LoRAs of a request in the order that they are merged in: name and scale
+#: LoRAs of a request in the order of merging: name and scale
 Loras = tuple[tuple[str, float], ...]
 
 
@@ -47,8 +47,8 @@ class LoraFile:
     """A file that a server offers.
 
     Attributes:
-        path: without links.
-        sha256: of the file when the folder was read.
+        path: with links resolved.
+        sha256: hash of the file when the folder was read.
     """
 
     path: Path
@@ -60,10 +60,10 @@ class Plugged(Protocol):
 
     @property
     def bundle(self) -> Bundle:
-        """The bundle, every file checked."""
+        """The bundle, with every file verified."""
 
     def close(self) -> None:
-        """Its networks are used no longer."""
+        """Release the bundle, whose networks must no longer be in use."""
 
 
 #: merges files with their scales, in this order, into a bundle; raises ``PnpError``
@@ -71,23 +71,23 @@ Plug = Callable[[Bundle, Sequence[tuple[Path, float]]], Plugged]
 
 
 def read_loras(folder: Path) -> dict[str, LoraFile]:
-    """The .safetensors files of a folder by their names without the suffix; hidden files and subfolders are left out.
+    """The .safetensors files of a folder by their names without the suffix; hidden files and subfolders are ignored.
 
     Raises:
-        InputError: if it is no folder or has no such file; or for a file that is a link out of the folder, is not a
-            regular one, cannot be read, or whose name a prompt cannot state.
+        InputError: if it is not a folder or has no such file; or for a file that is a link out of the folder, is not a
+            regular file, cannot be read, or has a name that cannot be written in a prompt.
     """
     try:
-        home = folder.resolve(strict=True)
-        paths = sorted(p for p in home.iterdir() if p.name.endswith(SUFFIX) and not p.name.startswith("."))
+        root = folder.resolve(strict=True)
+        paths = sorted(p for p in root.iterdir() if p.name.endswith(SUFFIX) and not p.name.startswith("."))
     except _UNREADABLE as e:
         raise InputError(f"--loras {printable(folder)} cannot be read ({_why(e)}); name a folder of LoRAs") from None
     if not paths:
         raise InputError(f"--loras {printable(folder)} has no {SUFFIX} file; name a folder of LoRAs")
-    return {path.name.removesuffix(SUFFIX): _read(path, home) for path in paths}
+    return {path.name.removesuffix(SUFFIX): _read(path, root) for path in paths}
 
 
-def _read(path: Path, home: Path) -> LoraFile:
+def _read(path: Path, root: Path) -> LoraFile:
     name = path.name.removesuffix(SUFFIX)
     if not name.isprintable() or name != name.strip() or name.endswith(SUFFIX) or set(name) & set(_RESERVED):
         raise InputError(
@@ -96,7 +96,7 @@ def _read(path: Path, home: Path) -> LoraFile:
         )
     try:
         real = path.resolve(strict=True)
-        if not real.is_relative_to(home):
+        if not real.is_relative_to(root):
             raise InputError(f"the LoRA {excerpt(path.name)} is a link out of its folder; copy the file into it")
         if not real.is_file():
             raise InputError(f"the LoRA {excerpt(path.name)} is not a file; remove it from the folder")
@@ -111,7 +111,7 @@ def _why(error: Exception) -> str:
 
 @dataclass(eq=False)
 class _Entry:
-    """One engine: on its way, loaded, or on its way out."""
+    """One engine: being made, loaded or being unloaded."""
 
     key: tuple[str, Loras]
     users: int = 0
@@ -128,7 +128,7 @@ class Lease:
     """An engine that stays loaded until :meth:`release`, which must be called once.
 
     Attributes:
-        future: the engine, or what kept it from being made.
+        future: the engine, or the error from making it.
     """
 
     future: Future[Engine]
@@ -136,14 +136,14 @@ class Lease:
 
 
 class LoraEngines:
-    """Engines with LoRAs, made when requests name them; for any thread.
+    """Engines with LoRAs, made when requests name them; thread-safe.
 
     Args:
-        files: as of :func:`read_loras`.
+        files: from :func:`read_loras`.
         plug: called from one thread, one call after the other.
-        start: makes the engine of a bundle, from the same thread.
-        most: engines that are loaded at once, at least 1.
-        waiting: requests that may wait for an engine to be made.
+        start: makes the engine of a bundle, on the same thread.
+        most: maximum number of loaded engines, at least 1.
+        waiting: maximum number of requests that wait for an engine to be made.
 
     Raises:
         InputError: for ``most`` below 1.
@@ -168,7 +168,7 @@ class LoraEngines:
         self._worker = ThreadPoolExecutor(1, "pnp-trt loras")
 
     def check(self, loras: Loras) -> Loras:
-        """LoRAs of a request as keys of an engine.
+        """The LoRAs of a request as part of an engine's key.
 
         Raises:
             InputError: for a name that is not offered or stated twice, a scale that is not finite or beyond
@@ -194,20 +194,20 @@ class LoraEngines:
         return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more (GET /sdapi/v1/loras)" if more > 0 else "")
 
     def acquire(self, base: Engine, loras: Loras) -> Lease:
-        """The engine of a bundle with LoRAs; it is made if it is not loaded.
+        """Lease the engine of a bundle with LoRAs, which is made if it is not loaded.
 
         Args:
-            base: the engine without.
-            loras: as :meth:`check` returns them.
+            base: the engine without LoRAs.
+            loras: from :meth:`check`.
 
         Raises:
             Busy: if too many requests wait for engines that are being made.
-            Stopping: if the server is being stopped.
+            Stopping: if the server is stopping.
         """
         key = base.pipeline.name, loras
         with self._changed:
             if self._stopping:
-                raise Stopping("the server is being stopped; ask another server, or later")
+                raise Stopping("the server is being stopped; use another server, or retry later")
             entry = self._entries.pop(key, None)
             try:
                 if (entry is None or not entry.loaded) and self._pending(entry) >= self._waiting:
@@ -222,7 +222,7 @@ class LoraEngines:
         return Lease(entry.future, lambda: self._release(entry))
 
     def _pending(self, entry: _Entry | None) -> int:
-        """Requests that wait for an engine to be made; ``entry`` is out of the table."""
+        """Number of requests that wait for an engine to be made, including ``entry``."""
         entries = [*self._entries.values(), *([] if entry is None else [entry])]
         return sum(each.users for each in entries if not each.loaded)
 
@@ -232,22 +232,22 @@ class LoraEngines:
             self._changed.notify_all()
 
     def engines(self) -> list[tuple[str, Engine]]:
-        """Those that are loaded, each with the name of the engine without LoRAs."""
+        """Loaded engines with LoRAs, each with the name of the engine without LoRAs."""
         with self._changed:
             entries = [e for e in (*self._entries.values(), *self._leaving) if e.loaded and not e.future.exception()]
         return [(entry.key[0], entry.future.result()) for entry in entries]
 
     def loading(self, name: str) -> int:
-        """Requests for the engine ``name`` that wait for its LoRAs to be merged."""
+        """Number of requests for the engine ``name`` that wait for its LoRAs to be merged."""
         with self._changed:
             return sum(entry.users for entry in self._entries.values() if entry.key[0] == name and not entry.loaded)
 
     def stop(self, drain: bool = True) -> None:
-        """Make no more engines, and stop those that are loaded; see ``Engine.stop``."""
+        """Make no more engines, and stop the loaded ones; see ``Engine.stop``."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._worker.shutdown(wait=True)  # what is queued ends at once, as Stopping
+        self._worker.shutdown(wait=True)  # queued engines end at once, with Stopping
         with self._changed:
             entries = list(self._entries.values())
             self._entries.clear()
@@ -276,7 +276,7 @@ class LoraEngines:
         entry.plugged = self._plug(base.pipeline.bundle, [(self.files[name].path, scale) for name, scale in loras])
         try:
             self._make_room(entry)
-            bundle = entry.plugged.bundle  # under the name that clients know
+            bundle = entry.plugged.bundle  # served under the base engine's name
             return self._start(replace(bundle, manifest=replace(bundle.manifest, name=base.pipeline.name)))
         except BaseException:
             entry.plugged.close()
@@ -285,9 +285,9 @@ class LoraEngines:
     def _check_needed(self, entry: _Entry) -> None:
         with self._changed:
             if self._stopping:
-                raise Stopping("the server is being stopped; ask another server, or later")
+                raise Stopping("the server is being stopped; use another server, or retry later")
             if not entry.users:
-                self._entries.pop(entry.key, None)  # under the lock: nobody may begin to wait for it
+                self._entries.pop(entry.key, None)  # under the lock, so that no request starts to wait for it
                 raise PnpError("no request waits for the LoRA any more; send it again")
 
     def _make_room(self, entry: _Entry) -> None:
@@ -299,7 +299,7 @@ class LoraEngines:
                 if len(loaded) < self._most:
                     return
                 victim = next((each for each in loaded if not each.users), loaded[0])
-                del self._entries[victim.key]  # new requests for it come after this one
+                del self._entries[victim.key]  # new requests for it are served after this one
                 self._leaving.append(victim)
                 while victim.users and not self._stopping:
                     self._changed.wait()
@@ -314,7 +314,7 @@ class LoraEngines:
                 entry.plugged.close()
 
     def _in_words(self, error: Exception, base: Engine, loras: Loras) -> PnpError:
-        """An error as a client may read it: without this machine's paths."""
+        """An error for clients, without this machine's paths."""
         if isinstance(error, Stopping):
             return error
         if not isinstance(error, PnpError):
@@ -326,5 +326,5 @@ class LoraEngines:
             text = text.replace(str(self.files[name].path), f"'{name}'")
         text = text.replace(str(base.pipeline.bundle.folder.resolve()), f"'{base.pipeline.name}'")
         kind = InputError if isinstance(error, InputError) else PnpError
-        named = ", ".join(excerpt(name) for name, _ in loras)
-        return kind(f"engine '{base.pipeline.name}' cannot use the LoRA {named}: {text}")
+        names = ", ".join(excerpt(name) for name, _ in loras)
+        return kind(f"engine '{base.pipeline.name}' cannot use the LoRA {names}: {text}")

@@ -1,4 +1,4 @@
-"""Images for a table of prompts, as many at once as fill the engine's calls; an interrupted run resumes."""
+"""Images for a table of prompts, with full batches in the engine's calls; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..runtime.pipeline import GeneratedImage, Pipeline, Prepared
 from ..sampling.step_loop import SLOTS
 from .engine import Engine
 
-#: columns of a table → the type of their values
+#: columns of a table, with the type of their values
 COLUMNS: dict[str, Callable[[Any], Any]] = {
     "prompt": str, "seed": int, "steps": int, "guidance": float, "negative": str, "method": str, "schedule": str,
     "prompt_syntax": str,
 }  # fmt: skip
-#: images that are under way beside those in the engine's calls, so that none of its rows stays empty
+#: images queued besides those in the engine's calls, so that no row stays empty
 _AHEAD = 16
-#: called with (images done, images in all)
+#: called with (images done, total)
 Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Images that a run generated, and those that an earlier run had written."""
+    """Number of images that a run generated, and of those that existed before."""
 
     generated: int
     existing: int
@@ -41,29 +41,29 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a table, each with a ``prompt`` and any of the other ``COLUMNS``; empty values are left out.
 
     Args:
-        path: ``.txt``, a prompt a line; ``.jsonl``, an object a line; ``.csv`` with a head; or ``.parquet``.
+        path: ``.txt``, a prompt per line; ``.jsonl``, an object per line; ``.csv`` with a header; or ``.parquet``.
 
     Raises:
         InputError: for another suffix, a file that cannot be read, an unknown column, a row without a prompt, or a
-            value of another type; the message names the row, counted from 1.
+            value of the wrong type; the message has the row's number, counted from 1.
         MissingDependency: for ``.parquet`` without pyarrow.
     """
     kind = path.suffix.lower()
     if kind == ".parquet":
-        found: Iterable[Any] = _parquet(path)
+        items: Iterable[Any] = _parquet(path)
     elif kind in (".txt", ".jsonl", ".csv"):
         text = read_text(path, "the prompts file")
         if kind == ".csv":
-            found = csv.DictReader(io.StringIO(text))
+            items = csv.DictReader(io.StringIO(text))
         else:
             lines = [line for line in text.splitlines() if line.strip()]
             if kind == ".txt":
-                found = [{"prompt": line.strip()} for line in lines]
+                items = [{"prompt": line.strip()} for line in lines]
             else:
-                found = [parse_json(ln, f"row {i}", "give one JSON object a line") for i, ln in enumerate(lines, 1)]
+                items = [parse_json(ln, f"row {i}", "give one JSON object a line") for i, ln in enumerate(lines, 1)]
     else:
         raise InputError(f"the prompts file {path} is not .txt, .jsonl, .csv or .parquet; save it as one of these")
-    rows = [_row(row, i) for i, row in enumerate(found, 1)]
+    rows = [_row(row, i) for i, row in enumerate(items, 1)]
     if not rows:
         raise InputError(f"the prompts file {path} has no row; give one prompt a line")
     return rows
@@ -76,7 +76,7 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         raise MissingDependency(f"{path} needs pyarrow; install with: pip install 'pnp-trt[parquet]'") from None
     try:
         table = pyarrow.parquet.read_table(path)
-    except (OSError, ValueError) as e:  # pyarrow's own errors are of both kinds
+    except (OSError, ValueError) as e:  # pyarrow raises subclasses of both
         raise InputError(f"the prompts file {path} cannot be read ({e}); give a Parquet file") from None
     yield from table.to_pylist()
 
@@ -84,29 +84,29 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
 def _row(row: Any, number: int) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise InputError(f"row {number} is {type(row).__name__}; give an object with a prompt")
-    out: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in row.items():
         if name not in COLUMNS:
             raise InputError(f"row {number} has the column '{name}'; known: {', '.join(COLUMNS)}")
         if value is None or (value == "" and name != "prompt"):
             continue
         try:
-            out[name] = COLUMNS[name](value)
+            values[name] = COLUMNS[name](value)
         except (TypeError, ValueError, OverflowError):
             raise InputError(f"row {number}: {name} is {json.dumps(str(value)[:60])}; give a number") from None
     if not isinstance(row.get("prompt"), str):
         raise InputError(f"row {number} has no prompt; give one")
-    return out
+    return values
 
 
 @dataclass(frozen=True)
 class OfflinePlan:
-    """Rows checked, and those of them that have no image yet.
+    """The validated rows of a table, and which of them have no image yet.
 
     Attributes:
         rows: with their defaults and seeds.
-        files: of all rows.
-        missing: indices of the rows without one.
+        files: the image file of each row.
+        missing: indices of the rows without an image.
     """
 
     rows: list[dict[str, Any]]
@@ -126,16 +126,16 @@ class OfflinePlan:
         seed: int = 0,
         kind: str = "png",
     ) -> OfflinePlan:
-        """One image file a row, OUT/00000001.png for the first.
+        """A plan with one image file per row, OUT/00000001.png for the first.
 
-        Files of a run before are kept where they hold the same parameters, so that a run that was interrupted resumes,
-        and several processes may share the work.
+        Existing files with the same parameters are kept, so that an interrupted run resumes, and several processes may
+        share the work.
 
         Args:
-            rows: as :func:`read_rows` gives them.
-            out: a folder; it must exist.
+            rows: from :func:`read_rows`.
+            out: an existing folder.
             defaults: values of ``COLUMNS`` for rows that lack them.
-            seed: of the first row that names none; each next row adds 1.
+            seed: seed of the first row; each next row adds 1.  Rows with their own seed override it.
             kind: ``png``, ``webp`` or ``jpeg``.
 
         Raises:
@@ -143,8 +143,8 @@ class OfflinePlan:
         """
         if kind not in FORMATS:
             raise InputError(f"the format is '{kind}'; known: {', '.join(FORMATS)}")
-        given = dict(defaults or {})
-        full = [{"seed": seed + i, **given, **row} for i, row in enumerate(rows)]
+        common = dict(defaults or {})
+        full = [{"seed": seed + i, **common, **row} for i, row in enumerate(rows)]
         files = [out / f"{i:08d}{FORMATS[kind][0]}" for i in range(1, len(full) + 1)]
         return cls.part(pipeline, range(len(full)), full, files, kind)
 
@@ -152,10 +152,10 @@ class OfflinePlan:
     def part(
         cls, pipeline: Pipeline, indices: Iterable[int], rows: list[dict[str, Any]], files: list[Path], kind: str
     ) -> OfflinePlan:
-        """Of some rows of a table, with their defaults and seeds; ``indices`` are theirs in the table, for messages.
+        """A plan for some rows of a table, with their defaults and seeds; ``indices`` number them in messages.
 
         Raises:
-            InputError: as of :meth:`of`.
+            InputError: as for :meth:`of`.
         """
         prepared = [_prepared(pipeline, row, i) for i, row in zip(indices, rows, strict=True)]
         missing = [i for i, (file, each) in enumerate(zip(files, prepared, strict=True)) if not _there(file, each)]
@@ -163,26 +163,26 @@ class OfflinePlan:
 
 
 def generate(pipeline: Pipeline, plan: OfflinePlan, slots: int = SLOTS, progress: Progress | None = None) -> Tally:
-    """Generate the missing images of a plan; each file is written whole or not at all.
+    """Generate the missing images of a plan; each file is written atomically.
 
-    A row that another process has written meanwhile is dropped.
+    If another process has written a row's image meanwhile, that file is kept.
 
     Raises:
-        InputError: if another process has written another row's image in the place of one.
-        PnpError: if an image cannot be made or written; those before it are there.
+        InputError: if another process has written another row's image to one of the files.
+        PnpError: if an image cannot be generated or written; the images before it remain.
     """
     engine = Engine(pipeline, slots, _AHEAD)
-    under_way: dict[Future[list[GeneratedImage]], int] = {}
+    pending: dict[Future[list[GeneratedImage]], int] = {}
     todo = iter(plan.missing)
-    done = kept = len(plan.files) - len(plan.missing)
+    done = existing = len(plan.files) - len(plan.missing)
     try:
         while True:
-            while len(under_way) < engine.slots + _AHEAD and (i := next(todo, None)) is not None:
-                under_way[engine.submit(plan.prepared[i]).future] = i
-            if not under_way:
-                return Tally(len(plan.missing), kept)
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                i = under_way.pop(future)
+            while len(pending) < engine.slots + _AHEAD and (i := next(todo, None)) is not None:
+                pending[engine.submit(plan.prepared[i]).future] = i
+            if not pending:
+                return Tally(len(plan.missing), existing)
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                i = pending.pop(future)
                 (image,) = future.result()
                 data = encode_image(image.pixels, image.parameters, plan.kind, plan.files[i])
                 if not write_all_new({plan.files[i]: data}):
@@ -204,13 +204,13 @@ def _prepared(pipeline: Pipeline, row: Mapping[str, Any], i: int) -> Prepared:
 
 
 def _there(file: Path, prepared: Prepared) -> bool:
-    """Whether a row's image is there; ``InputError`` where the file has another."""
+    """Whether a row's image exists; raises ``InputError`` if the file has another row's image."""
     if not file.exists():
         return False
     try:
-        held = read_parameters(file)
+        parameters = read_parameters(file)
     except PnpError as e:
         raise InputError(f"{file} is not an image of this table ({e}); name another --out") from None
-    if held != prepared.parameters(0):
-        raise InputError(f"{file} has another row's image, of prompt {held.get('prompt')!r}; name another --out")
+    if parameters != prepared.parameters(0):
+        raise InputError(f"{file} has another row's image, of prompt {parameters.get('prompt')!r}; name another --out")
     return True

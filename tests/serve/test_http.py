@@ -351,4 +351,4 @@ def test_a_key_and_one_interface(pipelines: dict[str, Pipeline]) -> None:
             yield b'"a cat"}'
 
         slow = HTTP.post(f"{server.url}/v1/images/generations", headers=known, content=slowly())
-        assert slow.status_code == 408 and "had not come after 0.3 s" in slow.json()["error"]["message"]
+        assert slow.status_code == 408 and "did not arrive within 0.3 s" in slow.json()["error"]["message"]

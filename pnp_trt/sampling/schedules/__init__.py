@@ -1,6 +1,6 @@
-"""Sampling schedules by name, each a table of coefficients for one and the same loop.
+"""Sampling schedules by name, each a table of coefficients for the same loop.
 
-See :class:`~pnp_trt.sampling.table.Schedule` for what a row means.
+See :class:`~pnp_trt.sampling.table.Schedule` for the meaning of a row.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
     "unipc",
 ]
 
-#: the word for what the teacher's own config says
+#: name of the schedule in the teacher's own config
 TEACHER = "teacher"
 
 
@@ -54,63 +54,63 @@ def make(name: str, config: Config, steps: int) -> Schedule:
 
     Args:
         name: as for :func:`resolve`.
-        config: a diffusers scheduler's, of whichever class: options that two classes share mean the same in both,
-            and those that it lacks have the defaults of the class that is asked for.
+        config: config of a diffusers scheduler of any class: options that two classes share mean the same in both, and
+            missing options have the defaults of the requested class.
         steps: sampling steps.
 
     Raises:
-        InputError: for an unknown name, or options that are unknown or no table can hold.
+        InputError: for an unknown name, or options that are unknown or cannot be expressed as a table.
     """
-    whole = resolve(name, config)
-    rule, options = chosen(whole, config)
-    return replace(rule(options, steps), name=whole)
+    full_name = resolve(name, config)
+    rule, options = chosen(full_name, config)
+    return replace(rule(options, steps), name=full_name)
 
 
 def chosen(name: str, config: Config) -> tuple[ScheduleRule, Config]:
-    """The rule that a name stands for, and the config with the spacing that it names.
+    """The rule of a schedule's name, and the config with the spacing in that name.
 
     Raises:
-        InputError: as :func:`resolve`.
+        InputError: as for :func:`resolve`.
     """
     rule, spacing = find(resolve(name, config))
     return SCHEDULES.get(rule), config if spacing is None else SPACINGS[spacing].applied(config)
 
 
 def evaluations(name: str | None, config: Config, steps: int) -> int:
-    """Model evaluations of ``steps`` steps of one image where each is made once: 2·steps − 1 of ``heun``.
+    """Model evaluations of ``steps`` steps of one image, counting one per row: 2·steps − 1 for ``heun``.
 
     Args:
         name: as for :func:`resolve`.
 
     Raises:
-        InputError: as :func:`resolve`.
+        InputError: as for :func:`resolve`.
     """
     return SCHEDULES.get(find(resolve(name, config))[0]).evaluations(steps)
 
 
 def resolve(name: str | None, config: Config, distilled_steps: int | None = None) -> str:
-    """The schedule that a name stands for, as ``dpm++`` or, with a spacing, ``dpm++:karras``.
+    """The canonical name of a schedule, such as ``dpm++`` or, with a spacing, ``dpm++:karras``.
 
     Args:
-        name: of ``SCHEDULES``, or ``teacher`` for the class that the config names, each also with a colon and one of
-            ``SPACINGS``; or a name that other programs have for it, such as ``DPM++ 2M Karras``, or a class of
-            diffusers.  None takes the teacher's own where it is one of these, else DDIM.
-        distilled_steps: the only number of steps that a guide was distilled for; that was under DDIM, which None
-            then stands for.
+        name: one of ``SCHEDULES``, or ``teacher`` for the class that the config names, each optionally with a colon and
+            one of ``SPACINGS``; or another program's name, such as ``DPM++ 2M Karras``, or a diffusers class.  None
+            takes the teacher's own schedule if it is supported, else DDIM.
+        distilled_steps: the only number of steps that a guide was distilled for.  Such guides are distilled under DDIM,
+            which is then the default for None.
 
     Raises:
         InputError: for an unknown name, a sampler that adds noise at every step, a spacing that the schedule does not
-            apply, or ``teacher`` with a class that is none of these.
+            support, or ``teacher`` with an unsupported class.
     """
     own = config.get("_class_name")
     if name is None:
         return (of_class(own) if distilled_steps is None else None) or ddim.name
     first, colon, spacing = name.partition(":")
     if first == TEACHER:
-        if (found := of_class(own)) is None:
-            said = f"is {own}" if own else "is not recorded in this engine"
-            raise InputError(f"the class of the teacher's scheduler {said}; name one of: {', '.join(SCHEDULES)}")
-        name = found + colon + spacing
+        if (known_name := of_class(own)) is None:
+            state = f"is {own}" if own else "is not recorded in this engine"
+            raise InputError(f"the class of the teacher's scheduler {state}; name one of: {', '.join(SCHEDULES)}")
+        name = known_name + colon + spacing
     elif (known := of_class(name)) is not None:
         return known
     rule, chosen_spacing = find(name, extra=(TEACHER,))
@@ -118,7 +118,7 @@ def resolve(name: str | None, config: Config, distilled_steps: int | None = None
 
 
 def of_class(diffusers_class: object) -> str | None:
-    """The name of the first schedule that equals a scheduler class of diffusers; None if there is none."""
+    """The name of the first schedule that is equivalent to a diffusers scheduler class; None without one."""
     if diffusers_class is None:
         return None
     return next((name for name in SCHEDULES if SCHEDULES.get(name).diffusers_class == diffusers_class), None)

@@ -1,4 +1,4 @@
-"""A schedule: a name, diffusers' class that it equals, and a function that computes its table."""
+"""A schedule: its name, the equivalent diffusers class, and a function that computes its table."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..table import Schedule
 
 @dataclass(frozen=True)
 class ScheduleRule:
-    """A schedule by name.  Calling it gives the table for a scheduler config and a number of steps.
+    """A schedule by name.  Calling it returns the table for a scheduler config and a number of steps.
 
     Attributes:
-        name: as ``--schedule`` and the parameters of images spell it.
+        name: as in ``--schedule`` and the parameters of images.
         description: one clause for tables of schedules.
         diffusers_class: diffusers' scheduler class with the same steps, or None.
-        table: computes the table; raises ``InputError`` for options of the config that no table can hold.
-        aliases: names that other programs have for it, AUTOMATIC1111's first; case, spaces and ``_`` do not count.
-        spacings: of ``SPACINGS``, those that its table applies.
-        evaluations: model evaluations of a number of steps, which is the length of the table.
+        table: computes the table; raises ``InputError`` for options of the config that cannot be expressed as a table.
+        aliases: other programs' names for it, AUTOMATIC1111's first; case, spaces and ``_`` are ignored.
+        spacings: those of ``SPACINGS`` that it supports.
+        evaluations: model evaluations for a number of steps, which is the length of the table.
     """
 
     name: str
@@ -36,18 +36,18 @@ class ScheduleRule:
         """The table, named after this schedule.
 
         Args:
-            config: a diffusers scheduler's, of any class; null stands for the default.
+            config: a diffusers scheduler's config, of any class; null means the default.
             steps: sampling steps.
 
         Raises:
             InputError: if ``steps`` is outside 1 … num_train_timesteps, or an option of the config is unknown,
                 stochastic or not linear.
         """
-        given = {k: v for k, v in config.items() if v is not None}
-        return replace(self.table(given, steps), name=self.name)
+        options = {k: v for k, v in config.items() if v is not None}
+        return replace(self.table(options, steps), name=self.name)
 
 
-#: schedules by name; the modules of this package and those of other packages add to it
+#: schedules by name, registered by modules of this package and of other packages
 SCHEDULES: Registry[ScheduleRule] = Registry("schedules", "schedule")
 
 
@@ -60,7 +60,7 @@ def schedule(
     spacings: tuple[str, ...] = (),
     evaluations: Callable[[int], int] = int,
 ) -> Callable[[Callable[[Config, int], Schedule]], ScheduleRule]:
-    """Decorate a function ``(config, steps) -> Schedule`` and register it; arguments as of :class:`ScheduleRule`.
+    """Decorate a function ``(config, steps) -> Schedule`` and register it; arguments as for :class:`ScheduleRule`.
 
     Raises:
         InputError: if another schedule has this name.

@@ -22,7 +22,7 @@ def spaced_timesteps(config: Config, steps: int) -> np.ndarray:
     if spacing == "leading":
         t = (np.arange(steps) * (n // steps))[::-1].astype(np.int64) + int(config.get("steps_offset", 0))
     elif spacing == "trailing":
-        # 1000/61 and its like leave a crumb at the end that would be one timestep more
+        # a step such as 1000/61 is inexact in floating point, which may give one timestep too many at the end
         t = np.round(np.arange(n, 0, -n / steps)).astype(np.int64)[:steps] - 1
     else:
         t = np.linspace(0, n - 1, steps).round()[::-1].astype(np.int64)
@@ -30,7 +30,7 @@ def spaced_timesteps(config: Config, steps: int) -> np.ndarray:
 
 
 def within_training(config: Config, timesteps: np.ndarray, steps: int) -> np.ndarray:
-    """``timesteps``, none of them past the last one of training; raises ``InputError`` where one is."""
+    """Return ``timesteps``, or raise ``InputError`` if one is past the last timestep of training."""
     if timesteps.max() >= training_steps(config):
         raise InputError(
             f"steps is {steps}; with timestep_spacing leading and steps_offset {config.get('steps_offset', 0)} the "
@@ -44,9 +44,9 @@ def within_training(config: Config, timesteps: np.ndarray, steps: int) -> np.nda
     aliases=("DDIM",), spacings=BY_TIMESTEP,
 )  # fmt: skip
 def ddim(config: Config, steps: int) -> Schedule:
-    """Deterministic DDIM for a teacher's scheduler config, as diffusers' ``DDIMScheduler`` makes it.
+    """Deterministic DDIM for a teacher's scheduler config, equivalent to diffusers' ``DDIMScheduler``.
 
-    ``clip_sample`` is not heeded: it is for pixels, and diffusers' own latent pipelines switch it off.
+    ``clip_sample`` is ignored: it is for pixels, and diffusers' own latent pipelines switch it off.
 
     Raises:
         InputError: if ``steps`` is outside 1 … num_train_timesteps, or an option is unknown or not linear.
@@ -65,7 +65,7 @@ def ddim_coefficients(config: Config, timesteps: np.ndarray, after: np.ndarray) 
     """``(x_scale, output_scale)`` of DDIM steps from ``timesteps`` to ``after``, int64 ``[N]``; below 0 is the end.
 
     Raises:
-        InputError: if the prediction type is unknown, or ε is asked for where there is no signal.
+        InputError: if the prediction type is unknown, or it is ε and a timestep has no signal.
     """
     abar = alphas_cumprod(config)
     final = 1.0 if config.get("set_alpha_to_one", True) else abar[0]
@@ -74,7 +74,7 @@ def ddim_coefficients(config: Config, timesteps: np.ndarray, after: np.ndarray) 
     if choice(config, "prediction_type", "epsilon", PREDICTIONS) == "epsilon":
         if (a == 0).any():
             raise InputError(
-                "rescale_betas_zero_snr leaves no signal at the last timestep, where a predicted noise says nothing; "
+                "rescale_betas_zero_snr leaves no signal at the last timestep, where a predicted noise is useless; "
                 "use a v_prediction teacher, or --schedule euler"
             )
         return np.sqrt(p / a), np.sqrt(1 - p) - np.sqrt(p / a) * np.sqrt(1 - a)

@@ -23,7 +23,7 @@ from .base import schedule
 from .ddim import within_training
 from .spacing import ALL_SPACINGS
 
-#: diffusers' names that come to the same: it takes the solver types of UniPC and DEIS for midpoint, and deis for dpm++
+#: diffusers' synonyms: it treats the solver types of UniPC and DEIS as midpoint, and deis as dpm++
 SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "bh1": "midpoint", "bh2": "midpoint", "logrho": "midpoint"}
 ALGORITHMS = ("dpmsolver++", "deis")
 _NOT_LINEAR = {
@@ -33,7 +33,7 @@ _NOT_LINEAR = {
     "use_lu_lambdas": "which is not supported",
     "variance_type": "which is for networks that predict a variance",
 }
-#: up to here ``lower_order_final`` counts
+#: ``lower_order_final`` applies to fewer steps than this
 _FEW = 15
 
 
@@ -42,7 +42,7 @@ _FEW = 15
     aliases=("DPM++ 2M", "dpmpp_2m", "k_dpmpp_2m"), spacings=ALL_SPACINGS,
 )  # fmt: skip
 def dpm_solver(config: Config, steps: int) -> Schedule:
-    """DPM-Solver++ of order 1 or 2 for a teacher's scheduler config, as diffusers' ``DPMSolverMultistepScheduler``.
+    """DPM-Solver++ of order 1 or 2 for a teacher's scheduler config, as in diffusers' ``DPMSolverMultistepScheduler``.
 
     Raises:
         InputError: if ``steps`` is outside 1 … num_train_timesteps, or an option is unknown, stochastic or not linear.
@@ -60,38 +60,38 @@ def dpm_solver(config: Config, steps: int) -> Schedule:
     solver = SOLVER_TYPES[choice(config, "solver_type", "midpoint", tuple(SOLVER_TYPES))]
     rounded = bool(config.get("use_karras_sigmas")) and config.get("beta_schedule") != "squaredcos_cap_v2"
     timesteps, sigmas = levels(config, steps, "DPM-Solver++", rounded=rounded, clipped=_clipped(config))
-    # every rounding as diffusers': λ is some units large, and its differences are what the coefficients are made of
+    # round as diffusers does: λ is several units large, and the coefficients are computed from its small differences
     alpha = np.float32(1) / np.sqrt(np.square(sigmas) + np.float32(1))
     sigma = sigmas * alpha
-    with np.errstate(divide="ignore"):  # λ of the end without noise is infinite, and e^−∞ is what is wanted of it
-        level = np.log(alpha) - np.log(sigma)
-    now, after = slice(None, -1), slice(1, None)
+    with np.errstate(divide="ignore"):  # λ at zero noise is infinite, and e^−∞ = 0 is the correct value
+        lam = np.log(alpha) - np.log(sigma)
+    before, after = slice(None, -1), slice(1, None)
     if choice(config, "prediction_type", "epsilon", PREDICTIONS) == "epsilon":
-        data_x, data_output = 1 / alpha[now].astype(float), -sigma[now].astype(float) / alpha[now]
+        data_x, data_output = 1 / alpha[before].astype(float), -sigma[before].astype(float) / alpha[before]
     else:
-        data_x, data_output = alpha[now].astype(float), -sigma[now].astype(float)
+        data_x, data_output = alpha[before].astype(float), -sigma[before].astype(float)
     first = _first_order(config, len(timesteps), order)
-    kept, data, previous = sigma[after] / sigma[now], np.zeros(len(timesteps)), np.zeros(len(timesteps))
+    x_factor, data, previous = sigma[after] / sigma[before], np.zeros(len(timesteps)), np.zeros(len(timesteps))
     for i in range(len(timesteps)):
-        h = level[i + 1] - level[i]
-        if h == 0:  # Karras' levels end at the lowest, where ``sigma_min`` stays: nothing is left to do
+        h = lam[i + 1] - lam[i]
+        if h == 0:  # with Karras' levels and final ``sigma_min``, the last step changes nothing
             continue
         data[i] = -(alpha[i + 1] * (np.exp(-h) - np.float32(1)))
         if not first[i]:
-            with np.errstate(divide="ignore", invalid="ignore"):  # equal noise levels; make_table names them
-                ratio = (level[i] - level[i - 1]) / h
+            with np.errstate(divide="ignore", invalid="ignore"):  # equal noise levels, which make_table reports
+                ratio = (lam[i] - lam[i - 1]) / h
                 slope = data[i] / 2 if solver == "midpoint" else alpha[i + 1] * ((np.exp(-h) - np.float32(1)) / h + 1)
                 previous[i] = -slope / ratio
             data[i] -= previous[i]
     return make_table(
         dpm_solver.name, timesteps,
-        x_scale=kept + data * data_x, output_scale=data * data_output, previous_scale=previous,
-        data_x=data_x, data_output=data_output, image_scale=alpha[now], noise_scale=sigma[now],
+        x_scale=x_factor + data * data_x, output_scale=data * data_output, previous_scale=previous,
+        data_x=data_x, data_output=data_output, image_scale=alpha[before], noise_scale=sigma[before],
     )  # fmt: skip
 
 
 def _first_order(config: Config, steps: int, order: int) -> np.ndarray:
-    """Which steps look at their own prediction alone, ``[steps]`` bool."""
+    """Whether each step uses its own prediction alone, ``[steps]`` bool."""
     first = np.full(steps, order == 1)
     first[0] = True
     few = bool(config.get("lower_order_final", True)) and steps < _FEW
@@ -109,13 +109,13 @@ def levels(
     clipped: int = 0,
     ends: tuple[float | None, ...] = (None, None),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps ``[steps]`` int64 and noise levels ``[steps + 1]`` float32 of a multistep method, the end's included.
+    """Timesteps ``[steps]`` int64 and noise levels ``[steps + 1]`` float32 (with the final level) of multistep methods.
 
     Args:
-        name: of the method, for messages.
-        rounded: whether timesteps between whole ones are rounded; else they are cut.
-        clipped: how many of the last training timesteps are left out.
-        ends: highest and lowest noise level where they are spaced by themselves; None takes those of training.
+        name: name of the method, for messages.
+        rounded: whether fractional timesteps are rounded; else they are truncated.
+        clipped: number of training timesteps at the end that are not used.
+        ends: highest and lowest noise level if the levels are spaced directly; None takes those of training.
 
     Raises:
         InputError: if an option of the config is unknown, or a timestep is past the last one of training.
@@ -132,7 +132,9 @@ def levels(
         t = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + config.get("steps_offset", 0)
     else:
         t = np.arange(last, 0, -n / steps).round()[:steps] - 1
-    highest, lowest = (float(own if end is None else end) for own, end in zip(training[[-1, 0]], ends, strict=True))
+    highest, lowest = (
+        float(default if end is None else end) for default, end in zip(training[[-1, 0]], ends, strict=True)
+    )
     sigmas = respaced(config, highest, lowest, steps)
     if sigmas is None:
         t = within_training(config, t, steps)
@@ -145,6 +147,6 @@ def levels(
 
 
 def _clipped(config: Config) -> int:
-    """How many of the last timesteps have a λ below ``lambda_min_clipped``."""
+    """Number of training timesteps, at the end, with a λ below ``lambda_min_clipped``."""
     lowest = float(config.get("lambda_min_clipped", -np.inf))
     return int(np.searchsorted(-np.log(training_sigmas(config))[::-1], lowest))

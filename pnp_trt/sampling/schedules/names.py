@@ -1,6 +1,6 @@
-"""Schedules by the names that people know: AUTOMATIC1111's, ComfyUI's and diffusers' beside this package's own.
+"""Names of schedules in other programs: AUTOMATIC1111, ComfyUI and diffusers.
 
-The names themselves are at the schedules (``ScheduleRule.aliases``) and spacings (``Spacing.aliases``).
+The names themselves are in the schedules (``ScheduleRule.aliases``) and spacings (``Spacing.aliases``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ...errors import InputError
 from .base import SCHEDULES
 from .spacing import OWN_SPACING, SPACINGS
 
-#: samplers that add noise at every step, which the loop of tables has none of, by their names elsewhere
+#: other programs' samplers that add noise at every step, which tables cannot express
 NOISY = (
     "Euler a", "euler_ancestral", "EulerAncestralDiscreteScheduler", "DPM2 a", "dpm_2_ancestral",
     "KDPM2AncestralDiscreteScheduler", "DPM++ 2S a", "dpmpp_2s_ancestral", "DPM++ SDE", "dpmpp_sde",
@@ -21,22 +21,22 @@ NOISY = (
 
 
 def find(name: str, extra: tuple[str, ...] = ()) -> tuple[str, str | None]:
-    """The schedule and the spacing that a name stands for; the spacing is None where it names none.
+    """The schedule and the spacing of a name; the spacing is None if the name has none.
 
     Args:
-        name: of ``SCHEDULES``, alone or with a colon and one of ``SPACINGS``, or an alias, alone or with an alias of a
-            spacing after it.
-        extra: words that the message lists among those that are known.
+        name: one of ``SCHEDULES``, optionally with a colon and one of ``SPACINGS``, or an alias, optionally followed by
+            an alias of a spacing.
+        extra: further names that the message lists as known.
 
     Raises:
         InputError: for an unknown name, a sampler that adds noise at every step, or a spacing that the schedule does
-            not apply.
+            not support.
     """
     if name in SCHEDULES:
         return name, None
-    first, colon, wanted = name.partition(":")
+    first, colon, suffix = name.partition(":")
     if colon and first in SCHEDULES:
-        return first, _checked(first, wanted)
+        return first, _checked(first, suffix)
     key = _key(name)
     rest, spacing = _without_spacing(key)
     if {key, rest} & {_key(noisy) for noisy in NOISY}:
@@ -53,12 +53,12 @@ def find(name: str, extra: tuple[str, ...] = ()) -> tuple[str, str | None]:
 
 
 def from_a1111(sampler: str, schedule_type: str | None = None) -> str:
-    """AUTOMATIC1111's sampler and schedule type (``sampler_name`` and ``scheduler`` of its API) as a schedule's name.
+    """The schedule for AUTOMATIC1111's sampler and schedule type (``sampler_name`` and ``scheduler`` of its API).
 
-    ``Automatic`` and ``Uniform`` leave the spacing to the teacher's own scheduler config.
+    ``Automatic`` and ``Uniform`` use the spacing of the teacher's scheduler config.
 
     Raises:
-        InputError: as :func:`find`.
+        InputError: as for :func:`find`.
     """
     rule, spacing = find(sampler)
     if schedule_type and _key(schedule_type) not in {_key(own) for own in OWN_SPACING}:
@@ -68,37 +68,37 @@ def from_a1111(sampler: str, schedule_type: str | None = None) -> str:
 
 
 def a1111_names(schedule: str) -> tuple[str, str]:
-    """AUTOMATIC1111's sampler and schedule type of a schedule's name; its own words where A1111 has none."""
+    """AUTOMATIC1111's sampler and schedule type for a schedule; this package's names if A1111 has none."""
     rule, spacing = find(schedule)
-    words = SCHEDULES.get(rule).aliases or (rule,)
+    names = SCHEDULES.get(rule).aliases or (rule,)
     if spacing is None:
-        return words[0], OWN_SPACING[0]
-    return words[0], (SPACINGS[spacing].aliases or (spacing,))[0]
+        return names[0], OWN_SPACING[0]
+    return names[0], (SPACINGS[spacing].aliases or (spacing,))[0]
 
 
 def _checked(rule: str, spacing: str) -> str:
-    """A spacing that the schedule applies."""
-    applied = SCHEDULES.get(rule).spacings
-    if spacing not in applied:
+    """Return the spacing, or raise ``InputError`` if the schedule does not support it."""
+    supported = SCHEDULES.get(rule).spacings
+    if spacing not in supported:
         others = [name for name, other in SCHEDULES.items() if spacing in other.spacings]
         advice = f"; {', '.join(f'{name}:{spacing}' for name in others)} would do" if others else ""
         raise InputError(
-            f"the spacing of schedule {rule} is '{spacing}'; known: {', '.join(applied) or 'none'}{advice}"
+            f"the spacing of schedule {rule} is '{spacing}'; known: {', '.join(supported) or 'none'}{advice}"
         )
     return spacing
 
 
 def _key(name: str) -> str:
-    """What counts of a name: ``DPM++ 2M``, ``dpmpp_2m`` and ``k_dpmpp_2m`` are one."""
+    """Normalised name: equal for ``DPM++ 2M``, ``dpmpp_2m`` and ``k_dpmpp_2m``."""
     return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("k_").replace("++", "pp"))
 
 
 def _without_spacing(key: str) -> tuple[str, str | None]:
-    """A key without the longest name of a spacing that it ends with, and that spacing; None for the teacher's own."""
-    words: dict[str, str | None] = {_key(own): None for own in OWN_SPACING}
-    words |= {_key(word): name for name, spacing in SPACINGS.items() for word in (name, *spacing.aliases)}
-    ends = [word for word in words if key.endswith(word)]
+    """A key without the longest spacing's name at its end, and that spacing; None for the teacher's own."""
+    spacings: dict[str, str | None] = {_key(own): None for own in OWN_SPACING}
+    spacings |= {_key(alias): name for name, rule in SPACINGS.items() for alias in (name, *rule.aliases)}
+    ends = [alias for alias in spacings if key.endswith(alias)]
     if not ends:
         return key, None
     longest = max(ends, key=len)
-    return key.removesuffix(longest), words[longest]
+    return key.removesuffix(longest), spacings[longest]

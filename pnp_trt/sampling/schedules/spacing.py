@@ -1,7 +1,7 @@
-"""How a run's steps are spaced, by name: ``dpm++:karras`` is DPM-Solver++ on Karras' noise levels.
+"""Spacings of a run's steps, by name: ``dpm++:karras`` is DPM-Solver++ on Karras' noise levels.
 
-A spacing replaces those options of the teacher's scheduler config that say where the steps lie.  AUTOMATIC1111 calls it
-the schedule type.  What its names are in diffusers' options is diffusers' own list (API reference, "Schedulers").
+A spacing replaces the options of the teacher's scheduler config that set the noise levels or timesteps of the steps.
+AUTOMATIC1111 calls it the schedule type.  The mapping to diffusers' options is from its API reference ("Schedulers").
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class Spacing:
     """A way to space the steps.
 
     Attributes:
-        name: after the colon of a schedule's name.
+        name: written after the colon of a schedule's name.
         description: one clause for tables.
-        options: of a diffusers scheduler config.
-        aliases: names that other programs have for it, AUTOMATIC1111's first.
+        options: options of a diffusers scheduler config.
+        aliases: other programs' names for it, AUTOMATIC1111's first.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Spacing:
     aliases: tuple[str, ...] = ()
 
     def applied(self, config: Config) -> dict[str, Any]:
-        """``config`` with this spacing and no other."""
+        """``config`` with this spacing instead of any other."""
         return {**config, "use_karras_sigmas": False, "use_exponential_sigmas": False, **self.options}
 
 
@@ -48,7 +48,7 @@ SPACINGS = {
     )
 }  # fmt: skip
 ALL_SPACINGS = tuple(SPACINGS)
-#: those that whole timesteps can follow
+#: spacings by whole timesteps
 BY_TIMESTEP = tuple(name for name, spacing in SPACINGS.items() if "timestep_spacing" in spacing.options)
-#: other programs' words for the teacher's own spacing
+#: other programs' names for the teacher's own spacing
 OWN_SPACING = ("Automatic", "Uniform", "normal")

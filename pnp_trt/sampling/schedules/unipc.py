@@ -14,7 +14,7 @@ from .base import schedule
 from .dpm_solver import levels
 from .spacing import ALL_SPACINGS
 
-#: diffusers' names that come to the same: it takes the solver types of DPM-Solver++ for bh2
+#: diffusers' synonyms: it treats the solver types of DPM-Solver++ as bh2
 SOLVER_TYPES = {"bh1": "bh1", "bh2": "bh2", "midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}
 _NOT_LINEAR = {
     "thresholding": "which is not linear",
@@ -30,11 +30,11 @@ _NOT_LINEAR = {
     aliases=("UniPC", "uni_pc", "uni_pc_bh2"), spacings=ALL_SPACINGS,
 )  # fmt: skip
 def unipc(config: Config, steps: int) -> Schedule:
-    """UniPC of order 1 or 2 for a teacher's scheduler config, as diffusers' ``UniPCMultistepScheduler``.
+    """UniPC of order 1 or 2 for a teacher's scheduler config, equivalent to diffusers' ``UniPCMultistepScheduler``.
 
-    A step first corrects the latent x by the data prediction m that was made at it, and then predicts the next one:
-    with h of the step before and D = (m₋₋ − m₋)/r₋,  s = x + α·B(h)·(½D − ρ₀·D − ρ₁·(m − m₋)),  and
-    x′ = σ′/σ·s − α′·φ(h′)·m − α′·B(h′)·½·(m₋ − m)/r′.  Both are linear in x, m and the two predictions before.
+    A step first corrects the latent x by the data prediction m at x, and then predicts the next latent: with h of the
+    previous step and D = (m₋₋ − m₋)/r₋,  s = x + α·B(h)·(½D − ρ₀·D − ρ₁·(m − m₋)),  and
+    x′ = σ′/σ·s − α′·φ(h′)·m − α′·B(h′)·½·(m₋ − m)/r′.  Both are linear in x, m and the two previous predictions.
 
     Raises:
         InputError: if ``steps`` is outside 1 … num_train_timesteps, or an option is unknown, of third order or not
@@ -53,46 +53,46 @@ def unipc(config: Config, steps: int) -> Schedule:
 
 
 def _from(begin: int, config: Config, timesteps: np.ndarray, sigmas: np.ndarray) -> Schedule:
-    """The rows from ``begin`` on, whose first ones look at no prediction before that."""
+    """The rows from ``begin`` on; the first ones use no prediction before that."""
     timesteps, sigmas = timesteps[begin:], sigmas[begin:]
     bh1 = SOLVER_TYPES[str(config.get("solver_type") or "bh2")] == "bh1"
     uncorrected = {i - begin for i in config.get("disable_corrector") or ()}
     alpha = 1 / np.sqrt(sigmas**2 + 1)
     sigma = sigmas * alpha
-    now, after, n = slice(None, -1), slice(1, None), len(timesteps)
+    before, after, n = slice(None, -1), slice(1, None), len(timesteps)
     order = _orders(config, n)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # no noise at the end; make_table names others
-        level = np.log(alpha) - np.log(sigma)
-        h = np.diff(level)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # make_table reports all but the end
+        lam = np.log(alpha) - np.log(sigma)
+        h = np.diff(lam)
         phi = np.expm1(-h)  # −1 at the end
         scale = -h if bh1 else phi
         ratio = -np.append(np.nan, h[:-1]) / h  # r of the step: (λ₋ − λ)/h
-        kept = sigma[after] / sigma[now]
-        # what the predictor takes of m and of m₋
+        x_factor = sigma[after] / sigma[before]
+        # the predictor's coefficients of m and m₋ differ from first order by this
         slope = np.where(order == 2, alpha[after] * scale / (2 * ratio), 0)
     own, previous, older = -alpha[after] * phi + slope, -slope, np.zeros(n)
-    for i in range(1, n):  # what the corrector adds, once for s and so σ′/σ times for x′
+    for i in range(1, n):  # the corrector's terms: s enters x′ with the factor σ′/σ
         if i - 1 in uncorrected:
             continue
         b = -h[i - 1]
         first = (phi[i - 1] / b - 1) / scale[i - 1]
-        share = 0.0  # (½ − ρ₀)/r
-        last = 0.5  # ρ₁
+        older_part = 0.0  # (½ − ρ₀)/r
+        data_part = 0.5  # ρ₁
         if order[i - 1] == 2:
             second = 2 * ((phi[i - 1] / b - 1) / b - 0.5) / scale[i - 1]
             weight = (first - second) / (1 - ratio[i - 1])
-            share, last = (0.5 - weight) / ratio[i - 1], first - weight
-        whole = kept[i] * alpha[i] * scale[i - 1]
-        own[i] -= whole * last
-        previous[i] += whole * (last - share)
-        older[i] = whole * share
+            older_part, data_part = (0.5 - weight) / ratio[i - 1], first - weight
+        factor = x_factor[i] * alpha[i] * scale[i - 1]
+        own[i] -= factor * data_part
+        previous[i] += factor * (data_part - older_part)
+        older[i] = factor * older_part
     if choice(config, "prediction_type", "epsilon", PREDICTIONS) == "epsilon":
-        data_x, data_output = 1 / alpha[now], -sigmas[now]
+        data_x, data_output = 1 / alpha[before], -sigmas[before]
     else:
-        data_x, data_output = alpha[now], -sigma[now]
+        data_x, data_output = alpha[before], -sigma[before]
     table = make_table(
-        unipc.name, timesteps, x_scale=kept + own * data_x, output_scale=own * data_output, previous_scale=previous,
-        older_scale=older, data_x=data_x, data_output=data_output, image_scale=alpha[now], noise_scale=sigma[now],
+        unipc.name, timesteps, x_scale=x_factor + own * data_x, output_scale=own * data_output, previous_scale=previous,
+        older_scale=older, data_x=data_x, data_output=data_output, image_scale=alpha[before], noise_scale=sigma[before],
     )  # fmt: skip
     return replace(table, part=partial(_from, config=config, timesteps=timesteps, sigmas=sigmas))
 

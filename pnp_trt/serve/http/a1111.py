@@ -1,4 +1,4 @@
-"""The interface of the Stable Diffusion web UI (A1111), ``/sdapi/v1``, as far as front-ends use it."""
+"""The part of the Stable Diffusion web UI's (A1111) interface, ``/sdapi/v1``, that front-ends use."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Base64 = Annotated[str, StringConstraints(max_length=MAX_BODY)]
-#: of the web UI, where a request has none
+#: defaults of the web UI
 CFG_SCALE, DENOISING = 7.0, 0.75
-#: addresses whose chosen model is remembered
+#: maximum number of addresses whose chosen model is stored
 MAX_CLIENTS = 1000
-#: what changes an image and is not offered, by its field: refused where it is set, never silently left out
+#: fields of unsupported features that would change an image: refused if set, never silently ignored
 _REFUSED = ("enable_hr", "restore_faces", "tiling", "script_name", "mask", "refiner_checkpoint", "subseed_strength")
 
 
 class Txt2Img(BaseModel):
-    """What a request may state; other fields change nothing, and the answer's ``info`` lists them."""
+    """Fields of a request; other fields have no effect, and the answer's ``info`` lists them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -62,14 +62,14 @@ class Txt2Img(BaseModel):
 
 
 class Img2Img(Txt2Img):
-    """The same with an image to begin with."""
+    """The same, with an initial image."""
 
     init_images: Annotated[list[Base64], Field(max_length=MAX_IMAGES)] = []
     denoising_strength: Number | None = None
 
 
 class Options(BaseModel):
-    """Settings of the web UI; one is heeded, the model."""
+    """Settings of the web UI; only the model is applied."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -77,7 +77,7 @@ class Options(BaseModel):
 
 
 class PngInfo(BaseModel):
-    """An image whose parameters are asked for."""
+    """An image whose parameters are requested."""
 
     image: Base64
 
@@ -85,46 +85,46 @@ class PngInfo(BaseModel):
 def router(service: Service) -> APIRouter:
     """The routes.
 
-    Long: each route is a closure over ``service``, from whose signature FastAPI reads what a request holds.
+    Long: each route is a closure over ``service``, and FastAPI reads the request's fields from the route's signature.
     """
     routes = APIRouter(prefix="/sdapi/v1")
-    chosen: dict[str, str] = {}  # the model that a client's address set in its options
+    chosen: dict[str, str] = {}  # model that was set in the options, by client address
 
     def name_of(checkpoint: str | None) -> str | None:
-        """An engine's name of a checkpoint's title, such as ``emoji-tiny [0123456789]``."""
+        """The engine's name in a checkpoint's title, such as ``emoji-tiny [0123456789]``."""
         return None if not checkpoint else checkpoint.partition(" [")[0].strip()
 
-    async def made(request: Request, given: Txt2Img, init: str | None, strength: float | None) -> dict[str, Any]:
+    async def generate(request: Request, body: Txt2Img, init: str | None, strength: float | None) -> dict[str, Any]:
         for field in _REFUSED:
-            if getattr(given, field):
+            if getattr(body, field):
                 raise InputError(f"{field} is set and not offered here; leave it out")
-        count = given.batch_size * given.n_iter
+        count = body.batch_size * body.n_iter
         if count > MAX_IMAGES:
             raise InputError(f"batch_size times n_iter is {count}; at most {MAX_IMAGES} images are taken at once")
-        if (given.width is None) != (given.height is None):
+        if (body.width is None) != (body.height is None):
             raise InputError("one of width and height is missing; give both, or none for the engine's own size")
-        settings = dict(given.override_settings or {})
+        settings = dict(body.override_settings or {})
         override = settings.pop("sd_model_checkpoint", None)
         engine = name_of(str(override) if override else chosen.get(address_of(request)))
-        sampler = (given.sampler_name or given.sampler_index or "").strip()
-        prompt, loras = take_lora_tags(given.prompt)
-        asked = Asked(
-            prompt, engine, count, (given.negative_prompt or "").strip() or None, given.steps,
-            CFG_SCALE if given.cfg_scale is None else given.cfg_scale,
-            None if given.seed is None or given.seed < 0 else given.seed, given.method,
-            from_a1111(sampler, given.scheduler) if sampler else None,
-            None if given.height is None or given.width is None else (given.height, given.width),
+        sampler = (body.sampler_name or body.sampler_index or "").strip()
+        prompt, loras = take_lora_tags(body.prompt)
+        order = Asked(
+            prompt, engine, count, (body.negative_prompt or "").strip() or None, body.steps,
+            CFG_SCALE if body.cfg_scale is None else body.cfg_scale,
+            None if body.seed is None or body.seed < 0 else body.seed, body.method,
+            from_a1111(sampler, body.scheduler) if sampler else None,
+            None if body.height is None or body.width is None else (body.height, body.width),
             None if init is None else await service.pixels(from_base64(init, "init_images[0]"), "init_images[0]"),
             strength, syntax=A1111, loras=loras,
         )  # fmt: skip
-        job = await service.submit(request, "a1111", asked)
+        job = await service.submit(request, "a1111", order)
         try:
             images = await service.wait(request, job)
         except Cancelled:
             if job.partial is None:
                 raise
-            images = [job.partial]  # the web UI answers with the image as far as it came
-        files = await service.files(images, "png") if given.send_images else []
+            images = [job.partial]  # like the web UI, answer with the unfinished image
+        files = await service.files(images, "png") if body.send_images else []
         parameters = [image.parameters for image in images]
         first = parameters[0]
         height, width = images[0].pixels.shape[:2]
@@ -135,13 +135,13 @@ def router(service: Service) -> APIRouter:
             "all_negative_prompts": [p.get("negative", "") for p in parameters],
             "seed": first["seed"], "all_seeds": [p["seed"] for p in parameters], "subseed": -1, "subseed_strength": 0,
             "width": width, "height": height, "sampler_name": a1111_names(first["schedule"])[0],
-            "cfg_scale": first["guidance"], "steps": first["steps"], "batch_size": given.batch_size,
+            "cfg_scale": first["guidance"], "steps": first["steps"], "batch_size": body.batch_size,
             "restore_faces": False, "sd_model_name": first["engine"], "denoising_strength": first.get("strength"),
             "infotexts": texts, "index_of_first_image": 0, "method": first["method"],
-            "ignored": ignored({*(given.model_extra or ()), *settings}),
+            "ignored": ignored({*(body.model_extra or ()), *settings}),
             **{key: first[key] for key in ("dropped", "negative_dropped") if key in first},
         }  # fmt: skip
-        echoed = given.model_dump(exclude={"init_images", "mask", *(given.model_extra or ())})
+        echoed = body.model_dump(exclude={"init_images", "mask", *(body.model_extra or ())})
         return {
             "images": [base64.b64encode(data).decode() for data in files],
             "parameters": echoed,
@@ -149,25 +149,25 @@ def router(service: Service) -> APIRouter:
         }
 
     @routes.post("/txt2img")
-    async def txt2img(request: Request, given: Txt2Img) -> dict[str, Any]:
-        return await made(request, given, None, None)
+    async def txt2img(request: Request, body: Txt2Img) -> dict[str, Any]:
+        return await generate(request, body, None, None)
 
     @routes.post("/img2img")
-    async def img2img(request: Request, given: Img2Img) -> dict[str, Any]:
-        if len(given.init_images) != 1:
-            raise InputError(f"{len(given.init_images)} init_images were sent; send one")
-        strength = DENOISING if given.denoising_strength is None else given.denoising_strength
-        return await made(request, given, given.init_images[0], strength)
+    async def img2img(request: Request, body: Img2Img) -> dict[str, Any]:
+        if len(body.init_images) != 1:
+            raise InputError(f"{len(body.init_images)} init_images were sent; send one")
+        strength = DENOISING if body.denoising_strength is None else body.denoising_strength
+        return await generate(request, body, body.init_images[0], strength)
 
     @routes.get("/progress")
     async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
-        """Of the oldest request from the same address: the interface has no other name for it."""
+        """Progress of the oldest request from the same address; this interface has no other identifier."""
         jobs = service.jobs_of("a1111", request)
         state: dict[str, Any] = {
             "skipped": False, "interrupted": False, "stopping_generation": False, "job": "", "job_count": len(jobs),
             "job_timestamp": "0", "job_no": 0, "sampling_step": 0, "sampling_steps": 0,
         }  # fmt: skip
-        held: dict[str, Any] = {
+        answer: dict[str, Any] = {
             "progress": 0.0,
             "eta_relative": 0.0,
             "state": state,
@@ -175,27 +175,27 @@ def router(service: Service) -> APIRouter:
             "textinfo": None,
         }
         if not jobs:
-            return held
+            return answer
         engine, job = jobs[0]
-        found = job.progress()
+        details = job.progress()
         if service.state(job) == "loading":
-            held["textinfo"] = f"loading {lora_tags(job.prepared.loras)}"
-        held["progress"] = found.steps_done / max(1, found.steps)
-        held["eta_relative"] = found.left or 0.0
+            answer["textinfo"] = f"loading {lora_tags(job.prepared.loras)}"
+        answer["progress"] = details.steps_done / max(1, details.steps)
+        answer["eta_relative"] = details.left or 0.0
         state |= {
             "job": job.id,
-            "sampling_step": found.steps_done // job.count,
+            "sampling_step": details.steps_done // job.count,
             "sampling_steps": len(job.prepared.table),
         }
         if not skip_current_image and (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
             (data,) = await service.files([GeneratedImage(pixels, {})], "png")
-            held["current_image"] = base64.b64encode(data).decode()
-        return held
+            answer["current_image"] = base64.b64encode(data).decode()
+        return answer
 
     @routes.post("/interrupt")
     @routes.post("/skip")
     async def interrupt(request: Request) -> dict[str, Any]:
-        """Ends the requests from the same address; of each, the image so far is its answer."""
+        """End all requests from the same address; each is answered with its unfinished image."""
         for engine, job in service.jobs_of("a1111", request):
             if (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
                 parameters = job.prepared.parameters(0) | {"interrupted_after": job.progress().steps_done // job.count}
@@ -205,11 +205,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/samplers")
     async def samplers() -> list[dict[str, Any]]:
-        found = []
+        details = []
         for name, rule in SCHEDULES.items():
-            words = rule.aliases or (name,)
-            found.append({"name": words[0], "aliases": [*words[1:], name], "options": {}})
-        return found
+            aliases = rule.aliases or (name,)
+            details.append({"name": aliases[0], "aliases": [*aliases[1:], name], "options": {}})
+        return details
 
     @routes.get("/schedulers")
     async def schedulers() -> list[dict[str, Any]]:
@@ -221,18 +221,18 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/sd-models")
     async def models() -> list[dict[str, Any]]:
-        found = []
+        details = []
         for name, engine in service.engines.items():
             digest = engine.pipeline.base
-            found.append(
+            details.append(
                 {"title": f"{name} [{digest[:10]}]", "model_name": name, "hash": digest[:10], "sha256": digest,
                  "filename": name, "config": None}
             )  # fmt: skip
-        return found
+        return details
 
     @routes.get("/loras")
     async def loras() -> list[dict[str, Any]]:
-        """Those that a prompt may name; the place of a file is not told."""
+        """LoRAs that a prompt may name; paths are not revealed."""
         names = () if service.loras is None else service.loras.files
         return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
 
@@ -246,7 +246,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/script-info")
     @routes.get("/extensions")
     async def none() -> list[dict[str, Any]]:
-        """There are none; front-ends ask for them at their start."""
+        """Empty lists, because front-ends request them at start."""
         return []
 
     @routes.get("/embeddings")
@@ -262,7 +262,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/refresh-loras")
     @routes.post("/refresh-vae")
     async def nothing() -> dict[str, Any]:
-        """No flag is offered, and the lists do not change while the server runs."""
+        """There are no flags, and the lists do not change while the server runs."""
         return {}
 
     @routes.get("/options")
@@ -271,9 +271,9 @@ def router(service: Service) -> APIRouter:
         return {"sd_model_checkpoint": name, "samples_format": "png"}
 
     @routes.post("/options")
-    async def set_options(request: Request, given: Options) -> dict[str, Any]:
-        """The model of later requests from the same address; the others are not touched."""
-        if (name := name_of(given.sd_model_checkpoint)) is not None:
+    async def set_options(request: Request, body: Options) -> dict[str, Any]:
+        """Set the model for later requests from the same address; other settings are ignored."""
+        if (name := name_of(body.sd_model_checkpoint)) is not None:
             service.engine(name)
             if len(chosen) >= MAX_CLIENTS:
                 chosen.clear()
@@ -281,9 +281,9 @@ def router(service: Service) -> APIRouter:
         return {}
 
     @routes.post("/png-info")
-    async def png_info(given: PngInfo) -> dict[str, Any]:
-        data = from_base64(given.image, "image")
-        await service.pixels(data, "image")  # refuses what is no image, or too large a one
+    async def png_info(body: PngInfo) -> dict[str, Any]:
+        data = from_base64(body.image, "image")
+        await service.pixels(data, "image")  # refuses anything that is not an image, or is too large
         text = await asyncio.to_thread(read_text, data)
         return {"info": text, "items": {CHUNK: text} if text else {}, "parameters": parse_parameters(text)}
 

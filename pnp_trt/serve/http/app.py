@@ -1,4 +1,4 @@
-"""The application: engines behind their interfaces, with health, metrics and the page."""
+"""The application: engines with their interfaces, health, metrics and the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .settings import APIS, Settings
 
 _ROUTERS = {"openai": openai.router, "a1111": a1111.router}
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-#: nothing is loaded from elsewhere, nothing of the page runs but its own script
+#: loads nothing from other origins, and runs only the page's own script
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -40,17 +40,17 @@ _POLICY = (
 def create(
     engines: Mapping[str, Engine], metrics: Metrics, settings: Settings | None = None, loras: LoraEngines | None = None
 ) -> FastAPI:
-    """The application around engines that run; when it is shut down, they finish what they have and stop.
+    """The application for running engines; on shutdown, they complete their requests and stop.
 
-    Long: routes, handlers and the life of the service are closures over it.
+    Long: routes, handlers and the lifespan are closures over the service.
 
     Args:
         engines: by name, at least one.
-        metrics: those that the engines' watchers tell.
-        loras: of these engines; None offers none.
+        metrics: those that the engines' watchers update.
+        loras: engines with LoRAs; None offers none.
 
     Raises:
-        InputError: for no engine, or an unknown interface.
+        InputError: without an engine, or for an unknown interface.
     """
     settings = settings or Settings()
     if not engines:
@@ -88,9 +88,9 @@ def create(
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> Response:
         detail = printable(str(error.detail), limit=500)
-        words = {404: "there is nothing at this address; see the documentation of the interface",
+        messages = {404: "there is nothing at this address; see the documentation of the interface",
                  405: "this address takes another method; see the documentation of the interface"}  # fmt: skip
-        return as_json(request.url.path, error.status_code, words.get(error.status_code, detail))
+        return as_json(request.url.path, error.status_code, messages.get(error.status_code, detail))
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> Response:
@@ -116,7 +116,7 @@ def create(
 
     @app.get("/")
     async def page() -> Response:
-        if "openai" not in settings.apis:  # by which the page generates
+        if "openai" not in settings.apis:  # which the page uses
             raise HTTPException(404)
         return _file("index.html")
 
@@ -135,7 +135,7 @@ def create(
 
 
 def _not_json(kind: str) -> str | None:
-    """What to say of a body that was not read, as its type is none of JSON's; None where it was."""
+    """The message for a body whose content type is not JSON; None if it is JSON."""
     kind = kind.partition(";")[0].strip().lower()
     if kind == "application/json" or kind.endswith("+json"):
         return None
@@ -144,21 +144,21 @@ def _not_json(kind: str) -> str | None:
 
 
 def _with_loras(engine: Engine, loras: LoraEngines | None) -> list[Engine]:
-    """An engine, and those of the same bundle with LoRAs."""
-    held = () if loras is None else loras.engines()
-    return [engine, *(other for name, other in held if name == engine.pipeline.name)]
+    """An engine and the engines of the same bundle with LoRAs."""
+    others = () if loras is None else loras.engines()
+    return [engine, *(other for name, other in others if name == engine.pipeline.name)]
 
 
 def _file(name: str) -> Response:
-    """A file of the page; the names are those in the package."""
+    """A file of the page, which must be one of those in the package."""
     folder = resources.files(__package__) / "page"
-    found = next((file for file in folder.iterdir() if file.name == name), None)
+    match = next((file for file in folder.iterdir() if file.name == name), None)
     suffix = name[name.rfind(".") :]
-    if found is None or suffix not in _TYPES:
+    if match is None or suffix not in _TYPES:
         raise HTTPException(404)
     headers = {
         "Content-Security-Policy": _POLICY,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
     }
-    return Response(found.read_bytes(), media_type=_TYPES[suffix], headers=headers)
+    return Response(match.read_bytes(), media_type=_TYPES[suffix], headers=headers)

@@ -1,4 +1,4 @@
-"""Errors as each interface's clients read them: one sentence, and the status that their libraries act on."""
+"""Errors in the format of each interface: one sentence, and the status code that client libraries expect."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ...errors import BundleNotFound, Cancelled, InputError
 from ...io.text import printable
 from ..engine import Busy, Expired, Stopping
 
-#: what a client's library retries by itself: 429 and 5xx
+#: status codes of errors; client libraries retry 429 and 5xx automatically
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (Busy, 429), (Stopping, 503), (Expired, 504), (Cancelled, 409), (BundleNotFound, 404), (InputError, 400),
 )  # fmt: skip
-#: OpenAI's words for them
+#: OpenAI's error types by status
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -22,7 +22,7 @@ class Refused(InputError):
     """A request that is refused before it reaches an engine.
 
     Attributes:
-        status: of HTTP.
+        status: HTTP status code.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -31,20 +31,20 @@ class Refused(InputError):
 
 
 def status_of(error: Exception) -> int:
-    """The status of an error."""
+    """The HTTP status of an error."""
     if isinstance(error, Refused):
         return error.status
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 
 def reply(path: str, error: Exception) -> JSONResponse:
-    """The response that tells of an error, in the form of the interface that ``path`` belongs to."""
+    """The error response in the format of the interface that ``path`` belongs to."""
     status = status_of(error)
     return as_json(path, status, printable(error, limit=2000), error)
 
 
 def as_json(path: str, status: int, message: str, error: Exception | None = None) -> JSONResponse:
-    """As :func:`reply`, for a message."""
+    """Same as :func:`reply`, for a message."""
     if path.startswith("/sdapi/"):
         name = type(error).__name__ if error is not None else "HTTPException"
         body: dict[str, Any] = {"error": name, "detail": message, "body": "", "errors": message}
@@ -61,7 +61,7 @@ def as_json(path: str, status: int, message: str, error: Exception | None = None
 
 
 def sentence(errors: list[Any]) -> str:
-    """The first of pydantic's errors in one sentence."""
+    """One sentence for the first of pydantic's errors."""
     first = errors[0] if errors else {"msg": "it cannot be read", "loc": ()}
     place = ".".join(str(part) for part in first.get("loc", ()) if part != "body") or "the body"
     others = len(errors) - 1

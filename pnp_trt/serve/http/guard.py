@@ -1,4 +1,4 @@
-"""What every request passes first: its host, its origin, its key, and how much it sends in what time."""
+"""Checks before every request: its host, origin and key, and the size and speed of its body."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: served without a key: they tell nothing of what is made
+#: paths that are served without a key, because they reveal nothing about the images
 OPEN = ("/", "/healthz", "/readyz", "/favicon.ico")
 OPEN_BELOW = ("/page/",)
 _LOCAL = frozenset(("127.0.0.1", "localhost", "::1", "testserver"))
 
 
 class Guard:
-    """ASGI middleware; see the module.
+    """ASGI middleware that checks requests; see the module.
 
     Args:
-        app: what requests are passed on to.
-        body_seconds: in which a body must have come.
+        app: receives the accepted requests.
+        body_seconds: time limit for receiving a body.
     """
 
     def __init__(self, app: App, settings: Settings, body_seconds: float = BODY_SECONDS) -> None:
         self._app, self._settings, self._seconds = app, settings, body_seconds
-        self._held = 0  # bytes of bodies
+        self._held = 0  # bytes of all bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,12 +45,14 @@ class Guard:
         if (refusal := self._refusal(path, headers)) is not None:
             await as_json(path, *refusal)(scope, receive, send)
             return
-        mine = [0]
+        own_bytes = [0]
         try:
             try:
-                body = await asyncio.wait_for(self._read(receive, mine), self._seconds)
+                body = await asyncio.wait_for(self._read(receive, own_bytes), self._seconds)
             except TimeoutError:
-                await _close(path, 408, f"the body had not come after {self._seconds:g} s; send it faster", scope, send)
+                await _close(
+                    path, 408, f"the body did not arrive within {self._seconds:g} s; send it faster", scope, send
+                )
                 return
             except Refused as e:
                 await _close(path, e.status, str(e), scope, send)
@@ -59,13 +61,13 @@ class Guard:
                 return  # the client has gone
             await self._app(scope, _replayed(body, receive), send)
         finally:
-            self._held -= mine[0]
+            self._held -= own_bytes[0]
 
-    async def _read(self, receive: Receive, mine: list[int]) -> bytes | None:
-        """The whole body; None where the client went away.
+    async def _read(self, receive: Receive, own_bytes: list[int]) -> bytes | None:
+        """Read the whole body; None if the client disconnected.
 
         Args:
-            mine: one number, to which the bytes that are held are added.
+            own_bytes: list of one number, to which this body's bytes in memory are added.
         """
         parts: list[bytes] = []
         while True:
@@ -73,24 +75,24 @@ class Guard:
             if message["type"] != "http.request":
                 return None
             parts.append(message.get("body", b""))
-            mine[0] += len(parts[-1])
+            own_bytes[0] += len(parts[-1])
             self._held += len(parts[-1])
-            if mine[0] > MAX_BODY:
+            if own_bytes[0] > MAX_BODY:
                 raise Refused(413, f"the body has more than {MAX_BODY >> 20} MiB; send less")
             if self._held > MAX_BODIES:
-                raise Refused(503, "the server holds too many large requests; try again later")
+                raise Refused(503, "the server has too many large requests; try again later")
             if not message.get("more_body", False):
                 return b"".join(parts)
 
     def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
-        """The status and the sentence that a request is refused with."""
+        """The status and message for a refused request; None if it is accepted."""
         settings = self._settings
         host = _name(headers.get("host", ""))
         if settings.local and host not in _LOCAL:
             return 403, "the request names another host; this server listens on this machine alone: use 127.0.0.1"
         origin = headers.get("origin", "")
         if origin and (urlsplit(origin).hostname or "") != host:
-            return 403, "a page of another site sent the request; use the server's own page, or no browser"
+            return 403, "a page of another site sent the request; use the server's own page, or another client"
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:20]) > MAX_BODY:
             return 413, f"the body has more than {MAX_BODY >> 20} MiB; send less"
@@ -110,26 +112,26 @@ def _name(host: str) -> str:
 
 
 def _has_key(authorization: str, key: str) -> bool:
-    scheme, _, given = authorization.partition(" ")
+    scheme, _, credential = authorization.partition(" ")
     if scheme.lower() == "basic":
         try:
-            given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+            credential = base64.b64decode(credential, validate=True).decode().partition(":")[2]
         except (binascii.Error, ValueError):
             return False
     elif scheme.lower() != "bearer":
         return False
-    return hmac.compare_digest(given.strip().encode(), key.encode())
+    return hmac.compare_digest(credential.strip().encode(), key.encode())
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read, and then waits until the client goes."""
-    given = False
+    """A ``receive`` that returns a body that was already read, and then waits until the client disconnects."""
+    sent = False
 
     async def replay() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay

@@ -1,4 +1,4 @@
-"""Requests that wait or run, by the id that their client gave them: progress, a preview, cancelling."""
+"""Waiting and running requests by the id that the client chose: progress, preview and cancelling."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/v1")
 
-    async def told(engine: Engine, job: Job, preview: bool) -> dict[str, Any]:
-        found = job.progress()
-        held: dict[str, Any] = {
-            "id": job.id, "steps_done": found.steps_done, "steps": found.steps, "running": found.running > 0,
-            "state": service.state(job),
-            "seconds": round(found.seconds, 3), "seconds_left": None if found.left is None else round(found.left, 3),
-            "preview": None,
+    async def describe(engine: Engine, job: Job, preview: bool) -> dict[str, Any]:
+        current = job.progress()
+        answer: dict[str, Any] = {
+            "id": job.id, "steps_done": current.steps_done, "steps": current.steps, "running": current.running > 0,
+            "state": service.state(job), "seconds": round(current.seconds, 3),
+            "seconds_left": None if current.left is None else round(current.left, 3), "preview": None,
         }  # fmt: skip
         if preview and (pixels := await asyncio.wrap_future(engine.preview(job))) is not None:
             (data,) = await service.files([GeneratedImage(pixels, {})], "webp")
-            held["preview"] = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
-        return held
+            answer["preview"] = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+        return answer
 
     @routes.get("/jobs/{name}")
     async def progress(name: str, preview: bool = False) -> dict[str, Any]:
-        return await told(*service.job(name), preview)
+        return await describe(*service.job(name), preview)
 
     @routes.get("/jobs")
     async def listed(id: str, preview: bool = False) -> dict[str, Any]:
-        """As above for one that may have ended, or not have come yet: a list, which is empty then."""
-        found = service.job_or_none(id)
-        return {"jobs": [] if found is None else [await told(*found, preview)]}
+        """The same for a request that may have ended or not have arrived yet: a list, which is then empty."""
+        current = service.job_or_none(id)
+        return {"jobs": [] if current is None else [await describe(*current, preview)]}
 
     @routes.delete("/jobs/{name}", status_code=204)
     async def cancel(name: str) -> Response:
@@ -49,7 +48,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/engines")
     async def engines() -> dict[str, Any]:
-        """What the page offers: each engine's methods, size and limits."""
+        """Data for the page: each engine's methods, size and limits."""
         return {
             "engines": [
                 {

@@ -1,4 +1,4 @@
-"""Figures of a running server in Prometheus' format."""
+"""Metrics of a running server in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from ...errors import PnpError
 from ..engine import Engine, Job, Watcher
 from .errors import status_of
 
-#: seconds
+#: upper bounds of histogram buckets, in seconds
 _CALL = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 20)
 _REQUEST = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300)
-#: upper ends of the groups that requests are counted in by their steps, which clients choose freely
+#: upper bounds of the groups by number of steps; clients choose it freely, so it cannot be a label itself
 _STEPS = (10, 25, 50)
 
 
 class Metrics:
-    """A registry of its own, so that several servers may live in one process."""
+    """Metrics with a separate registry, so that one process may run several servers."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        name, where = "pnp_trt", {"registry": self.registry}
-        self.requests = Counter(f"{name}_requests", "Requests by outcome", ["engine", "status"], **where)  # type: ignore[arg-type]
-        self.images = Counter(f"{name}_images", "Images generated", ["engine", "method"], **where)  # type: ignore[arg-type]
+        name, options = "pnp_trt", {"registry": self.registry}
+        self.requests = Counter(f"{name}_requests", "Requests by outcome", ["engine", "status"], **options)  # type: ignore[arg-type]
+        self.images = Counter(f"{name}_images", "Images generated", ["engine", "method"], **options)  # type: ignore[arg-type]
         self.calls = Histogram(
             f"{name}_call_seconds", "Network calls", ["engine", "batch"], buckets=_CALL, registry=self.registry
         )
-        self.rows = Counter(f"{name}_rows", "Rows of network calls", ["engine", "kind"], **where)  # type: ignore[arg-type]
+        self.rows = Counter(f"{name}_rows", "Rows of network calls", ["engine", "kind"], **options)  # type: ignore[arg-type]
         self.seconds = Histogram(
             f"{name}_request_seconds", "From submission to the last image", ["engine", "method", "steps"],
             buckets=_REQUEST, registry=self.registry,
@@ -51,15 +51,15 @@ class Metrics:
         }
 
     def watch(self, engine: str) -> Watcher:
-        """What tells these figures of an engine."""
+        """A watcher that updates these metrics for an engine."""
         return _Watcher(self, engine)
 
     def of(self, name: str, engines: Callable[[], Sequence[Engine]], loading: Callable[[], int] | None = None) -> None:
-        """Read the gauges of an engine, and of those with LoRAs beside it, whenever the metrics are read.
+        """Add gauges for an engine and its engines with LoRAs; they are evaluated whenever the metrics are read.
 
         Args:
-            engines: the engine itself first.
-            loading: requests that wait for an engine with LoRAs; None where there are none.
+            engines: returns the engine itself, then those with LoRAs.
+            loading: returns the number of requests that wait for an engine with LoRAs; None without LoRAs.
         """
         read: dict[str, Callable[[], float]] = {
             "images_waiting": lambda: sum(engine.waiting for engine in engines()),
@@ -72,7 +72,7 @@ class Metrics:
             self.gauges[kind].labels(name).set_function(value)
 
     def text(self) -> bytes:
-        """All figures."""
+        """All metrics as text."""
         return generate_latest(self.registry)
 
 
@@ -87,11 +87,11 @@ class _Watcher(Watcher):
         self._metrics.rows.labels(self._engine, "padded").inc(padded)
 
     def ended(self, job: Job, error: PnpError | None) -> None:
-        held, prepared = self._metrics, job.prepared
-        held.requests.labels(self._engine, "200" if error is None else str(status_of(error))).inc()
+        metrics, prepared = self._metrics, job.prepared
+        metrics.requests.labels(self._engine, "200" if error is None else str(status_of(error))).inc()
         if job.admitted is not None:
-            held.admission.labels(self._engine).observe(job.admitted - job.submitted)
+            metrics.admission.labels(self._engine).observe(job.admitted - job.submitted)
         if error is None and job.ended is not None:
-            held.images.labels(self._engine, prepared.method).inc(job.count)
+            metrics.images.labels(self._engine, prepared.method).inc(job.count)
             steps = next((f"<= {most}" for most in _STEPS if prepared.steps <= most), f"> {_STEPS[-1]}")
-            held.seconds.labels(self._engine, prepared.method, steps).observe(job.ended - job.submitted)
+            metrics.seconds.labels(self._engine, prepared.method, steps).observe(job.ended - job.submitted)

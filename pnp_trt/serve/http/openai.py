@@ -1,6 +1,6 @@
 """OpenAI's images interface: ``/v1/images/generations``, ``/v1/images/edits``, ``/v1/models``.
 
-Steps, seed and guidance scale are no fields of OpenAI's; they are taken under the names that other servers gave them.
+OpenAI has no fields for steps, seed and guidance scale; they have the names that other servers use.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .settings import MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT)]
-#: what a client may name a request, to ask for its progress and to cancel it
+#: request id that a client may choose, to query the request's progress or to cancel it
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
-#: how OpenAI writes a size that is the model's own
+#: OpenAI's values for the model's default size
 _OWN = ("", "auto")
 
 
 class LoraOf(BaseModel):
-    """A LoRA that a request names."""
+    """A LoRA in a request."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +37,7 @@ class LoraOf(BaseModel):
 
 
 class ImagesRequest(BaseModel):
-    """The body of both; other fields (quality, style, user, …) change nothing, and the answer lists them."""
+    """The body of both routes; other fields (quality, style, user, …) have no effect, and the answer lists them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -62,22 +62,22 @@ class ImagesRequest(BaseModel):
     @field_validator("n", "output_format", mode="before")
     @classmethod
     def _default(cls, value: Any, info: Any) -> Any:
-        """A null stands for the default, as OpenAI's clients send it."""
+        """Replace null, which OpenAI's clients send, by the default."""
         return cls.model_fields[info.field_name].default if value is None else value
 
     @field_validator("lora", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        """One stands for a list of one, and a name for a LoRA at scale 1."""
+        """Accept a single LoRA instead of a list, and a name instead of a LoRA at scale 1."""
         each = value if isinstance(value, list) else [] if value is None else [value]
         return [{"name": one} if isinstance(one, str) else one for one in each]
 
 
 def parse(size: str | None) -> Size | None:
-    """Height and width of OpenAI's WIDTHxHEIGHT; None for the engine's own.
+    """Height and width of OpenAI's WIDTHxHEIGHT; None for the engine's own size.
 
     Raises:
-        InputError: if it is of another form.
+        InputError: if it has another format.
     """
     if size is None or size in _OWN:
         return None
@@ -90,32 +90,32 @@ def parse(size: str | None) -> Size | None:
 def router(service: Service) -> APIRouter:
     """The routes.
 
-    Long: each route is a closure over ``service``, from whose signature FastAPI reads what a request holds.
+    Long: each route is a closure over ``service``, and FastAPI reads the request's fields from the route's signature.
     """
     routes = APIRouter(prefix="/v1")
 
-    async def made(request: Request, given: ImagesRequest, init: bytes | None = None) -> dict[str, Any]:
-        if given.stream:
-            raise InputError("stream is true; this server sends images whole: leave it out")
-        asked = Asked(
-            given.prompt, given.model, given.n, given.negative_prompt, given.num_inference_steps, given.guidance_scale,
-            given.seed, given.method, given.schedule, parse(given.size),
-            None if init is None else await service.pixels(init, "image"), given.strength,
-            given.prompt_syntax or PLAIN, given.request_id,
-            tuple((lora.name, lora.scale) for lora in given.lora or ()),
+    async def generate(request: Request, body: ImagesRequest, init: bytes | None = None) -> dict[str, Any]:
+        if body.stream:
+            raise InputError("stream is true; this server does not stream images: leave it out")
+        order = Asked(
+            body.prompt, body.model, body.n, body.negative_prompt, body.num_inference_steps, body.guidance_scale,
+            body.seed, body.method, body.schedule, parse(body.size),
+            None if init is None else await service.pixels(init, "image"), body.strength,
+            body.prompt_syntax or PLAIN, body.request_id,
+            tuple((lora.name, lora.scale) for lora in body.lora or ()),
         )  # fmt: skip
-        job = await service.submit(request, "openai", asked)
+        job = await service.submit(request, "openai", order)
         images = await service.wait(request, job)
-        files = [base64.b64encode(data).decode() for data in await service.files(images, given.output_format)]
-        url = given.response_format == "url"  # nothing is stored, so that the image itself is the address
+        files = [base64.b64encode(data).decode() for data in await service.files(images, body.output_format)]
+        url = body.response_format == "url"  # nothing is stored, so the URL contains the image itself
         height, width = job.prepared.size
         return {
             "created": int(time.time()),
             "data": [
-                {"url": f"data:image/{given.output_format};base64,{data}"} if url else {"b64_json": data}
+                {"url": f"data:image/{body.output_format};base64,{data}"} if url else {"b64_json": data}
                 for data in files
             ],
-            "output_format": given.output_format,
+            "output_format": body.output_format,
             "size": f"{width}x{height}",
             "pnp_trt": {
                 "id": job.id,
@@ -123,29 +123,29 @@ def router(service: Service) -> APIRouter:
                 "evaluations": job.evaluations,
                 "seconds": round((job.ended or job.submitted) - job.submitted, 3),
                 "waited": round((job.admitted or job.submitted) - job.submitted, 3),
-                "ignored": ignored(given.model_extra or ()),
+                "ignored": ignored(body.model_extra or ()),
             },
         }
 
     @routes.post("/images/generations")
-    async def generations(request: Request, given: ImagesRequest) -> dict[str, Any]:
-        return await made(request, given)
+    async def generations(request: Request, body: ImagesRequest) -> dict[str, Any]:
+        return await generate(request, body)
 
     @routes.post("/images/edits")
     async def edits(request: Request) -> dict[str, Any]:
-        """A form, as OpenAI's clients send it; the image is the one to begin with."""
+        """A form, as OpenAI's clients send it, with the initial image."""
         async with request.form(max_files=2, max_fields=32, max_part_size=1 << 20) as form:
             files = {name: value for name, value in form.multi_items() if not isinstance(value, str)}
             image = next((files[name] for name in ("image", "image[]") if name in files), None)
             if "mask" in files:
                 raise InputError("a mask was sent; inpainting is not offered: leave it out")
             if image is None:
-                raise InputError("no file named image was sent; send the image to begin with")
+                raise InputError("no file named image was sent; send the initial image")
             data = await image.read()
             fields: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
-        # the client's library writes an object's members so
+        # OpenAI's client library flattens an object into such fields
         lora = {key: fields.pop(f"lora[{key}]") for key in ("name", "scale") if f"lora[{key}]" in fields}
-        return await made(request, ImagesRequest.model_validate(fields | ({"lora": lora} if lora else {})), data)
+        return await generate(request, ImagesRequest.model_validate(fields | ({"lora": lora} if lora else {})), data)
 
     @routes.get("/models")
     async def models() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The process of a server: engines, application, and uvicorn until a signal."""
+"""The server process: engines, the application, and uvicorn until a signal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .guard import App
 from .metrics import Metrics
 from .settings import MAX_CONNECTIONS, Settings
 
-#: addresses that only this machine reaches
+#: addresses that are reachable from this machine only
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -29,13 +29,13 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 class LoraOffer:
     """LoRAs that requests may name.
 
-    It can be pickled where ``plug`` and ``check`` can, as those of a ``PlugCache``.
+    It can be pickled if ``plug`` and ``check`` can, as those of a ``PlugCache`` can.
 
     Attributes:
-        files: as of ``read_loras``.
-        plug: merges them into a bundle; may be called by several processes.
-        check: raises ``InputError`` for a bundle that none can be merged into.
-        most_loaded: engines with LoRAs, at most.
+        files: from ``read_loras``.
+        plug: merges them into a bundle; several processes may call it.
+        check: raises ``InputError`` for a bundle that does not support LoRAs.
+        most_loaded: maximum number of loaded engines with LoRAs.
     """
 
     files: Mapping[str, LoraFile]
@@ -46,12 +46,12 @@ class LoraOffer:
 
 @dataclass(frozen=True)
 class Site:
-    """What is served, and where.
+    """The server's bundles, address and options.
 
     Attributes:
         names: bundles, by name or folder.
         port: 0 takes a free one.
-        options: of every engine.
+        options: options of every engine.
         ready: called with the server's address when it takes requests.
     """
 
@@ -64,13 +64,13 @@ class Site:
 
 
 def serve(site: Site, loras: LoraOffer | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; what runs or waits then is finished, and a second signal ends it at once.
+    """Serve until SIGINT or SIGTERM.  Waiting and running requests are completed; a second signal ends them at once.
 
     Args:
-        loras: that requests may name; None offers none.
+        loras: LoRAs that requests may name; None offers none.
 
     Raises:
-        InputError: if a bundle cannot be loaded, two have one name, or the address cannot be listened at.
+        InputError: if a bundle cannot be loaded, two bundles have the same name, or the address is not available.
     """
     listener = listen(site.host, site.port)
     metrics = Metrics()
@@ -90,7 +90,7 @@ def serve(site: Site, loras: LoraOffer | None = None) -> None:
 
 
 def lora_engines(offer: LoraOffer | None, options: EngineOptions, metrics: Metrics) -> LoraEngines | None:
-    """What makes engines with LoRAs, as those of :func:`load_engines`; None without an offer."""
+    """The engines with LoRAs of a server, started as by :func:`load_engines`; None without an offer."""
     if offer is None:
         return None
     start = partial(start_engine, options=options, metrics=metrics)
@@ -98,15 +98,15 @@ def lora_engines(offer: LoraOffer | None, options: EngineOptions, metrics: Metri
 
 
 def open_bundles(names: Sequence[str | Path], loras: LoraOffer | None = None) -> list[Bundle]:
-    """Bundles, every file checked, before anything is loaded.
+    """Open bundles and verify every file, before anything is loaded.
 
     Raises:
-        InputError: if one cannot be opened, two have one name, or LoRAs are offered and none can be merged into one.
+        InputError: if a bundle cannot be opened or does not support the offered LoRAs, or two have the same name.
     """
     bundles = [open_bundle(name) for name in names]
-    called = [bundle.name for bundle in bundles]
-    if twice := next((name for name in called if called.count(name) > 1), None):
-        raise InputError(f"two engines have the name '{twice}'; name each once")
+    bundle_names = [bundle.name for bundle in bundles]
+    if duplicate := next((name for name in bundle_names if bundle_names.count(name) > 1), None):
+        raise InputError(f"two engines have the name '{duplicate}'; name each once")
     if loras is not None:
         for bundle in bundles:
             loras.check(bundle)
@@ -120,7 +120,7 @@ def start_engine(bundle: Bundle, options: EngineOptions, metrics: Metrics) -> En
 
 
 def load_engines(bundles: Sequence[Bundle], options: EngineOptions, metrics: Metrics) -> dict[str, Engine]:
-    """An engine of each bundle, by its name; ``metrics`` watches them.
+    """Start an engine for each bundle, by its name; ``metrics`` watches them.
 
     Raises:
         InputError: if a bundle cannot be loaded; the engines before it are stopped.
@@ -149,13 +149,13 @@ def serve_app(
     Args:
         listener: bound to ``host``.
         ready: called with the server's address.
-        lifespan: whether the application takes ASGI's events of a server's start and end.
-        connections: at once; more are refused with 503.
+        lifespan: whether the application handles ASGI's lifespan events.
+        connections: maximum number of simultaneous connections; more are refused with 503.
     """
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, limit_concurrency=connections, timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10, server_header=False, lifespan=lifespan, ws="none",
-        http="h11", loop="asyncio",  # whatever else is installed: its limits are h11's
+        http="h11", loop="asyncio",  # even if httptools or uvloop is installed, because the limits here are h11's
     )  # fmt: skip
     server = uvicorn.Server(config)
     host = f"[{host}]" if ":" in host else host
@@ -164,10 +164,10 @@ def serve_app(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; port 0 takes a free one.
+    """A listening socket; port 0 takes a free one.
 
     Raises:
-        InputError: if it cannot be listened at.
+        InputError: if the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -184,7 +184,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check(settings: Settings, host: str) -> None:
-    """Refuse a server that everyone reaches and nobody needs a key for.
+    """Refuse to serve other machines without an API key.
 
     Raises:
         InputError: unless ``host`` is this machine's own address, or there is a key.

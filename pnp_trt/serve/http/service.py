@@ -1,4 +1,4 @@
-"""What the interfaces share: which engine, a request's images, and the client that may leave meanwhile."""
+"""Code shared by the interfaces: choice of the engine, a request's images, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ from .errors import Refused
 from .metrics import Metrics
 from .settings import DECODERS, MAX_IGNORED, MAX_PIXELS, MAX_TEXT, Settings
 
-#: seeds that a client that names none is given; those below are exact in JavaScript and in 32 bits
+#: random seeds are below this, so that they are exact in JavaScript and fit 32 bits
 _SEEDS = 2**31
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request in the terms of ``Pipeline.prepare``, whatever interface it came by.
+    """A request in the terms of ``Pipeline.prepare``, independent of the interface.
 
     Attributes:
-        engine: its name; None takes the server's first.
-        prompt, negative: texts; an empty negative prompt is none.
-        seed: of the first image, each next adds 1; None takes a random one.
+        engine: name of the engine; None takes the server's first.
+        prompt, negative: texts; an empty negative prompt means none.
+        seed: seed of the first image; each next image adds 1.  None takes a random one.
         size: height and width in pixels; None takes the engine's own.
-        init: pixels uint8 ``[H, W, 3]`` to begin with.
-        syntax: of the prompts, one of ``SYNTAXES``.
+        init: pixels of an initial image, uint8 ``[H, W, 3]``.
+        syntax: syntax of the prompts, one of ``SYNTAXES``.
+        name: id of the request, if the client chose one.
         loras: names and scales, as the client stated them.
     """
 
@@ -67,12 +68,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who sent a job, and what serves it.
+    """The client that sent a job, and the engine that serves it.
 
     Attributes:
         api, address: the interface and the client's address.
-        engine: that has the job; while one with its LoRAs is made, the one without.
-        lease: of an engine with LoRAs.
+        engine: the engine of the job; the one without LoRAs while the one with LoRAs is being made.
+        lease: lease of an engine with LoRAs.
         loading: set to cancel a job whose engine is being made; None once an engine has the job.
     """
 
@@ -85,12 +86,12 @@ class Owner:
 
 @dataclass
 class Service:
-    """Engines by name, and what all requests of one server share.
+    """Engines by name, and the state that all requests of a server share.
 
     Attributes:
         engines: at least one; the first serves requests that name none.
-        loras: engines with LoRAs, or None where the server offers none.
-        owners: by job that waits, for its engine or in its queue, or runs.
+        loras: engines with LoRAs, or None if the server offers none.
+        owners: by job, until it ends.
     """
 
     engines: dict[str, Engine]
@@ -103,10 +104,10 @@ class Service:
         self._decoders = asyncio.Semaphore(DECODERS)
 
     def engine(self, name: str | None) -> Engine:
-        """The engine of this name; None takes the first.
+        """The engine with this name; None takes the first.
 
         Raises:
-            BundleNotFound: with the names that there are.
+            BundleNotFound: if there is none; the message lists the names.
         """
         if name is None:
             return next(iter(self.engines.values()))
@@ -115,35 +116,35 @@ class Service:
         return self.engines[name]
 
     async def submit(self, request: Request, api: str, asked: Asked) -> Job:
-        """A request checked and in its engine's queue; :meth:`wait` must follow.
+        """Check a request and put it into its engine's queue; :meth:`wait` must follow.
 
         A request with LoRAs waits here until their engine is loaded.
 
         Raises:
-            PnpError: as ``Pipeline.prepare``, ``LoraEngines`` and ``Engine.submit`` do; or Expired, Cancelled.
+            PnpError: as for ``Pipeline.prepare``, ``LoraEngines`` and ``Engine.submit``; or Expired, Cancelled.
         """
         since = time.monotonic()
         engine = self.engine(asked.engine)
         loras = self._checked(asked.loras)
         pipeline = engine.pipeline
         first = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
-        given: dict[str, Any] = {} if asked.guidance is None else {"guidance": asked.guidance}
+        options: dict[str, Any] = {} if asked.guidance is None else {"guidance": asked.guidance}
         prepared = await asyncio.to_thread(
             pipeline.prepare, [asked.prompt] * asked.count, steps=asked.steps, method=asked.method,
             seed=[first + i for i in range(asked.count)], negative=asked.negative or None, schedule=asked.schedule,
-            init=asked.init, strength=asked.strength, size=asked.size, prompt_syntax=asked.syntax, **given,
+            init=asked.init, strength=asked.strength, size=asked.size, prompt_syntax=asked.syntax, **options,
         )  # fmt: skip
         job = Job(replace(prepared, loras=loras), submitted=since)
         if asked.name is not None:
-            if any(held.id == asked.name for held in self.owners):
+            if any(other.id == asked.name for other in self.owners):
                 raise Refused(409, f"a request with the id {excerpt(asked.name)} is running; choose another")
             job.id = asked.name
         lease = None
         try:
             if self.loras is not None and loras:
                 lease = self.loras.acquire(engine, loras)
-                self.owners[job] = waiting = Owner(api, address_of(request), engine, lease, asyncio.Event())
-                engine = await self._loaded(request, waiting, since)
+                self.owners[job] = owner = Owner(api, address_of(request), engine, lease, asyncio.Event())
+                engine = await self._loaded(request, owner, since)
             engine.submit_job(job, self.settings.deadline, since)
         except BaseException as e:
             self.owners.pop(job, None)
@@ -166,11 +167,12 @@ class Service:
         return ()
 
     async def _loaded(self, request: Request, owner: Owner, since: float) -> Engine:
-        """The engine of a lease; ``Expired`` or ``Cancelled`` where it comes too late for the client."""
+        """The engine of a lease; raises ``Expired`` or ``Cancelled`` if it is not loaded in time."""
         assert owner.lease is not None and owner.loading is not None
-        made = asyncio.wrap_future(owner.lease.future)
-        made.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may come when nobody waits
-        ready = asyncio.shield(made)  # others wait for it too
+        engine_future = asyncio.wrap_future(owner.lease.future)
+        # retrieve a late error, which asyncio would otherwise log as never retrieved
+        engine_future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        ready = asyncio.shield(engine_future)  # other requests wait for it too
         gone = asyncio.ensure_future(_gone(request))
         stopped = asyncio.ensure_future(owner.loading.wait())
         try:
@@ -193,10 +195,10 @@ class Service:
                     await each
 
     async def wait(self, request: Request, job: Job) -> list[GeneratedImage]:
-        """The images of a job; it is cancelled when its client goes.
+        """The images of a job, which is cancelled when its client disconnects.
 
         Raises:
-            PnpError: for what happened on the way.
+            PnpError: the error that the job ended with.
         """
         owner = self.owners[job]
         engine = owner.engine
@@ -209,7 +211,7 @@ class Service:
             return await done
         finally:
             self.owners.pop(job, None)
-            if not done.done():  # the server ends the request
+            if not done.done():  # the server cancelled this task
                 engine.cancel(job)
             if owner.lease is not None:
                 owner.lease.release()
@@ -218,7 +220,7 @@ class Service:
                 await gone
 
     async def files(self, images: Sequence[GeneratedImage], kind: str) -> list[bytes]:
-        """The images as files of ``png``, ``webp`` or ``jpeg``, their parameters inside."""
+        """The images as ``png``, ``webp`` or ``jpeg`` files that contain their parameters."""
         return await asyncio.to_thread(
             lambda: [encode_image(p.pixels, p.parameters, kind, Path(f"image {i}")) for i, p in enumerate(images)]
         )
@@ -233,28 +235,28 @@ class Service:
             return await asyncio.to_thread(decode_rgb, io.BytesIO(data), name, FORMATS, MAX_PIXELS)
 
     def job_or_none(self, name: str) -> tuple[Engine, Job] | None:
-        """A job that waits or runs, and its engine; None if there is none of that id."""
-        found = ((owner.engine, job) for job, owner in self.owners.items() if job.id == name and job.ended is None)
-        return next(found, None)
+        """A waiting or running job by its id, and its engine; None if there is none."""
+        matches = ((owner.engine, job) for job, owner in self.owners.items() if job.id == name and job.ended is None)
+        return next(matches, None)
 
     def job(self, name: str) -> tuple[Engine, Job]:
-        """As :meth:`job_or_none`.
+        """Same as :meth:`job_or_none`.
 
         Raises:
             Refused: 404 if there is none.
         """
-        if (found := self.job_or_none(name)) is None:
-            raise Refused(404, f"no request with the id {excerpt(name)} waits or runs; ask for one that does")
-        return found
+        if (match := self.job_or_none(name)) is None:
+            raise Refused(404, f"no request with the id {excerpt(name)} waits or runs; use the id of one that does")
+        return match
 
     def state(self, job: Job) -> str:
-        """What a job does: ``loading`` (its engine with LoRAs is made), ``waiting`` or ``running``."""
+        """The state of a job: ``loading`` (its engine with LoRAs is being made), ``waiting`` or ``running``."""
         if (owner := self.owners.get(job)) is not None and owner.loading is not None:
             return "loading"
         return "running" if job.progress().running else "waiting"
 
     def cancel(self, job: Job) -> None:
-        """End a job with ``Cancelled``, wherever it is; one that has ended stays."""
+        """End a job with ``Cancelled``, whatever its state; a job that has ended is not changed."""
         if (owner := self.owners.get(job)) is None:
             return
         if owner.loading is not None:
@@ -263,38 +265,40 @@ class Service:
             owner.engine.cancel(job)
 
     def jobs_of(self, api: str, request: Request) -> list[tuple[Engine, Job]]:
-        """The jobs that wait or run and that came by one interface from the same address, the oldest first."""
-        mine = api, address_of(request)
-        found = [(o.engine, job) for job, o in self.owners.items() if (o.api, o.address) == mine and job.ended is None]
-        return sorted(found, key=lambda pair: pair[1].submitted)
+        """The waiting and running jobs of one interface from the same address, the oldest first."""
+        origin = api, address_of(request)
+        matches = [
+            (o.engine, job) for job, o in self.owners.items() if (o.api, o.address) == origin and job.ended is None
+        ]
+        return sorted(matches, key=lambda pair: pair[1].submitted)
 
 
 def address_of(request: Request) -> str:
-    """Whom a request came from; empty where the server does not know."""
+    """The client's address; empty if the server does not know it."""
     return request.client.host if request.client else ""
 
 
 async def _gone(request: Request) -> None:
-    """Wait until the client goes; its body was read before."""
+    """Wait until the client disconnects; the request's body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def ignored(names: Iterable[str]) -> list[str]:
-    """Fields of a request that were not applied, as its answer lists them: at most ``MAX_IGNORED``."""
+    """Fields of a request that were not applied, for its answer: at most ``MAX_IGNORED``."""
     return [printable(name, limit=MAX_TEXT) for name in sorted(names)[:MAX_IGNORED]]
 
 
 def from_base64(text: str, name: str) -> bytes:
-    """The bytes of an image in base64, with or without the head of a data URL.
+    """The bytes of an image in base64, with or without the prefix of a data URL.
 
     Raises:
-        InputError: for anything else, a path or an address among it: nothing is opened on a client's word.
+        InputError: for anything else, including a path or an address: a client cannot make the server open either.
     """
     head, comma, rest = text.partition(",")
     if comma and not (head.startswith("data:") and head.endswith(";base64")):
-        raise InputError(f"{name} is not an image in base64; send its bytes, no path and no address")
+        raise InputError(f"{name} is not an image in base64; send its bytes, not a path or an address")
     try:
         return base64.b64decode("".join((rest if comma else text).split()), validate=True)
     except (binascii.Error, ValueError):
-        raise InputError(f"{name} is not an image in base64; send its bytes, no path and no address") from None
+        raise InputError(f"{name} is not an image in base64; send its bytes, not a path or an address") from None

@@ -1,4 +1,4 @@
-"""What a server allows its clients; every limit stands here once."""
+"""A server's settings, and the limits for its clients."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from dataclasses import dataclass
 
 #: interfaces that can be switched on
 APIS = ("openai", "a1111")
-#: bytes of a request's body, and of all bodies that are held at once
+#: maximum bytes of a request's body, and of all bodies in memory at once
 MAX_BODY, MAX_BODIES = 12 << 20, 192 << 20
-#: seconds in which a client must have sent its body
+#: seconds within which a client must send its body
 BODY_SECONDS = 30.0
-#: characters of a prompt; a text encoder reads a few hundred of them
+#: maximum characters of a prompt; a text encoder reads a few hundred of them
 MAX_PROMPT = 10_000
-#: images of one request
+#: maximum images of one request
 MAX_IMAGES = 16
-#: pixels of an image that a client sends; a small file can hold many
+#: maximum pixels of an image from a client; a small file can contain many
 MAX_PIXELS = 4096 * 4096
-#: images that are decoded at once
+#: maximum number of images that are decoded at once
 DECODERS = 2
-#: characters of any other text field
+#: maximum characters of any other text field
 MAX_TEXT = 200
-#: fields that an answer lists as not applied
+#: maximum number of fields that an answer lists as not applied
 MAX_IGNORED = 32
-#: connections at once; more are refused with 503
+#: maximum simultaneous connections; more are refused with 503
 MAX_CONNECTIONS = 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server is started.
+    """Settings of a server.
 
     Attributes:
         apis: of ``APIS``.
-        api_key: what clients must send, as a bearer token or a basic password; None takes everyone.
+        api_key: key that clients must send, as a bearer token or a basic password; None serves everyone.
         deadline: seconds after which a request is dropped.
-        local: whether it listens on this machine's own address alone; then other names of it are refused, so that a
-            web page cannot reach it by a name of its own (DNS rebinding).
+        local: whether it listens on this machine's own address only; it then refuses requests for other host names, so
+            that a web page cannot reach it through its own domain (DNS rebinding).
     """
 
     apis: tuple[str, ...] = APIS

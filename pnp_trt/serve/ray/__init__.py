@@ -1,1 +1,1 @@
-"""Many GPUs by Ray: a replica per GPU around the same engines, and tables of prompts over several workers."""
+"""Several GPUs with Ray: a server replica per GPU, and tables of prompts over several workers."""

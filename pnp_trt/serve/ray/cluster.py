@@ -1,4 +1,4 @@
-"""A Ray cluster: one of this machine alone that ends with the block, or a running one that ``RAY_ADDRESS`` names."""
+"""A Ray cluster: a temporary one on this machine, or a running one that ``RAY_ADDRESS`` names."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from typing import Any, TextIO
 from ...errors import InputError, PnpError
 from ...io.text import printable
 
-#: read by Ray's processes when they start: no statistics leave the machine, a slow machine has time to start, and
-#: Ray's later defaults are taken now, so that it warns of none
+#: read by Ray's processes at start: sends no usage statistics, gives a slow machine time to start, and selects Ray's
+#: future defaults, which avoids its warnings about them
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TQDM_PATCH_PRINT": "0",
 }
-#: the same, for a cluster of this machine: its processes listen at the loopback address, as they do on macOS
+#: the same, for a cluster on this machine: its processes listen on the loopback address, as they do on macOS
 _LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-#: bytes of shared memory of a cluster of this machine; requests and images pass through it, and no tensors
+#: bytes of shared memory of a cluster on this machine, for requests and images, but no tensors
 _OBJECT_STORE = 200 << 20
 
 
 @contextlib.contextmanager
 def cluster(workers: int) -> Iterator[TextIO]:
-    """Ray for the length of the block; gives standard output, in whose place Ray's messages go to standard error.
+    """Context manager that connects to Ray.  It yields standard output, and redirects Ray's messages to standard error.
 
-    Without ``RAY_ADDRESS`` a cluster is started that only this machine reaches, without a dashboard, with a token of
-    its own that no file holds; it ends with the block.
+    Without ``RAY_ADDRESS``, it starts a cluster that only this machine can reach, without a dashboard, and with a
+    random token that is not stored in a file.  That cluster ends with the context.
 
     Args:
-        workers: replicas that a cluster of this machine has CPUs for; Ray counts them and reserves none.
+        workers: number of CPUs that a cluster on this machine declares, one per replica; they are not reserved.
 
     Raises:
         InputError: if ``RAY_ADDRESS`` names a cluster that cannot be reached.
@@ -49,17 +49,17 @@ def cluster(workers: int) -> Iterator[TextIO]:
     if not address:
         os.environ.update(_LOCAL)
     if not address and not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one into the home folder
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray writes one into the home folder
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    own: dict[str, Any] = {} if address else dict(
+    options: dict[str, Any] = {} if address else dict(
         address="local", num_cpus=workers, include_dashboard=False, object_store_memory=_OBJECT_STORE,
         _node_ip_address="127.0.0.1",
     )  # fmt: skip
     with _signals_kept():
         try:
-            ray.init(log_to_driver=False, configure_logging=True, logging_level="error", **own)
+            ray.init(log_to_driver=False, configure_logging=True, logging_level="error", **options)
         except ConnectionError as e:
             raise InputError(
                 f"RAY_ADDRESS is {printable(address or '', limit=100)} and no Ray cluster answers there "
@@ -77,15 +77,15 @@ def cluster(workers: int) -> Iterator[TextIO]:
 
 
 def quiet() -> contextlib.redirect_stdout[io.StringIO]:
-    """A block in which Ray ends: what it reports of its own processes then is not an error."""
+    """Context for Ray's shutdown: discards its messages about its own processes, which are not errors."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 def placed(provider: str, replicas: int | None) -> tuple[int, dict[str, float]]:
-    """Replicas, and the resources that Ray reserves for each: a GPU where the cluster has any, else a CPU.
+    """Number of replicas, and the resources that Ray reserves for each: a GPU if the cluster has any, else a CPU.
 
     Args:
-        provider: as of ``Pipeline.load``; ``cpu`` takes no GPU.
+        provider: as for ``Pipeline.load``; ``cpu`` takes no GPU.
         replicas: None takes one per GPU, or 1.
 
     Raises:
@@ -103,12 +103,12 @@ def placed(provider: str, replicas: int | None) -> tuple[int, dict[str, float]]:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray takes SIGTERM over; the command's own handler is put back."""
+    """Restore the handler of SIGTERM, which Ray replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, held)
+        signal.signal(signal.SIGTERM, handler)

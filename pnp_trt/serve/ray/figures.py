@@ -1,4 +1,4 @@
-"""The metrics of all replicas as one text."""
+"""Merge the metrics of all replicas into one text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from prometheus_client.registry import Collector
 
 
 def merge(texts: Iterable[tuple[str, bytes]]) -> bytes:
-    """Prometheus' text of several replicas, with the label ``replica`` on every figure.
+    """Prometheus' text of several replicas, with the label ``replica`` on every sample.
 
     Args:
-        texts: a replica's id and its own text, each.
+        texts: pairs of a replica's id and its text.
     """
     families: dict[str, Metric] = {}
     for replica, text in texts:

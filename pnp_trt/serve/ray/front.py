@@ -1,4 +1,4 @@
-"""The HTTP side in front of the replicas: each request goes to one of them, and its loss is answered with 503."""
+"""The HTTP side in front of the replicas: sends each request to a replica, and answers 503 if that replica is lost."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from .replica import Answer
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-#: what a request is, of ASGI's scope; the rest belongs to the server that received it
+#: keys of ASGI's scope that describe the request; the others belong to the server that received it
 _SCOPE = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
     "client", "server",
 )  # fmt: skip
-#: requests about jobs, which any replica may have: all are asked
+#: paths of requests that are sent to all replicas, because any of them may have the job
 _ALL = ("/v1/jobs", "/sdapi/v1/progress", "/sdapi/v1/interrupt", "/sdapi/v1/skip", "/readyz")
 _ALL_POST = ("/sdapi/v1/options",)
-#: seconds after a request's deadline, by which its replica has answered, and in which all replicas answer for a job
+#: seconds after a request's deadline until its replica counts as lost; seconds for all replicas to answer
 _GRACE, _ASK = 10.0, 20.0
-#: seconds that a client is told to wait where every replica's queue is full
+#: Retry-After, in seconds, when every replica's queue is full
 _RETRY = 5
 
 
 class Lost(Stopping):
-    """The replica that had the request has ended, or there is none; another takes it when it is sent again."""
+    """The replica that had the request has ended, or there is none; the request can be sent again."""
 
 
 class Front:
     """ASGI application in front of the replicas; it loads no engine.
 
     Args:
-        handle: of the application that :func:`~pnp_trt.serve.ray.replica.application` gives.
+        handle: handle of the application from :func:`~pnp_trt.serve.ray.replica.application`.
         deadline: seconds after which a replica drops a request.
     """
 
@@ -51,7 +51,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
-        body: bytes = (await receive())["body"]  # whole: the guard has read it
+        body: bytes = (await receive())["body"]  # complete, because the guard has read it
         try:
             if path == "/healthz":
                 response: Response = JSONResponse({"status": "ok"})
@@ -59,11 +59,11 @@ class Front:
                 response = Response(merge(await self._all("figures")), media_type=Metrics.content_type)
             else:
                 plain = {name: scope[name] for name in _SCOPE if name in scope}
-                everyone = path.startswith(_ALL) or (scope["method"] == "POST" and path in _ALL_POST)
-                asked = self._best(path, plain, body) if everyone else self._one(plain, body, receive)
-                answer = await asked
+                broadcast = path.startswith(_ALL) or (scope["method"] == "POST" and path in _ALL_POST)
+                pending = self._best(path, plain, body) if broadcast else self._one(plain, body, receive)
+                answer = await pending
                 if answer is None:
-                    return  # the client has gone
+                    return  # the client disconnected
                 response = Response(answer.body, answer.status)
                 response.raw_headers = answer.headers
         except Exception as error:
@@ -71,7 +71,7 @@ class Front:
         await response(scope, receive, send)
 
     async def _one(self, scope: dict[str, Any], body: bytes, receive: Receive) -> Answer | None:
-        """Of the replica with the fewest requests; None, and the request is cancelled, where the client goes."""
+        """The answer of the least busy replica; None if the client disconnects, which cancels the request."""
         call = self._handle.respond.remote(scope, body)
         done = asyncio.ensure_future(_result(call))
         gone = asyncio.ensure_future(receive())
@@ -89,19 +89,19 @@ class Front:
                 done.cancel()
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """The results of a method of every replica that gives one.
+        """The results of a method from every replica that answers.
 
         Raises:
-            Lost: if none does.
+            Lost: if none answers.
         """
         call = self._handle.broadcast(method, *arguments)
         results = await call.results_async(timeout_s=_ASK, return_exceptions=True)
-        if good := [each for each in results if not isinstance(each, BaseException)]:
-            return good
+        if answers := [result for result in results if not isinstance(result, BaseException)]:
+            return answers
         raise Lost("no replica answers; try again in a few seconds")
 
     async def _best(self, path: str, scope: dict[str, Any], body: bytes) -> Answer:
-        """Of the replica that has the job."""
+        """The answer of the replica that has the job."""
         answers: list[Answer] = await self._all("respond", scope, body)
         return max(answers, key=lambda answer: _knows(path, answer))
 
@@ -111,7 +111,7 @@ async def _result(call: Awaitable[Answer]) -> Answer:
 
 
 def _knows(path: str, answer: Answer) -> tuple[bool, int]:
-    """How much a replica's answer has of a job: whether it is no error, and the jobs of the client."""
+    """Rank of a replica's answer about a job: whether it is not an error, and its number of the client's jobs."""
     jobs = 0
     if path.startswith("/sdapi/v1/progress") and answer.status == 200:
         jobs = json.loads(answer.body)["state"]["job_count"]
@@ -121,7 +121,7 @@ def _knows(path: str, answer: Answer) -> tuple[bool, int]:
 
 
 def _as_ours(error: Exception) -> Exception:
-    """An error of Ray's as the interfaces state it."""
+    """An error of this package for one of Ray's."""
     from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
     from ray.serve.exceptions import BackPressureError, RayServeException
 

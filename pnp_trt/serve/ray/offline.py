@@ -1,7 +1,7 @@
-"""A table of prompts over several workers by Ray Data: as :mod:`pnp_trt.serve.offline`, with an engine per worker.
+"""A table of prompts over several workers with Ray Data: like :mod:`pnp_trt.serve.offline`, with an engine per worker.
 
-The files are the record: a worker writes each whole or not at all, and keeps those that are there.  So a batch that Ray
-gives to another worker, since the first one died, makes what is missing of it, and a later run resumes as ever.
+The image files are the record of progress: a worker writes each atomically and keeps existing ones.  If a worker dies,
+Ray gives its batch to another, which generates only the missing images.  A later run resumes in the same way.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ..offline import OfflinePlan, Progress, Tally
 from ..offline import generate as generate_here
 from .cluster import cluster, placed
 
-#: rows of a batch, in the rows of an engine's call: at its end the calls are not full
+#: size of a batch in engine calls; only its last calls are not full
 _CALLS = 8
 
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What every worker does.
+    """Task of every worker.
 
     Attributes:
-        bundle, out: folders, which every node of the cluster has at the same place.
-        defaults, seed, kind: as of :meth:`pnp_trt.serve.offline.OfflinePlan.of`.
-        slots: of a worker's engine.
-        provider: as of ``Pipeline.load``.
+        bundle, out: folders, which must have the same path on every node of the cluster.
+        defaults, seed, kind: as for :meth:`pnp_trt.serve.offline.OfflinePlan.of`.
+        slots: of each worker's engine.
+        provider: as for ``Pipeline.load``.
     """
 
     bundle: Path
@@ -49,47 +49,53 @@ class WorkerTask:
 def generate(
     task: WorkerTask, rows: Sequence[Mapping[str, Any]], replicas: int | None = None, progress: Progress | None = None
 ) -> Tally:
-    """One image file a row, as :func:`pnp_trt.serve.offline.generate`, by workers that Ray starts again when they die.
+    """Generate one image file per row, like :func:`pnp_trt.serve.offline.generate`, with workers that Ray restarts.
 
     Args:
-        rows: as ``read_rows`` gives them.
-        replicas: workers; None takes the cluster's GPUs, or 1.
+        rows: from ``read_rows``.
+        replicas: number of workers; None takes the cluster's GPUs, or 1.
 
     Raises:
-        InputError: for a row that cannot be served, before any image is made, or a file of another row in ``out``.
-        PnpError: if Ray or a worker fails for good; the images before it are there.
+        InputError: for a row that cannot be served, before any image is generated, or a file of another row in ``out``.
+        PnpError: if Ray or a worker fails permanently; the images before that remain.
     """
     with cluster(replicas or 1):
         workers, resources = placed(task.provider, replicas)
         with _errors():
             todo, total = _planned(task, rows, resources)
-            kept = total - len(todo)
+            existing = total - len(todo)
             for done in _made(task, todo, workers, resources):
                 if progress is not None:
-                    progress(kept + done, total)
-    return Tally(total - kept, kept)
+                    progress(existing + done, total)
+    return Tally(total - existing, existing)
 
 
 def _planned(
     task: WorkerTask, rows: Sequence[Mapping[str, Any]], resources: Mapping[str, float]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The rows without an image, each as what a worker reads, and the number of all; checked where the engine loads."""
+    """The rows without an image, as input for the workers, and the total number of rows.
+
+    The rows are checked in a Ray task, because the engine may only load there.
+    """
     import ray
 
-    found: tuple[list[dict[str, Any]], int] = ray.get(ray.remote(**resources)(plan).remote(task, list(rows)))
-    return found
+    planned: tuple[list[dict[str, Any]], int] = ray.get(ray.remote(**resources)(plan).remote(task, list(rows)))
+    return planned
 
 
 def plan(task: WorkerTask, rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Run by Ray: see :func:`_planned`."""
+    """Remote task of :func:`_planned`."""
     pipeline = Pipeline.load(task.bundle, provider=task.provider)
-    found = OfflinePlan.of(pipeline, rows, task.out, defaults=task.defaults, seed=task.seed, kind=task.kind)
-    todo = [{"index": i, "file": str(found.files[i]), "row": json.dumps(found.rows[i])} for i in found.missing]
-    return todo, len(found.files)
+    offline_plan = OfflinePlan.of(pipeline, rows, task.out, defaults=task.defaults, seed=task.seed, kind=task.kind)
+    todo = [
+        {"index": i, "file": str(offline_plan.files[i]), "row": json.dumps(offline_plan.rows[i])}
+        for i in offline_plan.missing
+    ]
+    return todo, len(offline_plan.files)
 
 
 def _made(task: WorkerTask, todo: list[dict[str, Any]], workers: int, resources: Mapping[str, float]) -> Iterator[int]:
-    """Rows done, after each batch."""
+    """Generate the missing images; yields the number of completed rows after each batch."""
     import ray.data
 
     if not todo:
@@ -100,18 +106,18 @@ def _made(task: WorkerTask, todo: list[dict[str, Any]], workers: int, resources:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     batch = min(_CALLS * task.slots, -(-len(todo) // workers))
     rows = ray.data.from_items(todo, override_num_blocks=-(-len(todo) // batch))
-    made = rows.map_batches(
+    results = rows.map_batches(
         Worker, fn_constructor_args=(task,), batch_size=None, compute=ray.data.ActorPoolStrategy(size=workers),
         **resources,
     )  # fmt: skip
     done = 0
-    for part in made.iter_batches(batch_size=None, prefetch_batches=0):
+    for part in results.iter_batches(batch_size=None, prefetch_batches=0):
         done += int(part["done"].sum())
         yield done
 
 
 class Worker:
-    """An engine in an actor of Ray Data."""
+    """An engine in a Ray Data actor."""
 
     def __init__(self, task: WorkerTask) -> None:
         import warnings
@@ -124,7 +130,7 @@ class Worker:
         """Generate and write the images of some rows.
 
         Args:
-            batch: arrays ``[N]`` of ``index``, ``file`` and ``row``, a JSON object each.
+            batch: arrays ``[N]`` of ``index``, ``file`` and ``row``, which is a JSON object.
         """
         import numpy as np
 
@@ -136,7 +142,7 @@ class Worker:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Errors of a worker and of Ray as this package states them."""
+    """Convert errors of a worker and of Ray to this package's errors."""
     from ray.exceptions import RayError
 
     try:

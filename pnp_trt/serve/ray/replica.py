@@ -1,4 +1,4 @@
-"""A replica: the engines of one GPU and the application of :mod:`pnp_trt.serve.http` around them, in a Ray actor."""
+"""A replica: the engines of one GPU with the application of :mod:`pnp_trt.serve.http`, in a Ray actor."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from ..http.server import LoraOffer
     from ..http.settings import Settings
 
-#: name of the deployment, with which the application's begins
+#: name of the deployment, and prefix of the application's name
 NAME = "pnp-trt"
-#: seconds between two questions whether a replica is well; a dead one is replaced after the next
+#: seconds between health checks of a replica; a failed one is replaced
 _HEALTH_PERIOD = 2.0
-#: seconds of load above, and below, what the replicas have slots for, before one is added or removed
+#: seconds of load above, or below, the replicas' slots before a replica is added, or removed
 _UPSCALE, _DOWNSCALE = 10.0, 300.0
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What every replica serves.
+    """Specification of the replicas.
 
     Attributes:
-        bundles: folders, which every node of the cluster has at the same place.
+        bundles: folders, which must have the same path on every node of the cluster.
         options: of every engine of a replica.
-        resources: that Ray reserves for a replica, by Ray's names.
-        replicas: fewest and most; between them their number follows the load.
-        loras: that requests may name, each replica with engines of its own; None offers none.
+        resources: reserved by Ray for a replica, by Ray's names.
+        replicas: minimum and maximum; Ray scales their number with the load.
+        loras: LoRAs that requests may name, with separate engines in each replica; None offers none.
     """
 
     bundles: Sequence[Path]
@@ -47,7 +47,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Answer:
-    """A response of HTTP, as a replica passes it on."""
+    """An HTTP response from a replica."""
 
     status: int
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -78,11 +78,11 @@ class Replica:
     async def respond(self, scope: dict[str, Any], body: bytes) -> Answer:
         """The application's response to a request.
 
-        A request whose caller cancels it leaves its engine.
+        If the caller cancels the request, it leaves its engine.
 
         Args:
-            scope: of ASGI.
-            body: the request's, whole.
+            scope: ASGI scope.
+            body: the complete body of the request.
         """
         start: dict[str, Any] = {}
         parts: list[bytes] = []
@@ -90,7 +90,7 @@ class Replica:
 
         async def receive() -> MutableMapping[str, Any]:
             if not unread:
-                await asyncio.Event().wait()  # a client that leaves is noticed by the front, which cancels this call
+                await asyncio.Event().wait()  # the front detects that a client disconnects, and cancels this call
             return {"type": "http.request", "body": unread.pop(), "more_body": False}
 
         async def send(message: MutableMapping[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Replica:
         try:
             await self._app(scope, receive, send)
         except Exception:
-            if not start:  # else the application has answered with 500, and raised the error for a server's log
+            if not start:  # else the application has answered with 500, and raises the error for a server's log
                 raise
         return Answer(start["status"], [(bytes(k), bytes(v)) for k, v in start["headers"]], b"".join(parts))
 
@@ -116,13 +116,13 @@ class Replica:
         """Called by Ray Serve.
 
         Raises:
-            PnpError: if an engine's thread has ended; the replica is replaced then.
+            PnpError: if an engine's thread has ended; Ray then replaces the replica.
         """
         for name, engine in self._engines.items():
             if not engine.alive:
                 raise PnpError(f"engine '{name}' has ended; the replica must be replaced")
 
-    def __del__(self) -> None:  # by Ray Serve too, once the replica has no request left
+    def __del__(self) -> None:  # also called by Ray Serve, once the replica has no requests left
         if (loras := getattr(self, "_loras", None)) is not None:
             loras.stop(drain=False)
         for engine in getattr(self, "_engines", {}).values():
@@ -132,7 +132,7 @@ class Replica:
 def application(spec: Spec) -> Application:
     """The Ray Serve application; its handle has the methods of :class:`Replica`.
 
-    A replica takes as many requests as its engines have slots and places in their queues.  Replicas are added while
+    A replica accepts as many requests as its engines have slots and places in their queues.  Replicas are added while
     they have more requests than slots.
     """
     from ray import serve

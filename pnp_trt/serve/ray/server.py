@@ -1,4 +1,4 @@
-"""The process of a server with replicas: Ray, the replicas, and uvicorn in front of them until a signal."""
+"""The process of a server with replicas: Ray, the replicas, and uvicorn in front of them, until a signal."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from .replica import NAME, Spec, application
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-#: an error of this package in the traceback of a replica
+#: matches an error of this package in a replica's traceback
 _ERROR = re.compile(r"pnp_trt\.errors\.\w+: (.*)")
 
 
 def serve(
     site: Site, replicas: int | None = None, fewest: int | None = None, loras: LoraOffer | None = None
 ) -> None:  # fmt: skip
-    """Serve until SIGINT or SIGTERM; what runs or waits then is finished, and a second signal ends it at once.
+    """Serve until SIGINT or SIGTERM.  Waiting and running requests are completed; a second signal ends them at once.
 
     Args:
-        site: with the options of each replica's engines.
-        replicas: at most; None takes the cluster's GPUs, or 1.
-        fewest: replicas that stay without load; None takes ``replicas``.
-        loras: that requests may name; None offers none.
+        site: what to serve, with the options of each replica's engines.
+        replicas: maximum number; None takes the cluster's GPUs, or 1.
+        fewest: minimum number; None takes ``replicas``.
+        loras: LoRAs that requests may name; None offers none.
 
     Raises:
-        InputError: as ``open_bundles`` does, if the address cannot be listened at, or a number of replicas is wrong.
+        InputError: as for ``open_bundles``, or if the address is not available or a number of replicas is invalid.
         PnpError: if no replica starts.
     """
     bundles = [bundle.folder.resolve() for bundle in open_bundles(site.names, loras)]
@@ -64,12 +64,12 @@ def serve(
 
 @contextlib.contextmanager
 def _deployed(spec: Spec) -> Iterator[DeploymentHandle[Any]]:
-    """The handle of the application, once its replicas take requests; they are stopped at the end of the block.
+    """Context manager that yields the application's handle once its replicas take requests, and stops them at the end.
 
     Raises:
         PnpError: if they do not start.
     """
-    from ray import serve  # once Ray's environment is set
+    from ray import serve  # imported after Ray's environment is set
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     name = f"{NAME}-{secrets.token_hex(4)}"
@@ -79,13 +79,13 @@ def _deployed(spec: Spec) -> Iterator[DeploymentHandle[Any]]:
             handle = serve.run(application(spec), name=name, route_prefix=None, logging_config={"log_level": "ERROR"})
         except RuntimeError as e:
             deployments = serve.status().applications[name].deployments.values()
-            reasons = [found[1] for each in deployments if (found := _ERROR.search(each.message))]
+            reasons = [match[1] for each in deployments if (match := _ERROR.search(each.message))]
             reason = printable(reasons[0] if reasons else e, limit=500)
             raise PnpError(f"no replica started: {reason}") from None
         yield handle
     finally:
         with quiet():
             if os.environ.get("RAY_ADDRESS"):
-                serve.delete(name)  # the cluster may serve other applications
+                serve.delete(name)  # the cluster may run other applications
             else:
                 serve.shutdown()

@@ -221,7 +221,7 @@ def test_too_little_memory_is_said_before_it_starts(
         ("tensorrt-rtx", None, "fp16", {"version_compatible": True}, "--version-compatible is for backend 'tensorrt'"),
         ("tensorrt-rtx", None, "fp16", {"refittable": True}, "--refittable was requested and no GPU is here"),
         ("tensorrt", None, "fp16", {}, "compiles on the GPU that it is for, and no NVIDIA driver or GPU was found"),
-        ("onnxruntime", "sm_89", "fp32", {}, "an onnxruntime bundle runs on any"),
+        ("onnxruntime", "sm_89", "fp32", {}, "an onnxruntime bundle runs on any machine"),
     ],
 )  # fmt: skip
 def test_impossible_orders_are_refused(
@@ -370,7 +370,7 @@ def test_later_releases_may_load_version_compatible_engines() -> None:
 @pytest.mark.skipif(bool(present_gpus()), reason="states what is said where no GPU is")
 def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
     opened = open_bundle(bundle)
-    with pytest.raises(InputError, match="needs an NVIDIA GPU, and CUDA finds none .*onnxruntime"):
+    with pytest.raises(InputError, match="needs an NVIDIA GPU, and CUDA found none .*onnxruntime"):
         from pnp_trt.backends.tensorrt.network import TrtNetwork
 
         TrtNetwork(RTX, opened.file("unet"), opened.manifest.networks["unet"])

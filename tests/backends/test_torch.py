@@ -170,7 +170,7 @@ def test_wrong_inputs_name_the_right_ones(eager: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_cuda_without_a_gpu_is_refused(eager: Path) -> None:
-    with pytest.raises(InputError, match="provider 'cuda' was requested and torch .* finds no GPU"):
+    with pytest.raises(InputError, match="provider 'cuda' was requested, but torch .* finds no GPU"):
         verify(open_bundle(eager), LoadOptions("cuda"))
 
 

@@ -163,7 +163,7 @@ def test_releases_that_cannot_work_are_refused_before_the_export(
         assert set(backends.get(backend).versions().values()) == {found}
         return
     oldest = "10.15" if backend == "tensorrt" else "1.5"
-    with pytest.raises(InputError, match=rf"is {found}, and backend '{backend}' needs {oldest} or later: .*--upgrade"):
+    with pytest.raises(InputError, match=rf"is {found}, but backend '{backend}' needs {oldest} or later: .*--upgrade"):
         build(BuildSpec(str(micro_base), "none", backend, "fp16", tmp_path / "x"))
 
 

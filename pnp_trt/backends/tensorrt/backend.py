@@ -164,7 +164,7 @@ class TensorRtBackend(Backend):
         if (reason := self.cannot_run(manifest.target, manifest.options)) is not None:
             raise IncompatibleDevice(
                 f"engine '{name}': its target is {manifest.target}, but {reason}; "
-                f"build one for this machine with: {self._for_here(manifest)}"
+                f"make one for this machine with: {self._for_here(manifest)}"
             )
 
     def _for_here(self, manifest: Manifest) -> str:

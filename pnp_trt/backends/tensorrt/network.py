@@ -170,7 +170,7 @@ class TrtNetwork(TokenNetwork):
         return cache_home() / "kernels" / f"{key[:32]}-{shape}.cache"
 
     def _kernels_nearby(self, file: Path) -> Path | None:
-        """Return ``file``, else the newest cache of another shape of this engine, as shapes share kernels; else None."""
+        """Return ``file``, else the newest cache of another shape (shapes share kernels), or None."""
         if file.is_file():
             return file
         others = file.parent.glob(f"{file.name.rpartition('-')[0]}-*.cache")

@@ -187,7 +187,7 @@ class _Seen:
             return
         if self._histogram is None:
             self._histogram = _histogram()
-            # the first data set the bin width: 1.5 times the largest value so far, so that small data do not make it tiny
+            # the first data set the bin width: 1.5 times the largest value so far, as small data would make it tiny
             self._histogram.collect(torch.tensor([1.5 * max(*self._by_timestep, 1e-6)]))
         self._histogram.collect(magnitude)
 

@@ -279,7 +279,7 @@ class OrtNetwork(PerShapeNetwork):
                     "session.model_external_initializers_file_folder_path", str(self.path.parent)
                 )
             session = ort.InferenceSession(model, options, providers=with_options(self._providers, half))
-        except Exception as e:  # ONNX Runtime raises several types of its own
+        except Exception as e:  # ONNX Runtime has its own exception types
             raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
         if cuda and not self._has_cuda(session):
             return self._load(batch, size, tokens)
@@ -421,7 +421,7 @@ class OrtBound(Bound):
     def run(self) -> None:
         try:
             self.session.run_with_iobinding(self._binding)
-        except Exception as e:  # ONNX Runtime raises several types of its own
+        except Exception as e:  # ONNX Runtime has its own exception types
             raise PnpError(f"ONNX Runtime cannot run a network: {printable(e, limit=500)}") from e
 
     def host_input(self, name: str) -> np.ndarray | None:

@@ -26,7 +26,7 @@ BACKENDS: Registry[type[Backend]] = Registry(
     },
 )
 
-#: what built-in backends need of a machine; those of other packages say it in their class
+#: machine requirements of the built-in backends; backends of other packages declare theirs in their class
 _NEEDS: Registry[Needs] = Registry(
     "backend_needs",
     "backend",
@@ -41,26 +41,26 @@ _NEEDS: Registry[Needs] = Registry(
 
 
 def all_needs() -> dict[str, Needs]:
-    """What each registered backend needs, by name; built-in runtimes are not imported for it.
+    """Return the requirements of each registered backend, by name, without importing the built-in runtimes.
 
     A backend of another package that cannot be imported is left out with a warning.
     """
-    found = {name: _NEEDS.get(name) for name in _NEEDS}
+    requirements = {name: _NEEDS.get(name) for name in _NEEDS}
     for name in BACKENDS:
-        if name not in found:
+        if name not in requirements:
             try:
-                found[name] = BACKENDS.get(name).needs
+                requirements[name] = BACKENDS.get(name).needs
             except InputError as e:
                 warnings.warn(f"{e}; it is left out", stacklevel=2)
-    return found
+    return requirements
 
 
 def of(manifest: Manifest) -> Backend:
-    """The backend of a bundle; its recipes are known, and its files are of the kind that the backend loads.
+    """Return the backend of a bundle, after checking its recipes and the kinds of its files.
 
     Raises:
-        InputError: if this installation has no such backend or recipe.
-        BundleCorrupt: for a file of another kind.
+        InputError: if this installation lacks the backend or one of the recipes.
+        BundleCorrupt: if the backend does not load files of this kind.
     """
     from ..precision.recipes import RECIPES
 
@@ -72,9 +72,9 @@ def of(manifest: Manifest) -> Backend:
 
 
 def get(name: str) -> Backend:
-    """The backend of this name.
+    """Return the backend of this name.
 
     Raises:
-        InputError: listing the known ones.
+        InputError: if it is unknown; the message lists the known ones.
     """
     return BACKENDS.get(name)()

@@ -1,6 +1,6 @@
 """The interface of a backend: compile a graph, check a bundle, load a network, describe it, run it on bound buffers.
 
-Nothing here imports an inference runtime, so that command lines and checks stay cheap.
+Nothing here imports an inference runtime, which keeps the command line and the checks fast.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ class CompileJob:
     """One network to compile.
 
     Attributes:
-        network: its name in the bundle.
-        graph: its ONNX file in the folder that becomes the bundle, external weights beside it; for a backend that
-            takes modules, the description of its module (``models.rebuild``).
+        network: name of the network in the bundle.
+        graph: ONNX file in the folder that becomes the bundle, with external weights beside it; for a backend that
+            takes modules, the description of the module (``models.rebuild``).
         inputs: ``{name: (dtype, ("batch", …))}``; ``"height"`` and ``"width"`` where the graph leaves them open.
-        precision: the recipe's name; the types themselves are in the graph.
-        target: GPU that it is for, as ``Backend.resolve_target`` gives it.
-        tensor_float32: whether its float32 may be computed in TensorFloat-32, as it stands in for half precision.
+        precision: name of the recipe; the element types themselves are in the graph.
+        target: GPU to compile for, as ``Backend.resolve_target`` returns it.
+        tensor_float32: whether float32 may be computed in TensorFloat-32, for networks that replace half precision by
+            float32 only for its range.
     """
 
     network: str
@@ -57,10 +58,10 @@ class Compiled:
     """Result of compiling one network.
 
     Attributes:
-        file: the file that is loaded, beside the graph (it may be the graph).
+        file: name of the file to load, beside the graph; it may be the graph itself.
         seconds: wall time.
-        peak_memory: largest resident memory of the compiling process in bytes; None where it was not one of its own.
-        notes: what the backend needs remembered in the manifest.
+        peak_memory: largest resident memory of the compiling process in bytes; None without a separate process.
+        notes: backend-specific entries for the manifest.
     """
 
     file: str
@@ -71,11 +72,11 @@ class Compiled:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load.
+    """Options for loading a network.
 
     Attributes:
         provider: ``auto``, ``cpu`` or ``cuda``.
-        threads: of the CPU; None takes all that are usable.
+        threads: number of CPU threads; None takes all usable cores.
     """
 
     provider: str = "auto"
@@ -86,17 +87,17 @@ class Backend(ABC):
     """One inference runtime.
 
     Attributes:
-        name: as the command line and the manifest spell it.
-        label: a short form of the name for the folders of bundles; empty for the default backend.
-        elements: element types that it runs, by their names in torch.
-        profiles: what an engine is made for where the user names nothing; empty where any batch will do.
-        beside_int8: the recipe of what is not quantised in an INT8 bundle.
-        int8_one_scale: whether INT8 weights have one scale each, and not one for each output channel.
-        open_tokens: whether one engine takes text states of several numbers of tokens.
-        takes_modules: whether it is given PyTorch modules and no ONNX graphs.
+        name: name on the command line and in the manifest.
+        label: short form of the name for the folders of bundles; empty for the default backend.
+        elements: supported element types, by their names in torch.
+        profiles: default profiles of an engine; empty if an engine runs any batch size.
+        beside_int8: recipe of the networks and layers of an INT8 bundle that are not quantised.
+        int8_one_scale: whether an INT8 weight has one scale rather than one per output channel.
+        open_tokens: whether one engine accepts text states with different numbers of tokens.
+        takes_modules: whether it takes PyTorch modules instead of ONNX graphs.
         side_by_side: whether guides are exported in their form with fewer nodes (``Guide.side_by_side``), for runtimes
             that fuse little, where every node adds overhead.
-        needs: what it needs of a machine, for ``pnp-trt doctor``.
+        needs: requirements on the machine, for ``pnp-trt doctor``.
     """
 
     name: str
@@ -112,85 +113,85 @@ class Backend(ABC):
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Names of the recipes that it runs: those whose element types are all its own."""
+        """Names of the supported recipes: those whose element types are all among ``elements``."""
         return tuple(name for name, recipe in RECIPES.items() if recipe.elements <= self.elements)
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """Packages whose version an engine is tied to, ``{distribution: version}``; imports nothing.
+        """Return the packages whose version an engine is tied to, ``{distribution: version}``, without importing them.
 
         Raises:
-            InputError: if one is missing, with the command that installs it.
+            InputError: if one is missing; the message has the command that installs it.
         """
 
     @abstractmethod
     def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
-        """What ``--target`` means here, the default for None.
+        """Resolve ``--target``; None gives the default target.
 
         Raises:
-            InputError: if this machine cannot compile for it, or options or precision do not go with it.
+            InputError: if this machine cannot compile for it, or it is incompatible with the options or precision.
         """
 
     def elements_of(self, target: str) -> frozenset[str]:
-        """Element types that it runs on a target; all of ``elements`` by default."""
+        """Return the element types supported on a target; all of ``elements`` by default."""
         return self.elements
 
     @abstractmethod
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-        """Rewrite an exported graph in place where this runtime needs it otherwise.
+        """Rewrite an exported graph in place where this runtime needs a different form.
 
         Returns:
-            New initialiser → (what it was made of, the steps), as ``WeightMap.derive`` takes it.
+            New initialiser → (source initialiser, transform steps), as ``WeightMap.derive`` takes it.
         """
 
     @abstractmethod
     def compile(self, job: CompileJob, progress: Progress) -> Compiled:
-        """Make what ``load`` loads.
+        """Compile a graph into the file that ``load`` loads.
 
         Raises:
-            InputError: if the job cannot work here (precision, target, memory).
+            InputError: if the job is impossible on this machine (precision, target, memory).
             PnpError: if the compiler fails.
         """
 
     def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
-        """Make what ``load`` loads of a graph that was compiled before and has new weights since.
+        """Update the compiled form of a graph whose weights have changed; the default compiles it again.
 
         Args:
-            engine: what was made of the graph with the old weights, beside or elsewhere; it is not written to.
+            engine: the file compiled from the graph with the old weights; it is not modified.
 
         Returns:
-            As ``compile``; its notes' ``weights`` states how the new ones came in.
+            Same as ``compile``; ``weights`` in its notes states how the new weights were applied.
 
         Raises:
-            InputError, PnpError: as ``compile``.
+            InputError, PnpError: same as ``compile``.
         """
-        made = self.compile(job, progress)
-        return replace(made, notes={**made.notes, "weights": "compiled again"})
+        compiled = self.compile(job, progress)
+        return replace(compiled, notes={**compiled.notes, "weights": "compiled again"})
 
     def check_files(self, manifest: Manifest) -> None:
-        """Refuse a bundle whose networks' files are not of the kind that this backend loads.
+        """Refuse a bundle with network files of a kind that this backend does not load.
 
-        A backend that opens other files beside the one that it is given must refuse names that lead to files which no
-        hash covers.
+        A backend that also opens files beside the given one must refuse names for which those files would not be
+        covered by a hash.
 
         Raises:
-            BundleCorrupt: naming the network and its file.
+            BundleCorrupt: if there is such a file; the message names the network and the file.
         """
         return None
 
     def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
-        """What reports tell of one network's layers, and a note on what is not known.
+        """Return layer counts of one network for reports, and a note on what is unknown.
 
         Args:
-            graph: the file that it was compiled from.
-            facts: ``Network.facts`` of the loaded engine; None where it is not loaded here.
+            graph: the file that the network was compiled from.
+            facts: ``Network.facts`` of the loaded engine; None if it is not loaded.
         """
         if facts is None:
-            return {}, "the engine is not loaded here, so that its inspector could not be asked"
-        return dict(facts), None if "layers" in facts else "the engine keeps nothing of its layers"
+            return {}, "the engine is not loaded here, so its inspector was not queried"
+        return dict(facts), None if "layers" in facts else "the engine holds no information about its layers"
 
     def remark(self, precision: str) -> str | None:
-        """What a user should know of bundles of this backend in a precision, as a sentence; None for nothing."""
+        """Return advice for users of this backend in a precision, as a sentence; None if there is none."""
         return None
 
     @abstractmethod
@@ -198,16 +199,16 @@ class Backend(ABC):
         """Refuse a bundle whose engines cannot run here, before anything is loaded.
 
         Raises:
-            InputError: naming the field, both values, and the command that rebuilds.
+            InputError: if one cannot; the message names the field, both values, and the command that rebuilds.
         """
 
     @abstractmethod
     def cannot_run(self, target: str, options: CompileOptions | None = None) -> str | None:
-        """Why engines for ``target`` cannot run on this machine, as a clause; None if they can."""
+        """Return why engines for ``target`` cannot run on this machine, as a clause; None if they can."""
 
     @abstractmethod
     def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> Network:
-        """Load one network of a bundle that was checked.
+        """Load one network of a checked bundle.
 
         Args:
             path: the file to load.
@@ -215,10 +216,10 @@ class Backend(ABC):
         """
 
     def device_loops(self, unet: Network, vae: Network, condition: Network | None, name: str) -> DeviceLoops | None:
-        """What runs whole images on a GPU; None where the host runs the loop.
+        """Return loops that generate whole images on a GPU; None if the host runs the loop.
 
         Args:
-            condition: the part of the guide that depends on w alone, where it is a separate network.
-            name: of the bundle.
+            condition: the part of the guide that depends only on w, if it is a separate network.
+            name: name of the bundle.
         """
         return None

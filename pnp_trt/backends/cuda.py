@@ -1,4 +1,4 @@
-"""The few CUDA calls that running and capturing engines takes, through ``cuda-python``, with errors as sentences."""
+"""The CUDA calls needed to run and capture engines, through ``cuda-python``, with errors as sentences."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 from ..errors import InputError, MissingDependency, PnpError
 
-#: threads of a block; the kernels have one thread an element
+#: threads per block; the kernels use one thread per element
 _BLOCK = 256
 
 
 class Cuda:
-    """CUDA on device 0; addresses, streams, kernels and graphs are its own numbers and handles.
+    """CUDA on device 0; addresses, streams, kernels and graphs are plain CUDA numbers and handles.
 
     Raises:
-        InputError: where cuda-python, a driver or a GPU is missing.
+        InputError: if cuda-python, a driver or a GPU is missing.
     """
 
     def __init__(self) -> None:
@@ -32,17 +32,17 @@ class Cuda:
         error, count = runtime.cudaGetDeviceCount()
         if error != runtime.cudaError_t.cudaSuccess or not count:
             raise InputError(
-                f"running a TensorRT engine needs an NVIDIA GPU, and CUDA finds none ({error.name}); use an engine of "
+                f"running a TensorRT engine needs an NVIDIA GPU, but CUDA found none ({error.name}); use an engine of "
                 "backend onnxruntime here, see pnp-trt doctor"
             )
         self.call("cudaSetDevice", 0)
-        self.call("cudaFree", 0)  # makes the context
+        self.call("cudaFree", 0)  # creates the context
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """One runtime call; its result, if it has one.
+        """Call the runtime and return the result, if there is one.
 
         Raises:
-            PnpError: with CUDA's own word.
+            PnpError: if the call fails; the message has CUDA's name of the error.
         """
         error, *results = getattr(self._rt, name)(*arguments)
         if error != self._rt.cudaError_t.cudaSuccess:
@@ -50,36 +50,36 @@ class Cuda:
         return results[0] if results else None
 
     def stream(self) -> int:
-        """A new stream that does not wait for the default one."""
+        """Create a stream that does not synchronise with the default stream."""
         return int(self.call("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking))
 
     def synchronize(self, stream: int) -> None:
-        """Wait for all that was put on ``stream``."""
+        """Wait for all work on ``stream``."""
         self.call("cudaStreamSynchronize", stream)
 
     def allocate(self, size: int) -> int:
-        """Device memory; at least one byte, so that the address is one."""
+        """Allocate device memory: at least one byte, so that the address is valid."""
         return int(self.call("cudaMalloc", max(size, 1)))
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, int]:
-        """Host memory that copies without a detour, as an array; and its address."""
+        """Allocate pinned host memory; return it as an array, and its address."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = int(self.call("cudaMallocHost", max(size, 1)))
         raw = (ctypes.c_byte * size).from_address(address)
         return np.frombuffer(raw, dtype=dtype).reshape(shape), address
 
     def to_device(self, device: int, host: int, size: int, stream: int) -> None:
-        """Copy ``size`` bytes in ``stream``'s order."""
+        """Copy ``size`` bytes to the device, asynchronously on ``stream``."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", device, host, size, kind, stream)
 
     def to_host(self, host: int, device: int, size: int, stream: int) -> None:
-        """Copy ``size`` bytes in ``stream``'s order."""
+        """Copy ``size`` bytes to the host, asynchronously on ``stream``."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", host, device, size, kind, stream)
 
     def free(self, devices: list[int], hosts: list[int], stream: int) -> None:
-        """Give back what ``allocate``, ``pinned`` and ``stream`` gave."""
+        """Free memory from ``allocate`` and ``pinned``, and a stream from ``stream``."""
         for address in devices:
             self.free_device(address)
         for address in hosts:
@@ -87,80 +87,80 @@ class Cuda:
         self.call("cudaStreamDestroy", stream)
 
     def free_device(self, address: int) -> None:
-        """Give back what ``allocate`` gave."""
+        """Free memory from ``allocate``."""
         self.call("cudaFree", address)
 
     def free_host(self, address: int) -> None:
-        """Give back what ``pinned`` gave."""
+        """Free memory from ``pinned``."""
         self.call("cudaFreeHost", address)
 
     def attach(self) -> None:
-        """Make the GPU current in this thread, which launching kernels asks for."""
+        """Make the GPU current in this thread, as kernel launches require."""
         self.call("cudaSetDevice", 0)
 
     def fill(self, device: int, size: int, stream: int) -> None:
-        """Set ``size`` bytes to zero in ``stream``'s order."""
+        """Set ``size`` bytes to zero, asynchronously on ``stream``."""
         self.call("cudaMemsetAsync", device, 0, size, stream)
 
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
-        """Copy ``size`` bytes on the device in ``stream``'s order."""
+        """Copy ``size`` bytes on the device, asynchronously on ``stream``."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpyAsync", to, source, size, kind, stream)
 
     def kernels(self, ptx: bytes, names: Sequence[str]) -> dict[str, Any]:
-        """Functions of PTX text by name, compiled by the driver; they stay loaded until the process ends."""
+        """Compile PTX with the driver and return its functions by name; they stay loaded until the process ends."""
         module = self._driver("cuModuleLoadData", ptx + b"\0")
         return {name: self._driver("cuModuleGetFunction", module, name.encode()) for name in names}
 
     def launch(self, kernel: Any, count: int, stream: int, *arguments: tuple[int, Any]) -> None:
-        """Run a kernel on ``count`` threads or a few more, in ``stream``'s order.
+        """Launch a kernel on ``stream`` with ``count`` threads, rounded up to whole blocks.
 
         Args:
-            arguments: value and ctypes type of each.
+            arguments: (value, ctypes type) of each kernel argument.
         """
         values, types = zip(*arguments, strict=True)
         blocks = -(-count // _BLOCK)
         self._driver("cuLaunchKernel", kernel, blocks, 1, 1, _BLOCK, 1, 1, 0, stream, (values, types), 0)
 
     def capture(self, stream: int, work: Callable[[], None]) -> Any:
-        """A graph of what ``work`` puts on ``stream``, none of which is run; other threads may continue meanwhile.
+        """Capture what ``work`` enqueues on ``stream`` into a graph, without running it; other threads may continue.
 
-        The graph keeps addresses and nothing alive: whoever holds it holds the buffers too.
+        The graph stores addresses but keeps no memory alive: its owner must keep the buffers.
         """
         self.call("cudaStreamBeginCapture", stream, self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             work()
         except BaseException:
-            # a capture that stays open would fail all that comes after it on the stream
+            # with the capture left open, all later work on the stream would fail
             error, graph = self._rt.cudaStreamEndCapture(stream)
             if error == self._rt.cudaError_t.cudaSuccess:
                 self._rt.cudaGraphDestroy(graph)
             raise
         graph = self.call("cudaStreamEndCapture", stream)
         try:
-            made = self.call("cudaGraphInstantiate", graph, 0)
+            executable = self.call("cudaGraphInstantiate", graph, 0)
         finally:
             self._rt.cudaGraphDestroy(graph)
-        self.call("cudaGraphUpload", made, stream)
-        return made
+        self.call("cudaGraphUpload", executable, stream)
+        return executable
 
     def replay(self, graph: Any, stream: int) -> None:
-        """Run a captured graph in ``stream``'s order."""
+        """Launch a captured graph on ``stream``."""
         self.call("cudaGraphLaunch", graph, stream)
 
     def drop(self, graph: Any) -> None:
-        """Give a captured graph back; it must not be running."""
+        """Destroy a captured graph, which must not be running."""
         self.call("cudaGraphExecDestroy", graph)
 
     def free_memory(self) -> int:
-        """Bytes of the GPU that nobody holds; ``cudaMemGetInfo``."""
+        """Return the free GPU memory in bytes (``cudaMemGetInfo``)."""
         error, free, _ = self._rt.cudaMemGetInfo()
         if error != self._rt.cudaError_t.cudaSuccess:
             raise PnpError(f"CUDA's cudaMemGetInfo failed: {error.name}; see pnp-trt doctor")
         return int(free)
 
     def _driver(self, name: str, *arguments: Any) -> Any:
-        """One call of the driver; its result, if it has one."""
+        """Call the driver and return the result, if there is one."""
         from cuda.bindings import driver
 
         error, *results = getattr(driver, name)(*arguments)

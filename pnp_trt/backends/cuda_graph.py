@@ -1,9 +1,10 @@
-"""TensorRT's engines and the sampler's own kernels on one stream: what :class:`DeviceLoops` runs and captures.
+"""TensorRT engines and the sampler's own kernels on one stream, which :class:`DeviceLoops` runs and captures.
 
-Only latents, text states, w and the schedule's table go to the GPU, only pixels (or latents) and a flag an image come
-back; both copies out are part of a graph, into pinned memory.  The kernels read the current row of the table, so that
-schedule, w, prompts and noise change without a new capture.  Sources: CUDA's programming guide on stream capture;
-TensorRT's on ``enqueueV3`` and CUDA graphs (enqueue once before the capture; addresses and shapes are captured).
+Only latents, text states, w and the schedule's table are copied to the GPU.  Only pixels (or latents) and flags for
+each image are copied back, by copies into pinned memory that are part of a graph.  The kernels read the current row of
+the table from memory, so the schedule, w, prompts and noise can change without a new capture.  Sources: CUDA's
+programming guide on stream capture; TensorRT's on ``enqueueV3`` and CUDA graphs (enqueue once before the capture;
+addresses and shapes are captured).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _P, _I = ctypes.c_void_p, ctypes.c_int
 
 
 class DeviceBound(Protocol):
-    """A network's buffers on the GPU; ``backends.tensorrt.network.TrtBound`` is one."""
+    """A network's buffers on the GPU, such as ``backends.tensorrt.network.TrtBound``."""
 
     stream: int
     addresses: dict[str, int]
@@ -42,7 +43,7 @@ class DeviceBound(Protocol):
 
 
 class DeviceNetwork(Protocol):
-    """A loaded engine; ``backends.tensorrt.network.TrtNetwork`` is one."""
+    """A loaded engine, such as ``backends.tensorrt.network.TrtNetwork``."""
 
     path: Path
 
@@ -54,18 +55,18 @@ class DeviceNetwork(Protocol):
 
 @cache
 def ptx() -> bytes:
-    """The kernels, of ``kernels.cu``."""
+    """Return the compiled kernels of ``kernels.cu``."""
     return Path(__file__).with_name("kernels.ptx").read_bytes()
 
 
 def device_loops(
     cuda: Cuda, unet: DeviceNetwork, vae: DeviceNetwork, condition: DeviceNetwork | None, name: str
 ) -> DeviceLoops:
-    """Loops over engines that are loaded on one GPU.
+    """Return loops over engines that are loaded on one GPU.
 
     Args:
-        condition: the part of the guide that depends on w alone, where it is a separate network.
-        name: of the bundle.
+        condition: the part of the guide that depends only on w, if it is a separate network.
+        name: name of the bundle.
     """
     loaded: dict[str, Any] = {}
 
@@ -79,9 +80,9 @@ def device_loops(
 
 
 class CudaLane(Lane):
-    """Engines bound for one shape, and what the kernels work on.
+    """Engines bound for one shape, and the kernels' buffers.
 
-    The latents live in the VAE's input buffer, so that nothing is copied between the last step and the decoder.
+    The latents are in the VAE's input buffer, so nothing is copied between the last step and the decoder.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class CudaLane(Lane):
             )
             self._named = [(unet, self._unet), (vae, self._vae)]
             self._named += [(condition, self._condition)] if condition is not None and self._condition else []
-            self.stream = self._unet.stream  # its copies in are then in order with the run
+            self.stream = self._unet.stream  # orders its input copies before the run
             self._prepare_buffers(shape.rows)
         except BaseException:
             self.close()
@@ -117,17 +118,17 @@ class CudaLane(Lane):
     def _prepare_buffers(self, rows: int) -> None:
         latents, pixels = self._vae.staged("latents"), self._vae.staged(self._vae.output_name)
         output = self._unet.staged(self._unet.output_name)
-        for name, found in (("latents", latents), ("prediction", output), ("pixels", pixels)):
-            if found.dtype != np.float32:
-                raise PnpError(f"the engine's {name} are {found.dtype} and must be float32; build it again")
-        if (found := self._unet.staged("timestep")).dtype != np.int64:
-            raise PnpError(f"the engine's timesteps are {found.dtype} and must be int64; build it again")
+        for name, tensor in (("latents", latents), ("prediction", output), ("pixels", pixels)):
+            if tensor.dtype != np.float32:
+                raise PnpError(f"the engine's {name} are {tensor.dtype} and must be float32; build it again")
+        if (tensor := self._unet.staged("timestep")).dtype != np.int64:
+            raise PnpError(f"the engine's timesteps are {tensor.dtype} and must be int64; build it again")
         n, channels, height, width = pixels.shape
         self._x, self._count = self._vae.addresses["latents"], latents.size
         self._image = n, channels, height * width
         self._previous, self._older = (self._device(latents.nbytes) for _ in range(2))
         self._w = self._device(4 * self._batch)
-        self._row = self._device(8)  # two int32; see kernels.cu
+        self._row = self._device(8)  # two int32, see kernels.cu
         self._bytes = self._device(pixels.size)
         self._bad = self._device(8 * self._batch)
         self._start_host, self._start_at = self._pinned(latents.shape, np.float32)
@@ -152,24 +153,26 @@ class CudaLane(Lane):
         self._cuda.attach()
         self._unet.write(**feeds.inputs)
         steps = len(table)
-        for host, at, to, values in (
+        for host, address, device, values in (
             (self._start_host, self._start_at, self._x, feeds.latents),
             (self._w_host, self._w_at, self._w, feeds.guidance),
             (self._table_host[:steps], self._table_at, self._table, table.table()),
             (self._timesteps_host[:steps], self._timesteps_at, self._timesteps, table.timesteps),
         ):
             np.copyto(host, values)
-            self._cuda.to_device(to, at, host.nbytes, self.stream)
+            self._cuda.to_device(device, address, host.nbytes, self.stream)
 
     def begin(self) -> None:
         self._cuda.fill(self._row, 8, self.stream)
         self._cuda.fill(self._bad, self._bad_host.nbytes, self.stream)
         if self._condition is not None:
-            made = self._condition.output_name
-            size = self._condition.staged(made).nbytes
+            output_name = self._condition.output_name
+            size = self._condition.staged(output_name).nbytes
             self._cuda.copy(self._condition.addresses["guidance"], self._w, 4 * self._batch, self.stream)
             self._condition.enqueue(self.stream)
-            self._cuda.copy(self._unet.addresses["condition"], self._condition.addresses[made], size, self.stream)
+            self._cuda.copy(
+                self._unet.addresses["condition"], self._condition.addresses[output_name], size, self.stream
+            )
 
     def step(self) -> None:
         unet, rows = self._unet.addresses, self._evaluations * self._batch
@@ -232,7 +235,7 @@ class CudaLane(Lane):
         for address in self._hosts:
             self._cuda.free_host(address)
         self._devices, self._hosts = [], []
-        self._stack.close()  # the engines' own buffers go back to them
+        self._stack.close()  # returns the engines' buffers to them
 
     def _launch(self, kernel: str, count: int, *arguments: tuple[int, Any]) -> None:
         self._cuda.launch(self._kernels[kernel], count, self.stream, *arguments)

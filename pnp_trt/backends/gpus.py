@@ -1,4 +1,4 @@
-"""The GPUs of this machine, asked of NVIDIA's driver library alone: no CUDA toolkit, no Python package."""
+"""Detection of NVIDIA GPUs through the driver library alone, without a CUDA toolkit or Python package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAJOR, _MINOR = 75, 76
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: its ``name`` and its compute capability as ``sm_89`` spells it."""
+    """One GPU: its ``name`` and its compute capability, written as in ``sm_89``."""
 
     name: str
     sm: str
@@ -34,12 +34,12 @@ def driver_present() -> bool:
 
 
 def present_gpus() -> list[Gpu]:
-    """All usable GPUs, the first one first; empty where there is no driver or no device."""
+    """Return all usable GPUs in device order; empty without a driver or device."""
     driver = _driver()
     count = ctypes.c_int(0)
     if driver is None or driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return []
-    found = []
+    gpus = []
     for number in range(count.value):
         device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
         major, minor = ctypes.c_int(), ctypes.c_int()
@@ -48,5 +48,5 @@ def present_gpus() -> list[Gpu]:
         driver.cuDeviceGetName(name, len(name), device)
         driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
         driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-        found.append(Gpu(name.value.decode(errors="replace"), f"sm_{major.value}{minor.value}"))
-    return found
+        gpus.append(Gpu(name.value.decode(errors="replace"), f"sm_{major.value}{minor.value}"))
+    return gpus

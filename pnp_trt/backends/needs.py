@@ -1,4 +1,4 @@
-"""What a backend needs of a machine, for ``pnp-trt doctor``: stated where nothing heavy is imported."""
+"""Requirements of a backend, for ``pnp-trt doctor``; in a separate module so that no runtime is imported."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Needs:
-    """What a backend is for and needs.
+    """The purpose and requirements of a backend.
 
     Attributes:
-        summary: one clause on what it is for.
-        extra: of pnp-trt that installs what it needs; empty for the base installation, or for a package of its own.
-        without_gpu: what it does on a machine without a GPU.
+        summary: one clause on its purpose.
+        extra: the extra of pnp-trt that installs its packages; empty for the base installation or a separate package.
+        without_gpu: what works on a machine without a GPU.
     """
 
     summary: str = ""

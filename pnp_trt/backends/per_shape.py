@@ -1,4 +1,4 @@
-"""Networks that a runtime loads once per shape, or per part of it: those used last are kept, with their buffers."""
+"""Networks that a runtime loads once per shape or part of a shape; those used last stay loaded, with buffers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..bundle.profiles import Profile, Size, legal_sizes
 from ..errors import InputError
 from ..sampling.network import Bound, TokenNetwork
 
-#: batch, size of the latents, and tokens of the text states; None leaves open what the graph leaves open
+#: batch size, size of the latents, and tokens of the text states; None keeps a dimension open as in the graph
 Shape = tuple[int | None, Size | None, int | None]
 
 
 def check_shape(path: Path, profiles: tuple[Profile, ...], batch: int, size: Size | None) -> None:
-    """Refuse a batch or a size of latents that a network does not run.
+    """Refuse a batch size or a size of latents that a network does not support.
 
     Raises:
-        InputError: with the legal sizes.
+        InputError: if it is unsupported; the message lists the legal sizes.
     """
     if batch < 1:
         raise InputError(f"the batch is {batch}; it must be at least 1")
@@ -34,19 +34,19 @@ def check_shape(path: Path, profiles: tuple[Profile, ...], batch: int, size: Siz
 
 
 def has_open_tokens(network: NetworkRecord) -> bool:
-    """Whether a network of the manifest leaves the tokens of its text states open."""
+    """Whether a network of the manifest leaves the number of tokens of its text states open."""
     return any(TOKENS in shape for _, shape in network.inputs.values())
 
 
 class PerShapeNetwork(TokenNetwork):
-    """One graph, loaded for each shape that is asked for.
+    """One graph, loaded separately for each requested shape.
 
     Args:
         path: the graph.
-        profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
-        max_loaded: shapes whose loaded form is kept, those used last; each may hold the network's weights.
-        max_idle: idle buffers that are kept for each shape.
-        open_tokens: whether the graph leaves the tokens of the text states open.
+        profiles: the legal sizes in latents; if empty, any size that the graph takes.  Their batch sizes are ignored.
+        max_loaded: number of shapes that stay loaded, those used last; each may hold a copy of the weights.
+        max_idle: number of idle buffers to keep for each shape.
+        open_tokens: whether the graph leaves the number of tokens of the text states open.
     """
 
     def __init__(
@@ -54,44 +54,44 @@ class PerShapeNetwork(TokenNetwork):
     ) -> None:
         self.path, self.profiles, self.max_loaded, self._max_idle = path, profiles, max_loaded, max_idle
         self.open_tokens = open_tokens
-        self._loaded: dict[Shape, Any] = {}  # the one used last stands last
-        # they go when what they are bound to goes
+        self._loaded: dict[Shape, Any] = {}  # least recently used first
+        # dropped together with the loaded form that they are bound to
         self._idle: dict[Shape, list[Bound]] = {}
         self._lock = threading.Lock()
 
     @abstractmethod
     def _load(self, batch: int | None, size: Size | None, tokens: int | None) -> Any:
-        """The network loaded for a shape that :meth:`_key` gave."""
+        """Load the network for a shape returned by :meth:`_key`."""
 
     @abstractmethod
     def _buffers(self, loaded: Any, batch: int, tokens: int | None) -> Bound:
-        """New buffers for what ``_load`` gave."""
+        """Create buffers for an object returned by ``_load``."""
 
     def _dropped(self) -> None:
-        """Called when a loaded form was dropped."""
+        """Called after a loaded form was dropped."""
 
     def loaded(self, batch: int, size: Size | None = None, tokens: int | None = None) -> Any:
-        """The runtime's own object for a shape; None leaves open what the graph leaves open."""
+        """Return the runtime's object for a shape; None keeps a dimension open that the graph leaves open."""
         key = self._key(batch, size, tokens)
         with self._lock:
             if key not in self._loaded:
-                made = self._load(*key)
+                new = self._load(*key)
                 if len(self._loaded) >= self.max_loaded:
                     while len(self._loaded) >= self.max_loaded:
                         oldest = next(iter(self._loaded))
                         self._loaded.pop(oldest)
                         self._idle = {shape: idle for shape, idle in self._idle.items() if self._key(*shape) != oldest}
                     self._dropped()
-                self._loaded[key] = made
-            self._loaded[key] = found = self._loaded.pop(key)
-            return found
+                self._loaded[key] = new
+            self._loaded[key] = loaded = self._loaded.pop(key)
+            return loaded
 
     def _key(self, batch: int | None, size: Size | None, tokens: int | None) -> Shape:
-        """The shape that is loaded to run another one: None in it stands for what one loaded form runs any of."""
+        """Return the shape to load in order to run the given one; None where one loaded form runs any value."""
         return batch, size, tokens
 
     def batches(self, most: int) -> tuple[int, ...]:
-        """As many as are kept, ``most`` halved again and again: loading one costs more than padding."""
+        """Return at most ``max_loaded`` batch sizes, by halving ``most``: loading another costs more than padding."""
         if most <= self.max_loaded:
             return super().batches(most)
         return tuple(sorted({-(-most // 2**k) for k in range(self.max_loaded)}))
@@ -104,8 +104,8 @@ class PerShapeNetwork(TokenNetwork):
             idle = self._idle.get(shape)
             bound = idle.pop() if idle else None
         bound = bound or self._buffers(loaded, batch, tokens)  # may take as long as several runs of a small network
-        yield bound  # after an error it is not used again
+        yield bound  # not reused after an error
         with self._lock:
-            kept = self._idle.setdefault(shape, [])
-            if self._loaded.get(self._key(*shape)) is loaded and len(kept) < self._max_idle:
-                kept.append(bound)
+            spare = self._idle.setdefault(shape, [])
+            if self._loaded.get(self._key(*shape)) is loaded and len(spare) < self._max_idle:
+                spare.append(bound)

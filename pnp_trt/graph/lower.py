@@ -1,9 +1,9 @@
-"""Rewrites of an exported graph for a runtime that lacks a kernel or pays for every node; the meaning stays.
+"""Equivalent rewrites of an exported graph, for runtimes that lack kernels or have a high overhead per node.
 
-ONNX Runtime's CPU provider has no kernel for ``GroupNormalization`` and expands it into some twenty nodes; an
-instance normalisation over grouped channels is the same arithmetic in five, with a kernel each.  Its ``Attention``
-takes ``[batch, tokens, heads × size]`` directly, so the reshapes and transposes that split the heads can go.
-On a small U-Net at batch 1 the two are a fifth of the time.
+ONNX Runtime's CPU provider has no kernel for ``GroupNormalization`` and expands it into about twenty nodes.  An
+instance normalisation over grouped channels is the same arithmetic in five nodes, each with a kernel.  Its
+``Attention`` takes ``[batch, tokens, heads × size]`` directly, so the reshapes and transposes that split the heads are
+removed.  On a small U-Net with batch size 1, the two rewrites save a fifth of the time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ HEADS_OUT = (0, 2, 1, 3)
 
 @dataclass(frozen=True)
 class Lowered:
-    """What was rewritten.
+    """Result of the rewrites.
 
     Attributes:
-        counts: nodes of each kind.
+        counts: number of rewritten nodes of each kind.
         derived: see ``weights.WeightMap.derive``.
     """
 
@@ -33,7 +33,7 @@ class Lowered:
 
 
 def for_onnxruntime_cpu(path: Path) -> Lowered:
-    """Rewrite ``path`` in place, its weights kept in their order."""
+    """Rewrite ``path`` in place; its external weights stay sorted by name."""
     import onnx_ir as ir
 
     model = ir.load(path)
@@ -52,21 +52,21 @@ def _group_norms(model: Any, derived: Derived) -> int:
     import onnx_ir as ir
 
     graph = model.graph
-    made: dict[str, Any] = {}
+    registered: dict[str, Any] = {}
 
     def register(name: str, tensor: Any) -> Any:
-        if name not in made:
+        if name not in registered:
             value = ir.Value(name=name, const_value=tensor)
             value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
             graph.register_initializer(value)
-            made[name] = value
-        return made[name]
+            registered[name] = value
+        return registered[name]
 
     def constant(name: str, array: np.ndarray) -> Any:
         return register(name, ir.tensor(array, name=name))
 
     def column(value: Any, ones: int) -> Any:
-        """The per-channel weights as ``[C, 1, …]``."""
+        """Return per-channel weights reshaped to ``[C, 1, …]``."""
         name = f"{value.name}.reshaped.{ones}"
         shape = [int(value.shape[0]), *(1,) * ones]
         derived[name] = (value.name, [{"op": "reshape", "shape": shape}])
@@ -87,7 +87,7 @@ def _group_norms(model: Any, derived: Derived) -> int:
         extra = []
         if all(isinstance(d, int) for d in x.shape[1:]):
             full = constant(f"{name}.shape", np.array([0, *(int(d) for d in x.shape[1:])], np.int64))
-        else:  # a dynamic size is known only when the graph runs
+        else:  # a dynamic size is known only at run time
             extra = [ir.Node("", "Shape", [x])]
             full = extra[0].outputs[0]
         flat = ir.Node("", "Reshape", [x, constant(f"lowered.groups_{groups}", np.array([0, groups, -1], np.int64))])
@@ -138,7 +138,7 @@ def _attentions(model: Any) -> int:
 
 
 def _before_heads(value: Any) -> Any:
-    """What ``[B, heads, tokens, size]`` was split from, ``[B, tokens, heads × size]``; None if it was not."""
+    """Return the ``[B, tokens, heads × size]`` value that was split into ``[B, heads, tokens, size]``, or None."""
     transpose = value.producer()
     if transpose is None or transpose.op_type != "Transpose" or _permutation(transpose) != HEADS_OUT:
         return None
@@ -154,7 +154,7 @@ def _before_heads(value: Any) -> Any:
 
 
 def _after_heads(value: Any) -> Any:
-    """The (transpose, reshape) that join the heads again, if nothing else reads the output."""
+    """Return the (transpose, reshape) nodes that merge the heads, if nothing else reads the output."""
     users = list(value.consumers())
     if len(users) != 1 or users[0].op_type != "Transpose" or _permutation(users[0]) != HEADS_OUT:
         return None
@@ -169,14 +169,14 @@ def _permutation(node: Any) -> tuple[int, ...]:
 
 
 def _replace(graph: Any, before: Any, new: list[Any], old: Any, name: str) -> None:
-    """Insert ``new`` before a node and let the last of them stand for the value ``old``."""
+    """Insert the nodes ``new`` before a node, and replace the value ``old`` by the output of the last one."""
     import onnx_ir as ir
 
     for i, node in enumerate(new):
         node.outputs[0].name = f"{name}{i}"
     final = new[-1].outputs[0]
     final.shape, final.type = old.shape, old.type
-    kept, old.name = old.name, f"{name}.replaced"  # an output of the graph is known by its name
-    final.name = kept
+    output_name, old.name = old.name, f"{name}.replaced"  # a graph output must keep its name
+    final.name = output_name
     graph.insert_before(before, new)
     ir.convenience.replace_all_uses_with(old, final, replace_graph_outputs=True)

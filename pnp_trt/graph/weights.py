@@ -1,4 +1,4 @@
-"""Where every initialiser of an exported graph comes from: source, checkpoint key, and what was done to it.
+"""The origin of every initialiser of an exported graph: its source, checkpoint key, and transform.
 
 The map is written when a graph is exported, into the bundle's ``weights.json``::
 
@@ -7,8 +7,9 @@ The map is written when a graph is exported, into the bundle's ``weights.json``:
                                              "transform": [{"op": "cast", "to": "float16"}]}, …},
         "constants": ["val_21", …]}}}
 
-``key`` is the key in the source module's ``state_dict``.  Applying ``transform`` in order to a checkpoint's tensor
-gives the initialiser's bytes: that is how they were made, so a swap of weights needs no guess.
+``key`` is the key in the source module's ``state_dict``.  Applying the steps of ``transform`` in order to a
+checkpoint's tensor gives the initialiser's bytes.  The export computes them in the same way, so a swap of weights
+reproduces them exactly.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCHEMA = 1
-#: largest magnitude of a signed 8-bit number that is used; −128 is left out, so that the range is symmetric
+#: largest magnitude of quantised 8-bit integers; -128 is unused, so that the range is symmetric
 LEVELS = 127
 #: largest finite magnitude of E4M3 without infinities (Micikevicius et al. 2022, table 1)
 FLOAT8_LARGEST = 448.0
-#: new initialiser → (the one that it was made of, what was done to it)
+#: new initialiser → (source initialiser, transform steps)
 Derived = dict[str, tuple[str, list[dict[str, Any]]]]
 
 
@@ -39,21 +40,21 @@ class WeightMap:
 
     Attributes:
         weights: initialiser → ``{"source", "key", "transform"}``.
-        constants: initialisers that no checkpoint holds, such as shapes and frequencies.
+        constants: initialisers that are not in a checkpoint, such as shapes and frequencies.
     """
 
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
     constants: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``weights.json`` holds it."""
+        """Return the form stored in ``weights.json``."""
         return {"weights": self.weights, "constants": self.constants}
 
     def derive(self, steps: Derived, present: list[str]) -> WeightMap:
-        """The map after a rewrite of the graph.
+        """Return the map after a rewrite of the graph.
 
         Args:
-            steps: new initialiser → (the one that it was made of, the transform's further steps).
+            steps: new initialiser → (source initialiser, additional transform steps).
             present: all initialisers after the rewrite.
         """
         out = WeightMap()
@@ -69,7 +70,7 @@ class WeightMap:
 
 
 def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
-    """A checkpoint's tensor as the graph stores it.
+    """Transform a checkpoint's tensor into the form that the graph stores.
 
     Raises:
         PnpError: for a step that this version does not support.
@@ -100,12 +101,12 @@ def apply(transform: list[dict[str, Any]], tensor: Tensor) -> Tensor:
 
 
 def quantization_scale(tensor: Tensor, axis: int | None) -> Tensor:
-    """Steps of symmetric 8-bit weights with a scale for each index of ``axis``: max|W| / 127, float32 ``[n]``.
+    """Return scales of symmetric 8-bit weights, one for each index of ``axis``: max|W| / 127, float32 ``[n]``.
 
-    Where ``axis`` is None one step for the whole weight, a scalar.
+    With ``axis`` None, a scalar for the whole weight.
 
-    Each is a number of float16, so that the same steps serve graphs of both types; a channel smaller than float16's
-    smallest normal number shares its step.
+    Scales are representable in float16, so that graphs of both types use the same ones, and at least float16's smallest
+    normal number.
     """
     import torch
 
@@ -115,7 +116,7 @@ def quantization_scale(tensor: Tensor, axis: int | None) -> Tensor:
 
 
 def quantize(tensor: Tensor, axis: int | None) -> Tensor:
-    """Symmetric 8-bit weights, int8, of ``tensor``'s shape: round(W / scale), half to even, within ±127."""
+    """Return symmetric 8-bit weights, int8, of ``tensor``'s shape: round(W / scale), half to even, within ±127."""
     import torch
 
     scale = quantization_scale(tensor, axis)
@@ -125,7 +126,7 @@ def quantize(tensor: Tensor, axis: int | None) -> Tensor:
 
 
 def float8_scale(tensor: Tensor) -> Tensor:
-    """The step of a weight in E4M3: max|W| / 448, float32, a scalar; a number of float16, as ``quantization_scale``."""
+    """Return the scale of an E4M3 weight: max|W| / 448, a float32 scalar, bounded as in ``quantization_scale``."""
     import torch
 
     largest = tensor.float().abs().amax() / FLOAT8_LARGEST
@@ -133,9 +134,9 @@ def float8_scale(tensor: Tensor) -> Tensor:
 
 
 def float8(tensor: Tensor) -> Tensor:
-    """A weight in E4M3 with one step for all of it, float8_e4m3fn, of ``tensor``'s shape: W / scale, half to even.
+    """Return a weight in E4M3 with one scale, float8_e4m3fn, of ``tensor``'s shape: W / scale, half to even.
 
-    The step is rounded to float16, so W / scale may pass 448 by its rounding error; it saturates.
+    The scale is rounded to float16, so W / scale may exceed 448 by its rounding error; it is clamped.
     """
     import torch
 
@@ -143,7 +144,7 @@ def float8(tensor: Tensor) -> Tensor:
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """A tensor as numpy has it; float8 as ``ml_dtypes`` has it, which torch cannot convert to."""
+    """Convert a tensor to numpy; float8 to the type of ``ml_dtypes``, which torch cannot convert to directly."""
     import torch
 
     if tensor.dtype != torch.float8_e4m3fn:
@@ -161,7 +162,7 @@ def _shifted(tensor: Tensor, axis: int, exponents: list[int]) -> Tensor:
 
 
 def invert(transform: list[dict[str, Any]], stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The checkpoint's tensor of ``shape``, float32, from the output of ``apply``.
+    """Recover the checkpoint's tensor of ``shape``, in float32, from the output of ``apply``.
 
     Raises:
         PnpError: for a step that cannot be undone.
@@ -183,14 +184,14 @@ def invert(transform: list[dict[str, Any]], stored: Tensor, shape: tuple[int, ..
 
 
 def hide(graph: Any, names: set[str]) -> list[str]:
-    """Turn a graph's weights into inputs, so that no pass over it can see what they hold.
+    """Turn a graph's weights into inputs, so that optimisation passes cannot depend on their values.
 
-    Optimisers merge weights that happen to be equal, drop biases that happen to be zero and fold small products.  A
-    graph made so fits this one checkpoint; with its weights hidden it depends on the architecture alone, and every
-    fine-tune fits it.
+    Optimisers merge weights that happen to be equal, drop biases that happen to be zero and fold small products.  The
+    resulting graph would fit only this checkpoint.  With hidden weights it depends only on the architecture, and fits
+    every fine-tune.
 
     Returns:
-        The weights that the graph reads: an autoencoder's other half is not among them.
+        Names of the weights that the graph reads, without those of, for example, the autoencoder's other half.
     """
     hidden = []
     for name in sorted(names & graph.initializers.keys()):
@@ -203,17 +204,17 @@ def hide(graph: Any, names: set[str]) -> list[str]:
 
 
 def restore(graph: Any, module: nn.Module, hidden: list[str]) -> WeightMap:
-    """Turn them into initialisers again, with transposes of a weight alone taken into it.
+    """Turn hidden weights into initialisers again, and fold transposes of a weight into it.
 
-    The bytes are made by ``apply`` when they are written, one weight at a time, so the map is right by construction
-    and no second copy of the model is held.
+    ``apply`` computes the bytes when they are written, one weight at a time.  The map is therefore correct by
+    construction, and there is no second copy of the model in memory.
 
     Args:
-        module: the one that was exported; its ``state_dict`` keys are the graph's weight names.
-        hidden: of ``hide``.
+        module: the exported module; its ``state_dict`` keys are the graph's weight names.
+        hidden: the names that ``hide`` returned.
 
     Raises:
-        PnpError: if a weight was lost on the way.
+        PnpError: if a hidden weight is missing from the graph.
     """
     own = module.state_dict()
     out = WeightMap()
@@ -229,8 +230,8 @@ def restore(graph: Any, module: nn.Module, hidden: list[str]) -> WeightMap:
                 graph.remove(node, safe=True)
         if list(value.uses()) or value.is_graph_output():
             _register(graph, out, value, name, own[name], [cast])
-    made = {f"{w['source']}.{w['key']}".lstrip(".") for w in out.weights.values()}
-    if lost := sorted(set(hidden) - made):
+    restored = {f"{w['source']}.{w['key']}".lstrip(".") for w in out.weights.values()}
+    if lost := sorted(set(hidden) - restored):
         raise PnpError(f"the exported graph lost {len(lost)} weights, for example {lost[0]}; please report it")
     out.weights = dict(sorted(out.weights.items()))
     out.constants = sorted(n for n in graph.initializers if n not in out.weights)
@@ -238,19 +239,19 @@ def restore(graph: Any, module: nn.Module, hidden: list[str]) -> WeightMap:
 
 
 def _register(graph: Any, out: WeightMap, old: Any, key: str, tensor: Tensor, transform: list[dict[str, Any]]) -> None:
-    """Let a new initialiser stand for the value ``old``, and note where it comes from."""
+    """Replace the value ``old`` by a new initialiser, and record its origin."""
     import onnx_ir as ir
 
     name = ".".join([key, *("transposed" for step in transform if step["op"] == "transpose")])
-    if name in out.weights:  # a weight that is transposed in two places is held once
+    if name in out.weights:  # a weight that is transposed in two places is stored once
         value = graph.initializers[name]
     else:
-        made = apply(transform, tensor.to("meta"))
-        value = ir.Value(name=name, shape=ir.Shape(list(made.shape)), type=ir.TensorType(onnx_type(tensor.dtype)))
+        meta = apply(transform, tensor.to("meta"))
+        value = ir.Value(name=name, shape=ir.Shape(list(meta.shape)), type=ir.TensorType(onnx_type(tensor.dtype)))
         value.const_value = ir.LazyTensor(
             lambda: ir.tensor(apply(transform, tensor), name=name),
             dtype=onnx_type(tensor.dtype),
-            shape=ir.Shape(list(made.shape)),
+            shape=ir.Shape(list(meta.shape)),
             name=name,
         )
         if old.name == name:
@@ -262,7 +263,7 @@ def _register(graph: Any, out: WeightMap, old: Any, key: str, tensor: Tensor, tr
 
 
 def check_complete(path: Path, weights: WeightMap) -> None:
-    """Raise ``PnpError`` unless the map names just the graph's initialisers, every one once."""
+    """Raise ``PnpError`` unless the map names each of the graph's initialisers exactly once, and no others."""
     import onnx_ir as ir
 
     present = list(ir.load(path).graph.initializers)
@@ -275,12 +276,12 @@ def check_complete(path: Path, weights: WeightMap) -> None:
 def save_with_weights(model: Any, path: Path, weights: list[str]) -> None:
     """Write ``path`` and ``path.data``: the named weights in the data file, in this order, constants in the graph.
 
-    A weight's place then depends on the architecture alone, so new weights are a new data file for the same graph.
+    The offset of a weight then depends only on the architecture, so replacing weights replaces only the data file.
     """
     import onnx_ir as ir
 
     initializers = model.graph.initializers
-    # weights that were loaded are memory-mapped from the very file that is about to be replaced
+    # loaded weights are memory-mapped from the file that is about to be replaced
     tensors = [_in_memory(initializers[name].const_value) for name in weights]
     external = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name + ".data")
     for name, tensor in zip(weights, external, strict=True):
@@ -295,7 +296,7 @@ def _in_memory(tensor: Any) -> Any:
 
 
 def onnx_type(dtype: Any) -> Any:
-    """ONNX's name of a torch type."""
+    """Return the ONNX type that corresponds to a torch type."""
     import onnx_ir as ir
 
     names = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "float8_e4m3fn": "FLOAT8E4M3FN"}

@@ -1,1 +1,1 @@
-"""Precision recipes: the types that a network computes in."""
+"""Precision recipes: the element types in which a network computes."""

@@ -1,4 +1,4 @@
-"""The FP8 recipe: most of the U-Net's products in E4M3, everything else in the backend's fast float type."""
+"""The FP8 recipe: most matrix products of the U-Net in E4M3, everything else in the backend's fast float type."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fp8(Int8):
-    """W8A8 in E4M3 (Micikevicius et al. 2022) with one scale for an input and one for a weight.
+    """W8A8 in E4M3 (Micikevicius et al. 2022) with one scale per input and one per weight.
 
-    Ranges are those of the same record that INT8 takes, their whole ``max``: E4M3 has four bits of exponent, so a wide
-    range costs its small values no precision.  Convolutions keep their fused bias with one scale a weight only.
+    Ranges come from the same record as for INT8, but are always the full ``max``: E4M3 has four bits of exponent, so a
+    wide range costs small values no precision.  With more than one scale per weight, a convolution's bias would not be
+    fused.
     """
 
     name: str = "fp8"
 
     @property
     def elements(self) -> frozenset[str]:
-        """The quantised type; the float type beside it is the backend's choice."""
+        """The quantised type; the backend chooses the float type of everything else."""
         return frozenset({"float8_e4m3fn"})
 
     def choices(self, record: Record) -> Mapping[str, LayerRange]:
-        """The layers that the record's decision allows 8 bits, less ``FUSED_IN_FLOAT``."""
+        """Return the layers that the record assigns to 8 bits, except those in ``FUSED_IN_FLOAT``."""
         return {n: r for n, r in record.whole_ranges().items() if not is_fused_in_float(n)}
 
     def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:

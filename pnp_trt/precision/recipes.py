@@ -1,11 +1,11 @@
-"""Precision recipes: which numbers a network computes in, decided before it is exported.
+"""Precision recipes: the element types in which a network computes, fixed before export.
 
-The types are in the graph and nowhere else.  TensorRT 11 and TensorRT-RTX build strongly typed networks only,
-and the same graph then means the same on every backend.  A module is converted *before* it is exported, by
-PyTorch, and not the graph afterwards: the FP16 graph is then what diffusers runs with ``torch_dtype=float16``, at
-half the memory, and no converter has to follow the opset.  What must stay in float32 then stays of itself:
-the sinusoids of timestep and scale (both modules compute them in float32 and cast), and the statistics of group and
-layer norms (``stash_type`` 1 on nodes that read and write half precision, which keeps their fused kernels).
+The graph alone defines the types.  TensorRT 11 and TensorRT-RTX build only strongly typed networks, and a graph has the
+same meaning on every backend.  PyTorch converts the module *before* the export, instead of a converter the graph
+afterwards.  The FP16 graph is then the one that diffusers runs with ``torch_dtype=float16``, export takes half the
+memory, and no converter has to keep up with opsets.  What must stay in float32 does so without further work: the
+sinusoids of timestep and scale (both modules compute them in float32 and cast), and the statistics of group and layer
+norms (``stash_type`` 1 on nodes that read and write half precision, which keeps their fused kernels).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to compute.  Its fields are part of a bundle's key; what it does is in its methods.
+    """A precision recipe.  Its fields are part of a bundle's key; its methods apply it.
 
     Attributes:
-        name: as the command line spells it.
+        name: name on the command line.
         dtype: torch's name of the type of weights and activations.
-        limit: largest relative error ‖out − reference‖ / ‖reference‖ against float32 PyTorch that a network may
-            show on its golden inputs.
-        islands: patterns (``fnmatch``) of module names that compute in float32 all the same.
-        fallback: networks that are exported in float32 when this recipe gives them values that are not finite or
-            too far off; the manifest records it.
+        limit: largest allowed relative error ‖out − reference‖ / ‖reference‖ of a network against float32 PyTorch on
+            its golden inputs.
+        islands: patterns (``fnmatch``) of names of modules that still compute in float32.
+        fallback: networks that are exported in float32 if this recipe gives values that are not finite or outside the
+            limit; the manifest records it.
     """
 
     name: str
@@ -49,52 +49,53 @@ class Recipe:
 
     @property
     def elements(self) -> frozenset[str]:
-        """Element types that a backend must run for this recipe, by their names in torch."""
+        """Element types that a backend must support for this recipe, by their names in torch."""
         return frozenset({self.dtype})
 
     @property
     def needs_record(self) -> bool:
-        """Whether it wants a calibration record (``pnp-trt calibrate``)."""
+        """Whether it requires a calibration record (``pnp-trt calibrate``)."""
         return False
 
     def on_backend(self, beside: Recipe, one_scale: bool = False) -> Recipe:
-        """This recipe on a backend.
+        """Return this recipe adapted to a backend.
 
         Args:
-            beside: the backend's recipe for what is not quantised.
+            beside: the backend's recipe for everything that is not quantised.
             one_scale: whether the backend's INT8 weights have one scale each (``Backend.int8_one_scale``).
         """
         return self
 
     def of_network(self, network: str) -> Recipe:
-        """The recipe of one network of a bundle."""
+        """Return the recipe of one network of a bundle."""
         return self
 
     def convert(self, module: nn.Module) -> nn.Module:
-        """Make ``module`` compute as this recipe says, in place, before it is exported; see :func:`convert`."""
+        """Convert ``module`` to this recipe in place, before export; see :func:`convert`."""
         return convert(module, self)
 
     def choices(self, record: Record) -> Mapping[str, LayerRange]:
-        """The layers with 8-bit inputs and weights, and their ranges, by a calibration record; none by default."""
+        """Return the layers with 8-bit inputs and weights and their ranges from a record; none by default."""
         return {}
 
     def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
-        """Rewrite the exported graph in place; None where the recipe leaves graphs as they are exported.
+        """Quantise the exported graph in place, if the recipe does so.
 
         Args:
             graph: the ONNX file.
             weights: its weight map.
-            record: the calibration record, where ``needs_record``.
+            record: the calibration record, if ``needs_record``.
 
         Returns:
-            New initialiser → (what it was made of, the steps), as ``WeightMap.derive`` takes it.
+            New initialiser → (source initialiser, transform steps), as ``WeightMap.derive`` takes it; None for a recipe
+            that leaves graphs unchanged.
         """
         return None
 
 
 @dataclass(frozen=True)
 class Fp32(Recipe):
-    """Float32 throughout; TensorFloat-32 is switched off as well."""
+    """Float32 throughout, without TensorFloat-32."""
 
     name: str = "fp32"
     dtype: str = "float32"
@@ -103,10 +104,10 @@ class Fp32(Recipe):
 
 @dataclass(frozen=True)
 class Fp16(Recipe):
-    """Float16; the limit is ten times its rounding error of 2⁻¹¹.
+    """Float16, with a limit of ten times its rounding error of 2⁻¹¹.
 
-    Measured on the bundled U-Net: 8e-4, the same with the time embeddings as islands, so there are none by default.
-    Decoders of some autoencoders overflow in float16 (SDXL's does), so the decoder may fall back.
+    The measured error on the bundled U-Net is 8e-4, and the same with the time embeddings as islands, so there are none
+    by default.  The decoders of some autoencoders overflow in float16 (such as SDXL's), so the decoder may fall back.
     """
 
     name: str = "fp16"
@@ -117,7 +118,7 @@ class Fp16(Recipe):
 
 @dataclass(frozen=True)
 class Bf16(Recipe):
-    """Bfloat16: float32's range at a rounding error of 2⁻⁸, and a limit of ten times that; measured: 7e-3."""
+    """Bfloat16: float32's range, a rounding error of 2⁻⁸, and a limit of ten times that.  Measured error: 7e-3."""
 
     name: str = "bf16"
     dtype: str = "bfloat16"
@@ -140,24 +141,24 @@ RECIPES: Registry[Recipe] = Registry(
         "fp8": "pnp_trt.precision.fp8:FP8",
     },
 )
-#: what is built where nothing is asked for; names of bundles leave it out
+#: the default recipe, which the names of bundles omit
 DEFAULT = FP32.name
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name.
+    """Return the recipe of this name.
 
     Raises:
-        InputError: listing the known ones.
+        InputError: if it is unknown; the message lists the known ones.
     """
     return RECIPES.get(name)
 
 
 def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
-    """Make ``module`` compute as ``recipe`` states; its inputs and output stay float32, as the sampler has them.
+    """Convert ``module`` to ``recipe`` in place; its inputs and output stay float32, as in the sampler.
 
-    The boundary costs one cast of a latent a step, and spares every caller from knowing the recipe.  The module's
-    weights are rounded in place: take the reference before.
+    This costs one cast of the latents per step, and callers do not depend on the recipe.  The weights are rounded in
+    place: compute the reference first.
     """
     import torch
 
@@ -169,11 +170,11 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
         for name, child in module.named_modules()
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.islands)
     }
-    kept = {part for child in islands.values() for part in child.modules()}
+    wide = {part for child in islands.values() for part in child.modules()}
     for part in module.modules():
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             if tensor.is_floating_point():
-                tensor.data = tensor.data.to(torch.float32 if part in kept else dtype)
+                tensor.data = tensor.data.to(torch.float32 if part in wide else dtype)
     for child in islands.values():
         _cast_around(child, torch.float32, dtype)
     _cast_around(module, dtype, torch.float32)
@@ -186,7 +187,7 @@ def _cast_around(module: nn.Module, inside: Any, outside: Any) -> None:
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating-point tensors in ``dtype``, the rest as it is."""
+    """Cast the floating-point tensors of a tree to ``dtype``; the rest is unchanged."""
     import torch
     from torch.utils import _pytree as pytree
 
@@ -197,9 +198,9 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def reference(module: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """The module's output in float32, whatever type its weights are kept in; a tuple where it has several.
+    """Return the module's output computed in float32, whatever the type of its weights; a tuple if it has several.
 
-    Weights in half precision are widened one layer at a time, so that a large model needs no second copy.
+    Half-precision weights are widened one layer at a time, so that a large model needs no second copy.
     """
     import torch
 
@@ -208,7 +209,7 @@ def reference(module: nn.Module, inputs: dict[str, Tensor]) -> Any:
 
 
 def as_arrays(outputs: Any) -> np.ndarray | tuple[np.ndarray, ...]:
-    """A module's output, or its outputs, as float32 of numpy."""
+    """Convert a module's output or outputs to float32 arrays."""
     if isinstance(outputs, tuple):
         return tuple(value.float().cpu().numpy() for value in outputs)
     only: np.ndarray = outputs.float().cpu().numpy()
@@ -220,17 +221,17 @@ def _widened(module: nn.Module) -> Iterator[None]:
     import torch
 
     handles = []
-    kept: dict[Any, Any] = {}
+    originals: dict[Any, Any] = {}
 
     def widen(layer: nn.Module, args: Any, kwargs: Any) -> Any:
         for tensor in layer.parameters(recurse=False):
-            kept[tensor] = tensor.data
+            originals[tensor] = tensor.data
             tensor.data = tensor.data.float()
-        return cast((args, kwargs), torch.float32)  # some modules cast to the type that their weights are kept in
+        return cast((args, kwargs), torch.float32)  # some modules cast to the type of their weights
 
     def narrow(layer: nn.Module, *_: Any) -> None:
         for tensor in layer.parameters(recurse=False):
-            tensor.data = kept.pop(tensor)
+            tensor.data = originals.pop(tensor)
 
     try:
         for layer in module.modules():
@@ -241,5 +242,5 @@ def _widened(module: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for tensor, data in kept.items():
+        for tensor, data in originals.items():
             tensor.data = data

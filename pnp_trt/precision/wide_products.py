@@ -1,4 +1,4 @@
-"""Half-precision products computed in float32, for processors that emulate half precision."""
+"""Half-precision matrix products computed in float32, for processors that emulate half precision."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def emulated(module: nn.Module) -> bool:
-    """Whether a module on the CPU has weights of a type that this processor does not multiply."""
+    """Whether a module on the CPU has weights of a type that this processor cannot multiply natively."""
     dtypes = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
     return any(not processor.multiplies(dtype) for dtype in dtypes & {"float16", "bfloat16"})
 
 
 def wide_products() -> Any:
-    """A context in which products of half-precision tensors are computed in float32 and then rounded to their type.
+    """Return a context in which products of half-precision tensors are computed in float32 and rounded back.
 
-    That is what hardware with half precision does: it multiplies half-precision numbers and adds the products up in
-    float32.  Every other operation runs in half precision, where PyTorch rounds each result too.  Under
-    ``torch.no_grad``, not ``inference_mode``, which hides the operations that a layer consists of.
+    Half-precision hardware does the same: it multiplies half-precision numbers and accumulates in float32.  All other
+    operations run in half precision, where PyTorch rounds each result.  Use it under ``torch.no_grad``, not under
+    ``inference_mode``, which hides the operations of a layer.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,7 +45,7 @@ def wide_products() -> Any:
 
 
 def half_of(tree: Any) -> torch.dtype | None:
-    """The half-precision type among the tensors of a tree; None where there is none."""
+    """Return the half-precision type of the first such tensor in a tree; None if there is none."""
     import torch
     from torch.utils import _pytree as pytree
 

@@ -66,7 +66,7 @@ def usable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_provider_that_does_not_load_is_told_of(graph: Path, usable: None) -> None:
     """By the real library: it gives a session on the CPU, and no error."""
     with pytest.raises(
-        InputError, match="'cuda' was requested and ONNX Runtime could not load .*or use --provider cpu"
+        InputError, match="'cuda' was requested, but ONNX Runtime could not load .*or use --provider cpu"
     ):
         OrtNetwork(graph, "cuda").loaded(1, None)
     assert not Session.severities  # ONNX Runtime's log names the library that is missing

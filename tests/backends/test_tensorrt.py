@@ -163,7 +163,7 @@ def test_releases_that_cannot_work_are_refused_before_the_export(
         assert set(backends.get(backend).versions().values()) == {found}
         return
     oldest = "10.15" if backend == "tensorrt" else "1.5"
-    with pytest.raises(InputError, match=rf"is {found}, and backend '{backend}' needs {oldest} or later: .*--upgrade"):
+    with pytest.raises(InputError, match=rf"is {found}, but backend '{backend}' needs {oldest} or later: .*--upgrade"):
         build(BuildSpec(str(micro_base), "none", backend, "fp16", tmp_path / "x"))
 
 
@@ -219,9 +219,9 @@ def test_too_little_memory_is_said_before_it_starts(
         ("tensorrt-rtx", "sm_90", "fp16", {}, "target is 'sm_90'; tensorrt-rtx compiles for: portable, sm_75"),
         ("tensorrt-rtx", "sm_75", "bf16", {}, "sm_75 has no bfloat16"),
         ("tensorrt-rtx", None, "fp16", {"version_compatible": True}, "--version-compatible is for backend 'tensorrt'"),
-        ("tensorrt-rtx", None, "fp16", {"refittable": True}, "--refittable was requested and no GPU is here"),
-        ("tensorrt", None, "fp16", {}, "compiles on the GPU that it is for, and no NVIDIA driver or GPU was found"),
-        ("onnxruntime", "sm_89", "fp32", {}, "an onnxruntime bundle runs on any"),
+        ("tensorrt-rtx", None, "fp16", {"refittable": True}, "--refittable was requested, but there is no GPU here"),
+        ("tensorrt", None, "fp16", {}, "only for the GPU in this machine, but no NVIDIA driver or GPU was found"),
+        ("onnxruntime", "sm_89", "fp32", {}, "an onnxruntime bundle runs on any machine"),
     ],
 )  # fmt: skip
 def test_impossible_orders_are_refused(
@@ -319,10 +319,10 @@ def test_a_second_build_imports_nothing_heavy(bundle: Path, micro_base: Path, mi
 @pytest.mark.parametrize(
     ("gpus", "version", "message"),
     [
-        ([], None, "its target is sm_89, and no NVIDIA driver or GPU was found here; .*--backend onnxruntime"),
-        ([AMPERE], None, r"its target is sm_89, and the GPU here is sm_86 \(GeForce RTX 3080\); .*--target sm_86"),
-        ([HOPPER], None, r"its target is sm_89, and the GPU here is sm_90 \(H100\); .*--backend tensorrt( |$)"),
-        ([ADA], "1.6.0.5", r"its compiler is tensorrt-rtx 1.6.0.5, here is 1\..*; rebuild it with: pnp-trt build"),
+        ([], None, "its target is sm_89, but no NVIDIA driver or GPU was found here; .*--backend onnxruntime"),
+        ([AMPERE], None, r"its target is sm_89, but the GPU here is sm_86 \(GeForce RTX 3080\); .*--target sm_86"),
+        ([HOPPER], None, r"its target is sm_89, but the GPU here is sm_90 \(H100\); .*--backend tensorrt( |$)"),
+        ([ADA], "1.6.0.5", r"compiled with tensorrt-rtx 1.6.0.5, but 1\..* is installed; rebuild it with: pnp-trt "),
     ],
 )
 def test_an_engine_for_elsewhere_is_refused_before_it_is_loaded(
@@ -370,7 +370,7 @@ def test_later_releases_may_load_version_compatible_engines() -> None:
 @pytest.mark.skipif(bool(present_gpus()), reason="states what is said where no GPU is")
 def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
     opened = open_bundle(bundle)
-    with pytest.raises(InputError, match="needs an NVIDIA GPU, and CUDA finds none .*onnxruntime"):
+    with pytest.raises(InputError, match="needs an NVIDIA GPU, but CUDA found none .*onnxruntime"):
         from pnp_trt.backends.tensorrt.network import TrtNetwork
 
         TrtNetwork(RTX, opened.file("unet"), opened.manifest.networks["unet"])

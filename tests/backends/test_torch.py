@@ -130,7 +130,7 @@ def test_compiled_code_runs_from_any_thread(compiled: Path) -> None:
 
 def test_no_cpp_compiler_is_said_before_anything_is_loaded(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match=r"cannot run here: torch.compile needs a C\+\+ compiler .* --target eager"):
+    with pytest.raises(InputError, match=r"cannot run here: torch.compile needs a C\+\+ compiler, .* --target eager"):
         Pipeline.load(compiled)
 
 
@@ -170,7 +170,7 @@ def test_wrong_inputs_name_the_right_ones(eager: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_cuda_without_a_gpu_is_refused(eager: Path) -> None:
-    with pytest.raises(InputError, match="provider 'cuda' was requested and torch .* finds no GPU"):
+    with pytest.raises(InputError, match="provider 'cuda' was requested, but torch .* finds no GPU"):
         verify(open_bundle(eager), LoadOptions("cuda"))
 
 

@@ -336,7 +336,7 @@ def test_the_gpu_is_current_where_kernels_are_read(network: TrtNetwork) -> None:
 def test_rejected_kernels_are_told_of(network: TrtNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     network(x=np.zeros((1, 3), np.float32))
     monkeypatch.setattr(Cache, "_accepts", False)
-    with pytest.warns(UserWarning, match="kernels that an earlier run made were rejected"):
+    with pytest.warns(UserWarning, match="cached kernels of an earlier run were rejected"):
         network(x=np.zeros((2, 3), np.float32))
 
 

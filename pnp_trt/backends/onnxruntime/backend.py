@@ -1,4 +1,4 @@
-"""ONNX Runtime: the embedded default, on CPU and CUDA."""
+"""The default backend: ONNX Runtime on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from ..per_shape import PerShapeNetwork, Shape, has_open_tokens
 from . import NEEDS
 from .for_cuda import for_cuda
 
-#: bytes of weights below which free memory is not looked at
+#: bytes of weights below which free memory is not checked
 _LARGE = 2**30
-#: in a graph, the names of its weights in E4M3 (``precision.int8.qdq.FLOAT8``)
+#: part of the names of E4M3 weights in a graph (``precision.int8.qdq.FLOAT8``)
 _FLOAT8 = b".float8"
-#: ONNX Runtime's names of the types that cross a graph's boundary → numpy's
+#: ONNX Runtime's names of the types of a graph's inputs and outputs → numpy's
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
 
 def providers(provider: str = "auto") -> list[str]:
-    """Execution providers for ``auto``, ``cpu`` or ``cuda``.
+    """Return the execution providers for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        InputError: for another word, or for ``cuda`` where none is usable.
+        InputError: for any other value, or for ``cuda`` if CUDA is not usable.
     """
     import onnxruntime as ort
 
@@ -50,12 +50,12 @@ def providers(provider: str = "auto") -> list[str]:
         raise InputError(f"provider is '{provider}'; known: auto, cpu, cuda")
     if not usable:
         raise InputError(
-            "provider 'cuda' was requested and no NVIDIA driver was found; use --provider cpu, see pnp-trt doctor"
+            "provider 'cuda' was requested, but no NVIDIA driver was found; use --provider cpu, see pnp-trt doctor"
         )
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-#: operators that compute shapes, which ONNX Runtime leaves on the CPU on purpose
+#: operators that compute shapes, which ONNX Runtime deliberately leaves on the CPU
 _SHAPES = frozenset(
     (
         "Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Gather", "Identity", "Range", "Reshape", "Shape",
@@ -65,28 +65,28 @@ _SHAPES = frozenset(
 
 
 def with_options(names: list[str], half: bool) -> list[Any]:
-    """Execution providers as a session takes them, CUDA's with its options.
+    """Return execution providers as a session takes them, with options for CUDA.
 
     ``use_tf32``
-        off for a graph in float32, whose results would differ in the fourth digit.  In half precision it must stay
-        on.  The option is meant for float32 (microsoft/onnxruntime#19426); since convolutions are planned by cuDNN's
-        frontend (#19470), off refuses the plans with tensor cores for every type.  Where no other is left, ONNX Runtime
-        logs "No execution plans support the graph" and tries again with them; elsewhere it keeps a plan without
+        Off for a float32 graph, whose results would otherwise differ in the fourth digit; on for half precision.  The
+        option is meant for float32 (microsoft/onnxruntime#19426).  However, since cuDNN's frontend plans convolutions
+        (#19470), off excludes plans that use tensor cores for every type.  If no other plan is left, ONNX Runtime logs
+        "No execution plans support the graph" and retries with them; otherwise it keeps a plan without tensor cores
         (``core/providers/cuda/nn/conv.cc``, ``CreateCudnnFeExecutionPlan``).  TensorFloat-32 has float16's ten bits of
-        mantissa and float32's exponent, so that what such a graph keeps in float32 for its range is rounded no more
-        coarsely than the nodes around it.
+        mantissa and float32's exponent, so the nodes that such a graph keeps in float32 for their range are rounded no
+        more coarsely than the nodes around them.
     ``cudnn_conv_algo_search``
         cuDNN's heuristic mode A.  The default, EXHAUSTIVE, is mode B since cuDNN 9; DEFAULT is the slow fallback mode.
     ``prefer_nhwc``
-        is left at its default, off.  It puts transposes at the border of everything that is not written for it, here
-        the reshapes on both sides of each group norm, in place of those that cuDNN makes within a convolution.  ONNX
-        Runtime has kept the default until it is measured on more models (microsoft/onnxruntime#22648).
+        Left at its default, off.  It would avoid cuDNN's transposes within a convolution, but add transposes around
+        every node without an NHWC kernel, here the reshapes on both sides of each group norm.  ONNX Runtime keeps the
+        default until more models have been measured (microsoft/onnxruntime#22648).
 
-    What they do to the speed of half precision has not been measured.
+    The effect of these options on half-precision speed has not been measured.
 
     Args:
-        names: the providers' names.
-        half: whether the graph has weights in float16.
+        names: names of the providers.
+        half: whether the graph has float16 weights.
     """
     options = {"use_tf32": str(int(half)), "cudnn_conv_algo_search": "HEURISTIC"}
     return [(name, dict(options)) if name == "CUDAExecutionProvider" else name for name in names]
@@ -94,21 +94,21 @@ def with_options(names: list[str], half: bool) -> list[Any]:
 
 @cache
 def _preload() -> None:
-    """Load CUDA's and cuDNN's libraries where packages of PyPI brought them, which is on no loader's path."""
+    """Load the CUDA and cuDNN libraries of PyPI packages, which are not on the loader's search path."""
     import onnxruntime as ort
 
     if hasattr(ort, "preload_dlls"):
-        with contextlib.suppress(Exception):  # what is missing is told of when the session lacks its provider
+        with contextlib.suppress(Exception):  # a missing library is reported when the session lacks its provider
             ort.preload_dlls()
 
 
 @cache
 def _silence() -> None:
-    """Keep ONNX Runtime's default logger from standard error, for the whole process.
+    """Stop ONNX Runtime's default logger from writing to standard error, for the whole process.
 
-    The CUDA provider logs there what it tried before a convolution found a plan, as red errors, although the result is
-    right.  What fails is raised by ``run``, with the same text.  Called when a session has its provider: why a
-    provider could not be loaded is said by this logger alone.
+    The CUDA provider logs every plan that it tries for a convolution without success as a red error, although the
+    result is correct.  Real failures are raised by ``run`` with the same text.  Call this only after a session has its
+    provider: the reason why a provider cannot be loaded appears in this log alone.
     """
     import onnxruntime as ort
 
@@ -116,11 +116,11 @@ def _silence() -> None:
 
 
 class OnnxRuntime(Backend):
-    """Runs the bundle's graphs as they are; what its CPU provider lacks a kernel for is rewritten in them.
+    """Runs the bundle's graphs, in which operators without a kernel in the CPU provider have been rewritten.
 
-    What the CUDA provider lacks one for is rewritten in memory, when a session is made (``for_cuda.py``).
+    Operators without a kernel in the CUDA provider are rewritten in memory when a session is created (``for_cuda.py``).
 
-    It has no bfloat16 kernels on the CPU, so that recipe is not offered.
+    The CPU provider has no bfloat16 kernels, so that recipe is not offered.
     """
 
     name = "onnxruntime"
@@ -130,19 +130,17 @@ class OnnxRuntime(Backend):
     open_tokens = True
     needs = NEEDS
     side_by_side = True
-    beside_int8 = "fp32"  # its CPU provider has no float16 kernels and would cast around every node
+    beside_int8 = "fp32"  # the CPU provider has no float16 kernels and would cast around every node
 
     def versions(self) -> dict[str, str]:
-        return {}  # a graph of one opset runs on every version that the package allows
+        return {}  # every permitted version of ONNX Runtime supports the graphs' opset
 
     def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
         if target not in (None, "any"):
-            raise InputError(f"target is '{target}'; an onnxruntime bundle runs on any; leave --target out")
+            raise InputError(f"target is '{target}'; an onnxruntime bundle runs on any machine; leave --target out")
         for name in ("refittable", "version_compatible", "hardware_compatible"):
             if getattr(options, name):
-                raise InputError(
-                    f"--{name.replace('_', '-')} is for TensorRT; an onnxruntime bundle needs no such care"
-                )
+                raise InputError(f"--{name.replace('_', '-')} is for TensorRT; leave it out for an onnxruntime bundle")
         return "any"
 
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
@@ -156,7 +154,7 @@ class OnnxRuntime(Backend):
 
     def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
         progress(job.network, 1, 1)
-        return Compiled(job.graph.name, 0.0, None, {"weights": "external weights"})  # its data file is what runs
+        return Compiled(job.graph.name, 0.0, None, {"weights": "external weights"})  # the session reads the data file
 
     def check_files(self, manifest: Manifest) -> None:
         for name, network in manifest.networks.items():
@@ -168,7 +166,7 @@ class OnnxRuntime(Backend):
 
     def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
         if (nodes := _nodes(graph)) is None:
-            return dict(facts or {}), "layers are counted with the package onnx, which is not installed"
+            return dict(facts or {}), "counting layers needs the package onnx, which is not installed"
         note = "layers are the graph's nodes, before ONNX Runtime fuses any; it reports no reformats"
         return dict(facts or {}) | {"layers": nodes}, note
 
@@ -191,36 +189,37 @@ class OnnxRuntime(Backend):
 
 
 def _nodes(graph: Path) -> int | None:
-    """Nodes of an ONNX graph, those of subgraphs too; None without the package onnx."""
+    """Count the nodes of an ONNX graph, including its subgraphs; None without the package onnx."""
     try:
         import onnx
     except ImportError:
         return None
 
-    def count(held: Any) -> int:
-        inner = (a.g for node in held.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
-        return len(held.node) + sum(count(g) for g in inner)
+    def count(part: Any) -> int:
+        inner = (a.g for node in part.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+        return len(part.node) + sum(count(g) for g in inner)
 
     return count(onnx.load(graph, load_external_data=False).graph)
 
 
 class OrtNetwork(PerShapeNetwork):
-    """One ONNX graph, run by one session per image size; with CUDA per batch and image size.
+    """One ONNX graph, run by one session per image size; with CUDA, per batch size and image size.
 
-    On the CPU a session takes any batch and any number of tokens: measured on the bundled U-Net, a call takes the same
-    time as with the batch fixed, and each batch adds 3 MiB instead of 53 (``benchmarks/serving_sessions.py``).  With
-    CUDA a fixed batch lets ONNX Runtime fold shape computations away, which it runs on the CPU.  Sessions are made when
-    a shape is first seen, and those used last are kept.
+    On the CPU a session takes any batch size and any number of tokens.  Measured on the bundled U-Net, a call takes the
+    same time as with a fixed batch size, and each batch size adds 3 MiB instead of 53
+    (``benchmarks/serving_sessions.py``).  With CUDA, a fixed batch size lets ONNX Runtime constant-fold shape
+    computations, which would otherwise run on the CPU.  A session is created on the first use of a shape, and those
+    used last are kept.
 
     Args:
-        profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
-        open_tokens: whether the graph leaves the tokens of the text states open.
+        profiles: the legal sizes in latents; if empty, any size that the graph takes.  Their batch sizes are ignored.
+        open_tokens: whether the graph leaves the number of tokens of the text states open.
     """
 
-    #: sessions that are kept; each has the network's weights, and each batch one of its own with CUDA
+    #: sessions to keep; each holds the network's weights, and with CUDA each batch size has a separate session
     KEEP = 4
-    #: more are kept, up to ``KEEP_SMALL``, while their weights together are below so many bytes: making a session costs
-    #: more than running a small network
+    #: up to ``KEEP_SMALL`` sessions are kept while their weights together take less than ``SMALL`` bytes, because
+    #: creating a session costs more than running a small network
     KEEP_SMALL, SMALL = 16, 256 << 20
 
     def __init__(
@@ -231,8 +230,8 @@ class OrtNetwork(PerShapeNetwork):
         profiles: tuple[Profile, ...] = (),
         open_tokens: bool = False,
     ) -> None:
-        kept = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
-        super().__init__(path, profiles, kept, max_idle=self.KEEP, open_tokens=open_tokens)
+        max_loaded = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
+        super().__init__(path, profiles, max_loaded, max_idle=self.KEEP, open_tokens=open_tokens)
         self._providers = providers(provider)
         self._asked = provider
         self._told = False
@@ -253,10 +252,10 @@ class OrtNetwork(PerShapeNetwork):
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 4  # the exception says it, without colours on standard error
+        options.log_severity_level = 4  # fatal only: exceptions carry the messages
         if batch is not None:
             options.add_free_dimension_override_by_name("batch", batch)
-        # signed inputs stay signed: the unsigned kernels of AVX2 saturate, and a fusion of 1.31 mixes the two
+        # keep inputs signed: the unsigned kernels of AVX2 saturate, and a fusion in 1.31 mixes signed and unsigned
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         if _FLOAT8 in self.path.read_bytes():
             # ONNX Runtime 1.31 fuses a product of E4M3 values into MatMulIntegerToFloat, which rejects the type
@@ -275,21 +274,21 @@ class OrtNetwork(PerShapeNetwork):
             if cuda:
                 graph = for_cuda(self.path.read_bytes())
                 model, half = graph.data, graph.half
-                # where a model's bytes have their external weights; they are mapped as for a model from a file
+                # a model given as bytes needs the folder of its external weights, which are memory-mapped all the same
                 options.add_session_config_entry(
                     "session.model_external_initializers_file_folder_path", str(self.path.parent)
                 )
             session = ort.InferenceSession(model, options, providers=with_options(self._providers, half))
-        except Exception as e:  # ONNX Runtime raises several types of its own
+        except Exception as e:  # ONNX Runtime has its own exception types
             raise PnpError(f"ONNX Runtime cannot load {self.path}: {printable(e, limit=500)}") from e
         if cuda and not self._has_cuda(session):
             return self._load(batch, size, tokens)
         return session
 
     def _fits_packed(self) -> bool:
-        """Whether free memory holds the weights and the copies of them that ONNX Runtime packs for its kernels.
+        """Whether the weights and the copies that ONNX Runtime packs for its kernels fit into free memory.
 
-        On the CPU weights in half precision are widened as well: SDXL's U-Net takes 23 GiB with packed copies.
+        On the CPU, half-precision weights are also widened: SDXL's U-Net takes 23 GiB with packed copies.
         """
         data = self.path.with_name(f"{self.path.name}.data")
         size = data.stat().st_size if data.is_file() else 0
@@ -305,28 +304,29 @@ class OrtNetwork(PerShapeNetwork):
         release_memory()
 
     def _has_cuda(self, session: Any) -> bool:
-        """Whether a session runs by CUDA: not where ``auto`` found none.  Nodes that it leaves to the CPU are told of.
+        """Whether a session runs on CUDA; warn if it does not, or if it leaves nodes to the CPU.
 
         Raises:
-            InputError: if ``cuda`` was asked for and ONNX Runtime could not load its CUDA provider.
+            InputError: if ``cuda`` was requested and ONNX Runtime could not load its CUDA provider.
         """
         if session.get_providers()[0] != "CUDAExecutionProvider":
-            said = (
-                "ONNX Runtime could not load its CUDA provider, most likely for lack of CUDA's or cuDNN's libraries; "
+            reason = (
+                "ONNX Runtime could not load its CUDA provider, most likely because CUDA or cuDNN is not installed; "
                 "install with: pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
             if self._asked == "cuda":
-                raise InputError(f"provider 'cuda' was requested and {said}; or use --provider cpu")
+                raise InputError(f"provider 'cuda' was requested, but {reason}; or use --provider cpu")
             self._providers = ["CPUExecutionProvider"]
-            warnings.warn(f"{said}; {self.path.name} runs on the CPU", stacklevel=4)
+            warnings.warn(f"{reason}; {self.path.name} runs on the CPU", stacklevel=4)
             return False
         _silence()
         if not self._told and (on_cpu := _nodes_on_cpu(session)):
             self._told = True
             kinds = ", ".join(f"{count} {kind}" for kind, count in on_cpu.most_common(4))
             warnings.warn(
-                f"{on_cpu.total()} nodes of {self.path.name} run on the CPU for lack of a CUDA kernel ({kinds}), with "
-                "copies to it and back in every call; engines of backend tensorrt or torch have none of these",
+                f"{on_cpu.total()} nodes of {self.path.name} run on the CPU because ONNX Runtime has no CUDA kernel "
+                f"for them ({kinds}), with copies in both directions in every call; engines of backend tensorrt or "
+                "torch avoid this",
                 stacklevel=4,
             )
         return True
@@ -342,35 +342,36 @@ class OrtNetwork(PerShapeNetwork):
 
 
 def _nodes_on_cpu(session: Any) -> Counter[str]:
-    """Operators that a session runs on the CPU, shape computations apart; empty where ONNX Runtime cannot tell."""
-    asked = getattr(session, "get_provider_graph_assignment_info", None)  # since 1.25
-    found: Counter[str] = Counter()
-    for part in [] if asked is None else asked():
+    """Count the operators that a session runs on the CPU, except shape computations; empty if that is unknown."""
+    assignment = getattr(session, "get_provider_graph_assignment_info", None)  # since 1.25
+    counts: Counter[str] = Counter()
+    for part in [] if assignment is None else assignment():
         if part.ep_name == "CPUExecutionProvider":
-            found.update(node.op_type for node in part.get_nodes() if node.op_type not in _SHAPES)
-    return found
+            counts.update(node.op_type for node in part.get_nodes() if node.op_type not in _SHAPES)
+    return counts
 
 
 def _weight_bytes(path: Path) -> int:
-    """Bytes of a graph and of the weights beside it."""
+    """Return the bytes of a graph and of the weights beside it."""
     files = (path, path.with_name(path.name + ".data"))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def release_memory() -> None:
-    """Give the C library's free memory back to the system.
+    """Return the C library's free memory to the system.
 
-    glibc keeps what a session used in a heap of each thread; where sessions come and go, the process grows without end.
-    Elsewhere nothing is done.
+    glibc retains the memory of closed sessions in per-thread heaps, so a process that creates and drops sessions would
+    grow without bound.  With other C libraries this does nothing.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class OrtBound(Bound):
-    """ONNX Runtime's IO binding over tensors that stay where they are.
+    """ONNX Runtime's IO binding over tensors at fixed addresses.
 
-    On the CPU they are numpy's memory, which the caller may write and read in place; on the GPU with the CUDA provider.
+    With the CPU provider they are numpy arrays, which the caller may write and read in place; with the CUDA provider
+    they are on the GPU.
     """
 
     def __init__(self, session: Any, batch: int, tokens: int | None = None) -> None:
@@ -403,7 +404,7 @@ class OrtBound(Bound):
         elif all(isinstance(d, int) for d in shape):
             self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, _dtype(first.type), device, 0)
             self._binding.bind_ortvalue_output(first.name, self._output)
-        else:  # a size that is known only when the graph has run
+        else:  # the size is known only after a run
             self._output = None
             self._binding.bind_output(first.name, device)
         for other in self._others:
@@ -420,7 +421,7 @@ class OrtBound(Bound):
     def run(self) -> None:
         try:
             self.session.run_with_iobinding(self._binding)
-        except Exception as e:  # ONNX Runtime raises several types of its own
+        except Exception as e:  # ONNX Runtime has its own exception types
             raise PnpError(f"ONNX Runtime cannot run a network: {printable(e, limit=500)}") from e
 
     def host_input(self, name: str) -> np.ndarray | None:
@@ -433,14 +434,14 @@ class OrtBound(Bound):
         if self._seen is not None:
             return self._seen.copy()
         value = self._output if self._output is not None else self._binding.get_outputs()[0]
-        return np.array(value.numpy())  # a copy: the buffer is written again by the next run
+        return np.array(value.numpy())  # a copy, because the next run overwrites the buffer
 
     def read_all(self) -> tuple[np.ndarray, ...]:
         return (self.read(), *(np.array(value.numpy()) for value in self._binding.get_outputs()[1:]))
 
 
 def _what(unknown: list[str]) -> str:
-    """What open dimensions are decided by."""
+    """Return what determines the open dimensions, in words."""
     sized = "the latents' size" if any(d != TOKENS for d in unknown) else ""
     return " and ".join(part for part in (sized, "the tokens" if TOKENS in unknown else "") if part)
 

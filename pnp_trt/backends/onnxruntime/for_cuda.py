@@ -1,12 +1,13 @@
-"""A graph as ONNX Runtime's CUDA provider can run it, made of the bundle's file in memory.
+"""In-memory rewrite of a bundle's graph for ONNX Runtime's CUDA provider.
 
-The build writes group norms as instance normalisations (``graph/lower.py``), which the CPU provider has a fast kernel
-for.  The CUDA provider has one for version 6 alone, and opset 22 revised the operator (``InstanceNormalization-22``):
-every group norm of a step would run on the CPU, with a copy there and back.  Layer normalisation over the same axes is
-the same arithmetic, and has kernels (``LayerNormalization-17``) that sum in float32 for float16 too.
+The build writes group norms as instance normalisations (``graph/lower.py``), for which the CPU provider has a fast
+kernel.  The CUDA provider has a kernel only for version 6, but opset 22 revised the operator
+(``InstanceNormalization-22``): every group norm of a step would run on the CPU, with copies in both directions.  Layer
+normalisation over the same axes is the same arithmetic, and its CUDA kernels (``LayerNormalization-17``) accumulate in
+float32 for float16 too.
 
-The file stays as it is, and so do the weights beside it.  No package reads ONNX where a bundle is only run, so that the
-protocol buffers are rewritten directly; field numbers are those of ``onnx.proto``.
+The file and the weights beside it are unchanged.  The package onnx is not required for running a bundle, so the
+protocol buffers are rewritten directly, with the field numbers of ``onnx.proto``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 
 from ...io.protobuf import encode, fields, message, split, text
 
-#: opset that revised InstanceNormalization
+#: opset in which InstanceNormalization was revised
 _REVISED = 22
-#: TensorProto.DataType → numpy's name, of what instance normalisations are rewritten in
+#: TensorProto.DataType → numpy's name, for the types in which instance normalisations are rewritten
 _FLOATS = {1: "float32", 10: "float16"}
 _HALF = 10
 
@@ -31,8 +32,8 @@ class CudaGraph:
     """A graph for the CUDA provider.
 
     Attributes:
-        data: the bytes of an ONNX model, which names the same files of weights.
-        half: whether it has weights in float16.
+        data: the bytes of an ONNX model, which refers to the same weight files.
+        half: whether it has float16 weights.
     """
 
     data: bytes
@@ -41,25 +42,25 @@ class CudaGraph:
 
 @dataclass
 class _Tensor:
-    """An initialiser: its element type, and its bytes where they stand in the graph itself."""
+    """An initialiser: its element type, and its bytes if they are in the graph itself."""
 
     name: str = ""
     dtype: int = 0
     raw: memoryview | None = None
 
     def is_all(self, number: float) -> bool:
-        """Whether every element is ``number``; False where that cannot be read here."""
+        """Whether every element is ``number``; False if the elements cannot be read here."""
         if self.raw is None or self.dtype not in _FLOATS:
             return False
         return bool((np.frombuffer(self.raw, _FLOATS[self.dtype]) == number).all())
 
 
 def for_cuda(data: bytes) -> CudaGraph:
-    """Write instance normalisations with scale 1 and offset 0 as layer normalisations.
+    """Rewrite instance normalisations with scale 1 and offset 0 as layer normalisations.
 
-    ``InstanceNormalization(x, 1, 0)`` of ``x [B, G, …]`` becomes ``LayerNormalization(x, 1, axis=2)``, whose scale has
-    the shape ``x.shape[2:]``: it is made of ``x`` in the graph, and ONNX Runtime folds it into a constant where the
-    sizes are fixed.  Any other graph or node is left alone.
+    ``InstanceNormalization(x, 1, 0)`` of ``x [B, G, …]`` becomes ``LayerNormalization(x, 1, axis=2)``.  Its scale has
+    the shape ``x.shape[2:]``; the graph derives it from ``x``, and ONNX Runtime folds it into a constant if the sizes
+    are fixed.  Other graphs and nodes are unchanged.
 
     Raises:
         ValueError: if the bytes are not an ONNX model.
@@ -84,7 +85,7 @@ def for_cuda(data: bytes) -> CudaGraph:
 
 
 def _rewritten(graph: memoryview, initializers: dict[str, _Tensor]) -> Iterator[bytes | memoryview]:
-    """The fields of a graph."""
+    """Yield the fields of a graph, with its instance normalisations rewritten."""
     for number, value, whole in split(graph):
         nodes = _layer_norm(message(value), initializers) if number == 1 and value is not None else None
         if nodes is None:
@@ -94,7 +95,7 @@ def _rewritten(graph: memoryview, initializers: dict[str, _Tensor]) -> Iterator[
 
 
 def _layer_norm(node: memoryview, initializers: dict[str, _Tensor]) -> list[bytes] | None:
-    """The nodes that take the place of an instance normalisation; None for another node."""
+    """Return the nodes that replace an instance normalisation; None for any other node."""
     inputs: list[str] = []
     outputs: list[str] = []
     attributes: list[bytes] = []
@@ -126,24 +127,24 @@ def _layer_norm(node: memoryview, initializers: dict[str, _Tensor]) -> list[byte
 
 
 def _node(kind: str, inputs: list[str], output: str, *attributes: bytes, name: str = "") -> bytes:
-    """A NodeProto."""
+    """Encode a NodeProto."""
     ends = [*(encode(1, i) for i in inputs), encode(2, output)]
     return b"".join([*ends, encode(3, name or f"{output}.node"), encode(4, kind), *attributes])
 
 
 def _whole(name: str, value: int) -> bytes:
-    """The field of a node that holds an attribute of type INT."""
+    """Encode the field of a node that holds an attribute of type INT."""
     return encode(5, encode(1, name) + encode(3, value) + encode(20, 2))
 
 
 def _opset(data: memoryview) -> int:
-    """Version of an OperatorSetIdProto of ONNX's own domain; 0 of another."""
-    found: dict[int, Any] = dict(fields(data))
-    return int(found.get(2, 0)) if text(found.get(1, memoryview(b""))) in ("", "ai.onnx") else 0
+    """Return the version of an OperatorSetIdProto of ONNX's own domain; 0 for any other domain."""
+    values: dict[int, Any] = dict(fields(data))
+    return int(values.get(2, 0)) if text(values.get(1, memoryview(b""))) in ("", "ai.onnx") else 0
 
 
 def _tensor(data: memoryview) -> _Tensor:
-    """Of a TensorProto what is read here."""
+    """Parse the fields of a TensorProto that are needed here."""
     out = _Tensor()
     for number, value in fields(data):
         if number == 2 and isinstance(value, int):

@@ -1,4 +1,4 @@
-"""OpenVINO: the graphs of ONNX Runtime's bundles, unchanged, on the CPU."""
+"""OpenVINO on the CPU, with the same graphs as ONNX Runtime's bundles."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MISSING = "OpenVINO is not installed; install with: pip install 'pnp-trt[openvi
 
 @cache
 def _core() -> Any:
-    """OpenVINO's entry point, one a process.
+    """Return OpenVINO's entry point, one per process.
 
     Raises:
-        MissingDependency: with the command that installs it.
+        MissingDependency: if OpenVINO is not installed; the message has the command that installs it.
     """
     try:
         import openvino
@@ -38,7 +38,7 @@ def _core() -> Any:
 
 
 class OpenVino(OnnxRuntime):
-    """Builds what ONNX Runtime builds, and runs it with OpenVINO's CPU plugin in float32."""
+    """Builds the same bundles as ONNX Runtime, and runs them with OpenVINO's CPU plugin in float32."""
 
     name = "openvino"
     label = "openvino"
@@ -48,7 +48,7 @@ class OpenVino(OnnxRuntime):
     def versions(self) -> dict[str, str]:
         if not installed(["openvino"]):
             raise MissingDependency(_MISSING)
-        return {}  # an engine is the graph, and tied to no version
+        return {}  # an engine is a plain graph, so it is not tied to a version
 
     def layers(self, graph: Path, facts: Mapping[str, int] | None) -> tuple[dict[str, int], str | None]:
         return Backend.layers(self, graph, facts)
@@ -70,15 +70,15 @@ class OpenVino(OnnxRuntime):
 
 
 class OpenVinoNetwork(PerShapeNetwork):
-    """One ONNX graph, compiled once per batch, image size and number of tokens; those used last are kept.
+    """One ONNX graph, compiled once per batch size, image size and number of tokens; those used last are kept.
 
     Args:
-        threads: of the CPU; None leaves it to OpenVINO.
-        profiles: the legal sizes in latents; empty takes what the graph takes.  Their batches mean nothing here.
-        open_tokens: whether the graph leaves the tokens of the text states open.
+        threads: number of CPU threads; None leaves the choice to OpenVINO.
+        profiles: the legal sizes in latents; if empty, any size that the graph takes.  Their batch sizes are ignored.
+        open_tokens: whether the graph leaves the number of tokens of the text states open.
     """
 
-    #: compiled shapes that are kept
+    #: compiled shapes to keep
     KEEP = 8
 
     def __init__(
@@ -89,7 +89,7 @@ class OpenVinoNetwork(PerShapeNetwork):
 
     def _load(self, batch: int | None, size: Size | None, tokens: int | None) -> Any:
         core = _core()
-        # its own default is bfloat16 where the processor has it
+        # OpenVINO's default is bfloat16 if the processor supports it
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if self._threads:
             options["INFERENCE_NUM_THREADS"] = self._threads
@@ -124,13 +124,13 @@ class OpenVinoNetwork(PerShapeNetwork):
 
 
 def _sides(shape: Any) -> list[int | str]:
-    """A shape of a graph's boundary; open ones by their place."""
+    """Return the shape of a graph's input or output, with open dimensions named by their position."""
     names = ["batch", TOKENS] if len(shape) == 3 else ["batch", "channels", "height", "width"]
     return [d.get_length() if d.is_static else names[i] for i, d in enumerate(shape)]
 
 
 def _fixed(shape: Any, batch: int | None, size: Size | None, tokens: int | None) -> list[int]:
-    """An input's shape with batch, latents' size and tokens put in; −1 for what stays open."""
+    """Return an input's shape with batch size, latents' size and tokens filled in; -1 for open dimensions."""
     sides = [d.get_length() if d.is_static else -1 for d in shape]
     sides[0] = -1 if batch is None else batch
     if len(sides) == 4 and size is not None:
@@ -145,7 +145,7 @@ def _dtype(port: Any) -> np.dtype[Any]:
 
 
 class OpenVinoBound(Bound):
-    """A request over numpy's memory, which the caller may write and read in place."""
+    """An inference request on numpy arrays, which the caller may write and read in place."""
 
     def __init__(self, compiled: Any) -> None:
         import openvino

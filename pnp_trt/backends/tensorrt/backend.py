@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX: engines compiled ahead, checked against version and GPU, run on bound device buffers.
 
-One code path for both; what differs is in ``flavour``.  Compiling is ``compile``, in a separate process;
-running is ``network``.
+Both share the code; ``flavour`` has the differences.  ``compile`` compiles, in a separate process, and ``network``
+runs engines.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from .flavour import RTX, TENSORRT, Flavour
 if TYPE_CHECKING:
     from ...sampling.device_loop import DeviceLoops
 
-#: host memory that compiling takes: measured 0.55 GB for a U-Net of 27 MB, 5.8 GB for one of 1.72 GB
+#: host memory for compiling: measured 0.55 GB for a U-Net of 27 MB, 5.8 GB for one of 1.72 GB
 _MEMORY_FLOOR, _MEMORY_FACTOR = 600 << 20, 3.4
-#: GPUs that a portable TensorRT-RTX engine runs on: Ampere and later, no data-centre Hopper
+#: GPUs that a portable TensorRT-RTX engine runs on: Ampere and later, except data-centre Hopper
 _PORTABLE = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 
 
 def _has_float8(target: str) -> bool:
-    """Whether a target has FP8 tensor cores: Ada (sm_89), Hopper (sm_90) and newer; portable engines run on older."""
+    """Whether a target has FP8 tensor cores: Ada (sm_89), Hopper (sm_90) and newer; False for portable."""
     number = target.removeprefix("sm_")
     return number.isdigit() and int(number) >= 89
 
 
 class TensorRtBackend(Backend):
-    """Both flavours."""
+    """Base class of both flavours."""
 
     flavour: Flavour
     elements = frozenset({"float32", "float16", "bfloat16", "int8", "float8_e4m3fn"})
-    #: static ones: a range of batches has more kernels, as fewer are fused (``once_and_twice``)
+    #: static profiles, because a range of batch sizes leads to less fusion and more kernels (``once_and_twice``)
     profiles = ("b1", "b4")
     open_tokens = True
 
@@ -61,18 +61,18 @@ class TensorRtBackend(Backend):
     def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
         gpus = present_gpus()
         self.flavour.check_options(options, bool(gpus))
-        found = self._target(target, gpus[0] if gpus else None)
-        lacking = RECIPES[precision].elements - self.elements_of(found)
+        resolved = self._target(target, gpus[0] if gpus else None)
+        lacking = RECIPES[precision].elements - self.elements_of(resolved)
         if "bfloat16" in lacking:
-            raise InputError(f"target {found} has no bfloat16; choose --precision fp16")
+            raise InputError(f"target {resolved} has no bfloat16; choose --precision fp16")
         if "float8_e4m3fn" in lacking:
             raise InputError(
-                f"target {found} has no FP8, which needs sm_89 or newer; choose --target sm_89, or --precision fp16"
+                f"target {resolved} has no FP8, which needs sm_89 or newer; choose --target sm_89, or --precision fp16"
             )
-        return found
+        return resolved
 
     def elements_of(self, target: str) -> frozenset[str]:
-        """Turing (sm_75) has no bfloat16, and FP8 begins with Ada (sm_89); portable engines run on Ampere too."""
+        """All except bfloat16 on Turing (sm_75) and FP8 before Ada (sm_89); portable engines have no FP8 either."""
         lacking = {"bfloat16"} if target == "sm_75" else set()
         return self.elements - lacking - (set() if _has_float8(target) else {"float8_e4m3fn"})
 
@@ -91,45 +91,45 @@ class TensorRtBackend(Backend):
             return target or known[0]
         if gpu is None:
             raise InputError(
-                f"backend '{self.name}' compiles on the GPU that it is for, and no NVIDIA driver or GPU was found; "
-                "build there, or use --backend tensorrt-rtx, which needs none"
+                f"backend '{self.name}' compiles only for the GPU in this machine, but no NVIDIA driver or GPU was "
+                "found; build there, or use --backend tensorrt-rtx, which needs none"
             )
         if target not in (None, gpu.sm):
             raise InputError(
-                f"target is '{target}' and the GPU here is {gpu.sm} ({gpu.name}); backend '{self.name}' compiles on "
-                "the GPU that it is for; leave --target out, or use --backend tensorrt-rtx"
+                f"target is '{target}' and the GPU here is {gpu.sm} ({gpu.name}); backend '{self.name}' compiles "
+                "only for the GPU in this machine; leave --target out, or use --backend tensorrt-rtx"
             )
         return gpu.sm
 
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-        return {}  # Attention and GroupNormalization become separate layers
+        return {}  # TensorRT has layers for Attention and GroupNormalization
 
     def compile(self, job: CompileJob, progress: Progress) -> Compiled:
         return self._run(job, progress)
 
     def replace_weights(self, job: CompileJob, engine: Path, progress: Progress) -> Compiled:
-        """Refit where the engine allows it and a GPU that runs it is here; else, or where that fails, compile again."""
+        """Refit a refittable engine if a GPU here runs it; otherwise, or if refitting fails, compile again."""
         reason = None if job.options.refittable else "the engine was not built with --refittable"
         reason = reason or self.cannot_run(job.target, job.options)
-        made = None
+        compiled = None
         if reason is None:
             try:
-                made = self._run(job, progress, engine)
+                compiled = self._run(job, progress, engine)
             except InputError:
                 raise
-            except PnpError as e:  # the parser may have named weights that are none of the graph's
+            except PnpError as e:  # the parser may use weight names that are not in the graph
                 reason = f"the refit failed ({str(e)[:300]})"
-        made = made or self._run(job, progress)
+        compiled = compiled or self._run(job, progress)
         how = f"compiled again: {reason}" if reason else "refit"
-        return replace(made, notes={**made.notes, "weights": how})
+        return replace(compiled, notes={**compiled.notes, "weights": how})
 
     def _run(self, job: CompileJob, progress: Progress, refit: Path | None = None) -> Compiled:
-        """Compile ``job``, or put its graph's weights into the engine ``refit``; in a separate process."""
+        """Compile ``job``, or refit the engine ``refit`` with the weights of its graph, in a separate process."""
         self.versions()
         if job.options.check_memory:
             check_memory(job)
         engine = job.graph.with_suffix(".engine")
-        order = {
+        request = {
             "flavour": self.flavour.name,
             "graph": str(job.graph),
             "engine": str(engine),
@@ -141,11 +141,11 @@ class TensorRtBackend(Backend):
             "tensor_float32": job.tensor_float32,
             "timing_cache": self._timing_cache(),
         }
-        done = _in_own_process(order, job.network, progress)
-        return Compiled(engine.name, done.pop("seconds"), done.pop("peak_memory"), done)
+        result = _in_own_process(request, job.network, progress)
+        return Compiled(engine.name, result.pop("seconds"), result.pop("peak_memory"), result)
 
     def _timing_cache(self) -> str | None:
-        """Keyed by device and version: timings of one GPU or release mean nothing on another."""
+        """Return the path of the timing cache, keyed by GPU and version because timings are specific to both."""
         gpus = present_gpus()
         if not self.flavour.has_timing_cache or not gpus:
             return None
@@ -159,19 +159,19 @@ class TensorRtBackend(Backend):
             built = manifest.compiler.get(package, "none")
             if built != here and not (lasting and _later(here, built)):
                 raise IncompatibleDevice(
-                    f"engine '{name}': its compiler is {package} {built}, here is {here}; {advice}"
+                    f"engine '{name}': it was compiled with {package} {built}, but {here} is installed; {advice}"
                 )
         if (reason := self.cannot_run(manifest.target, manifest.options)) is not None:
             raise IncompatibleDevice(
-                f"engine '{name}': its target is {manifest.target}, and {reason}; "
+                f"engine '{name}': its target is {manifest.target}, but {reason}; "
                 f"make one for this machine with: {self._for_here(manifest)}"
             )
 
     def _for_here(self, manifest: Manifest) -> str:
-        """The command that makes an engine like this one for the GPU that is here, or for none.
+        """Return the command that builds an equivalent engine for this machine, with or without a GPU.
 
-        The manifest only claims what made it, so each of its commands is taken apart, checked to be one of this
-        program's, and quoted again word by word.
+        The manifest is untrusted, so each of its commands is split, checked to be a command of this program, and
+        quoted again word by word.
         """
         claims = [manifest.rebuild] if manifest.plugged is None else list(manifest.plugged.commands)
         first, *plugs = (_own_words(claim) for claim in claims)
@@ -179,7 +179,7 @@ class TensorRtBackend(Backend):
             return shlex.join(["pnp-trt", "build", "--out", f"{manifest.name}-here"])
         if manifest.plugged is None:
             return shlex.join(self._build_here(manifest, first))
-        # a plugged engine comes of others, which have to be made for this machine first
+        # a plugged engine is made from other engines, which must be built for this machine first
         folder = f"{Path(_option(first, '--out') or manifest.name)}-here"
         commands = [[*self._build_here(manifest, first), "--out", folder]]
         for words in filter(None, plugs):
@@ -188,9 +188,9 @@ class TensorRtBackend(Backend):
         return " && ".join(shlex.join(words) for words in commands)
 
     def _build_here(self, manifest: Manifest, words: list[str]) -> list[str]:
-        """A build's command line with this machine's target, less ``--out``."""
+        """Return a build's command line with this machine's target and without ``--out``."""
         gpus = present_gpus()
-        # batches mean nothing to ONNX Runtime, sizes do
+        # ONNX Runtime ignores the batch sizes of profiles, but not the image sizes
         dropped = () if gpus or any(p.sized for p in manifest.profiles) else manifest.profiles
         for option in ("--target", "--out", *(("--profile",) * len(dropped))):
             words = _without(words, option)
@@ -198,7 +198,7 @@ class TensorRtBackend(Backend):
             words = [*_without(words, "--backend"), "--backend", "onnxruntime"]
         elif gpus[0].sm in self.flavour.targets:
             words = [*words, "--target", gpus[0].sm]
-        elif self.flavour.targets:  # none of its targets is this GPU; TensorRT compiles for what it finds
+        elif self.flavour.targets:  # this GPU is not among the targets; TensorRT compiles for any GPU that is present
             words = [*_without(words, "--backend"), "--backend", TENSORRT.name]
         return words
 
@@ -227,7 +227,7 @@ class TensorRtBackend(Backend):
 
 
 class TensorRt(TensorRtBackend):
-    """``tensorrt`` 10.15 to 11.x: compiles on the GPU that it is for."""
+    """``tensorrt`` 10.15 to 11.x: compiles for the GPU in this machine."""
 
     name = "tensorrt"
     label = "trt"
@@ -248,16 +248,16 @@ class TensorRtRtx(TensorRtBackend):
         if precision != INT8_WEIGHTS.name:
             return None
         return (
-            "int8-weights makes smaller files and slower steps: each weight is widened by a kernel of its own in every "
-            "evaluation; for speed take fp16, int8 or fp8"
+            "int8-weights makes smaller files but slower steps: a separate kernel widens each weight in every "
+            "evaluation; for speed choose fp16, int8 or fp8"
         )
 
 
 def _own_words(claim: str) -> list[str] | None:
-    """The words of a `pnp-trt` command line; None for any other text."""
+    """Split a `pnp-trt` command line into words; None for any other text."""
     try:
         words = shlex.split(claim)
-    except ValueError:  # a quotation that does not end
+    except ValueError:  # an unterminated quotation
         return None
     return words if words[:1] == ["pnp-trt"] and len(words) > 1 else None
 
@@ -267,60 +267,60 @@ def _option(words: list[str], name: str) -> str | None:
 
 
 def _without(words: list[str], option: str) -> list[str]:
-    """The words without the first occurrence of an option and its value."""
+    """Return the words without the first occurrence of an option and its value."""
     i = words.index(option) if option in words else len(words)
     return words[:i] + words[i + 2 :]
 
 
 def _compute_capability(target: str) -> int:
-    """89 for ``sm_89``; 0 for what is not a single GPU."""
+    """Return 89 for ``sm_89``; 0 for a target that is not a single GPU."""
     return int(target[3:]) if re.fullmatch(r"sm_[0-9]{2,3}", target) else 0
 
 
 def check_memory(job: CompileJob) -> None:
-    """Refuse to start a build that this machine's memory will not hold.
+    """Refuse a build that needs more memory than is free.
 
     Raises:
-        InputError: with what is wanted and what is free.
+        InputError: if it does; the message has both amounts.
     """
     weights = job.graph.with_name(job.graph.name + ".data")
-    wanted = _MEMORY_FLOOR + _MEMORY_FACTOR * (weights.stat().st_size if weights.is_file() else 0)
+    needed = _MEMORY_FLOOR + _MEMORY_FACTOR * (weights.stat().st_size if weights.is_file() else 0)
     free = memory.free()
-    if free < wanted:
+    if free < needed:
         raise InputError(
-            f"compiling the {job.network} needs about {wanted / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
+            f"compiling the {job.network} needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
             "are free; close what uses it, or pass --no-memory-check to try"
         )
 
 
 def _compilable(profile: Profile, target: str) -> Profile:
-    """The profile that the compiler is given; the engine promises no more than the one requested.
+    """Return the profile to compile for; the manifest still has the one requested.
 
-    For sm_75 TensorRT-RTX 1.x cannot fuse the matrix products of a single image (``empty runtime-fusion MVMF for
-    '__myl_Fc'``) where no larger batch is allowed; the same graph compiles for one to two, with kernels for one.
+    For sm_75, TensorRT-RTX 1.x cannot fuse the matrix products of a single image (``empty runtime-fusion MVMF for
+    '__myl_Fc'``) if no larger batch is allowed; with a range of one to two the graph compiles, with kernels for one.
     """
     return replace(profile, maximum=2) if target == "sm_75" and profile.maximum == 1 else profile
 
 
-def _in_own_process(order: dict[str, Any], network: str, progress: Progress) -> dict[str, Any]:
-    """Run ``compile``; what it said it did.
+def _in_own_process(request: dict[str, Any], network: str, progress: Progress) -> dict[str, Any]:
+    """Run ``compile`` in a separate process and return its result.
 
     Raises:
-        PnpError: with what it said, or how it ended.
+        PnpError: if it fails; the message has its error, or its exit status.
     """
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with (
-        tempfile.TemporaryFile() as said,
+        tempfile.TemporaryFile() as stderr,
         subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.compile"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
             env={**os.environ, "PYTHONPATH": path},
         ) as child,
     ):  # fmt: skip
         assert child.stdin is not None and child.stdout is not None
         try:
-            child.stdin.write(json.dumps(order) + "\n")
+            child.stdin.write(json.dumps(request) + "\n")
             child.stdin.flush()
             last: dict[str, Any] = {}
             for line in child.stdout:
@@ -342,15 +342,15 @@ def _in_own_process(order: dict[str, Any], network: str, progress: Progress) -> 
                 f"the compiler of the {network} was killed by signal {-code}, most likely for lack of memory; "
                 "nothing was written; close what uses memory and build again"
             )
-        said.seek(0)
-        tail = said.read().decode(errors="replace").strip().splitlines()
+        stderr.seek(0)
+        tail = stderr.read().decode(errors="replace").strip().splitlines()
         raise PnpError(
-            f"the compiler of the {network} ended with code {code}: {tail[-1] if tail else 'it said nothing'}; "
+            f"the compiler of the {network} ended with code {code}: {tail[-1] if tail else 'it printed nothing'}; "
             "nothing was written"
         )
 
 
 def _later(here: str, built: str) -> bool:
-    """Whether a version-compatible engine of ``built`` loads in ``here``: a later release of the same major."""
+    """Whether a version-compatible engine of ``built`` loads in ``here``: not older, and of the same major version."""
     a, b = ([int(n) for n in v.split(".") if n.isdigit()] for v in (here, built))
     return bool(a and b) and a[0] == b[0] and a >= b

@@ -1,9 +1,9 @@
-"""One network, compiled in a separate process: ``python -m pnp_trt.backends.tensorrt.compile``.
+"""Compiles one network in a separate process: ``python -m pnp_trt.backends.tensorrt.compile``.
 
-A failed build can spoil the next one in the same process, and a compiler that runs out of memory takes its process
-with it; so the caller starts this module, writes one JSON object to its standard input and keeps that open, and
-reads JSON lines from its standard output: ``{"progress": …}`` during the work, and in the end ``{"done": …}`` or
-``{"error": …}``.  When the caller dies its end of the pipe closes, and so does this.
+A failed build can break the next one in the same process, and a compiler that runs out of memory is killed together
+with its process.  The caller therefore starts this module, writes one JSON object to its standard input, which it keeps
+open, and reads JSON lines from its standard output: ``{"progress": …}`` during the work, and finally ``{"done": …}`` or
+``{"error": …}``.  If the caller dies, its end of the pipe closes and this process exits.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from .flavour import FLAVOURS, Flavour
 from .layer_report import report as report_layers
 from .logger import message_logger
 
-#: seconds between two reports
+#: seconds between progress reports
 EVERY = 0.2
 
 
 def main() -> int:
-    """Compile what standard input describes."""
+    """Compile the network described on standard input."""
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_caller, daemon=True).start()
-    # the compiler's libraries may print; standard output is for the caller alone
+    # redirect what the compiler's libraries print: standard output is for the caller only
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def say(**what: Any) -> None:
-        out.write(json.dumps(what) + "\n")
+    def send(**message: Any) -> None:
+        out.write(json.dumps(message) + "\n")
 
     try:
         work = compile_network
         if job.get("refit"):
             from .refit import refit_network as work
-        say(done=work(job, lambda phase, share: say(progress=[phase, share])))
+        send(done=work(job, lambda phase, share: send(progress=[phase, share])))
     except PnpError as e:
-        say(error=str(e))
+        send(error=str(e))
         return 1
     except OSError as e:
-        say(error=f"{job['engine']} could not be written ({e.strerror or e}); nothing was written; free some space")
+        send(error=f"{job['engine']} could not be written ({e.strerror or e}); nothing was written; free some space")
         return 1
     return 0
 
@@ -61,15 +61,15 @@ def _die_with_caller() -> None:
 
 
 def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Parse, configure, build, write.
+    """Compile a graph and write the engine.
 
     Args:
         job: ``flavour``, ``graph``, ``engine``, ``inputs``, ``profiles``, ``target``, ``options``, ``timing_cache``,
-            ``tensor_float32``, and ``refit``, an engine whose weights alone are to be replaced (see ``refit``).
+            ``tensor_float32``, and ``refit``, an engine in which only the weights are replaced (see ``refit``).
         report: called with (phase, share done).
 
     Raises:
-        PnpError: with what the compiler said.
+        PnpError: if it fails; the message has the compiler's.
     """
     started = time.monotonic()
     flavour = FLAVOURS[job["flavour"]]
@@ -79,7 +79,7 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     builder = trt.Builder(logger)
     if hasattr(os, "sched_getaffinity"):
         builder.max_threads = len(os.sched_getaffinity(0))
-    # always on in TensorRT 11, where the flag is still taken
+    # always on in TensorRT 11, which still accepts the flag
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, logger, job["graph"])
     decomposable = _allow_decomposition(trt, network)
@@ -108,30 +108,30 @@ def compile_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
 
 def _parse(trt: Any, network: Any, logger: Any, graph: str) -> None:
     parser = trt.OnnxParser(network, logger)
-    # a file that is not a graph at all is parsed without complaint, into nothing
+    # a file that is not a graph is parsed without an error into an empty network
     if not parser.parse_from_file(graph) or not network.num_outputs:
-        said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise PnpError(
             f"{Path(graph).name} cannot be parsed by {trt.__name__} {trt.__version__}: "
-            f"{'; '.join(said) or 'no reason given'}; a newer version may support its operators of opset 23"
+            f"{'; '.join(errors) or 'no reason given'}; a newer version may support its operators of opset 23"
         )
 
 
 def _allow_decomposition(trt: Any, network: Any) -> int:
-    """Allow every attention to become several kernels where no fused one exists; else the build would fail.
+    """Allow decomposing attentions into several kernels if no fused kernel exists; otherwise the build would fail.
 
-    There is none in float32, and none in half precision for heads of more than 256, such as the one of 512 in the
-    autoencoders of Stable Diffusion (TensorRT developer guide; NVIDIA/TensorRT#4705).  Where there is one it
-    is taken all the same.
+    There is no fused kernel in float32, and none in half precision for heads of more than 256, such as the head of 512
+    in the autoencoders of Stable Diffusion (TensorRT developer guide; NVIDIA/TensorRT#4705).  An existing fused kernel
+    is still used.
 
     Returns:
-        How many there are.
+        The number of attentions.
     """
     count = 0
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings give a plain ILayer, and this is their own way
+            layer.__class__ = trt.IAttentionInputLayer  # downcast the plain ILayer that the bindings return
             layer.attention.decomposable = True
             count += 1
     return count
@@ -142,7 +142,7 @@ def _configure(
 ) -> None:
     if job["tensor_float32"]:
         config.set_flag(trt.BuilderFlag.TF32)
-    else:  # float32 in a graph is there because half precision is not enough; ten bits of mantissa would not be either
+    else:  # float32 is used where half precision is not enough, and TF32 has the same ten bits of mantissa
         config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
@@ -160,17 +160,17 @@ def _configure(
         profile = builder.create_optimization_profile()
         for name, (_, shape) in job["inputs"].items():
             extents = [p.extent(d) if isinstance(d, str) else (d, d, d) for d in shape]
-            profile.set_shape(name, *map(list, zip(*extents, strict=True)))  # smallest, best, largest
+            profile.set_shape(name, *map(list, zip(*extents, strict=True)))  # smallest, optimal, largest
         if config.add_optimization_profile(profile) < 0:
-            raise PnpError(f"{flavour.name} did not accept profile {p.name}; name others with --profile")
+            raise PnpError(f"{flavour.name} did not accept profile {p.name}; choose others with --profile")
 
 
 def _timing_cache(flavour: Flavour, config: Any, file: str | None) -> Any:
     if file is None or not flavour.has_timing_cache:
         return None
-    held = Path(file).read_bytes() if Path(file).is_file() else b""
-    cache = config.create_timing_cache(held)
-    if not config.set_timing_cache(cache, False):  # of another device after all: begin anew
+    data = Path(file).read_bytes() if Path(file).is_file() else b""
+    cache = config.create_timing_cache(data)
+    if not config.set_timing_cache(cache, False):  # written for another GPU: start with an empty one
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
@@ -178,7 +178,7 @@ def _timing_cache(flavour: Flavour, config: Any, file: str | None) -> Any:
 
 def _monitor(trt: Any, report: Any) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Folds the compiler's nested phases into one share of the whole."""
+        """Combines the compiler's nested phases into one share of the whole."""
 
         def __init__(self) -> None:
             super().__init__()

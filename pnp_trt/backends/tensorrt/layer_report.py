@@ -1,7 +1,7 @@
-"""What TensorRT-RTX made of a graph: kernels, what they fuse, and the bytes that a run moves; from the builder's log.
+"""Report on an engine's kernels, fusions, and bytes moved per run, from the log of TensorRT-RTX's builder.
 
-With detailed profiling the builder logs an engine's layers once it is built, for every profile.  An inspector would
-tell the same and needs the GPU that the engine is for; the log needs none.
+With detailed profiling the builder logs the layers of an engine after building it, for every profile.  An inspector
+has the same information but needs the GPU that the engine is for.
 """
 
 from __future__ import annotations
@@ -10,40 +10,40 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-#: of the message that has them
+#: start of the log message that lists the layers
 BEGIN = "Layers:"
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>.*)$", re.MULTILINE)
 _TENSOR = re.compile(r"Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
 _PLACE = re.compile(r"_myl(\d+)_\d+$")
 _BYTES = {"Half": 2, "BF16": 2, "Float": 4, "Int8": 1, "FP8": 1, "Int32": 4, "Int64": 8, "Bool": 1}
-#: what is no kernel: waiting for another stream, and shapes
+#: layers that are not kernels: synchronisation with other streams, and shape computations
 _NO_KERNEL = ("signal", "wait", "shape_call")
 
 
 def report(log: str, profiles: Sequence[str]) -> list[dict[str, Any]]:
-    """The kernels of each profile, in the profiles' order; empty for a log of another form.
+    """Count the kernels of each profile, in the profiles' order; empty if the log has another format.
 
-    ``profile`` and ``kernels`` (how many); ``convolutions``, and of these ``with_residual``, whose sum with a second
-    tensor is theirs; ``norms`` (group norms), and of these ``with_silu``; ``attentions`` of one kernel each;
-    ``activation_bytes`` and ``weight_bytes`` that a run reads and writes, the former None where the profile leaves a
+    The counts of a profile are ``kernels``; ``convolutions``, and among them ``with_residual``, which also add a second
+    tensor; ``norms`` (group norms), and among them ``with_silu``; and ``attentions`` that are a single kernel each.
+    ``activation_bytes`` and ``weight_bytes`` are what a run reads and writes, the former None if the profile leaves a
     size open.
 
     Args:
         log: the message that starts with ``BEGIN``.
-        profiles: their names.
+        profiles: names of the profiles.
     """
-    found: dict[int, dict[str, Any]] = {}
+    rows: dict[int, dict[str, Any]] = {}
     for layer in _LAYER.finditer(log):
         place = _PLACE.search(layer["name"])
         if place is None or layer["kind"] in _NO_KERNEL:
             continue
-        row = found.setdefault(int(place[1]), _empty())
-        inputs, constants, outputs, made_of = _parts(layer["rest"])
+        row = rows.setdefault(int(place[1]), _empty())
+        inputs, constants, outputs, nodes = _parts(layer["rest"])
         row["kernels"] += 1
         if layer["kind"] == "correlation":
             row["convolutions"] += 1
             row["with_residual"] += len(_TENSOR.findall(inputs)) > 1
-        if "group_norm" in made_of and re.search(r"Gno?r", layer["name"]):
+        if "group_norm" in nodes and re.search(r"Gno?r", layer["name"]):
             row["norms"] += 1
             row["with_silu"] += "Silu" in layer["name"]
         row["attentions"] += "_gemm_mha" in layer["name"]
@@ -51,9 +51,9 @@ def report(log: str, profiles: Sequence[str]) -> list[dict[str, Any]]:
         moved = _volume(inputs + outputs)
         known = row["activation_bytes"] is not None and moved is not None
         row["activation_bytes"] = row["activation_bytes"] + moved if known else None
-    if set(found) != set(range(len(profiles))):
+    if set(rows) != set(range(len(profiles))):
         return []
-    return [{"profile": name, **found[i]} for i, name in enumerate(profiles)]
+    return [{"profile": name, **rows[i]} for i, name in enumerate(profiles)]
 
 
 def _empty() -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _empty() -> dict[str, Any]:
 
 
 def _parts(rest: str) -> tuple[str, str, str, str]:
-    """Inputs, constants, outputs and the nodes of the graph that a kernel is made of."""
+    """Split a layer's text into its inputs, constants, outputs, and the graph nodes that it implements."""
     constants, outputs, end = (rest.find(word) for word in ("Constants: [", "Outputs: [", "TacticName:"))
     if -1 in (constants, outputs, end):
         return "", "", "", ""
@@ -70,7 +70,7 @@ def _parts(rest: str) -> tuple[str, str, str, str]:
 
 
 def _volume(text: str) -> int | None:
-    """Bytes of the tensors in a text; None where a size is open."""
+    """Return the bytes of the tensors in a text; None if a size is open."""
     total = 0
     for dimensions, kind in _TENSOR.findall(text):
         count = 1
@@ -83,7 +83,7 @@ def _volume(text: str) -> int | None:
 
 
 def sentence(row: Any) -> str | None:
-    """A profile's report for a reader; None for what is none, as a stranger's manifest may hold anything."""
+    """Format a profile's report as a sentence; None if it is malformed, because manifests are untrusted."""
     counts = ("kernels", "convolutions", "with_residual", "norms", "with_silu", "attentions", "weight_bytes")
     if not isinstance(row, dict) or not all(isinstance(row.get(key), int) for key in counts):
         return None

@@ -1,4 +1,4 @@
-"""Messages of the compiler and of the runtime, collected for one sentence."""
+"""A logger that collects messages of the compiler and the runtime, for use in error messages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .layer_report import BEGIN
 
 
 def message_logger(trt: Any) -> Any:
-    """A ``trt.ILogger`` that collects messages; the class can only be defined once the package is loaded."""
+    """Return a ``trt.ILogger`` that collects messages; its class cannot be defined before the package is loaded."""
 
     class Logger(trt.ILogger):
-        """Errors, the first 20 warnings, and the report of the layers."""
+        """Collects errors, the first 20 warnings, and the report of the layers."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -28,7 +28,7 @@ def message_logger(trt: Any) -> Any:
                 self.layers = message
 
         def summary(self, what: str) -> str:
-            first = " ".join(self.errors[0].split())[:400] if self.errors else "it gives no reason"
+            first = " ".join(self.errors[0].split())[:400] if self.errors else "no reason given"
             return f"{what}: {first}"
 
     return Logger()

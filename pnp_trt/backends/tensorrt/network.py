@@ -1,4 +1,4 @@
-"""A loaded engine, and buffers on the GPU that it runs on (``enqueueV3``, which Python calls ``execute_async_v3``)."""
+"""A loaded engine and its buffers on the GPU (``enqueueV3``, in Python ``execute_async_v3``)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .logger import message_logger
 
 
 class TrtNetwork(TokenNetwork):
-    """One engine.
+    """One loaded engine.
 
-    Buffers and execution contexts are kept for the batches and sizes seen last: making them costs more than a step.
+    Buffers and execution contexts are kept for the most recent shapes, because creating them takes longer than a step.
 
     Args:
-        entry: the network's part of the manifest; what the engine states of itself is held against it.
+        entry: the network's entry in the manifest, which the engine must match.
 
     Raises:
-        InputError: where no GPU is, or the engine is not the one that the manifest describes.
-        PnpError: if the runtime refuses the engine.
+        InputError: if there is no GPU, or the engine does not match the manifest.
+        PnpError: if the runtime rejects the engine.
     """
 
     KEEP = 4
@@ -55,11 +55,11 @@ class TrtNetwork(TokenNetwork):
 
     @property
     def cuda(self) -> Cuda:
-        """Whose device memory the buffers are."""
+        """The CUDA interface that allocates the buffers."""
         return self._cuda
 
     def _deserialize(self, host_code: bool) -> Any:
-        if host_code:  # a version-compatible plan carries a lean runtime of its own
+        if host_code:  # a version-compatible plan contains its own lean runtime
             self._runtime.engine_host_code_allowed = True
         with self.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             self._flavour.check_plan(self._trt, self._runtime, plan, self.path.name)
@@ -70,28 +70,28 @@ class TrtNetwork(TokenNetwork):
 
     def _check(self, entry: NetworkRecord) -> Description:
         trt, engine = self._trt, self._engine
-        found: dict[str, dict[str, tuple[str, tuple[int | str, ...]]]] = {"inputs": {}, "outputs": {}}
+        actual: dict[str, dict[str, tuple[str, tuple[int | str, ...]]]] = {"inputs": {}, "outputs": {}}
         sides = {"inputs": entry.inputs, "outputs": entry.outputs}
         for i in range(engine.num_io_tensors):
             name = engine.get_tensor_name(i)
             side = "inputs" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "outputs"
             dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
             shape: list[int | str] = [int(d) for d in tuple(engine.get_tensor_shape(name))[1:]]
-            # the engine knows open dimensions by -1, the manifest their names
+            # open dimensions are -1 in the engine, and names in the manifest
             names = sides[side].get(name, ("", ()))[1][1:]
             if len(names) == len(shape):
                 shape = [n if d == -1 and isinstance(n, str) else d for d, n in zip(shape, names, strict=True)]
-            found[side][name] = (dtype, ("batch", *shape))
-        for side, held in found.items():
-            wanted = dict(sides[side])
-            if held != wanted:
-                raise InputError(f"{self.path} has {side} {held}, its manifest states {wanted}; build it again")
+            actual[side][name] = (dtype, ("batch", *shape))
+        for side, tensors in actual.items():
+            expected = dict(sides[side])
+            if tensors != expected:
+                raise InputError(f"{self.path} has {side} {tensors}, its manifest states {expected}; build it again")
         if engine.num_optimization_profiles != len(self.profiles):
             raise InputError(
                 f"{self.path} has {engine.num_optimization_profiles} profiles, "
                 f"its manifest states {len(self.profiles)}; build it again"
             )
-        return Description(found["inputs"], found["outputs"], "cuda:0", self.profiles)
+        return Description(actual["inputs"], actual["outputs"], "cuda:0", self.profiles)
 
     def describe(self) -> Description:
         return self._described
@@ -100,11 +100,11 @@ class TrtNetwork(TokenNetwork):
         return facts(self._trt, self._engine)
 
     def profile_for(self, batch: int, size: Size | None = None, tokens: int | None = None) -> int:
-        """Index of the tightest profile that holds ``batch``, ``size``, in latents, and ``tokens``."""
+        """Return the index of the tightest profile for ``batch``, ``size`` (in latents) and ``tokens``."""
         index = tightest(self.profiles, lambda p: p.holds(batch, size, tokens))
         if index is None:
             sized = any(p.sized for p in self.profiles)
-            asked = f"{batch}" + (f" of {size[0]}x{size[1]} latents" if sized and size else "")
+            requested = f"{batch}" + (f" of {size[0]}x{size[1]} latents" if sized and size else "")
             legal = ", ".join(
                 f"{p.minimum} to {p.maximum}{' of ' if p.sized else ''}{p.sizes()}" for p in self.profiles
             )
@@ -115,7 +115,9 @@ class TrtNetwork(TokenNetwork):
                     f"the text states have {tokens} tokens; {self.path.name} was compiled for up to {longest}; build "
                     f"with --tokens {tokens}"
                 )
-            raise InputError(f"the batch is {asked}; {self.path.name} was compiled for {legal}; build with {advice}")
+            raise InputError(
+                f"the batch is {requested}; {self.path.name} was compiled for {legal}; build with {advice}"
+            )
         return index
 
     @contextlib.contextmanager
@@ -130,7 +132,7 @@ class TrtNetwork(TokenNetwork):
         try:
             yield bound
         except BaseException:
-            bound.close()  # its buffers may be in any state
+            bound.close()  # its buffers may be in an undefined state
             raise
         with self._lock:
             self._idle.append(bound)
@@ -140,39 +142,39 @@ class TrtNetwork(TokenNetwork):
             old.close()
 
     def _bound(self, batch: int, size: Size | None, tokens: int | None, index: int) -> TrtBound:
-        self._cuda.attach()  # the kernels' cache wants the GPU to be current in the thread, which may be a new one
+        self._cuda.attach()  # the kernel cache needs the GPU to be current in this thread, which may be new
         file = self._kernels_file(batch, size, tokens)
         near = self._kernels_nearby(file)
-        held = near.read_bytes() if near is not None else None
-        context, kernels = self._flavour.context(self._trt, self._engine, held)
+        cached = near.read_bytes() if near is not None else None
+        context, kernels = self._flavour.context(self._trt, self._engine, cached)
         if context is None:
             raise PnpError(self._log.summary(f"{self.path.name}: no execution context for a batch of {batch}"))
 
         def keep() -> None:
-            """Kernels are made when a shape first runs; the next process finds them."""
-            if kernels is not None and ((made := bytes(kernels.serialize())) != held or near != file):
-                with contextlib.suppress(PnpError):  # a cache that cannot be written is only slower
-                    write_bytes(made, file)
+            """Store the kernels, which are compiled on the first run of a shape, for later processes."""
+            if kernels is not None and ((data := bytes(kernels.serialize())) != cached or near != file):
+                with contextlib.suppress(PnpError):  # without the cache, later processes only start more slowly
+                    write_bytes(data, file)
 
         return TrtBound(self._cuda, context, self._described, batch, size, index, keep, tokens)
 
     def _kernels_file(self, batch: int, size: Size | None, tokens: int | None) -> Path:
-        """Where the kernels of one shape are kept.
+        """Return the cache file for the kernels of one shape.
 
-        Each shape has a file of its own: two contexts or processes that write the same one write the same kernels, and
-        none overwrites another shape's.
+        Each shape has a separate file: contexts or processes that write the same file write the same kernels, and none
+        overwrites those of another shape.
         """
-        # the runtime itself rejects a cache of another GPU, driver or version
+        # GPU and driver are not in the key, because the runtime rejects a cache of others
         key = digest([self._flavour.name, self._trt.__version__, str(self.path.resolve()), self.path.stat().st_size])
         shape = "x".join(map(str, (batch, *(size or ()), *(() if tokens is None else (f"{tokens}t",)))))
         return cache_home() / "kernels" / f"{key[:32]}-{shape}.cache"
 
     def _kernels_nearby(self, file: Path) -> Path | None:
-        """``file``, or the newest of another shape of this engine, as shapes have kernels in common; None for none."""
+        """Return ``file``, else the newest cache of another shape (shapes share kernels), or None."""
         if file.is_file():
             return file
         others = file.parent.glob(f"{file.name.rpartition('-')[0]}-*.cache")
-        with contextlib.suppress(OSError):  # one was removed meanwhile
+        with contextlib.suppress(OSError):  # a file was removed meanwhile
             return max(others, key=lambda other: other.stat().st_mtime, default=None)
         return None
 
@@ -180,7 +182,7 @@ class TrtNetwork(TokenNetwork):
 class TrtBound(Bound):
     """One execution context with a separate stream, and device buffers whose addresses never change.
 
-    ``addresses`` and ``stream`` are for who captures the run into a CUDA graph.
+    ``addresses`` and ``stream`` are for capturing runs into a CUDA graph.
     """
 
     def __init__(
@@ -225,11 +227,11 @@ class TrtBound(Bound):
             _must(self._context.set_input_shape(name, full), f"set {name} to {full}")
         missing = self._context.infer_shapes()
         if missing:
-            raise PnpError(f"the engine needs more than its inputs: {', '.join(missing)}")
+            raise PnpError(f"the engine's shapes also depend on {', '.join(missing)}, which cannot be set")
         for name, (dtype, shape) in (*description.inputs.items(), *description.outputs.items()):
             if all(d in known for d in shape if isinstance(d, str)):
                 full = tuple(known[d] if isinstance(d, str) else d for d in shape)
-            else:  # what follows from the inputs, such as an image's size from its latents'
+            else:  # derived from the inputs, such as an image's size from that of its latents
                 full = tuple(int(d) for d in self._context.get_tensor_shape(name))
             self._host[name] = self._cuda.pinned(full, dtype)
             self.addresses[name] = self._cuda.allocate(self._host[name][0].nbytes)
@@ -239,7 +241,7 @@ class TrtBound(Bound):
         for name, array in inputs.items():
             check_input(name, array, self._inputs)
             host, address = self._host[name]
-            if name in self._on_the_way:  # the copy before may still read the staging memory
+            if name in self._on_the_way:  # the previous copy may still read the staging memory
                 self._wait()
             np.copyto(host, array, casting="same_kind")
             self._cuda.to_device(self.addresses[name], address, host.nbytes, self.stream)
@@ -252,22 +254,22 @@ class TrtBound(Bound):
             self.keep_kernels()
 
     def enqueue(self, stream: int) -> None:
-        """Put one run on another stream; nothing is waited for."""
+        """Enqueue one run on another stream, without waiting."""
         _must(self._context.execute_async_v3(stream), "run")
 
     def keep_kernels(self) -> None:
-        """Store the kernels that the first run made for later processes; after a run that was waited for."""
+        """Store the kernels compiled by the first run for later processes; call it after waiting for a run."""
         if not self._ran:
             self._keep()
             self._ran = True
 
     def capturable(self, stream: int) -> bool:
-        """Whether a run can be captured into a CUDA graph, as far as the runtime can tell."""
-        asked = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX alone
-        return True if asked is None else bool(asked(stream))
+        """Whether a run can be captured into a CUDA graph; True if the runtime has no such query."""
+        query = getattr(self._context, "is_stream_capturable", None)  # only in TensorRT-RTX
+        return True if query is None else bool(query(stream))
 
     def staged(self, name: str) -> np.ndarray:
-        """The pinned host memory of a tensor, for its shape and type."""
+        """Return the pinned host memory of a tensor, which has its shape and type."""
         return self._host[name][0]
 
     def read(self) -> np.ndarray:
@@ -288,7 +290,7 @@ class TrtBound(Bound):
         self._on_the_way.clear()
 
     def close(self) -> None:
-        """Give the buffers back."""
+        """Free the buffers."""
         self._context = None
         hosts, self._host = [address for _, address in self._host.values()], {}
         devices, self.addresses = list(self.addresses.values()), {}

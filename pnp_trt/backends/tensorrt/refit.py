@@ -1,8 +1,8 @@
-"""New weights in a refittable engine: runs in ``compile``'s process, on the GPU that the engine is for.
+"""Refitting of an engine with new weights, in the process of ``compile`` and on the GPU that the engine is for.
 
 Sources: ``Refitter``, ``OnnxParserRefitter`` and ``ISerializationConfig`` in the Python API of TensorRT 10.15 to 11.4
 and of TensorRT-RTX 1.7 (docs.nvidia.com/deeplearning/tensorrt, "Refitting an Engine").  The parser names weights as the
-ONNX file does, so the file itself is the map.
+ONNX file does, so no separate map is needed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .logger import message_logger
 
 
 def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Load the engine ``job["refit"]``, give it the weights of ``job["graph"]``, write ``job["engine"]``.
+    """Refit the engine ``job["refit"]`` with the weights of ``job["graph"]``, and write it to ``job["engine"]``.
 
     Args:
-        job: as of ``compile.compile_network``.
+        job: same as in ``compile.compile_network``.
         report: called with (phase, share done).
 
     Raises:
-        PnpError: with what TensorRT said, or the weights that it misses; nothing is written.
+        PnpError: with TensorRT's message, or the weights that are missing; nothing is written.
     """
     started = time.monotonic()
     flavour = FLAVOURS[job["flavour"]]
@@ -33,7 +33,7 @@ def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     logger = message_logger(trt)
     runtime = trt.Runtime(logger)
     host_code = bool(job["options"]["version_compatible"])
-    if host_code:  # a version-compatible plan carries a lean runtime of its own
+    if host_code:  # a version-compatible plan contains its own lean runtime
         runtime.engine_host_code_allowed = True
     report("load the engine", 0.0)
     engine = runtime.deserialize_cuda_engine(Path(job["refit"]).read_bytes())
@@ -46,9 +46,9 @@ def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     refitter = trt.Refitter(engine, logger)
     parser = trt.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_file(job["graph"]):
-        said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         what = f"{flavour.name} could not refit {name} from {Path(job['graph']).name}"
-        raise PnpError(f"{what}: {'; '.join(said)}" if said else logger.summary(what))
+        raise PnpError(f"{what}: {'; '.join(errors)}" if errors else logger.summary(what))
     if missing := refitter.get_missing_weights():
         raise PnpError(f"refitting {name} would leave {len(missing)} weights stale, for example {missing[0]}")
     if not refitter.refit_cuda_engine():
@@ -56,7 +56,7 @@ def refit_network(job: dict[str, Any], report: Any) -> dict[str, Any]:
     report("write", 0.8)
     config = engine.create_serialization_config()
     config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
-    if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):  # since 10.14; so that it can be refit again
+    if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):  # since 10.14; keeps the engine refittable
         config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     plan = engine.serialize_with_config(config)
     if plan is None:

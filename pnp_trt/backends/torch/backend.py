@@ -1,6 +1,6 @@
-"""PyTorch itself, eager or through ``torch.compile``: for reference, and for GPUs without TensorRT.
+"""PyTorch, eager or through ``torch.compile``: as a reference, and for GPUs without TensorRT.
 
-A bundle for it holds modules (``models.rebuild``) and no graphs.  torch is imported when a network is loaded.
+Its bundles hold modules (``models.rebuild``) instead of graphs.  torch is imported when a network is loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
 
 
 class Torch(Backend):
-    """Runs the modules that graphs are exported from; the target is how: ``eager`` or ``compile``."""
+    """Runs the modules from which graphs are exported; the target is the mode, ``eager`` or ``compile``."""
 
     name = "torch"
     label = "torch"
@@ -38,21 +38,21 @@ class Torch(Backend):
     takes_modules = True
 
     def versions(self) -> dict[str, str]:
-        return {}  # safetensors and configs are read by every version that the package allows
+        return {}  # every permitted version reads the safetensors files and configs
 
     def resolve_target(self, target: str | None, precision: str, options: CompileOptions) -> str:
         if target not in (None, *TARGETS):
             raise InputError(f"target is '{target}'; backend 'torch' takes: {', '.join(TARGETS)}")
         for name in ("refittable", "version_compatible", "hardware_compatible"):
             if getattr(options, name):
-                raise InputError(f"--{name.replace('_', '-')} is for TensorRT; a torch bundle needs no such care")
+                raise InputError(f"--{name.replace('_', '-')} is for TensorRT; leave it out for a torch bundle")
         return target or TARGETS[0]
 
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         return {}  # there is no graph
 
     def compile(self, job: CompileJob, progress: Progress) -> Compiled:
-        # torch.compile works when a batch size first runs; what it makes is this machine's and in no bundle
+        # torch.compile runs on first use of a batch size; its output is specific to this machine and not in the bundle
         progress(job.network, 1, 1)
         return Compiled(job.graph.with_suffix(".safetensors").name, 0.0, notes={"mode": job.target})
 
@@ -75,7 +75,7 @@ class Torch(Backend):
         if missing := [p for p in _PACKAGES if importlib.util.find_spec(p) is None]:
             return f"backend 'torch' needs {', '.join(missing)}; install with: pip install 'pnp-trt[build]'"
         if target == "compile" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
-            return "torch.compile needs a C++ compiler and none was found; install g++, or build with --target eager"
+            return "torch.compile needs a C++ compiler, but none was found; install g++, or build with --target eager"
         return None
 
     def load(self, path: Path, network: NetworkRecord, options: LoadOptions) -> TorchNetwork:

@@ -1,7 +1,7 @@
-"""PyTorch modules and the sampler's arithmetic on one stream: the torch form of ``backends.cuda_graph``.
+"""PyTorch modules and the sampler's arithmetic on one stream: the torch counterpart of ``backends.cuda_graph``.
 
-Graphs are ``torch.cuda.CUDAGraph``, with memory of PyTorch's own allocator.  On a CPU the same lane runs uncaptured.
-The row of the table that a step reads is a tensor, which the step itself raises; nothing is read back in a step.
+Graphs are ``torch.cuda.CUDAGraph``, with memory from PyTorch's allocator.  On a CPU the same lane runs uncaptured.
+The index of the table row that a step reads is a tensor, which the step increments; a step reads nothing back.
 Source: PyTorch's notes on CUDA semantics, "CUDA Graphs" (side stream, static inputs, thread-local capture, one memory
 pool for graphs that are replayed in turn).
 """
@@ -23,16 +23,16 @@ from .network import TorchNetwork
 
 
 def device_loops(unet: TorchNetwork, vae: TorchNetwork, condition: TorchNetwork | None, name: str) -> DeviceLoops:
-    """Loops over modules of one device.
+    """Return loops over modules on one device.
 
     Args:
-        condition: the part of the guide that depends on w alone, where it is a separate network.
-        name: of the bundle.
+        condition: the part of the guide that depends only on w, if it is a separate network.
+        name: name of the bundle.
     """
     return DeviceLoops(lambda shape: TorchLane(unet, vae, condition, shape), name)
 
 
-#: the table's columns in the lane's order: those of the data prediction, and those of x, stand side by side
+#: the table's columns in the lane's order: the input scale, the columns of the data prediction, then those of x
 _COLUMNS = [
     COLUMNS.index(name)
     for name in (
@@ -42,7 +42,7 @@ _COLUMNS = [
 
 
 class TorchLane(Lane):
-    """Tensors that stay where they are for one shape."""
+    """Tensors at fixed addresses for one shape."""
 
     def __init__(self, unet: TorchNetwork, vae: TorchNetwork, condition: TorchNetwork | None, shape: Shape) -> None:
         self._device = torch.device(unet.device)
@@ -52,33 +52,33 @@ class TorchLane(Lane):
         self._graphs: list[torch.cuda.CUDAGraph] = []
         latents = (batch, int(vae.describe().inputs["latents"][1][1]), *shape.size)
         with self._on_stream():
-            # x, the network's output, and the data predictions of the step before and of the one before that
+            # x, the network's output, and the data predictions of the last two steps
             self._state, self._products = (torch.zeros((4, *latents), device=self._device) for _ in range(2))
             self._x, self._output, self._previous, self._older = self._state
             self._w = torch.zeros(batch, device=self._device)
             self._table = torch.zeros((shape.rows, len(_COLUMNS)), device=self._device)
             self._timesteps = torch.zeros(shape.rows, dtype=torch.int64, device=self._device)
-            # one table row for all: every image is at the same step
+            # the same table row throughout: every image is at the same step
             self._row = torch.zeros(self._evaluations * batch, dtype=torch.int64, device=self._device)
             self._inputs: dict[str, Tensor] = {
                 "sample": torch.zeros((self._evaluations * batch, *latents[1:]), device=self._device),
                 "timestep": torch.zeros(self._evaluations * batch, dtype=torch.int64, device=self._device),
             }
             self._bad = torch.zeros((2, batch), dtype=torch.bool, device=self._device)
-        # by whether it was decoded; made by the first run, and in one place from then on
+        # by whether the latents were decoded; allocated by the first run, then at fixed addresses
         self._results: dict[bool, Tensor] = {}
 
     def load(self, table: Schedule, feeds: Feeds) -> None:
         steps = len(table)
-        held = (
+        sources = (
             (self._x, feeds.latents),
             (self._w, feeds.guidance),
             (self._table[:steps], table.table()[:, _COLUMNS]),
             (self._timesteps[:steps], table.timesteps),
         )
         with self._on_stream():
-            for to, array in held:
-                to.copy_(_tensor(array))
+            for target, array in sources:
+                target.copy_(_tensor(array))
             for name, array in feeds.inputs.items():
                 _keep(self._inputs, name, _tensor(array).to(self._device))
 
@@ -135,8 +135,8 @@ class TorchLane(Lane):
         if self._stream is None:
             raise PnpError(f"there are no CUDA graphs on {self._device}")
         graph = torch.cuda.CUDAGraph()
-        # one pool for all: the lane's graphs never run at once, and what outlives them is in tensors of the lane.
-        # A pool whose graphs are all gone must not be named again
+        # one pool for all: the lane's graphs never run concurrently, and data that outlives a run is in the lane's
+        # tensors.  A pool must not be reused once all its graphs are gone
         pool = self._graphs[0].pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
@@ -162,14 +162,14 @@ class TorchLane(Lane):
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))  # a copy: arrays that are broadcast cannot be wrapped
+    return torch.from_numpy(np.array(array))  # a copy, because broadcast arrays cannot be wrapped
 
 
-def _keep(held: dict[Any, Tensor], name: Any, values: Tensor) -> None:
-    """Put values where they are always found; a graph has that address."""
-    if name not in held:
-        held[name] = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    held[name].copy_(values)
+def _keep(tensors: dict[Any, Tensor], name: Any, values: Tensor) -> None:
+    """Copy values to a fixed address, as captured graphs store it."""
+    if name not in tensors:
+        tensors[name] = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    tensors[name].copy_(values)
 
 
 def _not_finite(values: Tensor) -> Tensor:

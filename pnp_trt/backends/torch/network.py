@@ -1,4 +1,4 @@
-"""A PyTorch module as a loaded network."""
+"""Loaded networks that are PyTorch modules."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ..per_shape import check_shape, has_open_tokens
 if TYPE_CHECKING:
     from torch import nn
 
-#: graphs that torch.compile may keep of one function: one for each batch size of each network that is loaded
+#: graphs that torch.compile may keep per function: one for each batch size of each loaded network
 _MOST_GRAPHS = 256
-#: held by compiled code on a GPU: while one thread compiles, PyTorch takes what others call for a part of its trace
+#: taken by compiled code on a GPU: while one thread compiles, PyTorch would trace the calls of other threads too
 _COMPILED = threading.Lock()
 
 
 def device(provider: str = "auto") -> str:
-    """``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
+    """Resolve ``auto``, ``cpu`` or ``cuda`` to ``cpu`` or ``cuda``.
 
     Raises:
-        InputError: for another word, or for ``cuda`` where PyTorch finds none.
+        InputError: for any other value, or for ``cuda`` if PyTorch finds no GPU.
     """
     import torch
 
@@ -42,7 +42,7 @@ def device(provider: str = "auto") -> str:
     usable = torch.cuda.is_available()
     if provider == "cuda" and not usable:
         raise InputError(
-            f"provider 'cuda' was requested and torch {torch.__version__} finds no GPU; use --provider cpu, "
+            f"provider 'cuda' was requested, but torch {torch.__version__} finds no GPU; use --provider cpu, "
             "see pnp-trt doctor"
         )
     return "cuda" if usable and provider != "cpu" else "cpu"
@@ -53,13 +53,13 @@ class Convolutions:
     """How convolutions run on a GPU, in half precision and in compiled code.
 
     Attributes:
-        channels_last: weights in the layout that cuDNN's tensor-core kernels read (PyTorch's notes on channels last).
-            Measured on an H200, a step of SD 1.5's U-Net at 512² in float16, eager: 7.3 ms, and 9.5 ms without.
-            Compiled code takes this layout in every precision, and would copy other weights into it in every run
-            (``require_channels_last`` in Inductor's lowering of convolutions).
-        search: time cuDNN's algorithms in the first run of each batch and size, and keep the fastest; later runs and
-            captures find what was kept.  Which one wins may change between processes, and the last bits with it; in
-            the same measurement it gained nothing.
+        channels_last: store weights in the layout that cuDNN's tensor-core kernels read (PyTorch's notes on channels
+            last).  Measured on an H200, eager, in float16, a step of SD 1.5's U-Net at 512² takes 7.3 ms, and 9.5 ms
+            without.  Compiled code uses this layout in every precision, and would copy other weights into it in every
+            run (``require_channels_last`` in Inductor's lowering of convolutions).
+        search: time cuDNN's algorithms in the first run of each batch size and image size and keep the fastest, which
+            later runs and captures reuse.  The winner may differ between processes, and with it the last bits of the
+            results.  In the same measurement it brought no gain.
     """
 
     channels_last: bool = True
@@ -70,11 +70,11 @@ class TorchNetwork(TokenNetwork):
     """One module on one device; may be shared between threads.
 
     Args:
-        module: what the file describes, where it is made already; its weights are taken as they are.
-        convolutions: of modules on a GPU that are in half precision or compiled.
+        module: the module that the file describes, if it exists already; its weights are used unchanged.
+        convolutions: settings for modules on a GPU that are in half precision or compiled.
 
-    ``torch.compile`` makes code for a batch size when it first runs: one to two minutes for the bundled U-Net on one
-    CPU core, and ten seconds in later processes, since PyTorch keeps what it made (``TORCHINDUCTOR_CACHE_DIR``).
+    ``torch.compile`` compiles on the first run of a batch size.  For the bundled U-Net on one CPU core this takes one
+    to two minutes, and ten seconds in later processes, because PyTorch caches the code (``TORCHINDUCTOR_CACHE_DIR``).
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class TorchNetwork(TokenNetwork):
         self.compiled = entry.compiled.notes.get("mode") == "compile"
         if options.threads:
             torch.set_num_threads(options.threads)
-        if self.device == "cuda":  # fp32 means float32, as on every backend
+        if self.device == "cuda":  # fp32 means full float32, as on every backend
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         if module is None:
             module = rebuild(path.with_suffix(".json"), path)
@@ -126,14 +126,14 @@ class TorchNetwork(TokenNetwork):
         yield TorchBound(self, batch, size, tokens)
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
-        """The output for tensors on the device; a tuple where the module has several.
+        """Return the output for tensors on the device; a tuple if the module has several outputs.
 
         Raises:
             PnpError: if memory runs out, or torch.compile fails.
         """
         if not self.compiled:
             return self._run(inputs)
-        if self.device == "cuda":  # in the caller's thread, whose stream is current and may be capturing
+        if self.device == "cuda":  # in the caller's thread, whose current stream may be capturing
             with _COMPILED:
                 return self._run(inputs)
         return _one_thread().submit(self._run, inputs).result()
@@ -144,7 +144,7 @@ class TorchNetwork(TokenNetwork):
         from ...precision.wide_products import wide_products
 
         try:
-            # wide_products sees no operations in inference_mode
+            # wide_products cannot intercept operations in inference_mode
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.no_grad() if self._wide else torch.inference_mode())
                 if self._wide:
@@ -157,14 +157,14 @@ class TorchNetwork(TokenNetwork):
         except Exception as e:  # the compiler's errors have many types
             if not self.compiled:
                 raise
-            said = (str(e).splitlines() or ["it gives no reason"])[0]
+            reason = (str(e).splitlines() or ["no reason given"])[0]
             raise PnpError(
-                f"torch.compile failed on {self.path.name} ({type(e).__name__}: {said}); build with --target eager"
+                f"torch.compile failed on {self.path.name} ({type(e).__name__}: {reason}); build with --target eager"
             ) from e
 
     @contextlib.contextmanager
     def _searching(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Where cuDNN times its algorithms, for shapes that are new; a capture never meets them first."""
+        """Let cuDNN time its algorithms for new shapes; a shape is never new in a capture."""
         import torch
 
         shapes = tuple(sorted((name, *value.shape) for name, value in inputs.items()))
@@ -178,7 +178,7 @@ class TorchNetwork(TokenNetwork):
 
 
 class TorchBound(Bound):
-    """Input tensors that stay where they are, for one batch and size."""
+    """Input tensors at fixed addresses, for one batch size and image size."""
 
     def __init__(self, network: TorchNetwork, batch: int, size: Size | None, tokens: int | None = None) -> None:
         import torch
@@ -202,7 +202,7 @@ class TorchBound(Bound):
 
         for name, array in inputs.items():
             check_input(name, array, self._shapes)
-            # a copy: arrays that are broadcast cannot be wrapped
+            # a copy, because broadcast arrays cannot be wrapped
             self._inputs[name].copy_(torch.from_numpy(np.array(array)))
 
     def run(self) -> None:
@@ -212,8 +212,8 @@ class TorchBound(Bound):
         return self.read_all()[0]
 
     def read_all(self) -> tuple[np.ndarray, ...]:
-        found = self._output if isinstance(self._output, tuple) else (self._output,)
-        return tuple(value.cpu().numpy().copy() for value in found)  # the buffers may be written again by the next run
+        outputs = self._output if isinstance(self._output, tuple) else (self._output,)
+        return tuple(value.cpu().numpy().copy() for value in outputs)  # the next run may overwrite the buffers
 
 
 def _compile(module: Any, device: str) -> Any:
@@ -222,14 +222,14 @@ def _compile(module: Any, device: str) -> Any:
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * _MOST_GRAPHS)
-    # the sampler captures whole loops, and Inductor's own CUDA graphs (mode "reduce-overhead", or set from outside)
-    # could not be captured into one
+    # the sampler captures whole loops, into which Inductor's CUDA graphs (mode "reduce-overhead", or set from outside)
+    # could not be captured
     options: Any = {"triton.cudagraphs": False} if device == "cuda" else None
-    # the whole module or an error: what is left out would run eagerly and unseen
+    # fail on graph breaks, whose parts would silently run eagerly
     return torch.compile(module, fullgraph=True, dynamic=False, options=options)
 
 
 @cache
 def _one_thread() -> ThreadPoolExecutor:
-    """Where all compiled code for the CPU is made and run, with one pool of OpenMP's threads."""
+    """Return the only thread that compiles and runs code for the CPU, so that there is one OpenMP thread pool."""
     return ThreadPoolExecutor(1, "torch-compile")

@@ -1,4 +1,4 @@
-"""`pnp-trt calibrate`: observe, sweep, decide, write the record."""
+"""`pnp-trt calibrate`: observe layers, sweep, decide, and write the record."""
 
 from __future__ import annotations
 
@@ -26,32 +26,34 @@ from .observe import Loop, Observer, candidates
 from .record import ObservedLayer, Record, default_path
 from .sweep import Probes, Sweep, latent_error
 
-#: Parts of the names of layers that stay in floating point where no sweep looks at them: they see what no norm has
-#: evened out, the residual stream or its join with a skip of quite another scale.  In SD 1.5's form with random
-#: weights the 14 shortcuts alone bring a prediction 89 % off and the six samplers 60 %, all linear layers 3 %.
+#: Parts of the names of layers that stay in floating point without a sweep.  Their inputs are not normalised: they are
+#: the residual stream, or its concatenation with a skip connection of very different scale.  With SD 1.5's architecture
+#: and random weights, the 14 shortcuts alone cause an error of the prediction of 89 % and the six samplers 60 %, all
+#: linear layers together 3 %.
 UNEVEN = ("conv_shortcut", "samplers.")
 PROMPTS = Path("calibration/emoji-prompts.txt")
-#: seeds of runs that nothing was observed on
+#: seeds of runs that are not used for observation
 PROBE, CHECK = 1_000_001, (1_000_002, 1_000_003)
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What to observe, and what to ask of the result.
+    """What to observe, and the error limit of the result.
 
     Attributes:
         base, guide: as in ``BuildSpec``; guide ``none`` observes classifier-free guidance.
-        prompts: text file, one a line.
-        out: the record; None takes ``record.default_path``.
-        images: sampled while watching.
-        batch: images at once.
-        steps: of a run; None takes the number that the guide was distilled for, or 20.
-        w_min, w_max: guidance scales, drawn for each image.
-        layers: patterns (``fnmatch``) of the layers that may take INT8; None takes the U-Net's, and a full guide's.
-        probes: states that the sweep measures on, in batches of 4; 0 leaves the sweep out, and the layers that see
-            what no norm has evened out (``UNEVEN``) in floating point.
-        limit: error of the prediction that decides how many layers stay in floating point.
-        seed: of everything random.
+        prompts: text file with one prompt per line.
+        out: path of the record; None takes ``record.default_path``.
+        images: number of images to sample while observing.
+        batch: batch size.
+        steps: steps per run; None takes the number for which the guide was distilled, or 20.
+        w_min, w_max: range of the guidance scale, sampled for each image.
+        layers: patterns (``fnmatch``) of the layers that may use INT8; None takes those of the U-Net, and of a full
+            guide.
+        probes: number of states on which the sweep measures, in batches of 4; 0 skips the sweep and leaves the layers
+            whose inputs are not normalised (``UNEVEN``) in floating point.
+        limit: largest error of the prediction; it determines how many layers stay in floating point.
+        seed: seed of all randomness.
     """
 
     base: str = "emoji"
@@ -86,40 +88,40 @@ class CalibrationConfig:
 def calibrate(
     config: CalibrationConfig, *, force: bool = False, progress: Progress | None = None
 ) -> tuple[Path, Record]:
-    """Observe and sweep; a run that was stopped continues where it was.
+    """Observe, sweep and write a record; an interrupted run resumes where it stopped.
 
     Args:
-        force: replace a record that is there; what it holds of the same run is used again.
+        force: replace an existing record; its results are reused if they are from the same run.
 
     Returns:
-        Where the record is, and the record.
+        The path of the record, and the record.
 
     Raises:
-        InputError: for a value out of range, a record that is there already, or a base or guide that does not load.
+        InputError: for a value out of range, an existing record, or a base or guide that does not load.
         PnpError: if a prediction is not finite.
     """
     config.check()
     out = config.out or default_path(config.base, _guide_name(config))
     _check_out(out, force)
-    say = progress or (lambda *_: None)
-    say("load", 0, 1, "")
+    report = progress or (lambda *_: None)
+    report("load", 0, 1, "")
     loop, identity = _loop(config)
     partial = out.with_name(f".{out.name}.partial")
     with lock(out):
         key = digest([identity, {k: v for k, v in asdict(config).items() if k not in ("out", "prompts", "limit")}])
         modules = candidates(loop.network, config.layers or _default_layers(loop.network))
         remove_temporaries_of(partial)
-        held = _continued(partial, key) or _again(out, identity, set(modules))
-        if "layers" not in held:
-            held["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, say).items()}
+        results = _continued(partial, key) or _again(out, identity, set(modules))
+        if "layers" not in results:
+            results["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, report).items()}
         record = Record(
             **identity,
-            layers={n: ObservedLayer(**layer) for n, layer in held["layers"].items()},
+            layers={n: ObservedLayer(**layer) for n, layer in results["layers"].items()},
             versions={"pnp-trt": __version__, **installed(("torch", "nvidia-modelopt", "diffusers"))},
         )
-        _keep(partial, key, held)
-        sweep = held.setdefault("sweep", {})
-        _decide(config, loop, modules, record, sweep, lambda: _keep(partial, key, held), say)
+        _keep(partial, key, results)
+        sweep = results.setdefault("sweep", {})
+        _decide(config, loop, modules, record, sweep, lambda: _keep(partial, key, results), report)
         record.write(out)
         partial.unlink(missing_ok=True)
     return out, record
@@ -168,18 +170,20 @@ def _loop(config: CalibrationConfig) -> tuple[Loop, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _observe(config: CalibrationConfig, loop: Loop, modules: dict[str, Any], say: Progress) -> dict[str, ObservedLayer]:
+def _observe(
+    config: CalibrationConfig, loop: Loop, modules: dict[str, Any], report: Progress
+) -> dict[str, ObservedLayer]:
     observer = Observer(modules, loop.scheduler.get("num_train_timesteps", 1000))
     runs = -(-config.images // config.batch)
-    with observer.watching(histogram=False):  # how wide the histograms have to be
-        say("observe", 0, runs * loop.steps, "largest values")
+    with observer.watching(histogram=False):  # to find the range of the histograms
+        report("observe", 0, runs * loop.steps, "largest values")
         loop.run(config.seed, 1, observer.at)
     evaluations = 0
 
     def at(x: Any, t: int, *_: Any) -> None:
         nonlocal evaluations
         observer.at(x, t)
-        say("observe", evaluations, runs * loop.steps, f"timestep {t}")
+        report("observe", evaluations, runs * loop.steps, f"timestep {t}")
         evaluations += 1
 
     with observer.watching(histogram=True):
@@ -189,8 +193,8 @@ def _observe(config: CalibrationConfig, loop: Loop, modules: dict[str, Any], say
 
 
 def _decide(
-    config: CalibrationConfig, loop: Loop, modules: dict[str, Any], record: Record, found: dict[str, Any],
-    save: Callable[[], None], say: Progress,
+    config: CalibrationConfig, loop: Loop, modules: dict[str, Any], record: Record, figures: dict[str, Any],
+    save: Callable[[], None], report: Progress,
 ) -> None:  # fmt: skip
     kinds = {layer.kind for layer in record.layers.values()}
     if not config.probes:
@@ -198,18 +202,18 @@ def _decide(
         uneven = [name for name in record.layers if any(part in name for part in UNEVEN)]
         record.decision = {**dict.fromkeys(sorted(kinds), "percentile-99.999"), "float": uneven}
         return
-    say("probes", 0, 1, "")
+    report("probes", 0, 1, "")
     probes = Probes.collect(loop, PROBE, 4, config.probes)
-    sweep = Sweep(loop, probes, modules, record.layers, found, save, say)
+    sweep = Sweep(loop, probes, modules, record.layers, figures, save, report)
     best = sweep.methods()
     order = sweep.each(best)
-    kept = sweep.float_layers(best, order, config.limit)
-    record.decision = {**best, "float": kept}
-    say("whole loop", 0, 1, "")
-    found["states"] = sum(len(x) for x, *_ in probes.states)
-    found["limit"] = config.limit
-    found["latent_error"] = float(f"{latent_error(loop, modules, record.choices(), CHECK):.4g}")
-    record.sweep = found
+    float_layers = sweep.float_layers(best, order, config.limit)
+    record.decision = {**best, "float": float_layers}
+    report("whole loop", 0, 1, "")
+    figures["states"] = sum(len(x) for x, *_ in probes.states)
+    figures["limit"] = config.limit
+    figures["latent_error"] = float(f"{latent_error(loop, modules, record.choices(), CHECK):.4g}")
+    record.sweep = figures
 
 
 def _default_layers(network: Any) -> tuple[str, ...]:
@@ -222,20 +226,20 @@ def _guide_name(config: CalibrationConfig) -> str:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Indices of at most ``most`` of ``count`` lines, over the whole file."""
+    """Return the indices of at most ``most`` of ``count`` lines, evenly spaced over the file."""
     return sorted({i * count // min(count, most) for i in range(min(count, most))})
 
 
 def _continued(partial: Path, key: str) -> dict[str, Any]:
     try:
-        held: dict[str, Any] = json.loads(partial.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(partial.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return held["found"] if isinstance(held, dict) and held.get("key") == key else {}
+    return document["found"] if isinstance(document, dict) and document.get("key") == key else {}
 
 
 def _again(out: Path, identity: dict[str, Any], layers: set[str]) -> dict[str, Any]:
-    """What a finished record holds of the same run: another limit is then a decision and no work."""
+    """Return the results of an existing record of the same run, so that another limit needs no new measurements."""
     try:
         record = Record.read(out)
     except InputError:
@@ -246,5 +250,5 @@ def _again(out: Path, identity: dict[str, Any], layers: set[str]) -> dict[str, A
     return {"layers": {n: asdict(layer) for n, layer in record.layers.items()}, "sweep": record.sweep}
 
 
-def _keep(partial: Path, key: str, held: dict[str, Any]) -> None:
-    write_text(json.dumps({"key": key, "found": held}), partial)
+def _keep(partial: Path, key: str, results: dict[str, Any]) -> None:
+    write_text(json.dumps({"key": key, "found": results}), partial)

@@ -1,7 +1,7 @@
-"""Run the sampler in PyTorch and watch what goes into every convolution and linear layer.
+"""Run the sampler in PyTorch and observe the inputs of all convolutions and linear layers.
 
-The histograms and the ranges that follow from them are NVIDIA Model Optimizer's (``HistogramCalibrator``); its ONNX
-quantiser does not know opset 23, so the graph itself is quantised in ``precision/int8/qdq.py``.
+The histograms and the ranges from them are computed by NVIDIA Model Optimizer (``HistogramCalibrator``).  Its ONNX
+quantiser does not support opset 23, so ``precision/int8/qdq.py`` quantises the graph.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from ...models.student import Student, cfg
 from ...sampling.schedules import ddim_coefficients
 from .record import ObservedLayer
 
-#: small layers that decide about every pixel or every block: a thousandth of the arithmetic
+#: small layers that affect every pixel or block, never quantised: a thousandth of the arithmetic
 NEVER = ("*.conv_in", "*.conv_out", "*time_emb*", "*add_embedding*", "*class_embedding*")
 PERCENTILES = (99.9, 99.99, 99.999)
 METHODS = ("max", *(f"percentile-{p:g}" for p in PERCENTILES))
-#: parts of the timesteps that have a range of their own in the record
+#: number of parts of the timesteps for which the record has separate ranges
 TENTHS = 10
 
 
 @dataclass
 class Loop:
-    """The sampler, in PyTorch: DDIM, one evaluation per step with a guide, classifier-free guidance without.
+    """The sampler in PyTorch: DDIM, with one evaluation per step with a guide, else classifier-free guidance.
 
     Attributes:
         network: ``Student`` or ``Teacher``.
         scheduler: config of the teacher's scheduler.
-        conditions: of the prompts.
+        conditions: encoded prompts.
         shape: ``(C, H, W)`` of a latent.
         w: smallest and largest guidance scale.
-        steps: of a run.
-        exact: whether the schedule is the sampler's own for this many steps (a guide of stage 2 knows no other);
-            otherwise each run is shifted by a random part of a step, so that all timesteps are seen.
+        steps: steps per run.
+        exact: whether to use the sampler's schedule for this number of steps, the only one that a stage-2 guide
+            supports; otherwise each run is shifted by a random part of a step, so that all timesteps are covered.
     """
 
     network: nn.Module
@@ -56,7 +56,7 @@ class Loop:
     exact: bool
 
     def predict(self, x: Tensor, t: int, rows: Tensor, w: Tensor) -> Tensor:
-        """The guided prediction ``[N, C, H, W]`` at one timestep."""
+        """Return the guided prediction ``[N, C, H, W]`` at one timestep."""
         times = torch.full((len(x),), t)
         text = self.conditions.text(rows, x.device)
         nothing = torch.full_like(rows, self.conditions.empty)
@@ -76,7 +76,7 @@ class Loop:
 
     @torch.no_grad()
     def run(self, seed: int, images: int, at: Callable[[Tensor, int, Tensor, Tensor], None] | None = None) -> Tensor:
-        """Latents ``[images, C, H, W]`` of one batch; ``at(x, t, rows, w)`` is called before each evaluation."""
+        """Sample latents ``[images, C, H, W]`` of one batch, calling ``at(x, t, rows, w)`` before each evaluation."""
         rng = random.Random(f"calibrate/{seed}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         rows = torch.tensor([rng.randrange(max(self.conditions.empty, 1)) for _ in range(images)])
@@ -104,15 +104,15 @@ class Loop:
 
 
 def candidates(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    """Layers that could take INT8, by name: convolutions that are not depthwise, and linear layers.
+    """Return the layers that could use INT8, by name: convolutions without groups, and linear layers.
 
     Raises:
-        InputError: if no layer has such a name.
+        InputError: if no layer matches a pattern.
     """
-    # the parts of the guide that run once per image are separate networks
+    # parts of the guide that run once per image are separate networks, which are not quantised
     constant = getattr(getattr(network, "guide", None), "constant_parts", ())
     once = tuple(f"guide.{part}." for part in (*constant, "sharpener"))
-    found: dict[str, nn.Module] = {
+    layers: dict[str, nn.Module] = {
         name: layer
         for name, layer in network.named_modules()
         if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
@@ -120,15 +120,15 @@ def candidates(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modu
         and any(fnmatch.fnmatchcase(name, p) for p in patterns)
         and not any(fnmatch.fnmatchcase(name, p) for p in NEVER)
     }
-    if not found:
+    if not layers:
         raise InputError(
             f"no convolution or linear layer is named {', '.join(patterns)}; names begin with unet. or guide."
         )
-    return found
+    return layers
 
 
 class Observer:
-    """What goes into each layer while the sampler runs."""
+    """Observes the input of each layer while the sampler runs."""
 
     def __init__(self, layers: dict[str, nn.Module], steps_of_training: int) -> None:
         self.layers = layers
@@ -137,12 +137,12 @@ class Observer:
         self._seen = {name: _Seen(layer) for name, layer in layers.items()}
 
     def at(self, x: Tensor, t: int, *_: Any) -> None:
-        """Note the timestep of the next evaluation."""
+        """Record the timestep of the next evaluation."""
         self._t = t
 
     @contextmanager
     def watching(self, histogram: bool) -> Iterator[None]:
-        """Collect inside the block: the largest values, or also the histograms."""
+        """Collect the largest values inside the block, and optionally histograms."""
         handles = []
         for name, layer in self.layers.items():
 
@@ -157,12 +157,12 @@ class Observer:
                 handle.remove()
 
     def result(self) -> dict[str, ObservedLayer]:
-        """What was seen, by layer."""
+        """Return the observations by layer."""
         return {name: seen.layer() for name, seen in self._seen.items()}
 
 
 class _Seen:
-    """One layer's input."""
+    """Observations of one layer's input."""
 
     def __init__(self, layer: nn.Module) -> None:
         assert isinstance(layer, nn.Linear | nn.Conv2d)
@@ -178,7 +178,7 @@ class _Seen:
         magnitude = x.detach().abs().float()
         largest = float(magnitude.max())
         self._by_timestep[tenth] = max(self._by_timestep[tenth], largest)
-        # positions of one image that the layer is applied at
+        # weights × positions of one image at which the layer is applied
         self._macs = self._weights * (x[0].numel() // x.shape[-1 if self._linear else 1]) // self._stride
         if self._linear:
             channels = magnitude.flatten(0, -2).amax(0)
@@ -187,7 +187,7 @@ class _Seen:
             return
         if self._histogram is None:
             self._histogram = _histogram()
-            # bins are as wide as the first data say: half again what was seen before, or silence would make thousands
+            # the first data set the bin width: 1.5 times the largest value so far, as small data would make it tiny
             self._histogram.collect(torch.tensor([1.5 * max(*self._by_timestep, 1e-6)]))
         self._histogram.collect(magnitude)
 
@@ -199,7 +199,7 @@ class _Seen:
         channels = [] if self._channels is None else self._channels.tolist()
         return ObservedLayer(
             "linear" if self._linear else "conv", self._macs,
-            # a bin's edge may lie past the largest value that there was
+            # a bin's edge may exceed the largest value
             {name: _short(min(v, largest)) for name, v in amax.items()},
             [_short(v) for v in self._by_timestep], [_short(v) for v in channels],
         )  # fmt: skip
@@ -207,11 +207,11 @@ class _Seen:
 
 def _histogram() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Model Optimizer warns of versions of packages that are not used here
+        warnings.simplefilter("ignore")  # Model Optimizer warns about versions of packages that are not used here
         from modelopt.torch.quantization.calib import HistogramCalibrator
     return HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
 
 
 def _short(value: float) -> float:
-    """Five digits: as exact as a range can be, and readable."""
+    """Round to five digits, which is precise enough for a range and readable."""
     return float(f"{value:.5g}")

@@ -1,9 +1,9 @@
-"""Eight bits in an exported graph: QuantizeLinear and DequantizeLinear around the layers that take them.
+"""8-bit quantisation of an exported graph: QuantizeLinear and DequantizeLinear around the quantised layers.
 
-Explicit and symmetric, as TensorRT requires, with zero points of zero.  An input has one scale; a weight has one for
-each output channel, or one for all (``Format``).  Weights are stored in 8 bits, half or a quarter of
-their size.  Types stay what the graph had: a float16 graph has float16 scales, so what is not quantised computes as
-before.
+Quantisation is explicit and symmetric, as TensorRT requires, with zero points of zero.  An input has one scale.  A
+weight has one scale per output channel or a single one (``Format``), and is stored in 8 bits, at half or a quarter of
+its size.  The graph's float type is unchanged: a float16 graph has float16 scales, so everything that is not quantised
+computes as before.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """An 8-bit type of a graph.
+    """An 8-bit type, and the form of its scales.
 
     Attributes:
-        name: in names of initialisers.
+        name: part of the names of initialisers.
         onnx: ONNX's name of the type.
-        largest: magnitude that an input's range is scaled to.
-        by_channel: whether a weight has a scale for each output channel, or one for all of it.
+        largest: magnitude to which an input's range is scaled.
+        by_channel: whether a weight has a scale per output channel instead of a single one.
     """
 
     name: str
@@ -39,28 +39,28 @@ class Format:
     by_channel: bool
 
     def steps(self, axis: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Transforms of a weight into its 8-bit values and into its scale of type ``dtype``."""
+        """Return the transform steps from a weight to its 8-bit values, and to its scale of type ``dtype``."""
         if self.onnx == "FLOAT8E4M3FN":
             return {"op": "float8"}, {"op": "float8_scale", "to": dtype}
         along = {"axis": axis} if self.by_channel else {}
         return {"op": "quantize", **along}, {"op": "quantization_scale", **along, "to": dtype}
 
     def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Zero points."""
+        """Return zero points of a shape."""
         import onnx_ir as ir
 
         return np.zeros(shape, ir.DataType[self.onnx].numpy())
 
 
 INT8 = Format("int8", "INT8", LEVELS, by_channel=True)
-#: TensorRT-RTX fuses bias and residual into a convolution whose weight has one scale, and not into others
+#: TensorRT-RTX fuses bias and residual only into convolutions whose weight has one scale
 INT8_ONE_SCALE = replace(INT8, by_channel=False)
-#: E4M3; one scale keeps the bias fused, and costs FP8 hardly any precision
+#: E4M3; with one scale the bias stays fused, and the loss of precision is negligible
 FLOAT8 = Format("float8", "FLOAT8E4M3FN", FLOAT8_LARGEST, by_channel=False)
 
 
 def layer_of(entry: Mapping[str, Any]) -> str:
-    """The layer that an entry of the weight map belongs to, as ``unet.conv_in``; empty if it is not its weight."""
+    """Return the layer of an entry of the weight map, such as ``unet.conv_in``; empty if it is not a weight."""
     name = f"{entry['source']}.{entry['key']}"
     return name.removesuffix(".weight") if name.endswith(".weight") else ""
 
@@ -70,35 +70,35 @@ def quantize_graph(path: Path, weights: WeightMap, choices: Mapping[str, LayerRa
 
     Args:
         path: the ONNX file.
-        weights: its map.
+        weights: its weight map.
         choices: how each layer is quantised, by name.
-        form: the type; SmoothQuant's exponents are for INT8.
+        form: the 8-bit type; SmoothQuant's exponents are for INT8.
 
     Returns:
-        What the new initialisers are made of, for ``WeightMap.derive``.
+        The sources and steps of the new initialisers, for ``WeightMap.derive``.
 
     Raises:
-        PnpError: if the graph has no such layer, or one is computed otherwise than by Conv, MatMul or Gemm.
+        PnpError: if the graph lacks a layer, or computes one with another operator than Conv, MatMul or Gemm.
     """
     return _rewrite(path, weights, choices, choices.keys(), form)
 
 
 def quantize_weights(path: Path, weights: WeightMap, layers: Collection[str]) -> Derived:
-    """Store the named layers' weights as INT8 and compute as before (weight-only), in place; otherwise as above."""
+    """Store the weights of the named layers in INT8, in place, and compute as before; see ``quantize_graph``."""
     return _rewrite(path, weights, {}, layers, INT8)
 
 
 def matrix_layers(path: Path, weights: WeightMap) -> list[str]:
-    """Layers of the graph that are a Conv without groups, a MatMul or a Gemm with a weight of their own."""
+    """Return the layers that are a Conv without groups, a MatMul or a Gemm with an initialiser as weight."""
     import onnx_ir as ir
 
     graph = ir.load(path).graph
-    found = []
+    layers = []
     for name, entry in weights.weights.items():
         users = [] if not layer_of(entry) else list(graph.initializers[name].uses())
         if users and all(_axis(use.node, use.idx) is not None for use in users):
-            found.append(layer_of(entry))
-    return list(dict.fromkeys(found))
+            layers.append(layer_of(entry))
+    return list(dict.fromkeys(layers))
 
 
 def _rewrite(
@@ -132,7 +132,7 @@ def _rewrite(
             f"the record names {len(missing)} layers that {path.name} does not have, for example {missing[0]}; "
             "calibrate this base and guide again"
         )
-    model.graph.sort()  # an input that several layers read is rounded before the first of them
+    model.graph.sort()  # an input that several layers read must be quantised before the first of them
     graph = model.graph.initializers
     stored = [n for n, v in graph.items() if n in derived or isinstance(v.const_value, ir.ExternalTensor)]
     save_with_weights(model, path, sorted(stored))
@@ -140,7 +140,7 @@ def _rewrite(
 
 
 def _axis(node: Any, index: int) -> int | None:
-    """The axis of a weight's output channels, by the node that reads it; None where INT8 has no place."""
+    """Return the axis of a weight's output channels in a node that reads it; None if it cannot be quantised."""
     if index != 1:
         return None
     if node.op_type == "Conv":
@@ -151,7 +151,7 @@ def _axis(node: Any, index: int) -> int | None:
 
 
 class _Inserted:
-    """Nodes that were inserted; what is the same is inserted once."""
+    """Inserts nodes into a graph, and reuses equal ones."""
 
     def __init__(self, graph: Any, form: Format) -> None:
         self.graph = graph
@@ -159,7 +159,7 @@ class _Inserted:
         self._made: dict[Any, Any] = {}
 
     def activation(self, x: Any, choice: LayerRange, before: Any) -> Any:
-        """``x`` rounded to 8 bits and back; with SmoothQuant, divided by the factors first."""
+        """Insert quantisation and dequantisation of ``x``; with SmoothQuant, after dividing by the factors."""
         kind = x.dtype.numpy()
         key = (x.name, choice)
         if key not in self._made:
@@ -171,7 +171,7 @@ class _Inserted:
         return self._made[key]
 
     def weight(self, value: Any, axis: int, choice: LayerRange | None, before: Any, derived: Derived) -> Any:
-        """The weight, stored in 8 bits."""
+        """Store a weight in 8 bits, and return its dequantised value."""
         import torch
 
         key = (value.name, axis, choice)
@@ -185,17 +185,17 @@ class _Inserted:
             smooth = [{"op": "shift", "axis": 1 - axis, "exponents": list(choice.exponents)}]
         values, scale = self.form.steps(axis, dtype)
         steps = {f"{base}.{self.form.name}": [*smooth, values], f"{base}.scale": [*smooth, scale]}
-        made = []
+        stored = []
         for name, more in steps.items():
             derived[name] = (value.name, more)
-            made.append(self._constant(name, as_array(apply(more, tensor))))
+            stored.append(self._constant(name, as_array(apply(more, tensor))))
         if self.form.by_channel:
-            channels = len(made[1].const_value.numpy())
+            channels = len(stored[1].const_value.numpy())
             zero = self._constant(f"quantize.zeros_{channels}", self.form.zeros((channels,)))
         else:
             zero = self._constant("quantize.zero", self.form.zeros(()))
         along = axis if self.form.by_channel else None
-        self._made[key] = self._node("DequantizeLinear", [*made, zero], before, axis=along, like=value)
+        self._made[key] = self._node("DequantizeLinear", [*stored, zero], before, axis=along, like=value)
         return self._made[key]
 
     def _pair(self, x: Any, scale: float, kind: Any, before: Any) -> Any:

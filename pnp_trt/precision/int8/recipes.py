@@ -1,4 +1,4 @@
-"""The INT8 recipes: quantise/dequantise pairs in the U-Net, everything else in the backend's quick float type."""
+"""The INT8 recipes: quantise/dequantise pairs in the U-Net, everything else in the backend's fast float type."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from ...graph.weights import Derived, WeightMap
     from .record import LayerRange, Record
 
-#: layers that stay in float on TensorRT-RTX: the projections into and out of transformer blocks and behind attentions.
-#: It fuses them with a transposition, or with bias and residual, and in 8 bits runs those as kernels of their own;
-#: the other layers take as many kernels as in float (``benchmarks.eight_bit_kernels``)
+#: layers that stay in float on TensorRT-RTX: the projections into and out of transformer blocks and after attentions.
+#: TensorRT-RTX fuses them with a transposition, or with bias and residual, but needs separate kernels for those in 8
+#: bits; the other layers need as many kernels as in float (``benchmarks.eight_bit_kernels``)
 FUSED_IN_FLOAT = ("*.proj_in", "*.proj_out", "*.to_out.0")
 
 
@@ -27,15 +27,16 @@ def is_fused_in_float(layer: str) -> bool:
 
 @dataclass(frozen=True)
 class Int8(Recipe):
-    """W8A8: the inputs and weights of chosen U-Net layers in INT8, everything else in float16.
+    """W8A8: the inputs and weights of selected U-Net layers in INT8, everything else in float16.
 
-    Which layers, and the ranges of their inputs, are a calibration record's (``pnp-trt calibrate``).  Weights have a
-    scale for each output channel, inputs one for all, both symmetric.  Text encoder and decoder stay in ``beside``.
-    The limit is on golden inputs, which are noise at any timestep and beyond the ranges of real ones.
+    A calibration record (``pnp-trt calibrate``) defines the layers and the ranges of their inputs.  Weights have a
+    scale per output channel, inputs a single scale, and both are symmetric.  Text encoder and decoder stay in
+    ``beside``.  The limit applies to golden inputs, which are noise at any timestep and exceed the ranges of real
+    inputs.
 
     Attributes:
-        one_scale: one scale for each weight, and no layer of ``FUSED_IN_FLOAT``: the form in which TensorRT-RTX fuses a
-            convolution with its bias and residual.
+        one_scale: whether each weight has one scale and the layers in ``FUSED_IN_FLOAT`` stay in float, the form in
+            which TensorRT-RTX fuses a convolution with its bias and residual.
     """
 
     name: str = "int8"
@@ -48,29 +49,29 @@ class Int8(Recipe):
 
     @property
     def elements(self) -> frozenset[str]:
-        """The quantised type; the float type beside it is the backend's choice."""
+        """The quantised type; the backend chooses the float type of everything else."""
         return frozenset({"int8"})
 
     @property
     def needs_record(self) -> bool:
-        """Whether ranges of activations are wanted."""
+        """Whether it needs ranges of activations."""
         return self.calibrated
 
     def on_backend(self, beside: Recipe, one_scale: bool = False) -> Recipe:
-        """What is not quantised is in the type that the backend is quick in."""
+        """Return this recipe with everything that is not quantised in the backend's fast type."""
         return replace(self, beside=beside.name, dtype=beside.dtype, one_scale=one_scale)
 
     def of_network(self, network: str) -> Recipe:
-        """``beside`` for networks that are not quantised."""
+        """Return this recipe, or ``beside`` for networks that are not quantised."""
         return self if network in self.networks else recipe(self.beside)
 
     def choices(self, record: Record) -> Mapping[str, LayerRange]:
-        """The layers with 8-bit inputs and weights, and their ranges, by a record."""
+        """Return the layers with 8-bit inputs and weights and their ranges, from a record."""
         chosen = record.choices()
         return {n: c for n, c in chosen.items() if not (self.one_scale and is_fused_in_float(n))}
 
     def quantize(self, graph: Path, weights: WeightMap, record: Record | None) -> Derived | None:
-        """Insert quantise/dequantise pairs: of the record's layers, or of all weights where there is none."""
+        """Insert quantise/dequantise pairs for the record's layers, or without a record for all weights."""
         from .qdq import INT8, INT8_ONE_SCALE, matrix_layers, quantize_graph, quantize_weights
 
         if record is not None:
@@ -80,10 +81,11 @@ class Int8(Recipe):
 
 @dataclass(frozen=True)
 class Int8Weights(Int8):
-    """Weight-only: stored in INT8, computed in float16; for memory and disk, not for speed.
+    """Weight-only: stored in INT8 and computed in float16, to save memory and disk space, not time.
 
-    The rounding error of a weight is at most 1/254 of its channel's largest, 0.4 %, and no record is wanted.
-    TensorRT-RTX widens each weight in a kernel of its own before the layer that reads it, 5 bytes moved for 2.
+    The rounding error of a weight is at most 1/254 (0.4 %) of the largest weight in its channel, and no record is
+    needed.  TensorRT-RTX widens each weight in a separate kernel before the layer that reads it, which moves 5 bytes
+    instead of 2.
     """
 
     name: str = "int8-weights"

@@ -1,7 +1,7 @@
-"""Calibration records: what was observed, what the sweep found, and what was decided; readable JSON.
+"""Calibration records: observations, results of the sweep, and the decision, as readable JSON.
 
-A record belongs to one base and one guide.  ``pnp-trt calibrate`` writes it, ``pnp-trt build --precision int8`` reads
-its decision: the input's range of every layer that takes INT8, and which layers do not.
+A record belongs to one base and one guide.  ``pnp-trt calibrate`` writes it.  ``pnp-trt build --precision int8`` reads
+its decision: the input range of every layer that uses INT8, and the layers that do not.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ...io.inputs import read_json
 from ...io.json_schema import problem
 
 SCHEMA = "pnp-trt/calibration/2"
-#: has the number of images as ``pictures`` in its settings
+#: former schema, in which the settings have the number of images as ``pictures``
 _FORMER = "pnp-trt/calibration/1"
-#: where records live: the user's own folder first, then the one that comes with a checkout
+#: folders of records: the user's first, then the one in a checkout
 HOMES = (Path("calibration"), Path(__file__).resolve().parents[3] / "calibration")
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
 _LAYER = {
@@ -37,7 +37,7 @@ _LAYER = {
     },
     "additionalProperties": {"enum": []},
 }
-#: a record's shape as a JSON Schema
+#: JSON Schema of a record
 _SHAPE: dict[str, Any] = {
     "type": "object",
     "required": ["base", "guide", "settings", "layers", "decision"],
@@ -70,14 +70,14 @@ _SHAPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ObservedLayer:
-    """One convolution or linear layer, as it was observed.
+    """Observations of one convolution or linear layer.
 
     Attributes:
         kind: ``conv`` or ``linear``.
         macs: multiply-accumulates of one evaluation for one image.
         amax: largest magnitude of its input by method: ``max``, ``percentile-99.99`` …
-        by_timestep: largest magnitude in each tenth of the timesteps, the noisiest last.
-        channels: largest magnitude of each input channel, ``[in]``; of linear layers, for SmoothQuant.
+        by_timestep: largest magnitude in each tenth of the timesteps, noisiest last.
+        channels: largest magnitude of each input channel, ``[in]``, for SmoothQuant; linear layers only.
     """
 
     kind: str
@@ -92,9 +92,9 @@ class LayerRange:
     """How one layer is quantised.
 
     Attributes:
-        amax: the magnitude that becomes 127.
+        amax: the magnitude that is mapped to 127.
         exponents: SmoothQuant's factors of the input channels as powers of two, ``[in]``: the input is multiplied by
-            2^−e and the weight by 2^e, both without a rounding error; None for none.
+            2^−e and the weight by 2^e, both without rounding errors; None without SmoothQuant.
     """
 
     amax: float
@@ -102,11 +102,11 @@ class LayerRange:
 
     @property
     def scale(self) -> float:
-        """The input's step in INT8."""
+        """The input's scale in INT8."""
         return self.step(LEVELS)
 
     def step(self, largest: float) -> float:
-        """The input's step in a type whose largest magnitude is ``largest``."""
+        """Return the input's scale in a type whose largest magnitude is ``largest``."""
         return max(self.amax, 1e-6) / largest
 
 
@@ -115,12 +115,12 @@ class Record:
     """A calibration record.
 
     Attributes:
-        base, guide: what was observed, as the build's identity has them: ``{"name", "sha256"}``; guide may be None.
-        settings: of the run: prompts, images, steps, scales, seed.
-        layers: by name, ``unet.…`` or ``guide.…`` as in the student.
+        base, guide: the observed base and guide, as in the build's identity: ``{"name", "sha256"}``; guide may be None.
+        settings: settings of the run: prompts, images, steps, guidance scales, seed.
+        layers: observations by name, ``unet.…`` or ``guide.…`` as in the student.
         sweep: ``methods``, ``layers`` and ``kept``: errors of the prediction; see ``sweep.py``.
         decision: ``{"conv": method, "linear": method, "float": [layers]}``.
-        versions: of the packages that measured.
+        versions: versions of the packages used.
     """
 
     base: dict[str, Any]
@@ -132,26 +132,26 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
 
     def choices(self) -> dict[str, LayerRange]:
-        """How each layer that takes INT8 is quantised, by the record's decision."""
-        kept = set(self.decision["float"])
-        return {n: choose(layer, self.decision[layer.kind]) for n, layer in self.layers.items() if n not in kept}
+        """Return how each layer that uses INT8 is quantised, according to the record's decision."""
+        in_float = set(self.decision["float"])
+        return {n: choose(layer, self.decision[layer.kind]) for n, layer in self.layers.items() if n not in in_float}
 
     def whole_ranges(self) -> dict[str, LayerRange]:
-        """The same layers with their whole range: FP8 keeps small values where the range is wide."""
+        """Return the same layers with their full range, for FP8, which resolves small values even in a wide range."""
         return {n: LayerRange(self.layers[n].amax["max"]) for n in self.choices()}
 
     def share(self, layers: Collection[str] | None = None) -> float:
-        """Share of the observed layers' multiply-accumulates that ``layers`` do; those that take INT8 by default."""
+        """Return the share of all observed multiply-accumulates in ``layers``; by default those that use INT8."""
         layers = self.choices().keys() if layers is None else layers
         whole = sum(layer.macs for layer in self.layers.values())
         return sum(layer.macs for n, layer in self.layers.items() if n in layers) / max(whole, 1)
 
     def identity(self) -> str:
-        """Digest of what a build depends on."""
+        """Return a digest of everything in the record that a build depends on."""
         return digest({n: asdict(c) for n, c in self.choices().items()})
 
     def write(self, path: Path) -> None:
-        """Write whole or not at all, a line for each layer."""
+        """Write the record atomically, with a line for each layer."""
         head = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "layers"}}
         text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
         rows = ",\n".join(f"  {json.dumps(n)}: {json.dumps(asdict(layer))}" for n, layer in self.layers.items())
@@ -159,10 +159,10 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Read a record, every number of its decision checked.
+        """Read a record and check every number of its decision.
 
         Raises:
-            InputError: if it is missing, cut short, of another schema, or holds a range that is not a positive number.
+            InputError: if it is missing, truncated, of another schema, or has a range that is negative or not finite.
         """
         advice = "make it again with pnp-trt calibrate"
         document = read_json(path, "the calibration record", advice)
@@ -180,7 +180,7 @@ class Record:
             choices = record.choices()
         except (KeyError, ValueError, OverflowError) as e:
             raise InputError(
-                f"the calibration record {path} lacks the method of its own decision ({e}); {advice}"
+                f"the calibration record {path} lacks a method that its decision uses ({e}); {advice}"
             ) from None
         for name, choice in choices.items():
             if not (math.isfinite(choice.amax) and choice.amax >= 0):
@@ -189,18 +189,18 @@ class Record:
 
 
 def choose(layer: ObservedLayer, method: str) -> LayerRange:
-    """A layer's range by one method; ``smoothquant-A`` scales a linear layer's channels first.
+    """Return a layer's range by one method; ``smoothquant-A`` first scales the channels of a linear layer.
 
     Raises:
         KeyError: if the record lacks the method.
     """
     if not method.startswith("smoothquant-") or not layer.channels:
         return LayerRange(layer.amax["max" if method.startswith("smoothquant-") else method])
-    # Xiao et al. 2023, eq. 4 with the weights' part left to their own per-channel scales: s = max|X|^α over its mean,
-    # rounded to a power of two, so that neither side is rounded again
+    # Xiao et al. 2023, eq. 4 without the weights' term, which per-channel scales replace: s = max|X|^α over its mean,
+    # rounded to a power of two, so that scaling adds no rounding error
     alpha = float(method.removeprefix("smoothquant-"))
     largest = max(layer.channels)
-    floor = largest * 2.0**-8  # a channel that is all but silent must not take the weight's whole range
+    floor = largest * 2.0**-8  # a nearly constant-zero channel must not use up the weight's range
     logs = [alpha * math.log2(max(c, floor) or 1.0) for c in layer.channels]
     middle = sum(logs) / len(logs)
     exponents = tuple(round(v - middle) for v in logs)
@@ -209,22 +209,22 @@ def choose(layer: ObservedLayer, method: str) -> LayerRange:
 
 
 def default_path(base: str, guide: str) -> Path:
-    """Where ``calibrate`` writes the record of a base and a guide by default."""
+    """Return the default path of the record of a base and a guide."""
     return HOMES[0] / f"{_word(base)}-{_word(guide).removeprefix(f'{_word(base)}-')}.int8.json"
 
 
 def find(base: str, guide: str) -> Path:
-    """The record of a base and a guide among ``HOMES``.
+    """Find the record of a base and a guide in ``HOMES``.
 
     Raises:
-        InputError: if there is none, with the command that makes it.
+        InputError: if there is none; the message has the command that makes it.
     """
     name = default_path(base, guide).name
     for home in HOMES:
         if (home / name).is_file():
             return home / name
     raise InputError(
-        f"8-bit inputs need recorded ranges and there is no {HOMES[0] / name}; make it with: "
+        f"8-bit inputs need recorded ranges, but there is no {HOMES[0] / name}; make it with: "
         f"pnp-trt calibrate --base {base} --guide {guide}, or name one with --calibration"
     )
 

@@ -1,4 +1,4 @@
-"""INT8 arithmetic played in float32, in the modules themselves: what the quantised graph will compute."""
+"""Simulation in float32 modules of the INT8 arithmetic of the quantised graph."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .record import LayerRange
 
 @contextmanager
 def quantised(layers: Mapping[str, nn.Module], choices: Mapping[str, LayerRange]) -> Iterator[None]:
-    """Inside the block the layers that have a choice compute in INT8.
+    """Simulate INT8 inside the block for the layers in ``choices``.
 
     Args:
-        layers: by name.
-        choices: of some of them.
+        layers: all layers by name.
+        choices: how to quantise some of them.
     """
     handles = []
-    kept: list[tuple[nn.Linear | nn.Conv2d, Tensor]] = []
+    originals: list[tuple[nn.Linear | nn.Conv2d, Tensor]] = []
     try:
         for name, choice in choices.items():
             layer = layers[name]
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             factors = None if choice.exponents is None else torch.exp2(torch.tensor(choice.exponents).float())
-            kept.append((layer, layer.weight.data))
+            originals.append((layer, layer.weight.data))
             layer.weight.data = _weight(layer.weight.data, factors)
 
             def hook(
@@ -40,7 +40,7 @@ def quantised(layers: Mapping[str, nn.Module], choices: Mapping[str, LayerRange]
     finally:
         for handle in handles:
             handle.remove()
-        for layer, data in kept:
+        for layer, data in originals:
             layer.weight.data = data
 
 

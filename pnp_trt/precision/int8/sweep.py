@@ -1,6 +1,6 @@
-"""Which layers take INT8: the error that each brings, the method that brings least, and how many are worth keeping.
+"""Sweep to select the layers for INT8: the error of each layer, the best method, and how many layers stay in float.
 
-The error is ‖ε̂ − ε‖ / ‖ε‖ of the network's prediction on states that the sampler visits, which were not calibrated on.
+The error is ‖ε̂ − ε‖ / ‖ε‖ of the network's prediction on states of the sampler that are not used for calibration.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .record import LayerRange, ObservedLayer, choose
 from .simulate import quantised
 
 SMOOTH = ("smoothquant-0.5", "smoothquant-0.8")
-#: layers that are left out of INT8, most sensitive first, as shares of all
+#: shares of the layers that stay in float, most sensitive first
 FLOAT_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 
 
 @dataclass
 class Probes:
-    """States that the sampler visits, and the prediction there.
+    """States of the sampler, and the float32 predictions for them.
 
     Attributes:
-        states: ``(x, t, rows, w)`` of one step of a batch.
-        predictions: the prediction in float32, each.
+        states: ``(x, t, rows, w)``, each of one step of a batch.
+        predictions: the float32 prediction for each state.
     """
 
     states: list[tuple[Tensor, int, Tensor, Tensor]]
@@ -36,7 +36,7 @@ class Probes:
     @classmethod
     @torch.no_grad()
     def collect(cls, loop: Loop, seed: int, images: int, most: int) -> Probes:
-        """One run's states, ``most`` of them, evenly spaced."""
+        """Collect about ``most`` evenly spaced states of one run."""
         states: list[tuple[Tensor, int, Tensor, Tensor]] = []
         loop.run(seed, images, lambda *state: states.append(state))
         step = max(1, len(states) // most)
@@ -45,7 +45,7 @@ class Probes:
 
     @torch.no_grad()
     def error(self, loop: Loop) -> float:
-        """The network's relative error as it is now."""
+        """Return the relative error of the network in its current form."""
         off = whole = 0.0
         for state, exact in zip(self.states, self.predictions, strict=True):
             off += float((loop.predict(*state) - exact).double().square().sum())
@@ -54,12 +54,12 @@ class Probes:
 
 
 class Sweep:
-    """The sweep; every figure is kept as soon as it is there, so that it can be continued.
+    """The sweep; every figure is saved as soon as it is measured, so that an interrupted sweep can resume.
 
     Args:
         modules: the candidate layers.
-        layers: what was observed of them.
-        figures: figures of an earlier run; written into.
+        layers: their observations.
+        figures: figures of an earlier run, which are updated.
         save: called after each figure.
     """
 
@@ -71,7 +71,7 @@ class Sweep:
         self.figures, self._save, self._progress = figures, save, progress
 
     def methods(self) -> dict[str, str]:
-        """The best method for each kind of layer, all layers of the kind in INT8 at once."""
+        """Return the best method for each kind of layer, measured with all layers of the kind in INT8."""
         table = self.figures.setdefault("methods", {})
         kinds = sorted({layer.kind for layer in self.layers.values()})
         jobs = [(k, m) for k in kinds for m in (*METHODS, *(SMOOTH if k == "linear" else ()))]
@@ -85,7 +85,7 @@ class Sweep:
         return {kind: min(table[kind], key=lambda m, k=kind: table[k][m]) for kind in kinds}  # type: ignore[misc]
 
     def each(self, best: dict[str, str]) -> list[str]:
-        """The layers, the one that brings the largest error for its arithmetic first."""
+        """Return the layers in descending order of error relative to their arithmetic."""
         table = self.figures.setdefault("layers", {})
         for i, (name, layer) in enumerate(self.layers.items()):
             self._progress("layers", i, len(self.layers), name)
@@ -95,7 +95,7 @@ class Sweep:
         return sorted(self.layers, key=lambda n: table[n] ** 2 / max(self.layers[n].macs, 1), reverse=True)
 
     def float_layers(self, best: dict[str, str], order: list[str], limit: float) -> list[str]:
-        """The layers that stay, as few as bring the error under ``limit``; if none do, those of the least error."""
+        """Return the fewest layers to leave in float for an error within ``limit``, else for the smallest error."""
         table = self.figures.setdefault("kept", [])
         whole = sum(layer.macs for layer in self.layers.values())
         for i, share in enumerate(FLOAT_SHARES):
@@ -119,12 +119,12 @@ class Sweep:
 def latent_error(
     loop: Loop, modules: dict[str, nn.Module], choices: dict[str, LayerRange], seeds: Iterable[int]
 ) -> float:
-    """‖x̂₀ − x₀‖ / ‖x₀‖ of final latents after the whole loop, from the same noise."""
+    """Return ‖x̂₀ − x₀‖ / ‖x₀‖ of the final latents after the whole loop, from the same noise."""
     off = whole = 0.0
     for seed in seeds:
         exact = loop.run(seed, 4)
         with quantised(modules, choices):
-            got = loop.run(seed, 4)
-        off += float((got - exact).double().square().sum())
+            approximate = loop.run(seed, 4)
+        off += float((approximate - exact).double().square().sum())
         whole += float(exact.double().square().sum())
     return (off / whole) ** 0.5

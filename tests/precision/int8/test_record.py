@@ -68,7 +68,7 @@ def test_a_record_of_the_former_schema_has_its_number_of_images(micro_record: Pa
         (lambda text: "[1]", "has schema None"),
         (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "max"}}), "'decision' lacks 'float'"),
         (lambda text: json.dumps({**json.loads(text), "decision": {"conv": "magic", "linear": "max", "float": []}}),
-         "lacks the method of its own decision ('magic')"),
+         "lacks a method that its decision uses ('magic')"),
         (lambda text: text.replace('"amax": {"max": ', '"amax": {"max": -', 1), "has the range -"),
     ],
 )  # fmt: skip

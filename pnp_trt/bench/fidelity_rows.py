@@ -124,7 +124,7 @@ class Studio:
         return self.work.has("cell", self._key(cell), ".npz")
 
     def images(self, cell: Cell, callback: Callable[[int, int], Any] | None = None) -> dict[str, np.ndarray]:
-        """Return ``pixels`` uint8 ``[N, H, W, 3]``, ``shown`` (the grid's images), and features of ``pixels``, ``[N, …]``."""
+        """Return ``pixels`` uint8 ``[N, H, W, 3]``, ``shown`` (the grid's images), and the features of ``pixels``."""
         return self.work.arrays("cell", self._key(cell), lambda: self._draw(cell, callback))
 
     def _draw(self, cell: Cell, callback: Callable[[int, int], Any] | None) -> dict[str, np.ndarray]:

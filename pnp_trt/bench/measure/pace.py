@@ -33,7 +33,7 @@ class Pace:
 def trial(
     case: Case, prompts: Sequence[str], guidance: float, largest: int, clock: Callable[[], float] = time.perf_counter
 ) -> Pace:
-    """Measure the pace of a case from two steps at batch 1 and at batch 4 (or ``largest``), after a warm-up step each."""
+    """Measure the pace of a case from two steps at batch 1 and at batch 4 (or ``largest``), each after a warm-up."""
     step_s: dict[int, float] = {}
     for batch in (1, min(_TRIAL_BATCH, largest)):
         texts = [prompts[i % len(prompts)] for i in range(batch)]

@@ -153,7 +153,7 @@ def _branches(kind: str, width: int) -> list[list[_Conv]]:
 def build(fid: bool) -> nn.Module:
     """Inception v3 (Szegedy et al. 2016) without classifier, with random weights and torchvision's names.
 
-    The blocks are defined inside this function so that importing the module does not import torch.
+    Long: the blocks are defined in this function so that importing the module does not import torch.
 
     Args:
         fid: pool as FID's network does: averages exclude padding, and the last block uses a maximum.

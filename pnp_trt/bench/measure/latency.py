@@ -266,7 +266,7 @@ def _check(
             own = (*case.pipe.methods, *getattr(case.pipe, "baselines", ()))
             raise InputError(f"Engine '{case.pipe.name}' has no method '{case.method}'; it has {', '.join(own)}.")
         if labels.count(case.label) > 1:
-            raise InputError(f"'{case.label}' is listed {labels.count(case.label)} times; list each case once.")
+            raise InputError(f"'{case.label}' is given {labels.count(case.label)} times; give each case once.")
     if not batches or any(batch < 1 for batch in batches):
         raise InputError(f"Batch sizes must be at least 1, got {list(batches)}.")
     if not MIN_STEPS <= steps <= MAX_STEPS:

@@ -13,9 +13,8 @@ from .tables import loops
 from .words import is_reference, percent, plural, three_digits, unit_of
 
 _DOTS = 120  # maximum number of observations shown per bar
-_REACH = (
-    1.5  # the axis ends at this multiple of the largest 75th percentile, so that an outlier does not squeeze all bars
-)
+# the axis ends at this multiple of the largest 75th percentile, so that an outlier does not squeeze all bars
+_REACH = 1.5
 
 
 @plain_text()

@@ -110,10 +110,9 @@ def _label_steps(plot: Any, axis: Any, points: Sequence[Point], scale: float) ->
                 x, y = x0 + (x1 - x0) * part / 30, y0 + (y1 - y0) * part / 30
                 occupied.append((x - unit, y - unit, x + unit, y + unit))
     frame = axis.get_window_extent()
-    once = {
-        (p.steps, p.x, p.y): (p, xy) for p, xy in zip(points, pixels, strict=True)
-    }  # two CFG methods may share a point
-    for p, (x, y) in once.values():
+    # two CFG methods may share a point
+    unique = {(p.steps, p.x, p.y): (p, xy) for p, xy in zip(points, pixels, strict=True)}
+    for p, (x, y) in unique.values():
         width, height = 0.62 * (FONT - 1) * len(str(p.steps)) * unit, FONT * unit
         boxes = []
         for right, up in _PLACES:

@@ -76,9 +76,8 @@ def _points(doc: Document, measure: Metric, place: Any) -> list[Point]:
     points: dict[tuple[str, str, int], Point] = {}
     for row in doc["fidelity"]:
         value, x = row.get(measure.key), place(row)
-        if (
-            value and x and (row["guidance"] == w or not uses_guidance(row["method"]))
-        ):  # rows without guidance suit every w
+        # rows without guidance suit every w
+        if value and x and (row["guidance"] == w or not uses_guidance(row["method"])):
             key = (row["engine"], row["method"], row["steps"])
             points.setdefault(key, Point(*key, x, value["value"], value["low"], value["high"]))
     return list(points.values())

@@ -1,5 +1,5 @@
-"""What guidance distillation costs and gains, measured: compute, latency, fidelity, and the report drawn from them.
+"""Benchmarks of guidance distillation: compute, latency and fidelity, and the report on them.
 
-`cost` counts multiply-accumulates on meta tensors, `latency` times pipelines round by round, `results` holds the
-document that both go into, `report` draws it. Nothing heavy is imported until a function needs it.
+`cost` counts multiply-accumulates on meta tensors, `latency` times pipelines round by round, `results` puts both into
+one document, and `report` renders it. Heavy packages are imported only by the functions that need them.
 """

@@ -1,4 +1,4 @@
-"""Names of the engines that the commands build by themselves."""
+"""Names of the engines that the commands build automatically."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def engine_names(base: str) -> tuple[str, str]:
 
 
 def default_build(engine: str) -> list[str] | None:
-    """Arguments of ``pnp-trt build`` for an engine of a bundled base, or None if the name is none of those.
+    """Arguments of ``pnp-trt build`` for an engine of a bundled base, or None for any other name.
 
-    Known are BASE-teacher, BASE-tiny, and the stage 2 guides' BASE-tiny-8 and its like.
+    Recognised names are BASE-teacher, BASE-tiny, and those of stage 2 guides, such as BASE-tiny-8.
     """
     from ..assets import ROOT
     from ..bundle.store import engines_home
@@ -35,10 +35,10 @@ def default_build(engine: str) -> list[str] | None:
 
 
 def counted_guide(manifest: Manifest) -> str | None:
-    """The counted network that is a bundle's guide, ``guide-`` and its name in ``GUIDES``.
+    """Name of the bundle's guide in the cost rows: ``guide-`` and its name in ``GUIDES``.
 
-    "" where the bundle has none; None where its guide is not available, or of another size than the counted one, or
-    nothing is counted because there is no torch.
+    "" if the bundle has no guide. None if the guide is not available, its size differs from that of the counted guide,
+    or nothing is counted because torch is not installed.
     """
     from ..errors import InputError
     from ..models.catalog import bundled_bases, guide_folder
@@ -57,5 +57,5 @@ def counted_guide(manifest: Manifest) -> str | None:
         counted = json.loads((guide_folder(f"emoji-{kind}") / "config.json").read_text(encoding="utf-8"))
     except (InputError, OSError, ValueError):
         return None
-    alike = all(config.get(k) == counted.get(k) for k in options)
-    return f"guide-{kind}" if alike and manifest.base.name in bundled_bases() else None
+    same_size = all(config.get(k) == counted.get(k) for k in options)
+    return f"guide-{kind}" if same_size and manifest.base.name in bundled_bases() else None

@@ -1,7 +1,7 @@
-"""What a metric of images is: how it is computed, and how tables, charts and comparisons present it.
+"""Definition of an image metric: how to compute it, and how tables, charts and comparisons present it.
 
-A metric is written once.  The fidelity part of ``pnp-trt bench`` computes every registered metric that its inputs
-allow; reports and comparisons read label, unit, decimals and direction from here, and values from the document.
+The fidelity part of ``pnp-trt bench`` computes every registered metric whose inputs are available.  Reports and
+comparisons take label, unit, decimals and direction from here, and values from the document.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Images:
-    """One set of N images and what it is compared with; what is missing is None.
+    """A set of N images and what to compare it with; anything unavailable is None.
 
     Attributes:
         pixels: uint8 ``[N, H, W, 3]``.
-        prompts: of each image.
+        prompts: the prompt of each image.
         extracted: outputs of the feature extractors for each image, ``[N, …]``: ``features`` (EfficientNet),
-            ``inception``, ``clip`` (scores), as far as their weights are there.
-        concepts: what each prompt names, for the alignment judge.
-        cfg: the same of classifier-free guidance at the same w and steps.
-        best_cfg: the same of classifier-free guidance at the same w and the largest number of steps.
+            ``inception``, ``clip`` (scores); only those whose weights are available.
+        concepts: the concept that each prompt names, for the alignment judge.
+        cfg: images of classifier-free guidance at the same w and steps.
+        best_cfg: images of classifier-free guidance at the same w and the largest number of steps.
         real: EfficientNet features of real images, float32 ``[M, 1280]``.
-        real_inception: gives their Inception features.
-        judge: gives the alignment judge.
+        real_inception: returns Inception features of the real images.
+        judge: returns the alignment judge.
     """
 
     pixels: np.ndarray
@@ -47,7 +47,7 @@ class Images:
 
     @property
     def users_weights(self) -> bool:
-        """Whether the user named weights of their own (Inception, CLIP), which take the place of the bundled ones."""
+        """Whether the user supplied Inception or CLIP weights, which replace the bundled extractor."""
         return "inception" in self.extracted or "clip" in self.extracted
 
 
@@ -56,18 +56,18 @@ class Metric:
     """A metric of images.
 
     Attributes:
-        key: of the fidelity rows of a results document.
+        key: key in the fidelity rows of a results document.
         label: short name.
         higher_is_better: its direction.
-        compute: the metric of a set of images with its 95 % interval; None where its inputs are missing.
+        compute: returns the metric of a set of images with its 95 % interval; None if its inputs are missing.
         description: one clause.
-        unit: of a value times ``scale``; empty for none.
-        decimals: of a value times ``scale`` in tables.
+        unit: unit of a value times ``scale``; empty for none.
+        decimals: decimals in tables of a value times ``scale``.
         scale: factor from the document's value to the unit.
         signed: whether tables write a plus sign.
-        quality: whether it judges the images themselves, and not how close they are to the teacher's.
-        axis: whether charts may have it as an axis; of several, those of quality first.
-        short: whether the terminal's table has it.
+        quality: whether it measures the images' own quality rather than their similarity to the teacher's.
+        axis: whether charts may use it as an axis; if several do, quality metrics come first.
+        short: whether the terminal's table shows it.
     """
 
     key: str
@@ -90,12 +90,12 @@ class Metric:
 
     @property
     def head(self) -> str:
-        """A column's head: label, unit, direction."""
+        """Column heading: label, unit, direction."""
         return f"{self.name} {'↑' if self.higher_is_better else '↓'}"
 
     @property
     def axis_title(self) -> str:
-        """A chart axis' title."""
+        """Title of a chart axis."""
         return f"{self.name}, {'↑' if self.higher_is_better else '↓'} is better"
 
 
@@ -114,10 +114,10 @@ METRICS: Registry[Metric] = Registry(
 
 
 def axis_metrics() -> list[Metric]:
-    """Metrics that charts may have as an axis, those of quality first."""
+    """Metrics that charts may use as an axis, quality metrics first."""
     return sorted((m for m in METRICS.values() if m.axis), key=lambda m: not m.quality)
 
 
 def judges_quality(row: Mapping[str, object]) -> bool:
-    """Whether a fidelity row has a metric of the images themselves."""
+    """Whether a fidelity row has a metric of the images' own quality."""
     return any(row.get(metric.key) for metric in METRICS.values() if metric.quality)

@@ -1,4 +1,4 @@
-"""The plan of a bench run, and the checks that refuse it before anything is built."""
+"""The plan of a bench run, and checks that reject an invalid plan before anything is built."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..io.inputs import is_file, is_folder
 from ..runtime.pipeline import GUIDANCE, STEPS
 from .engines import engine_names
 
-#: what a run has where nothing else is requested, and what runs where it is requested alone
+#: the parts of a run by default, and those that run only when requested with --only
 PARTS, ALONE = ("cost", "latency", "fidelity"), ("serving",)
-#: images of a fidelity cell where nothing else is requested: with something to judge them by, and without
+#: default number of images per fidelity cell: if their quality can be judged, and if not
 IMAGES, IMAGES_UNJUDGED = 256, 32
-#: what ``--quick`` asks for instead of the defaults
+#: settings of ``--quick`` that replace the defaults
 QUICK: dict[str, Any] = {
     "batches": (1, 4), "steps": (4, 8), "timed_steps": (4,), "rounds": 5, "warmup": 1, "guidance": (3.0,),
     "images": 32, "peers": False, "memory": False, "cold_starts": 1,
@@ -34,28 +34,29 @@ class Plan:
     """The plan of a bench run.
 
     Attributes:
-        engines: bundles to compare; empty stands for the base's plain and guided ones.
-        base: whose networks are counted, and whose engines are the default.
-        only: one of :data:`PARTS` or :data:`ALONE`, or None for all of ``PARTS``.
-        quick: whether :data:`QUICK` took the place of the defaults.
+        engines: bundles to compare; if empty, the base's plain and guided engines.
+        base: base model whose networks are counted, and whose engines are the default.
+        only: one of :data:`PARTS` or :data:`ALONE`; None for all of ``PARTS``.
+        quick: whether :data:`QUICK` replaced the defaults.
         batches: batch sizes to time.
-        steps: sampling steps of the images, and of the timed loop where ``timed_steps`` is empty.
+        steps: sampling steps of the images, and of the timed loop if ``timed_steps`` is empty.
         timed_steps: sampling steps of the timed loop.
         rounds: interleaved rounds of a timed block.
         warmup: runs of every case before the first round.
-        guidance: scales w of the images; the first is the timed loop's.
-        images: per fidelity cell; None takes 256 where they can be judged, 32 elsewhere.
+        guidance: scales w of the images; the timed loop uses the first.
+        images: images per fidelity cell; None means 256 if their quality can be judged, otherwise 32.
         provider: ``auto``, ``cpu`` or ``cuda``.
-        size: height and width in pixels, None the engines' default.
-        schedule: one of ``SCHEDULES``, or ``teacher``; None what the engines agree on, or DDIM.
-        prompts: a text file, one prompt a line, to draw instead of the bundled captions.
-        real: a folder of real images that the generated ones are compared with.
-        inception: Inception weights (``.safetensors``) for the FID of the literature.
+        size: height and width in pixels; None for the engines' default.
+        schedule: one of ``SCHEDULES``, or ``teacher``; None for the engines' common schedule, or DDIM if they
+            differ.
+        prompts: a text file with one prompt per line, to use instead of the bundled captions.
+        real: a folder of real images to compare the generated images with.
+        inception: Inception weights (``.safetensors``) for the standard FID.
         clip: a transformers CLIP folder for the CLIP score.
-        peers: whether other toolkits are timed where they are installed.
-        memory: whether peak memory is measured, in a separate process for every row.
-        cold_starts: starts of a new process that are timed for every engine; 0 for none.
-        requests: of each queue of the serving part.
+        peers: whether to time other toolkits that are installed.
+        memory: whether to measure peak memory, in a separate process for every row.
+        cold_starts: number of timed starts of a new process per engine.
+        requests: number of requests in each queue of the serving part.
     """
 
     engines: tuple[str, ...] = ()
@@ -92,7 +93,7 @@ class Plan:
         return self.timed_steps or self.steps
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON holds it."""
+        """The plan as a JSON object."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
@@ -121,7 +122,8 @@ def check(plan: Plan) -> None:
             raise InputError(f"{name} names {twice} twice; name each value once")
     if not 1 <= plan.rounds <= MOST_ROUNDS or not 0 <= plan.warmup <= MOST_ROUNDS:
         raise InputError(
-            f"rounds is {plan.rounds} and warmup {plan.warmup}; they must be from 1 and 0 to {MOST_ROUNDS:,}"
+            f"rounds is {plan.rounds} and warmup {plan.warmup}; rounds must be at least 1, warmup at least 0, "
+            f"and both at most {MOST_ROUNDS:,}"
         )
     if not 0 <= plan.cold_starts <= 1000:
         raise InputError(f"cold-starts is {plan.cold_starts}; it must be between 0 and 1000")
@@ -134,7 +136,9 @@ def check(plan: Plan) -> None:
     if plan.size is not None and plan.only == "serving":
         raise InputError("serving is measured at the engine's own size; leave --size out")
     if plan.size is not None and "cost" in plan.parts:
-        raise InputError("cost is counted at the model's own size; with --size add --only latency or --only fidelity")
+        raise InputError(
+            "cost is counted at the model's own size; if you use --size, add --only latency or --only fidelity"
+        )
     if "cost" in plan.parts and plan.only == "cost" and importlib.util.find_spec("torch") is None:
         raise MissingDependency("counting cost needs torch and diffusers; install with: pip install 'pnp-trt[build]'")
     _check_files(plan)
@@ -143,20 +147,20 @@ def check(plan: Plan) -> None:
 def _check_files(plan: Plan) -> None:
     named = {k: getattr(plan, k) for k in ("prompts", "real", "inception", "clip") if getattr(plan, k) is not None}
     if named and "fidelity" not in plan.parts:
-        raise InputError(f"--{next(iter(named))} is for the fidelity part, and --only is '{plan.only}'; leave one out")
+        raise InputError(f"--{next(iter(named))} is for the fidelity part, but --only is '{plan.only}'; leave one out")
     for name, value in named.items():
         folder = name in ("real", "clip")
         path = Path(value)
         if not (is_folder(path) if folder else is_file(path)):
             raise InputError(f"--{name} {value} is not a {'folder' if folder else 'file'}; name one that exists")
     if plan.inception is not None and plan.real is None:
-        raise InputError("--inception gives a distance to real images and none are named; add --real DIR")
+        raise InputError("--inception measures a distance to real images, but none are named; add --real DIR")
     if plan.real is not None and plan.prompts is None:
-        raise InputError("--real needs the prompts that such images show; add --prompts FILE")
+        raise InputError("--real needs the prompts that its images show; add --prompts FILE")
 
 
 def engines_of(plan: Plan) -> tuple[str, ...]:
-    """The engines to open: those named, or the base's plain and guided ones, of which serving needs the guided."""
+    """Engines to open: those named, or else the base's plain and guided engines (for serving, the guided one only)."""
     if plan.only == "cost":
         return ()
     plain, guided = engine_names(plan.base)

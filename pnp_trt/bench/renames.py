@@ -1,10 +1,10 @@
-"""Names of earlier results documents, and the current ones: what reads a document calls :func:`current_names` first."""
+"""Field names of earlier results documents and their current names; apply :func:`current_names` before reading one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: fields of ``pnp-trt/bench/2`` and of the records under ``benchmarks/results`` that were written until November 2026
+#: old fields of ``pnp-trt/bench/2`` and of the records under ``benchmarks/results`` written until November 2026
 RENAMED = {
     "passes": "evaluations", "passes_per_picture": "evaluations", "pictures": "images", "picture": "image",
     "real_pictures": "real_images", "picture_includes": "image_includes", "macs_per_picture": "macs_per_image",
@@ -16,7 +16,7 @@ RENAMED = {
 
 
 def current_names(value: Any) -> Any:
-    """``value``, a parsed JSON document or a part of one, with every renamed field under its current name."""
+    """Return ``value``, a parsed JSON document or a part of one, with every renamed field under its current name."""
     if isinstance(value, list):
         return [current_names(item) for item in value]
     if not isinstance(value, dict):
@@ -26,5 +26,5 @@ def current_names(value: Any) -> Any:
 
 
 def _name(key: str, value: Any) -> str:
-    # a method's cost listed the networks of one prediction under the name that counted evaluations elsewhere
+    # in a method's cost, 'passes' listed the networks of one prediction; elsewhere it counted evaluations
     return "networks" if key == "passes" and isinstance(value, list) else RENAMED.get(key, key)

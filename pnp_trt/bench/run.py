@@ -1,4 +1,4 @@
-"""`pnp-trt bench`: cost, latency and fidelity put together into one results document."""
+"""`pnp-trt bench`: measure cost, latency and fidelity, and put them into one results document."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from .work import Work
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """Everything that determines a run: the plan, the engines' seals, the files it names, the package's version.
+    """Return everything that determines a run: plan, seals of the engines, hashes of user files, package version.
 
     Raises:
         InputError: for an unknown or damaged engine.
     """
     base_of(plan)
-    found = {
+    settings = {
         **plan.as_dict(),
         "package": __version__,
         "seals": {name: read_manifest(find_bundle(name)).seal for name in engines_of(plan)},
     }
     for name in ("prompts", "inception"):
         if (value := getattr(plan, name)) is not None:
-            found[name] = cached_sha256(Path(value))
+            settings[name] = cached_sha256(Path(value))
     if plan.real is not None:
-        found["real"] = real_key(Path(plan.real))
+        settings["real"] = real_key(Path(plan.real))
     if plan.clip is not None:
-        found["clip"] = [cached_sha256(p) for p in sorted(Path(plan.clip).glob("*.safetensors"))]
-    return found
+        settings["clip"] = [cached_sha256(p) for p in sorted(Path(plan.clip).glob("*.safetensors"))]
+    return settings
 
 
 def base_of(plan: Plan) -> str:
-    """The base that a run is of: the engines' own, where there are engines.
+    """Return the base model of a run: that of the engines, if there are any, otherwise the plan's.
 
     Raises:
         InputError: as :func:`identity` does.
@@ -75,9 +75,9 @@ def run(
     Args:
         command: the arguments of the command line, for the provenance.
         suite: name of the suite that the plan comes from.
-        progress: called with what is going on, and seconds of the estimate that are done and in all.
-        tell: called with sentences for the user: the estimate, before the start.
-        work: where finished pieces are kept; None keeps none.
+        progress: called with the current activity, and the seconds of the estimate that are done and in total.
+        tell: called with sentences for the user, such as the estimate before the start.
+        work: store of the finished pieces; None uses a temporary one.
 
     Raises:
         InputError: for unknown or damaged engines, or engines of different bases.
@@ -91,7 +91,7 @@ def run(
 
 
 class _Bench:
-    """One run: the engines are opened and the estimate is made when it begins."""
+    """One run; the constructor opens the engines."""
 
     def __init__(self, plan: Plan, work: Work, progress: Progress | None, tell: Callable[[str], None]) -> None:
         self.base = base_of(plan)
@@ -106,7 +106,7 @@ class _Bench:
         self._drawn: dict[str, Any] = {}
 
     def document(self, command: Sequence[str], suite: str | None) -> dict[str, Any]:
-        """Measure all parts."""
+        """Measure all parts and return the results document."""
         plan = self.plan
         if "cost" in plan.parts:
             self._cost()
@@ -131,26 +131,26 @@ class _Bench:
     # ------------------------------------------------------------------------------------------------- estimate
 
     def _prepare(self) -> None:
-        """Say how long it will take, from a short trial of every method."""
+        """Estimate the duration from a short trial of every method, and report it."""
         parts = [p for p in ("latency", "serving", "fidelity") if p in self.plan.parts]
         jobs: dict[str, float] = {}
-        kept = 0
+        finished = 0
         if parts:
             self.timing.try_out(self._say)
         if "latency" in parts:
             jobs |= self.timing.jobs()
-            kept += self.timing.resumed()
+            finished += self.timing.resumed()
         if "serving" in parts:
             jobs |= {_queues(pipe): self._serving_seconds(pipe) for pipe in self._servers()}
-            kept += sum(self.work.has("serving", self._serving_key(pipe)) for pipe in self._servers())
+            finished += sum(self.work.has("serving", self._serving_key(pipe)) for pipe in self._servers())
         if "fidelity" in parts:
             self._plan_fidelity()
             jobs |= {cell.label: self._drawing_seconds(cell) for cell in self.cells}
-            kept += sum(self.studio.has(c) for c in self.cells)
+            finished += sum(self.studio.has(c) for c in self.cells)
         self.meter = ProgressMeter(jobs, self._progress)
         if parts:
-            known = f"; {kept} of its {len(jobs)} pieces are there already" if kept else ""
-            self._tell(f"this run takes {about(self.meter.total)} in all{known}")
+            resumed = f"; {finished} of its {len(jobs)} pieces are finished already" if finished else ""
+            self._tell(f"this run takes {about(self.meter.total)} in all{resumed}")
 
     def _drawing_seconds(self, cell: Cell) -> float:
         task, pipe = self.studio.task, self.studio.pipes[cell.engine]
@@ -163,14 +163,14 @@ class _Bench:
     # ------------------------------------------------------------------------------------------------- serving
 
     def _servers(self) -> list[Pipeline]:
-        """Engines that serve guided and CFG images in the same calls."""
-        found = [pipe for pipe in self.pipes if pipe.bundle.guided]
-        if not found:
+        """Engines with a guide; raise ``InputError`` if there are none."""
+        guided = [pipe for pipe in self.pipes if pipe.bundle.guided]
+        if not guided:
             raise InputError(
-                f"no guide is in {', '.join(pipe.name for pipe in self.pipes)}; --only serving compares a guide's "
-                "images with CFG's on one engine: name an engine with a guide"
+                f"there is no guide in {', '.join(pipe.name for pipe in self.pipes)}, but --only serving compares "
+                "guided images with CFG images on one engine; name an engine with a guide"
             )
-        return found
+        return guided
 
     def _serving_seconds(self, pipe: Pipeline) -> float:
         pace = self.timing.paces[f"{pipe.name}/{GUIDED.name}"]
@@ -186,15 +186,15 @@ class _Bench:
         rows = []
         for pipe in self.pipes:
             if not pipe.bundle.guided:
-                self._leave_out(f"serving of {pipe.name}", "it has no guide, whose images would be compared with CFG's")
+                self._leave_out(f"serving of {pipe.name}", "it has no guide whose images could be compared with CFG's")
         for pipe in self._servers():
             job = _queues(pipe)
             self.meter.begin(job, job)
 
             def make(pipe: Pipeline = pipe) -> dict[str, Any]:
-                held = self.plan
+                plan = self.plan
                 return serving.measure(
-                    pipe, rounds=held.rounds, requests=held.requests, steps=held.steps, guidance=held.guidance,
+                    pipe, rounds=plan.rounds, requests=plan.requests, steps=plan.steps, guidance=plan.guidance,
                     progress=self.meter.within,
                 )  # fmt: skip
 
@@ -228,11 +228,11 @@ class _Bench:
         self.rows["published"] = cost.published_rows(self.base, self.rows["cost"])
 
     def _guided_steps(self, pipe: Pipeline, steps: int) -> int:
-        """Steps of CFG on an interval with two evaluations."""
+        """Number of steps in which ``cfg-interval`` evaluates the teacher twice."""
         return int(guided_steps(pipe.schedule(steps, self.plan.schedule), pipe.guided_interval()).sum())
 
     def _say(self, what: str) -> None:
-        """Progress before the estimate is known."""
+        """Report progress before the estimate is known."""
         if self._progress is not None:
             self._progress(what, 0, 1)
 
@@ -252,7 +252,7 @@ class _Bench:
         self.cells = cells_of(self.wanted)
 
     def _quality_of_images(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
-        """Whether quality was measured, why not, and the images."""
+        """Return whether quality was measured, if not why, and the images."""
         if "fidelity" not in self.plan.parts:
             self.rows["fidelity"] = []
             return False, f"the fidelity part was not run (--only {self.plan.only})", None
@@ -267,7 +267,7 @@ class _Bench:
         if self._progress is not None:
             self._progress("measuring the images", round(self.meter.total), round(self.meter.total))
         rows = [studio.measure(row, self.rows.get("cost", ())) for row in self.wanted]
-        # CFG at the largest number of steps is what the others are compared with: it stays, for its KID
+        # drop CFG rows without any metric; at the largest number of steps CFG has a KID if there are real images
         self.rows["fidelity"] = [r for r in rows if r["method"] != CFG.name or set(r) - _BARE]
         evaluated, reason = verdict(self.rows["fidelity"], studio.task, studio.eyes)
         if reason is not None:
@@ -280,7 +280,7 @@ class _Bench:
         return evaluated, reason, studio.grid(self.wanted) if self.wanted else None
 
 
-#: guess for the estimate: seconds that all queues take for each step of a request
+#: guess for the estimate: seconds that all queues together take per step of a request
 _QUEUED = 1e-3
 
 
@@ -288,18 +288,18 @@ def _queues(pipe: Pipeline) -> str:
     return f"queues of requests, {pipe.name}"
 
 
-#: what a row states without having measured anything
+#: fields that a fidelity row has even if no metric was computed
 _BARE = {"engine", "method", "steps", "guidance", "evaluations", "images", "macs_per_image", "reference_steps"}
 
 
-def _common_schedule(pipes: Sequence[Pipeline], wanted: str | None) -> str | None:
-    """One schedule for all, so that methods alone differ: the wanted one, what the engines agree on, or DDIM."""
-    found = {pipe.schedule(1, wanted).name for pipe in pipes}
-    return found.pop() if len(found) == 1 else ddim.name if found else None
+def _common_schedule(pipes: Sequence[Pipeline], requested: str | None) -> str | None:
+    """One schedule for all engines, so that only methods differ: the requested one, their common default, or DDIM."""
+    names = {pipe.schedule(1, requested).name for pipe in pipes}
+    return names.pop() if len(names) == 1 else ddim.name if names else None
 
 
 def _same_base(names: Sequence[str]) -> Manifest:
-    """The first engine's manifest; ``InputError`` unless all are of one base."""
+    """Return the first engine's manifest; raise ``InputError`` unless all engines have the same base model."""
     bases: dict[str, list[str]] = {}
     manifests = [read_manifest(find_bundle(name)) for name in names]
     for name, manifest in zip(names, manifests, strict=True):
@@ -307,6 +307,6 @@ def _same_base(names: Sequence[str]) -> Manifest:
     if len(bases) > 1:
         groups = " and ".join(", ".join(group) for group in bases.values())
         raise InputError(
-            f"these engines have different base models and cannot be compared: {groups}; bench each base alone"
+            f"these engines have different base models and cannot be compared: {groups}; benchmark each base separately"
         )
     return manifests[0]

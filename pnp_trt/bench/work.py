@@ -1,4 +1,4 @@
-"""What a bench run has finished, kept in a folder so that a killed run continues; gone once the run is whole."""
+"""Finished pieces of a bench run, stored so that a killed run can resume; removed when the run completes."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _PIECE = re.compile(r".+-[0-9a-f]{16}\.(json|npz)")
 
 
 class Work:
-    """Finished pieces by name and by a digest of everything that determines them.
+    """Finished pieces, identified by a name and a digest of everything that determines them.
 
     Args:
-        folder: where they are kept; None keeps them in a temporary folder, and nothing can be continued.
-        settings: what the whole run is of: see :func:`~pnp_trt.bundle.runs.claim`.
-        resume: whether to continue the run that ``folder`` holds.
+        folder: where the pieces are stored; None uses a temporary folder, from which no run can resume.
+        settings: everything that determines the run: see :func:`~pnp_trt.bundle.runs.claim`.
+        resume: whether to resume the run stored in ``folder``.
 
-    Use it in a ``with`` block: an error keeps the folder if anything is finished; ``done`` states that the results are
-    written and the folder can go.
+    Use it in a ``with`` block: after an error the folder stays if any piece is finished. Call ``done`` once the results
+    are written, to remove the folder.
 
     Raises:
-        InputError: if ``folder`` holds something else, or this run and ``resume`` is false.
+        InputError: if ``folder`` contains anything but this run, or contains this run and ``resume`` is false.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any], resume: bool = False) -> None:
         if folder is None:
             if resume:
-                raise InputError("--resume needs the place of the run; name it with the same --json or --work")
+                raise InputError("--resume needs to know where the run is stored; repeat its --json or --work")
             self.folder, self.persistent = Path(tempfile.mkdtemp(prefix="pnp-trt-bench-")), False
         else:
             claim(folder, dict(settings), resume, other=f"remove {folder} or choose another --json or --work")
@@ -56,15 +56,15 @@ class Work:
             self.done()
 
     def done(self) -> None:
-        """Remove what was kept: the results are written. Files of the user stay, and so does the folder then."""
+        """Remove the pieces, as the results are written. The user's own files stay, and then so does the folder."""
         if not self.folder.is_dir():
             return
         remove_temporaries(self.folder)
         pieces = [path for path in self.folder.iterdir() if _PIECE.fullmatch(path.name)]
-        # the record last: without it a run that is killed here could not be continued
+        # the record last: without it, a run that is killed here could not be resumed
         for path in [*pieces, self.folder / RECORD]:
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it is not empty
+        with contextlib.suppress(OSError):  # the folder is not empty
             self.folder.rmdir()
 
     def has(self, name: str, key: Any, suffix: str = ".json") -> bool:
@@ -72,12 +72,12 @@ class Work:
         return self._path(name, key, suffix).is_file()
 
     def table(self, name: str, key: Any, make: Callable[[], Any]) -> tuple[Any, bool]:
-        """A piece that JSON can hold, made if it is not there; and whether an earlier process made it."""
+        """Return a piece stored as JSON, created if missing, and whether an earlier process created it."""
         path = self._path(name, key, ".json")
         if path.is_file():
             try:
                 return json.loads(path.read_text(encoding="utf-8")), path not in self._mine
-            except (ValueError, RecursionError):  # damaged: made again
+            except (ValueError, RecursionError):  # damaged: create it again
                 pass
         value = json.loads(json.dumps(make(), default=_plain))
         write_json(path, value)
@@ -85,17 +85,17 @@ class Work:
         return value, False
 
     def arrays(self, name: str, key: Any, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """A piece of named arrays, made if it is not there."""
+        """Return a piece stored as named arrays, created if missing."""
         path = self._path(name, key, ".npz")
         if path.is_file():
             try:
-                with np.load(path) as found:
-                    return dict(found)
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # damaged: made again
+                with np.load(path) as stored:
+                    return dict(stored)
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # damaged: create it again
                 pass
         value = dict(make())
-        with whole_file(path) as beside, beside.open("wb") as f:
-            np.savez(f, **value)  # type: ignore[arg-type]  # numpy's signature has no arrays by name
+        with whole_file(path) as temporary, temporary.open("wb") as f:
+            np.savez(f, **value)  # type: ignore[arg-type]  # numpy's stub does not accept arrays as keywords
         self._mine.add(path)
         return value
 
@@ -104,5 +104,5 @@ class Work:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy scalars and arrays, and paths, as JSON can hold them."""
+    """Convert numpy scalars, arrays and paths to JSON values."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

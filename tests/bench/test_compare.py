@@ -85,7 +85,7 @@ def test_a_machine_slowed_as_a_whole_is_a_hint_and_no_regression() -> None:
     assert len(found.of("worse", weak=True)) == 54
     text = " ".join(terminal(found).split())
     assert "Absolute times hint at 54 slower" in text
-    assert "All loops moved together, by 1.30 ×" in text
+    assert "All loops changed together, by 1.30 ×" in text
 
 
 def test_absolute_times_need_the_same_device_and_versions() -> None:

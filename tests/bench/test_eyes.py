@@ -85,7 +85,7 @@ def test_other_weights_are_refused(tmp_path: Path, weights: dict[str, torch.Tens
     with pytest.raises(InputError, match="has 10 classes in 'fc.weight'; FID's network has 1,008"):
         Inception(saved(tmp_path, weights, 10))
     less = {k: v for k, v in weights.items() if k != "Mixed_7c.branch1x1.conv.weight"}
-    with pytest.raises(InputError, match=r"'Mixed_7c.branch1x1.conv.weight' is missing or of another shape"):
+    with pytest.raises(InputError, match=r"'Mixed_7c.branch1x1.conv.weight' is missing or has another shape"):
         Inception(saved(tmp_path, less, 1008))
     (tmp_path / "x.pth").write_bytes(b"pickled")
     with pytest.raises(InputError, match="pickled weights are not read"):

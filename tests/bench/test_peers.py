@@ -110,7 +110,7 @@ def test_what_cannot_run_is_listed(micro_base: Path, micro_sdxl: Path, monkeypat
     assert cases == [] and [row["what"] for row in left_out] == list(peers.KINDS)
     assert left_out[0]["why"] == "base 'random:sd15' has no files for it to load"
     _, left_out = peers.available(str(micro_sdxl), kinds=["optimum-onnx"])
-    assert "has 2 text encoders, which it was not tried with" in left_out[0]["why"]
+    assert "has 2 text encoders, with which it has not been tested" in left_out[0]["why"]
     _, left_out = peers.available(str(micro_base), kinds=["diffusers"], weights="0" * 64)
     assert "are not those in the engines" in left_out[0]["why"]
     for versions, why in (({}, "it is not installed; pip install optimum-onnx"), ({"": "1"}, "is an AutoencoderTiny")):

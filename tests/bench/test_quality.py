@@ -88,7 +88,7 @@ def test_a_guide_of_stage_2_is_drawn_at_its_own_steps_alone() -> None:
     rows, left_out = plan_rows([TEACHER, fast], Plan(steps=(4, 8), guidance=(3.0, 2.0)))  # type: ignore[list-item]
     assert {r.cell.steps for r in rows if r.method == "guided"} == {8}
     assert left_out == [
-        {"what": "fidelity of fast at 4 steps", "why": "its guide was distilled for 8 steps alone"}
+        {"what": "fidelity of fast at 4 steps", "why": "its guide was distilled for 8 steps only"}
     ]  # once, for both scales
 
 

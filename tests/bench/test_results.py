@@ -143,10 +143,10 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     half_an_interval["latency"][0]["ratio_to_cfg_interval"] = [0.5]
     cases = {
         "": "not complete JSON",
-        "[]": "names no schema",
+        "[]": "it has no 'schema'",
         "[" * 100_000: "nested too deeply",
         '{"schema": "pnp-trt/bench/3", "cost": NaN}': "holds NaN",
-        json.dumps({"schema": "pnp-trt/emoji-tables/1"}): "'pnp-trt/emoji-tables/1', this version reads",
+        json.dumps({"schema": "pnp-trt/emoji-tables/1"}): "'pnp-trt/emoji-tables/1', but this version reads",
         json.dumps(doc | {"schema": "pnp-trt/bench/1"}): "'pnp-trt/bench/1'.*make a new one: pnp-trt bench --json",
         json.dumps({key: value for key, value in doc.items() if key != "latency"}): "the document lacks 'latency'",
         json.dumps(doc | {"cost": {}}): "'cost' is an object, not an array",

@@ -91,7 +91,7 @@ def test_without_onnx_numpy_measures_and_says_so(monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(InputError, match="provider is 'tpu'"):
         measure_device(provider="tpu")
-    with pytest.raises(InputError, match="'int8'; a CPU's peak is measured in fp32 alone"):
+    with pytest.raises(InputError, match="'int8'; a CPU's peak is measured in fp32 only"):
         measure_device(precision="int8")
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

@@ -78,14 +78,14 @@ def test_only_serving_measures_an_engine_with_a_guide(
     assert [call["batch"] for call in held["calls"]] == list(range(1, 9))
     assert all(call["whole_s"] > 0 < call["step_s"] for call in held["calls"]) and held["text_s"] > 0
     assert {row["policy"] for row in held["queues"]} == {"one", "whole", "step", "cfg"} == set(held["capacity_per_s"])
-    assert {"what": "serving of plain", "why": "it has no guide, whose images would be compared with CFG's"} in doc[
+    assert {"what": "serving of plain", "why": "it has no guide whose images could be compared with CFG's"} in doc[
         "left_out"
     ]
     assert doc["latency"] == doc["cost"] == doc["fidelity"] == []
     text = page.read_text()
     assert 'id="figure-serving"' in text and "a network call by each batch" in text
     for arguments, message in (
-        (("--engine", "plain"), "no guide is in plain; --only serving compares"),
+        (("--engine", "plain"), "there is no guide in plain, but --only serving compares"),
         (("--requests", 1), "requests is 1; it must be between 20 and 100,000"),
         (("--engine", "guided", "--size", "32x32"), "leave --size out"),
     ):

@@ -34,7 +34,7 @@ def test_the_bundled_task_draws_the_captions_of_its_real_images() -> None:
     assert task.concepts is not None and task.real is not None and len(task.real) == len(task.concepts) == 5
     assert task.reason is None and task.columns[0] == "red apple" and task.shown[0] == "red apple, noto style"
     assert len(make_task(Plan(), "emoji").prompts) == IMAGES
-    with pytest.raises(InputError, match="images is 513, and the bundled captions with real images are 512"):
+    with pytest.raises(InputError, match="images is 513, but only 512 bundled captions have real images"):
         make_task(Plan(images=513), "emoji")
 
 
@@ -90,8 +90,8 @@ def test_features_of_another_extractor_are_refused(tmp_path: Path) -> None:
 
     file = tmp_path / "f.safetensors"
     save_file({"features": np.zeros((1, 4), np.float16)}, file, {"captions": '[["a", "b", 1]]'})
-    with pytest.raises(InputError, match="made with another extractor"):
+    with pytest.raises(InputError, match="created with another extractor"):
         read_features(file)
     file.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="holds no real images' features"):
+    with pytest.raises(InputError, match="has no valid features of real images"):
         read_features(file)

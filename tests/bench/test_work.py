@@ -74,5 +74,5 @@ def test_without_a_folder_nothing_is_left() -> None:
         work.table("a", 1, lambda: 1)
         folder = work.folder
     assert not folder.exists()
-    with pytest.raises(InputError, match="--resume needs the place of the run"):
+    with pytest.raises(InputError, match="--resume needs to know where the run is stored"):
         Work(None, {}, resume=True)

@@ -75,7 +75,7 @@ def test_cold_start_and_memory_are_measured_in_processes_of_their_own(cli: Cli, 
     assert start["engine"] == "guided" and len(start["seconds"]) == 1 and 0 < start["imports_s"] < start["p50_s"] * 5
     assert document["latency"][0]["peak_memory_bytes"] > 1 << 20
     left_out = {item["what"]: item["why"] for item in document["left_out"]}
-    assert "no CFG of ours" in left_out["peers (diffusers, optimum-onnx)"] and "energy per image" in left_out
+    assert "engines runs CFG" in left_out["peers (diffusers, optimum-onnx)"] and "energy per image" in left_out
     assert (
         document["latency"][0]["least_ms"] is None and "cost was not counted" in left_out["least time on this device"]
     )
@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_rows(
     (tmp_path / ".killed.json.partial-0a1b2c3d").write_text("what a process that was killed left")
     (tmp_path / ".whole.json.partial-0a1b2c3d").write_text("another run's")
     done = cli(*BOTH, *SMALL, "--json", killed, "--resume")
-    assert done.code == 0 and "pieces are there already" in done.err, done.err
+    assert done.code == 0 and "pieces are finished already" in done.err, done.err
     assert len(drawn) == len(set(drawn))  # nothing twice
     assert read(killed)["fidelity"] == read(whole)["fidelity"] and read(killed)["images"] == read(whole)["images"]
     assert all(r["resumed"] for r in read(killed)["latency"])
@@ -285,7 +285,7 @@ def test_cost_of_a_public_architecture(cli: Cli, tmp_path: Path) -> None:
         (["--guidance", "11"], "guidance is 11; it must be between 1 and 9"),
         (["--engine", "nobody"], "no engine named 'nobody'"),
         (["--real", ".", "--prompts", "none.txt"], "--prompts none.txt is not a file"),
-        (["--resume"], "--resume needs the place of the run"),
+        (["--resume"], "--resume needs to know where the run is stored"),
         (["--engine", "plain", "--engine", "plain"], "engines names plain twice"),
         (["--engine", "guided", "--only", "fidelity", "--images", "2", "--steps", "1", "--guidance", "2", "--grid",
           "g.png"], "--grid needs the fidelity part and both a teacher's and a guided engine"),

@@ -9,7 +9,7 @@ from typing import Any
 SCHEMA = "pnp-trt/bench-compare/1"
 
 
-#: Relative change below which two runs of the same code may differ: the repeatability that is asked of the ratios.
+#: Relative change up to which two runs of the same code may differ: the required repeatability of the ratios.
 FLOOR = 0.03
 
 
@@ -18,15 +18,15 @@ class Change:
     """One figure in both documents.
 
     Attributes:
-        part: the document's key that the rows stand under.
-        key: what the row is: engine, method, batch and so on.
+        part: the document's key for the rows.
+        key: identifies the row: engine, method, batch and so on.
         figure: the row's key, such as "ratio_to_cfg".
-        old: value of the old document.
-        new: value of the new one.
-        old_interval: 95 % interval of the old value; None where it is exact.
-        new_interval: that of the new one.
+        old: value in the old document.
+        new: value in the new document.
+        old_interval: 95 % interval of the old value; None if it is exact.
+        new_interval: 95 % interval of the new value; None if it is exact.
         verdict: "better", "worse" or "same", by significance.
-        evidence: "exact", "interval", or "weak" for absolute times, which are no more than a hint.
+        evidence: "exact", "interval", or "weak" for absolute times, which are only a hint.
     """
 
     part: str
@@ -41,7 +41,7 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """new / old - 1; None where the old value is 0, or so near it that the ratio is no number of JSON."""
+        """new / old - 1; None if the old value is 0, or so small that the ratio is not finite."""
         ratio = self.new / self.old - 1 if self.old else math.inf
         return ratio if math.isfinite(ratio) else None
 
@@ -52,12 +52,12 @@ class Comparison:
 
     Attributes:
         old: command, date and commit of the old document.
-        new: those of the new one.
-        differences: sentences on what else differs: device, versions, commit, settings.
-        absolute: whether absolute times were compared: same device, same versions.
-        figures: every figure that both have.
-        only_old: rows of the old document alone, as {"part", "key"}.
-        only_new: rows of the new one alone.
+        new: command, date and commit of the new document.
+        differences: other differences, as sentences: device, versions, commit, settings.
+        absolute: whether absolute times were compared, which needs the same device and versions.
+        figures: every figure that is in both documents.
+        only_old: rows that are only in the old document, as {"part", "key"}.
+        only_new: rows that are only in the new document, as {"part", "key"}.
     """
 
     old: dict[str, Any]
@@ -69,17 +69,17 @@ class Comparison:
     only_new: list[dict[str, Any]] = field(default_factory=list)
 
     def of(self, verdict: str, *, weak: bool = False) -> list[Change]:
-        """The figures of one verdict ("better", "worse", "same"), by firm evidence or by weak."""
-        return [one for one in self.figures if one.verdict == verdict and (one.evidence == "weak") == weak]
+        """Return the figures with one verdict ("better", "worse", "same"), by firm or by weak evidence."""
+        return [change for change in self.figures if change.verdict == verdict and (change.evidence == "weak") == weak]
 
     @property
     def regressed(self) -> bool:
-        """Whether anything got significantly worse; absolute times do not count."""
+        """Whether any figure got significantly worse; absolute times do not count."""
         return bool(self.of("worse"))
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison as JSON holds it, in the shape of `compare-schema.json` beside this file."""
-        figures = [asdict(one) | {"relative_change": one.relative} for one in self.figures]
+        """The comparison as a JSON object, with the schema `compare-schema.json` beside this file."""
+        figures = [asdict(change) | {"relative_change": change.relative} for change in self.figures]
         return {
             "schema": SCHEMA, "old": self.old, "new": self.new, "regressed": self.regressed,
             "differences": self.differences, "absolute_times_compared": self.absolute, "floor": FLOOR,

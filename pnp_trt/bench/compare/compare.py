@@ -1,10 +1,10 @@
-"""Two results documents side by side: significant changes, what did not, and what cannot be compared.
+"""Compare two results documents: significant changes, unchanged figures, and rows that only one of them has.
 
-Evidence is called by its strength. Counts are exact. A ratio to CFG was paired by round within one run, a fidelity
-figure comes with its 95 % interval: they changed where the old and the new interval do not overlap, and a time ratio
-also has to move by more than `FLOOR`, since an interval over one run's rounds does not include how two runs of the same
-thing differ. Absolute times are compared only between runs on the same device with the same versions, and even then
-are a hint: what else the machine did is in them. No torch here.
+Each change is labelled with the strength of its evidence. Counts are exact. A ratio to CFG, paired by round within one
+run, and a fidelity figure have 95 % intervals; they changed if the old and the new interval do not overlap. A time
+ratio must also change by more than `FLOOR`, because an interval over the rounds of one run does not include the
+variation between runs. Absolute times are compared only between runs on the same device with the same versions, and
+even then they are a hint, as they include other load on the machine. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -40,28 +40,30 @@ _KEYS: dict[str, tuple[str, ...]] = {
 
 
 def compare(old: Document, new: Document) -> Comparison:
-    """The significant changes from `old` to `new`; both are documents of `pnp-trt/bench/3`.
+    """Compare `old` with `new`; both are documents of `pnp-trt/bench/3`.
 
     Raises:
-        InputError: where they measured different base models.
+        InputError: if they measured different base models.
     """
     check_base(old, new)
     absolute = not _elsewhere(old, new)
-    made = Comparison(_origin(old), _origin(new), _elsewhere(old, new) + _otherwise(old, new), absolute, [])
+    comparison = Comparison(_origin(old), _origin(new), _elsewhere(old, new) + _otherwise(old, new), absolute, [])
     for part in _KEYS:
         before, after = _by_key(old, part), _by_key(new, part)
         for key, row in before.items():
             if key in after:
-                made.figures.extend(_figures(part, dict(zip(_KEYS[part], key, strict=True)), row, after[key], absolute))
-        for rows, others, into in ((before, after, made.only_old), (after, before, made.only_new)):
+                comparison.figures.extend(
+                    _figures(part, dict(zip(_KEYS[part], key, strict=True)), row, after[key], absolute)
+                )
+        for rows, others, into in ((before, after, comparison.only_old), (after, before, comparison.only_new)):
             into.extend(
                 {"part": part, "key": dict(zip(_KEYS[part], key, strict=True))} for key in rows if key not in others
             )
-    return made
+    return comparison
 
 
 def check_base(old: Document, new: Document) -> None:
-    """Raise InputError where two documents are of different base models; `new` may still lack its measurements."""
+    """Raise InputError if two documents are of different base models; `new` may still lack its measurements."""
     bases = [doc["settings"].get("base") for doc in (old, new)]
     if None not in bases and bases[0] != bases[1]:
         raise InputError(
@@ -82,13 +84,13 @@ def _by_key(doc: Document, part: str) -> dict[tuple[Any, ...], Row]:
     for row in doc[part]:
         key = [row.get(name) for name in _KEYS[part]]
         if "guidance" in _KEYS[part] and not uses_guidance(row["method"]):
-            key[_KEYS[part].index("guidance")] = None  # w changes nothing there
-        rows[tuple(tuple(one) if isinstance(one, list) else one for one in key)] = row
+            key[_KEYS[part].index("guidance")] = None  # its images do not depend on w
+        rows[tuple(tuple(value) if isinstance(value, list) else value for value in key)] = row
     return rows
 
 
 def _figures(part: str, key: dict[str, Any], old: Row, new: Row, absolute: bool) -> Iterable[Change]:
-    """Every figure that both rows have."""
+    """Compare every figure that both rows have."""
     if part in ("cost", "methods_cost"):
         for name in _COST if part == "cost" else _METHOD_COST:
             if name in old and name in new:
@@ -113,7 +115,7 @@ def _figures(part: str, key: dict[str, Any], old: Row, new: Row, absolute: bool)
 
 
 def _ratio(key: dict[str, Any], old: Row, new: Row) -> Iterable[Change]:
-    """The ratio to CFG paired by round; CFG itself has none."""
+    """Compare the ratio to CFG paired by round; CFG itself has none."""
     own = f"{new['engine']}/{new['method']}"
     was, now = old.get("ratio_to_cfg_interval"), new.get("ratio_to_cfg_interval")
     if was is None or now is None or own in (old.get("ratio_reference"), new.get("ratio_reference")):
@@ -124,7 +126,7 @@ def _ratio(key: dict[str, Any], old: Row, new: Row) -> Iterable[Change]:
 
 
 def _times(part: str, key: dict[str, Any], figure: str, observed: Sequence[Sequence[float]]) -> Iterable[Change]:
-    """Medians of raw observations by bootstrap; three a side at least."""
+    """Compare medians of raw observations by bootstrap, if there are at least three in each document."""
     if min(map(len, observed)) < 3:
         return
     before, was = _median(np.asarray(observed[0], dtype=float))
@@ -134,14 +136,14 @@ def _times(part: str, key: dict[str, Any], figure: str, observed: Sequence[Seque
 
 
 def _median(values: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Median and its 95 % bootstrap interval, seeded."""
+    """Return the median and its seeded 95 % bootstrap interval."""
     draws = np.random.default_rng(0).integers(0, len(values), size=(_RESAMPLES, len(values)))
     low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
     return float(np.median(values)), (float(low), float(high))
 
 
 def _moved(old: float, new: float) -> bool:
-    """Whether a time moved by more than two runs of the same thing may: symmetric, so that order does not matter."""
+    """Whether a time changed by more than `FLOOR`; symmetric, so that the order does not matter."""
     return abs(np.log(max(new, 1e-12) / max(old, 1e-12))) > np.log1p(FLOOR)
 
 
@@ -159,18 +161,18 @@ def _origin(doc: Document) -> dict[str, Any]:
 
 
 def _elsewhere(old: Document, new: Document) -> list[str]:
-    """What makes absolute times incomparable: another device, other versions."""
-    found = []
+    """Return differences that make absolute times incomparable: device and versions."""
+    differences = []
     for name, get in _PLACES.items():
         before, after = get(old), get(new)
         if before != after:
-            found.append(f"{name}: {before or 'none'} → {after or 'none'}")
+            differences.append(f"{name}: {before or 'none'} → {after or 'none'}")
     versions = [doc["provenance"].get("packages", {}) for doc in (old, new)]
     for package in sorted(versions[0].keys() | versions[1].keys()):
         before, after = versions[0].get(package), versions[1].get(package)
         if before != after:
-            found.append(f"{package}: {before or 'not installed'} → {after or 'not installed'}")
-    return found
+            differences.append(f"{package}: {before or 'not installed'} → {after or 'not installed'}")
+    return differences
 
 
 _PLACES: dict[str, Callable[[Document], Any]] = {
@@ -184,36 +186,36 @@ _PLACES: dict[str, Callable[[Document], Any]] = {
 
 
 def _otherwise(old: Document, new: Document) -> list[str]:
-    """Commit and settings: what one compares, or should note."""
-    found = []
+    """Return differences in commit and settings, and a note on uncommitted changes."""
+    differences = []
     commits = [doc["provenance"].get("commit") for doc in (old, new)]
     if commits[0] != commits[1]:
-        found.append(f"commit: {(commits[0] or 'none')[:12]} → {(commits[1] or 'none')[:12]}")
+        differences.append(f"commit: {(commits[0] or 'none')[:12]} → {(commits[1] or 'none')[:12]}")
     if any(doc["provenance"].get("uncommitted_changes") for doc in (old, new)):
-        found.append("a run had uncommitted changes: its commit does not contain all of its code")
+        differences.append("a run had uncommitted changes: its commit does not contain all of its code")
     settings = [doc["settings"] for doc in (old, new)]
     for name in sorted(settings[0].keys() | settings[1].keys()):
         before, after = settings[0].get(name), settings[1].get(name)
         if before != after:
-            found.append(f"setting {name.replace('_', ' ')}: {before} → {after}")
-    return found
+            differences.append(f"setting {name.replace('_', ' ')}: {before} → {after}")
+    return differences
 
 
 def summary(comparison: Comparison) -> str:
-    """The outcome in a sentence or two."""
-    firm = [one for one in comparison.figures if one.evidence != "weak"]
+    """Summarise the comparison in one or two sentences."""
+    firm = [change for change in comparison.figures if change.evidence != "weak"]
     worse, better = len(comparison.of("worse")), len(comparison.of("better"))
     if not comparison.figures:
-        return "The two have no figure in common."
-    said = f"{plural(len(firm), 'figure')} compared: {worse} worse, {better} better, the others within the noise."
+        return "The two results have no figures in common."
+    text = f"{plural(len(firm), 'figure')} compared: {worse} worse, {better} better, the others within the noise."
     hints = len(comparison.of("worse", weak=True)), len(comparison.of("better", weak=True))
     if any(hints):
-        said += f" Absolute times hint at {hints[0]} slower and {hints[1]} faster."
-    return said
+        text += f" Absolute times hint at {hints[0]} slower and {hints[1]} faster."
+    return text
 
 
 def render_terminal(comparison: Comparison) -> RenderableType:
-    """The comparison as one rich renderable: what differs around it, what changed, what stands in one alone."""
+    """The comparison as one rich renderable: differences of the runs, changes, and rows that only one of them has."""
     from ..report.terminal import Tables
     from .tables import comparison_tables
 

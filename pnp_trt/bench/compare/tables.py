@@ -1,4 +1,4 @@
-"""The tables of a comparison: what differs around it, significant changes, what one document alone has."""
+"""The tables of a comparison: differences of the runs, significant changes, and rows that only one of them has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = {
     "macs_per_image": "MACs per image", "macs_without_attention": "MACs without attention", "macs": "MACs",
     "macs_per_image_without_attention": "MACs per image without attention",
 }  # fmt: skip
-_MOST = 12  # rows of one document alone that are named
+_MOST = 12  # maximum number of listed rows that only one document has
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
@@ -24,7 +24,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     tables = []
     if comparison.differences:
         note = () if comparison.absolute else ("Absolute times were not compared: device or versions differ.",)
-        tables.append(Table("The runs differ in", ["what"], [[one] for one in comparison.differences], 1, note))
+        tables.append(Table("The runs differ in", ["what"], [[item] for item in comparison.differences], 1, note))
     for title, verdict, weak in (
         ("Significantly worse", "worse", False),
         ("Significantly better", "better", False),
@@ -32,24 +32,24 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         ("Faster by absolute times: a hint, not a proof", "better", True),
     ):
         if changes := comparison.of(verdict, weak=weak):
-            together = _common(comparison) if weak and verdict == "worse" else None
-            notes = () if together is None else (together,)
+            common = _common(comparison) if weak and verdict == "worse" else None
+            notes = () if common is None else (common,)
             head = ["what", "figure", "old", "new", "change"]
-            tables.append(Table(title, head, [_row(one) for one in changes], 2, notes))
+            tables.append(Table(title, head, [_row(item) for item in changes], 2, notes))
     for title, rows in (
         ("In the old results only", comparison.only_old),
         ("In the new results only", comparison.only_new),
     ):
         if rows:
             more = len(rows) - _MOST
-            notes = (f"and {more} more; the JSON has them all",) if more > 0 else ()
+            notes = (f"and {more} more; the JSON file lists all",) if more > 0 else ()
             cells = [[row["part"].replace("_", " "), said(row["key"])] for row in rows[:_MOST]]
             tables.append(Table(title, ["part", "row"], cells, 2, notes))
     return tables
 
 
 def said(key: Mapping[str, Any]) -> str:
-    """A row's key in words: "emoji-tiny guided, batch 4, 20 steps, w = 3"."""
+    """Format a row's key: "emoji-tiny guided, batch 4, 20 steps, w = 3"."""
     words = [str(key[name]) for name in ("network", "engine", "method", "guide") if key.get(name)]
     parts = [" ".join(words)]
     if key.get("batch") is not None:
@@ -63,19 +63,19 @@ def said(key: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _row(one: Change) -> list[str]:
-    values = [one.old, one.new, *(one.old_interval or ()), *(one.new_interval or ())]
-    decimals = 0 if one.evidence == "exact" else max(2, decimals_of([max(map(abs, values))]))
-    cells = [_cell(one.old, one.old_interval, decimals), _cell(one.new, one.new_interval, decimals)]
-    if one.part == "fidelity" or one.relative is None:  # figures that may be 0 or below have no percentage
-        change = f"{one.new - one.old:+,.{decimals}f}"
+def _row(change: Change) -> list[str]:
+    values = [change.old, change.new, *(change.old_interval or ()), *(change.new_interval or ())]
+    decimals = 0 if change.evidence == "exact" else max(2, decimals_of([max(map(abs, values))]))
+    cells = [_cell(change.old, change.old_interval, decimals), _cell(change.new, change.new_interval, decimals)]
+    if change.part == "fidelity" or change.relative is None:  # no percentage for figures that may be 0 or negative
+        difference = f"{change.new - change.old:+,.{decimals}f}"
     else:
-        change = f"{'+' if one.relative > 0 else ''}{percent(one.relative)}"
-    return [said(one.key), _name(one.figure), *cells, change.replace("-", "−")]
+        difference = f"{'+' if change.relative > 0 else ''}{percent(change.relative)}"
+    return [said(change.key), _name(change.figure), *cells, difference.replace("-", "−")]
 
 
 def _name(figure: str) -> str:
-    """A figure's name, in the unit that the document has it in."""
+    """Return a figure's name, in the document's unit."""
     if figure in METRICS:
         metric = METRICS[figure]
         return metric.name if metric.scale == 1 else metric.label
@@ -90,11 +90,15 @@ def _cell(value: float, interval: Sequence[float] | None, decimals: int) -> str:
 
 
 def _common(comparison: Comparison) -> str | None:
-    """That all times moved together, which points to the machine rather than the code."""
+    """Return a note if all times changed by a similar factor, which suggests the machine rather than the code."""
     moves = [
-        math.log(one.new / one.old) for one in comparison.figures if one.figure == "p50_ms" and one.old and one.new
+        math.log(change.new / change.old)
+        for change in comparison.figures
+        if change.figure == "p50_ms" and change.old and change.new
     ]
     if len(moves) < 3 or max(moves) - min(moves) > 2 * FLOOR:
         return None
     middle = math.exp(sorted(moves)[len(moves) // 2])
-    return f"All loops moved together, by {middle:.2f} ×: that looks like the machine, or what all methods share."
+    return (
+        f"All loops changed together, by {middle:.2f} ×: the cause may be the machine, or code that all methods share."
+    )

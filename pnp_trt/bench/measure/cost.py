@@ -1,14 +1,14 @@
-"""Count what a network costs: parameters and multiply-accumulates (MACs), on meta tensors, without weights.
+"""Count a network's parameters and multiply-accumulates (MACs), on meta tensors and without weights.
 
-Two countings are kept side by side, because published tables differ in which one they print:
+There are two counts, because published tables differ in which one they print:
 
-* `macs` holds every matrix product of a forward: convolutions, linear layers and the attention products
+* `macs` includes every matrix product of a forward: convolutions, linear layers and the attention products
   (queries x keys, probabilities x values);
-* `macs_without_attention` holds convolutions and linear layers only. The published figures of the
-  plug-and-play distillation paper are of this kind, labelled "FLOPs": they are giga-MACs.
+* `macs_without_attention` includes convolutions and linear layers only. The published figures of the
+  plug-and-play distillation paper are of this kind; they are labelled "FLOPs", but are giga-MACs.
 
-One MAC is two floating-point operations. Normalisation, activations, softmax, biases and additions are left out of
-both, as is usual. Causal attention is counted in full, as if nothing were masked.
+One MAC is two floating-point operations. Neither count includes normalisation, activations, softmax, biases and
+additions, as is usual. Causal attention is counted in full, as if nothing were masked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ...sampling.methods import CFG, METHODS
-from .published import published_rows as published_rows  # the paper's table is part of the cost
+from .published import published_rows as published_rows  # re-exported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher"
 GUIDE_PREFIX = "guide"
-#: Networks that run once per image, not once a step.
+#: Networks that run once per image rather than once per step.
 IMAGE_NETWORKS = ("text-encoder", "text-encoder-2", "vae-decoder")
-#: The part of the guide that depends on w alone; it runs once per image as well, with that guide only.
+#: Prefix of the part of a guide that depends only on w; with that guide, it also runs once per image.
 CONDITION_PREFIX = "condition-"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward of a network costs at the batch size of the inputs it was counted with (use 1).
+    """Cost of one forward of a network, at the batch size of the inputs it was counted with (use 1).
 
-    parameters: number of weights, shared ones once.
+    parameters: number of weights, counting shared ones once.
     macs: multiply-accumulates, attention products included.
-    macs_without_attention: multiply-accumulates of convolutions and linear layers alone.
+    macs_without_attention: multiply-accumulates of convolutions and linear layers only.
     """
 
     parameters: int
@@ -54,8 +54,8 @@ class Cost:
 def count(module: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> Cost:
     """Count one forward of `module` on `inputs` (keyword arguments as a dict, or positional ones as a tuple).
 
-    Weights and tensors may live anywhere: the forward runs on a meta copy, so it needs neither time nor memory, and
-    `module` itself stays as it is. Tensors in `inputs` give shapes and dtypes only; their values are never read.
+    Weights and tensors may be on any device: the forward runs on a meta copy, so it takes almost no time or memory, and
+    `module` is unchanged. Only the shapes and dtypes of tensors in `inputs` are used, never their values.
 
     Raises InputError when the forward cannot run on meta tensors (for example because it reads a tensor's value).
     """
@@ -67,13 +67,13 @@ def count(module: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) ->
     parameters = sum(parameter.numel() for parameter in module.parameters())
     network = _meta_copy(module).eval()
     arguments = _to_meta(inputs)
-    # Attention called from inside another torch function (nn.MultiheadAttention) is only seen by the dispatcher; the
-    # CPU's fused operator is missing from the library's table.
+    # Attention called inside another torch function (nn.MultiheadAttention) only reaches the dispatcher's counter,
+    # whose table lacks the CPU's fused operator.
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
     counter = FlopCounterMode(display=False, custom_mapping=fused)
-    seen = _function_counter(counter)
+    function_counter = _function_counter(counter)
     try:
-        with torch.no_grad(), counter, seen:
+        with torch.no_grad(), counter, function_counter:
             if isinstance(arguments, Mapping):
                 network(**arguments)
             else:
@@ -81,22 +81,22 @@ def count(module: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) ->
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"The cost of {type(module).__name__} cannot be counted: its forward failed on meta tensors ({error}); "
-            "check the shapes of the inputs and that the forward reads no tensor's value."
+            "check the shapes of the inputs and that the forward does not read tensor values."
         ) from error
     flops = {str(operator): number for operator, number in counter.get_flop_counts().get("Global", {}).items()}
-    # Products of two activations (unfused attention) reach the counter as batched matrix products; a linear layer
-    # can too, when its input is not contiguous, which is why those inside `linear` are taken out again.
+    # Products of two activations (unfused attention) reach the counter as batched matrix products. So can a linear
+    # layer with a non-contiguous input, which is why the products inside `linear` are subtracted again.
     attention = sum(number for operator, number in flops.items() if _is_batched_product(operator))
-    attention -= seen.batched_flops_of_linear
-    total = sum(flops.values()) + seen.attention_flops
-    without = sum(flops.values()) - attention
-    return Cost(parameters=parameters, macs=total // 2, macs_without_attention=without // 2)
+    attention -= function_counter.batched_flops_of_linear
+    total = sum(flops.values()) + function_counter.attention_flops
+    without_attention = sum(flops.values()) - attention
+    return Cost(parameters=parameters, macs=total // 2, macs_without_attention=without_attention // 2)
 
 
 def cost_rows(
     networks: Mapping[str, tuple[torch.nn.Module, Mapping[str, Any] | Sequence[Any]]],
 ) -> list[dict[str, Any]]:
-    """One row per network: `network`, `parameters`, `macs`, `macs_without_attention` and `per`, at batch 1.
+    """Return one row per network: `network`, `parameters`, `macs`, `macs_without_attention` and `per`, at batch 1.
 
     `networks` maps a name (`teacher`, `guide-tiny`, `guide-full`, `text-encoder`, `vae-decoder`) to a module and the
     inputs of one forward at batch 1. `per` states how often the network runs: "step" or "image".
@@ -118,17 +118,19 @@ def method_rows(
     guided_steps: int | None = None,
     evaluations: Callable[[int], int] = int,
 ) -> list[dict[str, Any]]:
-    """Totals per method from the rows of `cost_rows`, for one image of `steps` steps at batch 1.
+    """Return totals per method from the rows of `cost_rows`, for one image of `steps` steps at batch 1.
 
-    How often a method runs the teacher is in `METHODS`; `guided_steps` are the evaluations inside the interval of the
-    methods that have one, which None leaves out; `evaluations` gives those of a number of steps under the schedule.
-    Methods of bundles with a guide have one row per guide, which runs once an evaluation. Each row carries `method`,
-    `guide`, `parameters` (of the networks that run each step), `networks` (those that run for one prediction; where
-    steps differ, for the costliest), `evaluations` (of the teacher), `steps`, `macs_per_step` and
+    `METHODS` defines how often a method runs the teacher. `guided_steps` is the number of evaluations inside the
+    interval of the methods that have one; None leaves these methods out. `evaluations` maps a number of steps to the
+    number of predictions under the schedule. Methods with a guide have one row per guide, which runs once per
+    prediction.
+
+    Each row has `method`, `guide`, `parameters` (of the networks that run in each step), `networks` (those that run for
+    one prediction; if steps differ, for the costliest), `evaluations` (of the teacher), `steps`, `macs_per_step` and
     `macs_per_step_without_attention` (mean over the steps), `macs_per_image`, `macs_per_image_without_attention`, and
-    `ratio_to_cfg` and `ratio_to_cfg_without_attention` (of the MACs of all steps to those of CFG in `steps` steps, with
-    attention products and without). An image includes one run of the text encoder (CFG's empty prompt is encoded once
-    and kept), of the VAE decoder and of the guide's condition where they were counted; `image_includes` names them.
+    `ratio_to_cfg` and `ratio_to_cfg_without_attention` (MACs of all steps over those of CFG in `steps` steps, with and
+    without attention products). An image includes one run of the text encoder (CFG's empty prompt is encoded once and
+    cached), of the VAE decoder and of the guide's condition, if they were counted; `image_includes` names them.
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1 to count an image, got {steps}.")
@@ -143,17 +145,18 @@ def method_rows(
     for method in sorted(METHODS.values(), key=lambda method: method.guided):
         if method.has_interval and guided_steps is None:
             continue
-        made = method.steps(steps)
-        in_all = method.evaluations(evaluations(made), guided_steps)
+        steps_run = method.steps(steps)
+        total_evaluations = method.evaluations(evaluations(steps_run), guided_steps)
         runs += [
-            _Run(method.name, guide, made, evaluations(made), in_all) for guide in (guides if method.guided else [None])
+            _Run(method.name, guide, steps_run, evaluations(steps_run), total_evaluations)
+            for guide in (guides if method.guided else [None])
         ]
     return [_method_row(run, by_name, evaluations(steps)) for run in runs]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """How often a method runs the teacher in an image, and in how many steps; a guide runs once a prediction."""
+    """Numbers of steps, predictions and teacher evaluations of a method per image; a guide runs once per prediction."""
 
     method: str
     guide: str | None
@@ -164,21 +167,21 @@ class _Run:
 
 def _method_row(run: _Run, by_name: Mapping[str, Mapping[str, Any]], cfg_evaluations: int) -> dict[str, Any]:
     teacher = by_name[TEACHER]
-    beside = [by_name[run.guide]] if run.guide else []
+    guides = [by_name[run.guide]] if run.guide else []
     condition = CONDITION_PREFIX + (run.guide or "").removeprefix(f"{GUIDE_PREFIX}-")
     once = [name for name in (*IMAGE_NETWORKS, condition) if name in by_name]
     most = 2 if run.evaluations > run.predictions else 1
     row: dict[str, Any] = {
         "method": run.method,
         "guide": run.guide,
-        "networks": [network["network"] for network in (*[teacher] * most, *beside)],
+        "networks": [network["network"] for network in (*[teacher] * most, *guides)],
         "evaluations": run.evaluations,
-        "parameters": sum(network["parameters"] for network in (teacher, *beside)),
+        "parameters": sum(network["parameters"] for network in (teacher, *guides)),
         "steps": run.steps,
         "image_includes": once,
     }
     for suffix, key in (("", "macs"), ("_without_attention", "macs_without_attention")):
-        loop = run.evaluations * int(teacher[key]) + run.predictions * sum(int(n[key]) for n in beside)
+        loop = run.evaluations * int(teacher[key]) + run.predictions * sum(int(n[key]) for n in guides)
         row[f"macs_per_step{suffix}"] = loop // run.steps
         row[f"macs_per_image{suffix}"] = loop + sum(int(by_name[name][key]) for name in once)
         row[f"ratio_to_cfg{suffix}"] = (
@@ -192,10 +195,10 @@ def _is_batched_product(operator: str) -> bool:
 
 
 def _function_counter(counter: Any) -> Any:
-    """A function mode that counts each fused attention itself and notes the batched products of linear layers.
+    """Return a function mode that counts fused attention, and separately the batched products of linear layers.
 
-    On the meta device `scaled_dot_product_attention` is taken apart into an unspecified set of operators that changes
-    between torch releases; counted above the dispatcher, it is the same number everywhere.
+    On the meta device `scaled_dot_product_attention` decomposes into operators that differ between torch releases;
+    counting above the dispatcher gives the same number for all.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -235,7 +238,7 @@ def _attention_operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _four_dimensions(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Shapes as [batch, heads, tokens, width]; keys and values shared between heads are repeated to all of them."""
+    """Return shapes as [1, batch * heads, tokens, width], counting keys and values that heads share once per head."""
     shapes = []
     for shape in (query, key, value):
         batch = 1
@@ -246,7 +249,7 @@ def _four_dimensions(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 
 def _meta_copy(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose parameters and buffers are on the meta device; no weight is copied, `module` is untouched."""
+    """Return a copy with parameters and buffers on the meta device; no weight is copied and `module` is unchanged."""
     import torch
 
     memo: dict[int, Any] = {}
@@ -271,7 +274,7 @@ def _to_meta(value: Any) -> Any:
 
 @contextmanager
 def _quiet_flop_counter() -> Iterator[None]:
-    """Silence the remark, made at import, that triton is missing: it matters for triton kernels only."""
+    """Silence the warning at import that triton is missing, which concerns only triton kernels."""
     logger = logging.getLogger("torch.utils.flop_counter")
     level = logger.level
     logger.setLevel(logging.ERROR)

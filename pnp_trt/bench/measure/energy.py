@@ -1,7 +1,7 @@
-"""Energy per image by the GPU's own counter, through NVML; none where there is no such counter.
+"""Energy per image, from the GPU's own counter through NVML; unavailable without such a counter.
 
-The counter is the whole GPU's since its driver was loaded, whoever used it, and is updated some tens of times a second,
-so that single images cannot be told apart: a case is repeated for seconds and the difference is divided.
+The counter covers all use of the GPU since its driver was loaded, and is updated some tens of times per second, which
+is too coarse for single images. A case is therefore repeated for seconds, and the difference is divided by the images.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-#: returns joules since some moment
+#: returns joules since a fixed moment
 Counter = Callable[[], float]
-#: that a case is repeated at least; the counter's steps are then a few percent of the whole at most
+#: minimum duration of a case's repetitions; the counter's resolution is then a few percent of it at most
 SECONDS = 2.0
 
 
 def nvml_counter(index: int = 0, nvml: Any = None) -> tuple[Counter | None, str | None]:
-    """The energy counter of GPU `index`, or None and why there is none.
+    """Return the energy counter of GPU `index`, or None and the reason.
 
-    nvml: what offers NVML's functions; None imports `pynvml` of the package nvidia-ml-py.  The counter needs a GPU of
+    nvml: a module with NVML's functions; None imports `pynvml` of the package nvidia-ml-py.  The counter needs a GPU of
     the Volta generation or later.
     """
     if nvml is None:
@@ -31,7 +31,7 @@ def nvml_counter(index: int = 0, nvml: Any = None) -> tuple[Counter | None, str 
         nvml.nvmlInit()
         gpu = nvml.nvmlDeviceGetHandleByIndex(index)
         nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
-    except Exception as e:  # the binding raises a class for every code; without a driver the library itself is missing
+    except Exception as e:  # the binding has an exception class per error code; without a driver the library is missing
         return None, f"GPU {index} has no energy counter that can be read ({e})"
     return (lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1e3), None  # millijoules
 
@@ -39,9 +39,9 @@ def nvml_counter(index: int = 0, nvml: Any = None) -> tuple[Counter | None, str 
 def joules_per_image(
     draw: Callable[[], object], images: int, counter: Counter, clock: Callable[[], float], seconds: float = SECONDS
 ) -> float | None:
-    """Joules an image, of `draw` repeated for at least `seconds`; None where the counter did not move.
+    """Return joules per image, repeating `draw` for at least `seconds`; None if the counter did not advance.
 
-    images: how many one call of `draw` makes.  clock: returns seconds.
+    images: number of images per call of `draw`.  clock: returns seconds.
     """
     before, start, calls = counter(), clock(), 0
     while calls == 0 or clock() - start < seconds:

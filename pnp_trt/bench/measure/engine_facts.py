@@ -1,8 +1,7 @@
-"""The engines' side of the cost: bytes on disk, memory on the device, layers and reformats, network by network.
+"""Cost of the engines: bytes on disk, memory on the device, layers and reformats, network by network.
 
-Bytes come from the manifest, which is checked against the files. Layers come from the runtime's own inspector where the
-engine is loaded, and for graphs that ONNX Runtime loads, from the graph. What nothing reports is None, and a note gives
-why.
+Bytes come from the manifest, which is checked against the files. Layers come from the runtime's inspector if the engine
+is loaded, or from the graph for ONNX Runtime. Values that nothing reports are None, with a note that gives the reason.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ if TYPE_CHECKING:
 
 
 def engine_rows(engines: Sequence[str | Path], loaded: Sequence[Pipeline] = ()) -> list[dict[str, Any]]:
-    """One row a network of each engine, as the document's `engines` holds it.
+    """Return one row per network of each engine, for the document's `engines`.
 
-    engines: bundles by name or path; they need not run here.  loaded: those of them that do, as pipelines, whose
-    runtimes are asked.
+    engines: bundles by name or path; they need not be runnable here.  loaded: pipelines of the engines that are
+    loaded, whose runtimes report layers and memory.
 
-    A row has `engine`, `backend`, `precision` (the network's own), `target`, `network`, `file_bytes` (what is loaded,
-    its weights included), `graph_bytes` (what it was compiled from, its weights included), `device_memory_bytes`
-    (that the engine works in, weights apart), `layers`, `reformats` and `note`.
+    A row has `engine`, `backend`, `precision` (of the network), `target`, `network`, `file_bytes` (of the loaded file,
+    weights included), `graph_bytes` (of the graph it was compiled from, weights included), `device_memory_bytes`
+    (working memory of the engine, without weights), `layers`, `reformats` and `note`.
 
-    Raises InputError for an engine that is not there, or whose manifest is damaged.
+    Raises InputError for an engine that does not exist, or whose manifest is damaged.
     """
-    told = {pipe.name: pipe.facts() for pipe in loaded}
+    facts = {pipe.name: pipe.facts() for pipe in loaded}
     rows = []
     for engine in engines:
         folder = find_bundle(str(engine))
         manifest = read_manifest(folder)
         for network, entry in manifest.networks.items():
-            rows.append(_row(folder, manifest, network, entry, told.get(manifest.name)))
+            rows.append(_row(folder, manifest, network, entry, facts.get(manifest.name)))
     return rows
 
 
@@ -47,12 +46,14 @@ def _row(
     manifest: Manifest,
     network: str,
     entry: NetworkRecord,
-    told: Mapping[str, Mapping[str, int]] | None,
+    facts: Mapping[str, Mapping[str, int]] | None,
 ) -> dict[str, Any]:
     try:
-        own, note = backends.of(manifest).layers(folder / entry.graph, None if told is None else told.get(network, {}))
-    except InputError as e:  # a backend of a package that is not installed here
-        own, note = {}, str(e)
+        counts, note = backends.of(manifest).layers(
+            folder / entry.graph, None if facts is None else facts.get(network, {})
+        )
+    except InputError as e:  # the backend's package is not installed here
+        counts, note = {}, str(e)
     return {
         "engine": manifest.name,
         "backend": manifest.backend,
@@ -61,8 +62,8 @@ def _row(
         "network": network,
         "file_bytes": manifest.size_of(entry.file),
         "graph_bytes": manifest.size_of(entry.graph),
-        "device_memory_bytes": own.get("device_memory_bytes"),
-        "layers": own.get("layers"),
-        "reformats": own.get("reformats"),
+        "device_memory_bytes": counts.get("device_memory_bytes"),
+        "layers": counts.get("layers"),
+        "reformats": counts.get("reformats"),
         "note": note,
     }

@@ -1,10 +1,10 @@
-"""Peak memory of a case, in a separate process: in a shared one the memory of the cases could not be separated.
+"""Peak memory of a case, measured in a separate process, as cases that share a process share its memory.
 
 The process loads the engine, generates one batch and ends. On a CPU the figure is its largest resident memory, the
-interpreter and its libraries included; on a GPU it is what the driver reports for the process once the batch is
-generated (runtimes keep what they allocated), or nothing where the driver does not report it.
+interpreter and its libraries included. On a GPU it is the memory that the driver reports for the process after the
+batch (runtimes do not free what they allocated), if the driver reports it.
 
-`python -m pnp_trt.bench.measure.footprint` is that process; it reads its task from standard input, as JSON.
+`python -m pnp_trt.bench.measure.footprint` is that process; it reads its settings from standard input, as JSON.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _SECONDS = 1800
 class MemoryMeter:
     """Measures the peak memory of cases; `meters.Meters` takes one as `memory`.
 
-    provider: how the engines are loaded, as for `Pipeline.load`.
-    left_out: what could not be measured, `{"what", "why"}`.
+    provider: as for `Pipeline.load`.
+    left_out: `{"what", "why"}` of everything that could not be measured.
     """
 
     provider: str = "auto"
@@ -43,7 +43,7 @@ class MemoryMeter:
     def __call__(
         self, case: Case, *, batch: int, steps: int, schedule: str | None = None, size: tuple[int, int] | None = None
     ) -> int | None:
-        """Bytes, or None with an entry in `left_out`."""
+        """Return bytes, or None with an entry in `left_out`."""
         pipe: Any = case.pipe
         bundle = getattr(pipe, "bundle", None)
         peer = getattr(pipe, "peer", None)
@@ -57,13 +57,13 @@ class MemoryMeter:
             "size": size, "provider": self.provider,
         }  # fmt: skip
         try:
-            found = in_own_process(settings)
+            result = in_own_process(settings)
         except PnpError as e:
             self._without(what, str(e))
             return None
-        if found["peak_bytes"] is None:
-            self._without(what, found["why"])
-        bytes_: int | None = found["peak_bytes"]
+        if result["peak_bytes"] is None:
+            self._without(what, result["why"])
+        bytes_: int | None = result["peak_bytes"]
         return bytes_
 
     def _without(self, what: str, why: str) -> None:
@@ -71,23 +71,23 @@ class MemoryMeter:
 
 
 def in_own_process(settings: dict[str, Any]) -> dict[str, Any]:
-    """`peak_bytes` (int, or None and `why`) of the batch that `main` generates.
+    """Run `main` in a new process and return `peak_bytes` (int, or None and `why`) of its batch.
 
-    Raises PnpError with the last line that the process said, if it fails.
+    Raises PnpError with the last line of the process's standard error, if it fails.
     """
     done = run_child(
         [sys.executable, "-m", __name__], input=json.dumps(settings), timeout=_SECONDS,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["it gives no reason"])[-1]
-        raise PnpError(f"the process that measures memory failed: {said}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise PnpError(f"the process that measures memory failed: {reason}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
-    """Generate the batch that standard input describes, and print what it took."""
+    """Generate the batch that standard input describes, and print its peak memory."""
     settings = json.load(sys.stdin)
     if settings["peer"] is not None:
         from .peers import load
@@ -109,24 +109,24 @@ def main() -> None:
 def _host_bytes() -> dict[str, Any]:
     from ...bundle.memory import peak
 
-    return {"peak_bytes": peak(), "why": "this system does not report how much memory a process took"}
+    return {"peak_bytes": peak(), "why": "this system does not report the peak memory of a process"}
 
 
 def _device_bytes(nvml: Any = None) -> dict[str, Any]:
-    """What this process holds on the GPUs."""
+    """Memory of this process on all GPUs."""
     try:
         nvml = nvml or importlib.import_module("pynvml")
         nvml.nvmlInit()
-        held = [
+        usage = [
             process.usedGpuMemory
             for number in range(nvml.nvmlDeviceGetCount())
             for process in nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(number))
             if process.pid == os.getpid()
         ]
-    except Exception as e:  # no package, no driver, or no right to ask
+    except Exception as e:  # no package, no driver, or no permission
         return {"peak_bytes": None, "why": f"the GPU's memory cannot be read ({e})"}
-    known = [bytes_ for bytes_ in held if bytes_ is not None]
-    why = "the driver does not report what this process holds, as in most containers"
+    known = [bytes_ for bytes_ in usage if bytes_ is not None]
+    why = "the driver does not report the memory of this process, as in most containers"
     return {"peak_bytes": sum(known) or None, "why": why}
 
 

@@ -1,8 +1,8 @@
-"""Time methods against each other: interleaved round by round, paired with CFG in each round, raw numbers kept.
+"""Compare methods' latencies: interleaved round by round and paired with CFG in each round; raw times are recorded.
 
-A shared machine drifts (frequency, neighbours, memory), so no method is ever timed in one block: every round runs
-each case once, in an order that rotates, and the ratio to CFG is taken within the round before the median is.
-This module imports no torch; it times whatever fulfils `cases.TimedPipeline`.
+A shared machine drifts (frequency, neighbours, memory), so no method is timed in one block. Every round runs each case
+once, in an order that rotates, and the ratio to CFG is computed within each round before taking the median.
+This module does not import torch; it times any implementation of `cases.TimedPipeline`.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """One case at one batch size. Times are milliseconds; those without a suffix are of one whole denoising loop.
+    """One case at one batch size. Times are in milliseconds; those without a suffix are of one whole denoising loop.
 
-    steps: those that were made; `cfg-fewer-steps` makes half of what the other rows make.
+    steps: steps that ran; `cfg-fewer-steps` runs half the steps of the other rows.
 
     p50_ms, p90_ms, p99_ms: the loop for the whole batch, over rounds (with few rounds p99 is close to the slowest).
-    p50_ms_per_step: the loop divided by its steps.  p50_ms_per_image: text, loop and decode, divided by the batch.
+    p50_ms_per_step: the loop divided by its steps.  p50_ms_per_image: text, loop and decode, divided by the batch size.
     encode_p50_ms, decode_p50_ms: text encoding and VAE decode of the whole batch.
     spread: interquartile range of the loop divided by its median.
-    ratio_to_cfg: median over rounds of (this loop / the CFG loop of `ratio_reference` in the same round), with its
-    bootstrap interval [low, high] at 95 %; None where no CFG was timed to compare with.
-    evaluations: U-Net evaluations per image.  images_per_s: of the whole batch, text, loop and decode.
+    ratio_to_cfg: median over rounds of (this loop / the CFG loop of `ratio_reference` in the same round), with its 95 %
+    bootstrap interval [low, high]; None if no CFG was timed to compare with.
+    evaluations: U-Net evaluations per image.  images_per_s: throughput of the batch, with text, loop and decode.
     peak_memory_bytes: see `footprint`.  energy_j_per_image: see `energy`.
-    least_ms: the least time of the loop on this device, see `roofline`; share_of_least: least_ms / p50_ms.
-    guided_interval: lowest and highest timestep with CFG, for `cfg-interval`.  What was not measured is None.
-    raw: one entry a round, `round`, `position` (place in the round's order), `encode_ms`, `loop_ms`, `decode_ms`.
+    least_ms: lower bound of the loop's time on this device, see `roofline`; share_of_least: least_ms / p50_ms.
+    guided_interval: lowest and highest timestep with CFG, for `cfg-interval`.  Fields that were not measured are None.
+    raw: one entry per round: `round`, `position` (place in the round's order), `encode_ms`, `loop_ms`, `decode_ms`.
     """
 
     engine: str
@@ -83,7 +83,7 @@ class LatencyRow:
     guided_interval: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as JSON holds it."""
+        """The row as a JSON object."""
         row = asdict(self)
         for key in ("ratio_to_cfg_interval", "guided_interval"):
             row[key] = row[key] and list(row[key])
@@ -109,13 +109,13 @@ def measure(
     """Time every case at every batch size, one row each, batch by batch in the order of `cases`.
 
     `prompts` are repeated to fill a batch; the noise of image i has seed i for every case. Warm-up runs of every
-    case come before the first round and are not recorded. `schedule` names the sampling schedule; None leaves it to
-    each pipeline. `clock` returns seconds; `seed` fixes the bootstrap; `size` is the images' height and width in
-    pixels, None every engine's default.
+    case precede the first round and are not recorded. `schedule` is the name of the sampling schedule, None for each
+    pipeline's default. `clock` returns seconds; `seed` is that of the bootstrap; `size` is the images' height and
+    width in pixels, None for each engine's default.
 
-    `meters` is what is measured besides times, once a row, after its batch size was timed.
+    `meters` are the measurements besides times, made once per row after its batch size was timed.
 
-    Raises InputError for no cases, a case given twice, a method its engine lacks, or numbers out of range.
+    Raises InputError for no cases, a duplicate case, a method that its engine lacks, or numbers out of range.
     """
     _check(cases, batches, steps, rounds, warmup, guidance, prompts)
     total = len(batches) * len(cases) * (warmup + rounds)
@@ -137,7 +137,7 @@ def measure(
                 report(f"warm-up, {case.label}, batch {batch}")
         raw: list[list[dict[str, Any]]] = [[] for _ in cases]
         for number in range(rounds):
-            gc.collect()  # between rounds, so that it falls on no case
+            gc.collect()  # between rounds, so that no case's time includes it
             for position, index in enumerate(_order(len(cases), number)):
                 observed = _once(cases[index], texts, seeds, steps, guidance, clock, schedule, size)
                 raw[index].append({"round": number, "position": position, **observed})
@@ -149,15 +149,15 @@ def measure(
             label = None if reference is None else cases[reference].label
             settings = {"batch": batch, "steps": case.steps(steps), "guidance": guidance, "warmup": warmup}
             draw = functools.partial(_once, case, texts, seeds, steps, guidance, clock, schedule, size)
-            beside = (meters or Meters()).read(
+            measured = (meters or Meters()).read(
                 case, batch=batch, steps=steps, schedule=schedule, size=size, draw=draw, clock=clock
             )
-            rows.append(_row(case, raw[index], ratio, label, settings | beside))
+            rows.append(_row(case, raw[index], ratio, label, settings | measured))
     return rows
 
 
 def _order(count: int, number: int) -> list[int]:
-    """The order of round `number`: rotated by one place a round, so that nobody always runs first or last."""
+    """Return the order of round `number`: rotated by one per round, so that no case always runs first or last."""
     start = number % count
     return [*range(start, count), *range(start)]
 
@@ -172,9 +172,9 @@ def _once(
     schedule: str | None,
     size: tuple[int, int] | None,
 ) -> dict[str, float]:
-    """One image batch from prompt to pixels; the noise is drawn before the clock starts."""
+    """Time one batch from prompt to pixels; the noise is generated before the clock starts."""
     noise = case.pipe.noise(seeds) if size is None else case.pipe.noise(seeds, size)
-    with collector_paused():  # it would be billed to whoever ran
+    with collector_paused():  # otherwise its time would be attributed to the case that is running
         start = clock()
         context = case.pipe.encode(prompts)
         encoded = clock()
@@ -190,20 +190,20 @@ def _once(
 
 
 def _reference(cases: Sequence[Case], index: int) -> int | None:
-    """The CFG case that `cases[index]` is compared with: its own engine's, else the first one of the same base.
+    """Return the CFG case to compare `cases[index]` with: that of its own engine, else the first of the same base.
 
-    A pipeline may say its base model in an attribute `base`; engines of different bases are never compared.
+    A pipeline may name its base model in an attribute `base`; engines of different bases are never compared.
     """
     pipe = cases[index].pipe
     cfg = [number for number, case in enumerate(cases) if case.method == CFG.name]
     own = [number for number in cfg if cases[number].pipe is pipe]
     base = getattr(pipe, "base", None)
-    alike = [number for number in cfg if getattr(cases[number].pipe, "base", None) == base]
-    return next(iter(own + alike), None)
+    same_base = [number for number in cfg if getattr(cases[number].pipe, "base", None) == base]
+    return next(iter(own + same_base), None)
 
 
 def paired_ratio(loop: np.ndarray, cfg: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Median of the ratio paired by round, and its percentile bootstrap interval over rounds.
+    """Return the median of the ratio paired by round, and its percentile bootstrap interval over rounds.
 
     loop, cfg: milliseconds [rounds] of two cases, round by round.
     """
@@ -278,4 +278,4 @@ def _check(
     if not np.isfinite(guidance):
         raise InputError(f"guidance must be a finite number, got {guidance}.")
     if not prompts:
-        raise InputError("Timing needs at least one prompt; give one.")
+        raise InputError("Timing needs at least one prompt, got none.")

@@ -1,4 +1,4 @@
-"""Fields of a latency row besides times: evaluations, memory, energy, and the least time that the device allows."""
+"""Fields of a latency row besides times: evaluations, memory, energy, and the lower bound of the time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .roofline import CallCost, Device, least_loop_ms
 
 @dataclass(frozen=True)
 class Meters:
-    """What is measured besides times; what is None is not, and its figures are None.
+    """Meters for measurements besides times; where a meter is None, its fields are None.
 
-    memory: asked once for every row, after the times.
+    memory: called once per row, after the times.
     counter: the GPU's energy counter (`energy.nvml_counter`), read around `energy.SECONDS` of every case on a GPU.
     device: the measured peaks (`roofline.measure_device`).
-    work: what a network call asks of the device (`roofline.work_of`), at the model's own image size.
+    work: returns the cost of a network call (`roofline.work_of`), at the model's own image size.
     """
 
     memory: MemoryMeter | None = None
@@ -38,13 +38,13 @@ class Meters:
         draw: Callable[[], object],
         clock: Callable[[], float],
     ) -> dict[str, Any]:
-        """The fields of a latency row that are not times, see `latency.LatencyRow`.
+        """Measure the fields of a latency row that are not times, see `latency.LatencyRow`.
 
-        steps: as requested.  draw: makes one batch of images.  clock: returns seconds.
+        steps: as requested.  draw: generates one batch of images.  clock: returns seconds.
         """
         calls = case.calls(steps, schedule)
-        own_size = size is None or tuple(size) == getattr(case.pipe, "size", None)
-        work = self.work(case) if self.work is not None and own_size else None
+        is_own_size = size is None or tuple(size) == getattr(case.pipe, "size", None)
+        work = self.work(case) if self.work is not None and is_own_size else None
         bounded = work is not None and self.device is not None and work.precision == self.device.precision
         energy = self.counter is not None and getattr(case.pipe, "on_gpu", False)
         return {

@@ -1,4 +1,4 @@
-"""The networks whose cost is counted, built from configs alone: no weights are read."""
+"""The networks whose cost is counted, built from their configs without reading weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """``{name: (module, inputs of one forward at batch 1)}`` on the meta device.
+    """Return ``{name: (module, inputs of one forward at batch 1)}`` on the meta device.
 
-    A guide whose condition runs once per image is fed with it, and its condition is one more network; the guide's
-    parameters are all of its own.
+    If a guide's condition runs once per image, it is listed as a separate network and is an input of the guide. The
+    guide's parameters still include those of the condition.
 
     Args:
-        base: a base model's name, or ``random:sd15`` and its like.
+        base: a base model's name, or a random one such as ``random:sd15``.
 
     Raises:
         InputError: for an unknown base.
@@ -50,28 +50,28 @@ def networks(base: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             inputs["added_cond_kwargs"] = {name: torch.empty(value.shape) for name, value in added.items()}
 
         _, features = encode(unet, **inputs)
-        alone = inputs | {
+        guide_inputs = inputs | {
             "guidance": torch.empty(1),
             "skips": list(features.down_block_res_samples),
             "mid": features.mid_block_res_sample,
         }
-        found: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs)}
+        counted: dict[str, tuple[Any, dict[str, Any]]] = {"teacher": (unet, inputs)}
         for name, guide in guides.items():
-            fed = {}
-            if guide.constant_parts:  # as bundles run it: a separate network, once per image
-                found[f"{CONDITION_PREFIX}{name}"] = (
+            condition = {}
+            if guide.constant_parts:  # as in bundles: a separate network that runs once per image
+                counted[f"{CONDITION_PREFIX}{name}"] = (
                     Condition(GUIDES[name].from_unet(unet, **sizes[name]), (size, size)),
                     {"guidance": torch.empty(1)},
                 )
-                fed = {"condition": guide.condition(torch.empty(1), (size, size))}
-            found[f"guide-{name}"] = (_alone(guide), alone | fed)
+                condition = {"condition": guide.condition(torch.empty(1), (size, size))}
+            counted[f"guide-{name}"] = (_alone(guide), guide_inputs | condition)
         if not base.startswith("random:"):
-            found |= _image_networks(model, inputs["sample"])
-    return found
+            counted |= _image_networks(model, inputs["sample"])
+    return counted
 
 
 def _alone(guide: Any) -> Any:
-    """A guide fed with the features' shapes, so that its cost is counted apart from the teacher's."""
+    """Wrap a guide so that it takes the teacher's features as inputs and its cost is counted separately."""
     import torch
 
     from ...models.guides import Features, GuideInput
@@ -81,15 +81,15 @@ def _alone(guide: Any) -> Any:
             super().__init__()
             self.guide = guide
 
-        def forward(self, guidance: Any, skips: Any, mid: Any, **given: Any) -> Any:
+        def forward(self, guidance: Any, skips: Any, mid: Any, **inputs: Any) -> Any:
             features = Features(tuple(skips), mid)
-            return self.guide(GuideInput(**given, guidance=guidance, features=features)).mid_block_res_sample
+            return self.guide(GuideInput(**inputs, guidance=guidance, features=features)).mid_block_res_sample
 
     return GuideAlone()
 
 
 def guide_size(base: str, guide: str) -> dict[str, Any]:
-    """The bundled guide's own size for the bundled bases, the default elsewhere."""
+    """Size options of the bundled guide; empty, for the default size, if there is none or the base is random."""
     from ...errors import InputError
     from ...models.catalog import guide_folder
     from ...models.guides import GUIDES
@@ -112,10 +112,10 @@ def _image_networks(model: BaseModel, sample: Any) -> dict[str, tuple[Any, dict[
     from ...models import wrappers
 
     ids = {"input_ids": torch.empty(1, 77, dtype=torch.long)}
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    counted: dict[str, tuple[Any, dict[str, Any]]] = {}
     for spec in model.text_specs:
         encoder = getattr(transformers, spec.kind)(transformers.CLIPTextConfig(**model.config(spec.name)))
-        found[spec.name.replace("_", "-")] = getattr(wrappers, spec.wrapper)(encoder), ids
+        counted[spec.name.replace("_", "-")] = getattr(wrappers, spec.wrapper)(encoder), ids
     config = model.config("vae")
     vae = getattr(diffusers, config["_class_name"]).from_config(config)
-    return found | {"vae-decoder": (wrappers.VaeDecoder(vae), {"latents": sample})}
+    return counted | {"vae-decoder": (wrappers.VaeDecoder(vae), {"latents": sample})}

@@ -1,9 +1,9 @@
-"""What users have elsewhere, timed under the same rules: diffusers eager and compiled, and optimum-onnx.
+"""Peers, other toolkits timed under the same rules: diffusers, eager and compiled, and optimum-onnx.
 
 A peer does the work of the teacher's CFG engine (same prompts, noise, steps, scale, schedule and number of threads),
-one batch of two a step, through its own pipeline's `__call__`: latents in, latents out, text states given. Text and
-decoder are called apart, and the empty prompt is encoded once and kept, as engines do. Compiling and exporting are no
-part of any time. Nothing heavy is imported before `load` is called.
+with one batch of two per step, through its own pipeline's `__call__`, which gets text states and latents and returns
+latents. Text encoder and decoder are called separately, and the empty prompt is encoded once and cached, as in engines.
+Times exclude compiling and exporting. Heavy packages are imported only when `load` is called.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .cases import Case
 
 EAGER, COMPILED, OPTIMUM = "diffusers", "diffusers-compile", "optimum-onnx"
 KINDS = (EAGER, COMPILED, OPTIMUM)
-#: the U-Net's name of SDXL's pooled text
+#: the U-Net's input name for SDXL's pooled text
 _POOLED = "text_embeds"
 
 
@@ -38,12 +38,12 @@ def available(
     precision: str = "fp32",
     weights: str | None = None,
 ) -> tuple[list[Case], list[dict[str, str]]]:
-    """The peers that can run `base` here, loaded, as cases; and those left out, `{"what", "why"}`.
+    """Return the peers that can run `base` here, loaded, as cases; and those left out, `{"what", "why"}`.
 
-    base: a base model's name; it must have files.  kinds: those wanted.  provider: "cpu", "cuda", or "auto" for a GPU
-    where PyTorch finds one.  precision: of U-Net and text encoder, "fp32", "fp16" or "bf16"; take the engines' own, on
-    a CPU "fp32".  weights: the engines' `base`; where the base's files are others (LoRAs merged into the engines, files
-    changed since), all peers are left out.
+    base: name of a base model with files.  kinds: the requested peers.  provider: "cpu", "cuda", or "auto" for a GPU if
+    PyTorch finds one.  precision: of U-Net and text encoder, "fp32", "fp16" or "bf16"; use that of the engines, or
+    "fp32" on a CPU.  weights: the engines' `base`; if the base's files differ from it (LoRAs merged into the engines,
+    or files changed since), all peers are left out.
 
     Raises InputError for an unknown kind or base.
     """
@@ -67,9 +67,9 @@ def available(
 
 
 def load(kind: str, base: str, *, provider: str = "cpu", precision: str = "fp32") -> Peer:
-    """One peer of `KINDS`, arguments as for `available`.
+    """Load one peer of `KINDS`; arguments as for `available`.
 
-    Raises InputError for an unknown base, PnpError for "cuda" where PyTorch finds no GPU; and whatever the peer raises.
+    Raises InputError for an unknown base, PnpError for "cuda" if PyTorch finds no GPU, and whatever the peer raises.
     """
     import torch
 
@@ -78,10 +78,10 @@ def load(kind: str, base: str, *, provider: str = "cpu", precision: str = "fp32"
 
     quiet_libraries()
     if provider == "cuda" and not torch.cuda.is_available():
-        raise PnpError("provider 'cuda' was requested and PyTorch finds no GPU; take --provider cpu")
+        raise PnpError("provider 'cuda' was requested, but PyTorch finds no GPU; use --provider cpu")
     device = "cuda" if provider != "cpu" and torch.cuda.is_available() else "cpu"
     model = resolve(base)
-    asked = {"kind": kind, "base": base, "provider": provider, "precision": precision}
+    arguments = {"kind": kind, "base": base, "provider": provider, "precision": precision}
     if kind == OPTIMUM:
         pipe = _optimum(model.folder, device)
         weights = sum(f.stat().st_size for f in (model.folder / "unet").glob("*.safetensors"))
@@ -90,22 +90,22 @@ def load(kind: str, base: str, *, provider: str = "cpu", precision: str = "fp32"
         weights = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
         if kind == COMPILED:
             config: Any = torch._dynamo.config
-            config.recompile_limit = max(config.recompile_limit, 64)  # code of its own for every batch size
+            config.recompile_limit = max(config.recompile_limit, 64)  # every batch size is compiled separately
             pipe.unet = torch.compile(pipe.unet, fullgraph=True, dynamic=False)
-    return Peer(kind, base, pipe, model, device, weights, asked)
+    return Peer(kind, base, pipe, model, device, weights, arguments)
 
 
 class Peer:
-    """Another library's Stable Diffusion pipeline behind the protocol of `cases.Pipeline`; it does CFG alone.
+    """Another library's Stable Diffusion pipeline as a `cases.TimedPipeline`; it supports CFG only.
 
     Attributes:
         name: the base model's name.
-        base: what identifies the teacher's weights, as engines spell it.
+        base: identifies the teacher's weights, as the engines' `base` does.
         methods: its own kind.
         size: height and width in pixels.
         on_gpu: whether it runs on a GPU.
         weight_bytes: of the U-Net.
-        peer: the arguments of `load` that make it again in another process.
+        peer: the arguments of `load` that recreate it in another process.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Peer:
         self._zeros = model.zero_empty_prompt()
 
     def encode(self, prompts: list[str]) -> Text:
-        """Text states, [N, tokens, D] float32, and SDXL's pooled text."""
+        """Return text states, [N, tokens, D] float32, and SDXL's pooled text."""
         import torch
 
         with torch.inference_mode():
@@ -138,7 +138,7 @@ class Peer:
         return Text(states.float().cpu().numpy(), added)
 
     def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> np.ndarray:
-        """Starting latents, [N, C, h, w] float32: the bits of the engines' own."""
+        """Return starting latents, [N, C, h, w] float32, bit for bit those of the engines."""
         channels, *own = self._latent
         shape = own if size is None else [side // self._factor for side in size]
         return np.stack(
@@ -146,7 +146,7 @@ class Peer:
         )
 
     def evaluations(self, steps: int, schedule: str | None = None) -> int:
-        """Model evaluations of `steps` steps where each is made once, as of an engine."""
+        """Return the model evaluations of a loop of `steps`, counting CFG's two as one, as engines do."""
         return evaluations(schedule, self._config, steps)
 
     def denoise(
@@ -159,9 +159,9 @@ class Peer:
         method: str,
         schedule: str | None = None,
     ) -> np.ndarray:
-        """Final latents, [N, C, h, w] float32, by the pipeline's own loop.
+        """Run the pipeline's own loop and return the final latents, [N, C, h, w] float32.
 
-        Raises InputError for an unknown schedule, another's method, or a scale at which the pipeline would not guide.
+        Raises InputError for an unknown schedule, another method, or a scale at which the pipeline would not guide.
         """
         import diffusers
         import torch
@@ -173,21 +173,23 @@ class Peer:
             raise InputError(f"guidance is {guidance}; {self.methods[0]} takes one scale above 1 for all images")
         rule, config = chosen(resolve(schedule, self._config), self._config)
         if rule.diffusers_class is None:
-            raise InputError(f"diffusers has no scheduler that equals '{rule.name}'; take ddim")
+            raise InputError(f"diffusers has no scheduler that equals '{rule.name}'; use ddim")
         self._pipe.scheduler = getattr(diffusers, rule.diffusers_class).from_config(config)
         text = Text.of(context)
         if self._empty is None:
             empty = self.encode([""])
             self._empty = empty.zeros() if self._zeros else empty
         dtype = self._pipe.unet.dtype
-        given: dict[str, Any] = {}
-        for prefix, one in (("", text), ("negative_", self._empty.repeated(len(text)))):
-            arrays = {"prompt_embeds": one.states}
-            arrays |= {"pooled_prompt_embeds": one.added[_POOLED]} if _POOLED in one.added else {}
-            given |= {f"{prefix}{n}": torch.from_numpy(np.array(a)).to(self._device, dtype) for n, a in arrays.items()}
+        embeddings: dict[str, Any] = {}
+        for prefix, encoded in (("", text), ("negative_", self._empty.repeated(len(text)))):
+            arrays = {"prompt_embeds": encoded.states}
+            arrays |= {"pooled_prompt_embeds": encoded.added[_POOLED]} if _POOLED in encoded.added else {}
+            embeddings |= {
+                f"{prefix}{n}": torch.from_numpy(np.array(a)).to(self._device, dtype) for n, a in arrays.items()
+            }
         height, width = (side * self._factor for side in noise.shape[-2:])
-        made = self._pipe(
-            **given,
+        latents = self._pipe(
+            **embeddings,
             latents=torch.from_numpy(noise).to(self._device, dtype),
             height=height,
             width=width,
@@ -195,23 +197,23 @@ class Peer:
             guidance_scale=float(scale[0]),
             output_type="latent",
         ).images
-        return np.asarray(made.float().cpu().numpy() if isinstance(made, torch.Tensor) else made, np.float32)
+        return np.asarray(latents.float().cpu().numpy() if isinstance(latents, torch.Tensor) else latents, np.float32)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Images, [N, H, W, 3] uint8."""
+        """Return images, [N, H, W, 3] uint8."""
         import torch
 
         from ...models.latents import to_vae
 
         with torch.inference_mode():
-            given = to_vae(torch.from_numpy(latents).to(self._device), self._pipe.vae)
-            pixels = self._pipe.vae.decode(given, return_dict=False)[0]
+            scaled = to_vae(torch.from_numpy(latents).to(self._device), self._pipe.vae)
+            pixels = self._pipe.vae.decode(scaled, return_dict=False)[0]
             images = self._pipe.image_processor.postprocess(pixels, output_type="np")
         return np.asarray(np.rint(images * 255).astype(np.uint8))
 
 
 def _diffusers(model: Any, device: str, precision: str) -> Any:
-    """diffusers' own pipeline of a base model; the decoder stays in float32, where it cannot overflow."""
+    """Load diffusers' pipeline of a base model; the decoder stays in float32, in which it cannot overflow."""
     import diffusers
     import torch
 
@@ -234,14 +236,14 @@ def _diffusers(model: Any, device: str, precision: str) -> Any:
 
 
 def _optimum(folder: Path, device: str) -> Any:
-    """optimum-onnx's pipeline, exported when it is loaded.
+    """Load and export optimum-onnx's pipeline.
 
     Tried with optimum-onnx 0.1.0, transformers 4.57.6 and diffusers 0.35.2 on a random Stable Diffusion of a few
-    hundred thousand weights: its images were those of diffusers to one level of 255.
+    hundred thousand weights: its images equalled those of diffusers to within one level of 255.
     """
     module = importlib.import_module("optimum.onnxruntime")
     pipe = module.ORTStableDiffusionPipeline.from_pretrained(
-        str(folder),  # of a Path it cannot tell which library it is of
+        str(folder),  # given a Path, it cannot determine the library
         export=True,
         provider="CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider",
         local_files_only=True,
@@ -251,7 +253,7 @@ def _optimum(folder: Path, device: str) -> Any:
 
 
 def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | None:
-    """Why a peer cannot run a base here; None if it can."""
+    """Return why a peer cannot run a base here; None if it can."""
     if base.startswith("random:"):
         return f"base '{base}' has no files for it to load"
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
@@ -266,21 +268,21 @@ def _cannot(kind: str, base: str, provider: str, weights: str | None) -> str | N
     if named not in (None, model.pipeline):
         return f"base '{base}' is a {named}; peers run {model.pipeline}"
     if kind == COMPILED and provider == "cpu" and sys.platform != "win32" and not _compiler():
-        return "torch.compile needs a C++ compiler on a CPU and none was found; install g++"
+        return "torch.compile on a CPU needs a C++ compiler, but none was found; install g++"
     if kind == OPTIMUM:
         if len(model.text_specs) > 1:
-            return f"base '{base}' has {len(model.text_specs)} text encoders, which it was not tried with"
+            return f"base '{base}' has {len(model.text_specs)} text encoders, with which it has not been tested"
         if not installed(["optimum-onnx"]):
             return (
                 "it is not installed; pip install optimum-onnx (release 0.1 needs transformers below 4.58, "
-                "so in a separate environment)"
+                "so use a separate environment)"
             )
         if (vae := model.config("vae").get("_class_name")) == "AutoencoderTiny":
-            return f"the decoder of base '{base}' is an {vae}, which its export does not support"
+            return f"the decoder of base '{base}' is an {vae}, which optimum's export does not support"
         if model.unet_file is not None:
-            return f"base '{base}' keeps its U-Net in a separate file, and it loads whole folders"
+            return f"base '{base}' has its U-Net in a separate file, but optimum-onnx loads only whole folders"
     return None
 
 
 def _compiler() -> str | None:
-    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
+    return next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)

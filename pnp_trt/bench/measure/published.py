@@ -1,8 +1,8 @@
-"""The paper's cost table beside our own counts, with what its figures are.
+"""The paper's cost table beside our own counts, with an explanation of its units.
 
 Source: Hsiao et al., "Plug-and-Play Diffusion Distillation", CVPR 2024 (arXiv 2406.01954), the table of compute and
-parameters of SD 1.5. It prints "FLOPs (trillion)"; the figures are giga-MACs that leave out the attention products,
-as counting the public architectures again shows. Sums of two printed figures are formed here.
+parameters of SD 1.5. It prints "FLOPs (trillion)", but the figures are giga-MACs without the attention products, as our
+counts of the public architectures show. Sums of two printed figures are computed here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-#: Parameters of the SD 1.x U-Net; a teacher that has as many at 64 x 64 latents is what the paper counted.
+#: Parameters of the SD 1.x U-Net, which the paper counted at 64 x 64 latents.
 SD1_PARAMETERS = 859_520_964
 COMPUTE, PARAMETERS = "GMACs without attention", "M parameters"
 _PRINTED_COMPUTE, _PRINTED_PARAMETERS = "TFLOPs", "M"
@@ -18,11 +18,11 @@ _UNITS = "printed as tera-FLOPs; the figure is giga-MACs of convolutions and lin
 
 
 def published_rows(base: str, cost_rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The published figures of SD 1.x beside the counts of `cost.cost_rows`; empty for any other teacher.
+    """Return the published figures of SD 1.x beside the counts of `cost.cost_rows`; empty for any other teacher.
 
-    base: the name of what was counted, for the notes.  Each row has `what`, `published` with
+    base: name of the counted base model, for the notes.  Each row has `what`, `published` with
     `published_unit_printed`, `counted` in `unit` (GMACs without attention, or M parameters), `relative_difference`
-    (counted / published - 1; None where the two are not comparable, as the note then states) and `note`.
+    (counted / published - 1; None if the two are not comparable, as the note explains) and `note`.
     Rows of a network that was not counted are left out.
     """
     rows = {str(row["network"]): row for row in cost_rows}
@@ -30,7 +30,7 @@ def published_rows(base: str, cost_rows: Iterable[Mapping[str, Any]]) -> list[di
     if teacher is None or teacher["parameters"] != SD1_PARAMETERS:
         return []
     step = _giga(teacher)
-    found = [
+    published = [
         _row("teacher, per step", 338.7, step, COMPUTE, _UNITS),
         _row("teacher x 2 (CFG), per step", 677.5, 2 * step, COMPUTE, _UNITS),
         _row("teacher, parameters", 859, _millions(teacher), PARAMETERS, None),
@@ -38,25 +38,25 @@ def published_rows(base: str, cost_rows: Iterable[Mapping[str, Any]]) -> list[di
     if full := rows.get("guide-full"):
         bundled = _giga(full)
         hint = _giga(rows["condition-full"]) if "condition-full" in rows else 0.0
-        said = (
+        note = (
             f"the guide with its hint computed each step, as printed; bundles compute it once per image: {bundled:.2f}"
         )
-        found += [
-            _row("full guide, per step", 116.5, bundled + hint, COMPUTE, f"{_UNITS}; {said}"),
-            _row("teacher + full guide, per step", 455.2, step + bundled + hint, COMPUTE, f"{_UNITS}; {said}"),
+        published += [
+            _row("full guide, per step", 116.5, bundled + hint, COMPUTE, f"{_UNITS}; {note}"),
+            _row("teacher + full guide, per step", 455.2, step + bundled + hint, COMPUTE, f"{_UNITS}; {note}"),
             _row("full guide, parameters", 361, _millions(full), PARAMETERS, "hint encoder included"),
         ]
     if tiny := rows.get("guide-tiny"):
-        said = (
+        note = (
             f"not comparable: the paper's tiny guide is not published; counted is our own design for {base}, "
             "inside the paper's budget"
         )
-        found += [
-            _row("tiny guide, per step", 7.79, _giga(tiny), COMPUTE, said, alike=False),
-            _row("teacher + tiny guide, per step", 346.49, step + _giga(tiny), COMPUTE, said, alike=False),
-            _row("tiny guide, parameters", 8.27, _millions(tiny), PARAMETERS, said, alike=False),
+        published += [
+            _row("tiny guide, per step", 7.79, _giga(tiny), COMPUTE, note, alike=False),
+            _row("teacher + tiny guide, per step", 346.49, step + _giga(tiny), COMPUTE, note, alike=False),
+            _row("tiny guide, parameters", 8.27, _millions(tiny), PARAMETERS, note, alike=False),
         ]
-    return found
+    return published
 
 
 def _row(

@@ -1,7 +1,8 @@
-"""Queues of image requests under several batching policies, on a clock of measured costs; nothing is computed.
+"""Simulate queues of image requests under several batching policies, with a clock driven by measured costs.
 
-Batching policies: ``one`` request at a time; ``whole`` requests of equal steps as one batch, w mixed (what ``Pipeline``
-does); ``step``, step-level batching by the server's own loop; ``cfg``, the same with CFG's two rows an image.
+Batching policies: ``one``, one request at a time; ``whole``, requests with equal steps as one batch, with mixed w (as
+in ``Pipeline``); ``step``, step-level batching by the server's own loop; ``cfg``, the same with CFG's two rows per
+image.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from ...sampling.table import Schedule, make_table
 
 #: load as a share of the capacity of ``step``
 SHARES = (0.5, 0.8, 0.95)
-#: requests of a burst, which come at the same moment
+#: number of requests in a burst, which arrive simultaneously
 BURST = 12
-#: kinds of arrivals, and how many requests come at the same moment
+#: kinds of arrivals, and how many requests arrive simultaneously
 ARRIVALS = {"poisson": 1, "bursts": BURST}
 _PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds.
+    """Measured costs, in seconds.
 
     Attributes:
-        whole, step: one network call by batch, with all that the loop does around it; the batches are those that calls
-            are padded to, the largest one is the number of slots.
-        text, decode: of one image.
+        whole, step: cost of one network call by batch size, including the loop's overhead, for whole requests and for
+            step-level batching. Calls are padded to these batch sizes; the largest is the number of slots.
+        text, decode: cost of text encoding and of decoding one image.
     """
 
     whole: Mapping[int, float]
@@ -44,13 +45,13 @@ class Costs:
 
     @property
     def slots(self) -> int:
-        """Rows of a call, at most."""
+        """Maximum number of rows in a call."""
         return max(self.step)
 
 
 @dataclass
 class QueuedRequest:
-    """One image; times in seconds: its arrival, its first step, its end."""
+    """A request for one image, with the times in seconds of its arrival, its first step and its end."""
 
     at: float
     steps: int
@@ -60,10 +61,10 @@ class QueuedRequest:
 
 @dataclass
 class Served:
-    """How a queue was served.
+    """Result of serving a queue.
 
     Attributes:
-        rows, padded: of network calls.
+        rows, padded: numbers of used and of padded rows in all network calls.
     """
 
     requests: list[QueuedRequest]
@@ -72,7 +73,7 @@ class Served:
 
 
 class Clocked(Network):
-    """A network whose calls take the time of ``costs`` and compute nothing."""
+    """A network whose calls advance a clock by ``costs`` and compute nothing."""
 
     def __init__(self, costs: Mapping[int, float]) -> None:
         self.costs, self.now = costs, 0.0
@@ -100,14 +101,14 @@ class _Call(Bound):
 
 
 def arrivals(count: int, rate: float, seed: int, steps: Sequence[int], burst: int = 1) -> list[QueuedRequest]:
-    """Requests at ``rate`` a second, Poisson, ``burst`` at the same moment; all at once for a rate of 0."""
-    draw = np.random.default_rng(seed)
-    moments = draw.exponential(burst / rate, -(-count // burst)).cumsum() if rate else np.zeros(-(-count // burst))
-    return [QueuedRequest(float(moments[i // burst]), int(draw.choice(steps))) for i in range(count)]
+    """Generate Poisson arrivals at ``rate`` requests per second, ``burst`` at a time; a rate of 0 means all at once."""
+    rng = np.random.default_rng(seed)
+    moments = rng.exponential(burst / rate, -(-count // burst)).cumsum() if rate else np.zeros(-(-count // burst))
+    return [QueuedRequest(float(moments[i // burst]), int(rng.choice(steps))) for i in range(count)]
 
 
 def by_whole_requests(costs: Costs, requests: list[QueuedRequest], most: int | None = None) -> Served:
-    """Whenever the engine is free: the oldest request, and those that wait with equal steps, at most ``most``."""
+    """Serve the oldest request together with waiting ones of equal steps, at most ``most``, when the engine is free."""
     most = costs.slots if most is None else most
     served, now, k = Served(requests), 0.0, 0
     waiting: list[QueuedRequest] = []
@@ -118,8 +119,8 @@ def by_whole_requests(costs: Costs, requests: list[QueuedRequest], most: int | N
             waiting.append(requests[k])
             k += 1
         group = [r for r in waiting if r.steps == waiting[0].steps][:most]
-        taken = {id(r) for r in group}
-        waiting = [r for r in waiting if id(r) not in taken]
+        group_ids = {id(r) for r in group}
+        waiting = [r for r in waiting if id(r) not in group_ids]
         n, steps = len(group), group[0].steps
         batch = min(b for b in costs.whole if b >= n)
         for request in group:
@@ -144,7 +145,7 @@ def by_steps(
     buckets: Sequence[int] | None = None,
     ageing: float = AGEING,
 ) -> Served:  # fmt: skip
-    """The server's own loop; ``rows`` an image, ``buckets`` and ``ageing`` as of ``StepLoop``."""
+    """Serve with the server's own loop and ``rows`` per image; ``buckets`` and ``ageing`` as for ``StepLoop``."""
     network = Clocked(costs.step)
     loop = StepLoop(network, costs.slots, tuple(costs.step) if buckets is None else buckets, ageing)
     tables = {steps: _table(steps) for steps in {request.steps for request in requests}}
@@ -173,7 +174,7 @@ def by_steps(
 
 
 Policy = Callable[[Costs, list[QueuedRequest]], Served]
-#: by their names in the results document
+#: batching policies by their names in the results document
 POLICIES: dict[str, Policy] = {
     "one": lambda costs, requests: by_whole_requests(costs, requests, 1),
     "whole": by_whole_requests,
@@ -183,20 +184,20 @@ POLICIES: dict[str, Policy] = {
 
 
 def figures(served: Served) -> dict[str, Any]:
-    """Throughput in images per second, latency and time to admission in seconds, and the share of padded rows.
+    """Return throughput in images per second, latency and time to admission in seconds, and the share of padded rows.
 
-    Latency is also stated of the requests with the fewest steps and of those with the most.
+    Latency is also given separately for the requests with the fewest and with the most steps.
     """
-    late = np.array([r.done - r.at for r in served.requests])
-    wait = np.array([r.began - r.at for r in served.requests])
+    latency = np.array([r.done - r.at for r in served.requests])
+    admission = np.array([r.began - r.at for r in served.requests])
     steps = np.array([r.steps for r in served.requests])
     span = max(r.done for r in served.requests) - served.requests[0].at
     return {
-        "images_per_s": round(len(late) / span, 4),
-        "latency_s": _percentiles(late),
-        "admission_s": _percentiles(wait),
+        "images_per_s": round(len(latency) / span, 4),
+        "latency_s": _percentiles(latency),
+        "admission_s": _percentiles(admission),
         "latency_s_by_steps": [
-            {"steps": int(n), **_percentiles(late[steps == n])} for n in np.unique([steps.min(), steps.max()])
+            {"steps": int(n), **_percentiles(latency[steps == n])} for n in np.unique([steps.min(), steps.max()])
         ],
         "padding_share": round(served.padded / max(1, served.rows + served.padded), 4),
     }
@@ -207,7 +208,7 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def capacity(costs: Costs, count: int, steps: Sequence[int], policies: Mapping[str, Policy]) -> dict[str, float]:
-    """Images per second of each policy with every request there from the start."""
+    """Return the images per second of each policy if all requests arrive at the start."""
     waiting = partial(arrivals, count, 0, 1, steps)
     return {name: figures(policy(costs, waiting()))["images_per_s"] for name, policy in policies.items()}
 
@@ -215,16 +216,18 @@ def capacity(costs: Costs, count: int, steps: Sequence[int], policies: Mapping[s
 def rows(
     costs: Costs, count: int, steps: Sequence[int], policies: Mapping[str, Policy], capacities: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """A row for each kind of arrivals, load and policy; figures are None above the policy's capacity."""
-    found = []
+    """Return a row per kind of arrivals, load and policy; figures are None above the policy's capacity."""
+    table = []
     for kind, burst in ARRIVALS.items():
         for share in SHARES:
             rate = share * capacities["step"]
             for name, policy in policies.items():
-                fits = rate < capacities[name]  # else its queue grows without end
-                made = figures(policy(costs, arrivals(count, rate, 7, steps, burst))) if fits else _NONE
-                found.append({"arrivals": kind, "load": share, "policy": name, "rate_per_s": round(rate, 4), **made})
-    return found
+                fits = rate < capacities[name]  # otherwise the queue grows without bound
+                measured = figures(policy(costs, arrivals(count, rate, 7, steps, burst))) if fits else _NONE
+                table.append(
+                    {"arrivals": kind, "load": share, "policy": name, "rate_per_s": round(rate, 4), **measured}
+                )
+    return table
 
 
 _NONE: dict[str, Any] = {

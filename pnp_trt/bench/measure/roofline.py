@@ -1,10 +1,10 @@
-"""The least time that arithmetic and bytes allow on this device, from peaks that are measured on it.
+"""Lower bound of the time on this device, from its measured peaks of arithmetic and bandwidth.
 
-A network call cannot take less than its multiply-accumulates at the device's peak, nor less than reading its weights
-once at the device's bandwidth (Williams et al. 2009, "Roofline"). Both peaks are the best of several runs, as what else
-runs on the machine can only lower them.
+A network call cannot take less time than its multiply-accumulates at the device's peak, nor less than reading its
+weights once at the device's bandwidth (Williams et al. 2009, "Roofline"). Both peaks are the best of several runs, as
+other load on the machine can only lower them.
 
-This module imports no torch where the device is a CPU.
+This module does not import torch if the device is a CPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ...errors import InputError, MissingDependency
 from ...processor import usable_cores
 from .cases import Case
 
-#: of square matrix products; the best one counts
+#: sides of the square matrices that are multiplied; the best result counts
 SIDES = (1024, 2048)
-#: of the weights of the matrix-vector product that bandwidth is measured with
+#: size of the weights in the vector-matrix product that measures bandwidth
 BYTES = 256 * 2**20
 SECONDS = 0.5
 
@@ -31,10 +31,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do at most, as measured.
+    """Measured peaks of a device.
 
-    peak_macs_per_s: multiply-accumulates a second in `precision`.  peak_bytes_per_s: bytes read a second.
-    how: what was measured, one sentence.
+    peak_macs_per_s: multiply-accumulates per second in `precision`.  peak_bytes_per_s: bytes read per second.
+    how: how they were measured, in one sentence.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Device:
     precision: str = "fp32"
 
     def as_dict(self) -> dict[str, Any]:
-        """As the results document holds it; the precision is in `how`."""
+        """The device in the results document, where `how` states the precision."""
         return {key: value for key, value in asdict(self).items() if key != "precision"}
 
 
 @dataclass(frozen=True)
 class CallCost:
-    """What one network call asks of a device.
+    """Arithmetic and weights of one network call.
 
     macs: multiply-accumulates of one row of the batch, attention products included.
-    weight_bytes: bytes of the weights, which a call reads at least once whatever its batch.
-    precision: of the arithmetic; a peak of another precision bounds nothing.
+    weight_bytes: bytes of the weights, which a call reads at least once at any batch size.
+    precision: of the arithmetic; a peak in another precision gives no bound.
     """
 
     macs: int
@@ -63,20 +63,21 @@ class CallCost:
 
 
 def least_ms(macs: float, bytes_: float, device: Device) -> float:
-    """The least milliseconds that `macs` multiply-accumulates over `bytes_` bytes take on `device`."""
+    """Return the minimum milliseconds for `macs` multiply-accumulates and `bytes_` bytes on `device`."""
     return 1e3 * max(macs / device.peak_macs_per_s, bytes_ / device.peak_bytes_per_s)
 
 
 def least_loop_ms(work: CallCost, calls: Iterable[tuple[int, int]], batch: int, device: Device) -> float:
-    """The least milliseconds of a loop of `calls` (see `Case.calls`) for `batch` images."""
+    """Return the minimum milliseconds of a loop of `calls` (see `Case.calls`) for `batch` images."""
     return sum(count * least_ms(batch * rows * work.macs, work.weight_bytes, device) for count, rows in calls)
 
 
 def work_of(cost_rows: Sequence[Mapping[str, Any]]) -> Callable[[Case], CallCost | None]:
-    """What a call of a case's network asks, from the rows of `cost.cost_rows` of its base.
+    """Return a function that gives the cost of a case's network call, from the rows of `cost.cost_rows` of its base.
 
-    The work is None for pipelines of which too little is known: no bundle, and no `weight_bytes` of their own.
-    A guide counts as `guide-full` where a network of the bundle computes its part from w alone, else as `guide-tiny`.
+    The cost is None if it is unknown: for pipelines without a bundle or `weight_bytes`, and for networks not counted.
+    A guide counts as `guide-full` if the bundle has a separate network for the part that depends only on w, otherwise
+    as `guide-tiny`.
     """
     macs = {str(row["network"]): int(row["macs"]) for row in cost_rows}
 
@@ -111,32 +112,32 @@ def measure_device(
 ) -> Device:
     """Measure this device's peaks, in about four times `seconds`.
 
-    provider: "cpu" or "cuda" (through torch).  precision: of the arithmetic, "fp32" on the CPU; "fp32", "fp16" or
-    "bf16" on a GPU.  sides: of the square matrices.  bytes_: of the weights that are read.
+    provider: "cpu" or "cuda" (through torch).  precision: of the arithmetic; "fp32" on the CPU, "fp32", "fp16" or
+    "bf16" on a GPU.  sides: of the square matrices.  bytes_: size of the weights that are read.
 
-    Raises InputError for another provider, a precision without a peak here, or "cuda" where torch finds no GPU.
+    Raises InputError for another provider, an unsupported precision, or "cuda" if torch finds no GPU.
     """
     if provider == "cuda":
         return _cuda(precision, sides, bytes_, seconds)
     if provider != "cpu":
         raise InputError(f"provider is '{provider}'; a device can be measured as 'cpu' or 'cuda'")
     if precision != "fp32":
-        raise InputError(f"precision is '{precision}'; a CPU's peak is measured in fp32 alone")
+        raise InputError(f"precision is '{precision}'; a CPU's peak is measured in fp32 only")
     workers = usable_cores()
     try:
         product = _ort_product(workers)
-        with_what = f"ONNX Runtime on {workers} thread{'s' if workers > 1 else ''}"
-    except ImportError:  # the onnx package, which writes the graph of one node
+        library = f"ONNX Runtime on {workers} thread{'s' if workers > 1 else ''}"
+    except ImportError:  # the onnx package, which builds the graph, is not installed
 
         def product(a: np.ndarray, b: np.ndarray) -> Callable[[], object]:
             return lambda: a @ b
 
-        with_what = "numpy with its own threads, as the package onnx is not installed"
+        library = "numpy with its own threads, as the package onnx is not installed"
     macs, bandwidth = _peaks(product, sides, bytes_, seconds)
     from ...bundle.provenance import provenance
 
     how = (
-        f"best of repeated float32 products by {with_what}: square matrices of {' and '.join(map(str, sides))} for the "
+        f"best of repeated float32 products by {library}: square matrices of {' and '.join(map(str, sides))} for the "
         f"arithmetic, a vector times a matrix of {bytes_ / 2**20:.0f} MiB for the bytes"
     )
     return Device(str(provenance("")["cpu"]), macs, bandwidth, how)
@@ -148,11 +149,11 @@ def _peaks(
     bytes_: int,
     seconds: float,
 ) -> tuple[float, float]:
-    """Multiply-accumulates and bytes a second, in float32."""
-    draw = np.random.default_rng(0)
+    """Measure multiply-accumulates and bytes per second, in float32."""
+    rng = np.random.default_rng(0)
     macs = 0.0
     for side in sides:
-        a, b = (draw.random((side, side), np.float32) for _ in range(2))
+        a, b = (rng.random((side, side), np.float32) for _ in range(2))
         macs = max(macs, side**3 / _best(product(a, b), seconds))
     width = 4096
     height = max(1, bytes_ // (width * 4))
@@ -162,7 +163,7 @@ def _peaks(
 
 
 def _best(run: Callable[[], object], seconds: float, clock: Clock = time.perf_counter) -> float:
-    """Seconds of the fastest run, of at least three and at least `seconds` together; the first one is left out."""
+    """Return the seconds of the fastest run, after one warm-up, of at least three runs and `seconds` in total."""
     run()
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
@@ -173,8 +174,8 @@ def _best(run: Callable[[], object], seconds: float, clock: Clock = time.perf_co
 
 
 def _ort_product(threads: int) -> Callable[[np.ndarray, np.ndarray], Callable[[], object]]:
-    """Makes a call that multiplies two matrices, which stay where they are."""
-    import onnx  # raises ImportError where it is missing
+    """Return a function that binds two matrices once and returns a call that multiplies them."""
+    import onnx  # raises ImportError if it is not installed
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
@@ -190,9 +191,9 @@ def _ort_product(threads: int) -> Callable[[np.ndarray, np.ndarray], Callable[[]
         options.intra_op_num_threads = threads
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()
-        held = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for x in (a, b)]
+        operands = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for x in (a, b)]
         out = ort.OrtValue.ortvalue_from_numpy(np.empty(shapes["c"], np.float32))
-        for name, value in zip(("a", "b"), held, strict=True):
+        for name, value in zip(("a", "b"), operands, strict=True):
             binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("c", out)
         return lambda: session.run_with_iobinding(binding)
@@ -201,7 +202,7 @@ def _ort_product(threads: int) -> Callable[[np.ndarray, np.ndarray], Callable[[]
 
 
 def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float) -> Device:
-    """The first GPU's peaks through torch: a product of matrices, and a copy, which reads and writes its bytes."""
+    """Measure the first GPU's peaks through torch: a matrix product, and a copy, which reads and writes its bytes."""
     try:
         import torch
     except ImportError as e:
@@ -210,13 +211,13 @@ def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float) -> 
     if precision not in kinds:
         raise InputError(f"precision is '{precision}'; a GPU's peak is measured in {', '.join(kinds)}")
     if not torch.cuda.is_available():
-        raise InputError("provider 'cuda' was requested and torch finds no GPU; measure the device 'cpu'")
-    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means float32, as on every backend
+        raise InputError("provider 'cuda' was requested, but torch finds no GPU; measure the device 'cpu'")
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means float32 here, as for every backend
     dtype = kinds[precision]
 
-    def waited(work: Callable[[], object]) -> Callable[[], object]:
+    def synchronised(work: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
-            for _ in range(10):  # many a wait, so that launching is not part of it
+            for _ in range(10):  # several per synchronisation, to hide the launch overhead
                 work()
             torch.cuda.synchronize()
 
@@ -226,11 +227,11 @@ def _cuda(precision: str, sides: Sequence[int], bytes_: int, seconds: float) -> 
     for side in (4 * s for s in sides):
         a, b = (torch.rand(side, side, device="cuda").to(dtype) for _ in range(2))
         out = torch.empty(side, side, device="cuda", dtype=dtype)
-        call = waited(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+        call = synchronised(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
         macs = max(macs, 10 * side**3 / _best(call, seconds))
     source = torch.zeros(4 * bytes_, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    bandwidth = 10 * 2 * source.numel() / _best(waited(lambda: target.copy_(source)), seconds)
+    bandwidth = 10 * 2 * source.numel() / _best(synchronised(lambda: target.copy_(source)), seconds)
     how = (
         f"best of repeated {dtype} runs by torch: products of square matrices of "
         f"{' and '.join(str(4 * s) for s in sides)} for the arithmetic, a copy of {4 * bytes_ / 2**20:.0f} MiB, "

@@ -1,4 +1,4 @@
-"""The serving part of a run: what an engine's calls cost by batch, and the queues that these costs decide."""
+"""The serving part of a run: measured costs of an engine's calls by batch size, and queues simulated with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...sampling.step_loop import SLOTS, StepLoop
 from . import queues
 
 PROMPTS = ("a red apple", "a panda", "a red heart, noto style", "a lighthouse", "a blue car", "a green tree")
-#: steps that are timed in a row, by both batching policies alike, and of the requests whose steps are timed
+#: consecutive steps per timing, for both batching policies, and total steps of the requests in the timed loops
 TIMED_STEPS, LONGEST = 4, 1000
 BOUNDARY = (
     "a network call by each batch and each batching policy, a text encoding and a decoding were timed; the queues were "
@@ -35,24 +35,26 @@ def measure(
     guidance: Sequence[float],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """One row of the document's ``serving``.
+    """Measure one row of the document's ``serving``.
 
     Args:
-        pipeline: of an engine with a guide.
-        rounds: of the timed calls.
-        requests: of each queue.
-        steps, guidance: that requests are mixed of.
-        progress: called as progress(rounds done, rounds in all).
+        pipeline: pipeline of an engine with a guide.
+        rounds: rounds of the timed calls.
+        requests: number of requests in each queue.
+        steps, guidance: values that the requests mix.
+        progress: called as progress(rounds done, total rounds).
     """
-    found = costs(pipeline, rounds, guidance, progress=progress)
-    policies = {name: policy for name, policy in queues.POLICIES.items() if name != "cfg" or found.slots > 1}
-    capacities = queues.capacity(found, requests, steps, policies)
+    measured = costs(pipeline, rounds, guidance, progress=progress)
+    policies = {name: policy for name, policy in queues.POLICIES.items() if name != "cfg" or measured.slots > 1}
+    capacities = queues.capacity(measured, requests, steps, policies)
     return {
-        "engine": pipeline.name, "slots": found.slots, "rounds": rounds, "requests": requests, "burst": queues.BURST,
+        "engine": pipeline.name, "slots": measured.slots, "rounds": rounds, "requests": requests, "burst": queues.BURST,
         "steps": list(steps), "guidance": list(guidance), "boundary": BOUNDARY,
-        "calls": [{"batch": n, "whole_s": found.whole[n], "step_s": found.step[n]} for n in found.step],
-        "text_s": found.text, "decode_s": found.decode, "capacity_per_s": capacities,
-        "queues": queues.rows(found, requests, steps, policies, capacities),
+        "calls": [
+            {"batch": n, "whole_s": measured.whole[n], "step_s": measured.step[n]} for n in measured.step
+        ],
+        "text_s": measured.text, "decode_s": measured.decode, "capacity_per_s": capacities,
+        "queues": queues.rows(measured, requests, steps, policies, capacities),
     }  # fmt: skip
 
 
@@ -63,12 +65,12 @@ def costs(
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int, int], None] | None = None,
 ) -> queues.Costs:
-    """Medians of ``rounds``, at most 199; batches and policies alternate, so that other load falls on all alike.
+    """Return medians of ``rounds``, at most 199; batch sizes and policies alternate, so that other load affects all.
 
     Args:
         guidance: scales w, mixed in every batch.
-        clock: in seconds.
-        progress: called as progress(rounds done, rounds in all).
+        clock: returns seconds.
+        progress: called as progress(rounds done, total rounds).
     """
     loops = _full_loops(pipeline, guidance)
     whole: dict[int, list[float]] = {n: [] for n in loops}
@@ -78,14 +80,14 @@ def costs(
     states = pipeline.encode([PROMPTS[1]])
     for done in range(min(rounds, LONGEST // (TIMED_STEPS + 1) - 1)):
         for n, loop in loops.items():
-            loop.step()  # the network of this batch has not run for a while
-            given = states.repeated(n), pipeline.noise(range(n)), guidance
+            loop.step()  # warm-up: the network of this batch size has not run for a while
+            arguments = states.repeated(n), pipeline.noise(range(n)), guidance
             for policy in ("step", "whole") if done % 2 else ("whole", "step"):
                 if policy == "step":
                     step[n].append(_seconds(partial(_steps, loop), clock) / TIMED_STEPS)
                 else:
-                    whole[n].append(_seconds(partial(_denoise, pipeline, *given), clock) / TIMED_STEPS)
-        latents = np.zeros_like(given[1][:1])
+                    whole[n].append(_seconds(partial(_denoise, pipeline, *arguments), clock) / TIMED_STEPS)
+        latents = np.zeros_like(arguments[1][:1])
         text.append(_seconds(lambda: pipeline.encode([PROMPTS[1]]), clock))
         decode.append(_seconds(partial(pipeline.decode, latents), clock))
         if progress is not None:
@@ -104,10 +106,10 @@ def _denoise(pipeline: Pipeline, states: Text, noise: np.ndarray, guidance: Sequ
 
 
 def _full_loops(pipeline: Pipeline, guidance: Sequence[float]) -> dict[int, StepLoop]:
-    """A step loop for each batch that a server pads to, with as many images under way."""
+    """Return a full step loop for each batch size that a server pads to."""
     loops = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a guide of stage 2 is not made for so many steps
+        warnings.simplefilter("ignore", UserWarning)  # a stage 2 guide was not distilled for so many steps
         for n in pipeline.step_loop(SLOTS).buckets:
             prepared = pipeline.prepare(
                 [PROMPTS[i % len(PROMPTS)] for i in range(n)], steps=LONGEST, seed=list(range(n)),

@@ -1,4 +1,4 @@
-"""The latency part of a run: blocks of batch and steps, peers, cold start, and what the device allows at most."""
+"""The latency part of a run: blocks of batch size and steps, peers, cold start, and the device's peaks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .pace import Pace, ProgressMeter, trial
 
 #: prompts of the timed loop
 TIMED = [f"{p}, {STYLES[0]} style" for p in PROMPTS]
-#: guesses for the estimate, in seconds: a process that loads an engine and generates an image, and the device's peaks
+#: rough estimates, in seconds: a process that loads an engine and generates an image, and measuring the peaks
 _PROCESS, _PEAKS = 3.0, 3.0
 
 
@@ -29,8 +29,8 @@ class Timing:
     """Times every method of the engines, and of the peers that are installed.
 
     Attributes:
-        cases: what is timed.
-        left_out: ``{"what", "why"}`` of what could not be measured.
+        cases: the cases to time.
+        left_out: ``{"what", "why"}`` of everything that could not be measured.
         device: the document's ``device``, once measured.
     """
 
@@ -50,21 +50,23 @@ class Timing:
             self._leave_out("peers (diffusers, optimum-onnx)", "excluded by this run's settings")
             return []
         if not any(CFG.name in pipe.methods for pipe in self.pipes):
-            self._leave_out("peers (diffusers, optimum-onnx)", "there is no CFG of ours to compare them with")
+            self._leave_out(
+                "peers (diffusers, optimum-onnx)", "none of the engines runs CFG, which they would be compared with"
+            )
             return []
         plain = next(pipe for pipe in self.pipes if CFG.name in pipe.methods)
         provider = "cuda" if plain.on_gpu else "cpu"
         precision = plain.bundle.manifest.precision if plain.on_gpu else "fp32"
         kinds = [k for k in peers.KINDS if precision in ("fp32", "fp16", "bf16")]
         try:
-            found, left_out = peers.available(
+            cases, left_out = peers.available(
                 base, kinds=kinds, provider=provider, precision=precision, weights=plain.base
             )
         except PnpError as e:
             self._leave_out("peers (diffusers, optimum-onnx)", f"the engines' base model is not available ({e})")
             return []
         self.left_out += left_out
-        return found
+        return cases
 
     def _leave_out(self, what: str, why: str) -> None:
         self.left_out.append({"what": what, "why": why})
@@ -72,9 +74,9 @@ class Timing:
     # ------------------------------------------------------------------------------------------------- estimate
 
     def try_out(self, say: Callable[[str], None]) -> None:
-        """Find the pace of every method; a peer that cannot do a step is left out.
+        """Measure the pace of every method; a peer that fails in its first step is left out.
 
-        Peers are taken to be as fast as CFG: compiling one for another batch to find out takes minutes.
+        Peers are assumed to be as fast as CFG, as compiling one for another batch size takes minutes.
         """
         say("trying every method, for an estimate")
         for case in self.own:
@@ -85,8 +87,8 @@ class Timing:
             try:
                 self._one_step(case)
             except Exception as e:  # a peer's own code: its failure must not end our measurement
-                said = (str(e).splitlines() or ["it gives no reason"])[0]
-                self._leave_out(case.method, f"it failed in its first step ({type(e).__name__}: {said})")
+                reason = (str(e).splitlines() or ["no reason given"])[0]
+                self._leave_out(case.method, f"it failed in its first step ({type(e).__name__}: {reason})")
                 self.cases.remove(case)
             else:
                 self.paces[case.label] = cfg
@@ -98,24 +100,24 @@ class Timing:
         case.pipe.decode(case.denoise(context, noise, steps=1, guidance=plan.guidance[0], schedule=plan.schedule))
 
     def jobs(self) -> dict[str, float]:
-        """Estimated seconds by name of the job."""
-        plan, found = self.plan, {"device": _PEAKS}
+        """Return the estimated seconds by name of the job."""
+        plan, seconds = self.plan, {"device": _PEAKS}
         for pipe in self.pipes if plan.cold_starts else ():
-            found[_start(pipe)] = 2 * (plan.cold_starts + 1) * _PROCESS
+            seconds[_start(pipe)] = 2 * (plan.cold_starts + 1) * _PROCESS
         for steps, batch in self.blocks():
             cases = self._cases(batch)
             loops = sum(self.paces[c.label].seconds(batch, steps) for c in cases)
-            found[_block(steps, batch)] = (plan.rounds + plan.warmup) * loops + _PROCESS * len(cases) * plan.memory
-        return found
+            seconds[_block(steps, batch)] = (plan.rounds + plan.warmup) * loops + _PROCESS * len(cases) * plan.memory
+        return seconds
 
     def resumed(self) -> int:
-        """How many jobs an earlier process finished."""
+        """Return the number of jobs that an earlier process finished."""
         starts = sum(self.work.has("start", self._start_key(pipe)) for pipe in self.pipes)
         device = self.work.has("device", self._device_key())
         return device + starts + sum(self.work.has("latency", self._key(s, b)) for s, b in self.blocks())
 
     def blocks(self) -> list[tuple[int, int]]:
-        """Steps and batch of every block."""
+        """Steps and batch size of every block."""
         return [(steps, batch) for steps in self.plan.loops for batch in self.plan.batches if self._cases(batch)]
 
     def _cases(self, batch: int) -> list[Case]:
@@ -123,13 +125,13 @@ class Timing:
         return [c for c in self.cases if not isinstance(c.pipe, Pipeline) or batch in c.pipe.legal_batches(size)]
 
     def _largest(self, pipe: Any) -> int:
-        """The largest batch that can be timed; peers take any."""
+        """The largest batch size that can be timed; peers support any."""
         return pipe.largest_batch(self.plan.size) if isinstance(pipe, Pipeline) else max(self.plan.batches)
 
     # ------------------------------------------------------------------------------------------------- measuring
 
     def cold_starts(self, meter: ProgressMeter) -> list[dict[str, Any]]:
-        """Rows of the document's ``cold_start``."""
+        """Measure the rows of the document's ``cold_start``."""
         rows = []
         if not self.plan.cold_starts:
             self._leave_out("cold start", "excluded by this run's settings")
@@ -149,7 +151,7 @@ class Timing:
         return rows
 
     def measure(self, meter: ProgressMeter, cost: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of the document's ``latency``, block by block.
+        """Measure the rows of the document's ``latency``, block by block.
 
         A block's rounds are never split between processes, so that its ratios stay paired.
         """
@@ -157,32 +159,36 @@ class Timing:
         meters = self._meters(meter, cost)
         rows = []
         for pipe in self.pipes:
-            if lacking := [b for b in plan.batches if b not in pipe.legal_batches(plan.size)]:
+            if unsupported := [b for b in plan.batches if b not in pipe.legal_batches(plan.size)]:
                 names = ", ".join(p.name for p in pipe.profiles)
-                why = f"the engine has the profiles {names}" if names else f"it takes batches up to {pipe.max_batch}"
-                self._leave_out(f"latency of {pipe.name} at batch {' and '.join(map(str, lacking))}", why)
+                why = (
+                    f"the engine has the profiles {names}"
+                    if names
+                    else f"it supports batch sizes up to {pipe.max_batch}"
+                )
+                self._leave_out(f"latency of {pipe.name} at batch {' and '.join(map(str, unsupported))}", why)
         for steps, batch in self.blocks():
             job = _block(steps, batch)
             meter.begin(job, f"timing, batch {batch}, {steps} steps")
 
             def make(steps: int = steps, batch: int = batch) -> dict[str, Any]:
                 memory = footprint.MemoryMeter(plan.provider)
-                made = latency.measure(
+                block = latency.measure(
                     self._cases(batch), batches=(batch,), steps=steps, rounds=plan.rounds, warmup=plan.warmup,
                     guidance=plan.guidance[0], prompts=TIMED, schedule=plan.schedule, size=plan.size,
                     progress=lambda done, total, what: meter.within(done, total),
                     meters=Meters(memory if plan.memory else None, meters.counter, meters.device, meters.work),
                 )  # fmt: skip
-                return {"rows": [row.as_dict() for row in made], "left_out": memory.left_out}
+                return {"rows": [row.as_dict() for row in block], "left_out": memory.left_out}
 
-            found, earlier = self.work.table("latency", self._key(steps, batch), make)
-            self.left_out += found["left_out"]
-            rows += [{**row, "resumed": earlier} for row in found["rows"]]
+            results, earlier = self.work.table("latency", self._key(steps, batch), make)
+            self.left_out += results["left_out"]
+            rows += [{**row, "resumed": earlier} for row in results["rows"]]
             meter.end(job, resumed=earlier)
         return rows
 
     def _meters(self, meter: ProgressMeter, cost: Sequence[Mapping[str, Any]]) -> Meters:
-        """What is measured besides times; what cannot be is left out with the reason."""
+        """Return the meters for measurements besides times; list those that are unavailable in ``left_out``."""
         if not self.plan.memory:
             self._leave_out("peak memory", "excluded by this run's settings")
         counter = None
@@ -191,20 +197,20 @@ class Timing:
             if why is not None:
                 self._leave_out("energy per image", why)
         else:
-            self._leave_out("energy per image", "it is read from a GPU's counter, and nothing ran on a GPU")
+            self._leave_out("energy per image", "it is read from a GPU's counter, but nothing ran on a GPU")
         if not cost:
             self._leave_out("least time on this device", "the networks' cost was not counted in this run")
         return Meters(None, counter, self._peaks(meter), roofline.work_of(cost) if cost else None)
 
     def _peaks(self, meter: ProgressMeter) -> roofline.Device:
-        """The device's peaks, for the precision of the engines where they run on a GPU."""
+        """Measure the device's peaks, on a GPU in the engines' precision."""
         meter.begin("device", "measuring the device's peaks")
         provider, precision = self._device_key()
-        found, earlier = self.work.table(
+        peaks, earlier = self.work.table(
             "device", [provider, precision],
             lambda: asdict(roofline.measure_device(provider=provider, precision=precision)),
         )  # fmt: skip
-        device = roofline.Device(**found)
+        device = roofline.Device(**peaks)
         self.device = device.as_dict()
         meter.end("device", resumed=earlier)
         return device

@@ -1,4 +1,4 @@
-"""The CLIP score, from a CLIP folder that the user names: none is shipped or fetched."""
+"""The CLIP score, computed with a user-supplied CLIP model; none is bundled or downloaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import InputError, MissingDependency
 from .fidelity import check_images
 
-#: of OpenAI's CLIP, where the folder states nothing else
+#: pixel normalisation of OpenAI's CLIP, used if the folder has none
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -20,11 +20,11 @@ class ClipScorer:
     """CLIP score (Hessel et al. 2021, without their factor 2.5): 100 · max(cos(image, prompt), 0).
 
     Args:
-        folder: as transformers' ``CLIPModel.save_pretrained`` writes it, with its tokenizer; mean and spread of the
-            pixels come from its ``preprocessor_config.json``, or are OpenAI's where there is none.
+        folder: a folder written by transformers' ``CLIPModel.save_pretrained``, with the tokenizer. Pixels are
+            normalised as its ``preprocessor_config.json`` specifies, or as OpenAI's CLIP does if that is missing.
 
     Raises:
-        InputError: if it holds no CLIP model in safetensors, or no tokenizer.
+        InputError: if the folder has no CLIP model in safetensors, or no tokenizer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,22 +39,24 @@ class ClipScorer:
         quiet_libraries()
         kind = _config(folder / "config.json").get("model_type")
         if kind != "clip":
-            raise InputError(f"--clip {folder} holds {kind or 'no config.json'}, not a CLIP model; name such a folder")
+            raise InputError(
+                f"--clip {folder} holds {kind or 'no config.json'}, not a CLIP model; name a folder with one"
+            )
         if not list(folder.glob("*.safetensors")):
             raise InputError(f"--clip {folder} holds no .safetensors; save it again with safe_serialization=True")
         try:
             model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as e:
-            raise InputError(f"--clip {folder} does not load as a CLIP model with its tokenizer ({e})") from e
+            raise InputError(f"--clip {folder} cannot be loaded as a CLIP model with its tokenizer ({e})") from e
         self._model = model.float().eval().requires_grad_(False)
         self._side = int(model.config.vision_config.image_size)
         self._longest = int(model.config.text_config.max_position_embeddings)
-        found = _config(folder / "preprocessor_config.json")
-        self._mean, self._std = found.get("image_mean", _MEAN), found.get("image_std", _STD)
+        preprocessor = _config(folder / "preprocessor_config.json")
+        self._mean, self._std = preprocessor.get("image_mean", _MEAN), preprocessor.get("image_std", _STD)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], batch: int = 16) -> np.ndarray:
-        """The score of each image with its own prompt, float32 ``[N]``; higher is better aligned.
+        """Return the score of each image with its own prompt, float32 ``[N]``; higher is better.
 
         Images, uint8 ``[N, H, W, 3]``, are resized (bicubic, antialiased) and cropped to CLIP's square.
 
@@ -81,18 +83,18 @@ class ClipScorer:
                     list(prompts[i : i + batch]), padding=True, truncation=True, max_length=self._longest,
                     return_tensors="pt",
                 )  # fmt: skip
-                seen = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=x)
-                cosine = F.cosine_similarity(seen.image_embeds, seen.text_embeds)
+                output = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=x)
+                cosine = F.cosine_similarity(output.image_embeds, output.text_embeds)
                 out.append((100 * cosine).clamp(min=0).cpu().numpy())
         return np.concatenate(out).astype(np.float32)
 
 
 def _config(path: Path) -> dict[str, object]:
-    """A JSON file's contents; empty where there is none."""
+    """Return the contents of a JSON file, or an empty dict if it does not exist."""
     try:
-        found: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path} cannot be read as JSON ({e})") from e
-    return found
+    return config

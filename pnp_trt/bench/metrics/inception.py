@@ -1,8 +1,9 @@
-"""The FID of the literature, from Inception weights that the user names: none are shipped or fetched.
+"""The standard FID, computed with user-supplied Inception weights; none are bundled or downloaded.
 
-Two kinds of weights are told apart by their classifier: those of the FID's own network (Heusel et al. 2017; 1,008
-classes, as pytorch-fid and torch-fidelity carry them) and torchvision's ``inception_v3`` (1,000 classes).  The two give
-different figures, and so does another way of resizing: compare only figures made with the same file by this module.
+Two kinds of weights are distinguished by their classifier: those of FID's own network (Heusel et al. 2017; 1,008
+classes, as in pytorch-fid and torch-fidelity) and torchvision's ``inception_v3`` (1,000 classes).  The two give
+different figures, and so does another method of resizing: compare only figures computed with the same file by this
+module.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def frechet(real: np.ndarray, generated: np.ndarray, *, seed: int = 0, draws: in
 
     .. math:: |\mu_1 - \mu_2|^2 + \mathrm{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
 
-    It is biased upwards where images are few.  The 95 % interval is normal, with the standard deviation of a seeded
-    bootstrap over both sets: its percentiles would lie too high, a resample being of fewer different images.
-    Raises :class:`InputError` for fewer than 2 images, values that are not finite, or widths that differ.
+    It is biased upwards for small numbers of images.  The 95 % interval is normal, with the standard deviation of a
+    seeded bootstrap over both sets. The bootstrap's percentiles would be too high, as a resample has fewer distinct
+    images.
+    Raises :class:`InputError` for fewer than 2 images, non-finite values, or different widths.
     """
     x = check_features(real, "real features", least=2)
     y = check_features(generated, "generated features", least=2, width=x.shape[1])
@@ -51,7 +53,7 @@ def _distance(x: np.ndarray, y: np.ndarray) -> float:
     for z in (x, y):
         centred = (z - z.mean(0)) / np.sqrt(len(z) - 1)
         spread += float((centred**2).sum())
-        # covariance is factor' · factor; the smaller of two factors will do
+        # covariance is factor' · factor; use the smaller of two equivalent factors
         factors.append(centred if len(centred) <= centred.shape[1] else np.asarray(np.linalg.qr(centred, mode="r")))
     # the eigenvalues of Σ₁Σ₂ are the squared singular values of the factors' product
     cross = float(np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum())
@@ -62,7 +64,7 @@ class Inception:
     """Inception v3 up to its pooled features, with weights of pytorch-fid, torch-fidelity or torchvision.
 
     Args:
-        path: a ``.safetensors`` of the state dict; its names are torchvision's, which the others kept.
+        path: a ``.safetensors`` file with the state dict, under torchvision's names, which the others use as well.
 
     Raises:
         InputError: if the file is not a safetensors file, or lacks weights of the network.
@@ -74,29 +76,29 @@ class Inception:
 
         if path.suffix != ".safetensors":
             raise InputError(
-                f"--inception {path.name} is no .safetensors, and pickled weights are not read; "
+                f"--inception {path.name} is not a .safetensors file, and pickled weights are not read; "
                 "save its state dict with safetensors.torch.save_file"
             )
         try:
             state = load_file(path)
         except (OSError, SafetensorError) as e:
-            raise InputError(f"--inception {path} is not a readable safetensors file ({e}); fetch it again") from e
+            raise InputError(f"--inception {path} is not a readable safetensors file ({e}); download it again") from e
         classes = len(state["fc.weight"]) if "fc.weight" in state else None
         if classes not in (_FID_CLASSES, _TORCHVISION_CLASSES):
             raise InputError(
                 f"--inception {path.name} has {classes or 'no'} classes in 'fc.weight'; FID's network has "
-                f"{_FID_CLASSES:,} and torchvision's inception_v3 {_TORCHVISION_CLASSES:,}: name one of these"
+                f"{_FID_CLASSES:,} and torchvision's inception_v3 {_TORCHVISION_CLASSES:,}: use one of these"
             )
         network = build(fid=classes == _FID_CLASSES)
-        wanted = network.state_dict()
-        bad = [k for k, v in wanted.items() if k not in state or state[k].shape != v.shape]
+        expected = network.state_dict()
+        bad = [k for k, v in expected.items() if k not in state or state[k].shape != v.shape]
         if bad := [k for k in bad if not k.endswith("num_batches_tracked")]:
-            raise InputError(f"--inception {path.name} is not Inception v3: '{bad[0]}' is missing or of another shape")
-        network.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
+            raise InputError(f"--inception {path.name} is not Inception v3: '{bad[0]}' is missing or has another shape")
+        network.load_state_dict({k: state.get(k, v) for k, v in expected.items()})
         self._network = network.eval().requires_grad_(False).float()
 
     def __call__(self, images: np.ndarray, batch: int = 16) -> np.ndarray:
-        """Features float32 ``[N, 2048]`` of uint8 ``[N, H, W, 3]``: resized to 299 × 299 (bilinear), in [-1, 1]."""
+        """Return features float32 ``[N, 2048]`` of uint8 ``[N, H, W, 3]``, resized to 299 × 299 (bilinear)."""
         import torch
         import torch.nn.functional as F
 
@@ -110,12 +112,12 @@ class Inception:
         return np.concatenate(out)
 
 
-#: the mixed blocks' branches: name → convolutions (name, channels, kernel, stride); kernels are padded unless strided
+#: a convolution in a branch of a mixed block: name, channels, kernel, stride; kernels are padded unless strided
 _Conv = tuple[str, int, Any, int]
 
 
 def _branches(kind: str, width: int) -> list[list[_Conv]]:
-    """Branches of a block in the order that they are put together (Szegedy et al. 2016, figures 5 to 7)."""
+    """Branches of a block in the order of their concatenation (Szegedy et al. 2016, figures 5 to 7)."""
     wide, high = (1, 7), (7, 1)
     if kind == "A":
         return [
@@ -149,12 +151,12 @@ def _branches(kind: str, width: int) -> list[list[_Conv]]:
 
 
 def build(fid: bool) -> nn.Module:
-    """Inception v3 (Szegedy et al. 2016) without classifier, weights random; torchvision's names.
+    """Inception v3 (Szegedy et al. 2016) without classifier, with random weights and torchvision's names.
 
-    Long: its blocks are defined here, as the module imports torch only where the network is built.
+    Long: the blocks are defined in this function so that importing the module does not import torch.
 
     Args:
-        fid: pool as FID's network does: no padding in averages, a maximum in the last block.
+        fid: pool as FID's network does: averages exclude padding, and the last block uses a maximum.
     """
     import torch
     import torch.nn.functional as F
@@ -175,7 +177,7 @@ def build(fid: bool) -> nn.Module:
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=not fid)
 
     class Block(nn.Module):
-        """Kinds A and C (three branches and a pooled one), B and D (smaller by half, with a pooled input)."""
+        """Kinds A and C (three branches and a pooled one), and B and D (half the size, with a pooled input)."""
 
         def __init__(self, kind: str, inside: int, width: int = 0) -> None:
             super().__init__()
@@ -200,7 +202,7 @@ def build(fid: bool) -> nn.Module:
             return torch.cat([*out, F.max_pool2d(x, 3, 2)] if self.smaller else out, 1)
 
     class Last(nn.Module):
-        """Kind E: branches that part again."""
+        """Kind E, in which some branches split again."""
 
         def __init__(self, inside: int, largest: bool) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Inputs of the fidelity part: captions and seeds, and the real images' features and concepts to judge by."""
+"""Inputs of the fidelity part: captions and seeds, with the real images' features and concepts for the metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS = (
 STYLES = ("noto", "twemoji")
 #: columns of the image grid
 COLUMNS = 8
-#: the base model whose real images' features are shipped
+#: the base model whose real images' features are bundled
 BUNDLED = "emoji"
 FEATURES = ROOT / "emoji" / "real-features.safetensors"
 JUDGE = ROOT / "judge.safetensors"
@@ -41,12 +41,13 @@ class Task:
     Attributes:
         prompts, seeds: of the measured images, N each.
         columns: short names of the grid's images.
-        shown, shown_seeds: prompts and seeds of the grid's images; they are not measured.
-        source: where the prompts come from, in words.
-        concepts: what each prompt names, for the alignment judge; None where it does not know them.
-        real: float32 ``[M, 1280]``, EfficientNet features of real images; None where there are none.
-        real_folder: real images whose features are still to be taken; None where there are none.
-        reason: why the quality of the images cannot be measured; None where it can.
+        shown, shown_seeds: prompts and seeds of the grid's images, which are not measured.
+        source: description of where the prompts come from.
+        concepts: the concept that each prompt names, for the alignment judge; None if the judge has no captions for
+            them.
+        real: float32 ``[M, 1280]``, EfficientNet features of real images; None if there are none.
+        real_folder: folder of real images whose features are not computed yet; None if there is none.
+        reason: why the quality of the images cannot be measured; None if it can.
     """
 
     prompts: tuple[str, ...]
@@ -67,11 +68,11 @@ class Task:
 
 
 def make_task(plan: Plan, base: str) -> Task:
-    """The task of a plan, for engines of the base model named ``base``.
+    """Return the task of a plan, for engines of the base model named ``base``.
 
     Raises:
-        InputError: for a prompts file without prompts, a folder without images, or more images than the bundled
-            captions are.
+        InputError: for a prompts file without prompts, a folder without images, or more images than there are bundled
+            captions.
     """
     if plan.prompts is not None:
         return _named(plan, Path(plan.prompts))
@@ -94,7 +95,7 @@ def _bundled(plan: Plan, grid: tuple[str, ...]) -> Task:
     features, rows, _ = read_features(FEATURES)
     count = plan.images or IMAGES
     if count > len(rows):
-        raise InputError(f"images is {count}, and the bundled captions with real images are {len(rows)}; ask for fewer")
+        raise InputError(f"images is {count}, but only {len(rows)} bundled captions have real images; choose fewer")
     concepts, styles, seeds = (tuple(column) for column in zip(*rows[:count], strict=True))
     prompts = tuple(f"{c.replace('-', ' ')}, {s} style" for c, s in zip(concepts, styles, strict=True))
     return Task(prompts, seeds, PROMPTS[:COLUMNS], grid, tuple(range(COLUMNS)), "captions that the base was trained on",
@@ -117,15 +118,15 @@ def _named(plan: Plan, file: Path) -> Task:
 
 
 def _repeat(texts: Sequence[str], count: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """``count`` prompts, round and round, each image with a seed of its own."""
+    """Cycle through ``texts`` for ``count`` prompts, each with a different seed."""
     return tuple(texts[i % len(texts)] for i in range(count)), tuple(range(count))
 
 
 def read_features(path: Path) -> tuple[np.ndarray, list[tuple[str, str, int]], dict[str, Any]]:
-    """Real images' features float32 ``[N, 1280]``, their (concept, style, seed), and what the file states of itself.
+    """Return the real images' features float32 ``[N, 1280]``, their (concept, style, seed), and the file's metadata.
 
     Raises:
-        InputError: if it cannot be read, or was made with another extractor.
+        InputError: if the file cannot be read, or was created with another extractor.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -137,31 +138,33 @@ def read_features(path: Path) -> tuple[np.ndarray, list[tuple[str, str, int]], d
             features = file.get_tensor("features").astype(np.float32)
         rows = [(str(c), str(s), int(seed)) for c, s, seed in json.loads(about["captions"])]
     except (OSError, SafetensorError, KeyError, ValueError) as e:
-        raise InputError(f"{path} holds no real images' features ({e}); reinstall pnp-trt") from e
+        raise InputError(f"{path} has no valid features of real images ({e}); reinstall pnp-trt") from e
     if about.get("extractor_sha256") != EXTRACTOR_SHA256 or len(rows) != len(features):
-        raise InputError(f"{path} was made with another extractor; make it: python -m benchmarks.emoji.real_features")
+        raise InputError(
+            f"{path} was created with another extractor; recreate it: python -m benchmarks.emoji.real_features"
+        )
     return features, rows, about
 
 
 def find_real(folder: Path) -> list[Path]:
-    """The images under a folder, sorted.
+    """Return the images under a folder, sorted.
 
     Raises:
         InputError: if there are fewer than two.
     """
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if len(found) < 2:
-        raise InputError(f"--real {folder} holds {len(found)} images ({', '.join(SUFFIXES)}); at least 2 are needed")
-    return found
+    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if len(images) < 2:
+        raise InputError(f"--real {folder} holds {len(images)} images ({', '.join(SUFFIXES)}); at least 2 are needed")
+    return images
 
 
 def real_key(folder: Path) -> str:
-    """A digest of a folder's images."""
+    """Return a digest of a folder's images."""
     return digest([sha256(p) for p in find_real(folder)])
 
 
 def real_features(folder: Path, extract: Extract) -> np.ndarray:
-    """Features ``[M, D]`` of a folder's images, each at its own size; unreadable ones are left out with a warning.
+    """Return features ``[M, D]`` of a folder's images, each at its own size; skip unreadable ones with a warning.
 
     Raises:
         InputError: if fewer than two can be read.

@@ -1,1 +1,1 @@
-"""Tables, charts and the page that are drawn from a results document."""
+"""Tables, charts and an HTML page rendered from a results document."""

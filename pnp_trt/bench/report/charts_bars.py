@@ -1,4 +1,4 @@
-"""Bars of a results document: latency with its observations, compute, and the least time beside the measured."""
+"""Bar charts of a results document: latency with its observations, compute, and measured time with its lower bound."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .charts import INK, Chart, bars, colour, engine_names, label, pale_bar, svg
 from .tables import loops
 from .words import is_reference, percent, plural, three_digits, unit_of
 
-_DOTS = 120  # observations drawn per bar
-_REACH = 1.5  # the axis ends at this many times the longest bar: one stray observation would squeeze all bars
+_DOTS = 120  # maximum number of observations shown per bar
+# the axis ends at this multiple of the largest 75th percentile, so that an outlier does not squeeze all bars
+_REACH = 1.5
 
 
 @plain_text()
 def latency_charts(doc: Mapping[str, Any]) -> list[Chart]:
-    """One per number of steps and batch size: bars to the median, boxes over the middle half, dots of observations."""
+    """One chart per number of steps and batch size: bars to the median, boxes over the middle half, observations."""
     return [
         _latency_chart([row for row in rows if row["batch"] == batch], steps)
         for steps, rows in loops(doc).items()
@@ -28,48 +29,48 @@ def latency_charts(doc: Mapping[str, Any]) -> list[Chart]:
 
 def _latency_chart(rows: Sequence[Mapping[str, Any]], usual: int) -> Chart:
     batch = rows[0]["batch"]
-    made, axis = bars(len(rows))
+    plot, axis = bars(len(rows))
     ends, texts = [], []
-    seen = [np.array([one["loop_ms"] for one in row.get("raw", [])] or [row["p50_ms"]]) for row in rows]
-    reach = _REACH * max(float(np.percentile(observed, 75)) for observed in seen)
-    for place, (row, observed) in enumerate(zip(rows, seen, strict=True)):
+    samples = [np.array([one["loop_ms"] for one in row.get("raw", [])] or [row["p50_ms"]]) for row in rows]
+    reach = _REACH * max(float(np.percentile(observed, 75)) for observed in samples)
+    for place, (row, observed) in enumerate(zip(rows, samples, strict=True)):
         paint = colour(row["method"])
         low, high = np.percentile(observed, [25, 75])
         pale_bar(axis, place, row["p50_ms"], paint)
         axis.barh(place, high - low, left=low, height=0.5, color=paint, linewidth=0)
         axis.plot([row["p50_ms"]] * 2, [place - 0.25, place + 0.25], color=INK, linewidth=1.6)
-        strays = observed[observed > reach]
-        drawn = observed[observed <= reach][:_DOTS]
-        height = place + 0.37 + 0.04 * np.resize([0, 1, -1], len(drawn))
-        axis.plot(drawn, height, ".", color=INK, markersize=3.5, alpha=0.5, markeredgewidth=0)
-        ends.append(max(row["p50_ms"], float(high), float(drawn.max())))
-        of_cfg = row["ratio_to_cfg"]
-        ratio = "" if of_cfg is None or is_reference(row) else f" · {of_cfg:.2f}×"
+        outliers = observed[observed > reach]
+        dots = observed[observed <= reach][:_DOTS]
+        height = place + 0.37 + 0.04 * np.resize([0, 1, -1], len(dots))
+        axis.plot(dots, height, ".", color=INK, markersize=3.5, alpha=0.5, markeredgewidth=0)
+        ends.append(max(row["p50_ms"], float(high), float(dots.max())))
+        ratio_to_cfg = row["ratio_to_cfg"]
+        ratio = "" if ratio_to_cfg is None or is_reference(row) else f" · {ratio_to_cfg:.2f}×"
         steps = "" if row["steps"] == usual else f" · {plural(row['steps'], 'step')}"
-        stray = f" · {len(strays)} up to {three_digits(float(strays.max()))}" if len(strays) else ""
-        texts.append(f"{three_digits(row['p50_ms'])} ms{ratio}{steps}{stray}")
+        beyond = f" · {len(outliers)} up to {three_digits(float(outliers.max()))}" if len(outliers) else ""
+        texts.append(f"{three_digits(row['p50_ms'])} ms{ratio}{steps}{beyond}")
     names = [label(row["method"], name) for row, name in zip(rows, engine_names(rows), strict=True)]
     axis.set_yticks(range(len(rows)), names)
     titled(axis, f"batch {batch}, {plural(usual, 'step')}", "ms per denoising loop, whole batch")
-    write_at_ends(made, axis, ends, texts)
+    write_at_ends(plot, axis, ends, texts)
     title = f"Time of the denoising loop at batch {batch}, {plural(usual, 'step')}: median, middle half, observations"
-    return svg(made, f"latency-{usual}-{batch}", title)
+    return svg(plot, f"latency-{usual}-{batch}", title)
 
 
 def _usual_steps(rows: Sequence[Mapping[str, Any]]) -> int:
-    """The number of steps that most rows have; of equals, the larger."""
+    """Return the most frequent number of steps; the larger one if tied."""
     steps = [int(row["steps"]) for row in rows]
-    return max(steps, key=lambda one: (steps.count(one), one))
+    return max(steps, key=lambda n: (steps.count(n), n))
 
 
 @plain_text()
 def compute_chart(doc: Mapping[str, Any]) -> Chart | None:
-    """A bar per method: MACs of one image, the attention products set off at its end."""
+    """A bar per method: MACs of one image, with the attention products in a paler tone."""
     rows = [row for row in doc["methods_cost"] if "macs_per_image_without_attention" in row]
     if not rows:
         return None
     prefix, scale, _ = unit_of([row["macs_per_image"] for row in rows])
-    made, axis = bars(len(rows))
+    plot, axis = bars(len(rows))
     usual = _usual_steps(rows)
     ends, texts = [], []
     for place, row in enumerate(rows):
@@ -77,21 +78,23 @@ def compute_chart(doc: Mapping[str, Any]) -> Chart | None:
         base, total = row["macs_per_image_without_attention"] / scale, row["macs_per_image"] / scale
         pale_bar(axis, place, total, paint)
         axis.barh(place, base, height=0.5, color=paint, linewidth=0)
-        of_cfg = row["macs_per_image"] / rows[0]["macs_per_image"] if rows[0]["method"] == "cfg" else None
-        said = f"{three_digits(total)} {prefix}" + ("" if of_cfg is None or place == 0 else f" · {of_cfg:.2f}×")
-        texts.append(said + ("" if row["steps"] == usual else f" · {plural(row['steps'], 'step')}"))
+        ratio_to_cfg = row["macs_per_image"] / rows[0]["macs_per_image"] if rows[0]["method"] == "cfg" else None
+        text = f"{three_digits(total)} {prefix}" + (
+            "" if ratio_to_cfg is None or place == 0 else f" · {ratio_to_cfg:.2f}×"
+        )
+        texts.append(text + ("" if row["steps"] == usual else f" · {plural(row['steps'], 'step')}"))
         ends.append(total)
     axis.set_yticks(range(len(rows)), [label(row["method"], row.get("guide")) for row in rows])
     titled(axis, f"one image, {plural(usual, 'step')}", f"MACs per image, {prefix}")
-    write_at_ends(made, axis, ends, texts)
-    return svg(made, "compute", "Multiply-accumulates of one image by method, attention products set off")
+    write_at_ends(plot, axis, ends, texts)
+    return svg(plot, "compute", "Multiply-accumulates of one image by method, attention products in a paler tone")
 
 
 @plain_text()
 def roofline_charts(doc: Mapping[str, Any]) -> list[Chart]:
-    """The longest loop at the smallest and the largest batch: the least time that the device allows inside its own."""
-    for steps, found in loops(doc).items():
-        rows = [row for row in found if row.get("least_ms") is not None]
+    """The longest loop at the smallest and largest batch size: measured time, with its lower bound inside."""
+    for steps, latency_rows in loops(doc).items():
+        rows = [row for row in latency_rows if row.get("least_ms") is not None]
         batches = sorted({row["batch"] for row in rows})
         if batches:
             ends = dict.fromkeys((batches[0], batches[-1]))
@@ -101,18 +104,20 @@ def roofline_charts(doc: Mapping[str, Any]) -> list[Chart]:
 
 def _roofline_chart(rows: Sequence[Mapping[str, Any]], steps: int) -> Chart:
     batch = rows[0]["batch"]
-    made, axis = bars(len(rows))
+    plot, axis = bars(len(rows))
     ends, texts = [], []
     for place, row in enumerate(rows):
         paint = colour(row["method"])
         pale_bar(axis, place, row["p50_ms"], paint)
         axis.barh(place, row["least_ms"], height=0.5, color=paint, linewidth=0)
         share = row.get("share_of_least")
-        said = f"{three_digits(row['least_ms'])} of {three_digits(row['p50_ms'])} ms"
-        texts.append(said + ("" if share is None else f" · {percent(share, 0)}"))
+        text = f"{three_digits(row['least_ms'])} of {three_digits(row['p50_ms'])} ms"
+        texts.append(text + ("" if share is None else f" · {percent(share, 0)}"))
         ends.append(max(row["p50_ms"], row["least_ms"]))
     names = [label(row["method"], name) for row, name in zip(rows, engine_names(rows), strict=True)]
     axis.set_yticks(range(len(rows)), names)
     titled(axis, f"batch {batch}, {plural(steps, 'step')}", "ms per denoising loop, whole batch")
-    write_at_ends(made, axis, ends, texts)
-    return svg(made, f"roofline-{batch}", f"Lower bound of the time here and median measured at batch {batch}")
+    write_at_ends(plot, axis, ends, texts)
+    return svg(
+        plot, f"roofline-{batch}", f"Lower bound of the time on this device and measured median at batch {batch}"
+    )

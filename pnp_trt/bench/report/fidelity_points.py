@@ -1,4 +1,4 @@
-"""Which of a document's fidelity figures go into a chart, and where: measure, scale w, compute, time."""
+"""Selection of fidelity figures for charts: metric, scale w, and positions by compute or time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADLINE_W = 3.0
 
 @dataclass(frozen=True)
 class Point:
-    """One place in a Pareto plot: y with its interval at x."""
+    """A point in a Pareto plot: y with its interval at x."""
 
     engine: str
     method: str
@@ -28,12 +28,12 @@ class Point:
 
 
 def measure_of(doc: Document) -> Metric | None:
-    """How good the images are where that was measured, else how close to CFG's; None where neither was."""
-    return next((one for one in axis_metrics() if any(row.get(one.key) for row in doc["fidelity"])), None)
+    """Return the first measured axis metric: quality if available, else similarity to CFG; None if neither."""
+    return next((metric for metric in axis_metrics() if any(row.get(metric.key) for row in doc["fidelity"])), None)
 
 
 def headline_w(doc: Document) -> float | None:
-    """The w that most rows have; of equals, the one nearest to 3. Unguided rows count for none."""
+    """Return the most frequent w, or the one nearest to 3 if tied, ignoring rows without guidance."""
     counts = Counter(
         float(row["guidance"])
         for row in doc["fidelity"]
@@ -43,7 +43,7 @@ def headline_w(doc: Document) -> float | None:
 
 
 def _same_loop(method: str) -> list[str]:
-    """Methods that are the same loop as this one at the same number of steps, itself first."""
+    """Return this method and the others that run the same loop at the same number of steps."""
     if method not in METHODS:
         return [method]
     loop = METHODS.get(method).of_pipeline
@@ -65,25 +65,26 @@ def latency_points(doc: Document, measure: Metric) -> list[Point]:
 
     def time_of(row: Mapping[str, Any]) -> float | None:
         names = _same_loop(row["method"])
-        found = next((timed[k] for name in names if (k := (row["engine"], name, row["steps"])) in timed), None)
-        return None if found is None else found.get("p50_ms_per_image")
+        match = next((timed[k] for name in names if (k := (row["engine"], name, row["steps"])) in timed), None)
+        return None if match is None else match.get("p50_ms_per_image")
 
     return _points(doc, measure, time_of)
 
 
 def _points(doc: Document, measure: Metric, place: Any) -> list[Point]:
     w = headline_w(doc)
-    found: dict[tuple[str, str, int], Point] = {}
+    points: dict[tuple[str, str, int], Point] = {}
     for row in doc["fidelity"]:
         value, x = row.get(measure.key), place(row)
-        if value and x and (row["guidance"] == w or not uses_guidance(row["method"])):  # which stands beside every w
+        # rows without guidance suit every w
+        if value and x and (row["guidance"] == w or not uses_guidance(row["method"])):
             key = (row["engine"], row["method"], row["steps"])
-            found.setdefault(key, Point(*key, x, value["value"], value["low"], value["high"]))
-    return list(found.values())
+            points.setdefault(key, Point(*key, x, value["value"], value["low"], value["high"]))
+    return list(points.values())
 
 
 def front(points: Iterable[Point], measure: Metric) -> list[Point]:
-    """The points that no other beats in both, from the cheapest on."""
+    """Return the Pareto-optimal points, cheapest first."""
     sign = -1 if measure.higher_is_better else 1
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.x, sign * p.y)):
@@ -93,7 +94,7 @@ def front(points: Iterable[Point], measure: Metric) -> list[Point]:
 
 
 def series(rows: Sequence[Any]) -> dict[tuple[str, str], str]:
-    """(engine, method) of points or rows, in their order, with a name: the method's, and the engine's where needed."""
+    """Map (engine, method) of points or rows, in their order, to a name: the method, and the engine if ambiguous."""
     keys = list(dict.fromkeys(_key(row) for row in rows))
     several = Counter(method for _, method in keys)
     return {(engine, m): m if several[m] == 1 else f"{m}, {engine}" for engine, m in keys}

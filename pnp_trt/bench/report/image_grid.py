@@ -10,12 +10,12 @@ from typing import Any
 from ...bundle.store import write_bytes
 from ..results import decode_images
 
-#: what a grid's file holds, and no other PNG
+#: text that identifies the PNG file of a grid
 GRID_MARK = b"pnp-trt bench grid"
 
 
 def headline(images: Mapping[str, Any]) -> dict[str, Any]:
-    """The document's images at the most steps and the first w alone: teacher, guided, no guidance."""
+    """Return only the document's images at the largest number of steps and the first w, and those without guidance."""
     first = images["rows"][0]
     rows = [r for r in images["rows"] if r["steps"] == first["steps"] and r["guidance"] in (None, first["guidance"])]
     style = images["caption"].rpartition(", ")[0]
@@ -24,7 +24,7 @@ def headline(images: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_grid(images: Mapping[str, Any], path: Path) -> None:
-    """The rows of a document's images as a PNG; an existing file is replaced only once the new one is whole."""
+    """Write the rows of a document's images as a PNG, atomically."""
     from PIL import Image, PngImagePlugin
 
     from ...runtime.images import grid

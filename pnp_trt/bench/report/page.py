@@ -1,7 +1,7 @@
-"""Draw a results document: compact tables for a terminal, one self-contained HTML page for a reviewer.
+"""Render a results document: compact tables for a terminal, one self-contained HTML page for a reviewer.
 
-Both are drawn from the document of `pnp_trt.bench.results` alone. The page needs no network and runs no script: its
-charts are inline SVG whose colours are CSS variables, its images are data URIs, its raw numbers a download.
+Both are rendered only from the document of `pnp_trt.bench.results`. The page needs no network and runs no script: its
+charts are inline SVG whose colours are CSS variables, its images are data URIs, and its raw numbers are a download.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .words import method_legend, three_digits
 
 __all__ = ["render_html", "render_terminal", "sentences"]
 
-#: what a page holds, and no other
+#: text that identifies a page
 PAGE_MARK = b"<title>pnp-trt bench"
 TEMPLATE = "report.html.j2"
 UNIT_NOTE = (
@@ -44,7 +44,7 @@ PAPER_NOTE = (
 
 
 def render_html(doc: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the report of `doc` as one HTML file at `path`, whole or not at all, and return the path."""
+    """Write the report of `doc` atomically as one HTML file at `path`, and return the path."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -108,18 +108,18 @@ def _unbroken(text: str) -> str:
 
 
 def _images(images: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The grid by w, the first row's w on top; each row with a data URI and a description of every image.
+    """Return the grid grouped by w, that of the first row first; each image has a data URI and a description.
 
-    Images without guidance have no w: they stand with the first.
+    Images without guidance have no w and are in the first group.
     """
     if images is None:
         return None
     first = next((row["guidance"] for row in images["rows"] if row.get("guidance") is not None), None)
     groups: dict[Any, list[dict[str, Any]]] = {first: []}
     for row in images["rows"]:
-        said = " ".join(row["label"].split())
+        description = " ".join(row["label"].split())
         shown = [
-            {"uri": f"data:image/png;base64,{png}", "alt": f"{said}: {column}"}
+            {"uri": f"data:image/png;base64,{png}", "alt": f"{description}: {column}"}
             for png, column in zip(row["png"], images["columns"], strict=False)
         ]
         w = first if row.get("guidance") is None or not uses_guidance(row.get("method", "")) else row["guidance"]
@@ -129,9 +129,9 @@ def _images(images: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _legend(doc: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the methods' short names mean, of those that the document has."""
-    found = {row["method"] for part in ("latency", "fidelity", "methods_cost") for row in doc[part]}
-    return [(name, said) for name, said in method_legend().items() if name in found]
+    """Descriptions of the methods in the document, by short name."""
+    methods = {row["method"] for part in ("latency", "fidelity", "methods_cost") for row in doc[part]}
+    return [(name, description) for name, description in method_legend().items() if name in methods]
 
 
 def _timing(doc: Mapping[str, Any]) -> str | None:
@@ -147,67 +147,69 @@ def _timing(doc: Mapping[str, Any]) -> str | None:
 
 
 def _serving(doc: Mapping[str, Any]) -> str | None:
-    """What was timed and which requests there were, in sentences."""
-    held = next(iter(doc.get("serving") or ()), None)
-    if held is None:
+    """Describe the timing and the requests in sentences."""
+    serving = next(iter(doc.get("serving") or ()), None)
+    if serving is None:
         return None
-    steps, w = (", ".join(f"{one:g}" for one in held[key]) for key in ("steps", "guidance"))
+    steps, w = (", ".join(f"{value:g}" for value in serving[key]) for key in ("steps", "guidance"))
     return (
-        f"{held['boundary']}. Each queue has {held['requests']:,} requests of {steps} steps and w {w}, which arrive "
-        f"one by one (Poisson) or {held['burst']} at the same moment (bursts), at shares of the capacity of step-level "
-        f"batching; a network call has up to {held['slots']} rows."
+        f"{serving['boundary']}. Each queue has {serving['requests']:,} requests of {steps} steps and w {w}, which "
+        f"arrive one by one (Poisson) or {serving['burst']} at the same moment (bursts), at shares of the capacity of "
+        f"step-level batching; a network call has up to {serving['slots']} rows."
     )
 
 
 def _peaks(device: Mapping[str, Any] | None) -> str | None:
-    """The device's measured peaks in a sentence."""
+    """Describe the device's measured peaks in a sentence."""
     if device is None:
         return None
-    found = [
+    peaks = [
         f"{three_digits(device[key] / 1e9)} {unit}"
         for key, unit in (("peak_macs_per_s", "G MACs/s"), ("peak_bytes_per_s", "GB/s"))
         if device.get(key) is not None
     ]
-    if not found:
+    if not peaks:
         return None
-    return f"Measured peaks of this device ({device['name']}): {' and '.join(found)}. How: {device['how']}."
+    return f"Measured peaks of this device ({device['name']}): {' and '.join(peaks)}. How: {device['how']}."
 
 
 def _commands(doc: Mapping[str, Any]) -> list[str]:
-    """What repeats the run: the commit, where there is one, and the command as it was given."""
+    """Commands that repeat the run: check out the commit, if there is one, and run the same command."""
     commit = doc["provenance"].get("commit")
     return [*([f"git checkout {commit}"] if commit else []), doc["provenance"]["command"]]
 
 
 def _settings_pairs(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    def said(value: Any) -> str:
+    def text(value: Any) -> str:
         if isinstance(value, list):
-            return ", ".join(map(said, value))
+            return ", ".join(map(text, value))
         if isinstance(value, dict):
-            return "; ".join(f"{key.replace('_', ' ')}: {said(one)}" for key, one in value.items() if one is not None)
+            return "; ".join(
+                f"{key.replace('_', ' ')}: {text(item)}" for key, item in value.items() if item is not None
+            )
         return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
-    return [(key.replace("_", " "), said(value)) for key, value in settings.items() if value not in (None, [], "")]
+    return [(key.replace("_", " "), text(value)) for key, value in settings.items() if value not in (None, [], "")]
 
 
-def _provenance_pairs(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    load = found.get("load_average")
-    commit = found.get("commit")
-    if commit and found.get("uncommitted_changes"):
+def _provenance_pairs(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    load = provenance.get("load_average")
+    commit = provenance.get("commit")
+    if commit and provenance.get("uncommitted_changes"):
         commit += " with uncommitted changes"
-    cores = f"{found.get('cores')}"
-    if found.get("usable_cores") not in (None, found.get("cores")):
-        cores += f", {found['usable_cores']} usable"
+    cores = f"{provenance.get('cores')}"
+    if provenance.get("usable_cores") not in (None, provenance.get("cores")):
+        cores += f", {provenance['usable_cores']} usable"
     pairs = [
-        ("Measured", str(found.get("date", "")).replace("T", " ").replace("+00:00", " UTC")),
-        ("Processor", found.get("cpu")),
+        ("Measured", str(provenance.get("date", "")).replace("T", " ").replace("+00:00", " UTC")),
+        ("Processor", provenance.get("cpu")),
         ("Cores", cores),
-        ("Accelerator", found.get("device") or "none"),
+        ("Accelerator", provenance.get("device") or "none"),
         ("Load average when written", " / ".join(f"{value:.2f}" for value in load) if load else None),
-        ("Platform", found.get("platform")),
-        ("pnp-trt", found.get("package")),
+        ("Platform", provenance.get("platform")),
+        ("pnp-trt", provenance.get("package")),
         ("Commit", commit),
-        ("Python", found.get("python")),
-        *found.get("packages", {}).items(),
+        ("Python", provenance.get("python")),
+        *provenance.get("packages", {}).items(),
     ]
     return [(str(name), str(value)) for name, value in pairs if value]

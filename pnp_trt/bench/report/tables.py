@@ -1,6 +1,6 @@
-"""The tables of a results document as strings, with one unit and one number of decimals a column.
+"""The tables of a results document as strings, with one unit and one number of decimals per column.
 
-The terminal and the HTML page draw the same ones; a builder returns None where the document has nothing to show.
+The terminal and the HTML page use the same tables; a builder returns None if the document has nothing to show.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .words import (
 )
 
 Document = Mapping[str, Any]
-#: of a queue's latencies
+#: percentiles of a queue's latencies
 _PERCENTILES = ("p50", "p95", "p99")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, column heads, rows of as many cells, the number of leading columns that hold words, and notes below."""
+    """Title, column headings, rows of cells, the number of leading text columns, and notes below the table."""
 
     title: str
     head: list[str]
@@ -43,19 +43,19 @@ class Table:
 
 
 def _table(title: str, columns: Mapping[str, list[str] | None], words: int, notes: Iterable[str] = ()) -> Table | None:
-    """Columns put side by side; one that is None, or holds nothing but dashes behind the words, is left out.
+    """Build a table from columns, leaving out those that are None, and columns of figures that contain only dashes.
 
-    None where they have no rows.
+    Returns None if there are no rows.
     """
-    kept = {
+    shown = {
         name: cells
         for place, (name, cells) in enumerate(columns.items())
         if cells is not None and (place < words or any(cell != DASH for cell in cells))
     }
-    rows = [list(cells) for cells in zip(*kept.values(), strict=True)]
+    rows = [list(cells) for cells in zip(*shown.values(), strict=True)]
     if not rows:
         return None
-    return Table(title, list(kept), rows, sum(name in kept for name in list(columns)[:words]), tuple(notes))
+    return Table(title, list(shown), rows, sum(name in shown for name in list(columns)[:words]), tuple(notes))
 
 
 def cost_table(doc: Document) -> Table | None:
@@ -63,7 +63,7 @@ def cost_table(doc: Document) -> Table | None:
     rows = doc["cost"]
     if not rows:
         return None
-    # the teacher's prefix: a decoder that computes more once per image does not decide it
+    # use the teacher's prefix even if the decoder, which runs once per image, computes more
     unit, scale, _ = unit_of([next((r["macs"] for r in rows if r["network"] == "teacher"), rows[0]["macs"])])
     decimals = max(1, decimals_of([row[key] / scale for row in rows for key in ("macs", "macs_without_attention")]))
     size, size_scale, size_decimals = unit_of([row["parameters"] for row in rows])
@@ -101,12 +101,12 @@ def method_table(doc: Document) -> Table | None:
 
 
 def _evaluations(row: Mapping[str, Any]) -> str:
-    found = row.get("evaluations")
-    return DASH if found is None else f"{found:g}"
+    evaluations = row.get("evaluations")
+    return DASH if evaluations is None else f"{evaluations:g}"
 
 
 def published_table(doc: Document) -> Table | None:
-    """Published figures beside ours; notes that several rows share stand once, below."""
+    """Published figures beside ours, with numbered notes below, each only once."""
     rows = doc["published"]
     notes = list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
     marks = {note: f" [{place}]" for place, note in enumerate(notes, 1)}
@@ -114,7 +114,7 @@ def published_table(doc: Document) -> Table | None:
     columns: dict[str, list[str] | None] = {
         "figure": [row["what"] + marks.get(row.get("note") or "", "") for row in rows],
         "unit": [row["unit"] for row in rows],
-        "published": [f"{row['published']:,.6g}" for row in rows],  # no decimals that the paper does not have
+        "published": [f"{row['published']:,.6g}" for row in rows],  # no more decimals than in the paper
         "printed as": [row.get("published_unit_printed") or DASH for row in rows],
         "counted here": [number(row["counted"], 2) for row in rows],
         "difference": [DASH if d is None else f"{100 * d:+.2f} %".replace("-", "−") for d in differences],
@@ -124,7 +124,7 @@ def published_table(doc: Document) -> Table | None:
 
 
 def engine_table(doc: Document) -> Table | None:
-    """What the engines' files weigh and, where the inspector reports it, what they are made of."""
+    """File sizes of the engines and, where the inspector reports them, memory, layers and reformats."""
     rows = doc["engines"]
     columns: dict[str, list[str] | None] = {
         "engine": [row["engine"] for row in rows],
@@ -138,7 +138,7 @@ def engine_table(doc: Document) -> Table | None:
         "layers": [number(row.get("layers"), 0) for row in rows],
         "reformats": [number(row.get("reformats"), 0) for row in rows],
     }
-    engines: dict[str, dict[str, None]] = {}  # engines of whom the same is to be said stand in one sentence
+    engines: dict[str, dict[str, None]] = {}  # engines by note, to list those with the same note in one sentence
     for row in rows:
         if row.get("note"):
             engines.setdefault(row["note"], {})[row["engine"]] = None
@@ -151,14 +151,14 @@ def latency_table(doc: Document) -> Table | None:
 
 
 def short_latency_tables(doc: Document) -> list[Table | None]:
-    """One table a batch size, with what a terminal of 100 columns has room for."""
-    found = []
+    """One table per batch size, with the columns that fit a terminal of 100 columns."""
+    tables = []
     for batch in sorted({row["batch"] for row in doc["latency"]}):
         columns = _latency_columns([row for row in doc["latency"] if row["batch"] == batch], ratio_decimals=2)
         for name in ("batch", "least, ms", "loop p50, ms", "p90", "p99", "spread", "peak memory"):
             del columns[name]
-        found.append(_table(f"Latency at batch {batch}, medians", columns, 2))
-    return found
+        tables.append(_table(f"Latency at batch {batch}, medians", columns, 2))
+    return tables
 
 
 def _latency_columns(rows: Sequence[Mapping[str, Any]], ratio_decimals: int = 3) -> dict[str, list[str] | None]:
@@ -190,12 +190,12 @@ def _rate(row: Mapping[str, Any]) -> str:
 
 
 def cold_table(doc: Document) -> Table | None:
-    """Seconds from nothing to the first image."""
+    """Seconds from a process's start to its first image."""
     rows = doc["cold_start"]
     columns: dict[str, list[str] | None] = {
         "engine": [row["engine"] for row in rows],
         "median, s": [number(row["p50_s"], 2) for row in rows],
-        "all, s": [", ".join(f"{one:.2f}" for one in row["seconds"]) for row in rows],
+        "all, s": [", ".join(f"{value:.2f}" for value in row["seconds"]) for row in rows],
         "of that imports, s": [number(row.get("imports_s"), 2) for row in rows],
     }
     notes = dict.fromkeys(f"Measured: {row['boundary']}." for row in rows if row.get("boundary"))
@@ -204,13 +204,13 @@ def cold_table(doc: Document) -> Table | None:
 
 def serving_table(doc: Document) -> Table | None:
     """Every queue of requests, by arrivals, load and batching policy."""
-    held = doc.get("serving") or ()
-    rows = [(one, row) for one in held for row in one["queues"]]
+    engines = doc.get("serving") or ()
+    rows = [(one, row) for one in engines for row in one["queues"]]
     if not rows:
         return None
-    least = min(min(one["steps"]) for one in held)
+    least = min(min(one["steps"]) for one in engines)
     columns: dict[str, list[str] | None] = {
-        "engine": [one["engine"] for one, _ in rows] if len(held) > 1 else None,
+        "engine": [one["engine"] for one, _ in rows] if len(engines) > 1 else None,
         "arrivals": [ARRIVALS.get(row["arrivals"], row["arrivals"]) for _, row in rows],
         "batching": [POLICIES.get(row["policy"], row["policy"]) for _, row in rows],
         "load": [percent(row["load"], 0) for _, row in rows],
@@ -229,7 +229,7 @@ def serving_table(doc: Document) -> Table | None:
     notes = [
         f"{one['engine']}: {', '.join(f'{POLICIES.get(p, p)} {three_digits(rate)}' for p, rate in rates.items())} "
         "images per second at most; the load is a share of step by step's. – : above the policy's capacity."
-        for one in held
+        for one in engines
         for rates in [one["capacity_per_s"]]
     ]
     return _table("Serving, seconds from arrival to image and to the first step", columns, 3, notes)
@@ -240,7 +240,7 @@ def _queue_figure(value: float | None) -> str:
 
 
 def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
-    """What was measured on the images, with 95 % intervals in brackets."""
+    """Metrics of the images, with 95 % intervals in brackets."""
     rows = doc["fidelity"]
     several = len({(row["engine"], row["method"]) for row in rows}) > len({row["method"] for row in rows})
     columns: dict[str, list[str] | None] = {
@@ -256,12 +256,12 @@ def fidelity_table(doc: Document, *, short: bool = False) -> Table | None:
                 estimate(row.get(metric.key), metric.decimals, metric.scale, sign=metric.signed) for row in rows
             ]
     counts = sorted({row["images"] for row in rows if "images" in row})
-    said = f", {' or '.join(map(str, counts))} images a row" if counts else ""
-    return _table(f"Fidelity, 95 % intervals in brackets{said}", columns, 2)
+    per_row = f", {' or '.join(map(str, counts))} images per row" if counts else ""
+    return _table(f"Fidelity, 95 % intervals in brackets{per_row}", columns, 2)
 
 
 def left_out_table(doc: Document) -> Table | None:
-    """What was requested and not measured, and why."""
+    """Everything that was requested but not measured, and why."""
     rows = doc["left_out"]
     columns: dict[str, list[str] | None] = {
         "what": [row["what"] for row in rows],
@@ -271,8 +271,8 @@ def left_out_table(doc: Document) -> Table | None:
 
 
 def terminal_tables(doc: Document) -> list[Table]:
-    """Every table that `doc` has something for, in reading order and short enough for a terminal."""
-    found: Sequence[Table | None] = (
+    """Return all non-empty tables of `doc`, in reading order and short enough for a terminal."""
+    tables: Sequence[Table | None] = (
         cost_table(doc),
         published_table(doc),
         method_table(doc),
@@ -283,37 +283,37 @@ def terminal_tables(doc: Document) -> list[Table]:
         fidelity_table(doc, short=True),
         left_out_table(doc),
     )
-    return [table for table in found if table is not None]
+    return [table for table in tables if table is not None]
 
 
 def loops(doc: Document) -> dict[int, list[Mapping[str, Any]]]:
-    """The latency rows by the number of steps that was requested, the largest first.
+    """Group the latency rows by the requested number of steps, the largest first.
 
-    CFG at equal compute makes half the steps: it belongs to the loops that it is compared with.
+    CFG at equal compute runs half the steps, and is grouped with the loops that it is compared with.
     """
     rows = doc["latency"]
-    asked = sorted({row["steps"] for row in rows if _divisor(row) == 1}, reverse=True)
-    found: dict[int, list[Mapping[str, Any]]] = {steps: [] for steps in asked}
+    requested = sorted({row["steps"] for row in rows if _divisor(row) == 1}, reverse=True)
+    groups: dict[int, list[Mapping[str, Any]]] = {steps: [] for steps in requested}
     for row in rows:
         steps = row["steps"]
         if (divisor := _divisor(row)) > 1:
-            steps = next((one for one in asked if max(one // divisor, 1) == steps), steps)
-        found.setdefault(steps, []).append(row)
-    return found
+            steps = next((n for n in requested if max(n // divisor, 1) == steps), steps)
+        groups.setdefault(steps, []).append(row)
+    return groups
 
 
 def _divisor(row: Mapping[str, Any]) -> int:
-    """How many times fewer steps a row's method makes than are asked for."""
+    """Return the factor by which a row's method runs fewer steps than requested."""
     return METHODS.get(row["method"]).step_divisor if row["method"] in METHODS else 1
 
 
 def largest_batches(doc: Document) -> list[Mapping[str, Any]]:
-    """Per engine, the guided row with a ratio at the largest batch, of the longest loop."""
+    """Return each engine's guided row with a ratio at the largest batch size, and of those the longest loop."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in doc["latency"]:
         if row["method"] != GUIDED.name or row["ratio_to_cfg"] is None:
             continue
-        held = best.get(row["engine"])
-        if held is None or (row["batch"], row["steps"]) > (held["batch"], held["steps"]):
+        current = best.get(row["engine"])
+        if current is None or (row["batch"], row["steps"]) > (current["batch"], current["steps"]):
             best[row["engine"]] = row
     return list(best.values())

@@ -1,4 +1,4 @@
-"""A results document for a terminal: compact tables, closed by what they say in plain words."""
+"""Render a results document for a terminal: compact tables, followed by the findings in sentences."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .tables import Table, terminal_tables
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-#: Columns that a column of names keeps at least; below, figures are folded too.
+#: Minimum width of a column of names, in characters; if even that does not fit, figures are folded too.
 NAME_WIDTH = 10
 GAP = 2
 
 
 class Tables:
-    """Tables and the sentences below them, as one rich renderable that fits the terminal's width."""
+    """Tables and sentences below them, as one rich renderable that fits the terminal's width."""
 
     def __init__(self, tables: Sequence[Table], closing: Iterable[str] = ()) -> None:
         self.tables = tables
@@ -33,7 +33,7 @@ class Tables:
 
 
 def _rich(table: Table, width: int) -> RenderableType:
-    """The table in `width` columns: figures keep their line, names give way, at their hyphens where they have any."""
+    """Fit the table into `width` characters: figures stay on one line, and names are wrapped, preferably at hyphens."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -45,23 +45,23 @@ def _rich(table: Table, width: int) -> RenderableType:
     while sum(widths[: table.words]) > room and max(widths[: table.words]) > NAME_WIDTH:
         widths[widths.index(max(widths[: table.words]))] -= 1
     fits = sum(widths[: table.words]) <= room
-    for place, head in enumerate(table.head):  # what room is left, heads may take to stay on one line
+    for place, head in enumerate(table.head):  # use the remaining width to keep headings on one line
         if sum(widths) + len(head) - widths[place] + GAP * (len(widths) - 1) <= width:
             widths[place] = max(widths[place], len(head))
-    made = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, header_style="dim")
-    made.pad_edge, made.padding = False, (0, GAP, 0, 0)
+    rich_table = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, header_style="dim")
+    rich_table.pad_edge, rich_table.padding = False, (0, GAP, 0, 0)
     for place, head in enumerate(table.head):
         fixed = widths[place] if fits else None
         words = place < table.words
-        made.add_column(head, justify="left" if words else "right", overflow="fold", width=fixed)
+        rich_table.add_column(head, justify="left" if words else "right", overflow="fold", width=fixed)
     for row in table.rows:
         names = [
             "\n".join(textwrap.wrap(cell, widths[i])) if fits else cell for i, cell in enumerate(row[: table.words])
         ]
-        made.add_row(*(Text(cell) for cell in names + row[table.words :]))
-    return made
+        rich_table.add_row(*(Text(cell) for cell in names + row[table.words :]))
+    return rich_table
 
 
 def render_terminal(doc: Mapping[str, Any]) -> RenderableType:
-    """The tables of `doc` as one rich renderable, closed by what they say in plain words."""
+    """Return the tables of `doc` and the findings in sentences, as one rich renderable."""
     return Tables(terminal_tables(doc), sentences(doc))

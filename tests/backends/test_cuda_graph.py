@@ -1,4 +1,4 @@
-"""The loop on a GPU, on one made of host memory: equal images, what is captured, what crosses the bus, what fails."""
+"""The sampling loop on a fake GPU in host memory: equal images, captured graphs, copies over the bus, failures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gpu(tmp_path: Path) -> Gpu:
 
 
 class Both:
-    """A bundle sampled on the host, and the same networks as engines of the fake GPU."""
+    """A pipeline that samples on the host, and one that runs the same networks as engines on the fake GPU."""
 
     def __init__(self, gpu: Gpu, folder: Path) -> None:
         self.host = Pipeline.load(folder, provider="cpu", threads=1)
@@ -51,9 +51,9 @@ def guided(gpu: Gpu, micro_bundles: Path) -> Both:
     return Both(gpu, micro_bundles / "guided")
 
 
-def equal(both: Both, prompts: Any = "a cat", **asked: Any) -> None:
-    asked = {"steps": 3} | asked
-    for one, other in zip(both.host(prompts, **asked), both.device(prompts, **asked), strict=True):
+def equal(both: Both, prompts: Any = "a cat", **options: Any) -> None:
+    options = {"steps": 3} | options
+    for one, other in zip(both.host(prompts, **options), both.device(prompts, **options), strict=True):
         np.testing.assert_array_equal(one.pixels, other.pixels)
         assert one.parameters == other.parameters
 
@@ -64,17 +64,17 @@ METHODS = [("guided", None), ("plain", "cfg"), ("plain", "unguided")]
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("name", "method"), METHODS)
-def test_eager_images_are_the_hosts(
+def test_eager_images_equal_the_hosts(
     gpu: Gpu, micro_bundles: Path, schedule: str, name: str, method: str | None
 ) -> None:
     both = Both(gpu, micro_bundles / name)
     both.loops.capture = False
-    gpu.backwards = schedule != "ddim"  # nothing depends on the order of a kernel's threads
+    gpu.backwards = schedule != "ddim"  # the results must not depend on the order of a kernel's threads
     equal(both, ["a cat", "a red house"], seed=[4, 5], guidance=[2.0, 3.0], schedule=schedule, method=method)
 
 
 @pytest.mark.parametrize(("name", "method"), METHODS)
-def test_one_capture_draws_every_schedule_in_any_number_of_steps(
+def test_one_capture_serves_every_schedule_and_number_of_steps(
     gpu: Gpu, micro_bundles: Path, name: str, method: str | None
 ) -> None:
     both = Both(gpu, micro_bundles / name)
@@ -86,7 +86,7 @@ def test_one_capture_draws_every_schedule_in_any_number_of_steps(
     assert len(gpu.runtime.graphs) == 3
 
 
-def test_an_image_to_begin_with_is_another_table_of_the_same_graph(guided: Both) -> None:
+def test_an_initial_image_needs_no_new_capture(guided: Both) -> None:
     image = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
     for schedule, strength in (("dpm++", 0.5), ("unipc", 0.75), ("dpm++", 0.75)):
         table = guided.host.schedule(4, schedule).start(strength)
@@ -98,8 +98,8 @@ def test_an_image_to_begin_with_is_another_table_of_the_same_graph(guided: Both)
     assert (guided.loops.captures, guided.loops.replays) == (1, 2)
 
 
-def test_a_run_reads_nothing_of_the_run_before(guided: Both) -> None:
-    """The first rows have no step before them, whatever their scales are and the buffers hold."""
+def test_a_run_is_independent_of_the_previous_run(guided: Both) -> None:
+    """The first rows have no previous step, so nonzero scales for it must not read what the buffers contain."""
     ones = np.ones(4, np.float32)
     table = make_table(
         "test", np.array([900, 600, 300, 1]), x_scale=0.9 * ones, output_scale=-0.1 * ones, previous_scale=0.5 * ones,
@@ -114,7 +114,7 @@ def test_a_run_reads_nothing_of_the_run_before(guided: Both) -> None:
     assert guided.loops.replays == 2
 
 
-def test_a_replay_copies_in_latents_text_and_w_and_copies_out_pixels(gpu: Gpu, guided: Both) -> None:
+def test_a_replay_copies_in_latents_text_and_w_and_copies_out_pixels_only(gpu: Gpu, guided: Both) -> None:
     for _ in range(2):
         guided.device("a cat", steps=5)
     before = dict(gpu.runtime.memory)
@@ -122,7 +122,7 @@ def test_a_replay_copies_in_latents_text_and_w_and_copies_out_pixels(gpu: Gpu, g
     del log[:]
     guided.device("another", steps=5, seed=8, guidance=6.0)
     # text, guidance for the network, latents, w, coefficients, timesteps; begin, five steps, end; then one wait.  The
-    # copies out are the last graph's own
+    # copies to the host are part of the last graph
     assert [n for n in log if n != "wait"] == ["HostToDevice"] * 6 + ["replay"] * 7
     assert log[log.index("replay") :] == ["replay"] * 7 + ["wait"]
     assert gpu.runtime.memory.keys() == before.keys()
@@ -136,24 +136,24 @@ def test_a_replay_copies_in_latents_text_and_w_and_copies_out_pixels(gpu: Gpu, g
     assert len(step) == 3 and len(begin) + 5 * len(step) + len(end) == sum(work.values())
 
 
-def test_graphs_are_kept_by_batch(gpu: Gpu, guided: Both) -> None:
-    for count in (2, 3, 2, 3):  # as many sizes of batch as are kept
+def test_graphs_are_kept_for_the_last_batch_sizes(gpu: Gpu, guided: Both) -> None:
+    for count in (2, 3, 2, 3):  # two batch sizes are kept
         guided.device(["a cat"] * count, steps=2, seed=list(range(count)))
     assert (guided.loops.captures, guided.loops.replays) == (2, 2) and len(gpu.runtime.graphs) == 6
     for _ in range(2):
         guided.device("a cat", steps=2)
     assert (guided.loops.captures, guided.loops.replays) == (3, 3) and len(gpu.runtime.graphs) == 6
-    guided.device(["a cat"] * 3, steps=2)  # the one that was used last of the two before
+    guided.device(["a cat"] * 3, steps=2)  # kept, because it was used after batches of two
     assert (guided.loops.captures, guided.loops.replays) == (3, 4)
     guided.loops.clear()
     assert not gpu.runtime.graphs
 
 
-def test_a_table_of_more_rows_than_the_buffers_hold_has_larger_ones(
+def test_a_table_too_long_for_the_buffers_gets_larger_ones(
     gpu: Gpu, guided: Both, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_loop, "ROWS", 4)
-    for steps in (4, 5, 9, 8, 7, 4):  # 4 rows eagerly; 8; 12, which takes the place of 4; 8 twice; 4 anew
+    for steps in (4, 5, 9, 8, 7, 4):  # 4 rows eagerly; 8; 12, which evicts 4; 8 twice; 4 again eagerly
         equal(guided, steps=steps, seed=steps)
     assert (guided.loops.captures, guided.loops.replays) == (1, 2)
     assert LoopPlan(1, (8, 8), guided.host.schedule(1000), False, True).shape.rows == 1000
@@ -164,7 +164,7 @@ def test_a_table_of_more_rows_than_the_buffers_hold_has_larger_ones(
     ]
 
 
-def test_latents_alone_are_another_end_of_the_same_steps(gpu: Gpu, guided: Both) -> None:
+def test_latents_and_pixels_share_the_captured_steps(gpu: Gpu, guided: Both) -> None:
     def latents(seed: int) -> None:
         a, b = (
             p.denoise(p.encode(["x"]), p.noise([seed]), steps=3, guidance=3.0) for p in (guided.host, guided.device)
@@ -174,7 +174,7 @@ def test_latents_alone_are_another_end_of_the_same_steps(gpu: Gpu, guided: Both)
     for seed in range(3):
         latents(seed)
     assert len(gpu.runtime.graphs) == 3
-    equal(guided, seed=3)  # the decoder's first run
+    equal(guided, seed=3)  # the decoder's first run, which is not captured
     assert len(gpu.runtime.graphs) == 3
     equal(guided, seed=4)
     latents(5)
@@ -182,16 +182,16 @@ def test_latents_alone_are_another_end_of_the_same_steps(gpu: Gpu, guided: Both)
     assert (guided.loops.captures, guided.loops.replays) == (1, 5)
 
 
-def test_memory_is_flat_and_all_is_given_back(gpu: Gpu, guided: Both) -> None:
+def test_memory_does_not_grow_and_is_freed(gpu: Gpu, guided: Both) -> None:
     guided.device("a cat", steps=2)
-    held = len(gpu.runtime.memory)
+    allocations = len(gpu.runtime.memory)
     for seed in range(6):
         guided.device("a cat", steps=2, seed=seed)
-    assert len(gpu.runtime.memory) == held
+    assert len(gpu.runtime.memory) == allocations
     log = gpu.runtime.log
     del log[:]
     guided.loops.clear()
-    assert log.index("drop") < log.index("free")  # a graph has the buffers' addresses
+    assert log.index("drop") < log.index("free")  # graphs contain the buffers' addresses
     bound = [b for n in (guided.unet, guided.vae) for b in n._idle]
     assert len(gpu.runtime.memory) == sum(2 * len(b.addresses) for b in bound)
     for b in bound:
@@ -200,7 +200,7 @@ def test_memory_is_flat_and_all_is_given_back(gpu: Gpu, guided: Both) -> None:
     equal(Both(gpu, guided.host.bundle.folder))
 
 
-def test_buffers_outlive_everything_but_their_graph(gpu: Gpu, guided: Both) -> None:
+def test_buffers_live_as_long_as_their_graph(gpu: Gpu, guided: Both) -> None:
     for _ in range(2):
         guided.device("a cat", steps=2)
     gc.collect()
@@ -208,7 +208,7 @@ def test_buffers_outlive_everything_but_their_graph(gpu: Gpu, guided: Both) -> N
     assert guided.loops.replays == 2
 
 
-def test_weights_changed_in_place_are_captured_again(guided: Both) -> None:
+def test_runs_after_clear_are_captured_again(guided: Both) -> None:
     for _ in range(2):
         guided.device("a cat", steps=2)
     guided.loops.clear()
@@ -226,7 +226,7 @@ def allocate(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def late(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begin and step are captured, and the end is not."""
+    """Let the capture of the end fail, after begin and step were captured."""
     both.vae.engine.fails = lambda stream: stream in gpu.runtime.capturing
 
 
@@ -244,21 +244,21 @@ def no_memory(gpu: Gpu, both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
         (no_memory, "cudaGraphInstantiate failed: cudaErrorMemoryAllocation"),
     ],
 )
-def test_a_capture_that_fails_says_why_and_draws_the_same(
+def test_a_failed_capture_warns_with_its_reason_and_images_are_equal(
     gpu: Gpu, guided: Both, harm: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harm(gpu, guided, monkeypatch)
     equal(guided)
-    with pytest.warns(UserWarning, match=rf"'guided': the sampling loop could not be captured .*{reason}") as said:
+    with pytest.warns(UserWarning, match=rf"'guided': the sampling loop could not be captured .*{reason}") as caught:
         equal(guided, seed=1)
-    assert len(said) == 1 and not gpu.runtime.capturing and not gpu.runtime.graphs
+    assert len(caught) == 1 and not gpu.runtime.capturing and not gpu.runtime.graphs
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        equal(guided, seed=2)  # not tried again
+        equal(guided, seed=2)  # the capture is not tried again
     assert guided.loops.captures == guided.loops.replays == 0
 
 
-def test_a_callback_hears_of_every_captured_step_and_may_stop(gpu: Gpu, guided: Both) -> None:
+def test_a_callback_is_called_after_every_captured_step_and_may_cancel(gpu: Gpu, guided: Both) -> None:
     seen: list[int] = []
     for seed in range(2):
         equal(guided, steps=4, seed=seed, callback=lambda done, _: seen.append(done))
@@ -266,7 +266,7 @@ def test_a_callback_hears_of_every_captured_step_and_may_stop(gpu: Gpu, guided: 
     log = gpu.runtime.log
     del log[:]
     guided.device("a cat", steps=4, callback=lambda *_: log.append("callback"))
-    # each step was waited for when it is reported
+    # each step is reported only after it has completed
     reported = ["replay", "wait", "callback"]
     assert log[log.index("replay") :] == ["replay", *reported * 4, "replay", "wait"]
     with pytest.raises(Cancelled, match="after 2 of 4"):
@@ -275,23 +275,23 @@ def test_a_callback_hears_of_every_captured_step_and_may_stop(gpu: Gpu, guided: 
     assert (guided.loops.captures, guided.loops.replays) == (1, 3)
 
 
-def test_not_finite_is_never_a_image(gpu: Gpu, guided: Both) -> None:
-    for what, which in (("latents", guided.unet), ("decoded pixels", guided.vae)):
-        whole = which.engine.function
+def test_values_that_are_not_finite_raise_an_error(gpu: Gpu, guided: Both) -> None:
+    for values, network in (("latents", guided.unet), ("decoded pixels", guided.vae)):
+        original = network.engine.function
 
-        def broken(whole: Any = whole, **inputs: np.ndarray) -> np.ndarray:
-            out = whole(**inputs).copy()
+        def broken(original: Any = original, **inputs: np.ndarray) -> np.ndarray:
+            out = original(**inputs).copy()
             out[1].flat[7] = np.nan
             return out
 
-        which.engine.function = broken
-        with pytest.raises(PnpError, match=rf"the {what} of image 1 are not finite"):
+        network.engine.function = broken
+        with pytest.raises(PnpError, match=rf"the {values} of image 1 are not finite"):
             guided.device(["a cat", "a dog"], steps=2, seed=[1, 2])
-        which.engine.function = whole
+        network.engine.function = original
     equal(guided, ["a cat", "a dog"], steps=2, seed=[1, 2])
 
 
-def test_after_a_failure_the_buffers_are_made_anew(gpu: Gpu, guided: Both) -> None:
+def test_new_buffers_are_allocated_after_a_failure(gpu: Gpu, guided: Both) -> None:
     guided.device("a cat", steps=2)
     guided.unet.engine.fails = lambda stream: True
     guided.loops.capture = False
@@ -301,12 +301,12 @@ def test_after_a_failure_the_buffers_are_made_anew(gpu: Gpu, guided: Both) -> No
     equal(guided, steps=2)
 
 
-def test_prompts_of_one_chunk_and_of_two_have_captures_of_their_own(
+def test_prompts_of_one_chunk_and_of_two_are_captured_separately(
     gpu: Gpu, micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = once(tmp_path_factory, "chunks/guided", partial(make_guided, micro_base, micro_guide))
     both = Both(gpu, folder)
-    for seed in (1, 2, 3):  # calls of two prompts of one chunk, and of two prompts of two
+    for seed in (1, 2, 3):  # one call for the prompts of one chunk, one for those of two
         equal(both, ["a cat", LONG, "a panda", LONG], seed=[seed + i for i in range(4)], prompt_syntax="a1111")
     assert (both.loops.captures, both.loops.replays, both.loops.why_not) == (2, 4, None)
     index = [both.unet.profile_for(1, (8, 8), tokens) for tokens in (77, 154)]
@@ -317,37 +317,37 @@ def test_prompts_of_one_chunk_and_of_two_have_captures_of_their_own(
         pass
 
 
-def test_what_the_guide_makes_of_w_is_part_of_the_graph(gpu: Gpu, guided: Both) -> None:
+def test_the_condition_network_is_part_of_the_graph(gpu: Gpu, guided: Both) -> None:
     latent: Tensor = "float32", ("batch", 4, 8, 8)
     record = guided.device.bundle.manifest.networks["unet"]
-    of_w = replace(record, inputs={"guidance": ("float32", ("batch",))}, outputs={"condition": latent})
-    entry = replace(
+    condition_record = replace(record, inputs={"guidance": ("float32", ("batch",))}, outputs={"condition": latent})
+    unet_record = replace(
         record,
         inputs={"sample": latent, "timestep": ("int64", ("batch",)), "condition": latent},
         outputs={"out": latent},
     )
-    made = fake_gpu.network(
+    condition_network = fake_gpu.network(
         gpu,
         "condition",
-        of_w,
+        condition_record,
         lambda guidance: np.ones((len(guidance), 4, 8, 8), np.float32) * guidance[:, None, None, None],
     )
-    unet = fake_gpu.network(gpu, "unet", entry, lambda sample, timestep, condition: 0.1 * sample + condition)
-    loops = cuda_graph.device_loops(gpu, unet, guided.vae, made, "x")
+    unet = fake_gpu.network(gpu, "unet", unet_record, lambda sample, timestep, condition: 0.1 * sample + condition)
+    loops = cuda_graph.device_loops(gpu, unet, guided.vae, condition_network, "x")
     table = guided.host.schedule(4, "dpm++")
     start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
     for w in ([1.0, 2.0], [3.0, 5.0], [2.0, 7.0]):
         scale = np.array(w, np.float32)
-        drawn = loops.run(LoopPlan(2, (8, 8), table, False, False), Feeds(start, scale, {}))
+        result = loops.run(LoopPlan(2, (8, 8), table, False, False), Feeds(start, scale, {}))
         x, previous = start, None
         for i in range(4):
             output = 0.1 * table.scaled(i, x) + scale[:, None, None, None]
             x, previous = table.step(i, x, output, previous)
-        np.testing.assert_array_equal(drawn.values, x)
+        np.testing.assert_array_equal(result.values, x)
     assert loops.captures == 1 and loops.replays == 2
 
 
-def test_the_kernels_in_use_are_those_of_the_source() -> None:
-    """``kernels.ptx`` is made by benchmarks/kernels.py; a change of ``kernels.cu`` alone would do nothing."""
+def test_the_compiled_kernels_match_their_source() -> None:
+    """``kernels.ptx`` is what runs; after a change of ``kernels.cu``, compile it with benchmarks/kernels.py."""
     assert hashlib.sha256(SOURCE.read_bytes()).hexdigest() in cuda_graph.ptx().splitlines()[0].decode()
     assert b".target sm_75" in cuda_graph.ptx() and b"fma.rn" not in cuda_graph.ptx()

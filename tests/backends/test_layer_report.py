@@ -1,4 +1,4 @@
-"""The report of an RTX engine's kernels, of a real build; the fused forms that graphs are written for stay fused."""
+"""The report of an RTX engine's kernels, from real compilations, and the fusions that the graphs rely on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .test_tensorrt import convert
 
 
 class Block(nn.Module):
-    """What Stable Diffusion's U-Net is made of: a residual block and an attention."""
+    """The parts of Stable Diffusion's U-Net: a residual block and self-attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 @pytest.fixture(scope="module")
 def eight_bits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The reports of FP16, INT8 with one scale a weight and with one a channel, FP8, and weights alone in INT8."""
+    """The reports in FP16, INT8 with one scale per weight and per channel, FP8, and INT8 weights only, by name."""
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     from pnp_trt import backends
     from pnp_trt.backends.base import CompileJob, Profile
@@ -56,36 +56,36 @@ def eight_bits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
         "fp8": lambda p, w: quantize_graph(p, w, choices, FLOAT8),
         "int8-weights": lambda p, w: quantize_weights(p, w, layers),
     }
-    found = {}
+    reports = {}
     for name, rewrite in rewrites.items():
         path = tmp_path_factory.mktemp("block") / "block.onnx"
         weights = export(convert(Block(), RECIPES["fp16"]), {"x": torch.zeros(2, 320, 32, 32)}, "y", path)
         rewrite(path, weights)
         inputs = {"x": ("float32", ("batch", 320, 32, 32))}
         job = CompileJob("unet", path, inputs, "fp16", "sm_89", (Profile("b1", 1, 1, 1),))
-        (found[name],) = backends.get("tensorrt-rtx").compile(job, lambda *_: None).notes["reports"]
-    return found
+        (reports[name],) = backends.get("tensorrt-rtx").compile(job, lambda *_: None).notes["reports"]
+    return reports
 
 
-def test_eight_bits_keep_the_fused_forms_with_one_scale_a_weight(eight_bits: dict[str, dict[str, Any]]) -> None:
-    """Why ``int8`` has one scale a weight on TensorRT-RTX, and why ``int8-weights`` is no way to speed."""
+def test_int8_with_one_scale_per_weight_keeps_kernels_fused(eight_bits: dict[str, dict[str, Any]]) -> None:
+    """Why ``int8`` has one scale per weight on TensorRT-RTX, and why ``int8-weights`` is not faster than FP16."""
     half, int8, by_channel = (eight_bits[name] for name in ("fp16", "int8", "int8 by channel"))
     counts = ("kernels", "convolutions", "with_residual")
     assert [int8[c] for c in counts] == [half[c] for c in counts]  # 13 kernels with 1.7.1
     assert int8["weight_bytes"] < half["weight_bytes"] and int8["activation_bytes"] < half["activation_bytes"]
-    # a convolution then writes float32, and scale, bias and residual are kernels of their own
+    # with a scale per channel, convolutions write float32, and scale, bias and residual are separate kernels
     assert by_channel["with_residual"] == 0 and by_channel["kernels"] >= int8["kernels"] + 2
     assert by_channel["activation_bytes"] > 1.2 * int8["activation_bytes"]
     fp8, weights = eight_bits["fp8"], eight_bits["int8-weights"]
-    assert fp8["kernels"] <= half["kernels"] + 1  # FP8 keeps the bias, and the residual is a kernel of its own
+    assert fp8["kernels"] <= half["kernels"] + 1  # FP8 fuses the bias, but not the residual
     assert fp8["weight_bytes"] < half["weight_bytes"] and fp8["activation_bytes"] < by_channel["activation_bytes"]
-    # each weight is read in 8 bits, written in 16 and read again
+    # each weight is read in 8 bits, written in 16 bits and read again
     assert weights["kernels"] >= half["kernels"] + 2
     assert weights["activation_bytes"] + weights["weight_bytes"] > half["activation_bytes"] + half["weight_bytes"]
 
 
 class Attention(nn.Module):
-    """Self-attention as in a transformer block: a norm, products without bias, and one with bias and residual."""
+    """Self-attention as in a transformer block: a norm, projections without bias, and one with bias and residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ class Attention(nn.Module):
         return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def test_products_keep_their_kernels_in_8_bits_but_for_fused_ones(tmp_path: Path) -> None:
-    """Why 8-bit recipes take queries, keys and values and leave what is behind an attention (``FUSED_IN_FLOAT``)."""
+def test_only_the_projection_after_attention_needs_more_kernels_in_8_bits(tmp_path: Path) -> None:
+    """Why 8-bit recipes take queries, keys and values, but not the projection after attention (``FUSED_IN_FLOAT``)."""
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     from pnp_trt import backends
     from pnp_trt.backends.base import CompileJob, Profile
@@ -107,7 +107,7 @@ def test_products_keep_their_kernels_in_8_bits_but_for_fused_ones(tmp_path: Path
     from pnp_trt.precision.int8.qdq import FLOAT8, quantize_graph
     from pnp_trt.precision.int8.record import LayerRange
 
-    found = {}
+    reports = {}
     for name, layers in {"fp16": (), "products": ("q", "k", "v"), "behind": ("q", "k", "v", "out")}.items():
         path = tmp_path / f"{name}.onnx"
         weights = export(convert(Attention(), RECIPES["fp16"]), {"x": torch.zeros(2, 1024, 320)}, "y", path)
@@ -115,15 +115,15 @@ def test_products_keep_their_kernels_in_8_bits_but_for_fused_ones(tmp_path: Path
             quantize_graph(path, weights, {layer: LayerRange(4.0) for layer in layers}, FLOAT8)
         inputs = {"x": ("float32", ("batch", 1024, 320))}
         job = CompileJob("unet", path, inputs, "fp16", "sm_89", (Profile("b1", 1, 1, 1),))
-        (found[name],) = backends.get("tensorrt-rtx").compile(job, lambda *_: None).notes["reports"]
-    half, products, behind = (found[name] for name in ("fp16", "products", "behind"))
+        (reports[name],) = backends.get("tensorrt-rtx").compile(job, lambda *_: None).notes["reports"]
+    half, products, behind = (reports[name] for name in ("fp16", "products", "behind"))
     assert products["kernels"] <= half["kernels"] < behind["kernels"]
     assert behind["weight_bytes"] < products["weight_bytes"] < half["weight_bytes"]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The reports of an FP16 engine for sm_89 with a static profile and a dynamic one."""
+    """The reports of an FP16 engine for sm_89 with a static and a dynamic profile."""
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     from pnp_trt import backends
     from pnp_trt.backends.base import CompileJob, Profile
@@ -133,34 +133,34 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     export(convert(Block(), RECIPES["fp16"]), {"x": torch.zeros(2, 320, 32, 32)}, "y", path)
     inputs = {"x": ("float32", ("batch", 320, 32, 32))}
     profiles = (Profile("b1", 1, 1, 1), Profile.parse("b2-8"))
-    made = backends.get("tensorrt-rtx").compile(
+    compiled = backends.get("tensorrt-rtx").compile(
         CompileJob("unet", path, inputs, "fp16", "sm_89", profiles), lambda *_: None
     )
-    reports: list[dict[str, Any]] = made.notes["reports"]
+    reports: list[dict[str, Any]] = compiled.notes["reports"]
     return reports
 
 
-def test_the_fused_forms_stay_fused(built: list[dict[str, Any]]) -> None:
+def test_norms_and_convolutions_stay_fused(built: list[dict[str, Any]]) -> None:
     assert [row["profile"] for row in built] == ["b1", "b2-8"]
     for row in built:
         assert (row["norms"], row["with_silu"]) == (2, 2)  # group norm + SiLU is one kernel
-        assert (row["convolutions"], row["with_residual"]) == (2, 1)  # bias and the residual are the convolution's
+        assert (row["convolutions"], row["with_residual"]) == (2, 1)  # bias and residual are fused into the convolution
         assert row["attentions"] == 1
         assert row["weight_bytes"] > 2 * (2 * 9 * 320 * 320 + 4 * 320 * 320)
     static, open_ = built
     assert static["kernels"] <= 14 and open_["activation_bytes"] is None  # 13 with 1.7.1
-    # x, what the norms and convolutions write and read, q, k, v and the sum: from 10 to 40 maps in half precision
+    # x, inputs and outputs of norms and convolutions, q, k, v and the sum: 10 to 40 maps in half precision
     assert 10 < static["activation_bytes"] / (2 * 320 * 32 * 32) < 40
     assert "2 of 2 group norms with SiLU" in str(sentence(static)) and "MiB activations" not in str(sentence(open_))
 
 
-def test_other_logs_and_strangers_notes_are_left_out() -> None:
+def test_other_logs_and_malformed_notes_are_ignored() -> None:
     assert report("", ["b1"]) == [] and report("Layers:\nName: a, LayerType: kgen, Inputs: []", ["b1"]) == []
     for note in (None, "x", {}, {"kernels": "3"}, {"profile": "b1", "kernels": 3, "convolutions": None}):
         assert sentence(note) is None
 
 
-def test_inspect_shows_it(micro_bundles: Path) -> None:
+def test_inspect_shows_the_report(micro_bundles: Path) -> None:
     import json
     from dataclasses import replace
 
@@ -172,13 +172,13 @@ def test_inspect_shows_it(micro_bundles: Path) -> None:
            "attentions": 32, "activation_bytes": 1644 << 20, "weight_bytes": 1642 << 20}  # fmt: skip
     unet = manifest.networks["unet"]
     notes = {**unet.compiled.notes, "reports": [row, "nonsense"]}
-    told = replace(
+    with_reports = replace(
         manifest, networks={**manifest.networks, "unet": replace(unet, compiled=replace(unet.compiled, notes=notes))}
     )
     from rich.console import Console
 
     console = Console(width=400, record=True, file=__import__("io").StringIO())
-    console.print(render(micro_bundles / "guided", told, None))
+    console.print(render(micro_bundles / "guided", with_reports, None))
     text = console.export_text()
     assert "b1: 573 kernels, 1,644.0 MiB activations, 1,642.0 MiB weights per evaluation" in text
-    assert "nonsense" not in text and json.dumps(told.to_json())
+    assert "nonsense" not in text and json.dumps(with_reports.to_json())

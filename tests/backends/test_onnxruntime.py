@@ -1,4 +1,4 @@
-"""Sessions on the CPU where memory is short."""
+"""CPU sessions of ONNX Runtime when memory is short."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pnp_trt.backends.onnxruntime.backend import OrtNetwork
 
 
 @pytest.mark.parametrize(("free", "packed"), [(0.0, False), (float("inf"), True)], ids=["short", "enough"])
-def test_weights_are_packed_where_memory_holds_copies(
+def test_weights_are_prepacked_only_if_memory_suffices(
     free: float, packed: bool, micro_bundles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = micro_bundles / "guided" / "unet.onnx"

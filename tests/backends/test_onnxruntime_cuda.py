@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider where there is none: what is asked of it, and what is said when it does not come."""
+"""ONNX Runtime's CUDA provider on a machine without a GPU: its options, and what is reported if it does not load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CUDA = "CUDAExecutionProvider"
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """An instance normalisation after a shape computation and a cast, by ONNX alone."""
+    """An ONNX graph of an instance normalisation after a reshape."""
     nodes = [
         helper.make_node("Shape", ["x"], ["shape"]),
         helper.make_node("Reshape", ["x", "shape"], ["same"]),
@@ -29,14 +29,14 @@ def graph(tmp_path: Path) -> Path:
     ]
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 2, "n"]) for n in "xy"]
     weights = [helper.make_tensor(n, TensorProto.FLOAT, [2], [v, v]) for n, v in (("one", 1.0), ("zero", 0.0))]
-    made = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    body = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
     path = tmp_path / "unet.onnx"
-    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
 
 
 class Session(ort.InferenceSession):
-    """ONNX Runtime's own on the CPU, which says that it has CUDA; it keeps what it was asked for."""
+    """A session on the CPU that claims to run on CUDA and records its arguments."""
 
     asked: list[Any]
     given: Any
@@ -52,7 +52,7 @@ class Session(ort.InferenceSession):
 
 @pytest.fixture
 def usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver is claimed to be here."""
+    """Claim that a driver and the CUDA provider are present."""
     monkeypatch.setattr(module, "driver_present", lambda: True)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
@@ -63,19 +63,19 @@ def usable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(module.driver_present(), reason="a driver is here")
-def test_a_provider_that_does_not_load_is_told_of(graph: Path, usable: None) -> None:
-    """By the real library: it gives a session on the CPU, and no error."""
+def test_a_provider_that_does_not_load_is_reported(graph: Path, usable: None) -> None:
+    """With the real library, which creates a session on the CPU without an error."""
     with pytest.raises(
         InputError, match="'cuda' was requested, but ONNX Runtime could not load .*or use --provider cpu"
     ):
         OrtNetwork(graph, "cuda").loaded(1, None)
-    assert not Session.severities  # ONNX Runtime's log names the library that is missing
+    assert not Session.severities  # only ONNX Runtime's log names the missing library
     network = OrtNetwork(graph, "auto")
     with pytest.warns(UserWarning, match="could not load its CUDA provider.*; unet.onnx runs on the CPU"):
         network.loaded(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert network.loaded(2).get_providers() == ["CPUExecutionProvider"]  # it is told of once
+        assert network.loaded(2).get_providers() == ["CPUExecutionProvider"]  # only the first session warns
         OrtNetwork(graph, "cpu").loaded(1)
 
 
@@ -91,11 +91,11 @@ def test_tensorfloat_is_off_and_nodes_on_the_cpu_are_counted(
     assert options == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        network.loaded(2)  # it is told of once
+        network.loaded(2)  # only the first session warns
 
 
 def halves(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph in float16."""
+    """Convert the graph to float16."""
     for end in (*model.graph.input, *model.graph.output):
         end.type.tensor_type.elem_type = TensorProto.FLOAT16
     for tensor in model.graph.initializer:
@@ -104,8 +104,8 @@ def halves(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @pytest.mark.filterwarnings("ignore:.*run on the CPU")
-def test_half_precision_keeps_its_tensor_cores(graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``use_tf32=0`` forbids cuDNN's plans with tensor cores, which is nearly all that it has for float16."""
+def test_half_precision_may_use_tensor_cores(graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``use_tf32=0`` excludes cuDNN's plans with tensor cores, which are nearly all of its plans for float16."""
     monkeypatch.setattr(ort, "InferenceSession", Session)
     onnx.save(halves(onnx.load(graph)), graph)
     OrtNetwork(graph, "cuda").loaded(1)
@@ -122,7 +122,7 @@ def test_the_log_is_silent_once_cuda_runs(graph: Path, usable: None, monkeypatch
     assert Session.severities == [4]
 
 
-def test_a_session_that_fell_back_has_the_graph_of_the_cpu(
+def test_a_session_that_fell_back_to_the_cpu_uses_the_unchanged_graph(
     graph: Path, usable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Fallen(Session):
@@ -158,11 +158,11 @@ def test_libraries_of_packages_are_loaded_first(graph: Path, usable: None, monke
     assert order == ["libraries", "session", "session"]
 
 
-def test_a_release_that_cannot_tell_is_not_asked() -> None:
+def test_no_nodes_are_counted_if_a_release_cannot_list_them() -> None:
     assert not module._nodes_on_cpu(object())
 
 
-def test_the_cpu_provider_is_as_it_was(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_provider_does_not_load_cuda_libraries(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_preload", lambda: pytest.fail("it has no use for CUDA's libraries"))
     x = np.array([[[1.0, 3.0], [2.0, 2.0]]], np.float32)
     (out,) = OrtNetwork(graph, "cpu").loaded(1).run(None, {"x": x})

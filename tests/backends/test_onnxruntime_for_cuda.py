@@ -1,4 +1,4 @@
-"""The graphs that ONNX Runtime's CUDA provider is given: their arithmetic on the CPU, and a kernel for every node."""
+"""The graphs for ONNX Runtime's CUDA provider: equal results on the CPU, and a CUDA kernel for every node."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def group_norm(
     groups: int, channels: int, size: tuple[int, int] | None, dtype: str, epsilon: float, opset: int = 23,
     one: float = 1.0,
 ) -> onnx.ModelProto:  # fmt: skip
-    """A group norm as the build lowers it: reshape, instance normalisation, reshape, scale and offset.
+    """Return a group norm as the build lowers it: reshape, instance normalisation, reshape, scale and offset.
 
     Args:
         size: height and width; None leaves them open.
-        one: the instance normalisation's own scale.
+        one: scale of the instance normalisation.
     """
     height_width = list(size or ("height", "width"))
     weights = {
@@ -51,13 +51,13 @@ def group_norm(
         helper.make_node("Add", ["scaled", "offset"], ["y"]),
     ]
     ends = [helper.make_tensor_value_info(n, KINDS[dtype], ["batch", channels, *height_width]) for n in "xy"]
-    held = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    made = helper.make_graph(nodes, "g", ends[:1], ends[1:], held)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
 def in_float64(x: np.ndarray, groups: int, epsilon: float) -> np.ndarray:
-    """The same group norm by Wu and He 2018, equations 1 to 6, in float64."""
+    """Compute the same group norm in float64 by Wu and He 2018, equations 1 to 6."""
     batch, channels = x.shape[:2]
     flat = x.astype(np.float64).reshape(batch, groups, -1)
     mean, variance = flat.mean(-1, keepdims=True), flat.var(-1, keepdims=True)
@@ -87,36 +87,38 @@ def kinds(model: bytes) -> set[str]:
     width=st.integers(2, 24), opened=st.booleans(), dtype=st.sampled_from(sorted(KINDS)),
     mean=st.floats(-60, 60), epsilon=st.sampled_from([1e-6, 1e-5, 1e-2]), seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_a_group_norm_keeps_its_meaning(
+def test_a_rewritten_group_norm_computes_the_same(
     groups: int, wide: int, batch: int, height: int, width: int, opened: bool, dtype: str, mean: float,
     epsilon: float, seed: int,
 ) -> None:  # fmt: skip
-    """In float16 too: sums of some thousand values around 60 are beyond its range."""
+    """Also in float16, where the sums of some thousand values around 60 would overflow."""
     channels = groups * wide
     plain = group_norm(groups, channels, None if opened else (height, width), dtype, epsilon).SerializeToString()
-    made = for_cuda(plain)
-    assert made.half == (dtype == "float16")
-    onnx.checker.check_model(onnx.load_from_string(made.data), full_check=True)
-    assert "InstanceNormalization" not in kinds(made.data)
+    rewritten = for_cuda(plain)
+    assert rewritten.half == (dtype == "float16")
+    onnx.checker.check_model(onnx.load_from_string(rewritten.data), full_check=True)
+    assert "InstanceNormalization" not in kinds(rewritten.data)
     x = (np.random.default_rng(seed).standard_normal((batch, channels, height, width)) * 2 + mean).astype(dtype)
-    wanted = in_float64(x, groups, epsilon)
+    expected = in_float64(x, groups, epsilon)
     # float32 subtracts a mean of up to 60; float16 rounds the normed value, its product and the sum
-    limit = 2e-4 if dtype == "float32" else 4 * float(np.finfo(np.float16).eps) * max(1.0, float(np.abs(wanted).max()))
-    for data in (plain, made.data):
-        (found,) = session(data, batch).run(None, {"x": x})
-        assert found.dtype == x.dtype
-        assert np.abs(found.astype(np.float64) - wanted).max() < limit
+    limit = (
+        2e-4 if dtype == "float32" else 4 * float(np.finfo(np.float16).eps) * max(1.0, float(np.abs(expected).max()))
+    )
+    for data in (plain, rewritten.data):
+        (result,) = session(data, batch).run(None, {"x": x})
+        assert result.dtype == x.dtype
+        assert np.abs(result.astype(np.float64) - expected).max() < limit
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        group_norm(2, 4, None, "float32", 1e-5, opset=21),  # the CUDA provider has a kernel of version 6
+        group_norm(2, 4, None, "float32", 1e-5, opset=21),  # at this opset the CUDA provider has a kernel
         group_norm(2, 4, None, "float32", 1e-5, one=2.0),
         helper.make_model(helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [], [])),
     ],
 )
-def test_other_graphs_stay_as_they_are(model: onnx.ModelProto) -> None:
+def test_other_graphs_are_unchanged(model: onnx.ModelProto) -> None:
     data = model.SerializeToString()
     assert for_cuda(data).data == data
 
@@ -127,13 +129,13 @@ def test_damaged_graphs_are_refused(damage: Any) -> None:
         for_cuda(damage(group_norm(2, 4, None, "float32", 1e-5).SerializeToString()))
 
 
-def test_a_bundle_runs_by_its_own_files(micro_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a CUDA session takes it, on the CPU: the weights come from the file beside the graph."""
-    given_bytes: list[bytes] = []
+def test_a_rewritten_graph_reads_the_bundles_weights(micro_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph as rewritten for CUDA, run on the CPU with the weights in the bundle's data file."""
+    models: list[bytes] = []
 
     class Session(ort.InferenceSession):
         def __init__(self, model: Any, options: Any, providers: list[Any]) -> None:
-            given_bytes.append(model)
+            models.append(model)
             super().__init__(model, options, providers=["CPUExecutionProvider"])
 
         def get_providers(self) -> list[str]:
@@ -149,16 +151,16 @@ def test_a_bundle_runs_by_its_own_files(micro_bundles: Path, monkeypatch: pytest
         )
         for i in plain.get_inputs()
     }
-    (wanted,) = plain.run(None, feeds)
+    (expected,) = plain.run(None, feeds)
     monkeypatch.setattr(module, "driver_present", lambda: True)
     monkeypatch.setattr(module, "_preload", lambda: None)
     monkeypatch.setattr(module, "_silence", lambda: None)
     monkeypatch.setattr(module, "_nodes_on_cpu", lambda session: None)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", Session)
-    (found,) = OrtNetwork(path, "cuda").loaded(2).run(None, feeds)
-    assert "InstanceNormalization" in kinds(before) and "InstanceNormalization" not in kinds(given_bytes[0])
-    assert np.abs(wanted).max() > 0.1 and np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    (result,) = OrtNetwork(path, "cuda").loaded(2).run(None, feeds)
+    assert "InstanceNormalization" in kinds(before) and "InstanceNormalization" not in kinds(models[0])
+    assert np.abs(expected).max() > 0.1 and np.abs(result - expected).max() < 1e-4 * np.abs(expected).max()
     assert path.read_bytes() == before
 
 
@@ -187,12 +189,12 @@ def test_cuda_has_a_kernel_for_every_node_that_a_build_writes(
     graphs = [g for folder in (micro_bundles / "plain", micro_bundles / "guided", tmp_path / "half")
               for g in sorted(folder.glob("*.onnx"))]  # fmt: skip
     assert {g.stem for g in graphs} >= {"unet", "text_encoder", "vae_decoder", "vae_encoder"}
-    assert not {str(g): found for g in graphs if (found := missing(g, table))}
+    assert not {str(g): nodes for g in graphs if (nodes := missing(g, table))}
     assert for_cuda((tmp_path / "half" / "unet.onnx").read_bytes()).half
 
 
-def test_the_check_finds_what_has_none(table: dict[str, Any]) -> None:
-    """What a GPU reported of the bundled U-Net: 31 group norms on the CPU, and nothing else."""
+def test_the_check_finds_nodes_without_a_kernel(table: dict[str, Any]) -> None:
+    """A real GPU reported 31 nodes of the bundled U-Net on the CPU, all of them group norms."""
     path = next(p for p in BUNDLED if p.parent.name == "emoji-tiny" and p.stem == "unet")
     assert lacking(onnx.load_from_string(path.read_bytes()), table) == {"InstanceNormalization-22 of float": 31}
     nodes = [
@@ -208,9 +210,9 @@ def test_the_check_finds_what_has_none(table: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_table_is_of_the_library(table: dict[str, Any]) -> None:
-    found = importlib.util.find_spec("onnxruntime")
-    library = Path(str(found.origin)).parent / "capi" / "libonnxruntime_providers_cuda.so" if found else None
+def test_the_table_matches_the_installed_library(table: dict[str, Any]) -> None:
+    spec = importlib.util.find_spec("onnxruntime")
+    library = Path(str(spec.origin)).parent / "capi" / "libonnxruntime_providers_cuda.so" if spec else None
     if library is None or not library.is_file():
         pytest.skip("onnxruntime-gpu is not installed")
     if importlib.metadata.version("onnxruntime-gpu") != table["release"]:

@@ -1,4 +1,4 @@
-"""OpenVINO runs the graphs of ONNX Runtime's bundles as they are, and gives their images."""
+"""OpenVINO runs the graphs of ONNX Runtime's bundles unchanged, and gives the same images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = ["a red apple", "a cat"]
 
 @pytest.fixture(scope="module")
 def folders(micro_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies of the bundles whose manifests name the other backend; no other byte is changed."""
+    """Copies of the bundles whose manifests name OpenVINO; the other files are unchanged."""
     root = tmp_path_factory.mktemp("openvino")
     for name in ("plain", "guided"):
         shutil.copytree(micro_bundles / name, root / name)
@@ -30,33 +30,33 @@ def folders(micro_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize("name", ["plain", "guided"])
-def test_images_are_onnxruntimes(name: str, folders: Path, micro_bundles: Path) -> None:
+def test_images_equal_onnxruntimes(name: str, folders: Path, micro_bundles: Path) -> None:
     pytest.importorskip("openvino")
     theirs = Pipeline.load(micro_bundles / name, provider="cpu", threads=1)
     ours = Pipeline.load(folders / name, threads=1)
     assert ours.on_gpu is False and (name == "plain" or ours.methods == ("guided",))
     context, noise = ours.encode(PROMPTS), ours.noise([3, 4])
     np.testing.assert_allclose(context, theirs.encode(PROMPTS), rtol=0, atol=1e-5)
-    latents, wanted = (p.denoise(context, noise, steps=6, guidance=3.0) for p in (ours, theirs))
-    assert np.abs(latents - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    latents, expected = (p.denoise(context, noise, steps=6, guidance=3.0) for p in (ours, theirs))
+    assert np.abs(latents - expected).max() <= 1e-4 * np.abs(expected).max()
     pairs = zip(ours(PROMPTS, steps=6, seed=[3, 4]), theirs(PROMPTS, steps=6, seed=[3, 4]), strict=True)
     for mine, other in pairs:
         assert np.abs(mine.pixels.astype(int) - other.pixels).max() <= 1
-    alone = ours(PROMPTS[0], steps=6, seed=3)[0]  # another batch, and again: buffers are not mixed up
+    alone = ours(PROMPTS[0], steps=6, seed=3)[0]  # another batch size, and repeated: buffers are not mixed up
     assert np.abs(alone.pixels.astype(int) - theirs(PROMPTS[0], steps=6, seed=3)[0].pixels).max() <= 1
     assert np.array_equal(alone.pixels, ours(PROMPTS[0], steps=6, seed=3)[0].pixels)
     facts = ours.facts()["unet"]
     assert facts["layers"] > facts["reformats"] >= 0
 
 
-def test_verify_holds_it_against_pytorch(folders: Path) -> None:
+def test_verify_compares_with_pytorch(folders: Path) -> None:
     pytest.importorskip("openvino")
     from pnp_trt.bundle.store import open_bundle
 
     assert all(error < 1e-4 for error in verify(open_bundle(folders / "guided")).values())
 
 
-def test_bad_use_is_one_sentence(folders: Path, tmp_path: Path) -> None:
+def test_bad_use_is_refused_in_one_sentence(folders: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     from pnp_trt.backends.openvino.backend import OpenVinoNetwork
 
@@ -77,7 +77,7 @@ def test_bad_use_is_one_sentence(folders: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_without_the_package_the_command_is_named(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_install_command(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.metadata
 
     def missing(name: str) -> str:

@@ -1,4 +1,4 @@
-"""TensorRT-RTX engines compiled for real, without a GPU; and what is said where one is needed."""
+"""TensorRT-RTX engines compiled for real, without a GPU, and the errors where a GPU is needed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ADA, AMPERE, HOPPER = Gpu("GeForce RTX 4090", "sm_89"), Gpu("GeForce RTX 3080", 
 
 
 class Attend(nn.Module):
-    """One head-split attention after a group norm: what needs a kernel, and what needs care."""
+    """Attention of two heads after a group norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Attend(nn.Module):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompileJob]:
-    """A small network to compile, by precision."""
+    """Compile jobs of a small network, by precision."""
     out = {}
     for name in ("fp32", "fp16", "bf16"):
         path = tmp_path_factory.mktemp("graph") / f"{name}.onnx"
@@ -88,17 +88,17 @@ def rtx() -> module.TensorRtRtx:
 )
 def test_an_engine_is_compiled(jobs: dict[str, CompileJob], precision: str, target: str) -> None:
     seen: list[tuple[str, int, int]] = []
-    made = rtx().compile(replace(jobs[precision], target=target), lambda *at: seen.append(at))
-    engine = jobs[precision].graph.with_name(made.file)
+    compiled = rtx().compile(replace(jobs[precision], target=target), lambda *at: seen.append(at))
+    engine = jobs[precision].graph.with_name(compiled.file)
     assert engine.suffix == ".engine" and engine.stat().st_size > 10_000
-    assert made.peak_memory is not None and 50 << 20 < made.peak_memory < 2 << 30
-    # attention in float32 has no fused kernel, and would fail if it could not be taken apart
-    assert made.notes["decomposable_attention"] == 1
+    assert compiled.peak_memory is not None and 50 << 20 < compiled.peak_memory < 2 << 30
+    # attention in float32 has no fused kernel, so it must be decomposable
+    assert compiled.notes["decomposable_attention"] == 1
     assert seen and all(0 <= done <= total for _, done, total in seen)
 
 
 class OneHead(nn.Module):
-    """The attention of Stable Diffusion's autoencoder: one head of 512, for which no fused kernel exists."""
+    """The attention of Stable Diffusion's autoencoder: one head of size 512, for which no fused kernel exists."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ class OneHead(nn.Module):
         return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
 
 
-def test_a_head_of_512_is_taken_apart(tmp_path: Path) -> None:
-    """Were it not allowed, TensorRT-RTX 1.7.1 could not compile this graph."""
+def test_a_head_of_512_is_decomposed(tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7.1 cannot compile this graph unless the attention is decomposable."""
     path = tmp_path / "vae.onnx"
     export(convert(OneHead(), RECIPES["fp16"]), {"x": torch.zeros(2, 16, 512)}, "y", path)
     job = CompileJob(
@@ -119,15 +119,15 @@ def test_a_head_of_512_is_taken_apart(tmp_path: Path) -> None:
     assert rtx().compile(job, lambda *_: None).notes["decomposable_attention"] == 1
 
 
-def test_float32_for_its_range_alone_is_compiled_in_tensor_float32(jobs: dict[str, CompileJob]) -> None:
+def test_tensor_float32_is_used_only_if_the_job_allows_it(jobs: dict[str, CompileJob]) -> None:
     for allowed in (True, False):
-        made = rtx().compile(replace(jobs["fp32"], tensor_float32=allowed), lambda *_: None)
-        assert made.notes["tensor_float32"] is allowed
+        compiled = rtx().compile(replace(jobs["fp32"], tensor_float32=allowed), lambda *_: None)
+        assert compiled.notes["tensor_float32"] is allowed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "half", "bfloat16"])
-def test_every_attention_may_be_taken_apart(dtype: str) -> None:
-    """Plain TensorRT compiles on its GPU alone; here is what it is told of a parsed graph."""
+def test_every_attention_is_marked_decomposable(dtype: str) -> None:
+    """On a fake network, because plain TensorRT compiles only with a GPU."""
     attentions = [SimpleNamespace(get_input=lambda i: SimpleNamespace(dtype=dtype), decomposable=False) for _ in "ab"]
 
     class Layer:
@@ -153,7 +153,7 @@ def test_every_attention_may_be_taken_apart(dtype: str) -> None:
         ("tensorrt-rtx", "1.4.0.76", False), ("tensorrt-rtx", "1.5.0.114", True),
     ],
 )  # fmt: skip
-def test_releases_that_cannot_work_are_refused_before_the_export(
+def test_unsupported_releases_are_refused_before_the_export(
     backend: str, found: str, accepted: bool, micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flavours.importlib.metadata, "version", lambda name: found)
@@ -167,13 +167,13 @@ def test_releases_that_cannot_work_are_refused_before_the_export(
         build(BuildSpec(str(micro_base), "none", backend, "fp16", tmp_path / "x"))
 
 
-def test_a_graph_that_cannot_be_compiled_is_one_sentence(jobs: dict[str, CompileJob], tmp_path: Path) -> None:
+def test_a_graph_that_cannot_be_parsed_is_reported_in_one_sentence(jobs: dict[str, CompileJob], tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"this is not a graph")
     with pytest.raises(PnpError, match=r"bad.onnx cannot be parsed by tensorrt_rtx 1\."):
         rtx().compile(replace(jobs["fp16"], graph=tmp_path / "bad.onnx"), lambda *_: None)
 
 
-def test_a_killed_compiler_is_said_to_be_killed(jobs: dict[str, CompileJob]) -> None:
+def test_a_killed_compiler_is_reported_with_its_signal(jobs: dict[str, CompileJob]) -> None:
     def kill(*_: object) -> None:
         for child in psutil.Process().children():
             if "tensorrt.compile" in " ".join(child.cmdline()):
@@ -202,7 +202,7 @@ def test_the_compiler_dies_with_its_caller(jobs: dict[str, CompileJob], tmp_path
     assert not alive
 
 
-def test_too_little_memory_is_said_before_it_starts(
+def test_too_little_memory_is_reported_before_compiling(
     jobs: dict[str, CompileJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free", lambda: 100 << 20)
@@ -224,7 +224,7 @@ def test_too_little_memory_is_said_before_it_starts(
         ("onnxruntime", "sm_89", "fp32", {}, "an onnxruntime bundle runs on any machine"),
     ],
 )  # fmt: skip
-def test_impossible_orders_are_refused(
+def test_impossible_options_are_refused(
     monkeypatch: pytest.MonkeyPatch, backend: str, target: str | None, precision: str, options: dict, message: str
 ) -> None:
     monkeypatch.setattr(module, "present_gpus", list)
@@ -232,7 +232,7 @@ def test_impossible_orders_are_refused(
         backends.get(backend).resolve_target(target, precision, CompileOptions(**options))
 
 
-def test_tensorrt_compiles_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_compiles_only_for_the_present_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "present_gpus", lambda: [HOPPER])
     backend = backends.get("tensorrt")
     assert backend.resolve_target(None, "fp16", CompileOptions()) == "sm_90"
@@ -241,7 +241,7 @@ def test_tensorrt_compiles_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("text", ["8", "b0", "b9-2", "b64", "b", "b1-8-9"])
-def test_profiles_are_checked(text: str) -> None:
+def test_invalid_profiles_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=f"profile is '{text}'; write b1 .* at most 32"):
         Profile.parse(text)
 
@@ -255,7 +255,7 @@ def bundle(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
-def test_the_manifest_says_what_it_is_for(bundle: Path) -> None:
+def test_the_manifest_records_target_and_profiles(bundle: Path) -> None:
     m = open_bundle(bundle).manifest
     assert (m.backend, m.target, m.precision) == ("tensorrt-rtx", "sm_89", "fp16")
     assert m.compiler == {"tensorrt-rtx": RTX.version()}
@@ -269,8 +269,8 @@ def test_the_manifest_says_what_it_is_for(bundle: Path) -> None:
 
 
 @pytest.mark.slow
-def test_longer_prompts_have_profiles_of_their_own(micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
-    """What the compiler says of each profile: a second chunk adds states to read, and projections of them to move."""
+def test_longer_prompts_get_separate_profiles(micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
+    """The compiler reports each profile; only the static one has a size of its activations."""
     spec = BuildSpec(
         str(micro_base), str(micro_guide), "tensorrt-rtx", "fp16", tmp_path / "long", "sm_89", ("b1",), tokens=231
     )
@@ -285,19 +285,19 @@ def test_longer_prompts_have_profiles_of_their_own(micro_base: Path, micro_guide
     states = next(i for i in graph.graph.input if i.name == "encoder_hidden_states").type.tensor_type.shape.dim
     assert states[1].dim_param == "tokens" and states[2].dim_value == 32
     one, more = unet.compiled.notes["reports"]
-    assert one["activation_bytes"] > 0 and more["activation_bytes"] is None  # its tokens are open
+    assert one["activation_bytes"] > 0 and more["activation_bytes"] is None  # its number of tokens is open
     assert list(unet.parity.sizes) == ["32x32", "231 tokens"] and max(unet.parity.sizes.values()) < unet.parity.limit
     assert open_bundle(tmp_path / "long").manifest.networks["unet"].profiles == unet.profiles
     assert build(spec).cached and "--tokens 231" in m.rebuild
 
 
 def test_a_build_is_recorded_for_the_results(bundle: Path) -> None:
-    found = record(bundle, ["python", "-m", "benchmarks.realsize"])
-    unet = found["networks"]["unet"]
+    row = record(bundle, ["python", "-m", "benchmarks.realsize"])
+    unet = row["networks"]["unet"]
     assert unet["engine_bytes"] == (bundle / "unet.engine").stat().st_size
     assert unet["graph_bytes"] == sum((bundle / f"unet.onnx{end}").stat().st_size for end in ("", ".data"))
-    assert unet["graph_parity"] < unet["parity_limit"] and found["case"]["target"] == "sm_89"
-    assert found["build_seconds"] >= found["compile_seconds"] > 0 and found["peak_memory_bytes"]["compile"] > 0
+    assert unet["graph_parity"] < unet["parity_limit"] and row["case"]["target"] == "sm_89"
+    assert row["build_seconds"] >= row["compile_seconds"] > 0 and row["peak_memory_bytes"]["compile"] > 0
 
 
 def test_a_second_build_imports_nothing_heavy(bundle: Path, micro_base: Path, micro_guide: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_second_build_imports_nothing_heavy(bundle: Path, micro_base: Path, mi
         ([ADA], "1.6.0.5", r"compiled with tensorrt-rtx 1.6.0.5, but 1\..* is installed; rebuild it with: pnp-trt "),
     ],
 )
-def test_an_engine_for_elsewhere_is_refused_before_it_is_loaded(
+def test_an_incompatible_engine_is_refused_before_it_is_loaded(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], version: str | None, message: str
 ) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
@@ -349,7 +349,7 @@ def test_which_gpus_an_engine_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not allowed(AMPERE, "sm_89", hardware_compatible=True)
 
 
-def test_a_portable_engine_that_cannot_run_here_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_portable_engine_that_cannot_run_here_causes_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     turing = Gpu("GeForce RTX 2080", "sm_75")
     for gpu, advice in ((HOPPER, "use --backend tensorrt$"), (turing, "add --target sm_75$")):
         monkeypatch.setattr(module, "present_gpus", lambda gpu=gpu: [gpu])
@@ -357,7 +357,9 @@ def test_a_portable_engine_that_cannot_run_here_is_told_of(monkeypatch: pytest.M
             assert rtx().resolve_target(None, "fp16", CompileOptions()) == "portable"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert rtx().resolve_target("sm_89", "fp16", CompileOptions()) == "sm_89"  # asked for: it is for another GPU
+        assert (
+            rtx().resolve_target("sm_89", "fp16", CompileOptions()) == "sm_89"
+        )  # an explicit target may be another GPU
         monkeypatch.setattr(module, "present_gpus", lambda: [ADA])
         assert rtx().resolve_target(None, "fp16", CompileOptions()) == "portable"
 
@@ -368,7 +370,7 @@ def test_later_releases_may_load_version_compatible_engines() -> None:
 
 
 @pytest.mark.skipif(bool(present_gpus()), reason="states what is said where no GPU is")
-def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
+def test_running_without_a_gpu_is_refused_in_one_sentence(bundle: Path) -> None:
     opened = open_bundle(bundle)
     with pytest.raises(InputError, match="needs an NVIDIA GPU, but CUDA found none .*onnxruntime"):
         from pnp_trt.backends.tensorrt.network import TrtNetwork
@@ -380,10 +382,10 @@ def test_running_without_a_gpu_is_one_clear_sentence(bundle: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not present_gpus() or present_gpus()[0].sm not in RTX.targets, reason="needs an RTX GPU")
-def test_an_engine_gives_what_pytorch_gives(micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
+def test_an_engine_matches_pytorch(micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
     target = present_gpus()[0].sm
-    made = build(BuildSpec(str(micro_base), str(micro_guide), "tensorrt-rtx", "fp16", tmp_path / "x", target))
-    errors: Any = made.manifest.parity.engine
+    built = build(BuildSpec(str(micro_base), str(micro_guide), "tensorrt-rtx", "fp16", tmp_path / "x", target))
+    errors: Any = built.manifest.parity.engine
     assert all(e < 5e-3 for e in errors.values())
     assert len(Pipeline.load(tmp_path / "x")(["a cat"] * 3, steps=2)) == 3
 
@@ -394,10 +396,10 @@ def test_timing_caches_are_keyed_by_device_and_version(monkeypatch: pytest.Monke
     backend = module.TensorRt()
     monkeypatch.setattr(type(backend.flavour), "version", lambda self: "11.4.0.106")
     assert backend._timing_cache() == str(tmp_path / "timing" / "11.4.0.106-sm_90-h100.cache")
-    assert rtx()._timing_cache() is None  # its timing-cache calls would ask for a GPU
+    assert rtx()._timing_cache() is None  # its timing cache would need a GPU
 
 
-def test_without_a_gpu_a_fine_tune_is_compiled_in(
+def test_a_fine_tune_is_compiled_again_without_a_gpu(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "present_gpus", list)
@@ -409,25 +411,27 @@ def test_without_a_gpu_a_fine_tune_is_compiled_in(
         "unet": "compiled again: the engine was not built with --refittable",
         "text_encoder": "kept", "vae_decoder": "kept",
     }  # fmt: skip
-    # what is needed here is made from the beginning
-    with pytest.raises(InputError, match="make one for this machine with: pnp-trt build .* && pnp-trt plug ") as said:
+    # the advice builds an engine for this machine from the start
+    with pytest.raises(
+        InputError, match="make one for this machine with: pnp-trt build .* && pnp-trt plug "
+    ) as refused:
         Pipeline.load(tmp_path / "x")
-    build_line, plug_line = str(said.value).split("with: ")[1].split(" && ")
+    build_line, plug_line = str(refused.value).split("with: ")[1].split(" && ")
     assert "--backend onnxruntime" in build_line and "--target" not in build_line and "--profile" not in build_line
     assert build_line.endswith(f"--out {bundle}-here") and plug_line.startswith(f"pnp-trt plug {bundle}-here --base ")
     assert plug_line.endswith(f"--out {tmp_path / 'x'}-here")
 
 
-def refit_api(said: list[Any], missing: tuple[str, ...] = (), parsed: bool = True, refitted: bool = True) -> Any:
-    """What of TensorRT's Python API a refit calls, by the names and results that its documentation gives."""
+def refit_api(calls: list[Any], missing: tuple[str, ...] = (), parsed: bool = True, refitted: bool = True) -> Any:
+    """Return a fake of the TensorRT API that a refit uses, as documented; ``calls`` logs its use."""
 
     class Engine:
         refittable = True
 
         def create_serialization_config(self) -> Any:
             flags = SimpleNamespace()
-            flags.set_flag = lambda f: said.append(("set", f)) or True
-            flags.clear_flag = lambda f: said.append(("clear", f)) or True
+            flags.set_flag = lambda f: calls.append(("set", f)) or True
+            flags.clear_flag = lambda f: calls.append(("clear", f)) or True
             return flags
 
         def serialize_with_config(self, config: Any) -> bytes:
@@ -435,7 +439,7 @@ def refit_api(said: list[Any], missing: tuple[str, ...] = (), parsed: bool = Tru
 
     class Refitter:
         def __init__(self, engine: Engine, logger: Any) -> None:
-            said.append("refitter")
+            calls.append("refitter")
 
         def get_missing_weights(self) -> list[str]:
             return list(missing)
@@ -444,7 +448,7 @@ def refit_api(said: list[Any], missing: tuple[str, ...] = (), parsed: bool = Tru
             return ["a", "b"]
 
         def refit_cuda_engine(self) -> bool:
-            said.append("refit")
+            calls.append("refit")
             return refitted
 
     class Parser:
@@ -454,7 +458,7 @@ def refit_api(said: list[Any], missing: tuple[str, ...] = (), parsed: bool = Tru
             pass
 
         def refit_from_file(self, graph: str) -> bool:
-            said.append(Path(graph).name)
+            calls.append(Path(graph).name)
             return parsed
 
         def get_error(self, i: int) -> Any:
@@ -480,11 +484,11 @@ def refit_api(said: list[Any], missing: tuple[str, ...] = (), parsed: bool = Tru
         ({"refitted": False}, "could not refit old.engine"),
     ],
 )
-def test_a_refit_takes_every_weight_or_writes_nothing(
+def test_a_refit_replaces_every_weight_or_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: dict[str, Any], message: str | None
 ) -> None:
-    said: list[Any] = []
-    monkeypatch.setattr(type(RTX), "load", lambda self: refit_api(said, **api))
+    calls: list[Any] = []
+    monkeypatch.setattr(type(RTX), "load", lambda self: refit_api(calls, **api))
     (tmp_path / "old.engine").write_bytes(b"old")
     job = {"flavour": "tensorrt-rtx", "graph": str(tmp_path / "unet.onnx"), "engine": str(tmp_path / "unet.engine"),
            "refit": str(tmp_path / "old.engine"), "options": {"version_compatible": False},
@@ -496,10 +500,10 @@ def test_a_refit_takes_every_weight_or_writes_nothing(
         return
     assert refit_network(job, lambda *_: None)["refitted"] == 2
     assert (tmp_path / "unet.engine").read_bytes() == b"the refitted plan"
-    assert said == ["refitter", "unet.onnx", "refit", ("clear", "weights"), ("set", "refit")]
+    assert calls == ["refitter", "unet.onnx", "refit", ("clear", "weights"), ("set", "refit")]
 
 
-def test_the_calls_of_a_refit_are_in_the_installed_api() -> None:
+def test_the_installed_api_has_the_names_that_a_refit_uses() -> None:
     import tensorrt_rtx as trt
 
     for kind, names in (
@@ -521,41 +525,43 @@ def test_the_calls_of_a_refit_are_in_the_installed_api() -> None:
         ([], True, "compiled again: no NVIDIA driver or GPU was found here"),
     ],
 )
-def test_weights_are_refit_where_that_can_be(
+def test_weights_are_refitted_where_possible(
     jobs: dict[str, CompileJob], monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], refittable: bool, how: str
 ) -> None:
-    orders: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
     monkeypatch.setattr(module, "present_gpus", lambda: gpus)
-    monkeypatch.setattr(module, "_in_own_process", lambda order, *_: orders.append(order) or
+    monkeypatch.setattr(module, "_in_own_process", lambda request, *_: requests.append(request) or
                         {"seconds": 1.0, "peak_memory": None})  # fmt: skip
     job = replace(jobs["fp16"], options=CompileOptions(refittable=refittable, check_memory=False))
-    made = rtx().replace_weights(job, Path("old.engine"), lambda *_: None)
-    assert re.fullmatch(how, made.notes["weights"]) and made.file == "fp16.engine"
-    assert [order["refit"] for order in orders] == ["old.engine" if how == "refit" else None]
+    compiled = rtx().replace_weights(job, Path("old.engine"), lambda *_: None)
+    assert re.fullmatch(how, compiled.notes["weights"]) and compiled.file == "fp16.engine"
+    assert [request["refit"] for request in requests] == ["old.engine" if how == "refit" else None]
 
 
-def test_a_refit_that_fails_is_compiled_again(jobs: dict[str, CompileJob], monkeypatch: pytest.MonkeyPatch) -> None:
-    orders: list[str | None] = []
+def test_an_engine_is_compiled_again_if_its_refit_fails(
+    jobs: dict[str, CompileJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refits: list[str | None] = []
 
-    def run(order: dict[str, Any], *_: Any) -> dict[str, Any]:
-        orders.append(order["refit"])
-        if order["refit"]:
+    def run(request: dict[str, Any], *_: Any) -> dict[str, Any]:
+        refits.append(request["refit"])
+        if request["refit"]:
             raise PnpError("Only successfully refitted 3 out of 5")
         return {"seconds": 1.0, "peak_memory": None}
 
     monkeypatch.setattr(module, "present_gpus", lambda: [ADA])
     monkeypatch.setattr(module, "_in_own_process", run)
     job = replace(jobs["fp16"], options=CompileOptions(refittable=True, check_memory=False))
-    made = rtx().replace_weights(job, Path("old.engine"), lambda *_: None)
-    assert orders == ["old.engine", None]
-    assert made.notes["weights"] == "compiled again: the refit failed (Only successfully refitted 3 out of 5)"
-    monkeypatch.setattr(memory, "free", lambda: 100 << 20)  # what is refused before is refused
+    compiled = rtx().replace_weights(job, Path("old.engine"), lambda *_: None)
+    assert refits == ["old.engine", None]
+    assert compiled.notes["weights"] == "compiled again: the refit failed (Only successfully refitted 3 out of 5)"
+    monkeypatch.setattr(memory, "free", lambda: 100 << 20)  # an InputError is raised at once
     with pytest.raises(InputError, match="of memory"):
         rtx().replace_weights(replace(job, options=CompileOptions(refittable=True)), Path("old"), lambda *_: None)
-    assert len(orders) == 2
+    assert len(refits) == 2
 
 
-def test_turing_is_never_compiled_for_one_image_alone() -> None:
+def test_turing_engines_are_never_compiled_for_single_images_only() -> None:
     one, several = Profile("b1", 1, 1, 1), Profile.parse("b2-8")
     assert module._compilable(one, "sm_75") == Profile("b1", 1, 1, 2) and module._compilable(one, "sm_89") == one
     assert module._compilable(several, "sm_75") == several

@@ -50,7 +50,7 @@ def eager(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def compiled(eager: Path, micro_base: Path, micro_guide: Path) -> Path:
-    """The same for ``torch.compile``, compared when it was built; its graphs are captured, no C++ is compiled."""
+    """The same student for ``torch.compile``; its graphs are captured, but no C++ is compiled."""
     out = eager.parent / "compiled"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -77,13 +77,13 @@ def test_from_build_to_images(cli: Cli, micro_base: Path, micro_guide: Path, tmp
     assert row["engine"] == "e" and row["method"] == "guided"
 
 
-def test_a_bundle_holds_numbers_and_no_code(eager: Path) -> None:
+def test_a_bundle_contains_no_code(eager: Path) -> None:
     assert {p.suffix for p in eager.iterdir()} == {".json", ".safetensors", ".npz"}
     manifest = read_manifest(eager)
     assert {"unet.safetensors", "unet.json"} <= manifest.files.keys()
     described = json.loads((eager / "unet.json").read_text())
     assert [p["class"] for p in described["parts"].values()] == ["UNet2DConditionModel", "TinyGuide"]
-    # the map of weights is as a graph's: every weight of the file, by source and key
+    # as for a graph, the map lists every weight of the file with its source and key
     named = json.loads((eager / "weights.json").read_text())["networks"]["unet"]["weights"]
     assert named["unet.conv_in.weight"] == {
         "source": "unet", "key": "conv_in.weight", "transform": [{"op": "cast", "to": "float32"}]
@@ -97,7 +97,7 @@ def test_equal_inputs_give_equal_files(eager: Path, micro_base: Path, micro_guid
         assert sha256(eager / name) == sha256(tmp_path / "again" / name), name
 
 
-def test_it_draws_what_onnx_runtime_draws(eager: Path, micro_bundles: Path) -> None:
+def test_images_equal_onnx_runtimes(eager: Path, micro_bundles: Path) -> None:
     a, b = (Pipeline.load(f, provider="cpu") for f in (eager, micro_bundles / "guided"))
     request: dict[str, Any] = {"steps": 4, "seed": [1, 2], "guidance": [2.0, 6.0]}
     for one, other in zip(a(["a cat", "a dog"], **request), b(["a cat", "a dog"], **request), strict=True):
@@ -105,7 +105,7 @@ def test_it_draws_what_onnx_runtime_draws(eager: Path, micro_bundles: Path) -> N
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_is_off_and_within_the_limit(precision: str, micro_base: Path, tmp_path: Path) -> None:
+def test_half_precision_deviates_within_the_limit(precision: str, micro_base: Path, tmp_path: Path) -> None:
     built = build(BuildSpec(str(micro_base), "none", backend="torch", precision=precision, out=tmp_path / "e"))
     limit = recipe(precision).limit
     for errors in (built.manifest.parity.relative_error, built.manifest.parity.engine):
@@ -113,7 +113,7 @@ def test_half_precision_is_off_and_within_the_limit(precision: str, micro_base: 
     assert Pipeline.load(tmp_path / "e").methods == ("cfg", "unguided")
 
 
-def test_whole_networks_are_captured_and_compared(compiled: Path) -> None:
+def test_compiled_networks_are_compared_at_build_time(compiled: Path) -> None:
     manifest = read_manifest(compiled)
     assert manifest.target == "compile" and max(manifest.parity.engine.values()) < 1e-4
 
@@ -125,18 +125,18 @@ def test_compiled_code_runs_from_any_thread(compiled: Path) -> None:
     inputs, reference = load_golden(compiled / "golden.npz")["vae_decoder"]
     with ThreadPoolExecutor(2) as pool:
         for out in pool.map(lambda i: network(latents=inputs["latents"][i : i + 1]), (0, 1)):
-            assert np.abs(out - reference).min(axis=0).max() < 1e-4  # one of the two
+            assert np.abs(out - reference).min(axis=0).max() < 1e-4  # equal to one of the two images
 
 
-def test_no_cpp_compiler_is_said_before_anything_is_loaded(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cpp_compiler_is_reported_before_loading(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InputError, match=r"cannot run here: torch.compile needs a C\+\+ compiler, .* --target eager"):
         Pipeline.load(compiled)
 
 
-def test_a_server_without_torch_is_told_what_to_install(eager: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
+def test_missing_torch_is_reported_with_its_install_command(eager: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
     with pytest.raises(InputError, match=r"backend 'torch' needs torch; install with: pip install 'pnp-trt\[build\]'"):
         Pipeline.load(eager)
 
@@ -149,12 +149,12 @@ def test_a_server_without_torch_is_told_what_to_install(eager: Path, monkeypatch
         (["--profile", "b4"], "takes any batch up to 32; leave --profile out"),
     ],
 )
-def test_bad_orders_are_refused(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_invalid_options_are_refused(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
     done = cli("build", "--backend", "torch", "--out", tmp_path / "x", *arguments)
     assert done.code == 2 and message in done.err and not (tmp_path / "x").exists()
 
 
-def test_wrong_inputs_name_the_right_ones(eager: Path) -> None:
+def test_wrong_inputs_are_refused_with_the_expected_ones(eager: Path) -> None:
     bundle = open_bundle(eager)
     network = backends.get("torch").load(bundle.file("unet"), bundle.manifest.networks["unet"], CPU)
     with network.bind(2) as bound:
@@ -177,7 +177,7 @@ def test_cuda_without_a_gpu_is_refused(eager: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.gpu
 @pytest.mark.parametrize("which", ["eager", "compiled"])
-def test_on_a_gpu(which: str, eager: Path, request: pytest.FixtureRequest) -> None:
+def test_images_on_a_gpu_equal_the_cpus(which: str, eager: Path, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(which)
     assert max(verify(open_bundle(folder), LoadOptions("cuda")).values()) < 1e-4
     on_gpu, on_cpu = (  # eager on the CPU, where compiling would take minutes
@@ -187,17 +187,17 @@ def test_on_a_gpu(which: str, eager: Path, request: pytest.FixtureRequest) -> No
     assert np.abs(on_gpu - on_cpu).max() <= 2
 
 
-def test_a_description_of_something_else_is_refused(eager: Path, tmp_path: Path) -> None:
+def test_an_unknown_class_in_a_description_is_refused(eager: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(eager, tmp_path / "e"))
     described = json.loads((copy / "unet.json").read_text())
     described["parts"]["unet"]["class"] = "os.system"
     (copy / "unet.json").write_text(json.dumps(described))
-    reseal(copy)  # sealed again: only the names of the classes are left to refuse it
+    reseal(copy)  # with a valid seal, so that only the check of class names can refuse it
     with pytest.raises(InputError, match=r"unet.json names the class 'os.system'; known: UNet2DConditionModel"):
         Pipeline.load(copy)
 
 
-def test_a_full_disk_is_a_sentence(eager: Path, micro_base: Path, tmp_path: Path,
+def test_a_full_disk_is_reported_in_one_sentence(eager: Path, micro_base: Path, tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     import safetensors.torch
     from safetensors import SafetensorError
@@ -219,7 +219,7 @@ def test_a_full_disk_is_a_sentence(eager: Path, micro_base: Path, tmp_path: Path
     deep=st.booleans(),
 )
 @torch.no_grad()
-def test_what_was_saved_is_made_again(
+def test_a_saved_module_is_rebuilt(
     kind: str, precision: str, negative: bool, deep: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     unet = small_unet(layers_per_block=2 if deep else 1)
@@ -234,8 +234,8 @@ def test_what_was_saved_is_made_again(
     convert(module, recipe(precision))
     path = tmp_path_factory.mktemp("made") / "unet.json"
     modules.save(module, path)
-    again = convert(rebuild(path, path.with_suffix(".safetensors")), recipe(precision))
-    for (name, held), (_, made) in zip(module.state_dict().items(), again.state_dict().items(), strict=True):
-        assert held.dtype == made.dtype and torch.equal(held, made), name
-    a, b = again(**inputs), module(**inputs)  # kernels may differ with where a weight lies in memory
+    rebuilt = convert(rebuild(path, path.with_suffix(".safetensors")), recipe(precision))
+    for (name, original), (_, copied) in zip(module.state_dict().items(), rebuilt.state_dict().items(), strict=True):
+        assert original.dtype == copied.dtype and torch.equal(original, copied), name
+    a, b = rebuilt(**inputs), module(**inputs)  # kernels may depend on a weight's address in memory
     assert (a - b).norm() / b.norm() < (1e-5 if precision == "fp32" else 2e-2)

@@ -1,4 +1,4 @@
-"""The torch form of the device loop: its arithmetic on the CPU, capture and replay where a GPU is."""
+"""The device loop in PyTorch: its arithmetic on the CPU, and capture and replay on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pnp_trt.sampling.table import make_table
 
 PROMPTS = ["a cat", "a red house"]
 SCHEDULES = ["ddim", "dpm++", "euler", "heun", "unipc"]
-#: steps and schedules of runs that share a graph
+#: schedules and numbers of steps of runs that share a graph
 RUNS = [(schedule, steps) for steps in (3, 1) for schedule in SCHEDULES]
 
 
@@ -43,7 +43,7 @@ def bundles(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def compiled(bundles: Path, micro_base: Path, micro_guide: Path) -> Path:
-    """``guided`` for ``torch.compile``; built without Inductor, whose code is made where the bundle runs."""
+    """``guided`` for ``torch.compile``; built without Inductor, which compiles where the bundle runs."""
     out = bundles / "compiled"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -52,7 +52,7 @@ def compiled(bundles: Path, micro_base: Path, micro_guide: Path) -> Path:
 
 
 def with_lane(folder: Path) -> Pipeline:
-    """A pipeline on the CPU whose loop is the lane's."""
+    """Return a pipeline on the CPU that samples with the device loop, without capture."""
     pipeline = Pipeline.load(folder, provider="cpu")
     assert pipeline.loops is None
     unet: Any = pipeline._unet
@@ -64,12 +64,12 @@ def with_lane(folder: Path) -> Pipeline:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
-def test_the_lane_draws_what_the_host_draws(bundles: Path, schedule: str, name: str, method: str | None) -> None:
+def test_the_lanes_images_equal_the_hosts(bundles: Path, schedule: str, name: str, method: str | None) -> None:
     host, lane = Pipeline.load(bundles / name, provider="cpu"), with_lane(bundles / name)
     for seed in (0, 3):
-        asked: dict[str, Any] = {"steps": 4, "seed": [seed, 9], "guidance": [2.0, 5.0], "schedule": schedule}
+        request: dict[str, Any] = {"steps": 4, "seed": [seed, 9], "guidance": [2.0, 5.0], "schedule": schedule}
         for one, other in zip(
-            host(PROMPTS, method=method, **asked), lane(PROMPTS, method=method, **asked), strict=True
+            host(PROMPTS, method=method, **request), lane(PROMPTS, method=method, **request), strict=True
         ):
             assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 1
     text, noise = host.encode(PROMPTS), host.noise([1, 2])
@@ -80,15 +80,15 @@ def test_the_lane_draws_what_the_host_draws(bundles: Path, schedule: str, name: 
 def test_compiled_modules_run_in_the_lane(bundles: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     host, lane = Pipeline.load(bundles / "guided", provider="cpu"), with_lane(compiled)
-    asked: dict[str, Any] = {"steps": 4, "seed": [0, 9], "guidance": [2.0, 5.0]}
-    for one, other in zip(host(PROMPTS, **asked), lane(PROMPTS, **asked), strict=True):
+    request: dict[str, Any] = {"steps": 4, "seed": [0, 9], "guidance": [2.0, 5.0]}
+    for one, other in zip(host(PROMPTS, **request), lane(PROMPTS, **request), strict=True):
         assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 1
 
 
-def test_on_a_gpu_compiled_code_runs_where_the_loop_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture takes what its own thread puts on its stream, and no CUDA graph within it."""
+def test_on_a_gpu_compiled_code_runs_in_the_capturing_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture records only the work of its own thread, and cannot contain another CUDA graph."""
     threads: list[threading.Thread] = []
-    given: list[dict[str, Any]] = []
+    compile_options: list[dict[str, Any]] = []
 
     class Watched(torch.nn.Module):
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -96,12 +96,12 @@ def test_on_a_gpu_compiled_code_runs_where_the_loop_captures(monkeypatch: pytest
             return 2 * latents
 
     def compile(module: Any, **options: Any) -> Any:
-        given.append(options["options"])
+        compile_options.append(options["options"])
         return module
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # there may be no GPU
-    monkeypatch.setattr(network, "device", lambda wanted="auto": "cuda")
+    monkeypatch.setattr(network, "device", lambda provider="auto": "cuda")
     record = NetworkRecord(
         graph="vae.json", precision="fp32", inputs={"latents": ("float32", ("batch", 4, 8, 8))},
         outputs={"sample": ("float32", ("batch",))}, parity=NetworkParity(0.0, 0.0, 0),
@@ -109,13 +109,13 @@ def test_on_a_gpu_compiled_code_runs_where_the_loop_captures(monkeypatch: pytest
     )  # fmt: skip
     vae = network.TorchNetwork(Path("vae.json"), record, LoadOptions("cuda"), Watched())
     assert vae.run({"latents": torch.ones(1, 4, 8, 8)}).sum() == 2 * 4 * 8 * 8
-    assert threads == [threading.current_thread()] and given == [{"triton.cudagraphs": False}]
+    assert threads == [threading.current_thread()] and compile_options == [{"triton.cudagraphs": False}]
     loops: Any = backends.get("torch")
     assert loops.device_loops(vae, vae, None, "compiled") is not None
 
 
-def test_a_run_reads_nothing_of_the_run_before(bundles: Path) -> None:
-    """Its first rows have no step before them, whatever their scales are; and what was not finite is forgotten."""
+def test_a_run_is_independent_of_the_previous_run(bundles: Path) -> None:
+    """The first rows have no previous step, so their scales for it have no effect; nor has NaN in an earlier run."""
     host, lane = Pipeline.load(bundles / "guided", provider="cpu"), with_lane(bundles / "guided")
     ones = np.ones(4, np.float32)
     table = make_table(
@@ -128,7 +128,7 @@ def test_a_run_reads_nothing_of_the_run_before(bundles: Path) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
-def test_not_finite_is_never_a_image(bundles: Path) -> None:
+def test_values_that_are_not_finite_raise_an_error(bundles: Path) -> None:
     lane = with_lane(bundles / "guided")
     vae: Any = lane._vae
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_not_finite_is_never_a_image(bundles: Path) -> None:
         lane("a cat", steps=2)
 
 
-def test_without_cuda_graphs_it_says_so_and_goes_on(bundles: Path) -> None:
+def test_without_cuda_graphs_it_warns_and_continues(bundles: Path) -> None:
     lane = with_lane(bundles / "guided")
     assert lane.loops is not None
     lane.loops.capture = True
@@ -147,7 +147,7 @@ def test_without_cuda_graphs_it_says_so_and_goes_on(bundles: Path) -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """A CUDA graph on the CPU: operations with the tensors that they were called with, to be made again."""
+    """A substitute for a CUDA graph on the CPU: it records operations with their tensors, and can repeat them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,31 +156,33 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.item, torch.ops.aten._local_scalar_dense):
             raise RuntimeError("a value was read back in a capture")
-        made = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, made))
-        return made
+        output = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, output))
+        return output
 
     def again(self) -> None:
-        """Each result goes where the first one went."""
-        for func, args, kwargs, made in self.calls:
-            for to, found in zip(pytree.tree_leaves(made), pytree.tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(to, torch.Tensor) and to.data_ptr() != found.data_ptr():
-                    to.copy_(found)
+        """Repeat each operation, and write its outputs into the recorded outputs."""
+        for func, args, kwargs, outputs in self.calls:
+            for recorded_output, output in zip(
+                pytree.tree_leaves(outputs), pytree.tree_leaves(func(*args, **kwargs)), strict=True
+            ):
+                if isinstance(recorded_output, torch.Tensor) and recorded_output.data_ptr() != output.data_ptr():
+                    recorded_output.copy_(output)
 
 
 class RecordedLane(torch_graph.TorchLane):
     """Captures and replays without a GPU."""
 
     def capture(self, work: Callable[[], None]) -> Recorder:
-        held = [value for value in pytree.tree_leaves(vars(self)) if isinstance(value, torch.Tensor)]
-        before = [value.clone() for value in held]
+        tensors = [value for value in pytree.tree_leaves(vars(self)) if isinstance(value, torch.Tensor)]
+        before = [value.clone() for value in tensors]
         with torch.inference_mode():
             try:
                 with Recorder() as graph:
                     work()
             finally:
-                for value, was in zip(held, before, strict=True):
-                    value.copy_(was)  # a capture runs nothing
+                for value, saved in zip(tensors, before, strict=True):
+                    value.copy_(saved)  # a real capture does not run the work
         return graph
 
     def replay(self, graph: Recorder) -> None:
@@ -200,15 +202,15 @@ def recorded(folder: Path) -> tuple[Pipeline, DeviceLoops]:
 
 
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
-def test_one_capture_draws_every_schedule_in_any_number_of_steps(bundles: Path, name: str, method: str | None) -> None:
+def test_one_capture_serves_every_schedule_and_number_of_steps(bundles: Path, name: str, method: str | None) -> None:
     host = Pipeline.load(bundles / name, provider="cpu")
     lane, loops = recorded(bundles / name)
     for number, (schedule, steps) in enumerate(RUNS):
-        asked: dict[str, Any] = {
+        request: dict[str, Any] = {
             "steps": steps, "seed": [number, 9], "guidance": [2.0, 1.0 + number / 2], "schedule": schedule,
             "method": method,
         }  # fmt: skip
-        for one, other in zip(host(PROMPTS, **asked), lane(PROMPTS, **asked), strict=True):
+        for one, other in zip(host(PROMPTS, **request), lane(PROMPTS, **request), strict=True):
             assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 1
     assert (loops.captures, loops.replays, loops.why_not) == (1, len(RUNS) - 1, None)
 
@@ -226,17 +228,17 @@ def test_a_step_that_reads_a_value_back_is_not_captured(bundles: Path, monkeypat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("name", "method"), [("guided", None), ("plain", "cfg")])
-def test_captured_images_are_the_eager_ones(bundles: Path, name: str, method: str | None) -> None:
+def test_captured_images_equal_the_eager_ones(bundles: Path, name: str, method: str | None) -> None:
     eager, captured = (Pipeline.load(bundles / name, provider="cuda") for _ in range(2))
     assert eager.loops is not None and captured.loops is not None
     eager.loops.capture = False
     for number, (schedule, steps) in enumerate(RUNS):
-        asked: dict[str, Any] = {
+        request: dict[str, Any] = {
             "steps": steps, "seed": [number, 9], "guidance": [2.0, 1.0 + number / 2], "schedule": schedule,
             "method": method,
         }  # fmt: skip
         prompts = [f"a cat {number}", "a house"]
-        for one, other in zip(eager(prompts, **asked), captured(prompts, **asked), strict=True):
+        for one, other in zip(eager(prompts, **request), captured(prompts, **request), strict=True):
             assert np.array_equal(one.pixels, other.pixels)
     assert (captured.loops.captures, captured.loops.replays) == (1, len(RUNS) - 1), captured.loops.why_not
     assert eager.loops.captures == 0
@@ -244,14 +246,14 @@ def test_captured_images_are_the_eager_ones(bundles: Path, name: str, method: st
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_captured_images_are_those_of_compiled_code(bundles: Path, compiled: Path) -> None:
+def test_captured_images_equal_those_of_compiled_code(bundles: Path, compiled: Path) -> None:
     eager = Pipeline.load(bundles / "guided", provider="cuda")
     plain, captured = (Pipeline.load(compiled, provider="cuda") for _ in range(2))
     assert plain.loops is not None and captured.loops is not None
     plain.loops.capture = False
     for seed in range(3):
-        asked: dict[str, Any] = {"steps": 4, "seed": [seed, 9], "guidance": [2.0, 3.0 + seed]}
-        pixels = [[p.pixels for p in pipe(PROMPTS, **asked)] for pipe in (eager, plain, captured)]
+        request: dict[str, Any] = {"steps": 4, "seed": [seed, 9], "guidance": [2.0, 3.0 + seed]}
+        pixels = [[p.pixels for p in pipe(PROMPTS, **request)] for pipe in (eager, plain, captured)]
         assert np.array_equal(pixels[1], pixels[2])
         assert np.abs(np.array(pixels[0], int) - np.array(pixels[1])).max() <= 2
     assert (captured.loops.captures, captured.loops.replays) == (1, 2), captured.loops.why_not
@@ -263,16 +265,16 @@ def test_captured_steps_are_reported_and_captured_again_after_clear(bundles: Pat
     pipeline = Pipeline.load(bundles / "guided", provider="cuda")
     loops = pipeline.loops
     assert loops is not None
-    asked: dict[str, Any] = {"steps": 4, "seed": 3}
-    first = pipeline("a cat", **asked)[0].pixels
+    request: dict[str, Any] = {"steps": 4, "seed": 3}
+    first = pipeline("a cat", **request)[0].pixels
     seen: list[int] = []
     for _ in range(2):
-        again = pipeline("a cat", **asked, callback=lambda done, _: seen.append(done))[0].pixels
+        again = pipeline("a cat", **request, callback=lambda done, _: seen.append(done))[0].pixels
         assert np.array_equal(again, first)
     assert seen == [1, 2, 3, 4] * 2 and (loops.captures, loops.replays) == (1, 2), loops.why_not
     with pytest.raises(Cancelled, match="after 2 of 4"):
-        pipeline("a cat", **asked, callback=lambda done, _: done < 2)
-    assert np.array_equal(pipeline("a cat", **asked)[0].pixels, first)
+        pipeline("a cat", **request, callback=lambda done, _: done < 2)
+    assert np.array_equal(pipeline("a cat", **request)[0].pixels, first)
     latents = [pipeline.denoise(pipeline.encode(["a cat"]), pipeline.noise([3]), steps=4, guidance=3.0)
                for _ in range(3)]  # fmt: skip
     assert np.array_equal(latents[0], latents[2]) and loops.captures == 1
@@ -280,6 +282,6 @@ def test_captured_steps_are_reported_and_captured_again_after_clear(bundles: Pat
     with torch.no_grad():
         list(unet._call.parameters())[-1].add_(0.5)
     loops.clear()
-    changed = [pipeline("a cat", **asked)[0].pixels for _ in range(2)]
+    changed = [pipeline("a cat", **request)[0].pixels for _ in range(2)]
     assert np.array_equal(*changed) and not np.array_equal(changed[0], first)
     assert loops.captures == 2, loops.why_not

@@ -1,4 +1,4 @@
-"""Names of TensorRT and cuda-python in use are those of the installed bindings; ``make trt-api`` has the releases."""
+"""The installed bindings of TensorRT and CUDA have the names that the source uses; ``make trt-api`` checks releases."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from benchmarks.trt_api import RELEASES, Use, accepted, documented, uses, wrong,
 from pnp_trt.backends.tensorrt.flavour import RTX, TENSORRT
 
 
-def test_the_source_names_what_it_uses() -> None:
+def test_the_names_in_use_are_read_from_the_source() -> None:
     tensorrt, cuda = uses()
     called = {(use.name, use.arguments) for use in tensorrt + cuda}
-    # one of each kind: of the module, of a variable, of a call's result, of what a layer becomes, by a string
+    # one example of each kind: from the module, a variable, a call's result, a layer of a known class, a string
     assert ("BuilderFlag.TF32", -1) in called and ("Builder", 1) in called and ("nptype", 1) in called
     assert ("IExecutionContext.execute_async_v3", 1) in called and ("OnnxParserRefitter.refit_from_file", 1) in called
     assert ("EngineInspector.get_engine_information", 1) in called and ("ParserError.desc", 0) in called
@@ -24,35 +24,38 @@ def test_the_source_names_what_it_uses() -> None:
     assert len({use.name for use in tensorrt}) > 90 and len({use.name for use in cuda}) > 30
 
 
-def test_signatures_of_docstrings() -> None:
+def test_numbers_of_arguments_are_read_from_docstrings() -> None:
     doc = "f(self: trt.A, x: Dict[str, int], y: int = 3) -> None\n\nText (not -> this).\n2. f(self: trt.A) -> bool"
     assert accepted(doc) == [(1, 2), (0, 0)]
     assert accepted("Overloaded.\n1. f(*args, **kwargs) -> object") == [] and accepted("no signature") == []
 
 
-def test_installed_rtx_has_them() -> None:
+def test_installed_rtx_has_the_names() -> None:
     trt = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
-    wanted, _ = uses()
-    wrongs = [Use("Builder.no_such_name", -1, "here"), Use("IBuilderConfig.set_flag", 3, "here")]
-    docs = {use.name: documented(trt, use.name) for use in wanted + wrongs}
-    assert wrong(wanted, docs, rtx=True) == []
-    said = wrong(wrongs, docs, rtx=True)
-    assert said[0] == "here: Builder.no_such_name is not there" and "called with 3 arguments and takes 1" in said[1]
-    checked = [u for u in wanted if u.arguments >= 0 and accepted(docs[u.name] or "")]
-    assert len(checked) > 30  # numbers of arguments are compared, and not only names
+    used, _ = uses()
+    invalid = [Use("Builder.no_such_name", -1, "here"), Use("IBuilderConfig.set_flag", 3, "here")]
+    docs = {use.name: documented(trt, use.name) for use in used + invalid}
+    assert wrong(used, docs, rtx=True) == []
+    messages = wrong(invalid, docs, rtx=True)
+    assert (
+        messages[0] == "here: Builder.no_such_name is not there"
+        and "called with 3 arguments and takes 1" in messages[1]
+    )
+    checked = [u for u in used if u.arguments >= 0 and accepted(docs[u.name] or "")]
+    assert len(checked) > 30  # numbers of arguments are compared, not only names
 
 
-def test_installed_cuda_bindings_have_them() -> None:
+def test_installed_cuda_bindings_have_the_names() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", exc_type=ImportError)
     from cuda.bindings import driver
 
     modules = {"runtime": runtime, "driver": driver}
     assert wrong_cuda(uses()[1], modules) == []
-    said = wrong_cuda([Use("runtime.cudaMalloc", 2, "a"), Use("driver.cuNoSuch", 1, "b")], modules)
-    assert len(said) == 2 and "is called with 2" in said[0] and "is not there" in said[1]
+    messages = wrong_cuda([Use("runtime.cudaMalloc", 2, "a"), Use("driver.cuNoSuch", 1, "b")], modules)
+    assert len(messages) == 2 and "is called with 2" in messages[0] and "is not there" in messages[1]
 
 
-def test_the_oldest_release_is_that_of_the_project_file() -> None:
+def test_the_oldest_releases_are_those_in_pyproject() -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     for flavour, name in ((TENSORRT, "tensorrt-cu13-bindings"), (RTX, "tensorrt-rtx-cu13-bindings")):
@@ -65,7 +68,7 @@ def test_the_oldest_release_is_that_of_the_project_file() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the wheels are for Linux")
-def test_a_release_that_cannot_be_imported_is_told_of(tmp_path: Path) -> None:
+def test_a_release_that_cannot_be_imported_is_reported(tmp_path: Path) -> None:
     import zipfile
 
     from benchmarks.trt_api import check_wheel
@@ -73,5 +76,5 @@ def test_a_release_that_cannot_be_imported_is_told_of(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "tensorrt_x-1.0-py3.whl", "w") as wheel:
         wheel.writestr("tensorrt_x/tensorrt.so", b"not a library")
         wheel.writestr("tensorrt_x/__init__.py", "")
-    (said,) = check_wheel(tmp_path / "tensorrt_x-1.0-py3.whl", tmp_path)
-    assert said.startswith("it cannot be imported: ")
+    (message,) = check_wheel(tmp_path / "tensorrt_x-1.0-py3.whl", tmp_path)
+    assert message.startswith("it cannot be imported: ")

@@ -1,6 +1,6 @@
-"""The life of an engine's buffers, on a GPU made of host memory.
+"""An engine's buffers, on a fake GPU in host memory.
 
-The fakes answer only to names that the real bindings have; what the engine computes is ``x + 1``.
+The fakes define only names that exist in the real bindings; the engine computes ``x + 1``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ trt = pytest.importorskip("tensorrt_rtx")
 
 
 class HostCuda(Cuda):
-    """Counts what is allocated; copies happen at once."""
+    """Records its allocations in host memory; copies happen immediately."""
 
     def __init__(self) -> None:
         self.held: dict[int, Any] = {}
@@ -165,8 +165,8 @@ class Engine(Real):
         self._configs.append(Config())
         return self._configs[-1]
 
-    def create_execution_context(self, given: Any = None) -> Context:
-        self._given.append(given)
+    def create_execution_context(self, argument: Any = None) -> Context:
+        self._given.append(argument)
         self._contexts.append(Context())
         return self._contexts[-1]
 
@@ -190,7 +190,7 @@ def network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TrtNetwork:
     return TrtNetwork(RTX, tmp_path / "x.engine", ENTRY, HostCuda())
 
 
-def test_runs_on_buffers_whose_addresses_stay(network: TrtNetwork) -> None:
+def test_buffers_keep_their_addresses(network: TrtNetwork) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     with network.bind(2) as bound:
         bound.write(x=x)
@@ -206,7 +206,7 @@ def test_runs_on_buffers_whose_addresses_stay(network: TrtNetwork) -> None:
         assert np.array_equal(first, x * 2 + 1)  # a copy, not the buffer
         assert bound.addresses == before
     assert np.array_equal(network(x=x), x + 1)
-    assert len(network._engine._contexts) == 1  # the same batch again takes the same buffers
+    assert len(network._engine._contexts) == 1  # the same batch size reuses the buffers
     assert network.describe().inputs == {"x": ("float32", ("batch", 3))}
 
 
@@ -240,9 +240,9 @@ def test_open_sizes_are_bound_by_the_tightest_profile(monkeypatch: pytest.Monkey
         x = np.random.default_rng(0).standard_normal((batch, 2, *size), np.float32)
         assert np.array_equal(network(x=x), x + 1)
         assert network._engine._contexts[-1]._profile == index and network._engine._contexts[-1]._shape == x.shape
-    made = len(network._engine._contexts)
-    with network.bind(1, (6, 6)) as bound:  # the same shape again takes the same buffers
-        assert bound.size == (6, 6) and len(network._engine._contexts) == made
+    contexts = len(network._engine._contexts)
+    with network.bind(1, (6, 6)) as bound:  # the same shape reuses the buffers
+        assert bound.size == (6, 6) and len(network._engine._contexts) == contexts
     legal = r"compiled for 1 to 2 of 4-8x4-8 in steps of 2, 1 to 4 of 4x4; build with --profile b4@HEIGHTxWIDTH"
     for batch, size in ((4, (4, 8)), (4, (5, 5)), (4, (10, 4))):
         with pytest.raises(InputError, match=rf"batch is 4 of {size[0]}x{size[1]} latents; x.engine was {legal}"):
@@ -250,10 +250,10 @@ def test_open_sizes_are_bound_by_the_tightest_profile(monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match="x has an open height and width"), network.bind(1):
         pass
     cuda: Any = network._cuda
-    assert len(cuda.held) == 4 * len(network._idle)  # nothing of what failed is kept
+    assert len(cuda.held) == 4 * len(network._idle)  # failed calls keep no buffers
 
 
-def test_two_users_get_two_sets_and_all_is_given_back(network: TrtNetwork) -> None:
+def test_two_users_get_separate_buffers_and_surplus_ones_are_freed(network: TrtNetwork) -> None:
     with network.bind(2) as a, network.bind(2) as b:
         assert set(a.addresses.values()).isdisjoint(b.addresses.values())
     for batch in (1, 2, 3, 4):
@@ -297,11 +297,11 @@ def test_kernels_are_kept_for_the_next_process(network: TrtNetwork, tmp_path: Pa
     again(x=np.zeros((1, 3), np.float32))
     assert again._engine._configs[-1]._cache._data == b"kernel"
     network(x=np.zeros((2, 3), np.float32))
-    assert network._engine._configs[-1]._cache._data == b"kernel"  # another shape begins with them
+    assert network._engine._configs[-1]._cache._data == b"kernel"  # another shape starts with them
 
 
-def test_no_shape_overwrites_another_ones_kernels(network: TrtNetwork, tmp_path: Path) -> None:
-    """Two processes that read nothing at first and write in turn, as did one file for both: the last one won."""
+def test_shapes_do_not_overwrite_each_others_kernels(network: TrtNetwork, tmp_path: Path) -> None:
+    """Two processes start without a cache and write one after the other; in a shared file, the last would win."""
     other = TrtNetwork(RTX, network.path, ENTRY, HostCuda())
     with network.bind(1) as a, other.bind(2) as b:
         for bound, rows in ((a, 1), (b, 2)):
@@ -312,35 +312,35 @@ def test_no_shape_overwrites_another_ones_kernels(network: TrtNetwork, tmp_path:
     assert [f.read_bytes() for f in files] == [b"kernel", b"kernel"]
 
 
-def test_a_context_has_the_memory_of_its_own_profile(network: TrtNetwork) -> None:
-    """And not that of the largest one, which each context would hold by default."""
+def test_a_context_allocates_only_its_profiles_memory(network: TrtNetwork) -> None:
+    """By default, each context would allocate the memory of the largest profile."""
     network(x=np.zeros((1, 3), np.float32))
-    wanted = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-    assert network._engine._configs[-1]._strategy == wanted and network._engine._contexts[-1]._profile == 0
+    strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+    assert network._engine._configs[-1]._strategy == strategy and network._engine._contexts[-1]._profile == 0
     engine = Engine()
     context, kernels = TENSORRT.context(trt, engine, None)
-    assert kernels is None and isinstance(context, Context) and engine._given == [wanted]
+    assert kernels is None and isinstance(context, Context) and engine._given == [strategy]
 
 
 def test_the_gpu_is_current_where_kernels_are_read(network: TrtNetwork) -> None:
-    """A thread has no context of its own at first, and without one the runtime refuses the cache."""
+    """A new thread has no CUDA context, and without one the runtime rejects the cache."""
     network(x=np.zeros((1, 3), np.float32))
     thread = threading.Thread(target=lambda: network(x=np.zeros((2, 3), np.float32)))
     thread.start()
     thread.join()
     cuda: Any = network._cuda
-    given_in = network._engine._configs[-1]._cache._given_in
-    assert given_in is not None and given_in != threading.get_ident() and given_in in cuda.attached
+    reader = network._engine._configs[-1]._cache._given_in
+    assert reader is not None and reader != threading.get_ident() and reader in cuda.attached
 
 
-def test_rejected_kernels_are_told_of(network: TrtNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_kernels_cause_a_warning(network: TrtNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     network(x=np.zeros((1, 3), np.float32))
     monkeypatch.setattr(Cache, "_accepts", False)
     with pytest.warns(UserWarning, match="cached kernels of an earlier run were rejected"):
         network(x=np.zeros((2, 3), np.float32))
 
 
-def test_an_engine_that_is_not_the_manifests_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_engine_that_does_not_match_its_manifest_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(TrtNetwork, "_deserialize", lambda self, host_code: Engine())
     for entry, message in (
         (replace(ENTRY, inputs={"x": ("float32", ("batch", 4))}), "its manifest states"),
@@ -351,7 +351,7 @@ def test_an_engine_that_is_not_the_manifests_is_refused(monkeypatch: pytest.Monk
 
 
 def test_the_bindings_have_what_the_backend_calls() -> None:
-    """Names that the fakes above do not reach."""
+    """The names that the fakes above do not cover."""
     for kind, names in (
         (trt.Runtime, ("deserialize_cuda_engine", "get_engine_validity", "engine_host_code_allowed")),
         (trt.IBuilderConfig, ("create_timing_cache", "set_timing_cache", "get_timing_cache", "progress_monitor",

@@ -396,7 +396,7 @@ def test_a_runtime_that_is_compiled_for_shapes_refuses_more_tokens(
     from pnp_trt.backends.onnxruntime.backend import OnnxRuntime
 
     monkeypatch.setattr(OnnxRuntime, "open_tokens", False)
-    with pytest.raises(InputError, match="'onnxruntime' takes prompts of one chunk alone; .* --backend .*torch"):
+    with pytest.raises(InputError, match="'onnxruntime' supports prompts of one chunk only; .* --backend .*torch"):
         build(BuildSpec(str(micro_base), "none", out=tmp_path / "x", tokens=154))
 
 

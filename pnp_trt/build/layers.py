@@ -290,6 +290,6 @@ def _onnx_ir() -> Any:
         import polygraphy  # noqa: F401  (checked here for a clear message)
     except ImportError as e:
         raise MissingDependency(
-            f"comparing layers needs {e.name}; install it with: pip install 'pnp-trt[build]'"
+            f"comparing layers needs {e.name}; install with: pip install 'pnp-trt[build]'"
         ) from None
     return onnx_ir

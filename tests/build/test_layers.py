@@ -172,5 +172,5 @@ def test_modules_have_no_graphs(cli: Cli, micro_base: Path, tmp_path: Path) -> N
 
 def test_without_polygraphy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "polygraphy", None)
-    with pytest.raises(InputError, match=r"comparing layers needs polygraphy; install it with: pip install 'pnp"):
+    with pytest.raises(InputError, match=r"comparing layers needs polygraphy; install with: pip install 'pnp-trt\[b"):
         layerwise(tmp_path / "none.onnx", {})

@@ -150,12 +150,12 @@ def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Prof
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
     recipe = recipe.on_backend(find_recipe(backend.beside_int8), backend.int8_one_scale)
     if spec.calibration is not None and not recipe.needs_record:
-        takers = " or ".join(name for name, other in RECIPES.items() if other.needs_record)
-        raise InputError(f"--calibration is for --precision {takers}, not {recipe.name}; omit it")
+        supporting = " or ".join(name for name, other in RECIPES.items() if other.needs_record)
+        raise InputError(f"--calibration is for --precision {supporting}, not {recipe.name}; omit it")
     if spec.tokens is not None and not backend.open_tokens:
-        takers = ", ".join(name for name in backends.BACKENDS if backends.get(name).open_tokens)
+        supporting = ", ".join(name for name in backends.BACKENDS if backends.get(name).open_tokens)
         raise InputError(
-            f"backend '{backend.name}' supports prompts of one chunk only; omit --tokens, or use --backend {takers}"
+            f"backend '{backend.name}' supports prompts of one chunk only; omit --tokens, or use --backend {supporting}"
         )
     if profiles and not backend.profiles and not any(p.sized for p in profiles):
         raise InputError(

@@ -146,14 +146,18 @@ def verdict(layers: list[LayerParity], limit: float) -> tuple[str, bool]:
     Only the output, which is the last tensor, must be within the limit: errors of intermediate tensors may be larger,
     and often are where terms cancel.
     """
-    if (bad := first_not_finite(layers)) is not None:
-        why = "in float32 too: check the weights" if not bad.finite_in_float32 else f"{bad.largest:.3g} in float32"
-        return f"the first tensor that is not finite is '{bad.tensor}' ({_where(bad)}); {why}", True
+    if (not_finite := first_not_finite(layers)) is not None:
+        why = (
+            "in float32 too: check the weights"
+            if not not_finite.finite_in_float32
+            else f"{not_finite.largest:.3g} in float32"
+        )
+        return f"the first tensor that is not finite is '{not_finite.tensor}' ({_where(not_finite)}); {why}", True
     last = layers[-1]
-    if not last.error <= limit and (past := first_past(layers, limit)) is not None:
+    if not last.error <= limit and (above := first_past(layers, limit)) is not None:
         return (
             f"the output has an error of {last.error:.1e} (limit {limit:.0e}), and the first tensor above the limit is "
-            f"'{past.tensor}' ({_where(past)}) with {past.error:.1e}"
+            f"'{above.tensor}' ({_where(above)}) with {above.error:.1e}"
         ), True
     furthest = max(layers, key=lambda layer: layer.error)
     return (

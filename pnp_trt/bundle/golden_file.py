@@ -13,7 +13,7 @@ from ..errors import BundleCorrupt
 from ..io.text import printable
 from .manifest import NetworkRecord, Tensor
 
-#: float32 outputs of one network: an array, or a tuple of them where the network has several
+#: float32 outputs of one network: an array, or a tuple of them if the network has several
 Outputs = np.ndarray | tuple[np.ndarray, ...]
 #: {network: (inputs by name, PyTorch's outputs)}; ``network@HEIGHTxWIDTH`` for sizes other than the default
 Golden = dict[str, tuple[dict[str, np.ndarray], Outputs]]

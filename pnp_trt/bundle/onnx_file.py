@@ -84,8 +84,8 @@ def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
         raise BundleCorrupt(
             f"{where} contains loops, branches or functions, which no network of this program has; {advice}"
         )
-    if strange := sorted(op for op in graph.operators if op[0] not in DOMAINS):
-        shown = printable(f"{strange[0][0]}.{strange[0][1]}", limit=200)
+    if custom := sorted(op for op in graph.operators if op[0] not in DOMAINS):
+        shown = printable(f"{custom[0][0]}.{custom[0][1]}", limit=200)
         raise BundleCorrupt(f"{where} has the custom operator {shown}, which no runtime here implements; {advice}")
     for side, tensors, expected in (
         ("inputs", graph.inputs, record.inputs), ("outputs", graph.outputs, record.outputs),

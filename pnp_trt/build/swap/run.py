@@ -419,8 +419,8 @@ class _Work:
 
     def _text(self, tokens: dict[str, Tokens]) -> FurtherText:
         """The manifest's ``text`` entry; a complete model that is plugged sets ``zero_empty_prompt`` itself."""
-        whole = self.fine_tune.base if not self.fine_tune.unet_only and self.spec.base is not None else None
-        zeros = self.manifest.text.zero_empty_prompt if whole is None else whole.zero_empty_prompt()
+        model = self.fine_tune.base if not self.fine_tune.unet_only and self.spec.base is not None else None
+        zeros = self.manifest.text.zero_empty_prompt if model is None else model.zero_empty_prompt()
         others = {k: v for k, v in tokens.items() if k != TEXT_ENCODER}
         return FurtherText(others, zeros, self.manifest.text.chunks)
 

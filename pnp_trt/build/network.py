@@ -87,7 +87,7 @@ class NetworkExport:
             module = None
             if error <= recipe.limit:  # also refuses NaN
                 break
-            tried.append(f"{error:.2e} in {recipe.name} (limit {recipe.limit:.0e})")
+            tried.append(f"{error:.2e} in {recipe.name}, where {recipe.limit:.0e} is allowed")
         else:
             raise _too_far_off(name, tried, path, next(iter(compared.values())), recipe.limit)
         record = NetworkRecord(

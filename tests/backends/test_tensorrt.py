@@ -322,11 +322,7 @@ def test_a_second_build_imports_nothing_heavy(bundle: Path, micro_base: Path, mi
         ([], None, "its target is sm_89, and no NVIDIA driver or GPU was found here; .*--backend onnxruntime"),
         ([AMPERE], None, r"its target is sm_89, and the GPU here is sm_86 \(GeForce RTX 3080\); .*--target sm_86"),
         ([HOPPER], None, r"its target is sm_89, and the GPU here is sm_90 \(H100\); .*--backend tensorrt( |$)"),
-        (
-            [ADA],
-            "1.6.0.5",
-            r"its compiler is tensorrt-rtx 1.6.0.5, this machine has 1\..*; rebuild it with: pnp-trt build",
-        ),
+        ([ADA], "1.6.0.5", r"its compiler is tensorrt-rtx 1.6.0.5, here is 1\..*; rebuild it with: pnp-trt build"),
     ],
 )
 def test_an_engine_for_elsewhere_is_refused_before_it_is_loaded(

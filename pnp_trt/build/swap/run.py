@@ -232,7 +232,7 @@ def check_engine(manifest: Manifest, folder: Path) -> backends.Backend:
         )
     if (here := backend.versions()) != manifest.compiler:
         raise InputError(
-            f"engine '{manifest.name}': its compiler is {manifest.compiler}, this machine has {here}; {advice}"
+            f"engine '{manifest.name}': it was compiled with {manifest.compiler}, but {here} is installed; {advice}"
         )
     return backend
 

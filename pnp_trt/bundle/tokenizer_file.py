@@ -1,7 +1,7 @@
-"""``tokenizer.json`` of a bundle: only the components of CLIP's tokenizer, whose time and output are bounded.
+"""Check a bundle's ``tokenizer.json``: only components of CLIP's tokenizer, whose time and output are bounded.
 
-A tokenizer file is a small program.  Its normalizers can replace a letter by a million, and its regular expressions can
-take exponential time; CLIP's do neither.
+A tokenizer file is a small program.  Its normalizers can replace one letter by a million, and its regular expressions
+can take exponential time; CLIP's do neither.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _TOP = ("version", "truncation", "padding", "added_tokens", "normalizer", "pre_t
 
 
 def read_tokenizer(path: Path, advice: str) -> bytes:
-    """The bytes of a ``tokenizer.json``, not checked.
+    """Read the bytes of a ``tokenizer.json`` without checking them.
 
     Raises:
-        InputError: if it is no regular file, or too large.
+        InputError: if it is not a regular file, or too large.
     """
     return read_regular(path, advice, limit=_LIMIT)
 
 
 def check_tokenizer(path: Path, raw: bytes, vocabulary: int, advice: str) -> str:
-    """The text of a ``tokenizer.json``, checked.
+    """Check a ``tokenizer.json`` and return its text.
 
     Args:
-        path: for messages.
-        vocabulary: rows of the text encoder's embedding table.
-        advice: what to do about a file that is refused; closes the sentence.
+        path: the file, for messages.
+        vocabulary: number of rows of the text encoder's embedding table.
+        advice: what to do about a refused file; the end of the error message.
 
     Raises:
-        InputError: if it has other components than CLIP's tokenizer, or ids outside the embedding table.
+        InputError: if it has components other than those of CLIP's tokenizer, or ids outside the embedding table.
     """
     document = Value(parse_file(path, raw, advice, members=_MEMBERS), "", str(path), advice)
     m = document.members((), _TOP)
@@ -71,14 +71,14 @@ def _check_model(model: Value, vocabulary: int) -> None:
     model.member("merges").items(0, _MEMBERS)
     dropout = model.entries().get("dropout")
     if dropout is not None and dropout.raw not in (None, 0):
-        raise dropout.refuse("must be null; with dropout equal prompts have different tokens")
+        raise dropout.refuse("must be null: with dropout, equal prompts would have different tokens")
 
 
 def _check_normalizer(normalizer: Value) -> None:
     steps = normalizer.member("normalizers").items(0, 10) if _is(normalizer, "Sequence") else [normalizer]
     for step in steps:
         if step.raw not in _NORMALIZERS:
-            raise step.refuse("must be one of the normalizers of CLIP's tokenizer: NFC, Replace of blanks, Lowercase")
+            raise step.refuse("must be one of the normalizers of CLIP's tokenizer: NFC, Replace (blanks), Lowercase")
 
 
 def _check_pre_tokenizer(pre_tokenizer: Value) -> None:
@@ -90,7 +90,7 @@ def _check_pre_tokenizer(pre_tokenizer: Value) -> None:
 
 
 def _check_post_processor(processor: Value, vocabulary: int) -> None:
-    """Start and end tokens are put around a prompt."""
+    """Check the component that adds start and end tokens to a prompt."""
     kind = processor.member("type").text(known=("RobertaProcessing", "TemplateProcessing"))
     if kind == "RobertaProcessing":
         for key in ("sep", "cls"):

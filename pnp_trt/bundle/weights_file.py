@@ -1,4 +1,4 @@
-"""``weights.json`` of a bundle, checked: where each initialiser of the graphs comes from, see ``graph.weights``."""
+"""Read and check a bundle's ``weights.json``, the origin of each initialiser of its graphs; see ``graph.weights``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _TYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8")
 
 
 def read_weights(path: Path, networks: Iterable[str], advice: str) -> dict[str, Any]:
-    """By network ``{"weights": …, "constants": …}``, every entry checked.
+    """Read ``{"weights": …, "constants": …}`` by network, and check every entry.
 
     Args:
-        networks: those that must be there.
-        advice: what to do about a file that is refused; closes the sentence.
+        networks: the networks that the file must have.
+        advice: what to do about a refused file; the end of the error message.
 
     Raises:
         InputError: naming the file, the key and the value that is out of bounds.

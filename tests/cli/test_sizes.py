@@ -109,9 +109,9 @@ def test_manifest_inspect_and_verify_know_the_sizes(plain: Path, cli: Cli) -> No
 @pytest.mark.parametrize(
     ("profile", "message"),
     [
-        ("b1@60", "'b1@60', and sizes of this model are multiples of 8 pixels from 8 to 4096; its own is 64x64"),
+        ("b1@60", "but sizes of this model are multiples of 8 pixels from 8 to 4096; its native size is 64x64"),
         ("b1@64x", "profile is 'b1@64x'; write b1"),
-        ("b2-8", "takes any batch up to 32; leave --profile out, or name a size with it, such as b1@512x768"),
+        ("b2-8", "takes any batch size up to 32; omit --profile, or add an image size to it, such as b1@512x768"),
     ],
 )  # fmt: skip
 def test_impossible_sizes_are_refused_before_anything_is_made(

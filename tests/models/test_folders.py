@@ -377,7 +377,7 @@ def test_other_models_are_named(kind: str, network: str, tmp_path: Path) -> None
 
 def test_a_safety_checker_that_is_left_out_is_told(folder: Path, tmp_path: Path) -> None:
     (folder / "safety_checker").mkdir()
-    with pytest.warns(UserWarning, match="has safety_checker, which a bundle does not hold: left out"):
+    with pytest.warns(UserWarning, match="has safety_checker, which a bundle cannot contain; ignored"):
         build(BuildSpec(str(folder), "none", out=tmp_path / "out"))
 
 

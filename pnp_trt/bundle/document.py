@@ -68,7 +68,11 @@ def read_regular(path: Path, advice: str, *, limit: int) -> bytes:
 def parse(raw: bytes, *, members: int = MAX_MEMBERS) -> Any:
     """Parse UTF-8 JSON within bounds; raise ``ValueError`` or ``RecursionError``."""
     value = json.loads(
-        raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite
+        raw.decode(),
+        object_pairs_hook=_unique,
+        parse_constant=_no_constant,
+        parse_int=_parse_integer,
+        parse_float=_finite,
     )
     check_bounds(value, members=members)
     return value
@@ -135,7 +139,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _whole(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS + 1:
         raise ValueError(f"a number has {len(digits)} digits, more than {MAX_DIGITS}")
     return int(digits)
@@ -185,7 +189,7 @@ class Value:
             raise self.refuse(f"must be one of: {', '.join(choices)}")
         return value
 
-    def whole(self, low: int, high: int) -> int:
+    def integer(self, low: int, high: int) -> int:
         """A whole number from ``low`` to ``high``."""
         if isinstance(self.raw, bool) or not isinstance(self.raw, int) or not low <= self.raw <= high:
             raise self.refuse(f"must be a whole number from {low} to {high}")

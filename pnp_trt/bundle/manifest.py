@@ -76,7 +76,7 @@ class FileRecord:
     def read(cls, value: Value) -> FileRecord:
         """Read a member of ``files``."""
         m = value.members(("sha256", "bytes"))
-        return cls(_hash(m["sha256"]), m["bytes"].whole(0, _MOST_BYTES))
+        return cls(_hash(m["sha256"]), m["bytes"].integer(0, _MOST_BYTES))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON for the manifest."""
@@ -146,7 +146,7 @@ class GuideRecord:
         name = _plain_name(m["name"])
         if "sampling_steps" not in m:
             return cls(name, _hash(m["sha256"]))
-        steps = m["sampling_steps"].nullable(lambda v: v.whole(1, MAX_STEPS))
+        steps = m["sampling_steps"].nullable(lambda v: v.integer(1, MAX_STEPS))
         return cls(name, _hash(m["sha256"]), m["negative_prompts"].flag(), steps)
 
     @classmethod
@@ -163,14 +163,14 @@ class GuideRecord:
 
 
 @dataclass(frozen=True)
-class Given(_Record):
+class BuildArguments(_Record):
     """The base and guide arguments of `pnp-trt build`."""
 
     base: str
     guide: str
 
     @classmethod
-    def read(cls, value: Value) -> Given:
+    def read(cls, value: Value) -> BuildArguments:
         """Read ``given``."""
         m = value.members(("base", "guide"))
         return cls(m["base"].text(), m["guide"].text())
@@ -196,7 +196,7 @@ class NetworkParity:
         sizes = {k: _error(v) for k, v in m["sizes"].entries(100).items()} if "sizes" in m else {}
         if "sizes" in m and not sizes:
             raise m["sizes"].refuse("must have members, or be omitted")
-        return cls(_error(m["graph"]), _error(m["limit"]), m["rows"].whole(1, 1024), sizes)
+        return cls(_error(m["graph"]), _error(m["limit"]), m["rows"].integer(1, 1024), sizes)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON for the manifest."""
@@ -252,7 +252,7 @@ class QuantisedRecord:
     def read(cls, kind: str, value: Value) -> QuantisedRecord:
         """Read ``networks.*.int8`` or ``networks.*.fp8``."""
         m = value.entries(50)
-        layers, activations = value.member("layers").whole(0, 100_000), value.member("activations").flag()
+        layers, activations = value.member("layers").integer(0, 100_000), value.member("activations").flag()
         if activations:
             value.member("share_of_macs").number(0, 1)
             value.member("decision").member("float").items(0, 50_000)
@@ -359,8 +359,8 @@ class LatentShape(_Record):
     def read(cls, value: Value) -> LatentShape:
         """Read ``sample``."""
         m = value.members(("channels", "height", "width", "max_batch"))
-        height, width = m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE)
-        return cls(m["channels"].whole(1, MAX_CHANNELS), height, width, m["max_batch"].whole(1, MAX_BATCH))
+        height, width = m["height"].integer(1, MAX_SIDE), m["width"].integer(1, MAX_SIDE)
+        return cls(m["channels"].integer(1, MAX_CHANNELS), height, width, m["max_batch"].integer(1, MAX_BATCH))
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ class ImageSize(_Record):
     def read(cls, value: Value) -> ImageSize:
         """Read ``image``."""
         m = value.members(("height", "width"))
-        return cls(m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE))
+        return cls(m["height"].integer(1, MAX_SIDE), m["width"].integer(1, MAX_SIDE))
 
 
 @dataclass(frozen=True)
@@ -388,7 +388,7 @@ class Tokens(_Record):
     def read(cls, value: Value) -> Tokens:
         """Read ``tokens``."""
         m = value.members(("length", "pad"))
-        return cls(m["length"].whole(2, MAX_TOKENS), m["pad"].whole(0, 2**31 - 1))
+        return cls(m["length"].integer(2, MAX_TOKENS), m["pad"].integer(0, 2**31 - 1))
 
 
 @dataclass(frozen=True)
@@ -412,7 +412,7 @@ class FurtherText:
         m = value.members(("tokens", "zero_empty_prompt"), ("chunks",))
         others = tuple(n for n in OPTIONAL_NETWORKS if n.startswith(TEXT_ENCODER))
         tokens = {k: Tokens.read(v) for k, v in m["tokens"].members((), others).items()}
-        chunks = m["chunks"].whole(1, MAX_CHUNKS) if "chunks" in m else 1
+        chunks = m["chunks"].integer(1, MAX_CHUNKS) if "chunks" in m else 1
         return cls(tokens, m["zero_empty_prompt"].flag(), chunks)
 
     def to_json(self) -> dict[str, Any]:
@@ -512,7 +512,7 @@ class Manifest:
     built_from: Mapping[str, Any]
     base: Base
     guide: GuideRecord | None
-    given: Given | None
+    given: BuildArguments | None
     configs: Mapping[str, Mapping[str, Any]] | None
     backend: str
     precision: str
@@ -560,7 +560,7 @@ class Manifest:
             built_from=_built_from(m["built_from"]),
             base=Base.read(m["base"]),
             guide=m["guide"].nullable(GuideRecord.read),
-            given=Given.read(m["given"]) if "given" in m else None,
+            given=BuildArguments.read(m["given"]) if "given" in m else None,
             configs=_configs(m["configs"]) if "configs" in m else None,
             backend=m["backend"].text(longest=50, pattern=_WORD, form="a backend's name"),
             precision=m["precision"].text(longest=50, pattern=_WORD, form="a recipe's name"),
@@ -682,11 +682,11 @@ def _engine_parity(value: Value) -> Mapping[str, float] | str:
 
 
 def _bytes(value: Value) -> int:
-    return value.whole(0, _MOST_BYTES)
+    return value.integer(0, _MOST_BYTES)
 
 
 def _extent(value: Value) -> Extent:
-    low, best, high = (v.whole(1, MAX_SIDE) for v in value.items(3, 3))
+    low, best, high = (v.integer(1, MAX_SIDE) for v in value.items(3, 3))
     if not low <= best <= high:
         raise value.refuse("must be smallest, best and largest value, in ascending order")
     return low, best, high
@@ -695,20 +695,20 @@ def _extent(value: Value) -> Extent:
 def _profile(value: Value) -> Profile:
     m = value.members(("name", "minimum", "optimum", "maximum"), ("height", "width", "step", "tokens"))
     name = m["name"].text(longest=100, shortest=1)
-    least, best, most = (m[k].whole(1, 2 * MAX_BATCH) for k in ("minimum", "optimum", "maximum"))
+    least, best, most = (m[k].integer(1, 2 * MAX_BATCH) for k in ("minimum", "optimum", "maximum"))
     if not least <= best <= most:
         raise value.refuse("must have minimum, optimum and maximum in ascending order")
     tokens = _extent(m["tokens"]) if "tokens" in m else None
     if "height" not in m and "width" not in m and "step" not in m:
         return Profile(name, least, best, most, tokens=tokens)
     height, width = (_extent(value.member(k)) for k in ("height", "width"))
-    return Profile(name, least, best, most, height, width, value.member("step").whole(1, MAX_SIDE), tokens)
+    return Profile(name, least, best, most, height, width, value.member("step").integer(1, MAX_SIDE), tokens)
 
 
 def _tensor(value: Value) -> Tensor:
     dtype, shape = value.items(2, 2)
     dimensions = tuple(
-        v.text(known=OPEN) if isinstance(v.raw, str) else v.whole(1, 1_000_000) for v in shape.items(1, 8)
+        v.text(known=OPEN) if isinstance(v.raw, str) else v.integer(1, 1_000_000) for v in shape.items(1, 8)
     )
     if dimensions[0] != "batch":
         raise shape.refuse("must begin with 'batch'")

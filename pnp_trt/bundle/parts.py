@@ -9,9 +9,9 @@ from typing import Any
 
 from .manifest import (
     Base,
+    BuildArguments,
     FileRecord,
     FurtherText,
-    Given,
     GuideRecord,
     ImageSize,
     LatentShape,
@@ -36,7 +36,7 @@ class Parts:
 
     base: Base
     guide: GuideRecord | None
-    given: Given | None
+    given: BuildArguments | None
     configs: Mapping[str, Mapping[str, Any]] | None
     backend: str
     precision: str

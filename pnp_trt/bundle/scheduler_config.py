@@ -34,11 +34,11 @@ def scheduler_entries(value: Value) -> dict[str, Any]:
         if entry.raw is None:
             continue
         if key == "num_train_timesteps":
-            entry.whole(1, MAX_TRAINING_STEPS)
+            entry.integer(1, MAX_TRAINING_STEPS)
         elif key == "steps_offset":
-            entry.whole(0, MAX_TRAINING_STEPS)
+            entry.integer(0, MAX_TRAINING_STEPS)
         elif key == "solver_order":
-            entry.whole(1, 3)
+            entry.integer(1, 3)
         elif key == "trained_betas":
             for beta in entry.items(1, MAX_TRAINING_STEPS):
                 beta.number(0, 1)

@@ -51,7 +51,7 @@ def check_tokenizer(path: Path, raw: bytes, vocabulary: int, advice: str) -> str
     _check_pre_tokenizer(document.member("pre_tokenizer"))
     _check_post_processor(document.member("post_processor"), vocabulary)
     for token in document.member("added_tokens").items(0, 10_000):
-        token.member("id").whole(0, vocabulary - 1)
+        token.member("id").integer(0, vocabulary - 1)
         token.member("content").text(longest=200, shortest=1)
         if token.member("normalized").raw not in (False, True):
             raise token.member("normalized").refuse("must be true or false")
@@ -67,7 +67,7 @@ def _check_model(model: Value, vocabulary: int) -> None:
         raise model.member("vocab").refuse("must have members")
     for token in table.values():
         if type(token.raw) is not int or not 0 <= token.raw < vocabulary:
-            token.whole(0, vocabulary - 1)
+            token.integer(0, vocabulary - 1)
     model.member("merges").items(0, _MEMBERS)
     dropout = model.entries().get("dropout")
     if dropout is not None and dropout.raw not in (None, 0):
@@ -96,12 +96,12 @@ def _check_post_processor(processor: Value, vocabulary: int) -> None:
         for key in ("sep", "cls"):
             text, token = processor.member(key).items(2, 2)
             text.text(longest=200, shortest=1)
-            token.whole(0, vocabulary - 1)
+            token.integer(0, vocabulary - 1)
         return
     processor.member("single").items(3, 3)
     for token in processor.member("special_tokens").entries(10).values():
         for number in token.member("ids").items(1, 1):
-            number.whole(0, vocabulary - 1)
+            number.integer(0, vocabulary - 1)
 
 
 def _is(value: Value, kind: str) -> bool:

@@ -257,7 +257,7 @@ class BaseModel:
                 entries.member(key).number(low, 1e6)
         for key, low in (("latents_mean", -1e6), ("latents_std", 1e-6)):
             if config.get(key) is not None:
-                count = int(entries.member("latent_channels").whole(1, 1024))
+                count = int(entries.member("latent_channels").integer(1, 1024))
                 for number in entries.member(key).items(count, count):
                     number.number(low, 1e6)
         return self.frozen(load_network(getattr(diffusers, kind), self.folder / "vae"))

@@ -60,18 +60,18 @@ def places(graph: Path, weights: Mapping[str, Any]) -> list[Place]:
     return out
 
 
-def check_keys(weights: Mapping[str, Any], given: Mapping[str, Mapping[str, Tensor]], whole: bool = True) -> None:
+def check_keys(weights: Mapping[str, Any], new_weights: Mapping[str, Mapping[str, Tensor]], whole: bool = True) -> None:
     """Check that every weight of the swapped sources is present, and none is left over.
 
     Args:
         weights: initialiser → ``{"source", "key", "transform"}``; several initialisers may use one key.
-        given: new weights by source and key.
+        new_weights: new weights by source and key.
         whole: whether the graph uses all of a source; an autoencoder's encoder and decoder each use a part.
 
     Raises:
         InputError: listing missing and left-over weights.
     """
-    for source, tensors in given.items():
+    for source, tensors in new_weights.items():
         expected = {w["key"] for w in weights.values() if w["source"] == source}
         missing = sorted(expected - tensors.keys())
         extra = sorted(tensors.keys() - expected) if whole else []
@@ -83,7 +83,7 @@ def check_keys(weights: Mapping[str, Any], given: Mapping[str, Mapping[str, Tens
 
 
 def rewrite(
-    graph: Path, old: BinaryIO, new: Path, weights: Mapping[str, Any], given: Mapping[str, Mapping[str, Tensor]]
+    graph: Path, old: BinaryIO, new: Path, weights: Mapping[str, Any], new_weights: Mapping[str, Mapping[str, Tensor]]
 ) -> str:
     """Write ``new``, the data file of ``graph`` with the weights of some sources replaced; return its sha256.
 
@@ -91,7 +91,7 @@ def rewrite(
 
     Args:
         old: the data file to copy the other weights from, open for reading.
-        weights, given: as for ``check_keys``.
+        weights, new_weights: as for ``check_keys``.
 
     Raises:
         InputError: for a weight that is not finite, or whose shape or type differs from the graph's.
@@ -110,8 +110,8 @@ def rewrite(
         for place in initializers:
             put(bytes(place.offset - target.tell()))  # padding: large weights are aligned to pages
             w = weights[place.name]
-            if w["source"] in given:
-                put(_bytes(given[w["source"]][w["key"]], w, place))
+            if w["source"] in new_weights:
+                put(_bytes(new_weights[w["source"]][w["key"]], w, place))
             else:
                 copied.append(place)
                 for chunk in _chunks(old, place):

@@ -213,8 +213,8 @@ def widened(channels: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     [
         (without("first_stage_model."), "is a checkpoint of micro and holds no vae; give the whole checkpoint"),
         (without("conditioner.embedders.1."), "is a checkpoint of micro and holds no text_encoder_2"),
-        (widened(9), "has 9 input channels where the VAE's latents have 4: it is for inpainting"),
-        (widened(8), "has 8 input channels where the VAE's latents have 4: it edits images"),
+        (widened(9), "has 9 input channels, but the VAE's latents have 4: it is for inpainting"),
+        (widened(8), "has 8 input channels, but the VAE's latents have 4: it edits images"),
         (lambda held: {k.replace("embedders.1.", "embedders.0."): v for k, v in held.items()
                        if "embedders.0." not in k}, "is SDXL's refiner"),
         (lambda held: held | {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(8, 5)},

@@ -99,7 +99,7 @@ def test_a_schedule_that_cannot_sample_is_refused(changes: dict[str, Any], messa
     ],
 )  # fmt: skip
 def test_a_guide_is_held_against_its_noise(changes: dict[str, Any], theirs: str, ours: str) -> None:
-    with pytest.raises(InputError, match=f"guide 'g' was distilled under {theirs}, and x has {ours}; "):
+    with pytest.raises(InputError, match=f"guide 'g' was distilled under {theirs}, but x has {ours}; "):
         check_distilled(EMOJI, EMOJI | changes, "guide 'g'", "x")
 
 

@@ -337,9 +337,9 @@ def test_a_model_for_images_that_are_not_square(folder: Path) -> None:
     edit(folder / "unet" / "config.json", sample_size=[8, 16])
     base = resolve(str(folder))
     assert base.sizes().latent == (4, 8, 16)
-    with pytest.raises(InputError, match=r"sample_size is \[8, 16\]; this command takes square images alone"):
+    with pytest.raises(InputError, match=r"sample_size is \[8, 16\]; this command needs a square image"):
         base.side()
-    with pytest.raises(InputError, match="square images alone"):
+    with pytest.raises(InputError, match="needs a square image"):
         TeacherModel.load(str(folder), ["a cat"], torch.device("cpu"))
 
 
@@ -426,7 +426,7 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder(folder: Path) -> Non
         folder, "text_encoder",
         lambda w: {k: v[:49407] if k.endswith("token_embedding.weight") else v for k, v in w.items()},
     )  # fmt: skip
-    with pytest.raises(InputError, match="has 49408 tokens and the text encoder embeds 49407"):
+    with pytest.raises(InputError, match="has 49408 tokens, but the text encoder embeds 49407"):
         resolve(str(folder)).check()
 
 

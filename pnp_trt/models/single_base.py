@@ -72,7 +72,7 @@ class SingleFileBase(BaseModel):
         names = [*(spec.name for spec in self.text_specs), "vae"]
         lacking = [n for n in names if self.unet_only or n not in self._file.parts]
         if self.architecture is not None and lacking:
-            what = "is loaded by --unet-only without" if self.unet_only else "has no"
+            what = "--unet-only leaves out its" if self.unet_only else "has no"
             raise InputError(
                 f"{self.name} is a checkpoint of {self.architecture.name} and {what} {', '.join(lacking)}; pass the "
                 "complete checkpoint, or plug its U-Net into an engine of its base: pnp-trt plug ENGINE --base FILE"

@@ -33,8 +33,8 @@ class Architecture:
     @property
     def family(self) -> Family:
         """The family whose text encoders this architecture uses."""
-        own = {n for n in self.configs if n not in ("unet", "vae")}
-        return next(f for f in FAMILIES.values() if {spec.name for spec in f.model.text_specs} == own)
+        text_encoders = {n for n in self.configs if n not in ("unet", "vae")}
+        return next(f for f in FAMILIES.values() if {spec.name for spec in f.model.text_specs} == text_encoders)
 
     @classmethod
     def read(cls, unet: Path) -> Architecture:

@@ -88,8 +88,8 @@ def hub_patterns(names: list[str], model: str) -> list[str]:
     """
     patterns = ["*.json", "*.txt"]
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
-        own = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
-        if own:
-            choice = choose(own, stem_of(part), f"{model}/{part}")
-            patterns += [f"{part}/{n}" for n in (choice.shards(own) if choice.sharded else [choice.name])]
+        files = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
+        if files:
+            choice = choose(files, stem_of(part), f"{model}/{part}")
+            patterns += [f"{part}/{n}" for n in (choice.shards(files) if choice.sharded else [choice.name])]
     return patterns

@@ -108,8 +108,8 @@ def converted_vae(
 
     prefixed = {_VAE + k: v for k, v in weights.items()}
     converted = _checked(path, _VAE, lambda: convert_ldm_vae_checkpoint(prefixed, config=dict(config)))
-    taken = {v.data_ptr() for v in converted.values()}  # matrices are views of the file's 1×1 convolutions
-    return converted | {(names or {}).get(k, k): v for k, v in weights.items() if v.data_ptr() not in taken}
+    used_pointers = {v.data_ptr() for v in converted.values()}  # matrices are views of the file's 1×1 convolutions
+    return converted | {(names or {}).get(k, k): v for k, v in weights.items() if v.data_ptr() not in used_pointers}
 
 
 def _checked(path: Path, prefix: str, convert: Callable[[], dict[str, Any]]) -> dict[str, Any]:

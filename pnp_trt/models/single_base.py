@@ -48,9 +48,9 @@ class SingleFileBase(BaseModel):
             InputError: if it is not a safetensors file, or has no U-Net or an unsupported one.
         """
         single = read_single_file(path)
-        known = _architecture(single)
-        kind = cls if known is None else of_family(cls, known.family)
-        base: SingleFileBase = kind(name, ASSETS / "emoji", path, single=single, architecture=known)
+        architecture = _architecture(single)
+        kind = cls if architecture is None else of_family(cls, architecture.family)
+        base: SingleFileBase = kind(name, ASSETS / "emoji", path, single=single, architecture=architecture)
         return base
 
     @property
@@ -140,13 +140,13 @@ class SingleFileBase(BaseModel):
 
     def own_fingerprint(self) -> dict[str, str]:
         if not self._hashes:
-            own = files_sha256([self._file.path])
+            file_hash = files_sha256([self._file.path])
             names = ["unet", *(spec.name for spec in self.text_specs), "vae"]
             if self.architecture is None:
                 parts = {k: v for k, v in super().own_fingerprint().items() if k != "all"}
-                parts |= {n: own for n in names if self._uses(n)}
+                parts |= {n: file_hash for n in names if self._uses(n)}
             else:
-                parts = dict.fromkeys(names, own)
+                parts = dict.fromkeys(names, file_hash)
             self._hashes = parts | {"all": digest(parts)}
         return self._hashes
 

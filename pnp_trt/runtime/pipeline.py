@@ -662,9 +662,9 @@ class Pipeline:
                 raise ticket.error
             assert ticket.latents is not None
             latents.append(ticket.latents)
-        places, pixels = iter(latents), list[np.ndarray]()
+        remaining, pixels = iter(latents), list[np.ndarray]()
         for n in split(len(latents), self.legal_batches(prepared.size)):
-            pixels += list(self.decode(np.stack(list(itertools.islice(places, n)))))
+            pixels += list(self.decode(np.stack(list(itertools.islice(remaining, n)))))
         return [GeneratedImage(image, prepared.parameters(i)) for i, image in enumerate(pixels)]
 
     def _batches(self, prepared: Prepared) -> list[list[int]]:
@@ -677,9 +677,9 @@ class Pipeline:
             by_tokens.setdefault(self._tokens(prepared, i), []).append(i)
         legal = self.legal_batches(prepared.size)
         batches = []
-        for places in by_tokens.values():
-            rest = iter(places)
-            batches += [list(itertools.islice(rest, n)) for n in split(len(places), legal)]
+        for indices in by_tokens.values():
+            rest = iter(indices)
+            batches += [list(itertools.islice(rest, n)) for n in split(len(indices), legal)]
         return batches
 
     def _tokens(self, prepared: Prepared, i: int) -> int:
@@ -748,9 +748,9 @@ class Pipeline:
                 "images may be off",
                 stacklevel=3,
             )
-        read = [] if text is not None else prompts
+        encoded = [] if text is not None else prompts
         dropped = (
-            tuple(self._text.dropped(p, prompt_syntax) for p in read),
+            tuple(self._text.dropped(p, prompt_syntax) for p in encoded),
             tuple(self._text.dropped(p, prompt_syntax) for p in negatives or ()),
         )
         return Prepared(

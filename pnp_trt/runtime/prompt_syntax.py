@@ -121,7 +121,7 @@ def cut_chunks(sections: Sequence[Sequence[int]], length: int, comma: int | None
     """
     chunks: list[list[int]] = []
     chunk: list[int] = []
-    place = 0
+    index = 0
     for number, ids in enumerate(sections):
         if number:
             chunks.append(chunk)
@@ -136,8 +136,8 @@ def cut_chunks(sections: Sequence[Sequence[int]], length: int, comma: int | None
             if len(chunk) == length:
                 chunks.append(chunk)
                 chunk, last_comma = [], -1
-            chunk.append(place)
-            place += 1
+            chunk.append(index)
+            index += 1
     return [*chunks, chunk] if chunk or not chunks else chunks
 
 

@@ -113,8 +113,8 @@ class TextEncoders:
             syntax: one of ``SYNTAXES``; weights are applied to each encoder and chunk separately.
         """
         rows = [self._row(self._sections(p, syntax), syntax) for p in prompts]
-        most = max(row.shape[1] for row in rows)
-        rows = [row.longer(most, self.chunk) for row in rows]
+        longest = max(row.shape[1] for row in rows)
+        rows = [row.longer(longest, self.chunk) for row in rows]
         return rows[0] if len(rows) == 1 else Text.joined(rows)
 
     def tokens(self, prompt: str, syntax: str = PLAIN) -> int:
@@ -149,11 +149,11 @@ class TextEncoders:
     def _row(self, sections: Sequence[Parts], syntax: str) -> Text:
         states: list[np.ndarray] = []
         added: dict[str, np.ndarray] = {}
-        one = syntax == PLAIN or self.chunks == 1
-        cut = [[t.weighted(sections[0])] if one else t.chunks(sections, self.chunks) for t in self._tokenizers]
-        most = max(map(len, cut))
+        single = syntax == PLAIN or self.chunks == 1
+        chunked = [[t.weighted(sections[0])] if single else t.chunks(sections, self.chunks) for t in self._tokenizers]
+        most = max(map(len, chunked))
         for network, tokenizer, names, chunks in zip(
-            self.networks.values(), self._tokenizers, self._outputs, cut, strict=True
+            self.networks.values(), self._tokenizers, self._outputs, chunked, strict=True
         ):
             chunks += [tokenizer.weighted([])] * (most - len(chunks))  # vocabularies may differ
             parts = []

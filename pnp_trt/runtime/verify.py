@@ -39,9 +39,9 @@ def compare(
         if key not in loaded:  # one at a time: engines are large
             loaded = {key: backend.load(folder / networks[key].file, networks[key], options or LoadOptions())}
         network = loaded[key]
-        least = _smallest_batch(networks[key], inputs)
+        batch = _smallest_batch(networks[key], inputs)
         rows = [
-            _first_row(network, {k: v[i : i + 1].repeat(least, axis=0) for k, v in inputs.items()}, reference)
+            _first_row(network, {k: v[i : i + 1].repeat(batch, axis=0) for k, v in inputs.items()}, reference)
             for i in range(len(as_tuple(reference)[0]))
         ]
         outputs = tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))

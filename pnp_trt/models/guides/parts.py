@@ -104,8 +104,8 @@ class GainTable(nn.Module):
 
     def __init__(self, values: Sequence[float]) -> None:
         super().__init__()
-        known = isinstance(values, list | tuple) and 0 < len(values) <= MAX_GAINS
-        if not known or not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values):
+        valid_length = isinstance(values, list | tuple) and 0 < len(values) <= MAX_GAINS
+        if not valid_length or not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values):
             raise InputError(f"a guide's gain is 1 to {MAX_GAINS} numbers above 0, got {shortened(repr(values))}")
         # on the CPU even if modules are created on the meta device, because no weights file contains these values
         table = torch.tensor(values, dtype=torch.float32, device="cpu")
@@ -118,8 +118,8 @@ class GainTable(nn.Module):
         count = rises.shape[0]
         if count == 0:
             return first.expand(timestep.shape)
-        place = timestep.float()[:, None] * (count / LAST_TIMESTEP) - torch.arange(count, device=timestep.device)
-        return first + (place.clamp(0.0, 1.0) * rises).sum(1)
+        position = timestep.float()[:, None] * (count / LAST_TIMESTEP) - torch.arange(count, device=timestep.device)
+        return first + (position.clamp(0.0, 1.0) * rises).sum(1)
 
 
 def strength(guidance: Tensor, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:

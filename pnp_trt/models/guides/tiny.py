@@ -159,9 +159,9 @@ class TinyGuide(Guide):
         trunk_blocks: residual blocks of the trunk.
         trunk_kind: ``conv`` (3×3 pairs), ``depthwise`` (3×3 depthwise, 1×1), or ``attention`` (``conv``, and after each
             block attention of the positions to each other).
-        reads: ``features`` of the teacher's encoder, or the ``latent`` alone.
+        reads: ``features`` of the teacher's encoder, or only the ``latent``.
         emits: residuals for ``all`` skips and mid, for the ``deep`` skips (at the mid block's resolution) and mid, or
-            for the ``mid`` block alone.
+            only for the ``mid`` block.
         text: whether the trunk also attends to the prompt's text states itself.
         negative_prompts: whether the trunk attends to a negative prompt's text states, so that it supports negative
             prompts.

@@ -56,7 +56,7 @@ def test_other_sizes_are_refused_with_the_legal_ones(guided: Path, cli: Cli, tmp
         (engines / "guided", "64", "32x32"),
     ):
         done = cli("sample", "x", "--engine", engine, "--size", size, "--out", tmp_path / "s")
-        assert done.code == 2 and f"draws {legal} (height x width in pixels)" in done.err
+        assert done.code == 2 and f"supports {legal} (height x width in pixels)" in done.err
         assert "--profile b1@HEIGHTxWIDTH" in done.err
     assert "such as 512x768" in cli("sample", "x", "--size", "64*64", "--out", tmp_path / "s").err
     assert not (tmp_path / "s").exists()
@@ -129,7 +129,9 @@ def test_a_size_is_timed_where_the_engine_has_it(guided: Path, cli: Cli, tmp_pat
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["settings"]["size"] == [32, 48] and [row["method"] for row in found["latency"]] == ["guided"]
     refused = cli(*run, "--only", "latency", "--size", "32x56")
-    assert refused.code == 2 and "size is 32x56; engine 'guided' draws 32-48x32-48 in steps of 8, 64x64" in refused.err
+    assert (
+        refused.code == 2 and "size is 32x56; engine 'guided' supports 32-48x32-48 in steps of 8, 64x64" in refused.err
+    )
     assert "add --only latency" in cli(*run, "--size", "32x48").err
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (rows of a table cannot be wrapped)
-"""docs/precision.md from benchmarks/results/emoji-precision.json: ``python -m benchmarks.emoji.precision_report``."""
+"""Write docs/precision.md from the record emoji-precision.json: ``python -m benchmarks.emoji.precision_report``."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ def bundles(rows: list[dict[str, Any]]) -> list[str]:
             f"| {r['backend']} | {r['precision']} | {r['target']} | {r['parity']['unet']:.1e} | "
             f"{r['unet_graph_bytes'] / 2**20:.1f} | {engine} | {r['build_seconds']:.0f} | {seconds} |"
         )
-    told = next((r["int8"] for r in rows if r["precision"] == "int8"), None)
-    if told:
+    int8_record = next((r["int8"] for r in rows if r["precision"] == "int8"), None)
+    if int8_record:
         out += [
-            "", f"`int8` quantises {told['layers']} layers with {percent(told['share_of_macs'])} of the U-Net's arithmetic. "
+            "", f"`int8` quantises {int8_record['layers']} layers with {percent(int8_record['share_of_macs'])} of the U-Net's arithmetic. "
             f"Error against the number of layers left in floating point (the record's sweep; the choice is in bold):", "",
             "| layers left in floating point | arithmetic in INT8 | error of the prediction |", "| ---: | ---: | ---: |",
         ]  # fmt: skip
-        chosen = len(told["decision"]["float"])
-        for k in told["kept"]:
+        chosen = len(int8_record["decision"]["float"])
+        for k in int8_record["kept"]:
             cells = [str(k["kept"]), percent(k["int8_macs"]), f"{100 * k['error']:.2f} %"]
             out.append("| " + " | ".join(f"**{c}**" if k["kept"] == chosen else c for c in cells) + " |")
-        out += ["", f"With this choice the final latents differ by {percent(told['latent_error'])}."]
+        out += ["", f"With this choice the final latents differ by {percent(int8_record['latent_error'])}."]
     return out
 
 
@@ -135,11 +135,11 @@ def speed(s: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    held = read(RESULTS)
+    document = read(RESULTS)
     lines = [HEAD.rstrip()]
     for name, part in (("bundles", bundles), ("images", images), ("speed", speed)):
-        lines += part(held[name]) if name in held else []
-    p = held["provenance"]
+        lines += part(document[name]) if name in document else []
+    p = document["provenance"]
     lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `make precision`, the last part by "
               f"`{p['command']}`, on {p['date'][:10]} "
               f"({p['device']['processor']}); written by `python -m benchmarks.emoji.precision_report`.", ""]  # fmt: skip

@@ -105,7 +105,7 @@ def test_every_row_fills_its_budget() -> None:
         assert set(at_budget(budget, [3.0])) <= set(all_cells()) | {Cell("C", "cfg", "emoji", budget, 3.0)}
     assert INTERVAL_STEPS.keys() == set(BUDGETS)
     assert most_steps("cached", 16, 3) == 12 and most_steps("anchors", 16, 8) == 12 and most_steps("residual", 8) == 7
-    with pytest.raises(InputError, match="the budget is 7; known: 50, 16, 12, 8"):
+    with pytest.raises(InputError, match="unknown budget 7; available: 50, 16, 12, 8"):
         at_budget(7, [3.0])
 
 

@@ -179,7 +179,7 @@ def test_equal_compute_and_unknown_best() -> None:
     assert Cell("C", "none", "emoji", 25, 3.0).guidance().evaluations(schedule) == 25
     best = Cell("C", "interval", "emoji", 25, 3.0, interval=BEST)
     assert best.guidance("sdxl").interval == INTERVALS["sdxl"]
-    with pytest.raises(InputError, match="best interval at 25 steps and w = 3 is not known yet"):
+    with pytest.raises(InputError, match="best interval at 25 steps and w = 3 is unknown before the sweep"):
         best.guidance()
 
 

@@ -1,6 +1,6 @@
 """List the operators with kernels in ONNX Runtime's CUDA provider, from the installed binary; no GPU is needed.
 
-    python -m benchmarks.ort_cuda_kernels                        # writes ort_cuda_kernels.json beside this file
+    python -m benchmarks.ort_cuda_kernels                        # writes ort_cuda_kernels.json next to this file
     python -m benchmarks.ort_cuda_kernels --graph ENGINE/unet.onnx   # nodes of a graph without a kernel in the table
 
 Each kernel is registered by its own function, which calls SetName(NAME), SetDomain(DOMAIN) and SinceVersion(START) or

@@ -31,7 +31,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def main() -> None:
-    """Build, plug, sample, draw."""
+    """Build, plug and sample; write the grid."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plug_grid", description=__doc__)
     parser.add_argument("--engines", type=Path, default=Path("engines"))
     parser.add_argument("--seed", type=int, default=3)

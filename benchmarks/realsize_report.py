@@ -20,11 +20,11 @@ STEP_RATIOS = ("guided / unguided", "guided / CFG", "CFG / diffusers CFG")
 HEAD = """# Real sizes
 
 Seconds, memory and sizes of models of real size on a CPU with two cores, by `make realsize`. Weights are seeded random
-numbers: they cost what real weights cost, and their images would be noise. Each command is a process of its own, and
-its peak memory is that process's. Engines of TensorRT-RTX are compiled without a GPU and were not run.
+numbers: time and memory are those of real weights, but images would be noise. Each command runs in a separate process,
+whose peak memory is given. Engines of TensorRT-RTX are compiled without a GPU and were not run.
 
-"Load" is the machine's load average at the end of a record, over one minute, and "cores" is how many the command could
-use: seconds of a record with a load above 2, or with one core, are longer than an idle machine's.
+"Load" is the machine's one-minute load average at the end of a measurement, and "cores" is the number of cores that the
+command could use. With a load above 2, or with one core, times are longer than on an idle machine.
 """
 
 
@@ -87,7 +87,7 @@ def runs() -> list[str]:
             )
     text = (
         "ONNX Runtime's CPU provider, float16 graphs, tiny guide. A step is `pnp-trt sample --steps 1`: the whole "
-        "process, with loading, text encoder and decoder. `plug` takes a U-Net of other weights. `verify` runs the "
+        "process, with loading, text encoder and decoder. `plug` takes a U-Net with other weights. `verify` runs the "
         "plugged engine's networks on golden inputs."
     )
     head = ["model", "command", "seconds", "peak, GiB", "load", "cores"]

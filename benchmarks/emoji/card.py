@@ -41,8 +41,8 @@ Two fine-tuned U-Nets generate styles that the base was not trained on: *flat* a
 ## How it was trained
 In two parts. First from scratch, by the recipe in `benchmarks/emoji/` (one command, resumable, seeded), in about two
 hours on two CPU cores; its first 1,750 of 3,200 steps ran with beta_end 0.012, before its fault was understood. Then
-all weights were trained on by `python -m benchmarks.emoji.gpu_train` on an {gpu}: the base for {gpu_steps:,} steps of
-batch {gpu_batch}, the decoder and the fine-tunes for less (`benchmarks/results/emoji-gpu-train.json`).
+all weights were trained further by `python -m benchmarks.emoji.gpu_train` on an {gpu}: the base for {gpu_steps:,} steps
+of batch {gpu_batch}, the decoder and the fine-tunes for less (`benchmarks/results/emoji-gpu-train.json`).
 Captions are dropped at 10 %, so that the model also predicts without text, as classifier-free guidance requires.
 A rerun gives a similar model, not the same bits.
 The base learned {train} concepts in two styles; the fine-tunes the same concepts in one style each.

@@ -346,9 +346,9 @@ def finding(rows: Sequence[dict[str, Any]], slack: float = 0.2) -> str:
         )
     ]  # fmt: skip
     return (
-        f"Of the {len(cached)} rows with DeepCache, {len(beaten)} have one of the same method with fewer steps, no "
-        f"more MACs, and a PSNR to CFG that is at most {slack:g} dB lower."
-        + (" DeepCache is therefore no option of the sampler." if len(beaten) == len(cached) else "")
+        f"Of the {len(cached)} rows with DeepCache, {len(beaten)} are matched by a row of the same method with fewer "
+        f"steps, no more MACs, and a PSNR to CFG at most {slack:g} dB lower."
+        + (" DeepCache is therefore not an option of the sampler." if len(beaten) == len(cached) else "")
     )
 
 
@@ -367,12 +367,13 @@ def page(document: dict[str, Any]) -> str:
         "",
         "[DeepCache](https://arxiv.org/abs/2312.00858) computes the whole U-Net in every N-th step and keeps the "
         "feature that enters the last layers of the last up block; in between, only the outermost layers are computed. "
-        "With a guide, its context and its summary of the mid block are kept with the feature, and the adapters of the "
-        "skips that are computed anew run on. Branch 3 computes the whole last up block, branch 1 its last layer.",
+        "With a guide, its context and its summary of the mid block are cached too, and the adapters of the recomputed "
+        "skips still run. Branch 3 computes the whole last up block, branch 1 its last layer.",
         "",
         f"The bundled model and tiny guide, w = {settings['w']:g}, {settings['sampler']}, {settings['images']} "
         "trained captions, one set of noise; intervals are 95 %. PSNR is to CFG with 50 steps, or for DeepCache to "
-        "whole CFG of as many steps. MACs are of the loop, over CFG's with 50 steps. *Gain* is in KID over the same "
+        "CFG without it at the same number of steps. MACs are those of the loop, relative to CFG "
+        "with 50 steps. *Gain* is in KID over the same "
         "method with all evaluations whole, paired; below 0 is worse.",
         "",
         "| method | steps | N, branch | MACs |"
@@ -404,12 +405,12 @@ def page(document: dict[str, Any]) -> str:
     if times is not None:
         lines += [
             "",
-            "Milliseconds are of one image's loop on ONNX Runtime's CPU provider, from the median of each evaluation "
-            f"in {document['latency']['rounds']} interleaved rounds, {document['latency']['threads']} thread.",
+            "Milliseconds are those of one image's loop on ONNX Runtime's CPU provider, from the median of each "
+            f"evaluation in {document['latency']['rounds']} interleaved rounds, {document['latency']['threads']} thread.",
         ]
     if len([c for c in document["cells"] if c["every"] > 1 and c["steps"] == 50]) < 8:
-        short = "A short run: CFG with DeepCache is there at N = 3 alone. KID of so few images is uncertain; its "
-        lines += ["", short + "paired gains are what can be compared."]
+        short = "A short run: CFG with DeepCache is measured only at N = 3. KID of so few images is uncertain; its "
+        lines += ["", short + "paired gains can be compared."]
     return "\n".join([*lines, ""])
 
 

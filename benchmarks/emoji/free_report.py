@@ -22,12 +22,12 @@ DOCUMENT = Path("docs/no-training.md")
 
 TEXT = """# Guidance that costs no training, at equal evaluations
 
-Written by `python -m benchmarks.emoji.free_report`. At each budget, every row makes the most steps that it can with at
-most so many evaluations of the U-Net per image; CFG with more steps stands beside them.
+Written by `python -m benchmarks.emoji.free_report`. At each budget, every row takes as many
+steps as fit into that many evaluations of the U-Net per image; CFG with more steps is included for comparison.
 
-KID, R@1 and distance are those of [the tables](distillation-tables.md). KID is unbiased, so that of few images its
-value may lie below 0; the paired gains are the narrower figures. *Guide's gain* is what the tiny guide in as many steps
-as the budget gains in KID over the row, paired by caption and noise: above 0 the guide is better. Brackets are 95 %
+KID, R@1 and distance are those of [the tables](distillation-tables.md). KID is unbiased, so its value may be below
+0 with few images; the paired gains have narrower intervals. *Guide's gain* is the gain in KID of the tiny guide, with
+as many steps as the budget, over the row, paired by caption and noise; above 0 the guide is better. Brackets are 95 %
 intervals; ▲ marks rows that are shown worse than the guide and ▼ rows that are shown better.
 {budgets}
 

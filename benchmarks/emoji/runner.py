@@ -101,7 +101,7 @@ class Runner:
         self._network: tuple[str, Network] | None = None
         self._real: dict[str, Shots] = {}
 
-    # ------------------------------------------------------------------------------------------- what a cell is
+    # ------------------------------------------------------------------------------------------- cells
 
     def rows(self, cell: Cell) -> list[Ask]:
         return [replace(a, seed=a.seed + SEED_STRIDE * cell.seed) for a in captions(cell.captions, self.images)]

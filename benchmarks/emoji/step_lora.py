@@ -60,8 +60,8 @@ instead, with classifier-free guidance in both the teacher's steps and the stude
 {lora_steps} optimizer steps of {lora_batch} trajectories for the last halving. CFG is kept: the U-Net with the LoRA
 still takes w and negative prompts. The LoRA is then merged and a tiny guide is trained for the merged U-Net on states
 of 8-step trajectories ({guide_steps} optimizer steps of {batch} states). The budgets are not equal: the bundled guide
-of stage 1 had {tiny_steps} such steps, and the one of stage 2 for 8 steps was made of it by {stage2_steps} more of
-{stage2_batch} states for each halving. The LoRA has PEFT's keys, so `pnp-trt plug --lora` merges it.
+of stage 1 had {tiny_steps} such steps, and the one of stage 2 for 8 steps was trained from it with {stage2_steps} more
+of {stage2_batch} states for each halving. The LoRA has PEFT's keys, so `pnp-trt plug --lora` merges it.
 
 {images} images of trained captions, one set of noise, one training seed. KID, R@1 and distance are those of
 [the tables](distillation-tables.md); distance is to CFG's images in {many} steps; gains are paired by caption and

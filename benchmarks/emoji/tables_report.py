@@ -75,8 +75,8 @@ The guides were distilled on the base alone. Captions, real images and CFG are t
 ## Table C: what costs no training
 No guidance; CFG with fewer steps (25, 8 and 4 steps cost the 50, 16 and 8 NFE of a guide); CFG on an interval of
 timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep} images of other noise. Cached
-differences, R-CFG, anchors and w over the steps, defined in `benchmarks/emoji/free.py`, make the most steps that 50, 16
-or 8 evaluations allow; [a page of their own](no-training.md) has them.
+differences, R-CFG, anchors and w over the steps, defined in `benchmarks/emoji/free.py`, take the most steps within 50,
+16 or 8 evaluations; see [their own page](no-training.md).
 {verdict_c}
 
 {c}

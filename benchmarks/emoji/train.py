@@ -180,7 +180,7 @@ def denoising_loss(
     stream: str,
     jittered_until: int = 0,
 ) -> Callable[[int], torch.Tensor]:
-    """Min-SNR-5 weighted ε loss (Hang et al. 2023, eq. 8) on batches drawn by (stream, seed, step).
+    """Min-SNR-5 weighted ε loss (Hang et al. 2023, eq. 8) on batches that depend on (stream, seed, step).
 
     From step ``jittered_until`` on only every ``preset.variants``-th image is used: the centred renderings.
     """

@@ -27,21 +27,21 @@ TEXT = """# Rivals at an equal budget
 Written by `python -m benchmarks.emoji.rivals report` from `benchmarks/results/emoji-rivals.json`, which was made by
 `{command}` ({date}, {where}, torch {torch}).
 
-Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one, beside a U-Net
-whose weights stay as they are. All were trained on the bundled base from their first weights: {steps:,} optimizer steps
-of {batch} states, new in every step and drawn alike for all ({states}); loss: {loss}. AdamW, weights averaged; one
-training seed. Each is then used in both fine-tunes as it is. Every rival's change is multiplied by (w − 1), so that
-w = 1 is exactly the conditional prediction; the other papers' forms have no such factor.
+Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one, with a U-Net
+whose weights are not changed. All were trained from scratch on the bundled base: {steps:,} optimizer steps of {batch}
+states, new in every step and chosen in the same way for all ({states}); loss: {loss}. AdamW, weights averaged; one
+training seed. Each is then used in both fine-tunes without further training. Every rival's change is multiplied by
+(w − 1), so that w = 1 is exactly the conditional prediction; the other papers' forms have no such factor.
 
 **Read the tables with these limits in mind.** The papers train for longer, on larger models, with their own losses and
-states. {rates} What is compared is the form, at a short and equal budget.
+states. {rates} The comparison is of the forms, at a short and equal budget.
 
 ## What each is, and what it costs
 
 {forms}
 
-Parameters are the trained ones. MACs are with attention products, at batch 1: what is added to an evaluation of the
-U-Net ({macs_of_unet:.1f} MMACs), and what runs once per image.{unequal}
+Parameters are the trained ones. MACs include attention products, at batch 1: those added to an evaluation of the
+U-Net ({macs_of_unet:.1f} MMACs), and those computed once per image.{unequal}
 
 {cost}
 

@@ -346,7 +346,7 @@ def finding(rows: Sequence[dict[str, Any]], slack: float = 0.2) -> str:
         )
     ]  # fmt: skip
     return (
-        f"Of the {len(cached)} rows with DeepCache, {len(beaten)} are matched by a row of the same method with fewer "
+        f"Of the {len(cached)} rows with DeepCache, {len(beaten)} can be matched by the same method with fewer "
         f"steps, no more MACs, and a PSNR to CFG at most {slack:g} dB lower."
         + (" DeepCache is therefore not an option of the sampler." if len(beaten) == len(cached) else "")
     )
@@ -405,8 +405,8 @@ def page(document: dict[str, Any]) -> str:
     if times is not None:
         lines += [
             "",
-            "Milliseconds are those of one image's loop on ONNX Runtime's CPU provider, from the median of each "
-            f"evaluation in {document['latency']['rounds']} interleaved rounds, {document['latency']['threads']} thread.",
+            "Milliseconds are of one image's loop on ONNX Runtime's CPU provider, from the median of each evaluation "
+            f"in {document['latency']['rounds']} interleaved rounds, {document['latency']['threads']} thread.",
         ]
     if len([c for c in document["cells"] if c["every"] > 1 and c["steps"] == 50]) < 8:
         short = "A short run: CFG with DeepCache is measured only at N = 3. KID of so few images is uncertain; its "

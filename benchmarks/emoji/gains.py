@@ -182,9 +182,10 @@ def page(document: dict[str, Any]) -> str:
     seeds = settings["seeds"]
     noises = "one set of noise" if seeds == 1 else f"w = 3 has {seeds} sets of noise, the others one"
     intro = (
-        "A guide trained by least squares changes the prediction in the right direction, but by too little. A gain g(t) "
-        "in the guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that makes the "
-        "change as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with the table "
+        "A guide trained by least squares changes the prediction in the right direction, but by too little. A gain "
+        "g(t) in the guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that "
+        "makes the change as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with "
+        "the table "
         f"and its square root. {settings['images']} trained captions; {noises}. "
         "Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions and noise, and above 0 "
         "is better than CFG. The last column is the w of CFG whose images have the same chroma; where chroma hardly "

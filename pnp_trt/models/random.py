@@ -50,7 +50,7 @@ class RandomBase(BaseModel):
         """``UNet2DConditionModel`` in float16, frozen."""
         from diffusers import UNet2DConditionModel
 
-        return self._made(UNet2DConditionModel, "unet")
+        return self._instantiate(UNet2DConditionModel, "unet")
 
     def text_encoder(self, spec: TextEncoderSpec | None = None) -> Any:
         """A text encoder in float16, frozen."""
@@ -65,9 +65,9 @@ class RandomBase(BaseModel):
         """The autoencoder in float16, frozen."""
         import diffusers
 
-        return self._made(getattr(diffusers, self.config("vae")["_class_name"]), "vae")
+        return self._instantiate(getattr(diffusers, self.config("vae")["_class_name"]), "vae")
 
-    def _made(self, kind: Any, network: str) -> Any:
+    def _instantiate(self, kind: Any, network: str) -> Any:
         import torch
 
         quiet_libraries()

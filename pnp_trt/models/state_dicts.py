@@ -1,4 +1,4 @@
-"""Comparing a checkpoint's keys and shapes with a network's."""
+"""Comparison of a checkpoint's keys and shapes with a network's."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from ..errors import InputError
 
 
 def check_fits(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
-    """Hold the weights of a checkpoint against those of a network; arguments as of ``differences``.
+    """Check that a checkpoint's weights fit a network; ``own`` and ``given`` as in ``differences``.
 
     Raises:
-        InputError: if they differ; the message states in what.
+        InputError: if they do not; the message lists the differences.
     """
-    if (found := differences(own, given)) is not None:
-        raise InputError(f"{name} is not a fine-tune of {what}: {found}; use a checkpoint of the same architecture")
+    if (difference := differences(own, given)) is not None:
+        raise InputError(
+            f"{name} is not a fine-tune of {what}: {difference}; use a checkpoint of the same architecture"
+        )
 
 
 def differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
-    """What differs between the weights of two networks, in words; None where names and shapes are equal.
+    """Describe the differences between the weights of two networks; None if names and shapes are equal.
 
     Args:
-        own: of the engine's network, by key.
-        given: the checkpoint's.
+        own: weights of the engine's network, by key.
+        given: weights of the checkpoint, by key.
     """
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
@@ -40,7 +42,7 @@ def differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
 
 
 def counted(keys: Iterable[str]) -> str:
-    """``2 weights (conv_in.bias, conv_in.weight)``; at most four are named."""
+    """Number and names of weights: ``2 weights (conv_in.bias, conv_in.weight)``; at most four names."""
     names = list(keys)
     shown = f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
     return f"{len(names)} weight{'' if len(names) == 1 else 's'} ({shown})"

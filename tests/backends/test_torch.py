@@ -146,7 +146,7 @@ def test_missing_torch_is_reported_with_its_install_command(eager: Path, monkeyp
     [
         (["--target", "sm_89"], "target is 'sm_89'; backend 'torch' takes: eager, compile"),
         (["--refittable"], "--refittable is for TensorRT"),
-        (["--profile", "b4"], "takes any batch up to 32; leave --profile out"),
+        (["--profile", "b4"], "takes any batch size up to 32; omit --profile"),
     ],
 )
 def test_invalid_options_are_refused(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -38,8 +38,7 @@ def test_installed_rtx_has_the_names() -> None:
     assert wrong(used, docs, rtx=True) == []
     messages = wrong(invalid, docs, rtx=True)
     assert (
-        messages[0] == "here: Builder.no_such_name is not there"
-        and "called with 3 arguments and takes 1" in messages[1]
+        messages[0] == "here: Builder.no_such_name is missing" and "called with 3 arguments and takes 1" in messages[1]
     )
     checked = [u for u in used if u.arguments >= 0 and accepted(docs[u.name] or "")]
     assert len(checked) > 30  # numbers of arguments are compared, not only names
@@ -52,7 +51,7 @@ def test_installed_cuda_bindings_have_the_names() -> None:
     modules = {"runtime": runtime, "driver": driver}
     assert wrong_cuda(uses()[1], modules) == []
     messages = wrong_cuda([Use("runtime.cudaMalloc", 2, "a"), Use("driver.cuNoSuch", 1, "b")], modules)
-    assert len(messages) == 2 and "is called with 2" in messages[0] and "is not there" in messages[1]
+    assert len(messages) == 2 and "is called with 2" in messages[0] and "is missing" in messages[1]
 
 
 def test_the_oldest_releases_are_those_in_pyproject() -> None:

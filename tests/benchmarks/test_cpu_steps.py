@@ -41,7 +41,7 @@ def test_a_record(micro_bundles: Path, micro_base: Path, tmp_path: Path, monkeyp
 
 
 def test_an_engine_of_the_other_kind_is_refused(micro_bundles: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"plain has no guide; name another engine"):
+    with pytest.raises(SystemExit, match=r"plain has no guide; use another engine"):
         cpu_steps.main(["--guided", str(micro_bundles / "plain"), "--json", str(tmp_path / "x.json")])
     assert not (tmp_path / "x.json").exists()
 

@@ -29,7 +29,7 @@ def test_without_a_gpu_nothing_is_written(
 ) -> None:
     monkeypatch.setattr(gpu, "gpu_present", lambda: False)
     assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 0
-    assert "nothing is claimed" in capsys.readouterr().out and not any(tmp_path.iterdir())
+    assert "nothing was measured or written" in capsys.readouterr().out and not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(gpu.gpu_present(), reason="a GPU is here")
@@ -89,9 +89,9 @@ def test_what_does_not_fit_the_budget_or_the_machine_is_not_begun(
     parts = document["parts"]
     assert ran == ["roof", "kernels", "torch-bundled-fp16", "torch-bundled-fp32", "tests"]
     assert "of the budget of 20 s were left" in parts["torch-sd15"]["why"]
-    assert parts["torch-sd15-compiled"]["why"] == "missing here: triton"
-    assert parts["trt-sd15"]["why"] == "missing here: tensorrt"
-    assert parts["rtx-bundled"]["why"].startswith("the GPU is sm_90, and tensorrt-rtx makes engines for sm_75")
+    assert parts["torch-sd15-compiled"]["why"] == "missing packages: triton"
+    assert parts["trt-sd15"]["why"] == "missing packages: tensorrt"
+    assert parts["rtx-bundled"]["why"].startswith("the GPU is sm_90, but tensorrt-rtx compiles engines for sm_75")
     assert str(tmp_path) not in out.read_text()  # a record has no paths of the machine
     assert list(parts) == list(gpu.PARTS) and len(document["goals"]) == 4
 
@@ -206,7 +206,7 @@ def test_an_onnxruntime_without_cuda_is_told_of(monkeypatch: pytest.MonkeyPatch)
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert "has no CUDA provider; onnxruntime-gpu has it" in str(gpu.why_not("ort-bundled", "sm_90"))
+    assert "has no CUDA provider; install onnxruntime-gpu" in str(gpu.why_not("ort-bundled", "sm_90"))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert gpu.why_not("ort-bundled", "sm_90") is None
 

@@ -314,7 +314,7 @@ def test_the_sharpener_is_trained_alone_and_put_into_the_bundled_guide(packed: P
     changed = json.loads((out / "train.json").read_text())
     changed["parts"]["sharpener"]["of"] = "0" * 64
     (out / "train.json").write_text(json.dumps(changed))
-    with pytest.raises(RuntimeError, match="beside another guide"):
+    with pytest.raises(RuntimeError, match="trained with a guide that differs"):
         gpu_train.main(["guides", "--from", str(out), "--out", str(guides)])
 
 

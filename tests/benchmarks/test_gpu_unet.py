@@ -165,7 +165,7 @@ def test_the_table_shows_what_there_is() -> None:
                 "ran": True, "complete": False, "why": "it took more than 75 s", "precision": "fp16", "steps": 10,
                 "cases": {"CFG, batch 1": {"step": {"ms": 34.5}, "compile": {"seconds": 61.25}}},
             },
-            "trt-sd15": {"ran": False, "why": "missing here: tensorrt"},
+            "trt-sd15": {"ran": False, "why": "missing packages: tensorrt"},
             "tests": {"ran": True, "complete": True, "modules": {
                 "a.py": {"exit": 0, "said": ["3 passed"]}, "b.py": "stopped after 9 s",
             }},
@@ -174,7 +174,7 @@ def test_the_table_shows_what_there_is() -> None:
     shown = gpu_report.table(document)
     for wanted in (
         "790.0 fp16 TFLOP/s", "roof: stopped: it took more than 5 s", "250.0", "0.0050", "failed: OutOfMemoryError",
-        "trt-sd15: not run: missing here: tensorrt", "a.py: 3 passed", "SDXL, fp16", "34.500", "61.2",
+        "trt-sd15: not run: missing packages: tensorrt", "a.py: 3 passed", "SDXL, fp16", "34.500", "61.2",
         "it took more than 75 s", "b.py: stopped", "not measured",
     ):  # fmt: skip
         assert wanted in shown

@@ -61,4 +61,4 @@ def test_cfg_is_diffusers_own_with_the_negative_prompt(folder: Path) -> None:
 def test_a_guide_without_a_sharpener_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         negative.main(["--guide", "emoji-tiny", "--images", "4"])
-    assert "has no sharpener; make one with: pnp-trt distill guidance --sharpen" in capsys.readouterr().err
+    assert "has no sharpener; train one with: pnp-trt distill guidance --sharpen" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_regions_are_filled_once_and_for_all() -> None:
 
 
 def test_wrong_regions_are_refused() -> None:
-    with pytest.raises(InputError, match="'bench:speed' is unknown; known: cost, latency"):
+    with pytest.raises(InputError, match="unknown region 'bench:speed'; available: cost, latency"):
         readme_tables.fill("<!-- bench:speed -->\n<!-- /bench -->", lambda file: {})
     with pytest.raises(InputError, match="not closed"):
         readme_tables.fill("<!-- bench:cost -->\n| a |", lambda file: {})

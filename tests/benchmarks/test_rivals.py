@@ -174,7 +174,7 @@ def test_a_rival_moves_to_a_fine_tune(name: str, unet: Any) -> None:
 
 def test_a_rival_of_another_shape_is_refused(unet: Any) -> None:
     other = UNet2DConditionModel.from_config({**unet.config, "cross_attention_dim": 64})
-    with pytest.raises(InputError, match="cross_attention_dim is 128, and this one's is 64"):
+    with pytest.raises(InputError, match="cross_attention_dim = 128, but this one has 64"):
         RIVALS["sharpener"].from_unet(unet).check(other)
 
 
@@ -361,12 +361,12 @@ def test_the_page_is_drawn_from_the_json(measured: dict[str, Any], tmp_path: Pat
 def test_unequal_training_is_not_drawn(measured: dict[str, Any], tmp_path: Path) -> None:
     other = json.loads(json.dumps(measured))
     other["rivals"]["full"]["steps"] = 5
-    with pytest.raises(InputError, match="different steps"):
+    with pytest.raises(InputError, match="differ in training steps"):
         report.write_report(other, tmp_path / "rivals.md")
     other["rivals"]["full"] |= {"steps": 3, "pilot_steps": 9}
-    with pytest.raises(InputError, match=r"different pilots: \[0, 9\] steps"):
+    with pytest.raises(InputError, match=r"pilots differ in steps: \[0, 9\]"):
         report.write_report(other, tmp_path / "rivals.md")
-    with pytest.raises(InputError, match="holds no rivals"):
+    with pytest.raises(InputError, match="not a record of the rivals"):
         report.write_report({"schema": "pnp-trt/emoji-tables/1"}, tmp_path / "rivals.md")
 
 

@@ -65,7 +65,10 @@ def test_rows_are_measured_and_the_page_is_drawn(
 
     with pytest.raises(SystemExit):
         step_lora.main(["measure", "--from", str(trained / "none"), "--images", "4"])
-    assert "step-lora-8.safetensors; make it with: gpu_train train --step-lora" in capsys.readouterr().err
+    assert (
+        "step-lora-8.safetensors does not exist; run: python -m benchmarks.emoji.gpu_train train"
+        in capsys.readouterr().err
+    )
 
 
 def noise(count: int) -> Any:

@@ -78,9 +78,9 @@ def test_an_interval_that_covers_everything_is_cfg(parts: tuple[Sampler, Any]) -
 
 
 def test_guidance_refuses() -> None:
-    with pytest.raises(InputError, match="known: none, cfg, interval, guided, cached, residual"):
+    with pytest.raises(InputError, match="available: none, cfg, interval, guided, cached, residual"):
         Guidance("magic")
-    with pytest.raises(InputError, match="'interval' alone takes one"):
+    with pytest.raises(InputError, match="only 'interval' takes one"):
         Guidance("cfg", 3.0, (1, 2))
 
 
@@ -179,7 +179,7 @@ def test_equal_compute_and_unknown_best() -> None:
     assert Cell("C", "none", "emoji", 25, 3.0).guidance().evaluations(schedule) == 25
     best = Cell("C", "interval", "emoji", 25, 3.0, interval=BEST)
     assert best.guidance("sdxl").interval == INTERVALS["sdxl"]
-    with pytest.raises(InputError, match="best interval at 25 steps and w = 3 is not known yet"):
+    with pytest.raises(InputError, match="best interval at 25 steps and w = 3 is unknown before the sweep"):
         best.guidance()
 
 
@@ -428,5 +428,5 @@ def test_evaluate_refuses(tmp_path: Path) -> None:
     where = (tmp_path / "judge.safetensors", tmp_path, tmp_path / "out.json")
     with pytest.raises(InputError, match="at least 4, got 2"):
         tables.evaluate({}, {}, *where, images=2)
-    with pytest.raises(InputError, match="no table 'D'; known: A, B, C"):
+    with pytest.raises(InputError, match="unknown table 'D'; available: A, B, C"):
         tables.evaluate({}, {}, *where, only=["A", "D"])

@@ -37,7 +37,7 @@ def test_it_is_built_verified_and_sampled_with(
         "build", "--base", micro_base, "--guide", "none", "--backend", "onnx-reference", "--precision", "fp16",
         "--out", tmp_path / "no",
     )  # fmt: skip
-    assert refused.code == 2 and "'onnx-reference' does not run fp16; it runs: fp32" in refused.err
+    assert refused.code == 2 and "'onnx-reference' does not support fp16; it supports: fp32" in refused.err
 
 
 def test_doctor_names_it(pnp_trt: Callable[..., Result]) -> None:

@@ -163,11 +163,11 @@ class Recorder(TorchDispatchMode):
     def again(self) -> None:
         """Repeat each operation, and write its outputs into the recorded outputs."""
         for func, args, kwargs, outputs in self.calls:
-            for recorded_output, output in zip(
+            for target, output in zip(
                 pytree.tree_leaves(outputs), pytree.tree_leaves(func(*args, **kwargs)), strict=True
             ):
-                if isinstance(recorded_output, torch.Tensor) and recorded_output.data_ptr() != output.data_ptr():
-                    recorded_output.copy_(output)
+                if isinstance(target, torch.Tensor) and target.data_ptr() != output.data_ptr():
+                    target.copy_(output)
 
 
 class RecordedLane(torch_graph.TorchLane):

@@ -1,4 +1,4 @@
-"""Two results documents side by side: a slowed method is named, noise is not."""
+"""Comparison of two results documents: a slowed method is reported, noise is not."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def _text(seed: int) -> str:
 
 
 def make(seed: int = 0) -> dict[str, Any]:
-    """What a run with this machine noise measured; two seeds are two runs of the same code."""
+    """Return the results of a fake run; two seeds are two runs of the same code."""
     return dict(json.loads(_text(seed)))
 
 
-def terminal(found: compare.Comparison, width: int = 100) -> str:
+def terminal(comparison: compare.Comparison, width: int = 100) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(compare.render_terminal(found))
+    console.print(compare.render_terminal(comparison))
     return console.export_text()
 
 
@@ -50,40 +50,40 @@ def keys(changes: list[compare.Change]) -> set[tuple[str, str, Any]]:
     return {(one.figure, one.key.get("method", ""), one.key.get("batch")) for one in changes}
 
 
-def test_noise_is_no_change() -> None:
-    found = compare.compare(make(0), make(1))
-    assert found.absolute
-    assert not found.of("worse")
-    assert not found.of("better")
-    assert not found.regressed
-    assert len(found.figures) > 100
-    assert "0 worse, 0 better" in terminal(found)
+def test_noise_is_not_a_change() -> None:
+    comparison = compare.compare(make(0), make(1))
+    assert comparison.absolute
+    assert not comparison.of("worse")
+    assert not comparison.of("better")
+    assert not comparison.regressed
+    assert len(comparison.figures) > 100
+    assert "0 worse, 0 better" in terminal(comparison)
 
 
 def test_a_slowed_method_is_reported_slower() -> None:
-    found = compare.compare(make(0), slowed(1, guided=1.12))
-    worse = found.of("worse")
+    comparison = compare.compare(make(0), slowed(1, guided=1.12))
+    worse = comparison.of("worse")
     assert keys(worse) == {("ratio_to_cfg", "guided", batch) for batch in (1, 4, 8)}
     assert all(one.new > one.old and one.evidence == "interval" for one in worse)
-    assert found.regressed
-    text = terminal(found)
+    assert comparison.regressed
+    text = terminal(comparison)
     assert "Significantly worse" in text
     assert "emoji-tiny guided, batch 4" in " ".join(text.split())
     assert compare.compare(slowed(1, guided=1.12), make(0)).of("better")
 
 
 def test_a_change_within_the_repeatability_is_noise_however_narrow_the_intervals() -> None:
-    found = compare.compare(make(0), slowed(0, guided=1.025))
-    assert not found.of("worse")
-    assert not found.of("worse", weak=True)
+    comparison = compare.compare(make(0), slowed(0, guided=1.025))
+    assert not comparison.of("worse")
+    assert not comparison.of("worse", weak=True)
 
 
-def test_a_machine_slowed_as_a_whole_is_a_hint_and_no_regression() -> None:
+def test_a_slower_machine_is_a_hint_and_not_a_regression() -> None:
     everything = {method: 1.3 for methods in fake_document.METHODS.values() for method, _, _ in methods}
-    found = compare.compare(make(0), slowed(0, **everything))
-    assert not found.regressed
-    assert len(found.of("worse", weak=True)) == 54
-    text = " ".join(terminal(found).split())
+    comparison = compare.compare(make(0), slowed(0, **everything))
+    assert not comparison.regressed
+    assert len(comparison.of("worse", weak=True)) == 54
+    text = " ".join(terminal(comparison).split())
     assert "Absolute times hint at 54 slower" in text
     assert "All loops changed together, by 1.30 ×" in text
 
@@ -93,18 +93,18 @@ def test_absolute_times_need_the_same_device_and_versions() -> None:
     for change in ({"cpu": "another"}, {"packages": {"numpy": "1.0"}}, {"device": "NVIDIA L4"}):
         new = slowed(0, **everything)
         new["provenance"] |= change
-        found = compare.compare(make(0), new)
-        assert not found.absolute
-        assert not found.of("worse", weak=True)
-        assert "Absolute times were not compared" in terminal(found)
-    assert "accelerator: none → NVIDIA L4" in found.differences
+        comparison = compare.compare(make(0), new)
+        assert not comparison.absolute
+        assert not comparison.of("worse", weak=True)
+        assert "Absolute times were not compared" in terminal(comparison)
+    assert "accelerator: none → NVIDIA L4" in comparison.differences
 
 
 def test_worse_images_are_reported_and_better_ones_too() -> None:
     worse = json.loads(json.dumps(fake_document.make(kid_worse=0.03)))
-    found = compare.compare(make(0), worse)
-    assert {(one.figure, one.key["method"]) for one in found.of("worse")} >= {("kid", "guided")}
-    assert {one.key["method"] for one in found.of("worse")} == {"guided"}
+    comparison = compare.compare(make(0), worse)
+    assert {(one.figure, one.key["method"]) for one in comparison.of("worse")} >= {("kid", "guided")}
+    assert {one.key["method"] for one in comparison.of("worse")} == {"guided"}
     assert {one.figure for one in compare.compare(worse, make(0)).of("better")} >= {"kid"}
 
 
@@ -112,32 +112,32 @@ def test_cost_is_compared_exactly() -> None:
     new = make(0)
     new["cost"][1]["macs"] += 1
     new["methods_cost"][0]["macs_per_image"] -= 1
-    found = compare.compare(make(0), new)
-    assert [(one.figure, one.key["network"]) for one in found.of("worse")] == [("macs", "guide-tiny")]
-    assert [(one.figure, one.key["method"]) for one in found.of("better")] == [("macs_per_image", "cfg")]
+    comparison = compare.compare(make(0), new)
+    assert [(one.figure, one.key["network"]) for one in comparison.of("worse")] == [("macs", "guide-tiny")]
+    assert [(one.figure, one.key["method"]) for one in comparison.of("better")] == [("macs_per_image", "cfg")]
 
 
-def test_rows_of_one_document_alone_are_listed() -> None:
+def test_rows_in_only_one_document_are_listed() -> None:
     old, new = make(0), make(1)
     del new["latency"][0]
     del old["fidelity"][-1]
-    found = compare.compare(old, new)
-    assert [(one["part"], one["key"]["method"]) for one in found.only_old] == [("latency", "cfg")]
-    assert [(one["part"], one["key"]["method"]) for one in found.only_new] == [("fidelity", "guided")]
-    text = " ".join(terminal(found).split())
+    comparison = compare.compare(old, new)
+    assert [(one["part"], one["key"]["method"]) for one in comparison.only_old] == [("latency", "cfg")]
+    assert [(one["part"], one["key"]["method"]) for one in comparison.only_new] == [("fidelity", "guided")]
+    text = " ".join(terminal(comparison).split())
     assert "In the old results only" in text
     assert "emoji-teacher cfg, batch 1, 20 steps, w = 3" in text
 
 
-def test_what_else_differs_is_said() -> None:
+def test_other_differences_are_listed() -> None:
     new = make(0)
     new["provenance"] |= {"commit": "f" * 40, "uncommitted_changes": True, "python": "3.14.0"}
     new["settings"]["rounds"] = 3
-    found = compare.compare(make(0), new)
-    assert any(one.endswith("→ ffffffffffff") for one in found.differences)
-    assert "setting rounds: 12 → 3" in found.differences
-    assert any(one.startswith("Python: ") for one in found.differences)
-    assert any("uncommitted" in one for one in found.differences)
+    comparison = compare.compare(make(0), new)
+    assert any(one.endswith("→ ffffffffffff") for one in comparison.differences)
+    assert "setting rounds: 12 → 3" in comparison.differences
+    assert any(one.startswith("Python: ") for one in comparison.differences)
+    assert any("uncommitted" in one for one in comparison.differences)
 
 
 def test_different_bases_are_refused() -> None:
@@ -167,7 +167,7 @@ def test_a_document_equals_itself_and_order_flips_the_verdict(seed: int, slow: d
     assert [flipped[one.verdict] for one in there.figures] == [one.verdict for one in back.figures]
 
 
-#: any JSON value, as another program may have left it
+#: any JSON value, as another program may write it
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**25), 10**25) | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=12) | st.sampled_from(["\x1b[31mred", "cfg", "interval", "2026-01-01"]),
@@ -177,7 +177,7 @@ VALUES = st.recursive(
 
 
 def spoil(data: st.DataObject, doc: dict[str, Any]) -> None:
-    """Change one value of a document, wherever it lies: another, none, or a row twice."""
+    """Change one value anywhere in a document: replace or remove it, add one, or repeat a row."""
     at: Any = doc
     while True:
         inside = sorted(at) if isinstance(at, dict) else list(range(len(at)))
@@ -200,7 +200,7 @@ def spoil(data: st.DataObject, doc: dict[str, Any]) -> None:
 
 
 def short() -> dict[str, Any]:
-    """A document of few rows, so that a change hits every part."""
+    """Return a document with at most two rows per part, so that changes reach every part."""
     doc = make(0)
     for part, rows in doc.items():
         if isinstance(rows, list):
@@ -208,7 +208,7 @@ def short() -> dict[str, Any]:
     return doc
 
 
-def test_a_ratio_that_json_cannot_hold_is_none() -> None:
+def test_a_relative_change_beyond_the_range_of_json_is_none() -> None:
     change = changes.Change("cost", {}, "macs", 1e-320, 1e308, None, None, "worse", "exact")
     assert change.relative is None and changes.Change(**{**vars(change), "old": 2.0, "new": 3.0}).relative == 0.5
 
@@ -216,19 +216,19 @@ def test_a_ratio_that_json_cannot_hold_is_none() -> None:
 @settings(max_examples=300)
 @given(st.data())
 def test_any_document_is_compared_or_refused_in_a_sentence(data: st.DataObject) -> None:
-    """Beyond the schema: whatever passes it is compared, drawn and written as its own schema says."""
+    """A document that passes the schema can be compared, rendered, and written under the comparison's schema."""
     documents = [short(), short()]
     for _ in range(data.draw(st.integers(1, 4))):
         spoil(data, data.draw(st.sampled_from(documents)))
     try:
         for doc in documents:
             results.check(doc, "FILE")
-        found = compare.compare(*documents)
+        comparison = compare.compare(*documents)
     except InputError as e:
         assert len(str(e)) < 2000 and "\x1b" not in str(e)
         return
-    assert "\x1b" not in terminal(found)
-    written = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert "\x1b" not in terminal(comparison)
+    written = json.loads(json.dumps(comparison.as_dict(), allow_nan=False))
     pytest.importorskip("jsonschema").Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).validate(written)
 
 
@@ -240,13 +240,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     done = run(app, ["compare", str(old), str(slow), "--json", str(tmp_path / "found.json")])
     assert done.exit_code == 0
     assert "Significantly worse" in done.output
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert (found["schema"], found["regressed"]) == (changes.SCHEMA, True)
-    assert {one["evidence"] for one in found["figures"]} >= {"exact", "interval"}
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert (document["schema"], document["regressed"]) == (changes.SCHEMA, True)
+    assert {one["evidence"] for one in document["figures"]} >= {"exact", "interval"}
     validator = pytest.importorskip("jsonschema").Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
     validator.check_schema(validator.schema)
-    validator.validate(found)
-    assert not validator.is_valid({**found, "figures": [{**found["figures"][0], "verdict": "faster"}]})
+    validator.validate(document)
+    assert not validator.is_valid({**document, "figures": [{**document["figures"][0], "verdict": "faster"}]})
     assert run(app, ["compare", str(old), str(slow), "--fail-on-regression"]).exit_code == 1
     assert run(app, ["compare", str(old), str(same), "--fail-on-regression"]).exit_code == 0
     slow.write_text(slow.read_text()[:-9])

@@ -27,7 +27,7 @@ SD15 = {
 
 
 class Attention(torch.nn.Module):
-    """Attention alone; `fused` or spelt out in two matrix products."""
+    """Attention only; `fused`, or spelt out as two matrix products."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
@@ -64,31 +64,31 @@ def test_grouped_convolution_by_hand() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_by_hand(bias: bool) -> None:
-    found = cost.count(torch.nn.Linear(6, 10, bias=bias), (torch.zeros(1, 7, 6),))
-    assert found == cost.Cost(60 + 10 * bias, 7 * 60, 7 * 60)
+    counted = cost.count(torch.nn.Linear(6, 10, bias=bias), (torch.zeros(1, 7, 6),))
+    assert counted == cost.Cost(60 + 10 * bias, 7 * 60, 7 * 60)
 
 
 def test_linear_on_a_permuted_input_is_still_linear() -> None:
-    found = cost.count(OnPermuted(), (torch.zeros(2, 6, 4, 4),))
-    assert found.macs == found.macs_without_attention == 2 * 16 * 60
+    counted = cost.count(OnPermuted(), (torch.zeros(2, 6, 4, 4),))
+    assert counted.macs == counted.macs_without_attention == 2 * 16 * 60
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_by_hand(fused: bool) -> None:
     query, key, value = torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 9, 3)
-    found = cost.count(Attention(fused), {"query": query, "key": key, "value": value})
-    assert found == cost.Cost(0, macs=2 * 5 * 9 * 4 + 2 * 5 * 9 * 3, macs_without_attention=0)
+    counted = cost.count(Attention(fused), {"query": query, "key": key, "value": value})
+    assert counted == cost.Cost(0, macs=2 * 5 * 9 * 4 + 2 * 5 * 9 * 3, macs_without_attention=0)
 
 
 def test_attention_inside_another_torch_function() -> None:
     module = torch.nn.MultiheadAttention(8, 2, batch_first=True)
     sequence = torch.zeros(1, 5, 8)
-    found = cost.count(module, {"query": sequence, "key": sequence, "value": sequence})
-    assert found.macs_without_attention == 4 * 5 * 8 * 8
-    assert found.macs == found.macs_without_attention + 2 * 5 * 5 * 8
+    counted = cost.count(module, {"query": sequence, "key": sequence, "value": sequence})
+    assert counted.macs_without_attention == 4 * 5 * 8 * 8
+    assert counted.macs == counted.macs_without_attention + 2 * 5 * 5 * 8
 
 
-def test_the_module_is_left_as_it_was() -> None:
+def test_counting_does_not_change_the_module() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).train()
     before = module[0].weight
     cost.count(module, (torch.zeros(1, 4),))
@@ -108,7 +108,7 @@ def test_sd15_matches_the_published_figures() -> None:
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(**SD15)
-    found = cost.count(
+    counted = cost.count(
         unet,
         {
             "sample": torch.zeros(1, 4, 64, 64),
@@ -116,9 +116,9 @@ def test_sd15_matches_the_published_figures() -> None:
             "encoder_hidden_states": torch.zeros(1, 77, 768),
         },
     )
-    assert found.parameters == pytest.approx(859.52e6, rel=2e-5)
-    assert found.macs_without_attention == pytest.approx(338.61e9, rel=2e-3)
-    assert found.macs == pytest.approx(401.64e9, rel=2e-3)
+    assert counted.parameters == pytest.approx(859.52e6, rel=2e-5)
+    assert counted.macs_without_attention == pytest.approx(338.61e9, rel=2e-3)
+    assert counted.macs == pytest.approx(401.64e9, rel=2e-3)
 
 
 def test_rows_and_methods() -> None:
@@ -154,15 +154,15 @@ def test_rows_and_methods() -> None:
 
 def test_methods_whose_steps_differ_by_hand() -> None:
     rows = cost.cost_rows({"teacher": (torch.nn.Linear(4, 100), (torch.zeros(1, 4),))})
-    found = {row["method"]: row for row in cost.method_rows(rows, steps=5, guided_steps=2)}
-    assert {name: row["evaluations"] for name, row in found.items()} == {
+    by_method = {row["method"]: row for row in cost.method_rows(rows, steps=5, guided_steps=2)}
+    assert {name: row["evaluations"] for name, row in by_method.items()} == {
         "cfg": 10, "cfg-two-passes": 10, "cfg-interval": 7, "cfg-fewer-steps": 4, "unguided": 5,
     }  # fmt: skip
-    assert found["cfg-interval"]["macs_per_image"] == 7 * 400
-    assert found["cfg-interval"]["macs_per_step"] == 560
-    assert found["cfg-interval"]["ratio_to_cfg"] == pytest.approx(0.7)
-    assert found["cfg-fewer-steps"]["ratio_to_cfg"] == pytest.approx(0.4)
-    assert found["cfg-two-passes"]["networks"] == ["teacher", "teacher"]
+    assert by_method["cfg-interval"]["macs_per_image"] == 7 * 400
+    assert by_method["cfg-interval"]["macs_per_step"] == 560
+    assert by_method["cfg-interval"]["ratio_to_cfg"] == pytest.approx(0.7)
+    assert by_method["cfg-fewer-steps"]["ratio_to_cfg"] == pytest.approx(0.4)
+    assert by_method["cfg-two-passes"]["networks"] == ["teacher", "teacher"]
     assert cost.method_rows(rows, steps=1)[2]["evaluations"] == 2  # half of one step is one step
     two = cost.method_rows(rows, steps=5, evaluations=lambda steps: 2 * steps - 1)[0]  # Heun's
     assert (two["method"], two["evaluations"], two["steps"], two["ratio_to_cfg"]) == ("cfg", 18, 5, 1)
@@ -172,31 +172,35 @@ def test_methods_whose_steps_differ_by_hand() -> None:
 @given(steps=st.integers(1, 200), share=st.floats(0, 1))
 def test_the_interval_lies_between_unguided_and_cfg(steps: int, share: float) -> None:
     rows = [{"network": "teacher", "parameters": 7, "macs": 1000, "macs_without_attention": 900}]
-    found = {r["method"]: r for r in cost.method_rows(rows, steps=steps, guided_steps=int(share * steps))}
-    assert found["unguided"]["ratio_to_cfg"] <= found["cfg-interval"]["ratio_to_cfg"] <= found["cfg"]["ratio_to_cfg"]
-    assert found["cfg-interval"]["macs_per_image"] == 1000 * found["cfg-interval"]["evaluations"]
+    by_method = {r["method"]: r for r in cost.method_rows(rows, steps=steps, guided_steps=int(share * steps))}
+    assert (
+        by_method["unguided"]["ratio_to_cfg"]
+        <= by_method["cfg-interval"]["ratio_to_cfg"]
+        <= by_method["cfg"]["ratio_to_cfg"]
+    )
+    assert by_method["cfg-interval"]["macs_per_image"] == 1000 * by_method["cfg-interval"]["evaluations"]
 
 
-def test_the_published_table_within_two_thousandths() -> None:
+def test_the_published_table_is_matched_within_two_thousandths() -> None:
     pytest.importorskip("diffusers")
     rows = cost.cost_rows(networks("random:sd15"))
-    found = {row["what"]: row for row in cost.published_rows("random:sd15", rows)}
-    assert {what: (row["published"], row["published_unit_printed"]) for what, row in found.items()} == {
+    by_figure = {row["what"]: row for row in cost.published_rows("random:sd15", rows)}
+    assert {what: (row["published"], row["published_unit_printed"]) for what, row in by_figure.items()} == {
         "teacher, per step": (338.7, "TFLOPs"), "teacher x 2 (CFG), per step": (677.5, "TFLOPs"),
         "full guide, per step": (116.5, "TFLOPs"), "teacher + full guide, per step": (455.2, "TFLOPs"),
         "tiny guide, per step": (7.79, "TFLOPs"), "teacher + tiny guide, per step": (346.49, "TFLOPs"),
         "teacher, parameters": (859, "M"), "full guide, parameters": (361, "M"), "tiny guide, parameters": (8.27, "M"),
     }  # fmt: skip
-    for what, row in found.items():
+    for what, row in by_figure.items():
         if "tiny" in what:
             assert row["relative_difference"] is None
             assert row["note"].startswith("not comparable")
-            assert 0 < row["counted"] < row["published"]  # ours is inside the budget
+            assert 0 < row["counted"] < row["published"]  # this project's guide is smaller
         else:
             assert abs(row["relative_difference"]) < 2e-3, what
             assert row["relative_difference"] == pytest.approx(row["counted"] / row["published"] - 1, abs=1e-5)
-    assert found["full guide, per step"]["counted"] == pytest.approx(116.42, abs=0.005)
-    assert "109.06" in found["full guide, per step"]["note"]
+    assert by_figure["full guide, per step"]["counted"] == pytest.approx(116.42, abs=0.005)
+    assert "109.06" in by_figure["full guide, per step"]["note"]
 
 
 @pytest.mark.parametrize(("base", "teacher", "full"), [("sd21", 865.91, 364.23), ("sdxl", 2567.46, 1251.01)])

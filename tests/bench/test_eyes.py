@@ -1,4 +1,4 @@
-"""FID and CLIP score from weights that the user names; here random ones of the same architectures."""
+"""FID and CLIP score, with random weights of the same architectures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pnp_trt.errors import InputError
 
 
 def direct(x: np.ndarray, y: np.ndarray) -> float:
-    """The Fréchet distance by the eigenvalues of the covariances' product."""
+    """Return the Fréchet distance from the eigenvalues of the product of the covariances."""
     a, b = np.cov(x.T), np.cov(y.T)
     roots = np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * roots)
@@ -27,20 +27,18 @@ def direct(x: np.ndarray, y: np.ndarray) -> float:
 
 @settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.integers(2, 40), st.integers(2, 40))
-def test_the_distance_is_that_of_the_definition_for_few_images_and_for_many(
-    seed: int, width: int, m: int, n: int
-) -> None:
+def test_the_distance_matches_its_definition_for_few_and_many_images(seed: int, width: int, m: int, n: int) -> None:
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(m, width)), rng.normal(0.3, 1.5, size=(n, width))
-    found = frechet(x, y, draws=2)
-    # roots of eigenvalues that should be 0 are as large as the root of the rounding
-    assert found.value == pytest.approx(direct(x, y), abs=2e-5) and found.count == n
-    assert found.low <= found.value <= found.high
-    assert frechet(y, x, draws=2).value == pytest.approx(found.value, abs=1e-9)
+    distance = frechet(x, y, draws=2)
+    # eigenvalues that should be 0 are rounding errors, and their roots are larger
+    assert distance.value == pytest.approx(direct(x, y), abs=2e-5) and distance.count == n
+    assert distance.low <= distance.value <= distance.high
+    assert frechet(y, x, draws=2).value == pytest.approx(distance.value, abs=1e-9)
     assert frechet(x, x, draws=2).value == pytest.approx(0, abs=1e-9)
 
 
-def test_a_shift_by_hand() -> None:
+def test_the_distance_of_a_shift_by_hand() -> None:
     x = np.random.default_rng(0).normal(size=(50, 4))
     assert frechet(x, x + 2.0).value == pytest.approx(16)
     with pytest.raises(InputError, match="generated features must have shape"):
@@ -60,7 +58,7 @@ def saved(folder: Path, weights: dict[str, torch.Tensor], classes: int) -> Path:
 
 
 def test_inception_has_the_published_size_and_names(weights: dict[str, torch.Tensor]) -> None:
-    # torchvision's inception_v3 has 27,161,264 weights: less its classifier and its auxiliary head
+    # torchvision's inception_v3 has 27,161,264 weights; classifier and auxiliary head are left out here
     assert sum(p.numel() for p in build(fid=False).parameters()) == 27_161_264 - (2048 * 1000 + 1000) - 3_326_696
     for name, shape in (
         ("Conv2d_1a_3x3.conv.weight", (32, 3, 3, 3)), ("Mixed_5b.branch5x5_2.conv.weight", (64, 48, 5, 5)),
@@ -71,7 +69,7 @@ def test_inception_has_the_published_size_and_names(weights: dict[str, torch.Ten
         assert tuple(weights[name].shape) == shape
 
 
-def test_inception_sees_images_and_the_two_kinds_pool_differently(
+def test_features_depend_on_the_image_and_on_the_kind_of_inception(
     tmp_path: Path, weights: dict[str, torch.Tensor]
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
@@ -102,19 +100,19 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_and_never_below_0(clip_fol
     scores = scorer(images, prompts)
     assert scores.shape == (20,) and (scores >= 0).all() and (scores <= 100).all() and scores.std() > 0
     assert scorer(images[::-1].copy(), prompts[::-1]) == pytest.approx(scores[::-1], abs=1e-3)
-    # by hand, at the size of the model: no resizing, OpenAI's mean and spread
+    # by hand, at the model's image size: no resizing, only OpenAI's mean and standard deviation
     x = torch.from_numpy(images[:1]).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(scorer._mean).view(3, 1, 1)) / torch.tensor(scorer._std).view(3, 1, 1)
     ids = scorer._tokenizer(prompts[:1], return_tensors="pt").input_ids
     with torch.no_grad():
-        seen = scorer._model(input_ids=ids, pixel_values=x)
-    cosine = float((seen.image_embeds * seen.text_embeds).sum())
+        output = scorer._model(input_ids=ids, pixel_values=x)
+    cosine = float((output.image_embeds * output.text_embeds).sum())
     assert scores[0] == pytest.approx(max(100 * cosine, 0), abs=1e-2)
     with pytest.raises(InputError, match="20 images do not match 1 prompts"):
         scorer(images, ["a"])
 
 
-def test_folders_that_are_no_clip_are_refused(tmp_path: Path, clip_folder: Path) -> None:
+def test_folders_without_a_clip_model_are_refused(tmp_path: Path, clip_folder: Path) -> None:
     with pytest.raises(InputError, match="holds no config.json, not a CLIP model"):
         ClipScorer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))

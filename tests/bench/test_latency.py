@@ -1,4 +1,4 @@
-"""The timing harness on fakes with a clock of their own: nothing here is timed for real."""
+"""The timing harness on fake pipelines with a fake clock; nothing is really timed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COST_MS = {"cfg": 20.0, "cfg-two-passes": 24.0, "unguided": 10.0, "guided": 11.0
 
 
 class World:
-    """A clock that only moves when a fake works, at a speed that changes from round to round."""
+    """A clock that advances only when a fake pipeline works."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ class Fake:
         return np.zeros((len(prompts), 77, 4), np.float32)
 
     def noise(self, seeds: list[int]) -> np.ndarray:
-        self.world.now += 1.0  # must never be billed
+        self.world.now += 1.0  # must never be counted
         return np.zeros((len(seeds), 4, 8, 8), np.float32)
 
     def denoise(
@@ -76,21 +76,21 @@ class Plain(Fake):
     def guided_interval(self) -> tuple[int, int]:
         return 600, 800  # two steps of five
 
-    def denoise(self, context: np.ndarray, noise: np.ndarray, **given: Any) -> np.ndarray:
+    def denoise(self, context: np.ndarray, noise: np.ndarray, **options: Any) -> np.ndarray:
         low, high = self.guided_interval()
-        if given["method"] != "cfg-interval":
-            return super().denoise(context, noise, **given)
-        steps = given.pop("steps")
+        if options["method"] != "cfg-interval":
+            return super().denoise(context, noise, **options)
+        steps = options.pop("steps")
         inside = sum(low <= t <= high for t in self.schedule(steps).timesteps)
-        super().denoise(context, noise, **given | {"method": "cfg", "steps": inside})
-        return super().denoise(context, noise, **given | {"method": "unguided", "steps": steps - inside})
+        super().denoise(context, noise, **options | {"method": "cfg", "steps": inside})
+        return super().denoise(context, noise, **options | {"method": "unguided", "steps": steps - inside})
 
 
 def cases(pipe: Fake, *methods: str) -> list[Case]:
     return [Case(pipe, method) for method in methods or pipe.methods]
 
 
-def test_numbers_by_hand() -> None:
+def test_figures_by_hand() -> None:
     world = World()
     rows = measure(
         cases(Fake(world)), batches=(1, 4), steps=5, rounds=3, warmup=1, prompts=["a", "b"], clock=world.clock
@@ -112,7 +112,7 @@ def test_numbers_by_hand() -> None:
     assert guided.as_dict()["raw"][0]["loop_ms"] == pytest.approx(220)
 
 
-def test_order_is_interleaved_and_rotates() -> None:
+def test_methods_are_interleaved_and_their_order_rotates() -> None:
     world = World()
     rows = measure(cases(Fake(world)), batches=(1,), rounds=4, warmup=2, prompts=["a"], clock=world.clock)
     names = [call.split("/")[1] for call in world.calls]
@@ -127,7 +127,7 @@ def test_order_is_interleaved_and_rotates() -> None:
 
 
 def test_ratio_is_paired_by_round() -> None:
-    """The machine gets slower every round; the ratio, taken within the round, does not see it."""
+    """The machine slows down in every round, which does not affect ratios within a round."""
     world = World()
     pipe = Fake(world, per_round=3)
     rows = measure(cases(pipe), batches=(1,), rounds=5, warmup=0, prompts=["a"], clock=world.clock)
@@ -151,8 +151,8 @@ def test_a_slowed_engine_is_reported_slower() -> None:
     assert same.ratio_to_cfg_interval[1] < slower.ratio_to_cfg_interval[0]  # type: ignore[index]
 
 
-def test_a_slowed_teacher_is_slower_beyond_the_noise() -> None:
-    """An engine, and itself slowed by 5 %, under a drift that swamps that: the ratio's interval excludes 1."""
+def test_a_small_slowdown_is_significant_under_a_large_drift() -> None:
+    """An engine slowed by 5 %, under a much larger drift: the interval of its ratio excludes 1."""
     world = World()
     fast, slow = Fake(world, "fast", per_round=3), Fake(world, "slow", slow=1.05, per_round=3)
     slow.methods = ("unguided",)
@@ -163,7 +163,7 @@ def test_a_slowed_teacher_is_slower_beyond_the_noise() -> None:
     loops = [np.array([one["loop_ms"] for one in row.raw]) for row in rows]
     ratio, low, high = latency.paired_ratio(loops[1], loops[0])
     assert ratio == pytest.approx(1.05) and 1 < low <= high
-    assert rows[0].spread > 0.3  # what hides it from unpaired times
+    assert rows[0].spread > 0.3  # the drift hides the difference in unpaired times
     assert rows[1].ratio_to_cfg_interval[0] > rows[0].ratio_to_cfg_interval[1]  # type: ignore[index]
 
 
@@ -171,31 +171,31 @@ def test_baselines_by_hand() -> None:
     world = World()
     pipe = Plain(world)
     rows = measure(cases_of([pipe]), batches=(2,), steps=5, rounds=2, warmup=0, prompts=["a"], clock=world.clock)
-    found = {row.method: row for row in rows}
-    assert list(found) == ["cfg", "cfg-two-passes", "cfg-interval", "cfg-fewer-steps", "unguided"]
-    assert {name: row.evaluations for name, row in found.items()} == {
+    by_method = {row.method: row for row in rows}
+    assert list(by_method) == ["cfg", "cfg-two-passes", "cfg-interval", "cfg-fewer-steps", "unguided"]
+    assert {name: row.evaluations for name, row in by_method.items()} == {
         "cfg": 10, "cfg-two-passes": 10, "cfg-interval": 7, "cfg-fewer-steps": 4, "unguided": 5,
     }  # fmt: skip
-    assert {name: row.p50_ms for name, row in found.items()} == pytest.approx(
+    assert {name: row.p50_ms for name, row in by_method.items()} == pytest.approx(
         {"cfg": 200, "cfg-two-passes": 240, "cfg-interval": 140, "cfg-fewer-steps": 80, "unguided": 100}
     )
-    assert found["cfg-fewer-steps"].steps == 2 and found["cfg"].steps == 5
-    assert found["cfg-fewer-steps"].ratio_to_cfg == pytest.approx(0.4)
-    assert {name: row.guided_interval for name, row in found.items() if row.guided_interval} == {
+    assert by_method["cfg-fewer-steps"].steps == 2 and by_method["cfg"].steps == 5
+    assert by_method["cfg-fewer-steps"].ratio_to_cfg == pytest.approx(0.4)
+    assert {name: row.guided_interval for name, row in by_method.items() if row.guided_interval} == {
         "cfg-interval": (600, 800)
     }
-    assert found["cfg"].images_per_s == pytest.approx(2 / 0.203)
-    assert found["cfg-interval"].as_dict()["guided_interval"] == [600, 800]
-    for row in rows:  # nothing was asked to measure them
+    assert by_method["cfg"].images_per_s == pytest.approx(2 / 0.203)
+    assert by_method["cfg-interval"].as_dict()["guided_interval"] == [600, 800]
+    for row in rows:  # without meters they are not measured
         assert (row.least_ms, row.share_of_least, row.peak_memory_bytes, row.energy_j_per_image) == (None,) * 4
 
 
 def test_meters_fill_their_fields() -> None:
     world = World()
-    asked: list[tuple[str, int, int]] = []
+    measured: list[tuple[str, int, int]] = []
 
     def memory(case: Case, *, batch: int, steps: int, **_: Any) -> int | None:
-        asked.append((case.label, batch, steps))
+        measured.append((case.label, batch, steps))
         return 1000 * batch
 
     peaks = Device("fake", peak_macs_per_s=1e9, peak_bytes_per_s=1e9, how="it is a fake")
@@ -207,7 +207,7 @@ def test_meters_fill_their_fields() -> None:
         meters=meters,
     )  # fmt: skip
     cfg = rows[0]
-    assert cfg.peak_memory_bytes == 1000 and ("emoji/cfg-fewer-steps", 2, 5) in asked
+    assert cfg.peak_memory_bytes == 1000 and ("emoji/cfg-fewer-steps", 2, 5) in measured
     assert cfg.least_ms == pytest.approx(5 * 2 * 4)  # MACs: 5 steps, 2 rows, 4 ms each; bytes take 1 ms
     assert cfg.share_of_least == pytest.approx(40 / 100)
     assert {row.method: row.least_ms for row in rows[5:]} == pytest.approx(
@@ -218,9 +218,9 @@ def test_meters_fill_their_fields() -> None:
     assert rows[5].energy_j_per_image == pytest.approx(50 * (1 + 0.203) / 2)
 
 
-def test_what_does_not_apply_stays_empty() -> None:
+def test_figures_that_do_not_apply_are_none() -> None:
     world = World()
-    host = Fake(world)  # runs on no GPU: the GPU's energy is not its own
+    host = Fake(world)  # does not run on a GPU, so a GPU's energy is not its own
     peaks = Device("fake", 1e9, 1e9, "it is a fake")
     for work in (lambda case: None, lambda case: CallCost(1, 1, "int8")):  # a peak of fp32 does not bound int8
         meters = Meters(None, lambda: world.now, peaks, work)
@@ -275,7 +275,7 @@ def test_the_bootstrap_is_seeded() -> None:
     assert first[0] < first[1]
 
 
-def test_progress_counts_to_the_end_and_the_collector_comes_back() -> None:
+def test_progress_counts_to_the_end_and_garbage_collection_is_enabled_again() -> None:
     world = World()
     seen: list[tuple[int, int]] = []
     measure(

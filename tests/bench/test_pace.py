@@ -1,4 +1,4 @@
-"""The estimate of a run, with clocks that the tests set."""
+"""The estimate of a run's duration, with fake clocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Clock:
 
 @dataclass
 class Pipe:
-    """Takes 0.1 s a step and 0.05 s an image and step."""
+    """A fake pipeline whose step takes 0.1 s, and 0.05 s more for each image."""
 
     clock: Clock
     name: str = "p"
@@ -44,7 +44,7 @@ class Pipe:
 
 
 @pytest.mark.parametrize("largest", [2, 4, 32])
-def test_a_trial_finds_the_fixed_part_and_the_part_a_image(largest: int) -> None:
+def test_a_trial_separates_the_fixed_time_from_the_time_per_image(largest: int) -> None:
     clock = Clock()
     pipe = Pipe(clock)
     pace = trial(Case(pipe, "cfg"), ["a cat"], 3.0, largest, clock)
@@ -52,30 +52,30 @@ def test_a_trial_finds_the_fixed_part_and_the_part_a_image(largest: int) -> None
     assert {batch for batch, _ in pipe.loops} == {1, min(4, largest)}
 
 
-def test_an_engine_of_one_image_is_tried_at_one() -> None:
+def test_an_engine_of_batch_size_1_is_tried_at_1() -> None:
     clock = Clock()
     assert trial(Case(Pipe(clock), "cfg"), ["a"], 3.0, 1, clock).seconds(1, 4) == pytest.approx(0.6)
 
 
 def test_the_time_left_follows_the_measured_pace() -> None:
-    clock, told = Clock(), []
-    meter = ProgressMeter({"a": 10.0, "b": 30.0}, lambda *what: told.append(what), clock)
+    clock, reports = Clock(), []
+    meter = ProgressMeter({"a": 10.0, "b": 30.0}, lambda *what: reports.append(what), clock)
     assert meter.total == meter.left == 40
     meter.begin("a", "timing a")
-    assert told[-1] == ("timing a (about 40 s left)", 0, 40)
+    assert reports[-1] == ("timing a (about 40 s left)", 0, 40)
     meter.within(1, 2)
-    assert told[-1][1] == 5
+    assert reports[-1][1] == 5
     clock.now = 20.0  # twice as slow as estimated
     meter.end("a")
-    # 30 s of the estimate at (20 + 2) / (10 + 2) of it: a twentieth of the run counts as if it had kept to it
+    # the remaining 30 s times (20 + 2) / (10 + 2), as if a twentieth of the run had matched the estimate
     assert meter.left == pytest.approx(55)
     meter.begin("b", "timing b")
-    assert told[-1] == ("timing b (about 55 s left)", 10, 40)
+    assert reports[-1] == ("timing b (about 55 s left)", 10, 40)
     meter.end("b")
     assert meter.left == 0
 
 
-def test_pieces_of_an_earlier_process_say_nothing_of_the_pace() -> None:
+def test_jobs_of_an_earlier_process_do_not_affect_the_pace() -> None:
     clock = Clock()
     meter = ProgressMeter({"a": 100.0, "b": 10.0, "c": 10.0}, None, clock)
     meter.end("a", resumed=True)
@@ -87,5 +87,5 @@ def test_pieces_of_an_earlier_process_say_nothing_of_the_pace() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "about 1 s"), (61, "about 61 s"), (600, "about 10 min"),
                                                (9000, "about 2.5 h")])  # fmt: skip
-def test_durations_are_told_as_people_tell_them(seconds: float, text: str) -> None:
+def test_durations_are_given_in_readable_units(seconds: float, text: str) -> None:
     assert about(seconds) == text

@@ -1,4 +1,4 @@
-"""The page in a real browser, on a phone and on a desk, in light and dark."""
+"""The report page in a real browser, at phone and desktop widths, in light and dark."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without KID and without a second batch."""
+    """The page of a run without KID and with one batch size."""
     browser.chromium()
     doc = fake_document.make(quality=False, batches=(1,), published=[])
     doc["settings"]["quick"] = True
@@ -37,38 +37,38 @@ def test_the_console_stays_empty(page: Path, quick: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (360, True), (1280, False), (1280, True)])
-def test_every_figure_is_there_and_nothing_sticks_out(page: Path, width: int, dark: bool) -> None:
-    found = browser.probe(page, width, dark=dark)
-    assert found["width"] == width
-    assert found["scroll"] <= width
-    assert found["sticksOut"] == []
-    assert {name: len(charts) for name, charts in found["figures"].items()} == FIGURES
-    for charts in found["figures"].values():
+def test_every_figure_is_shown_and_fits_the_page(page: Path, width: int, dark: bool) -> None:
+    layout = browser.probe(page, width, dark=dark)
+    assert layout["width"] == width
+    assert layout["scroll"] <= width
+    assert layout["sticksOut"] == []
+    assert {name: len(charts) for name, charts in layout["figures"].items()} == FIGURES
+    for charts in layout["figures"].values():
         assert all(200 < w < width and h > 80 and title for w, h, title in charts)
-    assert found["clipped"] == []
-    assert found["overlaps"] == []
-    assert found["blind"] == []
-    red = int(found["background"].removeprefix("rgb(").partition(",")[0])
+    assert layout["clipped"] == []
+    assert layout["overlaps"] == []
+    assert layout["blind"] == []
+    red = int(layout["background"].removeprefix("rgb(").partition(",")[0])
     assert (red < 60) == dark
 
 
-def test_a_quick_run_has_its_figures_too(quick: Path) -> None:
-    found = browser.probe(quick, 360)
-    assert {name: len(charts) for name, charts in found["figures"].items()} == FIGURES | {
+def test_a_quick_run_has_its_figures(quick: Path) -> None:
+    layout = browser.probe(quick, 360)
+    assert {name: len(charts) for name, charts in layout["figures"].items()} == FIGURES | {
         "figure-latency": 2, "figure-roofline": 1,
     }  # fmt: skip
-    assert "PSNR" in found["figures"]["figure-pareto"][0][2]
-    assert (found["clipped"], found["overlaps"], found["sticksOut"]) == ([], [], [])
+    assert "PSNR" in layout["figures"]["figure-pareto"][0][2]
+    assert (layout["clipped"], layout["overlaps"], layout["sticksOut"]) == ([], [], [])
 
 
-def test_the_probes_notice_what_is_wrong(page: Path, tmp_path: Path) -> None:
+def test_the_probes_detect_errors(page: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     wrong = '<img alt="far" src="https://example.invalid/a.png"><div style="width: 90rem">wide</div></main>'
     text = page.read_text(encoding="utf-8").replace("</main>", wrong)
     bad.write_text(text.replace(">cfg-interval<", ">cfg-interval-cfg-interval-cfg-interval<"), encoding="utf-8")
     assert any("example.invalid" in line for line in browser.console(bad))
-    found = browser.probe(bad, 1280)
-    assert found["scroll"] > 1280
-    assert found["sticksOut"] == ["DIV."]
-    assert found["blind"] == ["far"]
-    assert found["clipped"]
+    layout = browser.probe(bad, 1280)
+    assert layout["scroll"] > 1280
+    assert layout["sticksOut"] == ["DIV."]
+    assert layout["blind"] == ["far"]
+    assert layout["clipped"]

@@ -1,4 +1,4 @@
-"""Peers draw what the teacher's CFG engine draws, and those that cannot run are listed with the reason."""
+"""Peers generate the images of the teacher's CFG engine; those that cannot run are listed with the reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def drawn(pipe: Any, method: str, schedule: str | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("schedule", ["ddim", "dpm++", "euler", "heun", "unipc", "dpm++:trailing", None])
-def test_diffusers_draws_the_same_images(eager: peers.Peer, micro_bundles: Path, schedule: str | None) -> None:
+def test_diffusers_generates_the_same_images(eager: peers.Peer, micro_bundles: Path, schedule: str | None) -> None:
     ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
     assert eager.base == ours.base and eager.size == ours.size
     mine, theirs = drawn(ours, "cfg", schedule), drawn(eager, "diffusers", schedule)
@@ -45,7 +45,7 @@ def test_diffusers_draws_the_same_images(eager: peers.Peer, micro_bundles: Path,
     assert np.abs(mine - drawn(ours, "unguided", schedule)).max() > 8  # the test can tell images apart
 
 
-def test_it_is_timed_beside_the_engine_and_compared_with_its_cfg(eager: peers.Peer, micro_bundles: Path) -> None:
+def test_a_peer_is_timed_with_the_engine_and_compared_with_its_cfg(eager: peers.Peer, micro_bundles: Path) -> None:
     ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
     rows = latency.measure(
         [Case(ours, "cfg"), Case(eager, "diffusers")], batches=(2,), steps=2, rounds=2, warmup=1, prompts=["a"],
@@ -61,14 +61,14 @@ def test_a_step_of_two_evaluations_counts_as_two(eager: peers.Peer, micro_bundle
     assert [case.evaluations(5, "heun:trailing") for case in counted] == [18, 18, 9, 6]
     assert [case.evaluations(5, "unipc") for case in counted] == [10, 10, 5, 4]
     low, high = ours.guided_interval()
-    inside = sum(low <= t <= high for t in ours.schedule(5, "heun").timesteps)  # rows, and not steps
+    inside = sum(low <= t <= high for t in ours.schedule(5, "heun").timesteps)  # rows, of which Heun has 2n - 1
     assert Case(ours, "cfg-interval").evaluations(5, "heun") == 9 + inside
 
 
-def test_compiled_runs_the_whole_network(
+def test_the_compiled_peer_generates_the_same_images(
     micro_base: Path, micro_bundles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captured whole; compiling C++ for it would take a minute and test PyTorch."""
+    """The U-Net is captured as one graph; compiling C++ for it would take a minute and test only PyTorch."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     compiled = peers.load("diffusers-compile", str(micro_base))
     ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
@@ -76,16 +76,16 @@ def test_compiled_runs_the_whole_network(
     assert np.abs(drawn(ours, "cfg", "ddim") - drawn(compiled, "diffusers-compile", "ddim")).max() <= 2
 
 
-def test_optimum_by_its_documented_interface(
+def test_optimum_is_called_by_its_documented_interface(
     micro_base: Path, micro_bundles: Path, eager: peers.Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A made-up optimum.onnxruntime whose pipeline is diffusers' own; the real one is not among our packages."""
-    asked: dict[str, Any] = {}
+    """With a fake optimum.onnxruntime that returns diffusers' pipeline; the real package is not a dependency."""
+    arguments: dict[str, Any] = {}
 
     class ORTStableDiffusionPipeline:
         @classmethod
-        def from_pretrained(cls, folder: Path, **given: Any) -> Any:
-            asked.update(given, folder=folder)
+        def from_pretrained(cls, folder: Path, **options: Any) -> Any:
+            arguments.update(options, folder=folder)
             return eager._pipe
 
     module = ModuleType("optimum.onnxruntime")
@@ -93,19 +93,21 @@ def test_optimum_by_its_documented_interface(
     monkeypatch.setitem(sys.modules, "optimum", ModuleType("optimum"))
     monkeypatch.setitem(sys.modules, "optimum.onnxruntime", module)
     peer = peers.load("optimum-onnx", str(micro_base))
-    assert asked["export"] is True and asked["provider"] == "CPUExecutionProvider"
-    assert asked["folder"] == str(micro_base)
+    assert arguments["export"] is True and arguments["provider"] == "CPUExecutionProvider"
+    assert arguments["folder"] == str(micro_base)
     ours = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
     assert np.abs(drawn(peer, "optimum-onnx", "ddim") - drawn(ours, "cfg", "ddim")).max() <= 2
 
 
-def test_memory_of_a_peer_is_of_a_process_of_its_own(eager: peers.Peer) -> None:
+def test_memory_of_a_peer_is_measured_in_a_separate_process(eager: peers.Peer) -> None:
     meter = MemoryMeter("cpu")
-    found = meter(Case(eager, "diffusers"), batch=1, steps=1)
-    assert meter.left_out == [] and found is not None and found > 100 * 2**20  # torch alone takes more
+    peak = meter(Case(eager, "diffusers"), batch=1, steps=1)
+    assert meter.left_out == [] and peak is not None and peak > 100 * 2**20  # torch alone takes more
 
 
-def test_what_cannot_run_is_listed(micro_base: Path, micro_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_cannot_run_are_listed_with_the_reason(
+    micro_base: Path, micro_sdxl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cases, left_out = peers.available("random:sd15")
     assert cases == [] and [row["what"] for row in left_out] == list(peers.KINDS)
     assert left_out[0]["why"] == "base 'random:sd15' has no files for it to load"
@@ -129,7 +131,7 @@ def test_what_cannot_run_is_listed(micro_base: Path, micro_sdxl: Path, monkeypat
     assert left_out == [{"what": "diffusers", "why": "it could not be loaded (RuntimeError: it is broken)"}]
 
 
-def test_bad_requests(eager: peers.Peer, micro_base: Path) -> None:
+def test_bad_requests_are_refused(eager: peers.Peer, micro_base: Path) -> None:
     with pytest.raises(InputError, match="peer is 'comfy'; known: diffusers, diffusers-compile, optimum-onnx"):
         peers.available(str(micro_base), kinds=["comfy"])
     context, noise = eager.encode(["a"]), eager.noise([0])

@@ -1,4 +1,4 @@
-"""Plans and suites: what is refused, what overrides what, and that every suite of the repository is one."""
+"""Plans and suites: refused values, the precedence of settings, and the suites of this repository."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_values_out_of_range_are_refused_with_the_range(changed: dict, message: 
     assert message.replace("1,000", "1000") in str(error.value).replace("1,000", "1000")
 
 
-def test_default_and_quick_plans_are_sound() -> None:
+def test_default_and_quick_plans_are_valid() -> None:
     check(Plan())
     check(Plan(**QUICK, quick=True))
     assert Plan().loops == Plan().steps and replace(Plan(), timed_steps=(4,)).loops == (4,)
@@ -51,7 +51,7 @@ def test_default_and_quick_plans_are_sound() -> None:
     assert engines_of(Plan(only="cost")) == () and Plan(only="cost").parts == ("cost",)
 
 
-def test_every_suite_of_the_repository_is_a_sound_plan() -> None:
+def test_every_suite_of_the_repository_is_a_valid_plan() -> None:
     assert {"readme-emoji", "quick", "full", "cost-sd15", "cost-sd21", "cost-sdxl"} <= set(known())
     for name in known():
         check(make_plan(name, False, {}))
@@ -63,9 +63,9 @@ def test_the_command_line_overrides_the_suite_and_the_suite_overrides_quick(tmp_
     plan = make_plan(str(file), False, {"rounds": None, "guidance": (), "batches": (2,)})
     assert plan.quick and plan.rounds == 7 and plan.guidance == (2.0,) and plan.size == (64, 96)
     assert plan.batches == (2,) and plan.steps == QUICK["steps"] and plan.engines == ("a",)
-    assert plan.prompts == str(tmp_path / "words.txt")  # beside the suite, wherever the command runs
+    assert plan.prompts == str(tmp_path / "words.txt")  # relative to the suite, not to the working directory
     assert make_plan(str(file), False, {"rounds": 3}).rounds == 3
-    # what is said of steps on the command line holds for the timed loop too
+    # --steps also sets the steps of the timed loop
     assert (
         make_plan(None, True, {"steps": (5,)}).loops == (5,) and make_plan(None, True, {}).loops == QUICK["timed_steps"]
     )
@@ -101,15 +101,15 @@ def test_an_unknown_suite_names_the_known_ones() -> None:
 
 
 @given(st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1))
-def test_no_key_but_a_field_of_the_plan_is_taken(tmp_path_factory: pytest.TempPathFactory, key: str) -> None:
+def test_only_fields_of_the_plan_are_accepted_as_keys(tmp_path_factory: pytest.TempPathFactory, key: str) -> None:
     file = tmp_path_factory.mktemp("suite") / "s.toml"
-    file.write_text(f"{key} = 1979-05-27\n")  # a date is the value of no field
+    file.write_text(f"{key} = 1979-05-27\n")  # no field takes a date
     names = {f.name for f in fields(Plan)}
     with pytest.raises(InputError, match="must be" if key in names else f"unknown key '{key}'"):
         load(str(file))
 
 
-def test_a_suite_may_name_the_images_as_earlier_versions_did(tmp_path: Path) -> None:
+def test_a_suite_may_use_the_former_name_of_images(tmp_path: Path) -> None:
     (tmp_path / "old.toml").write_text("pictures = 12\n")
     assert make_plan(str(tmp_path / "old.toml"), False, {}).images == 12
     (tmp_path / "both.toml").write_text("pictures = 12\nimages = 13\n")

@@ -1,4 +1,4 @@
-"""Which rows a plan gives, what they are compared with, what they cost, and their measures."""
+"""Rows of the fidelity part: which ones a plan has, their references, their cost and their measures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pnp_trt.bundle.manifest import Base, GuideRecord
 
 @dataclass
 class Pipe:
-    """Draws noise around a grey that its method and steps decide."""
+    """A fake pipeline that generates noise around a grey level, which depends on method and steps."""
 
     name: str
     methods: tuple[str, ...]
@@ -52,7 +52,7 @@ class Pipe:
 
 
 class Eyes:
-    """Sees two figures of every image."""
+    """A fake extractor of two features: mean and standard deviation."""
 
     key = "eyes"
     efficientnet = None
@@ -67,12 +67,12 @@ TEACHER = Pipe("plain", ("cfg", "unguided"), ("cfg-two-passes",))
 GUIDED = Pipe("guided", ("guided",))
 
 
-def test_rows_are_over_methods_steps_and_w_and_images_without_w_are_drawn_once() -> None:
+def test_rows_cover_methods_steps_and_w_and_unguided_images_are_generated_once() -> None:
     plan = Plan(steps=(4, 8), guidance=(3.0, 2.0))
     rows, left_out = plan_rows([TEACHER, GUIDED], plan)  # type: ignore[list-item]
     assert not left_out and len(rows) == 2 * 2 * 4
     cells = cells_of(rows)
-    assert len([c for c in cells if c.method == "unguided"]) == 2  # by steps alone
+    assert len([c for c in cells if c.method == "unguided"]) == 2  # one per number of steps
     assert {(c.method, c.steps) for c in cells if c.guidance == 2.0} == {
         ("cfg", 2), ("cfg", 4), ("cfg", 8), ("guided", 4), ("guided", 8),
     }  # fmt: skip
@@ -83,16 +83,16 @@ def test_rows_are_over_methods_steps_and_w_and_images_without_w_are_drawn_once()
     assert [(r.cell.steps, r.teacher.steps) for r in fewer if r.teacher] == [(2, 4), (4, 8)]
 
 
-def test_a_guide_of_stage_2_is_drawn_at_its_own_steps_alone() -> None:
+def test_a_stage_2_guide_is_evaluated_only_at_its_own_steps() -> None:
     fast = Pipe("fast", ("guided",), sampling_steps=8)
     rows, left_out = plan_rows([TEACHER, fast], Plan(steps=(4, 8), guidance=(3.0, 2.0)))  # type: ignore[list-item]
     assert {r.cell.steps for r in rows if r.method == "guided"} == {8}
     assert left_out == [
         {"what": "fidelity of fast at 4 steps", "why": "its guide was distilled for 8 steps only"}
-    ]  # once, for both scales
+    ]  # listed once for both scales
 
 
-def test_without_a_teacher_nothing_is_compared_with_it() -> None:
+def test_rows_without_a_teacher_have_no_reference() -> None:
     rows, _ = plan_rows([GUIDED], Plan(steps=(4,), guidance=(3.0,)))  # type: ignore[list-item]
     assert [(r.method, r.teacher, r.best) for r in rows] == [("guided", None, None)]
 
@@ -108,26 +108,26 @@ def studio() -> Any:
         yield Studio([TEACHER, GUIDED], plan, task, Eyes(), work)  # type: ignore[list-item, arg-type]
 
 
-def test_measures_are_those_of_the_fidelity_module(studio: Studio) -> None:
+def test_measures_equal_those_of_the_fidelity_module(studio: Studio) -> None:
     rows, _ = plan_rows(list(studio.pipes.values()), studio.plan)
     cost = [{"network": "teacher", "macs": 100}, {"network": "text-encoder", "macs": 7}]
     row = next(r for r in rows if r.method == "guided" and r.cell.steps == 4)
-    found = studio.measure(row, cost)
+    measured = studio.measure(row, cost)
     mine = studio.images(row.cell)
     best = studio.images(Cell("plain", "cfg", 8, 3.0))
     real = studio.task.real
     assert real is not None
-    assert found["kid"] == fidelity.kid(real, mine["features"]).as_dict()
-    assert found["kid_gain_over_cfg"] == fidelity.kid_gain(real, best["features"], mine["features"]).as_dict()
-    assert found["psnr_to_cfg_db"]["value"] == pytest.approx(20 * np.log10(255 / 3))  # off by 3 everywhere
-    assert found["feature_cosine_to_cfg"]["count"] == found["images"] == 6
-    assert (found["evaluations"], found["macs_per_image"], found["reference_steps"]) == (4, 407, 4)
+    assert measured["kid"] == fidelity.kid(real, mine["features"]).as_dict()
+    assert measured["kid_gain_over_cfg"] == fidelity.kid_gain(real, best["features"], mine["features"]).as_dict()
+    assert measured["psnr_to_cfg_db"]["value"] == pytest.approx(20 * np.log10(255 / 3))  # off by 3 everywhere
+    assert measured["feature_cosine_to_cfg"]["count"] == measured["images"] == 6
+    assert (measured["evaluations"], measured["macs_per_image"], measured["reference_steps"]) == (4, 407, 4)
     teacher = studio.measure(next(r for r in rows if r.method == "cfg" and r.cell.steps == 8), cost)
     assert teacher["evaluations"] == 16 and "psnr_to_cfg_db" not in teacher and "kid_gain_over_cfg" not in teacher
     assert verdict([teacher], studio.task, studio.eyes) == (True, None)
 
 
-def test_each_cell_is_drawn_once(studio: Studio) -> None:
+def test_each_cell_is_generated_once(studio: Studio) -> None:
     TEACHER.drawn.clear()
     rows, _ = plan_rows(list(studio.pipes.values()), studio.plan)
     for row in rows:
@@ -135,19 +135,19 @@ def test_each_cell_is_drawn_once(studio: Studio) -> None:
     assert len(TEACHER.drawn) == len(set(TEACHER.drawn)) == len([c for c in cells_of(rows) if c.engine == "plain"])
 
 
-def test_the_grid_has_the_headline_first_and_each_set_of_images_once(studio: Studio) -> None:
+def test_the_grid_starts_with_the_headline_and_has_each_set_of_images_once(studio: Studio) -> None:
     rows, _ = plan_rows(list(studio.pipes.values()), studio.plan)
     grid = studio.grid(rows)
     labels = [(r["method"], r["steps"], r["guidance"]) for r in grid["rows"]]
     assert labels[:3] == [("cfg", 8, 3.0), ("guided", 8, 3.0), ("unguided", 8, None)]
     assert len(labels) == len(set(labels)) == 10 and grid["columns"] == ["x", "y"]
     shown = studio.images(Cell("plain", "cfg", 8, 3.0))["shown"]
-    assert (decode_images(grid)[0][1] == shown).all()  # PNG loses nothing
+    assert (decode_images(grid)[0][1] == shown).all()  # PNG is lossless
     assert [(r["method"], r["steps"]) for r in headline(grid)["rows"]] == [("cfg", 8), ("guided", 8), ("unguided", 8)]
     assert headline(grid)["caption"] == "xx, 8 steps" and grid["caption"] == "xx, 4 and 8 steps"
 
 
-def test_macs_by_hand_and_null_where_they_are_not_known() -> None:
+def test_macs_by_hand_and_none_if_unknown() -> None:
     cost = [
         {"network": n, "macs": m} for n, m in
         (("teacher", 1000), ("guide-tiny", 10), ("guide-full", 300), ("condition-full", 50), ("vae-decoder", 5),
@@ -160,7 +160,7 @@ def test_macs_by_hand_and_null_where_they_are_not_known() -> None:
     assert macs_per_image(cost[:1], 4, 4, "guide-tiny") is None
 
 
-def test_a_guide_counts_as_the_network_that_was_counted_or_as_none() -> None:
+def test_a_guide_counts_as_one_of_the_counted_networks_or_as_none() -> None:
     def manifest(guide: str | None, base: str = "emoji") -> Any:
         return SimpleNamespace(guide=None if guide is None else GuideRecord(guide, "0" * 64), base=Base(base, {}))
 

@@ -1,4 +1,4 @@
-"""What is drawn from a results document: tables for a terminal, sentences, one self-contained page."""
+"""Outputs of a results document: tables for a terminal, sentences, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _made() -> str:
 
 
 def make(**change: Any) -> dict[str, Any]:
-    """The fake document, made once; `change` replaces keys of it."""
+    """Return the fake document; `change` replaces some of its keys."""
     return json.loads(_made()) | change
 
 
@@ -48,7 +48,7 @@ def text_of(doc: dict[str, Any], width: int = 100) -> str:
 
 
 class Page(HTMLParser):
-    """Collects what the tests ask about, and checks that every element is closed."""
+    """Collects elements and text of a page, and checks that every element is closed."""
 
     VOID = frozenset({"meta", "link", "img", "br", "use", "path"})
 
@@ -77,7 +77,7 @@ class Page(HTMLParser):
             self.words.append(data)
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for found, attributes in self.tags if found == tag]
+        return [attributes for name, attributes in self.tags if name == tag]
 
     @property
     def text(self) -> str:
@@ -113,7 +113,7 @@ def test_terminal_tables_and_closing_sentences() -> None:
 
 
 @pytest.mark.parametrize("width", [100, 130])
-def test_a_terminal_cuts_no_figure(width: int) -> None:
+def test_terminal_tables_show_every_figure_in_full(width: int) -> None:
     doc = make()
     lines = text_of(doc, width).splitlines()
     assert max(map(len, lines)) <= width
@@ -123,11 +123,11 @@ def test_a_terminal_cuts_no_figure(width: int) -> None:
             assert any(all(one in line for one in figures) for line in lines), (table.title, row)
 
 
-def test_narrow_terminal_drops_no_figure() -> None:
+def test_a_narrow_terminal_shows_every_figure() -> None:
     assert "".join(text_of(make(), 60).split()).count("0.53") >= 2
 
 
-def test_doubtful_results_are_called_so() -> None:
+def test_doubtful_results_are_qualified() -> None:
     row = next(row for row in make()["latency"] if row["method"] == "guided")
     row |= {"ratio_to_cfg": 0.98, "ratio_to_cfg_interval": [0.9, 1.05], "spread": 0.3}
     (sentence,) = report.sentences(make(latency=[row], methods_cost=[], serving=[]))
@@ -138,8 +138,8 @@ def test_doubtful_results_are_called_so() -> None:
 @pytest.mark.parametrize(("share", "said"), [(0.6, False), (1.0, False), (3.95, True), (None, False)])
 def test_a_loop_that_is_faster_than_possible_is_explained(share: float | None, said: bool) -> None:
     row = make()["latency"][0] | {"share_of_least": share}
-    found = report.sentences(make(latency=[row], methods_cost=[], serving=[]))
-    assert any("the device was busy while its peaks were measured" in sentence for sentence in found) is said
+    sentences = report.sentences(make(latency=[row], methods_cost=[], serving=[]))
+    assert any("the device was busy while its peaks were measured" in sentence for sentence in sentences) is said
 
 
 def test_each_part_may_be_missing(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_each_part_may_be_missing(tmp_path: Path) -> None:
         assert page.open == []
 
 
-def test_what_is_null_or_absent_is_a_dash() -> None:
+def test_null_and_absent_values_are_a_dash() -> None:
     doc = make()
     row = {key: doc["latency"][0][key] for key in ("engine", "method", "batch", "steps", "p50_ms")}
     table = tables.latency_table(make(latency=[row | {"ratio_to_cfg": None}, doc["latency"][1]]))
@@ -160,7 +160,7 @@ def test_what_is_null_or_absent_is_a_dash() -> None:
     assert set(table.rows[0][4:]) - {"–"} == {f"{row['p50_ms']:.1f}"}
 
 
-def test_a_stray_observation_is_counted_and_does_not_squeeze_the_bars() -> None:
+def test_an_outlier_is_counted_and_does_not_squeeze_the_bars() -> None:
     doc = make()
     row = doc["latency"][0]
     before = charts_bars.latency_charts(doc)[0].svg
@@ -170,7 +170,7 @@ def test_a_stray_observation_is_counted_and_does_not_squeeze_the_bars() -> None:
     assert " up to " not in before and len(after) < 1.1 * len(before)
 
 
-def test_numbers_keep_what_they_say() -> None:
+def test_numbers_keep_their_significant_digits() -> None:
     assert [three_digits(x) for x in (0.52, 4, 12.04, 99.96, 1498.2, 0)] == [
         "0.520",
         "4.00",
@@ -189,7 +189,7 @@ def test_numbers_keep_what_they_say() -> None:
 # ------------------------------------------------------------------------------------------------------- charts
 
 
-def test_the_front_is_what_nothing_beats() -> None:
+def test_the_front_has_only_points_that_no_other_beats() -> None:
     def point(x: float, y: float) -> Point:
         return Point("e", "cfg", 1, x, y, y, y)
 
@@ -198,18 +198,18 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert [(p.x, p.y) for p in front(points, PSNR_TO_CFG_DB)] == [(1, 5), (2, 6)]
 
 
-def test_time_is_matched_and_never_guessed() -> None:
+def test_only_timed_points_have_a_time() -> None:
     doc = make()
     assert headline_w(doc) == 3.0
-    found = {(p.method, p.steps): p.x for p in latency_points(doc, KID)}
-    assert set(found) == {
+    times = {(p.method, p.steps): p.x for p in latency_points(doc, KID)}
+    assert set(times) == {
         ("cfg", 20), ("unguided", 20), ("guided", 20), ("cfg-interval", 20), ("cfg-fewer-steps", 10),
         ("cfg", 8), ("unguided", 8), ("guided", 8), ("cfg-interval", 8), ("cfg-fewer-steps", 4),
-    }  # fmt: skip  # the others were drawn and not timed
+    }  # fmt: skip  # the others were not timed
     timed = next(row for row in doc["latency"] if row["method"] == "guided")
-    assert found["guided", 20] == timed["p50_ms_per_image"]
+    assert times["guided", 20] == timed["p50_ms_per_image"]
     ten = next(row for row in doc["fidelity"] if row["method"] == "cfg" and row["guidance"] == 3.0) | {"steps": 10}
-    halved = make(fidelity=[*doc["fidelity"], ten])  # CFG in ten steps was timed as "half the steps"
+    halved = make(fidelity=[*doc["fidelity"], ten])  # CFG with ten steps was timed as cfg-fewer-steps
     assert ("cfg", 10) in {(p.method, p.steps) for p in latency_points(halved, KID)}
     assert len(compute_points(doc, KID)) == 15
 
@@ -224,7 +224,7 @@ def test_two_methods_with_one_point_share_its_label() -> None:
         assert len(re.findall(r">31<", chart.svg)) == 1
 
 
-def test_without_kid_the_closeness_is_drawn() -> None:
+def test_without_kid_psnr_is_plotted() -> None:
     doc = fake_document.make(quality=False)
     assert [chart.title.partition(",")[0] for chart in pareto_charts(doc)] == ["PSNR to CFG", "PSNR to CFG"]
     assert len(scale_charts(doc)) == 3
@@ -252,18 +252,18 @@ def test_page_shows_everything(drawn: tuple[Page, str]) -> None:
     headings = ("Summary", "Fidelity against cost", "Images", "Fidelity", "Latency", "Cold start", "Serving", "Compute",
                 "Engines", "Left out", "Reproduce")  # fmt: skip
     assert (len(page.all("h1")), len(page.all("h2"))) == (1, len(headings))
-    for wanted in (
+    for expected in (
         *headings, "0.52 ×", "51.0 %", "task_quality_evaluated: true", BOUNDARY, "pnp-trt bench --suite full",
         "338.61", "455.03", "giga-MACs", "this project's own", "61.3 G MACs/s", "tensorrt-rtx",
         "optimum is not installed", "files in the page cache", "0.104 [0.098, 0.110]",
     ):  # fmt: skip
-        assert wanted in page.text, wanted
+        assert expected in page.text, expected
     assert "currentColor" in html
     assert "var(--guided)" in html
     assert not re.search(r"#0[123]0[123]0[1-9]\b|#000000\b", html), "a drawing colour was left in a chart"
 
 
-def test_page_says_that_quality_was_not_evaluated(tmp_path: Path) -> None:
+def test_page_states_that_quality_was_not_evaluated(tmp_path: Path) -> None:
     doc = fake_document.make(quality=False)
     doc["settings"]["quick"] = True
     page, _ = draw(doc, tmp_path)
@@ -284,8 +284,8 @@ def test_raw_results_can_be_downloaded_from_the_page(tmp_path: Path) -> None:
     doc = make(**(EMPTY | {"cost": fake_document.COST}))
     page, _ = draw(doc, tmp_path)
     (link,) = [one for one in page.all("a") if one.get("download")]
-    held = base64.b64decode(str(link["href"]).partition("base64,")[2])
-    assert json.loads(held) == doc
+    data = base64.b64decode(str(link["href"]).partition("base64,")[2])
+    assert json.loads(data) == doc
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
@@ -326,5 +326,5 @@ def test_images_are_embedded_side_by_side(tmp_path: Path) -> None:
     assert [one["alt"] for one in images] == [
         "teacher, CFG: red apple", "teacher, CFG: cat", "guided: red apple", "guided: cat",
     ]  # fmt: skip
-    held = base64.b64decode(str(images[3]["src"]).partition("base64,")[2])
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(held))), pixels[0])
+    data = base64.b64decode(str(images[3]["src"]).partition("base64,")[2])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels[0])

@@ -1,4 +1,4 @@
-"""The results document: true to its schema, written whole, read with care."""
+"""The results document: its schema, complete writes, and checks when it is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import fake_document
 
 @cache
 def text() -> str:
-    """A whole document as JSON, made once."""
+    """Return a complete document as JSON."""
     return json.dumps(fake_document.make(batches=(1,), rounds=3))
 
 
@@ -42,7 +42,7 @@ def read(tmp_path: Path, content: str) -> dict[str, Any]:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON value but its root."""
+    """Return the paths of all values inside a JSON value."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place for key, item in pairs for place in ((*path, key), *places(item, (*path, key)))]
 
@@ -61,7 +61,7 @@ def test_documents_match_their_published_schema() -> None:
 
 @given(data=st.data())
 def test_the_reader_agrees_with_jsonschema(data: st.DataObject) -> None:
-    """Any one value replaced or taken away: the reader's own check states what jsonschema states."""
+    """Whichever value is replaced or removed, both accept the document or both refuse it."""
     jsonschema = pytest.importorskip("jsonschema")
     doc = whole()
     *parents, key = data.draw(st.sampled_from(places(doc)))
@@ -83,17 +83,17 @@ def test_a_document_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFac
         read(tmp_path_factory.getbasetemp(), text()[:cut])
 
 
-def test_provenance_says_who_measured() -> None:
-    found = results.document(["pnp-trt", "bench", "--engine", "a b"], accelerator="NVIDIA L4")["provenance"]
-    assert found["command"] == "pnp-trt bench --engine 'a b'"
-    assert found["date"].endswith("+00:00")
-    assert found["packages"]["numpy"] == np.__version__
-    assert found["cores"] >= 1
-    assert found["cpu"]
-    assert found["device"] == "NVIDIA L4"
+def test_provenance_records_command_and_machine() -> None:
+    provenance = results.document(["pnp-trt", "bench", "--engine", "a b"], accelerator="NVIDIA L4")["provenance"]
+    assert provenance["command"] == "pnp-trt bench --engine 'a b'"
+    assert provenance["date"].endswith("+00:00")
+    assert provenance["packages"]["numpy"] == np.__version__
+    assert provenance["cores"] >= 1
+    assert provenance["cpu"]
+    assert provenance["device"] == "NVIDIA L4"
 
 
-def test_quality_is_only_evaluated_when_it_was() -> None:
+def test_quality_counts_as_evaluated_only_if_measured() -> None:
     skipped = fake_document.make(quality=False)
     assert (skipped["task_quality_evaluated"], skipped["task_quality_reason"]) == (
         False, "--quick skips the images that KID needs",
@@ -127,7 +127,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["bench.json"]
 
 
-def test_unwritable_place_is_refused(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         results.write(whole(), tmp_path / "file" / "bench.json")
@@ -165,13 +165,13 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         results.read(tmp_path / "absent.json")
 
 
-def test_images_go_in_and_come_out() -> None:
+def test_images_survive_a_round_trip() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
     (row,) = results.encode_images([{"label": "guided", "steps": 8, "pixels": pixels}])
     assert (row["label"], row["steps"], len(row["png"])) == ("guided", 8, 2)
-    ((label, found),) = results.decode_images({"columns": ["a", "b"], "rows": [row], "caption": ""})
+    ((label, decoded),) = results.decode_images({"columns": ["a", "b"], "rows": [row], "caption": ""})
     assert label == "guided"
-    assert np.array_equal(found, pixels)
+    assert np.array_equal(decoded, pixels)
     row["png"][1] = row["png"][1][:40]
     with pytest.raises(InputError, match="images of 'guided' are damaged"):
         results.decode_images({"columns": ["a", "b"], "rows": [row], "caption": ""})
@@ -185,7 +185,7 @@ def test_wrong_images_are_refused() -> None:
         results.encode_images([good, {"label": "guided", "pixels": np.zeros((2, 8, 8, 3), np.uint8)}])
 
 
-#: one row of each part that has other names now
+#: a document of the former schema, with one row in each part whose names have changed
 FORMER = {
     "schema": "pnp-trt/bench/2", "settings": {"suite": None, "quick": True, "pictures": 32,
                                               "drawn": {"pictures": 32, "real_pictures": None}},

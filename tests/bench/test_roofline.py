@@ -1,4 +1,4 @@
-"""The least time on devices made up, and that a real one can be measured."""
+"""The least possible time on fake devices, and the measurement of a real one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_least_time_by_hand() -> None:
 @given(
     macs=st.integers(1, 10**12), weights=st.integers(1, 10**10), steps=st.integers(1, 50), batch=st.integers(1, 16)
 )  # fmt: skip
-def test_guidance_costs_at_most_twice_and_sequential_cfg_is_no_cheaper(
+def test_cfg_costs_at_most_twice_and_sequential_cfg_is_not_cheaper(
     macs: int, weights: int, steps: int, batch: int
 ) -> None:
     work = CallCost(macs, weights)
@@ -57,7 +57,7 @@ def test_work_of_bundles(micro_bundles: Path) -> None:
     assert teacher.weight_bytes == sum(f.stat().st_size for f in files)
     networks = guided.bundle.manifest.networks
     with_condition = replace(guided.bundle.manifest, networks={**networks, "condition": networks["unet"]})
-    guided.bundle = replace(guided.bundle, manifest=with_condition)  # what the full guide has
+    guided.bundle = replace(guided.bundle, manifest=with_condition)  # as with the full guide
     full = find(Case(guided, "guided"))
     assert full is not None and full.macs == 1400
     assert work_of(ROWS[:1])(Case(guided, "guided")) is None
@@ -68,27 +68,27 @@ def test_work_of_bundles(micro_bundles: Path) -> None:
 
 
 def test_this_device_is_measured() -> None:
-    found = measure_device(sides=(48,), bytes_=2**20, seconds=0.0)
-    assert found.name and 1e6 < found.peak_macs_per_s < 1e14
-    assert 1e6 < found.peak_bytes_per_s < 1e13
-    assert "ONNX Runtime on " in found.how and "48" in found.how and "1 MiB" in found.how
-    assert set(found.as_dict()) == {"name", "peak_macs_per_s", "peak_bytes_per_s", "how"}
+    device = measure_device(sides=(48,), bytes_=2**20, seconds=0.0)
+    assert device.name and 1e6 < device.peak_macs_per_s < 1e14
+    assert 1e6 < device.peak_bytes_per_s < 1e13
+    assert "ONNX Runtime on " in device.how and "48" in device.how and "1 MiB" in device.how
+    assert set(device.as_dict()) == {"name", "peak_macs_per_s", "peak_bytes_per_s", "how"}
 
 
-def test_the_peak_is_of_the_fastest_run() -> None:
-    """A clock by which the second run is the fastest: 2 ms."""
+def test_the_peak_is_from_the_fastest_run() -> None:
+    """By this clock the second run is the fastest, with 2 ms."""
     stamps = iter([0.0, 5e-3, 5e-3, 7e-3, 7e-3, 17e-3])
     assert roofline._best(lambda: None, 0.01, lambda: next(stamps)) == pytest.approx(2e-3)
 
 
-def test_without_onnx_numpy_measures_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onnx_numpy_measures_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    found = measure_device(sides=(32,), bytes_=2**16, seconds=0.0)
-    assert "numpy" in found.how and "onnx is not installed" in found.how
-    assert found.peak_macs_per_s > 0
+    device = measure_device(sides=(32,), bytes_=2**16, seconds=0.0)
+    assert "numpy" in device.how and "onnx is not installed" in device.how
+    assert device.peak_macs_per_s > 0
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_unsupported_devices_and_precisions_are_refused() -> None:
     with pytest.raises(InputError, match="provider is 'tpu'"):
         measure_device(provider="tpu")
     with pytest.raises(InputError, match="'int8'; a CPU's peak is measured in fp32 only"):

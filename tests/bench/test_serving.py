@@ -1,4 +1,4 @@
-"""The serving part: queues on invented costs, costs of a real engine, and the rows of the results document."""
+"""The serving part: queues with fake costs, costs of a real engine, and the rows of the results document."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pnp_trt.bench.report import page as report
 from ..conftest import Result
 from . import fake_document
 
-#: a device that a batch of one leaves idle by two thirds
+#: a device that is two thirds idle at batch size 1
 CALLS = {n: 0.008 + 0.004 * n for n in range(1, 9)}
 COSTS = queues.Costs(CALLS, CALLS, 0.003, 0.01)
-#: the same, with batches of one and eight alone
+#: the same with batch sizes 1 and 8 only
 PADDED = queues.Costs({n: CALLS[n] for n in (1, 8)}, {n: CALLS[n] for n in (1, 8)}, 0.003, 0.01)
 
 
@@ -35,22 +35,22 @@ def test_every_request_is_served_once_and_in_order(name: str, burst: int) -> Non
         assert request.at <= request.began < request.done < math.inf
     steps = sum(r.steps for r in requests)
     assert served.rows == steps * (2 if name == "cfg" else 1)
-    found = queues.figures(served)
-    assert found["latency_s"]["p50"] <= found["latency_s"]["p95"] <= found["latency_s"]["p99"]
-    assert [each["steps"] for each in found["latency_s_by_steps"]] == [4, 30]
-    assert (found["padding_share"] > 0) == (name == "step-buckets")
+    figures = queues.figures(served)
+    assert figures["latency_s"]["p50"] <= figures["latency_s"]["p95"] <= figures["latency_s"]["p99"]
+    assert [each["steps"] for each in figures["latency_s_by_steps"]] == [4, 30]
+    assert (figures["padding_share"] > 0) == (name == "step-buckets")
 
 
 @pytest.mark.parametrize("policy", ["whole", "step", "cfg"])
-def test_rows_that_are_no_images_are_counted(policy: str) -> None:
-    """Three images in calls of eight rows: five are padded, or two with CFG's rows."""
-    found = queues.figures(queues.POLICIES[policy](PADDED, [queues.QueuedRequest(0.0, 10) for _ in range(3)]))
-    assert found["padding_share"] == (0.25 if policy == "cfg" else 0.625)
+def test_padding_rows_are_counted(policy: str) -> None:
+    """Three images in calls of eight rows leave five for padding, or two with CFG's two rows per image."""
+    figures = queues.figures(queues.POLICIES[policy](PADDED, [queues.QueuedRequest(0.0, 10) for _ in range(3)]))
+    assert figures["padding_share"] == (0.25 if policy == "cfg" else 0.625)
     alone = queues.figures(queues.POLICIES["one"](PADDED, [queues.QueuedRequest(0.0, 10)]))
     assert alone["latency_s"]["p99"] == pytest.approx(0.003 + 10 * CALLS[1] + 0.01) and alone["padding_share"] == 0
 
 
-def test_short_requests_pass_long_ones_and_cfg_takes_twice_the_rows() -> None:
+def test_short_requests_overtake_long_ones_and_cfg_takes_twice_the_rows() -> None:
     steps = (8, 20, 50)
     capacity = queues.capacity(COSTS, 80, steps, queues.POLICIES)
     rows = queues.rows(COSTS, 80, steps, queues.POLICIES, capacity)
@@ -63,21 +63,21 @@ def test_short_requests_pass_long_ones_and_cfg_takes_twice_the_rows() -> None:
     assert cell["step"]["rate_per_s"] == pytest.approx(0.8 * capacity["step"], abs=1e-3)
 
 
-def test_only_serving_measures_an_engine_with_a_guide(
+def test_the_serving_part_measures_an_engine_with_a_guide(
     engines: Path, cli: Callable[..., Result], tmp_path: Path
 ) -> None:
-    given = ("--only", "serving", "--provider", "cpu", "--rounds", 2, "--requests", 30, "--steps", 3, "--steps", 7)
+    options = ("--only", "serving", "--provider", "cpu", "--rounds", 2, "--requests", 30, "--steps", 3, "--steps", 7)
     page, file = tmp_path / "b.html", tmp_path / "b.json"
     both = ("--engine", "plain", "--engine", "guided")
-    done = cli("bench", *given, *both, "--guidance", 2, "--guidance", 5, "--json", file, "--html", page)
+    done = cli("bench", *options, *both, "--guidance", 2, "--guidance", 5, "--json", file, "--html", page)
     assert done.code == 0, done.err
     assert "this run takes about" in done.err and "step by step" in done.out
     doc = results.read(file)
-    (held,) = doc["serving"]
-    assert (held["engine"], held["slots"], held["steps"], held["guidance"]) == ("guided", 8, [3, 7], [2.0, 5.0])
-    assert [call["batch"] for call in held["calls"]] == list(range(1, 9))
-    assert all(call["whole_s"] > 0 < call["step_s"] for call in held["calls"]) and held["text_s"] > 0
-    assert {row["policy"] for row in held["queues"]} == {"one", "whole", "step", "cfg"} == set(held["capacity_per_s"])
+    (entry,) = doc["serving"]
+    assert (entry["engine"], entry["slots"], entry["steps"], entry["guidance"]) == ("guided", 8, [3, 7], [2.0, 5.0])
+    assert [call["batch"] for call in entry["calls"]] == list(range(1, 9))
+    assert all(call["whole_s"] > 0 < call["step_s"] for call in entry["calls"]) and entry["text_s"] > 0
+    assert {row["policy"] for row in entry["queues"]} == {"one", "whole", "step", "cfg"} == set(entry["capacity_per_s"])
     assert {"what": "serving of plain", "why": "it has no guide whose images could be compared with CFG's"} in doc[
         "left_out"
     ]
@@ -89,11 +89,11 @@ def test_only_serving_measures_an_engine_with_a_guide(
         (("--requests", 1), "requests is 1; it must be between 20 and 100,000"),
         (("--engine", "guided", "--size", "32x32"), "leave --size out"),
     ):
-        refused = cli("bench", *given, *arguments)
+        refused = cli("bench", *options, *arguments)
         assert refused.code == 2 and message in refused.err
 
 
-def test_documents_from_before_the_part_are_read(tmp_path: Path) -> None:
+def test_documents_without_the_serving_part_are_read(tmp_path: Path) -> None:
     old: dict[str, Any] = fake_document.make(batches=(1,), rounds=3)
     del old["serving"]
     path = tmp_path / "old.json"
@@ -102,10 +102,10 @@ def test_documents_from_before_the_part_are_read(tmp_path: Path) -> None:
     assert not any("step by step" in sentence for sentence in report.sentences(old))
 
 
-def test_sentences_and_table_state_what_was_measured() -> None:
+def test_sentences_state_the_measured_figures() -> None:
     doc = fake_document.make(batches=(1,), rounds=3)
-    held = doc["serving"][0]
-    rates = held["capacity_per_s"]
-    said = " ".join(report.sentences(doc))
-    assert "emoji-tiny: at 80 % load (Poisson) an image takes" in said and "for whole requests (p50 / p95)" in said
-    assert f"guided serves {rates['step'] / rates['cfg']:.2f} times as many images as CFG" in said
+    entry = doc["serving"][0]
+    rates = entry["capacity_per_s"]
+    text = " ".join(report.sentences(doc))
+    assert "emoji-tiny: at 80 % load (Poisson) an image takes" in text and "for whole requests (p50 / p95)" in text
+    assert f"guided serves {rates['step'] / rates['cfg']:.2f} times as many images as CFG" in text

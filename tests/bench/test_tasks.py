@@ -1,4 +1,4 @@
-"""What is drawn and judged: the bundled captions with their real images' features, and the user's own."""
+"""Tasks: the bundled captions with features of their real images, and user-supplied prompts and images."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pnp_trt.bench.plan import IMAGES, IMAGES_UNJUDGED, Plan
 from pnp_trt.errors import InputError
 
 
-def test_the_bundled_features_are_those_of_the_captions_that_the_tables_measure() -> None:
+def test_the_bundled_features_are_of_the_captions_in_the_tables() -> None:
     features, rows, about = read_features(FEATURES)
     assert rows == [(a.concept, a.style, a.seed) for a in captions("train", 512)]
     assert features.shape == (512, 1280) and features.dtype == np.float32
     assert np.isfinite(features).all() and (features >= 0).any(1).all() and features.std() > 0.1
     assert {v["licence"] for v in json.loads(about["pictures"]).values()} == {"Apache-2.0", "CC-BY-4.0"}
     assert abs(float(about["kid_changed_by_float16"])) < 1e-4
-    # the judge sees in real images what their captions say; with another jitter the tables have 42.6 [38.4, 46.9] %
+    # the judge finds the captions of real images; with another jitter the tables have 42.6 [38.4, 46.9] %
     ranks = fidelity.AlignmentHead.load(JUDGE).ranks(features, [c for c, _, _ in rows])
     assert 0.384 < fidelity.recall(ranks, 1).value < 0.469
 
 
-def test_the_bundled_task_draws_the_captions_of_its_real_images() -> None:
+def test_the_bundled_task_has_the_captions_of_its_real_images() -> None:
     task = make_task(Plan(images=5), "emoji")
     assert task.prompts[0] == captions("train", 5)[0].prompt and task.seeds == (1000, 1001, 1002, 1003, 1004)
     assert task.concepts is not None and task.real is not None and len(task.real) == len(task.concepts) == 5
@@ -38,7 +38,7 @@ def test_the_bundled_task_draws_the_captions_of_its_real_images() -> None:
         make_task(Plan(images=513), "emoji")
 
 
-def test_another_base_is_drawn_and_not_judged_and_says_why() -> None:
+def test_images_of_another_base_are_not_judged_and_the_reason_is_stated() -> None:
     task = make_task(Plan(), "emoji-3d")
     assert task.real is None and task.concepts is None and len(task.prompts) == IMAGES_UNJUDGED
     assert task.reason is not None and "base model 'emoji-3d'; name prompts and real images with" in task.reason
@@ -46,7 +46,7 @@ def test_another_base_is_drawn_and_not_judged_and_says_why() -> None:
     assert make_task(Plan(clip="folder"), "emoji-3d").reason is None  # CLIP needs no real images
 
 
-def test_named_prompts_are_repeated_with_seeds_of_their_own(tmp_path: Path) -> None:
+def test_user_prompts_are_repeated_with_different_seeds(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
     file.write_text("a cat\n\na dog\n")
     task = make_task(Plan(prompts=str(file), images=5), "emoji")
@@ -58,7 +58,7 @@ def test_named_prompts_are_repeated_with_seeds_of_their_own(tmp_path: Path) -> N
 
 
 def colour(images: np.ndarray) -> np.ndarray:
-    """A stand-in for features: each image's mean colour and its size."""
+    """Return fake features: each image's mean colour and its height."""
     return np.array([[*p.mean((0, 1)), p.shape[0]] for p in images], np.float32)
 
 
@@ -70,8 +70,8 @@ def test_real_images_of_any_size_are_read_and_broken_ones_are_named(tmp_path: Pa
     (tmp_path / "notes.txt").write_text("no image either")
     assert [p.name for p in find_real(tmp_path)] == ["a.png", "b.jpg", "d.png", "c.webp"]
     with pytest.warns(UserWarning, match=r"1 files of .* cannot be read and are left out: d.png"):
-        found = real_features(tmp_path, colour)
-    assert found[:, 3].tolist() == [4, 6, 5]
+        features = real_features(tmp_path, colour)
+    assert features[:, 3].tolist() == [4, 6, 5]
     before = real_key(tmp_path)
     Image.new("RGB", (4, 4), (0, 9, 0)).save(tmp_path / "a.png")
     assert real_key(tmp_path) != before

@@ -1,4 +1,4 @@
-"""Finished pieces: kept, found again by what determines them, refused where they are of another run."""
+"""Finished pieces of a run: stored, reused for an equal key, refused if they are of another run."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def forbidden() -> dict:
     raise AssertionError("made twice")
 
 
-def test_pieces_are_found_again_and_say_who_made_them(tmp_path: Path) -> None:
+def test_pieces_are_reused_and_marked_as_from_an_earlier_process(tmp_path: Path) -> None:
     folder = tmp_path / "b.json.partial"
     with Work(folder, {"steps": 8}) as work:
-        made = work.table("latency", [8, (1, 2)], lambda: [{"p50_ms": np.float32(1.5), "at": (1, 2)}])
-        assert made == ([{"p50_ms": 1.5, "at": [1, 2]}], False)
-        assert work.table("latency", [8, (1, 2)], forbidden) == made  # this process's own
+        piece = work.table("latency", [8, (1, 2)], lambda: [{"p50_ms": np.float32(1.5), "at": (1, 2)}])
+        assert piece == ([{"p50_ms": 1.5, "at": [1, 2]}], False)
+        assert work.table("latency", [8, (1, 2)], forbidden) == piece  # created by this process
         work.arrays("cell", ["a"], lambda: {"pixels": np.ones((2, 3), np.uint8)})
     with Work(folder, {"steps": 8}, resume=True) as work:
         assert work.has("latency", [8, (1, 2)]) and not work.has("latency", [8, (1, 3)])
-        assert work.table("latency", [8, (1, 2)], forbidden) == (made[0], True)
+        assert work.table("latency", [8, (1, 2)], forbidden) == (piece[0], True)
         assert work.arrays("cell", ["a"], forbidden)["pixels"].dtype == np.uint8
         work.done()
     assert not folder.exists()
 
 
-def test_an_error_keeps_what_is_finished(tmp_path: Path) -> None:
+def test_finished_pieces_are_kept_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Work(tmp_path / "w", {}) as work:
         work.table("a", 1, lambda: 1)
         work.table("b", 1, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -41,7 +41,7 @@ def test_an_error_keeps_what_is_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"half a fi", b'{"x": '])
-def test_a_damaged_piece_is_made_again(tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_piece_is_created_again(tmp_path: Path, damage: bytes) -> None:
     with Work(tmp_path / "w", {}) as work:
         work.table("t", 0, lambda: 1)
         work.arrays("n", 0, lambda: {"x": np.zeros(2)})
@@ -69,7 +69,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
 
 
-def test_without_a_folder_nothing_is_left() -> None:
+def test_without_a_folder_the_pieces_are_removed() -> None:
     with Work(None, {}) as work:
         work.table("a", 1, lambda: 1)
         folder = work.folder

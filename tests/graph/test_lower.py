@@ -1,4 +1,4 @@
-"""Lowering changes the nodes and keeps the meaning; exports are deterministic."""
+"""Lowering replaces nodes without changing the results; exports are deterministic."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_export_keeps_group_norm_native(exported: Path) -> None:
     onnx.checker.check_model(str(exported), full_check=True)
 
 
-def test_lowering_keeps_the_meaning_for_any_batch(exported: Path) -> None:
+def test_lowering_keeps_the_results_for_any_batch(exported: Path) -> None:
     assert for_onnxruntime_cpu(exported).counts == {"GroupNormalization": 1, "Attention": 0}
     assert "GroupNormalization" not in ops(exported) and "InstanceNormalization" in ops(exported)
     onnx.checker.check_model(str(exported), full_check=True)
@@ -56,7 +56,7 @@ def test_lowering_keeps_the_meaning_for_any_batch(exported: Path) -> None:
         assert relative_error(exported, {"x": x}, reference) < 1e-6
 
 
-def test_lowering_leaves_other_graphs_alone(tmp_path: Path) -> None:
+def test_lowering_does_not_change_other_graphs(tmp_path: Path) -> None:
     export(nn.Conv2d(4, 4, 1), {"input": torch.zeros(2, 4, 8, 8)}, "y", tmp_path / "conv.onnx")
     before = (tmp_path / "conv.onnx").read_bytes()
     assert not any(for_onnxruntime_cpu(tmp_path / "conv.onnx").counts.values())
@@ -73,7 +73,7 @@ def test_equal_inputs_give_equal_files(tmp_path: Path) -> None:
 
 
 class Attend(nn.Module):
-    """Cross-attention as diffusers writes it."""
+    """Cross-attention as in diffusers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Attend(nn.Module):
         return out.transpose(1, 2).reshape(x.shape[0], -1, 16)
 
 
-def test_attention_takes_its_heads_joined(tmp_path: Path) -> None:
+def test_lowered_attention_takes_joined_heads(tmp_path: Path) -> None:
     path = tmp_path / "attend.onnx"
     export(Attend(), {"x": torch.randn(2, 9, 16), "text": torch.randn(2, 7, 12)}, "y", path)
     assert ops(path).count("Transpose") == 4
@@ -103,7 +103,7 @@ def test_attention_takes_its_heads_joined(tmp_path: Path) -> None:
         assert relative_error(path, inputs, reference) < 1e-5
 
 
-def test_parity_is_a_gate(exported: Path) -> None:
+def test_relative_error_detects_deviations_and_is_nan_for_invalid_references(exported: Path) -> None:
     x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         reference = Block()(x).numpy()

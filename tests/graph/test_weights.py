@@ -1,4 +1,4 @@
-"""Every initialiser's origin is known, and the graph depends on the architecture alone."""
+"""The origin of every initialiser is recorded, and the graph depends only on the architecture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def own_traces() -> Iterator[None]:
 
 
 class Net(nn.Module):
-    """Norms that are equal, a bias that is zero, a linear layer: what optimisers like to merge."""
+    """Equal norms, a zero bias and a linear layer, which optimisers tend to merge."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -56,8 +56,8 @@ def export_net(seed: int, folder: Path, precision: str = "fp32") -> tuple[Net, W
     return net, weights, path
 
 
-def test_equal_weights_stay_apart_and_the_graph_is_the_architectures(tmp_path: Path) -> None:
-    """A checkpoint of ones and zeros gives the very graph that one of random numbers gives."""
+def test_equal_weights_are_not_merged_and_the_graph_depends_only_on_the_architecture(tmp_path: Path) -> None:
+    """A checkpoint of ones and zeros gives the same graph as one of random numbers."""
     _, plain, first = export_net(0, tmp_path)
     _, other, second = export_net(1, tmp_path)
     assert plain == other
@@ -69,12 +69,12 @@ def test_equal_weights_stay_apart_and_the_graph_is_the_architectures(tmp_path: P
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_the_data_file_is_the_transformed_weights_in_order(tmp_path: Path, precision: str) -> None:
+def test_the_data_file_has_the_transformed_weights_in_order(tmp_path: Path, precision: str) -> None:
     _, weights, path = export_net(1, tmp_path, precision)
     check_complete(path, weights)
     own = Net(1).state_dict()  # float32, as a checkpoint has it
-    made = [apply(w["transform"], own[f"{w['source']}.{w['key']}"]) for w in weights.weights.values()]
-    data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in made)
+    transformed = [apply(w["transform"], own[f"{w['source']}.{w['key']}"]) for w in weights.weights.values()]
+    data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in transformed)
     assert data == path.with_name("net.onnx.data").read_bytes()
 
 
@@ -91,8 +91,8 @@ def test_unknown_transforms_are_refused() -> None:
 
 
 def test_a_bundles_map_covers_every_initialiser(micro_bundles: Path, micro_base: Path, micro_guide: Path) -> None:
-    """Of graphs as they are in the bundle, after the backend's rewrites: bytes equal to the checkpoint's."""
-    held = json.loads((micro_bundles / "guided" / "weights.json").read_text())["networks"]
+    """In the bundle's graphs, after the backend's rewrites, weights equal the transformed ones of the checkpoint."""
+    networks = json.loads((micro_bundles / "guided" / "weights.json").read_text())["networks"]
     base = resolve(str(micro_base))
     sources: dict[str, dict[str, Any]] = {
         "unet": base.unet().state_dict(),
@@ -101,14 +101,14 @@ def test_a_bundles_map_covers_every_initialiser(micro_bundles: Path, micro_base:
         "vae": base.vae().state_dict(),
     }
     used: dict[str, set[str]] = {name: set() for name in sources}
-    for network, maps in held.items():
+    for network, maps in networks.items():
         initializers = ir.load(micro_bundles / "guided" / f"{network}.onnx").graph.initializers
         assert sorted(initializers) == sorted([*maps["weights"], *maps["constants"]])
         for name, w in maps["weights"].items():
             used[w["source"]].add(w["key"])
-            made = apply(w["transform"], sources[w["source"]][w["key"]]).numpy()
-            assert np.array_equal(made, initializers[name].const_value.numpy()), name
-        # what is no weight is small: shapes, scales, frequencies, a causal mask
+            expected = apply(w["transform"], sources[w["source"]][w["key"]]).numpy()
+            assert np.array_equal(expected, initializers[name].const_value.numpy()), name
+        # constants are small: shapes, scales, frequencies, a causal mask
         assert max(initializers[n].const_value.size for n in maps["constants"]) <= 77 * 77
     assert used["unet"] == set(sources["unet"]) and used["guide"] == set(sources["guide"])
     assert used["text_encoder"] == set(sources["text_encoder"])

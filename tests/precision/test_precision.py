@@ -1,4 +1,4 @@
-"""Recipes change the numbers and keep the meaning; parity tells by how much."""
+"""Recipes change the precision and keep the results; parity measures by how much they differ."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ X = {"x": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
 
 
 def error_of(recipe: Recipe, path: Path) -> float:
-    wanted = reference(Net(), X).numpy()
+    expected = reference(Net(), X).numpy()
     export(convert(Net(), recipe), X, "y", path)
-    return relative_error(path, X, wanted)
+    return relative_error(path, X, expected)
 
 
 def types(path: Path) -> dict[str, set[str]]:
-    """Types that each kind of node puts out."""
+    """Return the output types of each kind of node."""
     out: dict[str, set[str]] = {}
     for node in ir.load(path).graph:
         out.setdefault(node.op_type, set()).update(o.dtype.name for o in node.outputs if o.dtype is not None)
     return out
 
 
-def test_types_are_in_the_graph_and_the_boundary_stays_float32(tmp_path: Path) -> None:
+def test_graphs_have_the_recipes_type_and_float32_inputs_and_outputs(tmp_path: Path) -> None:
     for name, kind in (("fp16", "FLOAT16"), ("bf16", "BFLOAT16")):
         path = tmp_path / name / "net.onnx"
         error = error_of(RECIPES[name], path)
-        # the rounding of every result is seen, and stays inside the recipe's limit
+        # rounding is measurable, and stays within the recipe's limit
         assert RECIPES[name].limit / 100 < error < RECIPES[name].limit
         graph = ir.load(path).graph
         assert {v.dtype.name for v in (*graph.inputs, *graph.outputs)} == {"FLOAT"}
@@ -74,17 +74,15 @@ def test_islands_compute_in_float32(tmp_path: Path) -> None:
 
 
 def test_a_half_precision_model_has_a_float32_reference() -> None:
-    """Widened one layer at a time; the weights are as they were afterwards."""
+    """Its layers are converted one at a time; its weights are unchanged afterwards."""
     half = Net().half()
     before = {k: v.clone() for k, v in half.state_dict().items()}
-    wanted = reference(Net().half().float(), X)
-    assert torch.equal(reference(half, X), wanted)
+    expected = reference(Net().half().float(), X)
+    assert torch.equal(reference(half, X), expected)
     assert all(torch.equal(v, before[k]) and v.dtype == torch.float16 for k, v in half.state_dict().items())
 
 
-def test_the_bundled_format_in_half_precision(
-    micro_base: Path, micro_guide: Path, micro_bundles: Path, tmp_path: Path
-) -> None:
+def test_a_bundle_in_half_precision(micro_base: Path, micro_guide: Path, micro_bundles: Path, tmp_path: Path) -> None:
     spec = BuildSpec(str(micro_base), str(micro_guide), precision="fp16", out=tmp_path / "half")
     build(spec)
     manifest = open_bundle(tmp_path / "half").manifest
@@ -99,14 +97,16 @@ def test_the_bundled_format_in_half_precision(
     assert 0 <= np.abs(half - full).mean() < 3
 
 
-def test_a_decoder_that_overflows_falls_back(micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_overflows_falls_back_to_float32(
+    micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pnp_trt.models.teacher import BaseModel
 
     load = BaseModel.vae
 
     def loud(self: BaseModel) -> nn.Module:
         vae = load(self)
-        with torch.no_grad():  # large inside, the same outside
+        with torch.no_grad():  # large activations, the same output
             vae.decoder.layers[0].weight *= 1e6
             vae.decoder.layers[0].bias *= 1e6
             vae.decoder.layers[-1].weight /= 1e6
@@ -120,7 +120,7 @@ def test_a_decoder_that_overflows_falls_back(micro_base: Path, tmp_path: Path, m
     assert networks["vae_decoder"].parity.graph < 1e-4
 
 
-def test_precisions_are_refused_by_name(micro_base: Path, tmp_path: Path) -> None:
+def test_unknown_and_unsupported_precisions_are_refused(micro_base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="precision is 'fp12'; known: fp32, fp16, bf16"):
         precision.recipe("fp12")
     with pytest.raises(InputError, match="'onnxruntime' does not support bf16; it supports: fp32, fp16"):

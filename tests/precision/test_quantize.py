@@ -1,4 +1,4 @@
-"""The quantised graph computes what the simulation computes, and every INT8 weight is derived from its checkpoint."""
+"""The quantised graph computes the same as the simulation, and every INT8 weight is derived from its checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHOICES = {
 
 
 class Net(nn.Module):
-    """A convolution, two linear layers of one input, and one in groups."""
+    """A convolution, a grouped convolution, and two linear layers with the same input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,38 +57,38 @@ def initializers(path: Path) -> list[str]:
     return list(ir.load(path).graph.initializers)
 
 
-def test_the_graph_computes_what_the_simulation_does(tmp_path: Path) -> None:
+def test_the_graph_matches_the_simulation(tmp_path: Path) -> None:
     weights, path = exported(tmp_path)
     check_complete(path, weights.derive(quantize_graph(path, weights, CHOICES), initializers(path)))
     net, x = Net(), torch.randn(2, 4, 6, 6)
     with torch.no_grad(), quantised(dict(net.named_modules()), CHOICES):
-        wanted = net(x).numpy()
+        expected = net(x).numpy()
     got = OrtNetwork(path, "cpu")(x=x.numpy())
-    # a value on the edge between two steps may fall to either side
-    assert np.mean(np.abs(got - wanted) > 1e-4) < 0.01
-    assert np.abs(wanted - net(x).detach().numpy()).max() > 1e-3
+    # a value halfway between two steps may be rounded either way
+    assert np.mean(np.abs(got - expected) > 1e-4) < 0.01
+    assert np.abs(expected - net(x).detach().numpy()).max() > 1e-3
     ops = [n.op_type for n in ir.load(path).graph]
     assert ops.count("QuantizeLinear") == 3 and ops.count("DequantizeLinear") == 6
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_data_file_is_the_transformed_weights_in_order(tmp_path: Path, precision: str) -> None:
+def test_the_data_file_has_the_transformed_weights_in_order(tmp_path: Path, precision: str) -> None:
     weights, path = exported(tmp_path, precision)
     weights = weights.derive(quantize_graph(path, weights, CHOICES), initializers(path))
     own = Net().state_dict()
-    made = [apply(w["transform"], own[f"{w['source']}.{w['key']}"]) for _, w in sorted(weights.weights.items())]
-    data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in made)
+    transformed = [apply(w["transform"], own[f"{w['source']}.{w['key']}"]) for _, w in sorted(weights.weights.items())]
+    data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in transformed)
     assert data == path.with_name("net.onnx.data").read_bytes()
-    assert sum(t.dtype == torch.int8 for t in made) == 3
+    assert sum(t.dtype == torch.int8 for t in transformed) == 3
 
 
-def test_one_scale_a_weight(tmp_path: Path) -> None:
+def test_one_scale_per_weight(tmp_path: Path) -> None:
     """The oracle is the formula: W ≈ round(W / s) · s with s = max|W| / 127 of the whole weight, in float16."""
     weights, path = exported(tmp_path)
     choices = {"unet.conv": LayerRange(3.0), "unet.plain": LayerRange(2.0)}
     weights = weights.derive(quantize_graph(path, weights, choices, INT8_ONE_SCALE), initializers(path))
     check_complete(path, weights)
-    held = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     net, x = Net(), torch.randn(2, 4, 6, 6)
     for name, limit in (("conv", 3.0), ("plain", 2.0)):
         layer = net.unet[name]
@@ -96,7 +96,7 @@ def test_one_scale_a_weight(tmp_path: Path) -> None:
         step = np.float32(np.float16(np.abs(weight).max() / np.float32(127)))
         rounded = np.clip(np.rint(weight / step), -127, 127)
         stored, scale = (
-            held[n]
+            tensors[n]
             for last in ("quantize", "quantization_scale")
             for n, entry in weights.weights.items()
             if entry["key"] == f"{name}.weight" and entry["transform"][-1]["op"] == last
@@ -107,25 +107,25 @@ def test_one_scale_a_weight(tmp_path: Path) -> None:
         layer.register_forward_pre_hook(
             lambda _, a, s=limit / 127: (torch.round(a[0] / s).clamp(-128, 127) * s,)  # type: ignore[misc]
         )
-    wanted = net(x).detach().numpy()
+    expected = net(x).detach().numpy()
     got = OrtNetwork(path, "cpu")(x=x.numpy())
-    assert np.mean(np.abs(got - wanted) > 1e-4) < 0.01  # a value on the edge between two steps may fall to either side
+    assert np.mean(np.abs(got - expected) > 1e-4) < 0.01  # a value halfway between two steps may be rounded either way
 
 
-def test_weight_only_leaves_inputs_alone(tmp_path: Path) -> None:
+def test_weight_only_quantisation_does_not_quantise_inputs(tmp_path: Path) -> None:
     weights, path = exported(tmp_path)
     layers = matrix_layers(path, weights)
-    assert layers == ["unet.conv", "unet.plain", "unet.smooth"]  # not the convolution in groups
+    assert layers == ["unet.conv", "unet.plain", "unet.smooth"]  # not the grouped convolution
     quantize_weights(path, weights, layers)
     ops = [n.op_type for n in ir.load(path).graph]
     assert "QuantizeLinear" not in ops and ops.count("DequantizeLinear") == 3
     x = torch.randn(2, 4, 6, 6)
-    wanted = Net()(x).detach().numpy()
-    error = np.linalg.norm(OrtNetwork(path, "cpu")(x=x.numpy()) - wanted) / np.linalg.norm(wanted)
+    expected = Net()(x).detach().numpy()
+    error = np.linalg.norm(OrtNetwork(path, "cpu")(x=x.numpy()) - expected) / np.linalg.norm(expected)
     assert 1e-5 < error < 2e-2
 
 
-def test_layers_that_the_graph_lacks_are_named(tmp_path: Path) -> None:
+def test_layers_missing_from_the_graph_are_refused(tmp_path: Path) -> None:
     weights, path = exported(tmp_path)
     with pytest.raises(PnpError, match=r"2 layers that net.onnx does not have, for example guide.a"):
         quantize_graph(path, weights, {**CHOICES, "unet.b": LayerRange(1.0), "guide.a": LayerRange(1.0)})

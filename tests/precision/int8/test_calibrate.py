@@ -1,4 +1,4 @@
-"""The sampler is watched, the sweep decides, and a run that was stopped continues."""
+"""Calibration: observed ranges, the sweep's decision, resuming a stopped run, and engines from a record."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_every_candidate_is_observed_at_all_timesteps(micro_record: Path) -> Non
     for name, layer in record.layers.items():
         assert layer.amax["percentile-99.9"] <= layer.amax["percentile-99.99"] <= layer.amax["max"], name
         assert max(layer.by_timestep) == layer.amax["max"] > 0
-        assert sum(v > 0 for v in layer.by_timestep) >= 4  # four steps, each shifted by a part of one
+        assert sum(v > 0 for v in layer.by_timestep) >= 4  # four steps, each run shifted by a random part of a step
         assert (layer.kind == "linear") == bool(layer.channels)
         if layer.channels:
             assert max(layer.channels) == layer.amax["max"]
 
 
-def test_the_sweep_decides_by_its_own_figures(micro_record: Path) -> None:
+def test_the_decision_follows_from_the_sweep(micro_record: Path) -> None:
     record = Record.read(micro_record)
     sweep, decision = record.sweep, record.decision
     for kind, table in sweep["methods"].items():
@@ -62,7 +62,7 @@ def test_simulation_quantises_and_restores(micro_base: Path, micro_guide: Path, 
     assert not any(layer._forward_pre_hooks for layer in layers.values())
 
 
-def test_a_run_that_was_stopped_continues(micro_base: Path, micro_guide: Path, prompts: Path, micro_record: Path,
+def test_a_stopped_run_is_resumed(micro_base: Path, micro_guide: Path, prompts: Path, micro_record: Path,
                                           tmp_path: Path) -> None:  # fmt: skip
     config = CalibrationConfig(
         str(micro_base),
@@ -85,15 +85,15 @@ def test_a_run_that_was_stopped_continues(micro_base: Path, micro_guide: Path, p
     with pytest.raises(KeyboardInterrupt):
         calibrate(config, progress=stop_in_the_sweep)
     assert not config.out.exists() and "observe" in stages  # type: ignore[union-attr]
-    held = json.loads((tmp_path / ".r.json.partial").read_text())["found"]
-    assert len(held["sweep"]["layers"]) == 3
+    partial = json.loads((tmp_path / ".r.json.partial").read_text())["found"]
+    assert len(partial["sweep"]["layers"]) == 3
     stages.clear()
     _, record = calibrate(config, progress=lambda stage, *_: stages.append(stage))
     assert "observe" not in stages and not (tmp_path / ".r.json.partial").exists()
     assert record == Record.read(micro_record)
 
 
-def test_another_limit_is_another_decision_and_no_work(
+def test_another_limit_changes_the_decision_without_observing_again(
     micro_base: Path, micro_guide: Path, prompts: Path, micro_record: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "r.json"
@@ -119,10 +119,10 @@ def test_another_limit_is_another_decision_and_no_work(
         (["--base", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_orders_are_refused(cli: Cli, micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path,
+def test_invalid_options_are_refused(cli: Cli, micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path,
                                 arguments: list[str], message: str) -> None:  # fmt: skip
-    given = {"--base": micro_base, "--guide": micro_guide, "--prompts": prompts, "--out": tmp_path / "r.json"}
-    words = [str(w) for k, v in given.items() if k not in arguments for w in (k, v)]
+    options = {"--base": micro_base, "--guide": micro_guide, "--prompts": prompts, "--out": tmp_path / "r.json"}
+    words = [str(w) for k, v in options.items() if k not in arguments for w in (k, v)]
     done = cli("calibrate", *words, *arguments)
     assert done.code == 2 and message in done.err, done.err
     assert not (tmp_path / "r.json").exists()
@@ -132,43 +132,43 @@ def test_int8_from_calibration_to_image(cli: Cli, micro_base: Path, micro_guide:
                                           tmp_path: Path) -> None:  # fmt: skip
     record, engine = tmp_path / "r.json", tmp_path / "engine"
     source = ["--base", str(micro_base), "--guide", str(micro_guide)]
-    # the latents of an untrained network grow with every step, and golden inputs are as large as noise
-    made = ["calibrate", *source, "--prompts", prompts, "--images", "8", "--steps", "1", "--out", record]
-    done = cli(*made, "--probes", "0")
+    # one step, because an untrained network's latents grow with every step, while golden inputs are as large as noise
+    command = ["calibrate", *source, "--prompts", prompts, "--images", "8", "--steps", "1", "--out", record]
+    done = cli(*command, "--probes", "0")
     assert done.code == 0, done.err
     assert "--precision int8" in done.out and f"--calibration {record}" in done.out
-    # nobody measured which layers are sensitive, so those that see uneven inputs are left alone
-    held = Record.read(record)
-    left = [name for name in held.layers if name not in held.choices()]
-    assert left == held.decision["float"] and all(any(part in name for part in UNEVEN) for name in left)
+    # sensitivity was not measured, so layers with uneven inputs stay in float
+    loaded = Record.read(record)
+    left = [name for name in loaded.layers if name not in loaded.choices()]
+    assert left == loaded.decision["float"] and all(any(part in name for part in UNEVEN) for name in left)
     assert all(any(part in name for name in left) for part in UNEVEN)
-    done = cli(*made)
+    done = cli(*command)
     assert done.code == 2 and "exists already; pass --force" in done.err
     done = cli("build", *source, "--precision", "int8", "--calibration", record, "--out", engine,
                "--profile", "b1-4", "--profile", "b1@32-64")  # fmt: skip
     assert done.code == 0, done.err
     assert "slower with INT8" in done.out
     text = cli("inspect", engine).out
-    assert 0.3 < held.share() < 1
-    assert f"layers with {held.share():.1%} of the arithmetic" in " ".join(text.split())
+    assert 0.3 < loaded.share() < 1
+    assert f"layers with {loaded.share():.1%} of the arithmetic" in " ".join(text.split())
     assert cli("verify", engine).code == 0
-    for size in ("32", "40x48"):  # ranges were recorded at one size and serve all
+    for size in ("32", "40x48"):  # ranges recorded at one size apply to all sizes
         out = tmp_path / f"out-{size}"
         done = cli("sample", "a cat", "--engine", engine, "--steps", "2", "--size", size, "--out", out)
         assert done.code == 0, done.err
         assert list(out.glob("*.png"))
-    # the same record serves FP8, whose layers are fewer
+    # the same record serves FP8, which takes fewer layers
     eight = tmp_path / "fp8"
     done = cli("build", *source, "--precision", "fp8", "--calibration", record, "--out", eight)
     assert done.code == 0, done.err
     ends = ("proj_in", "proj_out", "to_out.0")
-    chosen = [name for name in held.layers if name in held.choices() and not name.endswith(ends)]
-    assert {held.layers[name].kind for name in chosen} == {"conv", "linear"}
-    assert {name for name in held.choices() if name.endswith(ends)}
+    chosen = [name for name in loaded.layers if name in loaded.choices() and not name.endswith(ends)]
+    assert {loaded.layers[name].kind for name in chosen} == {"conv", "linear"}
+    assert {name for name in loaded.choices() if name.endswith(ends)}
     manifest = json.loads((eight / "manifest.json").read_text())
     assert manifest["networks"]["unet"]["fp8"]["layers"] == len(chosen) > 5
     assert "int8" not in manifest["networks"]["unet"] and manifest["networks"]["unet"]["precision"] == "fp8"
-    share = sum(held.layers[name].macs for name in chosen) / sum(layer.macs for layer in held.layers.values())
+    share = sum(loaded.layers[name].macs for name in chosen) / sum(layer.macs for layer in loaded.layers.values())
     assert f"layers with {share:.1%} of the arithmetic" in " ".join(cli("inspect", eight).out.split())
     assert cli("verify", eight).code == 0
     done = cli("sample", "a cat", "--engine", eight, "--steps", "2", "--out", tmp_path / "eight")
@@ -182,7 +182,7 @@ def test_int8_from_calibration_to_image(cli: Cli, micro_base: Path, micro_guide:
 
 
 def test_int8_of_a_full_guide(cli: Cli, micro_base: Path, prompts: Path, tmp_path: Path) -> None:
-    """Its hint runs once per image, in a separate network, and stays in floating point."""
+    """The guide's hint runs once per image, in a separate network, and stays in floating point."""
     guide, record, engine = tmp_path / "mine", tmp_path / "r.json", tmp_path / "engine"
     unet = UNet2DConditionModel.from_pretrained(micro_base / "unet")
     FullGuide.from_unet(unet, negative_prompts=True).save_pretrained(guide)

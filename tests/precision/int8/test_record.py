@@ -1,4 +1,4 @@
-"""Records survive a round trip, say what is wrong with them, and SmoothQuant's factors are exact."""
+"""Calibration records: round trips, damaged files, exact SmoothQuant factors, and the layers of each recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_smoothing_is_undone_by_the_weight_without_rounding(channels: list[float
     x, w = (torch.randn(n, len(channels), generator=g).double() for n in (3, 5))
     assert torch.equal((x / factors) * factors, x)
     torch.testing.assert_close((x / factors) @ (w * factors).T, x @ w.T, rtol=0, atol=1e-9)
-    # the range covers what each channel becomes
+    # the range covers every channel after smoothing
     assert all(c / f <= choice.amax * (1 + 1e-9) for c, f in zip(channels, factors.tolist(), strict=True))
 
 
@@ -37,8 +37,8 @@ def test_smoothing_evens_out_channels() -> None:
     choice = choose(layer([100.0, 1.0, 1.0, 1.0]), "smoothquant-0.5")
     assert choice.exponents is not None and choice.exponents[0] > choice.exponents[1]
     assert choice.amax < 100.0
-    assert choose(layer([2.0, 2.0]), "smoothquant-0.5") == LayerRange(2.0)  # even already: nothing to multiply by
-    assert choose(layer([], "conv"), "smoothquant-0.5") == LayerRange(1.0)  # convolutions have no channels' record
+    assert choose(layer([2.0, 2.0]), "smoothquant-0.5") == LayerRange(2.0)  # already even: no factors
+    assert choose(layer([], "conv"), "smoothquant-0.5") == LayerRange(1.0)  # convolutions have no ranges per channel
     assert choose(layer([3.0]), "percentile-99.9") == LayerRange(0.5)
 
 
@@ -46,12 +46,12 @@ def test_records_survive_a_round_trip(micro_record: Path, tmp_path: Path) -> Non
     record = Record.read(micro_record)
     record.write(tmp_path / "again.json")
     assert Record.read(tmp_path / "again.json") == record
-    # a line for each layer, so that a difference of two records can be read
+    # one line per layer, so that a diff of two records is readable
     lines = (tmp_path / "again.json").read_text().splitlines()
     assert sum(line.startswith('  "unet.') for line in lines) == len(record.layers)
 
 
-def test_a_record_of_the_former_schema_has_its_number_of_images(micro_record: Path, tmp_path: Path) -> None:
+def test_a_record_of_the_former_schema_is_read(micro_record: Path, tmp_path: Path) -> None:
     record = json.loads(micro_record.read_text())
     record["schema"] = "pnp-trt/calibration/1"
     record["settings"]["pictures"] = record["settings"].pop("images")
@@ -82,7 +82,7 @@ def test_damaged_records_are_refused(micro_record: Path, tmp_path: Path, change:
     assert message in str(e.value) and "pnp-trt calibrate" in str(e.value)
 
 
-def test_a_record_that_is_not_there_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_record_is_reported_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="pnp-trt calibrate --base emoji-3d --guide full"):
         find("emoji-3d", "full")
@@ -90,8 +90,8 @@ def test_a_record_that_is_not_there_names_the_command(tmp_path: Path, monkeypatc
         Record.read(tmp_path / "none.json")
 
 
-def test_which_layers_each_recipe_takes() -> None:
-    """TensorRT-RTX keeps in float what it fuses there; FP8 means the same on every backend."""
+def test_which_layers_each_recipe_quantises() -> None:
+    """Layers that TensorRT-RTX fuses in float stay in float there; FP8 has the same layers on every backend."""
     block = "unet.down_blocks.0.attentions.0"
     fused = [f"{block}.proj_in", f"{block}.proj_out", f"{block}.transformer_blocks.0.attn1.to_out.0"]
     others = ["unet.down_blocks.0.resnets.0.conv1", f"{block}.transformer_blocks.0.attn1.to_q",

@@ -35,10 +35,9 @@ def test_without_a_gpu_nothing_is_written(
 @pytest.mark.skipif(gpu.gpu_present(), reason="a GPU is here")
 def test_the_command_needs_neither_a_gpu_nor_packages() -> None:
     root = Path(gpu.__file__).parents[1]
+    # -S: without any installed package
     done = subprocess.run([sys.executable, "-S", "-m", "benchmarks.gpu"], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0 and "no NVIDIA GPU was found" in done.stdout, (
-        done.stderr
-    )  # -S: without any installed package
+    assert done.returncode == 0 and "no NVIDIA GPU was found" in done.stdout, done.stderr
 
 
 @pytest.fixture

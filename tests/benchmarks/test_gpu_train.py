@@ -321,7 +321,7 @@ def test_the_sharpener_is_trained_alone_and_added_to_the_bundled_guide(packed: P
 
 
 def test_the_loss_of_the_sharpener_equals_the_formula() -> None:
-    """It is the squared error to eps(neg) + w (eps(c) − eps(neg)) with x0 weighting, divided by w."""
+    """The squared error to eps(neg) + w (eps(c) − eps(neg)), with x0 weighting, divided by w."""
     from diffusers import DDIMScheduler
 
     from pnp_trt.models.guides.sharpener import with_new_sharpener

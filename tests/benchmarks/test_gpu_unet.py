@@ -107,7 +107,7 @@ def test_compiled_modules_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(module: Any, **options: Any) -> Any:
         if broken:
             raise RuntimeError("no such instruction\nand more")
-        broken.extend([True] * (type(module).__name__ == "Teacher"))  # later compilations fail
+        broken.extend([True] * (type(module).__name__ == "Teacher"))  # compilations after the teacher's fail
         return original(module, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", compile)

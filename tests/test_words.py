@@ -125,6 +125,8 @@ def test_code_is_not_checked_but_its_comments_are() -> None:
 OLD_NAMES = {"picture", "pictures", "passes"}
 #: names that state that a value was obtained, not what it is; ``held_out`` is a term of the field
 OBTAINED = re.compile(r"(?:^|_)(?:found|held(?!_out)|made|told|wanted|kept)(?:_|$)")
+#: the same for local names and parameters
+OBTAINED_LOCALLY = re.compile(OBTAINED.pattern + r"|(?:^|_)(?:given|said)(?:_|$)")
 #: file → banned words that it may contain, mostly because files outside the repository do; None: all of them
 PERSISTED = {
     "pnp_trt/bench/renames.py": None,  # the table of old names
@@ -204,6 +206,26 @@ def test_public_names_state_what_a_thing_is() -> None:
     ] == []
 
 
+def local_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names that functions assign, and their parameters."""
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    yield node.lineno, node.id
+                elif isinstance(node, ast.arg):
+                    yield node.lineno, node.arg
+
+
+def test_local_names_state_what_a_thing_is() -> None:
+    assert [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in CODE
+        for line, name in local_names(ast.parse(path.read_text(encoding="utf-8")))
+        if OBTAINED_LOCALLY.search(name)
+    ] == []
+
+
 def test_names_of_classes_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for path in CODE:
@@ -233,3 +255,8 @@ def test_names_of_obtained_values_are_detected() -> None:
     code += "held_out = 2"
     bad = [name for _, name in public_names(ast.parse(code).body) if OBTAINED.search(name)]
     assert bad == ["kept", "made", "wanted"]
+
+
+def test_local_names_of_obtained_values_are_detected() -> None:
+    code = "held_out, row = 1, 2\ndef f(found_rows, *, rows=None):\n    told, held_out = found_rows, rows\n"
+    assert {name for _, name in local_names(ast.parse(code)) if OBTAINED_LOCALLY.search(name)} == {"found_rows", "told"}

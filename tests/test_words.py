@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -92,6 +94,30 @@ def test_messages_and_help_use_the_words_of_the_field() -> None:
         for finding in findings(text)
     ]
     assert violations == []
+
+
+def remarks(source: str) -> Iterator[str]:
+    """Docstrings and comments of a module, without code in backticks."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield re.sub(r"`+[^`]*`+", " ", ast.get_docstring(node) or "")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield re.sub(r"`+[^`]*`+", " ", token.string)
+
+
+def test_docstrings_and_comments_use_the_words_of_the_field() -> None:
+    assert [
+        f"{path.relative_to(ROOT)}: {finding} ({' '.join(text.split())[:80]})"
+        for path in CODE
+        for text in remarks(path.read_text(encoding="utf-8"))
+        for finding in findings(text)
+    ] == []
+
+
+def test_docstrings_and_comments_are_read() -> None:
+    code = '"""Two pictures."""\nx = 1  # `pictures`, and what it wants\n'
+    assert [len(findings(text)) for text in remarks(code)] == [1, 1]
 
 
 def test_the_report_page_uses_the_words_of_the_field() -> None:

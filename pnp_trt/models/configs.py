@@ -35,30 +35,32 @@ _NAMES_AND_VERSIONS = (
 )  # fmt: skip
 
 
-def check_same_network(kind: Any, own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
+def check_same_network(kind: Any, config: Mapping[str, Any], expected: Mapping[str, Any], name: str, what: str) -> None:
     """Check that a fine-tune's config describes the same computation as that of the network it replaces.
 
     Args:
         kind: the network's class.
-        own: the fine-tune's config.
-        given: the config of the network being replaced.
+        config: the fine-tune's config.
+        expected: the config of the network being replaced.
         name: the fine-tune, for messages.
         what: the network being replaced, for messages.
 
     Raises:
         InputError: if they differ; the message names the first entry that changes the computation.
     """
-    if own == given:
+    if config == expected:
         return
-    expected = computation(empty(kind, given, what))
-    if computation(empty(kind, own, name)) == expected:
+    computed = computation(empty(kind, expected, what))
+    if computation(empty(kind, config, name)) == computed:
         return
-    keys = [k for k in sorted(own.keys() | given.keys()) if not k.startswith("_") and own.get(k) != given.get(k)]
+    keys = [
+        k for k in sorted(config.keys() | expected.keys()) if not k.startswith("_") and config.get(k) != expected.get(k)
+    ]
     for key in keys:
-        if _computation(kind, _with(given, key, own)) != expected:
+        if _computation(kind, _with(expected, key, config)) != computed:
             raise InputError(
-                f"{name} is not a fine-tune of {what}: config entry {key} is {own.get(key)!r}, not {given.get(key)!r}; "
-                "build it instead"
+                f"{name} is not a fine-tune of {what}: config entry {key} is {config.get(key)!r}, "
+                f"not {expected.get(key)!r}; build it instead"
             )
     raise InputError(f"{name} is not a fine-tune of {what}: they differ in {', '.join(keys)}; build it instead")
 
@@ -109,8 +111,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in _NAMES_AND_VERSIONS}
 
 
-def check_same_text(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str, kind: str) -> None:
+def check_same_text(config: Mapping[str, Any], expected: Mapping[str, Any], name: str, what: str, kind: str) -> None:
     """``check_same_network`` for text encoders; ``kind`` is their class in transformers."""
     import transformers
 
-    check_same_network(getattr(transformers, kind), own, given, name, what)
+    check_same_network(getattr(transformers, kind), config, expected, name, what)

@@ -119,13 +119,13 @@ def _text_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
     return out
 
 
-def check_complete(own: Mapping[str, Any], given: Mapping[str, Any], folder: Path, kind: str) -> None:
+def check_complete(expected: Mapping[str, Any], weights: Mapping[str, Any], folder: Path, kind: str) -> None:
     """Check that a folder's weights are those of the network that its config describes.
 
     Raises:
         InputError: if not; the message lists missing or unexpected weights, or the first one of another shape.
     """
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:
         raise InputError(f"{folder} lacks {counted(missing)} of {kind}; download it again")
     if extra:
@@ -133,7 +133,7 @@ def check_complete(own: Mapping[str, Any], given: Mapping[str, Any], folder: Pat
             f"{folder} holds {counted(extra)} that the {kind} of its config.json does not have; "
             "use the config and the weights of one model"
         )
-    if (difference := differences(own, given)) is not None:
+    if (difference := differences(expected, weights)) is not None:
         raise InputError(f"{folder} does not fit its config.json: {difference}; use the files of one model")
 
 

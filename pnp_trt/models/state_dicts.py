@@ -8,32 +8,32 @@ from typing import Any
 from ..errors import InputError
 
 
-def check_fits(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
-    """Check that a checkpoint's weights fit a network; ``own`` and ``given`` as in ``differences``.
+def check_fits(expected: Mapping[str, Any], weights: Mapping[str, Any], name: str, what: str) -> None:
+    """Check that a checkpoint's weights fit a network; ``expected`` and ``weights`` as in ``differences``.
 
     Raises:
         InputError: if they do not; the message lists the differences.
     """
-    if (difference := differences(own, given)) is not None:
+    if (difference := differences(expected, weights)) is not None:
         raise InputError(
             f"{name} is not a fine-tune of {what}: {difference}; use a checkpoint of the same architecture"
         )
 
 
-def differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+def differences(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> str | None:
     """Describe the differences between the weights of two networks; None if names and shapes are equal.
 
     Args:
-        own: weights of the engine's network, by key.
-        given: weights of the checkpoint, by key.
+        expected: weights of the engine's network, by key.
+        weights: weights of the checkpoint, by key.
     """
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    shapes = [k for k in expected if k in weights and expected[k].shape != weights[k].shape]
     parts = []
     if shapes:
         key = shapes[0]
         more = f", and {len(shapes) - 1} more differ in shape" if len(shapes) > 1 else ""
-        parts.append(f"{key} has shape {list(given[key].shape)}, not {list(own[key].shape)}{more}")
+        parts.append(f"{key} has shape {list(weights[key].shape)}, not {list(expected[key].shape)}{more}")
     if missing:
         parts.append(f"{counted(missing)} missing")
     if extra:

@@ -35,9 +35,9 @@ class Text:
     added: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, given: Text | np.ndarray) -> Text:
+    def of(cls, text: Text | np.ndarray) -> Text:
         """Return a ``Text`` unchanged; wrap an array of states."""
-        return given if isinstance(given, Text) else cls(np.asarray(given))
+        return text if isinstance(text, Text) else cls(np.asarray(text))
 
     @classmethod
     def joined(cls, parts: Sequence[Text]) -> Text:

@@ -118,14 +118,14 @@ class Tokenizer:
 class _Words:
     """A prompt's tokens without start and end: ids, weights, and positions (section, part, character)."""
 
-    given: Sequence[Parts]
+    source: Sequence[Parts]
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     places: list[tuple[int, int, int]] = field(default_factory=list)
 
     def sections(self) -> list[list[int]]:
         """The token ids of each section."""
-        sections: list[list[int]] = [[] for _ in self.given]
+        sections: list[list[int]] = [[] for _ in self.source]
         for token, (section, _, _) in zip(self.ids, self.places, strict=True):
             sections[section].append(token)
         return sections
@@ -135,8 +135,8 @@ class _Words:
         if first >= len(self.places):
             return ""
         section, part, offset = self.places[first]
-        parts = [self.given[section][part][0][offset:], *(text for text, _ in self.given[section][part + 1 :])]
-        later = [" BREAK " + "".join(text for text, _ in parts) for parts in self.given[section + 1 :]]
+        parts = [self.source[section][part][0][offset:], *(text for text, _ in self.source[section][part + 1 :])]
+        later = [" BREAK " + "".join(text for text, _ in parts) for parts in self.source[section + 1 :]]
         return "".join([*parts, *later]).strip()
 
 

@@ -78,9 +78,9 @@ class Guide(ModelMixin, ConfigMixin):
         self.register_to_config(gain=None if values is None else list(values))
         self.gain_table = None if table is None else table.to(next(self.parameters()).device)
 
-    def gate(self, given: GuideInput, dtype: torch.dtype) -> Tensor:
+    def gate(self, inputs: GuideInput, dtype: torch.dtype) -> Tensor:
         """Factor of the residuals, ``[B, 1, 1, 1]``: (w − 1) / 4 · g(t)."""
-        return strength(given.guidance, dtype, None if self.gain_table is None else self.gain_table(given.timestep))
+        return strength(inputs.guidance, dtype, None if self.gain_table is None else self.gain_table(inputs.timestep))
 
     def condition(self, guidance: Tensor, latent_size: tuple[int, int]) -> Tensor | None:
         """Compute the part that depends only on w, ``guidance [B]``: ``[B, C_0, H, W]`` for latents of size (H, W).
@@ -92,6 +92,6 @@ class Guide(ModelMixin, ConfigMixin):
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass, if the guide is large enough for that to matter."""
 
-    def forward(self, given: GuideInput) -> GuideOutput:
+    def forward(self, inputs: GuideInput) -> GuideOutput:
         """Residuals for one step; see :class:`GuideInput`."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")

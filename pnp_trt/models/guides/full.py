@@ -95,19 +95,19 @@ class FullGuide(Guide):
         height, width = latent_size
         return self.hint(w[:, :, None, None].expand(-1, -1, 8 * height, 8 * width))
 
-    def forward(self, given: GuideInput) -> GuideOutput:
+    def forward(self, inputs: GuideInput) -> GuideOutput:
         """Residuals for one step; see :class:`GuideInput`."""
-        height, width = given.sample.shape[-2:]
-        hint = given.condition
+        height, width = inputs.sample.shape[-2:]
+        hint = inputs.condition
         if hint is None and self.hint is None:
             raise InputError("this guide computes its condition separately and was given none; pass condition")
-        hint = self.condition(given.guidance, (height, width)) if hint is None else hint
-        text = given.encoder_hidden_states
+        hint = self.condition(inputs.guidance, (height, width)) if hint is None else hint
+        text = inputs.encoder_hidden_states
         if self.negative_mark is not None:
-            text = torch.cat([text, given.needs_negative() + self.negative_mark], dim=1)
+            text = torch.cat([text, inputs.needs_negative() + self.negative_mark], dim=1)
         skips, mid = self.net(
-            given.sample, given.timestep, text, controlnet_cond=hint,
-            added_cond_kwargs=given.added_cond_kwargs, return_dict=False,
+            inputs.sample, inputs.timestep, text, controlnet_cond=hint,
+            added_cond_kwargs=inputs.added_cond_kwargs, return_dict=False,
         )  # fmt: skip
-        gate = self.gate(given, mid.dtype)
+        gate = self.gate(inputs, mid.dtype)
         return GuideOutput(tuple(s * gate for s in skips), mid * gate)

@@ -253,14 +253,14 @@ class TinyGuide(Guide):
             halvings += [depth] * len(block.resnets) + [depth + 1] * (1 if block.downsamplers else 0)
         return cls(**signature(unet), skip_halvings=tuple(halvings), **options)
 
-    def forward(self, given: GuideInput) -> GuideOutput:
+    def forward(self, inputs: GuideInput) -> GuideOutput:
         """Residuals for one step; see :class:`GuideInput`."""
-        emb = self.embedding(given.timestep, given.guidance, given.features.mid_block_res_sample.dtype)
-        emb = emb + self.summary(given)
-        context = self.deep_context(given)
-        films = self.modulation(emb, [len(maps) for maps in self.groups(given.features)])
+        emb = self.embedding(inputs.timestep, inputs.guidance, inputs.features.mid_block_res_sample.dtype)
+        emb = emb + self.summary(inputs)
+        context = self.deep_context(inputs)
+        films = self.modulation(emb, [len(maps) for maps in self.groups(inputs.features)])
         context = self.through_trunk(context, films[: len(self.trunk)])
-        return self.residuals(given, context, films[len(self.trunk) :])
+        return self.residuals(inputs, context, films[len(self.trunk) :])
 
     def embedding(self, timestep: Tensor, guidance: Tensor, dtype: torch.dtype) -> Tensor:
         """Embedding of (t, w), ``[B, embed_dim]``."""
@@ -269,24 +269,24 @@ class TinyGuide(Guide):
         embedded: Tensor = self.embed(torch.cat(conditions, -1).to(dtype))
         return embedded
 
-    def summary(self, given: GuideInput) -> Tensor:
+    def summary(self, inputs: GuideInput) -> Tensor:
         """Pooled features, or pooled text states, to add to the embedding, ``[B, embed_dim]``."""
         if self.stem is None:
-            pooled: Tensor = self.pool(given.features.mid_block_res_sample.mean((2, 3)))
+            pooled: Tensor = self.pool(inputs.features.mid_block_res_sample.mean((2, 3)))
         else:
-            pooled = self.pool(given.encoder_hidden_states.mean(1))
+            pooled = self.pool(inputs.encoder_hidden_states.mean(1))
         return pooled
 
-    def deep_context(self, given: GuideInput) -> Tensor:
+    def deep_context(self, inputs: GuideInput) -> Tensor:
         """Input of the trunk, ``[B, rank, H, W]`` at the mid block's resolution."""
         if self.stem is None:
-            context: Tensor = self._of_deepest(given.features)
+            context: Tensor = self._of_deepest(inputs.features)
         else:
-            context = self.stem(given.sample)
+            context = self.stem(inputs.sample)
         if self.text_attention is not None:
-            context = self.text_attention(context, given.encoder_hidden_states)
+            context = self.text_attention(context, inputs.encoder_hidden_states)
         if self.negative_attention is not None:
-            context = self.negative_attention(context, given.needs_negative())
+            context = self.negative_attention(context, inputs.needs_negative())
         return context
 
     def _of_deepest(self, features: Features) -> Tensor:
@@ -336,13 +336,13 @@ class TinyGuide(Guide):
                 groups.append([x])
         return groups
 
-    def residuals(self, given: GuideInput, context: Tensor, films: Sequence[Film]) -> GuideOutput:
+    def residuals(self, inputs: GuideInput, context: Tensor, films: Sequence[Film]) -> GuideOutput:
         """Run the adapters; ``films`` are those of their groups."""
-        gate = self.gate(given, context.dtype)
+        gate = self.gate(inputs, context.dtype)
         adapters = cast(list[SkipAdapter], list(self.adapters))
         outputs: list[Tensor] = []
         resized = context
-        for maps, film in zip(self.groups(given.features), films, strict=True):
+        for maps, film in zip(self.groups(inputs.features), films, strict=True):
             size = maps[0].shape[-2:]
             if resized.shape[-2:] != size:  # once per size, as maps of one size are neighbours
                 resized = context if context.shape[-2:] == size else F.interpolate(context, size=size, mode="nearest")

@@ -97,9 +97,8 @@ def test_forward_states_are_noised_images_and_hold_out_whole_images(micro_base: 
 
     abar = torch.from_numpy(alphas_cumprod(teacher.scheduler)).float()[states.timestep]
     clean = (rows(states.sample).float().mean((1, 2, 3)) / abar.sqrt()).round()
-    sure = (
-        states.timestep < 150
-    )  # where the mean of the noise is small compared with the distance of one between images
+    # at these timesteps the mean of the noise is small compared with the distance of one between images
+    sure = states.timestep < 150
     train, held_out = split(config)
     training_images = {int(clean[i]) for i in train if sure[i]}
     held_out_images = {int(clean[i]) for i in held_out if sure[i]}

@@ -265,9 +265,8 @@ def test_another_architecture_is_recognised_by_its_config(micro_bundles: Path, t
     with pytest.raises(InputError, match="config entry attention_head_dim is 4, not 2; build it instead"):
         plug(PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x"))
     (other / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "freq_shift"}))
-    plugged = plug(
-        PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x")
-    )  # a missing entry means its default
+    # a missing entry means its default
+    plugged = plug(PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x"))
     assert plugged.manifest.plugged.networks["text_encoder"] == "kept"
 
 

@@ -76,7 +76,7 @@ def test_options_are_written_back_as_they_were_given() -> None:
         ({"thresholding": True}, "thresholding is True, which is not linear"),
         ({"rescale_betas_zero_snr": True}, "leaves no signal .* --schedule euler or dpm|--schedule .*euler"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
-         "adds noise at every step.*--schedule ddim or euler or heun or unipc would do"),
+         "adds noise at every step.*--schedule ddim or euler or heun or unipc would work"),
     ],
 )  # fmt: skip
 def test_a_schedule_that_cannot_sample_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -99,7 +99,7 @@ def test_a_schedule_that_cannot_sample_is_refused(changes: dict[str, Any], messa
     ],
 )  # fmt: skip
 def test_a_guide_is_held_against_its_noise(changes: dict[str, Any], theirs: str, ours: str) -> None:
-    with pytest.raises(InputError, match=f"guide 'g' was distilled under {theirs}, and x has {ours}; "):
+    with pytest.raises(InputError, match=f"guide 'g' was distilled under {theirs}, but x has {ours}; "):
         check_distilled(EMOJI, EMOJI | changes, "guide 'g'", "x")
 
 
@@ -112,7 +112,7 @@ def test_what_means_the_same_is_no_mismatch() -> None:
 
 def test_a_guide_for_one_number_of_steps_wants_its_own_timesteps() -> None:
     check_distilled(EMOJI, EMOJI | {"_class_name": "EulerDiscreteScheduler"}, "guide", "x", 8)
-    with pytest.raises(InputError, match="under timestep_spacing trailing, and x has timestep_spacing leading"):
+    with pytest.raises(InputError, match="under timestep_spacing trailing, but x has timestep_spacing leading"):
         check_distilled(EMOJI, EMOJI | {"timestep_spacing": "leading"}, "guide", "x", 8)
 
 

@@ -78,7 +78,8 @@ def test_a_plugged_lora_changes_unet_and_text_encoder(micro_bundles: Path, kohya
     assert m.base.loras[0].scale == 0.7 and max(m.parity.relative_error.values()) < 1e-4
     before = open_bundle(micro_bundles / "guided").manifest.base.sha256
     assert {k for k in before if before[k] != m.base.sha256[k]} == {"unet", "text_encoder", "all"}
-    with pytest.raises(InputError, match="holds another bundle"):  # a different scale makes a different bundle
+    # a different scale makes a different bundle
+    with pytest.raises(InputError, match="contains a different or damaged bundle"):
         plug(PlugSpec(str(micro_bundles / "guided"), loras=(f"{kohya_lora}:0.6",), out=tmp_path / "x"))
 
 

@@ -119,7 +119,9 @@ def test_texts_are_those_of_training(plain: Pipeline, micro_sdxl: Path) -> None:
 
 
 def test_states_alone_are_refused(plain: Pipeline) -> None:
-    with pytest.raises(InputError, match="reads text_embeds of prompts and got text states alone; pass what encode"):
+    with pytest.raises(
+        InputError, match="needs text_embeds of prompts, but got only text states; pass the result of encode"
+    ):
         plain.denoise(np.asarray(plain.encode(["a"])), plain.noise([0]), steps=1, guidance=2.0)
 
 
@@ -155,7 +157,7 @@ def test_sizes_are_refused_by_engines_that_read_none(cli: Callable[..., Result],
     done = cli(
         "sample", "a cat", "--engine", engines / "plain", "--crop", "1x1", "--provider", "cpu", "--out", tmp_path
     )
-    assert done.code == 2 and "reads no original size, crop or target size" in " ".join(done.err.split()), done.err
+    assert done.code == 2 and "takes no original size, crop or target size" in " ".join(done.err.split()), done.err
 
 
 def test_verify_compares_every_output(cli: Callable[..., Result], sdxl_guided: Path) -> None:

@@ -131,8 +131,8 @@ def test_a_vae_in_one_file_under_original_names(micro_base: Path, loud: Path, tm
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"scaling_factor": 0.13}, "has scaling_factor = 0.13 and the base's autoencoder 1"),
-        (None, "give an autoencoder's"),
+        ({"scaling_factor": 0.13}, "has scaling_factor = 0.13, but the base's autoencoder has 1"),
+        (None, "pass an autoencoder's"),
     ],
 )
 def test_a_vae_that_cannot_be_taken(config: dict[str, Any] | None, message: str, micro_base: Path, tmp_path: Path,

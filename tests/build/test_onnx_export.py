@@ -1,4 +1,4 @@
-"""Graphs of sizes at which diffusers itself takes another path."""
+"""Exports at sizes for which diffusers takes another code path, and modules that cannot be exported."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..models.families.test_vae import micro_kl
 
 
 @pytest.mark.parametrize("side", [181, 800])
-def test_the_batch_has_no_limit_of_elements(side: int, tmp_path: Path) -> None:
-    """diffusers copies what it upsamples above 2^31 elements; 63 rows of the larger size have more."""
+def test_the_batch_axis_stays_open_at_large_sizes(side: int, tmp_path: Path) -> None:
+    """diffusers copies upsampled tensors of more than 2^31 elements, which 63 rows of the larger size exceed."""
     rows = 2**31 / (2 * 8 * (2 * side) ** 2)
     assert (rows < 63) == (side == 800) and rows != int(rows)
     export(VaeDecoder(micro_kl()), {"latents": torch.zeros(2, 4, side, side)}, "sample", tmp_path / "decoder.onnx")
@@ -28,13 +28,13 @@ def test_the_batch_has_no_limit_of_elements(side: int, tmp_path: Path) -> None:
 
 
 class Untraceable(torch.nn.Module):
-    """It reads a value, which a tracer does not have."""
+    """Branches on a tensor's value, which is unknown while tracing."""
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         return sample * 2 if sample.sum().item() > 0 else sample
 
 
-def test_what_cannot_be_exported_is_one_sentence(tmp_path: Path) -> None:
+def test_a_failed_export_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         PnpError, match=r"^PyTorch \S+ cannot export the unet to ONNX \(\w+: [^\n\x1b]*\); nothing was written"
     ):

@@ -1,4 +1,4 @@
-"""Graphs with open sizes: the plan, the export, and parity away from the size that was traced."""
+"""Graphs with open sizes: the plan, the export, and parity at sizes other than the traced one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pnp_trt.models.student import Student
 from pnp_trt.models.teacher import Sizes
 from pnp_trt.models.wrappers import VaeDecoder
 
-#: of Stable Diffusion 1.5
+#: sizes of Stable Diffusion 1.5
 SD15 = Sizes((4, 64, 64), 768, 49408, 8, 64)
 
 
@@ -35,61 +35,61 @@ def plan(*texts: str, sizes: Sizes = SD15) -> Any:
     return plan_sizes([Profile.parse(t) for t in texts], sizes)
 
 
-def test_models_say_what_sizes_are_multiples_of() -> None:
+def test_models_state_the_multiple_of_their_sizes() -> None:
     assert resolve("random:sd15").sizes() == SD15
     assert resolve("emoji").sizes().multiple == 8
 
 
-def test_without_sizes_nothing_is_open() -> None:
-    found = plan("b1", "b2-8")
-    assert (found.default, found.second, found.open_axes) == ((512, 512), None, ())
-    assert [p.as_dict() for p in found.profiles] == [Profile.parse(t).as_dict() for t in ("b1", "b2-8")]
+def test_without_sizes_no_axis_is_open() -> None:
+    planned = plan("b1", "b2-8")
+    assert (planned.default, planned.second, planned.open_axes) == ((512, 512), None, ())
+    assert [p.as_dict() for p in planned.profiles] == [Profile.parse(t).as_dict() for t in ("b1", "b2-8")]
     one = plan("b1@512x512", "b2-8")
     assert (one.default, one.second, one.open_axes) == ((512, 512), None, ())
     latents = torch.zeros(2, 4, 64, 64)
-    assert one.traced("unet", latents) is latents  # so that the graph is the fixed one, byte for byte
+    assert one.traced("unet", latents) is latents  # so the graph is byte-identical to the fixed one
     assert [p.name for p in one.for_any_batch().profiles] == ["b1-32@512x512"]
     assert plan().for_any_batch().profiles == ()
 
 
-def test_only_what_differs_is_open() -> None:
-    found = plan("b1", "b1@512x768")
-    assert found.open_axes == (OpenAxis("width", 3, 8, 12, 8),)
-    assert (found.default, found.second) == ((512, 512), (512, 768))
-    assert found.named("unet", (2, 4, 64, 64)) == ["batch", 4, 64, "width"]
-    assert found.named("unet", (2, 4, 64, 64), output=True) == ["batch", 4, 64, "width"]
-    assert found.named("vae_decoder", (2, 3, 512, 512), output=True) == ["batch", 3, 512, "image_width"]
-    assert tuple(found.traced("unet", torch.zeros(2, 4, 64, 64)).shape) == (2, 4, 64, 96)
+def test_only_axes_that_differ_are_open() -> None:
+    planned = plan("b1", "b1@512x768")
+    assert planned.open_axes == (OpenAxis("width", 3, 8, 12, 8),)
+    assert (planned.default, planned.second) == ((512, 512), (512, 768))
+    assert planned.named("unet", (2, 4, 64, 64)) == ["batch", 4, 64, "width"]
+    assert planned.named("unet", (2, 4, 64, 64), output=True) == ["batch", 4, 64, "width"]
+    assert planned.named("vae_decoder", (2, 3, 512, 512), output=True) == ["batch", 3, 512, "image_width"]
+    assert tuple(planned.traced("unet", torch.zeros(2, 4, 64, 64)).shape) == (2, 4, 64, 96)
     prompt = torch.zeros(2, 77, 768)
-    assert found.traced("unet", prompt) is prompt
+    assert planned.traced("unet", prompt) is prompt
 
 
-def test_an_encoder_is_open_in_pixels() -> None:
-    found = plan("b1", "b1@512x768")
-    assert found.named("vae_encoder", (2, 3, 512, 512)) == ["batch", 3, 512, "width"]
-    assert found.named("vae_encoder", (2, 4, 64, 64), output=True) == ["batch", 4, 64, "latent_width"]
-    assert tuple(found.traced("vae_encoder", torch.zeros(2, 3, 512, 512)).shape) == (2, 3, 512, 768)
+def test_the_open_axes_of_an_encoder_are_in_pixels() -> None:
+    planned = plan("b1", "b1@512x768")
+    assert planned.named("vae_encoder", (2, 3, 512, 512)) == ["batch", 3, 512, "width"]
+    assert planned.named("vae_encoder", (2, 4, 64, 64), output=True) == ["batch", 4, 64, "latent_width"]
+    assert tuple(planned.traced("vae_encoder", torch.zeros(2, 3, 512, 512)).shape) == (2, 3, 512, 768)
 
 
-def test_text_states_are_open_in_whole_chunks_for_the_unet_alone() -> None:
-    found = plan("b1").for_chunks(77, 3)
-    assert found.axes("unet") == (OpenAxis("tokens", 1, 1, 3, 77, rank=3),) and found.axes("text_encoder") == ()
-    assert found.named("unet", (2, 77, 768)) == ["batch", "tokens", 768]
-    assert found.named("text_encoder", (2, 77, 768), output=True) == ["batch", 77, 768]
-    assert tuple(found.traced("unet", torch.zeros(2, 77, 768)).shape) == (2, 231, 768)
+def test_prompt_chunks_open_the_token_axis_of_the_unet_only() -> None:
+    planned = plan("b1").for_chunks(77, 3)
+    assert planned.axes("unet") == (OpenAxis("tokens", 1, 1, 3, 77, rank=3),) and planned.axes("text_encoder") == ()
+    assert planned.named("unet", (2, 77, 768)) == ["batch", "tokens", 768]
+    assert planned.named("text_encoder", (2, 77, 768), output=True) == ["batch", 77, 768]
+    assert tuple(planned.traced("unet", torch.zeros(2, 77, 768)).shape) == (2, 231, 768)
     assert plan("b1").for_chunks(77, 1) == plan("b1")
 
 
-def test_the_own_size_is_the_best_and_the_default_where_it_is_legal() -> None:
-    found = plan("b1@256-768")
-    assert found.profiles[0].height == (256, 512, 768) and found.default == (512, 512)
-    assert found.second == (256, 768)  # an oblong one
+def test_the_models_own_size_is_the_default_if_it_is_legal() -> None:
+    planned = plan("b1@256-768")
+    assert planned.profiles[0].height == (256, 512, 768) and planned.default == (512, 512)
+    assert planned.second == (256, 768)  # not square
     other = plan("b2@640-768")
     assert other.default == (768, 768) and other.second == (640, 768)
 
 
 @pytest.mark.parametrize("text", ["b1@500", "b1@512x520", "b1@256-700", "b1@32"])
-def test_sizes_that_the_model_cannot_halve_are_refused_with_the_legal_ones(text: str) -> None:
+def test_illegal_sizes_are_refused_with_the_legal_ones(text: str) -> None:
     with pytest.raises(InputError, match=f"profile is '{text}', .* multiples of 64 pixels from 64 to 4096; .* 512x512"):
         plan("b1", text)
 
@@ -98,21 +98,21 @@ span = st.integers(1, 64).flatmap(lambda low: st.integers(low, 64).map(lambda hi
 
 
 @given(st.lists(st.tuples(span, span), min_size=1, max_size=3))
-def test_every_plan_traces_and_checks_legal_sizes(asked: list[Any]) -> None:
-    found = plan(*(f"b1@{h[0]}-{h[1]}x{w[0]}-{w[1]}" for h, w in asked))
-    for size in (found.default, *([found.second] if found.second else [])):
-        assert any(p.holds_size(size) for p in found.profiles)
-    assert (found.second is None) == (not found.open_axes)
-    # the tracer takes what is one step long for a constant
-    assert all(a.high >= 2 and a.low < a.high for a in found.open_axes)
-    for p in found.profiles:
+def test_every_plan_traces_and_checks_legal_sizes(ranges: list[Any]) -> None:
+    planned = plan(*(f"b1@{h[0]}-{h[1]}x{w[0]}-{w[1]}" for h, w in ranges))
+    for size in (planned.default, *([planned.second] if planned.second else [])):
+        assert any(p.holds_size(size) for p in planned.profiles)
+    assert (planned.second is None) == (not planned.open_axes)
+    # the tracer treats an axis that is one step long as a constant
+    assert all(a.high >= 2 and a.low < a.high for a in planned.open_axes)
+    for p in planned.profiles:
         for low, best, high in (p.extent("height"), p.extent("width")):
             assert low <= best <= high
 
 
 @pytest.fixture(scope="module")
 def deep() -> Any:
-    """A U-Net with three levels: what it halves twice must come out even twice."""
+    """A U-Net with three levels, whose sizes must be divisible by four."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ OPEN = (OpenAxis("height", 2, 1, 6, 4), OpenAxis("width", 3, 1, 6, 4))
 
 
 def parity(module: nn.Module, inputs: dict[str, torch.Tensor], path: Path, sizes: list[tuple[int, int]]) -> float:
-    """Worst error over sizes, of a graph that was traced at the largest one and lowered."""
+    """Return the worst error over ``sizes`` of a lowered graph that was traced at the largest size."""
     (name,) = (n for n, x in inputs.items() if x.ndim == 4)
 
     def at(height: int, width: int) -> dict[str, torch.Tensor]:
@@ -141,8 +141,8 @@ def parity(module: nn.Module, inputs: dict[str, torch.Tensor], path: Path, sizes
     errors = []
     for size in sizes:
         with torch.no_grad():
-            wanted = module(**at(*size)).numpy()
-        errors.append(relative_error(path, at(*size), wanted))
+            expected = module(**at(*size)).numpy()
+        errors.append(relative_error(path, at(*size), expected))
     return float(np.max(errors))
 
 
@@ -160,8 +160,8 @@ def test_guides_are_exact_at_sizes_that_were_not_traced(deep: Any, kind: str, tm
     assert parity(student, inputs, tmp_path / "unet.onnx", [(16, 16), (4, 24), (20, 8)]) < 1e-5
 
 
-def test_the_large_autoencoder_is_exact_at_sizes_that_were_not_traced(tmp_path: Path) -> None:
-    """Stable Diffusion's decoder has attention over all positions, and group norms."""
+def test_autoencoder_kl_is_exact_at_sizes_that_were_not_traced(tmp_path: Path) -> None:
+    """Stable Diffusion's decoder has attention over all positions and group norms."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(2)
@@ -178,7 +178,7 @@ class Pool(nn.Module):
         return nn.functional.avg_pool2d(x, 2) + x.mean()
 
 
-def test_sessions_are_kept_by_size_those_used_last(tmp_path: Path) -> None:
+def test_the_most_recently_used_sessions_stay_loaded_by_size(tmp_path: Path) -> None:
     export(Pool(), {"x": torch.zeros(2, 1, 24, 24)}, "y", tmp_path / "pool.onnx", OPEN)
     legal = Profile("any", 1, 1, 32, (4, 4, 24), (4, 4, 24), 4)
     network = OrtNetwork(tmp_path / "pool.onnx", "cpu", profiles=(legal,))

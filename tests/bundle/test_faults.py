@@ -1,7 +1,7 @@
-"""What a kill, a flipped bit, a full disk or a second process can do to a bundle: nothing.
+"""A kill, a flipped bit, a full disk or a second process never damages a bundle.
 
-``PNP_TRT_FAULTS=20`` (``make faults``) kills a build at twenty random moments; the usual run does at three, of builds
-that take their traces from the run (``tests/exports.py``), so that most of their time goes to what they write.
+``PNP_TRT_FAULTS=20`` (``make faults``) kills a build at 20 random moments. The usual run kills three builds that reuse
+the run's traces (``tests/exports.py``) and therefore spend most of their time writing.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ..bundles import reseal
 from ..conftest import shared_root
 
 KILLS = int(os.environ.get("PNP_TRT_FAULTS", "3"))
-#: one and the same in `make test`; `make faults` tries other moments every time
+#: constant in `make test`; `make faults` uses a new seed each time
 SEED = int(os.environ.get("PNP_TRT_FAULTS_SEED", time.time_ns() % 10_000 if "PNP_TRT_FAULTS" in os.environ else 0))
 
-#: Imports what is slow once; forks a process for every line that it reads, which then builds and states this.
+#: Program that imports the slow modules once, then forks a process for each input line, to build what it states.
 FORKER = """
 import os, sys, json
 from functools import partial
@@ -81,7 +81,7 @@ class Forker:
         return self.child.stdout.readline().strip()
 
     def start(self, base: Path, guide: str, out: Path, shared: bool = True) -> int:
-        """Begin a build, which takes the run's traces where it is ``shared``; its process id."""
+        """Start a build, which reuses the run's traces if ``shared``, and return its process ID."""
         assert self.child.stdin is not None
         traces = str(self._traces) if shared else None
         self.child.stdin.write(json.dumps([str(base), guide, str(out), traces]) + "\n")
@@ -89,36 +89,36 @@ class Forker:
         return int(self._line())
 
     def wait(self) -> None:
-        """Until it is gone."""
+        """Wait until the build's process has ended."""
         assert self._line() == "gone"
 
 
 @pytest.fixture(scope="module")
 def forker(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
-    made = Forker(micro_base, shared_root(tmp_path_factory))
-    yield made
-    made.child.kill()
-    with made.child:  # closes both pipes, then waits
+    process = Forker(micro_base, shared_root(tmp_path_factory))
+    yield process
+    process.child.kill()
+    with process.child:  # closes both pipes, then waits
         pass
 
 
 def exact(hashes: dict[str, str]) -> dict[str, str]:
-    """Without PyTorch's outputs, whose last bits may differ between processes; ``open_bundle`` holds their hash."""
+    """Drop PyTorch's outputs, whose last bits may differ between processes; ``open_bundle`` checks their hash."""
     return {name: digest for name, digest in hashes.items() if name != "golden.npz"}
 
 
-def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
+def test_a_build_killed_at_any_moment_leaves_a_complete_bundle_or_none(
     forker: Forker, micro_base: Path, micro_bundles: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(SEED)
     forker.start(micro_base, "none", tmp_path / "own", shared=False)
     forker.wait()
     shared = "PNP_TRT_FAULTS" not in os.environ
-    begun = time.monotonic()
+    start = time.monotonic()
     forker.start(micro_base, "none", tmp_path / "timed", shared)
     forker.wait()
-    whole = time.monotonic() - begun
-    # the bundle that stands has a VAE encoder, which the new one has not: they differ, and each is whole by itself
+    duration = time.monotonic() - start
+    # the old bundle has a VAE encoder and the new one does not, so that they can be told apart
     old, new = (
         exact({n: f.sha256 for n, f in open_bundle(folder).manifest.files.items()})
         for folder in (micro_bundles / "plain", tmp_path / "own")
@@ -126,25 +126,25 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     assert old != new
     shutil.copytree(micro_bundles / "plain", tmp_path / "over")
     for number in range(KILLS):
-        replace = number % 2 == 0  # of a bundle that is there, and of none
+        replace = number % 2 == 0  # replace a bundle and write a new one in turn
         out = tmp_path / ("over" if replace else f"fresh-{number}")
-        moment = rng.uniform(0, 1.1 * whole)
+        moment = rng.uniform(0, 1.1 * duration)
         child = forker.start(micro_base, "none", out, shared)
         time.sleep(moment)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         forker.wait()
-        said = f"seed {SEED}, kill {number} after {moment:.2f} of {whole:.2f} s"
+        context = f"seed {SEED}, kill {number} after {moment:.2f} of {duration:.2f} s"
         if out.exists() or replace:
-            bundle = open_bundle(out)  # every hash is right
-            found = exact({n: sha256(out / n) for n in bundle.manifest.files})
-            assert found == new or (replace and found == old), said
+            bundle = open_bundle(out)  # checks every hash
+            hashes = exact({n: sha256(out / n) for n in bundle.manifest.files})
+            assert hashes == new or (replace and hashes == old), context
         else:
             with pytest.raises(InputError, match="no engine named"):
                 open_bundle(out)
     assert len(Pipeline.load(tmp_path / "over", provider="cpu")("a cat", steps=1)) == 1
     build(BuildSpec(str(micro_base), "none", out=tmp_path / "over"), force=True)
-    # an export of another process, with other hashes of text, has the same bytes
+    # an export in another process, with another hash seed, gives the same bytes
     assert exact({n: f.sha256 for n, f in open_bundle(tmp_path / "over").manifest.files.items()}) == new
     with np.load(tmp_path / "over/golden.npz") as one, np.load(tmp_path / "own/golden.npz") as other:
         assert set(one) == set(other)
@@ -152,10 +152,10 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_bundle_or_none(
     assert [p.name for p in tmp_path.glob(".over.partial-*")] == []
 
 
-def test_a_data_file_that_is_cut_is_told_once_and_without_colours(
+def test_a_truncated_data_file_is_reported_once_and_without_colours(
     micro_bundles: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """ONNX Runtime's own log of it, which is coloured on a pipe too, stays silent."""
+    """ONNX Runtime's own log message, which would be coloured even on a pipe, is suppressed."""
     folder = tmp_path / "cut"
     shutil.copytree(micro_bundles / "guided", folder)
     (folder / "unet.onnx.data").write_bytes(b"[]")
@@ -166,7 +166,7 @@ def test_a_data_file_that_is_cut_is_told_once_and_without_colours(
     assert capfd.readouterr().err == ""
 
 
-def test_a_flipped_byte_in_any_file_is_refused(micro_bundles: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_any_file_is_refused(micro_bundles: Path, tmp_path: Path) -> None:
     rng = random.Random(SEED)
     folder = Path(shutil.copytree(micro_bundles / "guided", tmp_path / "guided"))
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -183,17 +183,17 @@ def test_a_flipped_byte_in_any_file_is_refused(micro_bundles: Path, tmp_path: Pa
             path.write_bytes(data)
             with pytest.raises(InputError, match="rebuild it with: pnp-trt build"):
                 Pipeline.load(folder, provider="cpu")
-                pytest.fail(f"seed {SEED}: byte {place} of {path.name} was not missed")
+                pytest.fail(f"seed {SEED}: byte {place} of {path.name} was missed")
         path.write_bytes(whole)
     assert Pipeline.load(folder, provider="cpu").name == "guided"
 
 
-def test_two_builds_of_the_same_at_once(forker: Forker, micro_base: Path, tmp_path: Path) -> None:
-    """The second waits for the first and finds its work done."""
+def test_two_simultaneous_builds_give_one_bundle(forker: Forker, micro_base: Path, tmp_path: Path) -> None:
+    """The second build waits for the first and reuses its bundle."""
     out = tmp_path / "same"
     forker.start(micro_base, "none", out)
     while not list(tmp_path.glob(".same.partial-*")) and not out.exists():
-        time.sleep(0.01)  # until the other one has the lock and writes
+        time.sleep(0.01)  # until the first build holds the lock and writes
     built = build(BuildSpec(str(micro_base), "none", out=out))
     forker.wait()
     assert built.cached
@@ -202,7 +202,7 @@ def test_two_builds_of_the_same_at_once(forker: Forker, micro_base: Path, tmp_pa
 
 
 def test_a_full_disk_leaves_nothing(micro_base: Path, tmp_path: Path) -> None:
-    """No file can grow beyond 4 MB: the tokenizer fits, the text encoder's weights end in the middle."""
+    """No file can grow beyond 4 MB: the tokenizer fits, the text encoder's weights do not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_nothing(micro_base: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
 
 
-def test_a_resealed_lie_is_still_caught_by_the_files(micro_bundles: Path, tmp_path: Path) -> None:
+def test_a_wrong_hash_in_a_resealed_manifest_is_caught(micro_bundles: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(micro_bundles / "plain", tmp_path / "plain"))
     reseal(folder, lambda m: m["files"]["unet.onnx"].update(sha256="0" * 64))
     with pytest.raises(InputError, match="unet.onnx is corrupt"):

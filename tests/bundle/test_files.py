@@ -1,4 +1,4 @@
-"""What a bundle brings along besides its manifest: graphs, tokenizer, golden inputs, maps of weights."""
+"""The files of a bundle besides its manifest: graphs, tokenizer, golden inputs, weight maps."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_a_graph_is_read_as_the_onnx_package_reads_it(micro_bundles: Path) -> No
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200) | st.builds(lambda tail: b"\x3a" + bytes([len(tail)]) + tail, st.binary(max_size=120)))
-def test_bytes_that_are_no_graph(data: bytes) -> None:
+def test_random_bytes_are_refused_or_readable_by_protobuf(data: bytes) -> None:
     try:
         read_graph(data)
     except ValueError:
         return
-    onnx.load_from_string(data)  # only what protobuf reads too is taken
+    onnx.load_from_string(data)  # fails if protobuf refuses what read_graph accepted
 
 
 def model_of(*nodes: Any, initializers: tuple[Any, ...] = ()) -> Any:
@@ -101,8 +101,8 @@ LOOP = onnx.helper.make_node(
         (model_of(IDENTITY, constant_at("free.bin")), "reads its weights from 'free.bin'"),
     ],
 )
-def test_graphs_that_are_not_the_manifests(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path, model: Any,
-                                           message: str) -> None:  # fmt: skip
+def test_graphs_that_contradict_the_manifest_are_refused(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path,
+                                                         model: Any, message: str) -> None:  # fmt: skip
     (copied / "free.bin").write_bytes(b"\0" * 4)
     (copied / "unet.onnx").write_bytes(model.SerializeToString())
     reseal(copied, lambda m: m["files"].pop("free.bin"))
@@ -147,13 +147,13 @@ def vocabulary(change: Callable[[dict[str, int]], Any]) -> dict[str, Any]:
         {"post_processor": TOKENIZER["post_processor"] | {"cls": ["<|startoftext|>", 10**6]}},
     ],
 )  # fmt: skip
-def test_tokenizers_of_other_components_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_tokenizers_with_other_components_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER | change))
     with pytest.raises(InputError, match=r"tokenizer.json.*; build again"):
         read_and_check(tmp_path / "tokenizer.json", 49408, "build again")
 
 
-def test_clips_own_tokenizer_is_taken(tmp_path: Path) -> None:
+def test_clips_tokenizer_is_accepted(tmp_path: Path) -> None:
     path = ROOT / "emoji" / "tokenizer" / "tokenizer.json"
     assert read_and_check(path, 49408, "") == path.read_text()
     with pytest.raises(InputError, match="it must be a whole number from 0 to 49406"):
@@ -165,8 +165,8 @@ def test_clips_own_tokenizer_is_taken(tmp_path: Path) -> None:
     [(n, r) for n in ("tokenizer.json", "golden.npz", "weights.json", "unet.onnx")
      for r in (b"", b"hello", b"\x80\x04N.", b"[]", b"{}", bytes(range(256)))],
 )  # fmt: skip
-def test_files_that_are_something_else(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path, name: str,
-                                       raw: bytes) -> None:  # fmt: skip
+def test_files_with_unrelated_content_are_refused(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path, name: str,
+                                                  raw: bytes) -> None:  # fmt: skip
     (copied / name).write_bytes(raw)
     reseal(copied)
     commands = {"tokenizer.json": ["sample", "a cat", "--engine", copied, "--out", tmp_path / "s"],
@@ -189,15 +189,15 @@ def golden(change: Callable[[str, np.ndarray], Any]) -> Callable[[dict[str, np.n
         lambda arrays: {f"x{k}": v for k, v in arrays.items()}, lambda arrays: arrays | {"unet/more": np.zeros(2)},
     ],
 )  # fmt: skip
-def test_golden_inputs_are_the_networks(copied: Path, cli: Cli, change: Any) -> None:
+def test_golden_inputs_that_do_not_fit_the_networks_are_refused(copied: Path, cli: Cli, change: Any) -> None:
     np.savez(copied / "golden.npz", **change(dict(np.load(copied / "golden.npz"))))
     reseal(copied)
     done = cli("verify", copied)
     assert done.code == 2 and "golden.npz" in done.err and "unexpected" not in done.err, done.err
 
 
-def test_golden_inputs_may_not_be_packed(copied: Path, cli: Cli) -> None:
-    """A packed file of a megabyte can hold a terabyte of zeros."""
+def test_golden_inputs_must_not_be_compressed(copied: Path, cli: Cli) -> None:
+    """A compressed file of a megabyte can contain a terabyte of zeros."""
     np.savez_compressed(copied / "golden.npz", **dict(np.load(copied / "golden.npz")))
     reseal(copied)
     done = cli("verify", copied)
@@ -222,13 +222,13 @@ def weights(**entry: Any) -> dict[str, Any]:
         weights(transform=[{"op": "shift", "axis": 0, "exponents": [10**6]}]), weights(more=1),
     ],
 )  # fmt: skip
-def test_maps_of_weights_are_checked(tmp_path: Path, document: Any) -> None:
+def test_invalid_weight_maps_are_refused(tmp_path: Path, document: Any) -> None:
     (tmp_path / "weights.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"weights.json.*; build again"):
         read_weights(tmp_path / "weights.json", ["unet"], "build again")
 
 
-def test_a_map_of_weights_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_valid_weight_map_is_read(tmp_path: Path) -> None:
     (tmp_path / "weights.json").write_text(json.dumps(weights()))
     assert read_weights(tmp_path / "weights.json", ["unet"], "") == weights()["networks"]
 
@@ -241,19 +241,19 @@ def test_a_map_of_weights_is_read_as_it_is(tmp_path: Path) -> None:
         ("\x7f\0", "\\x7f\\x00"), ("\u2028", "\\u2028"), ("\ufeffx", "\\ufeffx"), ("\U000e0041", "\\U000e0041"),
     ],
 )  # fmt: skip
-def test_text_that_steers_a_terminal_is_escaped(text: str, shown: str) -> None:
+def test_control_and_format_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
 @settings(deadline=None)
 @given(st.text())
-def test_printed_text_is_plain(text: str) -> None:
+def test_printable_text_has_no_control_characters(text: str) -> None:
     shown = printable(text, limit=20)
     assert len(shown) <= 20 and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in shown)
-    shown.encode()  # no surrogate is left
+    shown.encode()  # fails if a surrogate is left
 
 
-def test_tables_print_text_as_text() -> None:
+def test_tables_escape_control_sequences_and_markup() -> None:
     import io
 
     from rich.table import Table
@@ -269,7 +269,7 @@ def test_tables_print_text_as_text() -> None:
     table.add_row("[red]x[/nope]\u202e")
     console.print(table, "\x1b[3J")
     printed = out.getvalue()
-    assert "\x1b[31m" in printed  # its own styles stay
+    assert "\x1b[31m" in printed  # styles of the table itself are kept
     assert not any(part in printed for part in ("\x1b]", "\x1b[2J", "\x1b[3J", "\x07", "\u202e"))
     assert "\\x1b]0;pwned" in printed and "[red]x[/nope]" in printed
 
@@ -281,15 +281,15 @@ def test_tables_print_text_as_text() -> None:
         ("text_encoder", {"hidden_size": "x"}),
     ],
 )  # fmt: skip
-def test_configs_that_describe_no_network(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path, part: str,
-                                          change: dict[str, Any]) -> None:  # fmt: skip
+def test_configs_that_do_not_describe_a_network_are_refused(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path,
+                                                            part: str, change: dict[str, Any]) -> None:  # fmt: skip
     reseal(copied, lambda m: m["configs"][part].update(change))
     done = cli("plug", copied, "--base", micro_base, "--out", tmp_path / "x")
     assert done.code == 2 and "not describe" in done.err and "Traceback" not in done.err
     assert not (tmp_path / "x").exists()
 
 
-def test_a_bundles_own_word_fetches_nothing(copied: Path, cli: Cli, tmp_path: Path) -> None:
+def test_nothing_is_downloaded_because_of_a_manifest(copied: Path, cli: Cli, tmp_path: Path) -> None:
     reseal(copied, lambda m: m["base"].update(name="evil/model"))
     done = cli("plug", copied, "--lora", "sepia", "--out", tmp_path / "x")
     assert done.code == 2 and "names its base 'evil/model', which is not on this machine" in done.err

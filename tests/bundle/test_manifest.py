@@ -1,4 +1,4 @@
-"""Manifests: what is read is what is written, and whatever else is there is one sentence."""
+"""Valid manifests survive a round trip; anything else is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def network(name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[
 
 
 def valid() -> dict[str, Any]:
-    """A manifest as a build writes it, without its seal, by hand."""
+    """Return a handwritten manifest as a build would write it, without its seal."""
     latent = tensor("float32", 4, 8, 8)
     text = tensor("float32", 77, 32)
     profile = {"name": "b1@8-64", "minimum": 1, "optimum": 1, "maximum": 2, "height": [8, 32, 64],
@@ -77,13 +77,13 @@ def valid() -> dict[str, Any]:
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON value, the whole first."""
+    """Return the path of every value in a JSON value, beginning with the value itself."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [at, *(p for k, v in inner for p in paths(v, (*at, k)))]
 
 
 def put(value: Any, at: tuple[Any, ...], new: Any) -> Any:
-    """A copy with another value in one place."""
+    """Return a copy with the value at one path replaced."""
     if not at:
         return new
     out = copy.deepcopy(value)
@@ -103,14 +103,14 @@ ANYTHING = st.recursive(
 PLACES = paths(valid())
 
 
-def test_what_is_read_is_what_is_written() -> None:
+def test_a_manifest_survives_a_round_trip() -> None:
     assert Manifest.from_json(valid()).to_json() == valid()
-    assert list(Manifest.from_json(valid()).to_json()) == list(valid())  # in this order, so that bytes are equal
+    assert list(Manifest.from_json(valid()).to_json()) == list(valid())  # same order, for equal bytes
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(PLACES), ANYTHING)
-def test_any_change_gives_a_manifest_or_one_sentence(at: tuple[Any, ...], new: Any) -> None:
+def test_any_changed_value_is_accepted_or_refused_in_one_sentence(at: tuple[Any, ...], new: Any) -> None:
     changed = put(valid(), at, new)
     try:
         manifest = Manifest.from_json(changed)
@@ -123,7 +123,7 @@ def test_any_change_gives_a_manifest_or_one_sentence(at: tuple[Any, ...], new: A
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([p for p in PLACES if p]))
-def test_any_key_that_is_gone_gives_a_manifest_or_one_sentence(at: tuple[Any, ...]) -> None:
+def test_any_missing_key_is_accepted_or_refused(at: tuple[Any, ...]) -> None:
     changed = valid()
     inner: Any = changed
     for key in at[:-1]:
@@ -160,13 +160,13 @@ def test_any_key_that_is_gone_gives_a_manifest_or_one_sentence(at: tuple[Any, ..
         (("base", "sha256", "all"), "x"), (("build_seconds",), -1), (("rebuild",), None), (("guide",), "x"),
     ],
 )  # fmt: skip
-def test_values_out_of_bounds_are_named(at: tuple[Any, ...], value: Any) -> None:
-    with pytest.raises(InputError) as said:
+def test_values_out_of_bounds_are_refused(at: tuple[Any, ...], value: Any) -> None:
+    with pytest.raises(InputError) as error:
         Manifest.from_json(put(valid(), at, value))
-    assert "manifest.json" in str(said.value) and str(said.value).endswith("; build the bundle again")
+    assert "manifest.json" in str(error.value) and str(error.value).endswith("; build the bundle again")
 
 
-def test_a_value_is_told_with_its_key_and_bounds() -> None:
+def test_an_error_states_key_value_and_bounds() -> None:
     with pytest.raises(InputError, match=r"^manifest.json: sample.height is 1000000000; it must be a whole number from "
                        r"1 to 4096; build the bundle again$"):  # fmt: skip
         Manifest.from_json(put(valid(), ("sample", "height"), 10**9))
@@ -179,27 +179,27 @@ NAMES = ["", ".", "..", "/etc/passwd", "../x", "a/../x", "a/..", "./x", "a//b", 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("key", ["graph", "file"])
-def test_names_that_leave_the_bundle_are_refused(key: str, name: Any) -> None:
+def test_graphs_and_engines_outside_the_bundle_are_refused(key: str, name: Any) -> None:
     with pytest.raises(InputError):
         Manifest.from_json(put(valid(), ("networks", "unet", key), name))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if isinstance(n, str)])
-def test_names_in_files_that_leave_the_bundle_are_refused(name: str) -> None:
+def test_listed_files_outside_the_bundle_are_refused(name: str) -> None:
     with pytest.raises(InputError):
         Manifest.from_json(put(valid(), ("files", name), {"sha256": HASH, "bytes": 1}))
 
 
 @pytest.mark.parametrize("name", ["unet.onnx", "tokenizer.json", "golden.npz", "weights.json", "text_encoder.onnx"])
-def test_what_is_loaded_must_be_hashed(name: str) -> None:
+def test_loaded_files_must_be_listed_with_a_hash(name: str) -> None:
     changed = valid()
     del changed["files"][name]
     with pytest.raises(InputError, match="must be listed|is missing"):
         Manifest.from_json(changed)
 
 
-def test_a_backend_loads_its_own_kind_of_file_alone() -> None:
-    """PyTorch opens a .json beside the weights, which no hash would cover."""
+def test_a_backend_loads_only_its_own_kind_of_file() -> None:
+    """PyTorch would open a .json next to the weights, which no hash covers."""
     with pytest.raises(InputError, match="for backend torch"):
         backends.of(Manifest.from_json(put(valid(), ("backend",), "torch")))
     changed = put(valid(), ("networks", "unet", "file"), "unet.onnx.engine")
@@ -209,12 +209,12 @@ def test_a_backend_loads_its_own_kind_of_file_alone() -> None:
     assert backends.of(Manifest.from_json(valid())).name == "onnxruntime"
 
 
-def test_a_recipe_is_a_name_and_a_backend_one_that_is_installed() -> None:
-    """Packages add recipes and backends, so that the manifest checks their form and `backends.of` what is there."""
-    made = Manifest.from_json(put(valid(), ("networks", "unet", "precision"), "of-others"))
-    assert made.networks["unet"].precision == "of-others"
+def test_unknown_recipes_and_backends_are_refused_when_loading() -> None:
+    """Packages can add both, so a manifest only checks the form of their names, and `backends.of` that they exist."""
+    manifest = Manifest.from_json(put(valid(), ("networks", "unet", "precision"), "of-others"))
+    assert manifest.networks["unet"].precision == "of-others"
     with pytest.raises(InputError, match="the precision is 'of-others'; known: fp32, "):
-        backends.of(made)
+        backends.of(manifest)
     with pytest.raises(InputError, match="recipe's name"):
         Manifest.from_json(put(valid(), ("precision",), "../fp32"))
     with pytest.raises(InputError, match="the backend is 'other'; known: onnxruntime, "):
@@ -232,8 +232,8 @@ def test_a_recipe_is_a_name_and_a_backend_one_that_is_installed() -> None:
         b'{"schema": "' + b"\xc3\xa9" * 9 + b'\xff"}',
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_manifest_is_one_sentence(tmp_path: Path, raw: bytes, cli: Cli,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_file_that_is_not_a_manifest_is_refused(tmp_path: Path, raw: bytes, cli: Cli,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / MANIFEST).write_bytes(raw)
     with pytest.raises(InputError, match="rebuild it with: pnp-trt build --out"):
@@ -245,7 +245,7 @@ def test_a_file_that_is_no_manifest_is_one_sentence(tmp_path: Path, raw: bytes, 
     assert shown.code == 2 and shown.err.count("\n") == 1 and "unexpected" not in shown.err
 
 
-def test_manifests_that_are_links_devices_or_folders(tmp_path: Path) -> None:
+def test_manifests_that_are_links_devices_or_folders_are_refused(tmp_path: Path) -> None:
     import os
 
     for name in ("link", "pipe", "folder", "dangling"):
@@ -261,10 +261,10 @@ def test_manifests_that_are_links_devices_or_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\x1b]0;pwned\x07", "[red]x[/nope]"])
-def test_names_of_engines_that_cannot_be(name: str) -> None:
-    with pytest.raises(InputError) as said:
+def test_impossible_engine_names_are_refused(name: str) -> None:
+    with pytest.raises(InputError) as error:
         find_bundle(name)
-    assert "\x1b" not in str(said.value) and "\0" not in str(said.value)
+    assert "\x1b" not in str(error.value) and "\0" not in str(error.value)
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_files_behind_links_are_not_opened(copied: Path, tmp_path: Path) -> None
         open_bundle(copied)
 
 
-def test_a_folder_on_the_way_may_be_no_link(copied: Path) -> None:
+def test_a_linked_folder_inside_the_bundle_is_refused(copied: Path) -> None:
     (copied / "real").mkdir()
     (copied / "real" / "x.txt").write_text("x")
     (copied / "hop").symlink_to("real")
@@ -295,7 +295,7 @@ def test_a_file_that_is_not_listed_is_ignored(copied: Path) -> None:
     assert "README.md" not in open_bundle(copied).manifest.files
 
 
-def test_plug_writes_nothing_outside(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path) -> None:
+def test_plug_writes_nothing_outside_the_bundle(copied: Path, cli: Cli, micro_base: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim.txt"
     victim.write_text("precious")
     (copied / "s1" / "s2").mkdir(parents=True)
@@ -321,8 +321,8 @@ def test_the_rebuild_command_is_shown_as_a_claim(copied: Path, cli: Cli) -> None
 @pytest.mark.parametrize(
     "text", ["\x1b]0;pwned\x07\x1b[2J", "[red]x[/nope]", "[link=http://x]y[/link]", "\u202egnp", "a\rb"]
 )
-def test_strings_of_a_manifest_are_printed_as_text(copied: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch,
-                                                   text: str) -> None:  # fmt: skip
+def test_control_characters_of_a_manifest_are_not_printed(copied: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch,
+                                                          text: str) -> None:  # fmt: skip
     def change(m: dict[str, Any]) -> None:
         m["base"]["name"] = m["guide"]["name"] = m["target"] = text.replace("/", "")
 
@@ -333,6 +333,6 @@ def test_strings_of_a_manifest_are_printed_as_text(copied: Path, cli: Cli, monke
         assert done.code == 0 and not set("\x1b\x07\u202e\r") & set(done.out + done.err), command
 
 
-def test_the_document_on_disk_is_what_it_was(micro_bundles: Path) -> None:
+def test_a_built_manifest_survives_a_round_trip(micro_bundles: Path) -> None:
     for name in ("plain", "guided"):
         assert read_manifest(micro_bundles / name).to_json() == document(micro_bundles / name)

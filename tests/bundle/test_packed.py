@@ -1,4 +1,4 @@
-"""Bundles that the package ships without their weights: current, whole, and refused when a file was damaged."""
+"""The bundles that are shipped without their weights are current and complete; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_the_teacher_and_the_guided_bundle_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_packed_bundle_is_of_the_weights_that_are_shipped(name: str) -> None:
-    """``python -m benchmarks.emoji.packed`` makes them again where this fails."""
+def test_a_packed_bundle_matches_the_shipped_weights(name: str) -> None:
+    """If this fails, make the bundles again with ``python -m benchmarks.emoji.packed``."""
     manifest = json.loads((ROOT / "bundles" / name / "manifest.json").read_text())
     emoji = ROOT / "emoji"
     assert manifest["base"]["sha256"]["unet"] == sha256(emoji / "unet" / "diffusion_pytorch_model.safetensors")
@@ -44,8 +44,8 @@ def test_a_packed_bundle_is_of_the_weights_that_are_shipped(name: str) -> None:
         assert {k: v for k, v in manifest["configs"]["guide"].items() if k in config} == config
 
 
-def test_assembled_weights_are_those_of_the_checkpoints(tmp_path: Path) -> None:
-    """Read back with the onnx package, and compared with the checkpoints as torch reads them."""
+def test_assembled_weights_equal_the_checkpoints(tmp_path: Path) -> None:
+    """Compare the weights read with the onnx package with the checkpoints read with torch."""
     packed.assemble("emoji-tiny", tmp_path / "engines" / "bundle")
     bundle = open_bundle(tmp_path / "engines" / "bundle")
     maps = json.loads((bundle.folder / "weights.json").read_text())["networks"]
@@ -59,7 +59,7 @@ def test_assembled_weights_are_those_of_the_checkpoints(tmp_path: Path) -> None:
     compared = 0
     for name, network in bundle.manifest.networks.items():
         model = onnx.load(bundle.folder / network.graph)
-        held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         for initializer, weight in maps[name]["weights"].items():
             expected = checkpoints[weight["source"]][weight["key"]].float()
             for step in weight["transform"]:
@@ -67,12 +67,12 @@ def test_assembled_weights_are_those_of_the_checkpoints(tmp_path: Path) -> None:
                     expected = expected.permute(*step["perm"])
                 elif step["op"] == "reshape":
                     expected = expected.reshape(step["shape"])
-            np.testing.assert_array_equal(held[initializer], expected.numpy())
+            np.testing.assert_array_equal(tensors[initializer], expected.numpy())
             compared += 1
     assert compared > 400
 
 
-def test_a_bundle_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_bundle_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "manifest.json").write_text("another's")
@@ -99,8 +99,8 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(
     assert not [p for p in (tmp_path / "engines").iterdir() if not p.name.endswith(".lock")]
 
 
-def test_calibration_records_are_of_the_weights_that_are_shipped() -> None:
-    """``pnp-trt calibrate --base emoji --guide NAME --force`` makes them again where this fails."""
+def test_calibration_records_match_the_shipped_weights() -> None:
+    """If this fails, make them again with ``pnp-trt calibrate --base emoji --guide NAME --force``."""
     base = json.loads((ROOT / "bundles" / "emoji-tiny" / "manifest.json").read_text())["base"]["sha256"]["all"]
     records = sorted((Path(__file__).parents[2] / "calibration").glob("emoji-*.int8.json"))
     assert [path.name for path in records] == ["emoji-tiny-8.int8.json", "emoji-tiny.int8.json"]

@@ -1,4 +1,4 @@
-"""A run's folder: what a killed process left in it does not keep the run from being resumed."""
+"""A run can be resumed although a killed process left temporary files in its folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pnp_trt.bundle.runs import claim
 from pnp_trt.io.files import make_temporary_folder, temporary_beside
 
 
-def test_a_run_that_was_killed_while_it_saved_a_guide_is_resumed(tmp_path: Path) -> None:
+def test_a_run_killed_while_saving_a_guide_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "run"
     claim(out, {"steps": 4}, resume=False)
     for folder in (out, out / "steps-2"):

@@ -1,4 +1,4 @@
-"""Bundles appear whole or not at all."""
+"""Bundles appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pnp_trt.bundle.store import lock, whole_folder, write_json
 from pnp_trt.errors import PnpError
 
 
-def test_a_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
+def test_a_folder_appears_only_if_the_block_succeeds(tmp_path: Path) -> None:
     target = tmp_path / "thing"
     with pytest.raises(RuntimeError), whole_folder(target) as work:
         (work / "a").write_text("half")
@@ -27,7 +27,7 @@ def test_a_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "whole"
 
 
-def test_replacing_keeps_the_old_one_until_the_new_is_whole(tmp_path: Path) -> None:
+def test_replacing_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "thing"
     with whole_folder(target) as work:
         (work / "a").write_text("old")
@@ -77,11 +77,11 @@ def test_two_writers_take_turns(tmp_path: Path) -> None:
     child.stdin.close()
     child.wait()
     child.stdout.close()
-    with lock(target, timeout=600):  # free now, or this raises
+    with lock(target, timeout=600):  # raises unless the lock is free
         pass
 
 
-def test_json_is_written_whole(tmp_path: Path) -> None:
+def test_json_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):

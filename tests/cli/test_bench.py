@@ -21,24 +21,24 @@ from ..conftest import Result
 
 Cli = Callable[..., Result]
 BOTH = ("bench", "--engine", "plain", "--engine", "guided")
-#: without what takes processes of its own
+#: without the parts that start further processes
 ALONE = ("--no-peers", "--no-memory", "--cold-starts", 0)
 SMALL = ("--rounds", 2, "--steps", 2, "--batch", 1, "--guidance", 3, "--images", 4, *ALONE)
 
 
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device's peaks from small products; tests/bench/test_roofline.py is about them."""
+    """Measure the device's peaks with small products; tests/bench/test_roofline.py tests the real ones."""
     small = partial(roofline.measure_device, sides=(64,), bytes_=1 << 20, seconds=0.01)
     monkeypatch.setattr(roofline, "measure_device", small)
 
 
 def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
 
 
-def test_it_writes_the_documents(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_bench_writes_json_html_and_grid(cli: Cli, engines: Path, tmp_path: Path) -> None:
     files = [tmp_path / n for n in ("b.json", "b.html", "b.png")]
     done = cli(*BOTH, *SMALL, "--json", files[0], "--html", files[1], "--grid", files[2])
     assert done.code == 0, done.err
@@ -53,7 +53,7 @@ def test_it_writes_the_documents(cli: Cli, engines: Path, tmp_path: Path) -> Non
     for row in document["fidelity"]:
         near = row["psnr_to_cfg_db"]
         assert near["low"] <= near["value"] <= near["high"] and near["count"] == row["images"] == 4
-    # the micro teacher has no real images, and is not taken for the bundled model
+    # the micro teacher has no real images and must not be mistaken for the bundled model
     assert document["task_quality_evaluated"] is False
     assert "no real images are bundled for the base model" in document["task_quality_reason"]
     assert document["task_quality_reason"] in [item["why"] for item in document["left_out"]]
@@ -64,7 +64,7 @@ def test_it_writes_the_documents(cli: Cli, engines: Path, tmp_path: Path) -> Non
     assert "this run takes about" in done.err and not (tmp_path / "b.json.partial").exists()
 
 
-def test_cold_start_and_memory_are_measured_in_processes_of_their_own(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_cold_start_and_memory_are_measured_in_separate_processes(cli: Cli, engines: Path, tmp_path: Path) -> None:
     done = cli(
         "bench", "--engine", "guided", "--only", "latency", "--batch", 1, "--steps", 1, "--rounds", 1, "--cold-starts",
         1, "--json", tmp_path / "b.json",
@@ -82,7 +82,7 @@ def test_cold_start_and_memory_are_measured_in_processes_of_their_own(cli: Cli, 
 
 
 class Peer:
-    """Another library's pipeline that draws nothing, or fails."""
+    """Another library's pipeline that returns blank images, or fails."""
 
     def __init__(self, kind: str, base: str, broken: bool) -> None:
         self.name, self.base, self.methods, self.broken = "micro", base, (kind,), broken
@@ -102,16 +102,16 @@ class Peer:
         return np.zeros((len(latents), 64, 64, 3), np.uint8)
 
 
-def test_peers_are_timed_and_one_that_fails_is_left_out(
+def test_peers_are_timed_and_a_failing_one_is_left_out(
     cli: Cli, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pnp_trt.bench.measure import peers
     from pnp_trt.bench.measure.cases import Case
 
     base = read(engines / "plain" / "manifest.json")["base"]["sha256"]["all"]
-    found = [Case(Peer(kind, base, kind == "diffusers-compile"), kind) for kind in ("diffusers", "diffusers-compile")]
-    elsewhere = {"what": "optimum-onnx", "why": "it is not installed"}
-    monkeypatch.setattr(peers, "available", lambda *_, **__: (found, [elsewhere]))
+    cases = [Case(Peer(kind, base, kind == "diffusers-compile"), kind) for kind in ("diffusers", "diffusers-compile")]
+    missing = {"what": "optimum-onnx", "why": "it is not installed"}
+    monkeypatch.setattr(peers, "available", lambda *_, **__: (cases, [missing]))
     done = cli(
         *BOTH, "--only", "latency", "--steps", 2, "--batch", 1, "--rounds", 1, "--no-memory", "--cold-starts", 0,
         "--json", tmp_path / "b.json",
@@ -126,7 +126,7 @@ def test_peers_are_timed_and_one_that_fails_is_left_out(
     assert "diffusers-compile" not in {r["method"] for r in document["latency"]}
 
 
-def test_prompts_and_real_images_of_the_users_own(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_user_supplied_prompts_and_real_images_are_used(cli: Cli, engines: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("a cat\na dog\na cow\n")
     (tmp_path / "real").mkdir()
     rng = np.random.default_rng(0)
@@ -138,15 +138,15 @@ def test_prompts_and_real_images_of_the_users_own(cli: Cli, engines: Path, tmp_p
     document = read(tmp_path / "b.json")
     assert document["task_quality_evaluated"] is True and document["task_quality_reason"] is None
     assert document["settings"]["drawn"]["prompts"] == "words.txt" and document["settings"]["drawn"]["real_images"] == 5
-    by = {(r["method"], r["steps"]): r for r in document["fidelity"]}
-    assert {"kid", "kid_gain_over_cfg", "feature_cosine_to_cfg"} <= set(by["guided", 2]) and "r_at_1" not in by[
+    rows = {(r["method"], r["steps"]): r for r in document["fidelity"]}
+    assert {"kid", "kid_gain_over_cfg", "feature_cosine_to_cfg"} <= set(rows["guided", 2]) and "r_at_1" not in rows[
         "guided", 2
     ]
-    assert "kid" in by["cfg", 3] and "kid_gain_over_cfg" not in by["cfg", 3]  # it is what the others are compared with
+    assert "kid" in rows["cfg", 3] and "kid_gain_over_cfg" not in rows["cfg", 3]  # CFG is the reference itself
     assert document["images"]["columns"] == ["a cat", "a dog", "a cow", "a cat"]
 
 
-def test_weights_of_the_users_own_take_the_place_of_kid_and_alignment(
+def test_user_supplied_weights_replace_kid_and_alignment(
     cli: Cli, engines: Path, tmp_path: Path, clip_folder: Path
 ) -> None:
     import torch
@@ -173,7 +173,7 @@ def test_weights_of_the_users_own_take_the_place_of_kid_and_alignment(
     assert document["task_quality_evaluated"] is True
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_rows(
+def test_a_resumed_run_gives_the_same_rows(
     cli: Cli, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
@@ -204,14 +204,14 @@ def test_a_killed_run_goes_on_and_gives_the_same_rows(
     (tmp_path / ".whole.json.partial-0a1b2c3d").write_text("another run's")
     done = cli(*BOTH, *SMALL, "--json", killed, "--resume")
     assert done.code == 0 and "pieces are finished already" in done.err, done.err
-    assert len(drawn) == len(set(drawn))  # nothing twice
+    assert len(drawn) == len(set(drawn))  # nothing is generated twice
     assert read(killed)["fidelity"] == read(whole)["fidelity"] and read(killed)["images"] == read(whole)["images"]
     assert all(r["resumed"] for r in read(killed)["latency"])
     assert not Path(f"{killed}.partial").exists()
     assert [p.name for p in tmp_path.glob(".*.partial-*")] == [".whole.json.partial-0a1b2c3d"]
 
 
-def test_an_engine_that_was_built_anew_is_not_mixed_with_the_old_one(
+def test_a_run_is_not_resumed_with_a_rebuilt_engine(
     cli: Cli, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = Path(shutil.copytree(engines, tmp_path / "engines"))
@@ -232,7 +232,7 @@ def test_an_engine_that_was_built_anew_is_not_mixed_with_the_old_one(
     assert done.code == 2 and "other settings (seals.guided was" in done.err
 
 
-def test_a_suite_is_a_plan_and_flags_override_it(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_options_override_a_suite(cli: Cli, engines: Path, tmp_path: Path) -> None:
     suite = tmp_path / "mine.toml"
     suite.write_text(
         'engines = ["plain", "guided"]\nonly = "latency"\nsteps = 2\nbatches = 2\nrounds = 5\npeers = false\n'
@@ -247,9 +247,7 @@ def test_a_suite_is_a_plan_and_flags_override_it(cli: Cli, engines: Path, tmp_pa
     assert unknown.code == 2 and "known suites: " in unknown.err and "readme-emoji" in unknown.err
 
 
-def test_it_compares_with_an_earlier_run_and_refuses_another_base_before_measuring(
-    cli: Cli, engines: Path, tmp_path: Path
-) -> None:
+def test_compare_refuses_another_base_before_measuring(cli: Cli, engines: Path, tmp_path: Path) -> None:
     run = (*BOTH, *SMALL, "--only", "fidelity", "--json")
     assert cli(*run, tmp_path / "old.json").code == 0
     done = cli(*run, tmp_path / "new.json", "--compare", tmp_path / "old.json")
@@ -291,7 +289,7 @@ def test_cost_of_a_public_architecture(cli: Cli, tmp_path: Path) -> None:
           "g.png"], "--grid needs the fidelity part and both a teacher's and a guided engine"),
     ],
 )  # fmt: skip
-def test_bad_arguments(
+def test_bad_arguments_are_refused(
     cli: Cli, engines: Path, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -301,7 +299,7 @@ def test_bad_arguments(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_real_images_without_any_is_refused(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_an_empty_folder_of_real_images_is_refused(cli: Cli, engines: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("a cat\n")
     (tmp_path / "real").mkdir()
     done = cli(*BOTH, "--prompts", tmp_path / "words.txt", "--real", tmp_path / "real", "--json", tmp_path / "b.json")
@@ -316,4 +314,4 @@ def test_engines_of_different_bases_are_not_compared(
     monkeypatch.setenv("PNP_TRT_ENGINES", str(home))
     done = cli(*BOTH, "--only", "latency", "--json", tmp_path / "b.json")
     assert done.code == 2 and "different base models" in done.err
-    assert not (tmp_path / "b.json.partial").exists()  # a run that never began leaves nothing
+    assert not (tmp_path / "b.json.partial").exists()  # the run did not begin

@@ -1,4 +1,4 @@
-"""The commands as their user runs them."""
+"""The commands as a user runs them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_sample_never_overwrites(cli: Cli, engines: Path, tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-cat-0-2.png", "a-cat-0.png"]
 
 
-def test_a_long_prompt_is_cut_with_one_clear_line(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_a_long_prompt_is_cut_with_a_one_line_warning(cli: Cli, engines: Path, tmp_path: Path) -> None:
     done = cli("sample", "apple " * 80 + "zebra", "--engine", "guided", "--steps", 2, "--out", tmp_path)
     assert done.code == 0
     (line,) = [line for line in done.err.splitlines() if "dropped" in line]
@@ -73,7 +73,7 @@ def test_a_long_prompt_is_cut_with_one_clear_line(cli: Cli, engines: Path, tmp_p
         (["--seed", "-4"], "seed is -4"),
     ],
 )
-def test_bad_sample_arguments_are_one_sentence_and_exit_2(
+def test_bad_sample_arguments_exit_with_2_and_one_sentence(
     cli: Cli, engines: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     done = cli(
@@ -151,7 +151,7 @@ def test_damaged_base_weights_are_refused(cli: Cli, micro_base: Path, tmp_path: 
     assert done.code == 2 and "holds no .safetensors" in done.err
 
 
-def test_doctor(cli: Cli) -> None:
+def test_doctor_runs(cli: Cli) -> None:
     done = cli("doctor", "--json")
     assert done.code == 0
     assert json.loads(done.out)
@@ -167,7 +167,7 @@ def test_doctor(cli: Cli) -> None:
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     ],
 )
-def test_lack_of_memory_is_one_sentence(error: Exception) -> None:
+def test_lack_of_memory_is_reported_in_one_sentence(error: Exception) -> None:
     def fail() -> None:
         raise error
 
@@ -175,7 +175,7 @@ def test_lack_of_memory_is_one_sentence(error: Exception) -> None:
         process.run(fail)
 
 
-def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
+def test_other_errors_are_not_mistaken_for_lack_of_memory() -> None:
     def fail() -> None:
         raise RuntimeError("shapes differ")
 
@@ -189,7 +189,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
         (("calibrate", "--pictures", 0), "images is 0"),
         (("bench", "--pictures=1"), "images is 1"),
         (("distill", "guidance", "--out", "o", "--prompts", "p", "--pictures", -1), "grid-steps is -1"),
-        # the value is taken: the next error is the steps'
+        # the option is accepted, and the error is about --to
         (("distill", "steps", "--guide", "g", "--out", "o", "--no-pictures", "--to", 3), "cannot be halved to 3"),
         (("distill", "steps", "--guide", "g", "--out", "o", "--pictures", "--to", 3), "cannot be halved to 3"),
     ],

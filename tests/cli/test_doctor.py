@@ -1,4 +1,4 @@
-"""The doctor on made-up installations: what it states works, what it states is missing, and what it tells to type."""
+"""The doctor on simulated installations: what works, what is missing, and which commands it suggests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = {name for groups in doctor.EXTRAS.values() for group in groups for name in
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Distribution -> version of a made-up installation whose modules are all there; nothing is wanted of versions."""
+    """A simulated installation (distribution -> version) with every module and no required versions."""
     packages = dict.fromkeys(ALL, "1.0")
     monkeypatch.setattr(doctor, "_version", packages.get)
     monkeypatch.setattr(doctor, "_module_exists", lambda module: True)
@@ -45,57 +45,57 @@ def without(packages: dict[str, str], *extras: str) -> None:
             packages.pop(group[0], None)
 
 
-def test_all_in_place(installed: dict[str, str]) -> None:
+def test_a_complete_installation_is_ok(installed: dict[str, str]) -> None:
     checks = doctor.diagnose()
     assert doctor.ok(checks)
     assert {check.state for check in checks if check.kind in ("command", "package")} == {"ok"}
 
 
-def test_a_server_that_only_samples(installed: dict[str, str]) -> None:
+def test_an_installation_that_can_only_sample(installed: dict[str, str]) -> None:
     without(installed, "build", "train", "fidelity", "bench", "tensorrt", "rtx")
     checks = doctor.diagnose()
-    found = by_name(checks)
+    results = by_name(checks)
     assert doctor.ok(checks)
-    assert str(found["visualize"].fix).endswith("[build,bench]'")
-    assert found["sample"].state == "ok"
-    assert {found[name].state for name in ("build", "bench", "distill")} == {"missing"}
-    assert "missing: torch, diffusers" in found["build"].detail
-    assert found["build"].fix is not None
-    assert found["build"].fix.endswith("[build]'")
-    assert found["distill"].fix is not None
-    assert found["distill"].fix.endswith("[build,train]'")
+    assert str(results["visualize"].fix).endswith("[build,bench]'")
+    assert results["sample"].state == "ok"
+    assert {results[name].state for name in ("build", "bench", "distill")} == {"missing"}
+    assert "missing: torch, diffusers" in results["build"].detail
+    assert results["build"].fix is not None
+    assert results["build"].fix.endswith("[build]'")
+    assert results["distill"].fix is not None
+    assert results["distill"].fix.endswith("[build,train]'")
     text = show(checks)
     assert "To fix it" in text
-    assert found["build"].fix in text
+    assert results["build"].fix in text
 
 
 def test_missing_base_package_stops_sampling(installed: dict[str, str]) -> None:
     del installed["tokenizers"]
     checks = doctor.diagnose()
-    found = by_name(checks)
+    results = by_name(checks)
     assert not doctor.ok(checks)
-    assert found["tokenizers"].state == "missing"
-    assert set(found["tokenizers"].needed_by) >= {"sample", "build", "bench", "distill"}
-    assert found["sample"].fix == doctor.install("")
+    assert results["tokenizers"].state == "missing"
+    assert set(results["tokenizers"].needed_by) >= {"sample", "build", "bench", "distill"}
+    assert results["sample"].fix == doctor.install("")
 
 
 def test_broken_install_is_reported(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_module_exists", lambda module: module != "torch")
-    found = by_name(doctor.diagnose())
-    assert (found["torch"].state, found["build"].state, found["sample"].state) == ("broken", "broken", "ok")
-    assert found["torch"].fix is not None
-    assert "--force-reinstall --no-deps torch==1.0" in found["torch"].fix
-    assert found["build"].fix == found["torch"].fix
+    results = by_name(doctor.diagnose())
+    assert (results["torch"].state, results["build"].state, results["sample"].state) == ("broken", "broken", "ok")
+    assert results["torch"].fix is not None
+    assert "--force-reinstall --no-deps torch==1.0" in results["torch"].fix
+    assert results["build"].fix == results["torch"].fix
 
 
-def test_two_runtimes_in_one_folder(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_conflicting_runtimes_are_a_warning(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     installed.update({"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"})
     checks = doctor.diagnose()
-    found = by_name(checks)[doctor._RUNTIME[0]]
-    assert found.state == "warning"
-    assert found.fix is not None
-    assert "uninstall -y" in found.fix
-    assert found.fix in show(checks)
+    check = by_name(checks)[doctor._RUNTIME[0]]
+    assert check.state == "warning"
+    assert check.fix is not None
+    assert "uninstall -y" in check.fix
+    assert check.fix in show(checks)
     assert doctor.ok(checks)
 
 
@@ -103,9 +103,9 @@ def test_unsupported_version_is_a_warning(installed: dict[str, str], monkeypatch
     specifiers = pytest.importorskip("packaging.specifiers")
     monkeypatch.setattr(doctor, "_required_versions", lambda: {"pillow": specifiers.SpecifierSet(">=11,<13")})
     installed["pillow"] = "13.0.0"
-    found = by_name(doctor.diagnose())["pillow"]
-    assert found.state == "warning"
-    assert "13.0.0; <13,>=11 is supported" in found.detail
+    check = by_name(doctor.diagnose())["pillow"]
+    assert check.state == "warning"
+    assert "13.0.0; <13,>=11 is supported" in check.detail
 
 
 def test_sample_lists_engines_and_needs_none(installed: dict[str, str], tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_gpu_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeDriver:
-    """Two devices, as the CUDA driver would answer."""
+    """Answers like a CUDA driver with two devices."""
 
     def cuInit(self, flags: int) -> int:
         return 0
@@ -154,7 +154,7 @@ class FakeDriver:
         return 0
 
 
-def test_cuda_provider_says_what_is_lacking(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cuda_provider_is_reported(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = doctor.Check("gpu", "machine", "ok")
     monkeypatch.setattr(doctor, "_HAS_CUDA_BUILD", True)
     installed.pop("onnxruntime-gpu", None)
@@ -163,23 +163,24 @@ def test_cuda_provider_says_what_is_lacking(installed: dict[str, str], monkeypat
     assert doctor._cuda_provider(gpu).state == "absent"
 
 
-def test_backends_say_what_they_need(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_report_what_they_need(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     none, some = doctor.Check("gpu", "machine", "absent"), doctor.Check("gpu", "machine", "ok")
     monkeypatch.setattr(doctor, "_gpu", lambda: none)
-    found = by_name(doctor.diagnose())
+    results = by_name(doctor.diagnose())
     assert (
-        found["--backend tensorrt-rtx"].state == "ok"
-        and "run on another machine" in found["--backend tensorrt-rtx"].detail
+        results["--backend tensorrt-rtx"].state == "ok"
+        and "run on another machine" in results["--backend tensorrt-rtx"].detail
     )
-    assert (found["--backend tensorrt"].state, found["--backend tensorrt"].fix) == ("absent", None)
-    assert (found["bench, energy column"].state, found["bench, energy column"].fix) == ("absent", None)
+    assert (results["--backend tensorrt"].state, results["--backend tensorrt"].fix) == ("absent", None)
+    assert (results["bench, energy column"].state, results["bench, energy column"].fix) == ("absent", None)
     without(installed, "rtx", "tensorrt")
-    found = by_name(doctor.diagnose())
+    results = by_name(doctor.diagnose())
     assert (
-        found["--backend tensorrt-rtx"].state == "missing" and "tensorrt-rtx" in found["--backend tensorrt-rtx"].detail
+        results["--backend tensorrt-rtx"].state == "missing"
+        and "tensorrt-rtx" in results["--backend tensorrt-rtx"].detail
     )
-    assert str(found["--backend tensorrt-rtx"].fix).endswith("[rtx]'")
-    assert found["--backend onnxruntime"].state == "ok"
+    assert str(results["--backend tensorrt-rtx"].fix).endswith("[rtx]'")
+    assert results["--backend onnxruntime"].state == "ok"
     monkeypatch.setattr(doctor, "_gpu", lambda: some)
     assert str(by_name(doctor.diagnose())["--backend tensorrt"].fix).endswith("[tensorrt]'")
 
@@ -192,12 +193,12 @@ def test_old_python_is_refused(installed: dict[str, str], monkeypatch: pytest.Mo
 
 
 def test_json_form(installed: dict[str, str]) -> None:
-    held = json.loads(json.dumps(doctor.as_dict(doctor.diagnose())))
-    assert held["ok"] is True
-    assert {"name", "kind", "state", "detail", "fix", "needed_by"} == set(held["checks"][0])
+    report = json.loads(json.dumps(doctor.as_dict(doctor.diagnose())))
+    assert report["ok"] is True
+    assert {"name", "kind", "state", "detail", "fix", "needed_by"} == set(report["checks"][0])
 
 
-def test_no_heavy_import_on_this_very_machine() -> None:
+def test_the_doctor_imports_nothing_heavy() -> None:
     code = (
         "import sys; from pnp_trt.cli import doctor; doctor.as_dict(doctor.diagnose());"
         "heavy = {'torch', 'numpy', 'onnxruntime', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules);"
@@ -207,28 +208,28 @@ def test_no_heavy_import_on_this_very_machine() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_extras_are_those_of_the_project_file() -> None:
+def test_extras_match_the_project_file() -> None:
     source = Path(__file__).parents[2] / "pyproject.toml"
     project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
     requirements = pytest.importorskip("packaging.requirements")
 
     def names(lines: list[str]) -> set[str]:
-        found = {requirements.Requirement(line).name for line in lines} - {"pnp-trt", *doctor._RUNTIME}
-        return found
+        distributions = {requirements.Requirement(line).name for line in lines} - {"pnp-trt", *doctor._RUNTIME}
+        return distributions
 
     for extra, groups in doctor.EXTRAS.items():
         lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
         assert names(lines) == {group[0] for group in groups} - {*doctor._RUNTIME}, extra
 
 
-def test_this_installation_is_read_without_failing() -> None:
-    found = by_name(doctor.diagnose())
-    assert found["numpy"].detail.startswith(importlib.metadata.version("numpy"))
-    assert show(list(found.values()))
+def test_the_doctor_runs_on_this_installation() -> None:
+    results = by_name(doctor.diagnose())
+    assert results["numpy"].detail.startswith(importlib.metadata.version("numpy"))
+    assert show(list(results.values()))
 
 
 def test_advice_does_not_stop_setuptools_from_loading() -> None:
-    """A search for pip through setuptools' own finder does, in Python 3.11: later imports of it fail."""
+    """In Python 3.11, searching for pip through setuptools' finder breaks later imports of setuptools."""
     code = "from pnp_trt.cli import doctor; doctor._pip(); import setuptools; print(setuptools.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "setuptools\n", done.stderr

@@ -1,4 +1,4 @@
-"""The commands that look at engines."""
+"""The commands `list`, `inspect` and `verify`, and options that `build` refuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..conftest import Result
 Cli = Callable[..., Result]
 
 
-def test_inspect_prints_what_the_manifest_says(cli: Cli, engines: Path) -> None:
+def test_inspect_prints_the_manifest(cli: Cli, engines: Path) -> None:
     manifest = document(engines / "guided")
     done = cli("inspect", "guided", "--json")
     assert done.code == 0 and json.loads(done.out) == manifest
@@ -29,23 +29,23 @@ def test_inspect_prints_what_the_manifest_says(cli: Cli, engines: Path) -> None:
     assert cli("inspect", "nope").code == 2
 
 
-def test_list_has_every_bundle_and_says_which_is_damaged(cli: Cli, engines: Path, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_list_shows_every_bundle_and_marks_damaged_ones(cli: Cli, engines: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     home = Path(shutil.copytree(engines, tmp_path / "engines"))
     monkeypatch.setenv("PNP_TRT_ENGINES", str(home))
     text = (home / "plain" / "manifest.json").read_text()
     (home / "plain" / "manifest.json").write_text(text.replace('"max_batch": 32', '"max_batch": 64'))
-    found = {row["name"]: row for row in json.loads(cli("list", "--json").out)}
-    assert found["guided"]["bytes"] == sum(p.stat().st_size for p in (home / "guided").iterdir()
-                                           if p.name != "manifest.json")  # fmt: skip
-    assert "was changed or is corrupt" in found["plain"]["problem"]
+    listed = {row["name"]: row for row in json.loads(cli("list", "--json").out)}
+    assert listed["guided"]["bytes"] == sum(p.stat().st_size for p in (home / "guided").iterdir()
+                                            if p.name != "manifest.json")  # fmt: skip
+    assert "was changed or is corrupt" in listed["plain"]["problem"]
     printed = cli("list").out
     assert "guided" in printed and "damaged" in printed
     monkeypatch.setenv("PNP_TRT_ENGINES", str(tmp_path / "none"))
     assert "no engine in" in cli("list").out
 
 
-def test_verify_compares_with_what_pytorch_gave(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_verify_compares_with_the_outputs_of_pytorch(cli: Cli, engines: Path, tmp_path: Path) -> None:
     done = cli("verify", "guided")
     assert done.code == 0, done.err
     assert done.out.count("limit 1e-04, fp32") == 3
@@ -68,7 +68,7 @@ def test_verify_compares_with_what_pytorch_gave(cli: Cli, engines: Path, tmp_pat
         (["--refittable"], "--refittable is for TensorRT"),
     ],
 )
-def test_bad_orders_are_refused(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_build_options_are_refused(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
     done = cli("build", "--out", tmp_path / "x", *arguments)
     assert done.code == 2 and message in done.err
     assert not (tmp_path / "x").exists()

@@ -1,4 +1,4 @@
-"""A base installation: `sample` and the commands that read bundles need no extra; the others name theirs."""
+"""In a base installation, `sample` and commands that read bundles work; others name the extra that they need."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODULES = {
 
 
 def extras() -> set[str]:
-    """The modules of every distribution that the project file names in an extra and not in its dependencies."""
+    """Return the modules of all distributions that an extra needs and the base installation does not."""
     requirements = pytest.importorskip("packaging.requirements")
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
@@ -70,18 +70,18 @@ def run(hidden: set[str], *arguments: object, engines: Path) -> subprocess.Compl
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_base_installation_serves_a_bundle(engines: Path, tmp_path: Path, arguments: tuple[object, ...]) -> None:
-    given = [str(a).replace("OUT", str(tmp_path)) for a in arguments]
-    out = ["--out", tmp_path] if given[0] == "sample" else []
+def test_a_base_installation_can_use_a_bundle(engines: Path, tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    words = [str(a).replace("OUT", str(tmp_path)) for a in arguments]
+    out = ["--out", tmp_path] if words[0] == "sample" else []
     hidden = extras()
     assert {"torch", "onnx", "diffusers", "matplotlib", "jinja2"} <= hidden
-    done = run(hidden, *given, *out, engines=engines)
+    done = run(hidden, *words, *out, engines=engines)
     assert done.returncode == 0, done.stderr
     assert not out or len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_the_first_command_generates_an_image(tmp_path: Path) -> None:
-    """After a plain installation, without a bundle: the bundled model's is assembled, once."""
+    """Without any engine, that of the bundled model is assembled once."""
     command = ("sample", "a red apple", "--steps", 4, "--out", tmp_path / "images")
     first = run(extras(), *command, engines=tmp_path / "engines")
     assert first.returncode == 0, first.stderr
@@ -117,8 +117,8 @@ def test_a_missing_extra_is_named_in_one_sentence(
     engines: Path, tmp_path: Path, arguments: tuple[str, ...], extra: str
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red apple\n")
-    given = [a.replace("OUT", str(tmp_path)) for a in arguments]
-    done = run(extras(), *given, engines=engines)
+    words = [a.replace("OUT", str(tmp_path)) for a in arguments]
+    done = run(extras(), *words, engines=engines)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("pnp-trt: ") and f"install with: pip install 'pnp-trt[{extra}]'" in line

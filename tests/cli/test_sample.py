@@ -1,4 +1,4 @@
-"""`pnp-trt sample`: schedules, images to begin with, prompts from standard input, and the files that it writes."""
+"""`pnp-trt sample`: schedules, starting images, prompts from standard input, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def image(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("asked", "made"), [("dpm++", "dpm++"), ("euler", "euler"), ("teacher", "ddim"), (None, "ddim")]
 )
-def test_a_image_says_its_schedule(cli: Cli, engines: Path, tmp_path: Path, asked: str | None, made: str) -> None:
+def test_an_image_records_its_schedule(cli: Cli, engines: Path, tmp_path: Path, asked: str | None, made: str) -> None:
     chosen = ["--schedule", asked] if asked else []
     done = cli("sample", "a cat", "--engine", "guided", "--steps", 3, "--out", tmp_path, *chosen)
     assert done.code == 0, done.err
     assert read_parameters(tmp_path / "a-cat-0.png")["schedule"] == made
 
 
-def test_init_begins_with_a_image(cli: Cli, engines: Path, image: Path, tmp_path: Path) -> None:
+def test_init_starts_from_an_image(cli: Cli, engines: Path, image: Path, tmp_path: Path) -> None:
     arguments = ["sample", "a cat", "--engine", "plain", "--steps", 8, "--init", image, "--out", tmp_path / "s"]
     assert cli(*arguments, "--strength", 0.25, "--schedule", "dpm++").code == 0
-    made = read_parameters(tmp_path / "s" / "a-cat-0.png")
-    assert made["init"] == str(image) and made["strength"] == 0.25 and made["steps"] == 8
+    parameters = read_parameters(tmp_path / "s" / "a-cat-0.png")
+    assert parameters["init"] == str(image) and parameters["strength"] == 0.25 and parameters["steps"] == 8
     Image.open(image).resize((40, 20)).save(image.with_name("wide.png"))
     done = cli(*arguments, "--init", image.with_name("wide.png"))
     assert done.code == 0 and "pnp-trt: the starting image is 40 × 20 and was resized" in done.err
@@ -49,7 +49,7 @@ def test_init_begins_with_a_image(cli: Cli, engines: Path, image: Path, tmp_path
 @pytest.mark.parametrize(
     ("kind", "suffix", "exact"), [("png", "png", True), ("webp", "webp", True), ("jpeg", "jpg", False)]
 )
-def test_every_format_holds_image_and_parameters(
+def test_every_format_stores_image_and_parameters(
     cli: Cli, engines: Path, tmp_path: Path, kind: str, suffix: str, exact: bool
 ) -> None:
     arguments = ["sample", "a café, “quoted”", "--engine", "guided", "--steps", 2, "--out", tmp_path]
@@ -58,13 +58,15 @@ def test_every_format_holds_image_and_parameters(
     assert done.code == 0, done.err
     (path,) = [Path(line) for line in done.out.split("\n") if line]
     assert path.suffix == f".{suffix}"
-    held = read_parameters(path)
-    assert held["prompt"] == "a café, “quoted”" and held == json.loads(path.with_suffix(".json").read_text())
+    parameters = read_parameters(path)
+    assert parameters["prompt"] == "a café, “quoted”" and parameters == json.loads(
+        path.with_suffix(".json").read_text()
+    )
     first, second = (np.asarray(Image.open(p).convert("RGB"), int) for p in (tmp_path / "a-caf-quoted-0.png", path))
     assert np.array_equal(first, second) if exact else np.abs(first - second).mean() < 8
 
 
-def test_a_json_file_is_never_overwritten_either(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_a_json_file_is_never_overwritten(cli: Cli, engines: Path, tmp_path: Path) -> None:
     (tmp_path / "a-cat-0.json").write_text("precious")
     done = cli("sample", "a cat", "--engine", "guided", "--steps", 2, "--out", tmp_path, "--metadata", "json")
     assert done.code == 0 and done.out.strip().endswith("a-cat-0-2.png")
@@ -102,29 +104,29 @@ def test_prompts_come_from_standard_input(
         (["-"], "standard input has no prompt"),
     ],
 )
-def test_bad_wishes_are_one_sentence_and_exit_2(
+def test_bad_arguments_exit_with_2_and_one_sentence(
     cli: Cli, engines: Path, image: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
     out = image.parent / "out"
-    given = [str(image) if a == "START" else a for a in arguments]
-    done = cli("sample", "a cat", "--engine", "plain", "--steps", 2, "--out", out, *given)
+    words = [str(image) if a == "START" else a for a in arguments]
+    done = cli("sample", "a cat", "--engine", "plain", "--steps", 2, "--out", out, *words)
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
     assert not out.exists()
 
 
-def test_bench_says_which_schedule_it_timed(cli: Cli, engines: Path, tmp_path: Path) -> None:
+def test_bench_records_its_schedule(cli: Cli, engines: Path, tmp_path: Path) -> None:
     arguments = ["bench", "--engine", "plain", "--engine", "guided", "--only", "latency", "--batch", 1, "--steps", 2,
                  "--rounds", 1, "--no-peers", "--no-memory", "--cold-starts", 0, "--json"]  # fmt: skip
-    for asked, made in (([], "ddim"), (["--schedule", "dpm++"], "dpm++")):
-        path = tmp_path / f"{made}.json"
-        done = cli(*arguments, path, *asked)
+    for options, schedule in (([], "ddim"), (["--schedule", "dpm++"], "dpm++")):
+        path = tmp_path / f"{schedule}.json"
+        done = cli(*arguments, path, *options)
         assert done.code == 0, done.err
-        assert json.loads(path.read_text())["settings"]["schedule"] == made
+        assert json.loads(path.read_text())["settings"]["schedule"] == schedule
     assert cli(*arguments, tmp_path / "x.json", "--schedule", "plms").code == 2
 
 
-def test_an_engine_with_an_encoder_is_verified_whole(cli: Cli, engines: Path) -> None:
+def test_verify_includes_the_vae_encoder(cli: Cli, engines: Path) -> None:
     done = cli("verify", "plain")
     assert done.code == 0 and "vae_encoder: relative error" in done.out
     assert "--image-to-image" in json.loads((engines / "plain" / "manifest.json").read_text())["rebuild"]

@@ -1,4 +1,4 @@
-"""Several image sizes through one bundle, from the command line to the PNG."""
+"""Several image sizes from one bundle, from the command line to the PNG."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def guided(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def plain(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The micro teacher, down to a U-Net's deepest features of one by one; do not write into it."""
+    """The micro teacher, down to the size whose deepest U-Net features are 1x1; do not write into it."""
     out = tmp_path_factory.mktemp("sized") / "plain"
     build(BuildSpec(str(micro_base), "none", out=out, profiles=("b1", "b1@8-64")))
     return out
 
 
-def test_one_bundle_draws_several_sizes(guided: Path, cli: Cli, tmp_path: Path) -> None:
+def test_one_bundle_generates_several_sizes(guided: Path, cli: Cli, tmp_path: Path) -> None:
     for size in (None, "48", "64x64", "32x48", "40x48"):
         done = cli("sample", "a red apple", "--engine", guided, "--steps", 2, "--out", tmp_path / "s", "-q",
                    *(["--size", size] if size else []))  # fmt: skip
@@ -45,8 +45,8 @@ def test_one_bundle_draws_several_sizes(guided: Path, cli: Cli, tmp_path: Path) 
         height, _, width = (size or "32").partition("x")
         with Image.open(done.out.strip()) as image:
             assert image.size == (int(width or height), int(height))
-            said = json.loads(image.info["pnp-trt"])
-        assert said["size"] == f"{height}x{width or height}"
+            parameters = json.loads(image.info["pnp-trt"])
+        assert parameters["size"] == f"{height}x{width or height}"
 
 
 def test_other_sizes_are_refused_with_the_legal_ones(guided: Path, cli: Cli, tmp_path: Path, engines: Path) -> None:
@@ -62,10 +62,10 @@ def test_other_sizes_are_refused_with_the_legal_ones(guided: Path, cli: Cli, tmp
     assert not (tmp_path / "s").exists()
 
 
-def test_a_size_draws_what_its_own_bundle_draws(
+def test_open_and_fixed_graphs_generate_the_same_images(
     plain: Path, micro_base: Path, micro_bundles: Path, tmp_path: Path
 ) -> None:
-    """The open graph and the fixed one give the same images, at the model's own size and at another."""
+    """At the model's own size and at another one."""
     build(BuildSpec(str(micro_base), "none", out=tmp_path / "fixed", profiles=("b1@16x40",)))
     sized, fixed, own = (Pipeline.load(p) for p in (plain, tmp_path / "fixed", micro_bundles / "plain"))
     assert (sized.size, fixed.size, own.size) == ((32, 32), (16, 40), (32, 32))
@@ -80,7 +80,7 @@ def test_a_size_draws_what_its_own_bundle_draws(
     assert [p.pixels.shape for p in smallest] == [(8, 8, 3)] * 3
 
 
-def test_the_default_size_draws_the_same_noise_as_ever(plain: Path, micro_bundles: Path) -> None:
+def test_open_sizes_keep_the_noise_of_the_default_size(plain: Path, micro_bundles: Path) -> None:
     sized, own = Pipeline.load(plain), Pipeline.load(micro_bundles / "plain")
     assert np.array_equal(sized.noise([3]), own.noise([3])) and np.array_equal(own.noise([3], (32, 32)), own.noise([3]))
     assert sized.noise([3, 4], (16, 64)).shape == (2, 4, 4, 16)
@@ -88,7 +88,7 @@ def test_the_default_size_draws_the_same_noise_as_ever(plain: Path, micro_bundle
         sized.noise([0], (12, 32))
 
 
-def test_manifest_inspect_and_verify_know_the_sizes(plain: Path, cli: Cli) -> None:
+def test_manifest_inspect_and_verify_include_the_sizes(plain: Path, cli: Cli) -> None:
     m = document(plain)
     assert [p["name"] for p in m["profiles"]] == ["b1-32@32x32", "b1-32@8-64x8-64"]
     assert m["profiles"][1]["height"] == [8, 32, 64] and m["profiles"][1]["step"] == 8
@@ -114,20 +114,18 @@ def test_manifest_inspect_and_verify_know_the_sizes(plain: Path, cli: Cli) -> No
         ("b2-8", "takes any batch size up to 32; omit --profile, or add an image size to it, such as b1@512x768"),
     ],
 )  # fmt: skip
-def test_impossible_sizes_are_refused_before_anything_is_made(
-    cli: Cli, tmp_path: Path, profile: str, message: str
-) -> None:
+def test_impossible_sizes_are_refused_before_the_build(cli: Cli, tmp_path: Path, profile: str, message: str) -> None:
     done = cli("build", "--profile", profile, "--out", tmp_path / "x")
     assert done.code == 2 and message in done.err and not (tmp_path / "x").exists()
 
 
-def test_a_size_is_timed_where_the_engine_has_it(guided: Path, cli: Cli, tmp_path: Path) -> None:
+def test_bench_times_only_sizes_of_the_engine(guided: Path, cli: Cli, tmp_path: Path) -> None:
     run = ("bench", "--engine", guided, "--batch", 1, "--steps", 1, "--rounds", 1, "--no-memory", "--cold-starts", 0,
            "--json", tmp_path / "bench.json")  # fmt: skip
     done = cli(*run, "--only", "latency", "--size", "32x48")
     assert done.code == 0, done.err
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["settings"]["size"] == [32, 48] and [row["method"] for row in found["latency"]] == ["guided"]
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["settings"]["size"] == [32, 48] and [row["method"] for row in results["latency"]] == ["guided"]
     refused = cli(*run, "--only", "latency", "--size", "32x56")
     assert (
         refused.code == 2 and "size is 32x56; engine 'guided' supports 32-48x32-48 in steps of 8, 64x64" in refused.err

@@ -1,4 +1,4 @@
-"""Values and files that users give end in one sentence, never in "unexpected": guides, seeds, sizes, names, streams."""
+"""Bad guides, seeds, sizes, names and environments end in a one-sentence error, never in an "unexpected" one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Cli = Callable[..., Result]
 
 
 def refused(result: Result, *words: str, codes: tuple[int, ...] = (2,)) -> None:
-    """An exit code of ``codes`` and one line that holds the words."""
+    """Check that the exit code is in ``codes`` and that the last line is an error that contains the words."""
     assert result.code in codes, result.err[-300:]
     assert "unexpected" not in result.err and "Traceback" not in result.err
     line = result.err.strip().splitlines()[-1]
@@ -39,7 +39,7 @@ def refused(result: Result, *words: str, codes: tuple[int, ...] = (2,)) -> None:
         ('{"_class_name": "TinyGuide", "negative_prompts": "no"}', "'negative_prompts' is a string"),
     ],
 )  # fmt: skip
-def test_configs_of_guides_are_checked(config: str, message: str, tmp_path: Path) -> None:
+def test_invalid_guide_configs_are_refused(config: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(InputError, match=message):
         guide_config(tmp_path)
@@ -49,7 +49,7 @@ def test_configs_of_guides_are_checked(config: str, message: str, tmp_path: Path
 
 @pytest.fixture
 def bad_guides(micro_guide: Path, tmp_path: Path) -> dict[str, Path]:
-    """Guides that cannot be used: without weights, with another class, with damaged weights, with other shapes."""
+    """Unusable guides: without weights, of another class, with damaged weights, other shapes or a binary config."""
     folders = {}
     for name in ("no weights", "another class", "damaged", "other shapes", "binary config"):
         folder = folders[name] = tmp_path / name
@@ -68,7 +68,7 @@ def bad_guides(micro_guide: Path, tmp_path: Path) -> dict[str, Path]:
     return folders
 
 
-def test_unusable_guides_are_one_sentence_in_every_command(
+def test_unusable_guides_are_refused_by_every_command(
     bad_guides: dict[str, Path], micro_base: Path, tmp_path: Path, cli: Cli
 ) -> None:
     (tmp_path / "p.txt").write_text("a cat\n")
@@ -95,7 +95,7 @@ def test_unusable_guides_are_one_sentence_in_every_command(
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e308", "-1", "5000"])
-def test_workspaces_out_of_range(value: str, micro_base: Path, tmp_path: Path, cli: Cli) -> None:
+def test_workspaces_out_of_range_are_refused(value: str, micro_base: Path, tmp_path: Path, cli: Cli) -> None:
     done = cli("build", "--base", micro_base, "--guide", "none", "--workspace", value, "--out", tmp_path / "b")
     assert done.code == 2 and "workspace" in done.err and "unexpected" not in done.err
 
@@ -106,15 +106,15 @@ def test_workspaces_out_of_range(value: str, micro_base: Path, tmp_path: Path, c
      ("--seed", "9" * 20, "seed"), ("--w-max", "inf", "range of w"), ("--rank", "9" * 20, "options"),
      ("--rank", "9" * 12, "options"), ("--option", "trunk_kind=7", "")],
 )  # fmt: skip
-def test_values_of_distill_out_of_range(
+def test_distill_values_out_of_range_are_refused(
     option: str, value: str, word: str, micro_base: Path, tmp_path: Path, cli: Cli
 ) -> None:
     (tmp_path / "p.txt").write_text("a cat\n")
-    given = ("--base", micro_base, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "d", "--num-states", 4)
-    refused(cli("distill", "guidance", *given, "--steps", 1, "--batch", 2, "--grid-steps", 0, option, value), word)
+    arguments = ("--base", micro_base, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "d", "--num-states", 4)
+    refused(cli("distill", "guidance", *arguments, "--steps", 1, "--batch", 2, "--grid-steps", 0, option, value), word)
 
 
-def test_averages_are_checked() -> None:
+def test_an_ema_of_nan_is_refused() -> None:
     from pnp_trt.distill.train import TrainConfig
 
     with pytest.raises(InputError, match="ema is nan"):
@@ -135,13 +135,15 @@ LONG = "x" * 5000
     ],
     ids=lambda command: "-".join(command)[:30].encode("ascii", "replace").decode(),
 )  # fmt: skip
-def test_names_and_prompts_that_cannot_be(command: tuple[str, ...], cli: Cli, tmp_path: Path, monkeypatch: Any) -> None:
+def test_impossible_names_and_prompts_are_refused(
+    command: tuple[str, ...], cli: Cli, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(cli(*command), codes=(1, 2))  # 1: the system refuses the place of the bundle
+    refused(cli(*command), codes=(1, 2))  # 1: the operating system refuses the path
 
 
 def run(change: dict[str, str | None], *command: str) -> subprocess.CompletedProcess[bytes]:
-    """``pnp-trt COMMAND`` in a separate process, whose environment is changed."""
+    """Run ``pnp-trt COMMAND`` in a separate process with a changed environment."""
     environment = {name: value for name, value in {**os.environ, **change}.items() if value is not None}
     code = "from pnp_trt.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *command], env=environment, capture_output=True, check=False)
@@ -172,8 +174,8 @@ def test_prompts_are_the_same_in_every_locale(change: dict[str, str | None], eng
     ],
     ids=lambda change: str(change)[:40],
 )  # fmt: skip
-def test_odd_surroundings(change: dict[str, str | None], engines: Path) -> None:
+def test_list_works_in_odd_environments(change: dict[str, str | None], engines: Path) -> None:
     done = run(change, "list")
-    # a folder that no system can have is said; one that is not there holds no engine
+    # an impossible path is an error; a missing folder is one without engines
     refused_by_the_system = change.get("PNP_TRT_ENGINES") == LONG
     assert done.returncode == (1 if refused_by_the_system else 0), done.stderr[-300:]

@@ -1,4 +1,4 @@
-"""Files that a distillation writes: permissions, digests, strays, and disks that are full."""
+"""Files that a distillation writes: permissions, digests, stray files, and full disks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .test_guidance import Line
 TENSORS = {"sample": torch.arange(12).half().reshape(3, 2, 2), "timestep": torch.tensor([1, 2, 3])}
 
 
-def test_every_flipped_bit_of_a_shard_is_seen(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_shard_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "shard-0000.safetensors"
     write_shard(TENSORS, path)
     whole = path.read_bytes()
@@ -43,7 +43,7 @@ def test_every_flipped_bit_of_a_shard_is_seen(tmp_path: Path) -> None:
         read_shards(tmp_path, 1)
 
 
-def test_permissions_are_those_of_any_new_file(tmp_path: Path, micro_guide: Path) -> None:
+def test_written_files_have_default_permissions(tmp_path: Path, micro_guide: Path) -> None:
     module = torch.nn.Linear(2, 1)
     before = os.umask(0o022)
     try:
@@ -61,7 +61,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, micro_guide: Path
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_stray_checkpoint_is_neither_read_nor_removed(tmp_path: Path) -> None:
+def test_stray_checkpoints_are_neither_read_nor_removed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     strays = ["step-x.safetensors", "step-99.safetensors", "step-best.safetensors", "step-0000009.safetensors.bak"]
@@ -77,12 +77,12 @@ def test_a_stray_checkpoint_is_neither_read_nor_removed(tmp_path: Path) -> None:
         train(module, module, Line(), config, tmp_path)
 
 
-def test_a_guide_without_weights_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_guide_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no \.safetensors"):
         guide_weights(tmp_path)
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(
     tmp_path: Path, micro_guide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import safetensors.torch
@@ -101,7 +101,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"key":'])
-def test_a_damaged_record_of_states_is_told_in_a_sentence(tmp_path: Path, text: str) -> None:
+def test_a_damaged_record_of_states_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "states.json").write_text(text)
     with pytest.raises(InputError, match=r"states\.json is damaged"):
         _claim_cache(tmp_path, StateConfig(count=1), {}, 0)
@@ -113,7 +113,7 @@ def test_states_of_unknown_origin_are_not_used(tmp_path: Path) -> None:
         _claim_cache(tmp_path, StateConfig(count=1), {}, 0)
 
 
-def test_a_disk_without_room_for_logs_ends_the_logs_alone(tmp_path: Path) -> None:
+def test_a_full_disk_stops_only_the_logs(tmp_path: Path) -> None:
     class Full:
         def add_scalar(self, *_: object) -> None:
             raise OSError(28, "No space left on device")

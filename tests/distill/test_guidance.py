@@ -1,4 +1,4 @@
-"""Stage 1: the guide learns, resumes exactly, and refuses what it should."""
+"""Stage 1: the guide learns, an interrupted run resumes exactly, and bad input is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(base: Path, prompts: Path, out: Path, steps: int = 30, **settings: An
     )  # fmt: skip
 
 
-def test_the_guide_learns_and_its_report_says_so(micro_base: Path, prompts: Path, tmp_path: Path) -> None:
+def test_the_guide_learns_and_its_error_is_reported(micro_base: Path, prompts: Path, tmp_path: Path) -> None:
     report = distill(config(micro_base, prompts, tmp_path / "guide", steps=120))
     assert report["held_out"]["residual"] < 0.9  # 1 is a guide that does nothing
     assert report["states"] == 40
@@ -67,7 +67,7 @@ def test_a_resumed_run_gives_bit_equal_weights(
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_states_are_kept_and_not_collected_again(
+def test_states_are_reused_and_not_collected_again(
     micro_base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill(config(micro_base, prompts, tmp_path / "g"))
@@ -90,7 +90,7 @@ def test_a_folder_of_another_run_is_refused(micro_base: Path, prompts: Path, tmp
 
 
 class Line:
-    """An objective that any linear layer can learn, and that breaks at a step."""
+    """Linear regression, whose batch at step ``broken`` is nan."""
 
     def __init__(self, broken: int | None = None) -> None:
         self.broken = broken
@@ -120,7 +120,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     ]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
 
     module, config = torch.nn.Linear(2, 1), TrainConfig(steps=20, batch=4, checkpoint_every=5)
@@ -139,10 +139,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
     monkeypatch.undo()
     seen: list[int] = []
     train(module, module, Line(), config, tmp_path, progress=lambda step, *_: seen.append(step))
-    assert seen[0] == 6  # continued from the whole one
+    assert seen[0] == 6  # continued after the intact checkpoint
 
 
-def test_accumulated_parts_give_the_whole_batchs_step(tmp_path: Path) -> None:
+def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path: Path) -> None:
     weights = []
     for accumulate in (1, 2, 4):
         torch.manual_seed(0)
@@ -154,7 +154,7 @@ def test_accumulated_parts_give_the_whole_batchs_step(tmp_path: Path) -> None:
         train(module, module, Line(), TrainConfig(steps=12, batch=4, accumulate=3), tmp_path / "3")
 
 
-def test_prompts_files(tmp_path: Path) -> None:
+def test_prompt_files_are_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("  a  \n\n\tb\n")
     assert read_prompts(path) == ["a", "b"]
@@ -164,7 +164,7 @@ def test_prompts_files(tmp_path: Path) -> None:
     path.write_text("ok\n" + "x" * 1001)
     with pytest.raises(InputError, match="line 2 has 1001 characters"):
         read_prompts(path)
-    path.write_bytes(b"\xff\xfe\x00")  # a mark of UTF-16 and half a character
+    path.write_bytes(b"\xff\xfe\x00")  # a byte order mark of UTF-16 and half a character
     with pytest.raises(InputError, match="not UTF-16 text"):
         read_prompts(path)
     path.write_bytes(b"a red \xe9pple")
@@ -174,7 +174,7 @@ def test_prompts_files(tmp_path: Path) -> None:
         read_prompts(tmp_path / "none.txt")
 
 
-def test_the_command(cli: Callable[..., Result], micro_base: Path, prompts: Path, tmp_path: Path) -> None:
+def test_the_guidance_command(cli: Callable[..., Result], micro_base: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "g"
     arguments = ["distill", "guidance", "--base", micro_base, "--prompts", prompts, "--out", out, "--num-states", 64]
     done = cli(*arguments, "--steps", 5, "--batch", 4, "--rank", 4)

@@ -1,4 +1,4 @@
-"""Two processes with gloo give the one-process result within rounding."""
+"""Two processes with gloo give the result of one process within rounding."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_two_processes_give_the_result_of_one(micro_base: Path, tmp_path: Path) 
     for out, command in (
         ("one", [sys.executable, *arguments]),
         ("two", [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *arguments]),
-        # a share of a batch may itself be computed in parts
+        # the third run also splits each process's share of the batch in two
         ("four", [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *arguments, "--accumulate", "2"]),
     ):
         done = subprocess.run(
             [*command, "--out", str(tmp_path / out)], env=environment, capture_output=True, text=True, timeout=1800
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("parameters,") == 1  # the first process alone reports
+        assert done.stdout.count("parameters,") == 1  # only the first process reports
     one, two, four = (load_file(tmp_path / o / "diffusion_pytorch_model.safetensors") for o in ("one", "two", "four"))
     moved = 0.0
     for key in one:

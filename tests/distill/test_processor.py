@@ -1,4 +1,4 @@
-"""Which types the processor multiplies, what follows from it, and products in float32 where it does not."""
+"""Which data types the processor multiplies natively, the resulting mixed precision, and float32 products elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRAVITON_3 = "Features\t: fp asimd fphp asimdhp svebf16 bf16\n"
 
 @pytest.fixture
 def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Replaces what the system states of its processor."""
+    """A file that replaces the system's description of its processor."""
     path = tmp_path / "cpuinfo"
     monkeypatch.setattr(processor, "_CPUINFO", path)
     processor.multiplies.cache_clear()
@@ -37,27 +37,27 @@ def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     [(EPYC_1, False, False), (SAPPHIRE_RAPIDS, True, True), (COOPER_LAKE, True, False), (GRAVITON_2, False, True),
      (GRAVITON_3, True, True), ("", False, False)],
 )  # fmt: skip
-def test_types_are_read_from_the_systems_flags(cpuinfo: Path, text: str, bfloat16: bool, float16: bool) -> None:
+def test_native_types_are_read_from_cpuinfo(cpuinfo: Path, text: str, bfloat16: bool, float16: bool) -> None:
     cpuinfo.write_text(text)
     assert (processor.multiplies("bfloat16"), processor.multiplies("float16")) == (bfloat16, float16)
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this PyTorch does not list capabilities")
 @pytest.mark.parametrize(("dtype", "names"), [("bfloat16", ("amx_bf16", "avx512_bf16")), ("float16", ("avx512_fp16",))])
-def test_this_processor_is_known_as_pytorch_knows_it(dtype: str, names: tuple[str, ...]) -> None:
+def test_native_types_agree_with_pytorch(dtype: str, names: tuple[str, ...]) -> None:
     known = torch.cpu.get_capabilities()
     if known["architecture"] != "x86_64":
         pytest.skip("the names are x86's")
     assert processor.multiplies(dtype) == any(known[name] for name in names)
 
 
-def test_without_cpuinfo_pytorch_is_asked(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cpuinfo_native_types_come_from_pytorch(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor.platform, "system", lambda: "Windows")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "avx512_fp16": False}, False)
     assert processor.multiplies("bfloat16") and not processor.multiplies("float16")
 
 
-def test_auto_takes_what_the_processor_has(cpuinfo: Path) -> None:
+def test_auto_uses_bf16_if_the_processor_has_it(cpuinfo: Path) -> None:
     cpuinfo.write_text(EPYC_1)
     assert processor.mixed_precision("auto", gpu=False) == make_accelerator("auto").mixed_precision == "no"
     processor.multiplies.cache_clear()
@@ -70,12 +70,12 @@ def test_auto_takes_what_the_processor_has(cpuinfo: Path) -> None:
 
 
 @pytest.mark.parametrize(("has", "word"), [(True, "bf16"), (False, "fp16")])
-def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool, word: str) -> None:
+def test_auto_on_a_gpu_falls_back_to_fp16(monkeypatch: pytest.MonkeyPatch, has: bool, word: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has and not including_emulation)
     assert processor.mixed_precision("auto", gpu=True) == word
 
 
-def test_an_emulated_type_is_warned_of_with_its_factor(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_emulated_type_gives_a_warning_with_its_slowdown(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo.write_text(EPYC_1)
     monkeypatch.setattr(processor, "slowdown", lambda dtype: 17.7)
     with pytest.warns(UserWarning, match="emulates bfloat16.* about 18 times slower than float32; use --mixed"):
@@ -86,7 +86,7 @@ def test_an_emulated_type_is_warned_of_with_its_factor(cpuinfo: Path, monkeypatc
         assert processor.mixed_precision("no", gpu=False) == "no"
 
 
-def test_the_factor_is_of_the_fastest_calls() -> None:
+def test_the_slowdown_is_measured_on_the_fastest_calls() -> None:
     stamps = iter([0.0, 3.0, 10.0, 12.0, 20.0, 29.0])
     calls: list[int] = []
     assert processor.least_seconds(lambda: calls.append(1), 3, lambda: next(stamps)) == 2.0
@@ -95,7 +95,7 @@ def test_the_factor_is_of_the_fastest_calls() -> None:
 
 
 class Layers(nn.Module):
-    """A convolution, an attention, a linear layer and what lies between them."""
+    """A small network with a convolution, an attention and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("dtype", "roundoff"), [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)])
-def test_wide_products_are_half_precision_to_its_rounding(dtype: torch.dtype, roundoff: float) -> None:
+def test_wide_products_match_native_half_precision(dtype: torch.dtype, roundoff: float) -> None:
     torch.manual_seed(0)
     net = Layers().eval()
     x = torch.randn(2, 4, 6, 6)
@@ -123,7 +123,7 @@ def test_wide_products_are_half_precision_to_its_rounding(dtype: torch.dtype, ro
         with modules.wide_products():
             wide = net(x)
     assert wide.dtype == native.dtype == dtype
-    # the same roundings as the true run, up to the order of sums; both are some roundoffs off float32
+    # same roundings as the native run, up to the order of sums; both differ from float32 by a few roundoffs
     assert relative(wide, native) < 8 * roundoff
     for out in (wide, native):
         assert roundoff / 8 < relative(out, exact) < 8 * roundoff

@@ -1,4 +1,4 @@
-"""States made in parts, on many machines, are those that one run makes; rows are read from the files."""
+"""States made in parts, on several machines, equal those of one run; rows are read from the files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Cli = Callable[..., Result]
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
-def test_rows_are_those_of_the_joined_tensors(lengths: list[int], data: st.DataObject) -> None:
+def test_mapped_rows_equal_the_joined_tensors(lengths: list[int], data: st.DataObject) -> None:
     parts = [torch.randn(n, 2, 3) for n in lengths]
     joined, rows = torch.cat(parts), MappedRows(parts)
     assert len(rows) == len(joined)
@@ -32,7 +32,7 @@ def test_rows_are_those_of_the_joined_tensors(lengths: list[int], data: st.DataO
             rows[outside]
 
 
-def test_parts_made_apart_are_the_states_of_one_run(cli: Cli, micro_base: Path, tmp_path: Path) -> None:
+def test_separately_made_shards_equal_those_of_one_run(cli: Cli, micro_base: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red apple\na blue car\na cat\n")
     source = ["--base", micro_base, "--prompts", prompts, "--num-states", 1300]
@@ -50,7 +50,7 @@ def test_parts_made_apart_are_the_states_of_one_run(cli: Cli, micro_base: Path, 
     assert sorted(p.name for p in (tmp_path / "a").glob("*.safetensors")) == names
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    # training finds them all, and makes none
+    # training reuses all of them and makes none
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("*.safetensors")}
     small = ["--steps", 2, "--batch", 4, "--warmup", 1, "--rank", 8, "--grid-steps", 0]
     done = cli("distill", "guidance", *source, "--states-dir", tmp_path / "a", "--out", tmp_path / "guide", *small)
@@ -68,7 +68,7 @@ def test_parts_made_apart_are_the_states_of_one_run(cli: Cli, micro_base: Path, 
         (["--num-states", "80"], "holds the states of another run"),
     ],
 )
-def test_bad_input_is_refused(cli: Cli, micro_base: Path, tmp_path: Path, options: list[str], message: str) -> None:
+def test_bad_options_are_refused(cli: Cli, micro_base: Path, tmp_path: Path, options: list[str], message: str) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     folder = tmp_path / "states"

@@ -1,4 +1,4 @@
-"""States: what they hold, that they are the teacher's own, and what is refused."""
+"""States store the teacher's own predictions, and bad input is refused."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def load(base: Path) -> TeacherModel:
 
 
 def gather(teacher: TeacherModel, config: StateConfig, folder: Path, **rest: Any) -> Any:
-    found = collection(teacher, config, folder, **rest)
-    found.make(range(config.shards))
-    return found.read()
+    shards = collection(teacher, config, folder, **rest)
+    shards.make(range(config.shards))
+    return shards.read()
 
 
 def collection(teacher: TeacherModel, config: StateConfig, folder: Path, **rest: Any) -> Collection:
@@ -37,7 +37,7 @@ def collection(teacher: TeacherModel, config: StateConfig, folder: Path, **rest:
 
 @pytest.fixture
 def v_base(micro_base: Path, tmp_path: Path) -> Path:
-    """The micro teacher, said to predict v."""
+    """The micro teacher, with a config that states v prediction."""
     folder = tmp_path / "v"
     shutil.copytree(micro_base, folder)
     path = folder / "scheduler" / "scheduler_config.json"
@@ -58,14 +58,14 @@ def recompute(teacher: TeacherModel, states: Any, row: int) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("which", ["micro_base", "v_base", "micro_sdxl"])
-def test_states_hold_the_teachers_two_predictions(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_states_store_the_teachers_two_predictions(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     teacher = load(request.getfixturevalue(which))
     states = gather(teacher, StateConfig(count=24, steps=4, batch=3, negative=0.5), tmp_path / "s")
     assert len(states) == 24 and states.sample[0].dtype == torch.float16
     assert (states.negative == teacher.conditions.empty).any() and (states.negative < teacher.conditions.empty).any()
     for row in (0, 11, 23):
         e_u, e_c = recompute(teacher, states, row)
-        # the latents were rounded to half before they were stored
+        # the latents were rounded to half precision before they were stored
         assert torch.allclose(states.unconditional[row].float(), e_u[0], atol=2e-2)
         assert torch.allclose(states.conditional[row].float(), e_c[0], atol=2e-2)
 
@@ -82,26 +82,27 @@ def test_a_trajectory_follows_guidance(micro_base: Path, tmp_path: Path) -> None
         assert then < now
         scale, out = ddim_step(teacher.scheduler, now, then)
         expected = scale * states.sample[2 * step].float() + out * states.conditional[2 * step].float()
-        # half precision, of latents that an untrained teacher lets grow
+        # tolerances of half precision, for latents that grow because the teacher is untrained
         assert torch.allclose(states.sample[2 * step + 2].float(), expected, rtol=1e-2, atol=5e-2)
 
 
 def test_forward_states_are_noised_images_and_hold_out_whole_images(micro_base: Path, tmp_path: Path) -> None:
     teacher = load(micro_base)
     latents = torch.stack([torch.full((4, 8, 8), float(i)) for i in range(20)])
-    given = Latents(latents, torch.arange(20) % 3)
+    images = Latents(latents, torch.arange(20) % 3)
     config = StateConfig("forward", count=96, steps=4, batch=6)
-    states = gather(teacher, config, tmp_path / "s", images=given)
+    states = gather(teacher, config, tmp_path / "s", images=images)
     assert len(states) == 96
     from pnp_trt.sampling.schedules import alphas_cumprod
 
     abar = torch.from_numpy(alphas_cumprod(teacher.scheduler)).float()[states.timestep]
     clean = (rows(states.sample).float().mean((1, 2, 3)) / abar.sqrt()).round()
-    sure = states.timestep < 150  # there the mean of the noise is small beside the image's step of one
-    train, held = split(config)
-    shown = {int(clean[i]) for i in train if sure[i]}
-    kept = {int(clean[i]) for i in held if sure[i]}
-    assert shown and kept <= {19} and 19 not in shown
+    # at these timesteps the mean of the noise is small compared with the distance of one between images
+    sure = states.timestep < 150
+    train, held_out = split(config)
+    training_images = {int(clean[i]) for i in train if sure[i]}
+    held_out_images = {int(clean[i]) for i in held_out if sure[i]}
+    assert training_images and held_out_images <= {19} and 19 not in training_images
     _, e_c = recompute(teacher, states, 5)
     assert torch.allclose(states.conditional[5].float(), e_c[0], atol=2e-2)
     with pytest.raises(InputError, match="--images"):
@@ -109,11 +110,11 @@ def test_forward_states_are_noised_images_and_hold_out_whole_images(micro_base: 
 
 
 def rows(values: MappedRows) -> torch.Tensor:
-    """All of them."""
+    """Return all rows."""
     return values[range(len(values))]
 
 
-def test_a_killed_collection_goes_on_and_can_be_grown(micro_base: Path, tmp_path: Path) -> None:
+def test_a_killed_collection_can_be_resumed_and_extended(micro_base: Path, tmp_path: Path) -> None:
     teacher = load(micro_base)
     small, large = (StateConfig(count=n, steps=4, batch=3) for n in (12, 36))
     first = gather(teacher, small, tmp_path / "s")
@@ -129,7 +130,7 @@ def test_a_killed_collection_goes_on_and_can_be_grown(micro_base: Path, tmp_path
         gather(teacher, StateConfig(count=12, steps=4, batch=3, seed=1), tmp_path / "s")
 
 
-def test_a_share_of_the_processes_makes_a_share_of_the_shards(micro_base: Path, tmp_path: Path) -> None:
+def test_each_process_makes_its_share_of_the_shards(micro_base: Path, tmp_path: Path) -> None:
     teacher = load(micro_base)
     config = StateConfig(count=36, steps=4, batch=3)
     whole = gather(teacher, config, tmp_path / "whole")
@@ -144,7 +145,7 @@ def test_a_share_of_the_processes_makes_a_share_of_the_shards(micro_base: Path, 
     assert torch.equal(rows(shared.read().sample), rows(whole.sample))
 
 
-def test_damaged_shards_and_full_disks_are_said(
+def test_damaged_shards_and_full_disks_are_reported(
     micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = load(micro_base)
@@ -160,7 +161,7 @@ def test_damaged_shards_and_full_disks_are_said(
         gather(teacher, config, tmp_path / "none")
 
 
-def test_a_teacher_that_is_not_finite_is_named(micro_base: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_infinite_predictions_is_reported(micro_base: Path, tmp_path: Path) -> None:
     teacher = load(micro_base)
     with torch.no_grad():
         teacher.unet.conv_out.bias[0] = float("inf")
@@ -173,7 +174,7 @@ def test_a_teacher_that_is_not_finite_is_named(micro_base: Path, tmp_path: Path)
     [({"kind": "x"}, "known: trajectory, forward"), ({"count": 0}, "count of the states is 0"),
      ({"negative": 1.5}, "share of negative prompts is 1.5")],
 )  # fmt: skip
-def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         StateConfig(**changes).check()
 
@@ -194,10 +195,10 @@ def test_images_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> No
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "b.txt").write_text("  a b\n image ")
     with pytest.warns(UserWarning, match=r"4 images .* are skipped: .*empty.png \(is empty\)"):
-        found = find_images(tmp_path)
-    assert [f.name for f in found.files] == ["a.png", "b.jpg"]
-    assert found.captions == ["caption of a.png", "a b image"]
-    assert {name for name, _ in found.skipped} == {"cut.png", "empty.png", "no-caption.png", "text.png"}
+        usable = find_images(tmp_path)
+    assert [f.name for f in usable.files] == ["a.png", "b.jpg"]
+    assert usable.captions == ["caption of a.png", "a b image"]
+    assert {name for name, _ in usable.skipped} == {"cut.png", "empty.png", "no-caption.png", "text.png"}
     with pytest.raises(InputError, match="does not exist"):
         find_images(tmp_path / "none")
     (tmp_path / "bare").mkdir()
@@ -209,7 +210,7 @@ def test_images_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> No
 
 
 def test_images_become_scaled_latents(micro_base: Path, tmp_path: Path) -> None:
-    """Each image's latent is the float64 encoder's times the scaling factor, wherever in a batch the image is."""
+    """Each latent equals that of the float64 encoder times the scaling factor, at any position in a batch."""
     image(tmp_path / "a.png", (64, 64))
     image(tmp_path / "b.png", (100, 64))
     vae = load(micro_base).base.vae()
@@ -221,8 +222,8 @@ def test_images_become_scaled_latents(micro_base: Path, tmp_path: Path) -> None:
     x = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)[None].double() / 127.5 - 1
     with torch.no_grad():
         exact = vae.double().encode(x).latents[0] * vae.config.scaling_factor
-    # kernels may add up in another order at another batch size: a dozen convolutions of 72 products, float32's
-    # roundoff for each, of values no larger than some times the output
+    # kernels may sum in another order at another batch size: allow float32's roundoff for each of 72 products in a
+    # dozen convolutions, for values of the size of the output
     allowed = 12 * 72 * 2.0**-24 * float(exact.abs().max())
     for row in (0, 2):
         torch.testing.assert_close(z[row].double(), exact, rtol=0, atol=allowed)

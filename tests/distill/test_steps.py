@@ -1,4 +1,4 @@
-"""Stage 2: where a halved step has to land, and what the runs leave behind."""
+"""Stage 2: the target of a halved step, and the files that runs leave behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def config(base: Path, guide: Path, prompts: Path, out: Path, **changes: Any) ->
     return StepsConfig(str(guide), out, **(settings | changes))
 
 
-def test_halvings_are_kept_and_land_nearer(micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path) -> None:
+def test_every_halving_is_saved_and_reduces_the_error(
+    micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path
+) -> None:
     reports = distill(config(micro_base, micro_guide, prompts, tmp_path / "out", grid=True))
     assert [(r["from"], r["to"]) for r in reports] == [(8, 4), (4, 2)]
     for r in reports:
@@ -51,11 +53,11 @@ def test_halvings_are_kept_and_land_nearer(micro_base: Path, micro_guide: Path, 
         assert r["states"] == 16 * r["to"]
 
 
-def test_the_target_lands_where_two_steps_of_the_last_student_do(
+def test_the_target_equals_two_steps_of_the_previous_student(
     micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path
 ) -> None:
     distill(config(micro_base, micro_guide, prompts, tmp_path / "out", to=4))
-    kept = load_file(tmp_path / "out" / "steps-4" / "states" / "shard-0001.safetensors")
+    stored = load_file(tmp_path / "out" / "steps-4" / "states" / "shard-0001.safetensors")
     base = resolve(str(micro_base))
     scheduler = base.scheduler_config()
     student = Student(base.unet(), load_guide(str(micro_guide)))
@@ -66,20 +68,20 @@ def test_the_target_lands_where_two_steps_of_the_last_student_do(
     whole = ddim(scheduler, 8).timesteps
     for k, t in enumerate(schedule.timesteps.tolist()):
         pick = slice(4 * k, 4 * k + 4)
-        x, w = kept["sample"][pick].float(), kept["w"][pick]
-        text = context.states[kept["prompt"][pick]]
-        middle = int(whole[2 * k + 1])  # the last student's own grid
+        x, w = stored["sample"][pick].float(), stored["w"][pick]
+        text = context.states[stored["prompt"][pick]]
+        middle = int(whole[2 * k + 1])  # from the previous student's timesteps
         landed = x
         after = t - 250
         for now, then in ((t, middle), (middle, after)):
             scale, out = ddim_step(scheduler, now, then)
             with torch.no_grad():
                 landed = scale * landed + out * student(landed, torch.full((4,), now), text, w)
-        once = float(schedule.x_scale[k]) * x + float(schedule.output_scale[k]) * kept["target"][pick].float()
-        # half precision, of latents that an untrained teacher lets grow
+        once = float(schedule.x_scale[k]) * x + float(schedule.output_scale[k]) * stored["target"][pick].float()
+        # tolerance of half precision, for latents that grow because the teacher is untrained
         assert (once - landed).norm() < 3e-3 * landed.norm(), k
-        if k < 3:  # the run continues from there
-            assert (kept["sample"][4 * k + 4 : 4 * k + 8].float() - landed).norm() < 3e-3 * landed.norm()
+        if k < 3:  # the trajectory continues from there
+            assert (stored["sample"][4 * k + 4 : 4 * k + 8].float() - landed).norm() < 3e-3 * landed.norm()
 
 
 def test_a_resumed_run_gives_bit_equal_weights(
@@ -95,9 +97,9 @@ def test_a_resumed_run_gives_bit_equal_weights(
         distill(broken, progress=die)
     with pytest.raises(InputError, match="continue it with --resume"):
         distill(broken)
-    kept = (tmp_path / "broken" / "steps-4" / "distill.json").stat().st_mtime_ns
+    modified = (tmp_path / "broken" / "steps-4" / "distill.json").stat().st_mtime_ns
     distill(broken, resume=True)
-    assert (tmp_path / "broken" / "steps-4" / "distill.json").stat().st_mtime_ns == kept
+    assert (tmp_path / "broken" / "steps-4" / "distill.json").stat().st_mtime_ns == modified
     for steps in (4, 2):
         weights = f"steps-{steps}/diffusion_pytorch_model.safetensors"
         a, b = load_file(tmp_path / "whole" / weights), load_file(tmp_path / "broken" / weights)
@@ -105,7 +107,7 @@ def test_a_resumed_run_gives_bit_equal_weights(
 
 
 @given(to=st.integers(1, 16), doublings=st.integers(1, 4))
-def test_chains_halve(to: int, doublings: int) -> None:
+def test_every_stage_of_a_chain_halves_the_steps(to: int, doublings: int) -> None:
     chain = StepsConfig("g", Path("o"), to=to, start=to * 2**doublings).chain()
     assert chain[-1] == to and len(chain) == doublings
     assert all(a == 2 * b for a, b in zip([to * 2**doublings, *chain], chain, strict=False))
@@ -134,7 +136,7 @@ def test_a_ddim_step_on_the_true_prediction_keeps_image_and_noise(t: int, after:
     assert scale * x + out * output == pytest.approx(np.sqrt(p) * x0 + np.sqrt(1 - p) * eps, abs=1e-5)
 
 
-def test_the_command(
+def test_the_steps_command(
     cli: Callable[..., Result], micro_base: Path, micro_guide: Path, prompts: Path, tmp_path: Path
 ) -> None:
     arguments = ["distill", "steps", "--guide", micro_guide, "--out", tmp_path / "o", "--to", 2, "--from", 4]

@@ -1,4 +1,4 @@
-"""Options of stage 1: each changes what it states, and nothing breaks."""
+"""Options of stage 1: each has its effect, and invalid values are refused."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def stirred(guide: Guide) -> None:
             p.add_(torch.randn_like(p) * 0.05)
 
 
-def gradient(teacher: TeacherModel, states: States, given: GuidanceConfig) -> tuple[float, torch.Tensor]:
+def gradient(teacher: TeacherModel, states: States, settings: GuidanceConfig) -> tuple[float, torch.Tensor]:
     torch.manual_seed(0)
-    student = make_student(teacher, given)
+    student = make_student(teacher, settings)
     stirred(student.guide)
-    objective = GuidanceObjective(states, list(range(60)), teacher, given)
+    objective = GuidanceObjective(states, list(range(60)), teacher, settings)
     with training_attention(torch.device("cpu")):
         loss = objective.loss(student, objective.batch(3, 0, 1))
         loss.backward()
@@ -82,18 +82,18 @@ def test_every_term_changes_the_loss(teacher: TeacherModel, states: States, chan
     other, turned = gradient(teacher, states, config(**changes))
     assert other != plain and torch.isfinite(turned).all()
     cosine = torch.nn.functional.cosine_similarity(direction, turned, dim=0)
-    assert 0.05 < cosine < 0.99999  # another emphasis of the same aim
+    assert 0.05 < cosine < 0.99999  # another weighting of the same objective
 
 
 def test_feature_matching_vanishes_for_a_student_that_matches(teacher: TeacherModel, states: States) -> None:
-    """At w = 1 the teacher's guided features are the plain conditional ones, and so are the student's."""
+    """At w = 1 the features of both the guided teacher and the student are the conditional ones."""
     from pnp_trt.distill.features import feature_error
 
     student = make_student(teacher, config())
     stirred(student.guide)
     rows = torch.arange(8)
     with torch.no_grad():
-        # the states were stored in half precision, and both sides read those
+        # both sides read the states, which were stored in half precision
         assert float(feature_error(student, teacher, states, rows, torch.ones(8))) < 1e-9
         assert float(feature_error(student, teacher, states, rows, torch.full((8,), 5.0))) > 1e-6
 
@@ -109,14 +109,14 @@ def test_gradient_checkpointing_changes_no_gradient(teacher: TeacherModel, state
     assert torch.allclose(plain[1], saved[1], rtol=1e-4, atol=1e-7)
 
 
-def test_a_fresh_guide_leaves_all_of_the_guidance_unexplained(teacher: TeacherModel, states: States) -> None:
+def test_an_untrained_guide_has_a_residual_of_one(teacher: TeacherModel, states: States) -> None:
     student = make_student(teacher, config())
     error = held_out_error(student, states, list(range(60)))
     assert error["residual"] == pytest.approx(1.0, abs=0.02)  # the stored predictions are rounded to half
     assert {b["t_from"] for b in error["bins"]} == {0, 200, 400, 600, 800}
 
 
-def test_rates() -> None:
+def test_learning_rate_schedules() -> None:
     cosine = TrainConfig(steps=1000, lr=1.0, warmup=10)
     assert [cosine.rate(0), cosine.rate(4)] == pytest.approx([0.1, 0.5], rel=1e-3)
     assert cosine.rate(10) == pytest.approx(1.0, abs=1e-3) and cosine.rate(999) == pytest.approx(0.02, abs=1e-3)
@@ -131,42 +131,42 @@ def test_rates() -> None:
      ({"prompts": None}, "pass --prompts FILE, or --images DIR"), ({"feature_matching": -1.0}, "must be 0 or above"),
      ({"states": StateConfig("forward")}, "with --images"), ({"grid_steps": -1}, r"0 \(none\) to 1000")],
 )  # fmt: skip
-def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     prompts = changes.pop("prompts", Path("p"))
     with pytest.raises(InputError, match=message):
         GuidanceConfig("micro", prompts, Path("o"), **changes).check()
 
 
-def test_precisions_after_each_other(micro_base: Path, tmp_path: Path) -> None:
+def test_precisions_can_change_between_runs(micro_base: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("\n".join(PROMPTS))
     losses = {}
     for precision in ("no", "bf16", "no"):
-        given = GuidanceConfig(
+        run = GuidanceConfig(
             str(micro_base), prompts, tmp_path / f"{precision}-{len(losses)}", options={"rank": 4}, grid_steps=0,
             states_dir=tmp_path / "states", states=StateConfig(count=20, steps=5, batch=2),
             train=TrainConfig(steps=3, batch=4, mixed_precision=precision),
         )  # fmt: skip
-        losses[precision, len(losses)] = distill(given)["final_loss"]
+        losses[precision, len(losses)] = distill(run)["final_loss"]
     assert losses["no", 0] == losses["no", 2] != losses["bf16", 1]
-    assert losses["bf16", 1] == pytest.approx(losses["no", 0], rel=0.5)  # bf16 rounds what this teacher states
+    assert losses["bf16", 1] == pytest.approx(losses["no", 0], rel=0.5)  # bf16 rounds this teacher's predictions
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
-def test_a_precision_that_the_device_lacks() -> None:
+def test_a_precision_that_the_device_lacks_is_refused() -> None:
     with pytest.raises(InputError, match="mixed precision 'fp16' needs a GPU and there is none; use no, bf16 or auto"):
         make_accelerator("fp16")
     with pytest.raises(InputError, match="known: no, bf16, fp16, auto"):
         make_accelerator("fp8")
 
 
-def test_options_that_a_guide_does_not_take(teacher: TeacherModel) -> None:
+def test_options_that_a_guide_does_not_take_are_refused(teacher: TeacherModel) -> None:
     with pytest.raises(InputError, match="the full guide does not take these options: .*rank"):
         make_student(teacher, config(guide="full", options={"rank": 4}))
 
 
 @pytest.mark.parametrize(("base", "guide"), [("micro_sdxl", "tiny"), ("micro_sdxl", "full")])
-def test_sdxl_from_end_to_end(base: str, guide: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_sdxl_end_to_end(base: str, guide: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("\n".join(PROMPTS))
     report = distill(
@@ -180,35 +180,40 @@ def test_sdxl_from_end_to_end(base: str, guide: str, request: pytest.FixtureRequ
     assert any((tmp_path / "g" / "logs").iterdir())
 
 
-def test_a_guide_gets_a_sharpener_and_stays_as_it_is(micro_base: Path, tmp_path: Path) -> None:
-    """The error with negative prompts falls, the guide's own weights stay, and its gain and stage 2 keep it."""
+def test_adding_a_sharpener_keeps_the_weights_of_the_guide(micro_base: Path, tmp_path: Path) -> None:
+    """The error with negative prompts falls, the guide's own weights are unchanged, and stage 2 keeps the sharpener."""
     torch.manual_seed(0)
     own = GUIDES["tiny"].from_unet(resolve(str(micro_base)).unet(), rank=4, embed_dim=8)
     stirred(own)
     own.save_pretrained(tmp_path / "own")
     prompts = tmp_path / "p.txt"
     prompts.write_text("\n".join(PROMPTS))
-    given = GuidanceConfig(
+    run = GuidanceConfig(
         str(micro_base), prompts, tmp_path / "g", grid_steps=0, sharpen=str(tmp_path / "own"),
         options={"sharpener_width": 8}, states=StateConfig(count=40, steps=5, batch=4, negative=1.0),
         train=TrainConfig(steps=30, batch=8, lr=0.01, ema=0.5),
     )  # fmt: skip
-    report = distill(given)
-    made = load_guide(str(tmp_path / "g"))
-    assert all(torch.equal(made.state_dict()[k], v) for k, v in own.state_dict().items()) and made.negative_prompts
+    report = distill(run)
+    sharpened = load_guide(str(tmp_path / "g"))
+    assert (
+        all(torch.equal(sharpened.state_dict()[k], v) for k, v in own.state_dict().items())
+        and sharpened.negative_prompts
+    )
     teacher = TeacherModel.load(str(micro_base), PROMPTS, torch.device("cpu"))
-    kept = Collection(teacher.unet, teacher.scheduler, teacher.conditions, given.states, tmp_path / "g" / "states",
-                      report["identity"]).read()  # fmt: skip
+    collected = Collection(teacher.unet, teacher.scheduler, teacher.conditions, run.states, tmp_path / "g" / "states",
+                           report["identity"]).read()  # fmt: skip
     rows = list(range(40))
-    before, after = (held_out_error(Student(teacher.unet, g), kept, rows)["residual"] for g in (own.eval(), made))
+    before, after = (
+        held_out_error(Student(teacher.unet, g), collected, rows)["residual"] for g in (own.eval(), sharpened)
+    )
     assert after < before
     assert report["settings"]["sharpen"] == str(tmp_path / "own") and "sharpen_sha256" in report["settings"]
     steps = StepsConfig(str(tmp_path / "g"), tmp_path / "s", 2, 4, trajectories=4, grid=False,
                         train=TrainConfig(steps=2, batch=4, checkpoint_every=2))  # fmt: skip
     distill_steps(steps)
     halved = load_guide(str(tmp_path / "s" / "steps-2"))
-    assert all(torch.equal(v, made.state_dict()[k]) for k, v in halved.state_dict().items() if "sharpener" in k)
-    assert not all(torch.equal(v, made.state_dict()[k]) for k, v in halved.state_dict().items())
+    assert all(torch.equal(v, sharpened.state_dict()[k]) for k, v in halved.state_dict().items() if "sharpener" in k)
+    assert not all(torch.equal(v, sharpened.state_dict()[k]) for k, v in halved.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_a_guide_gets_a_sharpener_and_stays_as_it_is(micro_base: Path, tmp_path:
      ({"options": {"sharpener_width": 8}}, "a sharpener learns from states with a negative prompt"),
      ({"sharpen": "emoji-tiny", "options": {"rank": 4}, "states": StateConfig(negative=1.0)}, "keeps its design")],
 )  # fmt: skip
-def test_sharpeners_are_checked_before_any_work(changes: dict[str, Any], message: str) -> None:
+def test_invalid_sharpener_options_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         config(**changes).check()
 
@@ -233,7 +238,7 @@ def _write_images(folder: Path) -> None:
     )
 
 
-def test_images_are_noised_unless_trajectories_are_asked_for(
+def test_images_are_noised_unless_trajectories_are_requested(
     cli: Callable[..., Result], micro_base: Path, tmp_path: Path
 ) -> None:
     _write_images(tmp_path)
@@ -245,10 +250,10 @@ def test_images_are_noised_unless_trajectories_are_asked_for(
         assert json.loads((tmp_path / kind / "run.json").read_text())["settings"]["states"]["kind"] == kind
 
 
-def test_a_few_noised_images_are_as_many_as_requested(
+def test_noised_images_give_exactly_the_requested_number_of_states(
     cli: Callable[..., Result], micro_base: Path, tmp_path: Path
 ) -> None:
-    """Trajectories are whole, of 20 states each; noised images have nothing to fill up."""
+    """Trajectories are complete, with 20 states each; noised images need no rounding up."""
     _write_images(tmp_path)
     run = ["distill", "states", "--base", micro_base, "--images", tmp_path, "--num-states", "3"]
     for kind, count in (("forward", 3), ("trajectory", 20)):
@@ -261,7 +266,7 @@ def test_a_few_noised_images_are_as_many_as_requested(
 def test_bases_in_half_precision_are_trained_in_float32(
     cli: Callable[..., Result], micro_base: Path, micro_guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random bases of real size come in float16; the layers of the networks are given nothing but float32."""
+    """Random bases of real size are float16, but training and visualising must run in float32."""
     for name in ("unet", "vae", "text_encoder"):
         own = getattr(BaseModel, name)
         monkeypatch.setattr(BaseModel, name, lambda self, *spec, own=own: own(self, *spec).half())
@@ -276,12 +281,12 @@ def test_bases_in_half_precision_are_trained_in_float32(
 
 def test_forward_states_from_a_folder_of_images(micro_base: Path, tmp_path: Path) -> None:
     _write_images(tmp_path)
-    given = GuidanceConfig(
+    run = GuidanceConfig(
         str(micro_base), None, tmp_path / "g", tmp_path, options={"rank": 4}, grid_steps=0,
         states=StateConfig("forward", count=20, steps=5, batch=2), train=TrainConfig(steps=3, batch=4),
     )  # fmt: skip
-    report = distill(given)
+    report = distill(run)
     assert report["states"] == 20 and "pictures" in report["identity"]
     (tmp_path / "q.txt").write_text("something else")
     with pytest.raises(InputError, match="4 captions of the images are not in the prompts file"):
-        distill(GuidanceConfig(str(micro_base), tmp_path / "q.txt", tmp_path / "h", tmp_path, states=given.states))
+        distill(GuidanceConfig(str(micro_base), tmp_path / "q.txt", tmp_path / "h", tmp_path, states=run.states))

@@ -1,4 +1,4 @@
-"""Places are checked before the work, files appear whole or not at all, and links are followed."""
+"""Output paths are checked before the work, files appear complete or not at all, and links are followed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pnp_trt.io.files import (
     write_new,
 )
 
-#: runs a program without root's right to pass over permissions, as root or as anybody else
+#: command prefix that takes away root's right to ignore permissions; empty for other users
 UNPRIVILEGED = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"] if os.geteuid() == 0 else []
 
 
@@ -59,7 +59,7 @@ def _bad_places(tmp: Path) -> dict[str, Path]:
      "below a loop", "in /proc"],
 )  # fmt: skip
 @pytest.mark.parametrize("check", [check_writable_file, check_writable_folder, check_replaceable_folder])
-def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_left(
+def test_an_unwritable_path_is_refused_and_nothing_is_left(
     tmp_path: Path, name: str, check: Callable[[Path, str], None]
 ) -> None:
     place = _bad_places(tmp_path)[name]
@@ -69,7 +69,7 @@ def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_left(
     assert names(tmp_path) == before and (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_file_and_a_file_not_a_folder(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
     for place in (tmp_path, Path(), Path("/"), Path()):
@@ -86,7 +86,7 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
             check_replaceable_folder(Path("/proc"))
 
 
-def test_good_places_pass_and_stay_as_they_were(tmp_path: Path) -> None:
+def test_writable_paths_pass_and_are_unchanged(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -158,14 +158,14 @@ def test_a_file_is_written_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_files_and_folders_have_the_usual_permissions(tmp_path: Path, umask: int) -> None:
+def test_files_and_folders_have_default_permissions(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         write_bytes(b"x", tmp_path / "bytes")
         write_new(b"x", tmp_path / "new")
         with whole_file(tmp_path / "file") as beside:
             beside.unlink()
-            os.close(os.open(beside, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors makes files
+            os.close(os.open(beside, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors creates files
         with whole_folder(tmp_path / "folder") as work:
             (work / "x").touch()
     finally:
@@ -175,7 +175,7 @@ def test_files_and_folders_have_the_usual_permissions(tmp_path: Path, umask: int
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~umask
 
 
-def test_a_name_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
+def test_a_name_of_maximum_length_can_be_written(tmp_path: Path) -> None:
     name = "n" * 255
     check_writable_file(tmp_path / name)
     write_bytes(b"x", tmp_path / name)
@@ -196,7 +196,7 @@ def test_a_file_that_exists_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "precious" and names(tmp_path) == ["link", "x"]
 
 
-def test_new_files_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_files_can_be_written_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -208,7 +208,7 @@ def test_new_files_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_link_stays_and_what_it_leads_to_is_replaced(
+def test_the_target_of_a_link_is_replaced_and_the_link_stays(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
@@ -228,8 +228,8 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(
     assert (tmp_path / "dangling").is_symlink() and names(tmp_path / "store" / "v2") == ["new"]
 
 
-def test_leavings_of_a_link_are_removed_and_lookalikes_stay(tmp_path: Path) -> None:
-    """Earlier versions left a link of this name for ever; names that only resemble it are the user's."""
+def test_leftover_links_are_removed_and_similar_names_stay(tmp_path: Path) -> None:
+    """Earlier versions left links of this name behind; names that only resemble it belong to the user."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (tmp_path / ".thing.partial-abcd1234").symlink_to("elsewhere")
@@ -241,13 +241,15 @@ def test_leavings_of_a_link_are_removed_and_lookalikes_stay(tmp_path: Path) -> N
         ".thing.partial-abcd12345", ".thing.partial-notes", ".thingx.partial-abcd1234", "elsewhere", "thing",
     ]  # fmt: skip
     assert names(tmp_path / "elsewhere") == ["precious"]
-    with whole_folder(tmp_path / "a[b]*") as work:  # no pattern
+    with whole_folder(tmp_path / "a[b]*") as work:  # not a glob pattern
         (work / "x").touch()
     assert (tmp_path / "a[b]*" / "x").exists()
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_what_may_not_be_removed_is_put_back(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_must_not_be_removed_is_put_back(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     (tmp_path / "thing").mkdir()
@@ -280,7 +282,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: p
     assert names(tmp_path) == ["thing"] and names(tmp_path / "thing") == ["old"]
 
 
-def test_waiting_is_said_and_an_impossible_lock_is_told_at_once(tmp_path: Path) -> None:
+def test_waiting_gives_a_warning_and_an_impossible_lock_fails_at_once(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from pnp_trt.io.files import lock\n"
         f"with lock(Path({str(tmp_path / 'x')!r})): print('locked', flush=True); sys.stdin.readline()\n"
@@ -306,7 +308,7 @@ def test_waiting_is_said_and_an_impossible_lock_is_told_at_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_removes_what_is_half_done(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_removes_partial_output(tmp_path: Path, number: signal.Signals) -> None:
     program = (
         "import time; from pathlib import Path; from pnp_trt.io import process\n"
         "from pnp_trt.io.files import whole_folder\n"
@@ -317,17 +319,17 @@ def test_a_signal_removes_what_is_half_done(tmp_path: Path, number: signal.Signa
     )
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # a job in the background of a shell ignores SIGINT, and its children inherit that
+        # background jobs of a shell ignore SIGINT, and their children inherit that
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     child.send_signal(number)
     if number == signal.SIGTERM:
         child.send_signal(number)  # as timeout(1) does
-    said = child.communicate(timeout=600)[1]
+    errors = child.communicate(timeout=600)[1]
     assert child.returncode == 128 + number and names(tmp_path) == []
-    assert said.startswith("pnp-trt: interrupted" if number == signal.SIGINT else "pnp-trt: terminated")
-    assert "Traceback" not in said
+    assert errors.startswith("pnp-trt: interrupted" if number == signal.SIGINT else "pnp-trt: terminated")
+    assert "Traceback" not in errors
 
 
 def test_a_signal_waits_for_a_deferred_block(tmp_path: Path) -> None:
@@ -374,7 +376,7 @@ def test_a_child_process_ends_with_its_parent(tmp_path: Path) -> None:
     [("> /dev/full", 1, "standard output cannot be written (No space left on device)"), ("| true", 141, "")],
 )
 @pytest.mark.parametrize("buffered", [True, False])
-def test_standard_output_that_cannot_be_written(output: str, code: int, said: str, buffered: bool) -> None:
+def test_unwritable_standard_output_is_reported(output: str, code: int, said: str, buffered: bool) -> None:
     program = "import sys, time; from pnp_trt.cli import main; sys.argv[1:] = ['--version']; time.sleep(.5); main()"
     env = {**os.environ, **({} if buffered else {"PYTHONUNBUFFERED": "1"})}
     done = subprocess.run(
@@ -386,6 +388,6 @@ def test_standard_output_that_cannot_be_written(output: str, code: int, said: st
 
 
 @pytest.mark.parametrize("name", [".run.json.abc_1234", ".states.json.zzzzzzzz", ".thing.partial-0123abcd", ".x.lock"])
-def test_temporary_names_are_known(name: str) -> None:
+def test_temporary_names_are_recognised(name: str) -> None:
     assert is_temporary(name)
     assert not any(is_temporary(other) for other in (name[1:], f"{name}.txt", "run.json", ".run.json", ".gitignore"))

@@ -1,4 +1,4 @@
-"""The reader of image files against arithmetic in numpy: depth, rotation, transparency, colour models, refusals."""
+"""The reader of image files, checked against numpy: depth, rotation, transparency, colour models, and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RGBA = 6
 
 
 def packed(row: np.ndarray, bits: int) -> bytes:
-    """One row of grey values, most significant bit first, filled up to whole bytes."""
+    """Pack a row of grey values, most significant bit first, padded to whole bytes."""
     digits = "".join(f"{v:0{bits}b}" for v in row)
     return int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8), "big")
 
@@ -31,7 +31,7 @@ def packed(row: np.ndarray, bits: int) -> bytes:
 def png(
     values: np.ndarray, kind: int, bits: int = 16, key: tuple[int, ...] = (), size: tuple[int, int] | None = None
 ) -> bytes:
-    """A PNG written from the specification: values of 16 bits, or packed grey of fewer."""
+    """Write a PNG by the specification, with values of 16 bits, or packed grey values of fewer."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -89,10 +89,10 @@ def test_a_sixteen_bit_ramp_keeps_its_mean() -> None:
 
 
 @pytest.mark.parametrize("bits", [12])
-def test_a_twelve_bit_tiff_has_its_own_white(bits: int) -> None:
+def test_white_in_a_twelve_bit_tiff_is_4095(bits: int) -> None:
     values = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
-    packed = "".join(f"{v:012b}" for v in values.ravel())
-    body = int(packed, 2).to_bytes(len(packed) // 8, "big")
+    digits = "".join(f"{v:012b}" for v in values.ravel())
+    body = int(digits, 2).to_bytes(len(digits) // 8, "big")
     tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: len(body)}
     head = struct.pack("<2sHI", b"II", 42, 8 + len(body))
     entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, v) for tag, v in tags.items())
@@ -145,7 +145,7 @@ def over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.round(rgb * share + 255 * (1 - share))
 
 
-def test_transparent_parts_are_laid_on_white() -> None:
+def test_transparent_parts_are_blended_with_white() -> None:
     alpha = np.arange(54, dtype=np.uint8).reshape(6, 9) * 4
     rgba = Image.fromarray(np.dstack([NOISE, alpha]))
     assert np.abs(read(encoded(rgba, "PNG")) - over_white(NOISE, alpha)).max() <= 1
@@ -196,7 +196,7 @@ def test_cmyk_and_other_colour_models() -> None:
     np.testing.assert_array_equal(read(encoded(Image.fromarray(NOISE), "BMP")), NOISE)
 
 
-def test_the_first_frame_of_an_animation_is_taken() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     frames = [Image.fromarray(np.full((4, 4, 3), v, np.uint8)) for v in (10, 200)]
     for kind in ("GIF", "WEBP", "TIFF", "PNG"):
         assert read(encoded(frames[0], kind, save_all=True, append_images=frames[1:])).mean() == pytest.approx(
@@ -224,7 +224,7 @@ BOMB = png(np.zeros((1, 1)), GREY, 16, size=(60_000, 60_000))
     ],
     ids=["empty", "text", "eps", "svg", "ppm", "cut-png", "cut-jpeg", "header", "cut-tiff", "bomb"],
 )  # fmt: skip
-def test_what_is_not_a_usable_image_is_one_sentence(tmp_path: Path, data: bytes, message: str) -> None:
+def test_unusable_images_are_refused_in_one_sentence(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "x.png").write_bytes(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -233,13 +233,13 @@ def test_what_is_not_a_usable_image_is_one_sentence(tmp_path: Path, data: bytes,
     assert str(e.value).startswith(str(tmp_path / "x.png")) and "\n" not in str(e.value)
 
 
-def test_the_limit_holds_where_another_library_lifted_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_limit_does_not_depend_on_that_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(ImageError, match=f"is 60000 × 60000, more than {MAX_PIXELS:,} pixels"):
         read(BOMB)
 
 
-def test_missing_files_folders_and_pipes(tmp_path: Path) -> None:
+def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe")
@@ -250,7 +250,7 @@ def test_missing_files_folders_and_pipes(tmp_path: Path) -> None:
             read_rgb(other)
 
 
-def test_the_starting_image_is_scaled_too(tmp_path: Path) -> None:
+def test_a_starting_image_of_16_bits_is_scaled(tmp_path: Path) -> None:
     (tmp_path / "ramp.png").write_bytes(png(RAMP, GREY))
     pixels, name = read_image(tmp_path / "ramp.png", (64, 64))
     assert pixels.mean() == pytest.approx(127.5, abs=0.1) and name == str(tmp_path / "ramp.png")
@@ -260,7 +260,7 @@ def test_the_starting_image_is_scaled_too(tmp_path: Path) -> None:
         read_image([1], (8, 8))  # type: ignore[arg-type]
 
 
-def test_a_file_that_another_process_made_meanwhile_is_bad_input(tmp_path: Path) -> None:
+def test_a_file_created_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "g.png").write_text("another process's")
     with pytest.raises(InputError, match="g.png exists and is not overwritten; name another file"):
         save_image(np.zeros((8, 8, 3), np.uint8), {}, tmp_path / "g.png")

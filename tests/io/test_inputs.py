@@ -1,4 +1,4 @@
-"""Text inputs: byte order marks, line ends, encodings, damaged JSON, and prompts that no tokenizer can take."""
+"""Text inputs: byte order marks, line endings, encodings, damaged JSON, and prompts that no tokenizer accepts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ENCODINGS = {
 
 
 class Stream:
-    """Standard input that holds bytes."""
+    """Standard input that contains bytes."""
 
     def __init__(self, data: bytes) -> None:
         self.buffer = io.BytesIO(data)
@@ -54,7 +54,7 @@ def test_arguments_are_utf8_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> No
     assert read_arguments(["süß".encode().decode("ascii", "surrogateescape"), "a\udcff"]) == ["süß", "a\udcff"]
 
 
-def test_a_mark_in_an_argument_is_not_part_of_the_prompt() -> None:
+def test_a_byte_order_mark_in_an_argument_is_not_part_of_the_prompt() -> None:
     assert read_arguments(["\ufeffa red apple", "b"]) == ["a red apple", "b"]
 
 
@@ -71,7 +71,7 @@ def test_a_mark_in_an_argument_is_not_part_of_the_prompt() -> None:
         (b"\xef\xbb\xbf \r\n", "no prompt"),
     ],
 )
-def test_what_is_not_text_is_refused_with_its_place(
+def test_invalid_text_is_refused_with_its_position(
     data: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "p.txt").write_bytes(data)
@@ -82,7 +82,7 @@ def test_what_is_not_text_is_refused_with_its_place(
         read_arguments(["-"])
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path / "none", tmp_path, tmp_path / ("x" * 300), Path("a\0b")):
         with pytest.raises(InputError, match="one prompt per line"):
             read_prompts(path)
@@ -101,7 +101,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     "text",
     ['{"a": 1', "", '{"a": NaN}', "[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"a": Infinity}', "\ufeff{"],
 )
-def test_json_that_is_not_usable_is_one_sentence(text: str, tmp_path: Path) -> None:
+def test_unusable_json_is_refused_in_one_sentence(text: str, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(text, encoding="utf-8")
     for read in (inputs.read_json, results.read, Record.read):
@@ -110,7 +110,7 @@ def test_json_that_is_not_usable_is_one_sentence(text: str, tmp_path: Path) -> N
         assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
-def test_marks_do_not_spoil_json_and_toml(tmp_path: Path) -> None:
+def test_json_and_toml_may_have_byte_order_marks(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')
     assert inputs.read_json(tmp_path / "x.json") == {"a": 1}
     (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbfrounds = 3\r\n")
@@ -120,7 +120,7 @@ def test_marks_do_not_spoil_json_and_toml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"rounds = \xff", b"a = " + b"[" * 3000, b"a = " + b"9" * 5000, b"rounds = 3\0"])
-def test_damaged_suites_are_one_sentence(data: bytes, tmp_path: Path) -> None:
+def test_damaged_suites_are_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(data)
     with pytest.raises(InputError, match="suite .*x.toml"):
         suites.load(str(tmp_path / "x.toml"))
@@ -149,7 +149,7 @@ def test_captions_are_read_like_prompts(tmp_path: Path) -> None:
         ("{", "line 2 is not complete JSON"),
     ],
 )
-def test_rows_of_metadata_are_checked(row: str, message: str, tmp_path: Path) -> None:
+def test_invalid_rows_of_metadata_are_refused(row: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + row)
     with pytest.raises(InputError, match=message):
         find_images(tmp_path)
@@ -164,7 +164,7 @@ def test_rows_of_metadata_are_checked(row: str, message: str, tmp_path: Path) ->
         (3, "is int, not text"),
     ],
 )
-def test_prompts_that_no_tokenizer_takes(prompt: Any, message: str) -> None:
+def test_prompts_that_no_tokenizer_accepts_are_refused(prompt: Any, message: str) -> None:
     from pnp_trt.runtime.pipeline import check_request
 
     with pytest.raises(InputError, match=message):
@@ -175,14 +175,14 @@ def test_prompts_that_no_tokenizer_takes(prompt: Any, message: str) -> None:
     "prompt",
     ["a (red:1.5) apple", "a <lora:sepia:1>", "a BREAK b", "((red)) apple", "[cat:dog:0.5]", "(a b : .7)"],
 )
-def test_syntax_of_other_programs_is_warned_of_once(prompt: str) -> None:
-    with pytest.warns(UserWarning, match="in a prompt is read as plain words") as said:
+def test_syntax_of_other_programs_gives_one_warning(prompt: str) -> None:
+    with pytest.warns(UserWarning, match="in a prompt is read as plain words") as caught:
         inputs.warn_of_syntax(["plain", prompt, prompt])
-    assert len(said) == 1
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("prompt", ["a red apple (small)", "a break", "A CAT (RED) BREAK", "3:2", "[x]", "a: b", "<3"])
-def test_plain_prompts_are_not_warned_of(prompt: str) -> None:
+def test_plain_prompts_give_no_warning(prompt: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inputs.warn_of_syntax([prompt])
@@ -219,7 +219,7 @@ def shaped(**changes: Any) -> dict[str, Any]:
         {"versions": []},
     ],
 )  # fmt: skip
-def test_calibration_records_of_another_shape_are_one_sentence(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_malformed_calibration_records_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text(json.dumps(shaped()))
     assert Record.read(path).share() == 1.0

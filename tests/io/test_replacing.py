@@ -1,4 +1,4 @@
-"""Nothing of the user's is lost: what --force may remove, what a run's folder may hold, and names that never clash."""
+"""No user files are lost: what --force may remove, what a run's folder may contain, and names that never clash."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
-def test_what_is_certainly_a_bundle_may_be_removed(tmp_path: Path, name: str) -> None:
+def test_recognisable_bundles_may_be_removed(tmp_path: Path, name: str) -> None:
     check_removable_bundle(make(tmp_path / "x", OURS[name]))
 
 
 @pytest.mark.parametrize("name", sorted(FOREIGN))
-def test_anything_else_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    files, said = FOREIGN[name]
+def test_other_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    files, listed = FOREIGN[name]
     with pytest.raises(InputError) as caught:
         check_removable_bundle(make(tmp_path / "x", files))
-    assert f"holds {said}" in str(caught.value) and "choose another --out" in str(caught.value)
+    assert f"holds {listed}" in str(caught.value) and "choose another --out" in str(caught.value)
     assert contents(tmp_path / "x") == files
 
 
@@ -95,7 +95,7 @@ def test_links_in_a_bundle_are_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["build", "plug"])
-def test_force_keeps_a_folder_that_is_no_bundle(
+def test_force_keeps_a_folder_that_is_not_a_bundle(
     cli: Cli, engines: Path, micro_base: Path, tmp_path: Path, command: str
 ) -> None:
     files = {"tokenizer.json": "{}", "precious.bin": "dear"}
@@ -109,7 +109,7 @@ def test_force_keeps_a_folder_that_is_no_bundle(
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == ["clip", "link"]
 
 
-def test_force_replaces_what_a_link_leads_to(cli: Cli, engines: Path, micro_base: Path, tmp_path: Path) -> None:
+def test_force_replaces_the_target_of_a_link(cli: Cli, engines: Path, micro_base: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(engines / "plain", store / "v1")
     (store / "v1" / "unet.onnx").write_bytes(b"damaged")
@@ -147,7 +147,7 @@ def test_a_file_of_another_kind_is_not_replaced(cli: Cli, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", [".run.json.abc_1234", ".run.json.partial-0123abcd"])
-def test_a_run_that_was_killed_before_its_record_was_there_resumes(tmp_path: Path, name: str) -> None:
+def test_a_run_killed_before_its_record_was_written_can_be_resumed(tmp_path: Path, name: str) -> None:
     make(tmp_path / "run", {name: "{"})
     claim(tmp_path / "run", {"a": 1}, resume=True)
     assert sorted(contents(tmp_path / "run")) == ["run.json"]
@@ -166,14 +166,14 @@ def test_a_run_that_was_killed_before_its_record_was_there_resumes(tmp_path: Pat
     [("", "is damaged"), ('{"key":', "is damaged"), ("[1]", "it holds a list"), ("1", "it holds a int"),
      ("[" * 100_000, "is damaged")],
 )  # fmt: skip
-def test_a_damaged_record_is_told_in_a_sentence(tmp_path: Path, text: str, said: str) -> None:
+def test_a_damaged_record_is_refused(tmp_path: Path, text: str, said: str) -> None:
     make(tmp_path / "run", {"run.json": text, "thesis.txt": "dear"})
     with pytest.raises(InputError, match=said):
         claim(tmp_path / "run", {"a": 1}, resume=True)
     assert contents(tmp_path / "run")["thesis.txt"] == "dear"
 
 
-def test_the_work_folder_keeps_what_is_the_users(tmp_path: Path) -> None:
+def test_the_work_folder_keeps_user_files(tmp_path: Path) -> None:
     with Work(tmp_path / "w", {}) as work:
         work.table("t", 0, lambda: 1)
         work.arrays("n", 0, lambda: {"x": np.zeros(2)})
@@ -182,7 +182,7 @@ def test_the_work_folder_keeps_what_is_the_users(tmp_path: Path) -> None:
     assert contents(tmp_path / "w") == {"notes.txt": "dear", "sub/x.json": "1"}
 
 
-def test_a_full_disk_leaves_no_half_piece(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_piece(tmp_path: Path) -> None:
     program = (
         "import resource, signal, sys; import numpy as np; from pathlib import Path\n"
         "from pnp_trt.bench.work import Work; from pnp_trt.errors import PnpError\n"
@@ -199,8 +199,8 @@ def test_a_full_disk_leaves_no_half_piece(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-def test_two_processes_never_lose_an_image(tmp_path: Path) -> None:
-    """Four at once write 40 images of one name; each is there, whole, and is its writer's."""
+def test_concurrent_processes_never_lose_an_image(tmp_path: Path) -> None:
+    """Four processes each write 40 images of the same name; every image is complete and belongs to its writer."""
     program = (
         "import sys; import numpy as np; from pathlib import Path; from pnp_trt.runtime.images import save_new\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
@@ -251,7 +251,7 @@ def test_a_short_label_is_shown_as_it_is() -> None:
     assert short.shape[1] < long.shape[1] <= 70 + 400
 
 
-# ------------------------------------------------------------------------------------------------- places, end to end
+# -------------------------------------------------------------------------------------------------- paths, end to end
 
 
 def commands(base: Path, guide: Path, prompts: Path) -> dict[str, list[object]]:
@@ -274,7 +274,7 @@ def commands(base: Path, guide: Path, prompts: Path) -> dict[str, list[object]]:
 
 
 @pytest.mark.parametrize("name", sorted(commands(Path(), Path(), Path())))
-def test_a_place_that_cannot_be_written_is_told_before_the_work(
+def test_an_unwritable_path_is_reported_before_the_work(
     cli: Cli, engines: Path, micro_base: Path, micro_guide: Path, tmp_path: Path, name: str
 ) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -304,7 +304,7 @@ def test_the_current_folder_is_never_replaced(
     assert (tmp_path / "thesis.txt").read_text() == "dear"
 
 
-def test_images_are_written_though_nobody_reads_their_names(engines: Path, tmp_path: Path) -> None:
+def test_all_images_are_written_although_the_output_pipe_is_closed(engines: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} -m pnp_trt sample 'a cat' --engine guided --steps 1 -n 30 --out {tmp_path / 's'}"
     done = subprocess.run(
         ["bash", "-c", f"PYTHONUNBUFFERED=1 {command} | head -1; exit ${{PIPESTATUS[0]}}"],
@@ -316,6 +316,6 @@ def test_images_are_written_though_nobody_reads_their_names(engines: Path, tmp_p
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "1e300"])
-def test_a_workspace_without_bound_is_refused(cli: Cli, tmp_path: Path, value: str) -> None:
+def test_an_unbounded_workspace_is_refused(cli: Cli, tmp_path: Path, value: str) -> None:
     done = cli("build", "--workspace", value, "--out", tmp_path / "x")
     assert done.code == 2 and "--workspace" in done.err and "unexpected" not in done.err

@@ -40,13 +40,13 @@ LAYERS = (
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0",
 )
-#: diffusers distinguishes formats by the last projection
+#: includes the output projection, from which diffusers recognises a LoRA's format
 TEXT_LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj")
 RANK, ALPHA = 4, 2.0
 
 
 def factors(shapes: dict[str, torch.Size]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return seeded (A, B) by layer."""
+    """Return random low-rank factors (A, B) of each layer, from a fixed seed."""
     g = torch.Generator().manual_seed(3)
     return {
         n: (torch.randn(RANK, s[1], generator=g) * 0.2, torch.randn(s[0], RANK, generator=g) * 0.2)
@@ -56,7 +56,7 @@ def factors(shapes: dict[str, torch.Size]) -> dict[str, tuple[torch.Tensor, torc
 
 @pytest.fixture(scope="session")
 def lora_factors(tuned: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(A, B) of each layer of the U-Net and the text encoder."""
+    """LoRA factors (A, B) of the layers of the U-Net and the text encoder."""
     unet = load_file(tuned / "unet" / "diffusion_pytorch_model.safetensors")
     shapes = {n: unet[f"{n}.weight"].shape for n in LAYERS}
     return factors({**shapes, **{n: torch.Size([32, 32]) for n in TEXT_LAYERS}})
@@ -64,7 +64,7 @@ def lora_factors(tuned: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def diffusers_lora(lora_factors: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of the U-Net in diffusers' format, without alpha, so that alpha is the rank."""
+    """A LoRA of the U-Net in diffusers' format, without alpha, so that alpha equals the rank."""
     path = tmp_path_factory.mktemp("lora") / "plain.safetensors"
     weights = {}
     for name in LAYERS:
@@ -76,7 +76,7 @@ def diffusers_lora(lora_factors: dict, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def kohya_lora(lora_factors: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of U-Net and text encoder in kohya's format, with an alpha per layer."""
+    """A LoRA of the U-Net and the text encoder in kohya's format, with an alpha per layer."""
     path = tmp_path_factory.mktemp("lora") / "kohya.safetensors"
     weights = {}
     for name, (a, b) in lora_factors.items():

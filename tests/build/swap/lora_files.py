@@ -1,4 +1,4 @@
-"""LoRA files in trainers' formats, and the expected change of each layer by the formula, in float64."""
+"""Write LoRA files in the formats of common trainers, and compute the expected weight changes in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 Shapes = Mapping[str, tuple[int, ...]]
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-#: layers of the micro teacher's U-Net → their names in original checkpoints, written by hand
+#: layers of the micro teacher's U-Net → their names in original checkpoints, a handwritten table
 UNET = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -47,7 +47,7 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Low-rank factors of one layer; an ``alpha`` of None is not written."""
+    """Low-rank factors of one layer; no alpha is written if ``alpha`` is None."""
 
     layer: str
     rank: int
@@ -103,13 +103,13 @@ def write(
     """Write a file of one of ``FORMATS``.
 
     Args:
-        shapes: of the layers' weights.
-        dtype: of the factors.
-        as_matrices: flatten the factors of convolutions after their first axis.
+        shapes: shapes of the layers' weights.
+        dtype: type of the factors.
+        as_matrices: flatten the factors of convolutions to matrices.
         metadata: peft's configuration.
 
     Returns:
-        alpha/rank · B·A by layer, in the weight's shape, from the stored factors.
+        The change alpha/rank · B·A of each layer, in the weight's shape, computed from the stored factors.
     """
     rng = np.random.default_rng(seed)
     tensors, out = {}, {}

@@ -1,4 +1,4 @@
-"""Original checkpoints' keys, U-Nets' folders, and weights read back from a graph."""
+"""Checkpoints with original keys, sharded U-Net folders, and weights read back from a graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LDM = {"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.trans
 
 @pytest.fixture(scope="module")
 def original(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fine-tune's U-Net and text encoder in one file of original keys."""
+    """The fine-tune's U-Net and text encoder in one file with original keys."""
     unet = load_file(tuned / "unet" / "diffusion_pytorch_model.safetensors")
     text = load_file(tuned / "text_encoder" / "model.safetensors")
     weights = {LDM["unet"] + original_key(k): v for k, v in unet.items()}
@@ -49,14 +49,16 @@ def test_an_original_checkpoint_gives_the_same_weights(
         assert sha256(ours.folder / name) == sha256(theirs.folder / name)
 
 
-def test_an_original_weight_that_is_not_known_is_left_over(micro_bundles: Path, original: Path, tmp_path: Path) -> None:
+def test_an_unknown_original_weight_is_refused(micro_bundles: Path, original: Path, tmp_path: Path) -> None:
     weights = load_file(original) | {f"{LDM['unet']}control.weight": torch.zeros(3)}
     save_file(weights, tmp_path / "odd.safetensors")
     with pytest.raises(InputError, match=r"1 weight \(model.diffusion_model.control.weight\) left over"):
         plug(PlugSpec(str(micro_bundles / "guided"), str(tmp_path / "odd.safetensors"), out=tmp_path / "x"))
 
 
-def test_a_unets_folder_and_its_shards(micro_bundles: Path, tuned: Path, tuned_unet: Path, tmp_path: Path) -> None:
+def test_a_sharded_unet_folder_equals_a_single_file(
+    micro_bundles: Path, tuned: Path, tuned_unet: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
     shutil.copyfile(tuned / "unet" / "config.json", folder / "config.json")
@@ -72,8 +74,8 @@ def test_a_unets_folder_and_its_shards(micro_bundles: Path, tuned: Path, tuned_u
     assert sha256(one.folder / "unet.onnx.data") == sha256(other.folder / "unet.onnx.data")
 
 
-def test_another_seed_is_a_fine_tune_of_random_weights() -> None:
-    """The U-Net alone differs, so that plugging it costs what plugging a fine-tuned U-Net costs."""
+def test_another_seed_changes_only_the_random_unet() -> None:
+    """Plugging such a U-Net therefore costs as much as plugging a real fine-tuned U-Net."""
     one, other = find("random:sd15").fingerprint(), find("random:sd15#2").fingerprint()
     assert {k for k in one if one[k] != other[k]} == {"unet"}
     with pytest.raises(InputError, match="the seed of 'random:sd15#x' is not a whole number; write random:sd15#2"):

@@ -1,4 +1,4 @@
-"""LoRAs: both formats, merged exactly, and nothing of them dropped in silence."""
+"""LoRAs in both formats are merged exactly, and keys that match no layer are errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_merged_weight_is_w_plus_scaled_ba(
             assert torch.equal(after[key], old), key
 
 
-def test_the_text_encoders_part_is_merged_too(micro_base: Path, kohya_lora: Path, lora_factors: dict) -> None:
+def test_the_text_encoder_is_merged_too(micro_base: Path, kohya_lora: Path, lora_factors: dict) -> None:
     before, after = (
         resolve(str(micro_base)).text_encoder().state_dict(),
         merged(micro_base, "text_encoder", str(kohya_lora)),
@@ -62,37 +62,38 @@ def test_the_text_encoders_part_is_merged_too(micro_base: Path, kohya_lora: Path
         torch.testing.assert_close(after[key], before[key] + ALPHA / RANK * b @ a)
 
 
-def test_two_loras_add_up_and_undo_each_other(micro_base: Path, diffusers_lora: Path) -> None:
+def test_two_loras_of_opposite_scales_cancel(micro_base: Path, diffusers_lora: Path) -> None:
     before = resolve(str(micro_base)).unet().state_dict()
     after = merged(micro_base, "unet", f"{diffusers_lora}:0.5", f"{diffusers_lora}:-0.5")
     for key in before:
         torch.testing.assert_close(after[key], before[key])
 
 
-def test_a_lora_is_plugged_in_with_its_text_encoder(micro_bundles: Path, kohya_lora: Path, tmp_path: Path) -> None:
-    made = plug(PlugSpec(str(micro_bundles / "guided"), loras=(f"{kohya_lora}:0.7",), out=tmp_path / "x"))
-    m = open_bundle(made.folder).manifest
+def test_a_plugged_lora_changes_unet_and_text_encoder(micro_bundles: Path, kohya_lora: Path, tmp_path: Path) -> None:
+    plugged = plug(PlugSpec(str(micro_bundles / "guided"), loras=(f"{kohya_lora}:0.7",), out=tmp_path / "x"))
+    m = open_bundle(plugged.folder).manifest
     assert m.plugged.networks == {
         "unet": "external weights", "text_encoder": "external weights", "vae_decoder": "kept"
     }  # fmt: skip
     assert m.base.loras[0].scale == 0.7 and max(m.parity.relative_error.values()) < 1e-4
     before = open_bundle(micro_bundles / "guided").manifest.base.sha256
     assert {k for k in before if before[k] != m.base.sha256[k]} == {"unet", "text_encoder", "all"}
-    with pytest.raises(InputError, match="contains a different or damaged bundle"):  # another scale is another bundle
+    # a different scale makes a different bundle
+    with pytest.raises(InputError, match="contains a different or damaged bundle"):
         plug(PlugSpec(str(micro_bundles / "guided"), loras=(f"{kohya_lora}:0.6",), out=tmp_path / "x"))
 
 
 @pytest.mark.parametrize(("network", "layer"), [("unet", "attn"), ("text_encoder", "self_attn")])
-def test_a_merge_that_is_wrong_is_noticed_in_what_was_written(
+def test_a_wrong_merge_is_detected_in_the_written_weights(
     network: str, layer: str, micro_bundles: Path, kohya_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch runs the merged weights, so that comparison passes; the formula's does not."""
-    arithmetic = import_module("pnp_trt.build.swap.lora.merge")  # the package has a function of this name
+    """PyTorch runs the same wrong weights, so parity passes; only the comparison with the formula fails."""
+    arithmetic = import_module("pnp_trt.build.swap.lora.merge")  # the package's merge function hides the module
 
     def off(change: LayerChange) -> torch.Tensor | None:
-        found = weight_change(change)
+        delta = weight_change(change)
         wrong = change.layer.network == network and layer in change.layer.name
-        return found * 1.001 if found is not None and wrong else found
+        return delta * 1.001 if delta is not None and wrong else delta
 
     weight_change = arithmetic.weight_change
     monkeypatch.setattr(arithmetic, "weight_change", off)
@@ -104,7 +105,7 @@ def test_a_merge_that_is_wrong_is_noticed_in_what_was_written(
 def test_a_unet_file_and_a_lora_for_the_text_encoder(
     micro_bundles: Path, tuned_unet: Path, kohya_lora: Path, tmp_path: Path
 ) -> None:
-    """The fine-tune has no text encoder: the engine's own base's is merged into."""
+    """The fine-tune has no text encoder, so the LoRA is merged into that of the engine's base."""
     m = plug(PlugSpec(str(micro_bundles / "guided"), str(tuned_unet), (str(kohya_lora),), tmp_path / "x")).manifest
     assert m.plugged.networks["text_encoder"] == "external weights"
     assert m.parity.relative_error["text_encoder"] < 1e-4
@@ -132,7 +133,7 @@ KEY = f"unet.{LAYERS[0]}.lora_A.weight"
         (lambda w: w.update({"transformer.x.lora_A.weight": torch.zeros(4, 4)}), "match no layer .*: transformer.x."),
     ],
 )  # fmt: skip
-def test_loras_that_do_not_fit_are_one_sentence(
+def test_loras_that_do_not_fit_are_refused(
     micro_bundles: Path, diffusers_lora: Path, tmp_path: Path, change: Callable[[dict], None], message: str
 ) -> None:
     path = changed_lora(diffusers_lora, tmp_path, change)
@@ -141,7 +142,7 @@ def test_loras_that_do_not_fit_are_one_sentence(
     assert not (tmp_path / "x").exists()
 
 
-def test_what_is_no_lora_is_refused(tmp_path: Path, diffusers_lora: Path) -> None:
+def test_invalid_lora_arguments_are_refused(tmp_path: Path, diffusers_lora: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"pickle")
     for text, message in (
         ("nope", "no LoRA 'nope'; --lora takes FILE.safetensors or FILE.safetensors:scale, or: sepia"),
@@ -156,8 +157,8 @@ def test_what_is_no_lora_is_refused(tmp_path: Path, diffusers_lora: Path) -> Non
 
 @given(st.floats(-4, 4))
 def test_scales_are_read_as_written(scale: float) -> None:
-    found = Lora.parse(f"sepia:{scale}")
-    assert (found.name, found.scale) == ("sepia", scale)
+    lora = Lora.parse(f"sepia:{scale}")
+    assert (lora.name, lora.scale) == ("sepia", scale)
     assert Lora.parse("sepia").scale == 1.0
 
 

@@ -1,4 +1,4 @@
-"""Merged weights are W + Σ scale · alpha/rank · B·A, worked out by numpy in float64 from the factors as stored."""
+"""Merged weights equal W + Σ scale · alpha/rank · B·A, computed by numpy in float64 from the stored factors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Networks:
         return load(Lora.parse(f"{path}:{scale}"), self.names)
 
     def merged(self, loras: list[LoraWeights], stored: torch.dtype = torch.float32) -> dict[str, dict[str, Any]]:
-        """State dicts by network after a merge into weights that are stored in a type."""
+        """Return the state dict of each network after a merge into weights of type ``stored``."""
         modules = {n: copy.deepcopy(m).to(stored) for n, m in self.modules.items()}
         return {n: merge(m, n, loras).state_dict() for n, m in modules.items()}
 
@@ -60,18 +60,18 @@ class Networks:
         self, loras: list[LoraWeights], added: dict[str, np.ndarray], stored: torch.dtype = torch.float32,
         biases: dict[str, np.ndarray] | None = None,
     ) -> None:  # fmt: skip
-        """Hold a merge against W + what should be added; every other weight is as before, bit by bit."""
+        """Compare a merge with W + ``added``; all other weights must be bit-identical."""
         after = self.merged(loras, stored)
-        right = {self.key(layer): (network_of(layer), delta) for layer, delta in added.items()}
-        right |= {self.key(layer, "bias"): (network_of(layer), delta) for layer, delta in (biases or {}).items()}
+        deltas = {self.key(layer): (network_of(layer), delta) for layer, delta in added.items()}
+        deltas |= {self.key(layer, "bias"): (network_of(layer), delta) for layer, delta in (biases or {}).items()}
         for network, state in after.items():
             for key, value in state.items():
                 before = self.modules[network].state_dict()[key].to(stored)
-                if right.get(key, ("", 0))[0] != network:
+                if deltas.get(key, ("", 0))[0] != network:
                     assert torch.equal(value, before), key
                     continue
-                wanted = numbers(before) + right[key][1]
-                error = np.abs(numbers(value) - wanted).max() / np.abs(wanted).max()
+                expected = numbers(before) + deltas[key][1]
+                error = np.abs(numbers(value) - expected).max() / np.abs(expected).max()
                 assert error < 1e-6, f"{key}: {error:.1e}"
 
 
@@ -85,7 +85,7 @@ ALPHAS = st.none() | st.just(0.0) | st.floats(-32, 32, width=32)
 
 @st.composite
 def files(draw: st.DrawFn) -> dict[str, Any]:
-    """A LoRA file's layers with ranks and alphas of their own, its format, the type of its factors, and a scale."""
+    """Draw a LoRA file: layers with a rank and an alpha each, its format, the type of its factors, and a scale."""
     layers = draw(st.lists(st.sampled_from([*UNET, *TEXT]), min_size=1, max_size=6, unique=True))
     return {
         "form": draw(st.sampled_from(FORMATS)),
@@ -120,7 +120,7 @@ def test_every_format_names_every_layer(networks: Networks, tmp_path: Path, form
 
 
 @pytest.mark.parametrize("prefix", ["unet.", ""])
-def test_attention_processors_of_old_diffusers(networks: Networks, tmp_path: Path, prefix: str) -> None:
+def test_attention_processor_keys_of_old_diffusers_are_read(networks: Networks, tmp_path: Path, prefix: str) -> None:
     pairs = [Pair(Q, 4, None), Pair(K, 2, None), Pair(OUT, 3, None), Pair(TEXT[0], 2, None), Pair(TEXT[1], 5, None)]
     added = write(tmp_path / "new.safetensors", "diffusers", pairs, networks.shapes)
     old = {
@@ -136,8 +136,8 @@ def test_attention_processors_of_old_diffusers(networks: Networks, tmp_path: Pat
     networks.check([networks.load(tmp_path / "old.safetensors")], added)
 
 
-def test_original_names_are_those_of_diffusers_converter(networks: Networks) -> None:
-    """Second opinion: diffusers' own conversion of checkpoints puts each original name where ours states it is."""
+def test_original_names_match_diffusers_converter(networks: Networks) -> None:
+    """Independent check: diffusers' checkpoint converter maps each original name to the same layer."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     unet = networks.modules["unet"]
@@ -172,7 +172,7 @@ def test_a_bundles_configs_name_the_layers_of_its_networks(networks: Networks, m
 
 
 def unet_pairs(tmp_path: Path, networks: Networks, metadata: dict[str, Any]) -> tuple[Path, dict[str, np.ndarray]]:
-    """A file of ranks 4, 9 and 4, without alphas but for its metadata."""
+    """Write a file with factors of ranks 4, 9 and 4, whose alphas are only in ``metadata``."""
     path = tmp_path / "x.safetensors"
     pairs = [Pair(Q, 4, None), Pair(K, 9, None), Pair(TEXT[0], 4, None)]
     return path, write(path, "diffusers", pairs, networks.shapes, metadata=metadata)
@@ -180,7 +180,9 @@ def unet_pairs(tmp_path: Path, networks: Networks, metadata: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("pattern", [K, "attn2.to_k", "mid_block.*to_k", "to_k"])
-def test_metadata_has_patterns_and_rslora(networks: Networks, tmp_path: Path, pattern: str, rslora: bool) -> None:
+def test_metadata_patterns_and_rslora_set_the_scale(
+    networks: Networks, tmp_path: Path, pattern: str, rslora: bool
+) -> None:
     metadata = {"unet.r": 4, "unet.lora_alpha": 16, "unet.rank_pattern": {pattern: 9},
                 "unet.alpha_pattern": {pattern: 5}, "unet.use_rslora": rslora, "unet.init_lora_weights": True,
                 "text_encoder.r": 4, "text_encoder.lora_alpha": 3}  # fmt: skip
@@ -191,8 +193,8 @@ def test_metadata_has_patterns_and_rslora(networks: Networks, tmp_path: Path, pa
     networks.check([networks.load(path)], added)
 
 
-def test_scales_by_metadata_are_pefts(networks: Networks, tmp_path: Path) -> None:
-    """Second opinion: peft, given the same configuration and factors."""
+def test_scales_from_metadata_match_peft(networks: Networks, tmp_path: Path) -> None:
+    """Independent check: peft with the same configuration and factors."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     options: dict[str, Any] = {
@@ -210,11 +212,11 @@ def test_scales_by_metadata_are_pefts(networks: Networks, tmp_path: Path) -> Non
         ours = networks.merged([networks.load(path, 0.5)])["unet"]
         for layer in (Q, K):
             part = theirs.get_submodule(layer)
-            wanted = part.base_layer.weight + 0.5 * part.get_delta_weight("default")
-            torch.testing.assert_close(ours[f"{layer}.weight"], wanted.detach(), rtol=1e-5, atol=1e-6)
+            expected = part.base_layer.weight + 0.5 * part.get_delta_weight("default")
+            torch.testing.assert_close(ours[f"{layer}.weight"], expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_pefts_own_folder_has_its_scale_in_a_file_of_its_own(networks: Networks, tmp_path: Path) -> None:
+def test_a_peft_folder_has_its_scale_in_adapter_config_json(networks: Networks, tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     added = write(path, "peft", [Pair(Q, 4, None)], networks.shapes)
     networks.check([networks.load(path)], added)
@@ -239,7 +241,7 @@ def test_pefts_own_folder_has_its_scale_in_a_file_of_its_own(networks: Networks,
         ({"unet.alpha_pattern": [3]}, r"has alpha_pattern = \[3\], not an object"),
     ],
 )
-def test_metadata_that_cannot_be_followed(
+def test_unusable_metadata_is_refused(
     networks: Networks, tmp_path: Path, metadata: dict[str, Any], message: str
 ) -> None:
     path, _ = unet_pairs(tmp_path, networks, metadata)
@@ -255,8 +257,8 @@ def kohya(layer: str) -> str:
     return f"lora_unet_{layer.replace('.', '_')}"
 
 
-def test_a_tucker_convolution_is_three_convolutions(networks: Networks, tmp_path: Path) -> None:
-    """Applied one after the other, 1×1, 3×3 and 1×1, they are the convolution that is added."""
+def test_a_tucker_convolution_equals_three_convolutions(networks: Networks, tmp_path: Path) -> None:
+    """The added kernel equals the 1×1, 3×3 and 1×1 convolutions applied in sequence."""
     outputs, inputs, *_ = networks.shapes[CONV]
     down, mid, up = rng_tensor(4, inputs, 1, 1), rng_tensor(4, 4, 3, 3), rng_tensor(outputs, 4, 1, 1)
     parts = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
@@ -287,8 +289,8 @@ def test_full_differences_norms_and_biases_are_added(networks: Networks, tmp_pat
     )
 
 
-def test_a_table_of_embeddings_is_changed_by_the_transpose(networks: Networks, tmp_path: Path) -> None:
-    """peft's ``lora_embedding_A`` is ``[rank, entries]``."""
+def test_an_embedding_changes_by_the_transposed_product(networks: Networks, tmp_path: Path) -> None:
+    """peft's ``lora_embedding_A`` has shape ``[rank, entries]``."""
     text = networks.modules["text_encoder"]
     name = next(n for n, m in text.named_modules() if n.endswith("position_embedding"))
     table = text.get_submodule(name).weight
@@ -298,8 +300,8 @@ def test_a_table_of_embeddings_is_changed_by_the_transpose(networks: Networks, t
         tmp_path / "x.safetensors",
     )
     after = networks.merged([networks.load(tmp_path / "x.safetensors")])["text_encoder"]
-    wanted = numbers(table.detach()) + (numbers(b) @ numbers(a)).T
-    np.testing.assert_allclose(numbers(after[f"{name}.weight"]), wanted, rtol=1e-6, atol=1e-6)
+    expected = numbers(table.detach()) + (numbers(b) @ numbers(a)).T
+    np.testing.assert_allclose(numbers(after[f"{name}.weight"]), expected, rtol=1e-6, atol=1e-6)
 
 
 KINDS = {
@@ -315,7 +317,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_are_refused_by_name_with_the_way_out(networks: Networks, tmp_path: Path, kind: str) -> None:
+def test_other_kinds_of_adapter_are_refused_by_name(networks: Networks, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.safetensors"
     write(path, "kohya", [Pair(K, 4, 2.0)], networks.shapes)
     other = {f"{kohya(Q)}.{part}": rng_tensor(*shape) for part, shape in KINDS[kind].items()}
@@ -356,7 +358,7 @@ KEY = f"{kohya(Q)}.lora_down.weight"
         ({"bundle_emb.x.string_to_param.*": torch.zeros(2, 32)}, "contains a textual-inversion embedding"),
     ],
 )  # fmt: skip
-def test_files_that_do_not_fit_are_refused_whole(
+def test_invalid_files_are_refused(
     networks: Networks, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
 ) -> None:
     path = tmp_path / "x.safetensors"
@@ -376,8 +378,10 @@ def test_a_checkpoint_is_not_a_lora(networks: Networks, tuned_unet: Path, tmp_pa
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x3C20])
-def test_headers_whose_length_reads_like_another_format(networks: Networks, tmp_path: Path, length: int) -> None:
-    """A safetensors file begins with its header's length: 640 looks like a pickle, 15392 like a web page."""
+def test_a_header_length_that_resembles_another_format_is_accepted(
+    networks: Networks, tmp_path: Path, length: int
+) -> None:
+    """A safetensors file starts with its header's length: 640 resembles a pickle, 15392 a web page."""
     path = tmp_path / "x.safetensors"
     added = write(path, "kohya", [Pair(Q, 4, 2.0)], networks.shapes)
     size = int.from_bytes(path.read_bytes()[:8], "little")
@@ -386,14 +390,14 @@ def test_headers_whose_length_reads_like_another_format(networks: Networks, tmp_
     networks.check([networks.load(path)], added)
 
 
-def test_a_change_that_leaves_float32_is_refused(networks: Networks, tmp_path: Path) -> None:
+def test_a_change_that_overflows_float32_is_refused(networks: Networks, tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors", "kohya", [Pair(Q, 4, 1e36)], networks.shapes)
     with pytest.raises(InputError, match=r"the weight of unet\.\S+ reaches .* too large for float32; use smaller"):
         networks.merged([networks.load(tmp_path / "x.safetensors", 1e5)])
 
 
 def in_graph_order(array: np.ndarray, transform: list[dict[str, Any]]) -> np.ndarray:
-    """numpy's version of the layout steps; the cast is what is tested."""
+    """Apply the layout steps with numpy, but not the cast, which is what the test checks."""
     for step in transform:
         if step["op"] == "transpose":
             array = array.transpose(step["perm"])
@@ -405,17 +409,17 @@ def in_graph_order(array: np.ndarray, transform: list[dict[str, Any]]) -> np.nda
 
 
 @pytest.mark.parametrize(("engine", "stored"), [("fp32", "float16"), ("fp16", "bfloat16")])
-def test_the_engines_own_file_has_the_formulas_weights(
+def test_the_engine_stores_the_formulas_weights(
     networks: Networks, tuned_unet: Path, micro_base: Path, request: pytest.FixtureRequest, tmp_path: Path, engine: str,
     stored: str,
 ) -> None:  # fmt: skip
-    """Two LoRAs with alphas by layer, into a checkpoint stored in half precision; rounded to the engine's type once."""
+    """Two LoRAs with alphas per layer are merged into half-precision weights, which are rounded once."""
     source = request.getfixturevalue("half_bundle") if engine == "fp16" else None
     source = source or request.getfixturevalue("micro_bundles") / "guided"
     unet = {k: v.to(TYPES[stored]) for k, v in load_file(tuned_unet).items()}
     save_file(unet, tmp_path / "base.safetensors")
     text = networks.modules["text_encoder"].state_dict()
-    right = {
+    exact = {
         "unet": {k: numbers(v) for k, v in unet.items()},
         "text_encoder": {k: numbers(v) for k, v in text.items()},
     }
@@ -424,15 +428,15 @@ def test_the_engines_own_file_has_the_formulas_weights(
         pairs = [Pair(n, 1 + (i + seed) % 5, [None, 0.0, 0.5, 4.0][i % 4]) for i, n in enumerate([*UNET, *TEXT])]
         path = tmp_path / f"{seed}.safetensors"
         for layer, change in write(path, "kohya", pairs, networks.shapes, dtype="float16", seed=seed).items():
-            right[network_of(layer)][networks.key(layer)] += scale * change
+            exact[network_of(layer)][networks.key(layer)] += scale * change
         loras.append(f"{path}:{scale}")
-    made = plug(PlugSpec(str(source), str(tmp_path / "base.safetensors"), tuple(loras), tmp_path / "out"))
-    maps = json.loads((made.folder / "weights.json").read_text())["networks"]
+    plugged = plug(PlugSpec(str(source), str(tmp_path / "base.safetensors"), tuple(loras), tmp_path / "out"))
+    maps = json.loads((plugged.folder / "weights.json").read_text())["networks"]
     for network in ("unet", "text_encoder"):
-        values = ir.load(made.folder / made.manifest.networks[network].graph).graph.initializers
+        values = ir.load(plugged.folder / plugged.manifest.networks[network].graph).graph.initializers
         for name, w in maps[network]["weights"].items():
             if w["source"] == network:
-                got = values[name].const_value.numpy()
-                wanted = in_graph_order(right[network][w["key"]], w["transform"])
-                half_a_step = np.spacing(np.abs(wanted.astype(got.dtype))).astype(np.float64) / 2
-                assert (np.abs(got - wanted) <= half_a_step * 1.001 + 1e-7 * np.abs(wanted)).all(), name
+                actual = values[name].const_value.numpy()
+                expected = in_graph_order(exact[network][w["key"]], w["transform"])
+                half_a_step = np.spacing(np.abs(expected.astype(actual.dtype))).astype(np.float64) / 2
+                assert (np.abs(actual - expected) <= half_a_step * 1.001 + 1e-7 * np.abs(expected)).all(), name

@@ -1,4 +1,4 @@
-"""What a fine-tune's weights mean: its noise schedule, its parts, and what an engine cannot do with them."""
+"""Fine-tunes with another noise schedule, other configs or other parts: what a plug adopts and what it refuses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Edit = Callable[..., Path]
 
 @pytest.fixture
 def edited(tuned: Path, tmp_path: Path) -> Edit:
-    """Copies of the fine-tune's folder with entries of one config changed."""
+    """Return a function that copies the fine-tune's folder and changes entries of one config."""
 
     def edit(config: str, **changes: Any) -> Path:
         folder = Path(shutil.copytree(tuned, tmp_path / "edited", dirs_exist_ok=True))
@@ -41,7 +41,7 @@ def edited(tuned: Path, tmp_path: Path) -> Edit:
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """The scheduler in a bundle's manifest, as it is on disk."""
+    """Return the scheduler stored in a bundle's manifest."""
     scheduler: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["scheduler"]
     return scheduler
 
@@ -63,7 +63,7 @@ def refused(out: Path, engine: Path, base: Path, message: str, **options: Any) -
         ({"prediction_type": "sample"}, "cannot be sampled from: .*prediction_type is 'sample'"),
     ],
 )  # fmt: skip
-def test_a_guide_and_a_fine_tune_of_other_noise(
+def test_a_fine_tune_with_another_noise_schedule_does_not_fit_the_guide(
     micro_bundles: Path, edited: Edit, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     folder = edited("scheduler/scheduler_config.json", **changes)
@@ -71,25 +71,25 @@ def test_a_guide_and_a_fine_tune_of_other_noise(
     refused(tmp_path, micro_bundles / "guided", folder / "unet", message.replace("edited", "unet"))
 
 
-def test_an_engine_without_a_guide_takes_the_folders_scheduler(
+def test_an_engine_without_a_guide_adopts_the_folders_scheduler(
     micro_bundles: Path, edited: Edit, tmp_path: Path
 ) -> None:
-    """As `build` records it, the class included."""
+    """The stored scheduler, including its class, equals that of a build."""
     changes = {
         "_class_name": "EulerDiscreteScheduler",
         "prediction_type": "v_prediction",
         "timestep_spacing": "leading",
     }
     folder = edited("scheduler/scheduler_config.json", **changes)
-    made = plug(PlugSpec(str(micro_bundles / "plain"), str(folder), out=tmp_path / "x"))
+    plugged = plug(PlugSpec(str(micro_bundles / "plain"), str(folder), out=tmp_path / "x"))
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    known = {k: v for k, v in config.items() if k != "_diffusers_version" and v is not None}  # null is the default
-    assert stored(made.folder) == known
+    expected = {k: v for k, v in config.items() if k != "_diffusers_version" and v is not None}  # null is the default
+    assert stored(plugged.folder) == expected
     spec = BuildSpec(str(folder), "none")
-    assert build_scheduler(spec, spec.base_model()) == stored(made.folder)
+    assert build_scheduler(spec, spec.base_model()) == stored(plugged.folder)
 
 
-def test_a_build_refuses_what_cannot_sample_before_it_exports(edited: Edit, tmp_path: Path) -> None:
+def test_a_build_refuses_unusable_schedulers_before_exporting(edited: Edit, tmp_path: Path) -> None:
     folder = edited("scheduler/scheduler_config.json", prediction_type="sample")
     for guide in ("none", "emoji-tiny"):
         with pytest.raises(InputError, match="cannot be sampled from: .*prediction_type is 'sample'"):
@@ -99,25 +99,27 @@ def test_a_build_refuses_what_cannot_sample_before_it_exports(edited: Edit, tmp_
         build(BuildSpec(str(folder), "emoji-tiny", out=tmp_path / "x"))
 
 
-def test_a_single_files_own_words(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
+def test_the_prediction_type_of_a_single_file_is_read(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
     weights = load_file(tuned_unet)
     keys, metadata = tmp_path / "keys.safetensors", tmp_path / "metadata.safetensors"
     save_file(weights | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, keys)
     save_file(weights, metadata, {"modelspec.prediction_type": "v"})
     for path in (keys, metadata):
         refused(tmp_path, micro_bundles / "guided", path, "prediction_type epsilon.* has prediction_type v_prediction")
-    made = plug(PlugSpec(str(micro_bundles / "plain"), str(keys), out=tmp_path / "v"))
+    plugged = plug(PlugSpec(str(micro_bundles / "plain"), str(keys), out=tmp_path / "v"))
     own = stored(micro_bundles / "plain")
-    assert stored(made.folder) == own | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    # what the user states wins, and the command that the manifest keeps states it again
+    assert stored(plugged.folder) == own | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    # options override the file, and the rebuild command in the manifest repeats them
     epsilon = Noise("epsilon", False)
-    made = plug(PlugSpec(str(micro_bundles / "guided"), str(keys), out=tmp_path / "e", noise=epsilon))
-    assert stored(made.folder) == stored(micro_bundles / "guided")
-    rebuild = json.loads((made.folder / "manifest.json").read_text())["rebuild"]
+    plugged = plug(PlugSpec(str(micro_bundles / "guided"), str(keys), out=tmp_path / "e", noise=epsilon))
+    assert stored(plugged.folder) == stored(micro_bundles / "guided")
+    rebuild = json.loads((plugged.folder / "manifest.json").read_text())["rebuild"]
     assert "--prediction-type epsilon --no-zero-terminal-snr" in rebuild
 
 
-def test_options_of_the_command(cli: Callable[..., Result], engines: Path, tuned_unet: Path, tmp_path: Path) -> None:
+def test_noise_options_of_the_commands(
+    cli: Callable[..., Result], engines: Path, tuned_unet: Path, tmp_path: Path
+) -> None:
     for arguments, message in (
         (["--prediction-type", "v_prediction"], "prediction_type epsilon, but"),
         (["--zero-terminal-snr"], "cannot be sampled from: rescale_betas_zero_snr leaves no signal"),
@@ -131,7 +133,7 @@ def test_options_of_the_command(cli: Callable[..., Result], engines: Path, tuned
     assert done.code == 2 and "--unet-only is for a base that is a single .safetensors file" in done.err
 
 
-def test_unet_only_leaves_the_rest(micro_bundles: Path, tuned: Path, tuned_unet: Path, tmp_path: Path) -> None:
+def test_unet_only_changes_nothing_else(micro_bundles: Path, tuned: Path, tuned_unet: Path, tmp_path: Path) -> None:
     path = tmp_path / "sdxl.safetensors"
     save_file(load_file(tuned_unet) | {"conditioner.embedders.1.model.ln_final.weight": torch.ones(2)}, path)
     refused(
@@ -141,9 +143,9 @@ def test_unet_only_leaves_the_rest(micro_bundles: Path, tuned: Path, tuned_unet:
         "a second text encoder that .* cannot take .it has no such network.*--unet-only",
     )
     for base in (path, tuned):
-        made = plug(PlugSpec(str(micro_bundles / "guided"), str(base), out=tmp_path / base.stem, unet_only=True))
-        networks = made.folder / "manifest.json"
-        swapped = json.loads(networks.read_text())["plugged"]["networks"]
+        plugged = plug(PlugSpec(str(micro_bundles / "guided"), str(base), out=tmp_path / base.stem, unet_only=True))
+        manifest = plugged.folder / "manifest.json"
+        swapped = json.loads(manifest.read_text())["plugged"]["networks"]
         assert {n for n, how in swapped.items() if how != "kept"} == {"unet"}
     data = [(tmp_path / stem / "unet.onnx.data").read_bytes() for stem in ("sdxl", "tuned")]
     assert data[0] == data[1]
@@ -157,7 +159,7 @@ def test_unet_only_leaves_the_rest(micro_bundles: Path, tuned: Path, tuned_unet:
         ("text_encoder/config.json", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'quick_gelu'"),
     ],
 )
-def test_a_config_that_means_something_else_with_the_same_weights(
+def test_a_config_that_changes_the_computation_is_refused(
     micro_base: Path, micro_bundles: Path, tmp_path: Path, config: str, changes: dict[str, Any], message: str
 ) -> None:
     folder = Path(shutil.copytree(micro_base, tmp_path / "same"))
@@ -166,8 +168,8 @@ def test_a_config_that_means_something_else_with_the_same_weights(
     refused(tmp_path, micro_bundles / "guided", folder, message)
 
 
-def test_a_single_file_as_a_base(tmp_path: Path) -> None:
-    """Under original names, U-Net and text encoder in it are used; the rest is the bundled model's."""
+def test_a_single_file_can_be_the_base(tmp_path: Path) -> None:
+    """U-Net and text encoder are read from the file under their original names; other parts are the bundled model's."""
     emoji = resolve("emoji")
     unet = {k: v + 0.5 for k, v in emoji.unet().state_dict().items()}
     text = {k.removeprefix("text_model."): v * 2 for k, v in emoji.text_encoder().state_dict().items()}
@@ -189,11 +191,11 @@ def test_a_single_file_as_a_base(tmp_path: Path) -> None:
     assert find(str(path)).fingerprint() == {k: own[k] for k in ("unet", "text_encoder")}
 
 
-def test_a_base_with_parts_that_are_not_used(tmp_path: Path, tuned_unet: Path) -> None:
+def test_a_base_with_unusable_parts_is_refused(tmp_path: Path, tuned_unet: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file(load_file(tuned_unet) | {"cond_stage_model.model.ln_final.weight": torch.ones(2)}, path)
     base = resolve(str(path))
-    for load in (base.unet, base.text_encoder, base.vae):  # whichever command loads it
+    for load in (base.unet, base.text_encoder, base.vae):  # whichever part is loaded
         with pytest.raises(InputError, match="a text encoder that the bundled model cannot take .*--unet-only"):
             load()
     with pytest.raises(InputError, match="is not a fine-tune of the bundled model's: .* has shape"):

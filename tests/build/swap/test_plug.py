@@ -1,4 +1,4 @@
-"""A plugged bundle is the bundle that a build of the fine-tune makes, and a failed one is none."""
+"""Plugging in a fine-tune gives the same bundle as building it, and a failed plug leaves nothing."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def whole(micro_bundles: Path, tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The fine-tune, a whole model, plugged into the guided bundle."""
+    """The fine-tune, a complete model, plugged into the guided bundle."""
     out = tmp_path_factory.mktemp("plugged") / "whole"
     return plug(PlugSpec(str(micro_bundles / "guided"), str(tuned), out=out))
 
 
 @pytest.fixture(scope="module")
 def unet_only(micro_bundles: Path, tuned_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Its U-Net's file alone, plugged into the guided bundle."""
+    """Only the fine-tune's U-Net file, plugged into the guided bundle."""
     out = tmp_path_factory.mktemp("plugged") / "unet"
     return plug(PlugSpec(str(micro_bundles / "guided"), str(tuned_unet), out=out))
 
 
-def test_plugged_is_what_a_build_of_the_fine_tune_makes(
+def test_a_plugged_bundle_equals_a_build_of_the_fine_tune(
     whole: Built, tuned: Path, micro_guide: Path, tmp_path: Path
 ) -> None:
-    """Graphs, weights and tokenizer byte by byte; only the manifest tells how it came about."""
+    """Graphs, weights and tokenizer are byte-identical; golden outputs may differ by rounding."""
     assert not whole.cached
     built = build(BuildSpec(str(tuned), str(micro_guide), out=tmp_path / "built"))
     theirs, ours = open_bundle(built.folder).manifest, open_bundle(whole.folder).manifest
@@ -68,7 +68,7 @@ def test_plugged_is_what_a_build_of_the_fine_tune_makes(
         build(BuildSpec(str(tuned), str(micro_guide), out=whole.folder))
 
 
-def test_a_unet_file_changes_the_unet_alone(unet_only: Built, micro_bundles: Path, tuned_unet: Path) -> None:
+def test_a_unet_file_changes_only_the_unet(unet_only: Built, micro_bundles: Path, tuned_unet: Path) -> None:
     old, new = micro_bundles / "guided", unet_only.folder
     before, after = open_bundle(old).manifest, open_bundle(new).manifest
     changed = {n for n in before.files if before.files[n] != after.files[n]}
@@ -76,34 +76,36 @@ def test_a_unet_file_changes_the_unet_alone(unet_only: Built, micro_bundles: Pat
     assert after.plugged.networks == {
         "unet": "external weights", "text_encoder": "kept", "vae_decoder": "kept"
     }  # fmt: skip
-    # ONNX's libraries refuse external data that has a second name
+    # ONNX's libraries refuse external data with a second hard link
     assert has_single_names(old) and has_single_names(new)
     weights = load_file(tuned_unet)
     maps = json.loads((new / "weights.json").read_text())["networks"]["unet"]["weights"]
     first, second = (ir.load(f / "unet.onnx").graph.initializers for f in (old, new))
     for name, w in maps.items():
-        got = second[name].const_value.numpy()
+        actual = second[name].const_value.numpy()
         if w["source"] == "unet":
-            assert np.array_equal(got, apply(w["transform"], weights[w["key"]]).numpy()), name
+            assert np.array_equal(actual, apply(w["transform"], weights[w["key"]]).numpy()), name
         else:
-            assert np.array_equal(got, first[name].const_value.numpy()), name
+            assert np.array_equal(actual, first[name].const_value.numpy()), name
     assert after.base.sha256["unet"] == sha256(tuned_unet)
     assert after.base.sha256["vae"] == before.base.sha256["vae"]
     assert after.parity.relative_error["unet"] < 1e-4
 
 
 def has_single_names(folder: Path) -> bool:
-    """Whether no file of ``folder`` is a hard link to one elsewhere."""
+    """Return whether no file of ``folder`` has a second hard link."""
     return all(p.stat().st_nlink == 1 for p in folder.iterdir())
 
 
-def test_the_engine_stays_as_it_was(whole: Built, micro_bundles: Path) -> None:
+def test_the_source_engine_is_unchanged(whole: Built, micro_bundles: Path) -> None:
     assert whole.folder.exists()
     assert list_files(micro_bundles / "guided") == open_bundle(micro_bundles / "guided").manifest.files
 
 
-def test_the_engine_can_be_read_meanwhile(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
-    """Its files get no second name while it is plugged, which ONNX's libraries would refuse."""
+def test_the_source_engine_can_be_read_while_it_is_plugged(
+    micro_bundles: Path, tuned_unet: Path, tmp_path: Path
+) -> None:
+    """Its files get no second hard link, which ONNX's libraries would refuse."""
     engine, seen = micro_bundles / "guided", set()
 
     def watch(what: str, *_: int) -> None:
@@ -114,8 +116,10 @@ def test_the_engine_can_be_read_meanwhile(micro_bundles: Path, tuned_unet: Path,
     assert seen == {"check", "swap", "compare", "compile", "write"}
 
 
-def test_an_engine_that_is_replaced_meanwhile(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
-    """The weights that were checked are the ones that are kept."""
+def test_replacing_the_source_engine_meanwhile_has_no_effect(
+    micro_bundles: Path, tuned_unet: Path, tmp_path: Path
+) -> None:
+    """The new bundle is made from the weights that were checked."""
     engine = tmp_path / "engine"
     shutil.copytree(micro_bundles / "guided", engine)
 
@@ -125,21 +129,21 @@ def test_an_engine_that_is_replaced_meanwhile(micro_bundles: Path, tuned_unet: P
             engine.mkdir()
             (engine / "unet.onnx.data").write_bytes(bytes((tmp_path / "gone" / "unet.onnx.data").stat().st_size))
 
-    made = plug(PlugSpec(str(engine), str(tuned_unet), out=tmp_path / "out"), progress=swap_files)
-    sound = plug(PlugSpec(str(micro_bundles / "guided"), str(tuned_unet), out=tmp_path / "sound"))
-    assert sha256(made.folder / "unet.onnx.data") == sha256(sound.folder / "unet.onnx.data")
+    plugged = plug(PlugSpec(str(engine), str(tuned_unet), out=tmp_path / "out"), progress=swap_files)
+    expected = plug(PlugSpec(str(micro_bundles / "guided"), str(tuned_unet), out=tmp_path / "sound"))
+    assert sha256(plugged.folder / "unet.onnx.data") == sha256(expected.folder / "unet.onnx.data")
 
 
-def test_images_are_the_fine_tunes(unet_only: Built, micro_bundles: Path) -> None:
+def test_a_plugged_engine_generates_other_images(unet_only: Built, micro_bundles: Path) -> None:
     one, other = (Pipeline.load(f, provider="cpu")("a cat", steps=2)[0].pixels
                   for f in (unet_only.folder, micro_bundles / "guided"))  # fmt: skip
     assert not np.array_equal(one, other)
 
 
-def test_a_plugged_engine_is_plugged_again(
+def test_a_plugged_engine_can_be_plugged_again(
     unet_only: Built, micro_base: Path, micro_bundles: Path, tmp_path: Path
 ) -> None:
-    """Back to the first weights: the very bytes of the first engine, and commands that make it from nothing."""
+    """Plugging in the original weights restores the first engine's bytes; the manifest lists all commands."""
     unet = micro_base / "unet" / "diffusion_pytorch_model.safetensors"
     back = plug(PlugSpec(str(unet_only.folder), str(unet), out=tmp_path / "back"))
     assert sha256(back.folder / "unet.onnx.data") == sha256(micro_bundles / "guided" / "unet.onnx.data")
@@ -147,7 +151,7 @@ def test_a_plugged_engine_is_plugged_again(
     assert first.startswith("pnp-trt build ") and [c.split()[1] for c in rest] == ["plug", "plug"]
 
 
-def test_a_second_plug_imports_nothing_heavy(unet_only: Built, micro_bundles: Path, tuned_unet: Path) -> None:
+def test_an_up_to_date_plug_imports_nothing_heavy(unet_only: Built, micro_bundles: Path, tuned_unet: Path) -> None:
     arguments = ["plug", micro_bundles / "guided", "--base", tuned_unet, "--out", unet_only.folder]
     program = (
         "import sys\n"
@@ -162,10 +166,10 @@ def test_a_second_plug_imports_nothing_heavy(unet_only: Built, micro_bundles: Pa
     assert "is up to date" in done.stdout
 
 
-def test_half_precision_with_the_guide_gone(
+def test_a_missing_guide_is_read_from_the_half_precision_graph(
     half_bundle: Path, tuned_unet: Path, micro_guide: Path, tmp_path: Path
 ) -> None:
-    """The guide is read back from the graph, and comes out as it was but for its rounding."""
+    """The guide's weights read from the graph differ only by rounding."""
     engine = Path(shutil.copytree(half_bundle, tmp_path / "engine"))
     reseal(engine, lambda m: m["given"].update(guide=str(tmp_path / "gone")))
     with_guide = plug(PlugSpec(str(half_bundle), str(tuned_unet), out=tmp_path / "with"))
@@ -178,10 +182,10 @@ def test_half_precision_with_the_guide_gone(
     assert 1e-6 < without.manifest.parity.relative_error["unet"] < 5e-3
 
 
-def test_the_plain_teacher_is_plugged_too(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
-    made = plug(PlugSpec(str(micro_bundles / "plain"), str(tuned_unet), out=tmp_path / "x")).manifest
-    assert made.guide is None and made.plugged.guide_read_from is None
-    assert made.parity.relative_error["unet"] < 1e-4
+def test_the_plain_teacher_can_be_plugged(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
+    manifest = plug(PlugSpec(str(micro_bundles / "plain"), str(tuned_unet), out=tmp_path / "x")).manifest
+    assert manifest.guide is None and manifest.plugged.guide_read_from is None
+    assert manifest.parity.relative_error["unet"] < 1e-4
 
 
 def broken(tuned_unet: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -224,7 +228,7 @@ def _whole_numbers(w: dict[str, Any]) -> None:
         (_whole_numbers, "conv_in.bias has type I8, not floating point"),
     ],
 )  # fmt: skip
-def test_weights_that_do_not_fit_are_one_sentence_and_leave_nothing(
+def test_weights_that_do_not_fit_are_refused_and_leave_nothing(
     half_bundle: Path, tuned_unet: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     path = broken(tuned_unet, tmp_path, change)
@@ -234,7 +238,7 @@ def test_weights_that_do_not_fit_are_one_sentence_and_leave_nothing(
     assert [p for p in (tmp_path / "out").iterdir() if p.suffix != ".lock"] == []
 
 
-def test_files_that_are_no_fine_tunes(cli: Cli, engines: Path, tuned_unet: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_fine_tunes_are_refused(cli: Cli, engines: Path, tuned_unet: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(tuned_unet.read_bytes()[:-1000])
     junk = tmp_path / "junk.safetensors"
@@ -253,34 +257,33 @@ def test_files_that_are_no_fine_tunes(cli: Cli, engines: Path, tuned_unet: Path,
     assert not (tmp_path / "x").exists()
 
 
-def test_another_architecture_is_told_by_its_config(micro_bundles: Path, tuned: Path, tmp_path: Path) -> None:
-    """The same weights' shapes, and another meaning: the number of heads is in no weight."""
+def test_another_architecture_is_recognised_by_its_config(micro_bundles: Path, tuned: Path, tmp_path: Path) -> None:
+    """The number of heads changes the computation but no weight's shape."""
     other = Path(shutil.copytree(tuned / "unet", tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"attention_head_dim": 4}))
     with pytest.raises(InputError, match="config entry attention_head_dim is 4, not 2; build it instead"):
         plug(PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x"))
     (other / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "freq_shift"}))
-    made = plug(
-        PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x")
-    )  # a default left out is the same
-    assert made.manifest.plugged.networks["text_encoder"] == "kept"
+    # a missing entry means its default
+    plugged = plug(PlugSpec(str(micro_bundles / "guided"), str(other), out=tmp_path / "x"))
+    assert plugged.manifest.plugged.networks["text_encoder"] == "kept"
 
 
-def test_a_stale_map_is_caught_and_undone(cli: Cli, half_bundle: Path, tuned_unet: Path, tmp_path: Path) -> None:
-    """Two weights of one shape exchanged in weights.json: nothing but parity can tell."""
+def test_a_wrong_weight_map_is_caught_by_parity(cli: Cli, half_bundle: Path, tuned_unet: Path, tmp_path: Path) -> None:
+    """Two weights of the same shape are swapped in weights.json, which only parity can detect."""
     folder = Path(shutil.copytree(half_bundle, tmp_path / "half"))
-    held = json.loads((folder / "weights.json").read_text())
-    weights = held["networks"]["unet"]["weights"]
+    document = json.loads((folder / "weights.json").read_text())
+    weights = document["networks"]["unet"]["weights"]
     q, k = sorted(n for n in weights if ".attn1.to_q" in n or ".attn1.to_k" in n)[:2]
     weights[q]["key"], weights[k]["key"] = weights[k]["key"], weights[q]["key"]
-    (folder / "weights.json").write_text(json.dumps(held))
+    (folder / "weights.json").write_text(json.dumps(document))
     reseal(folder)
-    kept = plug(PlugSpec(str(half_bundle), str(tuned_unet), out=tmp_path / "x"))
-    before = list_files(kept.folder)
+    plugged = plug(PlugSpec(str(half_bundle), str(tuned_unet), out=tmp_path / "x"))
+    before = list_files(plugged.folder)
     done = cli("plug", folder, "--base", tuned_unet, "--out", tmp_path / "x", "--force")
     assert done.code == 1 and "the unet with the weights of" in done.err and "nothing was written" in done.err
-    assert list_files(kept.folder) == before and open_bundle(kept.folder).manifest.key == kept.manifest.key
+    assert list_files(plugged.folder) == before and open_bundle(plugged.folder).manifest.key == plugged.manifest.key
     assert list(tmp_path.glob(".x.partial-*")) == []
 
 
@@ -299,7 +302,7 @@ def test_a_damaged_engine_is_not_plugged(micro_bundles: Path, tuned_unet: Path, 
     assert not (tmp_path / "x").exists()
 
 
-def test_orders_that_cannot_be(cli: Cli, engines: Path, tuned_unet: Path, tmp_path: Path) -> None:
+def test_impossible_plug_commands_are_refused(cli: Cli, engines: Path, tuned_unet: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["guided"], "nothing to plug: give --base FINE_TUNE, --lora FILE, --vae AUTOENCODER, or several"),
         (["nope", "--base", tuned_unet], "no engine named 'nope'"),
@@ -310,7 +313,7 @@ def test_orders_that_cannot_be(cli: Cli, engines: Path, tuned_unet: Path, tmp_pa
         assert done.code == 2 and message in done.err, done.err
 
 
-def test_a_bundle_of_before_says_to_be_rebuilt(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
+def test_a_bundle_without_configs_must_be_rebuilt(micro_bundles: Path, tuned_unet: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(micro_bundles / "plain", tmp_path / "plain"))
     reseal(folder, lambda m: m.pop("configs"))
     with pytest.raises(InputError, match="was built before engines could be plugged; rebuild it with: pnp-trt build"):
@@ -318,7 +321,7 @@ def test_a_bundle_of_before_says_to_be_rebuilt(micro_bundles: Path, tuned_unet: 
 
 
 def test_end_to_end(cli: Cli, engines: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command, the name that it gives, and that the rest of the program takes the bundle."""
+    """Plug with the default name, then use the new bundle in other commands."""
     home = Path(shutil.copytree(engines, tmp_path / "engines"))
     monkeypatch.setenv("PNP_TRT_ENGINES", str(home))
     done = cli("plug", "guided", "--base", tuned)
@@ -328,9 +331,9 @@ def test_end_to_end(cli: Cli, engines: Path, tuned: Path, tmp_path: Path, monkey
     assert "is up to date" in cli("plug", "guided", "--base", tuned).out
     assert cli("verify", name).code == 0
     assert "plugged into" in cli("inspect", name).out
-    drawn = cli("sample", "a cat", "--engine", name, "--steps", "2", "--out", tmp_path / "s", "-q")
-    assert drawn.code == 0 and Path(drawn.out.strip()).is_file()
-    again = cli(*read_manifest(home / name).rebuild.split()[1:], "--force")  # the command that the manifest gives
+    sampled = cli("sample", "a cat", "--engine", name, "--steps", "2", "--out", tmp_path / "s", "-q")
+    assert sampled.code == 0 and Path(sampled.out.strip()).is_file()
+    again = cli(*read_manifest(home / name).rebuild.split()[1:], "--force")  # the rebuild command of the manifest
     assert again.code == 0 and "plugged in" in again.out, again.err
 
 
@@ -346,7 +349,7 @@ def test_a_full_disk_leaves_nothing(
     assert [p for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
 
 
-def test_the_base_is_what_the_manifest_says(micro_base: Path, micro_bundles: Path) -> None:
+def test_the_manifest_records_the_configs_of_the_base(micro_base: Path, micro_bundles: Path) -> None:
     manifest = read_manifest(micro_bundles / "guided")
     base = resolve(str(micro_base))
     assert manifest.configs["unet"] == base.config("unet") and manifest.given.base == str(micro_base)

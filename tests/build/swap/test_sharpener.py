@@ -1,4 +1,4 @@
-"""A fine-tune in an engine whose guide has a sharpener: the sharpener stays, also where the guide is gone."""
+"""A fine-tune plugged into an engine whose guide has a sharpener keeps the sharpener, even if the guide is gone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pnp_trt.build.swap.run import PlugSpec, plug
 from pnp_trt.runtime.pipeline import Pipeline
 
 
-def test_the_sharpener_stays(micro_base: Path, sharpened_guide: Path, tuned_unet: Path, tmp_path: Path) -> None:
+def test_plugging_keeps_the_sharpener(
+    micro_base: Path, sharpened_guide: Path, tuned_unet: Path, tmp_path: Path
+) -> None:
     shutil.copytree(sharpened_guide, tmp_path / "guide")
     engine = build(BuildSpec(str(micro_base), str(tmp_path / "guide"), precision="fp16", out=tmp_path / "engine"))
     plugged = [plug(PlugSpec(str(engine.folder), str(tuned_unet), out=tmp_path / "with"))]

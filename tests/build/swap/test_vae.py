@@ -1,4 +1,4 @@
-"""An autoencoder plugged by itself, or in the place of a fine-tune's; diffusers decodes the references."""
+"""Plugging in an autoencoder, alone or instead of a fine-tune's; diffusers decodes the references."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Cli = Callable[..., Result]
 
 
 def assert_decodes(engine: Path, vae: AutoencoderTiny | AutoencoderKL) -> None:
-    """Hold an engine's decoded latents against diffusers' autoencoder."""
+    """Compare an engine's decoded latents with those of diffusers' autoencoder."""
     pipe = Pipeline.load(engine, provider="cpu", threads=1)
     latents = pipe.noise([0, 1])
     with torch.no_grad():
@@ -33,8 +33,8 @@ def assert_decodes(engine: Path, vae: AutoencoderTiny | AutoencoderKL) -> None:
     assert np.abs(pipe.decode(latents) - pixels.permute(0, 2, 3, 1).numpy()).max() <= 1
 
 
-def test_an_autoencoder_alone_leaves_all_else(cli: Cli, micro_base: Path, tuned: Path, tmp_path: Path) -> None:
-    """The base need not be on the machine; the U-Net keeps its precision, its weights and their origin."""
+def test_an_autoencoder_alone_changes_nothing_else(cli: Cli, micro_base: Path, tuned: Path, tmp_path: Path) -> None:
+    """The base may be missing from the machine; the U-Net keeps its precision, weights and provenance."""
     base = shutil.copytree(micro_base, tmp_path / "base")
     cli("build", "--base", base, "--guide", "none", "--precision", "fp16", "--image-to-image", "--out", tmp_path / "a")
     shutil.rmtree(base)
@@ -51,13 +51,13 @@ def test_an_autoencoder_alone_leaves_all_else(cli: Cli, micro_base: Path, tuned:
     assert cli("plug", tmp_path / "a", "--vae", tuned, "--out", tmp_path / "b").out.count("up to date") == 1
 
 
-def test_a_file_takes_the_engines_config(micro_bundles: Path, tuned: Path, tmp_path: Path) -> None:
+def test_an_autoencoder_file_uses_the_engines_config(micro_bundles: Path, tuned: Path, tmp_path: Path) -> None:
     file = tuned / "vae" / "diffusion_pytorch_model.safetensors"
     plugged = plug(PlugSpec(str(micro_bundles / "guided"), vae=file, out=tmp_path / "b"))
     assert_decodes(plugged.folder, AutoencoderTiny.from_pretrained(tuned / "vae").eval())
 
 
-def test_it_takes_the_place_of_the_fine_tunes(
+def test_it_replaces_the_autoencoder_of_the_fine_tune(
     micro_bundles: Path, micro_base: Path, tuned: Path, tmp_path: Path
 ) -> None:
     plugged = plug(PlugSpec(str(micro_bundles / "guided"), str(tuned), vae=micro_base / "vae", out=tmp_path / "b"))
@@ -69,13 +69,13 @@ def test_it_takes_the_place_of_the_fine_tunes(
 
 
 def test_a_lora_keeps_the_autoencoder_of_the_engine(micro_base: Path, tmp_path: Path, kohya_lora: Path) -> None:
-    """The engine's own base has another autoencoder, here even one of another class."""
+    """The base on disk has another autoencoder, here even of another class."""
     micro_kl().save_pretrained(tmp_path / "vae")
     build(BuildSpec(str(micro_base), "none", vae=tmp_path / "vae", out=tmp_path / "a"))
     plugged = plug(PlugSpec(str(tmp_path / "a"), loras=(str(kohya_lora),), out=tmp_path / "b"))
     assert plugged.manifest.plugged.networks["vae_decoder"] == "kept"
     assert_decodes(plugged.folder, micro_kl())
-    # and an autoencoder alone keeps the LoRA
+    # plugging in only an autoencoder keeps the LoRA
     other = plug(PlugSpec(str(plugged.folder), vae=tmp_path / "vae", out=tmp_path / "c")).manifest
     assert (
         other.base.loras == plugged.manifest.base.loras
@@ -83,7 +83,7 @@ def test_a_lora_keeps_the_autoencoder_of_the_engine(micro_base: Path, tmp_path: 
     )
 
 
-def test_what_the_graph_does_not_compute_is_refused(
+def test_an_autoencoder_that_does_not_fit_the_graph_is_refused(
     cli: Cli, micro_bundles: Path, micro_base: Path, tmp_path: Path
 ) -> None:
     micro_kl().save_pretrained(tmp_path / "kl")
@@ -97,8 +97,8 @@ def test_what_the_graph_does_not_compute_is_refused(
     assert not (tmp_path / "b").exists()
 
 
-def test_a_half_precision_decoder_is_judged_on_latents_of_images(micro_base: Path, tmp_path: Path) -> None:
-    """Weights that overflow in the engine's precision leave nothing behind."""
+def test_an_autoencoder_that_overflows_half_precision_is_refused(micro_base: Path, tmp_path: Path) -> None:
+    """The same decoder with ordinary weights passes, and the failed plug leaves nothing behind."""
     micro_kl().save_pretrained(tmp_path / "kl")
     micro_kl(1e6).save_pretrained(tmp_path / "loud")
     build(BuildSpec(str(micro_base), "none", precision="fp16", vae=tmp_path / "kl", out=tmp_path / "a"))

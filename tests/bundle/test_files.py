@@ -89,7 +89,7 @@ LOOP = onnx.helper.make_node(
     ("model", "message"),
     [
         (
-            model_of(onnx.helper.make_node("Evil", ["sample"], ["y"], domain="com.evil")),
+            model_of(EVIL),
             "custom operator com.evil.Evil",
         ),
         (model_of(IDENTITY), "unet.onnx has the inputs sample float32 batchx4x8x8, its manifest states"),

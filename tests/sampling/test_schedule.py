@@ -384,7 +384,8 @@ def rounding_of_alphas(betas: np.ndarray, zero_snr: bool) -> np.ndarray:
     """Bound of the relative error of ᾱ in float32, ``[1000]``, from each operation's roundoff.
 
     The error of β is at most 4 roundoffs of the largest β, that of 1 − β one roundoff of its own size, and relative
-    errors of factors add up. Zero terminal SNR subtracts √ᾱ_T from every √ᾱ_t, which magnifies the error by √ᾱ/(√ᾱ_t − √ᾱ_T).
+    errors of factors add up. Zero terminal SNR subtracts √ᾱ_T from every √ᾱ_t, which magnifies the error by
+    √ᾱ/(√ᾱ_t − √ᾱ_T).
     """
     alphas = 1 - betas
     relative = np.cumsum((4 * U * betas.max() + U) / alphas) + U

@@ -301,19 +301,19 @@ def test_guided_images_equal_those_of_the_pipeline(
 
 
 @settings(max_examples=8)
-@requests(asked=st.lists(st.tuples(ASKED, st.sampled_from(["cfg", "unguided"]), st.sampled_from([None, 0.5, 1.0]),
+@given(asked=st.lists(st.tuples(ASKED, st.sampled_from(["cfg", "unguided"]), st.sampled_from([None, 0.5, 1.0]),
                                 st.sampled_from([None, "blue"])), min_size=2, max_size=6),
        gaps=st.lists(st.integers(0, 3), min_size=6, max_size=6), slots=st.integers(2, 6))  # fmt: skip
 def test_cfg_unguided_and_image_to_image_share_calls_with_text_to_image(
     plain: Pipeline, asked: list[tuple[dict, str, float | None, str | None]], gaps: list[int], slots: int
 ) -> None:
-    requests = [
+    given = [
         each | {"method": method, "negative": negative if method == "cfg" else None}
         | ({} if strength is None or each["steps"] < 2 else {"init": IMAGE, "strength": strength})
         for each, method, strength, negative in asked
     ]  # fmt: skip
-    served = serve(plain, [plain.prepare(**each) for each in requests], slots, gaps, powers=False)
-    for each, pixels in zip(requests, served, strict=True):
+    served = serve(plain, [plain.prepare(**each) for each in given], slots, gaps, powers=False)
+    for each, pixels in zip(given, served, strict=True):
         np.testing.assert_array_equal(pixels, plain(**each)[0].pixels)
 
 

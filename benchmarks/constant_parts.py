@@ -1,9 +1,9 @@
-"""What of a step is the same in every step of an image, what it costs, and what feeding it saves.
+"""Measure the parts of a step that are the same in every step of an image, and what is saved by feeding their results.
 
 Two parts of a student do not depend on the noisy latent or the timestep: what the guide computes from w alone (the full
-guide's ``condition``), and the keys and values that cross-attention makes of the text states.  Each is taken out of
-the step in turn, its result being kept from a first pass: multiply-accumulates are counted on meta tensors, times
-are taken with PyTorch on the CPU, in rounds that run every variant once, as ratios to the whole step of the same round.
+guide's ``condition``), and the keys and values that cross-attention computes from the text states.  Each is taken out
+of the step in turn, with its result kept from a first evaluation.  Multiply-accumulates are counted on meta tensors.
+Times are measured with PyTorch on the CPU in rounds that run every variant once, as ratios to the round's whole step.
 
     python -m benchmarks.constant_parts                      # the bundled model's size
     python -m benchmarks.constant_parts --base random:sd15   # SD 1.5: about 6 GiB of memory, minutes
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Once(nn.Module):
-    """A layer that runs once and then gives what it gave; its switch is shared by all of a student's."""
+    """A layer that runs once and then returns that result again; all layers of a student share one switch."""
 
     def __init__(self, layer: nn.Module, switch: dict[str, bool]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Once(nn.Module):
 
 
 def student_of(base: str, kind: str) -> Student:
-    """A student of the base's size with random float32 weights; they change no cost and no time."""
+    """A student of the base's size with random float32 weights, which affect neither cost nor time."""
     from diffusers import UNet2DConditionModel
 
     config = random_unet_config(base) if base.startswith("random:") else resolve(base).config("unet")
@@ -61,7 +61,7 @@ def student_of(base: str, kind: str) -> Student:
 
 
 def hold_text(student: Student) -> dict[str, bool]:
-    """Wrap every projection of the text states; the switch that holds them."""
+    """Wrap every projection of the text states in ``Once``; return the switch."""
     switch = {"on": False}
     for name, part in list(student.named_modules()):
         if name.endswith("attn2"):
@@ -70,7 +70,7 @@ def hold_text(student: Student) -> dict[str, bool]:
 
 
 def measure(base: str, kind: str, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """One row a variant: MACs and time of a step without the parts that it is fed."""
+    """One row per variant: MACs and time of a step without the parts whose results are fed."""
     torch.manual_seed(0)
     student = student_of(base, kind)
     config = student.unet.config
@@ -89,21 +89,21 @@ def measure(base: str, kind: str, batch: int, rounds: int) -> list[dict[str, Any
         variants += [("condition fed", fed, False), ("both fed", fed, True)] if fed else []
         times: dict[str, list[float]] = {name: [] for name, _, _ in variants}
         macs: dict[str, tuple[int, int]] = {}
-        for name, given, on in variants:
+        for name, extra, on in variants:
             switch["on"] = on
-            student(**inputs, **given)  # warms up, and keeps what is held
-            one = {k: v[:1] for k, v in (inputs | given).items()}
+            student(**inputs, **extra)  # warm-up, and fills the layers' caches
+            one = {k: v[:1] for k, v in (inputs | extra).items()}
             if on:
                 student(**one)  # at batch 1, for the count
             cost = count(student, one)
             macs[name] = (cost.macs, cost.macs_without_attention)
-            student(**inputs, **given)
+            student(**inputs, **extra)
         for number in range(rounds):
             for place in range(len(variants)):
-                name, given, on = variants[(number + place) % len(variants)]
+                name, extra, on = variants[(number + place) % len(variants)]
                 switch["on"] = on
                 started = time.perf_counter()
-                student(**inputs, **given)
+                student(**inputs, **extra)
                 times[name].append(time.perf_counter() - started)
     return [
         {
@@ -117,17 +117,17 @@ def measure(base: str, kind: str, batch: int, rounds: int) -> list[dict[str, Any
 
 
 def ratio(times: np.ndarray, whole: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Median over rounds of (time / whole of the same round), with its bootstrap interval at 95 %."""
+    """Median over rounds of (time / whole of the same round), with its 95 % bootstrap interval."""
     ratios = times / whole
-    drawn = np.random.default_rng(seed).choice(ratios, (2000, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    resamples = np.random.default_rng(seed).choice(ratios, (2000, len(ratios)))
+    low, high = np.percentile(np.median(resamples, axis=1), [2.5, 97.5])
     return {"time_ratio": round(float(np.median(ratios)), 4), "interval": [round(float(v), 4) for v in (low, high)]}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write one JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.constant_parts", description=__doc__)
-    parser.add_argument("--base", default="emoji", help="whose size; weights are random")
+    parser.add_argument("--base", default="emoji", help="base model whose size is used, with random weights")
     parser.add_argument("--guide", action="append", choices=sorted(GUIDES), help="default: both")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=None, help="default 40; 5 for random:…")

@@ -1,13 +1,13 @@
 """One model evaluation step on a CPU: guided, unguided and CFG on ONNX Runtime, and diffusers' own CFG, interleaved.
 
-Every round runs each once, and who is first takes turns.  A step of CFG is one call with a batch of two for each image.
-Ratios are of times of one round; wall time, and CPU time of the process, which other load on the machine disturbs less.
+Every round runs each once, and the order rotates.  A CFG step is one call with two batch entries per image.  Ratios are
+taken within a round, of wall time and of the process's CPU time, which other load on the machine affects less.
 
     python -m benchmarks.cpu_steps                                          # the bundled model, batches 1, 4 and 8
     python -m benchmarks.cpu_steps --base random:sd15 --batches 1 --rounds 7 --threads 2
 
-Engines that are not named are built in ``--work``.  At SD 1.5's size the networks take about 20 GiB of memory; with
-``--without diffusers`` 16.
+Engines that are not named are built in ``--work``.  At SD 1.5's size the networks take about 20 GiB of memory, or
+16 GiB with ``--without diffusers``.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .openvino import inputs_of
 SCHEMA = "pnp-trt/cpu-steps/1"
 RESULTS = Path(__file__).parent / "results"
 GUIDED, UNGUIDED, CFG, DIFFUSERS = "guided", "unguided", "CFG", "diffusers CFG"
-#: what is divided by what
+#: numerator and denominator of each ratio
 RATIOS = ((GUIDED, UNGUIDED), (GUIDED, CFG), (CFG, DIFFUSERS), (GUIDED, DIFFUSERS))
 Step = Callable[[], np.ndarray]
 
 
 def engine(name: str | None, base: str, guide: str, work: Path) -> Path:
-    """The U-Net's graph of a bundle: of the one named, or of one that is built in ``work`` unless it is there."""
+    """Path of a bundle's U-Net graph. Without a name, the bundle is built in ``work`` unless it exists."""
     if name is None:
         folder = work / f"{base.replace('random:', '')}-{guide}"
         if not folder.is_dir():
@@ -49,12 +49,12 @@ def engine(name: str | None, base: str, guide: str, work: Path) -> Path:
         name = str(folder)
     bundle = open_bundle(name)
     if bundle.guided != (guide != "none"):
-        raise SystemExit(f"{name} {'has a' if bundle.guided else 'has no'} guide; name another engine")
+        raise SystemExit(f"{name} {'has a' if bundle.guided else 'has no'} guide; use another engine")
     return bundle.file("unet")
 
 
 def on_onnxruntime(network: Network, rows: int) -> Step:
-    """One call with a batch of ``rows``."""
+    """Return a function that makes one call with a batch of ``rows``."""
     inputs = inputs_of(network, rows)
 
     def step() -> np.ndarray:
@@ -67,7 +67,7 @@ def on_onnxruntime(network: Network, rows: int) -> Step:
 
 
 def in_diffusers(base: str, threads: int) -> Callable[[int], Step]:
-    """The same of diffusers' U-Net in eager PyTorch, float32."""
+    """Return the same for diffusers' U-Net in eager PyTorch, float32, given the number of rows."""
     import torch
 
     from pnp_trt.models.bases import resolve
@@ -93,9 +93,9 @@ def in_diffusers(base: str, threads: int) -> Callable[[int], Step]:
 
 
 def measure(steps: dict[str, Step], rounds: int, divided: Sequence[tuple[str, str]] = RATIOS) -> dict[str, Any]:
-    """Seconds of each step by round, and the ratios of those ``divided`` within a round."""
+    """Seconds of each step by round, and the ratios of the pairs in ``divided`` within a round."""
     for step in steps.values():
-        if not np.isfinite(step()).all():  # warms up
+        if not np.isfinite(step()).all():  # warm-up
             raise SystemExit("a prediction is not finite")
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
@@ -124,22 +124,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guided", help="an engine with a guide; default: built")
     parser.add_argument("--plain", help="an engine without a guide; default: built")
     parser.add_argument("--without", action="append", default=[], choices=(GUIDED, UNGUIDED, CFG, "diffusers"))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="images of a step")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="batch sizes, in images")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("build/cpu-steps"), help="folder of engines that are built")
+    parser.add_argument("--work", type=Path, default=Path("build/cpu-steps"), help="folder for engines that are built")
     parser.add_argument("--json", type=Path, help="default benchmarks/results/cpu-steps-BASE.json")
     a = parser.parse_args(arguments)
-    held: dict[str, OrtNetwork] = {}
+    networks: dict[str, OrtNetwork] = {}
     if GUIDED not in a.without:
-        held[GUIDED] = OrtNetwork(engine(a.guided, a.base, "tiny", a.work), "cpu", a.threads)
+        networks[GUIDED] = OrtNetwork(engine(a.guided, a.base, "tiny", a.work), "cpu", a.threads)
     if not {UNGUIDED, CFG} <= set(a.without):
-        held[UNGUIDED] = held[CFG] = OrtNetwork(engine(a.plain, a.base, "none", a.work), "cpu", a.threads)
+        networks[UNGUIDED] = networks[CFG] = OrtNetwork(engine(a.plain, a.base, "none", a.work), "cpu", a.threads)
     eager = None if "diffusers" in a.without else in_diffusers(a.base, a.threads)
     rows = []
     for batch in a.batches:
         steps = {
-            name: on_onnxruntime(held[name], batch * (2 if name == CFG else 1))
+            name: on_onnxruntime(networks[name], batch * (2 if name == CFG else 1))
             for name in (GUIDED, UNGUIDED, CFG)
             if name not in a.without
         }

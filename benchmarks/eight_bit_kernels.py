@@ -1,11 +1,11 @@
-"""FP8 and INT8 against FP16: kernels and bytes of the guided U-Net, by TensorRT-RTX's layer log.
+"""FP8 and INT8 against FP16: kernels and bytes of the guided U-Net, from TensorRT-RTX's layer log.
 
-The engines are compiled for ``--target`` on any machine, with random weights; no GPU is needed.  Ranges of activations
+The engines are compiled for ``--target`` on any machine, with random weights; no GPU is needed.  Activation ranges
 are recorded from one image of three steps on the CPU (``pnp-trt calibrate``, minutes at SD 1.5's size), as for a build;
-the kernels do not depend on them.  Parity is not measured: random weights are no test of a precision.
+the kernels do not depend on them.  Parity is not measured, because random weights do not test a precision.
 
     python -m benchmarks.eight_bit_kernels                      # random:sd15; 10 GiB of memory
-    python -m benchmarks.eight_bit_kernels --record FILE        # of an earlier calibration of the same base and guide
+    python -m benchmarks.eight_bit_kernels --record FILE        # an earlier calibration of the same base and guide
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="random:sd15", help="a random:… base")
     parser.add_argument("--target", default="sm_89")
-    parser.add_argument("--record", type=Path, help="a calibration record; default: made")
+    parser.add_argument("--record", type=Path, help="a calibration record; default: record one")
     parser.add_argument("--json", type=Path, help="default benchmarks/results/eight-bit-kernels-BASE.json")
     a = parser.parse_args(arguments)
     quiet_libraries()

@@ -1,7 +1,7 @@
-"""Whether a base and a guide stay in float16's range on a prompt: the largest value of each, computed in float32.
+"""Check whether a base and a guide stay in float16's range, by their largest values computed in float32.
 
 ``python -m benchmarks.float16_range --base random:sdxl`` evaluates the U-Net alone, and with the guide at each w, on
-the prompt's text states and latents of 32 × 32.
+one prompt's text states and 32 × 32 latents.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ PROMPT, SCALES, SIDE, TIMESTEP = "a red apple", (2.0, 7.5), 32, 801
 
 @torch.no_grad()
 def largest(model: nn.Module, part: nn.Module, inputs: dict[str, Any]) -> float:
-    """Largest magnitude that a layer of ``part`` returns while ``model`` is evaluated."""
-    found = [0.0]
+    """Largest output magnitude of the layers of ``part`` during one evaluation of ``model``."""
+    magnitudes = [0.0]
 
-    def seen(_: nn.Module, __: Any, output: Any) -> None:
+    def record_magnitude(_: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            found.append(float(output.abs().max()))
+            magnitudes.append(float(output.abs().max()))
 
-    hooks = [m.register_forward_hook(seen) for m in part.modules() if not list(m.children())]
+    hooks = [m.register_forward_hook(record_magnitude) for m in part.modules() if not list(m.children())]
     try:
         model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return max(found)
+    return max(magnitudes)
 
 
 def measure(base: str, guide: str, scales: Iterable[float] = SCALES) -> dict[str, Any]:
@@ -54,11 +54,11 @@ def measure(base: str, guide: str, scales: Iterable[float] = SCALES) -> dict[str
         "encoder_hidden_states": teacher.conditions.text(row, device),
         "added_cond_kwargs": teacher.conditions.added(row, device),
     }  # fmt: skip
-    made = (teacher.base.make_guide(guide, teacher.unet) or load_guide(guide)).float().eval()
-    student = Student(teacher.unet, made)
+    guide_network = (teacher.base.make_guide(guide, teacher.unet) or load_guide(guide)).float().eval()
+    student = Student(teacher.unet, guide_network)
     return {
         "unet": largest(teacher.unet, teacher.unet, inputs),
-        "guide": {f"{w:g}": largest(student, made, inputs | {"guidance": torch.tensor([w])}) for w in scales},
+        "guide": {f"{w:g}": largest(student, guide_network, inputs | {"guidance": torch.tensor([w])}) for w in scales},
     }
 
 
@@ -69,14 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guide", default="tiny")
     parser.add_argument("--json", type=Path, help="default benchmarks/results/float16-range-BASE.json")
     a = parser.parse_args(arguments)
-    found = measure(a.base, a.guide)
+    values = measure(a.base, a.guide)
     limit = torch.finfo(torch.float16).max
-    of_guide = ", ".join(f"{v:,.0f} at w = {w}" for w, v in found["guide"].items())
-    print(f"float16 ends at {limit:,.0f}; the U-Net's largest is {found['unet']:,.0f}, the guide's {of_guide}")
+    of_guide = ", ".join(f"{v:,.0f} at w = {w}" for w, v in values["guide"].items())
+    print(f"float16 ends at {limit:,.0f}; the U-Net's largest value is {values['unet']:,.0f}, the guide's {of_guide}")
     words = ["python", "-m", "benchmarks.float16_range", *(sys.argv[1:] if arguments is None else arguments)]
     document = {
         "schema": SCHEMA, "provenance": provenance(words), "base": a.base, "guide": a.guide, "prompt": PROMPT,
-        "side": SIDE, "timestep": TIMESTEP, "largest": found, "float16_largest": limit,
+        "side": SIDE, "timestep": TIMESTEP, "largest": values, "float16_largest": limit,
     }  # fmt: skip
     write_json(a.json or RESULTS / f"float16-range-{a.base.removeprefix('random:').replace('/', '-')}.json", document)
 

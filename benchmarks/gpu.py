@@ -1,30 +1,31 @@
-"""What a machine with a GPU can show: ``make gpu``, or ``python -m benchmarks.gpu``.
+"""Measurements that need a GPU: ``make gpu``, or ``python -m benchmarks.gpu``.
 
-Each part runs in a separate process with a time limit, so that what fails there (a package that is missing, an engine
-that the GPU cannot run, memory) is written down and the next part continues; the record is written after each part, and
-what a part had found when its time was up is kept:
+Each part runs in a separate process with a time limit.  A failure (a missing package, an engine that the GPU cannot
+run, lack of memory) is recorded and the next part runs.  The record is written after each part, and a part that is
+stopped at its time limit keeps the results it has printed:
 
-- **roof**: products of fp16 and bf16 matrices, and a copy in the GPU's memory: what the rest is compared with;
+- **roof**: products of fp16 and bf16 matrices, and a copy within the GPU's memory, for comparison with the rest;
 - **kernels**: the sampler's own kernels against numpy, bit for bit; a loop of them captured against uncaptured; the
-  host's time to launch either; device memory over 300 replays.  Needs cuda-python alone;
+  host's time to launch either; device memory over 300 replays.  Needs only cuda-python;
 - **torch-sd15**: SD 1.5's size in float16 (``gpu_unet``), eager: guided, unguided and CFG at batch 1 and 4;
 - **torch-sd15-compiled**: the same through ``torch.compile``, with the seconds that each case's compilation took.
-  PyTorch keeps what it makes in ``TORCHINDUCTOR_CACHE_DIR`` (without it in a folder of the user's beside temporary
-  files): a second run on the same machine traces the modules and finds the code there (``graphs_from_cache``);
+  PyTorch caches compiled code in ``TORCHINDUCTOR_CACHE_DIR`` (default: a folder for the user among the temporary
+  files), so a second run on the same machine only traces the modules (``graphs_from_cache``);
 - **torch-sdxl**: SDXL's size in float16, 1024², eager: guided, unguided and CFG at batch 1.  Latents only: SDXL's
   decoder overflows float16;
-- **torch-bundled-fp16**, **torch-bundled-fp32**: engines of backend ``torch`` of the bundled model: images captured
-  against step by step, time a step and an image of both, of the host's loop, and of CFG on the teacher's engine;
+- **torch-bundled-fp16**, **torch-bundled-fp32**: engines of backend ``torch`` of the bundled model: captured images
+  against those generated step by step, time per step and image of both, of the host's loop, and of CFG on the
+  teacher's engine;
 - **ort-bundled**: ONNX Runtime's CUDA provider on the bundled model (``gpu_ort``): its images against the CPU's, time,
   and nodes that run on the CPU;
-- **trt-bundled**, **trt-sd15**, **rtx-bundled**, **rtx-sd15**: the same on TensorRT and TensorRT-RTX (float16), where
-  the package is installed and the GPU is one that it compiles for;
-- **tests**: those marked ``gpu``;
-- **torch-sdxl-compiled**: SDXL's size through ``torch.compile``, which takes minutes a case.
+- **trt-bundled**, **trt-sd15**, **rtx-bundled**, **rtx-sd15**: the same on TensorRT and TensorRT-RTX (float16), if
+  the package is installed and compiles for the GPU;
+- **tests**: the tests marked ``gpu``;
+- **torch-sdxl-compiled**: SDXL's size through ``torch.compile``, which takes minutes per case.
 
-The parts are in the order of what they say for their time, and ``--budget`` ends the last ones first.
+The most informative parts for their time come first, so that ``--budget`` leaves out the least informative ones.
 
-Without a GPU it reports that, writes nothing and claims nothing.  Results: ``benchmarks/results/gpu-NAME.json``.
+Without a GPU the program prints that, and writes nothing.  Results: ``benchmarks/results/gpu-NAME.json``.
 """
 
 from __future__ import annotations
@@ -53,23 +54,23 @@ PARTS = (
     "roof", "kernels", "torch-sd15", "torch-sd15-compiled", "torch-sdxl", "torch-bundled-fp16", "torch-bundled-fp32",
     "ort-bundled", "trt-bundled", "trt-sd15", "rtx-bundled", "rtx-sd15", "tests", "torch-sdxl-compiled",
 )  # fmt: skip
-#: seconds below which a part is not begun
+#: a part is not started with fewer seconds left
 LEAST = {"ort-bundled": 40.0,
     "torch-sd15": 25.0, "torch-sd15-compiled": 40.0, "torch-sdxl": 25.0, "trt-sd15": 60.0, "rtx-sd15": 60.0,
     "torch-sdxl-compiled": 90.0,
 }  # fmt: skip
-#: seconds of a budget that a part may take at most, so that a part that is slow leaves time for the next ones
+#: most seconds of a budget that a part may take, so that a slow part leaves time for the next ones
 MOST = {"torch-sd15-compiled": 130.0, "torch-sdxl": 75.0}
-#: the same for the tests of one module, first those without compiled code, then those with it; budget or none
+#: most seconds of one module's tests, also without a budget: first tests without compiled code, then those with it
 TEST_SECONDS = {"not compiled": 60.0, "compiled": 180.0}
 STEPS = (8, 50)
-#: what a part's process prints before its JSON, as often as it knows more; the last one counts
+#: prefix of each JSON that a part's process prints; the last one printed counts
 MARK = "RESULT "
 Say = Callable[[dict[str, Any]], object]
 
 
 def gpu_present() -> bool:
-    """Whether NVIDIA's driver is here and finds a GPU; asks the driver alone."""
+    """Whether NVIDIA's driver is installed and reports a GPU; needs no other package."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
             driver = ctypes.CDLL(library)
@@ -84,34 +85,34 @@ def gpu_present() -> bool:
 
 
 def tests(say: Say = print, limit: float = 600.0) -> dict[str, Any]:
-    """The tests marked ``gpu``, one module after the other; a module that cannot be imported stops no other.
+    """The tests marked ``gpu``, one module after the other; a module that cannot be imported does not stop the others.
 
-    What torch.compile makes takes minutes, so tests of it come last.  No module takes more than ``TEST_SECONDS``.
+    Tests with torch.compile take minutes, so they come last.  No module takes more than ``TEST_SECONDS``.
     """
     started = time.monotonic()
     texts = {path: path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
     marked = {path: text for path, text in texts.items() if re.search(r"^@pytest\.mark\.gpu$", text, re.M)}
-    found: dict[str, Any] = {"modules": {}}
+    results: dict[str, Any] = {"modules": {}}
     for words, most in TEST_SECONDS.items():
         for path in (path for path, text in marked.items() if words != "compiled" or "compiled" in text):
             name = f"{path.relative_to(ROOT)} ({words})"
             left = min(limit - (time.monotonic() - started), most)
             if left < 5:
-                found["modules"][name] = "not run: no time was left"
+                results["modules"][name] = "not run: no time was left"
                 continue
             command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-q", "-rs",
                        "--no-header", "-k", words, str(path)]  # fmt: skip
             try:
                 done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=left)
             except subprocess.TimeoutExpired:
-                found["modules"][name] = f"stopped after {left:.0f} s"
+                results["modules"][name] = f"stopped after {left:.0f} s"
             else:
                 lines = [line for line in done.stdout.strip().splitlines() if line]
-                kept = lines[-1:] if done.returncode in (0, 5) else [*lines[-12:], *done.stderr.splitlines()[-3:]]
-                found["modules"][name] = {"exit": done.returncode, "said": kept}
-            say(found)
-    codes = [m["exit"] if isinstance(m, dict) else None for m in found["modules"].values()]
-    return found | {"failed": sum(code not in (0, 5) for code in codes)}
+                shown = lines[-1:] if done.returncode in (0, 5) else [*lines[-12:], *done.stderr.splitlines()[-3:]]
+                results["modules"][name] = {"exit": done.returncode, "said": shown}
+            say(results)
+    codes = [m["exit"] if isinstance(m, dict) else None for m in results["modules"].values()]
+    return results | {"failed": sum(code not in (0, 5) for code in codes)}
 
 
 def kernels(
@@ -121,12 +122,12 @@ def kernels(
     all_steps: tuple[int, ...] = STEPS,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """The device loop with a network that is a kernel, too: everything but engines.
+    """Measure the device loop with kernels in place of the networks, so that no engines are needed.
 
     Args:
         size: of the latents.
         rounds: timed runs of each kind.
-        steady: runs over which the GPU's memory is watched.
+        steady: number of runs over which growth of GPU memory is measured.
     """
     import numpy as np
 
@@ -138,7 +139,7 @@ def kernels(
 
     cuda = Cuda()
     loaded = cuda.kernels(ptx(), KERNELS)
-    found: dict[str, Any] = {"equal_to_numpy": check_kernels(cuda, loaded)}
+    results: dict[str, Any] = {"equal_to_numpy": check_kernels(cuda, loaded)}
     channels, batch = 3, 2
     unet = Scaling(cuda, loaded, "sample", 0.3, channels)
     vae = Scaling(cuda, loaded, "latents", 0.5, channels)
@@ -153,8 +154,8 @@ def kernels(
             previous: Any = None
             for i in range(len(table)):
                 x, previous = table.step(i, x, np.float32(0.3) * table.scaled(i, x), previous)
-            wanted = np.clip(np.rint((np.float32(0.5) * x + np.float32(1)) * np.float32(127.5)), 0, 255)
-            wanted = wanted.astype(np.uint8).transpose(0, 2, 3, 1)
+            expected = np.clip(np.rint((np.float32(0.5) * x + np.float32(1)) * np.float32(127.5)), 0, 255)
+            expected = expected.astype(np.uint8).transpose(0, 2, 3, 1)
             launch: dict[str, list[float]] = {"eager": [], "captured": []}
             whole: dict[str, list[float]] = {"eager": [], "captured": []}
             equal = {"eager": True, "captured": True}
@@ -168,26 +169,26 @@ def kernels(
                     if number >= 0:
                         whole[mode].append(time.perf_counter() - started)
                         launch[mode].append(sum(lane_time))
-                    equal[mode] &= bool(np.array_equal(drawn.values, wanted))
+                    equal[mode] &= bool(np.array_equal(drawn.values, expected))
             row: dict[str, Any] = {
                 "host_launch_us": {k: _median(v, 1e6) for k, v in launch.items()},
                 "image_us": {k: _median(v, 1e6) for k, v in whole.items()},
                 "equal_to_numpy": equal, "captures": loops.captures, "why_not": loops.why_not,
             }  # fmt: skip
-            found[f"{name}, {steps} steps"] = row
+            results[f"{name}, {steps} steps"] = row
             before = cuda.free_memory()
             for _ in range(steady):
                 loops.run(plan, feeds)
             row["memory_growth_bytes"] = before - cuda.free_memory()
-            say(found)
+            say(results)
     loops.clear()
-    return found
+    return results
 
 
 def engines(
     backend: str, base: str, precision: str, rounds: int, guide: str = "tiny", say: Say = lambda _: None
 ) -> dict[str, Any]:
-    """A guided engine and its teacher's: captured, step by step, and driven by the host."""
+    """Measure a guided engine and its teacher's: captured, step by step, and driven by the host."""
     import numpy as np
 
     from pnp_trt.build.builder import build
@@ -207,11 +208,11 @@ def engines(
             with _device_memory(row):
                 observed: dict[str, dict[int, list[float]]] = {}
                 launch: dict[str, dict[int, list[float]]] = {}
-                pixels: dict[tuple[str, int], Any] = {}  # of seed 0, drawn by every mode
+                pixels: dict[tuple[str, int], Any] = {}  # of seed 0, by mode and steps
                 for number in range(-2, rounds):  # two rounds of warm-up: step by step, then capture
                     for mode in ("captured", "step by step", "host"):
                         if mode != "captured" and not -1 <= number < 2:
-                            continue  # slow, and no goal is set for them
+                            continue  # slow, and without goals
                         for steps in STEPS:
                             loops.capture = mode == "captured"
                             pipe.loops = None if mode == "host" else loops
@@ -255,31 +256,31 @@ def engines(
 
 
 def _watch_lane(loops: Any) -> list[float]:
-    """Seconds that the host spends putting work on the stream, a number a call; for every lane that is opened."""
-    seen: list[float] = []
+    """Record the seconds that the host spends in each call that enqueues work, for all present and future lanes."""
+    seconds: list[float] = []
     opens = getattr(loops, "_opens", loops._open)
 
     def watch(lane: Any) -> Any:
         for name in ("begin", "step", "end", "replay"):
-            whole = getattr(type(lane), name)
+            method = getattr(type(lane), name)
 
-            def timed(*arguments: Any, whole: Any = whole, lane: Any = lane) -> None:
+            def timed(*arguments: Any, method: Any = method, lane: Any = lane) -> None:
                 started = time.perf_counter()
-                whole(lane, *arguments)
-                seen.append(time.perf_counter() - started)
+                method(lane, *arguments)
+                seconds.append(time.perf_counter() - started)
 
             setattr(lane, name, timed)
         return lane
 
     loops._opens, loops._open = opens, lambda *arguments: watch(opens(*arguments))
-    for held in loops._lanes.values():
-        watch(held.lane)
-    return seen
+    for entry in loops._lanes.values():
+        watch(entry.lane)
+    return seconds
 
 
 @contextmanager
 def _device_memory(row: dict[str, Any]) -> Iterator[None]:
-    """Bytes of the GPU that the block came to hold, for all processes and for PyTorch's own tensors at the most."""
+    """Record the GPU memory that the block allocates, over all processes, and the peak of PyTorch's tensors."""
     from pnp_trt.backends.cuda import Cuda
 
     cuda = Cuda()
@@ -298,7 +299,7 @@ def _median(values: list[float], scale: float) -> float:
 
 
 def run_part(name: str, rounds: int, limit: float, say: Say) -> dict[str, Any]:
-    """One part, in this process."""
+    """Run one part in this process."""
     from benchmarks import gpu_ort
     from benchmarks.gpu_unet import LAYOUTS, SINGLE, measure, roof
 
@@ -331,7 +332,7 @@ def run_part(name: str, rounds: int, limit: float, say: Say) -> dict[str, Any]:
 
 
 def why_not(name: str, sm: str) -> str | None:
-    """Why a part cannot run here, known before any work; None where nothing speaks against it."""
+    """Reason why a part cannot run on this machine, or None; checked before any work."""
     from pnp_trt.backends.tensorrt.flavour import RTX, TENSORRT
 
     flavour = {"trt": TENSORRT, "rtx": RTX}.get(name.partition("-")[0])
@@ -347,14 +348,14 @@ def why_not(name: str, sm: str) -> str | None:
     if flavour is not None:
         needed = [*needed, flavour.module, "cuda.bindings", "onnxscript"]
         if flavour.targets and sm not in flavour.targets:
-            return f"the GPU is {sm}, and {flavour.name} makes engines for {', '.join(flavour.targets[1:])}"
+            return f"the GPU is {sm}, but {flavour.name} compiles engines for {', '.join(flavour.targets[1:])}"
     if missing := [package for package in needed if not _installed(package)]:
-        return f"missing here: {', '.join(missing)}"
+        return f"missing packages: {', '.join(missing)}"
     if name.startswith("ort-"):
         import onnxruntime
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; onnxruntime-gpu has it"
+            return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; install onnxruntime-gpu"
     return None
 
 
@@ -366,12 +367,12 @@ def _installed(package: str) -> bool:
 
 
 def in_own_process(name: str, rounds: int, limit: float) -> dict[str, Any]:
-    """A part's result, what it had when its time was up, or why there is none."""
+    """Run a part in a separate process; return its result, complete or partial, or the reason why there is none."""
     words = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--rounds", str(rounds), "--limit", str(limit)]
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        # a group of its own: pytest and compilers below it end with it
+        # a separate process group, so that pytest and compilers that it starts are killed with it
         child = subprocess.Popen(
             words, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=os.name != "nt"
         )
@@ -384,22 +385,22 @@ def in_own_process(name: str, rounds: int, limit: float) -> dict[str, Any]:
         seconds = round(time.monotonic() - started, 1)
         out.seek(0)
         err.seek(0)
-        printed, said = out.read().decode(errors="replace"), err.read().decode(errors="replace").strip().splitlines()
+        printed, errors = out.read().decode(errors="replace"), err.read().decode(errors="replace").strip().splitlines()
     why = None
     if code is None:
         why = f"it took more than {limit:.0f} s"
     elif code:
-        why = f"exit code {code}: {said[-1] if said else 'it said nothing'}"
+        why = f"exit code {code}: {errors[-1] if errors else 'no output on stderr'}"
     for line in reversed(printed.splitlines()):
         if line.startswith(MARK):
-            with contextlib.suppress(ValueError):  # cut short
-                found = {"ran": True, "complete": why is None, "seconds": seconds, **json.loads(line[len(MARK) :])}
-                return found if why is None else found | {"why": why, "tail": said[-15:]}
-    return {"ran": False, "why": why or "it printed no result", "seconds": seconds, "tail": said[-15:]}
+            with contextlib.suppress(ValueError):  # a truncated line
+                result = {"ran": True, "complete": why is None, "seconds": seconds, **json.loads(line[len(MARK) :])}
+                return result if why is None else result | {"why": why, "tail": errors[-15:]}
+    return {"ran": False, "why": why or "it printed no result", "seconds": seconds, "tail": errors[-15:]}
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a part's process and those that it started."""
+    """Kill a part's process and those that it started."""
     if os.name == "nt":
         child.kill()
     else:
@@ -409,25 +410,27 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure what can be measured; 0 unless this program itself fails."""
+    """Run the parts that can run; 0 unless this program itself fails."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", action="append", choices=PARTS, help="default: all parts")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each kind")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each part")
-    parser.add_argument("--budget", type=float, help="seconds for all; parts that no longer fit are not run")
+    parser.add_argument(
+        "--budget", type=float, help="seconds for all parts together; those that no longer fit are not run"
+    )
     parser.add_argument("--json", type=Path, help="default benchmarks/results/gpu-NAME.json")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     a = parser.parse_args(arguments)
     if a.part:
 
-        def say(found: dict[str, Any]) -> None:
-            print(MARK + json.dumps(found), flush=True)
+        def say(result: dict[str, Any]) -> None:
+            print(MARK + json.dumps(result), flush=True)
 
         say(run_part(a.part, a.rounds, a.limit - 5, say))
         return 0
     if not gpu_present():
-        print("no NVIDIA GPU was found here: nothing was measured, nothing is written, and nothing is claimed")
+        print("no NVIDIA GPU was found: nothing was measured or written")
         return 0
     from benchmarks.gpu_report import goals, table
     from pnp_trt.backends.gpus import present_gpus
@@ -438,7 +441,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = a.json or RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # the file's name without its folder: a record has no paths of the machine
+    # the file's name without its folder, because records contain no paths of the machine
     words = [Path(w).name if w == str(a.json) else w for w in (sys.argv[1:] if arguments is None else arguments)]
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -453,18 +456,20 @@ def main(arguments: list[str] | None = None) -> int:
         if reason is None and left < LEAST.get(name, 8.0):
             reason = f"{max(left, 0):.0f} s of the budget of {a.budget:g} s were left"
         if reason is not None:
-            found: dict[str, Any] = {"ran": False, "why": reason, "seconds": 0.0}
+            result: dict[str, Any] = {"ran": False, "why": reason, "seconds": 0.0}
         else:
             print(f"{name} …", flush=True)
             most = a.limit if a.budget is None else min(a.limit, MOST.get(name, a.limit))
-            found = in_own_process(name, a.rounds, min(most, left))
-        document["parts"][name] = found
+            result = in_own_process(name, a.rounds, min(most, left))
+        document["parts"][name] = result
         document["goals"] = goals(document["parts"])
         state = (
-            "done" if found.get("complete") else ("partly done: " if found["ran"] else "did not run: ") + found["why"]
+            "done"
+            if result.get("complete")
+            else ("partly done: " if result["ran"] else "did not run: ") + result["why"]
         )
-        print(f"{name}: {state}, {found['seconds']} s", flush=True)
-        write_json(out, document)  # what is measured stays, whatever the next part does
+        print(f"{name}: {state}, {result['seconds']} s", flush=True)
+        write_json(out, document)  # results are kept even if the next part fails
     print(table(document))
     print(out)
     return 0

@@ -1,4 +1,4 @@
-"""The device loop's kernels on a real GPU: against numpy, and as the networks of a loop that has no engines."""
+"""The device loop's kernels on a real GPU: compared with numpy, and used as the networks of a loop without engines."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def scheduler() -> dict[str, Any]:
 
 
 class Device:
-    """Arrays on the GPU, for one check."""
+    """Arrays on the GPU for one check."""
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda, self.stream = cuda, cuda.stream()
         self.held: list[int] = []
 
     def up(self, values: np.ndarray) -> int:
-        """The address of a copy."""
+        """Copy an array to the GPU; return its address."""
         values = np.ascontiguousarray(values)
         self.held.append(self.cuda.allocate(values.nbytes))
         self.cuda.to_device(self.held[-1], values.ctypes.data, values.nbytes, self.stream)
@@ -36,19 +36,19 @@ class Device:
         return self.held[-1]
 
     def down(self, address: int, like: np.ndarray) -> np.ndarray:
-        """What lies there."""
+        """Copy the array at ``address`` to the host; its shape and type are those of ``like``."""
         out = np.empty_like(like)
         self.cuda.to_host(out.ctypes.data, address, out.nbytes, self.stream)
         self.cuda.synchronize(self.stream)
         return out
 
     def close(self) -> None:
-        """Give it all back."""
+        """Free all arrays."""
         self.cuda.free(self.held, [], self.stream)
 
 
 def check_kernels(cuda: Cuda, kernels: dict[str, Any]) -> dict[str, bool]:
-    """Each kernel's output against numpy's, bit for bit."""
+    """Compare each kernel's output with numpy's, bit for bit."""
     draw = np.random.default_rng(0)
     d = Device(cuda)
     batch, channels, plane = 3, 4, 100
@@ -58,7 +58,7 @@ def check_kernels(cuda: Cuda, kernels: dict[str, Any]) -> dict[str, bool]:
     w = np.array([1.5, 3.0, 7.5], np.float32)
     table = draw.standard_normal((4, 7), np.float32)
     times = np.array([900, 600, 300, 1], np.int64)
-    found: dict[str, bool] = {}
+    equal: dict[str, bool] = {}
 
     def launch(name: str, size: int, *arguments: tuple[int, Any]) -> None:
         cuda.launch(kernels[name], size, d.stream, *arguments)
@@ -71,9 +71,9 @@ def check_kernels(cuda: Cuda, kernels: dict[str, Any]) -> dict[str, bool]:
     launch("show", count, (at_shown, _P), (at_stamps, _P), (at_x, _P), (at_table, _P), (at_times, _P), (at_row, _P),
            (count, _I), (2, _I), (6, _I))  # fmt: skip
     scaled = table[2, 0] * x
-    found["show"] = bool(np.array_equal(d.down(at_shown, shown), np.stack([scaled, scaled])))
-    found["show"] &= bool((d.down(at_stamps, stamps) == 300).all())
-    found["show"] &= d.down(at_row, row).tolist() == [2, 2]
+    equal["show"] = bool(np.array_equal(d.down(at_shown, shown), np.stack([scaled, scaled])))
+    equal["show"] &= bool((d.down(at_stamps, stamps) == 300).all())
+    equal["show"] &= d.down(at_row, row).tolist() == [2, 2]
 
     at_previous, at_older, at_both, at_w = d.up(previous), d.up(older), d.up(both), d.up(w)
     launch("update", count, (at_x, _P), (at_previous, _P), (at_older, _P), (at_both, _P), (at_w, _P), (at_table, _P),
@@ -81,30 +81,30 @@ def check_kernels(cuda: Cuda, kernels: dict[str, Any]) -> dict[str, bool]:
     u, c = both[:count], both[count:]
     out = u + np.repeat(w, per) * (c - u)
     _, a, b, p, dx, do, e = table[2]
-    found["update"] = bool(np.array_equal(d.down(at_x, x), a * x + b * out + p * previous + e * older))
-    found["update"] &= bool(np.array_equal(d.down(at_older, older), previous))
-    found["update"] &= bool(np.array_equal(d.down(at_previous, previous), dx * x + do * out))
-    found["update"] &= d.down(at_row, row).tolist() == [3, 2]
+    equal["update"] = bool(np.array_equal(d.down(at_x, x), a * x + b * out + p * previous + e * older))
+    equal["update"] &= bool(np.array_equal(d.down(at_older, older), previous))
+    equal["update"] &= bool(np.array_equal(d.down(at_previous, previous), dx * x + do * out))
+    equal["update"] &= d.down(at_row, row).tolist() == [3, 2]
 
     bad = x.copy()
     bad[per + 5], bad[2 * per] = np.nan, np.inf
     flags = np.zeros(batch, np.int32)
     at_flags = d.up(flags)
     launch("check", count, (at_flags, _P), (d.up(bad), _P), (count, _I), (per, _I))
-    found["check"] = bool(np.array_equal(d.down(at_flags, flags), [0, 1, 1]))
+    equal["check"] = bool(np.array_equal(d.down(at_flags, flags), [0, 1, 1]))
 
     pixels = draw.uniform(-1.2, 1.2, (batch, channels, plane)).astype(np.float32)
     data = np.zeros((batch, plane, channels), np.uint8)
     at_data = d.up(data)
     launch("to_bytes", count, (at_data, _P), (d.up(pixels), _P), (count, _I), (channels, _I), (plane, _I))
-    wanted = np.clip(np.rint((pixels + np.float32(1)) * np.float32(127.5)), 0, 255).astype(np.uint8)
-    found["to_bytes"] = bool(np.array_equal(d.down(at_data, data), wanted.transpose(0, 2, 1)))
+    expected = np.clip(np.rint((pixels + np.float32(1)) * np.float32(127.5)), 0, 255).astype(np.uint8)
+    equal["to_bytes"] = bool(np.array_equal(d.down(at_data, data), expected.transpose(0, 2, 1)))
     d.close()
-    return found
+    return equal
 
 
 class Scaling:
-    """A network that multiplies its input by a number, as an engine's stand-in: it is the kernel ``show``."""
+    """Stand-in for an engine: a network that multiplies its input by ``factor`` with the kernel ``show``."""
 
     def __init__(self, cuda: Cuda, kernels: dict[str, Any], reads: str, factor: float, channels: int) -> None:
         self.path = Path(f"{reads}.engine")
@@ -113,7 +113,7 @@ class Scaling:
 
     @contextlib.contextmanager
     def bind(self, batch: int, size: tuple[int, int] | None = None) -> Iterator[ScalingBound]:
-        """Buffers for the length of the block."""
+        """Allocate buffers for the duration of the block."""
         assert size is not None
         bound = ScalingBound(self._cuda, self._kernel, self._reads, self._factor, (batch, self._channels, *size))
         try:
@@ -124,12 +124,12 @@ class Scaling:
     def bind_tokens(
         self, batch: int, size: tuple[int, int] | None, tokens: int | None
     ) -> contextlib.AbstractContextManager[ScalingBound]:
-        """As :meth:`bind`; it reads no text."""
+        """Same as :meth:`bind`, because this network reads no text."""
         return self.bind(batch, size)
 
 
 class ScalingBound:
-    """Its buffers."""
+    """Buffers of a :class:`Scaling`."""
 
     output_name = "out"
 
@@ -147,11 +147,11 @@ class ScalingBound:
         self._row = self._device.up(np.zeros(2, np.int32))
 
     def write(self, **inputs: np.ndarray) -> None:
-        """It has no inputs that the host writes."""
+        """No inputs are written by the host."""
         assert not inputs
 
     def enqueue(self, stream: int) -> None:
-        """One run."""
+        """Enqueue one run."""
         at, count = self.addresses, self._like["out"].size
         self._cuda.launch(
             self._kernel, count, stream, (at["out"], _P), (0, _P), (at[self._reads], _P), (self._table, _P), (0, _P),
@@ -159,7 +159,7 @@ class ScalingBound:
         )  # fmt: skip
 
     def capturable(self, stream: int) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def staged(self, name: str) -> np.ndarray:
@@ -167,8 +167,8 @@ class ScalingBound:
         return self._like[name]
 
     def keep_kernels(self) -> None:
-        """It makes none."""
+        """There are no kernels to keep."""
 
     def close(self) -> None:
-        """Give the buffers back."""
+        """Free the buffers."""
         self._device.close()

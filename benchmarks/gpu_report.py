@@ -1,11 +1,11 @@
-"""What a record of ``benchmarks.gpu`` states, in lines; and the goals, met or missed."""
+"""Text summary of a record of ``benchmarks.gpu``, and its goals, met or missed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-#: SD 1.5's size, by how the modules run
+#: parts of SD 1.5's size, by how the modules run
 PARTS = {"eager": "torch-sd15", "compiled": "torch-sd15-compiled"}
 TITLES = {
     "torch-sd15": "SD 1.5", "torch-sd15-compiled": "SD 1.5, compiled", "torch-sdxl": "SDXL",
@@ -16,12 +16,12 @@ TITLES = {
 def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
     """The goals for SD 1.5's size, 512², float16, on an H100; each ``met``, ``missed`` or ``not measured``.
 
-    The better figure of eager and compiled modules counts; ``by`` says whose it is, None where there is none.
+    The better figure of eager and compiled modules counts; ``by`` names the mode, None without a figure.
     """
     rows = {how: _figures(parts.get(part, {}).get("cases", {})) for how, part in PARTS.items()}
 
-    def goal(what: str, sign: str, wanted: float, figure: str) -> dict[str, Any]:
-        return _goal(what, sign, wanted, {how: row[figure] for how, row in rows.items()})
+    def goal(what: str, sign: str, limit: float, figure: str) -> dict[str, Any]:
+        return _goal(what, sign, limit, {how: row[figure] for how, row in rows.items()})
 
     return [
         goal("guided iterations a second, batch 1", ">=", 200, "rate"),
@@ -42,20 +42,20 @@ def _figures(cases: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _goal(what: str, sign: str, wanted: float, figures: dict[str, float | None]) -> dict[str, Any]:
+def _goal(what: str, sign: str, limit: float, figures: dict[str, float | None]) -> dict[str, Any]:
     known = {how: figure for how, figure in figures.items() if figure is not None}
     if not known:
-        return {"goal": what, "wanted": f"{sign} {wanted:g}", "found": None, "by": None, "state": "not measured"}
+        return {"goal": what, "wanted": f"{sign} {limit:g}", "found": None, "by": None, "state": "not measured"}
     by = (max if sign == ">=" else min)(known, key=lambda how: known[how])
-    found = known[by]
-    held = {">=": found >= wanted, "<=": found <= wanted, "<": found < wanted}[sign]
+    best = known[by]
+    met = {">=": best >= limit, "<=": best <= limit, "<": best < limit}[sign]
     return {
-        "goal": what, "wanted": f"{sign} {wanted:g}", "found": found, "by": by, "state": "met" if held else "missed",
+        "goal": what, "wanted": f"{sign} {limit:g}", "found": best, "by": by, "state": "met" if met else "missed",
     }  # fmt: skip
 
 
 def table(document: dict[str, Any]) -> str:
-    """All that matters, short."""
+    """Short summary of a record."""
     return "\n".join(_lines(document))
 
 
@@ -85,8 +85,8 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
                 f"ONNX Runtime, {precision}, {kind}: {row.get('step_ms')} ms a step, levels from the CPU's images "
                 f"{row.get('levels_from_cpu')}, warned of: {row.get('warned') or 'nothing'}"
             )
-    for name, said in parts.get("tests", {}).get("modules", {}).items():
-        yield f"{name}: {said['said'][-1] if isinstance(said, dict) and said['said'] else said}"
+    for name, result in parts.get("tests", {}).get("modules", {}).items():
+        yield f"{name}: {result['said'][-1] if isinstance(result, dict) and result['said'] else result}"
     for goal in document["goals"]:
         by = f" ({goal['by']})" if goal["by"] else ""
         yield f"goal: {goal['goal']}: {goal['wanted']}, found {goal['found']}{by}: {goal['state']}"

@@ -1,8 +1,8 @@
-"""SD 1.5's and SDXL's size on a GPU through the product's own loop, without a bundle: time, memory, energy, the roof.
+"""Time, memory and energy of models of SD 1.5's and SDXL's size on a GPU, in the product's own loop without a bundle.
 
-The modules are made on the GPU with seeded random weights: initialising, hashing, writing and reading gigabytes twice,
-and parity on the CPU, would take longer than all that is measured here.  What runs is what a bundle of backend
-``torch`` runs: ``TorchNetwork``, ``TorchLane`` and ``DeviceLoops``.
+The modules are created on the GPU with seeded random weights, because initialising, hashing, writing and reading
+gigabytes twice, and parity on the CPU, would take longer than all measurements here.  The code that runs is that of a
+bundle of backend ``torch``: ``TorchNetwork``, ``TorchLane`` and ``DeviceLoops``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 MADE = "modules made on the GPU with seeded random weights, and run by the loop that a torch bundle runs; no bundle"
-#: of a loop that is timed
+#: steps of a timed loop
 STEPS = 20
 TOKENS = 77
 Say = Callable[[dict[str, Any]], object]
-#: method and batch, those first that say most
+#: method and batch size, the most informative first
 CASES = (("guided", 1), ("unguided", 1), ("CFG", 1), ("guided", 4), ("CFG", 4), ("unguided", 4))
 SINGLE = CASES[:3]
-#: by name: whether weights are channels-last, and whether cuDNN's algorithms are timed in the first run
+#: name -> whether weights are channels-last, and whether cuDNN's algorithms are timed in the first run
 LAYOUTS = {"NCHW": (False, False), "NHWC": (True, False), "NHWC, searched": (True, True)}
 
 
@@ -42,20 +42,20 @@ def measure(
     energy_seconds: float = 1.5,
     configs: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Guided, unguided and CFG (one batch of two) at several batches.
+    """Measure guided, unguided and CFG loops (CFG with a doubled batch) at several batch sizes.
 
     Args:
-        say: called with all that is known, after each figure.
+        say: called with all results so far, after each figure.
         rounds: timed runs of each kind; medians are kept.
         base: ``random:sd15`` or ``random:sdxl``.
-        target: of the backend, ``eager`` or ``compile``.
-        layouts: of ``LAYOUTS``, to be compared; the fastest is used.  Without any it is ``NHWC``.
-        decode: whether a loop that ends with pixels is measured too, in random weights' half precision.
-        energy_seconds: for which loops of each case of the first batch are repeated.
-        configs: of the networks, in place of the base's own.
+        target: the backend's target, ``eager`` or ``compile``.
+        layouts: names in ``LAYOUTS`` to compare; the fastest is used.  Without any it is ``NHWC``.
+        decode: whether to measure a loop that ends with pixels too, in the half precision of the random weights.
+        energy_seconds: how long loops of each case of the first batch size are repeated to measure energy.
+        configs: network configs that replace the base's own.
 
     Returns:
-        Seconds are of the GPU's own clock for steps, and of the host's for whole loops.
+        The results. Steps are timed by the GPU's own clock, and whole loops by the host's.
     """
     import torch
 
@@ -63,23 +63,25 @@ def measure(
     from pnp_trt.models.random import random_base
 
     started = time.perf_counter()
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "made": MADE, "base": base, "target": target, "precision": precision, "steps": steps, "cases": {},
     }  # fmt: skip
-    made = random_base(base)
-    models = Models(dataclasses.replace(made, configs=configs) if configs else made, precision, provider)
-    found["latents"] = [models.channels, *models.size]
-    found["make_seconds"] = round(time.perf_counter() - started, 1)
+    random_model = random_base(base)
+    models = Models(
+        dataclasses.replace(random_model, configs=configs) if configs else random_model, precision, provider
+    )
+    results["latents"] = [models.channels, *models.size]
+    results["make_seconds"] = round(time.perf_counter() - started, 1)
     if models.cuda:
-        found["roof_fp16_tflops"] = round(matmul_tflops(torch.float16), 1)
-    say(found)
+        results["roof_fp16_tflops"] = round(matmul_tflops(torch.float16), 1)
+    say(results)
     try:
-        found["macs_a_row"] = models.macs()
-    except Exception as e:  # the times need no count
-        found["macs_failed"] = _said(e)
-    say(found)
+        results["macs_a_row"] = models.macs()
+    except Exception as e:  # times do not need the count
+        results["macs_failed"] = _said(e)
+    say(results)
 
-    schedule = made.scheduler_config()
+    schedule = random_model.scheduler_config()
     times: dict[str, float] = {}
     for name in layouts:
         try:
@@ -87,17 +89,17 @@ def measure(
             times[name] = case.step(min(rounds, 2))["ms"]
             case.close()
         except Exception as e:  # the other layouts may still run
-            found.setdefault("layouts_failed", {})[name] = _said(e)
-        found["unguided_step_ms_by_layout"] = times
-        say(found)
-    found["layout"] = min(times, key=lambda name: times[name]) if times else "NHWC"
-    how = Convolutions(*LAYOUTS[found["layout"]])
+            results.setdefault("layouts_failed", {})[name] = _said(e)
+        results["unguided_step_ms_by_layout"] = times
+        say(results)
+    results["layout"] = min(times, key=lambda name: times[name]) if times else "NHWC"
+    how = Convolutions(*LAYOUTS[results["layout"]])
 
     counter, no_counter = _counter()
-    found["energy"] = no_counter or "GPU's own counter (NVML) over repeated loops, idle share included"
+    results["energy"] = no_counter or "GPU's own counter (NVML) over repeated loops, idle share included"
     for method, batch in cases:
         row: dict[str, Any] = {}
-        found["cases"][f"{method}, batch {batch}"] = row
+        results["cases"][f"{method}, batch {batch}"] = row
         if models.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -105,35 +107,35 @@ def measure(
             case = Case(models, method, batch, steps, schedule, how, target)
             if target == "compile":
                 row["compile"] = case.compile()
-                say(found)
+                say(results)
             row["step"] = case.step(rounds)
             row |= rates(row)
-            if "macs_a_row" in found:
-                row |= shares(row, batch * found["macs_a_row"][method], found.get("roof_fp16_tflops"))
-            say(found)
+            if "macs_a_row" in results:
+                row |= shares(row, batch * results["macs_a_row"][method], results.get("roof_fp16_tflops"))
+            say(results)
             row |= case.loop(rounds)
             row |= overhead(row, steps)
             if models.cuda:
                 row["peak_memory_bytes"] = {
                     "tensors": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
                 }  # fmt: skip
-            say(found)
+            say(results)
             if counter is not None and batch == cases[0][1]:
                 row["joules_per_image"] = case.joules(counter, energy_seconds)
             case.close()
         except Exception as e:  # the next case may still run
             row["failed"] = _said(e)
-        say(found)
+        say(results)
     if decode:
         try:
             case = Case(models, "guided", 1, steps, schedule, how, target, decode=True)
-            found["image"] = case.loop(rounds)
+            results["image"] = case.loop(rounds)
             case.close()
         except Exception as e:
-            found["image"] = {"failed": _said(e)}
-    found["seconds_inside"] = round(time.perf_counter() - started, 1)
-    say(found)
-    return found
+            results["image"] = {"failed": _said(e)}
+    results["seconds_inside"] = round(time.perf_counter() - started, 1)
+    say(results)
+    return results
 
 
 class Models:
@@ -161,7 +163,7 @@ class Models:
             guide = TinyGuide.from_unet(self.unet)
         for module in (self.unet, vae, guide):
             fill(module, dtype, self.device)
-        # layers that are trained up from zero stay small, and at unit gain their products overflow half precision
+        # trained layers that start at zero stay small; at unit gain their products overflow half precision
         for layer in (guide.film, *(adapter.expand for adapter in guide.adapters)):
             layer.weight.mul_(0.01)
         self.student, self.teacher, self.vae = Student(self.unet, guide), Teacher(self.unet), VaeDecoder(vae)
@@ -169,21 +171,21 @@ class Models:
         self.size = (side, side)
         self.width = int(configs["unet"]["cross_attention_dim"])
         factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        #: of one image, ``[1, …]`` each: what the family's U-Net takes besides latents, timestep and text states
+        #: further inputs of the family's U-Net for one image, ``[1, …]`` each
         self.added: dict[str, np.ndarray] = {
             name: values.numpy()
             for name, values in base.golden_added(torch.Generator().manual_seed(0), 1, (side * factor,) * 2).items()
         }
 
     def inputs(self, method: str) -> dict[str, tuple[str, tuple[int | str, ...]]]:
-        """Of the U-Net, as a manifest has them."""
-        found: dict[str, tuple[str, tuple[int | str, ...]]] = {
+        """Types and shapes of the U-Net's inputs, as in a manifest."""
+        inputs_of_unet: dict[str, tuple[str, tuple[int | str, ...]]] = {
             "sample": ("float32", ("batch", self.channels, *self.size)),
             "timestep": ("int64", ("batch",)),
             "encoder_hidden_states": ("float32", ("batch", TOKENS, self.width)),
         }
-        found |= {name: ("float32", ("batch", *values.shape[1:])) for name, values in self.added.items()}
-        return found | ({"guidance": ("float32", ("batch",))} if method == "guided" else {})
+        inputs_of_unet |= {name: ("float32", ("batch", *values.shape[1:])) for name, values in self.added.items()}
+        return inputs_of_unet | ({"guidance": ("float32", ("batch",))} if method == "guided" else {})
 
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of one row of a batch, counted on meta tensors; attention products included."""
@@ -191,7 +193,7 @@ class Models:
 
         from pnp_trt.bench.measure.cost import count
 
-        found = {}
+        counts = {}
         for method, module in (("guided", self.student), ("unguided", self.teacher)):
             rows = {
                 name: torch.zeros([1, *(int(d) for d in shape[1:])], dtype=getattr(torch, dtype), device="meta")
@@ -199,12 +201,12 @@ class Models:
             }
             dtype = next(module.parameters()).dtype
             rows = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rows.items()}
-            found[method] = count(module, rows).macs
-        return found | {"CFG": 2 * found["unguided"]}
+            counts[method] = count(module, rows).macs
+        return counts | {"CFG": 2 * counts["unguided"]}
 
 
 class Case:
-    """One method at one batch, with buffers of its own."""
+    """One method at one batch size, with its buffers."""
 
     def __init__(
         self,
@@ -227,12 +229,12 @@ class Case:
         from pnp_trt.sampling.schedules import make
 
         self.target = target
-        if models.cuda:  # a layout that was tried before is undone
+        if models.cuda:  # undo the layout of the previous case
             last = convolutions.channels_last
             models.unet.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
         def load(name: str, module: Any, inputs: Any, output: str) -> Any:
-            module._forward_hooks.clear()  # those of the case before
+            module._forward_hooks.clear()  # hooks of the previous case
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks_with_kwargs.clear()
             record = NetworkRecord(
@@ -248,8 +250,8 @@ class Case:
         latents = {"latents": ("float32", ("batch", models.channels, *models.size))}
         vae = load("vae_decoder", models.vae, latents, "sample")
         if models.cuda and models.precision != "fp32":
-            # no half-precision product heeds this flag, but cuDNN's plans are kept by it: without it a search would
-            # find what was kept without one, and the other way round
+            # half-precision products ignore this flag, but cuDNN's plans are cached by it: it separates the plans of a
+            # search from those without one
             torch.backends.cudnn.allow_tf32 = convolutions.search
         self.loops = device_loops(unet, vae, None, method)
         twice = method == "CFG"
@@ -264,7 +266,7 @@ class Case:
         self.plan = LoopPlan(batch, models.size, make("ddim", scheduler, steps), twice, decode)
 
     def compile(self) -> dict[str, Any]:
-        """The first step, in which PyTorch compiles: seconds, and how many graphs its cache on disk had and had not."""
+        """Run the first step, in which PyTorch compiles: seconds, and hits and misses of its cache on disk."""
         from torch._dynamo.utils import counters
 
         counters.clear()
@@ -281,7 +283,7 @@ class Case:
         }  # fmt: skip
 
     def loop(self, rounds: int) -> dict[str, Any]:
-        """Whole loops, by the host's clock: captured, and step by step; and whether both give equal results."""
+        """Time whole loops by the host's clock, captured and step by step, and compare their results."""
         out: dict[str, Any] = {}
         results: dict[str, np.ndarray] = {}
         for mode, warm, times in (("step by step", 1, min(rounds, 2)), ("captured", 1, rounds)):
@@ -295,16 +297,16 @@ class Case:
             results[mode] = drawn.values
             out[f"loop_ms_{mode.replace(' ', '_')}"] = _ms(seconds)
             bad = bool(drawn.bad_latents.any() or drawn.bad_pixels.any())
-        same, other = (results[mode].astype(np.float64) for mode in ("captured", "step by step"))
-        far = np.abs(same - other)
+        captured, uncaptured = (results[mode].astype(np.float64) for mode in ("captured", "step by step"))
+        differences = np.abs(captured - uncaptured)
         return out | {
             "captured": self.loops.captures > 0, "why_not_captured": self.loops.why_not, "finite": not bad,
-            "captured_equals_step_by_step": bool(np.array_equal(same, other, equal_nan=True)),
-            "largest_difference": float(far.max()) if np.isfinite(far).all() else None,
+            "captured_equals_step_by_step": bool(np.array_equal(captured, uncaptured, equal_nan=True)),
+            "largest_difference": float(differences.max()) if np.isfinite(differences).all() else None,
         }  # fmt: skip
 
     def step(self, rounds: int) -> dict[str, Any]:
-        """One captured step, replayed as often as a loop has steps; by the GPU's clock, where there is one."""
+        """Time one captured step, replayed as often as a loop has steps, by the GPU's clock if there is a GPU."""
         import torch
 
         lane: Any = self.loops._lane(self.plan).lane
@@ -317,7 +319,7 @@ class Case:
         why = None
         try:
             graph = lane.capture(lane.step)
-        except Exception as e:  # on a CPU, or what a capture does not take
+        except Exception as e:  # on a CPU, or for operations that cannot be captured
             graph, why = None, _said(e)
         on_gpu, on_host = [], []
         for number in range(-1, rounds):
@@ -328,7 +330,7 @@ class Case:
                 begun = time.perf_counter()
                 for _ in range(steps):
                     lane.step()
-                put = time.perf_counter() - begun
+                enqueued = time.perf_counter() - begun
                 lane.wait()
                 spent = time.perf_counter() - begun
             else:
@@ -337,13 +339,13 @@ class Case:
                 begun = time.perf_counter()
                 for _ in range(steps):
                     lane.replay(graph)
-                put = time.perf_counter() - begun
+                enqueued = time.perf_counter() - begun
                 last.record(lane._stream)
                 last.synchronize()
                 spent = first.elapsed_time(last) / 1e3
             if number >= 0:
                 on_gpu.append(spent / steps)
-                on_host.append(put / steps)
+                on_host.append(enqueued / steps)
         if graph is not None:
             lane.drop(graph)
         return {
@@ -352,7 +354,7 @@ class Case:
         }  # fmt: skip
 
     def joules(self, counter: Callable[[], float], seconds: float) -> float | None:
-        """Of one image's loop, latents to latents."""
+        """Joules per image of a loop from latents to latents."""
         from pnp_trt.bench.measure.energy import joules_per_image
 
         used = joules_per_image(
@@ -361,7 +363,7 @@ class Case:
         return None if used is None else round(used, 2)
 
     def close(self) -> None:
-        """Give buffers, graphs and compiled code back."""
+        """Free buffers, graphs and compiled code."""
         self.loops.clear()
         if self.target == "compile":
             import torch
@@ -370,23 +372,23 @@ class Case:
 
 
 def rates(row: dict[str, Any]) -> dict[str, Any]:
-    """Iterations a second."""
+    """Iterations per second."""
     return {"iterations_a_second": round(1e3 / row["step"]["ms"], 1)}
 
 
 def overhead(row: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The whole loop over its captured steps, less one."""
+    """Time of the whole loop relative to that of its captured steps, minus one."""
     return {"loop_overhead": round(row["loop_ms_captured"] / (steps * row["step"]["ms"]) - 1, 4)}
 
 
 def shares(row: dict[str, Any], macs: int, roof_tflops: float | None) -> dict[str, Any]:
-    """TFLOP/s of a step of ``macs`` multiply-accumulates, and their share of the measured roof."""
+    """TFLOP/s of a step of ``macs`` multiply-accumulates, and its share of the measured roof."""
     tflops = 2 * macs / row["step"]["ms"] / 1e9
     return {"tflops": round(tflops, 1)} | ({"share_of_roof": round(tflops / roof_tflops, 3)} if roof_tflops else {})
 
 
 def fill(module: Any, dtype: Any, device: str) -> None:
-    """Seeded weights on the device, as ``models.random`` has them: unit gain, scales of one, biases of zero."""
+    """Fill in seeded weights on the device, as in ``models.random``: unit gain, scales of one, biases of zero."""
     import torch
 
     generator = torch.Generator(device).manual_seed(0)
@@ -404,23 +406,23 @@ def fill(module: Any, dtype: Any, device: str) -> None:
 
 
 def roof(say: Say) -> dict[str, Any]:
-    """What the GPU does at most, as measured: products of 8192² matrices, and a copy from its memory to its memory."""
+    """Measure the GPU's roof: products of 8192² matrices, and a copy within its memory."""
     import torch
 
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__}
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__}
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        found[f"{name}_matmul_tflops"] = round(matmul_tflops(dtype), 1)
-        say(found)
+        results[f"{name}_matmul_tflops"] = round(matmul_tflops(dtype), 1)
+        say(results)
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     ms = _event_ms(lambda: target.copy_(source), 10)
-    found["copy_gb_per_s"] = round(2 * source.numel() / ms / 1e6, 1)  # read and written
-    found["copy_counts"] = "bytes read and bytes written"
-    return found
+    results["copy_gb_per_s"] = round(2 * source.numel() / ms / 1e6, 1)  # bytes read and bytes written
+    results["copy_counts"] = "bytes read and bytes written"
+    return results
 
 
 def matmul_tflops(dtype: Any, side: int = 8192) -> float:
-    """The best of several products of random matrices, by the GPU's clock."""
+    """Best rate over several products of random matrices, by the GPU's clock."""
     import torch
 
     a, b = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))

@@ -1,8 +1,8 @@
-"""What a guide adds to an engine: kernels and bytes of the guided and the unguided U-Net, by TensorRT-RTX's layer log.
+"""Cost of a guide in an engine: kernels and bytes of the guided and unguided U-Net, from TensorRT-RTX's layer log.
 
-The engines are compiled for ``--target`` on any machine, in float16 with random weights, which change no kernel; no
-GPU is needed.  The default is a small U-Net of Stable Diffusion's kind (320 and 640 channels, 64 x 64 latents), which
-takes a minute; ``--base random:sd15`` takes about ten, and 8 GiB of memory.
+The engines are compiled for ``--target`` on any machine, in float16 with random weights, which do not affect the
+kernels; no GPU is needed.  The default is a small U-Net like Stable Diffusion's (320 and 640 channels, 64 x 64
+latents), which takes a minute; ``--base random:sd15`` takes about ten minutes and 8 GiB of memory.
 
     python -m benchmarks.guide_kernels
     python -m benchmarks.guide_kernels --base random:sd15
@@ -32,7 +32,7 @@ from pnp_trt.precision.recipes import FP16, Recipe
 
 SCHEMA = "pnp-trt/guide-kernels/1"
 RESULTS = Path(__file__).parent / "results"
-#: of the small U-Net, over Stable Diffusion 1.5's config
+#: config of the small U-Net where it differs from Stable Diffusion 1.5's
 SMALL: dict[str, Any] = {
     "block_out_channels": (320, 640),
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -50,7 +50,7 @@ def unet_of(base: str) -> Any:
 
 
 def guide_of(unet: Any) -> TinyGuide:
-    """A tiny guide without the zeros of an untrained one, which a compiler may leave out."""
+    """A tiny guide with small random weights in place of its initial zeros, which a compiler could remove."""
     guide = TinyGuide.from_unet(unet).eval()
     with torch.no_grad():
         for layer in (guide.film, *(adapter.expand for adapter in guide.adapters)):
@@ -61,7 +61,7 @@ def guide_of(unet: Any) -> TinyGuide:
 def report(
     module: torch.nn.Module, guided: bool, target: str, folder: Path, used: Recipe = FP16, record: Record | None = None
 ) -> dict[str, Any]:
-    """The layer report of a batch of one, in a recipe; ``record`` is what a quantised one needs."""
+    """The layer report at batch 1 in a recipe; quantised recipes need ``record``."""
     config = module.unet.config  # type: ignore[union-attr]
     side, width = config.sample_size, config.cross_attention_dim
     inputs = {
@@ -74,8 +74,8 @@ def report(
     used.quantize(path, weights, record)
     described = {k: (str(v.dtype).removeprefix("torch."), ("batch", *v.shape[1:])) for k, v in inputs.items()}
     job = CompileJob("unet", path, described, used.name, target, (Profile("b1", 1, 1, 1),))
-    made = backends.get("tensorrt-rtx").compile(job, lambda *_: None)
-    (row,) = made.notes["reports"]
+    compiled = backends.get("tensorrt-rtx").compile(job, lambda *_: None)
+    (row,) = compiled.notes["reports"]
     return dict(row)
 
 

@@ -1,6 +1,6 @@
-"""Makes ``pnp_trt/backends/kernels.ptx`` of ``kernels.cu`` with NVRTC, which needs no GPU.
+"""Compile ``kernels.cu`` to ``pnp_trt/backends/kernels.ptx`` with NVRTC, which needs no GPU.
 
-NVRTC 12.0 is the one to take: its PTX is read by every driver since 525.
+Use NVRTC 12.0: every driver since 525 reads its PTX.
 
     pip download --no-deps nvidia-cuda-nvrtc-cu12==12.0.140 && unzip *.whl
     LD_LIBRARY_PATH=nvidia/cuda_nvrtc/lib python -m benchmarks.kernels nvidia/cuda_nvrtc/lib/libnvrtc.so.12
@@ -18,7 +18,7 @@ OPTIONS = (b"--gpu-architecture=compute_75", b"--fmad=false")
 
 
 def to_ptx(source: bytes, library: str) -> str:
-    """PTX of CUDA C++.
+    """Compile CUDA C++ to PTX.
 
     Raises:
         SystemExit: with the compiler's log.
@@ -26,7 +26,7 @@ def to_ptx(source: bytes, library: str) -> str:
     nvrtc = ctypes.CDLL(library)
     program = ctypes.c_void_p()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None):
-        raise SystemExit("NVRTC made no program")
+        raise SystemExit("NVRTC could not create a program")
     failed = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), (ctypes.c_char_p * len(OPTIONS))(*OPTIONS))
     if failed:
         raise SystemExit(_text(nvrtc, program, "ProgramLog"))
@@ -36,16 +36,16 @@ def to_ptx(source: bytes, library: str) -> str:
 def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
     size = ctypes.c_size_t()
     getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-    held = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{what}")(program, held)
-    return held.value.decode()
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
+    return buffer.value.decode()
 
 
 def main() -> None:
     """Compile and write."""
     source = SOURCE.read_bytes()
     ptx = to_ptx(source, sys.argv[1])
-    # NVRTC defines variables of its headers that nothing here reads
+    # drop the header variables that NVRTC defines, which nothing uses
     lines = [line.rstrip() for line in ptx.splitlines() if not line.startswith((".global", "//"))]
     header = f"// of kernels.cu, sha256 {hashlib.sha256(source).hexdigest()}, by benchmarks/kernels.py\n"
     SOURCE.with_suffix(".ptx").write_text(header + "\n".join(lines).strip() + "\n")

@@ -1,13 +1,13 @@
-"""What the sampling loop costs besides its networks, on ONNX Runtime's CPU provider with the bundled model.
+"""Measure the sampling loop's overhead on ONNX Runtime's CPU provider with the bundled model.
 
-Four measurements, each raw in the results:
+Four measurements, whose raw values are in the results:
 
-- **overhead**: the share of an image's time, prompt to pixels, that no network takes, at 8 and 50 steps: of images
-  drawn one after the other, as a server draws them, and of those of the ratio's rounds, where another program's
-  images in between leave nothing of ours in the caches;
+- **overhead**: the share of an image's time, from prompt to pixels, spent outside the networks, at 8 and 50 steps.  It
+  is measured for images generated one after the other, as on a server, and for those of the ratio's rounds, where
+  diffusers' images in between evict our data from the processor's caches;
 - **ratio**: the time of diffusers' own ``StableDiffusionPipeline`` with CFG in 50 steps over that of the guided engine
-  in 8, the same prompts and thread count, rounds interleaved, each ratio within its round;
-- **cold start**: one ``pnp-trt sample`` in a new process, and the part of it that is imports;
+  in 8, with the same prompts and thread count, rounds interleaved, each ratio within its round;
+- **cold start**: one ``pnp-trt sample`` in a new process, and how long its imports take;
 - **memory**: resident memory of a process over 1,000 images.
 
     python -m benchmarks.loop                       # about five minutes on one core
@@ -40,7 +40,7 @@ SCHEMA = "pnp-trt/loop/3"
 RESULTS = Path(__file__).parent / "results"
 PROMPT, GUIDANCE = "a red apple", 3.0
 STEPS = (8, 50)
-#: draws images and prints resident bytes after every hundredth of them
+#: program that generates images and prints resident bytes a hundred times
 MEMORY = """
 import json, psutil, sys
 from pnp_trt import Pipeline
@@ -56,29 +56,29 @@ print(json.dumps(seen))
 
 @contextmanager
 def networks_timed() -> Iterator[list[float]]:
-    """Seconds of every run of a network within the block."""
-    seen: list[float] = []
+    """Record the seconds of every network run within the block."""
+    seconds: list[float] = []
     run = OrtBound.run
 
     def timed(self: OrtBound) -> None:
         started = time.perf_counter()
         run(self)
-        seen.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
 
     OrtBound.run = timed  # type: ignore[method-assign]
     try:
-        yield seen
+        yield seconds
     finally:
         OrtBound.run = run  # type: ignore[method-assign]
 
 
 def once(pipeline: Pipeline, steps: int, seed: int) -> dict[str, float]:
-    """Milliseconds of one image, and of its networks."""
-    with networks_timed() as seen:
+    """Milliseconds of one image, in total and in networks."""
+    with networks_timed() as seconds:
         started = time.perf_counter()
         pipeline(PROMPT, steps=steps, guidance=GUIDANCE, seed=seed)
         total = time.perf_counter() - started
-    return {"image_ms": 1e3 * total, "networks_ms": 1e3 * sum(seen)}
+    return {"image_ms": 1e3 * total, "networks_ms": 1e3 * sum(seconds)}
 
 
 def diffusers_pipeline(threads: int) -> Any:
@@ -99,38 +99,38 @@ def diffusers_pipeline(threads: int) -> Any:
 
 
 def rounds_of(cases: dict[str, Any], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Every case once a round, in an order that turns by one place a round; the first round is left out."""
-    seen: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    """Run every case once per round, rotating the order by one place each round; the first round is not counted."""
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     names = list(cases)
     for number in range(-1, rounds):
         for place in range(len(names)):
             name = names[(number + place) % len(names)]
             observed = cases[name](max(number, 0))
             if number >= 0:
-                seen[name].append({k: round(v, 3) for k, v in observed.items()})
-    return seen
+                rows[name].append({k: round(v, 3) for k, v in observed.items()})
+    return rows
 
 
 def guided(pipeline: Pipeline) -> dict[str, Any]:
-    """Our cases: name → what draws one image of a seed and times it."""
+    """Our cases: name → function that generates and times one image of a seed."""
     return {f"guided, {n} steps": lambda seed, n=n: once(pipeline, n, seed) for n in STEPS}
 
 
-def reference(theirs: Any) -> dict[str, Any]:
-    """diffusers' case."""
+def reference(pipe: Any) -> dict[str, Any]:
+    """The case of diffusers: name → function that generates and times one image of a seed."""
     import torch
 
-    def drawn(seed: int) -> dict[str, float]:
+    def timed_image(seed: int) -> dict[str, float]:
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
-        theirs(PROMPT, num_inference_steps=50, guidance_scale=GUIDANCE, generator=generator, output_type="np")
+        pipe(PROMPT, num_inference_steps=50, guidance_scale=GUIDANCE, generator=generator, output_type="np")
         return {"image_ms": 1e3 * (time.perf_counter() - started)}
 
-    return {"diffusers, CFG, 50 steps": drawn}
+    return {"diffusers, CFG, 50 steps": timed_image}
 
 
 def overhead(rows: list[dict[str, float]], steps: int) -> dict[str, Any]:
-    """Median share of the image's time outside networks, and in milliseconds."""
+    """Median time of an image outside networks, as a share and in milliseconds."""
     outside = np.array([r["image_ms"] - r["networks_ms"] for r in rows])
     share = outside / np.array([r["image_ms"] for r in rows])
     return {
@@ -142,27 +142,27 @@ def overhead(rows: list[dict[str, float]], steps: int) -> dict[str, Any]:
 
 
 def ratio(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Median of the rounds' ratios and its bootstrap interval at 95 %."""
+    """Median of the rounds' ratios and its 95 % bootstrap interval."""
     theirs, ours = (np.array([r["image_ms"] for r in rows[n]]) for n in ("diffusers, CFG, 50 steps", "guided, 8 steps"))
     ratios = theirs / ours
-    drawn = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
+    medians = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     return {
         "of": "diffusers' StableDiffusionPipeline, CFG, 50 steps, over the guided engine, 8 steps; whole images",
         "times_faster": round(float(np.median(ratios)), 2),
-        "interval": [round(float(v), 2) for v in np.percentile(drawn, [2.5, 97.5])],
+        "interval": [round(float(v), 2) for v in np.percentile(medians, [2.5, 97.5])],
     }
 
 
 def cold_start(engine: str, rounds: int) -> dict[str, Any]:
     """Seconds of ``pnp-trt sample`` from the start of the process to its end, and of its imports."""
-    given: dict[str, Any] = {"rounds": rounds, "provider": "cpu", "prompt": PROMPT}
-    few, first = coldstart.starts(engine, steps=8, **given)
-    usual, second = coldstart.starts(engine, **given)
+    options: dict[str, Any] = {"rounds": rounds, "provider": "cpu", "prompt": PROMPT}
+    few, first = coldstart.starts(engine, steps=8, **options)
+    usual, second = coldstart.starts(engine, **options)
     return {"seconds": {"8 steps": few, "20 steps (default)": usual}, "imports_seconds": first + second}
 
 
 def memory(engine: str, images: int, threads: int) -> dict[str, Any]:
-    """Resident bytes over a process's images; growth is counted from the tenth part on."""
+    """Resident bytes over a process's images; growth is counted after a tenth of the images."""
     command = [sys.executable, "-c", MEMORY, engine, str(images), "2", str(threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seen = json.loads(done.stdout)
@@ -195,8 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
         "memory": flat, "observations": {"one after the other": alone, "with diffusers between": rows},
     }  # fmt: skip
     write_json(a.json, document)
-    for how, found in (("one after the other", outside), ("with cold caches", cold_caches)):
-        for row in found:
+    for how, overheads in (("one after the other", outside), ("with cold caches", cold_caches)):
+        for row in overheads:
             share = f"{row['share']:.2%} of the image, {row['ms_per_image']} ms"
             print(f"overhead, {row['steps']} steps, {how}: {share}")
     print(f"diffusers CFG 50 steps / guided 8 steps: {faster['times_faster']} {faster['interval']}")

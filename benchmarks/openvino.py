@@ -1,12 +1,12 @@
 """ONNX Runtime against OpenVINO on the CPU: the same graphs of one bundle, rounds interleaved.
 
-Of each batch the U-Net's call, the decoder's, and the whole loop are timed, each once a round in both runtimes, which
-take turns to be first.  The ratio is taken within its round; the results have every time.
+For each batch size, one call of the U-Net, one of the decoder, and the whole loop are timed once per round in both
+runtimes, which alternate in going first.  Ratios are taken within a round; the results contain every time.
 
     python -m benchmarks.openvino                        # the bundled model, one thread
     python -m benchmarks.openvino --engine sd15 --threads 2 --rounds 7 --jobs unet --batches 1 2
 
-Both runtimes hold their networks at once: with ``--jobs unet`` an engine of Stable Diffusion 1.5's size takes 12 GB.
+Both runtimes keep their networks in memory: an engine of Stable Diffusion 1.5's size takes 12 GB with ``--jobs unet``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from pnp_trt.sampling.schedules import make
 SCHEMA = "pnp-trt/openvino/1"
 RESULTS = Path(__file__).parent / "results"
 RUNTIMES = ("onnxruntime", "openvino")
-#: what is timed, and the network that it takes
+#: what is timed -> the network that it uses
 JOBS = {"unet": "unet", "loop": "unet", "vae_decoder": "vae_decoder"}
 
 
 def networks(bundle: Bundle, threads: int, names: Iterable[str]) -> dict[str, dict[str, Network]]:
-    """Networks of a bundle in each runtime."""
+    """Load networks of a bundle in each runtime."""
     names = tuple(dict.fromkeys(names))
     return {
         "onnxruntime": {n: OrtNetwork(bundle.file(n), "cpu", threads) for n in names},
@@ -46,17 +46,17 @@ def networks(bundle: Bundle, threads: int, names: Iterable[str]) -> dict[str, di
 
 
 def inputs_of(network: Network, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random inputs; whole numbers are timesteps."""
+    """Random inputs; integer inputs are timesteps."""
     rng = np.random.default_rng(seed)
-    found = {}
+    inputs = {}
     for name, (dtype, shape) in network.describe().inputs.items():
         full = [batch, *(int(side) for side in shape[1:])]
-        found[name] = np.full(full, 500, dtype) if dtype == "int64" else rng.standard_normal(full).astype(dtype)
-    return found | ({"guidance": np.full(batch, 3, np.float32)} if "guidance" in found else {})
+        inputs[name] = np.full(full, 500, dtype) if dtype == "int64" else rng.standard_normal(full).astype(dtype)
+    return inputs | ({"guidance": np.full(batch, 3, np.float32)} if "guidance" in inputs else {})
 
 
 def work_of(job: str, loaded: dict[str, Network], bundle: Bundle, batch: int, steps: int) -> Callable[[], np.ndarray]:
-    """What is timed; it returns what both runtimes must agree on."""
+    """Return the function to be timed; both runtimes must agree on its result."""
     network = loaded[JOBS[job]]
     inputs = inputs_of(network, batch)
     table = make("ddim", bundle.manifest.scheduler, steps)
@@ -72,14 +72,14 @@ def work_of(job: str, loaded: dict[str, Network], bundle: Bundle, batch: int, st
 def measure(
     engine: str, batches: Sequence[int], rounds: int, threads: int, steps: int, jobs: Sequence[str]
 ) -> dict[str, Any]:
-    """The results' document."""
+    """Time all jobs at all batch sizes; return the record."""
     bundle = open_bundle(engine)
-    held = networks(bundle, threads, (JOBS[job] for job in jobs))
+    loaded = networks(bundle, threads, (JOBS[job] for job in jobs))
     rows = []
     for batch in batches:
         for job in jobs:
-            work = {runtime: work_of(job, held[runtime], bundle, batch, steps) for runtime in RUNTIMES}
-            values = {runtime: work[runtime]() for runtime in RUNTIMES}  # warms up, and is compared
+            work = {runtime: work_of(job, loaded[runtime], bundle, batch, steps) for runtime in RUNTIMES}
+            values = {runtime: work[runtime]() for runtime in RUNTIMES}  # warm-up; the results are compared
             seconds: dict[str, list[float]] = {runtime: [] for runtime in RUNTIMES}
             for number in range(rounds):
                 for runtime in RUNTIMES if number % 2 else RUNTIMES[::-1]:
@@ -92,10 +92,10 @@ def measure(
                 {"job": job, "batch": batch, "seconds": seconds, "ratio": statistics.median(ratios),
                  "difference": float(np.abs(ours - theirs).max() / np.abs(ours).max())}
             )  # fmt: skip
-    asked = {"engine": bundle.name, "threads": threads, "rounds": rounds, "steps": steps}
+    options = {"engine": bundle.name, "threads": threads, "rounds": rounds, "steps": steps}
     return {
         "schema": SCHEMA,
-        **asked,
+        **options,
         "provenance": provenance(["python", "-m", "benchmarks.openvino", *sys.argv[1:]]),
         "rows": rows,
     }
@@ -111,16 +111,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path, help="default benchmarks/results/openvino-BASE.json")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
-    given = parser.parse_args(arguments)
-    found = measure(given.engine, given.batches, given.rounds, given.threads, given.steps, given.jobs)
-    for row in found["rows"]:
+    options = parser.parse_args(arguments)
+    document = measure(options.engine, options.batches, options.rounds, options.threads, options.steps, options.jobs)
+    for row in document["rows"]:
         middle = {name: 1000 * statistics.median(values) for name, values in row["seconds"].items()}
         print(
             f"{row['job']:12} batch {row['batch']}: onnxruntime {middle['onnxruntime']:8.2f} ms, openvino "
             f"{middle['openvino']:8.2f} ms, ratio {row['ratio']:.2f}, difference {row['difference']:.1e}"
         )
-    base = found["engine"].partition("-")[0]
-    write_json(given.json or RESULTS / f"openvino-{base}.json", found)
+    base = document["engine"].partition("-")[0]
+    write_json(options.json or RESULTS / f"openvino-{base}.json", document)
 
 
 if __name__ == "__main__":

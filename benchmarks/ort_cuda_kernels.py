@@ -1,12 +1,12 @@
-"""Operators that ONNX Runtime's CUDA provider has kernels for, read out of the installed binary; no GPU is needed.
+"""List the operators with kernels in ONNX Runtime's CUDA provider, from the installed binary; no GPU is needed.
 
-    python -m benchmarks.ort_cuda_kernels                        # writes ort_cuda_kernels.json beside this file
-    python -m benchmarks.ort_cuda_kernels --graph ENGINE/unet.onnx   # nodes of a graph that the table has no kernel for
+    python -m benchmarks.ort_cuda_kernels                        # writes ort_cuda_kernels.json next to this file
+    python -m benchmarks.ort_cuda_kernels --graph ENGINE/unet.onnx   # nodes of a graph without a kernel in the table
 
-Each kernel is registered by a function of its own, which calls SetName(NAME), SetDomain(DOMAIN) and SinceVersion(START)
-or SinceVersion(START, END) of ONNX Runtime's interface, one slot of it after the other.  NAME is found by its address.
-Element types are what is asked of the interface before that; their slots are counted from float's, and held against
-LayerNormalization, whose types are known (x86-64, gcc, ``onnxruntime-gpu`` 1.31).
+Each kernel is registered by its own function, which calls SetName(NAME), SetDomain(DOMAIN) and SinceVersion(START) or
+SinceVersion(START, END), consecutive slots of ONNX Runtime's interface.  NAME is located by its address.  Element types
+are requested through earlier calls, one slot per type.  The slot of float is the one for which LayerNormalization's
+types come out as expected; the other slots are counted from it (x86-64, gcc, ``onnxruntime-gpu`` 1.31).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TYPES = (
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float", "double", "bfloat16",
     "float16",
 )  # fmt: skip
-#: what the slots are held against: types that every release registers a kernel of version 17 for
+#: operator and types that locate the slots: every release registers kernels of version 17 for these types
 KNOWN = ("LayerNormalization", {("double", "float"), ("float",), ("bfloat16", "float"), ("float", "float16")})
-#: where none of these is read, a kernel's types are those of indices and shapes, and the data's are listed elsewhere
+#: a kernel without any of these lists only the types of indices and shapes; types of its data are listed elsewhere
 FLOATING = {"float", "double", "bfloat16", "float16"}
-#: the function that registers a kernel is not longer than so many bytes before and after the kernel's name
+#: most bytes of a registering function before and after the use of the kernel's name
 BEFORE, AFTER = 1200, 200
 CALL = re.compile(rb"\xff[\x90-\x97](....)", re.S)  # call *SLOT(%register)
 ADDRESS = re.compile(rb"\x48\x8d\x15(....)", re.S)  # lea ADDRESS(%rip), %rdx
@@ -46,18 +46,18 @@ LIMIT = 40
 
 
 class Library:
-    """Code and texts of the provider's library.
+    """Code and strings of the provider's library.
 
     Raises:
-        SystemExit: where onnxruntime-gpu is not installed.
+        SystemExit: if onnxruntime-gpu is not installed.
     """
 
     def __init__(self) -> None:
-        found = importlib.util.find_spec("onnxruntime")
-        folder = Path(found.origin).parent if found and found.origin else None
+        spec = importlib.util.find_spec("onnxruntime")
+        folder = Path(spec.origin).parent if spec and spec.origin else None
         path = folder / "capi" / "libonnxruntime_providers_cuda.so" if folder else None
         if path is None or not path.is_file():
-            raise SystemExit("install onnxruntime-gpu: the CUDA provider's library is not there")
+            raise SystemExit("the CUDA provider's library is missing; install onnxruntime-gpu")
         sections = subprocess.run(["readelf", "-SW", path], capture_output=True, text=True, check=True).stdout
         with path.open("rb") as file:
             whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -74,14 +74,14 @@ class Library:
         self._targets = target[self._order]
 
     def uses(self, name: str) -> Iterator[int]:
-        """Where the code takes the address of a text: the offset of the address in it."""
-        at, wanted = -1, name.encode() + b"\0"
-        while (at := self.texts.find(wanted, at + 1)) >= 0:
+        """Offsets in the code of every address of a string."""
+        at, pattern = -1, name.encode() + b"\0"
+        while (at := self.texts.find(pattern, at + 1)) >= 0:
             low, high = (np.searchsorted(self._targets, self.texts_start + at, side) for side in ("left", "right"))
             yield from (int(n) for n in self._order[low:high])
 
     def text(self, code_at: int) -> str | None:
-        """The text whose address stands at an offset of the code."""
+        """The string whose address is at an offset of the code, or None."""
         to = self.start + code_at + 4 + int.from_bytes(self.code[code_at : code_at + 4], "little", signed=True)
         at = to - self.texts_start
         if not 0 <= at < len(self.texts):
@@ -89,7 +89,7 @@ class Library:
         return self.texts[at : self.texts.index(b"\0", at)].decode(errors="replace")
 
     def kernels(self, name: str) -> Iterator[tuple[str, int, int | None, list[int]]]:
-        """Of each registration: domain, first and last version, and the slots called before."""
+        """Domain, first and last version, and the slots called before, for each registration of an operator."""
         for at in self.uses(name):
             after = self.code[at + 4 : at + 4 + AFTER]
             calls = list(CALL.finditer(after))[:3]
@@ -102,26 +102,26 @@ class Library:
             if domained != named + 8 or since not in (named + 16, named + 24) or domain is None or first is None:
                 continue
             until = int.from_bytes(last[1], "little") if last and since == named + 24 else None
-            begun = self.code.rfind(ENTRY, at - BEFORE, at)
-            slots = [int.from_bytes(c[1], "little") for c in CALL.finditer(self.code, begun, at)] if begun > 0 else []
+            start = self.code.rfind(ENTRY, at - BEFORE, at)
+            slots = [int.from_bytes(c[1], "little") for c in CALL.finditer(self.code, start, at)] if start > 0 else []
             yield self.text(at + 4 + domain.start(1)) or "", int.from_bytes(first[1], "little"), until, slots
 
 
 def _section(sections: str, name: str) -> tuple[int, int, int]:
-    found = re.search(rf"\.{name}\s+PROGBITS\s+(\w+) (\w+) (\w+)", sections)
-    if found is None:
+    match = re.search(rf"\.{name}\s+PROGBITS\s+(\w+) (\w+) (\w+)", sections)
+    if match is None:
         raise SystemExit(f"the CUDA provider's library has no section .{name}")
-    address, offset, size = (int(part, 16) for part in found.groups())
+    address, offset, size = (int(part, 16) for part in match.groups())
     return address, offset, size
 
 
 def read(names: list[str]) -> dict[str, list[list[Any]]]:
     """Kernels of ONNX's operators: ``[first version, last or None, element types or None]`` each.
 
-    Types are those of all inputs together; a kernel without types takes any, or lists them where this does not read.
+    Types are those of all inputs together.  None: the kernel takes any type, or its types cannot be read here.
 
     Raises:
-        SystemExit: if the library's interface is not as this expects.
+        SystemExit: if the library's interface is not the expected one.
     """
     library = Library()
     known, types = KNOWN
@@ -132,26 +132,30 @@ def read(names: list[str]) -> dict[str, list[list[Any]]]:
         if {tuple(sorted({numbers[n] for n in s if n in numbers})) for s in slots} == {tuple(sorted(t)) for t in types}:
             break
     else:
-        raise SystemExit("the types of LayerNormalization's kernels are not found: the interface is another one")
+        raise SystemExit(
+            "the types of LayerNormalization's kernels cannot be read: ONNX Runtime's interface has changed"
+        )
     out: dict[str, list[list[Any]]] = {}
     for name in names:
-        found: dict[tuple[int, int], set[str]] = {}
+        types_by_versions: dict[tuple[int, int], set[str]] = {}
         for domain, first, last, called in library.kernels(name):
             if domain == "" and 0 < first < LIMIT:
-                found.setdefault((first, last or 0), set()).update(numbers[n] for n in called if n in numbers)
-        if found:
+                types_by_versions.setdefault((first, last or 0), set()).update(
+                    numbers[n] for n in called if n in numbers
+                )
+        if types_by_versions:
             out[name] = [
                 [first, last or None, sorted(kinds) if kinds & FLOATING else None]
-                for (first, last), kinds in sorted(found.items())
+                for (first, last), kinds in sorted(types_by_versions.items())
             ]
     return out
 
 
 def lacking(model: Any, table: dict[str, Any]) -> Counter[str]:
-    """Nodes of a graph that the CUDA provider has no kernel for, by operator and version.
+    """Count a graph's nodes without a kernel in the CUDA provider, by operator and version.
 
-    An open-ended kernel serves the version that it names alone (ONNX Runtime's ``kernel_registry.cc``,
-    ``VerifyVersion``).  Types are those of a node's first input, where ONNX infers it.
+    A kernel without a last version serves only its first one (ONNX Runtime's ``kernel_registry.cc``,
+    ``VerifyVersion``).  The type is that of a node's first input, if ONNX infers it.
     """
     import onnx
     from onnx import defs
@@ -176,9 +180,9 @@ def lacking(model: Any, table: dict[str, Any]) -> Counter[str]:
 
 
 def main() -> None:
-    """Write the table, or hold a graph against it."""
+    """Write the table, or check graphs against it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--graph", type=Path, action="append", help="an ONNX graph as the bundle has it")
+    parser.add_argument("--graph", type=Path, action="append", help="an ONNX graph of a bundle")
     arguments = parser.parse_args()
     import onnx
 
@@ -192,7 +196,7 @@ def main() -> None:
         return
     names = sorted({s.name for s in onnx.defs.get_all_schemas() if s.domain == ""})
     kernels = read(names)
-    lines = ",\n".join(f'    "{name}": {json.dumps(found)}' for name, found in kernels.items())
+    lines = ",\n".join(f'    "{name}": {json.dumps(versions)}' for name, versions in kernels.items())
     release = importlib.metadata.version("onnxruntime-gpu")
     head = f'  "package": "onnxruntime-gpu",\n  "release": "{release}",\n'
     TABLE.write_text(f'{{\n{head}  "kernels": {{\n{lines}\n  }}\n}}\n')

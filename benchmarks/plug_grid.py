@@ -1,7 +1,6 @@
-"""``python -m benchmarks.plug_grid``: draws docs/plug-grid.png, one engine plugged with the fine-tunes and the LoRA.
+"""Draw docs/plug-grid.png, one engine plugged with the fine-tunes and the LoRA: ``python -m benchmarks.plug_grid``.
 
-The same prompts and seeds in every row, all by plugged bundles of one built engine; bundles that are there already are
-taken as they are.
+Every row has the same prompts and seeds, and its bundle is plugged from the same engine.  Existing bundles are reused.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def main() -> None:
-    """Build, plug, sample, draw."""
+    """Build, plug and sample; write the grid."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plug_grid", description=__doc__)
     parser.add_argument("--engines", type=Path, default=Path("engines"))
     parser.add_argument("--seed", type=int, default=3)
@@ -45,7 +44,7 @@ def main() -> None:
     folders = {"base": engine}
     for i, (row, (base, loras)) in enumerate(ROWS.items()):
         folders[row] = plug(PlugSpec(str(engine), base, loras, a.engines / f"plug-grid-{i}")).folder
-    # no style in the prompts: what a row looks like is the weights' doing
+    # no style in the prompts: rows differ only in their weights
     prompts = [c.replace("-", " ") for c in CONCEPTS]
     strips = []
     for row, folder in folders.items():

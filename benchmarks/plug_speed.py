@@ -1,8 +1,8 @@
-"""How long a plug takes, against a full build of the same fine-tune: ``python -m benchmarks.plug_speed``.
+"""Time ``pnp-trt plug`` against a full build of the same fine-tune: ``python -m benchmarks.plug_speed``.
 
 An engine of the base is built once, unmeasured.  A U-Net of the same architecture and another seed is then saved as a
-fine-tune comes, one safetensors file (also unmeasured), and both ways from there to a checked bundle are timed, each in
-a separate process, from its start to its end: ``pnp-trt plug`` of the file, and ``pnp-trt build`` of the fine-tune.
+single safetensors file, the usual format of a fine-tune (also unmeasured).  Both ways to a checked bundle are timed,
+each in a separate process from start to end: ``pnp-trt plug`` of the file, and ``pnp-trt build`` of the fine-tune.
 With ``random:sd15`` the numbers are those of Stable Diffusion 1.5; the images would be noise.
 """
 
@@ -22,7 +22,7 @@ from pnp_trt.bundle.store import open_bundle, write_json
 
 SCHEMA = "pnp-trt/plug-speed/1"
 RESULTS = Path(__file__).parent / "results"
-#: writes the U-Net of a base model as one file, in the type that it is stored in
+#: program that writes the U-Net of a base model to one file, in its stored type
 SAVE = """
 import sys
 from safetensors.torch import save_file
@@ -39,7 +39,7 @@ def timed(words: list[str]) -> float:
 
 
 def measure(base: str, fine_tune: str, guide: str, precision: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """Both ways, ``rounds`` times in turn; raw seconds, and what the bundles say of themselves."""
+    """Time plug and build alternately, ``rounds`` times each; add sizes, memory and parity from their manifests."""
     pnp = ["-m", "pnp_trt"]
     common = ["--guide", guide, "--precision", precision]
     engine, plugged, built, file = (folder / n for n in ("engine", "plugged", "built", "fine-tune.safetensors"))
@@ -74,7 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guide", default="tiny")
     parser.add_argument("--precision", action="append", choices=("fp32", "fp16"), help="default: both")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="folder for the bundles, some 12 GB at SD 1.5's size; default /tmp's")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder for the bundles, about 12 GB at SD 1.5's size; default: the system's temporary folder",
+    )
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/plug-speed-….json")
     a = parser.parse_args(arguments)
     rows = []
@@ -83,17 +87,19 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(measure(a.base, a.fine_tune, a.guide, precision, a.rounds, Path(folder)))
         best = {k: min(v) for k, v in rows[-1]["seconds"].items()}
         share = rows[-1]["plug_share_of_build"]
-        print(f"{precision}: plug {best['plug']:.1f} s, build {best['build']:.1f} s, {share:.1%} of it", flush=True)
+        print(
+            f"{precision}: plug {best['plug']:.1f} s, build {best['build']:.1f} s, {share:.1%} of the build", flush=True
+        )
     out = a.out or RESULTS / f"plug-speed-{a.base.removeprefix('random:').replace('/', '-')}.json"
     command = ["python", "-m", "benchmarks.plug_speed", *(arguments if arguments is not None else sys.argv[1:])]
-    found = {
+    document = {
         "schema": SCHEMA,
         "provenance": provenance(command),
         "case": {"backend": "onnxruntime", "base": a.base, "fine_tune": a.fine_tune, "guide": a.guide},
         "boundary": "one process, from its start to its end; the engine that is plugged and the fine-tune's file exist",
         "results": rows,
     }
-    write_json(out, found)
+    write_json(out, document)
     print(out)
 
 

@@ -1,19 +1,19 @@
-"""Export, compile, plug and run a model of real size, and record what it took: ``make realsize``.
+"""Export, compile, plug and run a model of real size, and record time and memory: ``make realsize``.
 
-The weights are seeded random numbers (``--base random:sd15``): seconds, memory and sizes are those of the real model,
-images would be noise.  The build runs in a separate process, so that its peak memory is its own.  For ``int8`` and
-``fp8`` the sampler is watched for three steps of one image first, and no sweep is made: a record of random weights
-means nothing of real ones; what is timed is recording ranges, bringing Q/DQ into the graph, and compiling it.
+The weights are seeded random numbers (``--base random:sd15``).  Seconds, memory and sizes are those of the real model;
+images would be noise.  The build runs in a separate process, so that its peak memory can be measured.  For ``int8`` and
+``fp8``, activation ranges are first recorded over three steps of one image.  There is no sweep, because results for
+random weights do not carry over to real ones; recording ranges, inserting Q/DQ nodes and compiling are timed.
 
-``--part run`` takes an engine of ONNX Runtime in float16: a build, a plug of another U-Net, one guided step and one
-step of CFG on the CPU, each in a process of its own.  With ``--guided-only``, for SDXL, ``verify`` takes the place of
-both: one guided evaluation of the engine on its golden inputs, compared with PyTorch, in less memory than a sample.
+``--part run`` uses an ONNX Runtime engine in float16: a build, a plug of another U-Net, one guided step and one CFG
+step on the CPU, each in a separate process.  With ``--guided-only``, for SDXL, ``verify`` replaces the two steps: one
+guided evaluation of the engine on its golden inputs, compared with PyTorch, which needs less memory than a sample.
 
 ``--part train`` takes three optimiser steps of stage 1, one state each, with gradient checkpointing and the processor's
 own precision.
 
-A record that is there is not made again, so that a run which was stopped continues with what is missing; ``--again``
-makes it anew.  Engines are kept in ``--work`` until their record is written.
+An existing record is kept, so a run that was stopped continues with what is missing; ``--again`` measures it again.
+Engines are kept in ``--work`` until their record is written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def record(bundle: Path, command: list[str]) -> dict[str, Any]:
-    """What a built bundle states of its making: one entry a network, and the whole."""
+    """Time, memory, sizes and parity of a build, in total and per network, from the bundle's manifest."""
     m = open_bundle(bundle).manifest
     networks = {}
     for name, n in m.networks.items():
@@ -67,7 +67,7 @@ def record(bundle: Path, command: list[str]) -> dict[str, Any]:
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    """Run ``pnp-trt``: its seconds and its own peak memory; end as it ended where it failed."""
+    """Run ``pnp-trt``; return its seconds and peak memory, or exit with its exit code if it fails."""
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "pnp_trt", *words])
     _, status, usage = os.wait4(process.pid, 0)
@@ -77,13 +77,13 @@ def run(words: list[str]) -> dict[str, Any]:
 
 
 def calibrate(base: str, guide: str, out: Path) -> dict[str, Any]:
-    """Record ranges; seconds and peak memory of doing so."""
+    """Record activation ranges; return the seconds and peak memory that this took."""
     words = ["--base", base, "--guide", guide, "--images", "1", "--steps", "3", "--probes", "0"]
     return {**run(["calibrate", *words, "--out", str(out)]), "options": words}
 
 
 def build(a: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Part ``build``: an engine, thrown away after its record."""
+    """Part ``build``: build an engine, which is deleted after its record is written."""
     profiles = a.profile or ([] if a.backend == "onnxruntime" else ["b1"])
     bundle, observed = work / "bundle", None
     if recipe(a.precision).needs_record:
@@ -96,9 +96,9 @@ def build(a: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def runs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Part ``run``: steps that are done already are taken from the work folder."""
+    """Part ``run``: results of completed steps are read from the work folder."""
     common = ["--base", a.base, "--backend", "onnxruntime", "--precision", "fp16"]
-    # w is that of the build's parity
+    # w of the build's parity check
     sample = ["sample", "a lighthouse", "--steps", "1", "--guidance", "2", "--provider", "cpu", "--quiet",
               "--out", str(work / "images")]  # fmt: skip
     guided, plain, plugged = (str(work / name) for name in ("guided", "plain", "plugged"))
@@ -112,16 +112,16 @@ def runs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
     if a.guided_only:
         steps = {"build": steps["build"], "plug": steps["plug"], "verify": ["verify", plugged, "--provider", "cpu"]}
     done = work / "steps.json"
-    found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    results: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     for name, words in steps.items():
-        if name not in found:
-            found[name] = run(words)
-            write_json(done, found)
+        if name not in results:
+            results[name] = run(words)
+            write_json(done, results)
     return {
         "schema": SCHEMA, "provenance": provenance(command()),
         "case": {"base": a.base, "guide": a.guide, "backend": "onnxruntime", "precision": "fp16",
                  "weights": "seeded random numbers"},
-        "steps": found, "plug_to_build": round(found["plug"]["seconds"] / found["build"]["seconds"], 4),
+        "steps": results, "plug_to_build": round(results["plug"]["seconds"] / results["build"]["seconds"], 4),
     }  # fmt: skip
 
 
@@ -144,38 +144,38 @@ def train(a: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def command() -> list[str]:
-    """This command line."""
+    """Return this command line."""
     return ["python", "-m", "benchmarks.realsize", *sys.argv[1:]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make one record, unless it is there."""
+    """Write one record, unless it exists."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.realsize", description=__doc__)
     parser.add_argument("--base", default="random:sd15")
     parser.add_argument("--guide", default="tiny")
     parser.add_argument("--part", choices=("build", "run", "train"), default="build")
     parser.add_argument("--backend", default="tensorrt-rtx")
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--target", default="sm_89", help="of the engine; 'any' for onnxruntime")
+    parser.add_argument("--target", default="sm_89", help="target of the engine; 'any' for onnxruntime")
     parser.add_argument("--profile", action="append", help="batch sizes; default b1 for an engine")
-    parser.add_argument("--guided-only", action="store_true", help="of --part run: verify and no images, no CFG")
-    parser.add_argument("--work", type=Path, default=Path("build/realsize"), help="folder for engines that are made")
+    parser.add_argument("--guided-only", action="store_true", help="with --part run: verify instead of images and CFG")
+    parser.add_argument("--work", type=Path, default=Path("build/realsize"), help="folder for engines")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/realsize-….json")
-    parser.add_argument("--again", action="store_true", help="make a record anew that is there")
+    parser.add_argument("--again", action="store_true", help="measure again even if the record exists")
     a = parser.parse_args(arguments)
     base = a.base.removeprefix("random:").replace("/", "-")
     words = [a.precision, a.target] if a.part == "build" else [a.part]
     name = "-".join(["realsize", base, a.guide, *words])
     out = a.out or RESULTS / f"{name}.json"
     if out.is_file() and not a.again:
-        print(f"{out} is there; --again makes it anew")
+        print(f"{out} exists; use --again to measure it again")
         return
     work = a.work / name
-    if a.again or a.part == "build":  # a build is whole or not there
+    if a.again or a.part == "build":  # a build cannot be continued
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    found = {"build": build, "run": runs, "train": train}[a.part](a, work)
-    write_json(out, found)
+    result = {"build": build, "run": runs, "train": train}[a.part](a, work)
+    write_json(out, result)
     shutil.rmtree(work)
     print(f"{out} is written")
 

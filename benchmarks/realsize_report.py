@@ -1,4 +1,4 @@
-"""docs/real-size.md, written from the records of ``make realsize``: ``python -m benchmarks.realsize_report``."""
+"""Write docs/real-size.md from the records of ``make realsize``: ``python -m benchmarks.realsize_report``."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from pnp_trt.bundle.store import write_text
 from .realsize import RESULTS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "real-size.md"
-#: names of architectures as people know them, in the order of the tables
+#: common names of the architectures, in the order of the tables
 TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "SDXL"}
 STEPS = ("guided", "unguided", "CFG", "diffusers CFG")
 STEP_RATIOS = ("guided / unguided", "guided / CFG", "CFG / diffusers CFG")
 HEAD = """# Real sizes
 
 Seconds, memory and sizes of models of real size on a CPU with two cores, by `make realsize`. Weights are seeded random
-numbers: they cost what real weights cost, and their images would be noise. Each command is a process of its own, and
-its peak memory is that process's. Engines of TensorRT-RTX are compiled without a GPU and were not run.
+numbers: time and memory are those of real weights, but images would be noise. Each command runs in a separate process,
+whose peak memory is given. Engines of TensorRT-RTX are compiled without a GPU and were not run.
 
-"Load" is the machine's load average at the end of a record, over one minute, and "cores" is how many the command could
-use: seconds of a record with a load above 2, or with one core, are longer than an idle machine's.
+"Load" is the machine's one-minute load average at the end of a measurement, and "cores" is the number of cores that the
+command could use. With a load above 2, or with one core, times are longer than on an idle machine.
 """
 
 
 def rows(part: str) -> list[dict[str, Any]]:
     """The records of a part, by size and then by name."""
-    found = []
+    records = []
     for file in sorted(RESULTS.glob("realsize-*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         own = "build" if "networks" in record else "train" if "distill guidance" in record["steps"] else "run"
         if own == part:
-            found.append(record | {"size": record["case"]["base"].removeprefix("random:"), "file": file.name})
-    return sorted(found, key=lambda r: (list(TITLES).index(r["size"]), r["file"]))
+            records.append(record | {"size": record["case"]["base"].removeprefix("random:"), "file": file.name})
+    return sorted(records, key=lambda r: (list(TITLES).index(r["size"]), r["file"]))
 
 
 def gib(count: int | None) -> str:
@@ -57,7 +57,7 @@ def table(head: Sequence[str], cells: Iterable[Sequence[str]], words: int) -> li
 
 
 def builds() -> list[str]:
-    """Exports and compilations."""
+    """Section on exports and compilations."""
     cells = []
     for r in rows("build"):
         case, unet, peak = r["case"], r["networks"]["unet"], r["peak_memory_bytes"]
@@ -78,7 +78,7 @@ def builds() -> list[str]:
 
 
 def runs() -> list[str]:
-    """Commands of the part ``run``."""
+    """Section on the commands of the part ``run``."""
     cells = []
     for r in rows("run"):
         for name, step in r["steps"].items():
@@ -87,7 +87,7 @@ def runs() -> list[str]:
             )
     text = (
         "ONNX Runtime's CPU provider, float16 graphs, tiny guide. A step is `pnp-trt sample --steps 1`: the whole "
-        "process, with loading, text encoder and decoder. `plug` takes a U-Net of other weights. `verify` runs the "
+        "process, with loading, text encoder and decoder. `plug` takes a U-Net with other weights. `verify` runs the "
         "plugged engine's networks on golden inputs."
     )
     head = ["model", "command", "seconds", "peak, GiB", "load", "cores"]
@@ -95,7 +95,7 @@ def runs() -> list[str]:
 
 
 def training() -> list[str]:
-    """Commands of the part ``train``."""
+    """Section on the commands of the part ``train``."""
     cells = [
         [TITLES[r["size"]], f"{(step := r['steps']['distill guidance'])['seconds']:.0f}",
          gib(step["peak_memory_bytes"]), *machine(r)]
@@ -110,7 +110,7 @@ def training() -> list[str]:
 
 
 def steps() -> list[str]:
-    """Records of ``cpu_steps``, the bundled model's first."""
+    """Section on the records of ``cpu_steps``, the bundled model's first."""
     cells = []
     for name, title in {"emoji": "emoji (bundled)", **TITLES}.items():
         file = RESULTS / f"cpu-steps-{name}.json"
@@ -120,8 +120,8 @@ def steps() -> list[str]:
         for row in record["rows"]:
             seconds = [f"{1000 * statistics.median(row['seconds'][n]):,.0f}" for n in STEPS]
             ratios = [row["ratios"][n]["wall"] for n in STEP_RATIOS]
-            said = [f"{r['time_ratio']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]" for r in ratios]
-            cells.append([title, str(row["batch"]), *seconds, *said, str(record["threads"])])
+            formatted = [f"{r['time_ratio']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]" for r in ratios]
+            cells.append([title, str(row["batch"]), *seconds, *formatted, str(record["threads"])])
     text = (
         "`python -m benchmarks.cpu_steps`: one evaluation of the U-Net at its own size in float32, ONNX Runtime and "
         "diffusers' eager PyTorch, rounds interleaved; medians, and ratios within a round with 95 % intervals."

@@ -1,19 +1,19 @@
-"""What the batches of a server cost on ONNX Runtime's CPU provider: a session for each, or one for all.
+"""Compare one session per batch size with one session for all, on ONNX Runtime's CPU provider.
 
-A server's batch changes from call to call. For batches 1 … 8 of one U-Net, in a process for each mode: resident memory
-after each batch was run, CPU seconds to make its session, and of one call, with
+A server's batch size changes from call to call. For batch sizes 1 … 8 of one U-Net, with a process for each mode, this
+measures resident memory after each batch size was run, and the CPU seconds to create its session and to call it:
 
-- `own`: a session for each batch, with the batch fixed and weights of its own;
-- `shared`: the same with one copy of the weights given to all (`SessionOptions.add_initializer`);
-- `shared, not packed`: the same, and no kernel makes a packed copy of them;
-- `packed once`: a session for each batch of a graph that was saved with its packed weights
-  (`session.save_external_prepacked_constant_initializers`), whose file all of them map;
-- `one`: one session whose batch is open. This is what `OrtNetwork` has.
+- `own`: a session for each batch size, which is fixed, with a separate copy of the weights;
+- `shared`: the same with one copy of the weights for all sessions (`SessionOptions.add_initializer`);
+- `shared, not packed`: the same without packed copies of the weights by kernels;
+- `packed once`: a session for each batch size, of a graph that was saved with its packed weights
+  (`session.save_external_prepacked_constant_initializers`), whose file all sessions map;
+- `one`: one session with a dynamic batch size, as in `OrtNetwork`.
 
-ONNX Runtime's container of packed weights that sessions share is not in its Python interface.
+ONNX Runtime's container for sharing packed weights between sessions is not in its Python interface.
 
-Processes that run one after the other meet another load of the machine each, so calls of `one` and `own` are also timed
-in turn in one process: `one_to_own` is the ratio of their median CPU seconds, by batch.
+The load of the machine differs between processes that run one after the other, so calls of `one` and `own` are also
+timed alternately in one process: `one_to_own` is the ratio of their median CPU seconds, by batch size.
 
     python -m benchmarks.serving_sessions       # two minutes on one core
 """
@@ -32,7 +32,7 @@ from pnp_trt.bundle.store import open_bundle, write_json
 RESULTS = Path(__file__).parent / "results"
 MODES = ("own", "shared", "shared, not packed", "packed once", "one")
 BATCHES = 8
-#: one mode in a process of its own
+#: program that measures one mode
 PROGRAM = """
 import gc, json, sys, tempfile, time
 from pathlib import Path
@@ -41,11 +41,11 @@ from onnx import external_data_helper, numpy_helper
 graph, mode, most = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 shared = {}
 if mode == "packed once":
-    # in a folder that ends with the process; the sessions that are measured are made of what is saved here
-    held = tempfile.TemporaryDirectory()
+    # in a folder that is deleted with the process; the measured sessions load the graph saved here
+    folder = tempfile.TemporaryDirectory()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
-    options.optimized_model_filepath = str(Path(held.name) / "saved.onnx")
+    options.optimized_model_filepath = str(Path(folder.name) / "saved.onnx")
     for key, value in (("optimized_model_external_initializers_file_name", "saved.data"),
                        ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
                        ("save_external_prepacked_constant_initializers", "1")):
@@ -57,7 +57,7 @@ if mode.startswith("shared"):
         if external_data_helper.uses_external_data(tensor):
             shared[tensor.name] = ort.OrtValue.ortvalue_from_numpy(numpy_helper.to_array(tensor, str(graph.parent)))
 gc.collect()
-process, kept, seen = psutil.Process(), [], []
+process, sessions, rows = psutil.Process(), [], []
 base, session = process.memory_info().rss, None
 for batch in range(1, most + 1):
     options = ort.SessionOptions()
@@ -71,7 +71,7 @@ for batch in range(1, most + 1):
     started = time.process_time()
     if mode != "one" or session is None:
         session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    made = time.process_time() - started
+    created = time.process_time() - started
     kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
     feed = {i.name: np.ones([d if isinstance(d, int) else batch for d in i.shape], kinds[i.type])
             for i in session.get_inputs()}
@@ -80,16 +80,16 @@ for batch in range(1, most + 1):
         started = time.process_time()
         session.run(None, feed)
         calls.append(time.process_time() - started)
-    kept.append(session)
-    seen.append({"batch": batch, "resident_bytes": process.memory_info().rss - base, "made_s": made,
+    sessions.append(session)
+    rows.append({"batch": batch, "resident_bytes": process.memory_info().rss - base, "made_s": created,
                  "call_s": sorted(calls[1:])[1]})
-print(json.dumps(seen))
+print(json.dumps(rows))
 """
-#: both kinds of session in one process, their calls in turn
+#: program that times both kinds of session alternately in one process
 RATIO = """
 import json, sys, time
 import numpy as np, onnxruntime as ort
-graph, found = sys.argv[1], {}
+graph, ratios = sys.argv[1], {}
 def session(batch):
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
@@ -102,12 +102,12 @@ for batch in (1, 2, 4, 8):
             for i in one.get_inputs()}
     times, pair = {"one": [], "own": []}, {"one": one, "own": session(batch)}
     for _ in range(160 // batch):
-        for name, held in pair.items():
+        for name, timed in pair.items():
             started = time.thread_time()
-            held.run(None, feed)
+            timed.run(None, feed)
             times[name].append(time.thread_time() - started)
-    found[batch] = float(np.median(times["one"][1:]) / np.median(times["own"][1:]))
-print(json.dumps(found))
+    ratios[batch] = float(np.median(times["one"][1:]) / np.median(times["own"][1:]))
+print(json.dumps(ratios))
 """
 
 
@@ -116,24 +116,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="emoji-tiny")
     parser.add_argument("--out", type=Path, default=RESULTS / "serving-sessions-emoji.json")
-    given = parser.parse_args()
-    graph = open_bundle(given.engine).file("unet")
-    found = {}
+    options = parser.parse_args()
+    graph = open_bundle(options.engine).file("unet")
+    modes = {}
     for mode in MODES:
         command = [sys.executable, "-c", PROGRAM, str(graph), mode, str(BATCHES)]
-        found[mode] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        print(mode, [round(each["resident_bytes"] / 2**20) for each in found[mode]], "MiB", flush=True)
+        modes[mode] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        print(mode, [round(each["resident_bytes"] / 2**20) for each in modes[mode]], "MiB", flush=True)
     command = [sys.executable, "-c", RATIO, str(graph)]
     ratio = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     print("one to own", {batch: round(value, 3) for batch, value in ratio.items()}, flush=True)
     write_json(
-        given.out,
+        options.out,
         {
             "schema": "pnp-trt/serving-sessions/1",
             "provenance": provenance(["python", "-m", "benchmarks.serving_sessions", *sys.argv[1:]]),
-            "engine": given.engine,
+            "engine": options.engine,
             "weight_bytes": sum(p.stat().st_size for p in graph.parent.glob(graph.name + "*")),
-            "modes": found,
+            "modes": modes,
             "one_to_own": ratio,
         },
     )

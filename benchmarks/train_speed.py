@@ -1,9 +1,9 @@
 """Steps per second and memory of training at real size: Stable Diffusion 1.5's U-Net with random weights.
 
-``python -m benchmarks.train_speed`` times optimiser steps of stage 1 (the student alone: the teacher's
-predictions are cached) and of stage 2 (the same step; what differs is the collection, two evaluations of the last
-student for each state, timed apart), for both guides, and writes one JSON.  The same command uses a GPU
-where there is one.  Random weights change no time and no memory.
+``python -m benchmarks.train_speed`` times optimiser steps of stage 1 (the student alone, because the teacher's
+predictions are cached) and writes one JSON.  Steps of stage 2 are the same, but collecting each of its states takes two
+evaluations of the last student; an evaluation is timed separately.  A GPU is used if there is one.  Random weights
+change neither time nor memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .emoji.provenance import machine
 
 
 def peak_mib() -> float:
-    """Most memory held so far, MiB: the GPU's where there is one, else the process's."""
+    """Peak memory so far in MiB, of the GPU if there is one, otherwise of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -39,7 +39,7 @@ def peak_mib() -> float:
 
 
 def measure(kind: str, base: str, batch: int, steps: int, precision: str, checkpointing: bool) -> dict[str, Any]:
-    """Seconds of each optimiser step and of each pass of the collection, and the peak of memory."""
+    """Seconds of each optimiser step and of each evaluation of the collection, and peak memory."""
     from diffusers import UNet2DConditionModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,7 +69,7 @@ def measure(kind: str, base: str, batch: int, steps: int, precision: str, checkp
             return student(x, t, text, w)
 
     train, collect = [], []
-    for step in range(steps + 1):  # the first warms up
+    for step in range(steps + 1):  # the first is a warm-up
         started = settle()
         (forward().float() - x).pow(2).mean().backward()
         optimiser.step()
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_speed", description=__doc__)
     add = parser.add_argument
     add("--base", default="random:sd15")
-    add("--guide", default="tiny", choices=sorted(GUIDES), help="one a process: the peak of memory is the process's")
+    add("--guide", default="tiny", choices=sorted(GUIDES), help="one per process, because peak memory is the process's")
     add("--batch", type=int, default=1)
     add("--steps", type=int, default=2)
     add("--mixed-precision", default="auto", choices=("no", "bf16", "fp16", "auto"))

@@ -45,10 +45,10 @@ def multiplies(dtype: str) -> bool:
     try:
         return bool(_FLAGS[dtype] & flags(_CPUINFO.read_text(encoding="utf-8")))
     except OSError:
-        return _torch_knows(dtype)
+        return _torch_supports(dtype)
 
 
-def _torch_knows(dtype: str) -> bool:
+def _torch_supports(dtype: str) -> bool:
     """Whether PyTorch detects the type, for systems without ``/proc/cpuinfo``."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return dtype == "float16"  # all Apple M processors have it; bfloat16 came with the M2

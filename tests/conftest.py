@@ -181,7 +181,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
 
 def make_micro_base(folder: Path, seed: int = 0) -> Path:
-    """A random teacher of a few hundred thousand weights, saved as diffusers saves Stable Diffusion."""
+    """Save a random teacher with a few hundred thousand weights, in diffusers' format of Stable Diffusion."""
     import torch
     from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

@@ -199,7 +199,7 @@ class Gpu(Cuda):
 
 
 class Context:
-    """Fake execution context of an engine that is a function of arrays; its names must exist in the real one."""
+    """Fake execution context of an engine that is a function of arrays; its methods must exist in the real one."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -320,4 +320,4 @@ def view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def void(_: object) -> None:
-    """For lambdas that return nothing."""
+    """Discard a value, so that a lambda returns None."""

@@ -1,4 +1,4 @@
-"""Limits on the code: short functions or a reason, a small wheel, and tests where their subject is."""
+"""Limits on the code: the length of functions, the size of the wheel, and the folders of tests."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(__file__).parents[1] / "pnp_trt"
-#: lines of a body; more need a sentence ``Long: …`` in the docstring
+#: lines of a function's body; a longer one needs a sentence ``Long: …`` in its docstring
 MOST = 60
-#: folders of tests of what is not in the package: benchmarks, hostile inputs, and examples of extensions
+#: folders of tests for code outside the package, or for all of it: benchmarks, hostile inputs, examples of extensions
 ELSEWHERE = {"benchmarks", "campaign", "extending"}
-#: PyPI takes 100 MB a file; a wheel of code alone would be below 2 MB
+#: bytes: PyPI accepts files of up to 100 MB; the code alone must stay below 2 MB
 WHEEL, CODE = 80e6, 2e6
 
 
 def functions(source: str) -> Iterator[tuple[str, int, int, str]]:
-    """Name, lines, lines of the body without docstring, and docstring of every function."""
+    """Yield the name, lines, lines of the body without docstring, and docstring of every function."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node) or ""
@@ -55,14 +55,14 @@ def test_lengths_are_counted_without_the_docstring() -> None:
     assert list(functions(source)) == [("f", 9, 2, "One.\n\nTwo."), ("g", 1, 1, "")]
 
 
-def test_tests_lie_in_the_folders_of_what_they_test() -> None:
+def test_folders_of_tests_match_those_of_the_package() -> None:
     here = Path(__file__).parent
     folders = {path.parent.relative_to(here) for path in here.rglob("test_*.py")} - {Path()}
     assert [f for f in sorted(folders) if f.parts[0] not in ELSEWHERE and not (PACKAGE / f).is_dir()] == []
 
 
 def test_the_wheel_is_small() -> None:
-    """Files as a wheel compresses them; weights hardly shrink, so that their own size bounds theirs."""
+    """Code counts compressed, as in a wheel; assets are mostly weights, which hardly compress, and count in full."""
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assets = sum(path.stat().st_size for path in files if path.is_relative_to(PACKAGE / "assets"))
     code = [path.read_bytes() for path in files if not path.is_relative_to(PACKAGE / "assets")]
@@ -71,8 +71,8 @@ def test_the_wheel_is_small() -> None:
     assert compressed + assets < WHEEL
 
 
-def test_no_folder_of_tests_is_left_out(request: pytest.FixtureRequest) -> None:
-    """pytest leaves out folders of some names in silence, ``build`` among them."""
+def test_pytest_ignores_no_folder_of_tests(request: pytest.FixtureRequest) -> None:
+    """By default pytest silently ignores folders with some names, among them ``build``."""
     patterns = request.config.getini("norecursedirs")
     folders = {f.parent for f in TESTS.rglob("test_*.py")}
     names = {part for f in folders for part in f.relative_to(TESTS).parts}

@@ -1,4 +1,4 @@
-"""The suite's own sharing of traces: one architecture is traced once, and whatever changes a graph is another."""
+"""The test suite's shared traces: one trace per architecture; anything that changes the graph needs another."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.LayerNorm(4))
 
 
-def test_equal_modules_are_one() -> None:
+def test_equal_modules_have_equal_identities() -> None:
     assert of(net()) == of(net())
     assert of(net(), {"x": torch.ones(2, 4)}) == of(net())  # shapes are traced, not values
 
 
-def test_open_axes_count_where_an_input_has_them() -> None:
+def test_open_axes_count_only_for_inputs_that_have_them() -> None:
     axes = [OpenAxis("height", 2, 1, 6, 4)]
     images = {"x": torch.zeros(2, 4, 8, 8)}
     assert identity(net(), INPUTS, ["y"], axes) == of(net())
@@ -46,7 +46,7 @@ def test_open_axes_count_where_an_input_has_them() -> None:
 
 
 def hooked(factor: float) -> nn.Module:
-    """A module with a hook that calls another function, as transformers installs them."""
+    """Return a module with a hook that calls another function, like those of transformers."""
 
     def scaled(x: torch.Tensor) -> torch.Tensor:
         return factor * x
@@ -56,12 +56,12 @@ def hooked(factor: float) -> nn.Module:
     return one
 
 
-def test_hooks_count_by_what_they_do() -> None:
+def test_the_identity_depends_on_hooks() -> None:
     assert of(hooked(2.0)) == of(hooked(2.0)) != of(hooked(3.0)) and of(hooked(2.0)) != of(net())
 
 
 @pytest.mark.parametrize("change", ["layer", "eps", "dtype", "island", "input", "output", "buffer"])
-def test_whatever_changes_a_graph_is_another(change: str) -> None:
+def test_the_identity_depends_on_everything_that_changes_the_graph(change: str) -> None:
     one, inputs, output = net(), INPUTS, "y"
     if change == "layer":
         one[1] = nn.ReLU()
@@ -82,7 +82,7 @@ def test_whatever_changes_a_graph_is_another(change: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_shared_trace_gives_the_bytes_of_an_own_one(
+def test_a_shared_trace_gives_the_same_bytes(
     precision: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     share(partial(once, tmp_path_factory))
@@ -98,7 +98,7 @@ def test_a_shared_trace_gives_the_bytes_of_an_own_one(
             assert (tmp_path / "shared" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
 
 
-def test_a_shared_trace_with_open_sizes_gives_the_bytes_of_an_own_one(
+def test_a_shared_trace_with_open_sizes_gives_the_same_bytes(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     share(partial(once, tmp_path_factory))
@@ -113,14 +113,14 @@ def test_a_shared_trace_with_open_sizes_gives_the_bytes_of_an_own_one(
             assert (tmp_path / "shared" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
 
 
-def test_a_config_counts(micro_base: Path) -> None:
+def test_the_identity_depends_on_the_config(micro_base: Path) -> None:
     unet = resolve(str(micro_base)).unet()
     other = copy.deepcopy(unet)
     other.register_to_config(sample_size=16)
     assert of(Teacher(unet)) != of(Teacher(other)) and of(Teacher(unet)) == of(Teacher(copy.deepcopy(unet)))
     guide = TinyGuide.from_unet(unet, rank=4, embed_dim=8)
     student = of(Student(unet, guide))
-    guide.register_to_config(sampling_steps=4)  # said of its training alone
+    guide.register_to_config(sampling_steps=4)  # describes only its training
     assert of(Student(unet, guide)) == student
     guide.register_to_config(rank=5)
     assert of(Student(unet, guide)) != student

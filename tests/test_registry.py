@@ -47,7 +47,7 @@ def test_an_unknown_name_lists_the_known_ones(codecs: Registry[object]) -> None:
         codecs.get("xml")
 
 
-def test_a_name_is_registered_once(codecs: Registry[object]) -> None:
+def test_a_name_is_registered_only_once(codecs: Registry[object]) -> None:
     codecs.register("a", 1)
     codecs.register("a", 1)  # the same value again, as when a module is reloaded
     with pytest.raises(InputError, match="already registered"):
@@ -87,7 +87,7 @@ def test_a_broken_builtin_value_is_an_error() -> None:
 
 
 def test_metrics_are_in_the_schema_of_results() -> None:
-    """The schema is published; what is registered by the package itself must be described there."""
+    """The schema is published, so it must describe all metrics of the package."""
     import json
     from pathlib import Path
 
@@ -115,7 +115,7 @@ def test_methods_are_in_the_schema_of_results() -> None:
     assert set(described) == set(METHODS)
 
 
-def test_backends_run_the_recipes_of_their_element_types() -> None:
+def test_precisions_of_backends() -> None:
     from pnp_trt import backends
 
     assert {name: backends.get(name).precisions for name in ("onnxruntime", "tensorrt", "torch")} == {

@@ -1,4 +1,4 @@
-"""The documentation site's parts are there: pages of the navigation, and the objects that the reference names."""
+"""The pages in the documentation site's navigation and the objects in its reference exist."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GENERATED = {"reference/cli.md", "contributing.md", "changelog.md", "model-card.
 
 
 def pages(nav: Any) -> Iterator[str]:
-    """The files that a navigation names."""
+    """Yield the files in a navigation."""
     if isinstance(nav, str):
         yield nav
     for each in nav if isinstance(nav, list) else nav.values() if isinstance(nav, dict) else ():
         yield from pages(each)
 
 
-def test_every_page_of_the_navigation_is_there() -> None:
+def test_every_page_of_the_navigation_exists() -> None:
     yaml = pytest.importorskip("yaml")
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     named = list(pages(nav))
@@ -34,7 +34,7 @@ def test_every_page_of_the_navigation_is_there() -> None:
 
 
 def definitions(dotted: str) -> set[str] | None:
-    """The names that a module defines; None where there is no such module."""
+    """Return the functions and classes that a module defines, or None if the module does not exist."""
     path = ROOT.joinpath(*dotted.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not path.is_file():
@@ -44,11 +44,11 @@ def definitions(dotted: str) -> set[str] | None:
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/reference").glob("*.md")), ids=lambda page: page.stem)
-def test_the_reference_names_what_is_there(page: Path) -> None:
+def test_objects_in_the_reference_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    found = re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", text, re.MULTILINE)
-    assert found
-    for dotted, members in found:
+    references = re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", text, re.MULTILINE)
+    assert references
+    for dotted, members in references:
         module, _, name = dotted.rpartition(".")
         names = definitions(dotted)
         if names is None:  # a class or a function of a module

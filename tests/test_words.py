@@ -1,4 +1,4 @@
-"""Words of text that a user reads (pages, help, messages) and of names in code. docs/glossary.md has the terms."""
+"""Check the words of text for users (pages, help, messages) and of names in code; docs/glossary.md has the terms."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ BANNED = {
     r"no eye": "not visible",
     r"so many of so many": "N of M",
 }
-#: words of the field, names and quotations in which a banned word is right
+#: phrases in which a banned word is correct
 ALLOWED = (r"forward pass(?:es)?", r"backward pass", r"pass(?:es)? the", r"want(?:s|ed)? to")
-#: generated from records, or quoting data
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -48,13 +47,13 @@ _ALLOWED = re.compile("|".join(ALLOWED), re.IGNORECASE)
 
 
 def findings(text: str) -> list[str]:
-    """The banned words of a text, each with its replacement."""
+    """Return the banned words of a text, each with its replacement."""
     text = _ALLOWED.sub(" ", " ".join(text.split()))
     return [f"'{m[0]}': write {list(BANNED.values())[int(str(m.lastgroup)[1:])]}" for m in _BANNED.finditer(text)]
 
 
 def prose(markdown: str) -> str:
-    """Markdown without code: fenced blocks keep their comments, which a reader reads."""
+    """Return Markdown without its code, but with the comments in fenced blocks."""
     blocks = re.split(r"^```.*?$(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
     comments = [re.findall(r"(?:^|\s)# (.*)", block) for block in blocks[1::2]]
     plain = re.sub(r"`[^`\n]*`|\]\([^)]*\)|^:::.*$", " ", "\n".join(blocks[::2]), flags=re.MULTILINE)
@@ -62,7 +61,7 @@ def prose(markdown: str) -> str:
 
 
 def sentences(path: Path) -> Iterator[tuple[int, str]]:
-    """Messages, help and labels of a module: string literals with a blank, without docstrings and code in f-strings."""
+    """Yield messages, help and labels of a module: strings with a space, except docstrings and code in f-strings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     commands = tree.body if path.parent.name == "cli" else []  # their docstrings are the commands' help
     docstrings = {
@@ -86,13 +85,13 @@ def test_pages_use_the_words_of_the_field(page: Path) -> None:
 
 
 def test_messages_and_help_use_the_words_of_the_field() -> None:
-    found = [
+    violations = [
         f"{path.relative_to(ROOT)}:{line}: {finding}"
         for path in sorted((ROOT / "pnp_trt").rglob("*.py"))
         for line, text in sentences(path)
         for finding in findings(text)
     ]
-    assert found == []
+    assert violations == []
 
 
 def test_the_report_page_uses_the_words_of_the_field() -> None:
@@ -111,22 +110,22 @@ def test_the_report_page_uses_the_words_of_the_field() -> None:
         ("one U-Net pass a step in the forward pass", 1),
     ],
 )
-def test_the_check_itself(text: str, count: int) -> None:
+def test_findings_of_a_text(text: str, count: int) -> None:
     assert len(findings(text)) == count
 
 
-def test_code_is_no_prose() -> None:
+def test_code_is_not_checked_but_its_comments_are() -> None:
     assert findings(prose("see `pictures` and [a](pictures.md)\n```sh\npictures  # one image\n```\n")) == []
     assert findings(prose("```sh\nls  # the pictures\n```\n")) != []
 
 
 # ------------------------------------------------------------------------------------------------- names in code
 
-#: words of names, after CamelCase and snake_case are taken apart; ``passes`` are a compiler's
+#: banned words of names in CamelCase or snake_case; ``passes`` are those of a compiler
 OLD_NAMES = {"picture", "pictures", "passes"}
-#: names that state that a value was obtained, not what it is; ``held_out`` is the field's
+#: names that state that a value was obtained, not what it is; ``held_out`` is a term of the field
 OBTAINED = re.compile(r"(?:^|_)(?:found|held(?!_out)|made|told|wanted|kept)(?:_|$)")
-#: where an old name is right: file → the strings or names. They are in files that exist outside the repository.
+#: file → banned words that it may contain, mostly because files outside the repository do; None: all of them
 PERSISTED = {
     "pnp_trt/bench/renames.py": None,  # the table of old names
     "pnp_trt/bench/metrics/fidelity.py": {"picture"},  # tensors of the alignment head's file
@@ -141,12 +140,12 @@ CODE = sorted(path for folder in ("pnp_trt", "benchmarks", "examples") for path 
 
 
 def words_of(name: str) -> set[str]:
-    """The lower-case words of an identifier or of a key such as ``p50_ms_per_image``."""
+    """Return the lower-case words of an identifier or of a key such as ``p50_ms_per_image``."""
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
 def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Identifiers of a module, and strings that are one: keys of JSON, fields of records."""
+    """Yield the identifiers of a module and strings that look like one, such as JSON keys and fields of records."""
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
         for field in ("id", "attr", "arg", "name", "asname", "module"):
@@ -157,7 +156,7 @@ def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def public_names(body: Iterable[ast.stmt]) -> Iterator[tuple[int, str]]:
-    """Names that others use: functions and their parameters, classes, their fields, module-level values."""
+    """Yield names that other modules use: functions and their parameters, classes and their fields, variables."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield node.lineno, node.name
@@ -205,7 +204,7 @@ def test_public_names_state_what_a_thing_is() -> None:
     ] == []
 
 
-def test_a_class_name_has_one_meaning() -> None:
+def test_names_of_classes_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for path in CODE:
         if path.is_relative_to(ROOT / "pnp_trt"):
@@ -225,11 +224,11 @@ def test_a_class_name_has_one_meaning() -> None:
         ("surpasses, depicted = 'picturesque', 1", 0),
     ],
 )
-def test_the_check_of_names(code: str, count: int) -> None:
+def test_banned_words_in_names_are_detected(code: str, count: int) -> None:
     assert sum(bool(words_of(name) & OLD_NAMES) for _, name in names(ast.parse(code))) == count
 
 
-def test_the_check_of_public_names() -> None:
+def test_names_of_obtained_values_are_detected() -> None:
     code = "kept = 1\nclass A:\n    made: int\n    def f(self, wanted): found = 1\n    def _g(self, held): ...\n"
     code += "held_out = 2"
     bad = [name for _, name in public_names(ast.parse(code).body) if OBTAINED.search(name)]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.emoji --preset cpu``: trains the bundled model from nothing; resumable.
+"""Train the bundled model from scratch, resumably: ``python -m benchmarks.emoji --preset cpu``.
 
 Stages, in order (``--only`` runs one): ``text``, ``base``, ``decoder``, ``fine-tunes``, ``package``,
 ``guide``, ``judge``, ``figures``.  A finished stage is not run again; a killed one continues.
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: build/emoji/PRESET")
     parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="downloads and rendered images")
-    parser.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"), help="where the shipped files go")
+    parser.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"), help="folder for the shipped files")
     parser.add_argument("--only", choices=list(stages.STAGES), action="append")
     args = parser.parse_args()
     out = args.out or args.cache / args.preset

@@ -1,9 +1,8 @@
 """Compare guide designs, extra terms and kinds of states on an equal, short budget.
 
-Every row is one ``distill`` run with the same number of steps, batch and states; what differs is what the
-row names.  Judged on the same held-out trajectory states (what a sampler visits) and on how
-near the images come to the teacher's guided ones.  ``python -m benchmarks.emoji.ablation`` resumes: a row
-that is done is not run again.
+Every row is one ``distill`` run with the same number of steps, batch size and states; the row's name states what
+differs.  Rows are judged on the same held-out trajectory states (those that a sampler visits) and on the similarity of
+images to the teacher's guided ones.  ``python -m benchmarks.emoji.ablation`` resumes: finished rows are not run again.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from .provenance import machine
 
 PROMPTS = Path("calibration/emoji-prompts.txt")
 STATES = 25_600
-#: a row sees fewer states than this; what only one or two rows use is collected no larger
+#: rows use fewer states than this; sets that only one or two rows use are limited to this size
 FEWER_STATES = 4_800
 IMAGES = 64
 SAMPLING_STEPS = 20
@@ -47,7 +46,7 @@ W = 3.0
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its name, the group it is compared in, what differs from the default, and how many budgets it has."""
+    """One run: its name, the group it is compared in, differences from the default, and length in budgets."""
 
     name: str
     group: str
@@ -65,11 +64,11 @@ class Row:
             *([self.kind] if self.kind != "trajectory" else []),
             *(["negative"] if self.negative else []),
         ]
-        # all states, where others of the kind take fewer
+        # all states, because other rows of the kind use fewer
         return "-".join(words) + ("-all" if self.longer > 1 and self.kind != "trajectory" else "")
 
 
-#: what every row starts from: the first design that worked, before anything was compared
+#: base of every row: the first design that worked, before any comparison
 BASELINE_OPTIONS = {"trunk_kind": "conv", "norm": False}
 BASELINE_CONFIG = {"weighting": "w"}
 ROWS = (
@@ -91,7 +90,7 @@ ROWS = (
     Row("feature matching 0.1", "term", config={"feature_matching": 0.1}),
     Row("forward states", "states", kind="forward"),
     Row("trajectory states", "states"),
-    # the question that decides the default, asked again as guides are trained: weighted by x0, for longer
+    # the comparison that decides the default, repeated with the settings of real training: x0 weighting, longer
     *(
         Row(f"{kind} states longer", "states-longer", config={"weighting": "x0"}, kind=kind, longer=4)
         for kind in ("forward", "trajectory")
@@ -102,7 +101,7 @@ ROWS = (
 
 
 def write_images(folder: Path, cache: Path) -> Path:
-    """The training images with captions, as users would hand them to ``--images``; once."""
+    """Write the training images with captions in the format of ``--images``, unless they exist."""
     from PIL import Image
 
     from .data import BASE_STYLES, caption, images, split
@@ -114,7 +113,7 @@ def write_images(folder: Path, cache: Path) -> Path:
     lines = []
     for i, (pixels, concept, style) in enumerate(zip(shots.pixels, shots.concepts, shots.styles, strict=True)):
         name = f"{i:05d}.png"
-        # the data holds pixels between 0 and 1, or bytes, by its age
+        # older data has pixels between 0 and 1, newer data has bytes
         whole = pixels if pixels.dtype == np.uint8 else (pixels * 255).round().astype(np.uint8)
         Image.fromarray(whole).save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": caption(concept, style)}))
@@ -123,7 +122,7 @@ def write_images(folder: Path, cache: Path) -> Path:
 
 
 class Judge:
-    """Held-out trajectory states and the teacher's images, the same for every row."""
+    """Held-out trajectory states and the teacher's images, which are the same for every row."""
 
     def __init__(self, states_dir: Path) -> None:
         self.teacher = TeacherModel.load("emoji", read_prompts(PROMPTS), torch.device("cpu"))
@@ -178,18 +177,18 @@ class Judge:
                              features.mid_block_res_sample.to(x.device))  # fmt: skip
                 return self.guide(GuideInput(x, t, text, w, f, negative=text)).mid_block_res_sample
 
-        found = cost.count(Alone(), {"w": self.w[:1], "x": x, "t": t, "text": self.text[:1]})
+        alone = cost.count(Alone(), {"w": self.w[:1], "x": x, "t": t, "text": self.text[:1]})
         whole = cost.count(unet, {"sample": x, "timestep": t, "encoder_hidden_states": self.text[:1]})
         return {
-            "parameters": found.parameters, "parameters_share": found.parameters / whole.parameters,
-            "macs": found.macs, "macs_share": found.macs / whole.macs,
+            "parameters": alone.parameters, "parameters_share": alone.parameters / whole.parameters,
+            "macs": alone.macs, "macs_share": alone.macs / whole.macs,
         }  # fmt: skip
 
     def judge(self, folder: Path, measured: dict[str, Any] | None) -> dict[str, Any]:
-        """Cost, held-out error (``measured``, where the run's own report is of these very states) and distance."""
+        """Cost, held-out error (``measured`` if the run's own report is on the same states) and distance."""
         guide = load_guide(str(folder))
         student = Student(self.teacher.unet, guide)
-        # a guide that reads negative prompts is shown the empty one
+        # a guide that reads negative prompts gets the empty one
         error = measured or held_out_error(student, self.states, self.held_out)
         return {
             **self.cost_of(guide),
@@ -207,9 +206,9 @@ TITLES = {
 }
 
 
-def render(found: dict[str, Any]) -> str:
-    """The ablation as a page of tables, from its JSON alone."""
-    s, plain = found["settings"], found["no_guidance"]
+def render(document: dict[str, Any]) -> str:
+    """Render the record as a page of tables."""
+    s, plain = document["settings"], document["no_guidance"]
     out = [
         "# Ablation\n",
         "Every row is one run of `pnp-trt distill guidance` on the bundled model with the same short budget: "
@@ -223,9 +222,9 @@ def render(found: dict[str, Any]) -> str:
         "Intervals are 95 % over images; one training seed, so differences of a tenth of a dB are not meaningful.\n",
     ]
     for group, title in TITLES.items():
-        rows = [r for r in found["rows"] if r["group"] == group]
+        rows = [r for r in document["rows"] if r["group"] == group]
         if group == "term":
-            rows = [r for r in found["rows"] if r["name"] == "baseline"] + rows
+            rows = [r for r in document["rows"] if r["name"] == "baseline"] + rows
         if not rows:
             out.append(f"\n## {title}\n\nNot run.\n")
             continue
@@ -258,7 +257,7 @@ def render(found: dict[str, Any]) -> str:
             )
         if own:
             out.append("\n*Own states*: the residual on held-out states of which half have a negative prompt.")
-    p = found["provenance"]
+    p = document["provenance"]
     out.append(
         f"\nMade by `{p['command']}` ({p['date'][:10]}); all numbers are in `benchmarks/results/emoji-ablation.json`."
     )
@@ -273,14 +272,14 @@ def main() -> None:
     add("--states-dir", type=Path, default=None, help="trajectory states; default WORK/states")
     add("--steps", type=int, default=350)
     add("--batch", type=int, default=32)
-    add("--rows", default="", help="only rows whose name holds one of these words, comma-separated")
-    add("--train-only", action="store_true", help="train the rows, and leave judging to a later call")
+    add("--rows", default="", help="only rows whose name contains one of these words, comma-separated")
+    add("--train-only", action="store_true", help="train the rows without judging them")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-ablation.json"))
     add("--document", type=Path, default=Path("docs/ablation.md"))
     args = parser.parse_args()
     states = args.states_dir or args.work / "states"
-    wanted = [r for r in ROWS if not args.rows or any(word in r.name for word in args.rows.split(","))]
-    for row in wanted:
+    selected = [r for r in ROWS if not args.rows or any(word in r.name for word in args.rows.split(","))]
+    for row in selected:
         out = args.work / row.name.replace(" ", "-")
         if (out / "distill.json").exists():
             continue
@@ -311,7 +310,7 @@ def main() -> None:
         "fewer_states": FEWER_STATES, "sampling_steps": SAMPLING_STEPS, "w": W,
     }  # fmt: skip
     command = " ".join(["python", "-m", "benchmarks.emoji.ablation", *sys.argv[1:]])
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "schema": "pnp-trt/emoji-ablation/2", "provenance": machine(command), "settings": settings,
         "no_guidance": judge.distance(judge.plain), "rows": [],
     }  # fmt: skip
@@ -322,16 +321,16 @@ def main() -> None:
         report = json.loads((out / "distill.json").read_text())
         differs = {**row.options, **row.config, "states": row.kind, "negative": row.negative}
         differs |= {"steps": args.steps * row.longer} if row.longer > 1 else {}
-        found["rows"].append({
+        document["rows"].append({
             "name": row.name, "group": row.group, "differs": differs, "own_held_out": report["held_out"]["residual"],
             "train_seconds": report["seconds"], "final_loss": report["final_loss"],
             **judge.judge(out, report["held_out"] if row.group in ("design", "term") else None),
         })  # fmt: skip
-        last = found["rows"][-1]
+        last = document["rows"][-1]
         numbers = f"residual {last['held_out']['residual']:.3f}, psnr {last['psnr_db']['value']:.2f} dB"
         print(f"{row.name:32s} {last['parameters']:8,d} {numbers}", flush=True)
-        write_json(args.json, found)
-    write_text(render(found), args.document)
+        write_json(args.json, document)
+    write_text(render(document), args.document)
 
 
 if __name__ == "__main__":

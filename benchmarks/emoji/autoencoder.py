@@ -3,8 +3,8 @@
 With no blocks between its convolutions diffusers' tiny encoder is linear, so the best linear code of
 4 × 4 pixel patches (PCA, half-whitened: the spread of each channel is the square root of the natural
 one, which keeps coarse structure strong and fine structure above the noise) can be written into its
-weights in closed form.  The U-Net can then train at once; the decoder is trained beside it, on the
-same latents, and removes what the linear code leaves behind.
+weights in closed form.  The U-Net can then be trained immediately; the decoder is trained separately,
+on the same latents, and removes the linear code's artefacts.
 """
 
 from __future__ import annotations

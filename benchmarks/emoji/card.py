@@ -41,8 +41,8 @@ Two fine-tuned U-Nets generate styles that the base was not trained on: *flat* a
 ## How it was trained
 In two parts. First from scratch, by the recipe in `benchmarks/emoji/` (one command, resumable, seeded), in about two
 hours on two CPU cores; its first 1,750 of 3,200 steps ran with beta_end 0.012, before its fault was understood. Then
-all weights were trained on by `python -m benchmarks.emoji.gpu_train` on an {gpu}: the base for {gpu_steps:,} steps of
-batch {gpu_batch}, the decoder and the fine-tunes for less (`benchmarks/results/emoji-gpu-train.json`).
+all weights were trained further by `python -m benchmarks.emoji.gpu_train` on an {gpu}: the base for {gpu_steps:,} steps
+of batch {gpu_batch}, the decoder and the fine-tunes for less (`benchmarks/results/emoji-gpu-train.json`).
 Captions are dropped at 10 %, so that the model also predicts without text, as classifier-free guidance requires.
 A rerun gives a similar model, not the same bits.
 The base learned {train} concepts in two styles; the fine-tunes the same concepts in one style each.
@@ -126,7 +126,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _helps(result: dict[str, Any], what: str) -> str:
-    """Whether guidance helps, said from the intervals."""
+    """Sentences on whether guidance helps, from the intervals."""
     lines = []
     for name, v in result["verdict"].items():
         label, best = "EfficientNet-KID" if name == "kid" else name, f"{v['best_w']:g}"
@@ -142,8 +142,8 @@ def _helps(result: dict[str, Any], what: str) -> str:
 
 
 def write_card(figures: dict[str, Any], path: Path) -> None:
-    """Write the model card (Markdown, beside ``grid.png``): numbers of ``figures`` and of the training record."""
-    sets, told, settings = figures["sets"], figures["provenance"], figures["settings"]
+    """Write the model card (Markdown, next to ``grid.png``) from ``figures`` and the training record."""
+    sets, facts, settings = figures["sets"], figures["provenance"], figures["settings"]
     real, code = sets["train"]["real"], figures["autoencoder"]
     by_w = sets["train"]["by_w"]
     last = max(by_w, key=float)
@@ -155,7 +155,7 @@ def write_card(figures: dict[str, Any], path: Path) -> None:
         for word, s in figures["styles"].items()
     )
     tuned = (f"**{word}**\n\n{_table(result)}" for word, result in figures["fine_tunes"].items())
-    hashes = {**told["weights_sha256"], "the judge": told["judge_sha256"]}
+    hashes = {**facts["weights_sha256"], "the judge": facts["judge_sha256"]}
     trained = json.loads(TRAINED.read_text(encoding="utf-8"))
     text = CARD.format(
         gpu=trained["device"],
@@ -178,9 +178,9 @@ def write_card(figures: dict[str, Any], path: Path) -> None:
         code_r1=_cell(code["R@1"], True),
         fine_tunes="\n\n".join(tuned) or "Not measured in this run.",
         machine=machine_said(figures),
-        date=told["date"][:10],
-        torch=told["versions"]["torch"],
-        diffusers=told["versions"]["diffusers"],
+        date=facts["date"][:10],
+        torch=facts["versions"]["torch"],
+        diffusers=facts["versions"]["diffusers"],
         chroma_real=f"{real['chroma']:.3f}",
         chroma_first=f"{by_w['1']['chroma']:.3f}",
         chroma_last=f"{by_w[last]['chroma']:.3f}",

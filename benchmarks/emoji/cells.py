@@ -1,8 +1,8 @@
-"""What is measured: every cell of Tables A, B and C, as data.
+"""Every cell of Tables A, B and C, as data.
 
 - Table A: the teacher's CFG and guides over steps and w (Hsiao et al., CVPR 2024, figure 5).
 - Table B: the same guides, untrained, in fine-tuned U-Nets (figure 8 there).
-- Table C: what costs no training, against the tiny guide.
+- Table C: methods without training, against the tiny guide.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ STEPS = (50, 16, 12, 8, 4)
 SCALES = (2.0, 3.0, 5.0, 8.0)
 HEADLINE_W = 3.0
 HEADLINE_STEPS = (50, 16, 12, 8)
-#: step counts that stage 2 makes a guide for
+#: step counts for which stage 2 trains a guide
 STAGE2_STEPS = (16, 8, 4)
 FREE_SCALES = (3.0, 5.0)
-#: fine-tunes are measured at these
+#: steps and w at which fine-tunes are measured
 TUNED_STEPS, TUNED_SCALES = (50, 16, 8), (3.0, 5.0)
 HELD_OUT = ("held_out", "held_out_colour_shape")
 SWEEP, SWEEP_IMAGES = "sweep", 128
-#: the sweep's noise is none of the reported cells', so that the best interval is not picked on its own figures
+#: the sweep's noise differs from that of reported cells, so that the best interval is not chosen on its own figures
 SWEEP_SEED = 9
 METHODS = {
     "cfg": "teacher CFG",
@@ -46,11 +46,11 @@ METHODS = {
     "anchors-4": "tiny, CFG every 4th step",
     "anchors-8": "tiny, CFG every 8th step",
 }
-#: evaluations that a tiny guide's rows have, at which each rule of :data:`~.free.RULES` makes the most steps it can
+#: evaluations of the tiny guide's rows; each rule of :data:`~.free.RULES` takes the most steps within them
 BUDGETS = (50, 16, 12, 8)
-#: intervals at the budgets: the steps of which about half are guided
+#: budget -> steps of CFG on an interval, of which about half are guided
 INTERVAL_STEPS = {50: 32, 16: 10, 12: 7, 8: 5}
-#: guided timesteps (t_low, t_high).  Kynkäänniemi et al. 2024 advise σ in (0.28, 5.42] for SD-XL and (0.28, 2.9] for
+#: guided timesteps (t_low, t_high).  Kynkäänniemi et al. 2024 recommend σ in (0.28, 5.42] for SD-XL and (0.28, 2.9] for
 #: EDM2-XXL, which are these timesteps of the bundled schedule; ``first-half`` drops guidance in the last half
 INTERVALS = {"sdxl": (67, 628), "edm2": (67, 518), "first-half": (500, 999)}
 BEST = "best"
@@ -64,10 +64,10 @@ class Cell:
         table: A, B or C.
         method: a key of :data:`METHODS`.
         base: the U-Net's name.
-        steps, w: of the sampler; w is nominal where there is no guidance (what it is compared with has it).
-        seed: which set of noise.
+        steps, w: of the sampler; without guidance, w is only that of the cells it is compared with.
+        seed: number of the noise set.
         captions: ``train``, ``held_out``, ``held_out_colour_shape``, a fine-tune's base name, or ``sweep``.
-        interval: a key of :data:`INTERVALS`, or ``best``, which the sweep decides.
+        interval: a key of :data:`INTERVALS`, or ``best``, which the sweep determines.
     """
 
     table: str
@@ -81,7 +81,7 @@ class Cell:
 
     @property
     def guide(self) -> str | None:
-        """The name of the guide's folder; stage 2 makes one guide a step count."""
+        """The name of the guide's folder; stage 2 trains one guide per step count."""
         if self.method == "tiny-stage2":
             return f"tiny-{self.steps}"
         if rule(self.method)[0] == "anchors":
@@ -90,7 +90,7 @@ class Cell:
 
     @property
     def untrained(self) -> bool:
-        """Whether it is among what costs no training; anchors are, as their guide is the one that they are held to."""
+        """Whether the method needs no training, apart from the guide that anchors are compared with."""
         return self.guide is None or rule(self.method)[0] in RULES
 
     @property
@@ -100,7 +100,7 @@ class Cell:
 
     @property
     def group(self) -> tuple[str, str, str, int, float, str, str | None]:
-        """What cells that differ in their noise alone share."""
+        """Key of the cells that differ only in their noise."""
         return (self.table, self.method, self.base, self.steps, self.w, self.captions, self.interval)
 
     def guidance(self, best: str | None = None) -> Guidance:
@@ -112,20 +112,22 @@ class Cell:
         if self.method == "interval":
             name = best if self.interval == BEST else self.interval
             if name is None:
-                raise InputError(f"the best interval at {self.steps} steps and w = {self.w:g} is not known yet")
+                raise InputError(
+                    f"the best interval at {self.steps} steps and w = {self.w:g} is unknown before the sweep"
+                )
             return Guidance("interval", self.w, INTERVALS[name])
         kind, every = rule(self.method)
         return Guidance(kind if kind in RULES else "guided", self.w, every=every)
 
 
 def rule(method: str) -> tuple[str, int | None]:
-    """Kind and period of a method named after a rule, as ``cached-3``; the method and None of others."""
+    """Kind and period of a method named after a rule, such as ``cached-3``; otherwise the method and None."""
     kind, _, every = method.partition("-")
     return (kind, int(every) if every else None) if kind in RULES else (method, None)
 
 
 def table_a(seeds: int) -> list[Cell]:
-    """Steps × w on trained captions; several noises for the headline rows; held-out captions for those."""
+    """Steps × w on trained captions; for the headline rows also several noise sets and held-out captions."""
     grid = [("cfg", STEPS), ("tiny", STEPS), ("tiny-stage2", STAGE2_STEPS), ("full", STEPS)]
     out = [Cell("A", m, TEACHER, s, w) for m, steps in grid for s in steps for w in SCALES]
     headline = [(m, s) for m, steps in grid for s in steps if m != "full" and s in HEADLINE_STEPS]
@@ -137,7 +139,7 @@ def table_a(seeds: int) -> list[Cell]:
 
 
 def table_b() -> list[Cell]:
-    """Each fine-tune with its own CFG, without guidance, and with the guides of the base, as they are."""
+    """Each fine-tune with its own CFG, without guidance, and with the base's guides, not retrained."""
     out = []
     for base in FINE_TUNES:
         for steps in TUNED_STEPS:
@@ -147,7 +149,7 @@ def table_b() -> list[Cell]:
 
 
 def table_c() -> list[Cell]:
-    """What costs no training, and the tiny guide.
+    """Methods without training, and the tiny guide.
 
     No guidance; CFG with fewer steps (25, 8, 6, 4: 50, 16, 12, 8 evaluations) and on intervals; all rules.
     """
@@ -170,10 +172,10 @@ def at_budget(budget: int, scales: Sequence[float]) -> list[Cell]:
     """Table C's rows of one budget, and CFG in 50 and in ``budget`` steps.
 
     Raises:
-        InputError: for a budget that is none of :data:`BUDGETS`.
+        InputError: for a budget that is not in :data:`BUDGETS`.
     """
     if budget not in BUDGETS:
-        raise InputError(f"the budget is {budget}; known: {', '.join(map(str, BUDGETS))}")
+        raise InputError(f"unknown budget {budget}; available: {', '.join(map(str, BUDGETS))}")
     out = []
     for w in scales:
         steps = {"cfg": (50, budget, budget // 2), "none": (budget,), "tiny": (budget,)}
@@ -183,7 +185,7 @@ def at_budget(budget: int, scales: Sequence[float]) -> list[Cell]:
 
 
 def free_cells(budget: int, w: float) -> list[Cell]:
-    """Each rule of :data:`~.free.RULES` in the most steps of a budget, and CFG on an interval."""
+    """Each rule of :data:`~.free.RULES` in the most steps within a budget, and CFG on an interval."""
     out = [Cell("C", "interval", TEACHER, INTERVAL_STEPS[budget], w, interval="sdxl")]
     for method in METHODS:
         kind, every = rule(method)
@@ -193,16 +195,16 @@ def free_cells(budget: int, w: float) -> list[Cell]:
 
 
 def all_cells(seeds: int = 3) -> list[Cell]:
-    """Every cell of the three tables, in sampling order: without guides first, one network after another.
+    """Every cell of the three tables, in sampling order: those without guides first, grouped by network.
 
     Raises:
-        InputError: for fewer than 1 seed set, or so many that they run into the sweep's.
+        InputError: for fewer than 1 noise set, or so many that they include the sweep's.
     """
     if not 1 <= seeds <= SWEEP_SEED:
         raise InputError(f"seeds must be 1 to {SWEEP_SEED}, got {seeds}")
     cells = table_a(seeds) + table_b() + table_c()
     bases, guides = (TEACHER, *FINE_TUNES), ("tiny", "tiny-16", "tiny-8", "tiny-4", "full")
-    # the sweep comes before what it decides
+    # the sweep comes before cells with the best interval
     return sorted(
         cells,
         key=lambda c: (guides.index(c.guide) + 1 if c.guide else 0, bases.index(c.base), c.interval == BEST),
@@ -210,7 +212,7 @@ def all_cells(seeds: int = 3) -> list[Cell]:
 
 
 def spared(cell: Cell) -> bool:
-    """Whether ``--light`` leaves the cell out: about a third of the evaluations, none of them a headline row's."""
+    """Whether ``--light`` leaves the cell out: about a third of the evaluations, but no headline rows."""
     return (
         (cell.table == "B" and cell.steps == 50)
         or (cell.method == "interval" and cell.w != HEADLINE_W)

@@ -1,8 +1,8 @@
-"""Writes ``concepts.json``: which concepts train the model, and which it never sees.
+"""Write ``concepts.json``, the split into training and held-out concepts.
 
-Run once (``python -m benchmarks.emoji.choose_concepts``); the file is kept in the repository so that
-the split cannot drift.  Concepts are those that all four styles draw, from subject groups (Unicode's
-CLDR sub-groups, read from the openmoji package) whose images are things rather than signs.
+Run once (``python -m benchmarks.emoji.choose_concepts``); the file is in the repository so that the split does not
+change.  Concepts are those that all four styles include, from subject groups (Unicode's CLDR sub-groups, read from the
+openmoji package) whose images show things rather than signs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUBGROUPS = (
     "game", "event", "sport", "award-medal", "arts-crafts", "musical-instrument", "clothing", "face-costume",
     "tool", "light-video", "lock", "place-building", "place-geographic", "face-smiling", "cat-face",
 )  # fmt: skip
-#: signs, near-duplicates, and drawings that say little at 64 pixels
+#: signs, near-duplicates, and images that are unrecognisable at 64 pixels
 DROP = re.compile(
     r"medium|small|large-square|button|diamond-with|triangle-pointed|moon-face|waxing|waning|quarter-moon|oncoming|"
     r"lightning-and|behind-(large|small|rain)|arrival|departure|1st|2nd|3rd|-suit|bus-stop|construction|railway-track|"

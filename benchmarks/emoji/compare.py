@@ -1,4 +1,4 @@
-"""Measures and verdicts of the tables: numbers with intervals in, plain findings out."""
+"""Measures and verdicts of the tables: findings from numbers with intervals."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Ranked:
 
 
 def quality(real: Shots, sets: Sequence[Ranked]) -> dict[str, Any]:
-    """KID, R@1 and R@5: means over sets that differ in their noise alone, intervals over captions.
+    """KID, R@1 and R@5: means over sets that differ only in their noise, intervals over captions.
 
-    Of one set, R@k has Wilson's interval; of several, the bootstrap's.
+    The interval of R@k is Wilson's for one set, and the bootstrap's for several.
     """
     out: dict[str, Any] = {"kid": fidelity.mean_kid(real.features, [s.shots.features for s in sets]).as_dict()}
     for k in RECALLS:
@@ -51,7 +51,7 @@ def distance(sets: Sequence[Ranked], teacher: Sequence[Ranked]) -> dict[str, Any
 
 
 def gain(real: Shots, before: Sequence[Ranked], after: Sequence[Ranked]) -> dict[str, Any]:
-    """What ``after`` gains over ``before``, paired by caption and noise; above 0 ``after`` is better (KID too)."""
+    """Gain of ``after`` over ``before``, paired by caption and noise; above 0 ``after`` is better (KID too)."""
     kid = fidelity.mean_kid_gain(real.features, [s.shots.features for s in before], [s.shots.features for s in after])
     out: dict[str, Any] = {"kid": kid.as_dict()}
     for k in RECALLS:
@@ -61,18 +61,18 @@ def gain(real: Shots, before: Sequence[Ranked], after: Sequence[Ranked]) -> dict
 
 
 def outcome(estimate: dict[str, float]) -> str:
-    """``better``, ``worse``, or ``no difference shown`` where the interval of a gain holds 0."""
+    """``better``, ``worse``, or ``no difference shown`` if the interval of a gain contains 0."""
     if estimate["low"] > 0:
         return "better"
     return "worse" if estimate["high"] < 0 else "no difference shown"
 
 
 def no_worse(estimate: dict[str, float]) -> bool:
-    """Whether the interval of a gain holds 0 or lies above it."""
+    """Whether the interval of a gain contains 0 or is above it."""
     return estimate["high"] >= 0
 
 
-#: (what is asked, guide method, its steps, the teacher's steps): issue's goals for Table A
+#: goals for Table A: (text, guide method, its steps, the teacher's steps)
 GOALS = (
     ("tiny at 50 steps is no worse than the teacher's CFG at 50", "tiny", 50, 50),
     ("tiny at 16 steps is no worse than the teacher's CFG at 16", "tiny", 16, 16),
@@ -89,13 +89,13 @@ def goal_verdicts(groups: Sequence[dict[str, Any]], w: float) -> list[dict[str, 
             (g for g in groups if (g["table"], g["method"], g["steps"], g["w"], g["captions"])
              == ("A", method, steps, w, "train")), None,
         )  # fmt: skip
-        found = None if row is None else row["gain_over_cfg"].get(str(against))
-        if row is None or found is None:
+        gains = None if row is None else row["gain_over_cfg"].get(str(against))
+        if row is None or gains is None:
             out.append({"goal": text, "w": w, "measured": False})
             continue
         out.append({
-            "goal": text, "w": w, "measured": True, "seeds": len(row["seeds"]), "gain": found,
-            "reached": no_worse(found["kid"]), "kid": outcome(found["kid"]), "R@1": outcome(found["R@1"]),
+            "goal": text, "w": w, "measured": True, "seeds": len(row["seeds"]), "gain": gains,
+            "reached": no_worse(gains["kid"]), "kid": outcome(gains["kid"]), "R@1": outcome(gains["R@1"]),
         })  # fmt: skip
     return out
 
@@ -106,20 +106,20 @@ def transfer_verdicts(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in groups:
         if row["table"] != "B" or row["guide"] is None:
             continue
-        found: dict[str, Any] = {k: row[k] for k in ("base", "method", "steps", "w")}
-        for name, got in (
+        verdict: dict[str, Any] = {k: row[k] for k in ("base", "method", "steps", "w")}
+        for name, gains in (
             ("against_cfg", row["gain_over_cfg"].get(str(row["steps"]))), ("against_none", row["gain_over_none"]),
         ):  # fmt: skip
-            found[name] = got and {"gain": got, "no_worse": no_worse(got["kid"]), "kid": outcome(got["kid"]),
-                                   "R@1": outcome(got["R@1"])}  # fmt: skip
-        out.append(found)
+            verdict[name] = gains and {"gain": gains, "no_worse": no_worse(gains["kid"]), "kid": outcome(gains["kid"]),
+                                   "R@1": outcome(gains["R@1"])}  # fmt: skip
+        out.append(verdict)
     return out
 
 
 def free_verdict(guide: dict[str, Any], rival: dict[str, Any], guide_gains: dict[str, Any]) -> dict[str, Any]:
-    """One duel of Table C: who wins on KID and on R@1, and whether the rival costs at most as many evaluations.
+    """One comparison of Table C: the winner by KID and by R@1, and whether the rival takes no more evaluations.
 
-    ``guide_gains`` is what the guide gains over the rival, paired.
+    ``guide_gains`` is the guide's paired gain over the rival.
     """
     won = {"better": "guide", "worse": "rival", "no difference shown": None}
     return {

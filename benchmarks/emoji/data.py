@@ -1,8 +1,8 @@
-"""Emoji art as (caption, image) pairs: fetched from the npm registry, rendered at 64 × 64.
+"""Emoji as (caption, image) pairs: downloaded from the npm registry, rendered at 64 × 64.
 
-Each style draws the same concepts, keyed by the emoji's name ("red-apple").  The two *base* styles
-teach the base model, the two *fine-tune* styles make its domain-specific versions, and the *judge*
-styles train the alignment head that measures it, so that the measure has seen no evaluated image.
+Each style has the same concepts, keyed by the emoji's name ("red-apple").  The two *base* styles train the base model,
+and the two *fine-tune* styles its domain-specific versions.  The *judge* styles train the alignment head that measures
+it, so that the head is not trained on evaluated images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 SIZE = 64
-#: drawing canvas; art is rendered at this size, then jittered and reduced, so that jitter stays sharp
+#: side of the canvas; images are rendered at this size, then jittered and reduced, so that they stay sharp
 CANVAS = 256
 
 
@@ -62,12 +62,12 @@ def caption(concept: str, style: str | None = None) -> str:
 
 def _npm_pack(spec: str, into: Path) -> Path:
     name = re.sub(r"^@", "", spec.rsplit("@", 1)[0]).replace("/", "-")
-    found = sorted(into.glob(f"{name}-[0-9]*.tgz"))
-    if not found:
+    archives = sorted(into.glob(f"{name}-[0-9]*.tgz"))
+    if not archives:
         into.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", "--silent", spec], cwd=into, check=True, stdout=subprocess.DEVNULL)
-        found = sorted(into.glob(f"{name}-[0-9]*.tgz"))
-    return found[-1]
+        archives = sorted(into.glob(f"{name}-[0-9]*.tgz"))
+    return archives[-1]
 
 
 def icons(style: Style, cache: Path) -> dict[str, str]:

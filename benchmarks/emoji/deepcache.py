@@ -1,14 +1,14 @@
-"""DeepCache with a guide: a whole evaluation every N steps, and a shallow one in between.
+"""DeepCache with a guide: a whole evaluation every N steps, and shallow ones in between.
 
-DeepCache (Ma, Fang, Wang: "DeepCache: Accelerating Diffusion Models for Free", CVPR 2024, section 3.2) keeps the
-feature that enters the last layers of the last up block, and computes in the steps between only what is outside: the
-first layers of the encoder, whose skips those last layers read, and these layers.  ``branch`` is how many there are.
-With a guide, its context and the summary of the mid block are kept with the feature, and the adapters of the skips that
-are computed anew run on.  A shallow evaluation right after a whole one, of the same inputs, is the whole one.
+DeepCache (Ma, Fang, Wang: "DeepCache: Accelerating Diffusion Models for Free", CVPR 2024, section 3.2) caches the
+feature that enters the last layers of the last up block.  The steps in between compute only the outer layers: the first
+layers of the encoder, whose skips those last layers read, and the last layers themselves.  ``branch`` is their number.
+With a guide, its context and the summary of the mid block are cached too, and the adapters of the recomputed skips
+still run.  A shallow evaluation right after a whole one with the same inputs gives the same prediction.
 
-    python -m benchmarks.emoji.deepcache measure      # images, and multiply-accumulates; any load
+    python -m benchmarks.emoji.deepcache measure      # images and multiply-accumulates, at any load of the machine
     python -m benchmarks.emoji.deepcache time         # latency on ONNX Runtime, into the same record; an idle machine
-    python -m benchmarks.emoji.deepcache report       # docs/deepcache.md of the record
+    python -m benchmarks.emoji.deepcache report       # write docs/deepcache.md from the record
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ GUIDED, CFG = "guided", "cfg"
 
 
 def _layers(block: Any, x: Tensor, emb: Tensor, text: Tensor | None, number: int) -> Tensor:
-    """One layer of a block: its residual block, and its attention where it has one."""
+    """One layer of a block: its residual block, and its attention if it has one."""
     x = block.resnets[number](x, emb)
     if hasattr(block, "attentions"):
         x = block.attentions[number](x, encoder_hidden_states=text, return_dict=False)[0]
@@ -64,7 +64,7 @@ def _layers(block: Any, x: Tensor, emb: Tensor, text: Tensor | None, number: int
 
 
 class Whole(nn.Module):
-    """An evaluation of a U-Net, with a guide or without, that also gives what the shallow one is fed.
+    """An evaluation of a U-Net, with or without a guide, that also returns the cached inputs of a shallow one.
 
     Args:
         guide: a tiny guide that writes into every skip; None for the plain prediction.
@@ -80,20 +80,20 @@ class Whole(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The prediction ``[B, C, H, W]``, the deep feature, and with a guide its context and summary."""
         emb, features = encode(self.unet, sample, timestep, encoder_hidden_states)
-        kept: tuple[Tensor, ...] = ()
+        cached: tuple[Tensor, ...] = ()
         if self.guide is not None:
             assert guidance is not None
             guide = self.guide
-            given = GuideInput(sample, timestep, encoder_hidden_states, guidance, features, None, None, None)
-            summary = guide.summary(given)
+            guide_input = GuideInput(sample, timestep, encoder_hidden_states, guidance, features, None, None, None)
+            summary = guide.summary(guide_input)
             emb_w = guide.embedding(timestep, guidance, sample.dtype) + summary
             films = guide.modulation(emb_w, [len(maps) for maps in guide.groups(features)])
-            context = guide.through_trunk(guide.deep_context(given), films[: len(guide.trunk)])
-            added = guide.residuals(given, context, films[len(guide.trunk) :])
+            context = guide.through_trunk(guide.deep_context(guide_input), films[: len(guide.trunk)])
+            added = guide.residuals(guide_input, context, films[len(guide.trunk) :])
             skips = [s if r is None else s + r for s, r in zip(features.down_block_res_samples,
                                                               added.down_block_res_samples, strict=True)]  # fmt: skip
             features = Features(tuple(skips), features.mid_block_res_sample + added.mid_block_res_sample)
-            kept = (context, summary)
+            cached = (context, summary)
         x, skips = features.mid_block_res_sample, list(features.down_block_res_samples)
         for block in self.unet.up_blocks[:-1]:
             read, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
@@ -105,11 +105,11 @@ class Whole(nn.Module):
             if number == len(last.resnets) - self.branch:
                 deep = x
             x = _layers(last, torch.cat([x, skips.pop()], 1), emb, encoder_hidden_states, number)
-        return (self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(x))), deep, *kept)
+        return (self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(x))), deep, *cached)
 
 
 class Shallow(nn.Module):
-    """The evaluation between two whole ones; arguments as of :class:`Whole`."""
+    """The evaluation between two whole ones; arguments as in :class:`Whole`."""
 
     def __init__(self, unet: Any, guide: TinyGuide | None, branch: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Shallow(nn.Module):
         summary: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
     ) -> Tensor:
-        """The prediction; the text states are read where the outermost blocks have attention."""
+        """The prediction; the text states are read if the outermost blocks have attention."""
         unet = self.unet
         emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), None)
         skips = [unet.conv_in(sample)]
@@ -136,9 +136,11 @@ class Shallow(nn.Module):
             guide = self.guide
             emb_w = guide.embedding(timestep, guidance, sample.dtype) + summary
             film = guide.modulation(emb_w, [len(skips), len(guide.adapters) - len(skips)])[len(guide.trunk)]
-            # the gate reads w and the timestep alone
-            given = GuideInput(sample, timestep, context, guidance, Features(tuple(skips), deep), None, None, None)
-            gate = guide.gate(given, sample.dtype)
+            # the gate reads only w and the timestep
+            guide_input = GuideInput(
+                sample, timestep, context, guidance, Features(tuple(skips), deep), None, None, None
+            )
+            gate = guide.gate(guide_input, sample.dtype)
             near = nn.functional.interpolate(context, size=skips[0].shape[-2:], mode="nearest")
             adapters = cast(list[SkipAdapter], list(guide.adapters)[: len(skips)])
             added = adapt(adapters, skips, near, film, gate)
@@ -161,12 +163,14 @@ class Cached:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
         at = int(t[0])
-        self._step = 0 if at >= self._last else self._step + 1  # timesteps fall, and a new batch begins at the top
+        self._step = (
+            0 if at >= self._last else self._step + 1
+        )  # timesteps decrease, and a new batch starts at the largest
         self._last = at
         guidance = {"guidance": w} if self.guided else {}
         if self._step % self.every == 0:
-            out, *kept = self.whole(x, t, text, **guidance)
-            self._kept = tuple(kept)
+            out, *features = self.whole(x, t, text, **guidance)
+            self._kept = tuple(features)
             return out
         deep, *more = self._kept
         fed = dict(zip(("context", "summary"), more, strict=True)) if self.guided else {}
@@ -177,7 +181,7 @@ class Cached:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is sampled: a method, its steps, and how often an evaluation is whole."""
+    """One set of images: a method, its steps, and how often an evaluation is whole."""
 
     method: str
     steps: int
@@ -185,7 +189,7 @@ class Cell:
     branch: int = 3
 
     def wholes(self) -> int:
-        """Whole evaluations of a run; the others are shallow."""
+        """Number of whole evaluations of a run; the others are shallow."""
         return -(-self.steps // self.every)
 
 
@@ -193,18 +197,18 @@ def cells(short: bool = False) -> list[Cell]:
     """DeepCache at 50 and 16 steps, and the same methods with fewer steps, which also saves evaluations.
 
     Args:
-        short: a third of the work: CFG is cached at N = 3 alone, and 50 steps are the only ones that are cached.
+        short: a third of the work: CFG is cached only at N = 3, and only 50 steps are cached.
     """
     if short:
         one = [Cell(CFG, 50), Cell(CFG, 50, 3), Cell(CFG, 25), *(Cell(GUIDED, s) for s in (50, 25, 16))]
         return one + [Cell(GUIDED, 50, every, branch) for every, branch in ((2, 3), (3, 3), (5, 3), (3, 1))]
-    found = [Cell(m, s) for m in (CFG, GUIDED) for s in (50, 25, 16, 10)]
-    found += [Cell(m, 50, every, branch) for m in (CFG, GUIDED) for every, branch in ((2, 3), (3, 3), (5, 3), (3, 1))]
-    return found + [Cell(m, 16, 2) for m in (CFG, GUIDED)]
+    rows = [Cell(m, s) for m in (CFG, GUIDED) for s in (50, 25, 16, 10)]
+    rows += [Cell(m, 50, every, branch) for m in (CFG, GUIDED) for every, branch in ((2, 3), (3, 3), (5, 3), (3, 1))]
+    return rows + [Cell(m, 16, 2) for m in (CFG, GUIDED)]
 
 
 def arguments_of(unet: Any, guide: TinyGuide | None, branch: int, rows: int) -> tuple[dict[str, Tensor], ...]:
-    """Random inputs of the whole evaluation, and of the shallow one that follows."""
+    """Random inputs of a whole evaluation, and of the shallow one after it."""
     config, torch_rows = unet.config, torch.Generator().manual_seed(0)
     inputs = {
         "sample": torch.randn(rows, config.in_channels, config.sample_size, config.sample_size, generator=torch_rows),
@@ -214,26 +218,26 @@ def arguments_of(unet: Any, guide: TinyGuide | None, branch: int, rows: int) -> 
     if guide is not None:
         inputs["guidance"] = torch.full((rows,), W)
     with torch.no_grad():
-        _, deep, *kept = Whole(unet, guide, branch)(**inputs)
+        _, deep, *context_and_summary = Whole(unet, guide, branch)(**inputs)
     between = {k: v for k, v in inputs.items() if k != "encoder_hidden_states"} | {"deep": deep}
     if hasattr(unet.up_blocks[-1], "attentions"):
         between["encoder_hidden_states"] = inputs["encoder_hidden_states"]
-    return inputs, between | dict(zip(("context", "summary"), kept, strict=False))
+    return inputs, between | dict(zip(("context", "summary"), context_and_summary, strict=False))
 
 
 def macs(unet: Any, guide: TinyGuide) -> dict[str, int]:
     """Multiply-accumulates of one row: ``cfg`` and ``guided``, whole, and shallow by its branch."""
-    found = {}
+    counts = {}
     for name, used in ((CFG, None), (GUIDED, guide)):
         for branch in (1, 2, 3):
             whole, between = arguments_of(unet, used, branch, 1)
-            found[f"{name} whole"] = count(Whole(unet, used, branch), whole).macs
-            found[f"{name} shallow {branch}"] = count(Shallow(unet, used, branch), between).macs
-    return found
+            counts[f"{name} whole"] = count(Whole(unet, used, branch), whole).macs
+            counts[f"{name} shallow {branch}"] = count(Shallow(unet, used, branch), between).macs
+    return counts
 
 
 def cost(cell: Cell, of: dict[str, Any]) -> float:
-    """Of one image's loop, by the cost of each evaluation; CFG's are of two rows."""
+    """Cost of one image's loop, from the cost of each evaluation; CFG's evaluations have two rows."""
     shallow = 0.0 if cell.every == 1 else of[f"{cell.method} shallow {cell.branch}"]
     one: float = cell.wholes() * of[f"{cell.method} whole"] + (cell.steps - cell.wholes()) * shallow
     return one
@@ -250,7 +254,7 @@ def measure(
     images: int, batch: int, cache: Path, judge: Path, results: Path, command: str, extract: Any = None,
     some: Sequence[Cell] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Sample and measure all cells; writes ``results`` and returns what it holds."""
+    """Sample and measure all cells; write the record to ``results`` and return it."""
     unet, guide = models()
     sampler = Sampler(resolve(TEACHER).folder)
     head, extract = AlignmentHead.load(judge), extract or FeatureExtractor("cpu")
@@ -265,7 +269,7 @@ def measure(
         print(cell, flush=True)
     counted = macs(unet, guide)
     counted |= {name: 2 * n for name, n in counted.items() if name.startswith(CFG)}
-    found = []
+    measured = []
     for cell, mine in shots.items():
         teacher = shots[Cell(CFG, cell.steps if cell.every > 1 else max(c.steps for c in shots))]
         row: dict[str, Any] = {**asdict(cell), "macs": cost(cell, counted), **compare.quality(real, [mine])}
@@ -277,11 +281,11 @@ def measure(
             row["to_own_whole"] = compare.distance([mine], [shots[own]]) | {
                 "gain": compare.gain(real, [shots[own]], [mine])
             }
-        found.append(row)
+        measured.append(row)
     document = {
         "schema": SCHEMA, "provenance": machine(command),
         "settings": {"images": images, "w": W, "sampler": "DDIM, eta 0", "batch": batch},
-        "macs": counted, "cells": found,
+        "macs": counted, "cells": measured,
     }  # fmt: skip
     write_json(results, document)
     return document
@@ -290,9 +294,9 @@ def measure(
 def timed(rounds: int, threads: int, batches: Sequence[int]) -> dict[str, Any]:
     """Seconds of each evaluation on ONNX Runtime's CPU provider, rounds interleaved; by batch."""
     unet, guide = models()
-    found = {}
+    latencies = {}
     with tempfile.TemporaryDirectory(prefix="pnp-trt-deepcache-") as folder:
-        held: dict[str, tuple[OrtNetwork, dict[str, Tensor], int]] = {}
+        networks: dict[str, tuple[OrtNetwork, dict[str, Tensor], int]] = {}
         for name, used, rows in ((CFG, None, 2), (GUIDED, guide, 1)):
             for branch in (3, 1):
                 inputs = arguments_of(unet, used, branch, 2)
@@ -300,19 +304,19 @@ def timed(rounds: int, threads: int, batches: Sequence[int]) -> dict[str, Any]:
                 if branch == 3:
                     parts = {f"{name} whole": Whole(unet, used, branch)} | parts
                 for part, module in parts.items():
-                    given = inputs[0] if isinstance(module, Whole) else inputs[1]
+                    arguments = inputs[0] if isinstance(module, Whole) else inputs[1]
                     names = ["prediction", "deep", "new_context", "new_summary"][: 4 if used is not None else 2]
                     path = Path(folder) / f"{part.replace(' ', '-')}.onnx"
-                    export(module, given, names if isinstance(module, Whole) else "prediction", path)
-                    held[part] = OrtNetwork(path, "cpu", threads), given, rows
+                    export(module, arguments, names if isinstance(module, Whole) else "prediction", path)
+                    networks[part] = OrtNetwork(path, "cpu", threads), arguments, rows
         for batch in batches:
             steps: dict[str, Step] = {}
-            for part, (network, given, rows) in held.items():
-                repeated = {k: v[:1].repeat(rows * batch, *[1] * (v.ndim - 1)).numpy() for k, v in given.items()}
+            for part, (network, arguments, rows) in networks.items():
+                repeated = {k: v[:1].repeat(rows * batch, *[1] * (v.ndim - 1)).numpy() for k, v in arguments.items()}
                 steps[part] = _call(network, repeated)
-            pairs = [(part, f"{part.split()[0]} whole") for part in held if "shallow" in part]
-            found[str(batch)] = interleaved(steps, rounds, [*pairs, (f"{GUIDED} whole", f"{CFG} whole")])
-    return {"threads": threads, "rounds": rounds, "batches": found}
+            pairs = [(part, f"{part.split()[0]} whole") for part in networks if "shallow" in part]
+            latencies[str(batch)] = interleaved(steps, rounds, [*pairs, (f"{GUIDED} whole", f"{CFG} whole")])
+    return {"threads": threads, "rounds": rounds, "batches": latencies}
 
 
 def _call(network: OrtNetwork, inputs: dict[str, np.ndarray]) -> Step:
@@ -320,11 +324,11 @@ def _call(network: OrtNetwork, inputs: dict[str, np.ndarray]) -> Step:
 
 
 def finding(rows: Sequence[dict[str, Any]], slack: float = 0.2) -> str:
-    """How many rows with DeepCache have one with fewer steps that costs no more and is as near to CFG.
+    """Sentence on how many rows with DeepCache are matched by fewer steps at no more cost and as close to CFG.
 
     Args:
         rows: cells of a record.
-        slack: of PSNR in dB.
+        slack: tolerance of PSNR in dB.
     """
     cached = [r for r in rows if r["every"] > 1]
 
@@ -342,15 +346,15 @@ def finding(rows: Sequence[dict[str, Any]], slack: float = 0.2) -> str:
         )
     ]  # fmt: skip
     return (
-        f"Of the {len(cached)} rows with DeepCache, {len(beaten)} have one of the same method with fewer steps, no "
-        f"more MACs, and a PSNR to CFG that is at most {slack:g} dB lower."
-        + (" DeepCache is therefore no option of the sampler." if len(beaten) == len(cached) else "")
+        f"Of the {len(cached)} rows with DeepCache, {len(beaten)} can be matched by the same method with fewer "
+        f"steps, no more MACs, and a PSNR to CFG at most {slack:g} dB lower."
+        + (" DeepCache is therefore not an option of the sampler." if len(beaten) == len(cached) else "")
     )
 
 
 def page(document: dict[str, Any]) -> str:
-    """``docs/deepcache.md`` from the record."""
-    settings, told, counted = document["settings"], document["provenance"], document["macs"]
+    """Render the record as ``docs/deepcache.md``."""
+    settings, stated, counted = document["settings"], document["provenance"], document["macs"]
     rows = {(c["method"], c["steps"], c["every"], c["branch"]): c for c in document["cells"]}
     whole = rows[CFG, 50, 1, 3]["macs"]
     times = document.get("latency", {}).get("batches", {}).get("1")
@@ -359,16 +363,17 @@ def page(document: dict[str, Any]) -> str:
         "# DeepCache with a guide",
         "",
         "Written by `python -m benchmarks.emoji.deepcache report` from `benchmarks/results/deepcache-emoji.json` "
-        f"(`{told['command']}`, {told['date'][:10]}).",
+        f"(`{stated['command']}`, {stated['date'][:10]}).",
         "",
         "[DeepCache](https://arxiv.org/abs/2312.00858) computes the whole U-Net in every N-th step and keeps the "
         "feature that enters the last layers of the last up block; in between, only the outermost layers are computed. "
-        "With a guide, its context and its summary of the mid block are kept with the feature, and the adapters of the "
-        "skips that are computed anew run on. Branch 3 computes the whole last up block, branch 1 its last layer.",
+        "With a guide, its context and its summary of the mid block are cached too, and the adapters of the recomputed "
+        "skips still run. Branch 3 computes the whole last up block, branch 1 its last layer.",
         "",
         f"The bundled model and tiny guide, w = {settings['w']:g}, {settings['sampler']}, {settings['images']} "
         "trained captions, one set of noise; intervals are 95 %. PSNR is to CFG with 50 steps, or for DeepCache to "
-        "whole CFG of as many steps. MACs are of the loop, over CFG's with 50 steps. *Gain* is in KID over the same "
+        "CFG without it at the same number of steps. MACs are those of the loop, relative to CFG "
+        "with 50 steps. *Gain* is in KID over the same "
         "method with all evaluations whole, paired; below 0 is worse.",
         "",
         "| method | steps | N, branch | MACs |"
@@ -404,8 +409,8 @@ def page(document: dict[str, Any]) -> str:
             f"in {document['latency']['rounds']} interleaved rounds, {document['latency']['threads']} thread.",
         ]
     if len([c for c in document["cells"] if c["every"] > 1 and c["steps"] == 50]) < 8:
-        short = "A short run: CFG with DeepCache is there at N = 3 alone. KID of so few images is uncertain; its "
-        lines += ["", short + "paired gains are what can be compared."]
+        short = "A short run: CFG with DeepCache is measured only at N = 3. KID of so few images is uncertain; its "
+        lines += ["", short + "paired gains can be compared."]
     return "\n".join([*lines, ""])
 
 
@@ -438,8 +443,8 @@ def main(arguments: list[str] | None = None) -> None:
     document = json.loads(a.json.read_text(encoding="utf-8"))
     if a.what == "time":
         words = ["python", "-m", "benchmarks.emoji.deepcache", "time", "--rounds", str(a.rounds)]
-        found = timed(a.rounds, a.threads, a.batches)
-        write_json(a.json, document | {"latency": {"provenance": machine(shlex.join(words)), **found}})
+        latency = timed(a.rounds, a.threads, a.batches)
+        write_json(a.json, document | {"latency": {"provenance": machine(shlex.join(words)), **latency}})
         return
     a.document.write_text(page(document), encoding="utf-8")
 

@@ -1,9 +1,9 @@
-"""The figures of the bundled model's card: how its images change with the guidance scale w.
+"""Figures of the bundled model's card: the effect of the guidance scale w on its images.
 
 ``evaluate`` samples a diffusers Stable-Diffusion folder at each w, from the same captions and noise, and
 measures EfficientNet-KID to the real images of those captions and alignment (R@1, R@5) by the frozen
 judge; the same measures of real images are the ceiling.  Each w is stored as soon as it is sampled, so
-a killed run continues.  ``write_card`` draws README.md from the resulting JSON and from nothing else.
+a killed run continues.  ``write_card`` writes README.md from the resulting JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GRID = (
 
 
 def _command(model_dir: Path, fine_tunes: dict[str, Path], judge: Path, images: int, steps: int, device: str) -> str:
-    """The command line that measures the same, also when ``evaluate`` was called from elsewhere."""
+    """The command line for the same measurement, even if ``evaluate`` was called from other code."""
     words = ["python", "-m", "benchmarks.emoji.figures", "--model", relative(model_dir), "--judge", relative(judge)]
     for word, path in fine_tunes.items():
         words += ["--fine-tune", f"{word}={relative(path)}"]
@@ -64,19 +64,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample and measure ``model_dir`` (a StableDiffusionPipeline folder) and its fine-tuned U-Nets.
 
-    ``fine_tunes`` maps a style's word ("flat") to U-Net safetensors.  ``images`` are made of trained
-    captions for each w; of held-out concepts and of each fine-tune a quarter, of held-out colour × shape
-    captions a sixteenth.  Writes the JSON ``results`` and the PNG ``grid``; returns what the JSON holds.
-    Work in progress is kept in ``cache/figures``.  Raises :class:`InputError` on values out of range.
+    ``fine_tunes`` maps a style's word ("flat") to U-Net safetensors.  ``images`` is the number of images of trained
+    captions for each w; held-out concepts and each fine-tune get a quarter of it, held-out colour × shape captions a
+    sixteenth.  Write the record to ``results`` and the PNG ``grid``; return the record.  Work in progress is cached in
+    ``cache/figures``.  Raises :class:`InputError` on values out of range.
     """
     if images < 4 or not 1 <= steps <= 1000:
         raise InputError(f"images must be at least 4 and steps 1 to 1000, got {images} and {steps}")
     if 1.0 not in scales:
-        raise InputError(f"scales must hold 1, which the others are compared with; got {list(scales)}")
+        raise InputError(f"scales must include 1, with which the others are compared; got {list(scales)}")
     if unknown := sorted(set(fine_tunes) - {s.word for s in FINE_TUNE_STYLES}):
         raise InputError(f"unknown fine-tune {unknown[0]!r}; known: {', '.join(s.word for s in FINE_TUNE_STYLES)}")
     head, extract = AlignmentHead.load(judge), FeatureExtractor(device)
-    told = provenance(model_dir, fine_tunes, head, _command(model_dir, fine_tunes, judge, images, steps, device))
+    facts = provenance(model_dir, fine_tunes, head, _command(model_dir, fine_tunes, judge, images, steps, device))
     sampler = Sampler(model_dir, device=device)
     parts = split()
     sets = {
@@ -88,8 +88,8 @@ def evaluate(
     print(precision, flush=True)
 
     def work(sampler: Sampler, weights: Any, name: str, rows: Sequence[Ask], over: Sequence[float]) -> dict[str, Any]:
-        """Sample and measure one set at each w; images already made by the same weights are taken up."""
-        key = [weights, told["versions"]["torch"], precision["precision"], steps, batch, [astuple(a) for a in rows]]
+        """Sample and measure one set at each w; cached images of the same weights are reused."""
+        key = [weights, facts["versions"]["torch"], precision["precision"], steps, batch, [astuple(a) for a in rows]]
         key += [] if device == "cpu" else [device]
         folder = cache / "figures" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         real = Shots.cached(folder / "real.npz", lambda: real_images(rows, cache), extract)
@@ -108,22 +108,22 @@ def evaluate(
             "verdict": verdict(by_w),
         }
 
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "schema": "pnp-trt/emoji-figures/2",
-        "provenance": told,
+        "provenance": facts,
         "settings": {"images": images, "steps": steps, "sampler": "DDIM, eta 0", "batch": batch, **precision},
         "candidates": len(head.concepts),
         "split": {k: len(v) for k, v in parts.items()},
         "styles": {s.word: {"package": s.package, "licence": s.licence} for s in STYLES.values()},
     }
-    mine = told["weights_sha256"]
-    found["sets"] = {name: work(sampler, mine, name, rows, scales) for name, rows in sets.items()}
+    mine = facts["weights_sha256"]
+    document["sets"] = {name: work(sampler, mine, name, rows, scales) for name, rows in sets.items()}
 
     real = real_images(sets["train"], cache)
     through = sampler.reconstruct(real)
     level = fidelity.psnr(through, real)
     shots = Shots(through, extract(through))
-    found["autoencoder"] = {
+    document["autoencoder"] = {
         **measure(Shots(real, extract(real)), shots, sets["train"], head),
         "psnr_db": fidelity.mean(level).as_dict(),
         "psnr_each": [round(float(v), 2) for v in level],
@@ -134,16 +134,16 @@ def evaluate(
     strips += [(f"w = {w:g}", sampler(columns, w, steps, batch)) for w in scales]
     draw_grid(columns, strips, grid)
 
-    found["fine_tunes"] = {}
+    document["fine_tunes"] = {}
     for word, path in fine_tunes.items():
         tuned = Sampler(model_dir, path, device)
         tuned.bfloat16 = sampler.bfloat16
         rows = asks(parts["train"], [STYLES[word]], max(4, images // 4))
         over = [w for w in FINE_TUNE_SCALES if w in scales]
-        weights = [mine, told["fine_tunes_sha256"][word]]
-        found["fine_tunes"][word] = work(tuned, weights, f"fine-tune {word}", rows, over)
-    write_json(results, found)
-    return found
+        weights = [mine, facts["fine_tunes_sha256"][word]]
+        document["fine_tunes"][word] = work(tuned, weights, f"fine-tune {word}", rows, over)
+    write_json(results, document)
+    return document
 
 
 def main() -> None:
@@ -159,8 +159,8 @@ def main() -> None:
     add("--results", type=Path, default=Path("benchmarks/results/emoji-figures.json"))
     add("--grid", type=Path, default=assets / "emoji" / "grid.png")
     add("--card", type=Path, default=assets / "emoji" / "README.md")
-    add("--card-only", action="store_true", help="only draw the card, from the results that are there")
-    add_sampling_options(parser, "of trained captions, for each w", BATCH)
+    add("--card-only", action="store_true", help="only write the card, from the existing results")
+    add_sampling_options(parser, "number of images of trained captions for each w", BATCH)
     add("--steps", type=int, default=20)
     args = parser.parse_args()
     try:
@@ -168,10 +168,10 @@ def main() -> None:
             figures = read(args.results)
         else:
             fine_tunes = {}
-            for given in args.fine_tune:
-                word, equals, file = given.partition("=")
+            for argument in args.fine_tune:
+                word, equals, file = argument.partition("=")
                 if not equals or not Path(file).is_file():
-                    raise InputError(f"--fine-tune needs STYLE=FILE with a file that is there, got {given!r}")
+                    raise InputError(f"--fine-tune needs STYLE=FILE with an existing file, got {argument!r}")
                 fine_tunes[word] = Path(file)
             figures = evaluate(
                 args.model,

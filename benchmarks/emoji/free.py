@@ -1,6 +1,6 @@
 """Guidance by fewer evaluations without training: cached differences, R-CFG, anchors with a guide, w over the steps.
 
-Each rule is asked once per step, from noise to image, for the prediction that the sampler uses.
+Each rule is called once per step, from noise to image, and returns the prediction that the sampler uses.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Evaluate:
     w: float
 
     def once(self, x: Tensor, t: Tensor, w: float, text: Tensor | None = None) -> Tensor:
-        """One evaluation at scale ``w``, of the prompts where no ``text`` is given."""
+        """One evaluation at scale ``w``, on the prompts unless ``text`` is given."""
         scale = torch.full((len(x),), w, device=x.device)
         return self.predict(x, t, self.text if text is None else text, scale)
 
     def both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The unconditional and the conditional prediction: one batch of two evaluations."""
+        """The unconditional and the conditional prediction, in one doubled batch."""
         texts = torch.cat([self.empty.expand_as(self.text), self.text])
         without, conditional = self.once(torch.cat([x, x]), t.repeat(2), 1.0, texts).chunk(2)
         return without, conditional
@@ -49,12 +49,12 @@ class Rule(ABC):
 
     Args:
         evaluate: the network on the run's images.
-        steps: of the run.
-        every: for rules that evaluate more in every k-th step, k.
+        steps: steps of the run.
+        every: k, for rules that take more evaluations in every k-th step.
 
     Attributes:
         guided: whether the network has a guide.
-        periodic: whether ``every`` is read.
+        periodic: whether ``every`` is used.
     """
 
     guided: ClassVar[bool] = False
@@ -81,7 +81,7 @@ class CachedDifference(Rule):
     """eps(c) + (w − 1)·d with d = eps(c) − eps(∅) of the last step in which both were evaluated, every k-th.
 
     CFG-Cache (FasterCache: Lv et al., ICLR 2025, arXiv 2410.19355) without its weights for low and high
-    frequencies, which are tuned by model.
+    frequencies, which are tuned for each model.
     """
 
     periodic = True
@@ -102,10 +102,10 @@ class CachedDifference(Rule):
 class ResidualGuidance(Rule):
     """R-CFG with one negative evaluation (StreamDiffusion: Kodaira et al. 2023, arXiv 2312.12491).
 
-    The unconditional prediction of the first step gives a clean latent x̂0; later steps take the noise between x̂0 and
-    the present latent, (x − √ᾱ·x̂0) / √(1 − ᾱ), in place of eps(∅).  Their factor δ is 1.  It is made for images that
-    are given and for w below 2; from noise alone, x̂0 is mostly the first prediction's error over √ᾱ, which is near 0
-    there.
+    The unconditional prediction of the first step gives a clean latent x̂0; later steps use the noise between x̂0 and
+    the current latent, (x − √ᾱ·x̂0) / √(1 − ᾱ), instead of eps(∅).  Its factor δ is 1.  The method is designed for
+    starting from images and for w below 2; from pure noise, x̂0 is mostly the first prediction's error divided by √ᾱ,
+    which is near 0 there.
     """
 
     @classmethod
@@ -123,10 +123,10 @@ class ResidualGuidance(Rule):
 
 
 class Anchors(Rule):
-    """A guide, whose error against CFG is evaluated in every k-th step and corrected, less and less, until the next.
+    """A guide whose error against CFG is evaluated in every k-th step (an anchor) and corrected in the steps after it.
 
-    At an anchor the prediction is CFG's: three evaluations, with the guide, without it, and without the prompt.  After
-    j more steps the guide's prediction gets (1 − j/k) of the anchor's error added.
+    At an anchor the prediction is CFG's, and three evaluations are needed: with the guide, without it, and without the
+    prompt.  In the j-th step after it, (1 − j/k) of the anchor's error is added to the guide's prediction.
     """
 
     guided, periodic = True, True
@@ -148,7 +148,7 @@ class Rising(Rule):
     """CFG whose w − 1 rises in proportion to the steps, with the mean w − 1.
 
     The linear scheduler of Wang et al. 2024, "Analysis of Classifier-Free Guidance Weight Schedulers" (arXiv
-    2404.13040), on w − 1, so that no step is guided the other way.
+    2404.13040), applied to w − 1, so that no step is guided away from the prompt.
     """
 
     @classmethod
@@ -165,7 +165,7 @@ class Rising(Rule):
 
 
 class Falling(Rising):
-    """The same, with w − 1 falling: strong guidance at first, as decaying schedules have it."""
+    """The same with w − 1 falling: strong guidance at first, as in decaying schedules."""
 
     def share(self, step: int) -> float:
         return 2 * (self.steps - step - 0.5) / self.steps
@@ -177,12 +177,12 @@ RULES: dict[str, type[Rule]] = {
 
 
 def evaluations(kind: str, steps: int, every: int | None = None) -> int:
-    """Network evaluations of a run of ``steps``, for one image."""
+    """Network evaluations per image in a run of ``steps`` steps."""
     return sum(RULES[kind].evaluations(i, every) for i in range(steps))
 
 
 def most_steps(kind: str, budget: int, every: int | None = None) -> int:
-    """The most steps that a rule makes with at most ``budget`` evaluations."""
+    """The most steps of a rule within ``budget`` evaluations."""
     steps = 0
     while evaluations(kind, steps + 1, every) <= budget:
         steps += 1

@@ -1,6 +1,6 @@
-"""``docs/no-training.md``: what costs no training against the tiny guide, at equal evaluations, from the JSON alone.
+"""Write ``docs/no-training.md``: methods without training against the tiny guide, at equal evaluations.
 
-Each JSON is one of ``python -m benchmarks.emoji.tables --budget N``.
+Each record is one of ``python -m benchmarks.emoji.tables --budget N``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DOCUMENT = Path("docs/no-training.md")
 
 TEXT = """# Guidance that costs no training, at equal evaluations
 
-Written by `python -m benchmarks.emoji.free_report`. At each budget, every row makes the most steps that it can with at
-most so many evaluations of the U-Net per image; CFG with more steps stands beside them.
+Written by `python -m benchmarks.emoji.free_report`. At each budget, every row takes as many
+steps as fit into that many evaluations of the U-Net per image; CFG with more steps is included for comparison.
 
-KID, R@1 and distance are those of [the tables](distillation-tables.md). KID is unbiased, so that of few images its
-value may lie below 0; the paired gains are the narrower figures. *Guide's gain* is what the tiny guide in as many steps
-as the budget gains in KID over the row, paired by caption and noise: above 0 the guide is better. Brackets are 95 %
+KID, R@1 and distance are those of [the tables](distillation-tables.md). KID is unbiased, so its value may be below
+0 with few images; the paired gains have narrower intervals. *Guide's gain* is the gain in KID of the tiny guide, with
+as many steps as the budget, over the row, paired by caption and noise; above 0 the guide is better. Brackets are 95 %
 intervals; ▲ marks rows that are shown worse than the guide and ▼ rows that are shown better.
 {budgets}
 
@@ -47,10 +47,10 @@ BUDGET = """
 
 
 def page(documents: Sequence[tuple[Path, dict[str, Any]]]) -> str:
-    """The page, from (file, its JSON) of each budget.
+    """Render the page from (file, record) of each budget.
 
     Raises:
-        InputError: if a JSON is no tables' JSON at one budget.
+        InputError: if a record is not one of the tables at one budget.
     """
     by_kind: dict[str, list[str]] = {}
     for m in METHODS:
@@ -63,11 +63,11 @@ def page(documents: Sequence[tuple[Path, dict[str, Any]]]) -> str:
 
 
 def one_budget(document: dict[str, Any], source: Path) -> str:
-    """The part of one JSON."""
+    """Section of one record."""
     budget = document.get("settings", {}).get("budget")
     if budget is None:
-        raise InputError(f"{source} is of no budget; make it with: python -m benchmarks.emoji.tables --budget 16")
-    told, groups = document["provenance"], document["groups"]
+        raise InputError(f"{source} has no budget; run: python -m benchmarks.emoji.tables --budget 16")
+    stated, groups = document["provenance"], document["groups"]
     target = 50 if any("50" in g["distance_to_cfg"] for g in groups) else budget
     duels = {(d["w"], d["rival"]["method"], d["rival"]["steps"]): d for d in document["verdicts"]["C"]}
     blocks = []
@@ -81,18 +81,18 @@ def one_budget(document: dict[str, Any], source: Path) -> str:
         head = ("method", "steps", "evaluations", "KID ↓", "R@1, % ↑", "PSNR, dB / cosine ↑", "guide's gain in KID ↑")
         blocks.append(f"**w = {w:g}**\n\n{table(head, rows)}")
     return BUDGET.format(
-        source=source.as_posix(), command=told["command"], date=told["date"][:10], machine=machine_said(document),
-        torch=told["versions"]["torch"], budget=budget, target=target, images=document["settings"]["images"],
+        source=source.as_posix(), command=stated["command"], date=stated["date"][:10], machine=machine_said(document),
+        torch=stated["versions"]["torch"], budget=budget, target=target, images=document["settings"]["images"],
         scales=", ".join(f"{w:g}" for w in dict.fromkeys(g["w"] for g in groups)),
         found=finding(document, target), rows="\n\n".join(blocks),
     )  # fmt: skip
 
 
 def finding(document: dict[str, Any], target: int) -> str:
-    """Which rows of no more evaluations are shown better than the guide, which worse, and which are closer to CFG.
+    """Sentences on the rows of no more evaluations: better or worse than the guide, and closer to CFG.
 
     Args:
-        target: steps of the CFG whose images the distances are to.
+        target: steps of the CFG images to which distances are measured.
     """
     fair = [d for d in document["verdicts"]["C"] if d["rival_costs_no_more"]]
     lines = []
@@ -103,9 +103,9 @@ def finding(document: dict[str, Any], target: int) -> str:
         worse = f"{lost} {'is' if lost == 1 else 'are'} shown worse"
         lines.append(f"By {what}, of {len(fair)} rows at no more evaluations, {better}; {worse}.")
     psnr = {
-        (g["w"], g["method"], g["steps"]): found[str(target)]["psnr_db"]["value"]
+        (g["w"], g["method"], g["steps"]): by_steps[str(target)]["psnr_db"]["value"]
         for g in document["groups"]
-        if str(target) in (found := g["distance_to_cfg"])
+        if str(target) in (by_steps := g["distance_to_cfg"])
     }
     closer = 0
     for d in fair:
@@ -117,14 +117,14 @@ def finding(document: dict[str, Any], target: int) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji.free_report", description=__doc__)
-    parser.add_argument("--json", type=Path, nargs="+", default=RESULTS, help="one of each budget")
+    parser.add_argument("--json", type=Path, nargs="+", default=RESULTS, help="one record per budget")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     a = parser.parse_args(arguments)
     try:
         for file in a.json:
             if not file.is_file():
                 raise InputError(
-                    f"there is no {file}; make it with: python -m benchmarks.emoji.tables --budget N --json {file}, "
+                    f"{file} does not exist; run: python -m benchmarks.emoji.tables --budget N --json {file}, "
                     f"where N is one of {', '.join(map(str, BUDGETS))}"
                 )
         a.document.write_text(page([(file, read(file)) for file in a.json]))

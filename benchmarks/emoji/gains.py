@@ -1,8 +1,8 @@
-"""What a gain of the guide's residuals is worth: a table g(t), its square root and constants, against CFG's images.
+"""Measure gains of the guide's residuals: a table g(t), its square root and constants, compared with CFG's images.
 
 ``python -m benchmarks.emoji.gains measure`` samples the bundled tiny guide with each gain and CFG, from the same
-captions and noise, and measures them; ``report`` draws ``docs/gain.md`` from the JSON alone.  A gain is reported at
-equal w, and at equal strength: beside each row stands the w of CFG whose images have the same strength of colour.
+captions and noise, and measures them; ``report`` writes ``docs/gain.md`` from the JSON.  A gain is compared with CFG at
+equal w; each row also has the w of CFG whose images have the same strength of colour.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SCHEMA = "pnp-trt/emoji-gains/2"
 RESULTS = Path("benchmarks/results/emoji-gains.json")
 CONSTANTS = (1.3, 1.6)
 SCALES = (2.0, 3.0, 5.0, 8.0)
-#: steps that are sampled at every w
+#: the number of steps that is sampled at every w
 EVERY_W = 16
 STEPS = {w: (50, EVERY_W, 8) if w == 3.0 else (EVERY_W,) for w in SCALES}
 CFG, PLAIN = "cfg", "none"
 
 
 def gains(table: Sequence[float]) -> dict[str, list[float] | None]:
-    """By name; ``table`` is the one that matches lengths."""
+    """Gains by name; ``table`` is the gain g(t) that matches the length of the teacher's change."""
     constants: dict[str, list[float] | None] = {f"{c:g}": [c] for c in CONSTANTS}
     return {
         PLAIN: None,
@@ -68,13 +68,13 @@ def equal_strength(curve: dict[float, float], value: float) -> float | None:
 
 
 class Measurer:
-    """Samples every (gain or CFG, steps, w, noise) once, and measures it.
+    """Samples every (gain or CFG, steps, w, noise set) once, and measures it.
 
     Args:
         guide: folder of the guide; its own gain is replaced.
-        table: of the gain that matches lengths.
-        images: images of one noise.
-        seeds: sets of noise.
+        table: the gain g(t) that matches lengths.
+        images: images per noise set.
+        seeds: number of noise sets.
         device: ``cpu`` or ``cuda``, float32 on both.
     """
 
@@ -103,37 +103,37 @@ class Measurer:
             network = Network(self.unet, None if name == CFG else self.guide, FLOAT32, False, self.batch)
             for _, steps, w in (cell for cell in self.cells() if cell[0] == name):
                 how, schedule = Guidance(CFG if name == CFG else "guided", w), self.sampler.schedule(steps)
-                made = []
+                noise_sets = []
                 for seed in range(self.seeds if w == 3.0 else 1):
                     rows = [Ask(a.concept, a.style, a.seed + SEED_STRIDE * seed) for a in self.rows]
                     pixels = self.sampler.draw(rows, network, how, schedule, self.batch)
-                    made.append(Shots(pixels, self.extract(pixels)))
-                self._shots[name, steps, w] = made
+                    noise_sets.append(Shots(pixels, self.extract(pixels)))
+                self._shots[name, steps, w] = noise_sets
 
     def ranked(self, cell: tuple[str, int, float]) -> list[Ranked]:
         return [Ranked.of(s, [a.concept for a in self.rows], self.head) for s in self._shots[cell]]
 
     def about(self, cell: tuple[str, int, float]) -> dict[str, Any]:
-        """Measures of a cell; with a guide also against CFG of the same steps, w, captions and noise."""
+        """Measures of a cell; with a guide also its comparison with CFG of the same steps, w, captions and noise."""
         name, steps, w = cell
         mine = self.ranked(cell)
-        found = {"gain": name, "steps": steps, "w": w, "seeds": len(mine), **compare.quality(self.real, mine)}
-        found["chroma"] = round(float(np.mean([chroma(s.shots.pixels) for s in mine])), 4)
+        row = {"gain": name, "steps": steps, "w": w, "seeds": len(mine), **compare.quality(self.real, mine)}
+        row["chroma"] = round(float(np.mean([chroma(s.shots.pixels) for s in mine])), 4)
         if name != CFG:
             teacher = self.ranked((CFG, steps, w))
-            found |= {
+            row |= {
                 "gain_over_cfg": compare.gain(self.real, teacher, mine),
                 "distance_to_cfg": compare.distance(mine, teacher),
             }
-        return found
+        return row
 
 
 def measure(
     guide: Path, table: Sequence[float], cache: Path, judge: Path, results: Path, *, images: int = 512,
     seeds: int = 3, device: str = "cpu", batch: int = 64, processes: int = 1, command: str = "", extract: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Sample and measure all gains; writes ``results`` and returns what it holds."""
-    told, begun = machine(command), time.monotonic()
+    """Sample and measure all gains; write the record to ``results`` and return it."""
+    facts, begun = machine(command), time.monotonic()
     measurer = Measurer(guide, table, cache, judge, images, seeds, device, batch, extract)
     measurer.sample()
     rows = spread(measurer.about, measurer.cells(), processes, "measuring")
@@ -143,7 +143,7 @@ def measure(
             row["w_of_equal_chroma"] = equal_strength(strength, row["chroma"])
     document = {
         "schema": SCHEMA,
-        "provenance": told | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},
+        "provenance": facts | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},
         "settings": {
             "images": images, "seeds": seeds, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
             "gains": measurer.gains, "seconds": round(time.monotonic() - begun, 1),
@@ -160,7 +160,7 @@ def measure(
 
 
 def finding(rows: Sequence[dict[str, Any]]) -> str:
-    """Whether the guide needs a gain: where its KID without one is worse than CFG's."""
+    """Sentence on whether the guide needs a gain: the settings in which its KID without one is worse than CFG's."""
     plain = [r for r in rows if r["gain"] == PLAIN]
     worse = [r for r in plain if not r["gain_over_cfg"]["no_worse"]]
     if not worse:
@@ -176,25 +176,26 @@ def finding(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def page(document: dict[str, Any]) -> str:
-    """``docs/gain.md`` from the JSON."""
-    settings, told = document["settings"], document["provenance"]
-    device = told["device"]["gpu"] or told["device"]["processor"]
+    """Render the record as ``docs/gain.md``."""
+    settings, stated = document["settings"], document["provenance"]
+    device = stated["device"]["gpu"] or stated["device"]["processor"]
     seeds = settings["seeds"]
     noises = "one set of noise" if seeds == 1 else f"w = 3 has {seeds} sets of noise, the others one"
     intro = (
-        "Least squares makes a guide's change of the prediction right in direction and too short. A gain g(t) in the "
-        "guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that makes the "
-        "change as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with the table "
+        "A guide trained by least squares changes the prediction in the right direction, but by too little. A gain "
+        "g(t) in the guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that "
+        "makes the change as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with "
+        "the table "
         f"and its square root. {settings['images']} trained captions; {noises}. "
         "Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions and noise, and above 0 "
-        "is better than CFG. The last column is the w of CFG whose images are as strong in colour; where colour hardly "
+        "is better than CFG. The last column is the w of CFG whose images have the same chroma; where chroma hardly "
         "depends on w, that figure means little."
     )
     lines = [
         "# The gain of a guide's residuals",
         "",
         "Written by `python -m benchmarks.emoji.gains report` from `benchmarks/results/emoji-gains.json`, which was "
-        f"made by `{told['command']}` ({told['date'][:10]}, {device}, torch {told['versions']['torch']}).",
+        f"made by `{stated['command']}` ({stated['date'][:10]}, {device}, torch {stated['versions']['torch']}).",
         "",
         intro,
         "",
@@ -218,8 +219,8 @@ def page(document: dict[str, Any]) -> str:
                 g = r["gain_over_cfg"]["kid"]
                 over = f"{g['value']:+.4f} [{g['low']:+.4f}, {g['high']:+.4f}]"
                 psnr = f"{r['distance_to_cfg']['psnr_db']['value']:.1f}"
-                found = r.get("w_of_equal_chroma")
-                equal = "–" if found is None else f"{found:g}"
+                equal_w = r.get("w_of_equal_chroma")
+                equal = "–" if equal_w is None else f"{equal_w:g}"
             name = "CFG" if r["gain"] == CFG else "no gain" if r["gain"] == PLAIN else r["gain"]
             lines.append(
                 f"| {name} | {r['w']:g} | {kid['value']:.4f} [{kid['low']:.4f}, {kid['high']:.4f}] | {over} |"
@@ -237,8 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
     what = parser.add_subparsers(dest="what", required=True)
     one = what.add_parser("measure")
     one.add_argument("--guide", default="emoji-tiny", help="name or folder")
-    one.add_argument("--table", help="values from t = 0 to 999, separated by commas; default: fitted first")
-    add_sampling_options(one, "of trained captions, for each row", 64)
+    one.add_argument("--table", help="values from t = 0 to 999, separated by commas; default: fit it first")
+    add_sampling_options(one, "number of images of trained captions for each row", 64)
     one.add_argument("--json", type=Path, default=RESULTS)
     one.add_argument("--seeds", type=int, default=3)
     one.add_argument("--processes", type=int, default=1)
@@ -264,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def fitted(guide: str) -> list[float]:
-    """The table that ``pnp-trt distill gain`` finds for a guide."""
+    """The table that ``pnp-trt distill gain`` fits for a guide."""
     from pnp_trt.distill.gain import GainConfig, fit
 
     with tempfile.TemporaryDirectory(prefix="pnp-trt-gain-") as folder:

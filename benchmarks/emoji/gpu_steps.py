@@ -1,7 +1,7 @@
 """Fewer steps on a GPU: progressive distillation whose states advance on the device, for guides and for a LoRA.
 
-What ``pnp_trt.distill.steps`` does (Salimans & Ho 2022, algorithm 2), with trajectories that advance with every
-optimizer step instead of states that are collected first.  Nothing in a step waits for the device.
+The method of ``pnp_trt.distill.steps`` (Salimans & Ho 2022, algorithm 2), with trajectories that advance with every
+optimizer step instead of states that are collected first.  No operation in a step waits for the device.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from pnp_trt.sampling.schedules import ddim, ddim_step
 
 from .train import scheduler_config
 
-#: steps of the students, one a halving; the first one's teacher takes ``FIRST``
+#: steps of the student after each halving; the first teacher takes ``FIRST`` steps
 CHAIN, FIRST = (16, 8, 4), 32
 LORA_CHAIN = (16, 8)
 #: layers that the step LoRA changes: attention's projections and those of the time embedding
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "linear_1", "linear_2", "time_emb_proj")
 LORA_RANK = 8
 
-#: (x_t, t, text, w) → the prediction that a sampler steps by
+#: (x_t, t, text, w) → the prediction that a sampler uses
 Predictor = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class HalvedStates:
-    """Trajectories on the grid of a student of ``steps`` steps, and where two of the last student's steps land.
+    """Trajectories of a student with ``steps`` steps, and the targets: results of two steps of the last student.
 
-    They begin at different steps, so that every batch holds all of them.  A share ``own`` of the trajectories follows
-    the new student, the others the last one.  The predictions of the loss advance them.
+    They start at different steps, so that every batch contains all of them.  A share ``own`` of the trajectories
+    follows the new student, the others the last one.  The predictions of the loss advance them.
 
     Args:
-        latents: of images, ``[pairs, variants, C, H, W]``: noised, they are where the first trajectories begin.
+        latents: latents of images, ``[pairs, variants, C, H, W]``; noised, they are the first trajectories' starts.
         prompts: text states ``[P, tokens, D]``.
     """
 
@@ -52,7 +52,7 @@ class HalvedStates:
             second.append(ddim_step(config, middle, after))
             middles.append(middle)
         whole = list(zip(schedule.x_scale.tolist(), schedule.output_scale.tolist(), strict=True))
-        #: (scale of the latent, scale of the prediction) of both steps and of the one that stands for them
+        #: (scale of the latent, scale of the prediction) of both steps and of the single step that replaces them
         self.scales = torch.tensor([first, second, whole], dtype=torch.float32, device=device)
         self.times = torch.tensor([schedule.timesteps.tolist(), middles], device=device)
         weight = self.scales[2, :, 1].square()
@@ -66,7 +66,7 @@ class HalvedStates:
         self.student = torch.rand(batch, device=device) < own
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(x_t, t, text, w) of a step."""
+        """(x_t, t, text, w) of the current step."""
         # copies, as the backward pass may read them after the trajectories have advanced
         x = self.x.clone(memory_format=torch.channels_last)
         return x, self.times[0, self.k], self.prompts[self.prompt], self.w.clone()
@@ -77,7 +77,7 @@ class HalvedStates:
 
     @torch.no_grad()
     def landing(self, last: Predictor) -> tuple[Tensor, Tensor]:
-        """Where two steps of the last student land, and the prediction whose single step lands there."""
+        """Result of two steps of the last student, and the prediction with which one step gives the same result."""
         x, t, text, w = self.batch()
         between = self._step(0, x, last(x, t, text, w))
         landed = self._step(1, between, last(between, self.times[1, self.k], text, w))
@@ -85,7 +85,7 @@ class HalvedStates:
         return landed, (landed - scale[:, None, None, None] * x) / out[:, None, None, None]
 
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Squared error of each state, weighted by its effect on where the step lands, ``[N]``."""
+        """Squared error of each state, weighted by its effect on the step's result, ``[N]``."""
         return (prediction.float() - target).pow(2).flatten(1).mean(1) * self.weight[self.k]
 
     @torch.no_grad()
@@ -116,21 +116,21 @@ def halving_loss(new: Predictor, last: Predictor, states: HalvedStates) -> Calla
 
 @torch.no_grad()
 def landing_error(new: Predictor, last: Predictor, states: HalvedStates, rounds: int) -> dict[str, float]:
-    """Mean weighted squared error of a single step: of the last student (``before``), of the new one (``after``)."""
+    """Mean weighted squared error of a single step of the last student (``before``) and the new one (``after``)."""
     sums = torch.zeros(2, dtype=torch.float64)
     for _ in range(rounds):
         landed, target = states.landing(last)
-        given = states.batch()
-        prediction = new(*given)
-        for row, made in enumerate((last(*given), prediction)):
-            sums[row] += float(states.error(made, target).mean())
+        inputs = states.batch()
+        prediction = new(*inputs)
+        for row, predicted in enumerate((last(*inputs), prediction)):
+            sums[row] += float(states.error(predicted, target).mean())
         states.advance(landed, prediction)
     before, after = (float(v) / rounds for v in sums)
     return {"states": rounds * len(states.x), "before": before, "after": after, "residual": after / before}
 
 
 def with_cfg(unet: Any, empty: Tensor) -> Predictor:
-    """Classifier-free guidance as one batch of two; ``empty`` is ``[1, tokens, D]``."""
+    """Classifier-free guidance in one doubled batch; ``empty`` is ``[1, tokens, D]``."""
     from pnp_trt.models.student import cfg
 
     def predict(x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def lora_layers(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 def add_lora(unet: nn.Module, rank: int = LORA_RANK) -> nn.Module:
-    """Freeze ``unet`` and put trainable low-rank changes on its layers; returns it."""
+    """Freeze ``unet`` and add trainable low-rank changes to its layers; return it."""
     unet.requires_grad_(False)
     for layer in lora_layers(unet).values():
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight.detach(), rank))
@@ -169,22 +169,22 @@ def add_lora(unet: nn.Module, rank: int = LORA_RANK) -> nn.Module:
 
 
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
-    """The LoRA of :func:`add_lora` under diffusers' keys; that of a 1×1 convolution has two more dimensions."""
+    """The LoRA of :func:`add_lora` under diffusers' keys; weights of 1×1 convolutions have two more dimensions."""
     out = {}
     for name, layer in lora_layers(unet).items():
-        found: Any = layer.parametrizations.weight[0]
+        low_rank: Any = layer.parametrizations.weight[0]
         ones = (1, 1) if isinstance(layer, nn.Conv2d) else ()
-        out[f"unet.{name}.lora_A.weight"] = found.a.detach().reshape(*found.a.shape, *ones)
-        out[f"unet.{name}.lora_B.weight"] = found.b.detach().reshape(*found.b.shape, *ones)
+        out[f"unet.{name}.lora_A.weight"] = low_rank.a.detach().reshape(*low_rank.a.shape, *ones)
+        out[f"unet.{name}.lora_B.weight"] = low_rank.b.detach().reshape(*low_rank.b.shape, *ones)
     return out
 
 
 @torch.no_grad()
 def merge_lora(unet: nn.Module) -> nn.Module:
-    """Take the LoRA, rounded to float16 as it is stored, into the weights; returns ``unet``, an ordinary one again."""
+    """Merge the LoRA, rounded to float16 as when stored, into the weights; return ``unet`` without parametrizations."""
     for layer in lora_layers(unet).values():
-        found: Any = layer.parametrizations.weight[0]
-        for p in (found.a, found.b):
+        low_rank: Any = layer.parametrizations.weight[0]
+        for p in (low_rank.a, low_rank.b):
             p.copy_(p.half().float())
         parametrize.remove_parametrizations(layer, "weight")
     return unet.requires_grad_(False)

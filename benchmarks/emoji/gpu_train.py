@@ -3,11 +3,11 @@
 ``python -m benchmarks.emoji.gpu_train pack`` renders the data and tokenizes the captions into one file (no GPU).
 ``python -m benchmarks.emoji.gpu_train train --data FILE --out FOLDER`` trains each part for a number of seconds. An
 optimizer step is one CUDA graph: random numbers, forward, backward, clipping, optimizer and weight average.
-``python -m benchmarks.emoji.gpu_train unpack --from FOLDER`` puts the weights into the package's assets.
-``python -m benchmarks.emoji.gpu_train guides --from FOLDER`` makes a folder of guides for the tables, the full one and
-the step LoRA's among them, which are not shipped.
+``python -m benchmarks.emoji.gpu_train unpack --from FOLDER`` copies the weights into the package's assets.
+``python -m benchmarks.emoji.gpu_train guides --from FOLDER`` writes a folder of guides for the tables, including the
+full one and the step LoRA's, which are not shipped.
 
-The U-Net is small (6.9 M parameters, 16 × 16 latents), so the time of an eager step is that of its kernel launches.
+The U-Net is small (6.9 M parameters, 16 × 16 latents), so an eager step is limited by its kernel launches.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .gpu_steps import (
 from .train import alphas_cumprod, min_snr_error, reconstruction_error
 
 CAPTION_FORMS = 6
-#: optimizer steps of each part where there is no GPU: enough to see that everything runs
+#: optimizer steps of each part without a GPU, enough to check that everything runs
 CPU_STEPS = 3
 #: shares of the forms of :func:`caption_forms`: with and without style; plain, "a", "the"
 FORM_SHARES = (0.595, 0.105, 0.13, 0.02, 0.125, 0.025)
@@ -72,7 +72,7 @@ def caption_forms(concept: str, style: str) -> list[str]:
 
 
 def pack(out: Path, cache: Path) -> None:
-    """Pixels of the trained concepts in all four styles, and the token ids of every caption form."""
+    """Write the pixels of the trained concepts in all four styles, and the token ids of every caption form."""
     from pnp_trt.models.bases import resolve
 
     from .data import BASE_STYLES, FINE_TUNE_STYLES, images, split
@@ -80,10 +80,10 @@ def pack(out: Path, cache: Path) -> None:
     tokenizer = resolve("emoji").tokenizer()
 
     def ids(texts: list[str]) -> np.ndarray:
-        found = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="np")
-        return found["input_ids"].astype(np.uint16)
+        tokens = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="np")
+        return tokens["input_ids"].astype(np.uint16)
 
-    held: dict[str, np.ndarray] = {"empty": ids([""])}
+    arrays: dict[str, np.ndarray] = {"empty": ids([""])}
     concepts = split()["train"]
     for name, styles, variants, keep in (
         ("base", BASE_STYLES, 5, 5), ("flat", FINE_TUNE_STYLES[:1], 5, 2), ("3d", FINE_TUNE_STYLES[1:], 5, 2),
@@ -91,12 +91,12 @@ def pack(out: Path, cache: Path) -> None:
         shots = images(styles, concepts, cache, variants)
         pixels = shots.pixels.reshape(-1, variants, *shots.pixels.shape[1:])[:, :keep]
         pairs = list(zip(shots.concepts[::variants], shots.styles[::variants], strict=True))
-        held[f"{name}.pixels"] = np.ascontiguousarray(pixels)
-        held[f"{name}.ids"] = ids([t for c, s in pairs for t in caption_forms(c, s)]).reshape(len(pairs), -1, 77)
-    held["prompts"] = ids(Path("calibration/emoji-prompts.txt").read_text().splitlines())
+        arrays[f"{name}.pixels"] = np.ascontiguousarray(pixels)
+        arrays[f"{name}.ids"] = ids([t for c, s in pairs for t in caption_forms(c, s)]).reshape(len(pairs), -1, 77)
+    arrays["prompts"] = ids(Path("calibration/emoji-prompts.txt").read_text().splitlines())
     out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out, **held)
-    print({k: v.shape for k, v in held.items()}, out.stat().st_size)
+    np.savez_compressed(out, **arrays)
+    print({k: v.shape for k, v in arrays.items()}, out.stat().st_size)
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -105,9 +105,9 @@ def pack(out: Path, cache: Path) -> None:
 class MuonAdamW:
     """Muon for hidden matrices and kernels, AdamW for the rest, with the learning rate in device memory.
 
-    ``torch.optim.Muon`` reads its learning rate on the host and orthogonalizes matrix by matrix, which a CUDA graph
-    would freeze and pay for in launches.  Matrices of one shape are orthogonalized together here (Jordan et al. 2024;
-    the step's size is matched to AdamW's, Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+    ``torch.optim.Muon`` reads its learning rate on the host, which a CUDA graph would freeze, and orthogonalizes matrix
+    by matrix, which takes many launches.  Here, matrices of one shape are orthogonalized together (Jordan et al. 2024;
+    the step size is matched to AdamW's, Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
     """
 
     def __init__(self, module: nn.Module, lr: Tensor, weight_decay: float = 0.01, muon: bool = True) -> None:
@@ -128,8 +128,8 @@ class MuonAdamW:
         ) if other else None  # fmt: skip
 
     def parameters(self) -> list[nn.Parameter]:
-        found = [p for ps, _ in self.groups for p in ps]
-        return found + ([p for g in self.adamw.param_groups for p in g["params"]] if self.adamw else [])
+        params = [p for ps, _ in self.groups for p in ps]
+        return params + ([p for g in self.adamw.param_groups for p in g["params"]] if self.adamw else [])
 
     @torch.no_grad()
     def step(self) -> None:
@@ -162,12 +162,12 @@ def orthogonalized(x: Tensor) -> Tensor:
 
 @dataclass
 class Trainer:
-    """Repeats one optimizer step for some seconds; on a GPU the step is captured into a graph once.
+    """Repeats one optimizer step for a number of seconds; on a GPU the step is captured into a graph once.
 
     Attributes:
-        loss_of: loss of fresh random data, without arguments; it must not wait for the device.
-        lr: peak rate; it stays for ``constant`` of the seconds and falls to zero along a cosine after that.
-        max_steps: ends the training if it comes before the seconds are over; the rate then follows the steps.
+        loss_of: returns the loss on fresh random data; it must not wait for the device.
+        lr: peak learning rate; constant for a share ``constant`` of the seconds, then decays to zero along a cosine.
+        max_steps: ends the training if reached before the seconds are over; the rate then depends on the steps.
         warmup: steps in which the rate rises to its peak.
     """
 
@@ -202,7 +202,7 @@ class Trainer:
             self.smooth.lerp_(loss.detach().float(), 0.02)
 
     def _capture(self) -> None:
-        """Warm up on a side stream at a rate of zero, then capture; without a graph if that fails."""
+        """Warm up on a side stream at a learning rate of zero, then capture; run without a graph if that fails."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -216,12 +216,12 @@ class Trainer:
                 self._step()
             self.graph = graph
         except Exception as e:
-            print(f"{self.name}: no graph, {type(e).__name__}: {str(e).splitlines()[0]}", flush=True)
+            print(f"{self.name}: no CUDA graph: {type(e).__name__}: {str(e).splitlines()[0]}", flush=True)
             torch.cuda.synchronize()
             self.optimizer.zero_grad()
 
     def run(self, every: Callable[[float], None] | None = None) -> dict[str, Any]:
-        """Train; ``every`` is called about once a minute with the share that is done."""
+        """Train; ``every`` is called about once a minute with the completed share."""
         begun = time.monotonic()
         if self.device.type == "cuda":
             self._capture()
@@ -258,7 +258,9 @@ class Trainer:
                     lr /= 3
                     if trouble > 3:
                         raise RuntimeError(f"{self.name}: the loss is not finite")
-                    print(f"{self.name}: not finite at step {step}; back to the last good weights, rate {lr}")
+                    print(
+                        f"{self.name}: the loss is not finite at step {step}; restored the last good weights, rate {lr}"
+                    )
                     with torch.no_grad():
                         torch._foreach_copy_(self.live, snapshot)
                         torch._foreach_copy_(self.shadow, snapshot)
@@ -308,7 +310,7 @@ def text_states(encoder: nn.Module, ids: Tensor) -> Tensor:
 
 
 class Base(nn.Module):
-    """U-Net and text encoder, trained together; the token table stays as it is."""
+    """U-Net and text encoder, trained together; the token table is frozen."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -320,8 +322,8 @@ class Base(nn.Module):
 class Data:
     """Latents ``[pairs, variants, C, 16, 16]`` and token ids ``[pairs, forms, 77]`` of one set, on the device."""
 
-    def __init__(self, held: Any, name: str, vae: Any, device: torch.device) -> None:
-        self.pixels = torch.from_numpy(held[f"{name}.pixels"]).to(device)
+    def __init__(self, arrays: Any, name: str, vae: Any, device: torch.device) -> None:
+        self.pixels = torch.from_numpy(arrays[f"{name}.pixels"]).to(device)
         flat = self.pixels.flatten(0, 1)
         rows = [
             vae.encode(flat[i : i + 512].permute(0, 3, 1, 2).float().div(127.5).sub(1)).latents
@@ -329,11 +331,11 @@ class Data:
         ]
         self.raw = torch.cat(rows).unflatten(0, self.pixels.shape[:2])
         self.latents = self.raw * vae.config.scaling_factor
-        self.ids = torch.from_numpy(held[f"{name}.ids"].astype(np.int64)).to(device)
+        self.ids = torch.from_numpy(arrays[f"{name}.ids"].astype(np.int64)).to(device)
 
 
 def alphas(device: torch.device) -> Tensor:
-    """ᾱ of the schedule that the bundled model has."""
+    """ᾱ of the bundled model's schedule."""
     return alphas_cumprod().to(device)
 
 
@@ -341,7 +343,7 @@ def diffusion_loss(
     unet: nn.Module, states_of: Callable[[Tensor, Tensor, Tensor], Tensor], data: Data, batch: int, centred: float,
     drop: float = 0.1,
 ) -> Callable[[], Tensor]:  # fmt: skip
-    """Min-SNR-5 weighted ε loss (Hang et al. 2023, eq. 8), as the CPU recipe has it, on random data of the device."""
+    """Min-SNR-5 weighted ε loss (Hang et al. 2023, eq. 8), as in the CPU recipe, on random data on the device."""
     device = data.latents.device
     abar = alphas(device)
     edges = torch.tensor(FORM_SHARES).cumsum(0)[:-1].to(device)
@@ -368,7 +370,7 @@ def diffusion_loss(
 
 
 def decoder_loss(vae: Any, sets: list[Data], batch: int) -> Callable[[], Tensor]:
-    """The CPU recipe's loss of the decoder: L1 on pixels and their differences, and squares; latents slightly noisy."""
+    """The CPU recipe's decoder loss: L1 on pixels and their differences, and squared error; latents slightly noisy."""
     device = sets[0].latents.device
     pixels = torch.cat([d.pixels[:, :2].flatten(0, 1) for d in sets])
     latents = torch.cat([d.raw[:, :2].flatten(0, 1) for d in sets])
@@ -379,8 +381,8 @@ def decoder_loss(vae: Any, sets: list[Data], batch: int) -> Callable[[], Tensor]
         z = z + 0.06 * torch.rand(batch, 1, 1, 1, device=device) * torch.randn_like(z)
         target = pixels[rows].permute(0, 3, 1, 2).float().div(127.5).sub(1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            made = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
-        return reconstruction_error(made, target)
+            decoded = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
+        return reconstruction_error(decoded, target)
 
     return loss_of
 
@@ -409,7 +411,7 @@ class GuideStates:
         self.abar = torch.cat([alphas(device), torch.ones(1, device=device)])
         self.times = torch.full((len(counts), max(counts) + 1), 1000, device=device)
         for row, count in enumerate(counts):
-            # trailing steps, as the bundled scheduler spaces them; the last one ends at ᾱ_0 (set_alpha_to_one is off)
+            # trailing steps, as in the bundled scheduler; the last one ends at ᾱ_0 (set_alpha_to_one is off)
             steps = np.round(np.arange(1000, 0, -1000 / count)).astype(np.int64) - 1
             self.times[row, :count] = torch.from_numpy(steps)
             self.times[row, count] = 0
@@ -423,14 +425,14 @@ class GuideStates:
         self.student = torch.rand(n, device=device) < own
 
     def stagger(self) -> None:
-        """Begin the trajectories at different steps, on noised images: of one count they would else go in step."""
+        """Start the trajectories at different steps, on noised images, so that those of one count do not coincide."""
         self.k.copy_(torch.arange(self.half, device=self.k.device) % self.counts[self.row])
         a = self.abar[self.times[self.row, self.k]][:, None, None, None]
         pair = torch.randint(len(self.data.latents), (self.half,), device=self.k.device)
         self.x.copy_(a.sqrt() * self.data.latents[pair, 0] + (1 - a).sqrt() * torch.randn_like(self.x))
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(x_t, t, text, w) of a step; the trajectories are the second half."""
+        """(x_t, t, text, w) of the current step; the trajectories are the second half."""
         device, n = self.x.device, self.half
         pair = torch.randint(len(self.data.latents), (n,), device=device)
         variant = torch.randint(self.data.latents.shape[1], (n,), device=device)
@@ -463,7 +465,7 @@ class GuideStates:
 
 
 class NegativeStates(GuideStates):
-    """States with a negative prompt each, drawn as the prompts are; the trajectories of CFG follow it too."""
+    """States with a negative prompt each, chosen like the prompts; CFG's trajectories use it too."""
 
     def __init__(self, data: Data, prompts: Tensor, captions: Tensor, batch: int) -> None:
         super().__init__(data, prompts, captions, batch)
@@ -482,12 +484,12 @@ class NegativeStates(GuideStates):
         self.negative.copy_(torch.where(begun, fresh, self.negative))
 
 
-#: (x_t, t, text, w, time embedding and features of the frozen encoder for them) → prediction
+#: (x_t, t, text, w, the frozen encoder's time embedding and features) → prediction
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Any]], Tensor]
 
 
 def guided(unet: Any, guide: Any) -> Predict:
-    """The prediction with a guide, from features that the frozen encoder has computed already."""
+    """The prediction with a guide, from features that the frozen encoder has already computed."""
     from pnp_trt.models.guides import Features, GuideInput
     from pnp_trt.models.student import decode
 
@@ -505,7 +507,7 @@ def guided(unet: Any, guide: Any) -> Predict:
 
 
 def distillation_loss(unet: Any, predict: Predict, states: GuideStates, empty: Tensor) -> Callable[[], Tensor]:
-    """Weighted squared error of ``predict`` to eps_w (the paper's formula I), x0 weighting over w; no cached states."""
+    """Weighted squared error of ``predict`` to eps_w (the paper's formula I), x0 weighting over w, on fresh states."""
     from pnp_trt.models.student import decode, encode
 
     by_time = x0_weights(empty.device)
@@ -529,7 +531,7 @@ def distillation_loss(unet: Any, predict: Predict, states: GuideStates, empty: T
 
 
 def x0_weights(device: torch.device) -> Tensor:
-    """Weight of each timestep's error, ``[1000]``, of mean 1: the error's square in x0, (1 − ᾱ)/ᾱ, at most 5."""
+    """Weight of each timestep's error, ``[1000]``, with mean 1: that of the squared x0 error, (1 − ᾱ)/ᾱ, at most 5."""
     abar = alphas(device)
     weights = ((1 - abar) / abar).clamp(max=5.0)
     return weights / weights.mean()
@@ -577,8 +579,8 @@ def prediction_error(
     """Share of the guidance left unexplained, length and cosine of the change, over five bins of time.
 
     Args:
-        predict: (x_t, t, text, w) → prediction; it is compared with the teacher's eps_w, both less eps(c), over w − 1.
-        rounds: batches of ``states``.
+        predict: (x_t, t, text, w) → prediction; compared with the teacher's eps_w, both minus eps(c), over w − 1.
+        rounds: number of batches of ``states``.
     """
     sums = torch.zeros(5, 4, device=empty.device, dtype=torch.float64)
     for _ in range(rounds):
@@ -611,7 +613,7 @@ def fitted_gain(unet: Any, guide: Any, states: GuideStates, empty: Tensor, count
     """Give the guide a gain of ``count`` values by ``pnp_trt.distill.gain``'s fit, on CFG's trajectories of ``states``.
 
     Returns:
-        The table and the lengths before and after, as a report has them.
+        The table and the lengths before and after, in the form of a report.
     """
     from pnp_trt.distill.gain import SCALES, fit_table, length_sums, nodes
     from pnp_trt.models.student import Student
@@ -625,8 +627,8 @@ def fitted_gain(unet: Any, guide: Any, states: GuideStates, empty: Tensor, count
             x, t, text, own = (v[n:] for v in states.batch())
             c = unet(x, t, text, return_dict=False)[0]
             u = unet(x, t, empty.expand(n, -1, -1), return_dict=False)[0]
-            made = (student(x, t, text, w) - c) / (w - 1)[:, None, None, None]
-            sums += length_sums(made, c - u, t, count)
+            change = (student(x, t, text, w) - c) / (w - 1)[:, None, None, None]
+            sums += length_sums(change, c - u, t, count)
             followed = u + own[:, None, None, None] * (c - u)
             states.advance(torch.cat([followed, followed]), torch.cat([followed, followed]))
         return (sums[0] / sums[1]).sqrt().tolist()
@@ -645,7 +647,7 @@ def fitted_gain(unet: Any, guide: Any, states: GuideStates, empty: Tensor, count
 def sample_grid(
     unet: Any, vae: Any, states: Tensor, empty: Tensor, w: float, path: Path, guide: Any = None, steps: int = 20
 ) -> None:
-    """Samples of text ``states`` ``[N, 77, D]`` by DDIM with CFG, or with a guide, as one row of images."""
+    """Write samples of text ``states`` ``[N, 77, D]`` by DDIM, with CFG or a guide, as one row of images."""
     from PIL import Image
 
     from pnp_trt.models.student import Student
@@ -666,8 +668,8 @@ def sample_grid(
             e = u + w * (c - u)
         a, b = abar[now], abar[times[i + 1]] if i + 1 < steps else abar[0]
         x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
-    made = vae.decode(x / vae.config.scaling_factor).sample.div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
-    sheet = made.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = vae.decode(x / vae.config.scaling_factor).sample.div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
+    sheet = pixels.permute(0, 2, 3, 1).cpu().numpy()
     Image.fromarray(np.concatenate(list(sheet), 1)).save(path)
 
 
@@ -675,12 +677,12 @@ def sample_grid(
 
 
 def unpack(source: Path, assets: Path, results: Path) -> None:
-    """Put the weights of ``train`` into the package's assets; formats and names stay.
+    """Copy the weights of ``train`` into the package's assets, in the same formats and names.
 
-    The untrained parts (token table, encoder of the VAE) are kept from the files that are there.
+    The untrained parts (token table, encoder of the VAE) are kept from the existing files.
 
     Raises:
-        RuntimeError: if a tensor does not fit the shipped file's.
+        RuntimeError: if tensors differ in names or shapes from those of the shipped file.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -691,18 +693,18 @@ def unpack(source: Path, assets: Path, results: Path) -> None:
             own = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         state = {k: v for k, v in state.items() if k in own or not partly}
         if not partly and set(state) != set(own):
-            raise RuntimeError(f"{path}: other tensors: {sorted(set(state) ^ set(own))[:3]}")
+            raise RuntimeError(f"{path}: tensor names differ: {sorted(set(state) ^ set(own))[:3]}")
         for k, v in state.items():
             if v.shape != own[k].shape:
-                raise RuntimeError(f"{path}: {k} is {tuple(own[k].shape)} and not {tuple(v.shape)}")
-        held = own | {k: v.to(own[k].dtype) for k, v in state.items()}
+                raise RuntimeError(f"{path}: {k} has shape {tuple(own[k].shape)}, but the new one has {tuple(v.shape)}")
+        merged = own | {k: v.to(own[k].dtype) for k, v in state.items()}
         beside = path.with_suffix(".part")
-        save_file(held, beside, metadata=metadata)
+        save_file(merged, beside, metadata=metadata)
         beside.chmod(0o644)
         beside.replace(path)
 
     def text_name(key: str, own: set[str]) -> str:
-        """The shipped file's name of a tensor; versions of transformers differ in a leading ``text_model.``."""
+        """Name of a tensor in the shipped file; versions of transformers differ in a leading ``text_model.``."""
         plain = key.removeprefix("text_model.")
         return plain if plain in own else f"text_model.{plain}"
 
@@ -733,7 +735,7 @@ def unpack(source: Path, assets: Path, results: Path) -> None:
 
 
 def with_former(report: dict[str, Any], former: dict[str, Any] | None) -> dict[str, Any]:
-    """A run's report with the parts of the record before it that this run did not train again."""
+    """A run's report, with the parts of the previous record that this run did not train again."""
     if former is None:
         return report
     aged = {k: former[k] for k in ("device", "date", "batch")}
@@ -745,14 +747,14 @@ def with_former(report: dict[str, Any], former: dict[str, Any] | None) -> dict[s
     }  # fmt: skip
 
 
-#: of the tiny guide: what the ablation found best, and the prompt's own text states
+#: options of the tiny guide: the ablation's best, and the prompt's text states
 TINY_OPTIONS = {"text": True, "trunk_kind": "depthwise"}
-#: how ``train`` was called, without its seconds
+#: command line of ``train``, without its seconds
 COMMAND = "python -m benchmarks.emoji.gpu_train train"
 
 
 class Installer:
-    """Turns weights of ``train`` into folders as ``pnp-trt distill`` writes them, with their records."""
+    """Writes weights of ``train`` to guide folders in the format of ``pnp-trt distill``, with their records."""
 
     def __init__(self, source: Path, assets: Path, report: dict[str, Any]) -> None:
         self.source, self.assets, self.report = source, assets, report
@@ -761,7 +763,7 @@ class Installer:
 
     @property
     def teacher(self) -> Any:
-        """The bundled model as it is in the assets, loaded by the first guide that needs it."""
+        """The bundled model in the assets, loaded on first use."""
         from pnp_trt.distill.run import TeacherModel
 
         if self._teacher is None:
@@ -803,7 +805,7 @@ class Installer:
         write_json(folder / "distill.json", record)
 
     def install(self, folder: Path, name: str, file: str, kind: str = "tiny") -> None:
-        """A guide of stage 1."""
+        """Write a guide of stage 1."""
         part = self.report["parts"][name]
         fitted = part.get("gain")
         guide = self._save(folder, file, kind, fitted and fitted["gain"], part.get("steps_of"))
@@ -818,7 +820,7 @@ class Installer:
         self._record(folder, guide, part, settings, stage="guidance", fresh_states=part["error"], **facts)
 
     def install_steps(self, folder: Path, steps: int) -> None:
-        """A guide of stage 2."""
+        """Write a guide of stage 2."""
         from pnp_trt.bundle.store import sha256
 
         part = self.report["parts"][f"halve {steps}"]
@@ -833,10 +835,10 @@ class Installer:
         self._record(folder, guide, part, settings, stage="steps", fresh_states=part["error"], **ends)
 
     def install_sharpener(self, folder: Path) -> None:
-        """The bundled tiny guide with the run's sharpener.
+        """Write the bundled tiny guide with the run's sharpener.
 
         Raises:
-            RuntimeError: if the sharpener was trained beside another guide.
+            RuntimeError: if the sharpener was trained with a different guide.
         """
         from safetensors.torch import load_file
 
@@ -847,7 +849,7 @@ class Installer:
 
         part, bundled = self.report["parts"]["sharpener"], self.assets / "guides/emoji-tiny"
         if part["of"] not in ("this run", sha256(bundled / "diffusion_pytorch_model.safetensors")):
-            raise RuntimeError(f"the sharpener was trained beside another guide than {bundled}")
+            raise RuntimeError(f"the sharpener was trained with a guide that differs from {bundled}")
         state = load_file(self.source / "sharpener.safetensors")
         guide = with_new_sharpener(without_sharpener(load_guide(str(bundled))), len(state["enter.bias"]))
         assert guide.sharpener is not None
@@ -855,15 +857,15 @@ class Installer:
         folder.mkdir(parents=True, exist_ok=True)
         save_guide(guide.float(), folder)
         record = json.loads((bundled / "distill.json").read_text())
-        told = {k: self.report[k] for k in ("device", "date", "torch", "batch")}
-        write_json(folder / "distill.json", record | {"sharpener": {"command": COMMAND, **told, **part}})
+        facts = {k: self.report[k] for k in ("device", "date", "torch", "batch")}
+        write_json(folder / "distill.json", record | {"sharpener": {"command": COMMAND, **facts, **part}})
 
 
 def guide_folders(source: Path, assets: Path, out: Path) -> None:
-    """Fill ``out`` with the guides that the tables sample: copies of the bundled ones, and those that are not shipped.
+    """Write the guides that the tables sample to ``out``: copies of the bundled ones, and those that are not shipped.
 
-    ``full`` is made of ``guide-full.safetensors``, ``tiny-sharpened`` of the bundled guide and
-    ``sharpener.safetensors``, ``step-lora-N`` of ``guide-step-lora.safetensors``; each as far as the run trained it.
+    ``full`` is from ``guide-full.safetensors``, ``tiny-sharpened`` from the bundled guide and
+    ``sharpener.safetensors``, and ``step-lora-N`` from ``guide-step-lora.safetensors``, each if the run trained it.
     """
     for count in (None, *CHAIN):
         name = "tiny" if count is None else f"tiny-{count}"
@@ -884,7 +886,7 @@ def guide_folders(source: Path, assets: Path, out: Path) -> None:
 
 
 def train(a: argparse.Namespace) -> None:
-    """All parts, one after the other; each one's weights are written as soon as it is done."""
+    """Train all parts in order; weights are written as soon as a part is finished."""
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from safetensors.torch import load_file, save_file
     from transformers import CLIPTextModel
@@ -907,25 +909,25 @@ def train(a: argparse.Namespace) -> None:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "batch": a.batch, "parts": {},
     }  # fmt: skip
 
-    def tell(name: str, found: dict[str, Any]) -> None:
-        report["parts"][name] = found | {k: report[k] for k in ("device", "date", "batch")}
+    def tell(name: str, result: dict[str, Any]) -> None:
+        report["parts"][name] = result | {k: report[k] for k in ("device", "date", "batch")}
         (out / "train.json").write_text(json.dumps(report, indent=1))
 
     def save(state: dict[str, Tensor], name: str, dtype: torch.dtype = torch.float16) -> None:
-        held = {k: v.detach().to(dtype).cpu().contiguous() for k, v in state.items()}
-        save_file(held, out / f"{name}.safetensors.part")
+        arrays = {k: v.detach().to(dtype).cpu().contiguous() for k, v in state.items()}
+        save_file(arrays, out / f"{name}.safetensors.part")
         (out / f"{name}.safetensors.part").replace(out / f"{name}.safetensors")
 
     assets: Path = a.assets
-    held = np.load(a.data)
+    arrays = np.load(a.data)
     unet = UNet2DConditionModel.from_pretrained(assets / "emoji/unet").float().to(device)
     vae = AutoencoderTiny.from_pretrained(assets / "emoji/vae").float().to(device)
     encoder = CLIPTextModel.from_pretrained(assets / "emoji/text_encoder").float().to(device).train()
     unet.to(memory_format=torch.channels_last).train()
     vae.to(memory_format=torch.channels_last).requires_grad_(False)
-    sets = {name: Data(held, name, vae, device) for name in ("base", "flat", "3d")}
-    empty_ids = torch.from_numpy(held["empty"].astype(np.int64)).to(device)
-    prompt_ids = torch.from_numpy(held["prompts"].astype(np.int64)).to(device)
+    sets = {name: Data(arrays, name, vae, device) for name in ("base", "flat", "3d")}
+    empty_ids = torch.from_numpy(arrays["empty"].astype(np.int64)).to(device)
+    prompt_ids = torch.from_numpy(arrays["prompts"].astype(np.int64)).to(device)
 
     def finished(name: str) -> Path | None:
         for folder in (out, a.resume) if a.resume else (out,):
@@ -934,7 +936,7 @@ def train(a: argparse.Namespace) -> None:
         return None
 
     def rounded(module: nn.Module) -> None:
-        """Weights as they are stored: what is trained after this sees the model that is shipped."""
+        """Round weights as when stored, so that later parts are trained with the model that is shipped."""
         for p in module.parameters():
             p.data.copy_(p.data.half().float())
 
@@ -942,8 +944,8 @@ def train(a: argparse.Namespace) -> None:
     base = Base(unet, encoder)
 
     def small_state() -> dict[str, Tensor]:
-        found = {f"text.{k}": v for k, v in encoder.state_dict().items() if "token_embedding" not in k}
-        return found | {f"vae.{k}": v for k, v in vae.state_dict().items()}
+        result = {f"text.{k}": v for k, v in encoder.state_dict().items() if "token_embedding" not in k}
+        return result | {f"vae.{k}": v for k, v in vae.state_dict().items()}
 
     def load_half(module: nn.Module, state: dict[str, Tensor]) -> None:
         missing, extra = module.load_state_dict({k: v.float().to(device) for k, v in state.items()}, strict=False)
@@ -999,27 +1001,27 @@ def train(a: argparse.Namespace) -> None:
         }
     shown = everything["base"][:: max(1, len(everything["base"]) // 16), 0][:16]
 
-    # ---- guides, before the fine-tunes: they need the base alone
+    # ---- guides, before the fine-tunes, because they need only the base
     checked = 60 if steps is None else 2
 
     def train_guide(
         part: str, file: str, network: Any, guide: Any, seconds: float, lr: float,
         counts: tuple[int, ...] | None = None, **facts: Any,
     ) -> Any:  # fmt: skip
-        """Stage 1 on ``network``; of the states of one step count alone where ``counts`` names it."""
+        """Train a guide of stage 1 on ``network``, with trajectories of the step counts in ``counts``."""
         torch.manual_seed(a.seed + 1)
         guide = guide.to(device).to(memory_format=torch.channels_last).requires_grad_(True).train()
-        given = (sets["base"], prompts, everything["base"][:, 0], a.batch)
-        states = GuideStates(*given) if counts is None else GuideStates(*given, counts=counts)
+        inputs = (sets["base"], prompts, everything["base"][:, 0], a.batch)
+        states = GuideStates(*inputs) if counts is None else GuideStates(*inputs, counts=counts)
         if counts is not None:
             states.stagger()
         trainer = Trainer(file, guide, guide_loss(network, guide, states, empty), lr, seconds, constant=0.3, ema=0.998,
                           muon=False, max_steps=steps)  # fmt: skip
-        found = trainer.run() | facts
+        result = trainer.run() | facts
         guide.requires_grad_(False).eval()
-        found["error"] = guide_error(network, guide, states, empty, checked)
-        print(file, found["error"], flush=True)
-        tell(part, found)
+        result["error"] = guide_error(network, guide, states, empty, checked)
+        print(file, result["error"], flush=True)
+        tell(part, result)
         save(guide.state_dict(), file, torch.float16 if part == "guide full" else torch.float32)
         return guide
 
@@ -1031,7 +1033,7 @@ def train(a: argparse.Namespace) -> None:
         tiny.use_gain(None)  # the weights were trained without one
         known = {k: tiny.config[k] for k in TINY_OPTIONS}
         if known != TINY_OPTIONS:
-            raise RuntimeError(f"{tiny_folder} was made with {known} and not with {TINY_OPTIONS}")
+            raise RuntimeError(f"{tiny_folder} was created with {known}, not with {TINY_OPTIONS}")
         tiny = train_guide(
             "guide tiny", "guide-tiny", unet, tiny, a.continue_guide, 1.5e-3, continued_from=sha256(weights)
         )  # fmt: skip
@@ -1041,9 +1043,9 @@ def train(a: argparse.Namespace) -> None:
     if tiny is not None and a.gain:
         states = GuideStates(sets["base"], prompts, everything["base"][:, 0], a.batch, own=0.0)
         states.stagger()
-        found = fitted_gain(unet, tiny, states, empty, a.gain, checked // 2)
-        print("gain", found, flush=True)
-        tell("guide tiny", report["parts"]["guide tiny"] | {"gain": found})
+        result = fitted_gain(unet, tiny, states, empty, a.gain, checked // 2)
+        print("gain", result, flush=True)
+        tell("guide tiny", report["parts"]["guide tiny"] | {"gain": result})
     if tiny is not None:
         sample_grid(unet, vae, shown, empty, 3.0, out / "grid-tiny.png", tiny)
     if a.sharpen:
@@ -1054,21 +1056,21 @@ def train(a: argparse.Namespace) -> None:
         loss = sharpening_loss(unet, sharp, negatives, empty)
         trainer = Trainer("sharpener", sharp, loss, 1e-3, a.sharpen, constant=0.3, ema=0.998, muon=False,
                           max_steps=steps)  # fmt: skip
-        found = trainer.run() | {"of": "this run" if tiny is not None else sha256(weights)}
+        result = trainer.run() | {"of": "this run" if tiny is not None else sha256(weights)}
         with torch.no_grad():
             losses = {
                 name: float(torch.stack([sharpening_loss(unet, g, negatives, empty)() for _ in range(checked)]).mean())
                 for name, g in (("with", sharp.eval()), ("without", without_sharpener(copy.deepcopy(sharp))))
             }
-        found["loss_on_fresh_states"] = losses
+        result["loss_on_fresh_states"] = losses
         print("sharpener", losses, flush=True)
-        tell("sharpener", found)
+        tell("sharpener", result)
         save(sharp.sharpener.state_dict(), "sharpener", torch.float32)
     if a.full:
         full = train_guide("guide full", "guide-full", unet, GUIDES["full"].from_unet(unet), a.full, 3e-4)
         sample_grid(unet, vae, shown, empty, 3.0, out / "grid-full.png", full)
 
-    # ---- fewer steps: each student from the one before, the first from the tiny guide of this run or of the assets
+    # ---- fewer steps: each student starts from the previous one, the first from the run's or the assets' tiny guide
     if a.halve:
         origin = {"of": "this run" if tiny is not None else sha256(weights)}
         last = tiny if tiny is not None else GUIDES["tiny"].from_pretrained(tiny_folder)
@@ -1078,35 +1080,35 @@ def train(a: argparse.Namespace) -> None:
             torch.manual_seed(a.seed + count)
             guide = copy.deepcopy(last).requires_grad_(True).train()
             guide.register_to_config(sampling_steps=count)
-            made, taught = Student(unet, guide), Student(unet, last)
+            student, teacher = Student(unet, guide), Student(unet, last)
             halved = HalvedStates(sets["base"].latents, prompts, a.batch, count)
-            trainer = Trainer(f"halve {count}", guide, halving_loss(made, taught, halved), 1e-3, a.halve / len(CHAIN),
-                              constant=0.3, ema=0.995, muon=False, max_steps=steps)  # fmt: skip
-            found = trainer.run() | origin | {"from": before, "to": count, "gain": guide.config.get("gain")}
+            trainer = Trainer(f"halve {count}", guide, halving_loss(student, teacher, halved), 1e-3,
+                              a.halve / len(CHAIN), constant=0.3, ema=0.995, muon=False, max_steps=steps)  # fmt: skip
+            result = trainer.run() | origin | {"from": before, "to": count, "gain": guide.config.get("gain")}
             guide.requires_grad_(False).eval()
-            found["error"] = landing_error(made, taught, halved, checked)
-            print(f"halve {count}", found["error"], flush=True)
-            tell(f"halve {count}", found)
+            result["error"] = landing_error(student, teacher, halved, checked)
+            print(f"halve {count}", result["error"], flush=True)
+            tell(f"halve {count}", result)
             save(guide.state_dict(), f"guide-tiny-{count}", torch.float32)
             sample_grid(unet, vae, shown, empty, 3.0, out / f"grid-tiny-{count}.png", guide, steps=count)
             before, last = count, guide
 
-    # ---- a LoRA with which CFG takes fewer steps, and a tiny guide for the U-Net with it
+    # ---- a step LoRA for CFG in fewer steps, and a tiny guide for the U-Net with it
     if a.step_lora:
         share, before, lora = a.step_lora / (len(LORA_CHAIN) + 1), FIRST, None
         for count in LORA_CHAIN:
             torch.manual_seed(a.seed + count)
-            taught = with_cfg(unet if lora is None else copy.deepcopy(lora).requires_grad_(False), empty)
+            teacher = with_cfg(unet if lora is None else copy.deepcopy(lora).requires_grad_(False), empty)
             if lora is None:
                 lora = add_lora(copy.deepcopy(unet))
             halved = HalvedStates(sets["base"].latents, prompts, max(1, a.batch // 2), count)
-            made = with_cfg(lora, empty)
-            trainer = Trainer(f"step lora {count}", lora, halving_loss(made, taught, halved), 1e-3, share,
+            student = with_cfg(lora, empty)
+            trainer = Trainer(f"step lora {count}", lora, halving_loss(student, teacher, halved), 1e-3, share,
                               constant=0.3, ema=0.995, muon=False, max_steps=steps)  # fmt: skip
-            found = trainer.run() | {"from": before, "to": count, "rank": LORA_RANK, "states": len(halved.x)}
-            found["error"] = landing_error(made, taught, halved, checked)
-            print(f"step lora {count}", found["error"], flush=True)
-            tell(f"step lora {count}", found)
+            result = trainer.run() | {"from": before, "to": count, "rank": LORA_RANK, "states": len(halved.x)}
+            result["error"] = landing_error(student, teacher, halved, checked)
+            print(f"step lora {count}", result["error"], flush=True)
+            tell(f"step lora {count}", result)
             save(lora_state(lora), f"step-lora-{count}")
             before = count
         merged = merge_lora(lora)
@@ -1151,7 +1153,7 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--data", type=Path, default=Path("build/emoji/pack.npz"))
     two.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"))
     two.add_argument("--out", type=Path, default=Path("build/emoji/gpu"))
-    two.add_argument("--resume", type=Path, help="a folder with weights of parts that are not trained again")
+    two.add_argument("--resume", type=Path, help="a folder with weights of parts that need not be trained again")
     two.add_argument("--batch", type=int, default=256)
     two.add_argument("--lr", type=float, default=1e-3)
     two.add_argument("--centred", type=float, default=0.4)
@@ -1161,9 +1163,11 @@ def main(arguments: list[str] | None = None) -> None:
         ("sharpen", 0), ("halve", 0), ("step-lora", 0),
     ):  # fmt: skip
         two.add_argument(f"--{name}", type=float, default=seconds, help="seconds; 0 leaves the part out")
-    two.add_argument("--guide", type=Path, help="the tiny guide to continue or to halve; default: the assets'")
+    two.add_argument("--guide", type=Path, help="the tiny guide to continue or halve; default: that of the assets")
     two.add_argument("--sharpener-width", type=int, default=256)
-    two.add_argument("--gain", type=int, default=0, help="values of a gain to fit to the tiny guide; 0: none")
+    two.add_argument(
+        "--gain", type=int, default=0, help="number of values of a gain to fit to the tiny guide; 0: no gain"
+    )
     three = what.add_parser("unpack")
     three.add_argument("--from", dest="source", type=Path, default=Path("build/emoji/gpu"))
     three.add_argument("--assets", type=Path, default=Path("pnp_trt/assets"))

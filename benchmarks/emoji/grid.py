@@ -14,7 +14,7 @@ from .sampler import Ask
 def draw_grid(
     rows: Sequence[Ask], strips: Sequence[tuple[str, np.ndarray]], path: Path, zoom: int = 2, left: int = 70
 ) -> None:
-    """A labelled PNG: one strip of images a row, one prompt a column; ``left`` is the width of the strips' names."""
+    """Write a labelled PNG: one strip per row, one prompt per column; ``left`` is the width of the strips' names."""
     from PIL import Image, ImageDraw, ImageFont
 
     side, top = 64 * zoom, 44

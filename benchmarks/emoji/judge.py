@@ -1,9 +1,9 @@
-"""Trains the judge: the frozen alignment head that scores whether an image shows what its caption states.
+"""Train the judge: the frozen alignment head that scores whether an image matches its caption.
 
-It learns from the ``JUDGE_STYLES`` alone, which no model here draws, so that it has seen no evaluated
-image.  Those sets are older than the concepts: some 170 of the 584 they never drew.  What such words
-mean comes from MiniLM alone, so all their other drawings are learned from too; the ceiling that real
-images reach is reported with every figure.  ``python -m benchmarks.emoji.judge`` trains it in minutes.
+It is trained only on the ``JUDGE_STYLES``, which no model here generates, so not on evaluated images.  Those sets are
+older than the concepts and lack about 170 of the 584.  The meaning of such words comes only from MiniLM, so all other
+images of these sets are trained on too; the ceiling of real images is reported with every figure.
+``python -m benchmarks.emoji.judge`` trains it in minutes.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from pnp_trt.bench.metrics.fidelity import (
 from .data import BASE_STYLES, JUDGE_STYLES, Images, Style, caption, icons, images, split
 from .text import MINILM, MiniLM
 
-#: drawings that say nothing about things: flags and signs, and copies that differ in skin or trade
+#: images that show no things: flags and signs, and variants that differ only in skin tone or profession
 SKIP = re.compile(
     r"skin-tone|^flag|letter|keycap|digit|-thirty|clock|button$|^(man|woman|men|women|person|people|family|couple|kiss)-"
 )
-#: mean difference, in grey levels, under which two artists' drawings of a concept are one drawing
+#: mean difference, in grey levels, below which two artists' images of a concept count as copies
 SAME_DRAWING = 3.0
 VARIANTS = 3
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the head; chosen by training on one judge style and testing on the other."""
+    """Hyperparameters of the head, chosen by training on one judge style and testing on the other."""
 
     hidden: int = 256
     text_hidden: int = 256
@@ -60,7 +60,7 @@ class Recipe:
 
 
 def concepts() -> list[str]:
-    """Every concept of every split: the candidates that the judge chooses from."""
+    """Concepts of all splits, which are the judge's candidates."""
     parts = split()
     return [c for part in ("train", "held_out", "held_out_colour_shape") for c in parts[part]]
 
@@ -70,23 +70,23 @@ def features(shots: Images, cache: Path, extract: FeatureExtractor | None = None
     key = hashlib.sha256(shots.pixels.tobytes() + EXTRACTOR_SHA256.encode()).hexdigest()[:16]
     path = cache / f"features-{key}.npy"
     if not path.exists():
-        found = (extract or FeatureExtractor())(shots.pixels)
+        values = (extract or FeatureExtractor())(shots.pixels)
         partial = path.with_suffix(".part.npy")
-        np.save(partial, found)
+        np.save(partial, values)
         partial.replace(path)
     return np.load(path)
 
 
 def _modern(name: str, known: set[str]) -> str:
-    """The concept that an old drawing shows: the old sets say "lion-face" where Unicode now has "lion"."""
+    """Current name of a concept: the old sets have "lion-face" where Unicode now has "lion"."""
     plain = name.removesuffix("-face")
     return plain if name not in known and plain in known else name
 
 
 def _copies(style: Style, names: list[str], cache: Path) -> set[str]:
-    """Names whose drawing is (nearly) that of a base style, which the judge must not see."""
+    """Names whose image is (nearly) a copy of a base style's, on which the judge must not be trained."""
     own = images((style,), names, cache)
-    found = set()
+    copied = set()
     for base in BASE_STYLES:
         theirs = images((base,), names, cache)
         at = {c: i for i, c in enumerate(theirs.concepts)}
@@ -94,12 +94,12 @@ def _copies(style: Style, names: list[str], cache: Path) -> set[str]:
             if c in at:
                 gap = np.abs(own.pixels[i].astype(int) - theirs.pixels[at[c]].astype(int)).mean()
                 if gap < SAME_DRAWING:
-                    found.add(c)
-    return found
+                    copied.add(c)
+    return copied
 
 
 def training_images(style: Style, cache: Path) -> Images:
-    """The drawings of a judge style, jittered, named by today's concepts."""
+    """The jittered images of a judge style, with current concept names."""
     known = set(concepts())
     names = sorted(n for n in icons(style, cache) if not SKIP.search(n))
     copies = _copies(style, names, cache)
@@ -115,9 +115,9 @@ def _tower(sizes: tuple[int, ...], dropout: float) -> nn.Sequential:
 
 
 def fit(x: np.ndarray, names: list[str], embed: dict[str, np.ndarray], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Train both towers with InfoNCE on features ``x`` ``[N, 1280]`` of images called ``names``.
+    """Train both towers with InfoNCE on features ``x`` ``[N, 1280]`` of images of the concepts ``names``.
 
-    A batch holds distinct concepts, one image each, so that every other row is a true negative.
+    A batch has one image of each of its concepts, so that every other row is a true negative.
     """
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
@@ -157,13 +157,13 @@ def fit(x: np.ndarray, names: list[str], embed: dict[str, np.ndarray], recipe: R
         for place, layer in enumerate(m for m in tower if isinstance(m, nn.Linear)):
             out[f"{side}.{place}.weight"] = layer.weight.detach().numpy()
             out[f"{side}.{place}.bias"] = layer.bias.detach().numpy()
-    # training saw embeddings of unit variance; the stored tower takes them as MiniLM gives them
+    # training used embeddings of unit variance; the stored tower takes MiniLM's unscaled output
     out["text.0.weight"] = out["text.0.weight"] * texts.shape[1] ** 0.5
     return out
 
 
 def train_judge(cache: Path, out: Path, recipe: Recipe | None = None) -> Path:
-    """Train the judge on all ``JUDGE_STYLES``, store it in ``out`` (safetensors, FP16) and its sha256 beside it."""
+    """Train the judge on all ``JUDGE_STYLES``; store it in ``out`` (safetensors, FP16) and its sha256 next to it."""
     recipe = recipe or Recipe()
     extract = FeatureExtractor()
     sets = [training_images(style, cache) for style in JUDGE_STYLES]
@@ -187,7 +187,7 @@ def train_judge(cache: Path, out: Path, recipe: Recipe | None = None) -> Path:
 
 
 def ceiling(judge: Path, cache: Path) -> dict[str, dict[str, object]]:
-    """R@1 and R@5 of the real base-style images, which the judge never saw."""
+    """R@1 and R@5 of the real base-style images, on which the judge was not trained."""
     head = AlignmentHead.load(judge)
     out: dict[str, dict[str, object]] = {}
     for style in BASE_STYLES:

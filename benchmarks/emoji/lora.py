@@ -1,9 +1,9 @@
-"""``python -m benchmarks.emoji.lora``: trains the bundled LoRA, a sepia print of whatever the model draws.
+"""Train the bundled LoRA, which turns all images sepia: ``python -m benchmarks.emoji.lora``.
 
-A real LoRA of the bundled U-Net in diffusers' standard format, so that plugging one in can be shown and tested:
-low-rank updates of the attention blocks' linear layers, trained with the recipe's own denoising loss on sepia versions
-of the images that the base model learned from.  Captions stay as they were, so every prompt comes out sepia.  A few
-minutes on one CPU thread.
+A real LoRA of the bundled U-Net in diffusers' standard format, for demonstrating and testing plugs of LoRAs.  It
+consists of low-rank updates of the attention blocks' linear layers, trained with the recipe's denoising loss on sepia
+versions of the base model's training images.  Captions are unchanged, so images of every prompt become sepia.  Training
+takes a few minutes on one CPU thread.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ INK, PAPER = np.array([58.0, 34.0, 14.0]), np.array([245.0, 230.0, 200.0])
 
 
 def sepia(pixels: np.ndarray) -> np.ndarray:
-    """uint8 ``[N, H, W, 3]`` → the same as brown ink on yellowed paper (ITU-R BT.601 luma)."""
+    """Convert images uint8 ``[N, H, W, 3]`` to brown ink on yellowed paper (ITU-R BT.601 luma)."""
     luma = (pixels.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255.0)[..., None]
     return np.rint(INK + luma * (PAPER - INK)).astype(np.uint8)
 
 
 def train_lora(out: Path, cache: Path, steps: int, batch: int, rank: int, lr: float, command: str) -> dict:
-    """Train, save ``out`` and ``out.json`` beside it; returns what the JSON states."""
+    """Train; save ``out`` and its report as JSON with the same name; return the report."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

@@ -1,4 +1,4 @@
-"""Images with their features, the artists' own images, and what is measured on both."""
+"""Images with their features, the artists' own images, and measurements on both."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
 from .data import BASE_STYLES, FINE_TUNE_STYLES, images, split
 from .sampler import Ask
 
-#: as the ``cpu`` preset renders them, so that its cache serves
+#: same as in the ``cpu`` preset, so that its cache is used
 VARIANTS = 5
 
 
 @dataclass
 class Shots:
-    """Images and their features; kept in one ``.npz`` each, written when whole."""
+    """Images and their features, cached in one ``.npz`` that is written only when complete."""
 
     pixels: np.ndarray
     features: np.ndarray
@@ -40,12 +40,12 @@ class Shots:
 
 
 def real_images(rows: Sequence[Ask], cache: Path, turn: int | None = 0) -> np.ndarray:
-    """The artists' images of the captions, jittered as training saw them; another ``turn``, another jitter.
+    """The artists' images of the captions, jittered as in training; each ``turn`` selects a different jitter.
 
     With ``turn=None`` they are centred.
     """
-    at: dict[tuple[str, str], np.ndarray] = {}
-    # the very sets that training rendered, so that its cache serves
+    variants_of: dict[tuple[str, str], np.ndarray] = {}
+    # the same sets as in training, so that its cache is used
     for group in (BASE_STYLES, *((style,) for style in FINE_TUNE_STYLES)):
         for part in split().values():
             words = {s.word for s in group}
@@ -53,13 +53,13 @@ def real_images(rows: Sequence[Ask], cache: Path, turn: int | None = 0) -> np.nd
                 continue
             shots = images(group, part, cache, VARIANTS)
             for i in range(0, len(shots), VARIANTS):
-                at[shots.concepts[i], shots.styles[i]] = shots.pixels[i : i + VARIANTS]
+                variants_of[shots.concepts[i], shots.styles[i]] = shots.pixels[i : i + VARIANTS]
     which = [0 if turn is None else 1 + (i + turn) % (VARIANTS - 1) for i in range(len(rows))]
-    return np.stack([at[a.concept, a.style][v] for a, v in zip(rows, which, strict=True)])
+    return np.stack([variants_of[a.concept, a.style][v] for a, v in zip(rows, which, strict=True)])
 
 
 def chroma(pixels: np.ndarray) -> float:
-    """Mean strength of colour, 0 (grey) to 1: the spread of each pixel's channels; strong guidance overdoes it."""
+    """Mean strength of colour, 0 (grey) to 1: the spread of each pixel's channels; strong guidance oversaturates."""
     return round(float(np.ptp(pixels.astype(np.int16), axis=-1).mean() / 255), 4)
 
 
@@ -80,7 +80,7 @@ def measure(real: Shots, shots: Shots, rows: Sequence[Ask], head: AlignmentHead)
 
 
 def add_gains(real: Shots, at: dict[float, Shots], by_w: dict[str, Any]) -> None:
-    """Add to each w what it gains over w = 1 on the same captions and noise (paired intervals)."""
+    """Add to each w its gain over w = 1 on the same captions and noise (paired intervals)."""
     first = np.array(by_w["1"]["ranks"])
     for w, shots in at.items():
         if w == 1.0:
@@ -93,7 +93,7 @@ def add_gains(real: Shots, at: dict[float, Shots], by_w: dict[str, Any]) -> None
 
 
 def real_ceiling(rows: Sequence[Ask], real: Shots, again: Shots, head: AlignmentHead) -> dict[str, Any]:
-    """What real images score: the alignment ceiling, and the KID of real to real."""
+    """Scores of real images: the ceiling of alignment, and the KID between two sets of real images."""
     out = measure(real, again, rows, head)
     out["kid_same_captions_other_jitter"] = out.pop("kid")
     if len(rows) >= 4:
@@ -107,7 +107,7 @@ def real_ceiling(rows: Sequence[Ask], real: Shots, again: Shots, head: Alignment
 
 
 def verdict(by_w: dict[str, Any]) -> dict[str, Any]:
-    """Whether some w beats w = 1: by the paired interval, and with the two intervals wholly apart."""
+    """Whether some w beats w = 1: by the paired interval, and with disjoint intervals."""
     out: dict[str, Any] = {}
     for name, better in (("kid", min), ("R@1", max), ("R@5", max)):
         best = better(by_w, key=lambda w: by_w[w][name]["value"])

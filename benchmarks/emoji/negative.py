@@ -1,8 +1,8 @@
 """Negative prompts by a sharpener of the text states, against CFG with the same negative prompts.
 
-``python -m benchmarks.emoji.negative --guide FOLDER`` samples, from the same captions, negative prompts and noise: CFG
-with the negative prompts, a guide with its sharpener, and the guide without it, which cannot read them.  The distances
-to CFG's images are paired by image.
+``python -m benchmarks.emoji.negative --guide FOLDER`` samples CFG with negative prompts, a guide with its sharpener,
+and the guide without it, which cannot read negative prompts, from the same captions and noise.  The distances to CFG's
+images are paired by image.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ CFG, WITH, WITHOUT = "cfg", "sharpener", "without"
 
 @torch.no_grad()
 def sample(sampler: Sampler, guide: Any, images: int, steps: int, w: float, batch: int = 16) -> dict[str, Any]:
-    """uint8 ``[N, H, W, 3]`` of each method; the negative prompt of a caption is the one half a set further."""
+    """Images uint8 ``[N, H, W, 3]`` by method; each caption's negative prompt is the caption half a set further."""
     rows = captions("train", images)
     avoided = rows[images // 2 :] + rows[: images // 2]
     plain, guided = (Network(sampler.unet, g, FLOAT32, False, batch) for g in (None, guide))
-    schedule, made = sampler.schedule(steps), {name: [] for name in (CFG, WITH, WITHOUT)}
+    schedule, pixels = sampler.schedule(steps), {name: [] for name in (CFG, WITH, WITHOUT)}
     size = sampler.unet.config.sample_size
     for i in range(0, images, batch):
         some, others = rows[i : i + batch], avoided[i : i + batch]
@@ -61,18 +61,18 @@ def sample(sampler: Sampler, guide: Any, images: int, steps: int, w: float, batc
             (CFG, plain, text, negative), (WITH, guided, sharp, empty), (WITHOUT, guided, text, empty),
         ):  # fmt: skip
             how = Guidance("cfg" if name == CFG else "guided", w)
-            made[name].append(sampler.decode(denoise(network, schedule, x, states, nothing, how)))
-    return {name: np.concatenate(parts) for name, parts in made.items()}
+            pixels[name].append(sampler.decode(denoise(network, schedule, x, states, nothing, how)))
+    return {name: np.concatenate(parts) for name, parts in pixels.items()}
 
 
-def compared(found: dict[str, Any], extract: Any) -> dict[str, Any]:
-    """Distances to CFG's images, and what the sharpener gains over none, paired by image."""
-    features = {name: extract(pixels) for name, pixels in found.items()}
+def compared(images: dict[str, Any], extract: Any) -> dict[str, Any]:
+    """Distances to CFG's images, and the sharpener's gain, paired by image."""
+    features = {name: extract(pixels) for name, pixels in images.items()}
     out: dict[str, Any] = {}
     each: dict[str, Any] = {}
     for name in (WITH, WITHOUT):
         each[name] = {
-            "psnr_db": fidelity.psnr(found[name], found[CFG]),
+            "psnr_db": fidelity.psnr(images[name], images[CFG]),
             "feature_cosine": fidelity.cosine(features[name], features[CFG]),
         }  # fmt: skip
         out[name] = {k: fidelity.mean(v).as_dict() for k, v in each[name].items()}
@@ -81,7 +81,7 @@ def compared(found: dict[str, Any], extract: Any) -> dict[str, Any]:
 
 
 def measure(guide: Path, results: Path, images: int, steps: int, device: str, command: str) -> dict[str, Any]:
-    """Sample and measure; writes ``results`` and returns what it holds.
+    """Sample and measure; write the record to ``results`` and return it.
 
     Raises:
         InputError: for a guide without a sharpener, or fewer than 4 images.
@@ -90,8 +90,8 @@ def measure(guide: Path, results: Path, images: int, steps: int, device: str, co
         raise InputError(f"images must be at least 4, got {images}")
     loaded = load_guide(str(guide)).to(device)
     if loaded.sharpener is None:
-        raise InputError(f"{guide} has no sharpener; make one with: pnp-trt distill guidance --sharpen emoji-tiny")
-    told, begun = machine(command), time.monotonic()
+        raise InputError(f"{guide} has no sharpener; train one with: pnp-trt distill guidance --sharpen emoji-tiny")
+    facts, begun = machine(command), time.monotonic()
     sampler, extract = Sampler(resolve(TEACHER).folder, device=device), FeatureExtractor(device)
     rows = [
         {"w": w, **compared(sample(sampler, loaded, images, steps, w), extract)} for w in SCALES
@@ -99,7 +99,7 @@ def measure(guide: Path, results: Path, images: int, steps: int, device: str, co
     report = guide / "distill.json"
     document = {
         "schema": SCHEMA,
-        "provenance": told | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},
+        "provenance": facts | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},
         "settings": {"images": images, "steps": steps, "device": device, "sampler": "DDIM, eta 0",
                      "seconds": round(time.monotonic() - begun, 1)},
         "guide": json.loads(report.read_text()) if report.is_file() else None,
@@ -125,10 +125,10 @@ def main(arguments: list[str] | None = None) -> None:
         words = ["python", "-m", "benchmarks.emoji.negative", "--guide", relative(folder)]
         words += ["--images", str(a.images), "--steps", str(a.steps)]
         words += ["--device", a.device] if a.device != "cpu" else []
-        found = measure(folder, a.json, a.images, a.steps, a.device, shlex.join(words))
+        document = measure(folder, a.json, a.images, a.steps, a.device, shlex.join(words))
     except InputError as error:
         parser.error(str(error))
-    print(json.dumps(found["rows"], indent=1))
+    print(json.dumps(document["rows"], indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A U-Net, alone or with a guide, made fast for thousands of evaluations: bfloat16 and compiled, where it may be.
+"""A U-Net, with or without a guide, made fast for thousands of evaluations: bfloat16 and compiled if possible.
 
-On a processor that multiplies bfloat16 itself, a frozen compiled bfloat16 U-Net is several times faster than the
-float32 one.  It is used only if its images cannot be told from float32's; the record states what was measured.
+On a processor with bfloat16 instructions, a frozen compiled bfloat16 U-Net is several times faster than the float32
+one.  It is used only if its images are indistinguishable from float32's; the record contains the measurements.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLOAT32, BFLOAT16, MIXED = "float32", "bfloat16", "bfloat16, guide in float32"
 
 
 class _Plain(nn.Module):
-    """A U-Net with the student's calling convention; it has no use for w."""
+    """A U-Net with the student's calling convention; w is ignored."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Plain(nn.Module):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors inside tuples, lists and dataclasses in another dtype."""
+    """Convert floating-point tensors inside tuples, lists and dataclasses to another dtype."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple | list):
@@ -60,7 +60,7 @@ def _in_float32(guide: Any) -> Any:
 
 
 def _module(unet: Any, guide: Any | None, precision: str) -> nn.Module:
-    """The pass as one module of its own copies, weights in ``precision``."""
+    """The evaluation as one module, with copies of the weights in ``precision``."""
     unet, guide = copy.deepcopy(unet), copy.deepcopy(guide)
     if precision != FLOAT32:
         unet = unet.to(torch.bfloat16)
@@ -73,20 +73,20 @@ def _module(unet: Any, guide: Any | None, precision: str) -> nn.Module:
 
 
 class Network:
-    """One pass of a U-Net (and guide) for any number of images: float32 in and out.
+    """One evaluation of a U-Net (and guide) for any number of images, with float32 inputs and outputs.
 
-    A compiled network takes batches of one size only: more images go in several, the last one padded.
+    A compiled network takes batches of one size only, so images are split into batches, and the last one is padded.
 
     Args:
         unet, guide: in float32; copies of both are kept.
         precision: ``float32``, ``bfloat16``, or ``bfloat16, guide in float32``.
-        compiled: through ``torch.compile``, which costs a minute at the first pass.
+        compiled: through ``torch.compile``, which takes a minute at the first evaluation.
     """
 
     def __init__(self, unet: Any, guide: Any | None, precision: str, compiled: bool, batch: int = BATCH) -> None:
         self.precision, self.batch = precision, batch
         self.module = _module(unet, guide, precision)
-        #: why the network runs eager though it should have been compiled
+        #: why the network runs eager although it should have been compiled
         self.trouble: str | None = None
         self._run: Callable[..., Tensor] = torch.compile(self.module, dynamic=False) if compiled else self.module
         self.compiled = compiled
@@ -106,29 +106,29 @@ class Network:
 
     def _pass(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
         dtype = torch.float32 if self.precision == FLOAT32 else torch.bfloat16
-        given = (x.to(dtype).contiguous(memory_format=torch.channels_last), t, text.to(dtype).contiguous(), w)
+        inputs = (x.to(dtype).contiguous(memory_format=torch.channels_last), t, text.to(dtype).contiguous(), w)
         if not self.compiled:
-            return self.module(*given).float()
+            return self.module(*inputs).float()
         import torch._inductor.config as inductor
 
         try:
             # frozen weights are constants, which oneDNN packs once; dynamo reads the setting too, so it is global
             with inductor.patch(freezing=True), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return self._run(*given).float()
-        except Exception as error:  # no compiler, or whatever the compiler cannot do: eager gives the same images
+                return self._run(*inputs).float()
+        except Exception as error:  # no compiler, or unsupported by it: eager gives the same images
             self.compiled, self.trouble = False, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            return self.module(*given).float()
+            return self.module(*inputs).float()
 
 
 def settle(
     unet: Any, guide: Any | None, draw: Callable[[Predict], np.ndarray], batch: int = BATCH, compiled: bool = True
 ) -> tuple[Network, dict[str, Any]]:
-    """The fastest network whose images agree with eager float32's, and the record of how that was found.
+    """The fastest network whose images agree with eager float32's, and the record of the choice.
 
     Args:
-        draw: samples a few images (uint8 ``[N, H, W, 3]``) with a given pass, at the strongest guidance in use.
-        compiled: False keeps to eager.
+        draw: samples a few images (uint8 ``[N, H, W, 3]``) with a network, at the strongest guidance in use.
+        compiled: whether networks may be compiled.
     """
     record: dict[str, Any] = {"precision": FLOAT32, "compiled": False, "psnr_db": {}, "trouble": None}
     if next(unet.parameters()).device.type != "cpu" or not multiplies("bfloat16"):

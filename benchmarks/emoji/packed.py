@@ -1,4 +1,4 @@
-"""``python -m benchmarks.emoji.packed``: build the bundles that the package ships, and store them without weights.
+"""Build the bundles that the package ships, and store them without weights: ``python -m benchmarks.emoji.packed``.
 
 Run it whenever the bundled model, its guide or the export changes; ``tests/bundle/test_packed.py`` fails until then.
 """
@@ -22,7 +22,7 @@ from pnp_trt.bundle.store import read_manifest
 from pnp_trt.io.files import make_folder, whole_folder
 
 BASE = "emoji"
-#: files of a bundle that are files of the bundled model
+#: files of a bundle that are copies of the bundled model's files
 COPIES = {"tokenizer.json": f"{BASE}/tokenizer/tokenizer.json"}
 #: source of a weight → its checkpoint
 CHECKPOINTS = {

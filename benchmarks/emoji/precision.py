@@ -1,12 +1,12 @@
-"""What a precision costs on the bundled model: parity, size and seconds of every bundle, and the images themselves.
+"""Measure precisions on the bundled model: parity, size and build time of every bundle, and quality of its images.
 
-Three parts, each kept as soon as it is there, so that a killed run continues:
+Three parts, each written as soon as it is complete, so that a killed run continues:
 
-- bundles: fp32, fp16, int8, int8-weights and fp8 for ONNX Runtime; the same but fp32 as TensorRT-RTX engines for
-  four GPUs, compiled here, not run.
-- images: 512 of each precision from the same noise; EfficientNet-KID and alignment, and what is lost against fp32,
-  paired, with intervals.  float16 is run with every result rounded to float16, as a GPU rounds it; ONNX Runtime's CPU
-  provider would compute in float32.
+- bundles: fp32, fp16, int8, int8-weights and fp8 for ONNX Runtime; the same without fp32 as TensorRT-RTX engines for
+  four GPUs, compiled but not run.
+- images: 512 of each precision from the same noise; EfficientNet-KID and alignment, and paired differences from fp32
+  with intervals.  float16 is run with every result rounded to float16, as on a GPU; ONNX Runtime's CPU provider would
+  compute in float32.
 - speed: one U-Net evaluation on ONNX Runtime's CPU provider, interleaved, as ratios to fp32.
 
     python -m benchmarks.emoji.precision            # benchmarks/results/emoji-precision.json
@@ -45,12 +45,12 @@ from .runner import captions
 SCHEMA = "pnp-trt/emoji-precision/2"
 TARGETS = ("sm_75", "sm_86", "sm_89", "sm_120")
 BATCH = 16
-#: of a manifest's words on INT8
+#: keys of a manifest's INT8 section that are recorded
 TOLD = ("layers", "share_of_macs", "latent_error", "decision", "kept")
 
 
 def specs(home: Path, guide: str) -> list[BuildSpec]:
-    """All bundles; the recipe and the backend name the folder."""
+    """Specs of all bundles; folders are named after backend, recipe and target."""
     ort = [("onnxruntime", p, None) for p in ("fp32", "fp16", "int8", "int8-weights", "fp8")]
     rtx = [("tensorrt-rtx", p, t) for p in ("fp16", "int8", "int8-weights") for t in TARGETS]
     rtx += [("tensorrt-rtx", "fp8", t) for t in TARGETS if int(t.removeprefix("sm_")) >= 89]
@@ -61,7 +61,7 @@ def specs(home: Path, guide: str) -> list[BuildSpec]:
 
 
 def bundle_row(folder: Path) -> dict[str, Any]:
-    """What a bundle's manifest states of it."""
+    """Parity, sizes, times and memory of a bundle, from its manifest."""
     m = read_manifest(folder)
     unet = m.networks["unet"]
     size = {k: sum(f.size for n, f in m.files.items() if n.startswith(k)) for k in ("unet.onnx", "unet.engine")}
@@ -84,13 +84,13 @@ class AsWritten(Network):
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # keeps casts that are written
-        made = rounded_at_every_node(path)
-        assert made is not None
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # keeps the graph's casts
+        rounded_graph = rounded_at_every_node(path)
+        assert rounded_graph is not None
         try:
-            self._session = ort.InferenceSession(str(made), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(rounded_graph), options, providers=["CPUExecutionProvider"])
         finally:
-            made.unlink()
+            rounded_graph.unlink()
 
     def describe(self) -> Description:
         return Description({}, {}, "cpu")
@@ -105,7 +105,7 @@ class _Held(Bound):
         self._session, self._inputs, self._out = session, {}, np.empty(0)
 
     def write(self, **inputs: np.ndarray) -> None:
-        # copied: the loop writes its inputs anew in place
+        # copied, because the loop overwrites its inputs in place
         self._inputs |= {name: np.array(value) for name, value in inputs.items()}
 
     def run(self) -> None:
@@ -125,14 +125,14 @@ def sample(folder: Path, rows: Any, steps: int | None, w: float, as_written: boo
     out = []
     for i in range(0, len(rows), BATCH):
         part = rows[i : i + BATCH]
-        found = pipeline([a.prompt for a in part], seed=[a.seed for a in part], steps=steps, guidance=w)
-        out += [p.pixels for p in found]
+        generated = pipeline([a.prompt for a in part], seed=[a.seed for a in part], steps=steps, guidance=w)
+        out += [p.pixels for p in generated]
         tell(len(out))
     return np.stack(out)
 
 
 def speed(home: Path, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of one pass, interleaved round by round, and the ratio to fp32 of the same round."""
+    """Milliseconds of one evaluation, interleaved by round, and the ratio to fp32 in the same round."""
     names = ("fp32", "fp16", "int8", "int8-weights", "fp8")
     rows = []
     for batch in (1, 4):
@@ -177,8 +177,8 @@ def main() -> None:
     add("--json", type=Path, default=Path("benchmarks/results/emoji-precision.json"))
     a = parser.parse_args()
     home = a.cache / "precision"
-    held: dict[str, Any] = read(a.json) if a.json.is_file() else {}
-    held |= {
+    document: dict[str, Any] = read(a.json) if a.json.is_file() else {}
+    document |= {
         "schema": SCHEMA,
         "provenance": machine(shlex.join(["python", "-m", "benchmarks.emoji.precision", *sys.argv[1:]])),
     }
@@ -188,18 +188,18 @@ def main() -> None:
             print(f"build {spec.folder().name}", file=sys.stderr)
             build(spec)
     if "bundles" in parts:
-        held["bundles"] = [bundle_row(s.folder()) for s in specs(home, a.guide)]
-        write_json(a.json, held)
+        document["bundles"] = [bundle_row(s.folder()) for s in specs(home, a.guide)]
+        write_json(a.json, document)
     if "images" in parts:
-        held["images"] = judged(a, home)
-        write_json(a.json, held)
+        document["images"] = judged(a, home)
+        write_json(a.json, document)
     if "speed" in parts:
-        held["speed"] = {"device": "ONNX Runtime's CPU provider", "rows": speed(home, a.rounds)}
-        write_json(a.json, held)
+        document["speed"] = {"device": "ONNX Runtime's CPU provider", "rows": speed(home, a.rounds)}
+        write_json(a.json, document)
 
 
 def judged(a: argparse.Namespace, home: Path) -> dict[str, Any]:
-    """KID, alignment and distance of every precision's images, and what each gains or loses against fp32's."""
+    """KID and alignment of every precision's images, and their distance from and gain over fp32's."""
     rows = captions("train", a.images)
     concepts = [r.concept for r in rows]
     extract, head = FeatureExtractor(), AlignmentHead.load(a.judge)

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (rows of a table cannot be wrapped)
-"""docs/precision.md from benchmarks/results/emoji-precision.json: ``python -m benchmarks.emoji.precision_report``."""
+"""Write docs/precision.md from the record emoji-precision.json: ``python -m benchmarks.emoji.precision_report``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ RESULTS = Path("benchmarks/results/emoji-precision.json")
 OUT = Path("docs/precision.md")
 HEAD = """# Precision: FP32, FP16, BF16, INT8
 
-A recipe is chosen with `pnp-trt build --precision NAME`. Types are in the graph and nowhere else, so a recipe means the
+A recipe is chosen with `pnp-trt build --precision NAME`. Types are stored only in the graph, so a recipe means the
 same on every backend. Every network is compared with PyTorch in float32 before a bundle is written.
 
 | recipe | weights and arithmetic | limit of the relative error |
 | --- | --- | ---: |
 | `fp32` | float32; TF32 is off | 1e-4 |
-| `fp16` | float16; sinusoids and the statistics of norms in float32; the VAE decoder falls back to bfloat16 (sm_80 and newer), then float32, where float16 is too far off, and the manifest records it; that float32 is TensorFloat-32 on TensorRT | 5e-3 |
+| `fp16` | float16; sinusoids and the statistics of norms in float32; the VAE decoder falls back to bfloat16 (sm_80 and newer), then float32, if float16's error is too large, and the manifest records it; this float32 is TensorFloat-32 on TensorRT | 5e-3 |
 | `bf16` | bfloat16, likewise (TensorRT) | 4e-2 |
 | `int8` | W8A8 in the U-Net layers that the calibration record chooses: symmetric, a scale for each output channel of a weight and one for an input, explicit Q/DQ; the rest in float16 (float32 on ONNX Runtime, whose CPU provider has no float16 kernels). On TensorRT-RTX one scale for a weight, which it fuses with bias and residual; the projections into and out of transformer blocks and behind attentions stay in float there, as their fused forms are lost in 8 bits | 1e-1 |
-| `int8-weights` | the U-Net's and the guide's weights stored in INT8 and computed in float16; needs no record. Smaller files and slower steps: TensorRT-RTX widens every weight in a kernel of its own | 5e-2 |
-| `fp8` | W8A8 in E4M3 in the layers that the same record allows, less those projections: one scale for an input and one for a weight, which TensorRT-RTX fuses with the bias; for sm_89 and newer; ONNX Runtime rounds and computes in float32 | 1e-1 |
+| `int8-weights` | the U-Net's and the guide's weights stored in INT8 and computed in float16; needs no record. Smaller files and slower steps: TensorRT-RTX converts every weight in a separate kernel | 5e-2 |
+| `fp8` | W8A8 in E4M3 in the layers that the same record allows, except those projections: one scale for an input and one for a weight, which TensorRT-RTX fuses with the bias; for sm_89 and newer; ONNX Runtime rounds and computes in float32 | 1e-1 |
 
 ## Calibration
 
     pnp-trt calibrate --base emoji                 # writes calibration/emoji-tiny.int8.json
-    pnp-trt build --base emoji --precision int8    # finds it there
+    pnp-trt build --base emoji --precision int8    # uses this record
     pnp-trt build --base emoji --precision fp8 --backend tensorrt-rtx --target sm_89    # the same record
 
 `calibrate` generates images of `calibration/emoji-prompts.txt` (or of your `--prompts`) in PyTorch with the guide, at all
@@ -36,9 +36,9 @@ value, three percentiles (NVIDIA Model Optimizer's histograms), the largest valu
 linear layers the largest value of each channel. Then it measures the prediction's error in a sweep: with all layers of a
 kind in INT8, by each method (SmoothQuant's factors are powers of two, so that scaling by them adds no rounding); with each
 layer alone in INT8; and with more and more of the most sensitive layers left in floating point, until the error on states
-that were not calibrated on is below `--limit`. The record has one readable line for each layer. It belongs to one base and
-one guide; a build refuses it for another. An interrupted run continues, and another `--limit` is decided from the record
-in seconds.
+that were not used for calibration is below `--limit`. The record has one readable line for each layer. It belongs to
+one base and one guide; a build refuses it for another. An interrupted run continues, and a different `--limit` is
+applied to the record in seconds.
 
 The tiny guide stays in floating point: it is a fiftieth of the arithmetic and all of the guidance. A full guide is
 quantised with the U-Net, except for the part that runs once per image. `--layer PATTERN` chooses other layers. `--probes
@@ -76,18 +76,18 @@ def bundles(rows: list[dict[str, Any]]) -> list[str]:
             f"| {r['backend']} | {r['precision']} | {r['target']} | {r['parity']['unet']:.1e} | "
             f"{r['unet_graph_bytes'] / 2**20:.1f} | {engine} | {r['build_seconds']:.0f} | {seconds} |"
         )
-    told = next((r["int8"] for r in rows if r["precision"] == "int8"), None)
-    if told:
+    int8_record = next((r["int8"] for r in rows if r["precision"] == "int8"), None)
+    if int8_record:
         out += [
-            "", f"`int8` quantises {told['layers']} layers with {percent(told['share_of_macs'])} of the U-Net's arithmetic. "
+            "", f"`int8` quantises {int8_record['layers']} layers with {percent(int8_record['share_of_macs'])} of the U-Net's arithmetic. "
             f"Error against the number of layers left in floating point (the record's sweep; the choice is in bold):", "",
             "| layers left in floating point | arithmetic in INT8 | error of the prediction |", "| ---: | ---: | ---: |",
         ]  # fmt: skip
-        chosen = len(told["decision"]["float"])
-        for k in told["kept"]:
+        chosen = len(int8_record["decision"]["float"])
+        for k in int8_record["kept"]:
             cells = [str(k["kept"]), percent(k["int8_macs"]), f"{100 * k['error']:.2f} %"]
             out.append("| " + " | ".join(f"**{c}**" if k["kept"] == chosen else c for c in cells) + " |")
-        out += ["", f"With this choice the final latents differ by {percent(told['latent_error'])}."]
+        out += ["", f"With this choice the final latents differ by {percent(int8_record['latent_error'])}."]
     return out
 
 
@@ -135,11 +135,11 @@ def speed(s: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    held = read(RESULTS)
+    document = read(RESULTS)
     lines = [HEAD.rstrip()]
     for name, part in (("bundles", bundles), ("images", images), ("speed", speed)):
-        lines += part(held[name]) if name in held else []
-    p = held["provenance"]
+        lines += part(document[name]) if name in document else []
+    p = document["provenance"]
     lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `make precision`, the last part by "
               f"`{p['command']}`, on {p['date'][:10]} "
               f"({p['device']['processor']}); written by `python -m benchmarks.emoji.precision_report`.", ""]  # fmt: skip

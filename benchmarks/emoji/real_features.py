@@ -1,8 +1,7 @@
-"""The real images' features that `pnp-trt bench` compares the bundled model with, made into an asset.
+"""Write the features of real images that `pnp-trt bench` compares the bundled model with.
 
-The artists' images come from npm packages and are not shipped; EfficientNet-KID needs their features alone.  They are
-stored in float16 with the captions whose images they are, so that bench samples the same captions and compares like
-with like.
+The artists' images come from npm packages and are not shipped; EfficientNet-KID needs only their features.  They are
+stored in float16 together with the images' captions, so that bench samples the same captions.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def main() -> None:
     rows = captions("train", args.images)
     features = fidelity.FeatureExtractor()(real_images(rows, args.cache, 0))
     half = features.astype(np.float16)
-    # what the rounding does to the measure, at the bundled model's own distances: real halves against each other
+    # effect of the rounding on KID, measured between two halves of the real images
     first, second = slice(0, None, 2), slice(1, None, 2)
     exact = fidelity.kid(features[first], features[second], draws=1).value
     off = abs(fidelity.kid(half[first].astype(np.float32), features[second], draws=1).value - exact)
@@ -50,7 +49,7 @@ def main() -> None:
         "kid_changed_by_float16": f"{off:.2e}",
     }
     write_bytes(save({"features": half}, about), args.out)
-    print(f"{args.out}: {half.shape[0]} images; float16 moves KID by {off:.1e} (of {exact:.4f})")
+    print(f"{args.out}: {half.shape[0]} images; float16 changes KID by {off:.1e} (of {exact:.4f})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Samples the cells of the tables, each set of images once, and keeps them so that a killed run continues."""
+"""Samples each set of images of the tables once, and caches it so that a killed run continues."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from .network import Network, settle
 from .sampler import BATCH, SCALES, Ask, Guidance, Sampler, asks
 
 GUIDES = ("tiny", *(f"tiny-{s}" for s in STAGE2_STEPS), "full")
-#: noise sets lie this far apart, farther than any set is long
+#: distance between the seeds of two noise sets, larger than any set
 SEED_STRIDE = 100_000
-#: steps at which a network's precision is tried, where its guide is not made for fewer
+#: steps of the trial that chooses a network's precision, unless its guide was trained for fewer
 TRIAL_STEPS = 20
 
 
@@ -41,11 +41,13 @@ def find_guides(folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:
     """``({name: folder}, {name: why it is missing})``; without a folder, the guides shipped with the package.
 
     Raises:
-        InputError: if ``folder`` is given and is none.
+        InputError: if ``folder`` is given but is not a folder.
     """
     if folder is not None and not folder.is_dir():
-        raise InputError(f"--guides {folder} is not a folder; give one that holds {', '.join(GUIDES)}, or some of them")
-    found, missing = {}, {}
+        raise InputError(
+            f"--guides {folder} is not a folder; give a folder that contains {', '.join(GUIDES)}, or some of them"
+        )
+    folders, missing = {}, {}
     for name in GUIDES:
         try:
             path = guide_folder(f"emoji-{name}") if folder is None else folder / name
@@ -53,14 +55,14 @@ def find_guides(folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:
             missing[name] = f"there is no bundled guide {name!r}"
             continue
         if (path / "config.json").is_file():
-            found[name] = path
+            folders[name] = path
         else:
             missing[name] = f"the guides' folder holds no {name!r}"
-    return found, missing
+    return folders, missing
 
 
 def captions(name: str, images: int) -> list[Ask]:
-    """The asks of a captions set, first noise: ``images`` trained captions; of held-out ones all there are."""
+    """Captions and seeds of a captions set, first noise set: ``images`` trained captions, or all held-out ones."""
     parts = split()
     if name in FINE_TUNES:
         return asks(parts["train"], [STYLES[name.removeprefix("emoji-")]], images)
@@ -70,13 +72,13 @@ def captions(name: str, images: int) -> list[Ask]:
 
 
 class Runner:
-    """Samples cells, each set of images once, and keeps them.
+    """Samples each set of images of the cells once, and caches it.
 
     Args:
-        bases: U-Nets by name; the one named ``emoji`` gives text encoder, decoder and schedule to all.
+        bases: U-Nets by name; text encoder, decoder and schedule are those of ``emoji``.
         guides: guides' folders by name.
-        compiled: False keeps to eager networks.
-        device: ``cpu`` or ``cuda``, where networks are float32 and eager.
+        compiled: whether networks may be compiled.
+        device: ``cpu`` or ``cuda``; on the latter, networks are float32 and eager.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Runner:
         self.sampler = Sampler(bases[TEACHER].folder, device=device)
         self.guides = {name: load_guide(str(path)).to(device) for name, path in guides.items()}
         for guide in self.guides.values():
-            Student(self.sampler.unet, guide)  # refuses a guide of another shape before hours are spent
+            Student(self.sampler.unet, guide)  # rejects a guide of a different shape before hours of work
         self.guide_hashes = {
             name: {p.name: sha256(p) for p in (path / "config.json", *sorted(path.glob("*.safetensors")))}
             for name, path in guides.items()
@@ -99,7 +101,7 @@ class Runner:
         self._network: tuple[str, Network] | None = None
         self._real: dict[str, Shots] = {}
 
-    # ------------------------------------------------------------------------------------------- what a cell is
+    # ------------------------------------------------------------------------------------------- cells
 
     def rows(self, cell: Cell) -> list[Ask]:
         return [replace(a, seed=a.seed + SEED_STRIDE * cell.seed) for a in captions(cell.captions, self.images)]
@@ -108,11 +110,11 @@ class Runner:
         return cell.guidance(self.best.get((cell.steps, cell.w)))
 
     def guidance_open(self, cell: Cell) -> bool:
-        """Whether the sweep still has to decide the cell's interval."""
+        """Whether the sweep has yet to determine the cell's interval."""
         return cell.interval == BEST and (cell.steps, cell.w) not in self.best
 
     def evaluations(self, cell: Cell) -> int:
-        """U-Net evaluations per image; before the sweep is done, of the longest interval."""
+        """U-Net evaluations per image; before the sweep, those of the longest interval."""
         schedule = self.sampler.schedule(cell.steps)
         if self.guidance_open(cell):
             return max(cell.guidance(name).evaluations(schedule) for name in INTERVALS)
@@ -122,7 +124,7 @@ class Runner:
         return [self.bases[cell.base].fingerprint(), self.guide_hashes[cell.guide] if cell.guide else None]
 
     def key(self, cell: Cell) -> str:
-        """Name of the cell's images; what the same weights and settings make has one name in all tables."""
+        """Name of the cell's images, which is the same in all tables for the same weights and settings."""
         how = self.guidance(cell)
         rows = [astuple(a) for a in self.rows(cell)]
         settings = [
@@ -139,12 +141,12 @@ class Runner:
     # --------------------------------------------------------------------------------------------------- networks
 
     def network(self, cell: Cell) -> Network:
-        """The cell's U-Net and guide, compiled; the last one is kept, others would fill the memory."""
+        """The cell's U-Net and guide, compiled; only the last network is kept, to save memory."""
         name = cell.network
         if self._network is not None and self._network[0] == name:
             return self._network[1]
         self._network = None
-        # compiled code of the network before; dynamo gives up compiling one class after eight instances
+        # drop the previous network's compiled code; dynamo stops compiling a class after eight instances
         torch._dynamo.reset()
         gc.collect()
         unet = self.bases[cell.base].unet().to(self.device)
@@ -172,7 +174,7 @@ class Runner:
         return self.folder / f"network-{digest(what)[:16]}.json"
 
     def record(self, cell: Cell) -> dict[str, Any] | None:
-        """How the cell's network was chosen, if it was."""
+        """Record of how the cell's network was chosen, or None."""
         path = self._record_file(cell)
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -182,7 +184,7 @@ class Runner:
         return (self.folder / f"{self.key(cell)}.npz").is_file()
 
     def shots(self, cell: Cell, tick: Any = None) -> Shots:
-        """The cell's images and features; sampled if they are not there."""
+        """The cell's images and features, sampled unless they are cached."""
 
         def make() -> np.ndarray:
             schedule = self.sampler.schedule(cell.steps)
@@ -193,7 +195,7 @@ class Runner:
         return Shots.cached(self.folder / f"{self.key(cell)}.npz", make, self.extract)
 
     def real(self, name: str, turn: int = 0) -> Shots:
-        """The artists' images of a captions set; they are the same for all noises."""
+        """The artists' images of a captions set, which are the same for all noise sets."""
         rows = captions(name, self.images)
         key = digest(["real", turn, [astuple(a) for a in rows]])[:16]
         if key not in self._real:
@@ -202,7 +204,7 @@ class Runner:
         return self._real[key]
 
     def decide(self, cells: Sequence[Cell]) -> None:
-        """The best interval by steps and w: lowest KID of the sweep, if all of it is there."""
+        """Determine the best interval by steps and w, the one with the lowest KID, if the sweep is complete."""
         for steps, w in {(c.steps, c.w) for c in cells if c.interval == BEST}:
             sweep = [c for c in cells if c.captions == SWEEP and (c.steps, c.w) == (steps, w)]
             if (steps, w) in self.best or not sweep or not all(self.cached(c) for c in sweep):
@@ -212,11 +214,11 @@ class Runner:
             self.best[steps, w] = min(kids, key=lambda name: kids[name])
 
     def sample(self, cells: Sequence[Cell]) -> None:
-        """Sample all that is missing, with one bar over everything, in U-Net evaluations."""
+        """Sample all missing images, with one progress bar in U-Net evaluations."""
         self.decide(cells)
         jobs: dict[str, Cell] = {}
         for cell in cells:
-            # the best interval has no name before the sweep; by then it may turn out to be there
+            # the best interval is unknown before the sweep; its images may then turn out to be cached
             jobs.setdefault(str(astuple(cell)) if self.guidance_open(cell) else self.key(cell), cell)
         work = {name: len(self.rows(c)) * self.evaluations(c) for name, c in jobs.items()}
         done = {name for name in jobs if (self.folder / f"{name}.npz").is_file()}

@@ -1,7 +1,7 @@
 """Batched sampling for measurements: no guidance, CFG, CFG on an interval, or a guide, by coefficient tables.
 
-Each image starts from its own seed and captions repeat no text pass, so an image does not depend on its batch.
-The U-Net is any function of (latents, timesteps, text, w); ``network.py`` makes fast ones.
+Each image starts from its own seed, so it does not depend on its batch, and each caption is encoded only once.
+The U-Net is any function of (latents, timesteps, text, w); ``network.py`` provides fast ones.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .free import RULES, Evaluate, Predict
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 BATCH = 64
-#: bfloat16 is used only where its images differ from float32's by less than this (mean PSNR, dB)
+#: bfloat16 is used only if its images have at least this mean PSNR (dB) to float32's
 SAME_TO_THE_EYE = 30.0
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One image to make: what, in whose style, from which noise."""
+    """One image to generate: its concept, style and seed."""
 
     concept: str
     style: str
@@ -46,7 +46,7 @@ class Ask:
 
 
 def asks(concepts: Sequence[str], styles: Sequence[Style], count: int) -> list[Ask]:
-    """``count`` captions, round-robin over shuffled concepts and styles; the second pass swaps the styles."""
+    """``count`` captions, round-robin over shuffled concepts and styles; the second round swaps the styles."""
     order = list(concepts)
     random.Random(0).shuffle(order)
     n, s = len(order), len(styles)
@@ -64,11 +64,11 @@ class Guidance:
     Attributes:
         kind: ``none`` (the conditional prediction), ``cfg`` (two evaluations), ``interval`` (two evaluations inside an
             interval of timesteps, the conditional prediction outside: Kynkäänniemi et al. 2024, "Applying guidance
-            in a limited interval improves sample and distribution quality", eq. 5), ``guided`` (a guide, one pass), or
-            a key of :data:`~.free.RULES`.
-        w: the scale; ``none`` has none.
-        interval: first and last guided timestep (t_low, t_high), both guided; ``interval`` alone has one.
-        every: period of the rules that have one.
+            in a limited interval improves sample and distribution quality", eq. 5), ``guided`` (one evaluation with a
+            guide), or a key of :data:`~.free.RULES`.
+        w: the scale; unused by ``none``.
+        interval: first and last guided timestep (t_low, t_high), both guided; only for ``interval``.
+        every: period of the periodic rules.
     """
 
     kind: str
@@ -78,18 +78,20 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if self.kind not in (*KINDS, *RULES):
-            raise InputError(f"the guidance kind is {self.kind!r}; known: {', '.join((*KINDS, *RULES))}")
+            raise InputError(f"unknown guidance kind {self.kind!r}; available: {', '.join((*KINDS, *RULES))}")
         periodic = self.kind in RULES and RULES[self.kind].periodic
         if periodic != (self.every is not None) or (self.every is not None and self.every < 1):
             raise InputError(
-                f"guidance {self.kind!r} with every {self.every}: cached and anchors take a number of steps from 1, "
-                "the others none"
+                f"guidance {self.kind!r} with every = {self.every}: cached and anchors need every of at least 1, and "
+                "the other kinds take none"
             )
         if (self.kind == "interval") != (self.interval is not None):
-            raise InputError(f"guidance {self.kind!r} with interval {self.interval}: 'interval' alone takes one")
+            raise InputError(
+                f"guidance {self.kind!r} with interval {self.interval}: only 'interval' takes one, and needs it"
+            )
 
     def twice(self, schedule: Schedule) -> np.ndarray:
-        """bool ``[steps]``: which steps take two evaluations.  At w = 1 the unguided pass has no weight: none does."""
+        """bool ``[steps]``: which steps take two evaluations; none at w = 1, where the unguided one has no weight."""
         t = schedule.timesteps
         if self.w == 1.0 or self.kind in ("none", "guided"):
             return np.zeros(len(t), bool)
@@ -98,19 +100,19 @@ class Guidance:
         return (t >= self.interval[0]) & (t <= self.interval[1])
 
     def counts(self, schedule: Schedule) -> list[int]:
-        """U-Net evaluations for one image, step by step."""
+        """U-Net evaluations per image of each step."""
         if self.kind in RULES:
             return [RULES[self.kind].evaluations(i, self.every) for i in range(len(schedule))]
         return [1 + int(twice) for twice in self.twice(schedule)]
 
     def evaluations(self, schedule: Schedule) -> int:
-        """U-Net evaluations for one image."""
+        """U-Net evaluations per image."""
         return sum(self.counts(schedule))
 
     def settings(self) -> dict[str, Any]:
-        """What names cached images."""
-        found = asdict(self)
-        return {k: v for k, v in found.items() if k != "every" or v is not None}
+        """The fields that identify cached images."""
+        fields = asdict(self)
+        return {k: v for k, v in fields.items() if k != "every" or v is not None}
 
 
 @torch.no_grad()
@@ -120,7 +122,7 @@ def denoise(
 ) -> Tensor:  # fmt: skip
     """Latents ``[B, C, H, W]`` float32 from unit noise ``x``; text ``[B, tokens, D]``, empty ``[1, tokens, D]``.
 
-    ``tick`` is told the evaluations of each step, for all images together.
+    ``tick`` is called with the number of evaluations of each step, over all images.
     """
     n = len(x)
     x = x * schedule.init_scale
@@ -145,12 +147,12 @@ def denoise(
 
 
 class Sampler:
-    """A Stable-Diffusion folder with its own batched loop, which skips what figures do not need.
+    """A Stable-Diffusion folder with a batched sampling loop, reduced to what measurements need.
 
-    Noise is drawn on the CPU, so that an image starts from the same noise on every device.
+    Noise is generated on the CPU, so that an image starts from the same noise on every device.
 
     Args:
-        unet: safetensors of a fine-tuned U-Net.
+        unet: safetensors of a fine-tuned U-Net that replaces the folder's.
         device: ``cpu`` or ``cuda``.
     """
 
@@ -159,7 +161,7 @@ class Sampler:
         from transformers import CLIPTextModel, CLIPTokenizer
 
         if not (folder / "model_index.json").is_file():
-            raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
+            raise InputError(f"{folder} is not a diffusers pipeline folder: model_index.json is missing")
         index = json.loads((folder / "model_index.json").read_text())
         vae_class = AutoencoderTiny if index["vae"][1] == "AutoencoderTiny" else AutoencoderKL
 
@@ -169,7 +171,7 @@ class Sampler:
         self.unet, self.vae = load(UNet2DConditionModel, "unet"), load(vae_class, "vae")
         self.text_encoder = load(CLIPTextModel, "text_encoder")
         self.device = device
-        if device != "cpu":  # as exact as on a CPU: PyTorch's convolutions are TensorFloat-32 by default
+        if device != "cpu":  # as exact as on a CPU; PyTorch's convolutions use TensorFloat-32 by default
             torch.backends.cudnn.allow_tf32 = False
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.schedule_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -184,7 +186,7 @@ class Sampler:
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Text states ``[N, tokens, D]``; those of each prompt are computed once."""
+        """Text states ``[N, tokens, D]``, computed once per prompt."""
         new = sorted(set(prompts) - set(self._states))
         for i in range(0, len(new), BATCH):
             some = new[i : i + BATCH]
@@ -194,7 +196,7 @@ class Sampler:
         return torch.stack([self._states[p] for p in prompts])
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
-        """The folder's own U-Net, eager; under autocast where ``choose_precision`` allowed it."""
+        """The folder's own U-Net, eager; under autocast if ``choose_precision`` selected it."""
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
             return self.unet(x, t, text).sample.float()
@@ -203,7 +205,7 @@ class Sampler:
         self, rows: Sequence[Ask], predict: Predict, how: Guidance, schedule: Schedule, batch: int = BATCH,
         tick: Callable[[int], Any] | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """uint8 ``[N, H, W, 3]``."""
+        """Sample images, uint8 ``[N, H, W, 3]``."""
         size = self.unet.config.sample_size
         shape = (self.unet.config.in_channels, size, size)
         done = []
@@ -219,7 +221,7 @@ class Sampler:
         return ddim(self.schedule_config, steps)
 
     def __call__(self, rows: Sequence[Ask], w: float, steps: int, batch: int = BATCH, note: str = "") -> np.ndarray:
-        """uint8 ``[N, H, W, 3]`` by CFG with the folder's own U-Net; at w = 1 the unguided pass is left out."""
+        """Sample images, uint8 ``[N, H, W, 3]``, by CFG with the folder's own U-Net (without guidance at w = 1)."""
         how, schedule = Guidance("cfg", w), self.schedule(steps)
         total = len(rows) * how.evaluations(schedule)
         with tqdm(total=total, desc=note or f"w = {w:g}", mininterval=5, disable=not note) as bar:
@@ -232,7 +234,7 @@ class Sampler:
 
     @torch.no_grad()
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
-        """Images through the autoencoder and back: the best that any U-Net could draw."""
+        """Encode and decode images: the best quality that any U-Net could reach."""
         out = []
         for i in range(0, len(pixels), BATCH):
             x = torch.from_numpy(pixels[i : i + BATCH]).permute(0, 3, 1, 2).to(self.device).float().div(127.5).sub(1)
@@ -242,9 +244,9 @@ class Sampler:
         return np.concatenate(out)
 
     def choose_precision(self, rows: Sequence[Ask], steps: int) -> dict[str, Any]:
-        """Use bfloat16 if the processor has it and the images show no difference, at the strongest guidance.
+        """Use bfloat16 if the processor supports it and images at the strongest guidance show no difference.
 
-        A GPU computes the bundled model in float32 within seconds.
+        A GPU always uses float32, which takes only seconds for the bundled model.
         """
         if self.device != "cpu" or not multiplies("bfloat16"):
             return {"precision": "float32", "bfloat16_psnr_db": None}

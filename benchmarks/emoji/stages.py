@@ -1,4 +1,4 @@
-"""The recipe's stages; each reads what the earlier ones left in ``context.out``."""
+"""The recipe's stages; each reads the files that earlier ones wrote to ``context.out``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from . import autoencoder, text, train
 from .data import BASE_STYLES, FINE_TUNE_STYLES, Images, Style, images, split
 from .presets import Preset
 
-#: the latents that the U-Net sees are the autoencoder's times this; the decoder squashes with tanh(z / 3),
-#: so its own latents are kept small
+#: the U-Net's latents are the autoencoder's times this factor; the decoder applies tanh(z / 3) to its input, so the
+#: autoencoder's latents must be small
 SCALING_FACTOR = 2.5
 
 
 @dataclass
 class Context:
-    """Where the recipe works and what its stages share."""
+    """Folders of the recipe, and what its stages share."""
 
     preset: Preset
     out: Path
@@ -52,7 +52,7 @@ class Context:
         return CLIPTokenizer.from_pretrained(folder)
 
     def vae(self) -> nn.Module:
-        """The autoencoder with its closed-form encoder; the decoder is trained or not."""
+        """The autoencoder with its closed-form encoder and an untrained decoder."""
         weight, bias = autoencoder.principal_code(self.images(BASE_STYLES).pixels, self.preset.latent_channels)
         vae = autoencoder.build(weight / SCALING_FACTOR, bias / SCALING_FACTOR)
         vae.register_to_config(scaling_factor=SCALING_FACTOR)
@@ -105,7 +105,7 @@ PREVIEW = (
 
 
 def previewer(context: Context, model: Model, styles: tuple[str, ...], path: Path):
-    """Writes a small grid through the patch code's linear inverse, so that it needs no trained decoder."""
+    """Return a function that writes a small grid, decoded by the patch code's linear inverse without a decoder."""
     from PIL import Image
 
     from .data import caption
@@ -143,12 +143,12 @@ def previewer(context: Context, model: Model, styles: tuple[str, ...], path: Pat
 
 
 def stage_text(context: Context) -> None:
-    """Tokenizer and token table."""
+    """Write the tokenizer and compute the token table."""
     context.text_encoder()
 
 
 def stage_base(context: Context) -> None:
-    """The base U-Net and text encoder, on the two base styles."""
+    """Train the base U-Net and text encoder on the two base styles."""
     final = context.out / "base.safetensors"
     if final.exists():
         return
@@ -166,7 +166,7 @@ def stage_base(context: Context) -> None:
 
 
 def stage_decoder(context: Context) -> None:
-    """The autoencoder's decoder, on all four styles."""
+    """Train the autoencoder's decoder on all four styles."""
     final = context.out / "vae.safetensors"
     if final.exists():
         return
@@ -180,7 +180,7 @@ def stage_decoder(context: Context) -> None:
 
 
 def stage_fine_tunes(context: Context) -> None:
-    """One U-Net per fine-tune style, from the base; the text encoder stays as it is."""
+    """Fine-tune the base U-Net on each fine-tune style; the text encoder is frozen."""
     from safetensors.torch import load_file
 
     for style in FINE_TUNE_STYLES:
@@ -210,7 +210,7 @@ def stage_fine_tunes(context: Context) -> None:
 
 
 def write_pipeline(context: Context, unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, folder: Path) -> None:
-    """The diffusers ``StableDiffusionPipeline`` folder, weights in float16 safetensors."""
+    """Write the diffusers ``StableDiffusionPipeline`` folder, with weights in float16 safetensors."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(
@@ -219,19 +219,19 @@ def write_pipeline(context: Context, unet: nn.Module, text_encoder: nn.Module, v
         requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
-    # current transformers writes tokenizer.json alone; other readers of the format look for these two
+    # current transformers writes only tokenizer.json; other readers of the format need these two files
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(context.out / "tokenizer" / name, folder / "tokenizer" / name)
     _compute_in_float32(folder / "text_encoder" / "config.json")
 
 
 def _compute_in_float32(path: Path) -> None:
-    """Have transformers convert the stored float16 weights to float32 when no type is requested.
+    """Make transformers convert the stored float16 weights to float32 if no type is requested.
 
-    diffusers does so for the U-Net and the VAE; a text encoder left in float16 does not run with them.
+    diffusers does so for the U-Net and the VAE, and a text encoder in float16 does not run with them.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # as transformers called the entry before
+    config.pop("torch_dtype", None)  # the entry's name in earlier versions of transformers
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -246,7 +246,7 @@ def _save_final(module: nn.Module, ema: train.Ema, path: Path, prefix: str = "")
 
 
 def stage_package(context: Context) -> None:
-    """The shipped files: the pipeline folder and the fine-tuned U-Nets, in float16 safetensors."""
+    """Write the shipped files: the pipeline folder and the fine-tuned U-Nets, in float16 safetensors."""
     from safetensors.torch import load_file, save_file
 
     model = Model(context.unet(), context.text_encoder())
@@ -262,7 +262,7 @@ def stage_package(context: Context) -> None:
 
 
 def stage_guide(context: Context) -> None:
-    """The bundled tiny guides, by the commands that users run: stage 1, and stage 2 down to few steps."""
+    """Train the bundled tiny guides with the commands that users run: stage 1, and stage 2 for few steps."""
     first, second = context.out / "guide", context.out / "guide-steps"
     distill = [sys.executable, "-m", "pnp_trt", "distill"]
     prompts = ["--prompts", "calibration/emoji-prompts.txt"]
@@ -272,8 +272,8 @@ def stage_guide(context: Context) -> None:
         [*distill, "steps", *common, "--guide", str(first), "--out", str(second), *context.preset.steps_options],
         check=True,
     )
-    made = {"emoji-tiny": first} | {f"emoji-tiny-{p.name[6:]}": p for p in sorted(second.glob("steps-*"))}
-    for guide, source in made.items():
+    sources = {"emoji-tiny": first} | {f"emoji-tiny-{p.name[6:]}": p for p in sorted(second.glob("steps-*"))}
+    for guide, source in sources.items():
         target = context.assets / "guides" / guide
         target.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "diffusion_pytorch_model.safetensors", "distill.json"):
@@ -281,23 +281,23 @@ def stage_guide(context: Context) -> None:
 
 
 def stage_judge(context: Context) -> None:
-    """The alignment head that the figures are measured with."""
+    """Train the alignment head that measures the figures."""
     from .judge import train_judge
 
     train_judge(context.cache, context.assets / "judge.safetensors")
 
 
 def stage_figures(context: Context) -> None:
-    """Figures over w, the image grid and the model card."""
+    """Measure figures over w, and write the image grid and the model card."""
     from .card import write_card
     from .figures import evaluate
 
     tunes = {s.word: context.assets / "fine-tunes" / f"emoji-{s.word}.safetensors" for s in FINE_TUNE_STYLES}
     results = Path("benchmarks/results/emoji-figures.json")
-    found = evaluate(
+    document = evaluate(
         context.assets / "emoji", tunes, context.assets / "judge.safetensors", context.cache, results, images=384
     )
-    write_card(found, context.assets / "emoji" / "README.md")
+    write_card(document, context.assets / "emoji" / "README.md")
 
 
 STAGES = {

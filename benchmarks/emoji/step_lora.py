@@ -1,7 +1,7 @@
-"""A LoRA with which CFG takes 8 steps, and a guide for the U-Net with it, against the guide of stage 2.
+"""Compare a step LoRA for CFG in 8 steps, and a guide for the U-Net with it, against the guide of stage 2.
 
-``python -m benchmarks.emoji.step_lora measure --from FOLDER`` takes what ``gpu_train train --step-lora`` and
-``gpu_train guides`` wrote; ``report`` draws ``docs/step-lora.md`` from the JSON.
+``python -m benchmarks.emoji.step_lora measure --from FOLDER`` measures the outputs of ``gpu_train train --step-lora``
+and ``gpu_train guides``; ``report`` writes ``docs/step-lora.md`` from the JSON.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ instead, with classifier-free guidance in both the teacher's steps and the stude
 {lora_steps} optimizer steps of {lora_batch} trajectories for the last halving. CFG is kept: the U-Net with the LoRA
 still takes w and negative prompts. The LoRA is then merged and a tiny guide is trained for the merged U-Net on states
 of 8-step trajectories ({guide_steps} optimizer steps of {batch} states). The budgets are not equal: the bundled guide
-of stage 1 had {tiny_steps} such steps, and the one of stage 2 for 8 steps was made of it by {stage2_steps} more of
-{stage2_batch} states for each halving. The LoRA has PEFT's keys, so `pnp-trt plug --lora` merges it.
+of stage 1 had {tiny_steps} such steps, and the one of stage 2 for 8 steps was trained from it with {stage2_steps} more
+of {stage2_batch} states for each halving. The LoRA has PEFT's keys, so `pnp-trt plug --lora` merges it.
 
 {images} images of trained captions, one set of noise, one training seed. KID, R@1 and distance are those of
 [the tables](distillation-tables.md); distance is to CFG's images in {many} steps; gains are paired by caption and
@@ -74,7 +74,7 @@ noise, above 0 better. Brackets are 95 % intervals; ▲ and ▼ mark gains and l
 
 
 class Measurer:
-    """Samples each method at each w once, keeps the images under ``cache``, and measures them.
+    """Samples each method at each w, caches the images under ``cache``, and measures them.
 
     Args:
         source: folder of ``step-lora-8.safetensors``.
@@ -90,7 +90,9 @@ class Measurer:
         self.rows = captions("train", images)
         self.lora_file = source / f"step-lora-{STEPS}.safetensors"
         if not self.lora_file.is_file():
-            raise InputError(f"there is no {self.lora_file}; make it with: gpu_train train --step-lora 105")
+            raise InputError(
+                f"{self.lora_file} does not exist; run: python -m benchmarks.emoji.gpu_train train --step-lora 105"
+            )
         folders = {
             "tiny": guide_folder("emoji-tiny"), "tiny-8": guide_folder("emoji-tiny-8"),
             "tiny+lora": guides / f"step-lora-{STEPS}",
@@ -103,7 +105,7 @@ class Measurer:
         merge(self.with_lora, "unet", [lora])
 
     def shots(self, method: str, w: float) -> Shots:
-        """The images of a method, sampled if they are not there."""
+        """The images of a method, sampled unless they are cached."""
         _, kind, steps = METHODS[method]
         how = Guidance(kind, 1.0 if kind == "none" else w)
         unet = self.with_lora if method.endswith("+lora") else self.sampler.unet
@@ -116,10 +118,10 @@ class Measurer:
         return Shots.cached(self.cache / f"{method}-{w:g}-{key[:12]}.npz", make, self.extract)
 
     def measure(self, rendered: Path) -> list[dict[str, Any]]:
-        """All methods at all scales."""
+        """Measure all methods at all scales."""
         real = real_images(self.rows, rendered)
         artists, concepts = Shots(real, self.extract(real)), [a.concept for a in self.rows]
-        found = []
+        rows = []
         for w in SCALES:
             at = {m: Ranked.of(self.shots(m, w), concepts, self.head) for m in METHODS}
             for m, (_, kind, steps) in METHODS.items():
@@ -131,22 +133,22 @@ class Measurer:
                         other: compare.gain(artists, [at[other]], [at[m]])
                         for other in (CFG_MANY, CFG, "tiny-8") if other != m
                     }  # fmt: skip
-                found.append(row)
-        return found
+                rows.append(row)
+        return rows
 
 
 def measure(
     source: Path, guides: Path, judge: Path, cache: Path, results: Path, images: int, device: str, batch: int,
     command: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Sample and measure; writes ``results`` and returns what it holds.
+    """Sample and measure; write the record to ``results`` and return it.
 
     Raises:
         InputError: if weights are missing, or for fewer than 4 images.
     """
     if images < 4:
         raise InputError(f"images must be at least 4, got {images}")
-    told, begun = machine(command), time.monotonic()
+    facts, begun = machine(command), time.monotonic()
     measurer = Measurer(source, guides, judge, cache, images, device, batch)
     rows = measurer.measure(cache)
     parts = json.loads((source / "train.json").read_text())["parts"]
@@ -156,7 +158,7 @@ def measure(
     }
     document = {
         "schema": SCHEMA,
-        "provenance": told | {"weights_sha256": measurer.hashes, "judge_sha256": measurer.head.sha256},
+        "provenance": facts | {"weights_sha256": measurer.hashes, "judge_sha256": measurer.head.sha256},
         "settings": {"images": images, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
                      "seconds": round(time.monotonic() - begun, 1)},
         "training": {k: {n: v for n, v in p.items() if n != "log"} for k, p in parts.items() if "step lora" in k},
@@ -168,14 +170,14 @@ def measure(
 
 
 def _gain(row: dict[str, Any], other: str) -> str:
-    found = row.get("gain_over", {}).get(other)
-    return DASH if found is None else marked(found["kid"])
+    gain = row.get("gain_over", {}).get(other)
+    return DASH if gain is None else marked(gain["kid"])
 
 
 def finding(rows: list[dict[str, Any]]) -> str:
-    """What the step LoRA's two rows are against stage 2's guide and CFG in as many steps."""
+    """Sentences that compare the step LoRA's two rows with stage 2's guide and CFG in the same number of steps."""
     names, lines = {m: name for m, (name, _, _) in METHODS.items()}, []
-    said = {
+    phrases = {
         "better": "shown better than",
         "worse": "shown worse than",
         "no difference shown": "not shown to differ from",
@@ -186,15 +188,15 @@ def finding(rows: list[dict[str, Any]]) -> str:
             kid = outcome(row["gain_over"][other]["kid"])
             recall = outcome(row["gain_over"][other]["R@1"])
             lines.append(
-                f"- w = {row['w']:g}: {names[row['method']]} is {said[kid]} {names[other]} in {STEPS} steps by KID, "
-                f"and {said[recall]} it by R@1."
+                f"- w = {row['w']:g}: {names[row['method']]} is {phrases[kid]} {names[other]} in {STEPS} steps by KID, "
+                f"and {phrases[recall]} it by R@1."
             )
     return "\n".join(lines)
 
 
 def page(document: dict[str, Any], source: Path = RESULTS) -> str:
-    """The page, from the JSON alone."""
-    told, training = document["provenance"], document["training"]
+    """Render the record as a page."""
+    stated, training = document["provenance"], document["training"]
     lora, guide = training[f"step lora {STEPS}"], training["guide step lora"]
     bundled, blocks = document["bundled"], []
     for w in dict.fromkeys(r["w"] for r in document["rows"]):
@@ -207,8 +209,8 @@ def page(document: dict[str, Any], source: Path = RESULTS) -> str:
                 f"KID gain over CFG, {STEPS} steps ↑", "KID gain over stage 2 ↑")  # fmt: skip
         blocks.append(f"**w = {w:g}**\n\n{table(head, rows)}")
     return TEXT.format(
-        source=source.as_posix(), command=told["command"], date=told["date"][:10], machine=machine_said(document),
-        torch=told["versions"]["torch"], rank=lora["rank"], lora_steps=lora["steps"], lora_batch=lora["batch"] // 2,
+        source=source.as_posix(), command=stated["command"], date=stated["date"][:10], machine=machine_said(document),
+        torch=stated["versions"]["torch"], rank=lora["rank"], lora_steps=lora["steps"], lora_batch=lora["batch"] // 2,
         guide_steps=guide["steps"], batch=guide["batch"], tiny_steps=f"{bundled['emoji-tiny']['steps']:,}",
         stage2_steps=f"{bundled['emoji-tiny-8']['steps']:,}", stage2_batch=bundled["emoji-tiny-8"]["batch"], many=MANY,
         images=document["settings"]["images"], found=finding(document["rows"]), rows="\n\n".join(blocks),
@@ -222,9 +224,13 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     what = parser.add_subparsers(dest="what", required=True)
     one, two = what.add_parser("measure"), what.add_parser("report")
-    one.add_argument("--from", dest="source", type=Path, default=Path("build/emoji/gpu"), help="of gpu_train train")
-    one.add_argument("--guides", type=Path, default=Path("build/emoji/guides"), help="of gpu_train guides")
-    add_sampling_options(one, "of trained captions, for each row", 32)
+    one.add_argument(
+        "--from", dest="source", type=Path, default=Path("build/emoji/gpu"), help="output folder of gpu_train train"
+    )
+    one.add_argument(
+        "--guides", type=Path, default=Path("build/emoji/guides"), help="output folder of gpu_train guides"
+    )
+    add_sampling_options(one, "number of images of trained captions for each row", 32)
     two.add_argument("--document", type=Path, default=DOCUMENT)
     for each in (one, two):
         each.add_argument("--json", type=Path, default=RESULTS)
@@ -238,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif a.json.is_file():
             write_text(page(read(a.json), a.json), a.document)
         else:
-            raise InputError(f"there is no {a.json}; make it with: python -m benchmarks.emoji.step_lora measure")
+            raise InputError(f"{a.json} does not exist; run: python -m benchmarks.emoji.step_lora measure")
     except InputError as error:
         parser.error(str(error))
 

@@ -1,8 +1,8 @@
 """Tables A, B and C of the distillation on the bundled model: sample every cell, measure, write one JSON.
 
-Every set of images is kept in ``build/emoji/tables/`` as soon as it is whole, named by the hash of weights and
-settings, so that a killed run continues where it was.  Cells that need no guide come first; ``--only-teacher``
-samples those alone.  Guides that are missing are left out and named.  ``tables_report.py`` draws the document.
+Every set of images is cached in ``build/emoji/tables/`` as soon as it is complete, named by the hash of weights and
+settings, so that a killed run continues.  Cells without guides come first; ``--only-teacher`` samples only those.
+Missing guides are left out and listed.  ``tables_report.py`` writes the document.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ SCHEMA = "pnp-trt/emoji-tables/2"
 
 
 def costs(runner: Runner) -> dict[str, Any]:
-    """MACs by network name, in both countings, at batch 1; a guide's row is that of the student, U-Net and guide."""
-    found = {
+    """MACs by network name, with and without attention products, at batch 1; a guide's row includes the U-Net."""
+    counts = {
         name: cost.count(*parts) for name, parts in networks(runner.bases[TEACHER].name).items() if name != "guide-tiny"
     }
     _, inputs = networks(runner.bases[TEACHER].name)["teacher"]
     for name, guide in runner.guides.items():
-        found[name] = cost.count(Student(runner.sampler.unet, guide), {**inputs, "guidance": torch.empty(1)})
-    return {name: asdict(c) for name, c in found.items()}
+        counts[name] = cost.count(Student(runner.sampler.unet, guide), {**inputs, "guidance": torch.empty(1)})
+    return {name: asdict(c) for name, c in counts.items()}
 
 
-def macs_per_image(cell: Cell, evaluations: int, found: dict[str, Any]) -> dict[str, int]:
-    """Loop, text encoder and decoder, with attention products and without."""
-    step = found[cell.guide or "teacher"]
-    parts = [found[n] for n in cost.IMAGE_NETWORKS if n in found]
+def macs_per_image(cell: Cell, evaluations: int, costs_of: dict[str, Any]) -> dict[str, int]:
+    """MACs of loop, text encoder and decoder, with and without attention products."""
+    step = costs_of[cell.guide or "teacher"]
+    parts = [costs_of[n] for n in cost.IMAGE_NETWORKS if n in costs_of]
     return {
         name: evaluations * step[key] + sum(p[key] for p in parts)
         for name, key in (
@@ -66,10 +66,10 @@ def macs_per_image(cell: Cell, evaluations: int, found: dict[str, Any]) -> dict[
 
 
 class Measurer:
-    """Cells, groups (means over noises) and verdicts, from images that are all there.
+    """Measures cells and groups (means over noise sets) and derives verdicts, from complete sets of images.
 
     Args:
-        targets: steps of CFG whose images every cell is compared with, where they are in the run.
+        targets: steps of the CFG images that every cell is compared with, if they are in the run.
     """
 
     def __init__(
@@ -77,22 +77,22 @@ class Measurer:
     ) -> None:
         self.runner, self.cells, self.targets = runner, cells, targets
         self.costs = costs(runner)
-        # the same images may stand in several tables: references are looked up without the table
+        # the same images may be in several tables, so references are looked up without the table
         self.reference = {
             (c.method, c.base, c.steps, c.w, c.captions, c.seed): c for c in cells if not c.guide and not c.interval
         }
-        # a group and what it is compared with are at hand, not all images at once
+        # keep a group and its references in memory, but not all images at once
         self.at = lru_cache(48)(
             lambda cell: Ranked.of(runner.shots(cell), [a.concept for a in runner.rows(cell)], head)
         )
 
     def referred(self, group: Sequence[Cell], method: str, steps: int) -> list[Ranked] | None:
-        """What a group is compared with, noise by noise; None if it is not in this run."""
-        found = [self.reference.get((method, c.base, steps, c.w, c.captions, c.seed)) for c in group]
-        return None if None in found else [self.at(c) for c in found]
+        """References of a group, one per noise set; None if they are not in this run."""
+        references = [self.reference.get((method, c.base, steps, c.w, c.captions, c.seed)) for c in group]
+        return None if None in references else [self.at(c) for c in references]
 
     def about(self, group: Sequence[Cell]) -> dict[str, Any]:
-        """Measures of cells that differ in their noise alone."""
+        """Measures of cells that differ only in their noise."""
         first, sets, real = group[0], [self.at(c) for c in group], self.runner.real(group[0].captions)
         out = {**compare.quality(real, sets), "distance_to_cfg": {}, "gain_over_cfg": {}, "gain_over_none": None}
         for steps in dict.fromkeys((*self.targets, first.steps)):
@@ -106,7 +106,7 @@ class Measurer:
         return out
 
     def told(self, cell: Cell) -> dict[str, Any]:
-        """What a cell is and what it costs."""
+        """Definition and cost of a cell."""
         evaluations = self.runner.evaluations(cell)
         macs = macs_per_image(cell, evaluations, self.costs)
         out = {**asdict(cell), "guide": cell.guide, "evaluations": evaluations, **macs}
@@ -127,7 +127,7 @@ class Measurer:
         return about, cells
 
     def duel(self, pair: tuple[Cell, Cell]) -> dict[str, Any]:
-        """What a guide gains over what costs no training."""
+        """Gain of a guide over a method without training."""
         rival, guide = pair
         return compare.gain(self.runner.real("train"), [self.at(rival)], [self.at(guide)])
 
@@ -137,7 +137,7 @@ class Measurer:
             members.setdefault(c.group, []).append(c)
         sets = list(members.values())
         for name in dict.fromkeys(c.captions for c in self.cells):
-            self.runner.real(name)  # once, and not in every process
+            self.runner.real(name)  # once, rather than in every process
         measured = spread(self.group, sets, processes, "measuring")
         groups = [about for about, _ in measured]
         one_by_one = [cell for _, cells in measured for cell in cells]
@@ -161,9 +161,9 @@ _WORK: Callable[[Any], Any]
 
 
 def spread(work: Callable[[Any], Any], items: Sequence[Any], processes: int, name: str) -> list[Any]:
-    """``[work(item) for item in items]``, by forked processes where more than one is asked for.
+    """``[work(item) for item in items]``, in forked processes if ``processes`` is more than one.
 
-    What ``work`` holds is inherited by the fork and never pickled; it must not use a GPU.
+    Data of ``work`` is inherited by the fork and not pickled; ``work`` must not use a GPU.
     """
     global _WORK
     bar = {"desc": name, "total": len(items), "mininterval": 5}
@@ -189,7 +189,7 @@ def choose_cells(
     most_steps: int = 1000,
 ) -> tuple[list[Cell], list[dict[str, Any]]]:
     """The cells that can be measured, and those left out, each with its reason."""
-    kept, left = [], []
+    selected, left = [], []
     for c in cells:
         if c.table not in only:
             reason = f"--only {','.join(only)}"
@@ -204,10 +204,10 @@ def choose_cells(
         elif c.guide and c.guide not in guides:
             reason = missing.get(c.guide, f"there is no guide {c.guide!r}")
         else:
-            kept.append(c)
+            selected.append(c)
             continue
         left.append({**asdict(c), "reason": reason})
-    return kept, left
+    return selected, left
 
 
 def evaluate(
@@ -220,18 +220,18 @@ def evaluate(
     cells: Sequence[Cell] | None = None,
     budget: int | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Sample and measure the tables; writes the JSON ``results`` and returns what it holds.
+    """Sample and measure the tables; write the record to ``results`` and return it.
 
     Args:
-        bases, guides: see :class:`Runner`; ``missing`` states why a guide is not among them.
-        only_teacher: sample what needs no guide, write nothing, and return None.
-        only_guided: the same of what needs one; both at once are two processes' work.
-        sampled_only: measure what is sampled, and name the rest as left out.
-        light: leave out what :func:`~.cells.spared` names.
-        processes: that measure what is sampled.
-        device: ``cpu`` or ``cuda``; images of the two differ in the last bits.
-        cells: instead of all of the tables'.
-        budget: instead of all cells, those of Table C that make this many evaluations, and their references.
+        bases, guides: see :class:`Runner`; ``missing`` has the reasons why guides are missing.
+        only_teacher: sample the cells without guides, write nothing, and return None.
+        only_guided: the same for cells with guides; two processes can do both at once.
+        sampled_only: measure the cells that are sampled, and list the others as left out.
+        light: leave out the cells of :func:`~.cells.spared`.
+        processes: number of processes that measure.
+        device: ``cpu`` or ``cuda``; their images differ in the last bits.
+        cells: cells to measure instead of all of the tables'.
+        budget: measure only the cells of Table C with this many evaluations, and their references.
 
     Raises:
         InputError: on values out of range.
@@ -239,31 +239,31 @@ def evaluate(
     if images < 4:
         raise InputError(f"images must be at least 4, got {images}")
     if unknown := sorted(set(only) - {"A", "B", "C"}):
-        raise InputError(f"there is no table {unknown[0]!r}; known: A, B, C")
+        raise InputError(f"unknown table {unknown[0]!r}; available: A, B, C")
     if budget is not None:
         cells = at_budget(budget, scales)
-    wanted, left = choose_cells(
+    selected, left = choose_cells(
         cells or all_cells(seeds), only, bases, guides, missing or {}, light, scales, most_steps
     )
     head = AlignmentHead.load(judge)
     runner = Runner(bases, guides, FeatureExtractor(device), cache, images, batch, compiled, device)
     if only_teacher:
-        runner.sample([c for c in wanted if c.guide is None])
+        runner.sample([c for c in selected if c.guide is None])
         return None
     if only_guided:
-        runner.sample([c for c in wanted if c.guide is not None])
+        runner.sample([c for c in selected if c.guide is not None])
         return None
     if sampled_only:
-        runner.decide(wanted)
-        there = {c for c in wanted if not runner.guidance_open(c) and runner.cached(c)}
-        left += [{**asdict(c), "reason": "not sampled yet"} for c in wanted if c not in there]
-        wanted = [c for c in wanted if c in there]
-    runner.sample(wanted)
-    runner.decide(wanted)
+        runner.decide(selected)
+        sampled = {c for c in selected if not runner.guidance_open(c) and runner.cached(c)}
+        left += [{**asdict(c), "reason": "not sampled yet"} for c in selected if c not in sampled]
+        selected = [c for c in selected if c in sampled]
+    runner.sample(selected)
+    runner.decide(selected)
     tuned = {n: b.unet_file for n, b in bases.items() if b.unet_file is not None}
-    names = list(dict.fromkeys(c.captions for c in wanted))
+    names = list(dict.fromkeys(c.captions for c in selected))
     targets = (50,) if budget is None else (50, budget)
-    found = Measurer(runner, wanted, head, targets)(processes)
+    measured = Measurer(runner, selected, head, targets)(processes)
     ceilings = {}
     for name in names:
         rows = captions(name, images)
@@ -277,10 +277,10 @@ def evaluate(
             "seed_stride": SEED_STRIDE, "intervals": {k: list(v) for k, v in INTERVALS.items()},
             **({} if budget is None else {"budget": budget}),
         },
-        "networks": {c.network: runner.record(c) for c in wanted},
+        "networks": {c.network: runner.record(c) for c in selected},
         "captions": {n: [" ".join(map(str, astuple(a))) for a in captions(n, images)] for n in names},
         "real": ceilings,
-        **found,
+        **measured,
         "left_out": left,
     }  # fmt: skip
     write_json(results, document)
@@ -294,20 +294,20 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--guides", type=Path, help=f"a folder that holds guides named {', '.join(GUIDES)}; default: the bundled ones")
-    add_sampling_options(parser, "of trained captions, for each cell", BATCH)
+    add("--guides", type=Path, help=f"a folder of guides named {', '.join(GUIDES)}; default: the bundled ones")
+    add_sampling_options(parser, "number of images of trained captions for each cell", BATCH)
     add("--only", default="A,B,C", help="tables, separated by commas")
     add("--seeds", type=int, default=3, help="noise sets of the headline rows")
     add("--only-teacher", action="store_true", help="sample the cells that need no guide, and stop")
     add("--only-guided", action="store_true", help="sample the cells that need a guide, and stop")
-    add("--light", action="store_true", help="leave out (and name) a third of the evaluations, none of a headline row")
+    add("--light", action="store_true", help="leave out (and list) a third of the evaluations, but no headline rows")
     add("--scales", default=",".join(f"{w:g}" for w in SCALES), help="guidance scales, separated by commas")
-    add("--budget", type=int, help="only what costs no training, at this many evaluations: 50, 16, 12 or 8")
+    add("--budget", type=int, help="only methods without training, at this many evaluations: 50, 16, 12 or 8")
     add("--most-steps", type=int, default=1000, help="leave out cells with more steps")
-    add("--sampled-only", action="store_true", help="measure what is sampled already, and name the rest")
+    add("--sampled-only", action="store_true", help="measure the cells that are already sampled, and list the others")
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
-    add("--eager", action="store_true", help="compile nothing")
-    add("--processes", type=int, default=1, help="that measure what is sampled")
+    add("--eager", action="store_true", help="do not compile networks")
+    add("--processes", type=int, default=1, help="number of processes that measure")
     args = parser.parse_args()
     try:
         guides, missing = find_guides(args.guides)
@@ -320,7 +320,7 @@ def main() -> None:
         words += ["--most-steps", str(args.most_steps)] if args.most_steps != parser.get_default("most_steps") else []
         words += ["--device", args.device, "--batch", str(args.batch)] if args.device != "cpu" else []
         words += ["--sampled-only"] if args.sampled_only else []
-        found = evaluate(
+        document = evaluate(
             bases, guides, args.judge, args.cache, args.json, missing=missing, images=args.images,
             only=[t.strip() for t in args.only.split(",") if t.strip()], seeds=args.seeds,
             only_teacher=args.only_teacher, only_guided=args.only_guided, light=args.light,
@@ -330,8 +330,8 @@ def main() -> None:
         )  # fmt: skip
     except InputError as error:
         parser.error(str(error))
-    if found is not None:
-        print(json.dumps(found["verdicts"]["A"], indent=1))
+    if document is not None:
+        print(json.dumps(document["verdicts"]["A"], indent=1))
         for name, why in missing.items():
             print(f"left out: {name}: {why}")
 

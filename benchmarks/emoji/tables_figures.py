@@ -1,4 +1,4 @@
-"""The image grid and the plot of the tables, drawn from the JSON and the cached images alone."""
+"""The image grid and the plot of the tables, drawn from the record and the cached images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .grid import draw_grid
 from .sampler import Ask
 
 COLUMNS = 10
-#: trained concepts that are easy to tell at 64 pixels, in either base style
+#: trained concepts that are easy to recognise at 64 pixels, in either base style
 PREFERRED = (
     "red-apple", "grinning-face", "red-heart", "panda", "pizza", "house", "tulip", "cat-face", "sun", "automobile",
     "fish", "rocket", "birthday-cake", "key", "soccer-ball", "mushroom", "rainbow", "banana", "crown", "snowman",
@@ -34,11 +34,13 @@ COLOURS = {"cfg": "#333333", "tiny": "#1f77b4", "tiny-stage2": "#d62728", "full"
 
 def chosen_strips(document: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
     """The grid's strips with their cells, and the labels of those whose cells were left out."""
-    held = {(c["method"], c["steps"]): c for c in document["cells"]
+    cells_by_case = {(c["method"], c["steps"]): c for c in document["cells"]
             if (c["w"], c["captions"], c["seed"]) == (HEADLINE_W, "train", 0)}  # fmt: skip
-    found = [(label, next((held[m, steps] for m in methods if (m, steps) in held), None))
+    candidates = [(label, next((cells_by_case[m, steps] for m in methods if (m, steps) in cells_by_case), None))
              for label, methods, steps in STRIPS]  # fmt: skip
-    return [(label, cell) for label, cell in found if cell is not None], [x for x, cell in found if cell is None]
+    return [(label, cell) for label, cell in candidates if cell is not None], [
+        x for x, cell in candidates if cell is None
+    ]
 
 
 def grid(document: dict[str, Any], cache: Path, path: Path) -> None:
@@ -66,25 +68,25 @@ def plot(document: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import NullLocator
 
     measured = {g["w"] for g in document["groups"] if g["table"] == "A" and g["captions"] == "train"}
-    # a scale that was left out is named in the document; an empty panel would only take room
+    # scales that were left out are listed in the document and get no empty panel
     scales = [w for w in SCALES if w in measured] or [HEADLINE_W]
     figure = Figure(figsize=(2.2 + 2.9 * len(scales), 3.4), layout="constrained")
     panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     for panel, w in zip(panels, scales, strict=True):
         for i, (method, colour) in enumerate(COLOURS.items()):
-            found = sorted(
+            rows = sorted(
                 (g for g in document["groups"]
                  if (g["table"], g["method"], g["w"], g["captions"]) == ("A", method, w, "train")),
                 key=lambda g: g["steps"],
             )  # fmt: skip
-            if not found:
+            if not rows:
                 continue
-            kid = [g["kid"] for g in found]
+            kid = [g["kid"] for g in rows]
             y = np.array([k["value"] for k in kid])
             bars = np.array([[k["value"] - k["low"] for k in kid], [k["high"] - k["value"] for k in kid]])
-            bars = np.maximum(bars, 0.0)  # a bootstrap's interval need not hold the estimate
+            bars = np.maximum(bars, 0.0)  # a bootstrap's interval may not contain the estimate
             # side by side, so that intervals do not hide each other
-            x = np.array([g["steps"] for g in found]) * 1.05 ** (i - 1.5)
+            x = np.array([g["steps"] for g in rows]) * 1.05 ** (i - 1.5)
             panel.errorbar(x, y, bars, color=colour, label=METHODS[method], marker="o", markersize=4, capsize=2, lw=1.2)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_minor_locator(NullLocator())

@@ -1,6 +1,6 @@
-"""``docs/distillation-tables.md`` with its grid and plot, drawn from the tables' JSON and cached images alone.
+"""Write ``docs/distillation-tables.md`` with its grid and plot, from the tables' record and the cached images.
 
-Table B is that of the fine-tunes' own record where there is one.
+Table B is from the fine-tunes' own record if there is one.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ The guides were distilled on the base alone. Captions, real images and CFG are t
 ## Table C: what costs no training
 No guidance; CFG with fewer steps (25, 8 and 4 steps cost the 50, 16 and 8 NFE of a guide); CFG on an interval of
 timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep} images of other noise. Cached
-differences, R-CFG, anchors and w over the steps, defined in `benchmarks/emoji/free.py`, make the most steps that 50, 16
-or 8 evaluations allow; [a page of their own](no-training.md) has them.
+differences, R-CFG, anchors and w over the steps, defined in `benchmarks/emoji/free.py`, take the most steps within 50,
+16 or 8 evaluations; see [their own page](no-training.md).
 {verdict_c}
 
 {c}
@@ -96,7 +96,7 @@ float32 to at least 30 dB mean PSNR, on a few images at w = 8.
 
 
 def seeds_said(seeds: int) -> str:
-    """What stands behind a cell, noise by noise."""
+    """Sentences on the noise sets and intervals of the cells."""
     if seeds == 1:
         return "All come from one set of noise (R@k: Wilson's interval)."
     return f"""The headline rows have {seeds} sets of noise: their figure is the mean of the {seeds}, its
@@ -117,23 +117,23 @@ def recall_of(row: Row, k: int) -> str:
 
 
 def marked(gain: Row) -> str:
-    """A gain with its interval, and ▲ or ▼ where that excludes 0."""
+    """A gain with its interval, and ▲ or ▼ if that excludes 0."""
     return number(gain) + {"better": " ▲", "worse": " ▼"}.get(outcome(gain), "")
 
 
 def kid_gain(row: Row, against: int | None) -> str:
     """Paired KID gain over CFG at ``against`` steps, or over no guidance."""
-    found = row["gain_over_none"] if against is None else row["gain_over_cfg"].get(str(against))
-    return marked(found["kid"]) if found else DASH
+    gains = row["gain_over_none"] if against is None else row["gain_over_cfg"].get(str(against))
+    return marked(gains["kid"]) if gains else DASH
 
 
 def distances(row: Row, steps: int) -> str:
-    found = row["distance_to_cfg"].get(str(steps))
-    return DASH if not found else f"{number(found['psnr_db'], 1)} / {number(found['feature_cosine'], 2)}"
+    values = row["distance_to_cfg"].get(str(steps))
+    return DASH if not values else f"{number(values['psnr_db'], 1)} / {number(values['feature_cosine'], 2)}"
 
 
 def name(row: Row) -> str:
-    """A method, with its number of noises where there are several."""
+    """Label of a method, with the timesteps of an interval."""
     label = METHODS[row["method"]]
     if row.get("interval"):
         label += f", t {row['timesteps'][0]}–{row['timesteps'][1]}"
@@ -153,7 +153,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def by_w(groups: Sequence[Row], show: Callable[[Row], str]) -> str:
-    """Table A's form: a row for each method and steps, a column for each w."""
+    """Table in the form of Table A: a row for each method and steps, a column for each w."""
     mine = [g for g in groups if g["table"] == "A" and g["captions"] == "train"]
     keys = list(dict.fromkeys((g["method"], g["steps"]) for g in mine))
     keys.sort(key=lambda k: (list(METHODS).index(k[0]), -k[1]))
@@ -240,15 +240,18 @@ def verdict_a(document: Row) -> str:
 def verdict_b(document: Row) -> str:
     lines = []
     for v in document["verdicts"]["B"]:
-        said = []
+        clauses = []
         for key, what in (("against_cfg", "its own CFG"), ("against_none", "no guidance")):
-            found = v[key]
-            if found:
-                said.append(
-                    f"against {what} {found['kid']} by KID (gain {number(found['gain']['kid'])}), {found['R@1']} by R@1"
+            result = v[key]
+            if result:
+                clauses.append(
+                    f"against {what} {result['kid']} by KID (gain {number(result['gain']['kid'])}), "
+                    f"{result['R@1']} by R@1"
                 )
-        said = said or ["not measured against anything"]
-        lines.append(f"- {METHODS[v['method']]} in {v['base']}, {v['steps']} steps, w = {v['w']:g}: {'; '.join(said)}.")
+        clauses = clauses or ["not measured against anything"]
+        lines.append(
+            f"- {METHODS[v['method']]} in {v['base']}, {v['steps']} steps, w = {v['w']:g}: {'; '.join(clauses)}."
+        )
     return "\n".join(lines) or "No guide was measured in this run."
 
 
@@ -262,27 +265,27 @@ def _rivals(duels: Sequence[Row], key: str) -> str:
 
 
 def verdict_c(document: Row) -> str:
-    """For each guide cell, the free rivals that beat it at no more NFE, or that none does; then those with more."""
+    """For each guide cell, the rivals without training that beat it at no more NFE, and those with more NFE."""
     duels = document["verdicts"]["C"]
     lines = []
     for w, method, steps in dict.fromkeys((d["w"], d["guide"]["method"], d["guide"]["steps"]) for d in duels):
         mine = [d for d in duels if (d["w"], d["guide"]["method"], d["guide"]["steps"]) == (w, method, steps)]
         fair = [d for d in mine if d["rival_costs_no_more"]]
-        said = []
+        clauses = []
         for key, label in (("kid", "KID"), ("R@1", "R@1")):
             won = [d for d in fair if d["wins"][key] == "rival"]
             lost = sum(d["wins"][key] == "guide" for d in fair)
             better = f"**better by {label}: {_rivals(won, key)}**" if won else f"none is shown better by {label}"
-            said.append(f"{better} ({lost} of {len(fair)} shown worse)")
+            clauses.append(f"{better} ({lost} of {len(fair)} shown worse)")
         line = f"- Against {METHODS[method]} at {mine[0]['guide']['evaluations']} NFE, w = {w:g}: at no more NFE, "
-        line += "; ".join(said)
+        line += "; ".join(clauses)
         dearer = [d for d in mine if not d["rival_costs_no_more"] and d["wins"]["kid"] == "rival"]
         lines.append(line + (f"; at more NFE, better by KID: {_rivals(dearer, 'kid')}." if dearer else "."))
     return "\n".join(lines) or "No guide was measured in this run."
 
 
 def left_out(document: Row) -> str:
-    """Cells that were not measured, named, by reason."""
+    """List of the cells that were not measured, by reason."""
     reasons: dict[str, list[Row]] = {}
     for cell in (*document["left_out"], *newer(document)):
         reasons.setdefault(cell["reason"], []).append(cell)
@@ -294,19 +297,19 @@ def left_out(document: Row) -> str:
             kinds.setdefault((c["table"], c["method"], what), Counter())[c["steps"], c["w"]] += 1
         lines.append(f"- {reason} ({len(cells)} cell{'s' * (len(cells) > 1)}):")
         for (letter, method, what), counted in kinds.items():
-            alike: dict[tuple[int, ...], list[float]] = {}  # scales by the steps that they share
+            scales_by_steps: dict[tuple[int, ...], list[float]] = {}  # step counts -> scales that have them
             for w in sorted({w for _, w in counted}):
-                alike.setdefault(tuple(sorted({s for s, v in counted if v == w}, reverse=True)), []).append(w)
-            said = "; ".join(
+                scales_by_steps.setdefault(tuple(sorted({s for s, v in counted if v == w}, reverse=True)), []).append(w)
+            settings = "; ".join(
                 f"{', '.join(map(str, steps))} steps, w = {', '.join(f'{w:g}' for w in scales)}"
-                for steps, scales in alike.items()
+                for steps, scales in scales_by_steps.items()
             )
-            lines.append(f"  - Table {letter}, {METHODS[method]}, {what}: {said}")
+            lines.append(f"  - Table {letter}, {METHODS[method]}, {what}: {settings}")
     return "\n".join(lines) or "Nothing: every cell was measured."
 
 
 def with_fine_tunes(document: Row, fine_tunes: Row) -> Row:
-    """The tables with Table B of another record, which says itself what it left out."""
+    """Replace Table B, including the cells it left out, by that of another record."""
 
     def merged(key: str) -> list[Row]:
         return [c for c in document[key] if c["table"] != "B"] + [c for c in fine_tunes[key] if c["table"] == "B"]
@@ -319,7 +322,7 @@ def with_fine_tunes(document: Row, fine_tunes: Row) -> Row:
 
 
 def newer(document: Row) -> list[Row]:
-    """Cells of the tables that the record neither has nor leaves out: they were added after it was made."""
+    """Cells of the tables that the record neither has nor leaves out, because they were added later."""
     known = {Cell(**{f.name: c[f.name] for f in fields(Cell)}).group for c in document["cells"] + document["left_out"]}
     added = [c for c in all_cells(1) if c.group not in known]
     return [{**asdict(c), "reason": "added to the tables after this record was made"} for c in added]
@@ -347,11 +350,11 @@ def write_report(
         text_only: leave the grid and the plot as they are.
 
     Raises:
-        InputError: if the JSON is no tables' JSON, or images it names are not in ``cache``.
+        InputError: if a record is not one of the tables, or its images are not in ``cache``.
     """
-    for given in (document, fine_tunes or document):
-        if not str(given.get("schema", "")).startswith("pnp-trt/emoji-tables/"):
-            raise InputError("this JSON holds no tables; make it with: python -m benchmarks.emoji.tables")
+    for record in (document, fine_tunes or document):
+        if not str(record.get("schema", "")).startswith("pnp-trt/emoji-tables/"):
+            raise InputError("this JSON is not a record of the tables; run: python -m benchmarks.emoji.tables")
     if not text_only:
         try:
             grid(document, cache, docs / "distillation-grid.png")
@@ -361,11 +364,11 @@ def write_report(
                 "--text-only to keep the grid and the plot"
             ) from error
         plot(document, docs / "distillation-kid.png")
-    told, missing = document["provenance"], chosen_strips(document)[1]
-    b_made = ""
+    facts, missing = document["provenance"], chosen_strips(document)[1]
+    source_of_b = ""
     if fine_tunes is not None:
         document, apart = with_fine_tunes(document, fine_tunes), fine_tunes["provenance"]
-        b_made = (
+        source_of_b = (
             f"\nMeasured apart: `{apart['command']}` ({apart['date'][:10]}, {machine_said(fine_tunes)}), "
             "`benchmarks/results/emoji-fine-tunes.json`."
         )
@@ -377,12 +380,12 @@ def write_report(
         for n, r in document["real"].items() if n not in ("sweep",)
     ]  # fmt: skip
     text = TEXT.format(
-        command=told["command"] or "python -m benchmarks.emoji.tables", date=told["date"][:10],
-        machine=machine_said(document), torch=told["versions"]["torch"],
+        command=facts["command"] or "python -m benchmarks.emoji.tables", date=facts["date"][:10],
+        machine=machine_said(document), torch=facts["versions"]["torch"],
         images=document["settings"]["images"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
         real=f"The ceiling: {'; '.join(ceilings)}.\n" if ceilings else "",
         grid=f"![Images by method](distillation-grid.png)\n\n*{about}*\n",
-        verdict_a=verdict_a(document), b_made=b_made, verdict_b=verdict_b(document), verdict_c=verdict_c(document),
+        verdict_a=verdict_a(document), b_made=source_of_b, verdict_b=verdict_b(document), verdict_c=verdict_c(document),
         a_kid=by_w(groups, lambda g: number(g["kid"])),
         a_gain=by_w(groups, lambda g: kid_gain(g, 50)),
         a_recall=by_w(groups, lambda g: f"{recall_of(g, 1)} / {recall_of(g, 5)}"),
@@ -399,13 +402,13 @@ def main() -> None:
     add = parser.add_argument
     add("--json", type=Path, default=Path("benchmarks/results/emoji-tables.json"))
     add("--fine-tunes", type=Path, default=Path("benchmarks/results/emoji-fine-tunes.json"), help="Table B's record")
-    add("--cache", type=Path, default=Path("build/emoji"), help="where the tables kept their images")
+    add("--cache", type=Path, default=Path("build/emoji"), help="folder in which the tables cached their images")
     add("--text-only", action="store_true", help="leave the grid and the plot as they are")
     add("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
     try:
         if not args.json.is_file():
-            raise InputError(f"there is no {args.json}; make it with: python -m benchmarks.emoji.tables")
+            raise InputError(f"{args.json} does not exist; run: python -m benchmarks.emoji.tables")
         fine_tunes = read(args.fine_tunes) if args.fine_tunes.is_file() else None
         write_report(read(args.json), args.cache, args.docs, fine_tunes, args.text_only)
     except InputError as error:

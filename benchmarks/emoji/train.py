@@ -1,8 +1,8 @@
 """Training loops of the recipe: the base (U-Net and text encoder), its fine-tunes, the decoder.
 
 All three are plain denoising or reconstruction loops with AdamW, an exponential moving average and
-atomic checkpoints; a killed run continues where it stopped.  Batches are drawn by (seed, step), so a
-resumed run sees the data that an unbroken one would.
+atomic checkpoints; a killed run continues where it stopped.  Batches depend on (seed, step), so a
+resumed run sees the same data as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def scheduler_config() -> dict:
     """Stable Diffusion's schedule (scaled linear betas, ε-prediction) with a noisier end and trailing steps.
 
     SD's own end (beta_end 0.012) leaves 7 % of the signal at the last step.  Averaged over a latent of few, strongly
-    correlated pixels that shows the image's mean colour, so the network would take the colour from the initial
+    correlated pixels, this reveals the image's mean colour, so the network would take the colour from the initial
     noise instead of from the text (Lin et al. 2024, "Common Diffusion Noise Schedules ... Are Flawed", section 3.1).
     """
     return dict(
@@ -58,7 +58,7 @@ def write_caption(concept: str, style: str, rng: random.Random, drop: float) -> 
 
 
 class Ema:
-    """Exponential moving average of parameters, with a warm-up so that early weights are forgotten fast."""
+    """Exponential moving average of parameters, with a warm-up in which early weights are forgotten quickly."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -124,7 +124,7 @@ def run_loop(
     from tqdm import tqdm
 
     low_precision = device.type == "cuda" or processor.multiplies("bfloat16")
-    # the fused CPU attention's backward pass takes a third of a step at these sizes, the plain one a tenth
+    # at these sizes, the backward pass of fused CPU attention takes a third of a step, that of plain attention a tenth
     attention = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext
     module.train()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=20)
@@ -180,7 +180,7 @@ def denoising_loss(
     stream: str,
     jittered_until: int = 0,
 ) -> Callable[[int], torch.Tensor]:
-    """Min-SNR-5 weighted ε loss (Hang et al. 2023, eq. 8) on batches drawn by (stream, seed, step).
+    """Min-SNR-5 weighted ε loss (Hang et al. 2023, eq. 8) on batches that depend on (stream, seed, step).
 
     From step ``jittered_until`` on only every ``preset.variants``-th image is used: the centred renderings.
     """
@@ -198,7 +198,7 @@ def denoising_loss(
         context = states[torch.tensor([unique.index(t) for t in texts], device=latents.device)]
         x = latents[rows]
         noise = torch.randn(x.shape, generator=generator).to(x)
-        # stratified timesteps: one per equal slice, which steadies the loss of a small batch
+        # stratified timesteps, one per equal slice, reduce the variance of a small batch's loss
         u = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
         t = (u * 1000).long().clamp(0, 999)[torch.randperm(len(rows), generator=generator)].to(x.device)
         a = abar[t][:, None, None, None]
@@ -211,7 +211,7 @@ def denoising_loss(
 def decoder_loss(
     vae: nn.Module, pixels: torch.Tensor, latents: torch.Tensor, preset: Preset
 ) -> Callable[[int], torch.Tensor]:
-    """L1 on pixels and on their gradients; a little latent noise, so that generated latents decode cleanly too."""
+    """L1 on pixels and on their gradients, with slightly noisy latents, so that generated latents decode well too."""
 
     def loss_of(step: int) -> torch.Tensor:
         rng = random.Random(f"decoder/{preset.seed}/{step}")

@@ -67,7 +67,7 @@ def run(
     command: Sequence[str],
     suite: str | None = None,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
     work: Work | None = None,
 ) -> dict[str, Any]:
     """Measure, and return the results document.
@@ -76,7 +76,7 @@ def run(
         command: the arguments of the command line, for the provenance.
         suite: name of the suite that the plan comes from.
         progress: called with the current activity, and the seconds of the estimate that are done and in total.
-        tell: called with sentences for the user, such as the estimate before the start.
+        notify: called with sentences for the user, such as the estimate before the start.
         work: store of the finished pieces; None uses a temporary one.
 
     Raises:
@@ -85,21 +85,21 @@ def run(
     check(plan)
     if work is None:
         with Work(None, {}) as temporary:
-            return run(plan, command=command, suite=suite, progress=progress, tell=tell, work=temporary)
-    bench = _Bench(plan, work, progress, tell or (lambda sentence: None))
+            return run(plan, command=command, suite=suite, progress=progress, notify=notify, work=temporary)
+    bench = _Bench(plan, work, progress, notify or (lambda sentence: None))
     return bench.document(["pnp-trt", *command], suite)
 
 
 class _Bench:
     """One run; the constructor opens the engines."""
 
-    def __init__(self, plan: Plan, work: Work, progress: Progress | None, tell: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, work: Work, progress: Progress | None, notify: Callable[[str], None]) -> None:
         self.base = base_of(plan)
         self.pipes = [Pipeline.load(name, provider=plan.provider) for name in engines_of(plan)]
         for pipe in self.pipes:
             pipe.check_size(plan.size)
         self.plan = replace(plan, schedule=_common_schedule(self.pipes, plan.schedule))
-        self.work, self._progress, self._tell = work, progress, tell
+        self.work, self._progress, self._notify = work, progress, notify
         self.left_out: list[dict[str, str]] = []
         self.timing = Timing(self.pipes, self.plan, self.base, work)
         self.rows: dict[str, list[dict[str, Any]]] = {}
@@ -136,7 +136,7 @@ class _Bench:
         jobs: dict[str, float] = {}
         finished = 0
         if parts:
-            self.timing.try_out(self._say)
+            self.timing.try_out(self._report)
         if "latency" in parts:
             jobs |= self.timing.jobs()
             finished += self.timing.resumed()
@@ -150,7 +150,7 @@ class _Bench:
         self.meter = ProgressMeter(jobs, self._progress)
         if parts:
             resumed = f"; {finished} of its {len(jobs)} pieces are finished already" if finished else ""
-            self._tell(f"this run takes {about(self.meter.total)} in all{resumed}")
+            self._notify(f"this run takes {about(self.meter.total)} in all{resumed}")
 
     def _drawing_seconds(self, cell: Cell) -> float:
         task, pipe = self.studio.task, self.studio.pipes[cell.engine]
@@ -211,7 +211,7 @@ class _Bench:
             return
         from .measure.networks import networks
 
-        self._say("counting cost")
+        self._report("counting cost")
         try:
             self.rows["cost"] = cost.cost_rows(networks(self.base))
         except PnpError as e:
@@ -231,7 +231,7 @@ class _Bench:
         """Number of steps in which ``cfg-interval`` evaluates the teacher twice."""
         return int(guided_steps(pipe.schedule(steps, self.plan.schedule), pipe.guided_interval()).sum())
 
-    def _say(self, what: str) -> None:
+    def _report(self, what: str) -> None:
         """Report progress before the estimate is known."""
         if self._progress is not None:
             self._progress(what, 0, 1)
@@ -247,9 +247,9 @@ class _Bench:
         task, eyes = make_task(self.plan, self.base), Eyes(self.plan)
         self.looking = eyes.pace(self.pipes[0].size if self.plan.size is None else self.plan.size)
         self.studio = Studio(self.pipes, self.plan, task, eyes, self.work)
-        self.wanted, left_out = plan_rows(self.pipes, self.plan)
+        self.planned, left_out = plan_rows(self.pipes, self.plan)
         self.left_out += left_out
-        self.cells = cells_of(self.wanted)
+        self.cells = cells_of(self.planned)
 
     def _quality_of_images(self) -> tuple[bool, str | None, Mapping[str, Any] | None]:
         """Return whether quality was measured, if not why, and the images."""
@@ -266,7 +266,7 @@ class _Bench:
             self.meter.end(cell.label, resumed=resumed)
         if self._progress is not None:
             self._progress("measuring the images", round(self.meter.total), round(self.meter.total))
-        rows = [studio.measure(row, self.rows.get("cost", ())) for row in self.wanted]
+        rows = [studio.measure(row, self.rows.get("cost", ())) for row in self.planned]
         # drop CFG rows without any metric; at the largest number of steps CFG has a KID if there are real images
         self.rows["fidelity"] = [r for r in rows if r["method"] != CFG.name or set(r) - _BARE]
         evaluated, reason = verdict(self.rows["fidelity"], studio.task, studio.eyes)
@@ -277,7 +277,7 @@ class _Bench:
             "prompts": studio.task.source, "images": len(studio.task.prompts), "first_seed": studio.task.seeds[0],
             "real_images": None if real is None else len(real), "extractor": EXTRACTOR,
         }}  # fmt: skip
-        return evaluated, reason, studio.grid(self.wanted) if self.wanted else None
+        return evaluated, reason, studio.grid(self.planned) if self.planned else None
 
 
 #: guess for the estimate: seconds that all queues together take per step of a request

@@ -61,19 +61,19 @@ def load(suite: str) -> dict[str, Any]:
     return named
 
 
-def make_plan(suite: str | None, quick: bool, given: Mapping[str, Any]) -> Plan:
+def make_plan(suite: str | None, quick: bool, overrides: Mapping[str, Any]) -> Plan:
     """Return the plan of a suite, or the default plan, overridden by the command line's options.
 
     Args:
         quick: replace the defaults with :data:`~pnp_trt.bench.plan.QUICK`.
-        given: fields from the command line; those that are None or empty are ignored.
+        overrides: fields from the command line; those that are None or empty are ignored.
 
     Raises:
         InputError: as :func:`load` does.
     """
     named = {} if suite is None else load(suite)
     quick = quick or named.get("quick", False)
-    options = {k: v for k, v in given.items() if v is not None and v != ()}
+    options = {k: v for k, v in overrides.items() if v is not None and v != ()}
     if "steps" in options and "timed_steps" not in options:
         options["timed_steps"] = ()  # the command line's --steps applies to both
     return Plan(**{**(QUICK if quick else {}), **named, **options, "quick": quick})

@@ -1,1 +1,1 @@
-"""From a base and a guide to a bundle: export, compile, compare."""
+"""Build a bundle from a base model and a guide: export, compile, compare."""

@@ -1,8 +1,8 @@
-"""`pnp-trt build`: base and guide in, a checked bundle out.
+"""`pnp-trt build`: turn a base model and a guide into a checked bundle.
 
-One network after the other is loaded, run for its reference, converted, exported and compared, and let go again;
-then each is compiled, where the backend compiles at all, in a separate process.  Nothing heavy is imported until a
-bundle must really be built, so that finding it up to date costs a fraction of a second.
+The networks are processed one at a time: each is loaded, run for its reference output, converted, exported, compared
+and freed.  Each is then compiled in a separate process, if the backend compiles.  Heavy imports are deferred until a
+bundle must be built, so that finding an up-to-date bundle takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class Built:
 
 
 def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = None) -> Built:
-    """Export, compile, check and write a bundle; a bundle of the same inputs is returned as it is.
+    """Export, compile, check and write a bundle, or return an existing bundle of the same inputs.
 
     Args:
-        force: build even so, and replace what is there.
-        progress: called with (stage, hundredths done, hundredths in all) as the work proceeds.
+        force: rebuild, and replace an existing bundle.
+        progress: called with (stage, hundredths done, total hundredths).
 
     Raises:
-        InputError: for an unknown base, guide, backend, precision, target or profile, a guide that does not fit, too
-            little memory, or an ``out`` that holds something else.
-        PnpError: if a network's parity with PyTorch is past the limit, or the compiler fails; nothing is written.
+        InputError: for an unknown base, guide, backend, precision, target or profile, a guide that does not fit the
+            base, too little memory, or an ``out`` with other contents.
+        PnpError: if a network's error against PyTorch exceeds the limit, or the compiler fails; nothing is written.
     """
     check_before_work(spec.folder())
     backend = backends.get(spec.backend)
@@ -84,15 +84,15 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
     folder = spec.folder()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another --out")
-    if not force and (found := standing(folder, key, identity, force)) is not None:  # even where nothing can be written
-        return Built(folder, found, cached=True)
+    if not force and (existing := standing(folder, key, identity, force)) is not None:  # needs no write access
+        return Built(folder, existing, cached=True)
     check_replaceable_folder(folder)
     with lock(folder):
-        if (found := standing(folder, key, identity, force)) is not None:
-            return Built(folder, found, cached=True)
+        if (existing := standing(folder, key, identity, force)) is not None:
+            return Built(folder, existing, cached=True)
         base.check()
         if parts := base.left_out():
-            warnings.warn(f"{spec.base} has {', '.join(parts)}, which a bundle does not hold: left out", stacklevel=2)
+            warnings.warn(f"{spec.base} has {', '.join(parts)}, which a bundle cannot contain; ignored", stacklevel=2)
         work = Build(spec, base, scheduler, backend, recipe, target, plan, progress or (lambda *_: None), record)
         try:
             manifest = work.run(folder, key, identity)
@@ -102,7 +102,7 @@ def build(spec: BuildSpec, *, force: bool = False, progress: Progress | None = N
 
 
 def check_before_work(folder: Path) -> None:
-    """Refuse a place that cannot be written; where a bundle is already, there may be nothing to write."""
+    """Refuse a folder that cannot be written, unless it has a bundle, which may be up to date."""
     try:
         present = (folder / MANIFEST).is_file()
     except (OSError, ValueError):
@@ -112,12 +112,12 @@ def check_before_work(folder: Path) -> None:
 
 
 def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> Manifest | None:
-    """The manifest of the bundle of this key that is already in ``folder``; None if one is to be made.
+    """Return the manifest of the bundle in ``folder`` if its key is ``key``; None if a bundle must be built.
 
-    Call it under ``lock(folder)``.
+    Call it under ``lock(folder)`` before replacing the folder.
 
     Raises:
-        InputError: if something else is there, and ``force`` does not state that it may be replaced.
+        InputError: if the folder has other contents that may not be replaced (``force`` is false).
     """
     if not folder.is_dir() or all(is_temporary(path.name) for path in folder.iterdir()):
         return None
@@ -126,60 +126,60 @@ def standing(folder: Path, key: str, identity: dict[str, Any], force: bool) -> M
     if not (folder / MANIFEST).is_file():
         if not force:
             raise InputError(
-                f"{folder} holds an unfinished or damaged bundle; pass --force to replace it, or choose another --out"
+                f"{folder} contains a partial or damaged bundle; pass --force to replace it, or choose another --out"
             )
     elif not force:
-        found = read_manifest(folder)
-        if found.key == key and _intact(folder, found):
-            return found
+        manifest = read_manifest(folder)
+        if manifest.key == key and _intact(folder, manifest):
+            return manifest
         raise InputError(
-            f"{folder} holds another bundle, or a damaged one ({_first_difference(found, identity)}); "
+            f"{folder} contains a different or damaged bundle ({_first_difference(manifest, identity)}); "
             "pass --force to replace it, or choose another --out"
         )
     return None
 
 
 def _checked(spec: BuildSpec, backend: Backend) -> tuple[Recipe, str, tuple[Profile, ...]]:
-    """Recipe, target and profiles, all within what the backend takes."""
+    """Recipe, target and profiles, checked against what the backend supports."""
     recipe = find_recipe(spec.precision)
     if recipe.name not in backend.precisions:
         raise InputError(
-            f"backend '{backend.name}' does not run {recipe.name}; it runs: {', '.join(backend.precisions)}"
+            f"backend '{backend.name}' does not support {recipe.name}; it supports: {', '.join(backend.precisions)}"
         )
     target = backend.resolve_target(spec.target, recipe.name, spec.options)
     profiles = tuple(Profile.parse(p) for p in spec.profiles or backend.profiles)
     recipe = recipe.on_backend(find_recipe(backend.beside_int8), backend.int8_one_scale)
     if spec.calibration is not None and not recipe.needs_record:
-        takers = " or ".join(name for name, other in RECIPES.items() if other.needs_record)
-        raise InputError(f"--calibration is for --precision {takers}, not {recipe.name}; leave it out")
+        supporting = " or ".join(name for name, other in RECIPES.items() if other.needs_record)
+        raise InputError(f"--calibration is for --precision {supporting}, not {recipe.name}; omit it")
     if spec.tokens is not None and not backend.open_tokens:
-        takers = ", ".join(name for name in backends.BACKENDS if backends.get(name).open_tokens)
+        supporting = ", ".join(name for name in backends.BACKENDS if backends.get(name).open_tokens)
         raise InputError(
-            f"backend '{backend.name}' takes prompts of one chunk alone; leave --tokens out, or take --backend {takers}"
+            f"backend '{backend.name}' supports prompts of one chunk only; omit --tokens, or use --backend {supporting}"
         )
     if profiles and not backend.profiles and not any(p.sized for p in profiles):
         raise InputError(
-            f"backend '{backend.name}' takes any batch up to {MAX_BATCH}; leave --profile out, "
-            "or name a size with it, such as b1@512x768"
+            f"backend '{backend.name}' takes any batch size up to {MAX_BATCH}; omit --profile, "
+            "or add an image size to it, such as b1@512x768"
         )
     return recipe, target, profiles
 
 
 def _record(spec: BuildSpec, recipe: Recipe, base: str, guide: dict[str, Any] | None) -> Record | None:
-    """The calibration record that the recipe needs, made for this guide and, unless it was named, for this base."""
+    """The calibration record that the recipe needs, for this guide and, unless its file was named, for this base."""
     if not recipe.needs_record:
         return None
     path = spec.calibration or find_record(spec.base, "teacher" if guide is None else str(guide["name"]))
     record = Record.read(path)
-    named = spec.calibration is not None  # a fine-tune may borrow its base's ranges; parity is the judge
-    for what, found, wanted in (
+    named = spec.calibration is not None  # a fine-tune may use its base's ranges; parity decides whether they fit
+    for what, recorded, expected in (
         ("base", record.base["sha256"], record.base["sha256"] if named else base),
         ("guide", (record.guide or {}).get("sha256"), (guide or {}).get("sha256")),
     ):
-        if found != wanted:
+        if recorded != expected:
             raise InputError(
-                f"{path} was recorded with another {what} (sha256 {str(found)[:12]}…, not {str(wanted)[:12]}…); "
-                f"make it again with: pnp-trt calibrate --base {spec.base} --guide {spec.guide} --force"
+                f"{path} was recorded with another {what} (sha256 {str(recorded)[:12]}…, not {str(expected)[:12]}…); "
+                f"record it again with: pnp-trt calibrate --base {spec.base} --guide {spec.guide} --force"
             )
     return record
 
@@ -189,12 +189,12 @@ def _intact(folder: Path, manifest: Manifest) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_size == record.size for name, record in files)
 
 
-def _first_difference(found: Manifest, identity: dict[str, Any]) -> str:
-    if ("plugged" in found.built_from) != ("plugged" in identity):
-        return "it was plugged, not built" if "plugged" in found.built_from else "it was built, not plugged"
-    for name, wanted in identity.items():
-        held = found.built_from.get(name)
-        if held != wanted:
-            short = [str(v)[:60] if not isinstance(v, dict) else str(v.get("name", v))[:60] for v in (held, wanted)]
-            return f"its {name} is {short[0]}, not {short[1]}"
-    return "files are missing or cut short"
+def _first_difference(manifest: Manifest, identity: dict[str, Any]) -> str:
+    if ("plugged" in manifest.built_from) != ("plugged" in identity):
+        return "it was plugged, not built" if "plugged" in manifest.built_from else "it was built, not plugged"
+    for name, expected in identity.items():
+        actual = manifest.built_from.get(name)
+        if actual != expected:
+            shown = [str(v)[:60] if not isinstance(v, dict) else str(v.get("name", v))[:60] for v in (actual, expected)]
+            return f"its {name} is {shown[0]}, not {shown[1]}"
+    return "files are missing or truncated"

@@ -1,9 +1,9 @@
-"""Where a graph goes wrong: every intermediate tensor as the graph computes it, against the same graph in float32.
+"""Locate a graph's numerical errors: compare every intermediate tensor with the same graph computed in float32.
 
-The graph is run as it is written, each half-precision result rounded to its type (``parity.round_at_every_node``),
-and again with every such type widened and its quantisers taken out; both by ONNX Runtime on the CPU through
-polygraphy's runners, so that no GPU is needed.  Weights are the graph's own in both: what differs is what computing
-does.
+The graph is run as written, with each half-precision result rounded to its type (``parity.round_at_every_node``), and
+again with half-precision types widened and quantisers removed.  Both runs use ONNX Runtime on the CPU through
+polygraphy's runners, so that no GPU is needed.  The weights are the same in both, so all differences come from the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ..bundle.store import Bundle
 from ..errors import InputError, MissingDependency, PnpError
 from .parity import round_at_every_node
 
-#: share of the free memory that the outputs of one run may take, both graphs' together
+#: share of the free memory that the outputs of one run of both graphs may take
 _SHARE = 0.25
-#: of a cast that makes a marked tensor readable as float32
+#: suffix of the graph outputs that are added to read a tensor as float32
 _SEEN = ".seen"
 
 
@@ -34,12 +34,14 @@ class LayerParity:
     """One tensor of a graph.
 
     Attributes:
-        place: of its node, in the order of running.
-        node: name of the node that makes it, and ``op`` its type.
-        near: the weight that was read last up to it, which states where in the model it is; empty before the first.
+        place: index of its node in execution order.
+        node: name of the node that computes it.
+        op: type of that node.
+        near: the last weight read up to this node, which locates it in the model; empty before the first weight.
         error: ‖as written − float32‖ / ‖float32‖; NaN where either is not finite.
         largest: largest magnitude in float32; NaN where it is not finite.
-        finite: whether it is finite as written, and ``finite_in_float32`` whether it is there.
+        finite: whether it is finite in the graph as written.
+        finite_in_float32: whether it is finite in float32.
     """
 
     place: int
@@ -61,15 +63,15 @@ def layerwise(
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[LayerParity]:
-    """All intermediate tensors of a graph that are numbers, in the order of running.
+    """Compare all floating-point intermediate tensors of a graph, in execution order.
 
-    The graph is run several times where its tensors would not fit into memory together.
+    The graph is run several times if its tensors do not fit into memory together.
 
     Args:
-        graph: an ONNX file, external weights beside it; nothing is written there.
-        inputs: of one row.
-        budget: bytes that the outputs of a run may take; None takes a quarter of the memory that is free.
-        progress: called with (tensors done, tensors in all).
+        graph: an ONNX file with its external weights in the same folder; nothing is written there.
+        inputs: one row.
+        budget: bytes that the outputs of a run may take; None takes a quarter of the free memory.
+        progress: called with (tensors done, total tensors).
 
     Raises:
         InputError: if polygraphy or onnx is not installed.
@@ -77,9 +79,9 @@ def layerwise(
     """
     ir = _onnx_ir()
     written, widened = ir.load(graph), ir.load(graph)
-    # places are those of the graph as it is; the rewrites keep names
+    # node indices are those of the original graph; the rewrites insert nodes and keep names
     floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    wanted = {}
+    tensors = {}
     near = ""
     for place, node in enumerate(ir.load(graph).graph):
         read = [v.name for v in node.inputs if v is not None and v.is_initializer()]
@@ -88,16 +90,16 @@ def layerwise(
             continue
         for out in node.outputs:
             if out.name and out.dtype in floats:
-                wanted[out.name] = (place, node, near, _bytes(out))
+                tensors[out.name] = (place, node, near, _bytes(out))
     round_at_every_node(written)
     in_float32(widened)
     present = {v.name for node in widened.graph for v in node.outputs}
-    wanted = {name: found for name, found in wanted.items() if name in present}
+    tensors = {name: entry for name, entry in tensors.items() if name in present}
     budget = budget or max(64 << 20, int(memory.free() * _SHARE))
     layers: list[LayerParity] = []
-    for names in _batches({n: size for n, (*_, size) in wanted.items()}, budget // 2):
+    for names in _batches({n: size for n, (*_, size) in tensors.items()}, budget // 2):
         for name, (a, b) in zip(names, _run_both(written, widened, graph.parent, names, inputs), strict=True):
-            place, node, near, _ = wanted[name]
+            place, node, near, _ = tensors[name]
             finite, reference_finite = bool(np.isfinite(a).all()), bool(np.isfinite(b).all())
             error = 0.0 if np.array_equal(a, b) else difference(a, b)
             largest = float(np.abs(b).max()) if reference_finite and b.size else float("nan")
@@ -108,55 +110,59 @@ def layerwise(
                 )
             )  # fmt: skip
         if progress is not None:
-            progress(len(layers), len(wanted))
+            progress(len(layers), len(tensors))
     return layers
 
 
 def graphs(bundle: Bundle, networks: list[str]) -> dict[str, tuple[Path, dict[str, np.ndarray]]]:
-    """Graph and one row of golden inputs of a bundle's networks.
+    """Graph and one row of golden inputs of each of a bundle's networks.
 
     Args:
-        networks: names of those that are wanted; empty takes all.
+        networks: names of the networks; empty for all.
 
     Raises:
         InputError: for a network that the bundle does not have, or a bundle without graphs.
     """
-    held = bundle.manifest.networks
-    if unknown := [n for n in networks if n not in held]:
-        raise InputError(f"engine '{bundle.name}' has no network '{unknown[0]}'; it has: {', '.join(held)}")
-    golden = read_golden(bundle.folder / GOLDEN, held)
-    found = {}
-    for name in networks or held:
-        path = bundle.folder / held[name].graph
+    records = bundle.manifest.networks
+    if unknown := [n for n in networks if n not in records]:
+        raise InputError(f"engine '{bundle.name}' has no network '{unknown[0]}'; it has: {', '.join(records)}")
+    golden = read_golden(bundle.folder / GOLDEN, records)
+    out = {}
+    for name in networks or records:
+        path = bundle.folder / records[name].graph
         if path.suffix != ".onnx":
             raise InputError(
-                f"engine '{bundle.name}' of backend '{bundle.manifest.backend}' holds modules and no graphs; "
-                "build it with another --backend to look at its layers"
+                f"engine '{bundle.name}' of backend '{bundle.manifest.backend}' contains modules and no graphs; "
+                "build it with another --backend to compare its layers"
             )
         check_graph(bundle.folder, bundle.manifest, name)
-        found[name] = (path, {k: v[:1] for k, v in golden[name][0].items()})
-    return found
+        out[name] = (path, {k: v[:1] for k, v in golden[name][0].items()})
+    return out
 
 
 def verdict(layers: list[LayerParity], limit: float) -> tuple[str, bool]:
-    """One sentence on a graph, and whether something is wrong.
+    """Summarise a graph's comparison in one sentence, and return whether there is a problem.
 
-    Intermediate tensors may be further off than the output may be, and often are where terms cancel; the last one,
-    which is the output, may not.
+    Only the output, which is the last tensor, must be within the limit: errors of intermediate tensors may be larger,
+    and often are where terms cancel.
     """
-    if (bad := first_not_finite(layers)) is not None:
-        why = "in float32 too: look at the weights" if not bad.finite_in_float32 else f"{bad.largest:.3g} in float32"
-        return f"the first tensor that is not finite is '{bad.tensor}' ({_where(bad)}); {why}", True
+    if (not_finite := first_not_finite(layers)) is not None:
+        why = (
+            "in float32 too: check the weights"
+            if not not_finite.finite_in_float32
+            else f"{not_finite.largest:.3g} in float32"
+        )
+        return f"the first tensor that is not finite is '{not_finite.tensor}' ({_where(not_finite)}); {why}", True
     last = layers[-1]
-    if not last.error <= limit and (past := first_past(layers, limit)) is not None:
+    if not last.error <= limit and (above := first_past(layers, limit)) is not None:
         return (
-            f"the output is off by {last.error:.1e} (limit {limit:.0e}), and the first tensor that is off by more "
-            f"than that is '{past.tensor}' ({_where(past)}), by {past.error:.1e}"
+            f"the output has an error of {last.error:.1e} (limit {limit:.0e}), and the first tensor above the limit is "
+            f"'{above.tensor}' ({_where(above)}) with {above.error:.1e}"
         ), True
     furthest = max(layers, key=lambda layer: layer.error)
     return (
-        f"all {len(layers)} tensors are finite; the output is off from float32 by {last.error:.1e}, "
-        f"'{furthest.tensor}' furthest, by {furthest.error:.1e}"
+        f"all {len(layers)} tensors are finite; the output's relative error against float32 is {last.error:.1e}, "
+        f"the largest is {furthest.error:.1e}, of '{furthest.tensor}'"
     ), False
 
 
@@ -165,28 +171,28 @@ def _where(layer: LayerParity) -> str:
 
 
 def first_not_finite(layers: list[LayerParity]) -> LayerParity | None:
-    """The first tensor in the order of running that holds an infinity or a NaN."""
+    """The first tensor in execution order that contains an infinity or a NaN."""
     return next((layer for layer in layers if not layer.finite), None)
 
 
 def first_past(layers: list[LayerParity], limit: float) -> LayerParity | None:
-    """The first tensor whose error is past ``limit``, or that is not finite."""
+    """The first tensor whose error exceeds ``limit``, or that is not finite."""
     return next((layer for layer in layers if not layer.error <= limit), None)
 
 
 def worst(layers: list[LayerParity], count: int) -> list[LayerParity]:
-    """The ``count`` tensors that are furthest off, in the order of running; those that are not finite come first."""
+    """The ``count`` tensors with the largest errors, in execution order; tensors that are not finite rank highest."""
     ranked = sorted(layers, key=lambda layer: (layer.error == layer.error, -layer.error, layer.place))
     return sorted(ranked[:count], key=lambda layer: layer.place)
 
 
 def in_float32(model: Any) -> None:
-    """Widen every half-precision value of a graph and take its quantisers out; values keep their names.
+    """Widen every half-precision value of a graph and remove its quantisers; values keep their names.
 
-    Weights stay as they are stored and are widened where they are read, so that no second copy of them is held.
+    Weights are widened where they are read, so that no second copy of them is stored.
 
     Args:
-        model: ``onnx_ir``'s, changed in place.
+        model: an ``onnx_ir.Model``, changed in place.
     """
     import onnx_ir as ir
 
@@ -203,10 +209,10 @@ def in_float32(model: Any) -> None:
         for i, value in enumerate(node.inputs):
             if value is not None and value.is_initializer() and value.dtype in half:
                 if value not in widened:
-                    made = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", int(ir.DataType.FLOAT))])
-                    made.outputs[0].name = f"{value.name}.wide"
-                    graph.insert_before(node, made)
-                    widened[value] = made.outputs[0]
+                    cast = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+                    cast.outputs[0].name = f"{value.name}.wide"
+                    graph.insert_before(node, cast)
+                    widened[value] = cast.outputs[0]
                 node.replace_input_with(i, widened[value])
         for out in node.outputs:
             if out.dtype in half:
@@ -220,16 +226,18 @@ def in_float32(model: Any) -> None:
 def _run_both(
     written: Any, widened: Any, folder: Path, names: list[str], inputs: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The named tensors of both graphs in float32, pair by pair."""
+    """Yield each named tensor of both graphs, in float32."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.comparator import Comparator
     from polygraphy.logger import G_LOGGER
 
-    runners = [OnnxrtRunner(_session(m, folder, names), name) for m, name in ((written, "as"), (widened, "wide"))]
+    runners = [
+        OnnxrtRunner(_session(model, folder, names), name) for model, name in ((written, "as"), (widened, "wide"))
+    ]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         try:
             results = Comparator.run(runners, data_loader=[dict(inputs)], warm_up=0)
-        except Exception as e:  # ONNX Runtime raises several types of its own
+        except Exception as e:  # ONNX Runtime raises several exception types
             raise PnpError(f"ONNX Runtime cannot run a graph of {folder}: {str(e).splitlines()[0]}") from e
     (as_written,), (wide,) = (list(iterations) for _, iterations in results.items())
     for name in names:
@@ -237,19 +245,19 @@ def _run_both(
 
 
 def _session(model: Any, folder: Path, names: list[str]) -> Any:
-    """A session whose outputs are the named tensors; the model's weights stay where they are."""
+    """A session whose outputs are the named tensors; external weights are read from ``folder``."""
     import onnx_ir as ir
     import onnxruntime as ort
 
     proto = ir.to_proto(model)
     del proto.graph.output[:]
     for name in names:
-        # numpy has no bfloat16, so that all are read as float32
+        # numpy has no bfloat16, so read all tensors as float32
         node = proto.graph.node.add(op_type="Cast", input=[name], output=[name + _SEEN])
         node.attribute.add(name="to", type=2, i=int(ir.DataType.FLOAT))
         proto.graph.output.add(name=name + _SEEN).type.tensor_type.elem_type = int(ir.DataType.FLOAT)
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # the exception says it, without colours on standard error
+    options.log_severity_level = 4  # the exception has the message; the log would repeat it on standard error
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     try:
@@ -259,7 +267,7 @@ def _session(model: Any, folder: Path, names: list[str]) -> Any:
 
 
 def _bytes(value: Any) -> int:
-    """Bytes of a value in float32 for one row; sizes that are not written in the graph count as one."""
+    """Bytes of a value in float32 for one row; symbolic dimensions count as 1."""
     size = 4
     for d in value.shape or ():
         size *= d if isinstance(d, int) else 1
@@ -267,15 +275,15 @@ def _bytes(value: Any) -> int:
 
 
 def _batches(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
-    """Names in order, as many together as ``budget`` bytes hold; at least one."""
+    """Yield the names in order, in batches of at most ``budget`` bytes but at least one name."""
     batch: list[str] = []
-    held = 0
+    used = 0
     for name, size in sizes.items():
-        if batch and held + size > budget:
+        if batch and used + size > budget:
             yield batch
-            batch, held = [], 0
+            batch, used = [], 0
         batch.append(name)
-        held += size
+        used += size
     if batch:
         yield batch
 
@@ -283,9 +291,9 @@ def _batches(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
 def _onnx_ir() -> Any:
     try:
         import onnx_ir
-        import polygraphy  # noqa: F401  (asked for here, so that the answer is one sentence)
+        import polygraphy  # noqa: F401  (checked here for a clear message)
     except ImportError as e:
         raise MissingDependency(
-            f"looking at layers needs {e.name}; install with: pip install 'pnp-trt[build]'"
+            f"comparing layers needs {e.name}; install with: pip install 'pnp-trt[build]'"
         ) from None
     return onnx_ir

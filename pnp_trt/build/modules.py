@@ -1,4 +1,4 @@
-"""Converted modules → description and safetensors, for backends that run modules and not graphs."""
+"""Save converted modules as a description and safetensors, for backends that run modules instead of graphs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-#: where parity is measured, if PyTorch finds one
+#: device on which parity is measured, if available
 _GPU = "cuda"
 
 
 def save(module: nn.Module, path: Path) -> WeightMap:
-    """Write ``path`` (``unet.json``: what the module is) and its weights beside it (``unet.safetensors``).
+    """Write the module's description to ``path`` (``unet.json``) and its weights beside it (``unet.safetensors``).
 
     Args:
-        module: as ``precision.convert`` left it; its weights are written in the types that they have.
+        module: converted by ``precision.convert``; its weights are written in their current types.
 
     Returns:
-        Where each weight comes from, as for a graph; its name in the file is ``SOURCE.KEY``.
+        The origin of each weight, as for a graph; weights are named ``SOURCE.KEY`` in the file.
 
     Raises:
         OSError: if the disk is full.
@@ -38,14 +38,14 @@ def save(module: nn.Module, path: Path) -> WeightMap:
 
     weights = path.with_suffix(".safetensors")
     write_json(path, describe(module))
-    held = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
     try:
-        save_file(held, weights)
+        save_file(tensors, weights)
     except SafetensorError as e:
         raise OSError(str(e)) from e
     weights.chmod(path.stat().st_mode)  # safetensors makes files that only their owner can read
     out = WeightMap()
-    for name, tensor in sorted(held.items()):
+    for name, tensor in sorted(tensors.items()):
         source, _, key = name.partition(".")
         cast = {"op": "cast", "to": str(tensor.dtype).removeprefix("torch.")}
         out.weights[name] = {"source": source, "key": key, "transform": [cast]}
@@ -55,12 +55,12 @@ def save(module: nn.Module, path: Path) -> WeightMap:
 def relative_error(module: nn.Module, inputs: dict[str, Tensor], reference: Outputs) -> float:
     """‖out − reference‖ / ‖reference‖ of a module in its own precision; NaN when either is not finite.
 
-    Measured on the GPU where there is one with enough memory, as that is what serves it, and without TensorFloat-32;
-    else on the CPU.  There half precision that the processor does not multiply itself is computed as
-    :func:`wide_products` does: PyTorch's emulation is 20 to 150 times slower.
+    Measured on a GPU with enough memory if there is one, since such a module is served on a GPU, without
+    TensorFloat-32; otherwise on the CPU.  A half-precision type that the processor cannot multiply natively is computed
+    with :func:`wide_products` there, because PyTorch's emulation is 20 to 150 times slower.
 
     Args:
-        module: stays on the CPU, or comes back to it.
+        module: on the CPU, where it is afterwards too.
     """
     import torch
 
@@ -68,7 +68,7 @@ def relative_error(module: nn.Module, inputs: dict[str, Tensor], reference: Outp
         try:
             return difference(_on_gpu(module, inputs), reference)
         except torch.OutOfMemoryError:
-            pass  # the CPU has more
+            pass  # the host has more memory
     with torch.no_grad(), wide_products() if emulated(module) else contextlib.nullcontext():
         return difference(as_arrays(module(**inputs)), reference)
 

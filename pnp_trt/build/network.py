@@ -1,4 +1,4 @@
-"""One network of a bundle: run for its reference, converted, exported, quantised by some recipes, compared."""
+"""Export one network of a bundle: run it for its reference, convert, export, perhaps quantise, and compare it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class NetworkExport:
-    """How the networks of one bundle are written.
+    """Settings for exporting the networks of one bundle.
 
     Attributes:
-        record: what INT8 was calibrated to; None where the recipe needs none.
-        target: GPU that it is for; None stands for one with all of the backend's types.
+        record: calibration record for INT8; None if the recipe needs none.
+        target: GPU to build for; None assumes a GPU that supports all of the backend's types.
     """
 
     backend: Backend
@@ -42,10 +42,10 @@ class NetworkExport:
     def write(
         self, name: str, spec: NetworkSpec, cases: dict[str, dict[str, Any]], work: Path
     ) -> tuple[NetworkRecord, Golden, dict[str, Any]]:
-        """One network written: its record, not compiled yet, its golden inputs and outputs, and its weights' map.
+        """Write one network; return its record before compilation, its golden inputs and outputs, and its weight map.
 
         Args:
-            cases: golden inputs by what tells them apart (``512x768``), that of the default size first.
+            cases: golden inputs by label (``512x768``), the default size first.
         """
         from ..graph.weights import check_complete
         from ..precision.recipes import as_arrays, reference
@@ -62,7 +62,7 @@ class NetworkExport:
         recipes = self.recipes(name)
         half = spec.decodes and recipes[0].dtype != FP32.dtype
         compared, hard = self._with_images(module, compared, rows) if half else (compared, [])
-        wanted = {label: as_arrays(reference(module, case)) for label, case in compared.items()}
+        expected = {label: as_arrays(reference(module, case)) for label, case in compared.items()}
         traced = {k: self.plan.traced(name, v) for k, v in inputs.items()}
         tried: list[str] = []
         for recipe in recipes:
@@ -74,16 +74,16 @@ class NetworkExport:
             else:
                 axes, others = self.plan.axes(name), output_names(name)
                 weights = export(recipe.convert(module), traced, spec.outputs, path, axes, others)
-                module = None  # rounded in place, and large
+                module = None  # its weights are rounded in place, and it is large
                 gc.collect()
                 quantised = self._quantize(recipe, path, weights)
                 weights = quantised or weights
                 weights = weights.derive(self.backend.prepare(path), _initializers(path))
                 check_complete(path, weights)
                 measure = partial(relative_error, path)
-            errors = {label: measure(compared[label], wanted[label]) for label in cases}
-            found = [*errors.values(), *(measure(*case) for case in hard if recipe.dtype != FP32.dtype)]
-            error = float(np.max(found))  # NaN if any is
+            errors = {label: measure(compared[label], expected[label]) for label in cases}
+            all_errors = [*errors.values(), *(measure(*case) for case in hard if recipe.dtype != FP32.dtype)]
+            error = float(np.max(all_errors))  # NaN if any is
             module = None
             if error <= recipe.limit:  # also refuses NaN
                 break
@@ -93,13 +93,13 @@ class NetworkExport:
         record = NetworkRecord(
             graph=path.name,
             precision=recipe.name,
-            **self._tensors(name, inputs, dict(zip(spec.outputs, as_tuple(wanted[default]), strict=True))),
+            **self._tensors(name, inputs, dict(zip(spec.outputs, as_tuple(expected[default]), strict=True))),
             parity=NetworkParity(error, recipe.limit, rows, errors if len(errors) > 1 else {}),
             fallback=f"off by {tried[0]}" if tried else None,
             quantised=None if quantised is None else self._quantised_record(recipe, weights),
         )
         references = {
-            name if label == default else f"{name}@{label}": ({k: v.numpy() for k, v in case.items()}, wanted[label])
+            name if label == default else f"{name}@{label}": ({k: v.numpy() for k, v in case.items()}, expected[label])
             for label, case in compared.items()
         }
         return record, references, weights.as_dict()
@@ -107,15 +107,15 @@ class NetworkExport:
     def _with_images(
         self, decoder: Any, cases: dict[str, dict[str, Any]], rows: int
     ) -> tuple[dict[str, dict[str, Any]], list[tuple[dict[str, Any], Outputs]]]:
-        """Cases of a decoder in half precision and, beside them, latents of images; of one row the case has both."""
+        """Add latents of images to a half-precision decoder's cases: as a further case, or within cases of one row."""
         from .parity import realistic_case, with_latents_of_images
 
-        if rows == 1:  # large: one run instead of two
+        if rows == 1:  # the network is large: one run instead of two
             return {label: with_latents_of_images(decoder, case, self.plan.factor) for label, case in cases.items()}, []
         return cases, [realistic_case(decoder, next(iter(cases.values())), self.plan.factor)]
 
     def _tensors(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
-        """The record's ``inputs`` and ``outputs``: type and shape by name, with the names of open axes."""
+        """The record's ``inputs`` and ``outputs``: type and shape by name, with names for open axes."""
         return {
             "inputs": {
                 n: (str(v.dtype).removeprefix("torch."), tuple(self.plan.named(name, v.shape)))
@@ -125,7 +125,7 @@ class NetworkExport:
         }
 
     def recipes(self, name: str) -> list[Recipe]:
-        """What a network is exported in, and what is tried when that is too far off."""
+        """The recipe of a network, followed by the fallbacks to try when its error is too large."""
         first = self.recipe.of_network(name)
         if name not in first.fallback:
             return [first]
@@ -135,12 +135,12 @@ class NetworkExport:
         return [first, *between, FP32]
 
     def _quantize(self, recipe: Recipe, path: Path, weights: WeightMap) -> WeightMap | None:
-        """Apply the recipe's graph pass; the new map, or None where the recipe has none."""
+        """Apply the recipe's quantisation pass; return the new weight map, or None if the recipe does not quantise."""
         derived = recipe.quantize(path, weights, self.record)
         return None if derived is None else weights.derive(derived, _initializers(path))
 
     def _quantised_record(self, recipe: Recipe, weights: WeightMap) -> QuantisedRecord:
-        """What the manifest records of a quantised network."""
+        """The manifest's entry for a quantised network."""
         steps = [w["transform"][-1]["op"] for w in weights.weights.values() if w["transform"]]
         kind = "fp8" if "float8" in steps else "int8"
         layers = sum(step in ("quantize", "float8") for step in steps)
@@ -148,9 +148,7 @@ class NetworkExport:
             return QuantisedRecord(kind, layers, activations=False)
         sweep, chosen = self.record.sweep, recipe.choices(self.record)
         decision = self.record.decision
-        if set(chosen) != set(
-            self.record.choices()
-        ):  # fewer layers than the decision: the sweep's figures are not theirs
+        if set(chosen) != set(self.record.choices()):  # fewer layers than decided, so the sweep's figures do not apply
             sweep, decision = {}, {"float": [n for n in self.record.layers if n not in chosen]}
         details = {
             "share_of_macs": round(self.record.share(chosen), 4), "decision": decision,
@@ -161,7 +159,7 @@ class NetworkExport:
 
 
 def _too_far_off(name: str, tried: list[str], path: Path, inputs: dict[str, Any], limit: float) -> PnpError:
-    """The error of a network that no recipe computes well enough; ``path`` is its last graph."""
+    """The exception for a network whose error is too large in every recipe; ``path`` is the last graph tried."""
     return PnpError(
         f"the exported {name} differs from PyTorch by {', and '.join(tried)} (relative); "
         f"{_what_is_off(path, inputs, limit)}nothing was written; choose another --precision, or report it"
@@ -169,14 +167,14 @@ def _too_far_off(name: str, tried: list[str], path: Path, inputs: dict[str, Any]
 
 
 def _what_is_off(path: Path, inputs: dict[str, Any], limit: float) -> str:
-    """A clause that names the first bad tensor of a graph; empty where none is found, or it cannot be looked at."""
+    """A clause naming the first bad tensor of a graph; empty if there is none or the graph cannot be examined."""
     from .layers import layerwise, verdict
 
     if path.suffix != ".onnx":
         return ""
     with suppress(PnpError):
-        said, problem = verdict(layerwise(path, {k: v[:1].numpy() for k, v in inputs.items()}), limit)
-        return f"{said}; " if problem else ""
+        sentence, problem = verdict(layerwise(path, {k: v[:1].numpy() for k, v in inputs.items()}), limit)
+        return f"{sentence}; " if problem else ""
     return ""
 
 

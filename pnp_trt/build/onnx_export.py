@@ -1,4 +1,4 @@
-"""PyTorch modules → ONNX graphs (opset 23, native Attention and GroupNormalization, external weights)."""
+"""Export PyTorch modules as ONNX graphs (opset 23, native Attention and GroupNormalization, external weights)."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def export(
 ) -> WeightMap:
     """Write ``path`` and ``path.data``; the first dimension of every input becomes the dynamic ``batch``.
 
-    Equal modules give equal files.
+    The files are reproducible: equal modules give equal files.
 
     Args:
-        inputs: example tensors by the names of ``module.forward``'s arguments; batch at least 2.
-        outputs: names of the outputs, or that of the only one.
-        open_axes: what else stays dynamic in every input of an axis's rank, by its name; the example's sizes are
-            legal, and more than one step.
-        output_names: form of the name of an output's open size that is none of the inputs'.
+        inputs: example tensors by argument name of ``module.forward``; batch at least 2.
+        outputs: names of the outputs, or the name of the only one.
+        open_axes: further dynamic dimensions, each in every input of its rank; the example's sizes must be legal and
+            more than one step.
+        output_names: format of the names of an output's open sizes that differ from the inputs'.
 
     Returns:
-        Where each initialiser comes from; the first part of a module's weight names is the source.
+        The origin of each initialiser; the first part of a module's weight names is the source.
 
     Raises:
         PnpError: if PyTorch cannot trace the module or has no ONNX operator for a part of it.
     """
     try:
-        # the collector would look at a trace's many objects again and again: an eighth of an export's time
+        # repeated garbage collection of a trace's many objects takes an eighth of an export's time
         with _quiet(), collector_paused(), torch.no_grad():
             model, hidden = trace(module, inputs, [outputs] if isinstance(outputs, str) else list(outputs), open_axes)
     except torch.onnx.OnnxExporterError as e:
@@ -69,10 +69,10 @@ def export(
 def trace(
     module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], open_axes: Sequence[OpenAxis] = ()
 ) -> tuple[Any, list[str]]:
-    """The optimised graph of ``module``'s architecture, an ``onnx_ir.Model``, and the weights that are inputs of it."""
-    # 63, since diffusers' upsampling takes another path from batch 64 on, and the tracer would start again
+    """Trace ``module``; return its optimised ``onnx_ir.Model`` and the names of the weights that are its inputs."""
+    # 63, since diffusers' upsampling takes another code path from batch 64, and the tracer would start again
     batch = torch.export.Dim("batch", min=1, max=63)
-    # multiples of a step, so that the tracer can tell that what the U-Net halves comes out even
+    # multiples of a step, so that the tracer can prove that the sizes the U-Net halves are even
     units = {a: torch.export.Dim(f"{a.name}_steps" if a.step > 1 else a.name, min=a.low, max=a.high) for a in open_axes}
     sized = {(a.rank, a.axis): a.step * unit if a.step > 1 else unit for a, unit in units.items()}
     shapes = {
@@ -92,7 +92,7 @@ def trace(
 
 
 def _optimize(model: Any) -> None:
-    """What ``program.optimize()`` does, less the merging of equal initialisers."""
+    """Do what ``program.optimize()`` does, except merging equal initialisers."""
     import onnx_ir as ir
     import onnxscript.optimizer
     import onnxscript.rewriter
@@ -100,7 +100,7 @@ def _optimize(model: Any) -> None:
     from onnxscript.rewriter import onnx_fusions
 
     onnxscript.optimizer.inline(model)
-    for _ in range(2):  # folding makes patterns, and patterns make what can be folded
+    for _ in range(2):  # folding and rewriting enable each other
         onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True)
         onnxscript.rewriter.rewrite(model)
     ir.passes.Sequential(
@@ -115,9 +115,9 @@ def _optimize(model: Any) -> None:
 
 
 def _name_open(model: Any, axis: OpenAxis, output_names: str) -> None:
-    """Call an open dimension by its name alone wherever the tracer wrote it as a product, and so in the output.
+    """Replace the tracer's product (steps times units) for an open dimension by its plain name, in outputs too.
 
-    A runtime that is told what ``height`` is (``free dimension override``) then knows all that follows from it.
+    A runtime with a ``free dimension override`` for ``height`` can then derive every size that depends on it.
     """
     import onnx_ir as ir
 
@@ -137,7 +137,7 @@ def _name_open(model: Any, axis: OpenAxis, output_names: str) -> None:
 
 
 def _strip_source_locations(model: Any) -> None:
-    # the exporter records stack traces of the machine it ran on; they make equal graphs differ
+    # the exporter records stack traces of the machine, which make equal graphs differ
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
@@ -149,11 +149,11 @@ def _strip_source_locations(model: Any) -> None:
 
 @contextlib.contextmanager
 def _upsampling_of_any_size() -> Iterator[None]:
-    """No limit of elements in diffusers' upsampling, above which it copies its input.
+    """Remove the element limit above which diffusers' upsampling copies its input.
 
-    It compares the number of elements with ``pow(2, 31)``.  A tracer takes that as a limit of the batch, and fails
-    where the limit is not a whole number (28.4 for a decoder of 768 x 768 images).  The copy is for a PyTorch kernel
-    that the graph does not have.
+    It compares the number of elements with ``pow(2, 31)``.  The tracer turns that into a limit of the batch size, and
+    fails where the limit is not a whole number (28.4 for a decoder of 768 x 768 images).  The copy serves a PyTorch
+    kernel that the graph does not contain.
     """
     from diffusers.models import upsampling
 
@@ -166,7 +166,7 @@ def _upsampling_of_any_size() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's progress lines and deprecation notices are not for our users."""
+    """Suppress the exporter's progress lines and deprecation notices, which are irrelevant to users."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

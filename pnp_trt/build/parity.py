@@ -1,4 +1,4 @@
-"""The relative error of a graph's output against PyTorch's on golden inputs."""
+"""Relative error of a graph's output against PyTorch's on golden inputs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from ..bundle.golden_file import Outputs, difference
 
-#: above this many weights one golden row is compared instead of two: attention on the CPU needs memory by the row
+#: number of weights above which one golden row is compared instead of two: attention on the CPU needs memory per row
 LARGE = 200_000_000
-#: above this many image pixels likewise, for an autoencoder: a row of 512 x 512 takes a CPU a quarter of a minute
+#: the same limit in image pixels for an autoencoder: a row of 512 x 512 takes a CPU a quarter of a minute
 LARGE_IMAGE = 256 * 256
 
 
 def golden_rows(network: str, weights: int, size: tuple[int, int]) -> int:
-    """How many golden rows of a network are compared with PyTorch.
+    """Number of golden rows of a network to compare with PyTorch.
 
     Args:
-        weights: of the network.
+        weights: number of weights of the network.
         size: height and width of the image in pixels.
     """
     large_image = network.startswith("vae_") and size[0] * size[1] > LARGE_IMAGE
@@ -28,7 +28,7 @@ def golden_rows(network: str, weights: int, size: tuple[int, int]) -> int:
 
 
 def sharpener_inputs(unet: Mapping[str, Any]) -> dict[str, Any]:
-    """Seeded torch inputs of a guide's sharpener, batch 2, beside the golden ones of its U-Net."""
+    """Seeded torch inputs of a guide's sharpener, batch 2, to go with the golden inputs of its U-Net, ``unet``."""
     import torch
 
     g = torch.Generator().manual_seed(20241)
@@ -37,19 +37,19 @@ def sharpener_inputs(unet: Mapping[str, Any]) -> dict[str, Any]:
     return {"encoder_hidden_states": text, **others, "guidance": unet["guidance"]}
 
 
-#: side in latents of the images that are encoded; larger latents are tiled with them
+#: side, in latents, of the encoded images; larger latents are tiled with them
 _TILE = 16
 
 
 def latents_of_images(vae: Any, like: Any, factor: int) -> Any:
-    """What an autoencoder's own encoder makes of images, in the shape of the latents ``like [B, C, H, W]``.
+    """Images encoded with an autoencoder's own encoder, in the shape of the latents ``like [B, C, H, W]``.
 
-    Noise of unit variance has no large areas of one colour, in which a decoder's activations are largest.  The images
-    are a gradient between saturated colours and a black and white chequerboard, in turn; a single row has both side by
-    side.
+    A decoder's activations are largest in large areas of one colour, which noise of unit variance does not have.  The
+    rows alternate between a gradient of saturated colours and a black and white chequerboard; a single row has both
+    side by side.
 
     Args:
-        factor: image pixels to a latent's.
+        factor: image pixels per latent pixel, along each side.
     """
     import torch
 
@@ -71,26 +71,26 @@ def latents_of_images(vae: Any, like: Any, factor: int) -> Any:
 
 
 def realistic_case(decoder: Any, inputs: Mapping[str, Any], factor: int) -> tuple[dict[str, Any], Outputs]:
-    """Inputs of a decoder that are latents of images, with PyTorch's output; for half precision, which may overflow.
+    """Decoder inputs with latents of images, and PyTorch's output; a test for half precision, which may overflow.
 
     Args:
-        decoder: the module that is exported.
-        inputs: its golden ones, for the shapes.
-        factor: image pixels to a latent's.
+        decoder: the exported module.
+        inputs: its golden inputs, for the shapes.
+        factor: image pixels per latent pixel, along each side.
     """
     from ..precision.recipes import as_arrays, reference
 
-    made = {**inputs, "latents": latents_of_images(decoder.vae, inputs["latents"], factor)}
-    return made, as_arrays(reference(decoder, made))
+    case = {**inputs, "latents": latents_of_images(decoder.vae, inputs["latents"], factor)}
+    return case, as_arrays(reference(decoder, case))
 
 
 def with_latents_of_images(decoder: Any, inputs: Mapping[str, Any], factor: int) -> dict[str, Any]:
-    """A decoder's inputs whose right half is latents of images, so that one run checks them and noise.
+    """Decoder inputs with latents of images in the right half, so that one run checks both these and noise.
 
     Args:
-        decoder: the module that is exported.
-        inputs: its golden ones, of noise.
-        factor: image pixels to a latent's.
+        decoder: the exported module.
+        inputs: its golden inputs, of noise.
+        factor: image pixels per latent pixel, along each side.
     """
     import torch
 
@@ -103,10 +103,10 @@ def with_latents_of_images(decoder: Any, inputs: Mapping[str, Any], factor: int)
 def relative_error(path: Path, inputs: dict[str, Any], reference: Outputs) -> float:
     """‖out − reference‖ / ‖reference‖ of ONNX Runtime (CPU) on ``path``; NaN when either is not finite.
 
-    The largest of them where the network has several outputs.
+    For a network with several outputs, the largest of their errors.
 
-    A graph in half precision is run with every result rounded to its type.  Left alone, ONNX Runtime's CPU provider
-    computes it in float32 from end to end and shows none of the error; it has no bfloat16 kernels at all.
+    A graph in half precision is run with every result rounded to its type.  Otherwise, ONNX Runtime's CPU provider
+    would compute all of it in float32 and hide the error; it has no bfloat16 kernels at all.
     """
     arrays = {k: v.numpy() for k, v in inputs.items()}
     stepwise = rounded_at_every_node(path)
@@ -124,19 +124,19 @@ def relative_error(path: Path, inputs: dict[str, Any], reference: Outputs) -> fl
 
 
 def run_as_written(path: Path, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """A graph's outputs, its nodes run one by one as they are."""
+    """Outputs of a graph that is run without graph optimisations."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # the exception says it, without colours on standard error
-    # no folding: it would widen all weights at once and keep them
+    options.log_severity_level = 4  # the exception has the message; the log would repeat it on standard error
+    # constant folding would widen all weights at once and keep them in memory
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return tuple(session.run(None, inputs))
 
 
 def rounded_at_every_node(path: Path) -> Path | None:
-    """A graph beside ``path``, rewritten by ``round_at_every_node``; None where it has no half precision."""
+    """Write the graph, rewritten by ``round_at_every_node``, beside ``path``; None if it has no half precision."""
     import onnx_ir as ir
 
     model = ir.load(path)
@@ -148,13 +148,13 @@ def rounded_at_every_node(path: Path) -> Path | None:
 
 
 def round_at_every_node(model: Any) -> bool:
-    """Let a graph compute in float32 and cast every half-precision result there and back; values keep their names.
+    """Make a graph compute in float32 and round every half-precision result with casts; values keep their names.
 
-    False where it has no half precision.  ONNX Runtime keeps casts that are written in a graph; it drops only
-    those that it inserted itself.
+    Return False if it has no half precision.  ONNX Runtime keeps a graph's own casts; it removes only those that it
+    inserted itself.
 
     Args:
-        model: ``onnx_ir``'s, changed in place.
+        model: an ``onnx_ir.Model``, changed in place.
     """
     import onnx_ir as ir
 
@@ -167,7 +167,7 @@ def round_at_every_node(model: Any) -> bool:
         node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, value.shape, ir.TensorType(to)
         return node
 
-    found = False
+    changed = False
     for node in list(graph):
         if node.op_type in ("Cast", "Constant"):
             continue
@@ -175,14 +175,14 @@ def round_at_every_node(model: Any) -> bool:
         for i, value in enumerate(inputs):
             if value is not None and value.dtype in half:
                 if value not in widened:
-                    made = cast(value, ir.DataType.FLOAT, f"{value.name}.wide")
-                    graph.insert_before(node, made)
-                    widened[value] = made.outputs[0]
+                    cast_node = cast(value, ir.DataType.FLOAT, f"{value.name}.wide")
+                    graph.insert_before(node, cast_node)
+                    widened[value] = cast_node.outputs[0]
                 inputs[i] = widened[value]
         rounded = [o for o in node.outputs if o.dtype in half]
         if not rounded and inputs == list(node.inputs):
             continue
-        found = True
+        changed = True
         wide = ir.Node(
             node.domain, node.op_type, inputs, attributes=node.attributes.values(), num_outputs=len(node.outputs)
         )
@@ -193,11 +193,11 @@ def round_at_every_node(model: Any) -> bool:
         for old, new in zip(node.outputs, wide.outputs, strict=True):
             name = old.name
             if old in rounded:
-                made = cast(new, old.dtype, name)
-                graph.insert_before(node, made)
-                new = made.outputs[0]
+                cast_node = cast(new, old.dtype, name)
+                graph.insert_before(node, cast_node)
+                new = cast_node.outputs[0]
             old.name = f"{name}.replaced"
             new.name = name
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-    return found
+    return changed

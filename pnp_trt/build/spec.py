@@ -1,4 +1,4 @@
-"""A build request: its names and its guide.  Nothing heavy is imported."""
+"""A build request.  No heavy imports."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class BuildSpec:
 
     Attributes:
         base: a base model's name, see ``pnp_trt.models.bases.resolve``.
-        guide: a guide's name or folder; ``none`` builds the plain teacher; ``auto`` takes the bundled one that fits.
-        out: the bundle's folder; None derives a name from the rest under ``engines_home()``.
+        guide: a guide's name or folder; ``none`` builds the plain teacher; ``auto`` takes the matching bundled guide.
+        out: the bundle's folder; None derives a name under ``engines_home()`` from the other attributes.
         target: GPU to compile for; None takes the backend's default.
-        profiles: batches and image sizes to compile for, as ``Profile.parse`` reads them; empty takes the backend's
+        profiles: batch and image sizes to compile for, in the form of ``Profile.parse``; empty takes the backend's
             default.
-        options: for the backend's compiler.
-        calibration: the record for ``int8``; None looks for the one of this base and guide.
-        image_to_image: whether the bundle gets the VAE's encoder too, for images to begin with.
-        unet_only: of a base that is a single file, take the U-Net alone.
-        noise: what the user states about the base's prediction type and terminal SNR.
-        vae: folder or file of an autoencoder in the place of the base's; None keeps its own.
-        tokens: of a prompt, at most: whole chunks of the text encoder's number; None takes one chunk.
+        options: options for the backend's compiler.
+        calibration: the calibration record for ``int8``; None looks for the record of this base and guide.
+        image_to_image: include the VAE's encoder in the bundle, for initial images.
+        unet_only: take only the U-Net of a base that is a single file.
+        noise: user-supplied prediction type and terminal SNR of the base.
+        vae: folder or file of an autoencoder that replaces the base's; None keeps the base's.
+        tokens: largest number of tokens of a prompt, a multiple of the text encoder's chunk length; None for one chunk.
     """
 
     base: str = "emoji"
@@ -57,10 +57,10 @@ class BuildSpec:
     tokens: int | None = None
 
     def base_model(self) -> BaseModel:
-        """The base, its parts checked; no weights are read.
+        """Resolve the base and check its parts; no weights are read.
 
         Raises:
-            InputError: if there is none, or a part of a single file would not be used.
+            InputError: if the base does not exist, or a part of a single file would not be used.
         """
         from ..models.bases import resolve
         from ..models.other_vae import OtherVae
@@ -79,7 +79,7 @@ class BuildSpec:
         return base
 
     def folder(self) -> Path:
-        """Where the bundle goes."""
+        """The bundle's folder."""
         if self.out is not None:
             return self.out
         stem = short_name(self.base)
@@ -97,7 +97,7 @@ class BuildSpec:
         return engines_home() / "-".join(w for w in words if w)
 
     def command(self) -> str:
-        """The command line that makes this bundle."""
+        """The command line that builds this bundle."""
         words = ["pnp-trt", "build", "--base", self.base, "--guide", self.guide, "--backend", self.backend]
         words += ["--precision", self.precision]
         words += ["--target", self.target] if self.target else []
@@ -117,15 +117,15 @@ class BuildSpec:
 
 
 def short_name(base: str) -> str:
-    """A base model's name as bundles' folders have it: ``random-sd15``, ``my-fine-tune``."""
+    """A base model's name in names of bundle folders: ``random-sd15``, ``my-fine-tune``."""
     return Path(base).stem if base.endswith(".safetensors") else Path(base).name.replace(":", "-").replace("#", "-")
 
 
 def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
-    """The scheduler record of a build, which can be sampled from and is what the guide was distilled under.
+    """The scheduler record of a build, checked for sampling and against the scheduler of the guide's distillation.
 
     Raises:
-        InputError: if it cannot be sampled from, or the guide was distilled under another one.
+        InputError: if it cannot be used for sampling, or the guide was distilled with a different scheduler.
     """
     from ..models.catalog import guide_config, guide_folder
 
@@ -143,9 +143,10 @@ def build_scheduler(spec: BuildSpec, base: BaseModel) -> dict[str, Any]:
 
 
 def distilled_under(folder: Path) -> dict[str, Any] | None:
-    """The scheduler that a guide was distilled under; None where that is not known.
+    """The scheduler that a guide was distilled with; None if unknown.
 
-    It is what ``distill.json`` records, or else the scheduler of the base that it names, where that is on this machine.
+    It is recorded in ``distill.json``; otherwise it is the scheduler of the base named there, if that is available
+    locally.
     """
     from ..models.bases import resolve
     from ..models.catalog import bundled_bases
@@ -159,7 +160,7 @@ def distilled_under(folder: Path) -> dict[str, Any] | None:
     except (InputError, KeyError, TypeError):
         return None
     if name not in bundled_bases() and not Path(name).exists():
-        return None  # a hub id: nothing is downloaded for a check
+        return None  # a hub id: a check downloads nothing
     try:
         return base_scheduler(resolve(name))
     except InputError:

@@ -1,4 +1,4 @@
-"""One build under way: every network exported, then compiled, then compared; the manifest written last."""
+"""Run one build: export, compile and compare every network, and write the manifest last."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..bundle.manifest import (
     MAX_CHUNKS,
     WEIGHTS,
     Base,
+    BuildArguments,
     CompileRecord,
     FurtherText,
-    Given,
     GuideRecord,
     ImageSize,
     LatentShape,
@@ -43,13 +43,13 @@ from .network import NetworkExport
 from .sizes import SizePlan
 from .spec import BuildSpec
 
-#: distributions that a manifest remembers, for the reader alone
+#: distributions whose versions a manifest records, for information only
 _REMEMBERED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
 
 
 @dataclass
 class Build:
-    """One build under way."""
+    """State of one build."""
 
     spec: BuildSpec
     base: Any
@@ -81,28 +81,28 @@ class Build:
             length = tokens[first].length
             self.plan = self.plan.for_chunks(length, self._chunks(length))
             export = NetworkExport(self.backend, self.recipe, self.plan, self.record, self.target)
-            # a sharpener reads negative prompts in place of the U-Net
+            # with a sharpener, the U-Net does not read negative prompts
             negative = bool((identity["guide"] or {}).get("negative_prompts")) and not self._sharpened
             golden = self._golden_inputs(length, negative)
             networks: dict[str, NetworkRecord] = {}
-            kept: Golden = {}
+            compared: Golden = {}
             maps: dict[str, Any] = {}
             for i, (name, spec) in enumerate(modules.items()):
                 self._stage(f"export {spec.title}", 1 + i, stages)
-                cases = {label: found[name] for label, found in golden.items() if name in found}
+                cases = {label: inputs[name] for label, inputs in golden.items() if name in inputs}
                 networks[name], references, maps[name] = export.write(name, spec, cases, work)
-                kept |= references
+                compared |= references
                 if name == "condition":
-                    for found in golden.values():
-                        found["unet"]["condition"] = torch.from_numpy(kept[name][1])
+                    for inputs in golden.values():
+                        inputs["unet"]["condition"] = torch.from_numpy(compared[name][1])
             exported = memory.peak()
             gc.collect()
             for i, name in enumerate(modules):
                 networks[name] = self._compile(name, networks[name], work, (1 + len(modules) + i, stages))
             self._stage("compare and write", stages - 1, stages)
-            save_golden(work / GOLDEN, kept)
+            save_golden(work / GOLDEN, compared)
             write_json(work / WEIGHTS, {"schema": WEIGHTS_SCHEMA, "networks": maps})
-            engines = engine_parity(self.backend, self.target, work, networks, kept, self.spec.folder().name)
+            engines = engine_parity(self.backend, self.target, work, networks, compared, self.spec.folder().name)
             result = RunResult(
                 name=folder.name, key=key, built_from=identity, networks=networks, engine_parity=engines,
                 files=list_files(work), versions=library_versions(), seconds=time.monotonic() - started,
@@ -111,7 +111,7 @@ class Build:
             return write_manifest(work, assemble(self._parts(identity, tokens), result))
 
     def _golden_inputs(self, length: int, negative: bool) -> dict[str, dict[str, dict[str, Any]]]:
-        """Golden inputs of the networks by case: the default size's, another size's and more tokens where there are."""
+        """Golden inputs by case and network: default size, second size and longest prompts, the latter two if any."""
         from .parity import sharpener_inputs
 
         def of(size: Size, tokens: int) -> dict[str, dict[str, Any]]:
@@ -130,15 +130,15 @@ class Build:
         return golden
 
     def _parts(self, identity: dict[str, Any], tokens: dict[str, Tokens]) -> Parts:
-        """What the manifest states of the build and not of its run."""
+        """Manifest entries that do not depend on the run."""
         first = next(iter(tokens))
         length = tokens[first].length
         most = self.spec.tokens or length
         return Parts(
             base=Base(self.spec.base, self.base.fingerprint()),
             guide=GuideRecord.of(identity["guide"]),
-            # what a fine-tune has to be like, and where the guide came from: `pnp-trt plug` needs both
-            given=Given(self.spec.base, self.spec.guide),
+            # `pnp-trt plug` needs the configs, to check a fine-tune, and the origin of the guide
+            given=BuildArguments(self.spec.base, self.spec.guide),
             configs=self._configs(),
             backend=self.backend.name,
             precision=self.recipe.name,
@@ -165,24 +165,24 @@ class Build:
         return self.spec.guide != "none"
 
     def _chunks(self, length: int) -> int:
-        """Chunks of ``length`` tokens that a prompt may have.
+        """Largest number of chunks of ``length`` tokens in a prompt.
 
         Raises:
-            InputError: if the tokens that were asked for are not whole chunks.
+            InputError: if ``--tokens`` is not a whole number of chunks, or too large.
         """
-        wanted = length if self.spec.tokens is None else self.spec.tokens
-        if wanted % length or not 1 <= wanted // length <= MAX_CHUNKS:
+        tokens = length if self.spec.tokens is None else self.spec.tokens
+        if tokens % length or not 1 <= tokens // length <= MAX_CHUNKS:
             raise InputError(
-                f"--tokens is {wanted}; prompts of this model have chunks of {length} tokens: give a multiple of it "
+                f"--tokens is {tokens}; prompts of this model have chunks of {length} tokens; give a multiple of that, "
                 f"from {length} to {MAX_CHUNKS * length}"
             )
-        return wanted // length
+        return tokens // length
 
     def _stage(self, name: str, done: int, stages: int, share: float = 0.0) -> None:
         self.progress(name, int(100 * (done + share)), 100 * stages)
 
     def _check_inputs(self) -> None:
-        """Load what is exported after the U-Net once, so that a damaged file is reported before minutes of work."""
+        """Load the networks that are exported after the U-Net, to report damaged files before minutes of work."""
         if self.spec.base.startswith("random:"):
             return
         for text in self.base.text_specs:
@@ -193,21 +193,21 @@ class Build:
 
     @cached_property
     def _networks(self) -> dict[str, NetworkSpec]:
-        """The bundle's networks in the order of their export."""
+        """The bundle's networks in export order."""
         from ..models.guides.condition import Condition
         from ..models.guides.sharpener import Sharpen
 
         size = self.plan.latent(self.plan.default)[1:]
-        found: dict[str, NetworkSpec] = self.base.networks(self.spec.image_to_image)
-        found["unet"] = replace(found["unet"], module=self._student)
+        networks: dict[str, NetworkSpec] = self.base.networks(self.spec.image_to_image)
+        networks["unet"] = replace(networks["unet"], module=self._student)
         if self._sharpened:
-            found["sharpener"] = NetworkSpec(
+            networks["sharpener"] = NetworkSpec(
                 TITLES["sharpener"], lambda: Sharpen(self._guide()), ("sharpened",), sized=False, one_by_one=True
             )
         if not self._conditioned:
-            return found
+            return networks
         condition = NetworkSpec(TITLES["condition"], lambda: Condition(self._guide(), size), ("condition",))
-        return {"condition": condition, **found}  # before the U-Net, which takes what it gives
+        return {"condition": condition, **networks}  # first, since its output is an input of the U-Net
 
     def _student(self) -> Any:
         from ..models.guides.sharpener import without_sharpener
@@ -221,7 +221,7 @@ class Build:
         return Student(unet, guide, self._conditioned)
 
     def _guide(self, unet: Any = None) -> Any:
-        """The guide; ``unet`` saves making it again where the base makes its guides for one."""
+        """The guide; ``unet`` avoids loading the U-Net again for a base that creates its guides."""
         from ..models.guides.load import load_guide
 
         if self.base.guide_class(self.spec.guide) is None:
@@ -230,9 +230,9 @@ class Build:
 
     @property
     def _conditioned(self) -> bool:
-        """Whether the part of the guide that depends on w alone is a separate network, which runs once per image.
+        """Whether the part of the guide that depends only on w is a separate network, which runs once per image.
 
-        It is made for one size of latents, so a graph of several keeps it inside.
+        That network is exported for one latent size, so a graph with several sizes keeps the part inside.
         """
         from ..models.guides.load import guide_class
 
@@ -243,7 +243,7 @@ class Build:
 
     @cached_property
     def _sharpened(self) -> bool:
-        """Whether the guide has a sharpener, which is a network of its own and reads the negative prompt."""
+        """Whether the guide has a sharpener, a separate network that reads the negative prompt."""
         from ..models.catalog import guide_config, guide_folder
 
         if not self._guided or self.base.random_guide(self.spec.guide) is not None:
@@ -264,14 +264,14 @@ class Build:
             options=self.spec.options,
             tensor_float32=record.float32_for_range,
         )
-        made = self.backend.compile(job, report)
-        compiled = CompileRecord(round(made.seconds, 1), made.peak_memory, made.notes)
-        return replace(record, file=made.file, profiles=job.profiles, compiled=compiled)
+        result = self.backend.compile(job, report)
+        compiled = CompileRecord(round(result.seconds, 1), result.peak_memory, result.notes)
+        return replace(record, file=result.file, profiles=job.profiles, compiled=compiled)
 
     def _profiles(self, network: str) -> tuple[Profile, ...]:
         if not self.plan.profiles:
             return ()
-        if self._networks[network].one_by_one:  # so that no row depends on another
+        if self._networks[network].one_by_one:  # no row may depend on another
             alone = Profile("b1", 1, 1, 1)
             if network != "vae_encoder" or not self.plan.open_axes:
                 return (alone,)
@@ -286,13 +286,13 @@ class Build:
 
     def _configs(self) -> dict[str, dict[str, Any]]:
         first, *others = (spec.name for spec in self.base.text_specs)
-        found = {n: self.base.config(n) for n in ("unet", first, "vae", *others)}
+        configs = {n: self.base.config(n) for n in ("unet", first, "vae", *others)}
         if self._guided and self.base.random_guide(self.spec.guide) is None:
             from ..models.catalog import guide_folder
             from ..models.files import read_json
 
-            found["guide"] = read_json(guide_folder(guide_name(self.spec.guide)) / "config.json")
-        return found
+            configs["guide"] = read_json(guide_folder(guide_name(self.spec.guide)) / "config.json")
+        return configs
 
 
 def engine_parity(
@@ -303,14 +303,14 @@ def engine_parity(
     golden: Golden,
     name: str,
 ) -> dict[str, float] | str:
-    """Errors of compiled engines on their golden inputs, or why there are none.
+    """Errors of compiled engines on their golden inputs, or the reason why they were not measured.
 
     Args:
-        networks: the manifest's; those that ``golden`` has are compared.
-        name: of the bundle, for the message.
+        networks: the manifest's networks; those in ``golden`` are compared.
+        name: name of the bundle, for the message.
 
     Raises:
-        PnpError: for the first engine that is further off than its recipe allows.
+        PnpError: for the first engine whose error exceeds its recipe's limit.
     """
     from ..runtime.verify import compare, gate
 
@@ -324,5 +324,5 @@ def engine_parity(
 
 
 def library_versions() -> dict[str, str]:
-    """What a manifest remembers of the libraries that made it, for the reader alone."""
+    """Versions of the libraries that a build used, recorded in the manifest for information only."""
     return {"pnp-trt": __version__, **installed(_REMEMBERED)}

@@ -1,4 +1,4 @@
-"""A bundle on disk: its manifest, and the checks on everything that a bundle brings along.
+"""Bundles on disk: the manifest, and checks of all files of a bundle.
 
-A bundle may come from a stranger.  Nothing here imports an inference runtime or a training library.
+Bundles are untrusted input.  This package imports no inference runtime and no training library.
 """

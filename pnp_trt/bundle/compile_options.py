@@ -1,4 +1,4 @@
-"""How engines are compiled, as a bundle records it."""
+"""Options for compiling engines, as recorded in a bundle."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How to compile; a backend ignores what it has no use for.
+    """Options for compiling; a backend ignores those that do not apply to it.
 
     Attributes:
-        workspace: bytes that the compiler may plan as scratch memory on the GPU; None leaves it to the compiler.
+        workspace: largest GPU scratch memory in bytes that the compiler may use; None leaves it to the compiler.
         refittable: whether weights can be replaced inside the engine.
         version_compatible: whether later versions of the runtime may load the engine (``tensorrt`` only).
-        hardware_compatible: whether other GPUs of the same or a later architecture may (``tensorrt`` only).
-        check_memory: refuse to start where the host's memory will not do.
+        hardware_compatible: whether other GPUs of the same or a later architecture may load it (``tensorrt`` only).
+        check_memory: refuse to start if the host has too little memory.
     """
 
     workspace: int | None = None

@@ -1,4 +1,4 @@
-"""JSON from a stranger: read within bounds, then taken apart value by value, each error naming file, key and value."""
+"""Parse untrusted JSON within bounds and check each value; errors name file, key and value."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any, NoReturn
 from ..errors import BundleCorrupt, InputError
 from ..io.text import printable
 
-#: nesting, digits of a whole number, characters of a string, and members of one list or object
+#: limits of nesting, digits of a whole number, characters of a string, and members of one list or object
 MAX_DEPTH, MAX_DIGITS, MAX_TEXT, MAX_MEMBERS = 16, 18, 16_384, 50_000
 MISSING: Any = object()
 
 
 def read_json(path: Path, advice: str, *, limit: int, members: int = MAX_MEMBERS) -> Any:
-    """A JSON file's value: no duplicate keys, no NaN, and within the bounds of this module.
+    """Read a JSON file with no duplicate keys, no NaN, and within the bounds of this module.
 
     Args:
-        advice: what to do about a file that is refused; closes the sentence.
-        limit: most bytes of the file.
-        members: most of one list or object.
+        advice: what to do about a refused file; the end of the error message.
+        limit: largest size of the file in bytes.
+        members: largest number of members of a list or object.
 
     Raises:
         InputError: if it is missing, is not a regular file, is too large, is not JSON, or is out of bounds.
@@ -34,7 +34,7 @@ def read_json(path: Path, advice: str, *, limit: int, members: int = MAX_MEMBERS
 
 
 def parse_file(path: Path, raw: bytes, advice: str, *, members: int = MAX_MEMBERS) -> Any:
-    """As ``read_json``, for the bytes of a file that was read."""
+    """Parse the contents of a file; same as ``read_json`` otherwise."""
     try:
         return parse(raw, members=members)
     except UnicodeDecodeError as e:
@@ -44,7 +44,7 @@ def parse_file(path: Path, raw: bytes, advice: str, *, members: int = MAX_MEMBER
 
 
 def read_regular(path: Path, advice: str, *, limit: int) -> bytes:
-    """The bytes of a regular file that is not a link.
+    """Read a regular file that is not a link.
 
     Raises:
         InputError: if it is missing, a link, a device or a pipe, cannot be read, or has more than ``limit`` bytes.
@@ -66,16 +66,20 @@ def read_regular(path: Path, advice: str, *, limit: int) -> bytes:
 
 
 def parse(raw: bytes, *, members: int = MAX_MEMBERS) -> Any:
-    """JSON of UTF-8 bytes within bounds; raises ``ValueError`` or ``RecursionError``."""
+    """Parse UTF-8 JSON within bounds; raise ``ValueError`` or ``RecursionError``."""
     value = json.loads(
-        raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite
+        raw.decode(),
+        object_pairs_hook=_unique,
+        parse_constant=_no_constant,
+        parse_int=_parse_integer,
+        parse_float=_finite,
     )
     check_bounds(value, members=members)
     return value
 
 
 def check_bounds(value: Any, *, members: int = MAX_MEMBERS) -> None:
-    """Raise ``ValueError`` for a JSON value that is nested too deep, too long, or has text that is not Unicode."""
+    """Raise ``ValueError`` for a JSON value that is nested too deeply, too long, or has invalid text."""
     level = [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
@@ -102,12 +106,12 @@ def _check_text(text: str) -> None:
     if len(text) > MAX_TEXT:
         raise ValueError(f"a string has {len(text)} characters, more than {MAX_TEXT}")
     if "\0" in text:
-        raise ValueError("a string holds a null character")
+        raise ValueError("a string contains a null character")
     try:
-        # bytes of a file's name that are not UTF-8 pass, other surrogates do not, whatever the locale's encoding
+        # accept undecodable bytes of a file name, but no other surrogates, independently of the locale's encoding
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise ValueError("a string holds a lone surrogate") from None
+        raise ValueError("a string contains a lone surrogate") from None
 
 
 def _check_scalar(value: Any) -> None:
@@ -126,7 +130,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out:
-            raise ValueError(f"the key '{printable(key, limit=60)}' is there twice")
+            raise ValueError(f"the key '{printable(key, limit=60)}' occurs twice")
         out[key] = value
     return out
 
@@ -135,7 +139,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _whole(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS + 1:
         raise ValueError(f"a number has {len(digits)} digits, more than {MAX_DIGITS}")
     return int(digits)
@@ -148,14 +152,14 @@ def _finite(text: str) -> float:
 
 
 def _reason(error: Exception) -> str:
-    return "it is nested too deep" if isinstance(error, RecursionError) else printable(error, limit=200)
+    return "it is nested too deeply" if isinstance(error, RecursionError) else printable(error, limit=200)
 
 
 @dataclass(frozen=True)
 class Value:
-    """One value of a document, with the key that leads to it and the file that it is in.
+    """One value of a document, with its full key and its file.
 
-    Every method checks and converts, and raises ``InputError`` with file, key, value and what to do.
+    Every method checks and converts the value, and raises ``InputError`` with file, key, value and advice.
     """
 
     raw: Any
@@ -164,7 +168,7 @@ class Value:
     advice: str
 
     def refuse(self, rule: str) -> InputError:
-        """The error for a value that breaks ``rule``, such as ``must be a text``."""
+        """The error for a value that violates ``rule``, such as ``must be text``."""
         if self.raw is MISSING:
             return InputError(f"{self.file}: {printable(self.key, limit=200)} is missing; {self.advice}")
         return InputError(
@@ -173,7 +177,7 @@ class Value:
 
     def text(self, *, longest: int = 4096, shortest: int = 0, pattern: re.Pattern[str] | None = None,
              form: str = "", known: Iterable[str] | None = None) -> str:  # fmt: skip
-        """A string of ``shortest`` to ``longest`` characters; of ``pattern``, told as ``form``; one of ``known``."""
+        """A string of legal length that matches ``pattern`` (``form`` in words) and is one of ``known``."""
         value = self.raw
         if not isinstance(value, str):
             raise self.refuse("must be text")
@@ -185,16 +189,18 @@ class Value:
             raise self.refuse(f"must be one of: {', '.join(choices)}")
         return value
 
-    def whole(self, low: int, high: int) -> int:
+    def integer(self, low: int, high: int) -> int:
         """A whole number from ``low`` to ``high``."""
         if isinstance(self.raw, bool) or not isinstance(self.raw, int) or not low <= self.raw <= high:
             raise self.refuse(f"must be a whole number from {low} to {high}")
         return self.raw
 
     def number(self, low: float, high: float) -> Any:
-        """A number from ``low`` to ``high``, whole or not, as the document has it."""
+        """A number from ``low`` to ``high``, integer or float as in the document."""
         value = self.raw
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN too
+        if (
+            isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
+        ):  # also refuses NaN
             raise self.refuse(f"must be a number from {low:g} to {high:g}")
         return value
 
@@ -213,7 +219,7 @@ class Value:
         return [Value(v, f"{self.key}[{i}]", self.file, self.advice) for i, v in enumerate(self.raw)]
 
     def entries(self, longest: int = 1000, *, longest_key: int = 1024) -> dict[str, Value]:
-        """The members of an object whose keys may be anything."""
+        """The members of an object with arbitrary keys."""
         if not isinstance(self.raw, Mapping) or not all(isinstance(k, str) for k in self.raw):
             raise self.refuse("must be an object")
         if len(self.raw) > longest:
@@ -223,7 +229,7 @@ class Value:
         return {k: self._member(k, v) for k, v in self.raw.items()}
 
     def members(self, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Value]:
-        """The members of an object with the given keys and no others; optional ones may be missing."""
+        """The members of an object that has all required keys, and no others besides optional ones."""
         entries, needed = self.entries(), tuple(required)
         known = (*needed, *optional)
         if missing := [k for k in needed if k not in entries]:
@@ -232,17 +238,15 @@ class Value:
             )
         if unknown := [v for k, v in entries.items() if k not in known]:
             where = printable(unknown[0].key, limit=200)
-            raise BundleCorrupt(
-                f"{self.file}: {where} is {_shown(unknown[0].raw)}; this key is not known; {self.advice}"
-            )
+            raise BundleCorrupt(f"{self.file}: {where} is {_shown(unknown[0].raw)}; this key is unknown; {self.advice}")
         return entries
 
     def member(self, key: str) -> Value:
-        """One member of an object; its value is ``MISSING`` where it is not there."""
+        """One member of an object; its value is ``MISSING`` if the object lacks it."""
         return self.entries(MAX_MEMBERS, longest_key=MAX_TEXT).get(key) or self._member(key, MISSING)
 
     def nullable(self, convert: Callable[[Value], Any]) -> Any:
-        """None for null, else what ``convert`` makes of the value."""
+        """None for null, otherwise the result of ``convert``."""
         return None if self.raw is None else convert(self)
 
     def _member(self, key: str, value: Any) -> Value:
@@ -250,7 +254,7 @@ class Value:
 
 
 def check_sizes(value: Value) -> None:
-    """Refuse numbers of a config that no network has, at whatever depth."""
+    """Refuse implausible numbers in a config, at any depth."""
     if isinstance(value.raw, int | float) and not isinstance(value.raw, bool):
         value.number(-1e6, 1e6)
     elif isinstance(value.raw, list):
@@ -262,7 +266,7 @@ def check_sizes(value: Value) -> None:
 
 
 def _shown(raw: Any) -> str:
-    """A value as a message shows it, on one line and not long."""
+    """A short form of a value on one line, for messages."""
     if isinstance(raw, Mapping):
         return f"an object of {len(raw)} members"
     if isinstance(raw, list | tuple):

@@ -1,4 +1,4 @@
-"""``golden.npz`` of a bundle, checked: inputs and PyTorch's outputs of every network."""
+"""Read, check and write a bundle's ``golden.npz``: inputs and PyTorch's outputs of every network."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..errors import BundleCorrupt
 from ..io.text import printable
 from .manifest import NetworkRecord, Tensor
 
-#: float32 outputs of one network: an array, or a tuple of them where the network has several
+#: float32 outputs of one network: an array, or a tuple of them if the network has several
 Outputs = np.ndarray | tuple[np.ndarray, ...]
-#: {network: (inputs by name, outputs of PyTorch)}; ``network@HEIGHTxWIDTH`` for other sizes than the default
+#: {network: (inputs by name, PyTorch's outputs)}; ``network@HEIGHTxWIDTH`` for sizes other than the default
 Golden = dict[str, tuple[dict[str, np.ndarray], Outputs]]
 _MOST_ROWS = 64
-_ADVICE = "build the bundle again, or use one that pnp-trt build made"
+_ADVICE = "build the bundle again, or use one that pnp-trt build wrote"
 
 
 def read_golden(path: Path, networks: Mapping[str, NetworkRecord]) -> Golden:
-    """The golden inputs and outputs of every network.
+    """Read and check the golden inputs and outputs of every network.
 
     Raises:
-        InputError: if it is not an uncompressed .npz of plain arrays, or names, shapes or types are not those of the
-            networks, or a value is not finite.
+        InputError: if the file is not an uncompressed .npz of plain arrays, names, shapes or types differ from the
+            networks', or a value is not finite.
     """
     golden = load_golden(path)
     cases = {case: case.partition("@")[0] for case in golden}
     if set(cases.values()) != set(networks):
         shown = printable(", ".join(cases) or "none", limit=200)
         raise BundleCorrupt(
-            f"{path} has golden inputs of {shown}, the bundle's networks are {', '.join(networks)}; {_ADVICE}"
+            f"{path} has golden inputs of {shown}, but the bundle's networks are {', '.join(networks)}; {_ADVICE}"
         )
     for case, (inputs, reference) in golden.items():
         record = networks[cases[case]]
@@ -55,17 +55,17 @@ def read_golden(path: Path, networks: Mapping[str, NetworkRecord]) -> Golden:
     return golden
 
 
-#: name of a network's first output in the file, after ``network/``; the second one's has two of it, and so on
+#: name of a network's first output in the file, after ``network/``; the second is named ``==``, and so on
 OUTPUT = "="
 
 
 def as_tuple(outputs: Outputs) -> tuple[np.ndarray, ...]:
-    """The outputs of a network, of which there may be one."""
+    """The outputs of a network as a tuple, also if there is only one."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def save_golden(path: Path, golden: Golden) -> None:
-    """Write inputs and references, so that a machine without PyTorch can compare its engine with them."""
+    """Write inputs and reference outputs, so that a machine without PyTorch can check its engine."""
     arrays: dict[str, Any] = {}
     for network, (inputs, reference) in golden.items():
         arrays |= {f"{network}/{name}": value for name, value in inputs.items()}
@@ -75,7 +75,7 @@ def save_golden(path: Path, golden: Golden) -> None:
 
 
 def load_golden(path: Path) -> Golden:
-    """The arrays of a golden file; nothing is unpickled, and nothing is longer than the file itself.
+    """Load the arrays of a golden file; nothing is unpickled or decompressed.
 
     Raises:
         InputError: if it is not an uncompressed .npz of plain arrays.
@@ -98,7 +98,7 @@ def load_golden(path: Path) -> Golden:
     except KeyError as e:
         raise BundleCorrupt(f"{path} lacks {printable(e.args[0], limit=100)}; {_ADVICE}") from None
     except Exception as e:  # numpy and zipfile raise many types on damaged files
-        why = "it holds Python objects" if "pickle" in str(e) else printable(e, limit=200)
+        why = "it contains Python objects" if "pickle" in str(e) else printable(e, limit=200)
         raise BundleCorrupt(f"{path} is not readable as golden inputs ({why}); {_ADVICE}") from None
     return out
 
@@ -109,9 +109,9 @@ def _check(path: Path, name: str, array: np.ndarray, tensor: Tensor, rows: int) 
         isinstance(d, str) or n == d for n, d in zip(array.shape[1:], shape[1:], strict=True)
     )
     if not fits or not 1 <= len(array) == rows <= _MOST_ROWS or array.dtype.kind != ("i" if "int" in dtype else "f"):
-        wanted = "x".join(map(str, (f"1-{_MOST_ROWS} rows", *shape[1:])))
+        expected = "x".join(map(str, (f"1-{_MOST_ROWS} rows", *shape[1:])))
         raise BundleCorrupt(
-            f"{path}: {_name(name)} is {array.dtype} of shape {list(array.shape)}, not {dtype} of {wanted}; {_ADVICE}"
+            f"{path}: {_name(name)} is {array.dtype} of shape {list(array.shape)}, not {dtype} of {expected}; {_ADVICE}"
         )
     if not np.isfinite(array).all():
         raise BundleCorrupt(f"{path}: {_name(name)} has values that are not finite; {_ADVICE}")
@@ -122,10 +122,10 @@ def _name(text: str) -> str:
 
 
 def difference(out: Outputs, reference: Outputs) -> float:
-    """‖out − reference‖ / ‖reference‖; NaN for another shape, and where either is not finite.
+    """‖out − reference‖ / ‖reference‖; NaN if the shapes differ or either is not finite.
 
-    The largest of them where a network has several outputs.  0 where both are nothing but zeros, as what an untrained
-    guide makes of w is.
+    For several outputs, the largest of their differences.  0 if both are all zeros, as is the condition that
+    an untrained guide computes from w.
     """
     if isinstance(out, tuple) or isinstance(reference, tuple):
         pairs = zip(as_tuple(out), as_tuple(reference), strict=True)

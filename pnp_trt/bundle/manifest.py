@@ -1,8 +1,8 @@
-"""The manifest of a bundle as typed, validated values; the JSON on disk is the same as before, key by key.
+"""The manifest of a bundle as typed, validated values; reading and writing preserves the JSON.
 
-A manifest may come from a stranger, and its seal only shows that it is whole.  Every name in it that becomes a path is
-relative and stays in the bundle, everything that is loaded is listed in ``files`` with its hash, and every number is
-within bounds that this program can serve.
+A manifest is untrusted, and its seal only shows that it is complete.  Every name that becomes a path is relative and
+stays in the bundle, every file that is loaded is listed in ``files`` with its hash, and every number is within bounds
+that this program supports.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ SCHEMA = 2
 FILE = "manifest.json"
 #: files of a bundle beside its networks; ``weights.json`` is read by `pnp-trt plug`, ``golden.npz`` also by `verify`
 GOLDEN, WEIGHTS = "golden.npz", "weights.json"
-#: the first text encoder; names of others begin with it
+#: the first text encoder; names of the others start with this
 TEXT_ENCODER = "text_encoder"
 NETWORKS = ("unet", "text_encoder", "vae_decoder")
 OPTIONAL_NETWORKS = ("condition", "sharpener", "vae_encoder", "text_encoder_2")
-#: family of bundles that state none
+#: family of bundles without an entry for it
 FAMILY = "sd"
-#: the U-Net's input of image sizes that SDXL has (``runtime.text.time_ids``)
+#: SDXL's U-Net input for image sizes (``runtime.text.time_ids``)
 TIME_IDS = "time_ids"
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
-#: names of dimensions that a graph leaves open
+#: names of dynamic dimensions
 OPEN = (
     "batch", "height", "width", "image_height", "image_width", "latent_height", "latent_width", "tokens",
 )  # fmt: skip
-#: the open dimension of text states, where prompts may have several chunks
+#: dynamic dimension of text states if prompts may have several chunks
 TOKENS = "tokens"
-#: most tokens of a prompt, channels of a latent, training timesteps and sampling steps
+#: upper bounds of tokens of a prompt, channels of a latent, and sampling steps
 MAX_TOKENS, MAX_CHANNELS, MAX_STEPS = 4096, 256, 1000
-#: most chunks that a prompt may have
+#: largest number of chunks of a prompt
 MAX_CHUNKS = 8
 _REQUIRED = (
     "schema", "name", "key", "built_from", "base", "guide", "backend", "precision", "target", "profiles", "compiler",
@@ -52,16 +52,16 @@ _HASH, _WORD = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Za-z0-9][A-Za-z0-9._
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ADVICE = "build the bundle again"
 
-#: element type and shape; a dimension is a number or the name of one that the graph leaves open
+#: element type and shape; a dimension is a number, or a name if it is dynamic
 Tensor = tuple[str, tuple[int | str, ...]]
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A part of the manifest whose JSON has the names of its fields."""
+    """A part of the manifest whose JSON keys are its field names."""
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         return asdict(self)
 
 
@@ -74,18 +74,18 @@ class FileRecord:
 
     @classmethod
     def read(cls, value: Value) -> FileRecord:
-        """From a member of ``files``."""
+        """Read a member of ``files``."""
         m = value.members(("sha256", "bytes"))
-        return cls(_hash(m["sha256"]), m["bytes"].whole(0, _MOST_BYTES))
+        return cls(_hash(m["sha256"]), m["bytes"].integer(0, _MOST_BYTES))
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         return {"sha256": self.sha256, "bytes": self.size}
 
 
 @dataclass(frozen=True)
 class LoraRecord(_Record):
-    """A LoRA that is merged into the base: its name, the hash of its file, and the scale."""
+    """A LoRA merged into the base: its name, the hash of its file, and the scale."""
 
     name: str
     sha256: str
@@ -93,14 +93,14 @@ class LoraRecord(_Record):
 
     @classmethod
     def read(cls, value: Value) -> LoraRecord:
-        """From a member of ``base.loras``."""
+        """Read a member of ``base.loras``."""
         m = value.members(("name", "sha256", "scale"))
         return cls(m["name"].text(), _hash(m["sha256"]), m["scale"].number(-1e6, 1e6))
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model: its name, and the hash of each network's weights and of all (``all``)."""
+    """The base model: its name, and the hashes of each network's weights and of all weights (``all``)."""
 
     name: str
     sha256: Mapping[str, str]
@@ -108,7 +108,7 @@ class Base:
 
     @classmethod
     def read(cls, value: Value) -> Base:
-        """From ``base``."""
+        """Read ``base``."""
         m = value.members(("name", "sha256"), ("loras",))
         hashes = {k: _hash(v) for k, v in m["sha256"].entries(20).items()}
         if "all" not in hashes:
@@ -117,19 +117,19 @@ class Base:
         return cls(m["name"].text(), hashes, loras)
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         out: dict[str, Any] = {"name": self.name, "sha256": dict(self.sha256)}
         return out | ({"loras": [lora.to_json() for lora in self.loras]} if self.loras else {})
 
 
 @dataclass(frozen=True)
 class GuideRecord:
-    """The guide that is fused into the U-Net.
+    """The guide fused into the U-Net.
 
     Attributes:
-        name: a file name, no path.
-        negative_prompts: whether it was distilled with negative prompts; None where that is not recorded.
-        sampling_steps: the only number of steps that it was distilled for, or None.
+        name: a file name, not a path.
+        negative_prompts: whether it was distilled with negative prompts; None if not recorded.
+        sampling_steps: the number of steps if it was distilled for only one, else None.
     """
 
     name: str
@@ -139,23 +139,23 @@ class GuideRecord:
 
     @classmethod
     def read(cls, value: Value) -> GuideRecord:
-        """From ``guide``."""
+        """Read ``guide``."""
         m = value.members(("name", "sha256"), ("negative_prompts", "sampling_steps"))
         if ("negative_prompts" in m) != ("sampling_steps" in m):
-            raise value.refuse("must have negative_prompts and sampling_steps, or neither")
+            raise value.refuse("must have both negative_prompts and sampling_steps, or neither")
         name = _plain_name(m["name"])
         if "sampling_steps" not in m:
             return cls(name, _hash(m["sha256"]))
-        steps = m["sampling_steps"].nullable(lambda v: v.whole(1, MAX_STEPS))
+        steps = m["sampling_steps"].nullable(lambda v: v.integer(1, MAX_STEPS))
         return cls(name, _hash(m["sha256"]), m["negative_prompts"].flag(), steps)
 
     @classmethod
     def of(cls, identity: Mapping[str, Any] | None) -> GuideRecord | None:
-        """From what identifies a guide (``models.identity.guide_identity``)."""
+        """Convert the result of ``models.identity.guide_identity``."""
         return None if identity is None else cls(**identity)
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         out: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
         if self.negative_prompts is not None:
             out |= {"negative_prompts": self.negative_prompts, "sampling_steps": self.sampling_steps}
@@ -163,25 +163,25 @@ class GuideRecord:
 
 
 @dataclass(frozen=True)
-class Given(_Record):
-    """Base and guide as they were given to `pnp-trt build`."""
+class BuildArguments(_Record):
+    """The base and guide arguments of `pnp-trt build`."""
 
     base: str
     guide: str
 
     @classmethod
-    def read(cls, value: Value) -> Given:
-        """From ``given``."""
+    def read(cls, value: Value) -> BuildArguments:
+        """Read ``given``."""
         m = value.members(("base", "guide"))
         return cls(m["base"].text(), m["guide"].text())
 
 
 @dataclass(frozen=True)
 class NetworkParity:
-    """Relative errors of a graph against PyTorch, and what is allowed.
+    """Relative errors of a graph against PyTorch, and their limit.
 
     Attributes:
-        sizes: the error by image size, where there are several.
+        sizes: errors by image size if there are several.
     """
 
     graph: float
@@ -191,15 +191,15 @@ class NetworkParity:
 
     @classmethod
     def read(cls, value: Value) -> NetworkParity:
-        """From ``networks.*.parity``."""
+        """Read ``networks.*.parity``."""
         m = value.members(("graph", "limit", "rows"), ("sizes",))
         sizes = {k: _error(v) for k, v in m["sizes"].entries(100).items()} if "sizes" in m else {}
         if "sizes" in m and not sizes:
-            raise m["sizes"].refuse("must have members, or be left out")
-        return cls(_error(m["graph"]), _error(m["limit"]), m["rows"].whole(1, 1024), sizes)
+            raise m["sizes"].refuse("must have members, or be omitted")
+        return cls(_error(m["graph"]), _error(m["limit"]), m["rows"].integer(1, 1024), sizes)
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         out: dict[str, Any] = {"graph": self.graph, "limit": self.limit, "rows": self.rows}
         return out | ({"sizes": dict(self.sizes)} if self.sizes else {})
 
@@ -214,7 +214,7 @@ class CompileRecord:
 
     @classmethod
     def read(cls, value: Value) -> CompileRecord:
-        """From ``networks.*.compiled``."""
+        """Read ``networks.*.compiled``."""
         m = value.entries(50)
         seconds, peak = value.member("seconds").number(0, 1e7), value.member("peak_memory")
         notes = {k: v.raw for k, v in m.items() if k not in ("seconds", "peak_memory")}
@@ -227,20 +227,20 @@ class CompileRecord:
         return cls(seconds, peak.nullable(_bytes), notes)
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         return {"seconds": self.seconds, "peak_memory": self.peak_memory, **self.notes}
 
 
-#: 8-bit types of a quantised network, by the name of their member in the manifest
+#: 8-bit types of a quantised network; the key of its entry in the manifest
 QUANTISED_TYPES = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
 class QuantisedRecord:
-    """What is quantised in a network: how many layers, whether their inputs are too, and how that was decided.
+    """Quantisation of a network: number of layers, whether their inputs are quantised, and how that was decided.
 
     Attributes:
-        type: ``int8`` or ``fp8``, the member of ``networks.*`` that holds it.
+        type: ``int8`` or ``fp8``, the key of this record in ``networks.*``.
     """
 
     type: str
@@ -250,9 +250,9 @@ class QuantisedRecord:
 
     @classmethod
     def read(cls, kind: str, value: Value) -> QuantisedRecord:
-        """From ``networks.*.int8`` or ``networks.*.fp8``."""
+        """Read ``networks.*.int8`` or ``networks.*.fp8``."""
         m = value.entries(50)
-        layers, activations = value.member("layers").whole(0, 100_000), value.member("activations").flag()
+        layers, activations = value.member("layers").integer(0, 100_000), value.member("activations").flag()
         if activations:
             value.member("share_of_macs").number(0, 1)
             value.member("decision").member("float").items(0, 50_000)
@@ -260,16 +260,16 @@ class QuantisedRecord:
 
     @property
     def share_of_macs(self) -> float:
-        """Share of the arithmetic that is in 8 bits; only where inputs are quantised too."""
+        """Share of the arithmetic in 8 bits; only if inputs are quantised too."""
         return float(self.details["share_of_macs"])
 
     @property
     def floating_point(self) -> list[Any]:
-        """Layers that stay in floating point; only where inputs are quantised too."""
+        """Layers in floating point; only if inputs are quantised too."""
         return list(self.details["decision"]["float"])
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         return {"layers": self.layers, "activations": self.activations, **self.details}
 
 
@@ -278,12 +278,12 @@ class NetworkRecord:
     """One network of a bundle.
 
     Attributes:
-        graph: the ONNX file that it was exported to, or the description of its PyTorch module.
+        graph: the exported ONNX file, or the description of the PyTorch module.
         inputs, outputs: tensors by name.
-        fallback: why it is not in the recipe's precision; None where it is.
-        quantised: what is in 8 bits; None where nothing is.
-        file: the file that is loaded, the graph itself or what was compiled from it.
-        profiles: batch sizes, and sizes in latents.
+        fallback: reason why it is not in the recipe's precision; None if it is.
+        quantised: record of its quantisation; None if it is not quantised.
+        file: the file to load: the graph itself, or the engine compiled from it.
+        profiles: batch sizes, and sizes in latent pixels.
     """
 
     graph: str
@@ -299,7 +299,7 @@ class NetworkRecord:
 
     @classmethod
     def read(cls, value: Value) -> NetworkRecord:
-        """From a member of ``networks``."""
+        """Read a member of ``networks``."""
         required = ("graph", "precision", "inputs", "outputs", "parity", "file", "profiles", "compiled")
         m = value.members(required, ("fallback", *QUANTISED_TYPES))
         return cls(
@@ -317,21 +317,21 @@ class NetworkRecord:
 
     @property
     def float32_for_range(self) -> bool:
-        """Whether it is in float32 as its values are beyond half precision's range, not for more digits."""
+        """Whether it is in float32 because its values exceed the range of half precision, not for accuracy."""
         return self.fallback is not None and self.precision == "fp32"
 
     @property
     def data(self) -> str:
-        """The file of an ONNX graph's weights."""
+        """The weight file of an ONNX graph."""
         return f"{self.graph}.data"
 
     def loaded(self) -> tuple[str, ...]:
-        """Every file that is read to load or to swap this network, one that need not exist left out."""
+        """Files that are read to load or swap this network, except the optional weight file."""
         names = {self.graph, self.file, re.sub(r"\.safetensors$", ".json", self.file)}
         return tuple(sorted(names))
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         return {
             "graph": self.graph,
             "precision": self.precision,
@@ -348,7 +348,7 @@ class NetworkRecord:
 
 @dataclass(frozen=True)
 class LatentShape(_Record):
-    """The default latent's shape, and the most images at once."""
+    """The default latent's shape, and the largest batch size."""
 
     channels: int
     height: int
@@ -357,10 +357,10 @@ class LatentShape(_Record):
 
     @classmethod
     def read(cls, value: Value) -> LatentShape:
-        """From ``sample``."""
+        """Read ``sample``."""
         m = value.members(("channels", "height", "width", "max_batch"))
-        height, width = m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE)
-        return cls(m["channels"].whole(1, MAX_CHANNELS), height, width, m["max_batch"].whole(1, MAX_BATCH))
+        height, width = m["height"].integer(1, MAX_SIDE), m["width"].integer(1, MAX_SIDE)
+        return cls(m["channels"].integer(1, MAX_CHANNELS), height, width, m["max_batch"].integer(1, MAX_BATCH))
 
 
 @dataclass(frozen=True)
@@ -372,33 +372,34 @@ class ImageSize(_Record):
 
     @classmethod
     def read(cls, value: Value) -> ImageSize:
-        """From ``image``."""
+        """Read ``image``."""
         m = value.members(("height", "width"))
-        return cls(m["height"].whole(1, MAX_SIDE), m["width"].whole(1, MAX_SIDE))
+        return cls(m["height"].integer(1, MAX_SIDE), m["width"].integer(1, MAX_SIDE))
 
 
 @dataclass(frozen=True)
 class Tokens(_Record):
-    """Tokens that a prompt is padded and cut to, and the id that pads."""
+    """Number of tokens that a prompt is padded or truncated to, and the id for padding."""
 
     length: int
     pad: int
 
     @classmethod
     def read(cls, value: Value) -> Tokens:
-        """From ``tokens``."""
+        """Read ``tokens``."""
         m = value.members(("length", "pad"))
-        return cls(m["length"].whole(2, MAX_TOKENS), m["pad"].whole(0, 2**31 - 1))
+        return cls(m["length"].integer(2, MAX_TOKENS), m["pad"].integer(0, 2**31 - 1))
 
 
 @dataclass(frozen=True)
 class FurtherText:
-    """What bundles with several text encoders state besides ``tokens``, which is the first one's.
+    """Text settings besides ``Manifest.tokens``, which describes the first text encoder.
 
     Attributes:
-        tokens: of the other encoders, by network.
-        zero_empty_prompt: whether CFG without a negative prompt reads zeros, and not the empty prompt's text.
-        chunks: of ``tokens.length`` tokens that a prompt may have; the U-Net leaves its tokens open where it is not 1.
+        tokens: tokens of the other text encoders, by network.
+        zero_empty_prompt: whether CFG without a negative prompt uses zeros instead of the empty prompt's states.
+        chunks: largest number of chunks of ``tokens.length`` tokens in a prompt; if it is not 1, the U-Net's ``tokens``
+            dimension is dynamic.
     """
 
     tokens: Mapping[str, Tokens] = field(default_factory=dict)
@@ -407,15 +408,15 @@ class FurtherText:
 
     @classmethod
     def read(cls, value: Value) -> FurtherText:
-        """From ``text``."""
+        """Read ``text``."""
         m = value.members(("tokens", "zero_empty_prompt"), ("chunks",))
         others = tuple(n for n in OPTIONAL_NETWORKS if n.startswith(TEXT_ENCODER))
         tokens = {k: Tokens.read(v) for k, v in m["tokens"].members((), others).items()}
-        chunks = m["chunks"].whole(1, MAX_CHUNKS) if "chunks" in m else 1
+        chunks = m["chunks"].integer(1, MAX_CHUNKS) if "chunks" in m else 1
         return cls(tokens, m["zero_empty_prompt"].flag(), chunks)
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         tokens = {k: t.to_json() for k, t in self.tokens.items()}
         more = {"chunks": self.chunks} if self.chunks != 1 else {}
         return {"tokens": tokens, "zero_empty_prompt": self.zero_empty_prompt, **more}
@@ -423,7 +424,7 @@ class FurtherText:
 
 @dataclass(frozen=True)
 class Parity(_Record):
-    """Errors against PyTorch by network: of the graphs, and of the engines or why these were not measured."""
+    """Errors of graphs and of engines against PyTorch, by network, or the reason why engines were not measured."""
 
     relative_error: Mapping[str, float]
     limit: float
@@ -432,7 +433,7 @@ class Parity(_Record):
 
     @classmethod
     def read(cls, value: Value) -> Parity:
-        """From ``parity``."""
+        """Read ``parity``."""
         m = value.members(("relative_error", "limit", "against", "engine"))
         errors = {k: _error(v) for k, v in m["relative_error"].entries(50).items()}
         return cls(errors, _error(m["limit"]), m["against"].text(longest=1000), _engine_parity(m["engine"]))
@@ -440,27 +441,27 @@ class Parity(_Record):
 
 @dataclass(frozen=True)
 class PeakMemory(_Record):
-    """Largest resident memory in bytes while exporting and while compiling; None where not measured."""
+    """Peak resident memory in bytes during export and compilation; None if not measured."""
 
     export: int | None
     compile: int | None
 
     @classmethod
     def read(cls, value: Value) -> PeakMemory:
-        """From ``peak_memory``."""
+        """Read ``peak_memory``."""
         m = value.members(("export", "compile"))
         return cls(m["export"].nullable(_bytes), m["compile"].nullable(_bytes))
 
 
 @dataclass(frozen=True)
 class PlugRecord:
-    """How a plugged bundle came about.
+    """Origin of a plugged bundle.
 
     Attributes:
         source: name, key and base of the engine that was plugged.
-        networks: how each network's weights came in.
-        guide_read_from: where the guide's weights came from; None where there is no guide.
-        commands: command lines that make it from nothing, as the manifest claims.
+        networks: how each network's weights were replaced.
+        guide_read_from: origin of the guide's weights; None without a guide.
+        commands: command lines that create the bundle from scratch, as claimed by the manifest.
     """
 
     source: Mapping[str, str]
@@ -470,7 +471,7 @@ class PlugRecord:
 
     @classmethod
     def read(cls, value: Value) -> PlugRecord:
-        """From ``plugged``."""
+        """Read ``plugged``."""
         m = value.members(("from", "networks", "guide_read_from", "commands"))
         source = {k: v.text() for k, v in m["from"].members(("name", "key", "base")).items()}
         networks = {k: v.text(longest=1000) for k, v in m["networks"].entries(20).items()}
@@ -478,7 +479,7 @@ class PlugRecord:
         return cls(source, networks, m["guide_read_from"].nullable(Value.text), commands)
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The JSON for the manifest."""
         return {
             "from": dict(self.source), "networks": dict(self.networks), "guide_read_from": self.guide_read_from,
             "commands": list(self.commands),
@@ -490,20 +491,20 @@ class Manifest:
     """A bundle's manifest.
 
     Attributes:
-        name: the folder's name when it was made.
-        key: digest of what the bundle was made of; equal keys mean equal bundles.
-        built_from: what the key is a digest of.
-        given, configs: what `pnp-trt plug` needs of a build; None in bundles that are older than that.
+        name: name of the folder when it was built.
+        key: digest of all inputs of the build; equal keys mean equal bundles.
+        built_from: inputs of the build, whose digest is the key.
+        given, configs: arguments and configs of the build for `pnp-trt plug`; None in older bundles.
         target: GPU that it was compiled for, or ``any``.
         profiles: batch sizes, and image sizes in pixels.
-        compiler: versions that the engines are tied to, by distribution.
+        compiler: versions that the engines depend on, by distribution.
         scheduler: a diffusers scheduler's config.
-        files: every file of the bundle but the manifest, by name.
+        files: all files of the bundle except the manifest, by name.
         built: date and time, ISO 8601.
-        rebuild: the command line that makes it, as the manifest claims.
-        family: of the base model, by its name in ``FAMILIES``.
-        text: of bundles with several text encoders.
-        seal: digest of everything else; empty until it is written.
+        rebuild: the command line that builds it, as claimed by the manifest.
+        family: the base model's family, a key of ``FAMILIES``.
+        text: further text settings.
+        seal: digest of all other entries; empty until the manifest is written.
     """
 
     name: str
@@ -511,7 +512,7 @@ class Manifest:
     built_from: Mapping[str, Any]
     base: Base
     guide: GuideRecord | None
-    given: Given | None
+    given: BuildArguments | None
     configs: Mapping[str, Mapping[str, Any]] | None
     backend: str
     precision: str
@@ -537,14 +538,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, document: Any, *, file: str = FILE, advice: str = _ADVICE) -> Manifest:
-        """A manifest from what its JSON holds, every value checked.
+        """Convert a manifest's JSON and check every value.
 
         Args:
-            file: where the document was read from, for the message.
-            advice: what to do, for the message.
+            file: the file of the document, for the message.
+            advice: what to do about a wrong value, for the message.
 
         Raises:
-            InputError: for the first value that is out of bounds, naming file, key, value and what to do.
+            InputError: for the first value that is out of bounds, naming file, key, value and advice.
         """
         try:
             check_bounds(document)
@@ -553,13 +554,13 @@ class Manifest:
         m = Value(document, "", file, advice).members(_REQUIRED, _OPTIONAL)
         if isinstance(m["schema"].raw, bool) or m["schema"].raw != SCHEMA:
             raise m["schema"].refuse(f"must be {SCHEMA}")
-        made = cls(
+        manifest = cls(
             name=_plain_name(m["name"]),
             key=_hash(m["key"]),
             built_from=_built_from(m["built_from"]),
             base=Base.read(m["base"]),
             guide=m["guide"].nullable(GuideRecord.read),
-            given=Given.read(m["given"]) if "given" in m else None,
+            given=BuildArguments.read(m["given"]) if "given" in m else None,
             configs=_configs(m["configs"]) if "configs" in m else None,
             backend=m["backend"].text(longest=50, pattern=_WORD, form="a backend's name"),
             precision=m["precision"].text(longest=50, pattern=_WORD, form="a recipe's name"),
@@ -583,12 +584,12 @@ class Manifest:
             text=FurtherText.read(m["text"]) if "text" in m else FurtherText(),
             seal=_hash(m["seal"]) if "seal" in m else "",
         )
-        _check_covered(made, m)
-        _check_shapes(made, m)
-        return made
+        _check_covered(manifest, m)
+        _check_shapes(manifest, m)
+        return manifest
 
     def to_json(self) -> dict[str, Any]:
-        """The document as it is written: the seal last, and left out where there is none yet."""
+        """The JSON document, with the seal last, if there is one."""
         return {
             "schema": SCHEMA,
             "name": self.name,
@@ -623,12 +624,12 @@ class Manifest:
 
     @property
     def options(self) -> CompileOptions:
-        """How its engines were compiled."""
+        """Options with which its engines were compiled."""
         return CompileOptions(**self.built_from["options"])
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """Names of the networks that encode text, in the order in which their states are joined."""
+        """Names of the text encoders, in the order in which their states are concatenated."""
         return tuple(sorted(name for name in self.networks if name.startswith(TEXT_ENCODER)))
 
     def tokens_of(self, encoder: str) -> Tokens:
@@ -636,22 +637,22 @@ class Manifest:
         return self.tokens if encoder == TEXT_ENCODER else self.text.tokens[encoder]
 
     def vocabulary_of(self, encoder: str) -> int:
-        """Rows of a text encoder's embedding table, by its config; CLIP's where that is not recorded."""
+        """Number of rows of a text encoder's embedding table from its config; CLIP's if not recorded."""
         size = (self.configs or {}).get(encoder, {}).get("vocab_size", 49408)
         return size if isinstance(size, int) and size > 0 else 49408
 
     def size_of(self, file: str) -> int:
-        """Bytes of a file of the bundle, with the external weights of a graph."""
+        """Size in bytes of a bundle's file, including a graph's external weights."""
         return sum(f.size for name, f in self.files.items() if name in (file, f"{file}.data"))
 
 
 def tokenizer_file(encoder: str) -> str:
-    """The file of a text encoder's tokenizer: ``tokenizer.json``, ``tokenizer_2.json``."""
+    """File name of a text encoder's tokenizer: ``tokenizer.json``, ``tokenizer_2.json``."""
     return f"tokenizer{encoder.removeprefix(TEXT_ENCODER)}.json"
 
 
 def file_name(value: Value) -> str:
-    """The name of a file inside the bundle: relative, with ``/`` between its parts, each of them an ordinary name."""
+    """Check the name of a file inside the bundle: a relative path of ordinary names separated by ``/``."""
     name = value.text(longest=1024, shortest=1)
     ordinary = all(part and not part.startswith(".") and len(part) <= 255 for part in name.split("/"))
     if not ordinary or not name.isprintable() or "\\" in name or ":" in name or name == FILE:
@@ -662,7 +663,7 @@ def file_name(value: Value) -> str:
 def _plain_name(value: Value) -> str:
     name = value.text(longest=255, shortest=1)
     if "/" in name or name in (".", ".."):
-        raise value.refuse("must be a name and no path")
+        raise value.refuse("must be a name, not a path")
     return name
 
 
@@ -681,33 +682,33 @@ def _engine_parity(value: Value) -> Mapping[str, float] | str:
 
 
 def _bytes(value: Value) -> int:
-    return value.whole(0, _MOST_BYTES)
+    return value.integer(0, _MOST_BYTES)
 
 
 def _extent(value: Value) -> Extent:
-    low, best, high = (v.whole(1, MAX_SIDE) for v in value.items(3, 3))
+    low, best, high = (v.integer(1, MAX_SIDE) for v in value.items(3, 3))
     if not low <= best <= high:
-        raise value.refuse("must be the smallest, the best and the largest, in this order")
+        raise value.refuse("must be smallest, best and largest value, in ascending order")
     return low, best, high
 
 
 def _profile(value: Value) -> Profile:
     m = value.members(("name", "minimum", "optimum", "maximum"), ("height", "width", "step", "tokens"))
     name = m["name"].text(longest=100, shortest=1)
-    least, best, most = (m[k].whole(1, 2 * MAX_BATCH) for k in ("minimum", "optimum", "maximum"))
+    least, best, most = (m[k].integer(1, 2 * MAX_BATCH) for k in ("minimum", "optimum", "maximum"))
     if not least <= best <= most:
-        raise value.refuse("must have minimum, optimum and maximum in this order")
+        raise value.refuse("must have minimum, optimum and maximum in ascending order")
     tokens = _extent(m["tokens"]) if "tokens" in m else None
     if "height" not in m and "width" not in m and "step" not in m:
         return Profile(name, least, best, most, tokens=tokens)
     height, width = (_extent(value.member(k)) for k in ("height", "width"))
-    return Profile(name, least, best, most, height, width, value.member("step").whole(1, MAX_SIDE), tokens)
+    return Profile(name, least, best, most, height, width, value.member("step").integer(1, MAX_SIDE), tokens)
 
 
 def _tensor(value: Value) -> Tensor:
     dtype, shape = value.items(2, 2)
     dimensions = tuple(
-        v.text(known=OPEN) if isinstance(v.raw, str) else v.whole(1, 1_000_000) for v in shape.items(1, 8)
+        v.text(known=OPEN) if isinstance(v.raw, str) else v.integer(1, 1_000_000) for v in shape.items(1, 8)
     )
     if dimensions[0] != "batch":
         raise shape.refuse("must begin with 'batch'")
@@ -751,125 +752,132 @@ def _configs(value: Value) -> dict[str, Mapping[str, Any]]:
     return out
 
 
-def _check_covered(made: Manifest, m: Mapping[str, Value]) -> None:
-    """Everything that is loaded is in ``files``, so that a hash covers it."""
-    for name, network in made.networks.items():
+def _check_covered(manifest: Manifest, m: Mapping[str, Value]) -> None:
+    """Check that every file that is loaded is in ``files`` and thus has a hash."""
+    for name, network in manifest.networks.items():
         entry = m["networks"].member(name)
         for key, file in (("graph", network.graph), ("file", network.file)):
-            if file not in made.files:
+            if file not in manifest.files:
                 raise entry.member(key).refuse("must be listed in files, so that a hash covers it")
-        if missing := [f for f in network.loaded() if f not in made.files]:
+        if missing := [f for f in network.loaded() if f not in manifest.files]:
             raise entry.member("file").refuse(f"needs {missing[0]}, which must be listed in files")
-    for file in (*map(tokenizer_file, made.text_encoders), GOLDEN, WEIGHTS):
-        if file not in made.files:
+    for file in (*map(tokenizer_file, manifest.text_encoders), GOLDEN, WEIGHTS):
+        if file not in manifest.files:
             raise m["files"].member(file).refuse("must be listed")
 
 
-def _check_shapes(made: Manifest, m: Mapping[str, Value]) -> None:
-    """The networks' tensors are those that a sampler feeds and reads."""
-    for name, network in made.networks.items():
+def _check_shapes(manifest: Manifest, m: Mapping[str, Value]) -> None:
+    """Check that the networks' tensors are those that samplers use."""
+    for name, network in manifest.networks.items():
         entry = m["networks"].member(name)
-        several = name in made.text_encoders and len(network.outputs) > 1
+        several = name in manifest.text_encoders and len(network.outputs) > 1
         if len(network.outputs) != 1 and not several:
             raise entry.member("outputs").refuse("must name one output")
-        expected = _expected_inputs(made, name)
+        expected = _expected_inputs(manifest, name)
         if unknown := sorted(network.inputs.keys() - expected.keys()):
-            raise entry.member("inputs").member(unknown[0]).refuse("must not be there; a sampler does not feed it")
+            raise entry.member("inputs").member(unknown[0]).refuse("must not be present; samplers do not supply it")
         for tensor, (kind, shape) in expected.items():
             _check_tensor(entry.member("inputs").member(tensor), network.inputs.get(tensor), kind, shape)
         output = next(iter(network.outputs))
-        kind, shape = _expected_output(made, name)
+        kind, shape = _expected_output(manifest, name)
         _check_tensor(entry.member("outputs").member(output), network.outputs[output], kind, shape)
-    _check_text(made, m)
-    if made.image.height % made.sample.height or made.image.width % made.sample.width:
-        raise m["image"].refuse(f"must be a multiple of the latent's size, {made.sample.height}x{made.sample.width}")
-    steps = made.scheduler.get("num_train_timesteps") or 1000
-    if made.guide is not None and (made.guide.sampling_steps or 1) > steps:
+    _check_text(manifest, m)
+    if manifest.image.height % manifest.sample.height or manifest.image.width % manifest.sample.width:
+        raise m["image"].refuse(
+            f"must be a multiple of the latent's size, {manifest.sample.height}x{manifest.sample.width}"
+        )
+    steps = manifest.scheduler.get("num_train_timesteps") or 1000
+    if manifest.guide is not None and (manifest.guide.sampling_steps or 1) > steps:
         raise m["guide"].member("sampling_steps").refuse(f"must be at most num_train_timesteps, {steps}")
 
 
-#: element kind (``float`` or ``int``) and shape without the batch; None where any will do
+#: element kind (``float`` or ``int``) and shape without the batch; None matches any shape
 _Expected = tuple[str, tuple[int | str, ...] | None]
 
 
-def _expected_inputs(made: Manifest, network: str) -> dict[str, _Expected]:
-    latent = (made.sample.channels, made.sample.height, made.sample.width)
-    if network in made.text_encoders:
-        return {"input_ids": ("int", (made.tokens.length,))}
+def _expected_inputs(manifest: Manifest, network: str) -> dict[str, _Expected]:
+    latent = (manifest.sample.channels, manifest.sample.height, manifest.sample.width)
+    if network in manifest.text_encoders:
+        return {"input_ids": ("int", (manifest.tokens.length,))}
     if network == "vae_decoder":
         return {"latents": ("float", latent)}
     if network == "vae_encoder":
-        return {"pixels": ("float", (3, made.image.height, made.image.width))}
+        return {"pixels": ("float", (3, manifest.image.height, manifest.image.width))}
     if network == "condition":
         return {"guidance": ("float", ())}
-    text = _text_shape(made)
+    text = _text_shape(manifest)
     if network == "sharpener":
         states: _Expected = ("float", text)
         return {"encoder_hidden_states": states, "negative": states, "empty": states, "guidance": ("float", ())}
     out: dict[str, _Expected] = {
         "sample": ("float", latent), "timestep": ("int", ()), "encoder_hidden_states": ("float", text),
     }  # fmt: skip
-    for encoder in made.text_encoders:  # outputs after the states are the U-Net's inputs of the same name
-        out |= {k: ("float", shape[1:]) for k, (_, shape) in list(made.networks[encoder].outputs.items())[1:]}
-    if TIME_IDS in made.networks["unet"].inputs:
+    for encoder in manifest.text_encoders:  # outputs after the states are U-Net inputs of the same name
+        out |= {k: ("float", shape[1:]) for k, (_, shape) in list(manifest.networks[encoder].outputs.items())[1:]}
+    if TIME_IDS in manifest.networks["unet"].inputs:
         out[TIME_IDS] = ("float", (6,))
-    if made.guide is not None:
+    if manifest.guide is not None:
         out["guidance"] = ("float", ())
-        if made.guide.negative_prompts and "sharpener" not in made.networks:
+        if manifest.guide.negative_prompts and "sharpener" not in manifest.networks:
             out["negative"] = ("float", text)
-    if "condition" in made.networks:
-        out["condition"] = ("float", _output_shape(made, "condition"))
+    if "condition" in manifest.networks:
+        out["condition"] = ("float", _output_shape(manifest, "condition"))
     return out
 
 
-def _expected_output(made: Manifest, network: str) -> _Expected:
+def _expected_output(manifest: Manifest, network: str) -> _Expected:
     if network in ("unet", "vae_encoder"):
-        return "float", (made.sample.channels, made.sample.height, made.sample.width)
+        return "float", (manifest.sample.channels, manifest.sample.height, manifest.sample.width)
     if network == "vae_decoder":
-        return "float", (3, made.image.height, made.image.width)
+        return "float", (3, manifest.image.height, manifest.image.width)
     if network == "sharpener":
-        return "float", _text_shape(made)
+        return "float", _text_shape(manifest)
     return "float", None
 
 
-def _check_text(made: Manifest, m: Mapping[str, Value]) -> None:
-    """Every text encoder but the first has its tokens, of the same number, and names its outputs alone."""
+def _check_text(manifest: Manifest, m: Mapping[str, Value]) -> None:
+    """Check that text encoders have entries in ``text.tokens``, equal lengths and unique output names."""
     names: list[str] = []
-    for name, (_, shape) in made.networks["unet"].inputs.items():
-        if (TOKENS in shape) != (made.text.chunks > 1 and name in ("encoder_hidden_states", "negative")):
+    for name, (_, shape) in manifest.networks["unet"].inputs.items():
+        if (TOKENS in shape) != (manifest.text.chunks > 1 and name in ("encoder_hidden_states", "negative")):
             raise (
                 m["networks"]
                 .member("unet")
                 .member("inputs")
                 .member(name)
-                .refuse(f"must leave '{TOKENS}' open where text.chunks is above 1, and nowhere else")
+                .refuse(f"must have a '{TOKENS}' dimension if it is text and text.chunks is above 1, and not otherwise")
             )
-    for encoder in made.text_encoders:
-        if encoder != TEXT_ENCODER and encoder not in made.text.tokens:
-            raise m["networks"].member(encoder).refuse("must have its tokens in text.tokens")
-        if (count := made.tokens_of(encoder).length) != made.tokens.length:
-            raise m["text"].member("tokens").member(encoder).refuse(f"must be {made.tokens.length} tokens, not {count}")
-        names += list(made.networks[encoder].outputs)[1:]
+    for encoder in manifest.text_encoders:
+        if encoder != TEXT_ENCODER and encoder not in manifest.text.tokens:
+            raise m["networks"].member(encoder).refuse("must have an entry in text.tokens")
+        if (count := manifest.tokens_of(encoder).length) != manifest.tokens.length:
+            raise (
+                m["text"]
+                .member("tokens")
+                .member(encoder)
+                .refuse(f"must be {manifest.tokens.length} tokens, not {count}")
+            )
+        names += list(manifest.networks[encoder].outputs)[1:]
     if len(set(names)) < len(names):
-        raise m["networks"].refuse("must name each output of a text encoder once")
+        raise m["networks"].refuse("must have different names for the outputs of text encoders")
 
 
-def _text_shape(made: Manifest) -> tuple[int | str, ...]:
-    """Tokens and width of the text states: those of all encoders, one beside the other."""
-    shapes = [_output_shape(made, encoder) for encoder in made.text_encoders]
+def _text_shape(manifest: Manifest) -> tuple[int | str, ...]:
+    """Shape of the text states: tokens, and the total width of all text encoders."""
+    shapes = [_output_shape(manifest, encoder) for encoder in manifest.text_encoders]
     if len(shapes) == 1:
         return shapes[0]
     return (*shapes[0][:-1], sum(int(shape[-1]) for shape in shapes if shape and isinstance(shape[-1], int)))
 
 
-def _output_shape(made: Manifest, network: str) -> tuple[int | str, ...]:
-    return next((shape[1:] for _, shape in made.networks[network].outputs.values()), ())
+def _output_shape(manifest: Manifest, network: str) -> tuple[int | str, ...]:
+    return next((shape[1:] for _, shape in manifest.networks[network].outputs.values()), ())
 
 
 def _check_tensor(value: Value, tensor: Tensor | None, kind: str, shape: tuple[int | str, ...] | None) -> None:
-    """Refuse a tensor of another element kind or shape; a dimension that the graph leaves open matches any."""
+    """Refuse a tensor of another element kind or shape; a dynamic dimension matches any."""
     if tensor is None:
-        raise value.refuse("must be there")
+        raise value.refuse("must be present")
     dtype, dimensions = tensor[0], tensor[1][1:]
     if kind not in dtype:
         raise value.refuse(f"must have {kind} elements, not {dtype}")

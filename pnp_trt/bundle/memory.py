@@ -1,4 +1,4 @@
-"""How much memory a process took, and how much there is."""
+"""Peak memory of this process, and available memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 def peak() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the system does not report it."""
+    """Largest resident memory of this process so far, in bytes; None if the system does not report it."""
     with suppress(OSError):
-        # not getrusage: Linux carries that figure over from the process that started this one
-        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
-            return int(found[1]) * 1024
+        # not getrusage: Linux lets a process inherit that figure from its parent
+        if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
+            return int(match[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
@@ -22,7 +22,7 @@ def peak() -> int | None:
 
 
 def free() -> float:
-    """Bytes that this process can still have: of the machine, and of its container where that has a limit."""
+    """Bytes that this process can still allocate, limited by the machine and by its container's limit, if any."""
     import psutil
 
     group = Path("/sys/fs/cgroup")

@@ -1,7 +1,7 @@
-"""Contents of an ONNX file, read without running it: tensors, operators, and the files of its external weights.
+"""Inspect an ONNX file without running it: tensors, operators, and the files of its external weights.
 
-ONNX Runtime opens the files that a graph names and runs whatever it holds, so both are looked at first.  Only the parts
-of the protocol buffers that matter here are read; field numbers are those of ``onnx.proto``.
+ONNX Runtime opens any file that a graph names and runs any operator in it, so both are checked first.  Only the
+relevant parts of the protocol buffers are read; field numbers are those of ``onnx.proto``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..io.protobuf import fields, message, text
 from ..io.text import printable
 from .manifest import Manifest, Tensor
 
-#: operators' domains that the runtimes implement themselves; any other would need a library of its own
+#: operator domains that the runtimes implement; any other needs an additional library
 DOMAINS = ("", "ai.onnx", "com.microsoft")
-#: element types of tensors at a graph's boundary
+#: element types of a graph's inputs and outputs
 DTYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
 
 
@@ -27,11 +27,11 @@ class Graph:
     """The names in an ONNX file.
 
     Attributes:
-        inputs, outputs: element type and shape of each; a dimension that is not fixed is its name, perhaps empty.
-        locations: names of the files that hold external weights.
+        inputs, outputs: element type and shape by name; a dynamic dimension is its name, which may be empty.
+        locations: names of the files with external weights.
         operators: (domain, type) of every node.
-        nested: whether a node holds a graph of its own (loops and branches), or the file holds functions.
-        initializers: names of the weights; old files list them among the inputs too.
+        nested: whether a node contains a subgraph (loops and branches), or the file contains functions.
+        initializers: names of the weights; old files also list them as inputs.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -43,34 +43,34 @@ class Graph:
 
 
 def read_graph(data: bytes) -> Graph:
-    """The names in the bytes of an ONNX file.
+    """Read the names in an ONNX file.
 
     Raises:
         ValueError: if the bytes are not an ONNX model.
     """
     out = Graph()
-    found = False
+    has_graph = False
     for number, value in fields(memoryview(data)):
         if number == 7:  # ModelProto.graph; a second one is merged into the first
-            found = True
+            has_graph = True
             _graph(message(value), out)
         elif number in (20, 25):  # training_info, functions
             out.nested = True
-    if not found:
-        raise ValueError("it holds no graph")
+    if not has_graph:
+        raise ValueError("it contains no graph")
     out.inputs = {name: tensor for name, tensor in out.inputs.items() if name not in out.initializers}
     return out
 
 
 def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
-    """Refuse a network's graph that reads other files, has other tensors or runs other operators than it may.
+    """Refuse a network's graph that reads other files, has other tensors or uses unsupported operators.
 
     Raises:
-        InputError: naming the file, and what in it is not as the manifest states.
+        InputError: naming the file, and the difference from the manifest.
     """
     record = manifest.networks[network]
     where = f"engine '{manifest.name}': {record.graph}"
-    advice = "use a bundle that pnp-trt build made"
+    advice = "use a bundle that pnp-trt build wrote"
     try:
         graph = read_graph((folder / record.graph).read_bytes())
     except (ValueError, OSError) as e:
@@ -82,10 +82,10 @@ def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
             raise BundleCorrupt(f"{where} reads its weights from '{shown}', which the manifest does not list; {advice}")
     if graph.nested:
         raise BundleCorrupt(
-            f"{where} holds loops, branches or functions, which no network of this program has; {advice}"
+            f"{where} contains loops, branches or functions, which no network of this program has; {advice}"
         )
-    if strange := sorted(op for op in graph.operators if op[0] not in DOMAINS):
-        shown = printable(f"{strange[0][0]}.{strange[0][1]}", limit=200)
+    if custom := sorted(op for op in graph.operators if op[0] not in DOMAINS):
+        shown = printable(f"{custom[0][0]}.{custom[0][1]}", limit=200)
         raise BundleCorrupt(f"{where} has the custom operator {shown}, which no runtime here implements; {advice}")
     for side, tensors, expected in (
         ("inputs", graph.inputs, record.inputs), ("outputs", graph.outputs, record.outputs),
@@ -96,12 +96,12 @@ def check_graph(folder: Path, manifest: Manifest, network: str) -> None:
             )
 
 
-def _same(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    """Whether names, types and fixed dimensions are equal; a dimension that the graph leaves open matches any."""
-    if tensors.keys() != wanted.keys():
+def _same(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether names, types and fixed dimensions are equal; a dynamic dimension matches any."""
+    if tensors.keys() != expected.keys():
         return False
     for name, (dtype, shape) in tensors.items():
-        kind, dimensions = wanted[name]
+        kind, dimensions = expected[name]
         if dtype != kind or len(shape) != len(dimensions):
             return False
         if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(shape, dimensions, strict=True)):
@@ -110,7 +110,7 @@ def _same(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
 
 
 def _listed(tensors: Mapping[str, Tensor]) -> str:
-    """Tensors in words, not long."""
+    """A short description of tensors."""
     words = (f"{name} {dtype} {'x'.join(map(str, shape))}" for name, (dtype, shape) in tensors.items())
     return printable(", ".join(words) or "none", limit=300)
 
@@ -147,7 +147,7 @@ def _node(data: memoryview, out: Graph) -> None:
 
 
 def _tensor(data: memoryview, out: Graph) -> str:
-    """Note the external file of a tensor; returns the tensor's name."""
+    """Record the external file of a tensor; return the tensor's name."""
     name = ""
     for number, value in fields(data):
         if number == 8:

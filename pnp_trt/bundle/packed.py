@@ -1,9 +1,9 @@
-"""Bundles that the package ships without their weights, assembled from the bundled model's checkpoints.
+"""Assemble bundles that the package ships without weights from the bundled model's checkpoints.
 
-The graphs, the manifest and the golden inputs of a bundle take half a megabyte; its weights are those of the
-checkpoints that the package ships anyway.  ``assets/bundles/NAME/`` holds the former and ``packed.json``, which names
-for every weight its checkpoint and its place in the data file.  Assembly needs neither torch nor an export, and its
-result is checked against the manifest's hashes: it equals the bundle that ``pnp-trt build`` wrote, byte for byte.
+The graphs, manifest and golden inputs of a bundle take half a megabyte; its weights come from checkpoints that the
+package ships anyway.  ``assets/bundles/NAME/`` contains the former and ``packed.json``, which lists the checkpoint and
+the offset in the data file of every weight.  Assembly needs neither torch nor an export.  The result is checked against
+the manifest's hashes, so it is byte-for-byte equal to the bundle that ``pnp-trt build`` wrote.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def packed_bundles() -> list[str]:
 
 
 def assemble(name: str, folder: Path) -> None:
-    """Write the bundle ``name`` of :func:`packed_bundles` to ``folder``, whole or not at all.
+    """Write the bundle ``name`` of :func:`packed_bundles` to ``folder`` atomically.
 
     Nothing is done if another process has written the bundle in the meantime.
 
     Raises:
-        BundleCorrupt: if a file is not the one that its manifest states.
+        BundleCorrupt: if a file differs from its manifest's hash.
         PnpError: if ``folder`` cannot be written.
     """
     source = ROOT / "bundles" / name
@@ -86,10 +86,10 @@ def _write_data(target: Path, size: int, weights: list[Any], checkpoints: Mappin
     """Write an ONNX data file of ``size`` bytes.
 
     Args:
-        weights: ``{"offset", "source", "key", "transform"}`` each, as of ``weights.json``.
+        weights: a list of ``{"offset", "source", "key", "transform"}``, as in ``weights.json``.
     """
     with target.open("wb") as file:
-        file.truncate(size)  # what lies between weights is zero
+        file.truncate(size)  # gaps between weights are zero
         for weight in weights:
             tensor = checkpoints[weight["source"]].tensor(weight["key"])
             file.seek(weight["offset"])
@@ -97,7 +97,7 @@ def _write_data(target: Path, size: int, weights: list[Any], checkpoints: Mappin
 
 
 def transformed(tensor: np.ndarray, transform: list[dict[str, Any]]) -> np.ndarray:
-    """A checkpoint's tensor as a graph of full precision stores it: ``graph.weights.apply`` without torch.
+    """A checkpoint's tensor as stored in a float32 graph; ``graph.weights.apply`` without torch.
 
     Raises:
         BundleCorrupt: for a step other than cast, transpose and reshape.

@@ -1,4 +1,4 @@
-"""The one place where a new bundle's manifest is put together, for `pnp-trt build` and `pnp-trt plug`."""
+"""Assemble the manifest of a new bundle, for `pnp-trt build` and `pnp-trt plug`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from .manifest import (
     Base,
+    BuildArguments,
     FileRecord,
     FurtherText,
-    Given,
     GuideRecord,
     ImageSize,
     LatentShape,
@@ -31,12 +31,12 @@ class Parts:
 
     Attributes:
         limit: largest relative error that the recipe allows.
-        against: what the errors are measured against.
+        against: description of the reference for the errors.
     """
 
     base: Base
     guide: GuideRecord | None
-    given: Given | None
+    given: BuildArguments | None
     configs: Mapping[str, Mapping[str, Any]] | None
     backend: str
     precision: str
@@ -54,7 +54,7 @@ class Parts:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Parts:
-        """Those of an existing bundle."""
+        """The parts of an existing bundle."""
         own = {f.name: getattr(manifest, f.name) for f in fields(cls) if f.name not in ("limit", "against")}
         return cls(**own, limit=manifest.parity.limit, against=manifest.parity.against)
 
@@ -84,7 +84,7 @@ class RunResult:
 
 
 def assemble(parts: Parts, result: RunResult) -> Manifest:
-    """The manifest of a bundle, not sealed yet; the time of building is now."""
+    """Assemble an unsealed manifest with the current time as its build time."""
     errors = {name: n.parity.graph for name, n in result.networks.items()}
     compiled = result.networks if result.compiled is None else result.compiled
     memory = [peak for name in compiled if (peak := result.networks[name].compiled.peak_memory)]

@@ -1,6 +1,6 @@
-"""Profiles: the batch and image sizes that an engine is made for.
+"""Profiles: ranges of batch and image sizes that an engine is compiled for.
 
-An image's size is written ``HEIGHTxWIDTH`` in image pixels; inside a network the same profile measures latents.
+Image sizes are written ``HEIGHTxWIDTH`` in image pixels; the profiles of a network are in latent pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import InputError
 
-#: most images at once
+#: largest batch size
 MAX_BATCH = 32
 #: largest side of an image in pixels; attention's work grows with its fourth power
 MAX_SIDE = 4096
@@ -29,16 +29,16 @@ _FORM = re.compile(f"b{_RANGE}(?:@{_RANGE}(?:x{_RANGE})?)?")
 
 @dataclass(frozen=True)
 class Profile:
-    """A named range of batch sizes, and of image sizes where there is more than the model's own.
+    """A named range of batch sizes, and of image sizes if the engine has several.
 
     Attributes:
         name: ``b1``, ``b2-8``, ``b1@512x768`` …
-        minimum, optimum, maximum: images at once; kernels are chosen for the optimum.
-        height, width: smallest, best and largest; image pixels, or latents' inside a network (``in_latents``).
-            None where the engine has one size, its model's own.
+        minimum, optimum, maximum: batch sizes; kernels are chosen for the optimum.
+        height, width: smallest, best and largest size in image pixels, or in latent pixels for a network
+            (``in_latents``).  None if the engine has only its model's own size.
         step: height and width are multiples of it.
-        tokens: smallest, best and largest number of a U-Net's text states, where prompts may have several chunks; None
-            where the network takes one number alone, or any.
+        tokens: smallest, best and largest number of tokens of a U-Net's text states if prompts may have several chunks;
+            None if the network takes only one number, or any.
     """
 
     name: str
@@ -52,21 +52,21 @@ class Profile:
 
     @classmethod
     def parse(cls, text: str) -> Profile:
-        """``b4`` is a batch of just four; ``b2-8`` is two to eight, fastest at eight; ``@`` adds sizes in pixels.
+        """Parse a profile: ``b4`` is batch size 4; ``b2-8`` is 2 to 8, fastest at 8; ``@`` adds sizes in pixels.
 
-        ``b1@512x768`` is 512 high and 768 wide, ``b1@256-768`` is any height and any width from 256 to 768,
-        ``b1@512-768x512`` any height and one width.
+        ``b1@512x768`` is 512 high and 768 wide, ``b1@256-768`` is any height and width from 256 to 768, and
+        ``b1@512-768x512`` is any height from 512 to 768 and width 512.
 
         Raises:
-            InputError: with the form and the legal range.
+            InputError: if it is malformed or out of range; the message has the form and the range.
         """
-        found = _FORM.fullmatch(text)
-        low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if found is None or not 1 <= low <= high <= MAX_BATCH:
+        match = _FORM.fullmatch(text)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if match is None or not 1 <= low <= high <= MAX_BATCH:
             raise _malformed(text)
-        if found[3] is None:
+        if match[3] is None:
             return cls(text, low, high, high)
-        sides = [(int(found[i]), int(found[i + 1] or found[i])) for i in (3, 5) if found[i]]
+        sides = [(int(match[i]), int(match[i + 1] or match[i])) for i in (3, 5) if match[i]]
         if not all(1 <= least <= most <= MAX_SIDE for least, most in sides):
             raise _malformed(text)
         height, width = ((least, most, most) for least, most in (sides[0], sides[-1]))
@@ -74,53 +74,53 @@ class Profile:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Profile:
-        """What ``as_dict`` gave, also by way of JSON."""
+        """A profile from the result of ``as_dict``, which may have been stored as JSON."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
         return cls(**fields)
 
     def as_dict(self) -> dict[str, Any]:
-        """As a manifest records it; sizes and tokens only where there are any."""
-        found: dict[str, Any] = {k: getattr(self, k) for k in ("name", "minimum", "optimum", "maximum")}
+        """The form for a manifest; sizes and tokens are omitted if there are none."""
+        out: dict[str, Any] = {k: getattr(self, k) for k in ("name", "minimum", "optimum", "maximum")}
         if self.height is not None and self.width is not None:
-            found |= {"height": list(self.height), "width": list(self.width), "step": self.step}
-        return found if self.tokens is None else found | {"tokens": list(self.tokens)}
+            out |= {"height": list(self.height), "width": list(self.width), "step": self.step}
+        return out if self.tokens is None else out | {"tokens": list(self.tokens)}
 
     @property
     def sized(self) -> bool:
-        """Whether it states sizes."""
+        """Whether it has image sizes."""
         return self.height is not None
 
     def extent(self, dimension: str) -> Extent:
         """Smallest, best and largest ``batch``, ``height``, ``width`` or ``tokens``."""
-        found = (self.minimum, self.optimum, self.maximum) if dimension == "batch" else getattr(self, dimension)
-        assert found is not None, f"profile {self.name} has no {dimension}"
-        return found
+        extent = (self.minimum, self.optimum, self.maximum) if dimension == "batch" else getattr(self, dimension)
+        assert extent is not None, f"profile {self.name} has no {dimension}"
+        return extent
 
     def doubled(self) -> Profile:
-        """The same for a network that sees every image twice: with its prompt and without."""
+        """The profile for a network that evaluates every image twice: with its prompt and without."""
         least, best, most = (2 * self.extent("batch")[i] for i in range(3))
         return replace(self, name=f"{self.name} twice", minimum=least, optimum=best, maximum=most)
 
     def in_latents(self, factor: int) -> Profile:
-        """The same measured in latents, each of which is ``factor`` pixels high and wide."""
+        """The profile in latent pixels, each of which is ``factor`` image pixels high and wide."""
         if self.height is None or self.width is None:
             return self
         h, w = ((low // factor, best // factor, high // factor) for low, best, high in (self.height, self.width))
         return replace(self, height=h, width=w, step=self.step // factor)
 
     def for_tokens(self, least: int, most: int) -> Profile:
-        """The same for text states of ``least`` to ``most`` tokens, fastest at the least: prompts are mostly short."""
+        """The profile for ``least`` to ``most`` tokens, fastest at ``least``, since most prompts are short."""
         count = f"{least}" if least == most else f"{least}-{most}"
         return replace(self, name=f"{self.name} of {count} tokens", tokens=(least, least, most))
 
     def holds(self, batch: int, size: Size | None = None, tokens: int | None = None) -> bool:
-        """Whether ``batch``, ``size`` and ``tokens`` are inside."""
+        """Whether ``batch``, ``size`` and ``tokens`` are within the profile."""
         if tokens is not None and self.tokens is not None and not self.tokens[0] <= tokens <= self.tokens[2]:
             return False
         return self.minimum <= batch <= self.maximum and (size is None or self.holds_size(size))
 
     def holds_size(self, size: Size) -> bool:
-        """Whether ``size`` is inside; a profile without sizes holds any, since its engine has only one."""
+        """Whether ``size`` is within the profile; always true without sizes, since the engine then has only one."""
         if self.height is None or self.width is None:
             return True
         return all(
@@ -130,14 +130,14 @@ class Profile:
 
     @property
     def shapes(self) -> int:
-        """How many combinations of batch, height and width are inside: the fewer, the tighter."""
+        """Number of combinations of batch size, height and width in the profile."""
         count = self.maximum - self.minimum + 1
         for extent in (self.height, self.width):
             count *= 1 if extent is None else (extent[2] - extent[0]) // self.step + 1
         return count
 
     def sizes(self) -> str:
-        """Its sizes in words: ``512x768``, or ``256-768x256-768 in steps of 64``; empty where it has none."""
+        """Its sizes in words: ``512x768``, or ``256-768x256-768 in steps of 64``; empty if it has none."""
         if self.height is None or self.width is None:
             return ""
         ranges = [f"{low}" if low == high else f"{low}-{high}" for low, _, high in (self.height, self.width)]
@@ -147,20 +147,20 @@ class Profile:
 
 def _malformed(text: str) -> InputError:
     return InputError(
-        f"profile is '{text}'; write b1 for one image at once, b2-8 for two to eight, at most {MAX_BATCH}; "
-        "then, where wanted, @512x768 for a height and width in pixels, or @256-768 for a range of both, "
+        f"profile is '{text}'; write b1 for batch size 1, b2-8 for two to eight, at most {MAX_BATCH}; "
+        "then optionally @512x768 for a height and width in pixels, or @256-768 for a range of both, "
         f"at most {MAX_SIDE}"
     )
 
 
 def parse_size(text: str) -> Size:
-    """``512x768`` as height and width in pixels; ``512`` is square.
+    """Parse ``512x768`` as height and width in pixels; ``512`` is square.
 
     Raises:
-        InputError: with the form and the legal range.
+        InputError: if it is malformed or out of range; the message has the form and the range.
     """
-    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
-    size = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not all(1 <= n <= MAX_SIDE for n in size):
         raise InputError(
             f"size is '{text}'; write height x width in pixels, such as 512x768, each from 1 to {MAX_SIDE}"
@@ -175,13 +175,13 @@ def tightest(profiles: Sequence[Profile], holds: Callable[[Profile], bool]) -> i
 
 
 def split(count: int, batches: Sequence[int]) -> list[int]:
-    """``count`` images in the fewest batches of the sizes that an engine takes, the largest first.
+    """Split ``count`` images into the fewest batches of legal sizes, the largest first.
 
     Args:
-        batches: legal sizes, each 1 or more.
+        batches: legal batch sizes, each at least 1.
 
     Returns:
-        Their sizes.  Where no sum of legal sizes is ``count``, as many of the largest as fit, and the rest.
+        The batch sizes.  If no sum of legal sizes is ``count``, as many of the largest as fit, and the remainder.
     """
     fewest: list[int | None] = [0]
     for n in range(1, count + 1):
@@ -190,41 +190,41 @@ def split(count: int, batches: Sequence[int]) -> list[int]:
     if fewest[count] is None:
         most = max(batches, default=count)
         return [min(most, count - done) for done in range(0, count, most)]
-    found = []
+    sizes = []
     while count:
         steps = fewest[count]
         assert steps is not None
-        found.append(max(b for b in batches if b <= count and fewest[count - b] == steps - 1))
-        count -= found[-1]
-    return found
+        sizes.append(max(b for b in batches if b <= count and fewest[count - b] == steps - 1))
+        count -= sizes[-1]
+    return sizes
 
 
 def once_and_twice(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
-    """``profiles`` for a network that sees every image once, and doubled for one that sees it twice.
+    """The profiles, and doubled ones for evaluating every image twice, without duplicates.
 
-    A range from one to the other would be no static profile, and TensorRT fuses less where a batch is open: a small
-    U-Net of Stable Diffusion's kind has 240 kernels for one to two rows, 210 for two and 192 for one (TensorRT-RTX
+    One profile for both would not be static, and TensorRT fuses less if the batch size is dynamic: a small U-Net of
+    Stable Diffusion's architecture has 240 kernels for one to two rows, 210 for two and 192 for one (TensorRT-RTX
     1.7.1).
     """
-    found: dict[Profile, Profile] = {}
+    distinct: dict[Profile, Profile] = {}
     for profile in (*profiles, *(p.doubled() for p in profiles)):
-        found.setdefault(replace(profile, name=""), profile)
-    return tuple(found.values())
+        distinct.setdefault(replace(profile, name=""), profile)
+    return tuple(distinct.values())
 
 
 def by_chunks(profiles: Sequence[Profile], length: int, chunks: int) -> tuple[Profile, ...]:
-    """``profiles`` for prompts of one chunk of ``length`` tokens, and for those of two to ``chunks``.
+    """The profiles for prompts of one chunk of ``length`` tokens, and for prompts of two to ``chunks`` chunks.
 
-    Prompts of one chunk keep static profiles, as on an engine for these alone; see :func:`once_and_twice`.
+    Prompts of one chunk keep static profiles, as on an engine for only these; see :func:`once_and_twice`.
     """
     return tuple(p.for_tokens(*ends) for ends in ((length, length), (2 * length, chunks * length)) for p in profiles)
 
 
 def legal_sizes(profiles: Sequence[Profile]) -> str:
-    """The sizes of all profiles in words, each once."""
+    """The distinct sizes of all profiles in words."""
     return ", ".join(dict.fromkeys(p.sizes() for p in profiles if p.sized))
 
 
 def size_of(inputs: dict[str, np.ndarray]) -> Size | None:
-    """Height and width of what is shaped like an image, ``[B, C, H, W]``, among a network's inputs."""
+    """Height and width of a network's image-shaped input, ``[B, C, H, W]``; None if it has none."""
     return next(((v.shape[2], v.shape[3]) for v in inputs.values() if v.ndim == 4), None)

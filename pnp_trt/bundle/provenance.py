@@ -1,4 +1,4 @@
-"""Where a measurement comes from: versions, processor, commit, command and date."""
+"""Provenance of a measurement: versions, processor, commit, command and date."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import PnpError
 from ..processor import usable_cores
 from ..version import installed
 
-#: Packages whose versions are recorded where they are installed; looked up, never imported.
+#: Packages whose versions are recorded if they are installed; looked up without importing them.
 PACKAGES = (
     "numpy",
     "onnxruntime",
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def provenance(command: str | Sequence[str], *, device: str | None = None) -> dict[str, Any]:
-    """Who measured: versions, processor, cores, platform, UTC time, commit (None outside a checkout), command."""
+    """Versions, processor, cores, platform, UTC time, commit (None outside a checkout) and command."""
     commit, dirty = _commit()
     return {
         "command": command if isinstance(command, str) else shlex.join(command),
@@ -54,7 +54,7 @@ def provenance(command: str | Sequence[str], *, device: str | None = None) -> di
 
 
 def as_text(doc: Mapping[str, Any], target: Path) -> str:
-    """`doc` as JSON; `target` names the file in the PnpError for a value that JSON cannot hold."""
+    """`doc` as JSON; `target` names the file in the PnpError for a value that JSON cannot represent."""
     try:
         return json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
     except (TypeError, ValueError) as error:
@@ -62,12 +62,12 @@ def as_text(doc: Mapping[str, Any], target: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy scalars and arrays, paths and tuples as JSON can hold them."""
+    """Convert NumPy scalars, arrays and paths for JSON."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be stored as JSON")
 
 
 def _cpu_name() -> str:
@@ -83,7 +83,7 @@ def _commit() -> tuple[str | None, bool | None]:
     """Commit of the checkout that this package runs from, and whether it has uncommitted changes."""
     root = Path(__file__).resolve().parents[2]
     git = shutil.which("git")
-    if git is None or not (root / ".git").exists():  # installed: a repository further up would not be ours
+    if git is None or not (root / ".git").exists():  # installed: a repository in a parent folder would be unrelated
         return None, None
     try:
         head = _git(git, root, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""Runs that can be continued: a folder that remembers what it is of, and refuses to be anything else."""
+"""Resumable runs: a folder records its run's settings and is refused for other settings."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ RECORD = "run.json"
 
 
 def claim(out: Path, settings: dict[str, Any], resume: bool, other: str = "choose another --out") -> None:
-    """Refuse a folder that holds something else; remember what this run is.
+    """Record this run's settings in its folder; refuse a folder with other contents.
 
     Args:
-        out: the run's folder; made if it is missing.
+        out: the run's folder; created if it is missing.
         settings: everything that determines the run.
-        resume: whether a run with the same settings may be there already.
-        other: how the user keeps both, for the messages.
+        resume: whether the folder may contain a run with the same settings.
+        other: how to keep both runs, for the messages.
 
     Raises:
-        InputError: if ``out`` cannot be written or holds other things, a damaged record, a run with other settings
-            (which ones is said), or this run and ``resume`` is false.
+        InputError: if ``out`` cannot be written, or contains other files, a damaged record, a run with other settings
+            (the message names one), or this run while ``resume`` is false.
     """
     settings = json.loads(json.dumps(settings, default=str))
     record = out / RECORD
@@ -33,21 +33,21 @@ def claim(out: Path, settings: dict[str, Any], resume: bool, other: str = "choos
     if names:
         if not record.is_file():
             raise InputError(f"{out} is not empty and holds no run of this kind ({shown(names)}); name another folder")
-        found = read_record(record, other)
-        if found.get("key") != digest(settings):
-            differs = _difference(found.get("settings", {}), settings)
+        recorded = read_record(record, other)
+        if recorded.get("key") != digest(settings):
+            differs = _difference(recorded.get("settings", {}), settings)
             raise InputError(f"{out} holds a run with other settings ({differs}); {other}")
         if not resume:
             raise InputError(f"{out} holds this run already; continue it with --resume, or {other}")
     make_folder(out)
     for folder in (out, *(path for path in out.rglob("*") if path.is_dir() and not path.is_symlink())):
-        if folder.is_dir():  # a temporary folder was removed with the one that holds it
+        if folder.is_dir():  # a temporary folder may have been removed with its parent
             remove_temporaries(folder)
     write_json(record, {"key": digest(settings), "settings": settings})
 
 
 def _names(out: Path) -> list[str]:
-    """What is in a run's folder, but for what a killed run was writing.
+    """Names in a run's folder, except temporary files of a killed run.
 
     Raises:
         InputError: if it is a file or cannot be read.
@@ -61,23 +61,23 @@ def _names(out: Path) -> list[str]:
 
 
 def read_record(path: Path, other: str) -> dict[str, Any]:
-    """A JSON object that a run wrote for itself.
+    """Read a JSON object that a run wrote for resuming.
 
     Args:
         other: what to do if it cannot be read, for the message.
 
     Raises:
-        InputError: if it cannot be read, is cut short, or is of another type.
+        InputError: if it cannot be read, is truncated, or is not an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"{path} cannot be read ({e.strerror or e}); {other}") from e
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is damaged ({e}), so the run cannot be continued; {other}") from e
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged (it holds a {type(found).__name__}, not an object); {other}")
-    return found
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is damaged (it holds a {type(document).__name__}, not an object); {other}")
+    return document
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:

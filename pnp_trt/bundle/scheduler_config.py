@@ -1,4 +1,4 @@
-"""The entries of a diffusers scheduler config, in a bundle's manifest and in a model's folder: types and bounds."""
+"""Check types and bounds of a diffusers scheduler config, in a bundle's manifest or a model's folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from .document import Value
 
 MAX_TRAINING_STEPS = 100_000
-#: entries of a scheduler's config that hold a number, with its bounds; null stands for the scheduler's default
+#: bounds of the numeric entries of a scheduler's config; null means the scheduler's default
 _NUMBERS = {
     "beta_start": (0, 1), "beta_end": (0, 1), "sigma_min": (0, 1e6), "sigma_max": (0, 1e6), "rho": (0, 1e3),
     "clip_sample_range": (0, 1e6), "dynamic_thresholding_ratio": (0, 1), "sample_max_value": (0, 1e6),
@@ -25,20 +25,20 @@ _FLAGS = (
 
 
 def scheduler_entries(value: Value) -> dict[str, Any]:
-    """A scheduler's config, checked; nulls stand for defaults.  What is unknown is kept, and nothing reads it.
+    """Check a scheduler's config and return it; null means the default.  Unknown entries are kept but never read.
 
     Raises:
-        InputError: naming the first entry that is of another type or out of bounds.
+        InputError: naming the first entry with a wrong type or out of bounds.
     """
     for key, entry in value.entries(200).items():
         if entry.raw is None:
             continue
         if key == "num_train_timesteps":
-            entry.whole(1, MAX_TRAINING_STEPS)
+            entry.integer(1, MAX_TRAINING_STEPS)
         elif key == "steps_offset":
-            entry.whole(0, MAX_TRAINING_STEPS)
+            entry.integer(0, MAX_TRAINING_STEPS)
         elif key == "solver_order":
-            entry.whole(1, 3)
+            entry.integer(1, 3)
         elif key == "trained_betas":
             for beta in entry.items(1, MAX_TRAINING_STEPS):
                 beta.number(0, 1)

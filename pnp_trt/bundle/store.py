@@ -1,8 +1,8 @@
-"""Bundles: folders that appear whole or not at all, under a lock, with a manifest that is checked first.
+"""Find, check and write bundles: folders that are created atomically under a lock.
 
-A bundle is ``engines/NAME/`` with networks, tokenizer and ``manifest.json``.  It is written beside its
-final place and renamed; what is being replaced changes places with it in one step (where the system can,
-else it is moved aside first), so that no moment exists at which the name leads to half a bundle.
+A bundle is ``engines/NAME/`` with networks, tokenizer and ``manifest.json``.  It is written to a temporary folder
+beside its final path and then renamed.  A bundle that is replaced is exchanged in one step if the system supports it,
+and otherwise moved away first, so that the path never refers to a partial bundle.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REQUIRED = (
     "schema", "seal", "name", "built_from", "base", "guide", "backend", "precision", "target", "profiles", "compiler",
     "networks", "files", "sample", "scheduler", "rebuild",
 )  # fmt: skip
-#: most bytes of a manifest; those of real bundles have some ten thousand
+#: largest size of a manifest in bytes; real ones have some ten thousand
 _MOST_MANIFEST_BYTES = 4 << 20
 
 
@@ -41,7 +41,7 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes.
 
     Raises:
-        InputError: if it may not be read.
+        InputError: if permission to read it is missing.
     """
     try:
         with path.open("rb") as f:
@@ -51,9 +51,9 @@ def sha256(path: Path) -> str:
 
 
 def cached_sha256(path: Path) -> str:
-    """``sha256``, remembered by the file's place, size, times and inode, so that gigabytes are read once.
+    """Like ``sha256``, but cached by the file's path, size, times and inode, so that large files are read only once.
 
-    For telling whether inputs changed, as make does; a bundle's own files are always read.
+    It serves to detect changed inputs, as make does; a bundle's own files are always read.
     """
     stat = path.stat()
     mark = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
@@ -61,16 +61,16 @@ def cached_sha256(path: Path) -> str:
         return sha256(path)
     note = cache_home() / "sha256" / f"{digest(mark)}.txt"
     with contextlib.suppress(OSError):
-        if len(held := note.read_text(encoding="utf-8").strip()) == 64:
-            return held
-    found = sha256(path)
+        if len(cached := note.read_text(encoding="utf-8").strip()) == 64:
+            return cached
+    file_hash = sha256(path)
     with contextlib.suppress(PnpError):  # a cache that cannot be written is only slower
-        write_text(found + "\n", note)
-    return found
+        write_text(file_hash + "\n", note)
+    return file_hash
 
 
 def cache_home() -> Path:
-    """Where things that can be made again are kept: ``$PNP_TRT_CACHE``, or ``~/.cache/pnp-trt``."""
+    """Folder for files that can be regenerated: ``$PNP_TRT_CACHE``, or ``~/.cache/pnp-trt``."""
     return Path(os.environ.get("PNP_TRT_CACHE") or Path.home() / ".cache" / "pnp-trt")
 
 
@@ -80,7 +80,7 @@ def digest(value: Any) -> str:
 
 
 def engines_home() -> Path:
-    """Where bundles live: ``$PNP_TRT_ENGINES``, or ``engines/`` in the current folder."""
+    """Folder of bundles: ``$PNP_TRT_ENGINES``, or ``engines/`` in the current folder."""
     return Path(os.environ.get("PNP_TRT_ENGINES", "engines"))
 
 
@@ -91,36 +91,36 @@ def known_bundles(home: Path | None = None) -> list[str]:
 
 
 def find_bundle(name: str) -> Path:
-    """The folder of a bundle, by name under ``engines_home()`` or by path.
+    """Find the folder of a bundle, by name under ``engines_home()`` or by path.
 
     Raises:
-        InputError: if there is none; the message lists those that exist.
+        InputError: if it does not exist; the message lists the existing bundles.
     """
     try:
         for candidate in (engines_home() / name, Path(name)):
-            if os.path.lexists(candidate / MANIFEST):  # a dangling link too: reading it reports that
+            if os.path.lexists(candidate / MANIFEST):  # also for a dangling link: reading it reports the error
                 return candidate
         if unfinished := (engines_home() / name).is_dir():
-            os.scandir(engines_home() / name).close()  # a folder that cannot be read is not an unfinished engine
-    except (OSError, ValueError) as e:  # a name that no file can have
+            os.scandir(engines_home() / name).close()  # OSError if unreadable, which is not unfinished
+    except (OSError, ValueError) as e:  # including names that no file can have
         raise BundleNotFound(
-            f"engine '{printable(name, limit=80)}' cannot be looked for ({getattr(e, 'strerror', None) or e}); "
+            f"engine '{printable(name, limit=80)}' cannot be looked up ({getattr(e, 'strerror', None) or e}); "
             "give a bundle's name or folder"
         ) from None
     if unfinished:
         raise BundleCorrupt(
-            f"engine '{name}' has no {MANIFEST}, so it was not finished or was damaged; "
+            f"engine '{name}' has no {MANIFEST}, so it is unfinished or damaged; "
             f"{rebuild_advice(engines_home() / name)}"
         )
     known = ", ".join(known_bundles()) or "none yet"
     raise BundleNotFound(
         f"no engine named '{printable(name, limit=200)}'; known engines: {known}. "
-        "Make one with: pnp-trt build --out engines/NAME"
+        "Build one with: pnp-trt build --out engines/NAME"
     )
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON atomically."""
     write_text(_as_text(value), path)
 
 
@@ -129,7 +129,7 @@ def _as_text(value: Any) -> str:
 
 
 def list_files(folder: Path) -> dict[str, FileRecord]:
-    """Hash and size of everything in a bundle but its manifest, by relative path."""
+    """Hash and size of all files of a bundle except its manifest, by relative path."""
     return {
         path.relative_to(folder).as_posix(): FileRecord(sha256(path), path.stat().st_size)
         for path in sorted(folder.rglob("*"))
@@ -154,15 +154,15 @@ class Bundle:
         return self.manifest.guide is not None
 
     def file(self, network: str) -> Path:
-        """The file of one network that is loaded: an engine or a graph."""
+        """The file of a network to load: an engine or a graph."""
         return self.folder / self.manifest.networks[network].file
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Write a manifest with its seal, the digest of everything else in it; returns it as it is read back.
+    """Write a manifest with its seal, the digest of all other entries; return the sealed manifest.
 
     Raises:
-        InputError: if a value is one that ``read_manifest`` refuses.
+        InputError: for a value that ``read_manifest`` would refuse.
     """
     document = json.loads(json.dumps(manifest.to_json()))
     Manifest.from_json(document, file=str(folder / MANIFEST))
@@ -170,7 +170,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def write_document(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """Seal and write a manifest's JSON without a look at its values; returns it with its seal."""
+    """Seal and write a manifest's JSON without checking its values; return it with its seal."""
     sealed = {k: v for k, v in document.items() if k != "seal"}
     sealed["seal"] = _seal(sealed)
     write_json(folder / MANIFEST, sealed)
@@ -182,12 +182,11 @@ def _seal(document: dict[str, Any]) -> str:
 
 
 def rebuild_advice(folder: Path, claimed: str | None = None, *options: str) -> str:
-    """What to do about a bundle that cannot be used, as a clause.
+    """Advice on a bundle that cannot be used, as a clause for a message.
 
     Args:
-        claimed: the command that its manifest claims to be made with; quoted as a claim and not as advice, since a
-            stranger may have written it.
-        options: of `pnp-trt build`, which the new bundle needs.
+        claimed: the rebuild command in its manifest; quoted as a claim instead of advice, since it is untrusted.
+        options: further options of `pnp-trt build` for the new bundle.
     """
     command = shlex.join(["pnp-trt", "build", "--out", str(folder), *options, "--force"])
     advice = f"rebuild it with: {command}"
@@ -195,10 +194,10 @@ def rebuild_advice(folder: Path, claimed: str | None = None, *options: str) -> s
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle, its schema, seal and every value checked; other files are not read.
+    """Read a bundle's manifest and check its schema, seal and values; other files are not read.
 
     Raises:
-        InputError: if it is missing, cut short, changed, of another schema, or has a value that is out of bounds.
+        InputError: if it is missing, truncated, changed, of another schema, or has a value out of bounds.
     """
     path = folder / MANIFEST
     advice = rebuild_advice(folder)
@@ -211,19 +210,19 @@ def read_manifest(folder: Path) -> Manifest:
     if missing := [key for key in REQUIRED if key not in document]:
         raise BundleCorrupt(f"{path} lacks {', '.join(missing)}; {advice}")
     seal = printable(document["seal"], limit=12)
-    # the text too: a changed blank is harmless, and still a sign that the disk cannot be trusted
+    # compare the text too: changed whitespace is harmless, but shows that the disk is unreliable
     if (contents := _seal(document)) != document["seal"] or _as_text(document).encode() != raw:
         raise BundleCorrupt(f"{path} was changed or is corrupt (seal {seal}, contents {contents[:12]}…); {advice}")
     return Manifest.from_json(document, file=str(path), advice=advice)
 
 
 def open_bundle(name: str | Path) -> Bundle:
-    """Find a bundle and check every file against its manifest before anything is loaded.
+    """Find a bundle and check every file against its manifest; nothing is loaded.
 
-    Files in the folder that the manifest does not list are never loaded, and are ignored.
+    Files that the manifest does not list are ignored, and never loaded.
 
     Raises:
-        InputError: naming the file, both values, and the command that rebuilds.
+        InputError: naming the file, both values, and the command to rebuild the bundle.
     """
     folder = find_bundle(str(name))
     manifest = read_manifest(folder)
@@ -237,7 +236,7 @@ def open_bundle(name: str | Path) -> Bundle:
 
 
 def check_file(folder: Path, relative: str, record: FileRecord, engine: str, advice: str) -> None:
-    """Raise ``InputError`` unless a bundle's file is a regular one, reached by no link, of this size and hash."""
+    """Raise ``InputError`` unless a bundle's file is regular, not behind a link, and of this size and hash."""
     path = check_place(folder, relative, engine)
     where = f"engine '{engine}': {relative}"
     try:
@@ -254,7 +253,7 @@ def check_file(folder: Path, relative: str, record: FileRecord, engine: str, adv
 
 
 def check_place(folder: Path, relative: str, engine: str) -> Path:
-    """The path of a bundle's file; raises ``InputError`` where it or a folder on the way to it is a link."""
+    """The path of a bundle's file; raise ``InputError`` if it or a parent folder within the bundle is a link."""
     path = folder
     for part in relative.split("/"):
         path /= part

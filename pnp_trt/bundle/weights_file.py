@@ -1,4 +1,4 @@
-"""``weights.json`` of a bundle, checked: where each initialiser of the graphs comes from, see ``graph.weights``."""
+"""Read and check a bundle's ``weights.json``, the origin of each initialiser of its graphs; see ``graph.weights``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _TYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8")
 
 
 def read_weights(path: Path, networks: Iterable[str], advice: str) -> dict[str, Any]:
-    """By network ``{"weights": …, "constants": …}``, every entry checked.
+    """Read ``{"weights": …, "constants": …}`` by network, and check every entry.
 
     Args:
-        networks: those that must be there.
-        advice: what to do about a file that is refused; closes the sentence.
+        networks: the networks that the file must have.
+        advice: what to do about a refused file; the end of the error message.
 
     Raises:
         InputError: naming the file, the key and the value that is out of bounds.
     """
     document = Value(read_json(path, advice, limit=_LIMIT, members=_MEMBERS), "", str(path), advice)
     m = document.members(("schema", "networks"))
-    m["schema"].whole(1, 1)
+    m["schema"].integer(1, 1)
     entries = m["networks"].members(networks, m["networks"].entries(50))
     for network in entries.values():
         maps = network.members(("weights", "constants"))
@@ -51,14 +51,14 @@ def _check_step(step: Value) -> None:
         step.member("to").text(known=_TYPES)
     # a weight with one scale has no axis
     if operation == "shift" or (operation in ("quantize", "quantization_scale") and "axis" in step.entries(10)):
-        step.member("axis").whole(-8, 7)
+        step.member("axis").integer(-8, 7)
     if operation == "transpose":
-        axes = [v.whole(0, 7) for v in step.member("perm").items(1, 8)]
+        axes = [v.integer(0, 7) for v in step.member("perm").items(1, 8)]
         if sorted(axes) != list(range(len(axes))):
             raise step.member("perm").refuse("must name every axis once")
     if operation == "reshape":
         for size in step.member("shape").items(0, 8):
-            size.whole(-1, 1 << 31)
+            size.integer(-1, 1 << 31)
     if operation == "shift":
         for exponent in step.member("exponents").items(1, 100_000):
-            exponent.whole(-64, 64)
+            exponent.integer(-64, 64)

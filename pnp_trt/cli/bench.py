@@ -121,7 +121,7 @@ def bench(
             with ProgressBar("bench") as bar:
                 document = run.run(
                     plan, command=sys.argv[1:], suite=None if suite is None else Path(suite).stem, progress=bar.note,
-                    tell=lambda sentence: print(printable(f"bench: {sentence}"), file=sys.stderr), work=parts,
+                    notify=lambda sentence: print(printable(f"bench: {sentence}"), file=sys.stderr), work=parts,
                 )  # fmt: skip
         except KeyboardInterrupt:
             if parts.persistent:

@@ -71,12 +71,12 @@ def _extras() -> dict[str, tuple[tuple[str, ...], ...]]:
     out: dict[str, tuple[tuple[str, ...], ...]] = {}
     for extra in ("", *(names or [])):
         # a requirement of the base installation applies to every extra too, but is listed only once
-        own = [r.name for r in requirements if (r.marker is None and not extra) or _asks(r, extra)]
+        own = [r.name for r in requirements if (r.marker is None and not extra) or _applies(r, extra)]
         out[extra] = tuple(_RUNTIME if name in _RUNTIME else (name,) for name in own)
     return out
 
 
-def _asks(requirement: Requirement, extra: str) -> bool:
+def _applies(requirement: Requirement, extra: str) -> bool:
     marker = requirement.marker
     if marker is None or not marker.evaluate({"extra": extra}):
         return False

@@ -16,11 +16,11 @@ class _Tap:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.seen: Tensor | None = None
+        self.input: Tensor | None = None
 
     def __enter__(self) -> _Tap:
         def keep(_: Any, args: tuple[Tensor, ...]) -> None:
-            self.seen = args[0]
+            self.input = args[0]
 
         self._handle = self._module.register_forward_pre_hook(keep)
         return self
@@ -47,11 +47,11 @@ def feature_error(model: nn.Module, teacher: TeacherModel, states: States, rows:
             torch.cat([x, x]), torch.cat([t, t]), c.text(torch.cat([negative, prompt]), device),
             added_cond_kwargs=c.added(torch.cat([negative, prompt]), device),
         )  # fmt: skip
-        assert tap.seen is not None
-        plain, conditional = tap.seen.float().chunk(2)
+        assert tap.input is not None
+        plain, conditional = tap.input.float().chunk(2)
     with _Tap(unet.conv_norm_out) as tap:
         predict_states(model, states, rows, w)
-        assert tap.seen is not None
-        features = tap.seen.float()
+        assert tap.input is not None
+        features = tap.input.float()
     scale = w[:, None, None, None]
     return ((features - plain - scale * (conditional - plain)) ** 2 / scale).mean()

@@ -1,1 +1,1 @@
-"""Teachers, guides, and the student that joins them (PyTorch)."""
+"""Teachers, guides, and the student that combines them (PyTorch)."""

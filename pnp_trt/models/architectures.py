@@ -1,7 +1,7 @@
-"""Known architectures: configs of every network, for random weights and for checkpoints that bring no configs.
+"""Known architectures: the configs of all networks, for random weights and for checkpoints that contain no configs.
 
-Each is a JSON file with the U-Net's config in ``presets``, and a folder with those of the other networks and of the
-noise schedule beside it.
+In ``presets``, each architecture has a JSON file with the U-Net's config, and a folder of the same name with the
+configs of the other networks and of the noise schedule.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .teacher import BaseModel
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of them.
+    """A known architecture.
 
     Attributes:
         name: ``sd15``, ``sd21``, ``sdxl``.
-        configs: of ``unet``, the text encoders and ``vae``.
+        configs: config of each network (``unet``, the text encoders, ``vae``), by name.
         scheduler: file with the noise schedule's config.
     """
 
@@ -32,13 +32,13 @@ class Architecture:
 
     @property
     def family(self) -> Family:
-        """The family whose text encoders it has."""
-        own = {n for n in self.configs if n not in ("unet", "vae")}
-        return next(f for f in FAMILIES.values() if {spec.name for spec in f.model.text_specs} == own)
+        """The family whose text encoders this architecture uses."""
+        text_encoders = {n for n in self.configs if n not in ("unet", "vae")}
+        return next(f for f in FAMILIES.values() if {spec.name for spec in f.model.text_specs} == text_encoders)
 
     @classmethod
     def read(cls, unet: Path) -> Architecture:
-        """From the file of its U-Net's config."""
+        """Read an architecture from the file of its U-Net's config."""
         folder = unet.with_suffix("")
         files = {"unet": unet, **{p.stem: p for p in sorted(folder.glob("*.json")) if p.stem != "scheduler"}}
         configs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
@@ -46,10 +46,10 @@ class Architecture:
 
 
 def architectures() -> list[Architecture]:
-    """All of them, by name."""
+    """All known architectures, sorted by name."""
     return [Architecture.read(path) for path in sorted(catalog.PRESETS.glob("*.json"))]
 
 
 def of_family(kind: type[BaseModel], family: Family) -> type[Any]:
-    """A class of base models, such as ``RandomBase``, as the family has it."""
+    """A class of base models, such as ``RandomBase``, that also derives from the family's model class."""
     return kind if issubclass(kind, family.model) else type(kind.__name__, (kind, family.model), {})

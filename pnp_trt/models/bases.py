@@ -15,22 +15,25 @@ from .teacher import BaseModel
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``resolve`` would fetch this name from the hub: ``owner/model``, dots allowed, and nothing here."""
+    """Whether ``resolve`` would download this name from the hub.
+
+    True for ``owner/model`` (dots allowed) if no file or folder of this name exists.
+    """
     suffixes = (".safetensors", ".json", *PICKLES)
     known = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not name.endswith(suffixes)
     return bool(known) and not Path(name).exists()
 
 
 def resolve(name: str) -> BaseModel:
-    """The base model for a name.
+    """Return the base model of this name.
 
     Args:
         name: ``emoji``, a bundled fine-tune, a diffusers folder, a ``.safetensors`` checkpoint of Stable Diffusion 1, 2
-            or XL or of a U-Net of the bundled model's shape, a hub id, or ``random:sd15`` and its like
-            (``random:sd15#2`` is a fine-tune of it: another seed's U-Net, the rest the same).
+            or XL or of a U-Net of the bundled model's shape, a hub id, or a random base such as ``random:sd15``
+            (``random:sd15#2`` is a fine-tune of it: its U-Net has another seed, the rest is the same).
 
     Raises:
-        InputError: with the names that are known, if this is none of them.
+        InputError: if the name is unknown; the message lists the known names.
     """
     if name == "emoji":
         return BaseModel(name, ASSETS / "emoji")
@@ -59,34 +62,34 @@ def resolve(name: str) -> BaseModel:
 
 
 def _from_hub(name: str) -> Path:
-    """The folder of a hub model: its configs, and of each network the weights that would be loaded."""
+    """Download a hub model: its configs and only the weights that would be loaded.  Return its folder."""
     try:
         from huggingface_hub import list_repo_files, snapshot_download
 
         patterns = ["*.json", "*.txt", "*/*.safetensors"]
-        with suppress(OSError):  # no network: the cache holds what was chosen when it was fetched
+        with suppress(OSError):  # offline: the cache has the files chosen on download
             patterns = hub_patterns(list_repo_files(name), name)
         folder = Path(snapshot_download(name, allow_patterns=patterns))
     except InputError:
         raise
     except Exception as e:
         raise InputError(
-            f"the hub model '{name}' cannot be had: {type(e).__name__}; check the name and the network, or download it "
-            f"and pass its folder (bundled models: {', '.join(bundled_bases())})"
+            f"the hub model '{name}' cannot be downloaded: {type(e).__name__}; check the name and the network, or "
+            f"download it and pass its folder (bundled models: {', '.join(bundled_bases())})"
         ) from e
     return folder
 
 
 def hub_patterns(names: list[str], model: str) -> list[str]:
-    """The files of a hub model that are fetched, as patterns.
+    """Patterns of the files of a hub model to download.
 
     Raises:
         InputError: if a network has no safetensors files.
     """
     patterns = ["*.json", "*.txt"]
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
-        own = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
-        if own:
-            choice = choose(own, stem_of(part), f"{model}/{part}")
-            patterns += [f"{part}/{n}" for n in (choice.shards(own) if choice.sharded else [choice.name])]
+        files = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
+        if files:
+            choice = choose(files, stem_of(part), f"{model}/{part}")
+            patterns += [f"{part}/{n}" for n in (choice.shards(files) if choice.sharded else [choice.name])]
     return patterns

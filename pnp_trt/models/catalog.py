@@ -1,4 +1,4 @@
-"""Names of bundled bases and guides, and guides' folders, without their code: importing this loads no torch."""
+"""Names of bundled bases and guides, and guides' folders.  Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CONFIG = {
 
 
 def guide_folder(name: str) -> Path:
-    """Where a guide's files are: a bundled one by its full or its short name, or a folder.
+    """Return the folder of a guide: a bundled one by its full or short name, or a path.
 
     Raises:
-        InputError: listing the known guides.
+        InputError: if there is no such guide; the message lists the known ones.
     """
     for candidate in (ASSETS / "guides" / name, ASSETS / "guides" / f"emoji-{name}", Path(name)):
         if is_file(candidate / "config.json"):
@@ -38,14 +38,14 @@ def guide_folder(name: str) -> Path:
 
 
 def guide_config(folder: Path) -> dict[str, Any]:
-    """A guide's ``config.json``, what the program reads of it checked.
+    """Read a guide's ``config.json`` and check the entries that the program reads.
 
     Raises:
-        InputError: if it is missing, not JSON, or not a guide's.
+        InputError: if it is missing, not JSON, or not the config of a guide.
     """
     config: dict[str, Any] = read_json(folder / "config.json", "the guide's", _ADVICE)
     if wrong := problem(config, _CONFIG):
-        raise InputError(f"{folder / 'config.json'} is not a guide's: {wrong}; {_ADVICE}")
+        raise InputError(f"{folder / 'config.json'} is not the config of a guide: {wrong}; {_ADVICE}")
     return config
 
 
@@ -57,7 +57,7 @@ def guide_weights(folder: Path) -> list[Path]:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise InputError(f"{folder} holds no .safetensors; a guide is config.json and safetensors weights; {_ADVICE}")
+        raise InputError(f"{folder} holds no .safetensors; a guide has config.json and safetensors weights; {_ADVICE}")
     return files
 
 
@@ -65,10 +65,10 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 def bundled_bases() -> list[str]:
-    """Names that need no download: the bundled model and its fine-tunes (``emoji-flat`` …)."""
+    """Names of the bases that need no download: the bundled model and its fine-tunes (``emoji-flat`` …)."""
     return ["emoji", *sorted(p.stem for p in (ASSETS / "fine-tunes").glob("*.safetensors"))]
 
 
 def random_bases() -> list[str]:
-    """Architectures that can be had with random weights, for work that needs the size alone."""
+    """Names of the bases with random weights, for work where only the architecture's size matters."""
     return [f"random:{p.stem}" for p in sorted(PRESETS.glob("*.json"))]

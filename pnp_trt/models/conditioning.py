@@ -1,4 +1,4 @@
-"""What a teacher is conditioned on: text states, and for SDXL pooled text and sizes."""
+"""A teacher's conditions: text states, and for SDXL pooled text and sizes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Conditions:
         return len(self.states) - 1
 
     def text(self, rows: Tensor, device: torch.device) -> Tensor:
-        """``[N, tokens, D]``."""
+        """Text states of these prompts, ``[N, tokens, D]``."""
         return self.states[rows].to(device)
 
     def added(self, rows: Tensor, device: torch.device) -> dict[str, Tensor] | None:
-        """``added_cond_kwargs`` of the U-Net for these prompts; None where it needs none."""
+        """The U-Net's ``added_cond_kwargs`` for these prompts; None if it takes none."""
         if self.pooled is None or self.time_ids is None:
             return None
         return {"text_embeds": self.pooled[rows].to(device), "time_ids": self.time_ids.to(device).expand(len(rows), -1)}
@@ -43,7 +43,7 @@ class Conditions:
 
 @torch.no_grad()
 def encode_prompts(base: Any, prompts: list[str], device: torch.device, batch: int = 64) -> Conditions:
-    """Conditions of ``prompts``, as diffusers' pipelines make them; longer prompts are cut at the encoder's length.
+    """Encode ``prompts`` as diffusers' pipelines do; prompts longer than the encoder's length are truncated.
 
     Args:
         base: a :class:`~pnp_trt.models.teacher.BaseModel`.
@@ -67,13 +67,13 @@ def encode_prompts(base: Any, prompts: list[str], device: torch.device, batch: i
                 pooled.append(projected.float().cpu())
             states.append(out)
         parts.append(torch.cat(states, -1).float().cpu())
-    states_of = torch.cat(parts)
+    all_states = torch.cat(parts)
     if not pooled:
-        return Conditions(states_of)
-    pooled_of = torch.cat(pooled)
+        return Conditions(all_states)
+    all_pooled = torch.cat(pooled)
     if base.zero_empty_prompt():
-        states_of[-1].zero_()
-        pooled_of[-1].zero_()
+        all_states[-1].zero_()
+        all_pooled[-1].zero_()
     sizes = base.sizes()
     height, width = (float(sizes.factor * side) for side in sizes.latent[1:])
-    return Conditions(states_of, pooled_of, torch.tensor([height, width, 0.0, 0.0, height, width]))
+    return Conditions(all_states, all_pooled, torch.tensor([height, width, 0.0, 0.0, height, width]))

@@ -1,8 +1,8 @@
-"""Whether two configs describe the same computation, told by the modules that they make.
+"""Comparison of two configs by the computation that they describe.
 
-Configs of one architecture differ in what no forward pass reads: token ids, dropout, versions, defaults that one of
-them leaves out, ``4`` for ``[4, 4]``.  So not the configs are compared but the modules made of them: their classes,
-and the numbers, strings and functions that each holds.
+Configs of one architecture can differ in entries that no forward pass reads: token ids, dropout, versions, defaults
+that one of them omits, ``4`` for ``[4, 4]``.  Therefore the modules created from the configs are compared: their
+classes, and their attributes that are numbers, strings or functions.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 from ..errors import InputError
 from .networks import empty
 
-#: attributes of modules that a forward pass in evaluation mode, in float32, does not read, or reads without effect:
-#: training's, those of gradients, and `upcast_*`, which asks for float32 where a half type is used
+#: module attributes that have no effect on a forward pass in evaluation mode and float32: those for training and
+#: gradients, and `upcast_*`, which requests float32 where a half-precision type is used
 _IDLE = frozenset(
     ("training", "p", "dropout", "attention_dropout", "inplace", "padding_idx", "gradient_checkpointing",
      "eos_token_id", "upcast_attention", "upcast_softmax", "config", "name_or_path", "sample_size",
      "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor", "num_upsamplers")
 )  # fmt: skip
-#: entries of a config that diffusers' forward passes, or those around a network here, read from the config itself
+#: config entries that are read from the config itself, by diffusers' forward passes or by code around a network here
 _READ = (
     "center_input_sample", "class_embed_type", "class_embeddings_concat", "addition_embed_type",
     "encoder_hid_dim_type", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
 )  # fmt: skip
-#: entries of a config that no forward pass reads, by name alone
+#: config entries that no forward pass reads
 _NAMES_AND_VERSIONS = (
     "architectures", "dtype", "torch_dtype", "transformers_version", "model_type", "dropout", "attention_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "initializer_factor", "initializer_range", "projection_dim",
@@ -35,36 +35,38 @@ _NAMES_AND_VERSIONS = (
 )  # fmt: skip
 
 
-def check_same_network(kind: Any, own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str) -> None:
-    """Hold a fine-tune's config against that of the network it is to replace.
+def check_same_network(kind: Any, config: Mapping[str, Any], expected: Mapping[str, Any], name: str, what: str) -> None:
+    """Check that a fine-tune's config describes the same computation as that of the network it replaces.
 
     Args:
         kind: the network's class.
-        own: the fine-tune's config.
-        given: the config of the network that is replaced.
-        name: of the fine-tune, for messages.
-        what: the network that is replaced, for messages.
+        config: the fine-tune's config.
+        expected: the config of the network being replaced.
+        name: the fine-tune, for messages.
+        what: the network being replaced, for messages.
 
     Raises:
-        InputError: naming the first entry whose values make the two compute differently.
+        InputError: if they differ; the message names the first entry that changes the computation.
     """
-    if own == given:
+    if config == expected:
         return
-    wanted = computation(empty(kind, given, what))
-    if computation(empty(kind, own, name)) == wanted:
+    computed = computation(empty(kind, expected, what))
+    if computation(empty(kind, config, name)) == computed:
         return
-    keys = [k for k in sorted(own.keys() | given.keys()) if not k.startswith("_") and own.get(k) != given.get(k)]
+    keys = [
+        k for k in sorted(config.keys() | expected.keys()) if not k.startswith("_") and config.get(k) != expected.get(k)
+    ]
     for key in keys:
-        if _computation(kind, _with(given, key, own)) != wanted:
+        if _computation(kind, _with(expected, key, config)) != computed:
             raise InputError(
-                f"{name} is not a fine-tune of {what}: config entry {key} is {own.get(key)!r}, not {given.get(key)!r}; "
+                f"{name} is not a fine-tune of {what}: config entry {key} is {config.get(key)!r}, not {expected.get(key)!r}; "
                 "build it instead"
             )
     raise InputError(f"{name} is not a fine-tune of {what}: they differ in {', '.join(keys)}; build it instead")
 
 
 def _computation(kind: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``computation`` of a config; None where no network can be made of it."""
+    """``computation`` of a config; None if no network can be created from it."""
     try:
         return computation(empty(kind, config, "config.json"))
     except InputError:
@@ -72,13 +74,13 @@ def _computation(kind: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _with(config: Mapping[str, Any], key: str, other: Mapping[str, Any]) -> dict[str, Any]:
-    """A config whose entry ``key`` is the other's."""
+    """A copy of ``config`` whose entry ``key`` is that of ``other``, or absent if it is absent there."""
     changed = {k: v for k, v in config.items() if k != key}
     return {**changed, key: other[key]} if key in other else changed
 
 
 def computation(module: Any) -> dict[str, Any]:
-    """What a network's forward pass depends on besides its weights, by part and name."""
+    """Everything besides the weights that a network's forward pass depends on, by module and attribute."""
     config = dict(module.config) if hasattr(module, "from_config") else {}
     out: dict[str, Any] = {f"config.{k}": _plain(config[k]) for k in _READ if k in config}
     for path, part in module.named_modules():
@@ -91,9 +93,9 @@ def computation(module: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be compared: numbers and strings as they are, functions and objects by their names."""
+    """A comparable form of a value: numbers and strings unchanged, functions and other objects by their names."""
     if value is None or isinstance(value, bool | int | float):
-        return value or 0  # None, False and 0 all switch a thing off
+        return value or 0  # None, False and 0 all disable an option
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
@@ -105,12 +107,12 @@ def _plain(value: Any) -> Any:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the entries that have no effect by their names alone: what tells models apart before torch."""
+    """A config without entries that never have an effect; identifies a model without loading torch."""
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in _NAMES_AND_VERSIONS}
 
 
-def check_same_text(own: Mapping[str, Any], given: Mapping[str, Any], name: str, what: str, kind: str) -> None:
+def check_same_text(config: Mapping[str, Any], expected: Mapping[str, Any], name: str, what: str, kind: str) -> None:
     """``check_same_network`` for text encoders; ``kind`` is their class in transformers."""
     import transformers
 
-    check_same_network(getattr(transformers, kind), own, given, name, what)
+    check_same_network(getattr(transformers, kind), config, expected, name, what)

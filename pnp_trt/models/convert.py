@@ -1,4 +1,4 @@
-"""Weights of a checkpoint in one file under diffusers' and transformers' names, converted by diffusers' own code."""
+"""Conversion of single-file checkpoints to diffusers' and transformers' names, by diffusers' own converters."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-#: the prefixes that diffusers' converters look for; OpenCLIP's may be any, but for that of Stable Diffusion 2, under
-#: which the converter leaves out the projection
+#: prefixes that diffusers' converters expect; OpenCLIP's can be any except that of Stable Diffusion 2, for which the
+#: converter omits the projection
 _UNET, _OPEN_CLIP, _VAE = "model.diffusion_model.", "open_clip.", "first_stage_model."
 
 
 @dataclass(frozen=True)
 class Part:
-    """A network of a checkpoint.
+    """A network in a checkpoint.
 
     Attributes:
-        layout: ``diffusers``, ``original``, ``clip`` or ``open_clip``: whose names it has.
-        keys: the file's key by the key without its prefix.
+        layout: naming scheme of the keys: ``diffusers``, ``original``, ``clip`` or ``open_clip``.
+        keys: key without prefix → key in the file.
     """
 
     layout: str
@@ -33,16 +33,17 @@ class Part:
 
 
 def unet_weights(path: Path, part: Part, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The U-Net's weights under diffusers' names, in the types that the file stores.
+    """The U-Net's weights under diffusers' names.
 
-    Weights that the converter does not know keep the file's names, so that they are seen to be left over.
+    Weights unknown to the converter keep their names in the file, so that later checks report them as unexpected.
 
     Args:
-        path, part: the file, and the U-Net in it.
-        config: of the ``UNet2DConditionModel`` that they are for.
+        path: the file.
+        part: the U-Net in it.
+        config: config of the ``UNet2DConditionModel`` that the weights are for.
 
     Raises:
-        InputError: if the file is damaged, or lacks what the converter needs.
+        InputError: if the file is damaged, or lacks weights that the converter needs.
     """
     if part.layout == "diffusers":
         return _read(path, part.keys)
@@ -60,11 +61,12 @@ def text_weights(path: Path, part: Part, config: Mapping[str, Any]) -> dict[str,
     """A text encoder's weights under the names of transformers' ``CLIPTextModel``, without ``text_model.``.
 
     Args:
-        path, part: the file, and the text encoder in it.
-        config: of the text encoder; a layer that an OpenCLIP encoder has on top of it is left out, as SD 2 does.
+        path: the file.
+        part: the text encoder in it.
+        config: the text encoder's config; if an OpenCLIP encoder has one layer more, it is omitted, as in SD 2.
 
     Raises:
-        InputError: as of ``unet_weights``.
+        InputError: as in ``unet_weights``.
     """
     weights = _read(path, part.keys)
     if part.layout == "clip":
@@ -74,29 +76,29 @@ def text_weights(path: Path, part: Part, config: Mapping[str, Any]) -> dict[str,
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
     above = f"transformer.resblocks.{config['num_hidden_layers']}."
-    given = {_OPEN_CLIP + k: v for k, v in weights.items() if not k.startswith(above)}
+    prefixed = {_OPEN_CLIP + k: v for k, v in weights.items() if not k.startswith(above)}
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-    converted = _checked(path, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, given, prefix=_OPEN_CLIP))
+    converted = _checked(path, _OPEN_CLIP, lambda: convert_open_clip_checkpoint(model, prefixed, prefix=_OPEN_CLIP))
     return {k.removeprefix("text_model."): v for k, v in converted.items()}
 
 
 def vae_weights(path: Path, part: Part, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The VAE's weights under diffusers' names; arguments and errors as of ``unet_weights``."""
+    """The VAE's weights under diffusers' names; arguments and errors as in ``unet_weights``."""
     return converted_vae(_read(path, part.keys), config, path, part.keys)
 
 
 def converted_vae(
     weights: dict[str, Tensor], config: Mapping[str, Any], path: Path, names: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """A VAE's weights, without prefix, under diffusers' names.
+    """Convert a VAE's weights, which have no prefix, to diffusers' names.
 
     Args:
-        weights: under diffusers' or the original names.
+        weights: weights under diffusers' or the original names.
         path: the file, for messages.
-        names: the file's key of each, for those that are left over; None where they are the same.
+        names: key in the file of each weight, used for weights that are not converted; None if the keys are the same.
 
     Raises:
-        InputError: if the file lacks what the converter needs.
+        InputError: if the file lacks weights that the converter needs.
     """
     if config.get("_class_name") == "AutoencoderTiny" or any(
         k.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for k in weights
@@ -104,10 +106,10 @@ def converted_vae(
         return weights
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    given = {_VAE + k: v for k, v in weights.items()}
-    converted = _checked(path, _VAE, lambda: convert_ldm_vae_checkpoint(given, config=dict(config)))
-    taken = {v.data_ptr() for v in converted.values()}  # matrices are views of the file's 1×1 convolutions
-    return converted | {(names or {}).get(k, k): v for k, v in weights.items() if v.data_ptr() not in taken}
+    prefixed = {_VAE + k: v for k, v in weights.items()}
+    converted = _checked(path, _VAE, lambda: convert_ldm_vae_checkpoint(prefixed, config=dict(config)))
+    used_pointers = {v.data_ptr() for v in converted.values()}  # matrices are views of the file's 1×1 convolutions
+    return converted | {(names or {}).get(k, k): v for k, v in weights.items() if v.data_ptr() not in used_pointers}
 
 
 def _checked(path: Path, prefix: str, convert: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -120,12 +122,12 @@ def _checked(path: Path, prefix: str, convert: Callable[[], dict[str, Any]]) -> 
 
 
 def _read(path: Path, keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors by new name, mapped from the disk; ``keys`` gives the file's name of each.
+    """Read tensors, memory-mapped; ``keys`` maps each new name to the name in the file.
 
-    Types that networks are not computed in (float64, fp8) become float32.
+    Float64 and fp8 are converted to float32.
 
     Raises:
-        InputError: if the file is damaged, or holds types that are not read.
+        InputError: if the file is damaged, or contains unsupported types.
     """
     from safetensors import SafetensorError, safe_open
 

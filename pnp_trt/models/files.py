@@ -1,6 +1,6 @@
-"""Files of a model as its user has them: JSON read with care, weight files chosen as diffusers chooses, types checked.
+"""Files of a user's model: JSON read defensively, weight files chosen as diffusers does, types checked.
 
-Nothing here imports torch at the top: which file is loaded, its hash and the types in its header are known without it.
+Importing this does not load torch, which is not needed to choose a file, to hash it or to read the types in its header.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from .safetensors_header import read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: names of weight files by the library that writes them
+#: stems of weight files, by the library that writes them
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
-#: what to do about a file of a model that is missing or damaged
+#: advice for a missing or damaged file of a model
 FETCH = "download it again, or save the model with pipeline.save_pretrained"
 _PICKLED = "pickled weights are not read; save the model with safe_serialization=True"
-#: suffixes of files that hold pickled weights
+#: suffixes of files with pickled weights
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-#: types of safetensors that PyTorch computes in as they are
+#: safetensors types that PyTorch computes in directly
 _FLOATS = ("F32", "F16", "BF16")
-#: types that are converted to float32 when they are read
+#: types that are converted to float32 on reading
 _CONVERTED = ("F64", "F8_E4M3", "F8_E5M2")
-#: last parts of the keys under which the scales of scaled fp8 weights are stored
+#: last components of the keys of scales of scaled fp8 weights
 _SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "scale_input", "input_scale", "weight_scale_inv")
-#: last parts of keys that are integers by right
+#: last components of keys of tensors that are legitimately integers
 _COUNTS = ("position_ids", "num_batches_tracked")
 _VARIANT = r"[A-Za-z0-9_]+"
 
 
 def read_json(path: Path, how: str = FETCH, *, constants: bool = False) -> dict[str, Any]:
-    """The object in a JSON file of a model; a byte order mark and any line ends are accepted.
+    """Read the object in a model's JSON file; a byte order mark and any line endings are accepted.
 
     Args:
-        how: what to do where the file is missing or damaged, for the message.
-        constants: take NaN and Infinity as well.
+        how: advice for the message if the file is missing or damaged.
+        constants: whether to accept NaN and Infinity as well.
 
     Raises:
-        InputError: naming the file and what is wrong with it.
+        InputError: if the file is missing or is not such JSON.
     """
     with suppress(OSError), path.open("rb") as f:
         if (reason := _disguise(f.read(64))) is not None:
@@ -58,7 +58,7 @@ def read_json(path: Path, how: str = FETCH, *, constants: bool = False) -> dict[
 
 
 def _disguise(start: bytes) -> str | None:
-    """What a file really is that was to be JSON, from its first bytes; None where that cannot be told."""
+    """Recognise a file that should be JSON but is not, from its first bytes; None if it may be JSON."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not text:
         return "is empty"
@@ -69,11 +69,11 @@ def _disguise(start: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """Which of a folder's names hold a network's weights.
+    """The file in a folder from which a network's weights are loaded.
 
     Attributes:
         name: a safetensors file, or the index of a set of shards.
-        variant: ``fp16``, ``non_ema`` and the like; None for the plain weights.
+        variant: ``fp16``, ``non_ema`` etc.; None for the default weights.
     """
 
     name: str
@@ -85,28 +85,28 @@ class WeightsFile:
         return self.name.endswith(".json")
 
     def shards(self, names: Iterable[str]) -> list[str]:
-        """Those of a folder's names that can be shards of this set, told by their names alone."""
+        """The names in a folder that match the pattern of this set's shards."""
         v = rf"\.{re.escape(self.variant)}" if self.variant else ""
         pattern = rf"[A-Za-z_]+(?:{v}-\d+-of-\d+|-\d+-of-\d+{v})\.safetensors"
         return [n for n in sorted(names) if re.fullmatch(pattern, n)]
 
 
 def choose(names: Iterable[str], stem: str, where: str) -> WeightsFile:
-    """The weights that diffusers or transformers would load of a folder's files; of only one variant, that.
+    """Choose the weights that diffusers or transformers would load from a folder, or its only variant.
 
     Args:
-        names: of all files in the folder.
-        stem: ``DIFFUSERS`` or ``TRANSFORMERS``: the library that reads the folder.
+        names: names of all files in the folder.
+        stem: ``DIFFUSERS`` or ``TRANSFORMERS``, by the library that reads the folder.
         where: the folder, for messages.
 
     Raises:
-        InputError: if there are none, or one cannot tell which of several is meant.
+        InputError: if there are none, or the choice is ambiguous.
     """
     present = sorted(names)
     for s in dict.fromkeys((stem, DIFFUSERS, TRANSFORMERS)):
         plain = [f"{s}.safetensors.index.json", f"{s}.safetensors"]
         if stem == TRANSFORMERS:
-            plain.reverse()  # transformers prefers the whole file, diffusers the index
+            plain.reverse()  # transformers prefers the single file, diffusers the index
         if name := next((n for n in plain if n in present), None):
             return WeightsFile(name)
         variants = _variants(present, s)
@@ -115,17 +115,17 @@ def choose(names: Iterable[str], stem: str, where: str) -> WeightsFile:
         if variants:
             raise InputError(
                 f"{where} holds no {s}.safetensors but the variants {', '.join(variants)}; "
-                f"rename the one that is meant to {s}.safetensors, or remove the others"
+                f"rename the intended one to {s}.safetensors, or remove the others"
             )
     return _only(present, where)
 
 
 def _variants(present: Sequence[str], stem: str) -> dict[str, WeightsFile]:
-    """The variants of a network's weights; an index counts before a file of its variant, as in diffusers."""
+    """The variants of a network's weights; the index of a variant takes precedence over its file, as in diffusers."""
     s, v = re.escape(stem), rf"(?P<v>{_VARIANT})"
     patterns = (
         rf"{s}\.safetensors\.index\.{v}\.json",
-        rf"{s}\.safetensors\.{v}\.index\.json",  # as older versions of diffusers wrote it
+        rf"{s}\.safetensors\.{v}\.index\.json",  # from older versions of diffusers
         rf"{s}\.{v}\.safetensors\.index\.json",
         rf"{s}\.{v}\.safetensors",
     )
@@ -138,7 +138,7 @@ def _variants(present: Sequence[str], stem: str) -> dict[str, WeightsFile]:
 
 
 def _only(present: Sequence[str], where: str) -> WeightsFile:
-    """The only safetensors file of a folder, whatever its name."""
+    """The only safetensors file in a folder, regardless of its name."""
     weights = [n for n in present if n.endswith(".safetensors")]
     shards = [n for n in weights if re.search(r"-\d{5}-of-\d{5}", n)]
     if shards:
@@ -150,7 +150,7 @@ def _only(present: Sequence[str], where: str) -> WeightsFile:
     if weights:
         raise InputError(
             f"{where} holds {len(weights)} files of weights ({', '.join(weights[:4])}) under names that are not "
-            f"diffusers'; rename the one that is meant to {DIFFUSERS}.safetensors"
+            f"diffusers'; rename the intended one to {DIFFUSERS}.safetensors"
         )
     if pickles := [n for n in present if n.endswith(PICKLES)]:
         raise InputError(f"{where} holds {pickles[0]} and no .safetensors; {_PICKLED}")
@@ -158,15 +158,15 @@ def _only(present: Sequence[str], where: str) -> WeightsFile:
 
 
 def stem_of(folder: str) -> str:
-    """The library whose names a network's folder has: transformers for text encoders, else diffusers."""
+    """The stem of the weight files in a network's folder: transformers' for text encoders, else diffusers'."""
     return TRANSFORMERS if folder.startswith("text_encoder") else DIFFUSERS
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a network's weights: what diffusers would load.
+    """The safetensors files of a network's weights that diffusers would load.
 
     Raises:
-        InputError: if there are none, a shard is missing, or one cannot tell which of several is meant.
+        InputError: if there are none, a shard is missing, or the choice is ambiguous.
     """
     try:
         names = [p.name for p in folder.iterdir()]
@@ -179,35 +179,35 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names, all of them present."""
+    """The shards listed in an index, after checking that all exist."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map and is not an index of weights; {FETCH}")
     names = sorted({str(v) for v in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{index} names '{name}', which is not a safetensors file beside it; {FETCH}")
+            raise InputError(f"{index} names '{name}', which is not a safetensors file in its folder; {FETCH}")
         if not (index.parent / name).is_file():
-            raise InputError(f"{index.parent / name} is missing, a shard that {index.name} names; {FETCH}")
+            raise InputError(f"{index.parent / name} is missing, but {index.name} lists it as a shard; {FETCH}")
     return names
 
 
 def files_sha256(files: list[Path]) -> str:
-    """Hash of a network's weights: of its only file, or of all shards' hashes."""
+    """Hash of a network's weights: that of the file, or of all shards' hashes."""
     hashes = [cached_sha256(f) for f in files]
     return hashes[0] if len(hashes) == 1 else digest(hashes)
 
 
 def check_types(file: Path, dtypes: Mapping[str, str]) -> None:
-    """Refuse weights of types that are not read.
+    """Refuse weights of unsupported types.
 
-    Float64 and fp8 without scales are read, and converted to float32.
+    Float64 and fp8 without scales are accepted, and later converted to float32.
 
     Args:
-        dtypes: safetensors' names of the types, by key, of what is read of the file.
+        dtypes: safetensors' names of the types of all tensors that are read from the file, by key.
 
     Raises:
-        InputError: for scaled fp8, integers where weights belong, or a type that is unknown.
+        InputError: for scaled fp8, integers where weights are expected, or an unknown type.
     """
     if scales := [k for k in dtypes if k.rpartition(".")[2] in _SCALES]:
         kind = "fp8" if any(d.startswith("F8") for d in dtypes.values()) else "quantised"
@@ -221,12 +221,12 @@ def check_types(file: Path, dtypes: Mapping[str, str]) -> None:
 
 
 def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of some safetensors files, mapped from the disk in the types that they have there.
+    """Read all tensors of some safetensors files, memory-mapped and in their stored types.
 
-    Float64 and fp8 are converted to float32, of which they are rounded or exact values.
+    Float64 and fp8 are converted to float32; float64 is rounded, fp8 is exact.
 
     Raises:
-        InputError: if a file is damaged or cut short, or holds a type that is not read.
+        InputError: if a file is damaged or truncated, or contains an unsupported type.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -243,8 +243,8 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def computable(tensor: Tensor) -> Tensor:
-    """A tensor in a type that PyTorch computes in: float64 and fp8 as float32, others as they are."""
+    """Convert float64 and fp8 to float32, which PyTorch computes in; other tensors are returned unchanged."""
     import torch
 
-    kept = (torch.float32, torch.float16, torch.bfloat16)
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in kept else tensor
+    supported = (torch.float32, torch.float16, torch.bfloat16)
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in supported else tensor

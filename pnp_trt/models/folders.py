@@ -1,4 +1,4 @@
-"""A diffusers folder as its small files describe it: the pipeline's class, its parts, its U-Net's inputs."""
+"""Checks of a diffusers folder by its configs: the pipeline's class, its parts, its U-Net's inputs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _READ = "Stable Diffusion 1, 2 and XL are read (StableDiffusionPipeline, StableD
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a Stable Diffusion model with all of its files.
+    """Refuse a folder that is not a complete Stable Diffusion model.
 
     Raises:
-        InputError: naming the model it is, or the part or file that is missing, and how to get it.
+        InputError: for another kind of model, or a missing part or file; the message names it and how to get it.
     """
     index = folder / "model_index.json"
     kind = str(read_json(index).get("_class_name", "")) if index.exists() else ""
@@ -48,8 +48,8 @@ def _refuse_parts(folder: Path, kind: str, missing: list[str]) -> None:
         )
     if kind.startswith("StableDiffusionXL") and "text_encoder" in missing and (folder / "text_encoder_2").is_dir():
         raise InputError(
-            f"{folder} is SDXL's refiner ({kind}): it has the second text encoder alone and finishes the base "
-            "model's images; give the base model's folder"
+            f"{folder} is SDXL's refiner ({kind}): it has only the second text encoder and refines the base "
+            "model's images; pass the base model's folder"
         )
     what = f"is a {kind} but has" if kind else "is not a diffusers folder: it has"
     raise InputError(f"{folder} {what} no {', '.join(missing)}; {FETCH}")
@@ -61,44 +61,44 @@ def _is_stable_diffusion(kind: str) -> bool:
 
 
 def _need(path: Path) -> None:
-    """Raise ``InputError`` where a config is missing; an older file that holds it is named."""
+    """Raise ``InputError`` if a config is missing; the message names the file if it has an older name."""
     if path.is_file():
         return
     older = path.parent / "config.json"
     if path.name != "config.json" and older.is_file():
         raise InputError(
-            f"{path} is missing; {older}, the name in Flax models and old ones, is there: rename it to {path.name}"
+            f"{path} is missing, but {older} (its name in Flax models and old ones) exists; rename it to {path.name}"
         )
     raise InputError(f"{path} is missing; {FETCH}")
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """A tokenizer without its files would be made empty by transformers, and every prompt alike."""
+    """Check that the files exist: without them transformers creates an empty tokenizer that ignores the prompt."""
     if (folder / "tokenizer.json").is_file():
         return
     lacks = [n for n in ("vocab.json", "merges.txt") if not (folder / n).is_file()]
     if lacks:
-        raise InputError(f"{folder / lacks[0]} is missing, and there is no tokenizer.json in its place; {FETCH}")
+        raise InputError(f"{folder / lacks[0]} is missing, and there is no tokenizer.json either; {FETCH}")
 
 
 def check_unet(
     unet: Mapping[str, Any], vae: Mapping[str, Any], where: str, additions: tuple[str | None, ...] = (None,)
 ) -> None:
-    """Refuse a U-Net that takes inputs besides noisy latents, timestep and text, from its config.
+    """Refuse a U-Net whose config has inputs other than noisy latents, timestep and text.
 
     Args:
-        unet: its config.
-        vae: the autoencoder's.
+        unet: the U-Net's config.
+        vae: the autoencoder's config.
         where: the model, for messages.
-        additions: values of ``addition_embed_type`` that the model's family has.
+        additions: values of ``addition_embed_type`` that the model's family supports.
 
     Raises:
-        InputError: saying what the U-Net is for.
+        InputError: if it has other inputs; the message states what the U-Net is for.
     """
-    taken, given = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
     latent = vae.get("latent_channels", 4)
-    if taken != given or given != latent:
-        raise InputError(f"{where}: {_channels(taken, given, latent)}; use a text-to-image model")
+    if inputs != outputs or outputs != latent:
+        raise InputError(f"{where}: {_channels(inputs, outputs, latent)}; use a text-to-image model")
     if unet.get("time_cond_proj_dim") is not None:
         raise InputError(
             f"{where}: the U-Net takes the guidance scale as an input (time_cond_proj_dim = "
@@ -115,19 +115,19 @@ def check_unet(
         if addition in (None, "text_time"):
             has, lacks = ("no", "two text encoders") if addition is None else ("SDXL's", "no second text encoder")
             raise InputError(
-                f"{where}: the U-Net has {has} pooled text and image sizes (addition_embed_type = {addition}), and the "
+                f"{where}: the U-Net has {has} pooled text and image sizes (addition_embed_type = {addition}), but the "
                 f"model has {lacks}; use the parts of one model"
             )
         raise InputError(f"{where}: the U-Net's addition_embed_type is {addition}; known: text_time (SDXL)")
     if unet.get("center_input_sample"):
-        raise InputError(f"{where}: the U-Net shifts its input (center_input_sample), which is not read")
+        raise InputError(f"{where}: the U-Net shifts its input (center_input_sample), which is not supported")
 
 
 def latent_size(unet: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """Height and width of the latents that a U-Net was trained on, from its config's ``sample_size``.
+    """Height and width of the latents that a U-Net was trained on: its config's ``sample_size``.
 
     Raises:
-        InputError: if it is missing, or no size from 1 to 4096.
+        InputError: if it is missing, or not a size from 1 to 4096.
     """
     size = unet.get("sample_size")
     if size is None:
@@ -141,21 +141,21 @@ def latent_size(unet: Mapping[str, Any], where: str) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _channels(taken: Any, given: Any, latent: Any) -> str:
-    what = f"the U-Net has {taken} input channels where the VAE's latents have {latent}"
-    if given != latent:
-        return f"the U-Net has {given} output channels where the VAE's latents have {latent}"
-    if taken == 2 * latent + 1:
+def _channels(inputs: Any, outputs: Any, latent: Any) -> str:
+    what = f"the U-Net has {inputs} input channels, but the VAE's latents have {latent}"
+    if outputs != latent:
+        return f"the U-Net has {outputs} output channels, but the VAE's latents have {latent}"
+    if inputs == 2 * latent + 1:
         return f"{what}: it is for inpainting (latents, a masked image and its mask)"
-    if taken == 2 * latent:
+    if inputs == 2 * latent:
         return f"{what}: it edits images (latents and those of an image, as InstructPix2Pix)"
-    if taken == latent + 1:
-        return f"{what}: it takes a depth map beside the latents"
-    if taken == latent + 3:
+    if inputs == latent + 1:
+        return f"{what}: it takes a depth map besides the latents"
+    if inputs == latent + 3:
         return f"{what}: it is for upscaling (latents and a small image)"
     return what
 
 
 def left_out(folder: Path) -> list[str]:
-    """Parts of a pipeline that a bundle does not hold and that change images: the safety checker, for one."""
+    """Parts of a pipeline that affect images but are not part of a bundle, such as the safety checker."""
     return [p for p in ("safety_checker", "watermarker", "controlnet", "image_encoder") if (folder / p).is_dir()]

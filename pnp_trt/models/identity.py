@@ -1,4 +1,4 @@
-"""What identifies a guide: its name, and the hash of its config and weights.  Importing this loads no torch."""
+"""Identity of a guide: its name, and the hash of its config and weights.  Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .files import weight_files
 
 
 def guide_identity(base: str, guide: str) -> dict[str, Any] | None:
-    """Name and hash of a guide, and what a sampler must know of it; None for the plain teacher.
+    """Name and hash of a guide, and its properties that a sampler needs; None for the plain teacher.
 
     Args:
-        base: the base model's name; random bases make their own guides.
+        base: the base model's name; random bases create their own guides.
         guide: a guide's name or folder, ``auto`` or ``none``.
 
     Raises:
@@ -31,12 +31,12 @@ def guide_identity(base: str, guide: str) -> dict[str, Any] | None:
     return {
         "name": folder.name,
         "sha256": digest([cached_sha256(f) for f in files]),
-        # the sampler must know both: whether there is one more input, and the only step count it was distilled for
+        # for the sampler: whether the U-Net has one more input, and the only step count of the guide
         "negative_prompts": bool(config.get("negative_prompts") or config.get("sharpener_width")),
         "sampling_steps": config.get("sampling_steps"),
     }
 
 
 def guide_name(guide: str) -> str:
-    """The guide that is meant, ``auto`` resolved."""
+    """The guide's name, with ``auto`` resolved."""
     return "emoji-tiny" if guide == "auto" else guide

@@ -1,4 +1,4 @@
-"""Latents as the U-Net takes them, and as the autoencoder does: its config's factor, shift, mean and deviation."""
+"""Conversion between the U-Net's and the autoencoder's latents, by the latter's factor, shift, mean and deviation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 def to_vae(latents: Tensor, vae: Any) -> Tensor:
-    """The U-Net's latents ``[B, C, H, W]`` as ``vae.decode`` takes them."""
+    """Convert the U-Net's latents ``[B, C, H, W]`` to those of ``vae.decode``."""
     factor, shift, deviation = _scaling(vae.config, latents)
     return latents * deviation / factor + shift if deviation is not None else latents / factor + shift
 
 
 def from_vae(latents: Tensor, vae: Any) -> Tensor:
-    """What ``vae.encode`` gives, ``[B, C, H, W]``, as the U-Net takes it."""
+    """Convert the latents ``[B, C, H, W]`` of ``vae.encode`` to the U-Net's."""
     factor, shift, deviation = _scaling(vae.config, latents)
     return (latents - shift) * factor / deviation if deviation is not None else (latents - shift) * factor
 
 
 def _scaling(config: Any, like: Tensor) -> tuple[float, float | Tensor, Tensor | None]:
-    """Factor, shift and deviation; the last two by channel where the config has ``latents_mean`` and ``latents_std``,
-    as diffusers' StableDiffusionXLPipeline reads them.
+    """Factor, shift and deviation; the last two per channel if the config has ``latents_mean`` and ``latents_std``,
+    as in diffusers' StableDiffusionXLPipeline.
     """
     mean, deviation = (getattr(config, key, None) for key in ("latents_mean", "latents_std"))
     if mean is None or deviation is None:

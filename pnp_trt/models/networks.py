@@ -1,4 +1,4 @@
-"""Networks from their folders: config, weights as ``files`` chooses and reads them, every weight checked."""
+"""Loading of networks from their folders: config and weights, where every weight is checked."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .state_dicts import check_fits, counted, differences
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: weights that checkpoints of a text encoder may hold and that the last hidden state does not depend on
+#: weights in checkpoints of text encoders that the last hidden state does not depend on
 _UNUSED_TEXT = ("text_projection.weight", "logit_scale")
-#: attention of autoencoders as the first versions of diffusers named it
+#: names of autoencoders' attention layers in the first versions of diffusers → present names
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def quiet_libraries() -> None:
-    """No remarks (such as on AutoencoderTiny's own ``block_out_channels``) and no bars; errors are still raised."""
+    """Disable the libraries' warnings (such as on AutoencoderTiny's ``block_out_channels``) and progress bars."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -31,15 +31,15 @@ def quiet_libraries() -> None:
 
 
 def load_network(kind: Any, folder: Path) -> Any:
-    """A network of diffusers or transformers in float32.
+    """Load a network of diffusers or transformers in float32.
 
     Args:
-        kind: its class.
-        folder: with ``config.json`` and safetensors files.
+        kind: the network's class.
+        folder: folder with ``config.json`` and safetensors files.
 
     Raises:
-        InputError: if a file is missing or damaged, the config is not one of this class, weights are missing, left
-            over, of another shape, no floating-point numbers, or of a type that is not read.
+        InputError: if a file is missing or damaged, the config is not one of this class, or weights are missing,
+            unexpected, of another shape, or of an unsupported type.
     """
     config = network_config(folder)
     module = empty(kind, config, str(folder / "config.json"))
@@ -50,17 +50,17 @@ def load_network(kind: Any, folder: Path) -> Any:
 
 
 def network_config(folder: Path) -> dict[str, Any]:
-    """A network's config as it is on disk; of a whole CLIP's the text encoder's part."""
+    """A network's config from its folder; of the config of a complete CLIP, the text encoder's part."""
     config = read_json(folder / "config.json")
     text = config.get("text_config")
     return text if config.get("model_type") == "clip" and isinstance(text, dict) else config
 
 
 def empty(kind: Any, config: Mapping[str, Any], name: str) -> Any:
-    """A network of this config without memory for its weights.
+    """Create a network of this config without allocating its weights.
 
     Raises:
-        InputError: if the class cannot be made from the config; ``name`` states whose it is.
+        InputError: if the class cannot be created from the config; ``name`` is the config's name in the message.
     """
     import torch
 
@@ -70,17 +70,17 @@ def empty(kind: Any, config: Mapping[str, Any], name: str) -> Any:
             if hasattr(kind, "from_config"):
                 return kind.from_config(dict(config))
             return kind(kind.config_class.from_dict(dict(config)))
-    except Exception as e:  # TypeError, ValueError, KeyError, ZeroDivisionError … by what is wrong with the config
+    except Exception as e:  # TypeError, ValueError, KeyError, ZeroDivisionError …, depending on the fault
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"{name} does not describe a {kind.__name__} ({reason}); download it again") from e
 
 
 def filled(module: Any, config: Mapping[str, Any], weights: dict[str, Tensor]) -> Any:
-    """``empty``'s network with the given tensors themselves as its weights, which were checked."""
+    """Put checked weights into a network of ``empty``, without copying them."""
     if hasattr(module, "from_config"):
         module.load_state_dict(weights, assign=True)
         return module
-    kind = type(module)  # transformers' classes keep position ids in a buffer, which is in no file
+    kind = type(module)  # transformers' classes have position ids in a buffer that no file contains
     return kind.from_pretrained(
         None,
         config=kind.config_class.from_dict(dict(config)),
@@ -90,7 +90,7 @@ def filled(module: Any, config: Mapping[str, Any], weights: dict[str, Tensor]) -
 
 
 def module_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
-    """Weights under the module's own keys: those of older versions renamed, those without effect left out."""
+    """Rename weights from older versions to the module's keys, and omit those without effect."""
     if not hasattr(module, "from_config"):
         return _text_keys(weights, module)
 
@@ -102,10 +102,10 @@ def module_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
 
 
 def _text_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
-    """A text encoder's, with or without ``text_model.`` before each, as this version of transformers has them.
+    """A text encoder's weights under this version of transformers' keys, with or without the prefix ``text_model.``.
 
-    Layers past the config's number of layers are left out, as transformers does: so models are saved whose images are
-    made from an earlier layer ("clip skip").
+    Layers beyond the config's number of layers are omitted, as transformers does: models that use an earlier layer
+    ("clip skip") are saved in this way.
     """
     own = module.state_dict()
     prefix = "text_model." if any(k.startswith("text_model.") for k in own) else ""
@@ -119,13 +119,13 @@ def _text_keys(weights: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
     return out
 
 
-def check_complete(own: Mapping[str, Any], given: Mapping[str, Any], folder: Path, kind: str) -> None:
-    """Hold a folder's weights against those of the network that its config describes.
+def check_complete(expected: Mapping[str, Any], weights: Mapping[str, Any], folder: Path, kind: str) -> None:
+    """Check that a folder's weights are those of the network that its config describes.
 
     Raises:
-        InputError: listing what is missing and what is left over, or the first weight of another shape.
+        InputError: if not; the message lists missing or unexpected weights, or the first one of another shape.
     """
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:
         raise InputError(f"{folder} lacks {counted(missing)} of {kind}; download it again")
     if extra:
@@ -133,15 +133,15 @@ def check_complete(own: Mapping[str, Any], given: Mapping[str, Any], folder: Pat
             f"{folder} holds {counted(extra)} that the {kind} of its config.json does not have; "
             "use the config and the weights of one model"
         )
-    if (difference := differences(own, given)) is not None:
+    if (difference := differences(expected, weights)) is not None:
         raise InputError(f"{folder} does not fit its config.json: {difference}; use the files of one model")
 
 
 def load_unet_weights(unet: Any, file: Path) -> None:
-    """Replace a U-Net's weights by those of a safetensors file of the same shape.
+    """Replace a U-Net's weights by those of a safetensors file with the same keys and shapes.
 
     Raises:
-        InputError: if the file is damaged, lacks a weight, has one too many, or one of another shape or type.
+        InputError: if the file is damaged, or weights are missing, unexpected, or of another shape or type.
     """
     weights = read_weights([file])
     own = unet.state_dict()
@@ -150,7 +150,7 @@ def load_unet_weights(unet: Any, file: Path) -> None:
 
 
 def check_finite(module: Any, name: str) -> Any:
-    """Raise ``InputError`` that names the first weight that is not finite; returns the module."""
+    """Return the module; raise ``InputError`` with the name of the first weight that is not finite."""
     for key, value in module.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(

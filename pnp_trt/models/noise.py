@@ -1,4 +1,4 @@
-"""The prediction type and noise schedule that a user or a file states."""
+"""Prediction type and noise schedule as stated by a user or a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..sampling.noise_levels import PREDICTIONS
 
-#: words of ModelSpec and of trainers for what a network predicts
+#: terms of ModelSpec and of trainers for prediction types → diffusers' terms
 _WORDS = {
     "epsilon": "epsilon", "eps": "epsilon", "e": "epsilon", "noise": "epsilon",
     "v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "v_pred": "v_prediction",
@@ -17,7 +17,7 @@ _WORDS = {
 }  # fmt: skip
 
 
-#: metadata that names the prediction type, and metadata that is true or false about it
+#: metadata whose value is a prediction type
 _NAMED = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 
 
@@ -29,10 +29,10 @@ _ZERO_SNR = ("ss_zero_terminal_snr", "zero_terminal_snr", "modelspec.zero_termin
 
 @dataclass(frozen=True)
 class Noise:
-    """What a user or a file states about a U-Net's noise; None where nothing is said.
+    """A U-Net's prediction type and terminal SNR as stated by a user or a file; None if not stated.
 
     Attributes:
-        prediction_type: ``epsilon``, ``v_prediction``, or another word of diffusers.
+        prediction_type: ``epsilon``, ``v_prediction``, or another term of diffusers.
         zero_terminal_snr: whether the last training timestep is pure noise (Lin et al. 2023).
     """
 
@@ -40,21 +40,21 @@ class Noise:
     zero_terminal_snr: bool | None = None
 
     def check(self) -> None:
-        """Raise ``InputError`` if the prediction type is one that no schedule samples with."""
+        """Raise ``InputError`` if no schedule supports the prediction type."""
         if self.prediction_type is not None and self.prediction_type not in PREDICTIONS:
             raise InputError(f"--prediction-type is '{self.prediction_type}'; known: {', '.join(PREDICTIONS)}")
 
     @classmethod
     def stated(cls, markers: Collection[str], metadata: Mapping[str, str], name: str) -> Noise:
-        """What a checkpoint states by marker keys (``v_pred``, ``ztsnr``) and safetensors metadata.
+        """Read a checkpoint's marker keys (``v_pred``, ``ztsnr``) and safetensors metadata.
 
         Args:
-            markers: those of its keys.
-            metadata: ModelSpec's and kohya's entries are read, the rest is ignored.
-            name: of the file, for messages.
+            markers: the marker keys in the file.
+            metadata: the file's metadata, of which the entries of ModelSpec and kohya are read.
+            name: name of the file, for messages.
 
         Raises:
-            InputError: if two statements contradict each other, or one is not understood.
+            InputError: if two entries contradict each other, or one cannot be interpreted.
         """
         predictions = {"its key v_pred": "v_prediction"} if "v_pred" in markers else {}
         for key in _NAMED:
@@ -70,14 +70,14 @@ class Noise:
         return cls(_agreed(predictions, name, "prediction type"), _agreed(zeros, name, "zero terminal SNR"))
 
     def arguments(self) -> list[str]:
-        """As options of the command line."""
+        """The equivalent command-line options."""
         words = ["--prediction-type", self.prediction_type] if self.prediction_type is not None else []
         if self.zero_terminal_snr is not None:
             words.append("--zero-terminal-snr" if self.zero_terminal_snr else "--no-zero-terminal-snr")
         return words
 
     def over(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A scheduler config with what is said here put in its place."""
+        """A copy of a scheduler config with the stated values set."""
         out = dict(config)
         if self.prediction_type is not None:
             out["prediction_type"] = self.prediction_type
@@ -100,6 +100,6 @@ def _flag(metadata: Mapping[str, str], key: str, name: str) -> bool | None:
 
 def _agreed(statements: Mapping[str, Any], name: str, what: str) -> Any:
     if len(set(statements.values())) > 1:
-        said = " and ".join(f"{value} by {key}" for key, value in statements.items())
-        raise InputError(f"{name} contradicts itself about its {what}: {said}; correct the file's metadata")
+        conflict = " and ".join(f"{value} by {key}" for key, value in statements.items())
+        raise InputError(f"{name} contradicts itself about its {what}: {conflict}; correct the file's metadata")
     return next(iter(statements.values()), None)

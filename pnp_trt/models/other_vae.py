@@ -1,4 +1,4 @@
-"""An autoencoder in the place of a base model's own, such as one that is fixed for half precision."""
+"""An autoencoder that replaces a base model's own, such as one that is fixed for half precision."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _KINDS = ("AutoencoderKL", "AutoencoderTiny")
 
 @dataclass(frozen=True)
 class OtherVae:
-    """A diffusers folder of an autoencoder, or its weights in one file, whose config is then the base's.
+    """A diffusers folder of an autoencoder, or a file with its weights, which is then used with the base's config.
 
     Attributes:
-        path: a folder with ``config.json``, or a ``.safetensors`` file under diffusers' or the original names.
+        path: a folder with ``config.json``, or a ``.safetensors`` file with diffusers' or the original names.
     """
 
     path: Path
 
     @classmethod
     def find(cls, path: Path) -> OtherVae:
-        """From ``--vae``; a whole model's folder stands for the autoencoder in it.
+        """Resolve the value of ``--vae``; for the folder of a complete model, use its autoencoder.
 
         Raises:
-            InputError: if there is neither a folder nor a safetensors file.
+            InputError: if it is neither such a folder nor a safetensors file.
         """
         if is_folder(path):
             folder = path if is_file(path / "config.json") else path / "vae"
@@ -41,16 +41,16 @@ class OtherVae:
                 return cls(folder)
         elif path.suffix == ".safetensors" and is_file(path):
             return cls(path)
-        raise InputError(f"--vae is '{path}'; give an autoencoder's diffusers folder or a .safetensors file")
+        raise InputError(f"--vae is '{path}'; pass an autoencoder's diffusers folder or a .safetensors file")
 
     def config(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Its config.
+        """The autoencoder's config.
 
         Args:
-            own: config of the autoencoder that it replaces.
+            own: config of the autoencoder that is replaced.
 
         Raises:
-            InputError: if its latents are others.
+            InputError: if the two have different latents.
         """
         if not self.path.is_dir():
             return dict(own)
@@ -58,21 +58,21 @@ class OtherVae:
         if config.get("_class_name", _KINDS[0]) not in _KINDS:
             raise InputError(f"--vae {self.path} is of class {config['_class_name']}; known: {', '.join(_KINDS)}")
         for key in ("latent_channels", "scaling_factor"):
-            if (given := config.get(key)) is not None and own.get(key) is not None and given != own[key]:
+            if (value := config.get(key)) is not None and own.get(key) is not None and value != own[key]:
                 raise InputError(
-                    f"--vae {self.path} has {key} = {given} and the base's autoencoder {own[key]}; use one of the same "
-                    "latents"
+                    f"--vae {self.path} has {key} = {value}, but the base's autoencoder has {own[key]}; use one with "
+                    "the same latents"
                 )
         for key in ("latents_mean", "latents_std"):
             if config.get(key) != own.get(key):
                 raise InputError(
-                    f"--vae {self.path} has {key} = {config.get(key)} and the base's autoencoder {own.get(key)}; use "
-                    "one of the same latents"
+                    f"--vae {self.path} has {key} = {config.get(key)}, but the base's autoencoder has {own.get(key)}; "
+                    "use one with the same latents"
                 )
         return config
 
     def load(self, own: Mapping[str, Any]) -> Any:
-        """The autoencoder in float32; argument and errors as of :meth:`config`, and for files that are damaged."""
+        """Load the autoencoder in float32; arguments and errors as in :meth:`config`, and for damaged files."""
         import diffusers
 
         config = self.config(own)
@@ -85,5 +85,5 @@ class OtherVae:
         return filled(module, config, {k: v.float() for k, v in weights.items()})
 
     def sha256(self) -> str:
-        """Hash of its weights."""
+        """Hash of the weights."""
         return files_sha256(weight_files(self.path) if self.path.is_dir() else [self.path])

@@ -1,4 +1,4 @@
-"""Input of distillation: a file of prompts, or a folder of captioned images."""
+"""Inputs of distillation: a file of prompts, or a folder of captioned images."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ _METADATA_ROW = {
 
 
 def read_prompts(path: Path, limit: int = 1000) -> list[str]:
-    """Prompts from a text file, one a line; blank lines are left out.
+    """Read prompts from a text file, one per line; blank lines are skipped.
 
     Raises:
         InputError: if the file is missing, empty, not text, or a line has more than ``limit`` characters.
     """
-    rows = lines(read_text(path, "the prompts file", "pass a text file with one prompt a line"))
+    rows = lines(read_text(path, "the prompts file", "pass a text file with one prompt per line"))
     for number, line in enumerate(rows, 1):
         if len(line) > limit:
             raise InputError(f"{path}, line {number} has {len(line)} characters; a prompt has at most {limit}")
     prompts = [line for line in rows if line]
     if not prompts:
-        raise InputError(f"the prompts file {path} holds no prompt; write one a line")
+        raise InputError(f"the prompts file {path} has no prompts; write one per line")
     warn_of_syntax(prompts)
     return prompts
 
 
 def warn_of_long_prompts(tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Warn of prompts that the text encoder cuts, and return them."""
+    """Warn of prompts that the text encoder truncates, and return them."""
     limit = tokenizer.model_max_length
     lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
     long = [p for p, n in zip(prompts, lengths, strict=True) if n > limit]
     if long:
         warnings.warn(
-            f"{len(long)} of {len(prompts)} prompts have more than {limit} tokens and are cut there "
+            f"{len(long)} of {len(prompts)} prompts have more than {limit} tokens and are truncated "
             f"(the first: {excerpt(long[0])})",
             stacklevel=2,
         )
@@ -59,11 +59,12 @@ def warn_of_long_prompts(tokenizer: Any, prompts: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Images that can be read and have a caption.
+    """Images that are readable and have a caption.
 
     Attributes:
-        files, captions: of the same length.
-        skipped: ``(file name, why)`` of the others.
+        files: the images.
+        captions: the caption of each image.
+        skipped: ``(file name, reason)`` of each image that was skipped.
     """
 
     files: list[Path]
@@ -72,12 +73,12 @@ class CaptionedImages:
 
 
 def find_images(folder: Path) -> CaptionedImages:
-    """Images of a folder with captions from ``metadata.jsonl`` (``file_name``, ``text``) or ``NAME.txt`` beside each.
+    """Find images with captions, from ``metadata.jsonl`` (``file_name``, ``text``) or ``NAME.txt`` beside each image.
 
     Images that are empty, cannot be decoded or have no caption are skipped, with a warning that lists them.
 
     Raises:
-        InputError: if there is no folder, no usable image, or ``metadata.jsonl`` is not JSON lines of that form.
+        InputError: if the folder or a usable image is missing, or ``metadata.jsonl`` is not JSON lines of that form.
     """
     if not is_folder(folder):
         raise InputError(f"the image folder {folder} does not exist; pass a folder of captioned images")
@@ -105,14 +106,14 @@ def find_images(folder: Path) -> CaptionedImages:
         warnings.warn(f"{len(skipped)} images of {folder} are skipped: {some}{more}", stacklevel=2)
     if not files:
         raise InputError(
-            f"{folder} holds no usable image; it needs {', '.join(SUFFIXES)} files with captions in metadata.jsonl "
+            f"{folder} has no usable image; it needs {', '.join(SUFFIXES)} files with captions in metadata.jsonl "
             "(file_name, text) or in NAME.txt beside each"
         )
     return CaptionedImages(files, captions, skipped)
 
 
 def _caption_beside(image: Path) -> str:
-    """The text of NAME.txt beside an image on one line; empty where there is none."""
+    """The text of NAME.txt beside an image, joined to one line; empty if there is no such file."""
     path = image.with_suffix(".txt")
     if not path.is_file():
         return ""
@@ -120,7 +121,7 @@ def _caption_beside(image: Path) -> str:
 
 
 def _metadata(folder: Path) -> dict[str, str]:
-    """Captions by file name from ``metadata.jsonl``; empty where there is none."""
+    """Captions by file name from ``metadata.jsonl``; empty if there is no such file."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
         return {}
@@ -138,7 +139,7 @@ def _metadata(folder: Path) -> dict[str, str]:
 
 
 def image_latents(vae: Any, files: list[Path], side: int, device: torch.device, batch: int = 16) -> Tensor:
-    """Latents ``[N, C, h, w]`` float32, scaled for the U-Net, of images cropped to a square of ``side``."""
+    """Latents ``[N, C, h, w]`` float32, scaled for the U-Net, of images cropped to squares of ``side`` pixels."""
     import torch
     from PIL import Image, ImageOps
 
@@ -154,7 +155,7 @@ def image_latents(vae: Any, files: list[Path], side: int, device: torch.device, 
         x = torch.stack(rows).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(device)
         with torch.no_grad():
             code = vae.encode(x)
-        # the mean of the posterior: the noise of a draw would be noise on the teacher's input
+        # the mean of the posterior: a random sample would add noise to the teacher's input
         z = code.latents if hasattr(code, "latents") else code.latent_dist.mode()
         out.append(from_vae(z, vae).float().cpu())
     return torch.cat(out)

@@ -1,6 +1,6 @@
-"""Stable Diffusion's architectures with seeded random weights: for work that needs the size and not the images.
+"""Stable Diffusion's architectures with seeded random weights, for work where the images do not matter.
 
-Weights are made in float16 and one tensor after the other, so that SD 1.5 takes 1.7 GB and not twice 3.4.
+Weights are generated in float16, one tensor at a time, so that SD 1.5 takes 1.7 GB and not twice 3.4.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .networks import quiet_libraries
 from .specs import TextEncoderSpec
 from .teacher import BaseModel, random_unet_config
 
-#: changes when the same seed gives other weights
+#: to be changed when the same seed yields other weights
 RECIPE = 1
 SEED = 0
 GUIDE = "tiny"
@@ -28,8 +28,9 @@ class RandomBase(BaseModel):
     """A teacher without files.
 
     Attributes:
-        configs: of ``unet``, the text encoders and ``vae``.
-        seed: of the U-Net's weights; those of the rest are the same for all, so another seed is a fine-tune.
+        configs: config of each network (``unet``, the text encoders, ``vae``), by name.
+        seed: seed of the U-Net's weights; the other networks are the same for all seeds, so that a base with another
+            seed is a fine-tune.
     """
 
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class RandomBase(BaseModel):
         return self.configs[network]
 
     def check(self) -> None:
-        """Nothing to check: no weight is read from a file."""
+        """Do nothing, as no weight is read from a file."""
 
     def own_fingerprint(self) -> dict[str, str]:
         parts = {n: digest([RECIPE, self._seed(n), config]) for n, config in self.configs.items()}
@@ -49,14 +50,14 @@ class RandomBase(BaseModel):
         """``UNet2DConditionModel`` in float16, frozen."""
         from diffusers import UNet2DConditionModel
 
-        return self._made(UNet2DConditionModel, "unet")
+        return self._instantiate(UNet2DConditionModel, "unet")
 
     def text_encoder(self, spec: TextEncoderSpec | None = None) -> Any:
         """A text encoder in float16, frozen."""
         import transformers
 
         spec = spec or self.text_specs[0]
-        # made for real, as it holds its position ids in a buffer
+        # allocated and not on the meta device, because its position ids are in a buffer
         config = transformers.CLIPTextConfig(**self.config(spec.name))
         return _fill(getattr(transformers, spec.kind)(config).half(), spec.name)
 
@@ -64,9 +65,9 @@ class RandomBase(BaseModel):
         """The autoencoder in float16, frozen."""
         import diffusers
 
-        return self._made(getattr(diffusers, self.config("vae")["_class_name"]), "vae")
+        return self._instantiate(getattr(diffusers, self.config("vae")["_class_name"]), "vae")
 
-    def _made(self, kind: Any, network: str) -> Any:
+    def _instantiate(self, kind: Any, network: str) -> Any:
         import torch
 
         quiet_libraries()
@@ -82,11 +83,11 @@ class RandomBase(BaseModel):
         return {"name": f"random-{kind}", "sha256": digest([RECIPE, SEED, kind, self.configs["unet"]])}
 
     def make_guide(self, name: str, unet: Any) -> Any:
-        """A guide of a known kind, float32, with residuals that are not zero."""
+        """Create a guide of a known kind in float32, whose residuals are not zero."""
         import torch
 
-        made = self.guide_class(name).from_unet(unet)
-        return _fill(made, f"guide-{_guide_kind(name)}", torch.float32)
+        guide = self.guide_class(name).from_unet(unet)
+        return _fill(guide, f"guide-{_guide_kind(name)}", torch.float32)
 
     def guide_class(self, name: str) -> Any:
         from .guides import GUIDES
@@ -98,7 +99,7 @@ class RandomBase(BaseModel):
 
 
 def random_base(name: str) -> RandomBase:
-    """``random:sd15``, ``random:sd21`` or ``random:sdxl``; ``random:sd15#2`` has the U-Net of seed 2.
+    """Return ``random:sd15``, ``random:sd21`` or ``random:sdxl``; ``random:sd15#2`` has the U-Net of seed 2.
 
     Raises:
         InputError: for another name.
@@ -107,12 +108,12 @@ def random_base(name: str) -> RandomBase:
     name, hash_, seed = name.partition("#")
     if hash_ and not seed.isdecimal():
         raise InputError(f"the seed of '{name}#{seed}' is not a whole number; write {name}#2")
-    known = next(a for a in architectures() if a.name == name.removeprefix("random:"))
-    # the tokenizer is Stable Diffusion's own in the bundled model too
-    made: RandomBase = of_family(RandomBase, known.family)(
-        name + hash_ + seed, ASSETS / "emoji", configs=known.configs, seed=int(seed or SEED)
+    architecture = next(a for a in architectures() if a.name == name.removeprefix("random:"))
+    # the bundled model has Stable Diffusion's own tokenizer
+    base: RandomBase = of_family(RandomBase, architecture.family)(
+        name + hash_ + seed, ASSETS / "emoji", configs=architecture.configs, seed=int(seed or SEED)
     )
-    return made
+    return base
 
 
 def _guide_kind(name: str) -> str:
@@ -120,23 +121,23 @@ def _guide_kind(name: str) -> str:
 
 
 def _fill(module: Any, name: str, dtype: Any = None, seed: int = SEED) -> Any:
-    """Give every weight its seeded values: unit gain for what multiplies, one for scales, zero for biases."""
+    """Fill all weights: seeded values of unit gain for matrices and kernels, ones for scales, zeros for biases."""
     import torch
 
-    made: dict[Any, Any] = {}
+    replacements: dict[Any, Any] = {}
     for prefix, part in module.named_modules():
         for key, old in list(part.named_parameters(recurse=False)):
-            if old in made:  # tied weights stay tied
-                part._parameters[key] = made[old]
+            if old in replacements:  # tied weights stay tied
+                part._parameters[key] = replacements[old]
                 continue
             tensor = torch.empty(old.shape, dtype=dtype or torch.float16)
             if old.ndim < 2:
                 tensor.fill_(0.0 if key == "bias" else 1.0)
             else:
-                own = hashlib.sha256(f"{seed}:{name}.{prefix}.{key}".encode()).digest()[:8]
-                generator = torch.Generator().manual_seed(int.from_bytes(own, "little") >> 1)
+                seed_bytes = hashlib.sha256(f"{seed}:{name}.{prefix}.{key}".encode()).digest()[:8]
+                generator = torch.Generator().manual_seed(int.from_bytes(seed_bytes, "little") >> 1)
                 tensor.normal_(std=old[0].numel() ** -0.5, generator=generator)
-            made[old] = part._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
+            replacements[old] = part._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
     if unmade := [n for n, b in module.named_buffers() if b.is_meta]:
-        raise InputError(f"{name} cannot be made at random: its buffer {unmade[0]} comes with the weights")
+        raise InputError(f"{name} cannot have random weights: its buffer {unmade[0]} must come from a checkpoint")
     return module.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
-"""Modules as JSON and safetensors: what a bundle of backend ``torch`` holds instead of graphs.
+"""Modules as JSON and safetensors, which a bundle of backend ``torch`` contains instead of graphs.
 
-``unet.json`` states which classes a network is made of, with their configs, and ``unet.safetensors`` has its weights
-in the precision that they run in.  Only classes that are named here are made, and nothing is unpickled: a bundle can
-hold numbers and no code.
+``unet.json`` has the classes of a network's parts and their configs, and ``unet.safetensors`` its weights in the
+precision that they run in.  Only the classes listed here are instantiated and nothing is unpickled, so that a bundle
+cannot contain code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCHEMA = 1
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """What ``rebuild`` needs to make a module again: its class, and class and config of each of its parts.
+    """Describe a module for ``rebuild``: its class, and the class and config of each of its parts.
 
     Args:
         module: one of a bundle's networks: ``Student``, ``Teacher``, ``Condition``, ``Sharpen``, or a class of
@@ -38,32 +38,35 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 
 def rebuild(description: Path, weights: Path) -> nn.Module:
-    """The module that ``describe`` saw, with the weights of a safetensors file in the types that they have there.
+    """Create the module that ``describe`` described, with the weights of a safetensors file in their stored types.
 
     Raises:
         InputError: if the description is of another schema or names a class that this version does not support, or the
-            weights are not just the module's.
+            keys of the weights are not exactly the module's.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    held = read_json(description, "build again", limit=1 << 20)
+    document = read_json(description, "build again", limit=1 << 20)
     try:
-        if held.get("schema") != SCHEMA:
-            raise InputError(f"{description} has schema {held.get('schema')}, this version reads {SCHEMA}; build again")
-        module = _known(_networks(), held["network"], description)(
-            *(_part(part["class"], part["config"], description) for part in held["parts"].values()), **held["options"]
+        if document.get("schema") != SCHEMA:
+            raise InputError(
+                f"{description} has schema {document.get('schema')}, this version reads {SCHEMA}; build again"
+            )
+        module = _known(_networks(), document["network"], description)(
+            *(_part(part["class"], part["config"], description) for part in document["parts"].values()),
+            **document["options"],
         )
     except PnpError:
         raise
-    except Exception as e:  # the libraries raise many types for a config that is none of theirs
+    except Exception as e:  # the libraries raise many types for a config that they reject
         why = printable(f"{type(e).__name__}: {e}", limit=200)
         raise InputError(f"{description} does not describe a network ({why}); build again") from e
     try:
         module.load_state_dict(load_file(weights), assign=True)
     except (SafetensorError, RuntimeError) as e:
-        said = " ".join(str(e).split())[:200]
-        raise InputError(f"{weights} does not fit {description.name} ({said}); build again") from e
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{weights} does not fit {description.name} ({reason}); build again") from e
     return module.eval().requires_grad_(False)
 
 
@@ -84,7 +87,7 @@ def _part(name: str, config: dict[str, Any], description: Path) -> Any:
     if hasattr(kind, "from_config"):
         with torch.device("meta"):  # the weights come from the file
             return kind.from_config(config)
-    return kind(kind.config_class.from_dict(config))  # CLIP holds its position ids in a buffer, which is in no file
+    return kind(kind.config_class.from_dict(config))  # CLIP has its position ids in a buffer, which no file contains
 
 
 def _networks() -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The header of a safetensors file: names, types and shapes of its tensors, read without PyTorch.
+"""The header of a safetensors file: names, types and shapes of its tensors.  Reading it does not need PyTorch.
 
-A file that is not safetensors is refused by what it is: an LFS pointer, a web page, a pickle, a download that was cut.
+For a file that is not safetensors, the message states what it is: an LFS pointer, a web page, a pickle, a truncated
+download.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 from ..errors import InputError
 
-#: the longest header that the safetensors library reads, in bytes
+#: longest header that the safetensors library reads, in bytes
 LONGEST_HEADER = 100_000_000
 _PICKLED = "pickled weights are not read, because loading them can run code; convert it to safetensors"
-#: first bytes of other formats, and what a user does about each
+#: first bytes of other formats, with the reason and advice for the message
 _MAGIC = (
     (b"version https://git-lfs", "is a Git LFS pointer and not the weights; run `git lfs pull`, or download the file"),
     (b"PK\x03\x04", f"is a zip archive such as torch.save writes; {_PICKLED}"),
@@ -35,9 +36,9 @@ class Header:
     """The header of a safetensors file.
 
     Attributes:
-        shapes: of every tensor, by key.
-        dtypes: safetensors' names, such as ``F16``, by key.
-        metadata: the file's own strings, such as ModelSpec's ``modelspec.prediction_type``.
+        shapes: shape of every tensor, by key.
+        dtypes: safetensors' name of every tensor's type, such as ``F16``, by key.
+        metadata: the file's metadata strings, such as ModelSpec's ``modelspec.prediction_type``.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -46,17 +47,17 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, held against the file's length.
+    """Read the header of a safetensors file and check it against the file's length.
 
     Raises:
-        InputError: if there is no such file, it is another kind of file, its header is malformed, or it was cut short.
+        InputError: if the file does not exist, is of another kind, has a malformed header, or is truncated.
     """
     try:
         with path.open("rb") as f:
             size = path.stat().st_size
             start = f.read(512)
             length = int.from_bytes(start[:8], "little")
-            # a header of 640 bytes begins like a pickle (0x0280), so magic numbers count only where no header follows
+            # a header of 640 bytes begins like a pickle (0x0280), so check magic numbers only if no header follows
             if not (2 <= length <= size - 8 and start[8:9] == b"{"):
                 _refuse_other_formats(path, start, size)
             if not 2 <= length <= LONGEST_HEADER:
@@ -64,7 +65,7 @@ def read_header(path: Path) -> Header:
                 raise InputError(f"{path} is not a safetensors file: its header would be {length} bytes long{pickled}")
             if length > size - 8:
                 raise InputError(
-                    f"{path} was cut short: it has {size} bytes and its header alone {8 + length}; download it again"
+                    f"{path} was cut short: it has {size} bytes, but its header alone {8 + length}; download it again"
                 )
             f.seek(8)
             text = f.read(length)
@@ -90,7 +91,7 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
 
 
 def _parsed(path: Path, text: bytes) -> tuple[Header, int]:
-    """The header, and the number of bytes of data that it describes."""
+    """Parse the header; return it and the number of bytes of data that it describes."""
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -108,7 +109,7 @@ def _parsed(path: Path, text: bytes) -> tuple[Header, int]:
 
 
 def _end(path: Path, key: str, entry: Any) -> int:
-    """Where a tensor's data ends.
+    """The offset at which a tensor's data ends.
 
     Raises:
         InputError: if the entry is malformed.
@@ -121,16 +122,16 @@ def _end(path: Path, key: str, entry: Any) -> int:
         if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
             raise InputError(f"{path} is not a safetensors file: the {name} of {shown!r} is not a list of integers")
     if len(entry["data_offsets"]) != 2:
-        raise InputError(f"{path} is not a safetensors file: the data_offsets of {shown!r} are not two")
+        raise InputError(f"{path} is not a safetensors file: {shown!r} does not have two data_offsets")
     return int(entry["data_offsets"][1])
 
 
 def _check_length(path: Path, described: int, size: int) -> None:
     if described > size:
         raise InputError(
-            f"{path} was cut short: it has {size} bytes, and its header describes {described}; download it again"
+            f"{path} was cut short: it has {size} bytes, but its header describes {described}; download it again"
         )
     if described < size:
         raise InputError(
-            f"{path} is damaged: it has {size} bytes, and its header describes {described}; download it again"
+            f"{path} is damaged: it has {size} bytes, but its header describes {described}; download it again"
         )

@@ -1,7 +1,7 @@
-"""The noise schedule that a bundle records: where it is stated, whether it can sample, whether a guide fits it.
+"""The noise schedule recorded in a bundle, and checks that it can be sampled from and that a guide fits it.
 
-`build` and `plug` make the manifest's record with the same function, :func:`scheduler_record`.  Nothing heavy is
-imported.
+`build` and `plug` create the manifest's record with the same function, :func:`scheduler_record`.  Importing this does
+not load torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .noise import Noise
 if TYPE_CHECKING:
     from .teacher import BaseModel
 
-#: sampling steps that a record is tried with where the guide names none: the command line's default
+#: sampling steps to test a record with if the guide has no fixed number: the command line's default
 _TRIED_STEPS = 20
 _NOISE_KEYS = (
     "beta_schedule",
@@ -31,7 +31,7 @@ _NOISE_KEYS = (
     "rescale_betas_zero_snr",
 )
 _STEP_KEYS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
-#: values of diffusers' schedulers where a config leaves them out
+#: defaults of diffusers' schedulers for entries missing from a config
 _DEFAULTS = {
     "prediction_type": "epsilon", "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
     "num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False,
@@ -40,38 +40,38 @@ _DEFAULTS = {
 
 
 def scheduler_record(config: Mapping[str, Any], stated: Noise, chosen: Noise) -> dict[str, Any]:
-    """What a bundle's manifest holds as its scheduler.
+    """The scheduler record of a bundle's manifest.
 
     Args:
-        config: the scheduler config with ``_class_name``: the fine-tune's own, or that of the engine it goes into.
-        stated: what a single file states about itself.
-        chosen: the user's options, which win.
+        config: the scheduler config with ``_class_name``: that of the fine-tune, or of the engine it is plugged into.
+        stated: what a single file states about itself; overrides ``config``.
+        chosen: the user's options; override both.
     """
-    kept = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
-    # null is how some tools write a default
-    if kept.get("prediction_type", "") is None:
-        kept["prediction_type"] = _DEFAULTS["prediction_type"]
-    return chosen.over(stated.over(kept))
+    record = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
+    # some tools write null for a default
+    if record.get("prediction_type", "") is None:
+        record["prediction_type"] = _DEFAULTS["prediction_type"]
+    return chosen.over(stated.over(record))
 
 
 def base_scheduler(base: BaseModel) -> dict[str, Any]:
-    """A base model's scheduler config with its class."""
+    """A base model's scheduler config, including its class."""
     return base.scheduler_config() | {"_class_name": base.scheduler_class()}
 
 
 def check_samples(record: Mapping[str, Any], name: str, distilled_steps: int | None = None) -> None:
-    """Raise ``InputError`` if `pnp-trt sample` could not make the table of this scheduler.
+    """Raise ``InputError`` if `pnp-trt sample` cannot compute the table of this scheduler.
 
     Args:
-        name: of the model, for the message.
-        distilled_steps: the only number of steps that its guide was distilled for.
+        name: the model's name, for the message.
+        distilled_steps: the only number of steps that its guide was distilled for; None for any.
     """
     schedule = resolve_schedule(None, record, distilled_steps)
     try:
         make(schedule, record, _steps(record, distilled_steps))
     except InputError as e:
         others = [s for s in SCHEDULES if s != schedule and _samples(s, record, distilled_steps)]
-        advice = f"; --schedule {' or '.join(others)} would do: set _class_name accordingly" if others else ""
+        advice = f"; --schedule {' or '.join(others)} would work: set _class_name accordingly" if others else ""
         raise InputError(f"{name} has a noise schedule that cannot be sampled from: {e}{advice}") from None
 
 
@@ -90,19 +90,20 @@ def _steps(record: Mapping[str, Any], distilled_steps: int | None) -> int:
 def check_distilled(
     guide: Mapping[str, Any], record: Mapping[str, Any], what: str, name: str, distilled_steps: int | None = None
 ) -> None:
-    """Hold the scheduler of a fine-tune against that under which a guide was distilled.
+    """Check that a fine-tune's scheduler is compatible with the one that a guide was distilled under.
 
-    What the guide's output means depends on the prediction type and on ᾱ_t; that of a guide for one number of steps
-    on its DDIM table too.  Class and spacing may differ otherwise.
+    A guide's output depends on the prediction type and on ᾱ_t, and for a guide with a fixed number of steps also on
+    the DDIM table.  Scheduler class and, for other guides, timestep spacing may differ.
 
     Args:
         guide: the scheduler that the guide was distilled under.
-        record: the fine-tune's.
-        what: names the guide, ``name`` the fine-tune, for the message.
-        distilled_steps: the only number of steps that the guide was distilled for.
+        record: the fine-tune's scheduler.
+        what: the guide, for the message.
+        name: the fine-tune, for the message.
+        distilled_steps: the only number of steps that the guide was distilled for; None for any.
 
     Raises:
-        InputError: with both values, if they differ.
+        InputError: if they differ; the message has both values.
     """
     keys: tuple[str, ...] = ()
     if _value(guide, "prediction_type") != _value(record, "prediction_type"):
@@ -114,8 +115,8 @@ def check_distilled(
     if differences := [k for k in keys if _value(guide, k) != _value(record, k)]:
         theirs, ours = (", ".join(f"{k} {_shown(_value(c, k))}" for k in differences) for c in (guide, record))
         raise InputError(
-            f"{what} was distilled under {theirs}, and {name} has {ours}; distill a guide for it with "
-            "pnp-trt distill guidance, build it with --guide none, or correct a wrong statement with "
+            f"{what} was distilled under {theirs}, but {name} has {ours}; distill a guide for it with "
+            "pnp-trt distill guidance, build it with --guide none, or correct a wrong value with "
             "--prediction-type or --zero-terminal-snr"
         )
 
@@ -131,7 +132,7 @@ def _shown(value: Any) -> str:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    # float32 tables: betas written out and computed differ in their last bits
+    # float32 tables: betas that are listed and betas that are computed differ in their last bits
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-5, atol=1e-7))
 
 

@@ -1,8 +1,8 @@
 """A base model that is one checkpoint file.
 
-Its U-Net's shapes say which architecture it is of.  A file of the bundled model's lacks what it lacks, and the bundled
-model has it; of the others (Stable Diffusion 1, 2 and XL) every network is in the file, and only configs, tokenizers
-and the noise schedule are this program's own.
+The shapes of its U-Net determine its architecture.  For the bundled model's architecture, networks that are missing
+from the file are taken from the bundled model.  For the others (Stable Diffusion 1, 2 and XL), every network must be in
+the file, and only configs, tokenizers and the noise schedule are provided by this package.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .teacher import BaseModel
 
 @dataclass
 class SingleFileBase(BaseModel):
-    """A teacher whose U-Net, and text encoders and VAE where it has them, are in one file.
+    """A teacher whose U-Net is in one file, with or without its text encoders and VAE.
 
     Attributes:
-        single: the file's sorted keys.
-        unet_only: whether everything but the U-Net is left out, as the user requests.
-        architecture: of the file; None for the bundled model's.
+        single: the file's keys, sorted into networks.
+        unet_only: whether everything but the U-Net is ignored, at the user's request.
+        architecture: the file's architecture; None for the bundled model's.
     """
 
     single: SingleFile | None = None
@@ -42,16 +42,16 @@ class SingleFileBase(BaseModel):
 
     @classmethod
     def of(cls, path: Path, name: str) -> SingleFileBase:
-        """The base model of a file, its header read.
+        """Create the base model of a file, of which only the header is read.
 
         Raises:
-            InputError: if it is not a safetensors file, holds no U-Net, or one that is not supported.
+            InputError: if it is not a safetensors file, or has no U-Net or an unsupported one.
         """
         single = read_single_file(path)
-        known = _architecture(single)
-        kind = cls if known is None else of_family(cls, known.family)
-        made: SingleFileBase = kind(name, ASSETS / "emoji", path, single=single, architecture=known)
-        return made
+        architecture = _architecture(single)
+        kind = cls if architecture is None else of_family(cls, architecture.family)
+        base: SingleFileBase = kind(name, ASSETS / "emoji", path, single=single, architecture=architecture)
+        return base
 
     @property
     def _file(self) -> SingleFile:
@@ -65,29 +65,30 @@ class SingleFileBase(BaseModel):
         return super().scheduler_file() if self.architecture is None else self.architecture.scheduler
 
     def check_parts(self) -> None:
-        """Raise ``InputError`` that names what of the file would not be used, unless only the U-Net is wanted, and
-        what it lacks.
+        """Raise ``InputError`` if parts of the file are missing or would not be used.
+
+        With ``unet_only``, unused parts are ignored.
         """
         names = [*(spec.name for spec in self.text_specs), "vae"]
         lacking = [n for n in names if self.unet_only or n not in self._file.parts]
         if self.architecture is not None and lacking:
-            what = "with --unet-only is taken without" if self.unet_only else "holds no"
+            what = "--unet-only leaves out its" if self.unet_only else "has no"
             raise InputError(
-                f"{self.name} is a checkpoint of {self.architecture.name} and {what} {', '.join(lacking)}; give the "
-                "whole checkpoint, or plug its U-Net into an engine of its base: pnp-trt plug ENGINE --base FILE"
+                f"{self.name} is a checkpoint of {self.architecture.name} and {what} {', '.join(lacking)}; pass the "
+                "complete checkpoint, or plug its U-Net into an engine of its base: pnp-trt plug ENGINE --base FILE"
             )
         if not self.unet_only:
             what = "the bundled model" if self.architecture is None else f"a model of {self.architecture.name}"
             self._file.refuse_unused({n: self.config(n) for n in names}, what)
 
     def check_noise(self, chosen: Noise) -> None:
-        """Refuse a file that does not state what its U-Net predicts where its architecture has both kinds.
+        """Refuse a file that does not state its prediction type if its architecture exists with two of them.
 
         Args:
-            chosen: what the user states.
+            chosen: the user's options.
 
         Raises:
-            InputError: asking for ``--prediction-type``.
+            InputError: if neither the file nor the user states it.
         """
         stated = self._file.noise.prediction_type or chosen.prediction_type
         if self.architecture is not None and stated is None and "prediction_type" not in self.scheduler_config():
@@ -139,22 +140,22 @@ class SingleFileBase(BaseModel):
 
     def own_fingerprint(self) -> dict[str, str]:
         if not self._hashes:
-            own = files_sha256([self._file.path])
+            file_hash = files_sha256([self._file.path])
             names = ["unet", *(spec.name for spec in self.text_specs), "vae"]
             if self.architecture is None:
                 parts = {k: v for k, v in super().own_fingerprint().items() if k != "all"}
-                parts |= {n: own for n in names if self._uses(n)}
+                parts |= {n: file_hash for n in names if self._uses(n)}
             else:
-                parts = dict.fromkeys(names, own)
+                parts = dict.fromkeys(names, file_hash)
             self._hashes = parts | {"all": digest(parts)}
         return self._hashes
 
 
 def _architecture(file: SingleFile) -> Architecture | None:
-    """The known architecture of a file's U-Net; None for the bundled model's, and for one that none of them is.
+    """The known architecture of a file's U-Net; None for the bundled model's and for unknown ones.
 
     Raises:
-        InputError: for a U-Net of other inputs, such as for inpainting, or a refiner.
+        InputError: for a U-Net with other inputs, such as for inpainting, or a refiner.
     """
     marks = _marks_of(file)
     check_unet(
@@ -164,15 +165,15 @@ def _architecture(file: SingleFile) -> Architecture | None:
     )  # fmt: skip
     if "text_encoder_2" in file.parts and "text_encoder" not in file.parts:
         raise InputError(
-            f"{file.path} is SDXL's refiner: it has the second text encoder alone and finishes the base model's "
-            "images; give the base model's file"
+            f"{file.path} is SDXL's refiner: it has only the second text encoder and refines the base model's "
+            "images; pass the base model's file"
         )
-    found = marks["in"], marks["width"], marks["text"], marks["added"]
-    return next((a for a in architectures() if _marks(a.configs["unet"]) == found), None)
+    identity = marks["in"], marks["width"], marks["text"], marks["added"]
+    return next((a for a in architectures() if _marks(a.configs["unet"]) == identity), None)
 
 
 def _marks(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells a config's U-Net from others: channels, first width, width of text, width of added conditions."""
+    """Entries that identify a U-Net's architecture: channels, first width, text width, width of added conditions."""
     return (
         config["in_channels"], config["block_out_channels"][0], config["cross_attention_dim"],
         config.get("projection_class_embeddings_input_dim"),
@@ -180,7 +181,7 @@ def _marks(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _marks_of(file: SingleFile) -> dict[str, Any]:
-    """The same of a file, from its shapes."""
+    """Channels and widths of a file's U-Net, from the shapes of its weights."""
     keys = file.parts["unet"].keys
 
     def shape(*names: str) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
-"""Checkpoints in one file: which networks it holds, under which names, and what it states about its noise schedule.
+"""Single-file checkpoints: the networks in the file, their naming, and the noise schedule that the file states.
 
-A key is assigned to the U-Net, the text encoder, the VAE, or to what no engine uses.  Nothing is dropped in silence:
-what is not used is either a training leftover of an explicit list or named and refused.  Only the header is read.
+Each key is assigned to the U-Net, a text encoder, the VAE, or to a group of unused weights.  No weights are silently
+dropped: a file with unused weights is refused with a message that names them, except for an explicit list of training
+leftovers.  Only the header is read.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from .safetensors_header import read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: names that training code and exporters put before a network's own keys; they may be nested
+#: prefixes that training code and exporters add to a network's own keys; they may be nested
 _WRAPPERS = r"(?:(?:module|state_dict|model_state_dict|model|_orig_mod|unet|diffusion_model)\.)*"
 _ORIGINAL = re.compile(rf"({_WRAPPERS})(?:input_blocks\.\d|middle_block\.\d|output_blocks\.\d|time_embed\.\d)")
 _DIFFUSERS = re.compile(rf"({_WRAPPERS})(?:down_blocks\.\d|mid_block\.|up_blocks\.\d|time_embedding\.|conv_in\.)")
-#: a U-Net's keys behind a prefix that is not known, for the message
+#: a U-Net's keys with an unknown prefix, for the message
 _ANY_UNET = re.compile(r"(.{1,80}?\.)(?:input_blocks|output_blocks|time_embed|down_blocks|up_blocks|time_embedding)\.")
 #: top-level modules of a U-Net, by layout
 _MODULES = {
@@ -38,9 +39,9 @@ _MODULES = {
     ),
 }
 _OUTER = r"(?:(?:module|state_dict|model_state_dict|_orig_mod)\.)*"
-#: prefixes of an autoencoder that stands beside a U-Net; those of text encoders are in the families' layouts
+#: prefixes of an autoencoder stored with a U-Net; those of text encoders are in the families' layouts
 _VAE = (r"first_stage_model\.", r"vae\.")
-#: what training leaves in a file and no inference uses: (pattern, what it is)
+#: weights left by training that inference does not use: (pattern, kind)
 LEFTOVERS = (
     (r"model_ema\.|ema_model\.|unet_ema\.|(?:\w+\.)*model_ema\.", "EMA copy"),
     (r"optimizer(?:_states?)?\.|lr_schedulers?\.|callbacks\.|loops\.|global_step$|epoch$", "trainer state"),
@@ -52,7 +53,7 @@ LEFTOVERS = (
     (r"(?:\w+\.)*(?:cond_stage_model\.(?:model|transformer)|text_encoder)\.(?:logit_scale|text_projection(?:\.weight)?|"
      r"attn_mask|model\.attn_mask)$", "CLIP's projection for training"),
 )  # fmt: skip
-#: networks that no engine takes from a single file: (pattern, what it is)
+#: networks that no engine takes from a single file: (pattern, kind)
 _UNUSED = (
     (r"(?:\w+\.)*conditioner\.embedders\.", "text encoders of SDXL"),
     (r"(?:\w+\.)*text_encoders?_?[23]\.|text_encoders\.", "further text encoders"),
@@ -67,20 +68,20 @@ _UNUSED = (
     (r"(?:encoder|decoder|quant_conv|post_quant_conv)\.", "a VAE"),
     (r"image_encoder\.|ip_adapter\.|image_proj\.|embedder\.", "an image encoder"),
 )  # fmt: skip
-#: empty tensors by which a file states what its U-Net predicts
+#: empty tensors by which a file states its prediction type
 MARKERS = ("v_pred", "ztsnr")
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A checkpoint in one file, of which only the header was read.
+    """A single-file checkpoint, of which only the header was read.
 
     Attributes:
-        parts: networks that an engine may take, by name; always the ``unet``.
-        unused: keys of what no engine takes, by what it is.
-        leftovers: keys that training left, by what they are; they are ignored.
-        noise: what the file states about prediction type and terminal SNR.
-        prefix: what stands before the U-Net's keys.
+        parts: networks that an engine may use, by name; always includes ``unet``.
+        unused: keys that no engine uses, by kind.
+        leftovers: keys left by training, by kind; they are ignored.
+        noise: prediction type and terminal SNR stated by the file.
+        prefix: prefix of the U-Net's keys.
     """
 
     path: Path
@@ -92,35 +93,35 @@ class SingleFile:
     prefix: str
 
     def weights(self, network: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Weights of one of ``parts`` under diffusers' and transformers' names.
+        """Load the weights of one of ``parts`` under diffusers' or transformers' names.
 
         Args:
-            config: of the network that they are for.
+            config: config of the network that the weights are for.
 
         Raises:
-            InputError: if the file is damaged, or lacks what the converter needs.
+            InputError: if the file is damaged, or lacks weights that the converter needs.
         """
         convert = {"unet": unet_weights, "vae": vae_weights}.get(network, text_weights)
         return convert(self.path, self.parts[network], config)
 
     def misfits(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """Why a text encoder or VAE of the file cannot replace that of these configs, by network."""
+        """Reasons why text encoders or VAE of the file cannot replace those of these configs, by network."""
         reasons = {}
         for name, part in self.parts.items():
             if name == "unet":
                 continue
             if name not in configs:
-                reasons[name] = "it has none"
-            elif found := (_vae_misfit if name == "vae" else _text_misfit)(self, part, configs[name]):
-                reasons[name] = found
+                reasons[name] = "it has no such network"
+            elif reason := (_vae_misfit if name == "vae" else _text_misfit)(self, part, configs[name]):
+                reasons[name] = reason
         return reasons
 
     def refuse_unused(self, configs: Mapping[str, Mapping[str, Any]], what: str) -> None:
-        """Raise ``InputError`` that names every part of the file that an engine of these configs does not use.
+        """Raise ``InputError`` if an engine of these configs does not use every part of the file.
 
         Args:
-            configs: of the engine's (or base's) networks.
-            what: the engine, for the message.
+            configs: configs of the engine's (or base's) networks.
+            what: the engine or base, for the message.
         """
         problems = [f"{_count(keys)} of {kind}" for kind, keys in self.unused.items()]
         problems += [
@@ -128,8 +129,8 @@ class SingleFile:
         ]
         if problems:
             raise InputError(
-                f"{self.path} holds {' and '.join(problems)}, which would not be used; pass --unet-only to take its "
-                "U-Net alone, or save the model as a diffusers folder"
+                f"{self.path} holds {' and '.join(problems)}, which would not be used; pass --unet-only to use only "
+                "its U-Net, or save the model as a diffusers folder"
             )
 
 
@@ -138,7 +139,7 @@ _TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encode
 
 @cache
 def _beside() -> tuple[tuple[str, str, str], ...]:
-    """(part, layout, prefix) of networks that stand beside a U-Net."""
+    """(part, layout, prefix) of the networks that a file may contain besides the U-Net."""
     text = [(own.network, own.names, own.prefix) for family in FAMILIES.values() for own in family.layouts]
     vae = [("vae", "original", prefix) for prefix in _VAE]
     return tuple((part, names, _OUTER + prefix) for part, names, prefix in (*text, *vae))
@@ -146,20 +147,20 @@ def _beside() -> tuple[tuple[str, str, str], ...]:
 
 @cache
 def _leftovers() -> tuple[tuple[str, str], ...]:
-    """``LEFTOVERS`` and those of the families."""
+    """``LEFTOVERS`` and the families' leftovers."""
     return (*LEFTOVERS, *(own for family in FAMILIES.values() for own in family.leftovers))
 
 
 @dataclass
 class _Sorter:
-    """Keys of a file on their way to its parts."""
+    """Assignment of a file's keys to its parts."""
 
     parts: dict[str, Part] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
     leftovers: dict[str, list[str]] = field(default_factory=dict)
 
     def sort(self, keys: list[str]) -> list[str]:
-        """Assign what stands beside a U-Net; returns the rest."""
+        """Assign all keys but the U-Net's; return those that remain."""
         rest = []
         for key in keys:
             if (kind := _match(_leftovers(), key)) is not None:
@@ -184,7 +185,7 @@ def read_single_file(path: Path) -> SingleFile:
     """Sort the keys of a checkpoint.
 
     Raises:
-        InputError: if it is not a safetensors file, holds no U-Net or several, or contradicts itself about its noise.
+        InputError: if it is not a safetensors file, has no U-Net or several, or contradicts itself about its noise.
     """
     header = read_header(path)
     sorter = _Sorter()
@@ -204,7 +205,7 @@ def read_single_file(path: Path) -> SingleFile:
 
 
 def _unet_prefix(path: Path, keys: list[str], parts: Mapping[str, Part]) -> tuple[str, str]:
-    """What stands before a U-Net's keys, and its layout."""
+    """The prefix of the U-Net's keys, and its layout."""
     prefixes = Counter(
         (match[1], layout)
         for key in keys
@@ -215,7 +216,7 @@ def _unet_prefix(path: Path, keys: list[str], parts: Mapping[str, Part]) -> tupl
         raise InputError(f"{path} holds no U-Net: {_contents(keys, parts)}")
     if len(prefixes) > 1:
         names = " and ".join(f"{n} keys of {layout} names under '{p}'" for (p, layout), n in prefixes.most_common(3))
-        raise InputError(f"{path} holds more than one U-Net: {names}; keep the one that is meant")
+        raise InputError(f"{path} holds more than one U-Net: {names}; keep only the intended one")
     return next(iter(prefixes))
 
 
@@ -224,9 +225,9 @@ def _contents(keys: list[str], parts: Mapping[str, Part]) -> str:
     kinds += Counter({f"a {_TITLES[name]}": len(p.keys) for name, p in parts.items()})
     known = [str(kind) for kind, _ in kinds.most_common() if kind is not None]
     if known == ["a LoRA"]:
-        return "it is a LoRA; give it with --lora"
+        return "it is a LoRA; pass it with --lora"
     if known:
-        return f"it is {' and '.join(known)}; give the whole checkpoint, or a diffusers folder"
+        return f"it is {' and '.join(known)}; pass the complete checkpoint, or a diffusers folder"
     if not keys:
         return "it has no weights"
     if match := next((m for k in keys if (m := _ANY_UNET.match(k))), None):
@@ -243,10 +244,10 @@ def _count(keys: list[str]) -> str:
 
 
 def _text_misfit(file: SingleFile, part: Part, config: Mapping[str, Any]) -> str | None:
-    """What keeps a text encoder from being that of a transformers config; None where it fits."""
+    """Reason why a text encoder does not fit a transformers config; None if it fits."""
     open_clip = part.layout == "open_clip"
     if open_clip and config.get("hidden_act", "quick_gelu") != "gelu":
-        return f"it is an OpenCLIP encoder with gelu, the engine's has {config.get('hidden_act', 'quick_gelu')}"
+        return f"it is an OpenCLIP encoder with gelu, but the engine's has {config.get('hidden_act', 'quick_gelu')}"
     name = "token_embedding.weight" if open_clip else "embeddings.token_embedding.weight"
     if name not in part.keys:
         return f"it lacks {name}"
@@ -257,14 +258,14 @@ def _text_misfit(file: SingleFile, part: Part, config: Mapping[str, Any]) -> str
     pattern = r"transformer\.resblocks\.(\d+)\." if open_clip else r"encoder\.layers\.(\d+)\."
     layers = len({m[1] for key in part.keys if (m := re.match(pattern, key))})
     own_layers = config.get("num_hidden_layers", 12)
-    if layers != own_layers and not (open_clip and layers == own_layers + 1):  # SD 2 leaves the last one out
+    if layers != own_layers and not (open_clip and layers == own_layers + 1):  # SD 2 omits the last layer
         return f"it has {layers} layers, not {own_layers}"
     return None
 
 
 def _vae_misfit(file: SingleFile, part: Part, config: Mapping[str, Any]) -> str | None:
-    """What keeps a VAE from being that of a diffusers config; None where it fits."""
+    """Reason why a VAE does not fit a diffusers config; None if it fits."""
     tiny = any(k.startswith(("encoder.layers.", "decoder.layers.")) for k in part.keys)
     own = config.get("_class_name", "AutoencoderKL")
     kind = "AutoencoderTiny" if tiny else "AutoencoderKL"
-    return None if kind == own else f"it is an {kind}, the engine has an {own}"
+    return None if kind == own else f"it is an {kind}, but the engine has an {own}"

@@ -1,4 +1,4 @@
-"""What a base model states of each of its networks.  Nothing heavy is imported."""
+"""Specifications of a base model's networks.  Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ class TextEncoderSpec:
     """One of a family's text encoders.
 
     Attributes:
-        name: of its network in bundles, and of its folder.
+        name: name of the network in bundles and of its folder.
         tokenizer: folder of its tokenizer.
         kind: its class in transformers.
-        wrapper: class of ``models.wrappers`` by which it is exported.
-        outputs: names of the exported module's outputs: the states, then inputs of the U-Net by their names there.
+        wrapper: class in ``models.wrappers`` that is exported.
+        outputs: names of the exported module's outputs: the states, then further inputs of the U-Net, by their names
+            there.
         whole: whether the outputs depend on all of its weights.
-        title: for messages.
+        title: name in messages.
     """
 
     name: str = "text_encoder"
@@ -32,12 +33,12 @@ class TextEncoderSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where checkpoints in one file hold a text encoder.
+    """Location and naming of a text encoder in single-file checkpoints.
 
     Attributes:
         network: the text encoder's name.
-        names: whose names its weights have, ``clip`` (transformers) or ``open_clip``.
-        prefix: pattern of what stands before them, wrappers of training code apart.
+        names: naming scheme of its weights, ``clip`` (transformers) or ``open_clip``.
+        prefix: pattern of the prefix of its keys, without wrappers of training code.
     """
 
     network: str
@@ -45,7 +46,7 @@ class Layout:
     prefix: str
 
 
-#: titles of networks that every family has
+#: titles of networks, common to all families
 TITLES = {
     "condition": "guide's condition", "sharpener": "guide's sharpener",
     "unet": "U-Net", "vae_decoder": "VAE decoder", "vae_encoder": "VAE encoder",
@@ -57,12 +58,12 @@ class NetworkSpec:
     """One network of a bundle.
 
     Attributes:
-        title: for messages.
-        module: makes the module that is exported; calling it loads the weights.
+        title: name in messages.
+        module: creates the module that is exported; calling it loads the weights.
         outputs: names of its outputs.
-        sized: whether its inputs depend on the image's size.
-        one_by_one: whether it is run for one row at a time.
-        decodes: whether it is an autoencoder's decoder; half precision is judged on latents of images too then.
+        sized: whether its inputs depend on the image size.
+        one_by_one: whether it is run on one row at a time.
+        decodes: whether it is an autoencoder's decoder; if so, half precision is also evaluated on latents of images.
     """
 
     title: str

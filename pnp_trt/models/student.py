@@ -1,7 +1,7 @@
-"""The student: frozen teacher U-Net and guide in one forward pass.
+"""The student: the frozen teacher U-Net and the guide in one forward pass.
 
-``UNet2DConditionModel.forward`` is taken apart between encoder and decoder, because the guide reads the
-encoder's features and writes into the decoder's skips.  Everything else is the U-Net's own code.
+``UNet2DConditionModel.forward`` is split between encoder and decoder, because the guide reads the encoder's features
+and adds to the decoder's skips.  Everything else is the U-Net's own code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def encode(
     encoder_hidden_states: Tensor,
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Features]:
-    """Time embedding ``[B, E]`` and the features of encoder and mid block.
+    """Compute the time embedding ``[B, E]`` and the features of encoder and mid block.
 
     Args:
         sample: noisy latents ``[B, C, H, W]``.
@@ -50,9 +50,9 @@ def encode(
 
 
 def decode(unet: UNet2DConditionModel, emb: Tensor, features: Features, encoder_hidden_states: Tensor) -> Tensor:
-    """The prediction ``[B, C, H, W]`` from (guided) features."""
+    """Compute the prediction ``[B, C, H, W]`` from (guided) features."""
     x, skips = features.mid_block_res_sample, features.down_block_res_samples
-    # sizes that the encoder rounded up must be restored exactly, as UNet2DConditionModel.forward does
+    # restore sizes that the encoder rounded up exactly, as UNet2DConditionModel.forward does
     odd = any(size % 2**unet.num_upsamplers for size in skips[0].shape[-2:])
     for i, block in enumerate(unet.up_blocks):
         count = len(block.resnets)
@@ -74,10 +74,10 @@ class Student(nn.Module):
     Args:
         unet: the frozen teacher, or a fine-tune of it.
         guide: a guide distilled for the teacher's base.
-        conditioned: whether ``condition`` is always given; the guide then loses the parts that make it.
+        conditioned: whether ``condition`` is always passed; the guide's parts that compute it are then removed.
 
     Raises:
-        InputError: if the guide was made for a U-Net of another shape.
+        InputError: if the guide was trained for a U-Net of another shape.
     """
 
     def __init__(self, unet: UNet2DConditionModel, guide: Guide, conditioned: bool = False) -> None:
@@ -102,28 +102,28 @@ class Student(nn.Module):
     ) -> Tensor:
         """The guided prediction, ``[B, C, H, W]``; arguments as in :class:`~pnp_trt.models.guides.GuideInput`.
 
-        ``text_embeds`` and ``time_ids`` are those of ``added_cond_kwargs`` one by one, as graphs have them.  A guide
-        with a sharpener needs ``empty [B, tokens, D]`` too, the states of the empty prompt, where ``negative`` is
-        another prompt; without either, the text states are read as they are.
+        ``text_embeds`` and ``time_ids`` are the members of ``added_cond_kwargs`` as separate inputs, which graphs need.
+        If ``negative`` is not the empty prompt, a guide with a sharpener also needs ``empty [B, tokens, D]``, the
+        states of the empty prompt; without either, the text states are used unchanged.
         """
         if self.guide.sharpener is not None and negative is not None and empty is not None:
             encoder_hidden_states = self.guide.sharpener(encoder_hidden_states, negative, empty, guidance)
         added_cond_kwargs = _added(added_cond_kwargs, text_embeds, time_ids)
         emb, features = encode(self.unet, sample, timestep, encoder_hidden_states, added_cond_kwargs)
-        given = GuideInput(
+        guide_input = GuideInput(
             sample, timestep, encoder_hidden_states, guidance, features, negative, condition, added_cond_kwargs
         )
-        added = self.guide(given)
+        residuals = self.guide(guide_input)
         skips = tuple(
             s if r is None else s + r
-            for s, r in zip(features.down_block_res_samples, added.down_block_res_samples, strict=True)
+            for s, r in zip(features.down_block_res_samples, residuals.down_block_res_samples, strict=True)
         )
-        guided = Features(skips, features.mid_block_res_sample + added.mid_block_res_sample)
+        guided = Features(skips, features.mid_block_res_sample + residuals.mid_block_res_sample)
         return decode(self.unet, emb, guided, encoder_hidden_states)
 
 
 class Teacher(nn.Module):
-    """The plain U-Net with the student's calling convention, for export and comparison."""
+    """The U-Net without a guide, with the student's calling convention, for export and comparison."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -137,19 +137,19 @@ class Teacher(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        """One unguided prediction ``[B, C, H, W]``; ``text_embeds [B, D2]`` and ``time_ids [B, 6]`` are SDXL's."""
+        """Unguided prediction ``[B, C, H, W]``; ``text_embeds [B, D2]`` and ``time_ids [B, 6]`` are for SDXL."""
         added = _added(None, text_embeds, time_ids)
         emb, features = encode(self.unet, sample, timestep, encoder_hidden_states, added)
         return decode(self.unet, emb, features, encoder_hidden_states)
 
 
 def _added(
-    given: dict[str, Tensor] | None, text_embeds: Tensor | None, time_ids: Tensor | None
+    added_cond_kwargs: dict[str, Tensor] | None, text_embeds: Tensor | None, time_ids: Tensor | None
 ) -> dict[str, Tensor] | None:
-    """SDXL's further conditions as diffusers takes them; None where there are none."""
+    """SDXL's additional conditions in diffusers' form; None if there are none."""
     if text_embeds is None or time_ids is None:
-        return given
-    # joined with sinusoids of the sizes, which are float32 in every precision: ONNX joins tensors of one type alone
+        return added_cond_kwargs
+    # concatenated with sinusoids of the sizes, which are float32 in every precision: ONNX needs tensors of one type
     return {"text_embeds": text_embeds.float(), "time_ids": time_ids}
 
 
@@ -165,9 +165,9 @@ def cfg(
     """Classifier-free guidance, eps_w = eps(∅) + w·(eps(c) − eps(∅)) (Ho & Salimans 2022), as one batch of two.
 
     Args:
-        text, empty: states of the prompt and of the empty (or negative) prompt, ``[B, tokens, D]`` each.
+        text, empty: text states of the prompt and of the empty (or negative) prompt, ``[B, tokens, D]`` each.
         w: ``[B]``.
-        added_cond_kwargs: SDXL's, for both evaluations: ``[2B, …]``, those of ``empty`` first.
+        added_cond_kwargs: SDXL's additional conditions for both evaluations, ``[2B, …]``, those of ``empty`` first.
     """
     unconditional, conditional = both_predictions(unet, sample, timestep, text, empty, added_cond_kwargs)
     return unconditional + w[:, None, None, None] * (conditional - unconditional)

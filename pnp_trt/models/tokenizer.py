@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from a model's folder: its files read with care, its length held against the text encoder's."""
+"""Loading of CLIP's tokenizer from a model's folder, with checks of its files and against the text encoder."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..errors import InputError
 from ..io.inputs import read_text
 from .files import read_json
 
-#: a length above this means that the tokenizer's files give none; transformers then gives 10³⁰
+#: a larger length means that the tokenizer's files state none; transformers then returns 10³⁰
 _NO_LENGTH = 10**6
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def load_tokenizer(folder: Path, encoder: Mapping[str, Any]) -> Any:
-    """``CLIPTokenizer`` whose ``model_max_length`` is the length that prompts are padded and cut to.
+    """Load a ``CLIPTokenizer`` whose ``model_max_length`` is the length that prompts are padded and truncated to.
 
     Args:
-        folder: ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, with their configs.
+        folder: folder with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, and their configs.
         encoder: the text encoder's config.
 
     Raises:
-        InputError: if a file is damaged, the tokenizer is of another kind, or it makes more tokens or longer prompts
-            than the text encoder takes.
+        InputError: if a file is damaged, the tokenizer is of another kind, or its vocabulary or length exceeds that of
+            the text encoder.
     """
     from transformers import CLIPTokenizer
 
@@ -35,13 +35,13 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any]) -> Any:
         config = _kind(readable)
         try:
             tokenizer = CLIPTokenizer.from_pretrained(readable, local_files_only=True)
-        except Exception as e:  # OSError, ValueError, TypeError … by what is wrong with the files
+        except Exception as e:  # OSError, ValueError, TypeError …, depending on the fault
             reason = (str(e).splitlines() or [type(e).__name__])[0].replace(str(readable), str(folder))
             raise InputError(f"{folder} does not load as CLIP's tokenizer ({reason}); download it again") from e
     vocabulary, tokens = encoder.get("vocab_size", 49408), len(tokenizer)
     if tokens > vocabulary:
         raise InputError(
-            f"{folder} has {tokens} tokens and the text encoder embeds {vocabulary}; "
+            f"{folder} has {tokens} tokens, but the text encoder embeds {vocabulary}; "
             "use the tokenizer and the text encoder of one model"
         )
     if tokenizer.pad_token_id is None:
@@ -51,13 +51,13 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any]) -> Any:
 
 
 def _length(config: Mapping[str, Any], tokenizer: Any, folder: Path, positions: int) -> int:
-    """Tokens of a prompt: what the tokenizer states, all of the text encoder's positions where it states nothing."""
+    """Number of tokens of a prompt: the length that the tokenizer states, else the text encoder's positions."""
     length = tokenizer.model_max_length
     if isinstance(length, int | float) and length > _NO_LENGTH:
         return positions
     if not isinstance(length, int) or not 2 <= length <= positions:
         raise InputError(
-            f"{folder} has model_max_length = {length!r} and the text encoder {positions} positions; "
+            f"{folder} has model_max_length = {length!r}, but the text encoder has {positions} positions; "
             f"set model_max_length in tokenizer_config.json to {positions}"
         )
     return length
@@ -74,7 +74,7 @@ def _kind(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[Path]:
-    """The folder itself, or a copy without byte order marks, which transformers does not read."""
+    """Yield the folder itself, or a copy without byte order marks, which transformers cannot read."""
     texts = {p.name: p for p in sorted(folder.glob("*.json"))}
     for path in texts.values():
         read_json(path)
@@ -97,11 +97,11 @@ def _starts_with_mark(path: Path) -> bool:
 
 
 def copy_tokenizer(base: Any, spec: Any, target: Path) -> dict[str, int]:
-    """Write a tokenizer of a base model as one JSON file; returns ``{"length", "pad"}``.
+    """Write a base model's tokenizer as one JSON file; return its length and padding id, ``{"length", "pad"}``.
 
     Args:
         base: a :class:`~pnp_trt.models.teacher.BaseModel`.
-        spec: a :class:`~pnp_trt.models.specs.TextEncoderSpec`: whose tokenizer.
+        spec: the text encoder, a :class:`~pnp_trt.models.specs.TextEncoderSpec`.
     """
     tokenizer = base.tokenizer(spec)
     source = base.tokenizer_folder(spec) / "tokenizer.json"

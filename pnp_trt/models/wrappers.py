@@ -1,4 +1,4 @@
-"""Modules with plain tensors as inputs and outputs, in the form that is exported."""
+"""Modules for export, which take and return plain tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TextEncoder(nn.Module):
 
 
 class HiddenStates(nn.Module):
-    """``input_ids [B, tokens]`` → states before the last layer ``[B, tokens, D]``, as SDXL reads its first encoder."""
+    """``input_ids [B, tokens]`` → states before the last layer ``[B, tokens, D]``, for SDXL's first encoder."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class HiddenStates(nn.Module):
 class ProjectedStates(nn.Module):
     """``input_ids [B, tokens]`` → states before the last layer ``[B, tokens, D]`` and projected text ``[B, D2]``.
 
-    SDXL reads its second encoder so; the projection is of the last layer's state at the end of the prompt.
+    For SDXL's second encoder; the projection is of the last layer's state at the end of the prompt.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,7 +47,7 @@ class ProjectedStates(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Latents as the U-Net leaves them ``[B, C, H, W]`` → pixels ``[B, 3, H·f, W·f]`` in [-1, 1]."""
+    """The U-Net's latents ``[B, C, H, W]`` → pixels ``[B, 3, H·f, W·f]`` in [-1, 1]."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -58,9 +58,9 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Pixels ``[B, 3, H·f, W·f]`` in [-1, 1] → latents as the U-Net takes them ``[B, C, H, W]``.
+    """Pixels ``[B, 3, H·f, W·f]`` in [-1, 1] → the U-Net's latents ``[B, C, H, W]``.
 
-    Of a variational encoder the mean of its distribution, so that an image has one latent.
+    For a variational encoder, the mean of its distribution, so that the result is deterministic.
     """
 
     def __init__(self, vae: Any) -> None:

@@ -1,1 +1,1 @@
-"""Everything that a serving process needs.  Nothing here imports torch, diffusers or transformers."""
+"""The modules that a serving process needs.  None of them imports torch, diffusers or transformers."""

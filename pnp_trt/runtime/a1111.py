@@ -1,8 +1,8 @@
-"""How an image was made, in the words of AUTOMATIC1111's web UI, which other programs and image hosts read.
+"""Generation parameters in the format of AUTOMATIC1111's web UI, which other programs and image hosts read.
 
-The text is the prompt, the negative prompt after ``Negative prompt:``, and one line of ``key: value`` pairs.  PNG has
-it in a text chunk ``parameters``; JPEG and WebP in EXIF's UserComment, as UTF-16 with the larger byte first after
-``UNICODE\\0``, as the web UI (piexif) writes it.
+The text consists of the prompt, the negative prompt after ``Negative prompt:``, and one line of ``key: value`` pairs.
+It is stored in PNG's text chunk ``parameters``, and in JPEG and WebP in EXIF's UserComment, as ``UNICODE\\0`` and
+big-endian UTF-16, as the web UI (piexif) writes it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ..version import __version__
 
 #: PNG's text chunk
 CHUNK = "parameters"
-#: EXIF's tag, and the directory that it is in
+#: EXIF directory, and the tag in it
 EXIF_DIRECTORY, USER_COMMENT = 0x8769, 0x9286
-#: key of a pair that counts as the last line's → key of this package's record
+#: key of a pair → key in this package's record
 _PLAIN = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed"}
 _NEGATIVE = "Negative prompt:"
-#: pairs that a last line has at least; with fewer it belongs to the prompt
+#: minimum number of pairs in the last line; with fewer, it belongs to the prompt
 _PAIRS = 3
 _PAIR = re.compile(r'\s*(?P<key>\w[\w /-]+):\s*(?P<value>"(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 _CODE = b"UNICODE\0"
 
 
 def text_of(parameters: Mapping[str, Any]) -> str | None:
-    """A record of this package (``GeneratedImage.parameters``) in A1111's words; None for one without a prompt.
+    """Convert a record of this package (``GeneratedImage.parameters``) to A1111's text; None if it has no prompt.
 
-    ``Size`` is width x height, as A1111 has it, and ``Model`` the engine.  Tags of LoRAs follow the prompt.
+    ``Size`` is width x height, as in A1111, and ``Model`` the engine.  LoRA tags follow the prompt.
     """
     if not isinstance(parameters.get("prompt"), str):
         return None
@@ -43,7 +43,7 @@ def text_of(parameters: Mapping[str, Any]) -> str | None:
     if "schedule" in parameters:
         try:
             sampler, kind = a1111_names(str(parameters["schedule"]))
-        except InputError:  # of a package that is not here
+        except InputError:  # from a package that is not installed
             sampler, kind = str(parameters["schedule"]), ""
         pairs |= {"Sampler": sampler} | ({"Schedule type": kind} if kind else {})
     if (size := re.fullmatch(r"(\d+)x(\d+)", str(parameters.get("size")))) is not None:
@@ -55,21 +55,21 @@ def text_of(parameters: Mapping[str, Any]) -> str | None:
     if parameters.get("negative"):
         lines.append(f"{_NEGATIVE} {parameters['negative']}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
-    # no encoding has surrogates alone
+    # lone surrogates cannot be encoded
     return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
 def _quoted(value: Any) -> str:
-    """A value of a pair; in quotes, as JSON, where it would not end at the next comma."""
+    """The value of a pair, quoted as JSON if it contains separators."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if re.search('[,:\n"]', text) else text
 
 
 def parse_parameters(text: str) -> dict[str, str]:
-    """What A1111's text states: ``Prompt``, ``Negative prompt`` and the pairs of its last line, by their keys.
+    """Parse A1111's text: ``Prompt``, ``Negative prompt`` and the pairs of the last line, by key.
 
-    ``Size`` is also given as ``Size-1``, the width, and ``Size-2``, the height.  A last line of fewer than three pairs
-    belongs to the prompt.  Nothing is refused: people write such texts by hand.
+    ``Size`` is also split into ``Size-1``, the width, and ``Size-2``, the height.  A last line with fewer than three
+    pairs belongs to the prompt.  No text is refused, because people write such texts by hand.
     """
     lines = [line.strip() for line in text.strip().split("\n")]
     pairs = {m["key"]: _unquoted(m["value"]) for m in _PAIR.finditer(lines[-1])}
@@ -79,10 +79,10 @@ def parse_parameters(text: str) -> dict[str, str]:
         lines.pop()
     negative = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
     avoided = [line.removeprefix(_NEGATIVE).strip() for line in lines[negative : negative + 1]] + lines[negative + 1 :]
-    found = {"Prompt": "\n".join(lines[:negative]), "Negative prompt": "\n".join(avoided), **pairs}
+    fields = {"Prompt": "\n".join(lines[:negative]), "Negative prompt": "\n".join(avoided), **pairs}
     if (size := re.fullmatch(r"(\d+)x(\d+)", pairs.get("Size", ""))) is not None:
-        found |= {"Size-1": size[1], "Size-2": size[2]}
-    return found
+        fields |= {"Size-1": size[1], "Size-2": size[2]}
+    return fields
 
 
 def _unquoted(value: str) -> str:
@@ -95,30 +95,30 @@ def _unquoted(value: str) -> str:
 
 
 def user_comment(text: str) -> bytes:
-    """The value of EXIF's UserComment."""
+    """Encode a text as EXIF's UserComment."""
     return _CODE + text.encode("utf-16-be")
 
 
 def read_text(source: Path | bytes) -> str:
-    """A1111's text in an image, a file or its bytes; empty where there is none.
+    """Read A1111's text from an image, a file or its bytes; empty if there is none.
 
     Raises:
-        InputError: if it is not an image of a format that is read here.
+        InputError: if it is not an image of a supported format.
     """
     from PIL import Image
 
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=READABLE) as image:
-            if isinstance(held := image.info.get(CHUNK), str):
-                return held
+            if isinstance(text := image.info.get(CHUNK), str):
+                return text
             return _comment(image.getexif().get_ifd(EXIF_DIRECTORY).get(USER_COMMENT))
     except (OSError, ValueError, SyntaxError) as e:
         raise InputError(f"{name} cannot be read ({e}); give a PNG, JPEG or WebP image") from None
 
 
 def _comment(value: Any) -> str:
-    """EXIF's UserComment as text; UTF-16 of either byte order, since writers differ."""
+    """Decode EXIF's UserComment; UTF-16 of either byte order, since writers differ."""
     if isinstance(value, str):
         return value
     if not isinstance(value, bytes):
@@ -126,5 +126,5 @@ def _comment(value: Any) -> str:
     code, data = value[:8], value[8:]
     if code != _CODE:
         return data.rstrip(b"\0").decode("utf-8", "replace") if code in (b"ASCII\0\0\0", b"\0" * 8) else ""
-    ways = [data.decode(order, "replace") for order in ("utf-16-be", "utf-16-le")]
-    return max(ways, key=lambda way: sum(c < "\u0250" for c in way)).lstrip("\ufeff")
+    candidates = [data.decode(order, "replace") for order in ("utf-16-be", "utf-16-le")]
+    return max(candidates, key=lambda candidate: sum(c < "\u0250" for c in candidate)).lstrip("\ufeff")

@@ -1,4 +1,4 @@
-"""Images in and out: files with the parameters inside, grids, and names that never overwrite."""
+"""Reading and writing images: files with embedded parameters, new file names, and grids."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..io.image_files import FORMATS as READABLE
 from ..io.image_files import read_rgb
 from . import a1111
 
-#: formats that images are written in → (suffix, Pillow's name, its options)
+#: output format → (suffix, Pillow's name, options)
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "png": (".png", "PNG", {}),
     "webp": (".webp", "WEBP", {"lossless": True}),
     "jpeg": (".jpg", "JPEG", {"quality": 95, "subsampling": 0}),
 }
-#: width of the labels beside a grid's rows, and height of a line, in pixels; letters of a label that are looked at
+#: width of a grid's row labels and height of a line, in pixels, and maximum characters of a label
 _LABEL, _LINE, _LETTERS = 360, 19, 1000
-#: bytes of text that a JPEG file has room for, beside EXIF's own
+#: maximum bytes of text in a JPEG file, besides EXIF's own
 _JPEG_ROOM = 65_000
 _IMAGE_DESCRIPTION = 0x010E  # the one text tag of EXIF that every viewer shows
 
@@ -41,17 +41,17 @@ def save_new(
     *,
     beside: str | None = None,
 ) -> Path:
-    """Write an image to the first name in ``folder`` that nothing has: STEM.png, STEM-2.png, …; returns the path.
+    """Write an image to the first free name in ``folder``, STEM.png, STEM-2.png, …, and return its path.
 
-    Several processes may do so at once: none overwrites a file of another, and none fails because of it.
+    Several processes can do so concurrently without overwriting each other's files.
 
     Args:
         pixels: uint8 ``[H, W, 3]``.
         kind: ``png``, ``webp`` (lossless) or ``jpeg`` (quality 95).
-        beside: suffix of a JSON file with ``parameters`` that is written too, such as ``.json``.
+        beside: suffix of an additional JSON file with ``parameters``, such as ``.json``.
 
     Raises:
-        InputError: for another kind.
+        InputError: if the kind is unknown.
         PnpError: if a file cannot be written.
     """
     data, suffix = encode_image(pixels, parameters, kind, folder / stem), FORMATS[kind][0]
@@ -67,7 +67,7 @@ def save_new(
 
 
 def write_all_new(files: Mapping[Path, bytes]) -> bool:
-    """Write files that do not exist yet; False, and nothing is written, if any of them exists."""
+    """Write files that do not exist yet; if any of them exists, write none and return False."""
     written: list[Path] = []
     try:
         if any(os.path.lexists(path) for path in files):
@@ -78,26 +78,26 @@ def write_all_new(files: Mapping[Path, bytes]) -> bool:
     except BaseException as e:
         for path in written:
             path.unlink(missing_ok=True)
-        if isinstance(e, FileExistsError):  # made by another process since
+        if isinstance(e, FileExistsError):  # created by another process in the meantime
             return False
         raise
     return True
 
 
 def slug(prompt: str) -> str:
-    """A file name's worth of a prompt, at most 40 characters."""
+    """Shorten a prompt to a file name of at most 40 characters."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "image"
 
 
 def read_image(source: str | Path | np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """The starting image of image-to-image, uint8 ``[H, W, 3]`` of ``size``, and its name.
+    """Read the starting image of image-to-image; return it as uint8 ``[H, W, 3]`` of ``size``, and its name.
 
-    Files are read as by :func:`~pnp_trt.io.image_files.read_rgb`.  An image of another size is resized (Lanczos),
-    with a warning.
+    Files are read by :func:`~pnp_trt.io.image_files.read_rgb`.  An image of another size is resized (Lanczos), with a
+    warning.
 
     Args:
         source: a file, or pixels uint8 ``[h, w, 3]``.
-        size: height and width that the engine works at.
+        size: height and width of the engine's images.
 
     Raises:
         InputError: if the file cannot be read, or the array is not such an image.
@@ -127,14 +127,14 @@ def read_image(source: str | Path | np.ndarray, size: tuple[int, int]) -> tuple[
 
 
 def save_image(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kind: str = "png") -> None:
-    """Write uint8 ``[H, W, 3]`` with ``parameters`` inside, as JSON: see :func:`read_parameters`.
+    """Write uint8 ``[H, W, 3]`` with embedded ``parameters``, which :func:`read_parameters` reads.
 
     Args:
         kind: ``png``, ``webp`` (lossless) or ``jpeg`` (quality 95).
 
     Raises:
-        InputError: for another kind, or if the file exists.
-        PnpError: if it cannot be written.
+        InputError: if the kind is unknown, or the file exists.
+        PnpError: if the file cannot be written.
     """
     try:
         write_new(encode_image(pixels, parameters, kind, path), path)
@@ -143,13 +143,13 @@ def save_image(pixels: np.ndarray, parameters: dict[str, Any], path: Path, kind:
 
 
 def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name: Path) -> bytes:
-    """The bytes of an image file with ``parameters`` inside, as JSON and in AUTOMATIC1111's words (``a1111``).
+    """Encode an image file with embedded ``parameters``, as JSON and in AUTOMATIC1111's format (``a1111``).
 
-    A JPEG file holds 64 KiB of both; where they are longer it has the JSON alone.
+    A JPEG file has room for 64 KiB of both; if they are longer, only the JSON is embedded.
 
     Raises:
-        InputError: for an unknown kind, or parameters whose text is not Unicode (a pair of surrogates).
-        PnpError: if the parameters are too long for the format; ``name`` states of which image.
+        InputError: if the kind is unknown, or the parameters contain a pair of surrogates.
+        PnpError: if the parameters are too long for the format; ``name`` is the image's name in the message.
     """
     from PIL import Image, PngImagePlugin
 
@@ -177,12 +177,12 @@ def encode_image(pixels: np.ndarray, parameters: dict[str, Any], kind: str, name
         if comment and (kind != "jpeg" or len(text) + len(comment) < _JPEG_ROOM):
             exif[a1111.EXIF_DIRECTORY] = {a1111.USER_COMMENT: comment}
         return saved(exif=exif)
-    except ValueError as e:  # JPEG holds 64 KiB of parameters
+    except ValueError as e:  # JPEG has room for 64 KiB of parameters
         raise PnpError(f"{name} cannot be written ({e}); choose another --format") from e
 
 
 def _json_text(parameters: dict[str, Any], name: Path) -> str:
-    """ASCII JSON.  It cannot tell two surrogates in a row from the character that they stand for in UTF-16."""
+    """Parameters as ASCII JSON, in which a pair of surrogates would be read back as one character."""
     if pair := re.search("[\ud800-\udbff][\udc00-\udfff]", json.dumps(parameters, ensure_ascii=False)):
         high, low = map(ord, pair.group())
         raise InputError(
@@ -193,31 +193,31 @@ def _json_text(parameters: dict[str, Any], name: Path) -> str:
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """What made an image that :func:`save_image` wrote.
+    """Read the parameters of an image that :func:`save_image` wrote.
 
     Raises:
-        InputError: if it cannot be read, or holds nothing of the kind.
+        InputError: if the image cannot be read, or has no such parameters.
     """
     from PIL import Image
 
     try:
         with Image.open(path, formats=READABLE) as image:
-            held = image.info.get("pnp-trt") or image.getexif().get(_IMAGE_DESCRIPTION)
-        found: dict[str, Any] = json.loads(held or "")
+            text = image.info.get("pnp-trt") or image.getexif().get(_IMAGE_DESCRIPTION)
+        parameters: dict[str, Any] = json.loads(text or "")
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path} holds no parameters of pnp-trt ({e}); name an image that it wrote") from e
-    return found
+        raise InputError(f"{path} has no parameters of pnp-trt ({e}); pass an image that it wrote") from e
+    return parameters
 
 
 def grid(
     rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str], title: str = "", cell: int = 128
 ) -> np.ndarray:
-    """A labelled image grid, uint8 ``[H, W, 3]``.
+    """Draw a labelled image grid, uint8 ``[H, W, 3]``.
 
     Args:
         rows: (label, images) from top to bottom.
         columns: labels above the images.
-        cell: side that each image is shown at.
+        cell: side of each image in the grid, in pixels.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -245,11 +245,11 @@ def grid(
 
 
 def _wrapped(label: str, length: Callable[[str], float], most: int) -> str:
-    """A label in at most ``most`` lines of ``_LABEL`` pixels; an ellipsis stands for what is left out."""
+    """Wrap a label to at most ``most`` lines of ``_LABEL`` pixels, with an ellipsis if it is cut."""
     lines: list[str] = []
-    for given in label[:_LETTERS].split("\n"):
+    for text_line in label[:_LETTERS].split("\n"):
         line = ""
-        for word in given.split(" "):
+        for word in text_line.split(" "):
             if line and length(f"{line} {word}") > _LABEL:
                 lines.append(line)
                 line = word
@@ -264,7 +264,7 @@ def _wrapped(label: str, length: Callable[[str], float], most: int) -> str:
 
 
 def _ellipsis(text: str, width: float, length: Callable[[str], float]) -> str:
-    """The longest beginning of ``text`` that fits into ``width``, with an ellipsis if it is not the whole."""
+    """Shorten ``text`` to ``width``, with an ellipsis if it is cut."""
     text = text[:_LETTERS]
     while length(text) > width and len(text) > 4:
         text = text[:-2].rstrip("…") + "…"

@@ -1,4 +1,4 @@
-"""The sampler: prompts in, images out, one engine call a step when the bundle is guided."""
+"""The sampler: generates images for prompts, with one U-Net call per step if the bundle is guided."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ from .text import ImageSizes, Text, TextEncoders, sharpened, takes_sizes
 
 STEPS = (1, 1000)
 DEFAULT_STEPS = 20
-#: scales that guides are trained for; outside it their images mean nothing
+#: range of scales that guides are trained for; their images are meaningless outside it
 GUIDANCE = (1.0, 9.0)
-#: of the steps, for an image to begin with; diffusers' default
+#: default strength of image-to-image, as in diffusers
 DEFAULT_STRENGTH = 0.8
-#: schedules that are kept by a pipeline
+#: maximum number of schedules that a pipeline caches
 TABLES = 16
-#: an image to begin with: a file, or pixels uint8 ``[H, W, 3]``
+#: a starting image: a file, or pixels uint8 ``[H, W, 3]``
 Init = str | Path | np.ndarray
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One result: ``pixels`` uint8 ``[H, W, 3]`` and the parameters that made it."""
+    """A generated image: ``pixels`` uint8 ``[H, W, 3]`` and its generation parameters."""
 
     pixels: np.ndarray
     parameters: dict[str, Any]
@@ -64,19 +64,19 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Images that were asked for, every value checked; lists have one value an image.
+    """A validated request for images; lists have one value per image.
 
     Attributes:
-        steps: requested ones; ``table`` has those that are made.
+        steps: requested sampling steps; ``table`` has the steps that are run.
         size: height and width in pixels.
-        method: its name.
+        method: name of the method.
         negatives: negative prompts, or None.
-        init: pixels uint8 ``[H, W, 3]`` of ``size`` to begin with, the strength, and the image's name; or None.
-        syntax: of prompts and negative prompts.
-        context: text states that were given, N rows, or None.
-        image_sizes: SDXL's micro-conditioning; None takes the image's size, not cropped.
+        init: starting image (pixels uint8 ``[H, W, 3]`` of ``size``), strength, and the image's name; or None.
+        syntax: syntax of prompts and negative prompts.
+        context: text states passed by the caller, N rows, or None.
+        image_sizes: SDXL's micro-conditioning; None means the image's size, not cropped.
         loras: names and scales of LoRAs that a server merged into the engine for this request.
-        dropped: the end of each prompt and each negative prompt that no chunk has room for, empty where all is read.
+        dropped: the end of each prompt and of each negative prompt that does not fit; empty if all of it fits.
     """
 
     engine: str
@@ -97,32 +97,32 @@ class Prepared:
 
     @property
     def rows(self) -> int:
-        """Rows of the U-Net's batch that an image takes."""
+        """Rows of the U-Net's batch per image."""
         return sum(METHODS.get(self.method).batches)
 
     def parameters(self, i: int) -> dict[str, Any]:
-        """What made image ``i``, as it is stored in it."""
-        held: dict[str, Any] = {
+        """Generation parameters of image ``i``, as they are stored in it."""
+        parameters: dict[str, Any] = {
             "prompt": self.prompts[i], "seed": self.seeds[i], "steps": self.steps, "guidance": self.scales[i],
             "method": self.method, "engine": self.engine, "schedule": self.table.name,
             "size": f"{self.size[0]}x{self.size[1]}",
         }  # fmt: skip
         if self.negatives is not None:
-            held["negative"] = self.negatives[i]
+            parameters["negative"] = self.negatives[i]
         if self.syntax != PLAIN:
-            held["prompt_syntax"] = self.syntax
+            parameters["prompt_syntax"] = self.syntax
         for name, ends in zip(("dropped", "negative_dropped"), self.dropped, strict=True):
             if ends and ends[i]:
-                held[name] = ends[i]
+                parameters[name] = ends[i]
         if self.context is not None:
-            held["context"] = "given"
+            parameters["context"] = "given"
         if self.init is not None:
-            held |= {"init": self.init[2], "strength": self.init[1]}
+            parameters |= {"init": self.init[2], "strength": self.init[1]}
         if self.image_sizes is not None:
-            held |= self.image_sizes.parameters()
+            parameters |= self.image_sizes.parameters()
         if self.loras:
-            held["loras"] = lora_tags(self.loras)
-        return held
+            parameters["loras"] = lora_tags(self.loras)
+        return parameters
 
 
 class Pipeline:
@@ -130,22 +130,24 @@ class Pipeline:
 
     Attributes:
         name: the bundle's name.
-        base: what identifies the teacher's weights; pipelines of one base can be compared.
-        methods: what it can do: ``guided`` for a bundle with a guide; ``cfg`` and ``unguided`` for a plain one.
-        baselines: ``cfg-two-passes`` and ``cfg-interval`` for a plain bundle on the host's loop, to compare with.
-        step_methods: what it can do for images that share calls step by step (:meth:`run`): ``methods``, and on a
-            bundle with a guide ``cfg`` and ``unguided`` too, for the guide's residuals vanish at w = 1.
-        negative_prompts: whether its guide was distilled with negative prompts; CFG takes them in any case.
+        base: identifies the teacher's weights; pipelines of the same base can be compared.
+        methods: supported methods: ``guided`` for a bundle with a guide; ``cfg`` and ``unguided`` for a plain one.
+        baselines: further methods for comparisons, ``cfg-two-passes`` and ``cfg-interval``, if the bundle is plain and
+            the loop runs on the host.
+        step_methods: supported methods for images that share calls step by step (:meth:`run`): ``methods``, and for a
+            bundle with a guide also ``cfg`` and ``unguided``, because the guide's residuals are zero at w = 1.
+        negative_prompts: whether its guide was distilled with negative prompts; CFG always supports them.
         sampling_steps: the only number of steps that its guide was distilled for (stage 2), or None.
-        size: height and width in pixels of its images where no size is requested.
-        profiles: batches and sizes that it was built for; empty where any batch of the one size will do.
-        default_schedule: the teacher's own where it is one of ``SCHEDULES`` and the guide
-            was not distilled for a number of DDIM steps, else DDIM.
+        size: default height and width of its images in pixels.
+        profiles: batch sizes and image sizes that it was built for; empty if it supports any batch size at one image
+            size.
+        default_schedule: the teacher's own if it is one of ``SCHEDULES`` and the guide was not distilled for a number
+            of DDIM steps, else DDIM.
 
-    Threads may share one: every call has buffers of its own, or takes its turn on the GPU.
+    Thread-safe: calls use separate buffers, or run one after the other on the GPU.
 
     Raises:
-        InputError: for a ``schedule`` that is unknown, or ``teacher`` where the teacher's is none of these.
+        InputError: if ``schedule`` is unknown, or is ``teacher`` and the teacher's schedule is not supported.
     """
 
     def __init__(
@@ -169,19 +171,19 @@ class Pipeline:
         options = LoadOptions(provider, threads)
 
         def load(name: str) -> Any:
-            held = manifest.networks
-            return backend.load(bundle.file(name), held[name], options) if name in held else None
+            networks = manifest.networks
+            return backend.load(bundle.file(name), networks[name], options) if name in networks else None
 
         self._text = TextEncoders(bundle, load)
         self._unet, self._vae = load("unet"), load("vae_decoder")
         self._encoder = load("vae_encoder")
-        # the part of the guide that depends on w alone, where it is a separate network
+        # the part of the guide that depends only on w, if it is a separate network
         self._condition = load("condition")
-        # what changes the text states by the negative prompt, where the guide has it
+        # the guide's network that changes the text states by the negative prompt, if it has one
         self._sharpener = load("sharpener")
-        #: whether the U-Net reads an original size, a crop and a target size (SDXL)
+        #: whether the U-Net takes an original size, a crop and a target size (SDXL)
         self.takes_sizes: bool = takes_sizes(manifest)
-        #: what runs whole images on a GPU, captured into CUDA graphs; None where the host runs the loop
+        #: runs whole images on a GPU, captured into CUDA graphs; None if the loop runs on the host
         self.loops = backend.device_loops(self._unet, self._vae, self._condition, self.name)
         self.methods: tuple[str, ...] = methods_of(bundle.guided, on_host=self.loops is None)
         self.step_methods: tuple[str, ...] = step_methods_of(bundle.guided)
@@ -197,25 +199,25 @@ class Pipeline:
         threads: int | None = None,
         schedule: str | None = None,
     ) -> Pipeline:
-        """Open a bundle by name or path, every file checked against its manifest.
+        """Open a bundle by name or path, and check every file against its manifest.
 
         Args:
-            schedule: a name, as for :meth:`schedule`, for all calls that name none.
+            schedule: default schedule; a name as for :meth:`schedule`.
 
         Raises:
-            InputError: if there is no such bundle, or it is damaged, or for an unknown schedule.
+            InputError: if the bundle does not exist or is damaged, or the schedule is unknown.
         """
         return cls(open_bundle(engine), provider=provider, threads=threads, schedule=schedule)
 
     def schedule(self, steps: int, name: str | None = None) -> Schedule:
-        """The table of a sampling run; it is shared between calls, and not to be written to.
+        """The table of a sampling run; it is shared between calls and must not be modified.
 
         Args:
-            name: one of ``SCHEDULES`` or ``teacher``, alone or with a spacing (``dpm++:karras``), or a name that other
-                programs have for it (``DPM++ 2M Karras``); None takes ``default_schedule``.
+            name: one of ``SCHEDULES`` or ``teacher``, alone or with a spacing (``dpm++:karras``), or the name
+                that other programs use (``DPM++ 2M Karras``); None means ``default_schedule``.
 
         Raises:
-            InputError: for an unknown name, too many steps, or options of the teacher's that no table can hold.
+            InputError: if the name is unknown, there are too many steps, or the teacher's options are not supported.
         """
         key = name or self.default_schedule, steps
         table = self._tables.get(key)
@@ -227,10 +229,10 @@ class Pipeline:
         return table
 
     def evaluations(self, steps: int, schedule: str | None = None) -> int:
-        """Model evaluations of ``steps`` steps where each is made once: 2·steps − 1 of ``heun``, else ``steps``.
+        """Number of evaluations, not doubled for CFG, in ``steps`` steps: 2·steps − 1 for ``heun``, else ``steps``.
 
         Raises:
-            InputError: for an unknown schedule.
+            InputError: if the schedule is unknown.
         """
         return evaluations(schedule or self.default_schedule, self._scheduler, steps)
 
@@ -240,69 +242,69 @@ class Pipeline:
         return self.loops is not None or "cuda" in self._unet.describe().device.lower()
 
     def facts(self) -> dict[str, dict[str, int]]:
-        """The runtime's figures of each network, by its name in the manifest; see ``Network.facts``."""
-        held = {
+        """The runtime's figures for each network, by name in the manifest; see ``Network.facts``."""
+        networks = {
             **self._text.networks, "unet": self._unet, "vae_decoder": self._vae, "vae_encoder": self._encoder,
             "condition": self._condition, "sharpener": self._sharpener,
         }  # fmt: skip
-        return {name: network.facts() for name, network in held.items() if network is not None}
+        return {name: network.facts() for name, network in networks.items() if network is not None}
 
     def guided_interval(self) -> Interval:
-        """Lowest and highest timestep at which ``cfg-interval`` applies CFG where none is requested."""
+        """Default lowest and highest timestep at which ``cfg-interval`` applies CFG."""
         return default_interval(self._scheduler)
 
     def encode(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
-        """Text states ``[N, tokens, D]`` float32, with SDXL's pooled text; ``np.asarray`` gives the states alone.
+        """Text states ``[N, tokens, D]`` float32, with SDXL's pooled text; ``np.asarray`` returns only the states.
 
-        With ``a1111``, on an engine for prompts of several chunks, the tokens are those of the prompt with most of
-        them; empty chunks follow the others.
+        With ``a1111``, on an engine for prompts of several chunks, all prompts are padded with empty chunks to the
+        length of the longest.
 
         Args:
-            syntax: of ``SYNTAXES``: ``plain``, or ``a1111`` for weights such as ``(x:1.3)``.
+            syntax: one of ``SYNTAXES``: ``plain``, or ``a1111`` for weights such as ``(x:1.3)``.
 
         Raises:
-            InputError: for an unknown syntax, or a prompt or weight that cannot be taken.
+            InputError: if the syntax is unknown, or a prompt or weight is invalid.
         """
         check_syntax(syntax)
         check_prompts(prompts)
         return self._text(prompts, syntax)
 
     def check_size(self, size: Size | None) -> Size:
-        """``size`` in pixels, or the default for None.
+        """Check a size in pixels and return it, or the default if it is None.
 
         Raises:
-            InputError: if the engine was not built for it; the message has the legal sizes.
+            InputError: if the engine was not built for it; the message lists the legal sizes.
         """
         if size is None or tuple(size) == self.size:
             return self.size
         if not any(p.sized and p.holds_size(size) for p in self.profiles):
             legal = legal_sizes(self.profiles) or f"{self.size[0]}x{self.size[1]}"
             raise InputError(
-                f"size is {size[0]}x{size[1]}; engine '{self.name}' draws {legal} (height x width in pixels); "
+                f"size is {size[0]}x{size[1]}; engine '{self.name}' supports {legal} (height x width in pixels); "
                 "choose one of these, or build another engine with --profile b1@HEIGHTxWIDTH"
             )
         return size[0], size[1]
 
     def largest_batch(self, size: Size | None = None) -> int:
-        """Most images of ``size`` (pixels) at once."""
-        wanted = self.check_size(size)
-        return max((p.maximum for p in self.profiles if p.holds_size(wanted)), default=self.max_batch)
+        """Largest batch size for images of ``size`` (pixels)."""
+        image_size = self.check_size(size)
+        return max((p.maximum for p in self.profiles if p.holds_size(image_size)), default=self.max_batch)
 
     def legal_batches(self, size: Size | None = None) -> list[int]:
-        """The numbers of images of ``size`` (pixels) that the engine takes at once."""
-        wanted, most = self.check_size(size), self.largest_batch(size)
-        sized = [p for p in self.profiles if p.holds_size(wanted)]
+        """Batch sizes that the engine supports for images of ``size`` (pixels)."""
+        image_size, most = self.check_size(size), self.largest_batch(size)
+        sized = [p for p in self.profiles if p.holds_size(image_size)]
         return [b for b in range(1, most + 1) if not sized or any(p.minimum <= b <= p.maximum for p in sized)]
 
     def noise(self, seeds: Sequence[int], size: Size | None = None) -> np.ndarray:
-        """Unit Gaussian latents ``[N, C, H, W]`` float32; each depends on its own seed and the size alone.
+        """Unit Gaussian latents ``[N, C, H, W]`` float32; each depends only on its own seed and the size.
 
         Args:
-            size: height and width of the images in pixels; None takes the default.
+            size: height and width of the images in pixels; None means the default.
         """
         channels, height, width = self._latent
-        wanted = self.check_size(size)
-        latent = (channels, wanted[0] * height // self.size[0], wanted[1] * width // self.size[1])
+        image_size = self.check_size(size)
+        latent = (channels, image_size[0] * height // self.size[0], image_size[1] * width // self.size[1])
         out = np.empty((len(seeds), *latent), np.float32)
         for row, seed in zip(out, seeds, strict=True):
             np.random.Generator(np.random.Philox(seed)).standard_normal(dtype=np.float32, out=row)
@@ -323,25 +325,25 @@ class Pipeline:
         guided_interval: Interval | None = None,
         image_sizes: ImageSizes | None = None,
     ) -> np.ndarray:
-        """The whole loop, from unit noise to final latents ``[N, C, H, W]``.
+        """Run the whole loop from unit noise to final latents ``[N, C, H, W]``.
 
         Args:
-            context: of :meth:`encode`, N rows; text states ``[N, tokens, D]`` alone where the U-Net reads no more.
-            noise: ``[N, C, H, W]``; its height and width decide the image's.
+            context: result of :meth:`encode`, N rows; or text states ``[N, tokens, D]`` if the U-Net needs no more.
+            noise: ``[N, C, H, W]``; its height and width determine the image's.
             guidance: w, one for all or ``[N]``.
-            method: one of ``methods`` or ``baselines``; ``None`` takes the first.
-            callback: called with (steps done, steps) after each step; False from it stops the work.
-            negative: those of negative prompts; None stands for the empty prompt, which SDXL has as zeros.  Empty
-                chunks follow the one of both that has fewer tokens.
-            schedule: a name, as for :meth:`schedule`, or a table, whose length then stands for ``steps``.
-            image: clean latents to begin with, ``[N, C, H, W]`` or one for all ``[1, C, H, W]``.
-            guided_interval: lowest and highest timestep with CFG, for ``cfg-interval``; None as for
+            method: one of ``methods`` or ``baselines``; None means the first.
+            callback: called with (steps done, steps) after each step; if it returns False, sampling stops.
+            negative: the same of negative prompts; None means the empty prompt, which is zeros for SDXL.  The shorter
+                of both is padded with empty chunks.
+            schedule: a name, as for :meth:`schedule`, or a table, whose length then replaces ``steps``.
+            image: clean latents of the starting image, ``[N, C, H, W]``, or ``[1, C, H, W]`` for all.
+            guided_interval: lowest and highest timestep with CFG, for ``cfg-interval``; None means
                 :meth:`guided_interval`.
-            image_sizes: SDXL's micro-conditioning; None takes the image's size, not cropped.
+            image_sizes: SDXL's micro-conditioning; None means the image's size, not cropped.
 
         Raises:
-            InputError: for a method or schedule that is unknown, an interval out of range, a batch size
-                that the engine lacks, or ``image_sizes`` of an engine that takes none.
+            InputError: if the method or schedule is unknown, the interval is out of range, the engine does not support
+                the batch size, or it does not take ``image_sizes``.
             Cancelled: if the callback returned False.
         """
         table = schedule if isinstance(schedule, Schedule) else self.schedule(steps, schedule)
@@ -365,7 +367,7 @@ class Pipeline:
         *,
         decode: bool,
     ) -> np.ndarray:
-        """As :meth:`denoise`; with ``decode`` pixels uint8 ``[N, H, W, 3]``."""
+        """As :meth:`denoise`, but with ``decode`` return pixels uint8 ``[N, H, W, 3]``."""
         method = method or self.methods[0]
         if method not in self.methods + self.baselines:
             raise InputError(f"engine '{self.name}' cannot do '{method}'; {self._can_do(method)}")
@@ -384,15 +386,15 @@ class Pipeline:
         inputs = self._inputs(kind, Text.of(context), w, negative, size, image_sizes)
         if self.loops is not None:
             plan = LoopPlan(n, size, table, twice, decode, inputs[STATES].shape[1])
-            drawn = self.loops.run(plan, Feeds(x, w, inputs), callback)
+            result = self.loops.run(plan, Feeds(x, w, inputs), callback)
             if decode:
-                self._check_finite("latents", drawn.bad_latents)
-                self._check_finite("decoded pixels", drawn.bad_pixels)
-            return drawn.values
+                self._check_finite("latents", result.bad_latents)
+                self._check_finite("decoded pixels", result.bad_pixels)
+            return result.values
         network = self._unet.for_states(inputs)
         if kind.sample is not None:
-            where = interval or (self.guided_interval() if kind.has_interval else (0, 0))
-            latents = kind.sample(HostRun(network, table, x, w, inputs, where), callback)
+            cfg_interval = interval or (self.guided_interval() if kind.has_interval else (0, 0))
+            latents = kind.sample(HostRun(network, table, x, w, inputs, cfg_interval), callback)
         else:
             with network.bind(2 * n if twice else n, size) as unet:
                 unet.write(**inputs)
@@ -405,31 +407,31 @@ class Pipeline:
         self, kind: Method, text: Text, w: np.ndarray, negative: Text | np.ndarray | None, size: Size,
         image_sizes: ImageSizes | None,
     ) -> dict[str, np.ndarray]:  # fmt: skip
-        """The U-Net's inputs beside latents, timestep and ``condition``, for a batch of N images or twice as many.
+        """The U-Net's inputs besides latents, timestep and ``condition``, for a batch of N rows, or 2N for CFG.
 
         Args:
-            text, negative: of the prompts, N rows; None stands for the empty prompt.
-            w: ``[N]``.
-            size: of the latents.
+            text, negative: text of the prompts and negative prompts, N rows; None means the empty prompt.
+            w: guidance scales, ``[N]``.
+            size: size of the latents.
         """
         if lacking := [name for name in self._text.added if name not in text.added]:
             raise InputError(
-                f"engine '{self.name}' reads {', '.join(lacking)} of prompts and got text states alone; "
-                "pass what encode returns"
+                f"engine '{self.name}' needs {', '.join(lacking)} of prompts, but got only text states; "
+                "pass the result of encode"
             )
         twice, guided = kind.reads_both_texts, self.bundle.guided
-        reads = guided and self.negative_prompts and self._sharpener is None
-        if negative is None and (twice or reads):
-            avoided = self._text.empty(text.shape[1]).repeated(len(text))
+        reads_negative = guided and self.negative_prompts and self._sharpener is None
+        if negative is None and (twice or reads_negative):
+            negative_text = self._text.empty(text.shape[1]).repeated(len(text))
         elif negative is not None:
-            avoided = Text.of(negative)
-            tokens = max(text.shape[1], avoided.shape[1])
-            text, avoided = (each.longer(tokens, self._text.chunk) for each in (text, avoided))
+            negative_text = Text.of(negative)
+            tokens = max(text.shape[1], negative_text.shape[1])
+            text, negative_text = (each.longer(tokens, self._text.chunk) for each in (text, negative_text))
         else:
-            avoided = text
+            negative_text = text
         if kind.guided and self._sharpener is not None and negative is not None:
-            text = sharpened(self._sharpener, text, avoided, self._text.empty(self._text.length), w)
-        inputs = (Text.joined([avoided, text]) if twice else text).inputs()
+            text = sharpened(self._sharpener, text, negative_text, self._text.empty(self._text.length), w)
+        inputs = (Text.joined([negative_text, text]) if twice else text).inputs()
         rows = len(inputs[STATES])
         self._check_image_sizes(image_sizes)
         if self.takes_sizes:
@@ -437,17 +439,17 @@ class Pipeline:
                 side * own // latent for side, own, latent in zip(size, self.size, self._latent[1:], strict=True)
             )
             inputs[TIME_IDS] = (image_sizes or ImageSizes()).time_ids((height, width), rows)
-        if guided:  # a plain prediction is that of w = 1, where the guide adds nothing
+        if guided:  # at w = 1 the guide adds nothing
             inputs["guidance"] = w if kind.guided else np.ones(rows, np.float32)
-        if reads:
-            inputs["negative"] = np.concatenate([avoided.states] * 2) if twice else avoided.states
+        if reads_negative:
+            inputs["negative"] = np.concatenate([negative_text.states] * 2) if twice else negative_text.states
         return inputs
 
     def run(self, prepared: Prepared, i: int) -> Run:
-        """Image ``i`` as a :class:`~pnp_trt.sampling.step_loop.StepLoop` takes it, its text and start encoded.
+        """Encode image ``i`` for a :class:`~pnp_trt.sampling.step_loop.StepLoop`: its text and starting latents.
 
         Raises:
-            InputError: for a method that is none of ``step_methods``.
+            InputError: if the method is not one of ``step_methods``.
         """
         self.check_step_method(prepared.method)
         kind, table = METHODS.get(prepared.method), prepared.table
@@ -464,22 +466,22 @@ class Pipeline:
         return Run(table, start[0], rows, float(scale[0]))
 
     def check_step_method(self, method: str) -> None:
-        """Raise ``InputError`` for a method that is none of ``step_methods``."""
+        """Raise ``InputError`` if the method is not one of ``step_methods``."""
         if method not in self.step_methods:
             raise InputError(
                 f"engine '{self.name}' cannot do '{method}' step by step; it can do: {', '.join(self.step_methods)}"
             )
 
     def step_loop(self, slots: int = 8, buckets: Iterable[int] | None = None) -> StepLoop:
-        """A loop on this pipeline's U-Net for images of :meth:`run`.
+        """Create a loop over this pipeline's U-Net for images of :meth:`run`.
 
         Args:
-            slots: rows of a call, at most; fewer where the engine was built for fewer.
-            buckets: batches that calls are padded to; None takes those that the runtime keeps ready
-                (``Network.batches``) of those that the engine was built for.
+            slots: maximum rows of a call; fewer if the engine was built for fewer.
+            buckets: batch sizes that calls are padded to; None means those that the engine was built for and the
+                runtime has prepared (``Network.batches``).
 
         Raises:
-            InputError: for a number of slots below 1, or batches that the engine was not built for.
+            InputError: if ``slots`` is below 1, or the engine was not built for a batch size.
         """
         legal = self.legal_batches()
         slots = max((b for b in legal if b <= slots), default=slots)
@@ -495,16 +497,16 @@ class Pipeline:
         return StepLoop(self._unet, slots, chosen)
 
     def _can_do(self, method: str) -> str:
-        """What to say beside a method that is refused."""
+        """Part of the message for an unsupported method: the supported ones."""
         if method in methods_of(self.bundle.guided) + baselines_of(self.bundle.guided):
             return (
-                "it is run step by step on the host, and this engine's loop runs on the GPU; "
-                f"take {' or '.join(self.methods)}"
+                "it runs step by step on the host, but this engine's loop runs on the GPU; "
+                f"use {' or '.join(self.methods)}"
             )
         return f"it can do: {', '.join(dict.fromkeys(self.methods + self.step_methods))}"
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        """Clean latents ``[N, C, H, W]`` float32 of images, uint8 ``[N, H, W, 3]`` of a size of the engine's.
+        """Encode images, uint8 ``[N, H, W, 3]`` of a supported size, to clean latents ``[N, C, H, W]`` float32.
 
         Raises:
             InputError: if the engine has no VAE encoder.
@@ -522,15 +524,15 @@ class Pipeline:
         return self._encoder
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pixels uint8 ``[N, H, W, 3]``.
+        """Decode latents to pixels uint8 ``[N, H, W, 3]``.
 
         Raises:
-            PnpError: if the latents or the pixels are not finite; a black image is never returned for NaN.
+            PnpError: if the latents or the pixels are not finite; NaN is never returned as a black image.
         """
         with self._vae.bind(len(latents), (latents.shape[-2], latents.shape[-1])) as vae:
             vae.write(latents=latents)
             vae.run()
-            pixels = vae.output()  # the network's own memory where it is the host's: the next run writes it anew
+            pixels = vae.output()  # the network's own buffer if in host memory; the next run overwrites it
             for name, value in (("latents", latents), ("decoded pixels", pixels)):
                 if not (finite := np.isfinite(value)).all():
                     self._check_finite(name, ~finite.all(axis=(1, 2, 3)))
@@ -542,7 +544,7 @@ class Pipeline:
             return pixels.transpose(0, 2, 3, 1).astype(np.uint8, order="C")
 
     def _check_finite(self, what: str, bad: np.ndarray) -> None:
-        """Refuse to return images of which any is bad, ``[N]`` bool."""
+        """Raise ``PnpError`` if any image is bad, ``[N]`` bool."""
         if bad.any():
             raise PnpError(
                 f"engine '{self.name}': the {what} of image {np.flatnonzero(bad)[0]} are not finite; "
@@ -568,30 +570,30 @@ class Pipeline:
         context: Text | np.ndarray | None = None,
         image_sizes: ImageSizes | None = None,
     ) -> list[GeneratedImage]:
-        """Images for prompts.
+        """Generate images for prompts.
 
         Args:
             prompts: one or several.
-            steps: sampling steps, 1 … 1000; None takes :meth:`default_steps`.
+            steps: sampling steps, 1 … 1000; None means :meth:`default_steps`.
             guidance: w, one for all or one per prompt, 1 … 9.
-            seed: one for all prompts, or one each.
-            method: one of ``methods``, ``step_methods`` or ``baselines``; None takes :meth:`default_method`.
-            negative: negative prompt, one for all or one each.
-            schedule: a name, as for :meth:`schedule`; None takes ``default_schedule``.
-            init: an image to begin with; of another size than ``size``, it is resized with a warning.
-            strength: with ``init``, the share of the steps that are made, above 0 to 1; None stands for 0.8.
-            callback: called with (steps done, steps in all) as the work proceeds, where each evaluation counts as a
-                step; False from it stops the work.
-            size: height and width in pixels, one of those that the engine was built for; None takes its default.
+            seed: one for all prompts, or one per prompt.
+            method: one of ``methods``, ``step_methods`` or ``baselines``; None means :meth:`default_method`.
+            negative: negative prompt, one for all or one per prompt.
+            schedule: a name, as for :meth:`schedule`; None means ``default_schedule``.
+            init: starting image; if its size is not ``size``, it is resized with a warning.
+            strength: with ``init``, the fraction of the steps to run, above 0 and at most 1; None means 0.8.
+            callback: called with (steps done, total steps) during sampling, where each evaluation counts as a step; if
+                it returns False, sampling stops.
+            size: height and width in pixels, for which the engine must have been built; None means its default.
             guided_interval: lowest and highest timestep with CFG, for method ``cfg-interval``.
             prompt_syntax: ``plain``, or ``a1111`` for weights such as ``(x:1.3)`` in prompts and negative prompts.
-            context: text of the prompts, as :meth:`encode` returns it, or states ``[N, tokens, D]`` alone where the
-                U-Net reads no more, in place of what the engine gives; the prompts are then recorded alone.
-            image_sizes: SDXL's original size, crop and target size; None takes the image's size, not cropped.
+            context: text of the prompts, a result of :meth:`encode`, or states ``[N, tokens, D]`` if the U-Net needs
+                no more.  It replaces the encoded prompts, which are then only recorded.
+            image_sizes: SDXL's original size, crop and target size; None means the image's size, not cropped.
 
         Raises:
-            InputError: for values out of range, lists whose lengths differ, text states of another shape, or an image
-                that cannot be read.
+            InputError: if a value is out of range, lists differ in length, text states have another shape, or an image
+                cannot be read.
             Cancelled: if the callback returned False.
         """
         prepared = self.prepare(
@@ -603,44 +605,45 @@ class Pipeline:
             if guided_interval is not None:
                 raise InputError(_no_interval(prepared.method))
             return self._step_by_step(prepared, callback)
-        batches, made = self._batches(prepared), len(prepared.table)
+        batches, table_steps = self._batches(prepared), len(prepared.table)
         image = None if prepared.init is None else self.encode_image(prepared.init[0][None])
         out: dict[int, GeneratedImage] = {}
-        total = made * len(batches)
+        total = table_steps * len(batches)
         for number, part in enumerate(batches):
-            report = (lambda i, _, done=made * number: callback(done + i, total)) if callback else None
+            report = (lambda i, _, done=table_steps * number: callback(done + i, total)) if callback else None
             states, others = self._texts(prepared, part)
-            drawn = self._run(
+            images = self._run(
                 states, self.noise([prepared.seeds[i] for i in part], prepared.size), prepared.table,
                 np.array([prepared.scales[i] for i in part], np.float32), prepared.method, report, others, image,
                 guided_interval, image_sizes, decode=True,
             )  # fmt: skip
-            out |= {i: GeneratedImage(pixels, prepared.parameters(i)) for i, pixels in zip(part, drawn, strict=True)}
+            out |= {i: GeneratedImage(pixels, prepared.parameters(i)) for i, pixels in zip(part, images, strict=True)}
         return [out[i] for i in range(len(out))]
 
     def default_method(self, negative: str | Sequence[str] | None) -> str:
-        """The method of a request that names none: the first of ``methods``.
+        """The default method of a request: the first of ``methods``.
 
-        With a negative prompt that the guide does not read, it is CFG: exact, at two model evaluations per step.
+        If there is a negative prompt that the guide does not support, it is CFG: exact, at two model evaluations per
+        step.
         """
-        asked = any([negative] if isinstance(negative, str) else negative or ())
-        unread = asked and not self.negative_prompts and CFG.name in self.step_methods
+        has_negative = any([negative] if isinstance(negative, str) else negative or ())
+        unread = has_negative and not self.negative_prompts and CFG.name in self.step_methods
         return CFG.name if unread else self.methods[0]
 
     def default_steps(self, method: str) -> int:
-        """The steps of a request that names none: those that the guide was distilled for, where it is run, or 20."""
+        """The default steps of a request: those that the guide was distilled for, if the method uses it, or 20."""
         return self._distilled_steps(method) or DEFAULT_STEPS
 
     def _distilled_steps(self, method: str) -> int | None:
-        """The only number of steps that a method's guide was distilled for; None for any."""
+        """The only number of steps that the guide was distilled for, if the method uses it; None for any."""
         return self.sampling_steps if method in METHODS and METHODS.get(method).guided else None
 
     def _step_by_step(self, prepared: Prepared, callback: Callback | None) -> list[GeneratedImage]:
-        """Images of a method that is none of the whole loop's; progress and errors as of a call."""
+        """Generate images with a method that is only supported step by step; progress and errors as in a call."""
         loop = self.step_loop(max(SLOTS, prepared.rows))
         if loop.slots < prepared.rows:
             raise InputError(
-                f"method '{prepared.method}' takes {prepared.rows} rows of a batch and engine '{self.name}' was built "
+                f"method '{prepared.method}' needs {prepared.rows} rows of a batch, but engine '{self.name}' was built "
                 f"for {loop.slots}; " + rebuild_advice(self.bundle.folder, self.bundle.manifest.rebuild, "--profile b2")
             )
         tickets = [
@@ -659,36 +662,38 @@ class Pipeline:
                 raise ticket.error
             assert ticket.latents is not None
             latents.append(ticket.latents)
-        places, pixels = iter(latents), list[np.ndarray]()
+        remaining, pixels = iter(latents), list[np.ndarray]()
         for n in split(len(latents), self.legal_batches(prepared.size)):
-            pixels += list(self.decode(np.stack(list(itertools.islice(places, n)))))
+            pixels += list(self.decode(np.stack(list(itertools.islice(remaining, n)))))
         return [GeneratedImage(image, prepared.parameters(i)) for i, image in enumerate(pixels)]
 
     def _batches(self, prepared: Prepared) -> list[list[int]]:
-        """The images of each run: batches that the engine takes, of text states with equally many tokens.
+        """Group images into batches that the engine supports, where all text states have the same number of tokens.
 
-        So no image depends on the others' prompts.
+        This ensures that no image depends on the others' prompts.
         """
         by_tokens: dict[int, list[int]] = {}
         for i in range(len(prepared.prompts)):
             by_tokens.setdefault(self._tokens(prepared, i), []).append(i)
         legal = self.legal_batches(prepared.size)
-        found = []
-        for places in by_tokens.values():
-            rest = iter(places)
-            found += [list(itertools.islice(rest, n)) for n in split(len(places), legal)]
-        return found
+        batches = []
+        for indices in by_tokens.values():
+            rest = iter(indices)
+            batches += [list(itertools.islice(rest, n)) for n in split(len(indices), legal)]
+        return batches
 
     def _tokens(self, prepared: Prepared, i: int) -> int:
-        """Tokens of image ``i``: those of the longer one of its prompts."""
-        given, negatives, syntax = prepared.context, prepared.negatives, prepared.syntax
-        own = self._text.tokens(prepared.prompts[i], syntax) if given is None else given.shape[1]
+        """Number of tokens of image ``i``: that of the longer one of its prompt and negative prompt."""
+        context, negatives, syntax = prepared.context, prepared.negatives, prepared.syntax
+        own = self._text.tokens(prepared.prompts[i], syntax) if context is None else context.shape[1]
         return own if negatives is None else max(own, self._text.tokens(negatives[i], syntax))
 
     def _texts(self, prepared: Prepared, part: Sequence[int]) -> tuple[Text, Text | None]:
-        """Text states of some of the images, and those of their negative prompts or None."""
-        given, negatives, syntax = prepared.context, prepared.negatives, prepared.syntax
-        states = given[list(part)] if given is not None else self.encode([prepared.prompts[i] for i in part], syntax)
+        """Text of some of the images, and that of their negative prompts or None."""
+        context, negatives, syntax = prepared.context, prepared.negatives, prepared.syntax
+        states = (
+            context[list(part)] if context is not None else self.encode([prepared.prompts[i] for i in part], syntax)
+        )
         return states, None if negatives is None else self.encode([negatives[i] for i in part], syntax)
 
     def prepare(
@@ -708,11 +713,11 @@ class Pipeline:
         context: Text | np.ndarray | None = None,
         image_sizes: ImageSizes | None = None,
     ) -> Prepared:
-        """The same request checked, and nothing of it computed; arguments and errors as of a call."""
+        """Check a request without computing anything; arguments and errors as in a call."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [int(s) for s in ([seed] * len(prompts) if isinstance(seed, int | np.integer) else seed)]
-        given: Any = guidance
-        scales = [float(g) for g in ([given] * len(prompts) if np.ndim(given) == 0 else given)]
+        w: Any = guidance
+        scales = [float(g) for g in ([w] * len(prompts) if np.ndim(w) == 0 else w)]
         method = method or self.default_method(negative)
         steps = self.default_steps(method) if steps is None else steps
         check_request(prompts, seeds, scales, steps)
@@ -722,12 +727,12 @@ class Pipeline:
             weighted=prompt_syntax != PLAIN,
             breaks=self._text.chunks > 1,
         )
-        given_text = None if context is None else self._check_context(context, len(prompts))
-        wanted = self.check_size(size)
+        text = None if context is None else self._check_context(context, len(prompts))
+        image_size = self.check_size(size)
         self._check_image_sizes(image_sizes)
-        avoided = self._avoided(negative, len(prompts), method)
+        negatives = self._avoided(negative, len(prompts), method)
         table = self.schedule(steps, schedule)
-        start = self._start(init, strength, wanted)
+        start = self._start(init, strength, image_size)
         if start is not None:
             table = table.start(start[1])
         distilled_for = self._distilled_steps(method)
@@ -743,62 +748,62 @@ class Pipeline:
                 "images may be off",
                 stacklevel=3,
             )
-        read = [] if given_text is not None else prompts
+        encoded = [] if text is not None else prompts
         dropped = (
-            tuple(self._text.dropped(p, prompt_syntax) for p in read),
-            tuple(self._text.dropped(p, prompt_syntax) for p in avoided or ()),
+            tuple(self._text.dropped(p, prompt_syntax) for p in encoded),
+            tuple(self._text.dropped(p, prompt_syntax) for p in negatives or ()),
         )
         return Prepared(
-            self.name, prompts, seeds, scales, steps, wanted, method, table, avoided, start, prompt_syntax,
-            given_text, image_sizes, dropped=dropped,
+            self.name, prompts, seeds, scales, steps, image_size, method, table, negatives, start, prompt_syntax,
+            text, image_sizes, dropped=dropped,
         )  # fmt: skip
 
     def _check_context(self, context: Text | np.ndarray, count: int) -> Text:
-        """Text that was given, float32; ``InputError`` unless it is the prompts'."""
-        given = Text.of(context)
-        found, width = given.states, self.bundle.manifest.networks["unet"].inputs[STATES][1][2]
+        """Return a caller's text as float32; raise ``InputError`` if it does not fit the prompts."""
+        text = Text.of(context)
+        states, width = text.states, self.bundle.manifest.networks["unet"].inputs[STATES][1][2]
         legal = [self._text.length * chunks for chunks in range(1, self._text.chunks + 1)]
         shapes = [(count, tokens, width) for tokens in legal]
-        if found.shape not in shapes or found.dtype.kind != "f" or not np.isfinite(found).all():
+        if states.shape not in shapes or states.dtype.kind != "f" or not np.isfinite(states).all():
             raise InputError(
-                f"context is {found.dtype} of shape {list(found.shape)}; pass finite text states of shape "
+                f"context is {states.dtype} of shape {list(states.shape)}; pass finite text states of shape "
                 f"{' or '.join(str(list(shape)) for shape in shapes)}"
             )
-        return Text(found.astype(np.float32), given.added)
+        return Text(states.astype(np.float32), text.added)
 
     def _check_image_sizes(self, image_sizes: ImageSizes | None) -> None:
         if image_sizes is not None and not self.takes_sizes:
             raise InputError(
-                f"engine '{self.name}' reads no original size, crop or target size; leave them out (SDXL reads them)"
+                f"engine '{self.name}' takes no original size, crop or target size; leave them out (they are for SDXL)"
             )
 
     def _start(self, init: Init | None, strength: float | None, size: Size) -> tuple[np.ndarray, float, str] | None:
-        """Pixels, strength and name of the image to begin with; None where there is none."""
+        """Pixels, strength and name of the starting image; None if there is none."""
         if init is None:
             if strength is not None:
-                raise InputError(f"strength is {strength:g} and no starting image was given; give --init too")
+                raise InputError(f"strength is {strength:g}, but no starting image was given; pass --init too")
             return None
         pixels, name = read_image(init, size)
         self._check_encoder()
         return pixels, DEFAULT_STRENGTH if strength is None else float(strength), name
 
     def _avoided(self, negative: str | Sequence[str] | None, count: int, method: str) -> list[str] | None:
-        """The negative prompt of each image; None where there is none."""
+        """The negative prompt of each image; None if there is none."""
         if negative is None:
             return None
-        found = [negative] * count if isinstance(negative, str) else list(negative)
+        negatives = [negative] * count if isinstance(negative, str) else list(negative)
         read = self.negative_prompts or (method in METHODS and not METHODS.get(method).guided)
         if not read or not uses_guidance(method):
-            if not any(found):
+            if not any(negatives):
                 return None
             raise InputError(
                 f"engine '{self.name}' takes no negative prompt with method '{method}'; leave it out, or use "
                 "method 'cfg'"
             )
-        check_prompts(found, "the negative prompt")
-        if len(found) != count:
-            raise InputError(f"{count} prompts and {len(found)} negative prompts were given; give one, or one each")
-        return found
+        check_prompts(negatives, "the negative prompt")
+        if len(negatives) != count:
+            raise InputError(f"{count} prompts and {len(negatives)} negative prompts were given; give one, or one each")
+        return negatives
 
 
 def _no_interval(method: str) -> str:
@@ -806,7 +811,7 @@ def _no_interval(method: str) -> str:
 
 
 def _first(table: Schedule, noise: np.ndarray, image: np.ndarray | None) -> np.ndarray:
-    """A run's first latents ``[N, C, H, W]``, of unit noise and, for image-to-image, of clean latents."""
+    """Initial latents ``[N, C, H, W]`` from unit noise and, for image-to-image, clean latents."""
     if image is not None:
         start: np.ndarray = table.image_scale[0] * image + table.noise_scale[0] * noise
         return start
@@ -814,7 +819,7 @@ def _first(table: Schedule, noise: np.ndarray, image: np.ndarray | None) -> np.n
 
 
 def check_request(prompts: Sequence[str], seeds: Sequence[int], scales: Sequence[float], steps: int) -> None:
-    """Raise ``InputError`` with the legal range for the first value that is outside it."""
+    """Raise ``InputError`` with the legal range for the first value that is out of range."""
     if not prompts:
         raise InputError("no prompt was given; pass at least one")
     check_prompts(prompts)

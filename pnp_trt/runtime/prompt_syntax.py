@@ -1,20 +1,20 @@
-"""Prompts in AUTOMATIC1111's syntax: parts of more or less weight, and chunks of the text encoder's length.
+"""Prompts in AUTOMATIC1111's syntax: weighted parts, and chunks of the text encoder's length.
 
 =================  =========================================================
-``(x)``            1.1 times the weight; nested ones multiply
+``(x)``            1.1 times the weight; nested brackets multiply
 ``[x]``            the weight divided by 1.1
 ``(x:1.3)``        1.3 times the weight
-``\\(``, ``\\]``     the bracket itself
-``(x`` unclosed    counts to the end of the prompt
-``BREAK``          what follows begins a new chunk
+``\\(``, ``\\]``     a literal bracket
+``(x`` unclosed    applies up to the end of the prompt
+``BREAK``          begins a new chunk
 =================  =========================================================
 
-``<lora:x:0.8>`` names a LoRA and its scale, 1 where none is stated (:func:`take_lora_tags`); servers take it.
+``<lora:x:0.8>`` names a LoRA and its scale, 1 by default (:func:`take_lora_tags`); servers support it.
 
-A token's weight multiplies its text state; a chunk's states are then scaled back to the mean that they had, which is
-A1111's emphasis "Original".  A prompt is cut into chunks of 75 tokens (:func:`cut_chunks`), each is encoded by itself
-between a start and an end, and their states stand one after the other.  Prompt editing (``[a:b:0.5]``) is not
-interpreted.
+A token's weight multiplies its text state; a chunk's states are then scaled back to their original mean, which is
+A1111's emphasis "Original".  A prompt is split into chunks of 75 tokens (:func:`cut_chunks`), each chunk is encoded
+separately between a start and an end token, and the states are concatenated.  Prompt editing (``[a:b:0.5]``) is not
+supported.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ..errors import InputError
 from ..io.inputs import excerpt
 
 PLAIN, A1111 = "plain", "a1111"
-#: ways to read a prompt
+#: supported prompt syntaxes
 SYNTAXES = (PLAIN, A1111)
-#: of a bracket without a number
+#: weight of a bracket without a number
 STEP = 1.1
-#: weights beyond it say nothing: the states are scaled back to their mean
+#: largest weight; larger ones are meaningless, because the states are scaled back to their mean
 LARGEST = 100.0
-#: below this share of their deviation a mean of states is chance, and they are not scaled by it
+#: means of states below this fraction of their standard deviation are noise, and are not used for scaling
 NO_MEAN = 0.01
 _TOKEN = re.compile(r"\\[\\()\[\]]|[(\[)\]]|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|[\\:]")
-#: tokens before the end of a full chunk among which a comma is where it ends (A1111's "comma padding backtrack")
+#: a full chunk ends at a comma among this many of its last tokens (A1111's "comma padding backtrack")
 BACKTRACK = 20
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _LORA = re.compile(r"<lora:([^<>]*)>")
@@ -49,19 +49,19 @@ def check_syntax(syntax: str) -> None:
         raise InputError(f"the prompt syntax is '{syntax}'; known: {', '.join(SYNTAXES)}")
 
 
-#: texts with their weights
+#: (text, weight) pairs
 Parts = list[tuple[str, float]]
 
 
 def weighted_parts(prompt: str) -> list[Parts]:
-    """A prompt's parts with their weights, those between two ``BREAK`` together; neighbours of one weight are joined.
+    """Split a prompt into weighted parts, one list per section between ``BREAK``s; join neighbours of equal weight.
 
-    A ``BREAK`` inside brackets counts too, and the brackets go on behind it.
+    A ``BREAK`` inside brackets counts too, and the brackets continue after it.
 
     Raises:
         InputError: for a weight beyond ±100.
     """
-    texts: list[str | None] = []  # None stands for BREAK
+    texts: list[str | None] = []  # None represents BREAK
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
@@ -82,8 +82,8 @@ def weighted_parts(prompt: str) -> list[Parts]:
         elif token == "]" and opened["["]:
             multiply(opened["["].pop(), 1 / STEP)
         else:
-            found = [token[1]] if len(token) == 2 and token[0] == "\\" else _BREAK.split(token)
-            for number, text in enumerate(found):
+            pieces = [token[1]] if len(token) == 2 and token[0] == "\\" else _BREAK.split(token)
+            for number, text in enumerate(pieces):
                 texts += [text] if number == 0 else [None, text]
                 weights += [1.0] if number == 0 else [1.0, 1.0]
     for start in opened["("]:
@@ -103,24 +103,25 @@ def weighted_parts(prompt: str) -> list[Parts]:
 
 
 def without_breaks(prompt: str) -> str:
-    """A prompt with a space in the place of each ``BREAK``."""
+    """Replace each ``BREAK`` of a prompt by a space."""
     return _BREAK.sub(" ", prompt)
 
 
 def cut_chunks(sections: Sequence[Sequence[int]], length: int, comma: int | None) -> list[list[int]]:
-    """A prompt's tokens in chunks of at most ``length``: the places of each chunk's tokens, counted through.
+    """Split a prompt's tokens into chunks of at most ``length``; return the indices of each chunk's tokens.
 
-    A chunk ends at a ``BREAK``, or where it is full: behind its last comma, if at most 20 tokens follow it, else before
-    the next token.  These are AUTOMATIC1111's rules (``modules/sd_hijack_clip.py``, ``tokenize_line``).
+    Indices count through all sections.  A chunk ends at a ``BREAK`` or when it is full: after its last comma if at most
+    20 tokens follow it, else before the next token.  These are AUTOMATIC1111's rules (``modules/sd_hijack_clip.py``,
+    ``tokenize_line``).
 
     Args:
-        sections: token ids between two ``BREAK``, without start and end.
-        length: of a chunk, 75 for CLIP.
-        comma: the id of a comma that ends a word; None where the vocabulary has none.
+        sections: token ids of each section between ``BREAK``s, without start and end.
+        length: tokens of a chunk, 75 for CLIP.
+        comma: the id of a comma that ends a word; None if the vocabulary has none.
     """
     chunks: list[list[int]] = []
     chunk: list[int] = []
-    place = 0
+    index = 0
     for number, ids in enumerate(sections):
         if number:
             chunks.append(chunk)
@@ -135,39 +136,39 @@ def cut_chunks(sections: Sequence[Sequence[int]], length: int, comma: int | None
             if len(chunk) == length:
                 chunks.append(chunk)
                 chunk, last_comma = [], -1
-            chunk.append(place)
-            place += 1
+            chunk.append(index)
+            index += 1
     return [*chunks, chunk] if chunk or not chunks else chunks
 
 
 def take_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """A prompt without its ``<lora:NAME:SCALE>`` tags, and the names and scales that they state, in order.
+    """Remove a prompt's ``<lora:NAME:SCALE>`` tags; return the prompt, and the tags' names and scales in order.
 
     Raises:
-        InputError: for a tag without a name, or whose scale is not one number.
+        InputError: if a tag has no name, or its scale is not a single number.
     """
-    found = []
+    loras = []
     for match in _LORA.finditer(prompt):
         name, _, scale = match[1].partition(":")
         try:
-            found.append((name.strip(), float(scale) if scale.strip() else 1.0))
+            loras.append((name.strip(), float(scale) if scale.strip() else 1.0))
         except ValueError:
             raise InputError(f"the scale in {excerpt(match[0])} is not one number; write <lora:NAME:0.8>") from None
         if not name.strip():
             raise InputError(f"{excerpt(match[0])} names no LoRA; write <lora:NAME:0.8>")
-    return (_LORA.sub("", prompt).strip() if found else prompt), tuple(found)
+    return (_LORA.sub("", prompt).strip() if loras else prompt), tuple(loras)
 
 
 def lora_tags(loras: Iterable[tuple[str, float]]) -> str:
-    """The tags that name LoRAs, as :func:`take_lora_tags` reads them."""
+    """The tags of LoRAs, as read by :func:`take_lora_tags`."""
     return " ".join(f"<lora:{name}:{repr(scale).removesuffix('.0')}>" for name, scale in loras)
 
 
 def apply_weights(states: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Text states with each token's multiplied by its weight, scaled to the mean that they had where they have one.
+    """Multiply each token's text state by its weight, then scale the states back to their mean unless it is noise.
 
     Args:
-        states: of one prompt, ``[tokens, D]`` float32.
+        states: states of one prompt, ``[tokens, D]`` float32.
         weights: ``[tokens]``.
     """
     if (weights == 1).all():

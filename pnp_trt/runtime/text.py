@@ -1,4 +1,4 @@
-"""Prompts to what the U-Net reads of them: text states, pooled text, and SDXL's image sizes (micro-conditioning)."""
+"""The U-Net's inputs from prompts: text states, pooled text, and SDXL's image sizes (micro-conditioning)."""
 
 from __future__ import annotations
 
@@ -18,65 +18,65 @@ from ..sampling.network import STATES, Network
 from .prompt_syntax import PLAIN, Parts, apply_weights, weighted_parts, without_breaks
 from .tokenizer import Tokenizer
 
-#: pixels that an original size, a crop or a target size may have
+#: maximum of an original size, a crop or a target size, in pixels
 MAX_PIXELS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Prompts as text encoders give them; ``np.asarray`` gives the states alone.
+    """Encoded prompts; ``np.asarray`` returns only the states.
 
     Attributes:
-        states: ``[N, tokens, D]`` float32, of several encoders one beside the other.
-        added: the U-Net's other inputs that come from prompts, by name: ``text_embeds [N, D2]`` for SDXL.
+        states: ``[N, tokens, D]`` float32; those of several encoders are concatenated along D.
+        added: the U-Net's other inputs from prompts, by name: ``text_embeds [N, D2]`` for SDXL.
     """
 
     states: np.ndarray
     added: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, given: Text | np.ndarray) -> Text:
-        """Text as it is; states alone where an array is given."""
-        return given if isinstance(given, Text) else cls(np.asarray(given))
+    def of(cls, text: Text | np.ndarray) -> Text:
+        """Return a ``Text`` unchanged; wrap an array of states."""
+        return text if isinstance(text, Text) else cls(np.asarray(text))
 
     @classmethod
     def joined(cls, parts: Sequence[Text]) -> Text:
-        """The rows of several, one after the other."""
+        """Concatenate the rows of several texts."""
         names = parts[0].added
         return cls(
             np.concatenate([p.states for p in parts]), {n: np.concatenate([p.added[n] for p in parts]) for n in names}
         )
 
     def repeated(self, count: int) -> Text:
-        """One row as ``count`` rows, without copies."""
+        """Broadcast one row to ``count`` rows, without copying."""
         return self._each(lambda value: np.broadcast_to(value, (count, *value.shape[1:])))
 
     def longer(self, tokens: int, chunk: Callable[[], Text]) -> Text:
-        """With the states of ``chunk``, one row, behind it until there are ``tokens``; itself where there are."""
+        """Pad to ``tokens`` with the states of ``chunk``, which has one row; return self if it is long enough."""
         if tokens <= self.states.shape[1]:
             return self
         empty = chunk().states
-        more = np.tile(empty, (len(self), (tokens - self.states.shape[1]) // empty.shape[1], 1))
-        return Text(np.concatenate([self.states, more], axis=1), self.added)
+        padding = np.tile(empty, (len(self), (tokens - self.states.shape[1]) // empty.shape[1], 1))
+        return Text(np.concatenate([self.states, padding], axis=1), self.added)
 
     def zeros(self) -> Text:
         """Zeros of the same shapes."""
         return self._each(np.zeros_like)
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """By the U-Net's names."""
+        """All arrays by the U-Net's input names."""
         return {STATES: self.states, **self.added}
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the states."""
+        """Shape of the states."""
         return self.states.shape
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, rows: Any) -> Text:
-        """Some of the rows, by a slice or a list."""
+        """Select rows by a slice or a list."""
         return self._each(lambda value: value[rows])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -90,7 +90,7 @@ class TextEncoders:
     """The tokenizers and text encoders of a bundle.
 
     Args:
-        load: loads a network of the bundle by its name.
+        load: loads a network of the bundle by name.
     """
 
     def __init__(self, bundle: Bundle, load: Callable[[str], Network]) -> None:
@@ -99,49 +99,49 @@ class TextEncoders:
         self.networks: dict[str, Network] = {name: load(name) for name in names}
         self._tokenizers = [_tokenizer(bundle, name) for name in names]
         self._outputs = [tuple(manifest.networks[name].outputs)[1:] for name in names]
-        #: the U-Net's inputs besides the states that come from prompts, by name
+        #: names of the U-Net's inputs from prompts other than the states
         self.added: tuple[str, ...] = tuple(name for own in self._outputs for name in own)
         self._zeros = manifest.text.zero_empty_prompt
-        #: tokens of a chunk, and chunks that a prompt may have
+        #: tokens of a chunk, and maximum number of chunks of a prompt
         self.length, self.chunks = manifest.tokens.length, manifest.text.chunks
         self._empty: Text | None = None
 
     def __call__(self, prompts: Sequence[str], syntax: str = PLAIN) -> Text:
-        """Text of N prompts, each encoded alone, and followed by empty chunks where another one is longer.
+        """Encode N prompts separately, and pad them with empty chunks to the length of the longest.
 
         Args:
-            syntax: of ``SYNTAXES``; weights scale the states of each encoder and chunk by itself.
+            syntax: one of ``SYNTAXES``; weights are applied to each encoder and chunk separately.
         """
         rows = [self._row(self._sections(p, syntax), syntax) for p in prompts]
-        most = max(row.shape[1] for row in rows)
-        rows = [row.longer(most, self.chunk) for row in rows]
+        longest = max(row.shape[1] for row in rows)
+        rows = [row.longer(longest, self.chunk) for row in rows]
         return rows[0] if len(rows) == 1 else Text.joined(rows)
 
     def tokens(self, prompt: str, syntax: str = PLAIN) -> int:
-        """Tokens that a prompt's text states have."""
+        """Number of tokens of a prompt's text states."""
         if syntax == PLAIN or self.chunks == 1:
             return self.length
         sections = weighted_parts(prompt)
         return self.length * min(self.chunks, max(tokenizer.count(sections) for tokenizer in self._tokenizers))
 
     def dropped(self, prompt: str, syntax: str = PLAIN) -> str:
-        """The end of a prompt that the first text encoder does not read, as there is no room; empty where it has."""
+        """The end of a prompt that is too long for the first text encoder; empty if all of it fits."""
         return self._tokenizers[0].dropped(self._sections(prompt, syntax), 1 if syntax == PLAIN else self.chunks)
 
     def empty(self, tokens: int) -> Text:
-        """One row: what CFG reads where no negative prompt is given."""
+        """One row: the unconditional text states of CFG without a negative prompt."""
         text = self.chunk()
         text = text.zeros() if self._zeros else text
         return text.longer(tokens, lambda: text)
 
     def chunk(self) -> Text:
-        """One row: the empty prompt, which stands where a prompt has fewer chunks than another one."""
+        """One row: the empty prompt, used to pad prompts with fewer chunks than others."""
         if self._empty is None:
             self._empty = self._row([[("", 1.0)]], PLAIN)
         return self._empty
 
     def _sections(self, prompt: str, syntax: str) -> list[Parts]:
-        """A prompt between its ``BREAK``s, which an engine of one chunk reads as spaces."""
+        """Split a prompt at ``BREAK``, which is a space for an engine with one chunk."""
         if syntax == PLAIN:
             return [[(prompt, 1.0)]]
         return weighted_parts(prompt if self.chunks > 1 else without_breaks(prompt))
@@ -149,11 +149,11 @@ class TextEncoders:
     def _row(self, sections: Sequence[Parts], syntax: str) -> Text:
         states: list[np.ndarray] = []
         added: dict[str, np.ndarray] = {}
-        one = syntax == PLAIN or self.chunks == 1
-        cut = [[t.weighted(sections[0])] if one else t.chunks(sections, self.chunks) for t in self._tokenizers]
-        most = max(map(len, cut))
+        single = syntax == PLAIN or self.chunks == 1
+        chunked = [[t.weighted(sections[0])] if single else t.chunks(sections, self.chunks) for t in self._tokenizers]
+        most = max(map(len, chunked))
         for network, tokenizer, names, chunks in zip(
-            self.networks.values(), self._tokenizers, self._outputs, cut, strict=True
+            self.networks.values(), self._tokenizers, self._outputs, chunked, strict=True
         ):
             chunks += [tokenizer.weighted([])] * (most - len(chunks))  # vocabularies may differ
             parts = []
@@ -170,16 +170,16 @@ class TextEncoders:
 
 
 def sharpened(network: Network, text: Text, negative: Text, empty: Text, w: np.ndarray) -> Text:
-    """Prompts whose states a guide's sharpener has changed by their negative prompts.
+    """Apply a guide's sharpener: change the prompts' text states by their negative prompts.
 
-    Each row is computed alone.  Where there are several chunks, each chunk of a prompt is changed by each of the
-    negative prompt, and the changes are added; one that is the empty prompt changes nothing and is left out.
+    Rows are computed separately.  If there are several chunks, each chunk of a prompt is changed by each chunk of the
+    negative prompt and the changes are added; chunks that are the empty prompt change nothing and are skipped.
 
     Args:
-        network: the sharpener of a bundle.
-        text, negative: of N prompts, with as many tokens.
+        network: the bundle's sharpener.
+        text, negative: N prompts and negative prompts, of the same number of tokens.
         empty: the empty prompt, one row of one chunk.
-        w: scales, ``[N]``.
+        w: guidance scales, ``[N]``.
     """
     length = empty.shape[1]
     out = np.array(text.states)
@@ -207,12 +207,12 @@ class ImageSizes:
     """SDXL's micro-conditioning (Podell et al. 2023, section 2.2), heights before widths, in pixels.
 
     Attributes:
-        original: size of the training image before it was cropped; None stands for the image's size.
+        original: size of the training image before it was cropped; None means the image's size.
         crop: top and left edge of the crop.
-        target: size after the crop; None stands for the image's size.
+        target: size after the crop; None means the image's size.
 
     Raises:
-        InputError: for a size or an edge out of bounds.
+        InputError: if a size or an edge is out of bounds.
     """
 
     original: Size | None = None
@@ -229,10 +229,10 @@ class ImageSizes:
 
     @classmethod
     def parse(cls, original: str | None, crop: str | None, target: str | None) -> ImageSizes | None:
-        """From texts such as ``1024x768``; None where none is given.
+        """Parse texts such as ``1024x768``; return None if all are None.
 
         Raises:
-            InputError: for a text of another form, or a number out of bounds.
+            InputError: if a text has another form, or a number is out of bounds.
         """
         if original is None and crop is None and target is None:
             return None
@@ -243,15 +243,15 @@ class ImageSizes:
         return cls(pairs[0], pairs[1] or (0, 0), pairs[2])
 
     def time_ids(self, size: Size, count: int) -> np.ndarray:
-        """The U-Net's input ``time_ids [count, 6]`` float32, for images of ``size``."""
+        """The U-Net's input ``time_ids [count, 6]`` float32 for images of ``size``."""
         row = [*(self.original or size), *self.crop, *(self.target or size)]
         return np.tile(np.array(row, np.float32), (count, 1))
 
     def parameters(self) -> dict[str, str]:
-        """What an image records of them: those that are not the default."""
+        """Values to record in an image: those that are not the default."""
         crop = self.crop if any(self.crop) else None
-        given = {"original_size": self.original, "crop": crop, "target_size": self.target}
-        return {name: f"{pair[0]}x{pair[1]}" for name, pair in given.items() if pair is not None}
+        sizes = {"original_size": self.original, "crop": crop, "target_size": self.target}
+        return {name: f"{pair[0]}x{pair[1]}" for name, pair in sizes.items() if pair is not None}
 
 
 def _pair(option: str, text: str) -> Size:
@@ -263,5 +263,5 @@ def _pair(option: str, text: str) -> Size:
 
 
 def takes_sizes(manifest: Manifest) -> bool:
-    """Whether the U-Net reads image sizes."""
+    """Whether the U-Net takes image sizes."""
     return TIME_IDS in manifest.networks["unet"].inputs

@@ -1,4 +1,4 @@
-"""A bundle's engines on its own golden inputs: what they give here, against what PyTorch gave when it was built."""
+"""Verification of a bundle's engines: outputs for its golden inputs, compared with PyTorch's outputs at build time."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def compare(
     golden: Golden,
     options: LoadOptions | None = None,
 ) -> dict[str, float]:
-    """Relative error of each network as it is loaded from ``folder``.
+    """Relative error of each network loaded from ``folder``, by name.
 
-    Row by row; a row is repeated where no profile of the network takes a batch of one.
+    Rows are computed one by one; a row is repeated if no profile of the network supports batch size 1.
     """
     errors = {}
     loaded: dict[str, Network] = {}
@@ -39,35 +39,35 @@ def compare(
         if key not in loaded:  # one at a time: engines are large
             loaded = {key: backend.load(folder / networks[key].file, networks[key], options or LoadOptions())}
         network = loaded[key]
-        least = _smallest_batch(networks[key], inputs)
+        batch = _smallest_batch(networks[key], inputs)
         rows = [
-            _first_row(network, {k: v[i : i + 1].repeat(least, axis=0) for k, v in inputs.items()}, reference)
+            _first_row(network, {k: v[i : i + 1].repeat(batch, axis=0) for k, v in inputs.items()}, reference)
             for i in range(len(as_tuple(reference)[0]))
         ]
-        found = tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
-        errors[name] = difference(found, reference)
+        outputs = tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
+        errors[name] = difference(outputs, reference)
     return errors
 
 
 def _first_row(network: Network, inputs: dict[str, np.ndarray], reference: Outputs) -> tuple[np.ndarray, ...]:
-    """The first row of every output that there is a reference of."""
+    """The first row of every output that has a reference."""
     if isinstance(reference, tuple):
         return tuple(value[:1] for value in network.outputs(**inputs))
     return (network(**inputs)[:1],)
 
 
 def _smallest_batch(entry: NetworkRecord, inputs: dict[str, np.ndarray]) -> int:
-    """The smallest batch that a network of the manifest takes at the inputs' size."""
+    """The smallest batch size that a network supports at the inputs' size."""
     size = size_of(inputs)
     return min((p.minimum for p in entry.profiles if size is None or p.holds_size(size)), default=1)
 
 
 def gate(errors: Mapping[str, float], networks: Mapping[str, NetworkRecord], name: str) -> None:
-    """Raise ``PnpError`` for the first network that is further off than its recipe allows."""
+    """Raise ``PnpError`` for the first network whose error exceeds its recipe's limit."""
     for network, error in errors.items():
         entry = networks[network.partition("@")[0]]
         limit = entry.parity.limit
-        if entry.compiled.notes.get("tensor_float32") is True:  # float16's ten bits of mantissa
+        if entry.compiled.notes.get("tensor_float32") is True:  # TF32 has float16's ten bits of mantissa
             limit = max(limit, FP16.limit)
         if not error <= limit:  # also refuses NaN
             raise PnpError(
@@ -77,7 +77,7 @@ def gate(errors: Mapping[str, float], networks: Mapping[str, NetworkRecord], nam
 
 
 def verify(bundle: Bundle, options: LoadOptions | None = None) -> dict[str, float]:
-    """Errors of a bundle's engines on this machine.
+    """Relative errors of a bundle's engines on this machine.
 
     Raises:
         InputError: if the bundle is not for this machine.

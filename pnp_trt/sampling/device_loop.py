@@ -157,16 +157,16 @@ class _Part:
 
     Attributes:
         work: puts the part on the stream.
-        seen: whether it has run, which initialises everything that must not happen inside a capture.
+        has_run: whether it has run, which initialises everything that must not happen inside a capture.
         graph: the captured graph, or None.
     """
 
     work: Callable[[], None]
-    seen: bool = False
+    has_run: bool = False
     graph: Any = None
 
 
-class _Held:
+class _CachedLane:
     """A lane and its parts.
 
     Attributes:
@@ -223,7 +223,7 @@ class DeviceLoops:
         self.why_not: str | None = None
         self.replays = self.captures = 0
         self._open, self._name = open_lane, name
-        self._lanes: OrderedDict[Shape, _Held] = OrderedDict()
+        self._lanes: OrderedDict[Shape, _CachedLane] = OrderedDict()
         self._lock = threading.Lock()
 
     def run(self, plan: LoopPlan, feeds: Feeds, callback: StepCallback | None = None) -> LoopOutput:
@@ -255,16 +255,16 @@ class DeviceLoops:
             while self._lanes:
                 self._lanes.popitem()[1].close()
 
-    def _lane(self, plan: LoopPlan) -> _Held:
+    def _lane(self, plan: LoopPlan) -> _CachedLane:
         shape = plan.shape
         if shape not in self._lanes:
             while len(self._lanes) >= self.LANES:  # before opening another, which may not fit into memory beside them
                 self._lanes.popitem(last=False)[1].close()
-            self._lanes[shape] = _Held(self._open(shape))
+            self._lanes[shape] = _CachedLane(self._open(shape))
         self._lanes.move_to_end(shape)
         return self._lanes[shape]
 
-    def _on(self, entry: _Held, plan: LoopPlan, feeds: Feeds, callback: StepCallback | None) -> LoopOutput:
+    def _on(self, entry: _CachedLane, plan: LoopPlan, feeds: Feeds, callback: StepCallback | None) -> LoopOutput:
         lane, end, steps = entry.lane, entry.ends[plan.decode], len(plan.table)
         lane.load(plan.table, feeds)
         if self.capture and not entry.failed:
@@ -279,7 +279,7 @@ class DeviceLoops:
         self._put(lane, end)
         output = lane.read(plan.decode)
         for part in (entry.begin, entry.step, end):
-            part.seen = True
+            part.has_run = True
         if self.capture and entry.step.graph is not None:
             self.replays += 1
         return output
@@ -291,9 +291,9 @@ class DeviceLoops:
         else:
             part.work()
 
-    def _capture(self, entry: _Held, end: _Part) -> None:
+    def _capture(self, entry: _CachedLane, end: _Part) -> None:
         """Capture those parts that have run before and have no graph."""
-        missing = [part for part in (entry.begin, entry.step, end) if part.seen and part.graph is None]
+        missing = [part for part in (entry.begin, entry.step, end) if part.has_run and part.graph is None]
         if not missing:
             return
         entry.lane.wait()  # a capture needs an idle stream

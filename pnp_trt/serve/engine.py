@@ -307,7 +307,7 @@ class Engine:
                 with self._lock:
                     if idle and self._stopping and not self._jobs:
                         return
-                self._hear(block=idle)
+                self._run_commands(block=idle)
                 self._expire()
                 self._step()
             except Exception as e:  # a bug here or in a runtime: the running jobs have lost their state
@@ -315,7 +315,7 @@ class Engine:
                 for job in running or self.jobs():  # without a running job, drop all, so that the error does not repeat
                     self._drop(job, _unexpected(e))
 
-    def _hear(self, block: bool) -> None:
+    def _run_commands(self, block: bool) -> None:
         """Run the commands in the inbox; if ``block``, wait for the first one."""
         while True:
             try:

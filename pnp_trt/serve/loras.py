@@ -257,7 +257,7 @@ class LoraEngines:
     # -- for the worker's thread ---------------------------------------------------------------------------------------
     def _make(self, base: Engine, entry: _Entry) -> None:
         try:
-            engine = self._made(base, entry)
+            engine = self._build(base, entry)
         except Exception as e:
             with self._changed:
                 if self._entries.get(entry.key) is entry:
@@ -266,7 +266,7 @@ class LoraEngines:
             return
         entry.future.set_result(engine)
 
-    def _made(self, base: Engine, entry: _Entry) -> Engine:
+    def _build(self, base: Engine, entry: _Entry) -> Engine:
         self._check_needed(entry)
         loras = entry.key[1]
         for name, _ in loras:

@@ -94,7 +94,7 @@ def visualize(
     guide = load_guide(request.guide)
     student = Student(base.unet().float(), guide)
     names = layer_names(len(guide.config["skip_channels"]))
-    requested = _wanted(request.layers, names)
+    requested = _select_layers(request.layers, names)
     distilled = guide.config.get("sampling_steps")
     if distilled is not None and distilled != request.steps:
         warnings.warn(f"this guide was distilled for {distilled} sampling steps, not {request.steps}", stacklevel=2)
@@ -171,7 +171,7 @@ def _check(request: VisualizeRequest, scales: list[float]) -> None:
     check_writable_folder(request.out)
 
 
-def _wanted(words: Sequence[str], names: list[str]) -> list[int]:
+def _select_layers(words: Sequence[str], names: list[str]) -> list[int]:
     """Indices of the requested layers, in that order and without duplicates; empty for the default layers."""
     if list(words) == ["all"]:
         return list(range(len(names)))

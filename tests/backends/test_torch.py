@@ -146,7 +146,7 @@ def test_a_server_without_torch_is_told_what_to_install(eager: Path, monkeypatch
     [
         (["--target", "sm_89"], "target is 'sm_89'; backend 'torch' takes: eager, compile"),
         (["--refittable"], "--refittable is for TensorRT"),
-        (["--profile", "b4"], "takes any batch up to 32; leave --profile out"),
+        (["--profile", "b4"], "takes any batch size up to 32; omit --profile"),
     ],
 )
 def test_bad_orders_are_refused(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:

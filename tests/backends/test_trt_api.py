@@ -37,7 +37,7 @@ def test_installed_rtx_has_them() -> None:
     docs = {use.name: documented(trt, use.name) for use in wanted + wrongs}
     assert wrong(wanted, docs, rtx=True) == []
     said = wrong(wrongs, docs, rtx=True)
-    assert said[0] == "here: Builder.no_such_name is not there" and "called with 3 arguments and takes 1" in said[1]
+    assert said[0] == "here: Builder.no_such_name is missing" and "called with 3 arguments and takes 1" in said[1]
     checked = [u for u in wanted if u.arguments >= 0 and accepted(docs[u.name] or "")]
     assert len(checked) > 30  # numbers of arguments are compared, and not only names
 
@@ -49,7 +49,7 @@ def test_installed_cuda_bindings_have_them() -> None:
     modules = {"runtime": runtime, "driver": driver}
     assert wrong_cuda(uses()[1], modules) == []
     said = wrong_cuda([Use("runtime.cudaMalloc", 2, "a"), Use("driver.cuNoSuch", 1, "b")], modules)
-    assert len(said) == 2 and "is called with 2" in said[0] and "is not there" in said[1]
+    assert len(said) == 2 and "is called with 2" in said[0] and "is missing" in said[1]
 
 
 def test_the_oldest_release_is_that_of_the_project_file() -> None:

@@ -53,7 +53,7 @@ def test_named_prompts_are_repeated_with_seeds_of_their_own(tmp_path: Path) -> N
     assert task.prompts == ("a cat", "a dog", "a cat", "a dog", "a cat") and task.seeds == (0, 1, 2, 3, 4)
     assert task.columns == task.shown and task.real is None and "name them with --real DIR" in str(task.reason)
     file.write_text("\n")
-    with pytest.raises(InputError, match="holds no prompt"):
+    with pytest.raises(InputError, match="has no prompts"):
         make_task(Plan(prompts=str(file)), "emoji")
 
 

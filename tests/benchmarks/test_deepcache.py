@@ -1,4 +1,4 @@
-"""DeepCache with a guide: a shallow evaluation right after a whole one is the whole one, and when each is made."""
+"""DeepCache with a guide: shallow and whole evaluations of the same inputs are equal; their order, cost and page."""
 
 from __future__ import annotations
 
@@ -38,46 +38,46 @@ def guided(unet: Any) -> TinyGuide:
 @pytest.mark.parametrize("blocks", [{}, OUTER_ATTENTION])
 @pytest.mark.parametrize("branch", [1, 2])
 @torch.no_grad()
-def test_a_shallow_evaluation_of_the_same_inputs_is_the_whole_one(branch: int, blocks: dict[str, Any]) -> None:
+def test_a_shallow_evaluation_of_the_same_inputs_equals_the_whole_one(branch: int, blocks: dict[str, Any]) -> None:
     unet = small_unet(**blocks)
     guide = guided(unet)
     x, t, text = example()
     w = torch.tensor([1.5, 3.0, 8.0])
     for used, reference in ((None, Teacher(unet)(x, t, text)), (guide, Student(unet, guide)(x, t, text, w))):
-        fed = {} if used is None else {"guidance": w}
-        out, deep, *kept = Whole(unet, used, branch)(x, t, text, **fed)
+        extra = {} if used is None else {"guidance": w}
+        out, deep, *cached = Whole(unet, used, branch)(x, t, text, **extra)
         torch.testing.assert_close(out, reference)
         reads = {"encoder_hidden_states": text} if blocks else {}
-        fed |= dict(zip(("context", "summary"), kept, strict=False))
-        again = Shallow(unet, used, branch)(x, t, deep, **fed, **reads)
+        extra |= dict(zip(("context", "summary"), cached, strict=False))
+        again = Shallow(unet, used, branch)(x, t, deep, **extra, **reads)
         torch.testing.assert_close(again, reference)
-        other = Shallow(unet, used, branch)(x + 1, t, deep, **fed, **reads)
-        assert not torch.allclose(other, reference, atol=1e-3)  # what it computes anew is of its own latents
+        other = Shallow(unet, used, branch)(x + 1, t, deep, **extra, **reads)
+        assert not torch.allclose(other, reference, atol=1e-3)  # the recomputed layers use the new latents
     assert not torch.allclose(Student(unet, guide)(x, t, text, w), Teacher(unet)(x, t, text), atol=1e-3)
 
 
 @torch.no_grad()
-def test_every_third_evaluation_is_whole_and_a_new_batch_begins_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_third_evaluation_is_whole_and_each_batch_starts_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = small_unet()
     predict = Cached(unet, guided(unet), every=3, branch=1)
     x, _, text = example()
-    made: list[str] = []
-    predict.whole.register_forward_hook(lambda *_: made.append("whole"))
-    predict.shallow.register_forward_hook(lambda *_: made.append("shallow"))
+    evaluations: list[str] = []
+    predict.whole.register_forward_hook(lambda *_: evaluations.append("whole"))
+    predict.shallow.register_forward_hook(lambda *_: evaluations.append("shallow"))
     for _ in range(2):
         for at in (900, 700, 500, 300, 100):
             predict(x, torch.full((3,), at), text, torch.full((3,), 3.0))
-    assert made == ["whole", "shallow", "shallow", "whole", "shallow"] * 2
+    assert evaluations == ["whole", "shallow", "shallow", "whole", "shallow"] * 2
 
 
-def test_a_loops_cost() -> None:
-    of = {"cfg whole": 2.0, "cfg shallow 3": 0.5, "guided whole": 1.0}
-    assert cost(Cell(CFG, 16, 3), of) == 6 * 2.0 + 10 * 0.5  # steps 0, 3, … 15 are whole
-    assert cost(Cell(GUIDED, 16), of) == 16
+def test_cost_of_a_sampling_loop() -> None:
+    macs = {"cfg whole": 2.0, "cfg shallow 3": 0.5, "guided whole": 1.0}
+    assert cost(Cell(CFG, 16, 3), macs) == 6 * 2.0 + 10 * 0.5  # steps 0, 3, … 15 are whole
+    assert cost(Cell(GUIDED, 16), macs) == 16
     assert {(c.every, c.branch) for c in cells() if c.every > 1} and len(set(cells())) == len(cells())
 
 
-def test_the_shallow_evaluation_takes_what_the_whole_one_gives() -> None:
+def test_inputs_of_whole_and_shallow_evaluations() -> None:
     unet = small_unet()
     whole, between = arguments_of(unet, guided(unet), 1, 2)
     assert set(between) == {"sample", "timestep", "guidance", "deep", "context", "summary"}
@@ -103,11 +103,11 @@ def test_the_page_has_a_row_for_each_cell() -> None:
     assert text.count("| 50 |") == 4
 
 
-def test_fewer_steps_are_the_rival() -> None:
+def test_deepcache_is_compared_with_fewer_steps() -> None:
     def row(steps: int, every: int, macs: int, psnr: float, method: str = GUIDED) -> dict[str, Any]:
         return {"method": method, "steps": steps, "every": every, "macs": macs,
                 "to_cfg_whole": {"psnr_db": {"value": psnr}}}  # fmt: skip
 
     cached = [row(50, 2, 60, 30.0), row(50, 5, 30, 31.0), row(50, 3, 60, 29.0, CFG)]
     fewer = [row(25, 1, 50, 29.9), row(16, 1, 20, 29.0), row(50, 1, 100, 99.0)]
-    assert finding(cached + fewer).startswith("Of the 3 rows with DeepCache, 1 have one")
+    assert finding(cached + fewer).startswith("Of the 3 rows with DeepCache, 1 can be matched")

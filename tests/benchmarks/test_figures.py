@@ -1,4 +1,4 @@
-"""The figures' own loop against diffusers' pipeline, and the card against its JSON."""
+"""The sampling loop of the figures against diffusers' pipeline, and the model card against its JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENIZER = Path(figures.__file__).parents[2] / "pnp_trt" / "assets" / "emoji" /
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable-Diffusion folder of the bundled model's form with some thousand random weights."""
+    """A Stable Diffusion folder with the bundled model's kinds of networks and a few thousand random weights."""
     from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("w", [1.0, 3.0])
-def test_the_loop_is_diffusers_pipeline(folder: Path, w: float) -> None:
+def test_the_loop_equals_diffusers_pipeline(folder: Path, w: float) -> None:
     from diffusers import StableDiffusionPipeline
 
     rows = [Ask("red-apple", "noto", 5), Ask("panda", "twemoji", 6)]
@@ -70,7 +70,7 @@ def test_the_loop_is_diffusers_pipeline(folder: Path, w: float) -> None:
     assert np.abs(ours / 255.0 - theirs).max() < 0.02
 
 
-def test_a_image_does_not_depend_on_its_batch(folder: Path) -> None:
+def test_an_image_does_not_depend_on_its_batch(folder: Path) -> None:
     rows = figures.asks(["red-apple", "panda", "fish"], BASE_STYLES, 3)
     sampler = Sampler(folder)
     apart = np.concatenate([sampler([a], 2.0, 2) for a in rows])
@@ -104,14 +104,12 @@ def row(value: float, half: float = 0.02, gain: float | None = None) -> dict[str
         ({"1": row(0.5), "3": row(0.2, gain=-0.3)}, False, False),
     ],
 )
-def test_verdict_and_card_say_what_the_intervals_say(
-    by_w: dict[str, Any], helps: bool, apart: bool, tmp_path: Path
-) -> None:
-    found = figures.verdict(by_w)
-    assert {v["helps"] for v in found.values()} == {helps} and {v["apart"] for v in found.values()} == {apart}
+def test_verdict_and_card_follow_the_intervals(by_w: dict[str, Any], helps: bool, apart: bool, tmp_path: Path) -> None:
+    verdict = figures.verdict(by_w)
+    assert {v["helps"] for v in verdict.values()} == {helps} and {v["apart"] for v in verdict.values()} == {apart}
     real = row(0.8)
     real |= {"kid_same_captions_other_jitter": real["kid"], "kid_other_captions": real["kid"]}
-    one = {"by_w": by_w, "real": real, "verdict": found}
+    one = {"by_w": by_w, "real": real, "verdict": verdict}
     document = {
         "sets": {"train": one, "held_out": one, "held_out_colour_shape": one},
         "fine_tunes": {"flat": one},
@@ -132,7 +130,7 @@ def test_verdict_and_card_say_what_the_intervals_say(
     assert "CC-BY-4.0" in card and "20.0 % [18.0, 22.0]" in card
 
 
-def test_evaluate_refuses(folder: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_invalid_arguments(folder: Path, tmp_path: Path) -> None:
     where = (tmp_path / "judge.safetensors", tmp_path, tmp_path / "out.json")
     with pytest.raises(InputError, match="got 2 and 20"):
         figures.evaluate(folder, {}, *where, images=2)

@@ -1,4 +1,4 @@
-"""The largest values of a U-Net and a guide: against a layer whose output is known."""
+"""Largest activations of a U-Net and a guide, checked on layers with known outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks import float16_range
 
 
 class Scaled(nn.Module):
-    """A layer that doubles, then one that takes 50 away."""
+    """A layer that doubles its input, then one that subtracts 50."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,17 +26,19 @@ class Scaled(nn.Module):
         return self.less(self.twice(x))
 
 
-def test_the_largest_value_is_of_the_part_that_is_asked_for() -> None:
+def test_the_largest_value_is_that_of_the_requested_part() -> None:
     model, x = Scaled(), torch.tensor([[-30.0]])
     assert float16_range.largest(model, model, {"x": x}) == 110.0  # 2 · -30 - 50
     assert float16_range.largest(model, model.twice, {"x": x}) == 60.0
     assert not model.twice._forward_hooks
 
 
-def test_a_record(micro_base: Path, micro_guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_has_the_largest_values_of_unet_and_guide(
+    micro_base: Path, micro_guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "r.json"
     float16_range.main(["--base", str(micro_base), "--guide", str(micro_guide), "--json", str(out)])
-    found = json.loads(out.read_text())
-    assert found["float16_largest"] == 65504 and 0 < found["largest"]["unet"] < 65504
-    assert list(found["largest"]["guide"]) == ["2", "7.5"] and found["largest"]["guide"]["2"] > 0
+    record = json.loads(out.read_text())
+    assert record["float16_largest"] == 65504 and 0 < record["largest"]["unet"] < 65504
+    assert list(record["largest"]["guide"]) == ["2", "7.5"] and record["largest"]["guide"]["2"] > 0
     assert "float16 ends at 65,504" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Guidance that costs no training: each rule against its formula, step by step, and its rows at equal evaluations."""
+"""Training-free guidance: each rule against its formula, step by step, and its rows at equal numbers of evaluations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
 
 
 class Fake:
-    """A network that is cheap, not linear in x, and has a guide: a term of w − 1 that is not CFG's."""
+    """A cheap network, nonlinear in x, with a guide: a term in w − 1 that differs from CFG's."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -44,24 +44,24 @@ def by_hand(kind: str, every: int, noise: np.ndarray, level: float, empty: float
     """DDIM with each rule written out, in float64."""
     betas = np.linspace(CONFIG["beta_start"] ** 0.5, CONFIG["beta_end"] ** 0.5, 1000) ** 2  # type: ignore[operator]
     abar = np.cumprod(1 - betas)
-    x, kept = noise, np.zeros_like(noise)
+    x, stored = noise, np.zeros_like(noise)
     times = [round(1000 - 1000 / STEPS * i) - 1 for i in range(STEPS)]
     for i, t in enumerate(times):
         a = abar[t]
         c, u = e(x, t, level), e(x, t, empty)
         if kind == "cached":
-            kept = c - u if i in range(0, STEPS, every) else kept
-            out = u * 0 + c + (W - 1) * kept
+            stored = c - u if i in range(0, STEPS, every) else stored
+            out = u * 0 + c + (W - 1) * stored
         elif kind == "residual":
             if i == 0:
-                kept = (x - np.sqrt(1 - a) * u) / np.sqrt(a)
-            virtual = (x - np.sqrt(a) * kept) / np.sqrt(1 - a)
+                stored = (x - np.sqrt(1 - a) * u) / np.sqrt(a)
+            virtual = (x - np.sqrt(a) * stored) / np.sqrt(1 - a)
             out = virtual + W * (c - virtual)
         elif kind == "anchors":
             g = e(x, t, level, W - 1)
             if i % every == 0:
-                kept = u + W * (c - u) - g
-            out = g + kept * (every - i % every) / every
+                stored = u + W * (c - u) - g
+            out = g + stored * (every - i % every) / every
         else:
             shares = np.array([1, 3, 5, 7, 9, 11, 13]) / 7
             scale = 1 + (W - 1) * (shares if kind == "rising" else shares[::-1])[i]
@@ -73,21 +73,22 @@ def by_hand(kind: str, every: int, noise: np.ndarray, level: float, empty: float
 
 @pytest.mark.parametrize(("kind", "every"), [("cached", 1), ("cached", 3), ("residual", None), ("anchors", 1),
                                              ("anchors", 3), ("rising", None), ("falling", None)])  # fmt: skip
-def test_a_rule_is_its_formula(kind: str, every: int | None) -> None:
+def test_a_rule_equals_its_formula(kind: str, every: int | None) -> None:
     g = torch.Generator().manual_seed(0)
     noise, text, empty = torch.randn(2, 4, 3, 3, generator=g), torch.full((2, 5, 6), 0.7), torch.full((1, 5, 6), -0.4)
-    schedule, how, fake, ticks = ddim(CONFIG, STEPS), Guidance(kind, W, every=every), Fake(), []
-    found = denoise(fake, schedule, noise, text, empty, how, ticks.append)
-    wanted = by_hand(kind, every or 1, noise.double().numpy(), 0.7, -0.4)
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
-    assert fake.rows == sum(ticks) == 2 * how.evaluations(schedule) == 2 * evaluations(kind, STEPS, every)
+    schedule, guidance, fake, ticks = ddim(CONFIG, STEPS), Guidance(kind, W, every=every), Fake(), []
+    latents = denoise(fake, schedule, noise, text, empty, guidance, ticks.append)
+    expected = by_hand(kind, every or 1, noise.double().numpy(), 0.7, -0.4)
+    np.testing.assert_allclose(latents.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert fake.rows == sum(ticks) == 2 * guidance.evaluations(schedule) == 2 * evaluations(kind, STEPS, every)
     if every == 1 or kind in ("rising", "falling"):
         unguided = Fake()
         plain = denoise(
             lambda x, t, text, w: unguided(x, t, text, w * 0 + 1), schedule, noise, text, empty, Guidance("cfg", W)
         ).numpy()
-        same = np.abs(found.numpy() - plain).max() < 1e-3 * np.abs(plain).max()
-        assert same == (every == 1)  # in every step, cached differences and anchors are CFG; w over the steps is not
+        same = np.abs(latents.numpy() - plain).max() < 1e-3 * np.abs(plain).max()
+        # with a period of 1, cached differences and anchors equal CFG; a w that rises or falls does not
+        assert same == (every == 1)
 
 
 def test_every_row_fills_its_budget() -> None:
@@ -100,22 +101,24 @@ def test_every_row_fills_its_budget() -> None:
         for c in free:
             used = c.guidance().evaluations(ddim(config, c.steps))
             one_more = c.guidance().evaluations(ddim(config, c.steps + 1))
-            # timesteps of an interval move with the number of steps, so that it may be one short
+            # the timesteps in an interval depend on the number of steps, so up to two evaluations may remain unused
             assert used <= budget and (one_more > budget or (c.method == "interval" and budget - used <= 2)), c
         assert set(at_budget(budget, [3.0])) <= set(all_cells()) | {Cell("C", "cfg", "emoji", budget, 3.0)}
     assert INTERVAL_STEPS.keys() == set(BUDGETS)
     assert most_steps("cached", 16, 3) == 12 and most_steps("anchors", 16, 8) == 12 and most_steps("residual", 8) == 7
-    with pytest.raises(InputError, match="the budget is 7; known: 50, 16, 12, 8"):
+    with pytest.raises(InputError, match="unknown budget 7; available: 50, 16, 12, 8"):
         at_budget(7, [3.0])
 
 
-def test_periods_are_checked() -> None:
+def test_invalid_periods_are_refused() -> None:
     for kind, every in (("cached", None), ("anchors", 0), ("residual", 2), ("cfg", 2)):
-        with pytest.raises(InputError, match="cached and anchors take a number of steps from 1, the others none"):
+        with pytest.raises(
+            InputError, match="cached and anchors need every of at least 1, and the other kinds take none"
+        ):
             Guidance(kind, W, every=every)
 
 
-def test_the_page_says_who_wins() -> None:
+def test_the_page_names_the_rules_that_beat_the_guide() -> None:
     def estimate(value: float) -> dict[str, float]:
         return {"value": value, "low": value - 0.01, "high": value + 0.01, "count": 96}
 
@@ -143,5 +146,5 @@ def test_the_page_says_who_wins() -> None:
     assert "higher than the guide's in 0 of them" in text
     assert "FasterCache" in text and "StreamDiffusion" in text
     del document["settings"]["budget"]
-    with pytest.raises(InputError, match="is of no budget"):
+    with pytest.raises(InputError, match="has no budget"):
         free_report.page([(Path("made.json"), document)])

@@ -1,4 +1,4 @@
-"""The ablation of gains: what it samples, what it compares, and its page."""
+"""The ablation of gains: its cells, its comparisons, and its page."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pnp_trt.models.bases import resolve  # noqa: E402
 from .test_tables import ROOT, Eyes  # noqa: E402
 
 
-def test_the_w_of_equal_strength_is_read_off_the_curve() -> None:
+def test_the_w_of_equal_strength_is_interpolated() -> None:
     curve = {2.0: 0.1, 3.0: 0.2, 5.0: 0.3}
     assert gains.equal_strength(curve, 0.15) == 2.5 and gains.equal_strength(curve, 0.25) == 4.0
     assert gains.equal_strength(curve, 0.05) is None and gains.equal_strength(curve, 0.31) is None
 
 
-def test_the_gains_are_the_table_its_root_and_constants() -> None:
-    found = gains.gains([4.0, 1.0])
-    assert found == {"none": None, "1.3": [1.3], "1.6": [1.6], "root of the table": [2.0, 1.0], "table": [4.0, 1.0]}
+def test_the_gains_are_constants_the_table_and_its_root() -> None:
+    variants = gains.gains([4.0, 1.0])
+    assert variants == {"none": None, "1.3": [1.3], "1.6": [1.6], "root of the table": [2.0, 1.0], "table": [4.0, 1.0]}
 
 
 def test_a_run_on_the_micro_teacher(
@@ -35,18 +35,18 @@ def test_a_run_on_the_micro_teacher(
     monkeypatch.setattr(gains, "STEPS", {2.0: (16,), 3.0: (16, 4)})
     monkeypatch.setattr(gains, "real_images", lambda rows, _: np.random.default_rng(0).integers(
         0, 256, (len(rows), 32, 32, 3), dtype=np.uint8))  # fmt: skip
-    given: dict[str, Any] = dict(images=4, seeds=2, extract=Eyes(), command="a command")
+    options: dict[str, Any] = dict(images=4, seeds=2, extract=Eyes(), command="a command")
     where = (micro_guide, [2.0, 1.0], tmp_path, ROOT / "judge.safetensors", tmp_path / "gains.json")
-    found = gains.measure(*where, **given)
-    assert len(found["cells"]) == 6 * 3  # CFG and five gains
-    by = {(r["gain"], r["steps"], r["w"]): r for r in found["cells"]}
+    document = gains.measure(*where, **options)
+    assert len(document["cells"]) == 6 * 3  # CFG and five gains
+    by = {(r["gain"], r["steps"], r["w"]): r for r in document["cells"]}
     assert by["table", 4, 3.0]["seeds"] == 2 and by["table", 16, 2.0]["seeds"] == 1
-    # a gain changes the images, and a constant other than the table changes them otherwise
+    # a gain changes the images, and a constant gives other images than the table
     psnr = {name: by[name, 16, 3.0]["distance_to_cfg"]["psnr_db"]["value"] for name in ("none", "1.6", "table")}
     assert len(set(psnr.values())) == 3
     assert 0 <= by["cfg", 16, 3.0]["chroma"] <= 1 and "gain_over_cfg" not in by["cfg", 16, 3.0]
-    text = gains.page(found)
+    text = gains.page(document)
     assert "guide's KID is " in text and "w = 3 has 2 sets of noise" in text
     assert text.count("\n| table | 3 |") == 2 and "2.00, 1.00" in text and "a command" in text
     assert str(tmp_path) not in text
-    assert gains.measure(*where, **given, processes=2)["cells"] == found["cells"]
+    assert gains.measure(*where, **options, processes=2)["cells"] == document["cells"]

@@ -1,4 +1,4 @@
-"""The sampler's kernels and captured steps on a real GPU, where no engine is needed."""
+"""The sampler's kernels and captured steps on a real GPU, without an engine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from benchmarks import gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_capture_equals_numpy_for_every_schedule() -> None:
     pytest.importorskip("cuda.bindings.runtime")
-    found = gpu.kernels(rounds=2, steady=1, all_steps=(3, 8))
-    assert found.pop("equal_to_numpy") == {"show": True, "update": True, "check": True, "to_bytes": True}
-    assert len(found) == 10
-    for row in found.values():
+    record = gpu.kernels(rounds=2, steady=1, all_steps=(3, 8))
+    assert record.pop("equal_to_numpy") == {"show": True, "update": True, "check": True, "to_bytes": True}
+    assert len(record) == 10
+    for row in record.values():
         assert row["equal_to_numpy"] == {"eager": True, "captured": True}
         assert row["captures"] == 1, row["why_not"]

@@ -1,4 +1,4 @@
-"""The GPU recipe on a CPU: its pieces against transformers, diffusers and linear algebra, and one small run."""
+"""The GPU training on a CPU: its parts against transformers, diffusers and linear algebra, and small runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pnp_trt.models.guides.load import load_guide
 from pnp_trt.models.guides.tiny import TinyGuide
 
 
-def test_text_states_are_those_of_transformers() -> None:
+def test_text_states_equal_transformers() -> None:
     from transformers import CLIPTextModel
 
     encoder = CLIPTextModel.from_pretrained(ASSETS / "emoji/text_encoder").float().eval()
@@ -36,9 +36,9 @@ def test_text_states_are_those_of_transformers() -> None:
 def test_orthogonalized_matrices_keep_their_singular_vectors(shape: tuple[int, int]) -> None:
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
-    made = gpu_train.orthogonalized(x).double()
+    result = gpu_train.orthogonalized(x).double()
     # in the basis of x's own singular vectors the result is nearly diagonal, with values near one
-    core = u.mT @ made @ vh.mT
+    core = u.mT @ result @ vh.mT
     diagonal = torch.diagonal(core, dim1=-2, dim2=-1)
     assert (diagonal > 0.5).all() and (diagonal < 1.3).all()
     assert (core - torch.diag_embed(diagonal)).abs().max() < 0.05  # bfloat16 products
@@ -62,7 +62,7 @@ def fake_data(device: str = "cpu") -> SimpleNamespace:
     return SimpleNamespace(latents=torch.randn(3, 2, 8, 16, 16, generator=generator))
 
 
-def test_trajectories_are_those_of_diffusers() -> None:
+def test_trajectories_equal_diffusers() -> None:
     from diffusers import DDIMScheduler
 
     torch.manual_seed(0)
@@ -81,36 +81,36 @@ def test_trajectories_are_those_of_diffusers() -> None:
         assert (states.k == i + 1).all()
         assert torch.allclose(states.x, x, atol=2e-4 * x.abs().max().item())
     states.advance(torch.zeros_like(whole), torch.zeros_like(whole))
-    assert (states.k == 0).all()  # all of them begin anew
+    assert (states.k == 0).all()  # all trajectories start again
 
 
 def test_own_trajectories_follow_the_student() -> None:
     torch.manual_seed(0)
     states = gpu_train.GuideStates(fake_data(), torch.zeros(4, 77, 8), torch.zeros(3, 77, 8), batch=8, own=1.0)
-    begun = states.x.clone()
+    start = states.x.clone()
     student, teacher = torch.zeros(8, 8, 16, 16), torch.full((8, 8, 16, 16), 100.0)
     states.advance(teacher, student)
     a, b = states.abar[states.times[states.row, 0]], states.abar[states.times[states.row, 1]]
-    assert torch.allclose(states.x, (b / a).sqrt()[:, None, None, None] * begun, rtol=1e-5)
+    assert torch.allclose(states.x, (b / a).sqrt()[:, None, None, None] * start, rtol=1e-5)
 
 
 @pytest.fixture
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's data, of noise; one optimizer step a part, and no images."""
+    """Random training data; each part runs one optimizer step and no images are sampled."""
     rng = np.random.default_rng(0)
-    held = {"empty": rng.integers(0, 49_000, (1, 77)).astype(np.uint16)}
-    held["prompts"] = rng.integers(0, 49_000, (4, 77)).astype(np.uint16)
+    arrays = {"empty": rng.integers(0, 49_000, (1, 77)).astype(np.uint16)}
+    arrays["prompts"] = rng.integers(0, 49_000, (4, 77)).astype(np.uint16)
     for name, variants in (("base", 5), ("flat", 2), ("3d", 2)):
-        held[f"{name}.pixels"] = rng.integers(0, 255, (2, variants, 64, 64, 3)).astype(np.uint8)
-        held[f"{name}.ids"] = rng.integers(0, 49_000, (2, gpu_train.CAPTION_FORMS, 77)).astype(np.uint16)
-    np.savez(tmp_path / "pack.npz", **held)
+        arrays[f"{name}.pixels"] = rng.integers(0, 255, (2, variants, 64, 64, 3)).astype(np.uint8)
+        arrays[f"{name}.ids"] = rng.integers(0, 49_000, (2, gpu_train.CAPTION_FORMS, 77)).astype(np.uint16)
+    np.savez(tmp_path / "pack.npz", **arrays)
     monkeypatch.setattr(gpu_train, "sample_grid", lambda *a, **k: None)
     monkeypatch.setattr(gpu_train, "CPU_STEPS", 1)
     monkeypatch.setattr("sys.argv", ["gpu_train", "train"])
     return tmp_path / "pack.npz"
 
 
-def test_a_whole_run_writes_what_unpack_reads(packed: Path, tmp_path: Path) -> None:
+def test_unpack_installs_the_weights_of_a_run(packed: Path, tmp_path: Path) -> None:
     gpu_train.main(
         ["train", "--data", str(packed), "--out", str(tmp_path / "out"), "--batch", "2",
          "--assets", str(ASSETS)]
@@ -118,9 +118,9 @@ def test_a_whole_run_writes_what_unpack_reads(packed: Path, tmp_path: Path) -> N
     report = json.loads((tmp_path / "out/train.json").read_text())
     assert set(report["parts"]) == {"base", "decoder", "guide tiny", "flat", "3d"}
     assert all(p["steps"] == 1 and not p["captured"] for p in report["parts"].values())
-    wanted = set(load_file(ASSETS / "emoji/unet/diffusion_pytorch_model.safetensors"))
-    made = load_file(tmp_path / "out/unet.safetensors")
-    assert set(made) == wanted and all(v.dtype == torch.float16 and v.isfinite().all() for v in made.values())
+    expected = set(load_file(ASSETS / "emoji/unet/diffusion_pytorch_model.safetensors"))
+    tensors = load_file(tmp_path / "out/unet.safetensors")
+    assert set(tensors) == expected and all(v.dtype == torch.float16 and v.isfinite().all() for v in tensors.values())
 
     assets = tmp_path / "assets"
     for name in ("emoji", "fine-tunes"):
@@ -159,15 +159,15 @@ def test_guides_alone_are_continued_halved_and_installed(packed: Path, tmp_path:
     assert list(parts) == ["guide tiny", "guide full", "halve 16", "halve 8", "halve 4"]
     bundled = load_file(ASSETS / "guides/emoji-tiny/diffusion_pytorch_model.safetensors")
     continued = load_file(out / "guide-tiny.safetensors")
-    # one step at the warm-up's rate: from the bundled weights, and not from new ones
+    # one step at the warm-up's rate changes little, so training continued from the bundled weights
     assert all((continued[k] - v).abs().max() < 1e-3 for k, v in bundled.items())
     assert any(not torch.equal(continued[k], v) for k, v in bundled.items())
 
     gpu_train.main(["unpack", "--from", str(out), "--assets", str(assets), "--results", str(results)])
-    assert {p: p.read_bytes() for p in before} == before  # the base and the fine-tunes are not of this run
-    kept = json.loads(results.read_text())
-    assert kept["parts"]["base"] == {"steps": 5, "device": "one", "date": "then", "batch": 7}
-    assert kept["parts"]["guide tiny"]["steps"] == 1 and kept["command"][0] == ["a"] and len(kept["command"]) == 2
+    assert {p: p.read_bytes() for p in before} == before  # this run trained neither base nor fine-tunes
+    merged = json.loads(results.read_text())
+    assert merged["parts"]["base"] == {"steps": 5, "device": "one", "date": "then", "batch": 7}
+    assert merged["parts"]["guide tiny"]["steps"] == 1 and merged["command"][0] == ["a"] and len(merged["command"]) == 2
     gain = parts["guide tiny"]["gain"]["gain"]
     record = json.loads((assets / "guides/emoji-tiny/distill.json").read_text())
     assert record["gain"]["gain"] == gain == list(load_guide(str(assets / "guides/emoji-tiny")).config.gain)
@@ -191,7 +191,7 @@ def test_guides_alone_are_continued_halved_and_installed(packed: Path, tmp_path:
     assert json.loads((tmp_path / "guides/full/distill.json").read_text())["settings"]["guide"] == "full"
 
 
-def test_the_step_lora_is_one_that_plug_merges(packed: Path, tmp_path: Path) -> None:
+def test_plug_can_load_the_step_lora(packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     gpu_train.main(["train", "--data", str(packed), "--out", str(out), *SMALL, "--step-lora", "9"])
     assert list(json.loads((out / "train.json").read_text())["parts"]) == [
@@ -207,7 +207,7 @@ def test_the_step_lora_is_one_that_plug_merges(packed: Path, tmp_path: Path) -> 
     assert record["teacher_lora"] == "step-lora-8.safetensors"
 
 
-def test_a_lora_starts_silent_and_is_merged_as_plug_merges_it(tmp_path: Path) -> None:
+def test_a_new_lora_changes_nothing_and_merges_as_in_plug(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = resolve("emoji").unet()
     unet = gpu_steps.add_lora(copy.deepcopy(plain))
@@ -223,45 +223,47 @@ def test_a_lora_starts_silent_and_is_merged_as_plug_merges_it(tmp_path: Path) ->
     save_file(state, tmp_path / "lora.safetensors")
     merged = gpu_steps.merge_lora(unet).state_dict()
     assert merged.keys() == plain.state_dict().keys()
-    wanted = copy.deepcopy(plain)
-    lora = load(Lora.parse(str(tmp_path / "lora.safetensors")), LayerNames({"unet": wanted}))
-    merge(wanted, "unet", [lora])
+    expected = copy.deepcopy(plain)
+    lora = load(Lora.parse(str(tmp_path / "lora.safetensors")), LayerNames({"unet": expected}))
+    merge(expected, "unet", [lora])
     changed = {n for n, weight in plain.state_dict().items() if not torch.equal(merged[n], weight)}
     assert {n.removesuffix(".weight") for n in changed} == set(gpu_steps.lora_layers(plain))
-    for name, weight in wanted.state_dict().items():
+    for name, weight in expected.state_dict().items():
         assert torch.allclose(merged[name], weight, atol=1e-6), name
 
 
 @pytest.mark.parametrize("steps", [16, 8, 4])
-def test_two_steps_land_where_diffusers_lands(steps: int) -> None:
+def test_one_step_to_the_target_equals_two_steps_of_diffusers(steps: int) -> None:
     from diffusers import DDIMScheduler
 
     torch.manual_seed(0)
     states = gpu_steps.HalvedStates(fake_data().latents, torch.zeros(4, 77, 8), 32, steps, own=0.0)
     assert set(states.k.tolist()) == set(range(steps))  # every batch holds all steps
 
-    def last(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    def student(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return torch.sin(3 * x) + t[:, None, None, None] / 1000 + w[:, None, None, None] / 9
 
-    landed, target = states.landing(last)
+    landed, target = states.landing(student)
     twice, once = DDIMScheduler(**scheduler_config()), DDIMScheduler(**scheduler_config())
     twice.set_timesteps(2 * steps)
     once.set_timesteps(steps)
     x, t, text, w = states.batch()
     for i in range(len(x)):
-        one, row = x[i : i + 1], slice(i, i + 1)
+        latent, row = x[i : i + 1], slice(i, i + 1)
         k = int(states.k[i])
-        # diffusers spaces both grids itself, and rounds: its grid of twice as many steps differs by one timestep
-        for now in (int(t[i]), int(states.times[1, k])):
-            assert min(abs(now - twice.timesteps)) <= 1
-            one = twice.step(last(one, torch.tensor([now]), text[row], w[row]), now, one).prev_sample
-        assert (one - landed[row]).norm() < 0.02 * landed[row].norm()
+        # diffusers rounds both grids separately: its grid of twice as many steps differs by up to one timestep
+        for timestep in (int(t[i]), int(states.times[1, k])):
+            assert min(abs(timestep - twice.timesteps)) <= 1
+            latent = twice.step(
+                student(latent, torch.tensor([timestep]), text[row], w[row]), timestep, latent
+            ).prev_sample
+        assert (latent - landed[row]).norm() < 0.02 * landed[row].norm()
         assert int(t[i]) == int(once.timesteps[k])
         alone = once.step(target[row], int(t[i]), x[row]).prev_sample
         assert torch.allclose(alone, landed[row], atol=1e-3 * landed[row].abs().max().item())
 
 
-def test_halved_trajectories_follow_the_last_student_or_the_new_one() -> None:
+def test_halved_trajectories_follow_the_previous_or_the_new_student() -> None:
     torch.manual_seed(0)
     states = gpu_steps.HalvedStates(fake_data().latents, torch.zeros(4, 77, 8), 8, 4)
     states.student.copy_(torch.arange(8) < 4)
@@ -276,7 +278,7 @@ def test_halved_trajectories_follow_the_last_student_or_the_new_one() -> None:
     assert torch.equal(states.k, torch.where(going, k + 1, 0)) and torch.equal(states.w == w, going)
 
 
-def test_one_counts_trajectories_are_not_in_step() -> None:
+def test_stagger_spreads_trajectories_over_the_steps() -> None:
     states = gpu_train.GuideStates(fake_data(), torch.zeros(4, 77, 8), torch.zeros(3, 77, 8), batch=32, counts=(8,))
     states.stagger()
     assert states.k.tolist() == 2 * list(range(8))
@@ -288,17 +290,17 @@ def test_negative_prompts_stay_with_their_trajectories() -> None:
     prompts = torch.arange(40.0)[:, None, None].expand(40, 77, 8)
     states = gpu_train.NegativeStates(fake_data(), prompts, torch.zeros(3, 77, 8), batch=16)
     states.k.copy_(torch.tensor([0, 0, 0, 0, 7, 7, 7, 7]))
-    states.row.fill_(0)  # of 8 steps: the last four trajectories end
+    states.row.fill_(0)  # row 0 has 8 steps: the last four trajectories end
     before = states.negatives()[8:, 0, 0].clone()
     whole = torch.zeros(16, 8, 16, 16)
     states.advance(whole, whole)
     after = states.negatives()[8:, 0, 0]
     assert torch.equal(after[:4], before[:4]) and (after[4:] != before[4:]).any()
     first = {float(v) for _ in range(20) for v in states.negatives()[:8, 0, 0]}
-    assert len(first) > 20  # those of noised images are new in every batch
+    assert len(first) > 20  # noised images get new negative prompts in every batch
 
 
-def test_the_sharpener_is_trained_alone_and_put_into_the_bundled_guide(packed: Path, tmp_path: Path) -> None:
+def test_the_sharpener_is_trained_alone_and_added_to_the_bundled_guide(packed: Path, tmp_path: Path) -> None:
     out, guides = tmp_path / "out", tmp_path / "guides"
     gpu_train.main(["train", "--data", str(packed), "--out", str(out), *SMALL, "--sharpen", "9",
                     "--sharpener-width", "8"])  # fmt: skip
@@ -314,12 +316,12 @@ def test_the_sharpener_is_trained_alone_and_put_into_the_bundled_guide(packed: P
     changed = json.loads((out / "train.json").read_text())
     changed["parts"]["sharpener"]["of"] = "0" * 64
     (out / "train.json").write_text(json.dumps(changed))
-    with pytest.raises(RuntimeError, match="beside another guide"):
+    with pytest.raises(RuntimeError, match="trained with a guide that differs"):
         gpu_train.main(["guides", "--from", str(out), "--out", str(guides)])
 
 
-def test_the_sharpeners_loss_is_the_formula() -> None:
-    """Weighted squared error to eps(neg) + w (eps(c) − eps(neg)), with x0 weighting over w."""
+def test_the_loss_of_the_sharpener_equals_the_formula() -> None:
+    """The squared error to eps(neg) + w (eps(c) − eps(neg)), with x0 weighting, divided by w."""
     from diffusers import DDIMScheduler
 
     from pnp_trt.models.guides.sharpener import with_new_sharpener
@@ -329,24 +331,24 @@ def test_the_sharpeners_loss_is_the_formula() -> None:
     guide = with_new_sharpener(load_guide("emoji-tiny"), 8)
     torch.nn.init.normal_(guide.sharpener.leave.weight, std=0.2)
     states, empty = gpu_train.NegativeStates(fake_data(), text, text[:3], batch=4), torch.randn(1, 77, 128)
-    given = {}
-    for name in ("batch", "negatives"):  # what the loss draws, seen from outside
+    drawn = {}
+    for name in ("batch", "negatives"):  # record the random batch of the loss
         own = getattr(states, name)
-        setattr(states, name, lambda own=own, name=name: given.setdefault(name, own()))
+        setattr(states, name, lambda own=own, name=name: drawn.setdefault(name, own()))
     with torch.no_grad():
         loss = float(gpu_train.sharpening_loss(unet, guide, states, empty)())
-        x, t, prompt, w = given["batch"]
-        negative = given["negatives"]
+        x, t, prompt, w = drawn["batch"]
+        negative = drawn["negatives"]
         c, n = unet(x, t, prompt).sample, unet(x, t, negative).sample
         target = n + w[:, None, None, None] * (c - n)
         sharp = guide.sharpener(prompt, negative, empty.expand_as(prompt), w)
         assert not torch.equal(sharp, prompt)
-        # the bundled guide on the sharpened text, by the public way of using a guide
+        # the bundled guide on the sharpened text, through the public class
         from pnp_trt.models.student import Student
 
         prediction = Student(unet, load_guide("emoji-tiny"))(x, t, sharp, w)
     abar = DDIMScheduler(**scheduler_config()).alphas_cumprod
     by_time = ((1 - abar) / abar).clamp(max=5)
     weight = by_time[t] / by_time.mean() / w
-    wanted = float((((prediction - target) ** 2).mean((1, 2, 3)) * weight).mean())
-    assert loss == pytest.approx(wanted, rel=1e-4)
+    expected = float((((prediction - target) ** 2).mean((1, 2, 3)) * weight).mean())
+    assert loss == pytest.approx(expected, rel=1e-4)

@@ -1,4 +1,4 @@
-"""The U-Nets' parts of ``benchmarks.gpu``, in small and on the CPU; its record's figures, goals and table."""
+"""The U-Net parts of ``benchmarks.gpu``, with small networks on the CPU; the record's figures, goals and table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MICRO: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-#: the same with SDXL's further conditions
+#: the same with SDXL's additional conditions
 MICRO_XL = MICRO | {
     "unet": MICRO["unet"] | {
         "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 68,
@@ -41,49 +41,49 @@ MICRO_XL = MICRO | {
 }  # fmt: skip
 
 
-def check(found: dict[str, Any], cases: tuple[tuple[str, int], ...]) -> None:
-    assert set(found["cases"]) == {f"{m}, batch {b}" for m, b in cases}
-    for row in found["cases"].values():
+def check(record: dict[str, Any], cases: tuple[tuple[str, int], ...]) -> None:
+    assert set(record["cases"]) == {f"{m}, batch {b}" for m, b in cases}
+    for row in record["cases"].values():
         assert "failed" not in row and row["finite"] and row["captured_equals_step_by_step"], row
         assert not row["captured"] and "no CUDA graphs on cpu" in row["why_not_captured"]
         assert row["step"]["ms"] > 0 and row["iterations_a_second"] > 0 and row["tflops"] >= 0
-    macs = found["macs_a_row"]
+    macs = record["macs_a_row"]
     assert macs["CFG"] == 2 * macs["unguided"] < 2 * macs["guided"]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_case_is_measured() -> None:
-    said: list[str] = []
-    found = gpu_unet.measure(
-        lambda f: said.append(json.dumps(f)), 1, precision="fp32", provider="cpu", steps=3, configs=MICRO,
+    reports: list[str] = []
+    record = gpu_unet.measure(
+        lambda f: reports.append(json.dumps(f)), 1, precision="fp32", provider="cpu", steps=3, configs=MICRO,
         layouts=("NCHW",), decode=True,
     )  # fmt: skip
-    assert len(said) > 6  # what is known is told as it becomes known
+    assert len(reports) > 6  # results are reported as soon as they are known
     assert {(m, b) for m in ("guided", "unguided", "CFG") for b in (1, 4)} == set(gpu_unet.CASES)
-    check(found, gpu_unet.CASES)
-    assert "failed" not in found["image"] and found["image"]["finite"]
-    assert found["layout"] == "NCHW" and "compile" not in found["cases"]["guided, batch 1"]
+    check(record, gpu_unet.CASES)
+    assert "failed" not in record["image"] and record["image"]["finite"]
+    assert record["layout"] == "NCHW" and "compile" not in record["cases"]["guided, batch 1"]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_sdxl_has_its_further_conditions() -> None:
-    found = gpu_unet.measure(
+def test_sdxl_has_its_additional_conditions() -> None:
+    record = gpu_unet.measure(
         lambda _: None, 1, base="random:sdxl", precision="fp32", provider="cpu", cases=gpu_unet.SINGLE, steps=3,
         configs=MICRO_XL,
     )  # fmt: skip
-    check(found, gpu_unet.SINGLE)
-    assert found["layout"] == "NHWC" and "image" not in found and found["base"] == "random:sdxl"
+    check(record, gpu_unet.SINGLE)
+    assert record["layout"] == "NHWC" and "image" not in record and record["base"] == "random:sdxl"
     plain = gpu_unet.Models(replace(random_base("random:sd15"), configs=MICRO), "fp32", "cpu")
     wide = gpu_unet.Models(replace(random_base("random:sdxl"), configs=MICRO_XL), "fp32", "cpu")
     more = wide.inputs("guided").keys() - plain.inputs("guided").keys()
     assert more == {"text_embeds", "time_ids"} and wide.inputs("CFG")["text_embeds"][1] == ("batch", 20)
-    assert wide.added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]  # the whole of an image of 16 pixels
+    assert wide.added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]  # a complete image of 16 x 16 pixels, not a crop
 
 
 @pytest.mark.parametrize(("base", "configs"), [("random:sd15", MICRO), ("random:sdxl", MICRO_XL)])
 def test_random_weights_stay_finite_in_half_precision(base: str, configs: dict[str, Any]) -> None:
-    made = replace(random_base(base), configs=configs)
-    models = gpu_unet.Models(made, "fp16", "cpu")
+    micro = replace(random_base(base), configs=configs)
+    models = gpu_unet.Models(micro, "fp16", "cpu")
     largest: list[float] = []
     for part in models.student.modules():
         part.register_forward_hook(
@@ -95,34 +95,34 @@ def test_random_weights_stay_finite_in_half_precision(base: str, configs: dict[s
     }
     with torch.no_grad():
         models.student(**{k: v if k == "timestep" else v.half() for k, v in rows.items()})
-    assert all(value < 6e4 / 8 for value in largest)  # half precision ends at 65,504, and latents grow over the steps
+    assert all(value < 6e4 / 8 for value in largest)  # float16 ends at 65,504, and latents grow over the steps
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_modules_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured by Dynamo and AOTAutograd; no C++ is compiled."""
-    opened = torch.compile
+    """Compile with Dynamo and AOTAutograd alone, without a C++ compiler."""
+    original = torch.compile
     broken: list[bool] = []
 
     def compile(module: Any, **options: Any) -> Any:
         if broken:
             raise RuntimeError("no such instruction\nand more")
-        broken.extend([True] * (type(module).__name__ == "Teacher"))  # what is compiled after it fails
-        return opened(module, backend="aot_eager", **options)
+        broken.extend([True] * (type(module).__name__ == "Teacher"))  # compilations after the teacher's fail
+        return original(module, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", compile)
-    said: list[dict[str, Any]] = []
-    found = gpu_unet.measure(
-        lambda f: said.append(json.loads(json.dumps(f))), 1, target="compile", precision="fp32", provider="cpu",
+    reports: list[dict[str, Any]] = []
+    record = gpu_unet.measure(
+        lambda f: reports.append(json.loads(json.dumps(f))), 1, target="compile", precision="fp32", provider="cpu",
         cases=(("guided", 1), ("CFG", 1), ("unguided", 1)), steps=3, configs=MICRO,
     )  # fmt: skip
-    guided, cfg, unguided = found["cases"].values()
+    guided, cfg, unguided = record["cases"].values()
     assert guided["compile"]["seconds"] > 0 and guided["captured_equals_step_by_step"] and "failed" not in guided
     assert cfg["failed"].startswith("RuntimeError: no such instruction") and "step" not in cfg
-    assert unguided["failed"] == cfg["failed"]  # a case that fails stops no other
-    (told,) = [f for f in said if f["cases"].keys() == {"guided, batch 1"} and "loop_overhead" in f["cases"][
+    assert unguided["failed"] == cfg["failed"]  # the case after a failed one runs
+    (report,) = [f for f in reports if f["cases"].keys() == {"guided, batch 1"} and "loop_overhead" in f["cases"][
         "guided, batch 1"]][:1]  # fmt: skip
-    assert told["cases"]["guided, batch 1"]["tflops"] >= 0  # all of a case is told before the next one begins
+    assert report["cases"]["guided, batch 1"]["tflops"] >= 0  # a case is reported completely before the next one starts
 
 
 def case(ms: float, loop: float, macs: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_figures_and_goals() -> None:
     assert cases["guided, batch 1"]["loop_overhead"] == 0.005 and cases["guided, batch 4"]["share_of_roof"] == 0.5
     part = {"ran": True, "complete": True, "precision": "fp16", "steps": 20, "cases": cases}
     assert [(g["state"], g["by"]) for g in gpu_report.goals({"torch-sd15": part})] == [("met", "eager")] * 4
-    # of both kinds the better one counts, goal by goal
+    # for each goal, the better of eager and compiled counts
     slow = {name: case(row["step"]["ms"] + 2, row["loop_ms_captured"] + 60, 10**11) for name, row in cases.items()}
     both = {"torch-sd15": part | {"cases": slow}, "torch-sd15-compiled": part}
     assert [(g["state"], g["by"]) for g in gpu_report.goals(both)] == [
@@ -154,7 +154,7 @@ def test_figures_and_goals() -> None:
     assert [(g["state"], g["by"]) for g in gpu_report.goals({})] == [("not measured", None)] * 4
 
 
-def test_the_table_shows_what_there_is() -> None:
+def test_the_table_shows_measured_failed_and_skipped_parts() -> None:
     cases = {"guided, batch 1": case(4.0, 80.4, 400 * 10**9), "CFG, batch 1": {"failed": "OutOfMemoryError: no"}}
     document = {
         "gpu": {"name": "NVIDIA Test 9", "sm": "sm_99"}, "goals": gpu_report.goals({}),
@@ -165,16 +165,16 @@ def test_the_table_shows_what_there_is() -> None:
                 "ran": True, "complete": False, "why": "it took more than 75 s", "precision": "fp16", "steps": 10,
                 "cases": {"CFG, batch 1": {"step": {"ms": 34.5}, "compile": {"seconds": 61.25}}},
             },
-            "trt-sd15": {"ran": False, "why": "missing here: tensorrt"},
+            "trt-sd15": {"ran": False, "why": "missing packages: tensorrt"},
             "tests": {"ran": True, "complete": True, "modules": {
                 "a.py": {"exit": 0, "said": ["3 passed"]}, "b.py": "stopped after 9 s",
             }},
         },
     }  # fmt: skip
     shown = gpu_report.table(document)
-    for wanted in (
+    for text in (
         "790.0 fp16 TFLOP/s", "roof: stopped: it took more than 5 s", "250.0", "0.0050", "failed: OutOfMemoryError",
-        "trt-sd15: not run: missing here: tensorrt", "a.py: 3 passed", "SDXL, fp16", "34.500", "61.2",
+        "trt-sd15: not run: missing packages: tensorrt", "a.py: 3 passed", "SDXL, fp16", "34.500", "61.2",
         "it took more than 75 s", "b.py: stopped", "not measured",
     ):  # fmt: skip
-        assert wanted in shown
+        assert text in shown

@@ -1,4 +1,4 @@
-"""Negative prompts by a sharpener: the measurement on few images, and what it refuses."""
+"""Negative prompts through a sharpener: the measurement on few images, and guides that it refuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pnp_trt.models.guides.sharpener import with_new_sharpener  # noqa: E402
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The bundled guide with a sharpener that changes something."""
+    """The bundled guide with a random sharpener."""
     torch.manual_seed(0)
     guide = with_new_sharpener(load_guide("emoji-tiny"), 8)
     torch.nn.init.normal_(guide.sharpener.leave.weight, std=0.05)
@@ -26,17 +26,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "guide"
 
 
-def test_rows_are_paired_with_cfg_of_the_same_negative_prompts(folder: Path, tmp_path: Path) -> None:
+def test_the_gain_of_a_row_is_the_difference_of_both_guides(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     negative.main(["--guide", str(folder), "--images", "4", "--steps", "2", "--json", str(out)])
     document = json.loads(out.read_text())
     assert [row["w"] for row in document["rows"]] == list(negative.SCALES)
     for row in document["rows"]:
-        gained = row["sharpener"]["psnr_db"]["value"] - row["without"]["psnr_db"]["value"]
-        assert row["gain"]["psnr_db"]["value"] == pytest.approx(gained, abs=1e-6) and gained != 0
+        gain = row["sharpener"]["psnr_db"]["value"] - row["without"]["psnr_db"]["value"]
+        assert row["gain"]["psnr_db"]["value"] == pytest.approx(gain, abs=1e-6) and gain != 0
 
 
-def test_cfg_is_diffusers_own_with_the_negative_prompt(folder: Path) -> None:
+def test_cfg_with_negative_prompts_equals_diffusers(folder: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from benchmarks.emoji.cells import TEACHER
@@ -45,20 +45,20 @@ def test_cfg_is_diffusers_own_with_the_negative_prompt(folder: Path) -> None:
     from pnp_trt.models.bases import resolve
 
     base, steps, w = resolve(TEACHER).folder, 3, 3.0
-    found = negative.sample(Sampler(base), load_guide(str(folder)), 4, steps, w)[negative.CFG]
+    pixels = negative.sample(Sampler(base), load_guide(str(folder)), 4, steps, w)[negative.CFG]
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     rows = captions("train", 4)
     noise = torch.stack([torch.randn((8, 16, 16), generator=torch.Generator().manual_seed(a.seed)) for a in rows])
-    made = pipe(
+    expected = pipe(
         prompt=[a.prompt for a in rows], negative_prompt=[a.prompt for a in rows[2:] + rows[:2]], latents=noise,
         num_inference_steps=steps, guidance_scale=w, output_type="np",
     ).images  # fmt: skip
-    assert np.abs(found.astype(float) - np.round(made * 255)).max() <= 1
+    assert np.abs(pixels.astype(float) - np.round(expected * 255)).max() <= 1
 
 
 def test_a_guide_without_a_sharpener_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         negative.main(["--guide", "emoji-tiny", "--images", "4"])
-    assert "has no sharpener; make one with: pnp-trt distill guidance --sharpen" in capsys.readouterr().err
+    assert "has no sharpener; train one with: pnp-trt distill guidance --sharpen" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""ONNX Runtime against OpenVINO: a record of a small engine, named by its base."""
+"""ONNX Runtime against OpenVINO: the record of a small engine, named after its base."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ pytest.importorskip("openvino")
 from benchmarks import openvino
 
 
-def test_a_record_is_named_by_its_base_and_overwrites_no_other(
-    micro_bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_is_named_after_its_base(micro_bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino, "RESULTS", tmp_path)
     words = ["--engine", str(micro_bundles / "plain"), "--batches", "2", "--rounds", "3", "--jobs", "unet"]
     openvino.main(words)
@@ -22,5 +20,5 @@ def test_a_record_is_named_by_its_base_and_overwrites_no_other(
     record = json.loads((tmp_path / "openvino-plain.json").read_text())
     (row,) = record["rows"]
     assert (row["job"], row["batch"]) == ("unet", 2) and row["difference"] < 1e-4
-    each = sorted(a / b for a, b in zip(row["seconds"]["onnxruntime"], row["seconds"]["openvino"], strict=True))
-    assert len(each) == 3 and row["ratio"] == pytest.approx(each[1])
+    ratios = sorted(a / b for a, b in zip(row["seconds"]["onnxruntime"], row["seconds"]["openvino"], strict=True))
+    assert len(ratios) == 3 and row["ratio"] == pytest.approx(ratios[1])

@@ -1,4 +1,4 @@
-"""The README's tables against the recorded results, and how they are written."""
+"""The README's tables against the recorded results, and the command that writes them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ README = (readme_tables.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def region(text: str, name: str) -> str:
-    found = re.search(rf"<!-- bench:{name} -->\n.*?<!-- /bench -->", text, re.DOTALL)
-    assert found, f"the README has no region {name}"
-    return found[0]
+    match = re.search(rf"<!-- bench:{name} -->\n.*?<!-- /bench -->", text, re.DOTALL)
+    assert match, f"the README has no region {name}"
+    return match[0]
 
 
-@pytest.mark.parametrize("name", [found["name"] for found in readme_tables._REGION.finditer(README)])
-def test_the_readme_says_what_was_recorded(name: str) -> None:
-    held = region(README, name)
-    assert readme_tables.fill(held, readme_tables.read_record) == held
+@pytest.mark.parametrize("name", [match["name"] for match in readme_tables._REGION.finditer(README)])
+def test_the_readme_equals_the_records(name: str) -> None:
+    table = region(README, name)
+    assert readme_tables.fill(table, readme_tables.read_record) == table
 
 
 def test_the_readme_has_its_regions() -> None:
-    found = [one["name"] for one in readme_tables._REGION.finditer(README)]
-    assert {"cost", "latency"} <= set(found) <= set(readme_tables.TABLES)
-    assert {"guides", "kid"} & set(found)
+    names = [match["name"] for match in readme_tables._REGION.finditer(README)]
+    assert {"cost", "latency"} <= set(names) <= set(readme_tables.TABLES)
+    assert {"guides", "kid"} & set(names)
 
 
 def test_tables_of_a_document() -> None:
@@ -55,17 +55,17 @@ def test_tables_of_a_document() -> None:
     assert "| teacher + guide | 0.104 [0.098, 0.110] | | 0.108 [0.102, 0.115] | | 0.120 [0.114, 0.127] | |" in kid
 
 
-def test_regions_are_filled_once_and_for_all() -> None:
+def test_filling_regions_again_changes_nothing() -> None:
     doc = fake_document.make()
     text = "before\n<!-- bench:cost -->\nold\n<!-- /bench -->\nbetween\n<!-- bench:kid -->\n<!-- /bench -->\nafter\n"
-    asked: list[str] = []
+    files: list[str] = []
 
     def read(file: str) -> dict[str, Any]:
-        asked.append(file)
+        files.append(file)
         return doc
 
     filled = readme_tables.fill(text, read)
-    assert asked == ["cost-emoji.json", "emoji-bench.json"]
+    assert files == ["cost-emoji.json", "emoji-bench.json"]
     assert filled.startswith("before\n<!-- bench:cost -->\n| network |")
     assert filled.endswith("<!-- /bench -->\nafter\n")
     assert readme_tables.fill(filled, read) == filled
@@ -73,13 +73,13 @@ def test_regions_are_filled_once_and_for_all() -> None:
 
 
 def test_wrong_regions_are_refused() -> None:
-    with pytest.raises(InputError, match="'bench:speed' is unknown; known: cost, latency"):
+    with pytest.raises(InputError, match="unknown region 'bench:speed'; available: cost, latency"):
         readme_tables.fill("<!-- bench:speed -->\n<!-- /bench -->", lambda file: {})
     with pytest.raises(InputError, match="not closed"):
         readme_tables.fill("<!-- bench:cost -->\n| a |", lambda file: {})
 
 
-def test_what_was_not_measured_is_refused() -> None:
+def test_a_document_without_the_measurement_is_refused() -> None:
     doc = fake_document.make(quality=False, latency=[])
     with pytest.raises(InputError, match="no timed CFG"):
         readme_tables.latency(doc)
@@ -87,7 +87,7 @@ def test_what_was_not_measured_is_refused() -> None:
         readme_tables.kid(doc)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_fills_and_checks_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:cost -->\n<!-- /bench -->\n")
     results.write(fake_document.make(), tmp_path / "cost-emoji.json")

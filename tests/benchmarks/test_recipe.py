@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: what can be checked without its downloads."""
+"""The training recipe of the bundled model, as far as it can be checked without its downloads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_split_is_disjoint_and_large_enough() -> None:
     assert len(parts["held_out"]) >= 40 and len(parts["held_out_colour_shape"]) >= 8
 
 
-def test_colours_and_shapes_held_out_together_were_seen_apart() -> None:
+def test_held_out_colours_and_shapes_are_trained_in_other_combinations() -> None:
     parts = split()
     for concept in parts["held_out_colour_shape"]:
         colour, shape = concept.split("-")
@@ -31,30 +31,30 @@ def test_colours_and_shapes_held_out_together_were_seen_apart() -> None:
         assert any(n.endswith(f"-{shape}") for n in parts["train"])
 
 
-def test_styles_do_not_mix() -> None:
+def test_styles_have_distinct_words() -> None:
     words = [s.word for group in (BASE_STYLES, FINE_TUNE_STYLES, JUDGE_STYLES) for s in group]
     assert len(words) == len(set(words)) == 6
 
 
-def test_the_prompt_file_is_the_recipes_and_holds_nothing_held_out() -> None:
+def test_the_prompt_file_is_current_and_has_no_held_out_concepts() -> None:
     written = Path("calibration/emoji-prompts.txt").read_text().splitlines()
     assert written == lines()
     parts = split()
-    held = {caption(c) for c in (*parts["held_out"], *parts["held_out_colour_shape"])}
+    held_out = {caption(c) for c in (*parts["held_out"], *parts["held_out_colour_shape"])}
     for line in written:
-        assert line.split(",")[0].removeprefix("a ").removeprefix("an ") not in held
+        assert line.split(",")[0].removeprefix("a ").removeprefix("an ") not in held_out
 
 
-def test_captions_vary_as_said() -> None:
+def test_captions_are_empty_or_styled_at_the_expected_rates() -> None:
     rng = random.Random(0)
-    seen = [train.write_caption("red-apple", "noto", rng, 0.1) for _ in range(4000)]
-    assert 0.08 < seen.count("") / len(seen) < 0.12
-    styled = sum("noto style" in s for s in seen) / len(seen)
+    captions = [train.write_caption("red-apple", "noto", rng, 0.1) for _ in range(4000)]
+    assert 0.08 < captions.count("") / len(captions) < 0.12
+    styled = sum("noto style" in s for s in captions) / len(captions)
     assert 0.70 < styled < 0.83
-    assert all(s == "" or "red apple" in s for s in seen)
+    assert all(s == "" or "red apple" in s for s in captions)
 
 
-def test_the_encoder_holds_the_patch_code_exactly() -> None:
+def test_the_encoder_equals_the_patch_code() -> None:
     rng = np.random.default_rng(0)
     smooth = np.kron(rng.integers(0, 256, (6, 8, 8, 3)), np.ones((1, 4, 4, 1), int))
     pixels = (smooth + rng.integers(-20, 20, smooth.shape)).clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The rivals of the guides: what each is beside a U-Net, training them in a few steps, and the page."""
+"""The rivals of the guides: their effect on a U-Net, training in a few steps, the measurement, and the page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pnp_trt.errors import InputError  # noqa: E402
 from tests.test_words import findings, prose  # noqa: E402
 
 NAMES = RIVALS.names()
-#: of the same budget as the tiny guide's 198,416 parameters
+#: rivals with about as many parameters as the tiny guide's 198,416
 EQUAL = ("tiny", "w-embedding", "sharpener", "adapters", "additive")
 
 
@@ -43,7 +43,7 @@ def unet() -> Any:
 
 
 def inputs(count: int = 2) -> tuple[Any, ...]:
-    """x, t, text, empty."""
+    """Return x, t, and the states of text and of the empty prompt."""
     g = torch.Generator().manual_seed(0)
     x, text = torch.randn(count, 8, 16, 16, generator=g), torch.randn(count, 77, 128, generator=g)
     t = torch.linspace(900, 40, count).long()
@@ -51,7 +51,7 @@ def inputs(count: int = 2) -> tuple[Any, ...]:
 
 
 def awake(name: str, unet: Any) -> Rival:
-    """A rival whose last projections are not zero, so that it changes something."""
+    """Return a rival whose last projections are not zero, so that it changes the output."""
     torch.manual_seed(1)
     rival = RIVALS[name].from_unet(unet)
     with torch.no_grad():
@@ -61,19 +61,19 @@ def awake(name: str, unet: Any) -> Rival:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rival_is_the_unet_at_w_1_and_before_training(name: str, unet: Any) -> None:
+def test_a_rival_changes_nothing_at_w_1_and_before_training(name: str, unet: Any) -> None:
     x, t, text, empty = inputs()
     with torch.no_grad():
         plain = unet(x, t, text).sample
         assert torch.equal(RIVALS[name].from_unet(unet)(unet, x, t, text, empty, torch.tensor([3.0, 5.0])), plain)
         rival = awake(name, unet)
-        made = rival(unet, x, t, text, empty, torch.tensor([1.0, 5.0]))
-    assert torch.allclose(made[0], plain[0], atol=1e-6)
-    assert (made[1] - plain[1]).abs().max() > 1e-3
+        output = rival(unet, x, t, text, empty, torch.tensor([1.0, 5.0]))
+    assert torch.allclose(output[0], plain[0], atol=1e-6)
+    assert (output[1] - plain[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_w_belongs_to_its_sample(name: str, unet: Any) -> None:
+def test_each_sample_has_its_own_w(name: str, unet: Any) -> None:
     x, t, text, empty = inputs()
     rival = awake(name, unet)
     w = torch.tensor([2.0, 7.0])
@@ -84,7 +84,7 @@ def test_w_belongs_to_its_sample(name: str, unet: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_all_of_a_rival_and_nothing_of_the_unet(name: str, unet: Any) -> None:
+def test_gradients_reach_the_whole_rival_but_not_the_unet(name: str, unet: Any) -> None:
     x, t, text, empty = inputs()
     rival = awake(name, unet)
     rival(unet, x, t, text, empty, torch.tensor([3.0, 5.0])).square().sum().backward()
@@ -96,12 +96,12 @@ def test_gradients_reach_all_of_a_rival_and_nothing_of_the_unet(name: str, unet:
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_the_budget_is_equal(name: str, unet: Any) -> None:
+def test_the_numbers_of_parameters_are_equal(name: str, unet: Any) -> None:
     assert sum(p.numel() for p in RIVALS[name].from_unet(unet).parameters()) == pytest.approx(198_416, rel=0.02)
 
 
-def test_a_low_rank_change_is_a_change_of_the_weights(unet: Any) -> None:
-    """At one w, LoRA and the added embedding are a U-Net with other weights and another bias."""
+def test_the_w_embedding_equals_changed_weights_at_one_w(unet: Any) -> None:
+    """At a fixed w, the LoRA and the added embedding equal a U-Net with other weights and another bias."""
     x, t, text, empty = inputs()
     w = torch.full((2,), 3.0)
     rival: Any = awake("w-embedding", unet)
@@ -115,13 +115,13 @@ def test_a_low_rank_change_is_a_change_of_the_weights(unet: Any) -> None:
         angles = 3.0 * 4 * 100.0 ** (-torch.arange(16) / 16)
         features = torch.cat([angles.sin(), angles.cos()])
         other.time_embedding.linear_2.bias += gate * rival.embed(features)
-        wanted = other(x, t, text).sample
-        made = rival(unet, x, t, text, empty, w)
-    assert torch.allclose(made, wanted, atol=2e-5)
+        expected = other(x, t, text).sample
+        output = rival(unet, x, t, text, empty, w)
+    assert torch.allclose(output, expected, atol=2e-5)
 
 
-def test_the_sharpener_is_its_formula() -> None:
-    """Two linear layers and an attention, in plain loops; the start token stays."""
+def test_the_sharpener_equals_its_formula() -> None:
+    """Linear layers and attention, written out in loops."""
     torch.manual_seed(0)
     part = Sharpener(8, inner=6, heads=2).double()
     torch.nn.init.normal_(part.leave.weight)
@@ -138,14 +138,14 @@ def test_the_sharpener_is_its_formula() -> None:
     assert torch.allclose(part(text, negative)[0], torch.stack(rows))
 
 
-def test_sharpened_text_reaches_the_unet_but_for_the_start_token(unet: Any) -> None:
+def test_the_unet_gets_the_sharpened_text_except_for_the_start_token(unet: Any) -> None:
     x, t, text, empty = inputs()
     rival: Any = awake("sharpener", unet)
     with torch.no_grad():
         states = text + rival.sharpener(text, empty) * torch.tensor([0.5, 1.5])[:, None, None]
         states[:, 0] = text[:, 0]
-        wanted = unet(x, t, states).sample
-        assert torch.allclose(rival(unet, x, t, text, empty, torch.tensor([3.0, 7.0])), wanted, atol=1e-5)
+        expected = unet(x, t, states).sample
+        assert torch.allclose(rival(unet, x, t, text, empty, torch.tensor([3.0, 7.0])), expected, atol=1e-5)
 
 
 def test_additive_adapters_add_one_vector_to_all_positions(unet: Any) -> None:
@@ -162,19 +162,19 @@ def test_additive_adapters_add_one_vector_to_all_positions(unet: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rival_moves_to_a_fine_tune(name: str, unet: Any) -> None:
+def test_a_rival_works_on_a_fine_tune(name: str, unet: Any) -> None:
     x, t, text, empty = inputs(1)
     rival, tuned = awake(name, unet), bundled_unet("emoji-flat")
     rival.check(tuned)
     with torch.no_grad():
-        made = rival(tuned, x, t, text, empty, torch.tensor([3.0]))
-        assert (made - tuned(x, t, text).sample).abs().max() > 1e-3
-        assert (made - rival(unet, x, t, text, empty, torch.tensor([3.0]))).abs().max() > 1e-3
+        output = rival(tuned, x, t, text, empty, torch.tensor([3.0]))
+        assert (output - tuned(x, t, text).sample).abs().max() > 1e-3
+        assert (output - rival(unet, x, t, text, empty, torch.tensor([3.0]))).abs().max() > 1e-3
 
 
 def test_a_rival_of_another_shape_is_refused(unet: Any) -> None:
     other = UNet2DConditionModel.from_config({**unet.config, "cross_attention_dim": 64})
-    with pytest.raises(InputError, match="cross_attention_dim is 128, and this one's is 64"):
+    with pytest.raises(InputError, match="cross_attention_dim = 128, but this one has 64"):
         RIVALS["sharpener"].from_unet(unet).check(other)
 
 
@@ -184,12 +184,12 @@ def test_a_rival_of_another_shape_is_refused(unet: Any) -> None:
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
-    held = {"empty": rng.integers(0, 49_000, (1, 77)), "prompts": rng.integers(0, 49_000, (4, 77))}
+    arrays = {"empty": rng.integers(0, 49_000, (1, 77)), "prompts": rng.integers(0, 49_000, (4, 77))}
     for name in ("base", "flat", "3d"):
-        held[f"{name}.pixels"] = rng.integers(0, 255, (2, 2, 64, 64, 3)).astype(np.uint8)
-        held[f"{name}.ids"] = rng.integers(0, 49_000, (2, gpu_train.CAPTION_FORMS, 77))
+        arrays[f"{name}.pixels"] = rng.integers(0, 255, (2, 2, 64, 64, 3)).astype(np.uint8)
+        arrays[f"{name}.ids"] = rng.integers(0, 49_000, (2, gpu_train.CAPTION_FORMS, 77))
     path = tmp_path_factory.mktemp("rivals") / "pack.npz"
-    np.savez(path, **held)
+    np.savez(path, **arrays)
     return path
 
 
@@ -204,8 +204,8 @@ def test_training_writes_every_rival_and_its_record(trained: Path, unet: Any) ->
     record = json.loads((trained / "train.json").read_text())
     assert set(record["rivals"]) == set(NAMES) and record["parameters_of_unet"] == 6_852_552
     for name in NAMES:
-        held = record["rivals"][name]
-        assert (held["steps"], held["batch"], len(held["log"])) == (3, 4, 1) and held["log"][0]["loss"] < 1.0
+        entry = record["rivals"][name]
+        assert (entry["steps"], entry["batch"], len(entry["log"])) == (3, 4, 1) and entry["log"][0]["loss"] < 1.0
         rival = load(name, unet, trained)
         assert not any(p.requires_grad for p in rival.parameters())
         fresh = RIVALS[name].from_unet(unet).state_dict()
@@ -213,7 +213,7 @@ def test_training_writes_every_rival_and_its_record(trained: Path, unet: Any) ->
         assert moved and all(v.isfinite().all() for v in rival.state_dict().values())
 
 
-def test_training_takes_up_what_is_there(
+def test_training_skips_trained_rivals(
     trained: Path, pack: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in trained.glob("*.safetensors")}
@@ -223,14 +223,14 @@ def test_training_takes_up_what_is_there(
     assert {p.name: p.stat().st_mtime_ns for p in trained.glob("*.safetensors")} == before
 
 
-def test_other_settings_train_again(trained: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_require_new_training(trained: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_train.Trainer, "run", lambda *_: pytest.fail("trained again"))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         train(ASSETS, pack, trained, 3, 4, only=["sharpener"], rates={"sharpener": 2e-3})
 
 
 def test_a_pilot_chooses_the_rate(pack: Path, tmp_path: Path) -> None:
-    """Weights after two steps at a senseless rate are worse than at a usual one."""
+    """All rates of this pilot are far too high, so the lowest has the lowest loss."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RIVALS["additive"], "lr", 3.0)
         patch.setattr("benchmarks.emoji.rivals.train.PILOT_BATCHES", 1)
@@ -256,7 +256,7 @@ def test_all_rivals_learn_from_the_same_states(pack: Path, tmp_path: Path, monke
 
 
 def test_training_lowers_the_loss_on_its_own_states(unet: Any) -> None:
-    """Ten steps on one batch of states: the sharpener's loss falls, and the base's weights stay as they are."""
+    """Ten steps on one batch of states: the sharpener's loss falls, and the base's weights do not change."""
     torch.manual_seed(0)
     x, t, text, empty = inputs(4)
     rival = RIVALS["sharpener"].from_unet(unet)
@@ -270,7 +270,7 @@ def test_training_lowers_the_loss_on_its_own_states(unet: Any) -> None:
         return ((rival(unet, x, t, text, empty, w) - target) ** 2).mean()
 
     first = loss().item()
-    # the rate of the first of 200 steps of warm-up
+    # a high rate: only the first 10 of 200 warm-up steps run
     trainer = gpu_train.Trainer("x", rival, loss, 0.6, float("inf"), ema=0.0, muon=False, max_steps=10)
     assert trainer.run()["steps"] == 10
     assert loss().item() < 0.9 * first
@@ -281,7 +281,7 @@ def test_training_lowers_the_loss_on_its_own_states(unet: Any) -> None:
 
 
 class Eyes:
-    """Mean colours of a grid, as features."""
+    """Fake feature extractor: mean colours of the cells of a grid."""
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         cells = pixels.reshape(len(pixels), 8, 8, 8, 8, 3).mean((2, 4)).reshape(len(pixels), -1)
@@ -298,20 +298,20 @@ def measured(trained: Path, pack: Path) -> dict[str, Any]:
         patch.setattr(measure, "ERROR_BATCH", 4)
         patch.setattr(measure, "real_images", lambda rows, _cache: np.random.default_rng(0).integers(
             0, 256, (len(rows), 64, 64, 3), dtype=np.uint8))  # fmt: skip
-        given: dict[str, Any] = dict(
+        arguments: dict[str, Any] = dict(
             assets=ASSETS, data=pack, out=trained, judge=ASSETS / "judge.safetensors", cache=pack.parent / "cache",
             results=results, images=4, rounds=1, steps=(2,), tuned=(2,), command="a test",
         )  # fmt: skip
-        document = measure.measure(**given)
+        document = measure.measure(**arguments)
         patch.setattr(measure.Sampler, "draw", lambda *_: pytest.fail("sampled again"))
-        again = measure.measure(**given, processes=2)
+        again = measure.measure(**arguments, processes=2)
     assert again["cells"] == document["cells"] == json.loads(results.read_text())["cells"]
     return document
 
 
 def test_every_rival_is_measured_on_every_base(measured: dict[str, Any]) -> None:
-    found = {(c["method"], c["base"]) for c in measured["cells"]}
-    assert found == {(m, b) for m in ("none", "cfg", *NAMES) for b in ("emoji", "emoji-flat", "emoji-3d")}
+    pairs = {(c["method"], c["base"]) for c in measured["cells"]}
+    assert pairs == {(m, b) for m in ("none", "cfg", *NAMES) for b in ("emoji", "emoji-flat", "emoji-3d")}
     at = {(c["method"], c["base"]): c for c in measured["cells"]}
     assert at["cfg", "emoji"]["evaluations"] == 4 and at["tiny", "emoji"]["evaluations"] == 2
     assert "gain_over_cfg" not in at["cfg", "emoji"] and "gain_over_none" not in at["none", "emoji"]
@@ -320,10 +320,10 @@ def test_every_rival_is_measured_on_every_base(measured: dict[str, Any]) -> None
     assert set(measured["rivals"]["tiny"]["error"]["emoji-3d"]) >= {"all", "0-199", "800-999"}
 
 
-def test_costs_are_those_of_the_parts(measured: dict[str, Any]) -> None:
+def test_costs_are_the_sums_of_the_layers(measured: dict[str, Any]) -> None:
     rivals = measured["rivals"]
     tokens, inner, width = 77, 192, 128
-    # two texts through the first layer; q of one, k and v of the other; products; two layers on one
+    # first layer on two texts; q of one, k and v of the other; attention products; last two layers on one
     products = 2 * tokens * width * inner + 3 * tokens * inner**2 + 2 * tokens**2 * inner
     products += tokens * inner**2 + tokens * inner * width
     assert rivals["sharpener"]["macs_per_image"] == products and rivals["sharpener"]["macs_per_evaluation"] == 0
@@ -333,18 +333,18 @@ def test_costs_are_those_of_the_parts(measured: dict[str, Any]) -> None:
     assert rivals["additive"]["macs_per_evaluation"] < rivals["adapters"]["macs_per_evaluation"]
 
 
-def test_an_untrained_rival_leaves_all_of_the_guidance(unet: Any) -> None:
+def test_the_error_without_guidance_is_the_whole_residual(unet: Any) -> None:
     torch.manual_seed(0)
     data = type("Fake", (), {"latents": torch.randn(3, 2, 8, 16, 16)})
     _, _, text, empty = inputs(4)
     states = gpu_train.GuideStates(data, text, text[:3], 4, own=0.0)
-    found = gpu_train.prediction_error(
+    error = gpu_train.prediction_error(
         unet, lambda x, t, text, w: unet(x, t, text).sample, states, empty[:1], 1
     )["all"]  # fmt: skip
-    assert found == {"residual": 1.0, "length": 0.0, "cosine": 0.0}
+    assert error == {"residual": 1.0, "length": 0.0, "cosine": 0.0}
 
 
-def test_the_page_is_drawn_from_the_json(measured: dict[str, Any], tmp_path: Path) -> None:
+def test_the_page_is_written_from_the_json(measured: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps(measured))
     main(["report", "--json", str(path), "--document", str(tmp_path / "rivals.md")])
@@ -358,20 +358,22 @@ def test_the_page_is_drawn_from_the_json(measured: dict[str, Any], tmp_path: Pat
     assert "full guide (16.7 ×)" in page and "tiny guide + sharpener (ours) (2.0 ×)" in page
 
 
-def test_unequal_training_is_not_drawn(measured: dict[str, Any], tmp_path: Path) -> None:
+def test_unequal_training_is_not_reported(measured: dict[str, Any], tmp_path: Path) -> None:
     other = json.loads(json.dumps(measured))
     other["rivals"]["full"]["steps"] = 5
-    with pytest.raises(InputError, match="different steps"):
+    with pytest.raises(InputError, match="differ in training steps"):
         report.write_report(other, tmp_path / "rivals.md")
     other["rivals"]["full"] |= {"steps": 3, "pilot_steps": 9}
-    with pytest.raises(InputError, match=r"different pilots: \[0, 9\] steps"):
+    with pytest.raises(InputError, match=r"pilots differ in steps: \[0, 9\]"):
         report.write_report(other, tmp_path / "rivals.md")
-    with pytest.raises(InputError, match="holds no rivals"):
+    with pytest.raises(InputError, match="not a record of the rivals"):
         report.write_report({"schema": "pnp-trt/emoji-tables/1"}, tmp_path / "rivals.md")
 
 
-def test_what_is_missing_is_named(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, said in (
+def test_missing_files_and_invalid_options_are_reported(
+    pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
         (["measure", "--data", str(pack), "--out", str(tmp_path)], "no rival is trained"),
         (["train", "--data", str(tmp_path / "none.npz")], "gpu_train pack"),
         (["train", "--data", str(pack), "--only", "smaller"], "the rival is 'smaller'; known: tiny, w-embedding"),
@@ -381,4 +383,4 @@ def test_what_is_missing_is_named(pack: Path, tmp_path: Path, capsys: pytest.Cap
     ):
         with pytest.raises(SystemExit):
             main(arguments)
-        assert said in " ".join(capsys.readouterr().err.split())
+        assert message in " ".join(capsys.readouterr().err.split())

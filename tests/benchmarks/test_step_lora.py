@@ -1,4 +1,4 @@
-"""A LoRA for few steps against the guide of stage 2: the measurement on few images, and its page."""
+"""A LoRA for few steps against the stage-2 guide: the measurement on few images, and its page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.test_words import findings, prose  # noqa: E402
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """Weights as ``gpu_train`` writes them: a LoRA that changes little, and a guide."""
+    """Files as ``gpu_train`` writes them: a LoRA with small changes, and a guide."""
     torch.manual_seed(0)
     unet = gpu_steps.add_lora(resolve("emoji").unet())
     with torch.no_grad():
@@ -38,7 +38,7 @@ def trained(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_rows_are_measured_and_the_page_is_drawn(
+def test_rows_are_measured_and_the_page_is_written(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fewer = {m: (name, kind, 2) for m, (name, kind, _) in step_lora.METHODS.items()}
@@ -53,7 +53,7 @@ def test_rows_are_measured_and_the_page_is_drawn(
     rows = {(r["method"], r["w"]): r for r in document["rows"]}
     assert len(rows) == len(fewer) * len(step_lora.SCALES)
     assert [rows[m, 3.0]["evaluations"] for m in ("cfg", "cfg+lora", "none", "tiny+lora")] == [4, 4, 2, 2]
-    # the LoRA is in the U-Net of its rows and in no other's: here CFG of both counts of steps is the same
+    # the LoRA affects only its own rows; here CFG has the same number of steps as its reference, so both are equal
     assert rows["cfg", 3.0]["distance_to_cfg"]["feature_cosine"]["value"] == pytest.approx(1)
     assert rows["cfg+lora", 3.0]["distance_to_cfg"]["psnr_db"]["value"] < 60
     assert rows["none", 3.0]["kid"] == rows["none", 5.0]["kid"]
@@ -65,7 +65,10 @@ def test_rows_are_measured_and_the_page_is_drawn(
 
     with pytest.raises(SystemExit):
         step_lora.main(["measure", "--from", str(trained / "none"), "--images", "4"])
-    assert "step-lora-8.safetensors; make it with: gpu_train train --step-lora" in capsys.readouterr().err
+    assert (
+        "step-lora-8.safetensors does not exist; run: python -m benchmarks.emoji.gpu_train train"
+        in capsys.readouterr().err
+    )
 
 
 def noise(count: int) -> Any:

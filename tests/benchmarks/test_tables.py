@@ -39,7 +39,7 @@ def parts(micro_base: Path, micro_guide: Path) -> tuple[Sampler, Any]:
     [Guidance("none"), Guidance("cfg", 3.0), Guidance("guided", 5.0), Guidance("interval", 4.0, (200, 700))],
     ids=lambda how: how.kind,
 )
-def test_the_loop_is_diffusers_ddim(parts: tuple[Sampler, Any], how: Guidance, micro_base: Path) -> None:
+def test_the_loop_equals_diffusers_ddim(parts: tuple[Sampler, Any], how: Guidance, micro_base: Path) -> None:
     from diffusers import DDIMScheduler
 
     sampler, guide = parts
@@ -63,11 +63,11 @@ def test_the_loop_is_diffusers_ddim(parts: tuple[Sampler, Any], how: Guidance, m
     ticks: list[int] = []
     ours = denoise(one, sampler.schedule(5), noise, text, empty, how, ticks.append)
     assert sum(ticks) == 2 * how.evaluations(sampler.schedule(5))
-    # the first step multiplies latents, and their rounding, a hundredfold
+    # the first step amplifies latents and their rounding errors a hundredfold
     assert (ours - x).norm() < 5e-5 * x.norm()
 
 
-def test_an_interval_that_covers_everything_is_cfg(parts: tuple[Sampler, Any]) -> None:
+def test_an_interval_that_covers_everything_equals_cfg(parts: tuple[Sampler, Any]) -> None:
     sampler, _ = parts
     rows = [Ask("red-apple", "noto", 1), Ask("panda", "noto", 2), Ask("fox", "noto", 3)]
     schedule = sampler.schedule(4)
@@ -77,15 +77,15 @@ def test_an_interval_that_covers_everything_is_cfg(parts: tuple[Sampler, Any]) -
     assert np.array_equal(nothing, sampler.draw(rows, sampler.predict, Guidance("none"), schedule))
 
 
-def test_guidance_refuses() -> None:
-    with pytest.raises(InputError, match="known: none, cfg, interval, guided, cached, residual"):
+def test_invalid_guidance_is_refused() -> None:
+    with pytest.raises(InputError, match="available: none, cfg, interval, guided, cached, residual"):
         Guidance("magic")
-    with pytest.raises(InputError, match="'interval' alone takes one"):
+    with pytest.raises(InputError, match="only 'interval' takes one"):
         Guidance("cfg", 3.0, (1, 2))
 
 
 def test_batches_of_one_size_are_padded(parts: tuple[Sampler, Any]) -> None:
-    """As a compiled network takes them, here without the compiler."""
+    """A compiled network gets batches of one size; here it is not compiled."""
     sampler, guide = parts
     one = network.Network(sampler.unet, guide, "float32", compiled=False, batch=2)
     x, text = torch.randn(3, 4, 8, 8), sampler.text(["a", "b", "c"])
@@ -93,9 +93,9 @@ def test_batches_of_one_size_are_padded(parts: tuple[Sampler, Any]) -> None:
     plain = one(x, t, text, w)
     one.compiled, sizes = True, []
 
-    def run(*given: Any) -> Any:
-        sizes.append(len(given[0]))
-        return one.module(*given)
+    def run(*inputs: Any) -> Any:
+        sizes.append(len(inputs[0]))
+        return one.module(*inputs)
 
     one._run = run
     torch.testing.assert_close(one(x, t, text, w), plain, atol=1e-5, rtol=1e-4)
@@ -105,14 +105,14 @@ def test_batches_of_one_size_are_padded(parts: tuple[Sampler, Any]) -> None:
 def test_a_network_that_does_not_compile_runs_eager(parts: tuple[Sampler, Any]) -> None:
     sampler, _ = parts
     one = network.Network(sampler.unet, None, "float32", compiled=False, batch=2)
-    given = torch.randn(1, 4, 8, 8), torch.tensor([9]), sampler.text(["a"]), torch.ones(1)
-    plain = one(*given)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([9]), sampler.text(["a"]), torch.ones(1)
+    plain = one(*inputs)
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("no C++ compiler\nand more")
 
     one.compiled, one._run = True, fail
-    torch.testing.assert_close(one(*given), plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one(*inputs), plain, atol=1e-5, rtol=1e-4)
     assert one.trouble == "RuntimeError: no C++ compiler" and not one.compiled
 
 
@@ -164,7 +164,7 @@ def test_cells_are_complete_and_unique() -> None:
     )
     own = {"none": 8, "cfg": 14, "tiny": 8, "tiny-stage2": 4, "interval": 24}
     assert Counter(x.method for x in c) == {**own, **free}
-    # what needs no guide comes first, and the sweep before what it decides
+    # cells without a guide come first, and the sweep of intervals before the cells that use its best one
     assert [x.guide is None for x in cells] == sorted((x.guide is None for x in cells), reverse=True)
     assert max(cells.index(x) for x in c if x.captions == "sweep") < min(
         cells.index(x) for x in c if x.interval == BEST
@@ -173,13 +173,13 @@ def test_cells_are_complete_and_unique() -> None:
         all_cells(0)
 
 
-def test_equal_compute_and_unknown_best() -> None:
+def test_numbers_of_evaluations_and_the_best_interval() -> None:
     schedule = Sampler.schedule(type("S", (), {"schedule_config": {}})(), 25)  # type: ignore[arg-type]
     assert Cell("C", "cfg", "emoji", 25, 3.0).guidance().evaluations(schedule) == 50
     assert Cell("C", "none", "emoji", 25, 3.0).guidance().evaluations(schedule) == 25
     best = Cell("C", "interval", "emoji", 25, 3.0, interval=BEST)
     assert best.guidance("sdxl").interval == INTERVALS["sdxl"]
-    with pytest.raises(InputError, match="best interval at 25 steps and w = 3 is not known yet"):
+    with pytest.raises(InputError, match="best interval at 25 steps and w = 3 is unknown before the sweep"):
         best.guidance()
 
 
@@ -195,7 +195,7 @@ def test_outcomes() -> None:
     assert [compare.no_worse(estimate(v)) for v in (0.1, 0.01, -0.1)] == [True, True, False]
 
 
-def test_goals_are_judged_from_intervals_and_named_where_not_measured() -> None:
+def test_goals_follow_the_intervals_or_are_not_measured() -> None:
     def group(method: str, steps: int, against: int, value: float) -> dict[str, Any]:
         gain = {"kid": estimate(value), "R@1": estimate(-0.1), "R@5": estimate(0)}
         return {
@@ -203,12 +203,12 @@ def test_goals_are_judged_from_intervals_and_named_where_not_measured() -> None:
             "gain_over_cfg": {str(against): gain},
         }  # fmt: skip
 
-    found = compare.goal_verdicts([group("tiny", 50, 50, 0.01), group("tiny", 16, 16, -0.1)], 3.0)
-    assert [v.get("reached") for v in found] == [True, False, None, None]
-    assert found[0]["R@1"] == "worse" and not found[3]["measured"]
+    verdicts = compare.goal_verdicts([group("tiny", 50, 50, 0.01), group("tiny", 16, 16, -0.1)], 3.0)
+    assert [v.get("reached") for v in verdicts] == [True, False, None, None]
+    assert verdicts[0]["R@1"] == "worse" and not verdicts[3]["measured"]
 
 
-def test_duels_say_who_wins_and_at_what_cost() -> None:
+def test_a_duel_states_the_winner_and_the_cost() -> None:
     guide = {"method": "tiny", "steps": 16, "evaluations": 16, "w": 3.0, "interval": None}
     rival = {"method": "cfg", "steps": 8, "evaluations": 16, "interval": None}
     gains = {"kid": estimate(-0.1), "R@1": estimate(0.1), "R@5": estimate(0.0)}
@@ -223,12 +223,12 @@ def test_the_document_names_the_rivals_that_win() -> None:
         rival = {"method": "cfg", "steps": evaluations // 2, "evaluations": evaluations, "interval": None}
         return compare.free_verdict(guide, rival, {k: estimate(value) for k in ("kid", "R@1", "R@5")})
 
-    said = tables_report.verdict_c({"verdicts": {"C": [duel(16, -0.1), duel(8, 0.1), duel(32, -0.2)]}})
-    fair, dearer = said.split("at more NFE")
+    text = tables_report.verdict_c({"verdicts": {"C": [duel(16, -0.1), duel(8, 0.1), duel(32, -0.2)]}})
+    fair, dearer = text.split("at more NFE")
     assert "**better by KID: teacher CFG at 8 steps (16 NFE;" in fair and "(1 of 2 shown worse)" in fair
     assert "teacher CFG at 16 steps (32 NFE;" in dearer
-    said = tables_report.verdict_c({"verdicts": {"C": [duel(16, 0.0)]}})
-    assert "none is shown better by KID (0 of 1 shown worse)" in said
+    text = tables_report.verdict_c({"verdicts": {"C": [duel(16, 0.0)]}})
+    assert "none is shown better by KID (0 of 1 shown worse)" in text
 
 
 def test_means_over_noises_resample_captions() -> None:
@@ -239,7 +239,7 @@ def test_means_over_noises_resample_captions() -> None:
     assert fidelity.mean_kid(real, [a, b]).value == pytest.approx(
         (fidelity.kid(real, a).value + fidelity.kid(real, b).value) / 2
     )
-    # the same images twice are no more evidence than once
+    # repeating the same images adds no evidence
     assert fidelity.mean_kid(real, [a, a]) == fidelity.kid(real, a)
     with pytest.raises(InputError, match="equal counts, got 20, 19"):
         fidelity.mean_kid(real, [a, b[1:]])
@@ -251,7 +251,7 @@ def test_means_over_noises_resample_captions() -> None:
 
 
 class Eyes:
-    """Features of the extractor's width without its network."""
+    """Fake feature extractor: features of the right width without a network."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         flat = images.reshape(len(images), -1)[:, :: images[0].size // 640][:, :640] / 255.0
@@ -259,27 +259,27 @@ class Eyes:
 
 
 def some_cells() -> list[Cell]:
-    def wanted(c: Cell) -> bool:
-        if c.table == "A":
-            return c.w == 3.0 and c.steps in (8, 4) and c.captions != "held_out_colour_shape"
-        if c.table == "B":
-            return c.base == "emoji-flat" and c.steps == 16 and c.w == 3.0
-        return c.w == 3.0 and c.steps in (16, 8)
+    def selected(cell: Cell) -> bool:
+        if cell.table == "A":
+            return cell.w == 3.0 and cell.steps in (8, 4) and cell.captions != "held_out_colour_shape"
+        if cell.table == "B":
+            return cell.base == "emoji-flat" and cell.steps == 16 and cell.w == 3.0
+        return cell.w == 3.0 and cell.steps in (16, 8)
 
-    # and what their distances refer to
+    # the reference of their distances
     reference = Cell("A", "cfg", "emoji", 50, 3.0)
-    return [*(c for c in all_cells(2) if wanted(c)), reference]
+    return [*(cell for cell in all_cells(2) if selected(cell)), reference]
 
 
 @pytest.fixture(scope="module")
 def smoke(
     micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path, dict[str, Any]]:
-    """A document made by a run on the micro teacher, its folder, and the arguments of the run."""
+    """The document of a run on the micro teacher, its folder, and the arguments of the run."""
     home = tmp_path_factory.mktemp("tables")
     other = make_micro_base(home / "other", seed=5)
     tuned = BaseModel("emoji-flat", micro_base, next((other / "unet").glob("*.safetensors")))
-    given: dict[str, Any] = dict(
+    arguments: dict[str, Any] = dict(
         bases={"emoji": resolve(str(micro_base)), "emoji-flat": tuned},
         guides={"tiny": micro_guide, "tiny-8": micro_guide},
         judge=ROOT / "judge.safetensors", cache=home / "build", results=home / "tables.json",
@@ -290,23 +290,23 @@ def smoke(
         patch.setattr(tables, "FeatureExtractor", lambda _device: Eyes())
         patch.setattr(runner, "real_images", lambda rows, *_: np.random.default_rng(0).integers(
             0, 256, (len(rows), 32, 32, 3), dtype=np.uint8))  # fmt: skip
-        assert tables.evaluate(**given, only_teacher=True) is None
+        assert tables.evaluate(**arguments, only_teacher=True) is None
         assert not (home / "tables.json").exists()
-        document = tables.evaluate(**given)
+        document = tables.evaluate(**arguments)
         assert document is not None
         # a second run samples nothing, and two processes measure the same
         patch.setattr(Sampler, "draw", lambda *_: pytest.fail("sampled again"))
-        again = tables.evaluate(**given, processes=2)
+        again = tables.evaluate(**arguments, processes=2)
     assert (
         again is not None
         and again["groups"] == document["groups"]
         and again["verdicts"] == document["verdicts"]
         and again["networks"] == document["networks"]
     )
-    return document, home, given
+    return document, home, arguments
 
 
-def test_a_run_measures_every_cell_and_names_what_is_missing(smoke: tuple[dict[str, Any], Path, Any]) -> None:
+def test_a_run_measures_every_cell_and_lists_the_missing_ones(smoke: tuple[dict[str, Any], Path, Any]) -> None:
     document, home, _ = smoke
     written = json.loads((home / "tables.json").read_text())
     assert written["cells"] == json.loads(json.dumps(document["cells"]))
@@ -323,53 +323,53 @@ def test_a_run_measures_every_cell_and_names_what_is_missing(smoke: tuple[dict[s
     assert group["seeds"] == [0, 1]
     best = next(g for g in document["groups"] if g["interval"] == BEST)
     assert best["interval_chosen"] in INTERVALS and 16 < best["evaluations"] < 32
-    # the rules that make 8 or 16 steps at a budget
+    # the rules with 8 or 16 steps in one of the budgets
     rules = {"rising", "falling", "cached-2", "anchors-4", "anchors-8"}
     assert {d["rival"]["method"] for d in document["verdicts"]["C"]} == {"none", "cfg", "interval"} | rules
     assert {v["method"] for v in document["verdicts"]["B"]} == {"tiny"}
     assert str(home) not in json.dumps(document)
 
 
-def test_what_is_left_out_by_choice_is_named() -> None:
+def test_cells_excluded_by_options_are_listed() -> None:
     cells = all_cells(3)
     bases: Any = dict.fromkeys(("emoji", "emoji-flat", "emoji-3d"))
     guides = dict.fromkeys(("tiny", "tiny-16", "tiny-8", "tiny-4", "full"), Path())
-    kept, left = tables.choose_cells(cells, "ABC", bases, guides, {}, light=True, scales=(3.0, 5.0))
-    assert len(kept) + len(left) == len(cells)
+    chosen, left = tables.choose_cells(cells, "ABC", bases, guides, {}, light=True, scales=(3.0, 5.0))
+    assert len(chosen) + len(left) == len(cells)
     assert {c["reason"] for c in left} == {"--scales 3,5", "--light, which spares a third of the compute"}
-    # no headline row is spared: three noises of trained captions, and the held-out captions
-    headline = [c for c in kept if c.table == "A" and c.w == 3.0 and c.method != "full" and c.steps == 16]
+    # headline rows are not skipped: three sets of noise for trained captions, and the held-out captions
+    headline = [c for c in chosen if c.table == "A" and c.w == 3.0 and c.method != "full" and c.steps == 16]
     assert {(c.method, c.seed) for c in headline if c.captions == "train"} == {
         (m, seed) for m in ("cfg", "tiny", "tiny-stage2") for seed in range(3)
     }
     assert {c.captions for c in headline} == {"train", "held_out", "held_out_colour_shape"}
 
 
-def test_what_is_not_sampled_is_left_out_when_asked(
+def test_sampled_only_leaves_out_cells_without_images(
     smoke: tuple[dict[str, Any], Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document, _, given = smoke
+    document, _, arguments = smoke
     monkeypatch.setattr(tables, "FeatureExtractor", lambda _device: Eyes())
     monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("sampled"))
     gone = next(c for c in document["cells"] if (c["method"], c["steps"], c["captions"]) == ("tiny", 8, "train"))
-    image = given["cache"] / "tables" / f"{gone['cache']}.npz"
-    kept = image.read_bytes()
+    image = arguments["cache"] / "tables" / f"{gone['cache']}.npz"
+    data = image.read_bytes()
     image.unlink()
     try:
-        found = tables.evaluate(**(given | {"results": tmp_path / "t.json"}), sampled_only=True)
+        result = tables.evaluate(**(arguments | {"results": tmp_path / "t.json"}), sampled_only=True)
     finally:
-        image.write_bytes(kept)
-    assert found is not None
-    unsampled = [c for c in found["left_out"] if c["reason"] == "not sampled yet"]
-    # in this run the same guide plays both stages, so that they share the image
+        image.write_bytes(data)
+    assert result is not None
+    unsampled = [c for c in result["left_out"] if c["reason"] == "not sampled yet"]
+    # this run uses the same guide for both stages, so they share the images
     assert {(c["method"], c["steps"]) for c in unsampled} == {("tiny", 8), ("tiny-stage2", 8)}
-    assert gone["cache"] not in {c["cache"] for c in found["cells"]}
+    assert gone["cache"] not in {c["cache"] for c in result["cells"]}
 
 
-def test_cost_is_that_of_unet_and_guide(smoke: tuple[dict[str, Any], Path, Any], micro_base: Path) -> None:
-    document, _, given = smoke
+def test_the_cost_is_the_sum_of_unet_and_guide(smoke: tuple[dict[str, Any], Path, Any], micro_base: Path) -> None:
+    document, _, arguments = smoke
     costs = document["costs"]
-    sampler, guide = Sampler(micro_base), load_guide(str(given["guides"]["tiny"]))
+    sampler, guide = Sampler(micro_base), load_guide(str(arguments["guides"]["tiny"]))
     own = sum(p.numel() for p in guide.parameters())
     assert costs["tiny"]["parameters"] == costs["teacher"]["parameters"] + own
     assert costs["teacher"]["macs"] < costs["tiny"]["macs"] < 1.5 * costs["teacher"]["macs"]
@@ -383,7 +383,7 @@ def test_cost_is_that_of_unet_and_guide(smoke: tuple[dict[str, Any], Path, Any],
     assert none["evaluations"] == cfg["evaluations"] == 16 and none["macs_per_image"] == cfg["macs_per_image"]
 
 
-def test_the_document_is_drawn_from_json_and_images(smoke: tuple[dict[str, Any], Path, Any]) -> None:
+def test_the_document_is_written_from_json_and_images(smoke: tuple[dict[str, Any], Path, Any]) -> None:
     _, home, _ = smoke
     tables_report.write_report(json.loads((home / "tables.json").read_text()), home / "build", home / "docs")
     text = (home / "docs" / "distillation-tables.md").read_text()
@@ -394,10 +394,10 @@ def test_the_document_is_drawn_from_json_and_images(smoke: tuple[dict[str, Any],
         assert (home / "docs" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_fine_tunes_measured_apart_take_the_place_of_table_b(
+def test_separately_measured_fine_tunes_replace_table_b(
     smoke: tuple[dict[str, Any], Path, Any], tmp_path: Path
 ) -> None:
-    """Text alone, as the images of the other tables are on another machine."""
+    """With ``text_only``, because the images of the other tables may be on another machine."""
     _, home, _ = smoke
     document = json.loads((home / "tables.json").read_text())
     apart = json.loads((home / "tables.json").read_text())
@@ -414,19 +414,19 @@ def test_fine_tunes_measured_apart_take_the_place_of_table_b(
     assert "emoji-flat" in b
 
 
-def test_guides_are_found_or_named(micro_guide: Path, tmp_path: Path) -> None:
+def test_missing_guides_are_listed(micro_guide: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny").symlink_to(micro_guide)
-    found, missing = tables.find_guides(tmp_path)
-    assert list(found) == ["tiny"] and set(missing) == {"full", "tiny-16", "tiny-8", "tiny-4"}
+    guides, missing = tables.find_guides(tmp_path)
+    assert list(guides) == ["tiny"] and set(missing) == {"full", "tiny-16", "tiny-8", "tiny-4"}
     bundled, _ = tables.find_guides(None)
     assert "tiny" in bundled
     with pytest.raises(InputError, match="is not a folder"):
         tables.find_guides(tmp_path / "nothing")
 
 
-def test_evaluate_refuses(tmp_path: Path) -> None:
+def test_evaluate_refuses_invalid_arguments(tmp_path: Path) -> None:
     where = (tmp_path / "judge.safetensors", tmp_path, tmp_path / "out.json")
     with pytest.raises(InputError, match="at least 4, got 2"):
         tables.evaluate({}, {}, *where, images=2)
-    with pytest.raises(InputError, match="no table 'D'; known: A, B, C"):
+    with pytest.raises(InputError, match="unknown table 'D'; available: A, B, C"):
         tables.evaluate({}, {}, *where, only=["A", "D"])

@@ -78,7 +78,7 @@ def test_a_weight_that_is_not_a_number_is_bad_in_float32_too(tmp_path: Path) -> 
     inputs = made((1.0, float("nan"), 1.0), "fp16", tmp_path / "chain.onnx")
     bad = first_not_finite(layerwise(tmp_path / "chain.onnx", inputs))
     assert bad is not None and bad.near == "steps.1.weight" and not bad.finite_in_float32
-    assert "in float32 too: look at the weights" in verdict(layerwise(tmp_path / "chain.onnx", inputs), 1e-3)[0]
+    assert "in float32 too: check the weights" in verdict(layerwise(tmp_path / "chain.onnx", inputs), 1e-3)[0]
 
 
 def test_batches_of_outputs_find_the_same(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_is_furthest_off_comes_in_the_order_of_running(tmp_path: Path) -> N
     small = min(f.error for f in found if f.error)
     past = first_past(found, small)
     assert past is not None and all(f.error <= small for f in found if f.place < past.place)
-    assert "the first tensor that is off by more than that is" in verdict(found, small / 2)[0]
+    assert "and the first tensor above the limit is" in verdict(found, small / 2)[0]
 
 
 def test_quantisers_are_taken_out_of_the_reference(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_verify_looks_into_a_bundle(cli: Cli, engines: Path, tmp_path: Path) -> 
     assert done.code == 1 and f"compare layers with: pnp-trt verify {copy} --layers" in done.err
     done = cli("verify", copy, "--layers", "--network", "unet")
     assert done.code == 1 and "the first tensor that is not finite is" in done.err
-    assert "Conv, near unet.mid_block.resnets.0.conv1.weight); in float32 too: look at the weights" in done.err
+    assert "Conv, near unet.mid_block.resnets.0.conv1.weight); in float32 too: check the weights" in done.err
 
 
 def test_a_build_that_fails_says_where(micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +167,10 @@ def test_a_build_that_fails_says_where(micro_base: Path, tmp_path: Path, monkeyp
 def test_modules_have_no_graphs(cli: Cli, micro_base: Path, tmp_path: Path) -> None:
     build(BuildSpec(str(micro_base), "none", backend="torch", out=tmp_path / "t"))
     done = cli("verify", tmp_path / "t", "--layers")
-    assert done.code == 2 and "holds modules and no graphs; build it with another --backend" in done.err
+    assert done.code == 2 and "contains modules and no graphs; build it with another --backend" in done.err
 
 
 def test_without_polygraphy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "polygraphy", None)
-    with pytest.raises(InputError, match=r"looking at layers needs polygraphy; install with: pip install 'pnp-trt\[b"):
+    with pytest.raises(InputError, match=r"comparing layers needs polygraphy; install with: pip install 'pnp-trt\[b"):
         layerwise(tmp_path / "none.onnx", {})

@@ -93,7 +93,7 @@ LOOP = onnx.helper.make_node(
             "custom operator com.evil.Evil",
         ),
         (model_of(IDENTITY), "unet.onnx has the inputs sample float32 batchx4x8x8, its manifest states"),
-        (model_of(LOOP), "holds loops, branches or functions"),
+        (model_of(LOOP), "contains loops, branches or functions"),
         (model_of(IDENTITY, initializers=(stored_at("free.bin"),)), "reads its weights from 'free.bin'"),
         (model_of(IDENTITY, initializers=(stored_at("../../secret"),)), "reads its weights from '../../secret'"),
         (model_of(IDENTITY, initializers=(stored_at("/dev/zero"),)), "reads its weights from '/dev/zero'"),

@@ -17,7 +17,7 @@ from .fixtures import gather
 from .zygote import Zygote
 
 FULL = os.environ.get("PNP_TRT_CAMPAIGN") == "full"
-#: Cases of one test; an area of more is several tests, which xdist shares out.
+#: Most cases of one test; larger areas are split into several tests, which xdist distributes.
 CHUNK = 40
 
 
@@ -56,7 +56,7 @@ def test_area(cases: list[Case], zygote: Zygote, tmp_path: Path) -> None:
     assert not failed, "\n".join([f"{len(failed)} of {len(rows)} cases did not hold:", *failed])
 
 
-def test_the_campaign_has_its_size() -> None:
+def test_the_sizes_of_the_full_and_the_quick_campaign() -> None:
     every = areas.load()
     number = sum(map(len, every.values()))
     assert number >= 1500

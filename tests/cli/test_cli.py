@@ -101,7 +101,7 @@ def test_build_is_a_cache_hit_the_second_time_and_refuses_to_replace(
     again = cli("build", "--base", micro_base, "--guide", micro_guide, "--out", engines / "guided")
     assert again.code == 0 and "is up to date" in again.out
     other = cli("build", "--base", micro_base, "--guide", "none", "--out", engines / "guided")
-    assert other.code == 2 and "holds another bundle" in other.err and "--force" in other.err
+    assert other.code == 2 and "contains a different or damaged bundle" in other.err and "--force" in other.err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     mine = cli("build", "--base", micro_base, "--guide", "none", "--out", tmp_path / "mine", "--force")

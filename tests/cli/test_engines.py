@@ -63,7 +63,7 @@ def test_verify_compares_with_what_pytorch_gave(cli: Cli, engines: Path, tmp_pat
     [
         (["--precision", "int3"], "precision is 'int3'; known: fp32, fp16, bf16"),
         (["--backend", "abacus"], "the backend is 'abacus'; known: onnxruntime, tensorrt-rtx, tensorrt, torch"),
-        (["--profile", "b4"], "takes any batch up to 32; leave --profile out"),
+        (["--profile", "b4"], "takes any batch size up to 32; omit --profile"),
         (["--backend", "tensorrt-rtx", "--target", "sm_90"], "target is 'sm_90'; tensorrt-rtx compiles for: portable"),
         (["--refittable"], "--refittable is for TensorRT"),
     ],

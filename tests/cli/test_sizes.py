@@ -56,7 +56,7 @@ def test_other_sizes_are_refused_with_the_legal_ones(guided: Path, cli: Cli, tmp
         (engines / "guided", "64", "32x32"),
     ):
         done = cli("sample", "x", "--engine", engine, "--size", size, "--out", tmp_path / "s")
-        assert done.code == 2 and f"draws {legal} (height x width in pixels)" in done.err
+        assert done.code == 2 and f"supports {legal} (height x width in pixels)" in done.err
         assert "--profile b1@HEIGHTxWIDTH" in done.err
     assert "such as 512x768" in cli("sample", "x", "--size", "64*64", "--out", tmp_path / "s").err
     assert not (tmp_path / "s").exists()
@@ -109,9 +109,9 @@ def test_manifest_inspect_and_verify_know_the_sizes(plain: Path, cli: Cli) -> No
 @pytest.mark.parametrize(
     ("profile", "message"),
     [
-        ("b1@60", "'b1@60', and sizes of this model are multiples of 8 pixels from 8 to 4096; its own is 64x64"),
+        ("b1@60", "but sizes of this model are multiples of 8 pixels from 8 to 4096; its native size is 64x64"),
         ("b1@64x", "profile is 'b1@64x'; write b1"),
-        ("b2-8", "takes any batch up to 32; leave --profile out, or name a size with it, such as b1@512x768"),
+        ("b2-8", "takes any batch size up to 32; omit --profile, or add an image size to it, such as b1@512x768"),
     ],
 )  # fmt: skip
 def test_impossible_sizes_are_refused_before_anything_is_made(
@@ -129,7 +129,9 @@ def test_a_size_is_timed_where_the_engine_has_it(guided: Path, cli: Cli, tmp_pat
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["settings"]["size"] == [32, 48] and [row["method"] for row in found["latency"]] == ["guided"]
     refused = cli(*run, "--only", "latency", "--size", "32x56")
-    assert refused.code == 2 and "size is 32x56; engine 'guided' draws 32-48x32-48 in steps of 8, 64x64" in refused.err
+    assert (
+        refused.code == 2 and "size is 32x56; engine 'guided' supports 32-48x32-48 in steps of 8, 64x64" in refused.err
+    )
     assert "add --only latency" in cli(*run, "--size", "32x48").err
 
 

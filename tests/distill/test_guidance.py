@@ -159,7 +159,7 @@ def test_prompts_files(tmp_path: Path) -> None:
     path.write_text("  a  \n\n\tb\n")
     assert read_prompts(path) == ["a", "b"]
     path.write_text("\n \n")
-    with pytest.raises(InputError, match="holds no prompt"):
+    with pytest.raises(InputError, match="has no prompts"):
         read_prompts(path)
     path.write_text("ok\n" + "x" * 1001)
     with pytest.raises(InputError, match="line 2 has 1001 characters"):

@@ -201,7 +201,7 @@ def test_images_that_cannot_be_used_are_listed_and_skipped(tmp_path: Path) -> No
     with pytest.raises(InputError, match="does not exist"):
         find_images(tmp_path / "none")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(InputError, match="holds no usable image"):
+    with pytest.raises(InputError, match="has no usable image"):
         find_images(tmp_path / "bare")
     (tmp_path / "metadata.jsonl").write_text("{")
     with pytest.raises(InputError, match="metadata.jsonl, line 1 is not complete JSON"):
@@ -230,5 +230,5 @@ def test_images_become_scaled_latents(micro_base: Path, tmp_path: Path) -> None:
 
 
 def test_long_prompts_are_cut_with_a_warning(micro_base: Path) -> None:
-    with pytest.warns(UserWarning, match="1 of 2 prompts have more than 77 tokens and are cut there"):
+    with pytest.warns(UserWarning, match="1 of 2 prompts have more than 77 tokens and are truncated"):
         assert len(warn_of_long_prompts(load(micro_base).base.tokenizer(), ["apple " * 90, "pear"])) == 1

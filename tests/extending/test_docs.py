@@ -1,4 +1,4 @@
-"""The pages on extending are the example files and the registries; each example is one file and one entry point."""
+"""The pages on extending match the example files and the registries; each example is one file and one entry point."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _BLOCK = re.compile(r"<!-- (\S+) -->\n```python\n(.*?)```\n", re.DOTALL)
 POINTS = [(group, name, value) for group, points in entry_points().items() for name, value in points.items()]
 
 
-def test_the_page_shows_the_examples_files() -> None:
+def test_the_page_shows_the_example_files() -> None:
     shown = {Path(file).name: code for file, code in _BLOCK.findall(PAGE)}
     assert shown == {file.name: file.read_text(encoding="utf-8") for file in EXAMPLES.glob("*.py")}
 
 
-def test_each_section_is_under_a_page() -> None:
+def test_sections_are_short() -> None:
     for section in PAGE.split("\n## ")[1:]:
         title, lines = section.splitlines()[0], section.count("\n")
         assert lines <= (100 if title in ("A backend", "A base-model family") else 60), title
@@ -30,7 +30,7 @@ def test_each_section_is_under_a_page() -> None:
 
 @pytest.mark.parametrize(("group", "name", "value"), POINTS)
 def test_an_extension_is_one_file_and_one_entry_point(group: str, name: str, value: str) -> None:
-    """The number of places of the design: the module, besides the line in pyproject.toml; none in pnp-trt."""
+    """An extension takes one module and one line in pyproject.toml, and no change in pnp-trt."""
     module, _, attribute = value.partition(":")
     assert re.search(rf"^(class|def) {attribute}\b|^{attribute} = ", (EXAMPLES / f"{module}.py").read_text(), re.M)
     others = [*EXAMPLES.glob("*.py"), *(ROOT / "pnp_trt").rglob("*.py")]
@@ -42,7 +42,7 @@ def test_an_extension_is_one_file_and_one_entry_point(group: str, name: str, val
     assert f"`{group}`" in PAGE
 
 
-def test_the_table_of_schedules_is_the_registry() -> None:
+def test_the_table_of_schedules_matches_the_registry() -> None:
     page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| (?:`([^`]+)`)? ?\|$", page, re.M)
     builtin = [rule for rule in SCHEDULES.values() if rule.table.__module__.startswith("pnp_trt.")]

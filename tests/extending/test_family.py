@@ -1,4 +1,4 @@
-"""A base-model family from outside the package: built and sampled with through the command line.
+"""A base-model family from outside the package, with ``build`` and ``sample``.
 
 Oracle: diffusers' DDIM scheduler around the network, run by PyTorch with classifier-free guidance.
 """
@@ -36,7 +36,7 @@ def folder(micro_base: Path, tmp_path: Path) -> Path:
     return base
 
 
-def test_it_is_built_and_sampled_with(pnp_trt: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_build_and_sample(pnp_trt: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
     from convolution_family import ConvolutionDenoiser
     from diffusers import DDIMScheduler
 
@@ -46,7 +46,7 @@ def test_it_is_built_and_sampled_with(pnp_trt: Callable[..., Result], folder: Pa
     done = pnp_trt("sample", "a red cat", "--engine", bundle, "--steps", 4, "--seed", 2, "--guidance", 4, "--quiet",
                    "--schedule", "ddim", "--provider", "cpu", "--out", tmp_path / "images")  # fmt: skip
     assert done.code == 0, done.err
-    found = np.asarray(Image.open(done.out.strip()).convert("RGB"))
+    pixels = np.asarray(Image.open(done.out.strip()).convert("RGB"))
 
     assert open_bundle(bundle).manifest.base.name == str(folder)
     pipe = Pipeline.load(bundle, provider="cpu", threads=1)
@@ -60,7 +60,7 @@ def test_it_is_built_and_sampled_with(pnp_trt: Callable[..., Result], folder: Pa
             empty, full = network(torch.cat([x, x]), t.repeat(2), text).chunk(2)
             x = scheduler.step(empty + 4 * (full - empty), t, x).prev_sample
     expected = pipe.decode(x.numpy())[0]
-    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
     assert expected.std() > 1
 
 

@@ -1,4 +1,4 @@
-"""A guide from outside the package: distilled, built and sampled with through the command line.
+"""A guide from outside the package, with ``distill guidance``, ``build`` and ``sample``.
 
 Oracle: diffusers' own U-Net with the residual, computed in numpy, as its ``mid_block_additional_residual``.
 """
@@ -19,9 +19,7 @@ from pnp_trt.runtime.images import read_parameters
 from ..conftest import Result
 
 
-def test_it_is_distilled_built_and_sampled_with(
-    pnp_trt: Callable[..., Result], micro_base: Path, tmp_path: Path
-) -> None:
+def test_distil_build_and_sample(pnp_trt: Callable[..., Result], micro_base: Path, tmp_path: Path) -> None:
     prompts, guide, bundle = tmp_path / "prompts.txt", tmp_path / "mine", tmp_path / "bundle"
     prompts.write_text("a red apple\na blue car\nthe yellow house on a hill\n")
     done = pnp_trt(
@@ -36,27 +34,27 @@ def test_it_is_distilled_built_and_sampled_with(
     assert read_parameters(Path(done.out.strip()))["method"] == "guided"
 
     rng = np.random.default_rng(0)
-    given = {
+    feed = {
         "sample": rng.standard_normal((2, 4, 8, 8), np.float32),
         "timestep": np.array([400, 900]),
         "encoder_hidden_states": rng.standard_normal((2, 77, 32), np.float32),
         "guidance": np.array([1.0, 7.0], np.float32),
     }
-    (found,) = ort.InferenceSession(bundle / "unet.onnx", providers=["CPUExecutionProvider"]).run(None, given)
+    (output,) = ort.InferenceSession(bundle / "unet.onnx", providers=["CPUExecutionProvider"]).run(None, feed)
     weights = load_file(guide / "diffusion_pytorch_model.safetensors")
-    bias = given["encoder_hidden_states"].mean(1) @ weights["bias.weight"].T + weights["bias.bias"]
-    residual = ((given["guidance"] - 1) / 4)[:, None] * bias
+    bias = feed["encoder_hidden_states"].mean(1) @ weights["bias.weight"].T + weights["bias.bias"]
+    residual = ((feed["guidance"] - 1) / 4)[:, None] * bias
     unet = resolve(str(micro_base)).unet()
-    inputs = [torch.from_numpy(given[name]) for name in ("sample", "timestep", "encoder_hidden_states")]
+    inputs = [torch.from_numpy(feed[name]) for name in ("sample", "timestep", "encoder_hidden_states")]
     with torch.no_grad():
         plain = unet(*inputs).sample.numpy()
         size = (2, unet.config.block_out_channels[-1], 4, 4)
         added = torch.from_numpy(np.broadcast_to(residual[:, :, None, None], size).copy())
-        # diffusers adds the mid block's residual only beside residuals of all four skips
+        # diffusers adds the mid block's residual only together with residuals of all four skips
         skips = (torch.zeros(1),) * 4
         expected = unet(
             *inputs, down_block_additional_residuals=skips, mid_block_additional_residual=added
         ).sample.numpy()
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(output - expected).max() < 1e-4 * np.abs(expected).max()
     change = np.abs(expected - plain).max(axis=(1, 2, 3))
-    assert change[0] == 0 and change[1] > 0.01  # no guidance at w = 1, and a guide that has learnt something above
+    assert change[0] == 0 and change[1] > 0.01  # no change at w = 1; the guide is trained for higher w

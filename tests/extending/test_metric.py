@@ -1,6 +1,6 @@
 """A metric from outside the package: in the results of ``pnp-trt bench``, its tables, and comparisons.
 
-Oracle: the formula in plain Python on the images that the pipeline gives for the same prompts and seeds.
+Oracle: the formula in plain Python on images that the pipeline generates from the same prompts and seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..conftest import Result
 
 
 def colourfulness(pixels: np.ndarray) -> float:
-    """Of one image uint8 ``[H, W, 3]``, pixel by pixel."""
+    """Return the colourfulness of one uint8 image ``[H, W, 3]``, pixel by pixel."""
     points = [tuple(map(int, p)) for p in pixels.reshape(-1, 3)]
     rg = [r - g for r, g, _ in points]
     yb = [(r + g) / 2 - b for r, g, b in points]
@@ -28,7 +28,9 @@ def colourfulness(pixels: np.ndarray) -> float:
     return spread + 0.3 * math.hypot(statistics.fmean(rg), statistics.fmean(yb))
 
 
-def test_it_is_measured_shown_and_compared(pnp_trt: Callable[..., Result], micro_bundles: Path, tmp_path: Path) -> None:
+def test_the_metric_is_measured_shown_and_compared(
+    pnp_trt: Callable[..., Result], micro_bundles: Path, tmp_path: Path
+) -> None:
     prompts, results = tmp_path / "prompts.txt", tmp_path / "results.json"
     prompts.write_text("a red apple\na blue car\n")
     done = pnp_trt(

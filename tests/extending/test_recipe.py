@@ -19,13 +19,13 @@ from ..conftest import Result
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """float32 values to the nearest of 8 significant bits, ties to even."""
+    """Round float32 values to 8 significant bits, ties to even."""
     bits = values.view(np.uint32).astype(np.uint64)
     even = (bits >> 16) & 1
     return (((bits + 0x7FFF + even) >> 16) << 16).astype(np.uint32).view(np.float32)
 
 
-def test_it_is_built_and_sampled_with(pnp_trt: Callable[..., Result], micro_base: Path, tmp_path: Path) -> None:
+def test_build_and_sample(pnp_trt: Callable[..., Result], micro_base: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     done = pnp_trt("build", "--base", micro_base, "--guide", "none", "--precision", "bf16-rounded", "--out", bundle)
     assert done.code == 0, done.err

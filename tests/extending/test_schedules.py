@@ -34,9 +34,9 @@ def signal_levels(beta_start: float = 0.00085, beta_end: float = 0.012) -> list[
 
 
 def error(table: object, prediction: str, deviation: float, last: float) -> float:
-    """Relative error at the end for data N(0, s²) in one dimension, whose predictions and solution are known.
+    """Relative error of the final x for one-dimensional data N(0, s²), whose predictions and solution are known.
 
-    The marginals are N(0, ᾱs² + 1 − ᾱ), and the ODE carries x along at a constant number of deviations.
+    The marginals are N(0, ᾱs² + 1 − ᾱ), and along the ODE x stays at a constant number of standard deviations.
     """
     levels = signal_levels()
     x, previous = 1.0, None
@@ -67,7 +67,7 @@ def test_orders_of_convergence(deviation: float, prediction: str) -> None:
 def textbook(
     name: str, network: Callable[[np.ndarray, int], np.ndarray], x: np.ndarray, steps: int, levels: list[float]
 ) -> np.ndarray:
-    """The latents of a run by the methods' formulas, in y = x/α and r = σ/α for Adams–Bashforth."""
+    """Return the final latents by the methods' formulas; Adams–Bashforth uses y = x/α and r = σ/α."""
     if name == "quadratic":
         grid = [round(999 * (i / steps) ** 2) for i in range(steps, -1, -1)]
         for now, after in itertools.pairwise(grid):
@@ -88,7 +88,7 @@ def textbook(
 
 
 @pytest.mark.parametrize("name", ["quadratic", "ab2"])
-def test_images_through_the_command_line(name: str, pnp_trt: PNP, micro_bundles: Path, tmp_path: Path) -> None:
+def test_images_equal_those_of_textbook_loops(name: str, pnp_trt: PNP, micro_bundles: Path, tmp_path: Path) -> None:
     done = pnp_trt(
         "sample", "a red cat", "--engine", micro_bundles / "plain", "--method", "unguided", "--schedule", name,
         "--steps", 6, "--seed", 5, "--provider", "cpu", "--quiet", "--out", tmp_path,
@@ -103,8 +103,8 @@ def test_images_through_the_command_line(name: str, pnp_trt: PNP, micro_bundles:
     session = ort.InferenceSession(micro_bundles / "plain" / "unet.onnx", providers=["CPUExecutionProvider"])
 
     def network(x: np.ndarray, t: int) -> np.ndarray:
-        given = {"sample": x.astype(np.float32), "timestep": np.array([t]), "encoder_hidden_states": text}
-        return np.asarray(session.run(None, given)[0], np.float64)
+        feed = {"sample": x.astype(np.float32), "timestep": np.array([t]), "encoder_hidden_states": text}
+        return np.asarray(session.run(None, feed)[0], np.float64)
 
     teacher = pipe.bundle.manifest.scheduler
     assert (teacher["prediction_type"], teacher["beta_schedule"]) == ("epsilon", "scaled_linear")
@@ -114,10 +114,10 @@ def test_images_through_the_command_line(name: str, pnp_trt: PNP, micro_bundles:
     pixels = np.asarray(Image.open(file).convert("RGB"))
     assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
     plain = pipe("a red cat", steps=6, seed=5, method="unguided")[0].pixels
-    assert np.abs(pixels.astype(int) - plain.astype(int)).max() > 1  # more than the oracle may be off
+    assert np.abs(pixels.astype(int) - plain.astype(int)).max() > 1  # more than the oracle's tolerance
 
 
-def test_help_names_them(pnp_trt: PNP) -> None:
+def test_help_lists_the_schedules(pnp_trt: PNP) -> None:
     assert "ab2, quadratic or teacher" in " ".join(pnp_trt("sample", "--help").out.replace("│", " ").split())
     refused = pnp_trt("sample", "a cat", "--schedule", "cubic", "--engine", "nowhere")
     assert refused.code == 2

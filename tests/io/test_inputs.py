@@ -84,7 +84,7 @@ def test_what_is_not_text_is_refused_with_its_place(
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path / "none", tmp_path, tmp_path / ("x" * 300), Path("a\0b")):
-        with pytest.raises(InputError, match="one prompt a line"):
+        with pytest.raises(InputError, match="one prompt per line"):
             read_prompts(path)
     monkeypatch.setattr(inputs, "MAX_BYTES", 1 << 20)
     with pytest.raises(InputError, match="/dev/zero is larger than 1 MiB"):

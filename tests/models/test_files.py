@@ -127,7 +127,7 @@ def test_plain_weights_take_precedence_and_a_single_variant_is_used(
         choice = choose(names, stem, "f")
         assert (choice.name, choice.variant, choice.sharded) == (names[0], next(iter(variants)), sharded)
     else:
-        message = rf"variants {', '.join(sorted(variants))}; rename the one that is meant to {stem}\.safetensors"
+        message = rf"variants {', '.join(sorted(variants))}; rename the intended one to {stem}\.safetensors"
         with pytest.raises(InputError, match=message):
             choose(names, stem, "f")
 
@@ -154,14 +154,16 @@ def test_a_single_weight_file_is_used_whatever_its_name() -> None:
 def test_a_missing_shard_is_named(micro_base: Path, tmp_path: Path) -> None:
     shards(tmp_path, load_file(micro_base / "unet" / PLAIN), NAMES, f"{PLAIN}.index.json")
     (tmp_path / NAMES[1]).unlink()
-    with pytest.raises(InputError, match=rf"{NAMES[1]} is missing, a shard that {PLAIN}\.index\.json names; download"):
+    with pytest.raises(
+        InputError, match=rf"{NAMES[1]} is missing, but {PLAIN}\.index\.json lists it as a shard; download"
+    ):
         weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.bin"])
 def test_an_index_that_names_other_than_safetensors_beside_it_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{PLAIN}.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(InputError, match="which is not a safetensors file beside it"):
+    with pytest.raises(InputError, match="which is not a safetensors file in its folder"):
         weight_files(tmp_path)
 
 

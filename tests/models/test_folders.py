@@ -176,7 +176,7 @@ GONE = {
     "unet/config.json": "unet/config.json is missing; download it again",
     "vae/config.json": "vae/config.json is missing; download it again",
     "text_encoder/config.json": "text_encoder/config.json is missing; download it again",
-    "tokenizer/tokenizer.json": "vocab.json is missing, and there is no tokenizer.json in its place",
+    "tokenizer/tokenizer.json": "vocab.json is missing, and there is no tokenizer.json either",
     "unet/diffusion_pytorch_model.safetensors": "unet holds no .safetensors; download it again",
     "scheduler": "has no scheduler; download it again",
     "vae": "has no vae; download it again",
@@ -197,7 +197,7 @@ def test_errors_name_missing_files(name: str, folder: Path) -> None:
 def test_a_scheduler_config_under_its_old_name_is_refused(folder: Path) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     path.rename(path.parent / "config.json")
-    with pytest.raises(InputError, match=r"config.json, the name in .*, is there: rename it to scheduler_config.json"):
+    with pytest.raises(InputError, match=r"config.json .its name in .*. exists; rename it to scheduler_config.json"):
         resolve(str(folder))
 
 
@@ -220,11 +220,11 @@ def extra_channels(count: int) -> Callable[[dict[str, torch.Tensor]], dict[str, 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "inpainting": (
         lambda f: [edit(f / "unet/config.json", in_channels=9), reweight(f, "unet", extra_channels(9))],
-        "has 9 input channels where the VAE's latents have 4: it is for inpainting",
+        "has 9 input channels, but the VAE's latents have 4: it is for inpainting",
     ),
     "pix2pix": (
         lambda f: [edit(f / "unet/config.json", in_channels=8), reweight(f, "unet", extra_channels(8))],
-        "has 8 input channels where the VAE's latents have 4: it edits images",
+        "has 8 input channels, but the VAE's latents have 4: it edits images",
     ),
     "depth": (
         lambda f: [edit(f / "unet/config.json", in_channels=5), reweight(f, "unet", extra_channels(5))],
@@ -342,9 +342,9 @@ def test_distillation_refuses_models_of_non_square_images(folder: Path) -> None:
     edit(folder / "unet" / "config.json", sample_size=[8, 16])
     base = resolve(str(folder))
     assert base.sizes().latent == (4, 8, 16)
-    with pytest.raises(InputError, match=r"sample_size is \[8, 16\]; this command takes square images alone"):
+    with pytest.raises(InputError, match=r"sample_size is \[8, 16\]; this command needs a square image"):
         base.side()
-    with pytest.raises(InputError, match="square images alone"):
+    with pytest.raises(InputError, match="needs a square image"):
         TeacherModel.load(str(folder), ["a cat"], torch.device("cpu"))
 
 
@@ -353,7 +353,7 @@ def test_sdxl_is_detected_by_its_second_text_encoder(micro_sdxl: Path, tmp_path:
     assert base.family == "sdxl" and list(base.networks()) == ["unet", "text_encoder", "text_encoder_2", "vae_decoder"]
     folder = Path(shutil.copytree(micro_sdxl, tmp_path / "half"))
     shutil.rmtree(folder / "text_encoder_2")
-    with pytest.raises(InputError, match="has SDXL's pooled text .* and the model has no second text encoder"):
+    with pytest.raises(InputError, match="has SDXL's pooled text .* but the model has no second text encoder"):
         resolve(str(folder)).check_configs()
 
 
@@ -382,7 +382,7 @@ def test_other_architectures_are_refused(kind: str, network: str, tmp_path: Path
 
 def test_build_warns_that_the_safety_checker_is_left_out(folder: Path, tmp_path: Path) -> None:
     (folder / "safety_checker").mkdir()
-    with pytest.warns(UserWarning, match="has safety_checker, which a bundle does not hold: left out"):
+    with pytest.warns(UserWarning, match="has safety_checker, which a bundle cannot contain; ignored"):
         build(BuildSpec(str(folder), "none", out=tmp_path / "out"))
 
 
@@ -431,7 +431,7 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder_is_refused(folder: P
         folder, "text_encoder",
         lambda w: {k: v[:49407] if k.endswith("token_embedding.weight") else v for k, v in w.items()},
     )  # fmt: skip
-    with pytest.raises(InputError, match="has 49408 tokens and the text encoder embeds 49407"):
+    with pytest.raises(InputError, match="has 49408 tokens, but the text encoder embeds 49407"):
         resolve(str(folder)).check()
 
 

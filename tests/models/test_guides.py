@@ -159,7 +159,7 @@ def test_negative_prompts_are_used_and_required(kind: str) -> None:
     one = Student(unet, guide)(x, t, text, w, negative=text.roll(1, 0))
     other = Student(unet, guide)(x, t, text, w, negative=torch.zeros_like(text))
     assert (one - other).abs().max() > 1e-4
-    with pytest.raises(InputError, match="distilled with negative prompts and got none"):
+    with pytest.raises(InputError, match="distilled with negative prompts, but got none"):
         Student(unet, guide)(x, t, text, w)
 
 

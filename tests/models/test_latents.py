@@ -70,5 +70,7 @@ def test_invalid_latent_statistics_are_refused(
 
 def test_an_autoencoder_with_other_latents_is_refused(tmp_path: Path) -> None:
     autoencoder(**NORMAL).save_pretrained(tmp_path / "vae")
-    with pytest.raises(InputError, match=r"latents_mean = \[-1.6, 1.1, 0.4, -0.2\] and the base's autoencoder None"):
+    with pytest.raises(
+        InputError, match=r"latents_mean = \[-1.6, 1.1, 0.4, -0.2\], but the base's autoencoder has None"
+    ):
         OtherVae.find(tmp_path / "vae").config({"latent_channels": 4, "scaling_factor": 0.18215})

@@ -78,7 +78,7 @@ def test_noise_settings_are_written_as_options() -> None:
         ({"thresholding": True}, "thresholding is True, which is not linear"),
         ({"rescale_betas_zero_snr": True}, "leaves no signal .* --schedule euler or dpm|--schedule .*euler"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
-         "adds noise at every step.*--schedule ddim or euler or heun or unipc would do"),
+         "adds noise at every step.*--schedule ddim or euler or heun or unipc would work"),
     ],
 )  # fmt: skip
 def test_a_schedule_that_cannot_sample_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -103,7 +103,7 @@ def test_a_schedule_that_cannot_sample_is_refused(changes: dict[str, Any], messa
 def test_a_guide_distilled_under_another_noise_schedule_is_refused(
     changes: dict[str, Any], theirs: str, ours: str
 ) -> None:
-    with pytest.raises(InputError, match=f"guide 'g' was distilled under {theirs}, and x has {ours}; "):
+    with pytest.raises(InputError, match=f"guide 'g' was distilled under {theirs}, but x has {ours}; "):
         check_distilled(EMOJI, EMOJI | changes, "guide 'g'", "x")
 
 
@@ -116,7 +116,7 @@ def test_equivalent_noise_schedules_match() -> None:
 
 def test_a_guide_for_a_fixed_number_of_steps_requires_its_timesteps() -> None:
     check_distilled(EMOJI, EMOJI | {"_class_name": "EulerDiscreteScheduler"}, "guide", "x", 8)
-    with pytest.raises(InputError, match="under timestep_spacing trailing, and x has timestep_spacing leading"):
+    with pytest.raises(InputError, match="under timestep_spacing trailing, but x has timestep_spacing leading"):
         check_distilled(EMOJI, EMOJI | {"timestep_spacing": "leading"}, "guide", "x", 8)
 
 

@@ -120,9 +120,9 @@ def test_only_the_new_sharpener_is_trained(tmp_path: Path) -> None:
 def test_guides_that_cannot_have_a_sharpener_are_refused() -> None:
     unet = small_unet()
     for guide, message in (
-        (TinyGuide.from_unet(unet, **SMALL, negative_prompts=True), "serves negative prompts already"),
-        (with_new_sharpener(TinyGuide.from_unet(unet, **SMALL), 8), "serves negative prompts already"),
-        (FullGuide.from_unet(unet), "a FullGuide takes no sharpener"),
+        (TinyGuide.from_unet(unet, **SMALL, negative_prompts=True), "already supports negative prompts"),
+        (with_new_sharpener(TinyGuide.from_unet(unet, **SMALL), 8), "already supports negative prompts"),
+        (FullGuide.from_unet(unet), "a FullGuide does not support a sharpener"),
         (TinyGuide.from_unet(unet, **SMALL, sampling_steps=8), "was distilled for 8 steps"),
     ):
         with pytest.raises(InputError, match=message):

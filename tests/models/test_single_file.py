@@ -107,7 +107,7 @@ def test_an_open_clip_text_encoder_is_converted(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"hidden_act": "quick_gelu"}, "OpenCLIP encoder with gelu, the engine's has quick_gelu"),
+        ({"hidden_act": "quick_gelu"}, "OpenCLIP encoder with gelu, but the engine's has quick_gelu"),
         ({"hidden_size": 32}, r"has shape \[60, 16\], not \[60, 32\]"),
         ({"num_hidden_layers": 4}, "it has 3 layers, not 4"),
         ({"num_hidden_layers": 1}, "it has 3 layers, not 1"),
@@ -133,7 +133,9 @@ def test_an_autoencoder_kl_is_read_in_both_layouts(tmp_path: Path, unet: dict[st
     file = written(tmp_path, unet | {prefix + k: v for k, v in stored.items()})
     file.refuse_unused({"text_encoder": CLIP, "vae": KL}, "the engine")
     assert same(file.weights("vae", KL), vae)
-    with pytest.raises(InputError, match=r"a VAE that the engine cannot take \(it is an AutoencoderKL, the engine has"):
+    with pytest.raises(
+        InputError, match=r"a VAE that the engine cannot take \(it is an AutoencoderKL, but the engine has"
+    ):
         file.refuse_unused({"text_encoder": CLIP, "vae": TINY}, "the engine")
 
 
@@ -198,7 +200,7 @@ def test_errors_state_what_a_file_without_a_unet_is(tmp_path: Path, text: dict[s
     for weights, message in (
         (text, "it is a text encoder"),
         ({"encoder.conv_in.weight": torch.zeros(1), "quant_conv.weight": torch.zeros(1)}, "it is a VAE"),
-        ({"lora_unet_x.lora_down.weight": torch.zeros(1)}, "it is a LoRA; give it with --lora"),
+        ({"lora_unet_x.lora_down.weight": torch.zeros(1)}, "it is a LoRA; pass it with --lora"),
         ({"double_blocks.0.x": torch.zeros(1)}, "it is a diffusion transformer"),
         ({f"first_stage_model.{k}": torch.zeros(1) for k in ("a", "b")}, "it is a VAE"),
     ):

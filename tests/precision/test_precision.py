@@ -123,6 +123,6 @@ def test_a_decoder_that_overflows_falls_back(micro_base: Path, tmp_path: Path, m
 def test_precisions_are_refused_by_name(micro_base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="precision is 'fp12'; known: fp32, fp16, bf16"):
         precision.recipe("fp12")
-    with pytest.raises(InputError, match="'onnxruntime' does not run bf16; it runs: fp32, fp16"):
+    with pytest.raises(InputError, match="'onnxruntime' does not support bf16; it supports: fp32, fp16"):
         build(BuildSpec(str(micro_base), "none", precision="bf16", out=tmp_path / "x"))
     assert json.dumps(dataclasses.asdict(RECIPES["fp16"]))

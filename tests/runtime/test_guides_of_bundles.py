@@ -135,7 +135,7 @@ def test_a_method_that_needs_more_rows_than_the_engine_takes_is_refused(
 ) -> None:
     guided = Pipeline.load(engines / "guided")
     monkeypatch.setattr(guided, "legal_batches", lambda size=None: [1])
-    with pytest.raises(InputError, match="'cfg' takes 2 rows of a batch and engine 'guided' was built for 1; rebuild"):
+    with pytest.raises(InputError, match="'cfg' needs 2 rows of a batch, but engine 'guided' was built for 1; rebuild"):
         guided("a panda", negative="blue")
 
 

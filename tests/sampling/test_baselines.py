@@ -79,7 +79,7 @@ def test_unsupported_methods_and_intervals_are_refused(plain: Pipeline, micro_bu
 
 def test_a_loop_on_the_gpu_refuses_baselines(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain, "baselines", ())  # as it is if `loops` runs whole images
-    with pytest.raises(InputError, match="cannot do 'cfg-two-passes'; it is run step by step on the host"):
+    with pytest.raises(InputError, match="cannot do 'cfg-two-passes'; it runs step by step on the host"):
         drawn(plain, "cfg-two-passes")
 
 

@@ -368,7 +368,7 @@ def test_a_bundle_that_was_replaced_or_whose_base_is_elsewhere_is_refused(
     with pytest.raises(InputError, match="was replaced on disk after it was loaded; restart"):
         home.take(other, [(folder / "sepia.safetensors", 1.0)])
     remote = replace(bundle.manifest, base=replace(bundle.manifest.base, name="someone/model"))
-    with pytest.raises(InputError, match="add --fetch-base to fetch it from the hub"):
+    with pytest.raises(InputError, match="add --fetch-base to download it from the hub"):
         home.check(Bundle(bundle.folder, remote))
     PlugCache(tmp_path, fetch_base=True).check(Bundle(bundle.folder, remote))
 

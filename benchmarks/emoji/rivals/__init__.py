@@ -1,8 +1,8 @@
 """Rivals of the guides at an equal budget: other ways to put classifier-free guidance into one evaluation.
 
-All of them learn from the same states, with the same number of optimizer steps, and none changes the base's weights;
-each is then used in the fine-tunes as it is.  ``python -m benchmarks.emoji.rivals train`` (minutes on a GPU),
-``measure``, ``report``.  A further rival is a subclass of :class:`~.base.Rival`, registered here.
+All of them are trained on the same states for the same number of optimizer steps, and none changes the base's weights.
+Each is then used in the fine-tunes without further training.  Run ``python -m benchmarks.emoji.rivals train`` (minutes
+on a GPU), ``measure``, ``report``.  To add a rival, register a subclass of :class:`~.base.Rival` here.
 """
 
 from __future__ import annotations

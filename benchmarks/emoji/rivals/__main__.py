@@ -1,7 +1,7 @@
-"""Rivals of the guides on the bundled model: train, measure, and draw the page.
+"""Rivals of the guides on the bundled model: train, measure, and write the page.
 
-``python -m benchmarks.emoji.rivals train`` trains every rival for the same number of optimizer steps; one that is there
-is kept.  ``measure`` samples and measures all that are trained.  ``report`` draws ``docs/rivals.md`` from the JSON.
+``python -m benchmarks.emoji.rivals train`` trains every rival for the same number of optimizer steps, except existing
+ones.  ``measure`` samples and measures all trained rivals.  ``report`` writes ``docs/rivals.md`` from the JSON.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     one.add_argument(
         "--pilot", type=int, default=0, metavar="STEPS",
-        help="choose each rival's learning rate among three by trainings of so many steps; 0 takes its own",
+        help="choose each rival's learning rate among three by trainings of this many steps; 0 uses its own",
     )  # fmt: skip
     two.add_argument("--json", type=Path, default=RESULTS)
-    add_sampling_options(two, "images of a cell", 64)
-    two.add_argument("--processes", type=int, default=1, help="that measure what is sampled")
+    add_sampling_options(two, "number of images per cell", 64)
+    two.add_argument("--processes", type=int, default=1, help="number of processes that measure")
     three = what.add_parser("report")
     three.add_argument("--json", type=Path, default=RESULTS)
     three.add_argument("--document", type=Path, default=Path("docs/rivals.md"))
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             from .report import write_report
 
             if not a.json.is_file():
-                raise InputError(f"there is no {a.json}; make it with: python -m benchmarks.emoji.rivals measure")
+                raise InputError(f"{a.json} does not exist; run: python -m benchmarks.emoji.rivals measure")
             write_report(read(a.json), a.document)
         elif a.what == "measure":
             from .measure import measure

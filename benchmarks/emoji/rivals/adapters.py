@@ -1,4 +1,4 @@
-"""Small adapters after every cross-attention: with attention from its positions, or one vector for all positions."""
+"""Small adapters at every cross-attention: with attention per position, or with one vector for all positions."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class AttentionAdapter(nn.Module):
     """Attention of the positions to w, the time embedding and the prompt's tokens, in a narrow space; starts at zero.
 
     Args:
-        channels: of the positions.
+        channels: channels of the positions.
         time: width of the time embedding.
         text: width of the text states.
-        width: of the narrow space.
+        width: width of the narrow space.
     """
 
     def __init__(self, channels: int, time: int, text: int, width: int = 32) -> None:
@@ -58,9 +58,9 @@ class AttentionAdapter(nn.Module):
         known = torch.cat([self.scale(w)[:, None], self.time(emb)[:, None], self.text(text)], 1)
         order = torch.arange(known.shape[1], device=known.device)
         known = known + sinusoid(order, known.shape[2], 10_000.0).to(known.dtype)
-        # one head: it is as wide as one of the usual U-Nets
-        found = F.scaled_dot_product_attention(self.q(x)[:, None], self.k(known)[:, None], self.v(known)[:, None])
-        return self.out(found[:, 0])
+        # one head, which is as wide as a head of the usual U-Nets
+        attended = F.scaled_dot_product_attention(self.q(x)[:, None], self.k(known)[:, None], self.v(known)[:, None])
+        return self.out(attended[:, 0])
 
 
 class AdditiveAdapter(nn.Module):
@@ -76,13 +76,13 @@ class AdditiveAdapter(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, w: Tensor, emb: Tensor, text: Tensor) -> Tensor:
-        """Arguments as :class:`AttentionAdapter`'s → ``[B, 1, C]``; ``x`` is not read."""
+        """Arguments as in :class:`AttentionAdapter` → ``[B, 1, C]``; ``x`` is not used."""
         known = self.scale(w) + self.time(emb) + self.text(text.mean(1))
         return self.out(self.hidden(known))[:, None]
 
 
 class _Adapters(Rival):
-    """One adapter beside each cross-attention, which reads what the attention reads and adds to what it returns."""
+    """One adapter per cross-attention, which reads the attention's input and is added to its output."""
 
     adapter: ClassVar[type[AttentionAdapter] | type[AdditiveAdapter]]
 
@@ -107,7 +107,7 @@ class _Adapters(Rival):
 
 
 class AttentionAdapters(_Adapters):
-    """AGD's attention form: each position looks at w, t and the prompt."""
+    """AGD's attention form: each position attends to w, t and the prompt."""
 
     title: ClassVar[str] = "adapters (AGD)"
     source: ClassVar[str] = (
@@ -118,7 +118,7 @@ class AttentionAdapters(_Adapters):
 
 
 class AdditiveAdapters(_Adapters):
-    """AGD's additive form: a function of w, t and the pooled prompt, added to every position alike."""
+    """AGD's additive form: a function of w, t and the pooled prompt, added equally to every position."""
 
     title: ClassVar[str] = "additive adapters (AGD)"
     source: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""What every rival is: a module beside a frozen U-Net whose single evaluation predicts eps_w."""
+"""Base class of the rivals: modules that predict eps_w by one evaluation of a frozen U-Net."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
 
 class Rival(nn.Module, ABC):
-    """One way to fold guidance into one evaluation; the U-Net is an argument, so that fine-tunes take its place.
+    """One way to put guidance into one evaluation; the U-Net is an argument, so that fine-tunes can replace it.
 
-    What a rival adds is multiplied by (w − 1), as the guides' residuals are: at w = 1 the prediction is exactly the
-    U-Net's.  Its last projections start at zero, so that an untrained rival changes nothing at any w.
+    A rival's change is multiplied by (w − 1), like the guides' residuals, so that at w = 1 the prediction is exactly
+    the U-Net's.  Its last projections start at zero, so that an untrained rival has no effect at any w.
 
     Attributes:
-        title: for tables.
-        source: the paper whose form it has, and what differs from it.
+        title: name in tables.
+        source: the paper that it follows, and differences from it.
         lr: peak learning rate of AdamW.
-        once: name of the submodule that runs once per image on (text, empty), instead of in every evaluation.
+        once: name of the submodule that runs on (text, empty) once per image instead of in every evaluation.
     """
 
     title: ClassVar[str]
@@ -46,12 +46,12 @@ class Rival(nn.Module, ABC):
         return cls(unet)
 
     def check(self, unet: Any) -> None:
-        """Raise ``InputError`` if ``unet`` has another shape than the one that the rival was made for."""
-        found = signature(unet)
+        """Raise ``InputError`` if ``unet`` differs in shape from the U-Net that the rival was created for."""
+        actual = signature(unet)
         for name, value in self.shape.items():
-            if found[name] != value:
+            if actual[name] != value:
                 raise InputError(
-                    f"the rival was made for a U-Net whose {name} is {value}, and this one's is {found[name]}; "
+                    f"the rival was created for a U-Net with {name} = {value}, but this one has {actual[name]}; "
                     "use a fine-tune of the same base"
                 )
 
@@ -59,22 +59,22 @@ class Rival(nn.Module, ABC):
     def forward(
         self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
     ) -> Tensor:
-        """The guided prediction ``[B, C, H, W]`` by one evaluation of ``unet``.
+        """The guided prediction ``[B, C, H, W]``, by one evaluation of ``unet``.
 
         Args:
-            unet: the frozen base or a fine-tune of it; its weights stay as they are.
+            unet: the frozen base or a fine-tune of it; its weights are not changed.
             x: noisy latents ``[B, C, H, W]``.
             t: timesteps ``[B]``.
             text: states of the prompt, ``[B, tokens, D]``.
             empty: states of the negative or empty prompt, ``[B, tokens, D]``.
             w: the scale, ``[B]``.
-            encoded: ``student.encode(unet, x, t, text)``, where the caller has it; only guides can use it.
+            encoded: ``student.encode(unet, x, t, text)`` if the caller has it; only guides can use it.
         """
 
 
 @contextmanager
 def hooked(unet: Any, hooks: Iterable[tuple[str, Hook]]) -> Iterator[None]:
-    """Inside the block, the outputs of the named submodules of ``unet`` are what the hooks return."""
+    """Replace the outputs of the named submodules of ``unet`` by those of the hooks within the block."""
     handles = [unet.get_submodule(name).register_forward_hook(hook) for name, hook in hooks]
     try:
         yield

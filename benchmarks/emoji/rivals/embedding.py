@@ -1,4 +1,4 @@
-"""The scale as a second embedding beside the timestep's, and low-rank changes of the network's weights."""
+"""The scale as an embedding in addition to the timestep's, and low-rank changes of the network's weights."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class LowRank(nn.Module):
 
 
 class WEmbedding(Rival):
-    """w enters the network as the timestep does, and the network's weights follow.
+    """w enters the network like the timestep, and the network's weights are adapted.
 
     Stage 1 of Meng et al. trains all weights of the network.  At this budget, low-rank changes of attention projections
-    and convolutions stand for that, so that a fine-tune can take the base's place.
+    and convolutions replace that, so that a fine-tune can be used instead of the base.
 
     Args:
-        rank: of every change.
+        rank: rank of every change.
     """
 
     title: ClassVar[str] = "w-embedding, LoRA"
@@ -59,9 +59,9 @@ class WEmbedding(Rival):
         self.embed = nn.Sequential(nn.Linear(W_WIDTH, W_WIDTH), nn.SiLU(), nn.Linear(W_WIDTH, time_width(unet)))
         nn.init.zeros_(self.embed[2].weight)
         nn.init.zeros_(self.embed[2].bias)
-        found = [(n, m) for n, m in unet.named_modules() if _CHANGED.search(n)]
-        self.names = tuple(name for name, _ in found)
-        self.changes = nn.ModuleList(LowRank(m, rank) for _, m in found)
+        layers = [(n, m) for n, m in unet.named_modules() if _CHANGED.search(n)]
+        self.names = tuple(name for name, _ in layers)
+        self.changes = nn.ModuleList(LowRank(m, rank) for _, m in layers)
 
     def forward(
         self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None

@@ -15,7 +15,7 @@ from .sharpener import Sharpener, sharpen
 
 
 class _Guided(Rival):
-    """A guide beside the frozen encoder."""
+    """A guide on the features of the frozen encoder."""
 
     kind: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
@@ -49,7 +49,7 @@ class FullRival(_Guided):
 
 
 class TinyAndSharpener(TinyRival):
-    """The tiny guide and the sharpener, trained together: the guide reads what the encoder makes of sharpened text."""
+    """The tiny guide and the sharpener, trained together; the guide reads the encoder's features of sharpened text."""
 
     title: ClassVar[str] = "tiny guide + sharpener (ours)"
     source: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""Samples and measures every rival, on the base it was trained on and, as it is, in both fine-tunes."""
+"""Samples and measures every rival, on its base and, without further training, in both fine-tunes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCALES = (3.0, 5.0)
 #: steps on the base, and in the fine-tunes
 STEPS, TUNED_STEPS = (50, 16, 8), (16,)
 NONE, CFG = "none", "cfg"
-#: batches of 256 states of the held-out error
+#: batch size and number of batches of the held-out error
 ERROR_BATCH, ERROR_ROUNDS = 256, 12
 
 
@@ -54,17 +54,17 @@ class Cell:
 
 
 def all_cells(rivals: Sequence[str], steps: Sequence[int] = STEPS, tuned: Sequence[int] = TUNED_STEPS) -> list[Cell]:
-    """What is measured; first what the others are compared with."""
-    found = []
+    """Cells to measure, starting with those that others are compared with."""
+    cells = []
     for base in BASES:
         for count in steps if base == TEACHER else tuned:
-            found.append(Cell(NONE, base, count, 1.0))
-            found += [Cell(method, base, count, w) for method in (CFG, *rivals) for w in SCALES]
-    return found
+            cells.append(Cell(NONE, base, count, 1.0))
+            cells += [Cell(method, base, count, w) for method in (CFG, *rivals) for w in SCALES]
+    return cells
 
 
 class _Whole(nn.Module):
-    """A U-Net with a rival, as one network to count."""
+    """A U-Net with a rival as one module, for counting MACs."""
 
     def __init__(self, unet: Any, rival: Rival) -> None:
         super().__init__()
@@ -75,18 +75,18 @@ class _Whole(nn.Module):
 
 
 def costs(rival: Rival, unet: Any, empty: Tensor) -> dict[str, Any]:
-    """Parameters, and MACs with attention products at batch 1: what is added to an evaluation, and once per image.
+    """Parameters, and MACs with attention products at batch 1: added per evaluation, and once per image.
 
-    The MACs of the U-Net itself are beside them.
+    The MACs of the U-Net itself are included.
     """
     size = unet.config.sample_size
     x = torch.empty(1, unet.config.in_channels, size, size)
-    given = {"x": x, "t": torch.zeros(1, dtype=torch.long), "text": empty.cpu(), "empty": empty.cpu()}
-    alone = cost.count(unet, (given["x"], given["t"], given["text"])).macs
-    whole = cost.count(_Whole(unet, rival), {**given, "w": torch.ones(1)}).macs
+    inputs = {"x": x, "t": torch.zeros(1, dtype=torch.long), "text": empty.cpu(), "empty": empty.cpu()}
+    alone = cost.count(unet, (inputs["x"], inputs["t"], inputs["text"])).macs
+    whole = cost.count(_Whole(unet, rival), {**inputs, "w": torch.ones(1)}).macs
     once = 0
     if rival.once is not None:
-        once = cost.count(rival.get_submodule(rival.once), (given["text"], given["empty"])).macs
+        once = cost.count(rival.get_submodule(rival.once), (inputs["text"], inputs["empty"])).macs
     return {
         "parameters": sum(p.numel() for p in rival.parameters()), "macs_per_evaluation": whole - alone - once,
         "macs_per_image": once, "macs_of_unet": alone,
@@ -94,13 +94,13 @@ def costs(rival: Rival, unet: Any, empty: Tensor) -> dict[str, Any]:
 
 
 class Measurer:
-    """Samples cells once each, keeps them, and measures them.
+    """Samples each cell once, caches it, and measures it.
 
     Args:
         out: folder of the trained rivals.
-        cache: rendered images of the artists; the samples are kept in ``cache/rivals/``.
+        cache: rendered images of the artists; samples are cached in ``cache/rivals/``.
         device: ``cpu`` or ``cuda``, float32 on both.
-        batch: images sampled at once.
+        batch: images per batch.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Measurer:
         return lambda x, t, text, _: unet(x, t, text, return_dict=False)[0]
 
     def shots(self, cell: Cell) -> Shots:
-        """The cell's images and features; sampled if they are not there."""
+        """The cell's images and features, sampled unless they are cached."""
         kind = {NONE: "none", CFG: "cfg"}.get(cell.method, "guided")
         if kind == "guided" and cell.method not in self._weights:
             self._weights[cell.method] = sha256(self.out / f"{cell.method}.safetensors")
@@ -161,7 +161,7 @@ class Measurer:
         return Ranked.of(self.shots(cell), [a.concept for a in self.rows(cell.base)], self.head)
 
     def ceiling(self, base: str) -> dict[str, Any]:
-        """What the artists' own images score."""
+        """Scores of the artists' own images."""
         real = self.real(base)
         ranks = self.head.ranks(real.features, [a.concept for a in self.rows(base)])
         return {**recalls(ranks), "chroma": chroma(real.pixels)}
@@ -171,18 +171,18 @@ class Measurer:
         mine, real = self.at(cell), self.real(cell.base)
         how = Guidance("cfg" if cell.method == CFG else "none", cell.w)
         evaluations = how.evaluations(self.sampler.schedule(cell.steps))
-        found = {**asdict(cell), "evaluations": evaluations, **compare.quality(real, [mine])}
-        found["chroma"] = chroma(mine.shots.pixels)
+        row = {**asdict(cell), "evaluations": evaluations, **compare.quality(real, [mine])}
+        row["chroma"] = chroma(mine.shots.pixels)
         if cell.method not in (NONE, CFG):
             teacher = [self.at(cell.against(CFG))]
-            found["distance_to_cfg"] = compare.distance([mine], teacher)
-            found["gain_over_cfg"] = compare.gain(real, teacher, [mine])
+            row["distance_to_cfg"] = compare.distance([mine], teacher)
+            row["gain_over_cfg"] = compare.gain(real, teacher, [mine])
         if cell.method != NONE:
-            found["gain_over_none"] = compare.gain(real, [self.at(cell.against(NONE))], [mine])
-        return found
+            row["gain_over_none"] = compare.gain(real, [self.at(cell.against(NONE))], [mine])
+        return row
 
     def error(self, name: str, base: str, rounds: int, seed: int) -> dict[str, Any]:
-        """Held-out error by time, on states that are the same for all rivals: noised images and CFG's trajectories."""
+        """Held-out error by time, on the same states for all rivals: noised images and CFG's trajectories."""
         unet = self.world.unet(base)
         torch.manual_seed(seed)
         states = self.world.states(base, ERROR_BATCH, own=0.0)
@@ -195,13 +195,13 @@ def measure(
     device: str = "cpu", batch: int = 64, processes: int = 1, rounds: int = ERROR_ROUNDS, command: str = "",
     steps: Sequence[int] = STEPS, tuned: Sequence[int] = TUNED_STEPS,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure every rival that is in ``out``; writes the JSON ``results`` and returns what it holds.
+    """Measure every rival in ``out``; write the record to ``results`` and return it.
 
     Args:
         assets, data: see :class:`~.world.World`.
         judge: the frozen alignment head.
-        images: images of a cell.
-        processes: that measure what is sampled.
+        images: images per cell.
+        processes: number of processes that measure.
         rounds: batches of the held-out error; 0 leaves it out.
         steps, tuned: numbers of steps on the base and in the fine-tunes.
 
@@ -214,7 +214,7 @@ def measure(
     names = [n for n in RIVALS.names() if n in trained]
     if not names:
         raise InputError(f"no rival is trained in {out}; run: python -m benchmarks.emoji.rivals train")
-    told = machine(command)  # first: what it needs is missing at the start, and not after minutes
+    facts = machine(command)  # first, so that missing requirements fail at once and not after minutes
     begun = time.monotonic()
     measurer = Measurer(World(assets, data, torch.device(device)), out, judge, cache, images, device, batch)
     unet = measurer.world.unet(TEACHER)
@@ -235,7 +235,7 @@ def measure(
     ceilings = {base: measurer.ceiling(base) for base in BASES}
     document = {
         "schema": SCHEMA,
-        "provenance": {**told, "bases_sha256": measurer.hashes, "judge_sha256": measurer.head.sha256},
+        "provenance": {**facts, "bases_sha256": measurer.hashes, "judge_sha256": measurer.head.sha256},
         "settings": {
             "images": images, "device": device, "batch": batch, "sampler": "DDIM, eta 0", "scales": list(SCALES),
             "error_batch": ERROR_BATCH, "error_rounds": rounds,

@@ -1,4 +1,4 @@
-"""``docs/rivals.md``, drawn from the JSON of ``measure`` alone."""
+"""Write ``docs/rivals.md`` from the record of ``measure``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .world import BASES
 Row = dict[str, Any]
 #: parameters within this factor of the tiny guide's count as the same budget
 SAME_BUDGET = 1.1
-#: the rival that the others are held against
+#: the rival that the others are compared with
 OURS = "tiny"
 
 TEXT = """# Rivals at an equal budget
@@ -27,21 +27,21 @@ TEXT = """# Rivals at an equal budget
 Written by `python -m benchmarks.emoji.rivals report` from `benchmarks/results/emoji-rivals.json`, which was made by
 `{command}` ({date}, {where}, torch {torch}).
 
-Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one, beside a U-Net
-whose weights stay as they are. All were trained on the bundled base from their first weights: {steps:,} optimizer steps
-of {batch} states, new in every step and drawn alike for all ({states}); loss: {loss}. AdamW, weights averaged; one
-training seed. Each is then used in both fine-tunes as it is. Every rival's change is multiplied by (w − 1), so that
-w = 1 is exactly the conditional prediction; the other papers' forms have no such factor.
+Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one, with a U-Net
+whose weights are not changed. All were trained from scratch on the bundled base: {steps:,} optimizer steps of {batch}
+states, new in every step and chosen in the same way for all ({states}); loss: {loss}. AdamW, weights averaged; one
+training seed. Each is then used in both fine-tunes without further training. Every rival's change is multiplied by
+(w − 1), so that w = 1 is exactly the conditional prediction; the other papers' forms have no such factor.
 
 **Read the tables with these limits in mind.** The papers train for longer, on larger models, with their own losses and
-states. {rates} What is compared is the form, at a short and equal budget.
+states. {rates} The comparison is of the forms, at a short and equal budget.
 
 ## What each is, and what it costs
 
 {forms}
 
-Parameters are the trained ones. MACs are with attention products, at batch 1: what is added to an evaluation of the
-U-Net ({macs_of_unet:.1f} MMACs), and what runs once per image.{unequal}
+Parameters are the trained ones. MACs include attention products, at batch 1: those added to an evaluation of the
+U-Net ({macs_of_unet:.1f} MMACs), and those computed once per image.{unequal}
 
 {cost}
 
@@ -94,7 +94,7 @@ def cost(document: Row) -> str:
 
 
 def unequal(document: Row) -> str:
-    """The rivals whose parameters are not the budget's, named."""
+    """Sentence that lists the rivals with a different budget of parameters."""
     own = document["rivals"].get(OURS)
     if own is None:
         return ""
@@ -105,30 +105,30 @@ def unequal(document: Row) -> str:
     return f" Not of the same budget in parameters as the tiny guide: {'; '.join(off)}." if off else ""
 
 
-def _gain(found: Row | None) -> str:
-    return marked(found["kid"]) if found else DASH
+def _gain(gain: Row | None) -> str:
+    return marked(gain["kid"]) if gain else DASH
 
 
 def rates(rivals: Sequence[Row]) -> str:
-    """How the learning rates were found."""
+    """Sentences on how the learning rates were chosen."""
     pilots = {r["pilot_steps"] for r in rivals}
     if pilots == {0}:
         return "Learning rates were set by rule and not searched."
     if len(pilots) > 1:
-        raise InputError(f"the rivals had different pilots: {sorted(pilots)} steps; train them again")
-    said = (
+        raise InputError(f"the rivals' pilots differ in steps: {sorted(pilots)}; train them again")
+    text = (
         f"Each rival's learning rate is the best of three, a factor of three apart, by the loss on fresh states after "
         f"{pilots.pop()} steps."
     )
     ends = [r["title"] for r in rivals if r["lr"] in (min(tried := _tried(r)), max(tried))]
     if ends:
         which = "every rival" if len(ends) == len(rivals) else "; ".join(ends)
-        said += f" It is the highest or the lowest of the three for {which}: better rates may lie beyond."
-    return said
+        text += f" It is the highest or the lowest of the three for {which}: better rates may lie beyond."
+    return text
 
 
 def _tried(rival: Row) -> list[float]:
-    """The rates of a rival's pilot; the chosen one as it was recorded, the others to two digits."""
+    """The rates of a rival's pilot: the chosen one as recorded, the others to two digits."""
     return [rival["lr"] if math.isclose(float(k), rival["lr"], rel_tol=0.05) else float(k) for k in rival["pilot_loss"]]
 
 
@@ -146,7 +146,7 @@ def _row(cell: Row, titles: dict[str, str]) -> list[str]:
 
 
 def cells(document: Row, bases: Sequence[str]) -> str:
-    """A table for each base, number of steps and w, the methods in the registry's order."""
+    """A table for each base, number of steps and w, methods in the registry's order."""
     titles, out = _titles(document), []
     for base in bases:
         mine = [c for c in document["cells"] if c["base"] == base]
@@ -160,14 +160,14 @@ def cells(document: Row, bases: Sequence[str]) -> str:
 def error(document: Row) -> str:
     out = []
     for base in BASES:
-        found = {n: r["error"][base] for n, r in document["rivals"].items() if base in r["error"]}
-        if not found:
+        errors = {n: r["error"][base] for n, r in document["rivals"].items() if base in r["error"]}
+        if not errors:
             continue
-        bins = [k for k in next(iter(found.values())) if k != "all"]
+        bins = [k for k in next(iter(errors.values())) if k != "all"]
         rows = [
             [document["rivals"][n]["title"], f"{e['all']['residual']:.3f}", *(f"{e[k]['residual']:.3f}" for k in bins),
              f"{e['all']['length']:.2f}", f"{e['all']['cosine']:.2f}"]
-            for n, e in found.items()
+            for n, e in errors.items()
         ]  # fmt: skip
         head = ["rival", "all", *(k.replace("-", "–") for k in bins), "length", "cosine"]
         out.append(f"**{base}**\n\n{table(head, rows)}")
@@ -179,7 +179,7 @@ def _best(rows: Sequence[Row], key: str) -> Row:
 
 
 def verdicts(document: Row) -> str:
-    """For each table: the rival nearest to CFG by PSNR, that of the lowest KID, and which are worse than CFG."""
+    """For each table: the rivals closest to CFG by PSNR and of the lowest KID, and those worse than CFG."""
     titles, lines = _titles(document), []
     for base, steps, w in dict.fromkeys(
         (c["base"], c["steps"], c["w"]) for c in document["cells"] if c["method"] != NONE
@@ -204,20 +204,20 @@ def write_report(document: Row, path: Path) -> None:
     """Write the page.
 
     Raises:
-        InputError: if the JSON is not one of ``measure``.
+        InputError: if the JSON is not a record of ``measure``.
     """
     if not str(document.get("schema", "")).startswith(SCHEMA.rpartition("/")[0]):
-        raise InputError("this JSON holds no rivals; make it with: python -m benchmarks.emoji.rivals measure")
-    told, settings = document["provenance"], document["settings"]
+        raise InputError("this JSON is not a record of the rivals; run: python -m benchmarks.emoji.rivals measure")
+    facts, settings = document["provenance"], document["settings"]
     training, rivals = settings["training"], list(document["rivals"].values())
     counts = sorted({(r["steps"], r["batch"]) for r in rivals})
     if len(counts) > 1:
-        raise InputError(f"the rivals were trained with different steps or batches: {counts}; train them again")
-    device = told["device"]
+        raise InputError(f"the rivals differ in training steps or batch size: {counts}; train them again")
+    device = facts["device"]
     ceilings = [f"{base} {recall_of(r, 1)} %, chroma {r['chroma']:.3f}" for base, r in document["real"].items()]
     text = TEXT.format(
-        command=told["command"], date=told["date"][:10], where=device["gpu"] or device["processor"],
-        torch=told["versions"]["torch"], steps=counts[0][0], batch=counts[0][1], states=training["states"],
+        command=facts["command"], date=facts["date"][:10], where=device["gpu"] or device["processor"],
+        torch=facts["versions"]["torch"], steps=counts[0][0], batch=counts[0][1], states=training["states"],
         loss=training["loss"], forms=forms(document), macs_of_unet=rivals[0]["macs_of_unet"] / 1e6,
         unequal=unequal(document), cost=cost(document), images=settings["images"],
         rates=rates(rivals), ceiling=f"The artists' own images reach R@1: {'; '.join(ceilings)}.",

@@ -1,4 +1,4 @@
-"""Guidance by a change of the text states alone: it is computed once per image."""
+"""Guidance by a change of the text states only, which is computed once per image."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .base import Encoded, Rival
 
 
 class Sharpener(nn.Module):
-    """The change of the prompt's states, ``[B, tokens, D]``: what its tokens find in the negative's; starts at zero.
+    """The change of the prompt's states, ``[B, tokens, D]``, by attention to the negative's; starts at zero.
 
-    Both go through one linear layer and a ReLU; then attention with queries from the prompt, keys and values from the
-    negative; a ReLU and a second linear layer.
+    Both pass through one linear layer and a ReLU.  Attention with queries from the prompt, and keys and values from the
+    negative, is followed by a ReLU and a second linear layer.
 
     Args:
         width: D of the text states.
         inner: width between the two linear layers.
-        heads: of the attention.
+        heads: heads of the attention.
     """
 
     def __init__(self, width: int, inner: int = 192, heads: int = 8) -> None:
@@ -41,18 +41,18 @@ class Sharpener(nn.Module):
             layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, h in ((self.q, prompt), (self.k, negative), (self.v, negative))
         )
-        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.leave(F.relu(self.out(found)))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.leave(F.relu(self.out(attended)))
 
 
 def sharpen(sharpener: nn.Module, text: Tensor, empty: Tensor, w: Tensor) -> Tensor:
-    """``text + α · sharpener(text, empty)`` with α = (w − 1) / 4; the start token stays, as in DICE."""
+    """``text + α · sharpener(text, empty)`` with α = (w − 1) / 4; the start token is unchanged, as in DICE."""
     change = sharpener(text, empty)[:, 1:] * strength(w, text.dtype)[..., 0]
     return torch.cat([text[:, :1], text[:, 1:] + change], 1)
 
 
 class Sharpened(Rival):
-    """The U-Net as it is, on sharpened text states; blind to x and t, and to w but for α."""
+    """The unchanged U-Net on sharpened text states; the change does not depend on x and t, and on w only through α."""
 
     title: ClassVar[str] = "sharpener (DICE)"
     source: ClassVar[str] = (

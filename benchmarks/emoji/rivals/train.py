@@ -1,4 +1,4 @@
-"""Trains every rival for the same number of optimizer steps on the same states; a finished rival is kept."""
+"""Trains every rival for the same number of optimizer steps on the same states, except finished ones."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from .world import World, beside_of, choose_device, unet_file
 
 SCHEMA = "pnp-trt/emoji-rivals-train/1"
 RECORD = "train.json"
-#: share of the steps at the peak rate, as the guides of ``gpu_train`` have it, and that the weights' average remembers
+#: share of the steps at the peak rate, as for ``gpu_train``'s guides, and share over which weights are averaged
 CONSTANT, AVERAGED = 0.3, 0.1
-#: batches that the rates of a pilot are compared on
+#: number of batches on which the rates of a pilot are compared
 PILOT_BATCHES = 16
 
 
 def make(name: str, unet: Any, seed: int) -> Rival:
-    """An untrained rival on the U-Net's device; its first weights depend on the seed alone."""
+    """An untrained rival on the U-Net's device; its initial weights depend only on the seed."""
     torch.manual_seed(seed)
     rival = RIVALS[name].from_unet(unet)
     return rival.to(unet.device).to(memory_format=torch.channels_last)
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """What ``train`` wrote into ``out``; without rivals if it has not run."""
+    """The record of ``train`` in ``out``, or one without rivals if there is none."""
     path = out / RECORD
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"schema": SCHEMA, "rivals": {}}
-    return found
+    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"schema": SCHEMA, "rivals": {}}
+    return record
 
 
 def load(name: str, unet: Any, out: Path) -> Rival:
-    """A trained rival.
+    """Load a trained rival.
 
     Raises:
-        InputError: if it is not in ``out``, or was made for a U-Net of another shape.
+        InputError: if it is not in ``out``, or was created for a U-Net of a different shape.
     """
     from safetensors.torch import load_file
 
     path = out / f"{name}.safetensors"
     if not path.is_file():
-        raise InputError(f"there is no {path}; make it with: python -m benchmarks.emoji.rivals train --only {name}")
+        raise InputError(f"{path} does not exist; run: python -m benchmarks.emoji.rivals train --only {name}")
     rival = make(name, unet, 0)
     rival.load_state_dict(load_file(path))
     return rival.requires_grad_(False).eval()
@@ -62,29 +62,29 @@ def load(name: str, unet: Any, out: Path) -> Rival:
 
 @dataclass
 class Course:
-    """How one rival is trained: on the states of ``seed + 1``, from first weights of ``seed``."""
+    """Training of a rival: states are seeded by ``seed + 1``, initial weights by ``seed``."""
 
     world: World
     batch: int
     seed: int
 
     def run(self, name: str, lr: float, steps: int, warmup: int = 200) -> tuple[Rival, dict[str, Any]]:
-        """The trained rival, frozen, and the trainer's report."""
+        """Train a rival; return it, frozen, and the trainer's report."""
         unet, empty = self.world.unet(TEACHER), self.world.empty
         rival = make(name, unet, self.seed).train()
-        # after the weights, so that the states do not depend on how many random numbers those took
+        # after the weights, so that states do not depend on how many random numbers those used
         torch.manual_seed(self.seed + 1)
         loss = distillation_loss(unet, beside_of(rival, unet, empty), self.world.states(TEACHER, self.batch), empty)
         ema = max(0.0, 1 - 1 / (AVERAGED * steps))
         trainer = Trainer(
             name, rival, loss, lr, math.inf, constant=CONSTANT, ema=ema, muon=False, max_steps=steps, warmup=warmup
         )
-        found = trainer.run()
-        return rival.requires_grad_(False).eval(), found
+        report = trainer.run()
+        return rival.requires_grad_(False).eval(), report
 
     @torch.no_grad()
     def loss(self, rival: Rival) -> float:
-        """Mean loss on fresh states, the same for every rival."""
+        """Mean loss on fresh states, which are the same for every rival."""
         unet, empty = self.world.unet(TEACHER), self.world.empty
         torch.manual_seed(self.seed + 2)
         states = self.world.states(TEACHER, self.batch, own=0.0)
@@ -92,7 +92,7 @@ class Course:
         return float(torch.stack([loss() for _ in range(PILOT_BATCHES)]).mean())
 
     def pilot(self, name: str, steps: int) -> dict[float, float]:
-        """Loss after ``steps`` steps at each peak rate: a third of the rival's own, its own, and three times that."""
+        """Loss after ``steps`` steps at each peak rate: the rival's own, a third of it, and three times it."""
         own = RIVALS[name].lr
         return {lr: self.loss(self.run(name, lr, steps, max(1, steps // 10))[0]) for lr in (own / 3, own, own * 3)}
 
@@ -103,14 +103,14 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train the rivals into ``out``: ``NAME.safetensors`` each, and the record ``train.json`` after each.
 
-    A rival that is there, trained with the same settings on the same base, is not trained again.  Random numbers begin
-    anew for each: all rivals see the same noised images, prompts, scales and trajectories of CFG in the same order; the
-    quarter of the states that follow the student is each student's own.
+    An existing rival, trained with the same settings on the same base, is not trained again.  Random numbers are seeded
+    again for each: all rivals see the same noised images, prompts, scales and trajectories of CFG in the same order.
+    Only the quarter of the states that follow the student differs.
 
     Args:
-        steps: optimizer steps of each.
-        rates: peak learning rates that differ from the rivals' own, by name.
-        pilot: optimizer steps of a pilot at each of three rates, which chooses the rate of the others; 0 for none.
+        steps: optimizer steps of each rival.
+        rates: peak learning rates that replace the rivals' own, by name.
+        pilot: optimizer steps of a pilot at each of three rates, which chooses the rates not given; 0 for none.
 
     Raises:
         InputError: for unknown names, or fewer than one step.
@@ -136,7 +136,7 @@ def train(
     base = sha256(unet_file(assets, TEACHER))
     for name in names:
         settings = {"steps": steps, "batch": batch, "seed": seed, "base_sha256": base, "pilot_steps": pilot}
-        # None: the pilot's choice
+        # None: chosen by the pilot
         lr = (rates or {}).get(name, None if pilot else RIVALS[name].lr)
         path = out / f"{name}.safetensors"
         before = record["rivals"].get(name, {})
@@ -146,15 +146,15 @@ def train(
             continue
         tried = course.pilot(name, pilot) if lr is None else {}
         lr = lr or min(tried, key=lambda rate: tried[rate])
-        rival, found = course.run(name, lr, steps)
-        held = {k: v.detach().float().cpu().contiguous() for k, v in rival.state_dict().items()}
-        save_file(held, path.with_suffix(".part"))
+        rival, report = course.run(name, lr, steps)
+        state = {k: v.detach().float().cpu().contiguous() for k, v in rival.state_dict().items()}
+        save_file(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
         record["rivals"][name] = {
-            **found, **settings, "lr": lr, "pilot_loss": {f"{k:.2g}": v for k, v in tried.items()},
-            "parameters": sum(v.numel() for v in held.values()), "sha256": sha256(path),
-            "milliseconds_per_step": round(1000 * found["seconds"] / steps, 2),
+            **report, **settings, "lr": lr, "pilot_loss": {f"{k:.2g}": v for k, v in tried.items()},
+            "parameters": sum(v.numel() for v in state.values()), "sha256": sha256(path),
+            "milliseconds_per_step": round(1000 * report["seconds"] / steps, 2),
         }  # fmt: skip
         write_json(out / RECORD, record)
-        print(f"{name}: {record['rivals'][name]['parameters']:,} parameters, {found['seconds']} s", flush=True)
+        print(f"{name}: {record['rivals'][name]['parameters']:,} parameters, {report['seconds']} s", flush=True)
     return record

@@ -1,4 +1,4 @@
-"""The frozen parts that training and measuring share: U-Nets, autoencoder, text states and the states to distil on."""
+"""Frozen parts that training and measuring share: U-Nets, autoencoder, text states and states to distil on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..cells import FINE_TUNES, TEACHER
 from ..gpu_train import Data, GuideStates, text_states
 
 BASES = (TEACHER, *FINE_TUNES)
-#: U-Net → set of the packed data
+#: U-Net → its set in the packed data
 SETS = {TEACHER: "base", **{name: name.removeprefix("emoji-") for name in FINE_TUNES}}
 
 
@@ -28,10 +28,10 @@ def unet_file(assets: Path, base: str) -> Path:
 
 
 class World:
-    """The bundled model on one device, frozen, in float32.
+    """The bundled model and its data on one device, frozen, in float32.
 
     Args:
-        assets: folder with ``emoji/`` and ``fine-tunes/``, as the package ships it.
+        assets: folder with ``emoji/`` and ``fine-tunes/``, as in the package.
         data: the file that ``python -m benchmarks.emoji.gpu_train pack`` writes.
 
     Raises:
@@ -43,7 +43,7 @@ class World:
         from transformers import CLIPTextModel
 
         if not data.is_file():
-            raise InputError(f"there is no {data}; make it with: python -m benchmarks.emoji.gpu_train pack")
+            raise InputError(f"{data} does not exist; run: python -m benchmarks.emoji.gpu_train pack")
         self.assets, self.device = assets, device
         self.held = np.load(data)
         self.vae = AutoencoderTiny.from_pretrained(assets / "emoji/vae").float().to(device).requires_grad_(False)
@@ -74,7 +74,7 @@ class World:
         """Fresh states of a base's images and prompts; a fine-tune's prompts are its images' captions.
 
         Args:
-            batch: size of a batch.
+            batch: batch size.
             own: share of the trajectories that follow the student.
         """
         if base not in self._drawn:
@@ -85,13 +85,13 @@ class World:
 
 
 def choose_device() -> torch.device:
-    """The GPU with TF32 products, as the guides are trained with, or the CPU."""
+    """The GPU, with TF32 products as in the training of the guides, or the CPU."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def beside_of(rival: Any, unet: Any, empty: Tensor) -> Callable[..., Tensor]:
-    """(x, t, text, w[, encoded]) → prediction of a rival beside ``unet``; ``empty [1, tokens, D]``."""
+    """(x, t, text, w[, encoded]) → prediction of a rival with ``unet``; ``empty [1, tokens, D]``."""
 
     def predict(x: Tensor, t: Tensor, text: Tensor, w: Tensor, encoded: Any = None) -> Tensor:
         return rival(unet, x, t, text, empty.expand_as(text), w, encoded)

@@ -233,8 +233,8 @@ class OrtNetwork(PerShapeNetwork):
         max_loaded = max(self.KEEP, min(self.KEEP_SMALL, self.SMALL // max(1, _weight_bytes(path))))
         super().__init__(path, profiles, max_loaded, max_idle=self.KEEP, open_tokens=open_tokens)
         self._providers = providers(provider)
-        self._asked = provider
-        self._told = False
+        self._requested_provider = provider
+        self._warned = False
         self._threads = threads or usable_cores()
 
     @property
@@ -314,14 +314,14 @@ class OrtNetwork(PerShapeNetwork):
                 "ONNX Runtime could not load its CUDA provider, most likely because CUDA or cuDNN is not installed; "
                 "install with: pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
-            if self._asked == "cuda":
+            if self._requested_provider == "cuda":
                 raise InputError(f"provider 'cuda' was requested, but {reason}; or use --provider cpu")
             self._providers = ["CPUExecutionProvider"]
             warnings.warn(f"{reason}; {self.path.name} runs on the CPU", stacklevel=4)
             return False
         _silence()
-        if not self._told and (on_cpu := _nodes_on_cpu(session)):
-            self._told = True
+        if not self._warned and (on_cpu := _nodes_on_cpu(session)):
+            self._warned = True
             kinds = ", ".join(f"{count} {kind}" for kind, count in on_cpu.most_common(4))
             warnings.warn(
                 f"{on_cpu.total()} nodes of {self.path.name} run on the CPU because ONNX Runtime has no CUDA kernel "
@@ -396,10 +396,10 @@ class OrtBound(Bound):
             self._inputs[node.name], self._shapes[node.name] = value, tuple(full)
         first, *self._others = session.get_outputs()
         shape = [batch, *first.shape[1:]]
-        self._seen: np.ndarray | None = None
+        self._host_output: np.ndarray | None = None
         if all(isinstance(d, int) for d in shape) and device == "cpu":
-            self._seen = np.zeros(shape, _dtype(first.type))
-            self._output = ort.OrtValue.ortvalue_from_numpy(self._seen)
+            self._host_output = np.zeros(shape, _dtype(first.type))
+            self._output = ort.OrtValue.ortvalue_from_numpy(self._host_output)
             self._binding.bind_ortvalue_output(first.name, self._output)
         elif all(isinstance(d, int) for d in shape):
             self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, _dtype(first.type), device, 0)
@@ -428,11 +428,11 @@ class OrtBound(Bound):
         return self._host.get(name)
 
     def output(self) -> np.ndarray:
-        return self.read() if self._seen is None else self._seen
+        return self.read() if self._host_output is None else self._host_output
 
     def read(self) -> np.ndarray:
-        if self._seen is not None:
-            return self._seen.copy()
+        if self._host_output is not None:
+            return self._host_output.copy()
         value = self._output if self._output is not None else self._binding.get_outputs()[0]
         return np.array(value.numpy())  # a copy, because the next run overwrites the buffer
 

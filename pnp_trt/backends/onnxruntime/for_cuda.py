@@ -120,9 +120,9 @@ def _layer_norm(node: memoryview, initializers: dict[str, _Tensor]) -> list[byte
     shape, ones = f"{outputs[0]}.shape", f"{outputs[0]}.ones"
     element = encode(1, 1) + encode(2, one.dtype) + encode(9, np.ones(1, _FLOATS[one.dtype]).tobytes())
     return [
-        _node("Shape", [x], shape, _whole("start", 2)),
+        _node("Shape", [x], shape, _integer("start", 2)),
         _node("ConstantOfShape", [shape], ones, encode(5, encode(1, "value") + encode(5, element) + encode(20, 4))),
-        _node("LayerNormalization", [x, ones], outputs[0], *attributes, _whole("axis", 2), name=names.get(3, "")),
+        _node("LayerNormalization", [x, ones], outputs[0], *attributes, _integer("axis", 2), name=names.get(3, "")),
     ]
 
 
@@ -132,7 +132,7 @@ def _node(kind: str, inputs: list[str], output: str, *attributes: bytes, name: s
     return b"".join([*ends, encode(3, name or f"{output}.node"), encode(4, kind), *attributes])
 
 
-def _whole(name: str, value: int) -> bytes:
+def _integer(name: str, value: int) -> bytes:
     """Encode the field of a node that holds an attribute of type INT."""
     return encode(5, encode(1, name) + encode(3, value) + encode(20, 2))
 

@@ -174,7 +174,7 @@ class TensorRtBackend(Backend):
         quoted again word by word.
         """
         claims = [manifest.rebuild] if manifest.plugged is None else list(manifest.plugged.commands)
-        first, *plugs = (_own_words(claim) for claim in claims)
+        first, *plugs = (_command_words(claim) for claim in claims)
         if first is None or first[1] != "build" or any(p is None or p[1] != "plug" or len(p) < 3 for p in plugs):
             return shlex.join(["pnp-trt", "build", "--out", f"{manifest.name}-here"])
         if manifest.plugged is None:
@@ -253,7 +253,7 @@ class TensorRtRtx(TensorRtBackend):
         )
 
 
-def _own_words(claim: str) -> list[str] | None:
+def _command_words(claim: str) -> list[str] | None:
     """Split a `pnp-trt` command line into words; None for any other text."""
     try:
         words = shlex.split(claim)

@@ -187,19 +187,19 @@ def _monitor(trt: Any, report: Any) -> Any:
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.stack.append([phase, max(steps, 1), 0])
-            self.tell(parent is None)
+            self.report(parent is None)
 
         def step_complete(self, phase: str, step: int) -> bool:
             for entry in self.stack:
                 if entry[0] == phase:
                     entry[2] = step + 1
-            self.tell()
+            self.report()
             return True
 
         def phase_finish(self, phase: str) -> None:
             self.stack = [entry for entry in self.stack if entry[0] != phase]
 
-        def tell(self, now: bool = False) -> None:
+        def report(self, now: bool = False) -> None:
             if not now and time.monotonic() - self.last < EVERY:
                 return
             self.last = time.monotonic()

@@ -43,12 +43,12 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         if rows:
             more = len(rows) - _MOST
             notes = (f"and {more} more; the JSON file lists all",) if more > 0 else ()
-            cells = [[row["part"].replace("_", " "), said(row["key"])] for row in rows[:_MOST]]
+            cells = [[row["part"].replace("_", " "), describe(row["key"])] for row in rows[:_MOST]]
             tables.append(Table(title, ["part", "row"], cells, 2, notes))
     return tables
 
 
-def said(key: Mapping[str, Any]) -> str:
+def describe(key: Mapping[str, Any]) -> str:
     """Format a row's key: "emoji-tiny guided, batch 4, 20 steps, w = 3"."""
     words = [str(key[name]) for name in ("network", "engine", "method", "guide") if key.get(name)]
     parts = [" ".join(words)]
@@ -71,7 +71,7 @@ def _row(change: Change) -> list[str]:
         difference = f"{change.new - change.old:+,.{decimals}f}"
     else:
         difference = f"{'+' if change.relative > 0 else ''}{percent(change.relative)}"
-    return [said(change.key), _name(change.figure), *cells, difference.replace("-", "−")]
+    return [describe(change.key), _name(change.figure), *cells, difference.replace("-", "−")]
 
 
 def _name(figure: str) -> str:

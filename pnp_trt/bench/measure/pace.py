@@ -58,13 +58,13 @@ class ProgressMeter:
 
     Args:
         jobs: estimated seconds by name of the job, in order.
-        say: called when a job begins, progresses or ends.
+        report: called when a job begins, progresses or ends.
     """
 
     def __init__(
-        self, jobs: dict[str, float], say: Progress | None = None, clock: Callable[[], float] = time.monotonic
+        self, jobs: dict[str, float], report: Progress | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._jobs, self._say, self._clock = jobs, say or (lambda text, done, total: None), clock
+        self._jobs, self._report, self._clock = jobs, report or (lambda text, done, total: None), clock
         self._done, self._start = 0.0, clock()
         self._skipped = 0.0
         self._job, self._text = "", ""
@@ -86,18 +86,18 @@ class ProgressMeter:
     def begin(self, job: str, text: str) -> None:
         """Report that a job begins."""
         self._job, self._text = job, f"{text} ({about(self.left)} left)"
-        self._say(self._text, round(self._done), round(self.total))
+        self._report(self._text, round(self._done), round(self.total))
 
     def within(self, done: int, total: int) -> None:
         """Report progress within the current job."""
         part = self._jobs[self._job] * done / max(total, 1)
-        self._say(self._text, round(self._done + part), round(self.total))
+        self._report(self._text, round(self._done + part), round(self.total))
 
     def end(self, job: str, *, resumed: bool = False) -> None:
         """Report that a job is finished; ``resumed`` jobs, done by an earlier process, do not affect the pace."""
         self._done += self._jobs[job]
         self._skipped += self._jobs[job] if resumed else 0.0
-        self._say(self._text, round(self._done), round(self.total))
+        self._report(self._text, round(self._done), round(self.total))
 
 
 def about(seconds: float) -> str:

@@ -38,9 +38,9 @@ class Timing:
         self.pipes, self.plan, self.work = pipes, plan, work
         self.left_out: list[dict[str, str]] = []
         self.device: dict[str, Any] | None = None
-        self.own = cases_of(pipes)
+        self.engine_cases = cases_of(pipes)
         self._others = self._peers(base)
-        self.cases = [*self.own, *self._others]
+        self.cases = [*self.engine_cases, *self._others]
         self.paces: dict[str, Pace] = {}
 
     def _peers(self, base: str) -> list[Case]:
@@ -79,9 +79,9 @@ class Timing:
         Peers are assumed to be as fast as CFG, as compiling one for another batch size takes minutes.
         """
         say("trying every method, for an estimate")
-        for case in self.own:
+        for case in self.engine_cases:
             self.paces[case.label] = trial(case, TIMED, self.plan.guidance[0], self._largest(case.pipe))
-        cfg = next((self.paces[c.label] for c in self.own if c.method == CFG.name), Pace(0.0, 0.0))
+        cfg = next((self.paces[c.label] for c in self.engine_cases if c.method == CFG.name), Pace(0.0, 0.0))
         for case in self._others:
             say(f"trying {case.method}, which may compile first")
             try:

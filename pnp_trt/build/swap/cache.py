@@ -1,8 +1,8 @@
-"""Bundles with LoRAs merged, kept in a folder and made once: what a server plugs for a request.
+"""Cache of bundles with LoRAs merged, which a server plugs on request.
 
-A bundle's folder is named by the digest of what it is made of: the seal of the engine's manifest, every LoRA's hash
-and scale, and the package's version.  It appears whole or not at all.  A bundle that a process uses is locked and
-stays; of the others the least recently used are removed.
+A bundle's folder is named by a digest of the seal of the engine's manifest, every LoRA's hash and scale, and the
+package's version.  It is created atomically.  A bundle that a process uses is locked and stays; of the others, the
+least recently used are removed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ...version import __version__
 from .lora import Lora
 from .run import PlugSpec, check_engine, plug
 
-#: bundles on disk, at most, beside those in use
+#: largest number of bundles on disk; bundles in use are never removed
 MAX_BUNDLES = 16
 _NAME = re.compile(r"[0-9a-f]{40}")
 
 
 def default_home() -> Path:
-    """Where plugged bundles are kept where no folder is named: ``loras`` below the user's cache."""
+    """Default folder for plugged bundles: ``loras`` in the user's cache."""
     return cache_home() / "loras"
 
 
@@ -42,14 +42,14 @@ class InUse:
     """A bundle that no process removes until :meth:`close`.
 
     Attributes:
-        bundle: checked, every file against its manifest.
+        bundle: the bundle, with all files checked against its manifest.
     """
 
     bundle: Bundle
     _descriptor: int
 
     def close(self) -> None:
-        """Let it be removed; its networks must not be used after that."""
+        """Allow the bundle to be removed; its networks must not be used afterwards."""
         os.close(self._descriptor)
 
 
@@ -58,9 +58,9 @@ class PlugCache:
     """Plugged bundles in a folder.
 
     Attributes:
-        home: the folder; it is made where it is missing.
-        fetch_base: fetch the base of an engine from the hub where it is not on this machine.
-        max_bundles: bundles on disk, at most, beside those in use.
+        home: the folder; created if it is missing.
+        fetch_base: download an engine's base from the hub if it is not on this machine.
+        max_bundles: largest number of bundles on disk; bundles in use are never removed.
     """
 
     home: Path
@@ -73,19 +73,19 @@ class PlugCache:
         check_engine(manifest, bundle.folder)
         if is_hub_id(manifest.base.name) and not self.fetch_base:
             raise InputError(
-                f"engine '{manifest.name}' names its base '{manifest.base.name}', which is not on this machine and "
-                "which LoRAs need; add --fetch-base to fetch it from the hub"
+                f"engine '{manifest.name}' names its base '{manifest.base.name}', which LoRAs need and "
+                "which is not on this machine; add --fetch-base to download it from the hub"
             )
         check_writable_folder(self.home, "--lora-cache")
 
     def take(self, bundle: Bundle, loras: Sequence[tuple[Path, float]]) -> InUse:
-        """The bundle with LoRAs merged, made by :func:`~pnp_trt.build.swap.run.plug` where it is not there.
+        """Return the bundle with LoRAs merged; plug it with :func:`~pnp_trt.build.swap.run.plug` if it is not cached.
 
         Args:
             loras: .safetensors files and their scales, merged in this order.
 
         Raises:
-            InputError, PnpError: as ``plug`` does; or if the engine on disk is no longer ``bundle``.
+            InputError, PnpError: as in ``plug``, or if the engine on disk is no longer ``bundle``.
         """
         texts = [f"{path}:{scale!r}" for path, scale in loras]
         key = digest([bundle.manifest.seal, [Lora.parse(text).identity() for text in texts], __version__])[:40]
@@ -95,17 +95,17 @@ class PlugCache:
         except OSError as e:
             raise PnpError(failure(folder, e)) from e
         try:
-            found = _opened(folder)
-            if found is None:
-                with _making(folder):  # another process may be making it, or have made it since
-                    found = _opened(folder) or self._make(bundle, texts, folder)
-            with contextlib.suppress(OSError):  # of another user
+            plugged = _opened(folder)
+            if plugged is None:
+                with _making(folder):  # another process may be plugging it, or have just finished
+                    plugged = _opened(folder) or self._make(bundle, texts, folder)
+            with contextlib.suppress(OSError):  # it may belong to another user
                 os.utime(folder / MANIFEST)
             self._prune()
         except BaseException:
             os.close(descriptor)
             raise
-        return InUse(found, descriptor)
+        return InUse(plugged, descriptor)
 
     def _make(self, bundle: Bundle, texts: Sequence[str], folder: Path) -> Bundle:
         if read_manifest(bundle.folder).seal != bundle.manifest.seal:
@@ -118,7 +118,7 @@ class PlugCache:
         return name if self.fetch_base and is_hub_id(name) else None
 
     def _prune(self) -> None:
-        """Remove the least recently used bundles beyond ``kept`` that no process uses."""
+        """Remove the least recently used bundles beyond ``max_bundles`` that no process uses."""
         ages = []
         for folder in sorted(self.home.iterdir()):
             if _NAME.fullmatch(folder.name):
@@ -131,7 +131,7 @@ class PlugCache:
 
 
 def _opened(folder: Path) -> Bundle | None:
-    """The bundle in a folder, if it is whole."""
+    """The bundle in a folder; None if it is missing or damaged."""
     try:
         return open_bundle(folder)
     except InputError:
@@ -143,7 +143,7 @@ def _mark(folder: Path) -> Path:
 
 
 def _shared(folder: Path) -> int:
-    """A descriptor that keeps :func:`_alone` from a folder while it is open."""
+    """Take a shared lock on a folder, which excludes :func:`_alone` until the returned descriptor is closed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(_mark(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -156,7 +156,7 @@ def _shared(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _making(folder: Path) -> Iterator[None]:
-    """A block that one process at a time is in, of those that make a folder."""
+    """Exclude other processes that create the same folder."""
     descriptor = os.open(folder.with_name(f".{folder.name}.make.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -167,7 +167,7 @@ def _making(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """A block in which no process has the folder in use; ``BlockingIOError`` where one has."""
+    """Exclude processes that use the folder; raise ``BlockingIOError`` if there is one."""
     descriptor = os.open(_mark(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,7 @@
-"""Fine-tunes as they come: a diffusers folder, a U-Net's folder, one safetensors file under any known names.
+"""Load fine-tunes: a diffusers folder, a folder with only a U-Net, or one safetensors file with any known key names.
 
-A fine-tune need not hold every network: what it lacks stays as the bundle has it, and what the bundle cannot use is
-refused.  Weights are mapped from their files and not copied, in the type that they are stored in, so that a checkpoint
-of Stable Diffusion's size costs no memory of its own.
+A fine-tune may lack networks: the bundle keeps its own.  Parts that the bundle cannot use are refused.  Weights are
+memory-mapped in their stored type, so that a checkpoint of Stable Diffusion's size needs no additional memory.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class FineTune:
-    """A fine-tune that was found, none of its weights read.
+    """A fine-tune whose weights have not been read.
 
     Attributes:
-        name: as the user gave it.
-        files: safetensors files by network; a network that is not there stays as the bundle has it.
-        folders: where a network's own ``config.json`` is, by network.
-        base: the whole model where the fine-tune is one; else None.
-        single: the sorted keys where the fine-tune is one file; else None.
-        unet_only: whether everything but the U-Net is left out, as the user requests.
-        takes_vae: whether its autoencoder is taken, if it has one.
-        other_vae: an autoencoder in the place of its own.
+        name: the user's name for it.
+        files: safetensors files by network; the bundle keeps networks that are missing here.
+        folders: folder of a network's ``config.json``, by network.
+        base: the complete model if the fine-tune is one; else None.
+        single: the sorted keys if the fine-tune is one file; else None.
+        unet_only: whether the user requested only the U-Net.
+        takes_vae: whether to use the fine-tune's autoencoder, if it has one.
+        other_vae: an autoencoder that replaces the fine-tune's.
     """
 
     name: str
@@ -55,15 +54,15 @@ class FineTune:
     other_vae: OtherVae | None = None
 
     def with_vae(self, other: OtherVae | None) -> FineTune:
-        """The same with an autoencoder that takes the place of its own; with None it brings no autoencoder."""
+        """A copy with another autoencoder instead of its own; without any autoencoder if ``other`` is None."""
         return replace(self, takes_vae=False, other_vae=other)
 
     def source_of(self, part: str) -> str:
-        """Where the weights of ``unet``, a text encoder or ``vae`` are from, for messages."""
+        """Origin of the weights of ``unet``, a text encoder or ``vae``, for messages."""
         return f"--vae {self.other_vae.path}" if part == "vae" and self.other_vae is not None else self.name
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash of each network's weights, as ``BaseModel.fingerprint`` has them."""
+        """Hash of each network's weights, as in ``BaseModel.fingerprint``."""
         if self.base is None:
             own = {part: files_sha256(files) for part, files in self.files.items()}
         else:
@@ -72,27 +71,27 @@ class FineTune:
         return parts | ({} if self.other_vae is None else {"vae": self.other_vae.sha256()})
 
     def configs_sha256(self) -> str | None:
-        """Hash of what the configs say of the computation; None where only a U-Net is taken."""
+        """Hash of the config entries that affect the computation; None if only a U-Net is used."""
         return None if self.base is None or self.unet_only else self.base.configs_sha256()
 
     def config(self, part: str) -> dict[str, Any] | None:
-        """A network's own config; None where the fine-tune brings none."""
+        """The fine-tune's config of a network; None if it has none."""
         if part in self.folders:
             return read_json(self.folders[part] / "config.json")
         return self.base.config(part) if self.base is not None else None
 
     def scheduler(self, engine: Mapping[str, Any], chosen: Noise) -> dict[str, Any]:
-        """The scheduler record of an engine that this fine-tune is plugged into.
+        """The scheduler record of the new bundle when this fine-tune is plugged into an engine.
 
         Args:
-            engine: the engine's own record, which stays where the fine-tune brings no scheduler.
+            engine: the engine's record, which is used if the fine-tune has no scheduler.
             chosen: the user's options.
         """
         beside = self.folders["unet"].parent if "unet" in self.folders else None
         if self.base is not None:
             own: Mapping[str, Any] = base_scheduler(self.base)
         elif beside is not None and (beside / "scheduler" / "scheduler_config.json").is_file():
-            own = base_scheduler(BaseModel(self.name, beside))  # the folder given is the U-Net's in a whole model
+            own = base_scheduler(BaseModel(self.name, beside))  # the folder is the U-Net's inside a complete model
         else:
             own = engine
         stated = self.single.noise if self.single is not None else Noise()
@@ -101,22 +100,22 @@ class FineTune:
     def check_parts(
         self, configs: Mapping[str, Mapping[str, Any]], specs: Sequence[TextEncoderSpec], what: str
     ) -> None:
-        """Refuse a part that the engine cannot use, and a config that means something else with the same weights.
+        """Refuse parts that the engine cannot use, and configs that compute differently with the same weights.
 
         Args:
-            configs: of the engine's networks.
+            configs: configs of the engine's networks.
             specs: the engine's text encoders.
             what: the engine, for messages.
 
         Raises:
-            InputError: naming the parts, or the entry of the config with both values.
+            InputError: naming the parts, or the config entry with both values.
         """
         if self.single is not None and not self.unet_only:
             self.single.refuse_unused(configs, what)
         if self.base is not None and not self.unet_only:
             if self.base.text_specs != tuple(specs):
                 raise InputError(
-                    f"{self.name} has {_encoders(self.base.text_specs)} and {what} has {_encoders(specs)}; build it "
+                    f"{self.name} has {_encoders(self.base.text_specs)}, but {what} has {_encoders(specs)}; build it "
                     "instead"
                 )
             for spec in specs:
@@ -124,14 +123,14 @@ class FineTune:
         self._check_vae(configs["vae"], what)
 
     def unet(self, config: dict[str, Any], what: str) -> Any:
-        """``UNet2DConditionModel`` of the bundle's architecture with this fine-tune's weights, frozen.
+        """A frozen ``UNet2DConditionModel`` of the bundle's architecture with this fine-tune's weights.
 
         Args:
-            config: of the bundle's U-Net.
+            config: config of the bundle's U-Net.
             what: the bundle, for messages.
 
         Raises:
-            InputError: if weights are missing, left over or of another shape, a file is damaged, or the configs say
+            InputError: if weights are missing, left over or of another shape, a file is damaged, or the configs show
                 that the two networks compute differently.
         """
         from diffusers import UNet2DConditionModel
@@ -149,10 +148,10 @@ class FineTune:
         return _filled(UNet2DConditionModel, own, weights, self.name, what)
 
     def text_encoder(self, spec: TextEncoderSpec, config: dict[str, Any], what: str) -> Any:
-        """A text encoder, frozen; arguments and errors as of ``unet``.
+        """A frozen text encoder; arguments and errors as for ``unet``.
 
         Args:
-            spec: which of the engine's.
+            spec: which of the engine's text encoders to load.
         """
         if self.single is None:
             assert self.base is not None
@@ -169,7 +168,7 @@ class FineTune:
         return module.eval().requires_grad_(False)
 
     def vae(self, config: dict[str, Any], what: str) -> Any:
-        """The autoencoder, frozen; arguments and errors as of ``unet``."""
+        """The frozen autoencoder; arguments and errors as for ``unet``."""
         self._check_vae(config, what)
         if self.other_vae is not None:
             return check_finite(self.other_vae.load(config), str(self.other_vae.path)).eval().requires_grad_(False)
@@ -182,7 +181,7 @@ class FineTune:
         return _filled(kind, config, self.single.weights("vae", config), f"the VAE in {self.name}", what)
 
     def _check_vae(self, config: Mapping[str, Any], what: str) -> None:
-        """Refuse an autoencoder that the engine's graphs do not compute; ``config`` is of the engine's."""
+        """Refuse an autoencoder that computes differently from the engine's, whose config is ``config``."""
         if self.other_vae is not None:
             name, own = self.source_of("vae"), self.other_vae.config(config)
             advice = "build it with this autoencoder instead: pnp-trt build --vae"
@@ -197,7 +196,7 @@ class FineTune:
 
         kinds = [c.get("_class_name", "AutoencoderKL") for c in (own, config)]
         if kinds[0] != kinds[1]:
-            raise InputError(f"{name} is an {kinds[0]}, {what} has an {kinds[1]}; {advice}")
+            raise InputError(f"{name} is an {kinds[0]}, but {what} has an {kinds[1]}; {advice}")
         whose = name if self.other_vae is not None else self.name
         check_same_network(getattr(diffusers, kinds[0]), own, config, whose, what)
 
@@ -207,14 +206,14 @@ def _encoders(specs: Sequence[TextEncoderSpec]) -> str:
 
 
 def find(name: str, unet_only: bool = False) -> FineTune:
-    """The fine-tune of a name; nothing heavy is imported or read.
+    """Find a fine-tune by name; no heavy imports, and no weights are read.
 
     Args:
-        name: a diffusers folder, a folder of a U-Net alone, a ``.safetensors`` file, or any base model's name.
-        unet_only: leave out everything but the U-Net.
+        name: a diffusers folder, a folder with only a U-Net, a ``.safetensors`` file, or any base model's name.
+        unet_only: use only the U-Net.
 
     Raises:
-        InputError: if there is none, or a file is not a safetensors file or holds no U-Net.
+        InputError: if it does not exist, or a file is not a safetensors file or contains no U-Net.
     """
     path = Path(name)
     if path.suffix == ".safetensors" or path.is_file():
@@ -235,7 +234,7 @@ def find(name: str, unet_only: bool = False) -> FineTune:
 
 
 def _filled(kind: Any, config: Mapping[str, Any], weights: dict[str, Tensor], name: str, what: str) -> Any:
-    """A diffusers network whose weights are the given tensors themselves."""
+    """A diffusers network that uses ``weights`` without copying them."""
     import torch
 
     quiet_libraries()

@@ -1,8 +1,8 @@
-"""`pnp-trt plug`: a bundle and a fine-tune in, a bundle of the fine-tune out.
+"""`pnp-trt plug`: turn a bundle and a fine-tune into a bundle of the fine-tune.
 
-The graphs stay as they are, so nothing is traced, optimised or, on ONNX Runtime, compiled: a network's new weights go
-where ``weights.json`` states, one by one, and what is not swapped is copied.  The new networks are then compared with
-PyTorch running the fine-tune, on the bundle's own golden inputs; past the limit nothing is left behind.
+The graphs do not change, so nothing is traced, optimised or, on ONNX Runtime, compiled: new weights are written to the
+places given in ``weights.json``, and everything else is copied.  The new networks are then compared with PyTorch
+running the fine-tune on the bundle's golden inputs.  If an error exceeds its limit, nothing is written.
 """
 
 from __future__ import annotations
@@ -75,26 +75,26 @@ from ..work import engine_parity, library_versions
 from .checkpoint import FineTune, find
 from .lora import Lora
 
-#: network of the bundle → (its source in weights.json, whether the graph uses all of it); text encoders are their own
+#: network → (its source in weights.json, whether the graph uses all of it); a text encoder is its own source
 SOURCES = {"unet": ("unet", True), "vae_decoder": ("vae", False), "vae_encoder": ("vae", False)}
-#: where files of the engine that are about to be replaced, and opened by name, are kept while it is worked on
+#: temporary folder for files of the engine that are being replaced and must be opened by name
 _OLD = ".old"
 
 
 @dataclass(frozen=True)
 class PlugSpec:
-    """What to plug into what.
+    """A plug request.
 
     Attributes:
         engine: a bundle's name or folder.
-        base: the fine-tune, see ``build.swap.checkpoint.find``; None stays with the engine's own base, for LoRAs.
-        loras: ``FILE`` or ``FILE:scale`` each, merged in this order.
-        out: the new bundle's folder; None derives a name from the rest under ``engines_home()``.
-        check_memory: refuse to compile where the host's memory will not do.
-        unet_only: take the fine-tune's U-Net alone, whatever else it holds.
-        noise: what the user states about the fine-tune's prediction type and terminal SNR.
-        vae: folder or file of an autoencoder in the place of the engine's and the fine-tune's; alone, nothing else is
-            swapped.
+        base: the fine-tune, see ``build.swap.checkpoint.find``; None keeps the engine's base, for LoRAs.
+        loras: ``FILE`` or ``FILE:scale``, merged in this order.
+        out: the new bundle's folder; None derives a name under ``engines_home()`` from the other attributes.
+        check_memory: refuse to compile if the host has too little memory.
+        unet_only: take only the fine-tune's U-Net.
+        noise: user-supplied prediction type and terminal SNR of the fine-tune.
+        vae: folder or file of an autoencoder that replaces the engine's and the fine-tune's; without a base and LoRAs,
+            only the autoencoder is replaced.
     """
 
     engine: str
@@ -107,30 +107,30 @@ class PlugSpec:
     vae: Path | None = None
 
     def source(self, manifest: Manifest) -> FineTune:
-        """Where the new weights are.
+        """The source of the new weights.
 
         Raises:
-            InputError: if nothing is to be plugged, or a part of it is not there.
+            InputError: if nothing is to be plugged, or a part is missing.
         """
         if self.base is None and not self.loras and self.vae is None:
             raise InputError("nothing to plug: give --base FINE_TUNE, --lora FILE, --vae AUTOENCODER, or several")
         vae = None if self.vae is None else OtherVae.find(self.vae)
         if self.base is not None:
-            found = find(self.base, self.unet_only)
-            return found if vae is None else found.with_vae(vae)
-        own = manifest.base.name
+            fine_tune = find(self.base, self.unet_only)
+            return fine_tune if vae is None else fine_tune.with_vae(vae)
+        base = manifest.base.name
         if not self.loras:
-            return FineTune(own, {}, {}).with_vae(vae)
-        if is_hub_id(own):  # an engine may come from anyone, and its base is fetched only if asked for
+            return FineTune(base, {}, {}).with_vae(vae)
+        if is_hub_id(base):  # manifests are untrusted: their base is not downloaded without --base
             raise InputError(
-                f"engine '{manifest.name}' names its base '{own}', which is not on this machine; "
-                "name it too, with --base, to fetch it from the hub"
+                f"engine '{manifest.name}' names its base '{base}', which is not on this machine; "
+                "name it with --base to download it from the hub"
             )
-        # LoRAs alone stay with what the engine took of its own base, and with the autoencoder that it has
-        return find(own, self.unet_only or bool(manifest.built_from.get("unet_only"))).with_vae(vae)
+        # with LoRAs only, keep the parts that the engine took from its base, and the engine's autoencoder
+        return find(base, self.unet_only or bool(manifest.built_from.get("unet_only"))).with_vae(vae)
 
     def folder(self, manifest: Manifest, base: str, loras: list[Lora]) -> Path:
-        """Where the new bundle goes; named as `pnp-trt build` names one of that base."""
+        """The new bundle's folder, named like a bundle that `pnp-trt build` builds from that base."""
         if self.out is not None:
             return self.out
         old, guide, backend = manifest.base.name, manifest.guide, backends.get(manifest.backend)
@@ -142,7 +142,7 @@ class PlugSpec:
         return engines_home() / "-".join(w for w in words if w)
 
     def command(self, base: str, folder: Path) -> str:
-        """The command line that makes the new bundle."""
+        """The command line that plugs the new bundle."""
         words = ["pnp-trt", "plug", self.engine, *(["--base", base] if self.base is not None else [])]
         for lora in self.loras:
             words += ["--lora", lora]
@@ -153,16 +153,16 @@ class PlugSpec:
 
 
 def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = None) -> Built:
-    """Make a bundle of a fine-tune from a built one; a bundle of the same inputs is returned as it is.
+    """Turn a bundle into one of a fine-tune, or return an existing bundle of the same inputs.
 
     Args:
-        force: plug even so, and replace what is there.
-        progress: called with (stage, hundredths done, hundredths in all) as the work proceeds.
+        force: plug again, and replace an existing bundle.
+        progress: called with (stage, hundredths done, total hundredths).
 
     Raises:
         InputError: for an unknown or damaged engine, fine-tune or LoRA, weights that are missing, left over, of another
-            shape or not finite, or an ``out`` that holds something else.
-        PnpError: if a network's parity with PyTorch is past the limit, or the compiler fails; nothing is written.
+            shape or not finite, or an ``out`` with other contents.
+        PnpError: if a network's error against PyTorch exceeds the limit, or the compiler fails; nothing is written.
     """
     if spec.out is not None:
         check_before_work(spec.out)
@@ -177,7 +177,7 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another --out")
     if folder.exists() and folder.samefile(source):
-        raise InputError(f"{folder} is the engine that is plugged; choose another --out")
+        raise InputError(f"{folder} is the engine itself; choose another --out")
     parts = fine_tune.fingerprint()
     merged = [lora.identity() for lora in loras]
     identity = {
@@ -194,32 +194,32 @@ def plug(spec: PlugSpec, *, force: bool = False, progress: Progress | None = Non
         },
     }
     key = digest([SCHEMA, identity])
-    if not force and (found := standing(folder, key, identity, force)) is not None:  # even where nothing can be written
-        return Built(folder, found, cached=True)
+    if not force and (existing := standing(folder, key, identity, force)) is not None:  # needs no write access
+        return Built(folder, existing, cached=True)
     check_replaceable_folder(folder)
     with lock(folder):
-        if (found := standing(folder, key, identity, force)) is not None:
-            return Built(folder, found, cached=True)
+        if (existing := standing(folder, key, identity, force)) is not None:
+            return Built(folder, existing, cached=True)
         assert manifest.configs is not None, "check_engine"
         with _described_wrongly(f"engine '{manifest.name}'", "networks"):
             specs = FAMILIES[manifest.family].model.text_specs
             fine_tune.check_parts(manifest.configs, specs, f"engine '{manifest.name}'")
         work = _Work(spec, source, manifest, backend, fine_tune, scheduler, loras, progress or (lambda *_: None))
         try:
-            made = work.run(folder, key, identity)
+            plugged = work.run(folder, key, identity)
         except OSError as e:
             raise PnpError(failure(folder, e)) from e
-    return Built(folder, made, cached=False)
+    return Built(folder, plugged, cached=False)
 
 
 def check_engine(manifest: Manifest, folder: Path) -> backends.Backend:
-    """The backend of a bundle whose weights can be replaced here.
+    """Check that a bundle's weights can be replaced on this machine, and return its backend.
 
     Args:
-        folder: of the bundle, for the message.
+        folder: the bundle's folder, for the message.
 
     Raises:
-        InputError: if the bundle is older than plugging, holds no graph, or was compiled by another version.
+        InputError: if the bundle is too old to be plugged, has no graph, or was compiled by another version.
     """
     advice = rebuild_advice(folder, manifest.rebuild)
     if manifest.configs is None or manifest.given is None:
@@ -227,16 +227,18 @@ def check_engine(manifest: Manifest, folder: Path) -> backends.Backend:
     backend = backends.of(manifest)
     if backend.takes_modules:
         raise InputError(
-            f"engine '{manifest.name}' holds PyTorch modules and no graph, so there is nothing to save by plugging; "
-            f"build it of the fine-tune: pnp-trt build --backend {backend.name} --base FINE_TUNE"
+            f"engine '{manifest.name}' contains PyTorch modules and no graph, so plugging would save nothing; "
+            f"build the fine-tune instead: pnp-trt build --backend {backend.name} --base FINE_TUNE"
         )
     if (here := backend.versions()) != manifest.compiler:
-        raise InputError(f"engine '{manifest.name}': its compiler is {manifest.compiler}, here is {here}; {advice}")
+        raise InputError(
+            f"engine '{manifest.name}': it was compiled with {manifest.compiler}, but {here} is installed; {advice}"
+        )
     return backend
 
 
 def _checked_scheduler(spec: PlugSpec, manifest: Manifest, fine_tune: FineTune) -> dict[str, Any]:
-    """The new bundle's scheduler record, which can be sampled from and is what the guide was distilled under."""
+    """The new bundle's scheduler record, checked for sampling and for compatibility with the guide."""
     spec.noise.check()
     engine, guide = dict(manifest.scheduler), manifest.guide
     steps = guide.sampling_steps if guide is not None else None
@@ -250,7 +252,7 @@ def _checked_scheduler(spec: PlugSpec, manifest: Manifest, fine_tune: FineTune) 
 
 @dataclass
 class _Work:
-    """One plug under way."""
+    """State of one plug."""
 
     spec: PlugSpec
     source: Path
@@ -260,9 +262,9 @@ class _Work:
     scheduler: dict[str, Any]
     loras: list[Lora]
     progress: Progress
-    #: hashes of the new bundle's files, as far as they are known already
+    #: the new bundle's files whose hashes are known
     files: dict[str, FileRecord] = field(default_factory=dict)
-    #: the engine's own files of weights that are replaced, open for reading
+    #: the engine's weight files that are replaced, open for reading
     old: dict[str, BinaryIO] = field(default_factory=dict)
     stage: int = 0
 
@@ -293,12 +295,12 @@ class _Work:
             networks = dict(m.networks)
             guide = None
             for name in swapped:
-                mine = {case: g for case, g in golden.items() if case.partition("@")[0] == name}
-                networks[name], found, used = self._swap(
-                    name, networks[name], maps[name]["weights"], mine, loaded, work, stages
+                cases = {case: g for case, g in golden.items() if case.partition("@")[0] == name}
+                networks[name], outputs, origin = self._swap(
+                    name, networks[name], maps[name]["weights"], cases, loaded, work, stages
                 )
-                golden |= found
-                guide = guide or used
+                golden |= outputs
+                guide = guide or origin
                 gc.collect()
             checked = memory.peak()
             for name in swapped:
@@ -315,7 +317,7 @@ class _Work:
             base = self.spec.base or m.base.name
             command = self.spec.command(base, folder)
             plugged = self._plug_record(networks, swapped, guide, command)
-            merged = tuple(LoraRecord(x.name, x.sha256, x.scale) for x in self.loras)
+            merged = tuple(LoraRecord(entry.name, entry.sha256, entry.scale) for entry in self.loras)
             parts = replace(
                 Parts.of(m),
                 base=Base(base, hashes, merged if self._swaps_unet else m.base.loras),
@@ -338,7 +340,7 @@ class _Work:
             source={"name": m.name, "key": m.key, "base": m.base.name},
             networks={n: networks[n].compiled.notes["weights"] if n in swapped else "kept" for n in networks},
             guide_read_from=guide or (m.plugged.guide_read_from if m.plugged and not self._swaps_unet else None),
-            # the commands that make it from nothing
+            # the commands that make this bundle from scratch
             commands=(*(m.plugged.commands if m.plugged else (m.rebuild,)), command),
         )
 
@@ -348,25 +350,26 @@ class _Work:
 
     @property
     def _swaps_unet(self) -> bool:
-        """Whether a fine-tune or a LoRA is plugged, and not an autoencoder alone."""
+        """Whether a fine-tune or a LoRA is plugged, not only an autoencoder."""
         return self.spec.base is not None or bool(self.spec.loras)
 
     def _swapped(self, by_loras: Collection[str] = ()) -> list[str]:
         """Networks of the bundle whose weights the fine-tune or a LoRA changes."""
-        own, held = self.fine_tune.fingerprint(), self.manifest.base.sha256
+        own, engine = self.fine_tune.fingerprint(), self.manifest.base.sha256
         out = ["unet"] if self._swaps_unet else []
         for name in self.specs:
-            if own.get(name, held.get(name)) != held.get(name) or name in by_loras:
+            if own.get(name, engine.get(name)) != engine.get(name) or name in by_loras:
                 out.append(name)
-        if own.get("vae", held.get("vae")) != held.get("vae"):
+        if own.get("vae", engine.get("vae")) != engine.get("vae"):
             out += [n for n in ("vae_decoder", "vae_encoder") if n in self.manifest.networks]
         return out
 
     def _take(self, work: Path, swapped: list[str], opened: ExitStack) -> None:
-        """Copy the files that stay, keep those that are replaced at hand, and check every one of them.
+        """Copy the files that do not change, open or set aside those that are replaced, and check all of them.
 
-        What is checked is what is read later, so another process may replace the engine meanwhile: a file of weights is
-        opened once.  A hard link would do too, but ONNX's libraries refuse the engine for as long as it has one.
+        Another process may replace the engine in the meantime, so later steps read the very files that were checked: a
+        copy, or a weight file that is opened only once.  A hard link would also work, but ONNX's libraries refuse to
+        load external data that has several links.
         """
         data = {self.manifest.networks[name].data for name in swapped}
         aside = {GOLDEN}
@@ -379,17 +382,17 @@ class _Work:
                 if relative in data:
                     file = opened.enter_context((self.source / relative).open("rb"))
                     self.old[relative] = file
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                    file_hash = hashlib.file_digest(file, "sha256").hexdigest()
                 else:
                     target = work / (_OLD if relative in aside else "") / relative
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(self.source / relative, target)
-                    found = sha256(target)
+                    file_hash = sha256(target)
             except FileNotFoundError:
-                found = "missing"
-            if found != record.sha256:
+                file_hash = "missing"
+            if file_hash != record.sha256:
                 raise InputError(
-                    f"engine '{self.manifest.name}': {relative} is corrupt (sha256 {found[:12]}…, "
+                    f"engine '{self.manifest.name}': {relative} is corrupt (sha256 {file_hash[:12]}…, "
                     f"not {record.sha256[:12]}…); {rebuild_advice(self.source, self.manifest.rebuild)}"
                 )
             if relative not in aside | data:
@@ -398,34 +401,34 @@ class _Work:
             check_graph(work, self.manifest, name)
 
     def _tokenizer(self, encoder: str, work: Path) -> Tokens:
-        """A whole model brings its own tokenizers."""
-        held = self.manifest.tokens_of(encoder)
+        """The tokens of a text encoder; a fine-tune that is a complete model replaces the tokenizer."""
+        previous = self.manifest.tokens_of(encoder)
         if self.fine_tune.base is None or self.fine_tune.unet_only or encoder not in self._swapped():
-            return held
+            return previous
         from ...models.tokenizer import copy_tokenizer
 
         file = tokenizer_file(encoder)
         tokens = Tokens(**copy_tokenizer(self.fine_tune.base, self.specs[encoder], work / file))
         self.files.pop(file, None)
-        if tokens.length != held.length:
+        if tokens.length != previous.length:
             raise InputError(
-                f"the tokenizer of {self.fine_tune.name} pads to {tokens.length} tokens, the engine takes "
-                f"{held.length}; build it instead"
+                f"the tokenizer of {self.fine_tune.name} pads to {tokens.length} tokens, but the engine takes "
+                f"{previous.length}; build it instead"
             )
         return tokens
 
     def _text(self, tokens: dict[str, Tokens]) -> FurtherText:
-        """What the bundle states of text besides the first encoder's tokens; a whole model has a word on it."""
-        whole = self.fine_tune.base if not self.fine_tune.unet_only and self.spec.base is not None else None
-        zeros = self.manifest.text.zero_empty_prompt if whole is None else whole.zero_empty_prompt()
+        """The manifest's ``text`` entry; a complete model that is plugged sets ``zero_empty_prompt`` itself."""
+        model = self.fine_tune.base if not self.fine_tune.unet_only and self.spec.base is not None else None
+        zeros = self.manifest.text.zero_empty_prompt if model is None else model.zero_empty_prompt()
         others = {k: v for k, v in tokens.items() if k != TEXT_ENCODER}
         return FurtherText(others, zeros, self.manifest.text.chunks)
 
     def _module(
         self, name: str, weights: dict[str, Any], loaded: list[Any], work: Path
     ) -> tuple[Any, Any, str | None, list[Any]]:  # fmt: skip
-        """A network as PyTorch runs it, the module whose weights are swapped, where the guide came from, and rows of
-        weights as the LoRAs' formula gives them.
+        """Return a network as PyTorch runs it, the module with the swapped weights, the guide's origin, and rows of
+        weights computed with the LoRAs' formula.
         """
         from ...models import wrappers
         from ...models.student import Student, Teacher
@@ -449,33 +452,33 @@ class _Work:
             return Teacher(unet), unet, None, formula
         graph = self.manifest.networks["unet"].graph
         guide, where = guide_of(self.manifest, work / graph, self.old[f"{graph}.data"], weights, unet)
-        # the part of the guide that depends on w alone stays as it is, in a separate network
+        # the part of the guide that depends only on w is unchanged, in a separate network
         return Student(unet, guide, conditioned="condition" in self.manifest.networks), unet, where, formula
 
     def _text_encoder(self, spec: TextEncoderSpec, config: dict[str, Any], what: str) -> Any:
-        """The fine-tune's; the engine's own base's where the fine-tune has none and a LoRA changes it."""
+        """The fine-tune's text encoder; the engine's if a LoRA changes it and the fine-tune has none."""
         if spec.name in self.fine_tune.fingerprint():
             return self.fine_tune.text_encoder(spec, config, what)
         assert self.manifest.given is not None, "an engine that is plugged has it"
         names = (self.manifest.base.name, self.manifest.given.base)
         for name in names:
-            if is_hub_id(name):  # the engine's own word is no reason to fetch anything
+            if is_hub_id(name):  # manifests are untrusted, so nothing is downloaded because of them
                 continue
             with suppress(InputError, OSError):
                 own = find(name)
                 if own.fingerprint().get(spec.name) == self.manifest.base.sha256.get(spec.name):
                     return own.text_encoder(spec, config, what)
         raise InputError(
-            f"a LoRA changes the {spec.title}, {self.fine_tune.name} has none, and that of {what} is not to be found "
-            f"at {' or '.join(dict.fromkeys(names))}; give the fine-tune as a diffusers folder"
+            f"a LoRA changes the {spec.title}, {self.fine_tune.name} has none, and that of {what} was not found "
+            f"at {' or '.join(dict.fromkeys(names))}; pass a fine-tune that is a diffusers folder"
         )
 
     def _swap(
         self, name: str, entry: NetworkRecord, weights: dict[str, Any], golden: Golden, loaded: list[Any], work: Path,
         stages: int,
     ) -> tuple[NetworkRecord, Golden, str | None]:  # fmt: skip
-        """New weights for one network, compared with PyTorch: its record, its golden inputs with the new outputs by
-        size, and where the guide came from.
+        """Replace the weights of one network and compare it with PyTorch; return its record, its golden inputs with the
+        new outputs by case, and the origin of the guide.
         """
         import torch
 
@@ -487,14 +490,14 @@ class _Work:
         self._report(f"swap {self.title(name)}", stages)
         source, whole = (name, self.specs[name].whole) if name in self.specs else SOURCES[name]
         graph, data = work / entry.graph, entry.data
-        inputs = {case: {k: torch.from_numpy(v) for k, v in held[0].items()} for case, held in golden.items()}
+        inputs = {case: {k: torch.from_numpy(v) for k, v in pair[0].items()} for case, pair in golden.items()}
         with _described_wrongly(f"engine '{self.manifest.name}'", name):
             module, swapped, guide, formula = self._module(name, weights, loaded, work)
             new = {source: dict(swapped.state_dict())}
             check_keys(weights, new, whole)
             written_sha256 = rewrite(graph, self.old[data], work / data, weights, new)
             written_weights.check(graph, weights, source, formula)
-            wanted = {case: as_arrays(reference(module, given)) for case, given in inputs.items()}
+            expected = {case: as_arrays(reference(module, arrays)) for case, arrays in inputs.items()}
             hard = []
             if name == "vae_decoder" and find_recipe(entry.precision).dtype != FP32.dtype:
                 factor = self.manifest.image.height // self.manifest.sample.height
@@ -503,18 +506,18 @@ class _Work:
         del module, swapped, new
         gc.collect()
         self._report(f"compare {self.title(name)}", stages)
-        errors = {case: relative_error(graph, inputs[case], wanted[case]) for case in inputs}
-        found = [*errors.values(), *(relative_error(graph, *case) for case in hard)]
-        error, limit = float(np.max(found)), entry.parity.limit  # NaN if any is
+        errors = {case: relative_error(graph, inputs[case], expected[case]) for case in inputs}
+        all_errors = [*errors.values(), *(relative_error(graph, *case) for case in hard)]
+        error, limit = float(np.max(all_errors)), entry.parity.limit  # NaN if any is
         if not error <= limit:  # also refuses NaN
             raise PnpError(
                 f"the {name} with the weights of {self.fine_tune.source_of(source)} differs from PyTorch by "
-                f"{error:.2e} (relative), where {limit:.0e} is allowed in {entry.precision}; nothing was written; "
+                f"{error:.2e} (relative, limit {limit:.0e} in {entry.precision}); nothing was written; "
                 "build it with another --precision, or report it"
             )
         sizes = dict(zip(entry.parity.sizes, errors.values(), strict=True)) if len(errors) > 1 else {}
         entry = replace(entry, parity=replace(entry.parity, graph=error, sizes=sizes))
-        return entry, {case: (held[0], wanted[case]) for case, held in golden.items()}, guide
+        return entry, {case: (pair[0], expected[case]) for case, pair in golden.items()}, guide
 
     def _compile(self, entry: NetworkRecord, name: str, work: Path) -> NetworkRecord:
         job = CompileJob(
@@ -527,11 +530,11 @@ class _Work:
             options=replace(self.manifest.options, check_memory=self.spec.check_memory),
             tensor_float32=entry.float32_for_range,
         )
-        made = self.backend.replace_weights(job, work / _OLD / entry.file, lambda *_: None)
-        return replace(entry, compiled=CompileRecord(round(made.seconds, 1), made.peak_memory, made.notes))
+        result = self.backend.replace_weights(job, work / _OLD / entry.file, lambda *_: None)
+        return replace(entry, compiled=CompileRecord(round(result.seconds, 1), result.peak_memory, result.notes))
 
     def _hashes(self, loaded: list[Any]) -> dict[str, str]:
-        """What the new bundle's base is made of, by network."""
+        """Hashes of the new bundle's base weights, by network."""
         own = self.manifest.base.sha256
         out = {k: v for k, v in own.items() if k != "all"} | self.fine_tune.fingerprint()
         for network in ("unet", *self.specs):
@@ -542,7 +545,7 @@ class _Work:
         return out
 
     def _files(self, work: Path) -> dict[str, FileRecord]:
-        """Hash of every file, those that are known already not taken again."""
+        """Hash and size of every file; hashes that are known are not computed again."""
         out = dict(self.files)
         present = {p.relative_to(work).as_posix(): p for p in work.rglob("*") if p.is_file()}
         for name, path in present.items():
@@ -553,7 +556,7 @@ class _Work:
 
 @contextmanager
 def _described_wrongly(what: str, network: str) -> Iterator[None]:
-    """Configs and maps of weights come with the engine; the libraries raise many types where they do not fit."""
+    """Turn errors from wrong configs or weight maps of an untrusted engine, of many types, into ``InputError``."""
     try:
         yield
     except (PnpError, OSError):
@@ -561,5 +564,5 @@ def _described_wrongly(what: str, network: str) -> Iterator[None]:
     except Exception as e:
         why = printable(f"{type(e).__name__}: {e}", limit=200)
         raise InputError(
-            f"{what}: configs or {WEIGHTS} do not describe the {network} ({why}); build it of the fine-tune instead"
+            f"{what}: configs or {WEIGHTS} do not describe the {network} ({why}); build the fine-tune instead"
         ) from e

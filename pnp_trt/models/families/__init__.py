@@ -1,4 +1,4 @@
-"""Families of base models.  Importing this loads no torch."""
+"""Families of base models.  Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...registry import Registry
 from ..teacher import BaseModel
 from .base import Family
 
-#: families by name; Stable Diffusion takes every folder that no other reads
+#: families by name; Stable Diffusion accepts every folder that no other family recognises
 FAMILIES: Registry[Family] = Registry(
     "families", "family", {"sdxl": "pnp_trt.models.families.sdxl:SDXL", "sd": "pnp_trt.models.families.sd:SD"}
 )
@@ -16,11 +16,11 @@ _LAST = "sd"
 
 
 def open_folder(name: str, folder: Path) -> BaseModel:
-    """The base model in a folder, by the family that reads it.
+    """Open the base model in a folder with the family that recognises it.
 
     Raises:
-        InputError: if no family reads it, or a part or file is missing.
+        InputError: if no family supports it, or a part or file is missing.
     """
-    # those of other packages before the package's own
+    # families registered by other packages come first
     others = (family for key, family in reversed(FAMILIES.items()) if key != _LAST and family.reads(folder))
     return next(others, FAMILIES[_LAST]).open(name, folder)

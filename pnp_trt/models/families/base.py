@@ -1,4 +1,4 @@
-"""A family of base models: how its folders are recognised, and the class that opens them."""
+"""Base class of families of base models: recognising and opening their folders."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ..teacher import BaseModel
 
 
 class Family(ABC):
-    """Base models whose folders have the same parts and networks.
+    """Base models whose folders have the same structure and networks.
 
-    What a bundle is built of is the opened model's: ``BaseModel.networks`` names the modules that are exported,
-    ``text_specs`` its text encoders, ``golden_inputs`` what parity is measured on, ``golden_added`` the U-Net's inputs
-    besides latents, timestep and text states, ``sizes`` the tensors, ``scheduler_config`` the noise, ``check_configs``
-    and ``check`` what is refused, ``fingerprint`` and ``configs_sha256`` the identity.  A family overrides those that
-    differ from Stable Diffusion's.
+    The members of ``BaseModel`` define how a bundle is built: ``networks`` the exported modules, ``text_specs`` the
+    text encoders, ``golden_inputs`` the inputs for measuring parity, ``golden_added`` the U-Net's inputs besides
+    latents, timestep and text states, ``sizes`` the tensors' sizes, ``scheduler_config`` the noise schedule,
+    ``check_configs`` and ``check`` which models are refused, ``fingerprint`` and ``configs_sha256`` the identity.  A
+    family's model class overrides those that differ from Stable Diffusion's.
 
     Attributes:
-        name: as ``FAMILIES`` has it.
+        name: name in ``FAMILIES``.
         model: class of its models.
-        layouts: of its text encoders in checkpoints of one file.
-        leftovers: (pattern, what it is) of keys that training leaves beside them and no inference uses.
+        layouts: layouts of its text encoders in single-file checkpoints.
+        leftovers: (pattern, kind) of keys in such checkpoints that training leaves and inference does not use.
     """
 
     name: str
@@ -32,15 +32,15 @@ class Family(ABC):
 
     @abstractmethod
     def reads(self, folder: Path) -> bool:
-        """Whether a folder is a model of this family; from its small files, no weights are read."""
+        """Whether a folder is a model of this family; does not read weights."""
 
     @abstractmethod
     def open(self, name: str, folder: Path) -> BaseModel:
-        """The model in a folder that :meth:`reads`.
+        """Open the model in a folder for which :meth:`reads` is true.
 
         Args:
-            name: as the user gave it.
+            name: name as entered by the user.
 
         Raises:
-            InputError: for a part or file that is missing.
+            InputError: if a part or file is missing.
         """

@@ -11,7 +11,7 @@ from .base import Family
 
 
 class StableDiffusion(Family):
-    """diffusers folders of Stable Diffusion; asked last, so that it names what is missing in folders of no family."""
+    """diffusers folders of Stable Diffusion; tried last, and reports what is missing in folders of no family."""
 
     name = "sd"
     layouts = (

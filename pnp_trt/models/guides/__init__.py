@@ -1,10 +1,10 @@
 """Guides: small networks that add guidance to a frozen U-Net's skips and mid block.
 
-The idea is *Plug-and-Play Diffusion Distillation* (Hsiao et al., CVPR 2024, §3): a guide reads the
-noisy latent, the timestep, the text and the guidance scale w, and emits residuals for the U-Net's
-decoder skips and mid block, so that one pass predicts what classifier-free guidance needs two for.
+The method is *Plug-and-Play Diffusion Distillation* (Hsiao et al., CVPR 2024, §3): from the noisy latent, the timestep,
+the text and the guidance scale w, a guide computes residuals for the U-Net's decoder skips and mid block, so that one
+evaluation predicts what classifier-free guidance needs two for.
 
-Importing this package loads no torch: the registry names the guides, and their classes are imported on first use.
+Importing this package does not load torch: the registry has the guides' names and imports their classes on first use.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ def __getattr__(name: str) -> Any:
 
 
 def name_of_class(class_name: str, where: object) -> str:
-    """The name in ``GUIDES`` of the class that a guide's config names.
+    """Return the name in ``GUIDES`` of a guide class.
 
     Args:
-        where: the file or folder that names it, for the message.
+        class_name: the class named in a guide's config.
+        where: the file or folder of the config, for the message.
 
     Raises:
-        InputError: if no registered guide has a class of this name.
+        InputError: if no registered guide has this class name.
     """
     classes = {guide.__name__: name for name, guide in GUIDES.items()}
     if class_name not in classes:

@@ -1,4 +1,4 @@
-"""The part of a guide that depends on w alone, as a separate network, computed once per image."""
+"""The part of a guide that depends only on w, as a separate network that runs once per image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from . import Guide
 
 
 class Condition(nn.Module):
-    """Scales ``guidance [B]`` → ``condition [B, C_0, H, W]``, what ``Student`` takes under that name.
+    """Scales ``guidance [B]`` → ``condition [B, C_0, H, W]``, an input of ``Student``.
 
     Args:
-        guide: one whose class names ``constant_parts``; it keeps those and loses the rest.
+        guide: a guide whose class has ``constant_parts``; all other parts are removed from it.
         latent_size: (H, W) of the latents.
     """
 
@@ -28,7 +28,7 @@ class Condition(nn.Module):
 
 
 def without_constant_parts(guide: Guide) -> Guide:
-    """The guide without what ``Condition`` holds: from now on it has to be given its condition."""
+    """Remove the parts that ``Condition`` contains from a guide, which must then be passed its condition."""
     for name in guide.constant_parts:
         setattr(guide, name, None)
     return guide

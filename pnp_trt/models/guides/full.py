@@ -1,4 +1,4 @@
-"""The full guide: the paper's form, a ControlNet (Zhang et al. 2023) that starts from the teacher's encoder."""
+"""The full guide: the paper's architecture, a ControlNet (Zhang et al. 2023) initialised from the teacher's encoder."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ W_FEATURES = 64
 class FullGuide(Guide):
     """The full guide: a trainable copy of the teacher's encoder and mid block with zero convolutions.
 
-    The paper shows w to its ControlNet as the "control image" and counts the hint encoder that reads it
-    (361.28 M parameters on SD 1.5).  We keep that form, but feed it three learned features of w's sinusoids
-    instead of the raw number, one w per sample.  The hint depends on w alone: :meth:`condition` makes it
+    In the paper, w is the ControlNet's "control image", and the hint encoder that reads it is counted (361.28 M
+    parameters on SD 1.5).  We keep that architecture, but its input is three learned features of w's sinusoids
+    instead of the raw number, with one w per sample.  The hint depends only on w: :meth:`condition` computes it
     once per image, and a step then costs 109.06 instead of 116.42 GMACs on SD 1.5.
 
-    Residuals are multiplied by (w − 1): they vanish exactly at w = 1, and everywhere before training.
+    Residuals are multiplied by (w − 1): they are exactly zero at w = 1, and for all w before training.
 
     Args:
-        skip_channels, mid_channels, cross_attention_dim, in_channels: the U-Net's, to check the fit.
+        skip_channels, mid_channels, cross_attention_dim, in_channels: shapes of the U-Net, to check the fit.
         controlnet: config of the diffusers ``ControlNetModel``.
-        negative_prompts: whether it also attends to a negative prompt's text states, marked by a learned vector,
-            so that negative prompts survive distillation.
+        negative_prompts: whether it also attends to a negative prompt's text states, marked by a learned vector, so
+            that it supports negative prompts.
         sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
-        gain: factors of the residuals at equally spaced timesteps (``parts.GainTable``); None for one.
+        gain: factors of the residuals at equally spaced timesteps (``parts.GainTable``); None for no factor.
     """
 
     _supports_gradient_checkpointing = True
-    #: parts that ``condition`` runs; a bundle holds them as a separate network, computed once per image
+    #: parts that ``condition`` uses; in a bundle they are a separate network, which runs once per image
     constant_parts: tuple[str, ...] = ("w_features", "hint")
-    #: a tiny guide is a fiftieth of the arithmetic and all of the guidance; a full one is a third of the arithmetic
+    #: all: a full guide is a third of the arithmetic; a tiny guide is only a fiftieth and is not quantised
     quantised_layers: ClassVar[tuple[str, ...]] = ("*",)
 
     @register_to_config
@@ -57,7 +57,7 @@ class FullGuide(Guide):
     ) -> None:
         super().__init__()
         self.net = ControlNetModel.from_config(controlnet)
-        # apart, so that it can run once per image
+        # separate, so that it can run once per image
         self.hint = self.net.controlnet_cond_embedding
         self.net.controlnet_cond_embedding = nn.Identity()
         self.w_features = nn.Linear(W_FEATURES, 3)
@@ -67,15 +67,15 @@ class FullGuide(Guide):
 
     @classmethod
     def from_unet(cls, unet: Any, *, negative_prompts: bool = False) -> FullGuide:  # type: ignore[override]
-        """A new guide for ``unet`` with its encoder's weights; its residuals are zero until it is trained.
+        """Create a guide for ``unet`` from its encoder's weights; its residuals are zero until it is trained.
 
-        The hint encoder's channels are Stable Diffusion's, scaled with the U-Net's width.
+        The hint encoder has Stable Diffusion's channels, scaled with the U-Net's width.
         """
         hint = tuple(max(8, c * unet.config.block_out_channels[0] // 320) for c in HINT_CHANNELS)
         copy = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=hint)
         config = {k: v for k, v in copy.config.items() if not k.startswith("_")}
         guide = cls(**signature(unet), controlnet=config, negative_prompts=negative_prompts)
-        # from_unet has taken the teacher's weights; the hint encoder and zero convolutions are new in both
+        # ControlNetModel.from_unet copied the teacher's weights; the hint encoder is new in both
         own = copy.state_dict()
         guide.net.load_state_dict({k: v for k, v in own.items() if not k.startswith("controlnet_cond_embedding")})
         return guide.requires_grad_(True)
@@ -90,24 +90,24 @@ class FullGuide(Guide):
         self.net.enable_gradient_checkpointing()
 
     def condition(self, guidance: Tensor, latent_size: tuple[int, int]) -> Tensor:
-        """The hint ``[B, C_0, H, W]`` of scales ``guidance [B]`` for latents of size (H, W); it depends on w alone."""
+        """Compute the hint ``[B, C_0, H, W]`` of scales ``guidance [B]`` for latents of size (H, W)."""
         w = self.w_features(sinusoid(guidance.float() * 4, W_FEATURES, 100.0).to(self.w_features.weight.dtype))
         height, width = latent_size
         return self.hint(w[:, :, None, None].expand(-1, -1, 8 * height, 8 * width))
 
-    def forward(self, given: GuideInput) -> GuideOutput:
+    def forward(self, inputs: GuideInput) -> GuideOutput:
         """Residuals for one step; see :class:`GuideInput`."""
-        height, width = given.sample.shape[-2:]
-        hint = given.condition
+        height, width = inputs.sample.shape[-2:]
+        hint = inputs.condition
         if hint is None and self.hint is None:
             raise InputError("this guide computes its condition separately and was given none; pass condition")
-        hint = self.condition(given.guidance, (height, width)) if hint is None else hint
-        text = given.encoder_hidden_states
+        hint = self.condition(inputs.guidance, (height, width)) if hint is None else hint
+        text = inputs.encoder_hidden_states
         if self.negative_mark is not None:
-            text = torch.cat([text, given.needs_negative() + self.negative_mark], dim=1)
+            text = torch.cat([text, inputs.needs_negative() + self.negative_mark], dim=1)
         skips, mid = self.net(
-            given.sample, given.timestep, text, controlnet_cond=hint,
-            added_cond_kwargs=given.added_cond_kwargs, return_dict=False,
+            inputs.sample, inputs.timestep, text, controlnet_cond=hint,
+            added_cond_kwargs=inputs.added_cond_kwargs, return_dict=False,
         )  # fmt: skip
-        gate = self.gate(given, mid.dtype)
+        gate = self.gate(inputs, mid.dtype)
         return GuideOutput(tuple(s * gate for s in skips), mid * gate)

@@ -1,4 +1,4 @@
-"""Guides by name: bundled ones, and folders made by ``save_pretrained``."""
+"""Loading of guides: bundled ones by name, and folders written by ``save_pretrained``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from . import GUIDES, Guide, name_of_class
 
 
 def load_guide(name: str) -> Guide:
-    """A guide in float32, frozen, its weights checked to be finite.
+    """Load a guide in float32, frozen, and check that its weights are finite.
 
     Raises:
-        InputError: if there is none of this name, or its files are damaged.
+        InputError: if there is no guide of this name, or its files are damaged.
     """
     guide_weights(guide_folder(name))
     guide = load_network(guide_class(name), guide_folder(name))
@@ -19,10 +19,10 @@ def load_guide(name: str) -> Guide:
 
 
 def guide_class(name: str) -> type[Guide]:
-    """The class of the guide of this name; its weights are not read.
+    """Return the class of a guide without reading its weights.
 
     Raises:
-        InputError: if there is no guide of this name, or it is of a class that this version does not know.
+        InputError: if there is no guide of this name, or its class is not registered.
     """
     folder = guide_folder(name)
     return GUIDES[name_of_class(guide_config(folder)["_class_name"], folder)]

@@ -1,4 +1,4 @@
-"""Negative prompts by a change of the prompt's text states, which is computed once per image."""
+"""Support of negative prompts by changing the prompt's text states once per image."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ HEADS = 4
 
 
 class Sharpener(nn.Module):
-    """The prompt's text states, changed by what a negative prompt has and the empty prompt has not.
+    """Changes the prompt's text states by the difference between a negative prompt and the empty prompt.
 
-    ``text + (w − 1) / 4 · (s(text, negative) − s(text, empty))``, where s is the form of DICE (Zhou et al., AAAI 2026,
-    "Distilling Classifier-Free Guidance into Text Embeddings", arXiv 2502.03726): one linear layer and a ReLU for both
-    texts, attention from the prompt's tokens to the negative prompt's, a ReLU and a linear layer.  Here the first layer
-    also reads w on the prompt's side.  So it is trained over all w, changes nothing at w = 1, and changes nothing for
-    the empty negative prompt: images without a negative prompt are those of the guide without a sharpener.
+    Computes ``text + (w − 1) / 4 · (s(text, negative) − s(text, empty))``, where s has the form of DICE (Zhou et al.,
+    AAAI 2026, "Distilling Classifier-Free Guidance into Text Embeddings", arXiv 2502.03726): one linear layer and a
+    ReLU for both texts, attention from the prompt's tokens to the negative prompt's, a ReLU and a linear layer.  Unlike
+    in DICE, the first layer also takes w for the prompt, so that it can be trained for all w.  It changes nothing at
+    w = 1 or if the negative prompt is empty: images without a negative prompt are those of the guide without a
+    sharpener.
 
     Args:
-        width: D of the text states.
+        width: D, width of the text states.
         inner: width between the linear layers, a multiple of ``HEADS``.
 
     Raises:
-        InputError: for another ``inner``.
+        InputError: if ``inner`` is not such a multiple.
     """
 
     def __init__(self, width: int, inner: int) -> None:
@@ -38,11 +39,11 @@ class Sharpener(nn.Module):
         self.scale = nn.Linear(W_FEATURES, inner)
         self.q, self.k, self.v = (nn.Linear(inner, inner, bias=False) for _ in range(3))
         self.out = nn.Linear(inner, inner)
-        self.leave = nn.Linear(inner, width, bias=False)  # a bias would leave with the difference
+        self.leave = nn.Linear(inner, width, bias=False)  # a bias would cancel in the difference
         nn.init.zeros_(self.leave.weight)
 
     def forward(self, text: Tensor, negative: Tensor, empty: Tensor, guidance: Tensor) -> Tensor:
-        """Changed states ``[B, tokens, D]``.
+        """Return the changed states ``[B, tokens, D]``.
 
         Args:
             text, negative, empty: text states of the prompt, the negative and the empty prompt, ``[B, tokens, D]``.
@@ -56,18 +57,18 @@ class Sharpener(nn.Module):
 
     def _hidden(self, query: Tensor, other: Tensor) -> Tensor:
         h = F.relu(self.enter(other))
-        found = F.scaled_dot_product_attention(query, self._heads(self.k(h)), self._heads(self.v(h)))
-        return F.relu(self.out(found.transpose(1, 2).flatten(2)))
+        attended = F.scaled_dot_product_attention(query, self._heads(self.k(h)), self._heads(self.v(h)))
+        return F.relu(self.out(attended.transpose(1, 2).flatten(2)))
 
     def _heads(self, h: Tensor) -> Tensor:
         return h.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
 class Sharpen(nn.Module):
-    """A guide's sharpener as a network of its own; arguments and result as of ``Sharpener``.
+    """A guide's sharpener as a separate network; inputs and output as of ``Sharpener``.
 
     Args:
-        guide: one with a sharpener; it keeps that and loses the rest.
+        guide: a guide with a sharpener; all other parts are removed from it.
     """
 
     def __init__(self, guide: Guide) -> None:
@@ -84,7 +85,7 @@ class Sharpen(nn.Module):
 
 
 def without_sharpener(guide: Guide) -> Guide:
-    """The guide without its sharpener: the text states that it is given are sharpened already."""
+    """Remove a guide's sharpener, for use with text states that are already sharpened."""
     if guide.sharpener is not None:
         guide.sharpener = None
         guide.register_to_config(sharpener_width=None)
@@ -92,25 +93,25 @@ def without_sharpener(guide: Guide) -> Guide:
 
 
 def with_new_sharpener(guide: Guide, width: int) -> Guide:
-    """A copy of ``guide`` with an untrained sharpener of inner width ``width``; nothing else of it takes gradients.
+    """A copy of ``guide`` with an untrained sharpener of inner width ``width``, which is its only trainable part.
 
     Raises:
-        InputError: if it serves negative prompts already, its class takes no sharpener, or it is of stage 2, whose
-            targets are not the teacher's.
+        InputError: if it already supports negative prompts, its class does not support a sharpener, or it is of
+            stage 2, whose targets are not the teacher's.
     """
     name = type(guide).__name__
     if guide.negative_prompts:
-        raise InputError(f"this {name} serves negative prompts already; give one that was distilled without")
+        raise InputError(f"this {name} already supports negative prompts; pass one that was distilled without")
     if "sharpener_width" not in guide.config:
-        raise InputError(f"a {name} takes no sharpener; distil it with --negative 0.3")
+        raise InputError(f"a {name} does not support a sharpener; distil it with --negative 0.3")
     if guide.sampling_steps is not None:
         raise InputError(
             f"this {name} was distilled for {guide.sampling_steps} steps, whose targets are not the teacher's; sharpen "
             "the stage 1 guide"
         )
     config = {k: v for k, v in guide.config.items() if not k.startswith("_")}
-    made = type(guide).from_config(config | {"sharpener_width": width})
-    assert made.sharpener is not None
-    made.load_state_dict(guide.state_dict() | {f"sharpener.{k}": v for k, v in made.sharpener.state_dict().items()})
-    made.requires_grad_(False).sharpener.requires_grad_(True)
-    return made
+    copy = type(guide).from_config(config | {"sharpener_width": width})
+    assert copy.sharpener is not None
+    copy.load_state_dict(guide.state_dict() | {f"sharpener.{k}": v for k, v in copy.sharpener.state_dict().items()})
+    copy.requires_grad_(False).sharpener.requires_grad_(True)
+    return copy

@@ -1,4 +1,4 @@
-"""The tiny guide: our own design (the paper does not publish its own), inside the paper's budget."""
+"""The tiny guide: our own design within the paper's budget, as the paper does not publish its tiny guide."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ TRUNKS = ("conv", "depthwise", "attention")
 
 
 class SkipAdapter(nn.Module):
-    """The weights of a low-rank, spatially aware residual for one feature map; starts at zero.
+    """The weights of a low-rank, spatially aware residual for one feature map; initially zero.
 
     ``C → rank`` (1×1), plus the shared context, modulated by (t, w), a depthwise 3×3, ``rank → C`` (1×1, no
-    bias, zero-initialised).  :func:`adapt` computes it, for all feature maps of one size at once.
+    bias, zero-initialised).  :func:`adapt` computes the residuals of all feature maps of one size at once.
 
     Args:
-        channels: of the feature map.
+        channels: channels of the feature map.
         rank: inner channels.
-        reads: whether it looks at the feature map itself, or at the context alone.
-        norm: whether the feature map is normalised first: skips are residual streams of very different strength.
+        reads: whether it uses the feature map itself, or only the context.
+        norm: whether to normalise the feature map first: skips are residual streams of very different magnitude.
     """
 
     def __init__(self, channels: int, rank: int, reads: bool = True, norm: bool = False) -> None:
@@ -55,19 +55,19 @@ Film = tuple[Tensor, Tensor]
 def adapt(
     adapters: Sequence[SkipAdapter], maps: Sequence[Tensor], context: Tensor, film: Film, gate: Tensor
 ) -> list[Tensor]:
-    """Residuals of K feature maps of one size, of their shapes.
+    """Compute the residuals of K feature maps of one size, with the maps' shapes.
 
     The inner channels of all K maps form one tensor between the first and the last projection.  This suits runtimes
-    that fuse little, where the number of small operations sets the time; a compiler that fuses a map's modulation into
-    its projection needs fewer kernels with one map at a time.  The gate multiplies before the last projection, where
-    there are fewer channels.
+    that fuse little, where the number of small operations determines the time; a compiler that fuses a map's modulation
+    into its projection needs fewer kernels with one map at a time.  The gate is applied before the last projection,
+    where there are fewer channels.
 
     Args:
-        adapters: one per map.
-        maps: ``[B, C_k, H, W]``.
-        context: what they share, ``[B, rank, H, W]``.
-        film: of all K.
-        gate: ``[B, 1, 1, 1]``.
+        adapters: one adapter per map.
+        maps: the feature maps, ``[B, C_k, H, W]``.
+        context: the shared context, ``[B, rank, H, W]``.
+        film: scale and shift of all K maps.
+        gate: factor of the residuals, ``[B, 1, 1, 1]``.
     """
     count, rank = len(adapters), context.shape[1]
     if count == 1:
@@ -102,7 +102,7 @@ class TrunkBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Residual attention of the trunk's positions to each other or to text states; starts at zero."""
+    """Residual attention of the trunk's positions to each other or to text states; initially zero."""
 
     def __init__(self, width: int, source: int | None = None) -> None:
         super().__init__()
@@ -115,16 +115,16 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         positions = x.flatten(2).transpose(1, 2)
-        given = positions if source is None else source
+        attended = positions if source is None else source
         # one head: the width is that of a single head of the usual U-Nets
-        h = F.scaled_dot_product_attention(self.q(positions)[:, None], self.k(given)[:, None], self.v(given)[:, None])[
-            :, 0
-        ]
+        h = F.scaled_dot_product_attention(
+            self.q(positions)[:, None], self.k(attended)[:, None], self.v(attended)[:, None]
+        )[:, 0]
         return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 class LatentStem(nn.Module):
-    """Convolutions from the noisy latent to the mid block's resolution, for guides that look at the latent alone."""
+    """Convolutions from the noisy latent to the mid block's resolution, for guides that do not use features."""
 
     def __init__(self, channels: int, width: int, halvings: int) -> None:
         super().__init__()
@@ -139,17 +139,15 @@ class LatentStem(nn.Module):
 
 
 class TinyGuide(Guide):
-    """The tiny guide: one low-rank adapter per skip, which sees the teacher's own encoder features.
+    """The tiny guide: one low-rank adapter per skip, which reads the teacher's own encoder features.
 
-    It looks at the frozen encoder's skips and mid-block output rather than at the raw latent.  They already
-    hold what the teacher made of the latent and the text, and a fine-tuned teacher's features carry its
-    domain with them.  A trunk of a few blocks reads the deepest features, the ones that have seen all of
-    the text, at their low resolution, where arithmetic is cheap; all adapters share what it makes of them.  The
-    residuals are multiplied by (w − 1) and therefore vanish exactly at w = 1, where guidance is the plain
-    conditional prediction.
+    It uses the frozen encoder's skips and mid-block output instead of the raw latent.  These features already contain
+    the teacher's representation of the latent and the text, and those of a fine-tuned teacher represent its domain.  A
+    trunk of a few blocks reads the deepest features, which depend on all of the text, at their low resolution, where
+    arithmetic is cheap; all adapters share its output.  The residuals are multiplied by (w − 1) and are therefore
+    exactly zero at w = 1, where guidance is the conditional prediction itself.
 
-    The options after ``trunk_blocks`` are the designs that were compared (docs/ablation.md);
-    the defaults are the best of them.
+    The options after ``trunk_blocks`` are the designs that were compared (docs/ablation.md); the defaults are the best.
 
     Args:
         skip_channels: channels of each skip, shallow to deep.
@@ -161,21 +159,21 @@ class TinyGuide(Guide):
         trunk_blocks: residual blocks of the trunk.
         trunk_kind: ``conv`` (3×3 pairs), ``depthwise`` (3×3 depthwise, 1×1), or ``attention`` (``conv``, and after each
             block attention of the positions to each other).
-        reads: ``features`` of the teacher's encoder, or the ``latent`` alone.
+        reads: ``features`` of the teacher's encoder, or only the ``latent``.
         emits: residuals for ``all`` skips and mid, for the ``deep`` skips (at the mid block's resolution) and mid, or
-            for the ``mid`` block alone.
+            only for the ``mid`` block.
         text: whether the trunk also attends to the prompt's text states itself.
-        negative_prompts: whether the trunk attends to a negative prompt's text states, so that negative prompts
-            survive distillation.
-        norm: whether features are normalised before the guide reads them.
-        skip_halvings: how often each skip's resolution is halved; None where it is not needed.
+        negative_prompts: whether the trunk attends to a negative prompt's text states, so that it supports negative
+            prompts.
+        norm: whether features are normalised first.
+        skip_halvings: number of times that each skip's resolution is halved; None if it is not needed.
         sampling_steps: the only number of sampling steps that it was distilled for (stage 2); None for any.
-        gain: factors of the residuals at equally spaced timesteps (``parts.GainTable``); None for one.
-        sharpener_width: inner width of its sharpener of text states (``sharpener.Sharpener``), the other way to serve
-            negative prompts; None without.
+        gain: factors of the residuals at equally spaced timesteps (``parts.GainTable``); None for no factor.
+        sharpener_width: inner width of its sharpener of text states (``sharpener.Sharpener``), the other way to support
+            negative prompts; None for no sharpener.
     """
 
-    # constant_parts stays empty: all that it computes of w is one small vector, and mixed with the timestep
+    # constant_parts stays empty: w enters only a small embedding, together with the timestep
     size_options: ClassVar[tuple[str, ...]] = (
         "rank", "embed_dim", "trunk_blocks", "trunk_kind", "reads", "emits", "text", "negative_prompts", "norm",
         "sharpener_width",
@@ -204,7 +202,7 @@ class TinyGuide(Guide):
     ) -> None:
         super().__init__()
         if negative_prompts and sharpener_width is not None:
-            raise InputError("a tiny guide serves negative prompts by negative_prompts or by a sharpener; choose one")
+            raise InputError("a tiny guide supports negative prompts by negative_prompts or by a sharpener; choose one")
         for name, value, known in (
             ("trunk_kind", trunk_kind, TRUNKS),
             ("reads", reads, READS),
@@ -244,51 +242,51 @@ class TinyGuide(Guide):
 
     @classmethod
     def from_unet(cls, unet: Any, **options: Any) -> TinyGuide:
-        """A new guide that fits ``unet``; its residuals are zero until it is trained.
+        """Create a guide that fits ``unet``; its residuals are zero until it is trained.
 
         Args:
             unet: a ``UNet2DConditionModel``.
-            options: ``rank``, ``embed_dim`` and the designs, see the class.
+            options: ``rank``, ``embed_dim`` and the design options of the class.
         """
         halvings: list[int] = [0]
         for depth, block in enumerate(unet.down_blocks):
             halvings += [depth] * len(block.resnets) + [depth + 1] * (1 if block.downsamplers else 0)
         return cls(**signature(unet), skip_halvings=tuple(halvings), **options)
 
-    def forward(self, given: GuideInput) -> GuideOutput:
+    def forward(self, inputs: GuideInput) -> GuideOutput:
         """Residuals for one step; see :class:`GuideInput`."""
-        emb = self.embedding(given.timestep, given.guidance, given.features.mid_block_res_sample.dtype)
-        emb = emb + self.summary(given)
-        context = self.deep_context(given)
-        films = self.modulation(emb, [len(maps) for maps in self.groups(given.features)])
+        emb = self.embedding(inputs.timestep, inputs.guidance, inputs.features.mid_block_res_sample.dtype)
+        emb = emb + self.summary(inputs)
+        context = self.deep_context(inputs)
+        films = self.modulation(emb, [len(maps) for maps in self.groups(inputs.features)])
         context = self.through_trunk(context, films[: len(self.trunk)])
-        return self.residuals(given, context, films[len(self.trunk) :])
+        return self.residuals(inputs, context, films[len(self.trunk) :])
 
     def embedding(self, timestep: Tensor, guidance: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of (t, w), ``[B, embed_dim]``."""
+        """Embedding of (t, w), ``[B, embed_dim]``."""
         width = self.config.embed_dim
         conditions = [sinusoid(timestep, width, 10_000.0), sinusoid(guidance.float() * 4, width, 100.0)]
         embedded: Tensor = self.embed(torch.cat(conditions, -1).to(dtype))
         return embedded
 
-    def summary(self, given: GuideInput) -> Tensor:
-        """What of the image, or of the text, is added to the embedding, ``[B, embed_dim]``."""
+    def summary(self, inputs: GuideInput) -> Tensor:
+        """Pooled features, or pooled text states, to add to the embedding, ``[B, embed_dim]``."""
         if self.stem is None:
-            pooled: Tensor = self.pool(given.features.mid_block_res_sample.mean((2, 3)))
+            pooled: Tensor = self.pool(inputs.features.mid_block_res_sample.mean((2, 3)))
         else:
-            pooled = self.pool(given.encoder_hidden_states.mean(1))
+            pooled = self.pool(inputs.encoder_hidden_states.mean(1))
         return pooled
 
-    def deep_context(self, given: GuideInput) -> Tensor:
-        """What the trunk begins with, ``[B, rank, H, W]`` at the mid block's resolution."""
+    def deep_context(self, inputs: GuideInput) -> Tensor:
+        """Input of the trunk, ``[B, rank, H, W]`` at the mid block's resolution."""
         if self.stem is None:
-            context: Tensor = self._of_deepest(given.features)
+            context: Tensor = self._of_deepest(inputs.features)
         else:
-            context = self.stem(given.sample)
+            context = self.stem(inputs.sample)
         if self.text_attention is not None:
-            context = self.text_attention(context, given.encoder_hidden_states)
+            context = self.text_attention(context, inputs.encoder_hidden_states)
         if self.negative_attention is not None:
-            context = self.negative_attention(context, given.needs_negative())
+            context = self.negative_attention(context, inputs.needs_negative())
         return context
 
     def _of_deepest(self, features: Features) -> Tensor:
@@ -298,7 +296,7 @@ class TinyGuide(Guide):
         if self.context_norm is not None:
             out: Tensor = context(self.context_norm(torch.cat([skip, mid], 1)))
             return out
-        # a sum of two projections, so that the maps are not copied into one tensor
+        # a sum of two projections, to avoid concatenating the maps
         first = skip.shape[1]
         return F.conv2d(skip, context.weight[:, :first]) + F.conv2d(mid, context.weight[:, first:], context.bias)
 
@@ -307,9 +305,9 @@ class TinyGuide(Guide):
 
         Args:
             emb: ``[B, embed_dim]``.
-            groups: how many adapters each group has.
+            groups: number of adapters in each group.
         """
-        # scales and shifts alternate in the weights; separated, one addition and one split serve all of them
+        # scales and shifts alternate in the weights; separated, one addition and one split suffice for all of them
         weight, bias = (
             p.unflatten(0, (-1, 2, self.config.rank)).transpose(0, 1).flatten(0, 2)
             for p in (self.film.weight, self.film.bias)
@@ -319,7 +317,7 @@ class TinyGuide(Guide):
         return list(zip((1 + scale).split(widths, 1), shift.split(widths, 1), strict=True))
 
     def through_trunk(self, context: Tensor, films: Sequence[Film]) -> Tensor:
-        """What the adapters share, of the same shape; ``films`` are those of the trunk's blocks."""
+        """Run the trunk: the context that the adapters share, of the same shape; ``films`` are those of the blocks."""
         for i, (block, film) in enumerate(zip(self.trunk, films, strict=True)):
             context = block(context, *film)
             if len(self.attention):
@@ -327,28 +325,28 @@ class TinyGuide(Guide):
         return context
 
     def groups(self, features: Features) -> list[list[Tensor]]:
-        """The feature maps that get residuals, each a group; ``side_by_side``, neighbours of one size are a group."""
+        """Feature maps that get residuals, in groups: one map each, or neighbours of one size if ``side_by_side``."""
         groups: list[list[Tensor]] = []
         maps = (*features.down_block_res_samples, features.mid_block_res_sample)
         for x in (x for x, used in zip(maps, self.emitting, strict=True) if used):
-            # sizes that the exporter leaves open can be compared and not hashed
+            # the exporter's symbolic sizes can be compared but not hashed
             if self.side_by_side and groups and groups[-1][0].shape[-2:] == x.shape[-2:]:
                 groups[-1].append(x)
             else:
                 groups.append([x])
         return groups
 
-    def residuals(self, given: GuideInput, context: Tensor, films: Sequence[Film]) -> GuideOutput:
-        """The adapters' outputs; ``films`` are those of their groups."""
-        gate = self.gate(given, context.dtype)
+    def residuals(self, inputs: GuideInput, context: Tensor, films: Sequence[Film]) -> GuideOutput:
+        """Run the adapters; ``films`` are those of their groups."""
+        gate = self.gate(inputs, context.dtype)
         adapters = cast(list[SkipAdapter], list(self.adapters))
-        made: list[Tensor] = []
+        outputs: list[Tensor] = []
         resized = context
-        for maps, film in zip(self.groups(given.features), films, strict=True):
+        for maps, film in zip(self.groups(inputs.features), films, strict=True):
             size = maps[0].shape[-2:]
-            if resized.shape[-2:] != size:  # once for all maps of one size, which are neighbours
+            if resized.shape[-2:] != size:  # once per size, as maps of one size are neighbours
                 resized = context if context.shape[-2:] == size else F.interpolate(context, size=size, mode="nearest")
-            made += adapt(adapters[len(made) : len(made) + len(maps)], maps, resized, film, gate)
-        rest = iter(made)
+            outputs += adapt(adapters[len(outputs) : len(outputs) + len(maps)], maps, resized, film, gate)
+        rest = iter(outputs)
         residuals = [next(rest) if used else None for used in self.emitting]
         return GuideOutput(tuple(residuals[:-1]), cast(Tensor, residuals[-1]))

@@ -111,7 +111,7 @@ def calibrate(
         key = digest([identity, {k: v for k, v in asdict(config).items() if k not in ("out", "prompts", "limit")}])
         modules = candidates(loop.network, config.layers or _default_layers(loop.network))
         remove_temporaries_of(partial)
-        results = _continued(partial, key) or _again(out, identity, set(modules))
+        results = _continued(partial, key) or _reusable(out, identity, set(modules))
         if "layers" not in results:
             results["layers"] = {n: asdict(layer) for n, layer in _observe(config, loop, modules, report).items()}
         record = Record(
@@ -238,7 +238,7 @@ def _continued(partial: Path, key: str) -> dict[str, Any]:
     return document["found"] if isinstance(document, dict) and document.get("key") == key else {}
 
 
-def _again(out: Path, identity: dict[str, Any], layers: set[str]) -> dict[str, Any]:
+def _reusable(out: Path, identity: dict[str, Any], layers: set[str]) -> dict[str, Any]:
     """Return the results of an existing record of the same run, so that another limit needs no new measurements."""
     try:
         record = Record.read(out)

@@ -134,7 +134,7 @@ class Observer:
         self.layers = layers
         self._n = steps_of_training
         self._t = 0
-        self._seen = {name: _Seen(layer) for name, layer in layers.items()}
+        self._observed = {name: _Observed(layer) for name, layer in layers.items()}
 
     def at(self, x: Tensor, t: int, *_: Any) -> None:
         """Record the timestep of the next evaluation."""
@@ -146,8 +146,8 @@ class Observer:
         handles = []
         for name, layer in self.layers.items():
 
-            def hook(_: nn.Module, args: tuple[Tensor, ...], seen: _Seen = self._seen[name]) -> None:
-                seen.collect(args[0], min(self._t * TENTHS // self._n, TENTHS - 1), histogram)
+            def hook(_: nn.Module, args: tuple[Tensor, ...], observed: _Observed = self._observed[name]) -> None:
+                observed.collect(args[0], min(self._t * TENTHS // self._n, TENTHS - 1), histogram)
 
             handles.append(layer.register_forward_pre_hook(hook))
         try:
@@ -158,10 +158,10 @@ class Observer:
 
     def result(self) -> dict[str, ObservedLayer]:
         """Return the observations by layer."""
-        return {name: seen.layer() for name, seen in self._seen.items()}
+        return {name: observed.layer() for name, observed in self._observed.items()}
 
 
-class _Seen:
+class _Observed:
     """Observations of one layer's input."""
 
     def __init__(self, layer: nn.Module) -> None:

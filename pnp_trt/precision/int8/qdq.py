@@ -156,27 +156,27 @@ class _Inserted:
     def __init__(self, graph: Any, form: Format) -> None:
         self.graph = graph
         self.form = form
-        self._made: dict[Any, Any] = {}
+        self._inserted: dict[Any, Any] = {}
 
     def activation(self, x: Any, choice: LayerRange, before: Any) -> Any:
         """Insert quantisation and dequantisation of ``x``; with SmoothQuant, after dividing by the factors."""
         kind = x.dtype.numpy()
         key = (x.name, choice)
-        if key not in self._made:
+        if key not in self._inserted:
             y = x
             if choice.exponents is not None:
                 factors = np.exp2(-np.array(choice.exponents, np.float64)).astype(kind)
-                y = self._node("Mul", [x, self._constant(f"{x.name}.smooth{len(self._made)}", factors)], before)
-            self._made[key] = self._pair(y, choice.step(self.form.largest), kind, before)
-        return self._made[key]
+                y = self._node("Mul", [x, self._constant(f"{x.name}.smooth{len(self._inserted)}", factors)], before)
+            self._inserted[key] = self._pair(y, choice.step(self.form.largest), kind, before)
+        return self._inserted[key]
 
     def weight(self, value: Any, axis: int, choice: LayerRange | None, before: Any, derived: Derived) -> Any:
         """Store a weight in 8 bits, and return its dequantised value."""
         import torch
 
         key = (value.name, axis, choice)
-        if key in self._made:
-            return self._made[key]
+        if key in self._inserted:
+            return self._inserted[key]
         base = value.name.removesuffix(".weight") if value.name.endswith(".weight") else value.name
         tensor = torch.from_numpy(value.const_value.numpy().copy())
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -195,14 +195,14 @@ class _Inserted:
         else:
             zero = self._constant("quantize.zero", self.form.zeros(()))
         along = axis if self.form.by_channel else None
-        self._made[key] = self._node("DequantizeLinear", [*stored, zero], before, axis=along, like=value)
-        return self._made[key]
+        self._inserted[key] = self._node("DequantizeLinear", [*stored, zero], before, axis=along, like=value)
+        return self._inserted[key]
 
     def _pair(self, x: Any, scale: float, kind: Any, before: Any) -> Any:
         step = np.asarray(scale, np.float32).astype(kind)
         if not np.isfinite(step) or step < np.finfo(kind).smallest_normal:
             step = np.asarray(np.finfo(kind).smallest_normal, kind)
-        step_value = self._constant(f"{x.name}.scale{len(self._made)}", step)
+        step_value = self._constant(f"{x.name}.scale{len(self._inserted)}", step)
         zero = self._constant("quantize.zero", self.form.zeros(()))
         rounded = self._node("QuantizeLinear", [x, step_value, zero], before)
         return self._node("DequantizeLinear", [rounded, step_value, zero], before, like=x)
@@ -225,7 +225,7 @@ class _Inserted:
         node = ir.Node("", op, inputs, attributes=attributes)
         source = like if like is not None else inputs[0]
         out = node.outputs[0]
-        out.name = f"{inputs[0].name}.{op}.{len(self._made)}"
+        out.name = f"{inputs[0].name}.{op}.{len(self._inserted)}"
         quantised = op == "QuantizeLinear"
         out.shape, out.type = source.shape, ir.TensorType(ir.DataType[self.form.onnx] if quantised else source.dtype)
         self.graph.insert_before(before, node)

@@ -16,7 +16,7 @@ from ...runtime.pipeline import GeneratedImage
 from ...runtime.prompt_syntax import A1111, lora_tags, take_lora_tags
 from ...sampling.schedules import SCHEDULES, SPACINGS, a1111_names, from_a1111
 from ...sampling.schedules.spacing import OWN_SPACING
-from .service import Asked, Service, address_of, from_base64, ignored
+from .service import GenerationRequest, Service, address_of, from_base64, ignored
 from .settings import MAX_BODY, MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
@@ -108,7 +108,7 @@ def router(service: Service) -> APIRouter:
         engine = name_of(str(override) if override else chosen.get(address_of(request)))
         sampler = (body.sampler_name or body.sampler_index or "").strip()
         prompt, loras = take_lora_tags(body.prompt)
-        order = Asked(
+        order = GenerationRequest(
             prompt, engine, count, (body.negative_prompt or "").strip() or None, body.steps,
             CFG_SCALE if body.cfg_scale is None else body.cfg_scale,
             None if body.seed is None or body.seed < 0 else body.seed, body.method,

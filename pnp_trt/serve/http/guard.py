@@ -34,7 +34,7 @@ class Guard:
 
     def __init__(self, app: App, settings: Settings, body_seconds: float = BODY_SECONDS) -> None:
         self._app, self._settings, self._seconds = app, settings, body_seconds
-        self._held = 0  # bytes of all bodies in memory
+        self._buffered = 0  # bytes of all bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,7 +61,7 @@ class Guard:
                 return  # the client has gone
             await self._app(scope, _replayed(body, receive), send)
         finally:
-            self._held -= own_bytes[0]
+            self._buffered -= own_bytes[0]
 
     async def _read(self, receive: Receive, own_bytes: list[int]) -> bytes | None:
         """Read the whole body; None if the client disconnected.
@@ -76,10 +76,10 @@ class Guard:
                 return None
             parts.append(message.get("body", b""))
             own_bytes[0] += len(parts[-1])
-            self._held += len(parts[-1])
+            self._buffered += len(parts[-1])
             if own_bytes[0] > MAX_BODY:
                 raise Refused(413, f"the body has more than {MAX_BODY >> 20} MiB; send less")
-            if self._held > MAX_BODIES:
+            if self._buffered > MAX_BODIES:
                 raise Refused(503, "the server has too many large requests; try again later")
             if not message.get("more_body", False):
                 return b"".join(parts)

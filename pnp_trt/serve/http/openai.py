@@ -16,7 +16,7 @@ from ...bundle.profiles import Size
 from ...errors import InputError
 from ...io.inputs import excerpt
 from ...runtime.prompt_syntax import PLAIN
-from .service import Asked, Service, ignored
+from .service import GenerationRequest, Service, ignored
 from .settings import MAX_IMAGES, MAX_PROMPT, MAX_TEXT
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
@@ -97,7 +97,7 @@ def router(service: Service) -> APIRouter:
     async def generate(request: Request, body: ImagesRequest, init: bytes | None = None) -> dict[str, Any]:
         if body.stream:
             raise InputError("stream is true; this server does not stream images: leave it out")
-        order = Asked(
+        order = GenerationRequest(
             body.prompt, body.model, body.n, body.negative_prompt, body.num_inference_steps, body.guidance_scale,
             body.seed, body.method, body.schedule, parse(body.size),
             None if init is None else await service.pixels(init, "image"), body.strength,

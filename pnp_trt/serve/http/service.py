@@ -35,7 +35,7 @@ _SEEDS = 2**31
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """A request in the terms of ``Pipeline.prepare``, independent of the interface.
 
     Attributes:
@@ -115,7 +115,7 @@ class Service:
             raise BundleNotFound(f"model is {excerpt(name)}; this server has: {', '.join(self.engines)}")
         return self.engines[name]
 
-    async def submit(self, request: Request, api: str, asked: Asked) -> Job:
+    async def submit(self, request: Request, api: str, asked: GenerationRequest) -> Job:
         """Check a request and put it into its engine's queue; :meth:`wait` must follow.
 
         A request with LoRAs waits here until their engine is loaded.

@@ -57,7 +57,7 @@ def cluster(workers: int) -> Iterator[TextIO]:
         address="local", num_cpus=workers, include_dashboard=False, object_store_memory=_OBJECT_STORE,
         _node_ip_address="127.0.0.1",
     )  # fmt: skip
-    with _signals_kept():
+    with _restored_signals():
         try:
             ray.init(log_to_driver=False, configure_logging=True, logging_level="error", **options)
         except ConnectionError as e:
@@ -72,7 +72,7 @@ def cluster(workers: int) -> Iterator[TextIO]:
         with contextlib.redirect_stdout(sys.stderr):
             yield output
     finally:
-        with quiet(), _signals_kept():
+        with quiet(), _restored_signals():
             ray.shutdown()
 
 
@@ -102,7 +102,7 @@ def placed(provider: str, replicas: int | None) -> tuple[int, dict[str, float]]:
 
 
 @contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
+def _restored_signals() -> Iterator[None]:
     """Restore the handler of SIGTERM, which Ray replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield

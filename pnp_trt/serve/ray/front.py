@@ -103,14 +103,14 @@ class Front:
     async def _best(self, path: str, scope: dict[str, Any], body: bytes) -> Answer:
         """The answer of the replica that has the job."""
         answers: list[Answer] = await self._all("respond", scope, body)
-        return max(answers, key=lambda answer: _knows(path, answer))
+        return max(answers, key=lambda answer: _informative(path, answer))
 
 
 async def _result(call: Awaitable[Answer]) -> Answer:
     return await call
 
 
-def _knows(path: str, answer: Answer) -> tuple[bool, int]:
+def _informative(path: str, answer: Answer) -> tuple[bool, int]:
     """Rank of a replica's answer about a job: whether it is not an error, and its number of the client's jobs."""
     jobs = 0
     if path.startswith("/sdapi/v1/progress") and answer.status == 200:

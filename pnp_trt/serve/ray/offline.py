@@ -64,7 +64,7 @@ def generate(
         with _errors():
             todo, total = _planned(task, rows, resources)
             existing = total - len(todo)
-            for done in _made(task, todo, workers, resources):
+            for done in _generate(task, todo, workers, resources):
                 if progress is not None:
                     progress(existing + done, total)
     return Tally(total - existing, existing)
@@ -94,7 +94,9 @@ def plan(task: WorkerTask, rows: list[Mapping[str, Any]]) -> tuple[list[dict[str
     return todo, len(offline_plan.files)
 
 
-def _made(task: WorkerTask, todo: list[dict[str, Any]], workers: int, resources: Mapping[str, float]) -> Iterator[int]:
+def _generate(
+    task: WorkerTask, todo: list[dict[str, Any]], workers: int, resources: Mapping[str, float]
+) -> Iterator[int]:
     """Generate the missing images; yields the number of completed rows after each batch."""
     import ray.data
 

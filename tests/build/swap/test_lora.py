@@ -78,7 +78,7 @@ def test_a_lora_is_plugged_in_with_its_text_encoder(micro_bundles: Path, kohya_l
     assert m.base.loras[0].scale == 0.7 and max(m.parity.relative_error.values()) < 1e-4
     before = open_bundle(micro_bundles / "guided").manifest.base.sha256
     assert {k for k in before if before[k] != m.base.sha256[k]} == {"unet", "text_encoder", "all"}
-    with pytest.raises(InputError, match="holds another bundle"):  # another scale is another bundle
+    with pytest.raises(InputError, match="contains a different or damaged bundle"):  # another scale is another bundle
         plug(PlugSpec(str(micro_bundles / "guided"), loras=(f"{kohya_lora}:0.6",), out=tmp_path / "x"))
 
 

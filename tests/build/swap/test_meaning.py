@@ -56,10 +56,10 @@ def refused(out: Path, engine: Path, base: Path, message: str, **options: Any) -
     ("changes", "message"),
     [
         ({"prediction_type": "v_prediction"},
-         "distilled under prediction_type epsilon, and .*edited has prediction_type v_prediction"),
+         "distilled under prediction_type epsilon, but .*edited has prediction_type v_prediction"),
         ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
-         "rescale_betas_zero_snr False, and .*edited has .*rescale_betas_zero_snr True"),
-        ({"beta_schedule": "linear", "beta_end": 0.02}, "beta_end 0.025, and .*edited has .*beta_end 0.02"),
+         "rescale_betas_zero_snr False, but .*edited has .*rescale_betas_zero_snr True"),
+        ({"beta_schedule": "linear", "beta_end": 0.02}, "beta_end 0.025, but .*edited has .*beta_end 0.02"),
         ({"prediction_type": "sample"}, "cannot be sampled from: .*prediction_type is 'sample'"),
     ],
 )  # fmt: skip
@@ -95,7 +95,7 @@ def test_a_build_refuses_what_cannot_sample_before_it_exports(edited: Edit, tmp_
         with pytest.raises(InputError, match="cannot be sampled from: .*prediction_type is 'sample'"):
             build(BuildSpec(str(folder), guide, out=tmp_path / "x"))
     folder = edited("scheduler/scheduler_config.json", prediction_type="v_prediction")
-    with pytest.raises(InputError, match="guide 'emoji-tiny' was distilled under prediction_type epsilon, and"):
+    with pytest.raises(InputError, match="guide 'emoji-tiny' was distilled under prediction_type epsilon, but"):
         build(BuildSpec(str(folder), "emoji-tiny", out=tmp_path / "x"))
 
 
@@ -119,14 +119,14 @@ def test_a_single_files_own_words(micro_bundles: Path, tuned_unet: Path, tmp_pat
 
 def test_options_of_the_command(cli: Callable[..., Result], engines: Path, tuned_unet: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (["--prediction-type", "v_prediction"], "prediction_type epsilon, and"),
+        (["--prediction-type", "v_prediction"], "prediction_type epsilon, but"),
         (["--zero-terminal-snr"], "cannot be sampled from: rescale_betas_zero_snr leaves no signal"),
         (["--prediction-type", "sample"], "--prediction-type is 'sample'; known: epsilon, v_prediction"),
     ):
         done = cli("plug", "guided", "--base", tuned_unet, "--out", tmp_path / "x", *arguments)
         assert done.code == 2 and message in " ".join(done.err.split()), done.err
     done = cli("build", "--base", "emoji", "--prediction-type", "v_prediction", "--out", tmp_path / "x")
-    assert done.code == 2 and "prediction_type epsilon, and emoji has" in " ".join(done.err.split()), done.err
+    assert done.code == 2 and "prediction_type epsilon, but emoji has" in " ".join(done.err.split()), done.err
     done = cli("build", "--base", "emoji", "--unet-only", "--out", tmp_path / "x")
     assert done.code == 2 and "--unet-only is for a base that is a single .safetensors file" in done.err
 
@@ -138,7 +138,7 @@ def test_unet_only_leaves_the_rest(micro_bundles: Path, tuned: Path, tuned_unet:
         tmp_path,
         micro_bundles / "guided",
         path,
-        "a second text encoder that .* cannot take .it has none.*--unet-only",
+        "a second text encoder that .* cannot take .it has no such network.*--unet-only",
     )
     for base in (path, tuned):
         made = plug(PlugSpec(str(micro_bundles / "guided"), str(base), out=tmp_path / base.stem, unet_only=True))

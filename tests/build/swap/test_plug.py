@@ -303,7 +303,7 @@ def test_orders_that_cannot_be(cli: Cli, engines: Path, tuned_unet: Path, tmp_pa
     for arguments, message in (
         (["guided"], "nothing to plug: give --base FINE_TUNE, --lora FILE, --vae AUTOENCODER, or several"),
         (["nope", "--base", tuned_unet], "no engine named 'nope'"),
-        (["guided", "--base", tuned_unet, "--out", engines / "guided", "--force"], "is the engine that is plugged"),
+        (["guided", "--base", tuned_unet, "--out", engines / "guided", "--force"], "is the engine itself"),
         (["guided", "--base", tuned_unet, "--out", engines / "plain"], "it was built, not plugged"),
     ):
         done = cli("plug", *arguments)

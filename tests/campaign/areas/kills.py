@@ -120,7 +120,7 @@ OLD = {"plug over an engine", "build over an engine"}
 
 
 def _reference(name: str, place: Place) -> tuple[float, Any, int]:
-    """CPU seconds, final state and number of file changes of an undisturbed run; made once per campaign."""
+    """CPU seconds, final state and number of file changes of an undisturbed run, which happens once per campaign."""
     from filelock import FileLock
 
     command = COMMANDS[name]

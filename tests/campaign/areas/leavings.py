@@ -20,12 +20,12 @@ BENCH = bench("--json", RESULTS, "--prompts", PROMPTS, "--resume")
 
 
 def _finished(place: Place) -> Path:
-    """A finished run of ``RUN``, made once."""
+    """Return the folder of a finished ``RUN``, which is run only once."""
     return _once(place, "guidance", RUN, place.path(OUT))
 
 
 def _once(place: Place, name: str, words: tuple[object, ...], result: Path) -> Path:
-    """Return a command's result; the first case makes it, later ones copy it."""
+    """Return a command's result; the first case runs the command, later ones copy its result."""
     from filelock import FileLock
 
     prompts(place)

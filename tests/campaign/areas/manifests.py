@@ -74,7 +74,7 @@ def _set(path: str, value: Any) -> Callable[[Path, dict[str, Any]], None]:
     return change
 
 
-#: Commands of which each wrong value is tested with one or two.
+#: Each wrong value is tested with one of these commands.
 COMMANDS = {name: ON_X[name] for name in ("sample", "inspect", "verify", "list", "plug", "inspect --json", "bench")}
 NESTED: dict[str, tuple[str, Any]] = {
     "a batch limit of 0": ("sample.max_batch", 0),

@@ -33,7 +33,7 @@ from .common import (
 FILE = HERE / "given.safetensors"
 MODEL, GUIDE_COPY = HERE / "model", HERE / "guide"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-#: Ways to corrupt a file: its bytes and a folder for further files → its new bytes.
+#: A way to corrupt a file: its bytes → its new bytes.
 Spoil = Callable[[bytes], bytes]
 
 

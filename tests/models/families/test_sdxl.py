@@ -119,7 +119,9 @@ def test_prompts_are_encoded_as_in_distillation(plain: Pipeline, micro_sdxl: Pat
 
 
 def test_text_states_without_pooled_text_are_refused(plain: Pipeline) -> None:
-    with pytest.raises(InputError, match="reads text_embeds of prompts and got text states alone; pass what encode"):
+    with pytest.raises(
+        InputError, match="needs text_embeds of prompts, but got only text states; pass the result of encode"
+    ):
         plain.denoise(np.asarray(plain.encode(["a"])), plain.noise([0]), steps=1, guidance=2.0)
 
 
@@ -159,7 +161,7 @@ def test_size_conditions_are_refused_by_engines_without_them(
     done = cli(
         "sample", "a cat", "--engine", engines / "plain", "--crop", "1x1", "--provider", "cpu", "--out", tmp_path
     )
-    assert done.code == 2 and "reads no original size, crop or target size" in " ".join(done.err.split()), done.err
+    assert done.code == 2 and "takes no original size, crop or target size" in " ".join(done.err.split()), done.err
 
 
 def test_verify_compares_every_output(cli: Callable[..., Result], sdxl_guided: Path) -> None:

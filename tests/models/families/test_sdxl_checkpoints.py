@@ -211,10 +211,10 @@ def widened(channels: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (without("first_stage_model."), "is a checkpoint of micro and holds no vae; give the whole checkpoint"),
-        (without("conditioner.embedders.1."), "is a checkpoint of micro and holds no text_encoder_2"),
-        (widened(9), "has 9 input channels where the VAE's latents have 4: it is for inpainting"),
-        (widened(8), "has 8 input channels where the VAE's latents have 4: it edits images"),
+        (without("first_stage_model."), "is a checkpoint of micro and has no vae; pass the complete checkpoint"),
+        (without("conditioner.embedders.1."), "is a checkpoint of micro and has no text_encoder_2"),
+        (widened(9), "has 9 input channels, but the VAE's latents have 4: it is for inpainting"),
+        (widened(8), "has 8 input channels, but the VAE's latents have 4: it edits images"),
         (lambda state: {k.replace("embedders.1.", "embedders.0."): v for k, v in state.items()
                        if "embedders.0." not in k}, "is SDXL's refiner"),
         (lambda state: state | {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(8, 5)},
@@ -265,7 +265,9 @@ def test_plug_refuses_models_of_other_families(
         plug(PlugSpec(str(sdxl_plain), str(micro_base), out=tmp_path / "x"))
     with pytest.raises(InputError, match="has 2 text encoders and engine 'plain' has one text encoder"):
         plug(PlugSpec(str(micro_bundles / "plain"), str(micro_sdxl), out=tmp_path / "x"))
-    with pytest.raises(InputError, match="a second text encoder that engine 'plain' cannot take .it has none."):
+    with pytest.raises(
+        InputError, match="a second text encoder that engine 'plain' cannot take .it has no such network."
+    ):
         plug(PlugSpec(str(micro_bundles / "plain"), str(single), out=tmp_path / "x"))
 
 

@@ -135,8 +135,8 @@ def test_a_single_file_vae_under_original_names_equals_its_folder(micro_base: Pa
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"scaling_factor": 0.13}, "has scaling_factor = 0.13 and the base's autoencoder 1"),
-        (None, "give an autoencoder's"),
+        ({"scaling_factor": 0.13}, "has scaling_factor = 0.13, but the base's autoencoder has 1"),
+        (None, "pass an autoencoder's"),
     ],
 )
 def test_incompatible_and_missing_vaes_are_refused(

@@ -1,7 +1,7 @@
 """LoRA files (Hu et al. 2021) merged into a network before it is plugged: W + scale · alpha/rank · B·A.
 
-``source`` parses the ``--lora`` argument, ``names`` lists the names that LoRA formats give a network's layers, ``keys``
-sorts a file's keys by layer, ``adapter_config`` takes scales from peft's configuration, ``read`` loads and checks a
+``source`` parses the ``--lora`` argument, ``names`` lists the names of a network's layers in each LoRA format, ``keys``
+groups a file's keys by layer, ``adapter_config`` reads scales from peft's configuration, ``read`` loads and checks a
 file, and ``merge`` does the arithmetic.
 """
 

@@ -1,4 +1,4 @@
-"""Scales from peft's configuration, where a file has it: in the metadata, or in ``adapter_config.json`` beside it."""
+"""Read scales from peft's configuration, if any: in a file's metadata, or in ``adapter_config.json`` beside it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ....io.inputs import parse_json
 from .names import LoraTarget
 from .source import Lora
 
-#: diffusers' key of a safetensors file's metadata
+#: diffusers' key in the metadata of a safetensors file
 METADATA_KEY = "lora_adapter_metadata"
-#: initialisations that leave the base's weights as they are; others subtract the factors' product from them
+#: initialisations that do not change the base's weights; others subtract the factors' product from them
 _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-#: options under which a layer's change is not scale · B·A
+#: options with which a layer's change is not scale · B·A
 _OTHER_ARITHMETIC = (
     "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "arrow_config",
     "kasa_config", "monteclora_config", "target_parameters", "trainable_token_indices", "modules_to_save",
@@ -30,8 +30,8 @@ class AdapterConfig:
     """peft's configuration of one file.
 
     Attributes:
-        where: for messages.
-        entries: as diffusers stores them, ``{"unet.lora_alpha": 4, …}``, or peft, ``{"lora_alpha": 4, …}``.
+        where: location, for messages.
+        entries: in the form of diffusers, ``{"unet.lora_alpha": 4, …}``, or of peft, ``{"lora_alpha": 4, …}``.
     """
 
     where: str
@@ -39,7 +39,7 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, lora: Lora, metadata: Mapping[str, str]) -> AdapterConfig:
-        """Empty where the file has none.
+        """Read a file's configuration; empty if it has none.
 
         Raises:
             InputError: if it cannot be read.
@@ -52,21 +52,21 @@ class AdapterConfig:
         return cls(str(lora.path), {})
 
     def factor(self, layer: LoraTarget, rank: int, alpha: float | None) -> float:
-        """What the product of a layer's factors is multiplied with: alpha/rank, or alpha/√rank for rsLoRA.
+        """Multiplier of the product of a layer's factors: alpha/rank, or alpha/√rank for rsLoRA.
 
         Args:
-            rank: of the factors.
-            alpha: the layer's own; None takes the configuration's, and 1 where it has none either.
+            rank: rank of the factors.
+            alpha: the layer's alpha; None uses the configuration's.  If that has none either, the multiplier is 1.
 
         Raises:
-            InputError: if the configuration asks for other arithmetic, or contradicts the factors.
+            InputError: if the configuration requires other arithmetic, or contradicts the factors.
         """
         config = self._of(layer.network)
         self._check_plain(config)
         stated = self._by_pattern(config, "rank_pattern", layer, config.get("r"))
         if stated is not None and stated != rank:
             raise InputError(
-                f"{self.where} gives {layer} the rank {stated:g}, its factors have rank {rank}; save the LoRA again"
+                f"{self.where} gives {layer} the rank {stated:g}, but its factors have rank {rank}; save the LoRA again"
             )
         if alpha is None:
             alpha = self._by_pattern(config, "alpha_pattern", layer, config.get("lora_alpha"))
@@ -90,12 +90,12 @@ class AdapterConfig:
             odd.append(f"init_lora_weights = {start!r}")
         if odd:
             raise InputError(
-                f"{self.where} states {odd[0]}, which is not a plain LoRA and not supported; merge it into the "
+                f"{self.where} states {odd[0]}, which is not a plain LoRA and is not supported; merge it into the "
                 "checkpoint with peft, and plug the result with --base"
             )
 
     def _by_pattern(self, config: Mapping[str, Any], key: str, layer: LoraTarget, default: Any) -> float | None:
-        """The value of the first pattern that matches the layer's name, as peft looks it up."""
+        """The value of the first pattern that matches the layer's name, as in peft."""
         patterns = config.get(key) or {}
         if not isinstance(patterns, Mapping):
             raise InputError(f"{self.where} has {key} = {patterns!r}, not an object of patterns; save the LoRA again")
@@ -109,7 +109,7 @@ class AdapterConfig:
         try:
             return re.match(rf"(.*\.)?({pattern})$", name) is not None
         except re.error as e:
-            raise InputError(f"{self.where} has a pattern '{pattern}' that is not readable: {e}") from None
+            raise InputError(f"{self.where} has an invalid pattern '{pattern}': {e}") from None
 
     def _number(self, key: str, value: Any) -> float | None:
         if value is None:

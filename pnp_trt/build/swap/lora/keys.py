@@ -1,4 +1,4 @@
-"""A LoRA file's keys: which layer each belongs to, and which part of the layer's change it holds."""
+"""Map each key of a LoRA file to a layer and a part of the layer's change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from ....errors import InputError
 from .names import LayerNames, LoraTarget
 
-#: prefixes of keys → the network that they name; None where they do not state
+#: prefixes of keys → the network; None if the prefix does not identify it
 _PREFIXES: dict[str, str | None] = {
     "base_model.model.": None,  # peft
     "lora_unet_": "unet",  # kohya
@@ -29,7 +29,7 @@ _PREFIXES: dict[str, str | None] = {
     "clip_g.transformer.": "text_encoder_2",
 }
 
-#: ends of keys → the part of a layer's change; the first that matches counts
+#: part of a layer's change and its key suffixes; the first match applies
 _PARTS: tuple[tuple[str, str], ...] = (
     ("down", r"lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight"),
     ("down", r"lora_A(?:\.\w+)?\.weight|lora_A|lora_embedding_A(?:\.\w+)?"),
@@ -45,7 +45,7 @@ _PARTS: tuple[tuple[str, str], ...] = (
 )
 _ENDS = [(part, re.compile(rf"^(.+?)\.(?:{end})$")) for part, end in _PARTS]
 
-#: marks of other kinds of adapters, which change a weight by another formula
+#: patterns in keys of other kinds of adapters, which change a weight by another formula
 _KINDS = {
     "LoHa": r"\.hada_",
     "LoKr": r"\.lokr_",
@@ -61,7 +61,7 @@ _KINDS = {
 }
 _EMBEDDING = re.compile(r"^bundle_emb\.|string_to_param|^emb_params$")
 
-#: marks of other architectures in keys that match no layer
+#: patterns of other architectures in keys that match no layer
 _ARCHITECTURES = {
     "Flux": r"double_blocks|single_blocks|single_transformer_blocks",
     "Stable Diffusion 3": r"joint_(?:blocks|transformer_blocks)",
@@ -70,11 +70,11 @@ _ARCHITECTURES = {
 
 
 def by_layer(path: Path, keys: Iterable[str], names: LayerNames) -> dict[LoraTarget, dict[str, str]]:
-    """The file's keys by layer and part (``down``, ``up``, ``mid``, ``up_bias``, ``alpha``, ``diff``, ``diff_b``).
+    """Group keys by layer and part (``down``, ``up``, ``mid``, ``up_bias``, ``alpha``, ``diff``, ``diff_b``).
 
     Raises:
         InputError: for another kind of adapter, another architecture, keys that match no layer, two keys for the same
-            thing, or a part that lacks its counterpart; the first key concerned is quoted.
+            thing, or a part that lacks its counterpart; the message has the first such key.
     """
     keys = list(keys)
     _refuse_other_kinds(path, keys)
@@ -99,7 +99,7 @@ def by_layer(path: Path, keys: Iterable[str], names: LayerNames) -> dict[LoraTar
 
 
 def _split_prefix(key: str) -> tuple[str | None, str]:
-    """(network or None, the rest of the key); prefixes may follow one another, as ``unet.base_model.model.``."""
+    """Return the network or None, and the rest of the key; prefixes may be nested: ``unet.base_model.model.``."""
     network = None
     while prefix := next((p for p in _PREFIXES if key.startswith(p)), None):
         network, key = _PREFIXES[prefix] or network, key.removeprefix(prefix)
@@ -107,7 +107,7 @@ def _split_prefix(key: str) -> tuple[str | None, str]:
 
 
 def _split_part(key: str) -> tuple[str, str]:
-    """(part, name of the layer); an empty part where the key's end is not known."""
+    """Return the part and the layer's name; the part is empty if the key's suffix is unknown."""
     for part, end in _ENDS:
         if match := end.match(key):
             return part, match[1]

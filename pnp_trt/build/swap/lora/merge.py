@@ -1,7 +1,7 @@
-"""The arithmetic of a merge, layer by layer.
+"""Merge LoRAs layer by layer.
 
-diffusers' own loader is not used: it gives all layers of a network the commonest alpha, and merges in the type that
-the weights are stored in.
+diffusers' loader is not used: it applies the most common alpha to all layers of a network, and merges in the type of
+the stored weights.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def merge(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> nn.Module:
-    """Add the parts that some LoRAs have for one network to its weights, in place.
+    """Add the LoRAs' changes of one network to its weights, in place.
 
-    Sums are taken in float64 over all LoRAs and rounded once, to float32, whatever type the weights were stored in;
-    weights that no LoRA changes stay as they are.
+    All LoRAs are summed in float64 and rounded once, to float32, regardless of the weights' stored type.  Weights that
+    no LoRA changes are not modified.
 
     Args:
         module: a network of the architecture that the LoRAs were loaded for.
@@ -39,7 +39,7 @@ def merge(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> nn.M
 
 
 def weight_change(change: LayerChange) -> Tensor | None:
-    """What is added to a layer's weight: float64, of its shape; None where nothing is."""
+    """Change of a layer's weight, float64 and of its shape; None if there is none."""
     parts = change.parts
     if "diff" in parts and change.scale:
         return change.scale * parts["diff"].double().reshape(change.layer.shape)
@@ -56,7 +56,7 @@ def weight_change(change: LayerChange) -> Tensor | None:
 
 
 def bias_change(change: LayerChange) -> Tensor | None:
-    """What is added to a layer's bias: float64, of its shape; None where nothing is."""
+    """Change of a layer's bias, float64 and of its shape; None if there is none."""
     terms = [
         factor * change.parts[part].double().flatten()
         for part, factor in (("up_bias", change.factor), ("diff_b", change.scale))

@@ -1,6 +1,6 @@
-"""The layers of a network, and the names that LoRA formats give them.
+"""The layers of a network, and their names in each LoRA format.
 
-A layer's names are derived from the network itself, so a key of a file either names one layer exactly or none::
+A layer's names are derived from the network itself, so a file's key identifies exactly one layer or none::
 
     down_blocks.0.attentions.0.proj_in              diffusers, peft
     down_blocks_0_attentions_0_proj_in              kohya
@@ -21,7 +21,7 @@ from ....models.specs import TextEncoderSpec
 if TYPE_CHECKING:
     from torch import nn
 
-#: inside a residual block: diffusers' names → original ones
+#: names inside a residual block: diffusers → original checkpoints
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -60,9 +60,9 @@ class LoraTarget:
     Attributes:
         network: ``unet`` or a text encoder's name.
         name: path of the module in its network.
-        shape: of its weight.
-        bias: shape of its bias; None without one.
-        embedding: whether it is a table of embeddings, whose weight is ``[entries, width]``.
+        shape: shape of its weight.
+        bias: shape of its bias; None if it has none.
+        embedding: whether it is an embedding table, whose weight is ``[entries, width]``.
     """
 
     network: str
@@ -76,10 +76,10 @@ class LoraTarget:
 
 
 class LayerNames:
-    """The layers of some networks by every name that a format gives them."""
+    """Look up the layers of networks by their names in any LoRA format."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        """Args: ``modules``: by network; tensors may be on the meta device."""
+        """Args: ``modules``: modules by network; tensors may be on the meta device."""
         self.networks = tuple(modules)
         self._by_name: dict[str, dict[str, set[LoraTarget]]] = {}
         for network, module in modules.items():
@@ -92,10 +92,10 @@ class LayerNames:
             self._by_name[network] = table
 
     def find(self, name: str, network: str | None) -> LoraTarget | None:
-        """The one layer of that name; None if there is none, or more than one.
+        """Return the layer of that name; None if there is none, or more than one.
 
         Args:
-            network: where to look; None looks in all of them.
+            network: the network to search; None for all.
         """
         networks = self.networks if network is None else (network,)
         layers = {layer for n in networks for layer in self._by_name.get(n, {}).get(name, ())}
@@ -105,7 +105,7 @@ class LayerNames:
 def architecture(
     configs: Mapping[str, Any], text_encoders: Iterable[TextEncoderSpec] = (TextEncoderSpec(),)
 ) -> LayerNames:
-    """The layers of a bundle's networks from its configs, without weights."""
+    """Layer names of a bundle's networks, derived from its configs without weights."""
     import torch
     import transformers
     from diffusers import UNet2DConditionModel
@@ -131,16 +131,16 @@ def _layers(network: str, module: nn.Module) -> Iterator[LoraTarget]:
 
 
 def _names(name: str, original: str | None) -> Iterator[str]:
-    """Every name of a layer, without the prefixes that say which network it is in."""
+    """Yield every name of a layer, without prefixes for the network."""
     names = {name} | ({original} if original else set())
     if name.startswith((_TEXT_MODEL, "encoder.layers.", "embeddings.", "final_layer_norm")):
-        # some versions of transformers have this level and some have not
+        # only some versions of transformers have this level
         bare = name.removeprefix(_TEXT_MODEL)
         names = {bare, _TEXT_MODEL + bare}
-    for one in names:
-        yield one
-        yield one.replace(".", "_")
-        yield from _old_names(one)
+    for variant in names:
+        yield variant
+        yield variant.replace(".", "_")
+        yield from _old_names(variant)
 
 
 def _old_names(name: str) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _old_names(name: str) -> Iterator[str]:
 
 
 def _original_names(names: list[str]) -> dict[str, str]:
-    """diffusers' name of a U-Net's layer → its name in original checkpoints; nothing for other networks."""
+    """diffusers' name of a U-Net's layer → its name in original checkpoints; empty for other networks."""
     out = {name: _OUTER[name] for name in names if name in _OUTER}
     for block, original in _original_blocks(names).items():
         for name in names:
@@ -165,9 +165,9 @@ def _original_names(names: list[str]) -> dict[str, str]:
 
 
 def _original_blocks(names: list[str]) -> dict[str, str]:
-    """``down_blocks.0.resnets.1`` → ``input_blocks.2.0``, and so on for each part of each block.
+    """Original name of each part of each block by diffusers' name: ``down_blocks.0.resnets.1`` → ``input_blocks.2.0``.
 
-    Original checkpoints count residual blocks and downsamplers in one sequence, from 1 on the way down (0 is
+    Original checkpoints number residual blocks and downsamplers in one sequence, from 1 on the way down (0 is
     ``conv_in``) and from 0 on the way up, where an upsampler belongs to its level's last residual block.
     """
     out = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}

@@ -1,4 +1,4 @@
-"""A LoRA file, read and checked as a whole: what each layer is changed by."""
+"""Read and check a LoRA file, and group its tensors into changes of layers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What one LoRA adds to one layer.
+    """One LoRA's change of one layer.
 
     Attributes:
-        factor: scale · alpha/rank, of the factors' product and of ``up_bias``.
-        scale: the user's, of full differences.
+        factor: scale · alpha/rank, which multiplies the factors' product and ``up_bias``.
+        scale: the user's scale, which multiplies full differences.
         parts: tensors by part; ``down`` is ``[rank, inputs, *kernel]`` or flattened after the rank, ``up``
             ``[outputs, rank]``, ``mid`` (Tucker) ``[rank, rank, *kernel]``; ``up_bias`` and ``diff_b`` have the shape
             of the bias, ``diff`` that of the weight.
@@ -36,17 +36,17 @@ class LayerChange:
 
 @dataclass
 class LoraWeights:
-    """A LoRA's weights: the changes by network and name of the layer."""
+    """A LoRA's changes, by network and layer name."""
 
     lora: Lora
     changes: dict[str, dict[str, LayerChange]] = field(default_factory=dict)
 
 
 def load(lora: Lora, names: LayerNames) -> LoraWeights:
-    """Read a LoRA file and match it with the networks that it will be merged into.
+    """Read a LoRA file and match it with the networks to merge it into.
 
     Raises:
-        InputError: if it is damaged, empty, of a kind that is not supported, for another architecture, or incomplete;
+        InputError: if it is damaged, empty, of an unsupported kind, for another architecture, or incomplete;
             if a key matches no layer; or if a tensor has a wrong shape or type, or values that are not finite.
     """
     tensors, metadata = _read(lora)
@@ -119,7 +119,7 @@ def _check_shape(
 
 
 def _shapes(layer: LoraTarget, part: str, rank: int, tucker: bool) -> list[tuple[int, ...]]:
-    """The shapes that a part may have, but for axes of length 1 at the end."""
+    """Legal shapes of a part, up to trailing axes of length 1."""
     outputs, inputs, *kernel = (*layer.shape, 1)[: max(len(layer.shape), 2)]
     if layer.embedding:
         outputs, inputs = inputs, outputs
@@ -139,7 +139,7 @@ def _shapes(layer: LoraTarget, part: str, rank: int, tucker: bool) -> list[tuple
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without axes of length 1 at the end: a matrix and a 1×1 convolution are the same."""
+    """The shape without trailing axes of length 1, so that a matrix and a 1×1 convolution are equal."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

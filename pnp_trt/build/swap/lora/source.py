@@ -1,4 +1,4 @@
-"""The ``--lora`` argument: a file and a scale."""
+"""Parse the ``--lora`` argument: a file and a scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ....bundle.store import cached_sha256
 from ....errors import InputError
 from ....models.safetensors_header import read_header
 
-#: part of a merge's identity, so that engines merged by older rules are not taken for up to date
+#: part of a merge's identity, so that engines merged with older formulas do not count as up to date
 _ARITHMETIC = "W + scale·alpha/rank·B·A by layer, float32"
 
 #: largest magnitude of a scale that a bundle's manifest can record
@@ -20,13 +20,13 @@ LARGEST_SCALE = 1e6
 
 
 def bundled_loras() -> list[str]:
-    """LoRAs of the bundled model."""
+    """Names of the bundled model's LoRAs."""
     return sorted(p.stem for p in (ASSETS / "loras").glob("*.safetensors"))
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file and the scale that it is merged with."""
+    """A LoRA file and the scale to merge it with."""
 
     name: str
     path: Path
@@ -34,7 +34,7 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """``FILE`` or ``FILE:scale``; a bundled name stands for its file.
+        """Parse ``FILE`` or ``FILE:scale``, where ``FILE`` may be a bundled LoRA's name.
 
         Raises:
             InputError: if the file does not exist, is not a safetensors file, or the scale is not a number up to ±1e6.
@@ -56,12 +56,12 @@ class Lora:
             raise InputError(f"the scale of --lora {text} is '{scale}'; write a number, such as {name}:0.8")
         if abs(number) > LARGEST_SCALE:
             raise InputError(f"the scale of --lora {text} is {number:g}; the largest is {LARGEST_SCALE:g}")
-        read_header(path)  # a damaged file is refused before anything expensive begins
+        read_header(path)  # refuse a damaged file before expensive work
         return cls(path.stem, path, number)
 
     @property
     def adapter_config(self) -> Path | None:
-        """peft's ``adapter_config.json`` beside its ``adapter_model.safetensors``, which itself has no alpha."""
+        """peft's ``adapter_config.json`` beside ``adapter_model.safetensors``, which does not contain alpha."""
         path = self.path.with_name("adapter_config.json")
         return path if self.path.name == "adapter_model.safetensors" and path.is_file() else None
 
@@ -71,7 +71,7 @@ class Lora:
         return cached_sha256(self.path)
 
     def identity(self) -> dict[str, Any]:
-        """What distinguishes one merge from another: JSON."""
+        """JSON that identifies a merge of this LoRA."""
         out = {"name": self.name, "sha256": self.sha256, "scale": self.scale, "arithmetic": _ARITHMETIC}
         if self.adapter_config is not None:
             out["adapter_config_sha256"] = cached_sha256(self.adapter_config)

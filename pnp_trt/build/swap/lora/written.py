@@ -1,7 +1,7 @@
-"""Weights as they were written, compared with the formula of a LoRA: W + Σ scale · alpha/rank · B·A.
+"""Compare written weights with the LoRA formula: W + Σ scale · alpha/rank · B·A.
 
-The comparison with PyTorch runs the very weights that were merged, so a wrong merge would pass it.  Here a row of a few
-layers is computed anew, in NumPy and from the factors alone, and held against the bytes of the data file.
+The comparison with PyTorch uses the merged weights themselves, so it would not detect a wrong merge.  Here, one row of
+a few layers is computed independently, in NumPy from the factors, and compared with the data file.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from .read import LayerChange, LoraWeights
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: layers of a network of which a row is computed
+#: number of layers per network to compare
 _LAYERS = 6
-#: unit roundoff and smallest step by type of the data file
+#: unit roundoff and smallest subnormal number, by type in the data file
 _ROUNDING = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24)}
 
 
 @dataclass(frozen=True)
 class WeightRow:
-    """What one row of a layer's weight must be.
+    """Expected values of one row of a layer's weight.
 
     Attributes:
-        key: of the weight in the network's state dict.
-        shape: of the weight.
-        index: of the row.
+        key: the weight's key in the network's state dict.
+        shape: shape of the weight.
+        index: index of the row.
         values: ``[inputs · kernel]`` float64.
-        size: sum of the terms' absolute values, of the same shape; roundoff is relative to it.
+        size: sum of the terms' absolute values, of the same shape, which roundoff is relative to.
     """
 
     key: str
@@ -46,17 +46,17 @@ class WeightRow:
 
 
 def rows(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> list[WeightRow]:
-    """Rows of some layers that the LoRAs change; to be called before they are merged.
+    """Expected rows of some layers that the LoRAs change; call this before merging.
 
     Args:
-        module, network, loras: as of :func:`~pnp_trt.build.swap.lora.merge.merge`.
+        module, network, loras: as for :func:`~pnp_trt.build.swap.lora.merge.merge`.
     """
     layers = dict(module.named_modules())
     changes: dict[str, list[LayerChange]] = {}
     for lora in loras:
         for name, change in lora.changes.get(network, {}).items():
             changes.setdefault(name, []).append(change)
-    # Tucker factors take three products; the layers beside them have two
+    # skip Tucker factors, which need three products; the other layers are sufficient
     plain = [n for n in sorted(changes) if all("mid" not in c.parts for c in changes[n])]
     out = []
     for name in plain[:: max(1, len(plain) // _LAYERS)][:_LAYERS]:
@@ -69,51 +69,51 @@ def rows(module: nn.Module, network: str, loras: Sequence[LoraWeights]) -> list[
 
 
 def check(graph: Path, weights: Mapping[str, Any], source: str, expected: Sequence[WeightRow]) -> None:
-    """Compare rows with the data file of a graph; quantised weights are left out.
+    """Compare rows with the data file of a graph; quantised weights are skipped.
 
     Args:
         graph: an ONNX graph whose external data was written.
-        weights: of ``weights.json``, initialiser → ``{"source", "key", "transform"}``.
+        weights: entries of ``weights.json``, initialiser → ``{"source", "key", "transform"}``.
         source: the network's name there.
-        expected: of :func:`rows`.
+        expected: result of :func:`rows`.
 
     Raises:
-        PnpError: naming a weight that is not what the formula gives, within the roundoff of its type.
+        PnpError: naming a weight that differs from the formula by more than the roundoff of its type.
     """
     import onnx_ir as ir
     import torch
 
-    held = ir.load(graph).graph.initializers
+    initializers = ir.load(graph).graph.initializers
     by_key = {row.key: row for row in expected}
     for name, w in weights.items():
         row = by_key.get(w["key"]) if w["source"] == source else None
         if row is None or any(step["op"] not in ("cast", "transpose", "reshape") for step in w["transform"]):
             continue
-        tensor = held[name].const_value
+        tensor = initializers[name].const_value
         assert tensor is not None
-        found = tensor.numpy()
-        if str(found.dtype) not in _ROUNDING:
+        written = tensor.numpy()
+        if str(written.dtype) not in _ROUNDING:
             continue
-        # where the row went: the same moves, made with the numbers of the elements
+        # apply the same transpositions to element indices, to locate the row
         moves = [step for step in w["transform"] if step["op"] != "cast"]
         places = apply(moves, torch.arange(int(np.prod(row.shape))).reshape(row.shape)).numpy().ravel()
         length = len(row.values)
-        mine = places // length == row.index
-        got = np.empty(length)
-        got[places[mine] % length] = found.ravel()[mine]
-        unit, least = _ROUNDING[str(found.dtype)]
-        off = np.abs(got - row.values)
+        in_row = places // length == row.index
+        row_values = np.empty(length)
+        row_values[places[in_row] % length] = written.ravel()[in_row]
+        unit, least = _ROUNDING[str(written.dtype)]
+        off = np.abs(row_values - row.values)
         # the sum is rounded to float32 and then to the file's type
         if not (off <= 2 * unit * row.size + least).all():
             worst = int(np.argmax(off))
             raise PnpError(
-                f"the weight {source}.{row.key} was written as {got[worst]:.6g} where its LoRAs give "
-                f"{row.values[worst]:.6g}; nothing was kept; report it"
+                f"the weight {source}.{row.key} was written as {row_values[worst]:.6g} where its LoRAs give "
+                f"{row.values[worst]:.6g}; nothing was written; report it"
             )
 
 
 def _added(change: LayerChange, index: int) -> np.ndarray:
-    """What a LoRA adds to a row, ``[inputs · kernel]``."""
+    """A LoRA's change of a row, ``[inputs · kernel]``."""
     parts = change.parts
     length = int(np.prod(change.layer.shape[1:]))
     out = np.zeros(length)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, pooled text and image sizes as further conditions of the U-Net.
+"""Stable Diffusion XL: two text encoders, and pooled text and image sizes as additional conditions of the U-Net.
 
 ``family`` recognises folders, ``base`` opens them.
 """

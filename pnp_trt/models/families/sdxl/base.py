@@ -1,4 +1,4 @@
-"""A model of Stable Diffusion XL: what differs from Stable Diffusion 1 and 2."""
+"""Models of Stable Diffusion XL: the differences from Stable Diffusion 1 and 2."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ...files import read_json
 from ...specs import TextEncoderSpec
 from ...teacher import BaseModel
 
-#: of the second tokenizer
+#: padding token of the second tokenizer
 PAD = "!"
-#: both encoders give the states before their last layer; the second one's projected text is the U-Net's besides
+#: both encoders output the states before their last layer; the U-Net also takes the second one's projected text
 TEXT_ENCODERS = (
     TextEncoderSpec(wrapper="HiddenStates", outputs=("hidden_states",), whole=False),
     TextEncoderSpec(
@@ -30,17 +30,17 @@ class SdxlBase(BaseModel):
     pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
 
     def zero_empty_prompt(self) -> bool:
-        """``force_zeros_for_empty_prompt`` of the folder's ``model_index.json``; true where it is not stated."""
+        """``force_zeros_for_empty_prompt`` of the folder's ``model_index.json``; true if it is not stated."""
         index = self.folder / "model_index.json"
         return bool(read_json(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True
 
     def tokenizer_folder(self, spec: TextEncoderSpec) -> Path:
-        """The encoder's own; the first one's, of the same vocabulary, where the model brings no tokenizer."""
+        """The encoder's own tokenizer, or the first one's, of the same vocabulary, if the model has none for it."""
         own = super().tokenizer_folder(spec)
         return own if own.is_dir() else super().tokenizer_folder(self.text_specs[0])
 
     def tokenizer(self, spec: TextEncoderSpec | None = None) -> Any:
-        """As of every model; OpenCLIP's tokenizer, the second one, pads with id 0, which is ``!``."""
+        """As in ``BaseModel``; if the second encoder uses the first's tokenizer, it pads with ``!``, like OpenCLIP."""
         spec = spec or self.text_specs[0]
         tokenizer = super().tokenizer(spec)
         if spec != self.text_specs[0] and self.tokenizer_folder(spec).name != spec.tokenizer:
@@ -48,7 +48,7 @@ class SdxlBase(BaseModel):
         return tokenizer
 
     def golden_added(self, generator: Any, rows: int, size: tuple[int, int]) -> dict[str, Any]:
-        """Pooled text of unit normal numbers, and two images' sizes: the whole image, and a crop of a larger one."""
+        """Unit normal pooled text, and two images' sizes: an uncropped image, and a crop of a larger one."""
         import torch
 
         width = int(self.config(self.text_specs[-1].name)["projection_dim"])

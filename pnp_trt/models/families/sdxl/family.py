@@ -1,4 +1,4 @@
-"""How folders of Stable Diffusion XL are recognised."""
+"""The family of Stable Diffusion XL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import SdxlBase
 
 
 class StableDiffusionXL(Family):
-    """diffusers folders with a U-Net and a second text encoder; the refiner is told of as what it is."""
+    """diffusers folders with a U-Net and a second text encoder; SDXL's refiner is recognised and refused."""
 
     name = "sdxl"
     model = SdxlBase

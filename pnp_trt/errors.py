@@ -25,7 +25,7 @@ class InputError(PnpError):
 
 
 class BundleNotFound(InputError):
-    """There is no bundle of this name or at this path."""
+    """No bundle has this name or path."""
 
 
 class BundleCorrupt(InputError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -94,6 +96,30 @@ def test_messages_and_help_use_the_words_of_the_field() -> None:
     assert violations == []
 
 
+def remarks(source: str) -> Iterator[str]:
+    """Docstrings and comments of a module, without code in backticks."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield re.sub(r"`+[^`]*`+", " ", ast.get_docstring(node) or "")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield re.sub(r"`+[^`]*`+", " ", token.string)
+
+
+def test_docstrings_and_comments_use_the_words_of_the_field() -> None:
+    assert [
+        f"{path.relative_to(ROOT)}: {finding} ({' '.join(text.split())[:80]})"
+        for path in CODE
+        for text in remarks(path.read_text(encoding="utf-8"))
+        for finding in findings(text)
+    ] == []
+
+
+def test_docstrings_and_comments_are_read() -> None:
+    code = '"""Two pictures."""\nx = 1  # `pictures`, and what it wants\n'
+    assert [len(findings(text)) for text in remarks(code)] == [1, 1]
+
+
 def test_the_report_page_uses_the_words_of_the_field() -> None:
     template = (ROOT / "pnp_trt/bench/report/report.html.j2").read_text(encoding="utf-8").partition("<body>")[2]
     plain = re.sub(r"{%.*?%}|{{ (?!figure|data_table).*?}}|<[^>]*>", " ", template, flags=re.DOTALL)
@@ -125,6 +151,8 @@ def test_code_is_not_checked_but_its_comments_are() -> None:
 OLD_NAMES = {"picture", "pictures", "passes"}
 #: names that state that a value was obtained, not what it is; ``held_out`` is a term of the field
 OBTAINED = re.compile(r"(?:^|_)(?:found|held(?!_out)|made|told|wanted|kept)(?:_|$)")
+#: the same for local names and parameters
+OBTAINED_LOCALLY = re.compile(OBTAINED.pattern + r"|(?:^|_)(?:given|said)(?:_|$)")
 #: file → banned words that it may contain, mostly because files outside the repository do; None: all of them
 PERSISTED = {
     "pnp_trt/bench/renames.py": None,  # the table of old names
@@ -204,6 +232,26 @@ def test_public_names_state_what_a_thing_is() -> None:
     ] == []
 
 
+def local_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names that functions assign, and their parameters."""
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    yield node.lineno, node.id
+                elif isinstance(node, ast.arg):
+                    yield node.lineno, node.arg
+
+
+def test_local_names_state_what_a_thing_is() -> None:
+    assert [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in CODE
+        for line, name in local_names(ast.parse(path.read_text(encoding="utf-8")))
+        if OBTAINED_LOCALLY.search(name)
+    ] == []
+
+
 def test_names_of_classes_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for path in CODE:
@@ -233,3 +281,8 @@ def test_names_of_obtained_values_are_detected() -> None:
     code += "held_out = 2"
     bad = [name for _, name in public_names(ast.parse(code).body) if OBTAINED.search(name)]
     assert bad == ["kept", "made", "wanted"]
+
+
+def test_local_names_of_obtained_values_are_detected() -> None:
+    code = "held_out, row = 1, 2\ndef f(found_rows, *, rows=None):\n    told, held_out = found_rows, rows\n"
+    assert {name for _, name in local_names(ast.parse(code)) if OBTAINED_LOCALLY.search(name)} == {"found_rows", "told"}

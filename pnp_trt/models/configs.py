@@ -59,8 +59,8 @@ def check_same_network(kind: Any, config: Mapping[str, Any], expected: Mapping[s
     for key in keys:
         if _computation(kind, _with(expected, key, config)) != computed:
             raise InputError(
-                f"{name} is not a fine-tune of {what}: config entry {key} is {config.get(key)!r}, not {expected.get(key)!r}; "
-                "build it instead"
+                f"{name} is not a fine-tune of {what}: config entry {key} is {config.get(key)!r}, "
+                f"not {expected.get(key)!r}; build it instead"
             )
     raise InputError(f"{name} is not a fine-tune of {what}: they differ in {', '.join(keys)}; build it instead")
 

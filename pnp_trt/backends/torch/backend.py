@@ -49,7 +49,7 @@ class Torch(Backend):
         return target or TARGETS[0]
 
     def prepare(self, graph: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-        return {}  # there is no graph
+        return {}  # no graph exists
 
     def compile(self, job: CompileJob, progress: Progress) -> Compiled:
         # torch.compile runs on first use of a batch size; its output is specific to this machine and not in the bundle

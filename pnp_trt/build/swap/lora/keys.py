@@ -74,7 +74,7 @@ def by_layer(path: Path, keys: Iterable[str], names: LayerNames) -> dict[LoraTar
 
     Raises:
         InputError: for another kind of adapter, another architecture, keys that match no layer, two keys for the same
-            thing, or a part that lacks its counterpart; the message has the first such key.
+            part, or a part that lacks its counterpart; the message has the first such key.
     """
     keys = list(keys)
     _refuse_other_kinds(path, keys)

@@ -241,6 +241,6 @@ def test_sdxl_with_v_prediction_and_a_full_guide_is_recorded(micro_base: Path) -
     assert not recording.relative[0].any() and (recording.relative[1] > 0).all()
     assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [len(of_layer) for of_layer in recording.maps[1]] == [1] * 5
-    # an early step of two is half of the run
+    # a single scale above 1 cannot show growth with w
     summary = summarise(recording)
     assert summary["growth"] is None and "undecided in this run" in describe(summary, "it")

@@ -1,4 +1,4 @@
-"""Configs that describe one computation are told from those that do not; PyTorch's outputs decide which is which."""
+"""Configs of the same computation are accepted and others refused; PyTorch's outputs are the oracle."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def unet_output(config: dict[str, Any], weights: Inputs) -> torch.Tensor:
 
 @torch.no_grad()
 def vae_output(config: dict[str, Any], weights: Inputs) -> torch.Tensor:
-    """Decoded as a pipeline decodes, and encoded as image to image encodes."""
+    """Return pixels and latents, flattened, as diffusers' pipelines compute them."""
     kind = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[config["_class_name"]]
     vae = kind.from_config(config).eval()
     vae.load_state_dict(weights)
@@ -60,7 +60,7 @@ def text_output(config: dict[str, Any], weights: Inputs) -> torch.Tensor:
     return encoder(input_ids=ids).last_hidden_state
 
 
-#: config entries as fine-tunes have them, ``...`` for left out; the first of each case names what may differ
+#: changes of a config as fine-tunes have them (``...`` removes an entry); errors name the first entry of a case
 UNET_CASES = [
     {"upcast_attention": None}, {"upcast_attention": True}, {"dropout": 0.1}, {"attention_head_dim": [2, 2]},
     {"attention_head_dim": 4}, {"attention_head_dim": [2, 4]}, {"sample_size": 64}, {"_name_or_path": "/x"},
@@ -99,7 +99,7 @@ def changed(config: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(kind: Any, run: Any, config: dict[str, Any], weights: Inputs, change: dict[str, Any]) -> None:
-    """The two configs count as one computation just where PyTorch's outputs are bit-equal."""
+    """Check that the changed config is accepted exactly if PyTorch's outputs are bit-equal."""
     other = changed(config, change)
     try:
         equal = torch.equal(run(config, weights), run(other, weights))
@@ -145,15 +145,15 @@ def test_tiny_autoencoders(change: dict[str, Any], micro_base: Path) -> None:
     check(AutoencoderTiny, vae_output, config, weights, change)
 
 
-def test_a_config_of_an_early_version_is_no_other_network(micro_base: Path) -> None:
-    """Most entries did not exist then."""
+def test_a_config_of_an_early_diffusers_version_is_accepted(micro_base: Path) -> None:
+    """Early versions lacked most entries."""
     config = json.loads((micro_base / "unet" / "config.json").read_text())
     early = ("act_fn", "attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types",
              "in_channels", "layers_per_block", "norm_num_groups", "out_channels", "up_block_types")  # fmt: skip
     check_same_network(UNet2DConditionModel, {k: config[k] for k in early}, config, "tuned", "this engine")
 
 
-def test_a_config_of_nonsense_is_refused_in_a_sentence(micro_base: Path) -> None:
+def test_a_nonsensical_config_is_refused(micro_base: Path) -> None:
     config = json.loads((micro_base / "unet" / "config.json").read_text())
     with pytest.raises(InputError, match="tuned does not describe a UNet2DConditionModel"):
         check_same_network(UNet2DConditionModel, config | {"block_out_channels": "x"}, config, "tuned", "this engine")

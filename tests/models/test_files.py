@@ -1,4 +1,4 @@
-"""Which weight files are taken, JSON from users, and the types of weights."""
+"""Choice of weight files, reading users' JSON, and dtypes of weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = f"{DIFFUSERS}.safetensors"
 
 
 def shards(folder: Path, weights: dict[str, torch.Tensor], names: tuple[str, ...], index: str) -> None:
-    """Weights in files of these names, and the index that names them."""
+    """Write weights to shards of these names, and their index."""
     keys = sorted(weights)
     parts = {name: keys[i :: len(names)] for i, name in enumerate(names)}
     for name, own in parts.items():
@@ -31,7 +31,7 @@ def shards(folder: Path, weights: dict[str, torch.Tensor], names: tuple[str, ...
     (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
-#: forms of a network's folder: factor of the weights → how they are stored (a file, or shards and their index)
+#: names of a variant's shards, in diffusers' current and old form
 NEW = (f"{DIFFUSERS}.VARIANT-00001-of-00002.safetensors", f"{DIFFUSERS}.VARIANT-00002-of-00002.safetensors")
 OLD = (f"{DIFFUSERS}-00001-of-00002.VARIANT.safetensors", f"{DIFFUSERS}-00002-of-00002.VARIANT.safetensors")
 NAMES = tuple(n.replace(".VARIANT", "") for n in NEW)
@@ -42,6 +42,8 @@ def variant_shards(folder: Path, weights: dict[str, torch.Tensor], variant: str,
     shards(folder, weights, tuple(n.replace("VARIANT", variant) for n in (OLD if old else NEW)), index)
 
 
+#: contents of a folder → function that writes them (``w(factor)`` are the weights times a factor), and the variant that
+#: diffusers has to load
 FORMS = {
     "plain": (lambda f, w: save_file(w(1), f / PLAIN), None),
     "fp16 only": (lambda f, w: save_file(w(2), f / f"{DIFFUSERS}.fp16.safetensors"), "fp16"),
@@ -91,8 +93,10 @@ def test_the_weights_are_those_that_diffusers_loads(form: str, micro_base: Path,
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_a_text_encoders_whole_file_comes_before_its_index(both: bool, micro_base: Path, tmp_path: Path) -> None:
-    """transformers' order, which is not diffusers'."""
+def test_a_complete_text_encoder_file_takes_precedence_over_its_index(
+    both: bool, micro_base: Path, tmp_path: Path
+) -> None:
+    """transformers' order differs from diffusers'."""
     folder = tmp_path / "text_encoder"
     folder.mkdir()
     (folder / "config.json").write_bytes((micro_base / "text_encoder" / "config.json").read_bytes())
@@ -113,7 +117,7 @@ STEMS = st.sampled_from([DIFFUSERS, TRANSFORMERS])
 
 
 @given(STEMS, st.sets(VARIANTS, min_size=1), st.booleans(), st.booleans())
-def test_no_variant_wins_over_plain_weights_and_one_alone_is_taken(
+def test_plain_weights_take_precedence_and_a_single_variant_is_used(
     stem: str, variants: set[str], sharded: bool, plain: bool
 ) -> None:
     names = [f"{stem}.safetensors.index.{v}.json" if sharded else f"{stem}.{v}.safetensors" for v in variants]
@@ -123,8 +127,8 @@ def test_no_variant_wins_over_plain_weights_and_one_alone_is_taken(
         choice = choose(names, stem, "f")
         assert (choice.name, choice.variant, choice.sharded) == (names[0], next(iter(variants)), sharded)
     else:
-        said = rf"variants {', '.join(sorted(variants))}; rename the intended one to {stem}\.safetensors"
-        with pytest.raises(InputError, match=said):
+        message = rf"variants {', '.join(sorted(variants))}; rename the intended one to {stem}\.safetensors"
+        with pytest.raises(InputError, match=message):
             choose(names, stem, "f")
 
 
@@ -138,12 +142,12 @@ def test_no_variant_wins_over_plain_weights_and_one_alone_is_taken(
         (["a.safetensors", "b.safetensors"], "holds 2 files of weights .a.safetensors, b.safetensors."),
     ],
 )
-def test_folders_without_a_choice_are_refused(names: list[str], said: str) -> None:
+def test_folders_without_a_unique_choice_are_refused(names: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said):
         choose(names, DIFFUSERS, "f")
 
 
-def test_the_only_file_is_taken_whatever_its_name() -> None:
+def test_a_single_weight_file_is_used_whatever_its_name() -> None:
     assert choose(["my-unet.safetensors", "config.json"], DIFFUSERS, "f").name == "my-unet.safetensors"
 
 
@@ -157,7 +161,7 @@ def test_a_missing_shard_is_named(micro_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.bin"])
-def test_an_index_names_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
+def test_an_index_that_names_other_than_safetensors_beside_it_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{PLAIN}.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(InputError, match="which is not a safetensors file in its folder"):
         weight_files(tmp_path)
@@ -170,7 +174,7 @@ TEXT = '{"a": [1, 2],\n "b": "é"}'
     "raw",
     [TEXT.encode(), TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode("utf-8-sig"), TEXT.encode("utf-16")],
 )
-def test_json_with_a_byte_order_mark_and_any_line_ends(raw: bytes, tmp_path: Path) -> None:
+def test_json_with_byte_order_marks_and_any_line_ending_is_read(raw: bytes, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(raw)
     assert read_json(path) == {"a": [1, 2], "b": "é"}
@@ -192,21 +196,21 @@ def test_json_with_a_byte_order_mark_and_any_line_ends(raw: bytes, tmp_path: Pat
         (b'{"scaling_factor": NaN}', "is not usable JSON"),
     ],
 )
-def test_other_json_is_refused_in_a_sentence(raw: bytes, said: str, tmp_path: Path) -> None:
+def test_unusable_json_is_refused(raw: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(raw)
     with pytest.raises(InputError, match=f"config.json {said}"):
         read_json(path)
 
 
-def test_json_that_is_no_file(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_refused_as_json(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gone.json does not exist; download it again"):
         read_json(tmp_path / "gone.json")
     with pytest.raises(InputError, match="cannot be read .Is a directory."):
         read_json(tmp_path)
 
 
-VALUES = torch.tensor([[1.5, -0.25], [448.0, 0.0]])  # numbers of every type below
+VALUES = torch.tensor([[1.5, -0.25], [448.0, 0.0]])  # exact in every dtype below
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ VALUES = torch.tensor([[1.5, -0.25], [448.0, 0.0]])  # numbers of every type bel
         (torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_types_are_converted_or_kept(dtype: torch.dtype, read_as: torch.dtype, tmp_path: Path) -> None:
+def test_only_float64_and_fp8_are_converted(dtype: torch.dtype, read_as: torch.dtype, tmp_path: Path) -> None:
     save_file({"a.weight": VALUES.to(dtype)}, tmp_path / "x.safetensors")
     weight = read_weights([tmp_path / "x.safetensors"])["a.weight"]
     assert weight.dtype == read_as
@@ -242,7 +246,7 @@ def test_scaled_fp8_is_refused(dtype: torch.dtype, scale: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool])
-def test_integers_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_integer_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(2, 2).to(dtype)}, tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="a.weight has type .*, not floating point"):
         read_weights([tmp_path / "x.safetensors"])
@@ -274,13 +278,13 @@ def test_hub_ids_may_have_dots(name: str, is_id: bool) -> None:
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_a_hub_models_folder_is_checked_as_any_other(
+def test_a_hub_models_folder_is_checked_like_a_local_one(
     online: bool, micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a network the cache serves, whatever variants it holds."""
+    """Offline, the cached folder is used with whatever variants it contains."""
     folder = Path(shutil.copytree(micro_base, tmp_path / "cached"))
     (folder / "unet" / PLAIN).rename(folder / "unet" / f"{DIFFUSERS}.fp16.safetensors")
-    asked: list[list[str]] = []
+    requests: list[list[str]] = []
 
     def list_files(name: str) -> list[str]:
         if not online:
@@ -288,7 +292,7 @@ def test_a_hub_models_folder_is_checked_as_any_other(
         return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
 
     def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+        requests.append(allow_patterns)
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", list_files)
@@ -296,13 +300,13 @@ def test_a_hub_models_folder_is_checked_as_any_other(
     base = resolve("owner.x/model-1.0")
     assert base.folder == folder and base.unet().config.sample_size == 8
     expected = {f"unet/{DIFFUSERS}.fp16.safetensors", f"vae/{PLAIN}", "text_encoder/model.safetensors"}
-    assert set(asked[0]) == {"*.json", "*.txt", *(expected if online else {"*/*.safetensors"})}
+    assert set(requests[0]) == {"*.json", "*.txt", *(expected if online else {"*/*.safetensors"})}
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(InputError, match="scheduler_config.json is missing"):
         resolve("owner.x/model-1.0")
 
 
-def test_of_a_hub_model_the_weights_that_are_loaded_are_fetched() -> None:
+def test_only_the_weights_that_are_loaded_are_downloaded_from_the_hub() -> None:
     names = [
         "model_index.json", "sd.safetensors", "unet/config.json", f"unet/{PLAIN}", f"unet/{DIFFUSERS}.fp16.safetensors",
         "text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.bin", f"vae/{PLAIN}.index.json",

@@ -1,4 +1,4 @@
-"""Diffusers folders as people have them: read as diffusers reads them, or refused in a sentence before any work."""
+"""Diffusers folders in the forms that users have: read as diffusers reads them, or refused early with a clear error."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load(base: BaseModel, part: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema", "ema"])
-def test_a_model_of_one_variant_alone(variant: str, folder: Path) -> None:
+def test_a_model_with_only_one_variant_loads_that_variant(variant: str, folder: Path) -> None:
     for part, stem in WEIGHTS.items():
         file(folder, part).rename(folder / part / f"{stem}.{variant}.safetensors")
     base = resolve(str(folder))
@@ -68,7 +68,7 @@ def test_a_model_of_one_variant_alone(variant: str, folder: Path) -> None:
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_variants_beside_the_plain_weights_change_nothing(folder: Path) -> None:
+def test_variants_next_to_plain_weights_are_ignored(folder: Path) -> None:
     before = resolve(str(folder)).fingerprint()
     for part, stem in WEIGHTS.items():
         twice = {k: v * 2 for k, v in load_file(file(folder, part)).items()}
@@ -84,7 +84,7 @@ def test_variants_beside_the_plain_weights_change_nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
 @pytest.mark.parametrize("part", WEIGHTS)
-def test_every_type_is_computed_in_float32(part: str, dtype: torch.dtype, folder: Path) -> None:
+def test_weights_of_every_dtype_load_as_float32(part: str, dtype: torch.dtype, folder: Path) -> None:
     stored = {k: v.to(dtype) for k, v in load_file(file(folder, part)).items()}
     save_file(stored, file(folder, part))
     ours = load(resolve(str(folder)), part)
@@ -93,8 +93,8 @@ def test_every_type_is_computed_in_float32(part: str, dtype: torch.dtype, folder
     assert all(torch.equal(ours[k.removeprefix(prefix)], v.float()) for k, v in stored.items())
 
 
-def test_text_encoders_of_older_transformers(folder: Path) -> None:
-    """Every key with a prefix, position ids and a projection that is not used."""
+def test_text_encoders_saved_by_older_transformers_load(folder: Path) -> None:
+    """Their keys have a prefix, and they contain position ids and an unused projection."""
     before = load(resolve(str(folder)), "text_encoder")
 
     def older(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -110,8 +110,8 @@ def test_text_encoders_of_older_transformers(folder: Path) -> None:
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_text_encoder_that_leaves_out_its_last_layers(folder: Path) -> None:
-    """ "Clip skip" by the config; the file still has all layers."""
+def test_a_config_with_fewer_layers_skips_the_files_last_layers(folder: Path) -> None:
+    """ "Clip skip" set by the config, while the file has all layers."""
 
     def deeper(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         last = {k: v for k, v in weights.items() if ".layers.0." in k or k.startswith("encoder.layers.0.")}
@@ -131,7 +131,7 @@ CONFIGS = (
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_byte_order_marks_and_windows_line_ends(encoding: str, folder: Path, tmp_path: Path) -> None:
+def test_byte_order_marks_and_windows_line_endings_are_accepted(encoding: str, folder: Path, tmp_path: Path) -> None:
     before = resolve(str(folder))
     before_ids = before.tokenizer()(["a red apple"]).input_ids
     before_unet = load(before, "unet")
@@ -151,7 +151,7 @@ def test_byte_order_marks_and_windows_line_ends(encoding: str, folder: Path, tmp
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("damage", ["cut", "utf-16", "latin-1", "empty"])
-def test_damaged_json_is_named(name: str, damage: str, folder: Path) -> None:
+def test_errors_name_damaged_json(name: str, damage: str, folder: Path) -> None:
     path = folder / name
     text = path.read_text()
     raw = {
@@ -159,8 +159,13 @@ def test_damaged_json_is_named(name: str, damage: str, folder: Path) -> None:
         "latin-1": text.encode().replace(b"{", b'{"\xe9": 1,', 1),
     }[damage]  # fmt: skip
     path.write_bytes(raw)
-    said = {"cut": "is not complete JSON", "utf-16": "is not .*text", "latin-1": "is not UTF-8", "empty": "is empty"}
-    with pytest.raises(InputError, match=f"{name} {said[damage]}"):
+    messages = {
+        "cut": "is not complete JSON",
+        "utf-16": "is not .*text",
+        "latin-1": "is not UTF-8",
+        "empty": "is empty",
+    }
+    with pytest.raises(InputError, match=f"{name} {messages[damage]}"):
         whole = resolve(str(folder))
         whole.check()
         whole.scheduler_config()
@@ -179,7 +184,7 @@ GONE = {
 
 
 @pytest.mark.parametrize("name", GONE)
-def test_what_is_missing_is_named(name: str, folder: Path) -> None:
+def test_errors_name_missing_files(name: str, folder: Path) -> None:
     path = folder / name
     if path.is_dir():
         shutil.rmtree(path)
@@ -189,7 +194,7 @@ def test_what_is_missing_is_named(name: str, folder: Path) -> None:
         build(BuildSpec(str(folder), "none", out=folder.parent / "out"))
 
 
-def test_a_schedulers_config_under_its_old_name(folder: Path) -> None:
+def test_a_scheduler_config_under_its_old_name_is_refused(folder: Path) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     path.rename(path.parent / "config.json")
     with pytest.raises(InputError, match=r"config.json .its name in .*. exists; rename it to scheduler_config.json"):
@@ -211,7 +216,7 @@ def extra_channels(count: int) -> Callable[[dict[str, torch.Tensor]], dict[str, 
     return lambda w: w | {"conv_in.weight": torch.cat([w["conv_in.weight"]] * 4, 1)[:, :count].contiguous()}
 
 
-#: what is wrong with a model → how it is made of the micro teacher, and what `build` states before it exports
+#: defect → edit of the micro teacher that causes it, and the error that `build` raises before any export
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "inpainting": (
         lambda f: [edit(f / "unet/config.json", in_channels=9), reweight(f, "unet", extra_channels(9))],
@@ -307,19 +312,19 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_built_is_refused_before_any_export(
+def test_unsupported_models_are_refused_before_any_export(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, said = WRONG[name]
-    make(folder)
+    modify, message = WRONG[name]
+    modify(folder)
     monkeypatch.setattr("pnp_trt.build.network.NetworkExport.write", lambda *_: pytest.fail("a network was exported"))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         build(BuildSpec(str(folder), "none", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scheduler_config_as_diffusers_saves_it_is_read(folder: Path) -> None:
-    """DPM-Solver++'s has -Infinity and nulls; both stand for defaults."""
+def test_infinities_and_nulls_in_a_scheduler_config_mean_defaults(folder: Path) -> None:
+    """diffusers saves -Infinity and nulls for DPM-Solver++; both mean the default."""
     DPMSolverMultistepScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
     path = folder / "scheduler" / "scheduler_config.json"
     assert '"lambda_min_clipped": -Infinity' in path.read_text() and '"variance_type": null' in path.read_text()
@@ -333,7 +338,7 @@ def test_a_scheduler_config_as_diffusers_saves_it_is_read(folder: Path) -> None:
     assert make("teacher", record, 5).timesteps.tolist() == scheduler.timesteps.tolist()
 
 
-def test_a_model_for_images_that_are_not_square(folder: Path) -> None:
+def test_distillation_refuses_models_of_non_square_images(folder: Path) -> None:
     edit(folder / "unet" / "config.json", sample_size=[8, 16])
     base = resolve(str(folder))
     assert base.sizes().latent == (4, 8, 16)
@@ -343,7 +348,7 @@ def test_a_model_for_images_that_are_not_square(folder: Path) -> None:
         TeacherModel.load(str(folder), ["a cat"], torch.device("cpu"))
 
 
-def test_sdxl_is_known_by_its_second_text_encoder(micro_sdxl: Path, tmp_path: Path) -> None:
+def test_sdxl_is_detected_by_its_second_text_encoder(micro_sdxl: Path, tmp_path: Path) -> None:
     base = resolve(str(micro_sdxl))
     assert base.family == "sdxl" and list(base.networks()) == ["unet", "text_encoder", "text_encoder_2", "vae_decoder"]
     folder = Path(shutil.copytree(micro_sdxl, tmp_path / "half"))
@@ -352,7 +357,7 @@ def test_sdxl_is_known_by_its_second_text_encoder(micro_sdxl: Path, tmp_path: Pa
         resolve(str(folder)).check_configs()
 
 
-def test_sdxls_refiner_is_named(micro_sdxl: Path, tmp_path: Path) -> None:
+def test_sdxls_refiner_is_refused(micro_sdxl: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(micro_sdxl, tmp_path / "refiner"))
     shutil.rmtree(folder / "text_encoder")
     shutil.rmtree(folder / "tokenizer")
@@ -368,26 +373,26 @@ def test_sdxls_refiner_is_named(micro_sdxl: Path, tmp_path: Path) -> None:
         ("PixArtAlphaPipeline", "transformer"), ("StableCascadeCombinedPipeline", "prior"),
     ],
 )  # fmt: skip
-def test_other_models_are_named(kind: str, network: str, tmp_path: Path) -> None:
+def test_other_architectures_are_refused(kind: str, network: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     (tmp_path / network).mkdir()
     with pytest.raises(InputError, match=f"is a {kind}, which denoises with .* not with Stable Diffusion's U-Net"):
         resolve(str(tmp_path))
 
 
-def test_a_safety_checker_that_is_left_out_is_told(folder: Path, tmp_path: Path) -> None:
+def test_build_warns_that_the_safety_checker_is_left_out(folder: Path, tmp_path: Path) -> None:
     (folder / "safety_checker").mkdir()
     with pytest.warns(UserWarning, match="has safety_checker, which a bundle cannot contain; ignored"):
         build(BuildSpec(str(folder), "none", out=tmp_path / "out"))
 
 
-def test_configs_are_part_of_what_a_build_is_known_by(folder: Path) -> None:
-    """Weights alone do not tell two models apart: their schedules, factors and tokenizers may differ."""
+def test_configs_that_affect_images_change_the_hash(folder: Path) -> None:
+    """Models with equal weights may differ in their schedules, scaling factors and tokenizers."""
     before = resolve(str(folder)).configs_sha256()
     for change in ({"eos_token_id": 2}, {"dtype": "float16"}, {"transformers_version": "4.0.0"}):
         edit(folder / "text_encoder/config.json", **change)
         assert resolve(str(folder)).configs_sha256() == before
-    seen = {before}
+    hashes = {before}
     for name, change in (
         ("vae/config.json", {"scaling_factor": 0.3}),
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
@@ -395,12 +400,12 @@ def test_configs_are_part_of_what_a_build_is_known_by(folder: Path) -> None:
         ("tokenizer/tokenizer_config.json", {"model_max_length": 20}),
     ):
         edit(folder / name, **change)
-        seen.add(resolve(str(folder)).configs_sha256())
-    assert len(seen) == 5
+        hashes.add(resolve(str(folder)).configs_sha256())
+    assert len(hashes) == 5
 
 
 @pytest.mark.parametrize("length", [..., 1000000000000000019884624838656, None])
-def test_a_tokenizer_without_a_length_takes_the_text_encoders(length: Any, folder: Path) -> None:
+def test_a_tokenizer_without_a_length_uses_the_text_encoders_length(length: Any, folder: Path) -> None:
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=length)
     tokenizer = resolve(str(folder)).tokenizer()
     assert tokenizer.model_max_length == 77
@@ -408,19 +413,19 @@ def test_a_tokenizer_without_a_length_takes_the_text_encoders(length: Any, folde
     assert len(ids[0]) == 77
 
 
-def test_a_shorter_tokenizer_is_as_it_says(folder: Path) -> None:
+def test_a_shorter_tokenizer_length_is_used(folder: Path) -> None:
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=20)
     assert resolve(str(folder)).tokenizer().model_max_length == 20
 
 
 @pytest.mark.parametrize("length", [78, 512, 1, 0, -1, 7.5, "77"])
-def test_a_length_that_the_text_encoder_does_not_take_is_refused(length: Any, folder: Path) -> None:
+def test_a_length_that_the_text_encoder_does_not_support_is_refused(length: Any, folder: Path) -> None:
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=length)
     with pytest.raises(InputError, match="77 positions; set model_max_length in tokenizer_config.json to 77"):
         resolve(str(folder)).check()
 
 
-def test_a_tokenizer_with_more_tokens_than_the_text_encoder(folder: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_text_encoder_is_refused(folder: Path) -> None:
     edit(folder / "text_encoder/config.json", vocab_size=49407)
     reweight(
         folder, "text_encoder",
@@ -430,7 +435,7 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder(folder: Path) -> Non
         resolve(str(folder)).check()
 
 
-def test_a_tokenizer_of_another_kind(folder: Path) -> None:
+def test_a_tokenizer_of_another_class_is_refused(folder: Path) -> None:
     edit(folder / "tokenizer/tokenizer_config.json", tokenizer_class="T5Tokenizer")
     with pytest.raises(InputError, match="the tokenizer is a T5Tokenizer; known: CLIPTokenizer"):
         resolve(str(folder)).check()

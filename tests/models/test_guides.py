@@ -1,4 +1,4 @@
-"""Both guides: their size on the public architectures, what they read, and where they must be silent."""
+"""Both guides: their cost on public architectures, their inputs, and when their residuals must be zero."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DESIGNS: list[dict[str, Any]] = [
 
 
 def stirred(guide: Guide, seed: int = 5) -> Guide:
-    """A guide whose weights are all random: nothing is zero by initialisation."""
+    """Add noise to every weight, so that none is zero by initialisation."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in guide.parameters():
@@ -49,18 +49,18 @@ def make(kind: str, unet: Any, **options: Any) -> Guide:
     return GUIDES[kind].from_unet(unet, **small, **options)
 
 
-def test_sizes_on_stable_diffusion_1_5() -> None:
-    found = networks("random:sd15")
-    module, inputs = found["guide-full"]
+def test_costs_on_stable_diffusion_1_5() -> None:
+    cases = networks("random:sd15")
+    module, inputs = cases["guide-full"]
     full = count(module, {k: v for k, v in inputs.items() if k != "condition"})
-    assert full.parameters == 361_279_315  # diffusers' ControlNetModel of it, 361.28 M, and w's features
+    assert full.parameters == 361_279_315  # 361.28 M of diffusers' ControlNetModel, and the features of w
     assert full.macs_without_attention / 1e9 == pytest.approx(116.42, abs=0.01)
-    tiny = count(*found["guide-tiny"])
+    tiny = count(*cases["guide-tiny"])
     assert tiny.parameters <= 8.27e6 and tiny.macs_without_attention <= 7.79e9
-    # the hint depends on w alone; computed once per image, as bundles do, it leaves the cheaper step
+    # the hint depends on w alone: bundles compute it once per image, which makes each step cheaper
     step = count(module, inputs)
     assert step.macs_without_attention / 1e9 == pytest.approx(109.06, abs=0.01)
-    assert full.macs - step.macs == count(*found["condition-full"]).macs
+    assert full.macs - step.macs == count(*cases["condition-full"]).macs
 
 
 @pytest.mark.parametrize("base", ["random:sd21", "random:sdxl"])
@@ -74,7 +74,7 @@ def test_guides_fit_the_other_architectures(base: str) -> None:
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])
 @torch.no_grad()
-def test_silent_before_training_and_at_w_one(kind: str) -> None:
+def test_residuals_are_zero_before_training_and_at_w_one(kind: str) -> None:
     unet = small_unet()
     x, t, text = example()
     plain = unet(x, t, text).sample
@@ -88,7 +88,7 @@ def test_silent_before_training_and_at_w_one(kind: str) -> None:
 
 @pytest.mark.parametrize("design", DESIGNS, ids=str)
 @torch.no_grad()
-def test_every_design_is_silent_at_w_one_and_speaks_above(design: dict[str, Any]) -> None:
+def test_residuals_of_every_design_are_zero_only_at_w_one(design: dict[str, Any]) -> None:
     unet = small_unet()
     x, t, text = example()
     student = Student(unet, stirred(make("tiny", unet, **design)))
@@ -123,7 +123,7 @@ def test_the_full_guide_starts_from_the_teachers_encoder() -> None:
 
 
 @torch.no_grad()
-def test_the_hint_may_be_computed_once() -> None:
+def test_the_hint_can_be_computed_once() -> None:
     unet = small_unet()
     guide = stirred(FullGuide.from_unet(unet))
     assert isinstance(guide, FullGuide)
@@ -135,23 +135,23 @@ def test_the_hint_may_be_computed_once() -> None:
 
 
 @torch.no_grad()
-def test_a_parted_guide_is_the_whole_one() -> None:
+def test_a_split_guide_equals_the_complete_one() -> None:
     unet = small_unet()
     x, t, text = example()
     w = torch.tensor([2.0, 3.0, 7.0])
-    made = stirred(FullGuide.from_unet(unet))
-    whole, made_once = Student(unet, made)(x, t, text, w), Condition(copy.deepcopy(made), (8, 8))
-    parted = Student(unet, copy.deepcopy(made), conditioned=True)
-    assert torch.equal(parted(x, t, text, w, condition=made_once(w)), whole)
-    ours = [{k for k, _ in m.guide.named_parameters()} for m in (made_once, parted)]
-    assert ours[0] | ours[1] == {k for k, _ in made.named_parameters()} and not ours[0] & ours[1]
+    guide = stirred(FullGuide.from_unet(unet))
+    whole, condition = Student(unet, guide)(x, t, text, w), Condition(copy.deepcopy(guide), (8, 8))
+    split = Student(unet, copy.deepcopy(guide), conditioned=True)
+    assert torch.equal(split(x, t, text, w, condition=condition(w)), whole)
+    names = [{k for k, _ in m.guide.named_parameters()} for m in (condition, split)]
+    assert names[0] | names[1] == {k for k, _ in guide.named_parameters()} and not names[0] & names[1]
     with pytest.raises(InputError, match="computes its condition separately and was given none"):
-        parted(x, t, text, w)
+        split(x, t, text, w)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])
 @torch.no_grad()
-def test_negative_prompts(kind: str) -> None:
+def test_negative_prompts_are_used_and_required(kind: str) -> None:
     unet = small_unet()
     guide = stirred(make(kind, unet, negative_prompts=True))
     x, t, text = example()
@@ -165,7 +165,7 @@ def test_negative_prompts(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])
 @torch.no_grad()
-def test_saved_and_loaded_again(kind: str, tmp_path: Path) -> None:
+def test_a_guide_is_unchanged_after_saving_and_loading(kind: str, tmp_path: Path) -> None:
     unet = small_unet()
     guide = stirred(make(kind, unet))
     guide.register_to_config(sampling_steps=8)
@@ -179,7 +179,7 @@ def test_saved_and_loaded_again(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])
-def test_a_guide_of_another_unet_says_which_shape_differs(kind: str) -> None:
+def test_a_guide_of_another_unet_is_refused_with_the_differing_shape(kind: str) -> None:
     guide = make(kind, small_unet())
     for changes, message in (
         ({"cross_attention_dim": 16}, "cross_attention_dim is 24 in the guide and 16 in the U-Net"),
@@ -196,17 +196,17 @@ def test_unknown_designs_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])
-def test_gradients_reach_every_weight_that_can_matter(kind: str) -> None:
+def test_gradients_reach_every_weight_of_the_guide(kind: str) -> None:
     unet = small_unet().requires_grad_(False)
     guide = stirred(make(kind, unet)).train()
     x, t, text = example()
     Student(unet, guide)(x, t, text, torch.full((3,), 3.0)).pow(2).sum().backward()
-    silent = [k for k, p in guide.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not silent
+    without_gradient = [k for k, p in guide.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without_gradient
     assert all(p.grad is None for p in unet.parameters())
 
 
-def test_a_guide_input_holds_what_the_encoder_made() -> None:
+def test_a_guide_of_the_mid_block_has_no_other_residuals() -> None:
     unet = small_unet()
     x, t, text = example()
     with torch.no_grad():
@@ -217,11 +217,11 @@ def test_a_guide_input_holds_what_the_encoder_made() -> None:
 
 
 @pytest.mark.parametrize("values", [[1.6], [2.0, 0.5], [2.0, 1.7, 1.2, 1.3, 0.9]], ids=str)
-def test_a_gains_table_is_linear_between_equally_spaced_timesteps(values: list[float]) -> None:
+def test_a_gain_table_is_linear_between_equally_spaced_timesteps(values: list[float]) -> None:
     t = np.array([0, 1, 124, 333, 499, 500, 749, 998, 999])
-    wanted = np.interp(t, np.linspace(0, 999, len(values)), values)
-    for given_t in (torch.from_numpy(t), torch.from_numpy(t).float()):
-        assert np.allclose(GainTable(values)(given_t).numpy(), wanted, atol=1e-6)
+    expected = np.interp(t, np.linspace(0, 999, len(values)), values)
+    for timesteps in (torch.from_numpy(t), torch.from_numpy(t).float()):
+        assert np.allclose(GainTable(values)(timesteps).numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])
@@ -240,9 +240,11 @@ def test_a_gain_scales_the_residuals_and_nothing_else(kind: str) -> None:
     factor = np.interp(t.numpy(), [0, 999], [2.0, 1.0])
     pairs = zip((*before.down_block_res_samples, before.mid_block_res_sample),
                 (*after.down_block_res_samples, after.mid_block_res_sample), strict=True)  # fmt: skip
-    for one, other in pairs:
-        assert one is not None and other is not None and one.abs().max() > 1e-4
-        assert torch.allclose(other, one * torch.from_numpy(factor).float()[:, None, None, None], rtol=1e-4, atol=1e-7)
+    for plain, scaled in pairs:
+        assert plain is not None and scaled is not None and plain.abs().max() > 1e-4
+        assert torch.allclose(
+            scaled, plain * torch.from_numpy(factor).float()[:, None, None, None], rtol=1e-4, atol=1e-7
+        )
     assert torch.equal(Student(unet, guide)(x, t, text, torch.ones(3)), unet(x, t, text).sample)
     guide.use_gain(None)
     again = guide(GuideInput(x, t, text, w, features))
@@ -262,7 +264,7 @@ def test_a_gain_is_saved_with_the_guide(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [-1.0], [float("nan")], [1.0] * 101, ["1"], [True, None]], ids=repr)
-def test_a_gain_that_is_none_is_refused(values: list[Any]) -> None:
+def test_invalid_gains_are_refused(values: list[Any]) -> None:
     with pytest.raises(InputError, match="a guide's gain is 1 to 100 numbers above 0"):
         TinyGuide.from_unet(small_unet(), gain=values)
 
@@ -271,11 +273,11 @@ def test_a_gain_that_is_none_is_refused(values: list[Any]) -> None:
 @pytest.mark.parametrize("side_by_side", [False, True])
 @pytest.mark.parametrize("design", [*DESIGNS, {"norm": True}], ids=lambda d: "-".join(map(str, d.values())))
 @torch.no_grad()
-def test_the_tiny_guides_residuals_are_the_formula_map_by_map(
+def test_the_tiny_guides_residuals_equal_the_formula_for_every_map(
     design: dict[str, Any], side_by_side: bool, size: int
 ) -> None:
     """expand(silu(depthwise(silu((reduce(x) + context)(1 + scale) + shift))) (w − 1)/4); scale and shift of map i
-    are chunks 2i and 2i + 1 of the modulation, behind the trunk's.
+    are chunks 2i and 2i + 1 of the modulation, after those of the trunk.
     """
     unet = small_unet(layers_per_block=2)
     guide = stirred(make("tiny", unet, **design))
@@ -284,11 +286,11 @@ def test_the_tiny_guides_residuals_are_the_formula_map_by_map(
     x, t, text = example(size)
     w = torch.tensor([2.0, 5.0, 8.0])
     _, features = encode(unet, x, t, text)
-    given = GuideInput(x, t, text, w, features, negative=text.flip(0))
-    found = guide(given)
-    film = guide.film(silu(guide.embedding(t, w, x.dtype) + guide.summary(given)))[:, :, None, None]
+    inputs = GuideInput(x, t, text, w, features, negative=text.flip(0))
+    output = guide(inputs)
+    film = guide.film(silu(guide.embedding(t, w, x.dtype) + guide.summary(inputs)))[:, :, None, None]
     parts = film.chunk(2 * (len(guide.trunk) + len(guide.adapters)), 1)
-    context = guide.deep_context(given)
+    context = guide.deep_context(inputs)
     for i, block in enumerate(guide.trunk):
         modulated = silu(context * (1 + parts[2 * i]) + parts[2 * i + 1])
         context = context + block.second(silu(block.first(modulated)))
@@ -297,7 +299,7 @@ def test_the_tiny_guides_residuals_are_the_formula_map_by_map(
     maps = (*features.down_block_res_samples, features.mid_block_res_sample)
     adapters, place = iter(guide.adapters), len(guide.trunk)
     for skip, got, used in zip(
-        maps, (*found.down_block_res_samples, found.mid_block_res_sample), guide.emitting, strict=True
+        maps, (*output.down_block_res_samples, output.mid_block_res_sample), guide.emitting, strict=True
     ):
         if not used:
             assert got is None
@@ -312,7 +314,7 @@ def test_the_tiny_guides_residuals_are_the_formula_map_by_map(
         place += 1
 
 
-def test_bundles_of_onnxruntime_hold_the_form_with_fewer_nodes(tmp_path: Path) -> None:
+def test_onnxruntime_uses_the_form_with_fewer_nodes(tmp_path: Path) -> None:
     nodes = []
     for side_by_side in (False, True):
         guide = stirred(make("tiny", unet := small_unet(layers_per_block=2)))

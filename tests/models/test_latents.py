@@ -1,4 +1,4 @@
-"""Latents between U-Net and autoencoder, as diffusers' pipelines scale them."""
+"""Scaling of latents between U-Net and autoencoder, compared with diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def autoencoder(**config: Any) -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, **config).eval()
 
 
-def test_images_of_normalised_latents_are_diffusers_own(micro_sdxl: Path) -> None:
+def test_images_of_normalised_latents_equal_diffusers(micro_sdxl: Path) -> None:
     pipe = StableDiffusionXLPipeline.from_pretrained(micro_sdxl, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae = autoencoder(scaling_factor=0.5, force_upcast=False, **NORMAL)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = dict(num_inference_steps=1, guidance_scale=1.0, latents=noise, height=64, width=64)
     latents = pipe("a cat", output_type="latent", **options).images
-    wanted = pipe("a cat", output_type="pt", **options).images
+    expected = pipe("a cat", output_type="pt", **options).images
     with torch.no_grad():
-        found = VaeDecoder(pipe.vae)(latents)[..., : wanted.shape[-2], : wanted.shape[-1]]
-    torch.testing.assert_close((found / 2 + 0.5).clamp(0, 1), wanted, rtol=0, atol=1e-5)
+        decoded = VaeDecoder(pipe.vae)(latents)[..., : expected.shape[-2], : expected.shape[-1]]
+    torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [{}, {"shift_factor": 0.3}, NORMAL], ids=["factor", "shift", "normal"])
-def test_there_and_back_is_where_it_was(config: dict[str, Any]) -> None:
+def test_scaling_latents_and_back_is_the_identity(config: dict[str, Any]) -> None:
     vae = autoencoder(scaling_factor=0.18, **config)
     code = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(to_vae(from_vae(code, vae), vae), code)
     mean = torch.tensor(config.get("latents_mean", [config.get("shift_factor", 0.0)] * 4)).double()
     std = torch.tensor(config.get("latents_std", [1.0] * 4)).double()
-    wanted = (code.double().movedim(1, -1) - mean) / std * 0.18
-    torch.testing.assert_close(from_vae(code, vae).double().movedim(1, -1), wanted, rtol=1e-5, atol=1e-6)
+    expected = (code.double().movedim(1, -1) - mean) / std * 0.18
+    torch.testing.assert_close(from_vae(code, vae).double().movedim(1, -1), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_there_and_back_is_where_it_was(config: dict[str, Any]) -> None:
         ("latents_mean", 3, "latents_mean"),
     ],
 )
-def test_configs_that_cannot_be_are_refused(
+def test_invalid_latent_statistics_are_refused(
     micro_base: Path, tmp_path: Path, key: str, value: Any, message: str
 ) -> None:
     folder = Path(shutil.copytree(micro_base, tmp_path / "base"))
@@ -68,7 +68,7 @@ def test_configs_that_cannot_be_are_refused(
         resolve(str(folder)).own_vae()
 
 
-def test_another_autoencoder_of_other_latents_is_refused(tmp_path: Path) -> None:
+def test_an_autoencoder_with_other_latents_is_refused(tmp_path: Path) -> None:
     autoencoder(**NORMAL).save_pretrained(tmp_path / "vae")
     with pytest.raises(
         InputError, match=r"latents_mean = \[-1.6, 1.1, 0.4, -0.2\], but the base's autoencoder has None"

@@ -1,4 +1,4 @@
-"""The bundled model and what its recipe saves are opened by diffusers alone, without a type being named."""
+"""Plain diffusers loads the bundled model, and models saved by its recipe, without a ``torch_dtype``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMOJI = ROOT / "emoji"
 
 @pytest.fixture(scope="module")
 def saved_by_the_recipe(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The micro teacher as the recipe's last stage saves a model."""
+    """The micro teacher, saved by the recipe's last stage."""
     out = tmp_path_factory.mktemp("recipe")
     (out / "tokenizer").mkdir()
     for name in ("vocab.json", "merges.txt"):
@@ -42,9 +42,9 @@ def test_plain_diffusers_generates(folder: str, saved_by_the_recipe: Path) -> No
     assert {n.dtype for n in (pipe.unet, pipe.text_encoder, pipe.vae)} == {torch.float32}
     generator = torch.Generator().manual_seed(0)
     image = np.asarray(pipe("red apple, noto style", num_inference_steps=2, generator=generator).images[0])
-    assert image.std() > 1  # an image and no plane of one colour
+    assert image.std() > 1  # not a single colour
 
 
-def test_a_type_that_is_asked_for_is_given() -> None:
+def test_a_requested_dtype_is_used() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(EMOJI, safety_checker=None, torch_dtype=torch.float16)
     assert {n.dtype for n in (pipe.unet, pipe.text_encoder, pipe.vae)} == {torch.float16}

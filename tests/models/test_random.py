@@ -1,4 +1,4 @@
-"""Architectures with random weights: the same every time, half the memory, and numbers that mean something."""
+"""Architectures with random weights: reproducible, in half precision, and with outputs of a useful magnitude."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pnp_trt.precision.recipes import RECIPES, convert, reference
 
 @pytest.fixture
 def base(micro_base: Path) -> RandomBase:
-    """The micro model's shapes without its weights, and an autoencoder of Stable Diffusion's kind."""
+    """The micro model's architecture with random weights, and a small ``AutoencoderKL``."""
     configs = {n: json.loads((micro_base / n / "config.json").read_text()) for n in ("unet", "text_encoder")}
     vae = random_base("random:sd15").config("vae") | {"block_out_channels": [8, 8], "norm_num_groups": 4}
     vae |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
@@ -48,13 +48,13 @@ def test_every_network_runs_and_matches_its_export(base: RandomBase, tmp_path: P
         "vae": (VaeDecoder(base.vae()), {"latents": torch.randn(2, 4, 8, 8, generator=g)}),
     }  # fmt: skip
     for name, (module, inputs) in cases.items():
-        wanted = reference(module, inputs).numpy()
-        assert 1e-3 < abs(wanted).mean() < 1e3, name
+        expected = reference(module, inputs).numpy()
+        assert 1e-3 < abs(expected).mean() < 1e3, name
         export(convert(module, RECIPES["fp16"]), inputs, "y", tmp_path / name / "net.onnx")
-        assert relative_error(tmp_path / name / "net.onnx", inputs, wanted) < RECIPES["fp16"].limit, name
+        assert relative_error(tmp_path / name / "net.onnx", inputs, expected) < RECIPES["fp16"].limit, name
 
 
-def test_names() -> None:
+def test_known_names_and_their_sizes() -> None:
     sizes = resolve("random:sd15").sizes()
     assert (sizes.latent, sizes.text_width, sizes.factor) == ((4, 64, 64), 768, 8)
     assert resolve("random:sd21").sizes().latent == (4, 96, 96)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file against the library's own reader, and files that are something else."""
+"""Safetensors headers compared with the library's reader, and errors for files of other formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def raw(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-def test_it_reads_what_the_library_reads(tmp_path: Path) -> None:
+def test_the_header_equals_that_of_the_library(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.zeros(2, 3), "b.c": torch.zeros(4, dtype=torch.float16), "empty": torch.zeros(0)}
     save_file(tensors, path, {"modelspec.title": "x"})
@@ -70,14 +70,14 @@ def _entry(**changes: object) -> bytes:
         (raw(b'{"__metadata__": [1]}'), "the safetensors metadata is a list"),
     ],
 )
-def test_what_it_is_instead(tmp_path: Path, content: bytes, message: str) -> None:
+def test_errors_state_what_a_file_is_instead(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_header(path)
 
 
-def test_a_pickled_suffix_is_named_where_the_bytes_say_nothing(tmp_path: Path) -> None:
+def test_a_pickle_suffix_is_reported_if_the_bytes_are_unknown(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"\xff" * 64)
     with pytest.raises(InputError, match="pickled weights are not read, because loading them can run code"):
         read_header(tmp_path / "x.ckpt")

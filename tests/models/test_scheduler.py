@@ -1,4 +1,4 @@
-"""What is read about a noise schedule, what is recorded, and what is refused."""
+"""Noise schedules: reading them from files and configs, recording them, and refusing unsupported ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ EMOJI: dict[str, Any] = json.loads((ROOT / "emoji" / "scheduler" / "scheduler_co
         ((), {"modelspec.prediction_type": "flow"}, Noise("flow")),
     ],
 )
-def test_what_a_file_states(markers: tuple[str, ...], metadata: dict[str, str], stated: Noise) -> None:
+def test_noise_settings_are_read_from_keys_and_metadata(
+    markers: tuple[str, ...], metadata: dict[str, str], stated: Noise
+) -> None:
     assert Noise.stated(markers, metadata, "x") == stated
 
 
@@ -46,7 +48,7 @@ def test_a_file_that_contradicts_itself_is_refused() -> None:
         Noise.stated((), {"ss_v_parameterization": "maybe"}, "x")
 
 
-def test_the_users_word_wins_over_the_files_and_the_files_over_the_config() -> None:
+def test_options_override_the_file_and_the_file_overrides_the_config() -> None:
     record = scheduler_record(EMOJI, Noise("v_prediction", True), Noise("epsilon"))
     assert (record["prediction_type"], record["rescale_betas_zero_snr"]) == ("epsilon", True)
     assert record["_class_name"] == "DDIMScheduler" and "_diffusers_version" not in record
@@ -56,7 +58,7 @@ def test_the_users_word_wins_over_the_files_and_the_files_over_the_config() -> N
     assert scheduler_record(EMOJI | {"prediction_type": None}, Noise(), Noise())["prediction_type"] == "epsilon"
 
 
-def test_options_are_written_back_as_they_were_given() -> None:
+def test_noise_settings_are_written_as_options() -> None:
     assert Noise().arguments() == []
     assert Noise("v_prediction", False).arguments() == [
         "--prediction-type", "v_prediction", "--no-zero-terminal-snr",
@@ -98,28 +100,30 @@ def test_a_schedule_that_cannot_sample_is_refused(changes: dict[str, Any], messa
          "prediction_type v_prediction, beta_start 0.001"),
     ],
 )  # fmt: skip
-def test_a_guide_is_held_against_its_noise(changes: dict[str, Any], theirs: str, ours: str) -> None:
+def test_a_guide_distilled_under_another_noise_schedule_is_refused(
+    changes: dict[str, Any], theirs: str, ours: str
+) -> None:
     with pytest.raises(InputError, match=f"guide 'g' was distilled under {theirs}, but x has {ours}; "):
         check_distilled(EMOJI, EMOJI | changes, "guide 'g'", "x")
 
 
-def test_what_means_the_same_is_no_mismatch() -> None:
+def test_equivalent_noise_schedules_match() -> None:
     betas = [(0.00085**0.5 + (0.025**0.5 - 0.00085**0.5) * i / 999) ** 2 for i in range(1000)]
     written_out = EMOJI | {"trained_betas": betas, "beta_schedule": "linear"}
     for record in (written_out, EMOJI | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}):
         check_distilled(EMOJI, record, "guide", "x")
 
 
-def test_a_guide_for_one_number_of_steps_wants_its_own_timesteps() -> None:
+def test_a_guide_for_a_fixed_number_of_steps_requires_its_timesteps() -> None:
     check_distilled(EMOJI, EMOJI | {"_class_name": "EulerDiscreteScheduler"}, "guide", "x", 8)
     with pytest.raises(InputError, match="under timestep_spacing trailing, but x has timestep_spacing leading"):
         check_distilled(EMOJI, EMOJI | {"timestep_spacing": "leading"}, "guide", "x", 8)
 
 
-def test_what_a_guide_was_distilled_under(tmp_path: Path) -> None:
+def test_a_guides_noise_schedule_is_read_from_its_report(tmp_path: Path) -> None:
     known = distilled_under(ROOT / "guides" / "emoji-tiny")  # its report records it, or names the bundled model
-    given = {k: v for k, v in known.items() if v is not None}
-    assert given == {k: v for k, v in EMOJI.items() if k != "_diffusers_version" and v is not None}
+    recorded = {k: v for k, v in known.items() if v is not None}
+    assert recorded == {k: v for k, v in EMOJI.items() if k != "_diffusers_version" and v is not None}
     (tmp_path / "distill.json").write_text(json.dumps({"scheduler": {"prediction_type": "v_prediction"}}))
     assert distilled_under(tmp_path) == {"prediction_type": "v_prediction"}
     for text in ('{"settings": {"base": "someone/some-model"}}', "[]", "{", '{"settings": 3}'):

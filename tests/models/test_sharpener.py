@@ -1,4 +1,4 @@
-"""The sharpener: its formula, where it must change nothing, and what of a guide it trains."""
+"""The sharpener: its formula, when it must change nothing, and which weights are trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {"rank": 4, "embed_dim": 8}
 
 
 def sharpening(unet: Any, seed: int = 3) -> Guide:
-    """A guide with a sharpener, all of whose last projections are random."""
+    """Return a guide whose sharpener and last projections are random, not zero."""
     torch.manual_seed(seed)
     guide = awake(TinyGuide.from_unet(unet, **SMALL, sharpener_width=8))
     with torch.no_grad():
@@ -37,17 +37,17 @@ def texts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_the_formula() -> None:
-    """Against numpy in float64, from the docstring."""
+def test_the_sharpener_equals_its_formula() -> None:
+    """The docstring's formula in numpy, in float64."""
     torch.manual_seed(0)
     sharpener = Sharpener(24, 8)
     torch.nn.init.normal_(sharpener.leave.weight)
     text, negative, empty, w = texts()
     got = sharpener(text, negative, empty, w).numpy()
-    held = {k: v.double().numpy() for k, v in sharpener.state_dict().items()}
+    weights = {k: v.double().numpy() for k, v in sharpener.state_dict().items()}
 
     def linear(name: str, x: np.ndarray) -> np.ndarray:
-        return x @ held[f"{name}.weight"].T + held.get(f"{name}.bias", 0.0)
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
 
     def s(i: int, other: np.ndarray) -> np.ndarray:
         angles = w[i].item() * 4 * 100.0 ** (-np.arange(32) / 32)
@@ -64,13 +64,13 @@ def test_the_formula() -> None:
 
     for i in range(3):
         change = s(i, negative[i].double().numpy()) - s(i, empty[i].double().numpy())
-        wanted = text[i].double().numpy() + (w[i].item() - 1) / 4 * change
-        np.testing.assert_allclose(got[i], wanted, atol=1e-5)
+        expected = text[i].double().numpy() + (w[i].item() - 1) / 4 * change
+        np.testing.assert_allclose(got[i], expected, atol=1e-5)
     assert np.abs(got[2] - text[2].numpy()).max() > 0.1
 
 
 @torch.no_grad()
-def test_where_it_changes_nothing() -> None:
+def test_the_sharpener_changes_nothing_at_w_one_or_without_a_negative_prompt() -> None:
     unet = small_unet()
     guide = sharpening(unet)
     student = Student(unet, guide)
@@ -87,7 +87,7 @@ def test_where_it_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_apart_from_the_guide_it_gives_the_same() -> None:
+def test_a_sharpener_apart_from_its_guide_gives_the_same_output() -> None:
     unet = small_unet()
     x, t, text = example()
     negative, empty, w = text.roll(1, 0), torch.zeros_like(text), torch.tensor([2.0, 3.0, 7.0])
@@ -99,25 +99,25 @@ def test_apart_from_the_guide_it_gives_the_same() -> None:
     assert torch.equal(Student(unet, rest)(x, t, apart(text, negative, empty, w), w), whole)
 
 
-def test_a_new_one_is_all_that_is_trained(tmp_path: Path) -> None:
+def test_only_the_new_sharpener_is_trained(tmp_path: Path) -> None:
     unet = small_unet().requires_grad_(False)
     own = awake(TinyGuide.from_unet(unet, **SMALL))
-    made = with_new_sharpener(own, 8)
-    trained = {k for k, p in made.named_parameters() if p.requires_grad}
-    assert trained == {f"sharpener.{k}" for k, _ in made.sharpener.named_parameters()}  # type: ignore[union-attr]
-    assert all(torch.equal(made.state_dict()[k], v) for k, v in own.state_dict().items()) and made.negative_prompts
+    guide = with_new_sharpener(own, 8)
+    trained = {k for k, p in guide.named_parameters() if p.requires_grad}
+    assert trained == {f"sharpener.{k}" for k, _ in guide.sharpener.named_parameters()}  # type: ignore[union-attr]
+    assert all(torch.equal(guide.state_dict()[k], v) for k, v in own.state_dict().items()) and guide.negative_prompts
     x, t, text = example()
-    for p in made.sharpener.parameters():  # type: ignore[union-attr]
+    for p in guide.sharpener.parameters():  # type: ignore[union-attr]
         torch.nn.init.normal_(p, std=0.3)
-    out = Student(unet, made)(x, t, text, torch.full((3,), 3.0), text.roll(1, 0), empty=text * 0)
+    out = Student(unet, guide)(x, t, text, torch.full((3,), 3.0), text.roll(1, 0), empty=text * 0)
     out.pow(2).sum().backward()
-    assert {k for k, p in made.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == trained
-    made.save_pretrained(tmp_path)
+    assert {k for k, p in guide.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == trained
+    guide.save_pretrained(tmp_path)
     again = load_guide(str(tmp_path))
-    assert again.negative_prompts and all(torch.equal(again.state_dict()[k], v) for k, v in made.state_dict().items())
+    assert again.negative_prompts and all(torch.equal(again.state_dict()[k], v) for k, v in guide.state_dict().items())
 
 
-def test_guides_that_take_none_say_so() -> None:
+def test_guides_that_cannot_have_a_sharpener_are_refused() -> None:
     unet = small_unet()
     for guide, message in (
         (TinyGuide.from_unet(unet, **SMALL, negative_prompts=True), "already supports negative prompts"),

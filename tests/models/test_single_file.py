@@ -1,4 +1,4 @@
-"""Checkpoints in one file: the same weights under every known name, and nothing dropped in silence."""
+"""Single-file checkpoints: weights are read under every known prefix, and nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
      "_orig_mod.", "model.diffusion_model._orig_mod."],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
-def test_a_unet_under_any_known_prefix(
+def test_a_unet_is_read_under_any_known_prefix(
     tmp_path: Path, unet: dict[str, Tensor], config: dict[str, Any], prefix: str, layout: str
 ) -> None:
     names = {k: original_key(k) if layout == "original" else k for k in unet}
@@ -73,7 +73,7 @@ def test_a_unet_under_any_known_prefix(
     assert same(file.weights("unet", config), unet)
 
 
-def test_an_unknown_prefix_is_told_as_such(tmp_path: Path, unet: dict[str, Tensor]) -> None:
+def test_unknown_prefixes_and_two_unets_are_refused(tmp_path: Path, unet: dict[str, Tensor]) -> None:
     with pytest.raises(InputError, match="holds no U-Net: its keys begin with 'foo.', which is not a known prefix"):
         written(tmp_path, {f"foo.{k}": v for k, v in unet.items()})
     with pytest.raises(InputError, match="holds more than one U-Net: .* under 'unet.' and .* under ''"):
@@ -85,7 +85,7 @@ def test_an_unknown_prefix_is_told_as_such(tmp_path: Path, unet: dict[str, Tenso
     ["cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_encoder.text_model.",
      "text_encoder.", "state_dict.cond_stage_model.transformer.text_model."],
 )  # fmt: skip
-def test_a_text_encoder_of_clips_names(
+def test_a_text_encoder_with_transformers_names_is_read(
     tmp_path: Path, unet: dict[str, Tensor], text: dict[str, Tensor], prefix: str
 ) -> None:
     ids = {f"{prefix}embeddings.position_ids": torch.arange(12)[None]}
@@ -123,14 +123,14 @@ def test_an_open_clip_text_encoder_of_another_architecture_is_refused(
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
-def test_a_kl_vae(tmp_path: Path, unet: dict[str, Tensor], layout: str) -> None:
+def test_an_autoencoder_kl_is_read_in_both_layouts(tmp_path: Path, unet: dict[str, Tensor], layout: str) -> None:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     vae = {k: v.clone() for k, v in AutoencoderKL.from_config(KL).state_dict().items()}
-    given = original_vae(vae, 2) if layout == "original" else vae
+    stored = original_vae(vae, 2) if layout == "original" else vae
     prefix = "first_stage_model." if layout == "original" else "vae."
-    file = written(tmp_path, unet | {prefix + k: v for k, v in given.items()})
+    file = written(tmp_path, unet | {prefix + k: v for k, v in stored.items()})
     file.refuse_unused({"text_encoder": CLIP, "vae": KL}, "the engine")
     assert same(file.weights("vae", KL), vae)
     with pytest.raises(
@@ -152,7 +152,9 @@ def test_a_kl_vae(tmp_path: Path, unet: dict[str, Tensor], layout: str) -> None:
         ("what.is.this", "an unknown kind"),
     ],
 )
-def test_what_no_engine_uses_is_named_and_refused(tmp_path: Path, unet: dict[str, Tensor], key: str, kind: str) -> None:
+def test_weights_that_no_engine_uses_are_named_and_refused(
+    tmp_path: Path, unet: dict[str, Tensor], key: str, kind: str
+) -> None:
     file = written(tmp_path, unet | {key: torch.zeros(2)})
     assert file.unused == {kind: [key]}
     with pytest.raises(
@@ -194,7 +196,7 @@ def test_training_leftovers_are_ignored(tmp_path: Path, unet: dict[str, Tensor],
     file.refuse_unused({"text_encoder": CLIP, "vae": TINY}, "the engine")
 
 
-def test_a_file_without_a_unet_says_what_it_is(tmp_path: Path, text: dict[str, Tensor]) -> None:
+def test_errors_state_what_a_file_without_a_unet_is(tmp_path: Path, text: dict[str, Tensor]) -> None:
     for weights, message in (
         (text, "it is a text encoder"),
         ({"encoder.conv_in.weight": torch.zeros(1), "quant_conv.weight": torch.zeros(1)}, "it is a VAE"),
@@ -206,19 +208,19 @@ def test_a_file_without_a_unet_says_what_it_is(tmp_path: Path, text: dict[str, T
             written(tmp_path, weights)
 
 
-def test_what_differs_is_told() -> None:
+def test_errors_list_the_differing_weights() -> None:
     own = {"a": torch.zeros(2, 3), "b": torch.zeros(2), "c": torch.zeros(1)}
     check_fits(own, {k: v + 1 for k, v in own.items()}, "x", "y")
-    given = {"a": torch.zeros(2, 4), "b": torch.zeros(3), "d": torch.zeros(1)}
+    other = {"a": torch.zeros(2, 4), "b": torch.zeros(3), "d": torch.zeros(1)}
     with pytest.raises(
         InputError,
         match=r"x is not a fine-tune of y: a has shape \[2, 4\], not \[2, 3\], and 1 more differ in shape and "
         r"1 weight \(c\) missing and 1 weight \(d\) left over",
     ):
-        check_fits(own, given, "x", "y")
+        check_fits(own, other, "x", "y")
 
 
-def test_original_names_that_the_converter_does_not_know_are_left_over(
+def test_keys_unknown_to_the_converter_keep_their_names(
     tmp_path: Path, unet: dict[str, Tensor], config: dict[str, Any]
 ) -> None:
     prefix = "model.diffusion_model."
@@ -227,7 +229,9 @@ def test_original_names_that_the_converter_does_not_know_are_left_over(
     assert read_single_file(file.path).noise.prediction_type is None
 
 
-def test_other_types_become_float32(tmp_path: Path, unet: dict[str, Tensor], config: dict[str, Any]) -> None:
+def test_float64_and_fp8_weights_become_float32(
+    tmp_path: Path, unet: dict[str, Tensor], config: dict[str, Any]
+) -> None:
     for dtype in (torch.float64, torch.float8_e4m3fn):
         weights = written(tmp_path, {k: v.to(dtype) for k, v in unet.items()}).weights("unet", config)
         assert all(torch.equal(weights[k], v.to(dtype).float()) for k, v in unet.items())

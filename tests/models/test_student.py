@@ -1,4 +1,4 @@
-"""The student is the teacher's own arithmetic plus residuals that vanish where they must."""
+"""The student computes the teacher's U-Net plus residuals, which are zero at w = 1 and before training."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def example(size: int = 8, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, 
 
 @pytest.mark.parametrize("size", [8, 9, 12])  # 9 does not halve evenly
 @torch.no_grad()
-def test_taking_the_unet_apart_changes_nothing(size: int) -> None:
+def test_the_split_unet_equals_diffusers_forward(size: int) -> None:
     unet = small_unet()
     x, t, text = example(size)
     assert torch.equal(Teacher(unet)(x, t, text), unet(x, t, text).sample)
 
 
 @torch.no_grad()
-def test_residuals_mean_what_they_mean_in_diffusers() -> None:
+def test_residuals_are_added_as_in_diffusers() -> None:
     unet = small_unet()
     guide = awake(TinyGuide.from_unet(unet, rank=4, embed_dim=8))
     x, t, text = example()
@@ -67,7 +67,7 @@ def test_residuals_mean_what_they_mean_in_diffusers() -> None:
 
 
 @torch.no_grad()
-def test_injection_vanishes_exactly_at_w_one_and_before_training() -> None:
+def test_residuals_are_exactly_zero_at_w_one_and_before_training() -> None:
     unet = small_unet()
     x, t, text = example()
     plain = unet(x, t, text).sample
@@ -89,7 +89,7 @@ def test_w_is_per_sample() -> None:
 
 
 @torch.no_grad()
-def test_cfg_is_the_published_formula() -> None:
+def test_cfg_equals_the_published_formula() -> None:
     unet = small_unet()
     x, t, text = example()
     empty = torch.zeros_like(text)
@@ -99,7 +99,7 @@ def test_cfg_is_the_published_formula() -> None:
     assert torch.allclose(cfg(unet, x, t, text, empty, w), expected, atol=1e-5)
 
 
-def test_a_guide_for_another_unet_is_refused_with_the_shape() -> None:
+def test_a_guide_for_another_unet_is_refused_with_the_differing_shape() -> None:
     guide = TinyGuide.from_unet(small_unet(), rank=4, embed_dim=8)
     with pytest.raises(
         InputError, match=r"skip_channels is \[16, 16, 16, 32\] in the guide and \[16, 16, 16, 16, 32, 32\]"

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's text in images: what its readers find in ours, and what is read of theirs."""
+"""AUTOMATIC1111's parameters in images: writing them for its readers, and reading them from other programs' files."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Denoising strength: 0.6, Guidance method: guided, Version: pnp-trt {__version__}
 
 
 def chunks(png: bytes) -> dict[bytes, list[bytes]]:
-    """A PNG's chunks by type, by the format's definition."""
-    at, found = 8, {}
+    """Return a PNG's chunks by type, read by the format's definition."""
+    at, by_type = 8, {}
     while at < len(png):
         (length,) = struct.unpack(">I", png[at : at + 4])
-        found.setdefault(png[at + 4 : at + 8], []).append(png[at + 8 : at + 8 + length])
+        by_type.setdefault(png[at + 4 : at + 8], []).append(png[at + 8 : at + 8 + length])
         at += length + 12
-    return found
+    return by_type
 
 
 def test_a_png_has_the_text_chunk_that_a1111_writes() -> None:
-    made = encode_image(PIXELS, RECORD, "png", Path("x"))
-    assert chunks(made)[b"tEXt"] == [b"parameters\0" + WORDS.encode("latin-1")]
+    png = encode_image(PIXELS, RECORD, "png", Path("x"))
+    assert chunks(png)[b"tEXt"] == [b"parameters\0" + WORDS.encode("latin-1")]
     wide = encode_image(PIXELS, RECORD | {"prompt": "苹果 🍎"}, "png", Path("x"))
-    assert b"tEXt" not in chunks(wide)  # what Latin-1 lacks is in an international chunk, as Pillow writes it
+    assert b"tEXt" not in chunks(wide)  # Pillow writes characters that Latin-1 lacks into an international chunk
     assert (
         Image.open(io.BytesIO(wide)).info["parameters"].startswith("苹果 🍎\nNegative prompt: blurred, dark\nSteps: 20")
     )
@@ -53,8 +53,8 @@ def test_a_png_has_the_text_chunk_that_a1111_writes() -> None:
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
 def test_exif_has_the_comment_that_piexif_writes(kind: str) -> None:
-    made = Image.open(io.BytesIO(encode_image(PIXELS, RECORD, kind, Path("x"))))
-    comment = made.getexif().get_ifd(0x8769)[0x9286]
+    image = Image.open(io.BytesIO(encode_image(PIXELS, RECORD, kind, Path("x"))))
+    comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment == b"UNICODE\0" + WORDS.encode("utf-16-be")
 
 
@@ -64,7 +64,7 @@ def test_both_records_are_read_back(kind: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(data)
     assert read_parameters(tmp_path / "x")["prompt"] == parse_parameters(read_text(data))["Prompt"] == "🍎 b\\ö"
     assert read_text(tmp_path / "x") == read_text(data)
-    without = encode_image(PIXELS, {"images": []}, kind, Path("x"))  # a grid's
+    without = encode_image(PIXELS, {"images": []}, kind, Path("x"))  # the record of a grid
     assert read_text(without) == "" and text_of({"images": []}) is None
 
 
@@ -74,7 +74,7 @@ def test_a_long_jpeg_keeps_our_own_record(tmp_path: Path) -> None:
     assert len(read_text(encode_image(PIXELS, {"prompt": "a" * 20_000}, "jpeg", Path("x")))) > 20_000
 
 
-#: texts of images that people share, with what their readers find
+#: parameter texts of shared images, and the expected result of parsing them
 SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "old": (
         "masterpiece, a cat\nNegative prompt: lowres, bad hands\n"
@@ -104,11 +104,11 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", SHARED)
 def test_texts_of_shared_images_are_parsed(name: str) -> None:
-    text, found = SHARED[name]
-    assert parse_parameters(text) == found
+    text, expected = SHARED[name]
+    assert parse_parameters(text) == expected
 
 
-def test_images_of_other_writers_are_read() -> None:
+def test_images_of_other_programs_are_read() -> None:
     text = SHARED["old"][0]
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
@@ -116,12 +116,12 @@ def test_images_of_other_writers_are_read() -> None:
                     b"ASCII\0\0\0" + text.encode(), b"\0" * 8 + text.encode()):  # fmt: skip
         exif = Image.Exif()
         exif[0x8769] = {0x9286: comment}
-        held = io.BytesIO()
-        Image.fromarray(PIXELS).save(held, "JPEG", exif=exif)
-        assert read_text(held.getvalue()) == text
-    held = io.BytesIO()
-    Image.fromarray(PIXELS).save(held, "PNG", pnginfo=info)
-    assert read_text(held.getvalue()) == text
+        buffer = io.BytesIO()
+        Image.fromarray(PIXELS).save(buffer, "JPEG", exif=exif)
+        assert read_text(buffer.getvalue()) == text
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG", pnginfo=info)
+    assert read_text(buffer.getvalue()) == text
     with pytest.raises(InputError, match="the image cannot be read .*; give a PNG, JPEG or WebP image"):
         read_text(b"GIF89a, or not")
 
@@ -133,8 +133,8 @@ LINE = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]),
 
 @settings(max_examples=60)
 @given(prompt=st.lists(LINE, min_size=1, max_size=3), negative=st.lists(LINE, max_size=3), engine=LINE)
-def test_what_is_written_is_parsed(prompt: list[str], negative: list[str], engine: str) -> None:
+def test_written_texts_are_parsed_back(prompt: list[str], negative: list[str], engine: str) -> None:
     record = RECORD | {"prompt": "\n".join(prompt), "negative": "\n".join(negative), "engine": engine}
-    found = parse_parameters(str(text_of(record)))
-    assert found["Prompt"] == record["prompt"] and found["Negative prompt"] == record["negative"]
-    assert found["Model"] == engine and found["Sampler"] == "DPM++ 2M" and found["Size-1"] == "96"
+    parsed = parse_parameters(str(text_of(record)))
+    assert parsed["Prompt"] == record["prompt"] and parsed["Negative prompt"] == record["negative"]
+    assert parsed["Model"] == engine and parsed["Sampler"] == "DPM++ 2M" and parsed["Size-1"] == "96"

@@ -1,4 +1,4 @@
-"""Bundles say what their guide takes: negative prompts, and the only step count of stage 2; the full guide too."""
+"""Bundles record what their guide supports: negative prompts, and the fixed step count of stage 2."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def made(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "bundle"
 
 
-def test_what_depends_on_w_alone_is_a_network_of_its_own(made: Path, micro_base: Path) -> None:
-    """Fed with it, the U-Net's graph gives what the student gives in one piece; both are exact by themselves."""
+def test_the_part_that_depends_only_on_w_is_a_separate_network(made: Path, micro_base: Path) -> None:
+    """With its output, the U-Net's graph equals the complete student; each network also passes verification."""
     bundle = open_bundle(made)
     networks = bundle.manifest.networks
     assert list(networks["condition"].inputs) == ["guidance"] and "condition" in networks["unet"].inputs
     maps = json.loads((made / "weights.json").read_text())["networks"]
-    held = {n: {w["key"] for w in maps[n]["weights"].values() if w["source"] == "guide"} for n in maps}
-    assert {k.partition(".")[0] for k in held["condition"]} == {"w_features", "hint"}
-    assert not held["condition"] & held["unet"]
+    keys = {n: {w["key"] for w in maps[n]["weights"].values() if w["source"] == "guide"} for n in maps}
+    assert {k.partition(".")[0] for k in keys["condition"]} == {"w_features", "hint"}
+    assert not keys["condition"] & keys["unet"]
     assert verify(bundle).keys() == networks.keys()
     whole = Student(resolve(str(micro_base)).unet(), load_guide(str(made.parent / "guide")))
     backend = backends.get("onnxruntime")
@@ -64,11 +64,11 @@ def test_what_depends_on_w_alone_is_a_network_of_its_own(made: Path, micro_base:
         inputs["guidance"] = np.array(w, np.float32)
         inputs["condition"] = condition(guidance=inputs["guidance"])
         with torch.no_grad():
-            wanted = whole(**{k: torch.from_numpy(v) for k, v in inputs.items() if k != "condition"}).numpy()
-        assert difference(unet(**inputs), wanted) < 1e-5
+            expected = whole(**{k: torch.from_numpy(v) for k, v in inputs.items() if k != "condition"}).numpy()
+        assert difference(unet(**inputs), expected) < 1e-5
 
 
-def test_the_same_images_as_in_one_piece(made: Path, micro_base: Path, tmp_path: Path,
+def test_a_separate_condition_network_gives_the_same_images(made: Path, micro_base: Path, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     spec = BuildSpec(str(micro_base), str(made.parent / "guide"), backend="torch", out=tmp_path / "parted")
     build(spec)
@@ -83,16 +83,16 @@ def test_the_same_images_as_in_one_piece(made: Path, micro_base: Path, tmp_path:
         assert np.abs(a.pixels.astype(int) - b.pixels).max() <= 1 and np.abs(a.pixels.astype(int) - c.pixels).max() <= 1
 
 
-def test_the_step_count_is_the_default_and_another_is_remarked(made: Path) -> None:
+def test_the_distilled_step_count_is_the_default_and_others_warn(made: Path) -> None:
     pipeline = Pipeline.load(made)
     assert pipeline("a red apple")[0].parameters["steps"] == 4
     with pytest.warns(UserWarning, match="was distilled for 4 steps and is run with 6; its images may be wrong"):
         assert pipeline("a red apple", steps=6)[0].parameters["steps"] == 6
-    # other methods do not run the guide: any number of steps is theirs
+    # other methods do not run the guide and take any number of steps
     assert pipeline("a red apple", method="unguided")[0].parameters["steps"] == 20
 
 
-def test_negative_prompts_change_the_image_and_the_empty_one_is_none(made: Path) -> None:
+def test_negative_prompts_change_the_image_unless_empty(made: Path) -> None:
     pipeline = Pipeline.load(made)
     plain = pipeline("a red apple", guidance=5.0)[0]
     empty = pipeline("a red apple", guidance=5.0, negative="")[0]
@@ -105,60 +105,62 @@ def test_negative_prompts_change_the_image_and_the_empty_one_is_none(made: Path)
         pipeline(["a", "b"], negative=["c", "d", "e"])
 
 
-def test_negative_prompts_take_cfg_where_the_guide_reads_none(engines: Path, cli: Callable[..., Result]) -> None:
-    asked = ["sample", "a red apple", "--engine", "guided", "--negative", "blue", "--out", engines.parent / "s"]
-    done = cli(*asked, "--steps", 4)
+def test_negative_prompts_use_cfg_if_the_guide_takes_none(engines: Path, cli: Callable[..., Result]) -> None:
+    arguments = ["sample", "a red apple", "--engine", "guided", "--negative", "blue", "--out", engines.parent / "s"]
+    done = cli(*arguments, "--steps", 4)
     assert done.code == 0 and "takes no negative prompt; using CFG, two model evaluations per step" in done.err
-    assert "CFG" not in cli(*asked, "--steps", 4, "--method", "cfg").err
-    refused = cli(*asked, "--method", "guided")
+    assert "CFG" not in cli(*arguments, "--steps", 4, "--method", "cfg").err
+    refused = cli(*arguments, "--method", "guided")
     assert refused.code == 2 and "takes no negative prompt with method 'guided'" in refused.err
     guided, plain = (Pipeline.load(engines / name) for name in ("guided", "plain"))
     prompts, negatives = ["a red apple", "a panda", "a car"], ["blue", "", "a red apple"]
-    counted: list[tuple[int, int]] = []
-    made = guided(prompts, steps=4, seed=[1, 2, 3], negative=negatives, callback=lambda *at: counted.append(at))
-    wanted = plain(prompts, steps=4, seed=[1, 2, 3], negative=negatives)
-    for image, other in zip(made, wanted, strict=True):
+    progress: list[tuple[int, int]] = []
+    images = guided(prompts, steps=4, seed=[1, 2, 3], negative=negatives, callback=lambda *at: progress.append(at))
+    expected = plain(prompts, steps=4, seed=[1, 2, 3], negative=negatives)
+    for image, other in zip(images, expected, strict=True):
         assert np.abs(image.pixels.astype(int) - other.pixels).max() <= 1
         assert image.parameters == other.parameters | {"engine": "guided", "method": "cfg"}
-    assert counted[-1] == (12, 12) and [done for done, _ in counted] == sorted(done for done, _ in counted)
+    assert progress[-1] == (12, 12) and [done for done, _ in progress] == sorted(done for done, _ in progress)
     with pytest.raises(Cancelled, match="after 3 of 12 steps"):
         guided(prompts, steps=4, negative=negatives, callback=lambda *_: False)
     with pytest.raises(InputError, match="guided_interval goes with method 'cfg-interval', not with 'cfg'"):
         guided(prompts, steps=4, negative=negatives, guided_interval=(10, 500))
-    # the empty one is none
+    # an empty negative prompt is ignored
     (image,) = guided("a panda", steps=4, negative="")
     assert image.parameters["method"] == "guided" and "negative" not in image.parameters
 
 
-def test_a_method_that_needs_more_rows_than_the_engine_takes(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_needs_more_rows_than_the_engine_takes_is_refused(
+    engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     guided = Pipeline.load(engines / "guided")
     monkeypatch.setattr(guided, "legal_batches", lambda size=None: [1])
     with pytest.raises(InputError, match="'cfg' needs 2 rows of a batch, but engine 'guided' was built for 1; rebuild"):
         guided("a panda", negative="blue")
 
 
-def test_negative_prompts_change_what_cfg_gives(engines: Path) -> None:
+def test_negative_prompts_change_the_images_of_cfg(engines: Path) -> None:
     plain = Pipeline.load(engines / "plain")
     one, other = (plain("a red apple", steps=4, method="cfg", negative=n)[0].pixels for n in (None, "a blue car"))
     assert not np.array_equal(one, other)
 
 
-def test_images_that_share_calls_have_each_their_own_condition_and_negative_prompt(made: Path) -> None:
+def test_images_that_share_calls_use_their_own_condition_and_negative_prompt(made: Path) -> None:
     pipeline = Pipeline.load(made, provider="cpu", threads=1)
-    asked: list[dict[str, Any]] = [
+    requests: list[dict[str, Any]] = [
         {"prompts": "a red apple", "guidance": 5.0, "negative": "a blue car", "seed": 1},
         {"prompts": "a panda", "guidance": 2.0, "seed": 2},
         {"prompts": "a panda", "guidance": 2.0, "seed": 2, "method": "unguided", "steps": 4},
         {"prompts": "a blue car", "guidance": 7.0, "negative": "", "seed": 3},
     ]
     loop = pipeline.step_loop(4)
-    prepared = [pipeline.prepare(**each) for each in asked]
+    prepared = [pipeline.prepare(**request) for request in requests]
     tickets = [loop.submit(lambda p=p: pipeline.run(p, 0), len(p.table), p.rows) for p in prepared]  # type: ignore[misc]
     while loop.running or loop.waiting:
         loop.step()
-    assert loop.calls == 4  # all in one call a step
-    for each, ticket in zip(asked, tickets, strict=True):
+    assert loop.calls == 4  # one call per step for all images
+    for request, ticket in zip(requests, tickets, strict=True):
         assert ticket.latents is not None
-        if "method" not in each:
-            np.testing.assert_array_equal(pipeline.decode(ticket.latents[None])[0], pipeline(**each)[0].pixels)
+        if "method" not in request:
+            np.testing.assert_array_equal(pipeline.decode(ticket.latents[None])[0], pipeline(**request)[0].pixels)
     assert not np.array_equal(tickets[1].latents, tickets[2].latents)

@@ -1,4 +1,4 @@
-"""Sampling from built bundles: what is drawn, and what is refused."""
+"""Sampling from built bundles: images, and the requests and bundles that are refused."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def guided(micro_bundles: Path) -> Pipeline:
 
 
 def same_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether bytes of two images differ by no more than float32 can tip over.
+    """Whether two images differ only by float32 rounding.
 
-    Another batch size may run other kernels, which add up in another order: a thousandth of a level, which moves a
-    byte by one level where a value lies that near the middle of two.
+    Another batch size may run other kernels, which add in another order. The error of a thousandth of a level changes
+    a byte by one if its value is that close to the middle of two levels.
     """
     off = np.abs(a.astype(int) - b.astype(int))
     return bool(off.max() <= 1 and (off > 0).mean() < 0.01)
 
 
-def test_a_image_does_not_depend_on_its_batch(plain: Pipeline, guided: Pipeline) -> None:
+def test_an_image_does_not_depend_on_its_batch(plain: Pipeline, guided: Pipeline) -> None:
     for pipe in (plain, guided):
         alone = pipe("a cat", steps=4, seed=7)[0].pixels
         among = pipe(["a dog", "a cat", "a house"], steps=4, seed=[1, 7, 2], guidance=[2.0, 3.0, 8.0])[1].pixels
@@ -56,8 +56,8 @@ def test_a_large_request_is_split(plain: Pipeline) -> None:
     assert not same_but_for_rounding(many[34].pixels, many[35].pixels)
 
 
-def test_images_are_run_in_batches_that_the_engine_takes(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine for one image and for four has no batch of three."""
+def test_images_are_run_in_batches_that_the_engine_supports(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine for one or four images cannot run a batch of three."""
     monkeypatch.setattr(plain, "profiles", (Profile("b1", 1, 1, 1), Profile("b4", 4, 4, 4)))
     run, batches = plain._run, []
     monkeypatch.setattr(plain, "_run", lambda *a, **k: (batches.append(len(a[1])), run(*a, **k))[1])
@@ -65,7 +65,7 @@ def test_images_are_run_in_batches_that_the_engine_takes(plain: Pipeline, monkey
     assert batches == [4, 1, 1, 1] and [image.parameters["seed"] for image in images] == list(range(7))
 
 
-def test_seed_prompt_and_scale_each_matter(guided: Pipeline) -> None:
+def test_seed_prompt_and_scale_each_change_the_image(guided: Pipeline) -> None:
     base = guided("a cat", steps=4, seed=0, guidance=3.0)[0].pixels
     for other in (
         guided("a cat", steps=4, seed=1, guidance=3.0),
@@ -75,17 +75,17 @@ def test_seed_prompt_and_scale_each_matter(guided: Pipeline) -> None:
         assert not np.array_equal(base, other[0].pixels)
 
 
-def test_guided_at_one_is_the_teacher_without_guidance(plain: Pipeline, guided: Pipeline) -> None:
+def test_guided_at_w_one_equals_the_unguided_teacher(plain: Pipeline, guided: Pipeline) -> None:
     a = guided("a cat", steps=4, guidance=1.0)[0].pixels.astype(int)
     b = plain("a cat", steps=4, guidance=1.0, method="unguided")[0].pixels.astype(int)
     c = plain("a cat", steps=4, guidance=1.0, method="cfg")[0].pixels.astype(int)
     assert np.abs(a - b).max() <= 1 and np.abs(b - c).max() <= 1
 
 
-def test_progress_reaches_the_end(plain: Pipeline) -> None:
-    seen: list[tuple[int, int]] = []
-    plain(["a"] * 33, steps=3, callback=lambda i, n: seen.append((i, n)))
-    assert seen == [(i, 6) for i in range(1, 7)]
+def test_progress_counts_to_the_last_step(plain: Pipeline) -> None:
+    calls: list[tuple[int, int]] = []
+    plain(["a"] * 33, steps=3, callback=lambda i, n: calls.append((i, n)))
+    assert calls == [(i, 6) for i in range(1, 7)]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_bad_requests_are_refused_with_the_range(plain: Pipeline, arguments: dic
         plain("a cat", **{"steps": 2} | arguments)
 
 
-def test_not_finite_is_never_a_image(plain: Pipeline) -> None:
+def test_latents_that_are_not_finite_are_refused(plain: Pipeline) -> None:
     latents = plain.noise([0, 1])
     latents[1, 0, 0, 0] = np.nan
     with pytest.raises(PnpError, match="latents of image 1 are not finite"):
@@ -156,23 +156,23 @@ def test_an_unknown_engine_lists_the_known_ones(engines: Path) -> None:
 
 
 def runtime_packages() -> set[str]:
-    """Distributions that ``pip install pnp-trt`` brings without extras, by canonical name."""
+    """Return the canonical names of what ``pip install pnp-trt`` installs without extras."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    found: set[str] = set()
+    names: set[str] = set()
     todo = [Requirement(line) for line in project["dependencies"]]
     while todo:
-        wanted = todo.pop()
-        name = canonicalize_name(wanted.name)
-        if name in found or not (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in names or not (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
             continue
-        found.add(name)
+        names.add(name)
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             todo += map(Requirement, importlib.metadata.requires(name) or [])
-    return found
+    return names
 
 
 def test_sampling_runs_with_the_runtime_dependencies_alone(engines: Path, tmp_path: Path) -> None:
-    """A built bundle is sampled by a process for which no other package is installed: no torch, for one."""
+    """A process that can import no other package, such as torch, samples from a built bundle."""
     installed = runtime_packages()
     owners = importlib.metadata.packages_distributions()
     hidden = {m for m, d in owners.items() if not any(canonicalize_name(name) in installed for name in d)} - {"pnp_trt"}
@@ -180,7 +180,7 @@ def test_sampling_runs_with_the_runtime_dependencies_alone(engines: Path, tmp_pa
     assert not {"numpy", "onnxruntime", "typer", "PIL"} & hidden
     program = (
         "import sys\n"
-        f"hidden = {hidden!r} - {{m.split('.')[0] for m in sys.modules}}\n"  # what Python itself loaded to start
+        f"hidden = {hidden!r} - {{m.split('.')[0] for m in sys.modules}}\n"  # modules that Python loads at startup
         "class No:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in hidden:\n"

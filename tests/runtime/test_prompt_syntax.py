@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's prompt syntax: its documented table, weights on text states, and states given by the caller."""
+"""AUTOMATIC1111's prompt syntax: its documented examples, weights on text states, and text states of the caller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pnp_trt.errors import InputError
 from pnp_trt.runtime.pipeline import Pipeline
 from pnp_trt.runtime.prompt_syntax import apply_weights, lora_tags, take_lora_tags, weighted_parts, without_breaks
 
-#: the examples in the web UI's documentation and their parts
+#: the web UI's documented examples and others, with their weighted parts
 TABLE: dict[str, list[tuple[str, float]]] = {
     "normal text": [("normal text", 1.0)],
     "an (important) word": [("an ", 1.0), ("important", 1.1), (" word", 1.0)],
@@ -42,20 +42,20 @@ TABLE: dict[str, list[tuple[str, float]]] = {
 
 
 @pytest.mark.parametrize("prompt", TABLE)
-def test_parts_and_weights_are_those_of_the_table(prompt: str) -> None:
-    (found,) = weighted_parts(without_breaks(prompt))
-    assert [text for text, _ in found] == [text for text, _ in TABLE[prompt]]
-    assert [w for _, w in found] == pytest.approx([w for _, w in TABLE[prompt]], rel=1e-12)
+def test_parts_and_weights_equal_the_table(prompt: str) -> None:
+    (parts,) = weighted_parts(without_breaks(prompt))
+    assert [text for text, _ in parts] == [text for text, _ in TABLE[prompt]]
+    assert [w for _, w in parts] == pytest.approx([w for _, w in TABLE[prompt]], rel=1e-12)
 
 
 @given(st.text(alphabet="ab ()[]\\:.1", max_size=30))
-def test_no_text_is_lost_but_syntax(prompt: str) -> None:
-    kept = "".join(text for part in weighted_parts(prompt) for text, _ in part)
-    assert [c for c in kept if c in "ab"] == [c for c in prompt if c in "ab"]
+def test_only_syntax_is_removed_from_prompts(prompt: str) -> None:
+    joined = "".join(text for part in weighted_parts(prompt) for text, _ in part)
+    assert [c for c in joined if c in "ab"] == [c for c in prompt if c in "ab"]
     assert weighted_parts("") == [[]] and all(np.isfinite(w) for part in weighted_parts(prompt) for _, w in part)
 
 
-def test_a_weight_that_says_nothing_is_refused() -> None:
+def test_weights_out_of_range_are_refused() -> None:
     for weight in ("101", "-200", "9" * 400):
         with pytest.raises(InputError, match=r"the weight of “\(a:.*” is .*; give at most 100"):
             weighted_parts(f"(a:{weight})")
@@ -64,13 +64,13 @@ def test_a_weight_that_says_nothing_is_refused() -> None:
 def test_weights_multiply_states_and_keep_their_mean() -> None:
     states = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32) + np.float32(1)
     weights = np.array([1, 1.3, 0.5, 1, 1], np.float32)
-    found = apply_weights(states, weights)
-    assert found.dtype == np.float32 and found.mean() == pytest.approx(states.mean(), rel=1e-5)
-    ratio = found / (states * weights[:, None])
+    weighted = apply_weights(states, weights)
+    assert weighted.dtype == np.float32 and weighted.mean() == pytest.approx(states.mean(), rel=1e-5)
+    ratio = weighted / (states * weights[:, None])
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
     assert apply_weights(states, np.ones(5)) is states
     assert (apply_weights(states, np.zeros(5)) == 0).all()
-    centred = states - states.mean()  # a mean of zero says nothing of the size
+    centred = states - states.mean()  # a mean of zero cannot be kept by scaling
     assert np.array_equal(apply_weights(centred, weights), centred * weights[:, None])
 
 
@@ -84,14 +84,14 @@ def states_of(pipe: Pipeline, prompts: list[str], syntax: str = "plain") -> np.n
     return np.asarray(pipe.encode(prompts, syntax))
 
 
-def test_states_of_a_weighted_prompt(plain: Pipeline) -> None:
+def test_weights_apply_to_the_states_of_their_tokens(plain: Pipeline) -> None:
     bare = states_of(plain, ["a red apple"])
     assert np.array_equal(states_of(plain, ["a red apple"], "a1111"), bare)
     assert not np.array_equal(states_of(plain, ["a (red:1.5) apple"]), bare)  # plain reads the brackets
     ids = [states_of(plain, ["a"]), states_of(plain, ["a red"])]
     first, last = (int(np.flatnonzero((a != b).any(-1)[0])[0]) for a, b in ((ids[0], bare), (ids[1], bare)))
     weights = np.ones(bare.shape[1], np.float32)
-    weights[first:last] = 1.5  # the tokens of "red": those before it are what causal attention leaves alone
+    weights[first:last] = 1.5  # the tokens of "red": causal attention does not change the states before them
     np.testing.assert_allclose(
         states_of(plain, ["a (red:1.5) apple"], "a1111")[0], apply_weights(bare[0], weights), rtol=1e-6, atol=1e-7
     )
@@ -104,7 +104,7 @@ def test_long_weighted_prompts_are_cut_with_a_warning(plain: Pipeline) -> None:
     assert cut.shape == states_of(plain, ["a"]).shape
 
 
-def test_images_of_both_syntaxes(plain: Pipeline) -> None:
+def test_images_follow_and_record_the_prompt_syntax(plain: Pipeline) -> None:
     common: dict[str, Any] = {"steps": 2, "seed": 3, "negative": "(blurred:1.2)"}
     weighted = plain("a (red:1.4) apple", prompt_syntax="a1111", **common)[0]
     assert weighted.parameters["prompt_syntax"] == "a1111" and weighted.parameters["prompt"] == "a (red:1.4) apple"
@@ -119,11 +119,11 @@ def test_images_of_both_syntaxes(plain: Pipeline) -> None:
         plain("a", prompt_syntax="compel", steps=1)
 
 
-def test_given_states_stand_for_the_prompts(plain: Pipeline) -> None:
+def test_given_states_replace_the_prompts(plain: Pipeline) -> None:
     prompts = ["a red apple", "a cat"]
     states = states_of(plain, prompts)
-    usual, given_ = plain(prompts, steps=2), plain(["x", "y"], steps=2, context=states.astype(np.float64))
-    for a, b in zip(usual, given_, strict=True):
+    usual, from_states = plain(prompts, steps=2), plain(["x", "y"], steps=2, context=states.astype(np.float64))
+    for a, b in zip(usual, from_states, strict=True):
         assert (
             np.array_equal(a.pixels, b.pixels) and b.parameters["context"] == "given" and "context" not in a.parameters
         )
@@ -142,12 +142,12 @@ def test_given_states_stand_for_the_prompts(plain: Pipeline) -> None:
         ("<lora:a:0.123456789> <lyco:a:1> <lora:a", "<lyco:a:1> <lora:a", (("a", 0.123456789),)),
     ],
 )
-def test_lora_tags_are_taken_out_of_a_prompt(prompt: str, rest: str, loras: tuple[tuple[str, float], ...]) -> None:
+def test_lora_tags_are_removed_from_a_prompt(prompt: str, rest: str, loras: tuple[tuple[str, float], ...]) -> None:
     assert take_lora_tags(prompt) == (rest, loras)
     assert take_lora_tags(lora_tags(loras)) == ("", loras)
 
 
 @pytest.mark.parametrize("tag", ["<lora:>", "<lora::0.5>", "<lora:a:b>", "<lora:a:1:2>", "<lora:a:unet=1>"])
-def test_a_lora_tag_that_cannot_be_read_is_refused(tag: str) -> None:
+def test_an_invalid_lora_tag_is_refused(tag: str) -> None:
     with pytest.raises(InputError, match=r"write <lora:NAME:0\.8>"):
         take_lora_tags(f"a cat {tag}")

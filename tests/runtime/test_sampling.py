@@ -1,4 +1,4 @@
-"""Bundles sampled by every schedule and from images, against diffusers' own pipelines; threads and cancelling."""
+"""Bundles sampled with every schedule and from images, compared with diffusers' pipelines; threads and cancelling."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Edit = Callable[[dict[str, Any]], None]
 
 @pytest.fixture
 def edited(micro_bundles: Path, tmp_path: Path) -> Callable[[str, Edit], Path]:
-    """A copy of a bundle whose manifest was edited and sealed again."""
+    """Return a function that copies a bundle, edits the copy's manifest and seals it again."""
 
     def make(name: str, edit: Edit) -> Path:
         folder = Path(shutil.copytree(micro_bundles / name, tmp_path / name))
@@ -58,7 +58,7 @@ def edited(micro_bundles: Path, tmp_path: Path) -> Callable[[str, Edit], Path]:
 
 
 def theirs(kind: str, base: Path, schedule: str, **changes: Any) -> Any:
-    """A pipeline of diffusers with its own class of scheduler, made from the teacher's config with changes."""
+    """Return diffusers' pipeline with its scheduler for ``schedule``, from the teacher's config with changes."""
     import diffusers
 
     pipeline, config = opened(kind, base)
@@ -68,7 +68,7 @@ def theirs(kind: str, base: Path, schedule: str, **changes: Any) -> Any:
 
 @functools.cache
 def opened(kind: str, base: Path) -> tuple[Any, Any]:
-    """A pipeline of diffusers and the config of its scheduler."""
+    """Load a diffusers pipeline and return it with its scheduler's config."""
     import diffusers
 
     pipeline = getattr(diffusers, kind).from_pretrained(base, safety_checker=None, local_files_only=True)
@@ -91,7 +91,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     # diffusers' Heun does not read rescale_betas_zero_snr
     [pair for pair in itertools.product(SCHEDULES, CHANGES) if pair != ("heun", "v-zero-snr")],
 )
-def test_images_are_those_of_diffusers(
+def test_images_equal_those_of_diffusers(
     schedule: str, changes: str, micro_base: Path, edited: Callable[[str, Edit], Path]
 ) -> None:
     options = CHANGES[changes]
@@ -107,7 +107,7 @@ def test_images_are_those_of_diffusers(
 
 @pytest.mark.parametrize("strength", [0.35, 0.8, 1.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_image_to_image_is_that_of_diffusers(
+def test_image_to_image_equals_that_of_diffusers(
     schedule: str, strength: float, plain: Pipeline, start_image: np.ndarray, micro_base: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -127,7 +127,7 @@ def test_image_to_image_is_that_of_diffusers(
     np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
 
 
-def test_a_variational_encoder_gives_its_mean() -> None:
+def test_a_variational_encoder_returns_its_mean() -> None:
     from diffusers import AutoencoderKL
 
     from pnp_trt.models.wrappers import VaeEncoder
@@ -141,19 +141,21 @@ def test_a_variational_encoder_gives_its_mean() -> None:
 
 def test_a_low_strength_stays_near_the_image(plain: Pipeline, start_image: np.ndarray) -> None:
     start = plain.encode_image(start_image[None])
-    gone = []
+    distances = []
     for strength in (0.1, 0.5, 1.0):
         table = plain.schedule(20).start(strength)
         latents = plain.denoise(
             plain.encode(PROMPTS[:1]), plain.noise([0]), steps=20, guidance=1.0, schedule=table, image=start
         )
-        gone.append(float(np.linalg.norm(latents - start)))
-    assert gone[0] < gone[1] < gone[2]
+        distances.append(float(np.linalg.norm(latents - start)))
+    assert distances[0] < distances[1] < distances[2]
 
 
-def test_parameters_say_how_a_image_was_made(plain: Pipeline, start_image: np.ndarray, tmp_path: Path) -> None:
-    made = plain("a cat", steps=4, schedule="dpm++")[0].parameters
-    assert made["schedule"] == "dpm++" and "init" not in made
+def test_parameters_record_the_schedule_and_the_starting_image(
+    plain: Pipeline, start_image: np.ndarray, tmp_path: Path
+) -> None:
+    parameters = plain("a cat", steps=4, schedule="dpm++")[0].parameters
+    assert parameters["schedule"] == "dpm++" and "init" not in parameters
     Image.fromarray(start_image).save(tmp_path / "start.png")
     from_file = plain("a cat", steps=4, schedule="euler", init=tmp_path / "start.png", strength=0.5)[0]
     assert from_file.parameters["init"] == str(tmp_path / "start.png") and from_file.parameters["strength"] == 0.5
@@ -161,7 +163,7 @@ def test_parameters_say_how_a_image_was_made(plain: Pipeline, start_image: np.nd
     assert np.array_equal(from_file.pixels, from_array.pixels)
 
 
-def test_a_image_of_another_size_is_resized_with_a_note(plain: Pipeline, tmp_path: Path) -> None:
+def test_an_image_of_another_size_is_resized_with_a_warning(plain: Pipeline, tmp_path: Path) -> None:
     Image.new("RGBA", (64, 48), (255, 0, 0, 0)).save(tmp_path / "large.png")
     with pytest.warns(UserWarning, match="is 64 × 48 and was resized to the engine's 32 × 32"):
         clear = plain("a cat", steps=4, init=tmp_path / "large.png", strength=0.25)[0]
@@ -215,29 +217,29 @@ def test_a_guide_distilled_for_ddim_steps_warns_under_another_schedule(edited: C
 
 
 def test_threads_share_a_pipeline(plain: Pipeline) -> None:
-    """Concurrent calls of different prompts, seeds, scales, schedules and sizes give what they give alone."""
+    """Concurrent calls with different prompts, seeds, scales, schedules and steps give the same images as alone."""
 
-    def draw(i: int) -> np.ndarray:
+    def generate(i: int) -> np.ndarray:
         prompts = PROMPTS[: 1 + i % 2]
         names = list(SCHEDULES)
-        made = plain(prompts, steps=2 + i % 3, seed=i, guidance=1.5 + i, method="cfg", schedule=names[i % 3])
-        return np.stack([p.pixels for p in made])
+        images = plain(prompts, steps=2 + i % 3, seed=i, guidance=1.5 + i, method="cfg", schedule=names[i % 3])
+        return np.stack([p.pixels for p in images])
 
-    alone = [draw(i) for i in range(6)]
+    alone = [generate(i) for i in range(6)]
     with ThreadPoolExecutor(6) as pool:
         for _ in range(2):
-            for got, wanted in zip(pool.map(draw, range(6)), alone, strict=True):
-                assert np.array_equal(got, wanted)
+            for got, expected in zip(pool.map(generate, range(6)), alone, strict=True):
+                assert np.array_equal(got, expected)
 
 
 def test_a_callback_that_returns_false_cancels(plain: Pipeline) -> None:
-    seen: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
     def stop(done: int, total: int) -> bool:
-        seen.append((done, total))
+        calls.append((done, total))
         return done < 3
 
     with pytest.raises(pnp_trt.Cancelled, match="cancelled after 3 of 8 steps"):
         plain("a cat", steps=8, callback=stop)
-    assert seen == [(1, 8), (2, 8), (3, 8)]
+    assert calls == [(1, 8), (2, 8), (3, 8)]
     assert plain("a cat", steps=2, callback=lambda i, n: None)[0].pixels.shape == (32, 32, 3)

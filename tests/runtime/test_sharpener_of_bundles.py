@@ -1,4 +1,4 @@
-"""Bundles of a guide with a sharpener: one more network, negative prompts, and the same U-Net as without."""
+"""Bundles of a guide with a sharpener: an additional network, negative prompts, and an unchanged U-Net."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def home(micro_base: Path, sharpened_guide: Path, tmp_path_factory: pytest.TempP
     return home
 
 
-def test_the_unet_is_the_same_and_the_sharpener_is_apart(home: Path) -> None:
+def test_the_sharpener_is_a_separate_network_and_the_unet_is_unchanged(home: Path) -> None:
     ours, theirs = (open_bundle(home / name).manifest for name in ("with", "without"))
     assert ours.networks.keys() - theirs.networks.keys() == {"sharpener"}
     for file in ("unet.onnx", "unet.onnx.data", "text_encoder.onnx", "vae_decoder.onnx"):
@@ -44,8 +44,10 @@ def test_the_unet_is_the_same_and_the_sharpener_is_apart(home: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch", "openvino"])
-def test_negative_prompts_are_the_students(home: Path, micro_base: Path, backend: str, tmp_path: Path) -> None:
-    """The pipeline's latents are those of DDIM over PyTorch's student, whose sharpener is in one piece with it."""
+def test_latents_with_negative_prompts_equal_the_students(
+    home: Path, micro_base: Path, backend: str, tmp_path: Path
+) -> None:
+    """The pipeline's latents equal those of DDIM with PyTorch's student, which contains the sharpener."""
     if backend != "onnxruntime":
         build(BuildSpec(str(micro_base), str(home / "guide-with"), backend=backend, out=tmp_path / "b"))
     pipeline = Pipeline.load(home / "with" if backend == "onnxruntime" else tmp_path / "b", provider="cpu")
@@ -54,22 +56,22 @@ def test_negative_prompts_are_the_students(home: Path, micro_base: Path, backend
     w = np.array([2.0, 6.0], np.float32)
     noise = pipeline.noise([1, 2])
     table = pipeline.schedule(4, "ddim")
-    found = pipeline.denoise(text, noise, steps=4, guidance=w, negative=negative, schedule=table)
+    latents = pipeline.denoise(text, noise, steps=4, guidance=w, negative=negative, schedule=table)
     x = torch.from_numpy(noise) * float(table.init_scale)
-    of = [torch.from_numpy(np.array(a)) for a in (text, w, negative, empty)]
+    tensors = [torch.from_numpy(np.array(a)) for a in (text, w, negative, empty)]
     for t, a, b in zip(table.timesteps, table.x_scale, table.output_scale, strict=True):
-        out = student(x, torch.full((2,), int(t)), of[0], of[1], of[2], empty=of[3])
+        out = student(x, torch.full((2,), int(t)), tensors[0], tensors[1], tensors[2], empty=tensors[3])
         x = float(a) * x + float(b) * out
-    np.testing.assert_allclose(found, x.numpy(), atol=2e-4 * float(x.abs().max()))
+    np.testing.assert_allclose(latents, x.numpy(), atol=2e-4 * float(x.abs().max()))
     plain = pipeline.denoise(text, noise, steps=4, guidance=w, schedule=table)
-    assert np.abs(found - plain).max() > 50 * np.abs(found - x.numpy()).max()
+    assert np.abs(latents - plain).max() > 50 * np.abs(latents - x.numpy()).max()
 
 
-def test_images_without_a_negative_prompt_are_those_of_the_guide_without_a_sharpener(home: Path) -> None:
+def test_without_a_negative_prompt_the_sharpener_changes_no_image(home: Path) -> None:
     ours, theirs = (Pipeline.load(home / name, provider="cpu") for name in ("with", "without"))
-    wanted = theirs(PROMPTS, guidance=[2.0, 6.0], steps=4)
+    expected = theirs(PROMPTS, guidance=[2.0, 6.0], steps=4)
     for negative in (None, ""):
-        for a, b in zip(ours(PROMPTS, guidance=[2.0, 6.0], steps=4, negative=negative), wanted, strict=True):
+        for a, b in zip(ours(PROMPTS, guidance=[2.0, 6.0], steps=4, negative=negative), expected, strict=True):
             assert np.array_equal(a.pixels, b.pixels)
     changed = ours(PROMPTS, guidance=[1.0, 6.0], steps=4, negative=NEGATIVE)
     plain = ours(PROMPTS, guidance=[1.0, 6.0], steps=4)
@@ -77,22 +79,22 @@ def test_images_without_a_negative_prompt_are_those_of_the_guide_without_a_sharp
     assert not np.array_equal(changed[1].pixels, plain[1].pixels)
 
 
-def test_images_that_share_calls_have_each_their_own_negative_prompt(home: Path) -> None:
+def test_images_that_share_calls_use_their_own_negative_prompts(home: Path) -> None:
     pipeline = Pipeline.load(home / "with", provider="cpu", threads=1)
-    asked = [{"prompts": p, "negative": n, "guidance": 5.0, "steps": 4, "seed": i, "method": m}
+    requests = [{"prompts": p, "negative": n, "guidance": 5.0, "steps": 4, "seed": i, "method": m}
              for i, (p, n, m) in enumerate([(PROMPTS[0], NEGATIVE[0], "guided"), (PROMPTS[1], None, "guided"),
                                             (PROMPTS[0], NEGATIVE[1], "guided")])]  # fmt: skip
     loop = pipeline.step_loop(3)
-    prepared = [pipeline.prepare(**each) for each in asked]  # type: ignore[arg-type]
+    prepared = [pipeline.prepare(**request) for request in requests]  # type: ignore[arg-type]
     tickets = [loop.submit(lambda p=p: pipeline.run(p, 0), len(p.table), p.rows) for p in prepared]  # type: ignore[misc]
     while loop.running or loop.waiting:
         loop.step()
-    for each, ticket in zip(asked, tickets, strict=True):
-        alone = pipeline(**each)[0].pixels  # type: ignore[arg-type]
+    for request, ticket in zip(requests, tickets, strict=True):
+        alone = pipeline(**request)[0].pixels  # type: ignore[arg-type]
         np.testing.assert_array_equal(pipeline.decode(ticket.latents[None])[0], alone)
 
 
-def test_chunks_of_long_prompts_add_their_changes(home: Path, micro_base: Path, tmp_path: Path) -> None:
+def test_changes_of_the_chunks_of_long_prompts_are_added(home: Path, micro_base: Path, tmp_path: Path) -> None:
     built = build(BuildSpec(str(micro_base), str(home / "guide-with"), tokens=154, out=tmp_path / "long"))
     assert built.manifest.networks["sharpener"].inputs["negative"][1][1] == 77
     short, long = Pipeline.load(home / "with", provider="cpu"), Pipeline.load(tmp_path / "long", provider="cpu")
@@ -104,5 +106,5 @@ def test_chunks_of_long_prompts_add_their_changes(home: Path, micro_base: Path, 
     negatives = ["red BREAK wheels", "wheels BREAK red"]
     two = long(["a red apple BREAK a car"] * 2, negative=negatives, guidance=6.0, steps=4, prompt_syntax="a1111",
                seed=[1, 1])  # fmt: skip
-    # changes are added, so that the order of the negative prompt's chunks does not matter
+    # changes are added, so the order of the negative prompt's chunks does not matter
     assert np.abs(two[0].pixels.astype(int) - two[1].pixels).max() <= 1

@@ -1,4 +1,4 @@
-"""The runtime's tokenizer is CLIP's."""
+"""The runtime's tokenizer compared with transformers' CLIP tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def both() -> tuple[Tokenizer, CLIPTokenizer]:
     return Tokenizer(FOLDER / "tokenizer.json"), CLIPTokenizer.from_pretrained(FOLDER)
 
 
-def test_the_vocabulary_is_clips(both: tuple[Tokenizer, CLIPTokenizer]) -> None:
+def test_the_vocabulary_is_that_of_clip(both: tuple[Tokenizer, CLIPTokenizer]) -> None:
     ids = both[0].weighted([("a photograph of an astronaut riding a horse", 1.0)])[0]
     assert ids[:10].tolist() == [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
     assert (ids[10:] == 49407).all() and ids.shape == (77,)
@@ -28,7 +28,7 @@ def test_the_vocabulary_is_clips(both: tuple[Tokenizer, CLIPTokenizer]) -> None:
 
 @settings(max_examples=150)
 @given(st.text(max_size=120))
-def test_equals_transformers(both: tuple[Tokenizer, CLIPTokenizer], text: str) -> None:
+def test_tokens_equal_those_of_transformers(both: tuple[Tokenizer, CLIPTokenizer], text: str) -> None:
     ours, theirs = both
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""How golden rows are fed to networks that do not take every batch."""
+"""Comparison with golden outputs, also for networks that do not take every batch size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pnp_trt.runtime.verify import compare, gate
 
 
 class Doubler:
-    """A network that doubles latents, and takes only batches that its profiles hold."""
+    """A network that doubles latents, and accepts only batches that its profiles cover."""
 
     def __init__(self, profiles: list[Profile]) -> None:
         self.profiles = profiles
@@ -29,7 +29,7 @@ class Doubler:
 
 
 class Backend:
-    """Loads the one network it was given."""
+    """A backend that always loads the same network."""
 
     def __init__(self, network: Doubler) -> None:
         self.network = network
@@ -38,7 +38,7 @@ class Backend:
         return self.network
 
 
-def test_rows_are_repeated_where_no_profile_takes_one() -> None:
+def test_rows_are_repeated_if_no_profile_takes_a_single_one() -> None:
     profiles = [Profile.parse("b2-8@8"), Profile.parse("b4@16")]
     network = Doubler(profiles)
     record = NetworkRecord(
@@ -54,7 +54,7 @@ def test_rows_are_repeated_where_no_profile_takes_one() -> None:
     assert errors["unet"] == 0 and errors["unet@16x16"] > 0.1
 
 
-def test_zeros_are_equal_to_zeros_alone() -> None:
+def test_zeros_equal_only_zeros_and_nan_equals_nothing() -> None:
     zeros, ones, bad = np.zeros(3), np.ones(3), np.full(3, np.nan)
     assert difference(zeros, zeros) == 0 and difference(ones, ones) == 0
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -63,7 +63,7 @@ def test_zeros_are_equal_to_zeros_alone() -> None:
         )
 
 
-def test_float32_in_tensor_float32_is_allowed_float16s_error() -> None:
+def test_tensor_float32_has_the_tolerance_of_float16() -> None:
     """A decoder beyond float16's range computes in TensorFloat-32, which has float16's mantissa."""
 
     def record(**notes: Any) -> dict[str, NetworkRecord]:

@@ -1,4 +1,4 @@
-"""sequential CFG and on an interval: equal to CFG and to no guidance where they must be."""
+"""Sequential CFG and CFG on an interval: equal to CFG or to unguided sampling where they must be."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ def drawn(pipe: Pipeline, method: str, schedule: str = "ddim", **more: object) -
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-def test_sequential_cfg_generates_what_one_batch_of_two_generates(plain: Pipeline, schedule: str) -> None:
+def test_sequential_cfg_equals_cfg_in_one_batch(plain: Pipeline, schedule: str) -> None:
     cfg, two = drawn(plain, "cfg", schedule), drawn(plain, "cfg-two-passes", schedule)
     assert np.abs(cfg - two).max() <= 1e-4 * np.abs(cfg).max()
     assert np.abs(cfg - drawn(plain, "unguided", schedule)).max() > 0.01 * np.abs(cfg).max()
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-def test_an_interval_of_everything_is_cfg_and_of_nothing_is_unguided(plain: Pipeline, schedule: str) -> None:
+def test_a_full_interval_is_cfg_and_an_empty_one_is_unguided(plain: Pipeline, schedule: str) -> None:
     cfg, unguided = drawn(plain, "cfg", schedule), drawn(plain, "unguided", schedule)
     np.testing.assert_array_equal(drawn(plain, "cfg-interval", schedule, guided_interval=ALL), cfg)
-    nothing = (1, 1)  # no schedule of six steps comes by
+    nothing = (1, 1)  # contains no timestep of a schedule of six steps
     np.testing.assert_array_equal(drawn(plain, "cfg-interval", schedule, guided_interval=nothing), unguided)
     part = drawn(plain, "cfg-interval", schedule)
     assert not np.array_equal(part, cfg) and not np.array_equal(part, unguided)
 
 
-def test_images_are_drawn_by_name_and_say_so(plain: Pipeline) -> None:
-    (made,) = plain("a cat", steps=3, method="cfg-interval", guided_interval=ALL)
+def test_images_are_generated_by_name_of_the_method_and_record_it(plain: Pipeline) -> None:
+    (interval,) = plain("a cat", steps=3, method="cfg-interval", guided_interval=ALL)
     (cfg,) = plain("a cat", steps=3, method="cfg")
-    assert np.array_equal(made.pixels, cfg.pixels) and made.parameters["method"] == "cfg-interval"
+    assert np.array_equal(interval.pixels, cfg.pixels) and interval.parameters["method"] == "cfg-interval"
     (avoiding,) = plain("a cat", steps=3, method="cfg-two-passes", negative="a dog")
     (same,) = plain("a cat", steps=3, method="cfg", negative="a dog")
     assert np.abs(avoiding.pixels.astype(int) - same.pixels.astype(int)).max() <= 1
 
 
-def test_the_callback_stops_them(plain: Pipeline) -> None:
+def test_the_callback_cancels_baselines(plain: Pipeline) -> None:
     for method in plain.baselines:
         with pytest.raises(Cancelled, match="after 2 of 6"):
             drawn(plain, method, callback=lambda done, _: done < 2)
 
 
-def test_what_is_refused(plain: Pipeline, micro_bundles: Path) -> None:
-    assert plain.methods == ("cfg", "unguided")  # what `sample` offers stays what it was
+def test_unsupported_methods_and_intervals_are_refused(plain: Pipeline, micro_bundles: Path) -> None:
+    assert plain.methods == ("cfg", "unguided")  # `sample` does not offer baselines
     with pytest.raises(InputError, match="goes with method 'cfg-interval', not with 'cfg'"):
         drawn(plain, "cfg", guided_interval=ALL)
     for wrong in ((-1, 5), (6, 5), (0, 1000)):
@@ -77,13 +77,13 @@ def test_what_is_refused(plain: Pipeline, micro_bundles: Path) -> None:
         drawn(guided, "cfg-interval")
 
 
-def test_a_loop_on_the_gpu_refuses_them(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "baselines", ())  # as it is where `loops` runs whole images
+def test_a_loop_on_the_gpu_refuses_baselines(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "baselines", ())  # as it is if `loops` runs whole images
     with pytest.raises(InputError, match="cannot do 'cfg-two-passes'; it runs step by step on the host"):
         drawn(plain, "cfg-two-passes")
 
 
-def test_the_default_interval_by_its_noise_levels() -> None:
+def test_the_default_interval_covers_its_noise_levels() -> None:
     low, high = default_interval(SCHEDULER)
     alphas = alphas_cumprod(SCHEDULER)
     sigmas = np.sqrt((1 - alphas) / alphas)
@@ -95,7 +95,7 @@ def test_the_default_interval_by_its_noise_levels() -> None:
 
 @settings(max_examples=60)
 @given(steps=st.integers(1, 100), low=st.integers(0, 999), width=st.integers(0, 999))
-def test_guided_steps_are_those_inside(steps: int, low: int, width: int) -> None:
+def test_guided_steps_are_those_inside_the_interval(steps: int, low: int, width: int) -> None:
     table = make("ddim", SCHEDULER, steps)
     high = min(low + width, 999)
     assert guided_steps(table, (low, high)).tolist() == [low <= t <= high for t in table.timesteps.tolist()]

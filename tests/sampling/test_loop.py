@@ -1,4 +1,4 @@
-"""The host's loop: the same bits as the schedule's own arithmetic, and no memory taken in a step."""
+"""The host's loop: bit-equal to the schedule's own steps, and no allocation of a latent's size in a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 
 
 class Toy(Bound):
-    """A network of arithmetic; ``shares`` whether its inputs are memory that the host may write."""
+    """A network of plain arithmetic; ``shares`` states whether the host may write into its inputs' memory."""
 
     def __init__(self, shape: tuple[int, ...], shares: bool) -> None:
         self.inputs = {"sample": np.zeros(shape, np.float32), "timestep": np.zeros(shape[:1], np.int64)}
@@ -54,7 +54,7 @@ def predict(x: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def by_the_book(table: Schedule, x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-    """The loop as Schedule's own methods spell it."""
+    """Run the loop with the methods of ``Schedule``."""
     previous: Any = None
     for i, t in enumerate(table.timesteps):
         shown = table.scaled(i, x)
@@ -73,7 +73,7 @@ def by_the_book(table: Schedule, x: np.ndarray, w: np.ndarray | None) -> np.ndar
     name=st.sampled_from(sorted(SCHEDULES)), steps=st.integers(1, 30), twice=st.booleans(), shares=st.booleans(),
     seed=st.integers(0, 99), strength=st.sampled_from([1.0, 0.7]),
 )  # fmt: skip
-def test_the_bits_of_the_schedules_own_steps(
+def test_the_loop_is_bit_equal_to_the_schedules_steps(
     name: str, steps: int, twice: bool, shares: bool, seed: int, strength: float
 ) -> None:
     table = make(name, SCHEDULER, steps)
@@ -84,16 +84,16 @@ def test_the_bits_of_the_schedules_own_steps(
     w = np.array([2.0, 7.5], np.float32) if twice else None
     toy = Toy((4, 4, 3, 5) if twice else (2, 4, 3, 5), shares)
     loop = HostLoop(toy, table, start.shape, w)
-    kept = start.copy()
+    original = start.copy()
     first = loop.run(start)
     np.testing.assert_array_equal(first, by_the_book(table, start, w))
-    np.testing.assert_array_equal(start, kept)
-    again = loop.run(start)  # nothing of the run before is left
+    np.testing.assert_array_equal(start, original)
+    again = loop.run(start)  # no state of the first run is left
     np.testing.assert_array_equal(again, first)
     assert again is not first and toy.runs == 2 * len(table)
 
 
-def test_a_step_allocates_nothing_of_a_latents_size() -> None:
+def test_a_step_allocates_no_memory_of_a_latents_size() -> None:
     shape = (1, 4, 64, 64)
     table = make("dpm++", SCHEDULER, 6)
     toy = Toy(shape, shares=True)
@@ -114,7 +114,7 @@ def test_a_step_allocates_nothing_of_a_latents_size() -> None:
     assert max(peaks) < start.nbytes // 4
 
 
-def test_false_from_the_callback_stops_it() -> None:
+def test_a_callback_that_returns_false_cancels_the_loop() -> None:
     toy = Toy((1, 4, 2, 2), shares=True)
     loop = HostLoop(toy, make("ddim", SCHEDULER, 9), (1, 4, 2, 2))
     with pytest.raises(Cancelled, match="cancelled after 4 of 9 steps"):
@@ -122,15 +122,15 @@ def test_false_from_the_callback_stops_it() -> None:
     assert toy.runs == 4
 
 
-def test_onnx_runtime_reads_and_writes_the_hosts_own_memory(micro_bundles: Path) -> None:
+def test_onnx_runtime_reads_and_writes_the_hosts_memory(micro_bundles: Path) -> None:
     pipeline = Pipeline.load(micro_bundles / "guided", provider="cpu")
     with pipeline._unet.bind(2, (4, 4)) as bound:
         shown = bound.host_input("sample")
         assert shown is not None
         address, out = shown.ctypes.data, bound.output().ctypes.data
-    with pipeline._unet.bind(2, (4, 4)) as again:  # the same buffers, image after image
-        held = again.host_input("sample")
-        assert held is not None and held.ctypes.data == address and again.output().ctypes.data == out
-        with pipeline._unet.bind(2, (4, 4)) as second:  # and others for whoever comes at the same time
+    with pipeline._unet.bind(2, (4, 4)) as again:  # the same buffers for every image
+        reused = again.host_input("sample")
+        assert reused is not None and reused.ctypes.data == address and again.output().ctypes.data == out
+        with pipeline._unet.bind(2, (4, 4)) as second:  # and others for a concurrent image
             other = second.host_input("sample")
             assert other is not None and other.ctypes.data != address

@@ -1,4 +1,4 @@
-"""Sampling methods as a registry: evaluations are those that are run, and a method from outside is run and counted."""
+"""The registry of sampling methods: their stated evaluations, and methods that are registered from outside."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class CountingBound(Bound):
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_evaluations_are_those_that_are_run(name: str) -> None:
+def test_stated_evaluations_equal_those_that_are_run(name: str) -> None:
     method, network = METHODS[name], Counting()
     n, interval = 3, (300, 700)
     steps = method.steps(len(TABLE))
@@ -79,7 +79,7 @@ def test_evaluations_are_those_that_are_run(name: str) -> None:
     assert 0 < guided_steps(TABLE, interval).sum() < len(TABLE)
 
 
-def test_what_bundles_offer() -> None:
+def test_methods_of_bundles_with_and_without_a_guide() -> None:
     assert methods_of(True) == ("guided",) and baselines_of(True) == ()
     assert methods_of(False) == ("cfg", "unguided") and baselines_of(False) == ("cfg-two-passes", "cfg-interval")
     assert [name for name in METHODS if not uses_guidance(name)] == ["unguided"]
@@ -87,7 +87,7 @@ def test_what_bundles_offer() -> None:
 
 
 def _as_cfg(run: HostRun, callback: Callback | None) -> np.ndarray:
-    """CFG by the host's loop, as one batch of two."""
+    """Run CFG in the host's loop, as one batch of two."""
     n, size = len(run.start), (run.start.shape[-2], run.start.shape[-1])
     with run.unet.bind(2 * n, size) as unet:
         unet.write(**run.inputs)
@@ -102,7 +102,7 @@ def own() -> Iterator[Method]:
     METHODS.unregister("own")
 
 
-def test_a_method_from_outside_is_run_counted_and_shown(own: Method, micro_bundles: Path) -> None:
+def test_a_registered_method_is_run_counted_and_shown(own: Method, micro_bundles: Path) -> None:
     pipe = Pipeline.load(micro_bundles / "plain", provider="cpu", threads=1)
     assert pipe.methods == ("cfg", "unguided", "own")
     images = [pipe("a cat", steps=3, method=name, negative="a dog")[0] for name in ("own", "cfg")]

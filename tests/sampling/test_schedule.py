@@ -1,4 +1,4 @@
-"""The coefficient tables are diffusers' schedulers, computed in float64 so that no processor's rounding counts."""
+"""Coefficient tables compared with diffusers' schedulers, which run in float64 to exclude a processor's rounding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from pnp_trt.sampling.schedules import (
 )
 from pnp_trt.sampling.table import make_table
 
-#: Stable Diffusion's noise, the bundled model's, and diffusers' own default
+#: first and last β of Stable Diffusion, of the bundled model, and of diffusers' default
 BETAS = ((0.00085, 0.012), (0.00085, 0.025), (0.0001, 0.02))
 COMMON = {
     "beta": st.sampled_from(BETAS),
@@ -55,15 +55,15 @@ COMMON = {
 
 
 def configs(**own: Any) -> st.SearchStrategy[dict[str, Any]]:
-    """Scheduler configs; a network that predicts noise is not asked for it where there is no signal."""
+    """Scheduler configs. Zero terminal SNR is not combined with epsilon: noise alone determines no image."""
 
-    def whole(drawn: dict[str, Any]) -> dict[str, Any]:
+    def complete(drawn: dict[str, Any]) -> dict[str, Any]:
         start, end = drawn.pop("beta")
         if drawn["prediction_type"] == "epsilon":
             drawn["rescale_betas_zero_snr"] = False
         return {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end} | drawn
 
-    return st.fixed_dictionaries(COMMON | own).map(whole)
+    return st.fixed_dictionaries(COMMON | own).map(complete)
 
 
 #: unit roundoff of float32
@@ -71,11 +71,11 @@ U = 2.0**-24
 
 
 def with_noise_levels(scheduler: Any, config: dict[str, Any]) -> Any:
-    """The scheduler with this package's ᾱ in place of its own.
+    """Replace the scheduler's ᾱ by this package's and return it.
 
-    diffusers multiplies its ᾱ up in float32, with a rounding that depends on the processor's vector width, and near
-    zero terminal SNR that error is amplified a thousandfold.  ᾱ is compared with a float64 formula by itself below;
-    here both loops start from the same ᾱ, so that what is compared is the algorithm.
+    diffusers accumulates ᾱ in float32. The rounding depends on the processor's vector width and is amplified a
+    thousandfold near zero terminal SNR. Another test below compares ᾱ with a float64 formula. Here both loops start
+    from the same ᾱ, so that only the algorithms are compared.
     """
     abar = torch.from_numpy(alphas_cumprod(config)).float()
     scheduler.alphas_cumprod = abar
@@ -90,7 +90,7 @@ def with_noise_levels(scheduler: Any, config: dict[str, Any]) -> Any:
 
 
 def in_float64(scheduler: Any) -> Any:
-    """The scheduler after ``set_timesteps``, computing its coefficients in float64."""
+    """Make a scheduler compute its coefficients in float64; call it after ``set_timesteps``."""
     for name in ("alphas_cumprod", "final_alpha_cumprod", "sigmas"):
         if hasattr(scheduler, name):
             setattr(scheduler, name, getattr(scheduler, name).double())
@@ -98,25 +98,25 @@ def in_float64(scheduler: Any) -> Any:
 
 
 def level_error(table: Schedule, sigmas: np.ndarray) -> float:
-    """Bound of the relative error of a noise level: Euler's in diffusers are made in float32, from their logarithms."""
+    """Bound of the relative error of a noise level; diffusers computes Euler's in float32 from their logarithms."""
     if table.name not in ("euler", "heun"):
         return 4 * U
     return 4 * U * (1 + float(np.abs(np.log(sigmas[sigmas > 0])).max()))
 
 
 def coefficient_errors(table: Schedule, sigmas: np.ndarray) -> np.ndarray:
-    """``[steps]``: bound of the error of a step's coefficients, from float32's roundoff of noise levels.
+    """Return bounds ``[steps]`` of the error of each step's coefficients due to float32's rounding of noise levels.
 
-    It is relative to the step's data predictions; for Euler to the step's length |σ' − σ|·|dx/dσ|.
+    They are relative to the step's data predictions, or for Euler to the step's length |σ' − σ|·|dx/dσ|.
 
-    The coefficients of DDIM and UniPC are computed in float64 and rounded once.  So are Euler's, of levels that are off
-    by ε each, which moves σ' − σ by ε(σ + σ') and the derivative by 2ε.  DPM-Solver++ takes differences of λ in
-    float32, as diffusers does: each λ is off by some roundoffs of its size, h = λ' − λ by δ, 1 − e^−h by δ too, and
-    the slope, which is divided by the step before, by δ·(1 + h)/h_before.
+    The coefficients of DDIM and UniPC are computed in float64 and rounded once. So are Euler's, but its levels have a
+    relative error of ε each, which changes σ' − σ by ε(σ + σ') and the derivative by 2ε. DPM-Solver++ subtracts λ in
+    float32, as diffusers does. Each λ has an error of a few roundoffs of its size, so h = λ' − λ and 1 − e^−h have an
+    error of δ, and the slope, which is divided by the previous step, has δ·(1 + h)/h_before.
     """
     if table.name in ("ddim", "unipc"):
         return np.full(len(table), 4 * U)
-    if table.name == "heun":  # each of its noise levels is there twice, and a second row goes back to its step's begin
+    if table.name == "heun":  # each inner level occurs twice, and the second row of a step restarts at its beginning
         whole = np.concatenate([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])
         errors = coefficient_errors(dataclasses.replace(table, name="euler"), whole)
         return np.repeat(errors, 2)[: len(table)]
@@ -135,40 +135,40 @@ def coefficient_errors(table: Schedule, sigmas: np.ndarray) -> np.ndarray:
 
 
 def data_of(scheduler: Any, x: torch.Tensor, output: torch.Tensor, sigma: torch.Tensor) -> np.ndarray:
-    """The clean latent that a network predicts in σ's space."""
+    """Return the clean latent that a network predicts in σ's parametrisation."""
     if scheduler.config.prediction_type == "epsilon":
         return (x - sigma * output.double()).numpy()
     return (x / (sigma**2 + 1) - sigma / (sigma**2 + 1) ** 0.5 * output.double()).numpy()
 
 
-def go_on_from(scheduler: Any, x: np.ndarray, kept: tuple[Any, ...]) -> None:
-    """Make UniPC's own state that which leads to our latent: its predictions, and the latent that it corrected."""
-    for place, data in enumerate(kept[: len(scheduler.model_outputs)], 1):
+def go_on_from(scheduler: Any, x: np.ndarray, predictions: tuple[Any, ...]) -> None:
+    """Set the state of diffusers' UniPC (predictions and corrected latent) to one that leads to our latent."""
+    for place, data in enumerate(predictions[: len(scheduler.model_outputs)], 1):
         if data is not None:
             scheduler.model_outputs[-place] = torch.from_numpy(data).double()
     if (after := scheduler.sigmas[scheduler.step_index]) == 0:
-        return  # the end
+        return  # last step
     sigma = scheduler.sigmas[scheduler.step_index - 1]
     scheduler._step_index -= 1
-    found = scheduler.multistep_uni_p_bh_update(
+    update = scheduler.multistep_uni_p_bh_update(
         model_output=None, sample=scheduler.last_sample, order=scheduler.this_order
     )  # fmt: skip
     scheduler._step_index += 1
     ratio = after / sigma * ((1 + sigma**2) / (1 + after**2)) ** 0.5
-    scheduler.last_sample = scheduler.last_sample + (torch.from_numpy(x).double() - found) / ratio
+    scheduler.last_sample = scheduler.last_sample + (torch.from_numpy(x).double() - update) / ratio
 
 
 def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
-    """Make every step with both, diffusers' in float64, from the same latent and the same data prediction before.
+    """Run every step with both, diffusers' in float64, from the same latent and the same previous data prediction.
 
-    What one step returns is what both start the next one with, so roundoff does not add up along the run: a step's
-    allowance is its own roundoff, and equal steps make equal runs.
+    Both continue from our result of each step, so roundoff does not accumulate: a step's tolerance is its own
+    roundoff, and equal steps imply equal runs.
     """
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((1, 4, 4, 4), np.float32)
     assert table.timesteps.tolist() == [round(t) for t in scheduler.timesteps[begin:].tolist()]
     in_float64(scheduler)
-    if hasattr(scheduler, "set_begin_index"):  # else it looks for its place by timestep, and two may round to one
+    if hasattr(scheduler, "set_begin_index"):  # else it finds its index by timestep, and two may be equal
         scheduler.set_begin_index(begin)
     sigmas = scheduler.sigmas[begin:].numpy() if table.name != "ddim" else np.ones(len(table) + 1)
     coefficient, level = coefficient_errors(table, sigmas), 4 * U + level_error(table, sigmas)
@@ -200,23 +200,23 @@ def follow(table: Schedule, scheduler: Any, seed: int, begin: int = 0) -> None:
         added = added + abs(row["older_scale"]) * data_older
         x, previous = table.step(i, x, output.numpy(), previous)
         theirs = scheduler.step(output.double(), t, same).prev_sample
-        # diffusers rounds the latent to float32 once a step, too
+        # diffusers also rounds the latent to float32 once per step
         allowed = 4 * U * (added + np.abs(theirs.numpy())) + coefficient[i] * moved
         assert (np.abs(x - theirs.numpy()) <= allowed).all(), f"step {i}"
         if table.name == "heun":
             sigma, after = scheduler.sigmas[begin + i], scheduler.sigmas[begin + i + 1]
-            if previous is None:  # one step, which is Euler's
+            if previous is None:  # a single step, which is Euler's
                 return
             assert (np.abs(previous - data_of(scheduler, same, output, sigma)) <= 7 * U * data).all(), f"step {i}"
-            if not i % 2 and after > 0:  # the slope and the latent that diffusers keeps, from our x̂ and D
+            if not i % 2 and after > 0:  # set diffusers' stored derivative and latent from our x̂ and D
                 there, clean = torch.from_numpy(x).double(), torch.from_numpy(previous).double()
                 scheduler.prev_derivative = (there - clean) / after
                 scheduler.sample = there - (after - sigma) * scheduler.prev_derivative
         elif table.name == "unipc" and previous is not None:
-            kept = previous if isinstance(previous, tuple) else (previous,)
-            assert (np.abs(kept[0] - scheduler.model_outputs[-1].numpy()) <= 7 * U * data).all(), f"step {i}"
-            go_on_from(scheduler, x, kept)
-        elif previous is not None:  # α of σ has 4 roundoffs, σ_t = σα one more, and so have product and sum
+            predictions = previous if isinstance(previous, tuple) else (previous,)
+            assert (np.abs(predictions[0] - scheduler.model_outputs[-1].numpy()) <= 7 * U * data).all(), f"step {i}"
+            go_on_from(scheduler, x, predictions)
+        elif previous is not None:  # α(σ) has 4 roundoffs; σ_t = σα, the product and the sum add one each
             assert (np.abs(previous - scheduler.model_outputs[-1].numpy()) <= 7 * U * data).all(), f"step {i}"
             scheduler.model_outputs[-1] = torch.from_numpy(previous).double()
         data_before, data_older = data, data_before
@@ -246,7 +246,7 @@ def test_ddim_equals_diffusers(config: dict[str, Any], steps: int, begin: int, s
 def test_dpm_solver_equals_diffusers(config: dict[str, Any], steps: int, begin: int, seed: int) -> None:
     if (own := config.pop("spacing")) is not None:
         config[own] = True
-        if config["solver_type"] == "heun":  # its last step has no length then, and diffusers divides by that
+        if config["solver_type"] == "heun":  # the last step would have length 0, and diffusers divides by it
             config["final_sigmas_type"] = "zero"
     check("dpm++", DPMSolverMultistepScheduler(**config), config, steps, begin, seed)
 
@@ -293,7 +293,7 @@ def test_unipc_equals_diffusers(config: dict[str, Any], steps: int, begin: int, 
     if (own := config.pop("spacing")) is not None:
         config[own] = True
     if config["solver_type"] == "bh1" or not config["lower_order_final"]:
-        config["final_sigmas_type"] = "sigma_min"  # a last step to no noise is not finite in diffusers
+        config["final_sigmas_type"] = "sigma_min"  # a last step to zero noise is not finite in diffusers
     check("unipc", UniPCMultistepScheduler(**config), config, steps, begin, seed)
 
 
@@ -320,8 +320,8 @@ MUTANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("kind", MUTANTS)
-def test_a_coefficient_that_is_off_by_a_thousandth_is_noticed(kind: str, prediction: str) -> None:
-    """Each coefficient of each step, with the noise of Stable Diffusion: the allowances above hide none of them."""
+def test_an_error_of_a_thousandth_in_any_coefficient_is_detected(kind: str, prediction: str) -> None:
+    """The tolerances above hide no such error in any coefficient of any step, with Stable Diffusion's noise."""
     name = kind.split()[0]
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": prediction}
     config |= MUTANTS[kind]
@@ -351,10 +351,10 @@ def test_a_coefficient_that_is_off_by_a_thousandth_is_noticed(kind: str, predict
     steps=st.sampled_from([2, 4, 5, 8, 10, 20, 25, 40, 50]),
     name=st.sampled_from(["ddim", "dpm++", "euler", "heun", "unipc"]),
 )
-def test_a_true_prediction_leads_to_the_image_from_any_start(a: float, b: float, steps: int, name: str) -> None:
-    """With the noise that was really added as output, every schedule lands on the clean latent.
+def test_predicting_the_true_noise_leads_to_the_clean_latent(a: float, b: float, steps: int, name: str) -> None:
+    """If the network returns the noise that was added, every schedule ends at the clean latent.
 
-    DDIM does so where the steps divide the training timesteps: else diffusers' stride misses the next timestep.
+    DDIM does so if the steps divide the training timesteps; otherwise diffusers' stride misses the next timestep.
     """
     config = {
         "beta_schedule": "scaled_linear",
@@ -383,8 +383,9 @@ def exact_betas(start: float, end: float, kind: str) -> torch.Tensor:
 def rounding_of_alphas(betas: np.ndarray, zero_snr: bool) -> np.ndarray:
     """Bound of the relative error of ᾱ in float32, ``[1000]``, from each operation's roundoff.
 
-    β is off by at most 4 roundoffs of the largest β, 1 − β by one of its own size, and relative errors of factors add
-    up.  Zero terminal SNR subtracts √ᾱ_T from every √ᾱ_t, which magnifies the error by √ᾱ/(√ᾱ_t − √ᾱ_T).
+    The error of β is at most 4 roundoffs of the largest β, that of 1 − β one roundoff of its own size, and relative
+    errors of factors add up. Zero terminal SNR subtracts √ᾱ_T from every √ᾱ_t, which magnifies the error by
+    √ᾱ/(√ᾱ_t − √ᾱ_T).
     """
     alphas = 1 - betas
     relative = np.cumsum((4 * U * betas.max() + U) / alphas) + U
@@ -394,29 +395,29 @@ def rounding_of_alphas(betas: np.ndarray, zero_snr: bool) -> np.ndarray:
     with np.errstate(divide="ignore"):
         shifted = (relative * root + relative[-1] * root[-1]) / (root - root[-1]) + 4 * U
         factors = np.square((root[1:] - root[-1]) / (root[:-1] - root[-1]))
-        # ᾱ is multiplied up from the β that follow, each factor 1 − β off by a roundoff of 1
+        # ᾱ is then a product of factors 1 − β, each with an error of one roundoff of 1
         return 2 * shifted + np.concatenate([[U], np.cumsum(2 * U / np.maximum(factors, 1e-300))]) + U
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize(("start", "end"), BETAS)
-def test_alphas_are_the_formulas_to_float32s_rounding(start: float, end: float, kind: str, zero_snr: bool) -> None:
+def test_alphas_equal_the_formulas_up_to_float32_rounding(start: float, end: float, kind: str, zero_snr: bool) -> None:
     betas = exact_betas(start, end, kind)
     exact = rescale_zero_terminal_snr(betas) if zero_snr else betas
-    wanted = torch.cumprod(1 - exact, 0).numpy()
+    expected = torch.cumprod(1 - exact, 0).numpy()
     config = {"beta_start": start, "beta_end": end, "beta_schedule": kind, "rescale_betas_zero_snr": zero_snr}
     ours, bound = alphas_cumprod(config), rounding_of_alphas(betas.numpy(), zero_snr)
     theirs = DDIMScheduler(**config).alphas_cumprod.numpy()
-    last = 999 if zero_snr else 1000  # ᾱ of the last is 0 then, and no error is relative to that
+    last = 999 if zero_snr else 1000  # the last ᾱ is 0 and has no relative error
     for values in (ours, theirs):
-        assert (np.abs(values[:last] / wanted[:last] - 1) <= bound[:last]).all()
+        assert (np.abs(values[:last] / expected[:last] - 1) <= bound[:last]).all()
     assert not zero_snr or abs(ours[-1]) <= U
     assert np.median(bound) < 1e-3  # a wrong formula is off by far more
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun", "unipc"])
-def test_nulls_stand_for_defaults(name: str) -> None:
+def test_nulls_mean_defaults(name: str) -> None:
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
             "solver_order", "lambda_min_clipped", "trained_betas", "final_sigmas_type")  # fmt: skip
     nulls = dict.fromkeys(keys)
@@ -424,7 +425,7 @@ def test_nulls_stand_for_defaults(name: str) -> None:
     assert np.array_equal(alphas_cumprod(nulls), alphas_cumprod({}))
 
 
-def test_trained_betas_are_taken_and_counted() -> None:
+def test_trained_betas_are_used_and_their_number_is_checked() -> None:
     trained = np.linspace(0.001, 0.02, 100).tolist()
     config = {"num_train_timesteps": 100, "trained_betas": trained, "prediction_type": "epsilon"}
     check("ddim", DDIMScheduler(**config, clip_sample=False), config, 10, 0, 0)
@@ -434,23 +435,23 @@ def test_trained_betas_are_taken_and_counted() -> None:
 
 @pytest.mark.parametrize("steps", [61, 103, 999, 1000])
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun", "unipc"])
-def test_trailing_has_as_many_steps_as_were_asked_for(name: str, steps: int) -> None:
-    # 1000 / 61 leaves a rest of 1e-13 that diffusers makes a timestep of its own, -1
+def test_trailing_has_the_requested_number_of_steps(name: str, steps: int) -> None:
+    # 1000 / 61 leaves a remainder of 1e-13, for which diffusers adds a timestep of -1
     table = make(name, {"timestep_spacing": "trailing"}, steps)
     assert table.steps == steps and table.timesteps.min() >= 0
 
 
-def test_the_table_is_data_that_a_plain_loop_can_run() -> None:
-    """What a captured graph holds: seven numbers a step, two latents and one network output."""
+def test_a_plain_loop_can_run_the_table() -> None:
+    """A captured graph runs this loop: seven numbers per step, two latents and one network output."""
     table = make("dpm++", {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}, 12)
     rows = table.table()
     assert rows.dtype == np.float32 and rows.shape == (12, len(COLUMNS))
     x = other = np.random.default_rng(0).standard_normal((2, 4, 3, 3), np.float32)
-    previous, held = np.zeros_like(x), None
+    previous, other_previous = np.zeros_like(x), None
     for i, (into, a, b, c, p, q, _) in enumerate(rows):
         output = np.tanh(into * x)
         x, previous = a * x + b * output + c * previous, p * x + q * output
-        other, held = table.step(i, other, np.tanh(table.scaled(i, other)), held)
+        other, other_previous = table.step(i, other, np.tanh(table.scaled(i, other)), other_previous)
     assert table.multistep and np.array_equal(x, other)
     assert not make("ddim", {}, 12).multistep and not make("euler", {}, 12).multistep
 
@@ -501,7 +502,7 @@ def test_timesteps_past_training_and_equal_noise_are_refused() -> None:
         ("euler", "use_beta_sigmas", True, "not supported"),
     ],
 )  # fmt: skip
-def test_what_no_table_can_hold_is_refused_by_name(name: str, key: str, value: object, known: str) -> None:
+def test_unsupported_options_are_refused_by_name(name: str, key: str, value: object, known: str) -> None:
     with pytest.raises(
         InputError, match=f"{key} is '?{value!s}.*{known}".replace("++'", r"\+\+'").replace("++.", r"\+\+.")
     ):
@@ -515,7 +516,7 @@ def test_two_spacings_at_once_and_continuous_velocity_are_refused() -> None:
         make("euler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, 10)
 
 
-def test_the_teachers_own_schedule_is_taken_where_it_is_one() -> None:
+def test_the_teachers_schedule_is_the_default_if_it_is_supported() -> None:
     for name, rule in SCHEDULES.items():
         kind = rule.diffusers_class
         assert resolve(None, {"_class_name": kind}) == resolve("teacher", {"_class_name": kind}) == name
@@ -529,7 +530,7 @@ def test_the_teachers_own_schedule_is_taken_where_it_is_one() -> None:
         resolve("plms", {})
 
 
-#: names of samplers in AUTOMATIC1111, ComfyUI, k-diffusion and diffusers -> ours, as diffusers' own list has them
+#: names of samplers in AUTOMATIC1111, ComfyUI, k-diffusion and diffusers -> ours, from diffusers' list
 KNOWN = {
     "DDIM": "ddim", "DDIMScheduler": "ddim", "Euler": "euler", "k_euler": "euler", "EulerDiscreteScheduler": "euler",
     "DPM++ 2M": "dpm++", "dpmpp_2m": "dpm++", "k_dpmpp_2m": "dpm++", "DPMSolverMultistepScheduler": "dpm++",
@@ -542,14 +543,14 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_names_of_other_programs_are_known(name: str) -> None:
+def test_sampler_names_of_other_programs_are_known(name: str) -> None:
     config = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
     ours = resolve(name, config)
     assert ours == KNOWN[name] and resolve(ours, config) == ours and make(name, config, 5).name == ours
     assert from_a1111(*a1111_names(ours)) in (ours, ours.removesuffix(":linspace"))
 
 
-def test_samplers_and_schedule_types_of_a1111() -> None:
+def test_samplers_and_schedule_types_of_a1111_are_known() -> None:
     assert from_a1111("DPM++ 2M", "Karras") == from_a1111("DPM++ 2M Karras", "karras") == "dpm++:karras"
     assert from_a1111("DPM++ 2M", "SGM Uniform") == from_a1111("DPM++ 2M Karras", "sgm_uniform") == "dpm++:trailing"
     assert from_a1111("Euler", "Automatic") == from_a1111("Euler", "") == from_a1111("Euler") == "euler"
@@ -562,7 +563,7 @@ def test_samplers_and_schedule_types_of_a1111() -> None:
             from_a1111("Euler", kind)
 
 
-def test_the_page_has_every_name() -> None:
+def test_the_documentation_lists_every_schedule_and_spacing() -> None:
     page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text(encoding="utf-8")
     for name, rule in SCHEDULES.items():
         other = (rule.aliases[1:2] or (name,))[0].removeprefix("k_")
@@ -585,7 +586,7 @@ def test_samplers_that_add_noise_are_refused_by_name(name: str) -> None:
         resolve(name, {})
 
 
-def test_a_spacing_replaces_the_teachers_own() -> None:
+def test_a_spacing_replaces_that_of_the_teacher() -> None:
     config = {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "use_exponential_sigmas": True}
     for name, rule in SCHEDULES.items():
         for spacing in rule.spacings:
@@ -610,7 +611,7 @@ def test_a_spacing_replaces_the_teachers_own() -> None:
 def test_heun_counts_its_evaluations() -> None:
     table = make("heun", {}, 7)
     assert len(table) == evaluations("Heun", {}, 7) == 13 and table.steps == 7
-    assert len(table.start(0.5)) == 5 and table.start(0.5).steps == 3  # two evaluations a step, and one in the last
+    assert len(table.start(0.5)) == 5 and table.start(0.5).steps == 3  # two evaluations per step, one in the last
     assert evaluations("dpm++:karras", {}, 7) == 7
     with pytest.raises(InputError, match="strength 0.1 of 7 steps is less than one step"):
         table.start(0.1)
@@ -626,7 +627,7 @@ def test_a_registered_schedule_is_known_by_name_class_and_message() -> None:
         own = {"_class_name": "HalvingScheduler"}
         assert resolve(None, own) == resolve("teacher", own) == "half" and resolve(None, own, 8) == "ddim"
         table = make("half", {}, 3)
-        assert table.name == "half"  # whatever its function calls it: the parameters of images have the registered name
+        assert table.name == "half"  # not the function's name: images record the registered one
         assert table.step(0, 8.0, 1.0)[0] == 4.0
         with pytest.raises(InputError, match=r"known: ddim, dpm\+\+, euler, heun, unipc, half, teacher"):
             resolve("plms", {})
@@ -660,7 +661,7 @@ def test_a_strength_that_leaves_no_step_is_refused(strength: float, message: str
         make("ddim", {}, 20).start(strength)
 
 
-def test_schedules_of_torch_tensors_stay_tensors() -> None:
+def test_steps_on_torch_tensors_return_torch_tensors() -> None:
     table: Schedule = make("dpm++", {}, 4)
     x, previous = table.step(0, torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
     assert isinstance(x, torch.Tensor) and x.dtype == previous.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Step-level batching: every image the bits of its own run, whoever shares its calls; nobody waits for ever."""
+"""Step-level batching: every image is bit-equal to a run of its own, whatever shares its calls; no request starves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPE = (4, 2, 3)
 
 
 def predict(sample: np.ndarray, timestep: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """A network whose every row depends on its own inputs alone."""
+    """A network in which every row depends only on its own inputs."""
     return np.sin(sample + text[:, None, None, None]) + timestep[:, None, None, None].astype(np.float32) / 1000
 
 
@@ -32,7 +32,7 @@ class ToyBound(Bound):
     def __init__(self, network: Toy, batch: int, size: tuple[int, int], shares: bool) -> None:
         self.network, self.shares = network, shares
         self.inputs = {
-            "sample": np.full((batch, SHAPE[0], *size), np.nan, np.float32),  # what nobody writes spoils the result
+            "sample": np.full((batch, SHAPE[0], *size), np.nan, np.float32),  # unwritten inputs spoil the result
             "timestep": np.zeros(batch, np.int64),
             "text": np.zeros(batch, np.float32),
         }
@@ -71,7 +71,7 @@ class Toy(Network):
 
 
 def alone(run: Run) -> np.ndarray:
-    """The last latents by the loop of whole batches."""
+    """Return the final latents of the loop over whole batches."""
     bound = ToyBound(Toy(), len(run.inputs), run.start.shape[1:], True)
     bound.write(text=np.array([row["text"] for row in run.inputs], np.float32))
     w = np.array([run.w], np.float32) if len(run.inputs) == 2 else None
@@ -109,7 +109,7 @@ REQUEST = st.tuples(
     shares=st.booleans(),
     cancelled=st.sets(st.integers(0, 8)),
 )
-def test_every_run_has_the_bits_that_it_has_alone(
+def test_every_run_is_bit_equal_to_running_alone(
     requests: list[tuple[str, int, int, int, tuple[int, int], int, float]],
     slots: int,
     powers: bool,
@@ -148,7 +148,7 @@ def test_every_run_has_the_bits_that_it_has_alone(
     rows=st.sampled_from([1, 2]),
     short=st.integers(1, 4),
 )
-def test_nobody_starves_under_an_endless_stream_of_shorter_requests(
+def test_no_request_starves_under_an_endless_stream_of_shorter_ones(
     slots: int, ageing: float, length: int, rows: int, short: int
 ) -> None:
     rows = min(rows, slots)
@@ -158,16 +158,16 @@ def test_nobody_starves_under_an_endless_stream_of_shorter_requests(
         submit(loop, brief)
     loop.step()
     long = submit(loop, a_run(make("ddim", SCHEDULER, length), 5, rows))
-    # who comes later than this does not pass it, and who runs or came before has ended a few steps after
+    # requests after length / ageing calls do not overtake it, and earlier ones end soon after that
     bound = length / ageing + short * (slots + 2) * (length / ageing * slots + slots)
     while not long.running and not long.over:
-        for _ in range(slots):  # more arrives than is served
+        for _ in range(slots):  # more requests arrive than are served
             submit(loop, brief)
         loop.step()
         assert loop.calls <= bound
 
 
-def test_a_short_request_passes_a_long_one_that_waits_and_age_turns_the_order() -> None:
+def test_a_short_request_overtakes_a_long_one_until_that_is_old_enough() -> None:
     loop = StepLoop(Toy(), 1)
     first = submit(loop, a_run(make("ddim", SCHEDULER, 6)))
     loop.step()
@@ -180,7 +180,7 @@ def test_a_short_request_passes_a_long_one_that_waits_and_age_turns_the_order() 
     assert long.began == 10 and late.began == 40  # shorter by 5 steps, and 10 calls younger
 
 
-def test_a_request_of_two_rows_is_not_passed_by_those_of_one() -> None:
+def test_a_request_of_two_rows_is_not_overtaken_by_those_of_one() -> None:
     loop = StepLoop(Toy(), 2)
     running = submit(loop, a_run(make("ddim", SCHEDULER, 5)))
     loop.step()
@@ -194,7 +194,7 @@ def test_a_request_of_two_rows_is_not_passed_by_those_of_one() -> None:
         submit(StepLoop(Toy(), 1), a_run(make("ddim", SCHEDULER, 3), rows=2))
 
 
-def test_cancel_frees_the_place_for_who_waits() -> None:
+def test_cancelling_frees_the_slot_for_a_waiting_request() -> None:
     loop = StepLoop(Toy(), 1)
     running, waiting = (submit(loop, a_run(make("dpm++", SCHEDULER, 9), seed)) for seed in (0, 1))
     for _ in range(3):
@@ -208,8 +208,8 @@ def test_cancel_frees_the_place_for_who_waits() -> None:
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_the_estimate_is_the_clean_latents_where_the_network_knows_the_noise(name: str, strength: float) -> None:
-    """With the true noise as its output, every estimate is the clean image."""
+def test_the_estimate_is_the_clean_latent_if_the_network_predicts_the_true_noise(name: str, strength: float) -> None:
+    """This holds for the estimate after every step."""
     table = make(name, SCHEDULER, 8).start(strength)
     draw = np.random.default_rng(3)
     clean, noise = draw.standard_normal((2, *SHAPE), np.float32)
@@ -228,13 +228,13 @@ def test_the_estimate_is_the_clean_latents_where_the_network_knows_the_noise(nam
     assert ticket.estimate() is None
     while not ticket.over:
         loop.step()
-        found = ticket.estimate()
-        assert found is not None
+        estimate = ticket.estimate()
+        assert estimate is not None
         last = ticket.steps_done == len(table)
-        np.testing.assert_allclose(found, clean, atol=0.1 if last else 2e-3)  # the last level has some noise left
+        np.testing.assert_allclose(estimate, clean, atol=0.1 if last else 2e-3)  # the last level has some noise left
 
 
-def test_a_failure_takes_those_of_its_call_and_no_other() -> None:
+def test_a_failure_ends_only_the_requests_of_its_call() -> None:
     loop = StepLoop(Toy(fails=2), 4)
     small, large = (submit(loop, a_run(make("ddim", SCHEDULER, 3), 0, 1, size)) for size in ((2, 3), (4, 4)))
     ended = loop.step()
@@ -252,7 +252,7 @@ def test_a_failure_takes_those_of_its_call_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(("slots", "buckets"), [(0, None), (4, (1, 2)), (2, (0, 2)), (2, ())])
-def test_slots_and_buckets_that_cannot_be(slots: int, buckets: tuple[int, ...] | None) -> None:
+def test_invalid_slots_and_buckets_are_refused(slots: int, buckets: tuple[int, ...] | None) -> None:
     with pytest.raises(InputError):
         StepLoop(Toy(), slots, buckets)
 
@@ -269,7 +269,7 @@ def plain(micro_bundles: Path) -> Pipeline:
 
 
 def serve(pipeline: Pipeline, requests: list[Prepared], slots: int, gaps: list[int], powers: bool) -> list[np.ndarray]:
-    """The images of requests that come ``gaps`` calls apart."""
+    """Return the images of requests that arrive ``gaps`` calls apart."""
     loop = pipeline.step_loop(slots, (1, 2, 4, 8) if powers else None)
     tickets: list[Ticket] = []
     for prepared, gap in zip(requests, gaps, strict=False):
@@ -290,7 +290,7 @@ ASKED = st.fixed_dictionaries(
 @settings(max_examples=8)
 @given(asked=st.lists(ASKED, min_size=2, max_size=7), gaps=st.lists(st.integers(0, 3), min_size=7, max_size=7),
        slots=st.integers(1, 6), powers=st.booleans())  # fmt: skip
-def test_guided_images_are_the_pipelines_own(
+def test_guided_images_equal_those_of_the_pipeline(
     guided: Pipeline, asked: list[dict], gaps: list[int], slots: int, powers: bool
 ) -> None:
     served = serve(guided, [guided.prepare(**each) for each in asked], slots, gaps, powers)
@@ -318,19 +318,19 @@ def test_cfg_unguided_and_image_to_image_share_calls_with_text_to_image(
 
 
 def test_one_engine_with_a_guide_serves_the_three_methods_in_one_call(guided: Pipeline, plain: Pipeline) -> None:
-    asked = [
+    requests = [
         {"prompts": prompt, "steps": 5, "seed": seed, "guidance": 4.0, "method": method}
         for seed, (prompt, method) in enumerate([("a red apple", "cfg"), ("a panda", "guided"), ("", "unguided")])
     ]
-    together = serve(guided, [guided.prepare(**each) for each in asked], 4, [0, 1, 0], powers=False)
-    for each, pixels in zip(asked, together, strict=True):
-        (lone,) = serve(guided, [guided.prepare(**each)], 4, [0], powers=False)
+    together = serve(guided, [guided.prepare(**request) for request in requests], 4, [0, 1, 0], powers=False)
+    for request, pixels in zip(requests, together, strict=True):
+        (lone,) = serve(guided, [guided.prepare(**request)], 4, [0], powers=False)
         np.testing.assert_array_equal(pixels, lone)
-        if each["method"] != "guided":  # another graph than the plain engine's, which adds residuals of 0
-            apart = np.abs(pixels.astype(int) - plain(**each)[0].pixels.astype(int))
+        if request["method"] != "guided":  # unlike the plain engine's, this graph adds residuals of 0
+            apart = np.abs(pixels.astype(int) - plain(**request)[0].pixels.astype(int))
             assert apart.max() <= 1
-    for each, pixels in zip(asked, together, strict=True):  # a call takes the same methods
-        np.testing.assert_array_equal(pixels, guided(**each)[0].pixels)
+    for request, pixels in zip(requests, together, strict=True):  # the pipeline takes the same methods
+        np.testing.assert_array_equal(pixels, guided(**request)[0].pixels)
     with pytest.raises(InputError, match="cannot do 'cfg-interval' step by step; it can do: guided, cfg, unguided"):
         guided.run(guided.prepare("a cat", method="cfg-interval"), 0)
 
@@ -345,7 +345,7 @@ def test_buckets_are_batches_of_the_engine(guided: Pipeline) -> None:
     ("kept", "slots", "buckets"),
     [(8, 8, tuple(range(1, 9))), (4, 8, (1, 2, 4, 8)), (4, 16, (2, 4, 8, 16)), (3, 5, (2, 3, 5))],
 )
-def test_buckets_are_as_many_as_sessions_are_kept_where_each_batch_has_one(
+def test_buckets_are_limited_to_the_loaded_sessions_if_each_batch_has_its_own(
     kept: int, slots: int, buckets: tuple[int, ...]
 ) -> None:
     network = OrtNetwork(Path("none.onnx"), "cpu", 1)
@@ -355,14 +355,14 @@ def test_buckets_are_as_many_as_sessions_are_kept_where_each_batch_has_one(
     assert network.batches(slots) == buckets
 
 
-def test_a_batch_that_changes_makes_no_session_anew(guided: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One session runs every batch, so that none has the weights twice."""
-    made: list[tuple[object, ...]] = []
+def test_changing_batch_sizes_create_no_new_session(guided: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One session runs every batch size, so the weights are in memory only once."""
+    created: list[tuple[object, ...]] = []
     network = guided._unet
     assert isinstance(network, OrtNetwork)
     monkeypatch.setattr(network, "_loaded", {})
     load = network._load
-    monkeypatch.setattr(network, "_load", lambda *shape: (made.append(shape), load(*shape))[1])
+    monkeypatch.setattr(network, "_load", lambda *shape: (created.append(shape), load(*shape))[1])
     loop = guided.step_loop(8)
     assert loop.buckets == tuple(range(1, 9))
     for seed in range(9):
@@ -370,4 +370,4 @@ def test_a_batch_that_changes_makes_no_session_anew(guided: Pipeline, monkeypatc
         loop.submit(lambda p=prepared: guided.run(p, 0), len(prepared.table))  # type: ignore[misc]
         loop.step()
     finish(loop)
-    assert made == [(None, (8, 8), None)] and loop.calls > 9
+    assert created == [(None, (8, 8), None)] and loop.calls > 9

@@ -1,4 +1,4 @@
-"""``pnp-trt serve`` as a process: the address that it states, a signal under load, and what it refuses to start."""
+"""``pnp-trt serve`` as a process: its printed address, SIGTERM under load, and arguments that it refuses."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import pytest
 from ..conftest import Result
 
 
-def test_sigterm_finishes_what_runs_and_takes_no_more(engines: Path) -> None:
+def test_sigterm_finishes_running_requests_and_accepts_no_more(engines: Path) -> None:
     command = [sys.executable, "-m", "pnp_trt", "serve", "guided", "--port", "0", "--provider", "cpu", "--slots", "2"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         assert child.stdout is not None
         line = child.stdout.readline()
-        found = re.search(r"serving at (http://127\.0\.0\.1:\d+) ", line)
-        assert found, line
-        url, got = found[1], []
+        match = re.search(r"serving at (http://127\.0\.0\.1:\d+) ", line)
+        assert match, line
+        url, answers = match[1], []
         body = {"prompt": "a cat", "num_inference_steps": 100, "request_id": "the-long-one", "n": 3}
         sent = threading.Thread(
-            target=lambda: got.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=120))
+            target=lambda: answers.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=120))
         )
         sent.start()
         deadline = time.monotonic() + 60
@@ -39,7 +39,7 @@ def test_sigterm_finishes_what_runs_and_takes_no_more(engines: Path) -> None:
         child.send_signal(signal.SIGTERM)
         sent.join(120)
         assert child.wait(60) == 0
-        assert got[0].status_code == 200 and len(got[0].json()["data"]) == 3
+        assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 3
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/healthz")
     finally:
@@ -57,7 +57,7 @@ def test_sigterm_finishes_what_runs_and_takes_no_more(engines: Path) -> None:
         (("guided", "--host", "203.0.113.7", "--no-key", "--port", "0"), "cannot listen at 203.0.113.7"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_sentence(
+def test_invalid_arguments_are_refused_in_one_sentence(
     engines: Path, cli: Callable[..., Result], arguments: tuple[Any, ...], message: str
 ) -> None:
     done = cli("serve", *arguments)

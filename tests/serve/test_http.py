@@ -1,4 +1,4 @@
-"""The HTTP interfaces: OpenAI's real client, A1111 bodies as front-ends send them, and what a server refuses."""
+"""The HTTP interfaces: OpenAI's client, requests of A1111 front-ends, and requests that are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pnp_trt.serve.http.openai import ImagesRequest
 
 from .conftest import Running, serving
 
-#: one, as each makes itself a TLS context
+#: shared, because every client creates a TLS context
 HTTP = httpx.Client(timeout=60)
 INIT = np.random.default_rng(7).integers(0, 256, (32, 32, 3), np.uint8)
 
@@ -34,7 +34,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def pixels(data: str | None) -> np.ndarray:
-    """Of an image in base64."""
+    """Decode an image in base64."""
     assert data is not None
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
 
@@ -57,12 +57,14 @@ def get(server: Running, path: str) -> Any:
 
 
 # -- OpenAI's client ---------------------------------------------------------------------------------------------------
-def test_openai_images_are_the_pipelines(client: openai.OpenAI, pipelines: dict[str, Pipeline], tmp_path: Path) -> None:
+def test_openai_images_equal_those_of_the_pipeline(
+    client: openai.OpenAI, pipelines: dict[str, Pipeline], tmp_path: Path
+) -> None:
     more = {"num_inference_steps": 3, "seed": 5, "guidance_scale": 2.5, "schedule": "dpm++"}
-    made = client.images.generate(prompt="a red apple", model="guided", n=2, size="32x32", extra_body=more)
+    response = client.images.generate(prompt="a red apple", model="guided", n=2, size="32x32", extra_body=more)
     alone = pipelines["guided"](["a red apple"] * 2, steps=3, seed=[5, 6], guidance=2.5, schedule="dpm++")
-    assert made.data is not None and len(made.data) == 2
-    for one, other in zip(made.data, alone, strict=True):
+    assert response.data is not None and len(response.data) == 2
+    for one, other in zip(response.data, alone, strict=True):
         np.testing.assert_array_equal(pixels(one.b64_json), other.pixels)
         file = tmp_path / f"{other.parameters['seed']}.png"
         file.write_bytes(base64.b64decode(one.b64_json or ""))
@@ -75,10 +77,10 @@ def test_openai_images_are_the_pipelines(client: openai.OpenAI, pipelines: dict[
     assert [model.id for model in client.models.list()] == ["guided", "plain"]
 
 
-def test_what_a_request_states_in_vain_is_in_the_answer(server: Running) -> None:
+def test_ignored_fields_are_listed_in_the_response(server: Running) -> None:
     body = {"prompt": "a cat", "num_inference_steps": 1, "quality": "hd", "num_inference_step": 3, "user": None}
-    made = post(server, "/v1/images/generations", body)["pnp_trt"]
-    assert made["ignored"] == ["num_inference_step", "quality", "user"] and made["evaluations"] == 1
+    answer = post(server, "/v1/images/generations", body)["pnp_trt"]
+    assert answer["ignored"] == ["num_inference_step", "quality", "user"] and answer["evaluations"] == 1
     assert post(server, "/v1/images/generations", {"prompt": "a cat", "n": 1})["pnp_trt"]["ignored"] == []
     many = {f"\x1b{i:03}{'x' * 300}": i for i in range(100)}
     listed = post(server, "/v1/images/generations", body | many)["pnp_trt"]["ignored"]
@@ -90,26 +92,26 @@ def test_what_a_request_states_in_vain_is_in_the_answer(server: Running) -> None
     [("application/x-www-form-urlencoded", "sent as “application/x-www-form-urlencoded”; send JSON"),
      ("", "sent without a type; send JSON"), ("application/json", "prompt: Field required")],
 )  # fmt: skip
-def test_a_body_of_another_type_is_told_so(server: Running, kind: str, message: str) -> None:
+def test_a_body_of_another_content_type_is_refused(server: Running, kind: str, message: str) -> None:
     body = b'{"prompt": "a cat"}' if "json" not in kind else b"{}"  # as curl's -d sends it without a header
     answer = HTTP.post(f"{server.url}/v1/images/generations", content=body, headers={"Content-Type": kind})
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
 
 
-def test_a_lora_by_its_name_is_at_scale_one() -> None:
-    given = ImagesRequest.model_validate({"prompt": "a cat", "lora": ["one", {"name": "two", "scale": 0.5}]})
-    assert [(lora.name, lora.scale) for lora in given.lora or ()] == [("one", 1.0), ("two", 0.5)]
-    assert ImagesRequest.model_validate({"prompt": "a cat", "lora": "one"}).lora == (given.lora or [])[:1]
+def test_a_lora_given_by_name_has_scale_one() -> None:
+    request = ImagesRequest.model_validate({"prompt": "a cat", "lora": ["one", {"name": "two", "scale": 0.5}]})
+    assert [(lora.name, lora.scale) for lora in request.lora or ()] == [("one", 1.0), ("two", 0.5)]
+    assert ImagesRequest.model_validate({"prompt": "a cat", "lora": "one"}).lora == (request.lora or [])[:1]
 
 
 def test_openai_edits_are_image_to_image(client: openai.OpenAI, pipelines: dict[str, Pipeline]) -> None:
-    made = client.images.edit(
+    edited = client.images.edit(
         image=("start.png", png(INIT), "image/png"), prompt="a panda", model="plain",
         extra_body={"num_inference_steps": 4, "seed": 1, "strength": 0.5, "guidance_scale": 4},
     ).data  # fmt: skip
     (alone,) = pipelines["plain"]("a panda", steps=4, seed=1, strength=0.5, guidance=4.0, init=INIT)
-    assert made is not None
-    np.testing.assert_array_equal(pixels(made[0].b64_json), alone.pixels)
+    assert edited is not None
+    np.testing.assert_array_equal(pixels(edited[0].b64_json), alone.pixels)
     with pytest.raises(openai.BadRequestError, match="has no VAE encoder"):
         client.images.edit(image=png(INIT), prompt="a panda", model="guided")
     with pytest.raises(openai.BadRequestError, match="is not an image that can be read"):
@@ -142,7 +144,7 @@ def test_openai_refusals_are_one_sentence(client: openai.OpenAI, given: dict[str
     assert isinstance(body, dict) and message in body["message"] and "\n" not in body["message"]
 
 
-def test_openai_unknown_model_and_full_queue(client: openai.OpenAI, server: Running) -> None:
+def test_openai_errors_for_an_unknown_model_and_a_full_queue(client: openai.OpenAI, server: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="this server has: guided, plain"):
         client.images.generate(prompt="a cat", model="dall-e-3")
     with server.standing():
@@ -155,44 +157,46 @@ def test_openai_unknown_model_and_full_queue(client: openai.OpenAI, server: Runn
             client.images.generate(prompt="a cat")
         assert int(refused.value.response.headers["retry-after"]) >= 1
     busy.join(60)
-    # with its own retries the client waits and comes again
+    # with its own retries, the client waits and tries again
     assert client.with_options(max_retries=2).images.generate(prompt="a cat", extra_body={"num_inference_steps": 1})
 
 
 def test_a_negative_prompt_that_the_guide_cannot_take_is_served_by_cfg(server: Running) -> None:
     body = {"prompt": "a cat", "negative_prompt": "blue", "num_inference_steps": 2, "seed": 1}
-    made = post(server, "/v1/images/generations", body)["pnp_trt"]
-    assert made["images"][0]["method"] == "cfg" and made["evaluations"] == 4
+    answer = post(server, "/v1/images/generations", body)["pnp_trt"]
+    assert answer["images"][0]["method"] == "cfg" and answer["evaluations"] == 4
     assert post(server, "/v1/images/generations", body | {"negative_prompt": ""})["pnp_trt"]["evaluations"] == 2
     assert "takes no negative prompt" in str(post(server, "/v1/images/generations", body | {"method": "guided"}, 400))
 
 
-def test_progress_preview_and_cancel_by_the_clients_own_id(server: Running) -> None:
-    got: list[Any] = []
+def test_a_job_is_watched_and_cancelled_by_the_clients_id(server: Running) -> None:
+    answers: list[Any] = []
     body = {"prompt": "a cat", "num_inference_steps": 400, "request_id": "mine-0001"}
     with server.standing():
-        sent = threading.Thread(target=lambda: got.append(HTTP.post(f"{server.url}/v1/images/generations", json=body)))
+        sent = threading.Thread(
+            target=lambda: answers.append(HTTP.post(f"{server.url}/v1/images/generations", json=body))
+        )
         sent.start()
         server.wait_for(1)
         assert "is running; choose another" in str(post(server, "/v1/images/generations", body, 409))
-        held = get(server, "/v1/jobs/mine-0001")
-        assert held["running"] and 1 <= held["steps_done"] < held["steps"] == 400 and held["preview"] is None
+        job = get(server, "/v1/jobs/mine-0001")
+        assert job["running"] and 1 <= job["steps_done"] < job["steps"] == 400 and job["preview"] is None
         server.gate.set()
         (listed,) = get(server, "/v1/jobs?id=mine-0001")["jobs"]
         assert (listed["id"], listed["steps"], listed["state"]) == ("mine-0001", 400, "running")
-        seen = get(server, "/v1/jobs/mine-0001?preview=true")["preview"]
-        assert pixels(seen.partition(",")[2]).shape == (32, 32, 3)
+        preview = get(server, "/v1/jobs/mine-0001?preview=true")["preview"]
+        assert pixels(preview.partition(",")[2]).shape == (32, 32, 3)
         assert HTTP.delete(f"{server.url}/v1/jobs/mine-0001").status_code == 204
     sent.join(60)
-    assert got[0].status_code == 409 and "cancelled after" in got[0].json()["error"]["message"]
+    assert answers[0].status_code == 409 and "cancelled after" in answers[0].json()["error"]["message"]
     server.wait_for(0)
     assert HTTP.get(f"{server.url}/v1/jobs/mine-0001").status_code == 404
     assert get(server, "/v1/jobs?id=mine-0001") == {"jobs": []}
-    assert HTTP.get(f"{server.url}/v1/jobs").status_code == 400  # whose requests these are is nobody else's business
+    assert HTTP.get(f"{server.url}/v1/jobs").status_code == 400  # clients cannot list others' requests
 
 
 # -- A1111's front-ends ------------------------------------------------------------------------------------------------
-#: as their sources send them
+#: request bodies from the clients' sources
 OPEN_WEBUI = {"prompt": "a red apple", "batch_size": 1, "width": 32, "height": 32, "steps": 3, "negative_prompt": "",
               "sampler_name": "DPM++ 2M", "scheduler": "Karras", "cfg_scale": 3.0}  # fmt: skip
 SILLY_TAVERN = {
@@ -209,40 +213,42 @@ LIBRE_CHAT = {"prompt": "a red apple", "negative_prompt": "", "cfg_scale": 4.5, 
 @pytest.mark.parametrize(
     "body", [OPEN_WEBUI, SILLY_TAVERN, LIBRE_CHAT], ids=["open-webui", "silly-tavern", "libre-chat"]
 )
-def test_a1111_bodies_of_public_clients(server: Running, pipelines: dict[str, Pipeline], body: dict[str, Any]) -> None:
-    made = post(server, "/sdapi/v1/txt2img", body)
-    info = json.loads(made["info"])
+def test_a1111_requests_of_public_clients_are_served(
+    server: Running, pipelines: dict[str, Pipeline], body: dict[str, Any]
+) -> None:
+    answer = post(server, "/sdapi/v1/txt2img", body)
+    info = json.loads(answer["info"])
     (alone,) = pipelines["guided"](
         body["prompt"], steps=body["steps"], guidance=body["cfg_scale"], seed=info["seed"],
         schedule=f"{body.get('sampler_name', 'DDIM')} {body.get('scheduler', 'Automatic')}", prompt_syntax="a1111",
     )  # fmt: skip
-    np.testing.assert_array_equal(pixels(made["images"][0]), alone.pixels)
+    np.testing.assert_array_equal(pixels(answer["images"][0]), alone.pixels)
     assert info["seed"] == body.get("seed", info["seed"]) and info["all_seeds"] == [info["seed"]]
     assert ("clip_skip" in body) == ("clip_skip" in info["ignored"]) == ("sd_vae" in info["ignored"])
-    assert "steps" not in info["ignored"] and "clip_skip" not in made["parameters"]
-    assert f"Steps: {body['steps']}, " in info["infotexts"][0] and made["parameters"]["prompt"] == body["prompt"]
-    found = post(server, "/sdapi/v1/png-info", {"image": f"data:image/png;base64,{made['images'][0]}"})
-    assert found["info"] == info["infotexts"][0] == found["items"]["parameters"]
-    assert found["parameters"]["Prompt"] == "a red apple" and found["parameters"]["Seed"] == str(info["seed"])
+    assert "steps" not in info["ignored"] and "clip_skip" not in answer["parameters"]
+    assert f"Steps: {body['steps']}, " in info["infotexts"][0] and answer["parameters"]["prompt"] == body["prompt"]
+    parsed = post(server, "/sdapi/v1/png-info", {"image": f"data:image/png;base64,{answer['images'][0]}"})
+    assert parsed["info"] == info["infotexts"][0] == parsed["items"]["parameters"]
+    assert parsed["parameters"]["Prompt"] == "a red apple" and parsed["parameters"]["Seed"] == str(info["seed"])
 
 
 def test_a1111_image_to_image_and_the_model_of_a_request(server: Running, pipelines: dict[str, Pipeline]) -> None:
     body = {"prompt": "a panda", "steps": 4, "cfg_scale": 4, "seed": 1, "denoising_strength": 0.5, "n_iter": 2,
             "init_images": [base64.b64encode(png(INIT)).decode()],
             "override_settings": {"sd_model_checkpoint": get(server, "/sdapi/v1/sd-models")[1]["title"]}}  # fmt: skip
-    made = post(server, "/sdapi/v1/img2img", body)["images"]
+    images = post(server, "/sdapi/v1/img2img", body)["images"]
     alone = pipelines["plain"](["a panda"] * 2, steps=4, seed=[1, 2], strength=0.5, guidance=4.0, init=INIT)
-    for one, other in zip(made, alone, strict=True):
+    for one, other in zip(images, alone, strict=True):
         np.testing.assert_array_equal(pixels(one), other.pixels)
 
 
-def test_a1111_options_choose_the_model_and_lists_are_there(server: Running) -> None:
+def test_a1111_options_choose_the_model_and_lists_are_available(server: Running) -> None:
     assert get(server, "/sdapi/v1/options")["sd_model_checkpoint"] == "guided"
     assert post(server, "/sdapi/v1/options", {"sd_model_checkpoint": "plain", "CLIP_stop_at_last_layers": 2}) == {}
     try:
         assert get(server, "/sdapi/v1/options")["sd_model_checkpoint"] == "plain"
-        made = json.loads(post(server, "/sdapi/v1/txt2img", OPEN_WEBUI)["info"])
-        assert made["sd_model_name"] == "plain" and made["method"] == "cfg"
+        info = json.loads(post(server, "/sdapi/v1/txt2img", OPEN_WEBUI)["info"])
+        assert info["sd_model_name"] == "plain" and info["method"] == "cfg"
         assert "this server has" in str(post(server, "/sdapi/v1/options", {"sd_model_checkpoint": "no"}, 404))
     finally:
         post(server, "/sdapi/v1/options", {"sd_model_checkpoint": "guided"})
@@ -267,13 +273,13 @@ def test_a1111_options_choose_the_model_and_lists_are_there(server: Running) -> 
         ({"steps": 100_000}, "steps is 100000"),
     ],
 )
-def test_a1111_refusals_are_in_its_own_form(server: Running, more: dict[str, Any], message: str) -> None:
+def test_a1111_errors_have_its_own_form(server: Running, more: dict[str, Any], message: str) -> None:
     answer = post(server, "/sdapi/v1/txt2img", OPEN_WEBUI | more, 400)
     assert message in answer["detail"] == answer["errors"] and set(answer) == {"error", "detail", "body", "errors"}
 
 
 @pytest.mark.parametrize("image", ["/etc/passwd", "http://127.0.0.1:1/a.png", "file:///etc/passwd", "", "%%%", "AAAA"])
-def test_no_path_and_no_address_is_opened_for_a_client(server: Running, image: str) -> None:
+def test_no_path_or_url_of_a_client_is_opened(server: Running, image: str) -> None:
     body = OPEN_WEBUI | {"init_images": [image], "override_settings": {"sd_model_checkpoint": "plain"}}
     answer = post(server, "/sdapi/v1/img2img", body, 400)
     assert "image" in answer["detail"] and "root:" not in str(answer)
@@ -282,19 +288,23 @@ def test_no_path_and_no_address_is_opened_for_a_client(server: Running, image: s
 
 def test_a1111_progress_and_interrupt(server: Running) -> None:
     assert get(server, "/sdapi/v1/progress")["progress"] == 0
-    got: list[Any] = []
+    answers: list[Any] = []
     with server.standing():
-        send = lambda: got.append(HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=OPEN_WEBUI | {"steps": 500}))  # noqa: E731
+        send = lambda: answers.append(HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=OPEN_WEBUI | {"steps": 500}))  # noqa: E731
         sent = threading.Thread(target=send)
         sent.start()
         server.wait_for(1)
-        held = get(server, "/sdapi/v1/progress?skip_current_image=true")
-        assert 0 < held["progress"] < 1 and held["state"]["sampling_steps"] == 500 and held["current_image"] is None
+        progress = get(server, "/sdapi/v1/progress?skip_current_image=true")
+        assert (
+            0 < progress["progress"] < 1
+            and progress["state"]["sampling_steps"] == 500
+            and progress["current_image"] is None
+        )
         server.gate.set()
         assert pixels(get(server, "/sdapi/v1/progress")["current_image"]).shape == (32, 32, 3)
         post(server, "/sdapi/v1/interrupt", {})
     sent.join(60)
-    assert got[0].status_code == 200 and pixels(got[0].json()["images"][0]).shape == (32, 32, 3)
+    assert answers[0].status_code == 200 and pixels(answers[0].json()["images"][0]).shape == (32, 32, 3)
     server.wait_for(0)
 
 
@@ -330,7 +340,7 @@ def test_another_host_another_origin_and_a_large_body_are_refused(server: Runnin
     assert "more than 16,777,216 pixels" in text
 
 
-def test_a_key_and_one_interface(pipelines: dict[str, Pipeline]) -> None:
+def test_an_api_key_is_required_and_interfaces_can_be_disabled(pipelines: dict[str, Pipeline]) -> None:
     guided = {"guided": pipelines["guided"]}
     with serving(guided, body_seconds=0.3, api_key="secret", apis=("openai",), deadline=0.05, local=False) as server:
         for key, status in (("wrong", 401), ("secret", 200)):

@@ -1,4 +1,4 @@
-"""Which LoRAs a server offers, and which engines with LoRAs it holds; nothing is plugged and no network runs."""
+"""Which LoRAs a server offers and which engines it keeps loaded; fakes replace plugging and networks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pnp_trt.serve.loras import LoraEngines, read_loras
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
-def test_names_are_those_of_the_files_and_links_within_are_followed(tmp_path: Path) -> None:
+def test_names_are_file_names_and_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     (folder / "more").mkdir(parents=True)
     for name in ("sepia", "Ölbild v1.5", ".hidden", "more/b"):
         (folder / f"{name}.safetensors").write_text(name)
     (folder / "notes.txt").touch()
     (folder / "alias.safetensors").symlink_to(folder / "more" / "b.safetensors")
-    found = read_loras(folder)
-    assert list(found) == ["alias", "sepia", "Ölbild v1.5"]
-    assert found["alias"].path == (folder / "more" / "b.safetensors").resolve()
+    loras = read_loras(folder)
+    assert list(loras) == ["alias", "sepia", "Ölbild v1.5"]
+    assert loras["alias"].path == (folder / "more" / "b.safetensors").resolve()
 
 
 def climbing(folder: Path) -> None:
@@ -59,7 +59,7 @@ def circle(folder: Path) -> None:
         ),
     ],
 )
-def test_a_folder_that_cannot_be_offered_is_refused(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     make(folder)
@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_offered_is_refused(tmp_path: Path, make: Callab
 # -- engines -----------------------------------------------------------------------------------------------------------
 @dataclass
 class Fake:
-    """Stands for an engine and for a plugged bundle."""
+    """A fake for both an engine and a plugged bundle."""
 
     name: str
     stopped: bool = False
@@ -99,7 +99,7 @@ class FakeBundle:
 
 @dataclass
 class Held:
-    """Engines with LoRAs of a folder with a, b and c; a plug waits for ``gate``."""
+    """Engines with LoRAs from a folder with a, b and c; plugging waits for ``gate``."""
 
     engines: LoraEngines
     base: Any
@@ -122,7 +122,7 @@ class Held:
         return self.engines.acquire(self.base, self.engines.check(loras))
 
     def open(self, *loras: tuple[str, float]) -> Any:
-        """Load an engine and let it go."""
+        """Load an engine, release it and return it."""
         lease = self.acquire(*loras)
         try:
             return lease.future.result(10)
@@ -135,23 +135,23 @@ def held(tmp_path: Path) -> Iterator[Held]:
     for name in "abc":
         (tmp_path / f"{name}.safetensors").write_text(name)
     base: Any = SimpleNamespace(pipeline=SimpleNamespace(name="base", bundle=FakeBundle(FakeManifest("base"))))
-    made = Held(None, base)  # type: ignore[arg-type]
+    harness = Held(None, base)  # type: ignore[arg-type]
     start: Any = lambda bundle: Fake(bundle.manifest.name)  # noqa: E731
-    made.engines = LoraEngines(read_loras(tmp_path), made.plug, start, most=2, waiting=3)  # type: ignore[arg-type]
-    made.gate.set()
-    yield made
-    made.gate.set()
-    made.engines.stop()
+    harness.engines = LoraEngines(read_loras(tmp_path), harness.plug, start, most=2, waiting=3)  # type: ignore[arg-type]
+    harness.gate.set()
+    yield harness
+    harness.gate.set()
+    harness.engines.stop()
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def test_requests_share_an_engine_and_the_least_recently_used_goes(held: Held) -> None:
+def test_requests_share_an_engine_and_the_least_recently_used_is_unloaded(held: Held) -> None:
     first = held.open(("a", 0.5))
     assert held.open(("a", 0.5)) is first and first.name == "base"
     second = held.open(("b", 0.5))
@@ -162,11 +162,11 @@ def test_requests_share_an_engine_and_the_least_recently_used_goes(held: Held) -
     assert len(held.engines.engines()) == 2
 
 
-def test_an_engine_with_requests_is_unloaded_after_them(held: Held) -> None:
+def test_an_engine_is_unloaded_only_after_its_requests(held: Held) -> None:
     leases = [held.acquire(("a", scale)) for scale in (1, 2, 3)]
     first, second = (lease.future.result(10) for lease in leases[:2])
     until(lambda: len(held.plugs) == 3)
-    again = held.acquire(("a", 1))  # comes after the third, which the first makes room for
+    again = held.acquire(("a", 1))  # waits behind the third, which replaces the first
     time.sleep(0.05)
     assert not first.stopped and not leases[2].future.done()
     leases[0].release()
@@ -177,7 +177,7 @@ def test_an_engine_with_requests_is_unloaded_after_them(held: Held) -> None:
     again.release()
 
 
-def test_a_lora_that_fails_is_told_without_paths_and_leaves_the_others(
+def test_errors_of_a_lora_contain_no_paths_and_do_not_affect_others(
     held: Held, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError) as failed:
@@ -194,7 +194,7 @@ def test_a_lora_that_fails_is_told_without_paths_and_leaves_the_others(
         held.open(("b", 1))
 
 
-def test_requests_that_wait_are_bounded_and_those_that_left_are_not_served(held: Held) -> None:
+def test_waiting_requests_are_bounded_and_released_ones_are_not_served(held: Held) -> None:
     held.gate.clear()
     leases = [held.acquire(("a", scale)) for scale in (1, 2, 2)]
     for loras in (("a", 2), ("a", 3)):
@@ -209,7 +209,7 @@ def test_requests_that_wait_are_bounded_and_those_that_left_are_not_served(held:
     leases[0].release()
 
 
-def test_the_end_leaves_nothing_behind(held: Held) -> None:
+def test_stop_unloads_every_engine_and_refuses_requests(held: Held) -> None:
     loaded = held.open(("a", 1))
     held.gate.clear()
     late: list[Future[Any]] = [held.acquire(("b", scale)).future for scale in (1, 2)]
@@ -254,7 +254,7 @@ def test_the_end_leaves_nothing_behind(held: Held) -> None:
         ((("a", 1.0),) * 5, "5 LoRAs were named; at most 4"),
     ],
 )
-def test_what_no_engine_is_made_for(held: Held, loras: Any, message: str) -> None:
+def test_invalid_names_scales_and_numbers_of_loras_are_refused(held: Held, loras: Any, message: str) -> None:
     with pytest.raises(InputError) as refused:
         held.acquire(*loras)
     text = str(refused.value)

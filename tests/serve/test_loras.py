@@ -1,4 +1,4 @@
-"""A server with LoRAs: images are those of ``plug`` and ``Pipeline``, and a LoRA that fails leaves the rest."""
+"""A server with LoRAs: images equal those of plugged bundles, and a failing LoRA affects no other request."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ GENERATE = {"prompt": "a red apple", "num_inference_steps": 3, "seed": 4, "guida
 
 @pytest.fixture(scope="module")
 def folder(micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRAs: of the U-Net, of the text encoder too, of another architecture, and a damaged one."""
+    """LoRAs of the U-Net, of U-Net and text encoder, of another architecture, and a damaged one."""
     return make_loras(micro_base, tmp_path_factory.mktemp("loras"))
 
 
 def make_loras(micro_base: Path, out: Path) -> Path:
-    """Write them to ``out``."""
+    """Write the LoRAs to ``out``."""
     weights = load_file(micro_base / "unet" / "diffusion_pytorch_model.safetensors")
     shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in UNET} | {TEXT[0]: (32, 32)}
     layers = list(UNET)
@@ -73,13 +73,13 @@ def offering(pipelines: dict[str, Pipeline], folder: Path, home: Path) -> Iterat
 
 @pytest.fixture(scope="module")
 def sepia(micro_bundles: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """The guided bundle with sepia at 0.8, by the command's own function."""
+    """The guided bundle plugged with sepia at 0.8 by the command's function."""
     out = tmp_path_factory.mktemp("alone") / "sepia"
     plug(PlugSpec(str(micro_bundles / "guided"), None, (f"{folder / 'sepia.safetensors'}:0.8",), out))
     return Pipeline.load(out, provider="cpu", threads=1)
 
 
-def test_an_image_with_a_lora_is_that_of_the_plugged_bundle(
+def test_an_image_with_a_lora_equals_that_of_the_plugged_bundle(
     offering: Running, sepia: Pipeline, pipelines: dict[str, Pipeline]
 ) -> None:
     ((alone,), (without,)) = (
@@ -87,16 +87,16 @@ def test_an_image_with_a_lora_is_that_of_the_plugged_bundle(
         for pipeline, schedule in ((sepia, None), (pipelines["guided"], None))
     )
     assert not np.array_equal(alone.pixels, without.pixels)
-    made = post(offering, "/sdapi/v1/txt2img", TXT2IMG | {"prompt": "a red apple <lora:sepia:0.8>"})
-    info = json.loads(made["info"])
-    np.testing.assert_array_equal(pixels(made["images"][0]), alone.pixels)
+    answer = post(offering, "/sdapi/v1/txt2img", TXT2IMG | {"prompt": "a red apple <lora:sepia:0.8>"})
+    info = json.loads(answer["info"])
+    np.testing.assert_array_equal(pixels(answer["images"][0]), alone.pixels)
     assert info["prompt"] == "a red apple" and info["infotexts"][0].startswith("a red apple <lora:sepia:0.8>\n")
     assert info["sd_model_name"] == "guided"
     for lora in ({"name": "sepia", "scale": 0.8}, [{"name": "sepia", "scale": 0.8}]):
-        held = post(offering, "/v1/images/generations", GENERATE | {"lora": lora})
-        np.testing.assert_array_equal(pixels(held["data"][0]["b64_json"]), alone.pixels)
-        assert held["pnp_trt"]["images"][0] == alone.parameters | {"engine": "guided", "loras": "<lora:sepia:0.8>"}
-    plain = post(offering, "/v1/images/generations", GENERATE)  # the others are as they were
+        generated = post(offering, "/v1/images/generations", GENERATE | {"lora": lora})
+        np.testing.assert_array_equal(pixels(generated["data"][0]["b64_json"]), alone.pixels)
+        assert generated["pnp_trt"]["images"][0] == alone.parameters | {"engine": "guided", "loras": "<lora:sepia:0.8>"}
+    plain = post(offering, "/v1/images/generations", GENERATE)  # other requests are unchanged
     np.testing.assert_array_equal(pixels(plain["data"][0]["b64_json"]), without.pixels)
     text = HTTP.get(f"{offering.url}/metrics").text
     assert 'pnp_trt_lora_engines{engine="guided"} 1.0' in text and 'pnp_trt_slots{engine="guided"} 4.0' in text
@@ -105,7 +105,7 @@ def test_an_image_with_a_lora_is_that_of_the_plugged_bundle(
 def test_two_loras_and_image_to_image_through_openais_client(
     offering: Running, micro_bundles: Path, folder: Path, tmp_path: Path
 ) -> None:
-    """In the request's order, into U-Net and text encoder, on the bundle that the request names."""
+    """LoRAs are merged in the request's order into U-Net and text encoder of the requested bundle."""
     loras = tuple(f"{folder / name}.safetensors{scale}" for name, scale in (("both v1", ":-0.5"), ("sepia", "")))
     plug(PlugSpec(str(micro_bundles / "plain"), None, loras, tmp_path / "two"))
     alone = Pipeline.load(tmp_path / "two", provider="cpu", threads=1)
@@ -113,9 +113,9 @@ def test_two_loras_and_image_to_image_through_openais_client(
         "prompt": "<lora:both v1:-0.5><lora:sepia>a red apple",
         "override_settings": {"sd_model_checkpoint": "plain"},
     }
-    made = post(offering, "/sdapi/v1/txt2img", body)
+    answer = post(offering, "/sdapi/v1/txt2img", body)
     np.testing.assert_array_equal(
-        pixels(made["images"][0]), alone("a red apple", steps=3, seed=4, guidance=3.0)[0].pixels
+        pixels(answer["images"][0]), alone("a red apple", steps=3, seed=4, guidance=3.0)[0].pixels
     )
     client = openai.OpenAI(base_url=f"{offering.url}/v1", api_key="none", max_retries=0)
     edited = client.images.edit(
@@ -144,16 +144,16 @@ def test_a_restarted_server_plugs_nothing_again(
     monkeypatch.setattr(cache, "plug", never)
     guided = {"guided": pipelines["guided"]}
     with serving(guided, loras=partial(with_loras, folder, home)) as again:
-        made = post(again, "/sdapi/v1/txt2img", body)
+        answer = post(again, "/sdapi/v1/txt2img", body)
     (alone,) = sepia("a red apple", steps=3, seed=4)
-    np.testing.assert_array_equal(pixels(made["images"][0]), alone.pixels)
+    np.testing.assert_array_equal(pixels(answer["images"][0]), alone.pixels)
     assert sorted(home.iterdir()) == before
 
 
-def test_requests_wait_for_their_lora_while_the_others_go_on(
+def test_requests_wait_for_their_lora_while_others_are_served(
     offering: Running, pipelines: dict[str, Pipeline], folder: Path, home: Path
 ) -> None:
-    gate, got, made = threading.Event(), list[Any](), list[LoraEngines]()
+    gate, answers, created = threading.Event(), list[Any](), list[LoraEngines]()
 
     class Slow(PlugCache):
         def take(self, *arguments: Any) -> Any:
@@ -161,34 +161,34 @@ def test_requests_wait_for_their_lora_while_the_others_go_on(
             return super().take(*arguments)
 
     def make(start: Callable[[Bundle], Engine]) -> LoraEngines:
-        made.append(LoraEngines(read_loras(folder), Slow(home).take, start, most=1, waiting=2))
-        return made[-1]
+        created.append(LoraEngines(read_loras(folder), Slow(home).take, start, most=1, waiting=2))
+        return created[-1]
 
     def until_waiting(count: int) -> None:
         deadline = time.monotonic() + 15
-        while sum(entry.users for entry in made[-1]._entries.values()) != count:
+        while sum(entry.users for entry in created[-1]._entries.values()) != count:
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
     body = TXT2IMG | {"prompt": "a red apple <lora:sepia:0.8>"}
     with serving({"guided": pipelines["guided"]}, loras=make, deadline=20.0) as server:
-        send = lambda: got.append(HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=body))  # noqa: E731
+        send = lambda: answers.append(HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=body))  # noqa: E731
         sent = [threading.Thread(target=send) for _ in range(2)]
-        with pytest.raises(httpx.ReadTimeout):  # a client that goes does not take the place of another
+        with pytest.raises(httpx.ReadTimeout):  # a client that disconnects occupies no place
             httpx.post(f"{server.url}/sdapi/v1/txt2img", json=body, timeout=0.2)
         until_waiting(0)
         for each in sent:
             each.start()
         until_waiting(2)
         answer = post(server, "/sdapi/v1/txt2img", TXT2IMG)
-        assert answer["images"] and not got
+        assert answer["images"] and not answers
         full = HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=body)
         assert full.status_code == 429 and int(full.headers["retry-after"]) > 0
         assert "too many requests wait" in full.json()["detail"]
         gate.set()
         for each in sent:
             each.join(60)
-    assert [each.status_code for each in got] == [200, 200]
+    assert [each.status_code for each in answers] == [200, 200]
     gate.clear()
     with serving({"guided": pipelines["guided"]}, loras=make, deadline=0.2) as server:
         late = HTTP.post(f"{server.url}/sdapi/v1/txt2img", json=body)
@@ -196,10 +196,10 @@ def test_requests_wait_for_their_lora_while_the_others_go_on(
         gate.set()
 
 
-def test_a_request_that_waits_for_its_lora_is_seen_and_can_be_cancelled(
+def test_a_request_that_waits_for_its_lora_is_listed_and_can_be_cancelled(
     pipelines: dict[str, Pipeline], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gate, got, plugs = threading.Event(), dict[str, httpx.Response](), list[float]()
+    gate, answers, plugs = threading.Event(), dict[str, httpx.Response](), list[float]()
 
     class Slow(PlugCache):
         def take(self, bundle: Bundle, loras: Any) -> Any:
@@ -223,7 +223,7 @@ def test_a_request_that_waits_for_its_lora_is_seen_and_can_be_cancelled(
     with serving({"guided": pipelines["guided"]}, loras=make, deadline=60.0) as server:
 
         def send(name: str, path: str, body: dict[str, Any]) -> threading.Thread:
-            post_it = lambda: got.update({name: HTTP.post(f"{server.url}{path}", json=body, timeout=60)})  # noqa: E731
+            post_it = lambda: answers.update({name: HTTP.post(f"{server.url}{path}", json=body, timeout=60)})  # noqa: E731
             thread = threading.Thread(target=post_it)
             thread.start()
             return thread
@@ -235,34 +235,36 @@ def test_a_request_that_waits_for_its_lora_is_seen_and_can_be_cancelled(
         sent.append(generate("ended", body=GENERATE | {"lora": lora | {"scale": 0.6}, "request_id": "ended-1234"}))
         until(server, 2)
         assert figure(server).endswith(" 2.0")
-        held = get(server, "/v1/jobs/kept-1234?preview=true")
-        assert (held["state"], held["running"], held["steps_done"], held["steps"]) == ("loading", False, 0, 3)
-        assert held["seconds"] > 0 and held["preview"] is None
+        job = get(server, "/v1/jobs/kept-1234?preview=true")
+        assert (job["state"], job["running"], job["steps_done"], job["steps"]) == ("loading", False, 0, 3)
+        assert job["seconds"] > 0 and job["preview"] is None
         taken = HTTP.post(f"{server.url}/v1/images/generations", json=GENERATE | {"request_id": "kept-1234"})
         assert taken.status_code == 409
-        assert post(server, "/v1/images/generations", GENERATE)["data"]  # the others go on
+        assert post(server, "/v1/images/generations", GENERATE)["data"]  # others are served
 
         assert HTTP.delete(f"{server.url}/v1/jobs/ended-1234").status_code == 204
         sent[1].join(60)
-        assert got["ended"].status_code == 409 and "while its LoRA was loaded" in got["ended"].text
+        assert answers["ended"].status_code == 409 and "while its LoRA was loaded" in answers["ended"].text
         assert HTTP.get(f"{server.url}/v1/jobs/ended-1234").status_code == 404
         until(server, 1)
 
         sent.append(send("web", "/sdapi/v1/txt2img", TXT2IMG | {"prompt": "a <lora:sepia:0.5>"}))
         until(server, 2)
-        seen = get(server, "/sdapi/v1/progress")
-        assert seen["textinfo"] == "loading <lora:sepia:0.5>" and seen["state"]["job_count"] == 1
-        assert seen["progress"] == 0 and seen["current_image"] is None and seen["state"]["sampling_steps"] == 3
+        progress = get(server, "/sdapi/v1/progress")
+        assert progress["textinfo"] == "loading <lora:sepia:0.5>" and progress["state"]["job_count"] == 1
+        assert (
+            progress["progress"] == 0 and progress["current_image"] is None and progress["state"]["sampling_steps"] == 3
+        )
         assert post(server, "/sdapi/v1/interrupt", {}) == {}
         sent[2].join(60)
-        assert got["web"].status_code == 409
+        assert answers["web"].status_code == 409
         gate.set()
         sent[0].join(60)
-        assert got["kept"].status_code == 200 and got["kept"].json()["pnp_trt"]["waited"] > 0
+        assert answers["kept"].status_code == 200 and answers["kept"].json()["pnp_trt"]["waited"] > 0
         assert figure(server).endswith(" 0.0")
-    assert plugs == [0.7]  # nothing is made for those that were cancelled
+    assert plugs == [0.7]  # nothing is plugged for cancelled requests
     gc.collect()
-    assert "never retrieved" not in capsys.readouterr().err  # by asyncio's log, of a result that nobody waits for
+    assert "never retrieved" not in capsys.readouterr().err  # asyncio would log an abandoned result
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,7 @@ def test_a_request_that_waits_for_its_lora_is_seen_and_can_be_cancelled(
         ("<lora:sepia>" * 5, "at most 4 are merged at once"),
     ],
 )
-def test_a_lora_that_cannot_be_used_is_one_sentence(
+def test_an_unusable_lora_gives_a_one_sentence_error(
     offering: Running, folder: Path, home: Path, tag: str, message: str
 ) -> None:
     answer = post(offering, "/sdapi/v1/txt2img", TXT2IMG | {"prompt": f"a cat {tag}"}, 400)
@@ -300,7 +302,7 @@ def test_a_lora_that_cannot_be_used_is_one_sentence(
         {"name": "sepia", "scale": "high"}, {"name": "sepia", "scale": 1e9}, [{"name": "sepia"}] * 2, {"name": "a\0"},
     ],
 )  # fmt: skip
-def test_a_field_that_names_no_lora_is_refused(offering: Running, lora: Any) -> None:
+def test_an_invalid_lora_field_is_refused(offering: Running, lora: Any) -> None:
     error = post(offering, "/v1/images/generations", GENERATE | {"lora": lora}, 400)["error"]
     assert "lora" in error["message"].lower() and error["message"].isprintable()
     for scale in (math.nan, math.inf):
@@ -308,7 +310,7 @@ def test_a_field_that_names_no_lora_is_refused(offering: Running, lora: Any) -> 
         assert HTTP.post(f"{offering.url}/v1/images/generations", content=body).status_code == 400
 
 
-def test_loras_are_listed_by_name_and_a_server_without_says_so(offering: Running, server: Running) -> None:
+def test_loras_are_listed_by_name_and_refused_by_a_server_without(offering: Running, server: Running) -> None:
     listed = get(offering, "/sdapi/v1/loras")
     assert [each["name"] for each in listed] == ["both v1", "damaged", "foreign", "sepia"]
     assert all(each["path"] == each["name"] == each["alias"] for each in listed)
@@ -319,7 +321,7 @@ def test_loras_are_listed_by_name_and_a_server_without_says_so(offering: Running
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
-def test_the_cache_keeps_what_is_used_and_mends_what_is_damaged(
+def test_the_cache_keeps_used_bundles_and_replaces_damaged_ones(
     offering: Running, micro_bundles: Path, folder: Path, home: Path, tmp_path: Path
 ) -> None:
     bundle, sepia = open_bundle(micro_bundles / "guided"), folder / "sepia.safetensors"
@@ -336,29 +338,27 @@ def test_the_cache_keeps_what_is_used_and_mends_what_is_damaged(
     third.close()
 
 
-def test_servers_that_share_a_cache_make_a_bundle_once(
+def test_servers_that_share_a_cache_plug_a_bundle_once(
     micro_bundles: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Locks are of open files, so that threads with a cache each stand for processes."""
-    bundle, made, real = open_bundle(micro_bundles / "guided"), [], plug
+    """Locks belong to open files, so threads with a cache each behave like processes."""
+    bundle, outputs, real = open_bundle(micro_bundles / "guided"), [], plug
 
     def slow(spec: PlugSpec, **options: Any) -> Any:
-        made.append(spec.out)
-        time.sleep(0.5)  # the other one has found nothing by then
+        outputs.append(spec.out)
+        time.sleep(0.5)  # the other one starts before this bundle exists
         return real(spec, **options)
 
     monkeypatch.setattr(cache, "plug", slow)
     with ThreadPoolExecutor(2) as pool:
         take = lambda _: PlugCache(tmp_path).take(bundle, [(folder / "sepia.safetensors", 0.8)])  # noqa: E731
         one, other = pool.map(take, range(2))
-    assert len(made) == 1 and one.bundle.manifest.seal == other.bundle.manifest.seal
+    assert len(outputs) == 1 and one.bundle.manifest.seal == other.bundle.manifest.seal
     one.close()
     other.close()
 
 
-def test_a_bundle_that_was_replaced_or_whose_base_is_elsewhere_is_refused(
-    micro_bundles: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_a_replaced_bundle_and_a_remote_base_are_refused(micro_bundles: Path, folder: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
     bundle = open_bundle(micro_bundles / "guided")
@@ -382,9 +382,9 @@ def test_a_bundle_that_was_replaced_or_whose_base_is_elsewhere_is_refused(
         (("--loras", "LORAS", "--lora-cache", "LORAS/sepia.safetensors"), "--lora-cache"),
     ],
 )
-def test_what_cannot_be_offered_is_refused_at_the_start(
+def test_unusable_lora_options_are_refused_at_startup(
     engines: Path, cli: Callable[..., Result], folder: Path, tmp_path: Path, arguments: tuple[Any, ...], message: str
 ) -> None:
-    given = [str(each).replace("OUT", str(tmp_path)).replace("LORAS", str(folder)) for each in arguments]
-    done = cli("serve", "guided", "--port", 0, "--provider", "cpu", *given)
+    options = [str(each).replace("OUT", str(tmp_path)).replace("LORAS", str(folder)) for each in arguments]
+    done = cli("serve", "guided", "--port", 0, "--provider", "cpu", *options)
     assert done.code == 2 and message.replace("OUT", str(tmp_path)) in done.err

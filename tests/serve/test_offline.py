@@ -1,4 +1,4 @@
-"""``pnp-trt generate``: one file a row, the bytes of the pipeline alone, exactly once over interruptions."""
+"""``pnp-trt generate``: one file per row with the pipeline's image, generated exactly once despite interruptions."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_a_table_has_the_same_rows_in_every_form(tmp_path: Path, suffix: str) -> None:
+def test_a_table_has_the_same_rows_in_every_format(tmp_path: Path, suffix: str) -> None:
     rows = [row for row in ROWS if row["prompt"]] if suffix == "csv" else ROWS
     assert read_rows(written(tmp_path, f"rows.{suffix}", rows)) == rows
 
 
-def test_rows_have_a_syntax_of_their_own(engines: Path, cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_rows_can_set_their_prompt_syntax(engines: Path, cli: Callable[..., Result], tmp_path: Path) -> None:
     rows = [{"prompt": "a (red:1.5) apple", "prompt_syntax": "plain"}, {"prompt": "a (red:1.5) apple"}]
     table, out = written(tmp_path, "rows.csv", rows), tmp_path / "out"
     cli("generate", table, "--out", out, "--engine", "guided", "--steps", 2, "--prompt-syntax", "a1111")
@@ -64,7 +64,7 @@ def test_rows_have_a_syntax_of_their_own(engines: Path, cli: Callable[..., Resul
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"{i + 1:08d}.png")), alone.pixels)
 
 
-def test_files_are_the_pipelines_images_and_a_second_run_keeps_them(
+def test_files_equal_the_pipelines_images_and_a_second_run_keeps_them(
     engines: Path, cli: Callable[..., Result], tmp_path: Path
 ) -> None:
     table, out = written(tmp_path, "rows.jsonl", ROWS), tmp_path / "out"
@@ -74,8 +74,8 @@ def test_files_are_the_pipelines_images_and_a_second_run_keeps_them(
     files = sorted(out.iterdir())
     assert [f.name for f in files] == [f"{i:08d}.png" for i in range(1, 5)]
     for i, (file, row) in enumerate(zip(files, ROWS, strict=True)):
-        given = {"steps": 2, "seed": 20 + i, **row}
-        (alone,) = pipeline(given.pop("prompt"), **given)
+        options = {"steps": 2, "seed": 20 + i, **row}
+        (alone,) = pipeline(options.pop("prompt"), **options)
         np.testing.assert_array_equal(np.asarray(Image.open(file)), alone.pixels)
         assert read_parameters(file) == alone.parameters
     before = [file.stat().st_mtime_ns for file in files]
@@ -99,7 +99,7 @@ def test_files_are_the_pipelines_images_and_a_second_run_keeps_them(
         ("a.parquet", "no", "cannot be read"),
     ],
 )
-def test_a_wrong_table_is_told_of_by_its_row(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_errors_in_a_table_name_the_row(tmp_path: Path, name: str, text: str, message: str) -> None:
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_text(text)
@@ -107,14 +107,14 @@ def test_a_wrong_table_is_told_of_by_its_row(tmp_path: Path, name: str, text: st
         read_rows(tmp_path / name)
 
 
-def test_a_row_that_cannot_be_served_is_refused_before_the_work(engines: Path, tmp_path: Path) -> None:
+def test_an_invalid_row_is_refused_before_any_image_is_generated(engines: Path, tmp_path: Path) -> None:
     pipeline = Pipeline.load(engines / "guided", provider="cpu", threads=1)
     with pytest.raises(InputError, match="row 2: guidance is 30"):
         OfflinePlan.of(pipeline, [{"prompt": "a"}, {"prompt": "b", "guidance": 30.0}], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_is_killed_resumes_and_makes_every_row_once(engines: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_generates_every_row_once(engines: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"apple {i}", "steps": 40} for i in range(24)]
     table, out = written(tmp_path, "rows.jsonl", rows), tmp_path / "out"
     command = [sys.executable, "-m", "pnp_trt", "generate", str(table), "--out", str(out), "--engine", "guided",
@@ -125,11 +125,11 @@ def test_a_run_that_is_killed_resumes_and_makes_every_row_once(engines: Path, tm
         assert child.poll() is None and time.monotonic() < deadline
     child.send_signal(signal.SIGKILL)
     child.wait()
-    there = {file.name: file.stat().st_mtime_ns for file in out.glob("*.png")}
-    assert len(there) >= 2
+    first_files = {file.name: file.stat().st_mtime_ns for file in out.glob("*.png")}
+    assert len(first_files) >= 2
     pipeline = Pipeline.load(engines / "guided", provider="cpu", threads=1)
     tally = generate(pipeline, OfflinePlan.of(pipeline, rows, out, defaults={"guidance": 3.0}), slots=4)
-    assert tally.existing == len(there) and tally.generated == len(rows) - len(there)
+    assert tally.existing == len(first_files) and tally.generated == len(rows) - len(first_files)
     files = sorted(out.glob("*.png"))
     assert [read_parameters(file)["prompt"] for file in files] == [row["prompt"] for row in rows]
-    assert all(file.stat().st_mtime_ns == there[file.name] for file in files if file.name in there)
+    assert all(file.stat().st_mtime_ns == first_files[file.name] for file in files if file.name in first_files)

@@ -20,7 +20,7 @@ from .conftest import Running, serving
 from .devtools import Page, opened
 from .test_http import get
 
-#: contrast of every text with what is behind it (WCAG 2.2), what sticks out, controls without a name or too small
+#: finds text of low contrast (WCAG 2.2), overflowing elements, and controls that have no name or are too small
 PROBE = """(() => {
   const parse = c => (c.match(/[\\d.]+/g) || []).map(Number);
   const lum = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
@@ -91,7 +91,7 @@ def test_generate_compare_and_history(browser: Page, server: Running) -> None:
 
 @pytest.mark.slow
 def test_progress_is_shown_while_an_image_is_generated(browser: Page, server: Running) -> None:
-    """A step, its share of the bar, and a preview; from the server's own count while the engine stands."""
+    """The page shows the step, a bar and a preview, as the server reports them while the engine is paused."""
     fill(browser, prompt="a panda", steps="50", seed="1")
     browser.run("""(() => { window.shown = []; document.querySelector('#compare').checked = false;
         new MutationObserver(changes => shown.push(...changes.map(c => c.target.src.slice(0, 15))))
@@ -125,7 +125,7 @@ def test_progress_is_shown_while_an_image_is_generated(browser: Page, server: Ru
         ("plain", "blue", "Also generate without guidance, one evaluation per step", ["CFG", "no guidance"]),
     ],
 )
-def test_what_is_compared_follows_the_engine_and_the_negative_prompt(
+def test_the_comparison_depends_on_the_engine_and_the_negative_prompt(
     browser: Page, engine: str, negative: str, label: str, cards: list[str]
 ) -> None:
     fill(browser, engine=engine, negative=negative, prompt="a cat", steps="2")
@@ -141,7 +141,7 @@ def test_what_is_compared_follows_the_engine_and_the_negative_prompt(
 
 
 def _blocked(gate: threading.Event) -> Callable[[Callable[[Bundle], Engine]], LoraEngines]:
-    """Engines with one LoRA, ``sepia``, which is merged when ``gate`` is set, and then cannot be."""
+    """Offer one LoRA, ``sepia``, whose merging waits for ``gate`` and then fails."""
 
     def plug(bundle: Bundle, loras: Sequence[tuple[Path, float]]) -> Any:
         assert gate.wait(600)
@@ -154,7 +154,7 @@ def _blocked(gate: threading.Event) -> Callable[[Callable[[Bundle], Engine]], Lo
 
 
 @pytest.mark.slow
-def test_a_request_that_waits_for_its_lora_is_seen_and_cancelled(
+def test_a_request_that_waits_for_its_lora_is_shown_and_can_be_cancelled(
     pipelines: dict[str, Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate = threading.Event()
@@ -178,7 +178,7 @@ def test_a_request_that_waits_for_its_lora_is_seen_and_cancelled(
             assert page.run("[...document.querySelectorAll('.numbers')].map(e => e.textContent)") == ["cancelled"]
             waiting(0)
             assert page.console == []
-            page.run("document.querySelector('#go').click()")  # a LoRA that cannot be merged is told
+            page.run("document.querySelector('#go').click()")  # will show the error of the LoRA
             waiting(1)
         finally:
             gate.set()
@@ -188,7 +188,7 @@ def test_a_request_that_waits_for_its_lora_is_seen_and_cancelled(
 
 
 @pytest.mark.slow
-def test_cancel_by_escape_and_an_error_are_told(browser: Page, server: Running) -> None:
+def test_escape_cancels_and_errors_are_shown(browser: Page, server: Running) -> None:
     fill(browser, steps="50")
     with server.standing():
         browser.run("document.querySelector('#go').click()")
@@ -202,7 +202,7 @@ def test_cancel_by_escape_and_an_error_are_told(browser: Page, server: Running) 
     browser.wait("document.querySelector('#status').classList.contains('wrong')")
     assert "prompt: String should have at most 10000" in browser.run("document.querySelector('#status').textContent")
     fill(browser, prompt="a panda")
-    # the browser itself notes an answer that is an error, such as that to the second request
+    # the browser itself logs error responses, such as that to the second request
     assert ["status of 400" in line for line in browser.console] == [True], browser.console
     browser.console.clear()
 
@@ -210,7 +210,7 @@ def test_cancel_by_escape_and_an_error_are_told(browser: Page, server: Running) 
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 1280])
-def test_layout_names_and_contrast(browser: Page, width: int, dark: bool, tmp_path: Path) -> None:
+def test_layout_names_and_contrast_are_accessible(browser: Page, width: int, dark: bool, tmp_path: Path) -> None:
     browser.look(width, 900, dark=dark)
     assert browser.run("document.documentElement.scrollWidth") <= width
     assert browser.run(PROBE) == {"pale": [], "sticksOut": [], "nameless": [], "small": []}
@@ -221,8 +221,8 @@ def test_every_control_is_reached_by_the_keyboard(browser: Page) -> None:
     browser.look(1280, 900)
     browser.run("document.activeElement.blur(); window.getSelection().removeAllRanges(); scrollTo(0, 0)")
     browser.run("document.querySelector('#prompt').focus()")
-    seen = ["prompt"]
+    focused = ["prompt"]
     for _ in range(14):
         browser.press("Tab", 9)
-        seen.append(browser.run("document.activeElement.id || document.activeElement.tagName"))
-    assert {"engine", "schedule", "w", "steps", "seed", "dice", "compare", "SUMMARY", "go"} <= set(seen)
+        focused.append(browser.run("document.activeElement.id || document.activeElement.tagName"))
+    assert {"engine", "schedule", "w", "steps", "seed", "dice", "compare", "SUMMARY", "go"} <= set(focused)

@@ -1,4 +1,4 @@
-"""Replicas and workers by Ray, each a process: whose images they are, and what the death of one costs."""
+"""Replicas and workers as Ray processes: they generate the pipeline's images, and one may be killed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..conftest import Result
 from .test_loras import make_loras
 from .test_offline import written
 
-#: seconds in which a busy machine starts two replicas
+#: seconds to start two replicas on a busy machine
 START = 300
 needs_ray = [
     pytest.mark.ray,
@@ -47,8 +47,8 @@ needs_ray = [
 
 @contextlib.contextmanager
 def command(engines: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """``pnp-trt`` with Ray as a process; all that it started is gone afterwards."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets are in it: a path must be short
+    """Run ``pnp-trt`` with Ray as a process; afterwards, check that it left no process."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # must be short, as Ray's sockets are in it
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PNP_TRT_ENGINES": str(engines), "RAY_TMPDIR": folder, "HOME": folder,
     }  # fmt: skip
@@ -57,7 +57,7 @@ def command(engines: Path, *arguments: object) -> Iterator[subprocess.Popen[str]
     child = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:
         yield child
-        assert not (Path(folder) / ".ray").exists()  # nothing in the home folder
+        assert not (Path(folder) / ".ray").exists()  # Ray writes nothing to the home folder
     finally:
         started = family(child)
         child.terminate()
@@ -75,7 +75,7 @@ def command(engines: Path, *arguments: object) -> Iterator[subprocess.Popen[str]
 
 
 def family(child: subprocess.Popen[str], title: str = "") -> list[psutil.Process]:
-    """The processes that ``child`` started whose title begins with ``title``, the oldest first."""
+    """Return the processes that ``child`` started whose title begins with ``title``, oldest first."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [p for p in psutil.Process(child.pid).children(recursive=True) if titled(p).startswith(title)]
     return []
@@ -89,7 +89,7 @@ def titled(process: psutil.Process) -> str:
 
 
 def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """The first true value of ``condition``."""
+    """Wait until ``condition`` returns a true value, and return it."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline
@@ -112,7 +112,7 @@ class Served:
         return family(self.child, "ray::ServeReplica")
 
     def labels(self) -> set[str]:
-        """The replicas that have figures."""
+        """Return the labels of the replicas that report metrics."""
         return set(re.findall(r'replica="(\w+)"', self.get("/metrics").text))
 
 
@@ -122,9 +122,9 @@ def serving(engines: Path, *options: object) -> Iterator[Served]:
     with command(engines, "serve", "guided", "--ray", *arguments) as child:
         assert child.stdout is not None
         line = child.stdout.readline()
-        found = re.search(r"serving at (http://127\.0\.0\.1:\d+) ", line)
-        assert found, line
-        yield Served(child, found[1])
+        match = re.search(r"serving at (http://127\.0\.0\.1:\d+) ", line)
+        assert match, line
+        yield Served(child, match[1])
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(micro_bundles: Path, loras: Path, cache: Path) -> Iterator[Served]:
-    with serving(micro_bundles, "--replicas", 2, "--loras", loras, "--lora-cache", cache) as found:
-        yield found
+    with serving(micro_bundles, "--replicas", 2, "--loras", loras, "--lora-cache", cache) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def is_the_pipelines(response: httpx.Response, alone: Pipeline, i: int, steps: i
 class TestServe:
     pytestmark = needs_ray
 
-    def test_two_replicas_give_the_images_of_the_pipeline_alone(self, served: Served, alone: Pipeline) -> None:
+    def test_two_replicas_generate_the_pipelines_images(self, served: Served, alone: Pipeline) -> None:
         with ThreadPoolExecutor(12) as pool:
             steps = [5 + 7 * (i % 5) for i in range(24)]
             for i, answer in enumerate(pool.map(lambda i: served.post(**request(i, steps[i])), range(24))):
@@ -176,7 +176,7 @@ class TestServe:
         assert sum(map(float, re.findall(r"^pnp_trt_images_total{.*} (.*)$", text, re.M))) == 24
         assert text.count("# TYPE pnp_trt_images_total") == 1
 
-    def test_what_is_wrong_is_answered_as_without_ray(self, served: Served) -> None:
+    def test_errors_are_the_same_as_without_ray(self, served: Served) -> None:
         assert served.get("/healthz").json() == {"status": "ok"}
         ready = {"status": "ready", "engines": ["guided"], "lora_requests_waiting": 0}
         assert served.get("/readyz").json() == ready
@@ -201,7 +201,7 @@ class TestServe:
                         channel.unary_unary(f"/ray.serve.ASGIService/{kind}")(b"", timeout=30)
                     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
-    def test_a_job_is_found_and_cancelled_on_whichever_replica_it_is(self, served: Served) -> None:
+    def test_a_job_is_found_and_cancelled_on_any_replica(self, served: Served) -> None:
         for name in ("the-first-one", "the-second-one", "the-third-one"):
             with ThreadPoolExecutor(1) as pool:
                 sent = pool.submit(served.post, prompt="a", num_inference_steps=1000, n=16, request_id=name)
@@ -209,9 +209,7 @@ class TestServe:
                 assert httpx.delete(f"{served.url}/v1/jobs/{name}").status_code == 204
                 assert sent.result().status_code == 409
 
-    def test_progress_and_interrupting_of_the_web_ui_reach_the_replica_that_has_the_request(
-        self, served: Served
-    ) -> None:
+    def test_web_ui_progress_and_interrupt_reach_the_replica_of_the_request(self, served: Served) -> None:
         api = f"{served.url}/sdapi/v1"
         body = {"prompt": "a", "steps": 1000, "batch_size": 16}
         for _ in range(3):
@@ -224,9 +222,9 @@ class TestServe:
     def test_loras_are_offered_by_every_replica_and_merged_once(
         self, served: Served, micro_bundles: Path, loras: Path, cache: Path, tmp_path: Path
     ) -> None:
-        asked = {"lora": {"name": "sepia", "scale": 0.8}}
+        lora = {"lora": {"name": "sepia", "scale": 0.8}}
         with ThreadPoolExecutor(1) as pool:
-            first = pool.submit(served.post, **request(0, 5), **asked, request_id="the-first-lora")
+            first = pool.submit(served.post, **request(0, 5), **lora, request_id="the-first-lora")
             until(lambda: served.get("/v1/jobs/the-first-lora").json().get("state") == "loading")
             assert first.result().status_code == 200
         plug(PlugSpec(str(micro_bundles / "guided"), None, (f"{loras / 'sepia.safetensors'}:0.8",), tmp_path / "one"))
@@ -236,10 +234,10 @@ class TestServe:
         def loaded() -> bool:
             return len(re.findall(r"^pnp_trt_lora_engines{.*} 1\.0$", served.get("/metrics").text, re.M)) == 2
 
-        while not loaded():  # until both have had a request for it
+        while not loaded():  # until both replicas have loaded it
             assert sent < 60
             with ThreadPoolExecutor(6) as pool:
-                answers = pool.map(lambda i: served.post(**request(i, 12), **asked), range(sent, sent + 6))
+                answers = pool.map(lambda i: served.post(**request(i, 12), **lora), range(sent, sent + 6))
                 for i, answer in enumerate(answers, sent):
                     is_the_pipelines(answer, alone, i, 12)
             sent += 6
@@ -247,7 +245,7 @@ class TestServe:
         wrong = served.post(prompt="a", lora={"name": "foreign"})
         assert wrong.status_code == 400 and "cannot use the LoRA" in wrong.json()["error"]["message"]
 
-    def test_a_client_that_leaves_cancels_its_request(self, served: Served) -> None:
+    def test_a_client_that_disconnects_cancels_its_request(self, served: Served) -> None:
         body = {"prompt": "a", "num_inference_steps": 1000, "n": 16, "request_id": "the-left-one"}
 
         def leave() -> None:
@@ -260,7 +258,7 @@ class TestServe:
             left.result()
         until(lambda: served.get("/v1/jobs/the-left-one").status_code == 404, 5)
 
-    def test_a_replica_that_is_killed_loses_its_running_requests_alone(self, served: Served, alone: Pipeline) -> None:
+    def test_a_killed_replica_loses_only_its_running_requests(self, served: Served, alone: Pipeline) -> None:
         until(lambda: len(served.labels()) == 2)
         answers: dict[int, httpx.Response] = {}
 
@@ -277,7 +275,7 @@ class TestServe:
         for thread in threads:
             thread.join()
         lost = [i for i, answer in answers.items() if answer.status_code != 200]
-        assert 1 <= len(lost) <= 8 and len(answers) == 48  # at most what its clients had sent
+        assert 1 <= len(lost) <= 8 and len(answers) == 48  # at most one request of each client
         for i in lost:
             assert answers[i].status_code == 503 and int(answers[i].headers["Retry-After"]) <= 10
             assert "has ended; try again" in answers[i].json()["error"]["message"]
@@ -286,7 +284,7 @@ class TestServe:
             is_the_pipelines(answer, alone, i, 150)
         until(lambda: len(served.labels()) == 2 and killed.pid not in {p.pid for p in served.replicas()})
 
-    def test_sigterm_finishes_what_runs_and_leaves_no_process(self, served: Served) -> None:
+    def test_sigterm_finishes_running_requests_and_leaves_no_process(self, served: Served) -> None:
         started = family(served.child)
         with ThreadPoolExecutor(1) as pool:
             sent = pool.submit(served.post, prompt="a", num_inference_steps=600, n=4, request_id="the-last-one")
@@ -301,7 +299,7 @@ class TestServe:
 class TestGenerate:
     pytestmark = needs_ray
 
-    def test_rows_are_made_once_over_a_killed_worker_and_a_killed_run(
+    def test_rows_are_generated_once_despite_a_killed_worker_and_a_killed_run(
         self, micro_bundles: Path, alone: Pipeline, tmp_path: Path
     ) -> None:
         rows = [{"prompt": f"apple {i}", "steps": 400, "seed": i} for i in range(64)]
@@ -309,32 +307,32 @@ class TestGenerate:
         arguments = ("generate", table, "--out", out, "--engine", "guided", "--provider", "cpu", "--slots", 2,
                      "--ray", "--replicas", 2)  # fmt: skip
 
-        def there() -> dict[str, int]:
+        def modified() -> dict[str, int]:
             return {f.name: f.stat().st_mtime_ns for f in out.glob("*.png")} if out.is_dir() else {}
 
-        with command(micro_bundles, *arguments) as first:  # killed as a whole, at a few images
-            until(lambda: len(there()) >= 4, START)
-        kept = there()
-        assert 4 <= len(kept) < 64
+        with command(micro_bundles, *arguments) as first:  # the whole run is killed after a few images
+            until(lambda: len(modified()) >= 4, START)
+        first_files = modified()
+        assert 4 <= len(first_files) < 64
         with command(micro_bundles, *arguments) as second:
-            until(lambda: len(there()) >= len(kept) + 4, START)
+            until(lambda: len(modified()) >= len(first_files) + 4, START)
             worker = family(second, "ray::MapWorker")[0]
             worker.send_signal(signal.SIGKILL)
-            before = there()
+            before = modified()
             output = second.communicate(timeout=START)[0]
-            assert second.returncode == 0 and output.startswith(f"{64 - len(kept)} images generated"), output
+            assert second.returncode == 0 and output.startswith(f"{64 - len(first_files)} images generated"), output
         assert first.returncode != 0
-        after = there()
+        after = modified()
         assert sorted(after) == [f"{i:08d}.png" for i in range(1, 65)]
         assert before.items() <= after.items()  # no file was written again
-        assert sorted(out.iterdir()) == sorted(out / name for name in after)  # and none is half written
+        assert sorted(out.iterdir()) == sorted(out / name for name in after)  # and no partial file is left
         for i in (0, 31, 63):
             (one,) = alone(f"apple {i}", steps=400, seed=i)
             file = out / f"{i + 1:08d}.png"
             np.testing.assert_array_equal(np.asarray(Image.open(file)), one.pixels)
             assert read_parameters(file) == one.parameters
 
-    def test_a_row_that_cannot_be_served_is_refused_before_the_work(self, micro_bundles: Path, tmp_path: Path) -> None:
+    def test_an_invalid_row_is_refused_before_any_image_is_generated(self, micro_bundles: Path, tmp_path: Path) -> None:
         table = written(tmp_path, "rows.jsonl", [{"prompt": "a"}, {"prompt": "b", "guidance": 30.0}])
         arguments = ("generate", table, "--out", tmp_path / "out", "--engine", "guided", "--provider", "cpu", "--ray")
         with command(micro_bundles, *arguments) as child:
@@ -349,7 +347,7 @@ def test_replicas_without_ray_are_refused(engines: Path, cli: Callable[..., Resu
         assert done.code == 2 and "--replicas is given without --ray; add --ray" in done.err
 
 
-def test_figures_of_replicas_are_told_apart() -> None:
+def test_metrics_of_replicas_are_labelled() -> None:
     from pnp_trt.serve.http.metrics import Metrics
     from pnp_trt.serve.ray.figures import merge
 

@@ -1,4 +1,4 @@
-"""Labels of figures are other people's text: dollar signs, TeX, control characters, glyphs that no font has."""
+"""Labels of figures may be any text: dollar signs, TeX, control characters, glyphs that no font has."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def recording() -> Recording:
 def test_any_title_is_drawn_as_text(title: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for drawn in (draw_maps(recording(), [0, 1], title), draw_strength(recording(), title)):
-            assert drawn.dtype == np.uint8 and drawn.min() < 100
+        for image in (draw_maps(recording(), [0, 1], title), draw_strength(recording(), title)):
+            assert image.dtype == np.uint8 and image.min() < 100
 
 
 def test_a_pair_of_dollar_signs_is_not_a_formula() -> None:
-    """As a formula, $a$ is narrower than its five letters: the dollar signs would not be drawn."""
+    """In a formula, the dollar signs would not be drawn, so less ink would be used."""
     images = [draw_strength(recording(), text) for text in ("$aa$", "aa", r"\$aa\$")]
     assert all((images[0] != other).any() for other in images[1:])
     ink = [int((image[:40] < 128).sum()) for image in images]
@@ -69,7 +69,7 @@ def test_engine_names_are_drawn_as_text(name: str) -> None:
     assert f"{name}0" in html.unescape(written)
 
 
-def test_users_settings_of_matplotlib_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_matplotlib_settings_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib as mpl
 
     monkeypatch.setitem(mpl.rcParams, "text.usetex", True)
@@ -79,6 +79,6 @@ def test_users_settings_of_matplotlib_do_not_matter(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("prompt", ["x" * 100_000, "a " * 50_000, r"$\frac$"], ids=["word", "words", "formula"])
 def test_prompts_of_any_length_are_visualized(prompt: str, micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
-    drawn = visualize(VisualizeRequest(str(micro_guide), (prompt,), (2.0,), 2, str(micro_base), out=tmp_path))
-    assert len(drawn.text) < 1500
-    assert json.loads(drawn.files[2].read_text())["parameters"]["prompts"] == [prompt]
+    result = visualize(VisualizeRequest(str(micro_guide), (prompt,), (2.0,), 2, str(micro_base), out=tmp_path))
+    assert len(result.text) < 1500
+    assert json.loads(result.files[2].read_text())["parameters"]["prompts"] == [prompt]

@@ -1,4 +1,4 @@
-"""``pnp-trt visualize``: what it writes, and that its numbers are those of a direct computation."""
+"""``pnp-trt visualize``: its files, and its numbers compared with a direct computation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCALES, STEPS = (1.0, 2.0, 5.0, 9.0), 4
 
 @pytest.fixture(scope="module")
 def drawn(micro_base: Path, micro_guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One run, looked at by several tests."""
+    """One run, shared by several tests."""
     out = tmp_path_factory.mktemp("visualize")
     return visualize(
         VisualizeRequest(str(micro_guide), ("a red apple",), SCALES, STEPS, str(micro_base), seed=3, out=out)
@@ -43,7 +43,7 @@ def rows(document: dict[str, Any]) -> dict[tuple[float, str, int], dict[str, Any
     return {(r["w"], r["layer"], r["step"]): r for r in document["strength"]}
 
 
-def test_the_files_open_and_hold_their_parameters(drawn: Any) -> None:
+def test_files_can_be_opened_and_contain_their_parameters(drawn: Any) -> None:
     assert [p.name for p in drawn.files] == ["feature-maps.png", "strength.png", "strength.json"]
     for path in drawn.files[:2]:
         with Image.open(path) as image:
@@ -57,33 +57,33 @@ def test_the_files_open_and_hold_their_parameters(drawn: Any) -> None:
     assert document["provenance"]["packages"]["torch"]
 
 
-def test_every_layer_step_and_scale_is_there(drawn: Any) -> None:
+def test_every_layer_step_and_scale_is_recorded(drawn: Any) -> None:
     names = [layer["name"] for layer in drawn.document["layers"]]
     assert names == ["skip-0", "skip-1", "skip-2", "skip-3", "mid"]
-    wanted = {(w, name, s) for w in SCALES for name in names for s in range(1, STEPS + 1)}
-    assert rows(drawn.document).keys() == wanted and len(drawn.document["strength"]) == len(wanted)
+    expected = {(w, name, s) for w in SCALES for name in names for s in range(1, STEPS + 1)}
+    assert rows(drawn.document).keys() == expected and len(drawn.document["strength"]) == len(expected)
 
 
-def test_nothing_at_w_1_and_more_with_larger_w(drawn: Any) -> None:
-    found = rows(drawn.document)
-    for (w, name, step), row in found.items():
+def test_strength_is_zero_at_w_one_and_grows_with_w(drawn: Any) -> None:
+    recorded = rows(drawn.document)
+    for (w, name, step), row in recorded.items():
         if w == 1:
             assert row["relative"] == 0 and row["residual_rms"] == 0 and row["high_frequency"] is None
         else:
             assert row["relative"] > 0 and 0 <= row["high_frequency"] <= 1
         if w > 2 and step == 1:  # the same latent: only the injection differs
-            assert row["relative"] > found[2.0, name, 1]["relative"]
+            assert row["relative"] > recorded[2.0, name, 1]["relative"]
     means = list(drawn.document["summary"]["mean_strength"].values())
     assert means == sorted(means) and drawn.document["summary"]["holds"]["grows_with_w"]
 
 
-def test_the_numbers_are_those_of_a_direct_computation(drawn: Any, micro_base: Path, micro_guide: Path) -> None:
+def test_numbers_equal_those_of_a_direct_computation(drawn: Any, micro_base: Path, micro_guide: Path) -> None:
     base = resolve(str(micro_base))
     unet, guide = base.unet(), load_guide(str(micro_guide))
     student, schedule = Student(unet, guide), ddim(base.scheduler_config(), STEPS)
     text = encode_prompts(base, ["a red apple"], torch.device("cpu")).states[:1]
     x = torch.from_numpy(np.random.Generator(np.random.Philox(3)).standard_normal((1, 4, 8, 8), np.float32))
-    w, found = torch.tensor([5.0]), rows(drawn.document)
+    w, recorded = torch.tensor([5.0]), rows(drawn.document)
     with torch.no_grad():
         for step in range(STEPS):
             t = torch.tensor([int(schedule.timesteps[step])])
@@ -93,7 +93,7 @@ def test_the_numbers_are_those_of_a_direct_computation(drawn: Any, micro_base: P
                 ("skip-2", added.down_block_res_samples[2], features.down_block_res_samples[2]),
                 ("mid", added.mid_block_res_sample, features.mid_block_res_sample),
             ]:
-                row = found[5.0, name, step + 1]
+                row = recorded[5.0, name, step + 1]
                 assert row["timestep"] == int(t)
                 assert row["relative"] == pytest.approx(float(r.norm() / f.norm()), rel=1e-5)
                 energy = np.abs(np.fft.fft2(r[0].numpy())) ** 2
@@ -103,8 +103,8 @@ def test_the_numbers_are_those_of_a_direct_computation(drawn: Any, micro_base: P
             x = float(schedule.x_scale[step]) * x + float(schedule.output_scale[step]) * student(x, t, text, w)
 
 
-@pytest.mark.slow  # run alone, it has to build the bundles first
-def test_the_images_are_those_of_sample(micro_base: Path, micro_guide: Path, engines: Path) -> None:
+@pytest.mark.slow  # it builds the bundles if no other test has
+def test_images_equal_those_of_sample(micro_base: Path, micro_guide: Path, engines: Path) -> None:
     from pnp_trt.runtime.pipeline import Pipeline
 
     base = resolve(str(micro_base))
@@ -127,9 +127,9 @@ def test_high_frequency_share_of_known_maps() -> None:
 def test_the_command_prints_paths_and_a_summary_and_never_overwrites(
     cli: Cli, micro_base: Path, micro_guide: Path, tmp_path: Path
 ) -> None:
-    given = ("visualize", "a cat", "a dog", "--guide", micro_guide, "--base", micro_base, "--guidance", "3,2")
+    arguments = ("visualize", "a cat", "a dog", "--guide", micro_guide, "--base", micro_base, "--guidance", "3,2")
     for tail in ("", "-2"):
-        done = cli(*given, "--steps", 2, "--layers", "mid,0,skip-0", "--out", tmp_path)
+        done = cli(*arguments, "--steps", 2, "--layers", "mid,0,skip-0", "--out", tmp_path)
         assert done.code == 0, done.err
         *paths, text = done.out.splitlines()
         assert [Path(p).name for p in paths] == [
@@ -174,28 +174,28 @@ def test_a_file_as_folder_and_no_prompt_are_refused(
     cli: Cli, micro_base: Path, micro_guide: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    given = ("--guide", micro_guide, "--base", micro_base)
+    options = ("--guide", micro_guide, "--base", micro_base)
     below = tmp_path / "file" / "x"
     for out, message in ((tmp_path / "file", "is a file; name a folder"), (below, "cannot be written")):
-        done = cli("visualize", "a cat", *given, "--out", out)
+        done = cli("visualize", "a cat", *options, "--out", out)
         assert done.code == 2 and message in done.err
-    assert cli("visualize", *given, "--out", tmp_path / "x").code == 2
+    assert cli("visualize", *options, "--out", tmp_path / "x").code == 2
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "x").exists()
 
 
-def test_a_guide_for_other_sampling_steps_is_said(micro_base: Path, tmp_path: Path) -> None:
+def test_a_guide_for_another_number_of_steps_warns(micro_base: Path, tmp_path: Path) -> None:
     guide = TinyGuide.from_unet(resolve(str(micro_base)).unet(), rank=2, embed_dim=8, emits="mid", sampling_steps=8)
     guide.save_pretrained(tmp_path / "guide")
     request = VisualizeRequest(str(tmp_path / "guide"), ("a cat",), (2.0,), 1, str(micro_base), out=tmp_path / "out")
     with pytest.warns(UserWarning, match="distilled for 8 sampling steps, not 1"):
-        drawn = visualize(request)
-    # it is untrained, and emits for one layer alone: both must be drawn and said
-    assert "nothing is injected anywhere" in drawn.text
-    assert [layer["emits"] for layer in drawn.document["layers"]] == [False] * 4 + [True]
-    assert drawn.document["parameters"]["shown_layers"] == ["mid"] and drawn.files[0].is_file()
+        result = visualize(request)
+    # it is untrained and emits for one layer only: files and text must show both
+    assert "nothing is injected anywhere" in result.text
+    assert [layer["emits"] for layer in result.document["layers"]] == [False] * 4 + [True]
+    assert result.document["parameters"]["shown_layers"] == ["mid"] and result.files[0].is_file()
 
 
-def test_what_is_not_finite_is_not_drawn(cli: Cli, micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused(cli: Cli, micro_base: Path, micro_guide: Path, tmp_path: Path) -> None:
     guide = load_guide(str(micro_guide))
     with torch.no_grad():
         guide.adapters[-1].expand.weight.fill_(3e38)
@@ -205,7 +205,7 @@ def test_what_is_not_finite_is_not_drawn(cli: Cli, micro_base: Path, micro_guide
     assert "at w = 2, timestep " in done.err and "is not finite; check the guide's weights" in done.err
 
 
-def test_sdxl_conditions_v_prediction_and_a_full_guide_with_negative_prompts(micro_base: Path) -> None:
+def test_sdxl_with_v_prediction_and_a_full_guide_is_recorded(micro_base: Path) -> None:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -233,14 +233,14 @@ def test_sdxl_conditions_v_prediction_and_a_full_guide_with_negative_prompts(mic
         for name, weight in guide.named_parameters():
             if "controlnet_down_blocks" in name or "controlnet_mid_block" in name:
                 weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    done: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     recording = record(
-        base, Student(unet, guide), ["a cat", "a dog"], [1.0, 4.0], 2, 0, [1], lambda _, i, n: done.append((i, n))
+        base, Student(unet, guide), ["a cat", "a dog"], [1.0, 4.0], 2, 0, [1], lambda _, i, n: progress.append((i, n))
     )
     assert recording.relative.shape == (2, 5, 2)
     assert not recording.relative[0].any() and (recording.relative[1] > 0).all()
-    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [len(of_layer) for of_layer in recording.maps[1]] == [1] * 5
-    # an early step of two is half of the run
+    # a single scale above 1 cannot show growth with w
     summary = summarise(recording)
     assert summary["growth"] is None and "undecided in this run" in describe(summary, "it")

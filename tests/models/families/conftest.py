@@ -9,7 +9,7 @@ import pytest
 
 from ...conftest import make_micro_guide, once
 
-#: the sizes of the bundles, which include the model's own
+#: image sizes of the bundles; the range includes the model's native size
 SIZES = "b1@16-48x16-48"
 
 

@@ -51,52 +51,52 @@ def pipe(micro_sdxl: Path) -> Any:
         ("ddim", (32, 32), NEGATIVE, "cfg-two-passes"), ("euler", (32, 32), None, "unguided"),
     ],
 )  # fmt: skip
-def test_images_are_those_of_diffusers(
+def test_images_equal_those_of_diffusers(
     schedule: str, size: tuple[int, int], negative: list[str] | None, method: str, plain: Pipeline, pipe: Any
 ) -> None:
-    found, noise = ours(plain, size, guidance=4.0, method=method, schedule=schedule, negative=negative)
+    images, noise = ours(plain, size, guidance=4.0, method=method, schedule=schedule, negative=negative)
     reference = with_schedule(pipe, schedule)(
         PROMPTS, negative_prompt=negative, num_inference_steps=3, guidance_scale=1.0 if method == "unguided" else 4.0,
         latents=noise, height=size[0], width=size[1], output_type="np",
     ).images  # fmt: skip
-    assert_same(found, reference)
+    assert_same(images, reference)
 
 
-def test_sizes_and_crop_are_those_of_diffusers(plain: Pipeline, pipe: Any) -> None:
+def test_images_of_given_sizes_and_crop_equal_those_of_diffusers(plain: Pipeline, pipe: Any) -> None:
     sizes = ImageSizes((512, 100), (7, 900), (2048, 64))
-    given, noise = ours(plain, (32, 32), guidance=4.0, method="cfg", image_sizes=sizes)
-    left_out, _ = ours(plain, (32, 32), guidance=4.0, method="cfg")
+    images, noise = ours(plain, (32, 32), guidance=4.0, method="cfg", image_sizes=sizes)
+    default_images, _ = ours(plain, (32, 32), guidance=4.0, method="cfg")
     reference = pipe(
         PROMPTS, num_inference_steps=3, guidance_scale=4.0, latents=noise, height=32, width=32, output_type="np",
         original_size=sizes.original, crops_coords_top_left=sizes.crop, target_size=sizes.target,
     ).images  # fmt: skip
-    assert_same(given, reference)
-    assert np.abs(given.astype(int) - left_out).max() > 2
+    assert_same(images, reference)
+    assert np.abs(images.astype(int) - default_images).max() > 2
 
 
 @pytest.mark.parametrize(("schedule", "size"), [("ddim", (32, 32)), ("euler", (48, 32))])
-def test_guided_images_are_those_of_apply_guide(
+def test_guided_images_equal_those_of_apply_guide(
     schedule: str, size: tuple[int, int], guided: Pipeline, pipe: Any, sdxl_guide: Path
 ) -> None:
-    found, noise = ours(guided, size, guidance=5.0, schedule=schedule)
-    one, _ = ours(guided, size, guidance=1.0, schedule=schedule)
+    images, noise = ours(guided, size, guidance=5.0, schedule=schedule)
+    unguided, _ = ours(guided, size, guidance=1.0, schedule=schedule)
     reference = apply_guide(with_schedule(pipe, schedule), sdxl_guide)(
         PROMPTS, num_inference_steps=3, guidance_scale=5.0, latents=noise, height=size[0], width=size[1],
         output_type="np",
     ).images  # fmt: skip
-    assert_same(found, reference)
-    assert np.abs(found.astype(int) - one).max() > 2
+    assert_same(images, reference)
+    assert np.abs(images.astype(int) - unguided).max() > 2
 
 
-def test_interval_reads_all_conditions(plain: Pipeline) -> None:
-    """All timesteps inside give CFG, none gives the plain prediction."""
+def test_a_full_interval_is_cfg_and_an_empty_one_is_unguided(plain: Pipeline) -> None:
+    """With all timesteps inside the interval, images equal those of CFG; with none, the unguided ones."""
     inside, _ = ours(plain, (32, 32), guidance=4.0, method="cfg-interval", guided_interval=(0, 999))
     outside, _ = ours(plain, (32, 32), guidance=4.0, method="cfg-interval", guided_interval=(0, 0))
     assert np.array_equal(inside, ours(plain, (32, 32), guidance=4.0, method="cfg")[0])
     assert np.array_equal(outside, ours(plain, (32, 32), guidance=4.0, method="unguided")[0])
 
 
-def test_the_manifest_states_both_encoders(sdxl_plain: Path, micro_sdxl: Path) -> None:
+def test_the_manifest_describes_both_text_encoders(sdxl_plain: Path, micro_sdxl: Path) -> None:
     manifest = open_bundle(sdxl_plain).manifest
     assert manifest.family == "sdxl" and manifest.text_encoders == ("text_encoder", "text_encoder_2")
     assert manifest.tokens_of("text_encoder_2").pad == 0 and manifest.tokens.pad == 49407
@@ -109,8 +109,8 @@ def test_the_manifest_states_both_encoders(sdxl_plain: Path, micro_sdxl: Path) -
     assert set(manifest.base.sha256) == {"unet", "text_encoder", "text_encoder_2", "vae", "all"}
 
 
-def test_texts_are_those_of_training(plain: Pipeline, micro_sdxl: Path) -> None:
-    """What a bundle's encoders give is what distillation conditions its teacher on; zeros for no prompt."""
+def test_prompts_are_encoded_as_in_distillation(plain: Pipeline, micro_sdxl: Path) -> None:
+    """A bundle encodes prompts as distillation does for its teacher; the empty prompt becomes zeros."""
     conditions = encode_prompts(resolve(str(micro_sdxl)), PROMPTS, torch.device("cpu"))
     text = plain.encode(PROMPTS)
     np.testing.assert_allclose(text.states, conditions.states[:-1].numpy(), atol=1e-5)
@@ -118,24 +118,26 @@ def test_texts_are_those_of_training(plain: Pipeline, micro_sdxl: Path) -> None:
     assert not conditions.states[-1].any() and conditions.time_ids.tolist() == [32, 32, 0, 0, 32, 32]  # type: ignore[union-attr]
 
 
-def test_states_alone_are_refused(plain: Pipeline) -> None:
+def test_text_states_without_pooled_text_are_refused(plain: Pipeline) -> None:
     with pytest.raises(
         InputError, match="needs text_embeds of prompts, but got only text states; pass the result of encode"
     ):
         plain.denoise(np.asarray(plain.encode(["a"])), plain.noise([0]), steps=1, guidance=2.0)
 
 
-def test_sample(cli: Callable[..., Result], sdxl_plain: Path, plain: Pipeline, tmp_path: Path) -> None:
+def test_sample_applies_sizes_and_crop(
+    cli: Callable[..., Result], sdxl_plain: Path, plain: Pipeline, tmp_path: Path
+) -> None:
     done = cli("sample", "a cat", "--engine", sdxl_plain, "--steps", 2, "--size", "16x32", "--original-size", "64x48",
                "--crop", "0x8", "--negative", "dark", "--provider", "cpu", "--quiet", "--out", tmp_path,
                "--metadata", "json")  # fmt: skip
     assert done.code == 0, done.err
     path = Path(done.out.strip())
-    told = json.loads(path.with_suffix(".json").read_text())
-    assert (told["original_size"], told["crop"], "target_size" in told) == ("64x48", "0x8", False)
+    metadata = json.loads(path.with_suffix(".json").read_text())
+    assert (metadata["original_size"], metadata["crop"], "target_size" in metadata) == ("64x48", "0x8", False)
     sizes = ImageSizes((64, 48), (0, 8))
-    (wanted,) = plain("a cat", steps=2, size=(16, 32), negative="dark", image_sizes=sizes)
-    assert np.array_equal(np.asarray(Image.open(path)), wanted.pixels)
+    (expected,) = plain("a cat", steps=2, size=(16, 32), negative="dark", image_sizes=sizes)
+    assert np.array_equal(np.asarray(Image.open(path)), expected.pixels)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,9 @@ def test_bad_sizes_are_refused(
     assert done.code == 2 and message in " ".join(done.err.split()), done.err
 
 
-def test_sizes_are_refused_by_engines_that_read_none(cli: Callable[..., Result], engines: Path, tmp_path: Path) -> None:
+def test_size_conditions_are_refused_by_engines_without_them(
+    cli: Callable[..., Result], engines: Path, tmp_path: Path
+) -> None:
     done = cli(
         "sample", "a cat", "--engine", engines / "plain", "--crop", "1x1", "--provider", "cpu", "--out", tmp_path
     )
@@ -173,11 +177,11 @@ def test_the_torch_backend_gives_the_same_images(
                "--out", tmp_path / "torch")  # fmt: skip
     assert done.code == 0, done.err
     torch_pipe = Pipeline.load(tmp_path / "torch", provider="cpu", threads=1)
-    found, _ = ours(torch_pipe, (32, 32), guidance=5.0)
-    wanted, _ = ours(guided, (32, 32), guidance=5.0)
-    assert np.abs(found.astype(int) - wanted).max() <= 1
+    images, _ = ours(torch_pipe, (32, 32), guidance=5.0)
+    expected, _ = ours(guided, (32, 32), guidance=5.0)
+    assert np.abs(images.astype(int) - expected).max() <= 1
 
-    # image to image; diffusers' pipeline with the guide in it
+    # image to image, compared with diffusers' pipeline with the guide
     image = np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)
     noise = torch_pipe.noise([0, 1])
     latents = torch_pipe.denoise(

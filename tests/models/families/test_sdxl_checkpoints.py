@@ -1,4 +1,4 @@
-"""SDXL's fine-tunes as people have them: folders, single files in the original layout, LoRAs of both text encoders.
+"""SDXL fine-tunes in users' formats: folders, single files in the original layout, LoRAs of both text encoders.
 
 Oracles: diffusers' pipeline of the fine-tune, its own LoRA loader, and the formula W + scale · alpha/rank · B·A.
 """
@@ -40,7 +40,7 @@ LAYERS = {
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
         "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k", "mid_block.attentions.0.proj_in",
     ),
-    "text_encoder": (  # diffusers reads no projection of attention where the last one is missing
+    "text_encoder": (  # diffusers ignores projections of attention if the last one is missing
         "text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.out_proj",
         "text_model.encoder.layers.0.mlp.fc1",
     ),
@@ -58,12 +58,12 @@ def weights(folder: Path, part: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model of the micro SDXL's architecture, every weight another; do not write into it."""
+    """A complete model of the micro SDXL's architecture with other weights; do not write into it."""
     return once(tmp_path_factory, "sdxl/tuned", partial(make_micro_sdxl, seed=11))
 
 
 def original(folder: Path) -> dict[str, Tensor]:
-    """A folder's weights as SDXL's own code names them."""
+    """Return a folder's weights under the names of SDXL's original code."""
     out = {f"model.diffusion_model.{original_key(k)}": v for k, v in weights(folder, "unet").items()}
     prefix = "conditioner.embedders.0.transformer.text_model."
     first = {prefix + k.removeprefix("text_model."): v for k, v in weights(folder, "text_encoder").items()}
@@ -82,7 +82,7 @@ def single(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_architectures(micro_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The micro SDXL as a known architecture, in the place of those of real size."""
+    """Replace the known architectures by the micro SDXL."""
     for part in ("text_encoder", "text_encoder_2", "vae"):
         (tmp_path / "presets" / "micro").mkdir(parents=True, exist_ok=True)
         shutil.copy(micro_sdxl / part / "config.json", tmp_path / "presets" / "micro" / f"{part}.json")
@@ -93,16 +93,16 @@ def tiny_architectures(micro_sdxl: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def lora(tmp_path: Path, micro_sdxl: Path) -> tuple[Path, dict[str, dict[str, Tensor]]]:
-    """kohya's format, with the change of each weight by the formula."""
+    """A LoRA in kohya's format, and the change of each weight by the formula."""
     g = torch.Generator().manual_seed(5)
     written: dict[str, Tensor] = {}
     changes: dict[str, dict[str, Tensor]] = {}
     for part, layers in LAYERS.items():
-        # versions of transformers differ in this level
-        held = {("text_model." if part != "unet" else "") + k.removeprefix("text_model."): v
+        # only some versions of transformers write this prefix
+        state = {("text_model." if part != "unet" else "") + k.removeprefix("text_model."): v
                 for k, v in weights(micro_sdxl, part).items()}  # fmt: skip
         for layer in layers:
-            shape = held[f"{layer}.weight"].shape
+            shape = state[f"{layer}.weight"].shape
             a = torch.randn(RANK, *shape[1:], generator=g) * 0.3
             b = torch.randn(shape[0], RANK, *(1 for _ in shape[2:]), generator=g) * 0.3
             name = KOHYA[part] + layer.replace(".", "_")
@@ -118,20 +118,20 @@ def lora(tmp_path: Path, micro_sdxl: Path) -> tuple[Path, dict[str, dict[str, Te
     return path, changes
 
 
-def test_a_folder_is_plugged(
+def test_plug_accepts_a_folder_and_a_single_file(
     cli: Callable[..., Result], sdxl_plain: Path, tuned: Path, single: Path, tmp_path: Path
 ) -> None:
-    """Images are diffusers' of the fine-tune; one file in the original layout gives the same bytes."""
+    """Images equal diffusers' of the fine-tune, and a single file in the original layout gives the same bytes."""
     done = cli("plug", sdxl_plain, "--base", tuned, "--out", tmp_path / "folder")
     assert done.code == 0, done.err
     manifest = open_bundle(tmp_path / "folder").manifest
     assert manifest.plugged is not None and set(manifest.plugged.networks.values()) == {"external weights"}
     assert manifest.family == "sdxl" and manifest.text == open_bundle(sdxl_plain).manifest.text
-    found, noise = ours(Pipeline.load(tmp_path / "folder", provider="cpu", threads=1), (32, 32), guidance=4.0)
+    images, noise = ours(Pipeline.load(tmp_path / "folder", provider="cpu", threads=1), (32, 32), guidance=4.0)
     reference = theirs(tuned)(
         PROMPTS, num_inference_steps=3, guidance_scale=4.0, latents=noise, height=32, width=32, output_type="np"
     ).images  # fmt: skip
-    assert_same(found, reference)
+    assert_same(images, reference)
 
     done = cli("plug", sdxl_plain, "--base", single, "--out", tmp_path / "single")
     assert done.code == 0, done.err
@@ -140,16 +140,16 @@ def test_a_folder_is_plugged(
         assert (tmp_path / "single" / file).read_bytes() == (tmp_path / "folder" / file).read_bytes(), network
 
 
-def test_a_lora_of_both_text_encoders(
+def test_a_lora_of_both_text_encoders_equals_the_formula_and_diffusers_loader(
     sdxl_plain: Path, micro_sdxl: Path, lora: tuple[Path, dict[str, dict[str, Tensor]]], tmp_path: Path
 ) -> None:
     path, changes = lora
-    made = plug(PlugSpec(str(sdxl_plain), str(micro_sdxl), (f"{path}:{SCALE}",), tmp_path / "x"))
-    assert made.manifest.plugged is not None and made.manifest.plugged.networks == {
+    plugged = plug(PlugSpec(str(sdxl_plain), str(micro_sdxl), (f"{path}:{SCALE}",), tmp_path / "x"))
+    assert plugged.manifest.plugged is not None and plugged.manifest.plugged.networks == {
         "unet": "external weights", "text_encoder": "external weights", "text_encoder_2": "external weights",
         "vae_decoder": "kept",
     }  # fmt: skip
-    found, noise = ours(Pipeline.load(made.folder, provider="cpu", threads=1), (32, 32), guidance=4.0)
+    images, noise = ours(Pipeline.load(plugged.folder, provider="cpu", threads=1), (32, 32), guidance=4.0)
     run = {"num_inference_steps": 3, "guidance_scale": 4.0, "latents": noise, "height": 32, "width": 32}
 
     by_formula = theirs(micro_sdxl)
@@ -159,17 +159,17 @@ def test_a_lora_of_both_text_encoders(
         for key, change in own.items():
             target = state[names[key.removeprefix("text_model.")]]
             target.copy_((target.double() + change).float())
-    assert_same(found, by_formula(PROMPTS, output_type="np", **run).images)
+    assert_same(images, by_formula(PROMPTS, output_type="np", **run).images)
 
     by_loader = theirs(micro_sdxl)
     by_loader.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True, adapter_name="x")
     by_loader.set_adapters(["x"], [SCALE])
-    assert_same(found, by_loader(PROMPTS, output_type="np", **run).images)
+    assert_same(images, by_loader(PROMPTS, output_type="np", **run).images)
 
 
 @pytest.mark.usefixtures("tiny_architectures")
-def test_a_single_file_is_a_base(tuned: Path, single: Path) -> None:
-    """Its networks are those of the folder it was made from, and its second tokenizer pads as OpenCLIP's."""
+def test_a_single_file_can_be_a_base(tuned: Path, single: Path) -> None:
+    """Its networks equal those of the folder that it was made from, and its second tokenizer pads like OpenCLIP's."""
     base = resolve(str(single))
     assert isinstance(base, SingleFileBase) and base.family == "sdxl" and list(base.networks()) == [
         "unet", "text_encoder", "text_encoder_2", "vae_decoder",
@@ -178,8 +178,8 @@ def test_a_single_file_is_a_base(tuned: Path, single: Path) -> None:
     folder = resolve(str(tuned))
     pairs = [(base.unet(), folder.unet()), (base.vae(), folder.vae())]
     pairs += [(base.text_encoder(spec), folder.text_encoder(spec)) for spec in base.text_specs]
-    for ours_, wanted in pairs:
-        state, other = ours_.state_dict(), wanted.state_dict()
+    for network, expected in pairs:
+        state, other = network.state_dict(), expected.state_dict()
         assert state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in other)
     for spec in base.text_specs:
         assert (
@@ -192,19 +192,19 @@ def test_a_single_file_is_a_base(tuned: Path, single: Path) -> None:
 
 
 def change(single: Path, folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
-    """A single file with other keys."""
+    """Return a copy of the single file with edited weights."""
     path = folder / "changed.safetensors"
     save_file({k: v.contiguous().clone() for k, v in edit(load_file(single)).items()}, path)
     return path
 
 
 def without(prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda held: {k: v for k, v in held.items() if not k.startswith(prefix)}
+    return lambda state: {k: v for k, v in state.items() if not k.startswith(prefix)}
 
 
 def widened(channels: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     key = "model.diffusion_model.input_blocks.0.0.weight"
-    return lambda held: held | {key: held[key].repeat(1, 3, 1, 1)[:, :channels]}
+    return lambda state: state | {key: state[key].repeat(1, 3, 1, 1)[:, :channels]}
 
 
 @pytest.mark.usefixtures("tiny_architectures")
@@ -215,14 +215,14 @@ def widened(channels: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         (without("conditioner.embedders.1."), "is a checkpoint of micro and has no text_encoder_2"),
         (widened(9), "has 9 input channels, but the VAE's latents have 4: it is for inpainting"),
         (widened(8), "has 8 input channels, but the VAE's latents have 4: it edits images"),
-        (lambda held: {k.replace("embedders.1.", "embedders.0."): v for k, v in held.items()
+        (lambda state: {k.replace("embedders.1.", "embedders.0."): v for k, v in state.items()
                        if "embedders.0." not in k}, "is SDXL's refiner"),
-        (lambda held: held | {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(8, 5)},
+        (lambda state: state | {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(8, 5)},
          "takes the guidance scale as an input (time_cond_proj_dim = 5), as latent consistency models do"),
     ],
     ids=["no VAE", "no second text encoder", "inpainting", "pix2pix", "refiner", "LCM"],
 )  # fmt: skip
-def test_single_files_that_cannot_be_built(
+def test_unsupported_single_files_are_refused(
     edit: Any, message: str, single: Path, cli: Callable[..., Result], tmp_path: Path
 ) -> None:
     file = change(single, tmp_path, edit)
@@ -231,7 +231,7 @@ def test_single_files_that_cannot_be_built(
     assert not (tmp_path / "x").exists()
 
 
-def test_a_file_of_sd_2_has_to_say_what_it_predicts(
+def test_a_single_file_of_sd_2_must_state_its_prediction_type(
     micro_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]
 ) -> None:
     presets = tmp_path / "presets"
@@ -242,21 +242,21 @@ def test_a_file_of_sd_2_has_to_say_what_it_predicts(
     shutil.copy(catalog.PRESETS / "sd21" / "scheduler.json", presets / "sd21")
     monkeypatch.setattr(catalog, "PRESETS", presets)
     file = tmp_path / "sd2.safetensors"
-    held = {f"model.diffusion_model.{original_key(k)}": v for k, v in weights(micro_base, "unet").items()}
-    held |= {f"cond_stage_model.transformer.{k}": v for k, v in weights(micro_base, "text_encoder").items()}
-    held |= {f"first_stage_model.{k}": v for k, v in weights(micro_base, "vae").items()}
-    save_file({k: v.contiguous() for k, v in held.items()}, file)
+    state = {f"model.diffusion_model.{original_key(k)}": v for k, v in weights(micro_base, "unet").items()}
+    state |= {f"cond_stage_model.transformer.{k}": v for k, v in weights(micro_base, "text_encoder").items()}
+    state |= {f"first_stage_model.{k}": v for k, v in weights(micro_base, "vae").items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, file)
     done = cli("build", "--base", file, "--guide", "none", "--out", tmp_path / "x")
     assert done.code == 2 and "does not state what its U-Net predicts; pass --prediction-type" in " ".join(
         done.err.split()
     ), done.err
-    save_file({k: v.contiguous() for k, v in held.items()}, file, {"modelspec.prediction_type": "v"})
+    save_file({k: v.contiguous() for k, v in state.items()}, file, {"modelspec.prediction_type": "v"})
     base = resolve(str(file))
     base.check()
     assert base.scheduler_config()["prediction_type"] == "v_prediction" and base.family == "sd"
 
 
-def test_models_of_other_families_are_not_plugged(
+def test_plug_refuses_models_of_other_families(
     sdxl_plain: Path, micro_bundles: Path, micro_base: Path, micro_sdxl: Path, single: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
@@ -280,7 +280,7 @@ def test_models_of_other_families_are_not_plugged(
         ("unet", {"addition_embed_type": None}, "no pooled text and image sizes (addition_embed_type = None)"),
     ],
 )
-def test_folders_that_cannot_be_built_are_refused_before_their_weights_are_read(
+def test_unsupported_folders_are_refused_before_their_weights_are_read(
     part: str, changes: dict[str, Any], message: str, micro_sdxl: Path, cli: Callable[..., Result], tmp_path: Path
 ) -> None:
     folder = tmp_path / "org" / "stable-diffusion-xl-base-1.0"

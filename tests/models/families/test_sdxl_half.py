@@ -1,4 +1,4 @@
-"""SDXL's further conditions in half precision: graphs whose nodes take tensors of one type, as TensorRT demands."""
+"""SDXL's additional conditions in half precision: concatenated tensors have one dtype, as TensorRT requires."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pnp_trt.models.student import Teacher
 from pnp_trt.precision.recipes import FP16, convert
 
 
-def test_what_is_joined_has_one_type(micro_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concatenated_tensors_have_one_dtype(micro_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = resolve(str(micro_sdxl))
     teacher = convert(Teacher(base.unet()), FP16)
     seen: list[set[torch.dtype]] = []

@@ -1,4 +1,4 @@
-"""Training, calibration, figures, costs and peers on SDXL's form, a few steps of each."""
+"""Distillation, calibration, visualisation, benchmarks and peers with SDXL, a few steps each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def test_both_stages_of_distillation(micro_sdxl: Path, prompts: Path, tmp_path: Path) -> None:
+def test_both_stages_of_distillation_run(micro_sdxl: Path, prompts: Path, tmp_path: Path) -> None:
     guide = tmp_path / "guide"
     report = distill(
         GuidanceConfig(
@@ -85,7 +85,9 @@ def test_an_rtx_engine_is_compiled(
     assert networks["unet"]["parity"]["graph"] < networks["unet"]["parity"]["limit"]
 
 
-def test_visualize(cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, tmp_path: Path) -> None:
+def test_visualize_writes_figures(
+    cli: Callable[..., Result], micro_sdxl: Path, sdxl_guide: Path, tmp_path: Path
+) -> None:
     done = cli("visualize", "a cat", "--guide", sdxl_guide, "--base", micro_sdxl, "--steps", 2, "--out", tmp_path)
     assert done.code == 0 and list(tmp_path.glob("*.png")), done.err
 
@@ -99,7 +101,7 @@ def test_cost_counts_both_text_encoders(cli: Callable[..., Result], micro_sdxl: 
         assert rows[name]["parameters"] == sum(p.numel() for p in module.parameters())
 
 
-def test_latency(cli: Callable[..., Result], sdxl_plain: Path, tmp_path: Path) -> None:
+def test_latency_is_measured_with_and_without_cfg(cli: Callable[..., Result], sdxl_plain: Path, tmp_path: Path) -> None:
     done = cli("bench", "--engine", sdxl_plain, "--only", "latency", "--steps", 1, "--batch", 1, "--rounds", 1,
                "--no-memory", "--no-peers", "--cold-starts", 0, "--json", tmp_path / "bench.json")  # fmt: skip
     assert done.code == 0, done.err
@@ -107,27 +109,27 @@ def test_latency(cli: Callable[..., Result], sdxl_plain: Path, tmp_path: Path) -
     assert {row["method"] for row in rows} >= {"cfg", "unguided"}
 
 
-def test_fidelity(
+def test_fidelity_is_that_of_the_bundles_images(
     cli: Callable[..., Result], sdxl_plain: Path, sdxl_guided: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    """PSNR is that of the images which the bundles generate."""
+    """The reported PSNR equals that of images generated with both bundles."""
     done = cli("bench", "--engine", sdxl_plain, "--engine", sdxl_guided, "--only", "fidelity", "--steps", 2,
                "--guidance", 3, "--images", 3, "--prompts", prompts, "--json", tmp_path / "bench.json")  # fmt: skip
     assert done.code == 0, done.err
-    found = {row["method"]: row for row in json.loads((tmp_path / "bench.json").read_text())["fidelity"]}
-    texts, made = prompts.read_text().splitlines(), {}
+    rows = {row["method"]: row for row in json.loads((tmp_path / "bench.json").read_text())["fidelity"]}
+    texts, pixels = prompts.read_text().splitlines(), {}
     for folder, method in ((sdxl_plain, "cfg"), (sdxl_guided, "guided")):
         pipe = Pipeline.load(folder, provider="cpu", threads=1)
         images = pipe(texts, steps=2, guidance=3.0, seed=[0, 1, 2], method=method)
-        made[method] = np.stack([image.pixels for image in images]).astype(float)
-    psnr = 10 * np.log10(255**2 / ((made["cfg"] - made["guided"]) ** 2).mean((1, 2, 3)))
-    assert found["guided"]["psnr_to_cfg_db"]["value"] == pytest.approx(psnr.mean(), abs=0.2)
+        pixels[method] = np.stack([image.pixels for image in images]).astype(float)
+    psnr = 10 * np.log10(255**2 / ((pixels["cfg"] - pixels["guided"]) ** 2).mean((1, 2, 3)))
+    assert rows["guided"]["psnr_to_cfg_db"]["value"] == pytest.approx(psnr.mean(), abs=0.2)
 
 
 def test_a_peer_generates_the_engines_latents(micro_sdxl: Path, sdxl_plain: Path) -> None:
-    """diffusers' pipeline behind the same protocol, with pooled text and zeros for the empty prompt."""
+    """The peer is diffusers' pipeline with pooled text and zeros for the empty prompt."""
     pipe, peer = Pipeline.load(sdxl_plain, provider="cpu", threads=1), load("diffusers", str(micro_sdxl))
     noise, prompts = pipe.noise([1, 2]), ["a cat", "a red house"]
     ours = pipe.denoise(pipe.encode(prompts), noise, steps=3, guidance=4.0, method="cfg", schedule="ddim")
-    wanted = peer.denoise(peer.encode(prompts), noise, steps=3, guidance=4.0, method="diffusers", schedule="ddim")
-    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    expected = peer.denoise(peer.encode(prompts), noise, steps=3, guidance=4.0, method="diffusers", schedule="ddim")
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())

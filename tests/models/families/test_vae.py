@@ -1,4 +1,4 @@
-"""Autoencoders: another one in the place of the base's, and half precision judged on latents of images."""
+"""Autoencoders: replacing the base's, and half precision checked on latents of images."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ..original import original_vae
 
 
 def micro_kl(loud: float = 1.0, **config: Any) -> AutoencoderKL:
-    """A small ``AutoencoderKL`` of the micro teacher's latents.
+    """Return a small ``AutoencoderKL`` for the micro teacher's latents.
 
     Args:
-        loud: what the latents of images are multiplied by; noise stays as it is.
+        loud: factor of the encoder's latents; the decoder is the same.
     """
     torch.manual_seed(4)
     vae = AutoencoderKL(
@@ -45,23 +45,27 @@ def micro_kl(loud: float = 1.0, **config: Any) -> AutoencoderKL:
 
 @pytest.fixture
 def loud(tmp_path: Path) -> Path:
-    """Its decoder overflows in float16 on latents of images, and not on unit noise."""
+    """A VAE whose decoder overflows in float16 on latents of images, but not on unit noise."""
     micro_kl(1e6).save_pretrained(tmp_path / "loud")
     return tmp_path / "loud"
 
 
-def test_latents_of_images_are_the_encoders() -> None:
+def test_latents_of_images_come_from_the_encoder() -> None:
     vae = micro_kl(3.0, scaling_factor=0.5)
-    made = latents_of_images(vae, torch.zeros(3, 4, 8, 40), 4)
-    assert made.shape == (3, 4, 8, 40) and torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
+    latents = latents_of_images(vae, torch.zeros(3, 4, 8, 40), 4)
+    assert (
+        latents.shape == (3, 4, 8, 40)
+        and torch.equal(latents[0], latents[2])
+        and not torch.equal(latents[0], latents[1])
+    )
     board = torch.ones(1, 3, 64, 64)
     board[..., :32, :32] = board[..., 32:, 32:] = -1
     with torch.no_grad():
-        wanted = vae.encode(board).latent_dist.mean * 0.5
-    torch.testing.assert_close(made[1, :, :, :16], wanted[0, :, :8])
+        expected = vae.encode(board).latent_dist.mean * 0.5
+    torch.testing.assert_close(latents[1, :, :, :16], expected[0, :, :8])
 
 
-def test_one_row_has_both_images() -> None:
+def test_a_single_row_contains_both_images() -> None:
     vae = micro_kl()
     two, one = (latents_of_images(vae, torch.zeros(rows, 4, 20, 40), 4) for rows in (2, 1))
     assert one.shape == (1, 4, 20, 40)
@@ -74,7 +78,7 @@ def test_one_row_has_both_images() -> None:
     [("vae_decoder", 50_000_000, (512, 512), 1), ("vae_decoder", 50_000_000, (256, 256), 2),
      ("unet", 10, (512, 512), 2), ("unet", 860_000_000, (64, 64), 1), ("text_encoder", 123_000_000, (512, 512), 2)],
 )  # fmt: skip
-def test_rows_that_are_compared(network: str, weights: int, size: tuple[int, int], rows: int) -> None:
+def test_number_of_golden_rows(network: str, weights: int, size: tuple[int, int], rows: int) -> None:
     assert golden_rows(network, weights, size) == rows
 
 
@@ -109,23 +113,23 @@ def test_a_decoder_that_overflows_on_images_is_built_in_bfloat16(
     pipe = Pipeline.load(out, provider="cpu", threads=1)
     latents = pipe.noise([0, 1])
     with torch.no_grad():
-        wanted = (micro_kl().decode(torch.from_numpy(latents)).sample.permute(0, 2, 3, 1) + 1) * 127.5
-    assert np.abs(pipe.decode(latents) - wanted.clamp(0, 255).numpy()).mean() < 1.5
+        expected = (micro_kl().decode(torch.from_numpy(latents)).sample.permute(0, 2, 3, 1) + 1) * 127.5
+    assert np.abs(pipe.decode(latents) - expected.clamp(0, 255).numpy()).mean() < 1.5
 
 
-def test_a_vae_in_one_file_under_original_names(micro_base: Path, loud: Path, tmp_path: Path) -> None:
+def test_a_single_file_vae_under_original_names_equals_its_folder(micro_base: Path, loud: Path, tmp_path: Path) -> None:
     folder = BuildSpec(str(micro_base), vae=loud).base_model()
-    # the base's config is that of its own kind, so that a file fits bases of its kind alone
-    held = {k: v.contiguous() for k, v in original_vae(micro_kl(1e6).state_dict(), 3).items()}
-    save_file(held, tmp_path / "vae.safetensors")
+    # a file has no config, so the base's is used: the file must be of the same class as the base's VAE
+    state = {k: v.contiguous() for k, v in original_vae(micro_kl(1e6).state_dict(), 3).items()}
+    save_file(state, tmp_path / "vae.safetensors")
     with pytest.raises(InputError, match=r"vae.safetensors is not a fine-tune of the base's autoencoder"):
         BuildSpec(str(micro_base), vae=tmp_path / "vae.safetensors").base_model().vae()
-    folder.folder = tmp_path  # as a base whose own autoencoder is of this kind
+    folder.folder = tmp_path  # a base whose own autoencoder is of this class
     micro_kl().save_pretrained(tmp_path / "vae")
     file = BuildSpec(str(micro_base), vae=tmp_path / "vae.safetensors").base_model()
     file.folder = tmp_path
-    wanted, found = folder.vae().state_dict(), file.vae().state_dict()
-    assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+    expected, loaded = folder.vae().state_dict(), file.vae().state_dict()
+    assert all(torch.equal(loaded[k], expected[k]) for k in expected)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +139,9 @@ def test_a_vae_in_one_file_under_original_names(micro_base: Path, loud: Path, tm
         (None, "pass an autoencoder's"),
     ],
 )
-def test_a_vae_that_cannot_be_taken(config: dict[str, Any] | None, message: str, micro_base: Path, tmp_path: Path,
-                                    cli: Callable[..., Result]) -> None:  # fmt: skip
+def test_incompatible_and_missing_vaes_are_refused(
+    config: dict[str, Any] | None, message: str, micro_base: Path, tmp_path: Path, cli: Callable[..., Result]
+) -> None:
     if config is not None:
         micro_kl(**config).save_pretrained(tmp_path / "vae")
     done = cli("build", "--base", micro_base, "--guide", "none", "--vae", tmp_path / "vae", "--out", tmp_path / "x")

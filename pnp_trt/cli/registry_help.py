@@ -63,8 +63,10 @@ def filled(text: str) -> str:
 
 def _names(word: str) -> str:
     if word == "methods":
-        from ..sampling.methods import methods_of
+        from ..sampling.methods import methods_of, step_methods_of
 
-        return f"{', '.join(methods_of(True))}, or on a bundle without a guide: {', '.join(methods_of(False))}"
+        with_guide, without = methods_of(True), methods_of(False)
+        every = dict.fromkeys([*with_guide, *step_methods_of(True), *without])
+        return f"{', '.join(every)}; default: {with_guide[0]} if the bundle has a guide, otherwise {without[0]}"
     module, _, attribute = _REGISTRIES[word].partition(":")
     return ", ".join(getattr(importlib.import_module(module), attribute).names())

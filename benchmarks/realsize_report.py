@@ -19,9 +19,9 @@ STEPS = ("guided", "unguided", "CFG", "diffusers CFG")
 STEP_RATIOS = ("guided / unguided", "guided / CFG", "CFG / diffusers CFG")
 HEAD = """# Real sizes
 
-Seconds, memory and sizes of models of real size on a CPU with two cores, by `make realsize`. Weights are seeded random
-numbers: time and memory are those of real weights, but images would be noise. Each command runs in a separate process,
-whose peak memory is given. Engines of TensorRT-RTX are compiled without a GPU and were not run.
+Time, memory and file sizes of models of real size on a CPU with two cores, measured by `make realsize`. Weights are
+seeded random numbers: time and memory are those of real weights, but images would be noise. Each command runs in a
+separate process, whose peak memory is given. TensorRT-RTX engines are compiled without a GPU and have not been run.
 
 "Load" is the machine's one-minute load average at the end of a measurement, and "cores" is the number of cores that the
 command could use. With a load above 2, or with one core, times are longer than on an idle machine.
@@ -71,8 +71,9 @@ def builds() -> list[str]:
     head = ["model", "guide", "backend", "recipe", "export, s", "compile, s", "export, GiB", "compiler, GiB",
             "U-Net engine, MiB", "U-Net parity", "load", "cores"]  # fmt: skip
     text = (
-        "`pnp-trt build`, the target `sm_89`, batch 1. Export includes loading, PyTorch's reference and the comparison "
-        "with it; memory is the peak of the export and of the compiler's process. `int8` is without a sweep."
+        "`pnp-trt build` with the target `sm_89` at batch 1. Export includes loading, PyTorch's reference and the "
+        "comparison with it; memory is the peak of the export and of the compiler's process. `int8` is calibrated "
+        "without a sweep."
     )
     return ["## Builds", "", text, *table(head, cells, 4)] if cells else []
 
@@ -87,8 +88,8 @@ def runs() -> list[str]:
             )
     text = (
         "ONNX Runtime's CPU provider, float16 graphs, tiny guide. A step is `pnp-trt sample --steps 1`: the whole "
-        "process, with loading, text encoder and decoder. `plug` takes a U-Net with other weights. `verify` runs the "
-        "plugged engine's networks on golden inputs."
+        "process, including loading, text encoder and decoder. `plug` inserts a U-Net with other weights. `verify` "
+        "runs the networks of the plugged engine on golden inputs."
     )
     head = ["model", "command", "seconds", "peak, GiB", "load", "cores"]
     return ["## Plug and sample", "", text, *table(head, cells, 2)] if cells else []
@@ -123,8 +124,9 @@ def steps() -> list[str]:
             formatted = [f"{r['time_ratio']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]" for r in ratios]
             cells.append([title, str(row["batch"]), *seconds, *formatted, str(record["threads"])])
     text = (
-        "`python -m benchmarks.cpu_steps`: one evaluation of the U-Net at its own size in float32, ONNX Runtime and "
-        "diffusers' eager PyTorch, rounds interleaved; medians, and ratios within a round with 95 % intervals."
+        "`python -m benchmarks.cpu_steps`: one step of the U-Net at its own image size in float32, on ONNX Runtime and "
+        "in diffusers' eager PyTorch, in interleaved rounds. Times are medians; ratios are taken within a round and "
+        "have 95 % intervals."
     )
     head = ["model", "batch", *(f"{n}, ms" for n in STEPS), *STEP_RATIOS, "threads"]
     return ["## One step on a CPU", "", text, *table(head, cells, 1)] if cells else []

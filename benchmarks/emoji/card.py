@@ -27,27 +27,28 @@ measured in minutes; it is not a general text-to-image model.
 
 ![Rows: guidance scale; columns: prompts](grid.png)
 
-*Columns are prompts, rows guidance scales w, each column from one noise; the top row is the artist's own image.
+*Columns are prompts and rows guidance scales w; a column starts from one noise. The top row is the artist's own image.
 Columns marked "held out" are captions that were not trained on. DDIM, {steps} steps.*
 
 ## What it is
 A diffusers `StableDiffusionPipeline` folder, safetensors only: `CLIPTokenizer` with CLIP's real vocabulary,
 `CLIPTextModel` on a frozen token table (each token's MiniLM embedding, reduced by PCA), `UNet2DConditionModel` with
 cross-attention, `AutoencoderTiny` with a closed-form linear encoder, and Stable Diffusion's scaled-linear schedule with
-ε-prediction and a noisier end (beta_end 0.025, trailing steps; with SD's own 0.012 the image's mean colour shows
-through the last noise level of so small a latent, and the model took colours from the noise instead of the text).
+ε-prediction, trailing steps and a noisier end (beta_end 0.025). With SD's own 0.012, the mean colour of an image shows
+through the last noise level of such a small latent, and the model took colours from the noise instead of the text.
 Two fine-tuned U-Nets generate styles that the base was not trained on: *flat* and *3d*.
 
 ## How it was trained
-In two parts. First from scratch, by the recipe in `benchmarks/emoji/` (one command, resumable, seeded), in about two
-hours on two CPU cores; its first 1,750 of 3,200 steps ran with beta_end 0.012, before its fault was understood. Then
-all weights were trained further by `python -m benchmarks.emoji.gpu_train` on an {gpu}: the base for {gpu_steps:,} steps
-of batch {gpu_batch}, the decoder and the fine-tunes for less (`benchmarks/results/emoji-gpu-train.json`).
+Training had two parts. First, the model was trained from scratch by the recipe in `benchmarks/emoji/` (one command,
+resumable, seeded), in about two hours on two CPU cores; the first 1,750 of 3,200 steps used beta_end 0.012, before the
+fault of this value was understood. Then all weights were trained further by `python -m benchmarks.emoji.gpu_train` on
+an {gpu}: the base for {gpu_steps:,} steps of batch {gpu_batch}, the decoder and the fine-tunes for less
+(`benchmarks/results/emoji-gpu-train.json`).
 Captions are dropped at 10 %, so that the model also predicts without text, as classifier-free guidance requires.
-A rerun gives a similar model, not the same bits.
-The base learned {train} concepts in two styles; the fine-tunes the same concepts in one style each.
+A rerun gives a similar model, but not the same bits.
+The base learned {train} concepts in two styles, and the fine-tunes learned the same concepts in one style each.
 
-**Held out**, from every training: {held_out} concepts, and {held_out_colour_shape} colour × shape captions whose
+**Held out** from all training: {held_out} concepts, and {held_out_colour_shape} colour × shape captions whose
 colours and shapes were trained on separately but never together. The split is in `benchmarks/emoji/concepts.json`.
 
 ## Does guidance help?
@@ -57,8 +58,8 @@ colours and shapes were trained on separately but never together. The split is i
 EfficientNet-KID is the unbiased kernel distance (cubic kernel) between EfficientNet-Lite0 features of generated and
 real images of the same captions. It is not FID; compare it only with itself. R@1 and R@5 are the shares of images
 whose caption a judge ranks first, or among the first five, of all {candidates}. The judge is a contrastive head on
-frozen features, trained on two other artists' styles that are evaluated nowhere, frozen and hashed. Brackets are 95 %
-intervals (bootstrap for KID, Wilson for R@k).
+frozen features, trained on two other artists' styles that are not evaluated; its weights are fixed and their hash is
+below. Brackets are 95 % intervals (bootstrap for KID, Wilson for R@k).
 The same captions and noise serve every w, so gains over w = 1 are paired.
 
 ### Trained captions
@@ -66,9 +67,9 @@ The same captions and noise serve every w, so gains over w = 1 are paired.
 
 *Real images* is the ceiling: R@k of real art, and the KID of other renderings of the same drawings, which is below 0
 because the two sets contain the same drawings and are not independent.
-Independent real images, of *other* captions, are at KID {other}.
-{drawn}Real images that are only encoded and decoded by the autoencoder have {psnr} PSNR, KID {code_kid}, R@1 {code_r1}:
-the loss of the autoencoder alone.
+Independent real images, of *other* captions, have a KID of {other}.
+{drawn}Real images that are only encoded and decoded by the autoencoder have a PSNR of {psnr}, a KID of {code_kid} and
+R@1 {code_r1}: this is the loss of the autoencoder alone.
 
 ### Held-out concepts
 {held_out_table}
@@ -83,9 +84,9 @@ Sampled with DDIM, {steps} steps, {precision}, on {machine}, {date};
 torch {torch}, diffusers {diffusers}. Raw observations: `benchmarks/results/emoji-figures.json`.
 
 ## Limits
-- It generates a few hundred concepts in two styles. Words related to these have an effect, other words little; the
-  tables show how often held-out concepts are recognised.
-- 64 × 64 pixels through a linear code of 4 × 4 patches: fine detail is lost.
+- It generates a few hundred concepts in two styles. Words related to these have an effect, other words have little;
+  the tables show how often held-out concepts are recognised.
+- Images are 64 × 64 pixels, decoded from a linear code of 4 × 4 patches: fine detail is lost.
 - Guidance makes colours stronger: mean chroma is {chroma_real} in real images, {chroma_first} at w = 1 and
   {chroma_last} at w = {last}.
 - The best w is chosen on the same images that it is reported on, among {count} values; the intervals do not account
@@ -134,10 +135,12 @@ def _helps(result: dict[str, Any], what: str) -> str:
             lines.append(f"  - {label}: **no**, w = 1 is best.")
         elif not v["helps"]:
             gain = _cell(v["gain"], name != "kid", "points")
-            lines.append(f"  - {label}: **not shown**. Best at w = {best}, but the gain, {gain}, may be chance.")
+            lines.append(f"  - {label}: **not shown**. Best at w = {best}, but the gain, {gain}, may be due to chance.")
         else:
-            gain, apart = _cell(v["gain"], name != "kid", "points"), "lie apart" if v["apart"] else "overlap"
-            lines.append(f"  - {label}: **yes**. Best at w = {best}, better by {gain}; the two intervals {apart}.")
+            gain, apart = _cell(v["gain"], name != "kid", "points"), "do not overlap" if v["apart"] else "overlap"
+            lines.append(
+                f"  - {label}: **yes**. Best at w = {best}, better by {gain}; the intervals at the two scales {apart}."
+            )
     return "\n".join([f"- {what}, against w = 1:", *lines])
 
 
@@ -169,7 +172,7 @@ def write_card(figures: dict[str, Any], path: Path) -> None:
         train_table=_table(sets["train"]),
         held_out_table=_table(sets["held_out"]),
         colour_shape_table=_table(sets["held_out_colour_shape"]),
-        drawn=f"On concepts that are in the judge's styles, real images reach R@1 {_cell(drawn['R@1'], True)}.\n"
+        drawn=f"On concepts that also exist in the judge's styles, real images reach R@1 {_cell(drawn['R@1'], True)}.\n"
         if drawn
         else "",
         other=_cell(real["kid_other_captions"]),

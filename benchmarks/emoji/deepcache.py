@@ -365,16 +365,15 @@ def page(document: dict[str, Any]) -> str:
         "Written by `python -m benchmarks.emoji.deepcache report` from `benchmarks/results/deepcache-emoji.json` "
         f"(`{stated['command']}`, {stated['date'][:10]}).",
         "",
-        "[DeepCache](https://arxiv.org/abs/2312.00858) computes the whole U-Net in every N-th step and keeps the "
-        "feature that enters the last layers of the last up block; in between, only the outermost layers are computed. "
-        "With a guide, its context and its summary of the mid block are cached too, and the adapters of the recomputed "
-        "skips still run. Branch 3 computes the whole last up block, branch 1 its last layer.",
+        "[DeepCache](https://arxiv.org/abs/2312.00858) evaluates the whole U-Net in every N-th step and caches the "
+        "feature that enters the last layers of the last up block; in the steps between, only the outermost layers are "
+        "computed. With a guide, the guide's context and its summary of the mid block are cached too, and the adapters "
+        "of the recomputed skips still run. Branch 3 recomputes the whole last up block, branch 1 only its last layer.",
         "",
         f"The bundled model and tiny guide, w = {settings['w']:g}, {settings['sampler']}, {settings['images']} "
-        "trained captions, one set of noise; intervals are 95 %. PSNR is to CFG with 50 steps, or for DeepCache to "
-        "CFG without it at the same number of steps. MACs are those of the loop, relative to CFG "
-        "with 50 steps. *Gain* is in KID over the same "
-        "method with all evaluations whole, paired; below 0 is worse.",
+        "trained captions, one set of noise; intervals are 95 %. PSNR is to CFG with 50 steps; in rows with DeepCache, "
+        "to CFG without it at the same number of steps. MACs are those of the loop, relative to CFG with 50 steps. "
+        "*Gain* is the paired gain in KID over the same method with only whole evaluations; below 0 is worse.",
         "",
         "| method | steps | N, branch | MACs |"
         + (" ms |" if middle else "")
@@ -405,11 +404,14 @@ def page(document: dict[str, Any]) -> str:
     if times is not None:
         lines += [
             "",
-            "Milliseconds are of one image's loop on ONNX Runtime's CPU provider, from the median of each evaluation "
-            f"in {document['latency']['rounds']} interleaved rounds, {document['latency']['threads']} thread.",
+            "Milliseconds are for the loop of one image on ONNX Runtime's CPU provider, from the median time of each "
+            f"kind of evaluation in {document['latency']['rounds']} interleaved rounds "
+            f"(threads: {document['latency']['threads']}).",
         ]
     if len([c for c in document["cells"] if c["every"] > 1 and c["steps"] == 50]) < 8:
-        short = "A short run: CFG with DeepCache is measured only at N = 3. KID of so few images is uncertain; its "
+        short = (
+            "This run was short: CFG with DeepCache was measured only at N = 3. KID of so few images is uncertain; its "
+        )
         lines += ["", short + "paired gains can be compared."]
     return "\n".join([*lines, ""])
 

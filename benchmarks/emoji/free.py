@@ -78,9 +78,9 @@ class Rule(ABC):
 
 
 class CachedDifference(Rule):
-    """eps(c) + (w − 1)·d with d = eps(c) − eps(∅) of the last step in which both were evaluated, every k-th.
+    """eps(c) + (w − 1)·d, with d = eps(c) − eps(∅) from the last step that evaluated both, which every k-th step does.
 
-    CFG-Cache (FasterCache: Lv et al., ICLR 2025, arXiv 2410.19355) without its weights for low and high
+    This is CFG-Cache (FasterCache: Lv et al., ICLR 2025, arXiv 2410.19355) without its weights for low and high
     frequencies, which are tuned for each model.
     """
 
@@ -123,10 +123,10 @@ class ResidualGuidance(Rule):
 
 
 class Anchors(Rule):
-    """A guide whose error against CFG is evaluated in every k-th step (an anchor) and corrected in the steps after it.
+    """A guide corrected by its error relative to CFG, which is measured in every k-th step (an anchor).
 
-    At an anchor the prediction is CFG's, and three evaluations are needed: with the guide, without it, and without the
-    prompt.  In the j-th step after it, (1 − j/k) of the anchor's error is added to the guide's prediction.
+    At an anchor the prediction is CFG's, which takes three evaluations: with the guide, without it, and without the
+    prompt.  In the j-th step after an anchor, (1 − j/k) of its error is added to the guide's prediction.
     """
 
     guided, periodic = True, True
@@ -145,9 +145,9 @@ class Anchors(Rule):
 
 
 class Rising(Rule):
-    """CFG whose w − 1 rises in proportion to the steps, with the mean w − 1.
+    """CFG with a w − 1 that rises linearly over the steps; the mean over the steps is the nominal w − 1.
 
-    The linear scheduler of Wang et al. 2024, "Analysis of Classifier-Free Guidance Weight Schedulers" (arXiv
+    This is the linear scheduler of Wang et al. 2024, "Analysis of Classifier-Free Guidance Weight Schedulers" (arXiv
     2404.13040), applied to w − 1, so that no step is guided away from the prompt.
     """
 
@@ -165,7 +165,7 @@ class Rising(Rule):
 
 
 class Falling(Rising):
-    """The same with w − 1 falling: strong guidance at first, as in decaying schedules."""
+    """The same with w − 1 falling linearly: guidance is strongest at first, as in decaying schedules."""
 
     def share(self, step: int) -> float:
         return 2 * (self.steps - step - 0.5) / self.steps

@@ -20,15 +20,16 @@ from .tables_report import DASH, distances, marked, name, number, recall_of, tab
 RESULTS = tuple(Path(f"benchmarks/results/emoji-free-{budget}.json") for budget in BUDGETS)
 DOCUMENT = Path("docs/no-training.md")
 
-TEXT = """# Guidance that costs no training, at equal evaluations
+TEXT = """# Guidance without training, at an equal number of evaluations
 
-Written by `python -m benchmarks.emoji.free_report`. At each budget, every row takes as many
-steps as fit into that many evaluations of the U-Net per image; CFG with more steps is included for comparison.
+Written by `python -m benchmarks.emoji.free_report`. Each section has a budget of U-Net evaluations per image. Every
+method takes as many steps as fit into the budget; CFG with more evaluations is included for comparison.
 
-KID, R@1 and distance are those of [the tables](distillation-tables.md). KID is unbiased, so its value may be below
-0 with few images; the paired gains have narrower intervals. *Guide's gain* is the gain in KID of the tiny guide, with
-as many steps as the budget, over the row, paired by caption and noise; above 0 the guide is better. Brackets are 95 %
-intervals; ▲ marks rows that are shown worse than the guide and ▼ rows that are shown better.
+KID, R@1 and distance are defined in [the tables](distillation-tables.md). KID is unbiased, so its value may be below
+0 with few images; the paired gains have narrower intervals. *Guide's gain* is the gain in KID of the tiny guide, which
+takes as many steps as the budget, over the row's method, paired by caption and noise; above 0 the guide is better.
+Brackets are 95 % intervals. ▲ marks rows that are shown to be worse than the guide, ▼ rows that are shown to be better:
+the interval of the gain excludes 0.
 {budgets}
 
 ## The rules
@@ -37,8 +38,8 @@ intervals; ▲ marks rows that are shown worse than the guide and ▼ rows that 
 
 BUDGET = """
 ## {budget} evaluations
-{images} images of trained captions, one set of noise, w = {scales}; distance is to CFG's image at {target} steps. From
-`{source}`, made by
+{images} images of trained captions from one set of noise; w = {scales}. Distance is to CFG's image at {target} steps.
+The record `{source}` was made by
 `{command}` ({date}, {machine}, torch {torch}).
 
 {found}
@@ -99,9 +100,13 @@ def finding(document: dict[str, Any], target: int) -> str:
     for key, what in (("kid", "KID"), ("R@1", "R@1")):
         won = [f"{METHODS[d['rival']['method']]} (w = {d['w']:g})" for d in fair if d["wins"][key] == "rival"]
         lost = sum(d["wins"][key] == "guide" for d in fair)
-        better = f"**shown better than the guide: {', '.join(won)}**" if won else "none is shown better than the guide"
-        worse = f"{lost} {'is' if lost == 1 else 'are'} shown worse"
-        lines.append(f"By {what}, of {len(fair)} rows at no more evaluations, {better}; {worse}.")
+        better = (
+            f"**shown to be better than the guide: {', '.join(won)}**"
+            if won
+            else "none is shown to be better than the guide"
+        )
+        worse = f"{lost} {'is' if lost == 1 else 'are'} shown to be worse"
+        lines.append(f"By {what}, of the {len(fair)} rows within the budget, {better}; {worse}.")
     psnr = {
         (g["w"], g["method"], g["steps"]): by_steps[str(target)]["psnr_db"]["value"]
         for g in document["groups"]
@@ -111,7 +116,7 @@ def finding(document: dict[str, Any], target: int) -> str:
     for d in fair:
         own = psnr.get((d["w"], d["guide"]["method"], d["guide"]["steps"]), float("inf"))
         closer += psnr.get((d["w"], d["rival"]["method"], d["rival"]["steps"]), float("-inf")) > own
-    lines.append(f"The mean PSNR to CFG's images is higher than the guide's in {closer} of them.")
+    lines.append(f"The mean PSNR to CFG's images is higher than the guide's in {closer} of these rows.")
     return " ".join(lines)
 
 

@@ -165,11 +165,11 @@ def finding(rows: Sequence[dict[str, Any]]) -> str:
     worse = [r for r in plain if not r["gain_over_cfg"]["no_worse"]]
     if not worse:
         return (
-            "Without a gain the guide's KID is shown worse than CFG's in none of the "
-            f"{len(plain)} settings measured: this guide needs none."
+            "Without a gain, the guide's KID is shown to be worse than CFG's in none of the "
+            f"{len(plain)} settings measured, so this guide needs no gain."
         )
     return (
-        "Without a gain the guide's KID is worse than CFG's at "
+        "Without a gain, the guide's KID is worse than CFG's at "
         + "; ".join(f"w = {r['w']:g}, {r['steps']} steps" for r in worse)
         + "."
     )
@@ -183,13 +183,13 @@ def page(document: dict[str, Any]) -> str:
     noises = "one set of noise" if seeds == 1 else f"w = 3 has {seeds} sets of noise, the others one"
     intro = (
         "A guide trained by least squares changes the prediction in the right direction, but by too little. A gain "
-        "g(t) in the guide's config multiplies its residuals at no cost; `pnp-trt distill gain` fits the table that "
-        "makes the change as long as the teacher's. Below: the bundled tiny guide without a gain, with constants, with "
-        "the table "
-        f"and its square root. {settings['images']} trained captions; {noises}. "
-        "Intervals are 95 %; the gain in KID is paired with CFG of the same w, steps, captions and noise, and above 0 "
-        "is better than CFG. The last column is the w of CFG whose images have the same chroma; where chroma hardly "
-        "depends on w, that figure means little."
+        "g(t) in the guide's config scales its residuals at no cost. `pnp-trt distill gain` fits a table of g(t) with "
+        "which the change is as long as the teacher's. This page compares the bundled tiny guide without a gain, with "
+        "constant gains, with a table and with the square root of the table, on "
+        f"{settings['images']} trained captions; {noises}. "
+        "Intervals are 95 %. The gain in KID is relative to CFG with the same w, steps, captions and noise, and "
+        "paired; above 0 is better than CFG. The last column is the w at which CFG's images have the same chroma; it "
+        "means little where chroma hardly depends on w."
     )
     lines = [
         "# The gain of a guide's residuals",
@@ -201,7 +201,7 @@ def page(document: dict[str, Any]) -> str:
         "",
         finding(document["cells"]),
         "",
-        "Table, from t = 0 to 999: " + ", ".join(f"{g:.2f}" for g in settings["gains"]["table"]) + ".",
+        "The table, from t = 0 to 999: " + ", ".join(f"{g:.2f}" for g in settings["gains"]["table"]) + ".",
         "",
     ]
     for steps in sorted({r["steps"] for r in document["cells"]}, reverse=True):

@@ -18,11 +18,11 @@ same on every backend. Every network is compared with PyTorch in float32 before 
 | recipe | weights and arithmetic | limit of the relative error |
 | --- | --- | ---: |
 | `fp32` | float32; TF32 is off | 1e-4 |
-| `fp16` | float16; sinusoids and the statistics of norms in float32; the VAE decoder falls back to bfloat16 (sm_80 and newer), then float32, if float16's error is too large, and the manifest records it; this float32 is TensorFloat-32 on TensorRT | 5e-3 |
-| `bf16` | bfloat16, likewise (TensorRT) | 4e-2 |
-| `int8` | W8A8 in the U-Net layers that the calibration record chooses: symmetric, a scale for each output channel of a weight and one for an input, explicit Q/DQ; the rest in float16 (float32 on ONNX Runtime, whose CPU provider has no float16 kernels). On TensorRT-RTX one scale for a weight, which it fuses with bias and residual; the projections into and out of transformer blocks and behind attentions stay in float there, as their fused forms are lost in 8 bits | 1e-1 |
-| `int8-weights` | the U-Net's and the guide's weights stored in INT8 and computed in float16; needs no record. Smaller files and slower steps: TensorRT-RTX converts every weight in a separate kernel | 5e-2 |
-| `fp8` | W8A8 in E4M3 in the layers that the same record allows, except those projections: one scale for an input and one for a weight, which TensorRT-RTX fuses with the bias; for sm_89 and newer; ONNX Runtime rounds and computes in float32 | 1e-1 |
+| `fp16` | float16, with sinusoids and the statistics of norms in float32. If float16's error is too large, the VAE decoder falls back to bfloat16 (sm_80 and newer), then to float32 (TensorFloat-32 on TensorRT), and the manifest records it | 5e-3 |
+| `bf16` | bfloat16, with the same exceptions (TensorRT) | 4e-2 |
+| `int8` | W8A8 in the U-Net layers that the calibration record selects: symmetric, with explicit Q/DQ, one scale per output channel of a weight and one per input. The rest is float16 (float32 on ONNX Runtime, whose CPU provider has no float16 kernels). On TensorRT-RTX a weight has a single scale, the form that it fuses with bias and residual, and the projections into and out of transformer blocks and after attention stay in floating point, because they lose their fused kernels in 8 bits | 1e-1 |
+| `int8-weights` | the weights of the U-Net and the guide are stored in INT8 and computed in float16; no calibration record is needed. Files are smaller and steps slower: TensorRT-RTX converts every weight in a separate kernel | 5e-2 |
+| `fp8` | W8A8 in E4M3 in the layers that the same record selects, except the projections named above: one scale per input and one per weight, which TensorRT-RTX fuses with the bias. Needs sm_89 or newer; ONNX Runtime rounds to E4M3 and computes in float32 | 1e-1 |
 
 ## Calibration
 
@@ -36,14 +36,14 @@ value, three percentiles (NVIDIA Model Optimizer's histograms), the largest valu
 linear layers the largest value of each channel. Then it measures the prediction's error in a sweep: with all layers of a
 kind in INT8, by each method (SmoothQuant's factors are powers of two, so that scaling by them adds no rounding); with each
 layer alone in INT8; and with more and more of the most sensitive layers left in floating point, until the error on states
-that were not used for calibration is below `--limit`. The record has one readable line for each layer. It belongs to
-one base and one guide; a build refuses it for another. An interrupted run continues, and a different `--limit` is
+that were not used for calibration is below `--limit`. The record has one readable line for each layer. It is for
+one base and one guide; a build refuses it for any other. An interrupted run continues, and a different `--limit` is
 applied to the record in seconds.
 
-The tiny guide stays in floating point: it is a fiftieth of the arithmetic and all of the guidance. A full guide is
-quantised with the U-Net, except for the part that runs once per image. `--layer PATTERN` chooses other layers. `--probes
-0` skips the sweep, for machines on which it would take hours; then the layers whose inputs are not normalised, shortcuts
-and samplers, stay in floating point.
+The tiny guide stays in floating point: it has a fiftieth of the arithmetic and provides all of the guidance. A full
+guide is quantised with the U-Net, except for the part that runs once per image. `--layer PATTERN` selects other layers.
+`--probes 0` skips the sweep, for machines on which it would take hours. The layers whose inputs are not normalised
+(shortcuts, downsamplers and upsamplers) then stay in floating point.
 """
 
 
@@ -64,7 +64,7 @@ def bundles(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "## Bundles of the bundled model",
         "",
-        "RTX engines were compiled on a machine without a GPU and not run.",
+        "The RTX engines were compiled on a machine without a GPU and have not been run.",
         "",
     ]
     out += ["| backend | recipe | target | U-Net parity | graph, MiB | engine, MiB | build, s | U-Net compiled in, s |"]
@@ -79,15 +79,18 @@ def bundles(rows: list[dict[str, Any]]) -> list[str]:
     int8_record = next((r["int8"] for r in rows if r["precision"] == "int8"), None)
     if int8_record:
         out += [
-            "", f"`int8` quantises {int8_record['layers']} layers with {percent(int8_record['share_of_macs'])} of the U-Net's arithmetic. "
-            f"Error against the number of layers left in floating point (the record's sweep; the choice is in bold):", "",
+            "", f"`int8` quantises {int8_record['layers']} layers, which have {percent(int8_record['share_of_macs'])} of the U-Net's arithmetic. "
+            f"The table has the error by the number of layers left in floating point, from the record's sweep; the selected row is bold.", "",
             "| layers left in floating point | arithmetic in INT8 | error of the prediction |", "| ---: | ---: | ---: |",
         ]  # fmt: skip
         chosen = len(int8_record["decision"]["float"])
         for k in int8_record["kept"]:
             cells = [str(k["kept"]), percent(k["int8_macs"]), f"{100 * k['error']:.2f} %"]
             out.append("| " + " | ".join(f"**{c}**" if k["kept"] == chosen else c for c in cells) + " |")
-        out += ["", f"With this choice the final latents differ by {percent(int8_record['latent_error'])}."]
+        out += [
+            "",
+            f"With this selection, the final latents differ by {percent(int8_record['latent_error'])} from those without quantisation.",
+        ]
     return out
 
 
@@ -95,7 +98,7 @@ def images(p: dict[str, Any]) -> list[str]:
     out = ["", "## Images", ""]
     out += [
         f"{p['count']} images of `{p['guide']}` at {p['steps']} steps, w = {p['w']:g}, from the same noise; 95 % intervals. "
-        f"FP16 is {p['fp16_is']}. Gains are paired; above zero is better than FP32.", "",
+        f"FP16 is emulated: {p['fp16_is']}. Gains are paired; above 0 is better than FP32.", "",
         "| recipe | EfficientNet-KID | R@1 | gain in KID over FP32 | gain in R@1 | PSNR to FP32's, dB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
@@ -119,7 +122,7 @@ def speed(s: dict[str, Any]) -> list[str]:
         "",
         "## Speed on a CPU",
         "",
-        "One U-Net evaluation on ONNX Runtime's CPU provider, interleaved, as a ratio to FP32 (quartiles).",
+        "The time of one U-Net evaluation on ONNX Runtime's CPU provider as a ratio to FP32, in interleaved rounds: median (quartiles).",
         "",
     ]
     out += ["| recipe | batch | ratio |", "| --- | ---: | ---: |"]
@@ -140,9 +143,9 @@ def main() -> None:
     for name, part in (("bundles", bundles), ("images", images), ("speed", speed)):
         lines += part(document[name]) if name in document else []
     p = document["provenance"]
-    lines += ["", f"From `benchmarks/results/{RESULTS.name}`, made by `make precision`, the last part by "
-              f"`{p['command']}`, on {p['date'][:10]} "
-              f"({p['device']['processor']}); written by `python -m benchmarks.emoji.precision_report`.", ""]  # fmt: skip
+    lines += ["", f"Written by `python -m benchmarks.emoji.precision_report` from `benchmarks/results/{RESULTS.name}`, which was made by "
+              f"`make precision` (its last part by `{p['command']}`) on {p['date'][:10]} "
+              f"({p['device']['processor']}).", ""]  # fmt: skip
     OUT.write_text("\n".join(lines))
 
 

@@ -55,17 +55,19 @@ TEXT = """# A LoRA for few steps, and a guide for it
 Written by `python -m benchmarks.emoji.step_lora report` from `{source}`, which was made by
 `{command}` ({date}, {machine}, torch {torch}).
 
-Stage 2 halves the steps of a *guide*. Here its loss (Salimans & Ho 2022, algorithm 2) trains a *LoRA* of the U-Net
-instead, with classifier-free guidance in both the teacher's steps and the student's: 32 → 16 → 8 steps, rank {rank},
-{lora_steps} optimizer steps of {lora_batch} trajectories for the last halving. CFG is kept: the U-Net with the LoRA
-still takes w and negative prompts. The LoRA is then merged and a tiny guide is trained for the merged U-Net on states
-of 8-step trajectories ({guide_steps} optimizer steps of {batch} states). The budgets are not equal: the bundled guide
-of stage 1 had {tiny_steps} such steps, and the one of stage 2 for 8 steps was trained from it with {stage2_steps} more
-of {stage2_batch} states for each halving. The LoRA has PEFT's keys, so `pnp-trt plug --lora` merges it.
+Stage 2 of the distillation halves the steps of a *guide*. Here its loss (Salimans & Ho 2022, algorithm 2) trains a
+*LoRA* of the U-Net instead, with classifier-free guidance (CFG) in the steps of both teacher and student: from 32 to 16
+to 8 steps, with rank {rank} and {lora_steps} optimizer steps of {lora_batch} trajectories for the last halving. CFG is
+kept: the U-Net with the LoRA still takes w and negative prompts. The LoRA is then merged, and a tiny guide is trained
+for the merged U-Net on states of 8-step trajectories ({guide_steps} optimizer steps of {batch} states). The budgets are
+not equal: the bundled guide of stage 1 was trained for {tiny_steps} such steps, and the stage-2 guide for 8 steps was
+trained from it with {stage2_steps} more steps of {stage2_batch} states for each halving. The LoRA has PEFT's keys, so
+`pnp-trt plug --lora` can merge it.
 
-{images} images of trained captions, one set of noise, one training seed. KID, R@1 and distance are those of
-[the tables](distillation-tables.md); distance is to CFG's images in {many} steps; gains are paired by caption and
-noise, above 0 better. Brackets are 95 % intervals; ▲ and ▼ mark gains and losses whose interval excludes 0.
+Each row has {images} images of trained captions from one set of noise; there is one training seed. KID, R@1 and
+distance are defined in [the tables](distillation-tables.md). Distance is to CFG's images at {many} steps. Gains are
+paired by caption and noise; above 0 is better. Brackets are 95 % intervals; ▲ and ▼ mark gains and losses whose
+interval excludes 0.
 
 {found}
 
@@ -178,8 +180,8 @@ def finding(rows: list[dict[str, Any]]) -> str:
     """Sentences that compare the step LoRA's two rows with stage 2's guide and CFG in the same number of steps."""
     names, lines = {m: name for m, (name, _, _) in METHODS.items()}, []
     phrases = {
-        "better": "shown better than",
-        "worse": "shown worse than",
+        "better": "shown to be better than",
+        "worse": "shown to be worse than",
         "no difference shown": "not shown to differ from",
     }
     for row in rows:
@@ -188,8 +190,8 @@ def finding(rows: list[dict[str, Any]]) -> str:
             kid = outcome(row["gain_over"][other]["kid"])
             recall = outcome(row["gain_over"][other]["R@1"])
             lines.append(
-                f"- w = {row['w']:g}: {names[row['method']]} is {phrases[kid]} {names[other]} in {STEPS} steps by KID, "
-                f"and {phrases[recall]} it by R@1."
+                f"- At w = {row['w']:g} and {STEPS} steps, *{names[row['method']]}* is {phrases[kid]} *{names[other]}* "
+                f"by KID, and is {phrases[recall]} it by R@1."
             )
     return "\n".join(lines)
 

@@ -29,16 +29,17 @@ Written by `python -m benchmarks.emoji.tables_report` from `benchmarks/results/e
 `{command}` ({date}, {machine}, torch {torch}).
 
 **EfficientNet-KID** is the unbiased kernel distance (cubic kernel) between EfficientNet-Lite0 features of generated and
-real images of the same captions. It is not FID; compare it only with itself. **R@1, R@5**: a frozen judge, trained on
-two other artists' styles, finds an image's caption among all. **Distance** is to the image that the same U-Net
-generates with CFG at 50 steps from the same caption, noise and w: PSNR in dB and cosine of EfficientNet features.
-**Gain** is paired by caption and noise; above 0 is better than the method compared with.
+real images of the same captions. It is not FID; compare it only with itself. **R@1, R@5**: the shares of images whose
+caption a frozen judge, trained on two other artists' styles, ranks first or among the first five of all captions.
+**Distance** is to the image that the same U-Net generates with CFG at 50 steps from the same caption, noise and w: PSNR
+in dB and cosine of EfficientNet features. **Gain** is paired by caption and noise; above 0 is better.
 Brackets are 95 % intervals; ▲ marks a gain and ▼ a loss whose interval excludes 0. Each cell has n = {images}
 images of trained captions. {seeds}
-**NFE** is the number of model evaluations (forward passes of the U-Net) per image. **GMACs** are per image, with text
-encoder and decoder: of convolutions and linear layers alone (as the paper counts), then with attention products.
+**NFE** is the number of model evaluations (forward passes of the U-Net) per image. **GMACs** are per image and include
+the text encoder and the decoder. The first figure counts only convolutions and linear layers, as the paper does; the
+second adds attention products.
 "No worse" means that the interval of the gain contains 0 or lies above it: no loss was shown. This does not prove that
-there is none; the lower end of the interval bounds its size.
+there is no loss; the lower end of the interval bounds its size.
 {real}
 ![EfficientNet-KID against steps](distillation-kid.png)
 
@@ -58,25 +59,25 @@ there is none; the lower end of the interval bounds its size.
 ### Distance to the CFG image at 50 steps: PSNR, dB / feature cosine ↑
 {a_distance}
 
-### Distance to the CFG image of the same number of steps, for information
+### Distance to the CFG image at the same number of steps, for information
 {a_same}
 
-### Held out from every training, w = {headline:g}
-All held-out captions; neither guides nor U-Net were trained on them.
+### Held-out captions, w = {headline:g}
+All held-out captions. Neither the guides nor the U-Net were trained on them.
 
 {held_out}
 
-## Table B: the same guides in fine-tuned U-Nets, untrained
-The guides were distilled on the base alone. Captions, real images and CFG are the fine-tune's own.{b_made}
+## Table B: the same guides in fine-tuned U-Nets, without further training
+The guides were distilled on the base only. Captions, real images and CFG are the fine-tune's own.{b_made}
 {verdict_b}
 
 {b}
 
-## Table C: what costs no training
-No guidance; CFG with fewer steps (25, 8 and 4 steps cost the 50, 16 and 8 NFE of a guide); CFG on an interval of
-timesteps only (Kynkäänniemi et al. 2024), the best of three by KID on {sweep} images of other noise. Cached
-differences, R-CFG, anchors and w over the steps, defined in `benchmarks/emoji/free.py`, take the most steps within 50,
-16 or 8 evaluations; see [their own page](no-training.md).
+## Table C: methods without training
+The rows are no guidance, CFG with fewer steps (25, 8 and 4 steps take the 50, 16 and 8 NFE of a guide), and CFG on an
+interval of timesteps only (Kynkäänniemi et al. 2024): the best of three intervals by KID on {sweep} images from other
+noise. Cached differences, R-CFG, anchors, and w that varies over the steps are defined in `benchmarks/emoji/free.py`.
+They take as many steps as fit into 50, 16 or 8 evaluations; see [their own page](no-training.md).
 {verdict_c}
 
 {c}
@@ -98,10 +99,10 @@ float32 to at least 30 dB mean PSNR, on a few images at w = 8.
 def seeds_said(seeds: int) -> str:
     """Sentences on the noise sets and intervals of the cells."""
     if seeds == 1:
-        return "All come from one set of noise (R@k: Wilson's interval)."
-    return f"""The headline rows have {seeds} sets of noise: their figure is the mean of the {seeds}, its
-interval resamples captions (images of one caption are not independent); the JSON has each set by itself. The others
-have one set (R@k: Wilson's interval)."""
+        return "All images come from one set of noise (R@k: Wilson's interval)."
+    return f"""The headline rows have {seeds} sets of noise. Their value is the mean of the {seeds}, and
+its interval resamples captions, because images of one caption are not independent. The JSON has each set separately.
+The other rows have one set (R@k: Wilson's interval)."""
 
 
 def number(e: Row | None, digits: int = 4, scale: float = 1.0) -> str:
@@ -185,7 +186,7 @@ def held_out(groups: Sequence[Row]) -> str:
         mine.sort(key=lambda g: (list(METHODS).index(g["method"]), -g["steps"]))
         count = f", n = {mine[0]['kid']['count']}" if mine else ""
         if mine and len(mine[0]["seeds"]) > 1:
-            count += f", mean of {len(mine[0]['seeds'])} noises"
+            count += f", mean of {len(mine[0]['seeds'])} sets of noise"
         rows = [[*wide(g), kid_gain(g, 50)] for g in mine]
         out.append(f"**{title}{count}**\n\n{table([*WIDE, 'KID gain over CFG 50 ↑'], rows)}")
     return "\n\n".join(out)
@@ -228,7 +229,7 @@ def verdict_a(document: Row) -> str:
         if not v["measured"]:
             lines.append(f"- {v['goal']}: **not measured** in this run.")
             continue
-        seeds = f"mean of {v['seeds']} noises" if v["seeds"] > 1 else "one noise"
+        seeds = f"mean of {v['seeds']} sets of noise" if v["seeds"] > 1 else "one set of noise"
         lines.append(
             f"- {v['goal']}: **{'yes' if v['reached'] else 'no'}** by KID, w = {v['w']:g} ({v['kid']}; gain "
             f"{number(v['gain']['kid'])}, {seeds}); R@1: {v['R@1']} "
@@ -245,10 +246,10 @@ def verdict_b(document: Row) -> str:
             result = v[key]
             if result:
                 clauses.append(
-                    f"against {what} {result['kid']} by KID (gain {number(result['gain']['kid'])}), "
+                    f"compared with {what}, {result['kid']} by KID (gain {number(result['gain']['kid'])}), "
                     f"{result['R@1']} by R@1"
                 )
-        clauses = clauses or ["not measured against anything"]
+        clauses = clauses or ["not compared with anything"]
         lines.append(
             f"- {METHODS[v['method']]} in {v['base']}, {v['steps']} steps, w = {v['w']:g}: {'; '.join(clauses)}."
         )
@@ -275,12 +276,14 @@ def verdict_c(document: Row) -> str:
         for key, label in (("kid", "KID"), ("R@1", "R@1")):
             won = [d for d in fair if d["wins"][key] == "rival"]
             lost = sum(d["wins"][key] == "guide" for d in fair)
-            better = f"**better by {label}: {_rivals(won, key)}**" if won else f"none is shown better by {label}"
-            clauses.append(f"{better} ({lost} of {len(fair)} shown worse)")
-        line = f"- Against {METHODS[method]} at {mine[0]['guide']['evaluations']} NFE, w = {w:g}: at no more NFE, "
+            better = (
+                f"**better by {label}: {_rivals(won, key)}**" if won else f"no method is shown to be better by {label}"
+            )
+            clauses.append(f"{better} ({lost} of {len(fair)} shown to be worse)")
+        line = f"- Against {METHODS[method]} at {mine[0]['guide']['evaluations']} NFE, w = {w:g}: with no more NFE, "
         line += "; ".join(clauses)
         dearer = [d for d in mine if not d["rival_costs_no_more"] and d["wins"]["kid"] == "rival"]
-        lines.append(line + (f"; at more NFE, better by KID: {_rivals(dearer, 'kid')}." if dearer else "."))
+        lines.append(line + (f"; with more NFE, better by KID: {_rivals(dearer, 'kid')}." if dearer else "."))
     return "\n".join(lines) or "No guide was measured in this run."
 
 
@@ -369,11 +372,11 @@ def write_report(
     if fine_tunes is not None:
         document, apart = with_fine_tunes(document, fine_tunes), fine_tunes["provenance"]
         source_of_b = (
-            f"\nMeasured apart: `{apart['command']}` ({apart['date'][:10]}, {machine_said(fine_tunes)}), "
-            "`benchmarks/results/emoji-fine-tunes.json`."
+            f"\nTable B is from `benchmarks/results/emoji-fine-tunes.json`, which was made by `{apart['command']}` "
+            f"({apart['date'][:10]}, {machine_said(fine_tunes)})."
         )
     groups = document["groups"]
-    about = "Columns are trained captions, w = 3, one noise each; * is the guide after stage 2."
+    about = "Columns are trained captions, each from one noise, at w = 3; * marks the guide after stage 2."
     about += f" Not measured in this run: {'; '.join(missing)}." if missing else ""
     ceilings = [
         f"real images of the {n} captions reach R@1 {recall_of(r, 1)} %, R@5 {recall_of(r, 5)} %"
@@ -383,7 +386,7 @@ def write_report(
         command=facts["command"] or "python -m benchmarks.emoji.tables", date=facts["date"][:10],
         machine=machine_said(document), torch=facts["versions"]["torch"],
         images=document["settings"]["images"], seeds=seeds_said(document["settings"]["seeds"]), headline=HEADLINE_W,
-        real=f"The ceiling: {'; '.join(ceilings)}.\n" if ceilings else "",
+        real=f"Ceilings: {'; '.join(ceilings)}.\n" if ceilings else "",
         grid=f"![Images by method](distillation-grid.png)\n\n*{about}*\n",
         verdict_a=verdict_a(document), b_made=source_of_b, verdict_b=verdict_b(document), verdict_c=verdict_c(document),
         a_kid=by_w(groups, lambda g: number(g["kid"])),

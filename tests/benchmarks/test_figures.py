@@ -126,7 +126,7 @@ def test_verdict_and_card_follow_the_intervals(by_w: dict[str, Any], helps: bool
     }  # fmt: skip
     figures.write_card(json.loads(json.dumps(document)), tmp_path / "README.md")
     card = (tmp_path / "README.md").read_text()
-    assert ("**yes**" in card) == helps and ("intervals lie apart" in card) == apart
+    assert ("**yes**" in card) == helps and ("scales do not overlap" in card) == apart
     assert "CC-BY-4.0" in card and "20.0 % [18.0, 22.0]" in card
 
 

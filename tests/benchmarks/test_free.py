@@ -140,10 +140,10 @@ def test_the_page_names_the_rules_that_beat_the_guide() -> None:
         "groups": [group("tiny", 16, 16), group("cached-3", 12, 16), group("anchors-8", 12, 16)],
     }  # fmt: skip
     text = free_report.page([(Path("made.json"), document)])
-    assert "By KID, of 2 rows at no more evaluations, **shown better than the guide: tiny, CFG every 8th step" in text
-    assert "1 is shown worse" in text and "0.0500 [0.0400, 0.0600] ▲" in text
+    assert "By KID, of the 2 rows within the budget, **shown to be better than the guide: tiny, CFG every 8th" in text
+    assert "1 is shown to be worse" in text and "0.0500 [0.0400, 0.0600] ▲" in text
     assert "-0.0500 [-0.0600, -0.0400] ▼" in text
-    assert "higher than the guide's in 0 of them" in text
+    assert "higher than the guide's in 0 of these rows" in text
     assert "FasterCache" in text and "StreamDiffusion" in text
     del document["settings"]["budget"]
     with pytest.raises(InputError, match="has no budget"):

@@ -88,6 +88,6 @@ def test_findings_follow_the_intervals() -> None:
         row("cfg+lora", {"cfg": (0.1, 0.2)}), row("tiny", {}),
         row("tiny+lora", {"cfg": (-0.2, -0.1), "tiny-8": (-0.1, 0.1)}),
     ])  # fmt: skip
-    assert "CFG, step LoRA is shown better than CFG in 8 steps by KID" in text
-    assert "tiny guide, step LoRA is shown worse than CFG in 8 steps" in text
-    assert "tiny guide, step LoRA is not shown to differ from tiny guide of stage 2 in 8 steps" in text
+    assert "8 steps, *CFG, step LoRA* is shown to be better than *CFG* by KID" in text
+    assert "8 steps, *tiny guide, step LoRA* is shown to be worse than *CFG* by KID" in text
+    assert "*tiny guide, step LoRA* is not shown to differ from *tiny guide of stage 2*" in text

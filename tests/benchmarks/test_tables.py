@@ -224,11 +224,11 @@ def test_the_document_names_the_rivals_that_win() -> None:
         return compare.free_verdict(guide, rival, {k: estimate(value) for k in ("kid", "R@1", "R@5")})
 
     text = tables_report.verdict_c({"verdicts": {"C": [duel(16, -0.1), duel(8, 0.1), duel(32, -0.2)]}})
-    fair, dearer = text.split("at more NFE")
-    assert "**better by KID: teacher CFG at 8 steps (16 NFE;" in fair and "(1 of 2 shown worse)" in fair
+    fair, dearer = text.split("with more NFE")
+    assert "**better by KID: teacher CFG at 8 steps (16 NFE;" in fair and "(1 of 2 shown to be worse)" in fair
     assert "teacher CFG at 16 steps (32 NFE;" in dearer
     text = tables_report.verdict_c({"verdicts": {"C": [duel(16, 0.0)]}})
-    assert "none is shown better by KID (0 of 1 shown worse)" in text
+    assert "no method is shown to be better by KID (0 of 1 shown to be worse)" in text
 
 
 def test_means_over_noises_resample_captions() -> None:

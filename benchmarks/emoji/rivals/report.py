@@ -27,31 +27,33 @@ TEXT = """# Rivals at an equal budget
 Written by `python -m benchmarks.emoji.rivals report` from `benchmarks/results/emoji-rivals.json`, which was made by
 `{command}` ({date}, {where}, torch {torch}).
 
-Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one, with a U-Net
-whose weights are not changed. All were trained from scratch on the bundled base: {steps:,} optimizer steps of {batch}
-states, new in every step and chosen in the same way for all ({states}); loss: {loss}. AdamW, weights averaged; one
-training seed. Each is then used in both fine-tunes without further training. Every rival's change is multiplied by
-(w − 1), so that w = 1 is exactly the conditional prediction; the other papers' forms have no such factor.
+Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one and leaves the
+weights of the U-Net unchanged. All rivals were trained from scratch on the bundled base for {steps:,} optimizer steps
+of {batch} states. The states are new in every step and chosen in the same way for all rivals ({states}). Loss: {loss}.
+Optimizer: AdamW with averaged weights; one training seed. Each rival is then used in both fine-tunes without further
+training. The change that a rival makes is multiplied by (w − 1), so that the prediction at w = 1 is exactly the
+conditional one; the other papers' forms have no such factor.
 
 **Read the tables with these limits in mind.** The papers train for longer, on larger models, with their own losses and
-states. {rates} The comparison is of the forms, at a short and equal budget.
+states. {rates} The tables compare only the forms, at a short and equal budget.
 
-## What each is, and what it costs
+## The rivals and their cost
 
 {forms}
 
-Parameters are the trained ones. MACs include attention products, at batch 1: those added to an evaluation of the
-U-Net ({macs_of_unet:.1f} MMACs), and those computed once per image.{unequal}
+Parameters are the trained ones. MACs are at batch 1 and include attention products: those added to each evaluation of
+the U-Net (which itself takes {macs_of_unet:.1f} MMACs), and those computed once per image.{unequal}
 
 {cost}
 
 ## How it is measured
 
-**KID** (EfficientNet-KID) is not FID; compare it only with itself. **R@1, R@5**: a frozen judge, trained on two other
-artists' styles, finds an image's caption among all. **PSNR** and **cosine** are to the image of the same U-Net with
-CFG, at the same number of steps, from the same caption, noise and w. **Gain** is paired by caption and noise, in KID;
-above 0 is better. **Chroma** is the mean strength of colour. Brackets are 95 % intervals over images; ▲ marks a gain
-and ▼ a loss whose interval excludes 0. Each row has {images} images of trained captions and one set of noise.
+**KID** (EfficientNet-KID) is not FID; compare it only with itself. **R@1, R@5**: the shares of images whose caption a
+frozen judge, trained on two other artists' styles, ranks first or among the first five of all captions. **PSNR** and
+**cosine** compare an image with the one that the same U-Net generates with CFG at the same number of steps, from the
+same caption, noise and w. **Gain** is the gain in KID, paired by caption and noise; above 0 is better. **Chroma** is
+the mean strength of colour. Brackets are 95 % intervals over images; ▲ marks a gain and ▼ a loss whose interval
+excludes 0. Each row has {images} images of trained captions from one set of noise.
 {ceiling}
 
 {verdicts}
@@ -63,9 +65,10 @@ and ▼ a loss whose interval excludes 0. Each row has {images} images of traine
 {tuned}
 
 ## Error on fresh states
-The share of the squared guidance, eps_w − eps(c), that is left unexplained (1 = nothing is explained), over timesteps
-(0 = clean): noised images and trajectories of CFG, {error_states:,} states, the same for all. Then the change's length
-over the teacher's and its cosine to the teacher's, over all timesteps.
+The share of the squared guidance term eps_w − eps(c) that a rival leaves unexplained (1: it explains nothing), by
+range of timesteps (0 is clean). The {error_states:,} states, noised images and trajectories of CFG, are the same for
+all rivals. The last two columns, over all timesteps, are the length of the rival's change relative to the teacher's and
+its cosine with the teacher's.
 
 {error}
 """
@@ -102,7 +105,7 @@ def unequal(document: Row) -> str:
         f"{r['title']} ({r['parameters'] / own['parameters']:.1f} ×)" for r in document["rivals"].values()
         if not 1 / SAME_BUDGET <= r["parameters"] / own["parameters"] <= SAME_BUDGET
     ]  # fmt: skip
-    return f" Not of the same budget in parameters as the tiny guide: {'; '.join(off)}." if off else ""
+    return f" Rivals with a different parameter budget than the tiny guide: {'; '.join(off)}." if off else ""
 
 
 def _gain(gain: Row | None) -> str:
@@ -113,17 +116,17 @@ def rates(rivals: Sequence[Row]) -> str:
     """Sentences on how the learning rates were chosen."""
     pilots = {r["pilot_steps"] for r in rivals}
     if pilots == {0}:
-        return "Learning rates were set by rule and not searched."
+        return "Learning rates were set by a rule, without a search."
     if len(pilots) > 1:
         raise InputError(f"the rivals' pilots differ in steps: {sorted(pilots)}; train them again")
     text = (
-        f"Each rival's learning rate is the best of three, a factor of three apart, by the loss on fresh states after "
-        f"{pilots.pop()} steps."
+        "Each rival's learning rate is the one of three candidates, a factor of three apart, with the lowest loss on "
+        f"fresh states after {pilots.pop()} steps."
     )
     ends = [r["title"] for r in rivals if r["lr"] in (min(tried := _tried(r)), max(tried))]
     if ends:
         which = "every rival" if len(ends) == len(rivals) else "; ".join(ends)
-        text += f" It is the highest or the lowest of the three for {which}: better rates may lie beyond."
+        text += f" For {which} it is the highest or lowest of the three, so better rates may lie outside this range."
     return text
 
 
@@ -192,10 +195,10 @@ def verdicts(document: Row) -> str:
         worse = [titles[c["method"]] for c in at if outcome(c["gain_over_cfg"]["kid"]) == "worse"]
         helps = [titles[c["method"]] for c in at if outcome(c["gain_over_none"]["kid"]) == "better"]
         lines.append(
-            f"- {base}, {steps} steps, w = {w:g}: nearest to CFG's images: {titles[near['method']]} "
-            f"({number(near['distance_to_cfg']['psnr_db'], 1)} dB); lowest KID: {titles[low['method']]} "
-            f"({number(low['kid'])}). Shown worse than CFG by KID: {', '.join(worse) or 'none'}. Shown better than no "
-            f"guidance: {', '.join(helps) or 'none'}."
+            f"- {base}, {steps} steps, w = {w:g}. Closest to CFG's images: {titles[near['method']]} "
+            f"({number(near['distance_to_cfg']['psnr_db'], 1)} dB). Lowest KID: {titles[low['method']]} "
+            f"({number(low['kid'])}). Shown to be worse than CFG by KID: {', '.join(worse) or 'none'}. Shown to be "
+            f"better than no guidance: {', '.join(helps) or 'none'}."
         )
     return "\n".join(lines) or "No rival was measured in this run."
 
@@ -214,13 +217,13 @@ def write_report(document: Row, path: Path) -> None:
     if len(counts) > 1:
         raise InputError(f"the rivals differ in training steps or batch size: {counts}; train them again")
     device = facts["device"]
-    ceilings = [f"{base} {recall_of(r, 1)} %, chroma {r['chroma']:.3f}" for base, r in document["real"].items()]
+    ceilings = [f"{base}, R@1 {recall_of(r, 1)} %, chroma {r['chroma']:.3f}" for base, r in document["real"].items()]
     text = TEXT.format(
         command=facts["command"], date=facts["date"][:10], where=device["gpu"] or device["processor"],
         torch=facts["versions"]["torch"], steps=counts[0][0], batch=counts[0][1], states=training["states"],
         loss=training["loss"], forms=forms(document), macs_of_unet=rivals[0]["macs_of_unet"] / 1e6,
         unequal=unequal(document), cost=cost(document), images=settings["images"],
-        rates=rates(rivals), ceiling=f"The artists' own images reach R@1: {'; '.join(ceilings)}.",
+        rates=rates(rivals), ceiling=f"The artists' own images: {'; '.join(ceilings)}.",
         verdicts=verdicts(document),
         base=cells(document, [TEACHER]), tuned=cells(document, BASES[1:]),
         error_states=settings["error_batch"] * settings["error_rounds"], error=error(document),

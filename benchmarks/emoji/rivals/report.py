@@ -197,8 +197,8 @@ def verdicts(document: Row) -> str:
         lines.append(
             f"- {base}, {steps} steps, w = {w:g}. Closest to CFG's images: {titles[near['method']]} "
             f"({number(near['distance_to_cfg']['psnr_db'], 1)} dB). Lowest KID: {titles[low['method']]} "
-            f"({number(low['kid'])}). Shown to be worse than CFG by KID: {', '.join(worse) or 'none'}. Shown to be "
-            f"better than no guidance: {', '.join(helps) or 'none'}."
+            f"({number(low['kid'])}). Shown to be worse than CFG by KID: {'; '.join(worse) or 'none'}. Shown to be "
+            f"better than no guidance: {'; '.join(helps) or 'none'}."
         )
     return "\n".join(lines) or "No rival was measured in this run."
 

@@ -54,3 +54,15 @@ def test_objects_in_the_reference_exist(page: Path) -> None:
         if names is None:  # a class or a function of a module
             assert name in (definitions(module) or ()), dotted
         assert {member.strip() for member in members.split(",") if member} <= (names or set()), dotted
+
+
+def test_links_out_of_the_docs_lead_to_files() -> None:
+    """The site's hooks copy them, which a folder's link would stop."""
+    links = {
+        (page.name, target)
+        for page in (ROOT / "docs").rglob("*.md")
+        for target in re.findall(r"\]\(((?:\.\./)+[^)#]+)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).resolve().is_relative_to(ROOT / "docs")
+    }
+    assert links
+    assert [link for link in links if not (ROOT / link[1].lstrip("./")).is_file()] == []

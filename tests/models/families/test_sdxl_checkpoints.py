@@ -260,7 +260,7 @@ def test_plug_refuses_models_of_other_families(
     sdxl_plain: Path, micro_bundles: Path, micro_base: Path, micro_sdxl: Path, single: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        InputError, match="has one text encoder and engine 'plain' has 2 text encoders; build it instead"
+        InputError, match="has one text encoder, but engine 'plain' has 2 text encoders; build it instead"
     ):
         plug(PlugSpec(str(sdxl_plain), str(micro_base), out=tmp_path / "x"))
     with pytest.raises(InputError, match="has 2 text encoders and engine 'plain' has one text encoder"):

@@ -110,7 +110,7 @@ class Held:
     def plug(self, bundle: Any, loras: Any) -> Fake:
         name = "+".join(f"{path.stem}:{scale:g}" for path, scale in loras)
         self.plugs.append(name)
-        assert self.gate.wait(10)
+        assert self.gate.wait(120)
         if name.startswith("c"):
             raise InputError(f"the LoRA {loras[0][0]} is for another unet of {bundle.folder}")
         if name.startswith("b:9"):
@@ -125,7 +125,7 @@ class Held:
         """Load an engine, release it and return it."""
         lease = self.acquire(*loras)
         try:
-            return lease.future.result(10)
+            return lease.future.result(120)
         finally:
             lease.release()
 
@@ -145,7 +145,7 @@ def held(tmp_path: Path) -> Iterator[Held]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -164,16 +164,16 @@ def test_requests_share_an_engine_and_the_least_recently_used_is_unloaded(held: 
 
 def test_an_engine_is_unloaded_only_after_its_requests(held: Held) -> None:
     leases = [held.acquire(("a", scale)) for scale in (1, 2, 3)]
-    first, second = (lease.future.result(10) for lease in leases[:2])
+    first, second = (lease.future.result(120) for lease in leases[:2])
     until(lambda: len(held.plugs) == 3)
     again = held.acquire(("a", 1))  # waits behind the third, which replaces the first
     time.sleep(0.05)
     assert not first.stopped and not leases[2].future.done()
     leases[0].release()
-    assert leases[2].future.result(10) and first.stopped and not second.stopped
+    assert leases[2].future.result(120) and first.stopped and not second.stopped
     leases[1].release()
     leases[2].release()
-    assert again.future.result(10) is not first and held.plugs[3] == "a:1"
+    assert again.future.result(120) is not first and held.plugs[3] == "a:1"
     again.release()
 
 
@@ -204,8 +204,8 @@ def test_waiting_requests_are_bounded_and_released_ones_are_not_served(held: Hel
         lease.release()
     held.gate.set()
     with pytest.raises(PnpError, match="no request waits for the LoRA any more"):
-        leases[1].future.result(10)
-    assert leases[0].future.result(10) and held.plugs == ["a:1"]
+        leases[1].future.result(120)
+    assert leases[0].future.result(120) and held.plugs == ["a:1"]
     leases[0].release()
 
 
@@ -218,7 +218,7 @@ def test_stop_unloads_every_engine_and_refuses_requests(held: Held) -> None:
     ending.start()
     until(lambda: held.engines._stopping)
     held.gate.set()
-    ending.join(10)
+    ending.join(120)
     assert not ending.is_alive() and loaded.stopped and all(each.closed for each in held.plugged)
     for each in late:
         with pytest.raises(Stopping):

@@ -263,7 +263,7 @@ def test_plug_refuses_models_of_other_families(
         InputError, match="has one text encoder, but engine 'plain' has 2 text encoders; build it instead"
     ):
         plug(PlugSpec(str(sdxl_plain), str(micro_base), out=tmp_path / "x"))
-    with pytest.raises(InputError, match="has 2 text encoders and engine 'plain' has one text encoder"):
+    with pytest.raises(InputError, match="has 2 text encoders, but engine 'plain' has one text encoder"):
         plug(PlugSpec(str(micro_bundles / "plain"), str(micro_sdxl), out=tmp_path / "x"))
     with pytest.raises(
         InputError, match="a second text encoder that engine 'plain' cannot take .it has no such network."

@@ -113,23 +113,20 @@ def training() -> list[str]:
 def steps() -> list[str]:
     """Section on the records of ``cpu_steps``, the bundled model's first."""
     cells = []
-    for name, title in {"emoji": "emoji (bundled)", "emoji-pair": "emoji, guided and unguided only", **TITLES}.items():
+    for name, title in {"emoji": "emoji (bundled)", **TITLES}.items():
         file = RESULTS / f"cpu-steps-{name}.json"
         if not file.is_file():
             continue
         record = json.loads(file.read_text(encoding="utf-8"))
         for row in record["rows"]:
-            times = row["seconds"]
-            seconds = [f"{1000 * statistics.median(times[n]):,.0f}" if n in times else "–" for n in STEPS]
-            ratios = [row["ratios"].get(n, {}).get("wall") for n in STEP_RATIOS]
-            formatted = [f"{r['time_ratio']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]" if r else "–"
-                         for r in ratios]  # fmt: skip
+            seconds = [f"{1000 * statistics.median(row['seconds'][n]):,.0f}" for n in STEPS]
+            ratios = [row["ratios"][n]["wall"] for n in STEP_RATIOS]
+            formatted = [f"{r['time_ratio']:.3f} [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]" for r in ratios]
             cells.append([title, str(row["batch"]), *seconds, *formatted, str(record["threads"])])
     text = (
         "`python -m benchmarks.cpu_steps`: one step of the U-Net at its own image size in float32, on ONNX Runtime and "
         "in diffusers' eager PyTorch, in interleaved rounds. Times are medians; ratios are taken within a round and "
-        "have 95 % intervals. In rounds of guided and unguided steps only, nothing else replaces what the caches hold "
-        "between the two, as when an engine serves one kind of step."
+        "have 95 % intervals."
     )
     head = ["model", "batch", *(f"{n}, ms" for n in STEPS), *STEP_RATIOS, "threads"]
     return ["## One step on a CPU", "", text, *table(head, cells, 1)] if cells else []

@@ -252,9 +252,9 @@ def render(document: dict[str, Any]) -> str:
             out.append(
                 f"\nImages are closer to CFG's after training on *{better}* states: {near[0]} after forward and "
                 f"{near[1]} after trajectory ones; the error on held-out trajectory states is {off[0]} and {off[1]}. "
-                "`distill guidance` uses forward states if images are given, and otherwise trajectory states, which "
-                "need only prompts. The bundled tiny guide was trained on both kinds, half of its states forward ones "
-                "([training](gpu.md#the-bundled-weights))."
+                "`distill guidance` uses forward states, the paper's, if images are given, and otherwise trajectory "
+                "states, which need only prompts. The bundled tiny guide was trained on both kinds, half of its states "
+                "forward ones ([training](gpu.md#the-bundled-weights))."
             )
         if own:
             out.append("\n*Own states*: the residual on held-out states of which half have a negative prompt.")

@@ -40,7 +40,7 @@ def _state_config(
 ) -> StateConfig:
     from ..distill.states import StateConfig
 
-    # forward states were measured to be better if there are images (docs/ablation.md)
+    # noised images are the paper's states (Hsiao et al., CVPR 2024); docs/ablation.md compares both kinds
     kind = kind or ("trajectory" if images is None else "forward")
     steps = min(StateConfig.steps, count) if kind == "forward" else StateConfig.steps  # noised images are independent
     # a small number of states must not require a full shard of 32 trajectories

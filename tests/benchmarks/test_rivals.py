@@ -152,13 +152,29 @@ def test_additive_adapters_add_one_vector_to_all_positions(unet: Any) -> None:
     x, t, text, empty = inputs()
     rival: Any = awake("additive", unet)
     seen: list[Any] = []
-    name = rival.names[-1]
+    name = rival.beside.names[-1]
     plain = unet.get_submodule(name).register_forward_hook(lambda _, i, o: seen.append(o))
     with torch.no_grad():
         rival(unet, x, t, text, empty, torch.tensor([3.0, 3.0]))
-        added = rival.adapters[-1](None, torch.tensor([3.0, 3.0]), unet.time_embedding(unet.time_proj(t)), text)
+        added = rival.beside.adapters[-1](None, torch.tensor([3.0, 3.0]), unet.time_embedding(unet.time_proj(t)), text)
     plain.remove()
     assert added.shape == (2, 1, 128) and len(seen) == 1 and seen[0].shape == (2, 64, 128)
+
+
+@pytest.mark.parametrize(("name", "part"), [("tiny+offsets", "tiny"), ("tiny+sharpener+offsets", "tiny+sharpener")])
+def test_joint_rivals_reduce_to_their_parts(name: str, part: str, unet: Any) -> None:
+    """Without the guide's and the sharpener's changes, the additive adapters remain, and the reverse."""
+    x, t, text, empty = inputs()
+    w = torch.tensor([3.0, 6.0])
+    joint: Any = RIVALS[name].from_unet(unet)
+    offsets: Any = awake("additive", unet)
+    other = awake(part, unet)
+    with torch.no_grad():
+        joint.offsets.load_state_dict(offsets.beside.state_dict())
+        assert torch.allclose(joint(unet, x, t, text, empty, w), offsets(unet, x, t, text, empty, w), atol=1e-6)
+        joint = RIVALS[name].from_unet(unet)
+        joint.load_state_dict(other.state_dict(), strict=False)
+        assert torch.allclose(joint(unet, x, t, text, empty, w), other(unet, x, t, text, empty, w), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,6 +22,8 @@ RIVALS: Registry[type[Rival]] = Registry(
         "adapters": f"{_HERE}.adapters:AttentionAdapters",
         "additive": f"{_HERE}.adapters:AdditiveAdapters",
         "tiny+sharpener": f"{_HERE}.guides:TinyAndSharpener",
+        "tiny+offsets": f"{_HERE}.guides:TinyAndOffsets",
+        "tiny+sharpener+offsets": f"{_HERE}.guides:TinySharpenerAndOffsets",
         "full": f"{_HERE}.guides:FullRival",
     },
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -81,21 +83,19 @@ class AdditiveAdapter(nn.Module):
         return self.out(self.hidden(known))[:, None]
 
 
-class _Adapters(Rival):
+class Adapters(nn.Module):
     """One adapter per cross-attention, which reads the attention's input and is added to its output."""
 
-    adapter: ClassVar[type[AttentionAdapter] | type[AdditiveAdapter]]
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__(unet)
+    def __init__(self, unet: Any, adapter: type[AttentionAdapter] | type[AdditiveAdapter]) -> None:
+        super().__init__()
         places = cross_attentions(unet)
         self.names = tuple(name for name, _ in places)
         time, text = time_width(unet), unet.config.cross_attention_dim
-        self.adapters = nn.ModuleList(self.adapter(channels, time, text) for _, channels in places)
+        self.adapters = nn.ModuleList(adapter(channels, time, text) for _, channels in places)
 
-    def forward(
-        self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
-    ) -> Tensor:
+    @contextmanager
+    def attached(self, unet: Any, x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Iterator[None]:
+        """Add the adapters' outputs, times (w − 1), within the block; arguments as in :meth:`.Rival.forward`."""
         gate = strength(w, x.dtype)[..., 0]
         emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t), None)
 
@@ -103,10 +103,26 @@ class _Adapters(Rival):
             return lambda _, inputs, output: output + adapter(inputs[0], w, emb, text) * gate
 
         with hooked(unet, [(n, beside(a)) for n, a in zip(self.names, self.adapters, strict=True)]):
+            yield
+
+
+class _WithAdapters(Rival):
+    """The U-Net with adapters."""
+
+    adapter: ClassVar[type[AttentionAdapter] | type[AdditiveAdapter]]
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__(unet)
+        self.beside = Adapters(unet, self.adapter)
+
+    def forward(
+        self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
+    ) -> Tensor:
+        with self.beside.attached(unet, x, t, text, w):
             return unet(x, t, text, return_dict=False)[0]
 
 
-class AttentionAdapters(_Adapters):
+class AttentionAdapters(_WithAdapters):
     """AGD's attention form: each position attends to w, t and the prompt."""
 
     title: ClassVar[str] = "adapters (AGD)"
@@ -117,7 +133,7 @@ class AttentionAdapters(_Adapters):
     adapter: ClassVar[type[AttentionAdapter] | type[AdditiveAdapter]] = AttentionAdapter
 
 
-class AdditiveAdapters(_Adapters):
+class AdditiveAdapters(_WithAdapters):
     """AGD's additive form: a function of w, t and the pooled prompt, added equally to every position."""
 
     title: ClassVar[str] = "additive adapters (AGD)"

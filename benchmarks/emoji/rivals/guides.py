@@ -10,6 +10,7 @@ from pnp_trt.models.guides import GUIDES
 from pnp_trt.models.student import encode
 
 from ..gpu_train import TINY_OPTIONS, guided
+from .adapters import Adapters, AdditiveAdapter
 from .base import Encoded, Rival
 from .sharpener import Sharpener, sharpen
 
@@ -66,3 +67,44 @@ class TinyAndSharpener(TinyRival):
         self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
     ) -> Tensor:
         return super().forward(unet, x, t, sharpen(self.sharpener, text, empty, w), empty, w)
+
+
+class TinyAndOffsets(TinyRival):
+    """The tiny guide and offsets that depend on the prompt, w and t only, trained together."""
+
+    title: ClassVar[str] = "tiny guide + offsets (ours)"
+    source: ClassVar[str] = (
+        "The tiny guide and AGD's additive adapters, trained jointly. The offsets depend only on the prompt, w and t, "
+        "so they can be tabulated before the loop. It has the parameters of both."
+    )
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__(unet)
+        self.offsets = Adapters(unet, AdditiveAdapter)
+
+    def forward(
+        self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
+    ) -> Tensor:
+        # the encoder is evaluated again, because its features depend on the offsets
+        with self.offsets.attached(unet, x, t, text, w):
+            return super().forward(unet, x, t, text, empty, w)
+
+
+class TinySharpenerAndOffsets(TinyAndSharpener):
+    """The tiny guide, the sharpener and the offsets, trained together."""
+
+    title: ClassVar[str] = "tiny guide + sharpener + offsets (ours)"
+    source: ClassVar[str] = (
+        "The tiny guide, the sharpener and AGD's additive adapters, trained jointly. It has the parameters of all "
+        "three."
+    )
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__(unet)
+        self.offsets = Adapters(unet, AdditiveAdapter)
+
+    def forward(
+        self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
+    ) -> Tensor:
+        with self.offsets.attached(unet, x, t, text, w):
+            return super().forward(unet, x, t, text, empty, w)

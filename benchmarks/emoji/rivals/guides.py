@@ -90,7 +90,7 @@ class TinyAndOffsets(TinyRival):
             return super().forward(unet, x, t, text, empty, w)
 
 
-class TinySharpenerAndOffsets(TinyAndSharpener):
+class TinySharpenerAndOffsets(TinyAndOffsets, TinyAndSharpener):
     """The tiny guide, the sharpener and the offsets, trained together."""
 
     title: ClassVar[str] = "tiny guide + sharpener + offsets (ours)"
@@ -98,13 +98,3 @@ class TinySharpenerAndOffsets(TinyAndSharpener):
         "The tiny guide, the sharpener and AGD's additive adapters, trained jointly. It has the parameters of all "
         "three."
     )
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__(unet)
-        self.offsets = Adapters(unet, AdditiveAdapter)
-
-    def forward(
-        self, unet: Any, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor, encoded: Encoded | None = None
-    ) -> Tensor:
-        with self.offsets.attached(unet, x, t, text, w):
-            return super().forward(unet, x, t, text, empty, w)

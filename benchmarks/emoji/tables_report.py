@@ -9,6 +9,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,11 @@ def left_out(document: Row) -> str:
     return "\n".join(lines) or "Nothing: every cell was measured."
 
 
+def made_at(record: Row) -> datetime:
+    """When a record was made."""
+    return datetime.fromisoformat(record["provenance"]["date"])
+
+
 def with_fine_tunes(document: Row, fine_tunes: Row) -> Row:
     """Replace Table B, including the cells it left out, by that of another record."""
 
@@ -349,7 +355,7 @@ def write_report(
     """Write the document, the grid and the plot into ``docs``.
 
     Args:
-        fine_tunes: a record of Table B, which replaces the document's own.
+        fine_tunes: a record of Table B, which replaces the document's own unless that is newer.
         text_only: leave the grid and the plot as they are.
 
     Raises:
@@ -369,7 +375,7 @@ def write_report(
         plot(document, docs / "distillation-kid.png")
     facts, missing = document["provenance"], chosen_strips(document)[1]
     source_of_b = ""
-    if fine_tunes is not None:
+    if fine_tunes is not None and made_at(fine_tunes) > made_at(document):
         document, apart = with_fine_tunes(document, fine_tunes), fine_tunes["provenance"]
         source_of_b = (
             f"\nTable B is from `benchmarks/results/emoji-fine-tunes.json`, which was made by `{apart['command']}` "

@@ -13,9 +13,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from benchmarks.emoji import compare, network, runner, tables, tables_report  # noqa: E402  (needs torch)
+from benchmarks.emoji import ablation, compare, network, runner, tables, tables_report  # noqa: E402  (needs torch)
 from benchmarks.emoji.cells import BEST, INTERVALS, Cell, all_cells  # noqa: E402
 from benchmarks.emoji.sampler import Ask, Guidance, Sampler, denoise  # noqa: E402
+from benchmarks.records import read  # noqa: E402
 from pnp_trt.assets import ROOT  # noqa: E402
 from pnp_trt.bench.measure import cost  # noqa: E402
 from pnp_trt.bench.metrics import fidelity  # noqa: E402
@@ -25,6 +26,8 @@ from pnp_trt.models.guides.load import load_guide  # noqa: E402
 from pnp_trt.models.student import Student  # noqa: E402
 from pnp_trt.models.teacher import BaseModel  # noqa: E402
 from tests.conftest import make_micro_base  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[2]
 
 # ------------------------------------------------------------------------------------------------- the sampler
 
@@ -401,7 +404,7 @@ def test_separately_measured_fine_tunes_replace_table_b(
     _, home, _ = smoke
     document = json.loads((home / "tables.json").read_text())
     apart = json.loads((home / "tables.json").read_text())
-    apart["provenance"]["command"] = "measure the fine-tunes"
+    apart["provenance"] |= {"command": "measure the fine-tunes", "date": "2999-01-01T00:00:00+00:00"}
     for group in apart["groups"]:
         group["kid"]["value"] = 0.4321
     with pytest.raises(InputError, match="image set .* is missing; run the tables again, or give --text-only"):
@@ -412,6 +415,23 @@ def test_separately_measured_fine_tunes_replace_table_b(
     a, b, c = (part.split("## Table ")[0] for part in text.split("## Table ")[1:])
     assert "measure the fine-tunes" in b and "0.4321" in b and "0.4321" not in a + c
     assert "emoji-flat" in b
+
+
+def test_an_older_record_of_table_b_is_ignored(smoke: tuple[dict[str, Any], Path, Any], tmp_path: Path) -> None:
+    _, home, _ = smoke
+    document, apart = (json.loads((home / "tables.json").read_text()) for _ in range(2))
+    apart["provenance"] |= {"command": "measure the fine-tunes", "date": "2020-01-01T00:00:00+00:00"}
+    tables_report.write_report(document, tmp_path, tmp_path / "docs", apart, text_only=True)
+    assert "measure the fine-tunes" not in (tmp_path / "docs" / "distillation-tables.md").read_text()
+
+
+def test_the_pages_match_the_records(tmp_path: Path) -> None:
+    """The text of pages whose figures cannot be drawn again without images or training."""
+    results, docs = REPOSITORY / "benchmarks/results", REPOSITORY / "docs"
+    records = [read(results / f"emoji-{name}.json") for name in ("tables", "fine-tunes", "ablation")]
+    tables_report.write_report(records[0], tmp_path, tmp_path, records[1], text_only=True)
+    assert (tmp_path / "distillation-tables.md").read_text() == (docs / "distillation-tables.md").read_text()
+    assert ablation.render(records[2]) == (docs / "ablation.md").read_text()
 
 
 def test_missing_guides_are_listed(micro_guide: Path, tmp_path: Path) -> None:

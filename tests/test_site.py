@@ -57,7 +57,7 @@ def test_objects_in_the_reference_exist(page: Path) -> None:
 
 
 def test_links_out_of_the_docs_lead_to_files() -> None:
-    """The site's hooks copy them, which a folder's link would stop."""
+    """The site's hooks copy linked files and cannot copy a folder."""
     links = {
         (page.name, target)
         for page in (ROOT / "docs").rglob("*.md")

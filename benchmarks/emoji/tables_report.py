@@ -313,7 +313,7 @@ def left_out(document: Row) -> str:
 
 
 def made_at(record: Row) -> datetime:
-    """When a record was made."""
+    """Date and time of a record."""
     return datetime.fromisoformat(record["provenance"]["date"])
 
 

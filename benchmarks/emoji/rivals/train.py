@@ -26,6 +26,8 @@ SCHEMA = "pnp-trt/emoji-rivals-train/1"
 RECORD = "train.json"
 #: share of the steps at the peak rate, as for ``gpu_train``'s guides, and share over which weights are averaged
 CONSTANT, AVERAGED = 0.3, 0.1
+#: steps in which the rate rises to its peak; a quarter of the steps if that is fewer
+WARMUP = 200
 #: number of batches on which the rates of a pilot are compared
 PILOT_BATCHES = 16
 
@@ -68,7 +70,7 @@ class Course:
     batch: int
     seed: int
 
-    def run(self, name: str, lr: float, steps: int, warmup: int = 200) -> tuple[Rival, dict[str, Any]]:
+    def run(self, name: str, lr: float, steps: int, warmup: int) -> tuple[Rival, dict[str, Any]]:
         """Train a rival; return it, frozen, and the trainer's report."""
         unet, empty = self.world.unet(TEACHER), self.world.empty
         rival = make(name, unet, self.seed).train()
@@ -103,9 +105,10 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train the rivals into ``out``: ``NAME.safetensors`` each, and the record ``train.json`` after each.
 
-    An existing rival, trained with the same settings on the same base, is not trained again.  Random numbers are seeded
-    again for each: all rivals see the same noised images, prompts, scales and trajectories of CFG in the same order.
-    Only the quarter of the states that follow the student differs.
+    An existing rival, trained with the same settings on the same base, is not trained again.  Several processes can
+    train different rivals into one folder.  Random numbers are seeded again for each rival: all see the same noised
+    images, prompts, scales and trajectories of CFG in the same order.  Only the quarter of the states that follow the
+    student differs.
 
     Args:
         steps: optimizer steps of each rival.
@@ -125,8 +128,7 @@ def train(
     device = choose_device()
     course = Course(World(assets, data, device), batch, seed)
     out.mkdir(parents=True, exist_ok=True)
-    record = read_record(out)
-    record |= {
+    common = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
         "python": platform.python_version(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "states": "half noised images, a quarter trajectories of CFG, a quarter of the student itself",
@@ -139,22 +141,25 @@ def train(
         # None: chosen by the pilot
         lr = (rates or {}).get(name, None if pilot else RIVALS[name].lr)
         path = out / f"{name}.safetensors"
-        before = record["rivals"].get(name, {})
+        before = read_record(out)["rivals"].get(name, {})
         same = all(before.get(k) == v for k, v in settings.items()) and lr in (None, before.get("lr"))
         if path.is_file() and same:
             print(f"{name}: trained already", flush=True)
             continue
         tried = course.pilot(name, pilot) if lr is None else {}
         lr = lr or min(tried, key=lambda rate: tried[rate])
-        rival, report = course.run(name, lr, steps)
+        rival, report = course.run(name, lr, steps, max(1, min(WARMUP, steps // 4)))
         state = {k: v.detach().float().cpu().contiguous() for k, v in rival.state_dict().items()}
         save_file(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
-        record["rivals"][name] = {
+        entry = {
             **report, **settings, "lr": lr, "pilot_loss": {f"{k:.2g}": v for k, v in tried.items()},
             "parameters": sum(v.numel() for v in state.values()), "sha256": sha256(path),
             "milliseconds_per_step": round(1000 * report["seconds"] / steps, 2),
         }  # fmt: skip
+        # read again, because another process may have trained other rivals into the same folder meanwhile
+        record = read_record(out) | common
+        record["rivals"][name] = entry
         write_json(out / RECORD, record)
-        print(f"{name}: {record['rivals'][name]['parameters']:,} parameters, {report['seconds']} s", flush=True)
-    return record
+        print(f"{name}: {entry['parameters']:,} parameters, {report['seconds']} s", flush=True)
+    return read_record(out)

@@ -50,6 +50,15 @@ def distance(sets: Sequence[Ranked], teacher: Sequence[Ranked]) -> dict[str, Any
     return {"psnr_db": fidelity.mean(psnr).as_dict(), "feature_cosine": fidelity.mean(cosine).as_dict()}
 
 
+def nearer(sets: Sequence[Ranked], others: Sequence[Ranked], teacher: Sequence[Ranked]) -> dict[str, Any]:
+    """How much nearer ``sets`` are than ``others`` to the teacher's images, in dB of PSNR, paired by image."""
+    pairs = [
+        fidelity.psnr(a.shots.pixels, c.shots.pixels) - fidelity.psnr(b.shots.pixels, c.shots.pixels)
+        for a, b, c in zip(sets, others, teacher, strict=True)
+    ]
+    return {"psnr_db": fidelity.mean(np.mean(pairs, axis=0)).as_dict()}
+
+
 def gain(real: Shots, before: Sequence[Ranked], after: Sequence[Ranked]) -> dict[str, Any]:
     """Gain of ``after`` over ``before``, paired by caption and noise; above 0 ``after`` is better (KID too)."""
     kid = fidelity.mean_kid_gain(real.features, [s.shots.features for s in before], [s.shots.features for s in after])

@@ -467,8 +467,8 @@ class GuideStates:
 class NegativeStates(GuideStates):
     """States with a negative prompt each, chosen like the prompts; CFG's trajectories use it too."""
 
-    def __init__(self, data: Data, prompts: Tensor, captions: Tensor, batch: int) -> None:
-        super().__init__(data, prompts, captions, batch)
+    def __init__(self, data: Data, prompts: Tensor, captions: Tensor, batch: int, own: float = 0.5) -> None:
+        super().__init__(data, prompts, captions, batch, own)
         self.negative = torch.randint(len(prompts), (self.half,), device=self.x.device)
 
     def negatives(self) -> Tensor:
@@ -537,11 +537,15 @@ def x0_weights(device: torch.device) -> Tensor:
     return weights / weights.mean()
 
 
-def sharpening_loss(unet: Any, guide: Any, states: NegativeStates, empty: Tensor) -> Callable[[], Tensor]:
-    """:func:`distillation_loss` with negative prompts, which the guide's sharpener reads."""
-    from pnp_trt.models.student import Student
+def negative_loss(
+    unet: Any, predict: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor], states: NegativeStates
+) -> Callable[[], Tensor]:
+    """:func:`distillation_loss` with a negative prompt for each state.
 
-    student, by_time = Student(unet, guide), x0_weights(empty.device)
+    Args:
+        predict: (x_t, t, text, w, text states of the negative prompts) → prediction.
+    """
+    by_time = x0_weights(states.x.device)
 
     def loss_of() -> Tensor:
         x, t, text, w = states.batch()
@@ -551,12 +555,24 @@ def sharpening_loss(unet: Any, guide: Any, states: NegativeStates, empty: Tensor
             conditional = unet(x, t, text, return_dict=False)[0]
             unconditional = unet(x, t, negative, return_dict=False)[0]
             target = unconditional + w[:, None, None, None] * (conditional - unconditional)
-        prediction = student(x, t, text, w, negative=negative, empty=empty.expand_as(text))
+        prediction = predict(x, t, text, w, negative)
         loss = ((prediction - target) ** 2 * (by_time[t] / w)[:, None, None, None]).mean()
         states.advance(target, prediction.detach())
         return loss
 
     return loss_of
+
+
+def sharpening_loss(unet: Any, guide: Any, states: NegativeStates, empty: Tensor) -> Callable[[], Tensor]:
+    """:func:`negative_loss` of a guide with a sharpener."""
+    from pnp_trt.models.student import Student
+
+    student = Student(unet, guide)
+
+    def predict(x: Tensor, t: Tensor, text: Tensor, w: Tensor, negative: Tensor) -> Tensor:
+        return student(x, t, text, w, negative=negative, empty=empty.expand_as(text))
+
+    return negative_loss(unet, predict, states)
 
 
 def guide_loss(unet: Any, guide: Any, states: GuideStates, empty: Tensor) -> Callable[[], Tensor]:

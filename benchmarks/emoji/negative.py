@@ -1,8 +1,9 @@
-"""Negative prompts by a sharpener of the text states, against CFG with the same negative prompts.
+"""Negative prompts in one evaluation, against CFG with the same negative prompts.
 
 ``python -m benchmarks.emoji.negative --guide FOLDER`` samples CFG with negative prompts, a guide with its sharpener,
-and the guide without it, which cannot read negative prompts, from the same captions and noise.  The distances to CFG's
-images are paired by image.
+and the guide without it, which cannot read negative prompts, from the same captions and noise.  ``--rivals FOLDER``
+samples rivals that ``benchmarks.emoji.rivals train --negative`` trained at an equal budget: a sharpener alone (DICE),
+and guides with one.  The distances to CFG's images are paired by image.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +27,78 @@ from pnp_trt.errors import InputError
 from pnp_trt.models.bases import resolve
 from pnp_trt.models.catalog import guide_folder
 from pnp_trt.models.guides.load import load_guide
+from pnp_trt.sampling.schedules import Schedule
 
 from ..records import add_images_option
 from .cells import TEACHER
 from .network import FLOAT32, Network
 from .provenance import machine, relative
+from .rivals.base import Rival
+from .rivals.train import load, read_record
 from .runner import captions
 from .sampler import Guidance, Sampler, denoise
 
-SCHEMA = "pnp-trt/emoji-negative/1"
+SCHEMA = "pnp-trt/emoji-negative/2"
 RESULTS = Path("benchmarks/results/emoji-negative.json")
+RIVALS_RESULTS = Path("benchmarks/results/emoji-negative-rivals.json")
 SCALES = (3.0, 5.0)
-CFG, WITH, WITHOUT = "cfg", "sharpener", "without"
+#: CFG with the negative prompt, CFG that ignores it, and a guide with and without its sharpener
+CFG, IGNORED, WITH, WITHOUT = "cfg", "cfg, negative ignored", "sharpener", "without"
+#: the rival that changes the text states only
+DICE = "sharpener"
+BATCH = 16
+
+
+#: (unit noise ``[B, C, H, W]``, text states of the prompts and of the negative prompts ``[B, tokens, D]``, of the empty
+#: prompt ``[1, tokens, D]``, w, schedule) → latents
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, float, Schedule], Tensor]
+
+
+def cfg(unet: Any, batch: int, ignored: bool = False) -> Way:
+    """CFG with the negative prompt, or with the empty one in its place."""
+    plain = Network(unet, None, FLOAT32, False, 2 * batch)
+
+    def way(x: Tensor, text: Tensor, negative: Tensor, empty: Tensor, w: float, schedule: Schedule) -> Tensor:
+        return denoise(plain, schedule, x, text, empty if ignored else negative, Guidance("cfg", w))
+
+    return way
+
+
+def guide_ways(unet: Any, guide: Any, batch: int) -> dict[str, Way]:
+    """A guide with its sharpener, and without it."""
+    guided = Network(unet, guide, FLOAT32, False, batch)
+
+    def sharpened(x: Tensor, text: Tensor, negative: Tensor, empty: Tensor, w: float, schedule: Schedule) -> Tensor:
+        scales = torch.full((len(x),), w, device=x.device)
+        sharp = guide.sharpener(text, negative, empty.expand_as(text), scales)
+        return denoise(guided, schedule, x, sharp, empty, Guidance("guided", w))
+
+    def alone(x: Tensor, text: Tensor, negative: Tensor, empty: Tensor, w: float, schedule: Schedule) -> Tensor:
+        return denoise(guided, schedule, x, text, empty, Guidance("guided", w))
+
+    return {WITH: sharpened, WITHOUT: alone}
+
+
+def rival_way(unet: Any, rival: Rival) -> Way:
+    """A rival that reads the negative prompt in the place of the empty one."""
+
+    def way(x: Tensor, text: Tensor, negative: Tensor, empty: Tensor, w: float, schedule: Schedule) -> Tensor:
+        def predict(x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
+            return rival(unet, x.contiguous(memory_format=torch.channels_last), t, text, negative, w)
+
+        return denoise(predict, schedule, x, text, empty, Guidance("guided", w))
+
+    return way
 
 
 @torch.no_grad()
-def sample(sampler: Sampler, guide: Any, images: int, steps: int, w: float, batch: int = 16) -> dict[str, Any]:
+def sample(
+    sampler: Sampler, ways: dict[str, Way], images: int, steps: int, w: float, batch: int = BATCH
+) -> dict[str, Any]:
     """Images uint8 ``[N, H, W, 3]`` by method; each caption's negative prompt is the caption half a set further."""
     rows = captions("train", images)
     avoided = rows[images // 2 :] + rows[: images // 2]
-    plain, guided = (Network(sampler.unet, g, FLOAT32, False, batch) for g in (None, guide))
-    schedule, pixels = sampler.schedule(steps), {name: [] for name in (CFG, WITH, WITHOUT)}
+    schedule, pixels = sampler.schedule(steps), {name: [] for name in ways}
     size = sampler.unet.config.sample_size
     for i in range(0, images, batch):
         some, others = rows[i : i + batch], avoided[i : i + batch]
@@ -54,59 +107,91 @@ def sample(sampler: Sampler, guide: Any, images: int, steps: int, w: float, batc
         x = x.to(sampler.device)
         text, negative = (sampler.text([a.prompt for a in each]) for each in (some, others))
         empty = sampler.text([""])
-        sharp: Tensor = guide.sharpener(
-            text, negative, empty.expand_as(text), torch.full((len(some),), w, device=sampler.device)
-        )
-        for name, network, states, nothing in (
-            (CFG, plain, text, negative), (WITH, guided, sharp, empty), (WITHOUT, guided, text, empty),
-        ):  # fmt: skip
-            how = Guidance("cfg" if name == CFG else "guided", w)
-            pixels[name].append(sampler.decode(denoise(network, schedule, x, states, nothing, how)))
+        for name, way in ways.items():
+            pixels[name].append(sampler.decode(way(x, text, negative, empty, w, schedule)))
     return {name: np.concatenate(parts) for name, parts in pixels.items()}
 
 
-def compared(images: dict[str, Any], extract: Any) -> dict[str, Any]:
-    """Distances to CFG's images, and the sharpener's gain, paired by image."""
+def compared(images: dict[str, Any], extract: Any, baseline: str) -> dict[str, Any]:
+    """Distances to CFG's images by method, and each method's gain over ``baseline``, paired by image."""
     features = {name: extract(pixels) for name, pixels in images.items()}
-    out: dict[str, Any] = {}
-    each: dict[str, Any] = {}
-    for name in (WITH, WITHOUT):
-        each[name] = {
+    each: dict[str, Any] = {
+        name: {
             "psnr_db": fidelity.psnr(images[name], images[CFG]),
             "feature_cosine": fidelity.cosine(features[name], features[CFG]),
-        }  # fmt: skip
-        out[name] = {k: fidelity.mean(v).as_dict() for k, v in each[name].items()}
-    out["gain"] = {k: fidelity.mean(each[WITH][k] - each[WITHOUT][k]).as_dict() for k in each[WITH]}
+        }
+        for name in images if name != CFG
+    }  # fmt: skip
+    out: dict[str, Any] = {name: {k: fidelity.mean(v).as_dict() for k, v in one.items()} for name, one in each.items()}
+    for name, one in each.items():
+        if name != baseline:
+            out[name]["gain"] = {k: fidelity.mean(v - each[baseline][k]).as_dict() for k, v in one.items()}
     return out
 
 
-def measure(guide: Path, results: Path, images: int, steps: int, device: str, command: str) -> dict[str, Any]:
+def measure(
+    sampler: Sampler, ways: dict[str, Way], baseline: str, results: Path, images: int, steps: int, command: str,
+    about: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Sample and measure; write the record to ``results`` and return it.
 
+    Args:
+        baseline: the method with which the others are compared.
+        about: fields of the record that describe the guide or the rivals.
+
     Raises:
-        InputError: for a guide without a sharpener, or fewer than 4 images.
+        InputError: for fewer than 4 images.
     """
     if images < 4:
         raise InputError(f"images must be at least 4, got {images}")
-    loaded = load_guide(str(guide)).to(device)
-    if loaded.sharpener is None:
-        raise InputError(f"{guide} has no sharpener; train one with: pnp-trt distill guidance --sharpen emoji-tiny")
-    facts, begun = machine(command), time.monotonic()
-    sampler, extract = Sampler(resolve(TEACHER).folder, device=device), FeatureExtractor(device)
-    rows = [
-        {"w": w, **compared(sample(sampler, loaded, images, steps, w), extract)} for w in SCALES
-    ]  # fmt: skip
-    report = guide / "distill.json"
+    facts, begun, extract = machine(command), time.monotonic(), FeatureExtractor(sampler.device)
+    ways = {CFG: cfg(sampler.unet, BATCH), IGNORED: cfg(sampler.unet, BATCH, ignored=True), **ways}
+    rows = [{"w": w, **compared(sample(sampler, ways, images, steps, w), extract, baseline)} for w in SCALES]
     document = {
         "schema": SCHEMA,
-        "provenance": facts | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},
-        "settings": {"images": images, "steps": steps, "device": device, "sampler": "DDIM, eta 0",
-                     "seconds": round(time.monotonic() - begun, 1)},
-        "guide": json.loads(report.read_text()) if report.is_file() else None,
+        "provenance": facts,
+        "settings": {"images": images, "steps": steps, "device": sampler.device, "sampler": "DDIM, eta 0",
+                     "baseline": baseline, "seconds": round(time.monotonic() - begun, 1)},
+        **about,
         "rows": rows,
     }  # fmt: skip
     write_json(results, document)
     return document
+
+
+def with_guide(sampler: Sampler, name: str) -> tuple[dict[str, Way], dict[str, Any]]:
+    """Both ways to use a guide, and the record's facts about it.
+
+    Raises:
+        InputError: for a guide without a sharpener.
+    """
+    folder = guide_folder(name)
+    guide = load_guide(str(folder)).to(sampler.device)
+    if guide.sharpener is None:
+        raise InputError(f"{folder} has no sharpener; train one with: pnp-trt distill guidance --sharpen emoji-tiny")
+    report = folder / "distill.json"
+    about = {
+        "guide": json.loads(report.read_text()) if report.is_file() else None,
+        "guide_sha256": {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))},
+    }
+    return guide_ways(sampler.unet, guide, BATCH), about
+
+
+def with_rivals(sampler: Sampler, folder: Path) -> tuple[dict[str, Way], dict[str, Any]]:
+    """One way per rival in ``folder``, and the record's facts about them.
+
+    Raises:
+        InputError: if the folder lacks the sharpener alone, or has rivals trained without negative prompts.
+    """
+    record = read_record(folder)
+    plain = [name for name, entry in record["rivals"].items() if not entry.get("negative")]
+    if plain or DICE not in record["rivals"]:
+        raise InputError(
+            f"{folder} must contain rivals trained with negative prompts, {DICE} among them; run: "
+            "python -m benchmarks.emoji.rivals train --negative"
+        )
+    ways = {name: rival_way(sampler.unet, load(name, sampler.unet, folder)) for name in record["rivals"]}
+    return ways, {"rivals": record["rivals"], "training": {k: v for k, v in record.items() if k != "rivals"}}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,18 +199,28 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.emoji.negative", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--guide", required=True, help="name or folder of a guide with a sharpener")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--guide", help="name or folder of a guide with a sharpener")
+    source.add_argument("--rivals", type=Path, help="folder of rivals trained with negative prompts")
     add_images_option(parser, 512)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, help=f"default: {RESULTS}, or {RIVALS_RESULTS} with --rivals")
     a = parser.parse_args(arguments)
+    words = ["python", "-m", "benchmarks.emoji.negative"]
     try:
-        folder = guide_folder(a.guide)
-        words = ["python", "-m", "benchmarks.emoji.negative", "--guide", relative(folder)]
+        sampler = Sampler(resolve(TEACHER).folder, device=a.device)
+        if a.rivals is None:
+            ways, about = with_guide(sampler, a.guide)
+            words += ["--guide", relative(guide_folder(a.guide))]
+        else:
+            ways, about = with_rivals(sampler, a.rivals)
+            words += ["--rivals", relative(a.rivals)]
         words += ["--images", str(a.images), "--steps", str(a.steps)]
         words += ["--device", a.device] if a.device != "cpu" else []
-        document = measure(folder, a.json, a.images, a.steps, a.device, shlex.join(words))
+        results = a.json or (RESULTS if a.rivals is None else RIVALS_RESULTS)
+        baseline = WITHOUT if a.rivals is None else DICE
+        document = measure(sampler, ways, baseline, results, a.images, a.steps, shlex.join(words), about)
     except InputError as error:
         parser.error(str(error))
     print(json.dumps(document["rows"], indent=1))

@@ -118,9 +118,9 @@ def recall_of(row: Row, k: int) -> str:
     return number(row[f"R@{k}"], 1, 100)
 
 
-def marked(gain: Row) -> str:
+def marked(gain: Row, digits: int = 4, scale: float = 1.0) -> str:
     """A gain with its interval, and ▲ or ▼ if that excludes 0."""
-    return number(gain) + {"better": " ▲", "worse": " ▼"}.get(outcome(gain), "")
+    return number(gain, digits, scale) + {"better": " ▲", "worse": " ▼"}.get(outcome(gain), "")
 
 
 def kid_gain(row: Row, against: int | None) -> str:

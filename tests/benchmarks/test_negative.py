@@ -33,10 +33,11 @@ def test_the_gain_of_a_row_is_the_difference_of_both_guides(folder: Path, tmp_pa
     assert [row["w"] for row in document["rows"]] == list(negative.SCALES)
     for row in document["rows"]:
         gain = row["sharpener"]["psnr_db"]["value"] - row["without"]["psnr_db"]["value"]
-        assert row["gain"]["psnr_db"]["value"] == pytest.approx(gain, abs=1e-6) and gain != 0
+        assert row["sharpener"]["gain"]["psnr_db"]["value"] == pytest.approx(gain, abs=1e-6) and gain != 0
+        assert set(row) == {"w", "sharpener", "without", "cfg, negative ignored"} and "gain" not in row["without"]
 
 
-def test_cfg_with_negative_prompts_equals_diffusers(folder: Path) -> None:
+def test_cfg_with_negative_prompts_equals_diffusers() -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from benchmarks.emoji.cells import TEACHER
@@ -45,7 +46,8 @@ def test_cfg_with_negative_prompts_equals_diffusers(folder: Path) -> None:
     from pnp_trt.models.bases import resolve
 
     base, steps, w = resolve(TEACHER).folder, 3, 3.0
-    pixels = negative.sample(Sampler(base), load_guide(str(folder)), 4, steps, w)[negative.CFG]
+    sampler = Sampler(base)
+    pixels = negative.sample(sampler, {"cfg": negative.cfg(sampler.unet, 4)}, 4, steps, w)["cfg"]
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -56,6 +58,33 @@ def test_cfg_with_negative_prompts_equals_diffusers(folder: Path) -> None:
         num_inference_steps=steps, guidance_scale=w, output_type="np",
     ).images  # fmt: skip
     assert np.abs(pixels.astype(float) - np.round(expected * 255)).max() <= 1
+
+
+def test_rivals_are_compared_with_the_sharpener_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Untrained rivals add nothing, so their images are those without guidance; the record names the baseline."""
+    from safetensors.torch import save_file
+
+    from benchmarks.emoji.rivals.train import make
+    from pnp_trt.models.bases import resolve
+
+    unet, out = resolve("emoji").unet(), tmp_path / "r.json"
+    names = ("sharpener", "tiny+sharpener")
+    for name in names:
+        save_file(make(name, unet, 0).state_dict(), tmp_path / f"{name}.safetensors")
+    record = {"rivals": {name: {"negative": True} for name in names}}
+    (tmp_path / "train.json").write_text(json.dumps(record))
+    arguments = ["--rivals", str(tmp_path), "--images", "4", "--steps", "2", "--json", str(out)]
+    negative.main(arguments)
+    document = json.loads(out.read_text())
+    assert document["settings"]["baseline"] == "sharpener" and document["rivals"] == record["rivals"]
+    for row in document["rows"]:
+        assert row["tiny+sharpener"]["gain"]["psnr_db"]["value"] == pytest.approx(0, abs=1e-3)
+        assert "gain" not in row["sharpener"] and row["sharpener"]["psnr_db"]["value"] < 60
+    record["rivals"]["sharpener"] = {}
+    (tmp_path / "train.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        negative.main(arguments)
+    assert "must contain rivals trained with negative prompts" in capsys.readouterr().err
 
 
 def test_a_guide_without_a_sharpener_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,6 +271,65 @@ def test_all_rivals_learn_from_the_same_states(pack: Path, tmp_path: Path, monke
     assert torch.equal(seen["sharpener"], seen["additive"])
 
 
+def test_training_with_negative_prompts(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error is to eps(negative) + w (eps(c) − eps(negative)); rivals that read no negative prompt are refused."""
+    out = tmp_path / "out"
+    main(["train", "--data", str(pack), "--out", str(out), "--steps", "2", "--batch", "4", "--negative"])
+    record = json.loads((out / "train.json").read_text())["rivals"]
+    assert set(record) == {"sharpener", "tiny+sharpener", "tiny+sharpener+offsets"}
+    assert all(entry["negative"] for entry in record.values())
+    # the same weights trained without negative prompts are not taken for these
+    plain = train(ASSETS, pack, out, 2, 4, only=["sharpener"])["rivals"]
+    assert plain["sharpener"]["sha256"] != record["sharpener"]["sha256"] and not plain["sharpener"]["negative"]
+    with pytest.raises(SystemExit):
+        main(["train", "--data", str(pack), "--out", str(out), "--only", "tiny,sharpener", "--negative"])
+    assert "tiny: reads no negative prompt; with --negative use: sharpener, tiny+sharpener" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["measure", "--data", str(pack), "--out", str(out)])
+    assert "are trained with negative prompts; measure them with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if RIVALS[name].reads_negative])
+def test_rivals_that_read_negative_prompts_change_with_them(name: str, unet: Any) -> None:
+    x, t, text, empty = inputs()
+    rival, w = awake(name, unet), torch.tensor([3.0, 6.0])
+    with torch.no_grad():
+        difference = rival(unet, x, t, text, empty, w) - rival(unet, x, t, text, -empty, w)
+    assert difference.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not RIVALS[name].reads_negative])
+def test_other_rivals_ignore_them(name: str, unet: Any) -> None:
+    x, t, text, empty = inputs()
+    rival, w = awake(name, unet), torch.tensor([3.0, 6.0])
+    with torch.no_grad():
+        assert torch.equal(rival(unet, x, t, text, empty, w), rival(unet, x, t, text, -empty, w))
+
+
+def test_the_loss_with_negative_prompts_equals_the_formula(unet: Any) -> None:
+    torch.manual_seed(5)
+    text = torch.randn(5, 77, 128)
+    data = type("Fake", (), {"latents": torch.randn(3, 2, 8, 16, 16)})
+    states = gpu_train.NegativeStates(data, text, text[:3], batch=4)
+    drawn: dict[str, Any] = {}
+    for part in ("batch", "negatives"):
+        own = getattr(states, part)
+        setattr(states, part, lambda own=own, part=part: drawn.setdefault(part, own()))
+
+    def predict(x: Any, t: Any, text: Any, w: Any, negative: Any) -> Any:
+        return unet(x, t, text).sample + 0.1 * negative.mean()
+
+    with torch.no_grad():
+        loss = float(gpu_train.negative_loss(unet, predict, states)())
+        (x, t, prompt, w), negative = drawn["batch"], drawn["negatives"]
+        c, n = unet(x, t, prompt).sample, unet(x, t, negative).sample
+        error = (predict(x, t, prompt, w, negative) - n - w[:, None, None, None] * (c - n)) ** 2
+        abar = gpu_train.alphas(torch.device("cpu"))
+        weights = ((1 - abar) / abar).clamp(max=5.0)
+        expected = (error * (weights / weights.mean())[t][:, None, None, None] / w[:, None, None, None]).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_training_lowers_the_loss_on_its_own_states(unet: Any) -> None:
     """Ten steps on one batch of states: the sharpener's loss falls, and the base's weights do not change."""
     torch.manual_seed(0)
@@ -331,6 +390,12 @@ def test_every_rival_is_measured_on_every_base(measured: dict[str, Any]) -> None
     at = {(c["method"], c["base"]): c for c in measured["cells"]}
     assert at["cfg", "emoji"]["evaluations"] == 4 and at["tiny", "emoji"]["evaluations"] == 2
     assert "gain_over_cfg" not in at["cfg", "emoji"] and "gain_over_none" not in at["none", "emoji"]
+    pair = at["additive", "emoji-flat"], at["tiny", "emoji-flat"]
+    levels = [c["distance_to_cfg"]["psnr_db"]["value"] for c in pair]
+    assert pair[0]["gain_over_ours"]["psnr_db"]["value"] == pytest.approx(levels[0] - levels[1])
+    kids = [c["kid"]["value"] for c in pair]
+    assert pair[0]["gain_over_ours"]["kid"]["value"] == pytest.approx(kids[1] - kids[0])
+    assert "gain_over_ours" not in pair[1] and "gain_over_ours" not in at["cfg", "emoji"]
     near = at["additive", "emoji-flat"]["distance_to_cfg"]["psnr_db"]
     assert 0 < near["value"] < 100 and near["count"] == 4
     assert set(measured["rivals"]["tiny"]["error"]["emoji-3d"]) >= {"all", "0-199", "800-999"}
@@ -367,7 +432,8 @@ def test_the_page_is_written_from_the_json(measured: dict[str, Any], tmp_path: P
     page = (tmp_path / "rivals.md").read_text()
     assert "### emoji-3d, 2 steps, w = 3" in page and "3 optimizer steps" in page
     for rival in measured["rivals"].values():
-        assert page.count(f"| {rival['title']} |") == 1 + 3 + 3  # cost, images, errors
+        compared = 0 if rival["title"] == RIVALS["tiny"].title else 3
+        assert page.count(f"| {rival['title']} |") == 1 + 3 + 3 + compared  # cost, images, errors, differences
     kid = next(c for c in measured["cells"] if (c["method"], c["base"]) == ("cfg", "emoji-flat"))["kid"]["value"]
     assert f"{kid:.4f} [" in page
     assert findings(prose(page)) == []
@@ -377,13 +443,14 @@ def test_the_page_is_written_from_the_json(measured: dict[str, Any], tmp_path: P
 def test_unequal_training_is_not_reported(measured: dict[str, Any], tmp_path: Path) -> None:
     other = json.loads(json.dumps(measured))
     other["rivals"]["full"]["steps"] = 5
+    rest = (tmp_path / "rivals.md", "Title", "record.json", "command")
     with pytest.raises(InputError, match="differ in training steps"):
-        report.write_report(other, tmp_path / "rivals.md")
+        report.write_report(other, *rest)
     other["rivals"]["full"] |= {"steps": 3, "pilot_steps": 9}
     with pytest.raises(InputError, match=r"pilots differ in steps: \[0, 9\]"):
-        report.write_report(other, tmp_path / "rivals.md")
+        report.write_report(other, *rest)
     with pytest.raises(InputError, match="not a record of the rivals"):
-        report.write_report({"schema": "pnp-trt/emoji-tables/1"}, tmp_path / "rivals.md")
+        report.write_report({"schema": "pnp-trt/emoji-tables/1"}, *rest)
 
 
 def test_missing_files_and_invalid_options_are_reported(

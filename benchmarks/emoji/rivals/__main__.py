@@ -26,6 +26,16 @@ def _rate(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"must be NAME=RATE, got {text!r}") from None
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"must be numbers of steps, separated by commas, got {text!r}")
+    return counts
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.emoji.rivals", description=__doc__,
@@ -48,12 +58,19 @@ def main(arguments: list[str] | None = None) -> None:
         "--pilot", type=int, default=0, metavar="STEPS",
         help="choose each rival's learning rate among three by trainings of this many steps; 0 uses its own",
     )  # fmt: skip
+    one.add_argument(
+        "--negative", action="store_true",
+        help="train with a negative prompt for each state, for benchmarks.emoji.negative --rivals",
+    )  # fmt: skip
     two.add_argument("--json", type=Path, default=RESULTS)
+    two.add_argument("--steps", type=_counts, default="50,16,8", help="numbers of steps on the base, comma-separated")
+    two.add_argument("--tuned-steps", type=_counts, default="16", help="numbers of steps in the fine-tunes")
     add_sampling_options(two, "number of images per cell", 64)
     two.add_argument("--processes", type=int, default=1, help="number of processes that measure")
     three = what.add_parser("report")
     three.add_argument("--json", type=Path, default=RESULTS)
     three.add_argument("--document", type=Path, default=Path("docs/rivals.md"))
+    three.add_argument("--title", default="Rivals at an equal budget", help="first heading of the page")
     a = parser.parse_args(arguments)
     try:
         if a.what == "report":
@@ -61,21 +78,33 @@ def main(arguments: list[str] | None = None) -> None:
 
             if not a.json.is_file():
                 raise InputError(f"{a.json} does not exist; run: python -m benchmarks.emoji.rivals measure")
-            write_report(read(a.json), a.document)
+            options = []
+            for option in ("json", "document", "title"):
+                if getattr(a, option) != three.get_default(option):
+                    options += [f"--{option}", str(getattr(a, option))]
+            command = ["python", "-m", "benchmarks.emoji.rivals", "report", *options]
+            write_report(read(a.json), a.document, a.title, str(a.json), shlex.join(command))
         elif a.what == "measure":
+            from ..provenance import relative
             from .measure import measure
 
             words = ["python", "-m", "benchmarks.emoji.rivals", "measure", "--images", str(a.images)]
             words += ["--device", a.device, "--batch", str(a.batch)]
+            for option, value in (
+                ("steps", ",".join(map(str, a.steps))), ("tuned-steps", ",".join(map(str, a.tuned_steps))),
+                ("out", relative(a.out)), ("json", relative(a.json)),
+            ):  # fmt: skip
+                if value != str(two.get_default(option.replace("-", "_"))):
+                    words += [f"--{option}", value]
             measure(
                 a.assets, a.data, a.out, a.judge, a.cache, a.json, images=a.images, device=a.device, batch=a.batch,
-                processes=a.processes, command=shlex.join(words),
+                processes=a.processes, command=shlex.join(words), steps=a.steps, tuned=a.tuned_steps,
             )  # fmt: skip
         else:
             from .train import train
 
             only = [name.strip() for name in a.only.split(",") if name.strip()]
-            train(a.assets, a.data, a.out, a.steps, a.batch, a.seed, only or None, dict(a.lr), a.pilot)
+            train(a.assets, a.data, a.out, a.steps, a.batch, a.seed, only or None, dict(a.lr), a.pilot, a.negative)
     except InputError as error:
         parser.error(str(error))
 

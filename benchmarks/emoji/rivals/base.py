@@ -29,12 +29,14 @@ class Rival(nn.Module, ABC):
         source: the paper that it follows, and differences from it.
         lr: peak learning rate of AdamW.
         once: name of the submodule that runs on (text, empty) once per image instead of in every evaluation.
+        reads_negative: whether the prediction depends on ``empty``, so that a negative prompt can take its place.
     """
 
     title: ClassVar[str]
     source: ClassVar[str]
     lr: ClassVar[float] = 1e-3
     once: ClassVar[str | None] = None
+    reads_negative: ClassVar[bool] = False
 
     def __init__(self, unet: Any) -> None:
         super().__init__()

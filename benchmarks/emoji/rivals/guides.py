@@ -58,6 +58,7 @@ class TinyAndSharpener(TinyRival):
         "nothing in an evaluation."
     )
     once: ClassVar[str | None] = "sharpener"
+    reads_negative: ClassVar[bool] = True
 
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)

@@ -35,6 +35,8 @@ SCALES = (3.0, 5.0)
 #: steps on the base, and in the fine-tunes
 STEPS, TUNED_STEPS = (50, 16, 8), (16,)
 NONE, CFG = "none", "cfg"
+#: the rival that the others are compared with
+OURS = "tiny"
 #: batch size and number of batches of the held-out error
 ERROR_BATCH, ERROR_ROUNDS = 256, 12
 
@@ -49,7 +51,7 @@ class Cell:
     w: float
 
     def against(self, method: str) -> Cell:
-        """The cell of ``none`` or ``cfg`` with the same base and steps."""
+        """The cell of another method with the same base, steps and w; ``none`` has no w."""
         return Cell(method, self.base, self.steps, 1.0 if method == NONE else self.w)
 
 
@@ -120,6 +122,10 @@ class Measurer:
             self._rivals[name] = load(name, self.world.unet(TEACHER), self.out)
         return self._rivals[name]
 
+    def has(self, name: str) -> bool:
+        """Whether the rival is trained."""
+        return (self.out / f"{name}.safetensors").is_file()
+
     def rows(self, base: str) -> list[Ask]:
         """Trained captions: the base's, or those of the fine-tune's style."""
         return captions("train" if base == TEACHER else base, self.images)
@@ -177,6 +183,11 @@ class Measurer:
             teacher = [self.at(cell.against(CFG))]
             row["distance_to_cfg"] = compare.distance([mine], teacher)
             row["gain_over_cfg"] = compare.gain(real, teacher, [mine])
+            if cell.method != OURS and self.has(OURS):
+                ours = [self.at(cell.against(OURS))]
+                row["gain_over_ours"] = {
+                    **compare.gain(real, ours, [mine]), **compare.nearer([mine], ours, teacher),
+                }  # fmt: skip
         if cell.method != NONE:
             row["gain_over_none"] = compare.gain(real, [self.at(cell.against(NONE))], [mine])
         return row
@@ -206,11 +217,16 @@ def measure(
         steps, tuned: numbers of steps on the base and in the fine-tunes.
 
     Raises:
-        InputError: if no rival is trained, or for fewer than 4 images.
+        InputError: if no rival is trained, for rivals trained with negative prompts, or for fewer than 4 images.
     """
     if images < 4:
         raise InputError(f"images must be at least 4, got {images}")
     trained = read_record(out)["rivals"]
+    if any(entry.get("negative") for entry in trained.values()):
+        raise InputError(
+            f"the rivals in {out} are trained with negative prompts; measure them with: "
+            "python -m benchmarks.emoji.negative --rivals"
+        )
     names = [n for n in RIVALS.names() if n in trained]
     if not names:
         raise InputError(f"no rival is trained in {out}; run: python -m benchmarks.emoji.rivals train")

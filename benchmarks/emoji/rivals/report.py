@@ -13,18 +13,16 @@ from pnp_trt.errors import InputError
 from ..cells import TEACHER
 from ..compare import outcome
 from ..tables_report import DASH, marked, number, recall_of, table
-from .measure import CFG, NONE, SCHEMA
+from .measure import CFG, NONE, OURS, SCHEMA
 from .world import BASES
 
 Row = dict[str, Any]
 #: parameters within this factor of the tiny guide's count as the same budget
 SAME_BUDGET = 1.1
-#: the rival that the others are compared with
-OURS = "tiny"
 
-TEXT = """# Rivals at an equal budget
+TEXT = """# {title}
 
-Written by `python -m benchmarks.emoji.rivals report` from `benchmarks/results/emoji-rivals.json`, which was made by
+Written by `{report}` from `{record}`, which was made by
 `{command}` ({date}, {where}, torch {torch}).
 
 Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one and leaves the
@@ -64,7 +62,7 @@ excludes 0. Each row has {images} images of trained captions from one set of noi
 ## In the fine-tunes, untrained
 {tuned}
 
-## Error on fresh states
+{paired}## Error on fresh states
 The share of the squared guidance term eps_w − eps(c) that a rival leaves unexplained (1: it explains nothing), by
 range of timesteps (0 is clean). The {error_states:,} states, noised images and trajectories of CFG, are the same for
 all rivals. The last two columns, over all timesteps, are the length of the rival's change relative to the teacher's and
@@ -116,7 +114,7 @@ def rates(rivals: Sequence[Row]) -> str:
     """Sentences on how the learning rates were chosen."""
     pilots = {r["pilot_steps"] for r in rivals}
     if pilots == {0}:
-        return "Learning rates were set by a rule, without a search."
+        return "Learning rates were chosen before this run, without a search in it."
     if len(pilots) > 1:
         raise InputError(f"the rivals' pilots differ in steps: {sorted(pilots)}; train them again")
     text = (
@@ -158,6 +156,24 @@ def cells(document: Row, bases: Sequence[str]) -> str:
             title = f"{base}, {steps} steps, w = {w:g}"
             out.append(f"\n### {title}\n\n{table(HEAD, [_row(c, titles) for c in at])}")
     return "\n".join(out)
+
+
+def paired(document: Row) -> str:
+    """Section with the paired differences to the tiny guide; empty for records without them."""
+    titles = _titles(document)
+    at = [c for c in document["cells"] if "gain_over_ours" in c]
+    if not at:
+        return ""
+    rows = [
+        [titles[c["method"]], c["base"], str(c["steps"]), f"{c['w']:g}", marked(c["gain_over_ours"]["kid"]),
+         marked(c["gain_over_ours"]["R@1"], 1, 100), marked(c["gain_over_ours"]["psnr_db"], 2)]
+        for name in titles for c in at if c["method"] == name
+    ]  # fmt: skip
+    head = ["method", "U-Net", "steps", "w", "KID gain ↑", "R@1 gain, points ↑", "PSNR gain, dB ↑"]
+    return (
+        f"## Compared with the {titles[OURS]}\nPaired by caption and noise; above 0 the method is better. The PSNR "
+        f"gain is how much nearer to CFG's images it is.\n\n{table(head, rows)}\n\n"
+    )
 
 
 def error(document: Row) -> str:
@@ -203,8 +219,13 @@ def verdicts(document: Row) -> str:
     return "\n".join(lines) or "No rival was measured in this run."
 
 
-def write_report(document: Row, path: Path) -> None:
+def write_report(document: Row, path: Path, title: str, record: str, command: str) -> None:
     """Write the page.
+
+    Args:
+        title: first heading of the page.
+        record: path of the JSON, as the page names it.
+        command: the command that writes this page.
 
     Raises:
         InputError: if the JSON is not a record of ``measure``.
@@ -219,6 +240,7 @@ def write_report(document: Row, path: Path) -> None:
     device = facts["device"]
     ceilings = [f"{base}, R@1 {recall_of(r, 1)} %, chroma {r['chroma']:.3f}" for base, r in document["real"].items()]
     text = TEXT.format(
+        title=title, report=command, record=record, paired=paired(document),
         command=facts["command"], date=facts["date"][:10], where=device["gpu"] or device["processor"],
         torch=facts["versions"]["torch"], steps=counts[0][0], batch=counts[0][1], states=training["states"],
         loss=training["loss"], forms=forms(document), macs_of_unet=rivals[0]["macs_of_unet"] / 1e6,

@@ -61,6 +61,7 @@ class Sharpened(Rival):
         "negative's. The paper trains at one w with an L1 loss; here all w are trained and α = (w − 1)/4."
     )
     once: ClassVar[str | None] = "sharpener"
+    reads_negative: ClassVar[bool] = True
 
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)

@@ -6,18 +6,19 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pnp_trt.bundle.store import sha256, write_json
 from pnp_trt.errors import InputError
 
 from ..cells import TEACHER
-from ..gpu_train import Trainer, distillation_loss
+from ..gpu_train import Trainer, distillation_loss, negative_loss
 from . import RIVALS
 from .base import Rival
 from .world import World, beside_of, choose_device, unet_file
@@ -64,19 +65,35 @@ def load(name: str, unet: Any, out: Path) -> Rival:
 
 @dataclass
 class Course:
-    """Training of a rival: states are seeded by ``seed + 1``, initial weights by ``seed``."""
+    """Training of a rival: states are seeded by ``seed + 1``, initial weights by ``seed``.
+
+    With ``negative``, each state has a negative prompt, which takes the place of the empty one.
+    """
 
     world: World
     batch: int
     seed: int
+    negative: bool = False
+
+    def _loss(self, rival: Rival, own: float = 0.5) -> Callable[[], Tensor]:
+        """The loss on fresh states, of which the share ``own`` of the trajectories follows the rival."""
+        unet, empty = self.world.unet(TEACHER), self.world.empty
+        if self.negative:
+
+            def predict(x: Tensor, t: Tensor, text: Tensor, w: Tensor, negative: Tensor) -> Tensor:
+                return rival(unet, x, t, text, negative, w)
+
+            return negative_loss(unet, predict, self.world.negative_states(TEACHER, self.batch, own))
+        return distillation_loss(
+            unet, beside_of(rival, unet, empty), self.world.states(TEACHER, self.batch, own), empty
+        )
 
     def run(self, name: str, lr: float, steps: int, warmup: int) -> tuple[Rival, dict[str, Any]]:
         """Train a rival; return it, frozen, and the trainer's report."""
-        unet, empty = self.world.unet(TEACHER), self.world.empty
-        rival = make(name, unet, self.seed).train()
+        rival = make(name, self.world.unet(TEACHER), self.seed).train()
         # after the weights, so that states do not depend on how many random numbers those used
         torch.manual_seed(self.seed + 1)
-        loss = distillation_loss(unet, beside_of(rival, unet, empty), self.world.states(TEACHER, self.batch), empty)
+        loss = self._loss(rival)
         ema = max(0.0, 1 - 1 / (AVERAGED * steps))
         trainer = Trainer(
             name, rival, loss, lr, math.inf, constant=CONSTANT, ema=ema, muon=False, max_steps=steps, warmup=warmup
@@ -87,10 +104,8 @@ class Course:
     @torch.no_grad()
     def loss(self, rival: Rival) -> float:
         """Mean loss on fresh states, which are the same for every rival."""
-        unet, empty = self.world.unet(TEACHER), self.world.empty
         torch.manual_seed(self.seed + 2)
-        states = self.world.states(TEACHER, self.batch, own=0.0)
-        loss = distillation_loss(unet, beside_of(rival, unet, empty), states, empty)
+        loss = self._loss(rival, own=0.0)
         return float(torch.stack([loss() for _ in range(PILOT_BATCHES)]).mean())
 
     def pilot(self, name: str, steps: int) -> dict[float, float]:
@@ -102,6 +117,7 @@ class Course:
 def train(
     assets: Path, data: Path, out: Path, steps: int, batch: int = 256, seed: int = 0,
     only: Sequence[str] | None = None, rates: dict[str, float] | None = None, pilot: int = 0,
+    negative: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the rivals into ``out``: ``NAME.safetensors`` each, and the record ``train.json`` after each.
 
@@ -114,19 +130,24 @@ def train(
         steps: optimizer steps of each rival.
         rates: peak learning rates that replace the rivals' own, by name.
         pilot: optimizer steps of a pilot at each of three rates, which chooses the rates not given; 0 for none.
+        negative: train with a negative prompt for each state, which takes the place of the empty one; by default only
+            the rivals that read it are trained.
 
     Raises:
-        InputError: for unknown names, or fewer than one step.
+        InputError: for unknown names, for fewer than one step, or with ``negative`` for rivals that do not read it.
     """
     from safetensors.torch import save_file
 
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
-    names = list(only or RIVALS.names())
+    readers = [name for name in RIVALS.names() if RIVALS[name].reads_negative]
+    names = list(only or (readers if negative else RIVALS.names()))
     for name in (*names, *(rates or {})):
         RIVALS[name]
+    if negative and (others := [name for name in names if name not in readers]):
+        raise InputError(f"{', '.join(others)}: reads no negative prompt; with --negative use: {', '.join(readers)}")
     device = choose_device()
-    course = Course(World(assets, data, device), batch, seed)
+    course = Course(World(assets, data, device), batch, seed, negative)
     out.mkdir(parents=True, exist_ok=True)
     common = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
@@ -137,11 +158,15 @@ def train(
     }  # fmt: skip
     base = sha256(unet_file(assets, TEACHER))
     for name in names:
-        settings = {"steps": steps, "batch": batch, "seed": seed, "base_sha256": base, "pilot_steps": pilot}
+        settings = {
+            "steps": steps, "batch": batch, "seed": seed, "negative": negative, "base_sha256": base,
+            "pilot_steps": pilot,
+        }  # fmt: skip
         # None: chosen by the pilot
         lr = (rates or {}).get(name, None if pilot else RIVALS[name].lr)
         path = out / f"{name}.safetensors"
-        before = read_record(out)["rivals"].get(name, {})
+        # records of before --negative existed do not have the field
+        before = {"negative": False} | read_record(out)["rivals"].get(name, {})
         same = all(before.get(k) == v for k, v in settings.items()) and lr in (None, before.get("lr"))
         if path.is_file() and same:
             print(f"{name}: trained already", flush=True)

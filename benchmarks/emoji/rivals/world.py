@@ -13,7 +13,7 @@ from torch import Tensor
 from pnp_trt.errors import InputError
 
 from ..cells import FINE_TUNES, TEACHER
-from ..gpu_train import Data, GuideStates, text_states
+from ..gpu_train import Data, GuideStates, NegativeStates, text_states
 
 BASES = (TEACHER, *FINE_TUNES)
 #: U-Net → its set in the packed data
@@ -77,11 +77,19 @@ class World:
             batch: batch size.
             own: share of the trajectories that follow the student.
         """
+        return GuideStates(*self._sources(base), batch, own)
+
+    def negative_states(self, base: str, batch: int, own: float = 0.5) -> NegativeStates:
+        """Fresh states as in :meth:`states`, with a negative prompt each."""
+        return NegativeStates(*self._sources(base), batch, own)
+
+    def _sources(self, base: str) -> tuple[Data, Tensor, Tensor]:
+        """Images, text states of the trajectories' prompts, and text states of the images' captions."""
         if base not in self._drawn:
             data = Data(self.held, SETS[base], self.vae, self.device)
             captions = self._states(self.held[f"{SETS[base]}.ids"][:, 0])
             self._drawn[base] = data, self._states(self.held["prompts"]) if base == TEACHER else captions, captions
-        return GuideStates(*self._drawn[base], batch, own)
+        return self._drawn[base]
 
 
 def choose_device() -> torch.device:

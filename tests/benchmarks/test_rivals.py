@@ -379,9 +379,30 @@ def measured(trained: Path, pack: Path) -> dict[str, Any]:
         )  # fmt: skip
         document = measure.measure(**arguments)
         patch.setattr(measure.Sampler, "draw", lambda *_: pytest.fail("sampled again"))
-        again = measure.measure(**arguments, processes=2)
+        again = measure.measure(**arguments)
     assert again["cells"] == document["cells"] == json.loads(results.read_text())["cells"]
     return document
+
+
+def test_several_processes_measure_the_same(
+    measured: dict[str, Any], trained: Path, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling, errors and measures in forked processes equal those in one."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(measure, "FeatureExtractor", lambda _device: Eyes())
+    monkeypatch.setattr(measure, "SCALES", (3.0,))
+    monkeypatch.setattr(measure, "ERROR_BATCH", 4)
+    monkeypatch.setattr(measure, "real_images", lambda rows, _cache: np.random.default_rng(0).integers(
+        0, 256, (len(rows), 64, 64, 3), dtype=np.uint8))  # fmt: skip
+    document = measure.measure(
+        ASSETS, pack, trained, ASSETS / "judge.safetensors", tmp_path / "cache", tmp_path / "r.json", images=4,
+        rounds=1, steps=(2,), tuned=(2,), processes=2,
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    assert document["cells"] == measured["cells"]
+    assert {n: r["error"] for n, r in document["rivals"].items()} == {
+        n: r["error"] for n, r in measured["rivals"].items()
+    }
 
 
 def test_every_rival_is_measured_on_every_base(measured: dict[str, Any]) -> None:

@@ -66,7 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--steps", type=_counts, default="50,16,8", help="numbers of steps on the base, comma-separated")
     two.add_argument("--tuned-steps", type=_counts, default="16", help="numbers of steps in the fine-tunes")
     add_sampling_options(two, "number of images per cell", 64)
-    two.add_argument("--processes", type=int, default=1, help="number of processes that measure")
+    two.add_argument(
+        "--processes", type=int, default=1, help="number of processes that measure, and on a CPU also sample"
+    )
     three = what.add_parser("report")
     three.add_argument("--json", type=Path, default=RESULTS)
     three.add_argument("--document", type=Path, default=Path("docs/rivals.md"))

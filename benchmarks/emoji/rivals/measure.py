@@ -154,6 +154,10 @@ class Measurer:
 
         return Shots.cached(self.folder / f"{cell.method}-{cell.base}-{cell.steps}-{key[:12]}.npz", make, self.extract)
 
+    def sample(self, cell: Cell) -> None:
+        """Put the cell into the cache."""
+        self.shots(cell)
+
     def real(self, base: str) -> Shots:
         """The artists' images of the captions."""
         if base not in self._real:
@@ -194,10 +198,10 @@ class Measurer:
 
     def error(self, name: str, base: str, rounds: int, seed: int) -> dict[str, Any]:
         """Held-out error by time, on the same states for all rivals: noised images and CFG's trajectories."""
-        unet = self.world.unet(base)
+        # before the seed, because loading a rival uses random numbers
+        unet, predict = self.world.unet(base), beside_of(self.rival(name), self.world.unet(base), self.world.empty)
         torch.manual_seed(seed)
         states = self.world.states(base, ERROR_BATCH, own=0.0)
-        predict = beside_of(self.rival(name), unet, self.world.empty)
         return prediction_error(unet, predict, states, self.world.empty, rounds)
 
 
@@ -212,7 +216,7 @@ def measure(
         assets, data: see :class:`~.world.World`.
         judge: the frozen alignment head.
         images: images per cell.
-        processes: number of processes that measure.
+        processes: number of processes that measure, and on a CPU also sample.
         rounds: batches of the held-out error; 0 leaves it out.
         steps, tuned: numbers of steps on the base and in the fine-tunes.
 
@@ -237,17 +241,21 @@ def measure(
     cells = all_cells(names, steps, tuned)
     for base in BASES:
         measurer.real(base)
-    for i, cell in enumerate(cells):
-        measurer.shots(cell)
-        print(f"{time.monotonic() - begun:.0f} s: {i + 1} of {len(cells)} sets of images: {cell}", flush=True)
-    rivals = {}
-    for name in names:
-        rivals[name] = {
+    # a GPU cannot be used in forked processes
+    samplers = processes if device == "cpu" else 1
+    if processes > 1:
+        torch.set_num_threads(1)  # of each process
+    spread(measurer.sample, cells, samplers, "sampling")
+    pairs = [(name, base) for name in names for base in BASES] if rounds else []
+    errors = spread(lambda pair: measurer.error(*pair, rounds, seed=7), pairs, samplers, "errors on fresh states")
+    rivals = {
+        name: {
             "title": RIVALS[name].title, "source": RIVALS[name].source, **trained[name],
             **costs(measurer.rival(name), unet, measurer.world.empty),
-            "error": {b: measurer.error(name, b, rounds, seed=7) for b in BASES} if rounds else {},
-        }  # fmt: skip
-    print(f"{time.monotonic() - begun:.0f} s: errors and costs", flush=True)
+            "error": {base: error for (of, base), error in zip(pairs, errors, strict=True) if of == name},
+        }
+        for name in names
+    }  # fmt: skip
     ceilings = {base: measurer.ceiling(base) for base in BASES}
     document = {
         "schema": SCHEMA,

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.emoji.gains measure`` samples the bundled tiny guide with each gain and CFG, from the same
 captions and noise, and measures them; ``report`` writes ``docs/gain.md`` from the JSON.  A gain is compared with CFG at
-equal w; each row also has the w of CFG whose images have the same strength of colour.
+equal w; each row also has the w of CFG whose images have the same strength of colour.  ``measure --base emoji-flat``
+measures the base's guide in a fine-tune, against the fine-tune's own CFG.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from pnp_trt.bench.metrics.fidelity import AlignmentHead, FeatureExtractor
 from pnp_trt.bundle.store import sha256, write_json
@@ -28,7 +30,7 @@ from pnp_trt.models.guides.load import load_guide
 
 from ..records import add_sampling_options, read
 from . import compare
-from .cells import TEACHER
+from .cells import FINE_TUNES, TEACHER
 from .compare import Ranked
 from .measures import Shots, chroma, real_images, recalls
 from .network import FLOAT32, Network
@@ -39,11 +41,19 @@ from .tables import spread
 
 SCHEMA = "pnp-trt/emoji-gains/2"
 RESULTS = Path("benchmarks/results/emoji-gains.json")
+
+
+def results_of(base: str) -> Path:
+    """The record of the base or of a fine-tune."""
+    return RESULTS if base == TEACHER else RESULTS.with_stem(f"{RESULTS.stem}-{base.removeprefix('emoji-')}")
+
+
 CONSTANTS = (1.3, 1.6)
 SCALES = (2.0, 3.0, 5.0, 8.0)
 #: the number of steps that is sampled at every w
 EVERY_W = 16
 STEPS = {w: (50, EVERY_W, 8) if w == 3.0 else (EVERY_W,) for w in SCALES}
+TUNED_STEPS = {3.0: (50, EVERY_W), 5.0: (EVERY_W,)}
 CFG, PLAIN = "cfg", "none"
 
 
@@ -76,32 +86,34 @@ class Measurer:
         images: images per noise set.
         seeds: number of noise sets.
         device: ``cpu`` or ``cuda``, float32 on both.
+        base: the base or a fine-tune, whose captions and U-Net are used.
     """
 
     def __init__(
         self, guide: Path, table: Sequence[float], cache: Path, judge: Path, images: int, seeds: int, device: str,
-        batch: int, extract: Any = None,
+        batch: int, extract: Any = None, base: str = TEACHER,
     ) -> None:  # fmt: skip
-        base = resolve(TEACHER)
         self.batch, self.seeds, self.images = batch, seeds, images
+        self.steps = STEPS if base == TEACHER else TUNED_STEPS
         self.head, self.extract = AlignmentHead.load(judge), extract or FeatureExtractor(device)
-        self.sampler = Sampler(base.folder, device=device)
-        self.unet = base.unet().to(device)
+        self.sampler = Sampler(resolve(TEACHER).folder, device=device)
+        self.unet = resolve(base).unet().to(device)
         self.guide, self.gains = load_guide(str(guide)).to(device), gains(table)
-        self.rows = captions("train", images)
+        self.rows = captions("train" if base == TEACHER else base, images)
         pixels = real_images(self.rows, cache)
         self.real = Shots(pixels, self.extract(pixels))
         self._shots: dict[tuple[str, int, float], list[Shots]] = {}
 
     def cells(self) -> list[tuple[str, int, float]]:
-        return [(name, steps, w) for name in (CFG, *self.gains) for w in SCALES for steps in STEPS[w]]
+        return [(name, steps, w) for name in (CFG, *self.gains) for w in self.steps for steps in self.steps[w]]
 
     def sample(self) -> None:
+        cells = self.cells()
         for name in (CFG, *self.gains):
             if name != CFG:
                 self.guide.use_gain(self.gains[name])
             network = Network(self.unet, None if name == CFG else self.guide, FLOAT32, False, self.batch)
-            for _, steps, w in (cell for cell in self.cells() if cell[0] == name):
+            for _, steps, w in tqdm([cell for cell in cells if cell[0] == name], desc=name):
                 how, schedule = Guidance(CFG if name == CFG else "guided", w), self.sampler.schedule(steps)
                 noise_sets = []
                 for seed in range(self.seeds if w == 3.0 else 1):
@@ -131,10 +143,11 @@ class Measurer:
 def measure(
     guide: Path, table: Sequence[float], cache: Path, judge: Path, results: Path, *, images: int = 512,
     seeds: int = 3, device: str = "cpu", batch: int = 64, processes: int = 1, command: str = "", extract: Any = None,
+    base: str = TEACHER,
 ) -> dict[str, Any]:  # fmt: skip
     """Sample and measure all gains; write the record to ``results`` and return it."""
     facts, begun = machine(command), time.monotonic()
-    measurer = Measurer(guide, table, cache, judge, images, seeds, device, batch, extract)
+    measurer = Measurer(guide, table, cache, judge, images, seeds, device, batch, extract, base)
     measurer.sample()
     rows = spread(measurer.about, measurer.cells(), processes, "measuring")
     strength = {r["w"]: r["chroma"] for r in rows if (r["gain"], r["steps"]) == (CFG, EVERY_W)}
@@ -145,7 +158,7 @@ def measure(
         "schema": SCHEMA,
         "provenance": facts | {"guide_sha256": {p.name: sha256(p) for p in sorted(guide.glob("*.safetensors"))}},
         "settings": {
-            "images": images, "seeds": seeds, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
+            "base": base, "images": images, "seeds": seeds, "device": device, "batch": batch, "sampler": "DDIM, eta 0",
             "gains": measurer.gains, "seconds": round(time.monotonic() - begun, 1),
         },
         "real": recalls(measurer.head.ranks(measurer.real.features, [a.concept for a in measurer.rows]))
@@ -240,7 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--guide", default="emoji-tiny", help="name or folder")
     one.add_argument("--table", help="values from t = 0 to 999, separated by commas; default: fit it first")
     add_sampling_options(one, "number of images of trained captions for each row", 64)
-    one.add_argument("--json", type=Path, default=RESULTS)
+    one.add_argument("--base", choices=(TEACHER, *FINE_TUNES), default=TEACHER)
+    one.add_argument("--json", type=Path, help="default: by the base, in benchmarks/results")
     one.add_argument("--seeds", type=int, default=3)
     one.add_argument("--processes", type=int, default=1)
     two = what.add_parser("report")
@@ -255,10 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
         table = fitted(a.guide) if a.table is None else [float(v) for v in a.table.split(",")]
         words = ["python", "-m", "benchmarks.emoji.gains", "measure", "--guide", folder.name]
         words += ["--table", ",".join(f"{g:g}" for g in table), "--images", str(a.images), "--seeds", str(a.seeds)]
+        words += ["--base", a.base] if a.base != TEACHER else []
         words += ["--device", a.device, "--batch", str(a.batch)] if a.device != "cpu" else []
         measure(
-            folder, table, a.cache, a.judge, a.json, images=a.images, seeds=a.seeds, device=a.device, batch=a.batch,
-            processes=a.processes, command=shlex.join(words),
+            folder, table, a.cache, a.judge, a.json or results_of(a.base), images=a.images, seeds=a.seeds,
+            device=a.device, batch=a.batch, processes=a.processes, command=shlex.join(words), base=a.base,
         )  # fmt: skip
     except (InputError, ValueError) as error:
         parser.error(str(error))

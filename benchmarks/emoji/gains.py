@@ -188,10 +188,48 @@ def finding(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def page(document: dict[str, Any]) -> str:
-    """Render the record as ``docs/gain.md``."""
-    settings, stated = document["settings"], document["provenance"]
+def _made_by(document: dict[str, Any], path: Path) -> str:
+    stated = document["provenance"]
     device = stated["device"]["gpu"] or stated["device"]["processor"]
+    return (
+        f"`{path}`, which was made by `{stated['command']}` ({stated['date'][:10]}, {device}, torch "
+        f"{stated['versions']['torch']})"
+    )
+
+
+def tables(document: dict[str, Any], level: str) -> list[str]:
+    """One table for each number of steps, under headings of this level."""
+    lines = []
+    for steps in sorted({r["steps"] for r in document["cells"]}, reverse=True):
+        lines += [
+            f"{level} {steps} steps",
+            "",
+            "| gain | w | KID ↓ | KID gain over CFG ↑ | R@1, % ↑ | R@1 gain over CFG, points ↑ "
+            "| PSNR to CFG's image, dB ↑ | chroma | CFG's w of equal chroma |",
+            "|---|---:|---|---|---|---|---:|---:|---:|",
+        ]
+        for r in (r for r in document["cells"] if r["steps"] == steps):
+            kid, recall = r["kid"], r["R@1"]
+            over, points, psnr, equal = "–", "–", "–", "–"
+            if r["gain"] != CFG:
+                g, h = (r["gain_over_cfg"][k] for k in ("kid", "R@1"))
+                over = f"{g['value']:+.4f} [{g['low']:+.4f}, {g['high']:+.4f}]"
+                points = f"{100 * h['value']:+.1f} [{100 * h['low']:+.1f}, {100 * h['high']:+.1f}]"
+                psnr = f"{r['distance_to_cfg']['psnr_db']['value']:.1f}"
+                equal_w = r.get("w_of_equal_chroma")
+                equal = "–" if equal_w is None else f"{equal_w:g}"
+            name = "CFG" if r["gain"] == CFG else "no gain" if r["gain"] == PLAIN else r["gain"]
+            lines.append(
+                f"| {name} | {r['w']:g} | {kid['value']:.4f} [{kid['low']:.4f}, {kid['high']:.4f}] | {over} |"
+                f" {100 * recall['value']:.1f} | {points} | {psnr} | {r['chroma']:.4f} | {equal} |"
+            )
+        lines.append("")
+    return lines
+
+
+def page(document: dict[str, Any], tuned: Sequence[dict[str, Any]] = ()) -> str:
+    """Render the record of the base, and those of fine-tunes, as ``docs/gain.md``."""
+    settings = document["settings"]
     seeds = settings["seeds"]
     noises = "one set of noise" if seeds == 1 else f"w = 3 has {seeds} sets of noise, the others one"
     intro = (
@@ -200,15 +238,14 @@ def page(document: dict[str, Any]) -> str:
         "which the change is as long as the teacher's. This page compares the bundled tiny guide without a gain, with "
         "constant gains, with a table and with the square root of the table, on "
         f"{settings['images']} trained captions; {noises}. "
-        "Intervals are 95 %. The gain in KID is relative to CFG with the same w, steps, captions and noise, and "
-        "paired; above 0 is better than CFG. The last column is the w at which CFG's images have the same chroma; it "
-        "means little where chroma hardly depends on w."
+        "Intervals are 95 %. The gains in KID and R@1 are relative to CFG with the same w, steps, captions and noise, "
+        "and paired; above 0 is better than CFG. The last column is the w at which CFG's images have the same chroma; "
+        "it means little where chroma hardly depends on w."
     )
     lines = [
         "# The gain of a guide's residuals",
         "",
-        "Written by `python -m benchmarks.emoji.gains report` from `benchmarks/results/emoji-gains.json`, which was "
-        f"made by `{stated['command']}` ({stated['date'][:10]}, {device}, torch {stated['versions']['torch']}).",
+        f"Written by `python -m benchmarks.emoji.gains report` from {_made_by(document, RESULTS)}.",
         "",
         intro,
         "",
@@ -216,30 +253,18 @@ def page(document: dict[str, Any]) -> str:
         "",
         "The table, from t = 0 to 999: " + ", ".join(f"{g:.2f}" for g in settings["gains"]["table"]) + ".",
         "",
+        *tables(document, "##"),
     ]
-    for steps in sorted({r["steps"] for r in document["cells"]}, reverse=True):
+    for other in tuned:
+        base = other["settings"]["base"]
         lines += [
-            f"## {steps} steps",
+            f"## In {base}",
             "",
-            "| gain | w | KID ↓ | KID gain over CFG ↑ | R@1, % ↑ | PSNR to CFG's image, dB ↑ | chroma "
-            "| CFG's w of equal chroma |",
-            "|---|---:|---|---|---|---:|---:|---:|",
+            f"The base's guide and gains in a fine-tune, compared with the fine-tune's own CFG on "
+            f"{other['settings']['images']} of its captions: {_made_by(other, results_of(base))}.",
+            "",
+            *tables(other, "###"),
         ]
-        for r in (r for r in document["cells"] if r["steps"] == steps):
-            kid, recall = r["kid"], r["R@1"]
-            over, psnr, equal = "–", "–", "–"
-            if r["gain"] != CFG:
-                g = r["gain_over_cfg"]["kid"]
-                over = f"{g['value']:+.4f} [{g['low']:+.4f}, {g['high']:+.4f}]"
-                psnr = f"{r['distance_to_cfg']['psnr_db']['value']:.1f}"
-                equal_w = r.get("w_of_equal_chroma")
-                equal = "–" if equal_w is None else f"{equal_w:g}"
-            name = "CFG" if r["gain"] == CFG else "no gain" if r["gain"] == PLAIN else r["gain"]
-            lines.append(
-                f"| {name} | {r['w']:g} | {kid['value']:.4f} [{kid['low']:.4f}, {kid['high']:.4f}] | {over} |"
-                f" {100 * recall['value']:.1f} | {psnr} | {r['chroma']:.4f} | {equal} |"
-            )
-        lines.append("")
     return "\n".join(lines)
 
 
@@ -262,7 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--document", type=Path, default=Path("docs/gain.md"))
     a = parser.parse_args(arguments)
     if a.what == "report":
-        a.document.write_text(page(read(a.json)))
+        tuned = [read(path) for path in map(results_of, FINE_TUNES) if path.is_file()]
+        a.document.write_text(page(read(a.json), tuned))
         return
     try:
         folder = guide_folder(a.guide)

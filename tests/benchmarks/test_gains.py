@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from benchmarks.emoji import gains  # noqa: E402
+from benchmarks.emoji.runner import captions  # noqa: E402
 from pnp_trt.models.bases import resolve  # noqa: E402
 
 from .test_tables import ROOT, Eyes  # noqa: E402
@@ -50,3 +52,35 @@ def test_a_run_on_the_micro_teacher(
     assert text.count("\n| table | 3 |") == 2 and "2.00, 1.00" in text and "a command" in text
     assert str(tmp_path) not in text
     assert gains.measure(*where, **options, processes=2)["cells"] == document["cells"]
+
+
+def test_a_fine_tune_is_measured_with_its_own_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gains, "TUNED_STEPS", {3.0: (2,)})
+    monkeypatch.setattr(gains, "FeatureExtractor", lambda _device: Eyes())
+    seen: list[str] = []
+
+    def real(rows: Any, _cache: Path) -> np.ndarray:
+        seen.extend(a.style for a in rows)
+        return np.random.default_rng(0).integers(0, 256, (len(rows), 64, 64, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(gains, "real_images", real)
+    out = tmp_path / "r.json"
+    arguments = ["measure", "--table", "2,1", "--images", "4", "--seeds", "1", "--json", str(out)]
+    gains.main([*arguments, "--base", "emoji-flat"])
+    tuned = json.loads(out.read_text())
+    assert set(seen) == {"flat"} and tuned["settings"]["base"] == "emoji-flat"
+    assert tuned["provenance"]["command"].endswith("--base emoji-flat")
+    # the U-Net is the fine-tune's: the same captions and noise give other images with the base's
+    monkeypatch.setattr(gains, "STEPS", {3.0: (2,)})
+    monkeypatch.setattr(gains, "captions", lambda _name, images: captions("emoji-flat", images))
+    gains.main(arguments)
+    document = json.loads(out.read_text())
+    kids = [next(c for c in d["cells"] if c["gain"] == "cfg")["kid"]["value"] for d in (tuned, document)]
+    assert kids[0] != kids[1]
+    text = gains.page(document, [tuned])
+    assert text.index("## 2 steps") < text.index("## In emoji-flat") < text.index("### 2 steps")
+    assert "benchmarks/results/emoji-gains-flat.json" in text and "4 of its captions" in text
+    row = next(c for c in tuned["cells"] if c["gain"] == "none")["gain_over_cfg"]["R@1"]
+    assert f"{100 * row['value']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" in text

@@ -464,14 +464,13 @@ def test_the_page_is_written_from_the_json(measured: dict[str, Any], tmp_path: P
 def test_unequal_training_is_not_reported(measured: dict[str, Any], tmp_path: Path) -> None:
     other = json.loads(json.dumps(measured))
     other["rivals"]["full"]["steps"] = 5
-    rest = (tmp_path / "rivals.md", "Title", "record.json", "command")
     with pytest.raises(InputError, match="differ in training steps"):
-        report.write_report(other, *rest)
+        report.write_report(other, tmp_path / "rivals.md")
     other["rivals"]["full"] |= {"steps": 3, "pilot_steps": 9}
     with pytest.raises(InputError, match=r"pilots differ in steps: \[0, 9\]"):
-        report.write_report(other, *rest)
+        report.write_report(other, tmp_path / "rivals.md")
     with pytest.raises(InputError, match="not a record of the rivals"):
-        report.write_report({"schema": "pnp-trt/emoji-tables/1"}, *rest)
+        report.write_report({"schema": "pnp-trt/emoji-tables/1"}, tmp_path / "rivals.md")
 
 
 def test_missing_files_and_invalid_options_are_reported(

@@ -7,6 +7,9 @@ on a GPU), ``measure``, ``report``.  To add a rival, register a subclass of :cla
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from pnp_trt.registry import Registry
 
 from .base import Rival
@@ -26,4 +29,20 @@ RIVALS: Registry[type[Rival]] = Registry(
         "tiny+sharpener+offsets": f"{_HERE}.guides:TinySharpenerAndOffsets",
         "full": f"{_HERE}.guides:FullRival",
     },
+)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that ``report`` writes: its title, record, file, and the options of the command."""
+
+    title: str
+    record: Path
+    document: Path
+    options: str = ""
+
+
+PAGE = Page("Rivals at an equal budget", Path("benchmarks/results/emoji-rivals.json"), Path("docs/rivals.md"))
+JOINT = Page(
+    "Parts trained jointly", Path("benchmarks/results/emoji-joint.json"), Path("docs/joint-parts.md"), " --joint"
 )

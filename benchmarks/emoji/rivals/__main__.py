@@ -13,9 +13,7 @@ from pathlib import Path
 from pnp_trt.errors import InputError
 
 from ...records import add_sampling_options, read
-from . import RIVALS
-
-RESULTS = Path("benchmarks/results/emoji-rivals.json")
+from . import JOINT, PAGE, RIVALS
 
 
 def _rate(text: str) -> tuple[str, float]:
@@ -62,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--negative", action="store_true",
         help="train with a negative prompt for each state, for benchmarks.emoji.negative --rivals",
     )  # fmt: skip
-    two.add_argument("--json", type=Path, default=RESULTS)
+    two.add_argument("--json", type=Path, default=PAGE.record)
     two.add_argument("--steps", type=_counts, default="50,16,8", help="numbers of steps on the base, comma-separated")
     two.add_argument("--tuned-steps", type=_counts, default="16", help="numbers of steps in the fine-tunes")
     add_sampling_options(two, "number of images per cell", 64)
@@ -70,22 +68,19 @@ def main(arguments: list[str] | None = None) -> None:
         "--processes", type=int, default=1, help="number of processes that measure, and on a CPU also sample"
     )
     three = what.add_parser("report")
-    three.add_argument("--json", type=Path, default=RESULTS)
-    three.add_argument("--document", type=Path, default=Path("docs/rivals.md"))
-    three.add_argument("--title", default="Rivals at an equal budget", help="first heading of the page")
+    three.add_argument("--joint", action="store_true", help=f"write {JOINT.document} from {JOINT.record} instead")
+    three.add_argument("--json", type=Path, help="another record")
+    three.add_argument("--document", type=Path, help="another page")
     a = parser.parse_args(arguments)
     try:
         if a.what == "report":
             from .report import write_report
 
-            if not a.json.is_file():
-                raise InputError(f"{a.json} does not exist; run: python -m benchmarks.emoji.rivals measure")
-            options = []
-            for option in ("json", "document", "title"):
-                if getattr(a, option) != three.get_default(option):
-                    options += [f"--{option}", str(getattr(a, option))]
-            command = ["python", "-m", "benchmarks.emoji.rivals", "report", *options]
-            write_report(read(a.json), a.document, a.title, str(a.json), shlex.join(command))
+            page = JOINT if a.joint else PAGE
+            record = a.json or page.record
+            if not record.is_file():
+                raise InputError(f"{record} does not exist; run: python -m benchmarks.emoji.rivals measure")
+            write_report(read(record), a.document or page.document, page)
         elif a.what == "measure":
             from ..provenance import relative
             from .measure import measure

@@ -13,6 +13,7 @@ from pnp_trt.errors import InputError
 from ..cells import TEACHER
 from ..compare import outcome
 from ..tables_report import DASH, marked, number, recall_of, table
+from . import PAGE, Page
 from .measure import CFG, NONE, OURS, SCHEMA
 from .world import BASES
 
@@ -22,7 +23,7 @@ SAME_BUDGET = 1.1
 
 TEXT = """# {title}
 
-Written by `{report}` from `{record}`, which was made by
+Written by `python -m benchmarks.emoji.rivals report{options}` from `{record}`, which was made by
 `{command}` ({date}, {where}, torch {torch}).
 
 Classifier-free guidance (CFG) takes two evaluations of the U-Net per step. Each rival below takes one and leaves the
@@ -219,13 +220,8 @@ def verdicts(document: Row) -> str:
     return "\n".join(lines) or "No rival was measured in this run."
 
 
-def write_report(document: Row, path: Path, title: str, record: str, command: str) -> None:
-    """Write the page.
-
-    Args:
-        title: first heading of the page.
-        record: path of the JSON, as the page names it.
-        command: the command that writes this page.
+def write_report(document: Row, path: Path, page: Page = PAGE) -> None:
+    """Write ``page`` to ``path``.
 
     Raises:
         InputError: if the JSON is not a record of ``measure``.
@@ -240,7 +236,7 @@ def write_report(document: Row, path: Path, title: str, record: str, command: st
     device = facts["device"]
     ceilings = [f"{base}, R@1 {recall_of(r, 1)} %, chroma {r['chroma']:.3f}" for base, r in document["real"].items()]
     text = TEXT.format(
-        title=title, report=command, record=record, paired=paired(document),
+        title=page.title, options=page.options, record=page.record, paired=paired(document),
         command=facts["command"], date=facts["date"][:10], where=device["gpu"] or device["processor"],
         torch=facts["versions"]["torch"], steps=counts[0][0], batch=counts[0][1], states=training["states"],
         loss=training["loss"], forms=forms(document), macs_of_unet=rivals[0]["macs_of_unet"] / 1e6,

@@ -10,7 +10,7 @@ RESUME ?=
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-fast test-ray test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji gains rivals clean
+.PHONY: help demo test test-fast test-ray test-portability coverage docs campaign soak lint bench tables ablation train-speed faults realsize precision trt-api gpu emoji gains rivals joint clean
 
 help:
 	@echo "make demo   install, then build, sample and bench the bundled model; results in $(DEMO)/"
@@ -33,6 +33,7 @@ help:
 	@echo "make gpu    tests and benchmarks that need a GPU (minutes; skipped without one)"
 	@echo "make gains  effect of gains of the bundled guide, compared with CFG (an hour on a CPU, a minute on a GPU)"
 	@echo "make rivals other ways to distil guidance, measured at an equal budget (minutes on a GPU; resumable)"
+	@echo "make joint  guide, sharpener and offsets trained jointly and alone, and negative prompts (hours; resumable)"
 	@echo "make emoji  train the bundled model from scratch (hours on a CPU; resumable)"
 
 $(BIN)/python:
@@ -174,6 +175,23 @@ rivals: $(VENV)/.dev-installed
 	$(BIN)/python -m benchmarks.emoji.rivals train --steps 800 --pilot 40
 	$(BIN)/python -m benchmarks.emoji.rivals measure --device cuda --batch 512 --processes $$(nproc)
 	$(BIN)/python -m benchmarks.emoji.rivals report
+
+# equal learning rates for the tiny guide and its combinations, as docs/joint-parts.md states
+JOINT_RATES = --lr sharpener=0.003 --lr additive=0.003 \
+	$(foreach name,tiny tiny+sharpener tiny+offsets tiny+sharpener+offsets,--lr $(name)=0.009)
+JOINT_NAMES = tiny,sharpener,additive,tiny+sharpener,tiny+offsets,tiny+sharpener+offsets
+
+joint: $(VENV)/.dev-installed
+	$(PIP_INSTALL) -e '.[recipe]'
+	test -f build/emoji/pack.npz || $(BIN)/python -m benchmarks.emoji.gpu_train pack
+	$(BIN)/python -m benchmarks.emoji.rivals train --steps 400 --batch 96 --out build/emoji/joint \
+		--only $(JOINT_NAMES) $(JOINT_RATES)
+	$(BIN)/python -m benchmarks.emoji.rivals measure --images 256 --steps 16,8 --out build/emoji/joint \
+		--json benchmarks/results/emoji-joint.json --processes $$(nproc)
+	$(BIN)/python -m benchmarks.emoji.rivals report --joint
+	$(BIN)/python -m benchmarks.emoji.rivals train --steps 300 --batch 64 --negative --out build/emoji/negative \
+		--only sharpener,tiny+sharpener --lr sharpener=0.003 --lr tiny+sharpener=0.009
+	$(BIN)/python -m benchmarks.emoji.negative --rivals build/emoji/negative --images 256
 
 emoji: $(BIN)/python
 	$(PIP_INSTALL) -e '.[recipe]'

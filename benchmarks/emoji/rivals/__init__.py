@@ -34,15 +34,25 @@ RIVALS: Registry[type[Rival]] = Registry(
 
 @dataclass(frozen=True)
 class Page:
-    """A page that ``report`` writes: its title, record, file, and the options of the command."""
+    """A page that ``report`` writes.
+
+    Attributes:
+        title: its first heading.
+        record, document: the JSON and the page.
+        options: the command's options for it.
+        note: sentence on the learning rates.
+    """
 
     title: str
     record: Path
     document: Path
     options: str = ""
+    note: str = ""
 
 
 PAGE = Page("Rivals at an equal budget", Path("benchmarks/results/emoji-rivals.json"), Path("docs/rivals.md"))
 JOINT = Page(
-    "Parts trained jointly", Path("benchmarks/results/emoji-joint.json"), Path("docs/joint-parts.md"), " --joint"
-)
+    "Parts trained jointly", Path("benchmarks/results/emoji-joint.json"), Path("docs/joint-parts.md"), " --joint",
+    " They are those that the pilot of [rivals](rivals.md) chose for the tiny guide, the sharpener and the additive "
+    "adapters; combinations have the tiny guide's.",
+)  # fmt: skip

@@ -241,7 +241,7 @@ def write_report(document: Row, path: Path, page: Page = PAGE) -> None:
         torch=facts["versions"]["torch"], steps=counts[0][0], batch=counts[0][1], states=training["states"],
         loss=training["loss"], forms=forms(document), macs_of_unet=rivals[0]["macs_of_unet"] / 1e6,
         unequal=unequal(document), cost=cost(document), images=settings["images"],
-        rates=rates(rivals), ceiling=f"The artists' own images: {'; '.join(ceilings)}.",
+        rates=rates(rivals) + page.note, ceiling=f"The artists' own images: {'; '.join(ceilings)}.",
         verdicts=verdicts(document),
         base=cells(document, [TEACHER]), tuned=cells(document, BASES[1:]),
         error_states=settings["error_batch"] * settings["error_rounds"], error=error(document),

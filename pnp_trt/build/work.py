@@ -315,7 +315,7 @@ def engine_parity(
     from ..runtime.verify import compare, gate
 
     if all(n.file == n.graph for n in networks.values()):
-        return "the graphs are what runs"
+        return "not compiled: the backend runs the graphs"
     if reason := backend.cannot_run(target):
         return f"not measured: {reason}; run pnp-trt verify on the machine that serves it"
     errors = compare(backend, folder, networks, golden)

@@ -36,11 +36,12 @@ class Probes:
     @classmethod
     @torch.no_grad()
     def collect(cls, loop: Loop, seed: int, images: int, most: int) -> Probes:
-        """Collect about ``most`` evenly spaced states of one run."""
+        """Collect evenly spaced states of one run, at most ``most``."""
         states: list[tuple[Tensor, int, Tensor, Tensor]] = []
         loop.run(seed, images, lambda *state: states.append(state))
-        step = max(1, len(states) // most)
-        states = states[step // 2 :: step]
+        count = min(most, len(states))
+        # the middle of each of ``count`` equal parts of the run
+        states = [states[(2 * i + 1) * len(states) // (2 * count)] for i in range(count)]
         return cls(states, [loop.predict(*s) for s in states])
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from pnp_trt.precision.int8.calibrate import UNEVEN, CalibrationConfig, calibrat
 from pnp_trt.precision.int8.observe import candidates
 from pnp_trt.precision.int8.record import Record
 from pnp_trt.precision.int8.simulate import quantised
+from pnp_trt.precision.int8.sweep import Probes
 
 from ...conftest import Result
 
@@ -35,6 +36,26 @@ def test_every_candidate_is_observed_at_all_timesteps(micro_record: Path) -> Non
         assert (layer.kind == "linear") == bool(layer.channels)
         if layer.channels:
             assert max(layer.channels) == layer.amax["max"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "most", "chosen"),
+    [(20, 10, [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]), (19, 10, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]), (3, 10, [0, 1, 2]),
+     (5, 1, [2])],
+)  # fmt: skip
+def test_probes_are_evenly_spaced_and_at_most_as_many_as_requested(steps: int, most: int, chosen: list[int]) -> None:
+    class Steps:
+        """A loop whose states are the numbers of its steps."""
+
+        def run(self, seed: int, images: int, collect: Callable[..., None]) -> None:
+            for i in range(steps):
+                collect(i)
+
+        def predict(self, i: int) -> int:
+            return 100 + i
+
+    probes: Any = Probes.collect(Steps(), 0, 4, most)  # type: ignore[arg-type]
+    assert [i for (i,) in probes.states] == chosen and probes.predictions == [100 + i for i in chosen]
 
 
 def test_the_decision_follows_from_the_sweep(micro_record: Path) -> None:

@@ -186,7 +186,7 @@ joint: $(VENV)/.dev-installed
 	test -f build/emoji/pack.npz || $(BIN)/python -m benchmarks.emoji.gpu_train pack
 	$(BIN)/python -m benchmarks.emoji.rivals train --steps 400 --batch 96 --out build/emoji/joint \
 		--only $(JOINT_NAMES) $(JOINT_RATES)
-	$(BIN)/python -m benchmarks.emoji.rivals measure --images 256 --steps 16,8 --out build/emoji/joint \
+	$(BIN)/python -m benchmarks.emoji.rivals measure --images 256 --steps 16,8 --error-batches 4 --out build/emoji/joint \
 		--json benchmarks/results/emoji-joint.json --processes $$(nproc)
 	$(BIN)/python -m benchmarks.emoji.rivals report --joint
 	$(BIN)/python -m benchmarks.emoji.rivals train --steps 300 --batch 64 --negative --out build/emoji/negative \

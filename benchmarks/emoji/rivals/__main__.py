@@ -63,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--json", type=Path, default=PAGE.record)
     two.add_argument("--steps", type=_counts, default="50,16,8", help="numbers of steps on the base, comma-separated")
     two.add_argument("--tuned-steps", type=_counts, default="16", help="numbers of steps in the fine-tunes")
+    two.add_argument(
+        "--error-batches", type=int, default=12, help="batches of 256 fresh states for the error; 0 for none"
+    )
     add_sampling_options(two, "number of images per cell", 64)
     two.add_argument(
         "--processes", type=int, default=1, help="number of processes that measure, and on a CPU also sample"
@@ -89,13 +92,14 @@ def main(arguments: list[str] | None = None) -> None:
             words += ["--device", a.device, "--batch", str(a.batch)]
             for option, value in (
                 ("steps", ",".join(map(str, a.steps))), ("tuned-steps", ",".join(map(str, a.tuned_steps))),
-                ("out", relative(a.out)), ("json", relative(a.json)),
+                ("error-batches", str(a.error_batches)), ("out", relative(a.out)), ("json", relative(a.json)),
             ):  # fmt: skip
                 if value != str(two.get_default(option.replace("-", "_"))):
                     words += [f"--{option}", value]
             measure(
                 a.assets, a.data, a.out, a.judge, a.cache, a.json, images=a.images, device=a.device, batch=a.batch,
                 processes=a.processes, command=shlex.join(words), steps=a.steps, tuned=a.tuned_steps,
+                rounds=a.error_batches,
             )  # fmt: skip
         else:
             from .train import train

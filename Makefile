@@ -186,12 +186,12 @@ joint: $(VENV)/.dev-installed
 	test -f build/emoji/pack.npz || $(BIN)/python -m benchmarks.emoji.gpu_train pack
 	$(BIN)/python -m benchmarks.emoji.rivals train --steps 400 --batch 96 --out build/emoji/joint \
 		--only $(JOINT_NAMES) $(JOINT_RATES)
-	$(BIN)/python -m benchmarks.emoji.rivals measure --images 256 --steps 16,8 --error-batches 4 --out build/emoji/joint \
+	$(BIN)/python -m benchmarks.emoji.rivals measure --images 256 --steps 16,8 --tuned-steps 8 --error-batches 4 --out build/emoji/joint \
 		--json benchmarks/results/emoji-joint.json --processes $$(nproc)
 	$(BIN)/python -m benchmarks.emoji.rivals report --joint
 	$(BIN)/python -m benchmarks.emoji.rivals train --steps 300 --batch 64 --negative --out build/emoji/negative \
 		--only sharpener,tiny+sharpener --lr sharpener=0.003 --lr tiny+sharpener=0.009
-	$(BIN)/python -m benchmarks.emoji.negative --rivals build/emoji/negative --images 256
+	$(BIN)/python -m benchmarks.emoji.negative --rivals build/emoji/negative --images 128
 
 emoji: $(BIN)/python
 	$(PIP_INSTALL) -e '.[recipe]'

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 PAGES: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
     "deepcache.md": (deepcache.main, ["report"]),
     "gain.md": (gains.main, ["report"]),
+    "joint-parts.md": (rivals.main, ["report", "--joint"]),
     "no-training.md": (free_report.main, []),
     "rivals.md": (rivals.main, ["report"]),
     "step-lora.md": (step_lora.main, ["report"]),

@@ -45,7 +45,9 @@ class World:
         if not data.is_file():
             raise InputError(f"{data} does not exist; run: python -m benchmarks.emoji.gpu_train pack")
         self.assets, self.device = assets, device
-        self.held = np.load(data)
+        with np.load(data) as file:
+            # all at once: forked processes would share the position in an open file
+            self.held = dict(file)
         self.vae = AutoencoderTiny.from_pretrained(assets / "emoji/vae").float().to(device).requires_grad_(False)
         self.encoder = CLIPTextModel.from_pretrained(assets / "emoji/text_encoder").float().to(device)
         self.encoder.requires_grad_(False).eval()

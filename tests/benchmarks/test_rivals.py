@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.emoji.rivals.__main__ import main  # noqa: E402
 from benchmarks.emoji.rivals.base import Rival  # noqa: E402
 from benchmarks.emoji.rivals.sharpener import Sharpener  # noqa: E402
 from benchmarks.emoji.rivals.train import load, train  # noqa: E402
+from benchmarks.emoji.rivals.world import World  # noqa: E402
 from pnp_trt.assets import ROOT as ASSETS  # noqa: E402
 from pnp_trt.errors import InputError  # noqa: E402
 from tests.test_words import findings, prose  # noqa: E402
@@ -227,6 +229,16 @@ def test_training_writes_every_rival_and_its_record(trained: Path, unet: Any) ->
         fresh = RIVALS[name].from_unet(unet).state_dict()
         moved = {k for k, v in rival.state_dict().items() if not torch.equal(v, fresh[k])}
         assert moved and all(v.isfinite().all() for v in rival.state_dict().values())
+
+
+def test_the_data_is_read_at_once(pack: Path, tmp_path: Path) -> None:
+    """Forked processes would share the position in an open file, so the file is closed, and can be removed."""
+    copy = tmp_path / "pack.npz"
+    shutil.copy(pack, copy)
+    world = World(ASSETS, copy, torch.device("cpu"))
+    copy.unlink()
+    with np.load(pack) as file:
+        assert all(np.array_equal(world.held[name], file[name]) for name in file.files)
 
 
 def test_training_skips_trained_rivals(

@@ -54,5 +54,6 @@ PAGE = Page("Rivals at an equal budget", Path("benchmarks/results/emoji-rivals.j
 JOINT = Page(
     "Parts trained jointly", Path("benchmarks/results/emoji-joint.json"), Path("docs/joint-parts.md"), " --joint",
     " They are those that the pilot of [rivals](rivals.md) chose for the tiny guide, the sharpener and the additive "
-    "adapters; combinations have the tiny guide's.",
+    "adapters; combinations have the tiny guide's. Trainings ran beside other work, so the times of their steps cannot "
+    "be compared.",
 )  # fmt: skip

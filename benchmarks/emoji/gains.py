@@ -41,13 +41,6 @@ from .tables import spread
 
 SCHEMA = "pnp-trt/emoji-gains/2"
 RESULTS = Path("benchmarks/results/emoji-gains.json")
-
-
-def results_of(base: str) -> Path:
-    """The record of the base or of a fine-tune."""
-    return RESULTS if base == TEACHER else RESULTS.with_stem(f"{RESULTS.stem}-{base.removeprefix('emoji-')}")
-
-
 CONSTANTS = (1.3, 1.6)
 SCALES = (2.0, 3.0, 5.0, 8.0)
 #: the number of steps that is sampled at every w
@@ -55,6 +48,11 @@ EVERY_W = 16
 STEPS = {w: (50, EVERY_W, 8) if w == 3.0 else (EVERY_W,) for w in SCALES}
 TUNED_STEPS = {3.0: (50, EVERY_W), 5.0: (EVERY_W,)}
 CFG, PLAIN = "cfg", "none"
+
+
+def results_of(base: str) -> Path:
+    """The record of the base or of a fine-tune."""
+    return RESULTS if base == TEACHER else RESULTS.with_stem(f"{RESULTS.stem}-{base.removeprefix('emoji-')}")
 
 
 def gains(table: Sequence[float]) -> dict[str, list[float] | None]:

@@ -51,20 +51,20 @@ BATCH = 16
 
 #: (unit noise ``[B, C, H, W]``, text states of the prompts and of the negative prompts ``[B, tokens, D]``, of the empty
 #: prompt ``[1, tokens, D]``, w, schedule) → latents
-Way = Callable[[Tensor, Tensor, Tensor, Tensor, float, Schedule], Tensor]
+Method = Callable[[Tensor, Tensor, Tensor, Tensor, float, Schedule], Tensor]
 
 
-def cfg(unet: Any, batch: int, ignored: bool = False) -> Way:
+def cfg(unet: Any, batch: int, ignored: bool = False) -> Method:
     """CFG with the negative prompt, or with the empty one in its place."""
     plain = Network(unet, None, FLOAT32, False, 2 * batch)
 
-    def way(x: Tensor, text: Tensor, negative: Tensor, empty: Tensor, w: float, schedule: Schedule) -> Tensor:
+    def generate(x: Tensor, text: Tensor, negative: Tensor, empty: Tensor, w: float, schedule: Schedule) -> Tensor:
         return denoise(plain, schedule, x, text, empty if ignored else negative, Guidance("cfg", w))
 
-    return way
+    return generate
 
 
-def guide_ways(unet: Any, guide: Any, batch: int) -> dict[str, Way]:
+def guide_methods(unet: Any, guide: Any, batch: int) -> dict[str, Method]:
     """A guide with its sharpener, and without it."""
     guided = Network(unet, guide, FLOAT32, False, batch)
 
@@ -79,26 +79,26 @@ def guide_ways(unet: Any, guide: Any, batch: int) -> dict[str, Way]:
     return {WITH: sharpened, WITHOUT: alone}
 
 
-def rival_way(unet: Any, rival: Rival) -> Way:
+def rival_method(unet: Any, rival: Rival) -> Method:
     """A rival that reads the negative prompt in the place of the empty one."""
 
-    def way(x: Tensor, text: Tensor, negative: Tensor, empty: Tensor, w: float, schedule: Schedule) -> Tensor:
+    def generate(x: Tensor, text: Tensor, negative: Tensor, empty: Tensor, w: float, schedule: Schedule) -> Tensor:
         def predict(x: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
             return rival(unet, x.contiguous(memory_format=torch.channels_last), t, text, negative, w)
 
         return denoise(predict, schedule, x, text, empty, Guidance("guided", w))
 
-    return way
+    return generate
 
 
 @torch.no_grad()
 def sample(
-    sampler: Sampler, ways: dict[str, Way], images: int, steps: int, w: float, batch: int = BATCH
+    sampler: Sampler, methods: dict[str, Method], images: int, steps: int, w: float, batch: int = BATCH
 ) -> dict[str, Any]:
     """Images uint8 ``[N, H, W, 3]`` by method; each caption's negative prompt is the caption half a set further."""
     rows = captions("train", images)
     avoided = rows[images // 2 :] + rows[: images // 2]
-    schedule, pixels = sampler.schedule(steps), {name: [] for name in ways}
+    schedule, pixels = sampler.schedule(steps), {name: [] for name in methods}
     size = sampler.unet.config.sample_size
     for i in range(0, images, batch):
         some, others = rows[i : i + batch], avoided[i : i + batch]
@@ -107,8 +107,8 @@ def sample(
         x = x.to(sampler.device)
         text, negative = (sampler.text([a.prompt for a in each]) for each in (some, others))
         empty = sampler.text([""])
-        for name, way in ways.items():
-            pixels[name].append(sampler.decode(way(x, text, negative, empty, w, schedule)))
+        for name, generate in methods.items():
+            pixels[name].append(sampler.decode(generate(x, text, negative, empty, w, schedule)))
     return {name: np.concatenate(parts) for name, parts in pixels.items()}
 
 
@@ -130,7 +130,7 @@ def compared(images: dict[str, Any], extract: Any, baseline: str) -> dict[str, A
 
 
 def measure(
-    sampler: Sampler, ways: dict[str, Way], baseline: str, results: Path, images: int, steps: int, command: str,
+    sampler: Sampler, methods: dict[str, Method], baseline: str, results: Path, images: int, steps: int, command: str,
     about: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Sample and measure; write the record to ``results`` and return it.
@@ -145,8 +145,8 @@ def measure(
     if images < 4:
         raise InputError(f"images must be at least 4, got {images}")
     facts, begun, extract = machine(command), time.monotonic(), FeatureExtractor(sampler.device)
-    ways = {CFG: cfg(sampler.unet, BATCH), IGNORED: cfg(sampler.unet, BATCH, ignored=True), **ways}
-    rows = [{"w": w, **compared(sample(sampler, ways, images, steps, w), extract, baseline)} for w in SCALES]
+    methods = {CFG: cfg(sampler.unet, BATCH), IGNORED: cfg(sampler.unet, BATCH, ignored=True), **methods}
+    rows = [{"w": w, **compared(sample(sampler, methods, images, steps, w), extract, baseline)} for w in SCALES]
     document = {
         "schema": SCHEMA,
         "provenance": facts,
@@ -159,8 +159,8 @@ def measure(
     return document
 
 
-def with_guide(sampler: Sampler, name: str) -> tuple[dict[str, Way], dict[str, Any]]:
-    """Both ways to use a guide, and the record's facts about it.
+def with_guide(sampler: Sampler, name: str) -> tuple[dict[str, Method], dict[str, Any]]:
+    """A guide with and without its sharpener, and the record's facts about it.
 
     Raises:
         InputError: for a guide without a sharpener.
@@ -174,11 +174,11 @@ def with_guide(sampler: Sampler, name: str) -> tuple[dict[str, Way], dict[str, A
         "guide": json.loads(report.read_text()) if report.is_file() else None,
         "guide_sha256": {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))},
     }
-    return guide_ways(sampler.unet, guide, BATCH), about
+    return guide_methods(sampler.unet, guide, BATCH), about
 
 
-def with_rivals(sampler: Sampler, folder: Path) -> tuple[dict[str, Way], dict[str, Any]]:
-    """One way per rival in ``folder``, and the record's facts about them.
+def with_rivals(sampler: Sampler, folder: Path) -> tuple[dict[str, Method], dict[str, Any]]:
+    """One method per rival in ``folder``, and the record's facts about them.
 
     Raises:
         InputError: if the folder lacks the sharpener alone, or has rivals trained without negative prompts.
@@ -190,8 +190,8 @@ def with_rivals(sampler: Sampler, folder: Path) -> tuple[dict[str, Way], dict[st
             f"{folder} must contain rivals trained with negative prompts, {DICE} among them; run: "
             "python -m benchmarks.emoji.rivals train --negative"
         )
-    ways = {name: rival_way(sampler.unet, load(name, sampler.unet, folder)) for name in record["rivals"]}
-    return ways, {"rivals": record["rivals"], "training": {k: v for k, v in record.items() if k != "rivals"}}
+    methods = {name: rival_method(sampler.unet, load(name, sampler.unet, folder)) for name in record["rivals"]}
+    return methods, {"rivals": record["rivals"], "training": {k: v for k, v in record.items() if k != "rivals"}}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -211,16 +211,16 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sampler = Sampler(resolve(TEACHER).folder, device=a.device)
         if a.rivals is None:
-            ways, about = with_guide(sampler, a.guide)
+            methods, about = with_guide(sampler, a.guide)
             words += ["--guide", relative(guide_folder(a.guide))]
         else:
-            ways, about = with_rivals(sampler, a.rivals)
+            methods, about = with_rivals(sampler, a.rivals)
             words += ["--rivals", relative(a.rivals)]
         words += ["--images", str(a.images), "--steps", str(a.steps)]
         words += ["--device", a.device] if a.device != "cpu" else []
         results = a.json or (RESULTS if a.rivals is None else RIVALS_RESULTS)
         baseline = WITHOUT if a.rivals is None else DICE
-        document = measure(sampler, ways, baseline, results, a.images, a.steps, shlex.join(words), about)
+        document = measure(sampler, methods, baseline, results, a.images, a.steps, shlex.join(words), about)
     except InputError as error:
         parser.error(str(error))
     print(json.dumps(document["rows"], indent=1))

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from diffusers import UNet2DConditionModel  # noqa: E402  (needs torch)
+from diffusers import DDIMScheduler, UNet2DConditionModel  # noqa: E402  (needs torch)
 from safetensors.torch import load_file  # noqa: E402
 
 from benchmarks.emoji import gpu_train  # noqa: E402
@@ -23,6 +23,7 @@ from benchmarks.emoji.rivals.base import Rival  # noqa: E402
 from benchmarks.emoji.rivals.sharpener import Sharpener  # noqa: E402
 from benchmarks.emoji.rivals.train import load, train  # noqa: E402
 from benchmarks.emoji.rivals.world import World  # noqa: E402
+from benchmarks.emoji.train import scheduler_config  # noqa: E402
 from pnp_trt.assets import ROOT as ASSETS  # noqa: E402
 from pnp_trt.errors import InputError  # noqa: E402
 from tests.test_words import findings, prose  # noqa: E402
@@ -295,7 +296,7 @@ def test_training_with_negative_prompts(pack: Path, tmp_path: Path, capsys: pyte
     assert plain["sharpener"]["sha256"] != record["sharpener"]["sha256"] and not plain["sharpener"]["negative"]
     with pytest.raises(SystemExit):
         main(["train", "--data", str(pack), "--out", str(out), "--only", "tiny,sharpener", "--negative"])
-    assert "tiny: reads no negative prompt; with --negative use: sharpener, tiny+sharpener" in capsys.readouterr().err
+    assert "(sharpener, tiny+sharpener, tiny+sharpener+offsets), not tiny" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["measure", "--data", str(pack), "--out", str(out)])
     assert "are trained with negative prompts; measure them with" in capsys.readouterr().err
@@ -336,7 +337,7 @@ def test_the_loss_with_negative_prompts_equals_the_formula(unet: Any) -> None:
         (x, t, prompt, w), negative = drawn["batch"], drawn["negatives"]
         c, n = unet(x, t, prompt).sample, unet(x, t, negative).sample
         error = (predict(x, t, prompt, w, negative) - n - w[:, None, None, None] * (c - n)) ** 2
-        abar = gpu_train.alphas(torch.device("cpu"))
+        abar = DDIMScheduler(**scheduler_config()).alphas_cumprod
         weights = ((1 - abar) / abar).clamp(max=5.0)
         expected = (error * (weights / weights.mean())[t][:, None, None, None] / w[:, None, None, None]).mean()
     assert loss == pytest.approx(float(expected), rel=1e-4)

@@ -145,7 +145,9 @@ def train(
     for name in (*names, *(rates or {})):
         RIVALS[name]
     if negative and (others := [name for name in names if name not in readers]):
-        raise InputError(f"{', '.join(others)}: reads no negative prompt; with --negative use: {', '.join(readers)}")
+        raise InputError(
+            f"--negative trains only rivals that read a negative prompt ({', '.join(readers)}), not {', '.join(others)}"
+        )
     device = choose_device()
     course = Course(World(assets, data, device), batch, seed, negative)
     out.mkdir(parents=True, exist_ok=True)
